@@ -1,0 +1,22 @@
+"""The one exception users meet: one line that says what came, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CELoraError(ValueError):
+    """Bad input to celora. The message is a single line; the command line prints it and exits with status 2."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> CELoraError:
+    """An error for a name that is not known, with the nearest known one if there is one.
+
+    >>> str(unknown("preset", "papper", ["paper", "off"]))
+    "unknown preset 'papper'; did you mean 'paper'? Known: off, paper"
+    """
+    choices = sorted(known)
+    near = difflib.get_close_matches(str(name), choices, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return CELoraError(f"unknown {kind} {name!r}{hint} Known: {', '.join(choices)}")
