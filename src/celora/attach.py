@@ -1,0 +1,279 @@
+"""Put estimators under the frozen layers of a PEFT model, take them off, and say what was skipped and why.
+
+An `Attachment` belongs to one model instance and lives in that instance; the layers hold only their forward hook.
+No class is touched, no module replaced, no state_dict key changed.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from celora.clock import StepClock
+from celora.config import CELoraConfig, LayerConfig, balanced_rank, matches, resolve
+from celora.errors import CELoraError
+from celora.estimators import Columns, Estimator
+from celora.graft import LayerGraft, Mode, Switch
+
+_ATTRIBUTE = "_celora"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One frozen layer: what its backward is, at which cost relative to dense, and why if it is not estimated."""
+
+    name: str
+    out_features: int
+    in_features: int
+    estimator: str
+    cost: float
+    keep_ratio: float = 1.0
+    rank: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class AttachReport:
+    """What `attach` did, layer by layer. Prints as a table."""
+
+    layers: tuple[LayerReport, ...]
+    refresh_every: int
+
+    @property
+    def estimated(self) -> dict[str, LayerReport]:
+        """The layers whose backward is estimated, by name."""
+        return {layer.name: layer for layer in self.layers if layer.estimator != "dense"}
+
+    @property
+    def dense(self) -> dict[str, LayerReport]:
+        """The layers left exact because the configuration says so."""
+        return {layer.name: layer for layer in self.layers if layer.estimator == "dense" and not layer.reason}
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """The layers that cannot be estimated, each with the reason."""
+        return {layer.name: layer.reason for layer in self.layers if layer.reason}
+
+    @property
+    def cost(self) -> float:
+        """FLOPs of all frozen `grad_input` products relative to exact LoRA, refresh steps apart."""
+        size = [layer.out_features * layer.in_features for layer in self.layers]
+        return sum(s * layer.cost for s, layer in zip(size, self.layers, strict=True)) / max(1, sum(size))
+
+    def __str__(self) -> str:
+        groups: dict[tuple[Any, ...], list[LayerReport]] = {}
+        for layer in self.layers:
+            kind = layer.name.rpartition(".")[2]
+            key = (kind, layer.estimator, layer.keep_ratio, layer.rank, layer.reason, layer.out_features)
+            groups.setdefault(key, []).append(layer)
+        rows = [("layers", "", "shape", "estimator", "keep", "rank", "cost")]
+        rows += [
+            (kind, f"x{len(of)}", f"{of[0].out_features} x {of[0].in_features}", estimator, f"{keep:.2f}",
+             str(rank), f"{of[0].cost:.2f}" + (f"  ({reason})" if reason else ""))
+            for (kind, estimator, keep, rank, reason, _), of in groups.items()
+        ]  # fmt: skip
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(
+            [
+                *lines,
+                f"{len(self.estimated)} of {len(self.layers)} frozen layers estimated; their products cost "
+                f"{self.cost:.2f} of exact LoRA's, refreshed every {self.refresh_every} optimizer steps.",
+            ]
+        )
+
+
+class Attachment:
+    """The estimators of one model and the clock that refreshes them."""
+
+    def __init__(self, model: nn.Module, config: CELoraConfig, report: AttachReport) -> None:
+        self.config = config
+        self.report = report
+        self.switch = Switch()
+        self.grafts: dict[str, LayerGraft] = {}
+        self.refreshes = 0
+        self.relative_errors: dict[str, Tensor] = {}
+        self._bind(model, step=0)
+
+    def _bind(self, model: nn.Module, step: int) -> None:
+        # Weak, because the model holds this object: a cycle would keep a dropped model's memory until collection.
+        self._model = weakref.ref(model)
+        self.clock = StepClock(self.parameters, self._on_step, step=step)
+        self.clock.start()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        model = self._model()
+        return iter(()) if model is None else (p for p in model.parameters() if p.requires_grad)
+
+    def close(self) -> None:
+        """Stop the clock; layers that still hold a graft compute their exact backward from now on."""
+        self.switch.on = False
+        self.clock.stop()
+
+    def __del__(self) -> None:
+        if "switch" in self.__dict__:
+            self.switch.on = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {key: value for key, value in self.__dict__.items() if key not in ("clock", "_model")}
+        return {**state, "model": self._model(), "step": self.clock.step}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model, step = state.pop("model"), state.pop("step")
+        self.__dict__.update(state)
+        self.switch.on = True
+        self._bind(model, step)
+
+    @torch.no_grad()
+    def _on_step(self, step: int) -> None:
+        """End the refresh that the finished step was, if it was one, and set every layer's mode for step `step`."""
+        self.refreshes += self._due(step - 1)
+        for name, graft in self.grafts.items():
+            if graft.mode is Mode.OBSERVE:
+                graft.estimator.select()
+                if graft.squared_error is not None and graft.squared_norm is not None:
+                    self.relative_errors[name] = (graft.squared_error / graft.squared_norm).sqrt()
+                    graft.squared_error = graft.squared_norm = None
+        self.set_modes(step)
+
+    def set_modes(self, step: int) -> None:
+        """Refresh at steps 0, tau, 2 tau, ..., and wherever a layer has nothing selected yet."""
+        due = self._due(step)
+        for graft in self.grafts.values():
+            graft.mode = Mode.OBSERVE if due or not graft.estimator.ready else Mode.ESTIMATE
+
+    def _due(self, step: int) -> bool:
+        return step % self.config.refresh_every == 0
+
+
+def attach(model: nn.Module, config: str | CELoraConfig = "paper") -> AttachReport:
+    """Estimate the backward of the frozen layers under `model`'s PEFT adapters.
+
+    The forward stays exact, and so does what is saved: an ordinary adapter. Attaching the same configuration
+    again changes nothing; another one replaces the first. Nothing else has to be called: the clock counts the
+    optimizer's steps by itself.
+
+    Args:
+        model: a PEFT model, or any module that contains PEFT tuner layers. Not merged.
+        config: a preset (`"paper"`, `"off"`) or a `CELoraConfig`.
+
+    Returns:
+        What is estimated with what, and which layers are not and why. Printed, it is a table.
+
+    Raises:
+        CELoraError: unknown preset, no adapters, merged adapters, or a rank larger than a layer.
+    """
+    config = resolve(config)
+    tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if not tuners:
+        raise CELoraError(
+            f"no PEFT layers in {type(model).__name__}; add an adapter first: "
+            "model = peft.get_peft_model(model, LoraConfig(...))."
+        )
+    merged = [name for name, module in tuners.items() if module.merged]
+    if merged:
+        raise CELoraError(
+            f"the adapter is merged into its base ({len(merged)} layers, first {merged[0]!r}), so it cannot train; "
+            "call model.unmerge_adapter() first."
+        )
+    for pattern in _unmatched(config, tuners):
+        warnings.warn(f"celora: the override {pattern!r} matches no adapted layer", stacklevel=2)
+
+    planned = [_plan_layer(name, module, config) for name, module in tuners.items()]
+    report = AttachReport(tuple(layer for layer, _ in planned), config.refresh_every)
+    existing = find(model)
+    if existing is not None and existing.report == report and existing.config == config:
+        return report
+    detach(model)
+
+    attachment = Attachment(model, config, report)
+    for layer, estimator in planned:
+        if estimator is not None:
+            graft = LayerGraft(estimator, attachment.switch)
+            tuners[layer.name].get_base_layer().register_forward_hook(graft)
+            attachment.grafts[layer.name] = graft
+    model.__dict__[_ATTRIBUTE] = attachment
+    if not attachment.grafts and config.estimator != "dense":
+        warnings.warn(
+            "celora: no layer can be estimated; training is plain PEFT. Print the report for the reasons.",
+            stacklevel=2,
+        )
+    return report
+
+
+def detach(model: nn.Module) -> None:
+    """Take celora off `model`: every hook and attribute that `attach` added. Does nothing where there is none."""
+    for module in model.modules():
+        attachment = module.__dict__.pop(_ATTRIBUTE, None)
+        if attachment is not None:
+            attachment.close()
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, LayerGraft)]:
+            del module._forward_hooks[key]
+
+
+def find(model: nn.Module) -> Attachment | None:
+    """The attachment of `model`, wherever under it (or under its wrappers) `attach` was called."""
+    return next((m.__dict__[_ATTRIBUTE] for m in model.modules() if _ATTRIBUTE in m.__dict__), None)
+
+
+def require(model: nn.Module) -> Attachment:
+    """`find`, or a CELoraError that says what to call."""
+    attachment = find(model)
+    if attachment is None:
+        raise CELoraError("celora is not attached to this model; call celora.attach(model) first.")
+    return attachment
+
+
+def _plan_layer(name: str, module: BaseTunerLayer, config: CELoraConfig) -> tuple[LayerReport, Estimator | None]:
+    base = module.get_base_layer()
+    reason = _cannot_estimate(base)
+    out_features, in_features = (getattr(base, key, 0) for key in ("out_features", "in_features"))
+    if reason:
+        return LayerReport(name, out_features, in_features, "dense", 1.0, reason=reason), None
+    setting = config.for_layer(name)
+    if setting.estimator == "dense" or setting.keep_ratio == 1:
+        return LayerReport(name, out_features, in_features, "dense", 1.0), None
+    rank = _rank(name, module, setting)
+    try:
+        estimator = Columns(out_features, in_features, keep_ratio=setting.keep_ratio, rank=rank, seed=config.seed)
+    except CELoraError as error:
+        raise CELoraError(f"layer {name!r}: {error}") from None
+    report = LayerReport(name, out_features, in_features, estimator.name, estimator.cost, setting.keep_ratio, rank)
+    return report, estimator
+
+
+def _cannot_estimate(base: nn.Module) -> str:
+    """Why the backward of `base` is not `grad_output @ base.weight`, or ''."""
+    if not isinstance(base, nn.Linear):
+        return f"{type(base).__name__} is not a linear layer"
+    if type(base).forward is not nn.Linear.forward:
+        return f"{type(base).__name__} computes its own forward"
+    if not base.weight.is_floating_point():
+        return f"its weight is stored as {base.weight.dtype}"
+    if base.weight.requires_grad:
+        return "its weight is trained"
+    return ""
+
+
+def _rank(name: str, module: BaseTunerLayer, setting: LayerConfig) -> int:
+    if setting.rank != "balanced":
+        return setting.rank
+    ranks = getattr(module, "r", None)
+    if not isinstance(ranks, dict) or not ranks:
+        raise CELoraError(
+            f"rank='balanced' for {name!r}, a {type(module).__name__} without a LoRA rank; give an integer."
+        )
+    adapter = next((a for a in module.active_adapters if a in ranks), next(iter(ranks)))
+    base = module.get_base_layer()
+    return min(balanced_rank(int(ranks[adapter])), int(base.out_features), int(base.in_features))
+
+
+def _unmatched(config: CELoraConfig, names: Any) -> list[str]:
+    return [pattern for pattern in config.overrides if not any(matches(pattern, name) for name in names)]

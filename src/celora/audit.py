@@ -1,0 +1,193 @@
+"""What the estimate costs in fidelity: the gradient of the adapter, estimated, against the exact one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from celora.attach import Attachment, require
+from celora.errors import CELoraError
+from celora.graft import Mode
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near an estimated gradient g is to the exact one e.
+
+    Attributes:
+        cosine: `<g, e> / (||g|| ||e||)`.
+        relative_error: `||g - e|| / ||e||`.
+        norm_ratio: `||g|| / ||e||`.
+    """
+
+    cosine: float
+    relative_error: float
+    norm_ratio: float
+
+    @classmethod
+    def of(cls, pairs: list[tuple[Tensor, Tensor]]) -> Fidelity:
+        """The fidelity of the concatenation of all (estimated, exact) pairs, summed in float64."""
+        sums = torch.zeros(4, dtype=torch.float64, device=pairs[0][0].device)
+        for estimate, true in ((g.double(), e.double()) for g, e in pairs):
+            sums += torch.stack(
+                [
+                    (estimate * true).sum(),
+                    (estimate - true).square().sum(),
+                    estimate.square().sum(),
+                    true.square().sum(),
+                ]
+            )
+        dot, error, estimated, exact = sums.tolist()
+        if exact == 0 or estimated == 0:
+            same = exact == estimated
+            return cls(float(same), 0.0 if same else (math.inf if exact == 0 else 1.0), float(same))
+        return cls(dot / math.sqrt(estimated * exact), math.sqrt(error / exact), math.sqrt(estimated / exact))
+
+
+@dataclass(frozen=True)
+class AuditReport(Fidelity):
+    """Fidelity of the whole adapter gradient, and of each layer's. Prints as a table of the worst layers.
+
+    Attributes:
+        per_layer: adapted layer -> fidelity of the gradient of its adapter.
+        loss: of the batch (the forward is exact, so it is the same for both).
+        probed: how many layers had no selection yet and were judged with one made from this very batch.
+    """
+
+    per_layer: Mapping[str, Fidelity]
+    loss: float
+    probed: int
+
+    def __str__(self) -> str:
+        worst = sorted(self.per_layer.items(), key=lambda item: item[1].cosine)[:5]
+        lines = [
+            f"LoRA gradient, estimated against exact: cosine {self.cosine:.4f}, "
+            f"relative error {self.relative_error:.4f}, norm ratio {self.norm_ratio:.4f}; loss {self.loss:.4f}."
+        ]
+        if self.probed:
+            lines.append(
+                f"{self.probed} layers had nothing selected yet: judged with a selection made from this batch."
+            )
+        lines.append("Lowest cosine by layer:")
+        lines += [f"  {f.cosine:7.4f}  error {f.relative_error:.4f}  {name}" for name, f in worst]
+        return "\n".join(lines)
+
+
+def audit(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
+) -> AuditReport:
+    """Compare the estimated gradient of the trainable parameters with the exact one, on one batch.
+
+    Two forward and backward passes with the same random state, so dropout is the same in both. Parameters, their
+    `.grad`, buffers, random state, clock and selections are afterwards what they were before.
+
+    Args:
+        model: celora attached. Its train/eval mode is kept.
+        batch: what the model takes as keyword arguments, `labels` included; moved to the model's device.
+        loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
+
+    Raises:
+        CELoraError: celora is not attached, the batch yields no loss, or nothing is trainable.
+    """
+    attachment = require(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise CELoraError("no trainable parameters: load the adapter with is_trainable=True.")
+    device = next(iter(parameters.values())).device
+    batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    with _untouched(model, attachment, parameters) as (probes, rng):
+        exact, value = _gradient(model, batch, loss, parameters)
+        for name in probes:
+            attachment.grafts[name].estimator.select()
+        probed = sum(attachment.grafts[name].estimator.ready for name in probes)
+        for graft in attachment.grafts.values():
+            graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.EXACT
+        rng()
+        estimated, _ = _gradient(model, batch, loss, parameters)
+
+    pairs = {name: (estimated[name], exact[name]) for name in parameters}
+    layers: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name, pair in pairs.items():
+        layers.setdefault(_layer_of(name, attachment), []).append(pair)
+    whole = Fidelity.of(list(pairs.values()))
+    return AuditReport(
+        whole.cosine,
+        whole.relative_error,
+        whole.norm_ratio,
+        per_layer={name: Fidelity.of(of) for name, of in layers.items()},
+        loss=value,
+        probed=probed,
+    )
+
+
+def _gradient(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None,
+    parameters: Mapping[str, nn.Parameter],
+) -> tuple[dict[str, Tensor], float]:
+    for p in parameters.values():
+        p.grad = None
+    with torch.enable_grad():
+        value = loss(model, batch) if loss is not None else getattr(model(**batch), "loss", None)
+        if value is None:
+            raise CELoraError("the model returned no loss for this batch; add labels to it, or give loss=.")
+        value.backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+    return gradients, float(value.detach())
+
+
+@contextmanager
+def _untouched(
+    model: nn.Module, attachment: Attachment, parameters: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[list[str], Callable[[], None]]]:
+    """Lend out the model and put back all that two backward passes change.
+
+    Yields the layers that have nothing selected yet, each lent a fresh estimator that observes the first pass,
+    and a function that rewinds the random state to the beginning.
+    """
+    grads = {name: p.grad for name, p in parameters.items()}
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    layers = {n: (g.mode, g.estimator, g.squared_error, g.squared_norm) for n, g in attachment.grafts.items()}
+    probes = [name for name, graft in attachment.grafts.items() if not graft.estimator.ready]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        cpu, cuda = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
+
+        def rewind() -> None:
+            torch.set_rng_state(cpu)
+            for device, state in zip(devices, cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+
+        try:
+            for graft in attachment.grafts.values():
+                graft.mode = Mode.EXACT
+            for name in probes:
+                attachment.grafts[name].estimator = attachment.grafts[name].estimator.clone()
+                attachment.grafts[name].mode = Mode.OBSERVE
+            yield probes, rewind
+        finally:
+            for name, graft in attachment.grafts.items():
+                graft.mode, graft.estimator, graft.squared_error, graft.squared_norm = layers[name]
+            for name, p in parameters.items():
+                p.grad = grads[name]
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+
+def _layer_of(parameter: str, attachment: Attachment) -> str:
+    """The adapted layer a parameter belongs to; the parameter itself if it belongs to none."""
+    parts = parameter.split(".")
+    names = {layer.name for layer in attachment.report.layers}
+    return next((p for i in range(len(parts), 0, -1) if (p := ".".join(parts[:i])) in names), parameter)

@@ -1,0 +1,78 @@
+"""An optional callback for Trainer and its kin: celora's numbers in the logs, its state in the checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from celora.attach import find
+from celora.state import STATE_NAME, load_state, save_state
+
+
+class Callback(TrainerCallback):  # type: ignore[misc]
+    """Log `celora/*` metrics, save celora's state with each checkpoint, restore it when training resumes.
+
+    Metrics: `celora/refreshes` (so far), and, measured at the latest refresh with the selection that had been in use
+    until then, `celora/relative_error` (mean over layers) and `celora/relative_error_worst`.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        if model is None or find(model) is None or state.global_step == 0:
+            return
+        folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+        if isinstance(args.resume_from_checkpoint, str):
+            folders.insert(0, Path(args.resume_from_checkpoint))
+        for folder in folders:
+            if (folder / STATE_NAME).is_file():
+                load_state(model, folder)
+                return
+        warnings.warn(
+            f"celora: no {STATE_NAME} in {folders[0]}; the first resumed step refreshes instead.",
+            stacklevel=2,
+        )
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if model is not None and find(model) is not None and state.is_world_process_zero and folder.is_dir():
+            save_state(model, folder)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        attachment = None if model is None else find(model)
+        if attachment is None or logs is None or "loss" not in logs:
+            return
+        metrics: dict[str, float] = {"celora/refreshes": attachment.refreshes}
+        if attachment.relative_errors:
+            errors = torch.stack(list(attachment.relative_errors.values()))
+            metrics["celora/relative_error"] = errors.mean().item()
+            metrics["celora/relative_error_worst"] = errors.max().item()
+        logs.update(metrics)
+        # The Trainer copied the logs into its history before it called us.
+        if state.log_history:
+            state.log_history[-1].update(metrics)

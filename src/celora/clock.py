@@ -1,0 +1,81 @@
+"""The optimizer-step clock: counts optimizer steps, the only event that training loops agree on.
+
+Checkpointing, accumulation and evaluation all call `forward` differently; an optimizer steps once per step. The
+clock listens to every optimizer through torch's global post-step hook, which is installed with the first running
+clock and removed with the last, and counts the ones that hold a parameter of its model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+_running: weakref.WeakSet[StepClock] = weakref.WeakSet()
+_handle: RemovableHandle | None = None
+
+
+class StepClock:
+    """Calls `on_step(step)` after each optimizer step of the model whose parameters are `parameters()`.
+
+    Parameters are looked up when an unknown optimizer steps, not when the clock starts: sharding and new adapters
+    replace them. With several optimizers over one model, a step ends when one of them steps for the second time.
+    Both callables are bound methods, held weakly: their object owns the clock.
+    """
+
+    def __init__(
+        self,
+        parameters: Callable[[], Iterable[nn.Parameter]],
+        on_step: Callable[[int], None],
+        *,
+        step: int = 0,
+    ) -> None:
+        self.step = step
+        self._parameters = weakref.WeakMethod(parameters)
+        self._on_step = weakref.WeakMethod(on_step)
+        self._mine: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+    def start(self) -> None:
+        """Begin to listen."""
+        global _handle
+        _running.add(self)
+        if _handle is None:
+            _handle = register_optimizer_step_post_hook(_tell_clocks)
+
+    def stop(self) -> None:
+        """Stop listening; the last clock to stop takes the global hook away."""
+        global _handle
+        _running.discard(self)
+        if _handle is not None and not len(_running):
+            _handle.remove()
+            _handle = None
+
+    def advance(self) -> None:
+        """Count one step by hand, for engines whose optimizer holds none of the model's own parameters."""
+        self.step += 1
+        if (on_step := self._on_step()) is not None:
+            on_step(self.step)
+
+    def _saw(self, optimizer: Optimizer) -> None:
+        if optimizer not in self._mine:
+            parameters = self._parameters()
+            mine = set() if parameters is None else {id(p) for p in parameters()}
+            if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+                return
+            self._mine.add(optimizer)
+        if self._stepped and optimizer not in self._stepped:
+            self._stepped.add(optimizer)
+            return
+        self._stepped = weakref.WeakSet([optimizer])
+        self.advance()
+
+
+def _tell_clocks(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    for clock in list(_running):
+        clock._saw(optimizer)

@@ -1,0 +1,184 @@
+"""What the user asks for: one estimator setting for all layers, presets, and overrides for the layers they name."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from celora.errors import CELoraError, unknown
+from celora.estimators import estimator_class
+
+CONFIG_NAME = "celora_config.json"
+
+Rank = int | Literal["balanced"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """The setting of one layer.
+
+    Attributes:
+        estimator: a name from the registry: `dense` or `columns`.
+        keep_ratio: share of the gradient's columns that is kept, 0 < keep_ratio <= 1; 1 is the dense backward.
+        rank: rank r0 of the frozen factor; 0 for none; `"balanced"` for `balanced_rank` of the adapter's rank.
+    """
+
+    estimator: str = "columns"
+    keep_ratio: float = 0.5
+    rank: Rank = "balanced"
+
+    def __post_init__(self) -> None:
+        _check_layer(self, "")
+
+
+@dataclasses.dataclass(frozen=True)
+class CELoraConfig:
+    """How the backward of the frozen layers is estimated.
+
+    Attributes:
+        estimator, keep_ratio, rank: the setting of every layer that no override names; see `LayerConfig`.
+        refresh_every: optimizer steps from one exact, observed backward to the next (the paper's tau).
+        overrides: glob on a layer's dotted name (or on its end: `"layers.3.mlp.up_proj"`) -> the fields it changes.
+            Later entries win over earlier ones.
+        seed: of the randomised factorisation.
+
+    Raises:
+        CELoraError: for a value out of range, an unknown field or an unknown estimator.
+    """
+
+    estimator: str = "columns"
+    keep_ratio: float = 0.5
+    rank: Rank = "balanced"
+    refresh_every: int = 200
+    overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_layer(self, "")
+        _check_int("refresh_every", self.refresh_every, 1, "Use a large number to refresh only once.")
+        _check_int("seed", self.seed, 0, "")
+        if not isinstance(self.overrides, Mapping):
+            raise CELoraError(f"overrides={self.overrides!r}; expected a mapping from a layer pattern to settings.")
+        overrides = {}
+        for pattern, fields in self.overrides.items():
+            if not isinstance(pattern, str) or not isinstance(fields, Mapping):
+                raise CELoraError(
+                    f"override {pattern!r}: {fields!r}; expected a layer pattern with a mapping of settings, "
+                    'like {"*.q_proj": {"estimator": "dense"}}.'
+                )
+            for key in fields:
+                if key not in _LAYER_FIELDS:
+                    raise unknown(f"setting in the override {pattern!r}:", key, _LAYER_FIELDS)
+            _check_layer(dataclasses.replace(self._default(), **fields), f" for {pattern!r}")
+            overrides[pattern] = dict(fields)
+        object.__setattr__(self, "overrides", overrides)
+
+    def for_layer(self, name: str) -> LayerConfig:
+        """The setting of the layer `name`: the defaults, changed by each override that matches it."""
+        changes: dict[str, Any] = {}
+        for pattern, fields in self.overrides.items():
+            if matches(pattern, name):
+                changes.update(fields)
+        return dataclasses.replace(self._default(), **changes)
+
+    def _default(self) -> LayerConfig:
+        return LayerConfig(self.estimator, self.keep_ratio, self.rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only; `from_dict` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CELoraConfig:
+        """The configuration with these fields; CELoraError names an unknown one and the nearest known."""
+        if not isinstance(values, Mapping):
+            raise CELoraError(f"celora configuration is {values!r}; expected a mapping of settings.")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise unknown("celora setting", key, known)
+        return cls(**values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON to `path`, or to `celora_config.json` in it if it is a folder."""
+        target = _config_file(path)
+        temporary = target.with_name(target.name + ".tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        temporary.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CELoraConfig:
+        """Read what `save` wrote."""
+        file = _config_file(path)
+        try:
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise CELoraError(f"cannot read {file}: {error.strerror}.") from None
+        except json.JSONDecodeError as error:
+            raise CELoraError(f"{file}:{error.lineno}: not JSON: {error.msg}.") from None
+
+
+def balanced_rank(lora_rank: int) -> int:
+    """The published split of one memory budget: trainable and frozen rank both `floor(7/8 lora_rank)`, at least 1."""
+    return max(1, 7 * lora_rank // 8)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether the glob `pattern` matches the dotted `name` or a dotted end of it."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+_LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerConfig))
+
+
+def _check_layer(config: LayerConfig | CELoraConfig, where: str) -> None:
+    if not isinstance(config.estimator, str):
+        raise CELoraError(f"estimator={config.estimator!r}{where}; expected the name of an estimator.")
+    estimator_class(config.estimator)
+    keep = config.keep_ratio
+    if isinstance(keep, bool) or not isinstance(keep, int | float) or math.isnan(keep) or not 0 < keep <= 1:
+        raise CELoraError(f"keep_ratio={keep!r}{where}; expected 0 < keep_ratio <= 1. Use 1.0 for the dense backward.")
+    if config.rank != "balanced":
+        _check_int(f"rank{where}" if where else "rank", config.rank, 0, 'Use 0 for no frozen factor, or "balanced".')
+
+
+def _check_int(name: str, value: object, least: int, advice: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise CELoraError(f"{name}={value!r}; expected an integer >= {least}. {advice}".rstrip())
+
+
+def _config_file(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    return path / CONFIG_NAME if path.is_dir() else path
+
+
+PRESETS: dict[str, CELoraConfig] = {
+    # The published experiments: value and attention output keep 0.55 of the rows, up and down 0.65, the rest is dense.
+    "paper": CELoraConfig(
+        estimator="dense",
+        overrides={
+            "v_proj": {"estimator": "columns", "keep_ratio": 0.55},
+            "o_proj": {"estimator": "columns", "keep_ratio": 0.55},
+            "up_proj": {"estimator": "columns", "keep_ratio": 0.65},
+            "down_proj": {"estimator": "columns", "keep_ratio": 0.65},
+        },
+    ),
+    "off": CELoraConfig(estimator="dense"),
+}
+
+
+def resolve(config: str | CELoraConfig) -> CELoraConfig:
+    """A preset's configuration by name, or the configuration itself."""
+    if isinstance(config, CELoraConfig):
+        return config
+    if not isinstance(config, str):
+        raise CELoraError(f"config={config!r}; expected a CELoraConfig or one of: {', '.join(sorted(PRESETS))}.")
+    if config not in PRESETS:
+        raise unknown("preset", config, PRESETS)
+    return PRESETS[config]

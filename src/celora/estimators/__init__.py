@@ -1,0 +1,21 @@
+"""The ways to estimate `grad_output @ W`, by name."""
+
+from __future__ import annotations
+
+from celora.errors import unknown
+from celora.estimators.base import Estimator
+from celora.estimators.columns import Columns
+from celora.estimators.dense import Dense
+
+ESTIMATORS: dict[str, type[Estimator]] = {cls.name: cls for cls in (Dense, Columns)}
+
+
+def estimator_class(name: str) -> type[Estimator]:
+    """The estimator registered under `name`; CELoraError with the nearest name if there is none."""
+    try:
+        return ESTIMATORS[name]
+    except KeyError:
+        raise unknown("estimator", name, ESTIMATORS) from None
+
+
+__all__ = ["ESTIMATORS", "Columns", "Dense", "Estimator", "estimator_class"]
