@@ -200,7 +200,7 @@ def attach(model: nn.Module, config: str | CELoraConfig = "paper") -> AttachRepo
             tuners[layer.name].get_base_layer().register_forward_hook(graft)
             attachment.grafts[layer.name] = graft
     model.__dict__[_ATTRIBUTE] = attachment
-    if not attachment.grafts and config.estimator != "dense":
+    if not attachment.grafts and report.skipped:
         warnings.warn(
             "celora: no layer can be estimated; training is plain PEFT. Print the report for the reasons.",
             stacklevel=2,

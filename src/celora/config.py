@@ -34,7 +34,7 @@ class LayerConfig:
     rank: Rank = "balanced"
 
     def __post_init__(self) -> None:
-        _check_layer(self, "")
+        _check_layer(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class CELoraConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_layer(self, "")
+        _check_layer(self)
         _check_int("refresh_every", self.refresh_every, 1, "Use a large number to refresh only once.")
         _check_int("seed", self.seed, 0, "")
         if not isinstance(self.overrides, Mapping):
@@ -75,7 +75,10 @@ class CELoraConfig:
             for key in fields:
                 if key not in _LAYER_FIELDS:
                     raise unknown(f"setting in the override {pattern!r}:", key, _LAYER_FIELDS)
-            _check_layer(dataclasses.replace(self._default(), **fields), f" for {pattern!r}")
+            try:
+                dataclasses.replace(self._default(), **fields)
+            except CELoraError as error:
+                raise CELoraError(f"override {pattern!r}: {error}") from None
             overrides[pattern] = dict(fields)
         object.__setattr__(self, "overrides", overrides)
 
@@ -137,15 +140,15 @@ def matches(pattern: str, name: str) -> bool:
 _LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerConfig))
 
 
-def _check_layer(config: LayerConfig | CELoraConfig, where: str) -> None:
+def _check_layer(config: LayerConfig | CELoraConfig) -> None:
     if not isinstance(config.estimator, str):
-        raise CELoraError(f"estimator={config.estimator!r}{where}; expected the name of an estimator.")
+        raise CELoraError(f"estimator={config.estimator!r}; expected the name of an estimator.")
     estimator_class(config.estimator)
     keep = config.keep_ratio
     if isinstance(keep, bool) or not isinstance(keep, int | float) or math.isnan(keep) or not 0 < keep <= 1:
-        raise CELoraError(f"keep_ratio={keep!r}{where}; expected 0 < keep_ratio <= 1. Use 1.0 for the dense backward.")
+        raise CELoraError(f"keep_ratio={keep!r}; expected 0 < keep_ratio <= 1. Use 1.0 for the dense backward.")
     if config.rank != "balanced":
-        _check_int(f"rank{where}" if where else "rank", config.rank, 0, 'Use 0 for no frozen factor, or "balanced".')
+        _check_int("rank", config.rank, 0, 'Use 0 for no frozen factor, or "balanced".')
 
 
 def _check_int(name: str, value: object, least: int, advice: str) -> None:

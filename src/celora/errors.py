@@ -17,6 +17,6 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> CELoraError:
     "unknown preset 'papper'; did you mean 'paper'? Known: off, paper"
     """
     choices = sorted(known)
-    near = difflib.get_close_matches(str(name), choices, n=1)
+    near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return CELoraError(f"unknown {kind} {name!r}{hint} Known: {', '.join(choices)}")

@@ -1,0 +1,81 @@
+"""Shared by all tests: seeds, and a Llama small enough to train in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Matrices this small are slower on two threads, and far slower where the cores are shared."""
+    torch.set_num_threads(1)
+
+
+def make_model(*, seed: int = 0, base_bias: bool = False, dtype: torch.dtype = torch.float32, **lora: Any) -> PeftModel:
+    """A 2-layer Llama with LoRA on all linear layers; the same weights for the same seed."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=61,
+        attention_bias=base_bias,
+        mlp_bias=base_bias,
+        use_cache=False,
+    )
+    base = LlamaForCausalLM(config).to(dtype)
+    lora = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False, **lora}
+    return get_peft_model(base, LoraConfig(**lora))
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    return make_model()
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    return make_batch(0)
+
+
+def make_batch(seed: int) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, 61, (3, 11), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def train(
+    model: PeftModel,
+    steps: int,
+    *,
+    first: int = 0,
+    accumulate: int = 1,
+    optimizer: torch.optim.Optimizer | None = None,
+    between: Callable[[], object] = lambda: None,
+) -> torch.optim.Optimizer:
+    """A bare PyTorch loop over deterministic batches, as a user would write it."""
+    model.train()
+    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(first, first + steps):
+        for micro in range(accumulate):
+            model(**make_batch(1000 * step + micro)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        between()
+    return optimizer
+
+
+def adapter(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

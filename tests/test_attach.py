@@ -1,0 +1,402 @@
+"""Attaching to real PEFT models: what is touched, what is not, when it refreshes, what is saved."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.optim import optimizer as optim
+
+import celora
+from celora import CELoraConfig, CELoraError
+from celora.attach import find, require
+from celora.estimators import Columns
+from celora.graft import LayerGraft, Mode
+from conftest import adapter, make_batch, make_model, train
+
+HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
+
+
+def _footprint(model: nn.Module) -> list[Any]:
+    """Every module, its class, attributes, hooks and keys; and every global that celora could have changed."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
+    return [
+        [(n, type(m), sorted(m.__dict__), [dict(getattr(m, h)) for h in hooks]) for n, m in model.named_modules()],
+        [(k, id(v)) for k, v in model.state_dict(keep_vars=True).items()],
+        dict(optim._global_optimizer_post_hooks),
+        torch.get_rng_state().tolist(),
+    ]
+
+
+def test_attach_and_detach_leave_no_trace(model: PeftModel) -> None:
+    before = _footprint(model)
+    celora.attach(model, HALF)
+    assert list(model.state_dict()) == [key for key, _ in before[1]]
+    celora.detach(model)
+    assert _footprint(model) == before
+    celora.detach(model)  # nothing there: nothing happens
+    assert _footprint(model) == before
+
+
+def test_training_after_detach_is_training_never_attached() -> None:
+    plain, touched = make_model(lora_dropout=0.1), make_model(lora_dropout=0.1)
+    celora.attach(touched, HALF)
+    celora.detach(touched)
+    for model in (plain, touched):
+        torch.manual_seed(5)
+        train(model, 5)
+    for name, value in adapter(plain).items():
+        assert value.equal(adapter(touched)[name])
+
+
+def test_the_forward_is_exact_and_the_backward_is_not(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+    plain = copy.deepcopy(model)
+    celora.attach(model, HALF)
+    train(model, 1)
+    plain.load_state_dict(model.state_dict())
+    losses = [m(**batch).loss for m in (plain, model)]
+    assert losses[0].equal(losses[1])
+    for value in losses:
+        value.backward()
+    grads = [[p.grad for p in m.parameters() if p.requires_grad] for m in (plain, model)]
+    assert any(not a.equal(b) for a, b in zip(*grads, strict=True))
+
+
+def test_report_says_what_and_why() -> None:
+    model = make_model(target_modules=["q_proj", "v_proj", "up_proj", "embed_tokens"])
+    model.base_model.model.model.layers[1].self_attn.q_proj.base_layer.weight.requires_grad_(True)
+    report = celora.attach(model, CELoraConfig(keep_ratio=0.25, rank=2, overrides={"v_proj": {"estimator": "dense"}}))
+    prefix = "base_model.model.model"
+    assert set(report.estimated) == {
+        f"{prefix}.layers.0.self_attn.q_proj",
+        f"{prefix}.layers.0.mlp.up_proj",
+        f"{prefix}.layers.1.mlp.up_proj",
+    }
+    assert set(report.dense) == {f"{prefix}.layers.{i}.self_attn.v_proj" for i in (0, 1)}
+    assert report.skipped == {
+        f"{prefix}.embed_tokens": "Embedding is not a linear layer",
+        f"{prefix}.layers.1.self_attn.q_proj": "its weight is trained",
+    }
+    layer = report.estimated[f"{prefix}.layers.0.mlp.up_proj"]
+    assert (layer.out_features, layer.in_features, layer.keep_ratio, layer.rank) == (80, 48, 0.25, 2)
+    assert layer.cost == pytest.approx(0.25 + 2 * 128 / (80 * 48))
+    table = str(report)
+    assert "up_proj" in table
+    assert "(its weight is trained)" in table
+    assert "3 of 7 frozen layers estimated" in table
+
+
+def test_paper_preset_on_a_llama(model: PeftModel) -> None:
+    report = celora.attach(model, "paper")
+    kinds = {(name.rpartition(".")[2], layer.keep_ratio, layer.rank) for name, layer in report.estimated.items()}
+    assert kinds == {("v_proj", 0.55, 7), ("o_proj", 0.55, 7), ("up_proj", 0.65, 7), ("down_proj", 0.65, 7)}
+    assert len(report.dense) == 6
+
+
+def test_off_attaches_nothing(model: PeftModel) -> None:
+    report = celora.attach(model, "off")
+    assert report.estimated == {}
+    assert report.cost == 1.0
+    assert not any(isinstance(hook, LayerGraft) for m in model.modules() for hook in m._forward_hooks.values())
+
+
+def test_an_override_touches_only_the_layer_it_names(model: PeftModel) -> None:
+    target = "base_model.model.model.layers.1.mlp.down_proj"
+    celora.attach(model, CELoraConfig(keep_ratio=0.5, rank=4, overrides={target: {"keep_ratio": 0.25, "rank": 1}}))
+    for name, graft in require(model).grafts.items():
+        assert isinstance(graft.estimator, Columns)
+        expected = (0.25, 1) if name == target else (0.5, 4)
+        assert (graft.estimator.keep_ratio, graft.estimator.rank) == expected
+    train(model, 1)
+    for name, graft in require(model).grafts.items():
+        if graft.estimator.ready:
+            assert isinstance(graft.estimator, Columns)
+            assert graft.estimator.index is not None
+            share = len(graft.estimator.index) / graft.estimator.out_features
+            assert share == pytest.approx(0.25 if name == target else 0.5, abs=0.03)
+
+
+def test_attaching_again_is_idempotent_and_another_configuration_replaces(model: PeftModel) -> None:
+    first = celora.attach(model, HALF)
+    train(model, 2)
+    attachment = find(model)
+    assert celora.attach(model, HALF) == first
+    assert find(model) is attachment
+    celora.attach(model, "paper")
+    hooks = [h for m in model.modules() for h in m._forward_hooks.values() if isinstance(h, LayerGraft)]
+    assert len(hooks) == 8
+    assert require(model).clock.step == 0
+
+
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_refreshes_at_optimizer_steps_0_tau_2tau(
+    model: PeftModel, checkpointing: str | None, accumulate: int, evaluate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if checkpointing is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    celora.attach(model, HALF)
+    observed: dict[int, int] = {}
+    selected: list[int] = []
+    observe, select = Columns.observe, Columns.select
+    graft = next(g for n, g in require(model).grafts.items() if n.endswith("layers.1.mlp.up_proj"))
+
+    def count_observe(self: Columns, *args: Any) -> None:
+        if self is graft.estimator:
+            step = require(model).clock.step
+            observed[step] = observed.get(step, 0) + 1
+        observe(self, *args)
+
+    def count_select(self: Columns) -> None:
+        if self is graft.estimator:
+            selected.append(require(model).clock.step - 1)
+        select(self)
+
+    monkeypatch.setattr(Columns, "observe", count_observe)
+    monkeypatch.setattr(Columns, "select", count_select)
+
+    def between() -> None:
+        if evaluate:
+            model.eval()
+            with torch.no_grad():
+                model(**make_batch(9))
+            model.train()
+
+    train(model, 8, accumulate=accumulate, between=between)
+    assert observed == {0: accumulate, 3: accumulate, 6: accumulate}
+    assert selected == [0, 3, 6]
+    assert require(model).refreshes == 3
+
+
+def test_a_refresh_step_is_exact() -> None:
+    plain, estimated = make_model(), make_model()
+    celora.attach(estimated, HALF)
+    train(plain, 1)
+    train(estimated, 1)
+    for name, value in adapter(plain).items():
+        assert value.equal(adapter(estimated)[name])
+
+
+def test_checkpointing_changes_nothing() -> None:
+    results = []
+    for use_reentrant in (None, True, False):
+        model = make_model()
+        model.enable_input_require_grads()
+        if use_reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        celora.attach(model, HALF)
+        train(model, 5)
+        results.append(adapter(model))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            torch.testing.assert_close(other[name], value)
+
+
+# peft 0.21 finds fault with the shape of every `lora_B.bias` it has itself saved, and loads it nevertheless.
+@pytest.mark.filterwarnings("ignore:.*LoRA tensor.* have invalid shape")
+@pytest.mark.parametrize("biases", [{"bias": "lora_only"}, {"lora_bias": True}, {"bias": "all"}])
+def test_trainable_biases_train_save_and_reload(biases: dict[str, Any], tmp_path: Path) -> None:
+    model = make_model(base_bias=True, **biases)
+    celora.attach(model, HALF)
+    before = adapter(model)
+    assert any("bias" in name or "lora_B.default.bias" in name for name in before)
+    train(model, 5)
+    assert all(not value.equal(before[name]) for name, value in adapter(model).items() if "bias" in name)
+    _assert_reloads(model, tmp_path, base_bias=True)
+
+
+def _biased() -> PeftModel:
+    return make_model(base_bias=True, bias="lora_only")
+
+
+def test_a_trainable_bias_gets_its_exact_gradient(batch: dict[str, torch.Tensor]) -> None:
+    """The last layer's gradient is exact, whatever is estimated below, so its bias must match plain PEFT's."""
+    plain, estimated = _biased(), _biased()
+    celora.attach(estimated, HALF)
+    require(estimated).clock.advance()
+    for graft in require(estimated).grafts.values():
+        graft.mode = Mode.OBSERVE
+    estimated(**batch).loss.backward()
+    estimated.zero_grad()
+    require(estimated).clock.advance()
+    for model in (plain, estimated):
+        model(**batch).loss.backward()
+    name = "base_model.model.model.layers.1.mlp.down_proj.base_layer.bias"
+    grads = [dict(m.named_parameters())[name].grad for m in (plain, estimated)]
+    torch.testing.assert_close(*grads)
+
+
+def test_reloads_in_stock_peft_after_twenty_steps(model: PeftModel, tmp_path: Path) -> None:
+    celora.attach(model, HALF)
+    train(model, 20)
+    _assert_reloads(model, tmp_path)
+
+
+def _assert_reloads(model: PeftModel, folder: Path, **kwargs: Any) -> None:
+    """The saved adapter on a rebuilt base, loaded by PEFT alone, gives the same logits."""
+    model.eval()
+    model.save_pretrained(folder)
+    assert {p.name for p in folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert "celora" not in (folder / "adapter_config.json").read_text()
+    base = make_model(**kwargs).unload()
+    stock = PeftModel.from_pretrained(base, folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(stock(**make_batch(7)).logits, model(**make_batch(7)).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
+def test_a_copy_of_the_model_is_attached_too_and_trains_the_same(model: PeftModel, how: str) -> None:
+    celora.attach(model, HALF)
+    train(model, 2)
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert require(twin) is not require(model)
+    for m in (model, twin):
+        train(m, 4, first=2)
+        assert (require(m).clock.step, require(m).refreshes) == (6, 2)
+    for name, value in adapter(model).items():
+        assert value.equal(adapter(twin)[name])
+
+
+def test_a_dropped_model_is_freed_at_once() -> None:
+    model = make_model()
+    celora.attach(model, HALF)
+    train(model, 2)
+    attachment = weakref.ref(require(model))
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert attachment() is None
+    finally:
+        gc.enable()
+
+
+def test_layers_left_by_merge_and_unload_are_exact() -> None:
+    model = make_model()
+    celora.attach(model, HALF)
+    train(model, 2)
+    merged = model.merge_and_unload()
+    del model
+    gc.collect()
+    out = merged(inputs_embeds=torch.randn(1, 4, 48, requires_grad=True))
+    nodes, seen = [out.logits.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [n for n, _ in node.next_functions]
+    assert not any("Graft" in type(node).__name__ for node in seen)
+
+
+def test_saved_for_backward_bytes_are_those_of_plain_peft(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+    def saved() -> int:
+        total = 0
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += t.numel() * t.element_size()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(**batch)
+        return total
+
+    plain = saved()
+    celora.attach(model, HALF)
+    refreshing = saved()
+    train(model, 1)
+    assert require(model).grafts["base_model.model.model.layers.1.mlp.up_proj"].mode is Mode.ESTIMATE
+    assert max(refreshing, saved()) <= plain
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_trains_in_half_precision(dtype: torch.dtype) -> None:
+    model = make_model(dtype=dtype)
+    celora.attach(model, HALF)
+    train(model, 5)
+    assert all(torch.isfinite(value).all() for value in adapter(model).values())
+
+
+def test_permuting_a_layers_gradient_permutes_its_selection(model: PeftModel) -> None:
+    """Through the whole machinery: the gradient of `up_proj` is permuted on its way into the graft."""
+    name = "base_model.model.model.layers.1.mlp.up_proj"
+    base = model.get_submodule(name).get_base_layer()
+    base.weight.data.fill_(0.1)  # so that the gradient alone decides
+    permutation = torch.randperm(80)
+    chosen = []
+    for permute in (False, True):
+        twin = copy.deepcopy(model)
+        celora.attach(twin, CELoraConfig(keep_ratio=0.5, rank=0))
+
+        def reorder(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            output = output.view_as(output)
+            output.register_hook(lambda g: g[..., permutation])
+            return output
+
+        if permute:
+            twin.get_submodule(name).get_base_layer().register_forward_hook(reorder)
+        train(twin, 1)
+        estimator = require(twin).grafts[name].estimator
+        assert isinstance(estimator, Columns)
+        assert estimator.index is not None
+        chosen.append(set(estimator.index.tolist()))
+    assert chosen[0] != chosen[1]
+    assert {int(permutation[i]) for i in chosen[1]} == chosen[0]
+
+
+def test_clear_errors(model: PeftModel) -> None:
+    with pytest.raises(CELoraError, match="unknown preset 'papper'; did you mean 'paper'"):
+        celora.attach(model, "papper")
+    with pytest.raises(CELoraError, match=r"rank=49 for a 48 x 48 weight; expected 0 <= rank <= 48"):
+        celora.attach(model, CELoraConfig(rank=49))
+    with pytest.raises(CELoraError, match="no PEFT layers in Linear; add an adapter first"):
+        celora.attach(nn.Linear(2, 2))
+    model.merge_adapter()
+    with pytest.raises(
+        CELoraError, match=r"the adapter is merged into its base .* call model.unmerge_adapter\(\) first"
+    ):
+        celora.attach(model)
+    assert find(model) is None
+
+
+def test_an_override_without_a_layer_is_said(model: PeftModel) -> None:
+    with pytest.warns(UserWarning, match=r"the override '\*.qproj' matches no adapted layer"):
+        celora.attach(model, CELoraConfig(rank=2, overrides={"*.qproj": {"estimator": "dense"}}))
+
+
+def test_importing_celora_changes_nothing() -> None:
+    """In a process of its own, without network, and with nothing of torch or PEFT replaced."""
+    script = """
+import socket, sys
+import peft, torch, transformers
+from torch.optim import optimizer
+def state():
+    classes = [torch.nn.Linear, torch.nn.Module, peft.tuners.lora.Linear, transformers.Trainer, torch.autograd.Function]
+    return [{k: id(v) for k, v in vars(c).items()} for c in classes], len(optimizer._global_optimizer_post_hooks)
+def refuse(*_): raise AssertionError("network")
+socket.socket.connect = refuse
+before, rng = state(), torch.get_rng_state()
+import celora
+assert state() == before and torch.get_rng_state().equal(rng)
+assert not any(name.startswith("celora.train") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

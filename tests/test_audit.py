@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+import celora
+from celora import CELoraConfig, CELoraError
+from celora.attach import require
+from celora.audit import Fidelity
+from conftest import adapter, make_batch, make_model, train
+
+HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=50)
+
+
+def _gradient(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    model.zero_grad()
+    model(**batch).loss.backward()
+    flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).double()
+    model.zero_grad()
+    return flat
+
+
+def test_equals_the_comparison_made_by_hand(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+    celora.attach(model, HALF)
+    train(model, 3)
+    plain = copy.deepcopy(model)
+    celora.detach(plain)
+    estimated, exact = _gradient(model, batch), _gradient(plain, batch)
+    report = celora.audit(model, batch)
+    assert report.cosine == pytest.approx(torch.cosine_similarity(estimated, exact, dim=0).item(), abs=1e-6)
+    assert report.relative_error == pytest.approx(((estimated - exact).norm() / exact.norm()).item(), rel=1e-5)
+    assert report.norm_ratio == pytest.approx((estimated.norm() / exact.norm()).item(), rel=1e-5)
+    assert 0.2 < report.cosine < 0.99
+    assert report.probed == 0
+    assert report.loss == pytest.approx(plain(**batch).loss.item())
+
+
+def test_judges_every_layer_by_its_own_adapter(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+    celora.attach(model, HALF)
+    train(model, 1)
+    report = celora.audit(model, batch)
+    assert set(report.per_layer) == {layer.name for layer in require(model).report.layers}
+    # Nothing is estimated between the loss and the last down projection.
+    assert report.per_layer["base_model.model.model.layers.1.mlp.down_proj"].cosine == pytest.approx(1, abs=1e-9)
+    assert min(f.cosine for f in report.per_layer.values()) < 0.95
+
+
+def test_keeping_everything_audits_as_exact(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+    celora.attach(model, CELoraConfig(keep_ratio=1.0))
+    report = celora.audit(model, batch)
+    assert (report.cosine, report.relative_error, report.norm_ratio) == (pytest.approx(1), 0, 1)
+
+
+def test_leaves_everything_untouched() -> None:
+    audited, left_alone = make_model(lora_dropout=0.2), make_model(lora_dropout=0.2)
+    for model in (audited, left_alone):
+        celora.attach(model, HALF)
+    optimizers = []
+    for model in (audited, left_alone):
+        torch.manual_seed(3)
+        optimizers.append(train(model, 2))
+        model(**make_batch(1)).loss.backward()  # gradients in flight must survive
+    rng, clock = torch.get_rng_state(), require(audited).clock.step
+    modes = [g.mode for g in require(audited).grafts.values()]
+    report = celora.audit(audited, make_batch(5))
+    assert report.cosine < 1
+    assert torch.get_rng_state().equal(rng)
+    assert require(audited).clock.step == clock
+    assert [g.mode for g in require(audited).grafts.values()] == modes
+    for model, optimizer in zip((audited, left_alone), optimizers, strict=True):
+        torch.manual_seed(4)
+        optimizer.step()
+        optimizer.zero_grad()
+        train(model, 3, first=2, optimizer=optimizer)
+    for name, value in adapter(left_alone).items():
+        assert value.equal(adapter(audited)[name])
+
+
+def test_before_the_first_refresh_the_batch_itself_selects(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+    celora.attach(model, HALF)
+    report = celora.audit(model, batch)
+    assert report.probed == len([g for n, g in require(model).grafts.items() if not _blind(n)])
+    assert report.cosine < 0.99
+    assert not any(g.estimator.ready for g in require(model).grafts.values())
+    assert "selection made from this batch" in str(report)
+
+
+def _blind(name: str) -> bool:
+    """Layers whose input is the embedding: they get no gradient to select from."""
+    return any(name.endswith(f"layers.0.self_attn.{kind}") for kind in ("q_proj", "k_proj", "v_proj"))
+
+
+def test_dropout_is_the_same_in_both_passes() -> None:
+    model = make_model(lora_dropout=0.5)
+    celora.attach(model, "off")
+    assert celora.audit(model, make_batch(1)).relative_error == 0
+
+
+def test_a_loss_of_the_users_own(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+    celora.attach(model, HALF)
+    train(model, 1)
+    report = celora.audit(
+        model, {"input_ids": batch["input_ids"]}, loss=lambda m, b: m(**b).logits.float().square().mean()
+    )
+    assert 0 < report.cosine < 1
+
+
+def test_clear_errors(model: PeftModel, batch: dict[str, Any]) -> None:
+    with pytest.raises(CELoraError, match=r"celora is not attached to this model; call celora.attach\(model\) first"):
+        celora.audit(model, batch)
+    celora.attach(model, HALF)
+    with pytest.raises(CELoraError, match="returned no loss for this batch; add labels"):
+        celora.audit(model, {"input_ids": batch["input_ids"]})
+    model.requires_grad_(False)
+    with pytest.raises(CELoraError, match="no trainable parameters"):
+        celora.audit(model, batch)
+
+
+def test_fidelity_of_zero_gradients() -> None:
+    zero, one = torch.zeros(2), torch.ones(2)
+    assert Fidelity.of([(zero, zero)]) == Fidelity(1.0, 0.0, 1.0)
+    assert Fidelity.of([(zero, one)]) == Fidelity(0.0, 1.0, 0.0)
+    assert Fidelity.of([(one, zero)]).relative_error == float("inf")

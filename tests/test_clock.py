@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import SGD, Adam
+from torch.optim import optimizer as optim
+
+from celora import clock
+from celora.clock import StepClock
+
+
+class Owner:
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.steps: list[int] = []
+        self.clock = StepClock(self.parameters, self.on_step)
+        self.clock.start()
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.module.parameters()
+
+    def on_step(self, step: int) -> None:
+        self.steps.append(step)
+
+
+def _optimizer(module: nn.Module) -> SGD:
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    return SGD(module.parameters(), lr=0.1)
+
+
+def test_counts_only_the_optimizers_of_its_own_model() -> None:
+    mine, other = Owner(nn.Linear(2, 2)), Owner(nn.Linear(2, 2))
+    optimizer = _optimizer(mine.module)
+    for _ in range(3):
+        optimizer.step()
+    assert mine.steps == [1, 2, 3]
+    assert other.steps == []
+    mine.clock.stop()
+    other.clock.stop()
+
+
+def test_several_optimizers_over_one_model_make_one_step() -> None:
+    owner = Owner(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    first, second = _optimizer(owner.module[0]), _optimizer(owner.module[1])
+    for _ in range(4):
+        first.step()
+        second.step()
+    assert owner.clock.step == 4
+    owner.clock.stop()
+
+
+def test_a_later_optimizer_takes_over() -> None:
+    owner = Owner(nn.Linear(2, 2))
+    first = _optimizer(owner.module)
+    first.step()
+    del first
+    gc.collect()
+    second = Adam(owner.module.parameters())
+    second.step()
+    second.step()
+    assert owner.clock.step == 3
+    owner.clock.stop()
+
+
+def test_replaced_parameters_are_found() -> None:
+    owner = Owner(nn.Linear(2, 2))
+    owner.module.weight = nn.Parameter(torch.zeros(2, 2))  # what sharding does
+    _optimizer(owner.module).step()
+    assert owner.clock.step == 1
+    owner.clock.stop()
+
+
+def test_a_skipped_step_does_not_count() -> None:
+    owner = Owner(nn.Linear(2, 2))
+    optimizer = _optimizer(owner.module)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for value in (1.0, float("inf"), 1.0):
+        scaler.scale(torch.ones((), requires_grad=True)).backward()
+        for p in owner.module.parameters():
+            p.grad = torch.full_like(p, value)
+        scaler.step(optimizer)
+        scaler.update()
+    assert owner.clock.step == 2
+    owner.clock.stop()
+
+
+def test_the_global_hook_lives_as_long_as_the_first_and_last_clock() -> None:
+    before = len(optim._global_optimizer_post_hooks)
+    first, second = Owner(nn.Linear(2, 2)), Owner(nn.Linear(2, 2))
+    assert len(optim._global_optimizer_post_hooks) == before + 1
+    first.clock.stop()
+    assert len(optim._global_optimizer_post_hooks) == before + 1
+    second.clock.stop()
+    assert len(optim._global_optimizer_post_hooks) == before
+
+
+def test_a_dropped_owner_takes_its_clock_along() -> None:
+    owner = Owner(nn.Linear(2, 2))
+    running = len(clock._running)
+    del owner
+    assert len(clock._running) == running - 1

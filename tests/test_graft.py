@@ -1,0 +1,222 @@
+"""The graft alone, on one linear layer: gradients, dtypes, shapes, memory, compile."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from celora import reference
+from celora.estimators import Columns, Dense
+from celora.graft import LayerGraft, Mode, Switch, graft
+
+
+def _linear(out: int = 12, inp: int = 8, *, bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Linear:
+    return nn.Linear(inp, out, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+def _ready(linear: nn.Linear, *, keep_ratio: float = 0.5, rank: int = 2) -> LayerGraft:
+    estimator = Columns(*linear.weight.shape, keep_ratio=keep_ratio, rank=rank)
+    estimator.observe(torch.randn(9, linear.out_features, dtype=linear.weight.dtype), linear.weight)
+    estimator.select()
+    layer = LayerGraft(estimator, Switch())
+    layer.mode = Mode.ESTIMATE
+    return layer
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (8,)])
+@pytest.mark.parametrize("keep", ["dense", "columns"])
+def test_gradcheck_with_everything_kept(bias: bool, shape: tuple[int, ...], keep: str) -> None:
+    linear = _linear(bias=bias)
+    estimator = Dense(12, 8) if keep == "dense" else Columns(12, 8, keep_ratio=1.0, rank=3)
+    layer = LayerGraft(estimator, Switch())
+    layer.mode = Mode.ESTIMATE
+    if bias:
+        linear.bias.requires_grad_(True)
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    def f(x: Tensor, bias: Tensor | None) -> Tensor:
+        return graft(x, nn.functional.linear(x, linear.weight, bias), linear.weight, bias, layer)
+
+    assert torch.autograd.gradcheck(f, (x, linear.bias))
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (1, 1, 8), (8,)])
+def test_a_kept_subset_gives_the_closed_form(shape: tuple[int, ...]) -> None:
+    linear = _linear()
+    layer = _ready(linear)
+    linear.register_forward_hook(layer)
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    y = linear(x)
+    G = torch.randn_like(y)
+    y.backward(G)
+    assert isinstance(layer.estimator, Columns)
+    assert layer.estimator.index is not None
+    assert layer.estimator.factor is not None
+    U, V = layer.estimator.factor
+    expected = reference.double_lora(G.reshape(-1, 12), linear.weight, U, V, layer.estimator.index).reshape(shape)
+    torch.testing.assert_close(x.grad, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", [Mode.OBSERVE, Mode.EXACT])
+@pytest.mark.parametrize("shape", [(5, 33), (2, 3, 33)])
+def test_refresh_and_exact_modes_are_autograd_bit_for_bit(
+    dtype: torch.dtype, mode: Mode, shape: tuple[int, ...]
+) -> None:
+    plain = _linear(20, 33, dtype=dtype)
+    plain.bias.requires_grad_(True)
+    grafted = copy.deepcopy(plain)
+    layer = LayerGraft(Columns(20, 33, keep_ratio=0.5, rank=2), Switch())
+    layer.mode = mode
+    grafted.register_forward_hook(layer)
+    results = []
+    for linear in (plain, grafted):
+        torch.manual_seed(1)
+        x = torch.randn(*shape).to(dtype).requires_grad_()
+        y = linear(x)
+        y.backward(torch.randn(*y.shape).to(dtype))
+        results.append((y.detach(), x.grad, linear.bias.grad))
+    for expected, got in zip(*results, strict=True):
+        assert got.equal(expected)
+
+
+def test_the_forward_is_the_layers_own_and_may_be_changed_in_place() -> None:
+    linear = _linear()
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    expected = linear(x).detach()
+    linear.register_forward_hook(_ready(linear))
+    y = linear(x)
+    assert y.equal(expected)
+    y += 1
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_non_contiguous_gradient_reaches_the_estimator_whole() -> None:
+    linear = _linear()
+    layer = _ready(linear)
+    linear.register_forward_hook(layer)
+    x = torch.randn(4, 6, 8, dtype=torch.float64, requires_grad=True)
+    linear(x).transpose(0, 1).sin().sum().backward()
+    transposed, x.grad = x.grad, None
+    linear(x).sin().sum().backward()
+    torch.testing.assert_close(x.grad, transposed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_inputs_dtype(dtype: torch.dtype) -> None:
+    linear = _linear(dtype=torch.float32)
+    layer = _ready(linear)
+    linear.register_forward_hook(layer)
+    x = torch.randn(5, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        y = linear(x)
+        y.sum().backward()  # inside the context, where matrix products would be cast
+    assert y.dtype == dtype
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    G = torch.ones(5, 12)
+    assert isinstance(layer.estimator, Columns)
+    torch.testing.assert_close(x.grad, layer.estimator.estimate(G, linear.weight), rtol=2e-2, atol=2e-2)
+
+
+def test_a_refresh_inside_autocast_factors_in_full_precision() -> None:
+    linear = _linear(dtype=torch.float32)
+    layer = LayerGraft(Columns(12, 8, keep_ratio=0.5, rank=2), Switch())
+    linear.register_forward_hook(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        linear(torch.randn(5, 8, requires_grad=True)).sum().backward()
+    layer.estimator.select()
+    assert layer.estimator.ready
+
+
+@pytest.mark.parametrize("case", ["no_grad", "frozen input", "trained weight", "switched off", "exact"])
+def test_falls_back_to_plain_autograd(case: str) -> None:
+    linear = _linear()
+    layer = _ready(linear)
+    linear.register_forward_hook(layer)
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=case != "frozen input")
+    if case == "trained weight":
+        linear.weight.requires_grad_(True)
+    if case == "switched off":
+        layer.switch.on = False
+    if case == "exact":
+        layer.mode = Mode.EXACT
+    with torch.set_grad_enabled(case != "no_grad"):
+        y = linear(x)
+    assert "Graft" not in type(y.grad_fn).__name__
+    if case == "trained weight":
+        y.sum().backward()
+        torch.testing.assert_close(linear.weight.grad, torch.ones(5, 12, dtype=torch.float64).T @ x)
+
+
+def test_saves_nothing_for_backward_that_the_layer_does_not() -> None:
+    linear = _linear()
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+
+    def saved() -> int:
+        total = 0
+
+        def pack(t: Tensor) -> Tensor:
+            nonlocal total
+            total += t.numel() * t.element_size()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            linear(x)
+        return total
+
+    plain = saved()
+    linear.register_forward_hook(_ready(linear))
+    assert plain > 0
+    assert saved() <= plain
+
+
+def test_the_measured_error_is_that_of_the_selection_in_use() -> None:
+    linear = _linear()
+    layer = _ready(linear)
+    G = torch.randn(7, 12, dtype=torch.float64)
+    estimate = layer.grad_input(G, linear.weight, Mode.ESTIMATE)
+    exact = layer.grad_input(G, linear.weight, Mode.OBSERVE)
+    assert layer.squared_error is not None
+    assert layer.squared_norm is not None
+    measured = (layer.squared_error / layer.squared_norm).sqrt().item()
+    assert measured == pytest.approx(((estimate - exact).norm() / exact.norm()).item(), rel=1e-5)
+
+
+def test_copies_of_a_part_are_exact() -> None:
+    linear = _linear()
+    layer = _ready(linear)
+    linear.register_forward_hook(layer)
+    for copied in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+        copied(x).sum().backward()
+        torch.testing.assert_close(x.grad, torch.ones(5, 12, dtype=torch.float64) @ linear.weight)
+    assert layer.switch.on
+
+
+# Dynamo instantiates the Function class while it traces one, which torch itself warns about.
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
+def test_compiles_to_one_graph_a_mode_without_breaks() -> None:
+    linear = _linear(dtype=torch.float32)
+    layer = LayerGraft(Columns(12, 8, keep_ratio=0.5, rank=2), Switch())
+    linear.register_forward_hook(layer)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    for step in range(6):
+        layer.mode = Mode.OBSERVE if step % 3 == 0 else Mode.ESTIMATE
+        x = torch.randn(5, 8, requires_grad=True)
+        G = torch.randn(5, 12)
+        compiled(x).backward(G)
+        expected = layer.estimator.estimate(G, linear.weight) if step % 3 else G @ linear.weight
+        torch.testing.assert_close(x.grad, expected)
+        if step % 3 == 0:
+            layer.estimator.select()
+    assert counters["stats"]["unique_graphs"] == 2

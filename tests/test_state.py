@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import celora
+from celora import CELoraConfig, CELoraError
+from celora.attach import require
+from celora.state import STATE_NAME
+from conftest import adapter, make_model, train
+
+HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=4)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6])
+def test_a_resumed_run_equals_an_uninterrupted_one(stop: int, tmp_path: Path) -> None:
+    whole = make_model()
+    celora.attach(whole, HALF)
+    train(whole, 10)
+
+    first = make_model()
+    celora.attach(first, HALF)
+    optimizer = train(first, stop)
+    celora.save_state(first, tmp_path)
+
+    second = make_model()
+    celora.attach(second, HALF)
+    second.load_state_dict(first.state_dict())
+    resumed = torch.optim.AdamW([p for p in second.parameters() if p.requires_grad], lr=1e-2)
+    resumed.load_state_dict(optimizer.state_dict())
+    celora.load_state(second, tmp_path)
+    assert require(second).clock.step == stop
+    train(second, 10 - stop, first=stop, optimizer=resumed)
+    for name, value in adapter(whole).items():
+        assert value.equal(adapter(second)[name])
+
+
+def test_only_the_step_and_the_selections_are_written(model: PeftModel, tmp_path: Path) -> None:
+    celora.attach(model, HALF)
+    train(model, 2)
+    assert celora.save_state(model, tmp_path) == tmp_path / STATE_NAME
+    assert [p.name for p in tmp_path.iterdir()] == [STATE_NAME]
+    state = load_file(tmp_path / STATE_NAME)
+    assert state["step"].item() == 2
+    assert state["base_model.model.model.layers.1.mlp.up_proj:index"].shape == (40,)
+
+
+def test_clear_errors(model: PeftModel, tmp_path: Path) -> None:
+    with pytest.raises(CELoraError, match="celora is not attached"):
+        celora.save_state(model, tmp_path)
+    celora.attach(model, HALF)
+    with pytest.raises(CELoraError, match=f"no {STATE_NAME} in"):
+        celora.load_state(model, tmp_path)
+    (tmp_path / STATE_NAME).write_bytes(b"not a tensor file")
+    with pytest.raises(CELoraError, match="is damaged"):
+        celora.load_state(model, tmp_path)
+    save_file({"other": torch.ones(1)}, tmp_path / STATE_NAME)
+    with pytest.raises(CELoraError, match="which is not estimated in this model"):
+        celora.load_state(model, tmp_path)
+    save_file({}, tmp_path / STATE_NAME)
+    with pytest.raises(CELoraError, match="holds no step count"):
+        celora.load_state(model, tmp_path)
+
+
+def test_another_configuration_is_refused_and_nothing_is_lost(model: PeftModel, tmp_path: Path) -> None:
+    celora.attach(model, HALF)
+    train(model, 2)
+    celora.save_state(model, tmp_path)
+    celora.attach(model, CELoraConfig(keep_ratio=0.25, rank=4))
+    with pytest.raises(CELoraError, match="does not fit a layer that keeps"):
+        celora.load_state(model, tmp_path)
+    assert require(model).clock.step == 0
