@@ -89,6 +89,7 @@ def test_a_skipped_step_does_not_count() -> None:
 
 
 def test_the_global_hook_lives_as_long_as_the_first_and_last_clock() -> None:
+    gc.collect()
     before = len(optim._global_optimizer_post_hooks)
     first, second = Owner(nn.Linear(2, 2)), Owner(nn.Linear(2, 2))
     assert len(optim._global_optimizer_post_hooks) == before + 1
@@ -99,7 +100,9 @@ def test_the_global_hook_lives_as_long_as_the_first_and_last_clock() -> None:
 
 
 def test_a_dropped_owner_takes_its_clock_along() -> None:
+    running, hooks = len(clock._running), len(optim._global_optimizer_post_hooks)
     owner = Owner(nn.Linear(2, 2))
-    running = len(clock._running)
+    assert len(clock._running) == running + 1
     del owner
-    assert len(clock._running) == running - 1
+    assert len(clock._running) == running
+    assert len(optim._global_optimizer_post_hooks) == hooks

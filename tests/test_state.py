@@ -39,14 +39,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stop: int, tmp_path: Path) ->
         assert value.equal(adapter(second)[name])
 
 
-def test_only_the_step_and_the_selections_are_written(model: PeftModel, tmp_path: Path) -> None:
+def test_what_is_written(model: PeftModel, tmp_path: Path) -> None:
     celora.attach(model, HALF)
-    train(model, 2)
+    train(model, 6)
     assert celora.save_state(model, tmp_path) == tmp_path / STATE_NAME
     assert [p.name for p in tmp_path.iterdir()] == [STATE_NAME]
     state = load_file(tmp_path / STATE_NAME)
-    assert state["step"].item() == 2
+    assert state["step"].item() == 6
     assert state["base_model.model.model.layers.1.mlp.up_proj:index"].shape == (40,)
+    errors = require(model).relative_errors
+    assert errors
+    celora.attach(model, "off")
+    celora.attach(model, HALF)
+    celora.load_state(model, tmp_path)
+    assert require(model).relative_errors == errors
+    assert require(model).refreshes == 2
 
 
 def test_clear_errors(model: PeftModel, tmp_path: Path) -> None:

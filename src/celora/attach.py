@@ -98,7 +98,6 @@ class Attachment:
         self.report = report
         self.switch = Switch()
         self.grafts: dict[str, LayerGraft] = {}
-        self.refreshes = 0
         self.relative_errors: dict[str, Tensor] = {}
         self._bind(model, step=0)
 
@@ -107,6 +106,11 @@ class Attachment:
         self._model = weakref.ref(model)
         self.clock = StepClock(self.parameters, self._on_step, step=step)
         self.clock.start()
+
+    @property
+    def refreshes(self) -> int:
+        """How many refresh steps have been finished."""
+        return -(-self.clock.step // self.config.refresh_every)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         model = self._model()
@@ -134,7 +138,6 @@ class Attachment:
     @torch.no_grad()
     def _on_step(self, step: int) -> None:
         """End the refresh that the finished step was, if it was one, and set every layer's mode for step `step`."""
-        self.refreshes += self._due(step - 1)
         for name, graft in self.grafts.items():
             if graft.mode is Mode.OBSERVE:
                 graft.estimator.select()
@@ -145,12 +148,9 @@ class Attachment:
 
     def set_modes(self, step: int) -> None:
         """Refresh at steps 0, tau, 2 tau, ..., and wherever a layer has nothing selected yet."""
-        due = self._due(step)
+        due = step % self.config.refresh_every == 0
         for graft in self.grafts.values():
             graft.mode = Mode.OBSERVE if due or not graft.estimator.ready else Mode.ESTIMATE
-
-    def _due(self, step: int) -> bool:
-        return step % self.config.refresh_every == 0
 
 
 def attach(model: nn.Module, config: str | CELoraConfig = "paper") -> AttachReport:

@@ -45,16 +45,14 @@ class StepClock:
         """Begin to listen."""
         global _handle
         _running.add(self)
+        weakref.finalize(self, _release_hook).atexit = False
         if _handle is None:
             _handle = register_optimizer_step_post_hook(_tell_clocks)
 
     def stop(self) -> None:
-        """Stop listening; the last clock to stop takes the global hook away."""
-        global _handle
+        """Stop listening; the last clock to stop, or to be dropped, takes the global hook away."""
         _running.discard(self)
-        if _handle is not None and not len(_running):
-            _handle.remove()
-            _handle = None
+        _release_hook()
 
     def advance(self) -> None:
         """Count one step by hand, for engines whose optimizer holds none of the model's own parameters."""
@@ -79,3 +77,10 @@ class StepClock:
 def _tell_clocks(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     for clock in list(_running):
         clock._saw(optimizer)
+
+
+def _release_hook() -> None:
+    global _handle
+    if _handle is not None and not any(True for _ in _running):  # len() would count clocks that are just dying
+        _handle.remove()
+        _handle = None

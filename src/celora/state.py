@@ -14,10 +14,11 @@ from celora.attach import require
 from celora.errors import CELoraError
 
 STATE_NAME = "celora_state.safetensors"
+_ERROR = "relative_error"
 
 
 def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write the step count and every layer's selection to `celora_state.safetensors` in `folder`.
+    """Write the step count and every layer's selection and last measured error to `celora_state.safetensors` in `folder`.
 
     Call it between optimizer steps. Factors are not written: they follow from the weights and the seed.
     """
@@ -25,6 +26,7 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     state: dict[str, Tensor] = {"step": torch.tensor(attachment.clock.step)}
     for name, graft in attachment.grafts.items():
         state |= {f"{name}:{key}": value.contiguous() for key, value in graft.estimator.state_dict().items()}
+    state |= {f"{name}:{_ERROR}": error for name, error in attachment.relative_errors.items()}
     target = Path(folder) / STATE_NAME
     temporary = target.with_name(target.name + ".tmp")
     save_file(state, temporary)
@@ -55,8 +57,10 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         layers[name][field] = value
     if step < 0:
         raise CELoraError(f"{file} holds no step count; it was not made by celora.save_state.")
+    errors = {name: of.pop(_ERROR) for name, of in layers.items() if _ERROR in of}
     device = next((p.device for p in attachment.parameters()), torch.device("cpu"))
     for name, graft in attachment.grafts.items():
         graft.estimator.load_state_dict({key: value.to(device) for key, value in layers[name].items()})
+    attachment.relative_errors = {name: error.to(device) for name, error in errors.items()}
     attachment.clock.step = step
     attachment.set_modes(step)

@@ -1,0 +1,183 @@
+"""The command line. It parses, prints and sets the exit status; what the commands do is in `celora.train`.
+
+Bad input is one line on stderr and status 2, Ctrl-C is status 130; a traceback always means a bug. The training
+stack is imported inside the commands, so that `celora --help` need not wait for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from celora.errors import CELoraError
+
+app = typer.Typer(
+    help="Cheaper LoRA fine-tuning: estimate the one expensive product of the backward pass, and see what it cost you.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+TRAIN_HELP = """Fine-tune MODEL on DATA with LoRA and an estimated backward.
+
+\b
+Examples:
+  celora train --model HuggingFaceTB/SmolLM2-135M-Instruct --data chats.jsonl --output out
+  celora train --model ./model --data rows.csv --output out --max_steps 200 --learning_rate 1e-4 --lora_r 32
+  celora train --config run.yaml --preset off --output plain      # flags win over the file
+  celora train --output out --resume                              # after Ctrl-C or a crash
+
+Every field of TRL's SFTConfig and the LoRA fields of its ModelConfig are accepted under their own names, here and in
+the YAML file (--bf16 false, --per-device-train-batch-size 4). --help-all lists them, with the defaults that differ from
+TRL's and why."""
+
+AUDIT_HELP = """Compare the estimated LoRA gradient with the exact one on a batch of your own rows.
+
+\b
+Examples:
+  celora audit --model ./model --data chats.jsonl
+  celora audit --model ./model --data chats.jsonl --adapter out --rows 16 --json"""
+
+Model = Annotated[str | None, typer.Option("--model", help="Hugging Face name or local folder.")]
+Data = Annotated[
+    str | None, typer.Option("--data", help=".jsonl, .json, .csv or .parquet file, a folder, or a hub data set.")
+]
+Preset = Annotated[str | None, typer.Option("--preset", help="paper (default) or off.")]
+Config = Annotated[
+    str | None, typer.Option("--config", help="YAML file; a celora: mapping in it holds CELoraConfig fields.")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"celora {metadata.version('celora')}")
+        raise typer.Exit
+
+
+def _help_all(asked: bool) -> None:
+    if asked:
+        from celora.train.fields import help_all
+
+        typer.echo(help_all())
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(help=TRAIN_HELP, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    model: Model = None,
+    data: Data = None,
+    output: Annotated[
+        str | None, typer.Option("--output", help="Folder for adapter, checkpoints, metrics, report.")
+    ] = None,
+    preset: Preset = None,
+    config: Config = None,
+    eval_data: Annotated[str | None, typer.Option("--eval-data", "--eval_data", help="Rows to evaluate on.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
+    help_all: Annotated[
+        bool, typer.Option("--help-all", callback=_help_all, is_eager=True, help="List every name.")
+    ] = False,
+) -> None:
+    from celora.train.arguments import parse
+
+    own = {"model": model, "data": data, "output": output, "preset": preset, "config": config, "eval_data": eval_data}
+    request = parse(context.args, own | {"resume": resume, "overwrite": overwrite, "quiet": quiet})
+    from celora.train.run import train as run
+
+    result = run(request)
+    if result.status == "interrupted":
+        raise typer.Exit(130)
+    if not request.options.quiet:
+        loss = result.summary.get("loss")
+        shown = "" if loss is None else f"  loss {loss:.4f}"
+        typer.echo(f"{result.status}: step {result.step}{shown}  {result.summary['seconds']:.1f} s  {result.output}")
+
+
+@app.command(help=AUDIT_HELP, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def audit(
+    context: typer.Context,
+    model: Model = None,
+    data: Data = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="Folder of a trained adapter; a new one without it.")
+    ] = None,
+    preset: Preset = None,
+    config: Config = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows in the batch.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    from celora.train.arguments import parse
+
+    # Nothing is written: audit shares train's arguments, and so its tokenisation, but not its output folder.
+    own = {"model": model, "data": data, "preset": preset, "config": config, "output": "celora-audit"}
+    request = parse(context.args, own)
+    from celora.train.run import audit_model
+
+    report = audit_model(request, rows=rows, adapter=Path(adapter) if adapter else None)
+    typer.echo(json.dumps(_plain(report), indent=2) if as_json else str(report))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", help="Folder for the runs and the report.")] = Path("celora-demo"),
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each contender.")] = 1,
+) -> None:
+    """LoRA and celora side by side, offline: a real small model on real data, minutes on a laptop CPU."""
+    from celora.train.demo import run_demo
+
+    run_demo(output, seeds=seeds)
+
+
+def _plain(report: Any) -> dict[str, Any]:
+    fields = dataclasses.asdict(report)
+    fields["per_layer"] = {str(name): value for name, value in fields["per_layer"].items()}
+    return fields
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point: run a command and return its exit status."""
+    try:
+        # typer's own handling prints usage walls; ours is one line whatever the mistake.
+        status = typer.main.get_command(app).main(
+            list(sys.argv[1:] if arguments is None else arguments), prog_name="celora", standalone_mode=False
+        )
+    except CELoraError as error:
+        return _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted", err=True)
+        return 130
+    except Exception as error:
+        # Usage errors of click, which typer vendors in some versions and imports in others.
+        if hasattr(error, "format_message"):
+            return _fail(str(error.format_message()))
+        raise
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str) -> int:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The training application: data, run, checkpoints and report, built on TRL's SFTTrainer."""

@@ -1,0 +1,186 @@
+"""The arguments of a run: one flat mapping of names to raw values, checked and completed into one `TrainRequest`.
+
+The mapping comes from an earlier run (with --resume), a YAML file and flags; the later wins. From Python it is given
+directly: `make_request({"model": ..., "data": ..., "output": ..., "max_steps": 40})`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from celora.config import PRESETS, CELoraConfig, balanced_rank, resolve
+from celora.errors import CELoraError, unknown
+from celora.train.fields import DEFAULTS, RunOptions, convert, known_fields, known_name, read_flags
+from celora.train.folder import OutputFolder
+
+DEFAULT_PRESET = "paper"
+
+# Presets that share LoRA's memory between adapter and frozen factor, r = r0 = floor(7/8 lora_r), as published.
+BALANCED = frozenset({"paper"})
+
+# What --resume may change; anything else would make the rest of the run a different run.
+RESUMABLE = ("max_steps", "num_train_epochs", "quiet", "report_to", "run_name", "log_level", "disable_tqdm")
+RESUMABLE_PREFIXES = ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_num_", "dataloader_pin_", "hub_")
+
+
+def read_yaml(path: str | Path) -> dict[str, object]:
+    """A YAML file as a raw mapping; a saved celora_config.json counts as its `celora:` part."""
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CELoraError(f"cannot read --config {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise CELoraError(f"--config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise CELoraError(
+            f"--config {str(path)!r} holds a {type(document).__name__}; expected a mapping of names to values"
+        )
+    fields = {f.name for f in dataclasses.fields(CELoraConfig)}
+    if {"estimator", "keep_ratio"} & set(document) and set(document) <= fields:
+        return {"celora": document}
+    return {
+        known_name(str(key).replace("-", "_"), f"key {str(key)!r} in {path}"): value for key, value in document.items()
+    }
+
+
+def estimator_config(preset: str | None, mapping: Mapping[str, object] | None, lora_r: int) -> tuple[CELoraConfig, int]:
+    """The CELoraConfig and the rank that trains, from a preset, from CELoraConfig fields, or both: fields win."""
+    if preset is not None and preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    if preset is None and mapping:
+        return CELoraConfig.from_dict(dict(mapping)), lora_r
+    preset = preset or DEFAULT_PRESET
+    config, r = resolve(preset), lora_r
+    if preset in BALANCED and "rank" not in (mapping or {}):
+        r = balanced_rank(lora_r)
+        config = CELoraConfig.from_dict({**config.to_dict(), "rank": r})
+    if mapping:
+        config = CELoraConfig.from_dict({**config.to_dict(), **mapping})
+    return config, r
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Everything one training run needs. `given` is what was asked for, `train` and `lora` are what that came to."""
+
+    model: str
+    data: str
+    output: Path
+    preset: str | None
+    config: CELoraConfig
+    r: int
+    options: RunOptions
+    train: dict[str, Any]
+    lora: dict[str, Any]
+    given: dict[str, Any]
+
+    @property
+    def lora_r(self) -> int:
+        """The rank that was asked for; `r` is the one that trains."""
+        return int(self.lora["lora_r"])
+
+
+def make_request(raw: Mapping[str, object]) -> TrainRequest:
+    """Check and complete a raw mapping (flags, YAML, or a dict from Python)."""
+    known = known_fields()
+    names = {name: known_name(name, f"name {name!r}") for name in raw}
+    values: dict[str, Any] = {names[name]: convert(known[names[name]], value) for name, value in raw.items()}
+    for name in ("model", "data", "output"):
+        if not values.get(name):
+            raise CELoraError(f"--{name} is missing; give --model MODEL --data DATA --output DIR")
+    if values.get("trust_remote_code"):
+        raise CELoraError("trust_remote_code is refused: celora never runs code that comes with a model")
+    if values.get("use_peft") is False:
+        raise CELoraError("use_peft=False; celora trains LoRA adapters only. Use `trl sft` for full fine-tuning")
+    if values.get("resume_from_checkpoint"):
+        raise CELoraError("resume_from_checkpoint is not used here; give --resume to continue the run in --output")
+    if values.get("resume") and values.get("overwrite"):
+        raise CELoraError("--resume and --overwrite exclude each other")
+
+    given: dict[str, Any] = {
+        name: _absolute(name, value) for name, value in values.items() if name not in ("resume", "overwrite", "config")
+    }
+    defaults = {name: value for name, (value, _) in DEFAULTS.items()} | device_defaults(values)
+    merged = {name: f.default for name, f in known.items() if f.owner == "lora"} | defaults | values
+    options = RunOptions(**{f.name: values[f.name] for f in dataclasses.fields(RunOptions) if f.name in values})
+    lora = {name: merged[name] for name, f in known.items() if f.owner == "lora"}
+    if not isinstance(lora["lora_r"], int) or lora["lora_r"] < 1:
+        raise CELoraError(f"lora_r={lora['lora_r']}; expected a whole number >= 1")
+    train = {name: value for name, value in merged.items() if known[name].owner == "train"}
+    if "include_num_input_tokens_seen" not in values and (train.get("packing") or train.get("padding_free")):
+        train["include_num_input_tokens_seen"] = "all"  # nothing is padded then, and pad may be a real token (eos)
+    config, r = estimator_config(options.preset, options.celora, lora["lora_r"])
+    preset = options.preset or (None if options.celora else DEFAULT_PRESET)
+    output = Path(values["output"]).expanduser()
+    return TrainRequest(given["model"], given["data"], output, preset, config, r, options, train, lora, given)
+
+
+def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> TrainRequest:
+    """Flags (and options already parsed by the command line) to a request; --config and --resume add what they hold."""
+    flags = {name: value for name, value in (own or {}).items() if value not in (None, False)} | read_flags(tokens)
+    if isinstance(named := flags.get("config"), list):
+        raise CELoraError(f"--config takes one file, got {len(named)}")
+    raw = (read_yaml(str(named)) if named else {}) | flags
+    if not (raw.get("resume") and raw.get("output")):
+        return make_request(raw)
+    before = OutputFolder(Path(str(raw["output"])).expanduser()).resumable()
+    request = make_request(before["given"] | raw)
+    _check_same_run(before, request)
+    return request
+
+
+def _check_same_run(before: Mapping[str, Any], request: TrainRequest) -> None:
+    """Refuse to resume with an argument that would make the rest a different run."""
+    settled = before["train"] | before["lora"] | before["given"]
+    changed = {
+        name: (settled.get(name), value)
+        for name, value in request.given.items()
+        if not (name in RESUMABLE or name.startswith(RESUMABLE_PREFIXES) or name in ("output", "preset", "celora"))
+        and settled.get(name) != value
+    }
+    if (before["config"], before["r"]) != (request.config.to_dict(), request.r):
+        changed["the estimator's configuration"] = (before["preset"], request.preset)
+    for name, (old, new) in changed.items():
+        raise CELoraError(f"--resume cannot change {name} ({old!r} -> {new!r}); start a new run instead")
+
+
+def _absolute(name: str, value: object) -> object:
+    """Local paths are stored whole, so that --resume works from another folder; hub names stay as they are."""
+    local = name in ("model", "data", "eval_data", "output") and isinstance(value, str)
+    path = Path(str(value)).expanduser()
+    return str(path.resolve()) if local and (name == "output" or path.exists()) else value
+
+
+def device_defaults(values: Mapping[str, object]) -> dict[str, object]:
+    """Defaults that depend on the machine; a CPU run stays in the model's own dtype."""
+    import torch
+
+    cuda = torch.cuda.is_available() and not values.get("use_cpu")
+    bf16 = cuda and torch.cuda.is_bf16_supported() and not values.get("fp16")
+    return {"use_cpu": not torch.cuda.is_available(), "bf16": bf16, "dataloader_pin_memory": cuda}
+
+
+def sft_config(request: TrainRequest) -> Any:
+    """TRL's SFTConfig for this run. Built late: constructing one resets Accelerate's process-wide state."""
+    from trl import SFTConfig
+
+    train = dict(request.train)
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")
+        if new in known_fields() and old in train:
+            # transformers renamed these and warns about the old names, even when they say "off".
+            train[new], train[old] = train.get(new, train[old]), None
+    try:
+        return SFTConfig(
+            output_dir=str(request.output), disable_tqdm=True, **{k: v for k, v in train.items() if k != "disable_tqdm"}
+        )
+    except ValueError as error:
+        raise CELoraError(" ".join(str(error).split())) from error

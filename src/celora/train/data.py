@@ -1,0 +1,396 @@
+"""Any of the four row shapes, from any of the usual places, into what TRL's SFTTrainer takes.
+
+Readers turn a file into pairs (place, row), a place being `data.jsonl:17`. One function turns a row into its shape, or
+says in one line what is wrong with it and where. `datasets` streams the result into an Arrow file: memory stays flat.
+The cache key holds size and times of every source file, so a changed file is never served stale. Files are read as
+strict text or Parquet: nothing is unpickled, no code comes with the data.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import json
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+import datasets
+import pyarrow.parquet  # type: ignore[import-untyped]
+
+from celora.errors import CELoraError, unknown
+
+SHAPES: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt + completion": ("prompt", "completion"),
+    "instruction (+ input) + output": ("instruction", "output"),
+    "text": ("text",),
+}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "eval")}
+_COLUMNS = [*dict.fromkeys(column for columns in SHAPES.values() for column in columns), "input"]
+_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
+_KNOWN_SHAPES = f"a row has {', or '.join(SHAPES)}"
+
+Row = Mapping[str, Any]
+Placed = Iterator[tuple[str, Row]]
+
+
+def load_rows(
+    source: str | Path,
+    *,
+    split: str = "train",
+    chat: bool,
+    limit: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> datasets.Dataset:
+    """The rows of `source`, all of one shape, with the columns that SFTTrainer expects and no others.
+
+    `source` is a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of such files, or the name of a hub data set. A
+    file is taken whole, whatever `split` says. In a folder the files named like the split (`test.jsonl`,
+    `test-00000-of-00002.parquet`) are taken in name order; for `train`, where there are none, all that are not named
+    like another split. A `.json` or `.jsonl` file holds one row per line, or one list of rows.
+
+    The first row decides the shape: `messages`; `prompt` + `completion`, strings or message lists; `instruction`
+    (+ `input`) + `output`, which becomes a prompt and a completion, as message lists if `chat`; `text`. At most `limit`
+    rows are read. Memory stays flat, but for a JSON list, which is held as text.
+
+    Raises CELoraError, in one line with file and line, for anything that cannot be read or understood as such rows.
+    """
+    if limit is not None and limit < 1:
+        raise CELoraError(f"limit={limit}; expected at least 1 row, or None for all.")
+    files = _files(source, split)
+    stamps = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files for s in [f.stat()]]
+    hub = None if files else _hub(str(source), split)
+    # This file is part of the key, so that rows cached by another version of it are not taken for rows of this one.
+    key = hashlib.sha256(repr((stamps, Path(__file__).read_bytes())).encode()).hexdigest()
+    try:
+        return datasets.Dataset.from_generator(
+            _generate,
+            gen_kwargs={
+                "name": str(source),
+                "files": tuple(str(file) for file in files),
+                "hub": hub,
+                "chat": chat,
+                "limit": limit,
+                "key": key,
+            },
+            cache_dir=None if cache_dir is None else str(cache_dir),
+        )
+    except Exception as error:
+        # datasets wraps what a generator raises; the one line inside is what the user should see.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, CELoraError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+def _generate(
+    name: str, files: tuple[str, ...], hub: datasets.Dataset | None, chat: bool, limit: int | None, key: str
+) -> Iterator[dict[str, Any]]:
+    placed = (
+        (pair for file in files for pair in _READERS[Path(file).suffix.lower()](Path(file)))
+        if hub is None
+        else ((f"{name}, row {number}", row) for number, row in enumerate(hub, 1))
+    )
+    shape = first = start = None
+    for place, row in islice(placed, limit):
+        found = _shape(place, row, prefer=shape)
+        example = _example(place, row, found, chat)
+        this = f"{found} as {'lists' if isinstance(next(iter(example.values())), list) else 'strings'}"
+        if first is None:
+            shape, first, start = found, this, place
+        elif this != first:
+            _fail(place, f"this row is {this}, the first one ({start}) is {first}; keep one shape per data set")
+        yield example
+    if first is None:
+        raise CELoraError(f"{name}: no rows; expected at least one: {_KNOWN_SHAPES}.")
+
+
+# --- one row ---------------------------------------------------------------------------------------------------------
+
+
+def _shape(place: str, row: Row, prefer: str | None) -> str:
+    """The name of the row's shape; a row with the columns of several has the preferred one, then the first."""
+    present = {column for column, value in row.items() if value is not None}
+    fitting = [shape for shape, columns in SHAPES.items() if present.issuperset(columns)]
+    if not fitting:
+        _fail(place, _no_shape(row))
+    return prefer if prefer in fitting else fitting[0]
+
+
+def _example(place: str, row: Row, shape: str, chat: bool) -> dict[str, Any]:
+    if shape == "messages":
+        return {"messages": _messages(place, "messages", row["messages"])}
+    if shape == "text":
+        return {"text": _text(place, "text", row["text"])}
+    if shape == "prompt + completion":
+        lists = [isinstance(row[column], list) for column in ("prompt", "completion")]
+        if lists[0] != lists[1]:
+            _fail(place, "'prompt' and 'completion' differ in kind; give two strings or two message lists")
+        check: Callable[[str, str, Any], Any] = _messages if lists[0] else _text
+        return {c: check(place, c, row[c]) for c in ("prompt", "completion")}
+    prompt = _text(place, "instruction", row["instruction"])
+    if row.get("input") not in (None, ""):
+        prompt += "\n\n" + _text(place, "input", row["input"])
+    completion = _text(place, "output", row["output"])
+    if not chat:
+        return {"prompt": prompt, "completion": completion}
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "completion": [{"role": "assistant", "content": completion}],
+    }
+
+
+def _no_shape(row: Row) -> str:
+    nulls = [column for column in _COLUMNS if column != "input" and column in row and row[column] is None]
+    if nulls:
+        return f"{nulls[0]!r} is null; expected a value. Fill it in or drop the row; {_KNOWN_SHAPES}"
+    missing = [column for column in _COLUMNS if column not in row]
+    near = {c: difflib.get_close_matches(c.lower(), missing, n=1) for c in row if c not in _COLUMNS}
+    hints = [f"{match[0]!r} for {column!r}" for column, match in near.items() if match]
+    hint = f" Did you mean {' and '.join(hints)}?" if hints else ""
+    return f"columns {', '.join(map(repr, row)) or '(none)'} are no known row; {_KNOWN_SHAPES}.{hint}"
+
+
+def _text(place: str, column: str, value: Any) -> str:
+    if not isinstance(value, str):
+        came = "null" if value is None else type(value).__name__
+        _fail(place, f"{column!r} is {came} {'' if value is None else reprlib.repr(value)}; expected a string")
+    if not value.strip():
+        _fail(place, f"{column!r} is empty; expected some text. Fill it in or drop the row")
+    if "\0" in value or re.search("[\ud800-\udfff]", value):
+        _fail(place, f"{column!r} holds a NUL or half a surrogate pair; expected text. Clean the row")
+    text: str = value
+    return text
+
+
+def _messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
+    expected = "expected a list of {'role': ..., 'content': ...}"
+    if not isinstance(value, list) or not value:
+        _fail(place, f"{column!r} is {reprlib.repr(value)}; {expected}")
+    messages = []
+    for number, message in enumerate(value):
+        label = f"{column}[{number}]"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            keys = f"keys {', '.join(map(repr, message))}" if isinstance(message, dict) else reprlib.repr(message)
+            _fail(place, f"{label} has {keys}; {expected}")
+        role = _text(place, f"{label}.role", message["role"])
+        if role not in ROLES:
+            _fail(place, f"{label}.role is {role!r}; expected one of {', '.join(ROLES)}")
+        content = message["content"]
+        # An empty system message switches a chat template's default one off; any other empty message is a mistake.
+        if not (role == "system" and content == ""):
+            content = _text(place, f"{label}.content", content)
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+# --- readers ---------------------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines, ends included; without a byte order mark; UTF-8 and free of NUL, or an error with the line."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                byte = f"byte 0x{raw[error.start]:02x}"
+                _fail(f"{path}:{number}", f"not UTF-8 ({byte} at column {error.start + 1}); save the file as UTF-8")
+            if "\0" in line:
+                _fail(f"{path}:{number}", "holds a NUL byte; expected UTF-8 text. Save the file again or drop the line")
+            yield number, line
+
+
+def _pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
+
+
+_SPACE = re.compile(r"\s*")
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs_once, parse_constant=_no_constant)
+
+
+def _parse(path: Path, number: int, text: str, start: int = 0) -> tuple[Any, int]:
+    """The JSON value that starts at `start`, and where it ends; `number` is the line number of `text[start]`."""
+    try:
+        return _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        line = number + text.count("\n", start, error.pos)
+        _fail(f"{path}:{line}", f"not JSON: {error.msg} at column {error.colno}; expected one JSON object per row")
+    except (ValueError, RecursionError) as error:
+        _fail(f"{path}:{number}", f"not a usable JSON row: {error}; mend the row or drop it")
+
+
+def _read_json(path: Path) -> Placed:
+    lines = _lines(path)
+    for number, line in lines:
+        text = line.strip()
+        if not text:
+            continue
+        if text[0] == "[":
+            yield from _read_json_list(path, number, line + "".join(rest for _, rest in lines))
+            return
+        row, end = _parse(path, number, text)
+        if end < len(text):
+            _fail(f"{path}:{number}", f"not JSON: {reprlib.repr(text[end:])} after the object; put each row on a line")
+        yield _placed(path, number, row)
+
+
+def _read_json_list(path: Path, line: int, text: str) -> Placed:
+    at = 0
+
+    def goto(position: int) -> str:
+        """Move on to the first character from `position` that is no space; '' at the end."""
+        nonlocal at, line
+        space = _SPACE.match(text, position)
+        after = space.end() if space else position
+        line += text.count("\n", at, after)
+        at = after
+        return text[at : at + 1]
+
+    goto(0)
+    if goto(at + 1) != "]":
+        while True:
+            row, end = _parse(path, line, text, at)
+            yield _placed(path, line, row)
+            character = goto(end)
+            if character == "]":
+                break
+            if character != ",":
+                came = repr(character) if character else "the end of the file"
+                _fail(f"{path}:{line}", f"not JSON: {came} in a list of rows; expected ',' or ']'")
+            goto(at + 1)
+    if goto(at + 1):
+        _fail(f"{path}:{line}", f"not JSON: {text[at]!r} after the list of rows; remove it")
+
+
+def _placed(path: Path, number: int, row: Any) -> tuple[str, Row]:
+    if not isinstance(row, dict):
+        _fail(f"{path}:{number}", f"a row is {reprlib.repr(row)}; expected an object with columns: {_KNOWN_SHAPES}")
+    return f"{path}:{number}", row
+
+
+def _read_csv(path: Path) -> Placed:
+    # The standard reader, not pandas': there the completion "None" or "NA" would become a missing value.
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    columns: list[str] = []
+    allowed = csv.field_size_limit(2**31 - 1)
+    try:
+        while True:
+            number = reader.line_num + 1
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                _fail(f"{path}:{number}", f"not CSV: {error}; quote texts that hold quotes, commas or line ends")
+            if not values:
+                continue
+            if not columns:
+                columns = values
+                if len(set(columns)) < len(columns):
+                    _fail(f"{path}:{number}", f"two columns have one name among {', '.join(map(repr, columns))}")
+            elif len(values) != len(columns):
+                _fail(f"{path}:{number}", f"{len(values)} values for {len(columns)} columns; quote texts with commas")
+            else:
+                yield f"{path}:{number}", dict(zip(columns, values, strict=True))
+    finally:
+        csv.field_size_limit(allowed)
+
+
+def _read_parquet(path: Path) -> Placed:
+    try:
+        before = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for number, row in enumerate(batch.to_pylist(), before + 1):
+                    yield f"{path}, row {number}", row
+                before += batch.num_rows
+    except pyarrow.ArrowException as error:
+        _fail(str(path), f"not readable as Parquet: {error}; write the file again")
+
+
+_READERS: dict[str, Callable[[Path], Placed]] = {
+    ".csv": _read_csv,
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".parquet": _read_parquet,
+}
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+def _files(source: str | Path, split: str) -> list[Path]:
+    """The files to read, or none if `source` can only be the name of a hub data set."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = _in_folder(path, split)
+    elif path.exists():
+        if path.suffix.lower() not in _READERS:
+            raise unknown(f"file ending of {str(path)!r}:", path.suffix, _READERS)
+        files = [path]
+    elif isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix.lower() not in _READERS:
+        return []
+    else:
+        raise CELoraError(f"no such data file or folder: {str(path)!r}.{_nearest(path)}")
+    for file in files:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            _fail(str(file), f"cannot be opened: {error.strerror}; check the file and its permissions")
+    return files
+
+
+def _in_folder(folder: Path, split: str) -> list[Path]:
+    def named(file: Path, name: str) -> bool:
+        return any(re.fullmatch(rf"{re.escape(n)}([-_.]\d.*)?", file.stem) for n in SPLITS.get(name, (name,)))
+
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _READERS and file.is_file())
+    if not files:
+        raise CELoraError(f"{str(folder)!r} holds no data files; expected files ending in {', '.join(_READERS)}.")
+    chosen = [file for file in files if named(file, split)]
+    if not chosen and split == "train":
+        # Never train on what is called a test set.
+        chosen = [file for file in files if not any(named(file, name) for name in SPLITS)]
+    if not chosen:
+        names = ", ".join(file.name for file in files[:5])
+        raise CELoraError(f"{str(folder)!r} has no {split!r} file among {names}; name one like {split}.jsonl.")
+    return chosen
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" The folder {str(path.parent)!r} does not exist either."
+    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
+    return f" Did you mean {str(path.parent / near[0])!r}?" if near else " Check the name."
+
+
+def _hub(name: str, split: str) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(name, split=split)
+    except Exception as error:  # whatever the hub client raises: network, unknown name, unknown split, ...
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CELoraError(
+            f"{name!r} is no file or folder here, and as a hub data set it failed: {type(error).__name__}: {reason} -- "
+            f"if it is meant to be a file:{_nearest(Path(name))}"
+        ) from error
+
+
+def _fail(place: str, problem: str) -> NoReturn:
+    raise CELoraError(" ".join(f"{place}: {problem}.".split()))

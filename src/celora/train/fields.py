@@ -1,0 +1,229 @@
+"""The names `celora train` accepts: celora's own options and every field of TRL's SFTConfig and ModelConfig.
+
+A value is converted by its field's type hint, the same way whether it came as a flag or from YAML: `--bf16 false` and
+`bf16: false` mean the same and fail with the same line. Here too: where celora's defaults differ from TRL's, and why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import enum
+import functools
+import json
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import Any
+
+from celora.errors import CELoraError, unknown
+
+# Where celora departs from TRL's defaults, and why. `device_defaults` adds what depends on the machine.
+DEFAULTS: dict[str, tuple[object, str]] = {
+    "learning_rate": (2e-4, "TRL's 2e-5 suits full fine-tuning; LoRA wants about ten times that"),
+    "gradient_checkpointing": (
+        False,
+        "it recomputes every forward, half as much again per step; use it when memory is short",
+    ),
+    "logging_steps": (1, "a metrics row costs nothing beside a step, and the report wants the curve"),
+    "save_steps": (100, "an adapter checkpoint is small; 500 steps of lost work are not"),
+    "save_total_limit": (2, "the last two are enough to resume from"),
+    "dtype": ("auto", "keep the checkpoint's own dtype; TRL would load it in float32"),
+    "lora_target_modules": (["all-linear"], "the published setting; PEFT's own choice is q_proj and v_proj only"),
+    "lora_dropout": (0.0, "dropout on every adapter input costs about a tenth of a step"),
+    "report_to": ("none", "nothing leaves the machine unless asked"),
+    "include_num_input_tokens_seen": ("non_padding", "tokens per second should count tokens"),
+}
+DEVICE_DEFAULTS = {
+    "use_cpu": "true where there is no CUDA device",
+    "bf16": "true on a CUDA device that has it, false on a CPU",
+    "dataloader_pin_memory": "true with CUDA only",
+}
+
+# TRL's names for what celora calls otherwise, so that a `trl sft` configuration works.
+ALIASES = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "output"}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """celora's own options; everything else belongs to TRL."""
+
+    model: str | None = field(default=None, metadata={"help": "Hugging Face name or local folder"})
+    data: str | None = field(
+        default=None, metadata={"help": ".jsonl, .json, .csv or .parquet file, folder, or hub name"}
+    )
+    output: str | None = field(default=None, metadata={"help": "folder for adapter, checkpoints, metrics and report"})
+    preset: str | None = field(default=None, metadata={"help": "how the backward is estimated"})
+    config: str | None = field(default=None, metadata={"help": "YAML file holding any of these names"})
+    eval_data: str | None = field(
+        default=None, metadata={"help": "rows to evaluate on, at the end and per eval_strategy"}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "split of a hub data set to train on"})
+    bias: str = field(
+        default="none", metadata={"help": "PEFT: biases that train", "choices": ["none", "all", "lora_only"]}
+    )
+    lora_bias: bool = field(default=False, metadata={"help": "PEFT: a bias on lora_B"})
+    resume: bool = field(default=False, metadata={"help": "continue from the last complete checkpoint"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the run that is in the output folder"})
+    quiet: bool = field(default=False, metadata={"help": "print warnings and errors only"})
+    celora: dict[str, Any] | None = field(default=None, metadata={"help": "CELoraConfig fields (YAML mapping or JSON)"})
+
+
+@dataclass(frozen=True)
+class Field:
+    """One name that can be given: where it belongs, what type it takes, what it is for."""
+
+    owner: str
+    name: str
+    hint: Any
+    default: object
+    help: str
+    choices: tuple[str, ...]
+
+
+@functools.cache
+def known_fields() -> dict[str, Field]:
+    """Every accepted name. Imports TRL, which takes seconds, so nothing here runs at import."""
+    from trl import ModelConfig, SFTConfig
+
+    found: dict[str, Field] = {}
+    for owner, cls in (("train", SFTConfig), ("lora", ModelConfig), ("run", RunOptions)):
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+            text = " ".join(str(f.metadata.get("help", "")).replace("%%", "%").split())
+            choices = tuple(f.metadata.get("choices", ()))
+            if f.name not in ALIASES:
+                found[f.name] = Field(owner, f.name, hints[f.name], default, text, choices)
+    return found
+
+
+def convert(f: Field, value: object) -> Any:
+    """`value`, a string, several, or what YAML made of it, as the type of the field; or one line that says why not."""
+    kinds = alternatives(f.hint)
+    origins = {typing.get_origin(kind) or kind for kind in kinds}
+    words = [m.value for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum) for m in kind]
+    text = value.strip() if isinstance(value, str) else ""
+    result: Any = None
+    if value is None or (text.lower() in ("none", "null") and str not in origins):
+        if NoneType in origins:
+            return None
+    elif isinstance(value, list):
+        result = [str(item) for item in value] if list in origins else None
+    elif isinstance(value, dict) or text.startswith("{"):
+        result = _mapping(f, value) if dict in origins else None
+    elif bool in origins and (flag := _boolean(value)) is not None:
+        result = flag
+    elif isinstance(value, bool):
+        # YAML 1.1 reads a bare `no` as false: `eval_strategy: no`.
+        result = "no" if value is False and "no" in words else None
+    elif (number := _number(value, origins)) is not None:
+        result = number
+    elif words and value not in words:
+        raise unknown(f.name, value, map(str, words))
+    elif str in origins:
+        result = str(value)
+    elif list in origins:
+        result = [str(value)]
+    if result is None:
+        raise CELoraError(f"{f.name}={value!r}; expected {describe_type(f.hint)}")
+    if f.choices and result not in f.choices:
+        raise unknown(f.name, result, f.choices)
+    return result
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+
+
+def _boolean(value: object) -> bool | None:
+    words = {"true": True, "yes": True, "t": True, "y": True, "1": True}
+    words |= {"false": False, "no": False, "f": False, "n": False, "0": False}
+    return words.get(str(value).lower())
+
+
+def _number(value: object, origins: set[Any]) -> int | float | None:
+    # Through its text: YAML 1.1 reads 2e-4 as a string, and int(10.5) would be 10. A float field takes 3 as 3.
+    for kind in (int, float):
+        if kind in origins or float in origins:
+            with contextlib.suppress(ValueError):
+                return kind(str(value))
+    return None
+
+
+def _mapping(f: Field, value: object) -> object:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise CELoraError(f"{f.name}={value!r}; expected a JSON object ({error})") from None
+
+
+def describe_type(hint: Any) -> str:
+    """A type in words: `a whole number or none`."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "none"}
+    words = []
+    for kind in alternatives(hint):
+        base = typing.get_origin(kind) or kind
+        if base in names:
+            words.append(names[base])
+        elif base is list:
+            words.append("one or more words")
+        elif base is dict:
+            words.append("a mapping (JSON on the command line)")
+        elif isinstance(base, type) and issubclass(base, enum.Enum):
+            words.append("one of " + ", ".join(str(m.value) for m in base))
+    return " or ".join(words) or "a value that only Python code can give"
+
+
+def read_flags(tokens: Sequence[str]) -> dict[str, object]:
+    """`--name value`, `--name=value`, `--name v1 v2`, `--name` and `--no_name`, as a raw mapping. The last one wins."""
+    known, flags = known_fields(), dict[str, object]()
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--") or token == "--":
+            raise CELoraError(f"unexpected argument {token!r}; options look like --max_steps 40")
+        raw, has_value, inline = token[2:].partition("=")
+        name = known_name(raw.replace("-", "_"), f"option --{raw}")
+        values = [inline] if has_value else []
+        while rest and not has_value and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        if not values:
+            positive = name if name in known else name.removeprefix("no_")
+            if bool not in alternatives(known[positive].hint):
+                raise CELoraError(f"--{name} needs a value: {describe_type(known[positive].hint)}")
+            flags[positive] = positive == name
+        else:
+            flags[name] = values[0] if len(values) == 1 else values
+    return flags
+
+
+def known_name(name: str, label: str) -> str:
+    """`name` as it is known here, aliases resolved; an error names the nearest."""
+    known = known_fields()
+    name = ALIASES.get(name, name)
+    negated = name.removeprefix("no_")
+    if name in known or (negated != name and negated in known and bool in alternatives(known[negated].hint)):
+        return name
+    nearest = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
+    near = f"; did you mean {nearest[0]!r}?" if nearest else "."
+    raise CELoraError(f"unknown {label}{near} `celora train --help-all` lists every name.")
+
+
+def help_all() -> str:
+    """Every accepted name with its type, default and purpose, as plain text."""
+    titles = {"run": "celora", "lora": "model and LoRA (TRL ModelConfig)", "train": "training (TRL SFTConfig)"}
+    lines = ["Every name works as a flag (--max_steps 40, --max-steps 40) and as a key in the --config file."]
+    for owner, title in titles.items():
+        lines += ["", f"{title}:"]
+        for f in known_fields().values():
+            if f.owner != owner or f.name in ("trust_remote_code", "resume_from_checkpoint", "use_peft"):
+                continue
+            default, why = DEFAULTS.get(f.name, (f.default, ""))
+            note = f" (differs from TRL's {f.default!r}: {why})" if why else ""
+            shown = DEVICE_DEFAULTS.get(f.name, repr(default))
+            lines.append(f"  --{f.name}  {describe_type(f.hint)}; default {shown}{note}. {f.help}".rstrip())
+    return "\n".join(lines)

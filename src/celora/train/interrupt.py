@@ -1,0 +1,44 @@
+"""Ctrl-C: training stops and saves at the end of an optimizer step, the only place from which resuming is exact."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback
+
+
+class StopAtStepEnd(TrainerCallback):  # type: ignore[misc]
+    """The first Ctrl-C saves at the end of the step, where resuming is exact, and stops; the second stops at once."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.asked = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGINT while the body runs. Only the main thread may."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _on_signal(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.console.print("Stopping after this step (Ctrl-C again to stop without saving).", highlight=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        # A finished run is finished, even if the signal came during its last step.
+        if self.asked and state.global_step < state.max_steps:
+            control.should_training_stop = True
+            control.should_save = True

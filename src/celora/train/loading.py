@@ -1,0 +1,142 @@
+"""The model and tokenizer of a run, and the adapter's configuration. Whatever cannot be loaded is said in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, get_quantization_config
+
+from celora.errors import CELoraError
+from celora.train.arguments import TrainRequest
+
+
+def load_tokenizer(request: TrainRequest) -> Any:
+    """The tokenizer of the model."""
+    check_model_folder(request.model)
+    try:
+        return AutoTokenizer.from_pretrained(request.model, revision=request.lora["model_revision"])
+    except (OSError, ValueError) as error:
+        raise CELoraError(f"cannot load a tokenizer from {request.model!r}: {_first_line(error)}") from error
+
+
+def load_model(request: TrainRequest) -> Any:
+    """The base model in its own dtype (or --dtype), on the CPU unless quantised; the Trainer moves it."""
+    lora = request.lora
+    try:
+        quantization = get_quantization_config(
+            ModelConfig(**{k: v for k, v in lora.items() if "quant" in k or "load_in" in k})
+        )
+        extra = {} if quantization is None else {"quantization_config": quantization}
+        return AutoModelForCausalLM.from_pretrained(
+            request.model,
+            revision=lora["model_revision"],
+            dtype=lora["dtype"],
+            attn_implementation=lora["attn_implementation"],
+            **extra,
+            **(request.train.get("model_init_kwargs") or {}),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise CELoraError(f"cannot load a model from {request.model!r}: {_first_line(error)}") from error
+
+
+def check_model_folder(model: str) -> None:
+    """Say plainly what is wrong with a local folder, before the loaders say it in twenty lines."""
+    path = Path(model).expanduser()
+    if not path.exists():
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise CELoraError(f"--model {model!r}: no such folder")
+        return
+    if not path.is_dir():
+        raise CELoraError(f"--model {model!r} is a file; expected a folder or a Hugging Face name")
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise CELoraError(f"--model {model!r} is an adapter, not a model; give its base model {base!r}")
+    if not (path / "config.json").exists():
+        raise CELoraError(f"--model {model!r} is not a model folder: it has no config.json")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise CELoraError(f"--model {model!r} has no weights: no .safetensors or .bin file in it")
+
+
+def load_adapter(model: Any, adapter: Path) -> Any:
+    """The model with the adapter in a folder, ready to train."""
+    if not (adapter / "adapter_config.json").exists():
+        raise CELoraError(f"--adapter {str(adapter)!r} holds no adapter: it has no adapter_config.json")
+    try:
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CELoraError(f"cannot load the adapter in {str(adapter)!r}: {_first_line(error)}") from error
+
+
+def lora_config(request: TrainRequest) -> LoraConfig:
+    """PEFT's configuration of the adapter, with the rank that trains."""
+    lora = request.lora
+    extra = {} if lora["lora_target_parameters"] is None else {"target_parameters": lora["lora_target_parameters"]}
+    targets = lora["lora_target_modules"]
+    return LoraConfig(
+        task_type=lora["lora_task_type"],
+        r=request.r,
+        # One name alone may be "all-linear" or a regular expression, which PEFT takes as a string.
+        target_modules=targets[0] if targets and len(targets) == 1 else targets,
+        lora_alpha=lora["lora_alpha"],
+        lora_dropout=lora["lora_dropout"],
+        bias=request.options.bias,
+        lora_bias=request.options.lora_bias,
+        use_rslora=lora["use_rslora"],
+        use_dora=lora["use_dora"],
+        modules_to_save=lora["lora_modules_to_save"],
+        **extra,
+    )
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without the libraries' progress bars, and without the one notice that says nothing is wrong."""
+    datasets_bars, transformers_bars = (
+        datasets.is_progress_bar_enabled(),
+        transformers.logging.is_progress_bar_enabled(),
+    )
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    # Trainer aligns pad/bos/eos of model and tokenizer and says so at warning level on every run.
+    logger, notice = logging.getLogger("transformers.trainer"), _without("The tokenizer has new PAD/BOS/EOS tokens")
+    handlers = [*logging.getLogger("transformers").handlers]
+    for handler in handlers:
+        handler.addFilter(notice)
+    logger.addFilter(notice)
+    try:
+        with warnings.catch_warnings():
+            # PEFT looks for the base model's configuration on the hub when it saves; offline it says that it could not.
+            warnings.filterwarnings("ignore", message="Could not find a config file in", module="peft")
+            # PEFT asks transformers for an attribute that transformers has renamed.
+            warnings.filterwarnings(
+                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+            )
+            # PEFT takes the one-dimensional bias of lora_bias=True for a matrix that lost a dimension.
+            warnings.filterwarnings("ignore", message=r".*have invalid shape: \S+\.lora_B\.bias")
+            yield
+    finally:
+        logger.removeFilter(notice)
+        for handler in handlers:
+            handler.removeFilter(notice)
+        if datasets_bars:
+            datasets.enable_progress_bars()
+        if transformers_bars:
+            transformers.logging.enable_progress_bar()
+
+
+def _without(text: str) -> Any:
+    return lambda record: text not in record.getMessage()
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,174 @@
+"""What a run shows while it trains: metrics.jsonl (one JSON object per log event) and a progress line.
+
+Time is wall-clock between the first and last moment of each optimizer step; tokens are those the model processed,
+padding left out. Both go on where they stopped when a run is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from celora.train.folder import MARKER, finite, write_json, write_text
+
+PLAIN_EVERY_S = 10.0
+
+# Trainer's own speed numbers include start-up and evaluation and say less than tokens_per_second here.
+_DROPPED = ("train_", "num_tokens", "eval_num_tokens", "num_input_tokens_seen", "total_flos", "epoch")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class StepTimer(TrainerCallback):  # type: ignore[misc]
+    """Wall-clock of optimizer steps, from the first micro-batch's forward to the optimizer's step."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps = 0
+        self._begin: float | None = None
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if self._begin is not None:
+            self.seconds += time.perf_counter() - self._begin
+            self.steps += 1
+
+
+class MetricsWriter(StepTimer):
+    """Appends one row per log event: step, epoch, seconds, loss, learning_rate, grad_norm, tokens_seen,
+    tokens_per_second, step_time_ms, and every eval_* and celora/* value. A number that is not finite is null."""
+
+    def __init__(self, path: Path, *, after_step: int = 0, seconds: float = 0.0) -> None:
+        super().__init__()
+        self.path = path
+        self.total_seconds = 0.0
+        self._earlier = seconds
+        self._start = time.perf_counter()
+        self._last = (0, 0.0, 0)  # steps, seconds and tokens at the last training row
+        # A resumed run repeats the steps after its checkpoint: drop their rows, or they would be there twice.
+        kept = [row for row in read_metrics(path) if row["step"] <= after_step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, over all resumptions."""
+        return self._earlier + time.perf_counter() - self._start
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self._start = time.perf_counter()
+        self._last = (0, 0.0, int(state.num_input_tokens_seen))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kw: Any,
+    ) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero or not any(key == "loss" or key.startswith("eval_") for key in logs):
+            return
+        row: dict[str, Any] = {
+            "step": state.global_step,
+            "epoch": logs.get("epoch"),
+            "seconds": round(self.elapsed(), 4),
+        }
+        row |= {key: value for key, value in logs.items() if not key.startswith(_DROPPED)}
+        if "loss" in logs:
+            tokens = int(state.num_input_tokens_seen)
+            steps, seconds = self.steps - self._last[0], self.seconds - self._last[1]
+            if steps and seconds > 0:
+                row["step_time_ms"] = round(1e3 * seconds / steps, 3)
+                if tokens:
+                    row["tokens_seen"] = tokens
+                    row["tokens_per_second"] = round((tokens - self._last[2]) / seconds, 1)
+            self._last = (self.steps, self.seconds, tokens)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(row), default=float, allow_nan=False) + "\n")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        # Runs last, after everything else in the checkpoint is written: this file says the checkpoint is complete.
+        if state.is_world_process_zero and not args.save_only_model:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(checkpoint / MARKER, {"step": state.global_step, "seconds": self.elapsed()})
+
+
+class ProgressLine(StepTimer):
+    """A bar on a terminal, elsewhere a plain line every ten seconds; nothing when quiet."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        super().__init__()
+        self.console = console
+        self.quiet = quiet
+        self._bar: Progress | None = None
+        self._loss = "-"
+        self._first_step = 0
+        self._first_tokens = 0
+        self._printed = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self._first_step, self._first_tokens = state.global_step, int(state.num_input_tokens_seen)
+        self._printed = time.perf_counter()
+        if self.quiet or not state.is_world_process_zero or not self.console.is_terminal:
+            return
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[numbers]}"))
+        self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console, transient=True)
+        self._bar.add_task("train", total=state.max_steps, completed=state.global_step, numbers="")
+        self._bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        super().on_step_end(args, state, control, **kw)
+        self._show(state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kw: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self._loss = f"{logs['loss']:.4f}"
+            self._show(state, last=state.global_step >= state.max_steps)
+
+    def _show(self, state: TrainerState, *, last: bool = False) -> None:
+        if self.quiet or not state.is_world_process_zero:
+            return
+        tokens = int(state.num_input_tokens_seen) - self._first_tokens
+        speed = f"{tokens / self.seconds:,.0f} tokens/s" if tokens and self.seconds else ""
+        numbers = "  ".join(filter(None, (f"loss {self._loss}", speed)))
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=state.global_step, numbers=numbers)
+        elif last or time.perf_counter() - self._printed >= PLAIN_EVERY_S:
+            self._printed = time.perf_counter()
+            per_step = self.seconds / max(1, state.global_step - self._first_step)
+            left = per_step * (state.max_steps - state.global_step) / 60
+            line = f"step {state.global_step}/{state.max_steps}  {numbers}  {left:.1f} min left"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Take the bar off the terminal; safe to call twice."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self.close()

@@ -1,0 +1,195 @@
+"""One self-contained HTML page about one run or several: curves, summary numbers, configuration and versions.
+
+Python writes plain data; a few lines of JavaScript draw it with plotly.js, which is inlined once. Nothing is fetched.
+All text from data is escaped, and the embedded JSON cannot close its script element.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from celora.train.folder import METRICS, RUN, finite, write_text
+from celora.train.progress import read_metrics
+
+# Okabe and Ito's palette, told apart with every common kind of colour blindness; yellow is left out, too pale on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MAX_POINTS = 2000
+
+_SUMMARY = {
+    "step": "optimizer steps",
+    "loss": "last training loss",
+    "eval_loss": "last evaluation loss",
+    "seconds": "wall-clock, s",
+    "median_step_time_ms": "median step time, ms",
+    "tokens_seen": "tokens processed",
+    "trainable_parameters": "trainable parameters",
+    "estimated_cost": "frozen grad_input FLOPs, relative to exact LoRA",
+}
+
+
+def write_report(
+    path: Path, runs: Mapping[str, Path | Sequence[Mapping[str, Any]]], *, title: str = "celora training report"
+) -> None:
+    """Write the page about `runs`: name -> output folder, or the rows of its metrics.jsonl.
+
+    Args:
+        path: the HTML file; written whole or not at all.
+        runs: shown in this order, each in its own colour in every chart.
+        title: of the page.
+    """
+    rows = {name: _rows(source) for name, source in runs.items()}
+    records = {name: _record(source) for name, source in runs.items()}
+    columns = {name: record.get("summary", {}) for name, record in records.items()}
+    sections = [
+        _table("Summary", {label: {n: c.get(key) for n, c in columns.items()} for key, label in _SUMMARY.items()}),
+        _table(
+            "Configuration",
+            _by_key(records, lambda r: {**r.get("given", {}), "r": r.get("r"), "preset": r.get("preset")}),
+        ),
+        _table("Estimator", _by_key(records, lambda r: _flat(r.get("config", {})))),
+        _table("Versions and machine", _by_key(records, lambda r: {**r.get("versions", {}), **r.get("machine", {})})),
+    ]
+    write_text(path, _page(title, _charts(rows), "".join(sections)))
+
+
+def _rows(source: Path | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return list(read_metrics(source / METRICS)) if isinstance(source, os.PathLike) else list(source)
+
+
+def _record(source: Path | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if not isinstance(source, os.PathLike) or not (source / RUN).exists():
+        return {}
+    record = json.loads((source / RUN).read_text(encoding="utf-8"))
+    return record if isinstance(record, dict) else {}
+
+
+def _charts(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Charts as plotly data: title, axis labels, one line per run and key. Charts without a point are left out."""
+    fidelity = sorted({key for run in rows.values() for row in run for key in row if key.startswith("celora/")})
+    wanted = [
+        ("Training loss by step", "step", "optimizer step", ["loss"], "loss, nats per token"),
+        ("Training loss by time", "seconds", "wall-clock, s", ["loss"], "loss, nats per token"),
+        ("Evaluation loss", "step", "optimizer step", ["eval_loss"], "loss, nats per token"),
+        ("Step time", "step", "optimizer step", ["step_time_ms"], "time per optimizer step, ms"),
+        ("Throughput", "step", "optimizer step", ["tokens_per_second"], "tokens per second, padding left out"),
+        (
+            "Relative error of the estimate at the latest refresh",
+            "step",
+            "optimizer step",
+            [key for key in fidelity if "relative_error" in key],
+            "||estimate - exact|| / ||exact|| of grad_input",
+        ),
+    ]
+    charts = []
+    for title, x, x_label, keys, y_label in wanted:
+        lines = []
+        for colour, (name, run) in enumerate(rows.items()):
+            for dash, key in zip(("solid", "dash", "dot"), keys, strict=False):
+                points = [(row[x], row[key]) for row in run if row.get(key) is not None and row.get(x) is not None]
+                points = points[:: 1 + len(points) // MAX_POINTS]
+                if points:
+                    label = name if len(keys) == 1 else f"{name}, {key.removeprefix('celora/').replace('_', ' ')}"
+                    line = {"color": PALETTE[colour % len(PALETTE)], "dash": dash, "width": 2}
+                    lines.append({"name": html.escape(label), "x": [p[0] for p in points], "y": [p[1] for p in points],
+                                  "line": line, "mode": "lines" if len(points) > 40 else "lines+markers"})  # fmt: skip
+        if lines:
+            charts.append({"title": title, "x": x_label, "y": y_label, "lines": lines})
+    return charts
+
+
+def _by_key(records: Mapping[str, dict[str, Any]], pick: Any) -> dict[str, dict[str, Any]]:
+    picked = {name: pick(record) for name, record in records.items()}
+    keys = dict.fromkeys(key for values in picked.values() for key in values)
+    return {key: {name: values.get(key) for name, values in picked.items()} for key in keys}
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {key: value for key, value in config.items() if key != "overrides"}
+    return flat | {
+        pattern: ", ".join(f"{k} {v}" for k, v in s.items()) for pattern, s in config.get("overrides", {}).items()
+    }
+
+
+def _table(title: str, cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """Rows of name -> run -> value, without rows that are empty for every run."""
+    cells = {key: values for key, values in cells.items() if any(value is not None for value in values.values())}
+    if not cells:
+        return ""
+    names = list(next(iter(cells.values())))
+    head = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in names)
+    body = "".join(
+        f"<tr><th scope=row>{html.escape(key)}</th>{''.join(f'<td>{_cell(v)}</td>' for v in values.values())}</tr>"
+        for key, values in cells.items()
+    )
+    return f"<h2>{html.escape(title)}</h2><div class=wide><table><tr><td></td>{head}</tr>{body}</table></div>"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return html.escape(value if isinstance(value, str) else json.dumps(value, default=str))
+
+
+def _embed(value: Any) -> str:
+    """JSON for inside a script element: no `<`, so nothing in it can end the element or begin a comment."""
+    text = json.dumps(finite(value), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _page(title: str, charts: list[dict[str, Any]], tables: str) -> str:
+    from plotly.offline import get_plotlyjs
+
+    figures = "".join(
+        f"<h2>{html.escape(chart['title'])}</h2><div class=chart id=chart{i}></div>" for i, chart in enumerate(charts)
+    )
+    return f"""<!doctype html>
+<html lang=en>
+<meta charset=utf-8>
+<meta name=viewport content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>{_STYLE}</style>
+<main><h1>{html.escape(title)}</h1>{figures}{tables}</main>
+<script>{get_plotlyjs()}</script>
+<script type="application/json" id=charts>{_embed(charts)}</script>
+<script>{_SCRIPT}</script>
+</html>
+"""
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --page: #ffffff; --line: #d0d0d0 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --page: #16181c; --line: #44474d } }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
+main { max-width: 60rem; margin: 0 auto; padding: 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin: 1.5rem 0 .3rem }
+.chart { width: 100%; height: min(24rem, 75vw) } .wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: anywhere; min-width: 6rem }
+th[scope=row] { font-weight: 400 }
+"""
+
+_SCRIPT = """
+const charts = JSON.parse(document.getElementById("charts").textContent);
+const dark = matchMedia("(prefers-color-scheme: dark)");
+function draw() {
+  const css = getComputedStyle(document.documentElement);
+  const ink = css.getPropertyValue("--ink"), grid = css.getPropertyValue("--line"), clear = "rgba(0,0,0,0)";
+  const axis = title => ({title: {text: title}, gridcolor: grid, linecolor: grid, zeroline: false, automargin: true});
+  charts.forEach((chart, i) => Plotly.react("chart" + i, chart.lines.map(line => ({type: "scatter", ...line})), {
+    paper_bgcolor: clear, plot_bgcolor: clear, font: {color: ink}, margin: {t: 10, r: 10, l: 50, b: 45},
+    xaxis: axis(chart.x), yaxis: axis(chart.y), showlegend: chart.lines.length > 1, legend: {orientation: "h", y: 1.15},
+  }, {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"]}));
+}
+draw();
+dark.addEventListener("change", draw);
+"""

@@ -1,0 +1,231 @@
+"""One training run, from a `TrainRequest` to an adapter with its metrics, checkpoints and report.
+
+TRL's SFTTrainer trains; celora is attached to its model. The folder can be resumed at any time: Ctrl-C stops at the
+end of an optimizer step and saves; a killed process loses only what came after its last complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from rich.console import Console
+from transformers import PrinterCallback
+from trl import SFTTrainer
+
+import celora
+from celora.errors import CELoraError
+from celora.train.arguments import TrainRequest, sft_config
+from celora.train.data import load_rows
+from celora.train.folder import CONFIG, METRICS, REPORT, RUN, OutputFolder, write_json
+from celora.train.interrupt import StopAtStepEnd
+from celora.train.loading import load_adapter, load_model, load_tokenizer, lora_config, quiet_libraries
+from celora.train.progress import MetricsWriter, ProgressLine, read_metrics
+from celora.train.report import write_report
+
+PACKAGES = ("celora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind. `status` is "finished", "interrupted" or "already finished"."""
+
+    status: str
+    output: Path
+    step: int
+    summary: dict[str, Any]
+
+
+class Trainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer that tells nobody about it."""
+
+    def _send_telemetry(self) -> None:
+        """TRL reports every construction to the hub; training a model here stays here."""
+
+
+def train(request: TrainRequest, *, console: Console | None = None) -> TrainResult:
+    """Train as `request` says and leave the result in `request.output`.
+
+    Raises:
+        CELoraError: bad input, found before anything in the output folder is touched.
+    """
+    console = console or Console(stderr=True)
+    options, folder = request.options, OutputFolder(request.output)
+    folder.check(resume=options.resume, overwrite=options.overwrite)
+    earlier = folder.run() if options.resume else None
+    if earlier and earlier.get("status") == "finished" and not _longer(earlier["given"], request.given):
+        step = int(earlier["summary"]["step"])
+        _say(
+            console, options.quiet, f"{request.output} is finished, at step {step}; a larger --max_steps continues it."
+        )
+        return TrainResult("already finished", request.output, step, earlier["summary"])
+
+    with quiet_libraries():
+        tokenizer = load_tokenizer(request)
+        chat = bool(tokenizer.chat_template)
+        rows = load_rows(request.data, split=options.dataset_train_split, chat=chat)
+        eval_rows = load_rows(options.eval_data, chat=chat) if options.eval_data else None
+        when = request.train.get("eval_strategy", "no")
+        if eval_rows is None and when != "no":
+            raise CELoraError(f"eval_strategy={when!r} needs rows to evaluate on; give --eval-data")
+        args = sft_config(request)
+        model = load_model(request)
+        trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
+        attached = celora.attach(trainer.model, request.config)
+        if not options.quiet:
+            console.print(rank_line(request), str(attached), sep="\n", highlight=False, markup=False, soft_wrap=True)
+
+        if options.overwrite:
+            folder.clear()
+        request.output.mkdir(parents=True, exist_ok=True)
+        resumed = folder.last_checkpoint() if options.resume else None
+        checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
+        if options.resume:
+            where = f"from {checkpoint.name}" if checkpoint else "from the beginning: no checkpoint is complete yet"
+            _say(console, options.quiet, f"Resuming {where}.")
+        record = _record(request, args, attached)
+        write_json(request.output / RUN, record)
+        request.config.save(request.output / CONFIG)
+        metrics = MetricsWriter(request.output / METRICS, after_step=marker["step"], seconds=marker["seconds"])
+        progress, stop = ProgressLine(console, quiet=options.quiet), StopAtStepEnd(console)
+        # The Trainer puts callbacks after its reporters; celora's goes first, so that all of them see its metrics.
+        trainer.callback_handler.callbacks.insert(0, celora.Callback())
+        for callback in (stop, metrics, progress):
+            trainer.add_callback(callback)
+
+        status = "failed"
+        try:
+            with stop.listening():
+                # Where celora's callback looks for its state.
+                args.resume_from_checkpoint = str(checkpoint) if checkpoint else None
+                trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+                stopped = stop.asked and trainer.state.global_step < trainer.state.max_steps
+                if not stopped:
+                    if eval_rows is not None and not _evaluated(metrics.path, trainer.state):
+                        trainer.evaluate()
+                    trainer.save_model(str(request.output))
+                    (request.output / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says the same
+                status = "interrupted" if stopped else "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            progress.close()
+            record |= {"status": status, "summary": _summary(trainer, metrics, attached)}
+            write_json(request.output / RUN, record)
+            write_report(request.output / REPORT, {request.preset or "celora": request.output})
+    if status == "interrupted":
+        saved = folder.last_checkpoint()
+        how = f"Saved {saved[0].name}; continue" if saved else "Nothing is saved yet; start again"
+        _say(console, False, f"{how} with: celora train --output {request.output} --resume")
+    return TrainResult(status, request.output, int(trainer.state.global_step), record["summary"])
+
+
+def build_trainer(
+    request: TrainRequest,
+    args: Any,
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    eval_rows: Any = None,
+    *,
+    peft: LoraConfig | None,
+) -> Any:
+    """The SFTTrainer of this run, without celora and without progress. What it refuses is one line."""
+    try:
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            peft_config=peft,
+        )
+    except ValueError as error:
+        raise CELoraError(" ".join(str(error).split())) from error
+    trainer.remove_callback(PrinterCallback)
+    if len(trainer.train_dataset) == 0:
+        raise CELoraError(f"no row of {request.data!r} has a token to learn within max_length={args.max_length}")
+    return trainer
+
+
+def rank_line(request: TrainRequest) -> str:
+    """One line on the rank that trains, and why it is not the one asked for where it is not."""
+    if request.r == request.lora_r:
+        return f"LoRA r = {request.r}."
+    return (
+        f"LoRA r = frozen factor r0 = {request.r}: floor(7/8 of lora_r={request.lora_r}), so that both fit "
+        f"LoRA's memory (scaling lora_alpha/r = {request.lora['lora_alpha'] / request.r:.3g})."
+    )
+
+
+def _say(console: Console, quiet: bool, line: str) -> None:
+    if not quiet:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    return any(before.get(name) != now.get(name) for name in ("max_steps", "num_train_epochs"))
+
+
+def _evaluated(metrics: Path, state: Any) -> bool:
+    return any(row["step"] == state.global_step and "eval_loss" in row for row in read_metrics(metrics))
+
+
+def _record(request: TrainRequest, args: Any, attached: Any) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "celora": celora.__version__,
+        "status": "running",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "given": {k: v for k, v in request.given.items() if not k.endswith("_token")},
+        "preset": request.preset,
+        "config": request.config.to_dict(),
+        "r": request.r,
+        "lora": request.lora,
+        "train": args.to_dict(),  # hides tokens
+        "estimated_layers": len(attached.estimated),
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+        "machine": {"device": device, "type": args.device.type, "threads": torch.get_num_threads()},
+    }
+
+
+def _summary(trainer: Any, metrics: MetricsWriter, attached: Any) -> dict[str, Any]:
+    """Numbers of the whole run, over all resumptions."""
+    rows = read_metrics(metrics.path)
+    steps = [row["step_time_ms"] for row in rows if "step_time_ms" in row]
+    last: dict[str, Any] = {}
+    for row in rows:
+        last |= {key: row[key] for key in ("loss", "eval_loss", "tokens_seen", "mean_token_accuracy") if key in row}
+    return {
+        "step": int(trainer.state.global_step),
+        "seconds": round(metrics.elapsed(), 3),
+        **last,
+        "median_step_time_ms": sorted(steps)[len(steps) // 2] if steps else None,
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "estimated_cost": attached.cost,
+    }
+
+
+def audit_model(request: TrainRequest, *, rows: int, adapter: Path | None = None) -> Any:
+    """`celora.audit` of a new adapter, or of the one in `adapter`, on a batch made exactly as training makes it."""
+    with quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
+        tokenizer = load_tokenizer(request)
+        data = load_rows(request.data, split=request.options.dataset_train_split, chat=bool(tokenizer.chat_template))
+        train = request.train | {"per_device_train_batch_size": rows}
+        args = sft_config(replace(request, train=train, output=Path(scratch)))
+        model, peft = load_model(request), lora_config(request)
+        if adapter is not None:
+            model, peft = load_adapter(model, adapter), None
+        trainer = build_trainer(request, args, model, tokenizer, data, peft=peft)
+        celora.attach(trainer.model, request.config)
+        trainer.model.train()
+        batch = next(iter(trainer.get_train_dataloader()))
+        return celora.audit(trainer.model, batch)

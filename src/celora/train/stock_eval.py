@@ -1,0 +1,121 @@
+"""How often a causal language model prefers the right label: a judge that knows nothing of celora.
+
+The prompt is rendered with the model's own chat template, and the logits of the labels' first tokens are compared where
+the answer would start. The file imports only the standard library, torch, transformers and PEFT, and runs by path:
+`python stock_eval.py --base MODEL --adapter DIR --data test.jsonl`. An adapter trained with celora is thus scored by
+the stock libraries, in a process that has never seen celora.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LABELS = ("negative", "positive")
+
+
+def label_accuracy(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    labels: Sequence[str] = LABELS,
+    batch_size: int = 32,
+) -> float:
+    """The share of `rows` whose label has the largest logit among the first tokens of `labels`.
+
+    A row is `{"prompt": [message, ...], "completion": [assistant message]}`; the completion is one of `labels`.
+    Batches hold rows of similar length and are padded on the right, whatever `tokenizer.padding_side` says: a causal
+    model never looks right, so neither padding nor batch size changes a result beyond rounding. Logits are computed
+    only at the positions where a row of the batch ends. Leaves the model in the mode (train or eval) it came in.
+
+    Raises ValueError for no rows, an unknown label, or labels that the tokenizer does not tell apart by first token.
+    """
+    if not rows:
+        raise ValueError("no rows to score; expected at least one")
+    answers = [str(row["completion"][-1]["content"]) for row in rows]
+    for answer in answers:
+        if answer not in labels:
+            raise ValueError(f"label {answer!r} is not one of {', '.join(labels)}")
+    prompts = [_token_ids(tokenizer, row["prompt"], answering=True) for row in rows]
+    first = [_first_token(tokenizer, rows[0]["prompt"], prompts[0], label) for label in labels]
+    if len(set(first)) < len(labels):
+        raise ValueError(f"labels {', '.join(labels)} start with the same token; choose labels that differ there")
+
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    was_training = model.training
+    model.eval()
+    right = 0
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                scores = _answer_logits(model, [prompts[i] for i in batch], device)[:, first]
+                right += sum(
+                    labels[best] == answers[i] for best, i in zip(scores.argmax(dim=1).tolist(), batch, strict=True)
+                )
+    finally:
+        model.train(was_training)
+    return right / len(rows)
+
+
+def _answer_logits(model: Any, prompts: Sequence[list[int]], device: torch.device) -> torch.Tensor:
+    """Logits after the last token of each prompt: (prompts, vocabulary), float32."""
+    ends = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
+    tokens = torch.zeros(len(prompts), int(ends.max()) + 1, dtype=torch.long, device=device)
+    mask = torch.zeros_like(tokens)
+    for row, ids in enumerate(prompts):
+        tokens[row, : len(ids)] = torch.tensor(ids, device=device)
+        mask[row, : len(ids)] = 1
+    kept, which = ends.unique(return_inverse=True)
+    logits = model(input_ids=tokens, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+    answers: torch.Tensor = logits[torch.arange(len(prompts), device=device), which].float()
+    return answers
+
+
+def _token_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, answering: bool) -> list[int]:
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answering)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _first_token(tokenizer: Any, prompt: Sequence[Mapping[str, str]], prompt_ids: list[int], label: str) -> int:
+    """The token that follows the prompt in a finished chat: the very one that training put a loss on."""
+    chat = _token_ids(tokenizer, [*prompt, {"role": "assistant", "content": label}], answering=False)
+    if chat[: len(prompt_ids)] != prompt_ids or len(chat) == len(prompt_ids):
+        raise ValueError("the chat template renders an answered chat differently from an open one; cannot place labels")
+    return chat[len(prompt_ids)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Score a stock model, with or without a stock PEFT adapter, and print one JSON object."""
+    parser = argparse.ArgumentParser(description="Label accuracy of a model and adapter, with stock libraries only.")
+    parser.add_argument("--base", required=True, help="model folder or name")
+    parser.add_argument("--adapter", help="PEFT adapter folder; none scores the base model")
+    parser.add_argument("--data", required=True, type=Path, help="JSON lines of prompt/completion message lists")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--dtype", default="auto", help="bfloat16, float32, ... or auto, the one in the file")
+    options = parser.parse_args(arguments)
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=options.dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if options.adapter:
+        model = PeftModel.from_pretrained(model, options.adapter)
+    tokenizer = AutoTokenizer.from_pretrained(options.base)
+    rows = [json.loads(line) for line in options.data.read_text("utf-8").split("\n") if line.strip()]
+    accuracy = label_accuracy(model, tokenizer, rows, batch_size=options.batch_size)
+    imported = any(name.partition(".")[0] == "celora" for name in sys.modules)
+    print(json.dumps({"accuracy": accuracy, "n": len(rows), "celora_imported": imported}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Arguments: every TRL name, three sources with one conversion, one line for each mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from trl import ModelConfig, SFTConfig
+
+from celora.errors import CELoraError
+from celora.train.arguments import make_request, parse, sft_config
+from celora.train.fields import DEFAULTS, convert, help_all, known_fields
+
+OWN = {"model": "m", "data": "d.jsonl", "output": "out"}
+
+
+def fails(tokens: list[str], *parts: str, own: dict[str, object] = OWN) -> None:
+    with pytest.raises(CELoraError) as caught:
+        parse(tokens, own)
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_every_field_of_trl_is_known():
+    names = {f.name for cls in (SFTConfig, ModelConfig) for f in dataclasses.fields(cls)}
+    assert names - set(known_fields()) == {"output_dir", "model_name_or_path"}
+    assert set(DEFAULTS) <= names
+    for name in known_fields():
+        assert f"--{name}" in help_all() or name in ("trust_remote_code", "resume_from_checkpoint", "use_peft")
+
+
+def test_flags_take_trls_names_with_underscores_or_dashes():
+    tokens = "--max_steps 40 --learning-rate 2e-4 --lora_r=8 --lora-target-modules q_proj v_proj --bf16 false --packing"
+    request = parse([*tokens.split(), "--model_init_kwargs", '{"a": 1}', "--no_average_tokens_across_devices"], OWN)
+    assert request.train["max_steps"] == 40
+    assert request.train["learning_rate"] == 2e-4
+    assert request.train["bf16"] is False
+    assert request.train["packing"] is True
+    assert request.train["average_tokens_across_devices"] is False
+    assert request.train["model_init_kwargs"] == {"a": 1}
+    assert request.lora["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert request.lora_r == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "value"),
+    [
+        ("max_length", "none", None),
+        ("max_length", None, None),
+        ("learning_rate", "2e-4", 2e-4),
+        ("logging_steps", "5", 5),
+        ("eval_strategy", False, "no"),
+        ("report_to", "none", "none"),
+        ("bf16", "FALSE", False),
+        ("lora_target_modules", "all-linear", ["all-linear"]),
+        ("include_num_input_tokens_seen", "all", "all"),
+        ("lr_scheduler_type", "cosine", "cosine"),
+        ("max_steps", "-1", -1),
+        ("pad_to_multiple_of", "8", 8),
+    ],
+)
+def test_conversion(name, raw, value):
+    assert convert(known_fields()[name], raw) == value
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parts"),
+    [
+        ("--max_step 3", ["--max_step;", "'max_steps'"]),
+        ("--max_steps abc", ["max_steps='abc'", "whole number"]),
+        ("--max_steps 1.5", ["max_steps='1.5'", "whole number"]),
+        ("--max_steps", ["needs a value", "whole number"]),
+        ("--learning_rate high", ["learning_rate='high'", "a number"]),
+        ("--packing maybe", ["packing='maybe'", "true or false"]),
+        ("--lr_scheduler_type cosin", ["'cosine'"]),
+        ("--dtype int3", ["dtype", "float32"]),
+        ("--dataset_kwargs {a", ["JSON"]),
+        ("--lora_r -4", ["lora_r=-4", ">= 1"]),
+        ("--lora_r 8 9", ["lora_r=['8', '9']"]),
+        ("--preset papper", ["'paper'"]),
+        ("--trust_remote_code true", ["refused"]),
+        ("--use_peft false", ["LoRA adapters only"]),
+        ("--resume_from_checkpoint x", ["--resume"]),
+        ("stray", ["'stray'"]),
+        ("--config nowhere.yaml", ["nowhere.yaml", "No such file"]),
+    ],
+)
+def test_mistakes_are_one_line(tokens, parts):
+    fails(tokens.split(), *parts)
+
+
+def test_missing_and_contradicting_options():
+    fails([], "--output is missing", own={"model": "m", "data": "d"})
+    with pytest.raises(CELoraError, match="exclude each other"):
+        make_request({**OWN, "resume": True, "overwrite": True})
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_yaml_takes_the_same_names_and_flags_win(tmp_path):
+    text = """
+model_name_or_path: m
+dataset_name: d.jsonl
+output_dir: out
+use_peft: true
+max_steps: 40
+learning_rate: 1e-3
+eval_strategy: no
+lora_target_modules: [q_proj, v_proj]
+celora: {estimator: columns, keep_ratio: 0.3, rank: 4, refresh_every: 7, overrides: {"*.q_proj": {estimator: dense}}}
+"""
+    request = parse(["--max_steps", "5"], {"config": write(tmp_path / "run.yaml", text)})
+    assert (request.model, request.data, request.output.name) == ("m", "d.jsonl", "out")
+    assert request.train["max_steps"] == 5
+    assert request.train["learning_rate"] == 1e-3
+    assert request.train["eval_strategy"] == "no"
+    assert request.config.keep_ratio == 0.3
+    assert request.config.rank == 4
+    assert request.config.for_layer("layers.0.q_proj").estimator == "dense"
+    assert request.preset is None
+    assert request.r == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("max_step: 3", ["key 'max_step'", "'max_steps'"]),
+        ("max_steps: [1, 2]", ["max_steps=[1, 2]"]),
+        ("celora: {keep_ratio: 1.4}", ["keep_ratio=1.4", "0 < keep_ratio <= 1"]),
+        ("celora: {keep_ratio: 0}", ["keep_ratio=0"]),
+        ("celora: {rank: -1}", ["rank=-1"]),
+        ("celora: {keep_ration: 0.5}", ["'keep_ration'", "'keep_ratio'"]),
+        ("celora: columns", ["celora='columns'", "mapping"]),
+        ("a: [", ["not valid YAML"]),
+        ("- a\n- b", ["list", "mapping"]),
+    ],
+)
+def test_yaml_mistakes_are_one_line(tmp_path, text, parts):
+    fails([], *parts, own={**OWN, "config": write(tmp_path / "run.yaml", text)})
+
+
+def test_a_saved_celora_config_is_a_config_file(tmp_path):
+    request = make_request({**OWN, "celora": {"keep_ratio": 0.4, "rank": 3}})
+    request.config.save(tmp_path / "celora_config.json")
+    assert parse([], {**OWN, "config": str(tmp_path / "celora_config.json")}).config == request.config
+
+
+def test_paper_preset_balances_both_ranks():
+    request = make_request({**OWN, "lora_r": 16})
+    assert (request.preset, request.r, request.config.rank, request.lora_r) == ("paper", 14, 14, 16)
+    assert make_request({**OWN, "preset": "off"}).r == 16
+    over = make_request({**OWN, "preset": "paper", "celora": {"refresh_every": 3}})
+    assert (over.config.refresh_every, over.r) == (3, 14)
+    fixed = make_request({**OWN, "preset": "paper", "celora": {"rank": 5}})
+    assert (fixed.config.rank, fixed.r) == (5, 16)
+
+
+def test_defaults_that_differ_from_trl():
+    args = sft_config(make_request({**OWN, "use_cpu": True}))
+    assert args.learning_rate == 2e-4
+    assert args.gradient_checkpointing is False
+    assert args.bf16 is False
+    assert args.report_to == []
+    assert args.dataloader_pin_memory is False
+    assert sft_config(make_request({**OWN, "gradient_checkpointing": True, "use_cpu": True})).gradient_checkpointing
+    request = make_request(OWN)
+    assert request.lora["dtype"] == "auto"
+    assert request.lora["lora_target_modules"] == ["all-linear"]
+
+
+def test_what_sftconfig_refuses_is_one_line():
+    with pytest.raises(CELoraError, match="warmup_steps") as caught:
+        sft_config(make_request({**OWN, "warmup_steps": -3}))
+    assert "\n" not in str(caught.value)
+
+
+def test_resume_keeps_earlier_arguments_and_refuses_to_change_the_run(tmp_path):
+    own = {**OWN, "output": str(tmp_path)}
+    first = parse(["--max_steps", "40", "--lora_r", "8"], own)
+    record = {"celora": "0", "given": first.given, "train": {"seed": 42}, "lora": first.lora, "r": first.r}
+    record |= {"preset": first.preset, "config": first.config.to_dict()}
+    write(tmp_path / "run.json", json.dumps(record, default=str))
+
+    again = parse(["--max_steps", "80"], {"output": str(tmp_path), "resume": True})
+    assert (again.train["max_steps"], again.lora_r, again.model) == (80, 8, "m")
+    fails(["--lora_r", "4"], "cannot change lora_r (8 -> 4)", own={"output": str(tmp_path), "resume": True})
+    fails(["--seed", "7"], "cannot change seed (42 -> 7)", own={"output": str(tmp_path), "resume": True})
+    fails([], "cannot change", own={"output": str(tmp_path), "resume": True, "preset": "off"})
+    fails([], "nothing to resume", own={"output": str(tmp_path / "none"), "resume": True})

@@ -1,0 +1,115 @@
+"""The command line: exit status, one line for each mistake, help that teaches."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+
+from celora.cli import main
+from tiny import save_rows, save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return folder, save_tiny_model(folder / "model"), save_rows(folder / "rows.jsonl", 8)
+
+
+def error_line(capsys, *arguments) -> str:
+    """Run a command that must fail, and give its one line."""
+    assert main([str(a) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in captured.err + captured.out
+    return lines[0]
+
+
+def test_version_and_help(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("celora 0.")
+    assert main(["--help"]) == 0
+    assert "audit" in capsys.readouterr().out
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "celora train --model" in text
+    assert "--help-all" in text
+    assert main(["train", "--help-all"]) == 0
+    text = capsys.readouterr().out
+    assert "--per_device_train_batch_size" in text
+    assert "differs from TRL's" in text
+
+
+def test_train_then_audit_the_adapter(inputs, capsys, tmp_path):
+    _, model, rows = inputs
+    train = ["train", "--model", model, "--data", rows, "--output", tmp_path / "out", "--max_steps", 2, "--lora-r", 8]
+    assert main([str(a) for a in train]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("finished: step 2  loss ")
+    assert "r0 = 7" in captured.err
+
+    audit = ["audit", "--model", model, "--data", rows, "--adapter", tmp_path / "out", "--rows", 4]
+    assert main([str(a) for a in [*audit, "--json"]]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert 0.5 < report["cosine"] <= 1
+    assert report["per_layer"]
+    assert main([str(a) for a in ["audit", "--model", model, "--data", rows, "--preset", "off"]]) == 0
+    assert "cosine 1.0000" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line_and_status_2(inputs, capsys, tmp_path):
+    _, model, rows = inputs
+    out = ["--output", tmp_path / "out"]
+    base = ["train", "--model", model, "--data", rows, *out]
+    assert "'paper'" in error_line(capsys, *base, "--preset", "papr")
+    assert "'max_steps'" in error_line(capsys, *base, "--max_stps", 3)
+    assert "whole number" in error_line(capsys, *base, "--max_steps", "abc")
+    assert "lora_r=-1" in error_line(capsys, *base, "--lora_r", "-1")
+    assert "--output is missing" in error_line(capsys, *base[:-2])
+    assert "trayn" in error_line(capsys, "trayn")
+    assert "--rows" in error_line(capsys, "audit", "--rows", "x")
+
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("celora: {keep_ratio: 1.4}")
+    assert "keep_ratio=1.4" in error_line(capsys, *base, "--config", bad)
+    bad.write_text("celora: {rank: -3}")
+    assert "rank=-3" in error_line(capsys, *base, "--config", bad)
+    bad.write_text("lr: 3")
+    assert "key 'lr'" in error_line(capsys, *base, "--config", bad)
+
+    data = ["train", "--model", model, *out, "--data"]
+    assert "nowhere.jsonl" in error_line(capsys, *data, tmp_path / "nowhere.jsonl")
+    (tmp_path / "torn.jsonl").write_text('{"text": "w1"}\n{"text": \n')
+    assert "torn.jsonl:2" in error_line(capsys, *data, tmp_path / "torn.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    error_line(capsys, *data, tmp_path / "empty.jsonl")
+
+    hollow = tmp_path / "hollow"
+    hollow.mkdir()
+    (hollow / "config.json").write_text((model / "config.json").read_text())
+    assert "no weights" in error_line(capsys, "train", "--model", hollow, "--data", rows, *out)
+    assert "holds no adapter" in error_line(capsys, "audit", "--model", model, "--data", rows, "--adapter", hollow)
+    assert not (tmp_path / "out").exists()
+
+    assert main([str(a) for a in [*base, "--max_steps", 1, "--quiet"]]) == 0
+    assert capsys.readouterr().out == ""
+    assert "already holds a run" in error_line(capsys, *base, "--max_steps", 1)
+
+
+def test_demo_is_called_and_ctrl_c_is_130(monkeypatch, tmp_path):
+    called = {}
+    demo = types.ModuleType("celora.train.demo")
+    demo.run_demo = lambda output, *, seeds: called.update(output=output, seeds=seeds)
+    monkeypatch.setitem(sys.modules, "celora.train.demo", demo)
+    assert main(["demo", "--output", str(tmp_path), "--seeds", "2"]) == 0
+    assert called == {"output": tmp_path, "seeds": 2}
+
+    def interrupted(output, *, seeds):
+        raise KeyboardInterrupt
+
+    demo.run_demo = interrupted
+    assert main(["demo"]) == 130

@@ -1,0 +1,234 @@
+"""Rows from files, folders and the hub: every shape, every source, and one clear line for every way to get it wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from celora.errors import CELoraError
+from celora.train.data import load_rows
+
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+Load = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    def rows(source: str | Path, **options: Any) -> list[dict[str, Any]]:
+        return load_rows(source, **{"chat": True, "cache_dir": tmp_path / ".cache", **options}).to_list()
+
+    return rows
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("row", "chat", "expected"),
+    [
+        ({"messages": [USER, {**ASSISTANT, "id": 3}], "id": 7}, True, {"messages": [USER, ASSISTANT]}),
+        ({"messages": [{"role": "system", "content": ""}, USER]}, True, None),
+        ({"prompt": "a", "completion": " b", "id": 7}, True, {"prompt": "a", "completion": " b"}),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, False, None),
+        ({"text": "a\u2028b"}, True, None),
+        ({"instruction": "Add", "input": "1 2", "output": "3"}, False, {"prompt": "Add\n\n1 2", "completion": "3"}),
+        ({"instruction": "Hi", "input": "", "output": "Yo"}, False, {"prompt": "Hi", "completion": "Yo"}),
+        (
+            {"instruction": "Hi", "input": None, "output": "Hello"},
+            True,
+            {"prompt": [USER], "completion": [ASSISTANT]},
+        ),
+    ],
+)
+def test_each_shape(tmp_path: Path, load: Load, row: Any, chat: bool, expected: Any) -> None:
+    assert load(write(tmp_path / "data.jsonl", row), chat=chat) == [expected or row]
+
+
+def test_each_kind_of_file(tmp_path: Path, load: Load) -> None:
+    rows = [{"prompt": 'a, "b"\nc', "completion": "None"}, {"prompt": "2", "completion": "NA"}]
+    with (tmp_path / "data.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(rows)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=2), "utf-8-sig")
+    write(tmp_path / "lines.json", rows[0], "", "  ", rows[1])
+    write(tmp_path / "data.jsonl", *rows)
+    for name in ("data.csv", "data.parquet", "list.json", "lines.json", "data.jsonl"):
+        assert load(tmp_path / name) == rows, name
+        assert load(str(tmp_path / name), limit=1) == rows[:1], name
+
+
+def test_a_row_with_the_columns_of_two_shapes_follows_the_first_row(tmp_path: Path, load: Load) -> None:
+    both = {"messages": [USER], "text": "b"}
+    assert load(write(tmp_path / "data.jsonl", {"text": "a"}, both)) == [{"text": "a"}, {"text": "b"}]
+
+
+def test_folder(tmp_path: Path, load: Load) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "b.jsonl", {"text": "b"})
+    (folder / "a.csv").write_text("text,id\na,1\n", "utf-8")
+    (folder / "notes.md").write_text("no data", "utf-8")
+    write(folder / "test.jsonl", {"text": "test"})
+    write(folder / "val-00000-of-00001.jsonl", {"text": "validation"})
+    assert load(folder) == [{"text": "a"}, {"text": "b"}]
+    assert load(folder, split="test") == [{"text": "test"}]
+    assert load(folder, split="validation") == [{"text": "validation"}]
+    write(folder / "train-1.jsonl", {"text": "train"})
+    write(folder / "trainer.jsonl", {"text": "no"})
+    assert load(folder) == [{"text": "train"}]
+    with pytest.raises(CELoraError, match=r"no 'dev-set' file among .*name one like dev-set\.jsonl"):
+        load(folder, split="dev-set")
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path, load: Load) -> None:
+    path = write(tmp_path / "data.jsonl", {"text": "one"})
+    assert load(path) == [{"text": "one"}]
+    before = path.stat()
+    write(path, {"text": "two"})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert path.stat().st_size == before.st_size
+    assert load(path) == [{"text": "two"}]
+
+
+def test_an_unchanged_file_is_not_read_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", {"text": "one"})
+    first, second = (load_rows(path, chat=True, cache_dir=tmp_path / ".cache") for _ in range(2))
+    assert first.cache_files == second.cache_files != []
+
+
+TEXT = {"text": "fine"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([TEXT, "", '{"text": "a"'], r"data\.jsonl:3: not JSON: .* at column \d+; expected one JSON object per row"),
+        ([TEXT, '{"text": "a"} {"text": "b"}'], r":2: not JSON: .*put each row on a line"),
+        ([TEXT, '"text"'], r":2: a row is 'text'; expected an object"),
+        (['{"text": "a", "text": "b"}'], r":1: not a usable JSON row: the key 'text' comes twice"),
+        (['{"text": "a", "x": {"y": 1, "y": 2}}'], r":1: .*the key 'y' comes twice"),
+        (['{"text": "a", "x": NaN}'], r":1: .*NaN is no JSON value"),
+        (["[" * 100_000], r":1: not "),
+        (['{"text": "a\0b"}'], r":1: holds a NUL byte"),
+        ([{"text": "a\0b"}], r":1: 'text' holds a NUL"),
+        (['{"text": "\\ud800"}'], r":1: 'text' holds .* half a surrogate pair"),
+        (['[{"text": "a"},', "", '{"text": 3}]'], r":3: 'text' is int 3; expected a string"),
+        (['[{"text": "a"}', '{"text": "b"}]'], r":2: not JSON: '\{' in a list of rows; expected ',' or '\]'"),
+        (['[{"text": "a"},', "]"], r":2: not JSON: Expecting value"),
+        (['[{"text": "a"}'], r":2: not JSON: the end of the file"),
+        (['[{"text": "a"}]', "x"], r":2: not JSON: 'x' after the list of rows"),
+        (["[]"], r"data\.jsonl: no rows; expected at least one: a row has messages, or prompt \+ completion"),
+        ([""], r"no rows"),
+        (
+            [TEXT, {"promt": "a", "completion": "b"}],
+            r":2: columns 'promt', 'completion' are no known row; a row has messages, or prompt \+ completion, or "
+            r"instruction \(\+ input\) \+ output, or text\. Did you mean 'prompt' for 'promt'\?",
+        ),
+        ([{}], r":1: columns \(none\) are no known row"),
+        (
+            [TEXT, {"prompt": "a", "completion": "b"}],
+            r":2: this row is prompt .*first one \(.*:1\) is text .*one shape",
+        ),
+        (
+            [{"prompt": "a", "completion": "b"}, {"prompt": [USER], "completion": [ASSISTANT]}],
+            r":2: this row is prompt \+ completion as lists, the first one",
+        ),
+        ([{"prompt": "a", "completion": [ASSISTANT]}], r":1: 'prompt' and 'completion' differ in kind"),
+        ([{"prompt": "a", "completion": None}], r":1: 'completion' is null; expected a value"),
+        ([{"text": None}], r":1: 'text' is null"),
+        ([{"text": ["a"]}], r":1: 'text' is list \['a'\]; expected a string"),
+        ([{"text": " \n"}], r":1: 'text' is empty"),
+        ([{"instruction": "a", "input": 3, "output": "b"}], r":1: 'input' is int 3; expected a string"),
+        ([{"messages": "Hi"}], r":1: 'messages' is 'Hi'; expected a list of \{'role': \.\.\., 'content': \.\.\.\}"),
+        ([{"messages": []}], r":1: 'messages' is \[\]; expected a list"),
+        ([{"messages": [USER, "Hi"]}], r":1: messages\[1\] has 'Hi'; expected a list"),
+        ([{"messages": [{"from": "human", "value": "Hi"}]}], r"messages\[0\] has keys 'from', 'value'; expected"),
+        ([{"messages": [{"role": "human", "content": "Hi"}]}], r"role is 'human'; expected one of system, developer"),
+        ([{"messages": [USER, {"role": "assistant", "content": ""}]}], r"'messages\[1\]\.content' is empty"),
+        ([{"messages": [{"role": "user", "content": None}]}], r"'messages\[0\]\.content' is null"),
+    ],
+)
+def test_rows_that_are_refused(tmp_path: Path, load: Load, rows: list[Any], message: str) -> None:
+    path = write(tmp_path / "data.jsonl", *rows)
+    with pytest.raises(CELoraError, match=message) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"data\.jsonl:2: not UTF-8 \(byte 0xe9 at column 11\)"),
+        ("data.json", '[{"text": "a"}]'.encode("utf-16"), r"data\.json:1: not UTF-8"),
+        ("data.csv", b"text\na\n\xe9\n", r"data\.csv:3: not UTF-8"),
+        ("data.csv", b"text,id\na,1\nb, c,2\n", r"data\.csv:3: 3 values for 2 columns; quote texts with commas"),
+        ("data.csv", b'text,id\n"a\nb",1\n"c"d,2\n', r"data\.csv:4: not CSV: "),
+        ("data.csv", b"text,text\na,b\n", r"data\.csv:1: two columns have one name"),
+        ("data.csv", b'text,id\n"a\n\nb",1\n"",2\n', r"data\.csv:5: 'text' is empty"),
+        ("data.csv", b"text\n", r"data\.csv: no rows"),
+        ("data.csv", b"", r"data\.csv: no rows"),
+        ("data.parquet", b"PAR1 not really", r"data\.parquet: not readable as Parquet"),
+        ("data.txt", b"a", r"unknown file ending of .*data\.txt': '\.txt'.* Known: \.csv, \.json, \.jsonl, \.parquet"),
+        ("data.jsonl.gz", b"a", r"unknown file ending of .*'\.gz'"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, load: Load, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CELoraError, match=message) as caught:
+        load(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_errors_name_the_row(tmp_path: Path, load: Load) -> None:
+    datasets.Dataset.from_list([TEXT] * 1500 + [{"text": ""}]).to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(CELoraError, match=r"data\.parquet, row 1501: 'text' is empty"):
+        load(tmp_path / "data.parquet")
+
+
+def test_missing_places(tmp_path: Path, load: Load) -> None:
+    write(tmp_path / "reviews.jsonl", TEXT)
+    with pytest.raises(CELoraError, match=r"no such data file or folder: .*Did you mean '.*reviews\.jsonl'\?"):
+        load(str(tmp_path / "review.jsonl"))
+    with pytest.raises(CELoraError, match=r"The folder '.*nowhere' does not exist either"):
+        load(tmp_path / "nowhere" / "data.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CELoraError, match=r"empty' holds no data files; expected files ending in \.csv"):
+        load(tmp_path / "empty")
+    with pytest.raises(CELoraError, match=r"limit=0; expected at least 1 row"):
+        load(tmp_path / "reviews.jsonl", limit=0)
+
+
+def test_hub(tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    rows = datasets.Dataset.from_list([{"text": "a", "id": 1}, {"text": "b", "id": 2}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)) or rows)
+    assert load("someone/reviews", split="test") == [{"text": "a"}, {"text": "b"}]
+    assert asked == [("someone/reviews", {"split": "test"})]
+    rows = datasets.Dataset.from_list([{"text": "a"}, {"text": ""}])
+    with pytest.raises(CELoraError, match=r"^someone/reviews, row 2: 'text' is empty"):
+        load("someone/reviews", split="test")
+
+
+def test_hub_out_of_reach(tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, **options: Any) -> None:
+        raise ConnectionError("Couldn't reach the hub\nlong story")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reviews").mkdir()
+    with pytest.raises(CELoraError, match="'review' is no file or folder here") as caught:
+        load("review")
+    assert "it failed: ConnectionError: Couldn't reach the hub -- " in str(caught.value)
+    assert str(caught.value).endswith("if it is meant to be a file: Did you mean 'reviews'?")

@@ -1,0 +1,241 @@
+"""Whole runs of a tiny model: what they leave, how they resume, what they refuse."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+import celora.train.run as run_module
+from celora.config import CELoraConfig
+from celora.errors import CELoraError
+from celora.train.arguments import make_request, parse
+from celora.train.folder import OutputFolder
+from celora.train.progress import read_metrics
+from celora.train.run import train
+from tiny import save_rows, save_tiny_model
+
+# A refresh in the middle, dropout and a last partial batch: everything a resumed run has to continue with.
+CELORA = {"estimator": "columns", "keep_ratio": 0.4, "rank": 4, "refresh_every": 2}
+SHORT = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 4, "celora": CELORA, "lora_dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return {"model": str(save_tiny_model(folder / "model")), "data": str(save_rows(folder / "rows.jsonl"))}
+
+
+def go(inputs, output, **more):
+    console = Console(file=io.StringIO(), width=200)
+    result = train(make_request({**inputs, "output": str(output), **SHORT, **more}), console=console)
+    return result, console.file.getvalue()
+
+
+def adapter(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def on_build(patch, do):
+    """Run `do(trainer)` on the trainer that a run builds."""
+    build = run_module.build_trainer
+
+    def built(*args, **kw):
+        trainer = build(*args, **kw)
+        do(trainer)
+        return trainer
+
+    patch.setattr(run_module, "build_trainer", built)
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished") / "out"
+    trainers = []
+    with pytest.MonkeyPatch.context() as patch:
+        on_build(patch, trainers.append)
+        result, text = go(inputs, output, eval_data=inputs["data"])
+    return output, result, text, trainers[0].model
+
+
+def test_output_folder(finished):
+    output, result, text, _ = finished
+    names = {entry.name for entry in output.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "celora_config.json"} <= names
+    assert {"metrics.jsonl", "run.json", "report.html", "checkpoint-3", "checkpoint-6"} <= names
+    assert not [name for name in names if name.endswith((".tmp", ".bin"))]
+    assert CELoraConfig.load(output).keep_ratio == 0.4
+    assert "celora" not in (output / "adapter_config.json").read_text(encoding="utf-8").replace(str(output), "")
+    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert (record["status"], result.status, result.step) == ("finished", "finished", 6)
+    assert record["given"]["max_steps"] == 6
+    assert record["versions"]["torch"] == torch.__version__
+    assert "columns" in text
+    assert "step 6/6" in text
+
+
+def test_metrics_rows(finished, inputs):
+    rows = read_metrics(finished[0] / "metrics.jsonl")
+    training, evaluation = rows[:-1], rows[-1]
+    assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "learning_rate", "grad_norm", "seconds", "tokens_seen", "tokens_per_second", "step_time_ms"):
+        assert all(row[key] is not None for row in training), key
+    assert training[-1]["celora/refreshes"] == 3
+    assert evaluation["eval_loss"] > 0
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
+    with open(inputs["data"], encoding="utf-8") as file:
+        rows = [json.loads(line)["messages"] for line in file]
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in rows]
+    # 6 steps of 4 rows are one epoch of 24: every token once, no padding.
+    assert training[-1]["tokens_seen"] == sum(len(tokenizer(text).input_ids) for text in texts)
+
+
+def test_adapter_reloads_in_stock_peft_with_the_same_logits(finished, inputs):
+    output, *_, trained = finished
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(inputs["model"]), str(output)).eval()
+    ids = torch.arange(6, 26)[None]
+    with torch.no_grad():
+        tuned = model(ids).logits
+        assert torch.equal(tuned, trained.eval()(ids).logits)
+        with model.disable_adapter():
+            assert not torch.equal(tuned, model(ids).logits)
+
+
+class PressCtrlC(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kw):
+        if state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_then_resume_equals_uninterrupted(finished, inputs, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        on_build(patch, lambda trainer: trainer.add_callback(PressCtrlC()))
+        result, text = go(inputs, output)
+    assert (result.status, result.step) == ("interrupted", 3)
+    assert f"celora train --output {output} --resume" in text
+    assert not (output / "adapter_model.safetensors").exists()
+    with (output / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 4, "seconds": 9, "loss": 0}\n{"ste')  # as left by a process killed later
+
+    console = Console(file=io.StringIO(), width=200)
+    resumed = train(parse([], {"output": str(output), "resume": True}), console=console)
+    assert (resumed.status, resumed.step) == ("finished", 6)
+    assert "Resuming from checkpoint-3" in console.file.getvalue()
+    whole, parts = adapter(finished[0]), adapter(output)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+    rows, expected = (read_metrics(folder / "metrics.jsonl") for folder in (output, finished[0]))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "grad_norm", "tokens_seen"):
+        assert [row[key] for row in rows] == [row[key] for row in expected[:6]]
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+
+
+def test_an_incomplete_checkpoint_is_passed_over(finished, inputs, tmp_path):
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=3)
+    (output / "checkpoint-5").mkdir()
+    checkpoint, marker = OutputFolder(output).last_checkpoint()
+    assert (checkpoint.name, marker["step"]) == ("checkpoint-3", 3)
+
+
+def test_resume_of_a_finished_run_says_so(finished):
+    console = Console(file=io.StringIO(), width=300)
+    result = train(parse([], {"output": str(finished[0]), "resume": True}), console=console)
+    assert result.status == "already finished"
+    assert "is finished, at step 6" in console.file.getvalue()
+
+
+def test_a_folder_with_a_run_needs_overwrite_which_removes_only_that_run(inputs, tmp_path):
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=3)
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(CELoraError, match="already holds a run; --resume continues it, --overwrite replaces it"):
+        go(inputs, output)
+    go(inputs, output, max_steps=1, save_strategy="no", overwrite=True)
+    assert (output / "notes.txt").read_text() == "mine"
+    assert not list(output.glob("checkpoint-*"))
+    assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == [1]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_foreign_folder_is_left_alone(inputs, tmp_path, overwrite):
+    (tmp_path / "thesis.tex").write_text("years")
+    with pytest.raises(CELoraError, match=r"not from a run of celora \(thesis.tex\)"):
+        go(inputs, tmp_path, overwrite=overwrite)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_bad_input_leaves_the_earlier_run_alone(inputs, tmp_path):
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=1)
+    before = sorted(entry.name for entry in output.iterdir())
+    with pytest.raises(CELoraError, match="nowhere"):
+        go({**inputs, "data": str(tmp_path / "nowhere.jsonl")}, output, overwrite=True)
+    assert sorted(entry.name for entry in output.iterdir()) == before
+
+
+def test_paper_preset_trains_the_balanced_rank(inputs, tmp_path):
+    request = {**inputs, "output": str(tmp_path / "out"), "max_steps": 1, "lora_r": 8, "save_strategy": "no"}
+    console = Console(file=io.StringIO(), width=200)
+    train(make_request(request), console=console)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 7
+    assert CELoraConfig.load(tmp_path / "out").rank == 7
+    assert "r0 = 7: floor(7/8 of lora_r=8)" in console.file.getvalue()
+
+
+def test_off_is_plain_lora_and_quiet_prints_nothing(inputs, tmp_path):
+    _, text = go(inputs, tmp_path / "out", preset="off", celora=None, max_steps=2, quiet=True)
+    assert text == ""
+    assert read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_biases_train_and_are_saved_with_checkpointing(inputs, tmp_path):
+    go(inputs, tmp_path / "a", bias="lora_only", lora_bias=True, gradient_checkpointing=True, max_steps=2)
+    saved = adapter(tmp_path / "a")
+    assert any(name.endswith("lora_B.bias") for name in saved)
+    assert any(name.endswith(("q_proj.base_layer.bias", "q_proj.bias")) for name in saved)
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["lora_bias"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_target_modules": ["nothing"]}, "Target modules"),
+        ({"eval_strategy": "steps"}, "--eval-data"),
+        ({"model": "./nowhere"}, "no such folder"),
+    ],
+)
+def test_bad_runs_are_one_line(inputs, tmp_path, change, message):
+    with pytest.raises(CELoraError, match=message) as caught:
+        go({**inputs, **change}, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_rows_without_a_token_to_learn(inputs, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w1 w2 w3", "completion": " w4"}\n')
+    with pytest.raises(CELoraError, match="has a token to learn within max_length=2"):
+        go({**inputs, "data": str(tmp_path / "rows.jsonl")}, tmp_path / "out", max_length=2)
+
+
+def test_model_folders_that_are_none(inputs, finished, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    for model, message in (
+        (tmp_path / "empty", "no config.json"),
+        (tmp_path, "has no weights"),
+        (inputs["data"], "is a file"),
+        (finished[0], "is an adapter, not a model"),
+    ):
+        with pytest.raises(CELoraError, match=message):
+            go({**inputs, "model": str(model)}, tmp_path / "out")
