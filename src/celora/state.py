@@ -18,7 +18,7 @@ _ERROR = "relative_error"
 
 
 def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write the step count and every layer's selection and last measured error to `celora_state.safetensors` in `folder`.
+    """Write the step count and each layer's selection and measured error to `celora_state.safetensors` in `folder`.
 
     Call it between optimizer steps. Factors are not written: they follow from the weights and the seed.
     """

@@ -72,9 +72,21 @@ class Columns(Estimator):
         if self.rank and self.U_off is None:  # a selection loaded from a checkpoint
             self._prepare(weight)
             self._use(self.index)
-        # torch.gather beats index_select along dim 1 for half precision on CPU by a factor of five.
-        left = grad_output.gather(1, self.index.expand(grad_output.shape[0], -1))
-        right = weight[self.index].to(grad_output.dtype)
+        if torch.compiler.is_compiling():  # the compiler fuses this; what follows is what it would have to be told
+            return self._concatenated(grad_output, weight, self.index)
+        tokens, kept = grad_output.shape[0], self.kept
+        # Both factors are written into one buffer each: concatenating afterwards would copy them once more.
+        left = grad_output.new_empty(tokens, kept + self.rank)
+        right = grad_output.new_empty(kept + self.rank, self.in_features)
+        torch.gather(_bits(grad_output), 1, self.index.expand(tokens, -1), out=_bits(left)[:, :kept])
+        right[:kept] = weight[self.index]
+        if self.factor is not None and self.U_off is not None:
+            torch.mm(grad_output, self.U_off.to(grad_output.dtype), out=left[:, kept:])
+            right[kept:] = self.factor[1]
+        return left @ right
+
+    def _concatenated(self, grad_output: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        left, right = grad_output[:, index], weight[index].to(grad_output.dtype)
         if self.factor is not None and self.U_off is not None:
             left = torch.cat([left, grad_output @ self.U_off.to(grad_output.dtype)], dim=1)
             right = torch.cat([right, self.factor[1].to(grad_output.dtype)])
@@ -138,3 +150,8 @@ class Columns(Estimator):
 
 def _replace(old: Tensor | None, new: Tensor) -> Tensor:
     return new if old is None or old.device != new.device else old.copy_(new)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Half-precision numbers as integers: on CPU, `gather` moves those up to five times faster, and the same bits."""
+    return tensor.view(torch.int16) if tensor.element_size() == 2 else tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,14 @@ PACKAGES = ("celora", "torch", "transformers", "peft", "trl", "accelerate", "dat
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left behind. `status` is "finished", "interrupted" or "already finished"."""
+    """What a run left behind. `status` is "finished", "interrupted" or "already finished"; only a run that was not
+    finished before comes with its model, trained and still attached."""
 
     status: str
     output: Path
     step: int
     summary: dict[str, Any]
+    model: Any = field(default=None, repr=False)
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -71,7 +73,7 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
         tokenizer = load_tokenizer(request)
         chat = bool(tokenizer.chat_template)
         rows = load_rows(request.data, split=options.dataset_train_split, chat=chat)
-        eval_rows = load_rows(options.eval_data, chat=chat) if options.eval_data else None
+        eval_rows = load_rows(options.eval_data, split="test", chat=chat) if options.eval_data else None
         when = request.train.get("eval_strategy", "no")
         if eval_rows is None and when != "no":
             raise CELoraError(f"eval_strategy={when!r} needs rows to evaluate on; give --eval-data")
@@ -125,7 +127,7 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
         saved = folder.last_checkpoint()
         how = f"Saved {saved[0].name}; continue" if saved else "Nothing is saved yet; start again"
         _say(console, False, f"{how} with: celora train --output {request.output} --resume")
-    return TrainResult(status, request.output, int(trainer.state.global_step), record["summary"])
+    return TrainResult(status, request.output, int(trainer.state.global_step), record["summary"], trainer.model)
 
 
 def build_trainer(

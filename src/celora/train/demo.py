@@ -1,0 +1,286 @@
+"""The demo: a real small model, real data, LoRA and CE-LoRA from the same seeds, judged on sentences neither has seen.
+
+For each seed both contenders train on the same rows in the same order. Each adapter is then scored by stock PEFT
+in a process that never imports celora (`stock_eval.py`); for CE-LoRA that score must equal the one of the model as
+it stands in memory after training, or the demo fails.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from celora.errors import CELoraError
+from celora.train import stock_eval
+from celora.train.allocator import keep_freed_memory
+from celora.train.arguments import make_request
+from celora.train.assets import demo_model
+from celora.train.folder import write_json, write_text
+from celora.train.progress import read_metrics
+from celora.train.report import write_report
+from celora.train.run import train
+from celora.train.sentiment import splits, to_rows
+
+ROWS = "demo.jsonl"
+ARMS = {"LoRA": "off", "CE-LoRA": "paper"}
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One contender's result with one seed; a line of `demo.jsonl`.
+
+    Attributes:
+        accuracy: on the held-out sentences, scored by stock PEFT in a separate process; without adapter if untouched.
+        step_time_ms: median over the optimizer steps that neither warm up nor refresh, or None.
+        cost: FLOPs of the frozen `grad_input` products relative to exact LoRA.
+    """
+
+    arm: str
+    seed: int
+    accuracy: float
+    held_out: int
+    steps: int
+    rank: int
+    step_time_ms: float | None
+    train_seconds: float
+    cost: float
+    threads: int
+    dtype: str
+    torch: str
+
+
+def run_demo(
+    output: Path,
+    *,
+    seeds: int = 1,
+    steps: int = 48,
+    batch_size: int = 16,
+    held_out: int = 600,
+    learning_rate: float = 1e-3,
+    console: Console | None = None,
+) -> list[DemoRow]:
+    """Run the demo into `output` (made, or taken over from an earlier demo) and print what came out.
+
+    Writes the runs (`lora-seed0`, `ce-lora-seed0`, ...), `report.html` with both loss curves, and `demo.jsonl`.
+
+    Raises:
+        CELoraError: `output` holds something else, the model or data cannot be had, or an adapter does not score
+            under stock PEFT as it did after training.
+    """
+    console = console or Console(highlight=False)
+    begun = time.perf_counter()
+    say = _Narrator(console)
+    if output.exists() and any(output.iterdir()) and not (output / "data").is_dir():
+        raise CELoraError(f"{output} is not empty and holds no demo; choose another folder with --output.")
+    keep_freed_memory()
+    model = demo_model(say)
+    test = splits(0, test=held_out, say=say).test
+    data = output / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    _write_rows(data / "test.jsonl", to_rows(test))
+    dtype = "bfloat16" if _fast_bfloat16() else "float32"
+
+    say(
+        f"Scoring the untouched model on {held_out} held-out sentences ({dtype}, {torch.get_num_threads()} threads) ..."
+    )
+    accuracy = _stock_accuracy(model, data / "test.jsonl", dtype)
+    rows = [DemoRow("untouched", 0, accuracy, held_out, 0, 0, None, 0.0, 0.0, *_machine(dtype))]
+    say(f"  {accuracy:.1%} right")
+
+    for seed in range(seeds):
+        training = splits(seed, train=steps * batch_size, test=held_out).train
+        _write_rows(data / f"train-seed{seed}.jsonl", to_rows(training))
+        # Whoever goes second finds a warmer, or a busier, machine: take turns.
+        for arm in list(ARMS) if seed % 2 == 0 else reversed(ARMS):
+            say(f"Training {arm}, seed {seed}: {steps} steps of {batch_size} sentences ...")
+            rows.append(
+                _contend(arm, seed, output, model, data, steps, batch_size, held_out, learning_rate, dtype, console)
+            )
+            say(f"  {rows[-1].accuracy:.1%} right, {rows[-1].step_time_ms or 0:.0f} ms per step")
+    _write_rows(output / ROWS, [asdict(row) for row in rows])
+    runs = {f"{row.arm}, seed {row.seed}": _folder(output, row.arm, row.seed) for row in rows[1:]}
+    write_report(
+        output / "report.html",
+        runs,
+        title="celora demo: sentiment of movie reviews",
+        results={
+            "held-out accuracy": {f"{row.arm}, seed {row.seed}": f"{row.accuracy:.1%}" for row in rows[1:]},
+            "held-out accuracy of the untouched model": dict.fromkeys(runs, f"{accuracy:.1%}"),
+            "time per step, ms (median)": {f"{row.arm}, seed {row.seed}": row.step_time_ms for row in rows[1:]},
+        },
+    )
+    console.print(result_table(rows))
+    console.print(
+        f"Each adapter is plain PEFT and was scored by stock PEFT, without celora. Report: {output / 'report.html'}\n"
+        f"{(time.perf_counter() - begun) / 60:.1f} minutes.",
+        soft_wrap=True,
+    )
+    return rows
+
+
+def result_table(rows: Sequence[DemoRow]) -> Table:
+    """Accuracy (mean, and range over seeds), time per step and backward cost of each arm."""
+    table = Table(title="Sentiment of movie reviews, SmolLM2-135M-Instruct")
+    for column in ("", "held-out accuracy", "time per step", "frozen backward, FLOPs"):
+        table.add_column(column, justify="left" if not column else "right")
+    for cells in summary(rows):
+        table.add_row(*cells)
+    return table
+
+
+def summary(rows: Sequence[DemoRow]) -> list[tuple[str, str, str, str]]:
+    """The cells of the result table, as text; the README's table is made of the same."""
+    cells = []
+    for arm in ("untouched", *ARMS):
+        of = [row for row in rows if row.arm == arm]
+        accuracies = [row.accuracy for row in of]
+        spread = f" ({min(accuracies):.1%} to {max(accuracies):.1%})" if len(of) > 1 else ""
+        times = [row.step_time_ms for row in of if row.step_time_ms is not None]
+        cells.append(
+            (
+                arm,
+                f"{statistics.mean(accuracies):.1%}{spread}",
+                f"{statistics.median(times):.0f} ms" if times else "",
+                f"{of[0].cost:.2f}" if times else "",
+            )
+        )
+    return cells
+
+
+class _Narrator:
+    """Tells what is going on, line by line."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def __call__(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False)
+
+
+def _contend(
+    arm: str,
+    seed: int,
+    output: Path,
+    model: Path,
+    data: Path,
+    steps: int,
+    batch_size: int,
+    held_out: int,
+    learning_rate: float,
+    dtype: str,
+    console: Console,
+) -> DemoRow:
+    folder = _folder(output, arm, seed)
+    request = make_request(
+        {
+            "model": str(model),
+            "data": str(data / f"train-seed{seed}.jsonl"),
+            "output": str(folder),
+            "preset": ARMS[arm],
+            "dtype": dtype,
+            "max_steps": steps,
+            "per_device_train_batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "warmup_steps": steps // 10,
+            "lora_r": 16,
+            "lora_alpha": 32,
+            "seed": seed,
+            "save_strategy": "no",
+            "train_sampling_strategy": "group_by_length",  # for both alike: less padding, fewer wasted steps
+            "overwrite": folder.exists(),
+        }
+    )
+    result = train(request, console=console)
+    if result.status != "finished":
+        raise KeyboardInterrupt
+    accuracy = _stock_accuracy(model, data / "test.jsonl", dtype, adapter=folder)
+    if arm != "LoRA":
+        in_memory = _in_memory_accuracy(result.model, model, data / "test.jsonl")
+        if in_memory != accuracy:
+            raise CELoraError(
+                f"the adapter in {folder} scores {accuracy:.4f} under stock PEFT but {in_memory:.4f} in memory."
+            )
+    row = DemoRow(
+        arm,
+        seed,
+        accuracy,
+        held_out,
+        result.step,
+        request.r,
+        _median_step_time(folder, request.config.refresh_every),
+        result.summary["seconds"],
+        result.summary["estimated_cost"],
+        *_machine(dtype),
+    )
+    write_json(folder / "demo.json", asdict(row))
+    return row
+
+
+def _median_step_time(folder: Path, refresh_every: int) -> float | None:
+    """Of the steps after the first two, which allocate and compile, and which for CE-LoRA is where it refreshes."""
+    times = [row["step_time_ms"] for row in read_metrics(folder / "metrics.jsonl") if "step_time_ms" in row]
+    usual = [ms for step, ms in enumerate(times) if step >= 2 and step % refresh_every]
+    return round(statistics.median(usual), 1) if usual else None
+
+
+def _stock_accuracy(model: Path, data: Path, dtype: str, *, adapter: Path | None = None) -> float:
+    command = [sys.executable, stock_eval.__file__, "--base", str(model), "--data", str(data), "--dtype", dtype]
+    if adapter is not None:
+        command += ["--adapter", str(adapter)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip() or "no output").splitlines()[-1]
+        raise CELoraError(f"scoring {adapter or model} with stock PEFT failed: {reason}")
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    if answer["celora_imported"]:
+        raise CELoraError("the process that scores with stock PEFT imported celora; its result would prove nothing.")
+    return float(answer["accuracy"])
+
+
+def _in_memory_accuracy(trained: Any, model: Path, data: Path) -> float:
+    from transformers import AutoTokenizer
+
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    return stock_eval.label_accuracy(trained, AutoTokenizer.from_pretrained(model), rows)
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _folder(output: Path, arm: str, seed: int) -> Path:
+    return output / f"{arm.lower()}-seed{seed}"
+
+
+def _machine(dtype: str) -> tuple[int, str, str]:
+    return torch.get_num_threads(), dtype, torch.__version__
+
+
+def _fast_bfloat16() -> bool:
+    """Whether bfloat16 products are faster than float32 ones here: measured, as CPUs without support emulate them."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported())
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(512, 576, dtype=dtype)
+        b = torch.ones(576, 576, dtype=dtype)
+        return min(_timed(lambda: a @ b) for _ in range(5))
+
+    return seconds(torch.bfloat16) < seconds(torch.float32)
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
