@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from trl import ModelConfig, SFTConfig
 
+from celora.config import LayerConfig
 from celora.errors import CELoraError
-from celora.train.arguments import make_request, parse, sft_config
+from celora.train.arguments import estimator_config, make_request, parse, sft_config
 from celora.train.fields import DEFAULTS, convert, help_all, known_fields
 
 OWN = {"model": "m", "data": "d.jsonl", "output": "out"}
@@ -193,3 +194,17 @@ def test_resume_keeps_earlier_arguments_and_refuses_to_change_the_run(tmp_path):
     fails(["--seed", "7"], "cannot change seed (42 -> 7)", own={"output": str(tmp_path), "resume": True})
     fails([], "cannot change", own={"output": str(tmp_path), "resume": True, "preset": "off"})
     fails([], "nothing to resume", own={"output": str(tmp_path / "none"), "resume": True})
+
+
+def test_overrides_beside_a_preset_add_to_it():
+    config, r = estimator_config("paper", {"overrides": {"layers.0.mlp.up_proj": {"keep_ratio": 0.25}}}, 16)
+    assert r == 14
+    assert config.for_layer("model.layers.0.mlp.up_proj") == LayerConfig("columns", 0.25, "adapter")
+    assert config.for_layer("model.layers.1.mlp.up_proj") == LayerConfig("columns", 0.65, "adapter")
+    assert config.for_layer("model.layers.0.self_attn.v_proj").keep_ratio == 0.55
+
+
+@pytest.mark.parametrize("field", ["estimator", "keep_ratio"])
+def test_what_a_preset_would_shadow_is_refused(field):
+    with pytest.raises(CELoraError, match=f"{field} has no effect beside preset 'paper'"):
+        estimator_config("paper", {field: "columns" if field == "estimator" else 0.1}, 16)

@@ -378,6 +378,52 @@ def test_clear_errors(model: PeftModel) -> None:
     assert find(model) is None
 
 
+def test_an_optimizer_of_other_tensors_is_said(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+    celora.attach(model, HALF)
+    optimizer = torch.optim.SGD([p.detach().clone() for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="three optimizer steps, none of a parameter of this model"):
+        optimizer.step()
+
+
+def test_replicas_of_data_parallel_are_exact(model: PeftModel) -> None:
+    celora.attach(model, HALF)
+    train(model, 1)
+    base = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").get_base_layer()
+    x = torch.randn(3, 48, requires_grad=True)
+    assert "Graft" in type(base(x).grad_fn).__name__
+    base._is_replica = True
+    assert "Graft" not in type(base(x).grad_fn).__name__
+
+
+def test_a_missing_layer_of_a_preset_is_no_mistake() -> None:
+    report = celora.attach(make_model(target_modules=["q_proj", "v_proj"]), "paper")
+    assert len(report.estimated) == 2
+
+
+def test_nothing_estimated_is_said() -> None:
+    with pytest.warns(UserWarning, match="no layer can be estimated"):
+        celora.attach(make_model(target_modules=["q_proj"]), "paper")
+
+
+def test_weights_of_another_kind_are_skipped(model: PeftModel) -> None:
+    class Packed(torch.nn.Parameter):
+        pass
+
+    name = "base_model.model.model.layers.1.mlp.up_proj"
+    base = model.get_submodule(name).get_base_layer()
+    base.weight = Packed(base.weight.detach(), requires_grad=False)
+    assert celora.attach(model, HALF).skipped == {name: "its weight is a Packed"}
+
+
+def test_the_adapters_own_rank() -> None:
+    report = celora.attach(make_model(r=32), CELoraConfig(rank="adapter"))
+    ranks = {name.rpartition(".")[2]: layer.rank for name, layer in report.estimated.items()}
+    assert (ranks["up_proj"], ranks["v_proj"]) == (32, 24)  # no larger than the layer
+
+
 def test_an_override_without_a_layer_is_said(model: PeftModel) -> None:
     with pytest.warns(UserWarning, match=r"the override '\*.qproj' matches no adapted layer"):
         celora.attach(model, CELoraConfig(rank=2, overrides={"*.qproj": {"estimator": "dense"}}))

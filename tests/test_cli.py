@@ -32,6 +32,8 @@ def error_line(capsys, *arguments) -> str:
 def test_version_and_help(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("celora 0.")
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith("Usage: celora")
     assert main(["--help"]) == 0
     assert "audit" in capsys.readouterr().out
     assert main(["train", "--help"]) == 0

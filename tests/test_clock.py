@@ -16,7 +16,8 @@ class Owner:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.steps: list[int] = []
-        self.clock = StepClock(self.parameters, self.on_step)
+        self.others = 0
+        self.clock = StepClock(self.parameters, self.on_step, self.on_other)
         self.clock.start()
 
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -24,6 +25,9 @@ class Owner:
 
     def on_step(self, step: int) -> None:
         self.steps.append(step)
+
+    def on_other(self) -> None:
+        self.others += 1
 
 
 def _optimizer(module: nn.Module) -> SGD:
@@ -39,6 +43,7 @@ def test_counts_only_the_optimizers_of_its_own_model() -> None:
         optimizer.step()
     assert mine.steps == [1, 2, 3]
     assert other.steps == []
+    assert other.others == 3
     mine.clock.stop()
     other.clock.stop()
 
@@ -57,12 +62,12 @@ def test_a_later_optimizer_takes_over() -> None:
     owner = Owner(nn.Linear(2, 2))
     first = _optimizer(owner.module)
     first.step()
-    del first
-    gc.collect()
     second = Adam(owner.module.parameters())
     second.step()
     second.step()
     assert owner.clock.step == 3
+    first.step()
+    assert owner.clock.step == 4
     owner.clock.stop()
 
 

@@ -58,7 +58,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"keep_ratio": "half"}, "keep_ratio='half'; expected"),
     ({"rank": -1}, "rank=-1; expected an integer >= 0"),
     ({"rank": 2.5}, "rank=2.5; expected an integer >= 0"),
-    ({"rank": "balance"}, "rank='balance'; expected an integer >= 0. Use 0 for no frozen factor, or \"balanced\"."),
+    ({"rank": "balance"}, "rank='balance'; expected an integer >= 0. Use 0 for no frozen factor, \"balanced\""),
     ({"refresh_every": 0}, "refresh_every=0; expected an integer >= 1"),
     ({"estimator": "colums"}, "unknown estimator 'colums'; did you mean 'columns'?"),
     ({"estimator": None}, "estimator=None; expected the name"),

@@ -155,6 +155,44 @@ def test_resume_of_a_finished_run_says_so(finished):
     assert "is finished, at step 6" in console.file.getvalue()
 
 
+def test_resume_never_goes_back(inputs, tmp_path):
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=3)
+    before = adapter(output)
+    again = train(
+        parse([], {"output": str(output), "resume": True, "max_steps": 2}), console=Console(file=io.StringIO())
+    )
+    assert (again.status, again.step) == ("already finished", 3)
+    record = json.loads((output / "run.json").read_text())
+    (output / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    with pytest.raises(CELoraError, match="max_steps=2, but the run is saved at step 3; give more"):
+        train(parse([], {"output": str(output), "resume": True, "max_steps": 2}), console=Console(file=io.StringIO()))
+    assert all(torch.equal(before[name], value) for name, value in adapter(output).items())
+
+
+def test_an_overwrite_that_fails_before_its_first_step_brings_the_run_back(inputs, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=3)
+    before = {entry.name: entry.stat().st_size for entry in output.iterdir()}
+
+    def fail(trainer):
+        trainer.create_optimizer = lambda *_: 1 / 0
+
+    with monkeypatch.context() as patch:
+        on_build(patch, fail)
+        with pytest.raises(ZeroDivisionError):
+            go(inputs, output, max_steps=3, overwrite=True)
+    assert {entry.name: entry.stat().st_size for entry in output.iterdir()} == before
+    assert json.loads((output / "run.json").read_text())["status"] == "finished"
+
+
+def test_audit_judges_an_adapter_with_the_configuration_it_was_trained_with(finished, inputs, tmp_path):
+    request = {**inputs, "output": str(tmp_path / "none")}
+    as_trained = run_module.audit_model(make_request(request), rows=4, adapter=finished[0])
+    as_paper = run_module.audit_model(make_request({**request, "preset": "paper"}), rows=4, adapter=finished[0])
+    assert as_trained.probed > as_paper.probed > 0
+
+
 def test_a_folder_with_a_run_needs_overwrite_which_removes_only_that_run(inputs, tmp_path):
     output = tmp_path / "out"
     go(inputs, output, max_steps=3)
@@ -189,7 +227,7 @@ def test_paper_preset_trains_the_balanced_rank(inputs, tmp_path):
     console = Console(file=io.StringIO(), width=200)
     train(make_request(request), console=console)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 7
-    assert CELoraConfig.load(tmp_path / "out").rank == 7
+    assert CELoraConfig.load(tmp_path / "out").rank == "adapter"
     assert "r0 = 7: floor(7/8 of lora_r=8)" in console.file.getvalue()
 
 
@@ -213,6 +251,7 @@ def test_biases_train_and_are_saved_with_checkpointing(inputs, tmp_path):
         ({"lora_target_modules": ["nothing"]}, "Target modules"),
         ({"eval_strategy": "steps"}, "--eval-data"),
         ({"model": "./nowhere"}, "no such folder"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0; expected a number >= 0"),
     ],
 )
 def test_bad_runs_are_one_line(inputs, tmp_path, change, message):

@@ -39,3 +39,9 @@ def test_permuting_the_gradient_permutes_the_choice() -> None:
     after = select.top_k(select.column_scores(select.squared_column_norms(G[:, permutation]), norms), 7)
     assert set(permutation[after].tolist()) == set(before.tolist())
     assert not after.equal(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_squared_row_norms(dtype: torch.dtype) -> None:
+    G = torch.randn(17, 13).to(dtype)
+    torch.testing.assert_close(select.squared_row_norms(G).double(), G.double().square().sum(1), rtol=1e-5, atol=1e-9)

@@ -14,15 +14,18 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from celora.clock import StepClock
-from celora.config import CELoraConfig, LayerConfig, balanced_rank, matches, resolve
+from celora.config import PRESETS, CELoraConfig, LayerConfig, balanced_rank, matches, resolve
 from celora.errors import CELoraError
-from celora.estimators import Columns, Estimator
+from celora.estimators import Estimator, estimator_class
 from celora.graft import LayerGraft, Mode, Switch
 
 _ATTRIBUTE = "_celora"
+# A preset names the layers of common models; a model need not have all of them.
+_PRESET_PATTERNS = {pattern for preset in PRESETS.values() for pattern in preset.overrides}
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,14 @@ class Attachment:
         self.report = report
         self.switch = Switch()
         self.grafts: dict[str, LayerGraft] = {}
-        self.relative_errors: dict[str, Tensor] = {}
+        self.relative_errors: dict[str, float] = {}
+        self._unheard = 0
         self._bind(model, step=0)
 
     def _bind(self, model: nn.Module, step: int) -> None:
         # Weak, because the model holds this object: a cycle would keep a dropped model's memory until collection.
         self._model = weakref.ref(model)
-        self.clock = StepClock(self.parameters, self._on_step, step=step)
+        self.clock = StepClock(self.parameters, self._on_step, self._on_other_step, step=step)
         self.clock.start()
 
     @property
@@ -142,9 +146,23 @@ class Attachment:
             if graft.mode is Mode.OBSERVE:
                 graft.estimator.select()
                 if graft.squared_error is not None and graft.squared_norm is not None:
-                    self.relative_errors[name] = (graft.squared_error / graft.squared_norm).sqrt()
+                    norm = graft.squared_norm.item()  # once a refresh, so the synchronisation is cheap
+                    if norm > 0:
+                        self.relative_errors[name] = (graft.squared_error.item() / norm) ** 0.5
                     graft.squared_error = graft.squared_norm = None
         self.set_modes(step)
+
+    def _on_other_step(self) -> None:
+        """Say so if the model is trained by an optimizer that holds other tensors than the model's parameters."""
+        if self.clock.step == 0 and any(graft.observed for graft in self.grafts.values()):
+            self._unheard += 1
+            if self._unheard == 3:
+                warnings.warn(
+                    "celora: three optimizer steps, none of a parameter of this model, so every backward is exact. If "
+                    "the optimizer holds copies of the parameters, call require(model).clock.advance() after each step "
+                    "(from celora.attach import require).",
+                    stacklevel=2,
+                )
 
     def set_modes(self, step: int) -> None:
         """Refresh at steps 0, tau, 2 tau, ..., and wherever a layer has nothing selected yet."""
@@ -184,6 +202,8 @@ def attach(model: nn.Module, config: str | CELoraConfig = "paper") -> AttachRepo
             "call model.unmerge_adapter() first."
         )
     for pattern in _unmatched(config, tuners):
+        if pattern in _PRESET_PATTERNS:
+            continue
         warnings.warn(f"celora: the override {pattern!r} matches no adapted layer", stacklevel=2)
 
     planned = [_plan_layer(name, module, config) for name, module in tuners.items()]
@@ -200,7 +220,7 @@ def attach(model: nn.Module, config: str | CELoraConfig = "paper") -> AttachRepo
             tuners[layer.name].get_base_layer().register_forward_hook(graft)
             attachment.grafts[layer.name] = graft
     model.__dict__[_ATTRIBUTE] = attachment
-    if not attachment.grafts and report.skipped:
+    if not attachment.grafts and (report.skipped or config.overrides):
         warnings.warn(
             "celora: no layer can be estimated; training is plain PEFT. Print the report for the reasons.",
             stacklevel=2,
@@ -242,7 +262,9 @@ def _plan_layer(name: str, module: BaseTunerLayer, config: CELoraConfig) -> tupl
         return LayerReport(name, out_features, in_features, "dense", 1.0), None
     rank = _rank(name, module, setting)
     try:
-        estimator = Columns(out_features, in_features, keep_ratio=setting.keep_ratio, rank=rank, seed=config.seed)
+        estimator = estimator_class(setting.estimator)(
+            out_features, in_features, keep_ratio=setting.keep_ratio, rank=rank, seed=config.seed
+        )
     except CELoraError as error:
         raise CELoraError(f"layer {name!r}: {error}") from None
     report = LayerReport(name, out_features, in_features, estimator.name, estimator.cost, setting.keep_ratio, rank)
@@ -257,22 +279,26 @@ def _cannot_estimate(base: nn.Module) -> str:
         return f"{type(base).__name__} computes its own forward"
     if not base.weight.is_floating_point():
         return f"its weight is stored as {base.weight.dtype}"
+    if type(base.weight) not in (nn.Parameter, DTensor):
+        return f"its weight is a {type(base.weight).__name__}"
     if base.weight.requires_grad:
         return "its weight is trained"
     return ""
 
 
 def _rank(name: str, module: BaseTunerLayer, setting: LayerConfig) -> int:
-    if setting.rank != "balanced":
+    if isinstance(setting.rank, int):
         return setting.rank
     ranks = getattr(module, "r", None)
     if not isinstance(ranks, dict) or not ranks:
         raise CELoraError(
-            f"rank='balanced' for {name!r}, a {type(module).__name__} without a LoRA rank; give an integer."
+            f"rank={setting.rank!r} for {name!r}, a {type(module).__name__} without a LoRA rank; give an integer."
         )
     adapter = next((a for a in module.active_adapters if a in ranks), next(iter(ranks)))
     base = module.get_base_layer()
-    return min(balanced_rank(int(ranks[adapter])), int(base.out_features), int(base.in_features))
+    lora_rank = int(ranks[adapter])
+    rank = lora_rank if setting.rank == "adapter" else balanced_rank(lora_rank)
+    return min(rank, int(base.out_features), int(base.in_features))
 
 
 def _unmatched(config: CELoraConfig, names: Any) -> list[str]:

@@ -33,16 +33,10 @@ class Fidelity:
     @classmethod
     def of(cls, pairs: list[tuple[Tensor, Tensor]]) -> Fidelity:
         """The fidelity of the concatenation of all (estimated, exact) pairs, summed in float64."""
-        sums = torch.zeros(4, dtype=torch.float64, device=pairs[0][0].device)
+        sums = torch.zeros(4, dtype=torch.float64)
         for estimate, true in ((g.double(), e.double()) for g, e in pairs):
-            sums += torch.stack(
-                [
-                    (estimate * true).sum(),
-                    (estimate - true).square().sum(),
-                    estimate.square().sum(),
-                    true.square().sum(),
-                ]
-            )
+            terms = (estimate * true, (estimate - true).square(), estimate.square(), true.square())
+            sums += torch.stack([term.sum() for term in terms]).cpu()  # a model may be spread over devices
         dot, error, estimated, exact = sums.tolist()
         if exact == 0 or estimated == 0:
             same = exact == estimated

@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -29,7 +28,8 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
-        if model is None or find(model) is None or state.global_step == 0:
+        attachment = None if model is None else find(model)
+        if model is None or attachment is None or state.global_step == 0:
             return
         folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
         if isinstance(args.resume_from_checkpoint, str):
@@ -39,9 +39,10 @@ class Callback(TrainerCallback):  # type: ignore[misc]
                 load_state(model, folder)
                 return
         warnings.warn(
-            f"celora: no {STATE_NAME} in {folders[0]}; the first resumed step refreshes instead.",
-            stacklevel=2,
+            f"celora: no {STATE_NAME} in {folders[0]}; the first resumed step refreshes instead.", stacklevel=2
         )
+        attachment.clock.step = state.global_step
+        attachment.set_modes(state.global_step)
 
     def on_save(
         self,
@@ -69,9 +70,9 @@ class Callback(TrainerCallback):  # type: ignore[misc]
             return
         metrics: dict[str, float] = {"celora/refreshes": attachment.refreshes}
         if attachment.relative_errors:
-            errors = torch.stack(list(attachment.relative_errors.values()))
-            metrics["celora/relative_error"] = errors.mean().item()
-            metrics["celora/relative_error_worst"] = errors.max().item()
+            errors = attachment.relative_errors.values()
+            metrics["celora/relative_error"] = sum(errors) / len(errors)
+            metrics["celora/relative_error_worst"] = max(errors)
         logs.update(metrics)
         # The Trainer copied the logs into its history before it called us.
         if state.log_history:

@@ -102,8 +102,10 @@ def train(
 
     own = {"model": model, "data": data, "output": output, "preset": preset, "config": config, "eval_data": eval_data}
     request = parse(context.args, own | {"resume": resume, "overwrite": overwrite, "quiet": quiet})
+    from celora.train.allocator import keep_freed_memory
     from celora.train.run import train as run
 
+    keep_freed_memory()
     result = run(request)
     if result.status == "interrupted":
         raise typer.Exit(130)
@@ -158,9 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: run a command and return its exit status."""
     try:
         # typer's own handling prints usage walls; ours is one line whatever the mistake.
-        status = typer.main.get_command(app).main(
-            list(sys.argv[1:] if arguments is None else arguments), prog_name="celora", standalone_mode=False
-        )
+        given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+        status = typer.main.get_command(app).main(given, prog_name="celora", standalone_mode=False)
     except CELoraError as error:
         return _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):

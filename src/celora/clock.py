@@ -24,22 +24,25 @@ class StepClock:
     """Calls `on_step(step)` after each optimizer step of the model whose parameters are `parameters()`.
 
     Parameters are looked up when an unknown optimizer steps, not when the clock starts: sharding and new adapters
-    replace them. With several optimizers over one model, a step ends when one of them steps for the second time.
-    Both callables are bound methods, held weakly: their object owns the clock.
+    replace them. Several optimizers over different parameters of one model make one step together: the next begins
+    when parameters are stepped that have been stepped already. `on_other()` hears of steps that were none of the
+    model's. All callables are bound methods, held weakly: their object owns the clock.
     """
 
     def __init__(
         self,
         parameters: Callable[[], Iterable[nn.Parameter]],
         on_step: Callable[[int], None],
+        on_other: Callable[[], None],
         *,
         step: int = 0,
     ) -> None:
         self.step = step
         self._parameters = weakref.WeakMethod(parameters)
         self._on_step = weakref.WeakMethod(on_step)
+        self._on_other = weakref.WeakMethod(on_other)
         self._mine: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._stepped: set[int] = set()
 
     def start(self) -> None:
         """Begin to listen."""
@@ -61,16 +64,18 @@ class StepClock:
             on_step(self.step)
 
     def _saw(self, optimizer: Optimizer) -> None:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if optimizer not in self._mine:
             parameters = self._parameters()
-            mine = set() if parameters is None else {id(p) for p in parameters()}
-            if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            if parameters is None or stepped.isdisjoint(id(p) for p in parameters()):
+                if (on_other := self._on_other()) is not None:
+                    on_other()
                 return
             self._mine.add(optimizer)
-        if self._stepped and optimizer not in self._stepped:
-            self._stepped.add(optimizer)
+        if self._stepped and self._stepped.isdisjoint(stepped):
+            self._stepped |= stepped
             return
-        self._stepped = weakref.WeakSet([optimizer])
+        self._stepped = stepped
         self.advance()
 
 

@@ -16,7 +16,7 @@ from celora.estimators import estimator_class
 
 CONFIG_NAME = "celora_config.json"
 
-Rank = int | Literal["balanced"]
+Rank = int | Literal["balanced", "adapter"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,10 @@ class LayerConfig:
     """The setting of one layer.
 
     Attributes:
-        estimator: a name from the registry: `dense` or `columns`.
-        keep_ratio: share of the gradient's columns that is kept, 0 < keep_ratio <= 1; 1 is the dense backward.
-        rank: rank r0 of the frozen factor; 0 for none; `"balanced"` for `balanced_rank` of the adapter's rank.
+        estimator: a name from the registry: `dense`, `columns` (the paper's) or `tokens`.
+        keep_ratio: share of the gradient's columns (or tokens) that is kept, 0 < keep_ratio <= 1; 1 is dense.
+        rank: rank r0 of the frozen factor; 0 for none; `"balanced"` for `balanced_rank` of the adapter's rank,
+            `"adapter"` for the adapter's rank itself; both no larger than the layer.
     """
 
     estimator: str = "columns"
@@ -147,8 +148,8 @@ def _check_layer(config: LayerConfig | CELoraConfig) -> None:
     keep = config.keep_ratio
     if isinstance(keep, bool) or not isinstance(keep, int | float) or math.isnan(keep) or not 0 < keep <= 1:
         raise CELoraError(f"keep_ratio={keep!r}; expected 0 < keep_ratio <= 1. Use 1.0 for the dense backward.")
-    if config.rank != "balanced":
-        _check_int("rank", config.rank, 0, 'Use 0 for no frozen factor, or "balanced".')
+    if config.rank not in ("balanced", "adapter"):
+        _check_int("rank", config.rank, 0, 'Use 0 for no frozen factor, "balanced" or "adapter".')
 
 
 def _check_int(name: str, value: object, least: int, advice: str) -> None:

@@ -45,3 +45,34 @@ def residual_row_norms(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
             for w, u in zip(weight.split(rows), U.split(rows), strict=True)
         ]
     )
+
+
+class FrozenFactor:
+    """The factor of one weight, built when the weight is first at hand and again when it has changed.
+
+    Attributes:
+        U, V: in the weight's dtype, or None with `rank=0` and before the first `follow`.
+        residual_norms: `||W[i, :] - U[i, :] V||`, or `||W[i, :]||` without a factor.
+    """
+
+    def __init__(self, rank: int, seed: int = 0) -> None:
+        self.rank = rank
+        self.seed = seed
+        self.U: Tensor | None = None
+        self.V: Tensor | None = None
+        self.residual_norms: Tensor | None = None
+        self._weight_norms: Tensor | None = None
+
+    def follow(self, weight: Tensor) -> None:
+        """Factor `weight`, unless it is the one that was factored last.
+
+        Adapters merge into `weight.data` without a version bump, so the row norms serve as fingerprint.
+        """
+        norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
+        known = self._weight_norms
+        if known is not None and known.device == norms.device and torch.equal(norms, known):
+            return
+        self._weight_norms = self.residual_norms = norms
+        if self.rank:
+            self.U, self.V = (part.to(weight.dtype) for part in svd_factor(weight, self.rank, seed=self.seed))
+            self.residual_norms = residual_row_norms(weight, self.U, self.V)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from celora.estimators import Estimator
 
@@ -52,6 +53,7 @@ class LayerGraft:
         self.estimator = estimator
         self.switch = switch
         self.mode = Mode.OBSERVE
+        self.observed = False
         self.squared_error: Tensor | None = None
         self.squared_norm: Tensor | None = None
 
@@ -65,6 +67,10 @@ class LayerGraft:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not self.switch.on or self.mode is Mode.EXACT or not args or not torch.is_grad_enabled():
+            return None
+        if getattr(
+            module, "_is_replica", False
+        ):  # nn.DataParallel: its threads would share this one layer's statistics
             return None
         assert isinstance(module, nn.Linear)
         x, weight, bias = args[0], module.weight, module.bias
@@ -83,6 +89,7 @@ class LayerGraft:
 
     def observe(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         """The exact `grad_input`; on the way, the error of the selection in use and the statistics of the next."""
+        self.observed = True
         exact = grad_output @ weight.to(grad_output.dtype)
         if self.estimator.ready:
             self._measure(self.estimator.estimate(grad_output, weight), exact)
@@ -91,8 +98,14 @@ class LayerGraft:
 
     def _measure(self, estimate: Tensor, exact: Tensor) -> None:
         """Add to the squared error of the selection in use, and to the squared norm it is relative to."""
-        error = (estimate - exact).float().square().sum()
-        norm = exact.float().square().sum()
+        error = norm = torch.zeros((), device=exact.device)
+        # Row block by row block: a refresh step should not need more memory than the others.
+        for e, x in zip(estimate.split(1024), exact.split(1024), strict=True):
+            x = x.float()
+            norm = norm + x.square().sum()
+            error = error + (e.float() - x).square().sum()
+        finite = torch.isfinite(error + norm)
+        error, norm = torch.where(finite, error, 0), torch.where(finite, norm, 0)
         if self.squared_error is None or self.squared_norm is None:
             self.squared_error, self.squared_norm = error, norm
         else:
@@ -136,6 +149,7 @@ class _Graft(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_input = grad_bias = None
         with torch.autocast(grad_output.device.type, enabled=False):

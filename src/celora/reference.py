@@ -48,3 +48,10 @@ def columns(grad_output: Tensor, weight: Tensor, index: Tensor) -> Tensor:
 def double_lora(grad_output: Tensor, weight: Tensor, U: Tensor, V: Tensor, index: Tensor) -> Tensor:
     """Double-LoRA: the factor exactly, the residual on the kept columns, `(G U) V + G[:, I] R[I, :]`."""
     return (grad_output @ U) @ V + columns(grad_output, residual(weight, U, V), index)
+
+
+def tokens(grad_output: Tensor, weight: Tensor, index: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """Kept tokens exactly, the others through the factor: `G[t] W` for t in `index`, else `(G[t] U) V`."""
+    estimate = grad_output @ U @ V
+    estimate[index] = grad_output[index] @ weight
+    return estimate

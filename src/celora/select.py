@@ -19,6 +19,13 @@ def squared_column_norms(grad_output: Tensor) -> Tensor:
     return total
 
 
+def squared_row_norms(grad_output: Tensor) -> Tensor:
+    """`||G[t, :]||^2` for `G: (T, out)`, in fp32 at least: (T,)."""
+    dtype = torch.promote_types(grad_output.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(grad_output, dim=1, dtype=dtype)
+    return norms.square()
+
+
 def column_scores(squared_grad_norms: Tensor, residual_norms: Tensor) -> Tensor:
     """`||G[:, i]|| ||R[i, :]||`, the score of column i (CE-LoRA, arXiv 2502.01378): (out,).
 

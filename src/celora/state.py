@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from celora.attach import require
+from celora.attach import Attachment, require
 from celora.errors import CELoraError
 
 STATE_NAME = "celora_state.safetensors"
 _ERROR = "relative_error"
+_CONFIG = "config"
 
 
 def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
@@ -26,16 +28,17 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     state: dict[str, Tensor] = {"step": torch.tensor(attachment.clock.step)}
     for name, graft in attachment.grafts.items():
         state |= {f"{name}:{key}": value.contiguous() for key, value in graft.estimator.state_dict().items()}
-    state |= {f"{name}:{_ERROR}": error for name, error in attachment.relative_errors.items()}
+    for name, error in attachment.relative_errors.items():
+        state[f"{name}:{_ERROR}"] = torch.tensor(error, dtype=torch.float64)
     target = Path(folder) / STATE_NAME
     temporary = target.with_name(target.name + ".tmp")
-    save_file(state, temporary)
+    save_file(state, temporary, metadata={_CONFIG: _config(attachment)})
     temporary.replace(target)
     return target
 
 
 def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Take over what `save_state` wrote. The model must have the same configuration attached.
+    """Take over what `save_state` wrote, all of it or nothing. The model must have the same configuration attached.
 
     Raises:
         CELoraError: no such file, a damaged one, or one made with another configuration.
@@ -45,22 +48,31 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if not file.is_file():
         raise CELoraError(f"no {STATE_NAME} in {folder}; save one with celora.save_state(model, folder).")
     try:
-        state = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            made_with = (opened.metadata() or {}).get(_CONFIG)
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise CELoraError(f"{file} is damaged: {error}") from None
-    step = int(state.pop("step", torch.tensor(-1)))
+    if made_with is None or "step" not in state:
+        raise CELoraError(f"{file} was not made by celora.save_state.")
+    if made_with != _config(attachment):
+        raise CELoraError(f"{file} was made with another configuration: {made_with}. Attach that one to resume.")
+    step = int(state.pop("step"))
     layers: dict[str, dict[str, Tensor]] = {name: {} for name in attachment.grafts}
     for key, value in state.items():
         name, _, field = key.rpartition(":")
         if name not in layers:
             raise CELoraError(f"{file} holds a selection for {name!r}, which is not estimated in this model.")
         layers[name][field] = value
-    if step < 0:
-        raise CELoraError(f"{file} holds no step count; it was not made by celora.save_state.")
-    errors = {name: of.pop(_ERROR) for name, of in layers.items() if _ERROR in of}
-    device = next((p.device for p in attachment.parameters()), torch.device("cpu"))
+    errors = {name: float(of.pop(_ERROR)) for name, of in layers.items() if _ERROR in of}
     for name, graft in attachment.grafts.items():
-        graft.estimator.load_state_dict({key: value.to(device) for key, value in layers[name].items()})
-    attachment.relative_errors = {name: error.to(device) for name, error in errors.items()}
+        graft.estimator.clone().load_state_dict(layers[name])  # refuse what does not fit before anything is changed
+    for name, graft in attachment.grafts.items():
+        graft.estimator.load_state_dict(layers[name])
+    attachment.relative_errors = errors
     attachment.clock.step = step
     attachment.set_modes(step)
+
+
+def _config(attachment: Attachment) -> str:
+    return json.dumps(attachment.config.to_dict(), sort_keys=True)

@@ -6,8 +6,9 @@ from celora.errors import unknown
 from celora.estimators.base import Estimator
 from celora.estimators.columns import Columns
 from celora.estimators.dense import Dense
+from celora.estimators.tokens import Tokens
 
-ESTIMATORS: dict[str, type[Estimator]] = {cls.name: cls for cls in (Dense, Columns)}
+ESTIMATORS: dict[str, type[Estimator]] = {cls.name: cls for cls in (Dense, Columns, Tokens)}
 
 
 def estimator_class(name: str) -> type[Estimator]:
@@ -18,4 +19,4 @@ def estimator_class(name: str) -> type[Estimator]:
         raise unknown("estimator", name, ESTIMATORS) from None
 
 
-__all__ = ["ESTIMATORS", "Columns", "Dense", "Estimator", "estimator_class"]
+__all__ = ["ESTIMATORS", "Columns", "Dense", "Estimator", "Tokens", "estimator_class"]

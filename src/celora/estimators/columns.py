@@ -15,7 +15,7 @@ from torch import Tensor
 
 from celora.errors import CELoraError
 from celora.estimators.base import Estimator
-from celora.factor import residual_row_norms, svd_factor
+from celora.factor import FrozenFactor
 from celora.select import column_scores, squared_column_norms, top_k
 
 
@@ -30,28 +30,15 @@ class Columns(Estimator):
 
     name = "columns"
 
-    def __init__(self, out_features: int, in_features: int, *, keep_ratio: float, rank: int = 0, seed: int = 0) -> None:
-        super().__init__(out_features, in_features)
-        if not 0 < keep_ratio <= 1:
-            raise CELoraError(f"keep_ratio={keep_ratio}; expected 0 < keep_ratio <= 1. Use 1.0 for the dense backward.")
-        if not 0 <= rank <= min(out_features, in_features):
-            raise CELoraError(
-                f"rank={rank} for a {out_features} x {in_features} weight; "
-                f"expected 0 <= rank <= {min(out_features, in_features)}. Use 0 for no frozen factor."
-            )
-        self.keep_ratio = keep_ratio
-        self.rank = rank
-        self.seed = seed
+    def __init__(
+        self, out_features: int, in_features: int, *, keep_ratio: float = 1.0, rank: int = 0, seed: int = 0
+    ) -> None:
+        super().__init__(out_features, in_features, keep_ratio=keep_ratio, rank=rank, seed=seed)
         self.kept = max(1, round(keep_ratio * out_features))
+        self.factor = FrozenFactor(rank, seed)
         self.index: Tensor | None = None
-        self.factor: tuple[Tensor, Tensor] | None = None
         self.U_off: Tensor | None = None
-        self._weight_norms: Tensor | None = None
-        self._residual_norms: Tensor | None = None
         self._squared_norms: Tensor | None = None
-
-    def clone(self) -> Columns:
-        return Columns(self.out_features, self.in_features, keep_ratio=self.keep_ratio, rank=self.rank, seed=self.seed)
 
     @property
     def cost(self) -> float:
@@ -69,8 +56,10 @@ class Columns(Estimator):
             return grad_output @ weight.to(grad_output.dtype)
         if self.index is None:
             raise RuntimeError("columns: estimate() before the first select()")
+        if self.index.device != grad_output.device:  # loaded from a checkpoint, or the model was moved
+            self.index, self.U_off = self.index.to(grad_output.device), None
         if self.rank and self.U_off is None:  # a selection loaded from a checkpoint
-            self._prepare(weight)
+            self.factor.follow(weight)
             self._use(self.index)
         if torch.compiler.is_compiling():  # the compiler fuses this; what follows is what it would have to be told
             return self._concatenated(grad_output, weight, self.index)
@@ -80,32 +69,35 @@ class Columns(Estimator):
         right = grad_output.new_empty(kept + self.rank, self.in_features)
         torch.gather(_bits(grad_output), 1, self.index.expand(tokens, -1), out=_bits(left)[:, :kept])
         right[:kept] = weight[self.index]
-        if self.factor is not None and self.U_off is not None:
+        if self.factor.V is not None and self.U_off is not None:
             torch.mm(grad_output, self.U_off.to(grad_output.dtype), out=left[:, kept:])
-            right[kept:] = self.factor[1]
+            right[kept:] = self.factor.V
         return left @ right
 
     def _concatenated(self, grad_output: Tensor, weight: Tensor, index: Tensor) -> Tensor:
         left, right = grad_output[:, index], weight[index].to(grad_output.dtype)
-        if self.factor is not None and self.U_off is not None:
+        if self.factor.V is not None and self.U_off is not None:
             left = torch.cat([left, grad_output @ self.U_off.to(grad_output.dtype)], dim=1)
-            right = torch.cat([right, self.factor[1].to(grad_output.dtype)])
+            right = torch.cat([right, self.factor.V.to(grad_output.dtype)])
         return left @ right
 
     def observe(self, grad_output: Tensor, weight: Tensor) -> None:
+        norms = squared_column_norms(grad_output)
+        # An overflow under a GradScaler must not spoil the repetition of its step; `where` needs no synchronisation.
+        norms = torch.where(torch.isfinite(norms).all(), norms, 0)
         if self._squared_norms is None:
-            self._prepare(weight)
-            self._squared_norms = squared_column_norms(grad_output)
+            self.factor.follow(weight)
+            self._squared_norms = norms
         else:
-            self._squared_norms += squared_column_norms(grad_output)
+            self._squared_norms += norms
 
     def select(self) -> None:
-        if self._squared_norms is None or self._residual_norms is None:
+        if self._squared_norms is None or self.factor.residual_norms is None:
             return
-        scores = column_scores(self._squared_norms, self._residual_norms)
+        scores = column_scores(self._squared_norms, self.factor.residual_norms)
         self._squared_norms = None
-        # Once a refresh, so the synchronisation is cheap: a poisoned or empty gradient must not choose the columns.
-        if bool(torch.isfinite(scores).all()) and bool((scores > 0).any()):
+        # Once a refresh, so the synchronisation is cheap: where no gradient was seen, the selection stays.
+        if bool((scores > 0).any()):
             self._use(top_k(scores, self.kept))
         elif self.index is not None:
             self._use(self.index)
@@ -127,25 +119,11 @@ class Columns(Estimator):
             None,
         )  # the factor follows with the first gradient, when the weight is at hand
 
-    def _prepare(self, weight: Tensor) -> None:
-        """Factor the weight and measure its residual, unless that was done for this very weight.
-
-        Adapters merge into `weight.data` without a version bump, so the row norms serve as fingerprint.
-        """
-        norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
-        if self._weight_norms is not None and torch.equal(norms, self._weight_norms):
-            return
-        self._weight_norms = self._residual_norms = norms
-        if self.rank:
-            U, V = (part.to(weight.dtype) for part in svd_factor(weight, self.rank, seed=self.seed))
-            self.factor = U, V
-            self._residual_norms = residual_row_norms(weight, U, V)
-
     def _use(self, index: Tensor) -> None:
         """Switch to a selection, in place where there is one: compiled graphs hold on to these tensors."""
         self.index = _replace(self.index, index)
-        if self.factor is not None:
-            self.U_off = _replace(self.U_off, self.factor[0].index_fill(0, index, 0))
+        if self.factor.U is not None:
+            self.U_off = _replace(self.U_off, self.factor.U.index_fill(0, index, 0))
 
 
 def _replace(old: Tensor | None, new: Tensor) -> Tensor:

@@ -59,12 +59,19 @@ def estimator_config(preset: str | None, mapping: Mapping[str, object] | None, l
         return CELoraConfig.from_dict(dict(mapping)), lora_r
     preset = preset or DEFAULT_PRESET
     config, r = resolve(preset), lora_r
-    if preset in BALANCED and "rank" not in (mapping or {}):
+    changes: dict[str, Any] = dict(mapping or {})
+    shadowed = sorted({"estimator", "keep_ratio"} & changes.keys()) if config.overrides else []
+    if shadowed:
+        raise CELoraError(
+            f"celora: {shadowed[0]} has no effect beside preset {preset!r}, which sets it layer by layer; "
+            "give overrides, or leave out the preset"
+        )
+    if preset in BALANCED and "rank" not in changes:
         r = balanced_rank(lora_r)
-        config = CELoraConfig.from_dict({**config.to_dict(), "rank": r})
-    if mapping:
-        config = CELoraConfig.from_dict({**config.to_dict(), **mapping})
-    return config, r
+        changes["rank"] = "adapter"
+    if isinstance(changes.get("overrides"), Mapping):
+        changes["overrides"] = {**config.overrides, **changes["overrides"]}  # later entries win
+    return CELoraConfig.from_dict({**config.to_dict(), **changes}), r
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,8 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     merged = {name: f.default for name, f in known.items() if f.owner == "lora"} | defaults | values
     options = RunOptions(**{f.name: values[f.name] for f in dataclasses.fields(RunOptions) if f.name in values})
     lora = {name: merged[name] for name, f in known.items() if f.owner == "lora"}
+    if (rate := merged["learning_rate"]) < 0:
+        raise CELoraError(f"learning_rate={rate}; expected a number >= 0. LoRA usually wants about 2e-4")
     if not isinstance(lora["lora_r"], int) or lora["lora_r"] < 1:
         raise CELoraError(f"lora_r={lora['lora_r']}; expected a whole number >= 1")
     train = {name: value for name, value in merged.items() if known[name].owner == "train"}

@@ -1,28 +1,26 @@
 """Any of the four row shapes, from any of the usual places, into what TRL's SFTTrainer takes.
 
-Readers turn a file into pairs (place, row), a place being `data.jsonl:17`. One function turns a row into its shape, or
-says in one line what is wrong with it and where. `datasets` streams the result into an Arrow file: memory stays flat.
-The cache key holds size and times of every source file, so a changed file is never served stale. Files are read as
-strict text or Parquet: nothing is unpickled, no code comes with the data.
+A row becomes an example of its shape, or one line says what is wrong with it and where. `datasets` streams the
+examples into an Arrow file: memory stays flat. The cache key holds size and times of every source file, so a changed
+file is never served stale. No code comes with the data.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
-import json
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
-import pyarrow.parquet  # type: ignore[import-untyped]
 
 from celora.errors import CELoraError, unknown
+from celora.train import readers
+from celora.train.readers import READERS, fail
 
 SHAPES: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -37,7 +35,6 @@ _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _KNOWN_SHAPES = f"a row has {', or '.join(SHAPES)}"
 
 Row = Mapping[str, Any]
-Placed = Iterator[tuple[str, Row]]
 
 
 def load_rows(
@@ -66,8 +63,9 @@ def load_rows(
     files = _files(source, split)
     stamps = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files for s in [f.stat()]]
     hub = None if files else _hub(str(source), split)
-    # This file is part of the key, so that rows cached by another version of it are not taken for rows of this one.
-    key = hashlib.sha256(repr((stamps, Path(__file__).read_bytes())).encode()).hexdigest()
+    # The code is part of the key, so that rows cached by another version of it are not taken for rows of this one.
+    code = [Path(file).read_bytes() for file in (__file__, readers.__file__)]
+    key = hashlib.sha256(repr((stamps, code)).encode()).hexdigest()
     try:
         return datasets.Dataset.from_generator(
             _generate,
@@ -95,7 +93,7 @@ def _generate(
     name: str, files: tuple[str, ...], hub: datasets.Dataset | None, chat: bool, limit: int | None, key: str
 ) -> Iterator[dict[str, Any]]:
     placed = (
-        (pair for file in files for pair in _READERS[Path(file).suffix.lower()](Path(file)))
+        (pair for file in files for pair in READERS[Path(file).suffix.lower()](Path(file)))
         if hub is None
         else ((f"{name}, row {number}", row) for number, row in enumerate(hub, 1))
     )
@@ -107,7 +105,7 @@ def _generate(
         if first is None:
             shape, first, start = found, this, place
         elif this != first:
-            _fail(place, f"this row is {this}, the first one ({start}) is {first}; keep one shape per data set")
+            fail(place, f"this row is {this}, the first one ({start}) is {first}; keep one shape per data set")
         yield example
     if first is None:
         raise CELoraError(f"{name}: no rows; expected at least one: {_KNOWN_SHAPES}.")
@@ -116,12 +114,14 @@ def _generate(
 # --- one row ---------------------------------------------------------------------------------------------------------
 
 
-def _shape(place: str, row: Row, prefer: str | None) -> str:
+def _shape(place: str, row: Any, prefer: str | None) -> str:
     """The name of the row's shape; a row with the columns of several has the preferred one, then the first."""
+    if not isinstance(row, dict):
+        fail(place, f"a row is {reprlib.repr(row)}; expected an object with columns: {_KNOWN_SHAPES}")
     present = {column for column, value in row.items() if value is not None}
     fitting = [shape for shape, columns in SHAPES.items() if present.issuperset(columns)]
     if not fitting:
-        _fail(place, _no_shape(row))
+        fail(place, _no_shape(row))
     return prefer if prefer in fitting else fitting[0]
 
 
@@ -133,7 +133,7 @@ def _example(place: str, row: Row, shape: str, chat: bool) -> dict[str, Any]:
     if shape == "prompt + completion":
         lists = [isinstance(row[column], list) for column in ("prompt", "completion")]
         if lists[0] != lists[1]:
-            _fail(place, "'prompt' and 'completion' differ in kind; give two strings or two message lists")
+            fail(place, "'prompt' and 'completion' differ in kind; give two strings or two message lists")
         check: Callable[[str, str, Any], Any] = _messages if lists[0] else _text
         return {c: check(place, c, row[c]) for c in ("prompt", "completion")}
     prompt = _text(place, "instruction", row["instruction"])
@@ -162,11 +162,11 @@ def _no_shape(row: Row) -> str:
 def _text(place: str, column: str, value: Any) -> str:
     if not isinstance(value, str):
         came = "null" if value is None else type(value).__name__
-        _fail(place, f"{column!r} is {came} {'' if value is None else reprlib.repr(value)}; expected a string")
+        fail(place, f"{column!r} is {came} {'' if value is None else reprlib.repr(value)}; expected a string")
     if not value.strip():
-        _fail(place, f"{column!r} is empty; expected some text. Fill it in or drop the row")
+        fail(place, f"{column!r} is empty; expected some text. Fill it in or drop the row")
     if "\0" in value or re.search("[\ud800-\udfff]", value):
-        _fail(place, f"{column!r} holds a NUL or half a surrogate pair; expected text. Clean the row")
+        fail(place, f"{column!r} holds a NUL or half a surrogate pair; expected text. Clean the row")
     text: str = value
     return text
 
@@ -174,163 +174,22 @@ def _text(place: str, column: str, value: Any) -> str:
 def _messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
     expected = "expected a list of {'role': ..., 'content': ...}"
     if not isinstance(value, list) or not value:
-        _fail(place, f"{column!r} is {reprlib.repr(value)}; {expected}")
+        fail(place, f"{column!r} is {reprlib.repr(value)}; {expected}")
     messages = []
     for number, message in enumerate(value):
         label = f"{column}[{number}]"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             keys = f"keys {', '.join(map(repr, message))}" if isinstance(message, dict) else reprlib.repr(message)
-            _fail(place, f"{label} has {keys}; {expected}")
+            fail(place, f"{label} has {keys}; {expected}")
         role = _text(place, f"{label}.role", message["role"])
         if role not in ROLES:
-            _fail(place, f"{label}.role is {role!r}; expected one of {', '.join(ROLES)}")
+            fail(place, f"{label}.role is {role!r}; expected one of {', '.join(ROLES)}")
         content = message["content"]
         # An empty system message switches a chat template's default one off; any other empty message is a mistake.
         if not (role == "system" and content == ""):
             content = _text(place, f"{label}.content", content)
         messages.append({"role": role, "content": content})
     return messages
-
-
-# --- readers ---------------------------------------------------------------------------------------------------------
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, ends included; without a byte order mark; UTF-8 and free of NUL, or an error with the line."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                byte = f"byte 0x{raw[error.start]:02x}"
-                _fail(f"{path}:{number}", f"not UTF-8 ({byte} at column {error.start + 1}); save the file as UTF-8")
-            if "\0" in line:
-                _fail(f"{path}:{number}", "holds a NUL byte; expected UTF-8 text. Save the file again or drop the line")
-            yield number, line
-
-
-def _pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice in one object")
-    return found
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
-
-
-_SPACE = re.compile(r"\s*")
-_DECODER = json.JSONDecoder(object_pairs_hook=_pairs_once, parse_constant=_no_constant)
-
-
-def _parse(path: Path, number: int, text: str, start: int = 0) -> tuple[Any, int]:
-    """The JSON value that starts at `start`, and where it ends; `number` is the line number of `text[start]`."""
-    try:
-        return _DECODER.raw_decode(text, start)
-    except json.JSONDecodeError as error:
-        line = number + text.count("\n", start, error.pos)
-        _fail(f"{path}:{line}", f"not JSON: {error.msg} at column {error.colno}; expected one JSON object per row")
-    except (ValueError, RecursionError) as error:
-        _fail(f"{path}:{number}", f"not a usable JSON row: {error}; mend the row or drop it")
-
-
-def _read_json(path: Path) -> Placed:
-    lines = _lines(path)
-    for number, line in lines:
-        text = line.strip()
-        if not text:
-            continue
-        if text[0] == "[":
-            yield from _read_json_list(path, number, line + "".join(rest for _, rest in lines))
-            return
-        row, end = _parse(path, number, text)
-        if end < len(text):
-            _fail(f"{path}:{number}", f"not JSON: {reprlib.repr(text[end:])} after the object; put each row on a line")
-        yield _placed(path, number, row)
-
-
-def _read_json_list(path: Path, line: int, text: str) -> Placed:
-    at = 0
-
-    def goto(position: int) -> str:
-        """Move on to the first character from `position` that is no space; '' at the end."""
-        nonlocal at, line
-        space = _SPACE.match(text, position)
-        after = space.end() if space else position
-        line += text.count("\n", at, after)
-        at = after
-        return text[at : at + 1]
-
-    goto(0)
-    if goto(at + 1) != "]":
-        while True:
-            row, end = _parse(path, line, text, at)
-            yield _placed(path, line, row)
-            character = goto(end)
-            if character == "]":
-                break
-            if character != ",":
-                came = repr(character) if character else "the end of the file"
-                _fail(f"{path}:{line}", f"not JSON: {came} in a list of rows; expected ',' or ']'")
-            goto(at + 1)
-    if goto(at + 1):
-        _fail(f"{path}:{line}", f"not JSON: {text[at]!r} after the list of rows; remove it")
-
-
-def _placed(path: Path, number: int, row: Any) -> tuple[str, Row]:
-    if not isinstance(row, dict):
-        _fail(f"{path}:{number}", f"a row is {reprlib.repr(row)}; expected an object with columns: {_KNOWN_SHAPES}")
-    return f"{path}:{number}", row
-
-
-def _read_csv(path: Path) -> Placed:
-    # The standard reader, not pandas': there the completion "None" or "NA" would become a missing value.
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
-    columns: list[str] = []
-    allowed = csv.field_size_limit(2**31 - 1)
-    try:
-        while True:
-            number = reader.line_num + 1
-            try:
-                values = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                _fail(f"{path}:{number}", f"not CSV: {error}; quote texts that hold quotes, commas or line ends")
-            if not values:
-                continue
-            if not columns:
-                columns = values
-                if len(set(columns)) < len(columns):
-                    _fail(f"{path}:{number}", f"two columns have one name among {', '.join(map(repr, columns))}")
-            elif len(values) != len(columns):
-                _fail(f"{path}:{number}", f"{len(values)} values for {len(columns)} columns; quote texts with commas")
-            else:
-                yield f"{path}:{number}", dict(zip(columns, values, strict=True))
-    finally:
-        csv.field_size_limit(allowed)
-
-
-def _read_parquet(path: Path) -> Placed:
-    try:
-        before = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for number, row in enumerate(batch.to_pylist(), before + 1):
-                    yield f"{path}, row {number}", row
-                before += batch.num_rows
-    except pyarrow.ArrowException as error:
-        _fail(str(path), f"not readable as Parquet: {error}; write the file again")
-
-
-_READERS: dict[str, Callable[[Path], Placed]] = {
-    ".csv": _read_csv,
-    ".json": _read_json,
-    ".jsonl": _read_json,
-    ".parquet": _read_parquet,
-}
 
 
 # --- places ----------------------------------------------------------------------------------------------------------
@@ -342,10 +201,10 @@ def _files(source: str | Path, split: str) -> list[Path]:
     if path.is_dir():
         files = _in_folder(path, split)
     elif path.exists():
-        if path.suffix.lower() not in _READERS:
-            raise unknown(f"file ending of {str(path)!r}:", path.suffix, _READERS)
+        if path.suffix.lower() not in READERS:
+            raise unknown(f"file ending of {str(path)!r}:", path.suffix, READERS)
         files = [path]
-    elif isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix.lower() not in _READERS:
+    elif isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix.lower() not in READERS:
         return []
     else:
         raise CELoraError(f"no such data file or folder: {str(path)!r}.{_nearest(path)}")
@@ -353,7 +212,7 @@ def _files(source: str | Path, split: str) -> list[Path]:
         try:
             file.open("rb").close()
         except OSError as error:
-            _fail(str(file), f"cannot be opened: {error.strerror}; check the file and its permissions")
+            fail(str(file), f"cannot be opened: {error.strerror}; check the file and its permissions")
     return files
 
 
@@ -361,9 +220,9 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     def named(file: Path, name: str) -> bool:
         return any(re.fullmatch(rf"{re.escape(n)}([-_.]\d.*)?", file.stem) for n in SPLITS.get(name, (name,)))
 
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _READERS and file.is_file())
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in READERS and file.is_file())
     if not files:
-        raise CELoraError(f"{str(folder)!r} holds no data files; expected files ending in {', '.join(_READERS)}.")
+        raise CELoraError(f"{str(folder)!r} holds no data files; expected files ending in {', '.join(READERS)}.")
     chosen = [file for file in files if named(file, split)]
     if not chosen and split == "train":
         # Never train on what is called a test set.
@@ -390,7 +249,3 @@ def _hub(name: str, split: str) -> datasets.Dataset:
             f"{name!r} is no file or folder here, and as a hub data set it failed: {type(error).__name__}: {reason} -- "
             f"if it is meant to be a file:{_nearest(Path(name))}"
         ) from error
-
-
-def _fail(place: str, problem: str) -> NoReturn:
-    raise CELoraError(" ".join(f"{place}: {problem}.".split()))

@@ -33,7 +33,9 @@ from celora.train.run import train
 from celora.train.sentiment import splits, to_rows
 
 ROWS = "demo.jsonl"
+MARKER = ".celora-demo"
 ARMS = {"LoRA": "off", "CE-LoRA": "paper"}
+REFRESH_EVERY = 12  # the published 200 would refresh once in so short a run, before the adapter has learnt anything
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,14 @@ def run_demo(
     console = console or Console(highlight=False)
     begun = time.perf_counter()
     say = _Narrator(console)
-    if output.exists() and any(output.iterdir()) and not (output / "data").is_dir():
+    if output.exists() and any(output.iterdir()) and not (output / MARKER).is_file():
         raise CELoraError(f"{output} is not empty and holds no demo; choose another folder with --output.")
     keep_freed_memory()
     model = demo_model(say)
     test = splits(0, test=held_out, say=say).test
     data = output / "data"
     data.mkdir(parents=True, exist_ok=True)
+    write_text(output / MARKER, "This folder was made by celora demo, which may replace what it holds.\n")
     _write_rows(data / "test.jsonl", to_rows(test))
     dtype = "bfloat16" if _fast_bfloat16() else "float32"
 
@@ -188,6 +191,7 @@ def _contend(
             "data": str(data / f"train-seed{seed}.jsonl"),
             "output": str(folder),
             "preset": ARMS[arm],
+            "celora": {"refresh_every": REFRESH_EVERY},
             "dtype": dtype,
             "max_steps": steps,
             "per_device_train_batch_size": batch_size,

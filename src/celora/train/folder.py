@@ -27,6 +27,7 @@ _OURS = re.compile(
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|vocab\.txt"
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|\.?[\w.]+\.tmp"
 )
+_ASIDE = ".replaced"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -87,17 +88,37 @@ class OutputFolder:
             f"{', ...' if len(names) > 3 else ''}) and is left alone; choose another folder"
         )
 
-    def clear(self) -> None:
-        """Remove what a run of ours wrote, run.json last; anything else in the folder stays."""
+    def set_aside(self) -> Path | None:
+        """Move what a run of ours wrote, run.json last, into a hidden folder, and say which; the rest stays."""
         if self.run() is None:
-            return
-        for entry in sorted(self.path.iterdir(), key=lambda e: e.name == RUN):
-            if entry.is_symlink():
-                continue
-            if entry.is_dir() and _CHECKPOINT.fullmatch(entry.name):
-                shutil.rmtree(entry)
-            elif entry.is_file() and _OURS.fullmatch(entry.name):
-                entry.unlink()
+            return None
+        aside = self.path / _ASIDE
+        if aside.exists():
+            shutil.rmtree(aside)  # left by a run that was killed: it was to be replaced already
+        aside.mkdir()
+        for entry in self._ours():
+            entry.rename(aside / entry.name)
+        return aside
+
+    def restore(self, aside: Path) -> None:
+        """Undo `set_aside`: what was written since goes, and the earlier run comes back."""
+        for entry in self._ours():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for entry in sorted(aside.iterdir(), key=lambda e: e.name == RUN):
+            entry.rename(self.path / entry.name)
+        aside.rmdir()
+
+    def _ours(self) -> list[Path]:
+        found = [
+            entry
+            for entry in self.path.iterdir()
+            if not entry.is_symlink()
+            and (
+                (entry.is_dir() and _CHECKPOINT.fullmatch(entry.name))
+                or (entry.is_file() and _OURS.fullmatch(entry.name))
+            )
+        ]
+        return sorted(found, key=lambda entry: entry.name == RUN)
 
     def last_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest complete checkpoint and its marker ({"step", "seconds"})."""

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import transformers
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_quantization_config
 
@@ -45,7 +46,7 @@ def load_model(request: TrainRequest) -> Any:
             **extra,
             **(request.train.get("model_init_kwargs") or {}),
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise CELoraError(f"cannot load a model from {request.model!r}: {_first_line(error)}") from error
 
 
@@ -73,7 +74,7 @@ def load_adapter(model: Any, adapter: Path) -> Any:
         raise CELoraError(f"--adapter {str(adapter)!r} holds no adapter: it has no adapter_config.json")
     try:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise CELoraError(f"cannot load the adapter in {str(adapter)!r}: {_first_line(error)}") from error
 
 

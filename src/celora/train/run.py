@@ -7,6 +7,7 @@ end of an optimizer step and saves; a killed process loses only what came after 
 from __future__ import annotations
 
 import platform
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from transformers import PrinterCallback
 from trl import SFTTrainer
 
 import celora
+from celora.config import CELoraConfig
 from celora.errors import CELoraError
 from celora.train.arguments import TrainRequest, sft_config
 from celora.train.data import load_rows
@@ -84,11 +86,15 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
         if not options.quiet:
             console.print(rank_line(request), str(attached), sep="\n", highlight=False, markup=False, soft_wrap=True)
 
-        if options.overwrite:
-            folder.clear()
-        request.output.mkdir(parents=True, exist_ok=True)
         resumed = folder.last_checkpoint() if options.resume else None
         checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
+        if 0 < args.max_steps <= marker["step"]:
+            raise CELoraError(f"max_steps={args.max_steps}, but the run is saved at step {marker['step']}; give more")
+        try:
+            request.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CELoraError(f"cannot write to --output {str(request.output)!r}: {error.strerror}") from None
+        aside = folder.set_aside() if options.overwrite else None
         if options.resume:
             where = f"from {checkpoint.name}" if checkpoint else "from the beginning: no checkpoint is complete yet"
             _say(console, options.quiet, f"Resuming {where}.")
@@ -119,10 +125,15 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
             status = "interrupted"
             raise
         finally:
+            if aside is not None and trainer.state.global_step == 0 and status == "failed":
+                folder.restore(aside)  # nothing was trained: the earlier run is worth more than what failed
+            elif aside is not None:
+                shutil.rmtree(aside)
             progress.close()
-            record |= {"status": status, "summary": _summary(trainer, metrics, attached)}
-            write_json(request.output / RUN, record)
-            write_report(request.output / REPORT, {request.preset or "celora": request.output})
+            if status != "failed" or trainer.state.global_step > 0:
+                record |= {"status": status, "summary": _summary(trainer, metrics, attached)}
+                write_json(request.output / RUN, record)
+                write_report(request.output / REPORT, {request.preset or "celora": request.output})
     if status == "interrupted":
         saved = folder.last_checkpoint()
         how = f"Saved {saved[0].name}; continue" if saved else "Nothing is saved yet; start again"
@@ -150,7 +161,7 @@ def build_trainer(
             processing_class=tokenizer,
             peft_config=peft,
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         raise CELoraError(" ".join(str(error).split())) from error
     trainer.remove_callback(PrinterCallback)
     if len(trainer.train_dataset) == 0:
@@ -174,7 +185,11 @@ def _say(console: Console, quiet: bool, line: str) -> None:
 
 
 def _longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    return any(before.get(name) != now.get(name) for name in ("max_steps", "num_train_epochs"))
+    """Whether the run now asked for goes on where the finished one ended."""
+    return any(
+        now.get(name) is not None and float(now[name]) > float(before.get(name) or default)
+        for name, default in (("max_steps", 0), ("num_train_epochs", 3))
+    )
 
 
 def _evaluated(metrics: Path, state: Any) -> bool:
@@ -223,11 +238,13 @@ def audit_model(request: TrainRequest, *, rows: int, adapter: Path | None = None
         data = load_rows(request.data, split=request.options.dataset_train_split, chat=bool(tokenizer.chat_template))
         train = request.train | {"per_device_train_batch_size": rows}
         args = sft_config(replace(request, train=train, output=Path(scratch)))
-        model, peft = load_model(request), lora_config(request)
+        model, peft, config = load_model(request), lora_config(request), request.config
         if adapter is not None:
             model, peft = load_adapter(model, adapter), None
+            if (adapter / CONFIG).is_file() and request.options.preset is None and request.options.celora is None:
+                config = CELoraConfig.load(adapter)  # the one the adapter was trained with
         trainer = build_trainer(request, args, model, tokenizer, data, peft=peft)
-        celora.attach(trainer.model, request.config)
+        celora.attach(trainer.model, config)
         trainer.model.train()
         batch = next(iter(trainer.get_train_dataloader()))
         return celora.audit(trainer.model, batch)

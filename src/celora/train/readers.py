@@ -1,0 +1,158 @@
+"""Readers: a file into pairs (place, row), a place being `data.jsonl:17`, so that every complaint says where.
+
+Files are read as strict text or Parquet, a row at a time: nothing is unpickled, and what is not quite JSON, CSV or
+UTF-8 is refused rather than guessed at.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import reprlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow.parquet  # type: ignore[import-untyped]
+
+from celora.errors import CELoraError
+
+Placed = Iterator[tuple[str, Any]]
+
+
+def fail(place: str, problem: str) -> NoReturn:
+    """Refuse what stands at `place`, in one line."""
+    raise CELoraError(" ".join(f"{place}: {problem}.".split()))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines, ends included; without a byte order mark; UTF-8 and free of NUL, or an error with the line."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                byte = f"byte 0x{raw[error.start]:02x}"
+                fail(f"{path}:{number}", f"not UTF-8 ({byte} at column {error.start + 1}); save the file as UTF-8")
+            if "\0" in line:
+                fail(f"{path}:{number}", "holds a NUL byte; expected UTF-8 text. Save the file again or drop the line")
+            yield number, line
+
+
+def _pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
+
+
+_SPACE = re.compile(r"\s*")
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs_once, parse_constant=_no_constant)
+
+
+def _parse(path: Path, number: int, text: str, start: int = 0) -> tuple[Any, int]:
+    """The JSON value that starts at `start`, and where it ends; `number` is the line number of `text[start]`."""
+    try:
+        return _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        line = number + text.count("\n", start, error.pos)
+        fail(f"{path}:{line}", f"not JSON: {error.msg} at column {error.colno}; expected one JSON object per row")
+    except (ValueError, RecursionError) as error:
+        fail(f"{path}:{number}", f"not a usable JSON row: {error}; mend the row or drop it")
+
+
+def _read_json(path: Path) -> Placed:
+    lines = _lines(path)
+    for number, line in lines:
+        text = line.strip()
+        if not text:
+            continue
+        if text[0] == "[":
+            yield from _read_json_list(path, number, line + "".join(rest for _, rest in lines))
+            return
+        row, end = _parse(path, number, text)
+        if end < len(text):
+            fail(f"{path}:{number}", f"not JSON: {reprlib.repr(text[end:])} after the object; put each row on a line")
+        yield f"{path}:{number}", row
+
+
+def _read_json_list(path: Path, line: int, text: str) -> Placed:
+    at = 0
+
+    def goto(position: int) -> str:
+        """Move on to the first character from `position` that is no space; '' at the end."""
+        nonlocal at, line
+        space = _SPACE.match(text, position)
+        after = space.end() if space else position
+        line += text.count("\n", at, after)
+        at = after
+        return text[at : at + 1]
+
+    goto(0)
+    if goto(at + 1) != "]":
+        while True:
+            row, end = _parse(path, line, text, at)
+            yield f"{path}:{line}", row
+            character = goto(end)
+            if character == "]":
+                break
+            if character != ",":
+                came = repr(character) if character else "the end of the file"
+                fail(f"{path}:{line}", f"not JSON: {came} in a list of rows; expected ',' or ']'")
+            goto(at + 1)
+    if goto(at + 1):
+        fail(f"{path}:{line}", f"not JSON: {text[at]!r} after the list of rows; remove it")
+
+
+def _read_csv(path: Path) -> Placed:
+    # The standard reader, not pandas': there the completion "None" or "NA" would become a missing value.
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    columns: list[str] = []
+    allowed = csv.field_size_limit(2**31 - 1)
+    try:
+        while True:
+            number = reader.line_num + 1
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                fail(f"{path}:{number}", f"not CSV: {error}; quote texts that hold quotes, commas or line ends")
+            if not values:
+                continue
+            if not columns:
+                columns = values
+                if len(set(columns)) < len(columns):
+                    fail(f"{path}:{number}", f"two columns have one name among {', '.join(map(repr, columns))}")
+            elif len(values) != len(columns):
+                fail(f"{path}:{number}", f"{len(values)} values for {len(columns)} columns; quote texts with commas")
+            else:
+                yield f"{path}:{number}", dict(zip(columns, values, strict=True))
+    finally:
+        csv.field_size_limit(allowed)
+
+
+def _read_parquet(path: Path) -> Placed:
+    try:
+        before = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for number, row in enumerate(batch.to_pylist(), before + 1):
+                    yield f"{path}, row {number}", row
+                before += batch.num_rows
+    except pyarrow.ArrowException as error:
+        fail(str(path), f"not readable as Parquet: {error}; write the file again")
+
+
+READERS: dict[str, Callable[[Path], Placed]] = {
+    ".csv": _read_csv,
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".parquet": _read_parquet,
+}
