@@ -154,7 +154,7 @@ def test_a_saved_celora_config_is_a_config_file(tmp_path):
 
 def test_paper_preset_balances_both_ranks():
     request = make_request({**OWN, "lora_r": 16})
-    assert (request.preset, request.r, request.config.rank, request.lora_r) == ("paper", 14, 14, 16)
+    assert (request.preset, request.r, request.config.rank, request.lora_r) == ("paper", 14, "adapter", 16)
     assert make_request({**OWN, "preset": "off"}).r == 16
     over = make_request({**OWN, "preset": "paper", "celora": {"refresh_every": 3}})
     assert (over.config.refresh_every, over.r) == (3, 14)

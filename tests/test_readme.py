@@ -37,6 +37,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 # peft looks for the base model's configuration on the hub when it saves, and says that it could not.
 @pytest.mark.filterwarnings("ignore:Could not find a config file in")
+# TRL turns checkpointing on under the name that transformers 5.24 has just deprecated.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+# TRL's defaults are a GPU's.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
 def test_python_snippets(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = load_rows("chats.jsonl", chat=True)
     names: dict[str, Any] = {"rows": rows, "model": str(folder / "model")}

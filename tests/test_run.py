@@ -159,14 +159,13 @@ def test_resume_never_goes_back(inputs, tmp_path):
     output = tmp_path / "out"
     go(inputs, output, max_steps=3)
     before = adapter(output)
-    again = train(
-        parse([], {"output": str(output), "resume": True, "max_steps": 2}), console=Console(file=io.StringIO())
-    )
+    shorter = {"output": str(output), "resume": True, "max_steps": 2}
+    again = train(parse([], shorter), console=Console(file=io.StringIO()))
     assert (again.status, again.step) == ("already finished", 3)
     record = json.loads((output / "run.json").read_text())
     (output / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
     with pytest.raises(CELoraError, match="max_steps=2, but the run is saved at step 3; give more"):
-        train(parse([], {"output": str(output), "resume": True, "max_steps": 2}), console=Console(file=io.StringIO()))
+        train(parse([], shorter), console=Console(file=io.StringIO()))
     assert all(torch.equal(before[name], value) for name, value in adapter(output).items())
 
 

@@ -119,7 +119,8 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     merged = {name: f.default for name, f in known.items() if f.owner == "lora"} | defaults | values
     options = RunOptions(**{f.name: values[f.name] for f in dataclasses.fields(RunOptions) if f.name in values})
     lora = {name: merged[name] for name, f in known.items() if f.owner == "lora"}
-    if (rate := merged["learning_rate"]) < 0:
+    rate = float(str(merged["learning_rate"]))
+    if rate < 0:
         raise CELoraError(f"learning_rate={rate}; expected a number >= 0. LoRA usually wants about 2e-4")
     if not isinstance(lora["lora_r"], int) or lora["lora_r"] < 1:
         raise CELoraError(f"lora_r={lora['lora_r']}; expected a whole number >= 1")
