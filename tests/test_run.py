@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import signal
+from importlib import metadata
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_output_folder(finished):
     record = json.loads((output / "run.json").read_text(encoding="utf-8"))
     assert (record["status"], result.status, result.step) == ("finished", "finished", 6)
     assert record["given"]["max_steps"] == 6
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"] == metadata.version("torch")
     assert "columns" in text
     assert "step 6/6" in text
 
