@@ -194,7 +194,7 @@ function draw() {
   charts.forEach((chart, i) => Plotly.react("chart" + i, chart.lines.map(line => ({type: "scatter", ...line})), {
     paper_bgcolor: clear, plot_bgcolor: clear, font: {color: ink}, margin: {t: 10, r: 10, l: 50, b: 45},
     xaxis: axis(chart.x), yaxis: axis(chart.y), showlegend: chart.lines.length > 1, legend: {orientation: "h", y: 1.15},
-  }, {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"]}));
+  }, {responsive: true, displaylogo: false, displayModeBar: false}));
 }
 draw();
 dark.addEventListener("change", draw);
