@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,8 +202,6 @@ def attach(model: nn.Module, config: str | CELoraConfig = "paper") -> AttachRepo
             "call model.unmerge_adapter() first."
         )
     for pattern in _unmatched(config, tuners):
-        if pattern in _PRESET_PATTERNS:
-            continue
         warnings.warn(f"celora: the override {pattern!r} matches no adapted layer", stacklevel=2)
 
     planned = [_plan_layer(name, module, config) for name, module in tuners.items()]
@@ -301,5 +299,7 @@ def _rank(name: str, module: BaseTunerLayer, setting: LayerConfig) -> int:
     return min(rank, int(base.out_features), int(base.in_features))
 
 
-def _unmatched(config: CELoraConfig, names: Any) -> list[str]:
-    return [pattern for pattern in config.overrides if not any(matches(pattern, name) for name in names)]
+def _unmatched(config: CELoraConfig, names: Collection[str]) -> list[str]:
+    """The user's own overrides that name no layer."""
+    own = [pattern for pattern in config.overrides if pattern not in _PRESET_PATTERNS]
+    return [pattern for pattern in own if not any(matches(pattern, name) for name in names)]

@@ -111,8 +111,9 @@ def audit(
 
     pairs = {name: (estimated[name], exact[name]) for name in parameters}
     layers: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    adapted = {layer.name for layer in attachment.report.layers}
     for name, pair in pairs.items():
-        layers.setdefault(_layer_of(name, attachment), []).append(pair)
+        layers.setdefault(_layer_of(name, adapted), []).append(pair)
     whole = Fidelity.of(list(pairs.values()))
     return AuditReport(
         whole.cosine,
@@ -152,7 +153,7 @@ def _untouched(
     """
     grads = {name: p.grad for name, p in parameters.items()}
     buffers = [(b, b.clone()) for b in model.buffers()]
-    layers = {n: (g.mode, g.estimator, g.squared_error, g.squared_norm) for n, g in attachment.grafts.items()}
+    layers = {name: dict(vars(graft)) for name, graft in attachment.grafts.items()}
     probes = [name for name, graft in attachment.grafts.items() if not graft.estimator.ready]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
@@ -172,7 +173,7 @@ def _untouched(
             yield probes, rewind
         finally:
             for name, graft in attachment.grafts.items():
-                graft.mode, graft.estimator, graft.squared_error, graft.squared_norm = layers[name]
+                vars(graft).update(layers[name])
             for name, p in parameters.items():
                 p.grad = grads[name]
             with torch.no_grad():
@@ -180,8 +181,7 @@ def _untouched(
                     buffer.copy_(value)
 
 
-def _layer_of(parameter: str, attachment: Attachment) -> str:
+def _layer_of(parameter: str, adapted: set[str]) -> str:
     """The adapted layer a parameter belongs to; the parameter itself if it belongs to none."""
     parts = parameter.split(".")
-    names = {layer.name for layer in attachment.report.layers}
-    return next((p for i in range(len(parts), 0, -1) if (p := ".".join(parts[:i])) in names), parameter)
+    return next((p for i in range(len(parts), 0, -1) if (p := ".".join(parts[:i])) in adapted), parameter)

@@ -68,9 +68,8 @@ class LayerGraft:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not self.switch.on or self.mode is Mode.EXACT or not args or not torch.is_grad_enabled():
             return None
-        if getattr(
-            module, "_is_replica", False
-        ):  # nn.DataParallel: its threads would share this one layer's statistics
+        # The replicas of nn.DataParallel run in threads that would share this one layer's statistics.
+        if getattr(module, "_is_replica", False):
             return None
         assert isinstance(module, nn.Linear)
         x, weight, bias = args[0], module.weight, module.bias

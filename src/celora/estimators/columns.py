@@ -114,10 +114,8 @@ class Columns(Estimator):
                     f"of {self.out_features}; resume with the configuration the state was made with."
                 )
             index = index.to(torch.int64)
-        self.index, self.U_off = (
-            index,
-            None,
-        )  # the factor follows with the first gradient, when the weight is at hand
+        # The factor follows with the first gradient, when the weight is at hand.
+        self.index, self.U_off = index, None
 
     def _use(self, index: Tensor) -> None:
         """Switch to a selection, in place where there is one: compiled graphs hold on to these tensors."""

@@ -7,6 +7,7 @@ it stands in memory after training, or the demo fails.
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import subprocess
@@ -82,7 +83,7 @@ def run_demo(
     """
     console = console or Console(highlight=False)
     begun = time.perf_counter()
-    say = _Narrator(console)
+    say = functools.partial(console.print, soft_wrap=True, markup=False)
     if output.exists() and any(output.iterdir()) and not (output / MARKER).is_file():
         raise CELoraError(f"{output} is not empty and holds no demo; choose another folder with --output.")
     keep_freed_memory()
@@ -159,16 +160,6 @@ def summary(rows: Sequence[DemoRow]) -> list[tuple[str, str, str, str]]:
             )
         )
     return cells
-
-
-class _Narrator:
-    """Tells what is going on, line by line."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def __call__(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True, markup=False)
 
 
 def _contend(
