@@ -14,6 +14,7 @@ from rich.table import Table
 
 import rows
 from celora.estimators import Columns, Tokens
+from celora.timing import interleaved
 
 SHAPES = [(192, 576), (576, 576), (1536, 576), (576, 1536), (1024, 1024), (2816, 1024), (2048, 2048), (4096, 4096)]
 SETTINGS = {
@@ -33,17 +34,17 @@ def measure(out: int, inp: int, tokens: int, dtype: torch.dtype, repeats: int) -
     estimators = {n: kind(out, inp, keep_ratio=keep, rank=rank) for n, (kind, keep, rank) in SETTINGS.items()}
     contenders = {"dense": lambda: gradient @ weight}
     for name, estimator in estimators.items():
-        estimator.observe(gradient, weight)
+        estimator.observe(gradient, weight, gradient @ weight)
         estimator.select()
         contenders[name] = lambda e=estimator: e.estimate(gradient, weight)
     one = next(iter(estimators.values()))
 
     def refresh() -> None:
-        one.observe(gradient, weight)
+        one.observe(gradient, weight, gradient @ weight)
         one.select()
 
     contenders["columns: refresh"] = refresh
-    times = rows.interleaved(contenders, repeats=repeats)
+    times = interleaved(contenders, repeats=repeats)
     dense = times["dense"]["time_ms"]
     return [
         {

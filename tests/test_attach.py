@@ -116,7 +116,7 @@ def test_an_override_touches_only_the_layer_it_names(model: PeftModel) -> None:
     for name, graft in require(model).grafts.items():
         assert isinstance(graft.estimator, Columns)
         expected = (0.25, 1) if name == target else (0.5, 4)
-        assert (graft.estimator.keep_ratio, graft.estimator.rank) == expected
+        assert (graft.estimator.keep_ratio, graft.estimator.settings.rank) == expected
     train(model, 1)
     for name, graft in require(model).grafts.items():
         if graft.estimator.ready:

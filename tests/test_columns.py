@@ -14,7 +14,7 @@ SHAPES = [(12, 8), (13, 7), (31, 64), (96, 33)]
 
 def _observed(G: torch.Tensor, W: torch.Tensor, *, keep_ratio: float, rank: int) -> Columns:
     estimator = Columns(*W.shape, keep_ratio=keep_ratio, rank=rank)
-    estimator.observe(G, W)
+    estimator.observe(G, W, G @ W.to(G.dtype))
     estimator.select()
     return estimator
 
@@ -51,7 +51,7 @@ def test_scores_accumulate_over_the_micro_batches_of_a_refresh_step() -> None:
     whole = _observed(G, W, keep_ratio=0.4, rank=2)
     parts = Columns(20, 9, keep_ratio=0.4, rank=2)
     for micro in G.split(20):
-        parts.observe(micro, W)
+        parts.observe(micro, W, micro @ W)
     parts.select()
     assert parts.index is not None
     assert parts.index.equal(whole.index)
@@ -60,7 +60,7 @@ def test_scores_accumulate_over_the_micro_batches_of_a_refresh_step() -> None:
 def test_a_refresh_forgets_the_one_before() -> None:
     W = torch.ones(4, 3)
     estimator = _observed(torch.tensor([[9.0, 8.0, 1.0, 1.0]]), W, keep_ratio=0.5, rank=0)
-    estimator.observe(torch.tensor([[1.0, 1.0, 2.0, 3.0]]), W)
+    estimator.observe(torch.tensor([[1.0, 1.0, 2.0, 3.0]]), W, torch.tensor([[1.0, 1.0, 2.0, 3.0]]) @ W)
     estimator.select()
     assert estimator.index is not None
     assert estimator.index.tolist() == [2, 3]
@@ -111,16 +111,16 @@ def test_a_poisoned_or_empty_gradient_changes_no_selection(bad: float) -> None:
     estimator = _observed(G, W, keep_ratio=0.5, rank=3)
     assert estimator.index is not None
     before = estimator.index.clone()
-    estimator.observe(torch.full_like(G, bad), W)
+    estimator.observe(torch.full_like(G, bad), W, torch.full_like(G, bad) @ W)
     estimator.select()
     assert estimator.index.equal(before)
     # The step that overflowed is repeated: what it left behind must not spoil the repetition.
-    estimator.observe(torch.full_like(G, bad), W)
-    estimator.observe(-G.flip(1), W)
+    estimator.observe(torch.full_like(G, bad), W, torch.full_like(G, bad) @ W)
+    estimator.observe(-G.flip(1), W, -G.flip(1) @ W)
     estimator.select()
     assert estimator.index.equal(_observed(-G.flip(1), W, keep_ratio=0.5, rank=3).index)
     first = Columns(20, 9, keep_ratio=0.5)
-    first.observe(torch.full_like(G, bad), W)
+    first.observe(torch.full_like(G, bad), W, torch.full_like(G, bad) @ W)
     first.select()
     assert not first.ready
 
@@ -129,7 +129,7 @@ def test_a_weight_changed_through_data_is_factored_anew() -> None:
     W, G = torch.randn(20, 9), torch.randn(6, 20)
     estimator = _observed(G, W, keep_ratio=0.5, rank=3)
     W.data.mul_(3)  # what a merge does: no version bump
-    estimator.observe(G, W)
+    estimator.observe(G, W, G @ W)
     estimator.select()
     torch.testing.assert_close(estimator.estimate(G, W).double(), _closed_form(estimator, G, W), rtol=1e-4, atol=1e-4)
     assert estimator.factor.U is not None
@@ -145,7 +145,7 @@ def test_selections_change_in_place_for_compiled_graphs() -> None:
     held, off = estimator.index, estimator.U_off
     assert held is not None
     before = held.clone()
-    estimator.observe(torch.randn(6, 20), W)
+    estimator.observe(torch.randn(6, 20), W, torch.randn(6, 20) @ W)
     estimator.select()
     assert estimator.index is held
     assert estimator.U_off is off

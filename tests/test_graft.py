@@ -20,7 +20,8 @@ def _linear(out: int = 12, inp: int = 8, *, bias: bool = True, dtype: torch.dtyp
 
 def _ready(linear: nn.Linear, *, keep_ratio: float = 0.5, rank: int = 2) -> LayerGraft:
     estimator = Columns(*linear.weight.shape, keep_ratio=keep_ratio, rank=rank)
-    estimator.observe(torch.randn(9, linear.out_features, dtype=linear.weight.dtype), linear.weight)
+    seen = torch.randn(9, linear.out_features, dtype=linear.weight.dtype)
+    estimator.observe(seen, linear.weight, seen @ linear.weight)
     estimator.select()
     layer = LayerGraft(estimator, Switch())
     layer.mode = Mode.ESTIMATE

@@ -68,9 +68,9 @@ def test_one_token_and_non_contiguous_gradients() -> None:
 def test_a_changed_weight_is_factored_anew_at_the_next_refresh() -> None:
     W, G = torch.randn(20, 9, dtype=torch.float64), torch.randn(6, 20, dtype=torch.float64)
     estimator = Tokens(20, 9, keep_ratio=0.5, rank=3)
-    estimator.observe(G, W)
+    estimator.observe(G, W, G @ W)
     W.data.mul_(3)
-    estimator.observe(G, W)
+    estimator.observe(G, W, G @ W)
     assert estimator.factor.U is not None
     assert estimator.factor.V is not None
     torch.testing.assert_close(estimator.factor.U @ estimator.factor.V, torch.matmul(*reference.truncated_svd(W, 3)))

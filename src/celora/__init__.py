@@ -5,6 +5,8 @@ from celora.audit import AuditReport, audit
 from celora.callback import Callback
 from celora.config import CELoraConfig
 from celora.errors import CELoraError
+from celora.plan import Plan
+from celora.planner import make_plan
 from celora.state import load_state, save_state
 
 __version__ = "0.1.0"
@@ -15,9 +17,11 @@ __all__ = [
     "CELoraConfig",
     "CELoraError",
     "Callback",
+    "Plan",
     "attach",
     "audit",
     "detach",
     "load_state",
+    "make_plan",
     "save_state",
 ]

@@ -6,9 +6,11 @@ No class is touched, no module replaced, no state_dict key changed.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 import weakref
-from collections.abc import Collection, Iterator
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +24,11 @@ from celora.config import PRESETS, CELoraConfig, LayerConfig, balanced_rank, mat
 from celora.errors import CELoraError
 from celora.estimators import Estimator, estimator_class
 from celora.graft import LayerGraft, Mode, Switch
+from celora.plan import Plan
 
 _ATTRIBUTE = "_celora"
+_FIRST_ROUND = 10  # optimizer steps over which `spread` distributes the first observations
+_EXACT_AT_1 = {("topk", "native"), ("sampled", "native")}
 # A preset names the layers of common models; a model need not have all of them.
 _PRESET_PATTERNS = {pattern for preset in PRESETS.values() for pattern in preset.overrides}
 
@@ -40,6 +45,15 @@ class LayerReport:
     keep_ratio: float = 1.0
     rank: int = 0
     reason: str = ""
+    selection: str = ""
+    precision: str = "native"
+
+    @property
+    def label(self) -> str:
+        """The estimator in words: `tokens (energy) x int8`."""
+        how = f" ({self.selection})" if self.selection not in ("", "topk") else ""
+        bits = f" x {self.precision}" if self.precision not in ("native", self.estimator) else ""
+        return f"{self.estimator}{how}{bits}"
 
 
 @dataclass(frozen=True)
@@ -74,11 +88,11 @@ class AttachReport:
         groups: dict[tuple[Any, ...], list[LayerReport]] = {}
         for layer in self.layers:
             kind = layer.name.rpartition(".")[2]
-            key = (kind, layer.estimator, layer.keep_ratio, layer.rank, layer.reason, layer.out_features)
+            key = (kind, layer.label, layer.keep_ratio, layer.rank, layer.reason, layer.out_features)
             groups.setdefault(key, []).append(layer)
         rows = [("layers", "", "shape", "estimator", "keep", "rank", "cost")]
         rows += [
-            (kind, f"x{len(of)}", f"{of[0].out_features} x {of[0].in_features}", estimator, f"{keep:.2f}",
+            (kind, f"x{len(of)}", f"{of[0].out_features} x {of[0].in_features}", estimator, f"{keep:.4g}",
              str(rank), f"{of[0].cost:.2f}" + (f"  ({reason})" if reason else ""))
             for (kind, estimator, keep, rank, reason, _), of in groups.items()
         ]  # fmt: skip
@@ -148,7 +162,9 @@ class Attachment:
                 if graft.squared_error is not None and graft.squared_norm is not None:
                     norm = graft.squared_norm.item()  # once a refresh, so the synchronisation is cheap
                     if norm > 0:
-                        self.relative_errors[name] = (graft.squared_error.item() / norm) ** 0.5
+                        error = self.relative_errors[name] = (graft.squared_error.item() / norm) ** 0.5
+                        if self.config.target_error is not None:
+                            graft.estimator.aim(error, self.config.target_error)
                     graft.squared_error = graft.squared_norm = None
         self.set_modes(step)
 
@@ -165,13 +181,27 @@ class Attachment:
                 )
 
     def set_modes(self, step: int) -> None:
-        """Refresh at steps 0, tau, 2 tau, ..., and wherever a layer has nothing selected yet."""
-        due = step % self.config.refresh_every == 0
-        for graft in self.grafts.values():
-            graft.mode = Mode.OBSERVE if due or not graft.estimator.ready else Mode.ESTIMATE
+        """Refresh at steps 0, tau, 2 tau, ..., and wherever a layer has nothing selected yet.
+
+        With `spread`, layer i of n refreshes `i tau / n` steps later, and those that need a first observation get it in
+        turns during the first steps, exact until then.
+        """
+        tau, layers = self.config.refresh_every, len(self.grafts)
+        for i, graft in enumerate(self.grafts.values()):
+            first = i * min(tau, _FIRST_ROUND) // layers if self.config.spread else 0
+            if not graft.estimator.ready:
+                graft.mode = Mode.OBSERVE if step >= first else Mode.EXACT
+            else:
+                due = step % tau == (i * tau // layers if self.config.spread else 0)
+                graft.mode = Mode.OBSERVE if due else Mode.ESTIMATE
 
 
-def attach(model: nn.Module, config: str | CELoraConfig = "paper") -> AttachReport:
+def attach(
+    model: nn.Module,
+    config: str | CELoraConfig | Plan = "paper",
+    *,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+) -> AttachReport:
     """Estimate the backward of the frozen layers under `model`'s PEFT adapters.
 
     The forward stays exact, and so does what is saved: an ordinary adapter. Attaching the same configuration
@@ -180,14 +210,27 @@ def attach(model: nn.Module, config: str | CELoraConfig = "paper") -> AttachRepo
 
     Args:
         model: a PEFT model, or any module that contains PEFT tuner layers. Not merged.
-        config: a preset (`"paper"`, `"off"`) or a `CELoraConfig`.
+        config: a preset (`"auto"`, `"paper"`, `"off"`), a `CELoraConfig`, or a `Plan`.
+        batches: for `"auto"`, which measures before it chooses: a few batches as training will see them.
 
     Returns:
         What is estimated with what, and which layers are not and why. Printed, it is a table.
 
     Raises:
-        CELoraError: unknown preset, no adapters, merged adapters, or a rank larger than a layer.
+        CELoraError: unknown preset, no adapters, merged adapters, a rank larger than a layer, a plan for another model
+            or device, or `"auto"` without batches.
     """
+    if config == "auto":
+        from celora.planner import make_plan
+
+        if batches is None:
+            raise CELoraError(
+                "preset 'auto' measures before it chooses: give batches=, a few batches as training will see them."
+            )
+        config = make_plan(model, batches)
+    if isinstance(config, Plan):
+        config.check(model)
+        config = config.config()
     config = resolve(config)
     tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not tuners:
@@ -217,6 +260,7 @@ def attach(model: nn.Module, config: str | CELoraConfig = "paper") -> AttachRepo
             graft = LayerGraft(estimator, attachment.switch)
             tuners[layer.name].get_base_layer().register_forward_hook(graft)
             attachment.grafts[layer.name] = graft
+    attachment.set_modes(0)
     model.__dict__[_ATTRIBUTE] = attachment
     if not attachment.grafts and (report.skipped or config.overrides):
         warnings.warn(
@@ -251,25 +295,41 @@ def require(model: nn.Module) -> Attachment:
 
 def _plan_layer(name: str, module: BaseTunerLayer, config: CELoraConfig) -> tuple[LayerReport, Estimator | None]:
     base = module.get_base_layer()
-    reason = _cannot_estimate(base)
+    reason = cannot_estimate(base)
     out_features, in_features = (getattr(base, key, 0) for key in ("out_features", "in_features"))
     if reason:
         return LayerReport(name, out_features, in_features, "dense", 1.0, reason=reason), None
     setting = config.for_layer(name)
-    if setting.estimator == "dense" or setting.keep_ratio == 1:
+    kind = estimator_class(setting.estimator)
+    exact = setting.keep_ratio == 1 and (setting.selection, setting.precision) in _EXACT_AT_1
+    if setting.estimator == "dense" or (exact and "keep_ratio" in kind.uses):
         return LayerReport(name, out_features, in_features, "dense", 1.0), None
-    rank = _rank(name, module, setting)
+    rank = _rank(name, module, setting) if "rank" in kind.uses else 0
+    # Layers that drew the same numbers would not be independent, and unbiased estimates not unbiased through depth.
+    seed = zlib.crc32(f"{config.seed} {name}".encode())
+    chosen: dict[str, Any] = dataclasses.asdict(setting) | {"rank": rank, "seed": seed}
     try:
-        estimator = estimator_class(setting.estimator)(
-            out_features, in_features, keep_ratio=setting.keep_ratio, rank=rank, seed=config.seed
-        )
+        estimator = kind(out_features, in_features, **{key: chosen[key] for key in kind.uses & chosen.keys()})
     except CELoraError as error:
         raise CELoraError(f"layer {name!r}: {error}") from None
-    report = LayerReport(name, out_features, in_features, estimator.name, estimator.cost, setting.keep_ratio, rank)
+    if reason := estimator.product.unavailable(out_features, in_features, base.weight.device):
+        return LayerReport(name, out_features, in_features, "dense", 1.0, reason=reason), None
+    selected = "keep_ratio" in kind.uses
+    report = LayerReport(
+        name,
+        out_features,
+        in_features,
+        estimator.name,
+        estimator.cost,
+        setting.keep_ratio if selected else 1.0,
+        rank,
+        selection=setting.selection if selected else "",
+        precision=estimator.settings.precision,
+    )
     return report, estimator
 
 
-def _cannot_estimate(base: nn.Module) -> str:
+def cannot_estimate(base: nn.Module) -> str:
     """Why the backward of `base` is not `grad_output @ base.weight`, or ''."""
     if not isinstance(base, nn.Linear):
         return f"{type(base).__name__} is not a linear layer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -93,21 +94,18 @@ def audit(
         CELoraError: celora is not attached, the batch yields no loss, or nothing is trainable.
     """
     attachment = require(model)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise CELoraError("no trainable parameters: load the adapter with is_trainable=True.")
-    device = next(iter(parameters.values())).device
-    batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    parameters = trainable(model)
+    batch = on_device(batch, parameters)
 
-    with _untouched(model, attachment, parameters) as (probes, rng):
-        exact, value = _gradient(model, batch, loss, parameters)
+    with untouched(model, parameters) as rewind, _lent(attachment) as probes:
+        exact, value = gradient(model, batch, loss, parameters)
         for name in probes:
             attachment.grafts[name].estimator.select()
         probed = sum(attachment.grafts[name].estimator.ready for name in probes)
         for graft in attachment.grafts.values():
             graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.EXACT
-        rng()
-        estimated, _ = _gradient(model, batch, loss, parameters)
+        rewind()
+        estimated, _ = gradient(model, batch, loss, parameters)
 
     pairs = {name: (estimated[name], exact[name]) for name in parameters}
     layers: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -125,12 +123,27 @@ def audit(
     )
 
 
-def _gradient(
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters whose gradient is judged, by name; CELoraError if there are none."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise CELoraError("no trainable parameters: load the adapter with is_trainable=True.")
+    return parameters
+
+
+def on_device(batch: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """The batch where the model is."""
+    device = next(iter(parameters.values())).device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def gradient(
     model: nn.Module,
     batch: Mapping[str, Any],
     loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None,
     parameters: Mapping[str, nn.Parameter],
 ) -> tuple[dict[str, Tensor], float]:
+    """The gradient of each parameter, zeros where there is none, and the loss."""
     for p in parameters.values():
         p.grad = None
     with torch.enable_grad():
@@ -143,18 +156,13 @@ def _gradient(
 
 
 @contextmanager
-def _untouched(
-    model: nn.Module, attachment: Attachment, parameters: Mapping[str, nn.Parameter]
-) -> Iterator[tuple[list[str], Callable[[], None]]]:
-    """Lend out the model and put back all that two backward passes change.
+def untouched(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[Callable[[], None]]:
+    """Put back what forward and backward passes change: `.grad`, buffers, random state.
 
-    Yields the layers that have nothing selected yet, each lent a fresh estimator that observes the first pass,
-    and a function that rewinds the random state to the beginning.
+    Yields a function that rewinds the random state to the beginning, so that dropout repeats itself.
     """
     grads = {name: p.grad for name, p in parameters.items()}
     buffers = [(b, b.clone()) for b in model.buffers()]
-    layers = {name: dict(vars(graft)) for name, graft in attachment.grafts.items()}
-    probes = [name for name, graft in attachment.grafts.items() if not graft.estimator.ready]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         cpu, cuda = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
@@ -165,20 +173,33 @@ def _untouched(
                 torch.cuda.set_rng_state(state, device)
 
         try:
-            for graft in attachment.grafts.values():
-                graft.mode = Mode.EXACT
-            for name in probes:
-                attachment.grafts[name].estimator = attachment.grafts[name].estimator.clone()
-                attachment.grafts[name].mode = Mode.OBSERVE
-            yield probes, rewind
+            yield rewind
         finally:
-            for name, graft in attachment.grafts.items():
-                vars(graft).update(layers[name])
             for name, p in parameters.items():
                 p.grad = grads[name]
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
+
+
+@contextmanager
+def _lent(attachment: Attachment) -> Iterator[list[str]]:
+    """Lend out the grafts, exact, with copies of their estimators; yields those with nothing selected yet.
+
+    The latter get a fresh estimator that observes the first pass.
+    """
+    layers = {name: dict(vars(graft)) for name, graft in attachment.grafts.items()}
+    probes = [name for name, graft in attachment.grafts.items() if not graft.estimator.ready]
+    try:
+        for graft in attachment.grafts.values():
+            graft.estimator, graft.mode = copy.copy(graft.estimator), Mode.EXACT
+        for name in probes:
+            attachment.grafts[name].estimator = attachment.grafts[name].estimator.clone()
+            attachment.grafts[name].mode = Mode.OBSERVE
+        yield probes
+    finally:
+        for name, graft in attachment.grafts.items():
+            vars(graft).update(layers[name])
 
 
 def _layer_of(parameter: str, adapted: set[str]) -> str:

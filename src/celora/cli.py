@@ -47,11 +47,20 @@ Examples:
   celora audit --model ./model --data chats.jsonl
   celora audit --model ./model --data chats.jsonl --adapter out --rows 16 --json"""
 
+PLAN_HELP = """Measure, layer by layer, what estimates cost and lose, and choose the cheapest that is good enough.
+
+\b
+Examples:
+  celora plan --model ./model --data chats.jsonl --output plan.json --fidelity 0.98
+  celora train --model ./model --data chats.jsonl --output out --preset auto --plan plan.json"""
+
 Model = Annotated[str | None, typer.Option("--model", help="Hugging Face name or local folder.")]
 Data = Annotated[
     str | None, typer.Option("--data", help=".jsonl, .json, .csv or .parquet file, a folder, or a hub data set.")
 ]
-Preset = Annotated[str | None, typer.Option("--preset", help="paper (default) or off.")]
+Preset = Annotated[str | None, typer.Option("--preset", help="auto, paper or off; see --help-all for the default.")]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="Folder of a trained adapter; a new one without it.")]
+PlanFile = Annotated[str | None, typer.Option("--plan", help="A plan made by celora plan.")]
 Config = Annotated[
     str | None, typer.Option("--config", help="YAML file; a celora: mapping in it holds CELoraConfig fields.")
 ]
@@ -120,10 +129,9 @@ def audit(
     context: typer.Context,
     model: Model = None,
     data: Data = None,
-    adapter: Annotated[
-        str | None, typer.Option("--adapter", help="Folder of a trained adapter; a new one without it.")
-    ] = None,
+    adapter: Adapter = None,
     preset: Preset = None,
+    plan: PlanFile = None,
     config: Config = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows in the batch.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -131,12 +139,49 @@ def audit(
     from celora.train.arguments import parse
 
     # Nothing is written: audit shares train's arguments, and so its tokenisation, but not its output folder.
-    own = {"model": model, "data": data, "preset": preset, "config": config, "output": "celora-audit"}
+    own = {"model": model, "data": data, "preset": preset, "config": config, "plan": plan, "output": "celora-audit"}
+    if plan and preset is None:
+        own["preset"] = "auto"
     request = parse(context.args, own)
     from celora.train.run import audit_model
 
     report = audit_model(request, rows=rows, adapter=Path(adapter) if adapter else None)
     typer.echo(json.dumps(_plain(report), indent=2) if as_json else str(report))
+
+
+@app.command(help=PLAN_HELP, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(
+    context: typer.Context,
+    model: Model = None,
+    data: Data = None,
+    output: Annotated[Path, typer.Option("--output", help="File for the plan.")] = Path("celora_plan.json"),
+    fidelity: Annotated[
+        float | None, typer.Option("--fidelity", help="Cosine of the LoRA gradient with the exact one that is kept.")
+    ] = None,
+    adapter: Adapter = None,
+    config: Config = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows in a batch, as training will have.")] = 8,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    from celora.train.arguments import parse
+
+    if output.is_dir() or not output.parent.is_dir():
+        raise CELoraError(f"--output {str(output)!r}; expected a file in a folder that exists")
+    if output.exists() and not overwrite:
+        raise CELoraError(f"--output {str(output)!r} exists; --overwrite replaces it")
+    own = {"model": model, "data": data, "fidelity": fidelity, "config": config, "output": "celora-plan"}
+    request = parse(context.args, own | {"preset": "auto", "quiet": quiet})
+    from rich.console import Console
+
+    from celora.train.allocator import keep_freed_memory
+    from celora.train.run import plan_model
+
+    keep_freed_memory()
+    made = plan_model(request, rows=rows, adapter=Path(adapter) if adapter else None, console=Console(stderr=True))
+    made.save(output)
+    if not quiet:
+        typer.echo(f"{made}\nSaved as {output}")
 
 
 @app.command()

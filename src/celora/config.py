@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
-import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from celora.errors import CELoraError, unknown
-from celora.estimators import estimator_class
+from celora.estimators import Settings, estimator_class
+from celora.estimators.base import Factor, Precision, Selection
 
 CONFIG_NAME = "celora_config.json"
 
@@ -24,39 +24,46 @@ class LayerConfig:
     """The setting of one layer.
 
     Attributes:
-        estimator: a name from the registry: `dense`, `columns` (the paper's) or `tokens`.
-        keep_ratio: share of the gradient's columns (or tokens) that is kept, 0 < keep_ratio <= 1; 1 is dense.
+        estimator: a name from the registry: `dense`, `columns` (the paper's), `tokens`, `int8` or `fp8`.
+        keep_ratio: share of the gradient's columns (or tokens) that is kept, 0 < keep_ratio <= 1; 1 is dense. With
+            `selection="energy"`, the share of the squared gradient norm; 1 then leaves out only what is exactly zero.
         rank: rank r0 of the frozen factor; 0 for none; `"balanced"` for `balanced_rank` of the adapter's rank,
             `"adapter"` for the adapter's rank itself; both no larger than the layer.
+        selection, factor, precision, weight_copy: see `celora.estimators.Settings`.
     """
 
     estimator: str = "columns"
     keep_ratio: float = 0.5
     rank: Rank = "balanced"
+    selection: Selection = "topk"
+    factor: Factor = "svd"
+    precision: Precision = "native"
+    weight_copy: bool = True
 
     def __post_init__(self) -> None:
         _check_layer(self)
 
 
 @dataclasses.dataclass(frozen=True)
-class CELoraConfig:
+class CELoraConfig(LayerConfig):
     """How the backward of the frozen layers is estimated.
 
     Attributes:
-        estimator, keep_ratio, rank: the setting of every layer that no override names; see `LayerConfig`.
+        estimator, keep_ratio, rank, ...: the setting of every layer that no override names; see `LayerConfig`.
         refresh_every: optimizer steps from one exact, observed backward to the next (the paper's tau).
+        spread: let layers refresh in turns, so that no step is much slower than its neighbours, instead of all at once.
+        target_error: hold each layer's relative error, measured at its refreshes, near this by moving its keep_ratio.
         overrides: glob on a layer's dotted name (or on its end: `"layers.3.mlp.up_proj"`) -> the fields it changes.
             Later entries win over earlier ones.
-        seed: of the randomised factorisation.
+        seed: of the randomised factorisation and of sampling.
 
     Raises:
         CELoraError: for a value out of range, an unknown field or an unknown estimator.
     """
 
-    estimator: str = "columns"
-    keep_ratio: float = 0.5
-    rank: Rank = "balanced"
     refresh_every: int = 200
+    spread: bool = False
+    target_error: float | None = None
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
@@ -64,6 +71,11 @@ class CELoraConfig:
         _check_layer(self)
         _check_int("refresh_every", self.refresh_every, 1, "Use a large number to refresh only once.")
         _check_int("seed", self.seed, 0, "")
+        if not isinstance(self.spread, bool):
+            raise CELoraError(f"spread={self.spread!r}; expected true or false.")
+        error = self.target_error
+        if error is not None and (isinstance(error, bool) or not isinstance(error, int | float) or not 0 < error < 1):
+            raise CELoraError(f"target_error={error!r}; expected 0 < target_error < 1, or None for a fixed keep_ratio.")
         if not isinstance(self.overrides, Mapping):
             raise CELoraError(f"overrides={self.overrides!r}; expected a mapping from a layer pattern to settings.")
         overrides = {}
@@ -77,7 +89,7 @@ class CELoraConfig:
                 if key not in _LAYER_FIELDS:
                     raise unknown(f"setting in the override {pattern!r}:", key, _LAYER_FIELDS)
             try:
-                dataclasses.replace(self._default(), **fields)
+                _check_uses(dataclasses.replace(self._default(), **fields), fields)
             except CELoraError as error:
                 raise CELoraError(f"override {pattern!r}: {error}") from None
             overrides[pattern] = dict(fields)
@@ -92,7 +104,7 @@ class CELoraConfig:
         return dataclasses.replace(self._default(), **changes)
 
     def _default(self) -> LayerConfig:
-        return LayerConfig(self.estimator, self.keep_ratio, self.rank)
+        return LayerConfig(**{name: getattr(self, name) for name in _LAYER_FIELDS})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only; `from_dict` is the inverse."""
@@ -139,17 +151,32 @@ def matches(pattern: str, name: str) -> bool:
 
 
 _LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerConfig))
+_SETTINGS = frozenset(_LAYER_FIELDS) - {"estimator"}
 
 
-def _check_layer(config: LayerConfig | CELoraConfig) -> None:
+def _check_layer(config: LayerConfig) -> None:
     if not isinstance(config.estimator, str):
         raise CELoraError(f"estimator={config.estimator!r}; expected the name of an estimator.")
-    estimator_class(config.estimator)
-    keep = config.keep_ratio
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or math.isnan(keep) or not 0 < keep <= 1:
-        raise CELoraError(f"keep_ratio={keep!r}; expected 0 < keep_ratio <= 1. Use 1.0 for the dense backward.")
     if config.rank not in ("balanced", "adapter"):
         _check_int("rank", config.rank, 0, 'Use 0 for no frozen factor, "balanced" or "adapter".')
+    if not isinstance(config.weight_copy, bool):
+        raise CELoraError(f"weight_copy={config.weight_copy!r}; expected true or false.")
+    estimator_class(config.estimator)
+    Settings(**{name: getattr(config, name) for name in _SETTINGS if name != "rank"})
+    if isinstance(config, CELoraConfig):
+        changed = [f.name for f in dataclasses.fields(LayerConfig) if getattr(config, f.name) != f.default]
+        _check_uses(config, changed)
+
+
+def _check_uses(config: LayerConfig, names: Iterable[str]) -> None:
+    """Refuse a setting that the chosen estimator would ignore; keep_ratio and rank have defaults of their own."""
+    uses = estimator_class(config.estimator).uses
+    for name in names:
+        if name in _SETTINGS - {"keep_ratio", "rank"} - uses:
+            advice = f"; use estimator={config.precision!r}" if name == "precision" else ""
+            raise CELoraError(
+                f"{name}={getattr(config, name)!r} means nothing to the estimator {config.estimator!r}{advice}."
+            )
 
 
 def _check_int(name: str, value: object, least: int, advice: str) -> None:
@@ -173,6 +200,8 @@ PRESETS: dict[str, CELoraConfig] = {
             "down_proj": {"estimator": "columns", "keep_ratio": 0.65},
         },
     ),
+    # What a plan is carried out in: its layers are the overrides (celora.make_plan).
+    "auto": CELoraConfig(estimator="dense", spread=True),
     "off": CELoraConfig(estimator="dense"),
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from celora.errors import CELoraError
+
 _OVERSAMPLE = 8
 _POWER_ITERATIONS = 3
 
@@ -47,11 +49,20 @@ def residual_row_norms(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
     )
 
 
+def leading_right_vectors(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The `rank` largest singular values of `matrix: (T, n)` and their right vectors: (rank,), (rank, n), fp32."""
+    matrix = torch.where(torch.isfinite(matrix).all(), matrix, 0)  # an overflow under a GradScaler: nothing seen
+    _, V = svd_factor(matrix, rank, seed=seed)
+    V = torch.nn.functional.pad(V, (0, 0, 0, rank - len(V)))  # fewer tokens than the rank
+    root = torch.linalg.vector_norm(V, dim=1)  # V holds sqrt(S) times orthonormal rows
+    return root.square(), torch.where(root > 0, 1 / root, 0)[:, None] * V
+
+
 class FrozenFactor:
     """The factor of one weight, built when the weight is first at hand and again when it has changed.
 
     Attributes:
-        U, V: in the weight's dtype, or None with `rank=0` and before the first `follow`.
+        U, V: in the weight's dtype, or None with `rank=0` and before there is a factor.
         residual_norms: `||W[i, :] - U[i, :] V||`, or `||W[i, :]||` without a factor.
     """
 
@@ -62,6 +73,18 @@ class FrozenFactor:
         self.V: Tensor | None = None
         self.residual_norms: Tensor | None = None
         self._weight_norms: Tensor | None = None
+
+    def prepare(self, weight: Tensor) -> None:
+        """Make sure that there is a factor, if there can be one yet: called before each use."""
+        if self.rank and self.V is None:
+            self.follow(weight)
+
+    def observe(self, weight: Tensor, grad_input: Tensor) -> None:
+        """Take in one exact backward pass of a refresh step."""
+        self.follow(weight)
+
+    def settle(self) -> None:
+        """End a refresh."""
 
     def follow(self, weight: Tensor) -> None:
         """Factor `weight`, unless it is the one that was factored last.
@@ -74,5 +97,73 @@ class FrozenFactor:
             return
         self._weight_norms = self.residual_norms = norms
         if self.rank:
-            self.U, self.V = (part.to(weight.dtype) for part in svd_factor(weight, self.rank, seed=self.seed))
-            self.residual_norms = residual_row_norms(weight, self.U, self.V)
+            self._use(weight, *svd_factor(weight, self.rank, seed=self.seed))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What does not follow from the weight and the seed."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` gave."""
+
+    def _use(self, weight: Tensor, U: Tensor, V: Tensor) -> None:
+        self.U, self.V = replaced(self.U, U.to(weight.dtype)), replaced(self.V, V.to(weight.dtype))
+        self.residual_norms = residual_row_norms(weight, self.U, self.V)
+
+
+class GradientFactor(FrozenFactor):
+    """The factor that gradients need rather than the one the weight is best described by.
+
+    V holds the leading right singular vectors of `grad_input` as seen on the latest refresh, and `U = W V^T`, so that
+    `(G U) V = G W V^T V` is the exact product projected onto the subspace in which most of it lies.
+    """
+
+    def __init__(self, rank: int, seed: int = 0) -> None:
+        super().__init__(rank, seed)
+        self._seen: Tensor | None = None
+        self._weight: Tensor | None = None
+
+    def prepare(self, weight: Tensor) -> None:
+        if self.V is not None and (self.U is None or self.V.device != weight.device):  # loaded, or the model was moved
+            self._project(weight, self.V)
+
+    def observe(self, weight: Tensor, grad_input: Tensor) -> None:
+        values, vectors = leading_right_vectors(grad_input, self.rank, seed=self.seed)
+        seen = values[:, None] * vectors
+        if self._seen is not None:  # the spectrum so far and the new one, merged
+            values, vectors = leading_right_vectors(torch.cat([self._seen, seen]), self.rank, seed=self.seed)
+            seen = values[:, None] * vectors
+        self._seen, self._weight = seen, weight
+
+    def settle(self) -> None:
+        """Use what was observed from now on, unless it was nothing but zeros."""
+        seen, weight, self._seen, self._weight = self._seen, self._weight, None, None
+        if seen is None or weight is None:
+            return
+        norms = torch.linalg.vector_norm(seen, dim=1, keepdim=True)
+        if bool((norms > 0).any()):  # once a refresh, so the synchronisation is cheap
+            self._project(weight, torch.where(norms > 0, seen / norms, 0))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.V is None else {"V": self.V}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        V = state.get("V")
+        if V is not None and (V.dim() != 2 or len(V) != self.rank):
+            raise CELoraError(f"saved factor of rank {len(V)}, not {self.rank}; resume with the same configuration.")
+        self.U, self.V = None, V
+
+    def _project(self, weight: Tensor, V: Tensor) -> None:
+        matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        V = V.to(matrix)
+        self._use(weight, matrix @ V.T, V)
+
+
+def make_factor(kind: str, rank: int, seed: int) -> FrozenFactor:
+    """The factor of this kind: `svd` or `gradient`; without a rank there is nothing to choose."""
+    return GradientFactor(rank, seed) if kind == "gradient" and rank else FrozenFactor(rank, seed)
+
+
+def replaced(old: Tensor | None, new: Tensor) -> Tensor:
+    """`new`, in the place of `old` if it fits there: compiled graphs hold on to these tensors."""
+    return new if old is None or old.device != new.device or old.shape != new.shape else old.copy_(new)

@@ -79,9 +79,13 @@ class LayerGraft:
 
     def grad_input(self, grad_output: Tensor, weight: Tensor, mode: Mode) -> Tensor:
         """`(T, out) , (out, in) -> (T, in)`: estimated, or exact while observing."""
+        compiling = torch.compiler.is_compiling()
         if mode is Mode.ESTIMATE:
+            if compiling and not self.estimator.traceable:
+                estimated: Tensor = _estimated(grad_output, weight, self.key)
+                return estimated
             return self.estimator.estimate(grad_output, weight)
-        if torch.compiler.is_compiling():
+        if compiling:
             observed: Tensor = _observed(grad_output, weight, self.key)
             return observed
         return self.observe(grad_output, weight)
@@ -92,7 +96,7 @@ class LayerGraft:
         exact = grad_output @ weight.to(grad_output.dtype)
         if self.estimator.ready:
             self._measure(self.estimator.estimate(grad_output, weight), exact)
-        self.estimator.observe(grad_output, weight)
+        self.estimator.observe(grad_output, weight, exact)
         return exact
 
     def _measure(self, estimate: Tensor, exact: Tensor) -> None:
@@ -126,13 +130,24 @@ def graft(x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None, layer:
     return result
 
 
-# Compiled graphs may not change Python objects, so there a refresh step calls the layer through an opaque operator.
+# Compiled graphs may not change Python objects, so there a refresh step calls the layer through an opaque operator; so
+# does an estimate that torch.compile cannot look into.
 @torch.library.custom_op("celora::observed_grad_input", mutates_args=())
 def _observed(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
     return _layers[key].observe(grad_output, weight)
 
 
 @_observed.register_fake
+def _(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
+    return grad_output.new_empty(grad_output.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("celora::estimated_grad_input", mutates_args=())
+def _estimated(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
+    return _layers[key].estimator.estimate(grad_output, weight)
+
+
+@_estimated.register_fake
 def _(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
     return grad_output.new_empty(grad_output.shape[0], weight.shape[1])
 

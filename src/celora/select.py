@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from celora import kernels
+
 
 def squared_column_norms(grad_output: Tensor) -> Tensor:
     """`||G[:, i]||^2` for `G: (T, out)`, in fp32 at least: (out,).
@@ -21,6 +23,8 @@ def squared_column_norms(grad_output: Tensor) -> Tensor:
 
 def squared_row_norms(grad_output: Tensor) -> Tensor:
     """`||G[t, :]||^2` for `G: (T, out)`, in fp32 at least: (T,)."""
+    if kernels.supported(grad_output):
+        return kernels.squared_row_norms(grad_output)
     dtype = torch.promote_types(grad_output.dtype, torch.float32)
     norms: Tensor = torch.linalg.vector_norm(grad_output, dim=1, dtype=dtype)
     return norms.square()
@@ -37,3 +41,65 @@ def column_scores(squared_grad_norms: Tensor, residual_norms: Tensor) -> Tensor:
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Positions of the k highest scores, ascending (sorted indices gather faster): (k,) int64."""
     return torch.topk(scores, k, sorted=False).indices.sort().values
+
+
+def energy_count(squared: Tensor, share: float) -> Tensor:
+    """How many of the largest `squared` hold `share` of their sum, a () int64 tensor; zeros are never needed.
+
+    Everything that is not zero if `share` is 1, however small; everything if the sum is not finite.
+    """
+    nonzero = (squared != 0).sum()
+    if share == 1:
+        return nonzero
+    held = squared.sort(descending=True).values.cumsum(0, dtype=torch.float64)
+    enough = (held < share * held[-1]).sum() + 1
+    return torch.where(torch.isfinite(held[-1]), torch.minimum(enough, nonzero), len(squared))
+
+
+def critical_rows(
+    squared: Tensor, *, kept: int | None, share: float = 1.0, step: int = 1
+) -> tuple[Tensor, Tensor | None]:
+    """The `kept` rows of largest `squared` norm, ascending, and, where it came for free, their inverse (see products).
+
+    With `kept=None` as many as hold `share` of the sum, at least one, rounded up to a multiple of `step`.
+    """
+    if kernels.supported(squared):
+        return kernels.choose_rows(squared, kept=kept, share=share, step=step)
+    if kept is None:
+        kept = min(len(squared), -(-max(1, int(energy_count(squared, share))) // step) * step)
+    return top_k(squared, kept), None
+
+
+def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
+    """`p_i = min(1, lambda score_i)` with the lambda that makes them add up to k: (n,) float64.
+
+    The probabilities with which k draws without replacement have the least variance. Uniform if every score is zero.
+    """
+    scores = scores.double()
+    scores = torch.where(scores.sum() > 0, scores, torch.ones_like(scores))
+    ordered = scores.sort(descending=True).values
+    # With m items certain, the others share k - m: the smallest m that leaves none of those above 1 is right.
+    rest = ordered.sum() - ordered.cumsum(0) + ordered
+    certain = torch.arange(len(scores), device=scores.device)
+    scale = (k - certain).clamp(min=0) / rest.clamp(min=torch.finfo(torch.float64).tiny)
+    fits = scale * ordered <= 1
+    return (scores * scale[fits.long().argmax()]).clamp(max=1)
+
+
+def sample(probabilities: Tensor, k: int, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """k positions, ascending, position i with probability `p_i`, and the weights `1 / p_i` that make sums unbiased.
+
+    Systematic sampling: the points `offset`, `offset + 1`, ..., fall into the intervals of the cumulative sum. `offset`
+    is uniform in [0, 1), and the p_i add up to k, so exactly k are drawn: no synchronisation to learn how many.
+    """
+    edges = probabilities.cumsum(0)
+    edges = edges * (k / edges[-1])  # rounding must not lose the last one
+    points = torch.arange(k, device=edges.device, dtype=edges.dtype) + offset
+    index = torch.searchsorted(edges, points, right=True).clamp(max=len(edges) - 1)
+    return index, 1 / probabilities[index].clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def uniform(seed: int, draw: int, device: torch.device) -> Tensor:
+    """A number in [0, 1) that depends on `seed` and on which draw it is, not on the global random state: ()."""
+    generator = torch.Generator(device).manual_seed(1_000_003 * seed + draw)
+    return torch.rand((), generator=generator, device=device, dtype=torch.float64)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from celora.errors import unknown
-from celora.estimators.base import Estimator
+from celora.estimators.base import Estimator, Settings
 from celora.estimators.columns import Columns
-from celora.estimators.dense import Dense
+from celora.estimators.dense import Dense, Fp8, Int8
 from celora.estimators.tokens import Tokens
 
-ESTIMATORS: dict[str, type[Estimator]] = {cls.name: cls for cls in (Dense, Columns, Tokens)}
+ESTIMATORS: dict[str, type[Estimator]] = {cls.name: cls for cls in (Dense, Columns, Tokens, Int8, Fp8)}
 
 
 def estimator_class(name: str) -> type[Estimator]:
@@ -19,4 +19,4 @@ def estimator_class(name: str) -> type[Estimator]:
         raise unknown("estimator", name, ESTIMATORS) from None
 
 
-__all__ = ["ESTIMATORS", "Columns", "Dense", "Estimator", "Tokens", "estimator_class"]
+__all__ = ["ESTIMATORS", "Columns", "Dense", "Estimator", "Fp8", "Int8", "Settings", "Tokens", "estimator_class"]

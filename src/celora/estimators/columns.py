@@ -10,63 +10,99 @@ Source: CE-LoRA, arXiv 2502.01378 (approximated matrix multiplication and Double
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from celora.errors import CELoraError
 from celora.estimators.base import Estimator
-from celora.factor import FrozenFactor
-from celora.select import column_scores, squared_column_norms, top_k
+from celora.factor import make_factor, replaced
+from celora.select import (
+    column_scores,
+    energy_count,
+    inclusion_probabilities,
+    sample,
+    squared_column_norms,
+    top_k,
+    uniform,
+)
 
 
 class Columns(Estimator):
-    """Keeps `round(keep_ratio * out_features)` columns, chosen by `||G[:, i]|| ||R[i, :]||` at each refresh.
+    """Keeps the columns with the largest `||G[:, i]|| ||R[i, :]||` at the latest refresh.
+
+    How many: `topk` and `sampled` keep `round(keep_ratio * out_features)`, `energy` as many as hold the share
+    `keep_ratio` of the squared scores. `sampled` draws anew in every backward, column i with probability
+    `p_i = min(1, lambda score_i)`, and weights it by `1 / p_i`: unbiased, given the scores.
 
     With `rank=0` there is no factor and R is W itself. `keep_ratio=1` is the dense product, bit for bit.
-    The factor is built at the first refresh and held in the weight's dtype: `rank * (2 * out + in)` numbers.
+    The svd factor is built at the first refresh and held in the weight's dtype: `rank * (2 * out + in)` numbers.
 
     Cost relative to dense: `K / out + r0 (out + in) / (out in)`.
     """
 
     name = "columns"
+    uses = frozenset({"keep_ratio", "rank", "selection", "factor", "precision", "weight_copy", "seed"})
 
-    def __init__(
-        self, out_features: int, in_features: int, *, keep_ratio: float = 1.0, rank: int = 0, seed: int = 0
-    ) -> None:
-        super().__init__(out_features, in_features, keep_ratio=keep_ratio, rank=rank, seed=seed)
-        self.kept = max(1, round(keep_ratio * out_features))
-        self.factor = FrozenFactor(rank, seed)
+    def __init__(self, out_features: int, in_features: int, **settings: Any) -> None:
+        super().__init__(out_features, in_features, **settings)
+        self.factor = make_factor(self.settings.factor, self.settings.rank, self.settings.seed)
         self.index: Tensor | None = None
         self.U_off: Tensor | None = None
+        self.scores: Tensor | None = None  # what `sampled` draws from
+        self._draws = 0
+        self._rows: Tensor | None = None  # W[I], of which the 8-bit copy is made
         self._squared_norms: Tensor | None = None
 
     @property
+    def kept(self) -> int:
+        """How many columns `topk` and `sampled` keep."""
+        return max(1, round(self.keep_ratio * self.out_features))
+
+    @property
     def cost(self) -> float:
-        if self.kept == self.out_features:
-            return 1.0
-        low_rank = self.rank * (self.out_features + self.in_features)
-        return self.kept / self.out_features + low_rank / (self.out_features * self.in_features)
+        if self._keeps_all:
+            return self.product.relative_cost
+        low_rank = self.settings.rank * (self.out_features + self.in_features) / (self.out_features * self.in_features)
+        if self.settings.selection == "energy":
+            kept = self.out_features if self.index is None else len(self.index)
+        else:
+            kept = self.kept
+        return kept / self.out_features * self.product.relative_cost + low_rank
 
     @property
     def ready(self) -> bool:
-        return self.index is not None or self.kept == self.out_features
+        return self._keeps_all or self.index is not None or self.scores is not None
+
+    @property
+    def traceable(self) -> bool:
+        return super().traceable and self.settings.selection != "sampled"
+
+    @property
+    def _keeps_all(self) -> bool:
+        return self.settings.selection != "energy" and self.kept == self.out_features
 
     def estimate(self, grad_output: Tensor, weight: Tensor) -> Tensor:
-        if self.kept == self.out_features:
-            return grad_output @ weight.to(grad_output.dtype)
+        if self._keeps_all:
+            return self.product(grad_output, weight)
+        if self.settings.selection == "sampled":
+            return self._sampled(grad_output, weight)
         if self.index is None:
             raise RuntimeError("columns: estimate() before the first select()")
         if self.index.device != grad_output.device:  # loaded from a checkpoint, or the model was moved
             self.index, self.U_off = self.index.to(grad_output.device), None
-        if self.rank and self.U_off is None:  # a selection loaded from a checkpoint
-            self.factor.follow(weight)
+        if self.settings.rank and self.U_off is None:  # a selection loaded from a checkpoint
+            self.factor.prepare(weight)
             self._use(self.index)
         if torch.compiler.is_compiling():  # the compiler fuses this; what follows is what it would have to be told
             return self._concatenated(grad_output, weight, self.index)
-        tokens, kept = grad_output.shape[0], self.kept
+        if self.settings.precision != "native":
+            return self._low_precision(grad_output, weight, self.index)
+        tokens, kept, rank = grad_output.shape[0], len(self.index), self.settings.rank
         # Both factors are written into one buffer each: concatenating afterwards would copy them once more.
-        left = grad_output.new_empty(tokens, kept + self.rank)
-        right = grad_output.new_empty(kept + self.rank, self.in_features)
+        left = grad_output.new_empty(tokens, kept + rank)
+        right = grad_output.new_empty(kept + rank, self.in_features)
         torch.gather(_bits(grad_output), 1, self.index.expand(tokens, -1), out=_bits(left)[:, :kept])
         right[:kept] = weight[self.index]
         if self.factor.V is not None and self.U_off is not None:
@@ -81,51 +117,84 @@ class Columns(Estimator):
             right = torch.cat([right, self.factor.V.to(grad_output.dtype)])
         return left @ right
 
-    def observe(self, grad_output: Tensor, weight: Tensor) -> None:
+    def _low_precision(self, grad_output: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        """Only the kept part in 8 bits; the factor is small and stays in the gradient's dtype."""
+        if self._rows is None or self._rows.device != weight.device or not self.settings.weight_copy:
+            self._rows = weight.detach()[index]
+        left = torch.gather(_bits(grad_output), 1, index.expand(len(grad_output), -1)).view(grad_output.dtype)
+        result = self.product(left, self._rows)
+        if self.factor.V is not None and self.U_off is not None:
+            result += (grad_output @ self.U_off.to(grad_output.dtype)) @ self.factor.V.to(grad_output.dtype)
+        return result
+
+    def _sampled(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        """`(G U) V + sum over drawn i of G[:, i] R[i, :] / p_i`, with `G_I R_I = G_I W_I - (G_I U_I) V`."""
+        assert self.scores is not None
+        self.scores = self.scores.to(grad_output.device)
+        self._draws += 1
+        offset = uniform(self.settings.seed, self._draws, grad_output.device)
+        index, factors = sample(inclusion_probabilities(self.scores, self.kept), self.kept, offset)
+        left = grad_output.index_select(1, index) * factors.to(grad_output.dtype)
+        result = self.product(left, weight.detach()[index])
+        self.factor.prepare(weight)
+        if self.factor.U is not None and self.factor.V is not None:
+            U, V = self.factor.U.to(grad_output.dtype), self.factor.V.to(grad_output.dtype)
+            result += (grad_output @ U - left @ U[index]) @ V
+        return result
+
+    def observe(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
+        super().observe(grad_output, weight, grad_input)
+        self.factor.observe(weight, grad_input)
         norms = squared_column_norms(grad_output)
         # An overflow under a GradScaler must not spoil the repetition of its step; `where` needs no synchronisation.
         norms = torch.where(torch.isfinite(norms).all(), norms, 0)
-        if self._squared_norms is None:
-            self.factor.follow(weight)
-            self._squared_norms = norms
-        else:
-            self._squared_norms += norms
+        self._squared_norms = norms if self._squared_norms is None else self._squared_norms + norms
 
     def select(self) -> None:
+        self.factor.settle()
         if self._squared_norms is None or self.factor.residual_norms is None:
             return
         scores = column_scores(self._squared_norms, self.factor.residual_norms)
         self._squared_norms = None
         # Once a refresh, so the synchronisation is cheap: where no gradient was seen, the selection stays.
-        if bool((scores > 0).any()):
+        if not bool((scores > 0).any()):
+            if self.index is not None:
+                self._use(self.index)
+        elif self.settings.selection == "sampled":
+            self.scores = scores
+        elif self.settings.selection == "energy":
+            self._use(top_k(scores, max(1, int(energy_count(scores.square(), self.keep_ratio)))))
+        else:
             self._use(top_k(scores, self.kept))
-        elif self.index is not None:
-            self._use(self.index)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {} if self.index is None else {"index": self.index}
+        state = {"index": self.index, "scores": self.scores}
+        if self.settings.selection == "sampled":
+            state["draws"] = torch.tensor(self._draws)
+        own = {name: value for name, value in state.items() if value is not None}
+        return super().state_dict() | own | self.factor.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
         index = state.get("index")
         if index is not None:
-            if index.shape != (self.kept,) or not bool(((index >= 0) & (index < self.out_features)).all()):
+            fits = len(index) == self.kept or self.settings.selection == "energy"
+            if index.dim() != 1 or not fits or not bool(((index >= 0) & (index < self.out_features)).all()):
                 raise CELoraError(
                     f"saved selection of {index.numel()} columns does not fit a layer that keeps {self.kept} "
                     f"of {self.out_features}; resume with the configuration the state was made with."
                 )
             index = index.to(torch.int64)
+        self.factor.load_state_dict(state)
+        self.scores, self._draws = state.get("scores"), int(state.get("draws", 0))
         # The factor follows with the first gradient, when the weight is at hand.
-        self.index, self.U_off = index, None
+        self.index, self.U_off, self._rows = index, None, None
 
     def _use(self, index: Tensor) -> None:
         """Switch to a selection, in place where there is one: compiled graphs hold on to these tensors."""
-        self.index = _replace(self.index, index)
+        self.index, self._rows = replaced(self.index, index), None
         if self.factor.U is not None:
-            self.U_off = _replace(self.U_off, self.factor.U.index_fill(0, index, 0))
-
-
-def _replace(old: Tensor | None, new: Tensor) -> Tensor:
-    return new if old is None or old.device != new.device else old.copy_(new)
+            self.U_off = replaced(self.U_off, self.factor.U.index_fill(0, index, 0))
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -1,57 +1,133 @@
 """Only the critical tokens of the gradient: the rows that carry it, chosen anew in every backward.
 
-`grad_input[t] = G[t] W` for the K tokens with the largest `||G[t]||`, and `(G[t] U) V` for the others, or nothing
-without a factor. Most of a gradient's norm sits in few tokens, so the same FLOPs keep far more of it than columns do;
-and a token whose gradient is exactly zero (padding, a masked prompt) costs nothing to leave out.
+`grad_input[t] = G[t] W` for the kept tokens, and `(G[t] U) V` for the others, or nothing without a factor. Most of a
+gradient's norm sits in few tokens, so the same FLOPs keep far more of it than columns do; and a token whose gradient is
+exactly zero (padding, a masked prompt) costs nothing to leave out.
 Source: ours; skipping tokens in backward was also proposed by SEBP and TokenDrop.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from celora.estimators.base import Estimator
-from celora.factor import FrozenFactor
-from celora.select import squared_row_norms, top_k
+from celora.factor import make_factor
+from celora.select import critical_rows, energy_count, inclusion_probabilities, sample, squared_row_norms, uniform
+
+STEP = 64  # counts are rounded up to multiples: a product whose shape is new to the library costs time, rows do not
 
 
 class Tokens(Estimator):
-    """Keeps `round(keep_ratio * T)` tokens, at least one. `keep_ratio=1` is the dense product, bit for bit.
+    """Keeps the tokens with the largest `||G[t]||`, at least one; `keep_ratio=1` is the dense product, bit for bit.
 
-    The factor is built with the first gradient and held in the weight's dtype: `rank * (out + in)` numbers.
+    How many: `topk` and `sampled` keep `round(keep_ratio * T)`. `energy` keeps as many as hold the share `keep_ratio`
+    of `||G||^2`, so that 1 leaves out only what is exactly zero; on accelerators, where counting would wait for the
+    device in every layer, it keeps the share of tokens that the latest refresh needed.
+    `sampled` draws token t with probability `min(1, lambda ||G[t]||)` and weights it by the inverse: unbiased.
+
+    The svd factor is built with the first gradient and held in the weight's dtype: `rank * (out + in)` numbers.
 
     Cost relative to dense: `K / T + r0 (out + in) / (out in)`.
     """
 
     name = "tokens"
+    uses = frozenset({"keep_ratio", "rank", "selection", "factor", "precision", "weight_copy", "seed"})
 
-    def __init__(
-        self, out_features: int, in_features: int, *, keep_ratio: float = 1.0, rank: int = 0, seed: int = 0
-    ) -> None:
-        super().__init__(out_features, in_features, keep_ratio=keep_ratio, rank=rank, seed=seed)
-        self.factor = FrozenFactor(rank, seed)
+    def __init__(self, out_features: int, in_features: int, **settings: Any) -> None:
+        super().__init__(out_features, in_features, **settings)
+        self.factor = make_factor(self.settings.factor, self.settings.rank, self.settings.seed)
+        self._draws = 0
+        self._share: Tensor | None = None  # of the tokens that `energy` needed at the latest refresh
+        self._needed: Tensor | None = None
 
     @property
     def cost(self) -> float:
-        if self.keep_ratio == 1:
-            return 1.0
-        return self.keep_ratio + self.rank * (1 / self.out_features + 1 / self.in_features)
+        if self._keeps_all:
+            return self.product.relative_cost
+        low_rank = self.settings.rank * (1 / self.out_features + 1 / self.in_features)
+        share = 1.0 if self.settings.selection == "energy" else self.keep_ratio
+        return share * self.product.relative_cost + low_rank
+
+    @property
+    def ready(self) -> bool:
+        return self._keeps_all or self.settings.factor == "svd" or not self.settings.rank or self.factor.V is not None
+
+    @property
+    def traceable(self) -> bool:
+        return super().traceable and self.settings.selection == "topk"
+
+    @property
+    def _keeps_all(self) -> bool:
+        return self.keep_ratio == 1 and self.settings.selection != "energy"
 
     def estimate(self, grad_output: Tensor, weight: Tensor) -> Tensor:
-        tokens, dtype = grad_output.shape[0], grad_output.dtype
-        kept = max(1, round(self.keep_ratio * tokens))
-        if kept >= tokens:
-            return grad_output @ weight.to(dtype)
-        if self.rank and self.factor.V is None:
-            self.factor.follow(weight)
-        index = top_k(squared_row_norms(grad_output), kept)
-        exact = grad_output.index_select(0, index) @ weight.to(dtype)
-        if self.factor.U is None or self.factor.V is None:
-            result = grad_output.new_zeros(tokens, self.in_features)
+        if self._keeps_all:
+            return self.product(grad_output, weight)
+        self.factor.prepare(weight)
+        squared = squared_row_norms(grad_output)
+        factors = position = onto = None
+        if self.settings.selection == "sampled":
+            index, factors = self._sample(squared.sqrt())
         else:
-            result = (grad_output @ self.factor.U.to(dtype)) @ self.factor.V.to(dtype)
-        return result.index_copy_(0, index, exact)
+            index, position = critical_rows(squared, kept=self._kept(squared), share=self.keep_ratio, step=STEP)
+            if len(index) == len(grad_output):
+                return self.product(grad_output, weight)
+        if self.factor.U is not None and self.factor.V is not None:
+            onto = (grad_output @ self.factor.U.to(grad_output.dtype)) @ self.factor.V.to(grad_output.dtype)
+            if factors is not None:  # the rest is what is sampled: G U V + (G W - G U V)_sampled
+                return self._sampled_residual(grad_output, weight, index, factors, onto)
+        return self.product.rows(grad_output, weight, index, position=position, factors=factors, onto=onto)
 
-    def observe(self, grad_output: Tensor, weight: Tensor) -> None:
-        if self.rank:
-            self.factor.follow(weight)
+    def observe(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
+        super().observe(grad_output, weight, grad_input)
+        if self.settings.rank:
+            self.factor.observe(weight, grad_input)
+        if self.settings.selection == "energy":
+            needed = energy_count(squared_row_norms(grad_output), self.keep_ratio) / len(grad_output)
+            self._needed = needed if self._needed is None else torch.maximum(needed, self._needed)
+
+    def select(self) -> None:
+        self.factor.settle()
+        self._share, self._needed = self._needed if self._needed is not None else self._share, None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
+        if self.settings.selection == "sampled":
+            state["draws"] = torch.tensor(self._draws)
+        if self._share is not None:
+            state["share"] = self._share
+        return state | self.factor.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self._draws = int(state.get("draws", 0))
+        self._share = state.get("share")
+        self.factor.load_state_dict(state)
+
+    def _kept(self, squared: Tensor) -> int | None:
+        """How many tokens to keep; None if that is to be counted from `squared`."""
+        tokens = len(squared)
+        if self.settings.selection == "topk":
+            return max(1, round(self.keep_ratio * tokens))
+        if squared.device.type == "cpu":
+            return None
+        if self._share is None:
+            return tokens
+        self._share = self._share.cpu()  # one synchronisation a refresh, when the share is new
+        return min(tokens, -(-max(1, round(self._share.item() * tokens)) // STEP) * STEP)
+
+    def _sample(self, norms: Tensor) -> tuple[Tensor, Tensor]:
+        kept = max(1, round(self.keep_ratio * len(norms)))
+        self._draws += 1
+        offset = uniform(self.settings.seed, self._draws, norms.device)
+        return sample(inclusion_probabilities(norms, kept), kept, offset)
+
+    def _sampled_residual(
+        self, grad_output: Tensor, weight: Tensor, index: Tensor, factors: Tensor, low_rank: Tensor
+    ) -> Tensor:
+        exact = self.product(grad_output[index], weight)
+        residual = (exact - low_rank[index]) * factors.to(exact.dtype)[:, None]
+        return low_rank.index_add_(0, index, residual)

@@ -60,7 +60,7 @@ def estimator_config(preset: str | None, mapping: Mapping[str, object] | None, l
     preset = preset or DEFAULT_PRESET
     config, r = resolve(preset), lora_r
     changes: dict[str, Any] = dict(mapping or {})
-    shadowed = sorted({"estimator", "keep_ratio"} & changes.keys()) if config.overrides else []
+    shadowed = sorted({"estimator", "keep_ratio"} & changes.keys()) if config.overrides or preset == "auto" else []
     if shadowed:
         raise CELoraError(
             f"celora: {shadowed[0]} has no effect beside preset {preset!r}, which sets it layer by layer; "
@@ -129,6 +129,13 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
         train["include_num_input_tokens_seen"] = "all"  # nothing is padded then, and pad may be a real token (eos)
     config, r = estimator_config(options.preset, options.celora, lora["lora_r"])
     preset = options.preset or (None if options.celora else DEFAULT_PRESET)
+    for name in ("fidelity", "memory_limit", "plan"):
+        if getattr(options, name) is not None and preset != "auto":
+            raise CELoraError(f"{name} belongs to a plan; give it with --preset auto")
+    if options.fidelity is not None and not 0 < options.fidelity <= 1:
+        raise CELoraError(f"fidelity={options.fidelity}; expected a cosine, 0 < fidelity <= 1")
+    if options.memory_limit is not None and options.memory_limit < 0:
+        raise CELoraError(f"memory_limit={options.memory_limit}; expected MiB, 0 or more")
     output = Path(values["output"]).expanduser()
     return TrainRequest(given["model"], given["data"], output, preset, config, r, options, train, lora, given)
 
@@ -164,7 +171,7 @@ def _check_same_run(before: Mapping[str, Any], request: TrainRequest) -> None:
 
 def _absolute(name: str, value: object) -> object:
     """Local paths are stored whole, so that --resume works from another folder; hub names stay as they are."""
-    local = name in ("model", "data", "eval_data", "output") and isinstance(value, str)
+    local = name in ("model", "data", "eval_data", "output", "plan") and isinstance(value, str)
     path = Path(str(value)).expanduser()
     return str(path.resolve()) if local and (name == "output" or path.exists()) else value
 

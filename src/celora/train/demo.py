@@ -13,10 +13,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -26,7 +26,7 @@ from celora.errors import CELoraError
 from celora.train import stock_eval
 from celora.train.allocator import keep_freed_memory
 from celora.train.arguments import make_request
-from celora.train.assets import demo_model
+from celora.train.assets import Review, demo_model
 from celora.train.folder import write_json, write_text
 from celora.train.progress import read_metrics
 from celora.train.report import write_report
@@ -36,6 +36,7 @@ from celora.train.sentiment import splits, to_rows
 ROWS = "demo.jsonl"
 MARKER = ".celora-demo"
 ARMS = {"LoRA": "off", "CE-LoRA": "paper"}
+LEARNING_RATES = {"LoRA": 1e-3, "CE-LoRA": 1e-3}
 REFRESH_EVERY = 12  # the published 200 would refresh once in so short a run, before the adapter has learnt anything
 
 
@@ -67,14 +68,20 @@ def run_demo(
     output: Path,
     *,
     seeds: int = 1,
-    steps: int = 48,
+    steps: int = 60,
     batch_size: int = 16,
     held_out: int = 600,
-    learning_rate: float = 1e-3,
+    validation: int = 600,
+    learning_rates: Mapping[str, float] = LEARNING_RATES,
+    refresh_every: int = REFRESH_EVERY,
+    judge: Literal["test", "validation"] = "test",
+    arms: Sequence[str] = tuple(ARMS),
     console: Console | None = None,
 ) -> list[DemoRow]:
     """Run the demo into `output` (made, or taken over from an earlier demo) and print what came out.
 
+    `judge` names the sentences that score: choices about the demo are made on the `validation` ones, its results come
+    from the `held_out` others ("test"). Training sees neither.
     Writes the runs (`lora-seed0`, `ce-lora-seed0`, ...), `report.html` with both loss curves, and `demo.jsonl`.
 
     Raises:
@@ -88,29 +95,48 @@ def run_demo(
         raise CELoraError(f"{output} is not empty and holds no demo; choose another folder with --output.")
     keep_freed_memory()
     model = demo_model(say)
-    test = splits(0, test=held_out, say=say).test
-    data = output / "data"
-    data.mkdir(parents=True, exist_ok=True)
+    held: list[Review] = getattr(splits(0, validation=validation, test=held_out, say=say), judge)
+    judged = output / "data" / f"{judge}.jsonl"
+    judged.parent.mkdir(parents=True, exist_ok=True)
     write_text(output / MARKER, "This folder was made by celora demo, which may replace what it holds.\n")
-    _write_rows(data / "test.jsonl", to_rows(test))
+    _write_rows(judged, to_rows(held))
     dtype = "bfloat16" if _fast_bfloat16() else "float32"
 
     say(
-        f"Scoring the untouched model on {held_out} held-out sentences ({dtype}, {torch.get_num_threads()} threads) ..."
+        f"Scoring the untouched model on {len(held)} held-out sentences "
+        f"({dtype}, {torch.get_num_threads()} threads) ..."
     )
-    accuracy = _stock_accuracy(model, data / "test.jsonl", dtype)
-    rows = [DemoRow("untouched", 0, accuracy, held_out, 0, 0, None, 0.0, 0.0, *_machine(dtype))]
+    accuracy = _stock_accuracy(model, judged, dtype)
+    rows = [DemoRow("untouched", 0, accuracy, len(held), 0, 0, None, 0.0, 0.0, *_machine(dtype))]
     say(f"  {accuracy:.1%} right")
 
+    shared = {
+        "model": str(model),
+        "celora": {"refresh_every": refresh_every},
+        "dtype": dtype,
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "warmup_steps": steps // 10,
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "save_strategy": "no",
+        "train_sampling_strategy": "group_by_length",  # less padding, fewer wasted steps
+    }
     for seed in range(seeds):
-        training = splits(seed, train=steps * batch_size, test=held_out).train
-        _write_rows(data / f"train-seed{seed}.jsonl", to_rows(training))
+        training = splits(seed, train=steps * batch_size, validation=validation, test=held_out).train
+        data = output / "data" / f"train-seed{seed}.jsonl"
+        _write_rows(data, to_rows(training))
         # Whoever goes second finds a warmer, or a busier, machine: take turns.
-        for arm in list(ARMS) if seed % 2 == 0 else reversed(ARMS):
+        for arm in arms if seed % 2 == 0 else reversed(arms):
             say(f"Training {arm}, seed {seed}: {steps} steps of {batch_size} sentences ...")
-            rows.append(
-                _contend(arm, seed, output, model, data, steps, batch_size, held_out, learning_rate, dtype, console)
-            )
+            own = {
+                "preset": ARMS[arm],
+                "learning_rate": learning_rates[arm],
+                "seed": seed,
+                "data": str(data),
+                "output": str(_folder(output, arm, seed)),
+            }
+            rows.append(_contend(arm, shared | own, judged, console))
             say(f"  {rows[-1].accuracy:.1%} right, {rows[-1].step_time_ms or 0:.0f} ms per step")
     _write_rows(output / ROWS, [asdict(row) for row in rows])
     runs = {f"{row.arm}, seed {row.seed}": _folder(output, row.arm, row.seed) for row in rows[1:]}
@@ -146,7 +172,7 @@ def result_table(rows: Sequence[DemoRow]) -> Table:
 def summary(rows: Sequence[DemoRow]) -> list[tuple[str, str, str, str]]:
     """The cells of the result table, as text; the README's table is made of the same."""
     cells = []
-    for arm in ("untouched", *ARMS):
+    for arm in dict.fromkeys(row.arm for row in rows):
         of = [row for row in rows if row.arm == arm]
         accuracies = [row.accuracy for row in of]
         spread = f" ({min(accuracies):.1%} to {max(accuracies):.1%})" if len(of) > 1 else ""
@@ -162,61 +188,30 @@ def summary(rows: Sequence[DemoRow]) -> list[tuple[str, str, str, str]]:
     return cells
 
 
-def _contend(
-    arm: str,
-    seed: int,
-    output: Path,
-    model: Path,
-    data: Path,
-    steps: int,
-    batch_size: int,
-    held_out: int,
-    learning_rate: float,
-    dtype: str,
-    console: Console,
-) -> DemoRow:
-    folder = _folder(output, arm, seed)
-    request = make_request(
-        {
-            "model": str(model),
-            "data": str(data / f"train-seed{seed}.jsonl"),
-            "output": str(folder),
-            "preset": ARMS[arm],
-            "celora": {"refresh_every": REFRESH_EVERY},
-            "dtype": dtype,
-            "max_steps": steps,
-            "per_device_train_batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "warmup_steps": steps // 10,
-            "lora_r": 16,
-            "lora_alpha": 32,
-            "seed": seed,
-            "save_strategy": "no",
-            "train_sampling_strategy": "group_by_length",  # for both alike: less padding, fewer wasted steps
-            "overwrite": folder.exists(),
-        }
-    )
+def _contend(arm: str, settings: dict[str, Any], judged: Path, console: Console) -> DemoRow:
+    model, folder = Path(settings["model"]), Path(settings["output"])
+    request = make_request(settings | {"overwrite": folder.exists()})
     result = train(request, console=console)
     if result.status != "finished":
         raise KeyboardInterrupt
-    accuracy = _stock_accuracy(model, data / "test.jsonl", dtype, adapter=folder)
+    accuracy = _stock_accuracy(model, judged, settings["dtype"], adapter=folder)
     if arm != "LoRA":
-        in_memory = _in_memory_accuracy(result.model, model, data / "test.jsonl")
+        in_memory = _in_memory_accuracy(result.model, model, judged)
         if in_memory != accuracy:
             raise CELoraError(
                 f"the adapter in {folder} scores {accuracy:.4f} under stock PEFT but {in_memory:.4f} in memory."
             )
     row = DemoRow(
         arm,
-        seed,
+        settings["seed"],
         accuracy,
-        held_out,
+        len(_read_rows(judged)),
         result.step,
         request.r,
         _median_step_time(folder, request.config.refresh_every),
         result.summary["seconds"],
         result.summary["estimated_cost"],
-        *_machine(dtype),
+        *_machine(settings["dtype"]),
     )
     write_json(folder / "demo.json", asdict(row))
     return row
@@ -246,8 +241,11 @@ def _stock_accuracy(model: Path, data: Path, dtype: str, *, adapter: Path | None
 def _in_memory_accuracy(trained: Any, model: Path, data: Path) -> float:
     from transformers import AutoTokenizer
 
-    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
-    return stock_eval.label_accuracy(trained, AutoTokenizer.from_pretrained(model), rows)
+    return stock_eval.label_accuracy(trained, AutoTokenizer.from_pretrained(model), _read_rows(data))
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -68,6 +68,13 @@ class RunOptions:
     resume: bool = field(default=False, metadata={"help": "continue from the last complete checkpoint"})
     overwrite: bool = field(default=False, metadata={"help": "replace the run that is in the output folder"})
     quiet: bool = field(default=False, metadata={"help": "print warnings and errors only"})
+    fidelity: float | None = field(
+        default=None, metadata={"help": "preset auto: cosine between the estimated and the exact LoRA gradient, (0, 1]"}
+    )
+    memory_limit: float | None = field(
+        default=None, metadata={"help": "preset auto: MiB that 8-bit copies of weights may take in all"}
+    )
+    plan: str | None = field(default=None, metadata={"help": "preset auto: a plan made by celora plan, used as it is"})
     celora: dict[str, Any] | None = field(default=None, metadata={"help": "CELoraConfig fields (YAML mapping or JSON)"})
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from celora.errors import CELoraError
 
 RUN, METRICS, REPORT, CONFIG = "run.json", "metrics.jsonl", "report.html", "celora_config.json"
+PLAN = "celora_plan.json"
 MARKER = "celora_run.json"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

@@ -172,3 +172,27 @@ class ProgressLine(StepTimer):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self.close()
+
+
+class PlanProgress:
+    """The progress of `celora.make_plan`: a bar on a terminal, elsewhere a plain line for each stage."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self._console, self._quiet = console, quiet
+        columns = (TextColumn("planning: {task.description}"), BarColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+        self._task = self._bar.add_task("starting", total=1.0)
+        self._stage = ""
+
+    def __call__(self, what: str, share: float) -> None:
+        self._bar.update(self._task, description=what, completed=share)
+        if not self._quiet and not self._console.is_terminal and what != self._stage:
+            self._console.print(f"planning: {what} ...", highlight=False, markup=False)
+        self._stage = what
+
+    def __enter__(self) -> PlanProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

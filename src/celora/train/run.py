@@ -6,10 +6,13 @@ end of an optimizer step and saves; a killed process loses only what came after 
 
 from __future__ import annotations
 
+import itertools
 import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -24,12 +27,14 @@ from trl import SFTTrainer
 import celora
 from celora.config import CELoraConfig
 from celora.errors import CELoraError
+from celora.plan import Plan
+from celora.planner import DEFAULT_FIDELITY
 from celora.train.arguments import TrainRequest, sft_config
 from celora.train.data import load_rows
-from celora.train.folder import CONFIG, METRICS, REPORT, RUN, OutputFolder, write_json
+from celora.train.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json
 from celora.train.interrupt import StopAtStepEnd
 from celora.train.loading import load_adapter, load_model, load_tokenizer, lora_config, quiet_libraries
-from celora.train.progress import MetricsWriter, ProgressLine, read_metrics
+from celora.train.progress import MetricsWriter, PlanProgress, ProgressLine, read_metrics
 from celora.train.report import write_report
 
 PACKAGES = ("celora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -82,7 +87,8 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
         args = sft_config(request)
         model = load_model(request)
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
-        attached = celora.attach(trainer.model, request.config)
+        config, plan = _configuration(request, trainer, console)
+        attached = celora.attach(trainer.model, config)
         if not options.quiet:
             console.print(rank_line(request), str(attached), sep="\n", highlight=False, markup=False, soft_wrap=True)
 
@@ -100,7 +106,9 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
             _say(console, options.quiet, f"Resuming {where}.")
         record = _record(request, args, attached)
         write_json(request.output / RUN, record)
-        request.config.save(request.output / CONFIG)
+        config.save(request.output / CONFIG)
+        if plan is not None:
+            plan.save(request.output / PLAN)
         metrics = MetricsWriter(request.output / METRICS, after_step=marker["step"], seconds=marker["seconds"])
         progress, stop = ProgressLine(console, quiet=options.quiet), StopAtStepEnd(console)
         # The Trainer puts callbacks after its reporters; celora's goes first, so that all of them see its metrics.
@@ -231,8 +239,58 @@ def _summary(trainer: Any, metrics: MetricsWriter, attached: Any) -> dict[str, A
     }
 
 
+def _configuration(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELoraConfig, Plan | None]:
+    """What to attach: as asked for or, with preset auto, as planned: before, by hand, or now."""
+    if request.preset != "auto":
+        return request.config, None
+    options = request.options
+    before = request.output / PLAN
+    if options.plan is not None:
+        plan = Plan.load(options.plan)
+    elif options.resume and before.is_file():
+        plan = Plan.load(before)
+    else:
+        plan = _plan(request, trainer, console)
+    plan.check(trainer.model)
+    _say(console, options.quiet, str(plan))
+    return plan.config(request.config), plan
+
+
+def _plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
+    """Plan on the first batches of the training data; the training sees them in the same order as without."""
+    limit, options = request.options.memory_limit, request.options
+    trainer.model.train()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), PlanProgress(console, quiet=options.quiet) as progress:
+        return celora.make_plan(
+            trainer.model,
+            list(itertools.islice(trainer.get_train_dataloader(), 3)),
+            DEFAULT_FIDELITY if options.fidelity is None else options.fidelity,
+            memory_limit=None if limit is None else int(limit * 2**20),
+            progress=progress,
+        )
+
+
+def plan_model(request: TrainRequest, *, rows: int, adapter: Path | None, console: Console) -> Plan:
+    """`celora.make_plan` for a new adapter, or for the one in `adapter`, on batches made as training makes them."""
+    with _prepared(request, rows, adapter) as (trainer, _):
+        return _plan(request, trainer, console)
+
+
 def audit_model(request: TrainRequest, *, rows: int, adapter: Path | None = None) -> Any:
     """`celora.audit` of a new adapter, or of the one in `adapter`, on a batch made exactly as training makes it."""
+    with _prepared(request, rows, adapter) as (trainer, config):
+        if request.preset == "auto":
+            config, _ = _configuration(request, trainer, Console(stderr=True, quiet=True))
+        celora.attach(trainer.model, config)
+        trainer.model.train()
+        batch = next(iter(trainer.get_train_dataloader()))
+        return celora.audit(trainer.model, batch)
+
+
+@contextmanager
+def _prepared(request: TrainRequest, rows: int, adapter: Path | None) -> Iterator[tuple[Any, CELoraConfig]]:
+    """The trainer of this request, with `rows` rows in a batch, and what to attach to its model; nothing is written."""
     with quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
         tokenizer = load_tokenizer(request)
         data = load_rows(request.data, split=request.options.dataset_train_split, chat=bool(tokenizer.chat_template))
@@ -243,8 +301,4 @@ def audit_model(request: TrainRequest, *, rows: int, adapter: Path | None = None
             model, peft = load_adapter(model, adapter), None
             if (adapter / CONFIG).is_file() and request.options.preset is None and request.options.celora is None:
                 config = CELoraConfig.load(adapter)  # the one the adapter was trained with
-        trainer = build_trainer(request, args, model, tokenizer, data, peft=peft)
-        celora.attach(trainer.model, config)
-        trainer.model.train()
-        batch = next(iter(trainer.get_train_dataloader()))
-        return celora.audit(trainer.model, batch)
+        yield build_trainer(request, args, model, tokenizer, data, peft=peft), config

@@ -19,10 +19,9 @@ from celora.errors import CELoraError
 from celora.train.assets import Review, movie_reviews
 from celora.train.stock_eval import LABELS, label_accuracy
 
-# The best of 19 wordings tried with the untouched model on 200 to 300 sentences (51 to 78 % right there; 73.5 % on the
-# 1,000 test sentences, bfloat16). Rows have 59 tokens on average, at most 104.
+# The wording with which the untouched model does best on the validation sentences (benchmarks/demo_choices.py).
 SYSTEM = "Classify the sentiment of movie reviews."
-QUESTION = "Review: {text}\nSentiment (positive or negative):"
+QUESTION = "{text}\nSentiment:"
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,15 @@ def label_of(review: Review) -> str:
     return "positive" if review.score > 0 else "negative"
 
 
-def to_rows(reviews: Iterable[Review]) -> list[dict[str, Any]]:
+def to_rows(
+    reviews: Iterable[Review], *, system: str | None = None, question: str | None = None
+) -> list[dict[str, Any]]:
     """Chat rows as SFTTrainer takes them: a short question as the prompt, the label as the completion."""
     return [
         {
             "prompt": [
-                {"role": "system", "content": SYSTEM},
-                {"role": "user", "content": QUESTION.format(text=review.text)},
+                {"role": "system", "content": system or SYSTEM},
+                {"role": "user", "content": (question or QUESTION).format(text=review.text)},
             ],
             "completion": [{"role": "assistant", "content": label_of(review)}],
         }

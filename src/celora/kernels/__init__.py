@@ -1,0 +1,159 @@
+"""Passes around an 8-bit product that torch has no fast operator for, in C, built where there is a compiler.
+
+At these sizes the passes decide: scaling, rounding and scattering with torch's operators costs more than the product.
+`rows.c` is compiled once (a second or so) for the machine's own instruction set and kept in the user's cache folder.
+Without a compiler, `library()` is None and everything works through torch's operators, slower; the planner measures
+what it gets, so it assumes nothing.
+
+`CELORA_KERNELS=0` turns them off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_SOURCE = Path(__file__).with_name("rows.c")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_WIDE = "-mprefer-vector-width=512"
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def supported(tensor: Tensor) -> bool:
+    """Whether the kernels can work on this tensor: on CPU, of a dtype they know, rows contiguous, not being traced."""
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu" or tensor.dtype not in _NAMES:
+        return False
+    return tensor.stride(-1) == 1 and library() is not None
+
+
+def squared_row_norms(x: Tensor) -> Tensor:
+    """`sum_i x[t, i]^2` of `x: (T, n)`: (T,) float32."""
+    squared = torch.empty(len(x), dtype=torch.float32)
+    _call("squared_row_norms", x, _pointer(x), *_sizes(x), _pointer(squared))
+    return squared
+
+
+def choose_rows(squared: Tensor, *, kept: int | None, share: float, step: int) -> tuple[Tensor, Tensor]:
+    """The `kept` rows with the largest `squared`: (T,) float32, ascending: (K,) int64; and the inverse: (T,) int32.
+
+    With `kept=None`, as many as hold `share` of the sum, rounded up to a multiple of `step`: `select.energy_count`.
+    """
+    rows = len(squared)
+    index = torch.empty(rows, dtype=torch.int64)
+    position, scratch = torch.empty(rows, dtype=torch.int32), torch.empty(2 * rows, dtype=torch.int32)
+    loaded = library()
+    assert loaded is not None
+    chosen = loaded.choose_rows(
+        _pointer(squared), ctypes.c_int64(rows), ctypes.c_int64(-1 if kept is None else kept), ctypes.c_double(share),
+        ctypes.c_int64(step), _pointer(index), _pointer(position), _pointer(scratch),
+    )  # fmt: skip
+    return index[:chosen], position
+
+
+def quantise_rows(x: Tensor, index: Tensor | None, *, offset: int) -> tuple[Tensor, Tensor]:
+    """Rows `index` (all of them if None) of `x: (T, n)` as `offset + round(x / scale)`, `scale = max |row| / 127`.
+
+    Returns the bytes, uint8 (K, n), to be read as int8 with `offset=0`, and the scales, float32 (K,).
+    """
+    rows = len(x) if index is None else len(index)
+    q = torch.empty(rows, x.shape[1], dtype=torch.uint8)
+    scale = torch.empty(rows, dtype=torch.float32)
+    _call(
+        "quantise_rows", x, _pointer(x), _pointer(index), ctypes.c_int64(rows), *_sizes(x)[1:],
+        ctypes.c_float(offset), _pointer(q), _pointer(scale),
+    )  # fmt: skip
+    return q, scale
+
+
+def scatter_rows(y: Tensor, position: Tensor | None, row_scale: Tensor, out: Tensor, *, fill: bool) -> None:
+    """`out[t] = row_scale[k] y[k]` with `k = position[t]`, int32, or t itself; rows with k < 0 become 0 if `fill`."""
+    _call(
+        "scatter_rows", y, _pointer(y), _pointer(position), ctypes.c_int64(len(out)), ctypes.c_int64(out.shape[1]),
+        _pointer(row_scale), _pointer(out), ctypes.c_int(fill),
+    )  # fmt: skip
+
+
+def scatter_sums(
+    y: Tensor, position: Tensor | None, row_scale: Tensor, column_scale: Tensor, out: Tensor, *, fill: bool
+) -> None:
+    """The same for sums of 8-bit products, int32: `out[t, j] = row_scale[k] column_scale[j] y[k, j]`."""
+    _call(
+        "scatter_sums", out, _pointer(y), _pointer(position), ctypes.c_int64(len(out)), ctypes.c_int64(out.shape[1]),
+        _pointer(row_scale), _pointer(column_scale), _pointer(out), ctypes.c_int(fill),
+    )  # fmt: skip
+
+
+def quantise_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
+    """`round(w[i, j] inverse_scale[j])` of `w: (out, in)`: int8 (out, in)."""
+    q = torch.empty(w.shape, dtype=torch.int8)
+    _call("quantise_columns", w, _pointer(w), *_sizes(w), _pointer(inverse_scale), _pointer(q))
+    return q
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None if they are turned off or cannot be built here."""
+    if os.environ.get("CELORA_KERNELS") == "0" or sys.platform == "win32":
+        return None
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    loaded.choose_rows.restype = ctypes.c_int64
+    return loaded
+
+
+def _build(compiler: str) -> Path:
+    """Compile into the cache, under a name that says what it was made of and for."""
+    made_of = [_SOURCE.read_text(encoding="utf-8"), compiler, platform.machine(), _instruction_set(), *_FLAGS]
+    name = f"rows-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:16]}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "celora" / "kernels"
+    if (cache / name).is_file():
+        return cache / name
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        built = Path(scratch) / name
+        for flags in ((*_FLAGS, _WIDE), _FLAGS):  # not every compiler knows the wide registers' option
+            done = subprocess.run(
+                [compiler, *flags, "-o", str(built), str(_SOURCE)], capture_output=True, timeout=120, check=False
+            )
+            if done.returncode == 0:
+                break
+        done.check_returncode()
+        built.replace(cache / name)
+    return cache / name
+
+
+def _instruction_set() -> str:
+    """What -march=native would see: a home folder may be shared by machines that differ."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _call(name: str, typed: Tensor, *arguments: object) -> None:
+    loaded = library()
+    assert loaded is not None
+    getattr(loaded, f"{name}_{_NAMES[typed.dtype]}")(*arguments, ctypes.c_int(torch.get_num_threads()))
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _sizes(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]:
+    return ctypes.c_int64(len(x)), ctypes.c_int64(x.shape[1]), ctypes.c_int64(x.stride(0))

@@ -1,0 +1,195 @@
+/* Row-wise passes around an 8-bit product on CPU: each reads and writes every number once.
+ *
+ * Plain C, left to the compiler to vectorise; celora/kernels/__init__.py builds it with -O3 -march=native. Every
+ * function exists for float32 and for bfloat16 (as its 16 bits): the file includes itself once for each. Rows may be
+ * `stride` numbers apart.
+ */
+
+#ifndef TYPE
+
+#include <stdint.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+
+static inline float from_f32(float x) { return x; }
+static inline float to_f32(float x) { return x; }
+
+static inline float from_bf16(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline int32_t magnitude_f32(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits & 0x7fffffff;
+}
+static inline int32_t magnitude_bf16(bf16 x) { return (int32_t)(x & 0x7fff) << 16; }
+
+static inline float from_magnitude(int32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Round to nearest even. A NaN would need more care; the scale is finite and so is the product it is applied to,
+ * or the row was not finite to begin with and becomes zero or infinite as it may. */
+static inline bf16 to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* Sort the numbers 0 ... rows-1 by key, ascending: least significant digits first, 11 bits at a time. */
+static void sort_by_key(const uint32_t *key, int64_t rows, int32_t *order, int32_t *scratch) {
+    for (int64_t t = 0; t < rows; t++) order[t] = (int32_t)t;
+    for (int shift = 0; shift < 32; shift += 11) {
+        int64_t start[2049] = {0};
+        for (int64_t t = 0; t < rows; t++) start[((key[t] >> shift) & 2047) + 1]++;
+        for (int digit = 0; digit < 2048; digit++) start[digit + 1] += start[digit];
+        for (int64_t t = 0; t < rows; t++) scratch[start[(key[order[t]] >> shift) & 2047]++] = order[t];
+        memcpy(order, scratch, (size_t)rows * sizeof(int32_t));
+    }
+}
+
+/* Choose rows by their squared norms: the `kept` largest or, with kept < 0, as many of the largest as hold `share` of
+ * the sum (every row that is not zero if share is 1, every row if the sum is not finite), rounded up to a multiple of
+ * `step`. index: the chosen, ascending; position: where each row went, or -1. Returns how many; scratch: 2 rows. */
+int64_t choose_rows(const float *squared, int64_t rows, int64_t kept, double share, int64_t step, int64_t *index,
+                    int32_t *position, int32_t *scratch) {
+    int32_t *order = scratch;
+    sort_by_key((const uint32_t *)squared, rows, order, scratch + rows); /* sizes compare like their bits */
+    if (kept < 0) {
+        double sum = 0, held = 0;
+        for (int64_t t = 0; t < rows; t++) sum += squared[t];
+        kept = 0;
+        if (!(sum < 1e300)) kept = rows;
+        while (kept < rows && (held < share * sum || share == 1) && squared[order[rows - 1 - kept]] != 0)
+            held += squared[order[rows - 1 - kept++]];
+        kept = kept < 1 ? 1 : kept;
+        kept = (kept + step - 1) / step * step;
+        kept = kept > rows ? rows : kept;
+    }
+    for (int64_t t = 0; t < rows; t++) position[t] = -1;
+    for (int64_t k = 0; k < kept; k++) position[order[rows - 1 - k]] = 0;
+    for (int64_t t = 0, k = 0; t < rows; t++) {
+        if (position[t] < 0) continue;
+        index[k] = t;
+        position[t] = (int32_t)k++;
+    }
+    return kept;
+}
+
+#define TYPE float
+#define EACH(name) name##_f32
+#include "rows.c"
+#undef TYPE
+#undef EACH
+
+#define TYPE bf16
+#define EACH(name) name##_bf16
+#include "rows.c"
+
+#else
+
+/* squared[t] = sum_i x[t, i]^2 */
+void EACH(squared_row_norms)(const TYPE *x, int64_t rows, int64_t columns, int64_t stride, float *squared,
+                              int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < rows; t++) {
+        const TYPE *row = x + t * stride;
+        float sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < columns; i++) {
+            float value = EACH(from)(row[i]);
+            sum += value * value;
+        }
+        squared[t] = sum;
+    }
+}
+
+/* q[k, i] = offset + round(x[index[k], i] / scale[k]), scale[k] = max_i |x[index[k], i]| / 127; all if !index */
+void EACH(quantise_rows)(const TYPE *x, const int64_t *index, int64_t rows, int64_t columns, int64_t stride,
+                          float offset, uint8_t *q, float *scale, int threads) {
+    float shift = 12582912.0f + offset; /* adding 1.5 * 2^23 rounds to even, the integer in the low bits */
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t k = 0; k < rows; k++) {
+        const TYPE *row = x + (index ? index[k] : k) * stride;
+        uint8_t *to = q + k * columns;
+        int32_t largest = 0; /* sizes compare like their bits, and a NaN is larger than all: it must come through */
+        #pragma omp simd reduction(max : largest)
+        for (int64_t i = 0; i < columns; i++) {
+            int32_t size = EACH(magnitude)(row[i]);
+            largest = size > largest ? size : largest;
+        }
+        float most = from_magnitude(largest);
+        scale[k] = most / 127.0f;
+        float inverse = most > 0 ? 127.0f / most : 0.0f;
+        #pragma omp simd
+        for (int64_t i = 0; i < columns; i++) {
+            float shifted = EACH(from)(row[i]) * inverse + shift;
+            uint32_t bits;
+            memcpy(&bits, &shifted, 4);
+            to[i] = (uint8_t)bits;
+        }
+    }
+}
+
+/* out[t] = scale[k] y[k] for k = position[t]; 0 where position[t] < 0, or what is there if !fill */
+void EACH(scatter_rows)(const TYPE *y, const int32_t *position, int64_t rows, int64_t columns,
+                         const float *scale, TYPE *out, int fill, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < rows; t++) {
+        int64_t k = position ? position[t] : t;
+        TYPE *to = out + t * columns;
+        if (k < 0) {
+            if (fill) memset(to, 0, (size_t)columns * sizeof(TYPE));
+            continue;
+        }
+        const TYPE *row = y + k * columns;
+        float s = scale[k];
+        #pragma omp simd
+        for (int64_t i = 0; i < columns; i++) to[i] = EACH(to)(EACH(from)(row[i]) * s);
+    }
+}
+
+/* the same from sums of 8-bit products: out[t, j] = scale[k] column_scale[j] y[k, j] */
+void EACH(scatter_sums)(const int32_t *y, const int32_t *position, int64_t rows, int64_t columns,
+                         const float *scale, const float *column_scale, TYPE *out, int fill, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < rows; t++) {
+        int64_t k = position ? position[t] : t;
+        TYPE *to = out + t * columns;
+        if (k < 0) {
+            if (fill) memset(to, 0, (size_t)columns * sizeof(TYPE));
+            continue;
+        }
+        const int32_t *row = y + k * columns;
+        float s = scale[k];
+        #pragma omp simd
+        for (int64_t j = 0; j < columns; j++) to[j] =
+            EACH(to)((float)row[j] * (s * column_scale[j]));
+    }
+}
+
+/* q[i, j] = round(w[i, j] * inverse[j]) */
+void EACH(quantise_columns)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, const float *inverse,
+                             int8_t *q, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < rows; i++) {
+        const TYPE *row = w + i * stride;
+        int8_t *to = q + i * columns;
+        #pragma omp simd
+        for (int64_t j = 0; j < columns; j++) {
+            float shifted = EACH(from)(row[j]) * inverse[j] + 12582912.0f;
+            uint32_t bits;
+            memcpy(&bits, &shifted, 4);
+            to[j] = (int8_t)(uint8_t)bits;
+        }
+    }
+}
+
+#endif

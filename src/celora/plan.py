@@ -1,0 +1,269 @@
+"""A plan: which estimator each layer gets, and the measurements that say so. Saved as JSON, printed as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from celora.config import CELoraConfig, LayerConfig
+from celora.errors import CELoraError, unknown
+
+PLAN_NAME = "celora_plan.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to estimate one layer, as measured: time of its `grad_input` and relative error against the exact one.
+
+    Attributes:
+        memory: bytes of the 8-bit copy it keeps.
+    """
+
+    setting: LayerConfig
+    time_ms: float
+    relative_error: float
+    memory: int = 0
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer, the candidate that was chosen for it, and those that were not.
+
+    Attributes:
+        influence: how much of a squared relative error of this layer arrives in the LoRA gradient of the whole model.
+        candidates: all that were measured; `candidates[chosen]` is the one taken, the first is dense.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    influence: float
+    candidates: tuple[Candidate, ...]
+    chosen: int
+
+    @property
+    def choice(self) -> Candidate:
+        """What the layer gets."""
+        return self.candidates[self.chosen]
+
+    @property
+    def dense_ms(self) -> float:
+        """Time of the exact product."""
+        return self.candidates[0].time_ms
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One estimator per layer, with its evidence.
+
+    Attributes:
+        layers: the layers that were measured; any other stays dense.
+        fidelity: the cosine of the LoRA gradient that was asked for.
+        predicted_cosine: what the layers' errors and influences come to.
+        audited_cosine: of the whole plan, measured on a batch that the planning did not use where three were given.
+        predicted_time: of all `grad_input` products over dense, from the layers' times.
+        audited_time: the same, measured inside whole backward passes.
+        tokens: of the batches it was made for.
+        dtype, device, threads, torch: what it was measured with.
+        memory_limit: bytes that 8-bit copies may take, all layers together.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+    fidelity: float
+    predicted_cosine: float
+    audited_cosine: float
+    predicted_time: float
+    audited_time: float
+    tokens: int
+    dtype: str
+    device: str
+    threads: int
+    torch: str
+    memory_limit: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all 8-bit copies."""
+        return sum(layer.choice.memory for layer in self.layers)
+
+    def config(self, frame: CELoraConfig | None = None) -> CELoraConfig:
+        """The configuration that carries the plan out: `frame` (without, preset auto), whose overrides win."""
+        from celora.config import PRESETS
+
+        frame = frame or PRESETS["auto"]
+        planned = {
+            layer.name: _changes(layer.choice.setting)
+            for layer in self.layers
+            if layer.choice.setting.estimator != "dense"
+        }
+        return dataclasses.replace(frame, overrides={**planned, **frame.overrides})
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a plan that was made for another model or device: its times and errors would mean nothing.
+
+        Raises:
+            CELoraError: a planned layer is missing or has another shape, or this is not the device it was measured on.
+        """
+        tuners = {name: m.get_base_layer() for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+        for layer in self.layers:
+            base = tuners.get(layer.name)
+            if base is None:
+                raise CELoraError(
+                    f"the plan is for another model: there is no adapted layer {layer.name!r} here; make a new plan."
+                )
+            shape = (getattr(base, "out_features", 0), getattr(base, "in_features", 0))
+            if shape != (layer.out_features, layer.in_features):
+                raise CELoraError(
+                    f"the plan is for another model: {layer.name!r} is {shape[0]} x {shape[1]} here, "
+                    f"{layer.out_features} x {layer.in_features} in the plan; make a new plan."
+                )
+        here = device_name(next(model.parameters()).device)
+        if here != self.device:
+            raise CELoraError(f"the plan was measured on {self.device!r} and this is {here!r}; make a new plan.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only; `from_dict` is the inverse. Candidates' settings are written once."""
+        settings = list(dict.fromkeys(c.setting for layer in self.layers for c in layer.candidates))
+        number = {setting: i for i, setting in enumerate(settings)}
+        layers = [
+            {
+                "name": layer.name,
+                "out_features": layer.out_features,
+                "in_features": layer.in_features,
+                "influence": layer.influence,
+                "chosen": layer.chosen,
+                "candidates": [[number[c.setting], c.time_ms, c.relative_error, c.memory] for c in layer.candidates],
+            }
+            for layer in self.layers
+        ]
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "layers"}
+        return {"version": _VERSION, **own, "settings": [_changes(s) for s in settings], "layers": layers}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """The plan with these values; CELoraError if they are not a plan."""
+        if not isinstance(values, Mapping):
+            raise CELoraError(f"a plan is a mapping, not {type(values).__name__}.")
+        if values.get("version") != _VERSION:
+            raise CELoraError(f"plan of version {values.get('version')!r}; this celora reads version {_VERSION}.")
+        known = {f.name: f.type for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in {*known, "version", "settings"}:
+                raise unknown("entry of a plan", key, known)
+        try:
+            settings = [LayerConfig(**setting) for setting in values["settings"]]
+            layers = tuple(
+                PlannedLayer(
+                    name=str(layer["name"]),
+                    out_features=int(layer["out_features"]),
+                    in_features=int(layer["in_features"]),
+                    influence=float(layer["influence"]),
+                    candidates=tuple(
+                        Candidate(settings[_position(i, settings)], float(time), float(error), int(memory))
+                        for i, time, error, memory in layer["candidates"]
+                    ),
+                    chosen=_position(layer["chosen"], layer["candidates"]),
+                )
+                for layer in values["layers"]
+            )
+            kinds = {"float": float, "int": int, "str": str}
+            own = {name: kinds[str(kind)](values[name]) for name, kind in known.items() if name != "layers"}
+        except CELoraError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CELoraError(f"not a whole plan: {type(error).__name__}: {error}") from None
+        return cls(layers=layers, **own)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON to `path`, or to `celora_plan.json` in it if it is a folder."""
+        target = _plan_file(path)
+        temporary = target.with_name(target.name + ".tmp")
+        temporary.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+        temporary.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read what `save` wrote."""
+        file = _plan_file(path)
+        try:
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise CELoraError(f"cannot read {file}: {error.strerror}.") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise CELoraError(f"{file}: not JSON: {error}.") from None
+        except CELoraError as error:
+            raise CELoraError(f"{file}: {error}") from None
+
+    def __str__(self) -> str:
+        groups: dict[tuple[Any, ...], list[PlannedLayer]] = {}
+        for layer in self.layers:
+            key = (layer.name.rpartition(".")[2], layer.out_features, layer.in_features, label(layer.choice.setting))
+            groups.setdefault(key, []).append(layer)
+        rows = [("layers", "", "shape", "estimator", "time / dense", "error (worst)")]
+        for (kind, out, inp, name), of in groups.items():
+            time = sum(x.choice.time_ms for x in of) / max(1e-9, sum(x.dense_ms for x in of))
+            error = max(x.choice.relative_error for x in of)
+            rows.append((kind, f"x{len(of)}", f"{out} x {inp}", name, f"{time:.2f}", f"{error:.3f}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(
+            [
+                *lines,
+                f"LoRA gradient: cosine {self.audited_cosine:.4f} audited, {self.predicted_cosine:.4f} predicted, "
+                f"{self.fidelity:g} asked for.",
+                f"grad_input: {self.audited_time:.2f} of dense measured in whole backward passes, "
+                f"{self.predicted_time:.2f} predicted; 8-bit copies take {self.memory / 2**20:.0f} MiB.",
+                f"Made for {self.tokens} tokens, {self.dtype}, {self.threads} threads on {self.device}.",
+            ]
+        )
+
+
+def label(setting: LayerConfig) -> str:
+    """A setting in words: `tokens energy 0.99 x int8`."""
+    words = [setting.estimator]
+    if setting.estimator in ("columns", "tokens"):
+        words += [] if setting.selection == "topk" else [setting.selection]
+        words.append(f"{setting.keep_ratio:g}")
+        words += [] if setting.precision == "native" else ["x", setting.precision]
+    if not setting.weight_copy:
+        words.append("(no copy)")
+    return " ".join(words)
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's or the CPU's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _changes(setting: LayerConfig) -> dict[str, Any]:
+    """The fields that are not what a LayerConfig has anyway, and the estimator."""
+    defaults = LayerConfig()
+    values = dataclasses.asdict(setting)
+    return {name: v for name, v in values.items() if name == "estimator" or v != getattr(defaults, name)}
+
+
+def _position(value: object, of: list[Any]) -> int:
+    if not isinstance(value, int) or not 0 <= value < len(of):
+        raise IndexError(f"position {value!r} of {len(of)}")
+    return value
+
+
+def _plan_file(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    return path / PLAN_NAME if path.is_dir() else path

@@ -1,0 +1,569 @@
+"""The planner: measure what each way to estimate costs and loses, layer by layer, and choose the cheapest that is good
+enough.
+
+1. Observe: exact backward passes give each layer's gradients; every candidate's relative error e is measured on them,
+   those that select ahead of time with a selection from an earlier batch.
+2. Time: every candidate, on this device, at the real shapes, taking turns with the dense product.
+3. Influence: groups of layers are disturbed, and the error s that arrives in the LoRA gradient is measured; a layer's
+   influence is `s^2 / sum e^2` of its group by depth, times that of its group by kind.
+4. Choose: minimise `sum time` subject to `sum influence e^2 <= 1 - cosine^2` and to the memory limit, by Lagrange
+   multipliers; audit the whole; calibrate the sum with what the audit found; again.
+5. Verify: cosine on a batch of its own, and time inside whole backward passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from celora.attach import cannot_estimate, find
+from celora.audit import Fidelity, gradient, on_device, trainable, untouched
+from celora.config import LayerConfig
+from celora.errors import CELoraError
+from celora.estimators import Dense, Estimator, estimator_class
+from celora.estimators.base import Precision
+from celora.estimators.tokens import STEP
+from celora.graft import LayerGraft, Mode, Switch
+from celora.plan import Candidate, Plan, PlannedLayer, device_name
+from celora.products import PRODUCTS
+from celora.select import energy_count, squared_row_norms
+from celora.timing import interleaved, synchronise
+
+DEFAULT_FIDELITY = 0.98
+
+# Shares of the squared gradient norm that `tokens` may keep; 1 leaves out only what is exactly zero.
+SHARES = (1.0, 0.9999, 0.9997, 0.999, 0.997, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.88, 0.8)
+COLUMNS = (0.75, 0.5)
+_TIMED_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the tokens; times in between are interpolated
+_DISTURBANCE = LayerConfig("tokens", keep_ratio=0.9, rank=0, selection="energy")
+_DEPTHS, _MOST_KINDS = 6, 8
+_ROUNDS = 5
+_MARGIN = 0.97  # an estimate must beat the dense product by more than timing noise, or the layer stays dense
+
+Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+Progress = Callable[[str, float], None]
+
+
+@dataclass
+class _Layer:
+    """What is found out about one layer."""
+
+    name: str
+    base: nn.Linear
+    errors: dict[LayerConfig, list[float]] = field(default_factory=dict)
+    kept: dict[float, list[float]] = field(default_factory=dict)  # share of the norm -> share of the tokens
+    tokens: int = 0
+    dtype: torch.dtype = torch.float32
+    columns: dict[LayerConfig, Estimator] = field(default_factory=dict)
+    influence: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.out_features, self.base.in_features
+
+    def error(self, setting: LayerConfig) -> float:
+        return float(statistics.fmean(e * e for e in self.errors[setting]) ** 0.5)
+
+
+def make_plan(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    fidelity: float = DEFAULT_FIDELITY,
+    *,
+    memory_limit: int | None = None,
+    loss: Loss | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """The cheapest estimator for each layer with which the LoRA gradient keeps a cosine of `fidelity` with the exact.
+
+    Some forty forward and backward passes. The model is left as it was: parameters, `.grad`, buffers, random state.
+
+    Args:
+        model: a PEFT model, adapters active; in the mode (train or eval) that training will use.
+        batches: what the model takes as keyword arguments, `labels` included, of the size training will use. Up to
+            three are used: to select, to measure, to verify; with fewer, one serves for more.
+        fidelity: the cosine wanted, 0 < fidelity <= 1; 1 allows only what changes nothing.
+        memory_limit: bytes that 8-bit copies of weights may take in all; by default 5 % of the weights and of what a
+            forward saves for backward.
+        loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
+        progress: called with what is being done and the share of the work that is done.
+
+    Raises:
+        CELoraError: no adapters, nothing to estimate, no batches, or a fidelity out of range.
+    """
+    if isinstance(fidelity, bool) or not isinstance(fidelity, int | float) or not 0 < fidelity <= 1:
+        raise CELoraError(f"fidelity={fidelity!r}; expected a cosine, 0 < fidelity <= 1.")
+    parameters = trainable(model)
+    used = [on_device(batch, parameters) for _, batch in zip(range(3), batches, strict=False)]
+    if not used:
+        raise CELoraError("no batches to plan with; give at least one, and three to verify on one that was not used.")
+    layers = [
+        _Layer(name, module.get_base_layer())
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and not cannot_estimate(module.get_base_layer())
+    ]
+    if not layers:
+        raise CELoraError("no layer can be estimated: celora.attach(model, 'paper') says why, layer by layer.")
+    attached = find(model)
+    was_on = attached is not None and attached.switch.on
+    if attached is not None:
+        attached.switch.on = False
+    try:
+        with untouched(model, parameters) as rewind:
+            bench = _Bench(model, parameters, used, loss, rewind, progress or (lambda what, share: None))
+            return _make_plan(bench, layers, fidelity, memory_limit)
+    finally:
+        if attached is not None:
+            attached.switch.on = was_on
+
+
+class _Bench:
+    """The model on the bench: its gradients, exact or with given estimators under given layers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        batches: Sequence[Mapping[str, Any]],
+        loss: Loss | None,
+        rewind: Callable[[], None],
+        progress: Progress,
+    ) -> None:
+        self.model, self.parameters, self.batches, self.loss = model, parameters, batches, loss
+        self.rewind, self.progress = rewind, progress
+        self._exact: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def measuring(self) -> int:
+        """The batch to measure on: not the one that was selected on, where there are two."""
+        return min(1, len(self.batches) - 1)
+
+    def gradient(self, number: int) -> dict[str, Tensor]:
+        """The gradient of batch `number` with whatever is grafted now."""
+        self.rewind()
+        return gradient(self.model, self.batches[number], self.loss, self.parameters)[0]
+
+    def exact(self, number: int) -> dict[str, Tensor]:
+        """The exact gradient of batch `number`, computed once."""
+        if number not in self._exact:
+            self._exact[number] = self.gradient(number)
+        return self._exact[number]
+
+    def audit(self, layers: Mapping[str, _Layer], settings: Mapping[str, LayerConfig], number: int) -> Fidelity:
+        """The fidelity on batch `number` with these settings under these layers, everything else exact."""
+        exact = self.exact(number)
+        with _grafted({name: layers[name] for name in settings}, settings) as grafts:
+            waiting = [graft for graft in grafts.values() if not graft.estimator.ready]
+            if waiting:
+                for graft in waiting:
+                    graft.mode = Mode.OBSERVE
+                self.gradient(0)
+                for graft in waiting:
+                    graft.estimator.select()
+                    graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.EXACT
+            estimated = self.gradient(number)
+        return Fidelity.of([(estimated[name], exact[name]) for name in exact])
+
+    def time(self, layers: Mapping[str, _Layer], settings: Mapping[str, LayerConfig]) -> float:
+        """The time of all `grad_input` products inside whole backward passes, over that of the dense ones."""
+        ratios = []
+        plans = [
+            dict.fromkeys(layers, LayerConfig("dense")),
+            {**dict.fromkeys(layers, LayerConfig("dense")), **settings},
+        ]
+        for turn in range(3):
+            seconds = []
+            for plan in plans:
+                with _grafted(layers, plan, timed=True) as grafts:
+                    for graft in grafts.values():
+                        graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.OBSERVE
+                    self.gradient(self.measuring)  # makes what estimators keep
+                    for graft in grafts.values():
+                        graft.estimator.select()
+                        graft.mode, graft.seconds = Mode.ESTIMATE, 0.0
+                    self.gradient(self.measuring)
+                    seconds.append(float(sum(graft.seconds for graft in grafts.values())))
+            ratios.append(seconds[1] / seconds[0])
+            self.progress("measuring the plan", 0.85 + 0.05 * turn)
+        return float(statistics.median(ratios))
+
+
+class _TimedGraft(LayerGraft):
+    """A graft that adds up the time of its products."""
+
+    seconds = 0.0
+
+    def grad_input(self, grad_output: Tensor, weight: Tensor, mode: Mode) -> Tensor:
+        synchronise()
+        start = time.perf_counter()
+        result = super().grad_input(grad_output, weight, mode)
+        synchronise()
+        self.seconds += time.perf_counter() - start
+        return result
+
+
+@contextmanager
+def _grafted(
+    layers: Mapping[str, _Layer],
+    settings: Mapping[str, LayerConfig],
+    *,
+    timed: bool = False,
+    make: Callable[[_Layer], Estimator] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Graft estimators under `layers` for a while: of their settings, or what `make` makes."""
+    switch, grafts, handles = Switch(), {}, []
+    try:
+        for name, layer in layers.items():
+            estimator = make(layer) if make else _estimator(layer.shape, settings[name])
+            grafts[name] = (_TimedGraft if timed else LayerGraft)(estimator, switch)
+            grafts[name].mode = Mode.ESTIMATE
+            handles.append(layer.base.register_forward_hook(grafts[name]))
+        yield grafts
+    finally:
+        switch.on = False
+        for handle in handles:
+            handle.remove()
+
+
+def _estimator(shape: tuple[int, int], setting: LayerConfig) -> Estimator:
+    kind = estimator_class(setting.estimator)
+    chosen = dataclasses.asdict(setting)
+    return kind(*shape, **{key: chosen[key] for key in kind.uses & chosen.keys()})
+
+
+class _Observer(Dense):
+    """Sees a layer's gradients and measures on them what every candidate would have got wrong."""
+
+    def __init__(self, layer: _Layer, candidates: Sequence[LayerConfig], *, measure: bool) -> None:
+        super().__init__(*layer.shape)
+        self.layer, self.candidates, self.measure = layer, candidates, measure
+
+    @property
+    def ready(self) -> bool:
+        return False
+
+    def observe(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
+        layer = self.layer
+        layer.tokens, layer.dtype = len(grad_output), grad_output.dtype
+        for setting in self.candidates:
+            if setting.estimator == "columns":
+                if setting not in layer.columns:
+                    layer.columns[setting] = _estimator(layer.shape, dataclasses.replace(setting, precision="native"))
+                estimator = layer.columns[setting]
+                if self.measure and estimator.ready:
+                    self._add(setting, estimator.estimate(grad_output, weight), grad_input)
+                elif not estimator.ready:
+                    estimator.observe(grad_output, weight, grad_input)
+                    estimator.select()
+                    if self.measure:
+                        self._add(setting, estimator.estimate(grad_output, weight), grad_input)
+        if self.measure:
+            self._measure_rounding(grad_output, weight, grad_input)
+            self._measure_tokens(grad_output, grad_input)
+
+    def _add(self, setting: LayerConfig, estimate: Tensor, exact: Tensor) -> None:
+        exact = exact.float()
+        error = torch.linalg.vector_norm(estimate.float() - exact) / torch.linalg.vector_norm(exact).clamp(min=1e-30)
+        self.layer.errors.setdefault(setting, []).append(float(error))
+
+    def _measure_rounding(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
+        for setting in self.candidates:
+            if setting.estimator in ("int8", "fp8") and setting.weight_copy:
+                estimate = _estimator(self.layer.shape, setting).estimate(grad_output, weight)
+                self._add(setting, estimate, grad_input)
+
+    def _measure_tokens(self, grad_output: Tensor, grad_input: Tensor) -> None:
+        """What leaving tokens out loses is the norm of their exact rows: no estimate has to be computed."""
+        squared = squared_row_norms(grad_output)
+        ordered = squared_row_norms(grad_input)[squared.argsort(descending=True)].double()
+        lost = ordered.flip(0).cumsum(0).flip(0)  # lost[k]: with only the first k kept
+        total = float(lost[0]) or 1.0
+        for share in SHARES:
+            count = min(len(squared), -(-max(1, int(energy_count(squared, share))) // STEP) * STEP)
+            self.layer.kept.setdefault(share, []).append(count / len(squared))
+            error = (float(lost[count]) / total) ** 0.5 if count < len(lost) else 0.0
+            self.layer.errors.setdefault(_tokens(share), []).append(error)
+
+
+def _tokens(share: float, precision: Precision = "native", *, copy: bool = True) -> LayerConfig:
+    return LayerConfig("tokens", keep_ratio=share, rank=0, selection="energy", precision=precision, weight_copy=copy)
+
+
+def candidates(device: torch.device) -> list[LayerConfig]:
+    """Everything the planner considers on this kind of device, dense first."""
+    found = [LayerConfig("dense")]
+    bits: list[Precision] = ["int8"]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        bits.append("fp8")
+    for precision in bits:
+        found += [LayerConfig(precision, rank=0), LayerConfig(precision, rank=0, weight_copy=False)]
+    precisions: list[Precision] = ["native", *bits]
+    for precision in precisions:
+        copies = (True,) if precision == "native" else (True, False)
+        found += [_tokens(share, precision, copy=copy) for copy in copies for share in SHARES]
+        found += [LayerConfig("columns", keep_ratio=keep, rank=0, precision=precision) for keep in COLUMNS]
+    return found
+
+
+def _make_plan(bench: _Bench, layers: list[_Layer], fidelity: float, memory_limit: int | None) -> Plan:
+    device = layers[0].base.weight.device
+    considered = candidates(device)
+    bench.progress("observing gradients", 0.0)
+    saved = _observe(bench, layers, considered)
+    # The first layers' inputs may need no gradient: there is no product to estimate.
+    layers = [layer for layer in layers if layer.errors]
+    if not layers:
+        raise CELoraError(
+            "no frozen layer sees a gradient; call model.enable_input_require_grads() or check the labels."
+        )
+    if memory_limit is None:
+        weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
+        memory_limit = (weights + saved) // 20
+    bench.progress("timing candidates", 0.15)
+    times = _time_shapes(layers, considered)
+    bench.progress("probing influence", 0.3)
+    _probe_influence(bench, layers)
+    planned = [_evidence(layer, considered, times[layer.shape]) for layer in layers]
+    bench.progress("choosing", 0.65)
+    by_name = {layer.name: layer for layer in layers}
+    chosen, predicted = _choose(bench, by_name, planned, fidelity, memory_limit)
+    settings = {p.name: p.choice.setting for p in chosen if p.choice.setting.estimator != "dense"}
+    audited = bench.audit(by_name, settings, len(bench.batches) - 1).cosine if settings else 1.0
+    measured = bench.time(by_name, settings) if settings else 1.0
+    bench.progress("done", 1.0)
+    return Plan(
+        layers=tuple(chosen),
+        fidelity=float(fidelity),
+        predicted_cosine=round(predicted, 6),
+        audited_cosine=round(audited, 6),
+        predicted_time=round(sum(p.choice.time_ms for p in chosen) / sum(p.dense_ms for p in chosen), 4),
+        audited_time=round(measured, 4),
+        tokens=max(layer.tokens for layer in layers),
+        dtype=str(layers[0].base.weight.dtype).removeprefix("torch."),
+        device=device_name(device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        memory_limit=int(memory_limit),
+    )
+
+
+def _observe(bench: _Bench, layers: list[_Layer], considered: Sequence[LayerConfig]) -> int:
+    """Gather gradients and errors; returns the bytes that one forward saves for backward."""
+    by_name = {layer.name: layer for layer in layers}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    for number in range(bench.measuring + 1):
+        last = number == bench.measuring
+
+        def make(layer: _Layer, last: bool = last) -> Estimator:
+            return _Observer(layer, considered, measure=last)
+
+        with _grafted(by_name, {}, make=make) as grafts, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            for graft in grafts.values():
+                graft.mode = Mode.OBSERVE
+            bench.gradient(number)
+    for p in bench.model.parameters():
+        saved.pop(p.untyped_storage().data_ptr(), None)
+    return sum(saved.values())
+
+
+def _time_shapes(
+    layers: list[_Layer], considered: Sequence[LayerConfig]
+) -> dict[tuple[int, int], dict[tuple[str, bool, float], float]]:
+    """For each shape: (what, whether it keeps a copy, share kept) -> milliseconds."""
+    found: dict[tuple[int, int], dict[tuple[str, bool, float], float]] = {}
+    precisions = sorted({(s.precision, s.weight_copy) for s in considered if s.estimator == "tokens"})
+    for layer in layers:
+        if layer.shape in found:
+            continue
+        weight = layer.base.weight.detach()
+        # What is in the gradient does not matter to the time, except that zeros would not be kept.
+        grad = torch.randn(layer.tokens, layer.shape[0], device=weight.device).to(layer.dtype)
+        contenders: dict[tuple[str, bool, float], Estimator] = {("dense", True, 1.0): Dense(*layer.shape)}
+        for setting in considered:
+            if setting.estimator in ("int8", "fp8"):
+                contenders[setting.estimator, setting.weight_copy, 1.0] = _estimator(layer.shape, setting)
+            elif setting.estimator == "columns":
+                estimator = _estimator(layer.shape, setting)
+                estimator.observe(grad, weight, grad @ weight.to(grad.dtype))
+                estimator.select()
+                contenders[f"columns {setting.precision}", True, setting.keep_ratio] = estimator
+        for precision, copy in precisions:
+            for share in _TIMED_SHARES:
+                setting = dataclasses.replace(_tokens(share, precision, copy=copy), selection="topk")
+                if share == 1:  # where topk would not even look
+                    setting = _tokens(1.0, precision, copy=copy)
+                contenders[f"tokens {precision}", copy, share] = _estimator(layer.shape, setting)
+        calls = {
+            "/".join(map(str, key)): functools.partial(estimator.estimate, grad, weight)
+            for key, estimator in contenders.items()
+        }
+        measured = interleaved(calls, repeats=7)
+        found[layer.shape] = {key: measured["/".join(map(str, key))]["time_ms"] for key in contenders}
+    return found
+
+
+def _time(setting: LayerConfig, kept: float, times: Mapping[tuple[str, bool, float], float]) -> float:
+    """Milliseconds of a candidate that keeps this share of the tokens: between the two shares that were timed."""
+    if setting.estimator in ("dense", "int8", "fp8"):
+        return times[setting.estimator, setting.weight_copy, 1.0]
+    if setting.estimator == "columns":
+        return times[f"columns {setting.precision}", True, setting.keep_ratio]
+    at = [times[f"tokens {setting.precision}", setting.weight_copy, share] for share in _TIMED_SHARES]
+    low = next((i for i in range(len(at) - 2) if kept <= _TIMED_SHARES[i + 1]), len(at) - 2)
+    along = (kept - _TIMED_SHARES[low]) / (_TIMED_SHARES[low + 1] - _TIMED_SHARES[low])
+    return max(0.0, at[low] + along * (at[low + 1] - at[low]))
+
+
+def _evidence(
+    layer: _Layer, considered: Sequence[LayerConfig], times: Mapping[tuple[str, bool, float], float]
+) -> PlannedLayer:
+    """All candidates of one layer that are faster than dense, with dense first."""
+    out_features, in_features = layer.shape
+    dense = times["dense", True, 1.0]
+    found = [Candidate(LayerConfig("dense"), dense, 0.0)]
+    for setting in considered[1:]:
+        bits = setting.precision if setting.precision != "native" else setting.estimator
+        if bits in PRODUCTS and PRODUCTS[bits].unavailable(out_features, in_features, layer.base.weight.device):
+            continue
+        kept = statistics.fmean(layer.kept[setting.keep_ratio]) if setting.estimator == "tokens" else 1.0
+        milliseconds = _time(setting, kept, times)
+        rounding = layer.error(LayerConfig(bits, rank=0)) if bits in ("int8", "fp8") else 0.0
+        if setting.estimator in ("int8", "fp8"):
+            selected = 0.0
+        elif setting.estimator == "tokens":
+            selected = layer.error(_tokens(setting.keep_ratio))
+        else:
+            selected = layer.error(dataclasses.replace(setting, precision="native"))
+        memory = out_features * in_features if bits in ("int8", "fp8") and setting.weight_copy else 0
+        if setting.estimator == "columns":
+            memory = round(memory * setting.keep_ratio * (1 + layer.base.weight.element_size()))
+        if milliseconds < _MARGIN * dense:
+            error = (selected**2 + rounding**2) ** 0.5
+            found.append(Candidate(setting, round(milliseconds, 5), round(error, 6), memory))
+    return PlannedLayer(layer.name, out_features, in_features, layer.influence, tuple(found), 0)
+
+
+def _probe_influence(bench: _Bench, layers: list[_Layer]) -> None:
+    """Disturb groups of layers, by depth and by kind, and see how much of it arrives in the LoRA gradient."""
+    number = bench.measuring
+    size = -(-len(layers) // _DEPTHS)
+    depths = [layers[i : i + size] for i in range(0, len(layers), size)]
+    kinds: dict[str, list[_Layer]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+    groups = depths + (list(kinds.values()) if 1 < len(kinds) <= _MOST_KINDS else [])
+    arrived = []
+    for i, group in enumerate(groups):
+        members = {layer.name: layer for layer in group}
+        error = bench.audit(members, dict.fromkeys(members, _DISTURBANCE), number).relative_error
+        caused = sum(_disturbed(layer) for layer in group)
+        arrived.append(error**2 / caused if caused > 0 else 0.0)
+        bench.progress("probing influence", 0.3 + 0.35 * (i + 1) / len(groups))
+    mean = statistics.fmean(arrived[len(depths) :]) if len(groups) > len(depths) else 0.0
+    for group, rate in zip(depths, arrived, strict=False):
+        for layer in group:
+            layer.influence = rate
+    if mean > 0:
+        for group, rate in zip(kinds.values(), arrived[len(depths) :], strict=True):
+            for layer in group:
+                layer.influence *= rate / mean
+    for layer in layers:
+        layer.influence = round(layer.influence, 8)
+
+
+def _disturbed(layer: _Layer) -> float:
+    """The squared relative error that the disturbance causes in this layer, interpolated between measured shares."""
+    share = _DISTURBANCE.keep_ratio
+    below, above = max(s for s in SHARES if s <= share), min(s for s in SHARES if s >= share)
+    along = 0.0 if below == above else (share - below) / (above - below)
+    return (1 - along) * layer.error(_tokens(below)) ** 2 + along * layer.error(_tokens(above)) ** 2
+
+
+def _choose(
+    bench: _Bench, layers: Mapping[str, _Layer], planned: list[PlannedLayer], fidelity: float, memory_limit: int
+) -> tuple[list[PlannedLayer], float]:
+    """The cheapest choice whose audit reaches the fidelity, and the cosine predicted for it."""
+    wanted = 1 - fidelity**2
+    table = _Table(planned)
+    rate = 1.0  # how much of the predicted error an audit finds
+    best: list[PlannedLayer] | None = None
+    best_predicted = 1.0
+    for turn in range(_ROUNDS):
+        choice = table.cheapest(wanted / rate, memory_limit)
+        chosen = [dataclasses.replace(p, chosen=i) for p, i in zip(planned, choice, strict=True)]
+        settings = {p.name: p.choice.setting for p in chosen if p.choice.setting.estimator != "dense"}
+        cosine = bench.audit(layers, settings, bench.measuring).cosine if settings else 1.0
+        bench.progress("choosing", 0.65 + 0.2 * (turn + 1) / _ROUNDS)
+        found, expected = 1 - cosine**2, table.error(choice)
+        faster = best is None or table.time(choice) < table.time([p.chosen for p in best])
+        if cosine >= fidelity and faster:
+            best, best_predicted = chosen, cosine
+        if expected == 0 or wanted == 0 or (cosine >= fidelity and found > 0.9 * wanted):
+            break
+        rate = max(1e-6, found / expected) * (1.0 if cosine >= fidelity else 1.1)
+    if best is None:
+        return [dataclasses.replace(p, chosen=0) for p in planned], 1.0
+    return best, best_predicted
+
+
+class _Table:
+    """Times, weighted errors and memory of all candidates of all layers, padded with the first."""
+
+    def __init__(self, planned: Sequence[PlannedLayer]) -> None:
+        width = max(len(p.candidates) for p in planned)
+        padded = [list(p.candidates) + [p.candidates[0]] * (width - len(p.candidates)) for p in planned]
+        influence = torch.tensor([p.influence for p in planned], dtype=torch.float64)
+        self._times = torch.tensor([[c.time_ms for c in of] for of in padded], dtype=torch.float64)
+        errors = torch.tensor([[c.relative_error**2 for c in of] for of in padded], dtype=torch.float64)
+        self._errors = influence[:, None] * errors
+        self._memory = torch.tensor([[float(c.memory) for c in of] for of in padded], dtype=torch.float64)
+
+    def error(self, choice: Sequence[int]) -> float:
+        """The squared error that the choice is expected to cause in the LoRA gradient."""
+        return self._sum(self._errors, choice)
+
+    def time(self, choice: Sequence[int]) -> float:
+        """Milliseconds of one backward pass's products."""
+        return self._sum(self._times, choice)
+
+    def cheapest(self, error: float, memory: float) -> list[int]:
+        """The choice of least time within the error and the memory, by a Lagrange multiplier for each."""
+
+        def at(price: float, rent: float) -> list[int]:
+            chosen: list[int] = (self._times + price * self._errors + rent * self._memory).argmin(1).tolist()
+            return chosen
+
+        def with_error(rent: float) -> list[int]:
+            return _bisect(lambda price: at(price, rent), lambda choice: self.error(choice) <= error)
+
+        return _bisect(with_error, lambda choice: self._sum(self._memory, choice) <= memory)
+
+    def _sum(self, of: Tensor, choice: Sequence[int]) -> float:
+        return float(of.gather(1, torch.tensor(choice)[:, None]).sum())
+
+
+def _bisect(choose: Callable[[float], list[int]], fits: Callable[[list[int]], bool]) -> list[int]:
+    """The choice at the lowest multiplier with which it fits; everything fits at the highest, where all is dense."""
+    if fits(choice := choose(0.0)):
+        return choice
+    low, high = -20.0, 20.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(choose(10**middle)) else (middle, high)
+    return choose(10**high)

@@ -1,0 +1,322 @@
+"""The arithmetic of `grad_output @ W`: in the gradient's own dtype, or in 8 bits with one scale per row and column.
+
+Every estimator that computes such a product does it through a `Product`, so 8 bits compose with all of them:
+
+    G ~= s_G q_G,   W ~= q_W s_W,      G W ~= s_G (q_G q_W) s_W,
+
+`s_G: (T, 1)` one scale per token, `s_W: (1, in)` one per input column, both outside the sum over `out`.
+Source: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339), here for the backward's only frozen operand.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from celora import kernels
+from celora.errors import unknown
+
+
+class Product(ABC):
+    """Multiplies the gradients of one layer with its weight; may keep a copy of the weight in another format."""
+
+    name: ClassVar[str]
+    relative_cost: ClassVar[float] = 1.0  # of a multiplication, nominally
+    traceable: ClassVar[bool] = False  # whether torch.compile can look inside
+
+    def __call__(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        """`(T, out) , (out, in) -> (T, in)`, in the dtype of `grad_output`."""
+        return self.rows(grad_output, weight, None)
+
+    @abstractmethod
+    def rows(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        *,
+        position: Tensor | None = None,
+        factors: Tensor | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """`factors[k] G[t] W` at each row t = index[k], ascending, and `onto[t]`, or 0 without, at the others: (T, in).
+
+        All rows if `index` is None. `position`, the inverse of `index` (k or -1 for each t, int32), may be given where
+        it is known. `onto` is overwritten.
+        """
+
+    def forget(self) -> None:  # noqa: B027 - optional by design
+        """Drop what was derived from the weight, because the weight may have changed."""
+
+    @classmethod
+    def unavailable(cls, out_features: int, in_features: int, device: torch.device) -> str:
+        """Why a layer of this shape cannot be multiplied so on this device, or ''."""
+        return ""
+
+
+class Native(Product):
+    """In the dtype of the gradient: what autograd does."""
+
+    name = "native"
+    traceable = True
+
+    def rows(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        *,
+        position: Tensor | None = None,
+        factors: Tensor | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        weight = weight.to(grad_output.dtype)
+        if index is None:
+            return grad_output @ weight
+        kept = grad_output.index_select(0, index) @ weight
+        if factors is not None:
+            kept = kept * factors.to(kept.dtype)[:, None]
+        onto = grad_output.new_zeros(len(grad_output), weight.shape[1]) if onto is None else onto
+        return onto.index_copy_(0, index, kept)
+
+
+class _EightBit(Product):
+    """What the 8-bit formats share: a quantised copy of the weight, made anew when the weight is another one.
+
+    The copy is recognised by address and version; a weight changed through `.data` is noticed at the next refresh,
+    which calls `forget`.
+    """
+
+    relative_cost = 0.5
+
+    def __init__(self, *, copy: bool = True) -> None:
+        self.copy = copy
+        self.forget()
+
+    def forget(self) -> None:
+        self._made_of: object = None
+        self._packed: Any = None
+        self._scale: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"copy": self.copy}  # packed weights can be neither pickled nor copied; they are made again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def _follow(self, weight: Tensor) -> Tensor:
+        """The weight's column scales, after making the copy if there is to be one and it is not up to date."""
+        now = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if self._scale is None or self._made_of != now:
+            largest = torch.linalg.vector_norm(weight.detach(), float("inf"), dim=0, dtype=torch.float32)
+            self._scale = _divisor(largest / self._largest)
+            self._packed = self._pack(weight.detach()) if self.copy else None
+            self._made_of = now
+        return self._scale
+
+    _largest: ClassVar[float]
+
+    @abstractmethod
+    def _pack(self, weight: Tensor) -> Any: ...
+
+
+class Int8(_EightBit):
+    """8-bit integers: `round(x / scale)` in [-127, 127].
+
+    On x86 CPUs with 8-bit dot products through oneDNN's quantised linear, whose packed copy of the weight takes one
+    byte a number; elsewhere, and with `copy=False`, which quantises the weight anew for each product, through
+    `torch._int_mm`. The passes around it are compiled C where `celora.kernels` could be built, else torch operators;
+    float16 on CPU always takes the latter.
+    """
+
+    name = "int8"
+    _largest = 127.0
+
+    @classmethod
+    def unavailable(cls, out_features: int, in_features: int, device: torch.device) -> str:
+        if device.type not in ("cpu", "cuda"):
+            return f"there are no int8 products on {device.type}"
+        if device.type == "cuda" and (out_features % 8 or in_features % 8):
+            return f"int8 products on CUDA need multiples of 8, not {out_features} x {in_features}"
+        return ""
+
+    def rows(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        *,
+        position: Tensor | None = None,
+        factors: Tensor | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        column_scale = self._follow(weight)
+        unsigned = self.copy and _onednn(weight.device)
+        compiled = kernels.supported(grad_output)
+        offset = 128 if unsigned else 0
+        if compiled:
+            q, scale = kernels.quantise_rows(grad_output, index, offset=offset)
+        else:
+            q, scale = _quantise_rows(grad_output if index is None else grad_output[index], offset)
+        if factors is not None:
+            scale = scale * factors.to(scale.dtype)
+        half = grad_output.dtype == torch.bfloat16
+        if unsigned:
+            y = _packed_product(q, self._packed, column_scale, torch.bfloat16 if half else torch.float32)
+        else:
+            y = _integer_product(q.view(torch.int8), self._quantised(weight, column_scale))
+        if not compiled:
+            y = y.float() * scale[:, None] if unsigned else y.float() * scale[:, None] * column_scale
+            return _place(y.to(grad_output.dtype), grad_output, index, onto)
+        fill = onto is None
+        if unsigned and index is None:
+            onto = y  # in place: each number is read before it is written
+        out = grad_output.new_empty(len(grad_output), weight.shape[1]) if onto is None else onto
+        if index is not None and position is None:
+            position = _positions(index, len(grad_output))
+        if unsigned:
+            kernels.scatter_rows(y, position, scale, out, fill=fill)
+        else:
+            kernels.scatter_sums(y, position, scale, column_scale, out, fill=fill)
+        return out
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        assert self._scale is not None
+        if _onednn(weight.device):
+            transposed = _quantise_columns(weight, self._scale).t().contiguous()
+            packed: Tensor = torch.ops.onednn.qlinear_prepack(transposed, None)
+            return packed
+        return _column_major(_quantise_columns(weight, self._scale))
+
+    def _quantised(self, weight: Tensor, scale: Tensor) -> Tensor:
+        if self.copy:
+            packed: Tensor = self._packed
+            return packed
+        q = _quantise_columns(weight, scale)
+        return q if q.device.type == "cpu" else _column_major(q)
+
+
+class Fp8(_EightBit):
+    """8-bit floats (e4m3, largest 448) through `torch._scaled_mm`: fast on GPUs of compute capability 8.9 and above.
+
+    On CPU it works, and is slow: there to be tested, never chosen by the planner.
+    """
+
+    name = "fp8"
+    _largest = 448.0
+
+    @classmethod
+    def unavailable(cls, out_features: int, in_features: int, device: torch.device) -> str:
+        if device.type not in ("cpu", "cuda"):
+            return f"there are no fp8 products on {device.type}"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            return "fp8 products need a GPU of compute capability 8.9 or above; use int8"
+        if out_features % 16 or in_features % 16:
+            return f"fp8 products need multiples of 16, not {out_features} x {in_features}"
+        return ""
+
+    def rows(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        *,
+        position: Tensor | None = None,
+        factors: Tensor | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        column_scale = self._follow(weight)
+        kept = grad_output if index is None else grad_output[index]
+        scale = _divisor(torch.linalg.vector_norm(kept, float("inf"), dim=1, dtype=torch.float32) / self._largest)
+        q = (kept.float() / scale[:, None]).to(torch.float8_e4m3fn)
+        y = torch._scaled_mm(
+            q,
+            self._packed if self.copy else self._pack(weight.detach()),
+            scale_a=scale[:, None],
+            scale_b=column_scale[None],
+            out_dtype=torch.bfloat16,
+        )
+        if factors is not None:
+            y = y * factors.to(y.dtype)[:, None]
+        return _place(y.to(grad_output.dtype), grad_output, index, onto)
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        assert self._scale is not None
+        return _column_major((weight.float() / self._scale).to(torch.float8_e4m3fn))
+
+
+PRODUCTS: dict[str, type[Product]] = {cls.name: cls for cls in (Native, Int8, Fp8)}
+
+
+def make_product(name: str, *, copy: bool = True) -> Product:
+    """The product called `name`; CELoraError with the nearest name if there is none."""
+    if name not in PRODUCTS:
+        raise unknown("precision", name, PRODUCTS)
+    cls = PRODUCTS[name]
+    return cls(copy=copy) if issubclass(cls, _EightBit) else cls()
+
+
+def _onednn(device: torch.device) -> bool:
+    """Whether oneDNN has a fast quantised linear here. Unsigned activations: signed ones can meet a reference kernel
+    that takes a hundred times as long."""
+    return device.type == "cpu" and _dot_products() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+
+
+def _dot_products() -> bool:
+    return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
+
+
+def _packed_product(q: Tensor, packed: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    zero_points = torch.zeros(len(column_scale), dtype=torch.int32)
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(
+        q, 1.0, 128, packed, column_scale, zero_points, None, 1.0, 0, dtype, "none", [], ""
+    )
+    return y
+
+
+def _integer_product(q: Tensor, weight: Tensor) -> Tensor:
+    rows = len(q)
+    if q.device.type == "cuda" and rows <= 16:  # what its kernels refuse
+        q = torch.cat([q, q.new_zeros(32 - rows, q.shape[1])])
+    return torch._int_mm(q, weight)[:rows]
+
+
+def _quantise_rows(x: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """`kernels.quantise_rows` in torch operators."""
+    scale = torch.linalg.vector_norm(x, float("inf"), dim=1, dtype=torch.float32) / 127
+    q = (x.float() / _divisor(scale)[:, None]).round() + offset
+    return q.to(torch.uint8 if offset else torch.int8), scale
+
+
+def _quantise_columns(weight: Tensor, scale: Tensor) -> Tensor:
+    inverse = 1 / scale
+    if kernels.supported(weight):
+        return kernels.quantise_columns(weight, inverse)
+    return (weight.float() * inverse).round().to(torch.int8)
+
+
+def _column_major(q: Tensor) -> Tensor:
+    """`(out, in)` laid out as GPUs want their second operand."""
+    return q.t().contiguous().t()
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """A row or column of zeros has scale 0, and divided by any other number it stays zero."""
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def _positions(index: Tensor, rows: int) -> Tensor:
+    """The inverse of `index`: where row t went, or -1: (rows,) int32."""
+    position = torch.full((rows,), -1, dtype=torch.int32)
+    position[index] = torch.arange(len(index), dtype=torch.int32)
+    return position
+
+
+def _place(y: Tensor, grad_output: Tensor, index: Tensor | None, onto: Tensor | None) -> Tensor:
+    if index is None:
+        return y
+    onto = grad_output.new_zeros(len(grad_output), y.shape[1]) if onto is None else onto
+    return onto.index_copy_(0, index, y)

@@ -1,0 +1,42 @@
+"""Timing that can be compared: contenders take turns, medians are reported."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def interleaved(contenders: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, dict[str, float]]:
+    """Time each contender `repeats` times, taking turns: name -> median and 20/80th percentile in ms.
+
+    Taking turns spreads whatever else the machine does evenly, so ratios of medians can be trusted where the
+    times themselves cannot. Two rounds warm up.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(repeats + 2):
+        for name, call in contenders.items():
+            synchronise()
+            start = time.perf_counter()
+            call()
+            synchronise()
+            if turn >= 2:
+                samples[name].append(1e3 * (time.perf_counter() - start))
+    return {name: _percentiles(of) for name, of in samples.items()}
+
+
+def synchronise() -> None:
+    """Wait for the device, so that a time is that of the work and not of its launch."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _percentiles(samples: list[float]) -> dict[str, float]:
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return {
+        "time_ms": round(statistics.median(samples), 4),
+        "p20_ms": round(fifths[0], 4),
+        "p80_ms": round(fifths[3], 4),
+    }
