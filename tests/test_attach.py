@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import io
 import subprocess
@@ -446,3 +447,102 @@ assert state() == before and torch.get_rng_state().equal(rng)
 assert not any(name.startswith("celora.train") for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+MEMBERS = {
+    "int8": CELoraConfig(estimator="int8", refresh_every=3),
+    "int8, no copy": CELoraConfig(estimator="int8", weight_copy=False, refresh_every=3),
+    "tokens by energy": CELoraConfig(estimator="tokens", keep_ratio=0.95, rank=0, selection="energy", refresh_every=3),
+    "int8 x tokens": CELoraConfig(
+        estimator="tokens", keep_ratio=0.95, rank=0, selection="energy", precision="int8", refresh_every=3
+    ),
+    "tokens and a gradient factor": CELoraConfig(
+        estimator="tokens", keep_ratio=0.5, rank=4, factor="gradient", refresh_every=3
+    ),
+    "sampled tokens": CELoraConfig(estimator="tokens", keep_ratio=0.8, rank=0, selection="sampled", refresh_every=3),
+    "int8 x columns": CELoraConfig(keep_ratio=0.5, rank=4, precision="int8", refresh_every=3),
+    "columns by energy": CELoraConfig(keep_ratio=0.9, rank=4, selection="energy", refresh_every=3),
+    "sampled columns": CELoraConfig(keep_ratio=0.8, rank=4, selection="sampled", refresh_every=3),
+    "controlled": CELoraConfig(
+        estimator="tokens", keep_ratio=0.5, rank=0, selection="energy", target_error=0.1, refresh_every=3
+    ),
+    "spread": CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3, spread=True),
+}
+
+
+@pytest.mark.parametrize("config", MEMBERS.values(), ids=MEMBERS)
+def test_every_member_of_the_family_trains_with_accumulation_and_resumes(config: CELoraConfig, tmp_path: Path) -> None:
+    first, second = make_model(), make_model()
+    report = celora.attach(first, config)
+    assert len(report.estimated) == 14
+    str(report)
+    train(first, 8, accumulate=2)
+    celora.attach(second, config)
+    optimizer = train(second, 4, accumulate=2)
+    celora.save_state(second, tmp_path)
+    celora.attach(second, "off")
+    celora.attach(second, config)
+    celora.load_state(second, tmp_path)
+    train(second, 4, first=4, accumulate=2, optimizer=optimizer)
+    for name, value in adapter(first).items():
+        assert value.equal(adapter(second)[name]), name
+    plain = make_model()
+    train(plain, 8, accumulate=2)
+    assert not all(value.equal(adapter(plain)[name]) for name, value in adapter(first).items())
+
+
+@pytest.mark.parametrize("config", MEMBERS.values(), ids=MEMBERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_member_of_the_family_in_half_precision_with_bias(config: CELoraConfig, dtype: torch.dtype) -> None:
+    model = make_model(dtype=dtype, base_bias=True)
+    celora.attach(model, config)
+    train(model, 5)
+    assert all(value.isfinite().all() for value in adapter(model).values())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("member", ["int8", "int8 x tokens", "sampled tokens", "spread"])
+def test_checkpointing_changes_nothing_for_any_member(member: str, reentrant: bool) -> None:
+    models = make_model(), make_model()
+    models[1].enable_input_require_grads()
+    models[1].gradient_checkpointing_enable({"use_reentrant": reentrant})
+    models[0].enable_input_require_grads()
+    for model in models:
+        celora.attach(model, MEMBERS[member])
+        train(model, 5)
+    for name, value in adapter(models[0]).items():
+        torch.testing.assert_close(value, adapter(models[1])[name])
+
+
+def test_spread_refreshes_take_turns_and_come_round(model: PeftModel) -> None:
+    model.enable_input_require_grads()  # or the first layers would never see a gradient to observe
+    celora.attach(model, CELoraConfig(keep_ratio=0.5, rank=0, refresh_every=14, spread=True))
+    grafts = list(require(model).grafts.values())
+    observing = []
+    for _ in range(14 + 28):
+        observing.append([i for i, graft in enumerate(grafts) if graft.mode is Mode.OBSERVE])
+        train(model, 1)
+    assert {i for step in observing[:11] for i in step} == set(range(14))  # everyone soon, but not at once
+    assert max(map(len, observing[:14])) <= 6
+    assert observing[14:] == [[i] for i in range(14)] * 2
+
+
+def test_the_controller_holds_the_error_near_the_target() -> None:
+    model = make_model()
+    config = CELoraConfig(estimator="tokens", keep_ratio=0.999, rank=0, selection="energy", refresh_every=1)
+    celora.attach(model, dataclasses.replace(config, target_error=0.3))
+    train(model, 2)
+    assert {graft.estimator.keep_ratio for graft in require(model).grafts.values()} != {0.999}
+
+
+def test_independent_layers_draw_different_numbers(model: PeftModel) -> None:
+    celora.attach(model, MEMBERS["sampled tokens"])
+    seeds = {graft.estimator.settings.seed for graft in require(model).grafts.values()}
+    assert len(seeds) == 14
+
+
+def test_a_layer_that_has_no_such_product_is_skipped_with_the_reason(model: PeftModel) -> None:
+    report = celora.attach(model, CELoraConfig(estimator="fp8"))
+    assert {name.rpartition(".")[2] for name in report.skipped} == {"k_proj", "v_proj"}  # 24 x 48
+    assert set(report.skipped.values()) == {"fp8 products need multiples of 16, not 24 x 48"}
+    assert len(report.estimated) == 10

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from celora import reference
-from celora.estimators import Columns, Dense
+from celora.estimators import Columns, Dense, estimator_class
 from celora.graft import LayerGraft, Mode, Switch, graft
 
 
@@ -222,3 +222,32 @@ def test_compiles_to_one_graph_a_mode_without_breaks() -> None:
         if step % 3 == 0:
             layer.estimator.select()
     assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"estimator": "int8"},
+        {"estimator": "tokens", "keep_ratio": 0.9, "selection": "energy", "precision": "int8"},
+        {"estimator": "tokens", "keep_ratio": 0.5, "selection": "sampled"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_what_torch_compile_cannot_trace_is_one_operator_to_it(settings: dict[str, object]) -> None:
+    linear = _linear(24, 16, dtype=torch.float32)
+    kind = estimator_class(str(settings["estimator"]))
+    chosen = {key: value for key, value in settings.items() if key != "estimator"}
+    eager, traced = (LayerGraft(kind(24, 16, **chosen), Switch()) for _ in range(2))
+    x, G = torch.randn(9, 16), torch.randn(9, 24)
+    gradients = []
+    for layer, backend in ((eager, None), (traced, "aot_eager")):
+        layer.mode = Mode.ESTIMATE
+        handle = linear.register_forward_hook(layer)
+        torch._dynamo.reset()
+        run = torch.compile(linear, fullgraph=True, backend=backend) if backend else linear
+        inputs = x.clone().requires_grad_()
+        run(inputs).backward(G)
+        gradients.append(inputs.grad)
+        handle.remove()
+    assert gradients[0].equal(gradients[1])

@@ -45,3 +45,56 @@ def test_permuting_the_gradient_permutes_the_choice() -> None:
 def test_squared_row_norms(dtype: torch.dtype) -> None:
     G = torch.randn(17, 13).to(dtype)
     torch.testing.assert_close(select.squared_row_norms(G).double(), G.double().square().sum(1), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9, 0.9999, 1.0])
+def test_the_energy_count_is_the_smallest_that_holds_the_share(share: float) -> None:
+    squared = torch.rand(200, dtype=torch.float64).pow(6)
+    squared[torch.randperm(200)[:50]] = 0
+    assert int(select.energy_count(squared, share)) == len(reference.energy(squared, share))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_critical_rows_are_the_reference_set(dtype: torch.dtype) -> None:
+    squared = torch.rand(300).pow(6).to(dtype)
+    assert select.critical_rows(squared, kept=7)[0].equal(reference.top_k(squared, 7))
+    assert select.critical_rows(squared, kept=None, share=0.9)[0].equal(reference.energy(squared.double(), 0.9))
+    assert len(select.critical_rows(squared, kept=None, share=0.9, step=64)[0]) % 64 == 0
+    assert len(select.critical_rows(torch.zeros(5, dtype=dtype), kept=None, share=0.9)[0]) == 1
+
+
+@pytest.mark.parametrize("k", [1, 7, 50, 99, 100])
+def test_inclusion_probabilities_add_up_and_equal_the_reference(k: int) -> None:
+    scores = torch.rand(100, dtype=torch.float64).pow(5)
+    p = select.inclusion_probabilities(scores, k)
+    assert float(p.sum()) == pytest.approx(k)
+    assert 0 <= float(p.min()) <= float(p.max()) <= 1
+    torch.testing.assert_close(p, reference.inclusion_probabilities(scores, k))
+
+
+def test_inclusion_probabilities_without_scores_are_uniform_and_finite() -> None:
+    assert select.inclusion_probabilities(torch.zeros(8), 2).equal(torch.full((8,), 0.25, dtype=torch.float64))
+    p = select.inclusion_probabilities(torch.tensor([0.0, 1.0, 0.0, 0.0]), 3)
+    assert torch.isfinite(p).all()
+
+
+def test_sampling_is_unbiased_and_draws_exactly_k() -> None:
+    """The share of offsets that draw i is p_i, to within the two ends of its interval, and each draw weighs 1 / p_i."""
+    scores = torch.rand(23, dtype=torch.float64).pow(3)
+    p = select.inclusion_probabilities(scores, 6)
+    total = torch.zeros(23, dtype=torch.float64)
+    offsets = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    for offset in offsets:
+        index, factors = select.sample(p, 6, offset)
+        assert len(set(index.tolist())) == 6
+        total[index] += factors / len(offsets)
+    assert ((total - 1) * p).abs().max() <= 2 / 4000
+
+
+def test_draws_depend_on_seed_and_number_alone() -> None:
+    cpu, state = torch.device("cpu"), torch.get_rng_state()
+    draws = {float(select.uniform(seed, draw, cpu)) for seed in (0, 1) for draw in range(50)}
+    assert len(draws) == 100
+    assert 0 <= min(draws) <= max(draws) < 1
+    assert select.uniform(3, 4, cpu) == select.uniform(3, 4, cpu)
+    assert torch.get_rng_state().equal(state)

@@ -10,6 +10,7 @@ import celora
 from celora import CELoraConfig, reference
 from celora.attach import require
 from celora.estimators import Dense, Tokens
+from celora.estimators import tokens as tokens_module
 from conftest import adapter, make_batch, make_model, train
 
 
@@ -106,3 +107,95 @@ def test_trains_resumes_and_copies_like_any_other(tmp_path: object) -> None:
     train(second, 2, first=2, optimizer=optimizer)
     for name, value in adapter(first).items():
         assert value.equal(adapter(second)[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+def test_energy_keeps_the_tokens_that_hold_the_share(dtype: torch.dtype, share: float) -> None:
+    W, G = torch.randn(20, 12).to(dtype), (torch.randn(200, 20) * torch.rand(200, 1).pow(6)).to(dtype)
+    estimate = Tokens(20, 12, keep_ratio=share, selection="energy").estimate(G, W)
+    needed = reference.energy(G.double().square().sum(1), share)
+    kept = (estimate != 0).any(1).nonzero()[:, 0]
+    assert set(needed.tolist()) <= set(kept.tolist())
+    assert len(kept) == -(-len(needed) // 12) * 12
+    torch.testing.assert_close(estimate[kept], G[kept] @ W)
+
+
+@pytest.mark.parametrize("precision", ["native", "int8"])
+def test_a_share_of_one_leaves_out_only_what_is_zero(precision: str) -> None:
+    W, G = torch.randn(32, 24), torch.randn(200, 32)
+    G[torch.randperm(200)[:150]] = 0
+    estimate = Tokens(32, 24, keep_ratio=1.0, selection="energy", precision=precision).estimate(G, W)
+    whole = Tokens(32, 24, keep_ratio=1.0, precision=precision).estimate(G, W)
+    torch.testing.assert_close(estimate, whole)
+
+
+def test_on_an_accelerator_energy_keeps_the_share_that_the_refresh_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, counting in every backward would wait for the device. The path is the same but for the device's name."""
+    W, G = torch.randn(20, 12), torch.randn(640, 20) * torch.rand(640, 1).pow(6)
+    estimator = Tokens(20, 12, keep_ratio=0.9, selection="energy")
+    monkeypatch.setattr(tokens_module, "_counts_freely", lambda device: False)
+    assert estimator.estimate(G, W).equal(G @ W)  # nothing observed yet
+    estimator.observe(G, W, G @ W)
+    estimator.observe(G / 3, W, G @ W / 3)
+    estimator.select()
+    resumed = Tokens(20, 12, keep_ratio=0.9, selection="energy")
+    resumed.load_state_dict(estimator.state_dict())
+    needed = len(reference.energy(G.double().square().sum(1), 0.9))
+    for tested in (estimator, resumed):
+        kept = int((tested.estimate(G, W) != 0).any(1).sum())
+        assert needed <= kept <= needed + 40
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("factor", ["svd", "gradient"])
+def test_sampled_tokens_are_unbiased(rank: int, factor: str) -> None:
+    W, G = torch.randn(16, 8, dtype=torch.float64), torch.randn(12, 16, dtype=torch.float64) * torch.rand(12, 1)
+    estimator = Tokens(16, 8, keep_ratio=0.4, rank=rank, factor=factor, selection="sampled")
+    estimator.observe(G, W, G @ W)
+    estimator.select()
+    draws = 4000
+    mean = sum(estimator.estimate(G, W) for _ in range(draws)) / draws
+    one = (estimator.estimate(G, W) - G @ W).norm()
+    assert one > 0.1 * (G @ W).norm()
+    assert (mean - G @ W).norm() < 4 * one / draws**0.5
+
+
+def test_draws_leave_the_global_random_state_alone_and_resume() -> None:
+    W, G = torch.randn(16, 8), torch.randn(12, 16)
+    first, second = (Tokens(16, 8, keep_ratio=0.4, selection="sampled", seed=5) for _ in range(2))
+    state = torch.get_rng_state()
+    first.estimate(G, W)
+    assert torch.get_rng_state().equal(state)
+    second.load_state_dict(first.state_dict())
+    assert first.estimate(G, W).equal(second.estimate(G, W))
+    assert not first.estimate(G, W).equal(Tokens(16, 8, keep_ratio=0.4, selection="sampled", seed=6).estimate(G, W))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("selection", ["topk", "energy"])
+def test_int8_x_tokens_equals_the_reference_composition(dtype: torch.dtype, selection: str) -> None:
+    W, G = (torch.randn(32, 24) / 6).to(dtype), (torch.randn(200, 32) * torch.rand(200, 1).pow(4)).to(dtype)
+    estimator = Tokens(32, 24, keep_ratio=0.64, selection=selection, precision="int8")
+    estimate = estimator.estimate(G, W).double()
+    kept = (estimate != 0).any(1)
+    needed = len(reference.energy(G.double().square().sum(1), 0.64))
+    assert int(kept.sum()) == (128 if selection == "topk" else -(-needed // 12) * 12)
+    closed = torch.zeros_like(estimate)
+    closed[kept] = reference.int8(G[kept].double(), W.double())
+    assert (estimate - closed).norm() / closed.norm() < (3e-3 if dtype == torch.float32 else 6e-3)
+    assert estimator.cost == pytest.approx(0.32 if selection == "topk" else 0.5)
+
+
+def test_the_gradient_factor_catches_what_the_left_out_tokens_carry() -> None:
+    W = torch.randn(40, 24, dtype=torch.float64)
+    G = torch.randn(60, 3, dtype=torch.float64) @ torch.randn(3, 40, dtype=torch.float64)
+    bare = Tokens(40, 24, keep_ratio=0.3)
+    factored = Tokens(40, 24, keep_ratio=0.3, rank=3, factor="gradient")
+    assert not factored.ready
+    for estimator in (bare, factored):
+        estimator.observe(G, W, G @ W)
+        estimator.select()
+    assert factored.ready
+    assert (bare.estimate(G, W) - G @ W).norm() > 0.1 * (G @ W).norm()
+    assert (factored.estimate(G, W) - G @ W).norm() < 1e-9 * (G @ W).norm()

@@ -32,7 +32,7 @@ from celora.config import LayerConfig
 from celora.errors import CELoraError
 from celora.estimators import Dense, Estimator, estimator_class
 from celora.estimators.base import Precision
-from celora.estimators.tokens import STEP
+from celora.estimators.tokens import rounded_up
 from celora.graft import LayerGraft, Mode, Switch
 from celora.plan import Candidate, Plan, PlannedLayer, device_name
 from celora.products import PRODUCTS
@@ -289,7 +289,7 @@ class _Observer(Dense):
         lost = ordered.flip(0).cumsum(0).flip(0)  # lost[k]: with only the first k kept
         total = float(lost[0]) or 1.0
         for share in SHARES:
-            count = min(len(squared), -(-max(1, int(energy_count(squared, share))) // STEP) * STEP)
+            count = rounded_up(int(energy_count(squared, share)), len(squared))
             self.layer.kept.setdefault(share, []).append(count / len(squared))
             error = (float(lost[count]) / total) ** 0.5 if count < len(lost) else 0.0
             self.layer.errors.setdefault(_tokens(share), []).append(error)

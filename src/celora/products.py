@@ -111,7 +111,7 @@ class _EightBit(Product):
         """The weight's column scales, after making the copy if there is to be one and it is not up to date."""
         now = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._scale is None or self._made_of != now:
-            largest = torch.linalg.vector_norm(weight.detach(), float("inf"), dim=0, dtype=torch.float32)
+            largest = torch.linalg.vector_norm(weight.detach(), float("inf"), dim=0).float()
             self._scale = _divisor(largest / self._largest)
             self._packed = self._pack(weight.detach()) if self.copy else None
             self._made_of = now
@@ -230,7 +230,7 @@ class Fp8(_EightBit):
     ) -> Tensor:
         column_scale = self._follow(weight)
         kept = grad_output if index is None else grad_output[index]
-        scale = _divisor(torch.linalg.vector_norm(kept, float("inf"), dim=1, dtype=torch.float32) / self._largest)
+        scale = _divisor(torch.linalg.vector_norm(kept, float("inf"), dim=1).float() / self._largest)
         q = (kept.float() / scale[:, None]).to(torch.float8_e4m3fn)
         y = torch._scaled_mm(
             q,
@@ -286,7 +286,7 @@ def _integer_product(q: Tensor, weight: Tensor) -> Tensor:
 
 def _quantise_rows(x: Tensor, offset: int) -> tuple[Tensor, Tensor]:
     """`kernels.quantise_rows` in torch operators."""
-    scale = torch.linalg.vector_norm(x, float("inf"), dim=1, dtype=torch.float32) / 127
+    scale = torch.linalg.vector_norm(x, float("inf"), dim=1).float() / 127
     q = (x.float() / _divisor(scale)[:, None]).round() + offset
     return q.to(torch.uint8 if offset else torch.int8), scale
 

@@ -55,3 +55,43 @@ def tokens(grad_output: Tensor, weight: Tensor, index: Tensor, U: Tensor, V: Ten
     estimate = grad_output @ U @ V
     estimate[index] = grad_output[index] @ weight
     return estimate
+
+
+def energy(squared: Tensor, share: float) -> Tensor:
+    """The smallest set of positions that holds `share` of the sum, ascending; everything not zero for a share of 1."""
+    order = squared.argsort(descending=True, stable=True)
+    held, count = 0.0, 0
+    while count < len(order) and squared[order[count]] > 0 and (share == 1 or held < share * float(squared.sum())):
+        held += float(squared[order[count]])
+        count += 1
+    return order[:count].sort().values
+
+
+def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
+    """`p_i = min(1, lambda score_i)`, lambda such that they add up to k: what exceeds 1 is set to 1, repeatedly."""
+    certain = torch.zeros_like(scores, dtype=torch.bool)
+    while True:
+        scale = (k - certain.sum()) / scores[~certain].sum()
+        p = torch.where(certain, torch.ones_like(scores), scale * scores)
+        if not (p > 1 + 1e-12).any():
+            return p
+        certain |= p > 1
+
+
+def quantise(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Symmetric 8-bit integers: `q = round(x / s)` in [-127, 127] with `s = max |x| / 127` over `dim`: (q, s)."""
+    scale = x.abs().amax(dim, keepdim=True) / 127
+    return (x / torch.where(scale == 0, 1, scale)).round(), scale
+
+
+def int8(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """`s_G (q_G q_W) s_W`, one scale per row of G and one per column of W (as in LLM.int8, arXiv 2208.07339)."""
+    q_grad, s_grad = quantise(grad_output, 1)
+    q_weight, s_weight = quantise(weight, 0)
+    return s_grad * (q_grad @ q_weight) * s_weight
+
+
+def gradient_factor(grad_input: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`V` = the leading right singular vectors of `grad_input`, `U = W V^T`: `(G U) V` projects `G W` onto them."""
+    V = torch.linalg.svd(grad_input, full_matrices=False).Vh[:rank]
+    return weight @ V.T, V

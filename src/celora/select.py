@@ -79,10 +79,10 @@ def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
     scores = torch.where(scores.sum() > 0, scores, torch.ones_like(scores))
     ordered = scores.sort(descending=True).values
     # With m items certain, the others share k - m: the smallest m that leaves none of those above 1 is right.
-    rest = ordered.sum() - ordered.cumsum(0) + ordered
+    rest = ordered.flip(0).cumsum(0).flip(0)
     certain = torch.arange(len(scores), device=scores.device)
     scale = (k - certain).clamp(min=0) / rest.clamp(min=torch.finfo(torch.float64).tiny)
-    fits = scale * ordered <= 1
+    fits = scale * ordered <= 1 + 1e-9
     return (scores * scale[fits.long().argmax()]).clamp(max=1)
 
 

@@ -17,7 +17,7 @@ from celora.estimators.base import Estimator
 from celora.factor import make_factor
 from celora.select import critical_rows, energy_count, inclusion_probabilities, sample, squared_row_norms, uniform
 
-STEP = 64  # counts are rounded up to multiples: a product whose shape is new to the library costs time, rows do not
+_GRAIN = 16  # counts are rounded up to sixteenths of the tokens: a product of a new shape has to be set up first
 
 
 class Tokens(Estimator):
@@ -72,7 +72,9 @@ class Tokens(Estimator):
         if self.settings.selection == "sampled":
             index, factors = self._sample(squared.sqrt())
         else:
-            index, position = critical_rows(squared, kept=self._kept(squared), share=self.keep_ratio, step=STEP)
+            index, position = critical_rows(
+                squared, kept=self._kept(squared), share=self.keep_ratio, step=grain(len(grad_output))
+            )
             if len(index) == len(grad_output):
                 return self.product(grad_output, weight)
         if self.factor.U is not None and self.factor.V is not None:
@@ -112,12 +114,12 @@ class Tokens(Estimator):
         tokens = len(squared)
         if self.settings.selection == "topk":
             return max(1, round(self.keep_ratio * tokens))
-        if squared.device.type == "cpu":
+        if _counts_freely(squared.device):
             return None
         if self._share is None:
             return tokens
         self._share = self._share.cpu()  # one synchronisation a refresh, when the share is new
-        return min(tokens, -(-max(1, round(self._share.item() * tokens)) // STEP) * STEP)
+        return rounded_up(round(self._share.item() * tokens), tokens)
 
     def _sample(self, norms: Tensor) -> tuple[Tensor, Tensor]:
         kept = max(1, round(self.keep_ratio * len(norms)))
@@ -131,3 +133,19 @@ class Tokens(Estimator):
         exact = self.product(grad_output[index], weight)
         residual = (exact - low_rank[index]) * factors.to(exact.dtype)[:, None]
         return low_rank.index_add_(0, index, residual)
+
+
+def grain(tokens: int) -> int:
+    """What counts of kept tokens are multiples of, unless all are kept."""
+    return max(1, tokens // _GRAIN)
+
+
+def rounded_up(count: int, tokens: int) -> int:
+    """`count`, at least 1, rounded up to the grain of `tokens`, at most all of them."""
+    step = grain(tokens)
+    return min(tokens, -(-max(1, count) // step) * step)
+
+
+def _counts_freely(device: torch.device) -> bool:
+    """Whether a number can be read from the device without waiting for all the work queued before it."""
+    return device.type == "cpu"

@@ -1,0 +1,160 @@
+"""The compiled passes against the same in torch operators, where there is a compiler."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from celora import kernels, reference, select
+
+needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (17, 64), (33, 129)])
+def test_row_norms(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype)
+    torch.testing.assert_close(kernels.squared_row_norms(x).double(), x.double().square().sum(1), rtol=1e-5, atol=1e-7)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 128])
+@pytest.mark.parametrize("subset", [False, True])
+def test_quantised_rows(dtype: torch.dtype, offset: int, subset: bool) -> None:
+    x = (torch.randn(20, 37) * torch.logspace(-12, 6, 20)[:, None]).to(dtype)
+    x[4] = 0
+    index = torch.tensor([0, 4, 7, 19]) if subset else None
+    q, scale = kernels.quantise_rows(x, index, offset=offset)
+    rows = x if index is None else x[index]
+    signed = q.int() - 128 if offset else q.view(torch.int8).int()
+    expected, scales = reference.quantise(rows.float(), 1)
+    torch.testing.assert_close(scale, scales[:, 0])
+    assert (signed - expected).abs().max() <= 1  # division and multiplication by the inverse round differently
+    assert (signed == expected).float().mean() > 0.99
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_so(bad: float, dtype: torch.dtype) -> None:
+    """A GradScaler must see the overflow: it may not be quantised into something finite."""
+    x = torch.randn(3, 8).to(dtype)
+    x[1, 5] = bad
+    q, scale = kernels.quantise_rows(x, None, offset=128)
+    assert torch.isfinite(scale).tolist() == [True, False, True]
+    y, out = (q.float() - 128).to(dtype), torch.empty(3, 8, dtype=dtype)
+    kernels.scatter_rows(y, None, scale, out, fill=True)
+    assert torch.isfinite(out).all(1).tolist() == [True, False, True]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fill", [True, False])
+def test_scattered_rows(dtype: torch.dtype, fill: bool) -> None:
+    y, scale, column = torch.randn(3, 10).to(dtype), torch.rand(3), torch.rand(10)
+    position = torch.tensor([-1, 0, -1, 1, 2], dtype=torch.int32)
+    there = torch.randn(5, 10).to(dtype)
+    expected = torch.zeros_like(there) if fill else there.clone()
+    expected[[1, 3, 4]] = (y.float() * scale[:, None]).to(dtype)
+    out = there.clone()
+    kernels.scatter_rows(y, position, scale, out, fill=fill)
+    assert out.equal(expected)
+
+    sums = torch.randint(-1000, 1000, (3, 10), dtype=torch.int32)
+    expected[[1, 3, 4]] = (sums.float() * (scale[:, None] * column)).to(dtype)
+    out = there.clone()
+    kernels.scatter_sums(sums, position, scale, column, out, fill=fill)
+    assert out.equal(expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 1000])
+@pytest.mark.parametrize("kept", [1, 0.5, 1.0])
+def test_the_largest_rows_are_chosen(rows: int, kept: float) -> None:
+    squared = torch.rand(rows) * torch.logspace(-30, 30, rows)
+    count = max(1, int(kept * rows)) if isinstance(kept, float) else kept
+    index, position = kernels.choose_rows(squared, kept=count, share=1.0, step=1)
+    assert index.equal(select.top_k(squared, count))
+    inverse = torch.full((rows,), -1, dtype=torch.int32)
+    inverse[index] = torch.arange(count, dtype=torch.int32)
+    assert position.equal(inverse)
+
+
+@needs_compiler
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.999, 1.0])
+def test_the_rows_that_hold_a_share_are_chosen(share: float) -> None:
+    squared = torch.rand(300).pow(8)
+    squared[torch.randperm(300)[:100]] = 0
+    index, _ = kernels.choose_rows(squared, kept=None, share=share, step=1)
+    assert index.equal(reference.energy(squared.double(), share))
+    rounded, _ = kernels.choose_rows(squared, kept=None, share=share, step=64)
+    assert len(rounded) == min(300, -(-len(index) // 64) * 64)
+    assert set(index.tolist()) <= set(rounded.tolist())
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_every_row_is_kept_if_one_is_not_finite(bad: float) -> None:
+    squared = torch.rand(9)
+    squared[3] = bad
+    assert len(kernels.choose_rows(squared, kept=None, share=0.5, step=1)[0]) == 9
+    assert int(select.energy_count(squared, 0.5)) == 9
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantised_columns(dtype: torch.dtype) -> None:
+    w = torch.randn(19, 30).to(dtype)
+    q, scale = reference.quantise(w.float(), 0)
+    found = kernels.quantise_columns(w, 1 / scale[0])
+    assert (found.float() - q).abs().max() <= 1
+    assert (found == q).float().mean() > 0.99
+
+
+@needs_compiler
+def test_rows_may_be_apart() -> None:
+    x = torch.randn(6, 40)[:, 3:17]
+    assert kernels.squared_row_norms(x).allclose(x.square().sum(1))
+    q, scale = kernels.quantise_rows(x, None, offset=128)
+    q2, scale2 = kernels.quantise_rows(x.contiguous(), None, offset=128)
+    assert q.equal(q2)
+    assert scale.equal(scale2)
+
+
+def test_only_what_the_kernels_know_is_given_to_them() -> None:
+    assert not kernels.supported(torch.ones(2, 2, dtype=torch.float64))
+    assert not kernels.supported(torch.ones(2, 2, dtype=torch.float16))
+    assert not kernels.supported(torch.ones(2, 3).T)
+    assert kernels.supported(torch.ones(2, 2)) == (kernels.library() is not None)
+
+
+@pytest.mark.parametrize(
+    "environment", [{"CELORA_KERNELS": "0"}, {"PATH": ""}, {"PATH": "{folder}"}], ids=["off", "none", "broken"]
+)
+def test_without_a_working_compiler_everything_works_through_torch(environment: dict[str, str], tmp_path) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    environment = {key: value.format(folder=tmp_path) for key, value in environment.items()}
+    code = (
+        "import torch; from celora import kernels; from celora.estimators import Tokens\n"
+        "assert kernels.library() is None\n"
+        "G, W = torch.randn(40, 32), torch.randn(32, 48)\n"
+        "for selection in ('topk', 'energy'):\n"
+        "    e = Tokens(32, 48, keep_ratio=0.9, selection=selection, precision='int8').estimate(G, W)\n"
+        "    assert (e - G @ W).norm() < 0.5 * (G @ W).norm()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

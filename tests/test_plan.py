@@ -1,0 +1,113 @@
+"""A plan as a document: saved, read back, carried out, refused where it does not belong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+
+import celora
+from celora import CELoraConfig, CELoraError, Plan
+from celora.config import LayerConfig
+from celora.plan import Candidate, PlannedLayer, label
+from conftest import make_model
+
+LAYER = "base_model.model.model.layers.1.mlp.up_proj"
+TOKENS = LayerConfig("tokens", keep_ratio=0.97, rank=0, selection="energy", precision="int8", weight_copy=False)
+
+
+def make(model: PeftModel, **changes: Any) -> Plan:
+    candidates = (
+        Candidate(LayerConfig("dense"), 2.0, 0.0),
+        Candidate(LayerConfig("int8", rank=0), 1.0, 0.01, 80 * 48),
+        Candidate(TOKENS, 0.5, 0.2),
+    )
+    layers = (
+        PlannedLayer(LAYER, 80, 48, 0.5, candidates, 2),
+        PlannedLayer(LAYER.replace("1", "0"), 80, 48, 0.5, candidates, 1),
+        PlannedLayer(LAYER.replace("up_proj", "gate_proj"), 80, 48, 0.5, candidates, 0),
+    )
+    plan = Plan(
+        layers, 0.98, 0.985, 0.981, 0.58, 0.6, 33, "float32", celora.plan.device_name(_device(model)), 1, "2", 9999
+    )
+    return dataclasses.replace(plan, **changes)
+
+
+def _device(model: PeftModel) -> Any:
+    return next(model.parameters()).device
+
+
+def test_a_saved_plan_is_read_back_whole(model: PeftModel, tmp_path: Path) -> None:
+    plan = make(model)
+    plan.save(tmp_path)
+    assert Plan.load(tmp_path) == Plan.load(tmp_path / "celora_plan.json") == plan
+    assert json.loads((tmp_path / "celora_plan.json").read_text())["version"] == 1
+
+
+def test_attaching_a_plan_gives_each_layer_its_estimator(model: PeftModel) -> None:
+    plan = make(model)
+    report = celora.attach(model, plan)
+    assert set(report.estimated) == {layer.name for layer in plan.layers[:2]}
+    assert report.estimated[LAYER].label == "tokens (energy) x int8"
+    assert plan.memory == 80 * 48
+    frame = CELoraConfig(estimator="dense", overrides={"up_proj": {"estimator": "dense"}})
+    with pytest.warns(UserWarning, match="no layer can be estimated"):
+        assert not celora.attach(model, plan.config(frame)).estimated  # the user's own overrides win
+
+
+def test_printed_it_is_a_table(model: PeftModel) -> None:
+    text = str(make(model))
+    assert "tokens energy 0.97 x int8 (no copy)  0.25" in text
+    assert "cosine 0.9810 audited, 0.9850 predicted, 0.98 asked for" in text
+    assert "Made for 33 tokens" in text
+    assert label(LayerConfig("columns", keep_ratio=0.5)) == "columns 0.5"
+
+
+def test_a_plan_for_something_else_is_refused(model: PeftModel) -> None:
+    with pytest.raises(CELoraError, match="measured on 'Abacus' and this is"):
+        celora.attach(model, make(model, device="Abacus"))
+    strange = dataclasses.replace(make(model).layers[0], name="model.layers.7.up_proj")
+    with pytest.raises(CELoraError, match="there is no adapted layer"):
+        celora.attach(model, make(model, layers=(strange,)))
+    larger = dataclasses.replace(make(model).layers[0], out_features=160)
+    with pytest.raises(CELoraError, match="is 80 x 48 here, 160 x 48 in the plan"):
+        celora.attach(model, make(model, layers=(larger,)))
+    assert celora.attach(make_model(), make(model)).estimated
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(version=2), "plan of version 2; this celora reads version 1"),
+        (lambda d: d.update(fidelty=1), "unknown entry of a plan 'fidelty'; did you mean 'fidelity'"),
+        (lambda d: d.pop("layers"), "not a whole plan: KeyError"),
+        (lambda d: d["layers"][0].update(chosen=3), "not a whole plan: IndexError: position 3 of 3"),
+        (lambda d: d["layers"][0].update(chosen=-1), "position -1"),
+        (lambda d: d["settings"][1].update(estimator="int9"), "unknown estimator 'int9'"),
+        (lambda d: d["settings"][1].update(keep=1), "not a whole plan: TypeError"),
+        (lambda d: d.update(tokens="many"), "not a whole plan: ValueError"),
+        (lambda d: d["layers"].append(7), "not a whole plan: TypeError"),
+    ],
+)
+def test_what_is_not_a_plan_is_one_line(model: PeftModel, tmp_path: Path, change: Any, message: str) -> None:
+    document = make(model).to_dict()
+    change(document)
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(document))
+    with pytest.raises(CELoraError, match=message) as caught:
+        Plan.load(file)
+    assert str(caught.value).startswith(str(file))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[1]", b"[" * 100_000, b"null"])
+def test_a_damaged_file_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(CELoraError):
+        Plan.load(tmp_path / "plan.json")
+    with pytest.raises(CELoraError, match="No such file"):
+        Plan.load(tmp_path / "none.json")

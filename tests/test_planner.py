@@ -1,0 +1,176 @@
+"""The planner on a tiny model: what it measures, what it chooses, what it leaves alone. Times are whatever they are."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+import celora
+from celora import CELoraError, planner
+from celora.attach import find, require
+from celora.config import LayerConfig
+from celora.plan import Candidate, PlannedLayer
+from conftest import adapter, make_batch, make_model, train
+
+
+@pytest.fixture
+def batches() -> list[dict[str, torch.Tensor]]:
+    return [_masked(seed) for seed in range(3)]
+
+
+def _masked(seed: int) -> dict[str, torch.Tensor]:
+    batch = make_batch(seed)
+    batch["labels"][:, :7] = -100
+    return batch
+
+
+@pytest.fixture
+def free_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On matrices this small nothing is faster than the dense product: pretend that what is kept is what it costs."""
+
+    def times(layers: Any, considered: Any) -> Any:
+        keys = {("dense", True, 1.0): 1.0}
+        for setting in considered:
+            cheaper = 1.0 if setting.precision == "native" else 0.5
+            if setting.estimator in ("int8", "fp8"):
+                keys[setting.estimator, setting.weight_copy, 1.0] = 0.6 if setting.weight_copy else 0.8
+            elif setting.estimator == "columns":
+                keys[f"columns {setting.precision}", True, setting.keep_ratio] = cheaper * setting.keep_ratio
+            else:
+                for share in planner._TIMED_SHARES:
+                    cost = cheaper * share * (1.0 if setting.weight_copy else 1.2)
+                    keys[f"tokens {setting.precision}", setting.weight_copy, share] = cost
+        return {layer.shape: keys for layer in layers}
+
+    monkeypatch.setattr(planner, "_time_shapes", times)
+
+
+@pytest.mark.parametrize("fidelity", [0.9, 0.99, 1.0])
+def test_the_plan_keeps_what_was_asked_for(
+    model: PeftModel, batches: list[dict[str, torch.Tensor]], free_estimates: None, fidelity: float
+) -> None:
+    plan = celora.make_plan(model, batches, fidelity)
+    assert plan.predicted_cosine >= fidelity
+    report = celora.attach(model, plan)
+    assert report.estimated or fidelity == 1
+    assert celora.audit(model, batches[2]).cosine == pytest.approx(plan.audited_cosine, abs=1e-2)
+    assert abs(plan.predicted_cosine - plan.audited_cosine) < 0.02
+    assert plan.tokens == 33
+
+
+def test_less_fidelity_is_cheaper(model: PeftModel, batches: Any, free_estimates: None) -> None:
+    times = [celora.make_plan(model, batches, fidelity).predicted_time for fidelity in (0.8, 0.95, 0.995)]
+    assert times == sorted(times)
+    assert times[0] < times[-1] <= 1
+
+
+def test_nothing_is_left_behind(model: PeftModel, batches: Any) -> None:
+    other = make_model()
+    before, state = adapter(model), torch.get_rng_state()
+    celora.make_plan(model, batches)
+    assert torch.get_rng_state().equal(state)
+    assert find(model) is None
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    train(model, 3)
+    train(other, 3)
+    for name, value in adapter(other).items():
+        assert value.equal(adapter(model)[name])
+        assert not value.equal(before[name])
+
+
+def test_an_attached_model_is_planned_as_if_it_were_not_and_stays_attached(
+    model: PeftModel, batches: Any, free_estimates: None
+) -> None:
+    plain = celora.make_plan(model, batches)
+    celora.attach(model, "paper")
+    again = celora.make_plan(model, batches)
+    assert [layer.chosen for layer in again.layers] == [layer.chosen for layer in plain.layers]
+    assert require(model).switch.on
+    train(model, 2)
+
+
+def test_auto_plans_and_never_slows_a_layer_down(model: PeftModel, batches: Any) -> None:
+    with pytest.raises(CELoraError, match="give batches"):
+        celora.attach(model, "auto")
+    plan = celora.make_plan(model, batches)
+    for layer in plan.layers:
+        assert layer.choice.time_ms <= layer.dense_ms
+        assert all(c.time_ms < layer.dense_ms for c in layer.candidates[1:])
+    celora.attach(model, "auto", batches=iter(batches))
+    assert require(model).config.spread
+    train(model, 2)
+
+
+def test_the_memory_limit_is_kept(model: PeftModel, batches: Any, free_estimates: None) -> None:
+    free = celora.make_plan(model, batches, 0.995, memory_limit=10**9)
+    assert free.memory > 0
+    tight = celora.make_plan(model, batches, 0.995, memory_limit=free.memory // 2)
+    assert tight.memory <= free.memory // 2
+    assert celora.make_plan(model, batches, 0.995, memory_limit=0).memory == 0
+    default = celora.make_plan(model, batches, 0.995)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert default.memory <= default.memory_limit
+    assert weights / 20 < default.memory_limit < weights
+
+
+def test_one_batch_serves_for_all(model: PeftModel, free_estimates: None) -> None:
+    plan = celora.make_plan(model, [make_batch(0)], 0.95)
+    assert plan.predicted_cosine == pytest.approx(plan.audited_cosine, abs=1e-6)
+
+
+def test_progress_is_told(model: PeftModel, batches: Any) -> None:
+    told: list[tuple[str, float]] = []
+    celora.make_plan(model, batches, progress=lambda what, share: told.append((what, share)))
+    assert [share for _, share in told] == sorted(share for _, share in told)
+    assert told[-1] == ("done", 1.0)
+
+
+def test_a_loss_of_ones_own(model: PeftModel, batches: Any) -> None:
+    calls = []
+
+    def loss(module: torch.nn.Module, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        return module(**batch).loss * 2
+
+    celora.make_plan(model, batches, loss=loss)
+    assert len(calls) > 10
+
+
+@pytest.mark.parametrize("fidelity", [0, 1.1, -1, float("nan"), True, "0.9"])
+def test_a_fidelity_out_of_range(model: PeftModel, batches: Any, fidelity: Any) -> None:
+    with pytest.raises(CELoraError, match="expected a cosine"):
+        celora.make_plan(model, batches, fidelity)
+
+
+def test_what_cannot_be_planned(model: PeftModel) -> None:
+    with pytest.raises(CELoraError, match="no batches to plan with"):
+        celora.make_plan(model, [])
+    with pytest.raises(CELoraError, match="no layer can be estimated"):
+        celora.make_plan(torch.nn.Linear(3, 3), [make_batch(0)])
+    with pytest.raises(CELoraError, match="returned no loss"):
+        celora.make_plan(model, [{"input_ids": make_batch(0)["input_ids"]}])
+
+
+def test_the_cheapest_choice_is_found_within_both_limits() -> None:
+    """Against all choices of three layers with three candidates each: none is better in both time and error."""
+    settings = LayerConfig("dense"), LayerConfig("int8", rank=0), LayerConfig("tokens", rank=0)
+    times = [(4.0, 2.0, 1.0), (6.0, 3.0, 1.0), (2.0, 1.5, 1.4)]
+    errors = [(0.0, 0.1, 0.5), (0.0, 0.1, 0.4), (0.0, 0.1, 0.9)]
+    layers = [
+        PlannedLayer(str(i), 1, 1, 1.0, tuple(map(Candidate, settings, t, e, (0, 5, 0))), 0)
+        for i, (t, e) in enumerate(zip(times, errors, strict=True))
+    ]
+    table = planner._Table(layers)
+    every = [list(choice) for choice in itertools.product(range(3), repeat=3)]
+    for error in (0.0, 0.02, 0.17, 0.3, 2.0):
+        choice = table.cheapest(error, 100)
+        assert table.error(choice) <= error + 1e-12
+        assert not any(table.time(c) < table.time(choice) and table.error(c) < table.error(choice) for c in every)
+    assert table.cheapest(0.0, 100) == [0, 0, 0]
+    assert table.cheapest(2.0, 0) == [2, 2, 2]
+    assert table.cheapest(0.05, 5).count(1) <= 1

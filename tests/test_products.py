@@ -1,0 +1,124 @@
+"""8-bit products against their reference, in every dtype and on every path that a CPU has."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from celora import kernels, products, reference
+from celora.errors import CELoraError
+from celora.products import Fp8, Int8, Native, make_product
+
+SHAPES = [(16, 16), (48, 64), (33, 20), (64, 7)]
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the compiled kernels, and as on a machine without a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    elif kernels.library() is None:
+        pytest.skip("no C compiler")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_int8_equals_its_reference(path: str, shape: tuple[int, int], dtype: torch.dtype, copies: bool) -> None:
+    W, G = (torch.randn(shape) / 8).to(dtype), torch.randn(25, shape[0]).to(dtype)
+    product = Int8(copy=copies)
+    estimate = product(G, W)
+    closed = reference.int8(G.double(), W.double())
+    assert estimate.dtype == dtype
+    # A value half-way between two steps may go either way; in half precision the result is rounded twice.
+    assert (estimate.double() - closed).norm() / closed.norm() < (
+        3e-3 if dtype in (torch.float32, torch.float64) else 6e-3
+    )
+    exact = G.double() @ W.double()
+    assert (estimate.double() - exact).norm() / exact.norm() < 0.03
+
+
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("onto", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("kind", [Native, Int8, Fp8])
+def test_rows_go_to_their_places(path: str, kind: type, copies: bool, onto: bool, weighted: bool) -> None:
+    W, G = torch.randn(32, 48), torch.randn(20, 32)
+    index = torch.tensor([0, 3, 4, 11, 19])
+    factors = torch.rand(5) + 1 if weighted else None
+    there = torch.randn(20, 48) if onto else None
+    expected = torch.zeros(20, 48) if there is None else there.clone()
+    expected[index] = (G[index] @ W) * (1 if factors is None else factors[:, None])
+    product = kind() if kind is Native else kind(copy=copies)
+    found = product.rows(G, W, index, factors=factors, onto=there)
+    others = torch.ones(20, dtype=torch.bool)
+    others[index] = False
+    assert found[others].equal(expected[others])
+    assert (found - expected).norm() / expected.norm() < {Native: 1e-6, Int8: 0.03, Fp8: 0.08}[kind]
+
+
+@pytest.mark.parametrize("kind", [Int8, Fp8])
+def test_a_changed_weight_is_quantised_anew(kind: type) -> None:
+    W, G = torch.randn(32, 16), torch.randn(8, 32)
+    product = kind()
+    product(G, W)
+    W *= -3  # counts in the version
+    assert (product(G, W) - G @ W).norm() / (G @ W).norm() < 0.1
+    W.data.mul_(-2)  # does not: PEFT merges so; estimators forget at each refresh
+    product.forget()
+    assert (product(G, W) - G @ W).norm() / (G @ W).norm() < 0.1
+
+
+@pytest.mark.parametrize("kind", [Int8, Fp8])
+def test_copies_and_pickles_make_their_own_copy_of_the_weight(kind: type) -> None:
+    W, G = torch.randn(32, 16), torch.randn(8, 32)
+    product = kind()
+    expected = product(G, W)
+    for other in (copy.deepcopy(product), pickle.loads(pickle.dumps(product))):
+        assert other._packed is None
+        assert other(G, W).equal(expected)
+
+
+@pytest.mark.parametrize("kind", [Int8, Fp8])
+def test_zeros_and_what_is_not_finite(path: str, kind: type) -> None:
+    W, G = torch.randn(32, 16), torch.randn(6, 32)
+    W[:, 3], G[2] = 0, 0
+    G[4, 7] = float("inf")
+    G[5, 1] = float("nan")
+    result = kind()(G, W)
+    assert (result[2] == 0).all()
+    assert torch.isfinite(result[:4]).all()
+    assert (result[:4, 3] == 0).all()
+    assert not torch.isfinite(result[4:]).all(1).any()
+
+
+def test_fp8_is_near_the_exact_product() -> None:
+    W, G = torch.randn(64, 32) / 8, torch.randn(40, 64)
+    assert (Fp8()(G, W) - G @ W).norm() / (G @ W).norm() < 0.06
+
+
+def test_what_a_device_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert Int8.unavailable(33, 20, cpu) == Native.unavailable(33, 20, cpu) == ""
+    assert "multiples of 8" in Int8.unavailable(33, 20, cuda)
+    assert "multiples of 16" in Fp8.unavailable(24, 16, cpu)
+    assert "no int8 products on mps" in Int8.unavailable(16, 16, torch.device("mps"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "8.9" in Fp8.unavailable(16, 16, cuda)
+    with pytest.raises(CELoraError, match="did you mean 'int8'"):
+        make_product("in8")
+
+
+def test_without_dot_products_torchs_integer_product_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    W, G = torch.randn(32, 16), torch.randn(8, 32)
+    expected = reference.int8(G.double(), W.double())
+    monkeypatch.setattr(products, "_dot_products", lambda: False)
+    monkeypatch.setattr(products, "_packed_product", None)
+    product = Int8()
+    estimate = product(G, W)
+    assert product._packed.dtype == torch.int8
+    assert (estimate - expected).norm() / expected.norm() < 3e-3
