@@ -1,49 +1,65 @@
 """What an estimate of `grad_output @ W` takes, against the dense product: everything included, interleaved.
 
-`python benchmarks/estimators.py [--quick]` prints a table and writes `results/estimators.jsonl`. Refreshing is
-measured apart, since it happens once in `refresh_every` steps.
+`python benchmarks/estimators.py [--quick]` prints a table and writes `results/estimators-bfloat16.jsonl`. Refreshing is
+measured apart, since it happens once in `refresh_every` steps. "masked" is a gradient with 70 % of its tokens zero, as
+prompts without labels make it. `--without-amx` lets oneDNN use nothing newer than AVX-512 with bf16 and 8-bit dot
+products, as on most laptops and desktops.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import os
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import rows
-from celora.estimators import Columns, Tokens
+from celora.estimators import Columns, Estimator, Int8, Tokens
 from celora.timing import interleaved
+from celora.train.allocator import keep_freed_memory
 
 SHAPES = [(192, 576), (576, 576), (1536, 576), (576, 1536), (1024, 1024), (2816, 1024), (2048, 2048), (4096, 4096)]
-SETTINGS = {
-    "columns 0.25": (Columns, 0.25, 14),
-    "columns 0.5": (Columns, 0.5, 14),
-    "columns 0.65": (Columns, 0.65, 14),
-    "tokens 0.25": (Tokens, 0.25, 0),
-    "tokens 0.5": (Tokens, 0.5, 0),
+SETTINGS: dict[str, tuple[type[Estimator], dict[str, Any]]] = {
+    "columns 0.25": (Columns, {"keep_ratio": 0.25, "rank": 14}),
+    "columns 0.5": (Columns, {"keep_ratio": 0.5, "rank": 14}),
+    "columns 0.65": (Columns, {"keep_ratio": 0.65, "rank": 14}),
+    "tokens 0.5": (Tokens, {"keep_ratio": 0.5}),
+    "tokens 0.6": (Tokens, {"keep_ratio": 0.6}),
+    "int8": (Int8, {}),
+    "int8, no copy": (Int8, {"weight_copy": False}),
+    "int8 x tokens 0.6": (Tokens, {"keep_ratio": 0.6, "precision": "int8"}),
+    "int8 x tokens, masked": (Tokens, {"selection": "energy", "precision": "int8"}),
+    "int8 x columns 0.5": (Columns, {"keep_ratio": 0.5, "precision": "int8"}),
 }
+REFRESHED = ("columns 0.5", "int8 x tokens 0.6")
 
 
 def measure(out: int, inp: int, tokens: int, dtype: torch.dtype, repeats: int) -> list[dict[str, object]]:
-    """Rows of one shape: the dense product first, then every setting, and a refresh."""
+    """Rows of one shape: the dense product first, then every setting, and refreshes."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(out, inp, generator=generator) / inp**0.5).to(dtype)
     gradient = torch.randn(tokens, out, generator=generator).to(dtype)
-    estimators = {n: kind(out, inp, keep_ratio=keep, rank=rank) for n, (kind, keep, rank) in SETTINGS.items()}
+    masked = gradient.clone()
+    masked[torch.randperm(tokens, generator=generator)[: tokens * 7 // 10]] = 0
+    exact = gradient @ weight
+    estimators = {name: kind(out, inp, **settings) for name, (kind, settings) in SETTINGS.items()}
     contenders = {"dense": lambda: gradient @ weight}
     for name, estimator in estimators.items():
-        estimator.observe(gradient, weight, gradient @ weight)
+        estimator.observe(gradient, weight, exact)
         estimator.select()
-        contenders[name] = lambda e=estimator: e.estimate(gradient, weight)
-    one = next(iter(estimators.values()))
+        contenders[name] = functools.partial(estimator.estimate, masked if "masked" in name else gradient, weight)
 
-    def refresh() -> None:
-        one.observe(gradient, weight, gradient @ weight)
-        one.select()
+    def refresh(estimator: Estimator) -> None:
+        estimator.observe(gradient, weight, exact)
+        estimator.select()
+        estimator.estimate(gradient, weight)
 
-    contenders["columns: refresh"] = refresh
+    for name in REFRESHED:
+        contenders[f"{name}: refresh"] = functools.partial(refresh, estimators[name])
     times = interleaved(contenders, repeats=repeats)
     dense = times["dense"]["time_ms"]
     return [
@@ -66,12 +82,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--quick", action="store_true", help="two shapes, few repeats, nothing written")
+    parser.add_argument("--without-amx", action="store_true")
     options = parser.parse_args()
+    if options.without_amx:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"  # read at the first product
+    keep_freed_memory()  # as celora train does: else what is measured at large shapes is the kernel handing out pages
     dtype = getattr(torch, options.dtype)
     found = [
-        row | rows.conditions()
+        row | {"amx": not options.without_amx and torch.cpu._is_amx_tile_supported()} | rows.conditions()
         for out, inp in (SHAPES[2:4] if options.quick else SHAPES)
-        for row in measure(out, inp, options.tokens, dtype, 11 if options.quick else 41)
+        for row in measure(out, inp, options.tokens, dtype, 11 if options.quick else 31)
     ]
     table = Table(title=f"time over the dense product, T={options.tokens}, {options.dtype}")
     for column in ("out x in", "estimator", "FLOPs", "time", "20-80 %, ms"):
@@ -83,7 +103,8 @@ def main() -> None:
         )
     Console().print(table)
     if not options.quick:
-        rows.write(rows.RESULTS / f"estimators-{options.dtype}.jsonl", found)
+        name = f"estimators-{options.dtype}{'-without-amx' if options.without_amx else ''}.jsonl"
+        rows.write(rows.RESULTS / name, found)
 
 
 if __name__ == "__main__":

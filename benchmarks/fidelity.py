@@ -1,9 +1,10 @@
 """How much of the LoRA gradient each setting keeps: `celora.audit` on a real model and real text, several seeds.
 
 SmolLM2-135M-Instruct in fp32, LoRA r=16 on all linear layers after 15 exact warm-up steps, 2 x 128 tokens of technical
-English (the Python language reference, which every Python installation carries). Every audit uses two held-out
-batches, with the selection made from that very batch ("fresh") and with one made from an earlier training batch
-("stale", what training uses). Writes `results/fidelity.jsonl`.
+English (the Python language reference, which every Python installation carries), consecutive text from a place that
+the seed decides. Every audit uses the two batches that follow what was trained on, with the selection made from that
+very batch ("fresh") and with one made from an earlier training batch ("stale", what training uses; the same where the
+choice is made anew in every backward). Writes `results/fidelity.jsonl`.
 """
 
 from __future__ import annotations
@@ -31,23 +32,39 @@ SETTINGS = {
     "columns 0.5, rank 14 (Double-LoRA)": CELoraConfig(keep_ratio=0.5, rank=14),
     "columns 0.25, rank 14 (Double-LoRA)": CELoraConfig(keep_ratio=0.25, rank=14),
     "paper": "paper",
-    "tokens 0.5": CELoraConfig(estimator="tokens", keep_ratio=0.5, rank=0),
+    "columns 0.5, sampled": CELoraConfig(keep_ratio=0.5, rank=0, selection="sampled"),
+    "columns 0.4, gradient factor, rank 32": CELoraConfig(keep_ratio=0.4, rank=32, factor="gradient"),
     "tokens 0.25": CELoraConfig(estimator="tokens", keep_ratio=0.25, rank=0),
+    "tokens 0.5": CELoraConfig(estimator="tokens", keep_ratio=0.5, rank=0),
+    "tokens 0.7": CELoraConfig(estimator="tokens", keep_ratio=0.7, rank=0),
+    "tokens 0.5, gradient factor, rank 8": CELoraConfig(estimator="tokens", keep_ratio=0.5, rank=8, factor="gradient"),
+    "tokens 0.5, sampled": CELoraConfig(estimator="tokens", keep_ratio=0.5, rank=0, selection="sampled"),
+    "tokens, energy 0.99": CELoraConfig(estimator="tokens", keep_ratio=0.99, rank=0, selection="energy"),
+    "tokens, energy 0.999": CELoraConfig(estimator="tokens", keep_ratio=0.999, rank=0, selection="energy"),
+    "int8": CELoraConfig(estimator="int8"),
+    "int8 x tokens 0.5": CELoraConfig(estimator="tokens", keep_ratio=0.5, rank=0, precision="int8"),
+    "int8 x tokens, energy 0.99": CELoraConfig(
+        estimator="tokens", keep_ratio=0.99, rank=0, selection="energy", precision="int8"
+    ),
 }
 
 
-def text_batches(seed: int) -> list[dict[str, torch.Tensor]]:
-    """Disjoint batches of the reference's text, in an order drawn from the seed."""
+def text_batches(seed: int, *, consecutive: bool = False) -> list[dict[str, torch.Tensor]]:
+    """Disjoint batches of the reference's text: in an order drawn from the seed, or in its own from a third of the text
+    that the seed names."""
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
     text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     chunks = ids[: ids.numel() // (BATCH * TOKENS) * BATCH * TOKENS].view(-1, BATCH, TOKENS)
-    order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))
+    if consecutive:
+        order = torch.arange(len(chunks)).roll(-(seed % 3) * len(chunks) // 3)
+    else:
+        order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))
     return [{"input_ids": chunks[i], "labels": chunks[i].clone()} for i in order.tolist()]
 
 
 def study(seed: int) -> list[dict[str, object]]:
-    batches = text_batches(seed)
+    batches = text_batches(seed, consecutive=True)
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
@@ -62,10 +79,10 @@ def study(seed: int) -> list[dict[str, object]]:
         report = celora.attach(model, config)
         for selection in ("fresh", "stale"):
             if selection == "stale":
-                model(**batches[WARM_UP]).loss.backward()
+                model(**batches[WARM_UP - 1]).loss.backward()
                 model.zero_grad()
                 require(model).clock.advance()
-            audits = [celora.audit(model, batch) for batch in batches[-2:]]
+            audits = [celora.audit(model, batch) for batch in batches[WARM_UP : WARM_UP + 2]]
             found.append(
                 {
                     "setting": name,

@@ -9,6 +9,7 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import rows
 from celora.train.demo import REFRESH_EVERY, DemoRow, summary
@@ -58,19 +59,143 @@ def fidelity() -> str:
 
 def estimators() -> str:
     """Time of each estimate over the dense product, by shape."""
-    found = rows.read(rows.RESULTS / "estimators-bfloat16.jsonl")
+    return _estimators("estimators-bfloat16.jsonl", "")
+
+
+def without_amx() -> str:
+    """The same without matrix instructions."""
+    return _estimators("estimators-bfloat16-without-amx.jsonl", ", its AMX turned off")
+
+
+def _estimators(file: str, how: str) -> str:
+    found = rows.read(rows.RESULTS / file)
     names = [name for name in dict.fromkeys(row["estimator"] for row in found) if name != "dense"]
-    shapes = dict.fromkeys((row["out"], row["in"]) for row in found)
-    ratio = {(row["out"], row["in"], row["estimator"]): row["ratio"] for row in found}
-    body = [[f"{out} x {inp}", *(f"{ratio[out, inp, name]:.2f}" for name in names)] for out, inp in shapes]
+    shapes = [f"{out} x {inp}" for out, inp in dict.fromkeys((row["out"], row["in"]) for row in found)]
+    ratio = {(f"{row['out']} x {row['in']}", row["estimator"]): row["ratio"] for row in found}
+    body = [[name, *(f"{ratio[shape, name]:.2f}" for shape in shapes)] for name in names]
     one = found[0]
     return (
-        _markdown(["out x in", *names], body)
+        _markdown(["", *shapes], body)
+        + f"\n\nT = {one['tokens']}, {one['dtype']}, {one['threads']} threads, {one['cpu']}{how}, torch {one['torch']}."
+    )
+
+
+def frontier() -> str:
+    """Plans: what was asked for, what was audited, what it takes."""
+    found = rows.read(rows.RESULTS / "frontier.jsonl")
+    body = []
+    for row in found:
+        labels = "all" if not row["masked"] else f"{1 - row['masked']:.0%}"
+        cells = [row["model"], labels, f"{row['fidelity']:g}", f"{row['predicted_cosine']:.3f}"]
+        body.append([*cells, f"{row['audited_cosine']:.3f}", f"{row['audited_time']:.2f}"])
+    one = found[0]
+    return (
+        _markdown(["model", "labelled", "asked for", "predicted", "audited cosine", "grad_input time"], body)
         + f"\n\nT = {one['tokens']}, {one['dtype']}, {one['threads']} threads, {one['cpu']}, torch {one['torch']}."
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "fidelity": fidelity, "estimators": estimators}
+def training() -> str:
+    """Held-out loss after 200 steps, and what is kept of exact LoRA's improvement, at equal steps and equal time."""
+    found = rows.read(rows.RESULTS / "training.jsonl")
+    ratios = {row["arm"]: row["ratio"] for row in rows.read(rows.RESULTS / "training-time.jsonl")}
+    exact = {row["seed"]: _losses(row) for row in found if row["arm"] == "exact LoRA"}
+    body = []
+    for arm in dict.fromkeys(["exact LoRA", *(row["arm"] for row in found)]):
+        of = [row for row in found if row["arm"] == arm]
+        last, kept, ahead = [], [], []
+        for row in of:
+            losses, reference = _losses(row), exact[row["seed"]]
+            end = max(losses)
+            last.append(losses[end])
+            kept.append((losses[0] - losses[end]) / (reference[0] - reference[end]))
+            if arm in ratios:
+                ahead.append(_at(reference, end * ratios[arm]) - losses[end])
+        body.append(
+            [
+                arm,
+                f"{statistics.mean(last):.3f} ({min(last):.3f} to {max(last):.3f})",
+                f"{statistics.mean(kept):.1%} ({min(kept):.1%} to {max(kept):.1%})",
+                f"{ratios[arm]:.3f}" if arm in ratios else "",
+                f"{statistics.mean(ahead):+.4f} ({min(ahead):+.4f} to {max(ahead):+.4f})" if ahead else "",
+            ]
+        )
+    one = found[0]
+    return (
+        _markdown(["", "held-out loss", "share of exact LoRA's improvement", "step time", "ahead at equal time"], body)
+        + f"\n\n{len(exact)} seeds, 200 steps of 4 x 128 tokens, bfloat16, {one['cpu']}, torch {one['torch']}. "
+        "Ahead: the loss that exact LoRA has after the same time, minus the arm's."
+    )
+
+
+def _losses(row: dict[str, Any]) -> dict[int, float]:
+    return {int(step): loss for step, loss in row["losses"].items()}
+
+
+def _at(losses: dict[int, float], step: float) -> float:
+    """The loss at a step between two that were measured, on the line through them."""
+    steps = sorted(losses)
+    low = max(i for i, s in enumerate(steps[:-1]) if s <= step)
+    along = (step - steps[low]) / (steps[low + 1] - steps[low])
+    return losses[steps[low]] + along * (losses[steps[low + 1]] - losses[steps[low]])
+
+
+def frontier_picture() -> str:
+    """Cosine against time as an SVG: one line for each model and labelling, the asked-for bars as they come."""
+    found = rows.read(rows.RESULTS / "frontier.jsonl")
+    width, height, left, top = 640, 360, 60, 20
+    low = min(0.75, *(row["audited_cosine"] for row in found))
+
+    def at(time: float, cosine: float) -> tuple[float, float]:
+        return left + time * (width - left - 160), top + (1 - cosine) / (1 - low) * (height - top - 50)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for i in range(6):
+        x, y = at(i / 5, low)
+        parts.append(f'<line x1="{x:.0f}" y1="{top}" x2="{x:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x:.0f}" y="{y + 18:.0f}" text-anchor="middle">{i / 5:.1f}</text>')
+        x, y = at(0, low + (1 - low) * i / 5)
+        parts.append(f'<line x1="{x:.0f}" y1="{y:.0f}" x2="{at(1, low)[0]:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x - 8:.0f}" y="{y + 4:.0f}" text-anchor="end">{low + (1 - low) * i / 5:.2f}</text>')
+    x, y = at(0.5, low)
+    parts.append(f'<text x="{x:.0f}" y="{y + 38:.0f}" text-anchor="middle">grad_input time, share of dense</text>')
+    parts.append(
+        f'<text x="14" y="{height / 2:.0f}" text-anchor="middle" transform="rotate(-90 14 {height / 2:.0f})">'
+        "cosine of the LoRA gradient</text>"
+    )
+    # Okabe and Ito's colours, and a marker of its own for each line: readable without seeing colours.
+    styles = [("#0072b2", "5"), ("#d55e00", "0"), ("#009e73", "5"), ("#cc79a7", "0")]
+    lines = list(dict.fromkeys((row["model"], row["masked"]) for row in found))
+    for (model, masked), (colour, dash) in zip(lines, styles, strict=False):
+        of = sorted(
+            (r["audited_time"], r["audited_cosine"]) for r in found if (r["model"], r["masked"]) == (model, masked)
+        )
+        points = [at(*point) for point in of]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
+        )
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
+        y = top + 14 + 34 * lines.index((model, masked))
+        parts.append(f'<circle cx="{width - 150}" cy="{y - 4}" r="4" fill="{colour}"/>')
+        labels = "all labelled" if not masked else f"{1 - masked:.0%} labelled"
+        parts.append(f'<text x="{width - 140}" y="{y}">{model}</text>')
+        parts.append(f'<text x="{width - 140}" y="{y + 14}" fill="#555">{labels}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "fidelity": fidelity,
+    "estimators": estimators,
+    "without_amx": without_amx,
+    "frontier": frontier,
+    "training": training,
+}
 
 
 def render(text: str) -> str:
@@ -87,6 +212,7 @@ def main() -> None:
     for name in PAGES:
         page = ROOT / name
         page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
+    (ROOT / "docs" / "frontier.svg").write_text(frontier_picture(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,40 @@ def test_train_then_audit_the_adapter(inputs, capsys, tmp_path):
     assert "cosine 1.0000" in capsys.readouterr().out
 
 
+def test_plan_then_audit_and_train_with_it(inputs, capsys, tmp_path):
+    _, model, rows = inputs
+    out = tmp_path / "plan.json"
+    plan = ["plan", "--model", model, "--data", rows, "--output", out, "--rows", 4, "--fidelity", 0.9]
+    assert main([str(a) for a in plan]) == 0
+    captured = capsys.readouterr()
+    assert "0.9 asked for" in captured.out
+    assert f"Saved as {out}" in captured.out
+    assert "planning: timing candidates" in captured.err
+    document = json.loads(out.read_text())
+    assert document["fidelity"] == 0.9
+    assert "--overwrite replaces it" in error_line(capsys, *plan)
+    assert main([str(a) for a in [*plan, "--overwrite", "--quiet"]]) == 0
+    assert capsys.readouterr().out == ""
+
+    audit = ["audit", "--model", model, "--data", rows, "--rows", 4, "--plan", out, "--json"]
+    assert main([str(a) for a in audit]) == 0
+    assert json.loads(capsys.readouterr().out)["cosine"] > 0.8
+
+    train = ["train", "--model", model, "--data", rows, "--output", tmp_path / "out", "--preset", "auto", "--plan", out]
+    assert main([str(a) for a in [*train, "--max_steps", 2]]) == 0
+    assert json.loads((tmp_path / "out" / "celora_plan.json").read_text()) == json.loads(out.read_text())
+
+    capsys.readouterr()
+
+    out.write_text("{}")
+    assert "plan of version None" in error_line(capsys, *audit)
+    base = ["train", "--model", model, "--data", rows, "--output", tmp_path / "none"]
+    assert "fidelity belongs to a plan" in error_line(capsys, *base, "--preset", "paper", "--fidelity", 0.9)
+    assert "fidelity=1.5; expected a cosine" in error_line(capsys, *base, "--preset", "auto", "--fidelity", 1.5)
+    assert "memory_limit=-1;" in error_line(capsys, *base, "--preset", "auto", "--memory_limit", -1)
+    assert "expected a file in a folder that exists" in error_line(capsys, *plan[:5], "--output", tmp_path)
+
+
 def test_mistakes_are_one_line_and_status_2(inputs, capsys, tmp_path):
     _, model, rows = inputs
     out = ["--output", tmp_path / "out"]

@@ -278,3 +278,46 @@ def test_model_folders_that_are_none(inputs, finished, tmp_path):
     ):
         with pytest.raises(CELoraError, match=message):
             go({**inputs, "model": str(model)}, tmp_path / "out")
+
+
+def test_auto_plans_at_the_start_keeps_the_plan_and_resumes_with_it(inputs, tmp_path, monkeypatch):
+    from celora import planner
+
+    without = {key: value for key, value in SHORT.items() if key != "celora"}
+    whole, _ = train_auto(inputs, tmp_path / "whole", **without)
+    plan = json.loads((tmp_path / "whole" / "celora_plan.json").read_text())
+    assert plan["fidelity"] == 0.95
+    assert whole.status == "finished"
+
+    train_auto(inputs, tmp_path / "parts", **{**without, "max_steps": 3, "plan": str(tmp_path / "whole")})
+    monkeypatch.setattr(planner, "_make_plans", None)  # a resumed run must not plan again
+    request = parse(["--max_steps", "6"], {"output": str(tmp_path / "parts"), "resume": True})
+    assert train(request, console=Console(file=io.StringIO())).status == "finished"
+    assert json.loads((tmp_path / "parts" / "celora_plan.json").read_text()) == plan
+
+
+def train_auto(inputs, output, **more):
+    console = Console(file=io.StringIO(), width=200)
+    fidelity = {} if "plan" in more else {"fidelity": 0.95}
+    request = make_request({**inputs, "output": str(output), "preset": "auto", **fidelity, **more})
+    return train(request, console=console), console.file.getvalue()
+
+
+def test_planning_does_not_change_the_order_of_the_data(inputs, tmp_path):
+    seen = {}
+    for preset in ("off", "auto"):
+        losses = []
+        request = make_request(
+            {
+                **inputs,
+                "output": str(tmp_path / preset),
+                "preset": preset,
+                "max_steps": 3,
+                "per_device_train_batch_size": 4,
+            }
+            | ({"fidelity": 1.0} if preset == "auto" else {})
+        )
+        train(request, console=Console(file=io.StringIO()))
+        losses = [row["loss"] for row in read_metrics(tmp_path / preset / "metrics.jsonl")]
+        seen[preset] = losses
+    assert seen["auto"] == pytest.approx(seen["off"], rel=1e-3)

@@ -101,8 +101,22 @@ def make_plan(
     Raises:
         CELoraError: no adapters, nothing to estimate, no batches, or a fidelity out of range.
     """
-    if isinstance(fidelity, bool) or not isinstance(fidelity, int | float) or not 0 < fidelity <= 1:
-        raise CELoraError(f"fidelity={fidelity!r}; expected a cosine, 0 < fidelity <= 1.")
+    return make_plans(model, batches, [fidelity], memory_limit=memory_limit, loss=loss, progress=progress)[0]
+
+
+def make_plans(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    fidelities: Sequence[float],
+    *,
+    memory_limit: int | None = None,
+    loss: Loss | None = None,
+    progress: Progress | None = None,
+) -> list[Plan]:
+    """`make_plan` for several fidelities, from one set of measurements: a frontier of time against fidelity."""
+    for fidelity in fidelities:
+        if isinstance(fidelity, bool) or not isinstance(fidelity, int | float) or not 0 < fidelity <= 1:
+            raise CELoraError(f"fidelity={fidelity!r}; expected a cosine, 0 < fidelity <= 1.")
     parameters = trainable(model)
     used = [on_device(batch, parameters) for _, batch in zip(range(3), batches, strict=False)]
     if not used:
@@ -121,7 +135,7 @@ def make_plan(
     try:
         with untouched(model, parameters) as rewind:
             bench = _Bench(model, parameters, used, loss, rewind, progress or (lambda what, share: None))
-            return _make_plan(bench, layers, fidelity, memory_limit)
+            return _make_plans(bench, layers, fidelities, memory_limit)
     finally:
         if attached is not None:
             attached.switch.on = was_on
@@ -162,7 +176,8 @@ class _Bench:
     def audit(self, layers: Mapping[str, _Layer], settings: Mapping[str, LayerConfig], number: int) -> Fidelity:
         """The fidelity on batch `number` with these settings under these layers, everything else exact."""
         exact = self.exact(number)
-        with _grafted({name: layers[name] for name in settings}, settings) as grafts:
+        estimated_layers = {name: layers[name] for name in settings}
+        with _grafted(estimated_layers, lambda layer: _estimator(layer.shape, settings[layer.name])) as grafts:
             waiting = [graft for graft in grafts.values() if not graft.estimator.ready]
             if waiting:
                 for graft in waiting:
@@ -176,25 +191,24 @@ class _Bench:
 
     def time(self, layers: Mapping[str, _Layer], settings: Mapping[str, LayerConfig]) -> float:
         """The time of all `grad_input` products inside whole backward passes, over that of the dense ones."""
-        ratios = []
-        plans = [
-            dict.fromkeys(layers, LayerConfig("dense")),
-            {**dict.fromkeys(layers, LayerConfig("dense")), **settings},
+        dense = dict.fromkeys(layers, LayerConfig("dense"))
+        contenders = [
+            {name: _estimator(layer.shape, of[name]) for name, layer in layers.items()}
+            for of in (dense, {**dense, **settings})
         ]
-        for turn in range(3):
+        ratios = []
+        for turn in range(4):
             seconds = []
-            for plan in plans:
-                with _grafted(layers, plan, timed=True) as grafts:
+            for estimators in contenders:
+                with _grafted(layers, functools.partial(_of, estimators), kind=_TimedGraft) as grafts:
                     for graft in grafts.values():
                         graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.OBSERVE
-                    self.gradient(self.measuring)  # makes what estimators keep
-                    for graft in grafts.values():
-                        graft.estimator.select()
-                        graft.mode, graft.seconds = Mode.ESTIMATE, 0.0
                     self.gradient(self.measuring)
                     seconds.append(float(sum(graft.seconds for graft in grafts.values())))
-            ratios.append(seconds[1] / seconds[0])
-            self.progress("measuring the plan", 0.85 + 0.05 * turn)
+                    for estimator in estimators.values():
+                        estimator.select()
+            if turn > 0:  # the first makes what estimators keep
+                ratios.append(seconds[1] / seconds[0])
         return float(statistics.median(ratios))
 
 
@@ -214,18 +228,13 @@ class _TimedGraft(LayerGraft):
 
 @contextmanager
 def _grafted(
-    layers: Mapping[str, _Layer],
-    settings: Mapping[str, LayerConfig],
-    *,
-    timed: bool = False,
-    make: Callable[[_Layer], Estimator] | None = None,
+    layers: Mapping[str, _Layer], make: Callable[[_Layer], Estimator], *, kind: type[LayerGraft] = LayerGraft
 ) -> Iterator[dict[str, Any]]:
-    """Graft estimators under `layers` for a while: of their settings, or what `make` makes."""
+    """Graft what `make` makes under `layers` for a while, estimating."""
     switch, grafts, handles = Switch(), {}, []
     try:
         for name, layer in layers.items():
-            estimator = make(layer) if make else _estimator(layer.shape, settings[name])
-            grafts[name] = (_TimedGraft if timed else LayerGraft)(estimator, switch)
+            grafts[name] = kind(make(layer), switch)
             grafts[name].mode = Mode.ESTIMATE
             handles.append(layer.base.register_forward_hook(grafts[name]))
         yield grafts
@@ -233,6 +242,10 @@ def _grafted(
         switch.on = False
         for handle in handles:
             handle.remove()
+
+
+def _of(estimators: Mapping[str, Estimator], layer: _Layer) -> Estimator:
+    return estimators[layer.name]
 
 
 def _estimator(shape: tuple[int, int], setting: LayerConfig) -> Estimator:
@@ -315,7 +328,9 @@ def candidates(device: torch.device) -> list[LayerConfig]:
     return found
 
 
-def _make_plan(bench: _Bench, layers: list[_Layer], fidelity: float, memory_limit: int | None) -> Plan:
+def _make_plans(
+    bench: _Bench, layers: list[_Layer], fidelities: Sequence[float], memory_limit: int | None
+) -> list[Plan]:
     device = layers[0].base.weight.device
     considered = candidates(device)
     bench.progress("observing gradients", 0.0)
@@ -331,16 +346,27 @@ def _make_plan(bench: _Bench, layers: list[_Layer], fidelity: float, memory_limi
         memory_limit = (weights + saved) // 20
     bench.progress("timing candidates", 0.15)
     times = _time_shapes(layers, considered)
-    bench.progress("probing influence", 0.3)
+    bench.progress("probing influence", 0.25)
     _probe_influence(bench, layers)
     planned = [_evidence(layer, considered, times[layer.shape]) for layer in layers]
-    bench.progress("choosing", 0.65)
+    plans = []
+    for i, fidelity in enumerate(fidelities):
+        bench.progress("choosing", 0.65 + 0.35 * i / len(fidelities))
+        plans.append(_finish(bench, layers, planned, fidelity, memory_limit))
+    bench.progress("done", 1.0)
+    return plans
+
+
+def _finish(
+    bench: _Bench, layers: list[_Layer], planned: list[PlannedLayer], fidelity: float, memory_limit: int
+) -> Plan:
+    """Choose, and verify what was chosen."""
     by_name = {layer.name: layer for layer in layers}
     chosen, predicted = _choose(bench, by_name, planned, fidelity, memory_limit)
     settings = {p.name: p.choice.setting for p in chosen if p.choice.setting.estimator != "dense"}
     audited = bench.audit(by_name, settings, len(bench.batches) - 1).cosine if settings else 1.0
     measured = bench.time(by_name, settings) if settings else 1.0
-    bench.progress("done", 1.0)
+    weight = layers[0].base.weight
     return Plan(
         layers=tuple(chosen),
         fidelity=float(fidelity),
@@ -349,8 +375,8 @@ def _make_plan(bench: _Bench, layers: list[_Layer], fidelity: float, memory_limi
         predicted_time=round(sum(p.choice.time_ms for p in chosen) / sum(p.dense_ms for p in chosen), 4),
         audited_time=round(measured, 4),
         tokens=max(layer.tokens for layer in layers),
-        dtype=str(layers[0].base.weight.dtype).removeprefix("torch."),
-        device=device_name(device),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        device=device_name(weight.device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         memory_limit=int(memory_limit),
@@ -373,7 +399,7 @@ def _observe(bench: _Bench, layers: list[_Layer], considered: Sequence[LayerConf
         def make(layer: _Layer, last: bool = last) -> Estimator:
             return _Observer(layer, considered, measure=last)
 
-        with _grafted(by_name, {}, make=make) as grafts, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with _grafted(by_name, make) as grafts, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             for graft in grafts.values():
                 graft.mode = Mode.OBSERVE
             bench.gradient(number)
@@ -474,7 +500,7 @@ def _probe_influence(bench: _Bench, layers: list[_Layer]) -> None:
         error = bench.audit(members, dict.fromkeys(members, _DISTURBANCE), number).relative_error
         caused = sum(_disturbed(layer) for layer in group)
         arrived.append(error**2 / caused if caused > 0 else 0.0)
-        bench.progress("probing influence", 0.3 + 0.35 * (i + 1) / len(groups))
+        bench.progress("probing influence", 0.25 + 0.4 * (i + 1) / len(groups))
     mean = statistics.fmean(arrived[len(depths) :]) if len(groups) > len(depths) else 0.0
     for group, rate in zip(depths, arrived, strict=False):
         for layer in group:
@@ -504,12 +530,11 @@ def _choose(
     rate = 1.0  # how much of the predicted error an audit finds
     best: list[PlannedLayer] | None = None
     best_predicted = 1.0
-    for turn in range(_ROUNDS):
+    for _ in range(_ROUNDS):
         choice = table.cheapest(wanted / rate, memory_limit)
         chosen = [dataclasses.replace(p, chosen=i) for p, i in zip(planned, choice, strict=True)]
         settings = {p.name: p.choice.setting for p in chosen if p.choice.setting.estimator != "dense"}
         cosine = bench.audit(layers, settings, bench.measuring).cosine if settings else 1.0
-        bench.progress("choosing", 0.65 + 0.2 * (turn + 1) / _ROUNDS)
         found, expected = 1 - cosine**2, table.error(choice)
         faster = best is None or table.time(choice) < table.time([p.chosen for p in best])
         if cosine >= fidelity and faster:
