@@ -1,8 +1,8 @@
 """What refreshing costs: the time of every optimizer step of a run, with refreshes spread and all at once.
 
 SmolLM2-135M-Instruct, bf16, LoRA r=16, 4 x 128 tokens. A run of `paper` (all layers refresh at steps 0, 200, ...), of
-the same with its refreshes spread, and of a plan (`auto`). Two rounds of the refresh interval are run, shortened to 40
-steps; the share at the default interval of 200 follows from the extra time of one round. Writes `results/refresh.jsonl`.
+the same with its refreshes spread, and of a plan (`auto`). Two rounds of the interval are run, shortened to 40
+steps; the share at the default interval of 200 follows from the extra time of one. Writes `results/refresh.jsonl`.
 """
 
 from __future__ import annotations
