@@ -1,7 +1,7 @@
 """What the demo leaves to choose, chosen on sentences that the demo's results never see (the validation split).
 
-The wording of the question: of those tried, the accuracy of the untouched model, and for the best two the accuracy
-after plain LoRA, which decides. Then each contender's learning rate, so that neither is handicapped. Writes
+`wordings`: the accuracy of the untouched model with each wording of the question; the best is kept. `train`: accuracy
+after both contenders for one wording, learning rate, number of steps and batch size. Rows are added to
 `results/demo-choices.jsonl`.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 
 import torch
@@ -54,20 +53,21 @@ def wordings() -> list[dict[str, object]]:
     ]
 
 
-def trained(
-    folder: Path, wording: tuple[str, str], rate: float, arms: list[str], seeds: int
-) -> list[dict[str, object]]:
-    """Accuracy of the contenders after training with this wording and learning rate."""
-    sentiment.SYSTEM, sentiment.QUESTION = wording
-    of = run_demo(folder, seeds=seeds, judge="validation", learning_rates=dict.fromkeys(ARMS, rate), arms=arms)
+def trained(folder: Path, wording: int, rate: float, steps: int, batch: int, seeds: int) -> list[dict[str, object]]:
+    """Accuracy of the contenders after training so."""
+    sentiment.SYSTEM, sentiment.QUESTION = WORDINGS[wording]
+    rates = dict.fromkeys(ARMS, rate)
+    of = run_demo(folder, seeds=seeds, judge="validation", learning_rates=rates, steps=steps, batch_size=batch)
     return [
         {
             "choice": "training",
             "arm": row.arm,
             "seed": row.seed,
-            "system": wording[0],
-            "question": wording[1],
+            "system": sentiment.SYSTEM,
+            "question": sentiment.QUESTION,
             "learning_rate": rate,
+            "steps": steps,
+            "batch_size": batch,
             "accuracy": row.accuracy,
             "sentences": row.held_out,
         }
@@ -78,27 +78,23 @@ def trained(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["wordings", "train"])
     parser.add_argument("--folder", type=Path, default=Path("demo-choices"))
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3])
+    parser.add_argument("--wording", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
     logging.disable_progress_bar()
-    found = wordings()
-    best = sorted(found, key=lambda row: -row["accuracy"])[:2]
-    pairs = [(row["system"], row["question"]) for row in best]
-    for number, wording in enumerate(pairs):
-        found += trained(options.folder / f"wording-{number}", wording, options.rates[-1], ["LoRA"], options.seeds)
-
-    def mean(**of: object) -> float:
-        return statistics.mean(row["accuracy"] for row in found if of.items() <= row.items())
-
-    wording = max(pairs, key=lambda pair: mean(arm="LoRA", system=pair[0], question=pair[1]))
-    for rate in options.rates:
-        arms = ["CE-LoRA"] if rate == options.rates[-1] else list(ARMS)
-        found += trained(options.folder / f"rate-{rate}", wording, rate, arms, options.seeds)
-    for row in found:
-        Console().print_json(json.dumps(row))
-    rows.write(rows.RESULTS / "demo-choices.jsonl", [row | rows.conditions() for row in found])
+    if options.what == "wordings":
+        found = wordings()
+    else:
+        found = trained(options.folder, options.wording, options.rate, options.steps, options.batch, options.seeds)
+    with (rows.RESULTS / "demo-choices.jsonl").open("a", encoding="utf-8") as file:
+        for row in found:
+            Console().print_json(json.dumps(row))
+            file.write(json.dumps(row | rows.conditions()) + "\n")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def study(seed: int) -> list[dict[str, object]]:
     base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     model.enable_input_require_grads()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for batch in batches[:WARM_UP]:
         model(**batch).loss.backward()
         optimizer.step()

@@ -39,7 +39,7 @@ from celora.products import PRODUCTS
 from celora.select import energy_count, squared_row_norms
 from celora.timing import interleaved, synchronise
 
-DEFAULT_FIDELITY = 0.98
+DEFAULT_FIDELITY = 0.99
 
 # Shares of the squared gradient norm that `tokens` may keep; 1 leaves out only what is exactly zero.
 SHARES = (1.0, 0.9999, 0.9997, 0.999, 0.997, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.88, 0.8)
