@@ -32,7 +32,7 @@ def demo() -> str:
     last = found[-1]
     seeds = len({row.seed for row in found})
     return (
-        f"{table}\n\nSmolLM2-135M-Instruct ({last.dtype}), {last.steps} steps of 16 sentences, "
+        f"{table}\n\nSmolLM2-135M-Instruct ({last.dtype}), {last.steps} steps of 8 sentences, "
         f"{last.held_out} held-out sentences, {seeds} seeds, {last.threads} CPU threads, torch {last.torch}. "
         f"CE-LoRA is the preset `paper`, refreshed every {REFRESH_EVERY} steps."
     )

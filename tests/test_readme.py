@@ -44,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_python_snippets(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = load_rows("chats.jsonl", chat=True)
     names: dict[str, Any] = {"rows": rows, "model": str(folder / "model")}
-    script, loop = _blocks("python")
+    script, loop, plan = _blocks("python")
     exec(script, names)
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert "frozen layers estimated" in capsys.readouterr().out
@@ -53,6 +53,9 @@ def test_python_snippets(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     batch = dict.fromkeys(("input_ids", "labels"), model.dummy_inputs["input_ids"] % 40)
     exec(loop, names | {"model": model, "batch": batch})
     assert "LoRA gradient, estimated against exact" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    exec(plan, names | {"model": model, "batches": [batch]})
+    assert "0.99 asked for" in capsys.readouterr().out
 
 
 def test_the_diff_is_the_script(folder: Path) -> None:
@@ -67,7 +70,7 @@ def test_commands(folder: Path) -> None:
     commands = [
         shlex.split(line) for block in _blocks("bash") for line in block.splitlines() if line.startswith("celora ")
     ]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         assert main([*command[1:]]) == 0, command
 

@@ -45,7 +45,7 @@ DEFAULT_FIDELITY = 0.99
 SHARES = (1.0, 0.9999, 0.9997, 0.999, 0.997, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.88, 0.8)
 COLUMNS = (0.75, 0.5)
 _TIMED_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the tokens; times in between are interpolated
-_DISTURBANCE = LayerConfig("tokens", keep_ratio=0.9, rank=0, selection="energy")
+_DISTURBANCE = 0.88  # the share that disturbed layers keep
 _DEPTHS, _MOST_KINDS = 6, 8
 _ROUNDS = 5
 _MARGIN = 0.97  # an estimate must beat the dense product by more than timing noise, or the layer stays dense
@@ -269,17 +269,13 @@ class _Observer(Dense):
         layer = self.layer
         layer.tokens, layer.dtype = len(grad_output), grad_output.dtype
         for setting in self.candidates:
-            if setting.estimator == "columns":
-                if setting not in layer.columns:
-                    layer.columns[setting] = _estimator(layer.shape, dataclasses.replace(setting, precision="native"))
-                estimator = layer.columns[setting]
-                if self.measure and estimator.ready:
-                    self._add(setting, estimator.estimate(grad_output, weight), grad_input)
-                elif not estimator.ready:
+            if setting.estimator == "columns" and setting.precision == "native":  # 8 bits add their own error to it
+                estimator = layer.columns.setdefault(setting, _estimator(layer.shape, setting))
+                if not estimator.ready:  # on the first batch: the next is judged with an earlier one's selection
                     estimator.observe(grad_output, weight, grad_input)
                     estimator.select()
-                    if self.measure:
-                        self._add(setting, estimator.estimate(grad_output, weight), grad_input)
+                if self.measure and estimator.ready:
+                    self._add(setting, estimator.estimate(grad_output, weight), grad_input)
         if self.measure:
             self._measure_rounding(grad_output, weight, grad_input)
             self._measure_tokens(grad_output, grad_input)
@@ -467,6 +463,8 @@ def _evidence(
         bits = setting.precision if setting.precision != "native" else setting.estimator
         if bits in PRODUCTS and PRODUCTS[bits].unavailable(out_features, in_features, layer.base.weight.device):
             continue
+        if setting.estimator == "columns" and dataclasses.replace(setting, precision="native") not in layer.errors:
+            continue  # never saw a gradient to select from
         kept = statistics.fmean(layer.kept[setting.keep_ratio]) if setting.estimator == "tokens" else 1.0
         milliseconds = _time(setting, kept, times)
         rounding = layer.error(LayerConfig(bits, rank=0)) if bits in ("int8", "fp8") else 0.0
@@ -497,8 +495,9 @@ def _probe_influence(bench: _Bench, layers: list[_Layer]) -> None:
     arrived = []
     for i, group in enumerate(groups):
         members = {layer.name: layer for layer in group}
-        error = bench.audit(members, dict.fromkeys(members, _DISTURBANCE), number).relative_error
-        caused = sum(_disturbed(layer) for layer in group)
+        disturbance = _tokens(_DISTURBANCE)
+        error = bench.audit(members, dict.fromkeys(members, disturbance), number).relative_error
+        caused = sum(layer.error(disturbance) ** 2 for layer in group)
         arrived.append(error**2 / caused if caused > 0 else 0.0)
         bench.progress("probing influence", 0.25 + 0.4 * (i + 1) / len(groups))
     mean = statistics.fmean(arrived[len(depths) :]) if len(groups) > len(depths) else 0.0
@@ -511,14 +510,6 @@ def _probe_influence(bench: _Bench, layers: list[_Layer]) -> None:
                 layer.influence *= rate / mean
     for layer in layers:
         layer.influence = round(layer.influence, 8)
-
-
-def _disturbed(layer: _Layer) -> float:
-    """The squared relative error that the disturbance causes in this layer, interpolated between measured shares."""
-    share = _DISTURBANCE.keep_ratio
-    below, above = max(s for s in SHARES if s <= share), min(s for s in SHARES if s >= share)
-    along = 0.0 if below == above else (share - below) / (above - below)
-    return (1 - along) * layer.error(_tokens(below)) ** 2 + along * layer.error(_tokens(above)) ** 2
 
 
 def _choose(
