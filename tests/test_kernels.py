@@ -118,6 +118,16 @@ def test_quantised_columns(dtype: torch.dtype) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 2), (19, 33), (40, 200)])
+def test_column_maxima(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    w = torch.randn(shape).to(dtype)
+    assert kernels.column_maxima(w).equal(w.abs().amax(0).float())
+    w[0, 0] = float("nan")
+    assert kernels.column_maxima(w)[0].isnan()
+
+
+@needs_compiler
 def test_rows_may_be_apart() -> None:
     x = torch.randn(6, 40)[:, 3:17]
     assert kernels.squared_row_norms(x).allclose(x.square().sum(1))

@@ -48,8 +48,11 @@ class Product(ABC):
         it is known. `onto` is overwritten.
         """
 
+    def recheck(self, weight: Tensor) -> None:  # noqa: B027 - optional by design
+        """Drop what was derived from the weight if the weight has changed, in a way that its version does not tell."""
+
     def forget(self) -> None:  # noqa: B027 - optional by design
-        """Drop what was derived from the weight, because the weight may have changed."""
+        """Drop what was derived from the weight."""
 
     @classmethod
     def unavailable(cls, out_features: int, in_features: int, device: torch.device) -> str:
@@ -87,7 +90,7 @@ class _EightBit(Product):
     """What the 8-bit formats share: a quantised copy of the weight, made anew when the weight is another one.
 
     The copy is recognised by address and version; a weight changed through `.data` is noticed at the next refresh,
-    which calls `forget`.
+    which calls `recheck`, by its column maxima.
     """
 
     relative_cost = 0.5
@@ -111,13 +114,20 @@ class _EightBit(Product):
         """The weight's column scales, after making the copy if there is to be one and it is not up to date."""
         now = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._scale is None or self._made_of != now:
-            largest = torch.linalg.vector_norm(weight.detach(), float("inf"), dim=0).float()
-            self._scale = _divisor(largest / self._largest)
+            self._scale = self._scale_of(weight)
             self._packed = self._pack(weight.detach()) if self.copy else None
             self._made_of = now
         return self._scale
 
     _largest: ClassVar[float]
+
+    def _scale_of(self, weight: Tensor) -> Tensor:
+        return _divisor(_column_maxima(weight.detach()) / self._largest)
+
+    def recheck(self, weight: Tensor) -> None:
+        known = self._scale
+        if known is not None and not (known.device == weight.device and torch.equal(known, self._scale_of(weight))):
+            self.forget()
 
     @abstractmethod
     def _pack(self, weight: Tensor) -> Any: ...
@@ -296,6 +306,10 @@ def _quantise_columns(weight: Tensor, scale: Tensor) -> Tensor:
     if kernels.supported(weight):
         return kernels.quantise_columns(weight, inverse)
     return (weight.float() * inverse).round().to(torch.int8)
+
+
+def _column_maxima(weight: Tensor) -> Tensor:
+    return kernels.column_maxima(weight) if kernels.supported(weight) else weight.abs().amax(0).float()
 
 
 def _column_major(q: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class Estimator(ABC):
 
     def observe(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
         """Gather statistics from one exact backward pass of a refresh step: `grad_input = grad_output @ weight`."""
-        self.product.forget()
+        self.product.recheck(weight)
 
     def select(self) -> None:  # noqa: B027 - optional by design
         """End a refresh: choose from what was observed, and forget it."""

@@ -121,6 +121,7 @@ class Columns(Estimator):
         """Only the kept part in 8 bits; the factor is small and stays in the gradient's dtype."""
         if self._rows is None or self._rows.device != weight.device or not self.settings.weight_copy:
             self._rows = weight.detach()[index]
+            self.product.forget()  # these rows may lie where others did
         left = torch.gather(_bits(grad_output), 1, index.expand(len(grad_output), -1)).view(grad_output.dtype)
         result = self.product(left, self._rows)
         if self.factor.V is not None and self.U_off is not None:
@@ -143,7 +144,6 @@ class Columns(Estimator):
         return result
 
     def observe(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
-        super().observe(grad_output, weight, grad_input)
         self.factor.observe(weight, grad_input)
         norms = squared_column_norms(grad_output)
         # An overflow under a GradScaler must not spoil the repetition of its step; `where` needs no synchronisation.
@@ -193,6 +193,7 @@ class Columns(Estimator):
     def _use(self, index: Tensor) -> None:
         """Switch to a selection, in place where there is one: compiled graphs hold on to these tensors."""
         self.index, self._rows = replaced(self.index, index), None
+        self.product.forget()
         if self.factor.U is not None:
             self.U_off = replaced(self.U_off, self.factor.U.index_fill(0, index, 0))
 

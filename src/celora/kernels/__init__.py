@@ -94,6 +94,13 @@ def scatter_sums(
     )  # fmt: skip
 
 
+def column_maxima(w: Tensor) -> Tensor:
+    """`max_i |w[i, j]|` of `w: (out, in)`: (in,) float32."""
+    largest = torch.empty(w.shape[1], dtype=torch.float32)
+    _call("column_maxima", w, _pointer(w), *_sizes(w), _pointer(largest))
+    return largest
+
+
 def quantise_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
     """`round(w[i, j] inverse_scale[j])` of `w: (out, in)`: int8 (out, in)."""
     q = torch.empty(w.shape, dtype=torch.int8)

@@ -175,6 +175,25 @@ void EACH(scatter_sums)(const int32_t *y, const int32_t *position, int64_t rows,
     }
 }
 
+/* largest[j] = max_i |w[i, j]|: each thread takes a share of the columns */
+void EACH(column_maxima)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, float *largest, int threads) {
+    const int64_t share = (columns + threads - 1) / threads;
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < columns; first += share) {
+        const int64_t last = first + share < columns ? first + share : columns;
+        int32_t *sizes = (int32_t *)largest; /* as bits, which a NaN leads */
+        for (int64_t j = first; j < last; j++) sizes[j] = 0;
+        for (int64_t i = 0; i < rows; i++) {
+            const TYPE *row = w + i * stride;
+            #pragma omp simd
+            for (int64_t j = first; j < last; j++) {
+                int32_t size = EACH(magnitude)(row[j]);
+                sizes[j] = size > sizes[j] ? size : sizes[j];
+            }
+        }
+    }
+}
+
 /* q[i, j] = round(w[i, j] * inverse[j]) */
 void EACH(quantise_columns)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, const float *inverse,
                              int8_t *q, int threads) {
