@@ -25,7 +25,7 @@ from celora.planner import make_plans
 from celora.train.allocator import keep_freed_memory
 from celora.train.assets import demo_model
 
-FIDELITIES = [0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999]
+FIDELITIES = [0.9, 0.95, 0.98, 0.99]
 BATCH = 8
 
 
@@ -46,7 +46,7 @@ def smollm() -> tuple[PeftModel, list[dict[str, torch.Tensor]]]:
 def hidden_2048() -> tuple[PeftModel, list[dict[str, torch.Tensor]]]:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=2048, intermediate_size=5632, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=8,
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=3, num_attention_heads=32, num_key_value_heads=8,
         vocab_size=32000, use_cache=False,
     )  # fmt: skip
     model = _adapted(LlamaForCausalLM(config).to(torch.bfloat16))

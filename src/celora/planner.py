@@ -155,6 +155,7 @@ class _Bench:
     ) -> None:
         self.model, self.parameters, self.batches, self.loss = model, parameters, batches, loss
         self.rewind, self.progress = rewind, progress
+        self.overhead_ms = 0.0  # of a graft, whatever it computes
         self._exact: dict[int, dict[str, Tensor]] = {}
 
     @property
@@ -190,7 +191,8 @@ class _Bench:
         return Fidelity.of([(estimated[name], exact[name]) for name in exact])
 
     def time(self, layers: Mapping[str, _Layer], settings: Mapping[str, LayerConfig]) -> float:
-        """The time of all `grad_input` products inside whole backward passes, over that of the dense ones."""
+        """The time of all `grad_input` products inside whole backward passes, over that of the dense ones; what the
+        grafts themselves take counts."""
         dense = dict.fromkeys(layers, LayerConfig("dense"))
         contenders = [
             {name: _estimator(layer.shape, of[name]) for name, layer in layers.items()}
@@ -208,7 +210,7 @@ class _Bench:
                     for estimator in estimators.values():
                         estimator.select()
             if turn > 0:  # the first makes what estimators keep
-                ratios.append(seconds[1] / seconds[0])
+                ratios.append((seconds[1] + 1e-3 * self.overhead_ms * len(settings)) / seconds[0])
         return float(statistics.median(ratios))
 
 
@@ -342,9 +344,10 @@ def _make_plans(
         memory_limit = (weights + saved) // 20
     bench.progress("timing candidates", 0.15)
     times = _time_shapes(layers, considered)
+    bench.overhead_ms = _graft_overhead(device, layers[0].dtype)
     bench.progress("probing influence", 0.25)
     _probe_influence(bench, layers)
-    planned = [_evidence(layer, considered, times[layer.shape]) for layer in layers]
+    planned = [_evidence(layer, considered, times[layer.shape], bench.overhead_ms) for layer in layers]
     plans = []
     for i, fidelity in enumerate(fidelities):
         bench.progress("choosing", 0.65 + 0.35 * i / len(fidelities))
@@ -440,6 +443,23 @@ def _time_shapes(
     return found
 
 
+def _graft_overhead(device: torch.device, dtype: torch.dtype) -> float:
+    """Milliseconds that a graft adds to a layer's forward and backward: a layer left alone does not have them."""
+    linears = [nn.Linear(16, 16, device=device, dtype=dtype).requires_grad_(False) for _ in range(2)]
+    layer = LayerGraft(Dense(16, 16), Switch())
+    layer.mode = Mode.ESTIMATE
+    linears[1].register_forward_hook(layer)
+    x = torch.ones(1, 16, device=device, dtype=dtype, requires_grad=True)
+
+    def run(linear: nn.Linear) -> None:
+        with torch.enable_grad():
+            linear(x).sum().backward()
+
+    calls = {name: functools.partial(run, linear) for name, linear in zip(("bare", "grafted"), linears, strict=True)}
+    times = interleaved(calls, repeats=50)
+    return max(0.0, times["grafted"]["time_ms"] - times["bare"]["time_ms"])
+
+
 def _time(setting: LayerConfig, kept: float, times: Mapping[tuple[str, bool, float], float]) -> float:
     """Milliseconds of a candidate that keeps this share of the tokens: between the two shares that were timed."""
     if setting.estimator in ("dense", "int8", "fp8"):
@@ -453,7 +473,10 @@ def _time(setting: LayerConfig, kept: float, times: Mapping[tuple[str, bool, flo
 
 
 def _evidence(
-    layer: _Layer, considered: Sequence[LayerConfig], times: Mapping[tuple[str, bool, float], float]
+    layer: _Layer,
+    considered: Sequence[LayerConfig],
+    times: Mapping[tuple[str, bool, float], float],
+    overhead_ms: float,
 ) -> PlannedLayer:
     """All candidates of one layer that are faster than dense, with dense first."""
     out_features, in_features = layer.shape
@@ -466,7 +489,7 @@ def _evidence(
         if setting.estimator == "columns" and dataclasses.replace(setting, precision="native") not in layer.errors:
             continue  # never saw a gradient to select from
         kept = statistics.fmean(layer.kept[setting.keep_ratio]) if setting.estimator == "tokens" else 1.0
-        milliseconds = _time(setting, kept, times)
+        milliseconds = _time(setting, kept, times) + overhead_ms
         rounding = layer.error(LayerConfig(bits, rank=0)) if bits in ("int8", "fp8") else 0.0
         if setting.estimator in ("int8", "fp8"):
             selected = 0.0

@@ -10,6 +10,7 @@ Source: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339), here fo
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -184,7 +185,7 @@ class Int8(_EightBit):
         fill = onto is None
         if unsigned and index is None:
             onto = y  # in place: each number is read before it is written
-        out = grad_output.new_empty(len(grad_output), weight.shape[1]) if onto is None else onto
+        out = grad_output.new_empty(grad_output.shape[0], weight.shape[1]) if onto is None else onto
         if index is not None and position is None:
             position = _positions(index, len(grad_output))
         if unsigned:
@@ -280,11 +281,16 @@ def _dot_products() -> bool:
 
 
 def _packed_product(q: Tensor, packed: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    zero_points = torch.zeros(len(column_scale), dtype=torch.int32)
+    zero_points = _zero_points(column_scale.shape[0])
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         q, 1.0, 128, packed, column_scale, zero_points, None, 1.0, 0, dtype, "none", [], ""
     )
     return y
+
+
+@functools.lru_cache(maxsize=64)
+def _zero_points(columns: int) -> Tensor:
+    return torch.zeros(columns, dtype=torch.int32)
 
 
 def _integer_product(q: Tensor, weight: Tensor) -> Tensor:

@@ -73,9 +73,9 @@ class Tokens(Estimator):
             index, factors = self._sample(squared.sqrt())
         else:
             index, position = critical_rows(
-                squared, kept=self._kept(squared), share=self.keep_ratio, step=grain(len(grad_output))
+                squared, kept=self._kept(squared), share=self.keep_ratio, step=grain(grad_output.shape[0])
             )
-            if len(index) == len(grad_output):
+            if index.shape[0] == grad_output.shape[0]:
                 return self.product(grad_output, weight)
         if self.factor.U is not None and self.factor.V is not None:
             onto = (grad_output @ self.factor.U.to(grad_output.dtype)) @ self.factor.V.to(grad_output.dtype)
@@ -111,7 +111,7 @@ class Tokens(Estimator):
 
     def _kept(self, squared: Tensor) -> int | None:
         """How many tokens to keep; None if that is to be counted from `squared`."""
-        tokens = len(squared)
+        tokens = squared.shape[0]
         if self.settings.selection == "topk":
             return max(1, round(self.keep_ratio * tokens))
         if _counts_freely(squared.device):

@@ -27,6 +27,16 @@ from torch import Tensor
 _SOURCE = Path(__file__).with_name("rows.c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _WIDE = "-mprefer-vector-width=512"
+_P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES = {
+    "choose_rows": [_P, _N, _N, ctypes.c_double, _N, _P, _P, _P],
+    "squared_row_norms": [_P, _N, _N, _N, _P, _I],
+    "quantise_rows": [_P, _P, _N, _N, _N, ctypes.c_float, _P, _P, _I],
+    "scatter_rows": [_P, _P, _N, _N, _P, _P, _I, _I],
+    "scatter_sums": [_P, _P, _N, _N, _P, _P, _P, _I, _I],
+    "column_maxima": [_P, _N, _N, _N, _P, _I],
+    "quantise_columns": [_P, _N, _N, _N, _P, _P, _I],
+}
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -39,8 +49,9 @@ def supported(tensor: Tensor) -> bool:
 
 def squared_row_norms(x: Tensor) -> Tensor:
     """`sum_i x[t, i]^2` of `x: (T, n)`: (T,) float32."""
-    squared = torch.empty(len(x), dtype=torch.float32)
-    _call("squared_row_norms", x, _pointer(x), *_sizes(x), _pointer(squared))
+    rows, columns = x.shape
+    squared = torch.empty(rows, dtype=torch.float32)
+    _call("squared_row_norms", x, x.data_ptr(), rows, columns, x.stride(0), squared.data_ptr())
     return squared
 
 
@@ -49,14 +60,14 @@ def choose_rows(squared: Tensor, *, kept: int | None, share: float, step: int) -
 
     With `kept=None`, as many as hold `share` of the sum, rounded up to a multiple of `step`: `select.energy_count`.
     """
-    rows = len(squared)
+    rows = squared.shape[0]
     index = torch.empty(rows, dtype=torch.int64)
-    position, scratch = torch.empty(rows, dtype=torch.int32), torch.empty(2 * rows, dtype=torch.int32)
+    position, scratch = torch.empty(3 * rows, dtype=torch.int32).split([rows, 2 * rows])
     loaded = library()
     assert loaded is not None
     chosen = loaded.choose_rows(
-        _pointer(squared), ctypes.c_int64(rows), ctypes.c_int64(-1 if kept is None else kept), ctypes.c_double(share),
-        ctypes.c_int64(step), _pointer(index), _pointer(position), _pointer(scratch),
+        squared.data_ptr(), rows, -1 if kept is None else kept, share, step,
+        index.data_ptr(), position.data_ptr(), scratch.data_ptr(),
     )  # fmt: skip
     return index[:chosen], position
 
@@ -66,45 +77,45 @@ def quantise_rows(x: Tensor, index: Tensor | None, *, offset: int) -> tuple[Tens
 
     Returns the bytes, uint8 (K, n), to be read as int8 with `offset=0`, and the scales, float32 (K,).
     """
-    rows = len(x) if index is None else len(index)
-    q = torch.empty(rows, x.shape[1], dtype=torch.uint8)
+    rows, columns = x.shape
+    rows = rows if index is None else index.shape[0]
+    q = torch.empty(rows, columns, dtype=torch.uint8)
     scale = torch.empty(rows, dtype=torch.float32)
-    _call(
-        "quantise_rows", x, _pointer(x), _pointer(index), ctypes.c_int64(rows), *_sizes(x)[1:],
-        ctypes.c_float(offset), _pointer(q), _pointer(scale),
-    )  # fmt: skip
+    _call("quantise_rows", x, x.data_ptr(), _pointer(index), rows, columns, x.stride(0), offset, q.data_ptr(),
+          scale.data_ptr())  # fmt: skip
     return q, scale
 
 
 def scatter_rows(y: Tensor, position: Tensor | None, row_scale: Tensor, out: Tensor, *, fill: bool) -> None:
     """`out[t] = row_scale[k] y[k]` with `k = position[t]`, int32, or t itself; rows with k < 0 become 0 if `fill`."""
+    rows, columns = out.shape
     _call(
-        "scatter_rows", y, _pointer(y), _pointer(position), ctypes.c_int64(len(out)), ctypes.c_int64(out.shape[1]),
-        _pointer(row_scale), _pointer(out), ctypes.c_int(fill),
-    )  # fmt: skip
+        "scatter_rows", y, y.data_ptr(), _pointer(position), rows, columns, row_scale.data_ptr(), out.data_ptr(), fill
+    )
 
 
 def scatter_sums(
     y: Tensor, position: Tensor | None, row_scale: Tensor, column_scale: Tensor, out: Tensor, *, fill: bool
 ) -> None:
     """The same for sums of 8-bit products, int32: `out[t, j] = row_scale[k] column_scale[j] y[k, j]`."""
-    _call(
-        "scatter_sums", out, _pointer(y), _pointer(position), ctypes.c_int64(len(out)), ctypes.c_int64(out.shape[1]),
-        _pointer(row_scale), _pointer(column_scale), _pointer(out), ctypes.c_int(fill),
-    )  # fmt: skip
+    rows, columns = out.shape
+    _call("scatter_sums", out, y.data_ptr(), _pointer(position), rows, columns, row_scale.data_ptr(),
+          column_scale.data_ptr(), out.data_ptr(), fill)  # fmt: skip
 
 
 def column_maxima(w: Tensor) -> Tensor:
     """`max_i |w[i, j]|` of `w: (out, in)`: (in,) float32."""
-    largest = torch.empty(w.shape[1], dtype=torch.float32)
-    _call("column_maxima", w, _pointer(w), *_sizes(w), _pointer(largest))
+    rows, columns = w.shape
+    largest = torch.empty(columns, dtype=torch.float32)
+    _call("column_maxima", w, w.data_ptr(), rows, columns, w.stride(0), largest.data_ptr())
     return largest
 
 
 def quantise_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
     """`round(w[i, j] inverse_scale[j])` of `w: (out, in)`: int8 (out, in)."""
-    q = torch.empty(w.shape, dtype=torch.int8)
-    _call("quantise_columns", w, _pointer(w), *_sizes(w), _pointer(inverse_scale), _pointer(q))
+    rows, columns = w.shape
+    q = torch.empty(rows, columns, dtype=torch.int8)
+    _call("quantise_columns", w, w.data_ptr(), rows, columns, w.stride(0), inverse_scale.data_ptr(), q.data_ptr())
     return q
 
 
@@ -121,6 +132,9 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError):
         return None
     loaded.choose_rows.restype = ctypes.c_int64
+    for name, types in _SIGNATURES.items():
+        for function in [name] if name == "choose_rows" else [f"{name}_{of}" for of in _NAMES.values()]:
+            getattr(loaded, function).argtypes = types
     return loaded
 
 
@@ -152,15 +166,11 @@ def _instruction_set() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _call(name: str, typed: Tensor, *arguments: object) -> None:
+def _call(name: str, typed: Tensor, *arguments: int | None) -> None:
     loaded = library()
     assert loaded is not None
-    getattr(loaded, f"{name}_{_NAMES[typed.dtype]}")(*arguments, ctypes.c_int(torch.get_num_threads()))
+    getattr(loaded, f"{name}_{_NAMES[typed.dtype]}")(*arguments, torch.get_num_threads())
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def _sizes(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]:
-    return ctypes.c_int64(len(x)), ctypes.c_int64(x.shape[1]), ctypes.c_int64(x.stride(0))
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
