@@ -153,7 +153,8 @@ def test_a_saved_celora_config_is_a_config_file(tmp_path):
 
 
 def test_paper_preset_balances_both_ranks():
-    request = make_request({**OWN, "lora_r": 16})
+    assert (make_request(OWN).preset, make_request(OWN).r) == ("auto", 16)
+    request = make_request({**OWN, "lora_r": 16, "preset": "paper"})
     assert (request.preset, request.r, request.config.rank, request.lora_r) == ("paper", 14, "adapter", 16)
     assert make_request({**OWN, "preset": "off"}).r == 16
     over = make_request({**OWN, "preset": "paper", "celora": {"refresh_every": 3}})

@@ -49,7 +49,7 @@ def test_version_and_help(capsys):
 def test_train_then_audit_the_adapter(inputs, capsys, tmp_path):
     _, model, rows = inputs
     train = ["train", "--model", model, "--data", rows, "--output", tmp_path / "out", "--max_steps", 2, "--lora-r", 8]
-    assert main([str(a) for a in train]) == 0
+    assert main([str(a) for a in [*train, "--preset", "paper"]]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("finished: step 2  loss ")
     assert "r0 = 7" in captured.err

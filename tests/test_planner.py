@@ -47,6 +47,7 @@ def free_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
         return {layer.shape: keys for layer in layers}
 
     monkeypatch.setattr(planner, "_time_shapes", times)
+    monkeypatch.setattr(planner, "_graft_overhead", lambda device, dtype: 0.0)
 
 
 @pytest.mark.parametrize("fidelity", [0.9, 0.99, 1.0])
@@ -150,7 +151,7 @@ def test_a_fidelity_out_of_range(model: PeftModel, batches: Any, fidelity: Any) 
 def test_what_cannot_be_planned(model: PeftModel) -> None:
     with pytest.raises(CELoraError, match="no batches to plan with"):
         celora.make_plan(model, [])
-    with pytest.raises(CELoraError, match="no layer can be estimated"):
+    with pytest.raises(CELoraError, match="no PEFT layers in Linear"):
         celora.make_plan(torch.nn.Linear(3, 3), [make_batch(0)])
     with pytest.raises(CELoraError, match="returned no loss"):
         celora.make_plan(model, [{"input_ids": make_batch(0)["input_ids"]}])
@@ -174,3 +175,30 @@ def test_the_cheapest_choice_is_found_within_both_limits() -> None:
     assert table.cheapest(0.0, 100) == [0, 0, 0]
     assert table.cheapest(2.0, 0) == [2, 2, 2]
     assert table.cheapest(0.05, 5).count(1) <= 1
+
+
+def test_where_nothing_can_be_estimated_everything_stays_exact(model: PeftModel) -> None:
+    for module in model.modules():
+        if hasattr(module, "base_layer"):
+            module.base_layer.weight.requires_grad_(True)
+    plan = celora.make_plan(model, [make_batch(0)])
+    assert plan.layers == ()
+    assert (plan.predicted_time, plan.audited_cosine) == (1.0, 1.0)
+    assert "everything stays exact" in str(plan)
+    with pytest.warns(UserWarning, match="no layer can be estimated"):
+        celora.attach(model, plan)
+    masked = make_batch(0)
+    masked["labels"][:] = -100
+    model = make_model()
+    masked["labels"][0, 1] = 5
+    assert celora.make_plan(model, [masked]).layers
+
+
+def test_what_a_graft_itself_takes_is_counted(model: PeftModel, free_estimates: None, monkeypatch: Any) -> None:
+    monkeypatch.setattr(planner, "_graft_overhead", lambda device, dtype: 0.3)
+    plan = celora.make_plan(model, [make_batch(0)], 0.9)
+    assert all(0.3 < c.time_ms < 0.97 for layer in plan.layers for c in layer.candidates[1:])
+    monkeypatch.setattr(planner, "_graft_overhead", lambda device, dtype: 1.0)
+    assert {layer.chosen for layer in celora.make_plan(model, [make_batch(0)], 0.5).layers} == {0}
+    monkeypatch.undo()
+    assert 0 <= planner._graft_overhead(torch.device("cpu"), torch.float32) < 100

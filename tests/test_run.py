@@ -224,6 +224,7 @@ def test_bad_input_leaves_the_earlier_run_alone(inputs, tmp_path):
 
 def test_paper_preset_trains_the_balanced_rank(inputs, tmp_path):
     request = {**inputs, "output": str(tmp_path / "out"), "max_steps": 1, "lora_r": 8, "save_strategy": "no"}
+    request["preset"] = "paper"
     console = Console(file=io.StringIO(), width=200)
     train(make_request(request), console=console)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 7

@@ -206,6 +206,8 @@ class Plan:
             raise CELoraError(f"{file}: {error}") from None
 
     def __str__(self) -> str:
+        if not self.layers:
+            return "No layer of this model can be estimated, or none sees a gradient: everything stays exact."
         groups: dict[tuple[Any, ...], list[PlannedLayer]] = {}
         for layer in self.layers:
             key = (layer.name.rpartition(".")[2], layer.out_features, layer.in_features, label(layer.choice.setting))

@@ -98,8 +98,10 @@ def make_plan(
         loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
         progress: called with what is being done and the share of the work that is done.
 
+    Where no layer can be estimated the plan is empty, and training with it is plain PEFT.
+
     Raises:
-        CELoraError: no adapters, nothing to estimate, no batches, or a fidelity out of range.
+        CELoraError: no adapters, no batches, or a fidelity out of range.
     """
     return make_plans(model, batches, [fidelity], memory_limit=memory_limit, loss=loss, progress=progress)[0]
 
@@ -121,13 +123,11 @@ def make_plans(
     used = [on_device(batch, parameters) for _, batch in zip(range(3), batches, strict=False)]
     if not used:
         raise CELoraError("no batches to plan with; give at least one, and three to verify on one that was not used.")
-    layers = [
-        _Layer(name, module.get_base_layer())
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and not cannot_estimate(module.get_base_layer())
-    ]
-    if not layers:
-        raise CELoraError("no layer can be estimated: celora.attach(model, 'paper') says why, layer by layer.")
+    tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if not tuners:
+        raise CELoraError(f"no PEFT layers in {type(model).__name__}; add an adapter first: peft.get_peft_model(...).")
+    bases = {name: module.get_base_layer() for name, module in tuners.items()}
+    layers = [_Layer(name, base) for name, base in bases.items() if not cannot_estimate(base)]
     attached = find(model)
     was_on = attached is not None and attached.switch.on
     if attached is not None:
@@ -329,24 +329,21 @@ def candidates(device: torch.device) -> list[LayerConfig]:
 def _make_plans(
     bench: _Bench, layers: list[_Layer], fidelities: Sequence[float], memory_limit: int | None
 ) -> list[Plan]:
-    device = layers[0].base.weight.device
+    device = next(iter(bench.parameters.values())).device
     considered = candidates(device)
     bench.progress("observing gradients", 0.0)
     saved = _observe(bench, layers, considered)
     # The first layers' inputs may need no gradient: there is no product to estimate.
     layers = [layer for layer in layers if layer.errors]
-    if not layers:
-        raise CELoraError(
-            "no frozen layer sees a gradient; call model.enable_input_require_grads() or check the labels."
-        )
     if memory_limit is None:
         weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
         memory_limit = (weights + saved) // 20
     bench.progress("timing candidates", 0.15)
     times = _time_shapes(layers, considered)
-    bench.overhead_ms = _graft_overhead(device, layers[0].dtype)
+    bench.overhead_ms = _graft_overhead(device, layers[0].dtype) if layers else 0.0
     bench.progress("probing influence", 0.25)
-    _probe_influence(bench, layers)
+    if layers:
+        _probe_influence(bench, layers)
     planned = [_evidence(layer, considered, times[layer.shape], bench.overhead_ms) for layer in layers]
     plans = []
     for i, fidelity in enumerate(fidelities):
@@ -361,21 +358,22 @@ def _finish(
 ) -> Plan:
     """Choose, and verify what was chosen."""
     by_name = {layer.name: layer for layer in layers}
-    chosen, predicted = _choose(bench, by_name, planned, fidelity, memory_limit)
+    chosen, predicted = _choose(bench, by_name, planned, fidelity, memory_limit) if planned else ([], 1.0)
     settings = {p.name: p.choice.setting for p in chosen if p.choice.setting.estimator != "dense"}
     audited = bench.audit(by_name, settings, len(bench.batches) - 1).cosine if settings else 1.0
     measured = bench.time(by_name, settings) if settings else 1.0
-    weight = layers[0].base.weight
+    adapter = next(iter(bench.parameters.values()))
+    dense_ms = sum(p.dense_ms for p in chosen)
     return Plan(
         layers=tuple(chosen),
         fidelity=float(fidelity),
         predicted_cosine=round(predicted, 6),
         audited_cosine=round(audited, 6),
-        predicted_time=round(sum(p.choice.time_ms for p in chosen) / sum(p.dense_ms for p in chosen), 4),
+        predicted_time=round(sum(p.choice.time_ms for p in chosen) / dense_ms, 4) if dense_ms else 1.0,
         audited_time=round(measured, 4),
-        tokens=max(layer.tokens for layer in layers),
-        dtype=str(weight.dtype).removeprefix("torch."),
-        device=device_name(weight.device),
+        tokens=max((layer.tokens for layer in layers), default=0),
+        dtype=str(layers[0].dtype if layers else adapter.dtype).removeprefix("torch."),
+        device=device_name(adapter.device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         memory_limit=int(memory_limit),

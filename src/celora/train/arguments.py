@@ -19,7 +19,7 @@ from celora.errors import CELoraError, unknown
 from celora.train.fields import DEFAULTS, RunOptions, convert, known_fields, known_name, read_flags
 from celora.train.folder import OutputFolder
 
-DEFAULT_PRESET = "paper"
+DEFAULT_PRESET = "auto"
 
 # Presets that share LoRA's memory between adapter and frozen factor, r = r0 = floor(7/8 lora_r), as published.
 BALANCED = frozenset({"paper"})

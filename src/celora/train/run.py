@@ -280,7 +280,7 @@ def plan_model(request: TrainRequest, *, rows: int, adapter: Path | None, consol
 def audit_model(request: TrainRequest, *, rows: int, adapter: Path | None = None) -> Any:
     """`celora.audit` of a new adapter, or of the one in `adapter`, on a batch made exactly as training makes it."""
     with _prepared(request, rows, adapter) as (trainer, config):
-        if request.preset == "auto":
+        if request.preset == "auto" and config is request.config:
             config, _ = _configuration(request, trainer, Console(stderr=True, quiet=True))
         celora.attach(trainer.model, config)
         trainer.model.train()
