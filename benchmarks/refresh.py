@@ -1,7 +1,7 @@
 """What refreshing costs: the time of every optimizer step of a run, with refreshes spread and all at once.
 
 SmolLM2-135M-Instruct, bf16, LoRA r=16, 4 x 128 tokens. A run of `paper` (all layers refresh at steps 0, 200, ...), of
-the same with its refreshes spread, and of a plan (`auto`). Two rounds of the interval are run, shortened to 40
+the same with its refreshes spread, and of a plan (`auto`). Two rounds of the interval are run, shortened to 20
 steps; the share at the default interval of 200 follows from the extra time of one. Writes `results/refresh.jsonl`.
 """
 
@@ -23,7 +23,7 @@ from celora.attach import require
 from celora.config import PRESETS
 from celora.train.allocator import keep_freed_memory
 
-INTERVAL, DEFAULT = 40, 200
+INTERVAL, DEFAULT = 20, 200
 
 
 def run(arm: str) -> dict[str, object]:

@@ -128,6 +128,29 @@ def training() -> str:
     )
 
 
+def refresh() -> str:
+    """What refreshing costs."""
+    found = rows.read(rows.RESULTS / "refresh.jsonl")
+    body = [
+        [
+            row["arm"],
+            f"{row['first_over_median']:.2f}",
+            f"{row['slowest_over_median']:.2f}",
+            f"{row['slowest_without_refresh']:.2f}",
+            f"{row['share_at_default_interval']:.1%}",
+        ]
+        for row in found
+    ]
+    header = [
+        "",
+        "first step / median",
+        "slowest later step / median",
+        "the same, no refreshes",
+        "share of the time, every 200",
+    ]
+    return _markdown(header, body) + f"\n\nSmolLM2-135M, 4 x 128 tokens, bfloat16, 2 threads, {found[0]['cpu']}."
+
+
 def _losses(row: dict[str, Any]) -> dict[int, float]:
     return {int(step): loss for step, loss in row["losses"].items()}
 
@@ -195,6 +218,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "without_amx": without_amx,
     "frontier": frontier,
     "training": training,
+    "refresh": refresh,
 }
 
 
