@@ -102,7 +102,7 @@ def training() -> str:
     exact = {row["seed"]: _losses(row) for row in found if row["arm"] == "exact LoRA"}
     body = []
     for arm in dict.fromkeys(["exact LoRA", *(row["arm"] for row in found)]):
-        of = [row for row in found if row["arm"] == arm]
+        of = [row for row in found if row["arm"] == arm and row["seed"] in exact]
         last, kept, ahead = [], [], []
         for row in of:
             losses, reference = _losses(row), exact[row["seed"]]
