@@ -90,6 +90,7 @@ def test_an_attached_model_is_planned_as_if_it_were_not_and_stays_attached(
     plain = celora.make_plan(model, batches)
     celora.attach(model, "paper")
     again = celora.make_plan(model, batches)
+    assert again.memory_limit == plain.memory_limit
     assert [layer.chosen for layer in again.layers] == [layer.chosen for layer in plain.layers]
     assert require(model).switch.on
     train(model, 2)

@@ -391,6 +391,7 @@ def _observe(bench: _Bench, layers: list[_Layer], considered: Sequence[LayerConf
         return tensor
 
     for number in range(bench.measuring + 1):
+        saved.clear()
         last = number == bench.measuring
 
         def make(layer: _Layer, last: bool = last) -> Estimator:
