@@ -113,7 +113,7 @@ def training() -> str:
                 ahead.append(_at(reference, end * ratios[arm]) - losses[end])
         body.append(
             [
-                arm,
+                arm if len(of) == len(exact) else f"{arm} (seeds: {len(of)})",
                 f"{statistics.mean(last):.3f} ({min(last):.3f} to {max(last):.3f})",
                 f"{statistics.mean(kept):.1%} ({min(kept):.1%} to {max(kept):.1%})",
                 f"{ratios[arm]:.3f}" if arm in ratios else "",
