@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from celora.plan import device_name
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -19,7 +21,7 @@ def conditions() -> dict[str, Any]:
     """Commit, machine and versions of this measurement."""
     return {
         "commit": _commit(),
-        "cpu": _cpu(),
+        "cpu": device_name(torch.device("cpu")),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -48,10 +50,3 @@ def _commit() -> str:
         check=False,
     )
     return done.stdout.strip() or "unknown"
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
