@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from celora.clock import StepClock
 from celora.config import PRESETS, CELoraConfig, LayerConfig, balanced_rank, matches, resolve
 from celora.errors import CELoraError
-from celora.estimators import Estimator, estimator_class
+from celora.estimators import Estimator, estimator_class, make_estimator
 from celora.graft import LayerGraft, Mode, Switch
 from celora.plan import Plan
 
@@ -220,6 +220,7 @@ def attach(
         CELoraError: unknown preset, no adapters, merged adapters, a rank larger than a layer, a plan for another model
             or device, or `"auto"` without batches.
     """
+    tuners = tuner_layers(model)
     if config == "auto":
         from celora.planner import make_plan
 
@@ -232,18 +233,6 @@ def attach(
         config.check(model)
         config = config.config()
     config = resolve(config)
-    tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    if not tuners:
-        raise CELoraError(
-            f"no PEFT layers in {type(model).__name__}; add an adapter first: "
-            "model = peft.get_peft_model(model, LoraConfig(...))."
-        )
-    merged = [name for name, module in tuners.items() if module.merged]
-    if merged:
-        raise CELoraError(
-            f"the adapter is merged into its base ({len(merged)} layers, first {merged[0]!r}), so it cannot train; "
-            "call model.unmerge_adapter() first."
-        )
     for pattern in _unmatched(config, tuners):
         warnings.warn(f"celora: the override {pattern!r} matches no adapted layer", stacklevel=2)
 
@@ -280,6 +269,23 @@ def detach(model: nn.Module) -> None:
             del module._forward_hooks[key]
 
 
+def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The PEFT layers of `model` by name; CELoraError if there are none, or if one is merged and cannot train."""
+    tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if not tuners:
+        raise CELoraError(
+            f"no PEFT layers in {type(model).__name__}; add an adapter first: "
+            "model = peft.get_peft_model(model, LoraConfig(...))."
+        )
+    merged = [name for name, module in tuners.items() if module.merged]
+    if merged:
+        raise CELoraError(
+            f"the adapter is merged into its base ({len(merged)} layers, first {merged[0]!r}), so it cannot train; "
+            "call model.unmerge_adapter() first."
+        )
+    return tuners
+
+
 def find(model: nn.Module) -> Attachment | None:
     """The attachment of `model`, wherever under it (or under its wrappers) `attach` was called."""
     return next((m.__dict__[_ATTRIBUTE] for m in model.modules() if _ATTRIBUTE in m.__dict__), None)
@@ -309,7 +315,7 @@ def _plan_layer(name: str, module: BaseTunerLayer, config: CELoraConfig) -> tupl
     seed = zlib.crc32(f"{config.seed} {name}".encode())
     chosen: dict[str, Any] = dataclasses.asdict(setting) | {"rank": rank, "seed": seed}
     try:
-        estimator = kind(out_features, in_features, **{key: chosen[key] for key in kind.uses & chosen.keys()})
+        estimator = make_estimator(setting.estimator, out_features, in_features, chosen)
     except CELoraError as error:
         raise CELoraError(f"layer {name!r}: {error}") from None
     if reason := estimator.product.unavailable(out_features, in_features, base.weight.device):

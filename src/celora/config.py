@@ -7,12 +7,12 @@ import fnmatch
 import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from celora.errors import CELoraError, unknown
 from celora.estimators import Settings, estimator_class
 from celora.estimators.base import Factor, Precision, Selection
+from celora.files import inside, read_json, write_text
 
 CONFIG_NAME = "celora_config.json"
 
@@ -123,21 +123,12 @@ class CELoraConfig(LayerConfig):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON to `path`, or to `celora_config.json` in it if it is a folder."""
-        target = _config_file(path)
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(target)
+        write_text(inside(path, CONFIG_NAME), json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CELoraConfig:
         """Read what `save` wrote."""
-        file = _config_file(path)
-        try:
-            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise CELoraError(f"cannot read {file}: {error.strerror}.") from None
-        except json.JSONDecodeError as error:
-            raise CELoraError(f"{file}:{error.lineno}: not JSON: {error.msg}.") from None
+        return cls.from_dict(read_json(inside(path, CONFIG_NAME)))
 
 
 def balanced_rank(lora_rank: int) -> int:
@@ -182,11 +173,6 @@ def _check_uses(config: LayerConfig, names: Iterable[str]) -> None:
 def _check_int(name: str, value: object, least: int, advice: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise CELoraError(f"{name}={value!r}; expected an integer >= {least}. {advice}".rstrip())
-
-
-def _config_file(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    return path / CONFIG_NAME if path.is_dir() else path
 
 
 PRESETS: dict[str, CELoraConfig] = {

@@ -15,8 +15,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from celora.config import CELoraConfig, LayerConfig
+from celora.config import PRESETS, CELoraConfig, LayerConfig
 from celora.errors import CELoraError, unknown
+from celora.files import inside, read_json, write_text
 
 PLAN_NAME = "celora_plan.json"
 _VERSION = 1
@@ -99,8 +100,6 @@ class Plan:
 
     def config(self, frame: CELoraConfig | None = None) -> CELoraConfig:
         """The configuration that carries the plan out: `frame` (without, preset auto), whose overrides win."""
-        from celora.config import PRESETS
-
         frame = frame or PRESETS["auto"]
         planned = {
             layer.name: _changes(layer.choice.setting)
@@ -187,21 +186,15 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON to `path`, or to `celora_plan.json` in it if it is a folder."""
-        target = _plan_file(path)
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
-        temporary.replace(target)
+        write_text(inside(path, PLAN_NAME), json.dumps(self.to_dict()) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read what `save` wrote."""
-        file = _plan_file(path)
+        file = inside(path, PLAN_NAME)
+        document = read_json(file)
         try:
-            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise CELoraError(f"cannot read {file}: {error.strerror}.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise CELoraError(f"{file}: not JSON: {error}.") from None
+            return cls.from_dict(document)
         except CELoraError as error:
             raise CELoraError(f"{file}: {error}") from None
 
@@ -264,8 +257,3 @@ def _position(value: object, of: list[Any]) -> int:
     if not isinstance(value, int) or not 0 <= value < len(of):
         raise IndexError(f"position {value!r} of {len(of)}")
     return value
-
-
-def _plan_file(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    return path / PLAN_NAME if path.is_dir() else path

@@ -23,20 +23,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from celora.attach import cannot_estimate, find
+from celora.attach import cannot_estimate, find, tuner_layers
 from celora.audit import Fidelity, gradient, on_device, trainable, untouched
 from celora.config import LayerConfig
 from celora.errors import CELoraError
-from celora.estimators import Dense, Estimator, estimator_class
+from celora.estimators import Dense, Estimator, make_estimator
 from celora.estimators.base import Precision
-from celora.estimators.tokens import rounded_up
+from celora.estimators.tokens import grain
 from celora.graft import LayerGraft, Mode, Switch
 from celora.plan import Candidate, Plan, PlannedLayer, device_name
 from celora.products import PRODUCTS
-from celora.select import energy_count, squared_row_norms
+from celora.select import energy_count, rounded_up, squared_row_norms
 from celora.timing import interleaved, synchronise
 
 DEFAULT_FIDELITY = 0.99
@@ -123,10 +122,7 @@ def make_plans(
     used = [on_device(batch, parameters) for _, batch in zip(range(3), batches, strict=False)]
     if not used:
         raise CELoraError("no batches to plan with; give at least one, and three to verify on one that was not used.")
-    tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    if not tuners:
-        raise CELoraError(f"no PEFT layers in {type(model).__name__}; add an adapter first: peft.get_peft_model(...).")
-    bases = {name: module.get_base_layer() for name, module in tuners.items()}
+    bases = {name: module.get_base_layer() for name, module in tuner_layers(model).items()}
     layers = [_Layer(name, base) for name, base in bases.items() if not cannot_estimate(base)]
     attached = find(model)
     was_on = attached is not None and attached.switch.on
@@ -251,9 +247,7 @@ def _of(estimators: Mapping[str, Estimator], layer: _Layer) -> Estimator:
 
 
 def _estimator(shape: tuple[int, int], setting: LayerConfig) -> Estimator:
-    kind = estimator_class(setting.estimator)
-    chosen = dataclasses.asdict(setting)
-    return kind(*shape, **{key: chosen[key] for key in kind.uses & chosen.keys()})
+    return make_estimator(setting.estimator, *shape, dataclasses.asdict(setting))
 
 
 class _Observer(Dense):
@@ -300,7 +294,7 @@ class _Observer(Dense):
         lost = ordered.flip(0).cumsum(0).flip(0)  # lost[k]: with only the first k kept
         total = float(lost[0]) or 1.0
         for share in SHARES:
-            count = rounded_up(int(energy_count(squared, share)), len(squared))
+            count = rounded_up(int(energy_count(squared, share)), len(squared), grain(len(squared)))
             self.layer.kept.setdefault(share, []).append(count / len(squared))
             error = (float(lost[count]) / total) ** 0.5 if count < len(lost) else 0.0
             self.layer.errors.setdefault(_tokens(share), []).append(error)

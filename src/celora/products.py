@@ -20,6 +20,8 @@ from torch import Tensor
 from celora import kernels
 from celora.errors import unknown
 
+_OFFSET = 128  # the zero point of unsigned activations
+
 
 class Product(ABC):
     """Multiplies the gradients of one layer with its weight; may keep a copy of the weight in another format."""
@@ -32,7 +34,6 @@ class Product(ABC):
         """`(T, out) , (out, in) -> (T, in)`, in the dtype of `grad_output`."""
         return self.rows(grad_output, weight, None)
 
-    @abstractmethod
     def rows(
         self,
         grad_output: Tensor,
@@ -48,6 +49,18 @@ class Product(ABC):
         All rows if `index` is None. `position`, the inverse of `index` (k or -1 for each t, int32), may be given where
         it is known. `onto` is overwritten.
         """
+        kept = grad_output if index is None else grad_output.index_select(0, index)
+        y = self._multiply(kept, weight)
+        if factors is not None:
+            y = y * factors.to(y.dtype)[:, None]
+        if index is None:
+            return y
+        onto = grad_output.new_zeros(grad_output.shape[0], weight.shape[1]) if onto is None else onto
+        return onto.index_copy_(0, index, y)
+
+    @abstractmethod
+    def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        """`(K, out) , (out, in) -> (K, in)`, in the dtype of `grad_output`."""
 
     def recheck(self, weight: Tensor) -> None:  # noqa: B027 - optional by design
         """Drop what was derived from the weight if the weight has changed, in a way that its version does not tell."""
@@ -67,24 +80,8 @@ class Native(Product):
     name = "native"
     traceable = True
 
-    def rows(
-        self,
-        grad_output: Tensor,
-        weight: Tensor,
-        index: Tensor | None,
-        *,
-        position: Tensor | None = None,
-        factors: Tensor | None = None,
-        onto: Tensor | None = None,
-    ) -> Tensor:
-        weight = weight.to(grad_output.dtype)
-        if index is None:
-            return grad_output @ weight
-        kept = grad_output.index_select(0, index) @ weight
-        if factors is not None:
-            kept = kept * factors.to(kept.dtype)[:, None]
-        onto = grad_output.new_zeros(len(grad_output), weight.shape[1]) if onto is None else onto
-        return onto.index_copy_(0, index, kept)
+    def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        return grad_output @ weight.to(grad_output.dtype)
 
 
 class _EightBit(Product):
@@ -164,24 +161,13 @@ class Int8(_EightBit):
         factors: Tensor | None = None,
         onto: Tensor | None = None,
     ) -> Tensor:
-        column_scale = self._follow(weight)
-        unsigned = self.copy and _onednn(weight.device)
-        compiled = kernels.supported(grad_output)
-        offset = 128 if unsigned else 0
-        if compiled:
-            q, scale = kernels.quantise_rows(grad_output, index, offset=offset)
-        else:
-            q, scale = _quantise_rows(grad_output if index is None else grad_output[index], offset)
+        if not kernels.supported(grad_output):
+            return super().rows(grad_output, weight, index, factors=factors, onto=onto)
+        column_scale, unsigned = self._follow(weight), self._unsigned(weight)
+        q, scale = kernels.quantise_rows(grad_output, index, offset=_OFFSET if unsigned else 0)
         if factors is not None:
             scale = scale * factors.to(scale.dtype)
-        half = grad_output.dtype == torch.bfloat16
-        if unsigned:
-            y = _packed_product(q, self._packed, column_scale, torch.bfloat16 if half else torch.float32)
-        else:
-            y = _integer_product(q.view(torch.int8), self._quantised(weight, column_scale))
-        if not compiled:
-            y = y.float() * scale[:, None] if unsigned else y.float() * scale[:, None] * column_scale
-            return _place(y.to(grad_output.dtype), grad_output, index, onto)
+        y = self._product(q, weight, grad_output.dtype)
         fill = onto is None
         if unsigned and index is None:
             onto = y  # in place: each number is read before it is written
@@ -193,6 +179,24 @@ class Int8(_EightBit):
         else:
             kernels.scatter_sums(y, position, scale, column_scale, out, fill=fill)
         return out
+
+    def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        """In torch operators."""
+        column_scale, unsigned = self._follow(weight), self._unsigned(weight)
+        q, scale = _quantise_rows(grad_output, _OFFSET if unsigned else 0)
+        y = self._product(q, weight, grad_output.dtype).float() * scale[:, None]
+        return (y if unsigned else y * column_scale).to(grad_output.dtype)
+
+    def _unsigned(self, weight: Tensor) -> bool:
+        return self.copy and _onednn(weight.device)
+
+    def _product(self, q: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`q q_W`: with the column scales applied, in bf16 or fp32, if q is unsigned; else the bare int32 sums."""
+        assert self._scale is not None
+        if self._unsigned(weight):
+            half = dtype == torch.bfloat16
+            return _packed_product(q, self._packed, self._scale, torch.bfloat16 if half else torch.float32)
+        return _integer_product(q.view(torch.int8), self._quantised(weight, self._scale))
 
     def _pack(self, weight: Tensor) -> Tensor:
         assert self._scale is not None
@@ -229,30 +233,17 @@ class Fp8(_EightBit):
             return f"fp8 products need multiples of 16, not {out_features} x {in_features}"
         return ""
 
-    def rows(
-        self,
-        grad_output: Tensor,
-        weight: Tensor,
-        index: Tensor | None,
-        *,
-        position: Tensor | None = None,
-        factors: Tensor | None = None,
-        onto: Tensor | None = None,
-    ) -> Tensor:
+    def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         column_scale = self._follow(weight)
-        kept = grad_output if index is None else grad_output[index]
-        scale = _divisor(torch.linalg.vector_norm(kept, float("inf"), dim=1).float() / self._largest)
-        q = (kept.float() / scale[:, None]).to(torch.float8_e4m3fn)
+        scale = _divisor(torch.linalg.vector_norm(grad_output, float("inf"), dim=1).float() / self._largest)
         y = torch._scaled_mm(
-            q,
+            (grad_output.float() / scale[:, None]).to(torch.float8_e4m3fn),
             self._packed if self.copy else self._pack(weight.detach()),
             scale_a=scale[:, None],
             scale_b=column_scale[None],
             out_dtype=torch.bfloat16,
         )
-        if factors is not None:
-            y = y * factors.to(y.dtype)[:, None]
-        return _place(y.to(grad_output.dtype), grad_output, index, onto)
+        return y.to(grad_output.dtype)
 
     def _pack(self, weight: Tensor) -> Tensor:
         assert self._scale is not None
@@ -283,7 +274,7 @@ def _dot_products() -> bool:
 def _packed_product(q: Tensor, packed: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:
     zero_points = _zero_points(column_scale.shape[0])
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        q, 1.0, 128, packed, column_scale, zero_points, None, 1.0, 0, dtype, "none", [], ""
+        q, 1.0, _OFFSET, packed, column_scale, zero_points, None, 1.0, 0, dtype, "none", [], ""
     )
     return y
 
@@ -333,10 +324,3 @@ def _positions(index: Tensor, rows: int) -> Tensor:
     position = torch.full((rows,), -1, dtype=torch.int32)
     position[index] = torch.arange(len(index), dtype=torch.int32)
     return position
-
-
-def _place(y: Tensor, grad_output: Tensor, index: Tensor | None, onto: Tensor | None) -> Tensor:
-    if index is None:
-        return y
-    onto = grad_output.new_zeros(len(grad_output), y.shape[1]) if onto is None else onto
-    return onto.index_copy_(0, index, y)

@@ -66,8 +66,13 @@ def critical_rows(
     if kernels.supported(squared):
         return kernels.choose_rows(squared, kept=kept, share=share, step=step)
     if kept is None:
-        kept = min(len(squared), -(-max(1, int(energy_count(squared, share))) // step) * step)
+        kept = rounded_up(int(energy_count(squared, share)), len(squared), step)
     return top_k(squared, kept), None
+
+
+def rounded_up(count: int, total: int, step: int) -> int:
+    """`count`, at least 1, rounded up to a multiple of `step`, at most `total`."""
+    return min(total, -(-max(1, count) // step) * step)
 
 
 def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from celora.errors import unknown
 from celora.estimators.base import Estimator, Settings
 from celora.estimators.columns import Columns
@@ -19,4 +22,21 @@ def estimator_class(name: str) -> type[Estimator]:
         raise unknown("estimator", name, ESTIMATORS) from None
 
 
-__all__ = ["ESTIMATORS", "Columns", "Dense", "Estimator", "Fp8", "Int8", "Settings", "Tokens", "estimator_class"]
+def make_estimator(name: str, out_features: int, in_features: int, settings: Mapping[str, Any]) -> Estimator:
+    """The estimator `name` with those of the `settings` that mean something to it."""
+    kind = estimator_class(name)
+    return kind(out_features, in_features, **{key: settings[key] for key in kind.uses & settings.keys()})
+
+
+__all__ = [
+    "ESTIMATORS",
+    "Columns",
+    "Dense",
+    "Estimator",
+    "Fp8",
+    "Int8",
+    "Settings",
+    "Tokens",
+    "estimator_class",
+    "make_estimator",
+]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from celora.errors import CELoraError, unknown
-from celora.products import PRODUCTS, make_product
+from celora.products import make_product
 
 Selection = Literal["topk", "energy", "sampled"]
 Factor = Literal["svd", "gradient"]
@@ -143,8 +143,3 @@ class Estimator(ABC):
         change = min(2.0, max(0.5, target / relative_error)) ** (2 if energy else 1)
         least = 1e-6 if energy else 1e-2
         self.keep_ratio = 1 - min(1 - least, max(least, (1 - self.keep_ratio) * change))
-
-    @classmethod
-    def unavailable(cls, out_features: int, in_features: int, device: torch.device, precision: str) -> str:
-        """Why a layer of this shape cannot be estimated so on this device, or ''."""
-        return PRODUCTS[precision].unavailable(out_features, in_features, device)

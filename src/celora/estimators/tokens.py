@@ -15,7 +15,15 @@ from torch import Tensor
 
 from celora.estimators.base import Estimator
 from celora.factor import make_factor
-from celora.select import critical_rows, energy_count, inclusion_probabilities, sample, squared_row_norms, uniform
+from celora.select import (
+    critical_rows,
+    energy_count,
+    inclusion_probabilities,
+    rounded_up,
+    sample,
+    squared_row_norms,
+    uniform,
+)
 
 _GRAIN = 16  # counts are rounded up to sixteenths of the tokens: a product of a new shape has to be set up first
 
@@ -119,7 +127,7 @@ class Tokens(Estimator):
         if self._share is None:
             return tokens
         self._share = self._share.cpu()  # one synchronisation a refresh, when the share is new
-        return rounded_up(round(self._share.item() * tokens), tokens)
+        return rounded_up(round(self._share.item() * tokens), tokens, grain(tokens))
 
     def _sample(self, norms: Tensor) -> tuple[Tensor, Tensor]:
         kept = max(1, round(self.keep_ratio * len(norms)))
@@ -138,12 +146,6 @@ class Tokens(Estimator):
 def grain(tokens: int) -> int:
     """What counts of kept tokens are multiples of, unless all are kept."""
     return max(1, tokens // _GRAIN)
-
-
-def rounded_up(count: int, tokens: int) -> int:
-    """`count`, at least 1, rounded up to the grain of `tokens`, at most all of them."""
-    step = grain(tokens)
-    return min(tokens, -(-max(1, count) // step) * step)
 
 
 def _counts_freely(device: torch.device) -> bool:

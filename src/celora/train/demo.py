@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from celora.errors import CELoraError
+from celora.files import write_text
 from celora.train import stock_eval
 from celora.train.allocator import keep_freed_memory
 from celora.train.arguments import make_request
 from celora.train.assets import Review, demo_model
-from celora.train.folder import write_json, write_text
+from celora.train.folder import write_json
 from celora.train.progress import read_metrics
 from celora.train.report import write_report
 from celora.train.run import train

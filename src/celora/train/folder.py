@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from celora.errors import CELoraError
+from celora.files import write_text
 
 RUN, METRICS, REPORT, CONFIG = "run.json", "metrics.jsonl", "report.html", "celora_config.json"
 PLAN = "celora_plan.json"
@@ -29,13 +29,6 @@ _OURS = re.compile(
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|\.?[\w.]+\.tmp"
 )
 _ASIDE = ".replaced"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def finite(value: Any) -> Any:

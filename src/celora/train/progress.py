@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from celora.train.folder import MARKER, finite, write_json, write_text
+from celora.files import write_text
+from celora.train.folder import MARKER, finite, write_json
 
 PLAIN_EVERY_S = 10.0
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from celora.train.folder import METRICS, RUN, finite, write_text
+from celora.files import write_text
+from celora.train.folder import METRICS, RUN, finite
 from celora.train.progress import read_metrics
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness; yellow is left out, too pale on white.
