@@ -22,8 +22,11 @@ from torch.distributed.tensor import DTensor
 from celora.clock import StepClock
 from celora.config import PRESETS, CELoraConfig, LayerConfig, balanced_rank, matches, resolve
 from celora.errors import CELoraError
-from celora.estimators import Estimator, estimator_class, make_estimator
+from celora.estimators import Dense, Estimator, estimator_class, make_estimator
+from celora.forward import ModelGraft, find_language_model, install, remove
+from celora.fused import Adapter, FusedGraft, Lender, vanilla_adapter
 from celora.graft import LayerGraft, Mode, Switch
+from celora.packing import cannot_pack
 from celora.plan import Plan
 
 _ATTRIBUTE = "_celora"
@@ -62,6 +65,7 @@ class AttachReport:
 
     layers: tuple[LayerReport, ...]
     refresh_every: int
+    notes: tuple[str, ...] = ()  # what else is done, what cannot be and why, and settings that cost time
 
     @property
     def estimated(self) -> dict[str, LayerReport]:
@@ -103,6 +107,7 @@ class AttachReport:
                 *lines,
                 f"{len(self.estimated)} of {len(self.layers)} frozen layers estimated; their products cost "
                 f"{self.cost:.2f} of exact LoRA's, refreshed every {self.refresh_every} optimizer steps.",
+                *self.notes,
             ]
         )
 
@@ -115,6 +120,7 @@ class Attachment:
         self.report = report
         self.switch = Switch()
         self.grafts: dict[str, LayerGraft] = {}
+        self.forward: ModelGraft | None = None
         self.relative_errors: dict[str, float] = {}
         self._unheard = 0
         self._bind(model, step=0)
@@ -210,7 +216,7 @@ def attach(
 
     Args:
         model: a PEFT model, or any module that contains PEFT tuner layers. Not merged.
-        config: a preset (`"auto"`, `"paper"`, `"off"`), a `CELoraConfig`, or a `Plan`.
+        config: a preset (`"auto"`, `"exact"`, `"paper"`, `"off"`), a `CELoraConfig`, or a `Plan`.
         batches: for `"auto"`, which measures before it chooses: a few batches as training will see them.
 
     Returns:
@@ -237,7 +243,8 @@ def attach(
         warnings.warn(f"celora: the override {pattern!r} matches no adapted layer", stacklevel=2)
 
     planned = [_plan_layer(name, module, config) for name, module in tuners.items()]
-    report = AttachReport(tuple(layer for layer, _ in planned), config.refresh_every)
+    notes = (*_whole_model(model, tuners, config), *advice(tuners, config))
+    report = AttachReport(tuple(layer for layer, _ in planned), config.refresh_every, notes)
     existing = find(model)
     if existing is not None and existing.report == report and existing.config == config:
         return report
@@ -245,10 +252,13 @@ def attach(
 
     attachment = Attachment(model, config, report)
     for layer, estimator in planned:
-        if estimator is not None:
-            graft = LayerGraft(estimator, attachment.switch)
-            tuners[layer.name].get_base_layer().register_forward_hook(graft)
+        graft = _graft_layer(tuners[layer.name], estimator, attachment.switch, fused=config.fused)
+        if estimator is not None and graft is not None:
             attachment.grafts[layer.name] = graft
+    causal, tuner, _ = find_language_model(model)
+    if config.labelled_head and causal is not None:
+        packs = config.padding_free and not cannot_pack(causal)
+        attachment.forward = install(causal, tuner, attachment.switch, packs=packs)
     attachment.set_modes(0)
     model.__dict__[_ATTRIBUTE] = attachment
     if not attachment.grafts and (report.skipped or config.overrides):
@@ -265,8 +275,7 @@ def detach(model: nn.Module) -> None:
         attachment = module.__dict__.pop(_ATTRIBUTE, None)
         if attachment is not None:
             attachment.close()
-        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, LayerGraft)]:
-            del module._forward_hooks[key]
+        remove(module)
 
 
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
@@ -348,6 +357,72 @@ def cannot_estimate(base: nn.Module) -> str:
     if base.weight.requires_grad:
         return "its weight is trained"
     return ""
+
+
+def _graft_layer(
+    module: BaseTunerLayer, estimator: Estimator | None, switch: Switch, *, fused: bool
+) -> LayerGraft | None:
+    """Hook one layer: its base for the estimate and, fused, its adapter too. None if there is nothing to do."""
+    base = module.get_base_layer()
+    if not (fused and fuses(module)):
+        graft = None if estimator is None else LayerGraft(estimator, switch)
+    else:
+        graft = FusedGraft(estimator or Dense(base.out_features, base.in_features), switch)
+        lender = Lender(graft)
+        module.register_forward_pre_hook(lender.before, with_kwargs=True)
+        module.register_forward_hook(lender.after, always_call=True)
+        if estimator is None:
+            graft.mode = Mode.EXACT
+    if graft is not None:
+        base.register_forward_hook(graft)
+    return graft
+
+
+def fuses(module: BaseTunerLayer) -> bool:
+    """Whether the layer's adapter can be computed together with its base layer."""
+    return not cannot_estimate(module.get_base_layer()) and isinstance(vanilla_adapter(module), Adapter)
+
+
+def _whole_model(model: nn.Module, tuners: Mapping[str, BaseTunerLayer], config: CELoraConfig) -> list[str]:
+    """What is done to the model beside its estimates, and why where something is not."""
+    notes = []
+    if config.fused:
+        own = {n: vanilla_adapter(m) for n, m in tuners.items() if not fuses(m)}
+        first = next(iter(own.values()), "")
+        rest = (
+            f"; PEFT's own path in {len(own)}: {first if isinstance(first, str) else 'its base layer'}" if own else ""
+        )
+        notes.append(f"LoRA fused with its base layer in {len(tuners) - len(own)} of {len(tuners)} layers{rest}.")
+    if config.labelled_head:
+        causal, _, reason = find_language_model(model)
+        notes.append(f"The model's own loss: {reason}." if causal is None else "Loss over labelled tokens only.")
+        if config.padding_free and causal is not None:
+            reason = cannot_pack(causal)
+            notes.append(f"Padding stays: {reason}." if reason else "Padding left out of training batches.")
+    return notes
+
+
+def advice(tuners: Mapping[str, BaseTunerLayer], config: CELoraConfig) -> list[str]:
+    """The user's own settings that cost time."""
+    found = []
+    for module in tuners.values():
+        dropouts = getattr(module, "lora_dropout", {})
+        rates = {getattr(dropouts[name], "p", 0.0) for name in module.active_adapters if name in dropouts}
+        if rates - {0.0}:
+            found.append(f"lora_dropout={max(rates):g} draws and keeps a mask in every layer; 0 is faster.")
+            break
+    for module in tuners.values():
+        kind = getattr(getattr(module.get_base_layer(), "weight", None), "dtype", None)
+        A = getattr(module, "lora_A", {})
+        kinds = {A[name].weight.dtype for name in module.active_adapters if name in A}
+        half = kind in (torch.bfloat16, torch.float16)
+        if half and torch.float32 in kinds and not (config.fused and fuses(module)):
+            found.append(
+                f"float32 adapters on a {str(kind).removeprefix('torch.')} base cast every activation twice; "
+                "presets exact and auto do not, nor does get_peft_model(..., autocast_adapter_dtype=False)."
+            )
+            break
+    return found
 
 
 def _rank(name: str, module: BaseTunerLayer, setting: LayerConfig) -> int:

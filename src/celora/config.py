@@ -56,6 +56,10 @@ class CELoraConfig(LayerConfig):
         overrides: glob on a layer's dotted name (or on its end: `"layers.3.mlp.up_proj"`) -> the fields it changes.
             Later entries win over earlier ones.
         seed: of the randomised factorisation and of sampling.
+        fused: compute a vanilla adapter and its base layer's backward as one autograd function (`celora.fused`).
+        labelled_head: project only tokens with a label onto the vocabulary, while training (`celora.head`); the model's
+            output then has a loss and no logits.
+        padding_free: leave padding out of training batches (`celora.packing`); needs `labelled_head`.
 
     Raises:
         CELoraError: for a value out of range, an unknown field or an unknown estimator.
@@ -64,6 +68,9 @@ class CELoraConfig(LayerConfig):
     refresh_every: int = 200
     spread: bool = False
     target_error: float | None = None
+    fused: bool = False
+    labelled_head: bool = False
+    padding_free: bool = False
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
@@ -71,8 +78,11 @@ class CELoraConfig(LayerConfig):
         _check_layer(self)
         _check_int("refresh_every", self.refresh_every, 1, "Use a large number to refresh only once.")
         _check_int("seed", self.seed, 0, "")
-        if not isinstance(self.spread, bool):
-            raise CELoraError(f"spread={self.spread!r}; expected true or false.")
+        for name in ("spread", "fused", "labelled_head", "padding_free"):
+            if not isinstance(getattr(self, name), bool):
+                raise CELoraError(f"{name}={getattr(self, name)!r}; expected true or false.")
+        if self.padding_free and not self.labelled_head:
+            raise CELoraError("padding_free=True needs labelled_head=True: the model's own loss wants whole sequences.")
         error = self.target_error
         if error is not None and (isinstance(error, bool) or not isinstance(error, int | float) or not 0 < error < 1):
             raise CELoraError(f"target_error={error!r}; expected 0 < target_error < 1, or None for a fixed keep_ratio.")
@@ -186,8 +196,10 @@ PRESETS: dict[str, CELoraConfig] = {
             "down_proj": {"estimator": "columns", "keep_ratio": 0.65},
         },
     ),
+    # Nothing is estimated: only work that changes no result is left out.
+    "exact": CELoraConfig(estimator="dense", fused=True, labelled_head=True, padding_free=True),
     # What a plan is carried out in: its layers are the overrides (celora.make_plan).
-    "auto": CELoraConfig(estimator="dense", spread=True),
+    "auto": CELoraConfig(estimator="dense", spread=True, fused=True, labelled_head=True, padding_free=True),
     "off": CELoraConfig(estimator="dense"),
 }
 

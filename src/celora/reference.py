@@ -95,3 +95,25 @@ def gradient_factor(grad_input: Tensor, weight: Tensor, rank: int) -> tuple[Tens
     """`V` = the leading right singular vectors of `grad_input`, `U = W V^T`: `(G U) V` projects `G W` onto them."""
     V = torch.linalg.svd(grad_input, full_matrices=False).Vh[:rank]
     return weight @ V.T, V
+
+
+def token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    scale: float = 1.0,
+    cap: float | None = None,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """`(1-s) log p_t + s mean log p` of `p = softmax(y)`, `y = scale W h`, or `cap tanh(scale W h / cap)`: (N,)."""
+    y = scale * hidden @ weight.T
+    if cap is not None:
+        y = cap * torch.tanh(y / cap)
+    log_p = y.log_softmax(-1)
+    return (1 - smoothing) * log_p.gather(-1, targets[:, None])[:, 0] + smoothing * log_p.mean(-1)
+
+
+def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """`x W^T + scaling x A^T B^T`."""
+    return x @ weight.T + scaling * (x @ A.T) @ B.T

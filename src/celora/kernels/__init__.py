@@ -1,6 +1,7 @@
-"""Passes around an 8-bit product that torch has no fast operator for, in C, built where there is a compiler.
+"""Passes that torch has no fast operator for, in C, built where there is a compiler.
 
-At these sizes the passes decide: scaling, rounding and scattering with torch's operators costs more than the product.
+At these sizes the passes decide: scaling, rounding and scattering with torch's operators costs more than the product,
+and a softmax over a vocabulary more than the projection onto it.
 `rows.c` is compiled once (a second or so) for the machine's own instruction set and kept in the user's cache folder.
 Without a compiler, `library()` is None and everything works through torch's operators, slower; the planner measures
 what it gets, so it assumes nothing.
@@ -34,6 +35,7 @@ _SIGNATURES = {
     "quantise_rows": [_P, _P, _N, _N, _N, ctypes.c_float, _P, _P, _I],
     "scatter_rows": [_P, _P, _N, _N, _P, _P, _I, _I],
     "scatter_sums": [_P, _P, _N, _N, _P, _P, _P, _I, _I],
+    "softmax_rows": [_P, _N, _N, _P, ctypes.c_float, ctypes.c_float, _P, _P, _P, _I, _I],
     "column_maxima": [_P, _N, _N, _N, _P, _I],
     "quantise_columns": [_P, _N, _N, _N, _P, _P, _I],
 }
@@ -103,6 +105,26 @@ def scatter_sums(
           column_scale.data_ptr(), out.data_ptr(), fill)  # fmt: skip
 
 
+def softmax_rows(
+    z: Tensor,
+    targets: Tensor,
+    *,
+    scale: float,
+    smoothing: float,
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    top1: Tensor | None,
+    write: bool,
+) -> None:
+    """Of `y = scale z`, z: (N, V): the log-probability of each target, (N,), and entropy and top1 where asked for.
+
+    With `write`, z becomes the gradient of `log_probs`, which smoothing s makes `(1 - s) log p_target + s mean log p`.
+    """
+    rows, columns = z.shape
+    _call("softmax_rows", z, z.data_ptr(), rows, columns, targets.data_ptr(), scale, smoothing, log_probs.data_ptr(),
+          _pointer(entropy), _pointer(top1), write)  # fmt: skip
+
+
 def column_maxima(w: Tensor) -> Tensor:
     """`max_i |w[i, j]|` of `w: (out, in)`: (in,) float32."""
     rows, columns = w.shape
@@ -166,7 +188,7 @@ def _instruction_set() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _call(name: str, typed: Tensor, *arguments: int | None) -> None:
+def _call(name: str, typed: Tensor, *arguments: float | None) -> None:
     loaded = library()
     assert loaded is not None
     getattr(loaded, f"{name}_{_NAMES[typed.dtype]}")(*arguments, torch.get_num_threads())

@@ -1,4 +1,4 @@
-/* Row-wise passes around an 8-bit product on CPU: each reads and writes every number once.
+/* Row-wise passes on CPU around an 8-bit product, which read and write every number once, and of the softmax.
  *
  * Plain C, left to the compiler to vectorise; celora/kernels/__init__.py builds it with -O3 -march=native. Every
  * function exists for float32 and for bfloat16 (as its 16 bits): the file includes itself once for each. Rows may be
@@ -7,6 +7,7 @@
 
 #ifndef TYPE
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -41,6 +42,27 @@ static inline bf16 to_bf16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
     return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* exp(x) for x <= 0, to 2 units in the last place; 0 below -87; a NaN stays one. 2^n (1 + f ln 2 + ...), |f| <= 1/2. */
+static inline float exp_negative(float x) {
+    float t = x * 1.44269504f;
+    t = t < -125.0f ? -125.0f : t;
+    float shifted = t + 12582912.0f; /* 1.5 * 2^23: rounds to the nearest integer, in the low bits */
+    float f = t - (shifted - 12582912.0f);
+    float p = 1.5403530e-4f;
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    int32_t bits;
+    memcpy(&bits, &shifted, 4);
+    uint32_t power = (uint32_t)(bits - 0x4b400000 + 127) << 23;
+    float two_to_n;
+    memcpy(&two_to_n, &power, 4);
+    return x < -87.0f ? 0.0f : p * two_to_n;
 }
 
 /* Sort the numbers 0 ... rows-1 by key, ascending: least significant digits first, 11 bits at a time. */
@@ -172,6 +194,47 @@ void EACH(scatter_sums)(const int32_t *y, const int32_t *position, int64_t rows,
         #pragma omp simd
         for (int64_t j = 0; j < columns; j++) to[j] =
             EACH(to)((float)row[j] * (s * column_scale[j]));
+    }
+}
+
+/* What the softmax of y = scale z says about the target of each row: log_probs, and entropy and top1 unless NULL. With
+ * write, z becomes the gradient of log_probs with respect to it. Smoothing s: (1 - s) log p_target + s mean log p. */
+void EACH(softmax_rows)(TYPE *z, int64_t rows, int64_t columns, const int64_t *target, float scale, float smoothing,
+                         float *log_probs, float *entropy, uint8_t *top1, int write, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < rows; t++) {
+        TYPE *row = z + t * columns;
+        float most = -INFINITY;
+        #pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < columns; i++) {
+            float y = EACH(from)(row[i]) * scale;
+            most = y > most ? y : most;
+        }
+        float sum = 0, expected = 0, mean = 0; /* of exp(y - most), of y - most under it, of y - most */
+        if (entropy || smoothing > 0) {
+            #pragma omp simd reduction(+ : sum, expected, mean)
+            for (int64_t i = 0; i < columns; i++) {
+                float y = EACH(from)(row[i]) * scale - most, e = exp_negative(y);
+                sum += e;
+                expected += e > 0 ? e * y : 0;
+                mean += y;
+            }
+        } else {
+            #pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < columns; i++) sum += exp_negative(EACH(from)(row[i]) * scale - most);
+        }
+        float log_sum = logf(sum), of_target = EACH(from)(row[target[t]]) * scale;
+        log_probs[t] = (1 - smoothing) * (of_target - most - log_sum);
+        if (smoothing > 0) log_probs[t] += smoothing * (mean / (float)columns - log_sum);
+        if (entropy) entropy[t] = log_sum - expected / sum;
+        if (top1) top1[t] = of_target >= most;
+        if (!write) continue;
+        float share = scale / sum, even = scale * smoothing / (float)columns;
+        float at_target = (1 - smoothing) * scale + even - share * exp_negative(of_target - most);
+        #pragma omp simd
+        for (int64_t i = 0; i < columns; i++)
+            row[i] = EACH(to)(even - share * exp_negative(EACH(from)(row[i]) * scale - most));
+        row[target[t]] = EACH(to)(at_target);
     }
 }
 

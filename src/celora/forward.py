@@ -1,0 +1,273 @@
+"""What celora changes about the forward pass of a whole language model, none of which changes a result.
+
+While it trains on labels, padding is left out (`celora.packing`) and the loss is computed over labelled tokens only
+(`celora.head`). Hooks do it: the model is given other arguments, told to project no token onto the vocabulary
+(`logits_to_keep`), and its output gets the loss. Its classes and its `forward` stay what they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import ModelOutput
+
+from celora import packing
+from celora.fused import Lender
+from celora.graft import LayerGraft, Switch
+from celora.head import Logits, score_tokens
+
+_IGNORED = -100
+_PROBED = 4  # tokens on which the model's own logits are compared with ours
+_TRL = "fused_lm_head"  # TRL's trainers ask for log-probabilities instead of logits
+_TRL_FIELDS = {"log_probs", "entropy", "is_top1"}
+# Arguments that ask for something which only the model's own head, or a padded batch, can give.
+_REFUSED = ("cache", "past_key_values", "logits_to_keep", "shift_labels", "output_hidden_states", "output_attentions",
+            "output_router_logits")  # fmt: skip
+_UNPACKED = ("inputs_embeds", "cu_seq_lens_q", "seq_idx")  # arguments beside which a batch is not packed (again)
+
+
+@dataclass
+class ScoredOutput(ModelOutput):  # type: ignore[misc]
+    """What TRL expects of a call with `fused_lm_head=True`; per-token fields are (B, T-1), 0 without a label."""
+
+    loss: Tensor | None = None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    label_mask: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class _Call:
+    """One forward pass that has been taken over."""
+
+    owner: nn.Module  # whose forward it is
+    given: dict[str, Any]  # the arguments that it would have got
+    next_labels: Tensor  # (B, T): the label of each token's successor
+    place: Tensor  # of the tokens with such a label, in the flattened batch: (N,)
+    rows: Tensor  # of the same in the hidden states
+    probed: Tensor  # positions whose logits the model computes too
+    hidden: Tensor | None = None
+
+
+class ModelGraft:
+    """The hooks of one causal language model.
+
+    Attributes:
+        packs: whether padding is left out.
+        smoothing: label smoothing of the loss.
+    """
+
+    def __init__(self, switch: Switch, *, packs: bool) -> None:
+        self.switch, self.packs = switch, packs
+        self.smoothing = 0.0
+        self._logits: Logits | None = None  # None until a call has been compared with the model's own head
+        self._refused = False
+        self._call: _Call | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_call": None}
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward pre-hook (with kwargs) of the model, and of the PEFT tuner around it: some callers bypass one."""
+        if self._call is not None and self._call.owner is not module:
+            return None  # the tuner's forward, now at the model's
+        self._call = None
+        if torch.compiler.is_compiling() or not self.switch.on or self._refused:
+            return None
+        causal = _language_model(module)
+        names = tuple(inspect.signature(type(causal).forward).parameters)[1:] if args else ()
+        given = dict(zip(names, args, strict=False)) | kwargs
+        labels, scored = given.get("labels"), bool(given.get(_TRL))
+        trains = module.training and torch.is_grad_enabled()
+        if not isinstance(labels, Tensor) or labels.dim() != 2 or any(_set(given.get(name)) for name in _REFUSED):
+            return None
+        if not (_trl_can_be_served(causal) if scored else trains) or given.get("return_dict") is False:
+            return None
+        next_labels = F.pad(labels, (0, 1), value=_IGNORED)[:, 1:]
+        place = (next_labels.flatten() != _IGNORED).nonzero()[:, 0]
+        if not len(place):
+            return None
+
+        rows, columns, inputs = place, place % labels.shape[1], self._packed(causal, given, next_labels)
+        if inputs is not None:
+            index = inputs.pop("index")
+            back = torch.full_like(labels.flatten(), -1)
+            back[index] = torch.arange(len(index), device=index.device)
+            rows = columns = back[place]
+        columns = columns[: _PROBED if self._logits is None else 0]
+        self._call = _Call(module, given, next_labels, place, rows, columns)
+        passed = {k: v for k, v in given.items() if k not in ("labels", "num_items_in_batch", _TRL)} | (inputs or {})
+        return (), passed | {"logits_to_keep": columns, "use_cache": False}
+
+    def body(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook of the decoder under the head."""
+        if self._call is not None:
+            self._call.hidden = output[0]
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """A forward hook (with kwargs, always called) of the modules that `before` hooks."""
+        call = self._call
+        if call is None or call.owner is not module:
+            return None
+        self._call = None
+        if output is None or call.hidden is None:
+            return None
+        causal = _language_model(module)
+        head: Any = causal.get_output_embeddings()
+        hidden, given = call.hidden.to(head.weight.device), call.given
+        weight, bias = _whole(head.weight), None if head.bias is None else _whole(head.bias)
+        if self._logits is None:
+            self._logits = _recognise(causal.config, hidden[:, call.probed], weight, bias, output.logits)
+            if self._logits is None:
+                self._refused = True
+                warnings.warn(
+                    f"celora: {type(causal).__name__} does something to its logits that is not known; its own loss is "
+                    "used, over all tokens and with their padding.",
+                    stacklevel=2,
+                )
+                return module(**given)
+        scored = bool(given.get(_TRL))
+        rows, targets = call.rows.to(hidden.device), call.next_labels.flatten()[call.place].to(hidden.device)
+        scores = score_tokens(
+            hidden, rows, targets, weight, bias, logits=self._logits, smoothing=self.smoothing, statistics=scored
+        )
+        items = given.get("num_items_in_batch")
+        loss = -scores.log_probs.sum() / torch.as_tensor(len(rows) if items is None else items, device=hidden.device)
+        if not scored:
+            return type(output)(**{**output, "loss": loss, "logits": None})
+
+        def spread(of: Tensor) -> Tensor:
+            full = of.new_zeros(call.next_labels.numel()).index_copy(0, call.place.to(of.device), of)
+            return full.view(call.next_labels.shape)[:, :-1]
+
+        assert scores.entropy is not None
+        assert scores.top1 is not None
+        return ScoredOutput(
+            loss=loss,
+            log_probs=spread(scores.log_probs),
+            entropy=spread(scores.entropy),
+            is_top1=spread(scores.top1),
+            label_mask=call.next_labels[:, :-1] != _IGNORED,
+        )
+
+    def _packed(self, causal: nn.Module, given: Mapping[str, Any], next_labels: Tensor) -> dict[str, Any] | None:
+        """The arguments of the batch without its padding, and the index of its tokens; None to leave it as it is."""
+        ids, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        if not self.packs or any(given.get(name) is not None for name in _UNPACKED):
+            return None
+        if not isinstance(ids, Tensor) or (mask is None and positions is not None) or ids.shape != next_labels.shape:
+            return None
+        if any(t is not None and t.shape != ids.shape for t in (mask, positions)):
+            return None
+        return packing.pack(causal, ids, mask, positions, next_labels)
+
+
+_HOOKS = (LayerGraft, Lender, ModelGraft)
+
+
+def install(causal: PreTrainedModel, tuner: nn.Module | None, switch: Switch, *, packs: bool) -> ModelGraft:
+    """Hook the language model (and the PEFT tuner around it) that `find_language_model` found; `remove` undoes it."""
+    graft = ModelGraft(switch, packs=packs)
+    for module in (causal, tuner):
+        if module is not None:
+            module.register_forward_pre_hook(graft.before, with_kwargs=True)
+            module.register_forward_hook(graft.after, with_kwargs=True, always_call=True)
+    causal.base_model.register_forward_hook(graft.body)
+    if packs and causal.config._attn_implementation == "sdpa":
+        packing.register()
+        causal.set_attn_implementation(packing.ATTENTION)
+    return graft
+
+
+def remove(module: nn.Module) -> None:
+    """Take every hook of `install` (and of `celora.fused`, and every graft) off this one module."""
+    tables: list[list[dict[int, Any]]] = [
+        [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs],
+        [module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called],
+    ]
+    for hooks, *marks in tables:
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), _HOOKS)]:
+            for of in (hooks, *marks):
+                of.pop(key, None)
+    config = getattr(module, "config", None)
+    if isinstance(module, PreTrainedModel) and getattr(config, "_attn_implementation", None) == packing.ATTENTION:
+        module.set_attn_implementation("sdpa")
+
+
+def find_language_model(model: nn.Module) -> tuple[PreTrainedModel | None, nn.Module | None, str]:
+    """The causal language model in `model` and the PEFT tuner around it, if any; or why its own loss is to be used."""
+    tuner = next((m for m in model.modules() if isinstance(m, BaseTuner)), None)
+    causal = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if causal is None:
+        return None, None, f"{type(model).__name__} is not a model of Transformers"
+    head = causal.get_output_embeddings()
+    parameters = inspect.signature(type(causal).forward).parameters
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+        reason = f"{type(causal).__name__} has {'no head' if head is None else f'a {type(head).__name__} as its head'}"
+    elif head.weight.requires_grad or not head.weight.is_floating_point():
+        reason = "its head is trained or quantised"
+    elif causal.loss_function is not ForCausalLMLoss or not {"labels", "logits_to_keep"} <= parameters.keys():
+        reason = f"{type(causal).__name__} has a loss of its own"
+    elif getattr(causal.config, "output_router_logits", False):
+        reason = "a part of it is for its experts"
+    elif causal.base_model is causal:
+        reason = f"{type(causal).__name__} has no decoder under its head"
+    else:
+        return causal, tuner, ""
+    return None, None, reason
+
+
+def _language_model(module: nn.Module) -> Any:
+    """The causal language model that a hooked module is or wraps."""
+    return module.model if isinstance(module, BaseTuner) else module
+
+
+def _set(value: Any) -> bool:
+    return isinstance(value, Tensor) or value not in (None, False, 0)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """FSDP2 leaves the head's parameters sharded outside its own forward."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _trl_can_be_served(causal: nn.Module) -> bool:
+    """Whether TRL's fused head, as it was added to this model, computes nothing that ours does not."""
+    forward = causal.__dict__.get("forward")
+    if forward is None:
+        return False
+    settings = inspect.getclosurevars(forward).nonlocals
+    outputs, temperature = settings.get("outputs", ("?",)), settings.get("temperature")
+    return set(outputs) <= _TRL_FIELDS and temperature == 1 and settings.get("cast_lm_head_to_fp32") is False
+
+
+def _recognise(config: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> Logits | None:
+    """What the model does to its logits: whatever its configuration names that reproduces these, or None."""
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        z = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+    scales = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier", "output_multiplier")]
+    if division := getattr(config, "logits_scaling", None):
+        scales += [1 / division, division]
+    caps = [getattr(config, "final_logit_softcapping", None), None]
+    expected = logits.detach().float()
+    # Logits are rounded to the model's dtype; the largest tells how coarsely.
+    allowed = 8 * torch.finfo(logits.dtype).eps * expected.abs().max()
+    for scale, cap in itertools.product([*(s for s in scales if s), 1.0], dict.fromkeys(caps)):
+        found = Logits(float(scale), None if cap is None else float(cap))
+        if (found(z.clone()) - expected).abs().max() <= allowed:
+            return found
+    return None

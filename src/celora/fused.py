@@ -1,0 +1,194 @@
+"""A LoRA linear layer as one autograd function: the fewest passes over its tokens, forward and backward.
+
+PEFT computes `result + lora_B(lora_A(dropout(x))) * scaling` operator by operator: with float32 adapters on a bfloat16
+base, its default, that is two casts, four passes over (T, out) and a float32 copy of x saved for backward, for each
+layer. Here, with p = A x (T, r) and everything in the base's own dtype, as under autocast:
+
+    y += scaling p B^T,   grad_B = scaling G^T p,   q = scaling G B,   grad_A = q^T x,   grad_x = (G W) + q A
+
+where `G W` is the layer's estimator's. Each line is a product that adds onto what is there already.
+
+The tuner layer keeps its class and its `forward`. A hook lends its adapter to the graft under its base layer and has
+PEFT skip its own; whatever is not a vanilla adapter is not lent, and takes PEFT's own path.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from celora.graft import LayerGraft
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A vanilla LoRA adapter of one layer: `scaling lora_B lora_A dropout(x)`; A: (r, in), B: (out, r)."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    dropout: float
+
+
+class FusedGraft(LayerGraft):
+    """A graft that adds the adapter it was lent, if any, to the layer's output."""
+
+    adapter: Adapter | None = None  # of the forward that is under way
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        adapter, self.adapter = self.adapter, None
+        if adapter is None:
+            return super().__call__(module, args, output)
+        assert isinstance(module, nn.Linear)
+        return lora_linear(args[0], output, module.weight, module.bias, adapter, self)
+
+
+class Lender:
+    """The hooks of one tuner layer: lend the adapter to the graft before its forward, put things back after it.
+
+    In between, PEFT is told that adapters are disabled, so that it computes the base layer alone.
+    """
+
+    def __init__(self, graft: FusedGraft) -> None:
+        self.graft = graft
+        self._lent = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"graft": self.graft, "_lent": False}
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook (with kwargs)."""
+        if self._lent:  # an earlier forward was interrupted and never came to its end
+            self._take_back(module)
+        if not (module.training and self.graft.switch.on) or kwargs or len(args) != 1:
+            return
+        adapter = vanilla_adapter(module)
+        if isinstance(adapter, Adapter):
+            self.graft.adapter, self._lent = adapter, True
+            module._disable_adapters = True
+
+    def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook that is always called."""
+        if not self._lent:
+            return
+        used = self.graft.adapter is None
+        self._take_back(module)
+        if torch.compiler.is_compiling():
+            return
+        if not used and sys.exc_info()[0] is None:
+            raise RuntimeError("celora: the base layer ran without its forward hooks, so its adapter was left out.")
+
+    def _take_back(self, module: Any) -> None:
+        self.graft.adapter, self._lent = None, False
+        module._disable_adapters = False
+
+
+def vanilla_adapter(module: Any) -> Adapter | str:
+    """The one active adapter of a tuner layer, or why it has to take PEFT's own path."""
+    if type(module) is not lora.Linear:
+        return f"{type(module).__name__} is not a LoRA linear layer"
+    if module.disable_adapters or module.merged:
+        return "its adapter is disabled or merged"
+    if getattr(module, "_is_replica", False):
+        return "it is a replica of DataParallel"  # whose threads would share the one graft
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if len(active) != 1:
+        return f"{len(active)} adapters are active"
+    name = active[0]
+    if name in module.lora_variant:
+        return f"its adapter is a variant of LoRA ({type(module.lora_variant[name]).__name__})"
+    parts: list[Any] = [of[name] for of in (module.lora_A, module.lora_B, module.lora_dropout)]
+    *matrices, dropout = parts
+    if any(type(of) is not nn.Linear for of in matrices) or any(of.bias is not None for of in matrices):
+        return "its adapter is not two linear layers without bias"
+    if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+        return "its adapter has hooks of its own"
+    if not isinstance(dropout, nn.Identity) and type(dropout) is not nn.Dropout:
+        return f"its dropout is {type(dropout).__name__}"
+    scaling = module.scaling[name]
+    if not isinstance(scaling, int | float):
+        return "its scaling is not a number"
+    A, B = (of.weight for of in matrices)
+    return Adapter(A, B, float(scaling), getattr(dropout, "p", 0.0))
+
+
+def lora_linear(
+    x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, layer: LayerGraft
+) -> Tensor:
+    """`output + scaling B A dropout(x)`, computed onto `output`, with the backward described above.
+
+    Args:
+        x: the layer's input, (..., in).
+        output: what the base layer made of it, `x W^T + b`, (..., out); overwritten. Its dtype is the dtype of all
+            products; gradients arrive in the parameters' own.
+        weight: frozen, (out, in).
+        bias: (out,) or None; gets `grad_output.sum(0)` if it requires grad.
+        adapter: dropout is drawn from torch's global generator, and its mask saved (a byte a number).
+        layer: whose mode at this moment decides how `grad_output @ weight` is computed.
+    """
+    result: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        x, output.detach(), bias, adapter.A, adapter.B, weight, adapter.scaling, adapter.dropout, layer
+    )
+    return result
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        output: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        weight: Tensor,
+        scaling: float,
+        dropout: float,
+        layer: LayerGraft,
+    ) -> Tensor:
+        dtype = output.dtype
+        mask = None
+        with torch.autocast(output.device.type, enabled=False):
+            seen = x.reshape(-1, x.shape[-1]).to(dtype)
+            if dropout > 0:
+                mask = torch.empty(seen.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)
+                seen = seen * mask * (1 / (1 - dropout) if dropout < 1 else 0.0)
+            low = seen @ A.to(dtype).t()
+            output.view(-1, output.shape[-1]).addmm_(low, B.to(dtype).t(), alpha=scaling)
+        ctx.save_for_backward(seen if A.requires_grad else None, low if B.requires_grad else None, mask, A, B)
+        ctx.weight, ctx.layer, ctx.mode = weight, layer, layer.mode
+        ctx.scaling, ctx.keep = scaling, 1 - dropout
+        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        seen, low, mask, A, B = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+        grad_x = grad_bias = grad_A = grad_B = None
+        with torch.autocast(grad_output.device.type, enabled=False):
+            g = grad_output.reshape(-1, grad_output.shape[-1])
+            through = (g @ B.to(g.dtype)).mul_(ctx.scaling)
+            if needs_A:
+                grad_A = (through.t() @ seen).to(A.dtype)
+            if needs_B:
+                grad_B = (g.t() @ low).to(B.dtype).mul_(ctx.scaling)
+            if needs_x:
+                grad_x = ctx.layer.grad_input(g, ctx.weight, ctx.mode)
+                if mask is None:
+                    grad_x = grad_x.addmm_(through, A.to(g.dtype))
+                else:
+                    grad_x = grad_x.add_((through @ A.to(g.dtype)).mul_(mask), alpha=1 / ctx.keep if ctx.keep else 0.0)
+                grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)
+            if needs_bias:
+                grad_bias = g.sum(0).to(ctx.bias_dtype)
+        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None, None

@@ -1,0 +1,180 @@
+"""Language-model loss over labelled tokens only, in chunks, without ever holding all logits or a weight gradient.
+
+The vocabulary projection of a token without a label contributes nothing, forward or backward, so it is not computed.
+For the others, with z = W h + b, y = the model's own scaling and soft-capping of z, and target t,
+
+    log p = y_t - logsumexp(y),    d log p / dh = ((e_t - softmax(y)) dy/dz) W,
+
+and the second is computed along with the first, while the chunk's logits are at hand. The loss is linear in the log
+p of its tokens, so backward only scales these rows: no logits are saved, and none computed twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from celora import kernels
+
+# Tokens whose logits are held at once: enough for the product to be fast, and few enough for the memory to be small.
+_CHUNK_NUMBERS, _CHUNK_ROWS = 2**24, 512
+_BLOCK_NUMBERS = 2**19  # float32 numbers worked on at once: 2 MiB, which a core's own cache holds
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What a model does to its head's output before the softmax: `y = cap tanh(scale z / cap)`, or `scale z`."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """y of z, in place."""
+        if self.cap is None:
+            return z if self.scale == 1 else z.mul_(self.scale)
+        return z.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
+
+    def backward(self, grad: Tensor, y: Tensor) -> Tensor:
+        """`grad dy/dz`, in place."""
+        if self.cap is not None:
+            grad.mul_(1 - (y / self.cap).square_())
+        return grad if self.scale == 1 else grad.mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the softmax says about each labelled token.
+
+    Attributes:
+        log_probs: of the targets, (N,) float32, differentiable; with label smoothing s, `(1-s) log p_t + s mean log p`.
+        entropy: of the distributions, (N,) float32, without gradient; None unless asked for.
+        top1: whether the target is the most likely token, (N,) bool; None unless asked for.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor | None
+    top1: Tensor | None
+
+
+def score_tokens(
+    hidden: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    logits: Logits | None = None,
+    smoothing: float = 0.0,
+    statistics: bool = False,
+) -> TokenScores:
+    """The log-probabilities of `targets` after the tokens `rows`.
+
+    Args:
+        hidden: the last hidden states, (..., H), any number of leading dimensions.
+        rows: which of them predict a labelled token, (N,) int64, indices into the flattened leading dimensions.
+        targets: the labels, (N,) int64.
+        weight: of the head, frozen, (V, H); bias: (V,) or None.
+        logits: what the model does to the head's output; nothing if None.
+        smoothing: label smoothing, 0 <= s < 1.
+        statistics: compute entropy and top1 too.
+    """
+    log_probs, entropy, top1 = _Scores.apply(  # type: ignore[no-untyped-call]
+        hidden, rows, targets, weight, bias, logits or Logits(), smoothing, statistics
+    )
+    return TokenScores(log_probs, *((entropy, top1) if statistics else (None, None)))
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        logits: Logits,
+        smoothing: float,
+        statistics: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
+        n, wanted = len(rows), ctx.needs_input_grad[0]
+        log_probs = hidden.new_empty(n, dtype=torch.float32)
+        entropy = hidden.new_empty(n if statistics else 0, dtype=torch.float32)
+        top1 = hidden.new_empty(n if statistics else 0, dtype=torch.bool)
+        gradient = torch.empty_like(chosen) if wanted else None
+        with torch.autocast(device, enabled=False):
+            w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+            chunks = max(1, -(-n // max(_CHUNK_ROWS, _CHUNK_NUMBERS // len(w))))
+            size = -(-n // chunks)
+            held = chosen.new_empty(size, len(w))
+            for start in range(0, n, max(1, size)):
+                part = slice(start, start + size)
+                z = torch.mm(chosen[part], w.t(), out=held[: n - start])
+                if b is not None:
+                    z += b
+                some = (entropy[part], top1[part]) if statistics else (None, None)
+                _softmax(z, targets[part], logits, smoothing, log_probs[part], *some, write=wanted)
+                if gradient is not None:
+                    torch.mm(z, w, out=gradient[part])
+        ctx.save_for_backward(gradient, rows)
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        ctx.mark_non_differentiable(entropy, top1)
+        return log_probs, entropy, top1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+        gradient, rows = ctx.saved_tensors
+        full = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
+        full.view(-1, ctx.shape[-1]).index_copy_(0, rows, (gradient * grad[:, None]).to(ctx.dtype))
+        return full, *[None] * 7
+
+
+def _softmax(
+    z: Tensor,
+    targets: Tensor,
+    logits: Logits,
+    smoothing: float,
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    top1: Tensor | None,
+    *,
+    write: bool,
+) -> None:
+    """Fill in what the softmax of `logits(z)` says; with `write`, z becomes the gradient of `log_probs`."""
+    if logits.cap is None and kernels.supported(z):
+        kernels.softmax_rows(
+            z,
+            targets,
+            scale=logits.scale,
+            smoothing=smoothing,
+            log_probs=log_probs,
+            entropy=entropy,
+            top1=top1,
+            write=write,
+        )
+        return
+    size = max(1, _BLOCK_NUMBERS // z.shape[1]) if z.device.type == "cpu" else len(z)
+    for start in range(0, len(z), size):
+        part = slice(start, start + size)
+        target = targets[part, None]
+        y = logits(z[part].to(torch.float32, copy=True))
+        log_p = y.log_softmax(1)
+        scored = log_p.gather(1, target)[:, 0]
+        log_probs[part] = scored if smoothing == 0 else (1 - smoothing) * scored + smoothing * log_p.mean(1)
+        p = log_p.exp()
+        if entropy is not None:
+            entropy[part] = -torch.special.xlogy(p, p).sum(1)
+        if top1 is not None:
+            top1[part] = scored >= log_p.amax(1)
+        if write:
+            grad = p.neg_() if smoothing == 0 else p.neg_().add_(smoothing / z.shape[1])
+            grad.scatter_add_(1, target, torch.full_like(target, 1 - smoothing, dtype=grad.dtype))
+            z[part] = logits.backward(grad, y)

@@ -1,0 +1,331 @@
+"""What the model's forward returns while it trains, against Transformers' own loss and TRL's metrics."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import TrainingArguments as Arguments
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+import celora
+from celora import CELoraConfig, forward, head
+from celora.attach import require
+from conftest import make_batch, make_model
+from tiny import save_tiny_model
+
+
+def masked_batch(seed: int = 0) -> dict[str, Tensor]:
+    batch = make_batch(seed)
+    batch["labels"][:, :5] = -100
+    batch["labels"][1, 8:] = -100
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][1, 8:] = 0
+    return batch
+
+
+def gradient(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def compare(model: nn.Module, batch: dict[str, Any], *, calls: int = 2) -> None:
+    """Loss and gradient equal to what the model itself makes of this batch, to float32 rounding."""
+    celora.detach(model)
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    expected = gradient(model)
+    celora.attach(model, "exact")
+    for _ in range(calls):  # the first of which is also compared with the model's own logits
+        model.zero_grad()
+        output = model(**batch)
+        output.loss.backward()
+        assert output.logits is None
+        assert output.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+        assert (gradient(model) - expected).norm() < 2e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("items", [None, 7, torch.tensor(7)], ids=str)
+def test_equals_transformers(items: Any) -> None:
+    """`num_items_in_batch` is what Trainer divides by under accumulation."""
+    extra = {} if items is None else {"num_items_in_batch": items}
+    compare(make_model().train(), masked_batch() | extra)
+
+
+def test_every_token_labelled_and_no_mask() -> None:
+    compare(make_model().train(), make_batch(0))
+
+
+def test_embeddings_instead_of_tokens() -> None:
+    model, batch = make_model().train(), masked_batch()
+    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
+    compare(model, batch)
+
+
+def test_positional_arguments() -> None:
+    model, batch = make_model().train(), masked_batch()
+    expected = model(**batch).loss
+    celora.attach(model, "exact")
+    output = model.base_model.model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_soft_capping() -> None:
+    """Gemma caps its logits; the cap is small here so that it matters."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, vocab_size=61, final_logit_softcapping=0.5, sliding_window=64,
+    )  # fmt: skip
+    model = get_peft_model(Gemma3ForCausalLM(config), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    compare(model.train(), masked_batch())
+    assert require(model).forward._logits == head.Logits(1.0, 0.5)
+
+
+def test_label_smoothing() -> None:
+    """As Transformers' LabelSmoother, which wants all logits, defines it."""
+    model, batch = make_model().train(), masked_batch()
+    logits = model(**batch).logits[:, :-1]
+    log_p, labels = logits.log_softmax(-1), batch["labels"][:, 1:]
+    kept = labels != -100
+    nll = -log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    expected = 0.9 * nll[kept].mean() + 0.1 * -log_p.mean(-1)[kept].mean()
+    celora.attach(model, "exact")
+    require(model).forward.smoothing = 0.1
+    torch.testing.assert_close(model(**batch).loss, expected)
+
+
+class Odd(LlamaForCausalLM):
+    """Does to its logits what no configuration names."""
+
+    def forward(self, *args: Any, labels: Tensor | None = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+        logits = output.logits + torch.linspace(-1, 1, output.logits.shape[-1])
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def test_a_head_that_is_not_understood_stays_as_it_is_and_it_is_said_once() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=61, use_cache=False
+    )
+    model = get_peft_model(Odd(config), LoraConfig(target_modules="all-linear", init_lora_weights=False)).train()
+    batch = masked_batch()
+    expected = model(**batch).loss
+    celora.attach(model, "exact")
+    with pytest.warns(UserWarning, match="Odd does something to its logits that is not known"):
+        output = model(**batch)
+    torch.testing.assert_close(output.loss, expected)
+    assert output.logits.shape == (3, 11, 61)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(model(**batch).loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.base_model.model.lm_head.weight.requires_grad_(), "head is trained"),
+        (lambda m: setattr(m.base_model.model, "loss_function", lambda **_: torch.zeros(())), "loss of its own"),
+        (lambda m: m.base_model.model.lm_head.register_forward_hook(lambda *_: None), "as its head"),
+    ],
+    ids=["trained", "loss", "hooked"],
+)
+def test_heads_that_are_not_taken_over(change: Any, reason: str) -> None:
+    model, batch = make_model().train(), masked_batch()
+    change(model)
+    expected = model(**batch).loss
+    report = celora.attach(model, "exact")
+    assert any(reason in note for note in report.notes)
+    output = model(**batch)
+    assert output.logits is not None
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_an_adapted_head_is_not_taken_over() -> None:
+    model = make_model(target_modules=["q_proj", "lm_head"]).train()
+    assert any("has a Linear as its head" in note for note in celora.attach(model, "exact").notes)
+    assert model(**masked_batch()).logits is not None
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["eval", "no_grad", "no labels", "hidden states", "tuple", "nothing labelled"],
+)
+def test_everything_but_training_on_labels_is_the_models_own(how: str) -> None:
+    model, batch = make_model().train(), masked_batch()
+    extra: dict[str, Any] = {"output_hidden_states": True} if how == "hidden states" else {}
+    extra |= {"return_dict": False} if how == "tuple" else {}
+    if how == "no labels":
+        del batch["labels"]
+    if how == "nothing labelled":
+        batch["labels"][:] = -100
+    model.train(how != "eval")
+    with torch.set_grad_enabled(how != "no_grad"):
+        expected = model(**batch, **extra)
+        celora.attach(model, CELoraConfig(estimator="dense", labelled_head=True, padding_free=True))
+        found = model(**batch, **extra)
+    logits = (expected[1], found[1]) if how == "tuple" else (expected.logits, found.logits)
+    assert logits[0].equal(logits[1])
+
+
+def test_generation_and_padded_evaluation_do_not_change() -> None:
+    model, batch = make_model().eval(), masked_batch()
+    expected = model(**batch).logits
+    tokens = model.generate(
+        batch["input_ids"][:1], max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    celora.attach(model, "exact")
+    assert model(**batch).logits.equal(expected)
+    again = model.generate(batch["input_ids"][:1], max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert again.equal(tokens)
+
+
+def test_an_error_in_the_forward_leaves_nothing_behind() -> None:
+    model, batch = make_model().train(), masked_batch()
+    celora.attach(model, "exact")
+    expected = model(**batch).loss
+    with pytest.raises(IndexError):
+        model(**{**batch, "input_ids": batch["input_ids"] + 1000})
+    assert require(model).forward._call is None
+    torch.testing.assert_close(model(**batch).loss, expected)
+
+
+def test_copies_and_detaching() -> None:
+    model, batch = make_model().train(), masked_batch()
+    expected = model(**batch).loss
+    celora.attach(model, "exact")
+    copied = copy.deepcopy(model)
+    assert copied(**batch).logits is None
+    inner = copy.deepcopy(model.base_model.model)  # without the attachment, so without celora
+    torch.testing.assert_close(inner(**batch).loss, expected)
+    assert inner(**batch).logits is not None
+    celora.detach(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert model(**batch).loss.equal(expected)
+
+
+def test_checkpointing() -> None:
+    model, batch = make_model(), masked_batch()
+    for reentrant in (True, False):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        compare(model.train(), batch)
+
+
+# --- TRL ------------------------------------------------------------
+
+
+def sft(folder: Path, preset: str | None, **changes: Any) -> tuple[list[dict[str, float]], PeftModel]:
+    save_tiny_model(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    rows = [
+        {"prompt": " ".join(f"w{(i + j) % 40}" for j in range(2 + i % 4)), "completion": f" w{i} w{i + 1}"}
+        for i in range(12)
+    ]
+    settings: dict[str, Any] = {
+        "max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no",
+        "disable_tqdm": True, "dataloader_pin_memory": False, "eval_strategy": "steps", "eval_steps": 3,
+    }  # fmt: skip
+    trainer = SFTTrainer(
+        LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
+        args=SFTConfig(str(folder / "out"), **settings | changes),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:4]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(target_modules="all-linear"),
+    )
+    if preset:
+        celora.attach(trainer.model, preset)
+    trainer.train()
+    return trainer.state.log_history, trainer.model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"loss_type": "dft"}, {"padding_free": True, "max_length": None}, {"label_smoothing_factor": 0.1}],
+    ids=["nll", "dft", "padding_free", "smoothing"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_sft_trainer_logs_the_same(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Loss, gradient norm, token accuracy and entropy, in training and in evaluation."""
+    plain, _ = sft(tmp_path / "a", None, **changes)
+    exact, model = sft(tmp_path / "b", "exact", **changes)
+    assert len(plain) == len(exact)
+    for expected, found in zip(plain, exact, strict=True):
+        for key in expected:
+            if not any(word in key for word in ("runtime", "per_second", "flos")):
+                assert found[key] == pytest.approx(expected[key], rel=2e-5, abs=1e-6), key
+    assert require(model).forward._logits == head.Logits()  # it was taken over
+
+
+def test_trl_is_only_served_what_is_computed() -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = make_model().base_model.model
+    assert not forward._trl_can_be_served(model)
+    for settings, served in (
+        ({}, True),
+        ({"outputs": ("log_probs", "is_top1", "entropy")}, True),
+        ({"outputs": ("log_probs", "mean_logits")}, False),
+        ({"temperature": 0.7}, False),
+        ({"cast_lm_head_to_fp32": True}, False),
+    ):
+        model.__dict__.pop("forward", None)
+        add_fused_lm_head(model, **settings)
+        assert forward._trl_can_be_served(model) is served
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dpo_trainer_trains_the_same(tmp_path: Path) -> None:
+    losses = []
+    for preset in (None, "exact"):
+        save_tiny_model(tmp_path / "model")
+        rows = [{"prompt": f"w{i} w{i + 1}", "chosen": f" w{i + 2} w3", "rejected": f" w{i + 4}"} for i in range(8)]
+        trainer = DPOTrainer(
+            LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32),
+            args=DPOConfig(
+                str(tmp_path / "out"), max_steps=3, logging_steps=1, per_device_train_batch_size=2, report_to="none",
+                use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(tmp_path / "model"),
+            peft_config=LoraConfig(target_modules="all-linear"),
+        )  # fmt: skip
+        if preset:
+            celora.attach(trainer.model, preset)
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_plain_trainer_with_accumulation_trains_the_same(tmp_path: Path) -> None:
+    losses = []
+    for preset in (None, "exact"):
+        model = make_model(init_lora_weights=True)
+        if preset:
+            celora.attach(model, preset)
+        rows = [{key: value[i % 3] for key, value in masked_batch(i // 3).items()} for i in range(24)]
+        arguments = Arguments(
+            str(tmp_path), max_steps=4, logging_steps=1, per_device_train_batch_size=3, gradient_accumulation_steps=2,
+            report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
+            dataloader_pin_memory=False, remove_unused_columns=False,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -1,0 +1,136 @@
+"""The loss over labelled tokens against its formula in float64, and what it holds in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from celora import head, kernels, reference
+from celora.head import Logits, score_tokens
+
+
+@pytest.fixture(params=["kernels", "operators"], autouse=True)
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds with the compiled passes and without them."""
+    if request.param == "operators":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    elif kernels.library() is None:
+        pytest.skip("no C compiler")
+
+
+def inputs(
+    dtype: torch.dtype = torch.float32, *, n: int = 50, words: int = 777
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden = torch.randn(2, 40, 32).to(dtype).requires_grad_()
+    weight = torch.randn(words, 32).to(dtype)
+    rows = torch.randperm(80)[:n].sort().values
+    return hidden, rows, torch.randint(0, words, (n,)), weight
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_scores_and_gradient(
+    scale: float, cap: float | None, smoothing: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "_CHUNK_ROWS", chunk)
+    monkeypatch.setattr(head, "_CHUNK_NUMBERS", 1)
+    monkeypatch.setattr(head, "_BLOCK_NUMBERS", 3000)
+    hidden, rows, targets, weight = inputs(words=97)
+    of_each = torch.rand(len(rows))
+    found = score_tokens(hidden, rows, targets, weight, logits=Logits(scale, cap), smoothing=smoothing, statistics=True)
+    (found.log_probs * of_each).sum().backward()
+
+    twin = hidden.detach().double().requires_grad_()
+    chosen = twin.reshape(80, 32)[rows]
+    expected = reference.token_log_probs(chosen, weight.double(), targets, scale=scale, cap=cap, smoothing=smoothing)
+    (expected * of_each).sum().backward()
+    assert (found.log_probs - expected).abs().max() < 1e-6 * expected.abs().max()
+    assert (hidden.grad - twin.grad).norm() < 1e-6 * twin.grad.norm()
+    every = [torch.full_like(targets, word) for word in range(97)]
+    log_p = torch.stack([reference.token_log_probs(chosen, weight.double(), t, scale=scale, cap=cap) for t in every], 1)
+    torch.testing.assert_close(found.entropy, -(log_p.exp() * log_p).sum(1).float(), rtol=1e-4, atol=1e-5)
+    assert found.top1.equal(log_p.argmax(1) == targets)
+
+
+def test_bias_and_no_gradient() -> None:
+    hidden, rows, targets, weight = inputs()
+    bias = torch.randn(777)
+    wide = torch.cat([weight, bias[:, None]], 1)
+    ones = torch.cat([hidden.detach(), torch.ones(2, 40, 1)], 2)
+    expected = reference.token_log_probs(ones.reshape(80, 33)[rows].double(), wide.double(), targets)
+    with torch.no_grad():
+        found = score_tokens(hidden, rows, targets, weight, bias)
+    assert not found.log_probs.requires_grad
+    assert found.entropy is None
+    torch.testing.assert_close(found.log_probs, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """As good as the plain way to write it, in the same dtype, judged by float64."""
+    hidden, rows, targets, weight = inputs(dtype)
+    truth = hidden.detach().double().requires_grad_()
+    reference.token_log_probs(truth.reshape(80, 32)[rows], weight.double(), targets).mean().backward()
+    score_tokens(hidden, rows, targets, weight).log_probs.mean().backward()
+    ours, hidden.grad = hidden.grad, None
+    logits = (hidden.reshape(80, 32)[rows] @ weight.T).float()
+    logits.log_softmax(1).gather(1, targets[:, None]).mean().backward()
+    theirs = hidden.grad
+    errors = [(grad.double() - truth.grad).norm() / truth.grad.norm() for grad in (ours, theirs)]
+    assert errors[0] < 1.5 * errors[1] + 1e-3
+
+
+def test_tokens_without_label_get_exactly_nothing() -> None:
+    hidden, rows, targets, weight = inputs()
+    score_tokens(hidden, rows, targets, weight).log_probs.sum().backward()
+    others = torch.ones(80, dtype=torch.bool)
+    others[rows] = False
+    assert (hidden.grad.reshape(80, 32)[others] == 0).all()
+    assert (hidden.grad.reshape(80, 32)[rows] != 0).any(1).all()
+
+
+def test_no_labelled_tokens() -> None:
+    hidden, rows, targets, weight = inputs()
+    found = score_tokens(hidden, rows[:0], targets[:0], weight, statistics=True)
+    found.log_probs.sum().backward()
+    assert found.log_probs.shape == found.entropy.shape == (0,)
+    assert (hidden.grad == 0).all()
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that any operator returns."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_CHUNK_ROWS", 10)
+    monkeypatch.setattr(head, "_CHUNK_NUMBERS", 1)
+    hidden, rows, targets, weight = inputs(words=5000)
+    with _Largest() as seen:
+        score_tokens(hidden, rows, targets, weight).log_probs.sum().backward()
+    assert seen.numbers == max(10 * 5000, weight.numel())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_shows(bad: float) -> None:
+    hidden, rows, targets, weight = inputs()
+    with torch.no_grad():
+        hidden.view(80, 32)[rows[3]] = bad
+    found = score_tokens(hidden, rows, targets, weight)
+    assert torch.isfinite(found.log_probs).tolist() == [i != 3 for i in range(50)]
+    found.log_probs.sum().backward()
+    assert not torch.isfinite(hidden.grad.reshape(80, 32)[rows[3]]).any()

@@ -1,0 +1,178 @@
+"""Packed batches against the same padded: the same loss and gradients, for every kind of model allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import celora
+from celora import packing
+from celora.errors import CELoraError
+
+EXTRA: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 0.5},
+    "granite": {"logits_scaling": 4.0},
+    "gemma3_text": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},
+    "gemma": {"head_dim": 8},
+    "qwen3": {"head_dim": 8},
+    "phi3": {"pad_token_id": 0},
+}
+
+
+def model_of(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2, max_position_embeddings=64,
+        **{k: v for k, v in EXTRA.get(kind, {}).items() if k != "pad_token_id"},
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    return get_peft_model(base, LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)).train()
+
+
+def ragged(lengths: list[int], *, prompt: int = 2, left: bool = False) -> dict[str, Tensor]:
+    """A padded batch, the first `prompt` tokens of each sequence without labels."""
+    width = max(lengths)
+    tokens = torch.randint(3, 64, (len(lengths), width))
+    place = torch.arange(width)[None]
+    mask = torch.stack([place[0] >= width - n if left else place[0] < n for n in lengths])
+    first = torch.tensor([width - n if left else 0 for n in lengths])[:, None]
+    labels = torch.where(mask & (place >= first + prompt), tokens, -100)
+    return {"input_ids": tokens, "attention_mask": mask.long(), "labels": labels}
+
+
+def gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, Tensor]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("kind", sorted(packing.MODELS))
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_equals_padded(kind: str, left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_of(kind), ragged([11, 4, 7, 1], left=left)
+    loss, expected = gradients(model, batch)
+    report = celora.attach(model, "exact")
+    assert "Padding left out of training batches." in report.notes
+    seen: list[tuple[int, ...]] = []
+    model.base_model.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    found, gradient = gradients(model, batch)
+    assert seen == [(1, 10 + 3 + 6)]  # without padding, without last tokens, without the sequence of one token
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert (gradient - expected).norm() < 2e-6 * expected.norm()
+    again, _ = gradients(model, batch)  # the first call was compared with the model's own logits; this one is not
+    assert again == found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    st.integers(0, 6),
+    st.booleans(),
+    st.integers(0, 2**16),
+)
+def test_any_batch(lengths: list[int], prompt: int, left: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    batch = ragged(lengths, prompt=prompt, left=left)
+    if not (batch["labels"][:, 1:] != -100).any():
+        return
+    model = _MODEL.setdefault("model", model_of("llama"))
+    celora.detach(model)
+    loss, expected = gradients(model, batch)
+    celora.attach(model, "exact")
+    found, gradient = gradients(model, batch)
+    assert found == pytest.approx(loss, rel=2e-6)
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+
+
+_MODEL: dict[str, nn.Module] = {}
+
+
+def pack(batch: dict[str, Tensor], **changes: Any) -> dict[str, Any] | None:
+    model = model_of("llama")
+    packing.register()
+    model.base_model.model.set_attn_implementation(packing.ATTENTION)
+    labels = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    arguments = {"attention_mask": batch["attention_mask"], "position_ids": None} | changes
+    return packing.pack(model.base_model.model, batch["input_ids"], next_labels=labels, **arguments)
+
+
+def test_what_is_left_alone() -> None:
+    torch.manual_seed(0)
+    batch = ragged([11, 4, 7])
+    assert pack(batch) is not None
+    full = ragged([32, 32, 32])
+    assert pack(full) is None  # nothing to gain
+    holes = {**batch, "attention_mask": batch["attention_mask"].clone()}
+    holes["attention_mask"][0, 3] = 0
+    assert pack(holes) is None  # a mask that is no padding
+    numbered = {**batch, "attention_mask": torch.tensor([[1] * 3 + [2] * 8, [1] * 4 + [0] * 7, [1] * 7 + [0] * 4])}
+    assert pack(numbered) is None  # several sequences in a row already
+    padded = {**batch, "labels": batch["labels"].clone()}
+    padded["labels"][1, 8] = 5
+    assert pack(padded) is None  # a label that is predicted from padding
+    nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    assert pack(nothing) is None
+
+
+def test_trailing_tokens_without_label_are_left_out() -> None:
+    batch = ragged([12, 12])
+    batch["labels"][:, 6:] = -100
+    packed = pack(batch)
+    assert packed is not None
+    assert packed["celora_lengths"] == (5, 5)
+
+
+def test_positions_are_kept() -> None:
+    batch = ragged([5, 3], left=True)
+    positions = torch.arange(5).expand(2, 5) + 100
+    packed = pack(batch, position_ids=positions)
+    assert packed is not None
+    assert packed["position_ids"].tolist() == [[100, 101, 102, 103, 102, 103]]
+
+
+def test_a_sequence_longer_than_the_sliding_window_stays_padded() -> None:
+    model, batch = model_of("mistral"), ragged([12, 3, 3])
+    model.config.sliding_window = 8
+    loss, expected = gradients(model, batch)
+    celora.attach(model, "exact")
+    found, gradient = gradients(model, batch)
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert (gradient - expected).norm() < 2e-6 * expected.norm()
+
+
+def test_other_models_stay_padded() -> None:
+    assert "gpt2" in packing.cannot_pack(AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "gpt2", n_embd=8, n_layer=1, n_head=2, vocab_size=16)))  # fmt: skip
+    eager = model_of("llama").base_model.model
+    eager.set_attn_implementation("eager")
+    assert "eager" in packing.cannot_pack(eager)
+    assert packing.cannot_pack(nn.Linear(2, 2))
+
+
+def test_attention_refuses_what_it_was_not_packed_for() -> None:
+    q = torch.randn(1, 2, 6, 4)
+    with pytest.raises(CELoraError, match="6 queries and 6 keys for 5 packed tokens"):
+        packing.attention(nn.Identity(), q, q, q, None, celora_lengths=(2, 3))
+
+
+def test_flash_attention_gets_the_lengths_its_own_way() -> None:
+    batch = ragged([5, 3])
+    model = model_of("llama").base_model.model
+    model.config._attn_implementation_internal = "flash_attention_2"
+    labels = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    packed = packing.pack(model, batch["input_ids"], batch["attention_mask"], None, labels)
+    assert packed is not None
+    assert packed["attention_mask"] is None
+    assert packed["cu_seq_lens_q"].tolist() == [0, 4, 6]
+    assert packed["max_length_q"] == 4
