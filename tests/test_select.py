@@ -98,3 +98,9 @@ def test_draws_depend_on_seed_and_number_alone() -> None:
     assert 0 <= min(draws) <= max(draws) < 1
     assert select.uniform(3, 4, cpu) == select.uniform(3, 4, cpu)
     assert torch.get_rng_state().equal(state)
+
+
+def test_grain_leaves_few_shapes_and_little_waste() -> None:
+    rounded = [-(-rows // select.grain(rows)) * select.grain(rows) for rows in range(1, 4096)]
+    assert len(set(rounded[1023:2047])) <= 17
+    assert all(rows <= up < rows * 17 / 16 for rows, up in enumerate(rounded, 1))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
@@ -182,15 +184,38 @@ _HOOKS = (LayerGraft, Lender, ModelGraft)
 def install(causal: PreTrainedModel, tuner: nn.Module | None, switch: Switch, *, packs: bool) -> ModelGraft:
     """Hook the language model (and the PEFT tuner around it) that `find_language_model` found; `remove` undoes it."""
     graft = ModelGraft(switch, packs=packs)
-    for module in (causal, tuner):
-        if module is not None:
-            module.register_forward_pre_hook(graft.before, with_kwargs=True)
-            module.register_forward_hook(graft.after, with_kwargs=True, always_call=True)
-    causal.base_model.register_forward_hook(graft.body)
-    if packs and causal.config._attn_implementation == "sdpa":
+    _hook(graft, causal, tuner)
+    return graft
+
+
+def _hook(graft: ModelGraft, causal: PreTrainedModel, tuner: nn.Module | None) -> list[RemovableHandle]:
+    if graft.packs and causal.config._attn_implementation == "sdpa":
         packing.register()
         causal.set_attn_implementation(packing.ATTENTION)
-    return graft
+    handles = [causal.base_model.register_forward_hook(graft.body)]
+    for module in (causal, tuner):
+        if module is not None:
+            handles.append(module.register_forward_pre_hook(graft.before, with_kwargs=True))
+            handles.append(module.register_forward_hook(graft.after, with_kwargs=True, always_call=True))
+    return handles
+
+
+@contextmanager
+def taken_over(model: nn.Module) -> Iterator[None]:
+    """For a while, leave out padding and compute the loss over labelled tokens only, wherever that can be done."""
+    causal, tuner, _ = find_language_model(model)
+    if causal is None:
+        yield
+        return
+    before = causal.config._attn_implementation
+    handles = _hook(ModelGraft(Switch(), packs=not packing.cannot_pack(causal)), causal, tuner)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        if before == "sdpa":
+            causal.set_attn_implementation(before)
 
 
 def remove(module: nn.Module) -> None:

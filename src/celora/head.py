@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from celora import kernels
+from celora.select import grain
 
 # Tokens whose logits are held at once: enough for the product to be fast, and few enough for the memory to be small.
 _CHUNK_NUMBERS, _CHUNK_ROWS = 2**24, 512
@@ -103,8 +104,11 @@ class _Scores(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
-        n, wanted = len(rows), ctx.needs_input_grad[0]
+        count, wanted = len(rows), ctx.needs_input_grad[0]
+        real = rows
+        if count and device == "cpu":  # a few tokens too many, whose scores are not looked at
+            rows, targets = (torch.cat([of, of[:1].expand(-count % grain(count))]) for of in (rows, targets))
+        n, chosen = len(rows), hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
         log_probs = hidden.new_empty(n, dtype=torch.float32)
         entropy = hidden.new_empty(n if statistics else 0, dtype=torch.float32)
         top1 = hidden.new_empty(n if statistics else 0, dtype=torch.bool)
@@ -123,7 +127,8 @@ class _Scores(torch.autograd.Function):
                 _softmax(z, targets[part], logits, smoothing, log_probs[part], *some, write=wanted)
                 if gradient is not None:
                     torch.mm(z, w, out=gradient[part])
-        ctx.save_for_backward(gradient, rows)
+        log_probs, entropy, top1 = log_probs[:count], entropy[:count], top1[:count]
+        ctx.save_for_backward(None if gradient is None else gradient[:count], real)
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
         ctx.mark_non_differentiable(entropy, top1)
         return log_probs, entropy, top1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from celora.errors import CELoraError
+from celora.select import grain
 
 ATTENTION = "celora_packed_sdpa"
 _LENGTHS = "celora_lengths"
@@ -64,10 +65,14 @@ def pack(
     if ours and window is not None and max(lengths) > window:
         return None  # full causal attention, which is what each sequence gets, would be another model's
     index = kept.flatten().nonzero()[:, 0]
+    # A few repetitions of the last token, which nothing before them sees: shapes that come again are faster.
+    extra = -total % grain(total) if input_ids.device.type == "cpu" else 0
+    lengths = (*lengths[:-1], lengths[-1] + extra)
+    padded = torch.cat([index, index[-1:].expand(extra)])
     inputs: dict[str, Any] = {
         "index": index,
-        "input_ids": input_ids.flatten()[index][None],
-        "position_ids": (place if position_ids is None else position_ids).flatten()[index][None],
+        "input_ids": input_ids.flatten()[padded][None],
+        "position_ids": (place if position_ids is None else position_ids).flatten()[padded][None],
     }
     if ours:  # a mask of four dimensions is handed on as it is, and ours looks at none
         return inputs | {"attention_mask": place.new_ones(1, 1, 1, 1, dtype=torch.bool), _LENGTHS: lengths}

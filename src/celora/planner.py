@@ -25,17 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from celora.attach import cannot_estimate, find, tuner_layers
+from celora.attach import cannot_estimate, find, fuses, tuner_layers
 from celora.audit import Fidelity, gradient, on_device, trainable, untouched
 from celora.config import LayerConfig
 from celora.errors import CELoraError
 from celora.estimators import Dense, Estimator, make_estimator
 from celora.estimators.base import Precision
-from celora.estimators.tokens import grain
+from celora.forward import taken_over
 from celora.graft import LayerGraft, Mode, Switch
 from celora.plan import Candidate, Plan, PlannedLayer, device_name
 from celora.products import PRODUCTS
-from celora.select import energy_count, rounded_up, squared_row_norms
+from celora.select import energy_count, grain, rounded_up, squared_row_norms
 from celora.timing import interleaved, synchronise
 
 DEFAULT_FIDELITY = 0.99
@@ -59,6 +59,7 @@ class _Layer:
 
     name: str
     base: nn.Linear
+    fused: bool = False  # has a graft anyway, for its adapter
     errors: dict[LayerConfig, list[float]] = field(default_factory=dict)
     kept: dict[float, list[float]] = field(default_factory=dict)  # share of the norm -> share of the tokens
     tokens: int = 0
@@ -122,14 +123,18 @@ def make_plans(
     used = [on_device(batch, parameters) for _, batch in zip(range(3), batches, strict=False)]
     if not used:
         raise CELoraError("no batches to plan with; give at least one, and three to verify on one that was not used.")
-    bases = {name: module.get_base_layer() for name, module in tuner_layers(model).items()}
-    layers = [_Layer(name, base) for name, base in bases.items() if not cannot_estimate(base)]
+    layers = [
+        _Layer(name, base, fused=fuses(module))
+        for name, module in tuner_layers(model).items()
+        if not cannot_estimate(base := module.get_base_layer())
+    ]
     attached = find(model)
     was_on = attached is not None and attached.switch.on
     if attached is not None:
         attached.switch.on = False
     try:
-        with untouched(model, parameters) as rewind:
+        # As preset auto will train: without padding, and with the loss over labelled tokens.
+        with untouched(model, parameters) as rewind, taken_over(model):
             bench = _Bench(model, parameters, used, loss, rewind, progress or (lambda what, share: None))
             return _make_plans(bench, layers, fidelities, memory_limit)
     finally:
@@ -206,7 +211,8 @@ class _Bench:
                     for estimator in estimators.values():
                         estimator.select()
             if turn > 0:  # the first makes what estimators keep
-                ratios.append((seconds[1] + 1e-3 * self.overhead_ms * len(settings)) / seconds[0])
+                overhead = sum(self.overhead_ms for name in settings if not layers[name].fused)
+                ratios.append((seconds[1] + 1e-3 * overhead) / seconds[0])
         return float(statistics.median(ratios))
 
 
@@ -482,7 +488,7 @@ def _evidence(
         if setting.estimator == "columns" and dataclasses.replace(setting, precision="native") not in layer.errors:
             continue  # never saw a gradient to select from
         kept = statistics.fmean(layer.kept[setting.keep_ratio]) if setting.estimator == "tokens" else 1.0
-        milliseconds = _time(setting, kept, times) + overhead_ms
+        milliseconds = _time(setting, kept, times) + (0.0 if layer.fused else overhead_ms)
         rounding = layer.error(LayerConfig(bits, rank=0)) if bits in ("int8", "fp8") else 0.0
         if setting.estimator in ("int8", "fp8"):
             selected = 0.0

@@ -70,6 +70,14 @@ def critical_rows(
     return top_k(squared, kept), None
 
 
+def grain(rows: int) -> int:
+    """What numbers of rows near `rows` are rounded up to: the power of two at or below a sixteenth of it.
+
+    A product of a new shape has to be set up first, on CPU for milliseconds; so few shapes should be many steps'.
+    """
+    return 1 << max(0, (rows // 16).bit_length() - 1)
+
+
 def rounded_up(count: int, total: int, step: int) -> int:
     """`count`, at least 1, rounded up to a multiple of `step`, at most `total`."""
     return min(total, -(-max(1, count) // step) * step)

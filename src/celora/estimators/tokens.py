@@ -18,14 +18,13 @@ from celora.factor import make_factor
 from celora.select import (
     critical_rows,
     energy_count,
+    grain,
     inclusion_probabilities,
     rounded_up,
     sample,
     squared_row_norms,
     uniform,
 )
-
-_GRAIN = 16  # counts are rounded up to sixteenths of the tokens: a product of a new shape has to be set up first
 
 
 class Tokens(Estimator):
@@ -141,11 +140,6 @@ class Tokens(Estimator):
         exact = self.product(grad_output[index], weight)
         residual = (exact - low_rank[index]) * factors.to(exact.dtype)[:, None]
         return low_rank.index_add_(0, index, residual)
-
-
-def grain(tokens: int) -> int:
-    """What counts of kept tokens are multiples of, unless all are kept."""
-    return max(1, tokens // _GRAIN)
 
 
 def _counts_freely(device: torch.device) -> bool:
