@@ -135,7 +135,8 @@ def test_attaching_again_is_idempotent_and_another_configuration_replaces(model:
     assert find(model) is attachment
     celora.attach(model, "paper")
     hooks = [h for m in model.modules() for h in m._forward_hooks.values() if isinstance(h, LayerGraft)]
-    assert len(hooks) == 8
+    assert len(hooks) == 14  # one for each layer, for its adapter
+    assert len(require(model).grafts) == 8
     assert require(model).clock.step == 0
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import celora
-from celora import packing
-from celora.errors import CELoraError
+from celora import attention, packing
 
 EXTRA: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.5},
@@ -100,8 +99,8 @@ _MODEL: dict[str, nn.Module] = {}
 
 def pack(batch: dict[str, Tensor], **changes: Any) -> dict[str, Any] | None:
     model = model_of("llama")
-    packing.register()
-    model.base_model.model.set_attn_implementation(packing.ATTENTION)
+    attention.register()
+    model.base_model.model.set_attn_implementation(attention.ATTENTION)
     labels = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
     arguments = {"attention_mask": batch["attention_mask"], "position_ids": None} | changes
     return packing.pack(model.base_model.model, batch["input_ids"], next_labels=labels, **arguments)
@@ -158,12 +157,6 @@ def test_other_models_stay_padded() -> None:
     eager.set_attn_implementation("eager")
     assert "eager" in packing.cannot_pack(eager)
     assert packing.cannot_pack(nn.Linear(2, 2))
-
-
-def test_attention_refuses_what_it_was_not_packed_for() -> None:
-    q = torch.randn(1, 2, 6, 4)
-    with pytest.raises(CELoraError, match="6 queries and 6 keys for 5 packed tokens"):
-        packing.attention(nn.Identity(), q, q, q, None, celora_lengths=(2, 3))
 
 
 def test_flash_attention_gets_the_lengths_its_own_way() -> None:

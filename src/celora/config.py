@@ -195,6 +195,9 @@ PRESETS: dict[str, CELoraConfig] = {
             "up_proj": {"estimator": "columns", "keep_ratio": 0.65},
             "down_proj": {"estimator": "columns", "keep_ratio": 0.65},
         },
+        fused=True,
+        labelled_head=True,
+        padding_free=True,
     ),
     # Nothing is estimated: only work that changes no result is left out.
     "exact": CELoraConfig(estimator="dense", fused=True, labelled_head=True, padding_free=True),

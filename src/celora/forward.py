@@ -26,6 +26,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from celora import packing
+from celora.attention import ATTENTION, register
 from celora.fused import Lender
 from celora.graft import LayerGraft, Switch
 from celora.head import Logits, score_tokens
@@ -190,8 +191,8 @@ def install(causal: PreTrainedModel, tuner: nn.Module | None, switch: Switch, *,
 
 def _hook(graft: ModelGraft, causal: PreTrainedModel, tuner: nn.Module | None) -> list[RemovableHandle]:
     if graft.packs and causal.config._attn_implementation == "sdpa":
-        packing.register()
-        causal.set_attn_implementation(packing.ATTENTION)
+        register()
+        causal.set_attn_implementation(ATTENTION)
     handles = [causal.base_model.register_forward_hook(graft.body)]
     for module in (causal, tuner):
         if module is not None:
@@ -229,7 +230,7 @@ def remove(module: nn.Module) -> None:
             for of in (hooks, *marks):
                 of.pop(key, None)
     config = getattr(module, "config", None)
-    if isinstance(module, PreTrainedModel) and getattr(config, "_attn_implementation", None) == packing.ATTENTION:
+    if isinstance(module, PreTrainedModel) and getattr(config, "_attn_implementation", None) == ATTENTION:
         module.set_attn_implementation("sdpa")
 
 

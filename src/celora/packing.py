@@ -2,7 +2,7 @@
 
 A padded batch spends every layer on tokens that nobody looks at; so does, in a causal model, every token after the last
 one whose successor has a label. Both are left out before the model sees the batch, and nothing that is learnt changes.
-Attention is computed sequence by sequence, as FlashAttention's variable-length kernels do.
+Attention is computed sequence by sequence (`celora.attention`), or by FlashAttention's variable-length kernels.
 """
 
 from __future__ import annotations
@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from celora.errors import CELoraError
+from celora.attention import ATTENTION, LENGTHS
 from celora.select import grain
-
-ATTENTION = "celora_packed_sdpa"
-_LENGTHS = "celora_lengths"
 
 # Decoders in which tokens meet in causal attention alone, and whose layers hand extra arguments on to it.
 MODELS = frozenset(
@@ -75,7 +72,7 @@ def pack(
         "position_ids": (place if position_ids is None else position_ids).flatten()[padded][None],
     }
     if ours:  # a mask of four dimensions is handed on as it is, and ours looks at none
-        return inputs | {"attention_mask": place.new_ones(1, 1, 1, 1, dtype=torch.bool), _LENGTHS: lengths}
+        return inputs | {"attention_mask": place.new_ones(1, 1, 1, 1, dtype=torch.bool), LENGTHS: lengths}
     ends = torch.tensor([0, *lengths]).cumsum(0).to(input_ids.device, torch.int32)
     return inputs | {
         "attention_mask": None,
@@ -96,44 +93,3 @@ def cannot_pack(model: nn.Module) -> str:
     if implementation not in ("sdpa", "flash_attention_2", "flash_attention_3", ATTENTION):
         return f"not with attn_implementation={implementation!r}"
     return ""
-
-
-def register() -> None:
-    """Make the attention known to Transformers, under a name of its own; nothing that exists is changed."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *args: Any,
-    celora_lengths: tuple[int, ...] | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Transformers' scaled dot-product attention, of each packed sequence by itself where there are any.
-
-    Args:
-        query, key, value: (B, heads, T, head size); packed, (1, heads, N, head size).
-        celora_lengths: of the packed sequences; None for a batch that is not packed.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if celora_lengths is None:
-        output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, *args, **kwargs
-        )
-        return output
-    if sum(celora_lengths) != query.shape[2] or query.shape[2] != key.shape[2]:
-        raise CELoraError(
-            f"{query.shape[2]} queries and {key.shape[2]} keys for {sum(celora_lengths)} packed tokens: something "
-            "between the batch and the attention changed them. Attach with padding_free=False."
-        )
-    pieces = zip(*(t.split(celora_lengths, dim=2) for t in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *of, None, *args, **kwargs)[0] for of in pieces], dim=1), None

@@ -33,6 +33,7 @@ from celora.estimators import Dense, Estimator, make_estimator
 from celora.estimators.base import Precision
 from celora.forward import taken_over
 from celora.graft import LayerGraft, Mode, Switch
+from celora.memory import saved_for_backward
 from celora.plan import Candidate, Plan, PlannedLayer, device_name
 from celora.products import PRODUCTS
 from celora.select import energy_count, grain, rounded_up, squared_row_norms
@@ -383,27 +384,17 @@ def _finish(
 def _observe(bench: _Bench, layers: list[_Layer], considered: Sequence[LayerConfig]) -> int:
     """Gather gradients and errors; returns the bytes that one forward saves for backward."""
     by_name = {layer.name: layer for layer in layers}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     for number in range(bench.measuring + 1):
-        saved.clear()
         last = number == bench.measuring
 
         def make(layer: _Layer, last: bool = last) -> Estimator:
             return _Observer(layer, considered, measure=last)
 
-        with _grafted(by_name, make) as grafts, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with _grafted(by_name, make) as grafts, saved_for_backward(bench.model) as saved:
             for graft in grafts.values():
                 graft.mode = Mode.OBSERVE
             bench.gradient(number)
-    for p in bench.model.parameters():
-        saved.pop(p.untyped_storage().data_ptr(), None)
-    return sum(saved.values())
+    return saved.nbytes
 
 
 def _time_shapes(

@@ -273,13 +273,13 @@ def _plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
 
 def plan_model(request: TrainRequest, *, rows: int, adapter: Path | None, console: Console) -> Plan:
     """`celora.make_plan` for a new adapter, or for the one in `adapter`, on batches made as training makes them."""
-    with _prepared(request, rows, adapter) as (trainer, _):
+    with prepared(request, rows, adapter) as (trainer, _):
         return _plan(request, trainer, console)
 
 
 def audit_model(request: TrainRequest, *, rows: int, adapter: Path | None = None) -> Any:
     """`celora.audit` of a new adapter, or of the one in `adapter`, on a batch made exactly as training makes it."""
-    with _prepared(request, rows, adapter) as (trainer, config):
+    with prepared(request, rows, adapter) as (trainer, config):
         if request.preset == "auto" and config is request.config:
             config, _ = _configuration(request, trainer, Console(stderr=True, quiet=True))
         celora.attach(trainer.model, config)
@@ -289,7 +289,7 @@ def audit_model(request: TrainRequest, *, rows: int, adapter: Path | None = None
 
 
 @contextmanager
-def _prepared(request: TrainRequest, rows: int, adapter: Path | None) -> Iterator[tuple[Any, CELoraConfig]]:
+def prepared(request: TrainRequest, rows: int, adapter: Path | None) -> Iterator[tuple[Any, CELoraConfig]]:
     """The trainer of this request, with `rows` rows in a batch, and what to attach to its model; nothing is written."""
     with quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
         tokenizer = load_tokenizer(request)

@@ -1,0 +1,109 @@
+"""Causal attention of packed sequences, each by itself: Transformers' `sdpa`, and a faster backward where that is slow.
+
+On CPU, the backward of torch's flash attention in bfloat16 is made of many small products, each of which takes longer
+to set up than to compute: at 64 tokens it takes three times as long as the same in float32. So short sequences do
+their backward in float32, from the outputs and row sums of the forward, which is torch's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from celora.errors import CELoraError
+
+ATTENTION = "celora_packed_sdpa"
+LENGTHS = "celora_lengths"
+_SHORT = 160  # tokens; measured, benchmarks/attention.py
+
+_flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+def register() -> None:
+    """Make the attention known to Transformers, under a name of its own; nothing that exists is changed."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    celora_lengths: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Transformers' scaled dot-product attention, of each packed sequence by itself where there are any.
+
+    Args:
+        query, key, value: (B, heads, T, head size); packed, (1, heads, N, head size).
+        celora_lengths: of the packed sequences; None for a batch that is not packed.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if celora_lengths is None:
+        output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output
+    if sum(celora_lengths) != query.shape[2] or query.shape[2] != key.shape[2]:
+        raise CELoraError(
+            f"{query.shape[2]} queries and {key.shape[2]} keys for {sum(celora_lengths)} packed tokens: something "
+            "between the batch and the attention changed them. Attach with padding_free=False."
+        )
+    if dropout == 0 and _backward_pays(query, key, value, celora_lengths):
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        result: Tensor = _Causal.apply(query, key, value, celora_lengths, scale)  # type: ignore[no-untyped-call]
+        return result, None
+    pieces = zip(*(t.split(celora_lengths, dim=2) for t in (query, key, value)), strict=True)
+    found = [sdpa_attention_forward(module, *of, None, dropout=dropout, scaling=scaling, **kwargs)[0] for of in pieces]
+    return torch.cat(found, dim=1), None
+
+
+def _backward_pays(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> bool:
+    """Whether this is torch's flash attention on CPU in half precision, with sequences short enough."""
+    cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16 and _flash is not None
+    known = cpu and _flash_backward is not None and query.shape[3] == value.shape[3]
+    return bool(known and key.dtype == value.dtype == query.dtype and min(lengths) <= _SHORT and query.requires_grad)
+
+
+class _Causal(torch.autograd.Function):
+    """Causal attention of each sequence: (1, heads, N, d) to (1, N, heads, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+        pieces = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+        outputs, sums = zip(*(_flash(*of, 0.0, True, scale=scale) for of in pieces), strict=True)
+        output = torch.cat(outputs, dim=2)
+        ctx.save_for_backward(query, key, value, output, *sums)
+        ctx.lengths, ctx.scale, ctx.groups = lengths, scale, groups
+        return output.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, *sums = ctx.saved_tensors
+        tensors = (grad.transpose(1, 2), query, key, value, output)
+        found = []
+        for *of, row_sums in zip(*(t.split(ctx.lengths, dim=2) for t in tensors), sums, strict=True):
+            if of[0].shape[2] <= _SHORT:
+                of = [t.float() for t in of]
+            grads = _flash_backward(*of, row_sums, 0.0, True, scale=ctx.scale)
+            found.append([g.to(query.dtype) for g in grads])
+        grad_q, grad_k, grad_v = (torch.cat(of, dim=2) for of in zip(*found, strict=True))
+        if ctx.groups > 1:
+            grad_k, grad_v = (g.unflatten(1, (-1, ctx.groups)).sum(2) for g in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v, None, None

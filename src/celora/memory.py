@@ -1,0 +1,70 @@
+"""How much memory a step takes: what its forward saves for backward, and the peak of the process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Saved:
+    """Bytes that forward passes have saved for backward, each piece of memory counted once."""
+
+    nbytes: int = 0
+
+
+@contextmanager
+def saved_for_backward(model: nn.Module) -> Iterator[Saved]:
+    """Count what the forward passes inside save for backward beside the parameters of `model`, which exist anyway."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    pieces: dict[int, int] = {}
+    saved = Saved()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            pieces[storage.data_ptr()] = storage.nbytes()
+            saved.nbytes = sum(pieces.values())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at most taken so far: allocated on a CUDA device, or by this process; None where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # what getrusage says includes the process that started this one
+    if status.exists():
+        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on the device, or on Linux by this process; None where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    group = Path("/sys/fs/cgroup")  # a container may be allowed less than the machine has
+    try:
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        return min(free, limit - int((group / "memory.current").read_text(encoding="ascii")))
+    except (OSError, ValueError):
+        return free
