@@ -54,11 +54,20 @@ Examples:
   celora plan --model ./model --data chats.jsonl --output plan.json --fidelity 0.98
   celora train --model ./model --data chats.jsonl --output out --preset auto --plan plan.json"""
 
+BENCH_HELP = """Measure whole training steps on this machine: PEFT as people use it, celora's presets, and the limit.
+
+\b
+Examples:
+  celora bench --quick
+  celora bench --cell h1024-v32k:instruct --cell smollm2:full --arm PEFT --arm exact --output rows.jsonl"""
+
 Model = Annotated[str | None, typer.Option("--model", help="Hugging Face name or local folder.")]
 Data = Annotated[
     str | None, typer.Option("--data", help=".jsonl, .json, .csv or .parquet file, a folder, or a hub data set.")
 ]
-Preset = Annotated[str | None, typer.Option("--preset", help="auto, paper or off; see --help-all for the default.")]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help="auto, exact, paper or off; see --help-all for the default.")
+]
 Adapter = Annotated[str | None, typer.Option("--adapter", help="Folder of a trained adapter; a new one without it.")]
 PlanFile = Annotated[str | None, typer.Option("--plan", help="A plan made by celora plan.")]
 Config = Annotated[
@@ -113,8 +122,10 @@ def train(
     request = parse(context.args, own | {"resume": resume, "overwrite": overwrite, "quiet": quiet})
     from celora.train.allocator import keep_freed_memory
     from celora.train.run import train as run
+    from celora.train.threads import use_allowed_threads
 
     keep_freed_memory()
+    use_allowed_threads()
     result = run(request)
     if result.status == "interrupted":
         raise typer.Exit(130)
@@ -176,12 +187,50 @@ def plan(
 
     from celora.train.allocator import keep_freed_memory
     from celora.train.run import plan_model
+    from celora.train.threads import use_allowed_threads
 
     keep_freed_memory()
+    use_allowed_threads()
     made = plan_model(request, rows=rows, adapter=Path(adapter) if adapter else None, console=Console(stderr=True))
     made.save(output)
     if not quiet:
         typer.echo(f"{made}\nSaved as {output}")
+
+
+@app.command(help=BENCH_HELP)
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="One model on one kind of data, in minutes.")] = False,
+    cell: Annotated[
+        list[str] | None, typer.Option("--cell", help="MODEL:DATA[:DTYPE], like h1024-v32k:instruct; repeatable.")
+    ] = None,
+    arm: Annotated[list[str] | None, typer.Option("--arm", help="What to measure; repeatable.")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=2, help="Timed steps of each arm.")] = 9,
+    output: Annotated[Path | None, typer.Option("--output", help="File for the rows, JSON lines.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")] = False,
+) -> None:
+    if output is not None and not output.parent.is_dir():
+        raise CELoraError(f"--output {str(output)!r}; expected a file in a folder that exists")
+    from celora.files import write_text
+    from celora.train import bench as run
+    from celora.train.allocator import keep_freed_memory
+    from celora.train.loading import quiet_libraries
+    from celora.train.threads import use_allowed_threads
+
+    chosen = [run.parse_cell(text) for text in cell or []] or (run.QUICK if quick else run.USUAL)
+    arms = arm or (run.QUICK_ARMS if quick else list(run.ARMS))
+    keep_freed_memory()
+    use_allowed_threads()
+    rows = []
+    with quiet_libraries():
+        for of in chosen:
+            rows += run.measure(
+                of, arms, repeats=repeats, say=lambda line: None if quiet else typer.echo(line, err=True)
+            )
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if output is not None:
+        write_text(output, lines)
+    typer.echo(lines.rstrip() if as_json else run.table(rows))
 
 
 @app.command()

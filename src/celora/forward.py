@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 
 from celora import packing
 from celora.attention import ATTENTION, register
+from celora.errors import CELoraError
 from celora.fused import Lender
 from celora.graft import LayerGraft, Switch
 from celora.head import Logits, score_tokens
@@ -137,6 +138,11 @@ class ModelGraft:
             self._logits = _recognise(causal.config, hidden[:, call.probed], weight, bias, output.logits)
             if self._logits is None:
                 self._refused = True
+                if self.smoothing:
+                    raise CELoraError(
+                        f"{type(causal).__name__} does something to its logits that is not known, so its labels cannot "
+                        "be smoothed here; attach with labelled_head=False and padding_free=False."
+                    )
                 warnings.warn(
                     f"celora: {type(causal).__name__} does something to its logits that is not known; its own loss is "
                     "used, over all tokens and with their padding.",

@@ -59,6 +59,7 @@ DATA = {
     "instruct": "4 sequences of 64 to 256 tokens, the last 30 % of each labelled",
     "demo": "8 sentences of the demo's reviews, their sentiment labelled",
 }
+DTYPES = ("bfloat16", "float32")
 SMOLLM2 = "smollm2"
 _NAME = re.compile(r"h(\d+)-v(\d+)k")
 _LAYERS = {2048: 4}  # others have 8: a step should take seconds
@@ -86,6 +87,8 @@ class Cell:
             raise CELoraError(f"model {self.model!r}; expected {SMOLLM2} or a shape like h1024-v32k.")
         if self.data not in DATA:
             raise unknown("data", self.data, DATA)
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
         if self.data == "demo" and self.model != SMOLLM2:
             raise CELoraError(f"data 'demo' is text; it needs the model {SMOLLM2}, not {self.model!r}.")
 
@@ -93,6 +96,14 @@ class Cell:
 QUICK = (Cell(SMOLLM2, "demo"),)
 USUAL = (Cell(SMOLLM2, "demo"), Cell(SMOLLM2, "full"), Cell("h1024-v32k", "full"), Cell("h1024-v32k", "instruct"))
 QUICK_ARMS = ("PEFT", "exact", "paper", "auto", "limit")
+
+
+def parse_cell(text: str) -> Cell:
+    """`MODEL:DATA` or `MODEL:DATA:DTYPE` as a cell."""
+    parts = text.split(":")
+    if not 2 <= len(parts) <= 3:
+        raise CELoraError(f"cell {text!r}; expected MODEL:DATA or MODEL:DATA:DTYPE, like h1024-v32k:instruct.")
+    return Cell(parts[0], parts[1], parts[2] if len(parts) == 3 else DTYPES[0])
 
 
 def not_runnable(arm: str) -> str:

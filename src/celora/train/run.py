@@ -25,11 +25,13 @@ from transformers import PrinterCallback
 from trl import SFTTrainer
 
 import celora
+from celora.attach import require
 from celora.config import CELoraConfig
 from celora.errors import CELoraError
 from celora.plan import Plan
 from celora.planner import DEFAULT_FIDELITY
 from celora.train.arguments import TrainRequest, sft_config
+from celora.train.checkpointing import choose_checkpointing
 from celora.train.data import load_rows
 from celora.train.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json
 from celora.train.interrupt import StopAtStepEnd
@@ -89,8 +91,11 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
         config, plan = _configuration(request, trainer, console)
         attached = celora.attach(trainer.model, config)
+        choice = choose_checkpointing(trainer, asked="gradient_checkpointing" in request.given)
+        _smooth_in_the_head(trainer)
         if not options.quiet:
-            console.print(rank_line(request), str(attached), sep="\n", highlight=False, markup=False, soft_wrap=True)
+            lines = (rank_line(request), str(attached), choice)
+            console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
         resumed = folder.last_checkpoint() if options.resume else None
         checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
@@ -185,6 +190,13 @@ def rank_line(request: TrainRequest) -> str:
         f"LoRA r = frozen factor r0 = {request.r}: floor(7/8 of lora_r={request.lora_r}), so that both fit "
         f"LoRA's memory (scaling lora_alpha/r = {request.lora['lora_alpha'] / request.r:.3g})."
     )
+
+
+def _smooth_in_the_head(trainer: Any) -> None:
+    """Trainer's label smoothing wants all logits; the head over labelled tokens smooths as it goes."""
+    forward = require(trainer.model).forward
+    if forward is not None and trainer.label_smoother is not None and trainer.args.loss_type == "nll":
+        forward.smoothing, trainer.label_smoother = float(trainer.args.label_smoothing_factor), None
 
 
 def _say(console: Console, quiet: bool, line: str) -> None:

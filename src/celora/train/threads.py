@@ -1,0 +1,31 @@
+"""As many threads as this process may really use: torch counts the machine's cores, a container may allow fewer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def use_allowed_threads() -> int:
+    """Lower torch's threads to what the container's CPU quota allows, unless the user chose; returns their number.
+
+    More threads than that are stopped and started by the kernel, and wait for each other in every operator.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        allowed = allowed_cpus()
+        if allowed is not None and allowed < torch.get_num_threads():
+            torch.set_num_threads(allowed)
+    return torch.get_num_threads()
+
+
+def allowed_cpus() -> int | None:
+    """Whole CPUs of this container's quota, at least one; None if it has none."""
+    try:
+        quota, period = _QUOTA.read_text(encoding="ascii").split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):
+        return None

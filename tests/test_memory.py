@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from celora.memory import available_memory, peak_memory, saved_for_backward
+
+CPU = torch.device("cpu")
+
+
+def test_what_is_saved_for_backward_counts_once_and_without_parameters() -> None:
+    linear = nn.Linear(8, 8, bias=False)
+    x = torch.randn(16, 8, requires_grad=True)
+    with saved_for_backward(linear) as saved:
+        y = linear(x)
+        assert saved.nbytes == x.numel() * 4  # for the weight's gradient; the weight itself is there anyway
+        z = linear(x) * linear(x)
+    assert saved.nbytes == 3 * x.numel() * 4  # x once, and the two factors
+    (y + z).sum().backward()
+
+
+def test_peak_and_free_memory_are_plausible() -> None:
+    before = peak_memory(CPU)
+    kept = torch.ones(64 * 2**20)
+    after, free = peak_memory(CPU), available_memory(CPU)
+    assert before is not None
+    assert after is not None
+    assert free is not None
+    assert after >= before >= 2**26
+    assert after >= kept.numel() * 4
+    assert 0 < free < 2**50

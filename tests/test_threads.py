@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from celora.train import threads
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [("150000 100000", 1), ("400000 100000", 4), ("50000 100000", 1), ("max 100000", None), ("", None), (None, None)],
+)
+def test_a_containers_quota(
+    quota: str | None, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpu.max"
+    if quota is not None:
+        file.write_text(quota)
+    monkeypatch.setattr(threads, "_QUOTA", file)
+    assert threads.allowed_cpus() == expected
+
+
+def test_threads_are_lowered_and_never_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for allowed, expected in ((None, 3), (8, 3), (2, 2)):
+            monkeypatch.setattr(threads, "allowed_cpus", lambda allowed=allowed: allowed)
+            assert threads.use_allowed_threads() == expected
+        torch.set_num_threads(3)
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        assert threads.use_allowed_threads() == 3
+    finally:
+        torch.set_num_threads(before)
