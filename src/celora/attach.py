@@ -242,7 +242,8 @@ def attach(
     for pattern in _unmatched(config, tuners):
         warnings.warn(f"celora: the override {pattern!r} matches no adapted layer", stacklevel=2)
 
-    planned = [_plan_layer(name, module, config) for name, module in tuners.items()]
+    last = _last_block(tuners) if config.zero_tokens else set()
+    planned = [_plan_layer(name, module, config, last=name in last) for name, module in tuners.items()]
     notes = (*_whole_model(model, tuners, config), *advice(tuners, config))
     report = AttachReport(tuple(layer for layer, _ in planned), config.refresh_every, notes)
     existing = find(model)
@@ -308,13 +309,28 @@ def require(model: nn.Module) -> Attachment:
     return attachment
 
 
-def _plan_layer(name: str, module: BaseTunerLayer, config: CELoraConfig) -> tuple[LayerReport, Estimator | None]:
+# Leaves out the tokens whose gradient is zero, and nothing else.
+_LOSSLESS = LayerConfig("tokens", keep_ratio=1.0, rank=0, selection="energy")
+
+
+def _last_block(names: Iterable[str]) -> set[str]:
+    """The layers of the last decoder block: those with the highest number in their names."""
+    numbers = {name: next((int(part) for part in name.split(".") if part.isdigit()), -1) for name in names}
+    highest = max(numbers.values(), default=-1)
+    return {name for name, number in numbers.items() if number == highest >= 0}
+
+
+def _plan_layer(
+    name: str, module: BaseTunerLayer, config: CELoraConfig, *, last: bool = False
+) -> tuple[LayerReport, Estimator | None]:
     base = module.get_base_layer()
     reason = cannot_estimate(base)
     out_features, in_features = (getattr(base, key, 0) for key in ("out_features", "in_features"))
     if reason:
         return LayerReport(name, out_features, in_features, "dense", 1.0, reason=reason), None
     setting = config.for_layer(name)
+    if last and setting.estimator == "dense":
+        setting = _LOSSLESS
     kind = estimator_class(setting.estimator)
     exact = setting.keep_ratio == 1 and (setting.selection, setting.precision) in _EXACT_AT_1
     if setting.estimator == "dense" or (exact and "keep_ratio" in kind.uses):

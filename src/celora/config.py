@@ -60,6 +60,8 @@ class CELoraConfig(LayerConfig):
         labelled_head: project only tokens with a label onto the vocabulary, while training (`celora.head`); the model's
             output then has a loss and no logits.
         padding_free: leave padding out of training batches (`celora.packing`); needs `labelled_head`.
+        zero_tokens: in the last block, whose tokens without label get a gradient of exactly zero, leave these out of
+            the backward of layers that would be dense.
 
     Raises:
         CELoraError: for a value out of range, an unknown field or an unknown estimator.
@@ -71,6 +73,7 @@ class CELoraConfig(LayerConfig):
     fused: bool = False
     labelled_head: bool = False
     padding_free: bool = False
+    zero_tokens: bool = False
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
@@ -78,7 +81,7 @@ class CELoraConfig(LayerConfig):
         _check_layer(self)
         _check_int("refresh_every", self.refresh_every, 1, "Use a large number to refresh only once.")
         _check_int("seed", self.seed, 0, "")
-        for name in ("spread", "fused", "labelled_head", "padding_free"):
+        for name in ("spread", "fused", "labelled_head", "padding_free", "zero_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise CELoraError(f"{name}={getattr(self, name)!r}; expected true or false.")
         if self.padding_free and not self.labelled_head:
@@ -200,7 +203,9 @@ PRESETS: dict[str, CELoraConfig] = {
         padding_free=True,
     ),
     # Nothing is estimated: only work that changes no result is left out.
-    "exact": CELoraConfig(estimator="dense", fused=True, labelled_head=True, padding_free=True),
+    "exact": CELoraConfig(
+        estimator="dense", fused=True, labelled_head=True, padding_free=True, zero_tokens=True, spread=True
+    ),
     # What a plan is carried out in: its layers are the overrides (celora.make_plan).
     "auto": CELoraConfig(estimator="dense", spread=True, fused=True, labelled_head=True, padding_free=True),
     "off": CELoraConfig(estimator="dense"),

@@ -44,8 +44,8 @@ Batch = dict[str, Tensor]
 
 ARMS = {
     "PEFT": "Transformers' Trainer around a PEFT model, with their defaults",
-    "PEFT, compiled": "the same with torch.compile",
-    "PEFT, upper half": "the same with LoRA on the upper half of the layers only",
+    "PEFT + compile": "the same with torch.compile",
+    "PEFT upper half": "the same with LoRA on the upper half of the layers only",
     "exact": "celora's preset exact",
     "paper": "celora's preset paper",
     "auto": "celora's preset auto",
@@ -194,7 +194,7 @@ class Step:
 
     def __init__(self, cell: Cell, arm: str, batches: Sequence[Batch], plan_file: Path) -> None:
         self._scratch = tempfile.TemporaryDirectory()
-        self.model: Any = _unsloth(cell) if arm == "Unsloth" else make_model(cell, upper=arm == "PEFT, upper half")
+        self.model: Any = _unsloth(cell) if arm == "Unsloth" else make_model(cell, upper=arm == "PEFT upper half")
         self.model.train()
         _attach(self.model, arm, batches, plan_file)
         arguments = TrainingArguments(
@@ -207,7 +207,7 @@ class Step:
         )
         self.trainer = Trainer(self.model, arguments)
         self.optimizer = self.trainer.create_optimizer()
-        self.run = torch.compile(self.model) if arm == "PEFT, compiled" else self.model
+        self.run = torch.compile(self.model) if arm == "PEFT + compile" else self.model
 
     def __call__(self, batch: Batch) -> tuple[float, float, float]:
         """Milliseconds of forward, backward and optimizer."""

@@ -1,0 +1,64 @@
+"""Whole training steps on this machine: every model and kind of data, and how the cost grows.
+
+`python benchmarks/step.py` measures what `results/step.jsonl` does not hold yet, cell by cell, and can be interrupted.
+`--sweep` does the same for tokens per step and hidden size, into `results/step-sweep.jsonl`. What runs and what is
+measured is `celora bench`; where there is a CUDA device the same script measures that, against Liger and Unsloth too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+import rows
+from celora.train.allocator import keep_freed_memory
+from celora.train.bench import ARMS, Cell, measure, table
+from celora.train.loading import quiet_libraries
+
+SHAPES = ("h1024-v32k", "h1024-v128k", "h2048-v128k", "h2048-v32k")
+HALF = [Cell("smollm2", "demo"), Cell("smollm2", "full")]
+HALF += [Cell(shape, data) for shape in SHAPES for data in ("instruct", "full")]
+FULL = [Cell(cell.model, cell.data, "float32") for cell in HALF]
+COMPILED = (Cell("h1024-v32k", "instruct"), Cell("h1024-v32k", "full"), Cell("smollm2", "full"))
+SWEEP = [Cell("h1024-v32k", "full", tokens=tokens) for tokens in (64, 256, 1024, 4096)]
+SWEEP += [Cell(f"h{hidden}-v32k", "full") for hidden in (256, 512, 2048)]
+SWEPT = ("PEFT", "exact", "paper", "auto", "limit")
+
+
+def run(cells: Iterable[Cell], path: Path, arms: Sequence[str] | None, repeats: int) -> None:
+    done = {tuple(row["cell"]) for row in rows.read(path)} if path.exists() else set()
+    for cell in cells:
+        key = tuple(asdict(cell).values())
+        if key in done:
+            continue
+        chosen = arms or [arm for arm in ARMS if arm != "PEFT + compile" or cell in COMPILED]
+        with quiet_libraries():
+            found = measure(cell, chosen, repeats=repeats, say=functools.partial(print, flush=True))
+        Console(width=160).print(table(found), highlight=False)
+        with path.open("a", encoding="utf-8") as file:
+            for row in found:
+                file.write(json.dumps({"cell": key} | row | rows.conditions()) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=9)
+    chosen = parser.parse_args()
+    keep_freed_memory()
+    if chosen.sweep:
+        run(SWEEP, rows.RESULTS / "step-sweep.jsonl", SWEPT, chosen.repeats)
+    else:
+        cells = HALF if chosen.dtype == "bfloat16" else FULL
+        run(cells, rows.RESULTS / "step.jsonl", None, chosen.repeats)
+
+
+if __name__ == "__main__":
+    main()
