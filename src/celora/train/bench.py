@@ -59,6 +59,7 @@ DATA = {
     "instruct": "4 sequences of 64 to 256 tokens, the last 30 % of each labelled",
     "demo": "8 sentences of the demo's reviews, their sentiment labelled",
 }
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPES = ("bfloat16", "float32")
 SMOLLM2 = "smollm2"
 _NAME = re.compile(r"h(\d+)-v(\d+)k")
@@ -250,9 +251,8 @@ def make_model(cell: Cell, *, upper: bool = False) -> PeftModel:
     half = base.config.num_hidden_layers // 2
     lora = LoraConfig(
         r=16,
-        target_modules="all-linear",
+        target_modules=LINEAR,
         layers_to_transform=list(range(half, 2 * half)) if upper else None,
-        layers_pattern="layers" if upper else None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(base, lora).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -347,9 +347,8 @@ def _unsloth(cell: Cell) -> Any:
         model, _ = FastLanguageModel.from_pretrained(
             str(source), dtype=getattr(torch, cell.dtype), load_in_4bit=False, max_seq_length=cell.tokens
         )
-    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return FastLanguageModel.get_peft_model(
-        model, r=16, lora_alpha=8, target_modules=linear, use_gradient_checkpointing=False
+        model, r=16, lora_alpha=8, target_modules=LINEAR, use_gradient_checkpointing=False
     )
 
 
