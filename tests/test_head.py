@@ -103,6 +103,33 @@ def test_no_labelled_tokens() -> None:
     assert (hidden.grad == 0).all()
 
 
+@pytest.mark.parametrize("keep", [0.1, 0.3, 1.0])
+def test_gradient_through_part_of_the_vocabulary(keep: float) -> None:
+    hidden, rows, targets, weight = inputs()
+    grad = torch.rand(len(rows))
+    found = score_tokens(hidden, rows, targets, weight, keep_ratio=keep)
+    (found.log_probs * grad).sum().backward()
+    chosen = hidden.detach().reshape(80, 32)[rows].double()
+    expected = reference.estimated_head_gradient(chosen, weight.double(), targets, grad.double(), keep)
+    assert (hidden.grad.reshape(80, 32)[rows] - expected).norm() < 1e-5 * expected.norm()
+    whole = reference.token_log_probs(chosen, weight.double(), targets)
+    assert (found.log_probs - whole).abs().max() < 1e-6 * whole.abs().max()  # the loss itself is exact
+
+
+def test_the_gradient_of_a_trained_head_sits_in_few_words() -> None:
+    """Hidden states that point to a word each: a tenth of the vocabulary keeps nearly all of it."""
+    _, rows, targets, weight = inputs()
+    weight = torch.nn.functional.normalize(weight, dim=1)
+    hidden = torch.zeros(80, 32)
+    hidden[rows] = 12 * weight[targets] + torch.randn(50, 32)
+    grads = []
+    for keep in (1.0, 0.1):
+        h = hidden.clone().requires_grad_()
+        score_tokens(h, rows, targets, weight, keep_ratio=keep).log_probs.sum().backward()
+        grads.append(h.grad)
+    assert torch.cosine_similarity(grads[0].flatten(), grads[1].flatten(), dim=0) > 0.97
+
+
 class _Largest(TorchDispatchMode):
     """The largest tensor that any operator returns."""
 

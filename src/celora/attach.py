@@ -259,7 +259,7 @@ def attach(
     causal, tuner, _ = find_language_model(model)
     if config.labelled_head and causal is not None:
         packs = config.padding_free and not cannot_pack(causal)
-        attachment.forward = install(causal, tuner, attachment.switch, packs=packs)
+        attachment.forward = install(causal, tuner, attachment.switch, packs=packs, keep_ratio=config.head_keep_ratio)
     attachment.set_modes(0)
     model.__dict__[_ATTRIBUTE] = attachment
     if not attachment.grafts and (report.skipped or config.overrides):
@@ -411,7 +411,10 @@ def _whole_model(model: nn.Module, tuners: Mapping[str, BaseTunerLayer], config:
         notes.append(f"LoRA fused with its base layer in {len(tuners) - len(own)} of {len(tuners)} layers{rest}.")
     if config.labelled_head:
         causal, _, reason = find_language_model(model)
-        notes.append(f"The model's own loss: {reason}." if causal is None else "Loss over labelled tokens only.")
+        share = "" if config.head_keep_ratio == 1 else f", its gradient through {config.head_keep_ratio:g} of the words"
+        notes.append(
+            f"The model's own loss: {reason}." if causal is None else f"Loss over labelled tokens only{share}."
+        )
         if config.padding_free and causal is not None:
             reason = cannot_pack(causal)
             notes.append(f"Padding stays: {reason}." if reason else "Padding left out of training batches.")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from celora.errors import CELoraError, unknown
 from celora.estimators import Settings, estimator_class
-from celora.estimators.base import Factor, Precision, Selection
+from celora.estimators.base import Factor, Precision, Selection, check_keep_ratio
 from celora.files import inside, read_json, write_text
 
 CONFIG_NAME = "celora_config.json"
@@ -60,6 +60,8 @@ class CELoraConfig(LayerConfig):
         labelled_head: project only tokens with a label onto the vocabulary, while training (`celora.head`); the model's
             output then has a loss and no logits.
         padding_free: leave padding out of training batches (`celora.packing`); needs `labelled_head`.
+        head_keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with, in (0, 1]; 1 is
+            exact, and less needs `labelled_head`.
         zero_tokens: in the last block, whose tokens without label get a gradient of exactly zero, leave these out of
             the backward of layers that would be dense.
 
@@ -74,6 +76,7 @@ class CELoraConfig(LayerConfig):
     labelled_head: bool = False
     padding_free: bool = False
     zero_tokens: bool = False
+    head_keep_ratio: float = 1.0
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
@@ -86,6 +89,9 @@ class CELoraConfig(LayerConfig):
                 raise CELoraError(f"{name}={getattr(self, name)!r}; expected true or false.")
         if self.padding_free and not self.labelled_head:
             raise CELoraError("padding_free=True needs labelled_head=True: the model's own loss wants whole sequences.")
+        check_keep_ratio(self.head_keep_ratio, "head_keep_ratio")
+        if self.head_keep_ratio < 1 and not self.labelled_head:
+            raise CELoraError(f"head_keep_ratio={self.head_keep_ratio} needs labelled_head=True.")
         error = self.target_error
         if error is not None and (isinstance(error, bool) or not isinstance(error, int | float) or not 0 < error < 1):
             raise CELoraError(f"target_error={error!r}; expected 0 < target_error < 1, or None for a fixed keep_ratio.")

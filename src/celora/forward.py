@@ -72,11 +72,12 @@ class ModelGraft:
 
     Attributes:
         packs: whether padding is left out.
+        keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with.
         smoothing: label smoothing of the loss.
     """
 
-    def __init__(self, switch: Switch, *, packs: bool) -> None:
-        self.switch, self.packs = switch, packs
+    def __init__(self, switch: Switch, *, packs: bool, keep_ratio: float = 1.0) -> None:
+        self.switch, self.packs, self.keep_ratio = switch, packs, keep_ratio
         self.smoothing = 0.0
         self._logits: Logits | None = None  # None until a call has been compared with the model's own head
         self._refused = False
@@ -152,7 +153,15 @@ class ModelGraft:
         scored = bool(given.get(_TRL))
         rows, targets = call.rows.to(hidden.device), call.next_labels.flatten()[call.place].to(hidden.device)
         scores = score_tokens(
-            hidden, rows, targets, weight, bias, logits=self._logits, smoothing=self.smoothing, statistics=scored
+            hidden,
+            rows,
+            targets,
+            weight,
+            bias,
+            logits=self._logits,
+            smoothing=self.smoothing,
+            statistics=scored,
+            keep_ratio=self.keep_ratio,
         )
         items = given.get("num_items_in_batch")
         loss = -scores.log_probs.sum() / torch.as_tensor(len(rows) if items is None else items, device=hidden.device)
@@ -188,9 +197,11 @@ class ModelGraft:
 _HOOKS = (LayerGraft, Lender, ModelGraft)
 
 
-def install(causal: PreTrainedModel, tuner: nn.Module | None, switch: Switch, *, packs: bool) -> ModelGraft:
+def install(
+    causal: PreTrainedModel, tuner: nn.Module | None, switch: Switch, *, packs: bool, keep_ratio: float
+) -> ModelGraft:
     """Hook the language model (and the PEFT tuner around it) that `find_language_model` found; `remove` undoes it."""
-    graft = ModelGraft(switch, packs=packs)
+    graft = ModelGraft(switch, packs=packs, keep_ratio=keep_ratio)
     _hook(graft, causal, tuner)
     return graft
 

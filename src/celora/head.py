@@ -7,6 +7,10 @@ For the others, with z = W h + b, y = the model's own scaling and soft-capping o
 
 and the second is computed along with the first, while the chunk's logits are at hand. The loss is linear in the log
 p of its tokens, so backward only scales these rows: no logits are saved, and none computed twice.
+
+The second can be estimated, too. A softmax gradient sits in few words: the targets, and what the model confuses them
+with. With a `keep_ratio`, only that share of W's rows is multiplied, those where it is largest (`columns`, afresh for
+each chunk).
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from celora import kernels
-from celora.select import grain
+from celora.select import column_maxima, grain, top_k
 
 # Tokens whose logits are held at once: enough for the product to be fast, and few enough for the memory to be small.
 _CHUNK_NUMBERS, _CHUNK_ROWS = 2**24, 512
@@ -71,6 +75,7 @@ def score_tokens(
     logits: Logits | None = None,
     smoothing: float = 0.0,
     statistics: bool = False,
+    keep_ratio: float = 1.0,
 ) -> TokenScores:
     """The log-probabilities of `targets` after the tokens `rows`.
 
@@ -82,9 +87,10 @@ def score_tokens(
         logits: what the model does to the head's output; nothing if None.
         smoothing: label smoothing, 0 <= s < 1.
         statistics: compute entropy and top1 too.
+        keep_ratio: share of the vocabulary that the gradient is multiplied with, 0 < keep_ratio <= 1; 1 is exact.
     """
     log_probs, entropy, top1 = _Scores.apply(  # type: ignore[no-untyped-call]
-        hidden, rows, targets, weight, bias, logits or Logits(), smoothing, statistics
+        hidden, rows, targets, weight, bias, logits or Logits(), smoothing, statistics, keep_ratio
     )
     return TokenScores(log_probs, *((entropy, top1) if statistics else (None, None)))
 
@@ -101,6 +107,7 @@ class _Scores(torch.autograd.Function):
         logits: Logits,
         smoothing: float,
         statistics: bool,
+        keep_ratio: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -126,7 +133,7 @@ class _Scores(torch.autograd.Function):
                 some = (entropy[part], top1[part]) if statistics else (None, None)
                 _softmax(z, targets[part], logits, smoothing, log_probs[part], *some, write=wanted)
                 if gradient is not None:
-                    torch.mm(z, w, out=gradient[part])
+                    _through_the_head(z, w, keep_ratio, gradient[part])
         log_probs, entropy, top1 = log_probs[:count], entropy[:count], top1[:count]
         ctx.save_for_backward(None if gradient is None else gradient[:count], real)
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
@@ -139,7 +146,17 @@ class _Scores(torch.autograd.Function):
         gradient, rows = ctx.saved_tensors
         full = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
         full.view(-1, ctx.shape[-1]).index_copy_(0, rows, (gradient * grad[:, None]).to(ctx.dtype))
-        return full, *[None] * 7
+        return full, *[None] * 8
+
+
+def _through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tensor) -> None:
+    """`out = grad W`, or of its critical columns only: (n, V) x (V, H) -> (n, H)."""
+    kept = max(1, round(keep_ratio * len(weight)))
+    if kept == len(weight):
+        torch.mm(grad, weight, out=out)
+        return
+    index = top_k(column_maxima(grad), kept)
+    torch.mm(grad.gather(1, index.expand(len(grad), kept)), weight.index_select(0, index), out=out)
 
 
 def _softmax(

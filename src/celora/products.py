@@ -19,6 +19,7 @@ from torch import Tensor
 
 from celora import kernels
 from celora.errors import unknown
+from celora.select import column_maxima
 
 _OFFSET = 128  # the zero point of unsigned activations
 
@@ -120,7 +121,7 @@ class _EightBit(Product):
     _largest: ClassVar[float]
 
     def _scale_of(self, weight: Tensor) -> Tensor:
-        return _divisor(_column_maxima(weight.detach()) / self._largest)
+        return _divisor(column_maxima(weight.detach()) / self._largest)
 
     def recheck(self, weight: Tensor) -> None:
         known = self._scale
@@ -303,10 +304,6 @@ def _quantise_columns(weight: Tensor, scale: Tensor) -> Tensor:
     if kernels.supported(weight):
         return kernels.quantise_columns(weight, inverse)
     return (weight.float() * inverse).round().to(torch.int8)
-
-
-def _column_maxima(weight: Tensor) -> Tensor:
-    return kernels.column_maxima(weight) if kernels.supported(weight) else weight.abs().amax(0).float()
 
 
 def _column_major(q: Tensor) -> Tensor:

@@ -117,3 +117,11 @@ def token_log_probs(
 def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """`x W^T + scaling x A^T B^T`."""
     return x @ weight.T + scaling * (x @ A.T) @ B.T
+
+
+def estimated_head_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor, keep_ratio: float) -> Tensor:
+    """`(grad (e_t - softmax(W h))) W`, of it the words v with the largest `max_t |e_tv - p_tv|`: (N, H)."""
+    p = (hidden @ weight.T).softmax(-1)
+    of_logits = torch.nn.functional.one_hot(targets, len(weight)) - p
+    index = top_k(of_logits.abs().amax(0), max(1, round(keep_ratio * len(weight))))
+    return grad[:, None] * (of_logits[:, index] @ weight[index])

@@ -21,6 +21,11 @@ def squared_column_norms(grad_output: Tensor) -> Tensor:
     return total
 
 
+def column_maxima(x: Tensor) -> Tensor:
+    """`max_t |x[t, i]|` of `x: (T, n)`: (n,) float32. The cheapest measure of a column there is."""
+    return kernels.column_maxima(x) if kernels.supported(x) else x.abs().amax(0).float()
+
+
 def squared_row_norms(grad_output: Tensor) -> Tensor:
     """`||G[t, :]||^2` for `G: (T, out)`, in fp32 at least: (T,)."""
     if kernels.supported(grad_output):

@@ -56,10 +56,10 @@ class Settings:
                 raise unknown(name, str(getattr(self, name)), get_args(allowed))
 
 
-def check_keep_ratio(keep: object) -> None:
+def check_keep_ratio(keep: object, name: str = "keep_ratio") -> None:
     """CELoraError unless `keep` is a number in (0, 1]."""
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
-        raise CELoraError(f"keep_ratio={keep!r}; expected 0 < keep_ratio <= 1. Use 1.0 for the dense backward.")
+        raise CELoraError(f"{name}={keep!r}; expected 0 < {name} <= 1. Use 1.0 for the dense backward.")
 
 
 class Estimator(ABC):

@@ -191,15 +191,17 @@ def _take_turns(
 
 
 class Step:
-    """The training step of one arm, as Trainer takes it."""
+    """The training step of one arm, as Trainer takes it.
+
+    Arm `auto` makes its plan and writes it to `plan_file`, or takes the one that is there.
+    """
 
     def __init__(self, cell: Cell, arm: str, batches: Sequence[Batch], plan_file: Path) -> None:
-        self._scratch = tempfile.TemporaryDirectory()
         self.model: Any = _unsloth(cell) if arm == "Unsloth" else make_model(cell, upper=arm == "PEFT upper half")
         self.model.train()
         _attach(self.model, arm, batches, plan_file)
         arguments = TrainingArguments(
-            self._scratch.name,
+            str(plan_file.parent),
             report_to="none",
             use_cpu=not torch.cuda.is_available(),
             use_liger_kernel=arm == "Liger",

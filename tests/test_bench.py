@@ -1,0 +1,111 @@
+"""The bench measures what it says: the same work in every arm, rows that add up. Its times are whatever they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from celora import cli
+from celora.attach import find, require
+from celora.errors import CELoraError
+from celora.train import bench
+from celora.train.bench import Cell, Step, make_batches, measure, parse_cell, table
+
+SMALL = Cell("h64-v1k", "instruct", "float32", 64)
+
+
+def test_rows_add_up() -> None:
+    rows = measure(SMALL, ("PEFT", "exact", "limit", "Unsloth"), repeats=2, memory=False)
+    assert [row["arm"] for row in rows] == ["PEFT", "exact", "limit", "Unsloth"]
+    plain, exact, limit, absent = rows
+    assert plain["speed_up"] == 1
+    assert exact["speed_up"] == pytest.approx(plain["time_ms"] / exact["time_ms"], rel=1e-3)
+    assert limit["share_of_limit"] == 1
+    assert exact["saved_for_backward"] < plain["saved_for_backward"]
+    for row in rows[:3]:
+        parts = row["forward_ms"] + row["backward_ms"] + row["optimizer_ms"]
+        assert parts == pytest.approx(row["time_ms"], rel=0.5)
+        assert row["tokens_per_second"] == pytest.approx(1e3 * row["tokens"] / row["time_ms"], rel=0.05)
+    if not torch.cuda.is_available():
+        assert absent["not_run"] == "needs a CUDA device"
+        assert "not run: needs a CUDA device" in table(rows)
+    assert len(table(rows).splitlines()) == 5
+
+
+def test_every_arm_takes_the_same_steps(tmp_path: Path) -> None:
+    """Exact arms train the same parameters; the limit does not."""
+    batches = make_batches(SMALL)
+    found = {}
+    for arm in ("PEFT", "exact", "limit"):
+        step = Step(SMALL, arm, batches, tmp_path / "plan.json")
+        for batch in batches:
+            step(batch)
+        found[arm] = torch.cat([p.detach().flatten() for p in step.model.parameters() if p.requires_grad])
+    torch.testing.assert_close(found["exact"], found["PEFT"], rtol=0, atol=1e-6)
+    assert not torch.allclose(found["limit"], found["PEFT"], atol=1e-6)
+
+
+def test_auto_is_planned_once_and_the_plan_is_shared(tmp_path: Path) -> None:
+    batches, plan = make_batches(SMALL), tmp_path / "plan.json"
+    first = Step(SMALL, "auto", batches, plan)
+    written = plan.read_bytes()
+    again = Step(SMALL, "auto", batches, plan)
+    assert plan.read_bytes() == written
+    assert require(first.model).report == require(again.model).report
+    assert find(Step(SMALL, "PEFT", batches, plan).model) is None
+
+
+def test_the_upper_half_has_half_of_the_adapters(tmp_path: Path) -> None:
+    counts = [
+        sum(p.numel() for p in bench.make_model(SMALL, upper=upper).parameters() if p.requires_grad)
+        for upper in (False, True)
+    ]
+    assert counts[0] == 2 * counts[1]
+
+
+def test_data() -> None:
+    full, instruct = make_batches(Cell("h64-v1k", "full", tokens=1024)), make_batches(Cell("h64-v1k", "instruct"))
+    assert all((batch["labels"] == batch["input_ids"]).all() for batch in full)
+    assert full[0]["input_ids"].shape == (4, 256)
+    for batch in instruct:
+        lengths = batch["attention_mask"].sum(1)
+        assert lengths.max() == batch["input_ids"].shape[1]
+        labelled = (batch["labels"] != -100).sum(1) / lengths
+        assert ((labelled > 0.29) & (labelled < 0.33)).all()
+    assert len({batch["input_ids"].shape for batch in instruct}) > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h64", "expected MODEL:DATA"),
+        ("llama:full", "model 'llama'; expected smollm2 or a shape like h1024-v32k"),
+        ("h64-v1k:half", "unknown data 'half'"),
+        ("h64-v1k:demo", "data 'demo' is text; it needs the model smollm2"),
+        ("h64-v1k:full:float8", "unknown dtype 'float8'"),
+    ],
+)
+def test_bad_cells_are_one_line(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CELoraError, match=message.split(";")[0].replace("(", r"\(")):
+        parse_cell(text)
+    assert cli.main(["bench", "--cell", text]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Memory too, which each arm measures in a process of its own."""
+    output = tmp_path / "rows.jsonl"
+    given = ["bench", "--cell", "h64-v1k:instruct", "--arm", "exact", "--repeats", "2", "--output", str(output)]
+    assert cli.main([*given, "--json", "--quiet"]) == 0
+    printed = capsys.readouterr()
+    (row,) = [json.loads(line) for line in printed.out.splitlines()]
+    assert json.loads(output.read_text()) == row
+    assert row["peak_memory"] > 2**26
+    assert printed.err == ""
+    assert cli.main(["bench", "--cell", "h64-v1k:full", "--arm", "fast"]) == 2
+    assert "unknown arm 'fast'" in capsys.readouterr().err
