@@ -15,7 +15,7 @@ import rows
 from celora.train.demo import REFRESH_EVERY, DemoRow, summary
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/how-it-works.md")
+PAGES = ("README.md", "docs/how-it-works.md", "docs/speed.md")
 
 
 def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -151,6 +151,68 @@ def refresh() -> str:
     return _markdown(header, body) + f"\n\nSmolLM2-135M, 4 x 128 tokens, bfloat16, 2 threads, {found[0]['cpu']}."
 
 
+_SHOWN = ("PEFT + compile", "PEFT upper half", "exact", "paper", "auto", "limit", "limit of exact")
+
+
+def step() -> str:
+    """Speed-up of the whole step over PEFT under Trainer: one line for each model and kind of data, bfloat16."""
+    return _step("bfloat16")
+
+
+def step_float32() -> str:
+    """The same in float32."""
+    return _step("float32")
+
+
+def _step(dtype: str) -> str:
+    found = [row for row in rows.read(rows.RESULTS / "step.jsonl") if row["dtype"] == dtype]
+    body = []
+    for key in dict.fromkeys((row["model"], row["data"]) for row in found):
+        of = {row["arm"]: row for row in found if (row["model"], row["data"]) == key}
+        speed = [f"{of[arm]['speed_up']:.2f}" if "speed_up" in of.get(arm, {}) else "" for arm in _SHOWN]
+        memory = [f"{of[arm]['peak_memory'] / of['PEFT']['peak_memory']:.2f}" for arm in ("exact", "auto")]
+        body.append([*key, f"{of['PEFT']['time_ms']:.0f} ms", *speed, " / ".join(memory)])
+    one = found[0]
+    header = ["model", "data", "PEFT", *_SHOWN, "peak memory, exact / auto"]
+    absent = {row["arm"]: row["not_run"] for row in found if "not_run" in row}
+    left_out = "; ".join(f"{arm}: {reason}" for arm, reason in absent.items())
+    return (
+        _markdown(header, body)
+        + f"\n\nRatios of medians in one run, {one['dtype']} base, float32 adapters (r = 16 on all linear "
+        f"layers), {one['threads']} threads, {one['cpu']}, torch {one['torch']}. Not run: {left_out}."
+    )
+
+
+def step_parts() -> str:
+    """Where the time and the memory of a step go."""
+    found = [row for row in rows.read(rows.RESULTS / "step.jsonl") if "time_ms" in row and row["dtype"] == "bfloat16"]
+    body = []
+    for row in found:
+        if row["arm"] in ("PEFT", "exact", "auto"):
+            peak = f"{row['peak_memory'] / 2**20:.0f}"
+            parts = [f"{row[part]:.0f}" for part in ("forward_ms", "backward_ms", "optimizer_ms")]
+            spread = f"{row['p20_ms']:.0f} to {row['p80_ms']:.0f}"
+            saved = f"{row['saved_for_backward'] / 2**20:.0f}"
+            name = [row["model"], row["data"], row["arm"]]
+            body.append(
+                [*name, f"{row['time_ms']:.0f}", spread, *parts, f"{row['tokens_per_second']:.0f}", saved, peak]
+            )
+    header = ["model", "data", "arm", "ms/step", "20/80th percentile", "forward", "backward", "optimizer", "tokens/s"]
+    return _markdown([*header, "MiB saved for backward", "MiB peak"], body)
+
+
+def step_sweep() -> str:
+    """How the cost grows with the tokens of a step and with the hidden size."""
+    found = [row for row in rows.read(rows.RESULTS / "step-sweep.jsonl") if "time_ms" in row]
+    body = []
+    for cell in dict.fromkeys(tuple(row["cell"]) for row in found):
+        of = {row["arm"]: row for row in found if tuple(row["cell"]) == cell}
+        plain = of["PEFT"]
+        speed = [f"{of[arm]['speed_up']:.2f}" for arm in ("exact", "paper", "auto", "limit")]
+        body.append([cell[0], str(plain["tokens"]), f"{plain['time_ms']:.0f} ms", *speed])
+    return _markdown(["model", "tokens per step", "PEFT", "exact", "paper", "auto", "limit"], body)
+
+
 def _losses(row: dict[str, Any]) -> dict[int, float]:
     return {int(step): loss for step, loss in row["losses"].items()}
 
@@ -219,6 +281,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "frontier": frontier,
     "training": training,
     "refresh": refresh,
+    "step": step,
+    "step_float32": step_float32,
+    "step_parts": step_parts,
+    "step_sweep": step_sweep,
 }
 
 
