@@ -54,6 +54,16 @@ Examples:
   celora plan --model ./model --data chats.jsonl --output plan.json --fidelity 0.98
   celora train --model ./model --data chats.jsonl --output out --preset auto --plan plan.json"""
 
+COMPARE_HELP = """Train LoRA and celora on the same rows, seeds and learning rate, and say whether they differ.
+
+\b
+Examples:
+  celora compare --model ./model --data chats.jsonl --output out --max_steps 200
+  celora compare --model ./model --data chats.jsonl --eval-data test.jsonl --output out --arm LoRA --arm auto --seeds 5
+
+Run it again with the same arguments to go on where it was interrupted. Takes every name that celora train takes, except
+those that the comparison sets: preset, seed, plan."""
+
 BENCH_HELP = """Measure whole training steps on this machine: PEFT as people use it, celora's presets, and the limit.
 
 \b
@@ -195,6 +205,36 @@ def plan(
     made.save(output)
     if not quiet:
         typer.echo(f"{made}\nSaved as {output}")
+
+
+@app.command(help=COMPARE_HELP, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def compare(
+    context: typer.Context,
+    model: Model = None,
+    data: Data = None,
+    output: Annotated[str | None, typer.Option("--output", help="Folder for the runs and the report.")] = None,
+    eval_data: Annotated[
+        str | None, typer.Option("--eval-data", "--eval_data", help="Held-out rows; a tenth of the data without.")
+    ] = None,
+    arm: Annotated[list[str] | None, typer.Option("--arm", help="LoRA, exact, paper or auto; repeatable.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each arm.")] = 3,
+    config: Config = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings, errors and the result only.")] = False,
+) -> None:
+    from celora.train.arguments import raw_arguments
+
+    own = {"model": model, "data": data, "output": output, "config": config, "eval_data": eval_data, "quiet": quiet}
+    settings = raw_arguments(context.args, own)
+    from rich.console import Console
+
+    from celora.train.allocator import keep_freed_memory
+    from celora.train.compare import DEFAULT_ARMS
+    from celora.train.compare import compare as run
+    from celora.train.threads import use_allowed_threads
+
+    keep_freed_memory()
+    use_allowed_threads()
+    run(settings, arms=tuple(arm or DEFAULT_ARMS), seeds=seeds, console=Console(stderr=True, highlight=False))
 
 
 @app.command(help=BENCH_HELP)

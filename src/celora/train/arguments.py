@@ -140,12 +140,17 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     return TrainRequest(given["model"], given["data"], output, preset, config, r, options, train, lora, given)
 
 
-def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> TrainRequest:
-    """Flags (and options already parsed by the command line) to a request; --config and --resume add what they hold."""
+def raw_arguments(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Flags (and options already parsed by the command line) over what the file in --config holds."""
     flags = {name: value for name, value in (own or {}).items() if value not in (None, False)} | read_flags(tokens)
     if isinstance(named := flags.get("config"), list):
         raise CELoraError(f"--config takes one file, got {len(named)}")
-    raw = (read_yaml(str(named)) if named else {}) | flags
+    return (read_yaml(str(named)) if named else {}) | flags
+
+
+def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> TrainRequest:
+    """Arguments to a request; --resume adds those of the run that is resumed."""
+    raw = raw_arguments(tokens, own)
     if not (raw.get("resume") and raw.get("output")):
         return make_request(raw)
     before = OutputFolder(Path(str(raw["output"])).expanduser()).resumable()

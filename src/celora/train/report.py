@@ -39,6 +39,7 @@ def write_report(
     *,
     title: str = "celora training report",
     results: Mapping[str, Mapping[str, Any]] | None = None,
+    findings: Sequence[str] = (),
 ) -> None:
     """Write the page about `runs`: name -> output folder, or the rows of its metrics.jsonl.
 
@@ -46,13 +47,15 @@ def write_report(
         path: the HTML file; written whole or not at all.
         runs: shown in this order, each in its own colour in every chart.
         title: of the page.
-        results: a first table: what was measured -> run -> value.
+        results: a first table: what was measured -> run (or arm) -> value.
+        findings: plain sentences under it.
     """
     rows = {name: _rows(source) for name, source in runs.items()}
     records = {name: _record(source) for name, source in runs.items()}
     columns = {name: record.get("summary", {}) for name, record in records.items()}
     sections = [
         *([_table("Results", results)] if results else []),
+        *(f"<p>{html.escape(line)}</p>" for line in findings),
         _table("Summary", {label: {n: c.get(key) for n, c in columns.items()} for key, label in _SUMMARY.items()}),
         _table(
             "Configuration",

@@ -39,6 +39,7 @@ from celora.train.loading import load_adapter, load_model, load_tokenizer, lora_
 from celora.train.progress import MetricsWriter, PlanProgress, ProgressLine, read_metrics
 from celora.train.report import write_report
 
+_LAST = ("loss", "eval_loss", "tokens_seen", "mean_token_accuracy", "eval_mean_token_accuracy")
 PACKAGES = ("celora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
@@ -240,7 +241,7 @@ def _summary(trainer: Any, metrics: MetricsWriter, attached: Any) -> dict[str, A
     steps = [row["step_time_ms"] for row in rows if "step_time_ms" in row]
     last: dict[str, Any] = {}
     for row in rows:
-        last |= {key: row[key] for key in ("loss", "eval_loss", "tokens_seen", "mean_token_accuracy") if key in row}
+        last |= {key: row[key] for key in _LAST if key in row}
     return {
         "step": int(trainer.state.global_step),
         "seconds": round(metrics.elapsed(), 3),

@@ -1,0 +1,295 @@
+"""`celora compare`: LoRA and celora on the same rows, seeds, order and learning rate, and whether they differ.
+
+Every arm trains with every seed, in a folder of its own, as `celora train` would; what is finished is not run again,
+and what was interrupted is resumed. The judge is the loss (and token accuracy) on held-out rows. Arms share seeds, so
+what is compared is their difference seed by seed, with Student's confidence interval.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from celora.errors import CELoraError, unknown
+from celora.files import read_json
+from celora.train.arguments import TrainRequest, make_request
+from celora.train.data import load_rows
+from celora.train.folder import PLAN, OutputFolder, write_json
+from celora.train.loading import load_tokenizer, quiet_libraries
+from celora.train.report import write_report
+from celora.train.run import train
+
+# Arms by name: the preset, and what else differs from plain LoRA.
+ARMS: dict[str, dict[str, Any]] = {
+    "LoRA": {"preset": "off"},
+    "exact": {"preset": "exact"},
+    "paper": {"preset": "paper"},
+    "auto": {"preset": "auto"},
+}
+DEFAULT_ARMS = ("LoRA", "paper", "auto")
+RESULT, RECORD = "compare.jsonl", "compare.json"
+_HELD_OUT, _MOST_HELD_OUT = 0.1, 500
+
+# The 97.5 % points of Student's t for 1, 2, ... degrees of freedom: half-width of a 95 % interval, in standard errors.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
+_T_LIMIT = 1.960
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One arm with one seed; a line of `compare.jsonl`.
+
+    Attributes:
+        eval_loss: on the held-out rows, nats per token.
+        eval_accuracy: of the next token, with the right ones before it.
+        seconds: wall-clock of the training, planning left out.
+    """
+
+    arm: str
+    seed: int
+    steps: int
+    eval_loss: float
+    eval_accuracy: float | None
+    step_time_ms: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm against the first, seed by seed: mean, and the 95 % interval of the mean; none with one seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, arm: Sequence[float], base: Sequence[float]) -> Difference:
+        """From values of the same seeds, in the same order."""
+        differences = [a - b for a, b in zip(arm, base, strict=True)]
+        mean, n = statistics.fmean(differences), len(differences)
+        if n < 2:
+            return cls(mean, None, None)
+        width = (_T[n - 2] if n - 2 < len(_T) else _T_LIMIT) * statistics.stdev(differences) / math.sqrt(n)
+        return cls(mean, mean - width, mean + width)
+
+    @property
+    def real(self) -> bool | None:
+        """Whether the interval leaves out zero; None if there is none."""
+        if self.low is None or self.high is None:
+            return None
+        return self.low > 0 or self.high < 0
+
+
+def compare(
+    settings: Mapping[str, object],
+    *,
+    arms: Sequence[str] = DEFAULT_ARMS,
+    seeds: int = 3,
+    console: Console | None = None,
+) -> list[Outcome]:
+    """Run what is missing of `arms` x `seeds` into `settings["output"]`, and write and print what came out.
+
+    Args:
+        settings: as for `celora train` (`make_request`); `output` is the folder of the whole comparison. Without
+            `eval_data`, a tenth of the rows (500 at most) is held out.
+        arms: names from `ARMS`; the first is what the others are compared with.
+        seeds: 0 ... seeds - 1, which set data order, adapter initialisation and everything random.
+
+    Raises:
+        CELoraError: bad input, or a folder that holds another comparison.
+    """
+    console = console or Console(stderr=True, highlight=False)
+    for arm in arms:
+        if arm not in ARMS:
+            raise unknown("arm", arm, ARMS)
+    if len(set(arms)) != len(arms) or len(arms) < 2:
+        raise CELoraError(f"arms {', '.join(arms)}; expected two or more different ones of: {', '.join(ARMS)}.")
+    for name in ("preset", "seed", "resume", "overwrite", "plan"):
+        if settings.get(name):
+            raise CELoraError(f"{name} is not for a comparison, which sets it for each run; leave it out.")
+    probe = make_request(dict(settings))
+    output = probe.output
+    _claim(output, probe)
+    with quiet_libraries():
+        data = _split(probe, output)
+
+    outcomes = []
+    for seed in range(seeds):
+        for arm in arms if seed % 2 == 0 else reversed(arms):  # whoever goes second finds a warmer, or busier, machine
+            folder = output / f"{arm}-seed{seed}"
+            own = {**settings, **data, **ARMS[arm], "seed": seed, "output": str(folder)}
+            plan = output / f"{arm}-seed0" / PLAN
+            if seed > 0 and ARMS[arm]["preset"] == "auto" and plan.is_file():
+                own["plan"] = str(plan)  # planned once; the model, the machine and the shapes are the same
+            outcomes.append(_run(arm, seed, own, folder, console))
+    outcomes.sort(key=lambda o: (arms.index(o.arm), o.seed))
+    (output / RESULT).write_text(
+        "".join(json.dumps(dataclasses.asdict(outcome)) + "\n" for outcome in outcomes), encoding="utf-8"
+    )
+    runs = {f"{o.arm}, seed {o.seed}": output / f"{o.arm}-seed{o.seed}" for o in outcomes}
+    write_report(
+        output / "report.html",
+        runs,
+        title="celora compare",
+        results=_cells(outcomes, arms),
+        findings=findings(outcomes, arms),
+    )
+    console.print(result_table(outcomes, arms))
+    for line in (*findings(outcomes, arms), f"Report: {output / 'report.html'}"):
+        console.print(line, soft_wrap=True, markup=False)
+    return outcomes
+
+
+def _claim(output: Path, request: TrainRequest) -> None:
+    """Mark the folder as this comparison's, or refuse one that is another's."""
+    # How the runs are shown may change between one call and the next; what they do may not.
+    given = {k: v for k, v in request.given.items() if k not in ("output", "quiet")}
+    record = output / RECORD
+    if record.is_file():
+        before = read_json(record).get("given", {})
+        changed = sorted(k for k in given.keys() | before.keys() if given.get(k) != before.get(k))
+        if changed:
+            key = changed[0]
+            raise CELoraError(
+                f"--output {str(output)!r} holds a comparison with {key}={before.get(key)!r}, not {given.get(key)!r}; "
+                "choose another folder, or give the same arguments to go on with it"
+            )
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CELoraError(f"--output {str(output)!r} holds something else; choose a new folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CELoraError(f"cannot write to --output {str(output)!r}: {error.strerror}") from None
+    write_json(record, {"given": given})
+
+
+def _split(request: TrainRequest, output: Path) -> dict[str, str]:
+    """Training and held-out rows: as given, or some of the training rows held out, the same for every run."""
+    if request.options.eval_data:
+        return {}
+    train_file, held_out_file = output / "data" / "train.jsonl", output / "data" / "held-out.jsonl"
+    if not held_out_file.is_file():
+        chat = bool(load_tokenizer(request).chat_template)
+        rows = load_rows(request.data, split=request.options.dataset_train_split, chat=chat)
+        if len(rows) < 2:
+            raise CELoraError(f"{request.data!r} has {len(rows)} row; a comparison needs rows to hold out. Give more.")
+        held_out = min(_MOST_HELD_OUT, max(1, int(_HELD_OUT * len(rows))))
+        parts = rows.train_test_split(test_size=held_out, seed=0)
+        train_file.parent.mkdir(exist_ok=True)
+        parts["train"].to_json(str(train_file))
+        parts["test"].to_json(str(held_out_file))  # last: where it is, both are whole
+    return {"data": str(train_file), "eval_data": str(held_out_file)}
+
+
+def _run(arm: str, seed: int, own: dict[str, Any], folder: Path, console: Console) -> Outcome:
+    """Train one arm with one seed, or go on with it, or read what it came to."""
+    begun = OutputFolder(folder).run() is not None
+    console.print(f"{arm}, seed {seed}: {folder}", soft_wrap=True, markup=False)
+    result = train(make_request(own | ({"resume": True} if begun else {})), console=console)
+    if result.status == "interrupted":
+        raise KeyboardInterrupt
+    summary = result.summary
+    if summary.get("eval_loss") is None:
+        raise CELoraError(f"{folder} has no loss on the held-out rows; remove that folder and run it again")
+    return Outcome(
+        arm,
+        seed,
+        result.step,
+        float(summary["eval_loss"]),
+        summary.get("eval_mean_token_accuracy"),
+        summary.get("median_step_time_ms"),
+        float(summary["seconds"]),
+    )
+
+
+def _by_arm(outcomes: Sequence[Outcome], arm: str, of: Callable[[Outcome], Any]) -> list[Any]:
+    return [of(outcome) for outcome in outcomes if outcome.arm == arm]
+
+
+def differences(outcomes: Sequence[Outcome], arms: Sequence[str]) -> dict[str, Difference]:
+    """Held-out loss of every arm but the first against the first."""
+    base = _by_arm(outcomes, arms[0], lambda o: o.eval_loss)
+    return {arm: Difference.of(_by_arm(outcomes, arm, lambda o: o.eval_loss), base) for arm in arms[1:]}
+
+
+def findings(outcomes: Sequence[Outcome], arms: Sequence[str]) -> list[str]:
+    """One plain sentence for each arm: is its held-out loss another than the first's, and how fast is it."""
+    base, lines = arms[0], []
+    seeds = len(_by_arm(outcomes, base, lambda o: o.seed))
+    for arm, found in differences(outcomes, arms).items():
+        speed = _speed_up(outcomes, arm, base)
+        pace = "" if speed is None else f" Its step takes {1 / speed:.2f} of {base}'s."
+        word = "higher" if found.mean > 0 else "lower"
+        size = f"{arm}: held-out loss {abs(found.mean):.4f} {word} than {base}'s"
+        if found.low is None:
+            lines.append(f"{size} with one seed, which cannot tell a difference from chance.{pace}")
+            continue
+        interval = f"95 % interval {found.low:+.4f} to {found.high:+.4f} over {seeds} seeds"
+        verdict = "the difference is real" if found.real else "not distinguishable from chance"
+        lines.append(f"{size} ({interval}): {verdict}.{pace}")
+    return lines
+
+
+def _speed_up(outcomes: Sequence[Outcome], arm: str, base: str) -> float | None:
+    times = [[t for t in _by_arm(outcomes, name, lambda o: o.step_time_ms) if t] for name in (base, arm)]
+    return statistics.median(times[0]) / statistics.median(times[1]) if all(times) else None
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    text = format(statistics.fmean(values), form)
+    return text if len(values) < 2 else f"{text} ± {format(statistics.stdev(values), form)}"
+
+
+def summary(outcomes: Sequence[Outcome], arms: Sequence[str]) -> list[tuple[str, ...]]:
+    """The cells of the result table, as text: mean and standard deviation over seeds."""
+    rows: list[tuple[str, ...]] = []
+    found = differences(outcomes, arms)
+    for arm in arms:
+        accuracies = [a for a in _by_arm(outcomes, arm, lambda o: o.eval_accuracy) if a is not None]
+        times = [t for t in _by_arm(outcomes, arm, lambda o: o.step_time_ms) if t]
+        speed = _speed_up(outcomes, arm, arms[0])
+        difference = ""
+        if arm in found:
+            d = found[arm]
+            difference = f"{d.mean:+.4f}" + ("" if d.low is None else f" ({d.low:+.4f} to {d.high:+.4f})")
+        rows.append(
+            (
+                arm,
+                _spread(_by_arm(outcomes, arm, lambda o: o.eval_loss), ".4f"),
+                difference,
+                _spread(accuracies, ".1%") if accuracies else "",
+                f"{statistics.median(times):.0f} ms" if times else "",
+                "" if speed is None else f"{speed:.2f}",
+            )
+        )
+    return rows
+
+
+HEADER = ("", "held-out loss", "against the first (95 %)", "token accuracy", "time per step", "speed-up")
+
+
+def result_table(outcomes: Sequence[Outcome], arms: Sequence[str]) -> Table:
+    """The table that is printed."""
+    seeds = len(_by_arm(outcomes, arms[0], lambda o: o.seed))
+    table = Table(title=f"{outcomes[0].steps} steps, {seeds} seed{'s' if seeds > 1 else ''}")
+    for column in HEADER:
+        table.add_column(column, justify="left" if not column else "right")
+    for cells in summary(outcomes, arms):
+        table.add_row(*cells)
+    return table
+
+
+def _cells(outcomes: Sequence[Outcome], arms: Sequence[str]) -> dict[str, dict[str, str]]:
+    rows = summary(outcomes, arms)
+    return {name: {row[0]: row[i] for row in rows} for i, name in enumerate(HEADER) if name}

@@ -1,0 +1,177 @@
+"""The comparison: what it runs, what it does not run again, and what it concludes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from celora import cli
+from celora.errors import CELoraError
+from celora.train import compare as module
+from celora.train.compare import Difference, Outcome, compare, differences, findings, summary
+from tiny import save_rows, save_tiny_model
+
+ARMS = ("LoRA", "exact", "paper")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    save_tiny_model(folder / "model")
+    save_rows(folder / "rows.jsonl", 40)
+    return folder
+
+
+def settings(inputs: Path, output: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model": str(inputs / "model"), "data": str(inputs / "rows.jsonl"), "output": str(output), "max_steps": 3,
+        "per_device_train_batch_size": 4, "dtype": "float32", "learning_rate": 1e-2, "quiet": True, **more,
+    }  # fmt: skip
+
+
+def outcomes(**losses: list[float]) -> list[Outcome]:
+    return [
+        Outcome(arm, seed, 10, loss, 0.5, 100.0 if arm == "LoRA" else 80.0, 1.0)
+        for arm, of in losses.items()
+        for seed, loss in enumerate(of)
+    ]
+
+
+def test_a_comparison(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    found = compare(settings(inputs, output), arms=ARMS, seeds=2)
+    assert [(o.arm, o.seed) for o in found] == [(arm, seed) for arm in ARMS for seed in (0, 1)]
+    losses = {(o.arm, o.seed): o.eval_loss for o in found}
+    for seed in (0, 1):  # the same rows in the same order: exact LoRA is LoRA
+        assert losses["exact", seed] == pytest.approx(losses["LoRA", seed], rel=1e-5)
+    assert losses["LoRA", 0] != losses["LoRA", 1]
+    assert [json.loads(line) for line in (output / "compare.jsonl").read_text().splitlines()] == [
+        vars(o) for o in found
+    ]
+    page = (output / "report.html").read_text(encoding="utf-8")
+    printed = " ".join(capsys.readouterr().err.split())
+    for line in findings(found, ARMS):
+        assert line in printed
+        assert line.replace("'", "&#x27;") in page
+    held_out = (output / "data" / "held-out.jsonl").read_text().splitlines()
+    training = (output / "data" / "train.jsonl").read_text().splitlines()
+    assert len(held_out) == 4
+    assert len(training) == 36
+    assert not set(held_out) & set(training)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("celora.train.run.build_trainer", refuse)
+        assert compare(settings(inputs, output), arms=ARMS, seeds=2) == found
+
+
+def test_goes_on_where_it_was_killed(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = compare(settings(inputs, tmp_path / "whole", save_steps=1), arms=ARMS[:2], seeds=1)
+    trained = module.train
+    calls: list[str] = []
+
+    def die(request: Any, **more: Any) -> Any:
+        calls.append(request.output.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return trained(request, **more)
+
+    monkeypatch.setattr(module, "train", die)
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings(inputs, tmp_path / "cut", save_steps=1), arms=ARMS[:2], seeds=1)
+    monkeypatch.undo()
+    again = compare(settings(inputs, tmp_path / "cut", save_steps=1), arms=ARMS[:2], seeds=1)
+    assert [o.eval_loss for o in again] == [o.eval_loss for o in whole]
+
+
+def test_auto_plans_once(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import celora
+
+    plans: list[int] = []
+    make = celora.make_plan
+    monkeypatch.setattr(celora, "make_plan", lambda *a, **k: plans.append(1) or make(*a, **k))
+    compare(settings(inputs, tmp_path / "out"), arms=("LoRA", "auto"), seeds=2)
+    assert len(plans) == 1
+
+
+def test_given_held_out_rows(inputs: Path, tmp_path: Path) -> None:
+    save_rows(tmp_path / "test.jsonl", 6)
+    compare(settings(inputs, tmp_path / "out", eval_data=str(tmp_path / "test.jsonl")), arms=("LoRA", "exact"), seeds=1)
+    assert not (tmp_path / "out" / "data").exists()
+
+
+def test_paired_differences() -> None:
+    """Against the textbook: differences 1, 2, 3 have mean 2, deviation 1, and t(2) = 4.303."""
+    found = Difference.of([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
+    assert found.mean == 2
+    assert found.low == pytest.approx(2 - 4.303 / 3**0.5)
+    assert found.high == pytest.approx(2 + 4.303 / 3**0.5)
+    assert not found.real
+    assert Difference.of([1.0], [2.0]) == Difference(-1.0, None, None)
+    assert Difference.of([1.0], [2.0]).real is None
+    many = Difference.of([1.0 + 1e-3 * (i % 2) for i in range(40)], [0.0] * 40)
+    assert many.real
+    assert many.high is not None
+    assert many.high - many.mean == pytest.approx(
+        1.96 * torch.tensor([0.0, 1e-3] * 20).std().item() / 40**0.5, rel=1e-3
+    )
+
+
+def test_plain_sentences() -> None:
+    of = outcomes(LoRA=[2.0, 2.1, 2.2], same=[2.001, 2.099, 2.2], worse=[2.1, 2.2, 2.301])
+    same, worse = findings(of, ("LoRA", "same", "worse"))
+    assert same.startswith("same: held-out loss 0.0000 ")
+    assert "not distinguishable from chance" in same
+    assert "over 3 seeds" in same
+    assert worse.startswith("worse: held-out loss 0.1003 higher than LoRA's")
+    assert "the difference is real" in worse
+    assert worse.endswith("Its step takes 0.80 of LoRA's.")
+    (one,) = findings(outcomes(LoRA=[2.0], auto=[1.9]), ("LoRA", "auto"))
+    assert "0.1000 lower than LoRA's with one seed, which cannot tell a difference from chance" in one
+    assert differences(of, ("LoRA", "same", "worse"))["worse"].mean == pytest.approx(0.10033, abs=1e-4)
+    rows = summary(of, ("LoRA", "same", "worse"))
+    assert rows[0] == ("LoRA", "2.1000 ± 0.1000", "", "50.0% ± 0.0%", "100 ms", "1.00")
+    assert rows[2][5] == "1.25"
+
+
+@pytest.mark.parametrize(
+    ("more", "arms", "message"),
+    [
+        ({}, ("LoRA", "auta"), "unknown arm 'auta'; did you mean 'auto'"),
+        ({}, ("LoRA",), "expected two or more different ones"),
+        ({"preset": "auto"}, ARMS, "preset is not for a comparison"),
+        ({"seed": 3}, ARMS, "seed is not for a comparison"),
+        ({"data": "nowhere.jsonl"}, ARMS, "no such data file"),
+    ],
+)
+def test_bad_input(inputs: Path, tmp_path: Path, more: dict[str, Any], arms: tuple[str, ...], message: str) -> None:
+    with pytest.raises(CELoraError, match=message):
+        compare(settings(inputs, tmp_path / "out", **more), arms=arms, seeds=1)
+
+
+def test_another_comparisons_folder_is_refused(inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output).mkdir()
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(CELoraError, match="holds something else"):
+        compare(settings(inputs, output), arms=ARMS, seeds=1)
+    assert (output / "notes.txt").read_text() == "mine"
+    other = tmp_path / "other"
+    compare(settings(inputs, other), arms=("LoRA", "exact"), seeds=1)
+    with pytest.raises(CELoraError, match="holds a comparison with max_steps=3, not 4"):
+        compare(settings(inputs, other, max_steps=4), arms=("LoRA", "exact"), seeds=1)
+
+
+def test_command_line(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["compare", "--model", str(inputs / "model"), "--data", str(inputs / "rows.jsonl"), "--max_steps", "2"]
+    given += ["--arm", "LoRA", "--arm", "exact", "--seeds", "1", "--quiet"]
+    assert cli.main([*given, "--output", str(tmp_path / "out")]) == 0
+    assert "exact: held-out loss" in " ".join(capsys.readouterr().err.split())
+    assert cli.main([*given, "--output", str(tmp_path / "out"), "--preset", "paper"]) == 2
+    assert "preset is not for a comparison" in capsys.readouterr().err
