@@ -8,10 +8,13 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from celora.train.folder import MARKER
 from celora.train.progress import MetricsWriter, ProgressLine, read_metrics
+
+ARGS = SimpleNamespace(device=torch.device("cpu"))
 
 
 def state(step=0, tokens=0, total=10):
@@ -25,7 +28,7 @@ def one_step(callback, step, tokens, logs=None, seconds=0.01):
     time.sleep(seconds)
     callback.on_step_end(None, state(step, tokens), None)
     if logs is not None:
-        callback.on_log(None, state(step, tokens), None, logs=logs)
+        callback.on_log(ARGS, state(step, tokens), None, logs=logs)
 
 
 def test_a_row_per_log_event_with_time_and_tokens_since_the_last(tmp_path):
@@ -36,8 +39,8 @@ def test_a_row_per_log_event_with_time_and_tokens_since_the_last(tmp_path):
         writer, 2, 250, {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-3, "celora/refreshes": 1, "num_tokens": 9}
     )
     one_step(writer, 3, 300, {"loss": float("nan")}, seconds=0.03)
-    writer.on_log(None, state(3, 300), None, logs={"eval_loss": 1.5, "eval_num_tokens": 4})
-    writer.on_log(None, state(3, 300), None, logs={"train_runtime": 3.0, "train_loss": 2.0})
+    writer.on_log(ARGS, state(3, 300), None, logs={"eval_loss": 1.5, "eval_num_tokens": 4})
+    writer.on_log(ARGS, state(3, 300), None, logs={"train_runtime": 3.0, "train_loss": 2.0})
     first, second, evaluation = read_metrics(tmp_path / "metrics.jsonl")
     assert (first["step"], first["tokens_seen"], first["celora/refreshes"], first["loss"]) == (2, 250, 1, 2.0)
     assert "num_tokens" not in first

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import subprocess
+from pathlib import Path
+from shutil import which
+
+import pytest
 
 from celora.train.folder import write_json
 from celora.train.report import MAX_POINTS, PALETTE, write_report
@@ -61,3 +67,89 @@ def test_no_rows_long_runs_and_values_that_are_not_numbers(tmp_path):
     line = charts((tmp_path / "long.html").read_text(encoding="utf-8"))[0]["lines"][0]
     assert len(line["x"]) <= MAX_POINTS
     assert None not in line["y"]
+
+
+LAYERS = [
+    {"name": f"model.layers.{block}.{kind}", "out_features": 8, "in_features": 8, "estimator": how, "cost": cost,
+     "keep_ratio": 0.5, "rank": 0, "reason": "", "selection": "energy" if how == "tokens" else "",
+     "precision": "native"}
+    for block in range(3)
+    for kind, how, cost in (("q_proj", "dense", 1.0), ("up_proj", "tokens", 0.6))
+]  # fmt: skip
+EVIL = "</script><script>document.title='owned'</script><img src=https://example.invalid/x>"
+
+
+def run_folder(folder: Path, name: str = "run") -> Path:
+    run = folder / name
+    run.mkdir()
+    record = {
+        "celora": "0", "given": {"model": EVIL, EVIL: EVIL}, "layers": LAYERS,
+        "errors": {"model.layers.0.up_proj": 0.2, "model.layers.2.up_proj": 0.3},
+    }  # fmt: skip
+    write_json(run / "run.json", record)
+    phases = {"forward_ms": 3.0, "backward_ms": 5.0, "optimizer_ms": 1.0, "peak_memory_mib": 500.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row | phases) + "\n" for row in ROWS))
+    return run
+
+
+def test_where_the_time_goes_and_what_each_layer_gets(tmp_path):
+    write_report(tmp_path / "r.html", {"a": run_folder(tmp_path), "b": ROWS}, findings=["<b>plain</b>"])
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    drawn = {chart["title"]: chart for chart in charts(page)}
+    bars = drawn["Where a step's time goes"]
+    assert [line["name"] for line in bars["lines"]] == ["forward", "backward", "optimizer", "other"]
+    assert [line["x"] for line in bars["lines"]] == [[3.0], [5.0], [1.0], [1.0]]
+    assert drawn["Peak memory"]["lines"][0]["y"] == [500.0] * 8
+    cost, error = drawn["Layers of a"]["lines"]
+    assert cost["y"] == ["q_proj", "up_proj"]
+    assert cost["x"] == [0, 1, 2]
+    assert cost["z"] == [[1.0] * 3, [0.6] * 3]
+    assert error["z"] == [[0.0] * 3, [0.2, None, 0.3]]
+    assert cost["text"][1][0] == "tokens energy, keeps 0.5"
+    assert "&lt;b&gt;plain" in page
+
+
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := which(name))), None)
+PROBE = """
+<script>
+addEventListener("load", () => setTimeout(() => {
+  const charts = [...document.querySelectorAll(".chart")];
+  const before = charts.at(-1).data.map(trace => trace.visible);
+  charts.at(-1).querySelectorAll(".updatemenu-button")[1].dispatchEvent(new MouseEvent("click", {bubbles: true}));
+  setTimeout(() => {
+    const out = document.createElement("pre");
+    out.id = "probe";
+    out.textContent = JSON.stringify({
+      points: charts.map(chart => chart.data.map(trace => trace.x.length)), before,
+      after: charts.at(-1).data.map(trace => trace.visible), title: document.title,
+      requests: performance.getEntriesByType("resource").length, width: document.documentElement.scrollWidth,
+    });
+    document.body.append(out);
+  }, 200);
+}, 200));
+</script>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [1200, 400], ids=["desk", "phone"])
+def test_in_a_real_browser(width, tmp_path):
+    """No console error, no request, all points drawn, the toggle toggles, hostile text stays text, a phone fits."""
+    write_report(tmp_path / "r.html", {EVIL: run_folder(tmp_path)}, title=EVIL, findings=[EVIL])
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    (tmp_path / "probed.html").write_text(page.replace("</html>", PROBE + "</html>"), encoding="utf-8")
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+         f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=5000",
+         "--dump-dom", (tmp_path / "probed.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr, done.stderr
+    found = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)[1]))
+    expected = [[len(line["x"]) for line in chart["lines"]] for chart in charts(page)]
+    assert found["points"] == expected
+    assert (found["before"], found["after"]) == ([True, False], [False, True])
+    assert found["requests"] == 0
+    assert found["title"] == EVIL
+    assert found["width"] <= max(width, 500)  # headless Chromium is never narrower than 500

@@ -322,3 +322,28 @@ def test_planning_does_not_change_the_order_of_the_data(inputs, tmp_path):
         losses = [row["loss"] for row in read_metrics(tmp_path / preset / "metrics.jsonl")]
         seen[preset] = losses
     assert seen["auto"] == pytest.approx(seen["off"], rel=1e-3)
+
+
+def test_metrics_say_where_the_time_goes(inputs, tmp_path):
+    go(inputs, tmp_path / "a", max_steps=3, preset="paper", celora=None, gradient_accumulation_steps=2)
+    rows = [row for row in read_metrics(tmp_path / "a" / "metrics.jsonl") if "loss" in row]
+    assert len(rows) == 3
+    for row in rows:
+        parts = [row[f"{phase}_ms"] for phase in ("forward", "backward", "optimizer")]
+        assert min(parts) > 0
+        assert sum(parts) <= row["step_time_ms"]
+        assert row["peak_memory_mib"] > 50
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert {layer["name"].rpartition(".")[2] for layer in record["layers"]} >= {"q_proj", "up_proj"}
+
+
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
+@pytest.mark.parametrize("preset", ["off", "exact"])
+def test_label_smoothing_is_the_same_in_the_head(preset, inputs, tmp_path):
+    """Transformers' LabelSmoother over all logits, and the head that smooths as it goes."""
+    go(inputs, tmp_path / preset, max_steps=3, preset=preset, celora=None, lora_dropout=0.0, label_smoothing_factor=0.1)
+    losses = [row["loss"] for row in read_metrics(tmp_path / preset / "metrics.jsonl") if "loss" in row]
+    assert losses == pytest.approx(_SMOOTHED.setdefault("losses", losses), rel=1e-5)
+
+
+_SMOOTHED: dict[str, list[float]] = {}

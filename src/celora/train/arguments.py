@@ -60,7 +60,8 @@ def estimator_config(preset: str | None, mapping: Mapping[str, object] | None, l
     preset = preset or DEFAULT_PRESET
     config, r = resolve(preset), lora_r
     changes: dict[str, Any] = dict(mapping or {})
-    shadowed = sorted({"estimator", "keep_ratio"} & changes.keys()) if config.overrides or preset == "auto" else []
+    settled = bool(config.overrides) or preset in ("auto", "exact")
+    shadowed = sorted({"estimator", "keep_ratio"} & changes.keys()) if settled else []
     if shadowed:
         raise CELoraError(
             f"celora: {shadowed[0]} has no effect beside preset {preset!r}, which sets it layer by layer; "

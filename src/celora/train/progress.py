@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from celora.files import write_text
+from celora.memory import peak_memory
 from celora.train.folder import MARKER, finite, write_json
 
 PLAIN_EVERY_S = 10.0
@@ -52,13 +55,42 @@ class StepTimer(TrainerCallback):  # type: ignore[misc]
             self.steps += 1
 
 
+PHASES = ("forward", "backward", "optimizer")
+
+
+class Phases(TrainerCallback):  # type: ignore[misc]
+    """Where the time of optimizer steps goes. On CPU only: elsewhere a clock would see launches, not work."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._begin: float | None = None
+
+    @contextmanager
+    def timing(self, phase: str, *, without: str | None = None) -> Iterator[None]:
+        """Add the time inside to `phase`, less what was added to the phase `without` meanwhile."""
+        begin, before = time.perf_counter(), self.seconds[without] if without else 0.0
+        yield
+        inside = self.seconds[without] - before if without else 0.0
+        self.seconds[phase] += time.perf_counter() - begin - inside
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._begin = time.perf_counter()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if self._begin is not None:
+            self.seconds["optimizer"] += time.perf_counter() - self._begin
+
+
 class MetricsWriter(StepTimer):
     """Appends one row per log event: step, epoch, seconds, loss, learning_rate, grad_norm, tokens_seen,
-    tokens_per_second, step_time_ms, and every eval_* and celora/* value. A number that is not finite is null."""
+    tokens_per_second, step_time_ms and its parts, peak_memory_mib, and every eval_* and celora/* value. A number that
+    is not finite is null."""
 
-    def __init__(self, path: Path, *, after_step: int = 0, seconds: float = 0.0) -> None:
+    def __init__(self, path: Path, *, after_step: int = 0, seconds: float = 0.0, phases: Phases | None = None) -> None:
         super().__init__()
         self.path = path
+        self.phases = phases
+        self._phases_before = dict.fromkeys(PHASES, 0.0)
         self.total_seconds = 0.0
         self._earlier = seconds
         self._start = time.perf_counter()
@@ -97,6 +129,14 @@ class MetricsWriter(StepTimer):
             steps, seconds = self.steps - self._last[0], self.seconds - self._last[1]
             if steps and seconds > 0:
                 row["step_time_ms"] = round(1e3 * seconds / steps, 3)
+                if self.phases is not None and args.device.type == "cpu":
+                    now = dict(self.phases.seconds)
+                    for phase in PHASES:
+                        row[f"{phase}_ms"] = round(1e3 * (now[phase] - self._phases_before[phase]) / steps, 3)
+                    self._phases_before = now
+                peak = peak_memory(args.device)
+                if peak is not None:
+                    row["peak_memory_mib"] = round(peak / 2**20, 1)
                 if tokens:
                     row["tokens_seen"] = tokens
                     row["tokens_per_second"] = round((tokens - self._last[2]) / seconds, 1)

@@ -9,16 +9,19 @@ from __future__ import annotations
 import html
 import json
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from celora.files import write_text
 from celora.train.folder import METRICS, RUN, finite
-from celora.train.progress import read_metrics
+from celora.train.progress import PHASES, read_metrics
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness; yellow is left out, too pale on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# One hue from light to dark: order can be read without seeing colours.
+SEQUENTIAL = ("#f7fbff", "#c6dbef", "#6baed6", "#2171b5", "#08306b")
 MAX_POINTS = 2000
 
 _SUMMARY = {
@@ -53,9 +56,11 @@ def write_report(
     rows = {name: _rows(source) for name, source in runs.items()}
     records = {name: _record(source) for name, source in runs.items()}
     columns = {name: record.get("summary", {}) for name, record in records.items()}
-    sections = [
+    first = [
         *([_table("Results", results)] if results else []),
         *(f"<p>{html.escape(line)}</p>" for line in findings),
+    ]
+    sections = [
         _table("Summary", {label: {n: c.get(key) for n, c in columns.items()} for key, label in _SUMMARY.items()}),
         _table(
             "Configuration",
@@ -64,7 +69,8 @@ def write_report(
         _table("Estimator", _by_key(records, lambda r: _flat(r.get("config", {})))),
         _table("Versions and machine", _by_key(records, lambda r: {**r.get("versions", {}), **r.get("machine", {})})),
     ]
-    write_text(path, _page(title, _charts(rows), "".join(sections)))
+    maps = [chart for name, record in _distinct_layers(records).items() if (chart := _layer_map(name, record))]
+    write_text(path, _page(title, "".join(first), [*_charts(rows), *_phases(rows), *maps], "".join(sections)))
 
 
 def _rows(source: Path | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -87,6 +93,7 @@ def _charts(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, A
         ("Evaluation loss", "step", "optimizer step", ["eval_loss"], "loss, nats per token"),
         ("Step time", "step", "optimizer step", ["step_time_ms"], "time per optimizer step, ms"),
         ("Throughput", "step", "optimizer step", ["tokens_per_second"], "tokens per second, padding left out"),
+        ("Peak memory", "step", "optimizer step", ["peak_memory_mib"], "MiB, of the process or the device"),
         (
             "Relative error of the estimate at the latest refresh",
             "step",
@@ -110,6 +117,90 @@ def _charts(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, A
         if lines:
             charts.append({"title": title, "x": x_label, "y": y_label, "lines": lines})
     return charts
+
+
+def _phases(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Where the median step's time goes, one bar for each run."""
+    bars: dict[str, dict[str, float]] = {}
+    for name, run in rows.items():
+        timed = [row for row in run if all(row.get(f"{phase}_ms") is not None for phase in (*PHASES, "step_time"))]
+        if timed:
+            parts = {phase: statistics.median(row[f"{phase}_ms"] for row in timed) for phase in PHASES}
+            whole = statistics.median(row["step_time_ms"] for row in timed)
+            bars[name] = {**parts, "other": max(0.0, whole - sum(parts.values()))}
+    if not bars:
+        return []
+    names = [html.escape(name) for name in bars]
+    lines = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": phase,
+            "y": names,
+            "x": [round(of[phase], 2) for of in bars.values()],
+            "marker": {"color": PALETTE[i]},
+        }
+        for i, phase in enumerate((*PHASES, "other"))
+    ]
+    layout = {"barmode": "stack", "yaxis": {"autorange": "reversed", "automargin": True}}
+    return [{"title": "Where a step's time goes", "x": "median time, ms", "y": "", "lines": lines, "layout": layout}]
+
+
+def _distinct_layers(records: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The first run of each way to estimate the layers."""
+    seen: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name, record in records.items():
+        layers = record.get("layers") or []
+        if any(layer.get("estimator") != "dense" for layer in layers):
+            seen.setdefault(json.dumps(layers, sort_keys=True), (name, record))
+    return dict(seen.values())
+
+
+def _layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Blocks by kinds of layers: what each is estimated with, at which cost, and its error at the latest refresh."""
+    errors = record.get("errors") or {}
+    cells: dict[tuple[str, int], tuple[float, float | None, str]] = {}
+    for layer in record["layers"]:
+        parts = str(layer["name"]).split(".")
+        block = next((int(part) for part in parts if part.isdigit()), 0)
+        error = 0.0 if layer["estimator"] == "dense" else errors.get(layer["name"])
+        how = " ".join(str(layer[key]) for key in ("estimator", "selection") if layer[key])
+        how += "" if layer["precision"] in ("native", layer["estimator"]) else f" x {layer['precision']}"
+        how += "" if layer["keep_ratio"] == 1 else f", keeps {layer['keep_ratio']:g}"
+        cells[parts[-1], block] = (float(layer["cost"]), error, how)
+    kinds = list(dict.fromkeys(kind for kind, _ in cells))
+    blocks = sorted({block for _, block in cells})
+
+    def grid(of: int) -> list[list[Any]]:
+        return [[cells[kind, block][of] if (kind, block) in cells else None for block in blocks] for kind in kinds]
+
+    scale = [[i / 4, colour] for i, colour in enumerate(SEQUENTIAL)]
+    shared = {
+        "type": "heatmap", "x": blocks, "y": [html.escape(kind) for kind in kinds],
+        "text": [[None if t is None else html.escape(t) for t in row] for row in grid(2)],
+        "hovertemplate": "block %{x}, %{y}: %{text}<br>%{z:.3f}<extra></extra>", "xgap": 1, "ygap": 1,
+        "colorscale": scale, "zmin": 0,
+    }  # fmt: skip
+    views = [("cost relative to dense", 0, 1.0), ("relative error at the latest refresh", 1, None)]
+    lines = [
+        shared | {"z": grid(of), "name": label, "visible": i == 0, "colorbar": {"title": {"text": ""}}}
+        | ({} if top is None else {"zmax": top})
+        for i, (label, of, top) in enumerate(views)
+    ]  # fmt: skip
+    toggle = {
+        "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.2, "showactive": True,
+        "buttons": [
+            {"label": label, "method": "restyle", "args": ["visible", [i == j for j in range(len(views))]]}
+            for i, (label, *_) in enumerate(views)
+        ],
+    }  # fmt: skip
+    layout = {
+        "updatemenus": [toggle],
+        "xaxis": {"title": {"text": "block"}, "dtick": max(1, len(blocks) // 12)},
+        "yaxis": {"autorange": "reversed", "automargin": True},
+        "margin": {"t": 60},
+    }
+    return {"title": f"Layers of {name}", "x": "block", "y": "", "lines": lines, "layout": layout}
 
 
 def _by_key(records: Mapping[str, dict[str, Any]], pick: Any) -> dict[str, dict[str, Any]]:
@@ -155,7 +246,7 @@ def _embed(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _page(title: str, charts: list[dict[str, Any]], tables: str) -> str:
+def _page(title: str, first: str, charts: list[dict[str, Any]], tables: str) -> str:
     from plotly.offline import get_plotlyjs
 
     figures = "".join(
@@ -167,7 +258,7 @@ def _page(title: str, charts: list[dict[str, Any]], tables: str) -> str:
 <meta name=viewport content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title>
 <style>{_STYLE}</style>
-<main><h1>{html.escape(title)}</h1>{figures}{tables}</main>
+<main><h1>{html.escape(title)}</h1>{first}{figures}{tables}</main>
 <script>{get_plotlyjs()}</script>
 <script type="application/json" id=charts>{_embed(charts)}</script>
 <script>{_SCRIPT}</script>
@@ -179,7 +270,8 @@ _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --page: #ffffff; --line: #d0d0d0 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --page: #16181c; --line: #44474d } }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
-main { max-width: 60rem; margin: 0 auto; padding: 1rem }
+main { max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
+.chart { overflow: hidden }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin: 1.5rem 0 .3rem }
 .chart { width: 100%; height: min(24rem, 75vw) } .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
@@ -197,7 +289,10 @@ function draw() {
   const axis = title => ({title: {text: title}, gridcolor: grid, linecolor: grid, zeroline: false, automargin: true});
   charts.forEach((chart, i) => Plotly.react("chart" + i, chart.lines.map(line => ({type: "scatter", ...line})), {
     paper_bgcolor: clear, plot_bgcolor: clear, font: {color: ink}, margin: {t: 10, r: 10, l: 50, b: 45},
-    xaxis: axis(chart.x), yaxis: axis(chart.y), showlegend: chart.lines.length > 1, legend: {orientation: "h", y: 1.15},
+    xaxis: axis(chart.x), showlegend: chart.lines.length > 1, legend: {orientation: "h", y: 1.15}, ...chart.layout,
+    yaxis: {...axis(chart.y), ...(chart.layout || {}).yaxis},
+    updatemenus: ((chart.layout || {}).updatemenus || []).map(m => ({...m, bgcolor: css.getPropertyValue("--page"),
+      bordercolor: grid, font: {color: ink}})),
   }, {responsive: true, displaylogo: false, displayModeBar: false}));
 }
 draw();

@@ -12,8 +12,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from celora.train.data import load_rows
 from celora.train.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json
 from celora.train.interrupt import StopAtStepEnd
 from celora.train.loading import load_adapter, load_model, load_tokenizer, lora_config, quiet_libraries
-from celora.train.progress import MetricsWriter, PlanProgress, ProgressLine, read_metrics
+from celora.train.progress import MetricsWriter, Phases, PlanProgress, ProgressLine, read_metrics
 from celora.train.report import write_report
 
 _LAST = ("loss", "eval_loss", "tokens_seen", "mean_token_accuracy", "eval_mean_token_accuracy")
@@ -56,7 +56,21 @@ class TrainResult:
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that tells nobody about it."""
+    """SFTTrainer that says where its time goes, and tells nobody about it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.phases = Phases()
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, timed while training."""
+        with self.phases.timing("forward") if self.model.training else nullcontext():
+            return super().compute_loss(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, timed: all of it that is not the forward is the backward."""
+        with self.phases.timing("backward", without="forward"):
+            return super().training_step(*args, **kwargs)
 
     def _send_telemetry(self) -> None:
         """TRL reports every construction to the hub; training a model here stays here."""
@@ -115,11 +129,13 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
         config.save(request.output / CONFIG)
         if plan is not None:
             plan.save(request.output / PLAN)
-        metrics = MetricsWriter(request.output / METRICS, after_step=marker["step"], seconds=marker["seconds"])
+        metrics = MetricsWriter(
+            request.output / METRICS, after_step=marker["step"], seconds=marker["seconds"], phases=trainer.phases
+        )
         progress, stop = ProgressLine(console, quiet=options.quiet), StopAtStepEnd(console)
         # The Trainer puts callbacks after its reporters; celora's goes first, so that all of them see its metrics.
         trainer.callback_handler.callbacks.insert(0, celora.Callback())
-        for callback in (stop, metrics, progress):
+        for callback in (trainer.phases, stop, metrics, progress):
             trainer.add_callback(callback)
 
         status = "failed"
@@ -145,7 +161,8 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
                 shutil.rmtree(aside)
             progress.close()
             if status != "failed" or trainer.state.global_step > 0:
-                record |= {"status": status, "summary": _summary(trainer, metrics, attached)}
+                errors = require(trainer.model).relative_errors
+                record |= {"status": status, "summary": _summary(trainer, metrics, attached), "errors": errors}
                 write_json(request.output / RUN, record)
                 write_report(request.output / REPORT, {request.preset or "celora": request.output})
     if status == "interrupted":
@@ -230,6 +247,7 @@ def _record(request: TrainRequest, args: Any, attached: Any) -> dict[str, Any]:
         "lora": request.lora,
         "train": args.to_dict(),  # hides tokens
         "estimated_layers": len(attached.estimated),
+        "layers": [asdict(layer) for layer in attached.layers],
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
         "machine": {"device": device, "type": args.device.type, "threads": torch.get_num_threads()},
     }
