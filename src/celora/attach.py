@@ -123,6 +123,7 @@ class Attachment:
         self.forward: ModelGraft | None = None
         self.relative_errors: dict[str, float] = {}
         self._unheard = 0
+        self._warned = False
         self._bind(model, step=0)
 
     def _bind(self, model: nn.Module, step: int) -> None:
@@ -171,8 +172,19 @@ class Attachment:
                         error = self.relative_errors[name] = (graft.squared_error.item() / norm) ** 0.5
                         if self.config.target_error is not None:
                             graft.estimator.aim(error, self.config.target_error)
+                        self._monitor(name, error, step)
                     graft.squared_error = graft.squared_norm = None
         self.set_modes(step)
+
+    def _monitor(self, name: str, error: float, step: int) -> None:
+        """Say, once, that an estimate is no estimate: convergence is only proven for relative errors below 1."""
+        if error >= 1 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"celora: at step {step} the relative error of {name} is {error:.2f}. Convergence is proven for errors "
+                "below 1 only; raise keep_ratio, refresh more often, or make this layer dense by an override.",
+                stacklevel=2,
+            )
 
     def _on_other_step(self) -> None:
         """Say so if the model is trained by an optimizer that holds other tensors than the model's parameters."""
