@@ -1,10 +1,11 @@
 """The theorem's setting: momentum SGD on a smooth non-convex loss, where the whole gradient can be computed.
 
 A network of tanh layers with LoRA on all of them learns what a teacher with other adapters says of 512 points, from
-minibatches of 4, with an L2 term that keeps the loss smooth along the way. For each number of steps T the learning rate is `c / sqrt(T)`; measured is the average over the steps
-of the squared norm of the *whole, exact* gradient, `1/T sum ||grad f(x_t)||^2`, which the theorem bounds by O(1/sqrt(T))
-for LoRA and, while the estimate's relative error stays below 1, for CE-LoRA. The slope is that of log-log least squares
-over more than two decades of T, with the 95 % interval from the seeds.
+minibatches of 4, with an L2 term that keeps the loss smooth along the way. For each number of steps T the learning rate
+is `c / sqrt(T)`; measured is the average over the steps of the squared norm of the *whole, exact* gradient,
+`1/T sum ||grad f(x_t)||^2`, which the theorem bounds by O(1/sqrt(T)) for LoRA and, while the estimate's relative error
+stays below 1, for CE-LoRA. The slope is that of log-log least squares over more than two decades of T, with the 95 %
+interval from the seeds.
 
 Then the boundary: sampled columns at ever smaller keep ratios, whose relative error grows past 1.
 
