@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import multiprocessing
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,38 +22,46 @@ from celora.train.allocator import keep_freed_memory
 from celora.train.bench import ARMS, Cell, measure, table
 from celora.train.loading import quiet_libraries
 
-SHAPES = ("h1024-v32k", "h1024-v128k", "h2048-v128k", "h2048-v32k")
-HALF = [Cell("smollm2", "demo"), Cell("smollm2", "full")]
-HALF += [Cell(shape, data) for shape in SHAPES for data in ("instruct", "full")]
+HALF = [Cell("h1024-v32k", "instruct"), Cell("h1024-v32k", "full"), Cell("smollm2", "demo"), Cell("smollm2", "full")]
+HALF += [Cell(shape, data) for shape in ("h1024-v128k", "h2048-v128k", "h2048-v32k") for data in ("instruct", "full")]
 FULL = [Cell(cell.model, cell.data, "float32") for cell in HALF]
-COMPILED = (Cell("h1024-v32k", "instruct"), Cell("h1024-v32k", "full"), Cell("smollm2", "full"))
+COMPILED = HALF[:2]
 SWEEP = [Cell("h1024-v32k", "full", tokens=tokens) for tokens in (64, 256, 1024, 4096)]
 SWEEP += [Cell(f"h{hidden}-v32k", "full") for hidden in (256, 512, 2048)]
 SWEPT = ("PEFT", "exact", "paper", "auto", "limit")
 
 
 def run(cells: Iterable[Cell], path: Path, arms: Sequence[str] | None, repeats: int) -> None:
+    """Each cell in a process of its own: what one keeps of memory and compiled code is not the next one's."""
     done = {tuple(row["cell"]) for row in rows.read(path)} if path.exists() else set()
+    context = multiprocessing.get_context("spawn")
     for cell in cells:
-        key = tuple(asdict(cell).values())
-        if key in done:
+        if tuple(asdict(cell).values()) in done:
             continue
-        chosen = arms or [arm for arm in ARMS if arm != "PEFT + compile" or cell in COMPILED]
-        with quiet_libraries():
-            found = measure(cell, chosen, repeats=repeats, say=functools.partial(print, flush=True))
-        Console(width=160).print(table(found), highlight=False)
-        with path.open("a", encoding="utf-8") as file:
-            for row in found:
-                file.write(json.dumps({"cell": key} | row | rows.conditions()) + "\n")
+        chosen = arms or [arm for arm in ARMS if not arm.endswith("+ compile") or cell in COMPILED]
+        process = context.Process(target=run_cell, args=(cell, path, chosen, repeats))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"measuring {cell} ended with status {process.exitcode}")
+
+
+def run_cell(cell: Cell, path: Path, arms: Sequence[str], repeats: int) -> None:
+    keep_freed_memory()
+    with quiet_libraries():
+        found = measure(cell, arms, repeats=repeats, memory=arms != SWEPT, say=functools.partial(print, flush=True))
+    Console(width=160).print(table(found), highlight=False)
+    with path.open("a", encoding="utf-8") as file:
+        for row in found:
+            file.write(json.dumps({"cell": tuple(asdict(cell).values())} | row | rows.conditions()) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=7)
     chosen = parser.parse_args()
-    keep_freed_memory()
     if chosen.sweep:
         run(SWEEP, rows.RESULTS / "step-sweep.jsonl", SWEPT, chosen.repeats)
     else:

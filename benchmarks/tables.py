@@ -151,7 +151,7 @@ def refresh() -> str:
     return _markdown(header, body) + f"\n\nSmolLM2-135M, 4 x 128 tokens, bfloat16, 2 threads, {found[0]['cpu']}."
 
 
-_SHOWN = ("PEFT + compile", "PEFT upper half", "exact", "paper", "auto", "limit", "limit of exact")
+_SHOWN = ("PEFT + compile", "PEFT upper half", "exact", "exact + compile", "paper", "auto", "limit", "limit of exact")
 
 
 def step() -> str:

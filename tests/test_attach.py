@@ -8,6 +8,7 @@ import gc
 import io
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -547,3 +548,17 @@ def test_a_layer_that_has_no_such_product_is_skipped_with_the_reason(model: Peft
     assert {name.rpartition(".")[2] for name in report.skipped} == {"k_proj", "v_proj"}  # 24 x 48
     assert set(report.skipped.values()) == {"fp8 products need multiples of 16, not 24 x 48"}
     assert len(report.estimated) == 10
+
+
+def test_the_monitor_says_once_that_an_error_has_reached_1() -> None:
+    """Sampling a twentieth of the columns has a relative error above 1; half of the tokens has not."""
+    sampled = CELoraConfig(keep_ratio=0.05, rank=0, selection="sampled", refresh_every=2)
+    model = make_model()
+    celora.attach(model, sampled)
+    with pytest.warns(UserWarning, match=r"the relative error of .* is .* Convergence is proven for errors below 1"):
+        train(model, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, 4, first=4)
+        celora.attach(model, CELoraConfig(estimator="tokens", keep_ratio=0.5, rank=0, refresh_every=2))
+        train(model, 4)

@@ -192,6 +192,18 @@ def test_generation_and_padded_evaluation_do_not_change() -> None:
     assert again.equal(tokens)
 
 
+@pytest.mark.parametrize("how", ["partitioned", "replica"])
+def test_a_head_that_is_not_at_hand(how: str) -> None:
+    model, batch = make_model().train(), masked_batch()
+    celora.attach(model, "exact")
+    if how == "partitioned":
+        model.base_model.model.lm_head.weight.ds_id = 0  # as DeepSpeed ZeRO-3 marks what it has taken apart
+    else:
+        for module in (model.base_model, model.base_model.model):
+            module._is_replica = True  # as DataParallel marks its replicas, whose threads share their hooks
+    assert model(**batch).logits is not None
+
+
 def test_an_error_in_the_forward_leaves_nothing_behind() -> None:
     model, batch = make_model().train(), masked_batch()
     celora.attach(model, "exact")

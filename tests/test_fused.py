@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import celora
-from celora import CELoraConfig, reference
+from celora import CELoraConfig, fused, reference
 from celora.attach import require
 from celora.fused import Adapter, FusedGraft, vanilla_adapter
 from celora.graft import Mode
@@ -169,8 +169,8 @@ def test_saves_the_input_once_and_in_its_own_dtype() -> None:
         del y
         return sum(kept.values())
 
-    assert saved(True) == 2 * 64 * (12 + 4)  # x and A x
-    assert saved(False) == 2 * saved(True)  # the same in float32
+    assert saved(False) == 4 * 64 * (12 + 4)  # x and A x, in float32
+    assert saved(True) == saved(False) / 2 + 2 * 4 * (12 + 20)  # in bfloat16, and so A and B
 
 
 @pytest.mark.parametrize(
@@ -190,6 +190,26 @@ def test_what_is_not_vanilla_takes_pefts_own_path(
     assert any("0 of 1 layers" in note and reason in note for note in report.notes)
     calls = fused_calls(model, monkeypatch)
     found = run(model, x, g)
+    assert not calls
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("how", ["hook", "patched"])
+def test_an_adapter_that_something_else_has_a_hand_in(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP, DeepSpeed and offloading put an adapter's parameters in place just before its own forward."""
+    model, x, g = layer(), torch.randn(6, 12).double(), torch.randn(6, 20).double()
+    expected = run(model, x, g)
+    celora.attach(model, FUSED)
+    calls = fused_calls(model, monkeypatch)
+    A = model.base_model.model[0].lora_A["default"]
+    seen: list[int] = []
+    if how == "hook":
+        A.register_forward_pre_hook(lambda *_: seen.append(1))
+    else:
+        own = A.forward
+        A.forward = lambda x: seen.append(1) or own(x)
+    found = run(model, x, g)
+    assert seen == [1]
     assert not calls
     assert all(found[name].equal(expected[name]) for name in expected)
 
@@ -272,6 +292,16 @@ def test_composes_with_estimators(estimator: str) -> None:
         results.append(adapter(model))
     for name, expected in results[0].items():
         torch.testing.assert_close(results[1][name], expected, rtol=1e-3, atol=2e-4)
+
+
+def test_few_tokens_take_pefts_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_FEWEST_TOKENS", 6)
+    model = layer()
+    celora.attach(model, FUSED)
+    calls = fused_calls(model, monkeypatch)
+    for leading, expected in (((5,), 0), ((6,), 1), ((2, 3), 2), ((2, 2), 2)):
+        model(torch.randn(*leading, 12).double())
+        assert len(calls) == expected
 
 
 def test_detaching_and_copies() -> None:

@@ -94,6 +94,8 @@ class ModelGraft:
         if torch.compiler.is_compiling() or not self.switch.on or self._refused:
             return None
         causal = _language_model(module)
+        if getattr(module, "_is_replica", False) or not _at_hand(causal.get_output_embeddings().weight):
+            return None
         names = tuple(inspect.signature(type(causal).forward).parameters)[1:] if args else ()
         given = dict(zip(names, args, strict=False)) | kwargs
         labels, scored = given.get("labels"), bool(given.get(_TRL))
@@ -286,6 +288,11 @@ def _set(value: Any) -> bool:
 def _whole(tensor: Tensor) -> Tensor:
     """FSDP2 leaves the head's parameters sharded outside its own forward."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _at_hand(weight: Tensor) -> bool:
+    """Whether the head's weight is here to be multiplied: not offloaded, and not partitioned by DeepSpeed."""
+    return weight.device.type != "meta" and not hasattr(weight, "ds_id")
 
 
 def _trl_can_be_served(causal: nn.Module) -> bool:

@@ -15,6 +15,7 @@ PEFT skip its own; whatever is not a vanilla adapter is not lent, and takes PEFT
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from celora.graft import LayerGraft
+
+_FEWEST_TOKENS = 96
 
 
 @dataclass(frozen=True)
@@ -58,18 +61,19 @@ class Lender:
     def __init__(self, graft: FusedGraft) -> None:
         self.graft = graft
         self._lent = False
+        self._known: tuple[str, Any, Any, Any] | None = None  # name and modules of the adapter that was lent before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"graft": self.graft, "_lent": False}
+        return {"graft": self.graft, "_lent": False, "_known": None}
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook (with kwargs)."""
         if self._lent:  # an earlier forward was interrupted and never came to its end
             self._take_back(module)
-        if not (module.training and self.graft.switch.on) or kwargs or len(args) != 1:
+        if not (module.training and self.graft.switch.on) or kwargs or len(args) != 1 or _too_few(args[0]):
             return
-        adapter = vanilla_adapter(module)
-        if isinstance(adapter, Adapter):
+        adapter = self._adapter(module)
+        if adapter is not None:
             self.graft.adapter, self._lent = adapter, True
             module._disable_adapters = True
 
@@ -83,6 +87,21 @@ class Lender:
             return
         if not used and sys.exc_info()[0] is None:
             raise RuntimeError("celora: the base layer ran without its forward hooks, so its adapter was left out.")
+
+    def _adapter(self, module: Any) -> Adapter | None:
+        """The adapter to lend. All of `vanilla_adapter` is looked at again only where something has changed."""
+        if self._known is not None:
+            name, A, B, dropout = self._known
+            same = module.lora_A._modules.get(name) is A and module.active_adapters == [name]
+            if same and not module.disable_adapters and not module.merged and not any(map(_touched, (A, B, dropout))):
+                return Adapter(A.weight, B.weight, float(module.scaling[name]), getattr(dropout, "p", 0.0))
+        adapter, self._known = vanilla_adapter(module), None
+        if isinstance(adapter, str):
+            return None
+        if len(module.active_adapters) == 1:
+            (name,) = module.active_adapters
+            self._known = (name, module.lora_A[name], module.lora_B[name], module.lora_dropout[name])
+        return adapter
 
     def _take_back(self, module: Any) -> None:
         self.graft.adapter, self._lent = None, False
@@ -107,7 +126,7 @@ def vanilla_adapter(module: Any) -> Adapter | str:
     *matrices, dropout = parts
     if any(type(of) is not nn.Linear for of in matrices) or any(of.bias is not None for of in matrices):
         return "its adapter is not two linear layers without bias"
-    if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+    if any(map(_touched, parts)):
         return "its adapter has hooks of its own"
     if not isinstance(dropout, nn.Identity) and type(dropout) is not nn.Dropout:
         return f"its dropout is {type(dropout).__name__}"
@@ -116,6 +135,16 @@ def vanilla_adapter(module: Any) -> Adapter | str:
         return "its scaling is not a number"
     A, B = (of.weight for of in matrices)
     return Adapter(A, B, float(scaling), getattr(dropout, "p", 0.0))
+
+
+def _touched(module: nn.Module) -> bool:
+    """Whether something else has a hand in this module's forward (FSDP, DeepSpeed, offloading)."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _too_few(x: Any) -> bool:
+    """Whether setting up products in the base's dtype takes longer than PEFT's casts: few tokens on CPU."""
+    return isinstance(x, Tensor) and x.device.type == "cpu" and x.numel() < _FEWEST_TOKENS * x.shape[-1]
 
 
 def lora_linear(
@@ -138,6 +167,10 @@ def lora_linear(
     return result
 
 
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -152,16 +185,18 @@ class _LoraLinear(torch.autograd.Function):
         dropout: float,
         layer: LayerGraft,
     ) -> Tensor:
-        dtype = output.dtype
+        dtype, ctx.adapter_dtypes = output.dtype, (A.dtype, B.dtype)
         mask = None
-        with torch.autocast(output.device.type, enabled=False):
+        with _without_autocast(output.device.type):
+            A, B = A.to(dtype), B.to(dtype)
             seen = x.reshape(-1, x.shape[-1]).to(dtype)
             if dropout > 0:
                 mask = torch.empty(seen.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)
                 seen = seen * mask * (1 / (1 - dropout) if dropout < 1 else 0.0)
-            low = seen @ A.to(dtype).t()
-            output.view(-1, output.shape[-1]).addmm_(low, B.to(dtype).t(), alpha=scaling)
-        ctx.save_for_backward(seen if A.requires_grad else None, low if B.requires_grad else None, mask, A, B)
+            low = seen @ A.t()
+            output.view(-1, output.shape[-1]).addmm_(low, B.t(), alpha=scaling)
+        _, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(seen if trains_A else None, low if trains_B else None, mask, A, B)
         ctx.weight, ctx.layer, ctx.mode = weight, layer, layer.mode
         ctx.scaling, ctx.keep = scaling, 1 - dropout
         ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
@@ -175,19 +210,19 @@ class _LoraLinear(torch.autograd.Function):
         seen, low, mask, A, B = ctx.saved_tensors
         needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         grad_x = grad_bias = grad_A = grad_B = None
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with _without_autocast(grad_output.device.type):
             g = grad_output.reshape(-1, grad_output.shape[-1])
-            through = (g @ B.to(g.dtype)).mul_(ctx.scaling)
+            through = (g @ B).mul_(ctx.scaling)
             if needs_A:
-                grad_A = (through.t() @ seen).to(A.dtype)
+                grad_A = (through.t() @ seen).to(ctx.adapter_dtypes[0])
             if needs_B:
-                grad_B = (g.t() @ low).to(B.dtype).mul_(ctx.scaling)
+                grad_B = (g.t() @ low).to(ctx.adapter_dtypes[1]).mul_(ctx.scaling)
             if needs_x:
                 grad_x = ctx.layer.grad_input(g, ctx.weight, ctx.mode)
                 if mask is None:
-                    grad_x = grad_x.addmm_(through, A.to(g.dtype))
+                    grad_x = grad_x.addmm_(through, A)
                 else:
-                    grad_x = grad_x.add_((through @ A.to(g.dtype)).mul_(mask), alpha=1 / ctx.keep if ctx.keep else 0.0)
+                    grad_x = grad_x.add_((through @ A).mul_(mask), alpha=1 / ctx.keep if ctx.keep else 0.0)
                 grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)
             if needs_bias:
                 grad_bias = g.sum(0).to(ctx.bias_dtype)

@@ -47,6 +47,7 @@ ARMS = {
     "PEFT + compile": "the same with torch.compile",
     "PEFT upper half": "the same with LoRA on the upper half of the layers only",
     "exact": "celora's preset exact",
+    "exact + compile": "the same with torch.compile, which takes the fused adapters only",
     "paper": "celora's preset paper",
     "auto": "celora's preset auto",
     "limit": "PEFT with a free grad_input of its frozen layers (zeros: does not train)",
@@ -64,7 +65,7 @@ DTYPES = ("bfloat16", "float32")
 SMOLLM2 = "smollm2"
 _NAME = re.compile(r"h(\d+)-v(\d+)k")
 _LAYERS = {2048: 4}  # others have 8: a step should take seconds
-_BATCHES = 6
+_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class Step:
         )
         self.trainer = Trainer(self.model, arguments)
         self.optimizer = self.trainer.create_optimizer()
-        self.run = torch.compile(self.model) if arm == "PEFT + compile" else self.model
+        self.run = torch.compile(self.model) if arm.endswith("+ compile") else self.model
 
     def __call__(self, batch: Batch) -> tuple[float, float, float]:
         """Milliseconds of forward, backward and optimizer."""
@@ -313,8 +314,8 @@ def _attach(model: PeftModel, arm: str, batches: Sequence[Batch], plan_file: Pat
         plan = Plan.load(plan_file) if plan_file.exists() else celora.make_plan(model, batches[:3])
         plan.save(plan_file)
         celora.attach(model, plan)
-    elif arm in ("exact", "paper"):
-        celora.attach(model, arm)
+    elif arm in ("exact", "exact + compile", "paper"):
+        celora.attach(model, arm.removesuffix(" + compile"))
     elif arm in ("limit", "limit of exact"):
         if arm == "limit of exact":
             celora.attach(model, "exact")
