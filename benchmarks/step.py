@@ -26,7 +26,7 @@ HALF = [Cell("h1024-v32k", "instruct"), Cell("h1024-v32k", "full"), Cell("smollm
 HALF += [Cell(shape, data) for shape in ("h1024-v128k", "h2048-v128k", "h2048-v32k") for data in ("instruct", "full")]
 FULL = [Cell(cell.model, cell.data, "float32") for cell in HALF]
 COMPILED = HALF[:2]
-SWEEP = [Cell("h1024-v32k", "full", tokens=tokens) for tokens in (64, 256, 1024, 4096)]
+SWEEP = [Cell("h1024-v32k", "full", tokens=tokens) for tokens in (64, 256, 1024, 2048)]
 SWEEP += [Cell(f"h{hidden}-v32k", "full") for hidden in (256, 512, 2048)]
 SWEPT = ("PEFT", "exact", "paper", "auto", "limit")
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=8)
     chosen = parser.parse_args()
     if chosen.sweep:
         run(SWEEP, rows.RESULTS / "step-sweep.jsonl", SWEPT, chosen.repeats)

@@ -166,6 +166,8 @@ def step_float32() -> str:
 
 def _step(dtype: str) -> str:
     found = [row for row in rows.read(rows.RESULTS / "step.jsonl") if row["dtype"] == dtype]
+    if not found:
+        return "Not measured yet."
     body = []
     for key in dict.fromkeys((row["model"], row["data"]) for row in found):
         of = {row["arm"]: row for row in found if (row["model"], row["data"]) == key}
@@ -203,7 +205,10 @@ def step_parts() -> str:
 
 def step_sweep() -> str:
     """How the cost grows with the tokens of a step and with the hidden size."""
-    found = [row for row in rows.read(rows.RESULTS / "step-sweep.jsonl") if "time_ms" in row]
+    file = rows.RESULTS / "step-sweep.jsonl"
+    found = [row for row in rows.read(file) if "time_ms" in row] if file.exists() else []
+    if not found:
+        return "Not measured yet."
     body = []
     for cell in dict.fromkeys(tuple(row["cell"]) for row in found):
         of = {row["arm"]: row for row in found if tuple(row["cell"]) == cell}

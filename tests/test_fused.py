@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import celora
-from celora import CELoraConfig, fused, reference
+from celora import CELoraConfig, reference
+from celora import fused as module
 from celora.attach import require
 from celora.fused import Adapter, FusedGraft, vanilla_adapter
 from celora.graft import Mode
@@ -295,7 +296,7 @@ def test_composes_with_estimators(estimator: str) -> None:
 
 
 def test_few_tokens_take_pefts_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_FEWEST_TOKENS", 6)
+    monkeypatch.setattr(module, "_FEWEST_TOKENS", 6)
     model = layer()
     celora.attach(model, FUSED)
     calls = fused_calls(model, monkeypatch)

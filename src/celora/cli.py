@@ -244,7 +244,7 @@ def bench(
         list[str] | None, typer.Option("--cell", help="MODEL:DATA[:DTYPE], like h1024-v32k:instruct; repeatable.")
     ] = None,
     arm: Annotated[list[str] | None, typer.Option("--arm", help="What to measure; repeatable.")] = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=2, help="Timed steps of each arm.")] = 9,
+    repeats: Annotated[int, typer.Option("--repeats", min=2, help="Timed steps of each arm.")] = 8,
     output: Annotated[Path | None, typer.Option("--output", help="File for the rows, JSON lines.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")] = False,
