@@ -131,6 +131,7 @@ addEventListener("load", () => setTimeout(() => {
 """
 
 
+# A browser is no dependency of the project: where there is none, the tests above check what the page holds.
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize("width", [1200, 400], ids=["desk", "phone"])
 def test_in_a_real_browser(width, tmp_path):

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from celora.errors import CELoraError
 
@@ -25,9 +28,6 @@ _flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attent
 
 def register() -> None:
     """Make the attention known to Transformers, under a name of its own; nothing that exists is changed."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
@@ -49,8 +49,6 @@ def attention(
         query, key, value: (B, heads, T, head size); packed, (1, heads, N, head size).
         celora_lengths: of the packed sequences; None for a batch that is not packed.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if celora_lengths is None:
         output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -130,12 +130,9 @@ def train(
 
     own = {"model": model, "data": data, "output": output, "preset": preset, "config": config, "eval_data": eval_data}
     request = parse(context.args, own | {"resume": resume, "overwrite": overwrite, "quiet": quiet})
-    from celora.train.allocator import keep_freed_memory
     from celora.train.run import train as run
-    from celora.train.threads import use_allowed_threads
 
-    keep_freed_memory()
-    use_allowed_threads()
+    _settle_in()
     result = run(request)
     if result.status == "interrupted":
         raise typer.Exit(130)
@@ -195,12 +192,9 @@ def plan(
     request = parse(context.args, own | {"preset": "auto", "quiet": quiet})
     from rich.console import Console
 
-    from celora.train.allocator import keep_freed_memory
     from celora.train.run import plan_model
-    from celora.train.threads import use_allowed_threads
 
-    keep_freed_memory()
-    use_allowed_threads()
+    _settle_in()
     made = plan_model(request, rows=rows, adapter=Path(adapter) if adapter else None, console=Console(stderr=True))
     made.save(output)
     if not quiet:
@@ -227,13 +221,10 @@ def compare(
     settings = raw_arguments(context.args, own)
     from rich.console import Console
 
-    from celora.train.allocator import keep_freed_memory
     from celora.train.compare import DEFAULT_ARMS
     from celora.train.compare import compare as run
-    from celora.train.threads import use_allowed_threads
 
-    keep_freed_memory()
-    use_allowed_threads()
+    _settle_in()
     run(settings, arms=tuple(arm or DEFAULT_ARMS), seeds=seeds, console=Console(stderr=True, highlight=False))
 
 
@@ -253,14 +244,11 @@ def bench(
         raise CELoraError(f"--output {str(output)!r}; expected a file in a folder that exists")
     from celora.files import write_text
     from celora.train import bench as run
-    from celora.train.allocator import keep_freed_memory
     from celora.train.loading import quiet_libraries
-    from celora.train.threads import use_allowed_threads
 
     chosen = [run.parse_cell(text) for text in cell or []] or (run.QUICK if quick else run.USUAL)
     arms = arm or (run.QUICK_ARMS if quick else list(run.ARMS))
-    keep_freed_memory()
-    use_allowed_threads()
+    _settle_in()
     rows = []
     with quiet_libraries():
         for of in chosen:
@@ -282,6 +270,15 @@ def demo(
     from celora.train.demo import run_demo
 
     run_demo(output, seeds=seeds)
+
+
+def _settle_in() -> None:
+    """What a program that computes may ask of its process, and a library may not."""
+    from celora.train.allocator import keep_freed_memory
+    from celora.train.threads import use_allowed_threads
+
+    keep_freed_memory()
+    use_allowed_threads()
 
 
 def _plain(report: Any) -> dict[str, Any]:

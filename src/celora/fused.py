@@ -15,7 +15,6 @@ PEFT skip its own; whatever is not a vanilla adapter is not lent, and takes PEFT
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from celora.graft import LayerGraft
+from celora.graft import LayerGraft, remember, without_autocast
 
 _FEWEST_TOKENS = 96
 
@@ -167,10 +166,6 @@ def lora_linear(
     return result
 
 
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -187,7 +182,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         dtype, ctx.adapter_dtypes = output.dtype, (A.dtype, B.dtype)
         mask = None
-        with _without_autocast(output.device.type):
+        with without_autocast(output.device.type):
             A, B = A.to(dtype), B.to(dtype)
             seen = x.reshape(-1, x.shape[-1]).to(dtype)
             if dropout > 0:
@@ -197,11 +192,8 @@ class _LoraLinear(torch.autograd.Function):
             output.view(-1, output.shape[-1]).addmm_(low, B.t(), alpha=scaling)
         _, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(seen if trains_A else None, low if trains_B else None, mask, A, B)
-        ctx.weight, ctx.layer, ctx.mode = weight, layer, layer.mode
         ctx.scaling, ctx.keep = scaling, 1 - dropout
-        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_dirty(output)
+        remember(ctx, x, output, bias, weight, layer)
         return output
 
     @staticmethod
@@ -210,7 +202,7 @@ class _LoraLinear(torch.autograd.Function):
         seen, low, mask, A, B = ctx.saved_tensors
         needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         grad_x = grad_bias = grad_A = grad_B = None
-        with _without_autocast(grad_output.device.type):
+        with without_autocast(grad_output.device.type):
             g = grad_output.reshape(-1, grad_output.shape[-1])
             through = (g @ B).mul_(ctx.scaling)
             if needs_A:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import itertools
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -154,21 +155,31 @@ def _(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
     return grad_output.new_empty(grad_output.shape[0], weight.shape[1])
 
 
+def remember(ctx: Any, x: Tensor, output: Tensor, bias: Tensor | None, weight: Tensor, layer: LayerGraft) -> None:
+    """What the backward of any grafted layer needs, saving no tensor; `output` is what its forward returns."""
+    ctx.weight, ctx.layer, ctx.mode = weight, layer, layer.mode
+    ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    # Dirty rather than a view, so that the caller may change it in place, as it may a linear layer's output.
+    ctx.mark_dirty(output)
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Products in the dtypes they are given; costs nothing where autocast is off."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 class _Graft(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, output: Tensor, bias: Tensor | None, weight: Tensor, layer: LayerGraft) -> Tensor:
-        ctx.weight, ctx.layer, ctx.mode = weight, layer, layer.mode
-        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        # Dirty rather than a view, so that the caller may change it in place, as it may a linear layer's output.
-        ctx.mark_dirty(output)
+        remember(ctx, x, output, bias, weight, layer)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_input = grad_bias = None
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with without_autocast(grad_output.device.type):
             flat = grad_output.reshape(-1, grad_output.shape[-1])
             if ctx.needs_input_grad[0]:
                 grad_input = ctx.layer.grad_input(flat, ctx.weight, ctx.mode)

@@ -5,32 +5,31 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclass
-class Saved:
-    """Bytes that forward passes have saved for backward, each piece of memory counted once."""
+class Saved(dict[int, int]):
+    """Pieces of memory that forward passes have saved for backward: address -> bytes."""
 
-    nbytes: int = 0
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them, each counted once."""
+        return sum(self.values())
 
 
 @contextmanager
 def saved_for_backward(model: nn.Module) -> Iterator[Saved]:
     """Count what the forward passes inside save for backward beside the parameters of `model`, which exist anyway."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    pieces: dict[int, int] = {}
     saved = Saved()
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            pieces[storage.data_ptr()] = storage.nbytes()
-            saved.nbytes = sum(pieces.values())
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -9,19 +9,17 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def interleaved(
-    contenders: Mapping[str, Callable[[], object]], *, repeats: int, warm_up: int = 2
-) -> dict[str, dict[str, float]]:
+def interleaved(contenders: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, dict[str, float]]:
     """Time each contender `repeats` times, taking turns: name -> median and 20/80th percentile in ms.
 
     Taking turns spreads whatever else the machine does evenly, so ratios of medians can be trusted where the
-    times themselves cannot. The first `warm_up` rounds do not count.
+    times themselves cannot. Two rounds warm up.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(repeats + warm_up):
+    for turn in range(repeats + 2):
         for name, call in contenders.items():
             milliseconds = timed(call)
-            if turn >= warm_up:
+            if turn >= 2:
                 samples[name].append(milliseconds)
     return {name: percentiles(of) for name, of in samples.items()}
 

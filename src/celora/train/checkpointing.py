@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from celora.audit import trainable, untouched
 from celora.memory import available_memory, saved_for_backward
 
 _MOST = 0.8  # of what is free may be kept for backward; the rest is for what backward itself needs
@@ -33,8 +34,7 @@ def choose_checkpointing(trainer: Any, *, asked: bool) -> str:
 def _needed(trainer: Any) -> int:
     """Bytes that a batch keeps for backward, from its first row: finding out may not take more than there is."""
     args, model = trainer.args, trainer.model
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    with untouched(model, trainable(model)):
         batch = next(iter(trainer.get_train_dataloader()))
         row = {key: value[:1].to(args.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
         packed = len(batch["input_ids"]) == 1

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from celora.errors import CELoraError, unknown
-from celora.files import read_json
+from celora.files import read_json, write_text
 from celora.train.arguments import TrainRequest, make_request
 from celora.train.data import load_rows
 from celora.train.folder import PLAN, OutputFolder, write_json
@@ -133,9 +133,7 @@ def compare(
                 own["plan"] = str(plan)  # planned once; the model, the machine and the shapes are the same
             outcomes.append(_run(arm, seed, own, folder, console))
     outcomes.sort(key=lambda o: (arms.index(o.arm), o.seed))
-    (output / RESULT).write_text(
-        "".join(json.dumps(dataclasses.asdict(outcome)) + "\n" for outcome in outcomes), encoding="utf-8"
-    )
+    write_text(output / RESULT, "".join(json.dumps(dataclasses.asdict(outcome)) + "\n" for outcome in outcomes))
     runs = {f"{o.arm}, seed {o.seed}": output / f"{o.arm}-seed{o.seed}" for o in outcomes}
     write_report(
         output / "report.html",

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from rich.table import Table
 
 from celora.errors import CELoraError
 from celora.files import write_text
+from celora.timing import timed
 from celora.train import stock_eval
 from celora.train.allocator import keep_freed_memory
 from celora.train.arguments import make_request
@@ -266,15 +267,9 @@ def _fast_bfloat16() -> bool:
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported())
 
-    def seconds(dtype: torch.dtype) -> float:
+    def milliseconds(dtype: torch.dtype) -> float:
         a = torch.ones(512, 576, dtype=dtype)
         b = torch.ones(576, 576, dtype=dtype)
-        return min(_timed(lambda: a @ b) for _ in range(5))
+        return min(timed(lambda: a @ b) for _ in range(5))
 
-    return seconds(torch.bfloat16) < seconds(torch.float32)
-
-
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    return milliseconds(torch.bfloat16) < milliseconds(torch.float32)

@@ -69,7 +69,7 @@ def write_report(
         _table("Estimator", _by_key(records, lambda r: _flat(r.get("config", {})))),
         _table("Versions and machine", _by_key(records, lambda r: {**r.get("versions", {}), **r.get("machine", {})})),
     ]
-    maps = [chart for name, record in _distinct_layers(records).items() if (chart := _layer_map(name, record))]
+    maps = [_layer_map(name, record) for name, record in _distinct_layers(records).items()]
     write_text(path, _page(title, "".join(first), [*_charts(rows), *_phases(rows), *maps], "".join(sections)))
 
 
@@ -156,7 +156,7 @@ def _distinct_layers(records: Mapping[str, dict[str, Any]]) -> dict[str, dict[st
     return dict(seen.values())
 
 
-def _layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any] | None:
+def _layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
     """Blocks by kinds of layers: what each is estimated with, at which cost, and its error at the latest refresh."""
     errors = record.get("errors") or {}
     cells: dict[tuple[str, int], tuple[float, float | None, str]] = {}
@@ -183,7 +183,7 @@ def _layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any] | None:
     }  # fmt: skip
     views = [("cost relative to dense", 0, 1.0), ("relative error at the latest refresh", 1, None)]
     lines = [
-        shared | {"z": grid(of), "name": label, "visible": i == 0, "colorbar": {"title": {"text": ""}}}
+        shared | {"z": grid(of), "name": label, "visible": i == 0}
         | ({} if top is None else {"zmax": top})
         for i, (label, of, top) in enumerate(views)
     ]  # fmt: skip
