@@ -372,3 +372,22 @@ def test_refreshes_go_on_under_the_fused_layer() -> None:
     assert modes[0] == {Mode.ESTIMATE}
     assert modes[3] == {Mode.OBSERVE}
     assert all(isinstance(graft, FusedGraft) for graft in grafts.values())
+
+
+def test_a_base_weight_that_trains_for_a_moment_keeps_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA-GA, for one, looks at the base weight's gradient: nothing may cut it off."""
+    model, x, g = layer(), torch.randn(6, 12).double(), torch.randn(6, 20).double()
+    weight = model.base_model.model[0].base_layer.weight
+    weight.requires_grad_()
+    expected = run(model, x, g)
+    weight.requires_grad_(False)
+    celora.attach(model, FUSED)
+    calls = fused_calls(model, monkeypatch)
+    weight.requires_grad_()
+    found = run(model, x, g)
+    assert not calls
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(expected[name]) for name in expected)
+    weight.requires_grad_(False)
+    run(model, x, g)
+    assert len(calls) == 1

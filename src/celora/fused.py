@@ -71,6 +71,8 @@ class Lender:
             self._take_back(module)
         if not (module.training and self.graft.switch.on) or kwargs or len(args) != 1 or _too_few(args[0]):
             return
+        if module.get_base_layer().weight.requires_grad:  # it may train for a moment, as LoRA-GA has it
+            return
         adapter = self._adapter(module)
         if adapter is not None:
             self.graft.adapter, self._lent = adapter, True
