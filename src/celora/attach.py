@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from celora.bypass import own_product, refuse_patched
 from celora.clock import StepClock
 from celora.config import PRESETS, CELoraConfig, LayerConfig, balanced_rank, matches, resolve
 from celora.errors import CELoraError
@@ -174,7 +175,31 @@ class Attachment:
                             graft.estimator.aim(error, self.config.target_error)
                         self._monitor(name, error, step)
                     graft.squared_error = graft.squared_norm = None
+        if step == (min(self.config.refresh_every, _FIRST_ROUND) if self.config.spread else 1):
+            self._check_passed_by()
         self.set_modes(step)
+
+    def _check_passed_by(self) -> None:
+        """Say so if the first observations have seen no layer of some kind whose adapters have got a gradient."""
+        model = self._model()
+        kinds: dict[str, list[str]] = {}
+        seen = set()
+        for name, graft in self.grafts.items():
+            tuner = None if model is None else model.get_submodule(name)
+            if tuner is None or graft.mode is Mode.EXACT or all(p.grad is None for p in tuner.parameters()):
+                continue
+            kind = f"{type(tuner).__module__}.{type(tuner).__qualname__}"
+            kinds.setdefault(kind, []).append(name)
+            if graft.observed:
+                seen.add(kind)
+        for kind, names in kinds.items():
+            if kind not in seen:
+                warnings.warn(
+                    f"celora: no backward came through the base layer of any {kind} ({len(names)} layers, first "
+                    f"{names[0]!r}), so nothing is estimated there. Either something computes past its forward, or its "
+                    "input needs no gradient.",
+                    stacklevel=2,
+                )
 
     def _monitor(self, name: str, error: float, step: int) -> None:
         """Say, once, that an estimate is no estimate: convergence is only proven for relative errors below 1."""
@@ -235,8 +260,8 @@ def attach(
         What is estimated with what, and which layers are not and why. Printed, it is a table.
 
     Raises:
-        CELoraError: unknown preset, no adapters, merged adapters, a rank larger than a layer, a plan for another model
-            or device, or `"auto"` without batches.
+        CELoraError: unknown preset, no adapters, merged adapters, a model patched by Unsloth, a rank larger than a
+            layer, a plan for another model or device, or `"auto"` without batches.
     """
     tuners = tuner_layers(model)
     if config == "auto":
@@ -292,7 +317,7 @@ def detach(model: nn.Module) -> None:
 
 
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
-    """The PEFT layers of `model` by name; CELoraError if there are none, or if one is merged and cannot train."""
+    """The PEFT layers of `model` by name; CELoraError if there are none, or if they cannot train or be estimated."""
     tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not tuners:
         raise CELoraError(
@@ -305,6 +330,7 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
             f"the adapter is merged into its base ({len(merged)} layers, first {merged[0]!r}), so it cannot train; "
             "call model.unmerge_adapter() first."
         )
+    refuse_patched(model)
     return tuners
 
 
@@ -336,7 +362,7 @@ def _plan_layer(
     name: str, module: BaseTunerLayer, config: CELoraConfig, *, last: bool = False
 ) -> tuple[LayerReport, Estimator | None]:
     base = module.get_base_layer()
-    reason = cannot_estimate(base)
+    reason = own_product(module) or cannot_estimate(base)
     out_features, in_features = (getattr(base, key, 0) for key in ("out_features", "in_features"))
     if reason:
         return LayerReport(name, out_features, in_features, "dense", 1.0, reason=reason), None
@@ -441,11 +467,13 @@ def advice(tuners: Mapping[str, BaseTunerLayer], config: CELoraConfig) -> list[s
         rates = {getattr(dropouts[name], "p", 0.0) for name in module.active_adapters if name in dropouts}
         if rates - {0.0}:
             found.append(f"lora_dropout={max(rates):g} draws and keeps a mask in every layer; 0 is faster.")
+            if len(getattr(module, "lora_magnitude_vector", ())):
+                found.append("DoRA with dropout computes each base layer twice, and only once of it is estimated.")
             break
     for module in tuners.values():
         kind = getattr(getattr(module.get_base_layer(), "weight", None), "dtype", None)
         A = getattr(module, "lora_A", {})
-        kinds = {A[name].weight.dtype for name in module.active_adapters if name in A}
+        kinds = {getattr(A[name], "weight", A[name]).dtype for name in module.active_adapters if name in A}
         half = kind in (torch.bfloat16, torch.float16)
         if half and torch.float32 in kinds and not (config.fused and fuses(module)):
             found.append(

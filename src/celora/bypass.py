@@ -1,0 +1,44 @@
+"""What computes past a layer's own forward, where no hook is called, so that nothing can be estimated there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.hra.layer import HRALinear
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.shira.layer import Linear as ShiraLinear
+from torch import nn
+
+from celora.errors import CELoraError
+
+# These multiply with a weight that they have put together themselves, instead of calling their base layer with its own.
+_OWN_PRODUCT = {HRALinear: "HRA", ShiraLinear: "SHiRA", ParamWrapper: "an adapter of a bare parameter"}
+
+
+def own_product(tuner: nn.Module) -> str:
+    """Why the backward of this PEFT layer does not come through its base layer's forward, or ''."""
+    kind = _OWN_PRODUCT.get(type(tuner))
+    return f"{kind} computes with a weight of its own" if kind else ""
+
+
+def refuse_patched(model: nn.Module) -> None:
+    """CELoraError if Unsloth has replaced the forward of a part of `model`.
+
+    Its kernels read the weights of base layer and adapter and compute both themselves. They sit in classes and in
+    attributes of modules (`forward`, `apply_qkv`, `apply_o`), and are known by the module that defines them.
+    """
+    for name, module in model.named_modules():
+        for function in _functions(module):
+            if (getattr(function, "__module__", None) or "").startswith("unsloth"):
+                raise CELoraError(
+                    f"{name or type(model).__name__!r} is patched by Unsloth ({function.__module__}), whose kernels "
+                    "compute past the layers that celora estimates; load the model with Transformers and PEFT alone, "
+                    "in a process that does not import unsloth."
+                )
+
+
+def _functions(module: nn.Module) -> Iterator[Any]:
+    yield type(module)
+    yield type(module).forward
+    yield from (value for value in module.__dict__.values() if callable(value))
