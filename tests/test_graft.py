@@ -191,14 +191,19 @@ def test_the_measured_error_is_that_of_the_selection_in_use() -> None:
     assert measured == pytest.approx(((estimate - exact).norm() / exact.norm()).item(), rel=1e-5)
 
 
-def test_copies_of_a_part_are_exact() -> None:
+def test_copies_of_a_part_are_exact_and_say_so() -> None:
     linear = _linear()
     layer = _ready(linear)
     linear.register_forward_hook(layer)
     for copied in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        with torch.no_grad():
+            copied(torch.randn(5, 8, dtype=torch.float64))  # as a reference model is used: nothing is lost
         x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
-        copied(x).sum().backward()
+        with pytest.warns(UserWarning, match="a copy of a part of the model .* so its backward is exact"):
+            y = copied(x)
+        y.sum().backward()
         torch.testing.assert_close(x.grad, torch.ones(5, 12, dtype=torch.float64) @ linear.weight)
+        copied(x)  # said once
     assert layer.switch.on
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import warnings
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -32,14 +33,26 @@ class Switch:
     """Shared by the grafts of one attachment; off once the attachment is gone, and in every copy of it.
 
     Copies of a model's parts (deepcopy, pickle, what is left after `merge_and_unload`) have no clock that would refresh
-    them, so their layers must compute the exact backward. A copy of the whole model switches itself on again.
+    them, so their layers must compute the exact backward, which a copy says when it trains. A copy of the whole model
+    switches itself on again.
     """
 
     def __init__(self) -> None:
         self.on = True
+        self._copied = False
 
     def __getstate__(self) -> dict[str, bool]:
-        return {"on": False}
+        return {"on": False, "_copied": True}
+
+    def trains(self) -> None:
+        """A layer trains while this is off."""
+        if self._copied and not torch.compiler.is_compiling():
+            self._copied = False
+            warnings.warn(
+                "celora: this is a copy of a part of the model that celora was attached to, so its backward is exact. "
+                "Copy the whole model, or call celora.attach on the copy.",
+                stacklevel=2,
+            )
 
 
 _keys = itertools.count()
@@ -67,7 +80,13 @@ class LayerGraft:
         self._register()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if not self.switch.on or self.mode is Mode.EXACT or not args or not torch.is_grad_enabled():
+        if not args or not torch.is_grad_enabled():
+            return None
+        if not self.switch.on:
+            if args[0].requires_grad and self.mode is not Mode.EXACT:
+                self.switch.trains()
+            return None
+        if self.mode is Mode.EXACT:
             return None
         # The replicas of nn.DataParallel run in threads that would share this one layer's statistics.
         if getattr(module, "_is_replica", False):
