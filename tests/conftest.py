@@ -30,8 +30,8 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def make_model(*, seed: int = 0, base_bias: bool = False, dtype: torch.dtype = torch.float32, **lora: Any) -> PeftModel:
-    """A 2-layer Llama with LoRA on all linear layers; the same weights for the same seed."""
+def make_base(*, seed: int = 0, base_bias: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A 2-layer Llama; the same weights for the same seed."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=48,
@@ -44,9 +44,13 @@ def make_model(*, seed: int = 0, base_bias: bool = False, dtype: torch.dtype = t
         mlp_bias=base_bias,
         use_cache=False,
     )
-    base = LlamaForCausalLM(config).to(dtype)
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def make_model(*, seed: int = 0, base_bias: bool = False, dtype: torch.dtype = torch.float32, **lora: Any) -> PeftModel:
+    """The same with LoRA on all linear layers."""
     lora = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False, **lora}
-    return get_peft_model(base, LoraConfig(**lora))
+    return get_peft_model(make_base(seed=seed, base_bias=base_bias, dtype=dtype), LoraConfig(**lora))
 
 
 @pytest.fixture

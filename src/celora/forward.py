@@ -267,6 +267,8 @@ def find_language_model(model: nn.Module) -> tuple[PreTrainedModel | None, nn.Mo
         reason = "its head is trained or quantised"
     elif causal.loss_function is not ForCausalLMLoss or not {"labels", "logits_to_keep"} <= parameters.keys():
         reason = f"{type(causal).__name__} has a loss of its own"
+    elif tuner is not None and type(tuner).forward is not BaseTuner.forward:
+        reason = f"{type(tuner).__name__} has a forward of its own, which may add to the loss"
     elif getattr(causal.config, "output_router_logits", False):
         reason = "a part of it is for its experts"
     elif causal.base_model is causal:

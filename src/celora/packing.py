@@ -92,4 +92,7 @@ def cannot_pack(model: nn.Module) -> str:
     implementation = getattr(config, "_attn_implementation", None)
     if implementation not in ("sdpa", "flash_attention_2", "flash_attention_3", ATTENTION):
         return f"not with attn_implementation={implementation!r}"
+    # PEFT's layer_replication copies it, so that such a layer would not hear which attention it is to use.
+    if any(getattr(m, "config", config) is not config for m in model.modules() if hasattr(m, "layer_idx")):
+        return "some of its layers have a configuration of their own"
     return ""
