@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ class Callback(TrainerCallback):  # type: ignore[misc]
     """Log `celora/*` metrics, save celora's state with each checkpoint, restore it when training resumes.
 
     Metrics: `celora/refreshes` (so far), and, measured at the latest refresh with the selection that had been in use
-    until then, `celora/relative_error` (mean over layers) and `celora/relative_error_worst`.
+    until then, `celora/relative_error` (mean over layers) and `celora/relative_error_worst`. They reach the trainer's
+    `log_history` and every reporter that `report_to` names: when training begins, the callback moves to the front of
+    the trainer's callbacks, since reporters read the logs in their turn and stand before whatever a user adds.
     """
 
     def on_train_begin(
@@ -28,12 +31,15 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
+        trainer, checkpoint = self._caller()
+        if trainer is not None:
+            handler = trainer.callback_handler  # whose list is being walked through just now, so it gets a new one
+            handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
         attachment = None if model is None else find(model)
         if model is None or attachment is None or state.global_step == 0:
             return
         folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
-        if isinstance(args.resume_from_checkpoint, str):
-            folders.insert(0, Path(args.resume_from_checkpoint))
+        folders[:0] = [Path(of) for of in (checkpoint, args.resume_from_checkpoint) if isinstance(of, str)]
         for folder in folders:
             if (folder / STATE_NAME).is_file():
                 load_state(model, folder)
@@ -77,3 +83,20 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         # The Trainer copied the logs into its history before it called us.
         if state.log_history:
             state.log_history[-1].update(metrics)
+
+    def _caller(self) -> tuple[Any, str | None]:
+        """The trainer that is calling, and the checkpoint it resumes from.
+
+        A trainer hands its callbacks everything but itself and the path it was asked to resume from, so both are looked
+        up where they are: in the frames of its own methods.
+        """
+        trainer = None
+        frame = sys._getframe(1)
+        while frame.f_back is not None:
+            frame = frame.f_back
+            caller = frame.f_locals.get("self")
+            if self in getattr(getattr(caller, "callback_handler", None), "callbacks", ()):
+                trainer = caller
+                if isinstance(checkpoint := frame.f_locals.get("resume_from_checkpoint"), str):
+                    return trainer, checkpoint
+        return trainer, None
