@@ -30,13 +30,15 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def make_base(*, seed: int = 0, base_bias: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """A 2-layer Llama; the same weights for the same seed."""
+def make_base(
+    *, seed: int = 0, layers: int = 2, base_bias: bool = False, dtype: torch.dtype = torch.float32
+) -> LlamaForCausalLM:
+    """A small Llama; the same weights for the same seed."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=61,

@@ -124,6 +124,7 @@ class Attachment:
         self.forward: ModelGraft | None = None
         self.relative_errors: dict[str, float] = {}
         self._unheard = 0
+        self._together: int | None = None  # the step from which on layers no longer refresh in turns
         self._warned = False
         self._bind(model, step=0)
 
@@ -227,15 +228,19 @@ class Attachment:
         """Refresh at steps 0, tau, 2 tau, ..., and wherever a layer has nothing selected yet.
 
         With `spread`, layer i of n refreshes `i tau / n` steps later, and those that need a first observation get it in
-        turns during the first steps, exact until then.
+        turns during the first steps, exact until then. Not so under torch.compile, which would make a graph for each
+        turn: once that has been seen, all layers refresh at once, from that step on.
         """
         tau, layers = self.config.refresh_every, len(self.grafts)
+        spread = self.config.spread and not self.switch.compiled
+        if self.config.spread and self.switch.compiled and self._together is None:
+            self._together = step
         for i, graft in enumerate(self.grafts.values()):
-            first = i * min(tau, _FIRST_ROUND) // layers if self.config.spread else 0
+            first = i * min(tau, _FIRST_ROUND) // layers if spread else 0
             if not graft.estimator.ready:
                 graft.mode = Mode.OBSERVE if step >= first else Mode.EXACT
             else:
-                due = step % tau == (i * tau // layers if self.config.spread else 0)
+                due = step % tau == (i * tau // layers if spread else 0) or step == self._together
                 graft.mode = Mode.OBSERVE if due else Mode.ESTIMATE
 
 

@@ -91,6 +91,9 @@ class Lender:
 
     def _adapter(self, module: Any) -> Adapter | None:
         """The adapter to lend. All of `vanilla_adapter` is looked at again only where something has changed."""
+        if torch.compiler.is_compiling():  # once a graph; a graph would be compiled anew for what is known later
+            adapter = vanilla_adapter(module)
+            return None if isinstance(adapter, str) else adapter
         if self._known is not None:
             name, A, B, dropout = self._known
             same = module.lora_A._modules.get(name) is A and module.active_adapters == [name]

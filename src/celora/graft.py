@@ -35,14 +35,18 @@ class Switch:
     Copies of a model's parts (deepcopy, pickle, what is left after `merge_and_unload`) have no clock that would refresh
     them, so their layers must compute the exact backward, which a copy says when it trains. A copy of the whole model
     switches itself on again.
+
+    Attributes:
+        compiled: whether layers have run in graphs of torch.compile; each is made for all layers' modes at once.
     """
 
     def __init__(self) -> None:
         self.on = True
+        self.compiled = False
         self._copied = False
 
     def __getstate__(self) -> dict[str, bool]:
-        return {"on": False, "_copied": True}
+        return {"on": False, "compiled": False, "_copied": True}
 
     def trains(self) -> None:
         """A layer trains while this is off."""
@@ -70,6 +74,19 @@ class LayerGraft:
         self.observed = False
         self.squared_error: Tensor | None = None
         self.squared_norm: Tensor | None = None
+
+    @property
+    def mode(self) -> Mode:
+        """What the next backward will be.
+
+        Kept as a string: torch.compile takes equal objects of two layers for one and the same, and would not notice
+        that the mode of one of them has changed.
+        """
+        return Mode(self._mode)
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self._mode = mode.value
 
     def _register(self) -> None:
         self.key = next(_keys)
@@ -156,7 +173,9 @@ def graft(x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None, layer:
 # does an estimate that torch.compile cannot look into.
 @torch.library.custom_op("celora::observed_grad_input", mutates_args=())
 def _observed(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
-    return _layers[key].observe(grad_output, weight)
+    layer = _layers[key]
+    layer.switch.compiled = True
+    return layer.observe(grad_output, weight)
 
 
 @_observed.register_fake
