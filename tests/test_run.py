@@ -157,7 +157,9 @@ def test_an_incomplete_checkpoint_is_passed_over(finished, inputs, tmp_path):
     output = tmp_path / "out"
     go(inputs, output, max_steps=3)
     (output / "checkpoint-5").mkdir()
-    checkpoint, marker = OutputFolder(output).last_checkpoint()
+    said = []
+    checkpoint, marker = OutputFolder(output).last_checkpoint(said.append)
+    assert said == ["checkpoint-5 was not saved to its end."]
     assert (checkpoint.name, marker["step"]) == ("checkpoint-3", 3)
 
 
