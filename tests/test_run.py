@@ -150,7 +150,7 @@ def test_ctrl_c_then_resume_equals_uninterrupted(finished, inputs, tmp_path, mon
 @pytest.mark.fault(
     "crash",
     "killed while a checkpoint is being written",
-    sees="`Resuming from checkpoint-3.`",
+    sees="`checkpoint-5 was not saved to its end.`, then `Resuming from checkpoint-3.`",
     kept="the checkpoint before it; the unfinished one is passed over",
 )
 def test_an_incomplete_checkpoint_is_passed_over(finished, inputs, tmp_path):

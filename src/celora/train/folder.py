@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,9 +114,12 @@ class OutputFolder:
         return run
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Refuse a folder that is not ours to write into. Removes nothing."""
-        if self.path.exists() and not self.path.is_dir():
-            raise CELoraError(f"--output {str(self.path)!r} is a file; expected a folder")
+        """Refuse a folder that is not ours to write into, or that nobody can. Removes nothing."""
+        place = next(place for place in (self.path.absolute(), *self.path.absolute().parents) if place.exists())
+        if not place.is_dir():
+            raise CELoraError(f"cannot write to --output {str(self.path)!r}: {str(place)!r} is a file, not a folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise CELoraError(f"cannot write to --output {str(self.path)!r}: {str(place)!r} is read-only for you")
         names = sorted({entry.name for entry in self.path.iterdir()} - {LOCK}) if self.path.exists() else []
         if not names or (self.run() is not None and (resume or overwrite)):
             return
@@ -196,18 +199,17 @@ class OutputFolder:
         for checkpoint in self._checkpoints():
             if not sealed(checkpoint):
                 shutil.rmtree(checkpoint)
-            elif _step(checkpoint) > step:
+            elif _step(checkpoint) > step and not _is_whole(checkpoint):
                 damaged = checkpoint.with_name(checkpoint.name + _DAMAGED)
                 if damaged.exists():
                     shutil.rmtree(damaged)
                 checkpoint.rename(damaged)
 
-    def keep_last(self, limit: int | None, best: str | None) -> None:
-        """Remove all but the newest `limit` whole checkpoints (None or 0: keep all) and the best one."""
-        whole = [checkpoint for checkpoint in self._checkpoints() if sealed(checkpoint)]
-        kept = {checkpoint.name for checkpoint in whole[-1:]} | ({Path(best).name} if best else set())
-        spare = [checkpoint for checkpoint in whole if checkpoint.name not in kept]
-        for checkpoint in spare[: max(0, len(whole) - max(limit, len(kept)))] if limit else []:
+    def keep_last(self, limit: int | None, keep: Container[str]) -> None:
+        """Remove the oldest finished checkpoints until `limit` are left (None or 0: no limit), but none in `keep`."""
+        finished = [checkpoint for checkpoint in self._checkpoints() if sealed(checkpoint)]
+        spare = [checkpoint for checkpoint in finished if checkpoint.name not in keep]
+        for checkpoint in spare[: max(0, len(finished) - limit)] if limit else []:
             unseal(checkpoint)  # first, so that what a kill leaves of it counts as unfinished
             shutil.rmtree(checkpoint)
 
@@ -219,3 +221,11 @@ class OutputFolder:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        read_manifest(checkpoint)
+    except CELoraError:
+        return False
+    return True

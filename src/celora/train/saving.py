@@ -27,9 +27,10 @@ class Sealing(TrainerCallback):  # type: ignore[misc]
             return
         if self.metrics.path.exists():
             sync(self.metrics.path)  # a checkpoint that is on the disk has its metrics there, too
+        checkpoint = self.folder.path / f"checkpoint-{state.global_step}"
         note = {"step": state.global_step, "seconds": self.metrics.elapsed(), "resumable": not args.save_only_model}
-        seal(self.folder.path / f"checkpoint-{state.global_step}", note)
-        self.folder.keep_last(args.save_total_limit, state.best_model_checkpoint)
+        seal(checkpoint, note)
+        self.folder.keep_last(args.save_total_limit, {checkpoint.name, Path(state.best_model_checkpoint or "").name})
 
 
 class SafeSaving:
