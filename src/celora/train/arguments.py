@@ -205,5 +205,6 @@ def sft_config(request: TrainRequest) -> Any:
         return SFTConfig(
             output_dir=str(request.output), disable_tqdm=True, **{k: v for k, v in train.items() if k != "disable_tqdm"}
         )
-    except ValueError as error:
-        raise CELoraError(" ".join(str(error).split())) from error
+    except Exception as error:  # whatever TRL, transformers and accelerate raise about a value
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise CELoraError(kind + " ".join(str(error).split())) from error
