@@ -251,17 +251,17 @@ def test_hub_out_of_reach(tmp_path: Path, load: Load, monkeypatch: pytest.Monkey
     assert str(caught.value).endswith("if it is meant to be a file: Did you mean 'reviews'?")
 
 
-HOSTILE = """=cmd|' /C calc'!A0
-@SUM(1+1)*cmd
-+1
--1
-<script>alert(1)</script>
-"><img src=x onerror=alert(1)>
-{{ 7*7 }}
-{% for x in () %}
-${jndi:ldap://x}
-../../etc/passwd
-!!python/object:os.system""".split("\n")
+HOSTILE = [
+    "=cmd|' /C calc'!A0",
+    "@SUM(1+1)*cmd",
+    "-1",
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "{{ 7*7 }}{% for x in () %}",
+    "${jndi:ldap://x}",
+    "../../etc/passwd",
+    "!!python/object:os.system",
+]
 
 
 @pytest.mark.fault(

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import PrinterCallback
 from trl import SFTTrainer
 
@@ -38,7 +37,8 @@ from celora.train.interrupt import StopAtStepEnd
 from celora.train.loading import load_adapter, load_model, load_tokenizer, lora_config, quiet_libraries
 from celora.train.progress import MetricsWriter, Phases, PlanProgress, ProgressLine, read_metrics
 from celora.train.report import write_report
-from celora.train.saving import SafeSaving, Sealing, save_adapter, stopped, take_over
+from celora.train.saving import UNUSABLE, SafeSaving, Sealing, save_adapter, stopped, take_over
+from celora.train.truncation import truncation_line
 
 _LAST = ("loss", "eval_loss", "tokens_seen", "mean_token_accuracy", "eval_mean_token_accuracy")
 PACKAGES = ("celora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -114,6 +114,8 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         args = sft_config(request)
         model = load_model(request)
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
+        if cut := truncation_line(trainer, rows):
+            _say(console, False, cut)  # a warning
         config, plan = _configuration(request, trainer, console)
         attached = celora.attach(trainer.model, config)
         choice = choose_checkpointing(trainer, asked="gradient_checkpointing" in request.given)
@@ -171,7 +173,7 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         except KeyboardInterrupt:
             status = "interrupted"
             raise
-        except (CELoraError, OSError, SafetensorError) as error:
+        except (CELoraError, *UNUSABLE) as error:
             raise stopped(error, folder) from error
         finally:
             if status != "failed" or trainer.state.global_step > 0:

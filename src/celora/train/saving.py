@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError  # the exception; nothing here is unpickled
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
 
 from celora.errors import CELoraError
@@ -13,6 +15,9 @@ from celora.files import sync
 from celora.train.folder import SAVING, OutputFolder
 from celora.train.manifest import seal
 from celora.train.progress import MetricsWriter
+
+# What a disk, or a file that is not what it should be, raises.
+UNUSABLE = (OSError, SafetensorError, UnpicklingError)
 
 
 class Sealing(TrainerCallback):  # type: ignore[misc]
@@ -88,6 +93,8 @@ def take_over(trainer: Any, checkpoint: Path) -> None:
 def stopped(error: BaseException, folder: OutputFolder) -> CELoraError:
     """What made a run stop, in one line, and from where it goes on."""
     reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnpicklingError):
+        reason = "a checkpoint's file holds objects other than tensors, which are never unpickled"
     whole = folder.last_checkpoint()
     then = f"{whole[0].name} is whole: mend that, then --resume goes on" if whole else "no checkpoint is saved yet"
     return CELoraError(f"the run stopped: {reason.rstrip('.')}. {then[0].upper()}{then[1:]}.")
