@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from celora import fused
+
+# Generated input (test_input.py): four tests, so 300 cases in all, the same every time, or 2,000 new ones.
+hypothesis.settings.register_profile("ci", max_examples=75, derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("nightly", max_examples=500, database=None, deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
+import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import datasets
 import pytest
 
 from celora.errors import CELoraError
+from celora.train import data
 from celora.train.data import load_rows
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -110,12 +114,19 @@ def test_an_unchanged_file_is_not_read_again(tmp_path: Path) -> None:
 TEXT = {"text": "fine"}
 
 
+@pytest.mark.fault(
+    "input",
+    "a row with a key that comes twice, nested too deeply, with a NUL byte, or of another shape than the first",
+    sees="the file, the line and what is wrong with the row",
+    kept="everything: no row is left out or guessed at",
+)
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([TEXT, "", '{"text": "a"'], r"data\.jsonl:3: not JSON: .* at column \d+; expected one JSON object per row"),
         ([TEXT, '{"text": "a"} {"text": "b"}'], r":2: not JSON: .*put each row on a line"),
         ([TEXT, '"text"'], r":2: a row is 'text'; expected an object"),
+        ([TEXT, "[]"], r":2: a row is \[\]; expected an object"),
         (['{"text": "a", "text": "b"}'], r":1: not a usable JSON row: the key 'text' comes twice"),
         (['{"text": "a", "x": {"y": 1, "y": 2}}'], r":1: .*the key 'y' comes twice"),
         (['{"text": "a", "x": NaN}'], r":1: .*NaN is no JSON value"),
@@ -167,6 +178,12 @@ def test_rows_that_are_refused(tmp_path: Path, load: Load, rows: list[Any], mess
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.fault(
+    "input",
+    "a data file in another encoding, cut short, or of another kind than its name says",
+    sees="the file, the line and the column; what to do",
+    kept="everything: nothing is decoded by guess",
+)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -232,3 +249,104 @@ def test_hub_out_of_reach(tmp_path: Path, load: Load, monkeypatch: pytest.Monkey
         load("review")
     assert "it failed: ConnectionError: Couldn't reach the hub -- " in str(caught.value)
     assert str(caught.value).endswith("if it is meant to be a file: Did you mean 'reviews'?")
+
+
+HOSTILE = [
+    "=cmd|' /C calc'!A0",
+    "@SUM(1+1)*cmd",
+    "-1",
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "{{ 7*7 }}{% for x in () %}",
+    "${jndi:ldap://x}",
+    "../../etc/passwd",
+    "!!python/object:os.system",
+]
+
+
+@pytest.mark.fault(
+    "input",
+    "formulas, HTML, templates or paths in every field of the data",
+    sees="nothing: it is text",
+    kept="every character",
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_hostile_text_is_text(tmp_path: Path, load: Load, suffix: str) -> None:
+    rows = [{"prompt": text, "completion": text} for text in HOSTILE]
+    path = tmp_path / f"data{suffix}"
+    if suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["prompt", "completion"])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif suffix == ".jsonl":
+        write(path, *rows)
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    assert load(path) == rows
+
+
+@pytest.mark.fault(
+    "input", "a line of 100 MB", sees="nothing, or what is wrong with it in one short line", kept="the whole text"
+)
+@pytest.mark.parametrize("megabytes", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_huge_line(tmp_path: Path, load: Load, megabytes: int) -> None:
+    text = "word " * (megabytes * 200_000)
+    path = write(tmp_path / "data.jsonl", {"text": text})
+    assert load(path) == [{"text": text}]
+    write(path, json.dumps({"text": text})[:-2])
+    with pytest.raises(CELoraError, match=r"data\.jsonl:1: not JSON: Unterminated string") as caught:
+        load(path)
+    assert len(str(caught.value)) < 500
+    (tmp_path / "data.csv").write_text(f'text,id\n"{text}",1\n', "utf-8")
+    assert load(tmp_path / "data.csv") == [{"text": text}]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_rows_stream(tmp_path: Path, kind: str) -> None:
+    """Ten times the rows take no more memory."""
+    peaks = []
+    for count in (3_000, 30_000):
+        rows = [{"text": f"row {i} " + "word " * 20} for i in range(count)]
+        path = tmp_path / f"{count}.{kind}"
+        if kind == "jsonl":
+            write(path, *rows)
+        else:
+            table = datasets.Dataset.from_list(rows)
+            table.to_parquet(path, batch_size=1000) if kind == "parquet" else table.to_csv(path, index=False)
+        del rows
+        tracemalloc.start()
+        seen = sum(1 for _ in data._generate(path.name, (str(path),), None, False, None, ""))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert seen == count
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+STREAM = """
+import resource, sys
+from celora.train.data import load_rows
+from celora.train.loading import quiet_libraries
+with quiet_libraries():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows = load_rows(sys.argv[1], chat=False, cache_dir=sys.argv[2])
+    print(len(rows), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_five_million_rows_stream_with_flat_memory(tmp_path: Path) -> None:
+    """The peak of the process grows by as much for 5,000,000 rows (600 MB) as for 200,000."""
+    grown = []
+    for count in (200_000, 5_000_000):
+        path = tmp_path / "data.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            for i in range(count):
+                file.write(f'{{"text": "row {i} {"word " * 20}"}}\n')
+        command = [sys.executable, "-c", STREAM, str(path), str(tmp_path / f"cache{count}")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows, mebibytes = map(int, done.stdout.split())
+        assert rows == count
+        grown.append(mebibytes)
+    print(f"{grown[0]} and {grown[1]} MiB")
+    assert grown[1] < grown[0] + 50

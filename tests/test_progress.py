@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import time
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from celora.train.folder import MARKER
 from celora.train.progress import MetricsWriter, ProgressLine, read_metrics
 
 ARGS = SimpleNamespace(device=torch.device("cpu"))
@@ -65,16 +63,6 @@ def test_resume_drops_later_rows_and_a_torn_line_and_goes_on_counting(tmp_path):
     assert rows[-1]["seconds"] > 100
     assert rows[-1]["tokens_seen"] == 1100
     assert rows[-1]["tokens_per_second"] < 100 / 0.01
-
-
-def test_the_last_file_of_a_checkpoint_carries_the_clock(tmp_path):
-    (tmp_path / "checkpoint-5").mkdir()
-    writer = MetricsWriter(tmp_path / "metrics.jsonl", seconds=50.0)
-    args = SimpleNamespace(output_dir=str(tmp_path), save_only_model=False)
-    writer.on_save(args, state(5), None)
-    marker = json.loads((tmp_path / "checkpoint-5" / MARKER).read_text())
-    assert marker["step"] == 5
-    assert marker["seconds"] >= 50
 
 
 @pytest.mark.parametrize("terminal", [False, True])

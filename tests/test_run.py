@@ -115,6 +115,12 @@ class PressCtrlC(TrainerCallback):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.fault(
+    "crash",
+    "Ctrl-C",
+    sees="`Stopping after this step`, then the command that goes on; exit status 130",
+    kept="everything: a checkpoint is saved, and resuming ends with bit-identical parameters",
+)
 def test_ctrl_c_then_resume_equals_uninterrupted(finished, inputs, tmp_path, monkeypatch):
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -141,11 +147,19 @@ def test_ctrl_c_then_resume_equals_uninterrupted(finished, inputs, tmp_path, mon
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
 
 
+@pytest.mark.fault(
+    "crash",
+    "killed while a checkpoint is being written",
+    sees="`checkpoint-5 was not saved to its end.`, then `Resuming from checkpoint-3.`",
+    kept="the checkpoint before it; the unfinished one is passed over",
+)
 def test_an_incomplete_checkpoint_is_passed_over(finished, inputs, tmp_path):
     output = tmp_path / "out"
     go(inputs, output, max_steps=3)
     (output / "checkpoint-5").mkdir()
-    checkpoint, marker = OutputFolder(output).last_checkpoint()
+    said = []
+    checkpoint, marker = OutputFolder(output).last_checkpoint(said.append)
+    assert said == ["checkpoint-5 was not saved to its end."]
     assert (checkpoint.name, marker["step"]) == ("checkpoint-3", 3)
 
 
@@ -170,6 +184,12 @@ def test_resume_never_goes_back(inputs, tmp_path):
     assert all(torch.equal(before[name], value) for name, value in adapter(output).items())
 
 
+@pytest.mark.fault(
+    "crash",
+    "a run with --overwrite fails before its first step",
+    sees="the error that made it fail",
+    kept="the earlier run, whole",
+)
 def test_an_overwrite_that_fails_before_its_first_step_brings_the_run_back(inputs, tmp_path, monkeypatch):
     output = tmp_path / "out"
     go(inputs, output, max_steps=3)
@@ -205,6 +225,12 @@ def test_a_folder_with_a_run_needs_overwrite_which_removes_only_that_run(inputs,
     assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == [1]
 
 
+@pytest.mark.fault(
+    "crash",
+    "the output folder holds files that are not celora's",
+    sees="an error that names some of them",
+    kept="all of them, with --overwrite, too",
+)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_foreign_folder_is_left_alone(inputs, tmp_path, overwrite):
     (tmp_path / "thesis.tex").write_text("years")

@@ -1,20 +1,54 @@
-"""Small files, written whole or not at all, and read with errors that a user can act on."""
+"""Files, written whole or not at all, and read with errors that a user can act on."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from celora.errors import CELoraError
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; what was written to it takes the place of `path` once it is on the disk.
+
+    Raises:
+        CELoraError: it cannot be written; `path` is then what it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        raise CELoraError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; what was there is unchanged"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk, where a loss of power cannot undo them."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -25,8 +59,8 @@ def read_json(path: Path) -> Any:
         raise CELoraError(f"cannot read {path}: {error.strerror}.") from None
     except json.JSONDecodeError as error:
         raise CELoraError(f"{path}:{error.lineno}: not JSON: {error.msg}.") from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise CELoraError(f"{path}: not JSON: {error}.") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, nested too deeply, or a number of too many digits
+        raise CELoraError(f"{path}: not JSON: {' '.join(str(error).split())}.") from None
 
 
 def inside(path: str | os.PathLike[str], name: str) -> Path:

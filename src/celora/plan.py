@@ -180,7 +180,7 @@ class Plan:
             own = {name: kinds[str(kind)](values[name]) for name, kind in known.items() if name != "layers"}
         except CELoraError:
             raise
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise CELoraError(f"not a whole plan: {type(error).__name__}: {error}") from None
         return cls(layers=layers, **own)
 

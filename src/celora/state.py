@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from celora.attach import Attachment, require
 from celora.errors import CELoraError
+from celora.files import replacing
 
 STATE_NAME = "celora_state.safetensors"
 _ERROR = "relative_error"
@@ -31,9 +32,11 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     for name, error in attachment.relative_errors.items():
         state[f"{name}:{_ERROR}"] = torch.tensor(error, dtype=torch.float64)
     target = Path(folder) / STATE_NAME
-    temporary = target.with_name(target.name + ".tmp")
-    save_file(state, temporary, metadata={_CONFIG: _config(attachment)})
-    temporary.replace(target)
+    with replacing(target) as temporary:
+        try:
+            save_file(state, temporary, metadata={_CONFIG: _config(attachment)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
     return target
 
 

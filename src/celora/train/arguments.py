@@ -20,6 +20,7 @@ from celora.train.fields import DEFAULTS, RunOptions, convert, known_fields, kno
 from celora.train.folder import OutputFolder
 
 DEFAULT_PRESET = "auto"
+_MOST_VALUES = 10_000  # in a configuration file; aliases of aliases could make it billions
 
 # Presets that share LoRA's memory between adapter and frozen factor, r = r0 = floor(7/8 lora_r), as published.
 BALANCED = frozenset({"paper"})
@@ -35,10 +36,12 @@ def read_yaml(path: str | Path) -> dict[str, object]:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise CELoraError(f"cannot read --config {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date like 2001-99-99
         raise CELoraError(f"--config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if document is None:
         return {}
+    if _larger(document, _MOST_VALUES):
+        raise CELoraError(f"--config {str(path)!r} expands to more than {_MOST_VALUES:,} values; expected settings")
     if not isinstance(document, dict):
         raise CELoraError(
             f"--config {str(path)!r} holds a {type(document).__name__}; expected a mapping of names to values"
@@ -49,6 +52,16 @@ def read_yaml(path: str | Path) -> dict[str, object]:
     return {
         known_name(str(key).replace("-", "_"), f"key {str(key)!r} in {path}"): value for key, value in document.items()
     }
+
+
+def _larger(value: object, most: int) -> bool:
+    """Whether a document has more than `most` values, each counted as often as aliases repeat it, or holds itself."""
+    rest = [value]
+    while rest and most >= 0:
+        inner = rest.pop()
+        rest += inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list) else ()
+        most -= 1
+    return most < 0
 
 
 def estimator_config(preset: str | None, mapping: Mapping[str, object] | None, lora_r: int) -> tuple[CELoraConfig, int]:
@@ -104,7 +117,7 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     for name in ("model", "data", "output"):
         if not values.get(name):
             raise CELoraError(f"--{name} is missing; give --model MODEL --data DATA --output DIR")
-    if values.get("trust_remote_code"):
+    if values.get("trust_remote_code") or "trust_remote_code" in (values.get("model_init_kwargs") or ()):
         raise CELoraError("trust_remote_code is refused: celora never runs code that comes with a model")
     if values.get("use_peft") is False:
         raise CELoraError("use_peft=False; celora trains LoRA adapters only. Use `trl sft` for full fine-tuning")
@@ -205,5 +218,6 @@ def sft_config(request: TrainRequest) -> Any:
         return SFTConfig(
             output_dir=str(request.output), disable_tqdm=True, **{k: v for k, v in train.items() if k != "disable_tqdm"}
         )
-    except ValueError as error:
-        raise CELoraError(" ".join(str(error).split())) from error
+    except Exception as error:  # whatever TRL, transformers and accelerate raise about a value
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise CELoraError(kind + " ".join(str(error).split())) from error

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from celora.errors import CELoraError, unknown
-from celora.files import read_json, write_text
+from celora.files import read_json, replacing, write_text
 from celora.train.arguments import TrainRequest, make_request
 from celora.train.data import load_rows
-from celora.train.folder import PLAN, OutputFolder, write_json
+from celora.train.folder import LOCK, PLAN, OutputFolder, write_json
 from celora.train.loading import load_tokenizer, quiet_libraries
 from celora.train.report import write_report
 from celora.train.run import train
@@ -120,7 +120,7 @@ def compare(
     probe = make_request(dict(settings))
     output = probe.output
     _claim(output, probe)
-    with quiet_libraries():
+    with OutputFolder(output).locked(), quiet_libraries():
         data = _split(probe, output)
 
     outcomes = []
@@ -163,7 +163,8 @@ def _claim(output: Path, request: TrainRequest) -> None:
                 "choose another folder, or give the same arguments to go on with it"
             )
         return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    unmarked = (LOCK, f".{RECORD}.tmp")  # left by a comparison that was killed before it marked the folder
+    if output.exists() and (not output.is_dir() or any(entry.name not in unmarked for entry in output.iterdir())):
         raise CELoraError(f"--output {str(output)!r} holds something else; choose a new folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -185,8 +186,9 @@ def _split(request: TrainRequest, output: Path) -> dict[str, str]:
         held_out = min(_MOST_HELD_OUT, max(1, int(_HELD_OUT * len(rows))))
         parts = rows.train_test_split(test_size=held_out, seed=0)
         train_file.parent.mkdir(exist_ok=True)
-        parts["train"].to_json(str(train_file))
-        parts["test"].to_json(str(held_out_file))  # last: where it is, both are whole
+        for part, file in (("train", train_file), ("test", held_out_file)):  # last: where it is, both are whole
+            with replacing(file) as temporary:
+                parts[part].to_json(str(temporary))
     return {"data": str(train_file), "eval_data": str(held_out_file)}
 
 

@@ -194,17 +194,20 @@ def read_flags(tokens: Sequence[str]) -> dict[str, object]:
         if not token.startswith("--") or token == "--":
             raise CELoraError(f"unexpected argument {token!r}; options look like --max_steps 40")
         raw, has_value, inline = token[2:].partition("=")
-        name = known_name(raw.replace("-", "_"), f"option --{raw}")
+        written = raw.replace("-", "_")
+        positive = known.get(written.removeprefix("no_"))
+        negated = (
+            written not in known and written.startswith("no_") and positive and bool in alternatives(positive.hint)
+        )
+        name = positive.name if positive and negated else known_name(written, f"option --{raw}")
         values = [inline] if has_value else []
         while rest and not has_value and not rest[0].startswith("--"):
             values.append(rest.pop(0))
-        if not values:
-            positive = name if name in known else name.removeprefix("no_")
-            if bool not in alternatives(known[positive].hint):
-                raise CELoraError(f"--{name} needs a value: {describe_type(known[positive].hint)}")
-            flags[positive] = positive == name
-        else:
-            flags[name] = values[0] if len(values) == 1 else values
+        if negated and values:
+            raise CELoraError(f"--{raw} takes no value; write --{name} {' '.join(values)}, or --{raw} alone")
+        if not values and bool not in alternatives(known[name].hint):
+            raise CELoraError(f"--{name} needs a value: {describe_type(known[name].hint)}")
+        flags[name] = not negated if not values else values[0] if len(values) == 1 else values
     return flags
 
 
@@ -212,8 +215,7 @@ def known_name(name: str, label: str) -> str:
     """`name` as it is known here, aliases resolved; an error names the nearest."""
     known = known_fields()
     name = ALIASES.get(name, name)
-    negated = name.removeprefix("no_")
-    if name in known or (negated != name and negated in known and bool in alternatives(known[negated].hint)):
+    if name in known:
         return name
     nearest = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
     near = f"; did you mean {nearest[0]!r}?" if nearest else "."

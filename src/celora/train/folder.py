@@ -1,27 +1,34 @@
 """The output folder of a run: who made what is in it, what may be replaced, where to resume.
 
-`run.json` is written first and marks the folder as ours; only names that a run writes are ever removed. A checkpoint is
-complete when its last file, `celora_run.json`, is there: a process killed while saving leaves none.
+A run holds the folder's lock, which its death releases. `run.json` is written first and marks the folder as ours; only
+names that a run writes are ever removed. Whether a checkpoint is whole, its manifest says.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import re
 import shutil
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from celora.errors import CELoraError
-from celora.files import write_text
+from celora.files import read_json, write_text
+from celora.train.manifest import read_manifest, sealed, unseal
 
 RUN, METRICS, REPORT, CONFIG = "run.json", "metrics.jsonl", "report.html", "celora_config.json"
 PLAN = "celora_plan.json"
-MARKER = "celora_run.json"
+LOCK, SAVING = ".celora.lock", ".adapter.tmp"
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_DAMAGED = ".damaged"
 _OURS = re.compile(
     r"run\.json|metrics\.jsonl|report\.html|celora_(config|plan|state)\.json|README\.md|training_args\.bin"
     r"|adapter_config\.json|adapter_model\.(safetensors|bin)|chat_template\.jinja|processor_config\.json"
@@ -51,26 +58,69 @@ class OutputFolder:
 
     path: Path
 
-    def run(self) -> dict[str, Any] | None:
-        """What run.json says, or None where no run of celora has been."""
+    @property
+    def begun(self) -> bool:
+        """Whether a run of ours has ever been here, if only for a moment."""
+        return (self.path / LOCK).exists() or (self.path / RUN).exists()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder. The lock is the operating system's, so that a process that dies gives it back.
+
+        Raises:
+            CELoraError: another run holds it, or the folder cannot be written to.
+        """
+        if int(os.environ.get("RANK", "0")) > 0:
+            yield  # the processes of one run share the lock of the first
+            return
+        lock = FileLock(self.path / LOCK)
         try:
-            document = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise CELoraError(
+                f"another run is writing to --output {str(self.path)!r}; wait until it ends, or choose another folder"
+            ) from None
+        except OSError as error:
+            raise CELoraError(f"cannot write to --output {str(self.path)!r}: {error.strerror or error}") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def run(self) -> dict[str, Any] | None:
+        """What run.json says, or None where no run of celora has been.
+
+        Raises:
+            CELoraError: there is one, but it is damaged.
+        """
+        if not (self.path / RUN).is_file():
             return None
+        try:
+            document = read_json(self.path / RUN)
+        except CELoraError as error:
+            raise CELoraError(
+                f"{error} Its checkpoints can be used without it: start a new run in another folder, or put it back."
+            ) from None
         return document if isinstance(document, dict) and "celora" in document else None
 
     def resumable(self) -> dict[str, Any]:
         """What run.json says, or a CELoraError: there is nothing to resume."""
+        if (self.path / _ASIDE).is_dir():
+            with self.locked():
+                self.recover()
         run = self.run()
         if run is None:
             raise CELoraError(f"nothing to resume in {str(self.path)!r}: no run of celora is there; drop --resume")
         return run
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Refuse a folder that is not ours to write into. Removes nothing."""
-        if self.path.exists() and not self.path.is_dir():
-            raise CELoraError(f"--output {str(self.path)!r} is a file; expected a folder")
-        names = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+        """Refuse a folder that is not ours to write into, or that nobody can. Removes nothing."""
+        place = next(place for place in (self.path.absolute(), *self.path.absolute().parents) if place.exists())
+        if not place.is_dir():
+            raise CELoraError(f"cannot write to --output {str(self.path)!r}: {str(place)!r} is a file, not a folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise CELoraError(f"cannot write to --output {str(self.path)!r}: {str(place)!r} is read-only for you")
+        names = sorted({entry.name for entry in self.path.iterdir()} - {LOCK}) if self.path.exists() else []
         if not names or (self.run() is not None and (resume or overwrite)):
             return
         if self.run() is not None:
@@ -94,13 +144,28 @@ class OutputFolder:
             entry.rename(aside / entry.name)
         return aside
 
-    def restore(self, aside: Path) -> None:
+    def restore(self) -> None:
         """Undo `set_aside`: what was written since goes, and the earlier run comes back."""
         for entry in self._ours():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        for entry in sorted(aside.iterdir(), key=lambda e: e.name == RUN):
-            entry.rename(self.path / entry.name)
-        aside.rmdir()
+        self.recover()
+
+    def recover(self) -> None:
+        """Bring the earlier run back if the process that was to replace it died before it began a new one.
+
+        `run.json` is the last to be set aside, the last to come back and the first that a new run writes: only where
+        both have one has the new run begun.
+        """
+        aside = self.path / _ASIDE
+        if aside.is_dir() and not ((aside / RUN).exists() and (self.path / RUN).exists()):
+            for entry in sorted(aside.iterdir(), key=lambda e: e.name == RUN):
+                entry.rename(self.path / entry.name)
+            aside.rmdir()
+
+    def forget_earlier(self) -> None:
+        """Remove the run that was set aside, by this process or by one that was killed: a new one has trained."""
+        if (self.path / _ASIDE).is_dir():
+            shutil.rmtree(self.path / _ASIDE)
 
     def _ours(self) -> list[Path]:
         found = [
@@ -108,19 +173,59 @@ class OutputFolder:
             for entry in self.path.iterdir()
             if not entry.is_symlink()
             and (
-                (entry.is_dir() and _CHECKPOINT.fullmatch(entry.name))
+                (entry.is_dir() and (_CHECKPOINT.fullmatch(entry.name.removesuffix(_DAMAGED)) or entry.name == SAVING))
                 or (entry.is_file() and _OURS.fullmatch(entry.name))
             )
         ]
         return sorted(found, key=lambda entry: entry.name == RUN)
 
-    def last_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest complete checkpoint and its marker ({"step", "seconds"})."""
-        steps = sorted(
-            (int(m[1]) for e in self.path.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(e.name))), reverse=True
-        )
-        for step in steps:
-            checkpoint = self.path / f"checkpoint-{step}"
-            if (checkpoint / MARKER).is_file():
-                return checkpoint, json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    def last_checkpoint(self, say: Callable[[str], object] = lambda _: None) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint to resume from, and its manifest ("step", "seconds"); hears why not a newer."""
+        for checkpoint in reversed(self._checkpoints()):
+            if not sealed(checkpoint):
+                say(f"{checkpoint.name} was not saved to its end.")
+                continue
+            try:
+                manifest = read_manifest(checkpoint)
+            except CELoraError as error:
+                say(f"{checkpoint.name} is damaged: {str(error).rstrip('.')}.")
+                continue
+            if manifest["resumable"]:
+                return checkpoint, manifest
         return None
+
+    def clear_after(self, step: int) -> None:
+        """Move damaged checkpoints after `step` out of the way and remove unfinished ones: the run saves anew."""
+        for checkpoint in self._checkpoints():
+            if not sealed(checkpoint):
+                shutil.rmtree(checkpoint)
+            elif _step(checkpoint) > step and not _is_whole(checkpoint):
+                damaged = checkpoint.with_name(checkpoint.name + _DAMAGED)
+                if damaged.exists():
+                    shutil.rmtree(damaged)
+                checkpoint.rename(damaged)
+
+    def keep_last(self, limit: int | None, keep: Container[str]) -> None:
+        """Remove the oldest finished checkpoints until `limit` are left (None or 0: no limit), but none in `keep`."""
+        finished = [checkpoint for checkpoint in self._checkpoints() if sealed(checkpoint)]
+        spare = [checkpoint for checkpoint in finished if checkpoint.name not in keep]
+        for checkpoint in spare[: max(0, len(finished) - limit)] if limit else []:
+            unseal(checkpoint)  # first, so that what a kill leaves of it counts as unfinished
+            shutil.rmtree(checkpoint)
+
+    def _checkpoints(self) -> list[Path]:
+        """Folders named like checkpoints, by step."""
+        found = (e for e in self.path.glob("checkpoint-*") if _CHECKPOINT.fullmatch(e.name) and not e.is_symlink())
+        return sorted((e for e in found if e.is_dir()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        read_manifest(checkpoint)
+    except CELoraError:
+        return False
+    return True

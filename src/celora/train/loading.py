@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError  # the exception; nothing here is unpickled
 from typing import Any
 
 import datasets
@@ -46,7 +47,7 @@ def load_model(request: TrainRequest) -> Any:
             **extra,
             **(request.train.get("model_init_kwargs") or {}),
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise CELoraError(f"cannot load a model from {request.model!r}: {_first_line(error)}") from error
 
 
@@ -74,7 +75,7 @@ def load_adapter(model: Any, adapter: Path) -> Any:
         raise CELoraError(f"--adapter {str(adapter)!r} holds no adapter: it has no adapter_config.json")
     try:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise CELoraError(f"cannot load the adapter in {str(adapter)!r}: {_first_line(error)}") from error
 
 
@@ -140,4 +141,6 @@ def _without(text: str) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, UnpicklingError):
+        return "its weights come with objects other than tensors, which are never unpickled"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from celora.errors import CELoraError
 from celora.files import write_text
 from celora.memory import peak_memory
-from celora.train.folder import MARKER, finite, write_json
+from celora.train.folder import finite
 
 PLAIN_EVERY_S = 10.0
 
@@ -28,13 +30,19 @@ _DROPPED = ("train_", "num_tokens", "eval_num_tokens", "num_input_tokens_seen", 
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """Rows of a metrics.jsonl. Lines that are none are left out: the last may be cut short by a crash, others are
+    damaged and said."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif number < len(lines):
+            warnings.warn(f"{path}:{number}: not a metrics row; it is left out.", stacklevel=2)
     return rows
 
 
@@ -141,14 +149,11 @@ class MetricsWriter(StepTimer):
                     row["tokens_seen"] = tokens
                     row["tokens_per_second"] = round((tokens - self._last[2]) / seconds, 1)
             self._last = (self.steps, self.seconds, tokens)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(row), default=float, allow_nan=False) + "\n")
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        # Runs last, after everything else in the checkpoint is written: this file says the checkpoint is complete.
-        if state.is_world_process_zero and not args.save_only_model:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(checkpoint / MARKER, {"step": state.global_step, "seconds": self.elapsed()})
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite(row), default=float, allow_nan=False) + "\n")
+        except OSError as error:
+            raise CELoraError(f"cannot write {str(self.path)!r}: {error.strerror or error}") from error
 
 
 class ProgressLine(StepTimer):

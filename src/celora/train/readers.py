@@ -69,13 +69,15 @@ def _parse(path: Path, number: int, text: str, start: int = 0) -> tuple[Any, int
 
 def _read_json(path: Path) -> Placed:
     lines = _lines(path)
+    first = True
     for number, line in lines:
         text = line.strip()
         if not text:
             continue
-        if text[0] == "[":
+        if first and text[0] == "[":
             yield from _read_json_list(path, number, line + "".join(rest for _, rest in lines))
             return
+        first = False
         row, end = _parse(path, number, text)
         if end < len(text):
             fail(f"{path}:{number}", f"not JSON: {reprlib.repr(text[end:])} after the object; put each row on a line")

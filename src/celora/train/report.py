@@ -1,14 +1,18 @@
 """One self-contained HTML page about one run or several: curves, summary numbers, configuration and versions.
 
 Python writes plain data; a few lines of JavaScript draw it with plotly.js, which is inlined once. Nothing is fetched.
-All text from data is escaped, and the embedded JSON cannot close its script element.
+All text from data is escaped, the embedded JSON cannot close its script element, and the page's content-security policy
+lets the browser run these scripts, known by their hashes, and load nothing at all.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -246,20 +250,40 @@ def _embed(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+def _policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
+    """Nothing may be loaded or sent, and only these inline scripts and styles count: none that a hostile text brings.
+
+    plotly.js sets style attributes, fills an empty style element by script, and draws heat maps as `data:` images.
+    """
+    script, style = (" ".join(map(_hash, sources)) for sources in (scripts, styles))
+    return (
+        f"default-src 'none'; script-src {script}; style-src {style}; "
+        "style-src-attr 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash(source: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
+
+
 def _page(title: str, first: str, charts: list[dict[str, Any]], tables: str) -> str:
     from plotly.offline import get_plotlyjs
 
     figures = "".join(
         f"<h2>{html.escape(chart['title'])}</h2><div class=chart id=chart{i}></div>" for i, chart in enumerate(charts)
     )
+    plotly = get_plotlyjs()
+    its_styles = re.findall(r"\.textContent='([^'\\]*)'", plotly)  # of its maps; without it the browser would complain
+    policy = _policy((plotly, _SCRIPT), (_STYLE, "", *its_styles))
     return f"""<!doctype html>
 <html lang=en>
 <meta charset=utf-8>
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name=viewport content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title>
 <style>{_STYLE}</style>
 <main><h1>{html.escape(title)}</h1>{first}{figures}{tables}</main>
-<script>{get_plotlyjs()}</script>
+<script>{plotly}</script>
 <script type="application/json" id=charts>{_embed(charts)}</script>
 <script>{_SCRIPT}</script>
 </html>

@@ -1,18 +1,17 @@
 """One training run, from a `TrainRequest` to an adapter with its metrics, checkpoints and report.
 
 TRL's SFTTrainer trains; celora is attached to its model. The folder can be resumed at any time: Ctrl-C stops at the
-end of an optimizer step and saves; a killed process loses only what came after its last complete checkpoint.
+end of an optimizer step and saves; a killed process loses only what came after its last whole checkpoint.
 """
 
 from __future__ import annotations
 
 import itertools
 import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +37,8 @@ from celora.train.interrupt import StopAtStepEnd
 from celora.train.loading import load_adapter, load_model, load_tokenizer, lora_config, quiet_libraries
 from celora.train.progress import MetricsWriter, Phases, PlanProgress, ProgressLine, read_metrics
 from celora.train.report import write_report
+from celora.train.saving import UNUSABLE, SafeSaving, Sealing, save_adapter, stopped, take_over
+from celora.train.truncation import truncation_line
 
 _LAST = ("loss", "eval_loss", "tokens_seen", "mean_token_accuracy", "eval_mean_token_accuracy")
 PACKAGES = ("celora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -55,7 +56,7 @@ class TrainResult:
     model: Any = field(default=None, repr=False)
 
 
-class Trainer(SFTTrainer):  # type: ignore[misc]
+class Trainer(SafeSaving, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that says where its time goes, and tells nobody about it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -80,10 +81,19 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
     """Train as `request` says and leave the result in `request.output`.
 
     Raises:
-        CELoraError: bad input, found before anything in the output folder is touched.
+        CELoraError: bad input, found before anything in the output folder is touched; another run in that folder; or
+            a disk that takes no more.
     """
-    console = console or Console(stderr=True)
+    with ExitStack() as held:
+        return _train(request, console or Console(stderr=True), held)
+
+
+def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainResult:
     options, folder = request.options, OutputFolder(request.output)
+    begun = folder.begun
+    if begun:
+        held.enter_context(folder.locked())
+        folder.recover()
     folder.check(resume=options.resume, overwrite=options.overwrite)
     earlier = folder.run() if options.resume else None
     if earlier and earlier.get("status") == "finished" and not _longer(earlier["given"], request.given):
@@ -104,6 +114,8 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
         args = sft_config(request)
         model = load_model(request)
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
+        if cut := truncation_line(trainer, rows):
+            _say(console, False, cut)  # a warning
         config, plan = _configuration(request, trainer, console)
         attached = celora.attach(trainer.model, config)
         choice = choose_checkpointing(trainer, asked="gradient_checkpointing" in request.given)
@@ -112,17 +124,22 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
             lines = (rank_line(request), str(attached), choice)
             console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
-        resumed = folder.last_checkpoint() if options.resume else None
+        # What is wrong with a checkpoint is a warning: said even when quiet.
+        resumed = folder.last_checkpoint(lambda line: _say(console, False, line)) if options.resume else None
         checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
-        if 0 < args.max_steps <= marker["step"]:
+        if 0 < args.max_steps < marker["step"]:
             raise CELoraError(f"max_steps={args.max_steps}, but the run is saved at step {marker['step']}; give more")
         try:
             request.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CELoraError(f"cannot write to --output {str(request.output)!r}: {error.strerror}") from None
+        if not begun:
+            held.enter_context(folder.locked())
+            folder.check(resume=options.resume, overwrite=options.overwrite)
         aside = folder.set_aside() if options.overwrite else None
         if options.resume:
-            where = f"from {checkpoint.name}" if checkpoint else "from the beginning: no checkpoint is complete yet"
+            folder.clear_after(marker["step"])
+            where = f"from {checkpoint.name}" if checkpoint else "from the beginning: no checkpoint is whole"
             _say(console, options.quiet, f"Resuming {where}.")
         record = _record(request, args, attached)
         write_json(request.output / RUN, record)
@@ -135,7 +152,7 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
         progress, stop = ProgressLine(console, quiet=options.quiet), StopAtStepEnd(console)
         # The Trainer puts callbacks after its reporters; celora's goes first, so that all of them see its metrics.
         trainer.callback_handler.callbacks.insert(0, celora.Callback())
-        for callback in (trainer.phases, stop, metrics, progress):
+        for callback in (trainer.phases, stop, metrics, progress, Sealing(folder, metrics)):
             trainer.add_callback(callback)
 
         status = "failed"
@@ -143,28 +160,34 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
             with stop.listening():
                 # Where celora's callback looks for its state.
                 args.resume_from_checkpoint = str(checkpoint) if checkpoint else None
-                trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-                stopped = stop.asked and trainer.state.global_step < trainer.state.max_steps
-                if not stopped:
+                if checkpoint and marker["step"] == args.max_steps:
+                    take_over(trainer, checkpoint)
+                else:
+                    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+                early = stop.asked and trainer.state.global_step < trainer.state.max_steps
+                if not early:
                     if eval_rows is not None and not _evaluated(metrics.path, trainer.state):
                         trainer.evaluate()
-                    trainer.save_model(str(request.output))
-                    (request.output / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says the same
-                status = "interrupted" if stopped else "finished"
+                    save_adapter(trainer, request.output)
+                status = "interrupted" if early else "finished"
         except KeyboardInterrupt:
             status = "interrupted"
             raise
+        except (CELoraError, *UNUSABLE) as error:
+            raise stopped(error, folder) from error
         finally:
-            if aside is not None and trainer.state.global_step == 0 and status == "failed":
-                folder.restore(aside)  # nothing was trained: the earlier run is worth more than what failed
+            if status != "failed" or trainer.state.global_step > 0:
+                folder.forget_earlier()
             elif aside is not None:
-                shutil.rmtree(aside)
+                folder.restore()  # nothing was trained: the earlier run is worth more than what failed
             progress.close()
             if status != "failed" or trainer.state.global_step > 0:
                 errors = require(trainer.model).relative_errors
                 record |= {"status": status, "summary": _summary(trainer, metrics, attached), "errors": errors}
-                write_json(request.output / RUN, record)
-                write_report(request.output / REPORT, {request.preset or "celora": request.output})
+                # What made the run fail may make this fail, too, and is what the user should hear of.
+                with suppress(CELoraError) if status == "failed" else nullcontext():
+                    write_json(request.output / RUN, record)
+                    write_report(request.output / REPORT, {request.preset or "celora": request.output})
     if status == "interrupted":
         saved = folder.last_checkpoint()
         how = f"Saved {saved[0].name}; continue" if saved else "Nothing is saved yet; start again"

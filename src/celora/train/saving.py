@@ -1,0 +1,100 @@
+"""Checkpoints of a run: saved to their end, sealed, and only then are older ones removed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from pickle import UnpicklingError  # the exception; nothing here is unpickled
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import TrainerCallback, TrainerState
+
+from celora.errors import CELoraError
+from celora.files import sync
+from celora.train.folder import SAVING, OutputFolder
+from celora.train.manifest import seal
+from celora.train.progress import MetricsWriter
+
+# What a disk, or a file that is not what it should be, raises.
+UNUSABLE = (OSError, SafetensorError, UnpicklingError)
+
+
+class Sealing(TrainerCallback):  # type: ignore[misc]
+    """Seals what was saved; to be called after every callback that writes into a checkpoint."""
+
+    def __init__(self, folder: OutputFolder, metrics: MetricsWriter) -> None:
+        self.folder = folder
+        self.metrics = metrics
+
+    def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self.metrics.path.exists():
+            sync(self.metrics.path)  # a checkpoint that is on the disk has its metrics there, too
+        checkpoint = self.folder.path / f"checkpoint-{state.global_step}"
+        note = {"step": state.global_step, "seconds": self.metrics.elapsed(), "resumable": not args.save_only_model}
+        seal(checkpoint, note)
+        self.folder.keep_last(args.save_total_limit, {checkpoint.name, Path(state.best_model_checkpoint or "").name})
+
+
+class SafeSaving:
+    """A mixin for Trainer: it leaves the removal of old checkpoints to `Sealing`, and writes nothing that is pickled
+    only to be looked at."""
+
+    args: Any
+    state: Any
+    accelerator: Any
+
+    def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and checkpoint.exists():
+            shutil.rmtree(checkpoint)  # unfinished, or from before the run went back to an earlier one
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(*arguments, **more)  # type: ignore[misc]
+        except RuntimeError as error:  # how torch.save says that the disk is full
+            raise OSError(str(error).splitlines()[0]) from error
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # every process writes its own random state
+
+    def _save(self, output_dir: str | None = None, *arguments: Any, **more: Any) -> None:
+        super()._save(output_dir, *arguments, **more)  # type: ignore[misc]
+        # training_args.bin: run.json says the same.
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+
+def save_adapter(trainer: Any, output: Path) -> None:
+    """Write the adapter and the tokenizer into `output`, each file whole or not at all."""
+    aside, card = output / SAVING, output / "README.md"
+    shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed here
+    aside.mkdir()
+    if card.is_file():
+        shutil.copy(card, aside)  # PEFT completes TRL's
+    trainer.save_model(str(aside), _internal_call=True)
+    for file in sorted(aside.iterdir()):
+        sync(file)
+        file.replace(output / file.name)
+    aside.rmdir()
+    sync(output)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+
+
+def take_over(trainer: Any, checkpoint: Path) -> None:
+    """Load a checkpoint that needs no further step: the run was stopped between its last step and its end."""
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        trainer._load_best_model()
+
+
+def stopped(error: BaseException, folder: OutputFolder) -> CELoraError:
+    """What made a run stop, in one line, and from where it goes on."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnpicklingError):
+        reason = "a checkpoint's file holds objects other than tensors, which are never unpickled"
+    whole = folder.last_checkpoint()
+    then = f"{whole[0].name} is whole: mend that, then --resume goes on" if whole else "no checkpoint is saved yet"
+    return CELoraError(f"the run stopped: {reason.rstrip('.')}. {then[0].upper()}{then[1:]}.")

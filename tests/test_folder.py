@@ -1,0 +1,164 @@
+"""The output folder: who holds it, and what a kill while it changes hands leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from celora.errors import CELoraError
+from celora.train.folder import LOCK, RUN, OutputFolder, write_json
+from celora.train.manifest import seal
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_json(tmp_path / RUN, {"celora": "0", "run": "earlier"})
+    (tmp_path / "metrics.jsonl").write_text("")
+    return OutputFolder(tmp_path)
+
+
+def checkpoint(folder, step, *, resumable=True):
+    path = folder.path / f"checkpoint-{step}"
+    path.mkdir()
+    (path / "weights").write_text(str(step))
+    seal(path, {"step": step, "seconds": 0.0, "resumable": resumable})
+    return path
+
+
+def names(folder):
+    return sorted(entry.name for entry in folder.path.iterdir())
+
+
+HOLD = (
+    "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); "
+    "time.sleep(60)"
+)
+
+
+@pytest.mark.fault(
+    "crash",
+    "a second run in the folder of one that is running",
+    sees="an error that names the folder",
+    kept="the first run, undisturbed; a process that is dead holds nothing",
+)
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_one_run_at_a_time_and_the_dead_hold_nothing(folder):
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path / LOCK)], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(CELoraError, match="another run is writing to --output"), folder.locked():
+            pass
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
+    with folder.locked(), pytest.raises(CELoraError, match="another run"), folder.locked():
+        pass
+    with folder.locked():
+        assert LOCK in names(folder)
+
+
+def test_processes_of_one_run_share_its_lock(folder, monkeypatch):
+    with folder.locked():
+        monkeypatch.setenv("RANK", "1")
+        with folder.locked():
+            pass
+
+
+@pytest.mark.fault(
+    "crash",
+    "killed at any moment of --overwrite, before the new run has begun",
+    sees="`--resume` and a plain start find the earlier run",
+    kept="the earlier run, whole",
+)
+@pytest.mark.parametrize("moves", range(3))
+def test_a_killed_overwrite_gives_the_earlier_run_back(folder, moves, monkeypatch):
+    checkpoint(folder, 3)
+    before = names(folder)
+    rename, done = type(folder.path).rename, 0
+
+    def until_killed(self, target):
+        nonlocal done
+        if done == moves:
+            raise KeyboardInterrupt
+        done += 1
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(folder.path), "rename", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.set_aside()
+    assert folder.resumable()["run"] == "earlier"
+    assert names(folder) == sorted([*before, LOCK])
+
+    folder.set_aside()  # to its end, and killed then
+    assert folder.run() is None
+    assert folder.resumable()["run"] == "earlier"
+    folder.set_aside()
+    write_json(folder.path / RUN, {"celora": "0", "run": "new"})
+    assert folder.resumable()["run"] == "new"  # that one has begun
+    folder.restore()
+    assert folder.run()["run"] == "earlier"
+    assert names(folder) == sorted([*before, LOCK])
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_others_make_way(folder):
+    for step in (2, 9, 30, 100):
+        checkpoint(folder, step)
+    checkpoint(folder, 120, resumable=False)
+    (folder.path / "checkpoint-100" / "weights").write_text("100?")
+    (folder.path / "checkpoint-110").mkdir()
+    (folder.path / "checkpoint-130").symlink_to(folder.path / "checkpoint-9")
+    said = []
+    path, manifest = folder.last_checkpoint(said.append)
+    assert (path.name, manifest["step"]) == ("checkpoint-30", 30)
+    assert said == [
+        "checkpoint-110 was not saved to its end.",
+        "checkpoint-100 is damaged: weights is not what was saved (its checksum differs).",
+    ]
+    for _ in range(2):
+        folder.clear_after(30)
+        kept = ["checkpoint-100.damaged", "checkpoint-120", "checkpoint-130", "checkpoint-2", "checkpoint-30"]
+        assert [name for name in names(folder) if name.startswith("checkpoint")] == [*kept, "checkpoint-9"]
+        assert folder.last_checkpoint() == (path, manifest)
+        checkpoint(folder, 100).joinpath("weights").unlink()
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, None, [1, 2, 3, 4]),
+        (0, None, [1, 2, 3, 4]),
+        (2, None, [3, 4]),
+        (1, None, [4]),
+        (2, 1, [1, 4]),
+        (1, 2, [2, 4]),
+    ],
+)
+def test_only_whole_checkpoints_count_and_the_best_stays(folder, limit, best, left):
+    for step in (1, 2, 3, 4):
+        checkpoint(folder, step)
+    (folder.path / "checkpoint-5").mkdir()
+    folder.keep_last(limit, {"checkpoint-4", f"checkpoint-{best}"})
+    assert [int(name[11:]) for name in names(folder) if name.startswith("checkpoint-")] == [*left, 5]
+
+
+@pytest.mark.fault(
+    "crash",
+    "run.json is damaged",
+    sees="an error that names it, and what can be done without it",
+    kept="the whole folder, untouched",
+)
+def test_a_damaged_record_is_said(folder):
+    (folder.path / RUN).write_text('{"celora": ')
+    for attempt in (folder.resumable, lambda: folder.check(resume=False, overwrite=True)):
+        with pytest.raises(CELoraError, match=r"run\.json:1: not JSON.* Its checkpoints can be used without it"):
+            attempt()
+
+
+def test_a_run_json_of_others_is_not_ours(folder):
+    (folder.path / RUN).write_text(json.dumps(["not", "ours"]))
+    with pytest.raises(CELoraError, match="holds files that are not from a run of celora"):
+        folder.check(resume=False, overwrite=True)

@@ -1,0 +1,50 @@
+"""A sealed folder says whether it is still what was saved."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from celora.errors import CELoraError
+from celora.train.manifest import MANIFEST, read_manifest, seal, sealed, unseal
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.bin").write_bytes(bytes(range(256)) * 40)
+    (tmp_path / "sub" / "b.json").write_text("{}")
+    seal(tmp_path, {"step": 5, "seconds": 1.5})
+    return tmp_path
+
+
+def test_sealed_is_whole(folder):
+    assert sealed(folder)
+    manifest = read_manifest(folder)
+    assert (manifest["step"], manifest["seconds"]) == (5, 1.5)
+    assert set(manifest["sha256"]) == {"a.bin", "sub/b.json"}
+    (folder / "notes.txt").write_text("mine")
+    assert read_manifest(folder) == manifest
+    unseal(folder)
+    assert not sealed(folder)
+
+
+def test_any_flipped_bit_and_any_cut_is_found(folder):
+    generator = random.Random(0)
+    for name in ("a.bin", "sub/b.json", MANIFEST):
+        file = folder / name
+        whole = file.read_bytes()
+        for _ in range(40):
+            at = generator.randrange(len(whole))
+            flipped = bytearray(whole)
+            flipped[at] ^= 1 << generator.randrange(8)
+            for damaged in (bytes(flipped), whole[:at]):
+                file.write_bytes(damaged)
+                with pytest.raises(CELoraError, match=file.name) as caught:
+                    read_manifest(folder)
+                assert "\n" not in str(caught.value)
+        file.write_bytes(whole)
+    (folder / "a.bin").unlink()
+    with pytest.raises(CELoraError, match=r"a\.bin is missing"):
+        read_manifest(folder)

@@ -1,0 +1,178 @@
+"""What is only meant to be read is only read: no code, no pickle, no path out of the folders given."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+import celora
+from celora.errors import CELoraError
+from celora.train.arguments import make_request, parse, read_yaml
+from celora.train.data import load_rows
+from celora.train.folder import OutputFolder, write_json
+from celora.train.manifest import MANIFEST, read_manifest, seal
+from test_run import go, inputs  # noqa: F401 - a fixture
+
+SOURCE = Path(celora.__file__).parent
+FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+
+
+class Boom:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_the_source_runs_no_code_that_it_reads():
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name.partition(".")[0] for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & FORBIDDEN or ast.unparse(node) == "from pickle import UnpicklingError", file
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in ("eval", "exec", "compile", "torch.save", "yaml.load", "os.system"), (file, name)
+                keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                assert keywords.get("trust_remote_code", "False") == "False", file
+                assert keywords.get("shell", "False") == "False", file
+                assert name != "torch.load" or keywords.get("weights_only") == "True", file
+
+
+@pytest.mark.fault(
+    "security",
+    "trust_remote_code, from a flag or a file",
+    sees="`trust_remote_code is refused`",
+    kept="everything: no code that comes with a model runs",
+)
+def test_code_of_models_never_runs(inputs, tmp_path):  # noqa: F811
+    given = {"model": "m", "data": "d", "output": "o"}
+    with pytest.raises(CELoraError, match="trust_remote_code is refused"):
+        parse(["--trust_remote_code"], given)
+    with pytest.raises(CELoraError, match="trust_remote_code is refused"):
+        make_request({**given, "trust_remote_code": True})
+    with pytest.raises(CELoraError, match="trust_remote_code is refused"):
+        parse(["--model_init_kwargs", '{"trust_remote_code": true}'], given)
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in Path(inputs["model"]).iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(CELoraError):
+        go({**inputs, "model": str(model)}, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.fault(
+    "security",
+    "code in a configuration file, or one that would expand to billions of values",
+    sees="`... is not valid YAML`, or how large it is",
+    kept="everything: YAML is read as data, within bounds",
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system [touch ran]",
+        "celora: !!python/name:os.system",
+        "max_steps: 2001-99-99",
+        "[" * 50_000,
+        "&a [*a]",
+        "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+        + "".join(f"{y}: &{y} [{','.join([f'*{x}'] * 10)}]\n" for x, y in zip("abcdefgh", "bcdefghi", strict=True)),
+        "\x00",
+        "? [a]\n: b",
+    ],
+)
+def test_configuration_files_are_data(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(CELoraError) as caught:
+        read_yaml(tmp_path / "run.yaml")
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.fault(
+    "security",
+    "a pickle where weights, a checkpoint's state or data are expected",
+    sees="one line that names the file",
+    kept="everything: nothing is unpickled",
+)
+def test_pickles_are_not_unpickled(inputs, tmp_path, monkeypatch):  # noqa: F811
+    ran = tmp_path / "ran"
+    payload = pickle.dumps(Boom(ran))
+    for name in ("data.jsonl", "data.csv", "data.parquet"):
+        (tmp_path / name).write_bytes(payload)
+        with pytest.raises(CELoraError, match=name):
+            load_rows(tmp_path / name, chat=False, cache_dir=tmp_path / "cache")
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in Path(inputs["model"]).iterdir():
+        if file.suffix != ".safetensors":
+            (model / file.name).write_bytes(file.read_bytes())
+    torch.save({"weight": Boom(ran)}, model / "pytorch_model.bin")
+    with pytest.raises(CELoraError, match=r"cannot load a model .* never unpickled"):
+        go({**inputs, "model": str(model)}, tmp_path / "out")
+
+    output = tmp_path / "run"
+    go(inputs, output, max_steps=3)
+    record = json.loads((output / "run.json").read_text())
+    write_json(output / "run.json", record | {"status": "interrupted"})
+    torch.save({"state": Boom(ran)}, output / "checkpoint-3" / "optimizer.pt")
+    seal(output / "checkpoint-3", {"step": 3, "seconds": 1.0, "resumable": True})  # by one who knows how
+    with pytest.raises(CELoraError, match=r"the run stopped: .* never unpickled"):
+        go(inputs, output, max_steps=6, resume=True)
+    assert not ran.exists()
+
+
+def test_a_manifest_opens_nothing_outside_its_folder(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    seal(folder, {"step": 1})
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["manifest_sha256"]
+    manifest["sha256"]["../secret"] = hashlib.sha256(b"secret").hexdigest()
+    manifest["manifest_sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CELoraError, match=r"\.\./secret is missing"):
+        read_manifest(folder)
+
+
+@pytest.mark.fault(
+    "security",
+    "a link in the output folder that points elsewhere",
+    sees="nothing: it is none of ours",
+    kept="what it points to: nothing is removed or resumed through it",
+)
+def test_links_are_not_followed_out_of_the_folder(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "out"
+    outside.mkdir()
+    folder.mkdir()
+    (outside / "thesis.tex").write_text("years")
+    seal(outside, {"step": 9, "seconds": 0.0, "resumable": True})
+    write_json(folder / "run.json", {"celora": "0"})
+    (folder / "checkpoint-9").symlink_to(outside)
+    (folder / "metrics.jsonl").symlink_to(outside / "thesis.tex")
+    ours = OutputFolder(folder)
+    assert ours.last_checkpoint() is None
+    ours.clear_after(0)
+    ours.keep_last(1, ())
+    ours.set_aside()
+    ours.forget_earlier()
+    assert (outside / "thesis.tex").read_text() == "years"
+    assert (folder / "checkpoint-9").is_symlink()
