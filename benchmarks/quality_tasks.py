@@ -21,9 +21,11 @@ import importlib
 import inspect
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pydoc_data import topics
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ GENERATED: dict[str, dict[str, Any]] = {
     "family_relationships": {"max_family_size": 4},
     "number_filtering": {"min_numbers": 3, "max_numbers": 5, "max_decimals": 0},
 }
-MODULES = (
+MODULES = (  # noqa: SIM905  (a list would take a page)
     "argparse ast asyncio base64 bisect calendar cmath collections contextlib copy csv ctypes datetime decimal difflib "
     "dis email.utils fnmatch fractions functools gc glob gzip hashlib heapq hmac html imaplib inspect io ipaddress "
     "itertools json linecache locale logging math mimetypes operator os os.path pathlib pickle platform pprint random "
@@ -165,20 +167,27 @@ def _generated(name: str) -> list[Row]:
 
 def _chat() -> tuple[list[Row], list[Row], list[Row]]:
     found: dict[str, Row] = {}
-    for module_name in MODULES:
-        module = importlib.import_module(module_name)
-        for name, value in sorted(vars(module).items()):
-            if name.startswith("_") or not callable(value):
-                continue
-            told = [(f"{module_name}.{name}", value)]
-            if inspect.isclass(value):
-                told += [(f"{module_name}.{name}.{n}", v) for n, v in sorted(vars(value).items()) if n[0] != "_"]
-            for path, thing in told:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what is looked at on the way
+        for module in map(importlib.import_module, MODULES):
+            for path, thing in _public(module):
                 answer = " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
                 if 20 <= len(answer) <= 400:
                     question = QUESTIONS[int(_digest(path), 16) % len(QUESTIONS)].format(path)
                     found.setdefault(_spelling(answer), _row(question, answer))
     return _split(list(found.values()))
+
+
+def _public(module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """Functions, classes and their methods, by dotted name."""
+    for name, value in sorted(vars(module).items()):
+        if name.startswith("_") or not callable(value):
+            continue
+        yield f"{module.__name__}.{name}", value
+        if inspect.isclass(value):
+            for method, thing in sorted(vars(value).items()):
+                if not method.startswith("_"):
+                    yield f"{module.__name__}.{name}.{method}", thing
 
 
 def _text() -> tuple[list[Row], list[Row], list[Row]]:
