@@ -223,27 +223,33 @@ def _layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
     }
     measured = [
         {
-            "name": label,
+            "name": key,
             "z": grid(lambda cell, key=key: cell[key]),  # type: ignore[misc]
             "zmin": 0,
             **({} if top is None else {"zmax": top}),
             "colorscale": scale,
-            "colorbar": bar | {"title": {"text": unit, "side": "top"}},
+            "colorbar": bar,
         }
-        for key, label, unit, top in (
-            ("keep ratio", "keep ratio", "keep ratio (with energy: share of the squared norm)", 1.0),
-            ("cost", "cost", "FLOPs relative to the dense product", 1.0),
-            ("error", "error", "relative error at the latest refresh", None),
+        for key, top in (
+            ("keep ratio", 1.0),
+            ("cost", 1.0),
+            ("error", None),
         )
     ]
     views = [named, *measured]
+    # plotly.js lays a horizontal colour bar's title over the bar, so the axis below the map says what is coloured.
+    colours = [f"block; colour: {what}" for what in ("estimator", "keep ratio", "FLOPs over dense", "relative error")]
     lines = [shared | view | {"visible": i == 0} for i, view in enumerate(views)]
     toggle = {
         "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
         "showactive": True, "pad": {"b": 6},
         "buttons": [
-            {"label": view["name"], "method": "restyle", "args": ["visible", [i == j for j in range(len(views))]]}
-            for i, view in enumerate(views)
+            {
+                "label": view["name"],
+                "method": "update",
+                "args": [{"visible": [view is other for other in views]}, {"xaxis.title.text": colour}],
+            }
+            for view, colour in zip(views, colours, strict=True)
         ],
     }  # fmt: skip
     layout = {
@@ -253,7 +259,7 @@ def _layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "yaxis": {"autorange": "reversed", "automargin": True, "showgrid": False},
         "margin": {"t": 50, "r": 10, "l": 50, "b": 105},
     }
-    return {"title": f"Layers of {name}", "x": "block", "y": "", "lines": lines, "layout": layout}
+    return {"title": f"Layers of {name}", "x": colours[0], "y": "", "lines": lines, "layout": layout}
 
 
 def _told(cell: Mapping[str, Any]) -> str:
