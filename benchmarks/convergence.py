@@ -80,12 +80,16 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def run(arm: str, steps: int, seed: int) -> dict[str, Any]:
+    return {"arm": arm, "steps": steps, "seed": seed} | train(ARMS[arm], steps, seed) | rows.conditions()
+
+
+def train(config: CELoraConfig | None, steps: int, seed: int, rate: float = RATE) -> dict[str, Any]:
+    """What a run comes to, at the learning rate `rate / sqrt(steps)`; plain LoRA without a configuration."""
     model, x, y = problem(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    config = ARMS[arm]
     if config is not None:
         celora.attach(model, config)
-    optimizer = torch.optim.SGD(parameters, lr=RATE / steps**0.5, momentum=0.9, dampening=0.9)
+    optimizer = torch.optim.SGD(parameters, lr=rate / steps**0.5, momentum=0.9, dampening=0.9)
     generator = torch.Generator().manual_seed(seed)
     every = max(1, steps // 200)
     squared = []
@@ -101,14 +105,11 @@ def run(arm: str, steps: int, seed: int) -> dict[str, Any]:
             optimizer.zero_grad()
     errors = require(model).relative_errors.values() if config is not None else []
     return {
-        "arm": arm,
-        "steps": steps,
-        "seed": seed,
         "mean_squared_gradient": statistics.fmean(squared),
         "last_squared_gradient": statistics.fmean(squared[-10:]),
         "relative_error": max(errors, default=0.0),
         "monitor": any("relative error" in str(w.message) for w in said),
-    } | rows.conditions()
+    }
 
 
 def whole_gradient(model: nn.Module, parameters: list[nn.Parameter], x: Tensor, y: Tensor) -> float:
@@ -155,9 +156,11 @@ def main() -> None:
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
     found = rows.read(RESULTS)
-    for arm in ("LoRA", "CE-LoRA"):
-        mean, width = slope(found, arm)
-        Console().print(f"{arm}: slope {mean:.3f} ± {width:.3f}")
+    slopes = {arm: slope(found, arm) for arm in ("LoRA", "CE-LoRA")}
+    for arm, (mean, width) in slopes.items():
+        steep = "" if mean - width <= -0.5 else ", less steep than 1/sqrt(T)"
+        Console().print(f"{arm}: slope {mean:.3f} ± {width:.3f}{steep}")
+    Console().print(f"They differ by {abs(slopes['LoRA'][0] - slopes['CE-LoRA'][0]):.3f}.")
 
 
 if __name__ == "__main__":

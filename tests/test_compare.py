@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,34 @@ def test_goes_on_where_it_was_killed(inputs: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     again = compare(settings(inputs, tmp_path / "cut", save_steps=1), arms=ARMS[:2], seeds=1)
     assert [o.eval_loss for o in again] == [o.eval_loss for o in whole]
+
+
+def test_goes_on_after_sigkill(inputs: Path, tmp_path: Path) -> None:
+    """Killed outright in the second arm, with a checkpoint behind it: the same results as without."""
+    given = settings(inputs, tmp_path / "cut", save_steps=2, max_steps=6)
+    script = f"""
+import os, signal
+from celora.train import progress
+from celora.train.compare import compare
+end = progress.MetricsWriter.on_step_end
+def die(self, args, state, control, **more):
+    end(self, args, state, control, **more)
+    if "exact" in str(self.path) and state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+progress.MetricsWriter.on_step_end = die
+compare({given!r}, arms={ARMS[:2]!r}, seeds=1)
+"""
+    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    finished = tmp_path / "cut" / "LoRA-seed0" / "adapter_model.safetensors"
+    assert (tmp_path / "cut" / "exact-seed0" / "checkpoint-4").is_dir()
+    before = finished.stat().st_mtime_ns
+    again = compare(given, arms=ARMS[:2], seeds=1)
+    assert finished.stat().st_mtime_ns == before  # the finished arm is left as it is
+    rows = [json.loads(line) for line in (tmp_path / "cut" / "exact-seed0" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    whole = compare(settings(inputs, tmp_path / "whole", max_steps=6), arms=ARMS[:2], seeds=1)
+    assert [o.eval_loss for o in again] == pytest.approx([o.eval_loss for o in whole], rel=1e-5)
 
 
 def test_auto_plans_once(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,26 @@ def test_charts_have_units_one_line_and_colour_per_run(tmp_path):
     assert [line["line"]["color"] for line in loss["lines"]] == list(PALETTE[:2])
     assert loss["lines"][0]["x"] == [row["seconds"] for row in ROWS]
     assert "Relative error of the estimate at the latest refresh" in drawn
-    assert "Evaluation loss" not in drawn
+    assert "Held-out loss by step" not in drawn
+
+
+def test_held_out_rows_by_step_and_time(tmp_path):
+    rows = [*ROWS, {"step": 8, "seconds": 4.5, "eval_loss": 2.5, "eval_mean_token_accuracy": 0.25}]
+    write_report(tmp_path / "r.html", {"run": rows})
+    drawn = {chart["title"]: chart for chart in charts((tmp_path / "r.html").read_text(encoding="utf-8"))}
+    by_step, by_time = drawn["Held-out loss by step"]["lines"][0], drawn["Held-out loss by time"]["lines"][0]
+    assert (by_step["x"], by_step["y"]) == ([8], [2.5])
+    assert (by_time["x"], by_time["y"]) == ([4.5], [2.5])
+    assert drawn["Held-out token accuracy"]["lines"][0]["y"] == [0.25]
+
+
+def test_seeds_share_colour_and_legend_entry(tmp_path):
+    """More runs than colours, as any comparison with seeds has, and still no colour means two things."""
+    runs = {f"{arm}, seed {seed}": ROWS for arm in ("LoRA", "paper", "auto") for seed in range(3)}
+    write_report(tmp_path / "r.html", runs, repeats={name: name.split(",")[0] for name in runs})
+    lines = charts((tmp_path / "r.html").read_text(encoding="utf-8"))[0]["lines"]
+    assert [line["line"]["color"] for line in lines] == [colour for colour in PALETTE[:3] for _ in range(3)]
+    assert [line["name"] for line in lines if line["showlegend"]] == ["LoRA", "paper", "auto"]
 
 
 def test_self_contained_responsive_and_dark(tmp_path):
@@ -111,12 +130,20 @@ def test_where_the_time_goes_and_what_each_layer_gets(tmp_path):
     assert [line["name"] for line in bars["lines"]] == ["forward", "backward", "optimizer", "other"]
     assert [line["x"] for line in bars["lines"]] == [[3.0], [5.0], [1.0], [1.0]]
     assert drawn["Peak memory"]["lines"][0]["y"] == [500.0] * 8
-    cost, error = drawn["Layers of a"]["lines"]
+    estimator, keep, cost, error = drawn["Layers of a"]["lines"]
+    assert [line["name"] for line in (estimator, keep, cost, error)] == ["estimator", "keep ratio", "cost", "error"]
+    assert [line["visible"] for line in (estimator, keep, cost, error)] == [True, False, False, False]
+    assert estimator["z"] == [[0] * 3, [1] * 3]
+    assert estimator["colorbar"]["ticktext"] == ["dense", "tokens energy"]
+    assert keep["z"] == [[0.5] * 3, [0.5] * 3]
     assert cost["y"] == ["q_proj", "up_proj"]
     assert cost["x"] == [0, 1, 2]
     assert cost["z"] == [[1.0] * 3, [0.6] * 3]
     assert error["z"] == [[0.0] * 3, [0.2, None, 0.3]]
-    assert cost["text"][1][0] == "tokens energy, keeps 0.5"
+    assert cost["text"][1][:2] == [
+        "tokens energy, keep ratio 0.5, cost 0.60, relative error 0.200",
+        "tokens energy, keep ratio 0.5, cost 0.60, relative error not measured",
+    ]
     assert "&lt;b&gt;plain" in page
 
 
@@ -171,7 +198,7 @@ def test_in_a_real_browser(width, tmp_path):
     assert console == ""
     expected = [[len(line["x"]) for line in chart["lines"]] for chart in charts(page)]
     assert found["points"] == expected
-    assert (found["before"], found["after"]) == ([True, False], [False, True])
+    assert (found["before"], found["after"]) == ([True, False, False, False], [False, True, False, False])
     assert found["requests"] == 0
     assert found["title"] == EVIL
     assert found["width"] <= max(width, 500)  # headless Chromium is never narrower than 500

@@ -141,6 +141,7 @@ def compare(
         title="celora compare",
         results=_cells(outcomes, arms),
         findings=findings(outcomes, arms),
+        repeats={f"{o.arm}, seed {o.seed}": o.arm for o in outcomes},
     )
     console.print(result_table(outcomes, arms))
     for line in (*findings(outcomes, arms), f"Report: {output / 'report.html'}"):

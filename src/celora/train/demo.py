@@ -151,6 +151,7 @@ def run_demo(
             "held-out accuracy of the untouched model": dict.fromkeys(runs, f"{accuracy:.1%}"),
             "time per step, ms (median)": {f"{row.arm}, seed {row.seed}": row.step_time_ms for row in rows[1:]},
         },
+        repeats={f"{row.arm}, seed {row.seed}": row.arm for row in rows[1:]},
     )
     console.print(result_table(rows))
     console.print(

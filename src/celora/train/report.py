@@ -14,7 +14,7 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,17 @@ def write_report(
     title: str = "celora training report",
     results: Mapping[str, Mapping[str, Any]] | None = None,
     findings: Sequence[str] = (),
+    repeats: Mapping[str, str] | None = None,
 ) -> None:
     """Write the page about `runs`: name -> output folder, or the rows of its metrics.jsonl.
 
     Args:
         path: the HTML file; written whole or not at all.
-        runs: shown in this order, each in its own colour in every chart.
+        runs: shown in this order, each in its own colour in every chart, unless `repeats` says otherwise.
         title: of the page.
         results: a first table: what was measured -> run (or arm) -> value.
         findings: plain sentences under it.
+        repeats: run -> what it repeats with another seed; runs that repeat the same share a colour and a legend entry.
     """
     rows = {name: _rows(source) for name, source in runs.items()}
     records = {name: _record(source) for name, source in runs.items()}
@@ -74,7 +76,9 @@ def write_report(
         _table("Versions and machine", _by_key(records, lambda r: {**r.get("versions", {}), **r.get("machine", {})})),
     ]
     maps = [_layer_map(name, record) for name, record in _distinct_layers(records).items()]
-    write_text(path, _page(title, "".join(first), [*_charts(rows), *_phases(rows), *maps], "".join(sections)))
+    write_text(
+        path, _page(title, "".join(first), [*_charts(rows, repeats or {}), *_phases(rows), *maps], "".join(sections))
+    )
 
 
 def _rows(source: Path | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -88,36 +92,55 @@ def _record(source: Path | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _charts(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def _charts(rows: Mapping[str, Sequence[Mapping[str, Any]]], repeats: Mapping[str, str]) -> list[dict[str, Any]]:
     """Charts as plotly data: title, axis labels, one line per run and key. Charts without a point are left out."""
     fidelity = sorted({key for run in rows.values() for row in run for key in row if key.startswith("celora/")})
     wanted = [
         ("Training loss by step", "step", "optimizer step", ["loss"], "loss, nats per token"),
         ("Training loss by time", "seconds", "wall-clock, s", ["loss"], "loss, nats per token"),
-        ("Evaluation loss", "step", "optimizer step", ["eval_loss"], "loss, nats per token"),
+        ("Held-out loss by step", "step", "optimizer step", ["eval_loss"], "loss, nats per token"),
+        ("Held-out loss by time", "seconds", "wall-clock, s", ["eval_loss"], "loss, nats per token"),
+        (
+            "Held-out token accuracy",
+            "step",
+            "optimizer step",
+            ["eval_mean_token_accuracy"],
+            "share of next tokens that are right",
+        ),
         ("Step time", "step", "optimizer step", ["step_time_ms"], "time per optimizer step, ms"),
-        ("Throughput", "step", "optimizer step", ["tokens_per_second"], "tokens per second, padding left out"),
+        ("Throughput", "step", "optimizer step", ["tokens_per_second"], "tokens per second, no padding"),
         ("Peak memory", "step", "optimizer step", ["peak_memory_mib"], "MiB, of the process or the device"),
         (
             "Relative error of the estimate at the latest refresh",
             "step",
             "optimizer step",
             [key for key in fidelity if "relative_error" in key],
-            "||estimate - exact|| / ||exact|| of grad_input",
+            "relative error of grad_input",
         ),
     ]
+    groups = list(dict.fromkeys(repeats.get(name, name) for name in rows))
     charts = []
     for title, x, x_label, keys, y_label in wanted:
-        lines = []
-        for colour, (name, run) in enumerate(rows.items()):
+        lines: list[dict[str, Any]] = []
+        for name, run in rows.items():
+            group = repeats.get(name, name)
+            colour = PALETTE[groups.index(group) % len(PALETTE)]
             for dash, key in zip(("solid", "dash", "dot"), keys, strict=False):
                 points = [(row[x], row[key]) for row in run if row.get(key) is not None and row.get(x) is not None]
                 points = points[:: 1 + len(points) // MAX_POINTS]
                 if points:
-                    label = name if len(keys) == 1 else f"{name}, {key.removeprefix('celora/').replace('_', ' ')}"
-                    line = {"color": PALETTE[colour % len(PALETTE)], "dash": dash, "width": 2}
-                    lines.append({"name": html.escape(label), "x": [p[0] for p in points], "y": [p[1] for p in points],
-                                  "line": line, "mode": "lines" if len(points) > 40 else "lines+markers"})  # fmt: skip
+                    label = group if len(keys) == 1 else f"{group}, {key.removeprefix('celora/').replace('_', ' ')}"
+                    lines.append(
+                        {
+                            "name": html.escape(label),
+                            "legendgroup": html.escape(label),
+                            "showlegend": html.escape(label) not in [line["name"] for line in lines],
+                            "x": [p[0] for p in points],
+                            "y": [p[1] for p in points],
+                            "line": {"color": colour, "dash": dash, "width": 2 if group == name else 1.5},
+                            "mode": "lines" if len(points) > 40 else "lines+markers",
+                        }
+                    )
         if lines:
             charts.append({"title": title, "x": x_label, "y": y_label, "lines": lines})
     return charts
@@ -146,7 +169,11 @@ def _phases(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, A
         }
         for i, phase in enumerate((*PHASES, "other"))
     ]
-    layout = {"barmode": "stack", "yaxis": {"autorange": "reversed", "automargin": True}}
+    layout = {
+        "barmode": "stack",
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+        "yaxis": {"autorange": "reversed", "automargin": True},
+    }
     return [{"title": "Where a step's time goes", "x": "median time, ms", "y": "", "lines": lines, "layout": layout}]
 
 
@@ -161,50 +188,88 @@ def _distinct_layers(records: Mapping[str, dict[str, Any]]) -> dict[str, dict[st
 
 
 def _layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Blocks by kinds of layers: what each is estimated with, at which cost, and its error at the latest refresh."""
+    """Blocks by kinds of layers: what each is estimated with, keeps and costs, its error at the latest refresh."""
     errors = record.get("errors") or {}
-    cells: dict[tuple[str, int], tuple[float, float | None, str]] = {}
+    cells: dict[tuple[str, int], dict[str, Any]] = {}
     for layer in record["layers"]:
         parts = str(layer["name"]).split(".")
         block = next((int(part) for part in parts if part.isdigit()), 0)
-        error = 0.0 if layer["estimator"] == "dense" else errors.get(layer["name"])
         how = " ".join(str(layer[key]) for key in ("estimator", "selection") if layer[key])
         how += "" if layer["precision"] in ("native", layer["estimator"]) else f" x {layer['precision']}"
-        how += "" if layer["keep_ratio"] == 1 else f", keeps {layer['keep_ratio']:g}"
-        cells[parts[-1], block] = (float(layer["cost"]), error, how)
+        cells[parts[-1], block] = {
+            "estimator": how,
+            "keep ratio": float(layer["keep_ratio"]),
+            "cost": float(layer["cost"]),
+            "error": 0.0 if layer["estimator"] == "dense" else errors.get(layer["name"]),
+        }
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     blocks = sorted({block for _, block in cells})
+    estimators = sorted({cell["estimator"] for cell in cells.values()}, key=lambda how: (how != "dense", how))
 
-    def grid(of: int) -> list[list[Any]]:
-        return [[cells[kind, block][of] if (kind, block) in cells else None for block in blocks] for kind in kinds]
+    def grid(value: Callable[[dict[str, Any]], Any]) -> list[list[Any]]:
+        return [[value(cells[kind, block]) if (kind, block) in cells else None for block in blocks] for kind in kinds]
 
-    scale = [[i / 4, colour] for i, colour in enumerate(SEQUENTIAL)]
     shared = {
         "type": "heatmap", "x": blocks, "y": [html.escape(kind) for kind in kinds],
-        "text": [[None if t is None else html.escape(t) for t in row] for row in grid(2)],
-        "hovertemplate": "block %{x}, %{y}: %{text}<br>%{z:.3f}<extra></extra>", "xgap": 1, "ygap": 1,
-        "colorscale": scale, "zmin": 0,
+        "text": grid(lambda cell: html.escape(_told(cell))),
+        "hovertemplate": "block %{x}, %{y}<br>%{text}<extra></extra>", "xgap": 1, "ygap": 1,
     }  # fmt: skip
-    views = [("cost relative to dense", 0, 1.0), ("relative error at the latest refresh", 1, None)]
-    lines = [
-        shared | {"z": grid(of), "name": label, "visible": i == 0}
-        | ({} if top is None else {"zmax": top})
-        for i, (label, of, top) in enumerate(views)
-    ]  # fmt: skip
+    bar = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "ypad": 4, "thickness": 12}
+    scale = [[i / 4, colour] for i, colour in enumerate(SEQUENTIAL)]
+    n = len(estimators)
+    named = {
+        "name": "estimator",
+        "z": grid(lambda cell: estimators.index(cell["estimator"])),
+        "zmin": -0.5,
+        "zmax": n - 0.5,
+        "colorscale": [[(i + end) / n, PALETTE[i % len(PALETTE)]] for i in range(n) for end in (0, 1)],
+        "colorbar": bar | {"tickvals": list(range(n)), "ticktext": [html.escape(how) for how in estimators]},
+    }
+    measured = [
+        {
+            "name": key,
+            "z": grid(lambda cell, key=key: cell[key]),  # type: ignore[misc]
+            "zmin": 0,
+            **({} if top is None else {"zmax": top}),
+            "colorscale": scale,
+            "colorbar": bar,
+        }
+        for key, top in (
+            ("keep ratio", 1.0),
+            ("cost", 1.0),
+            ("error", None),
+        )
+    ]
+    views = [named, *measured]
+    # plotly.js lays a horizontal colour bar's title over the bar, so the axis below the map says what is coloured.
+    colours = [f"block; colour: {what}" for what in ("estimator", "keep ratio", "FLOPs over dense", "relative error")]
+    lines = [shared | view | {"visible": i == 0} for i, view in enumerate(views)]
     toggle = {
-        "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.2, "showactive": True,
+        "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
+        "showactive": True, "pad": {"b": 6},
         "buttons": [
-            {"label": label, "method": "restyle", "args": ["visible", [i == j for j in range(len(views))]]}
-            for i, (label, *_) in enumerate(views)
+            {
+                "label": view["name"],
+                "method": "update",
+                "args": [{"visible": [view is other for other in views]}, {"xaxis.title.text": colour}],
+            }
+            for view, colour in zip(views, colours, strict=True)
         ],
     }  # fmt: skip
     layout = {
         "updatemenus": [toggle],
-        "xaxis": {"title": {"text": "block"}, "dtick": max(1, len(blocks) // 12)},
-        "yaxis": {"autorange": "reversed", "automargin": True},
-        "margin": {"t": 60},
+        "showlegend": False,
+        "xaxis": {"dtick": max(1, len(blocks) // 12), "showgrid": False},
+        "yaxis": {"autorange": "reversed", "automargin": True, "showgrid": False},
+        "margin": {"t": 50, "r": 10, "l": 50, "b": 105},
     }
-    return {"title": f"Layers of {name}", "x": "block", "y": "", "lines": lines, "layout": layout}
+    return {"title": f"Layers of {name}", "x": colours[0], "y": "", "lines": lines, "layout": layout}
+
+
+def _told(cell: Mapping[str, Any]) -> str:
+    """What is known of one layer, for where a pointer rests on it."""
+    error = "not measured" if cell["error"] is None else f"{cell['error']:.3f}"
+    return f"{cell['estimator']}, keep ratio {cell['keep ratio']:g}, cost {cell['cost']:.2f}, relative error {error}"
 
 
 def _by_key(records: Mapping[str, dict[str, Any]], pick: Any) -> dict[str, dict[str, Any]]:
@@ -302,6 +367,8 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: anywhere; min-width: 6rem }
 th[scope=row] { font-weight: 400 }
+/* plotly.js gives the pressed button this very pale fill, whatever the page's colours */
+.updatemenu-item-rect[style*="244, 250, 255"] { fill: var(--line) !important }
 """
 
 _SCRIPT = """
@@ -313,8 +380,8 @@ function draw() {
   const axis = title => ({title: {text: title}, gridcolor: grid, linecolor: grid, zeroline: false, automargin: true});
   charts.forEach((chart, i) => Plotly.react("chart" + i, chart.lines.map(line => ({type: "scatter", ...line})), {
     paper_bgcolor: clear, plot_bgcolor: clear, font: {color: ink}, margin: {t: 10, r: 10, l: 50, b: 45},
-    xaxis: axis(chart.x), showlegend: chart.lines.length > 1, legend: {orientation: "h", y: 1.15}, ...chart.layout,
-    yaxis: {...axis(chart.y), ...(chart.layout || {}).yaxis},
+    showlegend: chart.lines.length > 1, legend: {orientation: "h", y: 1.02, yanchor: "bottom"}, ...chart.layout,
+    xaxis: {...axis(chart.x), ...(chart.layout || {}).xaxis}, yaxis: {...axis(chart.y), ...(chart.layout || {}).yaxis},
     updatemenus: ((chart.layout || {}).updatemenus || []).map(m => ({...m, bgcolor: css.getPropertyValue("--page"),
       bordercolor: grid, font: {color: ink}})),
   }, {responsive: true, displaylogo: false, displayModeBar: false}));

@@ -1,0 +1,201 @@
+"""What the estimates do to what is learnt, on several tasks: CE-LoRA against LoRA and its cheap rivals.
+
+SmolLM2-135M-Instruct, bfloat16, LoRA r=16 on all linear layers, 60 steps of 8 rows through `celora train`, on the tasks
+of `quality_tasks.py`. Every arm has its own learning rate, the best of a small grid on the validation rows with seed 0;
+the other seeds train with that one, and only test scores are reported. Arms:
+
+* `untouched`; `LoRA`; `upper half`: LoRA on the upper half of the layers only, a cheaper rival that estimates nothing;
+* `paper`, `auto`;
+* `LoRA, auto's time` and `upper half, auto's time`: as many steps as fit into the time that `auto` takes.
+
+`python benchmarks/quality.py run` trains and judges what is missing, run by run, into `results/quality.jsonl`: it can
+be stopped and started at any time. `python benchmarks/quality.py time`, on an otherwise idle machine, measures the
+steps of the arms in turns into `results/quality-time.jsonl`; the arms of equal time need it, and `run` leaves them out
+until it is there. A task's plan is made once and kept in `--work`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import celora
+import quality_tasks
+import rows
+from celora import Plan
+from celora.timing import interleaved
+from celora.train.allocator import keep_freed_memory
+from celora.train.arguments import TrainRequest, make_request
+from celora.train.assets import demo_model
+from celora.train.loading import quiet_libraries
+from celora.train.run import plan_model, prepared, train
+
+STEPS, BATCH = 60, 8
+RATES = (5e-4, 1e-3, 2e-3)
+ARMS = ("untouched", "LoRA", "upper half", "paper", "auto", "LoRA, auto's time", "upper half, auto's time")
+TIMED = ("LoRA", "upper half", "paper", "auto")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RESULTS, TIMES = rows.RESULTS / "quality.jsonl", rows.RESULTS / "quality-time.jsonl"
+Say = Callable[[str], None]
+
+
+def request(task: str, arm: str, work: Path, output: Path, *, seed: int = 0, **more: Any) -> TrainRequest:
+    """The training run of an arm; `work` has the task's plan, or gets it."""
+    of = quality_tasks.task(task)
+    data = output / "train.jsonl"
+    rows.write(data, quality_tasks.shuffled(of.train, seed, more.get("max_steps", STEPS) * BATCH))
+    settings: dict[str, Any] = {
+        "model": str(demo_model()), "data": str(data), "output": str(output / "run"), "seed": seed, "quiet": True,
+        "dtype": "bfloat16", "lora_r": 16, "lora_alpha": 32, "per_device_train_batch_size": BATCH,
+        "max_steps": STEPS, "warmup_steps": STEPS // 10, "save_strategy": "no", "preset": "off", **more,
+    }  # fmt: skip
+    if arm.startswith("upper half"):
+        layers = AutoConfig.from_pretrained(demo_model()).num_hidden_layers
+        block = {name: "mlp" if name.split("_")[0] in ("gate", "up", "down") else "self_attn" for name in LINEAR}
+        settings["lora_target_modules"] = [
+            f"layers.{i}.{block[name]}.{name}" for i in range(layers // 2, layers) for name in LINEAR
+        ]
+    if arm == "paper":
+        settings["preset"] = "paper"
+    if arm == "auto":
+        plan = work / f"{task}.plan.json"
+        settings["preset"] = "auto"
+        if not plan.exists():
+            work.mkdir(parents=True, exist_ok=True)
+            made = plan_model(make_request(settings), rows=BATCH, adapter=None, console=Console(stderr=True))
+            made.save(plan)
+        settings["plan"] = str(plan)
+    return make_request(settings)
+
+
+def untouched(task: str) -> dict[str, Any]:
+    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.bfloat16)
+    return _judged(task, model) | {"cost": None}
+
+
+def trained(task: str, arm: str, seed: int, rate: float, steps: int, work: Path) -> dict[str, Any]:
+    """Scores after training."""
+    with tempfile.TemporaryDirectory() as scratch:
+        own = {"learning_rate": rate, "max_steps": steps, "warmup_steps": steps // 10}
+        result = train(request(task, arm, work, Path(scratch), seed=seed, **own), console=Console(stderr=True))
+    if result.status != "finished":
+        raise KeyboardInterrupt
+    model = result.model
+    cost = result.summary["estimated_cost"]
+    celora.detach(model)  # judged as stock PEFT would have it
+    return _judged(task, model) | {"cost": cost, "train_loss": result.summary["loss"]}
+
+
+def _judged(task: str, model: Any) -> dict[str, Any]:
+    of, tokenizer = quality_tasks.task(task), AutoTokenizer.from_pretrained(demo_model())
+    scores = {part: round(of.judge(model, tokenizer, getattr(of, part)), 5) for part in ("validation", "test")}
+    return {"metric": of.metric, "higher_is_better": of.higher_is_better, "held_out": len(of.test)} | scores
+
+
+def steps_in_autos_time(task: str) -> dict[str, int]:
+    """How many steps the arms of equal time may take, or none if nobody has measured."""
+    if not TIMES.exists():
+        return {}
+    ms = {row["arm"]: row["time_ms"] for row in rows.read(TIMES) if row["task"] == task}
+    if not set(TIMED) <= set(ms):
+        return {}
+    return {f"{arm}, auto's time": max(1, round(STEPS * ms["auto"] / ms[arm])) for arm in ("LoRA", "upper half")}
+
+
+def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float], work: Path, say: Say) -> None:
+    """Train and judge what is missing. The first seed tries all rates, the others take its best."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        budget = steps_in_autos_time(task)
+        for seed in seeds:
+            for arm in arms:
+                if arm.endswith("auto's time") and arm not in budget:
+                    say(f"{task}, {arm}: left out; `python benchmarks/quality.py time --tasks {task}` comes first")
+                    continue
+                steps = 0 if arm == "untouched" else budget.get(arm, STEPS)
+                for rate in [0.0] if steps == 0 else rates if seed == 0 else [best_rate(task, arm, steps)]:
+                    key = {"task": task, "arm": arm, "seed": seed, "learning_rate": rate, "steps": steps}
+                    if (steps == 0 and seed > 0) or any(key.items() <= row.items() for row in found()):
+                        continue
+                    scores = untouched(task) if steps == 0 else trained(task, arm, seed, rate, steps, work)
+                    row = key | scores | rows.conditions()
+                    say(f"{key}: validation {row['validation']}, test {row['test']}")
+                    with RESULTS.open("a", encoding="utf-8") as file:  # row by row: an interrupted study goes on
+                        file.write(json.dumps(row) + "\n")
+
+
+def found() -> list[dict[str, Any]]:
+    return rows.read(RESULTS) if RESULTS.exists() else []
+
+
+def best_rate(task: str, arm: str, steps: int) -> float:
+    """The rate with the best validation score of seed 0."""
+    key = {"task": task, "arm": arm, "seed": 0, "steps": steps}
+    of = [row for row in found() if key.items() <= row.items()]
+    if not of:
+        raise SystemExit(f"{task}, {arm}: seed 0 chooses the learning rate; run it first")
+    best = max(of, key=lambda row: row["validation"] * (1 if row["higher_is_better"] else -1))
+    return float(best["learning_rate"])
+
+
+def time_steps(tasks: list[str], repeats: int, work: Path) -> None:
+    """Whole optimizer steps of the arms in turns, on the same batches, padded and packed as each arm has them."""
+    keep_freed_memory()
+    before = [row for row in rows.read(TIMES) if row["task"] not in tasks] if TIMES.exists() else []
+    for task in tasks:
+        with ExitStack() as stack:
+            contenders: dict[str, Callable[[], object]] = {}
+            for arm in TIMED:
+                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                asked = request(task, arm, work, scratch)
+                trainer, config = stack.enter_context(prepared(asked, BATCH, None))
+                celora.attach(trainer.model, Plan.load(work / f"{task}.plan.json") if arm == "auto" else config)
+                trainer.create_optimizer()
+                batches = [dict(batch) for batch in trainer.get_train_dataloader()][:6]
+                contenders[arm] = functools.partial(_steps, trainer, batches)
+            times = interleaved(contenders, repeats=repeats)
+        before += [
+            {"task": task, "arm": arm, "time_ms": of["time_ms"] / len(batches), "repeats": repeats} | rows.conditions()
+            for arm, of in times.items()
+        ]
+        rows.write(TIMES, before)
+
+
+def _steps(trainer: Any, batches: list[dict[str, Any]]) -> None:
+    for batch in batches:
+        trainer.training_step(trainer.model, dict(batch), (batch["labels"] != -100).sum())
+        torch.nn.utils.clip_grad_norm_([p for p in trainer.model.parameters() if p.requires_grad], 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "time"])
+    parser.add_argument("--tasks", nargs="+", default=quality_tasks.NAMES, choices=quality_tasks.NAMES)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="0 chooses the learning rates")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="folder of the plans")
+    options = parser.parse_args()
+    with quiet_libraries():
+        if options.what == "time":
+            time_steps(options.tasks, options.repeats, options.work)
+        else:
+            say = functools.partial(print, flush=True)
+            run(options.tasks, options.arms, options.seeds, options.rates, options.work, say)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Tables and a picture of the studies of what is learnt, from committed rows: `quality.py`, `convergence.py` and
+`sensitivity.py`.
+
+Each function returns Markdown, for `tables.py` to put between its marks; `convergence_picture` returns an SVG.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import quality
+import quality_tasks
+import rows
+from celora.train.compare import Difference
+
+# Okabe and Ito's colours, and a line of its own for each: readable without seeing colours.
+_LINES = {"LoRA": ("#0072b2", ""), "CE-LoRA": ("#d55e00", "6 4")}
+
+
+def scores() -> str:
+    """Test scores by task and arm, each at its own learning rate, and the paired difference to LoRA."""
+    found = quality.found()
+    if not found:
+        return "Not measured yet."
+    body = []
+    for task in (name for name in quality_tasks.NAMES if any(row["task"] == name for row in found)):
+        base = chosen(found, task, "LoRA")
+        for arm in quality.ARMS:
+            of = chosen(found, task, arm)
+            if not of:
+                continue
+            values = [row["test"] for row in of.values()]
+            shared = sorted(of.keys() & base.keys())
+            difference = ""
+            if shared and arm not in ("LoRA", "untouched"):
+                difference = _difference(
+                    [of[s]["test"] for s in shared], [base[s]["test"] for s in shared], of[shared[0]]
+                )
+            one = next(iter(of.values()))
+            tried = {row["learning_rate"] for row in found if (row["task"], row["arm"], row["seed"]) == (task, arm, 0)}
+            rate = "" if arm == "untouched" else f"{one['learning_rate']:g} of {len(tried)}"
+            spread = f" ({_shown(min(values), one)} to {_shown(max(values), one)})" if len(values) > 1 else ""
+            mean = _shown(statistics.fmean(values), one) + spread
+            body.append([task, one["metric"], arm, str(one["steps"]), rate, str(len(values)), mean, difference])
+    header = [
+        "task",
+        "metric",
+        "arm",
+        "steps",
+        "learning rate, of how many",
+        "seeds",
+        "test (range)",
+        "against LoRA (95 %)",
+    ]
+    return _markdown(header, body)
+
+
+def missing() -> str:
+    """Which parts of the study have no rows yet, and the commands that make them."""
+    found = quality.found()
+    absent = []
+    for task in quality_tasks.NAMES:
+        arms = []
+        for arm in quality.ARMS:
+            have = {(row["seed"], row["learning_rate"]) for row in found if (row["task"], row["arm"]) == (task, arm)}
+            wanted = 1 if arm == "untouched" else len(quality.RATES) + 2
+            if len(have) < wanted:
+                arms.append(f"{arm} ({len(have)} of {wanted} runs)" if have else arm)
+        if len(arms) == len(quality.ARMS) and not any(row["task"] == task for row in found):
+            absent.append(f"`{task}`: all arms")
+        elif arms:
+            absent.append(f"`{task}`: {', '.join(arms)}")
+    if not absent:
+        return "Nothing is missing."
+    return (
+        "Not run yet:\n\n"
+        + "\n".join(f"- {line}" for line in absent)
+        + "\n\n`python benchmarks/quality.py time` on an idle "
+        "machine, then `python benchmarks/quality.py run`, add what is missing."
+    )
+
+
+def chosen(found: Sequence[dict[str, Any]], task: str, arm: str) -> dict[int, dict[str, Any]]:
+    """Seed -> row of an arm at the learning rate that seed 0's validation score prefers."""
+    of = [row for row in found if (row["task"], row["arm"]) == (task, arm)]
+    first = [row for row in of if row["seed"] == 0]
+    if not first:
+        return {}
+    best = max(first, key=lambda row: row["validation"] * (1 if row["higher_is_better"] else -1))
+    key = ("learning_rate", "steps")
+    return {row["seed"]: row for row in of if all(row[name] == best[name] for name in key)}
+
+
+def convergence() -> str:
+    """Mean squared gradient by number of steps, and the slopes."""
+    import convergence as study
+
+    found = rows.read(study.RESULTS)
+    body = []
+    for arm in _LINES:
+        mean, width = study.slope(found, arm)
+        cells = [f"{_squared(found, arm, steps):.4f}" for steps in study.STEPS]
+        body.append([arm, *cells, f"{mean:.3f} ({mean - width:.3f} to {mean + width:.3f})"])
+    seeds = len({row["seed"] for row in found})
+    return (
+        _markdown(["", *(f"T = {steps:,}" for steps in study.STEPS), "slope (95 %)"], body)
+        + f"\n\nMean over {seeds} seeds of the average squared norm of the whole gradient; O(1/sqrt(T)) is -0.5."
+    )
+
+
+def boundary() -> str:
+    """Sampled columns at ever smaller keep ratios: relative error, what is reached, whether celora warned."""
+    import convergence as study
+
+    found = rows.read(study.RESULTS)
+    body = []
+    for arm in ("LoRA", *(arm for arm in study.ARMS if arm.startswith("sampled"))):
+        of = [row for row in found if row["arm"] == arm and row["steps"] == study.BOUNDARY_STEPS]
+        last = [row["last_squared_gradient"] for row in of]
+        body.append(
+            [
+                arm,
+                "" if arm == "LoRA" else f"{statistics.median(row['relative_error'] for row in of):.1f}",
+                f"{statistics.median(last):.4f} ({min(last):.4f} to {max(last):.4f})",
+                f"{sum(row['monitor'] for row in of)} of {len(of)}",
+            ]
+        )
+    header = ["", "worst layer's relative error at the end", "squared gradient at the end", "runs warned of"]
+    return _markdown(header, body) + f"\n\nT = {study.BOUNDARY_STEPS:,}; median over seeds (and range)."
+
+
+def sensitivity() -> str:
+    """What the settings do, one at a time."""
+    import sensitivity as study
+
+    return study.table()
+
+
+def convergence_picture() -> str:
+    """Mean squared gradient against T, both on logarithmic axes, with the rate of the theorem."""
+    import convergence as study
+
+    found = rows.read(study.RESULTS)
+    width, height, left, right, top, bottom = 640, 360, 70, 120, 20, 60
+    low, high = -2.0, 0.0
+
+    def at(steps: float, value: float) -> tuple[float, float]:
+        x = (math.log10(steps) - 1.6) / (4.4 - 1.6)
+        y = (high - math.log10(value)) / (high - low)
+        return left + x * (width - left - right), top + y * (height - top - bottom)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for steps in (100, 1000, 10000):
+        x, y = at(steps, 10**low)
+        parts.append(f'<line x1="{x:.0f}" y1="{top}" x2="{x:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x:.0f}" y="{y + 18:.0f}" text-anchor="middle">{steps:,}</text>')
+    for value in (0.01, 0.1, 1.0):
+        (x, y), end = at(10**1.6, value), at(10**4.4, value)[0]
+        parts.append(f'<line x1="{x:.0f}" y1="{y:.0f}" x2="{end:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x - 8:.0f}" y="{y + 4:.0f}" text-anchor="end">{value:g}</text>')
+    x, y = at(1000, 10**low)
+    parts.append(f'<text x="{x:.0f}" y="{y + 40:.0f}" text-anchor="middle">T, optimizer steps</text>')
+    middle = (top + height - bottom) / 2
+    parts.append(
+        f'<text x="18" y="{middle:.0f}" text-anchor="middle" transform="rotate(-90 18 {middle:.0f})">'
+        "mean of ||gradient||² over the T steps</text>"
+    )
+    first = study.STEPS[0]
+    start = _squared(found, "LoRA", first)
+    (x1, y1), (x2, y2) = at(first, start), at(study.STEPS[-1], start * (first / study.STEPS[-1]) ** 0.5)
+    parts.append(
+        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="#555" stroke-dasharray="2 4"/>'
+        f'<text x="{x2 + 8:.0f}" y="{y2 - 4:.0f}" fill="#555">1/√T</text>'
+    )
+    for i, (arm, (colour, dash)) in enumerate(_LINES.items()):
+        points = [at(steps, _squared(found, arm, steps)) for steps in study.STEPS]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
+        )
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{4 - i}" fill="{colour}"/>' for x, y in points]
+        y = top + 14 + 20 * i
+        parts.append(
+            f'<line x1="{width - 115}" y1="{y - 4}" x2="{width - 85}" y2="{y - 4}" stroke="{colour}" stroke-width="2" '
+            f'stroke-dasharray="{dash}"/><text x="{width - 78}" y="{y}">{arm}</text>'
+        )
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _squared(found: Sequence[dict[str, Any]], arm: str, steps: int) -> float:
+    return statistics.fmean(row["mean_squared_gradient"] for row in found if (row["arm"], row["steps"]) == (arm, steps))
+
+
+def _difference(arm: Sequence[float], base: Sequence[float], row: dict[str, Any]) -> str:
+    found = Difference.of(arm, base)
+    if found.low is None or found.high is None:
+        return f"{_signed(found.mean, row)} (one seed)"
+    return f"{_signed(found.mean, row)} ({_signed(found.low, row)} to {_signed(found.high, row)})"
+
+
+def _shown(value: float, row: dict[str, Any]) -> str:
+    return f"{value:.1%}" if row["higher_is_better"] else f"{value:.3f}"
+
+
+def _signed(value: float, row: dict[str, Any]) -> str:
+    return f"{100 * value:+.1f} points" if row["higher_is_better"] else f"{value:+.4f}"
+
+
+def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+TABLES = {
+    "scores": scores,
+    "missing": missing,
+    "convergence": convergence,
+    "boundary": boundary,
+    "sensitivity": sensitivity,
+}

@@ -1,0 +1,179 @@
+"""The studies of what is learnt: held-out rows are held out, the judges judge, and the tables say what the rows say."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tiny import save_tiny_model
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def studies(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import convergence
+    import quality
+    import quality_tables
+    import quality_tasks
+
+    return {m.__name__: m for m in (convergence, quality, quality_tables, quality_tasks)}
+
+
+@pytest.mark.parametrize("name", ["chat", "text", "chain_sum", "number_filtering"])
+def test_held_out_rows_are_not_trained_on(name: str, studies: dict[str, ModuleType]) -> None:
+    tasks = studies["quality_tasks"]
+    if name in tasks.GENERATED:
+        pytest.importorskip("reasoning_gym")
+    task = tasks.task(name)
+
+    def said(row: dict[str, Any]) -> str:
+        return " ".join((row.get("text") or row["prompt"][-1]["content"]).casefold().split())
+
+    parts = [{said(row) for row in part} for part in (task.train, task.validation, task.test)]
+    assert all(parts)
+    assert not parts[0] & parts[1]
+    assert not parts[0] & parts[2]
+    assert not parts[1] & parts[2]
+    assert len(parts[2]) == len(task.test)
+    first, again, other = (tasks.shuffled(task.train, seed, 50) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_judges(studies: dict[str, ModuleType], tmp_path: Path) -> None:
+    """Exact match is what greedy decoding says; the loss is transformers' own; batches change neither."""
+    tasks = studies["quality_tasks"]
+    folder = save_tiny_model(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    rows = []
+    for i in range(6):
+        prompt = [{"role": "user", "content": " ".join(f"w{i + j}" for j in range(1 + i))}]
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        for _ in range(3):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        answer = tokenizer.decode(ids[0, -3:])
+        rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]})
+    # The template ends a turn with <eos>, which a random model need not choose: judged with what it does choose.
+    contexts = [c for c, _ in tasks._encoded(tokenizer, rows)]
+    answers = [a for _, a in tasks._encoded(tokenizer, rows)]
+    expected = []
+    for context, answer in zip(contexts, answers, strict=True):
+        ids = torch.tensor([context])
+        for _ in answer:
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        expected.append(ids[0, len(context) :].tolist() == answer)
+    assert tasks.exact_match(model, tokenizer, rows) == pytest.approx(sum(expected) / len(rows))
+    losses, tokens = 0.0, 0
+    for context, answer in zip(contexts, answers, strict=True):
+        ids = torch.tensor([context + answer])
+        labels = torch.tensor([[-100] * len(context) + answer])
+        losses += model(ids, labels=labels).loss.item() * len(answer)
+        tokens += len(answer)
+    assert tasks.loss(model, tokenizer, rows) == pytest.approx(losses / tokens, rel=1e-5)
+    assert tasks.loss(model, tokenizer, [{"text": "w1 w2 w3"}]) == pytest.approx(
+        model(
+            torch.tensor([tokenizer("w1 w2 w3")["input_ids"]]),
+            labels=torch.tensor([tokenizer("w1 w2 w3")["input_ids"]]),
+        ).loss.item(),
+        rel=1e-5,
+    )
+
+
+def row(arm: str, seed: int, rate: float, validation: float, test: float, **more: Any) -> dict[str, Any]:
+    return {
+        "task": "chain_sum", "arm": arm, "seed": seed, "learning_rate": rate, "steps": 60, "metric": "exact match",
+        "higher_is_better": True, "validation": validation, "test": test, **more,
+    }  # fmt: skip
+
+
+def test_validation_chooses_and_test_is_reported(
+    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality, tables = studies["quality"], studies["quality_tables"]
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
+    assert tables.scores() == "Not measured yet."
+    rows = [
+        row("LoRA", 0, 1e-3, 0.5, 0.40), row("LoRA", 0, 2e-3, 0.4, 0.90), row("LoRA", 1, 1e-3, 0.5, 0.50),
+        row("auto", 0, 1e-3, 0.5, 0.42), row("auto", 1, 1e-3, 0.5, 0.52),
+    ]  # fmt: skip
+    quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert quality.best_rate("chain_sum", "LoRA", 60) == 1e-3
+    lines = tables.scores().splitlines()
+    assert lines[2] == "| chain_sum | exact match | LoRA | 60 | 0.001 of 2 | 2 | 45.0% (40.0% to 50.0%) |  |"
+    assert lines[3].endswith("| 47.0% (42.0% to 52.0%) | +2.0 points (+2.0 points to +2.0 points) |")
+    missing = tables.missing()
+    assert "LoRA (3 of 5 runs)" in missing
+    assert "`chat`: all arms" in missing
+
+
+def test_arms_of_equal_time_follow_the_measured_steps(
+    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality = studies["quality"]
+    monkeypatch.setattr(quality, "TIMES", tmp_path / "times.jsonl")
+    assert quality.steps_in_autos_time("chat") == {}
+    times = {"LoRA": 100.0, "upper half": 60.0, "paper": 90.0, "auto": 75.0}
+    quality.TIMES.write_text(
+        "".join(json.dumps({"task": "chat", "arm": arm, "time_ms": ms}) + "\n" for arm, ms in times.items())
+    )
+    assert quality.steps_in_autos_time("chat") == {"LoRA, auto's time": 45, "upper half, auto's time": 75}
+
+
+def test_slopes(studies: dict[str, ModuleType]) -> None:
+    """A power law comes back with its exponent, and the committed rows show the rate of the theorem for both."""
+    convergence = studies["convergence"]
+    made = [
+        {"arm": "LoRA", "steps": steps, "seed": seed, "mean_squared_gradient": (2 + seed) * steps**-0.5}
+        for seed in range(3)
+        for steps in convergence.STEPS
+    ]
+    mean, width = convergence.slope(made, "LoRA")
+    assert mean == pytest.approx(-0.5)
+    assert width == pytest.approx(0, abs=1e-9)
+    found = convergence.rows.read(convergence.RESULTS)
+    slopes = {arm: convergence.slope(found, arm) for arm in ("LoRA", "CE-LoRA")}
+    assert math.isclose(slopes["LoRA"][0], slopes["CE-LoRA"][0], abs_tol=0.1)
+    assert all(mean - width <= -0.5 for mean, width in slopes.values())
+    warned = {r["arm"] for r in found if r["monitor"]}
+    assert {"sampled 0.1", "sampled 0.05"} <= warned
+    assert not {"LoRA", "CE-LoRA"} & warned
+
+
+def test_runs_what_is_missing_and_times_it(
+    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The study itself, on a tiny model: every arm, stopped and gone on with, each row once."""
+    quality, tasks = studies["quality"], studies["quality_tasks"]
+    model = save_tiny_model(tmp_path / "model")
+    rows = [tasks._row(f"w{i} w{i + 1}", f"w{i % 7}") for i in range(30)]
+    tiny = tasks.Task("chat", "exact match", True, rows[:20], rows[20:25], rows[25:], tasks.exact_match)
+    monkeypatch.setattr(tasks, "task", lambda name: tiny)
+    for name, value in {"STEPS": 2, "BATCH": 2, "RESULTS": tmp_path / "q.jsonl", "TIMES": tmp_path / "t.jsonl"}.items():
+        monkeypatch.setattr(quality, name, value)
+    monkeypatch.setattr(quality, "demo_model", lambda: model)
+    said: list[str] = []
+    arms = list(quality.ARMS)
+    quality.run(["chat"], ["untouched", "LoRA"], [0], [1e-3], tmp_path, said.append)
+    quality.time_steps(["chat"], 2, tmp_path)
+    assert [r["arm"] for r in quality.rows.read(quality.TIMES)] == list(quality.TIMED)
+    quality.run(["chat"], arms, [0, 1], [1e-3, 1e-2], tmp_path, said.append)
+    found = quality.found()
+    keys = [(r["arm"], r["seed"], r["learning_rate"]) for r in found]
+    assert len(set(keys)) == len(keys) == 1 + 6 * 3
+    assert {r["steps"] for r in found if r["arm"] == "LoRA"} == {2}
+    quality.run(["chat"], arms, [0, 1], [1e-3, 1e-2], tmp_path, said.append)
+    assert quality.found() == found
+    # The upper of two blocks: LoRA there is another model than LoRA everywhere.
+    losses = {
+        (r["arm"], r["learning_rate"]): r["train_loss"] for r in found if r["arm"] != "untouched" and not r["seed"]
+    }
+    assert losses["upper half", 1e-2] != losses["LoRA", 1e-2]
