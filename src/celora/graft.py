@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from celora.estimators import Estimator
+from celora.weights import StoredWeight, bias_of, read
 
 
 class Mode(enum.Enum):
@@ -72,14 +73,16 @@ class LayerGraft:
         # The replicas of nn.DataParallel run in threads that would share this one layer's statistics.
         if getattr(module, "_is_replica", False):
             return None
-        assert isinstance(module, nn.Linear)
-        x, weight, bias = args[0], module.weight, module.bias
+        x, weight = args[0], read(module, output.dtype)
         if not x.requires_grad or weight.requires_grad:
             return None
-        return graft(x, output, weight, bias, self)
+        return graft(x, output, weight, bias_of(module), self)
 
     def grad_input(self, grad_output: Tensor, weight: Tensor, mode: Mode) -> Tensor:
         """`(T, out) , (out, in) -> (T, in)`: estimated, or exact while observing."""
+        if isinstance(weight, StoredWeight) and weight.compute_dtype not in (None, grad_output.dtype):
+            computed = grad_output.to(weight.compute_dtype)  # as the layer's own backward does
+            return self.grad_input(computed, weight, mode).to(grad_output.dtype)
         if mode is Mode.EXACT:
             return grad_output @ weight.to(grad_output.dtype)
         compiling = torch.compiler.is_compiling()
@@ -125,7 +128,7 @@ def graft(x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None, layer:
     Args:
         x: the layer's input, any number of leading dimensions; only its dtype and shape are used.
         output: the layer's output `x W^T + b`, (..., out).
-        weight: frozen, (out, in). Kept by reference: nothing is saved for backward.
+        weight: frozen, (out, in), as `celora.weights.read` gives it. Kept by reference: nothing is saved for backward.
         bias: (out,) or None; gets `grad_output.sum(0)` if it requires grad (PEFT's `bias="lora_only"`).
         layer: whose mode at this moment decides what its backward will be.
     """

@@ -120,7 +120,7 @@ class Columns(Estimator):
     def _low_precision(self, grad_output: Tensor, weight: Tensor, index: Tensor) -> Tensor:
         """Only the kept part in 8 bits; the factor is small and stays in the gradient's dtype."""
         if self._rows is None or self._rows.device != weight.device or not self.settings.weight_copy:
-            self._rows = weight.detach()[index]
+            self._rows = weight[index].detach()
             self.product.forget()  # these rows may lie where others did
         left = torch.gather(_bits(grad_output), 1, index.expand(len(grad_output), -1)).view(grad_output.dtype)
         result = self.product(left, self._rows)
@@ -136,7 +136,7 @@ class Columns(Estimator):
         offset = uniform(self.settings.seed, self._draws, grad_output.device)
         index, factors = sample(inclusion_probabilities(self.scores, self.kept), self.kept, offset)
         left = grad_output.index_select(1, index) * factors.to(grad_output.dtype)
-        result = self.product(left, weight.detach()[index])
+        result = self.product(left, weight[index].detach())
         self.factor.prepare(weight)
         if self.factor.U is not None and self.factor.V is not None:
             U, V = self.factor.U.to(grad_output.dtype), self.factor.V.to(grad_output.dtype)
