@@ -210,6 +210,27 @@ def test_fused_adapters_give_the_same_gradient(kind: str) -> None:
         torch.testing.assert_close(found[name], of, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["GPT-2 Conv1D", "bitsandbytes 4-bit nested", "bitsandbytes 8-bit", "torchao int8"])
+def test_compiles_without_breaks(kind: str) -> None:
+    layer = make_layer(kind)
+    graft = LayerGraft(Columns(96, 128, keep_ratio=0.5), Switch())
+    graft.under(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(nn.Sequential(layer), fullgraph=True, backend="aot_eager")
+    weight = read(layer, torch.float32)
+    for step in range(4):
+        graft.mode = Mode.OBSERVE if step % 2 == 0 else Mode.ESTIMATE
+        x, grad_output = torch.randn(32, 128), torch.randn(32, 96)
+        found = backward(compiled, x, grad_output)
+        if graft.mode is Mode.OBSERVE:
+            expected = grad_output @ weight.detach()
+            graft.estimator.select()
+        else:
+            expected = graft.estimator.estimate(grad_output, weight)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_4_bit_layer_multiplies_in_its_compute_dtype() -> None:
     layer = make_layer("bitsandbytes 4-bit", dtype=torch.bfloat16)
     x, grad_output = torch.randn(32, 128), torch.randn(32, 96)

@@ -392,7 +392,7 @@ def _graft_layer(
         if estimator is None:
             graft.mode = Mode.EXACT
     if graft is not None:
-        base.register_forward_hook(graft)
+        graft.under(base)
     return graft
 
 

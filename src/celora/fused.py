@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from celora.graft import LayerGraft, remember, without_autocast
-from celora.weights import bias_of, read, trains
+from celora.weights import bias_of, trains
 
 _FEWEST_TOKENS = 96
 # PEFT's LoRA layers, over whatever kind of base layer, that add `scaling lora_B lora_A dropout(x)` and no more.
@@ -50,7 +50,7 @@ class FusedGraft(LayerGraft):
         adapter, self.adapter = self.adapter, None
         if adapter is None:
             return super().__call__(module, args, output)
-        return lora_linear(args[0], output, read(module, output.dtype), bias_of(module), adapter, self)
+        return lora_linear(args[0], output, self.weight(module, output.dtype), bias_of(module), adapter, self)
 
 
 class Lender:
@@ -152,7 +152,7 @@ def _too_few(x: Any) -> bool:
 
 
 def lora_linear(
-    x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, layer: LayerGraft
+    x: Tensor, output: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: Adapter, layer: LayerGraft
 ) -> Tensor:
     """`output + scaling B A dropout(x)`, computed onto `output`, with the backward described above.
 
@@ -160,7 +160,7 @@ def lora_linear(
         x: the layer's input, (..., in).
         output: what the base layer made of it, `x W^T + b`, (..., out); overwritten. Its dtype is the dtype of all
             products; gradients arrive in the parameters' own.
-        weight: frozen, (out, in).
+        weight: frozen, (out, in), as `LayerGraft.weight` gives it.
         bias: (out,) or None; gets `grad_output.sum(0)` if it requires grad.
         adapter: dropout is drawn from torch's global generator, and its mask saved (a byte a number).
         layer: whose mode at this moment decides how `grad_output @ weight` is computed.
@@ -180,7 +180,7 @@ class _LoraLinear(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         scaling: float,
         dropout: float,
         layer: LayerGraft,

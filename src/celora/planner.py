@@ -223,7 +223,7 @@ class _TimedGraft(LayerGraft):
 
     seconds = 0.0
 
-    def grad_input(self, grad_output: Tensor, weight: Tensor, mode: Mode) -> Tensor:
+    def grad_input(self, grad_output: Tensor, weight: Tensor | None, mode: Mode) -> Tensor:
         synchronise()
         start = time.perf_counter()
         result = super().grad_input(grad_output, weight, mode)

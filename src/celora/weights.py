@@ -68,6 +68,17 @@ class StoredWeight(_TensorLike):
         return self.rows(index)
 
 
+def held(module: nn.Module) -> Tensor | None:
+    """The weight of a frozen layer, (out, in), if the layer holds it as a tensor; None if it is quantised."""
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear) and type(weight) in _PLAIN:
+        plain: Tensor = weight
+        return plain
+    if _is_conv1d(module):
+        return cast(Tensor, weight.t())
+    return cast(Tensor, weight) if _stored_kind(module) is None else None
+
+
 def read(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """The weight of a frozen layer, (out, in): a tensor, or a `StoredWeight` if the layer is quantised.
 
@@ -75,18 +86,19 @@ def read(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         module: a layer for which `unreadable` says ''.
         dtype: of its activations, which the numbers of 8-bit weights take on.
     """
-    weight: Any = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear) and type(weight) in _PLAIN:
-        plain: Tensor = weight
-        return plain
-    kind = _kind(module)
-    return cast(Tensor, weight) if kind is None else kind(module, dtype)
+    weight = held(module)
+    if weight is not None:
+        return weight
+    kind = _stored_kind(module)
+    assert kind is not None
+    return kind(module, dtype)
 
 
 def unreadable(module: nn.Module) -> str:
     """Why `read` would not give the matrix that the layer's own backward multiplies with, or ''."""
-    kind = _kind(module)
-    if kind is not None:
+    if _is_conv1d(module):
+        return ""
+    if _stored_kind(module) is not None:
         return _refused(module)
     if not isinstance(module, nn.Linear):
         return f"{type(module).__name__} is not a linear layer"
@@ -101,7 +113,7 @@ def unreadable(module: nn.Module) -> str:
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of a linear layer of any kind; zeros where there is no such thing."""
-    names = ("nf", "nx") if _is(module, "transformers", "Conv1D") else ("out_features", "in_features")
+    names = ("nf", "nx") if _is_conv1d(module) else ("out_features", "in_features")
     out_features, in_features = (int(getattr(module, name, 0)) for name in names)
     return out_features, in_features
 
@@ -122,11 +134,6 @@ def bias_of(module: nn.Module) -> Tensor | None:
 def trains(module: nn.Module) -> bool:
     """Whether the layer's weight is trained."""
     return bool(getattr(getattr(module, "weight", None), "requires_grad", False))
-
-
-def _conv1d(module: Any, dtype: torch.dtype | None) -> Tensor:
-    weight: Tensor = module.weight
-    return weight.t()
 
 
 class _BitsAndBytes4(StoredWeight):
@@ -248,21 +255,20 @@ class _HQQ(StoredWeight):
         return rows.view(-1, in_features)
 
 
-_KINDS: tuple[tuple[str, str, Callable[[Any, torch.dtype | None], Tensor]], ...] = (
-    ("bitsandbytes", "Linear4bit", _BitsAndBytes4),
-    ("bitsandbytes", "Linear8bitLt", _BitsAndBytes8),
-    ("hqq", "HQQLinear", _HQQ),
-    ("transformers", "Conv1D", _conv1d),
-)
-
-
-def _kind(module: nn.Module) -> Callable[[Any, torch.dtype | None], Tensor] | None:
-    """How to read a layer that does not hold its weight as an (out, in) tensor."""
-    for package, name, kind in _KINDS:
-        if _is(module, package, name):
-            return kind
+def _stored_kind(module: nn.Module) -> Callable[[Any, torch.dtype | None], StoredWeight] | None:
+    """How to read a quantised layer; None for any other."""
+    if _is(module, "bitsandbytes", "Linear4bit"):
+        return _BitsAndBytes4
+    if _is(module, "bitsandbytes", "Linear8bitLt"):
+        return _BitsAndBytes8
+    if _is(module, "hqq", "HQQLinear"):
+        return _HQQ
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return _TorchAO if plain and _is(module.weight, "torchao", "TorchAOBaseTensor") else None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return _is(module, "transformers", "Conv1D")
 
 
 def _is(thing: object, package: str, name: str) -> bool:
