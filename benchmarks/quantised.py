@@ -191,7 +191,7 @@ def _table(what: str) -> str:
     return (
         tables._markdown([*header, "relative error"] if what == "layer" else header, body)
         + f"\n\nT = {one['tokens']}, bfloat16, {one['threads']} threads, {one['cpu']}, torch {one['torch']}, "
-        f"bitsandbytes {one['bitsandbytes']}. Peaks over plain's; kept from step to step, at the three shapes."
+        f"bitsandbytes {one['bitsandbytes']}. Peaks over plain's; kept from step to step at each shape."
     )
 
 

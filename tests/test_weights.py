@@ -142,6 +142,22 @@ def test_the_8_bit_copy_is_made_once(kind: str, monkeypatch: pytest.MonkeyPatch)
     assert len(read_whole) == made
 
 
+@pytest.mark.parametrize("how", ["replaced", "overwritten"])
+@pytest.mark.parametrize("kind", ["GPT-2 Conv1D", "bitsandbytes 4-bit", "bitsandbytes 8-bit"])
+def test_the_8_bit_copy_follows_the_weight(kind: str, how: str) -> None:
+    layer, other = make_layer(kind), make_layer(kind, seed=1)
+    estimator, grad_output = Int8(96, 128), torch.randn(32, 96)
+    before = estimator.estimate(grad_output, read(layer, torch.float32))
+    if how == "replaced":
+        layer.weight = other.weight
+    else:
+        with torch.no_grad():
+            layer.weight.copy_(other.weight)
+    after = estimator.estimate(grad_output, read(layer, torch.float32))
+    assert not torch.equal(after, before)
+    assert torch.equal(after, Int8(96, 128).estimate(grad_output, read(layer, torch.float32)))
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_at_full_budget_the_gradient_is_exact(kind: str) -> None:
     plain, model = make_adapted(kind), make_adapted(kind)

@@ -42,7 +42,7 @@ class StoredWeight(_TensorLike):
     def __init__(
         self, stored: Tensor, shape: torch.Size, dtype: torch.dtype, compute_dtype: torch.dtype | None = None
     ) -> None:
-        self.stored = stored
+        self.stored = stored.data
         self.shape, self.dtype, self.device = torch.Size(shape), dtype, stored.device
         self.compute_dtype = compute_dtype
         self._version = stored._version
@@ -141,7 +141,7 @@ class _BitsAndBytes4(StoredWeight):
 
     def __init__(self, module: Any, dtype: torch.dtype | None) -> None:
         weight = module.weight
-        super().__init__(weight.data, weight.quant_state.shape, weight.quant_state.dtype, module.compute_dtype)
+        super().__init__(weight, weight.quant_state.shape, weight.quant_state.dtype, module.compute_dtype)
         self.state = weight.quant_state
 
     def dense(self) -> Tensor:
@@ -183,7 +183,7 @@ class _BitsAndBytes8(StoredWeight):
     """`W[i, j] = q[i, j] s[i] / 127` (LLM.int8); products with outliers of the input use the same matrix."""
 
     def __init__(self, module: Any, dtype: torch.dtype | None) -> None:
-        super().__init__(module.weight.data, module.weight.shape, dtype or torch.float16)
+        super().__init__(module.weight, module.weight.shape, dtype or torch.float16)
         # The first forward moves them from the weight to the layer's state.
         self.scale = module.weight.SCB if module.state.SCB is None else module.state.SCB
 
@@ -229,7 +229,7 @@ class _HQQ(StoredWeight):
     """`(q - zero) scale` in groups; a byte of a 4-bit weight holds a number of its first and one of its second half."""
 
     def __init__(self, module: Any, dtype: torch.dtype | None) -> None:
-        super().__init__(module.W_q.data, module.meta["shape"], module.compute_dtype)
+        super().__init__(module.W_q, module.meta["shape"], module.compute_dtype)
         self.meta, self._dequantize = module.meta, module.dequantize
 
     def dense(self) -> Tensor:
