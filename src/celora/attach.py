@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from celora.bypass import own_product, refuse_patched
 from celora.clock import StepClock
@@ -29,6 +28,7 @@ from celora.fused import Adapter, FusedGraft, Lender, vanilla_adapter
 from celora.graft import LayerGraft, Mode, Switch
 from celora.packing import cannot_pack
 from celora.plan import Plan
+from celora.weights import device_of, shape_of, trains, unreadable
 
 _ATTRIBUTE = "_celora"
 _FIRST_ROUND = 10  # optimizer steps over which `spread` distributes the first observations
@@ -368,7 +368,7 @@ def _plan_layer(
 ) -> tuple[LayerReport, Estimator | None]:
     base = module.get_base_layer()
     reason = own_product(module) or cannot_estimate(base)
-    out_features, in_features = (getattr(base, key, 0) for key in ("out_features", "in_features"))
+    out_features, in_features = shape_of(base)
     if reason:
         return LayerReport(name, out_features, in_features, "dense", 1.0, reason=reason), None
     setting = config.for_layer(name)
@@ -386,7 +386,7 @@ def _plan_layer(
         estimator = make_estimator(setting.estimator, out_features, in_features, chosen)
     except CELoraError as error:
         raise CELoraError(f"layer {name!r}: {error}") from None
-    if reason := estimator.product.unavailable(out_features, in_features, base.weight.device):
+    if reason := estimator.product.unavailable(out_features, in_features, device_of(base)):
         return LayerReport(name, out_features, in_features, "dense", 1.0, reason=reason), None
     selected = "keep_ratio" in kind.uses
     report = LayerReport(
@@ -404,18 +404,8 @@ def _plan_layer(
 
 
 def cannot_estimate(base: nn.Module) -> str:
-    """Why the backward of `base` is not `grad_output @ base.weight`, or ''."""
-    if not isinstance(base, nn.Linear):
-        return f"{type(base).__name__} is not a linear layer"
-    if type(base).forward is not nn.Linear.forward:
-        return f"{type(base).__name__} computes its own forward"
-    if not base.weight.is_floating_point():
-        return f"its weight is stored as {base.weight.dtype}"
-    if type(base.weight) not in (nn.Parameter, DTensor):
-        return f"its weight is a {type(base.weight).__name__}"
-    if base.weight.requires_grad:
-        return "its weight is trained"
-    return ""
+    """Why the backward of `base` is not `grad_output @ read(base)`, or ''."""
+    return unreadable(base) or ("its weight is trained" if trains(base) else "")
 
 
 def _graft_layer(
@@ -426,14 +416,14 @@ def _graft_layer(
     if not (fused and fuses(module)):
         graft = None if estimator is None else LayerGraft(estimator, switch)
     else:
-        graft = FusedGraft(estimator or Dense(base.out_features, base.in_features), switch)
+        graft = FusedGraft(estimator or Dense(*shape_of(base)), switch)
         lender = Lender(graft)
         module.register_forward_pre_hook(lender.before, with_kwargs=True)
         module.register_forward_hook(lender.after, always_call=True)
         if estimator is None:
             graft.mode = Mode.EXACT
     if graft is not None:
-        base.register_forward_hook(graft)
+        graft.under(base)
     return graft
 
 
@@ -498,10 +488,9 @@ def _rank(name: str, module: BaseTunerLayer, setting: LayerConfig) -> int:
             f"rank={setting.rank!r} for {name!r}, a {type(module).__name__} without a LoRA rank; give an integer."
         )
     adapter = next((a for a in module.active_adapters if a in ranks), next(iter(ranks)))
-    base = module.get_base_layer()
     lora_rank = int(ranks[adapter])
     rank = lora_rank if setting.rank == "adapter" else balanced_rank(lora_rank)
-    return min(rank, int(base.out_features), int(base.in_features))
+    return min(rank, *shape_of(module.get_base_layer()))
 
 
 def _unmatched(config: CELoraConfig, names: Collection[str]) -> list[str]:

@@ -91,6 +91,7 @@ class FrozenFactor:
 
         Adapters merge into `weight.data` without a version bump, so the row norms serve as fingerprint.
         """
+        weight = weight.detach()  # a quantised one is de-quantised here, once
         norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
         known = self._weight_norms
         if known is not None and known.device == norms.device and torch.equal(norms, known):
@@ -154,7 +155,8 @@ class GradientFactor(FrozenFactor):
         self.U, self.V = None, V
 
     def _project(self, weight: Tensor, V: Tensor) -> None:
-        matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        weight = weight.detach()
+        matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
         V = V.to(matrix)
         self._use(weight, matrix @ V.T, V)
 

@@ -24,8 +24,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from celora.graft import LayerGraft, remember, without_autocast
+from celora.weights import bias_of, trains
 
 _FEWEST_TOKENS = 96
+# PEFT's LoRA layers, over whatever kind of base layer, that add `scaling lora_B lora_A dropout(x)` and no more.
+_KINDS = frozenset({"Linear", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear", "HqqLoraLinear"})
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,7 @@ class FusedGraft(LayerGraft):
         adapter, self.adapter = self.adapter, None
         if adapter is None:
             return super().__call__(module, args, output)
-        assert isinstance(module, nn.Linear)
-        return lora_linear(args[0], output, module.weight, module.bias, adapter, self)
+        return lora_linear(args[0], output, self.weight(module, output.dtype), bias_of(module), adapter, self)
 
 
 class Lender:
@@ -71,7 +73,7 @@ class Lender:
             self._take_back(module)
         if not (module.training and self.graft.switch.on) or kwargs or len(args) != 1 or _too_few(args[0]):
             return
-        if module.get_base_layer().weight.requires_grad:  # it may train for a moment, as LoRA-GA has it
+        if trains(module.get_base_layer()):  # it may train for a moment, as LoRA-GA has it
             return
         adapter = self._adapter(module)
         if adapter is not None:
@@ -114,8 +116,9 @@ class Lender:
 
 def vanilla_adapter(module: Any) -> Adapter | str:
     """The one active adapter of a tuner layer, or why it has to take PEFT's own path."""
-    if type(module) is not lora.Linear:
-        return f"{type(module).__name__} is not a LoRA linear layer"
+    kind = type(module)
+    if kind.__name__ not in _KINDS or not kind.__module__.startswith(lora.__name__):
+        return f"{kind.__name__} is not a LoRA linear layer"
     if module.disable_adapters or module.merged:
         return "its adapter is disabled or merged"
     if getattr(module, "_is_replica", False):
@@ -152,7 +155,7 @@ def _too_few(x: Any) -> bool:
 
 
 def lora_linear(
-    x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, layer: LayerGraft
+    x: Tensor, output: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: Adapter, layer: LayerGraft
 ) -> Tensor:
     """`output + scaling B A dropout(x)`, computed onto `output`, with the backward described above.
 
@@ -160,7 +163,7 @@ def lora_linear(
         x: the layer's input, (..., in).
         output: what the base layer made of it, `x W^T + b`, (..., out); overwritten. Its dtype is the dtype of all
             products; gradients arrive in the parameters' own.
-        weight: frozen, (out, in).
+        weight: frozen, (out, in), as `LayerGraft.weight` gives it.
         bias: (out,) or None; gets `grad_output.sum(0)` if it requires grad.
         adapter: dropout is drawn from torch's global generator, and its mask saved (a byte a number).
         layer: whose mode at this moment decides how `grad_output @ weight` is computed.
@@ -180,7 +183,7 @@ class _LoraLinear(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         scaling: float,
         dropout: float,
         layer: LayerGraft,

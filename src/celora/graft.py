@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
+from celora.errors import CELoraError
 from celora.estimators import Estimator
+from celora.weights import StoredWeight, bias_of, held, read
 
 
 class Mode(enum.Enum):
@@ -61,6 +64,7 @@ class Switch:
 
 _keys = itertools.count()
 _layers: weakref.WeakValueDictionary[int, LayerGraft] = weakref.WeakValueDictionary()
+_quantised: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()  # their modules
 
 
 class LayerGraft:
@@ -108,14 +112,33 @@ class LayerGraft:
         # The replicas of nn.DataParallel run in threads that would share this one layer's statistics.
         if getattr(module, "_is_replica", False):
             return None
-        assert isinstance(module, nn.Linear)
-        x, weight, bias = args[0], module.weight, module.bias
-        if not x.requires_grad or weight.requires_grad:
+        x, weight = args[0], self.weight(module, output.dtype)
+        if not x.requires_grad or (weight is not None and weight.requires_grad):
             return None
-        return graft(x, output, weight, bias, self)
+        return graft(x, output, weight, bias_of(module), self)
 
-    def grad_input(self, grad_output: Tensor, weight: Tensor, mode: Mode) -> Tensor:
+    def weight(self, module: nn.Module, dtype: torch.dtype) -> Tensor | None:
+        """What backward multiplies with; None if that is quantised and being traced: then it is read in backward."""
+        weight = held(module)
+        if weight is None and not torch.compiler.is_compiling():
+            _quantised[self.key] = module
+            weight = read(module, dtype)
+        return weight
+
+    def under(self, module: nn.Module) -> RemovableHandle:
+        """Hook the layer."""
+        if held(module) is None:
+            _quantised[self.key] = module
+        return module.register_forward_hook(self)
+
+    def grad_input(self, grad_output: Tensor, weight: Tensor | None, mode: Mode) -> Tensor:
         """`(T, out) , (out, in) -> (T, in)`: estimated, or exact while observing."""
+        if weight is None:
+            later: Tensor = _read_and_multiplied(grad_output, self.estimator.in_features, self.key, mode.value)
+            return later
+        if isinstance(weight, StoredWeight) and weight.compute_dtype not in (None, grad_output.dtype):
+            computed = grad_output.to(weight.compute_dtype)  # as the layer's own backward does
+            return self.grad_input(computed, weight, mode).to(grad_output.dtype)
         if mode is Mode.EXACT:
             return grad_output @ weight.to(grad_output.dtype)
         compiling = torch.compiler.is_compiling()
@@ -155,13 +178,13 @@ class LayerGraft:
             self.squared_norm += norm
 
 
-def graft(x: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None, layer: LayerGraft) -> Tensor:
+def graft(x: Tensor, output: Tensor, weight: Tensor | None, bias: Tensor | None, layer: LayerGraft) -> Tensor:
     """`output`, unchanged, whose backward to `x: (..., in)` is `layer`'s and to a trainable `bias` is exact.
 
     Args:
         x: the layer's input, any number of leading dimensions; only its dtype and shape are used.
         output: the layer's output `x W^T + b`, (..., out).
-        weight: frozen, (out, in). Kept by reference: nothing is saved for backward.
+        weight: frozen, (out, in), as `LayerGraft.weight` gives it. Kept by reference: nothing is saved for backward.
         bias: (out,) or None; gets `grad_output.sum(0)` if it requires grad (PEFT's `bias="lora_only"`).
         layer: whose mode at this moment decides what its backward will be.
     """
@@ -193,7 +216,23 @@ def _(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
     return grad_output.new_empty(grad_output.shape[0], weight.shape[1])
 
 
-def remember(ctx: Any, x: Tensor, output: Tensor, bias: Tensor | None, weight: Tensor, layer: LayerGraft) -> None:
+# What a quantised layer holds is nothing that a graph can take in, so its whole product is an operator.
+@torch.library.custom_op("celora::read_and_multiplied", mutates_args=())
+def _read_and_multiplied(grad_output: Tensor, in_features: int, key: int, mode: str) -> Tensor:
+    module = _quantised.get(key)
+    if module is None:
+        raise CELoraError("a copy of a quantised model was compiled; run it once as it is before it is compiled.")
+    return _layers[key].grad_input(grad_output, read(module, grad_output.dtype), Mode(mode))
+
+
+@_read_and_multiplied.register_fake
+def _(grad_output: Tensor, in_features: int, key: int, mode: str) -> Tensor:
+    return grad_output.new_empty(grad_output.shape[0], in_features)
+
+
+def remember(
+    ctx: Any, x: Tensor, output: Tensor, bias: Tensor | None, weight: Tensor | None, layer: LayerGraft
+) -> None:
     """What the backward of any grafted layer needs, saving no tensor; `output` is what its forward returns."""
     ctx.weight, ctx.layer, ctx.mode = weight, layer, layer.mode
     ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
@@ -209,7 +248,9 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
 
 class _Graft(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, output: Tensor, bias: Tensor | None, weight: Tensor, layer: LayerGraft) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, output: Tensor, bias: Tensor | None, weight: Tensor | None, layer: LayerGraft
+    ) -> Tensor:
         remember(ctx, x, output, bias, weight, layer)
         return output
 

@@ -6,9 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class Saved(dict[int, int]):
@@ -23,17 +25,26 @@ class Saved(dict[int, int]):
 @contextmanager
 def saved_for_backward(model: nn.Module) -> Iterator[Saved]:
     """Count what the forward passes inside save for backward beside the parameters of `model`, which exist anyway."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = {storage.data_ptr() for p in model.parameters() for storage in _storages(p)}
     saved = Saved()
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
+        for storage in _storages(tensor):
+            if storage.data_ptr() not in parameters:
+                saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
+
+
+def _storages(tensor: Any) -> Iterator[UntypedStorage]:
+    """Where the numbers are; sharded and quantised tensors are made of others."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor.untyped_storage()
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _storages(getattr(tensor, name))
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -18,6 +18,7 @@ from torch import nn
 from celora.config import PRESETS, CELoraConfig, LayerConfig
 from celora.errors import CELoraError, unknown
 from celora.files import inside, read_json, write_text
+from celora.weights import shape_of
 
 PLAN_NAME = "celora_plan.json"
 _VERSION = 1
@@ -121,7 +122,7 @@ class Plan:
                 raise CELoraError(
                     f"the plan is for another model: there is no adapted layer {layer.name!r} here; make a new plan."
                 )
-            shape = (getattr(base, "out_features", 0), getattr(base, "in_features", 0))
+            shape = shape_of(base)
             if shape != (layer.out_features, layer.in_features):
                 raise CELoraError(
                     f"the plan is for another model: {layer.name!r} is {shape[0]} x {shape[1]} here, "

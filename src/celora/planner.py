@@ -38,6 +38,7 @@ from celora.plan import Candidate, Plan, PlannedLayer, device_name
 from celora.products import PRODUCTS
 from celora.select import energy_count, grain, rounded_up, squared_row_norms
 from celora.timing import interleaved, synchronise
+from celora.weights import device_of, read, shape_of
 
 DEFAULT_FIDELITY = 0.99
 
@@ -59,7 +60,7 @@ class _Layer:
     """What is found out about one layer."""
 
     name: str
-    base: nn.Linear
+    base: nn.Module
     fused: bool = False  # has a graft anyway, for its adapter
     errors: dict[LayerConfig, list[float]] = field(default_factory=dict)
     kept: dict[float, list[float]] = field(default_factory=dict)  # share of the norm -> share of the tokens
@@ -70,7 +71,7 @@ class _Layer:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.base.out_features, self.base.in_features
+        return shape_of(self.base)
 
     def error(self, setting: LayerConfig) -> float:
         return float(statistics.fmean(e * e for e in self.errors[setting]) ** 0.5)
@@ -222,7 +223,7 @@ class _TimedGraft(LayerGraft):
 
     seconds = 0.0
 
-    def grad_input(self, grad_output: Tensor, weight: Tensor, mode: Mode) -> Tensor:
+    def grad_input(self, grad_output: Tensor, weight: Tensor | None, mode: Mode) -> Tensor:
         synchronise()
         start = time.perf_counter()
         result = super().grad_input(grad_output, weight, mode)
@@ -406,7 +407,7 @@ def _time_shapes(
     for layer in layers:
         if layer.shape in found:
             continue
-        weight = layer.base.weight.detach()
+        weight = read(layer.base, layer.dtype)
         # What is in the gradient does not matter to the time, except that zeros would not be kept.
         grad = torch.randn(layer.tokens, layer.shape[0], device=weight.device).to(layer.dtype)
         contenders: dict[tuple[str, bool, float], Estimator] = {("dense", True, 1.0): Dense(*layer.shape)}
@@ -474,7 +475,7 @@ def _evidence(
     found = [Candidate(LayerConfig("dense"), dense, 0.0)]
     for setting in considered[1:]:
         bits = setting.precision if setting.precision != "native" else setting.estimator
-        if bits in PRODUCTS and PRODUCTS[bits].unavailable(out_features, in_features, layer.base.weight.device):
+        if bits in PRODUCTS and PRODUCTS[bits].unavailable(out_features, in_features, device_of(layer.base)):
             continue
         if setting.estimator == "columns" and dataclasses.replace(setting, precision="native") not in layer.errors:
             continue  # never saw a gradient to select from
@@ -489,7 +490,7 @@ def _evidence(
             selected = layer.error(dataclasses.replace(setting, precision="native"))
         memory = out_features * in_features if bits in ("int8", "fp8") and setting.weight_copy else 0
         if setting.estimator == "columns":
-            memory = round(memory * setting.keep_ratio * (1 + layer.base.weight.element_size()))
+            memory = round(memory * setting.keep_ratio * (1 + read(layer.base, layer.dtype).dtype.itemsize))
         if milliseconds < _MARGIN * dense:
             error = (selected**2 + rounding**2) ** 0.5
             found.append(Candidate(setting, round(milliseconds, 5), round(error, 6), memory))

@@ -211,7 +211,7 @@ class Int8(_EightBit):
         if self.copy:
             packed: Tensor = self._packed
             return packed
-        q = _quantise_columns(weight, scale)
+        q = _quantise_columns(weight.detach(), scale)
         return q if q.device.type == "cpu" else _column_major(q)
 
 

@@ -99,15 +99,16 @@ class Columns(Estimator):
             return self._concatenated(grad_output, weight, self.index)
         if self.settings.precision != "native":
             return self._low_precision(grad_output, weight, self.index)
+        if self.factor.V is None or self.U_off is None:
+            return _gathered(grad_output, self.index) @ weight[self.index].to(grad_output.dtype)
         tokens, kept, rank = grad_output.shape[0], len(self.index), self.settings.rank
         # Both factors are written into one buffer each: concatenating afterwards would copy them once more.
         left = grad_output.new_empty(tokens, kept + rank)
         right = grad_output.new_empty(kept + rank, self.in_features)
-        torch.gather(_bits(grad_output), 1, self.index.expand(tokens, -1), out=_bits(left)[:, :kept])
+        _gathered(grad_output, self.index, out=left[:, :kept])
         right[:kept] = weight[self.index]
-        if self.factor.V is not None and self.U_off is not None:
-            torch.mm(grad_output, self.U_off.to(grad_output.dtype), out=left[:, kept:])
-            right[kept:] = self.factor.V
+        torch.mm(grad_output, self.U_off.to(grad_output.dtype), out=left[:, kept:])
+        right[kept:] = self.factor.V
         return left @ right
 
     def _concatenated(self, grad_output: Tensor, weight: Tensor, index: Tensor) -> Tensor:
@@ -120,10 +121,9 @@ class Columns(Estimator):
     def _low_precision(self, grad_output: Tensor, weight: Tensor, index: Tensor) -> Tensor:
         """Only the kept part in 8 bits; the factor is small and stays in the gradient's dtype."""
         if self._rows is None or self._rows.device != weight.device or not self.settings.weight_copy:
-            self._rows = weight.detach()[index]
+            self._rows = weight[index].detach()
             self.product.forget()  # these rows may lie where others did
-        left = torch.gather(_bits(grad_output), 1, index.expand(len(grad_output), -1)).view(grad_output.dtype)
-        result = self.product(left, self._rows)
+        result = self.product(_gathered(grad_output, index), self._rows)
         if self.factor.V is not None and self.U_off is not None:
             result += (grad_output @ self.U_off.to(grad_output.dtype)) @ self.factor.V.to(grad_output.dtype)
         return result
@@ -136,7 +136,7 @@ class Columns(Estimator):
         offset = uniform(self.settings.seed, self._draws, grad_output.device)
         index, factors = sample(inclusion_probabilities(self.scores, self.kept), self.kept, offset)
         left = grad_output.index_select(1, index) * factors.to(grad_output.dtype)
-        result = self.product(left, weight.detach()[index])
+        result = self.product(left, weight[index].detach())
         self.factor.prepare(weight)
         if self.factor.U is not None and self.factor.V is not None:
             U, V = self.factor.U.to(grad_output.dtype), self.factor.V.to(grad_output.dtype)
@@ -198,6 +198,9 @@ class Columns(Estimator):
             self.U_off = replaced(self.U_off, self.factor.U.index_fill(0, index, 0))
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """Half-precision numbers as integers: on CPU, `gather` moves those up to five times faster, and the same bits."""
-    return tensor.view(torch.int16) if tensor.element_size() == 2 else tensor
+def _gathered(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x[:, index]`. Half-precision numbers as integers: on CPU, `gather` moves those up to five times faster."""
+    integers = torch.int16 if x.element_size() == 2 else x.dtype
+    out = x.new_empty(len(x), len(index)) if out is None else out
+    torch.gather(x.view(integers), 1, index.expand(len(x), -1), out=out.view(integers))
+    return out
