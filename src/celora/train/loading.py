@@ -1,4 +1,4 @@
-"""The model and tokenizer of a run, and the adapter's configuration. Whatever cannot be loaded is said in one line."""
+"""Model, tokenizer and rows of a run, and its adapter's configuration. What cannot be loaded is said in one line."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from trl import ModelConfig, get_quantization_config
 
 from celora.errors import CELoraError
 from celora.train.arguments import TrainRequest
+from celora.train.data import load_rows
 
 
 def load_tokenizer(request: TrainRequest) -> Any:
@@ -28,6 +29,28 @@ def load_tokenizer(request: TrainRequest) -> Any:
         return AutoTokenizer.from_pretrained(request.model, revision=request.lora["model_revision"])
     except (OSError, ValueError) as error:
         raise CELoraError(f"cannot load a tokenizer from {request.model!r}: {_first_line(error)}") from error
+
+
+def training_rows(request: TrainRequest, *, chat: bool) -> datasets.Dataset:
+    """The rows to train on; see `load_rows`."""
+    return _rows(request, request.data, request.options.dataset_train_split, chat)
+
+
+def evaluation_rows(request: TrainRequest, *, chat: bool) -> datasets.Dataset | None:
+    """Rows of `eval_data` or, where an `eval_strategy` asks for some as in `trl sft`, of the data's test split."""
+    options, when = request.options, request.train.get("eval_strategy", "no")
+    source = options.eval_data or (None if when == "no" else request.data)
+    if source is None:
+        return None
+    if options.eval_data is None and Path(source).expanduser().is_file():
+        raise CELoraError(f"eval_strategy={when!r} needs rows to evaluate on, and data is one file; give --eval-data")
+    return _rows(request, source, options.dataset_test_split, chat)
+
+
+def _rows(request: TrainRequest, source: str, split: str, chat: bool) -> datasets.Dataset:
+    config = request.options.dataset_config if source == request.data else None
+    text_field = request.train.get("dataset_text_field", "text")
+    return load_rows(source, split=split, chat=chat, config=config, text_field=text_field)
 
 
 def load_model(request: TrainRequest) -> Any:

@@ -32,10 +32,17 @@ from celora.plan import Plan
 from celora.planner import DEFAULT_FIDELITY
 from celora.train.arguments import TrainRequest, sft_config
 from celora.train.checkpointing import choose_checkpointing
-from celora.train.data import load_rows
 from celora.train.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json
 from celora.train.interrupt import StopAtStepEnd
-from celora.train.loading import load_adapter, load_model, load_tokenizer, lora_config, quiet_libraries
+from celora.train.loading import (
+    evaluation_rows,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    quiet_libraries,
+    training_rows,
+)
 from celora.train.progress import MetricsWriter, Phases, PlanProgress, ProgressLine, read_metrics
 from celora.train.report import write_report
 
@@ -96,11 +103,7 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
     with quiet_libraries():
         tokenizer = load_tokenizer(request)
         chat = bool(tokenizer.chat_template)
-        rows = load_rows(request.data, split=options.dataset_train_split, chat=chat)
-        eval_rows = load_rows(options.eval_data, split="test", chat=chat) if options.eval_data else None
-        when = request.train.get("eval_strategy", "no")
-        if eval_rows is None and when != "no":
-            raise CELoraError(f"eval_strategy={when!r} needs rows to evaluate on; give --eval-data")
+        rows, eval_rows = training_rows(request, chat=chat), evaluation_rows(request, chat=chat)
         args = sft_config(request)
         model = load_model(request)
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
@@ -324,7 +327,7 @@ def prepared(request: TrainRequest, rows: int, adapter: Path | None) -> Iterator
     """The trainer of this request, with `rows` rows in a batch, and what to attach to its model; nothing is written."""
     with quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
         tokenizer = load_tokenizer(request)
-        data = load_rows(request.data, split=request.options.dataset_train_split, chat=bool(tokenizer.chat_template))
+        data = training_rows(request, chat=bool(tokenizer.chat_template))
         train = request.train | {"per_device_train_batch_size": rows}
         args = sft_config(replace(request, train=train, output=Path(scratch)))
         model, peft, config = load_model(request), lora_config(request), request.config
