@@ -224,7 +224,7 @@ def audit(
     from celora.train.run import audit_model
 
     report = audit_model(request, rows=rows, adapter=Path(adapter) if adapter else None)
-    _print_json(_plain(report)) if as_json else typer.echo(str(report))
+    _print_json(dataclasses.asdict(report)) if as_json else typer.echo(str(report))
 
 
 @app.command(help=PLAN_HELP, short_help="Choose an estimate for each layer, by measuring.", context_settings=_TRLS)
@@ -368,10 +368,8 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     from celora.train.doctor import describe, examine
-    from celora.train.loading import quiet_libraries
 
-    with quiet_libraries():
-        found = examine()
+    found = examine()
     if as_json:
         _print_json(found)
     else:
@@ -399,12 +397,6 @@ def _settle_in() -> None:
 
     keep_freed_memory()
     use_allowed_threads()
-
-
-def _plain(report: Any) -> dict[str, Any]:
-    fields = dataclasses.asdict(report)
-    fields["per_layer"] = {str(name): value for name, value in fields["per_layer"].items()}
-    return fields
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
