@@ -84,6 +84,7 @@ class Columns(Estimator):
         return self.settings.selection != "energy" and self.kept == self.out_features
 
     def estimate(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        """`G[:, I] W[I, :] + (G U_off) V`: (T, out) -> (T, in), equal to `(G U) V + G[:, I] R[I, :]`."""
         if self._keeps_all:
             return self.product(grad_output, weight)
         if self.settings.selection == "sampled":
