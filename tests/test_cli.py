@@ -5,16 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from trl import TrlParser
 
 from celora import cli
 from celora.cli import main
 from celora.config import PRESETS
+from celora.train import run
 from celora.train.compare import ARMS
 from celora.train.progress import read_metrics
 from test_arguments import TRL_SFT
@@ -182,6 +185,33 @@ def test_a_file_of_trl_sft_works_unchanged(inputs, capsys, tmp_path, monkeypatch
     assert set(adapter["target_modules"]) == set(lora.lora_target_modules)
     evaluated = [row for row in read_metrics(output / "metrics.jsonl") if "eval_loss" in row]
     assert [row["step"] for row in evaluated] == [1, 2]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(inputs, capsys, tmp_path, monkeypatch):
+    _, model, rows = inputs
+    build = run.build_trainer
+
+    def pressing(*arguments, **more):
+        trainer = build(*arguments, **more)
+        trainer.add_callback(PressCtrlC())
+        return trainer
+
+    class PressCtrlC(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            signal.raise_signal(signal.SIGINT)
+
+    train = ["train", "--model", str(model), "--data", str(rows), "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "build_trainer", pressing)
+        assert main([*train, "--preset", "off", "--max_steps", "3", "--quiet", "--json"]) == 130
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert (result["status"], result["step"]) == ("interrupted", 1)
+    again = f"celora train --output {tmp_path / 'out'} --resume"
+    assert again in " ".join(captured.err.split())
+    assert main([*again.split()[1:], "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["status"], result["step"]) == ("finished", 3)
 
 
 def test_plan_then_audit_and_train_with_it(inputs, capsys, tmp_path):
