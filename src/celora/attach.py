@@ -31,6 +31,7 @@ from celora.plan import Plan
 
 _ATTRIBUTE = "_celora"
 _FIRST_ROUND = 10  # optimizer steps over which `spread` distributes the first observations
+_TOO_OFTEN = 2  # refreshes in a row at which a relative error of 1 or more makes a layer exact
 _EXACT_AT_1 = {("topk", "native"), ("sampled", "native")}
 # A preset names the layers of common models; a model need not have all of them.
 _PRESET_PATTERNS = {pattern for preset in PRESETS.values() for pattern in preset.overrides}
@@ -112,8 +113,16 @@ class AttachReport:
         )
 
 
+_attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+
 class Attachment:
-    """The estimators of one model and the clock that refreshes them."""
+    """The estimators of one model and the clock that refreshes them.
+
+    Attributes:
+        relative_errors: of each layer's estimate, as measured at its latest refresh.
+        over_bound: how many refreshes in a row, up to the latest, a layer's relative error was 1 or more.
+    """
 
     def __init__(self, model: nn.Module, config: CELoraConfig, report: AttachReport) -> None:
         self.config = config
@@ -122,8 +131,8 @@ class Attachment:
         self.grafts: dict[str, LayerGraft] = {}
         self.forward: ModelGraft | None = None
         self.relative_errors: dict[str, float] = {}
+        self.over_bound: dict[str, int] = {}
         self._unheard = 0
-        self._warned = False
         self._bind(model, step=0)
 
     def _bind(self, model: nn.Module, step: int) -> None:
@@ -131,11 +140,22 @@ class Attachment:
         self._model = weakref.ref(model)
         self.clock = StepClock(self.parameters, self._on_step, self._on_other_step, step=step)
         self.clock.start()
+        _attachments.add(self)
 
     @property
     def refreshes(self) -> int:
         """How many refresh steps have been finished."""
         return -(-self.clock.step // self.config.refresh_every)
+
+    @property
+    def made_exact(self) -> set[str]:
+        """The layers whose estimate proved to be none, and which are exact from then on."""
+        return {name for name, times in self.over_bound.items() if times >= _TOO_OFTEN}
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Those of the model that was attached to, while it lives."""
+        model = self._model()
+        return iter(()) if model is None else model.modules()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         model = self._model()
@@ -163,32 +183,52 @@ class Attachment:
     @torch.no_grad()
     def _on_step(self, step: int) -> None:
         """End the refresh that the finished step was, if it was one, and set every layer's mode for step `step`."""
+        already = self.made_exact
         for name, graft in self.grafts.items():
             if graft.mode is Mode.OBSERVE:
+                error = graft.take_error()
+                if error is not None:
+                    self.relative_errors[name] = error
+                    if self.config.target_error is not None:
+                        graft.estimator.aim(error, self.config.target_error)
+                    self._monitor(name, error, step)
                 graft.estimator.select()
-                if graft.squared_error is not None and graft.squared_norm is not None:
-                    norm = graft.squared_norm.item()  # once a refresh, so the synchronisation is cheap
-                    if norm > 0:
-                        error = self.relative_errors[name] = (graft.squared_error.item() / norm) ** 0.5
-                        if self.config.target_error is not None:
-                            graft.estimator.aim(error, self.config.target_error)
-                        self._monitor(name, error, step)
-                    graft.squared_error = graft.squared_norm = None
+                if graft.observed and not graft.estimator.ready:
+                    self.switch.say_once(
+                        "nothing to select from",
+                        f"by step {step}, {name} has seen no gradient to select from: they were zero, not finite, or "
+                        "too small or too large for their squares. It stays exact until it sees one.",
+                    )
+            graft.observed = False
+        if new := self.made_exact - already:
+            warnings.warn(
+                f"celora: from step {step} on, {', '.join(sorted(new))} "
+                f"{'is' if len(new) == 1 else 'are'} exact: the relative error was 1 or more at {_TOO_OFTEN} refreshes "
+                "in a row. Attach again, with a higher keep_ratio, to estimate again.",
+                stacklevel=2,
+            )
         self.set_modes(step)
 
     def _monitor(self, name: str, error: float, step: int) -> None:
-        """Say, once, that an estimate is no estimate: convergence is only proven for relative errors below 1."""
-        if error >= 1 and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"celora: at step {step} the relative error of {name} is {error:.2f}. Convergence is proven for errors "
-                "below 1 only; raise keep_ratio, refresh more often, or make this layer dense by an override.",
-                stacklevel=2,
+        """Notice where an estimate is none: convergence is only proven for relative errors below 1."""
+        if error < 1:
+            self.over_bound.pop(name, None)
+            return
+        self.over_bound[name] = self.over_bound.get(name, 0) + 1
+        if self.over_bound[name] < _TOO_OFTEN:
+            self.switch.say_once(
+                "over the bound",
+                f"at step {step} the relative error of {name} is {error:.2f}. Convergence is proven for errors below 1 "
+                "only; raise keep_ratio, refresh more often, or make this layer dense by an override. Layers whose "
+                f"error is no lower at {_TOO_OFTEN} refreshes in a row become exact.",
             )
 
     def _on_other_step(self) -> None:
         """Say so if the model is trained by an optimizer that holds other tensors than the model's parameters."""
-        if self.clock.step == 0 and any(graft.observed for graft in self.grafts.values()):
+        grafts = self.grafts.values()
+        if self.clock.step == 0 and any(graft.observed for graft in grafts):
+            for graft in grafts:  # a model that has had no backward since is not what is being trained
+                graft.observed = False
             self._unheard += 1
             if self._unheard == 3:
                 warnings.warn(
@@ -202,12 +242,14 @@ class Attachment:
         """Refresh at steps 0, tau, 2 tau, ..., and wherever a layer has nothing selected yet.
 
         With `spread`, layer i of n refreshes `i tau / n` steps later, and those that need a first observation get it in
-        turns during the first steps, exact until then.
+        turns during the first steps, exact until then. What was made exact stays so.
         """
-        tau, layers = self.config.refresh_every, len(self.grafts)
-        for i, graft in enumerate(self.grafts.values()):
+        tau, layers, made_exact = self.config.refresh_every, len(self.grafts), self.made_exact
+        for i, (name, graft) in enumerate(self.grafts.items()):
             first = i * min(tau, _FIRST_ROUND) // layers if self.config.spread else 0
-            if not graft.estimator.ready:
+            if name in made_exact:
+                graft.mode = Mode.EXACT
+            elif not graft.estimator.ready:
                 graft.mode = Mode.OBSERVE if step >= first else Mode.EXACT
             else:
                 due = step % tau == (i * tau // layers if self.config.spread else 0)
@@ -267,6 +309,7 @@ def attach(
     for layer, estimator in planned:
         graft = _graft_layer(tuners[layer.name], estimator, attachment.switch, fused=config.fused)
         if estimator is not None and graft is not None:
+            graft.name = layer.name
             attachment.grafts[layer.name] = graft
     causal, tuner, _ = find_language_model(model)
     if config.labelled_head and causal is not None:
@@ -283,8 +326,23 @@ def attach(
 
 
 def detach(model: nn.Module) -> None:
-    """Take celora off `model`: every hook and attribute that `attach` added. Does nothing where there is none."""
-    for module in model.modules():
+    """Take celora off `model`: every hook and attribute that `attach` added. Does nothing where there is none.
+
+    An attachment made from a wrapper around `model`, or from a model that shares adapted layers with it, ends whole.
+    """
+    modules = set(model.modules())
+    adapted = {module for module in modules if isinstance(module, BaseTunerLayer)}
+    for attachment in list(_attachments):
+        others = set(attachment.modules())
+        if adapted.isdisjoint(others):
+            continue
+        modules |= others
+        if left := sum(isinstance(module, BaseTunerLayer) for module in others - adapted):
+            warnings.warn(
+                f"celora: an attachment to a larger model ends; {left} other layers of it are plain PEFT's again.",
+                stacklevel=2,
+            )
+    for module in modules:
         attachment = module.__dict__.pop(_ATTRIBUTE, None)
         if attachment is not None:
             attachment.close()

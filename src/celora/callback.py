@@ -17,7 +17,8 @@ class Callback(TrainerCallback):  # type: ignore[misc]
     """Log `celora/*` metrics, save celora's state with each checkpoint, restore it when training resumes.
 
     Metrics: `celora/refreshes` (so far), and, measured at the latest refresh with the selection that had been in use
-    until then, `celora/relative_error` (mean over layers) and `celora/relative_error_worst`.
+    until then, `celora/relative_error` (mean over estimated layers) and `celora/relative_error_worst`; and, once there
+    are any, `celora/layers_made_exact`, whose estimate had a relative error of 1 or more twice in a row.
     """
 
     def on_train_begin(
@@ -69,8 +70,11 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         if attachment is None or logs is None or "loss" not in logs:
             return
         metrics: dict[str, float] = {"celora/refreshes": attachment.refreshes}
-        if attachment.relative_errors:
-            errors = attachment.relative_errors.values()
+        made_exact = attachment.made_exact
+        if made_exact:
+            metrics["celora/layers_made_exact"] = len(made_exact)
+        errors = [error for name, error in attachment.relative_errors.items() if name not in made_exact]
+        if errors:
             metrics["celora/relative_error"] = sum(errors) / len(errors)
             metrics["celora/relative_error_worst"] = max(errors)
         logs.update(metrics)

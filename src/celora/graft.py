@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
+import warnings
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from celora.estimators import Estimator
+from celora.select import measurable, squared_row_norms
 
 
 class Mode(enum.Enum):
@@ -37,9 +40,16 @@ class Switch:
 
     def __init__(self) -> None:
         self.on = True
+        self._said: set[str] = set()
 
-    def __getstate__(self) -> dict[str, bool]:
-        return {"on": False}
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "on": False}
+
+    def say_once(self, kind: str, text: str) -> None:
+        """Warn of a `kind` of event the first time that it happens to a layer of this attachment."""
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"celora: {text}", stacklevel=2)
 
 
 _keys = itertools.count()
@@ -51,6 +61,7 @@ class LayerGraft:
 
     def __init__(self, estimator: Estimator, switch: Switch) -> None:
         self._register()
+        self.name = "a layer"
         self.estimator = estimator
         self.switch = switch
         self.mode = Mode.OBSERVE
@@ -78,6 +89,25 @@ class LayerGraft:
             return None
         return graft(x, output, weight, bias, self)
 
+    def mode_for(self, mode: Mode, witness: Tensor) -> Mode:
+        """`mode`, or exact for gradients that cannot be estimated: without tokens, or not finite, or about to overflow.
+
+        `witness: (T, n)` is the gradient, or any product of it, where what is not finite shows just as well. Looking
+        would wait for an accelerator; there, such a gradient reaches the adapter's through the adapter's own products.
+        """
+        if mode is Mode.EXACT or not witness.numel():
+            return Mode.EXACT
+        if mode is Mode.OBSERVE or witness.device.type != "cpu" or torch.compiler.is_compiling():
+            return mode
+        if math.isfinite(squared_row_norms(witness).sum().item()):
+            return mode
+        self.switch.say_once(
+            "not finite",
+            f"a gradient of {self.name} is not finite, or nearly so; its backward is exact this time, as it will be, "
+            "without a word, whenever this happens again.",
+        )
+        return Mode.EXACT
+
     def grad_input(self, grad_output: Tensor, weight: Tensor, mode: Mode) -> Tensor:
         """`(T, out) , (out, in) -> (T, in)`: estimated, or exact while observing."""
         if mode is Mode.EXACT:
@@ -102,6 +132,13 @@ class LayerGraft:
         self.estimator.observe(grad_output, weight, exact)
         return exact
 
+    def take_error(self) -> float | None:
+        """The relative error measured since this was last asked for, if any: once a refresh, as it may wait."""
+        error, norm, self.squared_error, self.squared_norm = self.squared_error, self.squared_norm, None, None
+        if error is None or norm is None or norm.item() == 0:
+            return None
+        return float((error / norm).sqrt())
+
     def _measure(self, estimate: Tensor, exact: Tensor) -> None:
         """Add to the squared error of the selection in use, and to the squared norm it is relative to."""
         error = norm = torch.zeros((), device=exact.device)
@@ -110,8 +147,9 @@ class LayerGraft:
             x = x.float()
             norm = norm + x.square().sum()
             error = error + (e.float() - x).square().sum()
-        finite = torch.isfinite(error + norm)
-        error, norm = torch.where(finite, error, 0), torch.where(finite, norm, 0)
+        # A gradient that overflowed says nothing of the estimate; an estimate that did, and the gradient not, is none.
+        told = measurable(norm)
+        error, norm = torch.where(told, error.nan_to_num(math.inf), 0), torch.where(told, norm, 0)
         if self.squared_error is None or self.squared_norm is None:
             self.squared_error, self.squared_norm = error, norm
         else:
@@ -182,7 +220,7 @@ class _Graft(torch.autograd.Function):
         with without_autocast(grad_output.device.type):
             flat = grad_output.reshape(-1, grad_output.shape[-1])
             if ctx.needs_input_grad[0]:
-                grad_input = ctx.layer.grad_input(flat, ctx.weight, ctx.mode)
+                grad_input = ctx.layer.grad_input(flat, ctx.weight, ctx.layer.mode_for(ctx.mode, flat))
                 grad_input = grad_input.view(ctx.input_shape).to(ctx.input_dtype)
             if ctx.needs_input_grad[2]:
                 grad_bias = flat.sum(0).to(ctx.bias_dtype)

@@ -294,8 +294,8 @@ def _integer_product(q: Tensor, weight: Tensor) -> Tensor:
 
 def _quantise_rows(x: Tensor, offset: int) -> tuple[Tensor, Tensor]:
     """`kernels.quantise_rows` in torch operators."""
-    scale = torch.linalg.vector_norm(x, float("inf"), dim=1).float() / 127
-    q = (x.float() / _divisor(scale)[:, None]).round() + offset
+    scale = _divisor(torch.linalg.vector_norm(x, float("inf"), dim=1).float() / 127)
+    q = (x.float() / scale[:, None]).round() + offset
     return q.to(torch.uint8 if offset else torch.int8), scale
 
 
@@ -312,8 +312,8 @@ def _column_major(q: Tensor) -> Tensor:
 
 
 def _divisor(scale: Tensor) -> Tensor:
-    """A row or column of zeros has scale 0, and divided by any other number it stays zero."""
-    return torch.where(scale == 0, 1.0, scale)
+    """At least the smallest normal number: smaller ones are too coarse to divide by. A NaN stays one."""
+    return scale.clamp(min=torch.finfo(scale.dtype).tiny)
 
 
 def _positions(index: Tensor, rows: int) -> Tensor:

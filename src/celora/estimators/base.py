@@ -137,7 +137,7 @@ class Estimator(ABC):
         What is dropped grows or shrinks with the error wanted over the error had: with its square where the share of
         the squared norm is what is chosen. At most to twice (four times) or half (a quarter) at once.
         """
-        if "keep_ratio" not in self.uses or relative_error <= 0:
+        if "keep_ratio" not in self.uses or not relative_error > 0:
             return
         energy = self.settings.selection == "energy"
         change = min(2.0, max(0.5, target / relative_error)) ** (2 if energy else 1)

@@ -22,6 +22,7 @@ from celora.select import (
     column_scores,
     energy_count,
     inclusion_probabilities,
+    measurable,
     sample,
     squared_column_norms,
     top_k,
@@ -147,7 +148,7 @@ class Columns(Estimator):
         self.factor.observe(weight, grad_input)
         norms = squared_column_norms(grad_output)
         # An overflow under a GradScaler must not spoil the repetition of its step; `where` needs no synchronisation.
-        norms = torch.where(torch.isfinite(norms).all(), norms, 0)
+        norms = torch.where(measurable(norms), norms, 0)
         self._squared_norms = norms if self._squared_norms is None else self._squared_norms + norms
 
     def select(self) -> None:
@@ -157,13 +158,13 @@ class Columns(Estimator):
         scores = column_scores(self._squared_norms, self.factor.residual_norms)
         self._squared_norms = None
         # Once a refresh, so the synchronisation is cheap: where no gradient was seen, the selection stays.
-        if not bool((scores > 0).any()):
+        if not bool((scores > 0).any() & torch.isfinite(scores).all()):
             if self.index is not None:
                 self._use(self.index)
         elif self.settings.selection == "sampled":
             self.scores = scores
         elif self.settings.selection == "energy":
-            self._use(top_k(scores, max(1, int(energy_count(scores.square(), self.keep_ratio)))))
+            self._use(top_k(scores, max(1, int(energy_count(scores.double().square(), self.keep_ratio)))))
         else:
             self._use(top_k(scores, self.kept))
 
