@@ -28,6 +28,7 @@ from celora.fused import Adapter, FusedGraft, Lender, vanilla_adapter
 from celora.graft import LayerGraft, Mode, Switch
 from celora.packing import cannot_pack
 from celora.plan import Plan
+from celora.synchronise import add_up
 
 _ATTRIBUTE = "_celora"
 _FIRST_ROUND = 10  # optimizer steps over which `spread` distributes the first observations
@@ -163,6 +164,9 @@ class Attachment:
     @torch.no_grad()
     def _on_step(self, step: int) -> None:
         """End the refresh that the finished step was, if it was one, and set every layer's mode for step `step`."""
+        if self.config.synchronise and (model := self._model()) is not None:
+            observing = [name for name, graft in self.grafts.items() if graft.mode is Mode.OBSERVE]
+            add_up([(self.grafts[name], model.get_submodule(name).get_base_layer()) for name in observing])
         for name, graft in self.grafts.items():
             if graft.mode is Mode.OBSERVE:
                 graft.estimator.select()
@@ -355,6 +359,12 @@ def _plan_layer(
         estimator = make_estimator(setting.estimator, out_features, in_features, chosen)
     except CELoraError as error:
         raise CELoraError(f"layer {name!r}: {error}") from None
+    if config.synchronise and setting.factor == "gradient" and rank and estimator.name == "columns":
+        raise CELoraError(
+            f"layer {name!r}: synchronise=True with columns beside a gradient factor, which each process makes of its "
+            "own gradients; use factor='svd' or rank=0."
+        )
+    estimator.agreed = config.synchronise
     if reason := estimator.product.unavailable(out_features, in_features, base.weight.device):
         return LayerReport(name, out_features, in_features, "dense", 1.0, reason=reason), None
     selected = "keep_ratio" in kind.uses

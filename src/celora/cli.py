@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -35,6 +36,7 @@ Examples:
   celora train --model ./model --data rows.csv --output out --max_steps 200 --learning_rate 1e-4 --lora_r 32
   celora train --config run.yaml --preset off --output plain      # flags win over the file
   celora train --output out --resume                              # after Ctrl-C or a crash
+  torchrun --nproc-per-node 8 -m celora train --config run.yaml   # several devices; accelerate launch -m works too
 
 Every field of TRL's SFTConfig and the LoRA fields of its ModelConfig are accepted under their own names, here and in
 the YAML file (--bf16 false, --per-device-train-batch-size 4). --help-all lists them, with the defaults that differ from
@@ -101,11 +103,13 @@ def _help_all(asked: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand != "train" and (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise CELoraError(f"celora {context.invoked_subcommand} was started in {count} processes; it runs in one")
 
 
 @app.command(help=TRAIN_HELP, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -136,7 +140,7 @@ def train(
     result = run(request)
     if result.status == "interrupted":
         raise typer.Exit(130)
-    if not request.options.quiet:
+    if not request.options.quiet and result.summary:
         loss = result.summary.get("loss")
         shown = "" if loss is None else f"  loss {loss:.4f}"
         typer.echo(f"{result.status}: step {result.step}{shown}  {result.summary['seconds']:.1f} s  {result.output}")
@@ -307,6 +311,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from celora.train.processes import speaks
+
+        if not speaks():
+            return 2
     typer.echo(f"error: {' '.join(message.split())}", err=True)
     return 2
 

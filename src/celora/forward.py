@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -31,6 +30,7 @@ from celora.errors import CELoraError
 from celora.fused import Lender
 from celora.graft import LayerGraft, Switch
 from celora.head import Logits, score_tokens
+from celora.sharded import whole
 
 _IGNORED = -100
 _PROBED = 4  # tokens on which the model's own logits are compared with ours
@@ -136,7 +136,8 @@ class ModelGraft:
         causal = _language_model(module)
         head: Any = causal.get_output_embeddings()
         hidden, given = call.hidden.to(head.weight.device), call.given
-        weight, bias = _whole(head.weight), None if head.bias is None else _whole(head.bias)
+        # FSDP2 leaves the head's parameters sharded outside its own forward.
+        weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
         if self._logits is None:
             self._logits = _recognise(causal.config, hidden[:, call.probed], weight, bias, output.logits)
             if self._logits is None:
@@ -283,11 +284,6 @@ def _language_model(module: nn.Module) -> Any:
 
 def _set(value: Any) -> bool:
     return isinstance(value, Tensor) or value not in (None, False, 0)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """FSDP2 leaves the head's parameters sharded outside its own forward."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _at_hand(weight: Tensor) -> bool:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from celora.estimators import Estimator
+from celora.sharded import whole
 
 
 class Mode(enum.Enum):
@@ -81,7 +83,9 @@ class LayerGraft:
     def grad_input(self, grad_output: Tensor, weight: Tensor, mode: Mode) -> Tensor:
         """`(T, out) , (out, in) -> (T, in)`: estimated, or exact while observing."""
         if mode is Mode.EXACT:
-            return grad_output @ weight.to(grad_output.dtype)
+            return grad_output @ whole(weight, grad_output.dtype)
+        if isinstance(weight, DTensor) and (mode is Mode.OBSERVE or self.estimator.needs_whole(weight)):
+            weight = whole(weight, grad_output.dtype)
         compiling = torch.compiler.is_compiling()
         if mode is Mode.ESTIMATE:
             if compiling and not self.estimator.traceable:

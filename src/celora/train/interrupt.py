@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from transformers import TrainerCallback
+
+from celora.train.processes import any_of_them, processes
+
+_SAME_S = 1.0  # a launcher passes on the signal that the terminal has sent already
 
 
 class StopAtStepEnd(TrainerCallback):  # type: ignore[misc]
@@ -18,6 +23,7 @@ class StopAtStepEnd(TrainerCallback):  # type: ignore[misc]
     def __init__(self, console: Console) -> None:
         self.console = console
         self.asked = False
+        self._last = 0.0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -32,12 +38,17 @@ class StopAtStepEnd(TrainerCallback):  # type: ignore[misc]
             signal.signal(signal.SIGINT, before)
 
     def _on_signal(self, *_: object) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if self.asked and (processes() == 1 or now - self._last > _SAME_S):
             raise KeyboardInterrupt
+        self._last = now
+        if self.asked:
+            return
         self.asked = True
         self.console.print("Stopping after this step (Ctrl-C again to stop without saving).", highlight=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        self.asked = any_of_them(self.asked, args.device)  # or those that heard nothing would wait for the others
         # A finished run is finished, even if the signal came during its last step.
         if self.asked and state.global_step < state.max_steps:
             control.should_training_stop = True

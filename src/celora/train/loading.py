@@ -19,6 +19,7 @@ from trl import ModelConfig, get_quantization_config
 
 from celora.errors import CELoraError
 from celora.train.arguments import TrainRequest
+from celora.train.processes import is_first
 
 
 def load_tokenizer(request: TrainRequest) -> Any:
@@ -101,7 +102,13 @@ def lora_config(request: TrainRequest) -> LoraConfig:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without the libraries' progress bars, and without the one notice that says nothing is wrong."""
+    """Without the libraries' progress bars, and without the one notice that says nothing is wrong.
+
+    Where several processes train together, all but the first keep their warnings to themselves too.
+    """
+    verbosity = transformers.logging.get_verbosity()
+    if not is_first():
+        transformers.logging.set_verbosity_error()
     datasets_bars, transformers_bars = (
         datasets.is_progress_bar_enabled(),
         transformers.logging.is_progress_bar_enabled(),
@@ -124,8 +131,11 @@ def quiet_libraries() -> Iterator[None]:
             )
             # PEFT takes the one-dimensional bias of lora_bias=True for a matrix that lost a dimension.
             warnings.filterwarnings("ignore", message=r".*have invalid shape: \S+\.lora_B\.bias")
+            if not is_first():
+                warnings.simplefilter("ignore")
             yield
     finally:
+        transformers.logging.set_verbosity(verbosity)
         logger.removeFilter(notice)
         for handler in handlers:
             handler.removeFilter(notice)

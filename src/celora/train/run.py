@@ -1,7 +1,8 @@
 """One training run, from a `TrainRequest` to an adapter with its metrics, checkpoints and report.
 
 TRL's SFTTrainer trains; celora is attached to its model. The folder can be resumed at any time: Ctrl-C stops at the
-end of an optimizer step and saves; a killed process loses only what came after its last complete checkpoint.
+end of an optimizer step and saves; a killed process loses only what came after its last complete checkpoint. Under
+torchrun and `accelerate launch` every process comes through here; only the first writes and prints.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from celora.train.data import load_rows
 from celora.train.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json
 from celora.train.interrupt import StopAtStepEnd
 from celora.train.loading import load_adapter, load_model, load_tokenizer, lora_config, quiet_libraries
+from celora.train.processes import WaitForAll, from_first, is_first, losing_contact
 from celora.train.progress import MetricsWriter, Phases, PlanProgress, ProgressLine, read_metrics
 from celora.train.report import write_report
 
@@ -82,9 +84,14 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
     Raises:
         CELoraError: bad input, found before anything in the output folder is touched.
     """
-    console = console or Console(stderr=True)
-    options, folder = request.options, OutputFolder(request.output)
-    folder.check(resume=options.resume, overwrite=options.overwrite)
+    with losing_contact(request.output):
+        return _train(request, (console or Console(stderr=True)) if is_first() else Console(quiet=True))
+
+
+def _train(request: TrainRequest, console: Console) -> TrainResult:
+    options, folder, first = request.options, OutputFolder(request.output), is_first()
+    if first:
+        folder.check(resume=options.resume, overwrite=options.overwrite)
     earlier = folder.run() if options.resume else None
     if earlier and earlier.get("status") == "finished" and not _longer(earlier["given"], request.given):
         step = int(earlier["summary"]["step"])
@@ -96,12 +103,13 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
     with quiet_libraries():
         tokenizer = load_tokenizer(request)
         chat = bool(tokenizer.chat_template)
-        rows = load_rows(request.data, split=options.dataset_train_split, chat=chat)
-        eval_rows = load_rows(options.eval_data, split="test", chat=chat) if options.eval_data else None
+        args = sft_config(request)
+        with args.main_process_first():
+            rows = load_rows(request.data, split=options.dataset_train_split, chat=chat)
+            eval_rows = load_rows(options.eval_data, split="test", chat=chat) if options.eval_data else None
         when = request.train.get("eval_strategy", "no")
         if eval_rows is None and when != "no":
             raise CELoraError(f"eval_strategy={when!r} needs rows to evaluate on; give --eval-data")
-        args = sft_config(request)
         model = load_model(request)
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
         config, plan = _configuration(request, trainer, console)
@@ -112,30 +120,33 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
             lines = (rank_line(request), str(attached), choice)
             console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
-        resumed = folder.last_checkpoint() if options.resume else None
+        resumed = from_first(folder.last_checkpoint() if options.resume and first else None)
         checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
         if 0 < args.max_steps <= marker["step"]:
             raise CELoraError(f"max_steps={args.max_steps}, but the run is saved at step {marker['step']}; give more")
-        try:
-            request.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CELoraError(f"cannot write to --output {str(request.output)!r}: {error.strerror}") from None
-        aside = folder.set_aside() if options.overwrite else None
+        aside = metrics = None
+        record: dict[str, Any] = {"summary": {}}
+        if first:
+            try:
+                request.output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CELoraError(f"cannot write to --output {str(request.output)!r}: {error.strerror}") from None
+            aside = folder.set_aside() if options.overwrite else None
+            record = _record(request, args, attached)
+            write_json(request.output / RUN, record)
+            config.save(request.output / CONFIG)
+            if plan is not None:
+                plan.save(request.output / PLAN)
+            metrics = MetricsWriter(
+                request.output / METRICS, after_step=marker["step"], seconds=marker["seconds"], phases=trainer.phases
+            )
         if options.resume:
             where = f"from {checkpoint.name}" if checkpoint else "from the beginning: no checkpoint is complete yet"
             _say(console, options.quiet, f"Resuming {where}.")
-        record = _record(request, args, attached)
-        write_json(request.output / RUN, record)
-        config.save(request.output / CONFIG)
-        if plan is not None:
-            plan.save(request.output / PLAN)
-        metrics = MetricsWriter(
-            request.output / METRICS, after_step=marker["step"], seconds=marker["seconds"], phases=trainer.phases
-        )
         progress, stop = ProgressLine(console, quiet=options.quiet), StopAtStepEnd(console)
         # The Trainer puts callbacks after its reporters; celora's goes first, so that all of them see its metrics.
         trainer.callback_handler.callbacks.insert(0, celora.Callback())
-        for callback in (trainer.phases, stop, metrics, progress):
+        for callback in filter(None, (trainer.phases, stop, WaitForAll(), metrics, progress)):
             trainer.add_callback(callback)
 
         status = "failed"
@@ -146,10 +157,11 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
                 trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
                 stopped = stop.asked and trainer.state.global_step < trainer.state.max_steps
                 if not stopped:
-                    if eval_rows is not None and not _evaluated(metrics.path, trainer.state):
+                    if eval_rows is not None and not _evaluated(trainer.state):
                         trainer.evaluate()
                     trainer.save_model(str(request.output))
-                    (request.output / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says the same
+                    if first:  # a pickle; run.json says the same
+                        (request.output / "training_args.bin").unlink(missing_ok=True)
                 status = "interrupted" if stopped else "finished"
         except KeyboardInterrupt:
             status = "interrupted"
@@ -160,7 +172,7 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
             elif aside is not None:
                 shutil.rmtree(aside)
             progress.close()
-            if status != "failed" or trainer.state.global_step > 0:
+            if metrics is not None and (status != "failed" or trainer.state.global_step > 0):
                 errors = require(trainer.model).relative_errors
                 record |= {"status": status, "summary": _summary(trainer, metrics, attached), "errors": errors}
                 write_json(request.output / RUN, record)
@@ -230,8 +242,8 @@ def _longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
     )
 
 
-def _evaluated(metrics: Path, state: Any) -> bool:
-    return any(row["step"] == state.global_step and "eval_loss" in row for row in read_metrics(metrics))
+def _evaluated(state: Any) -> bool:
+    return any(row["step"] == state.global_step and "eval_loss" in row for row in state.log_history)
 
 
 def _record(request: TrainRequest, args: Any, attached: Any) -> dict[str, Any]:
@@ -290,16 +302,27 @@ def _configuration(request: TrainRequest, trainer: Any, console: Console) -> tup
 def _plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
     """Plan on the first batches of the training data; the training sees them in the same order as without."""
     limit, options = request.options.memory_limit, request.options
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise CELoraError(
+            "preset 'auto' cannot measure a model that will be sharded; make a plan on one device with celora plan and "
+            "give it with --plan, or choose --preset exact or paper"
+        )
     trainer.model.train()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), PlanProgress(console, quiet=options.quiet) as progress:
-        return celora.make_plan(
-            trainer.model,
-            list(itertools.islice(trainer.get_train_dataloader(), 3)),
-            DEFAULT_FIDELITY if options.fidelity is None else options.fidelity,
-            memory_limit=None if limit is None else int(limit * 2**20),
-            progress=progress,
-        )
+    with torch.random.fork_rng(devices=devices):
+        batches = list(itertools.islice(trainer.get_train_dataloader(), 3))  # in all processes: loaders keep in step
+        if not is_first():
+            return Plan.from_dict(from_first(None))
+        with PlanProgress(console, quiet=options.quiet) as progress:
+            plan = celora.make_plan(
+                trainer.model,
+                batches,
+                DEFAULT_FIDELITY if options.fidelity is None else options.fidelity,
+                memory_limit=None if limit is None else int(limit * 2**20),
+                progress=progress,
+            )
+    from_first(plan.to_dict())
+    return plan
 
 
 def plan_model(request: TrainRequest, *, rows: int, adapter: Path | None, console: Console) -> Plan:
