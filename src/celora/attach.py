@@ -123,7 +123,8 @@ class Attachment:
         self.grafts: dict[str, LayerGraft] = {}
         self.forward: ModelGraft | None = None
         self.relative_errors: dict[str, float] = {}
-        self._unheard = 0
+        self._unseen: set[str] = set()  # layers that had a refresh and saw no gradient in it
+        self.other_steps = 0  # of optimizers that hold none of the model's parameters
         self._warned = False
         self._bind(model, step=0)
 
@@ -164,20 +165,27 @@ class Attachment:
     @torch.no_grad()
     def _on_step(self, step: int) -> None:
         """End the refresh that the finished step was, if it was one, and set every layer's mode for step `step`."""
+        observing = {name: graft for name, graft in self.grafts.items() if graft.mode is Mode.OBSERVE}
         if self.config.synchronise and (model := self._model()) is not None:
-            observing = [name for name, graft in self.grafts.items() if graft.mode is Mode.OBSERVE]
-            add_up([(self.grafts[name], model.get_submodule(name).get_base_layer()) for name in observing])
-        for name, graft in self.grafts.items():
-            if graft.mode is Mode.OBSERVE:
-                graft.estimator.select()
-                if graft.squared_error is not None and graft.squared_norm is not None:
-                    norm = graft.squared_norm.item()  # once a refresh, so the synchronisation is cheap
-                    if norm > 0:
-                        error = self.relative_errors[name] = (graft.squared_error.item() / norm) ** 0.5
-                        if self.config.target_error is not None:
-                            graft.estimator.aim(error, self.config.target_error)
-                        self._monitor(name, error, step)
-                    graft.squared_error = graft.squared_norm = None
+            if (step - 1) % self.config.refresh_every:  # a layer that never sees a gradient does not ask at every step
+                observing = {
+                    name: graft
+                    for name, graft in observing.items()
+                    if graft.estimator.ready or name not in self._unseen
+                }
+            add_up([(graft, model.get_submodule(name).get_base_layer()) for name, graft in observing.items()])
+        for name, graft in observing.items():
+            graft.estimator.select()
+            if not graft.estimator.ready:
+                self._unseen.add(name)
+            if graft.squared_error is not None and graft.squared_norm is not None:
+                norm = graft.squared_norm.item()  # once a refresh, so the synchronisation is cheap
+                if norm > 0:
+                    error = self.relative_errors[name] = (graft.squared_error.item() / norm) ** 0.5
+                    if self.config.target_error is not None:
+                        graft.estimator.aim(error, self.config.target_error)
+                    self._monitor(name, error, step)
+                graft.squared_error = graft.squared_norm = None
         self.set_modes(step)
 
     def _monitor(self, name: str, error: float, step: int) -> None:
@@ -192,13 +200,14 @@ class Attachment:
 
     def _on_other_step(self) -> None:
         """Say so if the model is trained by an optimizer that holds other tensors than the model's parameters."""
-        if self.clock.step == 0 and any(graft.observed for graft in self.grafts.values()):
-            self._unheard += 1
-            if self._unheard == 3:
+        if any(graft.observed for graft in self.grafts.values()):
+            self.other_steps += 1
+            if self.clock.step == 0 and self.other_steps == 3:
                 warnings.warn(
                     "celora: three optimizer steps, none of a parameter of this model, so every backward is exact. If "
-                    "the optimizer holds copies of the parameters, call require(model).clock.advance() after each step "
-                    "(from celora.attach import require).",
+                    "the optimizer holds copies of the parameters, as DeepSpeed's does, give the Trainer "
+                    "celora.Callback(), or call require(model).clock.advance() after each step (from celora.attach "
+                    "import require).",
                     stacklevel=2,
                 )
 
@@ -359,10 +368,10 @@ def _plan_layer(
         estimator = make_estimator(setting.estimator, out_features, in_features, chosen)
     except CELoraError as error:
         raise CELoraError(f"layer {name!r}: {error}") from None
-    if config.synchronise and setting.factor == "gradient" and rank and estimator.name == "columns":
+    if config.synchronise and setting.factor == "gradient" and rank:
         raise CELoraError(
-            f"layer {name!r}: synchronise=True with columns beside a gradient factor, which each process makes of its "
-            "own gradients; use factor='svd' or rank=0."
+            f"layer {name!r}: synchronise=True beside a gradient factor, which each process makes of its own "
+            "gradients; use factor='svd' or rank=0."
         )
     estimator.agreed = config.synchronise
     if reason := estimator.product.unavailable(out_features, in_features, base.weight.device):

@@ -20,6 +20,9 @@ class Callback(TrainerCallback):  # type: ignore[misc]
     until then, `celora/relative_error` (mean over layers) and `celora/relative_error_worst`.
     """
 
+    def __init__(self) -> None:
+        self._before = (0, 0)
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -43,6 +46,34 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         )
         attachment.clock.step = state.global_step
         attachment.set_modes(state.global_step)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        attachment = None if model is None else find(model)
+        if attachment is not None:
+            self._before = (attachment.clock.step, attachment.other_steps)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        attachment = None if model is None else find(model)
+        if attachment is None:
+            return
+        # DeepSpeed's optimizer steps copies of the parameters, which the clock cannot know for this model's.
+        step, other_steps = self._before
+        if attachment.clock.step == step and attachment.other_steps > other_steps:
+            attachment.clock.advance()
 
     def on_save(
         self,

@@ -6,7 +6,7 @@ columns and `in (rank + 8)` for a gradient factor, whatever the number of proces
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,19 +22,18 @@ def in_company() -> bool:
 
 
 @torch.no_grad()
-def add_up(layers: Iterable[tuple[LayerGraft, nn.Linear]]) -> None:
+def add_up(layers: Sequence[tuple[LayerGraft, nn.Linear]]) -> None:
     """Replace what these layers, given with their base layers, have observed by the sum over all processes.
 
     Collective: every process calls it with the same layers. One that saw no gradient of a layer adds nothing to it
     and selects as the others do. Does nothing in a process of its own.
     """
-    pairs = list(layers)
-    if not pairs or not in_company():
+    if not layers or not in_company():
         return
-    sizes = [3 + graft.estimator.pooled_size for graft, _ in pairs]
-    flat = torch.zeros(sum(sizes), device=pairs[0][1].weight.device)
+    sizes = [3 + graft.estimator.pooled_size for graft, _ in layers]
+    flat = torch.zeros(sum(sizes), device=layers[0][1].weight.device)
     parts = flat.split(sizes)
-    for part, (graft, _) in zip(parts, pairs, strict=True):
+    for part, (graft, _) in zip(parts, layers, strict=True):
         observed = graft.estimator.pooled()
         if observed is not None:
             part[0], part[3:] = 1, observed
@@ -43,7 +42,7 @@ def add_up(layers: Iterable[tuple[LayerGraft, nn.Linear]]) -> None:
     dist.all_reduce(flat)
     processes = dist.get_world_size()
     witnesses = torch.stack([part[0] for part in parts]).tolist()  # once a refresh, so the synchronisation is cheap
-    for part, (graft, base), seen in zip(parts, pairs, witnesses, strict=True):
+    for part, (graft, base), seen in zip(parts, layers, witnesses, strict=True):
         graft.squared_error, graft.squared_norm = part[1].clone(), part[2].clone()
         if seen:
             # A process that saw no gradient has not seen the weight either, and gathering it takes them all.

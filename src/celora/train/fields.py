@@ -33,6 +33,7 @@ DEFAULTS: dict[str, tuple[object, str]] = {
     "dtype": ("auto", "keep the checkpoint's own dtype; TRL would load it in float32"),
     "lora_target_modules": (["all-linear"], "the published setting; PEFT's own choice is q_proj and v_proj only"),
     "lora_dropout": (0.0, "dropout on every adapter input costs about a tenth of a step"),
+    "ddp_find_unused_parameters": (False, "every adapter gets a gradient, and looking for some that do not takes time"),
     "report_to": ("none", "nothing leaves the machine unless asked"),
     "include_num_input_tokens_seen": ("non_padding", "tokens per second should count tokens"),
 }
