@@ -1,6 +1,6 @@
 """What two processes do in tests/test_processes.py, started by torchrun: `train_worker.py FOLDER`.
 
-Three runs of `celora train`; in the last, the second process is killed in its fifth step.
+Runs of `celora train`; in the last, the second process is killed in its fifth step.
 """
 
 from __future__ import annotations
@@ -20,29 +20,43 @@ USUAL = ["--max_steps", "6", "--save_steps", "3", "--per_device_train_batch_size
 COLUMNS = '{"estimator": "columns", "keep_ratio": 0.4, "rank": 4, "refresh_every": 2, "synchronise": true}'
 
 
-class Killed(TrainerCallback):  # type: ignore[misc]
+class Signalled(TrainerCallback):  # type: ignore[misc]
+    """The second process, and no other, gets a signal at the beginning of a step."""
+
+    def __init__(self, number: signal.Signals, step: int) -> None:
+        self.number, self.step = number, step
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if os.environ["RANK"] == "1" and state.global_step == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ["RANK"] == "1" and state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
 
 
-def train(folder: Path, name: str, *more: str) -> None:
-    own = ["--model", f"{folder}/model", "--data", f"{folder}/rows.jsonl", "--output", f"{folder}/{name}"]
-    assert main(["train", *own, *USUAL, *more]) == 0
-
-
-def work(folder: Path) -> None:
-    train(folder, "whole", "--celora", COLUMNS, "--eval-data", f"{folder}/rows.jsonl")
-    train(folder, "auto", "--preset", "auto", "--max_steps", "2", "--save_strategy", "no")
+def train(folder: Path, name: str, *more: str, data: str = "rows.jsonl", callback: Any = None) -> int:
+    own = ["--model", f"{folder}/model", "--data", f"{folder}/{data}", "--output", f"{folder}/{name}"]
     build = run.build_trainer
 
     def built(*args: Any, **kw: Any) -> Any:
         trainer = build(*args, **kw)
-        trainer.add_callback(Killed())
+        trainer.add_callback(callback)
         return trainer
 
-    run.build_trainer = built
-    train(folder, "killed", "--celora", COLUMNS)
+    if callback is not None:
+        run.build_trainer = built
+    try:
+        return main(["train", *own, *USUAL, *more])
+    finally:
+        run.build_trainer = build
+
+
+def work(folder: Path) -> None:
+    with_columns = ["--celora", COLUMNS]
+    assert train(folder, "whole", *with_columns, "--eval-data", f"{folder}/rows.jsonl") == 0
+    assert train(folder, "auto", "--preset", "auto", "--max_steps", "2", "--save_strategy", "no") == 0
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # each attempt of a job may say once why it failed
+    assert train(folder, "bad", data="nowhere.jsonl") == 2
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
+    assert train(folder, "stopped", *with_columns, callback=Signalled(signal.SIGINT, 1)) == 130
+    train(folder, "killed", *with_columns, callback=Signalled(signal.SIGKILL, 4))
 
 
 if __name__ == "__main__":
