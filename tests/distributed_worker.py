@@ -19,8 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import celora
+import celora.fsdp
 from celora import fused
-from celora.attach import require, tuner_layers
+from celora.attach import require
 from celora.graft import LayerGraft
 from celora.synchronise import add_up
 from conftest import make_model
@@ -73,11 +74,10 @@ def run(scenario: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
     config, sharded = configuration(scenario["config"]), scenario.get("shard")
     if scenario.get("attach") != "after":
         celora.attach(model, config)
-    if sharded == "layers":  # every frozen weight a group of its own, which its backward need not gather
-        for tuner in tuner_layers(model).values():
-            fully_shard(tuner.get_base_layer())
     wrapped: nn.Module = model
-    if sharded:
+    if sharded == "layers":
+        celora.fsdp.shard(model)
+    elif sharded:
         for block in model.base_model.model.model.layers:
             fully_shard(block)
         fully_shard(model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ import torch
 import celora
 from conftest import make_model
 from distributed_worker import COLUMNS, SCENARIOS, STEPS, configuration, global_batch
+
+ROOT = Path(__file__).parent.parent
 
 # One process sums a gradient over eight rows, two sum it over four each: float32 rounding, amplified by Adam, whose
 # step is as large for a small gradient as for a large one.
@@ -95,27 +99,54 @@ def test_a_process_without_a_gradient_selects_as_the_others(ran):
 
 
 def test_synchronising_is_one_reduction_at_refreshes_outside_backward(ran):
-    model = make_model()
-    columns = sum(layer.out_features for layer in celora.attach(model, configuration(COLUMNS)).estimated.values())
-    layers = len(celora.attach(model, configuration(COLUMNS)).estimated)
-    for step, traffic in enumerate(ran["rows"][0]["traffic"]):
-        refresh = step % COLUMNS["refresh_every"] == 0
-        assert traffic["after"] == ({"allreduce": 4 * (columns + 3 * layers)} if refresh else {})
+    """Layers that never see a gradient, as the first q, k and v, do not make it one in every step."""
+    for of in ran["alike"]:
+        reductions = [list(traffic["after"]) for traffic in of["traffic"]]
+        assert reductions == [["allreduce"], [], [], ["allreduce"], [], []]
+        assert {tuple(traffic["backward"]) for traffic in of["traffic"]} == {("allreduce",)}
 
 
-def frozen_backward(of: list[dict[str, Any]], step: int) -> int:
-    """Bytes of weights that a process sends in a backward, without those that FSDP2 gathers whatever is attached."""
-    sent = of[0]["traffic"][step]["backward"]
-    return sum(n for name, n in sent.items() if "gather" in name)
+def gathered(of: list[dict[str, Any]], step: int, phase: str) -> int:
+    """Bytes that the first process gave to all-gathers."""
+    return sum(n for name, n in of[0]["traffic"][step][phase].items() if "gather" in name)
 
 
-def test_a_backward_gathers_only_the_rows_it_keeps(ran):
-    """Step 1 and 2 estimate; 0 and 3 refresh. The copy gathers nothing once it is made."""
-    nothing, rows, copy = (frozen_backward(ran[n], 1) for n in ("nothing", "rows", "copy"))
-    trained_and_prefetched = copy  # what FSDP2 gathers by itself
-    assert (rows - trained_and_prefetched) < 0.6 * (nothing - trained_and_prefetched)
-    assert frozen_backward(ran["rows"], 3) > nothing
-    assert frozen_backward(ran["rows apart"], 1) > rows
+@pytest.fixture(scope="module")
+def scaling():
+    return runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"))
+
+
+def shapes(pattern: str) -> list[tuple[int, int]]:
+    """Of the tiny model's parameters, (rows, columns)."""
+    named = make_model().named_parameters()
+    return [(len(p), p.numel() // len(p)) for name, p in named if re.search(pattern, name)]
+
+
+# Layer 0's q, k and v have the embedding for their input, which needs no gradient.
+FROZEN = r"(layers\.1\..*|o_proj\.|mlp.*)base_layer"
+
+
+def test_bytes_are_those_of_the_cost_model(ran, scaling):
+    """Steps 1 and 2 estimate; a refresh, as step 3, gathers every weight whole."""
+    held, kept = scaling["held"], scaling["kept"]
+    trained = 4 * sum(rows * columns for rows, columns in shapes("lora_"))
+    assert ran["exact"][0]["traffic"][1]["backward"] == {"allreduce": trained}
+    in_blocks = held(shapes("lora_|layers.*norm"), 2, 4)
+    for name in ("nothing", "sharded after", "rows", "copy"):
+        assert gathered(ran[name], 1, "forward") == held(shapes(""), 2, 4)
+        assert ran[name][0]["traffic"][1]["backward"]["reduce_scatter_base"] == trained
+    assert gathered(ran["copy"], 1, "backward") == in_blocks
+    whole, least = held(shapes(FROZEN), 2, 4), kept(shapes(FROZEN), COLUMNS["keep_ratio"], 2, 4)
+    assert gathered(ran["rows"], 3, "backward") == gathered(ran["rows apart"], 1, "backward") == in_blocks + whole
+    # The fullest process sets the size; where rows are few, that is more than half of them.
+    assert least <= gathered(ran["rows"], 1, "backward") - in_blocks < 1.2 * least < 0.5 * whole
+    out_features = [rows for rows, _ in shapes("base_layer")]
+    assert ran["rows"][0]["traffic"][0]["after"] == {"allreduce": scaling["statistics"](out_features)}
+
+
+def test_the_page_holds_the_cost_model_s_table(scaling):
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    assert scaling["table"](scaling["Setting"]()) in page, "put the output of benchmarks/scaling.py there"
 
 
 @pytest.mark.slow

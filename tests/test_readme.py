@@ -92,7 +92,7 @@ def test_tables_come_from_the_committed_rows(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_links_lead_somewhere() -> None:
-    for name in ("README.md", "docs/how-it-works.md", "docs/speed.md"):
+    for name in ("README.md", "docs/how-it-works.md", "docs/speed.md", "docs/distributed.md"):
         page = ROOT / name
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{name}: {target}"

@@ -173,7 +173,8 @@ class Attachment:
                     for name, graft in observing.items()
                     if graft.estimator.ready or name not in self._unseen
                 }
-            add_up([(graft, model.get_submodule(name).get_base_layer()) for name, graft in observing.items()])
+            tuners: dict[str, Any] = {name: model.get_submodule(name) for name in observing}
+            add_up([(graft, tuners[name].get_base_layer()) for name, graft in observing.items()])
         for name, graft in observing.items():
             graft.estimator.select()
             if not graft.estimator.ready:

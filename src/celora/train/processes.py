@@ -63,7 +63,8 @@ def speaks() -> bool:
         return True
     try:
         port, attempt = int(os.environ["MASTER_PORT"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=timedelta(seconds=5))
+        host, patience = os.environ["MASTER_ADDR"], timedelta(seconds=5)
+        store = dist.TCPStore(host, port, is_master=False, timeout=patience)  # type: ignore[attr-defined]
         return bool(store.add(f"celora/failures/{attempt}", 1) == 1)
     except (KeyError, ValueError, RuntimeError):  # no store any more: its host was the process that failed
         return True

@@ -120,7 +120,9 @@ def _train(request: TrainRequest, console: Console) -> TrainResult:
             lines = (rank_line(request), str(attached), choice)
             console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
-        resumed = from_first(folder.last_checkpoint() if options.resume and first else None)
+        resumed: tuple[Path, dict[str, Any]] | None = from_first(
+            folder.last_checkpoint() if options.resume and first else None
+        )
         checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
         if 0 < args.max_steps <= marker["step"]:
             raise CELoraError(f"max_steps={args.max_steps}, but the run is saved at step {marker['step']}; give more")
