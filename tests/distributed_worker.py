@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +37,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "sharded before": {"config": {**COLUMNS, "synchronise": True}, "attach": "before", "shard": "blocks"},
     "sharded after": {"config": {**COLUMNS, "synchronise": True}, "attach": "after", "shard": "blocks"},
     "rows": {"config": {**COLUMNS, "synchronise": True}, "attach": "after", "shard": "layers"},
+    "nodes": {"config": {**COLUMNS, "synchronise": True}, "attach": "after", "shard": "nodes"},
     "rows apart": {"config": COLUMNS, "attach": "after", "shard": "layers"},
     "copy": {"config": {"estimator": "int8"}, "attach": "after", "shard": "layers"},
     "nothing": {"config": "off", "attach": "after", "shard": "layers"},
@@ -77,6 +79,8 @@ def run(scenario: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
     wrapped: nn.Module = model
     if sharded == "layers":
         celora.fsdp.shard(model)
+    elif sharded == "nodes":  # of two processes each
+        celora.fsdp.shard(model, mesh=init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("across", "within")))
     elif sharded:
         for block in model.base_model.model.model.layers:
             fully_shard(block)

@@ -67,7 +67,7 @@ def test_parameters_stay_in_sync(ran, name):
 
 
 # Columns that are chosen from the statistics of all are the columns that one process chooses from the whole batch.
-@pytest.mark.parametrize("name", ["exact", "alike", "sharded before", "sharded after", "rows"])
+@pytest.mark.parametrize("name", ["exact", "alike", "sharded before", "sharded after", "rows", "nodes"])
 def test_the_same_losses_as_one_process_with_the_same_batch(ran, name):
     assert ran[name][0]["losses"] == pytest.approx(alone(SCENARIOS[name]["config"]), abs=TOLERANCE)
 
@@ -152,7 +152,7 @@ def test_the_page_holds_the_cost_model_s_table(scaling):
 @pytest.mark.slow
 def test_four_processes(tmp_path):
     ran = both(tmp_path, 4)
-    for name in ("exact", "alike", "sharded after", "rows"):
+    for name in ("exact", "alike", "sharded after", "rows", "nodes"):
         assert all(of["parameters"] == ran[name][0]["parameters"] for of in ran[name])
         assert ran[name][0]["losses"] == pytest.approx(alone(SCENARIOS[name]["config"]), abs=TOLERANCE)
     assert all(of["selected"] == ran["unseen"][0]["selected"] for of in ran["unseen"])

@@ -28,7 +28,8 @@ class Signalled(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if os.environ["RANK"] == "1" and state.global_step == self.step:
-            os.kill(os.getpid(), self.number)
+            for _ in range(2):  # from the terminal, and again from the launcher
+                os.kill(os.getpid(), self.number)
 
 
 def train(folder: Path, name: str, *more: str, data: str = "rows.jsonl", callback: Any = None) -> int:

@@ -135,7 +135,8 @@ def quiet_libraries() -> Iterator[None]:
                 warnings.simplefilter("ignore")
             yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        if not is_first():
+            transformers.logging.set_verbosity(verbosity)
         logger.removeFilter(notice)
         for handler in handlers:
             handler.removeFilter(notice)

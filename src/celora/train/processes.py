@@ -49,7 +49,7 @@ def from_first(value: Any) -> Any:
 
 
 def any_of_them(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set in any process. Collective."""
+    """Whether `flag` is set in any process. Collective, and waits for the device, as logging a loss does."""
     if processes() == 1:
         return flag
     found = torch.tensor(int(flag), device=device)

@@ -98,7 +98,7 @@ def _train(request: TrainRequest, console: Console) -> TrainResult:
         _say(
             console, options.quiet, f"{request.output} is finished, at step {step}; a larger --max_steps continues it."
         )
-        return TrainResult("already finished", request.output, step, earlier["summary"])
+        return TrainResult("already finished", request.output, step, earlier["summary"] if first else {})
 
     with quiet_libraries():
         tokenizer = load_tokenizer(request)
