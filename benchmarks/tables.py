@@ -15,7 +15,7 @@ import rows
 from celora.train.demo import REFRESH_EVERY, DemoRow, summary
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/how-it-works.md", "docs/speed.md")
+PAGES = ("README.md", "docs/index.md", "docs/how-it-works.md", "docs/speed.md")
 
 
 def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
-from trl import ModelConfig, SFTConfig
+import yaml
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from celora.config import LayerConfig
 from celora.errors import CELoraError
 from celora.train.arguments import estimator_config, make_request, parse, sft_config
-from celora.train.fields import DEFAULTS, convert, help_all, known_fields
+from celora.train.fields import DEFAULTS, REFUSED, convert, help_all, known_fields
+from celora.train.yaml_file import set_environment
 
+TRL_SFT = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
 OWN = {"model": "m", "data": "d.jsonl", "output": "out"}
 
 
@@ -26,11 +30,12 @@ def fails(tokens: list[str], *parts: str, own: dict[str, object] = OWN) -> None:
 
 
 def test_every_field_of_trl_is_known():
-    names = {f.name for cls in (SFTConfig, ModelConfig) for f in dataclasses.fields(cls)}
-    assert names - set(known_fields()) == {"output_dir", "model_name_or_path"}
+    names = {f.name for cls in TRL_SFT for f in dataclasses.fields(cls)}
+    assert names - set(known_fields()) == {"output_dir", "model_name_or_path", "dataset_name"}
     assert set(DEFAULTS) <= names
+    assert set(REFUSED) <= names
     for name in known_fields():
-        assert f"--{name}" in help_all() or name in ("trust_remote_code", "resume_from_checkpoint", "use_peft")
+        assert f"  --{name}  " in help_all()
 
 
 def test_flags_take_trls_names_with_underscores_or_dashes():
@@ -85,6 +90,12 @@ def test_conversion(name, raw, value):
         ("--trust_remote_code true", ["refused"]),
         ("--use_peft false", ["LoRA adapters only"]),
         ("--resume_from_checkpoint x", ["--resume"]),
+        ("--dataset_streaming", ["dataset_streaming=True is refused", "memory stays flat without it"]),
+        ("--streaming true", ["streaming=True is refused"]),
+        ("--ignore_bias_buffers", ["ignore_bias_buffers=True is refused"]),
+        ("--test_split_size 0.1", ["test_split_size=0.1 is refused", "eval_data"]),
+        ("--num_processes 4", ["--num_processes belongs to the launcher", "accelerate launch --num_processes"]),
+        ("--accelerate_config zero2", ["belongs to the launcher"]),
         ("stray", ["'stray'"]),
         ("--config nowhere.yaml", ["nowhere.yaml", "No such file"]),
     ],
@@ -102,6 +113,49 @@ def test_missing_and_contradicting_options():
 def write(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def test_a_file_of_trl_sft_with_every_default_written_out(tmp_path):
+    """Whatever `trl sft` may be given and means nothing by is accepted."""
+    values = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for cls in TRL_SFT
+        for f in dataclasses.fields(cls)
+        if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+    }
+    values |= {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "out", "use_peft": True}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(values, default=str))), encoding="utf-8")
+    request = parse([], {"config": str(tmp_path / "sft.yaml")})
+    assert (request.model, request.data, request.lora["lora_dropout"]) == ("m", "d", 0.05)
+
+
+def test_what_a_file_of_trl_sft_asks_for_is_refused_by_name(tmp_path):
+    mixture = "datasets: [{path: a}, {path: b}]"
+    fails(
+        [], "datasets=", "put the rows of all of them into one folder", own={"config": write(tmp_path / "m", mixture)}
+    )
+    for text, part in (("trust_remote_code: true", "never runs code"), ("use_peft: false", "LoRA adapters only")):
+        fails([], text.partition(":")[0], part, own=OWN | {"config": write(tmp_path / "y", text)})
+
+
+def test_launch_settings_in_a_file(tmp_path, monkeypatch):
+    own = OWN | {"config": write(tmp_path / "sft.yaml", "num_processes: 2")}
+    fails([], "key 'num_processes'", "accelerate launch --num_processes ... -m celora train", own=own)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "num_processes" not in parse([], own).given
+    own = OWN | {"config": write(tmp_path / "one.yaml", "num_processes: 1")}
+    monkeypatch.delenv("WORLD_SIZE")
+    assert parse([], own).model == "m"
+
+
+def test_the_environment_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("CELORA_TEST_VARIABLE", "before")
+    file = write(tmp_path / "sft.yaml", "env: {CELORA_TEST_VARIABLE: 3}\nmax_steps: 7")
+    assert parse([], OWN | {"config": file}).train["max_steps"] == 7
+    set_environment(file)
+    assert os.environ["CELORA_TEST_VARIABLE"] == "3"
+    with pytest.raises(CELoraError, match=r"env in --config .* is \[1\]; expected a mapping"):
+        set_environment(write(tmp_path / "bad.yaml", "env: [1]"))
 
 
 def test_yaml_takes_the_same_names_and_flags_win(tmp_path):

@@ -385,10 +385,45 @@ def test_an_optimizer_of_other_tensors_is_said(model: PeftModel, batch: dict[str
     celora.attach(model, HALF)
     optimizer = torch.optim.SGD([p.detach().clone() for p in model.parameters() if p.requires_grad], lr=0.1)
     model(**batch).loss.backward()
+    for _ in range(4):  # of another model: this one is idle
+        optimizer.step()
+    model(**batch).loss.backward()
     optimizer.step()
-    optimizer.step()
+    model(**batch).loss.backward()
     with pytest.warns(UserWarning, match="three optimizer steps, none of a parameter of this model"):
         optimizer.step()
+
+
+def test_an_idle_model_says_nothing_while_another_trains(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+    other = make_model()
+    for of in (model, other):
+        celora.attach(of, HALF)
+    for step in range(4):
+        model(**batch).loss.backward()  # as a teacher might
+        train(other, 1, first=step)
+    assert (require(model).clock.step, require(other).clock.step) == (0, 4)
+
+
+@pytest.mark.parametrize("first", [HALF, "off"])
+def test_attaching_to_an_inner_model_ends_the_outer_attachment(model: PeftModel, first: Any) -> None:
+    celora.attach(model, first)
+    outer = require(model)
+    celora.attach(model.base_model, "paper")
+    assert find(model) is find(model.base_model) is not outer
+    assert not outer.switch.on
+    train(model, 2)
+    assert (require(model).clock.step, outer.clock.step) == (2, 0)
+    celora.detach(model.base_model)
+    assert find(model) is None
+
+
+def test_detaching_a_part_says_that_the_rest_ends_too() -> None:
+    both = torch.nn.ModuleList([make_model(), make_model()])
+    celora.attach(both, HALF)
+    with pytest.warns(UserWarning, match="an attachment to a larger model ends; 14 other layers"):
+        celora.detach(both[0])
+    assert find(both) is None
+    assert not [hook for module in both.modules() for hook in module._forward_hooks.values()]
 
 
 def test_replicas_of_data_parallel_are_exact(model: PeftModel) -> None:
@@ -559,6 +594,5 @@ def test_the_monitor_says_once_that_an_error_has_reached_1() -> None:
         train(model, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(model, 4, first=4)
         celora.attach(model, CELoraConfig(estimator="tokens", keep_ratio=0.5, rank=0, refresh_every=2))
         train(model, 4)

@@ -208,3 +208,23 @@ def test_without_celora_it_does_nothing(tmp_path: Path) -> None:
     trainer.train()
     assert not any("celora" in key for row in trainer.state.log_history for key in row)
     assert not (tmp_path / "checkpoint-2" / STATE_NAME).exists()
+
+
+def test_an_engine_that_steps_copies_of_the_parameters_is_counted(model):
+    """As DeepSpeed: its optimizer holds flat copies, so the clock alone would never move."""
+    celora.attach(model, celora.CELoraConfig(estimator="columns", refresh_every=2, rank=0))
+    model.train()
+    callback = celora.Callback()
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(copies, lr=0.1)
+    counted = []
+    for step in range(4):
+        callback.on_step_begin(None, None, None, model=model)
+        model(**make_batch(step)).loss.backward()
+        if step != 2:  # an overflow: the engine skips its step
+            for copy in copies:
+                copy.grad = torch.ones_like(copy)
+            optimizer.step()
+        callback.on_step_end(None, None, None, model=model)
+        counted.append(require(model).clock.step)
+    assert counted == [1, 2, 2, 3]

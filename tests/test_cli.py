@@ -1,15 +1,27 @@
-"""The command line: exit status, one line for each mistake, help that teaches."""
+"""The command line: exit status, one line for each mistake, help that teaches, JSON for programs."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
+import subprocess
 import sys
-import types
 
 import pytest
+import torch
+from transformers import TrainerCallback
+from trl import TrlParser
 
+from celora import cli
 from celora.cli import main
-from tiny import save_rows, save_tiny_model
+from celora.config import PRESETS
+from celora.train import run
+from celora.train.compare import ARMS
+from celora.train.progress import read_metrics
+from test_arguments import TRL_SFT
+from tiny import WORDS, save_rows, save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +58,45 @@ def test_version_and_help(capsys):
     assert "differs from TRL's" in text
 
 
+COMMANDS = ("train", "audit", "plan", "compare", "bench", "demo", "doctor")
+
+
+def test_every_help_teaches_by_example(capsys):
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    assert "Exit status: 0 done, 1 failed, 2 bad input" in overview
+    for name in COMMANDS:
+        assert f"\n  {name} " in overview
+        assert main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert f"Examples:\n    celora {name}" in text
+        assert "--json" in text
+        assert "-q, --quiet" in text
+    assert len(COMMANDS) == len(cli.app.registered_commands)
+
+
+def test_help_version_and_completion_import_neither_torch_nor_transformers():
+    script = """
+import contextlib, io, os, sys
+from celora.cli import main
+for given in (["--help"], ["--version"], ["train", "--help"], ["doctor", "--help"], ["--show-completion"], ["trayn"]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+        main(given)
+os.environ.update(_CELORA_COMPLETE="complete_bash", COMP_WORDS="celora train --preset p", COMP_CWORD="3")
+with contextlib.suppress(SystemExit):
+    main([])
+print(sorted({"torch", "transformers", "peft", "trl", "datasets"} & set(sys.modules)))
+"""
+    environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["paper", "[]"]
+
+
+def test_what_completion_offers_is_what_there_is():
+    assert set(cli.PRESETS) == set(PRESETS)
+    assert set(cli.COMPARED) == set(ARMS)
+
+
 def test_train_then_audit_the_adapter(inputs, capsys, tmp_path):
     _, model, rows = inputs
     train = ["train", "--model", model, "--data", rows, "--output", tmp_path / "out", "--max_steps", 2, "--lora-r", 8]
@@ -59,8 +110,108 @@ def test_train_then_audit_the_adapter(inputs, capsys, tmp_path):
     report = json.loads(capsys.readouterr().out)
     assert 0.5 < report["cosine"] <= 1
     assert report["per_layer"]
-    assert main([str(a) for a in ["audit", "--model", model, "--data", rows, "--preset", "off"]]) == 0
-    assert "cosine 1.0000" in capsys.readouterr().out
+    assert main([str(a) for a in ["audit", "--model", model, "--data", rows, "--preset", "off", "-q"]]) == 0
+    captured = capsys.readouterr()
+    assert "cosine 1.0000" in captured.out
+    assert captured.err == ""
+
+    assert main([str(a) for a in [*train, "--preset", "off", "--overwrite", "--quiet", "--json"]]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert (result["status"], result["step"], result["output"]) == ("finished", 2, str(tmp_path / "out"))
+    assert result["loss"] > 0
+    assert captured.err == ""
+
+
+TRL_FILE = """
+# Model
+model_name_or_path: {model}
+dtype: float32
+# Data
+dataset_name: {folder}
+dataset_text_field: content
+dataset_test_split: validation
+dataset_streaming: false
+# LoRA
+use_peft: true
+lora_r: 4
+lora_alpha: 8
+lora_dropout: 0.05
+lora_target_modules: [q_proj, v_proj]
+# Training
+output_dir: {output}
+learning_rate: 2.0e-4
+max_steps: 2
+per_device_train_batch_size: 4
+gradient_checkpointing: false
+packing: true
+max_length: 32
+eval_strategy: steps
+eval_steps: 1
+logging_steps: 1
+lr_scheduler_type: cosine
+report_to: none
+use_cpu: true
+bf16: false
+env: {{CELORA_TEST_VARIABLE: set}}
+"""
+
+
+# TRL turns checkpointing on under the name that transformers 5.24 has just deprecated.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_file_of_trl_sft_works_unchanged(inputs, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("CELORA_TEST_VARIABLE", "")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for split, first in (("train", 0), ("validation", 30)):
+        rows = [{"content": " ".join(WORDS[first : first + 9]), "id": i} for i in range(12)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "out"
+    file = tmp_path / "sft.yaml"
+    file.write_text(TRL_FILE.format(model=inputs[1], folder=folder, output=output))
+    _, args, lora, _ = TrlParser(TRL_SFT).parse_args_and_config(["--config", str(file)])  # as `trl sft` reads it
+    monkeypatch.setenv("CELORA_TEST_VARIABLE", "")
+
+    assert main(["train", "--config", str(file), "--preset", "off", "--json", "-q"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert os.environ["CELORA_TEST_VARIABLE"] == "set"
+    assert result["step"] == 2
+    assert result["eval_loss"] > 0
+    run = json.loads((output / "run.json").read_text())
+    for name in ("learning_rate", "max_steps", "max_length", "packing", "per_device_train_batch_size", "eval_steps"):
+        assert run["train"][name] == getattr(args, name)
+    adapter = json.loads((output / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (4, 8, 0.05)
+    assert set(adapter["target_modules"]) == set(lora.lora_target_modules)
+    evaluated = [row for row in read_metrics(output / "metrics.jsonl") if "eval_loss" in row]
+    assert [row["step"] for row in evaluated] == [1, 2]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(inputs, capsys, tmp_path, monkeypatch):
+    _, model, rows = inputs
+    build = run.build_trainer
+
+    def pressing(*arguments, **more):
+        trainer = build(*arguments, **more)
+        trainer.add_callback(PressCtrlC())
+        return trainer
+
+    class PressCtrlC(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            signal.raise_signal(signal.SIGINT)
+
+    train = ["train", "--model", str(model), "--data", str(rows), "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "build_trainer", pressing)
+        assert main([*train, "--preset", "off", "--max_steps", "3", "--quiet", "--json"]) == 130
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert (result["status"], result["step"]) == ("interrupted", 1)
+    again = f"celora train --output {tmp_path / 'out'} --resume"
+    assert again in " ".join(captured.err.split())
+    assert main([*again.split()[1:], "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["status"], result["step"]) == ("finished", 3)
 
 
 def test_plan_then_audit_and_train_with_it(inputs, capsys, tmp_path):
@@ -77,6 +228,10 @@ def test_plan_then_audit_and_train_with_it(inputs, capsys, tmp_path):
     assert "--overwrite replaces it" in error_line(capsys, *plan)
     assert main([str(a) for a in [*plan, "--overwrite", "--quiet"]]) == 0
     assert capsys.readouterr().out == ""
+    assert main([str(a) for a in [*plan, "--overwrite", "--quiet", "--json"]]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == json.loads(out.read_text())
+    assert captured.err == ""
 
     audit = ["audit", "--model", model, "--data", rows, "--rows", 4, "--plan", out, "--json"]
     assert main([str(a) for a in audit]) == 0
@@ -136,16 +291,56 @@ def test_mistakes_are_one_line_and_status_2(inputs, capsys, tmp_path):
     assert "already holds a run" in error_line(capsys, *base, "--max_steps", 1)
 
 
-def test_demo_is_called_and_ctrl_c_is_130(monkeypatch, tmp_path):
-    called = {}
-    demo = types.ModuleType("celora.train.demo")
-    demo.run_demo = lambda output, *, seeds: called.update(output=output, seeds=seeds)
-    monkeypatch.setitem(sys.modules, "celora.train.demo", demo)
-    assert main(["demo", "--output", str(tmp_path), "--seeds", "2"]) == 0
-    assert called == {"output": tmp_path, "seeds": 2}
+@pytest.fixture
+def demo(monkeypatch):
+    """A demo to be replaced: what the command does with what becomes of it."""
+    from celora.train import demo
 
-    def interrupted(output, *, seeds):
-        raise KeyboardInterrupt
+    def become(result):
+        def run_demo(output, *, seeds, console, quiet):
+            if isinstance(result, BaseException):
+                raise result
+            return [result(output, seeds, quiet)]
 
-    demo.run_demo = interrupted
+        monkeypatch.setattr(demo, "run_demo", run_demo)
+
+    return become
+
+
+def test_demo(demo, tmp_path, capsys):
+    from celora.train.demo import DemoRow
+
+    demo(lambda output, seeds, quiet: DemoRow("LoRA", seeds, 0.9, 4, 1, 8, 10.0, 1.0, 1.0, 1, "float32", "2"))
+    given = ["demo", "--output", str(tmp_path), "--seeds", "2"]
+    assert main([*given, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["arm"], row["seed"], row["accuracy"]) == ("LoRA", 2, 0.9)
+    assert main(given) == 0
+    text = capsys.readouterr().out
+    assert "90.0%" in text
+    assert str(tmp_path) in "".join(text.split("\n"))
+    assert main([*given, "--quiet"]) == 0
+    assert "Report" not in capsys.readouterr().out
+
+
+def test_exit_status(demo, capsys):
+    demo(KeyboardInterrupt())
     assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    for error, said in (
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), "lower --per_device_train_batch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "make room"),
+    ):
+        demo(error)
+        assert main(["demo"]) == 1
+        captured = capsys.readouterr()
+        assert said in captured.err
+        assert captured.err.count("\n") == 1
+    demo(ZeroDivisionError("a bug"))
+    assert main(["demo"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert "ZeroDivisionError: a bug" in error
+    assert "celora doctor" in error.splitlines()[-1]

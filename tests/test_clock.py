@@ -43,7 +43,9 @@ def test_counts_only_the_optimizers_of_its_own_model() -> None:
         optimizer.step()
     assert mine.steps == [1, 2, 3]
     assert other.steps == []
-    assert other.others == 3
+    assert mine.others == other.others == 0
+    _optimizer(nn.Linear(2, 2)).step()
+    assert mine.others == other.others == 1  # of neither
     mine.clock.stop()
     other.clock.stop()
 

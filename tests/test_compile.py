@@ -93,6 +93,6 @@ def test_each_layers_mode_is_looked_at() -> None:
     compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
     for modes in ((Mode.EXACT, Mode.EXACT), (Mode.OBSERVE, Mode.EXACT), (Mode.OBSERVE, Mode.OBSERVE)):
         for graft, mode in zip(grafts, modes, strict=True):
-            graft.mode, graft.observed = mode, False
+            graft.mode, graft.observed = mode, 0
         compiled(torch.randn(5, 8, requires_grad=True)).sum().backward()
         assert [graft.observed for graft in grafts] == [mode is Mode.OBSERVE for mode in modes]

@@ -77,6 +77,18 @@ def test_a_row_with_the_columns_of_two_shapes_follows_the_first_row(tmp_path: Pa
     assert load(write(tmp_path / "data.jsonl", {"text": "a"}, both)) == [{"text": "a"}, {"text": "b"}]
 
 
+def test_a_text_column_of_another_name(tmp_path: Path, load: Load) -> None:
+    rows = write(tmp_path / "data.jsonl", {"content": "a", "id": 1}, {"content": "b", "id": 2})
+    assert load(rows, text_field="content") == [{"text": "a"}, {"text": "b"}]
+    with pytest.raises(CELoraError, match="columns 'content', 'id' are no known row"):
+        load(rows)
+
+
+def test_a_hub_configuration_of_local_rows(tmp_path: Path, load: Load) -> None:
+    with pytest.raises(CELoraError, match=r"dataset_config='small' is for hub data sets, .*data\.jsonl' is here"):
+        load(write(tmp_path / "data.jsonl", {"text": "a"}), config="small")
+
+
 def test_folder(tmp_path: Path, load: Load) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -230,16 +242,20 @@ def test_missing_places(tmp_path: Path, load: Load) -> None:
 def test_hub(tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     rows = datasets.Dataset.from_list([{"text": "a", "id": 1}, {"text": "b", "id": 2}])
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)) or rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: asked.append((path, options)) or rows)
     assert load("someone/reviews", split="test") == [{"text": "a"}, {"text": "b"}]
-    assert asked == [("someone/reviews", {"split": "test"})]
+    assert load("someone/reviews", config="small") == [{"text": "a"}, {"text": "b"}]
+    assert asked == [
+        ("someone/reviews", {"name": None, "split": "test"}),
+        ("someone/reviews", {"name": "small", "split": "train"}),
+    ]
     rows = datasets.Dataset.from_list([{"text": "a"}, {"text": ""}])
     with pytest.raises(CELoraError, match=r"^someone/reviews, row 2: 'text' is empty"):
         load("someone/reviews", split="test")
 
 
 def test_hub_out_of_reach(tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str, **options: Any) -> None:
+    def refuse(path: str, **options: Any) -> None:
         raise ConnectionError("Couldn't reach the hub\nlong story")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
@@ -316,7 +332,7 @@ def test_rows_stream(tmp_path: Path, kind: str) -> None:
             table.to_parquet(path, batch_size=1000) if kind == "parquet" else table.to_csv(path, index=False)
         del rows
         tracemalloc.start()
-        seen = sum(1 for _ in data._generate(path.name, (str(path),), None, False, None, ""))
+        seen = sum(1 for _ in data._generate(path.name, (str(path),), None, False, None, "text", ""))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert seen == count

@@ -49,3 +49,24 @@ print(json.dumps([str(root), sorted(files)]))
     assert files == sorted(str(p.relative_to(source)) for p in source.rglob("*") if "__pycache__" not in p.parts)
     version = _run(scripts / "celora", "--version", PYTHONPATH=sysconfig.get_path("purelib"))
     assert version.startswith("celora 0.1")
+
+
+def test_public_names_come_when_asked_for_and_are_no_modules() -> None:
+    """`celora.attach` and `celora.audit` are a function and a module each; the function is what users get."""
+    script = """
+import sys
+import celora
+assert "torch" not in sys.modules
+assert set(celora.__all__) <= set(dir(celora))
+assert celora.CELoraError("said").args == ("said",)
+import celora.attach, celora.audit
+from celora.attach import find
+from celora import *
+for name in celora.__all__:
+    value = getattr(celora, name)
+    assert value is globals()[name] and callable(value), name
+    assert value.__module__.startswith("celora.") and value.__name__ == name
+assert not hasattr(celora, "nothing")
+print(*celora.__all__)
+"""
+    assert _run(sys.executable, "-c", script).split()[:3] == ["AttachReport", "AuditReport", "CELoraConfig"]

@@ -70,7 +70,7 @@ def test_commands(folder: Path) -> None:
     commands = [
         shlex.split(line) for block in _blocks("bash") for line in block.splitlines() if line.startswith("celora ")
     ]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         assert main([*command[1:]]) == 0, command
 
@@ -92,7 +92,7 @@ def test_tables_come_from_the_committed_rows(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_links_lead_somewhere() -> None:
-    for name in ("README.md", "docs/how-it-works.md", "docs/speed.md"):
+    for name in ("README.md", "docs/how-it-works.md", "docs/speed.md", "docs/distributed.md"):
         page = ROOT / name
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{name}: {target}"

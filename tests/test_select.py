@@ -60,7 +60,7 @@ def test_critical_rows_are_the_reference_set(dtype: torch.dtype) -> None:
     assert select.critical_rows(squared, kept=7)[0].equal(reference.top_k(squared, 7))
     assert select.critical_rows(squared, kept=None, share=0.9)[0].equal(reference.energy(squared.double(), 0.9))
     assert len(select.critical_rows(squared, kept=None, share=0.9, step=64)[0]) % 64 == 0
-    assert len(select.critical_rows(torch.zeros(5, dtype=dtype), kept=None, share=0.9)[0]) == 1
+    assert len(select.critical_rows(torch.zeros(5, dtype=dtype), kept=None, share=0.9)[0]) == 5  # zero, or underflown
 
 
 @pytest.mark.parametrize("k", [1, 7, 50, 99, 100])

@@ -28,10 +28,12 @@ from celora.fused import Adapter, FusedGraft, Lender, vanilla_adapter
 from celora.graft import LayerGraft, Mode, Switch
 from celora.packing import cannot_pack
 from celora.plan import Plan
+from celora.synchronise import add_up
 from celora.weights import device_of, shape_of, trains, unreadable
 
 _ATTRIBUTE = "_celora"
 _FIRST_ROUND = 10  # optimizer steps over which `spread` distributes the first observations
+_TOO_OFTEN = 2  # refreshes in a row at which a relative error of 1 or more makes a layer exact
 _EXACT_AT_1 = {("topk", "native"), ("sampled", "native")}
 # A preset names the layers of common models; a model need not have all of them.
 _PRESET_PATTERNS = {pattern for preset in PRESETS.values() for pattern in preset.overrides}
@@ -113,8 +115,16 @@ class AttachReport:
         )
 
 
+_attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+
 class Attachment:
-    """The estimators of one model and the clock that refreshes them."""
+    """The estimators of one model and the clock that refreshes them.
+
+    Attributes:
+        relative_errors: of each layer's estimate, as measured at its latest refresh.
+        over_bound: how many refreshes in a row, up to the latest, a layer's relative error was 1 or more.
+    """
 
     def __init__(self, model: nn.Module, config: CELoraConfig, report: AttachReport) -> None:
         self.config = config
@@ -123,9 +133,11 @@ class Attachment:
         self.grafts: dict[str, LayerGraft] = {}
         self.forward: ModelGraft | None = None
         self.relative_errors: dict[str, float] = {}
-        self._unheard = 0
+        self.over_bound: dict[str, int] = {}
+        self.other_steps = 0  # of optimizers that hold none of the model's parameters
+        self._observations = 0  # when the latest of those was
+        self._refreshed: set[str] = set()  # layers that were to observe a gradient, whether or not one came
         self._together: int | None = None  # the step from which on layers no longer refresh in turns
-        self._warned = False
         self._bind(model, step=0)
 
     def _bind(self, model: nn.Module, step: int) -> None:
@@ -133,11 +145,22 @@ class Attachment:
         self._model = weakref.ref(model)
         self.clock = StepClock(self.parameters, self._on_step, self._on_other_step, step=step)
         self.clock.start()
+        _attachments.add(self)
 
     @property
     def refreshes(self) -> int:
         """How many refresh steps have been finished."""
         return -(-self.clock.step // self.config.refresh_every)
+
+    @property
+    def made_exact(self) -> set[str]:
+        """The layers whose estimate proved to be none, and which are exact from then on."""
+        return {name for name, times in self.over_bound.items() if times >= _TOO_OFTEN}
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Those of the model that was attached to, while it lives."""
+        model = self._model()
+        return iter(()) if model is None else model.modules()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         model = self._model()
@@ -165,17 +188,39 @@ class Attachment:
     @torch.no_grad()
     def _on_step(self, step: int) -> None:
         """End the refresh that the finished step was, if it was one, and set every layer's mode for step `step`."""
-        for name, graft in self.grafts.items():
-            if graft.mode is Mode.OBSERVE:
-                graft.estimator.select()
-                if graft.squared_error is not None and graft.squared_norm is not None:
-                    norm = graft.squared_norm.item()  # once a refresh, so the synchronisation is cheap
-                    if norm > 0:
-                        error = self.relative_errors[name] = (graft.squared_error.item() / norm) ** 0.5
-                        if self.config.target_error is not None:
-                            graft.estimator.aim(error, self.config.target_error)
-                        self._monitor(name, error, step)
-                    graft.squared_error = graft.squared_norm = None
+        already = self.made_exact
+        observing = {name: graft for name, graft in self.grafts.items() if graft.mode is Mode.OBSERVE}
+        if self.config.synchronise and (model := self._model()) is not None:
+            if (step - 1) % self.config.refresh_every:  # a layer that never sees a gradient does not ask at every step
+                observing = {
+                    name: graft
+                    for name, graft in observing.items()
+                    if graft.estimator.ready or name not in self._refreshed
+                }
+            tuners: dict[str, Any] = {name: model.get_submodule(name) for name in observing}
+            add_up([(graft, tuners[name].get_base_layer()) for name, graft in observing.items()])
+        for name, graft in observing.items():
+            error = graft.take_error()
+            if error is not None:
+                self.relative_errors[name] = error
+                if self.config.target_error is not None:
+                    graft.estimator.aim(error, self.config.target_error)
+                self._monitor(name, error, step)
+            graft.estimator.select()
+            if graft.observed and not graft.estimator.ready:
+                self.switch.say_once(
+                    "nothing to select from",
+                    f"by step {step}, {name} has seen no gradient to select from: they were zero, not finite, or "
+                    "too small or too large for their squares. It stays exact until it sees one.",
+                )
+        self._refreshed |= observing.keys()
+        if new := self.made_exact - already:
+            warnings.warn(
+                f"celora: from step {step} on, {', '.join(sorted(new))} "
+                f"{'is' if len(new) == 1 else 'are'} exact: the relative error was 1 or more at {_TOO_OFTEN} refreshes "
+                "in a row. Attach again, with a higher keep_ratio, to estimate again.",
+                stacklevel=2,
+            )
         if step == (min(self.config.refresh_every, _FIRST_ROUND) if self.config.spread else 1):
             self._check_passed_by()
         self.set_modes(step)
@@ -187,7 +232,9 @@ class Attachment:
         seen = set()
         for name, graft in self.grafts.items():
             tuner = None if model is None else model.get_submodule(name)
-            if tuner is None or graft.mode is Mode.EXACT or all(p.grad is None for p in tuner.parameters()):
+            if tuner is None or name not in self._refreshed:
+                continue
+            if not any(p.grad is not None and bool(p.grad.any()) for p in tuner.parameters()):
                 continue
             kind = f"{type(tuner).__module__}.{type(tuner).__qualname__}"
             kinds.setdefault(kind, []).append(name)
@@ -203,24 +250,32 @@ class Attachment:
                 )
 
     def _monitor(self, name: str, error: float, step: int) -> None:
-        """Say, once, that an estimate is no estimate: convergence is only proven for relative errors below 1."""
-        if error >= 1 and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"celora: at step {step} the relative error of {name} is {error:.2f}. Convergence is proven for errors "
-                "below 1 only; raise keep_ratio, refresh more often, or make this layer dense by an override.",
-                stacklevel=2,
+        """Notice where an estimate is none: convergence is only proven for relative errors below 1."""
+        if error < 1:
+            self.over_bound.pop(name, None)
+            return
+        self.over_bound[name] = self.over_bound.get(name, 0) + 1
+        if self.over_bound[name] < _TOO_OFTEN:
+            self.switch.say_once(
+                "over the bound",
+                f"at step {step} the relative error of {name} is {error:.2f}. Convergence is proven for errors below 1 "
+                "only; raise keep_ratio, refresh more often, or make this layer dense by an override. Layers whose "
+                f"error is no lower at {_TOO_OFTEN} refreshes in a row become exact.",
             )
 
     def _on_other_step(self) -> None:
         """Say so if the model is trained by an optimizer that holds other tensors than the model's parameters."""
-        if self.clock.step == 0 and any(graft.observed for graft in self.grafts.values()):
-            self._unheard += 1
-            if self._unheard == 3:
+        observations = sum(graft.observed for graft in self.grafts.values())
+        # A model that has had no backward since is not what is being trained.
+        if self.clock.step > 0 or observations > self._observations:
+            self._observations = observations
+            self.other_steps += 1
+            if self.clock.step == 0 and self.other_steps == 3:
                 warnings.warn(
                     "celora: three optimizer steps, none of a parameter of this model, so every backward is exact. If "
-                    "the optimizer holds copies of the parameters, call require(model).clock.advance() after each step "
-                    "(from celora.attach import require).",
+                    "the optimizer holds copies of the parameters, as DeepSpeed's does, give the Trainer "
+                    "celora.Callback(), or call require(model).clock.advance() after each step (from celora.attach "
+                    "import require).",
                     stacklevel=2,
                 )
 
@@ -229,15 +284,17 @@ class Attachment:
 
         With `spread`, layer i of n refreshes `i tau / n` steps later, and those that need a first observation get it in
         turns during the first steps, exact until then. Not so under torch.compile, which would make a graph for each
-        turn: once that has been seen, all layers refresh at once, from that step on.
+        turn: once that has been seen, all layers refresh at once, from that step on. What was made exact stays so.
         """
-        tau, layers = self.config.refresh_every, len(self.grafts)
+        tau, layers, made_exact = self.config.refresh_every, len(self.grafts), self.made_exact
         spread = self.config.spread and not self.switch.compiled
         if self.config.spread and self.switch.compiled and self._together is None:
             self._together = step
-        for i, graft in enumerate(self.grafts.values()):
+        for i, (name, graft) in enumerate(self.grafts.items()):
             first = i * min(tau, _FIRST_ROUND) // layers if spread else 0
-            if not graft.estimator.ready:
+            if name in made_exact:
+                graft.mode = Mode.EXACT
+            elif not graft.estimator.ready:
                 graft.mode = Mode.OBSERVE if step >= first else Mode.EXACT
             else:
                 due = step % tau == (i * tau // layers if spread else 0) or step == self._together
@@ -297,6 +354,7 @@ def attach(
     for layer, estimator in planned:
         graft = _graft_layer(tuners[layer.name], estimator, attachment.switch, fused=config.fused)
         if estimator is not None and graft is not None:
+            graft.name = layer.name
             attachment.grafts[layer.name] = graft
     causal, tuner, _ = find_language_model(model)
     if config.labelled_head and causal is not None:
@@ -313,8 +371,23 @@ def attach(
 
 
 def detach(model: nn.Module) -> None:
-    """Take celora off `model`: every hook and attribute that `attach` added. Does nothing where there is none."""
-    for module in model.modules():
+    """Take celora off `model`: every hook and attribute that `attach` added. Does nothing where there is none.
+
+    An attachment made from a wrapper around `model`, or from a model that shares adapted layers with it, ends whole.
+    """
+    modules = set(model.modules())
+    adapted = {module for module in modules if isinstance(module, BaseTunerLayer)}
+    for attachment in list(_attachments):
+        others = set(attachment.modules())
+        if adapted.isdisjoint(others):
+            continue
+        modules |= others
+        if left := sum(isinstance(module, BaseTunerLayer) for module in others - adapted):
+            warnings.warn(
+                f"celora: an attachment to a larger model ends; {left} other layers of it are plain PEFT's again.",
+                stacklevel=2,
+            )
+    for module in modules:
         attachment = module.__dict__.pop(_ATTRIBUTE, None)
         if attachment is not None:
             attachment.close()
@@ -386,6 +459,12 @@ def _plan_layer(
         estimator = make_estimator(setting.estimator, out_features, in_features, chosen)
     except CELoraError as error:
         raise CELoraError(f"layer {name!r}: {error}") from None
+    if config.synchronise and setting.factor == "gradient" and rank:
+        raise CELoraError(
+            f"layer {name!r}: synchronise=True beside a gradient factor, which each process makes of its own "
+            "gradients; use factor='svd' or rank=0."
+        )
+    estimator.agreed = config.synchronise
     if reason := estimator.product.unavailable(out_features, in_features, device_of(base)):
         return LayerReport(name, out_features, in_features, "dense", 1.0, reason=reason), None
     selected = "keep_ratio" in kind.uses

@@ -46,7 +46,9 @@ def attention(
     """Transformers' scaled dot-product attention, of each packed sequence by itself where there are any.
 
     Args:
-        query, key, value: (B, heads, T, head size); packed, (1, heads, N, head size).
+        query: (B, heads, T, head size); packed, (1, heads, N, head size).
+        key: the same, perhaps with fewer heads.
+        value: as key.
         celora_lengths: of the packed sequences; None for a batch that is not packed.
     """
     if celora_lengths is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from celora.attach import Attachment, require
 from celora.errors import CELoraError
+from celora.forward import settle
 from celora.graft import Mode
 
 
@@ -39,6 +40,13 @@ class Fidelity:
             terms = (estimate * true, (estimate - true).square(), estimate.square(), true.square())
             sums += torch.stack([term.sum() for term in terms]).cpu()  # a model may be spread over devices
         dot, error, estimated, exact = sums.tolist()
+        if not math.isfinite(exact):
+            raise CELoraError(
+                "the exact gradient of this batch is not finite, so there is nothing to compare with; give another "
+                "batch, or compute in bfloat16 or float32."
+            )
+        if not math.isfinite(error):
+            return cls(0.0, math.inf, math.inf)
         if exact == 0 or estimated == 0:
             same = exact == estimated
             return cls(float(same), 0.0 if same else (math.inf if exact == 0 else 1.0), float(same))
@@ -91,7 +99,8 @@ def audit(
         loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
 
     Raises:
-        CELoraError: celora is not attached, the batch yields no loss, or nothing is trainable.
+        CELoraError: celora is not attached, the batch yields no loss or gradient that is finite, or nothing is
+            trainable.
     """
     attachment = require(model)
     parameters = trainable(model)
@@ -151,13 +160,16 @@ def gradient(
         if value is None:
             raise CELoraError("the model returned no loss for this batch; add labels to it, or give loss=.")
         value.backward()
+    found = float(value.detach())
+    if not math.isfinite(found):
+        raise CELoraError(f"the loss of this batch is {found}; give one whose loss is a finite number.")
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
-    return gradients, float(value.detach())
+    return gradients, found
 
 
 @contextmanager
 def untouched(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[Callable[[], None]]:
-    """Put back what forward and backward passes change: `.grad`, buffers, random state.
+    """Put back what forward and backward passes change, whole or interrupted: `.grad`, buffers, random state.
 
     Yields a function that rewinds the random state to the beginning, so that dropout repeats itself.
     """
@@ -175,6 +187,8 @@ def untouched(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Itera
         try:
             yield rewind
         finally:
+            for module in model.modules():
+                settle(module)
             for name, p in parameters.items():
                 p.grad = grads[name]
             with torch.no_grad():

@@ -18,10 +18,14 @@ class Callback(TrainerCallback):  # type: ignore[misc]
     """Log `celora/*` metrics, save celora's state with each checkpoint, restore it when training resumes.
 
     Metrics: `celora/refreshes` (so far), and, measured at the latest refresh with the selection that had been in use
-    until then, `celora/relative_error` (mean over layers) and `celora/relative_error_worst`. They reach the trainer's
-    `log_history` and every reporter that `report_to` names: when training begins, the callback moves to the front of
-    the trainer's callbacks, since reporters read the logs in their turn and stand before whatever a user adds.
+    until then, `celora/relative_error` (mean over estimated layers) and `celora/relative_error_worst`; and, once there
+    are any, `celora/layers_made_exact`, whose estimate had a relative error of 1 or more twice in a row. They reach the
+    trainer's `log_history` and every reporter that `report_to` names: when training begins, the callback moves to the
+    front of the trainer's callbacks, since reporters read the logs in their turn and stand before whatever a user adds.
     """
+
+    def __init__(self) -> None:
+        self._before = (0, 0)
 
     def on_train_begin(
         self,
@@ -50,6 +54,34 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         attachment.clock.step = state.global_step
         attachment.set_modes(state.global_step)
 
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        attachment = None if model is None else find(model)
+        if attachment is not None:
+            self._before = (attachment.clock.step, attachment.other_steps)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        attachment = None if model is None else find(model)
+        if attachment is None:
+            return
+        # DeepSpeed's optimizer steps copies of the parameters, which the clock cannot know for this model's.
+        step, other_steps = self._before
+        if attachment.clock.step == step and attachment.other_steps > other_steps:
+            attachment.clock.advance()
+
     def on_save(
         self,
         args: TrainingArguments,
@@ -75,8 +107,11 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         if attachment is None or logs is None or "loss" not in logs:
             return
         metrics: dict[str, float] = {"celora/refreshes": attachment.refreshes}
-        if attachment.relative_errors:
-            errors = attachment.relative_errors.values()
+        made_exact = attachment.made_exact
+        if made_exact:
+            metrics["celora/layers_made_exact"] = len(made_exact)
+        errors = [error for name, error in attachment.relative_errors.items() if name not in made_exact]
+        if errors:
             metrics["celora/relative_error"] = sum(errors) / len(errors)
             metrics["celora/relative_error_worst"] = max(errors)
         logs.update(metrics)

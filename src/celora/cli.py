@@ -1,15 +1,19 @@
 """The command line. It parses, prints and sets the exit status; what the commands do is in `celora.train`.
 
-Bad input is one line on stderr and status 2, Ctrl-C is status 130; a traceback always means a bug. The training
-stack is imported inside the commands, so that `celora --help` need not wait for it.
+Results go to stdout, everything else to stderr. Exit status: 0; 2 for bad input, which is one line; 130 for Ctrl-C; 1
+for what failed without being asked wrongly, with a traceback if it is a bug. torch and the training stack are imported
+inside the commands, so that `celora --help` need not wait for them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +22,23 @@ import typer
 
 from celora.errors import CELoraError
 
+HELP = """Cheaper LoRA fine-tuning: estimate the one expensive product of the backward pass, and see what it cost you.
+
+\b
+Start here:
+  celora doctor                     # what this machine has, and what will be fast on it
+  celora demo                       # a real small model on real data, offline: minutes on a laptop CPU
+  celora train --model MODEL --data rows.jsonl --output out
+  celora COMMAND --help             # each with examples
+  celora --install-completion       # complete commands and options with TAB
+
+\b
+Results go to stdout, progress and notes to stderr; --quiet leaves out the notes, --json prints results for programs.
+Exit status: 0 done, 1 failed, 2 bad input (one line says what to do), 130 stopped with Ctrl-C."""
+
 app = typer.Typer(
-    help="Cheaper LoRA fine-tuning: estimate the one expensive product of the backward pass, and see what it cost you.",
+    help=HELP,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -35,6 +52,10 @@ Examples:
   celora train --model ./model --data rows.csv --output out --max_steps 200 --learning_rate 1e-4 --lora_r 32
   celora train --config run.yaml --preset off --output plain      # flags win over the file
   celora train --output out --resume                              # after Ctrl-C or a crash
+  torchrun --nproc-per-node 8 -m celora train --config run.yaml   # several devices; accelerate launch -m works too
+  celora train --config sft.yaml                                  # a file made for `trl sft`, as it is
+
+Ctrl-C stops at the end of the step and saves; a second one stops at once.
 
 Every field of TRL's SFTConfig and the LoRA fields of its ModelConfig are accepted under their own names, here and in
 the YAML file (--bf16 false, --per-device-train-batch-size 4). --help-all lists them, with the defaults that differ from
@@ -45,7 +66,8 @@ AUDIT_HELP = """Compare the estimated LoRA gradient with the exact one on a batc
 \b
 Examples:
   celora audit --model ./model --data chats.jsonl
-  celora audit --model ./model --data chats.jsonl --adapter out --rows 16 --json"""
+  celora audit --model ./model --data chats.jsonl --adapter out --rows 16
+  celora audit --model ./model --data chats.jsonl --preset paper --json | jq .cosine"""
 
 PLAN_HELP = """Measure, layer by layer, what estimates cost and lose, and choose the cheapest that is good enough.
 
@@ -53,6 +75,20 @@ PLAN_HELP = """Measure, layer by layer, what estimates cost and lose, and choose
 Examples:
   celora plan --model ./model --data chats.jsonl --output plan.json --fidelity 0.98
   celora train --model ./model --data chats.jsonl --output out --preset auto --plan plan.json"""
+
+DEMO_HELP = """LoRA and celora side by side, offline: a real small model on real data, minutes on a laptop CPU.
+
+\b
+Examples:
+  celora demo
+  celora demo --seeds 3 --output /tmp/demo --json > demo.json"""
+
+DOCTOR_HELP = """Say what this machine has and what will be fast on it; a second of measuring included.
+
+\b
+Examples:
+  celora doctor
+  celora doctor --json | jq .products.time_ms     # attach it to a bug report"""
 
 COMPARE_HELP = """Train LoRA and celora on the same rows, seeds and learning rate, and say whether they differ.
 
@@ -75,14 +111,33 @@ Model = Annotated[str | None, typer.Option("--model", help="Hugging Face name or
 Data = Annotated[
     str | None, typer.Option("--data", help=".jsonl, .json, .csv or .parquet file, a folder, or a hub data set.")
 ]
+# Options that typer does not know are names of TRL's, which `celora.train.arguments` reads.
+_TRLS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+PRESETS = ("auto", "exact", "paper", "off")
+COMPARED = ("LoRA", "exact", "paper", "auto")
+
+
+def _one_of(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """Completes what is typed to one of the names, which are written out here to be there at once."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete
+
+
 Preset = Annotated[
-    str | None, typer.Option("--preset", help="auto, exact, paper or off; see --help-all for the default.")
+    str | None,
+    typer.Option("--preset", help="auto (the default), exact, paper or off.", autocompletion=_one_of(PRESETS)),
 ]
 Adapter = Annotated[str | None, typer.Option("--adapter", help="Folder of a trained adapter; a new one without it.")]
 PlanFile = Annotated[str | None, typer.Option("--plan", help="A plan made by celora plan.")]
 Config = Annotated[
-    str | None, typer.Option("--config", help="YAML file; a celora: mapping in it holds CELoraConfig fields.")
+    str | None, typer.Option("--config", help="YAML file, also of trl sft; celora: in it holds CELoraConfig fields.")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes: warnings, errors, the result.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def _version(asked: bool) -> None:
@@ -101,14 +156,16 @@ def _help_all(asked: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand != "train" and (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise CELoraError(f"celora {context.invoked_subcommand} was started in {count} processes; it runs in one")
 
 
-@app.command(help=TRAIN_HELP, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(help=TRAIN_HELP, short_help="Fine-tune a model on your rows.", context_settings=_TRLS)
 def train(
     context: typer.Context,
     model: Model = None,
@@ -122,10 +179,12 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
+    as_json: Json = False,
     help_all: Annotated[
         bool, typer.Option("--help-all", callback=_help_all, is_eager=True, help="List every name.")
     ] = False,
 ) -> None:
+    _set_environment(config)
     from celora.train.arguments import parse
 
     own = {"model": model, "data": data, "output": output, "preset": preset, "config": config, "eval_data": eval_data}
@@ -134,15 +193,17 @@ def train(
 
     _settle_in()
     result = run(request)
-    if result.status == "interrupted":
-        raise typer.Exit(130)
-    if not request.options.quiet:
+    if as_json and result.summary:
+        _print_json({"status": result.status, "output": str(result.output)} | result.summary)
+    elif result.summary and result.status != "interrupted" and not request.options.quiet:
         loss = result.summary.get("loss")
         shown = "" if loss is None else f"  loss {loss:.4f}"
         typer.echo(f"{result.status}: step {result.step}{shown}  {result.summary['seconds']:.1f} s  {result.output}")
+    if result.status == "interrupted":
+        raise typer.Exit(130)
 
 
-@app.command(help=AUDIT_HELP, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(help=AUDIT_HELP, short_help="How much of the gradient an estimate keeps.", context_settings=_TRLS)
 def audit(
     context: typer.Context,
     model: Model = None,
@@ -152,22 +213,25 @@ def audit(
     plan: PlanFile = None,
     config: Config = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows in the batch.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
+    _set_environment(config)
     from celora.train.arguments import parse
 
     # Nothing is written: audit shares train's arguments, and so its tokenisation, but not its output folder.
-    own = {"model": model, "data": data, "preset": preset, "config": config, "plan": plan, "output": "celora-audit"}
+    own: dict[str, Any] = {"model": model, "data": data, "preset": preset, "config": config, "plan": plan}
+    own |= {"output": "celora-audit", "quiet": quiet}
     if plan and preset is None:
         own["preset"] = "auto"
     request = parse(context.args, own)
     from celora.train.run import audit_model
 
     report = audit_model(request, rows=rows, adapter=Path(adapter) if adapter else None)
-    typer.echo(json.dumps(_plain(report), indent=2) if as_json else str(report))
+    _print_json(dataclasses.asdict(report)) if as_json else typer.echo(str(report))
 
 
-@app.command(help=PLAN_HELP, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(help=PLAN_HELP, short_help="Choose an estimate for each layer, by measuring.", context_settings=_TRLS)
 def plan(
     context: typer.Context,
     model: Model = None,
@@ -180,8 +244,10 @@ def plan(
     config: Config = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows in a batch, as training will have.")] = 8,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
+    as_json: Json = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
+    _set_environment(config)
     from celora.train.arguments import parse
 
     if output.is_dir() or not output.parent.is_dir():
@@ -197,11 +263,13 @@ def plan(
     _settle_in()
     made = plan_model(request, rows=rows, adapter=Path(adapter) if adapter else None, console=Console(stderr=True))
     made.save(output)
-    if not quiet:
+    if as_json:
+        _print_json(made.to_dict())
+    elif not quiet:
         typer.echo(f"{made}\nSaved as {output}")
 
 
-@app.command(help=COMPARE_HELP, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(help=COMPARE_HELP, short_help="LoRA against celora on your rows.", context_settings=_TRLS)
 def compare(
     context: typer.Context,
     model: Model = None,
@@ -210,25 +278,41 @@ def compare(
     eval_data: Annotated[
         str | None, typer.Option("--eval-data", "--eval_data", help="Held-out rows; a tenth of the data without.")
     ] = None,
-    arm: Annotated[list[str] | None, typer.Option("--arm", help="LoRA, exact, paper or auto; repeatable.")] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option("--arm", help="LoRA, exact, paper or auto; repeatable.", autocompletion=_one_of(COMPARED)),
+    ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each arm.")] = 3,
     config: Config = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings, errors and the result only.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
+    _set_environment(config)
     from celora.train.arguments import raw_arguments
 
     own = {"model": model, "data": data, "output": output, "config": config, "eval_data": eval_data, "quiet": quiet}
     settings = raw_arguments(context.args, own)
     from rich.console import Console
 
-    from celora.train.compare import DEFAULT_ARMS
-    from celora.train.compare import compare as run
+    from celora.train import compare as module
 
     _settle_in()
-    run(settings, arms=tuple(arm or DEFAULT_ARMS), seeds=seeds, console=Console(stderr=True, highlight=False))
+    arms = tuple(arm or module.DEFAULT_ARMS)
+    try:
+        outcomes = module.compare(settings, arms=arms, seeds=seeds, console=Console(stderr=True, highlight=False))
+    except KeyboardInterrupt:
+        typer.echo("The same celora compare command goes on with the whole comparison.", err=True)
+        raise
+    if as_json:
+        _print_json(module.as_json(outcomes, arms))
+        return
+    Console(highlight=False).print(module.result_table(outcomes, arms))
+    typer.echo("\n".join(module.findings(outcomes, arms)))
+    if not quiet:
+        typer.echo(f"Report: {Path(str(settings['output'])) / 'report.html'}")
 
 
-@app.command(help=BENCH_HELP)
+@app.command(help=BENCH_HELP, short_help="Time whole training steps on this machine.")
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="One model on one kind of data, in minutes.")] = False,
     cell: Annotated[
@@ -237,8 +321,8 @@ def bench(
     arm: Annotated[list[str] | None, typer.Option("--arm", help="What to measure; repeatable.")] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=2, help="Timed steps of each arm.")] = 8,
     output: Annotated[Path | None, typer.Option("--output", help="File for the rows, JSON lines.")] = None,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")] = False,
 ) -> None:
     if output is not None and not output.parent.is_dir():
         raise CELoraError(f"--output {str(output)!r}; expected a file in a folder that exists")
@@ -261,15 +345,53 @@ def bench(
     typer.echo(lines.rstrip() if as_json else run.table(rows))
 
 
-@app.command()
+@app.command(help=DEMO_HELP, short_help="LoRA against celora, offline, in minutes.")
 def demo(
     output: Annotated[Path, typer.Option("--output", help="Folder for the runs and the report.")] = Path("celora-demo"),
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each contender.")] = 1,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
-    """LoRA and celora side by side, offline: a real small model on real data, minutes on a laptop CPU."""
-    from celora.train.demo import run_demo
+    from rich.console import Console
 
-    run_demo(output, seeds=seeds)
+    from celora.train.demo import result_table, run_demo
+
+    rows = run_demo(output, seeds=seeds, console=Console(stderr=True, highlight=False), quiet=quiet)
+    if as_json:
+        _print_json([dataclasses.asdict(row) for row in rows])
+        return
+    Console(highlight=False).print(result_table(rows))
+    if not quiet:
+        typer.echo("Each adapter is plain PEFT and was scored by stock PEFT, without celora.")
+        typer.echo(f"Report: {output / 'report.html'}")
+
+
+@app.command(help=DOCTOR_HELP, short_help="What this machine has, and what will be fast on it.")
+def doctor(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print what will be fast, and nothing else.")] = False,
+    as_json: Json = False,
+) -> None:
+    from celora.train.doctor import describe, examine
+
+    found = examine()
+    if as_json:
+        _print_json(found)
+    else:
+        typer.echo("\n".join(found["advice"]) if quiet else describe(found))
+
+
+def _set_environment(config: str | None) -> None:
+    """What the file of --config asks of the environment, while there is time: before torch is imported."""
+    if config is not None:
+        from celora.train.yaml_file import set_environment
+
+        set_environment(config)
+
+
+def _print_json(value: Any) -> None:
+    from celora.train.folder import finite
+
+    typer.echo(json.dumps(finite(value), indent=2, allow_nan=False))
 
 
 def _settle_in() -> None:
@@ -281,12 +403,6 @@ def _settle_in() -> None:
     use_allowed_threads()
 
 
-def _plain(report: Any) -> dict[str, Any]:
-    fields = dataclasses.asdict(report)
-    fields["per_layer"] = {str(name): value for name, value in fields["per_layer"].items()}
-    return fields
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: run a command and return its exit status."""
     try:
@@ -296,19 +412,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CELoraError as error:
         return _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted", err=True)
-        return 130
+        status = 130
     except Exception as error:
         # Usage errors of click, which typer vendors in some versions and imports in others.
         if hasattr(error, "format_message"):
             return _fail(str(error.format_message()))
-        raise
+        return _break_down(error)
+    if status == 130:  # typer makes a Ctrl-C that nobody has caught an exit status
+        typer.echo("interrupted", err=True)
     return status if isinstance(status, int) else 0
 
 
 def _fail(message: str) -> int:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from celora.train.processes import speaks
+
+        if not speaks():
+            return 2
     typer.echo(f"error: {' '.join(message.split())}", err=True)
     return 2
+
+
+def _break_down(error: Exception) -> int:
+    """Status 1: a line for what the machine ran out of, a traceback for what is a bug."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        typer.echo(f"failed: {error}; make room and run it again, --resume continues a training", err=True)
+    elif _out_of_memory(error):
+        typer.echo(
+            f"failed: out of memory ({next(iter(str(error).splitlines()), 'no more is said')}); lower "
+            "--per_device_train_batch_size or --max_length, or give --gradient_checkpointing true",
+            err=True,
+        )
+    else:
+        traceback.print_exception(error)
+        typer.echo("This is a bug in celora: please report it together with what `celora doctor` prints.", err=True)
+    return 1
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # By name: torch may not be imported yet. Its CPU allocator raises a bare RuntimeError.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ class StepClock:
 
     Parameters are looked up when an unknown optimizer steps, not when the clock starts: sharding and new adapters
     replace them. Several optimizers over different parameters of one model make one step together: the next begins
-    when parameters are stepped that have been stepped already. `on_other()` hears of steps that were none of the
-    model's. All callables are bound methods, held weakly: their object owns the clock.
+    when parameters are stepped that have been stepped already. `on_other()` hears of steps that were of no model with
+    a running clock. All callables are bound methods, held weakly: their object owns the clock.
     """
 
     def __init__(
@@ -63,25 +63,32 @@ class StepClock:
         if (on_step := self._on_step()) is not None:
             on_step(self.step)
 
-    def _saw(self, optimizer: Optimizer) -> None:
+    def _saw(self, optimizer: Optimizer) -> bool:
+        """Count this optimizer's step if it is one of the model's; say whether it is."""
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if optimizer not in self._mine:
             parameters = self._parameters()
             if parameters is None or stepped.isdisjoint(id(p) for p in parameters()):
-                if (on_other := self._on_other()) is not None:
-                    on_other()
-                return
+                return False
             self._mine.add(optimizer)
         if self._stepped and self._stepped.isdisjoint(stepped):
             self._stepped |= stepped
-            return
+            return True
         self._stepped = stepped
         self.advance()
+        return True
+
+    def _saw_other(self) -> None:
+        if (on_other := self._on_other()) is not None:
+            on_other()
 
 
 def _tell_clocks(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    for clock in list(_running):
-        clock._saw(optimizer)
+    running = list(_running)
+    known = [clock._saw(optimizer) for clock in running]  # by every one whose model it is
+    if not any(known):
+        for clock in running:
+            clock._saw_other()
 
 
 def _release_hook() -> None:

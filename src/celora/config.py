@@ -55,6 +55,8 @@ class CELoraConfig(LayerConfig):
         target_error: hold each layer's relative error, measured at its refreshes, near this by moving its keep_ratio.
         overrides: glob on a layer's dotted name (or on its end: `"layers.3.mlp.up_proj"`) -> the fields it changes.
             Later entries win over earlier ones.
+        synchronise: where several processes train together, select columns by what all of them have seen, so that all
+            keep the same; one all-reduce at each refresh, outside backward. Not with `factor="gradient"`.
         seed: of the randomised factorisation and of sampling.
         fused: compute a vanilla adapter and its base layer's backward as one autograd function (`celora.fused`).
         labelled_head: project only tokens with a label onto the vocabulary, while training (`celora.head`); the model's
@@ -72,6 +74,7 @@ class CELoraConfig(LayerConfig):
     refresh_every: int = 200
     spread: bool = False
     target_error: float | None = None
+    synchronise: bool = False
     fused: bool = False
     labelled_head: bool = False
     padding_free: bool = False
@@ -84,7 +87,7 @@ class CELoraConfig(LayerConfig):
         _check_layer(self)
         _check_int("refresh_every", self.refresh_every, 1, "Use a large number to refresh only once.")
         _check_int("seed", self.seed, 0, "")
-        for name in ("spread", "fused", "labelled_head", "padding_free", "zero_tokens"):
+        for name in ("spread", "synchronise", "fused", "labelled_head", "padding_free", "zero_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise CELoraError(f"{name}={getattr(self, name)!r}; expected true or false.")
         if self.padding_free and not self.labelled_head:

@@ -18,10 +18,11 @@ def svd_factor(weight: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Ten
     `4 (rank + 8) out in` FLOPs an iteration instead of a full decomposition; the exact one where the
     sketch would be nearly as large as the weight. Draws from a generator of its own, so the result depends on
     `seed` alone and the global random state is left as it was. `U V` need not be optimal for the estimate to be
-    right: the residual is taken from whatever factors come out.
+    right: the residual is taken from whatever factors come out; zeros where the matrix is not finite.
     """
     out_features, in_features = weight.shape
     matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    matrix = torch.where(torch.isfinite(matrix).all(), matrix, 0)  # an overflow under a GradScaler: nothing seen
     sketch = rank + _OVERSAMPLE
     if 2 * sketch >= min(out_features, in_features):
         left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -51,7 +52,6 @@ def residual_row_norms(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
 
 def leading_right_vectors(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """The `rank` largest singular values of `matrix: (T, n)` and their right vectors: (rank,), (rank, n), fp32."""
-    matrix = torch.where(torch.isfinite(matrix).all(), matrix, 0)  # an overflow under a GradScaler: nothing seen
     _, V = svd_factor(matrix, rank, seed=seed)
     V = torch.nn.functional.pad(V, (0, 0, 0, rank - len(V)))  # fewer tokens than the rank
     root = torch.linalg.vector_norm(V, dim=1)  # V holds sqrt(S) times orthonormal rows

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -31,6 +30,7 @@ from celora.errors import CELoraError
 from celora.fused import Lender
 from celora.graft import LayerGraft, Switch
 from celora.head import Logits, score_tokens
+from celora.sharded import whole
 
 _IGNORED = -100
 _PROBED = 4  # tokens on which the model's own logits are compared with ours
@@ -86,6 +86,10 @@ class ModelGraft:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_call": None}
 
+    def settle(self, module: nn.Module) -> None:
+        """Forget a forward that was interrupted, and never came to its end."""
+        self._call = None
+
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook (with kwargs) of the model, and of the PEFT tuner around it: some callers bypass one."""
         if self._call is not None and self._call.owner is not module:
@@ -136,7 +140,10 @@ class ModelGraft:
         causal = _language_model(module)
         head: Any = causal.get_output_embeddings()
         hidden, given = call.hidden.to(head.weight.device), call.given
-        weight, bias = _whole(head.weight), None if head.bias is None else _whole(head.bias)
+        # FSDP2 leaves the head's parameters sharded outside its own forward.
+        weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
+        if self._logits is None and not output.logits.isfinite().all():  # nothing to recognise the head by yet
+            return self._own(module, given)
         if self._logits is None:
             self._logits = _recognise(causal.config, hidden[:, call.probed], weight, bias, output.logits)
             if self._logits is None:
@@ -151,7 +158,7 @@ class ModelGraft:
                     "used, over all tokens and with their padding.",
                     stacklevel=2,
                 )
-                return module(**given)
+                return self._own(module, given)
         scored = bool(given.get(_TRL))
         rows, targets = call.rows.to(hidden.device), call.next_labels.flatten()[call.place].to(hidden.device)
         scores = score_tokens(
@@ -183,6 +190,14 @@ class ModelGraft:
             is_top1=spread(scores.top1),
             label_mask=call.next_labels[:, :-1] != _IGNORED,
         )
+
+    def _own(self, module: nn.Module, given: dict[str, Any]) -> Any:
+        """What the model makes of this call by itself."""
+        refused, self._refused = self._refused, True
+        try:
+            return module(**given)
+        finally:
+            self._refused = refused
 
     def _packed(self, causal: nn.Module, given: Mapping[str, Any], next_labels: Tensor) -> dict[str, Any] | None:
         """The arguments of the batch without its padding, and the index of its tokens; None to leave it as it is."""
@@ -240,6 +255,7 @@ def taken_over(model: nn.Module) -> Iterator[None]:
 
 def remove(module: nn.Module) -> None:
     """Take every hook of `install` (and of `celora.fused`, and every graft) off this one module."""
+    settle(module)
     tables: list[list[dict[int, Any]]] = [
         [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs],
         [module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called],
@@ -251,6 +267,14 @@ def remove(module: nn.Module) -> None:
     config = getattr(module, "config", None)
     if isinstance(module, PreTrainedModel) and getattr(config, "_attn_implementation", None) == ATTENTION:
         module.set_attn_implementation("sdpa")
+
+
+def settle(module: nn.Module) -> None:
+    """Put back what a forward that was interrupted has left as it was half-way, in this one module."""
+    for hook in module._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Lender | ModelGraft):
+            owner.settle(module)
 
 
 def find_language_model(model: nn.Module) -> tuple[PreTrainedModel | None, nn.Module | None, str]:
@@ -285,11 +309,6 @@ def _language_model(module: nn.Module) -> Any:
 
 def _set(value: Any) -> bool:
     return isinstance(value, Tensor) or value not in (None, False, 0)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """FSDP2 leaves the head's parameters sharded outside its own forward."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _at_hand(weight: Tensor) -> bool:

@@ -69,8 +69,7 @@ class Lender:
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook (with kwargs)."""
-        if self._lent:  # an earlier forward was interrupted and never came to its end
-            self._take_back(module)
+        self.settle(module)
         if not (module.training and self.graft.switch.on) or kwargs or len(args) != 1 or _too_few(args[0]):
             return
         if trains(module.get_base_layer()):  # it may train for a moment, as LoRA-GA has it
@@ -108,6 +107,11 @@ class Lender:
             (name,) = module.active_adapters
             self._known = (name, module.lora_A[name], module.lora_B[name], module.lora_dropout[name])
         return adapter
+
+    def settle(self, module: Any) -> None:
+        """Put back what a forward that was interrupted, and never came to its end, has left lent."""
+        if self._lent:
+            self._take_back(module)
 
     def _take_back(self, module: Any) -> None:
         self.graft.adapter, self._lent = None, False
@@ -218,7 +222,7 @@ class _LoraLinear(torch.autograd.Function):
             if needs_B:
                 grad_B = (g.t() @ low).to(ctx.adapter_dtypes[1]).mul_(ctx.scaling)
             if needs_x:
-                grad_x = ctx.layer.grad_input(g, ctx.weight, ctx.mode)
+                grad_x = ctx.layer.grad_input(g, ctx.weight, ctx.layer.mode_for(ctx.mode, through))
                 if mask is None:
                     grad_x = grad_x.addmm_(through, A)
                 else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 import warnings
 import weakref
 from contextlib import AbstractContextManager, nullcontext
@@ -17,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from celora.errors import CELoraError
 from celora.estimators import Estimator
+from celora.select import measurable, squared_row_norms
+from celora.sharded import whole
 from celora.weights import StoredWeight, bias_of, held, read
 
 
@@ -47,9 +51,10 @@ class Switch:
         self.on = True
         self.compiled = False
         self._copied = False
+        self._said: set[str] = set()
 
-    def __getstate__(self) -> dict[str, bool]:
-        return {"on": False, "compiled": False, "_copied": True}
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "on": False, "compiled": False, "_copied": True}
 
     def trains(self) -> None:
         """A layer trains while this is off."""
@@ -60,6 +65,12 @@ class Switch:
                 "Copy the whole model, or call celora.attach on the copy.",
                 stacklevel=2,
             )
+
+    def say_once(self, kind: str, text: str) -> None:
+        """Warn of a `kind` of event the first time that it happens to a layer of this attachment."""
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"celora: {text}", stacklevel=2)
 
 
 _keys = itertools.count()
@@ -72,10 +83,11 @@ class LayerGraft:
 
     def __init__(self, estimator: Estimator, switch: Switch) -> None:
         self._register()
+        self.name = "a layer"
         self.estimator = estimator
         self.switch = switch
         self.mode = Mode.OBSERVE
-        self.observed = False
+        self.observed = 0  # exact backwards that statistics were taken from
         self.squared_error: Tensor | None = None
         self.squared_norm: Tensor | None = None
 
@@ -131,6 +143,25 @@ class LayerGraft:
             _quantised[self.key] = module
         return module.register_forward_hook(self)
 
+    def mode_for(self, mode: Mode, witness: Tensor) -> Mode:
+        """`mode`, or exact for gradients that cannot be estimated: without tokens, or not finite, or about to overflow.
+
+        `witness: (T, n)` is the gradient, or any product of it, where what is not finite shows just as well. Looking
+        would wait for an accelerator; there, such a gradient reaches the adapter's through the adapter's own products.
+        """
+        if mode is Mode.EXACT or not witness.numel():
+            return Mode.EXACT
+        if mode is Mode.OBSERVE or witness.device.type != "cpu" or torch.compiler.is_compiling():
+            return mode
+        if math.isfinite(squared_row_norms(witness).sum().item()):
+            return mode
+        self.switch.say_once(
+            "not finite",
+            f"a gradient of {self.name} is not finite, or nearly so; its backward is exact this time, as it will be, "
+            "without a word, whenever this happens again.",
+        )
+        return Mode.EXACT
+
     def grad_input(self, grad_output: Tensor, weight: Tensor | None, mode: Mode) -> Tensor:
         """`(T, out) , (out, in) -> (T, in)`: estimated, or exact while observing."""
         if weight is None:
@@ -140,7 +171,9 @@ class LayerGraft:
             computed = grad_output.to(weight.compute_dtype)  # as the layer's own backward does
             return self.grad_input(computed, weight, mode).to(grad_output.dtype)
         if mode is Mode.EXACT:
-            return grad_output @ weight.to(grad_output.dtype)
+            return grad_output @ whole(weight, grad_output.dtype)
+        if isinstance(weight, DTensor) and (mode is Mode.OBSERVE or self.estimator.needs_whole(weight)):
+            weight = whole(weight, grad_output.dtype)
         compiling = torch.compiler.is_compiling()
         if mode is Mode.ESTIMATE:
             if compiling and not self.estimator.traceable:
@@ -154,12 +187,19 @@ class LayerGraft:
 
     def observe(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         """The exact `grad_input`; on the way, the error of the selection in use and the statistics of the next."""
-        self.observed = True
+        self.observed += 1
         exact = grad_output @ weight.to(grad_output.dtype)
         if self.estimator.ready:
             self._measure(self.estimator.estimate(grad_output, weight), exact)
         self.estimator.observe(grad_output, weight, exact)
         return exact
+
+    def take_error(self) -> float | None:
+        """The relative error measured since this was last asked for, if any: once a refresh, as it may wait."""
+        error, norm, self.squared_error, self.squared_norm = self.squared_error, self.squared_norm, None, None
+        if error is None or norm is None or norm.item() == 0:
+            return None
+        return float((error / norm).sqrt())
 
     def _measure(self, estimate: Tensor, exact: Tensor) -> None:
         """Add to the squared error of the selection in use, and to the squared norm it is relative to."""
@@ -169,8 +209,9 @@ class LayerGraft:
             x = x.float()
             norm = norm + x.square().sum()
             error = error + (e.float() - x).square().sum()
-        finite = torch.isfinite(error + norm)
-        error, norm = torch.where(finite, error, 0), torch.where(finite, norm, 0)
+        # A gradient that overflowed says nothing of the estimate; an estimate that did, and the gradient not, is none.
+        told = measurable(norm)
+        error, norm = torch.where(told, error.nan_to_num(math.inf), 0), torch.where(told, norm, 0)
         if self.squared_error is None or self.squared_norm is None:
             self.squared_error, self.squared_norm = error, norm
         else:
@@ -261,7 +302,7 @@ class _Graft(torch.autograd.Function):
         with without_autocast(grad_output.device.type):
             flat = grad_output.reshape(-1, grad_output.shape[-1])
             if ctx.needs_input_grad[0]:
-                grad_input = ctx.layer.grad_input(flat, ctx.weight, ctx.mode)
+                grad_input = ctx.layer.grad_input(flat, ctx.weight, ctx.layer.mode_for(ctx.mode, flat))
                 grad_input = grad_input.view(ctx.input_shape).to(ctx.input_dtype)
             if ctx.needs_input_grad[2]:
                 grad_bias = flat.sum(0).to(ctx.bias_dtype)

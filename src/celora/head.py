@@ -152,10 +152,12 @@ class _Scores(torch.autograd.Function):
 def _through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tensor) -> None:
     """`out = grad W`, or of its critical columns only: (n, V) x (V, H) -> (n, H)."""
     kept = max(1, round(keep_ratio * len(weight)))
-    if kept == len(weight):
+    largest = None if kept == len(weight) else column_maxima(grad)
+    # Among words of which one token's gradient is no number there is no choice; looking would wait for an accelerator.
+    if largest is None or (largest.device.type == "cpu" and not bool(torch.isfinite(largest).all())):
         torch.mm(grad, weight, out=out)
         return
-    index = top_k(column_maxima(grad), kept)
+    index = top_k(largest, kept)
     torch.mm(grad.gather(1, index.expand(len(grad), kept)), weight.index_select(0, index), out=out)
 
 

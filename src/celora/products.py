@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from celora import kernels
 from celora.errors import unknown
@@ -63,6 +64,11 @@ class Product(ABC):
     def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         """`(K, out) , (out, in) -> (K, in)`, in the dtype of `grad_output`."""
 
+    @property
+    def holds_copy(self) -> bool:
+        """Whether a copy of the weight is kept, so that the weight itself is not read."""
+        return False
+
     def recheck(self, weight: Tensor) -> None:  # noqa: B027 - optional by design
         """Drop what was derived from the weight if the weight has changed, in a way that its version does not tell."""
 
@@ -109,8 +115,14 @@ class _EightBit(Product):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
+    @property
+    def holds_copy(self) -> bool:
+        return self._packed is not None
+
     def _follow(self, weight: Tensor) -> Tensor:
         """The weight's column scales, after making the copy if there is to be one and it is not up to date."""
+        if self._scale is not None and isinstance(weight, DTensor):  # sharded: `recheck` sees it whole at refreshes
+            return self._scale
         now = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._scale is None or self._made_of != now:
             self._scale = self._scale_of(weight)
@@ -294,8 +306,8 @@ def _integer_product(q: Tensor, weight: Tensor) -> Tensor:
 
 def _quantise_rows(x: Tensor, offset: int) -> tuple[Tensor, Tensor]:
     """`kernels.quantise_rows` in torch operators."""
-    scale = torch.linalg.vector_norm(x, float("inf"), dim=1).float() / 127
-    q = (x.float() / _divisor(scale)[:, None]).round() + offset
+    scale = _divisor(torch.linalg.vector_norm(x, float("inf"), dim=1).float() / 127)
+    q = (x.float() / scale[:, None]).round() + offset
     return q.to(torch.uint8 if offset else torch.int8), scale
 
 
@@ -312,8 +324,8 @@ def _column_major(q: Tensor) -> Tensor:
 
 
 def _divisor(scale: Tensor) -> Tensor:
-    """A row or column of zeros has scale 0, and divided by any other number it stays zero."""
-    return torch.where(scale == 0, 1.0, scale)
+    """At least the smallest normal number: smaller ones are too coarse to divide by. A NaN stays one."""
+    return scale.clamp(min=torch.finfo(scale.dtype).tiny)
 
 
 def _positions(index: Tensor, rows: int) -> Tensor:

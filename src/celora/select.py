@@ -7,6 +7,8 @@ from torch import Tensor
 
 from celora import kernels
 
+_LEAST = 1e-24  # a smaller sum of squares may have lost what matters of it to float32's underflow
+
 
 def squared_column_norms(grad_output: Tensor) -> Tensor:
     """`||G[:, i]||^2` for `G: (T, out)`, in fp32 at least: (out,).
@@ -35,6 +37,12 @@ def squared_row_norms(grad_output: Tensor) -> Tensor:
     return norms.square()
 
 
+def measurable(squared: Tensor) -> Tensor:
+    """Whether sums of squares tell large from small: finite in all, and not lost to underflow. () bool."""
+    total = squared.sum()
+    return torch.isfinite(total) & (total >= _LEAST)
+
+
 def column_scores(squared_grad_norms: Tensor, residual_norms: Tensor) -> Tensor:
     """`||G[:, i]|| ||R[i, :]||`, the score of column i (CE-LoRA, arXiv 2502.01378): (out,).
 
@@ -51,14 +59,13 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 def energy_count(squared: Tensor, share: float) -> Tensor:
     """How many of the largest `squared` hold `share` of their sum, a () int64 tensor; zeros are never needed.
 
-    Everything that is not zero if `share` is 1, however small; everything if the sum is not finite.
+    Everything that is not zero if `share` is 1, however small; everything where they are not `measurable`.
     """
-    nonzero = (squared != 0).sum()
-    if share == 1:
-        return nonzero
-    held = squared.sort(descending=True).values.cumsum(0, dtype=torch.float64)
-    enough = (held < share * held[-1]).sum() + 1
-    return torch.where(torch.isfinite(held[-1]), torch.minimum(enough, nonzero), len(squared))
+    needed = (squared != 0).sum()
+    if share < 1:
+        held = squared.sort(descending=True).values.cumsum(0, dtype=torch.float64)
+        needed = torch.minimum((held < share * held[-1]).sum() + 1, needed)
+    return torch.where(measurable(squared), needed, len(squared))
 
 
 def critical_rows(
@@ -68,6 +75,8 @@ def critical_rows(
 
     With `kept=None` as many as hold `share` of the sum, at least one, rounded up to a multiple of `step`.
     """
+    if kept is not None:
+        kept = min(kept, len(squared))
     if kernels.supported(squared):
         return kernels.choose_rows(squared, kept=kept, share=share, step=step)
     if kept is None:
@@ -91,10 +100,12 @@ def rounded_up(count: int, total: int, step: int) -> int:
 def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
     """`p_i = min(1, lambda score_i)` with the lambda that makes them add up to k: (n,) float64.
 
-    The probabilities with which k draws without replacement have the least variance. Uniform if every score is zero.
+    The probabilities with which k draws without replacement have the least variance. Uniform if every score is zero,
+    or one is not finite.
     """
     scores = scores.double()
-    scores = torch.where(scores.sum() > 0, scores, torch.ones_like(scores))
+    total = scores.sum()
+    scores = torch.where(torch.isfinite(total) & (total > 0), scores, 1.0)
     ordered = scores.sort(descending=True).values
     # With m items certain, the others share k - m: the smallest m that leaves none of those above 1 is right.
     rest = ordered.flip(0).cumsum(0).flip(0)

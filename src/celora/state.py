@@ -17,6 +17,7 @@ from celora.files import replacing
 
 STATE_NAME = "celora_state.safetensors"
 _ERROR = "relative_error"
+_OVER_BOUND = "over_bound"
 _CONFIG = "config"
 
 
@@ -31,6 +32,8 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         state |= {f"{name}:{key}": value.contiguous() for key, value in graft.estimator.state_dict().items()}
     for name, error in attachment.relative_errors.items():
         state[f"{name}:{_ERROR}"] = torch.tensor(error, dtype=torch.float64)
+    for name, times in attachment.over_bound.items():
+        state[f"{name}:{_OVER_BOUND}"] = torch.tensor(times)
     target = Path(folder) / STATE_NAME
     with replacing(target) as temporary:
         try:
@@ -68,11 +71,12 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             raise CELoraError(f"{file} holds a selection for {name!r}, which is not estimated in this model.")
         layers[name][field] = value
     errors = {name: float(of.pop(_ERROR)) for name, of in layers.items() if _ERROR in of}
+    over_bound = {name: int(of.pop(_OVER_BOUND)) for name, of in layers.items() if _OVER_BOUND in of}
     for name, graft in attachment.grafts.items():
         graft.estimator.clone().load_state_dict(layers[name])  # refuse what does not fit before anything is changed
     for name, graft in attachment.grafts.items():
         graft.estimator.load_state_dict(layers[name])
-    attachment.relative_errors = errors
+    attachment.relative_errors, attachment.over_bound = errors, over_bound
     attachment.clock.step = step
     attachment.set_modes(step)
 

@@ -90,6 +90,7 @@ class Estimator(ABC):
         self.out_features = out_features
         self.in_features = in_features
         self.keep_ratio = self.settings.keep_ratio  # may move while training, under a controller
+        self.agreed = False  # whether all processes that train together select the same
         self.product = make_product(self.settings.precision, copy=self.settings.weight_copy)
 
     @property
@@ -107,6 +108,10 @@ class Estimator(ABC):
         """Whether torch.compile can trace `estimate`; otherwise it is one opaque operator to it."""
         return self.product.traceable
 
+    def needs_whole(self, weight: Tensor) -> bool:
+        """Whether the next `estimate` needs all of a sharded weight, rather than gathering what it reads of it."""
+        return not self.product.holds_copy
+
     @abstractmethod
     def estimate(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         """`(T, out) , (out, in) -> (T, in)`, all in the dtype of `grad_output`."""
@@ -114,6 +119,18 @@ class Estimator(ABC):
     def observe(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
         """Gather statistics from one exact backward pass of a refresh step: `grad_input = grad_output @ weight`."""
         self.product.recheck(weight)
+
+    @property
+    def pooled_size(self) -> int:
+        """How many numbers `pooled` gives: the settings decide, so that all processes agree."""
+        return 0
+
+    def pooled(self) -> Tensor | None:
+        """What was observed since the latest `select`, as numbers that processes can add up; None if nothing was."""
+        return None
+
+    def take_pooled(self, total: Tensor, weight: Tensor | None) -> None:  # noqa: B027 - optional by design
+        """Take the sum over all processes for what was observed. `weight` is given where some observed nothing."""
 
     def select(self) -> None:  # noqa: B027 - optional by design
         """End a refresh: choose from what was observed, and forget it."""
@@ -137,7 +154,7 @@ class Estimator(ABC):
         What is dropped grows or shrinks with the error wanted over the error had: with its square where the share of
         the squared norm is what is chosen. At most to twice (four times) or half (a quarter) at once.
         """
-        if "keep_ratio" not in self.uses or relative_error <= 0:
+        if "keep_ratio" not in self.uses or not relative_error > 0:
             return
         energy = self.settings.selection == "energy"
         change = min(2.0, max(0.5, target / relative_error)) ** (2 if energy else 1)

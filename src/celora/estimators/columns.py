@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from celora.errors import CELoraError
 from celora.estimators.base import Estimator
@@ -22,11 +23,13 @@ from celora.select import (
     column_scores,
     energy_count,
     inclusion_probabilities,
+    measurable,
     sample,
     squared_column_norms,
     top_k,
     uniform,
 )
+from celora.sharded import RowGather, rows_alone
 
 
 class Columns(Estimator):
@@ -54,6 +57,8 @@ class Columns(Estimator):
         self._draws = 0
         self._rows: Tensor | None = None  # W[I], of which the 8-bit copy is made
         self._squared_norms: Tensor | None = None
+        self._squared_scores: Tensor | None = None  # of all processes together
+        self._gather: RowGather | None = None  # of the rows of a sharded weight
 
     @property
     def kept(self) -> int:
@@ -84,6 +89,7 @@ class Columns(Estimator):
         return self.settings.selection != "energy" and self.kept == self.out_features
 
     def estimate(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        """`G[:, I] W[I, :] + (G U_off) V`: (T, out) -> (T, in), equal to `(G U) V + G[:, I] R[I, :]`."""
         if self._keeps_all:
             return self.product(grad_output, weight)
         if self.settings.selection == "sampled":
@@ -106,13 +112,13 @@ class Columns(Estimator):
         left = grad_output.new_empty(tokens, kept + rank)
         right = grad_output.new_empty(kept + rank, self.in_features)
         _gathered(grad_output, self.index, out=left[:, :kept])
-        right[:kept] = weight[self.index]
+        right[:kept] = self._kept_rows(weight, self.index, grad_output.dtype)
         torch.mm(grad_output, self.U_off.to(grad_output.dtype), out=left[:, kept:])
         right[kept:] = self.factor.V
         return left @ right
 
     def _concatenated(self, grad_output: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        left, right = grad_output[:, index], weight[index].to(grad_output.dtype)
+        left, right = grad_output[:, index], self._kept_rows(weight, index, grad_output.dtype)
         if self.factor.V is not None and self.U_off is not None:
             left = torch.cat([left, grad_output @ self.U_off.to(grad_output.dtype)], dim=1)
             right = torch.cat([right, self.factor.V.to(grad_output.dtype)])
@@ -143,27 +149,58 @@ class Columns(Estimator):
             result += (grad_output @ U - left @ U[index]) @ V
         return result
 
+    def _kept_rows(self, weight: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+        if not isinstance(weight, DTensor):
+            return weight[index].to(dtype)
+        if self._gather is None:
+            self._gather = RowGather(weight, index)
+        return self._gather(weight, dtype)
+
+    def needs_whole(self, weight: Tensor) -> bool:
+        if self.settings.precision != "native":
+            return self._rows is None or not self.settings.weight_copy
+        settled = self.index is not None and (self.U_off is not None or not self.settings.rank)
+        return not (self.agreed and settled and self.settings.selection != "sampled" and rows_alone(weight))
+
     def observe(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
         self.factor.observe(weight, grad_input)
         norms = squared_column_norms(grad_output)
         # An overflow under a GradScaler must not spoil the repetition of its step; `where` needs no synchronisation.
-        norms = torch.where(torch.isfinite(norms).all(), norms, 0)
+        norms = torch.where(measurable(norms), norms, 0)
         self._squared_norms = norms if self._squared_norms is None else self._squared_norms + norms
+
+    @property
+    def pooled_size(self) -> int:
+        return self.out_features
+
+    def pooled(self) -> Tensor | None:
+        """The squared scores: sums of these are bit for bit the same everywhere, whatever each made of the weight."""
+        if self._squared_norms is None or self.factor.residual_norms is None:
+            return None
+        return self._squared_norms * self.factor.residual_norms.square()
+
+    def take_pooled(self, total: Tensor, weight: Tensor | None) -> None:
+        self._squared_scores = total.clone()
+        if weight is not None:
+            self.factor.prepare(weight)
 
     def select(self) -> None:
         self.factor.settle()
-        if self._squared_norms is None or self.factor.residual_norms is None:
+        if self._squared_scores is not None:
+            scores = self._squared_scores.sqrt()
+        elif self._squared_norms is not None and self.factor.residual_norms is not None:
+            scores = column_scores(self._squared_norms, self.factor.residual_norms)
+        else:
             return
-        scores = column_scores(self._squared_norms, self.factor.residual_norms)
-        self._squared_norms = None
+        self._squared_norms = self._squared_scores = None
         # Once a refresh, so the synchronisation is cheap: where no gradient was seen, the selection stays.
-        if not bool((scores > 0).any()):
+        if not bool((scores > 0).any() & torch.isfinite(scores).all()):
             if self.index is not None:
                 self._use(self.index)
         elif self.settings.selection == "sampled":
             self.scores = scores
         elif self.settings.selection == "energy":
-            self._use(top_k(scores, max(1, int(energy_count(scores.square(), self.keep_ratio)))))
+            self._use(top_k(scores, max(1, int(energy_count(scores.double().square(), self.keep_ratio)))))
         else:
             self._use(top_k(scores, self.kept))
 
@@ -188,11 +225,11 @@ class Columns(Estimator):
         self.factor.load_state_dict(state)
         self.scores, self._draws = state.get("scores"), int(state.get("draws", 0))
         # The factor follows with the first gradient, when the weight is at hand.
-        self.index, self.U_off, self._rows = index, None, None
+        self.index, self.U_off, self._rows, self._gather = index, None, None, None
 
     def _use(self, index: Tensor) -> None:
         """Switch to a selection, in place where there is one: compiled graphs hold on to these tensors."""
-        self.index, self._rows = replaced(self.index, index), None
+        self.index, self._rows, self._gather = replaced(self.index, index), None, None
         self.product.forget()
         if self.factor.U is not None:
             self.U_off = replaced(self.U_off, self.factor.U.index_fill(0, index, 0))

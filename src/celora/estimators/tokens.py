@@ -20,6 +20,7 @@ from celora.select import (
     energy_count,
     grain,
     inclusion_probabilities,
+    measurable,
     rounded_up,
     sample,
     squared_row_norms,
@@ -95,7 +96,11 @@ class Tokens(Estimator):
         if self.settings.rank:
             self.factor.observe(weight, grad_input)
         if self.settings.selection == "energy":
-            needed = energy_count(squared_row_norms(grad_output), self.keep_ratio) / len(grad_output)
+            squared = squared_row_norms(grad_output)
+            needed = energy_count(squared, self.keep_ratio) / len(grad_output)
+            needed = torch.where(
+                measurable(squared), needed, 0
+            )  # what cannot be counted says nothing of the next steps
             self._needed = needed if self._needed is None else torch.maximum(needed, self._needed)
 
     def select(self) -> None:
@@ -126,7 +131,8 @@ class Tokens(Estimator):
         if self._share is None:
             return tokens
         self._share = self._share.cpu()  # one synchronisation a refresh, when the share is new
-        return rounded_up(round(self._share.item() * tokens), tokens, grain(tokens))
+        share = self._share.item() or 1.0  # 0 where nothing could be counted
+        return rounded_up(round(share * tokens), tokens, grain(tokens))
 
     def _sample(self, norms: Tensor) -> tuple[Tensor, Tensor]:
         kept = max(1, round(self.keep_ratio * len(norms)))

@@ -75,7 +75,8 @@ def choose_rows(squared: Tensor, *, kept: int | None, share: float, step: int) -
 
 
 def quantise_rows(x: Tensor, index: Tensor | None, *, offset: int) -> tuple[Tensor, Tensor]:
-    """Rows `index` (all of them if None) of `x: (T, n)` as `offset + round(x / scale)`, `scale = max |row| / 127`.
+    """Rows `index` (all of them if None) of `x: (T, n)` as `offset + round(x / scale)`, `scale = max |row| / 127`,
+    or the smallest normal number.
 
     Returns the bytes, uint8 (K, n), to be read as int8 with `offset=0`, and the scales, float32 (K,).
     """

@@ -7,6 +7,7 @@
 
 #ifndef TYPE
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -78,8 +79,8 @@ static void sort_by_key(const uint32_t *key, int64_t rows, int32_t *order, int32
 }
 
 /* Choose rows by their squared norms: the `kept` largest or, with kept < 0, as many of the largest as hold `share` of
- * the sum (every row that is not zero if share is 1, every row if the sum is not finite), rounded up to a multiple of
- * `step`. index: the chosen, ascending; position: where each row went, or -1. Returns how many; scratch: 2 rows. */
+ * the sum (every row that is not zero if share is 1, every row if the sum is not finite or may have lost terms to
+ * underflow), rounded up to a multiple of `step`. index: the chosen, ascending; position: where each row went, or -1. Returns how many; scratch: 2 rows. */
 int64_t choose_rows(const float *squared, int64_t rows, int64_t kept, double share, int64_t step, int64_t *index,
                     int32_t *position, int32_t *scratch) {
     int32_t *order = scratch;
@@ -88,7 +89,7 @@ int64_t choose_rows(const float *squared, int64_t rows, int64_t kept, double sha
         double sum = 0, held = 0;
         for (int64_t t = 0; t < rows; t++) sum += squared[t];
         kept = 0;
-        if (!(sum < 1e300)) kept = rows;
+        if (!(sum >= 1e-24 && sum < 1e300)) kept = rows;
         while (kept < rows && (held < share * sum || share == 1) && squared[order[rows - 1 - kept]] != 0)
             held += squared[order[rows - 1 - kept++]];
         kept = kept < 1 ? 1 : kept;
@@ -147,9 +148,9 @@ void EACH(quantise_rows)(const TYPE *x, const int64_t *index, int64_t rows, int6
             int32_t size = EACH(magnitude)(row[i]);
             largest = size > largest ? size : largest;
         }
-        float most = from_magnitude(largest);
-        scale[k] = most / 127.0f;
-        float inverse = most > 0 ? 127.0f / most : 0.0f;
+        float most = from_magnitude(largest), step = most / 127.0f;
+        scale[k] = step < FLT_MIN ? FLT_MIN : step; /* smaller ones have no finite inverse; a NaN is not smaller */
+        float inverse = step < FLT_MIN ? 1.0f / FLT_MIN : 127.0f / most;
         #pragma omp simd
         for (int64_t i = 0; i < columns; i++) {
             float shifted = EACH(from)(row[i]) * inverse + shift;

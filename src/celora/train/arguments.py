@@ -7,20 +7,19 @@ directly: `make_request({"model": ..., "data": ..., "output": ..., "max_steps": 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from celora.config import PRESETS, CELoraConfig, balanced_rank, resolve
 from celora.errors import CELoraError, unknown
-from celora.train.fields import DEFAULTS, RunOptions, convert, known_fields, known_name, read_flags
+from celora.train.fields import DEFAULTS, REFUSED, RunOptions, convert, known_fields, known_name, read_flags
 from celora.train.folder import OutputFolder
+from celora.train.yaml_file import read_document
 
 DEFAULT_PRESET = "auto"
-_MOST_VALUES = 10_000  # in a configuration file; aliases of aliases could make it billions
 
 # Presets that share LoRA's memory between adapter and frozen factor, r = r0 = floor(7/8 lora_r), as published.
 BALANCED = frozenset({"paper"})
@@ -32,36 +31,15 @@ RESUMABLE_PREFIXES = ("logging_", "save_", "eval_", "per_device_eval_", "dataloa
 
 def read_yaml(path: str | Path) -> dict[str, object]:
     """A YAML file as a raw mapping; a saved celora_config.json counts as its `celora:` part."""
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CELoraError(f"cannot read --config {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date like 2001-99-99
-        raise CELoraError(f"--config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
-    if document is None:
-        return {}
-    if _larger(document, _MOST_VALUES):
-        raise CELoraError(f"--config {str(path)!r} expands to more than {_MOST_VALUES:,} values; expected settings")
-    if not isinstance(document, dict):
-        raise CELoraError(
-            f"--config {str(path)!r} holds a {type(document).__name__}; expected a mapping of names to values"
-        )
+    document = read_document(path)
     fields = {f.name for f in dataclasses.fields(CELoraConfig)}
     if {"estimator", "keep_ratio"} & set(document) and set(document) <= fields:
         return {"celora": document}
+    if str(document.get("num_processes")) == os.environ.get("WORLD_SIZE", "1"):
+        del document["num_processes"]  # `trl sft` hands it to its launcher; this is what was launched
     return {
         known_name(str(key).replace("-", "_"), f"key {str(key)!r} in {path}"): value for key, value in document.items()
     }
-
-
-def _larger(value: object, most: int) -> bool:
-    """Whether a document has more than `most` values, each counted as often as aliases repeat it, or holds itself."""
-    rest = [value]
-    while rest and most >= 0:
-        inner = rest.pop()
-        rest += inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list) else ()
-        most -= 1
-    return most < 0
 
 
 def estimator_config(preset: str | None, mapping: Mapping[str, object] | None, lora_r: int) -> tuple[CELoraConfig, int]:
@@ -114,15 +92,14 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     known = known_fields()
     names = {name: known_name(name, f"name {name!r}") for name in raw}
     values: dict[str, Any] = {names[name]: convert(known[names[name]], value) for name, value in raw.items()}
+    for name, (nothing, instead) in REFUSED.items():
+        if values.get(name, nothing) != nothing:
+            raise CELoraError(f"{name}={values[name]!r} is refused: {instead}")
     for name in ("model", "data", "output"):
         if not values.get(name):
             raise CELoraError(f"--{name} is missing; give --model MODEL --data DATA --output DIR")
-    if values.get("trust_remote_code") or "trust_remote_code" in (values.get("model_init_kwargs") or ()):
-        raise CELoraError("trust_remote_code is refused: celora never runs code that comes with a model")
-    if values.get("use_peft") is False:
-        raise CELoraError("use_peft=False; celora trains LoRA adapters only. Use `trl sft` for full fine-tuning")
-    if values.get("resume_from_checkpoint"):
-        raise CELoraError("resume_from_checkpoint is not used here; give --resume to continue the run in --output")
+    if "trust_remote_code" in (values.get("model_init_kwargs") or ()):
+        raise CELoraError(f"trust_remote_code in model_init_kwargs is refused: {REFUSED['trust_remote_code'][1]}")
     if values.get("resume") and values.get("overwrite"):
         raise CELoraError("--resume and --overwrite exclude each other")
 
@@ -208,7 +185,7 @@ def sft_config(request: TrainRequest) -> Any:
     """TRL's SFTConfig for this run. Built late: constructing one resets Accelerate's process-wide state."""
     from trl import SFTConfig
 
-    train = dict(request.train)
+    train = request.train | {"dataset_text_field": "text"}  # as `load_rows` names it, whatever the file calls it
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         new = old.replace("gradient", "activation")
         if new in known_fields() and old in train:

@@ -22,9 +22,8 @@ from rich.table import Table
 from celora.errors import CELoraError, unknown
 from celora.files import read_json, replacing, write_text
 from celora.train.arguments import TrainRequest, make_request
-from celora.train.data import load_rows
 from celora.train.folder import LOCK, PLAN, OutputFolder, write_json
-from celora.train.loading import load_tokenizer, quiet_libraries
+from celora.train.loading import load_tokenizer, quiet_libraries, training_rows
 from celora.train.report import write_report
 from celora.train.run import train
 
@@ -97,13 +96,14 @@ def compare(
     seeds: int = 3,
     console: Console | None = None,
 ) -> list[Outcome]:
-    """Run what is missing of `arms` x `seeds` into `settings["output"]`, and write and print what came out.
+    """Run what is missing of `arms` x `seeds` into `settings["output"]`, and write what came out.
 
     Args:
         settings: as for `celora train` (`make_request`); `output` is the folder of the whole comparison. Without
             `eval_data`, a tenth of the rows (500 at most) is held out.
         arms: names from `ARMS`; the first is what the others are compared with.
         seeds: 0 ... seeds - 1, which set data order, adapter initialisation and everything random.
+        console: for progress.
 
     Raises:
         CELoraError: bad input, or a folder that holds another comparison.
@@ -123,9 +123,12 @@ def compare(
     with OutputFolder(output).locked(), quiet_libraries():
         data = _split(probe, output)
 
-    outcomes = []
+    outcomes: list[Outcome] = []
     for seed in range(seeds):
         for arm in arms if seed % 2 == 0 else reversed(arms):  # whoever goes second finds a warmer, or busier, machine
+            if not probe.options.quiet:
+                left = _time_left(outcomes, len(arms) * seeds)
+                console.print(f"Run {len(outcomes) + 1} of {len(arms) * seeds}: {arm}, seed {seed}{left}", markup=False)
             folder = output / f"{arm}-seed{seed}"
             own = {**settings, **data, **ARMS[arm], "seed": seed, "output": str(folder)}
             plan = output / f"{arm}-seed0" / PLAN
@@ -143,10 +146,14 @@ def compare(
         findings=findings(outcomes, arms),
         repeats={f"{o.arm}, seed {o.seed}": o.arm for o in outcomes},
     )
-    console.print(result_table(outcomes, arms))
-    for line in (*findings(outcomes, arms), f"Report: {output / 'report.html'}"):
-        console.print(line, soft_wrap=True, markup=False)
     return outcomes
+
+
+def _time_left(outcomes: Sequence[Outcome], runs: int) -> str:
+    if not outcomes:
+        return ""
+    minutes = statistics.fmean(o.seconds for o in outcomes) * (runs - len(outcomes)) / 60
+    return f", about {minutes:.1f} min of training left in all"
 
 
 def _claim(output: Path, request: TrainRequest) -> None:
@@ -174,14 +181,14 @@ def _claim(output: Path, request: TrainRequest) -> None:
     write_json(record, {"given": given})
 
 
-def _split(request: TrainRequest, output: Path) -> dict[str, str]:
+def _split(request: TrainRequest, output: Path) -> dict[str, str | None]:
     """Training and held-out rows: as given, or some of the training rows held out, the same for every run."""
     if request.options.eval_data:
         return {}
     train_file, held_out_file = output / "data" / "train.jsonl", output / "data" / "held-out.jsonl"
     if not held_out_file.is_file():
         chat = bool(load_tokenizer(request).chat_template)
-        rows = load_rows(request.data, split=request.options.dataset_train_split, chat=chat)
+        rows = training_rows(request, chat=chat)
         if len(rows) < 2:
             raise CELoraError(f"{request.data!r} has {len(rows)} row; a comparison needs rows to hold out. Give more.")
         held_out = min(_MOST_HELD_OUT, max(1, int(_HELD_OUT * len(rows))))
@@ -190,13 +197,12 @@ def _split(request: TrainRequest, output: Path) -> dict[str, str]:
         for part, file in (("train", train_file), ("test", held_out_file)):  # last: where it is, both are whole
             with replacing(file) as temporary:
                 parts[part].to_json(str(temporary))
-    return {"data": str(train_file), "eval_data": str(held_out_file)}
+    return {"data": str(train_file), "eval_data": str(held_out_file), "dataset_config": None}
 
 
 def _run(arm: str, seed: int, own: dict[str, Any], folder: Path, console: Console) -> Outcome:
     """Train one arm with one seed, or go on with it, or read what it came to."""
     begun = OutputFolder(folder).run() is not None
-    console.print(f"{arm}, seed {seed}: {folder}", soft_wrap=True, markup=False)
     result = train(make_request(own | ({"resume": True} if begun else {})), console=console)
     if result.status == "interrupted":
         raise KeyboardInterrupt
@@ -245,6 +251,18 @@ def findings(outcomes: Sequence[Outcome], arms: Sequence[str]) -> list[str]:
 def _speed_up(outcomes: Sequence[Outcome], arm: str, base: str) -> float | None:
     times = [[t for t in _by_arm(outcomes, name, lambda o: o.step_time_ms) if t] for name in (base, arm)]
     return statistics.median(times[0]) / statistics.median(times[1]) if all(times) else None
+
+
+def as_json(outcomes: Sequence[Outcome], arms: Sequence[str]) -> dict[str, Any]:
+    """Everything that was found, as plain values: outcomes, differences with their intervals, sentences."""
+    found = differences(outcomes, arms)
+    return {
+        "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
+        "against": arms[0],
+        "held_out_loss_difference": {arm: dataclasses.asdict(d) | {"real": d.real} for arm, d in found.items()},
+        "speed_up": {arm: _speed_up(outcomes, arm, arms[0]) for arm in found},
+        "findings": findings(outcomes, arms),
+    }
 
 
 def _spread(values: Sequence[float], form: str) -> str:

@@ -43,6 +43,8 @@ def load_rows(
     split: str = "train",
     chat: bool,
     limit: int | None = None,
+    config: str | None = None,
+    text_field: str = "text",
     cache_dir: str | Path | None = None,
 ) -> datasets.Dataset:
     """The rows of `source`, all of one shape, with the columns that SFTTrainer expects and no others.
@@ -53,16 +55,19 @@ def load_rows(
     like another split. A `.json` or `.jsonl` file holds one row per line, or one list of rows.
 
     The first row decides the shape: `messages`; `prompt` + `completion`, strings or message lists; `instruction`
-    (+ `input`) + `output`, which becomes a prompt and a completion, as message lists if `chat`; `text`. At most `limit`
-    rows are read. Memory stays flat, but for a JSON list, which is held as text.
+    (+ `input`) + `output`, which becomes a prompt and a completion, as message lists if `chat`; `text`, or what the
+    column `text_field` holds. At most `limit` rows are read. `config` is the configuration of a hub data set. Memory
+    stays flat, but for a JSON list, which is held as text.
 
     Raises CELoraError, in one line with file and line, for anything that cannot be read or understood as such rows.
     """
     if limit is not None and limit < 1:
         raise CELoraError(f"limit={limit}; expected at least 1 row, or None for all.")
     files = _files(source, split)
+    if files and config is not None:
+        raise CELoraError(f"dataset_config={config!r} is for hub data sets, and {str(source)!r} is here; leave it out.")
     stamps = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files for s in [f.stat()]]
-    hub = None if files else _hub(str(source), split)
+    hub = None if files else _hub(str(source), split, config)
     # The code is part of the key, so that rows cached by another version of it are not taken for rows of this one.
     code = [Path(file).read_bytes() for file in (__file__, readers.__file__)]
     key = hashlib.sha256(repr((stamps, code)).encode()).hexdigest()
@@ -75,6 +80,7 @@ def load_rows(
                 "hub": hub,
                 "chat": chat,
                 "limit": limit,
+                "text_field": text_field,
                 "key": key,
             },
             cache_dir=None if cache_dir is None else str(cache_dir),
@@ -90,7 +96,13 @@ def load_rows(
 
 
 def _generate(
-    name: str, files: tuple[str, ...], hub: datasets.Dataset | None, chat: bool, limit: int | None, key: str
+    name: str,
+    files: tuple[str, ...],
+    hub: datasets.Dataset | None,
+    chat: bool,
+    limit: int | None,
+    text_field: str,
+    key: str,
 ) -> Iterator[dict[str, Any]]:
     placed = (
         (pair for file in files for pair in READERS[Path(file).suffix.lower()](Path(file)))
@@ -99,6 +111,8 @@ def _generate(
     )
     shape = first = start = None
     for place, row in islice(placed, limit):
+        if isinstance(row, dict) and text_field in row:
+            row = row | {"text": row[text_field]}
         found = _shape(place, row, prefer=shape)
         example = _example(place, row, found, chat)
         this = f"{found} as {'lists' if isinstance(next(iter(example.values())), list) else 'strings'}"
@@ -240,9 +254,9 @@ def _nearest(path: Path) -> str:
     return f" Did you mean {str(path.parent / near[0])!r}?" if near else " Check the name."
 
 
-def _hub(name: str, split: str) -> datasets.Dataset:
+def _hub(name: str, split: str, config: str | None) -> datasets.Dataset:
     try:
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, name=config, split=split)
     except Exception as error:  # whatever the hub client raises: network, unknown name, unknown split, ...
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CELoraError(

@@ -7,7 +7,6 @@ it stands in memory after training, or the demo fails.
 
 from __future__ import annotations
 
-import functools
 import json
 import statistics
 import subprocess
@@ -79,8 +78,9 @@ def run_demo(
     judge: Literal["test", "validation"] = "test",
     arms: Sequence[str] = tuple(ARMS),
     console: Console | None = None,
+    quiet: bool = False,
 ) -> list[DemoRow]:
-    """Run the demo into `output` (made, or taken over from an earlier demo) and print what came out.
+    """Run the demo into `output` (made, or taken over from an earlier demo); its rows, progress on `console`.
 
     `judge` names the sentences that score: choices about the demo are made on the `validation` ones, its results come
     from the `held_out` others ("test"). Training sees neither.
@@ -90,9 +90,13 @@ def run_demo(
         CELoraError: `output` holds something else, the model or data cannot be had, or an adapter does not score
             under stock PEFT as it did after training.
     """
-    console = console or Console(highlight=False)
+    console = console or Console(stderr=True, highlight=False)
     begun = time.perf_counter()
-    say = functools.partial(console.print, soft_wrap=True, markup=False)
+
+    def say(line: str) -> None:
+        if not quiet:
+            console.print(line, soft_wrap=True, markup=False)
+
     if output.exists() and any(output.iterdir()) and not (output / MARKER).is_file():
         raise CELoraError(f"{output} is not empty and holds no demo; choose another folder with --output.")
     keep_freed_memory()
@@ -123,6 +127,7 @@ def run_demo(
         "lora_alpha": 32,
         "save_strategy": "no",
         "train_sampling_strategy": "group_by_length",  # less padding, fewer wasted steps
+        "quiet": quiet,
     }
     for seed in range(seeds):
         training = splits(seed, train=steps * batch_size, validation=validation, test=held_out).train
@@ -153,12 +158,7 @@ def run_demo(
         },
         repeats={f"{row.arm}, seed {row.seed}": row.arm for row in rows[1:]},
     )
-    console.print(result_table(rows))
-    console.print(
-        f"Each adapter is plain PEFT and was scored by stock PEFT, without celora. Report: {output / 'report.html'}\n"
-        f"{(time.perf_counter() - begun) / 60:.1f} minutes.",
-        soft_wrap=True,
-    )
+    say(f"{(time.perf_counter() - begun) / 60:.1f} minutes.")
     return rows
 
 

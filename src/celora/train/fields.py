@@ -1,4 +1,4 @@
-"""The names `celora train` accepts: celora's own options and every field of TRL's SFTConfig and ModelConfig.
+"""The names `celora train` accepts: celora's own options and every name that `trl sft` takes.
 
 A value is converted by its field's type hint, the same way whether it came as a flag or from YAML: `--bf16 false` and
 `bf16: false` mean the same and fail with the same line. Here too: where celora's defaults differ from TRL's, and why.
@@ -33,6 +33,7 @@ DEFAULTS: dict[str, tuple[object, str]] = {
     "dtype": ("auto", "keep the checkpoint's own dtype; TRL would load it in float32"),
     "lora_target_modules": (["all-linear"], "the published setting; PEFT's own choice is q_proj and v_proj only"),
     "lora_dropout": (0.0, "dropout on every adapter input costs about a tenth of a step"),
+    "ddp_find_unused_parameters": (False, "every adapter gets a gradient, and looking for some that do not takes time"),
     "report_to": ("none", "nothing leaves the machine unless asked"),
     "include_num_input_tokens_seen": ("non_padding", "tokens per second should count tokens"),
 }
@@ -44,6 +45,18 @@ DEVICE_DEFAULTS = {
 
 # TRL's names for what celora calls otherwise, so that a `trl sft` configuration works.
 ALIASES = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "output"}
+
+# What `trl sft` takes and celora cannot honour: the value that asks for nothing, and what to do instead of another.
+REFUSED: dict[str, tuple[object, str]] = {
+    "use_peft": (True, "celora trains LoRA adapters only; use `trl sft` for full fine-tuning"),
+    "trust_remote_code": (False, "celora never runs code that comes with a model"),
+    "resume_from_checkpoint": (None, "give --resume to continue the run in --output"),
+    "dataset_streaming": (False, "rows wait in a file on disk, so memory stays flat without it"),
+    "streaming": (False, "rows wait in a file on disk, so memory stays flat without it"),
+    "datasets": ([], "put the rows of all of them into one folder and give that as data"),
+    "test_split_size": (None, "hold rows out in a file of their own and give it as eval_data"),
+    "ignore_bias_buffers": (False, "it does nothing in `trl sft` either"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,11 @@ class RunOptions:
     eval_data: str | None = field(
         default=None, metadata={"help": "rows to evaluate on, at the end and per eval_strategy"}
     )
-    dataset_train_split: str = field(default="train", metadata={"help": "split of a hub data set to train on"})
+    dataset_train_split: str = field(default="train", metadata={"help": "split of the data to train on"})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "split to evaluate on, of eval_data or, with an eval_strategy, of data"}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a hub data set"})
     bias: str = field(
         default="none", metadata={"help": "PEFT: biases that train", "choices": ["none", "all", "lora_only"]}
     )
@@ -93,10 +110,11 @@ class Field:
 @functools.cache
 def known_fields() -> dict[str, Field]:
     """Every accepted name. Imports TRL, which takes seconds, so nothing here runs at import."""
-    from trl import ModelConfig, SFTConfig
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
     found: dict[str, Field] = {}
-    for owner, cls in (("train", SFTConfig), ("lora", ModelConfig), ("run", RunOptions)):
+    owners = [("script", ScriptArguments), ("script", DatasetMixtureConfig)]
+    for owner, cls in (*owners, ("train", SFTConfig), ("lora", ModelConfig), ("run", RunOptions)):
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
@@ -217,9 +235,18 @@ def known_name(name: str, label: str) -> str:
     name = ALIASES.get(name, name)
     if name in known:
         return name
+    if name in _launch_names():
+        raise CELoraError(f"{label} belongs to the launcher: accelerate launch --{name} ... -m celora train ...")
     nearest = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
     near = f"; did you mean {nearest[0]!r}?" if nearest else "."
     raise CELoraError(f"unknown {label}{near} `celora train --help-all` lists every name.")
+
+
+def _launch_names() -> set[str]:
+    """Names of `accelerate launch`, which `trl sft` passes on to it."""
+    from accelerate.commands.launch import launch_command_parser
+
+    return {action.dest for action in launch_command_parser()._actions} | {"accelerate_config"}
 
 
 def help_all() -> str:
@@ -229,10 +256,12 @@ def help_all() -> str:
     for owner, title in titles.items():
         lines += ["", f"{title}:"]
         for f in known_fields().values():
-            if f.owner != owner or f.name in ("trust_remote_code", "resume_from_checkpoint", "use_peft"):
+            if f.owner != owner or f.name in REFUSED:
                 continue
             default, why = DEFAULTS.get(f.name, (f.default, ""))
             note = f" (differs from TRL's {f.default!r}: {why})" if why else ""
             shown = DEVICE_DEFAULTS.get(f.name, repr(default))
             lines.append(f"  --{f.name}  {describe_type(f.hint)}; default {shown}{note}. {f.help}".rstrip())
+    lines += ["", "of `trl sft`, and refused unless they ask for nothing:"]
+    lines += [f"  --{name}  {instead}." for name, (_, instead) in REFUSED.items()]
     return "\n".join(lines)

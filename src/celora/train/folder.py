@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from celora.errors import CELoraError
 from celora.files import read_json, write_text
 from celora.train.manifest import read_manifest, sealed, unseal
+from celora.train.processes import is_first
 
 RUN, METRICS, REPORT, CONFIG = "run.json", "metrics.jsonl", "report.html", "celora_config.json"
 PLAN = "celora_plan.json"
@@ -70,7 +71,7 @@ class OutputFolder:
         Raises:
             CELoraError: another run holds it, or the folder cannot be written to.
         """
-        if int(os.environ.get("RANK", "0")) > 0:
+        if not is_first():
             yield  # the processes of one run share the lock of the first
             return
         lock = FileLock(self.path / LOCK)

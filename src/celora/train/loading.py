@@ -1,4 +1,4 @@
-"""The model and tokenizer of a run, and the adapter's configuration. Whatever cannot be loaded is said in one line."""
+"""Model, tokenizer and rows of a run, and its adapter's configuration. What cannot be loaded is said in one line."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from trl import ModelConfig, get_quantization_config
 
 from celora.errors import CELoraError
 from celora.train.arguments import TrainRequest
+from celora.train.data import load_rows
+from celora.train.processes import is_first
 
 
 def load_tokenizer(request: TrainRequest) -> Any:
@@ -29,6 +31,28 @@ def load_tokenizer(request: TrainRequest) -> Any:
         return AutoTokenizer.from_pretrained(request.model, revision=request.lora["model_revision"])
     except (OSError, ValueError) as error:
         raise CELoraError(f"cannot load a tokenizer from {request.model!r}: {_first_line(error)}") from error
+
+
+def training_rows(request: TrainRequest, *, chat: bool) -> datasets.Dataset:
+    """The rows to train on; see `load_rows`."""
+    return _rows(request, request.data, request.options.dataset_train_split, chat)
+
+
+def evaluation_rows(request: TrainRequest, *, chat: bool) -> datasets.Dataset | None:
+    """Rows of `eval_data` or, where an `eval_strategy` asks for some as in `trl sft`, of the data's test split."""
+    options, when = request.options, request.train.get("eval_strategy", "no")
+    source = options.eval_data or (None if when == "no" else request.data)
+    if source is None:
+        return None
+    if options.eval_data is None and Path(source).expanduser().is_file():
+        raise CELoraError(f"eval_strategy={when!r} needs rows to evaluate on, and data is one file; give --eval-data")
+    return _rows(request, source, options.dataset_test_split, chat)
+
+
+def _rows(request: TrainRequest, source: str, split: str, chat: bool) -> datasets.Dataset:
+    config = request.options.dataset_config if source == request.data else None
+    text_field = request.train.get("dataset_text_field", "text")
+    return load_rows(source, split=split, chat=chat, config=config, text_field=text_field)
 
 
 def load_model(request: TrainRequest) -> Any:
@@ -102,7 +126,13 @@ def lora_config(request: TrainRequest) -> LoraConfig:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without the libraries' progress bars, and without the one notice that says nothing is wrong."""
+    """Without the libraries' progress bars, and without the one notice that says nothing is wrong.
+
+    Where several processes train together, all but the first keep their warnings to themselves too.
+    """
+    verbosity = transformers.logging.get_verbosity()
+    if not is_first():
+        transformers.logging.set_verbosity_error()
     datasets_bars, transformers_bars = (
         datasets.is_progress_bar_enabled(),
         transformers.logging.is_progress_bar_enabled(),
@@ -125,8 +155,12 @@ def quiet_libraries() -> Iterator[None]:
             )
             # PEFT takes the one-dimensional bias of lora_bias=True for a matrix that lost a dimension.
             warnings.filterwarnings("ignore", message=r".*have invalid shape: \S+\.lora_B\.bias")
+            if not is_first():
+                warnings.simplefilter("ignore")
             yield
     finally:
+        if not is_first():
+            transformers.logging.set_verbosity(verbosity)
         logger.removeFilter(notice)
         for handler in handlers:
             handler.removeFilter(notice)

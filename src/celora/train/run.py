@@ -1,7 +1,8 @@
 """One training run, from a `TrainRequest` to an adapter with its metrics, checkpoints and report.
 
 TRL's SFTTrainer trains; celora is attached to its model. The folder can be resumed at any time: Ctrl-C stops at the
-end of an optimizer step and saves; a killed process loses only what came after its last whole checkpoint.
+end of an optimizer step and saves; a killed process loses only what came after its last whole checkpoint. Under
+torchrun and `accelerate launch` every process comes through here; only the first writes and prints.
 """
 
 from __future__ import annotations
@@ -31,10 +32,18 @@ from celora.plan import Plan
 from celora.planner import DEFAULT_FIDELITY
 from celora.train.arguments import TrainRequest, sft_config
 from celora.train.checkpointing import choose_checkpointing
-from celora.train.data import load_rows
 from celora.train.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json
 from celora.train.interrupt import StopAtStepEnd
-from celora.train.loading import load_adapter, load_model, load_tokenizer, lora_config, quiet_libraries
+from celora.train.loading import (
+    evaluation_rows,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    quiet_libraries,
+    training_rows,
+)
+from celora.train.processes import from_first, is_first, losing_contact
 from celora.train.progress import MetricsWriter, Phases, PlanProgress, ProgressLine, read_metrics
 from celora.train.report import write_report
 from celora.train.saving import UNUSABLE, SafeSaving, Sealing, save_adapter, stopped, take_over
@@ -84,34 +93,33 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
         CELoraError: bad input, found before anything in the output folder is touched; another run in that folder; or
             a disk that takes no more.
     """
-    with ExitStack() as held:
-        return _train(request, console or Console(stderr=True), held)
+    with losing_contact(request.output), ExitStack() as held:
+        console = (console or Console(stderr=True)) if is_first() else Console(quiet=True)
+        return _train(request, console, held)
 
 
 def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainResult:
-    options, folder = request.options, OutputFolder(request.output)
+    options, folder, first = request.options, OutputFolder(request.output), is_first()
     begun = folder.begun
-    if begun:
+    if first and begun:
         held.enter_context(folder.locked())
         folder.recover()
-    folder.check(resume=options.resume, overwrite=options.overwrite)
+    if first:
+        folder.check(resume=options.resume, overwrite=options.overwrite)
     earlier = folder.run() if options.resume else None
     if earlier and earlier.get("status") == "finished" and not _longer(earlier["given"], request.given):
         step = int(earlier["summary"]["step"])
         _say(
             console, options.quiet, f"{request.output} is finished, at step {step}; a larger --max_steps continues it."
         )
-        return TrainResult("already finished", request.output, step, earlier["summary"])
+        return TrainResult("already finished", request.output, step, earlier["summary"] if first else {})
 
     with quiet_libraries():
         tokenizer = load_tokenizer(request)
         chat = bool(tokenizer.chat_template)
-        rows = load_rows(request.data, split=options.dataset_train_split, chat=chat)
-        eval_rows = load_rows(options.eval_data, split="test", chat=chat) if options.eval_data else None
-        when = request.train.get("eval_strategy", "no")
-        if eval_rows is None and when != "no":
-            raise CELoraError(f"eval_strategy={when!r} needs rows to evaluate on; give --eval-data")
         args = sft_config(request)
+        with args.main_process_first():
+            rows, eval_rows = training_rows(request, chat=chat), evaluation_rows(request, chat=chat)
         model = load_model(request)
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
         if cut := truncation_line(trainer, rows):
@@ -125,34 +133,41 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
             console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
         # What is wrong with a checkpoint is a warning: said even when quiet.
-        resumed = folder.last_checkpoint(lambda line: _say(console, False, line)) if options.resume else None
+        resumed: tuple[Path, dict[str, Any]] | None = from_first(
+            folder.last_checkpoint(lambda line: _say(console, False, line)) if options.resume and first else None
+        )
         checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
         if 0 < args.max_steps < marker["step"]:
             raise CELoraError(f"max_steps={args.max_steps}, but the run is saved at step {marker['step']}; give more")
-        try:
-            request.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CELoraError(f"cannot write to --output {str(request.output)!r}: {error.strerror}") from None
-        if not begun:
-            held.enter_context(folder.locked())
-            folder.check(resume=options.resume, overwrite=options.overwrite)
-        aside = folder.set_aside() if options.overwrite else None
+        aside = metrics = None
+        record: dict[str, Any] = {"summary": {}}
+        if first:
+            try:
+                request.output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CELoraError(f"cannot write to --output {str(request.output)!r}: {error.strerror}") from None
+            if not begun:
+                held.enter_context(folder.locked())
+                folder.check(resume=options.resume, overwrite=options.overwrite)
+            aside = folder.set_aside() if options.overwrite else None
+            if options.resume:
+                folder.clear_after(marker["step"])
+            record = _record(request, args, attached)
+            write_json(request.output / RUN, record)
+            config.save(request.output / CONFIG)
+            if plan is not None:
+                plan.save(request.output / PLAN)
+            metrics = MetricsWriter(
+                request.output / METRICS, after_step=marker["step"], seconds=marker["seconds"], phases=trainer.phases
+            )
         if options.resume:
-            folder.clear_after(marker["step"])
             where = f"from {checkpoint.name}" if checkpoint else "from the beginning: no checkpoint is whole"
             _say(console, options.quiet, f"Resuming {where}.")
-        record = _record(request, args, attached)
-        write_json(request.output / RUN, record)
-        config.save(request.output / CONFIG)
-        if plan is not None:
-            plan.save(request.output / PLAN)
-        metrics = MetricsWriter(
-            request.output / METRICS, after_step=marker["step"], seconds=marker["seconds"], phases=trainer.phases
-        )
         progress, stop = ProgressLine(console, quiet=options.quiet), StopAtStepEnd(console)
         # The Trainer puts callbacks after its reporters; celora's goes first, so that all of them see its metrics.
         trainer.callback_handler.callbacks.insert(0, celora.Callback())
-        for callback in (trainer.phases, stop, metrics, progress, Sealing(folder, metrics)):
+        sealing = None if metrics is None else Sealing(folder, metrics)
+        for callback in filter(None, (trainer.phases, stop, metrics, progress, sealing)):
             trainer.add_callback(callback)
 
         status = "failed"
@@ -166,7 +181,8 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
                     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
                 early = stop.asked and trainer.state.global_step < trainer.state.max_steps
                 if not early:
-                    if eval_rows is not None and not _evaluated(metrics.path, trainer.state):
+                    evaluated = from_first(metrics is not None and _evaluated(metrics.path, trainer.state))
+                    if eval_rows is not None and not evaluated:
                         trainer.evaluate()
                     save_adapter(trainer, request.output)
                 status = "interrupted" if early else "finished"
@@ -176,12 +192,12 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         except (CELoraError, *UNUSABLE) as error:
             raise stopped(error, folder) from error
         finally:
-            if status != "failed" or trainer.state.global_step > 0:
+            if first and (status != "failed" or trainer.state.global_step > 0):
                 folder.forget_earlier()
             elif aside is not None:
                 folder.restore()  # nothing was trained: the earlier run is worth more than what failed
             progress.close()
-            if status != "failed" or trainer.state.global_step > 0:
+            if metrics is not None and (status != "failed" or trainer.state.global_step > 0):
                 errors = require(trainer.model).relative_errors
                 record |= {"status": status, "summary": _summary(trainer, metrics, attached), "errors": errors}
                 # What made the run fail may make this fail, too, and is what the user should hear of.
@@ -313,16 +329,27 @@ def _configuration(request: TrainRequest, trainer: Any, console: Console) -> tup
 def _plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
     """Plan on the first batches of the training data; the training sees them in the same order as without."""
     limit, options = request.options.memory_limit, request.options
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise CELoraError(
+            "preset 'auto' cannot measure a model that will be sharded; make a plan on one device with celora plan and "
+            "give it with --plan, or choose --preset exact or paper"
+        )
     trainer.model.train()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), PlanProgress(console, quiet=options.quiet) as progress:
-        return celora.make_plan(
-            trainer.model,
-            list(itertools.islice(trainer.get_train_dataloader(), 3)),
-            DEFAULT_FIDELITY if options.fidelity is None else options.fidelity,
-            memory_limit=None if limit is None else int(limit * 2**20),
-            progress=progress,
-        )
+    with torch.random.fork_rng(devices=devices):
+        batches = list(itertools.islice(trainer.get_train_dataloader(), 3))  # in all processes: loaders keep in step
+        if not is_first():
+            return Plan.from_dict(from_first(None))
+        with PlanProgress(console, quiet=options.quiet) as progress:
+            plan = celora.make_plan(
+                trainer.model,
+                batches,
+                DEFAULT_FIDELITY if options.fidelity is None else options.fidelity,
+                memory_limit=None if limit is None else int(limit * 2**20),
+                progress=progress,
+            )
+    from_first(plan.to_dict())
+    return plan
 
 
 def plan_model(request: TrainRequest, *, rows: int, adapter: Path | None, console: Console) -> Plan:
@@ -347,7 +374,7 @@ def prepared(request: TrainRequest, rows: int, adapter: Path | None) -> Iterator
     """The trainer of this request, with `rows` rows in a batch, and what to attach to its model; nothing is written."""
     with quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
         tokenizer = load_tokenizer(request)
-        data = load_rows(request.data, split=request.options.dataset_train_split, chat=bool(tokenizer.chat_template))
+        data = training_rows(request, chat=bool(tokenizer.chat_template))
         train = request.train | {"per_device_train_batch_size": rows}
         args = sft_config(replace(request, train=train, output=Path(scratch)))
         model, peft, config = load_model(request), lora_config(request), request.config

@@ -50,6 +50,7 @@ class SafeSaving:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and checkpoint.exists():
             shutil.rmtree(checkpoint)  # unfinished, or from before the run went back to an earlier one
+        self.accelerator.wait_for_everyone()  # before another process writes into the new one
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(*arguments, **more)  # type: ignore[misc]
@@ -67,17 +68,19 @@ class SafeSaving:
 
 def save_adapter(trainer: Any, output: Path) -> None:
     """Write the adapter and the tokenizer into `output`, each file whole or not at all."""
-    aside, card = output / SAVING, output / "README.md"
-    shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed here
-    aside.mkdir()
-    if card.is_file():
-        shutil.copy(card, aside)  # PEFT completes TRL's
-    trainer.save_model(str(aside), _internal_call=True)
-    for file in sorted(aside.iterdir()):
-        sync(file)
-        file.replace(output / file.name)
-    aside.rmdir()
-    sync(output)
+    aside, card, first = output / SAVING, output / "README.md", trainer.is_world_process_zero()
+    if first:
+        shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed here
+        aside.mkdir()
+        if card.is_file():
+            shutil.copy(card, aside)  # PEFT completes TRL's
+    trainer.save_model(str(aside), _internal_call=True)  # in all processes: each may hold a part
+    if first:
+        for file in sorted(aside.iterdir()):
+            sync(file)
+            file.replace(output / file.name)
+        aside.rmdir()
+        sync(output)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 

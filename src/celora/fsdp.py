@@ -1,0 +1,55 @@
+"""FSDP2 for a PEFT model, so that the backward of an estimated layer gathers only what it reads of the frozen weight.
+
+FSDP2 gathers a module's parameters together, before its forward and again before its backward. Here each frozen weight
+under an adapter is a group of its own, whose second gathering `celora.attach` replaces (`celora.sharded`); adapters and
+norms stay in the group of their block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import PreTrainedModel
+
+from celora.attach import cannot_estimate, find, tuner_layers
+from celora.errors import CELoraError
+
+
+def shard(model: nn.Module, **options: Any) -> None:
+    """`fully_shard` the frozen weights under `model`'s adapters one by one, its blocks, and the rest. Then `attach`.
+
+    What a backward gathers of an estimated layer: kept rows with `columns` and `synchronise=True`, nothing with an
+    8-bit copy (which every process holds whole, a byte a number), else the whole weight. None of it is prefetched, and
+    neither are the weights of layers that stay dense; with gradient checkpointing the repeated forward gathers all.
+
+    Args:
+        model: a PEFT model of a Transformers model, not sharded and not attached yet.
+        options: of `torch.distributed.fsdp.fully_shard`: `mesh`, `mp_policy`, `offload_policy`, ...
+
+    Raises:
+        CELoraError: no adapters, celora is attached already, or the model does not name its blocks.
+    """
+    tuners = tuner_layers(model)
+    if find(model) is not None:
+        raise CELoraError(
+            "celora is attached already, and its hooks have to come after FSDP2's; shard first, then attach."
+        )
+    causal = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    names = set(getattr(causal, "_no_split_modules", None) or ())
+    blocks = [m for m in model.modules() if type(m).__name__ in names]
+    if not blocks:
+        raise CELoraError(
+            f"{type(causal or model).__name__} does not name its blocks; call fully_shard on them yourself."
+        )
+    for tuner in tuners.values():
+        base = tuner.get_base_layer()
+        if not cannot_estimate(base):
+            fully_shard(base, **options)
+    sharded = [fully_shard(block, **options) for block in blocks]
+    fully_shard(model, **options)
+    # Left to itself, FSDP2 would prefetch the frozen weight that was used last. The first block has none before it.
+    for block, before in zip(sharded, [sharded[0], *sharded], strict=False):
+        assert isinstance(before, FSDPModule)
+        block.set_modules_to_backward_prefetch([before])

@@ -1,0 +1,50 @@
+"""Processes that select alike: what each has observed of its own data is added up before anything is selected from it.
+
+One all-reduce at the end of a refresh step, outside backward, for all layers together: `out` numbers a layer with
+columns and `in (rank + 8)` for a gradient factor, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from celora.graft import LayerGraft
+from celora.sharded import whole
+from celora.weights import device_of, read
+
+
+def in_company() -> bool:
+    """Whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@torch.no_grad()
+def add_up(layers: Sequence[tuple[LayerGraft, nn.Module]]) -> None:
+    """Replace what these layers, given with their base layers, have observed by the sum over all processes.
+
+    Collective: every process calls it with the same layers. One that saw no gradient of a layer adds nothing to it
+    and selects as the others do. Does nothing in a process of its own.
+    """
+    if not layers or not in_company():
+        return
+    sizes = [3 + graft.estimator.pooled_size for graft, _ in layers]
+    flat = torch.zeros(sum(sizes), device=device_of(layers[0][1]))
+    parts = flat.split(sizes)
+    for part, (graft, _) in zip(parts, layers, strict=True):
+        observed = graft.estimator.pooled()
+        if observed is not None:
+            part[0], part[3:] = 1, observed
+        if graft.squared_error is not None and graft.squared_norm is not None:
+            part[1], part[2] = graft.squared_error, graft.squared_norm
+    dist.all_reduce(flat)
+    processes = dist.get_world_size()
+    witnesses = torch.stack([part[0] for part in parts]).tolist()  # once a refresh, so the synchronisation is cheap
+    for part, (graft, base), seen in zip(parts, layers, witnesses, strict=True):
+        graft.squared_error, graft.squared_norm = part[1].clone(), part[2].clone()
+        if seen:
+            # A process that saw no gradient has not seen the weight either, and gathering it takes them all.
+            graft.estimator.take_pooled(part[3:], whole(read(base)) if seen < processes else None)

@@ -1,0 +1,83 @@
+"""One run in several processes, as torchrun and `accelerate launch` start them: the first writes and prints, and what
+it decides holds for all; one line, from whichever fails first, says why a job failed.
+
+The launcher ends the others when one fails. Here they only learn to be silent about it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from celora.errors import CELoraError
+
+
+def rank() -> int:
+    """The number of this process; 0 where it is alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def processes_here() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, in all of them. Collective."""
+    if processes() == 1:
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def any_of_them(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set in any process. Collective, and waits for the device, as logging a loss does."""
+    if processes() == 1:
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def speaks() -> bool:
+    """Whether this process is to say why the job failed: the first to ask is, through the store they met at."""
+    if processes() == 1:
+        return True
+    try:
+        port, attempt = int(os.environ["MASTER_PORT"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        host, patience = os.environ["MASTER_ADDR"], timedelta(seconds=5)
+        store = dist.TCPStore(host, port, is_master=False, timeout=patience)  # type: ignore[attr-defined]
+        return bool(store.add(f"celora/failures/{attempt}", 1) == 1)
+    except (KeyError, ValueError, RuntimeError):  # no store any more: its host was the process that failed
+        return True
+
+
+@contextmanager
+def losing_contact(output: os.PathLike[str]) -> Iterator[None]:
+    """Turn the errors of a collective whose other side is gone into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise CELoraError(
+            f"process {rank()} of {processes()} lost contact with the others: one of them was killed or failed. "
+            f"Start again with --resume to go on from the last checkpoint in {os.fspath(output)}"
+        ) from error

@@ -1,0 +1,156 @@
+"""What two processes do in tests/test_distributed.py, started by torchrun: `distributed_worker.py FOLDER`.
+
+Every scenario trains the tiny Llama on its share of the same global batches and leaves `SCENARIO.RANK.json` in FOLDER.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import celora
+import celora.fsdp
+from celora import fused
+from celora.attach import require
+from celora.graft import LayerGraft
+from celora.synchronise import add_up
+from conftest import make_model
+
+STEPS, ROWS = 6, 8
+COLUMNS: dict[str, Any] = {"estimator": "columns", "keep_ratio": 0.4, "rank": 4, "refresh_every": 3, "fused": True}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "exact": {"config": {"estimator": "dense", "fused": True}},
+    "apart": {"config": COLUMNS},
+    "alike": {"config": {**COLUMNS, "synchronise": True, "target_error": 0.3}},
+    "tokens": {"config": {"estimator": "tokens", "keep_ratio": 0.9, "rank": 0, "selection": "energy"}},
+    "sharded before": {"config": {**COLUMNS, "synchronise": True}, "attach": "before", "shard": "blocks"},
+    "sharded after": {"config": {**COLUMNS, "synchronise": True}, "attach": "after", "shard": "blocks"},
+    "rows": {"config": {**COLUMNS, "synchronise": True}, "attach": "after", "shard": "layers"},
+    "nodes": {"config": {**COLUMNS, "synchronise": True}, "attach": "after", "shard": "nodes"},
+    "rows apart": {"config": COLUMNS, "attach": "after", "shard": "layers"},
+    "copy": {"config": {"estimator": "int8"}, "attach": "after", "shard": "layers"},
+    "nothing": {"config": "off", "attach": "after", "shard": "layers"},
+}
+
+
+def global_batch(step: int) -> torch.Tensor:
+    """Eight rows of eleven tokens, all labelled."""
+    return torch.randint(0, 61, (ROWS, 11), generator=torch.Generator().manual_seed(1000 + step))
+
+
+def configuration(config: Any) -> Any:
+    return config if isinstance(config, str) else celora.CELoraConfig(**config)
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that this process gives to collectives, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func.name().partition("::")
+        if namespace in ("c10d", "_c10d_functional") and not name.startswith("wait"):
+            # c10d's gathers and scatters take the output first.
+            given = args[1] if namespace == "c10d" and name.startswith(("_allgather", "_reduce_scatter")) else args[0]
+            tensors = given if isinstance(given, list | tuple) else [given]
+            self.sent[name.split(".")[0].strip("_")] += sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def run(scenario: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
+    """Train; what came of it, for the test to judge."""
+    model = make_model(base_bias=False)
+    config, sharded = configuration(scenario["config"]), scenario.get("shard")
+    if scenario.get("attach") != "after":
+        celora.attach(model, config)
+    wrapped: nn.Module = model
+    if sharded == "layers":
+        celora.fsdp.shard(model)
+    elif sharded == "nodes":  # of two processes each
+        celora.fsdp.shard(model, mesh=init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("across", "within")))
+    elif sharded:
+        for block in model.base_model.model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+    else:
+        wrapped = DistributedDataParallel(model)
+    if scenario.get("attach") == "after":
+        celora.attach(model, config)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses, traffic = [], []
+    for step in range(STEPS):
+        ids = global_batch(step)[rank::world]
+        with Traffic() as forward:
+            loss = wrapped(input_ids=ids, labels=ids).loss
+        with Traffic() as backward:
+            loss.backward()
+        with Traffic() as after:
+            optimizer.step()
+        optimizer.zero_grad()
+        traffic.append({"forward": forward.sent, "backward": backward.sent, "after": after.sent})
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        losses.append(mean.item() / world)
+    attachment = require(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    full = [p.full_tensor() if sharded else p for p in parameters]
+    estimators = {name: graft.estimator for name, graft in attachment.grafts.items()}
+    return {
+        "losses": losses,
+        "parameters": [p.detach().flatten()[:50].tolist() for p in full],
+        "numbers": sum(p.numel() for p in full),
+        "selected": {n: e.index.tolist() for n, e in estimators.items() if getattr(e, "index", None) is not None},
+        "keep_ratios": {name: e.keep_ratio for name, e in estimators.items()},
+        "traffic": traffic,
+    }
+
+
+def one_without_a_gradient(rank: int) -> dict[str, Any]:
+    """A layer whose gradient only the second process sees, as an expert that got no token of the first one's."""
+    model = make_model()
+    celora.attach(model, celora.CELoraConfig(**COLUMNS, synchronise=True))
+    name, graft = next(iter(require(model).grafts.items()))
+    base: Any = model.get_submodule(name).get_base_layer()
+    if rank == 1:
+        see(graft, base)
+    add_up([(graft, base)])
+    graft.estimator.select()
+    return {"selected": graft.estimator.index.tolist(), "factor": graft.estimator.U_off is not None}
+
+
+def see(graft: LayerGraft, base: Any) -> None:
+    torch.manual_seed(5)
+    graft.observe(torch.randn(30, base.out_features), base.weight)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    fused._FEWEST_TOKENS = 0
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for name, scenario in SCENARIOS.items():
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(run(scenario, rank, world)))
+    (folder / f"unseen.{rank}.json").write_text(json.dumps(one_without_a_gradient(rank)))
+    dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # some of gloo's threads outlive the interpreter: with torch 2.13 one exit in seven is an abort
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The documentation builds with every link whole, fetches nothing, and what it shows to be run runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+
+from celora import CELoraConfig
+from celora.cli import main
+from tiny import save_rows, save_tiny_model
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def build(root: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(root / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for name in ("docs", "examples", "src"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("mkdocs.yml", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_the_site_builds_and_loads_nothing_from_elsewhere(copy: Path) -> None:
+    done = build(copy)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path: path.read_text(encoding="utf-8") for path in (copy / "site").rglob("*.html")}
+    for path, text in pages.items():
+        loaded = re.findall(
+            r"<(?:script|img|iframe|source)[^>]*src=\"?(?:https?:)?//|<link[^>]*href=\"?https?://", text
+        )
+        assert not loaded, (path, loaded)
+    how = pages[copy / "site" / "how-it-works" / "index.html"]
+    for name in ("factor.svd_factor", "select.column_scores", "estimators.Columns.estimate", "graft.graft"):
+        assert re.search(rf'href="\.\./reference/numerics/#celora[\w.]+"><code>celora\.{name}</code>', how), name
+
+
+def test_broken_links_and_names_fail_the_build(copy: Path) -> None:
+    with (copy / "docs" / "index.md").open("a", encoding="utf-8") as page:
+        page.write("\n[a](nowhere.md) [b](speed.md#nothing) `celora.factor.nothing`\n")
+    (copy / "docs" / "forgotten.md").write_text("# Forgotten\n")
+    done = build(copy)
+    assert done.returncode == 1
+    for part in ("nowhere.md", "#nothing", "celora.factor.nothing", "forgotten.md"):
+        assert part in done.stderr
+
+
+def test_names_become_links_outside_of_code() -> None:
+    hook = runpy.run_path(str(DOCS / "hooks.py"))["on_page_markdown"]
+    text = "`celora.attach` and `celora.head`\n```python\n`celora.attach`\n```\n"
+    assert hook(text) == (
+        "[`celora.attach`][celora.attach.attach] and [`celora.head`][celora.head]\n```python\n`celora.attach`\n```\n"
+    )
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages name: ./model, chats.jsonl."""
+    folder = tmp_path_factory.mktemp("docs")
+    save_tiny_model(folder / "model")
+    save_rows(folder / "chats.jsonl")
+    return folder
+
+
+@pytest.fixture
+def folder(names: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(names)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", names / "cache")
+    return names
+
+
+@pytest.mark.parametrize("page", ["quick-start.md", "presets.md", "command-line.md"])
+def test_commands_run(page: str, folder: Path) -> None:
+    for text in blocks(page, "yaml"):
+        (folder / "sft.yaml").write_text(text, encoding="utf-8")
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    commands = [shlex.split(line) for block in blocks(page, "bash") for line in block.splitlines()]
+    ours = [command[1:] for command in commands if command[0] == "celora" and command[1] != "demo"]
+    assert ours
+    for command in ours:
+        more = ["--max_steps", "2"] if command[0] == "train" and "--config" not in command else []
+        assert main([*command, *([] if "--max_steps" in command else more)]) == 0, command
+
+
+def test_the_configuration_of_ones_own_is_one() -> None:
+    (text,) = blocks("presets.md", "yaml")
+    assert CELoraConfig.from_dict(yaml.safe_load(text)["celora"]).for_layer("layers.1.mlp.up_proj").keep_ratio == 0.999
+
+
+def test_python_of_the_quick_start_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["train", "--model", "model", "--data", "chats.jsonl", "--output", "out", "--max_steps", "1", "--overwrite"]
+    assert main([*train, "--quiet"]) == 0
+    names: dict[str, Any] = {}
+    for block in blocks("quick-start.md", "python"):
+        exec(block, names)
+    assert "LoRA fused with its base layer in 14 of 14 layers" in capsys.readouterr().out
+
+
+# Where no quantised layer is estimated, the report and this warning say so.
+@pytest.mark.filterwarnings("ignore:celora. no layer can be estimated")
+def test_python_of_the_qlora_recipe_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    (block,) = blocks("recipes/qlora.md", "python")
+    exec(block, {})
+    assert "layers" in capsys.readouterr().out
