@@ -127,6 +127,33 @@ def test_column_maxima(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert kernels.column_maxima(w)[0].isnan()
 
 
+@pytest.mark.skipif(not kernels.panel_columns(), reason="no 8-bit dot products of vectors")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (16, 32), (67, 100), (128, 257)])
+@pytest.mark.parametrize("kept", [None, 1, 5, 9, 11, 12, 25])
+def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int | None) -> None:
+    """Every number of rows and columns that are left over at the end of a block, and nothing written beside them."""
+    x, w = torch.randn(25, shape[0] + 3).to(dtype)[:, : shape[0]], torch.randn(shape).to(dtype)
+    index = None if kept is None else torch.randperm(25)[:kept].sort().values
+    position = None if index is None else torch.full((25,), -1, dtype=torch.int32)
+    if index is not None and position is not None:
+        position[index] = torch.arange(len(index), dtype=torch.int32)
+    factors = torch.rand(25 if kept is None else kept) + 0.5
+    scale = w.float().abs().amax(0).clamp(min=1e-20) / 127
+    packed = kernels.pack_columns(w, 1 / scale)
+    rows = x if index is None else x[index]
+    expected = factors[:, None] * reference.int8(rows.double(), w.double())
+    for fill in (True, False):
+        around = torch.full((27, shape[1]), 7.0).to(dtype)
+        out = around[1:26]
+        kernels.gathered_product(x, packed, scale, out, index=index, position=position, factors=factors, fill=fill)
+        others = torch.ones(25, dtype=torch.bool)
+        others[slice(None) if index is None else index] = False
+        assert (out[others] == (0 if fill else 7)).all()
+        assert (around[[0, 26]] == 7).all()
+        assert (out[~others].double() - expected).norm() <= (3e-3 if dtype == torch.float32 else 6e-3) * expected.norm()
+
+
 @needs_compiler
 def test_rows_may_be_apart() -> None:
     x = torch.randn(6, 40)[:, 3:17]

@@ -15,11 +15,13 @@ from celora.products import Fp8, Int8, Native, make_product
 SHAPES = [(16, 16), (48, 64), (33, 20), (64, 7)]
 
 
-@pytest.fixture(params=["compiled", "torch"])
+@pytest.fixture(params=["compiled", "library", "torch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the compiled kernels, and as on a machine without a compiler."""
+    """With the compiled kernels, with a library's product between them, and as on a machine without a compiler."""
     if request.param == "torch":
         monkeypatch.setattr(kernels, "library", lambda: None)
+    elif request.param == "library":
+        monkeypatch.setattr(products, "_gathered_products", lambda: False)
     elif kernels.library() is None:
         pytest.skip("no C compiler")
     return str(request.param)
@@ -119,6 +121,7 @@ def test_what_a_device_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_dot_products_torchs_integer_product_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     W, G = torch.randn(32, 16), torch.randn(8, 32)
     expected = reference.int8(G.double(), W.double())
+    monkeypatch.setattr(products, "_gathered_products", lambda: False)
     monkeypatch.setattr(products, "_dot_products", lambda: False)
     monkeypatch.setattr(products, "_packed_product", None)
     product = Int8()

@@ -35,8 +35,8 @@ from celora.forward import taken_over
 from celora.graft import LayerGraft, Mode, Switch
 from celora.memory import saved_for_backward
 from celora.plan import Candidate, Plan, PlannedLayer, device_name
-from celora.products import PRODUCTS
-from celora.select import energy_count, grain, rounded_up, squared_row_norms
+from celora.products import PRODUCTS, make_product
+from celora.select import energy_count, rounded_up, squared_row_norms
 from celora.timing import interleaved, synchronise
 from celora.weights import device_of, read, shape_of
 
@@ -63,7 +63,9 @@ class _Layer:
     base: nn.Module
     fused: bool = False  # has a graft anyway, for its adapter
     errors: dict[LayerConfig, list[float]] = field(default_factory=dict)
-    kept: dict[float, list[float]] = field(default_factory=dict)  # share of the norm -> share of the tokens
+    # (share of the norm, what the number of tokens is rounded up to) -> share of the tokens kept, error of the others
+    kept: dict[tuple[float, int], list[float]] = field(default_factory=dict)
+    lost: dict[tuple[float, int], list[float]] = field(default_factory=dict)
     tokens: int = 0
     dtype: torch.dtype = torch.float32
     columns: dict[LayerConfig, Estimator] = field(default_factory=dict)
@@ -74,7 +76,16 @@ class _Layer:
         return shape_of(self.base)
 
     def error(self, setting: LayerConfig) -> float:
-        return float(statistics.fmean(e * e for e in self.errors[setting]) ** 0.5)
+        """What the selection of this setting loses, or, of one without selection, its rounding."""
+        if setting.estimator == "tokens":
+            errors = self.lost[setting.keep_ratio, self.grain(setting)]
+        else:
+            errors = self.errors[setting]
+        return float(statistics.fmean(e * e for e in errors) ** 0.5)
+
+    def grain(self, setting: LayerConfig) -> int:
+        """What the number of tokens that this setting keeps is rounded up to."""
+        return make_product(setting.precision, copy=setting.weight_copy).grain(self.tokens)
 
 
 def make_plan(
@@ -297,15 +308,16 @@ class _Observer(Dense):
 
     def _measure_tokens(self, grad_output: Tensor, grad_input: Tensor) -> None:
         """What leaving tokens out loses is the norm of their exact rows: no estimate has to be computed."""
-        squared = squared_row_norms(grad_output)
+        layer, squared = self.layer, squared_row_norms(grad_output)
         ordered = squared_row_norms(grad_input)[squared.argsort(descending=True)].double()
         lost = ordered.flip(0).cumsum(0).flip(0)  # lost[k]: with only the first k kept
         total = float(lost[0]) or 1.0
-        for share in SHARES:
-            count = rounded_up(int(energy_count(squared, share)), len(squared), grain(len(squared)))
-            self.layer.kept.setdefault(share, []).append(count / len(squared))
-            error = (float(lost[count]) / total) ** 0.5 if count < len(lost) else 0.0
-            self.layer.errors.setdefault(_tokens(share), []).append(error)
+        for step in {layer.grain(setting) for setting in self.candidates if setting.estimator == "tokens"}:
+            for share in SHARES:
+                count = rounded_up(int(energy_count(squared, share)), len(squared), step)
+                layer.kept.setdefault((share, step), []).append(count / len(squared))
+                error = (float(lost[count]) / total) ** 0.5 if count < len(lost) else 0.0
+                layer.lost.setdefault((share, step), []).append(error)
 
 
 def _tokens(share: float, precision: Precision = "native", *, copy: bool = True) -> LayerConfig:
@@ -336,7 +348,7 @@ def _make_plans(
     bench.progress("observing gradients", 0.0)
     saved = _observe(bench, layers, considered)
     # The first layers' inputs may need no gradient: there is no product to estimate.
-    layers = [layer for layer in layers if layer.errors]
+    layers = [layer for layer in layers if layer.lost]
     if memory_limit is None:
         weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
         memory_limit = (weights + saved) // 20
@@ -479,13 +491,15 @@ def _evidence(
             continue
         if setting.estimator == "columns" and dataclasses.replace(setting, precision="native") not in layer.errors:
             continue  # never saw a gradient to select from
-        kept = statistics.fmean(layer.kept[setting.keep_ratio]) if setting.estimator == "tokens" else 1.0
+        kept = 1.0
+        if setting.estimator == "tokens":
+            kept = statistics.fmean(layer.kept[setting.keep_ratio, layer.grain(setting)])
         milliseconds = _time(setting, kept, times) + (0.0 if layer.fused else overhead_ms)
         rounding = layer.error(LayerConfig(bits, rank=0)) if bits in ("int8", "fp8") else 0.0
         if setting.estimator in ("int8", "fp8"):
             selected = 0.0
         elif setting.estimator == "tokens":
-            selected = layer.error(_tokens(setting.keep_ratio))
+            selected = layer.error(setting)
         else:
             selected = layer.error(dataclasses.replace(setting, precision="native"))
         memory = out_features * in_features if bits in ("int8", "fp8") and setting.weight_copy else 0

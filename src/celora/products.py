@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from celora import kernels
 from celora.errors import unknown
-from celora.select import column_maxima
+from celora.select import column_maxima, grain
 
 _OFFSET = 128  # the zero point of unsigned activations
 
@@ -63,6 +63,10 @@ class Product(ABC):
     @abstractmethod
     def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         """`(K, out) , (out, in) -> (K, in)`, in the dtype of `grad_output`."""
+
+    def grain(self, rows: int) -> int:
+        """What a number of kept rows is rounded up to, out of `rows`: see `select.grain`."""
+        return grain(rows)
 
     @property
     def holds_copy(self) -> bool:
@@ -147,10 +151,11 @@ class _EightBit(Product):
 class Int8(_EightBit):
     """8-bit integers: `round(x / scale)` in [-127, 127].
 
-    On x86 CPUs with 8-bit dot products through oneDNN's quantised linear, whose packed copy of the weight takes one
-    byte a number; elsewhere, and with `copy=False`, which quantises the weight anew for each product, through
-    `torch._int_mm`. The passes around it are compiled C where `celora.kernels` could be built, else torch operators;
-    float16 on CPU always takes the latter.
+    On x86 CPUs with 8-bit dot products the copy of the weight takes one byte a number, packed for a kernel of ours that
+    gathers, quantises, multiplies, scales and scatters in one call; or, where there are matrix instructions (AMX), or
+    our kernels could not be built, for oneDNN's quantised linear. Elsewhere, and with `copy=False`, which quantises the
+    weight anew for each product, through `torch._int_mm`. The passes around those are compiled C where `celora.kernels`
+    could be built, else torch operators; float16 on CPU always takes the latter.
     """
 
     name = "int8"
@@ -174,6 +179,8 @@ class Int8(_EightBit):
         factors: Tensor | None = None,
         onto: Tensor | None = None,
     ) -> Tensor:
+        if self._gathers(weight.device):
+            return self._gathered(grad_output, weight, index, position, factors, onto)
         if not kernels.supported(grad_output):
             return super().rows(grad_output, weight, index, factors=factors, onto=onto)
         column_scale, unsigned = self._follow(weight), self._unsigned(weight)
@@ -192,6 +199,33 @@ class Int8(_EightBit):
         else:
             kernels.scatter_sums(y, position, scale, column_scale, out, fill=fill)
         return out
+
+    def grain(self, rows: int) -> int:
+        return 1 if self._gathers(torch.device("cpu")) else super().grain(rows)
+
+    def _gathers(self, device: torch.device) -> bool:
+        return self.copy and device.type == "cpu" and _gathered_products()
+
+    def _gathered(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        position: Tensor | None,
+        factors: Tensor | None,
+        onto: Tensor | None,
+    ) -> Tensor:
+        column_scale = self._follow(weight)
+        g = grad_output if kernels.supported(grad_output) else grad_output.float().contiguous()
+        if index is not None and position is None:
+            position = _positions(index, len(g))
+        fill = onto is None
+        out = g.new_empty(g.shape[0], weight.shape[1]) if onto is None else onto.to(g.dtype)
+        factors = None if factors is None else factors.float()
+        kernels.gathered_product(
+            g, self._packed, column_scale, out, index=index, position=position, factors=factors, fill=fill
+        )
+        return out.to(grad_output.dtype)
 
     def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         """In torch operators."""
@@ -213,6 +247,9 @@ class Int8(_EightBit):
 
     def _pack(self, weight: Tensor) -> Tensor:
         assert self._scale is not None
+        if self._gathers(weight.device):
+            weight = weight if kernels.supported(weight) else weight.float().contiguous()
+            return kernels.pack_columns(weight, 1 / self._scale)
         if _onednn(weight.device):
             transposed = _quantise_columns(weight, self._scale).t().contiguous()
             packed: Tensor = torch.ops.onednn.qlinear_prepack(transposed, None)
@@ -278,6 +315,16 @@ def _onednn(device: torch.device) -> bool:
     """Whether oneDNN has a fast quantised linear here. Unsigned activations: signed ones can meet a reference kernel
     that takes a hundred times as long."""
     return device.type == "cpu" and _dot_products() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+
+
+def _gathered_products() -> bool:
+    """Whether our kernel is there, and nothing faster: oneDNN has its own for matrix instructions."""
+    return kernels.panel_columns() > 0 and not _matrix_instructions()
+
+
+@functools.cache
+def _matrix_instructions() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def _dot_products() -> bool:

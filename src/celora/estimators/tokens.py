@@ -18,7 +18,6 @@ from celora.factor import make_factor
 from celora.select import (
     critical_rows,
     energy_count,
-    grain,
     inclusion_probabilities,
     measurable,
     rounded_up,
@@ -81,7 +80,7 @@ class Tokens(Estimator):
             index, factors = self._sample(squared.sqrt())
         else:
             index, position = critical_rows(
-                squared, kept=self._kept(squared), share=self.keep_ratio, step=grain(grad_output.shape[0])
+                squared, kept=self._kept(squared), share=self.keep_ratio, step=self.product.grain(len(squared))
             )
             if index.shape[0] == grad_output.shape[0]:
                 return self.product(grad_output, weight)
@@ -132,7 +131,7 @@ class Tokens(Estimator):
             return tokens
         self._share = self._share.cpu()  # one synchronisation a refresh, when the share is new
         share = self._share.item() or 1.0  # 0 where nothing could be counted
-        return rounded_up(round(share * tokens), tokens, grain(tokens))
+        return rounded_up(round(share * tokens), tokens, self.product.grain(tokens))
 
     def _sample(self, norms: Tensor) -> tuple[Tensor, Tensor]:
         kept = max(1, round(self.keep_ratio * len(norms)))

@@ -30,7 +30,7 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-
 _WIDE = "-mprefer-vector-width=512"
 _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
-    "choose_rows": [_P, _N, _N, ctypes.c_double, _N, _P, _P, _P],
+    "choose_rows": [_P, _N, _N, ctypes.c_double, _N, _P, _P],
     "squared_row_norms": [_P, _N, _N, _N, _P, _I],
     "quantise_rows": [_P, _P, _N, _N, _N, ctypes.c_float, _P, _P, _I],
     "scatter_rows": [_P, _P, _N, _N, _P, _P, _I, _I],
@@ -38,6 +38,10 @@ _SIGNATURES = {
     "softmax_rows": [_P, _N, _N, _P, ctypes.c_float, ctypes.c_float, _P, _P, _P, _I, _I],
     "column_maxima": [_P, _N, _N, _N, _P, _I],
     "quantise_columns": [_P, _N, _N, _N, _P, _P, _I],
+}
+_DOT_SIGNATURES = {  # dot.c; only where the machine has the instructions
+    "pack_columns": [_P, _N, _N, _N, _P, _P, _I],
+    "gathered_product": [_P, _N, _N, _N, _P, _P, _N, _P, _P, _P, _N, _P, _P, _P, _P, _I, _I],
 }
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -64,12 +68,12 @@ def choose_rows(squared: Tensor, *, kept: int | None, share: float, step: int) -
     """
     rows = squared.shape[0]
     index = torch.empty(rows, dtype=torch.int64)
-    position, scratch = torch.empty(3 * rows, dtype=torch.int32).split([rows, 2 * rows])
+    position = torch.empty(rows, dtype=torch.int32)
     loaded = library()
     assert loaded is not None
     chosen = loaded.choose_rows(
         squared.data_ptr(), rows, -1 if kept is None else kept, share, step,
-        index.data_ptr(), position.data_ptr(), scratch.data_ptr(),
+        index.data_ptr(), position.data_ptr(),
     )  # fmt: skip
     return index[:chosen], position
 
@@ -142,6 +146,46 @@ def quantise_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
     return q
 
 
+def panel_columns() -> int:
+    """How many columns of a packed weight lie together; 0 where there is no `gathered_product`."""
+    loaded = library()
+    return 0 if loaded is None else int(loaded.panel_columns())
+
+
+def pack_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
+    """`round(w[i, j] inverse_scale[j])` of `w: (out, in)`, laid out for `gathered_product`: uint8."""
+    rows, columns = w.shape
+    panel = panel_columns()
+    packed = torch.empty(-(-columns // panel), -(-rows // 4), panel, 4, dtype=torch.uint8)
+    _call("pack_columns", w, w.data_ptr(), rows, columns, w.stride(0), inverse_scale.data_ptr(), packed.data_ptr())
+    return packed
+
+
+def gathered_product(
+    x: Tensor,
+    packed: Tensor,
+    column_scale: Tensor,
+    out: Tensor,
+    *,
+    index: Tensor | None,
+    position: Tensor | None,
+    factors: Tensor | None,
+    fill: bool,
+) -> None:
+    """`out[t] = factors[k] x[t] W` in 8 bits at each row t = index[k] of `x: (T, out)`; 0 at the others if `fill`.
+
+    All rows if `index` is None. `position` is the inverse of `index`; `factors`, float32 (K,), may be None for 1.
+    """
+    rows, depth = x.shape
+    kept = rows if index is None else index.shape[0]
+    scratch = torch.empty(kept, packed.shape[1] * 4, dtype=torch.int8)
+    scales = torch.empty(kept, dtype=torch.float32)
+    starts = torch.empty(kept, dtype=torch.int32)
+    _call("gathered_product", x, x.data_ptr(), rows, depth, x.stride(0), _pointer(index), _pointer(position), kept,
+          _pointer(factors), packed.data_ptr(), column_scale.data_ptr(), out.shape[1], scratch.data_ptr(),
+          scales.data_ptr(), starts.data_ptr(), out.data_ptr(), fill)  # fmt: skip
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None if they are turned off or cannot be built here."""
@@ -155,7 +199,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError):
         return None
     loaded.choose_rows.restype = ctypes.c_int64
-    for name, types in _SIGNATURES.items():
+    for name, types in (_SIGNATURES | (_DOT_SIGNATURES if loaded.panel_columns() else {})).items():
         for function in [name] if name == "choose_rows" else [f"{name}_{of}" for of in _NAMES.values()]:
             getattr(loaded, function).argtypes = types
     return loaded
@@ -163,7 +207,13 @@ def library() -> ctypes.CDLL | None:
 
 def _build(compiler: str) -> Path:
     """Compile into the cache, under a name that says what it was made of and for."""
-    made_of = [_SOURCE.read_text(encoding="utf-8"), compiler, platform.machine(), _instruction_set(), *_FLAGS]
+    made_of = [
+        *(file.read_text(encoding="utf-8") for file in sorted(_SOURCE.parent.glob("*.c"))),
+        compiler,
+        platform.machine(),
+        _instruction_set(),
+        *_FLAGS,
+    ]
     name = f"rows-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:16]}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "celora" / "kernels"
     if (cache / name).is_file():

@@ -66,42 +66,78 @@ static inline float exp_negative(float x) {
     return x < -87.0f ? 0.0f : p * two_to_n;
 }
 
-/* Sort the numbers 0 ... rows-1 by key, ascending: least significant digits first, 11 bits at a time. */
-static void sort_by_key(const uint32_t *key, int64_t rows, int32_t *order, int32_t *scratch) {
-    for (int64_t t = 0; t < rows; t++) order[t] = (int32_t)t;
-    for (int shift = 0; shift < 32; shift += 11) {
-        int64_t start[2049] = {0};
-        for (int64_t t = 0; t < rows; t++) start[((key[t] >> shift) & 2047) + 1]++;
-        for (int digit = 0; digit < 2048; digit++) start[digit + 1] += start[digit];
-        for (int64_t t = 0; t < rows; t++) scratch[start[(key[order[t]] >> shift) & 2047]++] = order[t];
-        memcpy(order, scratch, (size_t)rows * sizeof(int32_t));
+/* Where a walk through the numbers from the largest down has met `count` of them or, with count < 0, a sum of `mass`:
+ * the bits of the number it ends at, and in `last` how many as large as that it has met. One digit of them at a time, so
+ * that nothing is sorted. Sizes compare like their bits. */
+static uint32_t walk_down(const float *x, int64_t rows, int64_t count, double mass, int64_t *last) {
+    static const int shifts[] = {20, 9, 0}, digits[] = {2048, 2048, 512};
+    uint32_t known = 0, mask = 0;
+    int64_t met = 0;
+    double held = 0;
+    for (int level = 0; level < 3; level++) {
+        int32_t number[2048] = {0};
+        double sum[2048] = {0};
+        for (int64_t t = 0; t < rows; t++) {
+            uint32_t bits;
+            memcpy(&bits, x + t, 4);
+            if ((bits & mask) != known) continue;
+            const int digit = (int)(bits >> shifts[level]) & (digits[level] - 1);
+            number[digit]++;
+            sum[digit] += x[t];
+        }
+        int digit = digits[level] - 1, smallest = 0;
+        while (!number[smallest]) smallest++;
+        for (; digit > smallest; digit--) {
+            if (count < 0 ? held + sum[digit] >= mass : met + number[digit] >= count) break;
+            met += number[digit];
+            held += sum[digit];
+        }
+        known |= (uint32_t)digit << shifts[level];
+        mask |= (uint32_t)(digits[level] - 1) << shifts[level];
+        *last = number[digit];
     }
+    float value;
+    memcpy(&value, &known, 4);
+    const int64_t missing = count < 0 ? (int64_t)ceil((mass - held) / value) : count - met;
+    *last = missing < 1 ? 1 : missing < *last ? missing : *last;
+    return known;
 }
 
 /* Choose rows by their squared norms: the `kept` largest or, with kept < 0, as many of the largest as hold `share` of
  * the sum (every row that is not zero if share is 1, every row if the sum is not finite or may have lost terms to
- * underflow), rounded up to a multiple of `step`. index: the chosen, ascending; position: where each row went, or -1. Returns how many; scratch: 2 rows. */
+ * underflow), rounded up to a multiple of `step`. index: the chosen, ascending; position: where each row went, or -1.
+ * Returns how many. */
 int64_t choose_rows(const float *squared, int64_t rows, int64_t kept, double share, int64_t step, int64_t *index,
-                    int32_t *position, int32_t *scratch) {
-    int32_t *order = scratch;
-    sort_by_key((const uint32_t *)squared, rows, order, scratch + rows); /* sizes compare like their bits */
+                    int32_t *position) {
+    uint32_t least = 0;
+    int64_t last = rows; /* of those as large as the least */
     if (kept < 0) {
-        double sum = 0, held = 0;
-        for (int64_t t = 0; t < rows; t++) sum += squared[t];
-        kept = 0;
+        double sum = 0;
+        int64_t nonzero = 0;
+        for (int64_t t = 0; t < rows; t++) sum += squared[t], nonzero += squared[t] != 0;
+        kept = nonzero;
         if (!(sum >= 1e-24 && sum < 1e300)) kept = rows;
-        while (kept < rows && (held < share * sum || share == 1) && squared[order[rows - 1 - kept]] != 0)
-            held += squared[order[rows - 1 - kept++]];
+        else if (share < 1) {
+            least = walk_down(squared, rows, -1, share * sum, &last);
+            kept = last;
+            for (int64_t t = 0; t < rows; t++) {
+                uint32_t bits;
+                memcpy(&bits, squared + t, 4);
+                kept += bits > least;
+            }
+        }
         kept = kept < 1 ? 1 : kept;
-        kept = (kept + step - 1) / step * step;
-        kept = kept > rows ? rows : kept;
+        if (kept % step) least = 0, kept = (kept + step - 1) / step * step;
     }
-    for (int64_t t = 0; t < rows; t++) position[t] = -1;
-    for (int64_t k = 0; k < kept; k++) position[order[rows - 1 - k]] = 0;
-    for (int64_t t = 0, k = 0; t < rows; t++) {
-        if (position[t] < 0) continue;
-        index[k] = t;
-        position[t] = (int32_t)k++;
+    kept = kept > rows ? rows : kept;
+    if (!least && kept < rows) least = walk_down(squared, rows, kept, 0, &last);
+    int64_t k = 0;
+    for (int64_t t = 0; t < rows; t++) {
+        uint32_t bits;
+        memcpy(&bits, squared + t, 4);
+        const int chosen = kept == rows || bits > least || (bits == least && last-- > 0);
+        position[t] = chosen ? (int32_t)k : -1;
+        if (chosen) index[k++] = t;
     }
     return kept;
 }
@@ -115,6 +151,10 @@ int64_t choose_rows(const float *squared, int64_t rows, int64_t kept, double sha
 #define TYPE bf16
 #define EACH(name) name##_bf16
 #include "rows.c"
+#undef TYPE
+#undef EACH
+
+#include "dot.c"
 
 #else
 
@@ -134,31 +174,33 @@ void EACH(squared_row_norms)(const TYPE *x, int64_t rows, int64_t columns, int64
     }
 }
 
-/* q[k, i] = offset + round(x[index[k], i] / scale[k]), scale[k] = max_i |x[index[k], i]| / 127; all if !index */
+/* q[i] = offset + round(row[i] / scale), scale = max_i |row[i]| / 127 */
+static inline void EACH(quantise_row)(const TYPE *row, int64_t columns, float offset, uint8_t *q, float *scale) {
+    const float shift = 12582912.0f + offset; /* adding 1.5 * 2^23 rounds to even, the integer in the low bits */
+    int32_t largest = 0; /* sizes compare like their bits, and a NaN is larger than all: it must come through */
+    #pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < columns; i++) {
+        int32_t size = EACH(magnitude)(row[i]);
+        largest = size > largest ? size : largest;
+    }
+    float most = from_magnitude(largest), step = most / 127.0f;
+    *scale = step < FLT_MIN ? FLT_MIN : step; /* smaller ones have no finite inverse; a NaN is not smaller */
+    float inverse = step < FLT_MIN ? 1.0f / FLT_MIN : 127.0f / most;
+    #pragma omp simd
+    for (int64_t i = 0; i < columns; i++) {
+        float shifted = EACH(from)(row[i]) * inverse + shift;
+        uint32_t bits;
+        memcpy(&bits, &shifted, 4);
+        q[i] = (uint8_t)bits;
+    }
+}
+
+/* quantise_row of row index[k] for each k; of all rows if !index */
 void EACH(quantise_rows)(const TYPE *x, const int64_t *index, int64_t rows, int64_t columns, int64_t stride,
                           float offset, uint8_t *q, float *scale, int threads) {
-    float shift = 12582912.0f + offset; /* adding 1.5 * 2^23 rounds to even, the integer in the low bits */
     #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t k = 0; k < rows; k++) {
-        const TYPE *row = x + (index ? index[k] : k) * stride;
-        uint8_t *to = q + k * columns;
-        int32_t largest = 0; /* sizes compare like their bits, and a NaN is larger than all: it must come through */
-        #pragma omp simd reduction(max : largest)
-        for (int64_t i = 0; i < columns; i++) {
-            int32_t size = EACH(magnitude)(row[i]);
-            largest = size > largest ? size : largest;
-        }
-        float most = from_magnitude(largest), step = most / 127.0f;
-        scale[k] = step < FLT_MIN ? FLT_MIN : step; /* smaller ones have no finite inverse; a NaN is not smaller */
-        float inverse = step < FLT_MIN ? 1.0f / FLT_MIN : 127.0f / most;
-        #pragma omp simd
-        for (int64_t i = 0; i < columns; i++) {
-            float shifted = EACH(from)(row[i]) * inverse + shift;
-            uint32_t bits;
-            memcpy(&bits, &shifted, 4);
-            to[i] = (uint8_t)bits;
-        }
-    }
+    for (int64_t k = 0; k < rows; k++)
+        EACH(quantise_row)(x + (index ? index[k] : k) * stride, columns, offset, q + k * columns, scale + k);
 }
 
 /* out[t] = scale[k] y[k] for k = position[t]; 0 where position[t] < 0, or what is there if !fill */
