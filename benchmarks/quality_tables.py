@@ -1,5 +1,4 @@
-"""Tables and a picture of the studies of what is learnt, from committed rows: `quality.py`, `convergence.py` and
-`sensitivity.py`.
+"""Tables and a picture of the studies of what is learnt, from committed rows: `quality.py` and `convergence.py`.
 
 Each function returns Markdown, for `tables.py` to put between its marks; `convergence_picture` returns an SVG.
 """
@@ -55,7 +54,7 @@ def scores() -> str:
         "test (range)",
         "against LoRA (95 %)",
     ]
-    return _markdown(header, body)
+    return rows.markdown(header, body)
 
 
 def missing() -> str:
@@ -106,7 +105,7 @@ def convergence() -> str:
         body.append([arm, *cells, f"{mean:.3f} ({mean - width:.3f} to {mean + width:.3f})"])
     seeds = len({row["seed"] for row in found})
     return (
-        _markdown(["", *(f"T = {steps:,}" for steps in study.STEPS), "slope (95 %)"], body)
+        rows.markdown(["", *(f"T = {steps:,}" for steps in study.STEPS), "slope (95 %)"], body)
         + f"\n\nMean over {seeds} seeds of the average squared norm of the whole gradient; O(1/sqrt(T)) is -0.5."
     )
 
@@ -129,14 +128,7 @@ def boundary() -> str:
             ]
         )
     header = ["", "worst layer's relative error at the end", "squared gradient at the end", "runs warned of"]
-    return _markdown(header, body) + f"\n\nT = {study.BOUNDARY_STEPS:,}; median over seeds (and range)."
-
-
-def sensitivity() -> str:
-    """What the settings do, one at a time."""
-    import sensitivity as study
-
-    return study.table()
+    return rows.markdown(header, body) + f"\n\nT = {study.BOUNDARY_STEPS:,}; median over seeds (and range)."
 
 
 def convergence_picture() -> str:
@@ -213,15 +205,9 @@ def _signed(value: float, row: dict[str, Any]) -> str:
     return f"{100 * value:+.1f} points" if row["higher_is_better"] else f"{value:+.4f}"
 
 
-def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 TABLES = {
     "scores": scores,
     "missing": missing,
     "convergence": convergence,
     "boundary": boundary,
-    "sensitivity": sensitivity,
 }
