@@ -5,6 +5,7 @@ Each function returns Markdown, for `tables.py` to put between its marks; `conve
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import quality
 import quality_tasks
 import rows
-from celora.train.compare import Difference
+from celora.train.compare import HEADER, Difference, Outcome, summary
 
 # Okabe and Ito's colours, and a line of its own for each: readable without seeing colours.
 _LINES = {"LoRA": ("#0072b2", ""), "CE-LoRA": ("#d55e00", "6 4")}
@@ -55,6 +56,23 @@ def scores() -> str:
         "against LoRA (95 %)",
     ]
     return rows.markdown(header, body)
+
+
+def compared() -> str:
+    """`celora compare` on the demo's data: its own table, and how long it took."""
+    file = rows.RESULTS / "compare-demo.jsonl"
+    if not file.exists():
+        return "Not measured yet."
+    found = rows.read(file)
+    names = {field.name for field in dataclasses.fields(Outcome)}
+    outcomes = [Outcome(**{name: value for name, value in row.items() if name in names}) for row in found]
+    arms = list(dict.fromkeys(outcome.arm for outcome in outcomes))
+    one, minutes = found[0], sum(row["wall_seconds"] for row in found) / 60
+    return (
+        rows.markdown(HEADER, summary(outcomes, arms))
+        + f"\n\n{one['steps']} steps of 8 sentences, {len(outcomes) // len(arms)} seeds (mean ± standard deviation), "
+        f"{one['threads']} threads, {one['cpu']}, torch {one['torch']}; {minutes:.1f} minutes in all."
+    )
 
 
 def missing() -> str:
@@ -111,23 +129,37 @@ def convergence() -> str:
 
 
 def boundary() -> str:
-    """Sampled columns at ever smaller keep ratios: relative error, what is reached, whether celora warned."""
+    """Sampled columns at ever smaller keep ratios, left to themselves and guarded: error, and what is reached."""
     import convergence as study
 
-    found = rows.read(study.RESULTS)
-    body = []
-    for arm in ("LoRA", *(arm for arm in study.ARMS if arm.startswith("sampled"))):
-        of = [row for row in found if row["arm"] == arm and row["steps"] == study.BOUNDARY_STEPS]
-        last = [row["last_squared_gradient"] for row in of]
+    found = [row for row in rows.read(study.RESULTS) if row["steps"] == study.BOUNDARY_STEPS]
+
+    def reached(arm: str) -> str:
+        last = [row["last_squared_gradient"] for row in found if row["arm"] == arm]
+        return f"{statistics.median(last):.4f} ({min(last):.4f} to {max(last):.4f})"
+
+    body = [["LoRA", "", reached("LoRA"), "", "", ""]]
+    for arm in (arm for arm in study.ARMS if arm.startswith("sampled") and not arm.endswith(study.GUARDED)):
+        alone, guarded = ([row for row in found if row["arm"] == name] for name in (arm, arm + study.GUARDED))
+        exact = [row["made_exact"] for row in guarded]
         body.append(
             [
                 arm,
-                "" if arm == "LoRA" else f"{statistics.median(row['relative_error'] for row in of):.1f}",
-                f"{statistics.median(last):.4f} ({min(last):.4f} to {max(last):.4f})",
-                f"{sum(row['monitor'] for row in of)} of {len(of)}",
+                f"{statistics.median(row['relative_error'] for row in alone):.1f}",
+                reached(arm),
+                f"{sum(row['monitor'] for row in alone)} of {len(alone)}",
+                reached(arm + study.GUARDED),
+                f"{statistics.median(exact):g} ({min(exact)} to {max(exact)})",
             ]
         )
-    header = ["", "worst layer's relative error at the end", "squared gradient at the end", "runs warned of"]
+    header = [
+        "",
+        "worst layer's relative error at the end",
+        "squared gradient at the end",
+        "runs warned of",
+        "the same, guarded",
+        f"layers made exact, of {study.DEPTH}",
+    ]
     return rows.markdown(header, body) + f"\n\nT = {study.BOUNDARY_STEPS:,}; median over seeds (and range)."
 
 
@@ -207,6 +239,7 @@ def _signed(value: float, row: dict[str, Any]) -> str:
 
 TABLES = {
     "scores": scores,
+    "compared": compared,
     "missing": missing,
     "convergence": convergence,
     "boundary": boundary,
