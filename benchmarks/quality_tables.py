@@ -25,6 +25,8 @@ def scores() -> str:
     found = quality.found()
     if not found:
         return "Not measured yet."
+    timed = rows.read(quality.TIMES) if quality.TIMES.exists() else []
+    times = {(row["task"], row["arm"]): row["time_ms"] for row in timed}
     body = []
     for task in (name for name in quality_tasks.NAMES if any(row["task"] == name for row in found)):
         base = chosen(found, task, "LoRA")
@@ -44,18 +46,27 @@ def scores() -> str:
             rate = "" if arm == "untouched" else f"{one['learning_rate']:g} of {len(tried)}"
             spread = f" ({_shown(min(values), one)} to {_shown(max(values), one)})" if len(values) > 1 else ""
             mean = _shown(statistics.fmean(values), one) + spread
-            body.append([task, one["metric"], arm, str(one["steps"]), rate, str(len(values)), mean, difference])
+            ms = times.get((task, arm.removesuffix(", auto's time")))
+            step = f"{ms:.0f} ms" if ms else ""
+            body.append([task, one["metric"], arm, str(one["steps"]), step, rate, str(len(values)), mean, difference])
     header = [
         "task",
         "metric",
         "arm",
         "steps",
+        "step",
         "learning rate, of how many",
         "seeds",
         "test (range)",
         "against LoRA (95 %)",
     ]
-    return rows.markdown(header, body)
+    if not timed:
+        return rows.markdown(header, body)
+    one = timed[0]
+    return (
+        rows.markdown(header, body)
+        + f"\n\nSteps timed in turns, {one['threads']} threads, {one['cpu']}, torch {one['torch']}."
+    )
 
 
 def compared() -> str:
@@ -67,11 +78,12 @@ def compared() -> str:
     names = {field.name for field in dataclasses.fields(Outcome)}
     outcomes = [Outcome(**{name: value for name, value in row.items() if name in names}) for row in found]
     arms = list(dict.fromkeys(outcome.arm for outcome in outcomes))
-    one, minutes = found[0], sum(row["wall_seconds"] for row in found) / 60
+    one, minutes, seeds = found[0], sum(o.seconds for o in outcomes) / 60, len(outcomes) // len(arms)
     return (
         rows.markdown(HEADER, summary(outcomes, arms))
-        + f"\n\n{one['steps']} steps of 8 sentences, {len(outcomes) // len(arms)} seeds (mean ± standard deviation), "
-        f"{one['threads']} threads, {one['cpu']}, torch {one['torch']}; {minutes:.1f} minutes in all."
+        + f"\n\n{one['steps']} steps of 8 sentences, {seeds} seeds (mean ± standard deviation), "
+        f"{one['threads']} threads, {one['cpu']}, torch {one['torch']}; "
+        f"{minutes:.1f} minutes of training and evaluation in all."
     )
 
 
