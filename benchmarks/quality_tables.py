@@ -1,11 +1,11 @@
-"""Tables and a picture of the studies of what is learnt, from committed rows: `quality.py`, `convergence.py` and
-`sensitivity.py`.
+"""Tables and a picture of the studies of what is learnt, from committed rows: `quality.py` and `convergence.py`.
 
 Each function returns Markdown, for `tables.py` to put between its marks; `convergence_picture` returns an SVG.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from typing import Any
 import quality
 import quality_tasks
 import rows
-from celora.train.compare import Difference
+from celora.train.compare import HEADER, Difference, Outcome, summary
 
 # Okabe and Ito's colours, and a line of its own for each: readable without seeing colours.
 _LINES = {"LoRA": ("#0072b2", ""), "CE-LoRA": ("#d55e00", "6 4")}
@@ -25,6 +25,8 @@ def scores() -> str:
     found = quality.found()
     if not found:
         return "Not measured yet."
+    timed = rows.read(quality.TIMES) if quality.TIMES.exists() else []
+    times = {(row["task"], row["arm"]): row["time_ms"] for row in timed}
     body = []
     for task in (name for name in quality_tasks.NAMES if any(row["task"] == name for row in found)):
         base = chosen(found, task, "LoRA")
@@ -44,18 +46,45 @@ def scores() -> str:
             rate = "" if arm == "untouched" else f"{one['learning_rate']:g} of {len(tried)}"
             spread = f" ({_shown(min(values), one)} to {_shown(max(values), one)})" if len(values) > 1 else ""
             mean = _shown(statistics.fmean(values), one) + spread
-            body.append([task, one["metric"], arm, str(one["steps"]), rate, str(len(values)), mean, difference])
+            ms = times.get((task, arm.removesuffix(", auto's time")))
+            step = f"{ms:.0f} ms" if ms else ""
+            body.append([task, one["metric"], arm, str(one["steps"]), step, rate, str(len(values)), mean, difference])
     header = [
         "task",
         "metric",
         "arm",
         "steps",
+        "step",
         "learning rate, of how many",
         "seeds",
         "test (range)",
         "against LoRA (95 %)",
     ]
-    return _markdown(header, body)
+    if not timed:
+        return rows.markdown(header, body)
+    one = timed[0]
+    return (
+        rows.markdown(header, body)
+        + f"\n\nSteps timed in turns, {one['threads']} threads, {one['cpu']}, torch {one['torch']}."
+    )
+
+
+def compared() -> str:
+    """`celora compare` on the demo's data: its own table, and how long it took."""
+    file = rows.RESULTS / "compare-demo.jsonl"
+    if not file.exists():
+        return "Not measured yet."
+    found = rows.read(file)
+    names = {field.name for field in dataclasses.fields(Outcome)}
+    outcomes = [Outcome(**{name: value for name, value in row.items() if name in names}) for row in found]
+    arms = list(dict.fromkeys(outcome.arm for outcome in outcomes))
+    one, minutes, seeds = found[0], sum(o.seconds for o in outcomes) / 60, len(outcomes) // len(arms)
+    return (
+        rows.markdown(HEADER, summary(outcomes, arms))
+        + f"\n\n{one['steps']} steps of 8 sentences, {seeds} seeds (mean ± standard deviation), "
+        f"{one['threads']} threads, {one['cpu']}, torch {one['torch']}; "
+        f"{minutes:.1f} minutes of training and evaluation in all."
+    )
 
 
 def missing() -> str:
@@ -106,37 +135,44 @@ def convergence() -> str:
         body.append([arm, *cells, f"{mean:.3f} ({mean - width:.3f} to {mean + width:.3f})"])
     seeds = len({row["seed"] for row in found})
     return (
-        _markdown(["", *(f"T = {steps:,}" for steps in study.STEPS), "slope (95 %)"], body)
+        rows.markdown(["", *(f"T = {steps:,}" for steps in study.STEPS), "slope (95 %)"], body)
         + f"\n\nMean over {seeds} seeds of the average squared norm of the whole gradient; O(1/sqrt(T)) is -0.5."
     )
 
 
 def boundary() -> str:
-    """Sampled columns at ever smaller keep ratios: relative error, what is reached, whether celora warned."""
+    """Sampled columns at ever smaller keep ratios, left to themselves and guarded: error, and what is reached."""
     import convergence as study
 
-    found = rows.read(study.RESULTS)
-    body = []
-    for arm in ("LoRA", *(arm for arm in study.ARMS if arm.startswith("sampled"))):
-        of = [row for row in found if row["arm"] == arm and row["steps"] == study.BOUNDARY_STEPS]
-        last = [row["last_squared_gradient"] for row in of]
+    found = [row for row in rows.read(study.RESULTS) if row["steps"] == study.BOUNDARY_STEPS]
+
+    def reached(arm: str) -> str:
+        last = [row["last_squared_gradient"] for row in found if row["arm"] == arm]
+        return f"{statistics.median(last):.4f} ({min(last):.4f} to {max(last):.4f})"
+
+    body = [["LoRA", "", reached("LoRA"), "", "", ""]]
+    for arm in (arm for arm in study.ARMS if arm.startswith("sampled") and not arm.endswith(study.GUARDED)):
+        alone, guarded = ([row for row in found if row["arm"] == name] for name in (arm, arm + study.GUARDED))
+        exact = [row["made_exact"] for row in guarded]
         body.append(
             [
                 arm,
-                "" if arm == "LoRA" else f"{statistics.median(row['relative_error'] for row in of):.1f}",
-                f"{statistics.median(last):.4f} ({min(last):.4f} to {max(last):.4f})",
-                f"{sum(row['monitor'] for row in of)} of {len(of)}",
+                f"{statistics.median(row['relative_error'] for row in alone):.1f}",
+                reached(arm),
+                f"{sum(row['monitor'] for row in alone)} of {len(alone)}",
+                reached(arm + study.GUARDED),
+                f"{statistics.median(exact):g} ({min(exact)} to {max(exact)})",
             ]
         )
-    header = ["", "worst layer's relative error at the end", "squared gradient at the end", "runs warned of"]
-    return _markdown(header, body) + f"\n\nT = {study.BOUNDARY_STEPS:,}; median over seeds (and range)."
-
-
-def sensitivity() -> str:
-    """What the settings do, one at a time."""
-    import sensitivity as study
-
-    return study.table()
+    header = [
+        "",
+        "worst layer's relative error at the end",
+        "squared gradient at the end",
+        "runs warned of",
+        "the same, guarded",
+        f"layers made exact, of {study.DEPTH}",
+    ]
+    return rows.markdown(header, body) + f"\n\nT = {study.BOUNDARY_STEPS:,}; median over seeds (and range)."
 
 
 def convergence_picture() -> str:
@@ -213,15 +249,10 @@ def _signed(value: float, row: dict[str, Any]) -> str:
     return f"{100 * value:+.1f} points" if row["higher_is_better"] else f"{value:+.4f}"
 
 
-def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 TABLES = {
     "scores": scores,
+    "compared": compared,
     "missing": missing,
     "convergence": convergence,
     "boundary": boundary,
-    "sensitivity": sensitivity,
 }

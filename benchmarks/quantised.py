@@ -1,8 +1,7 @@
 """The backward of frozen 4-bit layers: bitsandbytes' own, as plain 4-bit LoRA has it, against celora's estimates.
 
-`python benchmarks/quantised.py` writes `results/quantised.jsonl` and the tables of docs/quantised.md (`--table`: only
-those); `--quick` prints one shape. Layers are NF4 with nested scales and bfloat16 activations. Two measurements, all
-contenders in turns:
+`python benchmarks/quantised.py` writes `results/quantised.jsonl`; `--quick` prints one shape. Layers are NF4 with
+nested scales and bfloat16 activations. Two measurements, all contenders in turns:
 
 - one frozen layer: its backward through autograd, and what that allocates;
 - a stack of four with PEFT's LoRA (r = 16, float32 adapters, its default): its backward, and the most that a forward
@@ -17,7 +16,6 @@ import argparse
 import functools
 import gc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -29,7 +27,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import celora
 import rows
-import tables
 from celora.attach import Attachment, find
 from celora.estimators import make_estimator
 from celora.graft import LayerGraft, Mode, Switch
@@ -52,7 +49,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "estimator": "tokens", "keep_ratio": 0.6, "precision": "int8", "weight_copy": False,
     },
 }  # fmt: skip
-PAGE = Path(__file__).parent.parent / "docs" / "quantised.md"
 
 
 def make_layer(out: int, inp: int) -> nn.Module:
@@ -167,62 +163,25 @@ def measure(out: int, inp: int, tokens: int, repeats: int) -> list[dict[str, Any
     return found
 
 
-def _table(what: str) -> str:
-    found = [row for row in rows.read(rows.RESULTS / "quantised.jsonl") if row["what"] == what]
-    shapes = list(dict.fromkeys((row["out"], row["in"]) for row in found))
-    body = []
-    for name in dict.fromkeys(row["estimator"] for row in found):
-        of = {(row["out"], row["in"]): row for row in found if row["estimator"] == name}
-        cells = [name]
-        for shape in shapes:
-            row = of[shape]
-            cells.append(f"{row['time_ms']:.1f} ms" if name == PLAIN else f"{row['speed_up']:.2f}")
-        for shape in shapes:
-            row = of[shape]
-            peak = f"{row['peak_bytes'] / 2**20:.0f} MiB" if name == PLAIN else f"{row['memory']:.2f}"
-            cells.append(peak)
-        cells.append(" / ".join(f"{of[shape]['kept_bytes'] / 2**20:.1f}" for shape in shapes))
-        if what == "layer":
-            cells.append(f"{of[shapes[-1]]['relative_error']:.3f}")
-        body.append(cells)
-    names = [f"{out} x {inp}" for out, inp in shapes]
-    header = ["", *(f"{n}, speed-up" for n in names), *(f"{n}, peak" for n in names), "kept, MiB"]
-    one = found[0]
-    return (
-        tables._markdown([*header, "relative error"] if what == "layer" else header, body)
-        + f"\n\nT = {one['tokens']}, bfloat16, {one['threads']} threads, {one['cpu']}, torch {one['torch']}, "
-        f"bitsandbytes {one['bitsandbytes']}. Peaks over plain's; kept from step to step at each shape."
-    )
-
-
-def write_page() -> None:
-    """Make the tables of the page anew."""
-    tables.TABLES |= {"quantised_layer": lambda: _table("layer"), "quantised_stack": lambda: _table("stack")}
-    PAGE.write_text(tables.render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--quick", action="store_true", help="one shape, few repeats, nothing written")
-    parser.add_argument("--table", action="store_true", help="only the tables, from the rows there are")
     options = parser.parse_args()
-    if not options.table:
-        keep_freed_memory()
-        versions = {"bitsandbytes": bitsandbytes.__version__}
-        found = [
-            row | versions | rows.conditions()
-            for out, inp in (SHAPES[:1] if options.quick else SHAPES)
-            for row in measure(out, inp, options.tokens, 5 if options.quick else 15)
-        ]
-        for row in found:
-            shape = f"{row['what']} {row['out']} x {row['in']}"
-            print(f"{shape:20} {row['estimator']:28} {row['time_ms']:8.2f} ms  {row['speed_up']:6.2f} x  "
-                  f"{row['peak_bytes'] / 2**20:8.1f} MiB  {row['memory']:5.2f} x")  # fmt: skip
-        if options.quick:
-            return
-        rows.write(rows.RESULTS / "quantised.jsonl", found)
-    write_page()
+    keep_freed_memory()
+    versions = {"bitsandbytes": bitsandbytes.__version__}
+    found = [
+        row | versions | rows.conditions()
+        for out, inp in (SHAPES[:1] if options.quick else SHAPES)
+        for row in measure(out, inp, options.tokens, 5 if options.quick else 15)
+    ]
+    for row in found:
+        shape = f"{row['what']} {row['out']} x {row['in']}"
+        print(f"{shape:20} {row['estimator']:28} {row['time_ms']:8.2f} ms  {row['speed_up']:6.2f} x  "
+              f"{row['peak_bytes'] / 2**20:8.1f} MiB  {row['memory']:5.2f} x")  # fmt: skip
+    if options.quick:
+        return
+    rows.write(rows.RESULTS / "quantised.jsonl", found)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What all benchmarks share: rows that say where and on what they were measured."""
+"""What all benchmarks share: rows that say where and on what they were measured, and the form of a table of them."""
 
 from __future__ import annotations
 
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a benchmark."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown has it."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *body])
 
 
 def _commit() -> str:

@@ -5,7 +5,8 @@ gradient to be judged by. It shows which settings matter and in which direction;
 others. Measured is the squared norm of the whole gradient at the end, as a ratio to LoRA's with the same seed (with the
 same learning rate, where that is swept).
 
-Writes `results/sensitivity.jsonl`, run by run, so an interrupted study goes on, and `docs/sensitivity.svg`.
+Writes `results/sensitivity.jsonl`, run by run, so an interrupted study goes on; `python benchmarks/tables.py` makes the
+table and the picture.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +33,6 @@ SWEEPS: dict[str, Sequence[float]] = {
     "learning rate": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
 }
 RESULTS = rows.RESULTS / "sensitivity.jsonl"
-PICTURE = Path(__file__).parent.parent / "docs" / "sensitivity.svg"
 
 
 def configuration(settings: dict[str, float]) -> CELoraConfig:
@@ -78,10 +77,7 @@ def ratios(found: list[dict[str, Any]], name: str, value: float) -> list[float]:
 def table() -> str:
     """Every setting: the ratio to LoRA, mean and range over seeds, and the error of the estimate."""
     found = rows.read(RESULTS)
-    lines = [
-        "| setting | value | squared gradient over LoRA's (range) | relative error, worst layer |",
-        "| --- " * 4 + "|",
-    ]
+    body = []
     for name, values in SWEEPS.items():
         for value in values:
             of = ratios(found, name, value)
@@ -90,11 +86,12 @@ def table() -> str:
             # A selection is judged when the next one replaces it; in a run of one there is nothing to judge.
             told = f"{statistics.median(errors):.2f}" if any(errors) else "not measured"
             usual = " (usual)" if value == USUAL[name] else ""
-            lines.append(
-                f"| {name} | {value:g}{usual} | {statistics.fmean(of):.2f} ({min(of):.2f} to {max(of):.2f}) | {told} |"
-            )
+            ratio = f"{statistics.fmean(of):.2f} ({min(of):.2f} to {max(of):.2f})"
+            body.append([name, f"{value:g}{usual}", ratio, told])
+    header = ["setting", "value", "squared gradient over LoRA's (range)", "relative error, worst layer"]
     return (
-        "\n".join(lines) + f"\n\n{STEPS:,} steps, {len(SEEDS)} seeds, network and learning rate as in `convergence.py`."
+        rows.markdown(header, body)
+        + f"\n\n{STEPS:,} steps, {len(SEEDS)} seeds, network and learning rate as in `convergence.py`."
     )
 
 
@@ -141,7 +138,6 @@ def main() -> None:
     torch.set_num_threads(1)  # matrices this small are slower on more
     run()
     print(table())
-    PICTURE.write_text(picture(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and the docs from committed rows: `python benchmarks/tables.py`.
+"""Write the tables and pictures of README.md and the docs from committed rows: `python benchmarks/tables.py`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; nothing between them is written by hand.
 """
@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import quality_tables
 import rows
+import sensitivity
 from celora.train.demo import REFRESH_EVERY, DemoRow, summary
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/index.md", "docs/how-it-works.md", "docs/speed.md")
-
-
-def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def demo() -> str:
     """The demo: accuracy over seeds, time per step, FLOPs."""
     found = [DemoRow(**row) for row in rows.read(rows.RESULTS / "demo.jsonl")]
-    table = _markdown(
+    table = rows.markdown(
         ["", "held-out accuracy (range over seeds)", "time per step", "frozen backward, FLOPs"], summary(found)
     )
     last = found[-1]
@@ -54,7 +50,7 @@ def fidelity() -> str:
                 f"{statistics.mean(row['relative_error'] for row in of):.2f}",
             ]
         )
-    return _markdown(["setting", "selection", "FLOPs", "cosine (range over seeds)", "relative error"], body)
+    return rows.markdown(["setting", "selection", "FLOPs", "cosine (range over seeds)", "relative error"], body)
 
 
 def estimators() -> str:
@@ -75,7 +71,7 @@ def _estimators(file: str, how: str) -> str:
     body = [[name, *(f"{ratio[shape, name]:.2f}" for shape in shapes)] for name in names]
     one = found[0]
     return (
-        _markdown(["", *shapes], body)
+        rows.markdown(["", *shapes], body)
         + f"\n\nT = {one['tokens']}, {one['dtype']}, {one['threads']} threads, {one['cpu']}{how}, torch {one['torch']}."
     )
 
@@ -90,7 +86,7 @@ def frontier() -> str:
         body.append([*cells, f"{row['audited_cosine']:.3f}", f"{row['audited_time']:.2f}"])
     one = found[0]
     return (
-        _markdown(["model", "labelled", "asked for", "predicted", "audited cosine", "grad_input time"], body)
+        rows.markdown(["model", "labelled", "asked for", "predicted", "audited cosine", "grad_input time"], body)
         + f"\n\nT = {one['tokens']}, {one['dtype']}, {one['threads']} threads, {one['cpu']}, torch {one['torch']}."
     )
 
@@ -122,7 +118,9 @@ def training() -> str:
         )
     one = found[0]
     return (
-        _markdown(["", "held-out loss", "share of exact LoRA's improvement", "step time", "ahead at equal time"], body)
+        rows.markdown(
+            ["", "held-out loss", "share of exact LoRA's improvement", "step time", "ahead at equal time"], body
+        )
         + f"\n\n{len(exact)} seeds, 200 steps of 4 x 128 tokens, bfloat16, {one['cpu']}, torch {one['torch']}. "
         "Ahead: the loss that exact LoRA has after the same time, minus the arm's."
     )
@@ -148,7 +146,7 @@ def refresh() -> str:
         "the same, no refreshes",
         "share of the time, every 200",
     ]
-    return _markdown(header, body) + f"\n\nSmolLM2-135M, 4 x 128 tokens, bfloat16, 2 threads, {found[0]['cpu']}."
+    return rows.markdown(header, body) + f"\n\nSmolLM2-135M, 4 x 128 tokens, bfloat16, 2 threads, {found[0]['cpu']}."
 
 
 _SHOWN = ("PEFT + compile", "PEFT upper half", "exact", "exact + compile", "paper", "auto", "limit", "limit of exact")
@@ -179,7 +177,7 @@ def _step(dtype: str) -> str:
     absent = {row["arm"]: row["not_run"] for row in found if "not_run" in row}
     left_out = "; ".join(f"{arm}: {reason}" for arm, reason in absent.items())
     return (
-        _markdown(header, body)
+        rows.markdown(header, body)
         + f"\n\nRatios of medians in one run, {one['dtype']} base, float32 adapters (r = 16 on all linear "
         f"layers), {one['threads']} threads, {one['cpu']}, torch {one['torch']}. Not run: {left_out}."
     )
@@ -200,7 +198,7 @@ def step_parts() -> str:
                 [*name, f"{row['time_ms']:.0f}", spread, *parts, f"{row['tokens_per_second']:.0f}", saved, peak]
             )
     header = ["model", "data", "arm", "ms/step", "20/80th percentile", "forward", "backward", "optimizer", "tokens/s"]
-    return _markdown([*header, "MiB saved for backward", "MiB peak"], body)
+    return rows.markdown([*header, "MiB saved for backward", "MiB peak"], body)
 
 
 def step_sweep() -> str:
@@ -215,7 +213,45 @@ def step_sweep() -> str:
         plain = of["PEFT"]
         speed = [f"{of[arm]['speed_up']:.2f}" for arm in ("exact", "paper", "auto", "limit")]
         body.append([cell[0], str(plain["tokens"]), f"{plain['time_ms']:.0f} ms", *speed])
-    return _markdown(["model", "tokens per step", "PEFT", "exact", "paper", "auto", "limit"], body)
+    return rows.markdown(["model", "tokens per step", "PEFT", "exact", "paper", "auto", "limit"], body)
+
+
+def quantised_layer() -> str:
+    """Estimates on one frozen 4-bit layer: backward time, memory, error."""
+    return _quantised("layer")
+
+
+def quantised_stack() -> str:
+    """The same on four layers with LoRA."""
+    return _quantised("stack")
+
+
+def _quantised(what: str) -> str:
+    found = [row for row in rows.read(rows.RESULTS / "quantised.jsonl") if row["what"] == what]
+    shapes, plain = list(dict.fromkeys((row["out"], row["in"]) for row in found)), found[0]["estimator"]
+    body = []
+    for name in dict.fromkeys(row["estimator"] for row in found):
+        of = {(row["out"], row["in"]): row for row in found if row["estimator"] == name}
+        cells = [name]
+        for shape in shapes:
+            row = of[shape]
+            cells.append(f"{row['time_ms']:.1f} ms" if name == plain else f"{row['speed_up']:.2f}")
+        for shape in shapes:
+            row = of[shape]
+            peak = f"{row['peak_bytes'] / 2**20:.0f} MiB" if name == plain else f"{row['memory']:.2f}"
+            cells.append(peak)
+        cells.append(" / ".join(f"{of[shape]['kept_bytes'] / 2**20:.1f}" for shape in shapes))
+        if what == "layer":
+            cells.append(f"{of[shapes[-1]]['relative_error']:.3f}")
+        body.append(cells)
+    names = [f"{out} x {inp}" for out, inp in shapes]
+    header = ["", *(f"{n}, speed-up" for n in names), *(f"{n}, peak" for n in names), "kept, MiB"]
+    one = found[0]
+    return (
+        rows.markdown([*header, "relative error"] if what == "layer" else header, body)
+        + f"\n\nT = {one['tokens']}, bfloat16, {one['threads']} threads, {one['cpu']}, torch {one['torch']}, "
+        f"bitsandbytes {one['bitsandbytes']}. Peaks over plain's; kept from step to step at each shape."
+    )
 
 
 def _losses(row: dict[str, Any]) -> dict[int, float]:
@@ -290,6 +326,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_float32": step_float32,
     "step_parts": step_parts,
     "step_sweep": step_sweep,
+    "quantised_layer": quantised_layer,
+    "quantised_stack": quantised_stack,
+    "sensitivity": sensitivity.table,
+    **quality_tables.TABLES,
+}
+PICTURES: dict[str, Callable[[], str]] = {
+    "docs/frontier.svg": frontier_picture,
+    "docs/convergence.svg": quality_tables.convergence_picture,
+    "docs/sensitivity.svg": sensitivity.picture,
 }
 
 
@@ -303,11 +348,17 @@ def render(text: str) -> str:
     )
 
 
+def written() -> dict[Path, str]:
+    """Every page that has a table, and every picture, as the committed rows make them."""
+    pages = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
+    return {path: render(text) for path, text in pages.items() if "<!-- table: " in text} | {
+        ROOT / name: picture() for name, picture in PICTURES.items()
+    }
+
+
 def main() -> None:
-    for name in PAGES:
-        page = ROOT / name
-        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
-    (ROOT / "docs" / "frontier.svg").write_text(frontier_picture(), encoding="utf-8")
+    for path, text in written().items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -100,15 +100,18 @@ def test_validation_chooses_and_test_is_reported(
 ) -> None:
     quality, tables = studies["quality"], studies["quality_tables"]
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
+    monkeypatch.setattr(quality, "TIMES", tmp_path / "times.jsonl")
     assert tables.scores() == "Not measured yet."
     rows = [
         row("LoRA", 0, 1e-3, 0.5, 0.40), row("LoRA", 0, 2e-3, 0.4, 0.90), row("LoRA", 1, 1e-3, 0.5, 0.50),
         row("auto", 0, 1e-3, 0.5, 0.42), row("auto", 1, 1e-3, 0.5, 0.52),
     ]  # fmt: skip
     quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    times = {"task": "chain_sum", "arm": "LoRA", "time_ms": 900.0, "threads": 2, "cpu": "a CPU", "torch": "2"}
+    quality.TIMES.write_text(json.dumps(times) + "\n")
     assert quality.best_rate("chain_sum", "LoRA", 60) == 1e-3
     lines = tables.scores().splitlines()
-    assert lines[2] == "| chain_sum | exact match | LoRA | 60 | 0.001 of 2 | 2 | 45.0% (40.0% to 50.0%) |  |"
+    assert lines[2] == "| chain_sum | exact match | LoRA | 60 | 900 ms | 0.001 of 2 | 2 | 45.0% (40.0% to 50.0%) |  |"
     assert lines[3].endswith("| 47.0% (42.0% to 52.0%) | +2.0 points (+2.0 points to +2.0 points) |")
     missing = tables.missing()
     assert "LoRA (3 of 5 runs)" in missing
