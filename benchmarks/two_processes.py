@@ -110,11 +110,13 @@ def main() -> None:
         train_sharded(asked.sharded)
     asked.work.mkdir(parents=True, exist_ok=True)
     held = asked.work / "test.jsonl"
-    held.write_text(_lines(to_rows(splits(0, validation=VALIDATION, test=HELD_OUT).test)), encoding="utf-8")
+    if not held.exists():
+        held.write_text(_lines(to_rows(splits(0, validation=VALIDATION, test=HELD_OUT).test)), encoding="utf-8")
     for seed in range(asked.seeds):
         data = asked.work / f"train-seed{seed}.jsonl"
         drawn = splits(seed, train=asked.steps * BATCH, validation=VALIDATION, test=HELD_OUT).train
-        data.write_text(_lines(to_rows(drawn)), encoding="utf-8")
+        if not data.exists():
+            data.write_text(_lines(to_rows(drawn)), encoding="utf-8")
         for way in asked.way or WAYS:
             for arm in asked.arm or ARMS:
                 folder = asked.work / f"{arm}-{way}-seed{seed}".lower().replace(" ", "-")
