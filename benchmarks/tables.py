@@ -220,7 +220,10 @@ def step_sweep() -> str:
 
 def compiled() -> str:
     """What torch.compile does to the step of each configuration, and what a refresh does to its graphs."""
-    found = rows.read(rows.RESULTS / "compiled.jsonl")
+    file = rows.RESULTS / "compiled.jsonl"
+    found = rows.read(file) if file.exists() else []
+    if not found:
+        return "Not measured yet."
     by_arm = {(row["measured_with"], row["arm"]): row for row in found}
     body = []
     for arm in dict.fromkeys(row["measured_with"] for row in found):
