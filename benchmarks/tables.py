@@ -254,6 +254,49 @@ def _quantised(what: str) -> str:
     )
 
 
+def compiled() -> str:
+    """What torch.compile does to the step of each configuration, and what a refresh does to its graphs."""
+    file = rows.RESULTS / "compiled.jsonl"
+    found = rows.read(file) if file.exists() else []
+    if not found:
+        return "Not measured yet."
+    by_arm = {(row["measured_with"], row["arm"]): row for row in found}
+    body = []
+    for arm in dict.fromkeys(row["measured_with"] for row in found):
+        plain, eager, graphed = (by_arm[arm, name] for name in ("PEFT", arm, f"{arm} + compile"))
+        peft = by_arm[arm, "PEFT + compile"]
+        cells = [arm, *(f"{plain['time_ms'] / row['time_ms']:.2f}" for row in (peft, eager, graphed))]
+        cells += [f"{row['refresh_ms'] / row['time_ms']:.2f}" for row in (eager, graphed)]
+        body.append([*cells, *(str(graphed[key]) for key in ("graphs", "graphs_added_later", "graph_breaks"))])
+    one = found[0]
+    header = ["", "PEFT + compile", "eager", "compiled", "its refresh, eager", "its refresh, compiled"]
+    return (
+        rows.markdown([*header, "graphs", "added at later refreshes", "graph breaks"], body)
+        + "\n\nSpeed-up of the median step over plain eager PEFT in the same run; refreshes in steps of their own arm. "
+        f"Llama shape of hidden {one['hidden']}, {one['blocks']} blocks, {one['tokens']} tokens, every one labelled; "
+        f"{one['dtype']}, {one['threads']} threads, {one['cpu']}, torch {one['torch']}, inductor; refreshes every "
+        f"{one['refresh_every']} steps, three of them."
+    )
+
+
+def two_processes() -> str:
+    """Held-out accuracy of the demo in one process and in two."""
+    found = rows.read(rows.RESULTS / "two-processes.jsonl")
+    seeds = sorted({row["seed"] for row in found})
+    body = []
+    for arm, way in dict.fromkeys((row["arm"], row["way"]) for row in found):
+        of = {row["seed"]: row["accuracy"] for row in found if (row["arm"], row["way"]) == (arm, way)}
+        cells = [f"{of[seed]:.1%}" if seed in of else "" for seed in seeds]
+        body.append([arm, way, *cells, f"{statistics.mean(of.values()):.1%}"])
+    one = found[0]
+    return (
+        rows.markdown(["", "", *(f"seed {seed}" for seed in seeds), "mean"], body)
+        + f"\n\nSmolLM2-135M-Instruct ({one['dtype']}), {one['steps']} steps of {one['batch']} sentences in all, "
+        f"{one['held_out']} held-out sentences, torch {one['torch']}, gloo. CE-LoRA is the preset `paper`, refreshed "
+        f"every {REFRESH_EVERY} steps; with FSDP2 also `synchronise`."
+    )
+
+
 def _losses(row: dict[str, Any]) -> dict[int, float]:
     return {int(step): loss for step, loss in row["losses"].items()}
 
@@ -328,6 +371,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_sweep": step_sweep,
     "quantised_layer": quantised_layer,
     "quantised_stack": quantised_stack,
+    "compiled": compiled,
+    "two_processes": two_processes,
     "sensitivity": sensitivity.table,
     **quality_tables.TABLES,
 }

@@ -92,6 +92,26 @@ print(sorted({"torch", "transformers", "peft", "trl", "datasets"} & set(sys.modu
     assert done.stdout.split() == ["paper", "[]"]
 
 
+def test_completion_installs_into_the_shell_and_completes(tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    command = [sys.executable, "-m", "celora", "--install-completion", "bash"]
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    there = tmp_path / "celora"
+    there.write_text(f'#!/bin/sh\nexec {sys.executable} -m celora "$@"\n')
+    there.chmod(0o755)
+    for typed, expected in (("celora do", ["doctor"]), ("celora train --preset p", ["paper"])):
+        words = typed.split()
+        script = f"""
+. {tmp_path}/.bashrc
+COMP_WORDS=({typed}) COMP_CWORD={len(words) - 1}
+_celora_completion celora
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+        path = f"{tmp_path}:{environment['PATH']}"
+        done = subprocess.run(["bash", "-c", script], env={**environment, "PATH": path}, capture_output=True, text=True)
+        assert done.stdout.split() == expected, done.stderr
+
+
 def test_what_completion_offers_is_what_there_is():
     assert set(cli.PRESETS) == set(PRESETS)
     assert set(cli.COMPARED) == set(ARMS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -63,6 +65,21 @@ def test_one_graph_for_refreshes_and_one_for_estimates(fused: bool) -> None:
     _train(eager, eager, 6)
     for name, value in adapter(eager).items():
         torch.testing.assert_close(adapter(model)[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("setting", ["columns", "int8 tokens"])
+def test_inductor_gives_the_same_without_breaks_or_graphs_at_later_refreshes(setting: str) -> None:
+    config = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3, fused=True)
+    if setting != "columns":
+        config = dataclasses.replace(config, estimator="tokens", rank=0, precision="int8")
+    eager, model = _model(config), _model(config)
+    counts = _train(model, torch.compile(model), 8)  # refreshes at steps 0, 3 and 6
+    assert counts[1:] == [counts[1]] * 7
+    assert not torch._dynamo.utils.counters["graph_break"]
+    _train(eager, eager, 8)
+    for name, value in adapter(eager).items():
+        torch.testing.assert_close(adapter(model)[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_refreshes_that_take_turns_would_be_a_graph_each_so_all_refresh_at_once() -> None:

@@ -35,7 +35,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(demo, "demo_model", lambda say: model)
     monkeypatch.setattr(demo, "splits", lambda *_, train=8, **__: Splits(reviews[:train], [], reviews[-4:]))
     monkeypatch.setattr(demo, "to_rows", lambda of: [rows[reviews.index(review)] for review in of])
-    monkeypatch.setattr(demo, "_stock_accuracy", lambda *_, **__: 0.5)
+    monkeypatch.setattr(demo, "stock_accuracy", lambda *_, **__: 0.5)
     monkeypatch.setattr(demo, "_in_memory_accuracy", lambda *_: 0.5)
     return tmp_path / "demo"
 
@@ -79,7 +79,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path, foreign: str) -> None:
 
 def test_a_failed_scoring_process_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CELoraError, match=r"scoring .* with stock PEFT failed") as error:
-        demo._stock_accuracy(tmp_path / "none", tmp_path / "none.jsonl", "float32")
+        demo.stock_accuracy(tmp_path / "none", tmp_path / "none.jsonl", "float32")
     assert "\n" not in str(error.value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import runpy
@@ -48,6 +49,13 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(copy: Path) -> None:
             r"<(?:script|img|iframe|source)[^>]*src=\"?(?:https?:)?//|<link[^>]*href=\"?https?://", text
         )
         assert not loaded, (path, loaded)
+    for page, script in (
+        ("trl", "trl_sft"), ("trainer", "transformers_trainer"), ("accelerate", "accelerate_loop"),
+        ("accelerate", "bare_loop"),
+    ):  # fmt: skip
+        first, _, _ = (ROOT / "examples" / f"{script}.py").read_text(encoding="utf-8").partition("\n")
+        text = html.unescape(re.sub(r"<[^>]+>", "", pages[copy / "site" / "recipes" / page / "index.html"]))
+        assert first.strip('"') in text, f"{script}.py is not on the page {page}"
     how = pages[copy / "site" / "how-it-works" / "index.html"]
     for name in ("factor.svd_factor", "select.column_scores", "estimators.Columns.estimate", "graft.graft"):
         assert re.search(rf'href="\.\./reference/numerics/#celora[\w.]+"><code>celora\.{name}</code>', how), name
@@ -69,6 +77,25 @@ def test_names_become_links_outside_of_code() -> None:
     assert hook(text) == (
         "[`celora.attach`][celora.attach.attach] and [`celora.head`][celora.head]\n```python\n`celora.attach`\n```\n"
     )
+
+
+def test_the_reference_covers_every_module() -> None:
+    pages = [path.read_text(encoding="utf-8") for path in (DOCS / "reference").iterdir()]
+    named = {name for page in pages for name in re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)}
+    for path in (ROOT / "src" / "celora").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+        if module in ("celora", "celora.__main__", "celora.train"):
+            continue
+        package = module.rpartition(".")[0]  # which shows what it takes from its modules
+        there = package in named or any(f"{name}.".startswith(f"{module}.") for name in named)
+        assert there, f"{module} is on no page of docs/reference"
+
+
+def test_every_page_is_one_click_from_the_first() -> None:
+    linked = set(re.findall(r"\]\(([\w/-]+\.md)", (DOCS / "index.md").read_text(encoding="utf-8")))
+    pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    others = {page for page in pages if page.startswith("reference/") and page != "reference/index.md"}
+    assert pages - others - {"index.md"} - linked == set()
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -109,6 +109,21 @@ def test_adapter_reloads_in_stock_peft_with_the_same_logits(finished, inputs):
             assert not torch.equal(tuned, model(ids).logits)
 
 
+def test_the_best_of_its_checkpoints_is_what_is_left(inputs, tmp_path):
+    """Judged the wrong way round here, so that it is not the last."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    output = tmp_path / "out"
+    result, _ = go(
+        inputs, output, eval_data=inputs["data"], eval_strategy="steps", eval_steps=2, save_steps=2,
+        learning_rate=1e-2, **best,
+    )  # fmt: skip
+    losses = {row["step"]: row["eval_loss"] for row in read_metrics(output / "metrics.jsonl") if "eval_loss" in row}
+    step = max(losses, key=losses.get)
+    assert (result.status, step) == ("finished", 2)
+    for name, value in adapter(output / f"checkpoint-{step}").items():
+        assert value.equal(adapter(output)[name])
+
+
 class PressCtrlC(TrainerCallback):
     def on_step_begin(self, args, state, control, **kw):
         if state.global_step == 2:

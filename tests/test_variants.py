@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,18 +182,56 @@ CHECKS: dict[str, Callable[[Variant, Path], str]] = {
 CELLS = [pytest.param(of, column, id=f"{of.name}-{column}") for of in (*VARIANTS, *MODELS) for column in COLUMNS]
 
 
-# What PEFT says of these variants by itself: of EVA's memory, of AdaLoRA's own rank pattern, of IA3's division, of two
-# kinds of adapters in one model.
-@pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage=False")
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate for .IA")
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model")
-# peft 0.21 finds fault with the shape of every `lora_B.bias` it has itself saved, and loads it nevertheless.
-@pytest.mark.filterwarnings("ignore:.*LoRA tensor.* have invalid shape")
-@pytest.mark.filterwarnings("ignore:celora. no layer can be estimated")
+# What PEFT says of these variants by itself.
+PEFTS_OWN = (
+    "ignore:lora with eva initialization used with low_cpu_mem_usage=False",
+    "ignore:The following rank_pattern keys did not match:RuntimeWarning",  # of AdaLoRA
+    "ignore:Unmerge result can be inaccurate for .IA",
+    "ignore:Already found a `peft_config` attribute in the model",  # two kinds of adapters
+    "ignore:.*LoRA tensor.* have invalid shape",  # of every `lora_B.bias`, where peft 0.21 saves and loads it
+    "ignore:celora. no layer can be estimated",
+)
+
+
+@pytest.mark.filterwarnings(*PEFTS_OWN)
 @pytest.mark.parametrize(("variant", "column"), CELLS)
 def test_cell(variant: Variant, column: str, tmp_path: Path) -> None:
     assert CHECKS[column](variant, tmp_path) == variant.limits.get(column, YES)
+
+
+# Stock PEFT cannot make LoftQ's adapter again where there is no GPU, as it does before it loads it.
+STOCK = [of for of in (*VARIANTS, *MODELS) if of.name != "LoftQ" or torch.cuda.is_available()]
+
+
+@pytest.mark.filterwarnings(*PEFTS_OWN)
+def test_adapters_load_where_celora_never_was(tmp_path: Path) -> None:
+    """In a process without it stock PEFT gives the same outputs, and says no more than of an adapter of its own."""
+    expected = {}
+    for i, variant in enumerate(STOCK):
+        folder = tmp_path / f"{i:02}"
+        variant.base().save_pretrained(folder / "base")
+        torch.save(variant.batch(60), tmp_path / f"{i:02}" / "batch.pt")
+        for kind in ("celora", "plain"):
+            model = variant.make()
+            if kind == "celora":
+                celora.attach(model, HALF)
+            variant.fit(model, 3)
+            model.save_pretrained(folder / kind)
+            expected[folder, kind] = _output(variant, model)
+        assert sorted(path.name for path in (folder / "celora").rglob("*")) == sorted(
+            path.name for path in (folder / "plain").rglob("*")
+        )
+    command = [sys.executable, str(Path(__file__).with_name("stock_load.py")), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for i, variant in enumerate(STOCK):
+        loaded = torch.load(tmp_path / f"{i:02}" / "loaded.pt", weights_only=True)
+        assert loaded["celora"]["said"] == loaded["plain"]["said"], variant.name
+        silent = variant.name not in ("EVA", "AdaLoRA", "`lora_bias=True`", "IA3 beside LoRA")
+        assert not (silent and loaded["celora"]["said"]), (variant.name, loaded["celora"]["said"])
+        for kind in ("celora", "plain"):
+            wanted = expected[tmp_path / f"{i:02}", kind]
+            torch.testing.assert_close(loaded[kind]["logits"], wanted, rtol=0, atol=1e-5, msg=variant.name)
 
 
 def test_the_page_is_made_of_the_table_that_is_tested() -> None:

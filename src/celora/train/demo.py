@@ -112,21 +112,12 @@ def run_demo(
         f"Scoring the untouched model on {len(held)} held-out sentences "
         f"({dtype}, {torch.get_num_threads()} threads) ..."
     )
-    accuracy = _stock_accuracy(model, judged, dtype)
+    accuracy = stock_accuracy(model, judged, dtype)
     rows = [DemoRow("untouched", 0, accuracy, len(held), 0, 0, None, 0.0, 0.0, *_machine(dtype))]
     say(f"  {accuracy:.1%} right")
 
-    shared = {
-        "model": str(model),
+    shared = shared_settings(model, steps, batch_size, dtype) | {
         "celora": {"refresh_every": refresh_every},
-        "dtype": dtype,
-        "max_steps": steps,
-        "per_device_train_batch_size": batch_size,
-        "warmup_steps": steps // 10,
-        "lora_r": 16,
-        "lora_alpha": 32,
-        "save_strategy": "no",
-        "train_sampling_strategy": "group_by_length",  # less padding, fewer wasted steps
         "quiet": quiet,
     }
     for seed in range(seeds):
@@ -160,6 +151,21 @@ def run_demo(
     )
     say(f"{(time.perf_counter() - begun) / 60:.1f} minutes.")
     return rows
+
+
+def shared_settings(model: Path, steps: int, batch_size: int, dtype: str) -> dict[str, Any]:
+    """What all contenders of the demo have in common: names and values as `make_request` takes them."""
+    return {
+        "model": str(model),
+        "dtype": dtype,
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "warmup_steps": steps // 10,
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "save_strategy": "no",
+        "train_sampling_strategy": "group_by_length",  # less padding, fewer wasted steps
+    }
 
 
 def result_table(rows: Sequence[DemoRow]) -> Table:
@@ -197,7 +203,7 @@ def _contend(arm: str, settings: dict[str, Any], judged: Path, console: Console)
     result = train(request, console=console)
     if result.status != "finished":
         raise KeyboardInterrupt
-    accuracy = _stock_accuracy(model, judged, settings["dtype"], adapter=folder)
+    accuracy = stock_accuracy(model, judged, settings["dtype"], adapter=folder)
     if arm != "LoRA":
         in_memory = _in_memory_accuracy(result.model, model, judged)
         if in_memory != accuracy:
@@ -227,7 +233,11 @@ def _median_step_time(folder: Path, refresh_every: int) -> float | None:
     return round(statistics.median(usual), 1) if usual else None
 
 
-def _stock_accuracy(model: Path, data: Path, dtype: str, *, adapter: Path | None = None) -> float:
+def stock_accuracy(model: Path, data: Path, dtype: str, *, adapter: Path | None = None) -> float:
+    """The share of right answers to the rows in `data`, of a stock process that must not have imported celora.
+
+    Raises CELoraError if it fails, or has imported celora.
+    """
     command = [sys.executable, stock_eval.__file__, "--base", str(model), "--data", str(data), "--dtype", dtype]
     if adapter is not None:
         command += ["--adapter", str(adapter)]

@@ -87,6 +87,12 @@ def check_model_folder(model: str) -> None:
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise CELoraError(f"--model {model!r} is an adapter, not a model; give its base model {base!r}")
+    if not (path / "config.json").exists() and (packed := next(path.glob("*.gguf"), None)):
+        raise CELoraError(
+            f"--model {model!r} holds {packed.name}, whose weights are packed; unpack it once, model and tokenizer: "
+            f"AutoModelForCausalLM.from_pretrained({model!r}, gguf_file={packed.name!r}, "
+            "quantization_config=GgufConfig(dequantize=True)).save_pretrained(FOLDER), and give --model FOLDER"
+        )
     if not (path / "config.json").exists():
         raise CELoraError(f"--model {model!r} is not a model folder: it has no config.json")
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
