@@ -9,11 +9,13 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import HRAConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,7 +28,7 @@ from celora import fused
 from celora.attach import require
 from celora.graft import LayerGraft
 from celora.synchronise import add_up
-from conftest import make_model
+from conftest import make_base, make_model
 
 STEPS, ROWS = 6, 8
 COLUMNS: dict[str, Any] = {"estimator": "columns", "keep_ratio": 0.4, "rank": 4, "refresh_every": 3, "fused": True}
@@ -40,8 +42,18 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "rows": {"config": {**COLUMNS, "synchronise": True}, "attach": "after", "shard": "layers"},
     "nodes": {"config": {**COLUMNS, "synchronise": True}, "attach": "after", "shard": "nodes"},
     "rows apart": {"config": COLUMNS, "attach": "after", "shard": "layers"},
+    "factor": {"config": {**COLUMNS, "factor": "gradient"}, "attach": "after", "shard": "blocks"},
+    "dora": {"config": COLUMNS, "attach": "after", "shard": "layers", "adapter": "DoRA"},
+    "hra": {"config": "off", "attach": "after", "shard": "layers", "adapter": "HRA"},
     "copy": {"config": {"estimator": "int8"}, "attach": "after", "shard": "layers"},
     "nothing": {"config": "off", "attach": "after", "shard": "layers"},
+}
+
+
+ADAPTERS: dict[str, Callable[[], PeftModel]] = {
+    "LoRA": make_model,
+    "DoRA": lambda: make_model(use_dora=True),
+    "HRA": lambda: get_peft_model(make_base(), HRAConfig(r=4, target_modules="all-linear")),
 }
 
 
@@ -73,7 +85,7 @@ class Traffic(TorchDispatchMode):
 
 def run(scenario: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
     """Train; what came of it, for the test to judge."""
-    model = make_model(base_bias=False)
+    model = ADAPTERS[scenario.get("adapter", "LoRA")]()
     config, sharded = configuration(scenario["config"]), scenario.get("shard")
     if scenario.get("attach") != "after":
         celora.attach(model, config)

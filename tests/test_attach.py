@@ -183,6 +183,14 @@ def test_refreshes_at_optimizer_steps_0_tau_2tau(
     assert require(model).refreshes == 3
 
 
+def test_zero_tokens_are_not_guessed_on_an_accelerator(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There `tokens` keeps the share that the latest refresh needed: too few of them when more have labels."""
+    assert celora.attach(model, "exact").estimated
+    celora.detach(model)
+    monkeypatch.setattr(sys.modules["celora.attach"], "device_of", lambda module: torch.device("cuda"))
+    assert not celora.attach(model, "exact").estimated
+
+
 def test_a_refresh_step_is_exact() -> None:
     plain, estimated = make_model(), make_model()
     celora.attach(estimated, HALF)

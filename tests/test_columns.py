@@ -226,6 +226,20 @@ def test_sampled_columns_are_unbiased(rank: int) -> None:
     assert resumed.estimate(G, W).allclose(estimator.estimate(G, W), atol=1e-12)
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_no_draw_is_multiplied_with_the_rows_of_another(precision: str) -> None:
+    """The rows of each draw mostly lie where those of the one before did, as new as they were."""
+    W, G = torch.randn(64, 48), torch.randn(32, 64)
+    estimator = _settled(G, W, keep_ratio=0.5, selection="sampled", precision=precision)
+    for _ in range(20):
+        estimate = estimator.estimate(G, W)
+        fresh = Columns(64, 48, keep_ratio=0.5, selection="sampled", precision=precision)
+        fresh.load_state_dict(estimator.state_dict())
+        fresh._draws -= 1
+        torch.testing.assert_close(estimate, fresh.estimate(G, W))
+        del fresh
+
+
 @pytest.mark.parametrize("factor", ["svd", "gradient"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_columns_are_the_kept_part_in_8_bits(factor: str, dtype: torch.dtype) -> None:

@@ -127,6 +127,36 @@ def test_a_poisoned_or_empty_gradient_leaves_the_factor_as_it_was(bad: float) ->
     assert made.V.equal(before)
 
 
+def test_the_weight_is_not_needed_when_the_refresh_ends() -> None:
+    """FSDP2 has given away the memory of what it gathered by then."""
+    W, G = torch.randn(20, 12), torch.randn(30, 20)
+    kept, freed = factor.make_factor("gradient", 4, 0), factor.make_factor("gradient", 4, 0)
+    gathered = W.clone()
+    kept.observe(W, G @ W)
+    freed.observe(gathered, G @ W)
+    gathered.zero_()
+    for made in (kept, freed):
+        made.settle()
+    assert freed.U.equal(kept.U)
+    assert freed.residual_norms.equal(kept.residual_norms)
+
+
+@pytest.mark.parametrize("kind", ["svd", "gradient"])
+def test_the_factor_follows_the_weight_to_another_device(kind: str) -> None:
+    W, G = torch.randn(20, 12), torch.randn(30, 20)
+    made = factor.make_factor(kind, 4, 0)
+    made.observe(W, G @ W)
+    made.settle()
+    U = made.U
+    if kind == "svd":
+        made.U, made.V, made._weight_norms = (of.to("meta") for of in (made.U, made.V, made._weight_norms))
+    else:  # whose V is all that it has of the gradients
+        made.U = made.U.to("meta")
+    made.prepare(W)
+    torch.testing.assert_close(made.U, U)
+    assert made.V.device == W.device
+
+
 def test_fewer_tokens_than_the_rank() -> None:
     W = torch.randn(20, 12, dtype=torch.float64)
     G = torch.randn(2, 20, dtype=torch.float64)

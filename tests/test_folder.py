@@ -104,6 +104,22 @@ def test_a_killed_overwrite_gives_the_earlier_run_back(folder, moves, monkeypatc
     assert names(folder) == sorted([*before, LOCK])
 
 
+def test_processes_that_resume_together_give_the_earlier_run_back_once(folder, monkeypatch):
+    checkpoint(folder, 3)
+    before = names(folder)
+    folder.set_aside()
+    rename = type(folder.path).rename
+
+    def after_another_process(self, target):
+        rename(self, target)
+        return rename(self, target)
+
+    monkeypatch.setattr(type(folder.path), "rename", after_another_process)
+    monkeypatch.setenv("RANK", "1")
+    assert folder.resumable()["run"] == "earlier"
+    assert names(folder) == before
+
+
 def test_the_newest_whole_checkpoint_is_taken_and_others_make_way(folder):
     for step in (2, 9, 30, 100):
         checkpoint(folder, step)

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import celora
 from celora import CELoraConfig, kernels
@@ -140,7 +143,7 @@ def test_where_looking_would_wait_it_arrives_all_the_same(
     dtype: torch.dtype, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On an accelerator nothing is checked. The path is the same but for the device's name."""
-    monkeypatch.setattr(LayerGraft, "mode_for", lambda self, mode, witness: mode)
+    monkeypatch.setattr(LayerGraft, "mode_for", lambda self, mode, witness, weight: mode)
     plain = _layer(dtype)
     for member in MEMBERS:
         model = _layer(dtype)
@@ -497,3 +500,18 @@ def test_an_error_below_the_bound_in_between_counts_anew() -> None:
     assert attachment.over_bound == {name: 1}
     attachment._monitor(name, 1.0, 2)
     assert attachment.made_exact == {name}
+
+
+def test_one_process_alone_does_not_turn_exact_where_the_weight_is_sharded(model: PeftModel) -> None:
+    """It would gather the whole weight, and the others, whose gradients are finite, would not."""
+    celora.attach(model, CELoraConfig(estimator="int8"))
+    layer = next(iter(require(model).grafts.values()))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+        poisoned = torch.full((3, 4), float("inf"))
+        assert layer.mode_for(Mode.ESTIMATE, poisoned, weight) is Mode.ESTIMATE
+        with pytest.warns(UserWarning, match="is not finite"):
+            assert layer.mode_for(Mode.ESTIMATE, poisoned, torch.ones(4, 4)) is Mode.EXACT
+    finally:
+        dist.destroy_process_group()

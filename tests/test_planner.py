@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import peft
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
 import celora
 from celora import CELoraError, planner
 from celora.attach import find, require
 from celora.config import LayerConfig
 from celora.plan import Candidate, PlannedLayer
-from conftest import adapter, make_batch, make_model, train
+from conftest import adapter, make_base, make_batch, make_model, train
 
 
 @pytest.fixture
@@ -48,6 +49,21 @@ def free_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(planner, "_time_shapes", times)
     monkeypatch.setattr(planner, "_graft_overhead", lambda device, dtype: 0.0)
+
+
+def test_layers_whose_product_is_computed_elsewhere_are_not_measured(
+    batches: list[dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hra = get_peft_model(make_base(), peft.HRAConfig(r=8, target_modules=["up_proj"]))
+    asked: list[Any] = []
+
+    def no_plans(bench: Any, layers: list[Any], *_: Any) -> list[Any]:
+        asked.extend(layers)
+        return [None]
+
+    monkeypatch.setattr(planner, "_make_plans", no_plans)
+    celora.make_plan(hra, batches)
+    assert asked == []
 
 
 @pytest.mark.parametrize("fidelity", [0.9, 0.99, 1.0])

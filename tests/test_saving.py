@@ -7,8 +7,10 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from transformers import TrainerCallback
+from trl import SFTTrainer
 
 from celora.errors import CELoraError
 from celora.train.arguments import parse
@@ -78,6 +80,24 @@ def test_a_full_disk_stops_the_run_and_resume_goes_on(too_large, inputs, whole, 
     assert "Resuming from checkpoint-3" in text
     assert same(adapter(output), whole)
     assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError(), torch.OutOfMemoryError("CUDA out of memory"), dist.DistError("gone")]
+)
+def test_what_is_not_the_disk_s_fault_keeps_its_name(error, inputs, tmp_path, monkeypatch):  # noqa: F811
+    """The command line has a line for what memory and other processes do, and calls the rest a bug."""
+    monkeypatch.setattr(SFTTrainer, "_save_checkpoint", raising(error))
+    with pytest.raises(type(error)) as caught:
+        go(inputs, tmp_path / "out")
+    assert caught.value is error
+
+
+def raising(error):
+    def save(*_, **__):
+        raise error
+
+    return save
 
 
 def flip(file):

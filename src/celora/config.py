@@ -65,7 +65,7 @@ class CELoraConfig(LayerConfig):
         head_keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with, in (0, 1]; 1 is
             exact, and less needs `labelled_head`.
         zero_tokens: in the last block, whose tokens without label get a gradient of exactly zero, leave these out of
-            the backward of layers that would be dense.
+            the backward of layers that would be dense. On a CPU only: elsewhere, counting them would wait.
 
     Raises:
         CELoraError: for a value out of range, an unknown field or an unknown estimator.

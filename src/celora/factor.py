@@ -76,7 +76,7 @@ class FrozenFactor:
 
     def prepare(self, weight: Tensor) -> None:
         """Make sure that there is a factor, if there can be one yet: called before each use."""
-        if self.rank and self.V is None:
+        if self.rank and (self.V is None or self.V.device != weight.device):  # or the model was moved
             self.follow(weight)
 
     def observe(self, weight: Tensor, grad_input: Tensor) -> None:
@@ -98,7 +98,7 @@ class FrozenFactor:
             return
         self._weight_norms = self.residual_norms = norms
         if self.rank:
-            self._use(weight, *svd_factor(weight, self.rank, seed=self.seed))
+            self._use(*_of_weight(weight, *svd_factor(weight, self.rank, seed=self.seed)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """What does not follow from the weight and the seed."""
@@ -107,9 +107,8 @@ class FrozenFactor:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` gave."""
 
-    def _use(self, weight: Tensor, U: Tensor, V: Tensor) -> None:
-        self.U, self.V = replaced(self.U, U.to(weight.dtype)), replaced(self.V, V.to(weight.dtype))
-        self.residual_norms = residual_row_norms(weight, self.U, self.V)
+    def _use(self, U: Tensor, V: Tensor, residual_norms: Tensor) -> None:
+        self.U, self.V, self.residual_norms = replaced(self.U, U), replaced(self.V, V), residual_norms
 
 
 class GradientFactor(FrozenFactor):
@@ -122,11 +121,11 @@ class GradientFactor(FrozenFactor):
     def __init__(self, rank: int, seed: int = 0) -> None:
         super().__init__(rank, seed)
         self._seen: Tensor | None = None
-        self._weight: Tensor | None = None
+        self._next: tuple[Tensor, Tensor, Tensor] | None = None  # made of it
 
     def prepare(self, weight: Tensor) -> None:
         if self.V is not None and (self.U is None or self.V.device != weight.device):  # loaded, or the model was moved
-            self._project(weight, self.V)
+            self._use(*_projection(weight, self.V))
 
     def observe(self, weight: Tensor, grad_input: Tensor) -> None:
         values, vectors = leading_right_vectors(grad_input, self.rank, seed=self.seed)
@@ -134,16 +133,15 @@ class GradientFactor(FrozenFactor):
         if self._seen is not None:  # the spectrum so far and the new one, merged
             values, vectors = leading_right_vectors(torch.cat([self._seen, seen]), self.rank, seed=self.seed)
             seen = values[:, None] * vectors
-        self._seen, self._weight = seen, weight
+        norms = torch.linalg.vector_norm(seen, dim=1, keepdim=True)
+        # While the weight is at hand: what FSDP2 gathered of it is gone before the refresh ends.
+        self._seen, self._next = seen, _projection(weight, torch.where(norms > 0, seen / norms, 0))
 
     def settle(self) -> None:
         """Use what was observed from now on, unless it was nothing but zeros."""
-        seen, weight, self._seen, self._weight = self._seen, self._weight, None, None
-        if seen is None or weight is None:
-            return
-        norms = torch.linalg.vector_norm(seen, dim=1, keepdim=True)
-        if bool((norms > 0).any()):  # once a refresh, so the synchronisation is cheap
-            self._project(weight, torch.where(norms > 0, seen / norms, 0))
+        following, self._seen, self._next = self._next, None, None
+        if following is not None and bool(following[1].any()):  # once a refresh, so the synchronisation is cheap
+            self._use(*following)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self.V is None else {"V": self.V}
@@ -154,11 +152,19 @@ class GradientFactor(FrozenFactor):
             raise CELoraError(f"saved factor of rank {len(V)}, not {self.rank}; resume with the same configuration.")
         self.U, self.V = None, V
 
-    def _project(self, weight: Tensor, V: Tensor) -> None:
-        weight = weight.detach()
-        matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        V = V.to(matrix)
-        self._use(weight, matrix @ V.T, V)
+
+def _of_weight(weight: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U and V in the weight's dtype, and the norms of what they leave of it."""
+    U, V = U.to(weight.dtype), V.to(weight.dtype)
+    return U, V, residual_row_norms(weight, U, V)
+
+
+def _projection(weight: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The factor `W V^T, V`."""
+    weight = weight.detach()
+    matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    V = V.to(matrix)
+    return _of_weight(weight, matrix @ V.T, V)
 
 
 def make_factor(kind: str, rank: int, seed: int) -> FrozenFactor:

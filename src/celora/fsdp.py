@@ -23,6 +23,7 @@ def shard(model: nn.Module, **options: Any) -> None:
     What a backward gathers of an estimated layer: kept rows with `columns` and `synchronise=True`, nothing with an
     8-bit copy (which every process holds whole, a byte a number), else the whole weight. None of it is prefetched, and
     neither are the weights of layers that stay dense; with gradient checkpointing the repeated forward gathers all.
+    Weights that adapters read by themselves (DoRA, HRA) stay with their block, which gathers them for its backward.
 
     Args:
         model: a PEFT model of a Transformers model, not sharded and not attached yet.
@@ -44,9 +45,9 @@ def shard(model: nn.Module, **options: Any) -> None:
             f"{type(causal or model).__name__} does not name its blocks; call fully_shard on them yourself."
         )
     for tuner in tuners.values():
-        base = tuner.get_base_layer()
-        if not cannot_estimate(base):
-            fully_shard(base, **options)
+        # Variants of LoRA, as DoRA, read the weight beside their base layer's forward too, so it stays with its block.
+        if not (cannot_estimate(tuner) or getattr(tuner, "lora_variant", None)):
+            fully_shard(tuner.get_base_layer(), **options)
     sharded = [fully_shard(block, **options) for block in blocks]
     fully_shard(model, **options)
     # Left to itself, FSDP2 would prefetch the frozen weight that was used last. The first block has none before it.

@@ -222,7 +222,7 @@ class _LoraLinear(torch.autograd.Function):
             if needs_B:
                 grad_B = (g.t() @ low).to(ctx.adapter_dtypes[1]).mul_(ctx.scaling)
             if needs_x:
-                grad_x = ctx.layer.grad_input(g, ctx.weight, ctx.layer.mode_for(ctx.mode, through))
+                grad_x = ctx.layer.grad_input(g, ctx.weight, ctx.layer.mode_for(ctx.mode, through, ctx.weight))
                 if mask is None:
                     grad_x = grad_x.addmm_(through, A)
                 else:

@@ -143,15 +143,17 @@ class LayerGraft:
             _quantised[self.key] = module
         return module.register_forward_hook(self)
 
-    def mode_for(self, mode: Mode, witness: Tensor) -> Mode:
+    def mode_for(self, mode: Mode, witness: Tensor, weight: Tensor | None) -> Mode:
         """`mode`, or exact for gradients that cannot be estimated: without tokens, or not finite, or about to overflow.
 
         `witness: (T, n)` is the gradient, or any product of it, where what is not finite shows just as well. Looking
         would wait for an accelerator; there, such a gradient reaches the adapter's through the adapter's own products.
+        So it does where `weight` is sharded: all processes gather the same of it, or they would wait for ever.
         """
         if mode is Mode.EXACT or not witness.numel():
             return Mode.EXACT
-        if mode is Mode.OBSERVE or witness.device.type != "cpu" or torch.compiler.is_compiling():
+        free = witness.device.type == "cpu" and not torch.compiler.is_compiling()
+        if mode is Mode.OBSERVE or not free or isinstance(weight, DTensor):
             return mode
         if math.isfinite(squared_row_norms(witness).sum().item()):
             return mode
@@ -169,7 +171,7 @@ class LayerGraft:
             return later
         if isinstance(weight, StoredWeight) and weight.compute_dtype not in (None, grad_output.dtype):
             computed = grad_output.to(weight.compute_dtype)  # as the layer's own backward does
-            return self.grad_input(computed, weight, mode).to(grad_output.dtype)
+            return LayerGraft.grad_input(self, computed, weight, mode).to(grad_output.dtype)
         if mode is Mode.EXACT:
             return grad_output @ whole(weight, grad_output.dtype)
         if isinstance(weight, DTensor) and (mode is Mode.OBSERVE or self.estimator.needs_whole(weight)):
@@ -302,7 +304,7 @@ class _Graft(torch.autograd.Function):
         with without_autocast(grad_output.device.type):
             flat = grad_output.reshape(-1, grad_output.shape[-1])
             if ctx.needs_input_grad[0]:
-                grad_input = ctx.layer.grad_input(flat, ctx.weight, ctx.layer.mode_for(ctx.mode, flat))
+                grad_input = ctx.layer.grad_input(flat, ctx.weight, ctx.layer.mode_for(ctx.mode, flat, ctx.weight))
                 grad_input = grad_input.view(ctx.input_shape).to(ctx.input_dtype)
             if ctx.needs_input_grad[2]:
                 grad_bias = flat.sum(0).to(ctx.bias_dtype)

@@ -137,9 +137,9 @@ def make_plans(
     if not used:
         raise CELoraError("no batches to plan with; give at least one, and three to verify on one that was not used.")
     layers = [
-        _Layer(name, base, fused=fuses(module))
+        _Layer(name, module.get_base_layer(), fused=fuses(module))
         for name, module in tuner_layers(model).items()
-        if not cannot_estimate(base := module.get_base_layer())
+        if not cannot_estimate(module)
     ]
     attached = find(model)
     was_on = attached is not None and attached.switch.on

@@ -143,6 +143,7 @@ class Columns(Estimator):
         index, factors = sample(inclusion_probabilities(self.scores, self.kept), self.kept, offset)
         left = grad_output.index_select(1, index) * factors.to(grad_output.dtype)
         result = self.product(left, weight[index].detach())
+        self.product.forget()  # the next draw's rows may lie where these did
         self.factor.prepare(weight)
         if self.factor.U is not None and self.factor.V is not None:
             U, V = self.factor.U.to(grad_output.dtype), self.factor.V.to(grad_output.dtype)

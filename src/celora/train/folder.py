@@ -155,13 +155,15 @@ class OutputFolder:
         """Bring the earlier run back if the process that was to replace it died before it began a new one.
 
         `run.json` is the last to be set aside, the last to come back and the first that a new run writes: only where
-        both have one has the new run begun.
+        both have one has the new run begun. Processes of one run may do this at once: what is gone, another has moved.
         """
         aside = self.path / _ASIDE
         if aside.is_dir() and not ((aside / RUN).exists() and (self.path / RUN).exists()):
             for entry in sorted(aside.iterdir(), key=lambda e: e.name == RUN):
-                entry.rename(self.path / entry.name)
-            aside.rmdir()
+                with contextlib.suppress(FileNotFoundError):
+                    entry.rename(self.path / entry.name)
+            with contextlib.suppress(FileNotFoundError):
+                aside.rmdir()
 
     def forget_earlier(self) -> None:
         """Remove the run that was set aside, by this process or by one that was killed: a new one has trained."""

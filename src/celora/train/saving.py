@@ -54,8 +54,10 @@ class SafeSaving:
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(*arguments, **more)  # type: ignore[misc]
-        except RuntimeError as error:  # how torch.save says that the disk is full
-            raise OSError(str(error).splitlines()[0]) from error
+        except RuntimeError as error:
+            if "inline_container" not in str(error):
+                raise
+            raise OSError(str(error).splitlines()[0]) from error  # how torch.save says that the disk is full
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # every process writes its own random state
