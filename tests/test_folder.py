@@ -104,6 +104,18 @@ def test_a_killed_overwrite_gives_the_earlier_run_back(folder, moves, monkeypatc
     assert names(folder) == sorted([*before, LOCK])
 
 
+def test_other_processes_read_while_the_first_brings_the_run_back(folder, monkeypatch):
+    folder.set_aside()
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")
+        before = names(folder)
+        assert folder.resumable()["run"] == "earlier"
+        assert names(folder) == before
+    folder.recover()
+    monkeypatch.setenv("RANK", "1")
+    assert folder.resumable()["run"] == "earlier"
+
+
 def test_the_newest_whole_checkpoint_is_taken_and_others_make_way(folder):
     for step in (2, 9, 30, 100):
         checkpoint(folder, step)

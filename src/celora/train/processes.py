@@ -47,6 +47,14 @@ def from_first(value: Any) -> Any:
     return shared[0]
 
 
+def wait_for_all() -> None:
+    """Go on when all processes are here. Collective."""
+    if processes() > 1:
+        from accelerate import PartialState  # here, since the folder's lock needs none of it
+
+        PartialState().wait_for_everyone()
+
+
 def any_of_them(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set in any process. Collective, and waits for the device, as logging a loss does."""
     if processes() == 1:
@@ -69,13 +77,18 @@ def speaks() -> bool:
         return True
 
 
+def lost_contact(error: BaseException) -> bool:
+    """Whether this is how a collective says that another process is gone."""
+    return processes() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 @contextmanager
 def losing_contact(output: os.PathLike[str]) -> Iterator[None]:
     """Turn the errors of a collective whose other side is gone into one line."""
     try:
         yield
     except RuntimeError as error:
-        if processes() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not lost_contact(error):
             raise
         raise CELoraError(
             f"process {rank()} of {processes()} lost contact with the others: one of them was killed or failed. "
