@@ -17,6 +17,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+RENAMED = "`is_gradient_checkpointing` is deprecated"  # peft 0.21 asks transformers 5.24 for the old name
+
 
 class Said(logging.Handler):
     """All warnings of one loading, by whatever way they come."""
@@ -59,9 +61,10 @@ def main() -> None:
                 model = load(base, folder / kind).eval()
             for logger in loggers:
                 logger.removeHandler(said)
+            messages = said.messages + [str(of.message) for of in caught]
             with torch.no_grad():
                 logits = model(**batch).logits
-            found[kind] = {"said": said.messages + [str(of.message) for of in caught], "logits": logits}
+            found[kind] = {"said": [text for text in messages if RENAMED not in text], "logits": logits}
         torch.save(found, folder / "loaded.pt")
     assert not any(module.partition(".")[0] == "celora" for module in sys.modules)
 

@@ -248,7 +248,54 @@ def test_resume_keeps_earlier_arguments_and_refuses_to_change_the_run(tmp_path):
     fails(["--lora_r", "4"], "cannot change lora_r (8 -> 4)", own={"output": str(tmp_path), "resume": True})
     fails(["--seed", "7"], "cannot change seed (42 -> 7)", own={"output": str(tmp_path), "resume": True})
     fails([], "cannot change", own={"output": str(tmp_path), "resume": True, "preset": "off"})
+    record["processes"] = 2
+    write(tmp_path / "run.json", json.dumps(record, default=str))
+    fails([], "cannot change the number of processes (2 -> 1)", own={"output": str(tmp_path), "resume": True})
     fails([], "nothing to resume", own={"output": str(tmp_path / "none"), "resume": True})
+
+
+@pytest.mark.fault(
+    "input",
+    "a number that a setting cannot be: NaN, infinite, of a hundred digits, negative where that means nothing",
+    sees="`max_length=-5; expected a number >= 1`",
+    kept="everything: it is said before anything is loaded",
+)
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--learning_rate nan", "learning_rate=nan; expected a finite number. LoRA usually wants about 2e-4"),
+        ("--learning_rate 1e400", "learning_rate=inf; expected a finite number"),
+        ("--max_length -5", "max_length=-5; expected a number >= 1"),
+        ("--max_steps " + 99 * "9", "max_steps=999999999999999999999999999...; expected a number of 64 bits"),
+        ("--max_steps -3", "expected a number >= -1"),
+        ("--num_train_epochs 0", "num_train_epochs=0; expected a number > 0"),
+        ("--gradient_accumulation_steps -2", "expected a number >= 1"),
+        ("--per_device_train_batch_size 0", "expected a number >= 1"),
+        ("--save_total_limit -1", "0 keeps every checkpoint"),
+        ("--adam_beta1 1", "adam_beta1=1; expected a number >= 0 and < 1"),
+        ("--seed 4294967296", "expected a number >= 0 and <= 4294967295"),
+        ("--logging_steps nan", "expected a finite number"),
+    ],
+)
+def test_numbers_that_a_setting_cannot_be(flag, message):
+    fails(flag.split(), message)
+
+
+@pytest.mark.parametrize("name", ["model", "data", "output"])
+@pytest.mark.parametrize("value", ["x" * 300, "a\0b", "~nobody-of-this-name/x", "o\udcff"])
+def test_names_that_cannot_be_paths_are_one_line(name, value):
+    for more in ({}, {"resume": True}) if name == "output" else ({},):
+        with pytest.raises(CELoraError, match="cannot be a path") as caught:
+            parse([], OWN | {name: value} | more)
+        assert str(caught.value).isascii()
+        assert "\n" not in str(caught.value)
+
+
+def test_numbers_at_their_bounds_are_taken():
+    flags = (
+        "--max_steps -1 --learning_rate 0 --max_grad_norm inf --save_total_limit 0 --lora_dropout 0 --max_length none"
+    )
+    assert parse(flags.split(), OWN).train["max_grad_norm"] == float("inf")
 
 
 def test_overrides_beside_a_preset_add_to_it():

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from celora.errors import CELoraError
 from celora.files import inside, read_json, write_text
+from celora.train.data import load_rows
+from celora.train.yaml_file import read_document
 
 
 def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -25,3 +28,22 @@ def test_what_is_not_json_is_one_line(tmp_path: Path, content: bytes, message: s
         read_json(tmp_path / "a.json")
     with pytest.raises(CELoraError, match="No such file"):
         read_json(tmp_path / "none.json")
+
+
+@pytest.mark.fault(
+    "input",
+    "a pipe or a device, or a link to one, as data, configuration, plan or record of a run",
+    sees="`a pipe or a device; expected a file`",
+    kept="everything: nothing waits for ever, nothing is read without end",
+)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize("read", [read_json, read_document, load_rows])
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_what_is_neither_file_nor_folder_is_not_opened(tmp_path: Path, what: str, read) -> None:
+    path = tmp_path / "rows.jsonl"
+    if what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(CELoraError, match="a pipe or a device; expected a file"):
+        read(path, **({"chat": False} if read is load_rows else {}))

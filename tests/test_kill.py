@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from kill import MODES
+from kill import MODES, PROCESSES
+
+ALONE, TOGETHER = ([mode for mode in MODES if (PROCESSES[mode] == 1) is alone] for alone in (True, False))
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 
@@ -44,24 +46,68 @@ def test_killed_at_seeded_moments(tmp_path):
     random_ = random.Random(7)
     cases = [
         {"mode": mode, "moments": [["event", random_.uniform(low, high)], *more]}
-        for mode in MODES
+        for mode in ALONE
         for low, high, more in ((0.0, 0.6, []), (0.6, 1.0, [["event", 0.1]]))
     ]
     results = killed(tmp_path, cases, 300)
-    assert [one["kills"] for one in results] == [1, 2] * len(MODES)
+    assert [one["kills"] for one in results] == [1, 2] * len(ALONE)
 
 
 @pytest.mark.slow
 def test_killed_at_fifty_random_moments(tmp_path):
     random_ = random.Random(50)
-    modes, kinds = list(MODES), ("event", "time")
+    kinds = ("event", "time")
     cases = [
         {
-            "mode": modes[i % len(modes)],
-            "moments": [[kinds[i // len(modes) % 2], random_.random()] for _ in range(1 + i % 2)],
+            "mode": ALONE[i % len(ALONE)],
+            "moments": [[kinds[i // len(ALONE) % 2], random_.random()] for _ in range(1 + i % 2)],
         }
         for i in range(50)
     ]
     results = killed(tmp_path, cases, 1800)
     print(f"{sum(one['kills'] for one in results)} kills in {len(results)} runs")
     assert sum(one["kills"] > 0 for one in results) >= 45  # a moment measured in seconds may come after the end
+
+
+@pytest.mark.fault(
+    "crash",
+    "one of several processes is killed, at any moment: in a step, or while a checkpoint is written",
+    sees="`process 1 of 2 lost contact with the others`, and that --resume goes on; the launcher ends the job",
+    kept="all up to the last checkpoint that every process has written its part of; the end is bit-identical to an "
+    "uninterrupted run's, with selections that are each process's own, too",
+)
+def test_one_of_two_killed_at_seeded_moments(tmp_path):
+    """The first after its own part of a checkpoint, the second before its part; each has selected by its own tokens."""
+    cases = [{"mode": "two", "moments": [["event", 0.75, 0], ["event", 0.5, 1]]}]
+    results = killed(tmp_path, cases, 300)
+    assert results[0]["kills"] == 2
+
+
+@pytest.mark.fault(
+    "crash",
+    "several processes, and the disk is full for one of them; or another run holds their folder",
+    sees="one line from the process that found it, exit status 2; no process waits for one that is gone",
+    kept="the last checkpoint that is whole; once there is room, `--resume` ends with bit-identical parameters",
+)
+def test_what_stops_one_of_two_stops_both(tmp_path):
+    cases = [{"mode": "two", "moments": [["locked", 0], ["full", 0.7, 0], ["full", 0.1, 1]]}]
+    results = killed(tmp_path, cases, 300)
+    assert results[0]["ended"] == [2, 2, 2]
+
+
+@pytest.mark.slow
+def test_one_of_two_killed_at_many_random_moments(tmp_path):
+    random_ = random.Random(24)
+    cases = [
+        {
+            "mode": TOGETHER[i % 2],
+            "moments": [
+                [("event", "time", "full")[i // 4 % 3], random_.random(), (i // 2 + j) % 2]
+                for j in range(1 + i % 3 // 2)
+            ],
+        }
+        for i in range(24)
+    ]
+    results = killed(tmp_path, cases, 2400)
+    print(f"{sum(one['kills'] for one in results)} kills in {len(results)} runs")
+    assert sum(one["kills"] > 0 for one in results) >= 12  # nobody is killed by a full disk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from celora.cli import main
+from celora.train import processes
 from celora.train.arguments import parse
 from celora.train.progress import read_metrics
 from celora.train.run import train
@@ -103,6 +105,15 @@ def test_a_killed_process_ends_the_job_in_one_line_and_the_job_resumes(ran):
     whole, parts = (load_file(folder / name / "adapter_model.safetensors") for name in ("whole", "killed"))
     assert all((whole[name] == parts[name]).all() for name in whole)
     assert losses(folder / "killed") == losses(folder / "whole")
+
+
+def test_a_launcher_that_answers_nothing_silences_nobody(monkeypatch):
+    """It takes the connection and is frozen; the store's own time limit does not help then."""
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        for name, value in (("WORLD_SIZE", 2), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", frozen.getsockname()[1])):
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(processes, "_PATIENCE_S", 0.2)
+        assert processes.speaks()
 
 
 def test_other_commands_refuse_several_processes(monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 from importlib import metadata
 
@@ -294,6 +295,8 @@ def test_biases_train_and_are_saved_with_checkpointing(inputs, tmp_path):
         ({"eval_strategy": "steps"}, "--eval-data"),
         ({"model": "./nowhere"}, "no such folder"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0; expected a number >= 0"),
+        ({"lora_target_modules": ["["]}, "unterminated character set"),
+        ({"chat_template_path": "/nowhere"}, "/nowhere"),
     ],
 )
 def test_bad_runs_are_one_line(inputs, tmp_path, change, message):
@@ -301,6 +304,93 @@ def test_bad_runs_are_one_line(inputs, tmp_path, change, message):
         go({**inputs, **change}, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr_scheduler_kwargs": {"bogus": 1}}, "no scheduler of learning rates with these settings: .*bogus"),
+        ({"optim_args": "bogus"}, "no optimizer with these settings"),
+        ({"dataloader_persistent_workers": True}, "no loader of batches with these settings: .*num_workers"),
+    ],
+)
+def test_what_a_library_refuses_late_is_one_line_and_brings_the_earlier_run_back(inputs, tmp_path, change, message):
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=1)
+    before = adapter(output)
+    with pytest.raises(CELoraError, match=message) as caught:
+        train(make_request({**inputs, **SHORT, **change, "output": str(output), "overwrite": True, "quiet": True}))
+    assert "\n" not in str(caught.value)
+    assert all(before[name].equal(value) for name, value in adapter(output).items())
+
+
+@pytest.mark.fault(
+    "numbers",
+    "training diverges until the adapter holds NaN or infinity",
+    sees="`the run stopped: at step 6 ... holds NaN or infinity, so nothing is saved`, and which checkpoint is whole",
+    kept="the checkpoints from before; no adapter of NaN is ever saved",
+)
+@pytest.mark.filterwarnings("ignore:celora. a gradient of .* is not finite")
+def test_an_adapter_that_is_not_finite_is_not_saved(inputs, tmp_path, monkeypatch):
+    class Diverge(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kw):
+            if state.global_step == 5:
+                next(p for p in model.parameters() if p.requires_grad).data[0] = float("nan")
+
+    with monkeypatch.context() as patch:
+        on_build(patch, lambda trainer: trainer.add_callback(Diverge()))
+        with pytest.raises(CELoraError, match=r"step 6 .* holds NaN or infinity.* Checkpoint-3 is whole") as caught:
+            go(inputs, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "checkpoint-6").exists()
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.fault(
+    "crash",
+    "--resume after the data or the model were replaced under the same name",
+    sees="`the data in ... is not what the run was started with; put it back or start a new run`",
+    kept="the run; put back, or copied with other dates, they are resumed from",
+)
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_other_rows_or_another_model_under_the_same_name_are_not_resumed_with(inputs, tmp_path, what):
+    model, data = tmp_path / "model", tmp_path / "rows.jsonl"
+    own = {"model": str(shutil.copytree(inputs["model"], model)), "data": str(shutil.copy(inputs["data"], data))}
+    go(own, tmp_path / "out", max_steps=3)
+    if what == "data":
+        save_rows(data, 23)
+    else:
+        save_tiny_model(model, seed=1)
+    again = ["--max_steps", "4"], {"output": str(tmp_path / "out"), "resume": True, "quiet": True}
+    with pytest.raises(CELoraError, match=rf"^--resume: the {what} in .* is not what the run was started with"):
+        train(parse(*again))
+    shutil.copytree(inputs["model"], model, dirs_exist_ok=True)
+    data.unlink()
+    shutil.copyfile(inputs["data"], data)
+    assert train(parse(*again)).step == 4
+
+
+@pytest.mark.fault(
+    "crash",
+    "run.json edited by hand",
+    sees="`run.json is not what a run wrote`, and what is wrong in it",
+    kept="the whole folder, untouched",
+)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"given": None}, "'given' is missing or no dict"),
+        ({"train": [1]}, "'train' is missing or no dict"),
+        ({"given": {"bogus": 1}}, "unknown name 'bogus'"),
+        ({"given": {"max_steps": "x"}}, "max_steps='x'"),
+    ],
+)
+def test_a_record_edited_by_hand_is_one_line(finished, tmp_path, change, message):
+    record = json.loads((finished[0] / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | change))
+    with pytest.raises(CELoraError, match=message) as caught:
+        parse(["--max_steps", "9"], {"output": str(tmp_path), "resume": True})
+    assert "run.json is not what a run wrote" in str(caught.value)
 
 
 def test_rows_without_a_token_to_learn(inputs, tmp_path):

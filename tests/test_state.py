@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import celora
-from celora import CELoraConfig, CELoraError
+from celora import CELoraConfig, CELoraError, state
 from celora.attach import require
 from celora.state import STATE_NAME
 from conftest import adapter, make_model, train
@@ -45,9 +45,9 @@ def test_what_is_written(model: PeftModel, tmp_path: Path) -> None:
     train(model, 6)
     assert celora.save_state(model, tmp_path) == tmp_path / STATE_NAME
     assert [p.name for p in tmp_path.iterdir()] == [STATE_NAME]
-    state = load_file(tmp_path / STATE_NAME)
-    assert state["step"].item() == 6
-    assert state["base_model.model.model.layers.1.mlp.up_proj:index"].shape == (40,)
+    saved = load_file(tmp_path / STATE_NAME)
+    assert saved["step"].item() == 6
+    assert saved["base_model.model.model.layers.1.mlp.up_proj:index"].shape == (40,)
     errors = require(model).relative_errors
     assert errors
     celora.attach(model, "off")
@@ -55,6 +55,37 @@ def test_what_is_written(model: PeftModel, tmp_path: Path) -> None:
     celora.load_state(model, tmp_path)
     assert require(model).relative_errors == errors
     assert require(model).refreshes == 2
+
+
+@pytest.mark.parametrize("synchronise", [False, True])
+def test_each_process_keeps_what_it_alone_knows(
+    synchronise: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CELoraConfig(keep_ratio=0.5, rank=4, synchronise=synchronise)
+    models = [make_model(), make_model()]
+    for first, model in zip((0, 7), models, strict=True):
+        celora.attach(model, config)
+        train(model, 2, first=first)
+    monkeypatch.setattr(state, "in_company", lambda: True)
+
+    def index(model: PeftModel) -> torch.Tensor:
+        name = "base_model.model.model.layers.1.mlp.up_proj"
+        return require(model).grafts[name].estimator.state_dict()["index"].clone()
+
+    for rank, model in enumerate(models):
+        monkeypatch.setattr(state.dist, "get_rank", lambda rank=rank: rank)
+        if rank == 0 or not synchronise:
+            celora.save_state(model, tmp_path)
+    names = [STATE_NAME] if synchronise else [STATE_NAME, "celora_state_1.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    expected = [index(models[0]), index(models[0 if synchronise else 1])]
+    assert not expected[0].equal(index(models[1]))
+    for rank, own in enumerate(expected):
+        monkeypatch.setattr(state.dist, "get_rank", lambda rank=rank: rank)
+        model = make_model()
+        celora.attach(model, config)
+        celora.load_state(model, tmp_path)
+        assert index(model).equal(own)
 
 
 def test_clear_errors(model: PeftModel, tmp_path: Path) -> None:
@@ -85,11 +116,11 @@ def test_a_state_that_fits_only_in_part_changes_nothing(model: PeftModel, tmp_pa
     celora.attach(model, HALF)
     train(model, 2)
     file = celora.save_state(model, tmp_path)
-    state = load_file(file)
-    last = [key for key in state if key.endswith(":index")][-1]
-    state[last] = state[last][:-1].clone()
+    values = load_file(file)
+    last = [key for key in values if key.endswith(":index")][-1]
+    values[last] = values[last][:-1].clone()
     with safe_open(file, framework="pt") as opened:
-        save_file(state, file, metadata=opened.metadata())
+        save_file(values, file, metadata=opened.metadata())
     celora.attach(model, "off")
     celora.attach(model, HALF)
     with pytest.raises(CELoraError, match="does not fit a layer that keeps"):

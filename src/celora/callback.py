@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from celora.attach import find
-from celora.state import STATE_NAME, load_state, save_state
+from celora.state import STATE_NAME, load_state, own_name, save_state
 
 
 class Callback(TrainerCallback):  # type: ignore[misc]
@@ -91,7 +91,10 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if model is not None and find(model) is not None and state.is_world_process_zero and folder.is_dir():
+        attachment = None if model is None else find(model)
+        if model is None or attachment is None or not folder.is_dir():
+            return
+        if state.is_world_process_zero or own_name(attachment) != STATE_NAME:
             save_state(model, folder)
 
     def on_log(

@@ -212,7 +212,7 @@ def audit(
     preset: Preset = None,
     plan: PlanFile = None,
     config: Config = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows in the batch.")] = 8,
+    rows: Annotated[int, typer.Option("--rows", min=1, max=1_000_000, help="Rows in the batch.")] = 8,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -242,7 +242,9 @@ def plan(
     ] = None,
     adapter: Adapter = None,
     config: Config = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows in a batch, as training will have.")] = 8,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, max=1_000_000, help="Rows in a batch, as training will have.")
+    ] = 8,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
     as_json: Json = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,

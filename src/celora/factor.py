@@ -124,7 +124,7 @@ class GradientFactor(FrozenFactor):
         self._next: tuple[Tensor, Tensor, Tensor] | None = None  # made of it
 
     def prepare(self, weight: Tensor) -> None:
-        if self.V is not None and (self.U is None or self.V.device != weight.device):  # loaded, or the model was moved
+        if self.V is not None and (self.U is None or self.U.device != weight.device):  # loaded, or the model was moved
             self._use(*_projection(weight, self.V))
 
     def observe(self, weight: Tensor, grad_input: Tensor) -> None:

@@ -51,8 +51,19 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def check_regular(path: Path) -> None:
+    """Refuse a pipe or a device, which may have no end, or no other side; CELoraError."""
+    try:
+        other = path.exists() and not path.is_file() and not path.is_dir()
+    except (OSError, ValueError):  # a name that is none: opening it says why
+        return
+    if other:
+        raise CELoraError(f"cannot read {str(path)!r}: a pipe or a device; expected a file.")
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds; CELoraError if it cannot be read or is not JSON."""
+    check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

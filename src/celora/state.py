@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from celora.attach import Attachment, require
 from celora.errors import CELoraError
 from celora.files import replacing
+from celora.synchronise import in_company
 
 STATE_NAME = "celora_state.safetensors"
 _ERROR = "relative_error"
@@ -24,7 +26,9 @@ _CONFIG = "config"
 def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write the step count and each layer's selection and measured error to `celora_state.safetensors` in `folder`.
 
-    Call it between optimizer steps. Factors are not written: they follow from the weights and the seed.
+    Call it between optimizer steps. Factors are not written: they follow from the weights and the seed. Where several
+    processes train together and each selects by its own gradients, call it in all of them: all but the first write
+    `celora_state_1.safetensors` and so on. With `synchronise` all know the same, and the first one's file is enough.
     """
     attachment = require(model)
     state: dict[str, Tensor] = {"step": torch.tensor(attachment.clock.step)}
@@ -34,7 +38,7 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         state[f"{name}:{_ERROR}"] = torch.tensor(error, dtype=torch.float64)
     for name, times in attachment.over_bound.items():
         state[f"{name}:{_OVER_BOUND}"] = torch.tensor(times)
-    target = Path(folder) / STATE_NAME
+    target = Path(folder) / own_name(attachment)
     with replacing(target) as temporary:
         try:
             save_file(state, temporary, metadata={_CONFIG: _config(attachment)})
@@ -46,12 +50,16 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Take over what `save_state` wrote, all of it or nothing. The model must have the same configuration attached.
 
+    A process that left no file of its own, since there were fewer then, takes the first one's.
+
     Raises:
         CELoraError: no such file, a damaged one, or one made with another configuration.
     """
     attachment = require(model)
-    file = Path(folder) / STATE_NAME
-    if not file.is_file():
+    own, file = Path(folder) / own_name(attachment), Path(folder) / STATE_NAME
+    if own.is_file():
+        file = own
+    elif not file.is_file():
         raise CELoraError(f"no {STATE_NAME} in {folder}; save one with celora.save_state(model, folder).")
     try:
         with safe_open(file, framework="pt") as opened:
@@ -79,6 +87,14 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     attachment.relative_errors, attachment.over_bound = errors, over_bound
     attachment.clock.step = step
     attachment.set_modes(step)
+
+
+def own_name(attachment: Attachment) -> str:
+    """The name of the file in which this process saves what it knows."""
+    if attachment.config.synchronise or not in_company() or dist.get_rank() == 0:
+        return STATE_NAME
+    stem, suffix = STATE_NAME.split(".")
+    return f"{stem}_{dist.get_rank()}.{suffix}"
 
 
 def _config(attachment: Attachment) -> str:

@@ -82,7 +82,7 @@ class Columns(Estimator):
 
     @property
     def traceable(self) -> bool:
-        return super().traceable and self.settings.selection != "sampled"
+        return self.product.traceable and self.settings.selection != "sampled"  # not super(): see Tokens
 
     @property
     def _keeps_all(self) -> bool:

@@ -64,7 +64,8 @@ class Tokens(Estimator):
 
     @property
     def traceable(self) -> bool:
-        return super().traceable and self.settings.selection == "topk"
+        # Not super().traceable, which is true for Dynamo whatever it says: it gets the property itself there.
+        return self.product.traceable and self.settings.selection == "topk"
 
     @property
     def _keeps_all(self) -> bool:

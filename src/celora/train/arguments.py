@@ -16,7 +16,8 @@ from typing import Any
 from celora.config import PRESETS, CELoraConfig, balanced_rank, resolve
 from celora.errors import CELoraError, unknown
 from celora.train.fields import DEFAULTS, REFUSED, RunOptions, convert, known_fields, known_name, read_flags
-from celora.train.folder import OutputFolder
+from celora.train.folder import RUN, OutputFolder
+from celora.train.processes import processes
 from celora.train.yaml_file import read_document
 
 DEFAULT_PRESET = "auto"
@@ -110,9 +111,6 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     merged = {name: f.default for name, f in known.items() if f.owner == "lora"} | defaults | values
     options = RunOptions(**{f.name: values[f.name] for f in dataclasses.fields(RunOptions) if f.name in values})
     lora = {name: merged[name] for name, f in known.items() if f.owner == "lora"}
-    rate = float(str(merged["learning_rate"]))
-    if rate < 0:
-        raise CELoraError(f"learning_rate={rate}; expected a number >= 0. LoRA usually wants about 2e-4")
     if not isinstance(lora["lora_r"], int) or lora["lora_r"] < 1:
         raise CELoraError(f"lora_r={lora['lora_r']}; expected a whole number >= 1")
     train = {name: value for name, value in merged.items() if known[name].owner == "train"}
@@ -144,7 +142,15 @@ def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> Tra
     raw = raw_arguments(tokens, own)
     if not (raw.get("resume") and raw.get("output")):
         return make_request(raw)
-    before = OutputFolder(Path(str(raw["output"])).expanduser()).resumable()
+    folder = OutputFolder(Path(str(_absolute("output", str(raw["output"])))))
+    before = folder.resumable()
+    for name, kind in (("given", dict), ("train", dict), ("lora", dict), ("config", dict), ("r", int)):
+        if not isinstance(before.get(name), kind):
+            raise CELoraError(f"{folder.path / RUN} is not what a run wrote: {name!r} is missing or no {kind.__name__}")
+    try:
+        make_request(before["given"])
+    except CELoraError as error:
+        raise CELoraError(f"{folder.path / RUN} is not what a run wrote: {error}") from error
     request = make_request(before["given"] | raw)
     _check_same_run(before, request)
     return request
@@ -160,16 +166,26 @@ def _check_same_run(before: Mapping[str, Any], request: TrainRequest) -> None:
         and settled.get(name) != value
     }
     if (before["config"], before["r"]) != (request.config.to_dict(), request.r):
-        changed["the estimator's configuration"] = (before["preset"], request.preset)
+        changed["the estimator's configuration"] = (before.get("preset"), request.preset)
+    if (count := before.get("processes", processes())) != processes():
+        changed["the number of processes"] = (count, processes())
     for name, (old, new) in changed.items():
         raise CELoraError(f"--resume cannot change {name} ({old!r} -> {new!r}); start a new run instead")
 
 
 def _absolute(name: str, value: object) -> object:
     """Local paths are stored whole, so that --resume works from another folder; hub names stay as they are."""
-    local = name in ("model", "data", "eval_data", "output", "plan") and isinstance(value, str)
-    path = Path(str(value)).expanduser()
-    return str(path.resolve()) if local and (name == "output" or path.exists()) else value
+    if name not in ("model", "data", "eval_data", "output", "plan") or not isinstance(value, str):
+        return value
+    try:
+        path = Path(value).expanduser()
+        if b"\0" in value.encode():
+            raise ValueError("it holds a NUL")
+        return str(path.resolve()) if path.exists() or name == "output" else value
+    except (OSError, ValueError, RuntimeError) as error:  # too long, not UTF-8, a NUL, links in a circle, no such user
+        shown = value if len(value) <= 60 else f"{value[:57]}..."
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CELoraError(f"--{name} {shown!a} cannot be a path: {reason}") from None
 
 
 def device_defaults(values: Mapping[str, object]) -> dict[str, object]:

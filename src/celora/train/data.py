@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 
 from celora.errors import CELoraError, unknown
+from celora.files import check_regular
 from celora.train import readers
 from celora.train.readers import READERS, fail
 
@@ -63,7 +64,7 @@ def load_rows(
     """
     if limit is not None and limit < 1:
         raise CELoraError(f"limit={limit}; expected at least 1 row, or None for all.")
-    files = _files(source, split)
+    files = local_files(source, split)
     if files and config is not None:
         raise CELoraError(f"dataset_config={config!r} is for hub data sets, and {str(source)!r} is here; leave it out.")
     stamps = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files for s in [f.stat()]]
@@ -209,9 +210,10 @@ def _messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
 # --- places ----------------------------------------------------------------------------------------------------------
 
 
-def _files(source: str | Path, split: str) -> list[Path]:
-    """The files to read, or none if `source` can only be the name of a hub data set."""
+def local_files(source: str | Path, split: str) -> list[Path]:
+    """The files that `load_rows` reads, or none if `source` can only be the name of a hub data set."""
     path = Path(source).expanduser()
+    check_regular(path)
     if path.is_dir():
         files = _in_folder(path, split)
     elif path.exists():

@@ -12,6 +12,7 @@ import difflib
 import enum
 import functools
 import json
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,44 @@ REFUSED: dict[str, tuple[object, str]] = {
     "test_split_size": (None, "hold rows out in a file of their own and give it as eval_data"),
     "ignore_bias_buffers": (False, "it does nothing in `trl sft` either"),
 }
+
+# The least and the most that a number may be, where TRL, transformers or torch would fail late, or would do something
+# else without a word. A bound itself is allowed, except where the name is in OPEN_BELOW or OPEN_ABOVE.
+RANGES: dict[str, tuple[float, float | None]] = {
+    "learning_rate": (0, None),
+    "num_train_epochs": (0, None),
+    "max_steps": (-1, None),
+    "max_length": (1, None),
+    "per_device_train_batch_size": (1, None),
+    "per_device_eval_batch_size": (1, None),
+    "gradient_accumulation_steps": (1, None),
+    "logging_steps": (0, None),
+    "save_steps": (0, None),
+    "eval_steps": (0, None),
+    "save_total_limit": (0, None),
+    "weight_decay": (0, None),
+    "max_grad_norm": (0, None),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, None),
+    "warmup_steps": (0, None),
+    "label_smoothing_factor": (0, 1),
+    "neftune_noise_alpha": (0, None),
+    "dataloader_num_workers": (0, None),
+    "seed": (0, 2**32 - 1),
+    "lora_r": (1, None),
+    "lora_alpha": (1, None),
+    "lora_dropout": (0, 1),
+}
+OPEN_BELOW = frozenset({"num_train_epochs"})
+OPEN_ABOVE = frozenset({"adam_beta1", "adam_beta2", "label_smoothing_factor", "lora_dropout"})
+ADVICE = {
+    "learning_rate": "LoRA usually wants about 2e-4",
+    "max_length": "--max_length none keeps every token",
+    "max_steps": "-1 trains num_train_epochs",
+    "save_total_limit": "0 keeps every checkpoint",
+}
+_MOST = 2**63 - 1  # of an integer in torch
 
 
 @dataclass(frozen=True)
@@ -156,7 +195,26 @@ def convert(f: Field, value: object) -> Any:
         raise CELoraError(f"{f.name}={value!r}; expected {describe_type(f.hint)}")
     if f.choices and result not in f.choices:
         raise unknown(f.name, result, f.choices)
+    if isinstance(result, int | float) and not isinstance(result, bool):
+        _check_range(f.name, result)
     return result
+
+
+def _check_range(name: str, value: int | float) -> None:
+    least, most = RANGES.get(name, (None, None))
+    low = least is not None and (value <= least if name in OPEN_BELOW else value < least)
+    high = most is not None and (value >= most if name in OPEN_ABOVE else value > most)
+    expected = ""
+    if math.isnan(value) or (math.isinf(value) and name != "max_grad_norm"):  # where infinity means: never clip
+        expected = "a finite number"
+    elif isinstance(value, int) and abs(value) > _MOST:
+        expected = "a number of 64 bits"
+    elif low or high:
+        expected = f"a number {'>' if name in OPEN_BELOW else '>='} {least:g}"
+        expected += "" if most is None else f" and {'<' if name in OPEN_ABOVE else '<='} {most:.10g}"
+    if expected:
+        shown = str(value) if len(str(value)) <= 30 else f"{str(value)[:27]}..."
+        raise CELoraError(f"{name}={shown}; expected {expected}. {ADVICE.get(name, '')}".rstrip(" ."))
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:

@@ -94,19 +94,24 @@ class OutputFolder:
         Raises:
             CELoraError: there is one, but it is damaged.
         """
-        if not (self.path / RUN).is_file():
+        # While the first process brings an earlier run back, others find run.json in one place or in the other.
+        for place in [self.path / RUN] if is_first() else [self.path / RUN, self.path / _ASIDE / RUN, self.path / RUN]:
+            try:
+                document = read_json(place)
+                break
+            except CELoraError as error:
+                if place.is_file():
+                    raise CELoraError(
+                        f"{error} Its checkpoints can be used without it: start a new run in another folder, or put it "
+                        "back."
+                    ) from None
+        else:
             return None
-        try:
-            document = read_json(self.path / RUN)
-        except CELoraError as error:
-            raise CELoraError(
-                f"{error} Its checkpoints can be used without it: start a new run in another folder, or put it back."
-            ) from None
         return document if isinstance(document, dict) and "celora" in document else None
 
     def resumable(self) -> dict[str, Any]:
         """What run.json says, or a CELoraError: there is nothing to resume."""
-        if (self.path / _ASIDE).is_dir():
+        if is_first() and (self.path / _ASIDE).is_dir():
             with self.locked():
                 self.recover()
         run = self.run()
@@ -155,15 +160,13 @@ class OutputFolder:
         """Bring the earlier run back if the process that was to replace it died before it began a new one.
 
         `run.json` is the last to be set aside, the last to come back and the first that a new run writes: only where
-        both have one has the new run begun. Processes of one run may do this at once: what is gone, another has moved.
+        both have one has the new run begun.
         """
         aside = self.path / _ASIDE
         if aside.is_dir() and not ((aside / RUN).exists() and (self.path / RUN).exists()):
             for entry in sorted(aside.iterdir(), key=lambda e: e.name == RUN):
-                with contextlib.suppress(FileNotFoundError):
-                    entry.rename(self.path / entry.name)
-            with contextlib.suppress(FileNotFoundError):
-                aside.rmdir()
+                entry.rename(self.path / entry.name)
+            aside.rmdir()
 
     def forget_earlier(self) -> None:
         """Remove the run that was set aside, by this process or by one that was killed: a new one has trained."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_quantization_config
 
 from celora.errors import CELoraError
+from celora.files import read_json
 from celora.train.arguments import TrainRequest
 from celora.train.data import load_rows
 from celora.train.processes import is_first
@@ -85,7 +85,8 @@ def check_model_folder(model: str) -> None:
     if not path.is_dir():
         raise CELoraError(f"--model {model!r} is a file; expected a folder or a Hugging Face name")
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        adapter = read_json(path / "adapter_config.json")
+        base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
         raise CELoraError(f"--model {model!r} is an adapter, not a model; give its base model {base!r}")
     if not (path / "config.json").exists() and (packed := next(path.glob("*.gguf"), None)):
         raise CELoraError(

@@ -7,6 +7,7 @@ The launcher ends the others when one fails. Here they only learn to be silent a
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 from celora.errors import CELoraError
+
+_PATIENCE_S = 5.0
 
 
 def rank() -> int:
@@ -47,6 +50,14 @@ def from_first(value: Any) -> Any:
     return shared[0]
 
 
+def wait_for_all() -> None:
+    """Go on when all processes are here. Collective."""
+    if processes() > 1:
+        from accelerate import PartialState  # here, since the folder's lock needs none of it
+
+        PartialState().wait_for_everyone()
+
+
 def any_of_them(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set in any process. Collective, and waits for the device, as logging a loss does."""
     if processes() == 1:
@@ -60,13 +71,27 @@ def speaks() -> bool:
     """Whether this process is to say why the job failed: the first to ask is, through the store they met at."""
     if processes() == 1:
         return True
+    answers: list[bool] = []
+    # In a thread, since a store whose host has frozen keeps whoever asks waiting beyond the store's own time limit.
+    asking = threading.Thread(target=lambda: answers.append(_first_to_ask()), daemon=True)
+    asking.start()
+    asking.join(_PATIENCE_S)
+    return answers[0] if answers else True
+
+
+def _first_to_ask() -> bool:
     try:
         port, attempt = int(os.environ["MASTER_PORT"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        host, patience = os.environ["MASTER_ADDR"], timedelta(seconds=5)
+        host, patience = os.environ["MASTER_ADDR"], timedelta(seconds=_PATIENCE_S)
         store = dist.TCPStore(host, port, is_master=False, timeout=patience)  # type: ignore[attr-defined]
         return bool(store.add(f"celora/failures/{attempt}", 1) == 1)
     except (KeyError, ValueError, RuntimeError):  # no store any more: its host was the process that failed
         return True
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether this is how a collective says that another process is gone."""
+    return processes() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 @contextmanager
@@ -75,7 +100,7 @@ def losing_contact(output: os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if processes() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not lost_contact(error):
             raise
         raise CELoraError(
             f"process {rank()} of {processes()} lost contact with the others: one of them was killed or failed. "

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from celora.errors import CELoraError
-from celora.files import write_text
+from celora.files import check_regular, write_text
 from celora.memory import peak_memory
 from celora.train.folder import finite
 
@@ -33,7 +33,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl. Lines that are none are left out: the last may be cut short by a crash, others are
     damaged and said."""
     rows: list[dict[str, Any]] = []
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    check_regular(path)
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise CELoraError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from celora.plan import Plan
 from celora.planner import DEFAULT_FIDELITY
 from celora.train.arguments import TrainRequest, sft_config
 from celora.train.checkpointing import choose_checkpointing
+from celora.train.fingerprint import check_same, fingerprints
 from celora.train.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json
 from celora.train.interrupt import StopAtStepEnd
 from celora.train.loading import (
@@ -43,7 +45,7 @@ from celora.train.loading import (
     quiet_libraries,
     training_rows,
 )
-from celora.train.processes import from_first, is_first, losing_contact
+from celora.train.processes import from_first, is_first, losing_contact, processes
 from celora.train.progress import MetricsWriter, Phases, PlanProgress, ProgressLine, read_metrics
 from celora.train.report import write_report
 from celora.train.saving import UNUSABLE, SafeSaving, Sealing, save_adapter, stopped, take_over
@@ -82,8 +84,34 @@ class Trainer(SafeSaving, SFTTrainer):  # type: ignore[misc]
         with self.phases.timing("backward", without="forward"):
             return super().training_step(*args, **kwargs)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; what it refuses is one line."""
+        with refused("optimizer"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; what it refuses is one line."""
+        with refused("scheduler of learning rates"):
+            return super().create_scheduler(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's; what it refuses is one line."""
+        with refused("loader of batches"):
+            return super().get_train_dataloader()
+
     def _send_telemetry(self) -> None:
         """TRL reports every construction to the hub; training a model here stays here."""
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """What a library says of the values that it is given for `what`, in one line."""
+    try:
+        yield
+    except CELoraError:
+        raise
+    except Exception as error:
+        raise CELoraError(f"no {what} with these settings: {' '.join(str(error).split())}") from error
 
 
 def train(request: TrainRequest, *, console: Console | None = None) -> TrainResult:
@@ -107,7 +135,7 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
     if first:
         folder.check(resume=options.resume, overwrite=options.overwrite)
     earlier = folder.run() if options.resume else None
-    if earlier and earlier.get("status") == "finished" and not _longer(earlier["given"], request.given):
+    if earlier and _finished(earlier) and not _longer(earlier["given"], request.given):
         step = int(earlier["summary"]["step"])
         _say(
             console, options.quiet, f"{request.output} is finished, at step {step}; a larger --max_steps continues it."
@@ -120,6 +148,9 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         args = sft_config(request)
         with args.main_process_first():
             rows, eval_rows = training_rows(request, chat=chat), evaluation_rows(request, chat=chat)
+        made_from = fingerprints(request) if first else {}
+        if earlier and first:
+            check_same(earlier.get("made_from"), made_from, request)
         model = load_model(request)
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
         if cut := truncation_line(trainer, rows):
@@ -152,7 +183,7 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
             aside = folder.set_aside() if options.overwrite else None
             if options.resume:
                 folder.clear_after(marker["step"])
-            record = _record(request, args, attached)
+            record = _record(request, args, attached) | {"made_from": made_from}
             write_json(request.output / RUN, record)
             config.save(request.output / CONFIG)
             if plan is not None:
@@ -166,8 +197,7 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         progress, stop = ProgressLine(console, quiet=options.quiet), StopAtStepEnd(console)
         # The Trainer puts callbacks after its reporters; celora's goes first, so that all of them see its metrics.
         trainer.callback_handler.callbacks.insert(0, celora.Callback())
-        sealing = None if metrics is None else Sealing(folder, metrics)
-        for callback in filter(None, (trainer.phases, stop, metrics, progress, sealing)):
+        for callback in filter(None, (trainer.phases, stop, metrics, progress, Sealing(folder, metrics))):
             trainer.add_callback(callback)
 
         status = "failed"
@@ -231,7 +261,7 @@ def build_trainer(
             processing_class=tokenizer,
             peft_config=peft,
         )
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError, re.error) as error:
         raise CELoraError(" ".join(str(error).split())) from error
     trainer.remove_callback(PrinterCallback)
     if len(trainer.train_dataset) == 0:
@@ -261,6 +291,11 @@ def _say(console: Console, quiet: bool, line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def _finished(run: dict[str, Any]) -> bool:
+    summary = run.get("summary")
+    return run.get("status") == "finished" and isinstance(summary, dict) and isinstance(summary.get("step"), int)
+
+
 def _longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether the run now asked for goes on where the finished one ended."""
     return any(
@@ -283,6 +318,7 @@ def _record(request: TrainRequest, args: Any, attached: Any) -> dict[str, Any]:
         "preset": request.preset,
         "config": request.config.to_dict(),
         "r": request.r,
+        "processes": processes(),
         "lora": request.lora,
         "train": args.to_dict(),  # hides tokens
         "estimated_layers": len(attached.estimated),

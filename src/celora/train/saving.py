@@ -14,6 +14,7 @@ from celora.errors import CELoraError
 from celora.files import sync
 from celora.train.folder import SAVING, OutputFolder
 from celora.train.manifest import seal
+from celora.train.processes import lost_contact, wait_for_all
 from celora.train.progress import MetricsWriter
 
 # What a disk, or a file that is not what it should be, raises.
@@ -21,14 +22,18 @@ UNUSABLE = (OSError, SafetensorError, UnpicklingError)
 
 
 class Sealing(TrainerCallback):  # type: ignore[misc]
-    """Seals what was saved; to be called after every callback that writes into a checkpoint."""
+    """Seals what was saved; to be called after every callback that writes into a checkpoint, in every process.
 
-    def __init__(self, folder: OutputFolder, metrics: MetricsWriter) -> None:
+    Only the first has `metrics`, and seals; the others let it wait until they have written their own part.
+    """
+
+    def __init__(self, folder: OutputFolder, metrics: MetricsWriter | None) -> None:
         self.folder = folder
         self.metrics = metrics
 
     def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        if not state.is_world_process_zero:
+        wait_for_all()
+        if self.metrics is None:
             return
         if self.metrics.path.exists():
             sync(self.metrics.path)  # a checkpoint that is on the disk has its metrics there, too
@@ -44,23 +49,22 @@ class SafeSaving:
 
     args: Any
     state: Any
-    accelerator: Any
 
     def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
+        check_finite(self)
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and checkpoint.exists():
             shutil.rmtree(checkpoint)  # unfinished, or from before the run went back to an earlier one
-        self.accelerator.wait_for_everyone()  # before another process writes into the new one
+        wait_for_all()  # before another process writes into the new one
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(*arguments, **more)  # type: ignore[misc]
-        except RuntimeError as error:
-            if "inline_container" not in str(error):
+        except RuntimeError as error:  # how torch.save says that the disk is full
+            if lost_contact(error):
                 raise
-            raise OSError(str(error).splitlines()[0]) from error  # how torch.save says that the disk is full
+            raise OSError(str(error).splitlines()[0]) from error
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()  # every process writes its own random state
 
     def _save(self, output_dir: str | None = None, *arguments: Any, **more: Any) -> None:
         super()._save(output_dir, *arguments, **more)  # type: ignore[misc]
@@ -68,8 +72,23 @@ class SafeSaving:
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
 
+def check_finite(trainer: Any) -> None:
+    """Refuse to save what is no adapter any more.
+
+    Raises:
+        CELoraError: a parameter that trains is not finite.
+    """
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and not bool(parameter.detach().isfinite().all()):
+            raise CELoraError(
+                f"at step {trainer.state.global_step} {name} holds NaN or infinity, so nothing is saved; lower "
+                "--learning_rate, and look at the loss and the gradient norm in metrics.jsonl"
+            )
+
+
 def save_adapter(trainer: Any, output: Path) -> None:
     """Write the adapter and the tokenizer into `output`, each file whole or not at all."""
+    check_finite(trainer)
     aside, card, first = output / SAVING, output / "README.md", trainer.is_world_process_zero()
     if first:
         shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed here

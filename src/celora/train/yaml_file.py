@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from celora.errors import CELoraError
+from celora.files import check_regular
 
 _MOST_VALUES = 10_000  # in a configuration file; aliases of aliases could make it billions
 
@@ -33,6 +34,7 @@ def set_environment(path: str | Path) -> None:
 
 
 def _parse(path: str | Path) -> dict[str, Any]:
+    check_regular(Path(path))
     try:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
