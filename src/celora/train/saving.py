@@ -14,11 +14,12 @@ from celora.errors import CELoraError
 from celora.files import sync
 from celora.train.folder import SAVING, OutputFolder
 from celora.train.manifest import seal
-from celora.train.processes import lost_contact, wait_for_all
+from celora.train.processes import wait_for_all
 from celora.train.progress import MetricsWriter
 
 # What a disk, or a file that is not what it should be, raises.
 UNUSABLE = (OSError, SafetensorError, UnpicklingError)
+_TORCHS_WRITER = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 
 class Sealing(TrainerCallback):  # type: ignore[misc]
@@ -59,10 +60,10 @@ class SafeSaving:
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(*arguments, **more)  # type: ignore[misc]
-        except RuntimeError as error:  # how torch.save says that the disk is full
-            if lost_contact(error):
+        except RuntimeError as error:
+            if not any(writer in str(error) for writer in _TORCHS_WRITER):
                 raise
-            raise OSError(str(error).splitlines()[0]) from error
+            raise OSError(str(error).splitlines()[0]) from error  # how torch.save says that the disk is full
         finally:
             self.args.save_total_limit = limit
 
