@@ -14,7 +14,10 @@ import celora
 from celora import CELoraError, planner
 from celora.attach import find, require
 from celora.config import LayerConfig
+from celora.estimators import Dense
+from celora.graft import Mode, Switch
 from celora.plan import Candidate, PlannedLayer
+from celora.weights import StoredWeight
 from conftest import adapter, make_base, make_batch, make_model, train
 
 
@@ -64,6 +67,19 @@ def test_layers_whose_product_is_computed_elsewhere_are_not_measured(
     monkeypatch.setattr(planner, "_make_plans", no_plans)
     celora.make_plan(hra, batches)
     assert asked == []
+
+
+def test_a_product_in_a_quantised_layer_s_own_dtype_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stored(StoredWeight):
+        def dense(self) -> torch.Tensor:
+            return self.stored
+
+    waits: list[None] = []
+    monkeypatch.setattr(planner, "synchronise", lambda: waits.append(None))
+    weight = Stored(torch.ones(6, 4), torch.Size((6, 4)), torch.float32, compute_dtype=torch.bfloat16)
+    graft = planner._TimedGraft(Dense(6, 4), Switch())
+    assert graft.grad_input(torch.ones(3, 6), weight, Mode.ESTIMATE).equal(torch.full((3, 4), 6.0))
+    assert len(waits) == 2  # before and after
 
 
 @pytest.mark.parametrize("fidelity", [0.9, 0.99, 1.0])
