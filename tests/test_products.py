@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from celora import kernels, products, reference
+from celora import kernels, products, reference, select
 from celora.errors import CELoraError
 from celora.products import Fp8, Int8, Native, make_product
 
@@ -128,3 +128,13 @@ def test_without_dot_products_torchs_integer_product_is_used(monkeypatch: pytest
     estimate = product(G, W)
     assert product._packed.dtype == torch.int8
     assert (estimate - expected).norm() / expected.norm() < 3e-3
+
+
+def test_only_our_kernel_takes_any_number_of_rows(path: str) -> None:
+    """Elsewhere, as on accelerators, a product of a new shape has to be set up first."""
+    usual = select.grain(1000)
+    assert usual > 1
+    gathers = path == "compiled" and products._gathered_products()
+    assert Int8().grain(1000, torch.device("cpu")) == (1 if gathers else usual)
+    assert Int8().grain(1000, torch.device("cuda")) == Native().grain(1000, torch.device("cpu")) == usual
+    assert Int8(copy=False).grain(1000, torch.device("cpu")) == usual

@@ -179,7 +179,7 @@ def test_int8_x_tokens_equals_the_reference_composition(dtype: torch.dtype, sele
     estimator = Tokens(32, 24, keep_ratio=0.64, selection=selection, precision="int8")
     estimate = estimator.estimate(G, W).double()
     kept = (estimate != 0).any(1)
-    needed, step = len(reference.energy(G.double().square().sum(1), 0.64)), estimator.product.grain(200)
+    needed, step = len(reference.energy(G.double().square().sum(1), 0.64)), estimator.product.grain(200, G.device)
     assert int(kept.sum()) == (128 if selection == "topk" else -(-needed // step) * step)
     closed = torch.zeros_like(estimate)
     closed[kept] = reference.int8(G[kept].double(), W.double())

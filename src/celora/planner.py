@@ -85,7 +85,7 @@ class _Layer:
 
     def grain(self, setting: LayerConfig) -> int:
         """What the number of tokens that this setting keeps is rounded up to."""
-        return make_product(setting.precision, copy=setting.weight_copy).grain(self.tokens)
+        return make_product(setting.precision, copy=setting.weight_copy).grain(self.tokens, device_of(self.base))
 
 
 def make_plan(

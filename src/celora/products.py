@@ -64,8 +64,8 @@ class Product(ABC):
     def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         """`(K, out) , (out, in) -> (K, in)`, in the dtype of `grad_output`."""
 
-    def grain(self, rows: int) -> int:
-        """What a number of kept rows is rounded up to, out of `rows`: see `select.grain`."""
+    def grain(self, rows: int, device: torch.device) -> int:
+        """What a number of kept rows is rounded up to, out of `rows` on this device: see `select.grain`."""
         return grain(rows)
 
     @property
@@ -200,8 +200,8 @@ class Int8(_EightBit):
             kernels.scatter_sums(y, position, scale, column_scale, out, fill=fill)
         return out
 
-    def grain(self, rows: int) -> int:
-        return 1 if self._gathers(torch.device("cpu")) else super().grain(rows)
+    def grain(self, rows: int, device: torch.device) -> int:
+        return 1 if self._gathers(device) else super().grain(rows, device)
 
     def _gathers(self, device: torch.device) -> bool:
         return self.copy and device.type == "cpu" and _gathered_products()

@@ -80,9 +80,8 @@ class Tokens(Estimator):
         if self.settings.selection == "sampled":
             index, factors = self._sample(squared.sqrt())
         else:
-            index, position = critical_rows(
-                squared, kept=self._kept(squared), share=self.keep_ratio, step=self.product.grain(len(squared))
-            )
+            step = self.product.grain(len(squared), squared.device)
+            index, position = critical_rows(squared, kept=self._kept(squared), share=self.keep_ratio, step=step)
             if index.shape[0] == grad_output.shape[0]:
                 return self.product(grad_output, weight)
         if self.factor.U is not None and self.factor.V is not None:
@@ -132,7 +131,7 @@ class Tokens(Estimator):
             return tokens
         self._share = self._share.cpu()  # one synchronisation a refresh, when the share is new
         share = self._share.item() or 1.0  # 0 where nothing could be counted
-        return rounded_up(round(share * tokens), tokens, self.product.grain(tokens))
+        return rounded_up(round(share * tokens), tokens, self.product.grain(tokens, squared.device))
 
     def _sample(self, norms: Tensor) -> tuple[Tensor, Tensor]:
         kept = max(1, round(self.keep_ratio * len(norms)))
