@@ -67,6 +67,14 @@ def test_one_graph_for_refreshes_and_one_for_estimates(fused: bool) -> None:
         torch.testing.assert_close(adapter(model)[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ["columns", "tokens", "int8"])
+def test_8_bit_products_are_one_operator_to_the_graph(estimator: str) -> None:
+    config = CELoraConfig(estimator=estimator, keep_ratio=0.5, rank=0, refresh_every=3, precision="int8", fused=True)
+    model = _model(config)
+    counts = _train(model, torch.compile(model, fullgraph=True, backend="aot_eager"), 5)
+    assert counts[1:] == [counts[1]] * 4
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("setting", ["columns", "int8 tokens"])
 def test_inductor_gives_the_same_without_breaks_or_graphs_at_later_refreshes(setting: str) -> None:

@@ -105,7 +105,10 @@ class Estimator(ABC):
 
     @property
     def traceable(self) -> bool:
-        """Whether torch.compile can trace `estimate`; otherwise it is one opaque operator to it."""
+        """Whether torch.compile can trace `estimate`; otherwise it is one opaque operator to it.
+
+        An override must not ask `super()`: Dynamo gets the property itself there, which is always true.
+        """
         return self.product.traceable
 
     def needs_whole(self, weight: Tensor) -> bool:
