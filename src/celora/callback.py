@@ -54,26 +54,12 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         attachment.clock.step = state.global_step
         attachment.set_modes(state.global_step)
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
-    ) -> None:
+    def on_step_begin(self, *_: Any, model: nn.Module | None = None, **__: Any) -> None:
         attachment = None if model is None else find(model)
         if attachment is not None:
             self._before = (attachment.clock.step, attachment.other_steps)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, *_: Any, model: nn.Module | None = None, **__: Any) -> None:
         attachment = None if model is None else find(model)
         if attachment is None:
             return

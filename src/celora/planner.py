@@ -312,9 +312,11 @@ class _Observer(Dense):
         ordered = squared_row_norms(grad_input)[squared.argsort(descending=True)].double()
         lost = ordered.flip(0).cumsum(0).flip(0)  # lost[k]: with only the first k kept
         total = float(lost[0]) or 1.0
-        for step in {layer.grain(setting) for setting in self.candidates if setting.estimator == "tokens"}:
-            for share in SHARES:
-                count = rounded_up(int(energy_count(squared, share)), len(squared), step)
+        steps = {layer.grain(setting) for setting in self.candidates if setting.estimator == "tokens"}
+        for share in SHARES:
+            needed = int(energy_count(squared, share))
+            for step in steps:
+                count = rounded_up(needed, len(squared), step)
                 layer.kept.setdefault((share, step), []).append(count / len(squared))
                 error = (float(lost[count]) / total) ** 0.5 if count < len(lost) else 0.0
                 layer.lost.setdefault((share, step), []).append(error)

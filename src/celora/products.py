@@ -319,16 +319,11 @@ def _onednn(device: torch.device) -> bool:
 
 def _gathered_products() -> bool:
     """Whether our kernel is there, and nothing faster: oneDNN has its own for matrix instructions."""
-    return kernels.panel_columns() > 0 and not _matrix_instructions()
-
-
-@functools.cache
-def _matrix_instructions() -> bool:
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    return kernels.panel_columns() > 0 and not kernels.cpu_supports("amx_tile")
 
 
 def _dot_products() -> bool:
-    return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
+    return kernels.cpu_supports("vnni")
 
 
 def _packed_product(q: Tensor, packed: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:

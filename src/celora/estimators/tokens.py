@@ -97,9 +97,7 @@ class Tokens(Estimator):
         if self.settings.selection == "energy":
             squared = squared_row_norms(grad_output)
             needed = energy_count(squared, self.keep_ratio) / len(grad_output)
-            needed = torch.where(
-                measurable(squared), needed, 0
-            )  # what cannot be counted says nothing of the next steps
+            needed = torch.where(measurable(squared), needed, 0)  # what cannot be counted says nothing of later steps
             self._needed = needed if self._needed is None else torch.maximum(needed, self._needed)
 
     def select(self) -> None:

@@ -146,6 +146,12 @@ def quantise_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
     return q
 
 
+@functools.cache
+def cpu_supports(instructions: str) -> bool:
+    """Whether torch finds them ("vnni", "amx_tile", ...) on this CPU; False on others than x86."""
+    return bool(getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)())
+
+
 def panel_columns() -> int:
     """How many columns of a packed weight lie together; 0 where there is no `gathered_product`."""
     loaded = library()

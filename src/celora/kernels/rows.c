@@ -67,9 +67,9 @@ static inline float exp_negative(float x) {
 }
 
 /* Where a walk through the numbers from the largest down has met `count` of them or, with count < 0, a sum of `mass`:
- * the bits of the number it ends at, and in `last` how many as large as that it has met. One digit of them at a time, so
- * that nothing is sorted. Sizes compare like their bits. */
-static uint32_t walk_down(const float *x, int64_t rows, int64_t count, double mass, int64_t *last) {
+ * the bits of the number it ends at, in `larger` how many were larger, and in `last` how many as large as that it has met.
+ * One digit of them at a time, so that nothing is sorted. Sizes compare like their bits. */
+static uint32_t walk_down(const float *x, int64_t rows, int64_t count, double mass, int64_t *larger, int64_t *last) {
     static const int shifts[] = {20, 9, 0}, digits[] = {2048, 2048, 512};
     uint32_t known = 0, mask = 0;
     int64_t met = 0;
@@ -100,6 +100,7 @@ static uint32_t walk_down(const float *x, int64_t rows, int64_t count, double ma
     memcpy(&value, &known, 4);
     const int64_t missing = count < 0 ? (int64_t)ceil((mass - held) / value) : count - met;
     *last = missing < 1 ? 1 : missing < *last ? missing : *last;
+    *larger = met;
     return known;
 }
 
@@ -110,7 +111,7 @@ static uint32_t walk_down(const float *x, int64_t rows, int64_t count, double ma
 int64_t choose_rows(const float *squared, int64_t rows, int64_t kept, double share, int64_t step, int64_t *index,
                     int32_t *position) {
     uint32_t least = 0;
-    int64_t last = rows; /* of those as large as the least */
+    int64_t larger = 0, last = rows; /* than the least; of those as large as it */
     if (kept < 0) {
         double sum = 0;
         int64_t nonzero = 0;
@@ -118,19 +119,14 @@ int64_t choose_rows(const float *squared, int64_t rows, int64_t kept, double sha
         kept = nonzero;
         if (!(sum >= 1e-24 && sum < 1e300)) kept = rows;
         else if (share < 1) {
-            least = walk_down(squared, rows, -1, share * sum, &last);
-            kept = last;
-            for (int64_t t = 0; t < rows; t++) {
-                uint32_t bits;
-                memcpy(&bits, squared + t, 4);
-                kept += bits > least;
-            }
+            least = walk_down(squared, rows, -1, share * sum, &larger, &last);
+            kept = larger + last;
         }
         kept = kept < 1 ? 1 : kept;
         if (kept % step) least = 0, kept = (kept + step - 1) / step * step;
     }
     kept = kept > rows ? rows : kept;
-    if (!least && kept < rows) least = walk_down(squared, rows, kept, 0, &last);
+    if (!least && kept < rows) least = walk_down(squared, rows, kept, 0, &larger, &last);
     int64_t k = 0;
     for (int64_t t = 0; t < rows; t++) {
         uint32_t bits;

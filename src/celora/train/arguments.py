@@ -110,9 +110,7 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     defaults = {name: value for name, (value, _) in DEFAULTS.items()} | device_defaults(values)
     merged = {name: f.default for name, f in known.items() if f.owner == "lora"} | defaults | values
     options = RunOptions(**{f.name: values[f.name] for f in dataclasses.fields(RunOptions) if f.name in values})
-    lora = {name: merged[name] for name, f in known.items() if f.owner == "lora"}
-    if not isinstance(lora["lora_r"], int) or lora["lora_r"] < 1:
-        raise CELoraError(f"lora_r={lora['lora_r']}; expected a whole number >= 1")
+    lora: dict[str, Any] = {name: merged[name] for name, f in known.items() if f.owner == "lora"}
     train = {name: value for name, value in merged.items() if known[name].owner == "train"}
     if "include_num_input_tokens_seen" not in values and (train.get("packing") or train.get("padding_free")):
         train["include_num_input_tokens_seen"] = "all"  # nothing is padded then, and pad may be a real token (eos)

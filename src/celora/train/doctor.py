@@ -63,14 +63,8 @@ def _version(package: str) -> str | None:
 
 def _instructions() -> dict[str, bool]:
     """What torch finds on an x86 CPU; all false on others."""
-    asked = {
-        "avx2": "_is_avx2_supported",
-        "avx512": "_is_avx512_supported",
-        "avx512_bf16": "_is_avx512_bf16_supported",
-        "vnni": "_is_vnni_supported",
-        "amx": "_is_amx_tile_supported",
-    }
-    return {name: bool(getattr(torch.cpu, ask, lambda: False)()) for name, ask in asked.items()}
+    known = {name: name for name in ("avx2", "avx512", "avx512_bf16", "vnni")} | {"amx": "amx_tile"}
+    return {name: kernels.cpu_supports(instructions) for name, instructions in known.items()}
 
 
 def _kernels() -> dict[str, Any]:

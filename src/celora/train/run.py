@@ -33,6 +33,7 @@ from celora.plan import Plan
 from celora.planner import DEFAULT_FIDELITY
 from celora.train.arguments import TrainRequest, sft_config
 from celora.train.checkpointing import choose_checkpointing
+from celora.train.doctor import PACKAGES
 from celora.train.fingerprint import check_same, fingerprints
 from celora.train.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json
 from celora.train.interrupt import StopAtStepEnd
@@ -52,7 +53,6 @@ from celora.train.saving import UNUSABLE, SafeSaving, Sealing, save_adapter, sto
 from celora.train.truncation import truncation_line
 
 _LAST = ("loss", "eval_loss", "tokens_seen", "mean_token_accuracy", "eval_mean_token_accuracy")
-PACKAGES = ("celora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
 @dataclass(frozen=True)
@@ -195,9 +195,8 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
             where = f"from {checkpoint.name}" if checkpoint else "from the beginning: no checkpoint is whole"
             _say(console, options.quiet, f"Resuming {where}.")
         progress, stop = ProgressLine(console, quiet=options.quiet), StopAtStepEnd(console)
-        # The Trainer puts callbacks after its reporters; celora's goes first, so that all of them see its metrics.
-        trainer.callback_handler.callbacks.insert(0, celora.Callback())
-        for callback in filter(None, (trainer.phases, stop, metrics, progress, Sealing(folder, metrics))):
+        own = (celora.Callback(), trainer.phases, stop, metrics, progress, Sealing(folder, metrics))
+        for callback in filter(None, own):
             trainer.add_callback(callback)
 
         status = "failed"
