@@ -26,7 +26,7 @@ import celora
 import celora.fsdp
 from celora import fused
 from celora.attach import require
-from celora.graft import LayerGraft
+from celora.graft import LayerGraft, Mode
 from celora.synchronise import add_up
 from conftest import make_base, make_model
 
@@ -145,6 +145,27 @@ def one_without_a_gradient(rank: int) -> dict[str, Any]:
     return {"selected": graft.estimator.index.tolist(), "factor": graft.estimator.U_off is not None}
 
 
+def at_odds(rank: int) -> dict[str, Any]:
+    """A layer that only the second process finds no estimate in, and a gradient without tokens in only one of them."""
+    model = make_model()
+    celora.fsdp.shard(model)
+    celora.attach(model, celora.CELoraConfig(estimator="int8", refresh_every=2))
+    attachment = require(model)
+    names = [name for name in attachment.grafts if name.endswith("down_proj")]
+    if rank == 1:
+        attachment.grafts[names[0]].take_error = lambda: 1.5  # type: ignore[method-assign]
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(4):
+        model(input_ids=global_batch(step), labels=global_batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    base: Any = model.get_submodule(names[1]).get_base_layer()
+    graft, empty = attachment.grafts[names[1]], torch.zeros(0 if rank else 3, base.out_features)
+    modes = [mode for mode in Mode if len(graft.grad_input(empty, base.weight, mode)) == len(empty)]
+    return {"exact": sorted(attachment.made_exact), "expected": names[:1], "modes": len(modes)}
+
+
 def see(graft: LayerGraft, base: Any) -> None:
     torch.manual_seed(5)
     graft.observe(torch.randn(30, base.out_features), base.weight)
@@ -159,6 +180,7 @@ def main() -> None:
     for name, scenario in SCENARIOS.items():
         (folder / f"{name}.{rank}.json").write_text(json.dumps(run(scenario, rank, world)))
     (folder / f"unseen.{rank}.json").write_text(json.dumps(one_without_a_gradient(rank)))
+    (folder / f"at odds.{rank}.json").write_text(json.dumps(at_odds(rank)))
     dist.destroy_process_group()
     sys.stderr.flush()
     os._exit(0)  # some of gloo's threads outlive the interpreter: with torch 2.13 one exit in seven is an abort

@@ -33,7 +33,7 @@ def both(folder: Path, processes: int) -> dict[str, list[dict[str, Any]]]:
     script = Path(__file__).with_name("distributed_worker.py")
     done = torchrun(script, folder, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
-    names = [*SCENARIOS, "unseen"]
+    names = [*SCENARIOS, "unseen", "at odds"]
     return {n: [json.loads((folder / f"{n}.{r}.json").read_text()) for r in range(processes)] for n in names}
 
 
@@ -96,6 +96,13 @@ def test_a_process_without_a_gradient_selects_as_the_others(ran):
     assert first["selected"] == second["selected"] != []
     assert first["factor"]
     assert second["factor"]
+
+
+def test_sharded_layers_become_exact_in_all_processes_or_in_none(ran):
+    """Or the one that gathers the weight would wait for the other, which has its 8-bit copy, for ever."""
+    for of in ran["at odds"]:
+        assert of["exact"] == of["expected"]
+        assert of["modes"] == 3  # where one process has no token, and the others have
 
 
 def test_synchronising_is_one_reduction_at_refreshes_outside_backward(ran):

@@ -147,6 +147,17 @@ def test_on_an_accelerator_energy_keeps_the_share_that_the_refresh_needed(monkey
         assert needed <= kept <= needed + 40
 
 
+def test_on_an_accelerator_a_share_of_one_leaves_out_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refresh saw padding that later batches do not have."""
+    W, G = torch.randn(20, 12), torch.randn(64, 20)
+    padded = G * (torch.arange(64) < 16)[:, None]
+    estimator = Tokens(20, 12, keep_ratio=1.0, selection="energy")
+    monkeypatch.setattr(tokens_module, "_counts_freely", lambda device: False)
+    estimator.observe(padded, W, padded @ W)
+    estimator.select()
+    assert estimator.estimate(G, W).equal(G @ W)
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("factor", ["svd", "gradient"])
 def test_sampled_tokens_are_unbiased(rank: int, factor: str) -> None:

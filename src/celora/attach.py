@@ -28,7 +28,7 @@ from celora.fused import Adapter, FusedGraft, Lender, vanilla_adapter
 from celora.graft import LayerGraft, Mode, Switch
 from celora.packing import cannot_pack
 from celora.plan import Plan
-from celora.synchronise import add_up
+from celora.synchronise import add_up, largest_of_all, shards
 from celora.weights import device_of, shape_of, trains, unreadable
 
 _ATTRIBUTE = "_celora"
@@ -137,6 +137,7 @@ class Attachment:
         self.other_steps = 0  # of optimizers that hold none of the model's parameters
         self._observations = 0  # when the latest of those was
         self._refreshed: set[str] = set()  # layers that were to observe a gradient, whether or not one came
+        self._awaited: set[str] = set()  # layers that another process has nothing selected for yet
         self._together: int | None = None  # the step from which on layers no longer refresh in turns
         self._bind(model, step=0)
 
@@ -214,6 +215,7 @@ class Attachment:
                     "too small or too large for their squares. It stays exact until it sees one.",
                 )
         self._refreshed |= observing.keys()
+        self.agree(list(observing))
         if new := self.made_exact - already:
             warnings.warn(
                 f"celora: from step {step} on, {', '.join(sorted(new))} "
@@ -224,6 +226,25 @@ class Attachment:
         if step == (min(self.config.refresh_every, _FIRST_ROUND) if self.config.spread else 1):
             self._check_passed_by()
         self.set_modes(step)
+
+    def agree(self, names: list[str]) -> None:
+        """Make layers exact in all processes or in none where the weights are sharded: who gathers one waits for all.
+
+        Collective, one reduction. Does nothing in a process of its own, and where all have observed the same.
+        """
+        if not names or self.config.synchronise or not shards(self.parameters()):
+            return
+        grafts, device = [self.grafts[name] for name in names], next(self.parameters()).device
+        standing = [
+            [self.over_bound.get(name, 0), not graft.estimator.ready, not graft.estimator.product.holds_copy]
+            for name, graft in zip(names, grafts, strict=True)
+        ]
+        for name, graft, (times, awaited, lacking) in zip(names, grafts, largest_of_all(standing, device), strict=True):
+            if times:
+                self.over_bound[name] = times
+            (self._awaited.add if awaited else self._awaited.discard)(name)
+            if lacking:  # all make their 8-bit copy of the same gathered weight, or none does
+                graft.estimator.product.forget()
 
     def _check_passed_by(self) -> None:
         """Say so if the first observations have seen no layer of some kind whose adapters have got a gradient."""
@@ -294,7 +315,7 @@ class Attachment:
             first = i * min(tau, _FIRST_ROUND) // layers if spread else 0
             if name in made_exact:
                 graft.mode = Mode.EXACT
-            elif not graft.estimator.ready:
+            elif not graft.estimator.ready or name in self._awaited:
                 graft.mode = Mode.OBSERVE if step >= first else Mode.EXACT
             else:
                 due = step % tau == (i * tau // layers if spread else 0) or step == self._together

@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
 from celora.attach import cannot_estimate, find, tuner_layers
 from celora.errors import CELoraError
+from celora.weights import held
 
 
 def shard(model: nn.Module, **options: Any) -> None:
@@ -27,12 +28,24 @@ def shard(model: nn.Module, **options: Any) -> None:
 
     Args:
         model: a PEFT model of a Transformers model, not sharded and not attached yet.
-        options: of `torch.distributed.fsdp.fully_shard`: `mesh`, `mp_policy`, `offload_policy`, ...
+        options: of `torch.distributed.fsdp.fully_shard`: `mesh`, `mp_policy`, `reshard_after_forward`, ...
 
     Raises:
-        CELoraError: no adapters, celora is attached already, or the model does not name its blocks.
+        CELoraError: no adapters, celora is attached already, a quantised base, weights that are to be offloaded to the
+            CPU, or a model that does not name its blocks.
     """
     tuners = tuner_layers(model)
+    if isinstance(options.get("offload_policy"), CPUOffloadPolicy):
+        raise CELoraError(
+            "offload_policy=CPUOffloadPolicy leaves the weights that an estimated backward reads on the CPU; leave it "
+            "out, or call fully_shard yourself and train without celora."
+        )
+    for name, tuner in tuners.items():
+        if not cannot_estimate(tuner) and held(tuner.get_base_layer()) is None:
+            raise CELoraError(
+                f"{name!r} is quantised ({type(tuner.get_base_layer()).__name__}), and FSDP2 splits by rows what is "
+                "stored otherwise; train quantised bases with DDP."
+            )
     if find(model) is not None:
         raise CELoraError(
             "celora is attached already, and its hooks have to come after FSDP2's; shard first, then attach."

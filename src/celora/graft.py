@@ -150,10 +150,12 @@ class LayerGraft:
         would wait for an accelerator; there, such a gradient reaches the adapter's through the adapter's own products.
         So it does where `weight` is sharded: all processes gather the same of it, or they would wait for ever.
         """
+        if isinstance(weight, DTensor):
+            return mode
         if mode is Mode.EXACT or not witness.numel():
             return Mode.EXACT
         free = witness.device.type == "cpu" and not torch.compiler.is_compiling()
-        if mode is Mode.OBSERVE or not free or isinstance(weight, DTensor):
+        if mode is Mode.OBSERVE or not free:
             return mode
         if math.isfinite(squared_row_norms(witness).sum().item()):
             return mode
@@ -172,6 +174,8 @@ class LayerGraft:
         if isinstance(weight, StoredWeight) and weight.compute_dtype not in (None, grad_output.dtype):
             computed = grad_output.to(weight.compute_dtype)  # as the layer's own backward does
             return LayerGraft.grad_input(self, computed, weight, mode).to(grad_output.dtype)
+        if isinstance(weight, DTensor) and not len(grad_output):  # gather with the others, for a token of zeros
+            return LayerGraft.grad_input(self, grad_output.new_zeros(1, grad_output.shape[1]), weight, mode)[:0]
         if mode is Mode.EXACT:
             return grad_output @ whole(weight, grad_output.dtype)
         if isinstance(weight, DTensor) and (mode is Mode.OBSERVE or self.estimator.needs_whole(weight)):

@@ -86,6 +86,7 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         graft.estimator.load_state_dict(layers[name])
     attachment.relative_errors, attachment.over_bound = errors, over_bound
     attachment.clock.step = step
+    attachment.agree(list(attachment.grafts))
     attachment.set_modes(step)
 
 

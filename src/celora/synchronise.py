@@ -1,4 +1,5 @@
 """Processes that select alike: what each has observed of its own data is added up before anything is selected from it.
+And processes that do not, but hold parts of the same weights, so that they have to gather alike.
 
 One all-reduce at the end of a refresh step, outside backward, for all layers together: `out` numbers a layer with
 columns and `in (rank + 8)` for a gradient factor, whatever the number of processes.
@@ -6,11 +7,12 @@ columns and `in (rank + 8)` for a gradient factor, whatever the number of proces
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from celora.graft import LayerGraft
 from celora.sharded import whole
@@ -20,6 +22,19 @@ from celora.weights import device_of, read
 def in_company() -> bool:
     """Whether this process is one of several that train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def shards(parameters: Iterable[Tensor]) -> bool:
+    """Whether several processes train together, each with a part of every parameter."""
+    return in_company() and any(isinstance(parameter, DTensor) for parameter in parameters)
+
+
+def largest_of_all(numbers: list[list[int]], device: torch.device) -> list[list[int]]:
+    """Each number's maximum over all processes. Collective."""
+    flat = torch.tensor(numbers, dtype=torch.int64, device=device)
+    dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+    largest: list[list[int]] = flat.tolist()
+    return largest
 
 
 @torch.no_grad()
@@ -43,7 +58,8 @@ def add_up(layers: Sequence[tuple[LayerGraft, nn.Module]]) -> None:
     dist.all_reduce(flat)
     processes = dist.get_world_size()
     witnesses = torch.stack([part[0] for part in parts]).tolist()  # once a refresh, so the synchronisation is cheap
-    for part, (graft, base), seen in zip(parts, layers, witnesses, strict=True):
+    for summed, (graft, base), seen in zip(parts, layers, witnesses, strict=True):
+        part = summed.to(device_of(base))  # a model may lie on several devices
         graft.squared_error, graft.squared_norm = part[1].clone(), part[2].clone()
         if seen:
             # A process that saw no gradient has not seen the weight either, and gathering it takes them all.

@@ -158,10 +158,12 @@ class Columns(Estimator):
         return self._gather(weight, dtype)
 
     def needs_whole(self, weight: Tensor) -> bool:
+        if not self.agreed:  # another process may have selected anew when this one saw no gradient
+            return True
         if self.settings.precision != "native":
             return self._rows is None or not self.settings.weight_copy
         settled = self.index is not None and (self.U_off is not None or not self.settings.rank)
-        return not (self.agreed and settled and self.settings.selection != "sampled" and rows_alone(weight))
+        return not (settled and self.settings.selection != "sampled" and rows_alone(weight))
 
     def observe(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
         self.factor.observe(weight, grad_input)

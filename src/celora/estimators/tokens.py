@@ -125,7 +125,7 @@ class Tokens(Estimator):
             return max(1, round(self.keep_ratio * tokens))
         if _counts_freely(squared.device):
             return None
-        if self._share is None:
+        if self._share is None or self.keep_ratio == 1:  # the share of another step might leave out what is not zero
             return tokens
         self._share = self._share.cpu()  # one synchronisation a refresh, when the share is new
         share = self._share.item() or 1.0  # 0 where nothing could be counted
