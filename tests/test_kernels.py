@@ -154,6 +154,25 @@ def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int
         assert (out[~others].double() - expected).norm() <= (3e-3 if dtype == torch.float32 else 6e-3) * expected.norm()
 
 
+@pytest.mark.skipif(not kernels.panel_columns(), reason="no 8-bit dot products of vectors")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (67, 100)])
+@pytest.mark.parametrize(("kept", "share"), [(1, 1.0), (9, 1.0), (25, 1.0), (None, 0.5), (None, 0.99), (None, 1.0)])
+def test_critical_products(dtype: torch.dtype, shape: tuple[int, int], kept: int | None, share: float) -> None:
+    """One call is the same as the three that choose and multiply."""
+    x = torch.randn(25, shape[0] + 3).to(dtype)[:, : shape[0]] * (torch.rand(25, 1) * 4).exp().to(dtype)
+    x[3] = 0
+    w = torch.randn(shape).to(dtype)
+    scale = w.float().abs().amax(0).clamp(min=1e-20) / 127
+    packed = kernels.pack_columns(w, 1 / scale)
+    found = kernels.critical_product(x, packed, scale, columns=shape[1], kept=kept, share=share)
+    index, position = kernels.choose_rows(kernels.squared_row_norms(x), kept=kept, share=share, step=1)
+    expected = torch.full((25, shape[1]), 7.0).to(dtype)
+    kernels.gathered_product(x, packed, scale, expected, index=index, position=position, factors=None, fill=True)
+    assert found.equal(expected)
+    assert (found != 0).any(1).sum() <= len(index) < 26
+
+
 @needs_compiler
 def test_rows_may_be_apart() -> None:
     x = torch.randn(6, 40)[:, 3:17]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from celora import kernels
 from celora.errors import unknown
-from celora.select import column_maxima, grain
+from celora.select import column_maxima, critical_rows, grain, squared_row_norms
 
 _OFFSET = 128  # the zero point of unsigned activations
 
@@ -59,6 +60,26 @@ class Product(ABC):
             return y
         onto = grad_output.new_zeros(grad_output.shape[0], weight.shape[1]) if onto is None else onto
         return onto.index_copy_(0, index, y)
+
+    def critical_rows(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        *,
+        kept: int | None,
+        share: float,
+        onto: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """`rows` for those of the largest norms: `kept` of them or, with None, as many as hold `share` of `||G||^2`.
+
+        `onto` computes what the others become; it is not called where there are none.
+        """
+        squared = squared_row_norms(grad_output)
+        step = self.grain(len(squared), squared.device)
+        index, position = critical_rows(squared, kept=kept, share=share, step=step)
+        if len(index) == len(grad_output):
+            return self(grad_output, weight)
+        return self.rows(grad_output, weight, index, position=position, onto=None if onto is None else onto())
 
     @abstractmethod
     def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
@@ -199,6 +220,20 @@ class Int8(_EightBit):
         else:
             kernels.scatter_sums(y, position, scale, column_scale, out, fill=fill)
         return out
+
+    def critical_rows(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        *,
+        kept: int | None,
+        share: float,
+        onto: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        if onto is not None or not (self._gathers(weight.device) and kernels.supported(grad_output)):
+            return super().critical_rows(grad_output, weight, kept=kept, share=share, onto=onto)
+        scale, columns = self._follow(weight), weight.shape[1]
+        return kernels.critical_product(grad_output, self._packed, scale, columns=columns, kept=kept, share=share)
 
     def grain(self, rows: int, device: torch.device) -> int:
         return 1 if self._gathers(device) else super().grain(rows, device)

@@ -8,6 +8,7 @@ Source: ours; skipping tokens in backward was also proposed by SEBP and TokenDro
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 from celora.estimators.base import Estimator
 from celora.factor import make_factor
 from celora.select import (
-    critical_rows,
     energy_count,
     inclusion_probabilities,
     measurable,
@@ -75,20 +75,16 @@ class Tokens(Estimator):
         if self._keeps_all:
             return self.product(grad_output, weight)
         self.factor.prepare(weight)
-        squared = squared_row_norms(grad_output)
-        factors = position = onto = None
+        U, V = self.factor.U, self.factor.V
         if self.settings.selection == "sampled":
-            index, factors = self._sample(squared.sqrt())
-        else:
-            step = self.product.grain(len(squared), squared.device)
-            index, position = critical_rows(squared, kept=self._kept(squared), share=self.keep_ratio, step=step)
-            if index.shape[0] == grad_output.shape[0]:
-                return self.product(grad_output, weight)
-        if self.factor.U is not None and self.factor.V is not None:
-            onto = (grad_output @ self.factor.U.to(grad_output.dtype)) @ self.factor.V.to(grad_output.dtype)
-            if factors is not None:  # the rest is what is sampled: G U V + (G W - G U V)_sampled
-                return self._sampled_residual(grad_output, weight, index, factors, onto)
-        return self.product.rows(grad_output, weight, index, position=position, factors=factors, onto=onto)
+            index, factors = self._sample(squared_row_norms(grad_output).sqrt())
+            if U is None or V is None:
+                return self.product.rows(grad_output, weight, index, factors=factors)
+            # The rest is what is sampled: G U V + (G W - G U V)_sampled.
+            return self._sampled_residual(grad_output, weight, index, factors, _low_rank(grad_output, U, V))
+        kept = self._kept(len(grad_output), grad_output.device)
+        onto = None if U is None or V is None else functools.partial(_low_rank, grad_output, U, V)
+        return self.product.critical_rows(grad_output, weight, kept=kept, share=self.keep_ratio, onto=onto)
 
     def observe(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
         super().observe(grad_output, weight, grad_input)
@@ -118,18 +114,17 @@ class Tokens(Estimator):
         self._share = state.get("share")
         self.factor.load_state_dict(state)
 
-    def _kept(self, squared: Tensor) -> int | None:
-        """How many tokens to keep; None if that is to be counted from `squared`."""
-        tokens = squared.shape[0]
+    def _kept(self, tokens: int, device: torch.device) -> int | None:
+        """How many of these tokens to keep; None if that is to be counted from their norms."""
         if self.settings.selection == "topk":
             return max(1, round(self.keep_ratio * tokens))
-        if _counts_freely(squared.device):
+        if _counts_freely(device):
             return None
         if self._share is None or self.keep_ratio == 1:  # the share of another step might leave out what is not zero
             return tokens
         self._share = self._share.cpu()  # one synchronisation a refresh, when the share is new
         share = self._share.item() or 1.0  # 0 where nothing could be counted
-        return rounded_up(round(share * tokens), tokens, self.product.grain(tokens, squared.device))
+        return rounded_up(round(share * tokens), tokens, self.product.grain(tokens, device))
 
     def _sample(self, norms: Tensor) -> tuple[Tensor, Tensor]:
         kept = max(1, round(self.keep_ratio * len(norms)))
@@ -143,6 +138,10 @@ class Tokens(Estimator):
         exact = self.product(grad_output[index], weight)
         residual = (exact - low_rank[index]) * factors.to(exact.dtype)[:, None]
         return low_rank.index_add_(0, index, residual)
+
+
+def _low_rank(grad_output: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    return (grad_output @ U.to(grad_output.dtype)) @ V.to(grad_output.dtype)
 
 
 def _counts_freely(device: torch.device) -> bool:

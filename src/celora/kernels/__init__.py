@@ -42,6 +42,7 @@ _SIGNATURES = {
 _DOT_SIGNATURES = {  # dot.c; only where the machine has the instructions
     "pack_columns": [_P, _N, _N, _N, _P, _P, _I],
     "gathered_product": [_P, _N, _N, _N, _P, _P, _N, _P, _P, _P, _N, _P, _P, _P, _P, _I, _I],
+    "critical_product": [_P, _N, _N, _N, _N, ctypes.c_double, _P, _P, _N, _P, _P, _I],
 }
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -192,6 +193,18 @@ def gathered_product(
           scales.data_ptr(), starts.data_ptr(), out.data_ptr(), fill)  # fmt: skip
 
 
+def critical_product(
+    x: Tensor, packed: Tensor, column_scale: Tensor, *, columns: int, kept: int | None, share: float
+) -> Tensor:
+    """`gathered_product` of the rows that `choose_rows` chooses by their norms, in one call: (T, columns)."""
+    rows, depth = x.shape
+    out = x.new_empty(rows, columns)
+    work = torch.empty(rows * (8 + 4 * 4 + packed.shape[1] * 4), dtype=torch.uint8)
+    _call("critical_product", x, x.data_ptr(), rows, depth, x.stride(0), -1 if kept is None else kept, share,
+          packed.data_ptr(), column_scale.data_ptr(), columns, work.data_ptr(), out.data_ptr())  # fmt: skip
+    return out
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None if they are turned off or cannot be built here."""
@@ -204,7 +217,7 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(_build(compiler)))
     except (OSError, subprocess.SubprocessError):
         return None
-    loaded.choose_rows.restype = ctypes.c_int64
+    loaded.choose_rows.restype = _N
     for name, types in (_SIGNATURES | (_DOT_SIGNATURES if loaded.panel_columns() else {})).items():
         for function in [name] if name == "choose_rows" else [f"{name}_{of}" for of in _NAMES.values()]:
             getattr(loaded, function).argtypes = types

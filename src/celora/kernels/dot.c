@@ -176,6 +176,21 @@ void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t
     }
 }
 
+/* gathered_product of the critical rows alone, which choose_rows chooses by their norms; the others become 0. Returns
+ * how many. For each token, work holds an index, four numbers of four bytes, and `depth` bytes. */
+int64_t EACH(critical_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, int64_t kept, double share,
+                               const uint8_t *packed, const float *column_scale, int64_t columns, void *work, TYPE *out,
+                               int threads) {
+    int64_t *index = work;
+    float *squared = (float *)(index + tokens), *scales = squared + tokens;
+    int32_t *starts = (int32_t *)(scales + tokens), *position = starts + tokens;
+    EACH(squared_row_norms)(x, tokens, rows, stride, squared, threads);
+    kept = choose_rows(squared, tokens, kept, share, 1, index, position);
+    EACH(gathered_product)(x, tokens, rows, stride, index, position, kept, NULL, packed, column_scale, columns,
+                           (int8_t *)(position + tokens), scales, starts, out, 1, threads);
+    return kept;
+}
+
 #endif
 
 #endif
