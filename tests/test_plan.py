@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,13 @@ def test_a_plan_for_something_else_is_refused(model: PeftModel) -> None:
         (lambda d: d["settings"][1].update(keep=1), "not a whole plan: TypeError"),
         (lambda d: d.update(tokens="many"), "not a whole plan: ValueError"),
         (lambda d: d["layers"].append(7), "not a whole plan: TypeError"),
+        (lambda d: d.update(fidelity=1e308), "fidelity=1e[+]308, which nobody can have measured"),
+        (lambda d: d.update(audited_cosine=-1.5), "audited_cosine=-1.5"),
+        (lambda d: d.update(predicted_time=math.inf), "predicted_time=inf"),
+        (lambda d: d["layers"][0].update(influence=math.nan), "influence=nan"),
+        (lambda d: d["layers"][0]["candidates"][1].__setitem__(1, -1), "time_ms=-1"),
+        (lambda d: d["layers"][0]["candidates"][1].__setitem__(2, math.nan), "relative_error=nan"),
+        (lambda d: d["layers"][0]["candidates"][1].__setitem__(3, -5), "memory=-5"),
     ],
 )
 def test_what_is_not_a_plan_is_one_line(model: PeftModel, tmp_path: Path, change: Any, message: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from celora.weights import shape_of
 
 PLAN_NAME = "celora_plan.json"
 _VERSION = 1
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -166,11 +169,16 @@ class Plan:
             layers = tuple(
                 PlannedLayer(
                     name=str(layer["name"]),
-                    out_features=int(layer["out_features"]),
-                    in_features=int(layer["in_features"]),
-                    influence=float(layer["influence"]),
+                    out_features=int(_measured(layer["out_features"], "out_features")),
+                    in_features=int(_measured(layer["in_features"], "in_features")),
+                    influence=_measured(layer["influence"], "influence"),
                     candidates=tuple(
-                        Candidate(settings[_position(i, settings)], float(time), float(error), int(memory))
+                        Candidate(
+                            settings[_position(i, settings)],
+                            time_ms=_measured(time, "time_ms"),
+                            relative_error=_measured(error, "relative_error", most=math.inf),
+                            memory=int(_measured(memory, "memory")),
+                        )
                         for i, time, error, memory in layer["candidates"]
                     ),
                     chosen=_position(layer["chosen"], layer["candidates"]),
@@ -179,6 +187,10 @@ class Plan:
             )
             kinds = {"float": float, "int": int, "str": str}
             own = {name: kinds[str(kind)](values[name]) for name, kind in known.items() if name != "layers"}
+            for name, kind in known.items():
+                if kind in ("float", "int"):
+                    most = 1.0 if name in ("fidelity", "predicted_cosine", "audited_cosine") else _LARGEST
+                    _measured(own[name], name, least=-1.0 if name.endswith("_cosine") else 0.0, most=most)
         except CELoraError:
             raise
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
@@ -252,6 +264,14 @@ def _changes(setting: LayerConfig) -> dict[str, Any]:
     defaults = LayerConfig()
     values = dataclasses.asdict(setting)
     return {name: v for name, v in values.items() if name == "estimator" or v != getattr(defaults, name)}
+
+
+def _measured(value: Any, name: str, least: float = 0.0, most: float = _LARGEST) -> float:
+    """A number that a measurement can have given."""
+    number = float(value)
+    if not least <= number <= most:
+        raise ValueError(f"{name}={number:g}, which nobody can have measured")
+    return number
 
 
 def _position(value: object, of: list[Any]) -> int:
