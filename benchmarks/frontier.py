@@ -27,6 +27,7 @@ from celora.train.assets import demo_model
 
 FIDELITIES = [0.9, 0.95, 0.98, 0.99]
 BATCH = 8
+RESULTS = rows.RESULTS / "frontier.jsonl"
 
 
 def smollm() -> tuple[PeftModel, list[dict[str, torch.Tensor]]]:
@@ -99,7 +100,8 @@ def main() -> None:
     logging.disable_progress_bar()
     keep_freed_memory()
     found = [row for name in options.models for row in study(name, options.fidelities, options.memory_limit)]
-    rows.write(rows.RESULTS / "frontier.jsonl", found)
+    others = [row for row in rows.read(RESULTS) if row["model"] not in options.models] if RESULTS.exists() else []
+    rows.write(RESULTS, [*others, *found])
     Console().print(f"{len(found)} rows written")
 
 

@@ -43,11 +43,11 @@ from celora.weights import device_of, read, shape_of
 DEFAULT_FIDELITY = 0.99
 
 # Shares of the squared gradient norm that `tokens` may keep; 1 leaves out only what is exactly zero.
-SHARES = (1.0, 0.9999, 0.9997, 0.999, 0.997, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.88, 0.8)
+SHARES = (1.0, 0.9999, 0.9997, 0.999, 0.997, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.88, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
 COLUMNS = (0.75, 0.5)
 _TIMED_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the tokens; times in between are interpolated
-_DISTURBANCE = 0.88  # the share that disturbed layers keep
-_DEPTHS, _MOST_KINDS = 6, 8
+_DISTURBANCE = 0.88  # the share of the squared norm that disturbed layers keep
+_DEPTHS, _MOST_KINDS, _FEW_LAYERS = 6, 8, 24
 _ROUNDS = 5
 _MARGIN = 0.97  # an estimate must beat the dense product by more than timing noise, or the layer stays dense
 
@@ -69,6 +69,8 @@ class _Layer:
     tokens: int = 0
     dtype: torch.dtype = torch.float32
     columns: dict[LayerConfig, Estimator] = field(default_factory=dict)
+    disturbance: LayerConfig = field(default_factory=lambda: LayerConfig("dense"))
+    disturbed: float = 0.0  # its relative error
     influence: float = 1.0
 
     @property
@@ -320,6 +322,10 @@ class _Observer(Dense):
                 layer.kept.setdefault((share, step), []).append(count / len(squared))
                 error = (float(lost[count]) / total) ** 0.5 if count < len(lost) else 0.0
                 layer.lost.setdefault((share, step), []).append(error)
+        # By number, which no product rounds up: a layer that is not disturbed would seem to have no influence.
+        count = int(energy_count(squared, _DISTURBANCE))
+        layer.disturbance = dataclasses.replace(_tokens(count / len(squared)), selection="topk")
+        layer.disturbed = (float(lost[count]) / total) ** 0.5 if count < len(lost) else 0.0
 
 
 def _tokens(share: float, precision: Precision = "native", *, copy: bool = True) -> LayerConfig:
@@ -514,21 +520,23 @@ def _evidence(
 
 
 def _probe_influence(bench: _Bench, layers: list[_Layer]) -> None:
-    """Disturb groups of layers, by depth and by kind, and see how much of it arrives in the LoRA gradient."""
+    """Disturb groups of layers, by depth and by kind, and see how much of it arrives in the LoRA gradient.
+
+    Every layer by itself where they are few.
+    """
     number = bench.measuring
-    size = -(-len(layers) // _DEPTHS)
+    size = 1 if len(layers) <= _FEW_LAYERS else -(-len(layers) // _DEPTHS)
     depths = [layers[i : i + size] for i in range(0, len(layers), size)]
     kinds: dict[str, list[_Layer]] = {}
     for layer in layers:
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
-    groups = depths + (list(kinds.values()) if 1 < len(kinds) <= _MOST_KINDS else [])
+    groups = depths + (list(kinds.values()) if size > 1 and 1 < len(kinds) <= _MOST_KINDS else [])
     arrived = []
     for i, group in enumerate(groups):
         members = {layer.name: layer for layer in group}
-        disturbance = _tokens(_DISTURBANCE)
-        error = bench.audit(members, dict.fromkeys(members, disturbance), number).relative_error
-        caused = sum(layer.error(disturbance) ** 2 for layer in group)
-        arrived.append(error**2 / caused if caused > 0 else 0.0)
+        error = bench.audit(members, {layer.name: layer.disturbance for layer in group}, number).relative_error
+        caused = sum(layer.disturbed**2 for layer in group)
+        arrived.append(error**2 / caused if caused > 0 else 1.0)
         bench.progress("probing influence", 0.25 + 0.4 * (i + 1) / len(groups))
     mean = statistics.fmean(arrived[len(depths) :]) if len(groups) > len(depths) else 0.0
     for group, rate in zip(depths, arrived, strict=False):

@@ -41,6 +41,13 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def introduce_deepspeed() -> None:
+    """Tell DeepSpeed of the other processes, before a model is loaded in parts: on CPUs Accelerate does not."""
+    import deepspeed
+
+    deepspeed.init_distributed()  # takes over the group that is there
+
+
 def from_first(value: Any) -> Any:
     """What the first process has, in all of them. Collective."""
     if processes() == 1:

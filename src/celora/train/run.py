@@ -46,7 +46,7 @@ from celora.train.loading import (
     quiet_libraries,
     training_rows,
 )
-from celora.train.processes import from_first, is_first, losing_contact, processes
+from celora.train.processes import from_first, introduce_deepspeed, is_first, losing_contact, processes
 from celora.train.progress import MetricsWriter, Phases, PlanProgress, ProgressLine, read_metrics
 from celora.train.report import write_report
 from celora.train.saving import UNUSABLE, SafeSaving, Sealing, save_adapter, stopped, take_over
@@ -146,6 +146,8 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         tokenizer = load_tokenizer(request)
         chat = bool(tokenizer.chat_template)
         args = sft_config(request)
+        if args.deepspeed and processes() > 1:
+            introduce_deepspeed()
         with args.main_process_first():
             rows, eval_rows = training_rows(request, chat=chat), evaluation_rows(request, chat=chat)
         made_from = fingerprints(request) if first else {}
