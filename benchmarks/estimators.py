@@ -2,15 +2,13 @@
 
 `python benchmarks/estimators.py [--quick]` prints a table and writes `results/estimators-bfloat16.jsonl`. Refreshing is
 measured apart, since it happens once in `refresh_every` steps. "masked" is a gradient with 70 % of its tokens zero, as
-prompts without labels make it. `--without-amx` lets oneDNN use nothing newer than AVX-512 with bf16 and 8-bit dot
-products, as on most laptops and desktops.
+prompts without labels make it. On a CPU with matrix instructions (AMX) the rows go to `estimators-bfloat16-amx.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import os
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rows
+from celora import kernels
 from celora.estimators import Columns, Estimator, Int8, Tokens
 from celora.timing import interleaved
 from celora.train.allocator import keep_freed_memory
@@ -82,14 +81,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--quick", action="store_true", help="two shapes, few repeats, nothing written")
-    parser.add_argument("--without-amx", action="store_true")
     options = parser.parse_args()
-    if options.without_amx:
-        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"  # read at the first product
     keep_freed_memory()  # as celora train does: else what is measured at large shapes is the kernel handing out pages
     dtype = getattr(torch, options.dtype)
     found = [
-        row | {"amx": not options.without_amx and torch.cpu._is_amx_tile_supported()} | rows.conditions()
+        row | {"amx": kernels.cpu_supports("amx_tile")} | rows.conditions()
         for out, inp in (SHAPES[2:4] if options.quick else SHAPES)
         for row in measure(out, inp, options.tokens, dtype, 11 if options.quick else 31)
     ]
@@ -103,7 +99,7 @@ def main() -> None:
         )
     Console().print(table)
     if not options.quick:
-        name = f"estimators-{options.dtype}{'-without-amx' if options.without_amx else ''}.jsonl"
+        name = f"estimators-{options.dtype}{'-amx' if found[0]['amx'] else ''}.jsonl"
         rows.write(rows.RESULTS / name, found)
 
 
