@@ -27,25 +27,24 @@ ARMS: dict[str, dict[str, Any]] = {
     "CE-LoRA": {"preset": "paper", "celora": {"refresh_every": demo.REFRESH_EVERY}},
 }
 BATCH, HELD_OUT, VALIDATION = 8, 600, 600  # as the demo has them
-DTYPE = "bfloat16"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def settings(arm: str, way: str, seed: int, steps: int, folder: Path, data: Path) -> dict[str, Any]:
+def settings(arm: str, way: str, seed: int, steps: int, dtype: str, folder: Path, data: Path) -> dict[str, Any]:
     """The arguments of one run: the demo's, with its batch divided among the processes."""
     own = dict(ARMS[arm])
     if way == "FSDP2" and "celora" in own:
         own["celora"] = {**own["celora"], "synchronise": True}
-    shared = demo.shared_settings(demo_model(), steps, BATCH // (1 if way == "one process" else 2), DTYPE)
+    shared = demo.shared_settings(demo_model(), steps, BATCH // (1 if way == "one process" else 2), dtype)
     return shared | own | {
         "learning_rate": demo.LEARNING_RATES[arm], "seed": seed, "data": str(data), "output": str(folder), "quiet": True
     }  # fmt: skip
 
 
-def train(arm: str, way: str, seed: int, steps: int, folder: Path, data: Path) -> None:
+def train(arm: str, way: str, seed: int, steps: int, dtype: str, folder: Path, data: Path) -> None:
     """One run, in processes of its own."""
     wanted = folder.with_suffix(".yaml")  # JSON is YAML
-    wanted.write_text(json.dumps(settings(arm, way, seed, steps, folder, data)), encoding="utf-8")
+    wanted.write_text(json.dumps(settings(arm, way, seed, steps, dtype, folder, data)), encoding="utf-8")
     if way == "FSDP2":
         command = [*TORCHRUN, __file__, "--sharded", str(wanted)]
     else:
@@ -104,6 +103,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--way", action="append", choices=WAYS, help="repeatable; all without")
     parser.add_argument("--arm", action="append", choices=ARMS, help="repeatable; all without")
+    parser.add_argument("--dtype", default=demo.faster_dtype(), help="the faster one here, as in the demo")
     parser.add_argument("--sharded", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.sharded:
@@ -123,10 +123,10 @@ def main() -> None:
                 done = folder.with_suffix(".json")
                 if done.exists():
                     continue
-                train(arm, way, seed, asked.steps, folder, data)
-                accuracy = demo.stock_accuracy(demo_model(), held, DTYPE, adapter=folder)
+                train(arm, way, seed, asked.steps, asked.dtype, folder, data)
+                accuracy = demo.stock_accuracy(demo_model(), held, asked.dtype, adapter=folder)
                 row = {"arm": arm, "way": way, "seed": seed, "accuracy": accuracy, "held_out": HELD_OUT}
-                row |= {"steps": asked.steps, "batch": BATCH, "dtype": DTYPE, **rows.conditions()}
+                row |= {"steps": asked.steps, "batch": BATCH, "dtype": asked.dtype, **rows.conditions()}
                 done.write_text(json.dumps(row), encoding="utf-8")
                 print(json.dumps(row), flush=True)
                 found = [json.loads(path.read_text(encoding="utf-8")) for path in asked.work.glob("*-seed*.json")]
