@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import rows
+from celora.timing import faster_dtype
 from celora.train.assets import demo_model, rated_sentences
-from celora.train.demo import faster_dtype
 
 EVERY, LOOK_EVERY_S = 50, 0.25
 RESULTS = rows.RESULTS / "endurance.jsonl"

@@ -2,9 +2,9 @@
 
 Two models: SmolLM2-135M-Instruct after eight exact steps on the Python language reference, and random weights of a
 Llama shape with hidden size 2048. Every token labelled, and 70 % of the tokens without a label (as prompts are).
-T = 1024 tokens, bf16, LoRA r=16 on all linear layers. Cosine is audited on a batch that planning did not use, time is
-measured inside whole backward passes, both over the exact ones. Writes `results/frontier.jsonl`;
-`python benchmarks/tables.py` makes the table and the picture.
+T = 1024 tokens, bf16 (`--dtype float32` for CPUs that emulate it), LoRA r=16 on all linear layers. Cosine is audited on
+a batch that planning did not use, time is measured inside whole backward passes, both over the exact ones of the same
+dtype. Writes `results/frontier-bfloat16.jsonl`; `python benchmarks/tables.py` makes the tables and the picture.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ from celora.train.assets import demo_model
 
 FIDELITIES = [0.9, 0.95, 0.98, 0.99]
 BATCH = 8
-RESULTS = rows.RESULTS / "frontier.jsonl"
 
 
-def smollm() -> tuple[PeftModel, list[dict[str, torch.Tensor]]]:
+def smollm(dtype: torch.dtype) -> tuple[PeftModel, list[dict[str, torch.Tensor]]]:
     fidelity.BATCH = BATCH
     batches = fidelity.text_batches(0)
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype)
     model = _adapted(base)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     for batch in batches[:8]:
@@ -44,13 +43,13 @@ def smollm() -> tuple[PeftModel, list[dict[str, torch.Tensor]]]:
     return model, batches[8:11]
 
 
-def hidden_2048() -> tuple[PeftModel, list[dict[str, torch.Tensor]]]:
+def hidden_2048(dtype: torch.dtype) -> tuple[PeftModel, list[dict[str, torch.Tensor]]]:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=3, num_attention_heads=32, num_key_value_heads=8,
         vocab_size=32000, use_cache=False,
     )  # fmt: skip
-    model = _adapted(LlamaForCausalLM(config).to(torch.bfloat16))
+    model = _adapted(LlamaForCausalLM(config).to(dtype))
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.01)  # as after some training: at zero lora_A has no gradient
@@ -68,8 +67,8 @@ def _adapted(base: Any) -> PeftModel:
 MODELS = {"SmolLM2-135M": smollm, "hidden 2048": hidden_2048}
 
 
-def study(name: str, fidelities: list[float], memory_limit: int | None) -> list[dict[str, object]]:
-    model, batches = MODELS[name]()
+def study(name: str, dtype: torch.dtype, fidelities: list[float], memory_limit: int | None) -> list[dict[str, object]]:
+    model, batches = MODELS[name](dtype)
     found = []
     for masked in (0.0, 0.7):
         used = [dict(batch, labels=batch["labels"].clone()) for batch in batches]
@@ -94,14 +93,17 @@ def study(name: str, fidelities: list[float], memory_limit: int | None) -> list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--fidelities", type=float, nargs="+", default=FIDELITIES)
     parser.add_argument("--memory-limit", type=int, default=10**12, help="bytes; by default 8-bit copies are free")
     options = parser.parse_args()
     logging.disable_progress_bar()
     keep_freed_memory()
-    found = [row for name in options.models for row in study(name, options.fidelities, options.memory_limit)]
-    others = [row for row in rows.read(RESULTS) if row["model"] not in options.models] if RESULTS.exists() else []
-    rows.write(RESULTS, [*others, *found])
+    results = rows.RESULTS / f"frontier-{options.dtype}.jsonl"
+    asked = getattr(torch, options.dtype), options.fidelities, options.memory_limit
+    found = [row for name in options.models for row in study(name, *asked)]
+    others = [row for row in rows.read(results) if row["model"] not in options.models] if results.exists() else []
+    rows.write(results, [*others, *found])
     Console().print(f"{len(found)} rows written")
 
 

@@ -78,7 +78,19 @@ def _estimators(file: str) -> str:
 
 def frontier() -> str:
     """Plans: what was asked for, what was audited, what it takes."""
-    found = rows.read(rows.RESULTS / "frontier.jsonl")
+    return _frontier("bfloat16")
+
+
+def frontier_float32() -> str:
+    """The same on a CPU that emulates bfloat16, against the float32 products that are the fast ones there."""
+    return _frontier("float32")
+
+
+def _frontier(dtype: str) -> str:
+    file = rows.RESULTS / f"frontier-{dtype}.jsonl"
+    if not file.exists():
+        return "Not measured yet."
+    found = rows.read(file)
     body = []
     for row in found:
         labels = "all" if not row["masked"] else f"{1 - row['masked']:.0%}"
@@ -311,7 +323,7 @@ def _at(losses: dict[int, float], step: float) -> float:
 
 def frontier_picture() -> str:
     """Cosine against time as an SVG: one line for each model and labelling, the asked-for bars as they come."""
-    found = rows.read(rows.RESULTS / "frontier.jsonl")
+    found = rows.read(rows.RESULTS / "frontier-bfloat16.jsonl")
     width, height, left, top = 640, 360, 60, 20
     low = min(0.75, *(row["audited_cosine"] for row in found))
 
@@ -363,6 +375,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "estimators": estimators,
     "with_amx": with_amx,
     "frontier": frontier,
+    "frontier_float32": frontier_float32,
     "training": training,
     "refresh": refresh,
     "step": step,

@@ -16,6 +16,7 @@ from subprocess import run
 from typing import Any
 
 import rows
+from celora.timing import faster_dtype
 from celora.train import demo
 from celora.train.assets import demo_model
 from celora.train.sentiment import splits, to_rows
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--way", action="append", choices=WAYS, help="repeatable; all without")
     parser.add_argument("--arm", action="append", choices=ARMS, help="repeatable; all without")
-    parser.add_argument("--dtype", default=demo.faster_dtype(), help="the faster one here, as in the demo")
+    parser.add_argument("--dtype", default=faster_dtype(), help="the faster one here, as in the demo")
     parser.add_argument("--sharded", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.sharded:

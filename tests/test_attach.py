@@ -22,6 +22,7 @@ from torch.optim import optimizer as optim
 import celora
 from celora import CELoraConfig, CELoraError
 from celora.attach import find, require
+from celora.config import PRESETS
 from celora.estimators import Columns
 from celora.graft import LayerGraft, Mode
 from conftest import adapter, make_batch, make_model, train
@@ -447,6 +448,19 @@ def test_replicas_of_data_parallel_are_exact(model: PeftModel) -> None:
 def test_a_missing_layer_of_a_preset_is_no_mistake() -> None:
     report = celora.attach(make_model(target_modules=["q_proj", "v_proj"]), "paper")
     assert len(report.estimated) == 2
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_advice_where_the_users_own_settings_cost_time(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["celora.attach"], "slower_than_float32", lambda dtype, device: emulated)
+    plain = celora.attach(make_model(), "paper").notes
+    unfused = dataclasses.replace(PRESETS["paper"], fused=False)
+    costly = celora.attach(make_model(dtype=torch.bfloat16, lora_dropout=0.1), unfused).notes
+    assert not [note for note in plain if "float32" in note or "dropout" in note]
+    assert [note for note in costly if note.startswith("lora_dropout=0.1 draws")]
+    assert [note for note in costly if note.startswith("float32 adapters on a bfloat16 base")]
+    said = [note for note in costly if note.startswith("This CPU takes longer for bfloat16")]
+    assert len(said) == emulated
 
 
 def test_nothing_estimated_is_said() -> None:

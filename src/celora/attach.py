@@ -29,11 +29,13 @@ from celora.graft import LayerGraft, Mode, Switch
 from celora.packing import cannot_pack
 from celora.plan import Plan
 from celora.synchronise import add_up, largest_of_all, shards
-from celora.weights import device_of, shape_of, trains, unreadable
+from celora.timing import slower_than_float32
+from celora.weights import device_of, held, shape_of, trains, unreadable
 
 _ATTRIBUTE = "_celora"
 _FIRST_ROUND = 10  # optimizer steps over which `spread` distributes the first observations
 _TOO_OFTEN = 2  # refreshes in a row at which a relative error of 1 or more makes a layer exact
+_HALF = (torch.bfloat16, torch.float16)
 _EXACT_AT_1 = {("topk", "native"), ("sampled", "native")}
 # A preset names the layers of common models; a model need not have all of them.
 _PRESET_PATTERNS = {pattern for preset in PRESETS.values() for pattern in preset.overrides}
@@ -570,13 +572,17 @@ def advice(tuners: Mapping[str, BaseTunerLayer], config: CELoraConfig) -> list[s
         kind = getattr(getattr(module.get_base_layer(), "weight", None), "dtype", None)
         A = getattr(module, "lora_A", {})
         kinds = {getattr(A[name], "weight", A[name]).dtype for name in module.active_adapters if name in A}
-        half = kind in (torch.bfloat16, torch.float16)
-        if half and torch.float32 in kinds and not (config.fused and fuses(module)):
+        if kind in _HALF and torch.float32 in kinds and not (config.fused and fuses(module)):
             found.append(
                 f"float32 adapters on a {str(kind).removeprefix('torch.')} base cast every activation twice; "
                 "presets exact and auto do not, nor does get_peft_model(..., autocast_adapter_dtype=False)."
             )
             break
+    weights = [weight for module in tuners.values() if (weight := held(module.get_base_layer())) is not None]
+    for dtype, device in {(weight.dtype, weight.device): None for weight in weights}:
+        if device.type == "cpu" and dtype in _HALF and slower_than_float32(dtype, device):
+            name = str(dtype).removeprefix("torch.")
+            found.append(f"This CPU takes longer for {name} products than for float32 ones: load with dtype=float32.")
     return found
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from celora.errors import CELoraError
 from celora.files import write_text
-from celora.timing import timed
+from celora.timing import faster_dtype
 from celora.train import stock_eval
 from celora.train.allocator import keep_freed_memory
 from celora.train.arguments import make_request
@@ -271,16 +271,3 @@ def _folder(output: Path, arm: str, seed: int) -> Path:
 
 def _machine(dtype: str) -> tuple[int, str, str]:
     return torch.get_num_threads(), dtype, torch.__version__
-
-
-def faster_dtype() -> str:
-    """`bfloat16`, or `float32` where its products are faster: measured, as CPUs without support emulate bfloat16."""
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-
-    def milliseconds(dtype: str) -> float:
-        a = torch.ones(512, 576, dtype=getattr(torch, dtype))
-        b = torch.ones(576, 576, dtype=getattr(torch, dtype))
-        return min(timed(lambda: a @ b) for _ in range(5))
-
-    return min("float32", "bfloat16", key=milliseconds)
