@@ -127,8 +127,10 @@ def test_auto_plans_once(inputs: Path, tmp_path: Path, monkeypatch: pytest.Monke
     plans: list[int] = []
     make = celora.make_plan
     monkeypatch.setattr(celora, "make_plan", lambda *a, **k: plans.append(1) or make(*a, **k))
-    compare(settings(inputs, tmp_path / "out"), arms=("LoRA", "auto"), seeds=2)
+    compare(settings(inputs, tmp_path / "out", fidelity=0.9, memory_limit=1), arms=("LoRA", "auto"), seeds=2)
     assert len(plans) == 1
+    plan = json.loads((tmp_path / "out" / "auto-seed1" / "celora_plan.json").read_text())
+    assert (plan["fidelity"], plan["memory_limit"]) == (0.9, 2**20)
 
 
 def test_given_held_out_rows(inputs: Path, tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
 
 import celora
@@ -33,8 +35,9 @@ def make(model: PeftModel, **changes: Any) -> Plan:
         PlannedLayer(LAYER.replace("up_proj", "gate_proj"), 80, 48, 0.5, candidates, 0),
     )
     plan = Plan(
-        layers, 0.98, 0.985, 0.981, 0.58, 0.6, 33, "float32", celora.plan.device_name(_device(model)), 1, "2", 9999
-    )
+        layers, 0.98, 0.985, 0.981, 0.58, 0.6, 33, "float32", celora.plan.device_name(_device(model)),
+        torch.get_num_threads(), "2", 9999,
+    )  # fmt: skip
     return dataclasses.replace(plan, **changes)
 
 
@@ -71,6 +74,8 @@ def test_printed_it_is_a_table(model: PeftModel) -> None:
 def test_a_plan_for_something_else_is_refused(model: PeftModel) -> None:
     with pytest.raises(CELoraError, match="measured on 'Abacus' and this is"):
         celora.attach(model, make(model, device="Abacus"))
+    with pytest.raises(CELoraError, match="measured with 77 threads and torch has"):
+        celora.attach(model, make(model, threads=77))
     strange = dataclasses.replace(make(model).layers[0], name="model.layers.7.up_proj")
     with pytest.raises(CELoraError, match="there is no adapted layer"):
         celora.attach(model, make(model, layers=(strange,)))
@@ -78,6 +83,24 @@ def test_a_plan_for_something_else_is_refused(model: PeftModel) -> None:
     with pytest.raises(CELoraError, match="is 80 x 48 here, 160 x 48 in the plan"):
         celora.attach(model, make(model, layers=(larger,)))
     assert celora.attach(make_model(), make(model)).estimated
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({}, False), ({"tokens": 60}, False), ({"tokens": 70}, True), ({"dtype": "float16"}, True)]
+)
+def test_batches_of_another_kind_are_noticed_in_training(
+    model: PeftModel, batch: dict[str, torch.Tensor], changes: dict[str, Any], said: bool
+) -> None:
+    celora.attach(model, make(model, **changes))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(12):
+            model(**batch).loss.backward()
+            optimizer.step()
+    told = [str(w.message) for w in caught if "the plan was measured with" in str(w.message)]
+    assert len(told) == said, caught
+    assert all("and training has up to 30 of float32. Make a new plan." in text for text in told)
 
 
 @pytest.mark.parametrize(

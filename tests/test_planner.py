@@ -17,6 +17,7 @@ from celora.config import LayerConfig
 from celora.estimators import Dense
 from celora.graft import Mode, Switch
 from celora.plan import Candidate, PlannedLayer
+from celora.products import Int8
 from celora.weights import StoredWeight
 from conftest import adapter, make_base, make_batch, make_model, train
 
@@ -36,9 +37,9 @@ def _masked(seed: int) -> dict[str, torch.Tensor]:
 def free_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
     """On matrices this small nothing is faster than the dense product: pretend that what is kept is what it costs."""
 
-    def times(layers: Any, considered: Any) -> Any:
+    def times(layers: Any) -> Any:
         keys = {("dense", True, 1.0): 1.0}
-        for setting in considered:
+        for setting in planner.candidates(torch.device("cpu")):
             cheaper = 1.0 if setting.precision == "native" else 0.5
             if setting.estimator in ("int8", "fp8"):
                 keys[setting.estimator, setting.weight_copy, 1.0] = 0.6 if setting.weight_copy else 0.8
@@ -86,6 +87,24 @@ def test_layers_whose_product_is_computed_elsewhere_are_not_measured(
     assert asked == []
 
 
+def test_products_that_a_layer_lacks_are_never_computed(
+    model: PeftModel, batches: list[dict[str, torch.Tensor]], free_estimates: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follow = Int8._follow
+
+    def refuse(product: Int8, weight: torch.Tensor) -> torch.Tensor:
+        assert weight.shape[1] != 80, "down_proj"
+        return follow(product, weight)
+
+    lacking = classmethod(lambda cls, out_features, in_features, device: "no" if in_features == 80 else "")
+    monkeypatch.setattr(Int8, "unavailable", lacking)
+    monkeypatch.setattr(Int8, "_follow", refuse)
+    plan = celora.make_plan(model, batches, 0.9)
+    for layer in plan.layers:
+        bits = {setting.precision for c in layer.candidates if (setting := c.setting).estimator != "int8"}
+        assert ("int8" in bits) == (layer.in_features != 80)
+
+
 def test_a_product_in_a_quantised_layer_s_own_dtype_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stored(StoredWeight):
         def dense(self) -> torch.Tensor:
@@ -105,6 +124,7 @@ def test_the_plan_keeps_what_was_asked_for(
 ) -> None:
     plan = celora.make_plan(model, batches, fidelity)
     assert plan.predicted_cosine >= fidelity
+    assert plan.audited_cosine >= fidelity  # on a batch that nothing was chosen by
     report = celora.attach(model, plan)
     assert report.estimated or fidelity == 1
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)

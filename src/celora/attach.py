@@ -126,6 +126,7 @@ class Attachment:
     Attributes:
         relative_errors: of each layer's estimate, as measured at its latest refresh.
         over_bound: how many refreshes in a row, up to the latest, a layer's relative error was 1 or more.
+        plan: what the configuration was made from, if it was.
     """
 
     def __init__(self, model: nn.Module, config: CELoraConfig, report: AttachReport) -> None:
@@ -136,6 +137,7 @@ class Attachment:
         self.forward: ModelGraft | None = None
         self.relative_errors: dict[str, float] = {}
         self.over_bound: dict[str, int] = {}
+        self.plan: Plan | None = None
         self.other_steps = 0  # of optimizers that hold none of the model's parameters
         self._observations = 0  # when the latest of those was
         self._refreshed: set[str] = set()  # layers that were to observe a gradient, whether or not one came
@@ -227,6 +229,7 @@ class Attachment:
             )
         if step == (min(self.config.refresh_every, _FIRST_ROUND) if self.config.spread else 1):
             self._check_passed_by()
+            self._check_planned()
         self.set_modes(step)
 
     def agree(self, names: list[str]) -> None:
@@ -271,6 +274,12 @@ class Attachment:
                     "input needs no gradient.",
                     stacklevel=2,
                 )
+
+    def _check_planned(self) -> None:
+        """Say so if the first observations were not of the kind of batches that the plan was made for."""
+        seen = max(((graft.tokens, graft.dtype) for graft in self.grafts.values() if graft.observed), default=None)
+        if self.plan is not None and seen is not None and (reason := self.plan.other_batches(*seen)):
+            warnings.warn(f"celora: {reason}. Make a new plan.", stacklevel=2)
 
     def _monitor(self, name: str, error: float, step: int) -> None:
         """Notice where an estimate is none: convergence is only proven for relative errors below 1."""
@@ -357,6 +366,7 @@ def attach(
                 "preset 'auto' measures before it chooses: give batches=, a few batches as training will see them."
             )
         config = make_plan(model, batches)
+    plan = config if isinstance(config, Plan) else None
     if isinstance(config, Plan):
         config.check(model)
         config = config.config()
@@ -374,6 +384,7 @@ def attach(
     detach(model)
 
     attachment = Attachment(model, config, report)
+    attachment.plan = plan
     for layer, estimator in planned:
         graft = _graft_layer(tuners[layer.name], estimator, attachment.switch, fused=config.fused)
         if estimator is not None and graft is not None:

@@ -88,6 +88,7 @@ class LayerGraft:
         self.switch = switch
         self.mode = Mode.OBSERVE
         self.observed = 0  # exact backwards that statistics were taken from
+        self.tokens, self.dtype = 0, ""  # the most that one of them had, and of what dtype
         self.squared_error: Tensor | None = None
         self.squared_norm: Tensor | None = None
 
@@ -194,6 +195,7 @@ class LayerGraft:
     def observe(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         """The exact `grad_input`; on the way, the error of the selection in use and the statistics of the next."""
         self.observed += 1
+        self.tokens, self.dtype = max(self.tokens, len(grad_output)), str(grad_output.dtype).removeprefix("torch.")
         exact = grad_output @ weight.to(grad_output.dtype)
         if self.estimator.ready:
             self._measure(self.estimator.estimate(grad_output, weight), exact)

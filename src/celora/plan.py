@@ -116,8 +116,15 @@ class Plan:
         """Refuse a plan that was made for another model or device: its times and errors would mean nothing.
 
         Raises:
-            CELoraError: a planned layer is missing or has another shape, or this is not the device it was measured on.
+            CELoraError: a planned layer is missing or has another shape, this is not the device it was measured on, or
+                torch has another number of threads.
         """
+        self.check_layers(model)
+        if reason := self.elsewhere(model):
+            raise CELoraError(f"{reason}; make a new plan.")
+
+    def check_layers(self, model: nn.Module) -> None:
+        """Refuse a plan that cannot be carried out: a planned layer is missing or has another shape."""
         tuners = {name: m.get_base_layer() for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
         for layer in self.layers:
             base = tuners.get(layer.name)
@@ -131,9 +138,27 @@ class Plan:
                     f"the plan is for another model: {layer.name!r} is {shape[0]} x {shape[1]} here, "
                     f"{layer.out_features} x {layer.in_features} in the plan; make a new plan."
                 )
-        here = device_name(next(model.parameters()).device)
-        if here != self.device:
-            raise CELoraError(f"the plan was measured on {self.device!r} and this is {here!r}; make a new plan.")
+
+    def elsewhere(self, model: nn.Module) -> str:
+        """Why the plan's times are not those of this machine, or ''."""
+        device = next(model.parameters()).device
+        if (here := device_name(device)) != self.device:
+            return f"the plan was measured on {self.device!r} and this is {here!r}"
+        if device.type == "cpu" and torch.get_num_threads() != self.threads:
+            return f"the plan was measured with {self.threads} threads and torch has {torch.get_num_threads()} here"
+        return ""
+
+    def other_batches(self, tokens: int, dtype: str) -> str:
+        """Why the plan's times and errors are not those of backwards of so many tokens of this dtype, or ''.
+
+        Twice or half as many are much the same; ragged batches differ by that.
+        """
+        if dtype == self.dtype and self.tokens / 2 <= tokens <= self.tokens * 2:
+            return ""
+        return (
+            f"the plan was measured with backwards of {self.tokens} tokens of {self.dtype}, and training has up to "
+            f"{tokens} of {dtype}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only; `from_dict` is the inverse. Candidates' settings are written once."""

@@ -49,6 +49,7 @@ _TIMED_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the tokens; times in between
 _DISTURBANCE = 0.88  # the share of the squared norm that disturbed layers keep
 _DEPTHS, _MOST_KINDS, _FEW_LAYERS = 6, 8, 24
 _ROUNDS = 5
+_VERIFICATIONS = 3
 _MARGIN = 0.97  # an estimate must beat the dense product by more than timing noise, or the layer stays dense
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
@@ -61,6 +62,7 @@ class _Layer:
 
     name: str
     base: nn.Module
+    candidates: Sequence[LayerConfig]  # that can be computed for it here
     fused: bool = False  # has a graft anyway, for its adapter
     errors: dict[LayerConfig, list[float]] = field(default_factory=dict)
     # (share of the norm, what the number of tokens is rounded up to) -> share of the tokens kept, error of the others
@@ -138,8 +140,9 @@ def make_plans(
     used = [on_device(batch, parameters) for _, batch in zip(range(3), batches, strict=False)]
     if not used:
         raise CELoraError("no batches to plan with; give at least one, and three to verify on one that was not used.")
+    considered = candidates(next(iter(parameters.values())).device)
     layers = [
-        _Layer(name, module.get_base_layer(), fused=fuses(module))
+        _Layer(name, base := module.get_base_layer(), _possible(base, considered), fused=fuses(module))
         for name, module in tuner_layers(model).items()
         if not cannot_estimate(module)
     ]
@@ -274,9 +277,9 @@ def _estimator(shape: tuple[int, int], setting: LayerConfig) -> Estimator:
 class _Observer(Dense):
     """Sees a layer's gradients and measures on them what every candidate would have got wrong."""
 
-    def __init__(self, layer: _Layer, candidates: Sequence[LayerConfig], *, measure: bool) -> None:
+    def __init__(self, layer: _Layer, *, measure: bool) -> None:
         super().__init__(*layer.shape)
-        self.layer, self.candidates, self.measure = layer, candidates, measure
+        self.layer, self.measure = layer, measure
 
     @property
     def ready(self) -> bool:
@@ -285,7 +288,7 @@ class _Observer(Dense):
     def observe(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
         layer = self.layer
         layer.tokens, layer.dtype = len(grad_output), grad_output.dtype
-        for setting in self.candidates:
+        for setting in self.layer.candidates:
             if setting.estimator == "columns" and setting.precision == "native":  # 8 bits add their own error to it
                 estimator = layer.columns.setdefault(setting, _estimator(layer.shape, setting))
                 if not estimator.ready:  # on the first batch: the next is judged with an earlier one's selection
@@ -303,7 +306,7 @@ class _Observer(Dense):
         self.layer.errors.setdefault(setting, []).append(float(error))
 
     def _measure_rounding(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
-        for setting in self.candidates:
+        for setting in self.layer.candidates:
             if setting.estimator in ("int8", "fp8") and setting.weight_copy:
                 estimate = _estimator(self.layer.shape, setting).estimate(grad_output, weight)
                 self._add(setting, estimate, grad_input)
@@ -314,7 +317,7 @@ class _Observer(Dense):
         ordered = squared_row_norms(grad_input)[squared.argsort(descending=True)].double()
         lost = ordered.flip(0).cumsum(0).flip(0)  # lost[k]: with only the first k kept
         total = float(lost[0]) or 1.0
-        steps = {layer.grain(setting) for setting in self.candidates if setting.estimator == "tokens"}
+        steps = {layer.grain(setting) for setting in self.layer.candidates if setting.estimator == "tokens"}
         for share in SHARES:
             needed = int(energy_count(squared, share))
             for step in steps:
@@ -348,25 +351,35 @@ def candidates(device: torch.device) -> list[LayerConfig]:
     return found
 
 
+def _possible(base: nn.Module, considered: Sequence[LayerConfig]) -> list[LayerConfig]:
+    """Those of the candidates whose products exist for this layer's shape on its device."""
+    lacking = {name for name, of in PRODUCTS.items() if of.unavailable(*shape_of(base), device_of(base))}
+    return [setting for setting in considered if _bits(setting) not in lacking]
+
+
+def _bits(setting: LayerConfig) -> str:
+    """The arithmetic of a setting: `int8` is one, and what others are computed in."""
+    return setting.precision if setting.precision != "native" else setting.estimator
+
+
 def _make_plans(
     bench: _Bench, layers: list[_Layer], fidelities: Sequence[float], memory_limit: int | None
 ) -> list[Plan]:
-    device = next(iter(bench.parameters.values())).device
-    considered = candidates(device)
     bench.progress("observing gradients", 0.0)
-    saved = _observe(bench, layers, considered)
+    saved = _observe(bench, layers)
     # The first layers' inputs may need no gradient: there is no product to estimate.
     layers = [layer for layer in layers if layer.lost]
     if memory_limit is None:
         weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
         memory_limit = (weights + saved) // 20
     bench.progress("timing candidates", 0.15)
-    times = _time_shapes(layers, considered)
+    times = _time_shapes(layers)
+    device = next(iter(bench.parameters.values())).device
     bench.overhead_ms = _graft_overhead(device, layers[0].dtype) if layers else 0.0
     bench.progress("probing influence", 0.25)
     if layers:
         _probe_influence(bench, layers)
-    planned = [_evidence(layer, considered, times[layer.shape], bench.overhead_ms) for layer in layers]
+    planned = [_evidence(layer, times[layer.shape], bench.overhead_ms) for layer in layers]
     plans = []
     for i, fidelity in enumerate(fidelities):
         bench.progress("choosing", 0.65 + 0.35 * i / len(fidelities))
@@ -378,11 +391,16 @@ def _make_plans(
 def _finish(
     bench: _Bench, layers: list[_Layer], planned: list[PlannedLayer], fidelity: float, memory_limit: int
 ) -> Plan:
-    """Choose, and verify what was chosen."""
+    """Choose, verify on the batch kept for it, and choose more carefully where that shows less than was asked for."""
     by_name = {layer.name: layer for layer in layers}
-    chosen, predicted = _choose(bench, by_name, planned, fidelity, memory_limit) if planned else ([], 1.0)
-    settings = {p.name: p.choice.setting for p in chosen if p.choice.setting.estimator != "dense"}
-    audited = bench.audit(by_name, settings, len(bench.batches) - 1).cosine if settings else 1.0
+    chosen, settings, predicted, audited, allowed = planned, {}, 1.0, 1.0, 1 - fidelity**2
+    for _ in range(_VERIFICATIONS if planned else 0):
+        chosen, predicted = _choose(bench, by_name, planned, (1 - allowed) ** 0.5, memory_limit)
+        settings = {p.name: p.choice.setting for p in chosen if p.choice.setting.estimator != "dense"}
+        audited = bench.audit(by_name, settings, len(bench.batches) - 1).cosine if settings else 1.0
+        if audited >= fidelity:
+            break
+        allowed *= (1 - fidelity**2) / (1 - audited**2)
     measured = bench.time(by_name, settings) if settings else 1.0
     adapter = next(iter(bench.parameters.values()))
     dense_ms = sum(p.dense_ms for p in chosen)
@@ -402,14 +420,14 @@ def _finish(
     )
 
 
-def _observe(bench: _Bench, layers: list[_Layer], considered: Sequence[LayerConfig]) -> int:
+def _observe(bench: _Bench, layers: list[_Layer]) -> int:
     """Gather gradients and errors; returns the bytes that one forward saves for backward."""
     by_name = {layer.name: layer for layer in layers}
     for number in range(bench.measuring + 1):
         last = number == bench.measuring
 
         def make(layer: _Layer, last: bool = last) -> Estimator:
-            return _Observer(layer, considered, measure=last)
+            return _Observer(layer, measure=last)
 
         with _grafted(by_name, make) as grafts, saved_for_backward(bench.model) as saved:
             for graft in grafts.values():
@@ -418,20 +436,18 @@ def _observe(bench: _Bench, layers: list[_Layer], considered: Sequence[LayerConf
     return saved.nbytes
 
 
-def _time_shapes(
-    layers: list[_Layer], considered: Sequence[LayerConfig]
-) -> dict[tuple[int, int], dict[tuple[str, bool, float], float]]:
+def _time_shapes(layers: list[_Layer]) -> dict[tuple[int, int], dict[tuple[str, bool, float], float]]:
     """For each shape: (what, whether it keeps a copy, share kept) -> milliseconds."""
     found: dict[tuple[int, int], dict[tuple[str, bool, float], float]] = {}
-    precisions = sorted({(s.precision, s.weight_copy) for s in considered if s.estimator == "tokens"})
     for layer in layers:
         if layer.shape in found:
             continue
+        precisions = sorted({(s.precision, s.weight_copy) for s in layer.candidates if s.estimator == "tokens"})
         weight = read(layer.base, layer.dtype)
         # What is in the gradient does not matter to the time, except that zeros would not be kept.
         grad = torch.randn(layer.tokens, layer.shape[0], device=weight.device).to(layer.dtype)
         contenders: dict[tuple[str, bool, float], Estimator] = {("dense", True, 1.0): Dense(*layer.shape)}
-        for setting in considered:
+        for setting in layer.candidates:
             if setting.estimator in ("int8", "fp8"):
                 contenders[setting.estimator, setting.weight_copy, 1.0] = _estimator(layer.shape, setting)
             elif setting.estimator == "columns":
@@ -483,20 +499,13 @@ def _time(setting: LayerConfig, kept: float, times: Mapping[tuple[str, bool, flo
     return max(0.0, at[low] + along * (at[low + 1] - at[low]))
 
 
-def _evidence(
-    layer: _Layer,
-    considered: Sequence[LayerConfig],
-    times: Mapping[tuple[str, bool, float], float],
-    overhead_ms: float,
-) -> PlannedLayer:
+def _evidence(layer: _Layer, times: Mapping[tuple[str, bool, float], float], overhead_ms: float) -> PlannedLayer:
     """All candidates of one layer that are faster than dense, with dense first."""
     out_features, in_features = layer.shape
     dense = times["dense", True, 1.0]
     found = [Candidate(LayerConfig("dense"), dense, 0.0)]
-    for setting in considered[1:]:
-        bits = setting.precision if setting.precision != "native" else setting.estimator
-        if bits in PRODUCTS and PRODUCTS[bits].unavailable(out_features, in_features, device_of(layer.base)):
-            continue
+    for setting in layer.candidates[1:]:
+        bits = _bits(setting)
         if setting.estimator == "columns" and dataclasses.replace(setting, precision="native") not in layer.errors:
             continue  # never saw a gradient to select from
         kept = 1.0

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from celora import kernels
@@ -186,8 +186,8 @@ class Int8(_EightBit):
     def unavailable(cls, out_features: int, in_features: int, device: torch.device) -> str:
         if device.type not in ("cpu", "cuda"):
             return f"there are no int8 products on {device.type}"
-        if device.type == "cuda" and (out_features % 8 or in_features % 8):
-            return f"int8 products on CUDA need multiples of 8, not {out_features} x {in_features}"
+        if device.type == "cuda" and in_features % 8:
+            return f"int8 products on CUDA need in_features that are a multiple of 8, not {in_features}"
         return ""
 
     def rows(
@@ -289,14 +289,14 @@ class Int8(_EightBit):
             transposed = _quantise_columns(weight, self._scale).t().contiguous()
             packed: Tensor = torch.ops.onednn.qlinear_prepack(transposed, None)
             return packed
-        return _column_major(_quantise_columns(weight, self._scale))
+        return _column_major(_padded(_quantise_columns(weight, self._scale), 0))
 
     def _quantised(self, weight: Tensor, scale: Tensor) -> Tensor:
         if self.copy:
             packed: Tensor = self._packed
             return packed
         q = _quantise_columns(weight.detach(), scale)
-        return q if q.device.type == "cpu" else _column_major(q)
+        return q if q.device.type == "cpu" else _column_major(_padded(q, 0))
 
 
 class Fp8(_EightBit):
@@ -314,15 +314,15 @@ class Fp8(_EightBit):
             return f"there are no fp8 products on {device.type}"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             return "fp8 products need a GPU of compute capability 8.9 or above; use int8"
-        if out_features % 16 or in_features % 16:
-            return f"fp8 products need multiples of 16, not {out_features} x {in_features}"
+        if in_features % 16:
+            return f"fp8 products need in_features that are a multiple of 16, not {in_features}"
         return ""
 
     def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         column_scale = self._follow(weight)
         scale = _divisor(torch.linalg.vector_norm(grad_output, float("inf"), dim=1).float() / self._largest)
         y = torch._scaled_mm(
-            (grad_output.float() / scale[:, None]).to(torch.float8_e4m3fn),
+            _padded(grad_output.float() / scale[:, None], 1).to(torch.float8_e4m3fn),
             self._packed if self.copy else self._pack(weight.detach()),
             scale_a=scale[:, None],
             scale_b=column_scale[None],
@@ -332,7 +332,7 @@ class Fp8(_EightBit):
 
     def _pack(self, weight: Tensor) -> Tensor:
         assert self._scale is not None
-        return _column_major((weight.float() / self._scale).to(torch.float8_e4m3fn))
+        return _column_major(_padded(weight.float() / self._scale, 0).to(torch.float8_e4m3fn))
 
 
 PRODUCTS: dict[str, type[Product]] = {cls.name: cls for cls in (Native, Int8, Fp8)}
@@ -376,6 +376,8 @@ def _zero_points(columns: int) -> Tensor:
 
 def _integer_product(q: Tensor, weight: Tensor) -> Tensor:
     rows = len(q)
+    if q.shape[1] < len(weight):
+        q = _padded(q, 1)
     if q.device.type == "cuda" and rows <= 16:  # what its kernels refuse
         q = torch.cat([q, q.new_zeros(32 - rows, q.shape[1])])
     return torch._int_mm(q, weight)[:rows]
@@ -393,6 +395,15 @@ def _quantise_columns(weight: Tensor, scale: Tensor) -> Tensor:
     if kernels.supported(weight):
         return kernels.quantise_columns(weight, inverse)
     return (weight.float() * inverse).round().to(torch.int8)
+
+
+def _padded(x: Tensor, dim: int) -> Tensor:
+    """`x` with zeros at the end of dimension `dim`, the one that a product sums over.
+
+    Kernels of GPUs want a multiple of 16, and `columns` keeps any number.
+    """
+    missing = -x.shape[dim] % 16
+    return nn.functional.pad(x, (0, 0, 0, missing) if dim == 0 else (0, missing)) if missing else x
 
 
 def _column_major(q: Tensor) -> Tensor:

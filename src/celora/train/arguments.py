@@ -21,6 +21,7 @@ from celora.train.processes import processes
 from celora.train.yaml_file import read_document
 
 DEFAULT_PRESET = "auto"
+PLANNING = ("fidelity", "memory_limit", "plan")  # what only preset auto takes
 
 # Presets that share LoRA's memory between adapter and frozen factor, r = r0 = floor(7/8 lora_r), as published.
 BALANCED = frozenset({"paper"})
@@ -116,7 +117,7 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
         train["include_num_input_tokens_seen"] = "all"  # nothing is padded then, and pad may be a real token (eos)
     config, r = estimator_config(options.preset, options.celora, lora["lora_r"])
     preset = options.preset or (None if options.celora else DEFAULT_PRESET)
-    for name in ("fidelity", "memory_limit", "plan"):
+    for name in PLANNING:
         if getattr(options, name) is not None and preset != "auto":
             raise CELoraError(f"{name} belongs to a plan; give it with --preset auto")
     if options.fidelity is not None and not 0 < options.fidelity <= 1:

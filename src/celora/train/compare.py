@@ -21,7 +21,7 @@ from rich.table import Table
 
 from celora.errors import CELoraError, unknown
 from celora.files import read_json, replacing, write_text
-from celora.train.arguments import TrainRequest, make_request
+from celora.train.arguments import PLANNING, TrainRequest, make_request
 from celora.train.folder import LOCK, PLAN, OutputFolder, write_json
 from celora.train.loading import load_tokenizer, quiet_libraries, training_rows
 from celora.train.report import write_report
@@ -132,7 +132,9 @@ def compare(
             folder = output / f"{arm}-seed{seed}"
             own = {**settings, **data, **ARMS[arm], "seed": seed, "output": str(folder)}
             plan = output / f"{arm}-seed0" / PLAN
-            if seed > 0 and ARMS[arm]["preset"] == "auto" and plan.is_file():
+            if own["preset"] != "auto":
+                own = {name: value for name, value in own.items() if name not in PLANNING}
+            elif seed > 0 and plan.is_file():
                 own["plan"] = str(plan)  # planned once; the model, the machine and the shapes are the same
             outcomes.append(_run(arm, seed, own, folder, console))
     outcomes.sort(key=lambda o: (arms.index(o.arm), o.seed))

@@ -159,6 +159,7 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
             _say(console, False, cut)  # a warning
         config, plan = _configuration(request, trainer, console)
         attached = celora.attach(trainer.model, config)
+        require(trainer.model).plan = plan
         choice = choose_checkpointing(trainer, asked="gradient_checkpointing" in request.given)
         _smooth_in_the_head(trainer)
         if not options.quiet:
@@ -354,11 +355,14 @@ def _configuration(request: TrainRequest, trainer: Any, console: Console) -> tup
     before = request.output / PLAN
     if options.plan is not None:
         plan = Plan.load(options.plan)
-    elif options.resume and before.is_file():
+        plan.check(trainer.model)
+    elif options.resume and before.is_file():  # the run goes on as it began, wherever that is
         plan = Plan.load(before)
+        plan.check_layers(trainer.model)
+        if reason := plan.elsewhere(trainer.model):
+            _say(console, False, f"Note: {reason}. The run goes on with it, but what it estimates may not pay here.")
     else:
         plan = _plan(request, trainer, console)
-    plan.check(trainer.model)
     _say(console, options.quiet, str(plan))
     return plan.config(request.config), plan
 
