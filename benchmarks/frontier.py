@@ -1,4 +1,4 @@
-"""How much of the LoRA gradient a given share of `grad_input` time buys: plans at many fidelities, and fixed rules.
+"""How much of the LoRA gradient a given share of `grad_input` time buys: plans at many fidelities.
 
 Two models: SmolLM2-135M-Instruct after eight exact steps on the Python language reference, and random weights of a
 Llama shape with hidden size 2048. Every token labelled, and 70 % of the tokens without a label (as prompts are).
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from typing import Any
 
 import torch
@@ -74,13 +75,17 @@ def study(name: str, dtype: torch.dtype, fidelities: list[float], memory_limit: 
         used = [dict(batch, labels=batch["labels"].clone()) for batch in batches]
         for batch in used:
             batch["labels"][:, : round(masked * fidelity.TOKENS)] = -100
-        for plan in make_plans(model, used, fidelities, memory_limit=memory_limit):
+        begin = time.monotonic()
+        plans = make_plans(model, used, fidelities, memory_limit=memory_limit)
+        seconds = round(time.monotonic() - begin, 1)
+        for plan in plans:
             found.append(
                 {
                     "model": name,
                     "masked": masked,
                     **{f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "layers"},
                     "memory": plan.memory,
+                    "seconds": seconds,  # of planning, for all fidelities together
                 }
                 | rows.conditions()
             )

@@ -78,12 +78,12 @@ def compared() -> str:
     names = {field.name for field in dataclasses.fields(Outcome)}
     outcomes = [Outcome(**{name: value for name, value in row.items() if name in names}) for row in found]
     arms = list(dict.fromkeys(outcome.arm for outcome in outcomes))
-    one, minutes, seeds = found[0], sum(o.seconds for o in outcomes) / 60, len(outcomes) // len(arms)
+    one, seeds = found[0], len(outcomes) // len(arms)
     return (
         rows.markdown(HEADER, summary(outcomes, arms))
-        + f"\n\n{one['steps']} steps of 8 sentences, {seeds} seeds (mean ± standard deviation), "
+        + f"\n\n{one['steps']} steps of 8 sentences, {one['dtype']}, {seeds} seeds (mean ± standard deviation), "
         f"{one['threads']} threads, {one['cpu']}, torch {one['torch']}; "
-        f"{minutes:.1f} minutes of training and evaluation in all."
+        f"{one['minutes']:.1f} minutes by the clock in all, plans and evaluations included."
     )
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import io
+import statistics
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.optim import optimizer as optim
 
@@ -455,8 +456,11 @@ def test_advice_where_the_users_own_settings_cost_time(emulated: bool, monkeypat
     monkeypatch.setattr(sys.modules["celora.attach"], "slower_than_float32", lambda dtype, device: emulated)
     plain = celora.attach(make_model(), "paper").notes
     unfused = dataclasses.replace(PRESETS["paper"], fused=False)
-    costly = celora.attach(make_model(dtype=torch.bfloat16, lora_dropout=0.1), unfused).notes
-    assert not [note for note in plain if "float32" in note or "dropout" in note]
+    model = make_model(dtype=torch.bfloat16, lora_dropout=0.1)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    costly = celora.attach(model, unfused).notes
+    assert not [note for note in plain if "float32" in note or "dropout" in note or "checkpointing" in note]
+    assert [note for note in costly if note.startswith("Gradient checkpointing computes every forward twice")]
     assert [note for note in costly if note.startswith("lora_dropout=0.1 draws")]
     assert [note for note in costly if note.startswith("float32 adapters on a bfloat16 base")]
     said = [note for note in costly if note.startswith("This CPU takes longer for bfloat16")]
@@ -586,12 +590,14 @@ def test_spread_refreshes_take_turns_and_come_round(model: PeftModel) -> None:
     assert observing[14:] == [[i] for i in range(14)] * 2
 
 
-def test_the_controller_holds_the_error_near_the_target() -> None:
+@pytest.mark.parametrize("start", [0.999, 0.7])
+def test_the_controller_holds_the_error_near_the_target(start: float) -> None:
+    """Whether the share of the energy to begin with loses nothing of so few tokens, or more (0.55)."""
     model = make_model()
-    config = CELoraConfig(estimator="tokens", keep_ratio=0.999, rank=0, selection="energy", refresh_every=1)
+    config = CELoraConfig(estimator="tokens", keep_ratio=start, rank=0, selection="energy", refresh_every=1)
     celora.attach(model, dataclasses.replace(config, target_error=0.3))
-    train(model, 2)
-    assert {graft.estimator.keep_ratio for graft in require(model).grafts.values()} != {0.999}
+    train(model, 16)
+    assert statistics.median(require(model).relative_errors.values()) == pytest.approx(0.3, rel=0.15)
 
 
 def test_independent_layers_draw_different_numbers(model: PeftModel) -> None:
@@ -600,11 +606,12 @@ def test_independent_layers_draw_different_numbers(model: PeftModel) -> None:
     assert len(seeds) == 14
 
 
-def test_a_layer_that_has_no_such_product_is_skipped_with_the_reason(model: PeftModel) -> None:
+def test_a_layer_that_has_no_such_product_is_skipped_with_the_reason() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 24)), LoraConfig(target_modules=["0", "1"]))
     report = celora.attach(model, CELoraConfig(estimator="fp8"))
-    assert {name.rpartition(".")[2] for name in report.skipped} == {"k_proj", "v_proj"}  # 24 x 48
-    assert set(report.skipped.values()) == {"fp8 products need multiples of 16, not 24 x 48"}
-    assert len(report.estimated) == 10
+    said = "fp8 products need in_features that are a multiple of 16, not 24"
+    assert report.skipped == {"base_model.model.0": said}
+    assert set(report.estimated) == {"base_model.model.1"}
 
 
 def test_the_monitor_says_once_that_an_error_has_reached_1() -> None:

@@ -73,6 +73,27 @@ def test_equals_padded(kind: str, left: bool, monkeypatch: pytest.MonkeyPatch) -
     assert again == found
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3"])
+def test_twenty_steps_of_the_exact_preset_end_where_plain_peft_does(kind: str) -> None:
+    """All of what it leaves out at once, on ragged batches of which prompts have no labels."""
+    torch.manual_seed(1)
+    batches = [ragged(torch.randint(3, 20, (5,)).tolist(), prompt=int(torch.randint(0, 3, ()))) for _ in range(20)]
+    ends = []
+    for preset in ("off", "exact"):
+        model = model_of(kind)
+        celora.attach(model, preset)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        before = torch.cat([p.detach().flatten().clone() for p in trained])
+        for batch in batches:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(torch.cat([p.detach().flatten() for p in trained]))
+    assert (ends[0] - before).abs().max() > 5e-3
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-5)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=5),

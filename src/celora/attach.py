@@ -376,7 +376,7 @@ def attach(
 
     last = _last_block(tuners) if config.zero_tokens else set()
     planned = [_plan_layer(name, module, config, last=name in last) for name, module in tuners.items()]
-    notes = (*_whole_model(model, tuners, config), *advice(tuners, config))
+    notes = (*_whole_model(model, tuners, config), *advice(model, tuners, config))
     report = AttachReport(tuple(layer for layer, _ in planned), config.refresh_every, notes)
     existing = find(model)
     if existing is not None and existing.report == report and existing.config == config:
@@ -568,9 +568,11 @@ def _whole_model(model: nn.Module, tuners: Mapping[str, BaseTunerLayer], config:
     return notes
 
 
-def advice(tuners: Mapping[str, BaseTunerLayer], config: CELoraConfig) -> list[str]:
+def advice(model: nn.Module, tuners: Mapping[str, BaseTunerLayer], config: CELoraConfig) -> list[str]:
     """The user's own settings that cost time."""
     found = []
+    if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
+        found.append("Gradient checkpointing computes every forward twice; it is faster without, if memory allows.")
     for module in tuners.values():
         dropouts = getattr(module, "lora_dropout", {})
         rates = {getattr(dropouts[name], "p", 0.0) for name in module.active_adapters if name in dropouts}
@@ -586,7 +588,7 @@ def advice(tuners: Mapping[str, BaseTunerLayer], config: CELoraConfig) -> list[s
         if kind in _HALF and torch.float32 in kinds and not (config.fused and fuses(module)):
             found.append(
                 f"float32 adapters on a {str(kind).removeprefix('torch.')} base cast every activation twice; "
-                "presets exact and auto do not, nor does get_peft_model(..., autocast_adapter_dtype=False)."
+                "presets exact, paper and auto do not, nor does get_peft_model(..., autocast_adapter_dtype=False)."
             )
             break
     weights = [weight for module in tuners.values() if (weight := held(module.get_base_layer())) is not None]

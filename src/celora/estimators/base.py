@@ -8,6 +8,7 @@ chooses anew on every call is `ready` from the start.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, get_args
 
@@ -157,9 +158,10 @@ class Estimator(ABC):
         What is dropped grows or shrinks with the error wanted over the error had: with its square where the share of
         the squared norm is what is chosen. At most to twice (four times) or half (a quarter) at once.
         """
-        if "keep_ratio" not in self.uses or not relative_error > 0:
+        if "keep_ratio" not in self.uses or math.isnan(relative_error):
             return
         energy = self.settings.selection == "energy"
-        change = min(2.0, max(0.5, target / relative_error)) ** (2 if energy else 1)
+        ratio = target / relative_error if relative_error > 0 else math.inf
+        change = min(2.0, max(0.5, ratio)) ** (2 if energy else 1)
         least = 1e-6 if energy else 1e-2
         self.keep_ratio = 1 - min(1 - least, max(least, (1 - self.keep_ratio) * change))
