@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from celora import fused
+from celora import CELoraConfig, fused
 
 # Generated input (test_input.py): four tests, so 300 cases in all, the same every time, or 2,000 new ones.
 hypothesis.settings.register_profile("ci", max_examples=75, derandomize=True, database=None, deadline=None)
@@ -35,6 +35,28 @@ def _any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 def _one_thread() -> None:
     """Matrices this small are slower on two threads, and far slower where the cores are shared."""
     torch.set_num_threads(1)
+
+
+# One of each kind that the family has.
+MEMBERS = {
+    "int8": CELoraConfig(estimator="int8", refresh_every=3),
+    "int8, no copy": CELoraConfig(estimator="int8", weight_copy=False, refresh_every=3),
+    "tokens by energy": CELoraConfig(estimator="tokens", keep_ratio=0.95, rank=0, selection="energy", refresh_every=3),
+    "int8 x tokens": CELoraConfig(
+        estimator="tokens", keep_ratio=0.95, rank=0, selection="energy", precision="int8", refresh_every=3
+    ),
+    "tokens and a gradient factor": CELoraConfig(
+        estimator="tokens", keep_ratio=0.5, rank=4, factor="gradient", refresh_every=3
+    ),
+    "sampled tokens": CELoraConfig(estimator="tokens", keep_ratio=0.8, rank=0, selection="sampled", refresh_every=3),
+    "int8 x columns": CELoraConfig(keep_ratio=0.5, rank=4, precision="int8", refresh_every=3),
+    "columns by energy": CELoraConfig(keep_ratio=0.9, rank=4, selection="energy", refresh_every=3),
+    "sampled columns": CELoraConfig(keep_ratio=0.8, rank=4, selection="sampled", refresh_every=3),
+    "controlled": CELoraConfig(
+        estimator="tokens", keep_ratio=0.5, rank=0, selection="energy", target_error=0.1, refresh_every=3
+    ),
+    "spread": CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3, spread=True),
+}
 
 
 def make_base(

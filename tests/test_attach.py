@@ -26,7 +26,7 @@ from celora.attach import find, require
 from celora.config import PRESETS
 from celora.estimators import Columns
 from celora.graft import LayerGraft, Mode
-from conftest import adapter, make_batch, make_model, train
+from conftest import MEMBERS, adapter, make_batch, make_model, train
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
 
@@ -202,14 +202,15 @@ def test_a_refresh_step_is_exact() -> None:
         assert value.equal(adapter(estimated)[name])
 
 
-def test_checkpointing_changes_nothing() -> None:
+@pytest.mark.parametrize("config", MEMBERS.values(), ids=MEMBERS)
+def test_checkpointing_changes_nothing(config: CELoraConfig) -> None:
     results = []
     for use_reentrant in (None, True, False):
         model = make_model()
         model.enable_input_require_grads()
         if use_reentrant is not None:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        celora.attach(model, HALF)
+        celora.attach(model, config)
         train(model, 5)
         results.append(adapter(model))
     for other in results[1:]:
@@ -510,27 +511,6 @@ assert state() == before and torch.get_rng_state().equal(rng)
 assert not any(name.startswith("celora.train") for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-
-
-MEMBERS = {
-    "int8": CELoraConfig(estimator="int8", refresh_every=3),
-    "int8, no copy": CELoraConfig(estimator="int8", weight_copy=False, refresh_every=3),
-    "tokens by energy": CELoraConfig(estimator="tokens", keep_ratio=0.95, rank=0, selection="energy", refresh_every=3),
-    "int8 x tokens": CELoraConfig(
-        estimator="tokens", keep_ratio=0.95, rank=0, selection="energy", precision="int8", refresh_every=3
-    ),
-    "tokens and a gradient factor": CELoraConfig(
-        estimator="tokens", keep_ratio=0.5, rank=4, factor="gradient", refresh_every=3
-    ),
-    "sampled tokens": CELoraConfig(estimator="tokens", keep_ratio=0.8, rank=0, selection="sampled", refresh_every=3),
-    "int8 x columns": CELoraConfig(keep_ratio=0.5, rank=4, precision="int8", refresh_every=3),
-    "columns by energy": CELoraConfig(keep_ratio=0.9, rank=4, selection="energy", refresh_every=3),
-    "sampled columns": CELoraConfig(keep_ratio=0.8, rank=4, selection="sampled", refresh_every=3),
-    "controlled": CELoraConfig(
-        estimator="tokens", keep_ratio=0.5, rank=0, selection="energy", target_error=0.1, refresh_every=3
-    ),
-    "spread": CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3, spread=True),
-}
 
 
 @pytest.mark.parametrize("config", MEMBERS.values(), ids=MEMBERS)

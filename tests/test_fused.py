@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from celora import fused as module
 from celora.attach import require
 from celora.fused import Adapter, FusedGraft, vanilla_adapter
 from celora.graft import Mode
-from conftest import adapter, make_batch, make_model, train
+from conftest import MEMBERS, adapter, make_batch, make_model, train
 
 FUSED = CELoraConfig(estimator="dense", fused=True)
 
@@ -281,14 +282,13 @@ def test_whole_model_trains_as_with_peft(kind: str) -> None:
         torch.testing.assert_close(results[1][name], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("estimator", ["columns", "tokens", "int8"])
-def test_composes_with_estimators(estimator: str) -> None:
+@pytest.mark.parametrize("config", MEMBERS.values(), ids=MEMBERS)
+def test_composes_with_estimators(config: CELoraConfig) -> None:
     """The same estimate of `grad_output @ W` arrives, whether the adapter is fused or not."""
     results = []
     for fused in (False, True):
         model = make_model()
-        rank = {} if estimator == "int8" else {"keep_ratio": 0.5, "rank": 0}
-        celora.attach(model, CELoraConfig(estimator=estimator, fused=fused, **rank))
+        celora.attach(model, dataclasses.replace(config, fused=fused))
         train(model, 3)
         results.append(adapter(model))
     for name, expected in results[0].items():
