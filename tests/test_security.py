@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import json
 import pickle
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from celora.errors import CELoraError
 from celora.train.arguments import make_request, parse, read_yaml
 from celora.train.data import load_rows
 from celora.train.folder import OutputFolder, write_json
+from celora.train.loading import load_model
 from celora.train.manifest import MANIFEST, read_manifest, seal
 from test_run import go, inputs  # noqa: F401 - a fixture
 
@@ -43,7 +47,9 @@ def test_the_source_runs_no_code_that_it_reads():
                 name = ast.unparse(node.func)
                 assert name not in ("eval", "exec", "compile", "torch.save", "yaml.load", "os.system"), (file, name)
                 keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
-                assert keywords.get("trust_remote_code", "False") == "False", file
+                # Where it is left out, transformers asks on the terminal; PEFT has no code to run, nor such an option.
+                loads = name.endswith((".from_pretrained", ".from_config")) and not name.startswith("Peft")
+                assert keywords.get("trust_remote_code", "" if loads else "False") == "False", (file, name)
                 assert keywords.get("shell", "False") == "False", file
                 assert name != "torch.load" or keywords.get("weights_only") == "True", file
 
@@ -62,16 +68,33 @@ def test_code_of_models_never_runs(inputs, tmp_path):  # noqa: F811
         make_request({**given, "trust_remote_code": True})
     with pytest.raises(CELoraError, match=r"trust_remote_code.* is refused"):
         parse(["--model_init_kwargs", '{"trust_remote_code": true}'], given)
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in Path(inputs["model"]).iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    config = json.loads((model / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
-    (model / "config.json").write_text(json.dumps(config))
-    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(CELoraError):
-        go({**inputs, "model": str(model)}, tmp_path / "out")
+
+
+@pytest.mark.fault(
+    "security",
+    "a model, or a tokenizer to take a chat template from, that brings code, and somebody who would answer `y`",
+    sees="one line that names it; no question is asked",
+    kept="everything: the code does not run",
+)
+@pytest.mark.parametrize("where", ["tokenizer", "model", "chat_template_path"])
+def test_nobody_is_asked_whether_code_may_run(where, inputs, tmp_path, monkeypatch):  # noqa: F811
+    folder = shutil.copytree(inputs["model"], tmp_path / "model")
+    name, change = "config.json", {"model_type": "mine", "auto_map": {"AutoConfig": "evil.C"}}
+    if where != "model":
+        name, change = (
+            "tokenizer_config.json",
+            {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", None]}},
+        )
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    given = inputs | {"chat_template_path" if where == "chat_template_path" else "model": str(folder)}
+    with pytest.raises(CELoraError, match=r"code|T\b") as caught:
+        go(given, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CELoraError, match="code"):
+        load_model(make_request({**given, "output": "o"})) if where == "model" else go(given, tmp_path / "out")
+    assert sys.stdin.tell() == 0
     assert not (tmp_path / "ran").exists()
 
 

@@ -14,7 +14,7 @@ import datasets
 import transformers
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 from trl import ModelConfig, get_quantization_config
 
 from celora.errors import CELoraError
@@ -28,7 +28,9 @@ def load_tokenizer(request: TrainRequest) -> Any:
     """The tokenizer of the model."""
     check_model_folder(request.model)
     try:
-        return AutoTokenizer.from_pretrained(request.model, revision=request.lora["model_revision"])
+        return AutoTokenizer.from_pretrained(
+            request.model, revision=request.lora["model_revision"], trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise CELoraError(f"cannot load a tokenizer from {request.model!r}: {_first_line(error)}") from error
 
@@ -68,6 +70,7 @@ def load_model(request: TrainRequest) -> Any:
             revision=lora["model_revision"],
             dtype=lora["dtype"],
             attn_implementation=lora["attn_implementation"],
+            trust_remote_code=False,
             **extra,
             **(request.train.get("model_init_kwargs") or {}),
         )
@@ -135,6 +138,8 @@ def lora_config(request: TrainRequest) -> LoraConfig:
 def quiet_libraries() -> Iterator[None]:
     """Without the libraries' progress bars, and without the one notice that says nothing is wrong.
 
+    Without questions, too: where a library of its own accord loads something that comes with code, transformers refuses
+    instead of asking whether to run it, as it would do where nobody has said.
     Where several processes train together, all but the first keep their warnings to themselves too.
     """
     verbosity = transformers.logging.get_verbosity()
@@ -146,6 +151,7 @@ def quiet_libraries() -> Iterator[None]:
     )
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
+    patience, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
     # Trainer aligns pad/bos/eos of model and tokenizer and says so at warning level on every run.
     logger, notice = logging.getLogger("transformers.trainer"), _without("The tokenizer has new PAD/BOS/EOS tokens")
     handlers = [*logging.getLogger("transformers").handlers]
@@ -166,6 +172,7 @@ def quiet_libraries() -> Iterator[None]:
                 warnings.simplefilter("ignore")
             yield
     finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience
         if not is_first():
             transformers.logging.set_verbosity(verbosity)
         logger.removeFilter(notice)
