@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,15 @@ def test_every_field_of_trl_is_known():
 
 def test_flags_take_trls_names_with_underscores_or_dashes():
     tokens = "--max_steps 40 --learning-rate 2e-4 --lora_r=8 --lora-target-modules q_proj v_proj --bf16 false --packing"
-    request = parse([*tokens.split(), "--model_init_kwargs", '{"a": 1}', "--no_average_tokens_across_devices"], OWN)
+    request = parse(
+        [*tokens.split(), "--model_init_kwargs", '{"use_cache": false}', "--no_average_tokens_across_devices"], OWN
+    )
     assert request.train["max_steps"] == 40
     assert request.train["learning_rate"] == 2e-4
     assert request.train["bf16"] is False
     assert request.train["packing"] is True
     assert request.train["average_tokens_across_devices"] is False
-    assert request.train["model_init_kwargs"] == {"a": 1}
+    assert request.train["model_init_kwargs"] == {"use_cache": False}
     assert request.lora["lora_target_modules"] == ["q_proj", "v_proj"]
     assert request.lora_r == 8
 
@@ -146,6 +149,20 @@ def test_launch_settings_in_a_file(tmp_path, monkeypatch):
     own = OWN | {"config": write(tmp_path / "one.yaml", "num_processes: 1")}
     monkeypatch.delenv("WORLD_SIZE")
     assert parse([], own).model == "m"
+
+
+def test_what_is_said_twice_in_model_init_kwargs_is_said_once():
+    init = {"torch_dtype": "bfloat16", "attn_implementation": "eager", "revision": "v2", "device_map": "cpu"}
+    request = make_request(OWN | {"dtype": "bfloat16", "model_init_kwargs": init})
+    assert [request.lora[n] for n in ("dtype", "attn_implementation", "model_revision")] == ["bfloat16", "eager", "v2"]
+    assert request.train["model_init_kwargs"] == {"device_map": "cpu"}
+    for init, words in (
+        ({"dtype": "float32"}, "dtype='float32' in model_init_kwargs, but dtype='bfloat16'; give one of them"),
+        ({"use_cach": 1}, "unknown name in model_init_kwargs 'use_cach'; did you mean 'use_cache'"),
+        ("use_cache", "expected a mapping"),
+    ):
+        with pytest.raises(CELoraError, match=re.escape(words)):
+            make_request(OWN | {"dtype": "bfloat16", "model_init_kwargs": init})
 
 
 def test_the_environment_of_a_file(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from celora.errors import CELoraError
 from celora.train.arguments import make_request, parse, read_yaml
 from celora.train.data import load_rows
 from celora.train.folder import OutputFolder, write_json
-from celora.train.loading import load_model
+from celora.train.loading import load_adapter, load_model
 from celora.train.manifest import MANIFEST, read_manifest, seal
 from test_run import go, inputs  # noqa: F401 - a fixture
 
@@ -100,6 +100,40 @@ def test_nobody_is_asked_whether_code_may_run(where, inputs, tmp_path, monkeypat
 
 @pytest.mark.fault(
     "security",
+    "model_init_kwargs that would unpickle weights, run kernels from the hub or send requests elsewhere",
+    sees="`unknown name in model_init_kwargs 'weights_only'`, and which are known",
+    kept="everything: only what sets up the model is passed on",
+)
+@pytest.mark.parametrize(
+    "init",
+    [
+        {"weights_only": False},
+        {"use_safetensors": False},
+        {"use_kernels": True, "allow_all_kernels": True},
+        {"attn_implementation": "someone/kernel"},
+        {"attn_implementation": "flash|someone/kernel"},
+        {"proxies": {"https": "someone"}},
+        {"config": "/elsewhere"},
+        {"quantization_config": {}},
+        {"code_revision": "main"},
+    ],
+)
+def test_what_model_init_kwargs_may_not_hold(init):
+    with pytest.raises(CELoraError, match=r"unknown name in model_init_kwargs|is refused: it names code on the hub"):
+        make_request({"model": "m", "data": "d", "output": "o", "model_init_kwargs": init})
+
+
+def test_what_transformers_says_of_model_init_kwargs_is_one_line(inputs):  # noqa: F811
+    given = {**inputs, "output": "o"}
+    assert load_model(make_request({**given, "model_init_kwargs": {"use_cache": False}})).config.use_cache is False
+    for init in ({"device_map": [1]}, {"rope_scaling": "x"}, {"variant": "none"}, {"experts_implementation": "a/b"}):
+        with pytest.raises(CELoraError, match="cannot load a model") as caught:
+            load_model(make_request({**given, "model_init_kwargs": init}))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.fault(
+    "security",
     "code in a configuration file, or one that would expand to billions of values",
     sees="`... is not valid YAML`, or how large it is",
     kept="everything: YAML is read as data, within bounds",
@@ -147,8 +181,19 @@ def test_pickles_are_not_unpickled(inputs, tmp_path, monkeypatch):  # noqa: F811
         if file.suffix != ".safetensors":
             (model / file.name).write_bytes(file.read_bytes())
     torch.save({"weight": Boom(ran)}, model / "pytorch_model.bin")
-    with pytest.raises(CELoraError, match=r"cannot load a model .* never unpickled"):
+    with pytest.raises(
+        CELoraError, match=r"holds pytorch_model\.bin, a pickle, and no \.safetensors: .* never unpickled"
+    ):
         go({**inputs, "model": str(model)}, tmp_path / "out")
+    (model / "other.safetensors").write_bytes(b"")  # it does not change what transformers would look for
+    with pytest.raises(CELoraError, match=r"cannot load a model .*no file named model\.safetensors"):
+        go({**inputs, "model": str(model)}, tmp_path / "out")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    torch.save({"weight": Boom(ran)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(
+        CELoraError, match=r"has no adapter_model\.safetensors; an adapter_model\.bin, a pickle, is not"
+    ):
+        load_adapter(None, tmp_path)
 
     output = tmp_path / "run"
     go(inputs, output, max_steps=3)

@@ -59,6 +59,21 @@ REFUSED: dict[str, tuple[object, str]] = {
     "ignore_bias_buffers": (False, "it does nothing in `trl sft` either"),
 }
 
+# What model_init_kwargs may hold: settings of the model and where it goes. What else transformers takes there would
+# unpickle weights, run kernels or code from the hub, send requests or write files elsewhere, or mean nothing.
+MODEL_INIT = frozenset({
+    "device_map", "max_memory", "low_cpu_mem_usage", "disable_mmap", "local_files_only", "force_download", "variant",
+    "use_cache", "attention_dropout", "sliding_window", "max_position_embeddings", "rope_scaling", "rope_parameters",
+    "rope_theta", "experts_implementation", "output_router_logits", "router_aux_loss_coef",
+})  # fmt: skip
+# What it may hold, too, as another way to write the name on the right.
+MODEL_INIT_ALIASES = {
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "attn_implementation": "attn_implementation",
+    "revision": "model_revision",
+}
+
 # The least and the most that a number may be, where TRL, transformers or torch would fail late, or would do something
 # else without a word. A bound itself is allowed, except where the name is in OPEN_BELOW or OPEN_ABOVE.
 RANGES: dict[str, tuple[float, float | None]] = {

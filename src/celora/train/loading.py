@@ -71,10 +71,11 @@ def load_model(request: TrainRequest) -> Any:
             dtype=lora["dtype"],
             attn_implementation=lora["attn_implementation"],
             trust_remote_code=False,
+            use_safetensors=True,
             **extra,
             **(request.train.get("model_init_kwargs") or {}),
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except Exception as error:  # whatever transformers raises about a file, or about a value of model_init_kwargs
         raise CELoraError(f"cannot load a model from {request.model!r}: {_first_line(error)}") from error
 
 
@@ -99,14 +100,24 @@ def check_model_folder(model: str) -> None:
         )
     if not (path / "config.json").exists():
         raise CELoraError(f"--model {model!r} is not a model folder: it has no config.json")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise CELoraError(f"--model {model!r} has no weights: no .safetensors or .bin file in it")
+    if not any(path.glob("*.safetensors")):
+        if pickled := next(path.glob("*.bin"), None):
+            raise CELoraError(
+                f"--model {model!r} holds {pickled.name}, a pickle, and no .safetensors: pickles are never unpickled "
+                "here. If you trust it, convert it once, model and tokenizer: "
+                f"AutoModelForCausalLM.from_pretrained({model!r}).save_pretrained(FOLDER), and give --model FOLDER"
+            )
+        raise CELoraError(f"--model {model!r} has no weights: no .safetensors file in it")
 
 
 def load_adapter(model: Any, adapter: Path) -> Any:
     """The model with the adapter in a folder, ready to train."""
     if not (adapter / "adapter_config.json").exists():
         raise CELoraError(f"--adapter {str(adapter)!r} holds no adapter: it has no adapter_config.json")
+    if not (adapter / "adapter_model.safetensors").exists():
+        raise CELoraError(
+            f"--adapter {str(adapter)!r} has no adapter_model.safetensors; an adapter_model.bin, a pickle, is not read"
+        )
     try:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, UnpicklingError) as error:
