@@ -166,13 +166,44 @@ def test_what_is_said_twice_in_model_init_kwargs_is_said_once():
 
 
 def test_the_environment_of_a_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("CELORA_TEST_VARIABLE", "before")
-    file = write(tmp_path / "sft.yaml", "env: {CELORA_TEST_VARIABLE: 3}\nmax_steps: 7")
+    monkeypatch.setenv("WANDB_PROJECT", "before")
+    file = write(tmp_path / "sft.yaml", "env: {WANDB_PROJECT: 3}\nmax_steps: 7")
     assert parse([], OWN | {"config": file}).train["max_steps"] == 7
     set_environment(file)
-    assert os.environ["CELORA_TEST_VARIABLE"] == "3"
+    assert os.environ["WANDB_PROJECT"] == "3"
     with pytest.raises(CELoraError, match=r"env in --config .* is \[1\]; expected a mapping"):
         set_environment(write(tmp_path / "bad.yaml", "env: [1]"))
+
+
+@pytest.mark.fault(
+    "security",
+    "variables in `env` of a configuration file that decide which code runs or where data goes: PATH, HF_ENDPOINT, ...",
+    sees="`'PATH' is not set from a file`, and that the shell is the place for it",
+    kept="everything: the environment is as it was, and nothing is loaded",
+)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *((f"{name}: /elsewhere", f"'{name}' is not set from a file") for name in (
+            "PATH", "LD_PRELOAD", "PYTHONPATH", "HF_ENDPOINT", "HF_HOME", "HF_TOKEN", "HTTPS_PROXY", "WANDB_BASE_URL",
+            "XDG_CACHE_HOME", "RANK", "CC")),
+        ('"": x', "'' is not set from a file"),
+        ("3: x", "3 is not set from a file"),
+        ('"A=B": x', "'A=B' is not set from a file"),
+        ('"A\\0": x', "is not set from a file"),
+        ("WANDB_PROJEKT: x", "or did you mean WANDB_PROJECT?"),
+        ('WANDB_NAME: "a\\0b"', "WANDB_NAME is 'a\\x00b'; expected text or a number"),
+        ('WANDB_NAME: "\\ud800"', "expected text or a number"),
+        ("WANDB_NAME: [a]", "WANDB_NAME is ['a']; expected text or a number"),
+        ("WANDB_NAME:", "WANDB_NAME is None; expected text or a number"),
+    ],
+)  # fmt: skip
+def test_variables_that_a_file_may_not_set(text, words, tmp_path):
+    before = dict(os.environ)
+    with pytest.raises(CELoraError, match=re.escape(words)) as caught:
+        set_environment(write(tmp_path / "sft.yaml", f"env:\n  WANDB_PROJECT: mine\n  {text}"))
+    assert "\n" not in str(caught.value)
+    assert dict(os.environ) == before
 
 
 def test_yaml_takes_the_same_names_and_flags_win(tmp_path):
