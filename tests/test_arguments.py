@@ -14,7 +14,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from celora.config import LayerConfig
 from celora.errors import CELoraError
-from celora.train.arguments import estimator_config, make_request, parse, sft_config
+from celora.train.arguments import estimator_config, make_request, parse, read_yaml, sft_config
 from celora.train.fields import DEFAULTS, REFUSED, convert, help_all, known_fields
 from celora.train.yaml_file import set_environment
 
@@ -149,6 +149,35 @@ def test_launch_settings_in_a_file(tmp_path, monkeypatch):
     own = OWN | {"config": write(tmp_path / "one.yaml", "num_processes: 1")}
     monkeypatch.delenv("WORLD_SIZE")
     assert parse([], own).model == "m"
+
+
+@pytest.mark.fault(
+    "input",
+    "a key that comes twice in a configuration file, a plan or a record of a run, or under two names",
+    sees="`the key 'max_steps' comes twice`, and where",
+    kept="everything: neither of the values is taken for the one that was meant",
+)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max_steps: 1\nseed: 1\nmax_steps: 2", "the key 'max_steps' comes twice in one mapping in .*line 3"),
+        ("celora: {rank: 0, overrides: {a: {rank: 4, rank: 4}}}", "the key 'rank' comes twice"),
+        ("max_steps: 1\nmax-steps: 1", r"key 'max-steps' in \S+ says max_steps a second time"),
+        ("model: a\nmodel_name_or_path: b", r"key 'model_name_or_path' in \S+ says model a second time"),
+        ('celora: \'{"rank": 0, "rank": 4}\'', "the key 'rank' comes twice in one object"),
+    ],
+)
+def test_a_key_that_comes_twice_in_a_file(text, words, tmp_path):
+    with pytest.raises(CELoraError, match=words) as caught:
+        parse([], OWN | {"config": write(tmp_path / "sft.yaml", text)})
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_merged_into_a_mapping_may_be_overridden(tmp_path):
+    text = "celora: &c {<<: &a {rank: 0, seed: 3}, rank: 4}\nlr_scheduler_kwargs: {<<: *c, seed: 5, 4: 1, '4': 2}"
+    found = read_yaml(write(tmp_path / "sft.yaml", text))
+    assert found["celora"] == {"rank": 4, "seed": 3}
+    assert found["lr_scheduler_kwargs"] == {"rank": 4, "seed": 5, 4: 1, "4": 2}
 
 
 def test_what_is_said_twice_in_model_init_kwargs_is_said_once():

@@ -20,7 +20,13 @@ def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b'{\n"a": }', ":2: not JSON"), (b"\xff", "not JSON"), (b"[" * 100_000, "not JSON")]
+    ("content", "message"),
+    [
+        (b'{\n"a": }', ":2: not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'[{"a": {"b": 1, "c": 2, "b": 1}}]', "the key 'b' comes twice in one object"),
+    ],
 )
 def test_what_is_not_json_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.json").write_bytes(content)

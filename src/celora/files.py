@@ -62,16 +62,25 @@ def check_regular(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; CELoraError if it cannot be read or is not JSON."""
+    """What a JSON file holds; CELoraError if it cannot be read, is not JSON or has a key twice in one object."""
     check_regular(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs_once)
     except OSError as error:
         raise CELoraError(f"cannot read {path}: {error.strerror}.") from None
     except json.JSONDecodeError as error:
         raise CELoraError(f"{path}:{error.lineno}: not JSON: {error.msg}.") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, nested too deeply, or a number of too many digits
+    except (ValueError, RecursionError) as error:  # not UTF-8, nested too deeply, too many digits, keys that come twice
         raise CELoraError(f"{path}: not JSON: {' '.join(str(error).split())}.") from None
+
+
+def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`; ValueError if a key comes twice, where Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice in one object")
+    return found
 
 
 def inside(path: str | os.PathLike[str], name: str) -> Path:

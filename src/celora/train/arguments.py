@@ -48,9 +48,13 @@ def read_yaml(path: str | Path) -> dict[str, object]:
         return {"celora": document}
     if str(document.get("num_processes")) == os.environ.get("WORLD_SIZE", "1"):
         del document["num_processes"]  # `trl sft` hands it to its launcher; this is what was launched
-    return {
-        known_name(str(key).replace("-", "_"), f"key {str(key)!r} in {path}"): value for key, value in document.items()
-    }
+    found: dict[str, object] = {}
+    for key, value in document.items():
+        name = known_name(str(key).replace("-", "_"), f"key {str(key)!r} in {path}")
+        if name in found:
+            raise CELoraError(f"key {str(key)!r} in {path} says {name} a second time; keep one")
+        found[name] = value
+    return found
 
 
 def estimator_config(preset: str | None, mapping: Mapping[str, object] | None, lora_r: int) -> tuple[CELoraConfig, int]:

@@ -20,6 +20,7 @@ from types import NoneType, UnionType
 from typing import Any
 
 from celora.errors import CELoraError, unknown
+from celora.files import pairs_once
 
 # Where celora departs from TRL's defaults, and why. `device_defaults` adds what depends on the machine.
 DEFAULTS: dict[str, tuple[object, str]] = {
@@ -254,8 +255,8 @@ def _number(value: object, origins: set[Any]) -> int | float | None:
 
 def _mapping(f: Field, value: object) -> object:
     try:
-        return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
+        return json.loads(value, object_pairs_hook=pairs_once) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
         raise CELoraError(f"{f.name}={value!r}; expected a JSON object ({error})") from None
 
 

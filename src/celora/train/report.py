@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from celora.files import write_text
+from celora.files import read_json, write_text
 from celora.train.folder import METRICS, RUN, finite
 from celora.train.progress import PHASES, read_metrics
 
@@ -88,7 +88,7 @@ def _rows(source: Path | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 def _record(source: Path | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not isinstance(source, os.PathLike) or not (source / RUN).exists():
         return {}
-    record = json.loads((source / RUN).read_text(encoding="utf-8"))
+    record = read_json(source / RUN)
     return record if isinstance(record, dict) else {}
 
 

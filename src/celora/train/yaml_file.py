@@ -80,10 +80,25 @@ def _nearest(name: object) -> str:
     return f", or did you mean {near[0]}?" if near else "."
 
 
+class _Strict(yaml.SafeLoader):
+    """YAML as data, in which a key may not come twice: which one counts would be a guess."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As PyYAML's. A key merged in with `<<` may still be overridden: merging comes later."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                problem = f"the key {key.value!r} comes twice in one mapping"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
+
+
 def _parse(path: str | Path) -> dict[str, Any]:
     check_regular(Path(path))
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Strict)
     except (OSError, UnicodeDecodeError) as error:
         raise CELoraError(f"cannot read --config {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date like 2001-99-99
