@@ -45,6 +45,7 @@ def test_any_flipped_bit_and_any_cut_is_found(folder):
                     read_manifest(folder)
                 assert "\n" not in str(caught.value)
         file.write_bytes(whole)
-    (folder / "a.bin").unlink()
+    (folder / "a.bin").rename(folder.parent / "a.bin")
+    (folder / "a.bin").symlink_to(folder.parent / "a.bin")  # as good as none: it leads out of the folder
     with pytest.raises(CELoraError, match=r"a\.bin is missing"):
         read_manifest(folder)

@@ -19,7 +19,7 @@ import celora
 from celora.errors import CELoraError
 from celora.train.arguments import make_request, parse, read_yaml
 from celora.train.data import load_rows
-from celora.train.folder import OutputFolder, write_json
+from celora.train.folder import RUN, OutputFolder, write_json
 from celora.train.loading import load_adapter, load_model
 from celora.train.manifest import MANIFEST, read_manifest, seal
 from celora.train.yaml_file import _Strict
@@ -247,3 +247,40 @@ def test_links_are_not_followed_out_of_the_folder(tmp_path):
     ours.forget_earlier()
     assert (outside / "thesis.tex").read_text() == "years"
     assert (folder / "checkpoint-9").is_symlink()
+
+
+@pytest.mark.fault(
+    "security",
+    "a link in the output folder under a name that a run writes: README.md, .replaced, the lock, ...",
+    sees="`'README.md' in --output ... is a link, and a run would write through it`",
+    kept="what it points to",
+)
+@pytest.mark.parametrize("name", ["README.md", ".replaced", ".celora.lock", ".adapter.tmp", "metrics.jsonl", RUN])
+def test_no_run_writes_through_a_link(name, inputs, tmp_path):  # noqa: F811
+    outside, folder = tmp_path / "outside", tmp_path / "out"
+    outside.mkdir()
+    folder.mkdir()
+    (outside / "run.json").write_text('{"celora": "0", "given": {}, "train": {}, "lora": {}, "config": {}, "r": 8}')
+    before = [(entry.name, entry.read_bytes()) for entry in outside.iterdir()]
+    if name != RUN:
+        write_json(folder / RUN, {"celora": "0"})
+    (folder / name).symlink_to(outside if name == ".replaced" else outside / "run.json")
+    for how in ("resume", "overwrite"):
+        with pytest.raises(CELoraError, match="is a link, and a run would write through it"):
+            go(inputs, folder, **{how: True})
+    assert [(entry.name, entry.read_bytes()) for entry in outside.iterdir()] == before
+    assert (folder / name).is_symlink()
+
+
+def test_a_checkpoint_takes_the_place_of_a_link(inputs, tmp_path):  # noqa: F811
+    outside, folder = tmp_path / "outside", tmp_path / "out"
+    outside.mkdir()
+    folder.mkdir()
+    (outside / "thesis.tex").write_text("years")
+    write_json(folder / RUN, {"celora": "0"})
+    for name in ("checkpoint-3", "checkpoint-6"):
+        (folder / name).symlink_to(outside if name == "checkpoint-3" else tmp_path / "nowhere")
+    go(inputs, folder, overwrite=True)
+    assert OutputFolder(folder).last_checkpoint()[0].name == "checkpoint-6"
+    assert not any(entry.is_symlink() for entry in folder.iterdir())
+    assert [entry.name for entry in outside.iterdir()] == ["thesis.tex"]

@@ -61,7 +61,7 @@ def _own(manifest: dict[str, Any]) -> str:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     return {name: path for path in paths if (name := path.relative_to(folder).as_posix()) != MANIFEST}
 
 
