@@ -9,6 +9,7 @@ from celora.errors import CELoraError
 from celora.files import clear, inside, read_json, write_text
 from celora.train.data import load_rows
 from celora.train.yaml_file import read_document
+from conftest import written_whole
 
 
 def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -17,6 +18,11 @@ def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -
     assert read_json(tmp_path / "a.json") == [2]
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
     assert inside(tmp_path, "a.json") == inside(tmp_path / "a.json", "b") == tmp_path / "a.json"
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_the_name_before_it_counts(tmp_path: Path, disk) -> None:
+    write_text(tmp_path / "a.json", "[1]")
+    assert disk == written_whole(tmp_path / "a.json")
 
 
 def test_what_stands_under_the_temporary_name_is_neither_written_through_nor_kept(tmp_path: Path) -> None:

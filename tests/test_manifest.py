@@ -8,6 +8,7 @@ import pytest
 
 from celora.errors import CELoraError
 from celora.train.manifest import MANIFEST, read_manifest, seal, sealed, unseal
+from conftest import written_whole
 
 
 @pytest.fixture
@@ -28,6 +29,14 @@ def test_sealed_is_whole(folder):
     assert read_manifest(folder) == manifest
     unseal(folder)
     assert not sealed(folder)
+
+
+def test_all_is_on_the_disk_before_the_manifest_says_so(folder, disk):
+    seal(folder, {"step": 6})
+    before = {path.stat().st_ino for path in (folder, *folder.rglob("*")) if path.name != MANIFEST}
+    assert disk[:-4] == [("fsync", number) for _, number in disk[:-4]]
+    assert {number for _, number in disk[:-4]} >= before
+    assert disk[-4:] == [*written_whole(folder / MANIFEST), ("fsync", folder.parent.stat().st_ino)]
 
 
 def test_any_flipped_bit_and_any_cut_is_found(folder):

@@ -26,6 +26,7 @@ def seal(folder: Path, note: Mapping[str, Any]) -> None:
         sync(path)
     manifest = {**note, "sha256": {name: _sha256(path) for name, path in files.items()}}
     write_text(folder / MANIFEST, json.dumps(manifest | {_OWN: _own(manifest)}, indent=2) + "\n")
+    sync(folder.parent)  # where the folder's own name is: older ones may be removed now
 
 
 def sealed(folder: Path) -> bool:
