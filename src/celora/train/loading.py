@@ -40,13 +40,18 @@ def training_rows(request: TrainRequest, *, chat: bool) -> datasets.Dataset:
     return _rows(request, request.data, request.options.dataset_train_split, chat)
 
 
+def evaluation_source(request: TrainRequest) -> str | None:
+    """`eval_data` or, where an `eval_strategy` asks for rows as in `trl sft`, the data, for its test split."""
+    return request.options.eval_data or (None if request.train.get("eval_strategy", "no") == "no" else request.data)
+
+
 def evaluation_rows(request: TrainRequest, *, chat: bool) -> datasets.Dataset | None:
-    """Rows of `eval_data` or, where an `eval_strategy` asks for some as in `trl sft`, of the data's test split."""
-    options, when = request.options, request.train.get("eval_strategy", "no")
-    source = options.eval_data or (None if when == "no" else request.data)
+    """The rows to evaluate on, if there are any; see `load_rows`."""
+    options, source = request.options, evaluation_source(request)
     if source is None:
         return None
     if options.eval_data is None and Path(source).expanduser().is_file():
+        when = request.train["eval_strategy"]
         raise CELoraError(f"eval_strategy={when!r} needs rows to evaluate on, and data is one file; give --eval-data")
     return _rows(request, source, options.dataset_test_split, chat)
 
