@@ -54,7 +54,22 @@ def test_any_flipped_bit_and_any_cut_is_found(folder):
                     read_manifest(folder)
                 assert "\n" not in str(caught.value)
         file.write_bytes(whole)
-    (folder / "a.bin").rename(folder.parent / "a.bin")
-    (folder / "a.bin").symlink_to(folder.parent / "a.bin")  # as good as none: it leads out of the folder
+    (folder / "a.bin").unlink()
     with pytest.raises(CELoraError, match=r"a\.bin is missing"):
+        read_manifest(folder)
+
+
+@pytest.mark.fault(
+    "security",
+    "a link in a checkpoint",
+    sees="`checkpoint-4 is damaged: optimizer.pt is a link, and no run saves one.`",
+    kept="what it points to is not read; the last whole checkpoint is resumed from",
+)
+@pytest.mark.parametrize("name", ["a.bin", "sub/b.json", "more", MANIFEST])
+def test_a_link_in_a_checkpoint_is_damage(folder, tmp_path_factory, name):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "file"
+    elsewhere.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(CELoraError, match=rf"^{name} is a link, and no run saves one"):
         read_manifest(folder)

@@ -43,8 +43,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """What `seal` wrote, the files being what they were then.
 
     Raises:
-        CELoraError: a file is missing or has changed, or the manifest itself is damaged; it names the file.
+        CELoraError: a file is missing, has changed or is a link, or the manifest itself is damaged; it names the file.
     """
+    if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
+        raise CELoraError(f"{link.relative_to(folder).as_posix()} is a link, and no run saves one")
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.pop(_OWN, None) != _own(manifest):
         raise CELoraError(f"{MANIFEST} is not what was saved (its checksum differs)")
@@ -62,7 +64,7 @@ def _own(manifest: dict[str, Any]) -> str:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {name: path for path in paths if (name := path.relative_to(folder).as_posix()) != MANIFEST}
 
 

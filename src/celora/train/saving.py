@@ -67,6 +67,12 @@ class SafeSaving:
         finally:
             self.args.save_total_limit = limit
 
+    def _load_best_model(self) -> None:
+        """From this run's own folder, whatever path a checkpoint's state names: it may be from elsewhere."""
+        best = Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name
+        self.state.best_model_checkpoint = str(best)
+        super()._load_best_model()  # type: ignore[misc]
+
     def _save(self, output_dir: str | None = None, *arguments: Any, **more: Any) -> None:
         super()._save(output_dir, *arguments, **more)  # type: ignore[misc]
         # training_args.bin: run.json says the same.
