@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -57,6 +58,31 @@ MEMBERS = {
     ),
     "spread": CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3, spread=True),
 }
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What is flushed to the disk and what takes another name, in order, by the number of its inode."""
+    seen: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(handle: int) -> None:
+        seen.append(("fsync", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    def renamed(source: Any, target: Any) -> None:
+        seen.append(("replace", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    return seen
+
+
+def written_whole(file: Path) -> list[tuple[str, int]]:
+    """What the disk must see of a file that is to be there whole or not at all, whenever the power fails."""
+    number = file.stat().st_ino
+    return [("fsync", number), ("replace", number), ("fsync", file.parent.stat().st_ino)]
 
 
 def make_base(

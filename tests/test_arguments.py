@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from celora.config import LayerConfig
 from celora.errors import CELoraError
-from celora.train.arguments import estimator_config, make_request, parse, sft_config
+from celora.train.arguments import estimator_config, make_request, parse, read_yaml, sft_config
 from celora.train.fields import DEFAULTS, REFUSED, convert, help_all, known_fields
 from celora.train.yaml_file import set_environment
 
@@ -40,13 +41,15 @@ def test_every_field_of_trl_is_known():
 
 def test_flags_take_trls_names_with_underscores_or_dashes():
     tokens = "--max_steps 40 --learning-rate 2e-4 --lora_r=8 --lora-target-modules q_proj v_proj --bf16 false --packing"
-    request = parse([*tokens.split(), "--model_init_kwargs", '{"a": 1}', "--no_average_tokens_across_devices"], OWN)
+    request = parse(
+        [*tokens.split(), "--model_init_kwargs", '{"use_cache": false}', "--no_average_tokens_across_devices"], OWN
+    )
     assert request.train["max_steps"] == 40
     assert request.train["learning_rate"] == 2e-4
     assert request.train["bf16"] is False
     assert request.train["packing"] is True
     assert request.train["average_tokens_across_devices"] is False
-    assert request.train["model_init_kwargs"] == {"a": 1}
+    assert request.train["model_init_kwargs"] == {"use_cache": False}
     assert request.lora["lora_target_modules"] == ["q_proj", "v_proj"]
     assert request.lora_r == 8
 
@@ -148,14 +151,88 @@ def test_launch_settings_in_a_file(tmp_path, monkeypatch):
     assert parse([], own).model == "m"
 
 
+@pytest.mark.fault(
+    "input",
+    "a key that comes twice in a configuration file, a plan or a record of a run, or under two names",
+    sees="`the key 'max_steps' comes twice`, and where",
+    kept="everything: neither of the values is taken for the one that was meant",
+)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max_steps: 1\nseed: 1\nmax_steps: 2", "the key 'max_steps' comes twice in one mapping in .*line 3"),
+        ("celora: {rank: 0, overrides: {a: {rank: 4, rank: 4}}}", "the key 'rank' comes twice"),
+        ("max_steps: 1\nmax-steps: 1", r"key 'max-steps' in \S+ says max_steps a second time"),
+        ("model: a\nmodel_name_or_path: b", r"key 'model_name_or_path' in \S+ says model a second time"),
+        ('celora: \'{"rank": 0, "rank": 4}\'', "the key 'rank' comes twice in one object"),
+    ],
+)
+def test_a_key_that_comes_twice_in_a_file(text, words, tmp_path):
+    with pytest.raises(CELoraError, match=words) as caught:
+        parse([], OWN | {"config": write(tmp_path / "sft.yaml", text)})
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_merged_into_a_mapping_may_be_overridden(tmp_path):
+    text = "celora: &c {<<: &a {rank: 0, seed: 3}, rank: 4}\nlr_scheduler_kwargs: {<<: *c, seed: 5, 4: 1, '4': 2}"
+    found = read_yaml(write(tmp_path / "sft.yaml", text))
+    assert found["celora"] == {"rank": 4, "seed": 3}
+    assert found["lr_scheduler_kwargs"] == {"rank": 4, "seed": 5, 4: 1, "4": 2}
+
+
+def test_what_is_said_twice_in_model_init_kwargs_is_said_once():
+    init = {"torch_dtype": "bfloat16", "attn_implementation": "eager", "revision": "v2", "device_map": "cpu"}
+    request = make_request(OWN | {"dtype": "bfloat16", "model_init_kwargs": init})
+    assert [request.lora[n] for n in ("dtype", "attn_implementation", "model_revision")] == ["bfloat16", "eager", "v2"]
+    assert request.train["model_init_kwargs"] == {"device_map": "cpu"}
+    for init, words in (
+        ({"dtype": "float32"}, "dtype='float32' in model_init_kwargs, but dtype='bfloat16'; give one of them"),
+        ({"use_cach": 1}, "unknown name in model_init_kwargs 'use_cach'; did you mean 'use_cache'"),
+        ("use_cache", "expected a mapping"),
+    ):
+        with pytest.raises(CELoraError, match=re.escape(words)):
+            make_request(OWN | {"dtype": "bfloat16", "model_init_kwargs": init})
+
+
 def test_the_environment_of_a_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("CELORA_TEST_VARIABLE", "before")
-    file = write(tmp_path / "sft.yaml", "env: {CELORA_TEST_VARIABLE: 3}\nmax_steps: 7")
+    monkeypatch.setenv("WANDB_PROJECT", "before")
+    file = write(tmp_path / "sft.yaml", "env: {WANDB_PROJECT: 3}\nmax_steps: 7")
     assert parse([], OWN | {"config": file}).train["max_steps"] == 7
     set_environment(file)
-    assert os.environ["CELORA_TEST_VARIABLE"] == "3"
+    assert os.environ["WANDB_PROJECT"] == "3"
     with pytest.raises(CELoraError, match=r"env in --config .* is \[1\]; expected a mapping"):
         set_environment(write(tmp_path / "bad.yaml", "env: [1]"))
+
+
+@pytest.mark.fault(
+    "security",
+    "variables in `env` of a configuration file that decide which code runs or where data goes: PATH, HF_ENDPOINT, ...",
+    sees="`'PATH' is not set from a file`, and that the shell is the place for it",
+    kept="everything: the environment is as it was, and nothing is loaded",
+)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *((f"{name}: /elsewhere", f"'{name}' is not set from a file") for name in (
+            "PATH", "LD_PRELOAD", "PYTHONPATH", "HF_ENDPOINT", "HF_HOME", "HF_TOKEN", "HTTPS_PROXY", "WANDB_BASE_URL",
+            "XDG_CACHE_HOME", "RANK", "CC")),
+        ('"": x', "'' is not set from a file"),
+        ("3: x", "3 is not set from a file"),
+        ('"A=B": x', "'A=B' is not set from a file"),
+        ('"A\\0": x', "is not set from a file"),
+        ("WANDB_PROJEKT: x", "or did you mean WANDB_PROJECT?"),
+        ('WANDB_NAME: "a\\0b"', "WANDB_NAME is 'a\\x00b'; expected text or a number"),
+        ('WANDB_NAME: "\\ud800"', "expected text or a number"),
+        ("WANDB_NAME: [a]", "WANDB_NAME is ['a']; expected text or a number"),
+        ("WANDB_NAME:", "WANDB_NAME is None; expected text or a number"),
+    ],
+)  # fmt: skip
+def test_variables_that_a_file_may_not_set(text, words, tmp_path):
+    before = dict(os.environ)
+    with pytest.raises(CELoraError, match=re.escape(words)) as caught:
+        set_environment(write(tmp_path / "sft.yaml", f"env:\n  WANDB_PROJECT: mine\n  {text}"))
+    assert "\n" not in str(caught.value)
+    assert dict(os.environ) == before
 
 
 def test_yaml_takes_the_same_names_and_flags_win(tmp_path):

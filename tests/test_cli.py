@@ -173,14 +173,14 @@ lr_scheduler_type: cosine
 report_to: none
 use_cpu: true
 bf16: false
-env: {{CELORA_TEST_VARIABLE: set}}
+env: {{WANDB_PROJECT: set}}
 """
 
 
 # TRL turns checkpointing on under the name that transformers 5.24 has just deprecated.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_file_of_trl_sft_works_unchanged(inputs, capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("CELORA_TEST_VARIABLE", "")
+    monkeypatch.setenv("WANDB_PROJECT", "")
     folder = tmp_path / "rows"
     folder.mkdir()
     for split, first in (("train", 0), ("validation", 30)):
@@ -190,11 +190,11 @@ def test_a_file_of_trl_sft_works_unchanged(inputs, capsys, tmp_path, monkeypatch
     file = tmp_path / "sft.yaml"
     file.write_text(TRL_FILE.format(model=inputs[1], folder=folder, output=output))
     _, args, lora, _ = TrlParser(TRL_SFT).parse_args_and_config(["--config", str(file)])  # as `trl sft` reads it
-    monkeypatch.setenv("CELORA_TEST_VARIABLE", "")
+    monkeypatch.setenv("WANDB_PROJECT", "")
 
     assert main(["train", "--config", str(file), "--preset", "off", "--json", "-q"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert os.environ["CELORA_TEST_VARIABLE"] == "set"
+    assert os.environ["WANDB_PROJECT"] == "set"
     assert result["step"] == 2
     assert result["eval_loss"] > 0
     run = json.loads((output / "run.json").read_text())

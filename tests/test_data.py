@@ -220,6 +220,31 @@ def test_files_that_are_refused(tmp_path: Path, load: Load, name: str, content: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault(
+    "security",
+    "a link in a data folder that leads out of it",
+    sees="the link, and what to do",
+    kept="everything: what the link points to is not read",
+)
+def test_links_out_of_a_data_folder(tmp_path: Path, load: Load) -> None:
+    elsewhere, folder = write(tmp_path / "rows.jsonl", {"text": "a"}), tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").symlink_to(write(folder / "own.jsonl", {"text": "b"}))
+    assert load(folder) == [{"text": "b"}]
+    (folder / "train.jsonl").unlink()
+    (folder / "train.jsonl").symlink_to(elsewhere)
+    with pytest.raises(CELoraError, match=r"train\.jsonl: a link out of the data folder; give what it points to"):
+        load(folder)
+    assert load(folder / "train.jsonl") == [{"text": "a"}]  # given by its own name
+
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0a1b" / "data"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    elsewhere.rename(blobs / "c0ffee")
+    (snapshot / "train.jsonl").symlink_to("../../../blobs/c0ffee")
+    assert load(snapshot) == [{"text": "a"}]
+
+
 def test_parquet_errors_name_the_row(tmp_path: Path, load: Load) -> None:
     datasets.Dataset.from_list([TEXT] * 1500 + [{"text": ""}]).to_parquet(tmp_path / "data.parquet")
     with pytest.raises(CELoraError, match=r"data\.parquet, row 1501: 'text' is empty"):

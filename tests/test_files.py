@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from celora.errors import CELoraError
-from celora.files import inside, read_json, write_text
+from celora.files import clear, inside, read_json, write_text
 from celora.train.data import load_rows
 from celora.train.yaml_file import read_document
+from conftest import written_whole
 
 
 def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -19,8 +20,52 @@ def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -
     assert inside(tmp_path, "a.json") == inside(tmp_path / "a.json", "b") == tmp_path / "a.json"
 
 
+def test_a_file_is_on_the_disk_before_its_name_and_the_name_before_it_counts(tmp_path: Path, disk) -> None:
+    write_text(tmp_path / "a.json", "[1]")
+    assert disk == written_whole(tmp_path / "a.json")
+
+
+def test_what_stands_under_the_temporary_name_is_neither_written_through_nor_kept(tmp_path: Path) -> None:
+    """A link there is replaced, a file is one that a killed process left, and a folder is nobody's to remove."""
+    (tmp_path / "thesis.tex").write_text("years")
+    (tmp_path / ".a.json.tmp").symlink_to(tmp_path / "thesis.tex")
+    write_text(tmp_path / "a.json", "[1]")
+    (tmp_path / ".a.json.tmp").write_text("[1, 2, 3")
+    write_text(tmp_path / "a.json", "[2]")
+    assert (read_json(tmp_path / "a.json"), (tmp_path / "thesis.tex").read_text()) == ([2], "years")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.json", "thesis.tex"]
+    assert not (tmp_path / "a.json").is_symlink()
+    (tmp_path / ".a.json.tmp").mkdir()
+    with pytest.raises(CELoraError, match=r"cannot write .*a\.json.*; what was there is unchanged"):
+        write_text(tmp_path / "a.json", "[3]")
+    assert read_json(tmp_path / "a.json") == [2]
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "link", "link to nothing", "nothing"])
+def test_clear_removes_a_link_and_not_what_it_points_to(tmp_path: Path, what: str) -> None:
+    elsewhere, path = tmp_path / "elsewhere", tmp_path / "path"
+    elsewhere.mkdir()
+    (elsewhere / "thesis.tex").write_text("years")
+    if what == "folder":
+        path.mkdir()
+        (path / "link").symlink_to(elsewhere)
+    elif what == "file":
+        path.write_text("")
+    elif what.startswith("link"):
+        path.symlink_to(elsewhere if what == "link" else tmp_path / "nowhere")
+    clear(path)
+    assert not os.path.lexists(path)
+    assert (elsewhere / "thesis.tex").read_text() == "years"
+
+
 @pytest.mark.parametrize(
-    ("content", "message"), [(b'{\n"a": }', ":2: not JSON"), (b"\xff", "not JSON"), (b"[" * 100_000, "not JSON")]
+    ("content", "message"),
+    [
+        (b'{\n"a": }', ":2: not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'[{"a": {"b": 1, "c": 2, "b": 1}}]', "the key 'b' comes twice in one object"),
+    ],
 )
 def test_what_is_not_json_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.json").write_bytes(content)

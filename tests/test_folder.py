@@ -104,6 +104,22 @@ def test_a_killed_overwrite_gives_the_earlier_run_back(folder, moves, monkeypatc
     assert names(folder) == sorted([*before, LOCK])
 
 
+def test_what_others_call_replaced_is_not_brought_back(folder):
+    """Nothing of theirs moves, nor a link that is among ours."""
+    folder.set_aside()
+    aside = folder.path / ".replaced"
+    (aside / "README.md").symlink_to(folder.path)
+    (aside / "notes").mkdir()
+    folder.recover()
+    assert names(folder) == [".replaced", "metrics.jsonl", RUN]
+    assert sorted(entry.name for entry in aside.iterdir()) == ["README.md", "notes"]
+    (folder.path / RUN).unlink()
+    (aside / "run.json.tmp").write_text("")
+    with pytest.raises(CELoraError, match="nothing to resume"):
+        folder.resumable()
+    assert (aside / "run.json.tmp").exists()
+
+
 def test_other_processes_read_while_the_first_brings_the_run_back(folder, monkeypatch):
     folder.set_aside()
     with monkeypatch.context() as patch:

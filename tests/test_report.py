@@ -73,20 +73,24 @@ def test_self_contained_responsive_and_dark(tmp_path):
     kept="the report: nothing leaves its place, nothing runs",
 )
 def test_text_from_data_is_escaped(tmp_path):
-    evil = "</script><script>alert(1)</script><img src=x>"
-    run = tmp_path / "run"
-    run.mkdir()
-    write_json(run / "run.json", {"celora": "0", "given": {"model": evil, evil: 1}, "versions": {"torch": evil}})
-    (run / "metrics.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
-    write_report(tmp_path / "r.html", {evil: run}, title=evil)
+    evil = EVIL + REFRESH
+    run = hostile_run(tmp_path, evil)
+    write_report(tmp_path / "r.html", {evil: run}, title=evil, findings=[evil], results={evil: {evil: evil}})
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "<script>alert" not in page
-    assert "<img" not in re.sub(r"<script>.*?</script>", "", page, flags=re.S)
+    markup = re.sub(r"<script>.*?</script>", "", page, flags=re.S)
+    assert "<img" not in markup
+    assert re.findall(r"<meta (\S+?)[ =>]", markup) == ["charset", "http-equiv", "name"]
     scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
     policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', page)[1]
     assert policy.startswith("default-src 'none'; script-src " + " ".join(map(report._hash, scripts)))
     assert page.index("Content-Security-Policy") < page.index("<title>")
-    assert charts(page)[0]["lines"][0]["name"].startswith("&lt;/script")
+    drawn = charts(page)
+    assert drawn[0]["lines"][0]["name"].startswith("&lt;/script")
+    lines = [line | {"hovertemplate": ""} for chart in drawn for line in chart["lines"]]  # which has markup of its own
+    assert "<" not in json.dumps(lines)
+    curves = [line for line in lines if "mode" in line]
+    assert {type(value) for line in curves for value in line["x"] + line["y"]} == {int, float}
+    assert curves[0]["x"] == [*range(1, 9), 10]
 
 
 def test_no_rows_long_runs_and_values_that_are_not_numbers(tmp_path):
@@ -106,6 +110,7 @@ LAYERS = [
     for block in range(3)
     for kind, how, cost in (("q_proj", "dense", 1.0), ("up_proj", "tokens", 0.6))
 ]  # fmt: skip
+REFRESH = "<meta http-equiv=refresh content='0;url=https://example.invalid/'>"
 EVIL = "</script><script>document.title='owned'</script><img src=https://example.invalid/x>"
 
 
@@ -221,14 +226,23 @@ def test_the_policy_holds_where_escaping_would_fail(tmp_path):
         assert refused in console
 
 
-def hostile_run(folder: Path) -> Path:
-    """A run whose every text is hostile."""
+def hostile_run(folder: Path, evil: str = EVIL) -> Path:
+    """A run whose every text is hostile, and texts and no numbers where numbers belong."""
     run = run_folder(folder)
+    names = (evil, "loss", "seconds", "step_time_ms", "forward_ms", "celora/relative_error", "eval_loss")
+    rows = [
+        {"step": 9} | dict.fromkeys(names, evil),
+        {"step": 10, "loss": 0.5, "seconds": [evil], "step_time_ms": {evil: evil}, f"celora/relative_error{evil}": 0.5},
+        {"step": 11, "loss": 10**400, "seconds": True, "step_time_ms": float("nan")},
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     record = json.loads((run / "run.json").read_text())
     for layer in record["layers"]:
-        layer |= {"name": f"{layer['name']}.{EVIL.replace('.', '')}", "selection": EVIL, "precision": EVIL}
-        layer |= {"estimator": EVIL if layer["estimator"] == "tokens" else "dense"}
-    record |= {"preset": EVIL, "config": {EVIL: EVIL, "overrides": {EVIL: {EVIL: EVIL}}}, "versions": {EVIL: EVIL},
-               "machine": {EVIL: [EVIL, {EVIL: EVIL}]}, "summary": {"loss": EVIL}}  # fmt: skip
+        layer |= {"name": f"{layer['name']}.{evil.replace('.', '')}", "selection": evil, "precision": evil}
+        layer |= {"estimator": evil if layer["estimator"] == "tokens" else "dense"}
+    record |= {"preset": evil, "config": {evil: evil, "overrides": {evil: {evil: evil}}}, "versions": {evil: evil},
+               "machine": {evil: [evil, {evil: evil}]}, "summary": {"loss": evil},
+               "errors": {layer["name"]: evil for layer in record["layers"]}}  # fmt: skip
     write_json(run / "run.json", record)
     return run

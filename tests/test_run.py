@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import celora.train.run as run_module
@@ -22,7 +22,7 @@ from celora.train.arguments import make_request, parse
 from celora.train.folder import OutputFolder
 from celora.train.progress import read_metrics
 from celora.train.run import train
-from tiny import save_rows, save_tiny_model
+from tiny import TEMPLATE, save_rows, save_tiny_model
 
 # A refresh in the middle, dropout and a last partial batch: everything a resumed run has to continue with.
 CELORA = {"estimator": "columns", "keep_ratio": 0.4, "rank": 4, "refresh_every": 2}
@@ -348,26 +348,41 @@ def test_an_adapter_that_is_not_finite_is_not_saved(inputs, tmp_path, monkeypatc
 
 @pytest.mark.fault(
     "crash",
-    "--resume after the data or the model were replaced under the same name",
+    "--resume after data, model, tokenizer, chat template or evaluation rows were changed under the same name",
     sees="`the data in ... is not what the run was started with; put it back or start a new run`",
     kept="the run; put back, or copied with other dates, they are resumed from",
 )
-@pytest.mark.parametrize("what", ["data", "model"])
-def test_other_rows_or_another_model_under_the_same_name_are_not_resumed_with(inputs, tmp_path, what):
-    model, data = tmp_path / "model", tmp_path / "rows.jsonl"
+def test_nothing_that_was_changed_under_the_same_name_is_resumed_with(inputs, tmp_path):
+    model, data, rows = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "held-out.jsonl"
+    template = tmp_path / "own.jinja"
     own = {"model": str(shutil.copytree(inputs["model"], model)), "data": str(shutil.copy(inputs["data"], data))}
+    own |= {"eval_data": str(save_rows(rows, 4)), "chat_template_path": str(template)}
+    template.write_text(TEMPLATE)
     go(own, tmp_path / "out", max_steps=3)
-    if what == "data":
-        save_rows(data, 23)
-    else:
-        save_tiny_model(model, seed=1)
     again = ["--max_steps", "4"], {"output": str(tmp_path / "out"), "resume": True, "quiet": True}
-    with pytest.raises(CELoraError, match=rf"^--resume: the {what} in .* is not what the run was started with"):
-        train(parse(*again))
-    shutil.copytree(inputs["model"], model, dirs_exist_ok=True)
-    data.unlink()
-    shutil.copyfile(inputs["data"], data)
+    for file, what in (
+        (data, "data"),
+        (model / "model.safetensors", "model"),
+        (model / "config.json", "tokenizer or configuration"),
+        (model / "tokenizer.json", "tokenizer or configuration"),
+        (model / "chat_template.jinja", "tokenizer or configuration"),
+        (template, "chat template"),
+        (rows, "evaluation data"),
+    ):
+        before = file.read_bytes()
+        if file == model / "model.safetensors":
+            tensors = load_file(file)
+            save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}, file, metadata={"format": "pt"})
+        else:
+            file.write_bytes(before.replace(b"w7", b"w8") if file in (data, rows) else before + b"\n")
+        with pytest.raises(CELoraError, match=rf"^--resume: the {what} in .* is not what the run was started with"):
+            train(parse(*again))
+        file.unlink()
+        file.write_bytes(before)  # with other dates
+    (model / "README.md").write_text("of no account")
     assert train(parse(*again)).step == 4
+    other = {**again[1], "eval_data": str(save_rows(tmp_path / "other.jsonl", 5))}
+    assert train(parse(["--max_steps", "5"], other)).step == 5  # which may be chosen anew
 
 
 @pytest.mark.fault(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from celora.train.arguments import parse
 from celora.train.manifest import MANIFEST
 from celora.train.progress import read_metrics
 from celora.train.run import train
+from celora.train.saving import SafeSaving
+from conftest import written_whole
 from test_run import adapter, go, inputs, on_build  # noqa: F401 - a fixture
 
 resource = pytest.importorskip("resource")
@@ -203,6 +206,30 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end(inputs, whole, tmp
     result, _ = resume(output)
     assert (result.status, result.step) == ("finished", 6)
     assert same(adapter(output), whole)
+
+
+def test_an_adapter_is_on_the_disk_before_it_takes_the_place_of_another(inputs, tmp_path, disk):  # noqa: F811
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=1, save_strategy="no")
+    for name in ("README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"):
+        flushed, renamed, named = written_whole(output / name)
+        at = disk.index(renamed)
+        assert disk[at - 1] == flushed
+    assert disk[at + 1] == named  # after the last of them, before anything else is written
+
+
+def test_the_best_checkpoint_is_taken_from_the_run_s_own_folder(tmp_path):
+    class Stock:
+        def _load_best_model(self):
+            self.loaded = self.state.best_model_checkpoint
+
+    class Safe(SafeSaving, Stock):
+        args = SimpleNamespace(output_dir=str(tmp_path))
+        state = SimpleNamespace(best_model_checkpoint="/elsewhere/checkpoint-4")
+
+    safe = Safe()
+    safe._load_best_model()
+    assert safe.loaded == str(tmp_path / "checkpoint-4")
 
 
 def test_nothing_pickled_is_written_only_to_be_looked_at(inputs, tmp_path):  # noqa: F811

@@ -12,7 +12,7 @@ import celora
 from celora import CELoraConfig, CELoraError, state
 from celora.attach import require
 from celora.state import STATE_NAME
-from conftest import adapter, make_model, train
+from conftest import adapter, make_model, train, written_whole
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=4)
 
@@ -40,10 +40,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stop: int, tmp_path: Path) ->
         assert value.equal(adapter(second)[name])
 
 
-def test_what_is_written(model: PeftModel, tmp_path: Path) -> None:
+def test_what_is_written(model: PeftModel, tmp_path: Path, disk: list[tuple[str, int]]) -> None:
     celora.attach(model, HALF)
     train(model, 6)
     assert celora.save_state(model, tmp_path) == tmp_path / STATE_NAME
+    assert disk == written_whole(tmp_path / STATE_NAME)
     assert [p.name for p in tmp_path.iterdir()] == [STATE_NAME]
     saved = load_file(tmp_path / STATE_NAME)
     assert saved["step"].item() == 6

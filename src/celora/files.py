@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # left by a process that was killed, or a link that would be written through
+        temporary.touch(exist_ok=False)
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
@@ -32,6 +35,14 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def clear(path: Path) -> None:
+    """Remove what stands under a name of ours: a file, a folder, or a link, but not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -62,16 +73,25 @@ def check_regular(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; CELoraError if it cannot be read or is not JSON."""
+    """What a JSON file holds; CELoraError if it cannot be read, is not JSON or has a key twice in one object."""
     check_regular(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs_once)
     except OSError as error:
         raise CELoraError(f"cannot read {path}: {error.strerror}.") from None
     except json.JSONDecodeError as error:
         raise CELoraError(f"{path}:{error.lineno}: not JSON: {error.msg}.") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, nested too deeply, or a number of too many digits
+    except (ValueError, RecursionError) as error:  # not UTF-8, nested too deeply, too many digits, keys that come twice
         raise CELoraError(f"{path}: not JSON: {' '.join(str(error).split())}.") from None
+
+
+def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`; ValueError if a key comes twice, where Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice in one object")
+    return found
 
 
 def inside(path: str | os.PathLike[str], name: str) -> Path:

@@ -15,7 +15,17 @@ from typing import Any
 
 from celora.config import PRESETS, CELoraConfig, balanced_rank, resolve
 from celora.errors import CELoraError, unknown
-from celora.train.fields import DEFAULTS, REFUSED, RunOptions, convert, known_fields, known_name, read_flags
+from celora.train.fields import (
+    DEFAULTS,
+    MODEL_INIT,
+    MODEL_INIT_ALIASES,
+    REFUSED,
+    RunOptions,
+    convert,
+    known_fields,
+    known_name,
+    read_flags,
+)
 from celora.train.folder import RUN, OutputFolder
 from celora.train.processes import processes
 from celora.train.yaml_file import read_document
@@ -39,9 +49,13 @@ def read_yaml(path: str | Path) -> dict[str, object]:
         return {"celora": document}
     if str(document.get("num_processes")) == os.environ.get("WORLD_SIZE", "1"):
         del document["num_processes"]  # `trl sft` hands it to its launcher; this is what was launched
-    return {
-        known_name(str(key).replace("-", "_"), f"key {str(key)!r} in {path}"): value for key, value in document.items()
-    }
+    found: dict[str, object] = {}
+    for key, value in document.items():
+        name = known_name(str(key).replace("-", "_"), f"key {str(key)!r} in {path}")
+        if name in found:
+            raise CELoraError(f"key {str(key)!r} in {path} says {name} a second time; keep one")
+        found[name] = value
+    return found
 
 
 def estimator_config(preset: str | None, mapping: Mapping[str, object] | None, lora_r: int) -> tuple[CELoraConfig, int]:
@@ -94,14 +108,18 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     known = known_fields()
     names = {name: known_name(name, f"name {name!r}") for name in raw}
     values: dict[str, Any] = {names[name]: convert(known[names[name]], value) for name, value in raw.items()}
+    values = _without_aliases_in_model_init(values)
     for name, (nothing, instead) in REFUSED.items():
         if values.get(name, nothing) != nothing:
             raise CELoraError(f"{name}={values[name]!r} is refused: {instead}")
     for name in ("model", "data", "output"):
         if not values.get(name):
             raise CELoraError(f"--{name} is missing; give --model MODEL --data DATA --output DIR")
-    if "trust_remote_code" in (values.get("model_init_kwargs") or ()):
-        raise CELoraError(f"trust_remote_code in model_init_kwargs is refused: {REFUSED['trust_remote_code'][1]}")
+    if "/" in str(values.get("attn_implementation")):
+        raise CELoraError(
+            f"attn_implementation={values['attn_implementation']!r} is refused: it names code on the hub, which celora "
+            "never runs; install flash-attn and give flash_attention_2, or give sdpa"
+        )
     if values.get("resume") and values.get("overwrite"):
         raise CELoraError("--resume and --overwrite exclude each other")
 
@@ -126,6 +144,28 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
         raise CELoraError(f"memory_limit={options.memory_limit}; expected MiB, 0 or more")
     output = Path(values["output"]).expanduser()
     return TrainRequest(given["model"], given["data"], output, preset, config, r, options, train, lora, given)
+
+
+def _without_aliases_in_model_init(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with what model_init_kwargs holds under the names that it has elsewhere; CELoraError for what it may not
+    hold."""
+    known, init = known_fields(), values.get("model_init_kwargs") or {}
+    if not isinstance(init, dict):
+        raise CELoraError(f"model_init_kwargs={init!r}; expected a mapping (JSON on the command line)")
+    moved: dict[str, Any] = {}
+    for key, value in init.items():
+        if key in REFUSED:
+            raise CELoraError(f"{key} in model_init_kwargs is refused: {REFUSED[key][1]}")
+        if name := MODEL_INIT_ALIASES.get(key):
+            moved[name] = convert(known[name], value)
+            if values.get(name, moved[name]) != moved[name]:
+                raise CELoraError(
+                    f"{key}={value!r} in model_init_kwargs, but {name}={values[name]!r}; give one of them"
+                )
+        elif key not in MODEL_INIT:
+            raise unknown("name in model_init_kwargs", key, MODEL_INIT | set(MODEL_INIT_ALIASES))
+    rest = {key: value for key, value in init.items() if key in MODEL_INIT}
+    return values | moved | ({"model_init_kwargs": rest} if init else {})
 
 
 def raw_arguments(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> dict[str, object]:

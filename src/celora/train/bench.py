@@ -248,7 +248,7 @@ def make_model(cell: Cell, *, upper: bool = False) -> PeftModel:
     torch.manual_seed(0)
     dtype = getattr(torch, cell.dtype)
     if cell.model == SMOLLM2:
-        base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype)
+        base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype, trust_remote_code=False)
     else:
         base = LlamaForCausalLM(_config(cell)).to(dtype)
     half = base.config.num_hidden_layers // 2
@@ -348,7 +348,11 @@ def _unsloth(cell: Cell) -> Any:
         if cell.model != SMOLLM2:
             make_model(cell).get_base_model().save_pretrained(folder)
         model, _ = FastLanguageModel.from_pretrained(
-            str(source), dtype=getattr(torch, cell.dtype), load_in_4bit=False, max_seq_length=cell.tokens
+            str(source),
+            dtype=getattr(torch, cell.dtype),
+            load_in_4bit=False,
+            max_seq_length=cell.tokens,
+            trust_remote_code=False,
         )
     return FastLanguageModel.get_peft_model(
         model, r=16, lora_alpha=8, target_modules=LINEAR, use_gradient_checkpointing=False

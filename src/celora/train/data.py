@@ -246,6 +246,12 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     if not chosen:
         names = ", ".join(file.name for file in files[:5])
         raise CELoraError(f"{str(folder)!r} has no {split!r} file among {names}; name one like {split}.jsonl.")
+    # In the hub's cache, files are links from snapshots/REVISION to blobs beside it.
+    here = folder.resolve()
+    roots = [here, *(parent.with_name("blobs") for parent in here.parents if parent.name == "snapshots")]
+    for file in chosen:
+        if not any(file.resolve().is_relative_to(root) for root in roots):
+            fail(str(file), "a link out of the data folder; give what it points to as data, or copy it into the folder")
     return chosen
 
 

@@ -254,7 +254,9 @@ def stock_accuracy(model: Path, data: Path, dtype: str, *, adapter: Path | None 
 def _in_memory_accuracy(trained: Any, model: Path, data: Path) -> float:
     from transformers import AutoTokenizer
 
-    return stock_eval.label_accuracy(trained, AutoTokenizer.from_pretrained(model), _read_rows(data))
+    return stock_eval.label_accuracy(
+        trained, AutoTokenizer.from_pretrained(model, trust_remote_code=False), _read_rows(data)
+    )
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from types import NoneType, UnionType
 from typing import Any
 
 from celora.errors import CELoraError, unknown
+from celora.files import pairs_once
 
 # Where celora departs from TRL's defaults, and why. `device_defaults` adds what depends on the machine.
 DEFAULTS: dict[str, tuple[object, str]] = {
@@ -57,6 +58,21 @@ REFUSED: dict[str, tuple[object, str]] = {
     "datasets": ([], "put the rows of all of them into one folder and give that as data"),
     "test_split_size": (None, "hold rows out in a file of their own and give it as eval_data"),
     "ignore_bias_buffers": (False, "it does nothing in `trl sft` either"),
+}
+
+# What model_init_kwargs may hold: settings of the model and where it goes. What else transformers takes there would
+# unpickle weights, run kernels or code from the hub, send requests or write files elsewhere, or mean nothing.
+MODEL_INIT = frozenset({
+    "device_map", "max_memory", "low_cpu_mem_usage", "disable_mmap", "local_files_only", "force_download", "variant",
+    "use_cache", "attention_dropout", "sliding_window", "max_position_embeddings", "rope_scaling", "rope_parameters",
+    "rope_theta", "experts_implementation", "output_router_logits", "router_aux_loss_coef",
+})  # fmt: skip
+# What it may hold, too, as another way to write the name on the right.
+MODEL_INIT_ALIASES = {
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "attn_implementation": "attn_implementation",
+    "revision": "model_revision",
 }
 
 # The least and the most that a number may be, where TRL, transformers or torch would fail late, or would do something
@@ -239,8 +255,8 @@ def _number(value: object, origins: set[Any]) -> int | float | None:
 
 def _mapping(f: Field, value: object) -> object:
     try:
-        return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
+        return json.loads(value, object_pairs_hook=pairs_once) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
         raise CELoraError(f"{f.name}={value!r}; expected a JSON object ({error})") from None
 
 

@@ -1,4 +1,4 @@
-"""What a run is made from, in two short texts, so that it is not resumed with other rows or another model under the
+"""What a run is made from, in a few short texts, so that it is not resumed with other rows or another model under the
 same name. Content counts, not dates: a copy is the same. Of what comes from the hub, nothing is known here.
 """
 
@@ -12,17 +12,35 @@ from pathlib import Path
 from celora.errors import CELoraError
 from celora.train.arguments import TrainRequest
 from celora.train.data import local_files
+from celora.train.loading import evaluation_source
 
 _BLOCK, _BLOCKS = 2**20, 256  # larger files are looked at in that many places, evenly spaced, ends included
 
 
+# What tokenizers and configurations are read from, and chat templates.
+_SETTINGS = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "merges.txt",
+    "vocab.txt",
+    "additional_chat_templates/*.jinja",
+)
+
+
 def fingerprints(request: TrainRequest) -> dict[str, str]:
-    """Of the data and of the model's weights, where they are local files."""
-    model = Path(request.model).expanduser()
-    weights = (
-        sorted(path for end in ("safetensors", "bin") for path in model.glob(f"*.{end}")) if model.is_dir() else []
-    )
-    found = {"data": local_files(request.data, request.options.dataset_train_split), "model": weights}
+    """What each is, by what it is: "data in 'rows.jsonl'" and so on; of what are local files."""
+    options, evaluation = request.options, evaluation_source(request)
+    found = {
+        f"data in {request.data!r}": local_files(request.data, options.dataset_train_split),
+        f"model in {request.model!r}": _matching(request.model, "*.safetensors"),
+        f"tokenizer or configuration in {request.model!r}": _matching(request.model, *_SETTINGS),
+    }
+    if evaluation is not None:
+        found[f"evaluation data in {evaluation!r}"] = local_files(evaluation, options.dataset_test_split)
+    if template := request.train.get("chat_template_path"):
+        found[f"chat template in {template!r}"] = _matching(template, *_SETTINGS)
     of: dict[str, str] = {}
     for name, files in found.items():
         with contextlib.suppress(OSError):  # the loaders say so
@@ -30,20 +48,26 @@ def fingerprints(request: TrainRequest) -> dict[str, str]:
     return of
 
 
-def check_same(before: object, now: dict[str, str], request: TrainRequest) -> None:
+def check_same(before: object, now: dict[str, str]) -> None:
     """Refuse to resume where a fingerprint is known and is another one now; CELoraError."""
-    for name, path in (("data", request.data), ("model", request.model)):
-        if isinstance(before, dict) and before.get(name, now.get(name)) != now.get(name):
+    for name, digest in now.items():
+        if isinstance(before, dict) and before.get(name, digest) != digest:
             raise CELoraError(
-                f"--resume: the {name} in {path!r} is not what the run was started with; put it back or start a new run"
+                f"--resume: the {name} is not what the run was started with; put it back or start a new run"
             )
+
+
+def _matching(source: str, *patterns: str) -> list[Path]:
+    """The file, or the files of a folder that match one of the patterns."""
+    path = Path(source).expanduser()
+    return [path] if path.is_file() else sorted({file for pattern in patterns for file in path.glob(pattern)})
 
 
 def _of(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
-        digest.update(f"{size};".encode())
+        digest.update(f"{file.name};{size};".encode())
         with file.open("rb") as opened:
             starts = [*range(0, size, _BLOCK)]
             if len(starts) > _BLOCKS:

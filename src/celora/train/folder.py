@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from celora.errors import CELoraError
-from celora.files import read_json, write_text
+from celora.files import clear, read_json, write_text
 from celora.train.manifest import read_manifest, sealed, unseal
 from celora.train.processes import is_first
 
@@ -69,11 +69,16 @@ class OutputFolder:
         """Hold the folder. The lock is the operating system's, so that a process that dies gives it back.
 
         Raises:
-            CELoraError: another run holds it, or the folder cannot be written to.
+            CELoraError: another run holds it, the folder cannot be written to, or a link stands where a run writes.
         """
         if not is_first():
             yield  # the processes of one run share the lock of the first
             return
+        if links := [entry.name for entry in self.path.glob("*") if entry.is_symlink() and _written(entry)]:
+            raise CELoraError(
+                f"{links[0]!r} in --output {str(self.path)!r} is a link, and a run would write through it; remove it "
+                "or choose another folder"
+            )
         lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=0)
@@ -143,47 +148,35 @@ class OutputFolder:
         if self.run() is None:
             return None
         aside = self.path / _ASIDE
-        if aside.exists():
-            shutil.rmtree(aside)  # left by a run that was killed: it was to be replaced already
+        clear(aside)  # left by a run that was killed: it was to be replaced already
         aside.mkdir()
-        for entry in self._ours():
+        for entry in _ours(self.path):
             entry.rename(aside / entry.name)
         return aside
 
     def restore(self) -> None:
         """Undo `set_aside`: what was written since goes, and the earlier run comes back."""
-        for entry in self._ours():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for entry in _ours(self.path):
+            clear(entry)
         self.recover()
 
     def recover(self) -> None:
         """Bring the earlier run back if the process that was to replace it died before it began a new one.
 
-        `run.json` is the last to be set aside, the last to come back and the first that a new run writes: only where
-        both have one has the new run begun.
+        `run.json` is the last to be set aside, the last to come back and the first that a new run writes: where both
+        have one, the new run has begun, and where neither has, none of ours was set aside.
         """
         aside = self.path / _ASIDE
-        if aside.is_dir() and not ((aside / RUN).exists() and (self.path / RUN).exists()):
-            for entry in sorted(aside.iterdir(), key=lambda e: e.name == RUN):
+        if (aside / RUN).exists() != (self.path / RUN).exists():
+            for entry in _ours(aside):
                 entry.rename(self.path / entry.name)
-            aside.rmdir()
+            with contextlib.suppress(OSError):  # there is none, or something that is not ours is left in it
+                aside.rmdir()
 
     def forget_earlier(self) -> None:
         """Remove the run that was set aside, by this process or by one that was killed: a new one has trained."""
         if (self.path / _ASIDE).is_dir():
             shutil.rmtree(self.path / _ASIDE)
-
-    def _ours(self) -> list[Path]:
-        found = [
-            entry
-            for entry in self.path.iterdir()
-            if not entry.is_symlink()
-            and (
-                (entry.is_dir() and (_CHECKPOINT.fullmatch(entry.name.removesuffix(_DAMAGED)) or entry.name == SAVING))
-                or (entry.is_file() and _OURS.fullmatch(entry.name))
-            )
-        ]
-        return sorted(found, key=lambda entry: entry.name == RUN)
 
     def last_checkpoint(self, say: Callable[[str], object] = lambda _: None) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint to resume from, and its manifest ("step", "seconds"); hears why not a newer."""
@@ -207,8 +200,7 @@ class OutputFolder:
                 shutil.rmtree(checkpoint)
             elif _step(checkpoint) > step and not _is_whole(checkpoint):
                 damaged = checkpoint.with_name(checkpoint.name + _DAMAGED)
-                if damaged.exists():
-                    shutil.rmtree(damaged)
+                clear(damaged)
                 checkpoint.rename(damaged)
 
     def keep_last(self, limit: int | None, keep: Container[str]) -> None:
@@ -223,6 +215,25 @@ class OutputFolder:
         """Folders named like checkpoints, by step."""
         found = (e for e in self.path.glob("checkpoint-*") if _CHECKPOINT.fullmatch(e.name) and not e.is_symlink())
         return sorted((e for e in found if e.is_dir()), key=_step)
+
+
+def _ours(folder: Path) -> list[Path]:
+    """What a run of ours has written in a folder, `run.json` last; links are none of it."""
+    found = [
+        entry
+        for entry in folder.glob("*")
+        if not entry.is_symlink()
+        and (
+            (entry.is_dir() and (_CHECKPOINT.fullmatch(entry.name.removesuffix(_DAMAGED)) or entry.name == SAVING))
+            or (entry.is_file() and _OURS.fullmatch(entry.name))
+        )
+    ]
+    return sorted(found, key=lambda entry: entry.name == RUN)
+
+
+def _written(entry: Path) -> bool:
+    """Whether a run writes under this name, if it is no checkpoint's: a link there is replaced by the checkpoint."""
+    return entry.name in (LOCK, SAVING, _ASIDE) or bool(_OURS.fullmatch(entry.name))
 
 
 def _step(checkpoint: Path) -> int:

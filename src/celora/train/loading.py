@@ -14,7 +14,7 @@ import datasets
 import transformers
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 from trl import ModelConfig, get_quantization_config
 
 from celora.errors import CELoraError
@@ -28,7 +28,9 @@ def load_tokenizer(request: TrainRequest) -> Any:
     """The tokenizer of the model."""
     check_model_folder(request.model)
     try:
-        return AutoTokenizer.from_pretrained(request.model, revision=request.lora["model_revision"])
+        return AutoTokenizer.from_pretrained(
+            request.model, revision=request.lora["model_revision"], trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise CELoraError(f"cannot load a tokenizer from {request.model!r}: {_first_line(error)}") from error
 
@@ -38,13 +40,18 @@ def training_rows(request: TrainRequest, *, chat: bool) -> datasets.Dataset:
     return _rows(request, request.data, request.options.dataset_train_split, chat)
 
 
+def evaluation_source(request: TrainRequest) -> str | None:
+    """`eval_data` or, where an `eval_strategy` asks for rows as in `trl sft`, the data, for its test split."""
+    return request.options.eval_data or (None if request.train.get("eval_strategy", "no") == "no" else request.data)
+
+
 def evaluation_rows(request: TrainRequest, *, chat: bool) -> datasets.Dataset | None:
-    """Rows of `eval_data` or, where an `eval_strategy` asks for some as in `trl sft`, of the data's test split."""
-    options, when = request.options, request.train.get("eval_strategy", "no")
-    source = options.eval_data or (None if when == "no" else request.data)
+    """The rows to evaluate on, if there are any; see `load_rows`."""
+    options, source = request.options, evaluation_source(request)
     if source is None:
         return None
     if options.eval_data is None and Path(source).expanduser().is_file():
+        when = request.train["eval_strategy"]
         raise CELoraError(f"eval_strategy={when!r} needs rows to evaluate on, and data is one file; give --eval-data")
     return _rows(request, source, options.dataset_test_split, chat)
 
@@ -68,10 +75,12 @@ def load_model(request: TrainRequest) -> Any:
             revision=lora["model_revision"],
             dtype=lora["dtype"],
             attn_implementation=lora["attn_implementation"],
+            trust_remote_code=False,
+            use_safetensors=True,
             **extra,
             **(request.train.get("model_init_kwargs") or {}),
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except Exception as error:  # whatever transformers raises about a file, or about a value of model_init_kwargs
         raise CELoraError(f"cannot load a model from {request.model!r}: {_first_line(error)}") from error
 
 
@@ -96,14 +105,24 @@ def check_model_folder(model: str) -> None:
         )
     if not (path / "config.json").exists():
         raise CELoraError(f"--model {model!r} is not a model folder: it has no config.json")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise CELoraError(f"--model {model!r} has no weights: no .safetensors or .bin file in it")
+    if not any(path.glob("*.safetensors")):
+        if pickled := next(path.glob("*.bin"), None):
+            raise CELoraError(
+                f"--model {model!r} holds {pickled.name}, a pickle, and no .safetensors: pickles are never unpickled "
+                "here. If you trust it, convert it once, model and tokenizer: "
+                f"AutoModelForCausalLM.from_pretrained({model!r}).save_pretrained(FOLDER), and give --model FOLDER"
+            )
+        raise CELoraError(f"--model {model!r} has no weights: no .safetensors file in it")
 
 
 def load_adapter(model: Any, adapter: Path) -> Any:
     """The model with the adapter in a folder, ready to train."""
     if not (adapter / "adapter_config.json").exists():
         raise CELoraError(f"--adapter {str(adapter)!r} holds no adapter: it has no adapter_config.json")
+    if not (adapter / "adapter_model.safetensors").exists():
+        raise CELoraError(
+            f"--adapter {str(adapter)!r} has no adapter_model.safetensors; an adapter_model.bin, a pickle, is not read"
+        )
     try:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, UnpicklingError) as error:
@@ -135,6 +154,8 @@ def lora_config(request: TrainRequest) -> LoraConfig:
 def quiet_libraries() -> Iterator[None]:
     """Without the libraries' progress bars, and without the one notice that says nothing is wrong.
 
+    Without questions, too: where a library of its own accord loads something that comes with code, transformers refuses
+    instead of asking whether to run it, as it would do where nobody has said.
     Where several processes train together, all but the first keep their warnings to themselves too.
     """
     verbosity = transformers.logging.get_verbosity()
@@ -146,6 +167,7 @@ def quiet_libraries() -> Iterator[None]:
     )
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
+    patience, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
     # Trainer aligns pad/bos/eos of model and tokenizer and says so at warning level on every run.
     logger, notice = logging.getLogger("transformers.trainer"), _without("The tokenizer has new PAD/BOS/EOS tokens")
     handlers = [*logging.getLogger("transformers").handlers]
@@ -166,6 +188,7 @@ def quiet_libraries() -> Iterator[None]:
                 warnings.simplefilter("ignore")
             yield
     finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience
         if not is_first():
             transformers.logging.set_verbosity(verbosity)
         logger.removeFilter(notice)

@@ -26,6 +26,7 @@ def seal(folder: Path, note: Mapping[str, Any]) -> None:
         sync(path)
     manifest = {**note, "sha256": {name: _sha256(path) for name, path in files.items()}}
     write_text(folder / MANIFEST, json.dumps(manifest | {_OWN: _own(manifest)}, indent=2) + "\n")
+    sync(folder.parent)  # where the folder's own name is: older ones may be removed now
 
 
 def sealed(folder: Path) -> bool:
@@ -42,8 +43,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """What `seal` wrote, the files being what they were then.
 
     Raises:
-        CELoraError: a file is missing or has changed, or the manifest itself is damaged; it names the file.
+        CELoraError: a file is missing, has changed or is a link, or the manifest itself is damaged; it names the file.
     """
+    if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
+        raise CELoraError(f"{link.relative_to(folder).as_posix()} is a link, and no run saves one")
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.pop(_OWN, None) != _own(manifest):
         raise CELoraError(f"{MANIFEST} is not what was saved (its checksum differs)")

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import pyarrow.parquet  # type: ignore[import-untyped]
 
 from celora.errors import CELoraError
+from celora.files import pairs_once
 
 Placed = Iterator[tuple[str, Any]]
 
@@ -40,20 +41,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice in one object")
-    return found
-
-
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON value")
 
 
 _SPACE = re.compile(r"\s*")
-_DECODER = json.JSONDecoder(object_pairs_hook=_pairs_once, parse_constant=_no_constant)
+_DECODER = json.JSONDecoder(object_pairs_hook=pairs_once, parse_constant=_no_constant)
 
 
 def _parse(path: Path, number: int, text: str, start: int = 0) -> tuple[Any, int]:

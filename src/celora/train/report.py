@@ -14,11 +14,12 @@ import json
 import os
 import re
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from celora.files import write_text
+from celora.files import read_json, write_text
 from celora.train.folder import METRICS, RUN, finite
 from celora.train.progress import PHASES, read_metrics
 
@@ -82,13 +83,19 @@ def write_report(
 
 
 def _rows(source: Path | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return list(read_metrics(source / METRICS)) if isinstance(source, os.PathLike) else list(source)
+    """The rows, and of each what is a number: plotly.js would show a text, on an axis, with its markup."""
+    rows = read_metrics(source / METRICS) if isinstance(source, os.PathLike) else source
+    return [{key: value for key, value in row.items() if _is_number(value)} for row in rows]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _record(source: Path | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not isinstance(source, os.PathLike) or not (source / RUN).exists():
         return {}
-    record = json.loads((source / RUN).read_text(encoding="utf-8"))
+    record = read_json(source / RUN)
     return record if isinstance(record, dict) else {}
 
 
@@ -126,7 +133,7 @@ def _charts(rows: Mapping[str, Sequence[Mapping[str, Any]]], repeats: Mapping[st
             group = repeats.get(name, name)
             colour = PALETTE[groups.index(group) % len(PALETTE)]
             for dash, key in zip(("solid", "dash", "dot"), keys, strict=False):
-                points = [(row[x], row[key]) for row in run if row.get(key) is not None and row.get(x) is not None]
+                points = [(row[x], row[key]) for row in run if key in row and x in row]
                 points = points[:: 1 + len(points) // MAX_POINTS]
                 if points:
                     label = group if len(keys) == 1 else f"{group}, {key.removeprefix('celora/').replace('_', ' ')}"
@@ -150,7 +157,7 @@ def _phases(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, A
     """Where the median step's time goes, one bar for each run."""
     bars: dict[str, dict[str, float]] = {}
     for name, run in rows.items():
-        timed = [row for row in run if all(row.get(f"{phase}_ms") is not None for phase in (*PHASES, "step_time"))]
+        timed = [row for row in run if all(f"{phase}_ms" in row for phase in (*PHASES, "step_time"))]
         if timed:
             parts = {phase: statistics.median(row[f"{phase}_ms"] for row in timed) for phase in PHASES}
             whole = statistics.median(row["step_time_ms"] for row in timed)
@@ -189,7 +196,7 @@ def _distinct_layers(records: Mapping[str, dict[str, Any]]) -> dict[str, dict[st
 
 def _layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
     """Blocks by kinds of layers: what each is estimated with, keeps and costs, its error at the latest refresh."""
-    errors = record.get("errors") or {}
+    errors = {layer: error for layer, error in (record.get("errors") or {}).items() if _is_number(error)}
     cells: dict[tuple[str, int], dict[str, Any]] = {}
     for layer in record["layers"]:
         parts = str(layer["name"]).split(".")
@@ -318,6 +325,7 @@ def _embed(value: Any) -> str:
 def _policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
     """Nothing may be loaded or sent, and only these inline scripts and styles count: none that a hostile text brings.
 
+    A `<meta http-equiv=refresh>` is beyond any policy of a page: against that there is only the escaping.
     plotly.js sets style attributes, fills an empty style element by script, and draws heat maps as `data:` images.
     """
     script, style = (" ".join(map(_hash, sources)) for sources in (scripts, styles))

@@ -152,7 +152,7 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
             rows, eval_rows = training_rows(request, chat=chat), evaluation_rows(request, chat=chat)
         made_from = fingerprints(request) if first else {}
         if earlier and first:
-            check_same(earlier.get("made_from"), made_from, request)
+            check_same(earlier.get("made_from"), made_from)
         model = load_model(request)
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
         if cut := truncation_line(trainer, rows):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
 
 from celora.errors import CELoraError
-from celora.files import sync
+from celora.files import clear, sync
 from celora.train.folder import SAVING, OutputFolder
 from celora.train.manifest import seal
 from celora.train.processes import wait_for_all
@@ -54,8 +54,8 @@ class SafeSaving:
     def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
         check_finite(self)
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and checkpoint.exists():
-            shutil.rmtree(checkpoint)  # unfinished, or from before the run went back to an earlier one
+        if self.args.should_save:
+            clear(checkpoint)  # unfinished, or from before the run went back to an earlier one
         wait_for_all()  # before another process writes into the new one
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -66,6 +66,12 @@ class SafeSaving:
             raise OSError(str(error).splitlines()[0]) from error  # how torch.save says that the disk is full
         finally:
             self.args.save_total_limit = limit
+
+    def _load_best_model(self) -> None:
+        """From this run's own folder, whatever path a checkpoint's state names: it may be from elsewhere."""
+        best = Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name
+        self.state.best_model_checkpoint = str(best)
+        super()._load_best_model()  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, *arguments: Any, **more: Any) -> None:
         super()._save(output_dir, *arguments, **more)  # type: ignore[misc]
@@ -92,7 +98,7 @@ def save_adapter(trainer: Any, output: Path) -> None:
     check_finite(trainer)
     aside, card, first = output / SAVING, output / "README.md", trainer.is_world_process_zero()
     if first:
-        shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed here
+        clear(aside)  # left by a process that was killed here
         aside.mkdir()
         if card.is_file():
             shutil.copy(card, aside)  # PEFT completes TRL's

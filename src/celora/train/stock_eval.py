@@ -106,11 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=options.dtype)
+    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=options.dtype, trust_remote_code=False)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     if options.adapter:
         model = PeftModel.from_pretrained(model, options.adapter)
-    tokenizer = AutoTokenizer.from_pretrained(options.base)
+    tokenizer = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False)
     rows = [json.loads(line) for line in options.data.read_text("utf-8").split("\n") if line.strip()]
     accuracy = label_accuracy(model, tokenizer, rows, batch_size=options.batch_size)
     imported = any(name.partition(".")[0] == "celora" for name in sys.modules)
