@@ -15,6 +15,7 @@ from typing import Any
 
 from celora.config import PRESETS, CELoraConfig, balanced_rank, resolve
 from celora.errors import CELoraError, unknown
+from celora.files import check_name
 from celora.train.fields import DEFAULTS, REFUSED, RunOptions, convert, known_fields, known_name, read_flags
 from celora.train.folder import RUN, OutputFolder
 from celora.train.processes import processes
@@ -176,15 +177,9 @@ def _absolute(name: str, value: object) -> object:
     """Local paths are stored whole, so that --resume works from another folder; hub names stay as they are."""
     if name not in ("model", "data", "eval_data", "output", "plan") or not isinstance(value, str):
         return value
-    try:
-        path = Path(value).expanduser()
-        if b"\0" in value.encode():
-            raise ValueError("it holds a NUL")
-        return str(path.resolve()) if path.exists() or name == "output" else value
-    except (OSError, ValueError, RuntimeError) as error:  # too long, not UTF-8, a NUL, links in a circle, no such user
-        shown = value if len(value) <= 60 else f"{value[:57]}..."
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CELoraError(f"--{name} {shown!a} cannot be a path: {reason}") from None
+    check_name(name, value)
+    path = Path(value).expanduser()
+    return str(path.resolve()) if path.exists() or name == "output" else value
 
 
 def device_defaults(values: Mapping[str, object]) -> dict[str, object]:

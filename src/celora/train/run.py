@@ -35,7 +35,7 @@ from celora.train.arguments import TrainRequest, sft_config
 from celora.train.checkpointing import choose_checkpointing
 from celora.train.doctor import PACKAGES
 from celora.train.fingerprint import check_same, fingerprints
-from celora.train.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json
+from celora.train.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json, writing_to
 from celora.train.interrupt import StopAtStepEnd
 from celora.train.loading import (
     evaluation_rows,
@@ -176,10 +176,8 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         aside = metrics = None
         record: dict[str, Any] = {"summary": {}}
         if first:
-            try:
+            with writing_to(request.output):
                 request.output.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise CELoraError(f"cannot write to --output {str(request.output)!r}: {error.strerror}") from None
             if not begun:
                 held.enter_context(folder.locked())
                 folder.check(resume=options.resume, overwrite=options.overwrite)
