@@ -50,7 +50,8 @@ from celora.train.processes import from_first, introduce_deepspeed, is_first, lo
 from celora.train.progress import MetricsWriter, Phases, PlanProgress, ProgressLine, read_metrics
 from celora.train.report import write_report
 from celora.train.saving import UNUSABLE, SafeSaving, Sealing, save_adapter, stopped, take_over
-from celora.train.truncation import truncation_line
+from celora.train.template import refused_row
+from celora.train.truncation import truncation_lines
 
 _LAST = ("loss", "eval_loss", "tokens_seen", "mean_token_accuracy", "eval_mean_token_accuracy")
 
@@ -98,6 +99,20 @@ class Trainer(SafeSaving, SFTTrainer):  # type: ignore[misc]
         """As the Trainer's; what it refuses is one line."""
         with refused("loader of batches"):
             return super().get_train_dataloader()
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, *rest: Any) -> Any:
+        """As TRL's; a row that the chat template refuses is named."""
+        try:
+            return super()._prepare_dataset(dataset, processing_class, *rest)
+        except OSError:
+            raise
+        except Exception as error:
+            refused = refused_row(dataset, processing_class, getattr(self, "chat_template", None))
+            if refused is None:
+                raise
+            (number, reason), data = refused, "training" if rest[-1] == "train" else "evaluation"
+            said = " ".join(str(reason).split())
+            raise CELoraError(f"the chat template refuses row {number:,} of the {data} data: {said}") from error
 
     def _send_telemetry(self) -> None:
         """TRL reports every construction to the hub; training a model here stays here."""
