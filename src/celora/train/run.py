@@ -170,8 +170,8 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
             check_same(earlier.get("made_from"), made_from, request)
         model = load_model(request)
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
-        if cut := truncation_line(trainer, rows):
-            _say(console, False, cut)  # a warning
+        for line in truncation_lines(trainer, rows, eval_rows):
+            _say(console, False, line)  # a warning
         config, plan = _configuration(request, trainer, console)
         attached = celora.attach(trainer.model, config)
         require(trainer.model).plan = plan
@@ -279,8 +279,11 @@ def build_trainer(
     except (ValueError, TypeError, RuntimeError, ImportError, OSError, re.error) as error:
         raise CELoraError(" ".join(str(error).split())) from error
     trainer.remove_callback(PrinterCallback)
-    if len(trainer.train_dataset) == 0:
-        raise CELoraError(f"no row of {request.data!r} has a token to learn within max_length={args.max_length}")
+    for dataset, source in ((trainer.train_dataset, request.data), (trainer.eval_dataset, request.options.eval_data)):
+        if dataset is not None and len(dataset) == 0:
+            raise CELoraError(
+                f"no row of {source or request.data!r} has a token to learn within max_length={args.max_length}"
+            )
     return trainer
 
 
