@@ -144,16 +144,33 @@ def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> Tra
         return make_request(raw)
     folder = OutputFolder(Path(str(_absolute("output", str(raw["output"])))))
     before = folder.resumable()
-    for name, kind in (("given", dict), ("train", dict), ("lora", dict), ("config", dict), ("r", int)):
-        if not isinstance(before.get(name), kind):
-            raise CELoraError(f"{folder.path / RUN} is not what a run wrote: {name!r} is missing or no {kind.__name__}")
-    try:
-        make_request(before["given"])
-    except CELoraError as error:
-        raise CELoraError(f"{folder.path / RUN} is not what a run wrote: {error}") from error
+    check_record(folder.path / RUN, before)
     request = make_request(before["given"] | raw)
     _check_same_run(before, request)
     return request
+
+
+def check_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Refuse a run.json that was edited into what no run wrote; CELoraError."""
+    for name, kind in (("given", dict), ("train", dict), ("lora", dict), ("config", dict), ("r", int)):
+        if not isinstance(record.get(name), kind):
+            raise CELoraError(f"{path} is not what a run wrote: {name!r} is missing or no {kind.__name__}")
+    try:
+        make_request(record["given"])
+    except CELoraError as error:
+        raise CELoraError(f"{path} is not what a run wrote: {error}") from error
+    if record.get("status") == "finished" and not _is_summary(record.get("summary")):
+        raise CELoraError(
+            f"{path} is not what a run wrote: 'summary' is missing or holds no numbers of steps and seconds"
+        )
+
+
+def _is_summary(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(isinstance(number, int | float | None) for number in value.values())
+        and None not in (value.get("step"), value.get("seconds"))
+    )
 
 
 def _check_same_run(before: Mapping[str, Any], request: TrainRequest) -> None:

@@ -164,7 +164,10 @@ def _claim(output: Path, request: TrainRequest) -> None:
     given = {k: v for k, v in request.given.items() if k not in ("output", "quiet")}
     record = output / RECORD
     if record.is_file():
-        before = read_json(record).get("given", {})
+        document = read_json(record)
+        before = document.get("given") if isinstance(document, dict) else None
+        if not isinstance(before, dict):
+            raise CELoraError(f"{record} is not what a comparison wrote: 'given' is missing; choose another folder")
         changed = sorted(k for k in given.keys() | before.keys() if given.get(k) != before.get(k))
         if changed:
             key = changed[0]

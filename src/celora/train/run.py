@@ -31,7 +31,7 @@ from celora.config import CELoraConfig
 from celora.errors import CELoraError
 from celora.plan import Plan
 from celora.planner import DEFAULT_FIDELITY
-from celora.train.arguments import TrainRequest, sft_config
+from celora.train.arguments import TrainRequest, check_record, sft_config
 from celora.train.checkpointing import choose_checkpointing
 from celora.train.doctor import PACKAGES
 from celora.train.fingerprint import check_same, fingerprints
@@ -150,7 +150,9 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
     if first:
         folder.check(resume=options.resume, overwrite=options.overwrite)
     earlier = folder.run() if options.resume else None
-    if earlier and _finished(earlier) and not _longer(earlier["given"], request.given):
+    if earlier:
+        check_record(folder.path / RUN, earlier)
+    if earlier and earlier.get("status") == "finished" and not _longer(earlier["given"], request.given):
         step = int(earlier["summary"]["step"])
         _say(
             console, options.quiet, f"{request.output} is finished, at step {step}; a larger --max_steps continues it."
@@ -307,11 +309,6 @@ def _smooth_in_the_head(trainer: Any) -> None:
 def _say(console: Console, quiet: bool, line: str) -> None:
     if not quiet:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _finished(run: dict[str, Any]) -> bool:
-    summary = run.get("summary")
-    return run.get("status") == "finished" and isinstance(summary, dict) and isinstance(summary.get("step"), int)
 
 
 def _longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
