@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import transformers
 from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_quantization_config
 
@@ -29,7 +28,7 @@ def load_tokenizer(request: TrainRequest) -> Any:
     check_model_folder(request.model)
     try:
         return AutoTokenizer.from_pretrained(request.model, revision=request.lora["model_revision"])
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the libraries raise about a file that is not what it should be
         raise CELoraError(f"cannot load a tokenizer from {request.model!r}: {_first_line(error)}") from error
 
 
@@ -71,7 +70,7 @@ def load_model(request: TrainRequest) -> Any:
             **extra,
             **(request.train.get("model_init_kwargs") or {}),
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except Exception as error:
         raise CELoraError(f"cannot load a model from {request.model!r}: {_first_line(error)}") from error
 
 
@@ -106,7 +105,7 @@ def load_adapter(model: Any, adapter: Path) -> Any:
         raise CELoraError(f"--adapter {str(adapter)!r} holds no adapter: it has no adapter_config.json")
     try:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except Exception as error:
         raise CELoraError(f"cannot load the adapter in {str(adapter)!r}: {_first_line(error)}") from error
 
 
@@ -184,4 +183,7 @@ def _without(text: str) -> Any:
 def _first_line(error: BaseException) -> str:
     if isinstance(error, UnpicklingError):
         return "its weights come with objects other than tensors, which are never unpickled"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
