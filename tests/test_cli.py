@@ -311,6 +311,16 @@ def test_mistakes_are_one_line_and_status_2(inputs, capsys, tmp_path):
     assert "already holds a run" in error_line(capsys, *base, "--max_steps", 1)
 
 
+@pytest.mark.parametrize(
+    "given", [("plan", "--output"), ("bench", "--output"), ("demo", "--output"), ("audit", "--adapter"),
+              ("plan", "--adapter"), ("train", "--output"), ("compare", "--output")]
+)  # fmt: skip
+def test_a_name_that_nothing_can_have_is_one_line(given, capsys):
+    more = {"bench": ["--cell", "none"], "demo": []}.get(given[0], ["--model", "m", "--data", "d"])
+    line = error_line(capsys, *given, "x" * 300, *more)
+    assert line == f"error: {given[1]} '{'x' * 57}...' cannot be a path: File name too long"
+
+
 @pytest.fixture
 def demo(monkeypatch):
     """A demo to be replaced: what the command does with what becomes of it."""

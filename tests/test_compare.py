@@ -201,6 +201,14 @@ def test_another_comparisons_folder_is_refused(inputs: Path, tmp_path: Path) -> 
         compare(settings(inputs, other, max_steps=4), arms=("LoRA", "exact"), seeds=1)
 
 
+@pytest.mark.parametrize("content", ["[]", '{"given": 3}', "{}"])
+def test_a_record_edited_by_hand_is_one_line(inputs: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "compare.json").write_text(content)
+    with pytest.raises(CELoraError, match=r"compare\.json is not what a comparison wrote"):
+        compare(settings(inputs, tmp_path), arms=("LoRA", "exact"), seeds=1)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["compare.json"]
+
+
 def test_command_line(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["compare", "--model", str(inputs / "model"), "--data", str(inputs / "rows.jsonl"), "--max_steps", "2"]
     given += ["--arm", "LoRA", "--arm", "exact", "--seeds", "1", "--output", str(tmp_path / "out")]

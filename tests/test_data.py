@@ -9,15 +9,19 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from celora.errors import CELoraError
 from celora.train import data
-from celora.train.data import load_rows
+from celora.train.data import load_rows, local_files
+from unprivileged import as_nobody, public_folder
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 Load = Callable[..., list[dict[str, Any]]]
@@ -245,6 +249,71 @@ def test_links_out_of_a_data_folder(tmp_path: Path, load: Load) -> None:
     assert load(snapshot) == [{"text": "a"}]
 
 
+def parquet(path: Path, column: pyarrow.Array, *, compression: str = "none") -> bytes:
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["fine"] * len(column), "x": column}),
+        path, compression=compression, use_dictionary=False, write_statistics=False,
+    )  # fmt: skip
+    return path.read_bytes()
+
+
+NOT_UTF8 = pyarrow.Array.from_buffers(
+    pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"a\xffb")]
+)
+
+
+@pytest.mark.fault(
+    "input",
+    "a Parquet file with a flipped bit, or with a value that is no text or no date, in whatever column",
+    sees="`not readable as Parquet`, the file and why",
+    kept="everything: nothing is decoded by guess",
+)
+@pytest.mark.parametrize("damage", ["a flipped bit", "not UTF-8", "the year 10000"])
+def test_damaged_parquet(tmp_path: Path, load: Load, damage: str) -> None:
+    path = tmp_path / "data.parquet"
+    if damage == "a flipped bit":
+        content = bytearray(parquet(path, pyarrow.array(["words " * 99] * 9), compression="snappy"))
+        at = content.index(b"words ")
+        content[at + 7] ^= 0x80
+        path.write_bytes(content)
+    else:
+        parquet(path, NOT_UTF8 if damage == "not UTF-8" else pyarrow.array([2_932_897], pyarrow.date32()))
+    with pytest.raises(
+        CELoraError, match=r"data\.parquet: not readable as Parquet: .*; write the file again"
+    ) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
+def test_a_file_that_the_disk_does_not_give(tmp_path: Path, load: Load) -> None:
+    (tmp_path / "data.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(CELoraError, match=r"data\.jsonl: cannot be read: Input/output error; check the disk"):
+        load(tmp_path / "data.jsonl")
+
+
+@pytest.mark.fault(
+    "crash",
+    "the disk is full, or read-only, where the rows are kept while they are used",
+    sees="`cannot keep the rows of ... in ...`, and HF_DATASETS_CACHE to name another place",
+    kept="everything: nothing is trained",
+)
+@pytest.mark.parametrize("what", ["full", "no folder"])
+def test_no_place_to_keep_the_rows(tmp_path: Path, what: str) -> None:
+    resource = pytest.importorskip("resource")
+    path, cache = write(tmp_path / "data.jsonl", *[{"text": "word " * 99}] * 2000), tmp_path / ".cache"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if what == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    else:
+        cache.write_text("")
+    try:
+        with pytest.raises(CELoraError, match=r"cannot keep the rows of .*data\.jsonl' in .*\.cache': .*HF_DATASETS"):
+            load_rows(path, chat=True, cache_dir=cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_parquet_errors_name_the_row(tmp_path: Path, load: Load) -> None:
     datasets.Dataset.from_list([TEXT] * 1500 + [{"text": ""}]).to_parquet(tmp_path / "data.parquet")
     with pytest.raises(CELoraError, match=r"data\.parquet, row 1501: 'text' is empty"):
@@ -262,6 +331,16 @@ def test_missing_places(tmp_path: Path, load: Load) -> None:
         load(tmp_path / "empty")
     with pytest.raises(CELoraError, match=r"limit=0; expected at least 1 row"):
         load(tmp_path / "reviews.jsonl", limit=0)
+
+
+def test_a_folder_that_may_not_be_listed_is_one_line() -> None:
+    with public_folder() as folder:
+        write(folder / "data.jsonl", TEXT)
+        folder.chmod(0o300 | 0o033)
+        errors = [as_nobody(partial(local_files, folder / name, "train")) for name in ("", "date.jsonl")]
+        folder.chmod(0o755)
+    assert str(errors[0]) == f"{folder}: cannot be listed: Permission denied; check its permissions."
+    assert str(errors[1]) == f"no such data file or folder: '{folder}/date.jsonl'. Check the name."
 
 
 def test_hub(tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from celora.train.assets import Review
 from celora.train.demo import DemoRow, result_table, run_demo, summary
 from celora.train.sentiment import Splits
 from tiny import save_tiny_model
+from unprivileged import as_nobody, public_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,6 +76,16 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path, foreign: str) -> None:
     with pytest.raises(CELoraError, match="holds no demo"):
         run_demo(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [foreign]
+
+
+def test_a_place_that_cannot_be_a_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CELoraError, match=r"cannot write to --output .*file' is a file, not a folder"):
+        run_demo(tmp_path / "file")
+    with public_folder() as folder:
+        error = as_nobody(lambda: run_demo(folder / "demo"))
+    assert isinstance(error, CELoraError)
+    assert "is read-only for you" in str(error)
 
 
 def test_a_failed_scoring_process_is_one_line(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from celora.errors import CELoraError
 from celora.train.folder import LOCK, RUN, OutputFolder, write_json
 from celora.train.manifest import seal
+from unprivileged import as_nobody, public_folder
 
 
 @pytest.fixture
@@ -184,6 +185,38 @@ def test_a_damaged_record_is_said(folder):
     for attempt in (folder.resumable, lambda: folder.check(resume=False, overwrite=True)):
         with pytest.raises(CELoraError, match=r"run\.json:1: not JSON.* Its checkpoints can be used without it"):
             attempt()
+
+
+@pytest.mark.fault(
+    "crash",
+    "a folder, or a part of it, that may not be listed, searched or changed",
+    sees="`cannot write to --output ...`, and which part it is",
+    kept="everything",
+)
+@pytest.mark.parametrize(
+    ("mode", "attempt"),
+    [
+        (0o300, lambda folder: folder.check(resume=False, overwrite=True)),
+        (0o600, lambda folder: folder.begun),
+        (0o600, OutputFolder.resumable),
+        (0o500, OutputFolder.set_aside),
+        (0o500, lambda folder: folder.clear_after(0)),
+        (0o500, OutputFolder.restore),
+    ],
+)
+def test_rights_that_are_missing_are_one_line(mode, attempt):
+    with public_folder() as path:
+        folder = OutputFolder(path)
+        write_json(path / RUN, {"celora": "0"})
+        (path / "checkpoint-3").mkdir()
+        path.chmod(mode | mode >> 3 | mode >> 6)
+        try:
+            error = as_nobody(lambda: attempt(folder))
+        finally:
+            path.chmod(0o755)
+        assert isinstance(error, CELoraError)
+        assert str(error).startswith(f"cannot write to --output {str(path)!r}: ")
+        assert names(folder) == ["checkpoint-3", RUN]
 
 
 def test_a_run_json_of_others_is_not_ours(folder):

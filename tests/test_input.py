@@ -5,22 +5,30 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import tempfile
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import pytest
 import torch
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from celora import cli
 from celora.config import CELoraConfig, LayerConfig
 from celora.errors import CELoraError
 from celora.plan import Candidate, Plan, PlannedLayer
-from celora.train.arguments import parse, sft_config
+from celora.train import bench, compare, demo, doctor, run
+from celora.train.arguments import TrainRequest, make_request, sft_config
 from celora.train.data import SHAPES, load_rows
 from celora.train.fields import known_fields
 
@@ -198,22 +206,97 @@ FLAGS = st.one_of(
 )
 
 
+COMMANDS = typer.main.get_command(cli.app).commands
+VALUES = TEXTS | st.integers(-9, 9).map(str) | st.text(max_size=6)
+
+
+def own_flags(command: str) -> st.SearchStrategy[list[str]]:
+    """One of the options that a command itself has, with a value if it takes one."""
+    return st.sampled_from(COMMANDS[command].params).flatmap(
+        lambda option: st.just([option.opts[0]]) if option.is_flag else VALUES.map(lambda text: [option.opts[0], text])
+    )
+
+
+CALLS = st.sampled_from(["train", "train", *COMMANDS]).flatmap(
+    lambda command: st.tuples(st.just(command), st.lists(own_flags(command), max_size=2))
+)
+
+
+@dataclass
+class Nothing:
+    """Stands for a report or a plan."""
+
+    cosine: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Nowhere."""
+
+
+@pytest.fixture
+def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The commands without what takes long, or would write: they parse, check and print."""
+    found = doctor.examine()
+
+    def checked(request: TrainRequest, **_: Any) -> Any:
+        sft_config(request)
+        return Nothing()
+
+    def trained(request: TrainRequest) -> run.TrainResult:
+        checked(request)
+        return run.TrainResult("finished", request.output, 1, {"step": 1, "seconds": 1.0, "loss": 2.0})
+
+    def compared(settings: dict[str, object], arms: tuple[str, ...], **_: Any) -> list[compare.Outcome]:
+        checked(make_request(settings))
+        return [compare.Outcome(arm, 0, 1, 2.0, None, None, 1.0) for arm in arms]
+
+    for place, name, instead in (
+        (run, "train", trained),
+        (run, "audit_model", checked),
+        (run, "plan_model", checked),
+        (compare, "compare", compared),
+        (demo, "run_demo", lambda *_, **__: [demo.DemoRow("LoRA", 0, 0.9, 4, 1, 8, 10.0, 1.0, 1.0, 1, "float32", "2")]),
+        (bench, "measure", lambda *_, **__: []),
+        (doctor, "examine", lambda: found),
+        (cli, "write_text", lambda *_: None),
+        (cli, "_settle_in", lambda: None),
+    ):
+        monkeypatch.setattr(place, name, instead)
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b" / "c")
+
+
 @pytest.mark.fault(
     "input",
-    "flags and a YAML file, of any names and values",
+    "flags and a YAML file, of any names and values, to any command",
     sees="one line and exit status 2",
     kept="everything: flags are checked before anything is loaded",
 )
-@given(st.lists(FLAGS, max_size=3), st.dictionaries(NAMES, JUNK, max_size=2) | JUNK, st.booleans())
-def test_flags(flags: list[list[str]], document: Any, with_file: bool) -> None:
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+@pytest.mark.usefixtures("_no_work")
+@given(
+    CALLS,
+    st.lists(FLAGS, max_size=3),
+    st.dictionaries(NAMES, JUNK, max_size=2) | JUNK,
+    st.booleans(),
+)
+def test_flags(call: tuple[str, list[list[str]]], flags: list[list[str]], document: Any, with_file: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), mock.patch.dict(os.environ):
         warnings.simplefilter("ignore")  # TRL and transformers have their own to say about some values
         file = Path(folder) / "run.yaml"
         file.write_text(json.dumps(document), encoding="utf-8")
-        tokens = [token for flag in flags for token in flag] + (["--config", str(file)] if with_file else [])
-        try:
-            request = parse(tokens, {"model": "m", "data": "d", "output": str(Path(folder) / "out")})
-            sft_config(request)
-        except CELoraError as error:
-            return one_line(error)
-    return None
+        command, own = call
+        needed = [["--model", "m"], ["--data", "d"], ["--output", str(Path(folder) / "out")]]
+        if command in ("train", "audit", "plan", "compare"):
+            own = needed + own + flags + ([["--config", str(file)]] if with_file else [])
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            status = cli.main([command, *(token for flag in own for token in flag)])
+    said = err.getvalue().splitlines()
+    if status == 2:
+        assert len(said) == 1
+        assert said[0].startswith("error: ")
+        assert out.getvalue() == ""
+    else:
+        assert (status, said) == (0, [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -180,6 +181,7 @@ def with_script(page: str, script: str) -> str:
 
 def browse(page: str, folder: Path, width: int = 1200) -> tuple[dict, str]:
     """What the probe finds in Chromium, and what the console said."""
+    assert CHROMIUM is not None, "continuous integration needs Chromium, so that these tests run somewhere"
     (folder / "probed.html").write_text(with_script(page, PROBE), encoding="utf-8")
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -192,8 +194,12 @@ def browse(page: str, folder: Path, width: int = 1200) -> tuple[dict, str]:
     return found, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 
-# A browser is no dependency of the project: where there is none, the tests above check what the page holds.
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+# A browser is no dependency of the project: where there is none, the tests above check what the page holds. Only
+# continuous integration has to have one: there the tests below fail without.
+in_a_browser = pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="no Chromium here")
+
+
+@in_a_browser
 @pytest.mark.parametrize("width", [1200, 400], ids=["desk", "phone"])
 def test_in_a_real_browser(width, tmp_path):
     """No console error, no request, all points drawn, the toggle toggles, hostile text stays text, a phone fits."""
@@ -215,7 +221,7 @@ def test_in_a_real_browser(width, tmp_path):
     sees="the report, as ever",
     kept="its content-security policy: no foreign script runs, nothing is loaded or sent",
 )
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@in_a_browser
 def test_the_policy_holds_where_escaping_would_fail(tmp_path):
     write_report(tmp_path / "r.html", {"run": run_folder(tmp_path)}, title="plain")
     page = (tmp_path / "r.html").read_text(encoding="utf-8")

@@ -398,14 +398,33 @@ def test_nothing_that_was_changed_under_the_same_name_is_resumed_with(inputs, tm
         ({"train": [1]}, "'train' is missing or no dict"),
         ({"given": {"bogus": 1}}, "unknown name 'bogus'"),
         ({"given": {"max_steps": "x"}}, "max_steps='x'"),
+        ({"summary": {"step": 6}}, "'summary' is missing or holds no numbers"),
+        ({"summary": {"step": 6, "seconds": 1.0, "loss": "low"}}, "'summary' is missing or holds no numbers"),
     ],
 )
-def test_a_record_edited_by_hand_is_one_line(finished, tmp_path, change, message):
+def test_a_record_edited_by_hand_is_one_line(finished, inputs, tmp_path, change, message):
     record = json.loads((finished[0] / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(record | change))
-    with pytest.raises(CELoraError, match=message) as caught:
-        parse(["--max_steps", "9"], {"output": str(tmp_path), "resume": True})
-    assert "run.json is not what a run wrote" in str(caught.value)
+    again = {**inputs, **SHORT, "output": str(tmp_path), "resume": True}
+    for attempt in (lambda: parse(["--max_steps", "9"], again), lambda: train(make_request(again))):
+        with pytest.raises(CELoraError, match=message) as caught:
+            attempt()
+        assert "run.json is not what a run wrote" in str(caught.value)
+
+
+def test_metrics_edited_by_hand_do_not_spoil_the_end(inputs, tmp_path, monkeypatch):
+    class Edit(TrainerCallback):
+        def on_train_end(self, args, state, control, **kw):
+            with (tmp_path / "out" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(
+                    '{"step": 2, "step_time_ms": "x"}\n{"step": 2, "loss": []}\n{"step": 2, "eval_loss": null}\n'
+                )
+
+    on_build(monkeypatch, lambda trainer: trainer.add_callback(Edit()))
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl:[34]: not a metrics row"):
+        result, _ = go(inputs, tmp_path / "out", max_steps=2)
+    assert result.summary["median_step_time_ms"] > 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "finished"
 
 
 def test_rows_without_a_token_to_learn(inputs, tmp_path):

@@ -21,6 +21,8 @@ from celora.train.run import train
 from celora.train.saving import SafeSaving
 from conftest import written_whole
 from test_run import adapter, go, inputs, on_build  # noqa: F401 - a fixture
+from tiny import save_rows, save_tiny_model
+from unprivileged import as_nobody, public_folder
 
 resource = pytest.importorskip("resource")
 
@@ -175,21 +177,13 @@ def interrupted(inputs, output):  # noqa: F811
     kept="everything",
 )
 @pytest.mark.parametrize("where", ["no such place", "read-only"])
-def test_a_folder_that_cannot_be_written_to(where, inputs, tmp_path):  # noqa: F811
-    output = tmp_path / "out"
-    output.mkdir()
-    if where == "no such place":
-        (output / "file").write_text("")
-        output = output / "file" / "out"
-    else:
-        output.chmod(0o555)
-        if os.access(output, os.W_OK):
-            pytest.skip("nothing is read-only to the superuser")
-    try:
-        with pytest.raises(CELoraError, match="cannot write to --output"):
-            go(inputs, output)
-    finally:
-        (tmp_path / "out").chmod(0o755)
+def test_a_folder_that_cannot_be_written_to(where):
+    with public_folder() as folder:
+        given = {"model": str(save_tiny_model(folder / "model")), "data": str(save_rows(folder / "rows.jsonl"))}
+        output = folder / "rows.jsonl" / "out" if where == "no such place" else folder
+        error = as_nobody(lambda: go(given, output))
+    assert isinstance(error, CELoraError)
+    assert "cannot write to --output" in str(error)
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_end(inputs, whole, tmp_path, monkeypatch):  # noqa: F811

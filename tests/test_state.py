@@ -103,6 +103,29 @@ def test_clear_errors(model: PeftModel, tmp_path: Path) -> None:
         celora.load_state(model, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", torch.zeros(2)),
+        ("step", torch.tensor(float("nan"))),
+        ("relative_error", torch.zeros(2)),
+        ("relative_error", torch.zeros(0)),
+        ("over_bound", torch.tensor(float("inf"))),
+    ],
+)
+def test_what_should_be_one_number_and_is_not(model: PeftModel, tmp_path: Path, key: str, value: torch.Tensor) -> None:
+    celora.attach(model, HALF)
+    train(model, 2)
+    file = celora.save_state(model, tmp_path)
+    values = load_file(file)
+    name = next(name for name in values if name.endswith(":index")).removesuffix("index")
+    with safe_open(file, framework="pt") as opened:
+        save_file(values | {key if key == "step" else name + key: value}, file, metadata=opened.metadata())
+    with pytest.raises(CELoraError, match=rf"is damaged: {key} is no number") as caught:
+        celora.load_state(model, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_another_configuration_is_refused_and_nothing_is_lost(model: PeftModel, tmp_path: Path) -> None:
     celora.attach(model, HALF)
     train(model, 2)

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from celora.errors import CELoraError
+from celora.files import check_name, write_text
 
 HELP = """Cheaper LoRA fine-tuning: estimate the one expensive product of the backward pass, and see what it cost you.
 
@@ -127,11 +128,21 @@ def _one_of(names: Sequence[str]) -> Callable[[str], list[str]]:
     return complete
 
 
+def _possible(parameter: typer.CallbackParam, path: Any) -> Any:
+    """A path as it was given, unless nothing can be called so."""
+    if path is not None:
+        check_name(str(parameter.name), path)
+    return path
+
+
 Preset = Annotated[
     str | None,
     typer.Option("--preset", help="auto (the default), exact, paper or off.", autocompletion=_one_of(PRESETS)),
 ]
-Adapter = Annotated[str | None, typer.Option("--adapter", help="Folder of a trained adapter; a new one without it.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", callback=_possible, help="Folder of a trained adapter; a new one without it."),
+]
 PlanFile = Annotated[str | None, typer.Option("--plan", help="A plan made by celora plan.")]
 Config = Annotated[
     str | None, typer.Option("--config", help="YAML file, also of trl sft; celora: in it holds CELoraConfig fields.")
@@ -236,7 +247,9 @@ def plan(
     context: typer.Context,
     model: Model = None,
     data: Data = None,
-    output: Annotated[Path, typer.Option("--output", help="File for the plan.")] = Path("celora_plan.json"),
+    output: Annotated[
+        Path, typer.Option("--output", callback=_possible, help="File that the plan is written to.")
+    ] = Path("celora_plan.json"),
     fidelity: Annotated[
         float | None, typer.Option("--fidelity", help="Cosine of the LoRA gradient with the exact one that is kept.")
     ] = None,
@@ -322,13 +335,14 @@ def bench(
     ] = None,
     arm: Annotated[list[str] | None, typer.Option("--arm", help="What to measure; repeatable.")] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=2, help="Timed steps of each arm.")] = 8,
-    output: Annotated[Path | None, typer.Option("--output", help="File for the rows, JSON lines.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", callback=_possible, help="File for the rows, JSON lines.")
+    ] = None,
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
 ) -> None:
-    if output is not None and not output.parent.is_dir():
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise CELoraError(f"--output {str(output)!r}; expected a file in a folder that exists")
-    from celora.files import write_text
     from celora.train import bench as run
     from celora.train.loading import quiet_libraries
 
@@ -349,7 +363,9 @@ def bench(
 
 @app.command(help=DEMO_HELP, short_help="LoRA against celora, offline, in minutes.")
 def demo(
-    output: Annotated[Path, typer.Option("--output", help="Folder for the runs and the report.")] = Path("celora-demo"),
+    output: Annotated[
+        Path, typer.Option("--output", callback=_possible, help="Folder for the runs and the report.")
+    ] = Path("celora-demo"),
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each contender.")] = 1,
     quiet: Quiet = False,
     as_json: Json = False,

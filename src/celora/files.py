@@ -72,6 +72,24 @@ def check_regular(path: Path) -> None:
         raise CELoraError(f"cannot read {str(path)!r}: a pipe or a device; expected a file.")
 
 
+def check_name(option: str, path: str | os.PathLike[str]) -> None:
+    """Refuse what no file can be called and what cannot be looked up; whether it is there is another question.
+
+    Raises:
+        CELoraError: in one line, what --`option` gives and why it is no path.
+    """
+    try:
+        os.fspath(path).encode()
+        os.stat(Path(path).expanduser())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError, RuntimeError) as error:  # too long, not UTF-8, a NUL, links in a circle, no such user
+        shown = os.fspath(path)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        reason = getattr(error, "strerror", None) or error
+        raise CELoraError(f"--{option} {shown!a} cannot be a path: {reason}") from None
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds; CELoraError if it cannot be read, is not JSON or has a key twice in one object."""
     check_regular(path)

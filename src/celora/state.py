@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ STATE_NAME = "celora_state.safetensors"
 _ERROR = "relative_error"
 _OVER_BOUND = "over_bound"
 _CONFIG = "config"
+N = TypeVar("N", int, float)
 
 
 def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
@@ -71,15 +73,17 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise CELoraError(f"{file} was not made by celora.save_state.")
     if made_with != _config(attachment):
         raise CELoraError(f"{file} was made with another configuration: {made_with}. Attach that one to resume.")
-    step = int(state.pop("step"))
+    step = _number(file, "step", state.pop("step"), int)
     layers: dict[str, dict[str, Tensor]] = {name: {} for name in attachment.grafts}
     for key, value in state.items():
         name, _, field = key.rpartition(":")
         if name not in layers:
             raise CELoraError(f"{file} holds a selection for {name!r}, which is not estimated in this model.")
         layers[name][field] = value
-    errors = {name: float(of.pop(_ERROR)) for name, of in layers.items() if _ERROR in of}
-    over_bound = {name: int(of.pop(_OVER_BOUND)) for name, of in layers.items() if _OVER_BOUND in of}
+    errors = {name: _number(file, _ERROR, of.pop(_ERROR), float) for name, of in layers.items() if _ERROR in of}
+    over_bound = {
+        name: _number(file, _OVER_BOUND, of.pop(_OVER_BOUND), int) for name, of in layers.items() if _OVER_BOUND in of
+    }
     for name, graft in attachment.grafts.items():
         graft.estimator.clone().load_state_dict(layers[name])  # refuse what does not fit before anything is changed
     for name, graft in attachment.grafts.items():
@@ -88,6 +92,13 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     attachment.clock.step = step
     attachment.agree(list(attachment.grafts))
     attachment.set_modes(step)
+
+
+def _number(file: Path, name: str, value: Tensor, kind: type[N]) -> N:
+    try:
+        return kind(value.item())
+    except (RuntimeError, ValueError, OverflowError, TypeError) as error:  # several; NaN or complex, which is no count
+        raise CELoraError(f"{file} is damaged: {name} is no number: {error}") from None
 
 
 def own_name(attachment: Attachment) -> str:

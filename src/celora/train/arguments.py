@@ -15,6 +15,7 @@ from typing import Any
 
 from celora.config import PRESETS, CELoraConfig, balanced_rank, resolve
 from celora.errors import CELoraError, unknown
+from celora.files import check_name
 from celora.train.fields import (
     DEFAULTS,
     MODEL_INIT,
@@ -183,16 +184,33 @@ def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> Tra
         return make_request(raw)
     folder = OutputFolder(Path(str(_absolute("output", str(raw["output"])))))
     before = folder.resumable()
-    for name, kind in (("given", dict), ("train", dict), ("lora", dict), ("config", dict), ("r", int)):
-        if not isinstance(before.get(name), kind):
-            raise CELoraError(f"{folder.path / RUN} is not what a run wrote: {name!r} is missing or no {kind.__name__}")
-    try:
-        make_request(before["given"])
-    except CELoraError as error:
-        raise CELoraError(f"{folder.path / RUN} is not what a run wrote: {error}") from error
+    check_record(folder.path / RUN, before)
     request = make_request(before["given"] | raw)
     _check_same_run(before, request)
     return request
+
+
+def check_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Refuse a run.json that was edited into what no run wrote; CELoraError."""
+    for name, kind in (("given", dict), ("train", dict), ("lora", dict), ("config", dict), ("r", int)):
+        if not isinstance(record.get(name), kind):
+            raise CELoraError(f"{path} is not what a run wrote: {name!r} is missing or no {kind.__name__}")
+    try:
+        make_request(record["given"])
+    except CELoraError as error:
+        raise CELoraError(f"{path} is not what a run wrote: {error}") from error
+    if record.get("status") == "finished" and not _is_summary(record.get("summary")):
+        raise CELoraError(
+            f"{path} is not what a run wrote: 'summary' is missing or holds no numbers of steps and seconds"
+        )
+
+
+def _is_summary(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(isinstance(number, int | float | None) for number in value.values())
+        and None not in (value.get("step"), value.get("seconds"))
+    )
 
 
 def _check_same_run(before: Mapping[str, Any], request: TrainRequest) -> None:
@@ -216,15 +234,9 @@ def _absolute(name: str, value: object) -> object:
     """Local paths are stored whole, so that --resume works from another folder; hub names stay as they are."""
     if name not in ("model", "data", "eval_data", "output", "plan") or not isinstance(value, str):
         return value
-    try:
-        path = Path(value).expanduser()
-        if b"\0" in value.encode():
-            raise ValueError("it holds a NUL")
-        return str(path.resolve()) if path.exists() or name == "output" else value
-    except (OSError, ValueError, RuntimeError) as error:  # too long, not UTF-8, a NUL, links in a circle, no such user
-        shown = value if len(value) <= 60 else f"{value[:57]}..."
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CELoraError(f"--{name} {shown!a} cannot be a path: {reason}") from None
+    check_name(name, value)
+    path = Path(value).expanduser()
+    return str(path.resolve()) if path.exists() or name == "output" else value
 
 
 def device_defaults(values: Mapping[str, object]) -> dict[str, object]:

@@ -22,7 +22,7 @@ from rich.table import Table
 from celora.errors import CELoraError, unknown
 from celora.files import read_json, replacing, write_text
 from celora.train.arguments import PLANNING, TrainRequest, make_request
-from celora.train.folder import LOCK, PLAN, OutputFolder, write_json
+from celora.train.folder import LOCK, PLAN, OutputFolder, write_json, writing_to
 from celora.train.loading import load_tokenizer, quiet_libraries, training_rows
 from celora.train.report import write_report
 from celora.train.run import train
@@ -164,7 +164,10 @@ def _claim(output: Path, request: TrainRequest) -> None:
     given = {k: v for k, v in request.given.items() if k not in ("output", "quiet")}
     record = output / RECORD
     if record.is_file():
-        before = read_json(record).get("given", {})
+        document = read_json(record)
+        before = document.get("given") if isinstance(document, dict) else None
+        if not isinstance(before, dict):
+            raise CELoraError(f"{record} is not what a comparison wrote: 'given' is missing; choose another folder")
         changed = sorted(k for k in given.keys() | before.keys() if given.get(k) != before.get(k))
         if changed:
             key = changed[0]
@@ -174,12 +177,10 @@ def _claim(output: Path, request: TrainRequest) -> None:
             )
         return
     unmarked = (LOCK, f".{RECORD}.tmp")  # left by a comparison that was killed before it marked the folder
-    if output.exists() and (not output.is_dir() or any(entry.name not in unmarked for entry in output.iterdir())):
-        raise CELoraError(f"--output {str(output)!r} holds something else; choose a new folder")
-    try:
+    with writing_to(output):
+        if output.exists() and (not output.is_dir() or any(entry.name not in unmarked for entry in output.iterdir())):
+            raise CELoraError(f"--output {str(output)!r} holds something else; choose a new folder")
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CELoraError(f"cannot write to --output {str(output)!r}: {error.strerror}") from None
     write_json(record, {"given": given})
 
 

@@ -7,6 +7,7 @@ file is never served stale. No code comes with the data.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import re
@@ -14,7 +15,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 
@@ -36,6 +37,7 @@ _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _KNOWN_SHAPES = f"a row has {', or '.join(SHAPES)}"
 
 Row = Mapping[str, Any]
+E = TypeVar("E", bound=BaseException)
 
 
 def load_rows(
@@ -88,12 +90,22 @@ def load_rows(
         )
     except Exception as error:
         # datasets wraps what a generator raises; the one line inside is what the user should see.
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, CELoraError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise cause from None
+        if said := _cause(error, CELoraError):
+            raise said from None
+        if refused := _cause(error, OSError):
+            cache = cache_dir or datasets.config.HF_DATASETS_CACHE
+            raise CELoraError(
+                f"cannot keep the rows of {str(source)!r} in {str(cache)!r}: {refused.strerror or refused}; make room "
+                "there, or name another folder in HF_DATASETS_CACHE"
+            ) from error
+        raise
+
+
+def _cause(error: BaseException | None, kind: type[E]) -> E | None:
+    """The first of this kind among an error and what led to it."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _generate(
@@ -215,7 +227,10 @@ def local_files(source: str | Path, split: str) -> list[Path]:
     path = Path(source).expanduser()
     check_regular(path)
     if path.is_dir():
-        files = _in_folder(path, split)
+        try:
+            files = _in_folder(path, split)
+        except OSError as error:
+            fail(str(path), f"cannot be listed: {error.strerror}; check its permissions")
     elif path.exists():
         if path.suffix.lower() not in READERS:
             raise unknown(f"file ending of {str(path)!r}:", path.suffix, READERS)
@@ -258,7 +273,9 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
 def _nearest(path: Path) -> str:
     if not path.parent.is_dir():
         return f" The folder {str(path.parent)!r} does not exist either."
-    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
+    near: list[str] = []
+    with contextlib.suppress(OSError):
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
     return f" Did you mean {str(path.parent / near[0])!r}?" if near else " Check the name."
 
 

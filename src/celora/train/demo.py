@@ -28,7 +28,7 @@ from celora.train import stock_eval
 from celora.train.allocator import keep_freed_memory
 from celora.train.arguments import make_request
 from celora.train.assets import Review, demo_model
-from celora.train.folder import write_json
+from celora.train.folder import OutputFolder, write_json, writing_to
 from celora.train.progress import read_metrics
 from celora.train.report import write_report
 from celora.train.run import train
@@ -97,13 +97,16 @@ def run_demo(
         if not quiet:
             console.print(line, soft_wrap=True, markup=False)
 
-    if output.exists() and any(output.iterdir()) and not (output / MARKER).is_file():
-        raise CELoraError(f"{output} is not empty and holds no demo; choose another folder with --output.")
+    OutputFolder(output).check_writable()
+    with writing_to(output):
+        if output.exists() and any(output.iterdir()) and not (output / MARKER).is_file():
+            raise CELoraError(f"{output} is not empty and holds no demo; choose another folder with --output.")
     keep_freed_memory()
     model = demo_model(say)
     held: list[Review] = getattr(splits(0, validation=validation, test=held_out, say=say), judge)
     judged = output / "data" / f"{judge}.jsonl"
-    judged.parent.mkdir(parents=True, exist_ok=True)
+    with writing_to(output):
+        judged.parent.mkdir(parents=True, exist_ok=True)
     write_text(output / MARKER, "This folder was made by celora demo, which may replace what it holds.\n")
     _write_rows(judged, to_rows(held))
     dtype = faster_dtype()

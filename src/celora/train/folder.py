@@ -7,6 +7,7 @@ names that a run writes are ever removed. Whether a checkpoint is whole, its man
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import shutil
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -38,6 +39,9 @@ _OURS = re.compile(
 )
 _ASIDE = ".replaced"
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 def finite(value: Any) -> Any:
     """JSON has no NaN: a number that is not finite becomes null."""
@@ -53,6 +57,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(finite(value), indent=2, default=str, allow_nan=False) + "\n")
 
 
+@contextlib.contextmanager
+def writing_to(output: Path) -> Iterator[None]:
+    """What the system refuses of an output folder inside, in one line."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename not in (None, str(output)) else ""
+        raise CELoraError(f"cannot write to --output {str(output)!r}: {error.strerror or error}{where}") from None
+
+
+def _in_one_line(method: Callable[Concatenate[OutputFolder, P], T]) -> Callable[Concatenate[OutputFolder, P], T]:
+    @functools.wraps(method)
+    def said(folder: OutputFolder, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with writing_to(folder.path):
+            return method(folder, *args, **kwargs)
+
+    return said
+
+
 @dataclass(frozen=True)
 class OutputFolder:
     """One run's folder."""
@@ -60,6 +83,7 @@ class OutputFolder:
     path: Path
 
     @property
+    @_in_one_line
     def begun(self) -> bool:
         """Whether a run of ours has ever been here, if only for a moment."""
         return (self.path / LOCK).exists() or (self.path / RUN).exists()
@@ -93,6 +117,7 @@ class OutputFolder:
         finally:
             lock.release()
 
+    @_in_one_line
     def run(self) -> dict[str, Any] | None:
         """What run.json says, or None where no run of celora has been.
 
@@ -114,6 +139,7 @@ class OutputFolder:
             return None
         return document if isinstance(document, dict) and "celora" in document else None
 
+    @_in_one_line
     def resumable(self) -> dict[str, Any]:
         """What run.json says, or a CELoraError: there is nothing to resume."""
         if is_first() and (self.path / _ASIDE).is_dir():
@@ -124,13 +150,19 @@ class OutputFolder:
             raise CELoraError(f"nothing to resume in {str(self.path)!r}: no run of celora is there; drop --resume")
         return run
 
-    def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Refuse a folder that is not ours to write into, or that nobody can. Removes nothing."""
+    @_in_one_line
+    def check_writable(self) -> None:
+        """Refuse a folder that nobody can write into; it may be yet to be made."""
         place = next(place for place in (self.path.absolute(), *self.path.absolute().parents) if place.exists())
         if not place.is_dir():
             raise CELoraError(f"cannot write to --output {str(self.path)!r}: {str(place)!r} is a file, not a folder")
         if not os.access(place, os.W_OK | os.X_OK):
             raise CELoraError(f"cannot write to --output {str(self.path)!r}: {str(place)!r} is read-only for you")
+
+    @_in_one_line
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Refuse a folder that is not ours to write into, or that nobody can. Removes nothing."""
+        self.check_writable()
         names = sorted({entry.name for entry in self.path.iterdir()} - {LOCK}) if self.path.exists() else []
         if not names or (self.run() is not None and (resume or overwrite)):
             return
@@ -143,6 +175,7 @@ class OutputFolder:
             f"{', ...' if len(names) > 3 else ''}) and is left alone; choose another folder"
         )
 
+    @_in_one_line
     def set_aside(self) -> Path | None:
         """Move what a run of ours wrote, run.json last, into a hidden folder, and say which; the rest stays."""
         if self.run() is None:
@@ -154,12 +187,14 @@ class OutputFolder:
             entry.rename(aside / entry.name)
         return aside
 
+    @_in_one_line
     def restore(self) -> None:
         """Undo `set_aside`: what was written since goes, and the earlier run comes back."""
         for entry in _ours(self.path):
             clear(entry)
         self.recover()
 
+    @_in_one_line
     def recover(self) -> None:
         """Bring the earlier run back if the process that was to replace it died before it began a new one.
 
@@ -173,6 +208,7 @@ class OutputFolder:
             with contextlib.suppress(OSError):  # there is none, or something that is not ours is left in it
                 aside.rmdir()
 
+    @_in_one_line
     def forget_earlier(self) -> None:
         """Remove the run that was set aside, by this process or by one that was killed: a new one has trained."""
         if (self.path / _ASIDE).is_dir():
@@ -193,6 +229,7 @@ class OutputFolder:
                 return checkpoint, manifest
         return None
 
+    @_in_one_line
     def clear_after(self, step: int) -> None:
         """Move damaged checkpoints after `step` out of the way and remove unfinished ones: the run saves anew."""
         for checkpoint in self._checkpoints():

@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import transformers
 from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 from trl import ModelConfig, get_quantization_config
 
@@ -31,7 +30,7 @@ def load_tokenizer(request: TrainRequest) -> Any:
         return AutoTokenizer.from_pretrained(
             request.model, revision=request.lora["model_revision"], trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the libraries raise about a file that is not what it should be
         raise CELoraError(f"cannot load a tokenizer from {request.model!r}: {_first_line(error)}") from error
 
 
@@ -125,7 +124,7 @@ def load_adapter(model: Any, adapter: Path) -> Any:
         )
     try:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except Exception as error:
         raise CELoraError(f"cannot load the adapter in {str(adapter)!r}: {_first_line(error)}") from error
 
 
@@ -207,4 +206,7 @@ def _without(text: str) -> Any:
 def _first_line(error: BaseException) -> str:
     if isinstance(error, UnpicklingError):
         return "its weights come with objects other than tensors, which are never unpickled"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])

@@ -43,11 +43,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and _numbers(row):
             rows.append(row)
         elif number < len(lines):
             warnings.warn(f"{path}:{number}: not a metrics row; it is left out.", stacklevel=2)
     return rows
+
+
+def _numbers(row: dict[str, Any]) -> bool:
+    """Whether all values are numbers, or null where one was not finite."""
+    return all(isinstance(value, int | float | None) for value in row.values())
 
 
 class StepTimer(TrainerCallback):  # type: ignore[misc]

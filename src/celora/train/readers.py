@@ -29,16 +29,23 @@ def fail(place: str, problem: str) -> NoReturn:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines, ends included; without a byte order mark; UTF-8 and free of NUL, or an error with the line."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                byte = f"byte 0x{raw[error.start]:02x}"
-                fail(f"{path}:{number}", f"not UTF-8 ({byte} at column {error.start + 1}); save the file as UTF-8")
-            if "\0" in line:
-                fail(f"{path}:{number}", "holds a NUL byte; expected UTF-8 text. Save the file again or drop the line")
-            yield number, line
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                yield number, _decoded(f"{path}:{number}", raw, "utf-8-sig" if number == 1 else "utf-8")
+    except OSError as error:
+        fail(str(path), f"cannot be read: {error.strerror or error}; check the disk, or copy the file again")
+
+
+def _decoded(place: str, raw: bytes, encoding: str) -> str:
+    try:
+        line = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{raw[error.start]:02x}"
+        fail(place, f"not UTF-8 ({byte} at column {error.start + 1}); save the file as UTF-8")
+    if "\0" in line:
+        fail(place, "holds a NUL byte; expected UTF-8 text. Save the file again or drop the line")
+    return line
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -141,7 +148,7 @@ def _read_parquet(path: Path) -> Placed:
                 for number, row in enumerate(batch.to_pylist(), before + 1):
                     yield f"{path}, row {number}", row
                 before += batch.num_rows
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         fail(str(path), f"not readable as Parquet: {error}; write the file again")
 
 

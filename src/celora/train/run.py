@@ -31,11 +31,11 @@ from celora.config import CELoraConfig
 from celora.errors import CELoraError
 from celora.plan import Plan
 from celora.planner import DEFAULT_FIDELITY
-from celora.train.arguments import TrainRequest, sft_config
+from celora.train.arguments import TrainRequest, check_record, sft_config
 from celora.train.checkpointing import choose_checkpointing
 from celora.train.doctor import PACKAGES
 from celora.train.fingerprint import check_same, fingerprints
-from celora.train.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json
+from celora.train.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json, writing_to
 from celora.train.interrupt import StopAtStepEnd
 from celora.train.loading import (
     evaluation_rows,
@@ -50,7 +50,8 @@ from celora.train.processes import from_first, introduce_deepspeed, is_first, lo
 from celora.train.progress import MetricsWriter, Phases, PlanProgress, ProgressLine, read_metrics
 from celora.train.report import write_report
 from celora.train.saving import UNUSABLE, SafeSaving, Sealing, save_adapter, stopped, take_over
-from celora.train.truncation import truncation_line
+from celora.train.template import refused_row
+from celora.train.truncation import truncation_lines
 
 _LAST = ("loss", "eval_loss", "tokens_seen", "mean_token_accuracy", "eval_mean_token_accuracy")
 
@@ -99,6 +100,20 @@ class Trainer(SafeSaving, SFTTrainer):  # type: ignore[misc]
         with refused("loader of batches"):
             return super().get_train_dataloader()
 
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, *rest: Any) -> Any:
+        """As TRL's; a row that the chat template refuses is named."""
+        try:
+            return super()._prepare_dataset(dataset, processing_class, *rest)
+        except OSError:
+            raise
+        except Exception as error:
+            refused = refused_row(dataset, processing_class, getattr(self, "chat_template", None))
+            if refused is None:
+                raise
+            (number, reason), data = refused, "training" if rest[-1] == "train" else "evaluation"
+            said = " ".join(str(reason).split())
+            raise CELoraError(f"the chat template refuses row {number:,} of the {data} data: {said}") from error
+
     def _send_telemetry(self) -> None:
         """TRL reports every construction to the hub; training a model here stays here."""
 
@@ -135,7 +150,9 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
     if first:
         folder.check(resume=options.resume, overwrite=options.overwrite)
     earlier = folder.run() if options.resume else None
-    if earlier and _finished(earlier) and not _longer(earlier["given"], request.given):
+    if earlier:
+        check_record(folder.path / RUN, earlier)
+    if earlier and earlier.get("status") == "finished" and not _longer(earlier["given"], request.given):
         step = int(earlier["summary"]["step"])
         _say(
             console, options.quiet, f"{request.output} is finished, at step {step}; a larger --max_steps continues it."
@@ -155,8 +172,8 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
             check_same(earlier.get("made_from"), made_from)
         model = load_model(request)
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
-        if cut := truncation_line(trainer, rows):
-            _say(console, False, cut)  # a warning
+        for line in truncation_lines(trainer, rows, eval_rows):
+            _say(console, False, line)  # a warning
         config, plan = _configuration(request, trainer, console)
         attached = celora.attach(trainer.model, config)
         require(trainer.model).plan = plan
@@ -176,10 +193,8 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         aside = metrics = None
         record: dict[str, Any] = {"summary": {}}
         if first:
-            try:
+            with writing_to(request.output):
                 request.output.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise CELoraError(f"cannot write to --output {str(request.output)!r}: {error.strerror}") from None
             if not begun:
                 held.enter_context(folder.locked())
                 folder.check(resume=options.resume, overwrite=options.overwrite)
@@ -266,8 +281,11 @@ def build_trainer(
     except (ValueError, TypeError, RuntimeError, ImportError, OSError, re.error) as error:
         raise CELoraError(" ".join(str(error).split())) from error
     trainer.remove_callback(PrinterCallback)
-    if len(trainer.train_dataset) == 0:
-        raise CELoraError(f"no row of {request.data!r} has a token to learn within max_length={args.max_length}")
+    for dataset, source in ((trainer.train_dataset, request.data), (trainer.eval_dataset, request.options.eval_data)):
+        if dataset is not None and len(dataset) == 0:
+            raise CELoraError(
+                f"no row of {source or request.data!r} has a token to learn within max_length={args.max_length}"
+            )
     return trainer
 
 
@@ -291,11 +309,6 @@ def _smooth_in_the_head(trainer: Any) -> None:
 def _say(console: Console, quiet: bool, line: str) -> None:
     if not quiet:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _finished(run: dict[str, Any]) -> bool:
-    summary = run.get("summary")
-    return run.get("status") == "finished" and isinstance(summary, dict) and isinstance(summary.get("step"), int)
 
 
 def _longer(before: dict[str, Any], now: dict[str, Any]) -> bool:

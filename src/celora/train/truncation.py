@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
+_LOSE_NOTHING = ("bfd_split", "wrapped")  # the strategies of packing that go on with a row in the next sequence
 
-def truncation_line(trainer: Any, rows: Any) -> str | None:
-    """One line on what of `rows` does not fit into `max_length` tokens; None if all does, or if packing splits rows."""
-    limit = trainer.args.max_length
-    if limit is None or trainer.args.packing:
-        return None
-    prepared = trainer.train_dataset
-    left_out = len(rows) - len(prepared)
-    if not left_out and int(_lengths(prepared).max()) < limit:
+
+def truncation_lines(trainer: Any, rows: Any, eval_rows: Any = None) -> Iterator[str]:
+    """One line on what of `rows` does not fit into `max_length` tokens, one for `eval_rows`; none where all does."""
+    args = trainer.args
+    eval_packing = args.packing if args.eval_packing is None else args.eval_packing
+    for kind, given, prepared, packing in (
+        ("rows", rows, trainer.train_dataset, args.packing),
+        ("rows to evaluate on", eval_rows, trainer.eval_dataset, eval_packing),
+    ):
+        whole = args.max_length is None or (packing and args.packing_strategy in _LOSE_NOTHING)
+        if given is not None and not whole and (line := _line(trainer, kind, given, prepared)):
+            yield line
+
+
+def _line(trainer: Any, kind: str, rows: Any, prepared: Any) -> str | None:
+    limit, fitting = trainer.args.max_length, _lengths(prepared)
+    left_out = len(rows) - len(fitting)
+    if not left_out and int(fitting.max()) < limit:
         return None
     # Tokenised once more, without the cut; only where there may be one.
     uncut = copy.copy(trainer.args)
@@ -24,10 +36,10 @@ def truncation_line(trainer: Any, rows: Any) -> str | None:
     lengths = _lengths(trainer._prepare_dataset(rows, trainer.processing_class, uncut, False, None, "train"))
     over = lengths[lengths > limit]
     if not len(over):
-        return f"{left_out:,} of {len(lengths):,} rows have nothing to learn and are not used." if left_out else None
+        return f"{left_out:,} of {len(lengths):,} {kind} have nothing to learn and are not used." if left_out else None
     line = (
-        f"{len(over):,} of {len(lengths):,} rows are longer than max_length={limit}: {int((over - limit).sum()):,} of "
-        f"{int(lengths.sum()):,} tokens are cut off"
+        f"{len(over):,} of {len(lengths):,} {kind} are longer than max_length={limit}: "
+        f"{int((over - limit).sum()):,} of {int(lengths.sum()):,} tokens are cut off"
     )
     if left_out:
         line += f", and {left_out:,} rows have nothing to learn left and are not used"
@@ -35,7 +47,9 @@ def truncation_line(trainer: Any, rows: Any) -> str | None:
 
 
 def _lengths(dataset: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Tokens of every row, read block by block from the Arrow file."""
-    blocks = dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000)
-    found = [pc.list_value_length(block["input_ids"]).to_numpy() for block in blocks]
+    """Tokens of every row, read block by block from the Arrow file; packed ones are still told apart."""
+    packed = "seq_lengths" in dataset.column_names
+    column, measure = ("seq_lengths", pc.list_flatten) if packed else ("input_ids", pc.list_value_length)
+    blocks = dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000)
+    found = [measure(block[column]).to_numpy() for block in blocks]
     return np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
