@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import runpy
@@ -15,10 +16,13 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 import yaml
 
 from celora import CELoraConfig
+from celora.attach import find
 from celora.cli import main
+from conftest import adapter, make_batch
 from tiny import save_rows, save_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -145,10 +149,28 @@ def test_python_of_the_quick_start_runs(folder: Path, capsys: pytest.CaptureFixt
     assert "LoRA fused with its base layer in 14 of 14 layers" in capsys.readouterr().out
 
 
-# Where no quantised layer is estimated, the report and this warning say so.
-@pytest.mark.filterwarnings("ignore:celora. no layer can be estimated")
-def test_python_of_the_qlora_recipe_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_qlora_recipe_estimates_and_trains(folder: Path) -> None:
+    """Its script and its command, with the same configuration."""
     pytest.importorskip("bitsandbytes")
-    (block,) = blocks("recipes/qlora.md", "python")
-    exec(block, {})
-    assert "layers" in capsys.readouterr().out
+    (block,), (text,), (line,) = (blocks("recipes/qlora.md", language) for language in ("python", "yaml", "bash"))
+    names: dict[str, Any] = {}
+    exec(block, names)
+    model, columns = names["peft_model"], names["columns"]
+    report = find(model).report
+    assert len(report.estimated) == len(report.layers) == 14
+    before = adapter(model)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(3):  # the first observes, and leaves lora_A alone: lora_B begins at zero
+        ids = make_batch(step)["input_ids"] % 48
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(p, before[name]) for name, p in adapter(model).items())
+
+    assert CELoraConfig.from_dict(yaml.safe_load(text)["celora"]) == columns
+    (folder / "columns.yaml").write_text(text, encoding="utf-8")
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    _, *command = shlex.split(line)
+    assert main([*command, "--max_steps", "2"]) == 0
+    assert json.loads((folder / "out" / "run.json").read_text(encoding="utf-8"))["estimated_layers"] == 14
