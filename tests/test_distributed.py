@@ -181,7 +181,11 @@ def test_bytes_are_those_of_the_cost_model(ran, scaling):
     whole, least = held(shapes(FROZEN), 2, 4), kept(shapes(FROZEN), COLUMNS["keep_ratio"], 2, 4)
     assert gathered(ran["rows"], 3, "backward") == gathered(ran["rows apart"], 1, "backward") == in_blocks + whole
     # The fullest process sets the size; where rows are few, that is more than half of them.
-    assert least <= gathered(ran["rows"], 1, "backward") - in_blocks < 1.2 * least < 0.5 * whole
+    rows = gathered(ran["rows"], 1, "backward") - in_blocks
+    assert least <= rows < 1.2 * least < 0.5 * whole
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    said = f"{whole:,} bytes a process whole, {rows:,} with columns at {COLUMNS['keep_ratio']} ({rows / whole:.0%}"
+    assert said.replace("%", " %") in " ".join(page.split())
     out_features = [rows for rows, _ in shapes("base_layer")]
     assert ran["rows"][0]["traffic"][0]["after"] == {"allreduce": scaling["statistics"](out_features)}
 
