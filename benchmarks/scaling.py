@@ -54,6 +54,7 @@ class Setting:
     rank: int = 16
     tokens: int = 4096  # of one GPU in one step
     keep_ratio: float = 0.5  # of the rows, in every frozen layer
+    eight_bit: float = 0.5  # time of an 8-bit product, as a share of a bfloat16 one's
     refresh_every: int = 200
     flops: float = 400e12  # reached, not the peak
     node: int = 8  # GPUs
@@ -96,14 +97,16 @@ class Step:
 
 
 WAYS = ("DDP", "HSDP", "FSDP2")  # every weight everywhere, sharded over the GPUs of a node, sharded over all
+# Of the frozen layers: exact, on columns that all select alike, or with 8-bit copies, which every GPU holds whole.
+BACKWARDS = ("exact", "columns", "int8")
 
 
-def step(of: Setting, gpus: int, way: str, *, estimated: bool) -> Step:
-    """A step on `gpus`, exact or with columns (`estimated`), selected alike and sharded by `celora.fsdp.shard`."""
+def step(of: Setting, gpus: int, way: str, backward: str) -> Step:
+    """A step on `gpus`; where it is estimated, weights are sharded by `celora.fsdp.shard`."""
     numbers = sum(rows * columns for rows, columns in of.frozen)
     head, adapters = of.vocabulary * of.hidden, sum(rows * columns for rows, columns in of.trained)
-    backward = of.keep_ratio if estimated else 1.0
-    products = (1 + backward) * numbers + 2 * head + 3 * adapters
+    cost = {"exact": 1.0, "columns": of.keep_ratio, "int8": of.eight_bit}[backward]
+    products = (1 + cost) * numbers + 2 * head + 3 * adapters
     compute = 2 * of.tokens * products / of.flops
     waiting = compute * of.jitter * math.sqrt(2 * math.log(gpus))  # the slowest of so many normal ones
 
@@ -119,13 +122,15 @@ def step(of: Setting, gpus: int, way: str, *, estimated: bool) -> Step:
     within = several and shards > of.node  # whether a shard's group spans nodes
     reduce = time("reduce_scatter", 4 * adapters, shards, across=within)
     reduce += time("all_reduce", 4 * adapters / shards, gpus // shards, across=several)
-    if estimated:
+    if backward == "columns":
         scores = statistics(out_features for out_features, _ in of.frozen)
         reduce += time("all_reduce", scores, gpus, across=several) / of.refresh_every
     forward = held([*of.frozen, (of.vocabulary, of.hidden)], shards, 2)
-    again = kept(of.frozen, of.keep_ratio, shards, 2) if estimated else held(of.frozen, shards, 2)
-    calls = len(of.frozen) if estimated else of.layers  # one gathering for each weight, or for each block
-    gather = sum(time("all_gather", given, shards, across=within, calls=calls) for given in (forward, again))
+    calls = of.layers if backward == "exact" else len(of.frozen)  # one gathering for each block, or for each weight
+    gather = time("all_gather", forward, shards, across=within, calls=calls)
+    if backward != "int8":
+        again = held(of.frozen, shards, 2) if backward == "exact" else kept(of.frozen, of.keep_ratio, shards, 2)
+        gather += time("all_gather", again, shards, across=within, calls=calls)
     return Step(1e3 * compute, 1e3 * gather, 1e3 * reduce, 1e3 * waiting)
 
 
@@ -140,11 +145,11 @@ def table(of: Setting) -> str:
     ]
     for gpus in GPUS:
         for way in WAYS[:1] if gpus == 1 else WAYS if gpus > of.node else (WAYS[0], WAYS[2]):
-            for estimated in (False, True):
-                s, alone = step(of, gpus, way, estimated=estimated), step(of, 1, "DDP", estimated=estimated)
+            for backward in BACKWARDS:
+                s, alone = step(of, gpus, way, backward), step(of, 1, "DDP", backward)
                 least, most = (100 * alone.serial / time for time in (s.serial, s.overlapped))
                 lines.append(
-                    f"| {gpus:,} | {way}, {'columns' if estimated else 'exact'} | {s.compute:.0f} | {s.gather:.0f} "
+                    f"| {gpus:,} | {way}, {backward} | {s.compute:.0f} | {s.gather:.0f} "
                     f"| {s.reduce:.1f} | {s.waiting:.1f} | {s.overlapped:.0f} to {s.serial:.0f} "
                     f"| {least:.0f} to {most:.0f} % |"
                 )

@@ -1,15 +1,18 @@
-"""What two processes do in tests/test_distributed.py, started by torchrun: `distributed_worker.py FOLDER`.
+"""What processes do in tests/test_distributed.py, started by torchrun: `distributed_worker.py FOLDER [NAME ...]`.
 
-Every scenario trains the tiny Llama on its share of the same global batches and leaves `SCENARIO.RANK.json` in FOLDER.
+Every scenario, or each of those named, trains the tiny Llama on its share of the same global batches and leaves
+`SCENARIO.RANK.json` in FOLDER.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -166,21 +169,53 @@ def at_odds(rank: int) -> dict[str, Any]:
     return {"exact": sorted(attachment.made_exact), "expected": names[:1], "modes": len(modes)}
 
 
+def one_without_labels(config: Any, rank: int, world: int) -> list[float]:
+    """Losses where the first process's first logits are not finite, and then the second's batch has no label.
+
+    The head is sharded by itself, and so is gathered by itself.
+    """
+    model = make_model()
+    celora.attach(model, config)
+    causal = model.base_model.model
+    for part in (*causal.model.layers, causal.lm_head, model):
+        fully_shard(part)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for step in range(4):
+        ids = global_batch(step)[rank::world]
+        labels = torch.full_like(ids, -100) if (rank, step) == (1, 2) else ids
+        embedded = make_base().get_input_embeddings()(ids).detach()
+        if (rank, step) == (0, 0):
+            embedded[0, -1] = float("nan")
+        loss = model(inputs_embeds=embedded, labels=labels, num_items_in_batch=40).loss
+        loss.backward()
+        if step:
+            optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def see(graft: LayerGraft, base: Any) -> None:
     torch.manual_seed(5)
     graft.observe(torch.randn(30, base.out_features), base.weight)
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
     fused._FEWEST_TOKENS = 0
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(minutes=2))  # which only what hangs will take
     rank, world = dist.get_rank(), dist.get_world_size()
-    for name, scenario in SCENARIOS.items():
-        (folder / f"{name}.{rank}.json").write_text(json.dumps(run(scenario, rank, world)))
-    (folder / f"unseen.{rank}.json").write_text(json.dumps(one_without_a_gradient(rank)))
-    (folder / f"at odds.{rank}.json").write_text(json.dumps(at_odds(rank)))
+    work: dict[str, Callable[[], Any]] = {
+        **{name: functools.partial(run, scenario, rank, world) for name, scenario in SCENARIOS.items()},
+        "unseen": lambda: one_without_a_gradient(rank),
+        "at odds": lambda: at_odds(rank),
+        "labels": lambda: {config: one_without_labels(config, rank, world) for config in ("off", "exact")},
+    }
+    for name in names or work:
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(work[name]()))
     dist.destroy_process_group()
     sys.stderr.flush()
     os._exit(0)  # some of gloo's threads outlive the interpreter: with torch 2.13 one exit in seven is an abort

@@ -303,6 +303,58 @@ def test_a_dropped_model_is_freed_at_once() -> None:
         gc.enable()
 
 
+MOVING = {
+    "columns": CELoraConfig(estimator="columns", keep_ratio=0.5, rank=4, refresh_every=4, fused=True),
+    "int8": CELoraConfig(estimator="int8", refresh_every=4, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_training_after_unmerging_goes_on_as_if_nothing_had_been_merged(name: str) -> None:
+    """Between two refreshes, and past the next; in float64, for PEFT adds to the weight and subtracts again."""
+    results = []
+    for merges in (False, True):
+        model = make_model(dtype=torch.float64)
+        celora.attach(model, MOVING[name])
+        optimizer = train(model, 6)
+        if merges:
+            with torch.no_grad():
+                model.eval()
+                expected = model(**make_batch(99)).logits
+                model.merge_adapter()
+                torch.testing.assert_close(model(**make_batch(99)).logits, expected)
+                model.unmerge_adapter()
+        assert {graft.mode for graft in require(model).grafts.values() if graft.estimator.ready} == {Mode.ESTIMATE}
+        train(model, 6, first=6, optimizer=optimizer)
+        results.append(adapter(model))
+    for parameter, expected in results[0].items():
+        torch.testing.assert_close(results[1][parameter], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_an_adapter_switched_to_trains_as_the_only_one(name: str) -> None:
+    """From a refresh on, estimated for its own gradients, with nothing left of the other's."""
+    results = []
+    for config, switches in (("off", False), (MOVING[name], False), (MOVING[name], True)):
+        model = make_model()
+        torch.manual_seed(7)
+        model.add_adapter("other", LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+        celora.attach(model, config)
+        optimizer = torch.optim.AdamW([p for key, p in model.named_parameters() if "lora_" in key], lr=1e-2)
+        if switches:
+            train(model, 8, optimizer=optimizer)
+        first = adapter(model)
+        model.set_adapter("other")
+        train(model, 8, first=8, optimizer=optimizer)
+        results.append(adapter(model))
+        model.set_adapter("default")
+        assert all(value.equal(first[key]) for key, value in adapter(model).items())
+    plain, alone, after = results
+    assert plain.keys() == alone.keys() == after.keys()
+    assert all(value.equal(after[key]) for key, value in alone.items())
+    assert any(not value.allclose(plain[key], rtol=1e-3, atol=1e-3) for key, value in alone.items())
+
+
 def test_layers_left_by_merge_and_unload_are_exact() -> None:
     model = make_model()
     celora.attach(model, HALF)

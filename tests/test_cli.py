@@ -92,6 +92,17 @@ print(sorted({"torch", "transformers", "peft", "trl", "datasets"} & set(sys.modu
     assert done.stdout.split() == ["paper", "[]"]
 
 
+def test_a_4_bit_base_is_estimated_and_trained(inputs, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    _, model, rows = inputs
+    own = ["--model", str(model), "--data", str(rows), "--output", str(tmp_path / "out"), "--preset", "paper"]
+    short = ["--max_steps", "4", "--learning_rate", "1e-2", "--lr_scheduler_type", "constant", "--quiet"]
+    assert main(["train", *own, *short, "--load_in_4bit", "--bnb_4bit_quant_type", "nf4", "--dtype", "bfloat16"]) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["estimated_layers"] == 8
+    losses = [row["loss"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
+    assert losses[-1] < losses[0]
+
+
 def test_completion_installs_into_the_shell_and_completes(tmp_path):
     environment = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     command = [sys.executable, "-m", "celora", "--install-completion", "bash"]

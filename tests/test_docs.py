@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import runpy
@@ -15,14 +16,21 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 import yaml
+from accelerate.commands.config import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 
 from celora import CELoraConfig
+from celora.attach import find
 from celora.cli import main
+from celora.train.arguments import parse
+from conftest import adapter, make_batch
 from tiny import save_rows, save_tiny_model
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+HOW = (DOCS / "how-it-works.md").read_text(encoding="utf-8")
 
 
 def build(root: Path) -> subprocess.CompletedProcess[str]:
@@ -57,8 +65,23 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(copy: Path) -> None:
         text = html.unescape(re.sub(r"<[^>]+>", "", pages[copy / "site" / "recipes" / page / "index.html"]))
         assert first.strip('"') in text, f"{script}.py is not on the page {page}"
     how = pages[copy / "site" / "how-it-works" / "index.html"]
-    for name in ("factor.svd_factor", "select.column_scores", "estimators.Columns.estimate", "graft.graft"):
-        assert re.search(rf'href="\.\./reference/numerics/#celora[\w.]+"><code>celora\.{name}</code>', how), name
+    for name in re.findall(r"`celora\.([\w.]+)`", HOW):
+        linked = rf'href="\.\./reference/\w*/?#celora[\w.]+"><code>celora\.{re.escape(name)}</code>'
+        assert re.search(linked, how), name
+
+
+def test_every_equation_has_its_function_beside_it() -> None:
+    """In the last cell of a table of equations; elsewhere in the same paragraph or step of a list."""
+    tables = re.findall(r"\| where \|\n\|[-|]+\n((?:\|.*\n)+)", HOW)
+    rows = [row for table in tables for row in table.splitlines()]
+    assert len(tables) == 2
+    for row in rows:
+        assert re.search(r"\| `celora\.[\w.]+` \|$", row), row
+    prose = re.sub(r"^\|.*\n", "", HOW, flags=re.MULTILINE)
+    told = [part for part in re.split(r"\n\n|\n(?=\d\. )", prose) if re.search(r"`[^`]* (?:=|<=|/) [^`]*`", part)]
+    assert len(told) >= 3
+    for part in told:
+        assert re.search(r"`celora\.[\w.]+`", part), part
 
 
 def test_broken_links_and_names_fail_the_build(copy: Path) -> None:
@@ -145,10 +168,44 @@ def test_python_of_the_quick_start_runs(folder: Path, capsys: pytest.CaptureFixt
     assert "LoRA fused with its base layer in 14 of 14 layers" in capsys.readouterr().out
 
 
-# Where no quantised layer is estimated, the report and this warning say so.
-@pytest.mark.filterwarnings("ignore:celora. no layer can be estimated")
-def test_python_of_the_qlora_recipe_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_qlora_recipe_estimates_and_trains(folder: Path) -> None:
+    """Its script and its command, with the same configuration."""
     pytest.importorskip("bitsandbytes")
-    (block,) = blocks("recipes/qlora.md", "python")
-    exec(block, {})
-    assert "layers" in capsys.readouterr().out
+    (block,), (text,), (line,) = (blocks("recipes/qlora.md", language) for language in ("python", "yaml", "bash"))
+    names: dict[str, Any] = {}
+    exec(block, names)
+    model, columns = names["peft_model"], names["columns"]
+    report = find(model).report
+    assert len(report.estimated) == len(report.layers) == 14
+    before = adapter(model)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(3):  # the first observes, and leaves lora_A alone: lora_B begins at zero
+        ids = make_batch(step)["input_ids"] % 48
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(p, before[name]) for name, p in adapter(model).items())
+
+    assert CELoraConfig.from_dict(yaml.safe_load(text)["celora"]) == columns
+    (folder / "columns.yaml").write_text(text, encoding="utf-8")
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    _, *command = shlex.split(line)
+    assert main([*command, "--max_steps", "2"]) == 0
+    assert json.loads((folder / "out" / "run.json").read_text(encoding="utf-8"))["estimated_layers"] == 14
+
+
+def test_accelerate_reads_the_configuration_of_the_fsdp2_recipe(tmp_path: Path) -> None:
+    """Which is the only one; it shards on accelerators only, so nothing is launched."""
+    (text,) = blocks("recipes/fsdp2.md", "yaml")
+    assert [page.name for page in DOCS.rglob("*.md") if "fsdp_config" in page.read_text(encoding="utf-8")] == [
+        "fsdp2.md"
+    ]
+    (tmp_path / "fsdp.yaml").write_text(text, encoding="utf-8")
+    config = load_config_from_file(str(tmp_path / "fsdp.yaml"))
+    assert config.distributed_type == "FSDP"
+    assert config.fsdp_config["fsdp_version"] == 2
+    (line,) = (line for line in blocks("recipes/fsdp2.md", "bash")[0].splitlines())
+    arguments = launch_command_parser().parse_args(shlex.split(line)[2:])
+    assert config.fsdp_config.keys() <= vars(arguments).keys()
+    assert parse(arguments.training_script_args[1:]).preset == "exact"

@@ -240,7 +240,7 @@ def test_the_cheapest_choice_is_found_within_both_limits() -> None:
         PlannedLayer(str(i), 1, 1, 1.0, tuple(map(Candidate, settings, t, e, (0, 5, 0))), 0)
         for i, (t, e) in enumerate(zip(times, errors, strict=True))
     ]
-    table = planner._Table(layers)
+    table = planner.Table(layers)
     every = [list(choice) for choice in itertools.product(range(3), repeat=3)]
     for error in (0.0, 0.02, 0.17, 0.3, 2.0):
         choice = table.cheapest(error, 100)

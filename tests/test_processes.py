@@ -61,6 +61,16 @@ def test_two_processes_train_as_one_with_the_same_batch(ran, tmp_path):
     assert two == one
 
 
+def test_exact_trains_as_one_process_whatever_each_has_to_learn_from(ran, tmp_path):
+    """Losses are means over the labels of all, of which one process has more than the other."""
+    folder, _ = ran
+    first, second = (json.loads((folder / f"exact.{rank}.json").read_text()) for rank in range(2))
+    assert first["labels"] != second["labels"]
+    own = {"model": str(folder / "model"), "data": str(folder / "rows.jsonl"), "output": str(tmp_path / "one")}
+    train(parse([*USUAL, "--per_device_train_batch_size", "4", "--preset", "exact"], own), console=silent())
+    assert losses(folder / "exact") == pytest.approx(losses(tmp_path / "one"), abs=TOLERANCE)
+
+
 def silent() -> Console:
     return Console(file=io.StringIO())
 
@@ -68,7 +78,11 @@ def silent() -> Console:
 def test_the_plan_is_made_once_and_holds_for_all(ran):
     folder, done = ran
     assert done.stderr.count("planning: observing gradients") == 1
-    assert json.loads((folder / "auto" / "celora_plan.json").read_text())["fidelity"] == 0.99
+    first, second = (json.loads((folder / f"plan.{rank}.json").read_text()) for rank in range(2))
+    assert first == second == json.loads((folder / "auto" / "celora_plan.json").read_text())
+    assert first["fidelity"] == 0.99
+    first, second = (json.loads((folder / f"auto.{rank}.json").read_text()) for rank in range(2))
+    assert (first["report"], first["config"]) == (second["report"], second["config"])
     assert len(losses(folder / "auto")) == 2
 
 

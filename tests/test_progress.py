@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from celora.train import progress
 from celora.train.progress import MetricsWriter, ProgressLine, read_metrics
 
 ARGS = SimpleNamespace(device=torch.device("cpu"))
@@ -80,6 +81,23 @@ def test_progress_shows_step_loss_and_speed(terminal):
     assert "2/2" in text
     assert "1.2500" in text
     assert "tokens/s" in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_tells_the_time_left(terminal, monkeypatch):
+    """Of a resumed run, from its own steps, however long they take."""
+    now = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now))
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None)
+    line = ProgressLine(console)
+    line.on_train_begin(None, state(3), None)
+    for step, seconds in ((4, 40), (5, 50)):
+        line.on_step_begin(None, state(step - 1), None)
+        now += seconds
+        line.on_step_end(None, state(step), None)
+    line.close()
+    assert "5/10" in console.file.getvalue()
+    assert "3.8 min left" in console.file.getvalue()  # five steps of 45 seconds
 
 
 def test_quiet_prints_nothing():

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import celora
 from celora import reference
 from celora.attach import require
 from celora.estimators import Columns, Dense, Estimator, Int8, Tokens
+from celora.fused import FusedGraft
 from celora.graft import LayerGraft, Mode, Switch
 from celora.memory import saved_for_backward
 from celora.weights import StoredWeight, read, shape_of, unreadable
@@ -71,6 +72,51 @@ def test_reading_rows_does_not_read_the_rest(kind: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(type(weight), "dense", whole)
     assert torch.equal(weight[INDEX], expected)
+
+
+def adapted(kind: str, *, fused: bool, rank: int) -> PeftModel:
+    """A layer of this kind with LoRA, whose backward keeps half of its rows."""
+    model: Any = nn.Sequential(nn.Linear(128, 96, bias=False) if kind == "Linear" else make_layer(kind))
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "bitsandbytes 8-bit", "bitsandbytes 4" in kind
+    lora = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, fan_in_fan_out=kind == "GPT-2 Conv1D")
+    model = get_peft_model(model, lora)
+    celora.attach(model, celora.CELoraConfig(estimator="columns", keep_ratio=0.5, rank=rank, fused=fused))
+    return model
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("fused", [False, True], ids=["PEFT's adapter", "fused"])
+@pytest.mark.parametrize("kind", ["Linear", "GPT-2 Conv1D", *BY_ROWS])
+def test_an_estimated_backward_reads_the_kept_rows_alone(
+    kind: str, fused: bool, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others may be anything, and of a quantised weight nothing else is de-quantised."""
+    model, x, grad_output = adapted(kind, fused=fused, rank=rank), torch.randn(2, 20, 128), torch.randn(2, 20, 96)
+    base = model.base_model.model[0].get_base_layer()
+    backward(model, x, grad_output)
+    require(model).clock.advance()
+    (graft,) = require(model).grafts.values()
+    assert isinstance(graft, FusedGraft) is fused
+    assert isinstance(graft.estimator, Columns)
+    assert graft.mode is Mode.ESTIMATE
+    index = graft.estimator.index
+    assert index is not None
+    expected = backward(model, x, grad_output)
+    weight, asked = read(base, torch.float32), []
+    if isinstance(weight, StoredWeight):
+        of, rows = type(weight), type(weight).rows
+
+        def whole(*_: Any) -> Tensor:
+            raise AssertionError("the whole weight was de-quantised")
+
+        for name in ("dense", "detach", "to"):
+            monkeypatch.setattr(of, name, whole)
+        monkeypatch.setattr(of, "rows", lambda self, index: asked.append(index.tolist()) or rows(self, index))
+    else:
+        others = torch.ones(96, dtype=torch.bool).index_fill(0, index, False)
+        weight.data[others] = float("nan")
+    assert torch.equal(backward(model, x, grad_output), expected)
+    assert asked == ([index.tolist()] if isinstance(weight, StoredWeight) else [])
 
 
 def test_blocks_that_reach_across_rows() -> None:

@@ -5,6 +5,7 @@ Runs of `celora train`; in the last, the second process is killed in its fifth s
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from celora.attach import require
 from celora.cli import main
 from celora.train import run
 
@@ -30,6 +32,42 @@ class Signalled(TrainerCallback):  # type: ignore[misc]
         if os.environ["RANK"] == "1" and state.global_step == self.step:
             for _ in range(2):  # from the terminal, and again from the launcher
                 os.kill(os.getpid(), self.number)
+
+
+class Noted(TrainerCallback):  # type: ignore[misc]
+    """Leaves in `path.RANK.json` what this process has attached, and how many labels each of its batches had."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.with_suffix(f".{os.environ['RANK']}.json")
+        self.labels: list[int] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.labels.append(int((kwargs["labels"][:, 1:] != -100).sum()))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+        attached = require(model)
+        noted = {"labels": self.labels, "report": str(attached.report), "config": attached.config.to_dict()}
+        self.path.write_text(json.dumps(noted), encoding="utf-8")
+
+
+def planned_in_each(folder: Path) -> None:
+    """A run with preset auto that leaves the plan of each process, with its evidence, which never comes out twice."""
+    plan = run._plan
+
+    def noted(*args: Any) -> Any:
+        found = plan(*args)
+        (folder / f"plan.{os.environ['RANK']}.json").write_text(json.dumps(found.to_dict()), encoding="utf-8")
+        return found
+
+    run._plan = noted
+    try:
+        short = ["--preset", "auto", "--max_steps", "2", "--save_strategy", "no"]
+        assert train(folder, "auto", *short, callback=Noted(folder / "auto")) == 0
+    finally:
+        run._plan = plan
 
 
 def train(folder: Path, name: str, *more: str, data: str = "rows.jsonl", callback: Any = None) -> int:
@@ -52,7 +90,8 @@ def train(folder: Path, name: str, *more: str, data: str = "rows.jsonl", callbac
 def work(folder: Path) -> None:
     with_columns = ["--celora", COLUMNS]
     assert train(folder, "whole", *with_columns, "--eval-data", f"{folder}/rows.jsonl") == 0
-    assert train(folder, "auto", "--preset", "auto", "--max_steps", "2", "--save_strategy", "no") == 0
+    assert train(folder, "exact", "--preset", "exact", callback=Noted(folder / "exact")) == 0
+    planned_in_each(folder)
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # each attempt of a job may say once why it failed
     assert train(folder, "bad", data="nowhere.jsonl") == 2
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"

@@ -31,6 +31,7 @@ from celora.fused import Lender
 from celora.graft import LayerGraft, Switch
 from celora.head import Logits, score_tokens
 from celora.sharded import whole
+from celora.synchronise import gathers, largest_of_all
 
 _IGNORED = -100
 _PROBED = 4  # tokens on which the model's own logits are compared with ours
@@ -110,7 +111,7 @@ class ModelGraft:
             return None
         next_labels = F.pad(labels, (0, 1), value=_IGNORED)[:, 1:]
         place = (next_labels.flatten() != _IGNORED).nonzero()[:, 0]
-        if not len(place):
+        if not len(place) and not gathers(causal):
             return None
 
         rows, columns, inputs = place, place % labels.shape[1], self._packed(causal, given, next_labels)
@@ -120,6 +121,8 @@ class ModelGraft:
             back[index] = torch.arange(len(index), device=index.device)
             rows = columns = back[place]
         columns = columns[: _PROBED if self._logits is None else 0]
+        if self._logits is None and not len(place):
+            columns = columns.new_zeros(1)
         self._call = _Call(module, given, next_labels, place, rows, columns)
         passed = {k: v for k, v in given.items() if k not in ("labels", "num_items_in_batch", _TRL)} | (inputs or {})
         return (), passed | {"logits_to_keep": columns, "use_cache": False}
@@ -142,23 +145,17 @@ class ModelGraft:
         hidden, given = call.hidden.to(head.weight.device), call.given
         # FSDP2 leaves the head's parameters sharded outside its own forward.
         weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
-        if self._logits is None and not output.logits.isfinite().all():  # nothing to recognise the head by yet
-            return self._own(module, given)
         if self._logits is None:
-            self._logits = _recognise(causal.config, hidden[:, call.probed], weight, bias, output.logits)
-            if self._logits is None:
-                self._refused = True
-                if self.smoothing:
-                    raise CELoraError(
-                        f"{type(causal).__name__} does something to its logits that is not known, so its labels cannot "
-                        "be smoothed here; attach with labelled_head=False and padding_free=False."
-                    )
-                warnings.warn(
-                    f"celora: {type(causal).__name__} does something to its logits that is not known; its own loss is "
-                    "used, over all tokens and with their padding.",
-                    stacklevel=2,
-                )
+            finite = bool(output.logits.isfinite().all())
+            found = _recognise(causal.config, hidden[:, call.probed], weight, bias, output.logits) if finite else None
+            unclear, refused = int(found is None), int(finite and found is None)
+            if gathers(causal):  # who computes more than the others would wait for them, for ever
+                ((unclear, refused),) = largest_of_all([[unclear, refused]], hidden.device)
+            if refused:
+                self._refuse(causal)
+            if unclear:  # nothing to recognise the head by, yet or ever
                 return self._own(module, given)
+            self._logits = found
         scored = bool(given.get(_TRL))
         rows, targets = call.rows.to(hidden.device), call.next_labels.flatten()[call.place].to(hidden.device)
         scores = score_tokens(
@@ -189,6 +186,20 @@ class ModelGraft:
             entropy=spread(scores.entropy),
             is_top1=spread(scores.top1),
             label_mask=call.next_labels[:, :-1] != _IGNORED,
+        )
+
+    def _refuse(self, causal: nn.Module) -> None:
+        """Leave this and all later calls to the model, and say so."""
+        self._refused = True
+        does = f"{type(causal).__name__} does something to its logits that is not known"
+        if self.smoothing:
+            raise CELoraError(
+                f"{does}, so its labels cannot be smoothed here; attach with labelled_head=False and "
+                "padding_free=False."
+            )
+        warnings.warn(
+            f"celora: {does}; its own loss is used, over all tokens and with their padding.",
+            stacklevel=2,
         )
 
     def _own(self, module: nn.Module, given: dict[str, Any]) -> Any:

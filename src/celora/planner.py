@@ -564,7 +564,7 @@ def _choose(
 ) -> tuple[list[PlannedLayer], float]:
     """The cheapest choice whose audit reaches the fidelity, and the cosine predicted for it."""
     wanted = 1 - fidelity**2
-    table = _Table(planned)
+    table = Table(planned)
     rate = 1.0  # how much of the predicted error an audit finds
     best: list[PlannedLayer] | None = None
     best_predicted = 1.0
@@ -585,8 +585,8 @@ def _choose(
     return best, best_predicted
 
 
-class _Table:
-    """Times, weighted errors and memory of all candidates of all layers, padded with the first."""
+class Table:
+    """Times, errors by influence and memory of all candidates of all layers, to choose from."""
 
     def __init__(self, planned: Sequence[PlannedLayer]) -> None:
         width = max(len(p.candidates) for p in planned)
@@ -598,7 +598,7 @@ class _Table:
         self._memory = torch.tensor([[float(c.memory) for c in of] for of in padded], dtype=torch.float64)
 
     def error(self, choice: Sequence[int]) -> float:
-        """The squared error that the choice is expected to cause in the LoRA gradient."""
+        """The squared error that the choice is expected to cause in the LoRA gradient: `sum s e^2` over the layers."""
         return self._sum(self._errors, choice)
 
     def time(self, choice: Sequence[int]) -> float:
@@ -606,7 +606,10 @@ class _Table:
         return self._sum(self._times, choice)
 
     def cheapest(self, error: float, memory: float) -> list[int]:
-        """The choice of least time within the error and the memory, by a Lagrange multiplier for each."""
+        """The choice of least time with `sum s e^2 <= error`, and within the memory; a Lagrange multiplier for each.
+
+        s: a layer's influence; e: the relative error of its candidate; for a fidelity, `error = 1 - cosine^2`.
+        """
 
         def at(price: float, rent: float) -> list[int]:
             chosen: list[int] = (self._times + price * self._errors + rent * self._memory).argmin(1).tolist()

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from celora.graft import LayerGraft
@@ -27,6 +28,11 @@ def in_company() -> bool:
 def shards(parameters: Iterable[Tensor]) -> bool:
     """Whether several processes train together, each with a part of every parameter."""
     return in_company() and any(isinstance(parameter, DTensor) for parameter in parameters)
+
+
+def gathers(model: nn.Module) -> bool:
+    """Whether several processes train together, and wait for each other in every forward of the model."""
+    return in_company() and any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def largest_of_all(numbers: list[list[int]], device: torch.device) -> list[list[int]]:

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import transformers
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 from trl import ModelConfig, get_quantization_config
 
 from celora.errors import CELoraError
@@ -65,9 +65,8 @@ def load_model(request: TrainRequest) -> Any:
     """The base model in its own dtype (or --dtype), on the CPU unless quantised; the Trainer moves it."""
     lora = request.lora
     try:
-        quantization = get_quantization_config(
-            ModelConfig(**{k: v for k, v in lora.items() if "quant" in k or "load_in" in k})
-        )
+        settings = {k: v for k, v in lora.items() if "quant" in k or "load_in" in k}
+        quantization = get_quantization_config(ModelConfig(dtype=_compute_dtype(request), **settings))
         extra = {} if quantization is None else {"quantization_config": quantization}
         return AutoModelForCausalLM.from_pretrained(
             request.model,
@@ -81,6 +80,16 @@ def load_model(request: TrainRequest) -> Any:
         )
     except Exception as error:  # whatever transformers raises about a file, or about a value of model_init_kwargs
         raise CELoraError(f"cannot load a model from {request.model!r}: {_first_line(error)}") from error
+
+
+def _compute_dtype(request: TrainRequest) -> Any:
+    """What 4-bit layers compute in: --dtype or, where that is auto, the checkpoint's own; None is float32."""
+    dtype = request.lora["dtype"]
+    if dtype != "auto" or not request.lora["load_in_4bit"]:
+        return dtype
+    return AutoConfig.from_pretrained(
+        request.model, revision=request.lora["model_revision"], trust_remote_code=False
+    ).dtype
 
 
 def check_model_folder(model: str) -> None:

@@ -184,7 +184,7 @@ class ProgressLine(StepTimer):
         if self.quiet or not state.is_world_process_zero or not self.console.is_terminal:
             return
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[numbers]}"))
-        self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console, transient=True)
+        self._bar = Progress(*columns, console=self.console, transient=True)
         self._bar.add_task("train", total=state.max_steps, completed=state.global_step, numbers="")
         self._bar.start()
 
@@ -209,14 +209,15 @@ class ProgressLine(StepTimer):
             return
         tokens = int(state.num_input_tokens_seen) - self._first_tokens
         speed = f"{tokens / self.seconds:,.0f} tokens/s" if tokens and self.seconds else ""
-        numbers = "  ".join(filter(None, (f"loss {self._loss}", speed)))
+        # rich's own estimate forgets what is 30 seconds old, and so has none where a step takes longer.
+        per_step = self.seconds / max(1, state.global_step - self._first_step)
+        left = f"{per_step * (state.max_steps - state.global_step) / 60:.1f} min left"
+        numbers = "  ".join(filter(None, (f"loss {self._loss}", speed, left)))
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=state.global_step, numbers=numbers)
         elif last or time.perf_counter() - self._printed >= PLAIN_EVERY_S:
             self._printed = time.perf_counter()
-            per_step = self.seconds / max(1, state.global_step - self._first_step)
-            left = per_step * (state.max_steps - state.global_step) / 60
-            line = f"step {state.global_step}/{state.max_steps}  {numbers}  {left:.1f} min left"
+            line = f"step {state.global_step}/{state.max_steps}  {numbers}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
