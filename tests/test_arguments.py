@@ -344,6 +344,7 @@ def test_resume_keeps_earlier_arguments_and_refuses_to_change_the_run(tmp_path):
         ("--learning_rate 1e400", "learning_rate=inf; expected a finite number"),
         ("--max_length -5", "max_length=-5; expected a number >= 1"),
         ("--max_steps " + 99 * "9", "max_steps=999999999999999999999999999...; expected a number of 64 bits"),
+        ("--max_steps " + 400 * "9", "expected a number of 64 bits"),
         ("--max_steps -3", "expected a number >= -1"),
         ("--num_train_epochs 0", "num_train_epochs=0; expected a number > 0"),
         ("--gradient_accumulation_steps -2", "expected a number >= 1"),

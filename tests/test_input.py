@@ -278,7 +278,7 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @given(
     CALLS,
     st.lists(FLAGS, max_size=3),
-    st.dictionaries(NAMES, JUNK, max_size=2) | JUNK,
+    st.dictionaries(NAMES | st.just("env"), JUNK, max_size=2) | JUNK,
     st.booleans(),
 )
 def test_flags(call: tuple[str, list[list[str]]], flags: list[list[str]], document: Any, with_file: bool) -> None:

@@ -221,10 +221,10 @@ def _check_range(name: str, value: int | float) -> None:
     low = least is not None and (value <= least if name in OPEN_BELOW else value < least)
     high = most is not None and (value >= most if name in OPEN_ABOVE else value > most)
     expected = ""
-    if math.isnan(value) or (math.isinf(value) and name != "max_grad_norm"):  # where infinity means: never clip
-        expected = "a finite number"
-    elif isinstance(value, int) and abs(value) > _MOST:
+    if isinstance(value, int) and abs(value) > _MOST:  # first: math knows no larger ones
         expected = "a number of 64 bits"
+    elif math.isnan(value) or (math.isinf(value) and name != "max_grad_norm"):  # where infinity means: never clip
+        expected = "a finite number"
     elif low or high:
         expected = f"a number {'>' if name in OPEN_BELOW else '>='} {least:g}"
         expected += "" if most is None else f" and {'<' if name in OPEN_ABOVE else '<='} {most:.10g}"
