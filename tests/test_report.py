@@ -196,7 +196,9 @@ def browse(page: str, folder: Path, width: int = 1200) -> tuple[dict, str]:
 
 # A browser is no dependency of the project: where there is none, the tests above check what the page holds. Only
 # continuous integration has to have one: there the tests below fail without.
-in_a_browser = pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="no Chromium here")
+in_a_browser = pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("CELORA_BROWSER_REQUIRED"), reason="no Chromium here"
+)
 
 
 @in_a_browser
