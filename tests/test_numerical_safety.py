@@ -109,7 +109,9 @@ def _faulty(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
 @pytest.mark.fault(
     "numbers",
     "NaN or infinity in a gradient, in training",
-    sees="`a gradient of ... is not finite, or nearly so; its backward is exact this time`, once",
+    sees="`a gradient of ... is not finite, or nearly so; its backward is exact this time`, once; on accelerators, "
+    "under torch.compile and with sharded weights, where looking would mean waiting, what plain LoRA shows: the "
+    "adapter's own gradient is not finite",
     kept="the exact backward's result, bit for bit where it is finite up to rounding; the selection and its statistics",
 )
 @pytest.mark.parametrize("fused", [True, False])
