@@ -1,4 +1,4 @@
-"""The backward of frozen 4-bit layers: bitsandbytes' own, as plain 4-bit LoRA has it, against celora's estimates.
+"""The backward of frozen quantised layers: their own, as plain QLoRA has it, against celora's estimates.
 
 `python benchmarks/quantised.py` writes `results/quantised.jsonl`; `--quick` prints one shape. Layers are NF4 with
 nested scales and bfloat16 activations. Two measurements, all contenders in turns:
@@ -6,6 +6,10 @@ nested scales and bfloat16 activations. Two measurements, all contenders in turn
 - one frozen layer: its backward through autograd, and what that allocates;
 - a stack of four with PEFT's LoRA (r = 16, float32 adapters, its default): its backward, and the most that a forward
   and backward have allocated, with what is saved between the two and what estimators keep from step to step.
+
+`python benchmarks/quantised.py --kinds` measures one layer of every kind of quantisation, 2048 x 2048, in the dtype
+that is faster here, and writes `results/quantised-kinds.jsonl`; memory is that of a forward and backward, as some keep
+the de-quantised weight between the two, with what is kept. GGUF files are missing: their layers are unpacked.
 
 Memory is counted by the profiler, allocation by allocation, so it is exact and repeatable.
 """
@@ -15,7 +19,10 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import sys
 from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -30,12 +37,19 @@ import rows
 from celora.attach import Attachment, find
 from celora.estimators import make_estimator
 from celora.graft import LayerGraft, Mode, Switch
-from celora.timing import interleaved
+from celora.timing import faster_dtype, interleaved
 from celora.train.allocator import keep_freed_memory
 from celora.weights import read
 
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+import layers
+
 SHAPES = [(576, 1536), (2048, 2048), (4096, 4096)]
 LAYERS = 4
+KINDS = {
+    "bitsandbytes 4-bit nested": "bitsandbytes", "bitsandbytes 8-bit": "bitsandbytes",
+    "torchao int8": "torchao", "torchao int4": "torchao", "HQQ 8-bit": "hqq", "HQQ 4-bit": "hqq",
+}  # fmt: skip
 PLAIN = "plain 4-bit LoRA"
 SETTINGS: dict[str, dict[str, Any]] = {
     "dense": {"estimator": "dense"},
@@ -60,11 +74,11 @@ def make_layer(out: int, inp: int) -> nn.Module:
     return layer.to("cpu")
 
 
-def uneven(tokens: int, width: int) -> Tensor:
+def uneven(tokens: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """As gradients are: few tokens and few columns carry most of the norm."""
     generator = torch.Generator().manual_seed(1)
     scale = torch.randn(tokens, 1, generator=generator).exp() * torch.randn(1, width, generator=generator).exp()
-    return (scale * torch.randn(tokens, width, generator=generator)).to(torch.bfloat16)
+    return (scale * torch.randn(tokens, width, generator=generator)).to(dtype)
 
 
 def allocated(call: Callable[[], object]) -> tuple[int, int]:
@@ -87,28 +101,34 @@ def backward_of(module: nn.Module, x: Tensor, grad_output: Tensor) -> Callable[[
     return lambda: torch.autograd.grad(y, wanted, grad_output, retain_graph=True)
 
 
-def one_layer(out: int, inp: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
+def one_layer(
+    make: Callable[[], nn.Module], out: int, inp: int, tokens: int, repeats: int, dtype: torch.dtype = torch.bfloat16
+) -> list[dict[str, Any]]:
     """Rows of the frozen layer alone, plain first."""
-    x = torch.ones(tokens, inp, dtype=torch.bfloat16, requires_grad=True)
-    grad_output = uneven(tokens, out)
-    calls = {PLAIN: backward_of(make_layer(out, inp), x, grad_output)}
+    x = torch.ones(tokens, inp, dtype=dtype, requires_grad=True)
+    grad_output = uneven(tokens, out, dtype)
+    modules = {PLAIN: make()}
+    calls = {PLAIN: backward_of(modules[PLAIN], x, grad_output)}
     exact = calls[PLAIN]()[0].float()
     kept = {PLAIN: 0}
     for name, settings in SETTINGS.items():
-        layer = make_layer(out, inp)
+        layer = make()
         estimator = make_estimator(settings["estimator"], out, inp, settings)
-        weight = read(layer)
+        weight = read(layer, dtype)
         estimator.observe(grad_output, weight, grad_output @ weight.detach())
         estimator.select()
         graft = LayerGraft(estimator, Switch())
         graft.mode = Mode.ESTIMATE
         graft.under(layer)
+        modules[name] = layer
         calls[name] = backward_of(layer, x, grad_output)
         kept[name] = allocated(calls[name])[0]
     found = []
     for name, times in interleaved(calls, repeats=repeats).items():
         error = torch.linalg.vector_norm(calls[name]()[0].float() - exact) / torch.linalg.vector_norm(exact)
         memory = {"kept_bytes": kept[name], "peak_bytes": allocated(calls[name])[1]}
+        step = allocated(lambda name=name: torch.autograd.grad(modules[name](x), x, grad_output))
+        memory["step_bytes"] = kept[name] + step[1]
         found.append({"what": "layer", "estimator": name, **times, **memory, "relative_error": round(float(error), 5)})
     return found
 
@@ -153,12 +173,35 @@ def stack(out: int, inp: int, tokens: int, repeats: int) -> list[dict[str, Any]]
 def measure(out: int, inp: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
     """All rows of one shape."""
     found = []
-    for of in (one_layer(out, inp, tokens, repeats), stack(out, inp, tokens, max(3, repeats // 3))):
-        for row in of:
-            speed_up = round(of[0]["time_ms"] / row["time_ms"], 3)
-            memory = round(row["peak_bytes"] / of[0]["peak_bytes"], 3)
-            shape = {"out": out, "in": inp, "tokens": tokens}
-            found.append({**shape, **row, "speed_up": speed_up, "memory": memory})
+    make = functools.partial(make_layer, out, inp)
+    for of in (one_layer(make, out, inp, tokens, repeats), stack(out, inp, tokens, max(3, repeats // 3))):
+        found += relative(of, {"out": out, "in": inp, "tokens": tokens})
+        gc.collect()
+    return found
+
+
+def relative(of: list[dict[str, Any]], given: dict[str, Any], peak: str = "peak_bytes") -> list[dict[str, Any]]:
+    """The rows with what was given, and with speed and memory over those of the first."""
+    return [
+        {
+            **given,
+            **row,
+            "speed_up": round(of[0]["time_ms"] / row["time_ms"], 3),
+            "memory": round(row[peak] / of[0][peak], 3),
+        }
+        for row in of
+    ]
+
+
+def kinds(tokens: int, repeats: int, size: int = 2048) -> list[dict[str, Any]]:
+    """Rows of one layer of each kind, with the version of the package that it is from."""
+    found = []
+    dtype = faster_dtype()
+    for kind, package in KINDS.items():
+        make = functools.partial(layers.make_layer, kind, size, size, getattr(torch, dtype))
+        of = one_layer(make, size, size, tokens, repeats, getattr(torch, dtype))
+        given = {"kind": kind, "dtype": dtype, "out": size, "in": size, "tokens": tokens}
+        found += relative(of, given | {"package": f"{package} {metadata.version(package)}"}, "step_bytes")
         gc.collect()
     return found
 
@@ -167,8 +210,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--quick", action="store_true", help="one shape, few repeats, nothing written")
+    parser.add_argument("--kinds", action="store_true", help="one layer of every kind of quantisation instead")
     options = parser.parse_args()
     keep_freed_memory()
+    if options.kinds:
+        found = [row | rows.conditions() for row in kinds(options.tokens, 5 if options.quick else 15)]
+        for row in found:
+            print(f"{row['kind']:26} {row['estimator']:28} {row['time_ms']:8.2f} ms  {row['speed_up']:6.2f} x  "
+                  f"{row['memory']:5.2f} x  error {row['relative_error']:.3f}")  # fmt: skip
+        if not options.quick:
+            rows.write(rows.RESULTS / "quantised-kinds.jsonl", found)
+        return
     versions = {"bitsandbytes": bitsandbytes.__version__}
     found = [
         row | versions | rows.conditions()

@@ -243,6 +243,28 @@ def quantised_stack() -> str:
     return _quantised("stack")
 
 
+def quantised_kinds() -> str:
+    """One layer of every kind of quantisation: what its own backward takes, and the estimates' over that."""
+    file = rows.RESULTS / "quantised-kinds.jsonl"
+    if not file.exists():
+        return "Not measured yet."
+    found = rows.read(file)
+    body = []
+    for kind in dict.fromkeys(row["kind"] for row in found):
+        of = {row["estimator"]: row for row in found if row["kind"] == kind}
+        plain, *estimates = of.values()
+        cells = [f"{row['speed_up']:.2f} / {row['memory']:.2f}" for row in estimates]
+        body.append([kind, f"{plain['time_ms']:.1f} ms, {plain['step_bytes'] / 2**20:.0f} MiB", *cells])
+    one, names = found[0], list(dict.fromkeys(row["estimator"] for row in found))
+    packages = ", ".join(dict.fromkeys(row["package"] for row in found))
+    return (
+        rows.markdown(["", "its own backward", *names[1:]], body)
+        + "\n\nSpeed-up of the backward / peak of forward and backward with what is kept, over its own. "
+        f"{one['out']} x {one['in']}, T = {one['tokens']}, {one['dtype']}, {one['threads']} threads, {one['cpu']}, "
+        f"torch {one['torch']}, {packages}."
+    )
+
+
 def _quantised(what: str) -> str:
     found = [row for row in rows.read(rows.RESULTS / "quantised.jsonl") if row["what"] == what]
     shapes, plain = list(dict.fromkeys((row["out"], row["in"]) for row in found)), found[0]["estimator"]
@@ -389,6 +411,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_sweep": step_sweep,
     "quantised_layer": quantised_layer,
     "quantised_stack": quantised_stack,
+    "quantised_kinds": quantised_kinds,
     "compiled": compiled,
     "two_processes": two_processes,
     "sensitivity": sensitivity.table,
