@@ -129,13 +129,15 @@ def training() -> str:
                 f"{statistics.mean(ahead):+.4f} ({min(ahead):+.4f} to {max(ahead):+.4f})" if ahead else "",
             ]
         )
-    one = found[0]
+    one, (here, *others) = found[0], list(dict.fromkeys(row["cpu"] for row in found))
+    elsewhere = [f"{row['arm']} on {row['cpu']}" for row in found if row["cpu"] in others]
+    where = "; ".join([here, *dict.fromkeys(elsewhere)])
     return (
         rows.markdown(
             ["", "held-out loss", "share of exact LoRA's improvement", "step time", "ahead at equal time"], body
         )
-        + f"\n\n{len(exact)} seeds, 200 steps of 4 x 128 tokens, bfloat16, {one['cpu']}, torch {one['torch']}. "
-        "Ahead: the loss that exact LoRA has after the same time, minus the arm's."
+        + f"\n\n{len(exact)} seeds, 200 steps of 4 x 128 tokens, bfloat16, {where}, torch {one['torch']}. "
+        "Ahead: the loss that exact LoRA has after the same time, minus the arm's; planning takes no part in it."
     )
 
 
