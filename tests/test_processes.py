@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -119,6 +120,22 @@ def test_a_killed_process_ends_the_job_in_one_line_and_the_job_resumes(ran):
     whole, parts = (load_file(folder / name / "adapter_model.safetensors") for name in ("whole", "killed"))
     assert all((whole[name] == parts[name]).all() for name in whole)
     assert losses(folder / "killed") == losses(folder / "whole")
+
+
+def test_one_of_several_processes_leaves_without_waiting_for_threads():
+    """Gloo's may abort what is finished; this one would never end. What is registered for the exit is done first."""
+    script = (
+        "import atexit, runpy, sys, threading; atexit.register(print, 'done');"
+        "threading.Thread(target=threading.Event().wait).start();"
+        "sys.argv = ['celora', 'train']; runpy.run_module('celora', run_name='__main__')"
+    )
+    several = os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
+    left = subprocess.run(
+        [sys.executable, "-c", script], env=several, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert left.returncode == 2
+    assert "error: --model is missing" in left.stderr
+    assert left.stdout == "done\n"
 
 
 def test_a_launcher_that_answers_nothing_silences_nobody(monkeypatch):

@@ -1,8 +1,26 @@
-"""`python -m celora`, for launchers that start modules: `torchrun -m celora train ...`."""
+"""The command line as a process of its own: `celora ...`, and `python -m celora`, for launchers that start modules."""
 
+import atexit
+import os
 import sys
 
 from celora.cli import main
 
+
+def run() -> None:
+    """Run a command and leave with its exit status.
+
+    One of several processes leaves at once, after what is registered for the exit. Some of gloo's threads outlive the
+    interpreter: with torch 2.13 one exit in seven is an abort, and the launcher calls a job failed that has succeeded.
+    """
+    status = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
