@@ -8,7 +8,6 @@ included. Killed, it goes on where it was; how long it takes is not known then, 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -29,12 +28,10 @@ def main() -> None:
     work: Path = parser.parse_args().work
     output = work / "compared"
     begun = output.exists()
-    work.mkdir(parents=True, exist_ok=True)
     drawn = splits(0, train=120 * 8, validation=600, test=600)  # as the demo draws them
     dtype = faster_dtype()
     for name, of in (("train", drawn.train), ("test", drawn.test)):
-        lines = "".join(json.dumps(row) + "\n" for row in to_rows(of))
-        (work / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        rows.write(work / f"{name}.jsonl", to_rows(of))
     settings = {
         "model": demo_model(),
         "data": work / "train.jsonl",

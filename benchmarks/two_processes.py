@@ -112,12 +112,12 @@ def main() -> None:
     asked.work.mkdir(parents=True, exist_ok=True)
     held = asked.work / "test.jsonl"
     if not held.exists():
-        held.write_text(_lines(to_rows(splits(0, validation=VALIDATION, test=HELD_OUT).test)), encoding="utf-8")
+        rows.write(held, to_rows(splits(0, validation=VALIDATION, test=HELD_OUT).test))
     for seed in range(asked.seeds):
         data = asked.work / f"train-seed{seed}.jsonl"
         drawn = splits(seed, train=asked.steps * BATCH, validation=VALIDATION, test=HELD_OUT).train
         if not data.exists():
-            data.write_text(_lines(to_rows(drawn)), encoding="utf-8")
+            rows.write(data, to_rows(drawn))
         for way in asked.way or WAYS:
             for arm in asked.arm or ARMS:
                 folder = asked.work / f"{arm}-{way}-seed{seed}".lower().replace(" ", "-")
@@ -133,10 +133,6 @@ def main() -> None:
                 found = [json.loads(path.read_text(encoding="utf-8")) for path in asked.work.glob("*-seed*.json")]
                 found.sort(key=lambda row: (list(ARMS).index(row["arm"]), WAYS.index(row["way"]), row["seed"]))
                 rows.write(rows.RESULTS / "two-processes.jsonl", found)
-
-
-def _lines(of: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in of)
 
 
 if __name__ == "__main__":
