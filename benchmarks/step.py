@@ -22,10 +22,11 @@ from celora.train.allocator import keep_freed_memory
 from celora.train.bench import ARMS, Cell, measure, table
 from celora.train.loading import quiet_libraries
 
-HALF = [Cell("h1024-v32k", "instruct"), Cell("h1024-v32k", "full"), Cell("smollm2", "demo"), Cell("smollm2", "full")]
-HALF += [Cell(shape, data) for shape in ("h1024-v128k", "h2048-v128k", "h2048-v32k") for data in ("instruct", "full")]
+COMPILED = [Cell("h1024-v32k", "full"), Cell("h1024-v32k", "instruct")]  # ten minutes of compiling, so they come last
+HALF = [Cell("smollm2", "demo"), Cell("smollm2", "full")]
+HALF += [Cell(shape, data) for shape in ("h1024-v128k", "h2048-v128k", "h2048-v32k") for data in ("full", "instruct")]
+HALF += COMPILED
 FULL = [Cell(cell.model, cell.data, "float32") for cell in HALF]
-COMPILED = HALF[:2]
 SWEEP = [Cell("h1024-v32k", "full", tokens=tokens) for tokens in (64, 256, 1024, 2048)]
 SWEEP += [Cell(f"h{hidden}-v32k", "full") for hidden in (256, 512, 2048)]
 SWEPT = ("PEFT", "exact", "paper", "auto", "limit")

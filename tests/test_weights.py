@@ -18,7 +18,7 @@ from celora.estimators import Columns, Dense, Estimator, Int8, Tokens
 from celora.fused import FusedGraft
 from celora.graft import LayerGraft, Mode, Switch
 from celora.memory import saved_for_backward
-from celora.weights import StoredWeight, read, shape_of, unreadable
+from celora.weights import StoredWeight, read, rows_of, shape_of, unreadable
 from conftest import make_batch
 from layers import KINDS, MODELS, make_adapted, make_base, make_layer
 
@@ -55,10 +55,17 @@ def test_what_is_read_is_what_the_layer_multiplies_with(kind: str, dtype: torch.
     torch.testing.assert_close(weight.to(dtype), weight.detach().to(dtype), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_rows_of_the_whole(kind: str) -> None:
+def test_rows_are_rows_of_the_whole(kind: str, dtype: torch.dtype) -> None:
     weight = read(make_layer(kind), torch.float32)
-    assert torch.equal(weight[INDEX], weight.detach()[INDEX])
+    expected = weight.to(torch.float32)[INDEX].to(dtype)
+    torch.testing.assert_close(weight[INDEX].to(dtype), expected, rtol=0, atol=0)
+    torch.testing.assert_close(rows_of(weight, INDEX, dtype), expected, rtol=0, atol=0)
+    whole = torch.full((7, 128), 7.0, dtype=dtype)
+    rows_of(weight, INDEX, dtype, out=whole[:5])
+    torch.testing.assert_close(whole[:5], expected, rtol=0, atol=0)
+    assert (whole[5:] == 7).all()
 
 
 @pytest.mark.parametrize("kind", BY_ROWS)

@@ -94,6 +94,20 @@ def read(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     return kind(module, dtype)
 
 
+def rows_of(weight: Tensor, index: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    """Rows `index: (K,)` of a weight that `read` gave, (K, in), in `dtype`; into `out` if that is given.
+
+    Not `weight[index]` where it is a tensor: on CPU that goes number by number, and `index_select` row by row.
+    """
+    if isinstance(weight, StoredWeight):
+        rows = weight[index].to(dtype)
+    elif out is not None and weight.dtype == dtype:
+        return torch.index_select(weight.detach(), 0, index, out=out)
+    else:
+        rows = weight.detach().index_select(0, index).to(dtype)
+    return rows if out is None else out.copy_(rows)
+
+
 def unreadable(module: nn.Module) -> str:
     """Why `read` would not give the matrix that the layer's own backward multiplies with, or ''."""
     if _is_conv1d(module):

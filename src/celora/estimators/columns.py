@@ -30,6 +30,7 @@ from celora.select import (
     uniform,
 )
 from celora.sharded import RowGather, rows_alone
+from celora.weights import rows_of
 
 
 class Columns(Estimator):
@@ -106,13 +107,13 @@ class Columns(Estimator):
         if self.settings.precision != "native":
             return self._low_precision(grad_output, weight, self.index)
         if self.factor.V is None or self.U_off is None:
-            return _gathered(grad_output, self.index) @ weight[self.index].to(grad_output.dtype)
+            return _gathered(grad_output, self.index) @ self._kept_rows(weight, self.index, grad_output.dtype)
         tokens, kept, rank = grad_output.shape[0], len(self.index), self.settings.rank
         # Both factors are written into one buffer each: concatenating afterwards would copy them once more.
         left = grad_output.new_empty(tokens, kept + rank)
         right = grad_output.new_empty(kept + rank, self.in_features)
         _gathered(grad_output, self.index, out=left[:, :kept])
-        right[:kept] = self._kept_rows(weight, self.index, grad_output.dtype)
+        self._kept_rows(weight, self.index, grad_output.dtype, out=right[:kept])
         torch.mm(grad_output, self.U_off.to(grad_output.dtype), out=left[:, kept:])
         right[kept:] = self.factor.V
         return left @ right
@@ -127,7 +128,7 @@ class Columns(Estimator):
     def _low_precision(self, grad_output: Tensor, weight: Tensor, index: Tensor) -> Tensor:
         """Only the kept part in 8 bits; the factor is small and stays in the gradient's dtype."""
         if self._rows is None or self._rows.device != weight.device or not self.settings.weight_copy:
-            self._rows = weight[index].detach()
+            self._rows = rows_of(weight, index, weight.dtype)
             self.product.forget()  # these rows may lie where others did
         result = self.product(_gathered(grad_output, index), self._rows)
         if self.factor.V is not None and self.U_off is not None:
@@ -142,7 +143,7 @@ class Columns(Estimator):
         offset = uniform(self.settings.seed, self._draws, grad_output.device)
         index, factors = sample(inclusion_probabilities(self.scores, self.kept), self.kept, offset)
         left = grad_output.index_select(1, index) * factors.to(grad_output.dtype)
-        result = self.product(left, weight[index].detach())
+        result = self.product(left, rows_of(weight, index, weight.dtype))
         self.product.forget()  # the next draw's rows may lie where these did
         self.factor.prepare(weight)
         if self.factor.U is not None and self.factor.V is not None:
@@ -150,12 +151,14 @@ class Columns(Estimator):
             result += (grad_output @ U - left @ U[index]) @ V
         return result
 
-    def _kept_rows(self, weight: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    def _kept_rows(self, weight: Tensor, index: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """`W[I]`, into `out` if that is given."""
         if not isinstance(weight, DTensor):
-            return weight[index].to(dtype)
+            return rows_of(weight, index, dtype, out=out)
         if self._gather is None:
             self._gather = RowGather(weight, index)
-        return self._gather(weight, dtype)
+        rows = self._gather(weight, dtype)
+        return rows if out is None else out.copy_(rows)
 
     def needs_whole(self, weight: Tensor) -> bool:
         if not self.agreed:  # another process may have selected anew when this one saw no gradient
