@@ -76,7 +76,7 @@ def study(name: str, dtype: torch.dtype, fidelities: list[float], memory_limit: 
         for batch in used:
             batch["labels"][:, : round(masked * fidelity.TOKENS)] = -100
         begin = time.monotonic()
-        plans = make_plans(model, used, fidelities, memory_limit=memory_limit)
+        plans = make_plans(model, used, fidelities, memory_limit=memory_limit, head=False)
         seconds = round(time.monotonic() - begin, 1)
         for plan in plans:
             found.append(

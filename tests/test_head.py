@@ -130,6 +130,21 @@ def test_the_gradient_of_a_trained_head_sits_in_few_words() -> None:
     assert torch.cosine_similarity(grads[0].flatten(), grads[1].flatten(), dim=0) > 0.97
 
 
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_words_that_are_left_out_keep_what_they_have_in_common(cap: float | None) -> None:
+    """Rows of a head share a direction, which targets and all other words give with opposite signs."""
+    hidden, rows, targets, weight = inputs()
+    weight = 0.02 * weight + torch.randn(weight.shape[1])
+    logits = head.Logits(0.5, cap)
+    grads = []
+    for keep in (1.0, 0.2):
+        h = hidden.detach().clone().requires_grad_()
+        score_tokens(h, rows, targets, weight, logits=logits, keep_ratio=keep).log_probs.sum().backward()
+        grads.append(h.grad)
+    exact, estimate = grads
+    assert (estimate - exact).norm() < 0.15 * exact.norm()
+
+
 class _Largest(TorchDispatchMode):
     """The largest tensor that any operator returns."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from peft import PeftModel
 import celora
 from celora import CELoraConfig, CELoraError, Plan
 from celora.config import LayerConfig
-from celora.plan import Candidate, PlannedLayer, label
+from celora.plan import HEAD, Candidate, PlannedLayer, label
 from conftest import make_model
 
 LAYER = "base_model.model.model.layers.1.mlp.up_proj"
@@ -61,6 +62,23 @@ def test_attaching_a_plan_gives_each_layer_its_estimator(model: PeftModel) -> No
     frame = CELoraConfig(estimator="dense", overrides={"up_proj": {"estimator": "dense"}})
     with pytest.warns(UserWarning, match="no layer can be estimated"):
         assert not celora.attach(model, plan.config(frame)).estimated  # the user's own overrides win
+
+
+def test_the_head_is_part_of_a_plan(model: PeftModel, tmp_path: Path) -> None:
+    share = LayerConfig("columns", keep_ratio=0.1, rank=0)
+    candidates = (Candidate(LayerConfig("dense"), 8.0, 0.0), Candidate(share, 1.0, 0.02))
+    plan = make(model, head=PlannedLayer(HEAD, 97, 48, 1.0, candidates, 1))
+    plan.save(tmp_path)
+    assert Plan.load(tmp_path) == plan
+    assert re.search(r"head +x1 +97 x 48 +columns 0.1 +0.12 +0.020", str(plan))
+    assert plan.config().head_keep_ratio == 0.1
+    report = celora.attach(model, plan)
+    assert any("its gradient through 0.1 of the words" in note for note in report.notes)
+    # Not where it is left exact, the user has said otherwise, or the loss is the model's own.
+    exact = dataclasses.replace(plan, head=dataclasses.replace(plan.head, chosen=0))
+    assert exact.config().head_keep_ratio == 1
+    assert plan.config(CELoraConfig(labelled_head=True, head_keep_ratio=0.5)).head_keep_ratio == 0.5
+    assert plan.config(CELoraConfig()).head_keep_ratio == 1
 
 
 def test_printed_it_is_a_table(model: PeftModel) -> None:

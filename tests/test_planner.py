@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft import PeftModel, get_peft_model
 import celora
 from celora import CELoraError, planner
 from celora.attach import find, require
-from celora.config import LayerConfig
+from celora.config import PRESETS, LayerConfig
 from celora.estimators import Dense
 from celora.graft import Mode, Switch
 from celora.plan import Candidate, PlannedLayer
@@ -179,6 +180,51 @@ def test_auto_plans_and_never_slows_a_layer_down(model: PeftModel, batches: Any)
     celora.attach(model, "auto", batches=iter(batches))
     assert require(model).config.spread
     train(model, 2)
+
+
+@pytest.fixture
+def wide_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the vocabulary were large enough for its gradient to be worth leaving out."""
+
+    def times(calls: Any, repeats: int) -> Any:
+        return {call: {"time_ms": 10 * float(call)} for call in calls}
+
+    monkeypatch.setattr(planner, "interleaved", times)
+
+
+@pytest.mark.parametrize("fidelity", [0.9, 1.0])
+def test_the_head_is_planned_too(
+    model: PeftModel, batches: Any, free_estimates: None, wide_head: None, fidelity: float
+) -> None:
+    plan = celora.make_plan(model, batches, fidelity)
+    head = plan.head
+    assert head is not None
+    assert (head.out_features, head.in_features) == tuple(model.get_output_embeddings().weight.shape)
+    errors = [candidate.relative_error for candidate in head.candidates]
+    assert errors[0] == 0 < errors[1] < errors[-1]
+    assert [candidate.time_ms for candidate in head.candidates] == [10, 3, 1, 0.3, 0.1]
+    celora.attach(model, plan)
+    kept = plan.config().head_keep_ratio
+    assert (kept == 1) if fidelity == 1 else (kept < 1)
+    assert celora.audit(model, batches[2]).cosine >= fidelity - 1e-6
+    # What the head's estimate loses is part of the audit.
+    celora.attach(model, dataclasses.replace(PRESETS["exact"], head_keep_ratio=0.01))
+    assert celora.audit(model, batches[2]).cosine < 1 - 1e-6
+
+
+def test_a_head_that_is_not_ours_is_not_planned(
+    model: PeftModel, batches: Any, free_estimates: None, wide_head: None
+) -> None:
+    model.eval()  # an evaluation's loss is the model's own
+    assert celora.make_plan(model, batches).head is None
+    model.train()
+    assert planner.make_plans(model, batches, [0.9], head=False)[0].head is None
+    loss = celora.make_plan(model, [{"input_ids": b["input_ids"]} for b in batches], loss=_own_loss).head
+    assert loss is None
+
+
+def _own_loss(model: Any, batch: Any) -> torch.Tensor:
+    return model(**batch).logits.float().square().mean()
 
 
 def test_the_memory_limit_is_kept(model: PeftModel, batches: Any, free_estimates: None) -> None:

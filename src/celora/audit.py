@@ -107,7 +107,8 @@ def audit(
     batch = on_device(batch, parameters)
 
     with untouched(model, parameters) as rewind, _lent(attachment) as probes:
-        exact, value = gradient(model, batch, loss, parameters)
+        with _whole_vocabulary(attachment):
+            exact, value = gradient(model, batch, loss, parameters)
         for name in probes:
             attachment.grafts[name].estimator.select()
         probed = sum(attachment.grafts[name].estimator.ready for name in probes)
@@ -194,6 +195,20 @@ def untouched(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Itera
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
+
+
+@contextmanager
+def _whole_vocabulary(attachment: Attachment) -> Iterator[None]:
+    """The exact gradient of the logits for a while, whatever `head_keep_ratio` says."""
+    head = attachment.forward
+    if head is None:
+        yield
+        return
+    before, head.keep_ratio = head.keep_ratio, 1.0
+    try:
+        yield
+    finally:
+        head.keep_ratio = before
 
 
 @contextmanager

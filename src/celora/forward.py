@@ -33,7 +33,7 @@ from celora.head import Logits, score_tokens
 from celora.sharded import whole
 from celora.synchronise import gathers, largest_of_all
 
-_IGNORED = -100
+IGNORED = -100
 _PROBED = 4  # tokens on which the model's own logits are compared with ours
 _TRL = "fused_lm_head"  # TRL's trainers ask for log-probabilities instead of logits
 _TRL_FIELDS = {"log_probs", "entropy", "is_top1"}
@@ -109,8 +109,8 @@ class ModelGraft:
             return None
         if not (_trl_can_be_served(causal) if scored else trains) or given.get("return_dict") is False:
             return None
-        next_labels = F.pad(labels, (0, 1), value=_IGNORED)[:, 1:]
-        place = (next_labels.flatten() != _IGNORED).nonzero()[:, 0]
+        next_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        place = (next_labels.flatten() != IGNORED).nonzero()[:, 0]
         if not len(place) and not gathers(causal):
             return None
 
@@ -185,7 +185,7 @@ class ModelGraft:
             log_probs=spread(scores.log_probs),
             entropy=spread(scores.entropy),
             is_top1=spread(scores.top1),
-            label_mask=call.next_labels[:, :-1] != _IGNORED,
+            label_mask=call.next_labels[:, :-1] != IGNORED,
         )
 
     def _refuse(self, causal: nn.Module) -> None:
@@ -247,16 +247,20 @@ def _hook(graft: ModelGraft, causal: PreTrainedModel, tuner: nn.Module | None) -
 
 
 @contextmanager
-def taken_over(model: nn.Module) -> Iterator[None]:
-    """For a while, leave out padding and compute the loss over labelled tokens only, wherever that can be done."""
+def taken_over(model: nn.Module) -> Iterator[ModelGraft | None]:
+    """For a while, leave out padding and compute the loss over labelled tokens only, wherever that can be done.
+
+    Yields what does it, or None where it cannot be done.
+    """
     causal, tuner, _ = find_language_model(model)
     if causal is None:
-        yield
+        yield None
         return
     before = causal.config._attn_implementation
-    handles = _hook(ModelGraft(Switch(), packs=not packing.cannot_pack(causal)), causal, tuner)
+    graft = ModelGraft(Switch(), packs=not packing.cannot_pack(causal))
+    handles = _hook(graft, causal, tuner)
     try:
-        yield
+        yield graft
     finally:
         for handle in handles:
             handle.remove()

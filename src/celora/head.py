@@ -9,8 +9,12 @@ and the second is computed along with the first, while the chunk's logits are at
 p of its tokens, so backward only scales these rows: no logits are saved, and none computed twice.
 
 The second can be estimated, too. A softmax gradient sits in few words: the targets, and what the model confuses them
-with. With a `keep_ratio`, only that share of W's rows is multiplied, those where it is largest (`columns`, afresh for
-each chunk).
+with. With a `keep_ratio`, only that share I of W's rows is multiplied, those where it is largest (afresh for each
+chunk), and the many others, which are much the same for all tokens, are given the chunk's average row:
+
+    G W ~= G_I W_I + a w,    a = sum_{j not in I} G_j,    w = sum_{j not in I} q_j W_j / sum q,
+
+`q_j = max(0, -sum_t G_tj)`, the probability that the chunk gives to word j.
 """
 
 from __future__ import annotations
@@ -122,8 +126,7 @@ class _Scores(torch.autograd.Function):
         gradient = torch.empty_like(chosen) if wanted else None
         with torch.autocast(device, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
-            chunks = max(1, -(-n // max(_CHUNK_ROWS, _CHUNK_NUMBERS // len(w))))
-            size = -(-n // chunks)
+            size = chunk_size(n, len(w))
             held = chosen.new_empty(size, len(w))
             for start in range(0, n, max(1, size)):
                 part = slice(start, start + size)
@@ -133,7 +136,7 @@ class _Scores(torch.autograd.Function):
                 some = (entropy[part], top1[part]) if statistics else (None, None)
                 _softmax(z, targets[part], logits, smoothing, log_probs[part], *some, write=wanted)
                 if gradient is not None:
-                    _through_the_head(z, w, keep_ratio, gradient[part])
+                    through_the_head(z, w, keep_ratio, gradient[part])
         log_probs, entropy, top1 = log_probs[:count], entropy[:count], top1[:count]
         ctx.save_for_backward(None if gradient is None else gradient[:count], real)
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
@@ -149,8 +152,14 @@ class _Scores(torch.autograd.Function):
         return full, *[None] * 8
 
 
-def _through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tensor) -> None:
-    """`out = grad W`, or of its critical columns only: (n, V) x (V, H) -> (n, H)."""
+def chunk_size(tokens: int, words: int) -> int:
+    """How many of these tokens are projected onto the vocabulary at once."""
+    chunks = max(1, -(-tokens // max(_CHUNK_ROWS, _CHUNK_NUMBERS // words)))
+    return -(-tokens // chunks)
+
+
+def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tensor) -> None:
+    """`out = grad W`, or its estimate from the critical columns (see above): (n, V) x (V, H) -> (n, H)."""
     kept = max(1, round(keep_ratio * len(weight)))
     largest = None if kept == len(weight) else column_maxima(grad)
     # Among words of which one token's gradient is no number there is no choice; looking would wait for an accelerator.
@@ -158,7 +167,13 @@ def _through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tens
         torch.mm(grad, weight, out=out)
         return
     index = top_k(largest, kept)
-    torch.mm(grad.gather(1, index.expand(len(grad), kept)), weight.index_select(0, index), out=out)
+    some = grad.gather(1, index.expand(len(grad), kept))
+    torch.mm(some, weight.index_select(0, index), out=out)
+    probability = grad.sum(0).neg_().clamp_(min=0).index_fill_(0, index, 0)
+    total = probability.sum(dtype=torch.float32).clamp(min=torch.finfo(grad.dtype).tiny)
+    average = torch.mm(probability[None], weight)[0].float() / total
+    others = grad.sum(1).float() - some.sum(1, dtype=torch.float32)
+    out.addr_(others.to(out.dtype), average.to(out.dtype))
 
 
 def _softmax(

@@ -23,8 +23,10 @@ from celora.files import inside, read_json, write_text
 from celora.weights import shape_of
 
 PLAN_NAME = "celora_plan.json"
+HEAD = "head"  # the name of the vocabulary projection among the layers of a plan
 _VERSION = 1
 _LARGEST = sys.float_info.max
+_LAYERS = ("layers", "head")  # the fields that are not plain values
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,12 @@ class Plan:
 
     Attributes:
         layers: the layers that were measured; any other stays dense.
+        head: the vocabulary projection, whose gradient goes through a share of the words (`head_keep_ratio`); None
+            where celora does not compute it. Its error is what arrives in the LoRA gradient.
         fidelity: the cosine of the LoRA gradient that was asked for.
         predicted_cosine: what the layers' errors and influences come to.
         audited_cosine: of the whole plan, measured on a batch that the planning did not use where three were given.
-        predicted_time: of all `grad_input` products over dense, from the layers' times.
+        predicted_time: of all `grad_input` products of `layers` over dense, from their times.
         audited_time: the same, measured inside whole backward passes.
         tokens: of the batches it was made for.
         dtype, device, threads, torch: what it was measured with.
@@ -96,6 +100,11 @@ class Plan:
     threads: int
     torch: str
     memory_limit: int
+    head: PlannedLayer | None = None
+
+    @property
+    def _all(self) -> tuple[PlannedLayer, ...]:
+        return self.layers if self.head is None else (*self.layers, self.head)
 
     @property
     def memory(self) -> int:
@@ -110,7 +119,15 @@ class Plan:
             for layer in self.layers
             if layer.choice.setting.estimator != "dense"
         }
-        return dataclasses.replace(frame, overrides={**planned, **frame.overrides})
+        keep_ratio = frame.head_keep_ratio
+        if (
+            self.head is not None
+            and self.head.choice.setting.estimator == "columns"
+            and frame.labelled_head
+            and keep_ratio == 1
+        ):
+            keep_ratio = self.head.choice.setting.keep_ratio
+        return dataclasses.replace(frame, overrides={**planned, **frame.overrides}, head_keep_ratio=keep_ratio)
 
     def check(self, model: nn.Module) -> None:
         """Refuse a plan that was made for another model or device: its times and errors would mean nothing.
@@ -162,7 +179,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only; `from_dict` is the inverse. Candidates' settings are written once."""
-        settings = list(dict.fromkeys(c.setting for layer in self.layers for c in layer.candidates))
+        settings = list(dict.fromkeys(c.setting for layer in self._all for c in layer.candidates))
         number = {setting: i for i, setting in enumerate(settings)}
         layers = [
             {
@@ -173,10 +190,11 @@ class Plan:
                 "chosen": layer.chosen,
                 "candidates": [[number[c.setting], c.time_ms, c.relative_error, c.memory] for c in layer.candidates],
             }
-            for layer in self.layers
+            for layer in self._all
         ]
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "layers"}
-        return {"version": _VERSION, **own, "settings": [_changes(s) for s in settings], "layers": layers}
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _LAYERS}
+        document = {"version": _VERSION, **own, "settings": [_changes(s) for s in settings]}
+        return document | {"layers": layers[: len(self.layers)], "head": next(iter(layers[len(self.layers) :]), None)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
@@ -191,27 +209,10 @@ class Plan:
                 raise unknown("entry of a plan", key, known)
         try:
             settings = [LayerConfig(**setting) for setting in values["settings"]]
-            layers = tuple(
-                PlannedLayer(
-                    name=str(layer["name"]),
-                    out_features=int(_measured(layer["out_features"], "out_features")),
-                    in_features=int(_measured(layer["in_features"], "in_features")),
-                    influence=_measured(layer["influence"], "influence"),
-                    candidates=tuple(
-                        Candidate(
-                            settings[_position(i, settings)],
-                            time_ms=_measured(time, "time_ms"),
-                            relative_error=_measured(error, "relative_error", most=math.inf),
-                            memory=int(_measured(memory, "memory")),
-                        )
-                        for i, time, error, memory in layer["candidates"]
-                    ),
-                    chosen=_position(layer["chosen"], layer["candidates"]),
-                )
-                for layer in values["layers"]
-            )
+            layers = tuple(_planned(layer, settings) for layer in values["layers"])
+            head = None if values.get("head") is None else _planned(values["head"], settings)
             kinds = {"float": float, "int": int, "str": str}
-            own = {name: kinds[str(kind)](values[name]) for name, kind in known.items() if name != "layers"}
+            own = {name: kinds[str(kind)](values[name]) for name, kind in known.items() if name not in _LAYERS}
             for name, kind in known.items():
                 if kind in ("float", "int"):
                     most = 1.0 if name in ("fidelity", "predicted_cosine", "audited_cosine") else _LARGEST
@@ -220,7 +221,7 @@ class Plan:
             raise
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise CELoraError(f"not a whole plan: {type(error).__name__}: {error}") from None
-        return cls(layers=layers, **own)
+        return cls(layers=layers, head=head, **own)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON to `path`, or to `celora_plan.json` in it if it is a folder."""
@@ -240,7 +241,7 @@ class Plan:
         if not self.layers:
             return "No layer of this model can be estimated, or none sees a gradient: everything stays exact."
         groups: dict[tuple[Any, ...], list[PlannedLayer]] = {}
-        for layer in self.layers:
+        for layer in self._all:
             key = (layer.name.rpartition(".")[2], layer.out_features, layer.in_features, label(layer.choice.setting))
             groups.setdefault(key, []).append(layer)
         rows = [("layers", "", "shape", "estimator", "time / dense", "error (worst)")]
@@ -255,7 +256,7 @@ class Plan:
                 *lines,
                 f"LoRA gradient: cosine {self.audited_cosine:.4f} audited, {self.predicted_cosine:.4f} predicted, "
                 f"{self.fidelity:g} asked for.",
-                f"grad_input: {self.audited_time:.2f} of dense measured in whole backward passes, "
+                f"grad_input of adapted layers: {self.audited_time:.2f} of dense measured in whole backward passes, "
                 f"{self.predicted_time:.2f} predicted; 8-bit copies take {self.memory / 2**20:.0f} MiB.",
                 f"Made for {self.tokens} tokens, {self.dtype}, {self.threads} threads on {self.device}.",
             ]
@@ -289,6 +290,25 @@ def _changes(setting: LayerConfig) -> dict[str, Any]:
     defaults = LayerConfig()
     values = dataclasses.asdict(setting)
     return {name: v for name, v in values.items() if name == "estimator" or v != getattr(defaults, name)}
+
+
+def _planned(layer: Mapping[str, Any], settings: list[LayerConfig]) -> PlannedLayer:
+    return PlannedLayer(
+        name=str(layer["name"]),
+        out_features=int(_measured(layer["out_features"], "out_features")),
+        in_features=int(_measured(layer["in_features"], "in_features")),
+        influence=_measured(layer["influence"], "influence"),
+        candidates=tuple(
+            Candidate(
+                settings[_position(i, settings)],
+                time_ms=_measured(time, "time_ms"),
+                relative_error=_measured(error, "relative_error", most=math.inf),
+                memory=int(_measured(memory, "memory")),
+            )
+            for i, time, error, memory in layer["candidates"]
+        ),
+        chosen=_position(layer["chosen"], layer["candidates"]),
+    )
 
 
 def _measured(value: Any, name: str, least: float = 0.0, most: float = _LARGEST) -> float:

@@ -6,6 +6,8 @@ enough.
 2. Time: every candidate, on this device, at the real shapes, taking turns with the dense product.
 3. Influence: groups of layers are disturbed, and the error s that arrives in the LoRA gradient is measured; a layer's
    influence is `s^2 / sum e^2` of its group by depth, times that of its group by kind.
+   The vocabulary projection is one more layer: its gradient goes through a share of the words, and its error is what
+   arrives in the LoRA gradient.
 4. Choose: minimise `sum time` subject to `sum influence e^2 <= 1 - cosine^2` and to the memory limit, by Lagrange
    multipliers; audit the whole; calibrate the sum with what the audit found; again.
 5. Verify: cosine on a batch of its own, and time inside whole backward passes.
@@ -20,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +33,11 @@ from celora.config import LayerConfig
 from celora.errors import CELoraError
 from celora.estimators import Dense, Estimator, make_estimator
 from celora.estimators.base import Precision
-from celora.forward import taken_over
+from celora.forward import IGNORED, ModelGraft, find_language_model, taken_over
 from celora.graft import LayerGraft, Mode, Switch
+from celora.head import chunk_size, through_the_head
 from celora.memory import saved_for_backward
-from celora.plan import Candidate, Plan, PlannedLayer, device_name
+from celora.plan import HEAD, Candidate, Plan, PlannedLayer, device_name
 from celora.products import PRODUCTS, make_product
 from celora.select import energy_count, rounded_up, squared_row_norms
 from celora.timing import interleaved, synchronise
@@ -46,6 +49,7 @@ DEFAULT_FIDELITY = 0.99
 SHARES = (1.0, 0.9999, 0.9997, 0.999, 0.997, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.88, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
 COLUMNS = (0.75, 0.5)
 _TIMED_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the tokens; times in between are interpolated
+HEAD_SHARES = (0.3, 0.1, 0.03, 0.01)  # of the words, in the gradient of the logits
 _DISTURBANCE = 0.88  # the share of the squared norm that disturbed layers keep
 _DEPTHS, _MOST_KINDS, _FEW_LAYERS = 6, 8, 24
 _ROUNDS = 5
@@ -131,8 +135,12 @@ def make_plans(
     memory_limit: int | None = None,
     loss: Loss | None = None,
     progress: Progress | None = None,
+    head: bool = True,
 ) -> list[Plan]:
-    """`make_plan` for several fidelities, from one set of measurements: a frontier of time against fidelity."""
+    """`make_plan` for several fidelities, from one set of measurements: a frontier of time against fidelity.
+
+    Without `head` the gradient of the logits stays exact.
+    """
     for fidelity in fidelities:
         if isinstance(fidelity, bool) or not isinstance(fidelity, int | float) or not 0 < fidelity <= 1:
             raise CELoraError(f"fidelity={fidelity!r}; expected a cosine, 0 < fidelity <= 1.")
@@ -152,8 +160,9 @@ def make_plans(
         attached.switch.on = False
     try:
         # As preset auto will train: without padding, and with the loss over labelled tokens.
-        with untouched(model, parameters) as rewind, taken_over(model):
+        with untouched(model, parameters) as rewind, taken_over(model) as forward:
             bench = _Bench(model, parameters, used, loss, rewind, progress or (lambda what, share: None))
+            bench.forward = forward if head else None
             return _make_plans(bench, layers, fidelities, memory_limit)
     finally:
         if attached is not None:
@@ -175,6 +184,7 @@ class _Bench:
         self.model, self.parameters, self.batches, self.loss = model, parameters, batches, loss
         self.rewind, self.progress = rewind, progress
         self.overhead_ms = 0.0  # of a graft, whatever it computes
+        self.forward: ModelGraft | None = None  # what computes the loss, if its gradient may be estimated
         self._exact: dict[int, dict[str, Tensor]] = {}
 
     @property
@@ -196,8 +206,9 @@ class _Bench:
     def audit(self, layers: Mapping[str, _Layer], settings: Mapping[str, LayerConfig], number: int) -> Fidelity:
         """The fidelity on batch `number` with these settings under these layers, everything else exact."""
         exact = self.exact(number)
-        estimated_layers = {name: layers[name] for name in settings}
-        with _grafted(estimated_layers, lambda layer: _estimator(layer.shape, settings[layer.name])) as grafts:
+        estimated_layers = {name: layers[name] for name in settings if name in layers}
+        grafted = _grafted(estimated_layers, lambda layer: _estimator(layer.shape, settings[layer.name]))
+        with self._through(settings.get(HEAD)), grafted as grafts:
             waiting = [graft for graft in grafts.values() if not graft.estimator.ready]
             if waiting:
                 for graft in waiting:
@@ -208,6 +219,18 @@ class _Bench:
                     graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.EXACT
             estimated = self.gradient(number)
         return Fidelity.of([(estimated[name], exact[name]) for name in exact])
+
+    @contextmanager
+    def _through(self, head: LayerConfig | None) -> Iterator[None]:
+        """The gradient of the logits with this setting of the head, for a while."""
+        if self.forward is None or head is None:
+            yield
+            return
+        before, self.forward.keep_ratio = self.forward.keep_ratio, head.keep_ratio
+        try:
+            yield
+        finally:
+            self.forward.keep_ratio = before
 
     def time(self, layers: Mapping[str, _Layer], settings: Mapping[str, LayerConfig]) -> float:
         """The time of all `grad_input` products inside whole backward passes, over that of the dense ones; what the
@@ -380,6 +403,7 @@ def _make_plans(
     if layers:
         _probe_influence(bench, layers)
     planned = [_evidence(layer, times[layer.shape], bench.overhead_ms) for layer in layers]
+    planned += _head_evidence(bench) if layers else []
     plans = []
     for i, fidelity in enumerate(fidelities):
         bench.progress("choosing", 0.65 + 0.35 * i / len(fidelities))
@@ -401,11 +425,15 @@ def _finish(
         if audited >= fidelity:
             break
         allowed *= (1 - fidelity**2) / (1 - audited**2)
+    head = next((p for p in chosen if p.name == HEAD), None)
+    chosen = [p for p in chosen if p is not head]
+    settings.pop(HEAD, None)
     measured = bench.time(by_name, settings) if settings else 1.0
     adapter = next(iter(bench.parameters.values()))
     dense_ms = sum(p.dense_ms for p in chosen)
     return Plan(
         layers=tuple(chosen),
+        head=head,
         fidelity=float(fidelity),
         predicted_cosine=round(predicted, 6),
         audited_cosine=round(audited, 6),
@@ -526,6 +554,30 @@ def _evidence(layer: _Layer, times: Mapping[tuple[str, bool, float], float], ove
             error = (selected**2 + rounding**2) ** 0.5
             found.append(Candidate(setting, round(milliseconds, 5), round(error, 6), memory))
     return PlannedLayer(layer.name, out_features, in_features, layer.influence, tuple(found), 0)
+
+
+def _head_evidence(bench: _Bench) -> list[PlannedLayer]:
+    """The vocabulary projection and what its shares of the words take and lose; nothing where celora does not do it."""
+    causal, batch = find_language_model(bench.model)[0], bench.batches[bench.measuring]
+    labels = batch.get("labels")
+    if bench.forward is None or causal is None or not isinstance(labels, Tensor) or labels.dim() != 2:
+        return []
+    settings = {share: LayerConfig("columns", keep_ratio=share, rank=0) for share in HEAD_SHARES}
+    errors = {share: bench.audit({}, {HEAD: of}, bench.measuring).relative_error for share, of in settings.items()}
+    if errors[HEAD_SHARES[-1]] == 0:  # a hundredth of the words loses nothing: the loss of this batch is not ours
+        return []
+    weight = cast(Tensor, causal.get_output_embeddings().weight).detach()
+    tokens = int((labels[:, 1:] != IGNORED).sum())
+    size = chunk_size(tokens, len(weight))
+    grad = torch.randn(size, len(weight), device=weight.device).to(weight.dtype)
+    out = grad.new_empty(size, weight.shape[1])
+    calls = {str(share): functools.partial(through_the_head, grad, weight, share, out) for share in (1.0, *HEAD_SHARES)}
+    ms = {call: of["time_ms"] * tokens / size for call, of in interleaved(calls, repeats=5).items()}
+    found = [Candidate(LayerConfig("dense"), round(ms["1.0"], 5), 0.0)]
+    for share, setting in settings.items():
+        if ms[str(share)] < _MARGIN * ms["1.0"]:
+            found.append(Candidate(setting, round(ms[str(share)], 5), round(errors[share], 6)))
+    return [PlannedLayer(HEAD, len(weight), weight.shape[1], 1.0, tuple(found), 0)]
 
 
 def _probe_influence(bench: _Bench, layers: list[_Layer]) -> None:

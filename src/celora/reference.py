@@ -120,8 +120,15 @@ def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float)
 
 
 def estimated_head_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor, keep_ratio: float) -> Tensor:
-    """`(grad (e_t - softmax(W h))) W`, of it the words v with the largest `max_t |e_tv - p_tv|`: (N, H)."""
+    """`(grad (e_t - softmax(W h))) W`, of it the words v with the largest `max_t |e_tv - p_tv|`: (N, H).
+
+    The others, with the same sum in each token, at the row that is the tokens' average over them.
+    """
     p = (hidden @ weight.T).softmax(-1)
     of_logits = torch.nn.functional.one_hot(targets, len(weight)) - p
     index = top_k(of_logits.abs().amax(0), max(1, round(keep_ratio * len(weight))))
-    return grad[:, None] * (of_logits[:, index] @ weight[index])
+    kept = of_logits[:, index] @ weight[index]
+    others = torch.ones(len(weight), dtype=torch.bool).index_fill(0, index, False)
+    probability = (-of_logits[:, others].sum(0)).clamp(min=0)
+    average = probability @ weight[others] / probability.sum().clamp(min=1e-30)
+    return grad[:, None] * (kept + of_logits[:, others].sum(1, keepdim=True) * average)
