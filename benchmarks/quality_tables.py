@@ -16,6 +16,8 @@ import quality_tasks
 import rows
 from celora.train.compare import HEADER, Difference, Outcome, summary
 
+_ENOUGH, _POINT = 3, 0.01  # seeds; what counts as no difference
+_YES = {True: "yes", False: "no"}
 # Okabe and Ito's colours, and a line of its own for each: readable without seeing colours.
 _LINES = {"LoRA": ("#0072b2", ""), "CE-LoRA": ("#d55e00", "6 4")}
 
@@ -66,6 +68,43 @@ def scores() -> str:
     return (
         rows.markdown(header, body)
         + f"\n\nSteps timed in turns, {one['threads']} threads, {one['cpu']}, torch {one['torch']}."
+    )
+
+
+def verdict() -> str:
+    """`auto` on each task whose runs are all there: as good as LoRA at equal steps, better than both at equal time?"""
+    found = quality.found()
+    rivals = ("LoRA", "LoRA, auto's time", "upper half, auto's time")
+    body, same, better = [], 0, 0
+    for task in quality_tasks.NAMES:
+        of = {arm: chosen(found, task, arm) for arm in ("auto", *rivals)}
+        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in of.values())))
+        if len(seeds) < _ENOUGH:
+            continue
+        one = of["auto"][seeds[0]]
+        ahead = {  # paired by seed; positive is better than the rival, whatever the metric
+            arm: [(of["auto"][s]["test"] - of[arm][s]["test"]) * (1 if one["higher_is_better"] else -1) for s in seeds]
+            for arm in rivals
+        }
+        means = {arm: statistics.fmean(values) for arm, values in ahead.items()}
+        error = statistics.stdev(ahead["LoRA"]) / math.sqrt(len(seeds))
+        holds, wins = -means["LoRA"] <= max(error, _POINT), min(means[arm] for arm in rivals[1:]) > 0
+        same, better = same + holds, better + wins
+        cells = [f"{100 * means[arm]:+.1f}" for arm in rivals]
+        body.append([task, f"{cells[0]} ± {100 * error:.1f}", _YES[holds], *cells[1:], _YES[wins]])
+    if not body:
+        return "No task has all of its runs yet."
+    header = [
+        "task",
+        "against LoRA, equal steps (± standard error)",
+        "within one standard error or a point",
+        "against LoRA, equal time",
+        "against the upper half, equal time",
+        "better than both",
+    ]
+    return rows.markdown(header, body) + (
+        f"\n\nHundredths (points, or 0.01 nats per token) by which `auto` is better, means over seeds. As good as LoRA "
+        f"at equal steps: {same} of {len(body)} tasks; better than both at equal time: {better} of {len(body)}."
     )
 
 
@@ -251,6 +290,7 @@ def _signed(value: float, row: dict[str, Any]) -> str:
 
 TABLES = {
     "scores": scores,
+    "verdict": verdict,
     "compared": compared,
     "missing": missing,
     "convergence": convergence,

@@ -177,14 +177,20 @@ def step_float32() -> str:
     return _step("float32")
 
 
-def _step(dtype: str) -> str:
-    found = [row for row in rows.read(rows.RESULTS / "step.jsonl") if row["dtype"] == dtype]
+def step_amx() -> str:
+    """The same in bfloat16 on a CPU with matrix instructions."""
+    return _step("bfloat16", "step-amx.jsonl")
+
+
+def _step(dtype: str, file: str = "step.jsonl") -> str:
+    found = [row for row in rows.read(rows.RESULTS / file) if row["dtype"] == dtype]
     if not found:
         return "Not measured yet."
     body = []
+    shown = [arm for arm in _SHOWN if any(row["arm"] == arm for row in found)]
     for key in dict.fromkeys((row["model"], row["data"]) for row in found):
         of = {row["arm"]: row for row in found if (row["model"], row["data"]) == key}
-        speed = [f"{of[arm]['speed_up']:.2f}" if "speed_up" in of.get(arm, {}) else "" for arm in _SHOWN]
+        speed = [f"{of[arm]['speed_up']:.2f}" if "speed_up" in of.get(arm, {}) else "" for arm in shown]
         memory = [f"{of[arm]['peak_memory'] / of['PEFT']['peak_memory']:.2f}" for arm in ("exact", "auto")]
         time_ms = {arm: row["time_ms"] for arm, row in of.items() if "time_ms" in row}
         most = time_ms["PEFT"] - time_ms["limit of exact"]
@@ -192,7 +198,7 @@ def _step(dtype: str) -> str:
         body.append([*key, f"{time_ms['PEFT']:.0f} ms", *speed, " / ".join(reached), " / ".join(memory)])
     one = found[0]
     reach = "share of the limit of exact: exact / paper / auto"
-    header = ["model", "data", "PEFT", *_SHOWN, reach, "peak memory, exact / auto"]
+    header = ["model", "data", "PEFT", *shown, reach, "peak memory, exact / auto"]
     absent = {row["arm"]: row["not_run"] for row in found if "not_run" in row}
     left_out = "; ".join(f"{arm}: {reason}" for arm, reason in absent.items())
     return (
@@ -222,7 +228,16 @@ def step_parts() -> str:
 
 def step_sweep() -> str:
     """How the cost grows with the tokens of a step and with the hidden size."""
-    file = rows.RESULTS / "step-sweep.jsonl"
+    return _step_sweep("step-sweep.jsonl")
+
+
+def step_sweep_amx() -> str:
+    """The same on a CPU with matrix instructions."""
+    return _step_sweep("step-sweep-amx.jsonl")
+
+
+def _step_sweep(name: str) -> str:
+    file = rows.RESULTS / name
     found = [row for row in rows.read(file) if "time_ms" in row] if file.exists() else []
     if not found:
         return "Not measured yet."
@@ -232,7 +247,9 @@ def step_sweep() -> str:
         plain = of["PEFT"]
         speed = [f"{of[arm]['speed_up']:.2f}" for arm in ("exact", "paper", "auto", "limit")]
         body.append([cell[0], str(plain["tokens"]), f"{plain['time_ms']:.0f} ms", *speed])
-    return rows.markdown(["model", "tokens per step", "PEFT", "exact", "paper", "auto", "limit"], body)
+    return rows.markdown(["model", "tokens per step", "PEFT", "exact", "paper", "auto", "limit"], body) + (
+        f"\n\n{found[0]['cpu']}, {found[0]['threads']} threads, torch {found[0]['torch']}."
+    )
 
 
 def quantised_layer() -> str:
@@ -409,8 +426,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "refresh": refresh,
     "step": step,
     "step_float32": step_float32,
+    "step_amx": step_amx,
     "step_parts": step_parts,
     "step_sweep": step_sweep,
+    "step_sweep_amx": step_sweep_amx,
     "quantised_layer": quantised_layer,
     "quantised_stack": quantised_stack,
     "quantised_kinds": quantised_kinds,

@@ -118,6 +118,29 @@ def test_validation_chooses_and_test_is_reported(
     assert "`chat`: all arms" in missing
 
 
+def test_verdict(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One task is won, one lost by more than a point and an error; what has too few seeds is left out."""
+    quality, tables = studies["quality"], studies["quality_tables"]
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
+    assert tables.verdict() == "No task has all of its runs yet."
+    ended = {  # task -> arm -> by how much its loss or accuracy differs from LoRA's at equal steps
+        "chat": {"LoRA": 0.0, "auto": 0.005, "LoRA, auto's time": 0.02, "upper half, auto's time": 0.03},
+        "chain_sum": {"LoRA": 0.0, "auto": -0.05, "LoRA, auto's time": -0.1, "upper half, auto's time": -0.04},
+    }
+    rows = [
+        row(arm, seed, 1e-3, 0.5, 0.5 + 0.01 * seed + difference) | {"task": task, "higher_is_better": task != "chat"}
+        for task, arms in ended.items()
+        for arm, difference in arms.items()
+        for seed in range(3)
+    ]
+    rows += [r | {"task": "text"} for r in rows if r["task"] == "chat" and r["seed"] < 2]
+    quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    lines = tables.verdict().splitlines()
+    assert lines[2] == "| chain_sum | -5.0 ± 0.0 | no | +5.0 | -1.0 | no |"
+    assert lines[3] == "| chat | -0.5 ± 0.0 | yes | +1.5 | +2.5 | yes |"
+    assert lines[-1].endswith("equal steps: 1 of 2 tasks; better than both at equal time: 1 of 2.")
+
+
 def test_arms_of_equal_time_follow_the_measured_steps(
     studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ from celora.memory import saved_for_backward
 from celora.plan import HEAD, Candidate, Plan, PlannedLayer, device_name
 from celora.products import PRODUCTS, make_product
 from celora.select import energy_count, rounded_up, squared_row_norms
+from celora.sharded import whole
 from celora.timing import interleaved, synchronise
 from celora.weights import device_of, read, shape_of
 
@@ -566,7 +567,7 @@ def _head_evidence(bench: _Bench) -> list[PlannedLayer]:
     errors = {share: bench.audit({}, {HEAD: of}, bench.measuring).relative_error for share, of in settings.items()}
     if errors[HEAD_SHARES[-1]] == 0:  # a hundredth of the words loses nothing: the loss of this batch is not ours
         return []
-    weight = cast(Tensor, causal.get_output_embeddings().weight).detach()
+    weight = whole(cast(Tensor, causal.get_output_embeddings().weight)).detach()
     tokens = int((labels[:, 1:] != IGNORED).sum())
     size = chunk_size(tokens, len(weight))
     grad = torch.randn(size, len(weight), device=weight.device).to(weight.dtype)

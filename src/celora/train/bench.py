@@ -50,7 +50,7 @@ ARMS = {
     "exact + compile": "the same with torch.compile, which takes the fused adapters only",
     "paper": "celora's preset paper",
     "auto": "celora's preset auto",
-    "limit": "PEFT with a free grad_input of its frozen layers (zeros: does not train)",
+    "limit": "PEFT with a free grad_input of its adapted layers (zeros: does not train)",
     "limit of exact": "preset exact with the same",
     "Liger": "PEFT with Liger's kernels",
     "Unsloth": "Unsloth's own LoRA",
