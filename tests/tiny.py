@@ -16,8 +16,8 @@ TEMPLATE = (
 )
 
 
-def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:
-    """A random model (hidden 32, 2 layers, 48 words) and its word-level tokenizer with a chat template."""
+def save_tiny_model(folder: Path, *, seed: int = 0, hidden: int = 32) -> Path:
+    """A random model (2 layers, 48 words) and its word-level tokenizer with a chat template."""
     vocabulary = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>", "<|system|>", *WORDS]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -27,7 +27,7 @@ def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=48, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=None,
         attention_bias=True, mlp_bias=True,
     )  # fmt: skip
