@@ -129,7 +129,7 @@ def blocks(page: str, language: str) -> list[str]:
 def names(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages name: ./model, chats.jsonl."""
     folder = tmp_path_factory.mktemp("docs")
-    save_tiny_model(folder / "model")
+    save_tiny_model(folder / "model", hidden=64)  # bitsandbytes packs in blocks of 64 for evaluation
     save_rows(folder / "chats.jsonl")
     return folder
 
