@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +107,7 @@ def audit(
     batch = on_device(batch, parameters)
 
     with untouched(model, parameters) as rewind, _lent(attachment) as probes:
-        with _whole_vocabulary(attachment):
+        with nullcontext() if attachment.forward is None else attachment.forward.through(1.0):
             exact, value = gradient(model, batch, loss, parameters)
         for name in probes:
             attachment.grafts[name].estimator.select()
@@ -195,20 +195,6 @@ def untouched(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Itera
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
-
-
-@contextmanager
-def _whole_vocabulary(attachment: Attachment) -> Iterator[None]:
-    """The exact gradient of the logits for a while, whatever `head_keep_ratio` says."""
-    head = attachment.forward
-    if head is None:
-        yield
-        return
-    before, head.keep_ratio = head.keep_ratio, 1.0
-    try:
-        yield
-    finally:
-        head.keep_ratio = before
 
 
 @contextmanager

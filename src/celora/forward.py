@@ -91,6 +91,15 @@ class ModelGraft:
         """Forget a forward that was interrupted, and never came to its end."""
         self._call = None
 
+    @contextmanager
+    def through(self, keep_ratio: float) -> Iterator[None]:
+        """Take the gradient of the logits through this share of the vocabulary, for a while."""
+        usual, self.keep_ratio = self.keep_ratio, keep_ratio
+        try:
+            yield
+        finally:
+            self.keep_ratio = usual
+
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook (with kwargs) of the model, and of the PEFT tuner around it: some callers bypass one."""
         if self._call is not None and self._call.owner is not module:

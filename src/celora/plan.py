@@ -181,8 +181,9 @@ class Plan:
         """Plain values only; `from_dict` is the inverse. Candidates' settings are written once."""
         settings = list(dict.fromkeys(c.setting for layer in self._all for c in layer.candidates))
         number = {setting: i for i, setting in enumerate(settings)}
-        layers = [
-            {
+
+        def values(layer: PlannedLayer) -> dict[str, Any]:
+            return {
                 "name": layer.name,
                 "out_features": layer.out_features,
                 "in_features": layer.in_features,
@@ -190,11 +191,11 @@ class Plan:
                 "chosen": layer.chosen,
                 "candidates": [[number[c.setting], c.time_ms, c.relative_error, c.memory] for c in layer.candidates],
             }
-            for layer in self._all
-        ]
+
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _LAYERS}
         document = {"version": _VERSION, **own, "settings": [_changes(s) for s in settings]}
-        return document | {"layers": layers[: len(self.layers)], "head": next(iter(layers[len(self.layers) :]), None)}
+        head = None if self.head is None else values(self.head)
+        return document | {"layers": [values(layer) for layer in self.layers], "head": head}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:

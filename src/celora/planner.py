@@ -20,7 +20,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -209,7 +209,10 @@ class _Bench:
         exact = self.exact(number)
         estimated_layers = {name: layers[name] for name in settings if name in layers}
         grafted = _grafted(estimated_layers, lambda layer: _estimator(layer.shape, settings[layer.name]))
-        with self._through(settings.get(HEAD)), grafted as grafts:
+        head: AbstractContextManager[None] = nullcontext()
+        if self.forward is not None and HEAD in settings:
+            head = self.forward.through(settings[HEAD].keep_ratio)
+        with head, grafted as grafts:
             waiting = [graft for graft in grafts.values() if not graft.estimator.ready]
             if waiting:
                 for graft in waiting:
@@ -220,18 +223,6 @@ class _Bench:
                     graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.EXACT
             estimated = self.gradient(number)
         return Fidelity.of([(estimated[name], exact[name]) for name in exact])
-
-    @contextmanager
-    def _through(self, head: LayerConfig | None) -> Iterator[None]:
-        """The gradient of the logits with this setting of the head, for a while."""
-        if self.forward is None or head is None:
-            yield
-            return
-        before, self.forward.keep_ratio = self.forward.keep_ratio, head.keep_ratio
-        try:
-            yield
-        finally:
-            self.forward.keep_ratio = before
 
     def time(self, layers: Mapping[str, _Layer], settings: Mapping[str, LayerConfig]) -> float:
         """The time of all `grad_input` products inside whole backward passes, over that of the dense ones; what the
