@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 import celora
 from celora import CELoraConfig, forward, head
 from celora.attach import require
-from conftest import make_batch, make_model
+from conftest import make_batch, make_model, train
 from tiny import save_tiny_model
 
 
@@ -342,3 +343,43 @@ def test_plain_trainer_with_accumulation_trains_the_same(tmp_path: Path) -> None
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_the_error_of_the_head_is_measured_at_refreshes(tmp_path: Path) -> None:
+    """Refresh steps are exact there, too; an audit sees the estimate even before one, and changes nothing."""
+    config = CELoraConfig(estimator="dense", labelled_head=True, head_keep_ratio=0.1, refresh_every=3)
+    model = make_model().train()
+    celora.attach(model, dataclasses.replace(config, head_keep_ratio=1))
+    model(**masked_batch()).loss.backward()
+    exact = gradient(model)
+    model.zero_grad()
+    celora.attach(model, config)
+    attachment = require(model)
+    assert 0.01 < celora.audit(model, masked_batch()).relative_error < 1
+    model(**masked_batch()).loss.backward()
+    assert gradient(model).equal(exact)
+    model.zero_grad()
+    errors: list[float] = []
+    optimizer = None
+    for step in range(4):
+        optimizer = train(model, 1, first=step, optimizer=optimizer)
+        errors.append(attachment.relative_errors["head"])
+    assert 0.01 < errors[0] == errors[1] == errors[2] < 1
+    assert errors[3] != errors[2]
+    celora.save_state(model, tmp_path)
+    celora.attach(model, "off")
+    celora.attach(model, config)
+    celora.load_state(model, tmp_path)
+    assert require(model).relative_errors == {"head": errors[3]}
+
+
+def test_a_head_whose_estimate_is_none_becomes_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    celora.attach(model, CELoraConfig(estimator="dense", labelled_head=True, head_keep_ratio=0.5, refresh_every=1))
+    attachment = require(model)
+    monkeypatch.setattr(attachment.forward, "take_error", lambda: 1.5)
+    with pytest.warns(UserWarning, match="error of head is 1.50.*raise head_keep_ratio"):
+        optimizer = train(model, 1)
+    with pytest.warns(UserWarning, match="from step 2 on, head is exact"):
+        train(model, 1, first=1, optimizer=optimizer)
+    assert celora.audit(model, make_batch(9)).relative_error == 0

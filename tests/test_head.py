@@ -116,6 +116,24 @@ def test_gradient_through_part_of_the_vocabulary(keep: float) -> None:
     assert (found.log_probs - whole).abs().max() < 1e-6 * whole.abs().max()  # the loss itself is exact
 
 
+def test_measuring_an_estimate_leaves_the_gradient_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_CHUNK_ROWS", 21)
+    monkeypatch.setattr(head, "_CHUNK_NUMBERS", 1)
+    hidden, rows, targets, weight = inputs()
+    grads = []
+    for keep in (1.0, 0.2):
+        h = hidden.detach().clone().requires_grad_()
+        score_tokens(h, rows, targets, weight, keep_ratio=keep).log_probs.sum().backward()
+        grads.append(h.grad.reshape(80, 32)[rows])
+    measured: list[tuple[Tensor, Tensor]] = []
+    found = score_tokens(hidden, rows, targets, weight, keep_ratio=0.2, measure=lambda *of: measured.append(of))
+    found.log_probs.sum().backward()
+    estimate, exact = map(torch.cat, zip(*measured, strict=True))
+    assert hidden.grad.reshape(80, 32)[rows].equal(grads[0])
+    assert exact.equal(grads[0])
+    assert estimate.equal(grads[1])
+
+
 def test_the_gradient_of_a_trained_head_sits_in_few_words() -> None:
     """Hidden states that point to a word each: a tenth of the vocabulary keeps nearly all of it."""
     _, rows, targets, weight = inputs()

@@ -27,7 +27,7 @@ from celora.forward import ModelGraft, find_language_model, install, remove
 from celora.fused import Adapter, FusedGraft, Lender, vanilla_adapter
 from celora.graft import LayerGraft, Mode, Switch
 from celora.packing import cannot_pack
-from celora.plan import Plan
+from celora.plan import HEAD, Plan
 from celora.synchronise import add_up, largest_of_all, shards
 from celora.timing import slower_than_float32
 from celora.weights import device_of, held, shape_of, trains, unreadable
@@ -124,7 +124,8 @@ class Attachment:
     """The estimators of one model and the clock that refreshes them.
 
     Attributes:
-        relative_errors: of each layer's estimate, as measured at its latest refresh.
+        relative_errors: of each layer's estimate, as measured at its latest refresh; `head` is the vocabulary
+            projection's.
         over_bound: how many refreshes in a row, up to the latest, a layer's relative error was 1 or more.
         plan: what the configuration was made from, if it was.
     """
@@ -218,6 +219,9 @@ class Attachment:
                     f"by step {step}, {name} has seen no gradient to select from: they were zero, not finite, or "
                     "too small or too large for their squares. It stays exact until it sees one.",
                 )
+        if self.forward is not None and (error := self.forward.take_error()) is not None:
+            self.relative_errors[HEAD] = error
+            self._monitor(HEAD, error, step)
         self._refreshed |= observing.keys()
         self.agree(list(observing))
         if new := self.made_exact - already:
@@ -288,11 +292,12 @@ class Attachment:
             return
         self.over_bound[name] = self.over_bound.get(name, 0) + 1
         if self.over_bound[name] < _TOO_OFTEN:
+            other = "raise keep_ratio, refresh more often, or make this layer dense by an override"
             self.switch.say_once(
                 "over the bound",
                 f"at step {step} the relative error of {name} is {error:.2f}. Convergence is proven for errors below 1 "
-                "only; raise keep_ratio, refresh more often, or make this layer dense by an override. Layers whose "
-                f"error is no lower at {_TOO_OFTEN} refreshes in a row become exact.",
+                f"only; {'raise head_keep_ratio' if name == HEAD else other}. Layers whose error is no lower at "
+                f"{_TOO_OFTEN} refreshes in a row become exact.",
             )
 
     def _on_other_step(self) -> None:
@@ -322,6 +327,9 @@ class Attachment:
         spread = self.config.spread and not self.switch.compiled
         if self.config.spread and self.switch.compiled and self._together is None:
             self._together = step
+        if self.forward is not None:
+            due = step % tau == 0 or step == self._together
+            self.forward.mode = Mode.EXACT if HEAD in made_exact else Mode.OBSERVE if due else Mode.ESTIMATE
         for i, (name, graft) in enumerate(self.grafts.items()):
             first = i * min(tau, _FIRST_ROUND) // layers if spread else 0
             if name in made_exact:

@@ -107,7 +107,8 @@ def audit(
     batch = on_device(batch, parameters)
 
     with untouched(model, parameters) as rewind, _lent(attachment) as probes:
-        with nullcontext() if attachment.forward is None else attachment.forward.through(1.0):
+        head = attachment.forward
+        with nullcontext() if head is None else head.through(1.0):
             exact, value = gradient(model, batch, loss, parameters)
         for name in probes:
             attachment.grafts[name].estimator.select()
@@ -115,7 +116,8 @@ def audit(
         for graft in attachment.grafts.values():
             graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.EXACT
         rewind()
-        estimated, _ = gradient(model, batch, loss, parameters)
+        with nullcontext() if head is None or head.mode is Mode.EXACT else head.through(head.keep_ratio):
+            estimated, _ = gradient(model, batch, loss, parameters)
 
     pairs = {name: (estimated[name], exact[name]) for name in parameters}
     layers: dict[str, list[tuple[Tensor, Tensor]]] = {}

@@ -28,7 +28,7 @@ from celora import packing
 from celora.attention import ATTENTION, register
 from celora.errors import CELoraError
 from celora.fused import Lender
-from celora.graft import LayerGraft, Switch
+from celora.graft import LayerGraft, Measured, Mode, Switch
 from celora.head import Logits, score_tokens
 from celora.sharded import whole
 from celora.synchronise import gathers, largest_of_all
@@ -68,17 +68,20 @@ class _Call:
     hidden: Tensor | None = None
 
 
-class ModelGraft:
+class ModelGraft(Measured):
     """The hooks of one causal language model.
 
     Attributes:
         packs: whether padding is left out.
         keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with.
+        mode: what becomes of that gradient: estimated so, or exact, with or without a measurement of the estimate.
         smoothing: label smoothing of the loss.
     """
 
     def __init__(self, switch: Switch, *, packs: bool, keep_ratio: float = 1.0) -> None:
+        super().__init__()
         self.switch, self.packs, self.keep_ratio = switch, packs, keep_ratio
+        self.mode = Mode.ESTIMATE
         self.smoothing = 0.0
         self._logits: Logits | None = None  # None until a call has been compared with the model's own head
         self._refused = False
@@ -94,11 +97,12 @@ class ModelGraft:
     @contextmanager
     def through(self, keep_ratio: float) -> Iterator[None]:
         """Take the gradient of the logits through this share of the vocabulary, for a while."""
-        usual, self.keep_ratio = self.keep_ratio, keep_ratio
+        usual = self.keep_ratio, self.mode
+        self.keep_ratio, self.mode = keep_ratio, Mode.ESTIMATE
         try:
             yield
         finally:
-            self.keep_ratio = usual
+            self.keep_ratio, self.mode = usual
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook (with kwargs) of the model, and of the PEFT tuner around it: some callers bypass one."""
@@ -176,7 +180,8 @@ class ModelGraft:
             logits=self._logits,
             smoothing=self.smoothing,
             statistics=scored,
-            keep_ratio=self.keep_ratio,
+            keep_ratio=1.0 if self.mode is Mode.EXACT else self.keep_ratio,
+            measure=self.measure if self.mode is Mode.OBSERVE and self.keep_ratio < 1 else None,
         )
         items = given.get("num_items_in_batch")
         loss = -scores.log_probs.sum() / torch.as_tensor(len(rows) if items is None else items, device=hidden.device)

@@ -73,15 +73,48 @@ class Switch:
             warnings.warn(f"celora: {text}", stacklevel=2)
 
 
+class Measured:
+    """The error of an estimate and the norm of what it estimates, squared, summed since they were last asked for."""
+
+    def __init__(self) -> None:
+        self.squared_error: Tensor | None = None
+        self.squared_norm: Tensor | None = None
+
+    def measure(self, estimate: Tensor, exact: Tensor) -> None:
+        """Add those of these tokens: (T, n) each."""
+        error = norm = torch.zeros((), device=exact.device)
+        # Row block by row block: a refresh step should not need more memory than the others.
+        for e, x in zip(estimate.split(1024), exact.split(1024), strict=True):
+            x = x.float()
+            norm = norm + x.square().sum()
+            error = error + (e.float() - x).square().sum()
+        # A gradient that overflowed says nothing of the estimate; an estimate that did, and the gradient not, is none.
+        told = measurable(norm)
+        error, norm = torch.where(told, error.nan_to_num(math.inf), 0), torch.where(told, norm, 0)
+        if self.squared_error is None or self.squared_norm is None:
+            self.squared_error, self.squared_norm = error, norm
+        else:
+            self.squared_error += error
+            self.squared_norm += norm
+
+    def take_error(self) -> float | None:
+        """The relative error measured since this was last asked for, if any: once a refresh, as it may wait."""
+        error, norm, self.squared_error, self.squared_norm = self.squared_error, self.squared_norm, None, None
+        if error is None or norm is None or norm.item() == 0:
+            return None
+        return float((error / norm).sqrt())
+
+
 _keys = itertools.count()
 _layers: weakref.WeakValueDictionary[int, LayerGraft] = weakref.WeakValueDictionary()
 _quantised: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()  # their modules
 
 
-class LayerGraft:
+class LayerGraft(Measured):
     """The forward hook of one base layer, with the layer's estimator and what it measured of itself."""
 
     def __init__(self, estimator: Estimator, switch: Switch) -> None:
+        super().__init__()
         self._register()
         self.name = "a layer"
         self.estimator = estimator
@@ -89,8 +122,6 @@ class LayerGraft:
         self.mode = Mode.OBSERVE
         self.observed = 0  # exact backwards that statistics were taken from
         self.tokens, self.dtype = 0, ""  # the most that one of them had, and of what dtype
-        self.squared_error: Tensor | None = None
-        self.squared_norm: Tensor | None = None
 
     @property
     def mode(self) -> Mode:
@@ -198,33 +229,9 @@ class LayerGraft:
         self.tokens, self.dtype = max(self.tokens, len(grad_output)), str(grad_output.dtype).removeprefix("torch.")
         exact = grad_output @ weight.to(grad_output.dtype)
         if self.estimator.ready:
-            self._measure(self.estimator.estimate(grad_output, weight), exact)
+            self.measure(self.estimator.estimate(grad_output, weight), exact)
         self.estimator.observe(grad_output, weight, exact)
         return exact
-
-    def take_error(self) -> float | None:
-        """The relative error measured since this was last asked for, if any: once a refresh, as it may wait."""
-        error, norm, self.squared_error, self.squared_norm = self.squared_error, self.squared_norm, None, None
-        if error is None or norm is None or norm.item() == 0:
-            return None
-        return float((error / norm).sqrt())
-
-    def _measure(self, estimate: Tensor, exact: Tensor) -> None:
-        """Add to the squared error of the selection in use, and to the squared norm it is relative to."""
-        error = norm = torch.zeros((), device=exact.device)
-        # Row block by row block: a refresh step should not need more memory than the others.
-        for e, x in zip(estimate.split(1024), exact.split(1024), strict=True):
-            x = x.float()
-            norm = norm + x.square().sum()
-            error = error + (e.float() - x).square().sum()
-        # A gradient that overflowed says nothing of the estimate; an estimate that did, and the gradient not, is none.
-        told = measurable(norm)
-        error, norm = torch.where(told, error.nan_to_num(math.inf), 0), torch.where(told, norm, 0)
-        if self.squared_error is None or self.squared_norm is None:
-            self.squared_error, self.squared_norm = error, norm
-        else:
-            self.squared_error += error
-            self.squared_norm += norm
 
 
 def graft(x: Tensor, output: Tensor, weight: Tensor | None, bias: Tensor | None, layer: LayerGraft) -> Tensor:

@@ -19,6 +19,7 @@ chunk), and the many others, which are much the same for all tokens, are given t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,7 @@ def score_tokens(
     smoothing: float = 0.0,
     statistics: bool = False,
     keep_ratio: float = 1.0,
+    measure: Callable[[Tensor, Tensor], None] | None = None,
 ) -> TokenScores:
     """The log-probabilities of `targets` after the tokens `rows`.
 
@@ -92,9 +94,11 @@ def score_tokens(
         smoothing: label smoothing, 0 <= s < 1.
         statistics: compute entropy and top1 too.
         keep_ratio: share of the vocabulary that the gradient is multiplied with, 0 < keep_ratio <= 1; 1 is exact.
+        measure: given the estimate for each chunk of tokens and what it estimates, (n, H) each; the gradient of the
+            log-probabilities is exact then.
     """
     log_probs, entropy, top1 = _Scores.apply(  # type: ignore[no-untyped-call]
-        hidden, rows, targets, weight, bias, logits or Logits(), smoothing, statistics, keep_ratio
+        hidden, rows, targets, weight, bias, logits or Logits(), smoothing, statistics, keep_ratio, measure
     )
     return TokenScores(log_probs, *((entropy, top1) if statistics else (None, None)))
 
@@ -112,6 +116,7 @@ class _Scores(torch.autograd.Function):
         smoothing: float,
         statistics: bool,
         keep_ratio: float,
+        measure: Callable[[Tensor, Tensor], None] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -137,6 +142,10 @@ class _Scores(torch.autograd.Function):
                 _softmax(z, targets[part], logits, smoothing, log_probs[part], *some, write=wanted)
                 if gradient is not None:
                     through_the_head(z, w, keep_ratio, gradient[part])
+                    if measure is not None:
+                        estimate = gradient[part].clone()
+                        through_the_head(z, w, 1.0, gradient[part])
+                        measure(estimate[: count - start], gradient[start:count][:size])
         log_probs, entropy, top1 = log_probs[:count], entropy[:count], top1[:count]
         ctx.save_for_backward(None if gradient is None else gradient[:count], real)
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
@@ -149,7 +158,7 @@ class _Scores(torch.autograd.Function):
         gradient, rows = ctx.saved_tensors
         full = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
         full.view(-1, ctx.shape[-1]).index_copy_(0, rows, (gradient * grad[:, None]).to(ctx.dtype))
-        return full, *[None] * 8
+        return full, *[None] * 9
 
 
 def chunk_size(tokens: int, words: int) -> int:

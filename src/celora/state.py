@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from celora.attach import Attachment, require
 from celora.errors import CELoraError
 from celora.files import replacing
+from celora.plan import HEAD
 from celora.synchronise import in_company
 
 STATE_NAME = "celora_state.safetensors"
@@ -74,7 +75,7 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if made_with != _config(attachment):
         raise CELoraError(f"{file} was made with another configuration: {made_with}. Attach that one to resume.")
     step = _number(file, "step", state.pop("step"), int)
-    layers: dict[str, dict[str, Tensor]] = {name: {} for name in attachment.grafts}
+    layers: dict[str, dict[str, Tensor]] = {name: {} for name in (*attachment.grafts, HEAD)}
     for key, value in state.items():
         name, _, field = key.rpartition(":")
         if name not in layers:
