@@ -58,6 +58,23 @@ def test_rank_beyond_the_weights_own_is_harmless() -> None:
     torch.testing.assert_close(U @ V, W, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("own", [0, 1, 9])
+def test_a_sketched_weight_of_low_rank_is_found_whole(own: int) -> None:
+    W = torch.randn(300, own) @ torch.randn(own, 200)
+    U, V = factor.svd_factor(W, 14)
+    assert (U @ V - W).norm() <= 1e-4 * W.norm()
+    assert torch.isfinite(U).all()
+    assert torch.isfinite(V).all()
+
+
+def test_weights_of_any_size_are_factored() -> None:
+    for scale in (1e-12, 1e12):
+        W = _decaying(300, 200)
+        U, V = factor.svd_factor(scale * W, 14)
+        best = reference.residual(W, *reference.truncated_svd(W, 14)).norm()
+        assert reference.residual(scale * W, U, V).norm() <= 1.002 * scale * best
+
+
 def test_residual_row_norms_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     W = torch.randn(2050, 1024, dtype=torch.float64)
     U, V = torch.randn(2050, 3, dtype=torch.float64), torch.randn(3, 1024, dtype=torch.float64)
