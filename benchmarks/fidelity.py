@@ -14,7 +14,7 @@ import statistics
 from pydoc_data import topics
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -63,17 +63,23 @@ def text_batches(seed: int, *, consecutive: bool = False) -> list[dict[str, torc
     return [{"input_ids": chunks[i], "labels": chunks[i].clone()} for i in order.tolist()]
 
 
-def study(seed: int) -> list[dict[str, object]]:
-    batches = text_batches(seed, consecutive=True)
+def warmed_up(seed: int, batches: list[dict[str, torch.Tensor]]) -> PeftModel:
+    """The model after an exact step on each of these batches."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     model.enable_input_require_grads()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    for batch in batches[:WARM_UP]:
+    for batch in batches:
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    return model
+
+
+def study(seed: int) -> list[dict[str, object]]:
+    batches = text_batches(seed, consecutive=True)
+    model = warmed_up(seed, batches[:WARM_UP])
     found = []
     for name, config in SETTINGS.items():
         report = celora.attach(model, config)
