@@ -71,10 +71,10 @@ def _orthonormal(block: Tensor) -> Tensor:
 def residual_row_norms(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
     """`||W[i, :] - U[i, :] V||` in fp32 at least: (out,). Row block by row block: R is never held whole."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    rows = max(1, 2**20 // weight.shape[1])
+    rows, U, V = max(1, 2**20 // weight.shape[1]), U.to(dtype), V.to(dtype)
     return torch.cat(
         [
-            torch.linalg.vector_norm(w.to(dtype) - u.to(dtype) @ V.to(dtype), dim=1)
+            torch.linalg.vector_norm(torch.addmm(w.to(dtype), u, V, alpha=-1), dim=1)
             for w, u in zip(weight.split(rows), U.split(rows), strict=True)
         ]
     )
@@ -128,7 +128,8 @@ class FrozenFactor:
             return
         self._weight_norms = self.residual_norms = norms
         if self.rank:
-            self._use(*_of_weight(weight, *svd_factor(weight, self.rank, seed=self.seed)))
+            matrix = weight.to(norms.dtype)  # converted once
+            self._use(*_rounded(matrix, *svd_factor(matrix, self.rank, seed=self.seed), weight.dtype))
 
     def state_dict(self) -> dict[str, Tensor]:
         """What does not follow from the weight and the seed."""
@@ -183,10 +184,10 @@ class GradientFactor(FrozenFactor):
         self.U, self.V = None, V
 
 
-def _of_weight(weight: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _rounded(matrix: Tensor, U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """U and V in the weight's dtype, and the norms of what they leave of it."""
-    U, V = U.to(weight.dtype), V.to(weight.dtype)
-    return U, V, residual_row_norms(weight, U, V)
+    U, V = U.to(dtype), V.to(dtype)
+    return U, V, residual_row_norms(matrix, U, V)
 
 
 def _projection(weight: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +195,7 @@ def _projection(weight: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight.detach()
     matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
     V = V.to(matrix)
-    return _of_weight(weight, matrix @ V.T, V)
+    return _rounded(matrix, matrix @ V.T, V, weight.dtype)
 
 
 def make_factor(kind: str, rank: int, seed: int) -> FrozenFactor:
