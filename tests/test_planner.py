@@ -292,6 +292,9 @@ def test_the_cheapest_choice_is_found_within_both_limits() -> None:
         choice = table.cheapest(error, 100)
         assert table.error(choice) <= error + 1e-12
         assert not any(table.time(c) < table.time(choice) and table.error(c) < table.error(choice) for c in every)
+        for moved in every:  # the allowance is spent: no one layer can be made cheaper within it
+            if sum(a != b for a, b in zip(moved, choice, strict=True)) == 1:
+                assert table.time(moved) >= table.time(choice) or table.error(moved) > error
     assert table.cheapest(0.0, 100) == [0, 0, 0]
     assert table.cheapest(2.0, 0) == [2, 2, 2]
     assert table.cheapest(0.05, 5).count(1) <= 1

@@ -653,6 +653,8 @@ class Table:
         """The choice of least time with `sum s e^2 <= error`, and within the memory; a Lagrange multiplier for each.
 
         s: a layer's influence; e: the relative error of its candidate; for a fidelity, `error = 1 - cosine^2`.
+        Multipliers find the best choices for some allowances only; what the best of these leaves of this one is spent
+        layer by layer, each time on what saves most.
         """
 
         def at(price: float, rent: float) -> list[int]:
@@ -662,7 +664,18 @@ class Table:
         def with_error(rent: float) -> list[int]:
             return _bisect(lambda price: at(price, rent), lambda choice: self.error(choice) <= error)
 
-        return _bisect(with_error, lambda choice: self._sum(self._memory, choice) <= memory)
+        choice = _bisect(with_error, lambda choice: self._sum(self._memory, choice) <= memory)
+        while True:
+            at_hand = torch.tensor(choice)[:, None]
+            saved, lost, held = (
+                of - of.gather(1, at_hand) for of in (-self._times, self._errors, self._memory)
+            )  # by moving one layer to one candidate
+            fits = (lost <= error - self.error(choice)) & (held <= memory - self._sum(self._memory, choice))
+            best = int(torch.where(fits, saved, 0).argmax())
+            layer, candidate = divmod(best, saved.shape[1])
+            if not (fits & (saved > 0))[layer, candidate]:
+                return choice
+            choice[layer] = candidate
 
     def _sum(self, of: Tensor, choice: Sequence[int]) -> float:
         return float(of.gather(1, torch.tensor(choice)[:, None]).sum())
