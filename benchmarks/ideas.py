@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -100,13 +101,15 @@ def threshold(least: dict[str, Tensor], counts: dict[str, list[int]]) -> Choose:
     return choose
 
 
-def in_turns(share: float, exact: Callable[[], int]) -> Choose:
-    """All tokens in every fourth block, the `exact()`-th of four."""
-    own = top(share)
+def in_turns(share: float) -> Choose:
+    """All tokens in every fourth block, in the next block in the next step."""
+    own, steps = top(share), Counter[str]()
 
     def choose(name: str, grad: Tensor) -> Tensor:
         block = next(int(part) for part in name.split(".") if part.isdigit())
-        return torch.ones(len(grad), dtype=torch.bool) if block % TURNS == exact() else own(name, grad)
+        exact = block % TURNS == steps[name] % TURNS
+        steps[name] += 1
+        return torch.ones(len(grad), dtype=torch.bool) if exact else own(name, grad)
 
     return choose
 
@@ -120,8 +123,9 @@ HALVES = (
 BLOCK = dict.fromkeys(ALONE, "down_proj")
 
 
-def gradients(model: PeftModel, batches: list[Batch], choose: Choose | None, *, whole: bool = False,
-              turn: Callable[[int], None] = lambda step: None) -> list[list[Tensor]]:  # fmt: skip
+def gradients(
+    model: PeftModel, batches: list[Batch], choose: Choose | None, *, whole: bool = False
+) -> list[list[Tensor]]:
     """The LoRA gradient of each batch; with `whole`, the adapters skip the tokens that are not chosen, too."""
     found = []
     with ExitStack() as stack:
@@ -134,8 +138,7 @@ def gradients(model: PeftModel, batches: list[Batch], choose: Choose | None, *, 
                 graft.estimator = Chosen(base.out_features, base.in_features, of)
                 if whole:
                     stack.callback(layer.register_forward_hook(_mask_gradient(of)).remove)
-        for step, batch in enumerate(batches):
-            turn(step)
+        for batch in batches:
             model.zero_grad()
             model(**batch).loss.backward()
             found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
@@ -191,12 +194,7 @@ def study(seed: int) -> list[dict[str, Any]]:
     counts.clear()
     estimated = gradients(model, used, threshold(least, counts))
     judge("a threshold from earlier batches", estimated, sum(map(sum, counts.values())) / tokens)
-    now = [0]
-    fewer = (TURNS * SHARE - 1) / (TURNS - 1)
-    estimated = gradients(
-        model, used, in_turns(fewer, lambda: now[0]), turn=lambda step: now.__setitem__(0, step % TURNS)
-    )
-    judge("blocks exact in turns", estimated, SHARE)
+    judge("blocks exact in turns", gradients(model, used, in_turns((TURNS * SHARE - 1) / (TURNS - 1))), SHARE)
     return found
 
 

@@ -208,7 +208,6 @@ class Attachment:
         for name, graft in observing.items():
             error = graft.take_error()
             if error is not None:
-                self.relative_errors[name] = error
                 if self.config.target_error is not None:
                     graft.estimator.aim(error, self.config.target_error)
                 self._monitor(name, error, step)
@@ -220,7 +219,6 @@ class Attachment:
                     "too small or too large for their squares. It stays exact until it sees one.",
                 )
         if self.forward is not None and (error := self.forward.take_error()) is not None:
-            self.relative_errors[HEAD] = error
             self._monitor(HEAD, error, step)
         self._refreshed |= observing.keys()
         self.agree(list(observing))
@@ -286,7 +284,8 @@ class Attachment:
             warnings.warn(f"celora: {reason}. Make a new plan.", stacklevel=2)
 
     def _monitor(self, name: str, error: float, step: int) -> None:
-        """Notice where an estimate is none: convergence is only proven for relative errors below 1."""
+        """Keep the error, and notice where an estimate is none: convergence is only proven for errors below 1."""
+        self.relative_errors[name] = error
         if error < 1:
             self.over_bound.pop(name, None)
             return

@@ -47,7 +47,7 @@ def svd_factor(weight: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Ten
                 block = _orthonormal(block - basis @ (basis.T @ block))
             basis, image = torch.cat([basis, block], 1), torch.cat([image, times(matrix.T, block)], 1)
         squares, vectors = torch.linalg.eigh(image.T @ image)
-        singular, vectors = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+        singular, vectors = squares.flip(0)[:rank].clamp(min=0).sqrt(), vectors.flip(1)[:, :rank]
         left = basis @ vectors
         right = torch.where(singular > 0, 1 / singular, 0)[:, None] * (image @ vectors).T
         singular = singular * size

@@ -671,9 +671,9 @@ class Table:
                 of - of.gather(1, at_hand) for of in (-self._times, self._errors, self._memory)
             )  # by moving one layer to one candidate
             fits = (lost <= error - self.error(choice)) & (held <= memory - self._sum(self._memory, choice))
-            best = int(torch.where(fits, saved, 0).argmax())
-            layer, candidate = divmod(best, saved.shape[1])
-            if not (fits & (saved > 0))[layer, candidate]:
+            saved = torch.where(fits, saved, 0)
+            layer, candidate = divmod(int(saved.argmax()), saved.shape[1])
+            if saved[layer, candidate] <= 0:
                 return choice
             choice[layer] = candidate
 
