@@ -30,7 +30,7 @@ def run(arm: str) -> dict[str, object]:
     batches, _ = training.batches_of(0)
     model = training.make_model("exact LoRA", 0)
     if arm == "auto":
-        config = celora.make_plan(model, batches[:3]).config()
+        config = celora.make_plan(model, batches).config()
     else:
         config = dataclasses.replace(PRESETS["paper"], spread="spread" in arm)
     # Nothing is refreshed in the first `INTERVAL` steps but what is new; then comes one whole round.

@@ -88,7 +88,7 @@ def make_model(arm: str, seed: int) -> PeftModel:
 def attach(model: PeftModel, arm: str, batches: list[Batch]) -> celora.AttachReport | None:
     config = CONFIGS[arm]
     if isinstance(config, float):
-        config = celora.make_plan(model, batches[:3], config)
+        config = celora.make_plan(model, batches, config)
     return None if config is None else celora.attach(model, config)
 
 

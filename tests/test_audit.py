@@ -39,6 +39,22 @@ def test_equals_the_comparison_made_by_hand(model: PeftModel, batch: dict[str, t
     assert report.loss == pytest.approx(plain(**batch).loss.item())
 
 
+def test_several_batches_are_judged_by_their_sum(model: PeftModel) -> None:
+    celora.attach(model, HALF)
+    train(model, 3)
+    plain = copy.deepcopy(model)
+    celora.detach(plain)
+    batches = [make_batch(seed) for seed in range(3)]
+    estimated, exact = (sum(_gradient(of, batch) for batch in batches) for of in (model, plain))
+    report = celora.audit(model, batches)
+    assert report.cosine == pytest.approx(torch.cosine_similarity(estimated, exact, dim=0).item(), abs=1e-6)
+    assert report.relative_error == pytest.approx(((estimated - exact).norm() / exact.norm()).item(), rel=1e-5)
+    assert report.loss == pytest.approx(sum(plain(**batch).loss.item() for batch in batches) / 3)
+    assert celora.audit(model, batches[:1]) == celora.audit(model, batches[0])
+    with pytest.raises(CELoraError, match="no batches to audit with"):
+        celora.audit(model, [])
+
+
 def test_judges_every_layer_by_its_own_adapter(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
     celora.attach(model, HALF)
     train(model, 1)

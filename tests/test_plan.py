@@ -53,6 +53,12 @@ def test_a_saved_plan_is_read_back_whole(model: PeftModel, tmp_path: Path) -> No
     assert json.loads((tmp_path / "celora_plan.json").read_text())["version"] == 1
 
 
+def test_a_plan_that_was_audited_on_one_batch_is_still_read(model: PeftModel) -> None:
+    document = make(model).to_dict()
+    del document["audited_batches"]
+    assert Plan.from_dict(document).audited_batches == 1
+
+
 def test_attaching_a_plan_gives_each_layer_its_estimator(model: PeftModel) -> None:
     plan = make(model)
     report = celora.attach(model, plan)

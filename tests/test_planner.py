@@ -137,6 +137,45 @@ def test_the_plan_keeps_what_was_asked_for(
     assert plan.tokens == 30  # three sequences, without their last tokens
 
 
+def test_plans_are_verified_on_the_sum_of_batches_of_their_own(model: PeftModel, free_estimates: None) -> None:
+    batches = [_masked(seed) for seed in range(12)]
+    given = iter(batches)
+    plan = celora.make_plan(model, given, 0.97)
+    assert next(given) is batches[planner.MOST_BATCHES]  # no more are drawn from a loader than are used
+    assert plan.audited_batches == planner.MOST_BATCHES - 2
+    assert plan.audited_cosine >= 0.97
+    celora.attach(model, dataclasses.replace(plan.config(), spread=False))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    model(**batches[0]).loss.backward()  # every layer selects from the batch that the planner selected from
+    optimizer.step()
+    assert celora.audit(model, batches[2:10]).cosine == pytest.approx(plan.audited_cosine, abs=1e-4)
+    assert "(sum of 8 batches)" in str(plan)
+
+
+def test_a_plan_that_loses_the_same_in_every_batch_is_made_more_careful(
+    model: PeftModel, free_estimates: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch alone may be near enough where their sum is not."""
+    audit = planner._Bench.audit
+    asked: list[float] = []
+
+    def biased(bench: Any, layers: Any, settings: Any, numbers: Any = None) -> Any:
+        found = audit(bench, layers, settings, numbers)
+        if numbers is None:
+            return found
+        asked.append(found.cosine)
+        return dataclasses.replace(found, cosine=max(0.0, 1 - 3 * (1 - found.cosine)))
+
+    batches = [_masked(seed) for seed in range(10)]
+    plain = celora.make_plan(model, batches, 0.95)
+    monkeypatch.setattr(planner._Bench, "audit", biased)
+    careful = celora.make_plan(model, batches, 0.95)
+    assert len(asked) > 1
+    assert careful.audited_cosine >= 0.95
+    assert asked[-1] >= 1 - 0.05 / 3 - 1e-9
+    assert careful.predicted_time > plain.predicted_time
+
+
 def test_less_fidelity_is_cheaper(model: PeftModel, batches: Any, free_estimates: None) -> None:
     times = [celora.make_plan(model, batches, fidelity).predicted_time for fidelity in (0.8, 0.95, 0.995)]
     assert times == sorted(times)
@@ -190,6 +229,7 @@ def wide_head(monkeypatch: pytest.MonkeyPatch) -> None:
         return {call: {"time_ms": 10 * float(call)} for call in calls}
 
     monkeypatch.setattr(planner, "interleaved", times)
+    monkeypatch.setattr(planner, "HEAD_SHARES", (0.9, 0.7, 0.5, 0.3))  # it has 61 words
 
 
 @pytest.mark.parametrize("fidelity", [0.9, 1.0])
@@ -202,7 +242,7 @@ def test_the_head_is_planned_too(
     assert (head.out_features, head.in_features) == tuple(model.get_output_embeddings().weight.shape)
     errors = [candidate.relative_error for candidate in head.candidates]
     assert errors[0] == 0 < errors[1] < errors[-1]
-    assert [candidate.time_ms for candidate in head.candidates] == [10, 3, 1, 0.3, 0.1]
+    assert [candidate.time_ms for candidate in head.candidates] == [10, 9, 7, 5, 3]
     celora.attach(model, plan)
     kept = plan.config().head_keep_ratio
     assert (kept == 1) if fidelity == 1 else (kept < 1)

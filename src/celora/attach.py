@@ -328,6 +328,7 @@ class Attachment:
             self._together = step
         if self.forward is not None:
             due = step % tau == 0 or step == self._together
+            self.forward.begin(step)
             self.forward.mode = Mode.EXACT if HEAD in made_exact else Mode.OBSERVE if due else Mode.ESTIMATE
         for i, (name, graft) in enumerate(self.grafts.items()):
             first = i * min(tau, _FIRST_ROUND) // layers if spread else 0
@@ -400,7 +401,9 @@ def attach(
     causal, tuner, _ = find_language_model(model)
     if config.labelled_head and causal is not None:
         packs = config.padding_free and not cannot_pack(causal)
-        attachment.forward = install(causal, tuner, attachment.switch, packs=packs, keep_ratio=config.head_keep_ratio)
+        attachment.forward = install(
+            causal, tuner, attachment.switch, packs=packs, keep_ratio=config.head_keep_ratio, seed=config.seed
+        )
     attachment.set_modes(0)
     model.__dict__[_ATTRIBUTE] = attachment
     if not attachment.grafts and (report.skipped or config.overrides):

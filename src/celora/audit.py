@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -59,8 +59,8 @@ class AuditReport(Fidelity):
 
     Attributes:
         per_layer: adapted layer -> fidelity of the gradient of its adapter.
-        loss: of the batch (the forward is exact, so it is the same for both).
-        probed: how many layers had no selection yet and were judged with one made from this very batch.
+        loss: of the batch, or their mean (the forward is exact, so it is the same for both).
+        probed: how many layers had no selection yet and were judged with one made from what they are judged on.
     """
 
     per_layer: Mapping[str, Fidelity]
@@ -84,18 +84,23 @@ class AuditReport(Fidelity):
 
 def audit(
     model: nn.Module,
-    batch: Mapping[str, Any],
+    batch: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     *,
     loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
 ) -> AuditReport:
-    """Compare the estimated gradient of the trainable parameters with the exact one, on one batch.
+    """Compare the estimated gradient of the trainable parameters with the exact one, on a batch or the sum of several.
 
-    Two forward and backward passes with the same random state, so dropout is the same in both. Parameters, their
-    `.grad`, buffers, random state, clock and selections are afterwards what they were before.
+    A sum tells more. Most of what one batch's gradient has of its own averages out in training, and so do errors that
+    differ from batch to batch; what is lost in every batch alike stays. So an estimate can be near the gradient of
+    each batch and far from what they have in common.
+
+    Two forward and backward passes a batch with the same random state, so dropout is the same in both. Parameters,
+    their `.grad`, buffers, random state, clock and selections are afterwards what they were before.
 
     Args:
         model: celora attached. Its train/eval mode is kept.
-        batch: what the model takes as keyword arguments, `labels` included; moved to the model's device.
+        batch: what the model takes as keyword arguments, `labels` included, or a list of such; moved to the model's
+            device.
         loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
 
     Raises:
@@ -104,12 +109,14 @@ def audit(
     """
     attachment = require(model)
     parameters = trainable(model)
-    batch = on_device(batch, parameters)
+    batches = [on_device(of, parameters) for of in ([batch] if isinstance(batch, Mapping) else batch)]
+    if not batches:
+        raise CELoraError("no batches to audit with; give one, or several.")
 
     with untouched(model, parameters) as rewind, _lent(attachment) as probes:
         head = attachment.forward
         with nullcontext() if head is None else head.through(1.0):
-            exact, value = gradient(model, batch, loss, parameters)
+            exact, value = gradient(model, batches, loss, parameters)
         for name in probes:
             attachment.grafts[name].estimator.select()
         probed = sum(attachment.grafts[name].estimator.ready for name in probes)
@@ -117,7 +124,7 @@ def audit(
             graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.EXACT
         rewind()
         with nullcontext() if head is None or head.mode is Mode.EXACT else head.through(head.keep_ratio):
-            estimated, _ = gradient(model, batch, loss, parameters)
+            estimated, _ = gradient(model, batches, loss, parameters)
 
     pairs = {name: (estimated[name], exact[name]) for name in parameters}
     layers: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -151,23 +158,26 @@ def on_device(batch: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) 
 
 def gradient(
     model: nn.Module,
-    batch: Mapping[str, Any],
+    batches: Sequence[Mapping[str, Any]],
     loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None,
     parameters: Mapping[str, nn.Parameter],
 ) -> tuple[dict[str, Tensor], float]:
-    """The gradient of each parameter, zeros where there is none, and the loss."""
+    """The gradient of each parameter, summed over the batches, zeros where there is none, and the mean loss."""
     for p in parameters.values():
         p.grad = None
-    with torch.enable_grad():
-        value = loss(model, batch) if loss is not None else getattr(model(**batch), "loss", None)
-        if value is None:
-            raise CELoraError("the model returned no loss for this batch; add labels to it, or give loss=.")
-        value.backward()
-    found = float(value.detach())
-    if not math.isfinite(found):
-        raise CELoraError(f"the loss of this batch is {found}; give one whose loss is a finite number.")
+    total = 0.0
+    for batch in batches:
+        with torch.enable_grad():
+            value = loss(model, batch) if loss is not None else getattr(model(**batch), "loss", None)
+            if value is None:
+                raise CELoraError("the model returned no loss for this batch; add labels to it, or give loss=.")
+            value.backward()
+        found = float(value.detach())
+        if not math.isfinite(found):
+            raise CELoraError(f"the loss of this batch is {found}; give one whose loss is a finite number.")
+        total += found
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
-    return gradients, found
+    return gradients, total / len(batches)
 
 
 @contextmanager

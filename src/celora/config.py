@@ -63,7 +63,7 @@ class CELoraConfig(LayerConfig):
             output then has a loss and no logits.
         padding_free: leave padding out of training batches (`celora.packing`); needs `labelled_head`.
         head_keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with, in (0, 1]; 1 is
-            exact, and less needs `labelled_head`.
+            exact, and less needs `labelled_head`. Words are drawn, so that what is left out averages out.
         zero_tokens: in the last block, whose tokens without label get a gradient of exactly zero, leave these out of
             the backward of layers that would be dense. On a CPU only: elsewhere, counting them would wait.
 

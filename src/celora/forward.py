@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,13 +76,16 @@ class ModelGraft(Measured):
         packs: whether padding is left out.
         keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with.
         mode: what becomes of that gradient: estimated so, or exact, with or without a measurement of the estimate.
+        step: of the optimizer. What is drawn depends on it, on `seed` and on the call within the step: nothing of it
+            has to be saved for a run that is resumed.
         smoothing: label smoothing of the loss.
     """
 
-    def __init__(self, switch: Switch, *, packs: bool, keep_ratio: float = 1.0) -> None:
+    def __init__(self, switch: Switch, *, packs: bool, keep_ratio: float = 1.0, seed: int = 0) -> None:
         super().__init__()
-        self.switch, self.packs, self.keep_ratio = switch, packs, keep_ratio
+        self.switch, self.packs, self.keep_ratio, self.seed = switch, packs, keep_ratio, seed
         self.mode = Mode.ESTIMATE
+        self.begin(0)
         self.smoothing = 0.0
         self._logits: Logits | None = None  # None until a call has been compared with the model's own head
         self._refused = False
@@ -94,15 +98,24 @@ class ModelGraft(Measured):
         """Forget a forward that was interrupted, and never came to its end."""
         self._call = None
 
+    def begin(self, step: int) -> None:
+        """An optimizer step begins."""
+        self.step, self._calls = step, 0
+
+    def _draw(self) -> int:
+        """A seed for the next call."""
+        self._calls += 1
+        return zlib.crc32(f"{self.seed} {self.step} {self._calls}".encode())
+
     @contextmanager
     def through(self, keep_ratio: float) -> Iterator[None]:
-        """Take the gradient of the logits through this share of the vocabulary, for a while."""
-        usual = self.keep_ratio, self.mode
-        self.keep_ratio, self.mode = keep_ratio, Mode.ESTIMATE
+        """Take the gradient of the logits through this share of the vocabulary, for a while; with the same draws."""
+        usual = self.keep_ratio, self.mode, self._calls
+        self.keep_ratio, self.mode, self._calls = keep_ratio, Mode.ESTIMATE, 0
         try:
             yield
         finally:
-            self.keep_ratio, self.mode = usual
+            self.keep_ratio, self.mode, self._calls = usual
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook (with kwargs) of the model, and of the PEFT tuner around it: some callers bypass one."""
@@ -181,6 +194,7 @@ class ModelGraft(Measured):
             smoothing=self.smoothing,
             statistics=scored,
             keep_ratio=1.0 if self.mode is Mode.EXACT else self.keep_ratio,
+            seed=self._draw(),
             measure=self.measure if self.mode is Mode.OBSERVE and self.keep_ratio < 1 else None,
         )
         items = given.get("num_items_in_batch")
@@ -240,10 +254,10 @@ _HOOKS = (LayerGraft, Lender, ModelGraft)
 
 
 def install(
-    causal: PreTrainedModel, tuner: nn.Module | None, switch: Switch, *, packs: bool, keep_ratio: float
+    causal: PreTrainedModel, tuner: nn.Module | None, switch: Switch, *, packs: bool, keep_ratio: float, seed: int
 ) -> ModelGraft:
     """Hook the language model (and the PEFT tuner around it) that `find_language_model` found; `remove` undoes it."""
-    graft = ModelGraft(switch, packs=packs, keep_ratio=keep_ratio)
+    graft = ModelGraft(switch, packs=packs, keep_ratio=keep_ratio, seed=seed)
     _hook(graft, causal, tuner)
     return graft
 

@@ -8,13 +8,16 @@ For the others, with z = W h + b, y = the model's own scaling and soft-capping o
 and the second is computed along with the first, while the chunk's logits are at hand. The loss is linear in the log
 p of its tokens, so backward only scales these rows: no logits are saved, and none computed twice.
 
-The second can be estimated, too. A softmax gradient sits in few words: the targets, and what the model confuses them
-with. With a `keep_ratio`, only that share I of W's rows is multiplied, those where it is largest (afresh for each
-chunk), and the many others, which are much the same for all tokens, are given the chunk's average row:
+The second can be estimated, too. A softmax gradient G sits in few words: the targets, and what the model confuses them
+with. With a `keep_ratio`, only that share of W's rows is multiplied: afresh for each chunk, word j is drawn with
+probability `p_j = min(1, lambda max_t |G_tj|)` and weighted by its inverse, so that what is left out averages out over
+the steps. And as the gradients of a token's words add up to a = 0 (or, capped or smoothed, to nearly that), all rows of
+W may be moved by one vector w; the rows that are not drawn for certain are moved by their own mean, which leaves little
+to the draw:
 
-    G W ~= G_I W_I + a w,    a = sum_{j not in I} G_j,    w = sum_{j not in I} q_j W_j / sum q,
+    G W = G (W - 1 w) + a w  ~=  sum_{j drawn} (G_j / p_j) (W_j - w) + a w,    w = mean of the W_j with p_j < 1.
 
-`q_j = max(0, -sum_t G_tj)`, the probability that the chunk gives to word j.
+Unbiased given w, but for w being of the rows drawn: by a term of order 1 / (keep_ratio V).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from celora import kernels
-from celora.select import column_maxima, grain, top_k
+from celora.select import column_maxima, columns_of, grain, inclusion_probabilities, sample, uniform
 
 # Tokens whose logits are held at once: enough for the product to be fast, and few enough for the memory to be small.
 _CHUNK_NUMBERS, _CHUNK_ROWS = 2**24, 512
@@ -81,6 +84,7 @@ def score_tokens(
     smoothing: float = 0.0,
     statistics: bool = False,
     keep_ratio: float = 1.0,
+    seed: int = 0,
     measure: Callable[[Tensor, Tensor], None] | None = None,
 ) -> TokenScores:
     """The log-probabilities of `targets` after the tokens `rows`.
@@ -94,11 +98,12 @@ def score_tokens(
         smoothing: label smoothing, 0 <= s < 1.
         statistics: compute entropy and top1 too.
         keep_ratio: share of the vocabulary that the gradient is multiplied with, 0 < keep_ratio <= 1; 1 is exact.
+        seed: of the draw of that share; different ones for different calls.
         measure: given the estimate for each chunk of tokens and what it estimates, (n, H) each; the gradient of the
             log-probabilities is exact then.
     """
     log_probs, entropy, top1 = _Scores.apply(  # type: ignore[no-untyped-call]
-        hidden, rows, targets, weight, bias, logits or Logits(), smoothing, statistics, keep_ratio, measure
+        hidden, rows, targets, weight, bias, logits or Logits(), smoothing, statistics, keep_ratio, seed, measure
     )
     return TokenScores(log_probs, *((entropy, top1) if statistics else (None, None)))
 
@@ -116,6 +121,7 @@ class _Scores(torch.autograd.Function):
         smoothing: float,
         statistics: bool,
         keep_ratio: float,
+        seed: int,
         measure: Callable[[Tensor, Tensor], None] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
@@ -141,10 +147,10 @@ class _Scores(torch.autograd.Function):
                 some = (entropy[part], top1[part]) if statistics else (None, None)
                 _softmax(z, targets[part], logits, smoothing, log_probs[part], *some, write=wanted)
                 if gradient is not None:
-                    through_the_head(z, w, keep_ratio, gradient[part])
+                    through_the_head(z, w, keep_ratio, gradient[part], seed + start)
                     if measure is not None:
                         estimate = gradient[part].clone()
-                        through_the_head(z, w, 1.0, gradient[part])
+                        torch.mm(z, w, out=gradient[part])
                         measure(estimate[: count - start], gradient[start:count][:size])
         log_probs, entropy, top1 = log_probs[:count], entropy[:count], top1[:count]
         ctx.save_for_backward(None if gradient is None else gradient[:count], real)
@@ -158,7 +164,7 @@ class _Scores(torch.autograd.Function):
         gradient, rows = ctx.saved_tensors
         full = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
         full.view(-1, ctx.shape[-1]).index_copy_(0, rows, (gradient * grad[:, None]).to(ctx.dtype))
-        return full, *[None] * 9
+        return full, *[None] * 10
 
 
 def chunk_size(tokens: int, words: int) -> int:
@@ -167,20 +173,21 @@ def chunk_size(tokens: int, words: int) -> int:
     return -(-tokens // chunks)
 
 
-def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tensor) -> None:
-    """`out = grad W`, or its estimate from the critical columns (see above): (n, V) x (V, H) -> (n, H)."""
+def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tensor, seed: int) -> None:
+    """`out = grad W`, or its estimate from words drawn (see above): (n, V) x (V, H) -> (n, H)."""
     kept = max(1, round(keep_ratio * len(weight)))
     largest = None if kept == len(weight) else column_maxima(grad)
     # Among words of which one token's gradient is no number there is no choice; looking would wait for an accelerator.
     if largest is None or (largest.device.type == "cpu" and not bool(torch.isfinite(largest).all())):
         torch.mm(grad, weight, out=out)
         return
-    index = top_k(largest, kept)
-    some = grad.gather(1, index.expand(len(grad), kept))
-    torch.mm(some, weight.index_select(0, index), out=out)
-    probability = grad.sum(0).neg_().clamp_(min=0).index_fill_(0, index, 0)
+    index, factors = sample(inclusion_probabilities(largest, kept), kept, uniform(seed, 0, grad.device))
+    some, rows = columns_of(grad, index).mul_(factors.to(grad.dtype)), weight.index_select(0, index)
+    torch.mm(some, rows, out=out)
+    # The mean of the uncertain rows by the probability that the chunk gives to them.
+    probability = some.sum(0).neg_().clamp_(min=0).mul_(factors > 1 + 1e-6)
     total = probability.sum(dtype=torch.float32).clamp(min=torch.finfo(grad.dtype).tiny)
-    average = torch.mm(probability[None], weight)[0].float() / total
+    average = torch.mm(probability[None], rows)[0].float() / total
     others = grad.sum(1).float() - some.sum(1, dtype=torch.float32)
     out.addr_(others.to(out.dtype), average.to(out.dtype))
 

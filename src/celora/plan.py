@@ -80,7 +80,8 @@ class Plan:
             where celora does not compute it. Its error is what arrives in the LoRA gradient.
         fidelity: the cosine of the LoRA gradient that was asked for.
         predicted_cosine: what the layers' errors and influences come to.
-        audited_cosine: of the whole plan, measured on a batch that the planning did not use where three were given.
+        audited_cosine: of the whole plan, measured on the sum of `audited_batches` batches, used for nothing else where
+            three or more were given.
         predicted_time: of all `grad_input` products of `layers` over dense, from their times.
         audited_time: the same, measured inside whole backward passes.
         tokens: of the batches it was made for.
@@ -101,6 +102,7 @@ class Plan:
     torch: str
     memory_limit: int
     head: PlannedLayer | None = None
+    audited_batches: int = 1
 
     @property
     def _all(self) -> tuple[PlannedLayer, ...]:
@@ -213,6 +215,7 @@ class Plan:
             layers = tuple(_planned(layer, settings) for layer in values["layers"])
             head = None if values.get("head") is None else _planned(values["head"], settings)
             kinds = {"float": float, "int": int, "str": str}
+            values = {"audited_batches": 1, **values}  # plans of before it was counted
             own = {name: kinds[str(kind)](values[name]) for name, kind in known.items() if name not in _LAYERS}
             for name, kind in known.items():
                 if kind in ("float", "int"):
@@ -250,13 +253,14 @@ class Plan:
             time = sum(x.choice.time_ms for x in of) / max(1e-9, sum(x.dense_ms for x in of))
             error = max(x.choice.relative_error for x in of)
             rows.append((kind, f"x{len(of)}", f"{out} x {inp}", name, f"{time:.2f}", f"{error:.3f}"))
+        summed = f" (sum of {self.audited_batches} batches)" if self.audited_batches > 1 else ""
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join(
             [
                 *lines,
-                f"LoRA gradient: cosine {self.audited_cosine:.4f} audited, {self.predicted_cosine:.4f} predicted, "
-                f"{self.fidelity:g} asked for.",
+                f"LoRA gradient: cosine {self.audited_cosine:.4f} audited{summed}, "
+                f"{self.predicted_cosine:.4f} predicted, {self.fidelity:g} asked for.",
                 f"grad_input of adapted layers: {self.audited_time:.2f} of dense measured in whole backward passes, "
                 f"{self.predicted_time:.2f} predicted; 8-bit copies take {self.memory / 2**20:.0f} MiB.",
                 f"Made for {self.tokens} tokens, {self.dtype}, {self.threads} threads on {self.device}.",

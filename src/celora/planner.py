@@ -10,7 +10,9 @@ enough.
    arrives in the LoRA gradient.
 4. Choose: minimise `sum time` subject to `sum influence e^2 <= 1 - cosine^2` and to the memory limit, by Lagrange
    multipliers; audit the whole; calibrate the sum with what the audit found; again.
-5. Verify: cosine on a batch of its own, and time inside whole backward passes.
+5. Verify: the cosine of the sum over batches of their own, in which errors that differ from batch to batch average
+   out and what every batch loses does not; where it is too low, choose again with less allowed. And the time inside
+   whole backward passes.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ HEAD_SHARES = (0.3, 0.1, 0.03, 0.01)  # of the words, in the gradient of the log
 _DISTURBANCE = 0.88  # the share of the squared norm that disturbed layers keep
 _DEPTHS, _MOST_KINDS, _FEW_LAYERS = 6, 8, 24
 _ROUNDS = 5
-_VERIFICATIONS = 3
+_VERIFICATIONS = 4
+MOST_BATCHES = 10  # to select, to measure, and eight to verify
 _MARGIN = 0.97  # an estimate must beat the dense product by more than timing noise, or the layer stays dense
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
@@ -108,12 +111,13 @@ def make_plan(
 ) -> Plan:
     """The cheapest estimator for each layer with which the LoRA gradient keeps a cosine of `fidelity` with the exact.
 
-    Some forty forward and backward passes. The model is left as it was: parameters, `.grad`, buffers, random state.
+    Some sixty forward and backward passes. The model is left as it was: parameters, `.grad`, buffers, random state.
 
     Args:
         model: a PEFT model, adapters active; in the mode (train or eval) that training will use.
         batches: what the model takes as keyword arguments, `labels` included, of the size training will use. Up to
-            three are used: to select, to measure, to verify; with fewer, one serves for more.
+            ten are used: to select, to measure, and the others to verify on their sum; with fewer than three, one
+            serves for more.
         fidelity: the cosine wanted, 0 < fidelity <= 1; 1 allows only what changes nothing.
         memory_limit: bytes that 8-bit copies of weights may take in all; by default 5 % of the weights and of what a
             forward saves for backward.
@@ -146,7 +150,7 @@ def make_plans(
         if isinstance(fidelity, bool) or not isinstance(fidelity, int | float) or not 0 < fidelity <= 1:
             raise CELoraError(f"fidelity={fidelity!r}; expected a cosine, 0 < fidelity <= 1.")
     parameters = trainable(model)
-    used = [on_device(batch, parameters) for _, batch in zip(range(3), batches, strict=False)]
+    used = [on_device(batch, parameters) for _, batch in zip(range(MOST_BATCHES), batches, strict=False)]
     if not used:
         raise CELoraError("no batches to plan with; give at least one, and three to verify on one that was not used.")
     considered = candidates(next(iter(parameters.values())).device)
@@ -186,27 +190,36 @@ class _Bench:
         self.rewind, self.progress = rewind, progress
         self.overhead_ms = 0.0  # of a graft, whatever it computes
         self.forward: ModelGraft | None = None  # what computes the loss, if its gradient may be estimated
-        self._exact: dict[int, dict[str, Tensor]] = {}
+        self._exact: dict[range, dict[str, Tensor]] = {}
 
     @property
     def measuring(self) -> int:
         """The batch to measure on: not the one that was selected on, where there are two."""
         return min(1, len(self.batches) - 1)
 
-    def gradient(self, number: int) -> dict[str, Tensor]:
-        """The gradient of batch `number` with whatever is grafted now."""
+    @property
+    def verifying(self) -> range:
+        """The batches to verify on: those that are not used otherwise, where there are more than two."""
+        return range(min(2, len(self.batches) - 1), len(self.batches))
+
+    def gradient(self, first: int, *others: int) -> dict[str, Tensor]:
+        """The gradient of these batches, summed, with whatever is grafted now."""
         self.rewind()
-        return gradient(self.model, self.batches[number], self.loss, self.parameters)[0]
+        return gradient(self.model, [self.batches[i] for i in (first, *others)], self.loss, self.parameters)[0]
 
-    def exact(self, number: int) -> dict[str, Tensor]:
-        """The exact gradient of batch `number`, computed once."""
-        if number not in self._exact:
-            self._exact[number] = self.gradient(number)
-        return self._exact[number]
+    def exact(self, numbers: range) -> dict[str, Tensor]:
+        """The exact gradient of these batches, computed once."""
+        if numbers not in self._exact:
+            self._exact[numbers] = self.gradient(*numbers)
+        return self._exact[numbers]
 
-    def audit(self, layers: Mapping[str, _Layer], settings: Mapping[str, LayerConfig], number: int) -> Fidelity:
-        """The fidelity on batch `number` with these settings under these layers, everything else exact."""
-        exact = self.exact(number)
+    def audit(
+        self, layers: Mapping[str, _Layer], settings: Mapping[str, LayerConfig], numbers: range | None = None
+    ) -> Fidelity:
+        """The fidelity with these settings under these layers, everything else exact, on the sum of these batches;
+        without, on the one to measure on."""
+        numbers = numbers or range(self.measuring, self.measuring + 1)
+        exact = self.exact(numbers)
         estimated_layers = {name: layers[name] for name in settings if name in layers}
         grafted = _grafted(estimated_layers, lambda layer: _estimator(layer.shape, settings[layer.name]))
         head: AbstractContextManager[None] = nullcontext()
@@ -221,7 +234,7 @@ class _Bench:
                 for graft in waiting:
                     graft.estimator.select()
                     graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.EXACT
-            estimated = self.gradient(number)
+            estimated = self.gradient(*numbers)
         return Fidelity.of([(estimated[name], exact[name]) for name in exact])
 
     def time(self, layers: Mapping[str, _Layer], settings: Mapping[str, LayerConfig]) -> float:
@@ -407,13 +420,13 @@ def _make_plans(
 def _finish(
     bench: _Bench, layers: list[_Layer], planned: list[PlannedLayer], fidelity: float, memory_limit: int
 ) -> Plan:
-    """Choose, verify on the batch kept for it, and choose more carefully where that shows less than was asked for."""
+    """Choose, verify on the batches kept for it, and choose more carefully where they show less than was asked for."""
     by_name = {layer.name: layer for layer in layers}
     chosen, settings, predicted, audited, allowed = planned, {}, 1.0, 1.0, 1 - fidelity**2
     for _ in range(_VERIFICATIONS if planned else 0):
         chosen, predicted = _choose(bench, by_name, planned, (1 - allowed) ** 0.5, memory_limit)
         settings = {p.name: p.choice.setting for p in chosen if p.choice.setting.estimator != "dense"}
-        audited = bench.audit(by_name, settings, len(bench.batches) - 1).cosine if settings else 1.0
+        audited = bench.audit(by_name, settings, bench.verifying).cosine if settings else 1.0
         if audited >= fidelity:
             break
         allowed *= (1 - fidelity**2) / (1 - audited**2)
@@ -429,6 +442,7 @@ def _finish(
         fidelity=float(fidelity),
         predicted_cosine=round(predicted, 6),
         audited_cosine=round(audited, 6),
+        audited_batches=len(bench.verifying),
         predicted_time=round(sum(p.choice.time_ms for p in chosen) / dense_ms, 4) if dense_ms else 1.0,
         audited_time=round(measured, 4),
         tokens=max((layer.tokens for layer in layers), default=0),
@@ -555,7 +569,7 @@ def _head_evidence(bench: _Bench) -> list[PlannedLayer]:
     if bench.forward is None or causal is None or not isinstance(labels, Tensor) or labels.dim() != 2:
         return []
     settings = {share: LayerConfig("columns", keep_ratio=share, rank=0) for share in HEAD_SHARES}
-    errors = {share: bench.audit({}, {HEAD: of}, bench.measuring).relative_error for share, of in settings.items()}
+    errors = {share: bench.audit({}, {HEAD: of}).relative_error for share, of in settings.items()}
     if errors[HEAD_SHARES[-1]] == 0:  # a hundredth of the words loses nothing: the loss of this batch is not ours
         return []
     weight = whole(cast(Tensor, causal.get_output_embeddings().weight)).detach()
@@ -563,7 +577,9 @@ def _head_evidence(bench: _Bench) -> list[PlannedLayer]:
     size = chunk_size(tokens, len(weight))
     grad = torch.randn(size, len(weight), device=weight.device).to(weight.dtype)
     out = grad.new_empty(size, weight.shape[1])
-    calls = {str(share): functools.partial(through_the_head, grad, weight, share, out) for share in (1.0, *HEAD_SHARES)}
+    calls = {
+        str(share): functools.partial(through_the_head, grad, weight, share, out, 0) for share in (1.0, *HEAD_SHARES)
+    }
     ms = {call: of["time_ms"] * tokens / size for call, of in interleaved(calls, repeats=5).items()}
     found = [Candidate(LayerConfig("dense"), round(ms["1.0"], 5), 0.0)]
     for share, setting in settings.items():
@@ -577,7 +593,6 @@ def _probe_influence(bench: _Bench, layers: list[_Layer]) -> None:
 
     Every layer by itself where they are few.
     """
-    number = bench.measuring
     size = 1 if len(layers) <= _FEW_LAYERS else -(-len(layers) // _DEPTHS)
     depths = [layers[i : i + size] for i in range(0, len(layers), size)]
     kinds: dict[str, list[_Layer]] = {}
@@ -587,7 +602,7 @@ def _probe_influence(bench: _Bench, layers: list[_Layer]) -> None:
     arrived = []
     for i, group in enumerate(groups):
         members = {layer.name: layer for layer in group}
-        error = bench.audit(members, {layer.name: layer.disturbance for layer in group}, number).relative_error
+        error = bench.audit(members, {layer.name: layer.disturbance for layer in group}).relative_error
         caused = sum(layer.disturbed**2 for layer in group)
         arrived.append(error**2 / caused if caused > 0 else 1.0)
         bench.progress("probing influence", 0.25 + 0.4 * (i + 1) / len(groups))
@@ -616,7 +631,7 @@ def _choose(
         choice = table.cheapest(wanted / rate, memory_limit)
         chosen = [dataclasses.replace(p, chosen=i) for p, i in zip(planned, choice, strict=True)]
         settings = {p.name: p.choice.setting for p in chosen if p.choice.setting.estimator != "dense"}
-        cosine = bench.audit(layers, settings, bench.measuring).cosine if settings else 1.0
+        cosine = bench.audit(layers, settings).cosine if settings else 1.0
         found, expected = 1 - cosine**2, table.error(choice)
         faster = best is None or table.time(choice) < table.time([p.chosen for p in best])
         if cosine >= fidelity and faster:

@@ -119,16 +119,17 @@ def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float)
     return x @ weight.T + scaling * (x @ A.T) @ B.T
 
 
-def estimated_head_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor, keep_ratio: float) -> Tensor:
-    """`(grad (e_t - softmax(W h))) W`, of it the words v with the largest `max_t |e_tv - p_tv|`: (N, H).
+def estimated_head_gradient(
+    hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor, index: Tensor, factors: Tensor
+) -> Tensor:
+    """`(grad (e_t - softmax(W h))) W` from the words `index`, drawn with probabilities `1 / factors`: (N, H).
 
-    The others, with the same sum in each token, at the row that is the tokens' average over them.
+    What they miss of the sum over all words is given to the mean of the rows that were not drawn for certain.
     """
     p = (hidden @ weight.T).softmax(-1)
     of_logits = torch.nn.functional.one_hot(targets, len(weight)) - p
-    index = top_k(of_logits.abs().amax(0), max(1, round(keep_ratio * len(weight))))
-    kept = of_logits[:, index] @ weight[index]
-    others = torch.ones(len(weight), dtype=torch.bool).index_fill(0, index, False)
-    probability = (-of_logits[:, others].sum(0)).clamp(min=0)
-    average = probability @ weight[others] / probability.sum().clamp(min=1e-30)
-    return grad[:, None] * (kept + of_logits[:, others].sum(1, keepdim=True) * average)
+    drawn = of_logits[:, index] * factors
+    mass = torch.where(factors > 1 + 1e-6, -drawn.sum(0), 0).clamp(min=0)
+    mean = mass @ weight[index] / mass.sum().clamp(min=1e-30)
+    missing = of_logits.sum(1, keepdim=True) - drawn.sum(1, keepdim=True)
+    return grad[:, None] * (drawn @ weight[index] + missing * mean)

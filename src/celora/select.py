@@ -23,6 +23,14 @@ def squared_column_norms(grad_output: Tensor) -> Tensor:
     return total
 
 
+def columns_of(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x[:, index]`. Half-precision numbers as integers: on CPU, `gather` moves those up to five times faster."""
+    integers = torch.int16 if x.element_size() == 2 else x.dtype
+    out = x.new_empty(len(x), len(index)) if out is None else out
+    torch.gather(x.view(integers), 1, index.expand(len(x), -1), out=out.view(integers))
+    return out
+
+
 def column_maxima(x: Tensor) -> Tensor:
     """`max_t |x[t, i]|` of `x: (T, n)`: (n,) float32. The cheapest measure of a column there is."""
     return kernels.column_maxima(x) if kernels.supported(x) else x.abs().amax(0).float()
@@ -106,10 +114,11 @@ def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
     scores = scores.double()
     total = scores.sum()
     scores = torch.where(torch.isfinite(total) & (total > 0), scores, 1.0)
-    ordered = scores.sort(descending=True).values
-    # With m items certain, the others share k - m: the smallest m that leaves none of those above 1 is right.
-    rest = ordered.flip(0).cumsum(0).flip(0)
-    certain = torch.arange(len(scores), device=scores.device)
+    # With m items certain, the others share k - m: the smallest m that leaves none of those above 1 is right. At most k
+    # are certain, so only the k largest have to be in order.
+    ordered, largest = scores.topk(k)
+    rest = ordered.flip(0).cumsum(0).flip(0) + scores.index_fill(0, largest, 0).sum()
+    certain = torch.arange(k, device=scores.device)
     scale = (k - certain).clamp(min=0) / rest.clamp(min=torch.finfo(torch.float64).tiny)
     fits = scale * ordered <= 1 + 1e-9
     return (scores * scale[fits.long().argmax()]).clamp(max=1)

@@ -21,6 +21,7 @@ from celora.estimators.base import Estimator
 from celora.factor import make_factor, replaced
 from celora.select import (
     column_scores,
+    columns_of,
     energy_count,
     inclusion_probabilities,
     measurable,
@@ -107,12 +108,12 @@ class Columns(Estimator):
         if self.settings.precision != "native":
             return self._low_precision(grad_output, weight, self.index)
         if self.factor.V is None or self.U_off is None:
-            return _gathered(grad_output, self.index) @ self._kept_rows(weight, self.index, grad_output.dtype)
+            return columns_of(grad_output, self.index) @ self._kept_rows(weight, self.index, grad_output.dtype)
         tokens, kept, rank = grad_output.shape[0], len(self.index), self.settings.rank
         # Both factors are written into one buffer each: concatenating afterwards would copy them once more.
         left = grad_output.new_empty(tokens, kept + rank)
         right = grad_output.new_empty(kept + rank, self.in_features)
-        _gathered(grad_output, self.index, out=left[:, :kept])
+        columns_of(grad_output, self.index, out=left[:, :kept])
         self._kept_rows(weight, self.index, grad_output.dtype, out=right[:kept])
         torch.mm(grad_output, self.U_off.to(grad_output.dtype), out=left[:, kept:])
         right[kept:] = self.factor.V
@@ -130,7 +131,7 @@ class Columns(Estimator):
         if self._rows is None or self._rows.device != weight.device or not self.settings.weight_copy:
             self._rows = rows_of(weight, index, weight.dtype)
             self.product.forget()  # these rows may lie where others did
-        result = self.product(_gathered(grad_output, index), self._rows)
+        result = self.product(columns_of(grad_output, index), self._rows)
         if self.factor.V is not None and self.U_off is not None:
             result += (grad_output @ self.U_off.to(grad_output.dtype)) @ self.factor.V.to(grad_output.dtype)
         return result
@@ -239,11 +240,3 @@ class Columns(Estimator):
         self.product.forget()
         if self.factor.U is not None:
             self.U_off = replaced(self.U_off, self.factor.U.index_fill(0, index, 0))
-
-
-def _gathered(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
-    """`x[:, index]`. Half-precision numbers as integers: on CPU, `gather` moves those up to five times faster."""
-    integers = torch.int16 if x.element_size() == 2 else x.dtype
-    out = x.new_empty(len(x), len(index)) if out is None else out
-    torch.gather(x.view(integers), 1, index.expand(len(x), -1), out=out.view(integers))
-    return out

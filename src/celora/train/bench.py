@@ -312,7 +312,7 @@ def _config(cell: Cell) -> LlamaConfig:
 
 def _attach(model: PeftModel, arm: str, batches: Sequence[Batch], plan_file: Path) -> None:
     if arm == "auto":
-        plan = Plan.load(plan_file) if plan_file.exists() else celora.make_plan(model, batches[:3])
+        plan = Plan.load(plan_file) if plan_file.exists() else celora.make_plan(model, batches)
         plan.save(plan_file)
         celora.attach(model, plan)
     elif arm in ("exact", "exact + compile", "paper"):

@@ -30,7 +30,7 @@ from celora.attach import require
 from celora.config import CELoraConfig
 from celora.errors import CELoraError
 from celora.plan import Plan
-from celora.planner import DEFAULT_FIDELITY
+from celora.planner import DEFAULT_FIDELITY, MOST_BATCHES
 from celora.train.arguments import TrainRequest, check_record, sft_config
 from celora.train.checkpointing import choose_checkpointing
 from celora.train.doctor import PACKAGES
@@ -391,7 +391,7 @@ def _plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
     trainer.model.train()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        batches = list(itertools.islice(trainer.get_train_dataloader(), 3))  # in all processes: loaders keep in step
+        batches = list(itertools.islice(trainer.get_train_dataloader(), MOST_BATCHES))  # in all processes, in step
         if not is_first():
             return Plan.from_dict(from_first(None))
         with PlanProgress(console, quiet=options.quiet) as progress:
