@@ -373,6 +373,21 @@ def test_the_error_of_the_head_is_measured_at_refreshes(tmp_path: Path) -> None:
     assert require(model).relative_errors == {"head": errors[3]}
 
 
+def test_words_are_drawn_anew_in_every_call_and_step() -> None:
+    model = make_model().train()
+    celora.attach(model, CELoraConfig(estimator="dense", labelled_head=True, head_keep_ratio=0.6, seed=1))
+    gradients = {}
+    for step, calls in ((1, "ab"), (2, "c"), (1, "d")):
+        require(model).set_modes(step)
+        for call in calls:
+            model.zero_grad()
+            model(**masked_batch()).loss.backward()
+            gradients[call] = gradient(model)
+    assert not gradients["a"].equal(gradients["b"])  # micro-batches of one step
+    assert not gradients["a"].equal(gradients["c"])
+    assert gradients["a"].equal(gradients["d"])  # the same step, as a resumed run has it
+
+
 def test_a_head_whose_estimate_is_none_becomes_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     celora.attach(model, CELoraConfig(estimator="dense", labelled_head=True, head_keep_ratio=0.5, refresh_every=1))

@@ -15,21 +15,25 @@ from celora.state import STATE_NAME
 from conftest import adapter, make_model, train, written_whole
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=4)
+WORDS = CELoraConfig(
+    estimator="dense", labelled_head=True, head_keep_ratio=0.6, refresh_every=4
+)  # drawn anew each time
 
 
+@pytest.mark.parametrize("config", [HALF, WORDS], ids=["columns", "words"])
 @pytest.mark.parametrize("stop", [1, 4, 6])
-def test_a_resumed_run_equals_an_uninterrupted_one(stop: int, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(stop: int, config: CELoraConfig, tmp_path: Path) -> None:
     whole = make_model()
-    celora.attach(whole, HALF)
+    celora.attach(whole, config)
     train(whole, 10)
 
     first = make_model()
-    celora.attach(first, HALF)
+    celora.attach(first, config)
     optimizer = train(first, stop)
     celora.save_state(first, tmp_path)
 
     second = make_model()
-    celora.attach(second, HALF)
+    celora.attach(second, config)
     second.load_state_dict(first.state_dict())
     resumed = torch.optim.AdamW([p for p in second.parameters() if p.requires_grad], lr=1e-2)
     resumed.load_state_dict(optimizer.state_dict())
