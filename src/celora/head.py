@@ -11,13 +11,14 @@ p of its tokens, so backward only scales these rows: no logits are saved, and no
 The second can be estimated, too. A softmax gradient G sits in few words: the targets, and what the model confuses them
 with. With a `keep_ratio`, only that share of W's rows is multiplied: afresh for each chunk, word j is drawn with
 probability `p_j = min(1, lambda max_t |G_tj|)` and weighted by its inverse, so that what is left out averages out over
-the steps. And as the gradients of a token's words add up to a = 0 (or, capped or smoothed, to nearly that), all rows of
-W may be moved by one vector w; the rows that are not drawn for certain are moved by their own mean, which leaves little
-to the draw:
+the steps. The draw is about little. The words that are not certain have much the same distribution q in all tokens of
+the chunk, and only what differs from that, D, is drawn; each row of D adds up to zero, so W's rows may be moved by
+their mean w:
 
-    G W = G (W - 1 w) + a w  ~=  sum_{j drawn} (G_j / p_j) (W_j - w) + a w,    w = mean of the W_j with p_j < 1.
+    G W = G_C W_C + a w + D (W - 1 w)  ~=  G_C W_C + a w + sum_{j drawn} (D_j / p_j) (W_j - w),
 
-Unbiased given w, but for w being of the rows drawn: by a term of order 1 / (keep_ratio V).
+with C the certain words, `a = sum_{j not in C} G_j`, `q_j = max(0, -sum_t G_tj)` outside C, normalised, `w = q W` and
+`D = G - a q`: unbiased.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from celora.select import column_maxima, columns_of, grain, inclusion_probabilit
 
 # Tokens whose logits are held at once: enough for the product to be fast, and few enough for the memory to be small.
 _CHUNK_NUMBERS, _CHUNK_ROWS = 2**24, 512
+_CERTAIN = 1 - 1e-6  # a probability that rounding may have lowered
 _BLOCK_NUMBERS = 2**19  # float32 numbers worked on at once: 2 MiB, which a core's own cache holds
 
 
@@ -181,15 +183,16 @@ def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tenso
     if largest is None or (largest.device.type == "cpu" and not bool(torch.isfinite(largest).all())):
         torch.mm(grad, weight, out=out)
         return
-    index, factors = sample(inclusion_probabilities(largest, kept), kept, uniform(seed, 0, grad.device))
-    some, rows = columns_of(grad, index).mul_(factors.to(grad.dtype)), weight.index_select(0, index)
-    torch.mm(some, rows, out=out)
-    # The mean of the uncertain rows by the probability that the chunk gives to them.
-    probability = some.sum(0).neg_().clamp_(min=0).mul_(factors > 1 + 1e-6)
-    total = probability.sum(dtype=torch.float32).clamp(min=torch.finfo(grad.dtype).tiny)
-    average = torch.mm(probability[None], rows)[0].float() / total
-    others = grad.sum(1).float() - some.sum(1, dtype=torch.float32)
-    out.addr_(others.to(out.dtype), average.to(out.dtype))
+    p = inclusion_probabilities(largest, kept)
+    index, factors = sample(p, kept, uniform(seed, 0, grad.device))
+    q = grad.sum(0).neg_().clamp_(min=0).float() * (p < _CERTAIN)
+    q = (q / q.sum().clamp(min=torch.finfo(torch.float32).tiny)).to(grad.dtype)
+    some, total = columns_of(grad, index), grad.sum(1, dtype=torch.float32)
+    a = total - torch.mv(some, (p[index] >= _CERTAIN).to(some.dtype)).float()
+    some.addr_(a.to(some.dtype), q[index], alpha=-1).mul_(factors.to(some.dtype))
+    torch.mm(some, weight.index_select(0, index), out=out)
+    left = total - some.sum(1, dtype=torch.float32)
+    out.addr_(left.to(out.dtype), torch.mv(weight.t(), q))
 
 
 def _softmax(

@@ -124,12 +124,16 @@ def estimated_head_gradient(
 ) -> Tensor:
     """`(grad (e_t - softmax(W h))) W` from the words `index`, drawn with probabilities `1 / factors`: (N, H).
 
-    What they miss of the sum over all words is given to the mean of the rows that were not drawn for certain.
+    Those with a probability of 1 exactly; of the others what they are on average, exactly, and from the draw what
+    differs from that in each token, with W's rows moved by their average.
     """
     p = (hidden @ weight.T).softmax(-1)
     of_logits = torch.nn.functional.one_hot(targets, len(weight)) - p
-    drawn = of_logits[:, index] * factors
-    mass = torch.where(factors > 1 + 1e-6, -drawn.sum(0), 0).clamp(min=0)
-    mean = mass @ weight[index] / mass.sum().clamp(min=1e-30)
-    missing = of_logits.sum(1, keepdim=True) - drawn.sum(1, keepdim=True)
-    return grad[:, None] * (drawn @ weight[index] + missing * mean)
+    certain = index[factors == 1]
+    others = of_logits.index_fill(1, certain, 0)
+    q = (-others.sum(0)).clamp(min=0)
+    q = q / q.sum().clamp(min=1e-30)
+    a, mean = others.sum(1, keepdim=True), q @ weight
+    differs = (others - a * q).index_fill(1, certain, 0)[:, index] * factors
+    exactly = of_logits[:, certain] @ weight[certain] + a * mean
+    return grad[:, None] * (exactly + differs @ (weight[index] - mean))
