@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
 from pydoc_data import topics
 
 import torch
@@ -49,12 +52,24 @@ SETTINGS = {
 }
 
 
-def text_batches(seed: int, *, consecutive: bool = False) -> list[dict[str, torch.Tensor]]:
-    """Disjoint batches of the reference's text: in an order drawn from the seed, or in its own from a third of the text
-    that the seed names."""
+def language_reference() -> str:
+    """The Python language reference as every installation carries it: 108,000 tokens of technical English."""
+    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+
+
+def standard_library() -> str:
+    """The source of the standard library's own modules, without its packages: above a million tokens of code."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def text_batches(
+    seed: int, *, consecutive: bool = False, text: Callable[[], str] = language_reference
+) -> list[dict[str, torch.Tensor]]:
+    """Disjoint batches of a text: in an order drawn from the seed, or in its own from a third of the text that the seed
+    names."""
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
-    text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    ids = torch.tensor(tokenizer(text(), verbose=False)["input_ids"])
     chunks = ids[: ids.numel() // (BATCH * TOKENS) * BATCH * TOKENS].view(-1, BATCH, TOKENS)
     if consecutive:
         order = torch.arange(len(chunks)).roll(-(seed % 3) * len(chunks) // 3)

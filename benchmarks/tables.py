@@ -143,6 +143,26 @@ def training() -> str:
     )
 
 
+def training_code() -> str:
+    """What is kept of exact LoRA's improvement on the source of the standard library, on the way of a longer run."""
+    path = rows.RESULTS / "training-code.jsonl"
+    if not path.exists():
+        return "Not measured yet."
+    found = rows.read(path)
+    one, losses = found[0], {(row["arm"], row["seed"]): _losses(row) for row in found}
+    steps = sorted(next(iter(losses.values())))[1:]
+    shown = steps[-1 :: -max(1, len(steps) // 5)][::-1]
+    body = []
+    for arm in dict.fromkeys(arm for arm, _ in losses):
+        pairs = [(of, losses["exact LoRA", seed]) for (name, seed), of in losses.items() if name == arm]
+        kept = [statistics.mean((of[0] - of[at]) / (exact[0] - exact[at]) for of, exact in pairs) for at in shown]
+        body.append([arm, str(len(pairs)), *(f"{share:.1%}" for share in kept)])
+    return (
+        rows.markdown(["share of exact LoRA's improvement", "seeds", *(f"step {at:,}" for at in shown)], body)
+        + f"\n\n4 x 128 tokens, {one['dtype']}, {one['cpu']}, torch {one['torch']}."
+    )
+
+
 def refresh() -> str:
     """What refreshing costs."""
     found = rows.read(rows.RESULTS / "refresh.jsonl")
@@ -425,6 +445,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "frontier": frontier,
     "frontier_float32": frontier_float32,
     "training": training,
+    "training_code": training_code,
     "refresh": refresh,
     "step": step,
     "step_float32": step_float32,

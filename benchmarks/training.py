@@ -5,7 +5,9 @@ language reference), 200 steps, three seeds; the held-out loss is measured every
 on. Arms: exact LoRA, the same on the upper half of the layers only, the same with three quarters of the batch, the
 paper's preset, single estimators, and `auto` at several fidelities.
 
-`python benchmarks/training.py run` trains (resumable, run by run) into `results/training.jsonl`;
+`python benchmarks/training.py run` trains (resumable, run by run) into `results/training.jsonl`; with `--text code` on
+the source of the standard library, of which there is enough for thousands of steps (`--steps`), into
+`results/training-code.jsonl`.
 `python benchmarks/training.py time` measures the whole step of each arm, taking turns, on an otherwise idle machine,
 into `results/training-time.jsonl`. Equal wall-clock compares each arm's last loss with exact LoRA's at the step that
 exact LoRA would have reached in the same time, by interpolation between its measured losses.
@@ -39,6 +41,8 @@ from celora.train.assets import demo_model
 STEPS, EVALUATE_EVERY, BATCH, HELD_OUT = 200, 40, 4, 8
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RESULTS, TIMES = rows.RESULTS / "training.jsonl", rows.RESULTS / "training-time.jsonl"
+CODE = rows.RESULTS / "training-code.jsonl"
+TEXTS = {"reference": (fidelity.language_reference, RESULTS), "code": (fidelity.standard_library, CODE)}
 Batch = dict[str, Tensor]
 
 
@@ -73,9 +77,9 @@ DEFAULT_ARMS = [
 ]
 
 
-def make_model(arm: str, seed: int) -> PeftModel:
+def make_model(arm: str, seed: int, dtype: str = "bfloat16") -> PeftModel:
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=getattr(torch, dtype))
     half = base.config.num_hidden_layers // 2
     upper = list(range(half, 2 * half)) if arm == "exact, upper half" else None
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, layers_to_transform=upper))
@@ -92,10 +96,10 @@ def attach(model: PeftModel, arm: str, batches: list[Batch]) -> celora.AttachRep
     return None if config is None else celora.attach(model, config)
 
 
-def batches_of(seed: int) -> tuple[list[Batch], list[Batch]]:
+def batches_of(seed: int, text: str = "reference") -> tuple[list[Batch], list[Batch]]:
     """Training batches in the seed's order, and the same held-out ones for every seed."""
     fidelity.BATCH = BATCH
-    everything = fidelity.text_batches(0)
+    everything = fidelity.text_batches(0, text=TEXTS[text][0])
     held_out, rest = everything[:HELD_OUT], everything[HELD_OUT:]
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed)).tolist()
     return [rest[i] for i in order], held_out
@@ -109,15 +113,23 @@ def loss_on(model: PeftModel, batches: list[Batch]) -> float:
     return statistics.fmean(losses)
 
 
-def train(arm: str, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
-    training, held_out = batches_of(seed)
-    model = make_model(arm, seed)
+def train(
+    arm: str,
+    seed: int,
+    say: Callable[[str], None],
+    *,
+    text: str = "reference",
+    steps: int = STEPS,
+    dtype: str = "bfloat16",
+) -> dict[str, Any]:
+    training, held_out = batches_of(seed, text)
+    model = make_model(arm, seed, dtype)
     report = attach(model, arm, training)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
     losses = {0: loss_on(model, held_out)}
     begun = time.perf_counter()
-    for step in range(STEPS):
+    for step in range(steps):
         batch = training[step % len(training)]
         if arm == "exact, 3/4 batch":
             batch = {key: value[: 3 * BATCH // 4] for key, value in batch.items()}
@@ -133,17 +145,20 @@ def train(arm: str, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
         "seed": seed,
         "losses": {str(step): round(loss, 5) for step, loss in losses.items()},
         "cost": round(report.cost, 4) if report else 1.0,
+        "dtype": dtype,
     } | rows.conditions()
 
 
-def run(arms: list[str], seeds: list[int]) -> None:
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    done = {(row["arm"], row["seed"]) for row in rows.read(RESULTS)} if RESULTS.exists() else set()
+def run(arms: list[str], seeds: list[int], *, text: str, steps: int, dtype: str) -> None:
+    results = TEXTS[text][1]
+    results.parent.mkdir(parents=True, exist_ok=True)
+    found = rows.read(results) if results.exists() else []
+    done = {(row["arm"], row["seed"], row.get("dtype", "bfloat16"), max(map(int, row["losses"]))) for row in found}
     for seed in seeds:
         for arm in arms:
-            if (arm, seed) not in done:
-                row = train(arm, seed, functools.partial(print, flush=True))
-                with RESULTS.open("a", encoding="utf-8") as file:  # row by row: an interrupted study goes on
+            if (arm, seed, dtype, steps) not in done:
+                row = train(arm, seed, functools.partial(print, flush=True), text=text, steps=steps, dtype=dtype)
+                with results.open("a", encoding="utf-8") as file:  # row by row: an interrupted study goes on
                     file.write(json.dumps(row) + "\n")
 
 
@@ -181,11 +196,18 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "time"])
     parser.add_argument("--arms", nargs="+", default=DEFAULT_ARMS, choices=list(CONFIGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--text", choices=list(TEXTS), default="reference")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"a multiple of {EVALUATE_EVERY}")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
+    if options.steps % EVALUATE_EVERY or options.steps < 1:
+        parser.error(f"--steps {options.steps}; expected a multiple of {EVALUATE_EVERY}, at which losses are measured.")
+    if options.text == "reference" and (options.steps, options.dtype) != (STEPS, "bfloat16"):
+        parser.error(f"the study on the reference has {STEPS} steps in bfloat16; others are for --text code.")
     logging.disable_progress_bar()
     if options.what == "run":
-        run(options.arms, options.seeds)
+        run(options.arms, options.seeds, text=options.text, steps=options.steps, dtype=options.dtype)
     else:
         time_steps(options.arms, options.repeats)
         for row in rows.read(TIMES):
