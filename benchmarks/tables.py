@@ -148,14 +148,23 @@ def training_code() -> str:
     path = rows.RESULTS / "training-code.jsonl"
     if not path.exists():
         return "Not measured yet."
-    found = rows.read(path)
+    kinds: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows.read(path):
+        kinds.setdefault((row["dtype"], max(_losses(row))), []).append(row)
+    return "\n\n".join(map(_training_code, kinds.values()))
+
+
+def _training_code(found: list[dict[str, Any]]) -> str:
+    """Of runs of one length and dtype."""
     one, losses = found[0], {(row["arm"], row["seed"]): _losses(row) for row in found}
     steps = sorted(next(iter(losses.values())))[1:]
     shown = steps[-1 :: -max(1, len(steps) // 5)][::-1]
-    body = []
+    body, exact = [], {seed: of for (name, seed), of in losses.items() if name == "exact LoRA"}
     for arm in dict.fromkeys(arm for arm, _ in losses):
-        pairs = [(of, losses["exact LoRA", seed]) for (name, seed), of in losses.items() if name == arm]
-        kept = [statistics.mean((of[0] - of[at]) / (exact[0] - exact[at]) for of, exact in pairs) for at in shown]
+        pairs = [(of, exact[seed]) for (name, seed), of in losses.items() if name == arm and seed in exact]
+        if not pairs:
+            continue
+        kept = [statistics.mean((of[0] - of[at]) / (lora[0] - lora[at]) for of, lora in pairs) for at in shown]
         body.append([arm, str(len(pairs)), *(f"{share:.1%}" for share in kept)])
     return (
         rows.markdown(["share of exact LoRA's improvement", "seeds", *(f"step {at:,}" for at in shown)], body)

@@ -15,9 +15,8 @@ from celora.state import STATE_NAME
 from conftest import adapter, make_model, train, written_whole
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=4)
-WORDS = CELoraConfig(
-    estimator="dense", labelled_head=True, head_keep_ratio=0.6, refresh_every=4
-)  # drawn anew each time
+# The words are drawn anew in every call.
+WORDS = CELoraConfig(estimator="dense", labelled_head=True, head_keep_ratio=0.6, refresh_every=4)
 
 
 @pytest.mark.parametrize("config", [HALF, WORDS], ids=["columns", "words"])

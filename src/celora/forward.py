@@ -194,7 +194,7 @@ class ModelGraft(Measured):
             smoothing=self.smoothing,
             statistics=scored,
             keep_ratio=1.0 if self.mode is Mode.EXACT else self.keep_ratio,
-            seed=self._draw(),
+            seed=self._draw() if torch.is_grad_enabled() else 0,  # evaluations are no part of a step
             measure=self.measure if self.mode is Mode.OBSERVE and self.keep_ratio < 1 else None,
         )
         items = given.get("num_items_in_batch")

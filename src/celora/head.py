@@ -187,12 +187,12 @@ def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tenso
     index, factors = sample(p, kept, uniform(seed, 0, grad.device))
     q = grad.sum(0).neg_().clamp_(min=0).float() * (p < _CERTAIN)
     q = (q / q.sum().clamp(min=torch.finfo(torch.float32).tiny)).to(grad.dtype)
-    some, total = columns_of(grad, index), grad.sum(1, dtype=torch.float32)
+    some, total = columns_of(grad, index), grad.sum(1).float()  # asked for in float32, it would be copied first
     a = total - torch.mv(some, (p[index] >= _CERTAIN).to(some.dtype)).float()
     some.addr_(a.to(some.dtype), q[index], alpha=-1).mul_(factors.to(some.dtype))
     torch.mm(some, weight.index_select(0, index), out=out)
     left = total - some.sum(1, dtype=torch.float32)
-    out.addr_(left.to(out.dtype), torch.mv(weight.t(), q))
+    out.addr_(left.to(out.dtype), torch.mm(q[None], weight)[0])
 
 
 def _softmax(

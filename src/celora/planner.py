@@ -202,10 +202,10 @@ class _Bench:
         """The batches to verify on: those that are not used otherwise, where there are more than two."""
         return range(min(2, len(self.batches) - 1), len(self.batches))
 
-    def gradient(self, first: int, *others: int) -> dict[str, Tensor]:
+    def gradient(self, *numbers: int) -> dict[str, Tensor]:
         """The gradient of these batches, summed, with whatever is grafted now."""
         self.rewind()
-        return gradient(self.model, [self.batches[i] for i in (first, *others)], self.loss, self.parameters)[0]
+        return gradient(self.model, [self.batches[i] for i in numbers], self.loss, self.parameters)[0]
 
     def exact(self, numbers: range) -> dict[str, Tensor]:
         """The exact gradient of these batches, computed once."""
