@@ -20,7 +20,7 @@ import argparse
 import functools
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,11 @@ def request(task: str, arm: str, work: Path, output: Path, *, seed: int = 0, **m
 
 def untouched(task: str) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.bfloat16)
-    return _judged(task, model) | {"cost": None}
+    return _judged(task, model, ("validation", "test")) | {"cost": None}
 
 
 def trained(task: str, arm: str, seed: int, rate: float, steps: int, work: Path) -> dict[str, Any]:
-    """Scores after training."""
+    """Scores after training: on the test rows, and with the seed that chooses the learning rate on the others."""
     with tempfile.TemporaryDirectory() as scratch:
         own = {"learning_rate": rate, "max_steps": steps, "warmup_steps": steps // 10}
         result = train(request(task, arm, work, Path(scratch), seed=seed, **own), console=Console(stderr=True))
@@ -93,12 +93,13 @@ def trained(task: str, arm: str, seed: int, rate: float, steps: int, work: Path)
     model = result.model
     cost = result.summary["estimated_cost"]
     celora.detach(model)  # judged as stock PEFT would have it
-    return _judged(task, model) | {"cost": cost, "train_loss": result.summary["loss"]}
+    parts = ("validation", "test") if seed == 0 else ("test",)
+    return _judged(task, model, parts) | {"cost": cost, "train_loss": result.summary["loss"]}
 
 
-def _judged(task: str, model: Any) -> dict[str, Any]:
+def _judged(task: str, model: Any, parts: Iterable[str]) -> dict[str, Any]:
     of, tokenizer = quality_tasks.task(task), AutoTokenizer.from_pretrained(demo_model())
-    scores = {part: round(of.judge(model, tokenizer, getattr(of, part)), 5) for part in ("validation", "test")}
+    scores = {part: round(of.judge(model, tokenizer, getattr(of, part)), 5) for part in parts}
     return {"metric": of.metric, "higher_is_better": of.higher_is_better, "held_out": len(of.test)} | scores
 
 
@@ -129,7 +130,7 @@ def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float],
                         continue
                     scores = untouched(task) if steps == 0 else trained(task, arm, seed, rate, steps, work)
                     row = key | scores | rows.conditions()
-                    say(f"{key}: validation {row['validation']}, test {row['test']}")
+                    say(f"{key}: test {row['test']}")
                     with RESULTS.open("a", encoding="utf-8") as file:  # row by row: an interrupted study goes on
                         file.write(json.dumps(row) + "\n")
 

@@ -25,6 +25,7 @@ from celora import CELoraConfig, CELoraError
 from celora.attach import find, require
 from celora.config import PRESETS
 from celora.estimators import Columns
+from celora.factor import svd_factor
 from celora.graft import LayerGraft, Mode
 from conftest import MEMBERS, adapter, make_batch, make_model, train
 
@@ -191,6 +192,19 @@ def test_zero_tokens_are_not_guessed_on_an_accelerator(model: PeftModel, monkeyp
     celora.detach(model)
     monkeypatch.setattr(sys.modules["celora.attach"], "device_of", lambda module: torch.device("cuda"))
     assert not celora.attach(model, "exact").estimated
+
+
+def test_weights_are_factored_before_the_first_step_where_they_are_at_hand(model: PeftModel) -> None:
+    celora.attach(model, HALF)
+    for name, graft in require(model).grafts.items():
+        weight = model.get_submodule(name).get_base_layer().weight
+        U, V = svd_factor(weight.detach(), HALF.rank, seed=graft.estimator.settings.seed)
+        assert graft.estimator.factor.U.equal(U)
+        assert graft.estimator.factor.V.equal(V)
+    model.to("meta")
+    celora.detach(model)
+    celora.attach(model, HALF)
+    assert all(graft.estimator.factor.V is None for graft in require(model).grafts.values())
 
 
 def test_a_refresh_step_is_exact() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from celora.bypass import own_product, refuse_patched
 from celora.clock import StepClock
@@ -398,6 +399,9 @@ def attach(
         if estimator is not None and graft is not None:
             graft.name = layer.name
             attachment.grafts[layer.name] = graft
+            weight = held(tuners[layer.name].get_base_layer())
+            if weight is not None and not weight.is_meta and not isinstance(weight, DTensor):
+                estimator.prepare(weight)  # else at the first refresh, when the weight is at hand
     causal, tuner, _ = find_language_model(model)
     if config.labelled_head and causal is not None:
         packs = config.padding_free and not cannot_pack(causal)

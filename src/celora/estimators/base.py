@@ -112,6 +112,9 @@ class Estimator(ABC):
         """
         return self.product.traceable
 
+    def prepare(self, weight: Tensor) -> None:  # noqa: B027 - optional by design
+        """Make what the weight alone decides, ahead of the first step; what is not made here, a refresh makes."""
+
     def needs_whole(self, weight: Tensor) -> bool:
         """Whether the next `estimate` needs all of a sharded weight, rather than gathering what it reads of it."""
         return not self.product.holds_copy

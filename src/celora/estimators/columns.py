@@ -42,7 +42,8 @@ class Columns(Estimator):
     `p_i = min(1, lambda score_i)`, and weights it by `1 / p_i`: unbiased, given the scores.
 
     With `rank=0` there is no factor and R is W itself. `keep_ratio=1` is the dense product, bit for bit.
-    The svd factor is built at the first refresh and held in the weight's dtype: `rank * (2 * out + in)` numbers.
+    The svd factor is built when celora is attached, or at the first refresh where the weight is not at hand before, and
+    held in the weight's dtype: `rank * (2 * out + in)` numbers.
 
     Cost relative to dense: `K / out + r0 (out + in) / (out in)`.
     """
@@ -160,6 +161,9 @@ class Columns(Estimator):
             self._gather = RowGather(weight, index)
         rows = self._gather(weight, dtype)
         return rows if out is None else out.copy_(rows)
+
+    def prepare(self, weight: Tensor) -> None:
+        self.factor.prepare(weight)
 
     def needs_whole(self, weight: Tensor) -> bool:
         if not self.agreed:  # another process may have selected anew when this one saw no gradient
