@@ -34,6 +34,7 @@ from celora.attach import require
 from celora.audit import Fidelity
 from celora.estimators import Dense
 from celora.graft import Mode
+from celora.select import energy_count
 
 SHARE, ENERGY, STEPS, TURNS = 0.6, 0.99, 4, 4
 Batch = dict[str, Tensor]
@@ -81,8 +82,7 @@ def energy(share: float, counts: dict[str, list[int]], norms: dict[str, list[Ten
 
     def choose(name: str, grad: Tensor) -> Tensor:
         squared = grad.square().sum(1)
-        ordered, order = squared.sort(descending=True)
-        kept = 1 + int((ordered.cumsum(0) < share * ordered.sum()).sum())
+        order, kept = squared.argsort(descending=True), int(energy_count(squared, share))
         counts.setdefault(name, []).append(kept)
         norms.setdefault(name, []).append(squared)
         return torch.zeros_like(squared, dtype=torch.bool).index_fill(0, order[:kept], True)

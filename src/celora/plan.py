@@ -215,7 +215,7 @@ class Plan:
             layers = tuple(_planned(layer, settings) for layer in values["layers"])
             head = None if values.get("head") is None else _planned(values["head"], settings)
             kinds = {"float": float, "int": int, "str": str}
-            values = {"audited_batches": 1, **values}  # plans of before it was counted
+            values = {"audited_batches": cls.audited_batches, **values}  # plans of before it was counted
             own = {name: kinds[str(kind)](values[name]) for name, kind in known.items() if name not in _LAYERS}
             for name, kind in known.items():
                 if kind in ("float", "int"):
