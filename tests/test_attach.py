@@ -201,10 +201,17 @@ def test_weights_are_factored_before_the_first_step_where_they_are_at_hand(model
         U, V = svd_factor(weight.detach(), HALF.rank, seed=graft.estimator.settings.seed)
         assert graft.estimator.factor.U.equal(U)
         assert graft.estimator.factor.V.equal(V)
-    model.to("meta")
-    celora.detach(model)
+
+
+def test_a_weight_that_a_launcher_has_yet_to_put_in_place_is_left_to_the_first_refresh(model: PeftModel) -> None:
+    names = [f"base_model.model.model.layers.0.mlp.{kind}_proj" for kind in ("up", "gate", "down")]
+    up, gate, down = (model.get_submodule(name).get_base_layer() for name in names)
+    up.to("meta")
+    gate.weight.data = torch.empty(0)  # as ZeRO-3 leaves it
+    down.weight.data = torch.full_like(down.weight, torch.nan)  # memory that was never written to
     celora.attach(model, HALF)
-    assert all(graft.estimator.factor.V is None for graft in require(model).grafts.values())
+    grafts = require(model).grafts
+    assert {name for name, graft in grafts.items() if graft.estimator.factor.V is None} == set(names)
 
 
 def test_a_refresh_step_is_exact() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_every_arm_takes_the_same_steps(tmp_path: Path) -> None:
     batches = make_batches(SMALL)
     found = {}
     for arm in ("PEFT", "exact", "limit"):
-        step = Step(SMALL, arm, batches, tmp_path / "plan.json")
+        step = Step(SMALL, arm, batches, tmp_path / "plan.json", {})
         for batch in batches:
             step(batch)
         found[arm] = torch.cat([p.detach().flatten() for p in step.model.parameters() if p.requires_grad])
@@ -48,14 +49,25 @@ def test_every_arm_takes_the_same_steps(tmp_path: Path) -> None:
     assert not torch.allclose(found["limit"], found["PEFT"], atol=1e-6)
 
 
+def test_arms_share_frozen_weights_and_no_others(tmp_path: Path) -> None:
+    frozen: dict[str, torch.Tensor] = {}
+    steps = [Step(SMALL, arm, [], tmp_path / "plan.json", frozen) for arm in ("PEFT", "PEFT upper half", "exact")]
+    kept, trained = (
+        [{p.data_ptr() for p in step.model.parameters() if p.requires_grad is trains} for step in steps]
+        for trains in (False, True)
+    )
+    assert kept[0] == kept[1] == kept[2] == {weight.data_ptr() for weight in frozen.values()}
+    assert all(a.isdisjoint(b) for a, b in itertools.combinations(trained, 2))
+
+
 def test_auto_is_planned_once_and_the_plan_is_shared(tmp_path: Path) -> None:
     batches, plan = make_batches(SMALL), tmp_path / "plan.json"
-    first = Step(SMALL, "auto", batches, plan)
+    first = Step(SMALL, "auto", batches, plan, {})
     written = plan.read_bytes()
-    again = Step(SMALL, "auto", batches, plan)
+    again = Step(SMALL, "auto", batches, plan, {})
     assert plan.read_bytes() == written
     assert require(first.model).report == require(again.model).report
-    assert find(Step(SMALL, "PEFT", batches, plan).model) is None
+    assert find(Step(SMALL, "PEFT", batches, plan, {}).model) is None
 
 
 def test_the_upper_half_has_half_of_the_adapters(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,7 +151,28 @@ def test_arms_of_equal_time_follow_the_measured_steps(
     quality.TIMES.write_text(
         "".join(json.dumps({"task": "chat", "arm": arm, "time_ms": ms}) + "\n" for arm, ms in times.items())
     )
-    assert quality.steps_in_autos_time("chat") == {"LoRA, auto's time": 45, "upper half, auto's time": 75}
+    assert quality.steps_in_autos_time("chat") == {"LoRA, auto's time": 30, "upper half, auto's time": 50}
+
+
+def test_only_the_rate_that_validation_prefers_is_tested(
+    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality = studies["quality"]
+    validation = iter((0.5, 0.4, 0.5, 0.6))  # worse, level and better than the best before
+
+    def judged(task: str, model: Any, part: str) -> dict[str, Any]:
+        return {"higher_is_better": True, part: next(validation) if part == "validation" else 0.3}
+
+    finished = SimpleNamespace(status="finished", model=torch.nn.Module(), summary={"estimated_cost": 1.0, "loss": 0.1})
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
+    monkeypatch.setattr(quality, "request", lambda *args, **own: None)
+    monkeypatch.setattr(quality, "train", lambda *args, **own: finished)
+    monkeypatch.setattr(quality, "_judged", judged)
+    quality.run(["chat"], ["LoRA"], [0, 1], [1.0, 2.0, 3.0, 4.0], tmp_path, lambda line: None)
+    rows = quality.found()
+    assert [(r["seed"], r["learning_rate"], r["test"]) for r in rows] == [
+        (0, 1.0, 0.3), (0, 2.0, None), (0, 3.0, None), (0, 4.0, 0.3), (1, 4.0, 0.3),
+    ]  # fmt: skip
 
 
 def test_slopes(studies: dict[str, ModuleType]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from celora.bypass import own_product, refuse_patched
@@ -400,8 +400,8 @@ def attach(
             graft.name = layer.name
             attachment.grafts[layer.name] = graft
             weight = held(tuners[layer.name].get_base_layer())
-            if weight is not None and not weight.is_meta and not isinstance(weight, DTensor):
-                estimator.prepare(weight)  # else at the first refresh, when the weight is at hand
+            if weight is not None and _at_hand(weight, layer):
+                estimator.prepare(weight)  # else at the first refresh
     causal, tuner, _ = find_language_model(model)
     if config.labelled_head and causal is not None:
         packs = config.padding_free and not cannot_pack(causal)
@@ -528,6 +528,12 @@ def _plan_layer(
         precision=estimator.settings.precision,
     )
     return report, estimator
+
+
+def _at_hand(weight: Tensor, layer: LayerReport) -> bool:
+    """Whether the weight is here already, whole: not sharded, nor left out until a launcher puts it in place."""
+    whole = weight.shape == (layer.out_features, layer.in_features)
+    return whole and not weight.is_meta and not isinstance(weight, DTensor)
 
 
 def cannot_estimate(module: BaseTunerLayer) -> str:

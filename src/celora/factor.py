@@ -127,7 +127,7 @@ class FrozenFactor:
         if known is not None and known.device == norms.device and torch.equal(norms, known):
             return
         self._weight_norms = self.residual_norms = norms
-        if self.rank:
+        if self.rank and bool(torch.isfinite(norms).all()):  # or it is memory that a launcher has yet to fill
             matrix = weight.to(norms.dtype)  # converted once
             self._use(*_rounded(matrix, *svd_factor(matrix, self.rank, seed=self.seed), weight.dtype))
 

@@ -1,7 +1,7 @@
 """The whole training step and its parts, for PEFT as people use it and for celora: what `celora bench` measures.
 
-Every arm is a `transformers.Trainer` with its defaults around its own copy of the model, and takes its steps in turns
-with the others on the same batches. Peak memory is measured in a process for each arm.
+Every arm is a `transformers.Trainer` with its defaults around a model of its own, over the same frozen weights, and
+takes its steps in turns with the others on the same batches. Peak memory is measured in a process for each arm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 import celora
 from celora.attach import tuner_layers
@@ -134,10 +134,11 @@ def measure(
     runnable = [arm for arm in arms if not not_runnable(arm)]
     with tempfile.TemporaryDirectory() as scratch:
         plan_file = Path(scratch) / "plan.json"
-        steps = {}
+        steps: dict[str, Step] = {}
+        frozen: dict[str, Tensor] = {}
         for arm in runnable:
             say(f"{cell.model}, {cell.data}, {cell.dtype}: preparing {arm}")
-            steps[arm] = Step(cell, arm, batches, plan_file)
+            steps[arm] = Step(cell, arm, batches, plan_file, frozen)
         say(f"{cell.model}, {cell.data}, {cell.dtype}: timing")
         times = _take_turns(steps, batches, repeats)
         saved = {arm: step.saved(batches[0]) for arm, step in steps.items()}
@@ -195,11 +196,18 @@ def _take_turns(
 class Step:
     """The training step of one arm, as Trainer takes it.
 
-    Arm `auto` makes its plan and writes it to `plan_file`, or takes the one that is there.
+    Arm `auto` makes its plan and writes it to `plan_file`, or takes the one that is there. The model's frozen weights
+    become those in `frozen`, which gets the ones that are not there yet: many arms of a large model fit into memory.
     """
 
-    def __init__(self, cell: Cell, arm: str, batches: Sequence[Batch], plan_file: Path) -> None:
+    def __init__(
+        self, cell: Cell, arm: str, batches: Sequence[Batch], plan_file: Path, frozen: dict[str, Tensor]
+    ) -> None:
         self.model: Any = _unsloth(cell) if arm == "Unsloth" else make_model(cell, upper=arm == "PEFT upper half")
+        if arm != "Unsloth":  # which changes the weights it loads
+            for name, p in self.model.named_parameters():
+                if not p.requires_grad:
+                    p.data = frozen.setdefault(name.replace(".base_layer", ""), p.data)
         self.model.train()
         _attach(self.model, arm, batches, plan_file)
         arguments = TrainingArguments(
@@ -251,7 +259,8 @@ def make_model(cell: Cell, *, upper: bool = False) -> PeftModel:
     if cell.model == SMOLLM2:
         base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype, trust_remote_code=False)
     else:
-        base = LlamaForCausalLM(_config(cell)).to(dtype)
+        # In its dtype from the beginning: the peak of memory is to be a step's, not that of a float32 model on the way.
+        base = AutoModelForCausalLM.from_config(_config(cell), dtype=dtype)
     half = base.config.num_hidden_layers // 2
     lora = LoraConfig(
         r=16,
@@ -375,7 +384,7 @@ def _peak_memory(cell: Cell, arm: str, plan_file: Path) -> int | None:
 def _run_alone(asked: dict[str, Any]) -> int | None:
     cell = Cell(**asked["cell"])
     batches = make_batches(cell)
-    step = Step(cell, asked["arm"], batches, Path(asked["plan"]))
+    step = Step(cell, asked["arm"], batches, Path(asked["plan"]), {})
     for batch in batches[:4]:
         step(batch)
     return peak_memory(step.model.device)
