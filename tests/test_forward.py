@@ -13,6 +13,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Trainer
 from transformers import TrainingArguments as Arguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -70,6 +72,34 @@ def test_embeddings_instead_of_tokens() -> None:
     model, batch = make_model().train(), masked_batch()
     batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
     compare(model, batch)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that is made."""
+
+    def __init__(self, but: nn.Module) -> None:
+        super().__init__()
+        self.nbytes, self.there = 0, {p.untyped_storage().data_ptr() for p in but.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for storage in (of.untyped_storage() for of in tree_leaves(made) if isinstance(of, Tensor)):
+            if storage.data_ptr() not in self.there:
+                self.nbytes = max(self.nbytes, storage.nbytes())
+        return made
+
+
+def test_nothing_as_large_as_the_head_is_made_of_it() -> None:
+    """Not in the first call either, which is compared with the model's own logits in float32."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=20_000
+    )
+    base = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    celora.attach(model, "exact")
+    with Largest(model) as made:
+        assert model(**make_batch(0)).logits is None
+    assert 0 < made.nbytes < base.lm_head.weight.nbytes / 2
 
 
 def test_positional_arguments() -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import sys
+
+import pytest
 import torch
 from torch import nn
 
-from celora.memory import available_memory, peak_memory, saved_for_backward
+from celora.memory import available_memory, forget_peak, peak_memory, saved_for_backward
 
 CPU = torch.device("cpu")
 
@@ -29,3 +32,13 @@ def test_peak_and_free_memory_are_plausible() -> None:
     assert after >= before >= 2**26
     assert after >= kept.numel() * 4
     assert 0 < free < 2**50
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can forget")
+def test_a_forgotten_peak_begins_anew() -> None:
+    held = torch.ones(2**28)
+    before = peak_memory(CPU)
+    size = held.nbytes
+    del held
+    forget_peak(CPU)
+    assert peak_memory(CPU) <= before - size // 2

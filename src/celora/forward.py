@@ -36,6 +36,7 @@ from celora.synchronise import gathers, largest_of_all
 
 IGNORED = -100
 _PROBED = 4  # tokens on which the model's own logits are compared with ours
+_WORDS = 4096  # at once, in doing so
 _TRL = "fused_lm_head"  # TRL's trainers ask for log-probabilities instead of logits
 _TRL_FIELDS = {"log_probs", "entropy", "is_top1"}
 # Arguments that ask for something which only the model's own head, or a padded batch, can give.
@@ -372,7 +373,10 @@ def _trl_can_be_served(causal: nn.Module) -> bool:
 def _recognise(config: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> Logits | None:
     """What the model does to its logits: whatever its configuration names that reproduces these, or None."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        z = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+        h = hidden.float()  # and not all of the weight, which would be the peak of the first step
+        z = torch.cat([F.linear(h, part.float()) for part in weight.split(_WORDS)], -1)
+        if bias is not None:
+            z += bias.float()
     scales = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier", "output_multiplier")]
     if division := getattr(config, "logits_scaling", None):
         scales += [1 / division, division]

@@ -48,7 +48,7 @@ def _storages(tensor: Any) -> Iterator[UntypedStorage]:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes at most taken so far: allocated on a CUDA device, or by this process; None where nobody knows."""
+    """Bytes at most taken so far, or since `forget_peak`, on a CUDA device or by this process; None if nobody knows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")  # what getrusage says includes the process that started this one
@@ -61,6 +61,16 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, with what is taken now; on CPUs of other systems than Linux it cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    switch = Path("/proc/self/clear_refs")
+    if switch.exists():
+        switch.write_text("5", encoding="ascii")
 
 
 def available_memory(device: torch.device) -> int | None:

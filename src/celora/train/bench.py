@@ -31,7 +31,7 @@ from celora.errors import CELoraError, unknown
 from celora.estimators import Dense
 from celora.files import write_text
 from celora.graft import LayerGraft, Mode, Switch
-from celora.memory import peak_memory, saved_for_backward
+from celora.memory import forget_peak, peak_memory, saved_for_backward
 from celora.plan import Plan
 from celora.timing import percentiles, timed
 from celora.train.arguments import make_request
@@ -259,7 +259,6 @@ def make_model(cell: Cell, *, upper: bool = False) -> PeftModel:
     if cell.model == SMOLLM2:
         base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype, trust_remote_code=False)
     else:
-        # In its dtype from the beginning: the peak of memory is to be a step's, not that of a float32 model on the way.
         base = AutoModelForCausalLM.from_config(_config(cell), dtype=dtype)
     half = base.config.num_hidden_layers // 2
     lora = LoraConfig(
@@ -370,7 +369,7 @@ def _unsloth(cell: Cell) -> Any:
 
 
 def _peak_memory(cell: Cell, arm: str, plan_file: Path) -> int | None:
-    """Peak of a process that takes a few steps of this arm alone, with the plan already made."""
+    """Peak of a process while it takes a few steps of this arm alone, with model and plan already made."""
     asked = json.dumps({"cell": asdict(cell), "arm": arm, "plan": str(plan_file)})
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", __name__, asked], capture_output=True, text=True, check=False
@@ -385,6 +384,7 @@ def _run_alone(asked: dict[str, Any]) -> int | None:
     cell = Cell(**asked["cell"])
     batches = make_batches(cell)
     step = Step(cell, asked["arm"], batches, Path(asked["plan"]), {})
+    forget_peak(step.model.device)
     for batch in batches[:4]:
         step(batch)
     return peak_memory(step.model.device)
