@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,12 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let `peak_memory` begin anew, with what is taken now; on CPUs of other systems than Linux it cannot."""
+    """Let `peak_memory` begin anew, with what is taken now; for a process, on Linux only, and if it may ask for it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    switch = Path("/proc/self/clear_refs")
-    if switch.exists():
-        switch.write_text("5", encoding="ascii")
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def available_memory(device: torch.device) -> int | None:
