@@ -259,7 +259,7 @@ def make_model(cell: Cell, *, upper: bool = False) -> PeftModel:
     if cell.model == SMOLLM2:
         base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype, trust_remote_code=False)
     else:
-        base = AutoModelForCausalLM.from_config(_config(cell), dtype=dtype)
+        base = AutoModelForCausalLM.from_config(_config(cell), dtype=dtype, trust_remote_code=False)
     half = base.config.num_hidden_layers // 2
     lora = LoraConfig(
         r=16,
