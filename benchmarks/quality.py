@@ -20,7 +20,7 @@ import argparse
 import functools
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,7 @@ def trained(task: str, arm: str, seed: int, rate: float, steps: int, work: Path)
     same = {"cost": cost, "train_loss": result.summary["loss"]}
     if seed == 0:
         same |= _judged(task, model, "validation")
-        better = max if same["higher_is_better"] else min
-        others = [row["validation"] for row in _tried(task, arm, steps)]
-        if others and better(*others, same["validation"]) in others:
+        if best([*_tried(task, arm, steps), same]) is not same:
             return same | {"test": None}
     return same | _judged(task, model, "test")
 
@@ -151,8 +149,12 @@ def best_rate(task: str, arm: str, steps: int) -> float:
     of = _tried(task, arm, steps)
     if not of:
         raise SystemExit(f"{task}, {arm}: seed 0 chooses the learning rate; run it first")
-    best = max(of, key=lambda row: row["validation"] * (1 if row["higher_is_better"] else -1))
-    return float(best["learning_rate"])
+    return float(best(of)["learning_rate"])
+
+
+def best(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row with the best validation score, the first of several."""
+    return max(tried, key=lambda row: row["validation"] * (1 if row["higher_is_better"] else -1))
 
 
 def _tried(task: str, arm: str, steps: int) -> list[dict[str, Any]]:

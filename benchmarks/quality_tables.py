@@ -157,8 +157,7 @@ def chosen(found: Sequence[dict[str, Any]], task: str, arm: str) -> dict[int, di
     first = [row for row in of if row["seed"] == 0]
     if not first:
         return {}
-    best = max(first, key=lambda row: row["validation"] * (1 if row["higher_is_better"] else -1))
-    key = ("learning_rate", "steps")
+    best, key = quality.best(first), ("learning_rate", "steps")
     return {row["seed"]: row for row in of if all(row[name] == best[name] for name in key)}
 
 

@@ -34,7 +34,7 @@ def test_peak_and_free_memory_are_plausible() -> None:
     assert 0 < free < 2**50
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can forget")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems keep the peak of a process for good")
 def test_a_forgotten_peak_begins_anew() -> None:
     held = torch.ones(2**28)
     before = peak_memory(CPU)
