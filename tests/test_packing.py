@@ -118,13 +118,25 @@ def test_any_batch(lengths: list[int], prompt: int, left: bool, seed: int) -> No
 _MODEL: dict[str, nn.Module] = {}
 
 
-def pack(batch: dict[str, Tensor], **changes: Any) -> dict[str, Any] | None:
-    model = model_of("llama")
+def pack(batch: dict[str, Tensor], dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any] | None:
+    model = model_of("llama").to(dtype)
     attention.register()
     model.base_model.model.set_attn_implementation(attention.ATTENTION)
     labels = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
     arguments = {"attention_mask": batch["attention_mask"], "position_ids": None} | changes
     return packing.pack(model.base_model.model, batch["input_ids"], next_labels=labels, **arguments)
+
+
+def test_short_sequences_are_packed_for_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 on CPU, where it is faster sequence by sequence, though there is no padding to save."""
+    full = ragged([32, 32, 32])
+    packed = pack(full, torch.bfloat16)
+    assert packed is not None
+    assert packed[attention.LENGTHS] == (31, 31, 31 + 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pack(full) is not None
+    monkeypatch.setattr(attention, "_SHORT", 30)
+    assert pack(full, torch.bfloat16) is None
 
 
 def test_what_is_left_alone() -> None:

@@ -70,11 +70,16 @@ def attention(
     return torch.cat(found, dim=1), None
 
 
+def backward_pays(device: torch.device, dtype: torch.dtype, length: int) -> bool:
+    """Whether a sequence of so many tokens does its backward in float32."""
+    known = _flash is not None and _flash_backward is not None
+    return known and device.type == "cpu" and dtype == torch.bfloat16 and length <= _SHORT
+
+
 def _backward_pays(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> bool:
     """Whether this is torch's flash attention on CPU in half precision, with sequences short enough."""
-    cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16 and _flash is not None
-    known = cpu and _flash_backward is not None and query.shape[3] == value.shape[3]
-    return bool(known and key.dtype == value.dtype == query.dtype and min(lengths) <= _SHORT and query.requires_grad)
+    pays = backward_pays(query.device, query.dtype, min(lengths)) and query.shape[3] == value.shape[3]
+    return bool(pays and key.dtype == value.dtype == query.dtype and query.requires_grad)
 
 
 class _Causal(torch.autograd.Function):

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from celora.attention import ATTENTION, LENGTHS
+from celora.attention import ATTENTION, LENGTHS, backward_pays
 from celora.select import grain
 
 # Decoders in which tokens meet in causal attention alone, and whose layers hand extra arguments on to it.
 MODELS = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma3_text", "granite", "olmo2", "phi3", "cohere"}
 )
-_LEAST_SAVING = 0.05  # of the tokens; for less, the varying shapes are not worth it
+_LEAST_SAVING = 0.05  # of the tokens; for less, only a faster attention is worth the varying shapes
 
 
 def pack(
@@ -54,10 +54,14 @@ def pack(
     # Waits for the device once, before it has anything to do.
     *counted, ok = torch.cat([kept.sum(1), whole[None].to(torch.int64)]).tolist()
     lengths, total = tuple(n for n in counted if n), sum(counted)
-    if not ok or not total or total > (1 - _LEAST_SAVING) * rows * columns:
+    if not ok or not total:
         return None
     config: Any = model.config
     ours = config._attn_implementation == ATTENTION
+    if total > (1 - _LEAST_SAVING) * rows * columns and not (
+        ours and backward_pays(input_ids.device, _dtype(model), max(lengths))
+    ):
+        return None
     window = getattr(config, "sliding_window", None)
     if ours and window is not None and max(lengths) > window:
         return None  # full causal attention, which is what each sequence gets, would be another model's
@@ -81,6 +85,13 @@ def pack(
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
+
+
+def _dtype(model: Any) -> torch.dtype:
+    """The dtype that the model works in."""
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype: torch.dtype = torch.get_autocast_dtype("cpu") if autocast else model.dtype
+    return dtype
 
 
 def cannot_pack(model: nn.Module) -> str:
