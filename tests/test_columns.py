@@ -168,6 +168,11 @@ def test_a_state_that_does_not_fit_is_refused(index: torch.Tensor) -> None:
         Columns(20, 9, keep_ratio=0.5).load_state_dict({"index": index})
 
 
+def test_scores_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(CELoraError, match="saved scores of 9 columns for a layer of 20"):
+        Columns(20, 9, keep_ratio=0.5, selection="sampled").load_state_dict({"scores": torch.ones(9)})
+
+
 def test_cost_counts_columns_and_factor() -> None:
     assert Columns(100, 50, keep_ratio=0.4, rank=2).cost == pytest.approx(0.4 + 2 * 150 / 5000)
 

@@ -183,8 +183,9 @@ def test_a_loaded_gradient_factor_is_projected_when_the_weight_is_at_hand() -> N
     made, resumed = factor.make_factor("gradient", 4, 0), factor.make_factor("gradient", 4, 0)
     made.observe(W, G @ W)
     made.settle()
-    resumed.load_state_dict(made.state_dict())
+    resumed.load_state_dict(made.state_dict(), 12)
     resumed.prepare(W)
     assert resumed.U.allclose(made.U, atol=1e-6)
-    with pytest.raises(CELoraError, match="rank 4, not 5"):
-        factor.make_factor("gradient", 5, 0).load_state_dict(made.state_dict())
+    for rank, in_features in ((5, 12), (4, 11)):
+        with pytest.raises(CELoraError, match=rf"shape \(4, 12\), not \({rank}, {in_features}\)"):
+            factor.make_factor("gradient", rank, 0).load_state_dict(made.state_dict(), in_features)

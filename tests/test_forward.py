@@ -164,7 +164,7 @@ def test_a_head_that_is_not_understood_stays_as_it_is_and_it_is_said_once() -> N
         torch.testing.assert_close(model(**batch).loss, expected)
 
 
-@pytest.mark.parametrize(
+CHANGES = pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda m: m.base_model.model.lm_head.weight.requires_grad_(), "head is trained"),
@@ -173,6 +173,9 @@ def test_a_head_that_is_not_understood_stays_as_it_is_and_it_is_said_once() -> N
     ],
     ids=["trained", "loss", "hooked"],
 )
+
+
+@CHANGES
 def test_heads_that_are_not_taken_over(change: Any, reason: str) -> None:
     model, batch = make_model().train(), masked_batch()
     change(model)
@@ -182,6 +185,44 @@ def test_heads_that_are_not_taken_over(change: Any, reason: str) -> None:
     output = model(**batch)
     assert output.logits is not None
     torch.testing.assert_close(output.loss, expected)
+
+
+@CHANGES
+def test_heads_that_change_after_attaching(change: Any, reason: str) -> None:
+    model, batch = make_model().train(), masked_batch()
+    celora.attach(model, "exact")
+    assert model(**batch).logits is None
+    change(model)
+    with pytest.warns(UserWarning, match=f"celora: .*{reason}.* by now; its own loss is used"):
+        output = model(**batch)
+    again = model(**batch)  # said once
+    celora.detach(model)
+    assert output.logits is not None
+    assert output.loss.equal(again.loss)
+    torch.testing.assert_close(output.loss, model(**batch).loss)
+
+
+@pytest.mark.parametrize("how", ["int32", "too short", "negative", "too large"])
+def test_labels_that_do_not_fit_are_an_error(how: str) -> None:
+    model, batch = make_model().train(), masked_batch()
+    if how == "int32":
+        batch["labels"] = batch["labels"].int()
+    elif how == "too short":
+        batch["labels"] = batch["labels"][:, :-3]
+    else:
+        batch["labels"][0, -1] = -1 if how == "negative" else 61
+    for preset in ("off", "exact"):
+        celora.attach(model, preset)
+        with pytest.raises((ValueError, IndexError, RuntimeError)):
+            model(**batch)
+
+
+def test_hidden_states_that_the_configuration_asks_for_are_the_models_own() -> None:
+    model, batch = make_model().train(), masked_batch()
+    model.base_model.model.config.output_hidden_states = True
+    expected = model(**batch).hidden_states[-1]
+    celora.attach(model, "exact")
+    torch.testing.assert_close(model(**batch).hidden_states[-1], expected)
 
 
 def test_an_adapted_head_is_not_taken_over() -> None:

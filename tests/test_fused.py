@@ -244,6 +244,27 @@ def test_states_that_change_after_attaching(monkeypatch: pytest.MonkeyPatch) -> 
     assert not both["output"].allclose(merged)
 
 
+@pytest.mark.parametrize("what", ["dropout is off", "no dropout", "B"])
+def test_the_adapter_as_it_is_now_is_used(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = layer(lora_dropout=0.5)
+    tuner: Any = model.base_model.model[0]
+    x = torch.randn(7, 12, dtype=torch.float64)
+    celora.attach(model, FUSED)
+    calls = fused_calls(model, monkeypatch)
+    model(x)
+    if what == "dropout is off":
+        tuner.lora_dropout["default"].eval()
+    else:
+        tuner.lora_dropout["default"] = nn.Identity()
+    if what == "B":
+        tuner.lora_B["default"] = copy.deepcopy(tuner.lora_B["default"])
+        tuner.lora_B["default"].weight.data *= 2
+    found = model(x)
+    assert len(calls) == 2
+    celora.detach(model)
+    torch.testing.assert_close(found, model(x))
+
+
 def test_an_interrupted_forward_leaves_the_adapter_on() -> None:
     model, x, g = layer(), torch.randn(6, 12).double(), torch.randn(6, 20).double()
     celora.attach(model, FUSED)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,19 @@ def test_the_largest_rows_are_chosen(rows: int, kept: float) -> None:
     inverse = torch.full((rows,), -1, dtype=torch.int32)
     inverse[index] = torch.arange(count, dtype=torch.int32)
     assert position.equal(inverse)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
+def test_as_many_rows_are_chosen_as_asked_for_whatever_they_are(bad: float) -> None:
+    """A NaN has a sign, too: that of inf - inf is negative on x86."""
+    squared = torch.rand(20)
+    squared[::2] = bad
+    index, position = kernels.choose_rows(squared, kept=7, share=1.0, step=1)
+    assert len(index) == 7
+    assert set(index.tolist()) <= set(range(0, 20, 2))
+    assert position[index].equal(torch.arange(7, dtype=torch.int32))
+    assert int((position >= 0).sum()) == 7
 
 
 @needs_compiler
@@ -188,6 +203,32 @@ def test_only_what_the_kernels_know_is_given_to_them() -> None:
     assert not kernels.supported(torch.ones(2, 2, dtype=torch.float16))
     assert not kernels.supported(torch.ones(2, 3).T)
     assert kernels.supported(torch.ones(2, 2)) == (kernels.library() is not None)
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["no home", "not writable"])
+def test_without_a_cache_they_are_built_for_the_process(how: str, tmp_path: Path) -> None:
+    code = (
+        "import pathlib\n"
+        "from celora import kernels\n"
+        "def none(): raise RuntimeError('Could not determine home directory.')\n"
+        "def denied(*_, **__): raise PermissionError('denied')\n"
+        f"pathlib.Path.home, pathlib.Path.mkdir = (none, pathlib.Path.mkdir) if {how == 'no home'} else "
+        "(pathlib.Path.home, denied)\n"
+        "assert kernels.library() is not None\n"
+        "print(kernels.library()._name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    built = Path(done.stdout.strip())
+    assert built.parent.parent == tmp_path
+    assert not built.exists()  # taken away with the process
 
 
 @pytest.mark.parametrize(

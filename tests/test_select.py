@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from celora import reference, select
 
@@ -76,6 +79,17 @@ def test_inclusion_probabilities_without_scores_are_uniform_and_finite() -> None
     assert select.inclusion_probabilities(torch.zeros(8), 2).equal(torch.full((8,), 0.25, dtype=torch.float64))
     p = select.inclusion_probabilities(torch.tensor([0.0, 1.0, 0.0, 0.0]), 3)
     assert torch.isfinite(p).all()
+
+
+def test_nothing_waits_for_a_number_in_drawing() -> None:
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert func is not torch.ops.aten._local_scalar_dense.default, "an accelerator would be waited for"
+            return func(*args, **(kwargs or {}))
+
+    scores, offset = torch.rand(50), select.uniform(0, 0, torch.device("cpu"))
+    with Reads():
+        select.sample(select.inclusion_probabilities(scores, 6), 6, offset)
 
 
 def test_sampling_is_unbiased_and_draws_exactly_k() -> None:

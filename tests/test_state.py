@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import celora
 from celora import CELoraConfig, CELoraError, state
 from celora.attach import require
 from celora.state import STATE_NAME
-from conftest import adapter, make_model, train, written_whole
+from conftest import adapter, make_batch, make_model, train, written_whole
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=4)
 # The words are drawn anew in every call.
@@ -41,6 +42,35 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stop: int, config: CELoraConf
     train(second, 10 - stop, first=stop, optimizer=resumed)
     for name, value in adapter(whole).items():
         assert value.equal(adapter(second)[name])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 4},
+        {"rank": 4, "factor": "gradient"},
+        {"estimator": "tokens", "selection": "energy", "keep_ratio": 0.9, "precision": "int8"},
+    ],
+    ids=["columns", "gradient factor", "tokens"],
+)
+def test_what_an_interrupted_refresh_has_observed_is_forgotten(settings: dict[str, Any], tmp_path: Path) -> None:
+    """As in a notebook, where the same model goes on from its checkpoint."""
+    config = CELoraConfig(**{"keep_ratio": 0.5, "refresh_every": 3, **settings})
+    ends = []
+    for interrupted in (False, True):
+        model = make_model()
+        celora.attach(model, config)
+        train(model, 3)
+        celora.save_state(model, tmp_path)
+        if interrupted:
+            model(**make_batch(99)).loss.mul(100).backward()  # the first of step 3, which refreshes
+            model.zero_grad()
+        celora.load_state(model, tmp_path)
+        train(model, 2, first=3)
+        celora.save_state(model, tmp_path)
+        ends.append(load_file(tmp_path / STATE_NAME))
+    assert ends[0].keys() == ends[1].keys()
+    assert [key for key in ends[0] if not ends[0][key].equal(ends[1][key])] == []
 
 
 def test_what_is_written(model: PeftModel, tmp_path: Path, disk: list[tuple[str, int]]) -> None:

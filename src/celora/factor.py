@@ -135,7 +135,7 @@ class FrozenFactor:
         """What does not follow from the weight and the seed."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], in_features: int) -> None:
         """Take over what `state_dict` gave."""
 
     def _use(self, U: Tensor, V: Tensor, residual_norms: Tensor) -> None:
@@ -177,11 +177,14 @@ class GradientFactor(FrozenFactor):
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self.V is None else {"V": self.V}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], in_features: int) -> None:
         V = state.get("V")
-        if V is not None and (V.dim() != 2 or len(V) != self.rank):
-            raise CELoraError(f"saved factor of rank {len(V)}, not {self.rank}; resume with the same configuration.")
-        self.U, self.V = None, V
+        if V is not None and V.shape != (self.rank, in_features):
+            raise CELoraError(
+                f"saved factor of shape {tuple(V.shape)}, not {(self.rank, in_features)}; resume with the same "
+                "configuration and model."
+            )
+        self.U, self.V, self._seen, self._next = None, V, None, None
 
 
 def _rounded(matrix: Tensor, U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -40,8 +41,8 @@ _WORDS = 4096  # at once, in doing so
 _TRL = "fused_lm_head"  # TRL's trainers ask for log-probabilities instead of logits
 _TRL_FIELDS = {"log_probs", "entropy", "is_top1"}
 # Arguments that ask for something which only the model's own head, or a padded batch, can give.
-_REFUSED = ("cache", "past_key_values", "logits_to_keep", "shift_labels", "output_hidden_states", "output_attentions",
-            "output_router_logits")  # fmt: skip
+_REFUSED = ("cache", "past_key_values", "logits_to_keep", "shift_labels")
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")  # also in the configuration
 _UNPACKED = ("inputs_embeds", "cu_seq_lens_q", "seq_idx")  # arguments beside which a batch is not packed (again)
 
 
@@ -90,6 +91,7 @@ class ModelGraft(Measured):
         self.smoothing = 0.0
         self._logits: Logits | None = None  # None until a call has been compared with the model's own head
         self._refused = False
+        self._left: set[str] = set()  # reasons that were said
         self._call: _Call | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,15 +128,20 @@ class ModelGraft(Measured):
         if torch.compiler.is_compiling() or not self.switch.on or self._refused:
             return None
         causal = _language_model(module)
-        if getattr(module, "_is_replica", False) or not _at_hand(causal.get_output_embeddings().weight):
+        if getattr(module, "_is_replica", False) or not _at_hand(causal.get_output_embeddings()):
             return None
         names = tuple(inspect.signature(type(causal).forward).parameters)[1:] if args else ()
         given = dict(zip(names, args, strict=False)) | kwargs
         labels, scored = given.get("labels"), bool(given.get(_TRL))
         trains = module.training and torch.is_grad_enabled()
-        if not isinstance(labels, Tensor) or labels.dim() != 2 or any(_set(given.get(name)) for name in _REFUSED):
+        if not isinstance(labels, Tensor) or not _fit(labels, given) or any(_set(given.get(name)) for name in _REFUSED):
+            return None
+        if any(_set(given.get(name, getattr(causal.config, name, None))) for name in _OUTPUTS):
             return None
         if not (_trl_can_be_served(causal) if scored else trains) or given.get("return_dict") is False:
+            return None
+        if reason := _not_ours(causal):  # so it was at first, or nothing would be hooked here
+            self._leave(f"{reason} by now")
             return None
         next_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         place = (next_labels.flatten() != IGNORED).nonzero()[:, 0]
@@ -199,7 +206,8 @@ class ModelGraft(Measured):
             measure=self.measure if self.mode is Mode.OBSERVE and self.keep_ratio < 1 else None,
         )
         items = given.get("num_items_in_batch")
-        loss = -scores.log_probs.sum() / torch.as_tensor(len(rows) if items is None else items, device=hidden.device)
+        items = items.to(hidden.device) if isinstance(items, Tensor) else len(rows) if items is None else items
+        loss = -scores.log_probs.sum() / items
         if not scored:
             return type(output)(**{**output, "loss": loss, "logits": None})
 
@@ -220,16 +228,20 @@ class ModelGraft(Measured):
     def _refuse(self, causal: nn.Module) -> None:
         """Leave this and all later calls to the model, and say so."""
         self._refused = True
-        does = f"{type(causal).__name__} does something to its logits that is not known"
+        self._leave(f"{type(causal).__name__} does something to its logits that is not known")
+
+    def _leave(self, reason: str) -> None:
+        """Say, once, why the loss is the model's own."""
         if self.smoothing:
             raise CELoraError(
-                f"{does}, so its labels cannot be smoothed here; attach with labelled_head=False and "
+                f"{reason}, so its labels cannot be smoothed here; attach with labelled_head=False and "
                 "padding_free=False."
             )
-        warnings.warn(
-            f"celora: {does}; its own loss is used, over all tokens and with their padding.",
-            stacklevel=2,
-        )
+        if reason not in self._left:
+            self._left.add(reason)
+            warnings.warn(
+                f"celora: {reason}; its own loss is used, over all tokens and with their padding.", stacklevel=2
+            )
 
     def _own(self, module: nn.Module, given: dict[str, Any]) -> Any:
         """What the model makes of this call by itself."""
@@ -327,13 +339,9 @@ def find_language_model(model: nn.Module) -> tuple[PreTrainedModel | None, nn.Mo
     causal = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if causal is None:
         return None, None, f"{type(model).__name__} is not a model of Transformers"
-    head = causal.get_output_embeddings()
-    parameters = inspect.signature(type(causal).forward).parameters
-    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
-        reason = f"{type(causal).__name__} has {'no head' if head is None else f'a {type(head).__name__} as its head'}"
-    elif head.weight.requires_grad or not head.weight.is_floating_point():
-        reason = "its head is trained or quantised"
-    elif causal.loss_function is not ForCausalLMLoss or not {"labels", "logits_to_keep"} <= parameters.keys():
+    if reason := _not_ours(causal):
+        pass
+    elif not {"labels", "logits_to_keep"} <= inspect.signature(type(causal).forward).parameters.keys():
         reason = f"{type(causal).__name__} has a loss of its own"
     elif tuner is not None and type(tuner).forward is not BaseTuner.forward:
         reason = f"{type(tuner).__name__} has a forward of its own, which may add to the loss"
@@ -346,6 +354,29 @@ def find_language_model(model: nn.Module) -> tuple[PreTrainedModel | None, nn.Mo
     return None, None, reason
 
 
+def _not_ours(causal: PreTrainedModel) -> str:
+    """Why the head and the loss of this model, as they are now, are not those that are computed here, or ''."""
+    head: Any = causal.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return f"{type(causal).__name__} has {'no head' if head is None else f'a {type(head).__name__} as its head'}"
+    # FSDP2's own, whose parameters are sharded, are served.
+    if (head._forward_hooks or head._forward_pre_hooks) and not isinstance(head.weight, DTensor):
+        return f"{type(causal).__name__} has a Linear with hooks as its head"
+    if head.weight.requires_grad or not head.weight.is_floating_point():
+        return "its head is trained or quantised"
+    if causal.loss_function is not ForCausalLMLoss:
+        return f"{type(causal).__name__} has a loss of its own"
+    return ""
+
+
+def _fit(labels: Tensor, given: Mapping[str, Any]) -> bool:
+    """Whether these are labels for the tokens; a model's own error says best what is wrong with others."""
+    if labels.dtype != torch.int64 or labels.dim() != 2:
+        return False
+    tokens: Any = next((of for name in ("input_ids", "inputs_embeds") if (of := given.get(name)) is not None), None)
+    return isinstance(tokens, Tensor) and tokens.shape[:2] == labels.shape
+
+
 def _language_model(module: nn.Module) -> Any:
     """The causal language model that a hooked module is or wraps."""
     return module.model if isinstance(module, BaseTuner) else module
@@ -355,9 +386,10 @@ def _set(value: Any) -> bool:
     return isinstance(value, Tensor) or value not in (None, False, 0)
 
 
-def _at_hand(weight: Tensor) -> bool:
+def _at_hand(head: Any) -> bool:
     """Whether the head's weight is here to be multiplied: not offloaded, and not partitioned by DeepSpeed."""
-    return weight.device.type != "meta" and not hasattr(weight, "ds_id")
+    weight = getattr(head, "weight", None)
+    return weight is None or (weight.device.type != "meta" and not hasattr(weight, "ds_id"))
 
 
 def _trl_can_be_served(causal: nn.Module) -> bool:

@@ -14,6 +14,7 @@ PEFT skip its own; whatever is not a vanilla adapter is not lent, and takes PEFT
 
 from __future__ import annotations
 
+import operator
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -96,16 +97,16 @@ class Lender:
             adapter = vanilla_adapter(module)
             return None if isinstance(adapter, str) else adapter
         if self._known is not None:
-            name, A, B, dropout = self._known
-            same = module.lora_A._modules.get(name) is A and module.active_adapters == [name]
-            if same and not module.disable_adapters and not module.merged and not any(map(_touched, (A, B, dropout))):
-                return Adapter(A.weight, B.weight, float(module.scaling[name]), getattr(dropout, "p", 0.0))
+            name, *known = self._known
+            same = all(map(operator.is_, _parts(module, name), known)) and module.active_adapters == [name]
+            if same and not module.disable_adapters and not module.merged and not any(map(_touched, known)):
+                return _lent(module, name)
         adapter, self._known = vanilla_adapter(module), None
         if isinstance(adapter, str):
             return None
         if len(module.active_adapters) == 1:
             (name,) = module.active_adapters
-            self._known = (name, module.lora_A[name], module.lora_B[name], module.lora_dropout[name])
+            self._known = (name, *_parts(module, name))
         return adapter
 
     def settle(self, module: Any) -> None:
@@ -133,7 +134,7 @@ def vanilla_adapter(module: Any) -> Adapter | str:
     name = active[0]
     if name in module.lora_variant:
         return f"its adapter is a variant of LoRA ({type(module.lora_variant[name]).__name__})"
-    parts: list[Any] = [of[name] for of in (module.lora_A, module.lora_B, module.lora_dropout)]
+    parts = _parts(module, name)
     *matrices, dropout = parts
     if any(type(of) is not nn.Linear for of in matrices) or any(of.bias is not None for of in matrices):
         return "its adapter is not two linear layers without bias"
@@ -141,11 +142,21 @@ def vanilla_adapter(module: Any) -> Adapter | str:
         return "its adapter has hooks of its own"
     if not isinstance(dropout, nn.Identity) and type(dropout) is not nn.Dropout:
         return f"its dropout is {type(dropout).__name__}"
-    scaling = module.scaling[name]
-    if not isinstance(scaling, int | float):
+    if not isinstance(module.scaling[name], int | float):
         return "its scaling is not a number"
-    A, B = (of.weight for of in matrices)
-    return Adapter(A, B, float(scaling), getattr(dropout, "p", 0.0))
+    return _lent(module, name)
+
+
+def _parts(module: Any, name: str) -> tuple[Any, Any, Any]:
+    """A, B and dropout of an adapter."""
+    A, B, dropout = (of._modules.get(name) for of in (module.lora_A, module.lora_B, module.lora_dropout))
+    return A, B, dropout
+
+
+def _lent(module: Any, name: str) -> Adapter:
+    A, B, dropout = _parts(module, name)
+    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    return Adapter(A.weight, B.weight, float(module.scaling[name]), p)
 
 
 def _touched(module: nn.Module) -> bool:

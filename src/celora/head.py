@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from celora import kernels
-from celora.select import column_maxima, columns_of, grain, inclusion_probabilities, sample, uniform
+from celora.errors import CELoraError
+from celora.select import as_weights, column_maxima, columns_of, grain, inclusion_probabilities, sample, uniform
 
 # Tokens whose logits are held at once: enough for the product to be fast, and few enough for the memory to be small.
 _CHUNK_NUMBERS, _CHUNK_ROWS = 2**24, 512
@@ -129,6 +130,13 @@ class _Scores(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         count, wanted = len(rows), ctx.needs_input_grad[0]
+        if count and device == "cpu":  # an accelerator would be waited for; its gather asserts the same
+            least, most = (int(of) for of in targets.aminmax())
+            if not 0 <= least <= most < len(weight):
+                raise CELoraError(
+                    f"labels from {least} to {most} for a head of {len(weight)} words; expected 0 to "
+                    f"{len(weight) - 1}, or -100 for no label."
+                )
         real = rows
         if count and device == "cpu":  # a few tokens too many, whose scores are not looked at
             rows, targets = (torch.cat([of, of[:1].expand(-count % grain(count))]) for of in (rows, targets))
@@ -189,7 +197,7 @@ def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tenso
     q = (q / q.sum().clamp(min=torch.finfo(torch.float32).tiny)).to(grad.dtype)
     some, total = columns_of(grad, index), grad.sum(1).float()  # asked for in float32, it would be copied first
     a = total - torch.mv(some, (p[index] >= _CERTAIN).to(some.dtype)).float()
-    some.addr_(a.to(some.dtype), q[index], alpha=-1).mul_(factors.to(some.dtype))
+    some.addr_(a.to(some.dtype), q[index], alpha=-1).mul_(as_weights(factors, some.dtype))
     torch.mm(some, weight.index_select(0, index), out=out)
     left = total - some.sum(1, dtype=torch.float32)
     out.addr_(left.to(out.dtype), torch.mm(q[None], weight)[0])

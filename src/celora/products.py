@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from celora import kernels
 from celora.errors import unknown
-from celora.select import column_maxima, critical_rows, grain, squared_row_norms
+from celora.select import as_weights, column_maxima, critical_rows, grain, squared_row_norms
 
 _OFFSET = 128  # the zero point of unsigned activations
 
@@ -55,7 +55,7 @@ class Product(ABC):
         kept = grad_output if index is None else grad_output.index_select(0, index)
         y = self._multiply(kept, weight)
         if factors is not None:
-            y = y * factors.to(y.dtype)[:, None]
+            y = y.mul_(as_weights(factors, y.dtype)[:, None])
         if index is None:
             return y
         onto = grad_output.new_zeros(grad_output.shape[0], weight.shape[1]) if onto is None else onto

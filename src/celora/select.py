@@ -121,7 +121,8 @@ def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
     certain = torch.arange(k, device=scores.device)
     scale = (k - certain).clamp(min=0) / rest.clamp(min=torch.finfo(torch.float64).tiny)
     fits = scale * ordered <= 1 + 1e-9
-    return (scores * scale[fits.long().argmax()]).clamp(max=1)
+    first = fits.long().argmax(0, keepdim=True)  # not as an index, for which an accelerator would be waited for
+    return (scores * scale.gather(0, first)).clamp(max=1)
 
 
 def sample(probabilities: Tensor, k: int, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,6 +136,11 @@ def sample(probabilities: Tensor, k: int, offset: Tensor) -> tuple[Tensor, Tenso
     points = torch.arange(k, device=edges.device, dtype=edges.dtype) + offset
     index = torch.searchsorted(edges, points, right=True).clamp(max=len(edges) - 1)
     return index, 1 / probabilities[index].clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def as_weights(factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `sample` gave, to multiply numbers of `dtype` with in place: float16 would make some of it infinite."""
+    return factors.to(torch.float32 if dtype == torch.float16 else dtype)
 
 
 def uniform(seed: int, draw: int, device: torch.device) -> Tensor:

@@ -89,6 +89,9 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         graft.estimator.clone().load_state_dict(layers[name])  # refuse what does not fit before anything is changed
     for name, graft in attachment.grafts.items():
         graft.estimator.load_state_dict(layers[name])
+        graft.take_error()  # of a refresh that was interrupted
+    if attachment.forward is not None:
+        attachment.forward.take_error()
     attachment.relative_errors, attachment.over_bound = errors, over_bound
     attachment.clock.step = step
     attachment.agree(list(attachment.grafts))

@@ -20,6 +20,7 @@ from celora.errors import CELoraError
 from celora.estimators.base import Estimator
 from celora.factor import make_factor, replaced
 from celora.select import (
+    as_weights,
     column_scores,
     columns_of,
     energy_count,
@@ -144,7 +145,7 @@ class Columns(Estimator):
         self._draws += 1
         offset = uniform(self.settings.seed, self._draws, grad_output.device)
         index, factors = sample(inclusion_probabilities(self.scores, self.kept), self.kept, offset)
-        left = grad_output.index_select(1, index) * factors.to(grad_output.dtype)
+        left = grad_output.index_select(1, index).mul_(as_weights(factors, grad_output.dtype))
         result = self.product(left, rows_of(weight, index, weight.dtype))
         self.product.forget()  # the next draw's rows may lie where these did
         self.factor.prepare(weight)
@@ -233,8 +234,15 @@ class Columns(Estimator):
                     f"of {self.out_features}; resume with the configuration the state was made with."
                 )
             index = index.to(torch.int64)
-        self.factor.load_state_dict(state)
-        self.scores, self._draws = state.get("scores"), int(state.get("draws", 0))
+        scores = state.get("scores")
+        if scores is not None and scores.shape != (self.out_features,):
+            raise CELoraError(
+                f"saved scores of {scores.numel()} columns for a layer of {self.out_features}; resume with the model "
+                "the state was made with."
+            )
+        self.factor.load_state_dict(state, self.in_features)
+        self.scores, self._draws = scores, int(state.get("draws", 0))
+        self._squared_norms = self._squared_scores = None  # of a refresh that was interrupted
         # The factor follows with the first gradient, when the weight is at hand.
         self.index, self.U_off, self._rows, self._gather = index, None, None, None
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from celora.estimators.base import Estimator
 from celora.factor import make_factor
 from celora.select import (
+    as_weights,
     energy_count,
     inclusion_probabilities,
     measurable,
@@ -111,8 +112,8 @@ class Tokens(Estimator):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
         self._draws = int(state.get("draws", 0))
-        self._share = state.get("share")
-        self.factor.load_state_dict(state)
+        self._share, self._needed = state.get("share"), None
+        self.factor.load_state_dict(state, self.in_features)
 
     def _kept(self, tokens: int, device: torch.device) -> int | None:
         """How many of these tokens to keep; None if that is to be counted from their norms."""
@@ -136,7 +137,7 @@ class Tokens(Estimator):
         self, grad_output: Tensor, weight: Tensor, index: Tensor, factors: Tensor, low_rank: Tensor
     ) -> Tensor:
         exact = self.product(grad_output[index], weight)
-        residual = (exact - low_rank[index]) * factors.to(exact.dtype)[:, None]
+        residual = (exact - low_rank[index]).mul_(as_weights(factors, exact.dtype)[:, None])
         return low_rank.index_add_(0, index, residual)
 
 

@@ -2,7 +2,8 @@
 
 At these sizes the passes decide: scaling, rounding and scattering with torch's operators costs more than the product,
 and a softmax over a vocabulary more than the projection onto it.
-`rows.c` is compiled once (a second or so) for the machine's own instruction set and kept in the user's cache folder.
+`rows.c` is compiled once (a second or so) for the machine's own instruction set and kept in the user's cache folder,
+or, where there is none that can be written to, once a process.
 Without a compiler, `library()` is None and everything works through torch's operators, slower; the planner measures
 what it gets, so it assumes nothing.
 
@@ -11,6 +12,7 @@ what it gets, so it assumes nothing.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -234,10 +236,17 @@ def _build(compiler: str) -> Path:
         *_FLAGS,
     ]
     name = f"rows-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:16]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "celora" / "kernels"
-    if (cache / name).is_file():
-        return cache / name
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "celora" / "kernels"
+        if (cache / name).is_file():
+            return cache / name
+        cache.mkdir(parents=True, exist_ok=True)
+        writable = os.access(cache, os.W_OK)
+    except (OSError, RuntimeError):  # no home folder, or one in which nothing may be made
+        writable = False
+    if not writable:  # for this process alone, as a folder that others could write to must not be trusted
+        cache = Path(tempfile.mkdtemp(prefix="celora-"))
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         built = Path(scratch) / name
         for flags in ((*_FLAGS, _WIDE), _FLAGS):  # not every compiler knows the wide registers' option

@@ -131,6 +131,7 @@ int64_t choose_rows(const float *squared, int64_t rows, int64_t kept, double sha
     for (int64_t t = 0; t < rows; t++) {
         uint32_t bits;
         memcpy(&bits, squared + t, 4);
+        bits &= 0x7fffffff; /* walk_down looks at no sign, which a NaN may have */
         const int chosen = kept == rows || bits > least || (bits == least && last-- > 0);
         position[t] = chosen ? (int32_t)k : -1;
         if (chosen) index[k++] = t;
