@@ -27,6 +27,13 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
+@pytest.mark.parametrize("product", [Native(), Int8(copy=False)], ids=["native", "int8"])
+def test_a_weight_of_a_draw_may_be_beyond_float16(product: Native | Int8) -> None:
+    G, index = torch.full((3, 8), 1e-6, dtype=torch.float16), torch.tensor([1])
+    found = product.rows(G, torch.eye(8, dtype=torch.float16), index, factors=torch.tensor([1e5], dtype=torch.float64))
+    torch.testing.assert_close(found[1], torch.full((8,), 0.1, dtype=torch.float16), rtol=0.06, atol=0)
+
+
 @pytest.mark.parametrize("copies", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -98,7 +98,8 @@ def audit(
     their `.grad`, buffers, random state, clock and selections are afterwards what they were before.
 
     Args:
-        model: celora attached. Its train/eval mode is kept.
+        model: celora attached. Its train/eval mode is kept; in evaluation mode the loss is the model's own, and so is
+            the gradient of its head.
         batch: what the model takes as keyword arguments, `labels` included, or a list of such; moved to the model's
             device.
         loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
