@@ -176,6 +176,20 @@ def test_a_plan_that_loses_the_same_in_every_batch_is_made_more_careful(
     assert careful.predicted_time > plain.predicted_time
 
 
+def test_a_plan_that_misses_its_fidelity_says_so(
+    model: PeftModel, batches: Any, free_estimates: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit = planner._Bench.audit
+
+    def worse(bench: Any, layers: Any, settings: Any, numbers: Any = None) -> Any:
+        found = audit(bench, layers, settings, numbers)
+        return found if numbers is None else dataclasses.replace(found, cosine=0.9)
+
+    monkeypatch.setattr(planner._Bench, "audit", worse)
+    with pytest.warns(UserWarning, match=r"none kept it; this one keeps 0\.9000"):
+        celora.make_plan(model, batches, 0.99)
+
+
 def test_less_fidelity_is_cheaper(model: PeftModel, batches: Any, free_estimates: None) -> None:
     times = [celora.make_plan(model, batches, fidelity).predicted_time for fidelity in (0.8, 0.95, 0.995)]
     assert times == sorted(times)
