@@ -232,9 +232,11 @@ def _step(dtype: str, file: str = "step.jsonl") -> str:
     header = ["model", "data", "PEFT", *shown, reach, "peak memory, exact / auto"]
     absent = {row["arm"]: row["not_run"] for row in found if "not_run" in row}
     left_out = "; ".join(f"{arm}: {reason}" for arm, reason in absent.items())
+    again = dict.fromkeys(row["model"] for row in found if "memory_commit" in row)
+    later = f" (peak memory of {', '.join(again)} in another, later)" if again else ""
     return (
         rows.markdown(header, body)
-        + f"\n\nRatios of medians in one run, {one['dtype']} base, float32 adapters (r = 16 on all linear "
+        + f"\n\nRatios of medians in one run{later}, {one['dtype']} base, float32 adapters (r = 16 on all linear "
         f"layers), {one['threads']} threads, {one['cpu']}, torch {one['torch']}. Not run: {left_out}."
     )
 
