@@ -462,6 +462,24 @@ def test_auto_plans_at_the_start_keeps_the_plan_and_resumes_with_it(inputs, tmp_
     assert json.loads((tmp_path / "parts" / "celora_plan.json").read_text()) == plan
 
 
+def test_a_run_that_was_given_a_plan_resumes_with_its_own_copy(inputs, tmp_path, monkeypatch):
+    short, given = {key: value for key, value in SHORT.items() if key != "celora"}, tmp_path / "given.json"
+    train_auto(inputs, tmp_path / "planned", **short | {"max_steps": 1})
+    plan = json.loads((tmp_path / "planned" / "celora_plan.json").read_text())
+    given.write_text(json.dumps(plan))
+    train_auto(inputs, tmp_path / "out", **short | {"max_steps": 1, "plan": str(given)})
+    other = plan | {"layers": plan["layers"][:1], "threads": 77}
+    for step, change in enumerate((lambda: given.write_text(json.dumps(other)), given.unlink), 2):
+        change()
+        request = parse(["--max_steps", str(step)], {"output": str(tmp_path / "out"), "resume": True})
+        assert train(request, console=Console(file=io.StringIO())).step == step
+        assert json.loads((tmp_path / "out" / "celora_plan.json").read_text()) == plan
+    console = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    train(parse(["--max_steps", "4"], {"output": str(tmp_path / "out"), "resume": True}), console=console)
+    assert "threads and torch has 77 here. The run goes on with it" in console.file.getvalue()
+
+
 def train_auto(inputs, output, **more):
     console = Console(file=io.StringIO(), width=200)
     fidelity = {} if "plan" in more else {"fidelity": 0.95}

@@ -366,14 +366,14 @@ def _configuration(request: TrainRequest, trainer: Any, console: Console) -> tup
         return request.config, None
     options = request.options
     before = request.output / PLAN
-    if options.plan is not None:
-        plan = Plan.load(options.plan)
-        plan.check(trainer.model)
-    elif options.resume and before.is_file():  # the run goes on as it began, wherever that is
+    if options.resume and before.is_file():  # the run goes on as it began, wherever that is
         plan = Plan.load(before)
         plan.check_layers(trainer.model)
         if reason := plan.elsewhere(trainer.model):
             _say(console, False, f"Note: {reason}. The run goes on with it, but what it estimates may not pay here.")
+    elif options.plan is not None:
+        plan = Plan.load(options.plan)
+        plan.check(trainer.model)
     else:
         plan = _plan(request, trainer, console)
     _say(console, options.quiet, str(plan))
