@@ -385,6 +385,21 @@ def test_nothing_that_was_changed_under_the_same_name_is_resumed_with(inputs, tm
     assert train(parse(["--max_steps", "5"], other)).step == 5  # which may be chosen anew
 
 
+@pytest.mark.filterwarnings("ignore:`(pad|eos)_token` is deprecated:FutureWarning")
+def test_special_tokens_are_resumed_with_and_secrets_are_not_written_down(inputs, tmp_path):
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=1, pad_token="<unk>", hub_token="hf_secret")
+    assert "hf_secret" not in "".join(file.read_text() for file in output.glob("*.json*"))
+    own = {"output": str(output), "resume": True, "quiet": True}
+    train(parse(["--max_steps", "2", "--pad_token", "<unk>", "--hub_token", "another"], own))
+    train(parse(["--max_steps", "3"], own))
+    assert json.loads((output / "tokenizer_config.json").read_text())["pad_token"] == "<unk>"
+    with pytest.raises(CELoraError, match=r"cannot change pad_token \('<unk>' -> '<pad>'\)"):
+        parse(["--pad_token", "<pad>"], own)
+    with pytest.raises(CELoraError, match=r"cannot change eos_token \(None -> '<unk>'\)"):
+        parse(["--eos_token", "<unk>"], own)
+
+
 @pytest.mark.fault(
     "crash",
     "run.json edited by hand",

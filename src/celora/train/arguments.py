@@ -41,6 +41,8 @@ BALANCED = frozenset({"paper"})
 RESUMABLE = ("max_steps", "num_train_epochs", "quiet", "report_to", "run_name", "log_level", "disable_tqdm")
 RESUMABLE_PREFIXES = ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_num_", "dataloader_pin_", "hub_")
 
+SECRETS = frozenset({"hub_token", "push_to_hub_token"})  # never written into a folder
+
 
 def read_yaml(path: str | Path) -> dict[str, object]:
     """A YAML file as a raw mapping; a saved celora_config.json counts as its `celora:` part."""
@@ -188,6 +190,11 @@ def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> Tra
     request = make_request(before["given"] | raw)
     _check_same_run(before, request)
     return request
+
+
+def recorded(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for, to be written down: `make_request` of it is the same request, without secrets."""
+    return {name: value for name, value in given.items() if name not in SECRETS}
 
 
 def check_record(path: Path, record: Mapping[str, Any]) -> None:

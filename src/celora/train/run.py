@@ -31,7 +31,7 @@ from celora.config import CELoraConfig
 from celora.errors import CELoraError
 from celora.plan import Plan
 from celora.planner import DEFAULT_FIDELITY, MOST_BATCHES
-from celora.train.arguments import TrainRequest, check_record, sft_config
+from celora.train.arguments import TrainRequest, check_record, recorded, sft_config
 from celora.train.checkpointing import choose_checkpointing
 from celora.train.doctor import PACKAGES
 from celora.train.fingerprint import check_same, fingerprints
@@ -329,13 +329,14 @@ def _record(request: TrainRequest, args: Any, attached: Any) -> dict[str, Any]:
         "celora": celora.__version__,
         "status": "running",
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "given": {k: v for k, v in request.given.items() if not k.endswith("_token")},
+        "given": recorded(request.given),
         "preset": request.preset,
         "config": request.config.to_dict(),
         "r": request.r,
         "processes": processes(),
         "lora": request.lora,
-        "train": args.to_dict(),  # hides tokens
+        # Which hides every name that ends so, the words of the vocabulary among them.
+        "train": args.to_dict() | {name: request.train.get(name) for name in ("eos_token", "pad_token")},
         "estimated_layers": len(attached.estimated),
         "layers": [asdict(layer) for layer in attached.layers],
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
