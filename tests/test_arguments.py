@@ -14,7 +14,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from celora.config import LayerConfig
 from celora.errors import CELoraError
-from celora.train.arguments import estimator_config, make_request, parse, read_yaml, sft_config
+from celora.train.arguments import estimator_config, make_request, parse, read_yaml, recorded, sft_config
 from celora.train.fields import DEFAULTS, REFUSED, convert, help_all, known_fields
 from celora.train.yaml_file import set_environment
 
@@ -329,6 +329,18 @@ def test_resume_keeps_earlier_arguments_and_refuses_to_change_the_run(tmp_path):
     write(tmp_path / "run.json", json.dumps(record, default=str))
     fails([], "cannot change the number of processes (2 -> 1)", own={"output": str(tmp_path), "resume": True})
     fails([], "nothing to resume", own={"output": str(tmp_path / "none"), "resume": True})
+
+
+def test_what_json_cannot_hold_is_resumed_with(tmp_path):
+    init = {"rope_theta": float("inf"), "max_memory": {0: "1GiB"}}
+    request = make_request({**OWN, "output": str(tmp_path), "max_grad_norm": "inf", "model_init_kwargs": init})
+    record = {"celora": "0", "given": recorded(request.given), "train": {"max_grad_norm": None}, "lora": request.lora}
+    record |= {"r": request.r, "config": request.config.to_dict()}
+    write(tmp_path / "run.json", json.dumps(record, allow_nan=False))
+    again = {"output": str(tmp_path), "resume": True}
+    assert parse(["--max_grad_norm", "inf"], again).train["max_grad_norm"] == float("inf")
+    assert parse([], again).train["model_init_kwargs"] == {"rope_theta": float("inf"), "max_memory": {"0": "1GiB"}}
+    fails(["--max_grad_norm", "2"], "cannot change max_grad_norm (inf -> 2)", own=again)
 
 
 @pytest.mark.fault(

@@ -133,6 +133,13 @@ def test_auto_plans_once(inputs: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert (plan["fidelity"], plan["memory_limit"]) == (0.9, 2**20)
 
 
+def test_goes_on_without_clipping_and_keeps_no_secret(inputs: Path, tmp_path: Path) -> None:
+    for token in ("hf_first", "hf_second"):  # which is nothing that the results depend on
+        given = settings(inputs, tmp_path / "out", max_grad_norm="inf", max_steps=1, hub_token=token)
+        compare(given, arms=("LoRA", "exact"), seeds=1)
+    assert "hf_" not in (tmp_path / "out" / "compare.json").read_text()
+
+
 def test_given_held_out_rows(inputs: Path, tmp_path: Path) -> None:
     save_rows(tmp_path / "test.jsonl", 6)
     compare(settings(inputs, tmp_path / "out", eval_data=str(tmp_path / "test.jsonl")), arms=("LoRA", "exact"), seeds=1)

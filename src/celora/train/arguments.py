@@ -7,6 +7,7 @@ directly: `make_request({"model": ..., "data": ..., "output": ..., "max_steps": 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from celora.train.fields import (
     known_name,
     read_flags,
 )
-from celora.train.folder import RUN, OutputFolder
+from celora.train.folder import RUN, OutputFolder, finite
 from celora.train.processes import processes
 from celora.train.yaml_file import read_document
 
@@ -193,8 +194,15 @@ def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> Tra
 
 
 def recorded(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked for, to be written down: `make_request` of it is the same request, without secrets."""
-    return {name: value for name, value in given.items() if name not in SECRETS}
+    """What was asked for, to be written down: `make_request` of it is the same request, without secrets.
+
+    What JSON cannot hold (`max_grad_norm` may be infinite) becomes text that `convert` reads back.
+    """
+    return {
+        name: value if finite(value) == value else json.dumps(value, default=str)
+        for name, value in given.items()
+        if name not in SECRETS
+    }
 
 
 def check_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -222,7 +230,7 @@ def _is_summary(value: object) -> bool:
 
 def _check_same_run(before: Mapping[str, Any], request: TrainRequest) -> None:
     """Refuse to resume with an argument that would make the rest a different run."""
-    settled = before["train"] | before["lora"] | before["given"]
+    settled = before["train"] | before["lora"] | make_request(before["given"]).given
     changed = {
         name: (settled.get(name), value)
         for name, value in request.given.items()

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from celora.errors import CELoraError, unknown
 from celora.files import read_json, replacing, write_text
-from celora.train.arguments import PLANNING, TrainRequest, make_request
+from celora.train.arguments import PLANNING, TrainRequest, make_request, recorded
 from celora.train.folder import LOCK, PLAN, OutputFolder, write_json, writing_to
 from celora.train.loading import load_tokenizer, quiet_libraries, training_rows
 from celora.train.report import write_report
@@ -161,7 +161,7 @@ def _time_left(outcomes: Sequence[Outcome], runs: int) -> str:
 def _claim(output: Path, request: TrainRequest) -> None:
     """Mark the folder as this comparison's, or refuse one that is another's."""
     # How the runs are shown may change between one call and the next; what they do may not.
-    given = {k: v for k, v in request.given.items() if k not in ("output", "quiet")}
+    given = {k: v for k, v in recorded(request.given).items() if k not in ("output", "quiet")}
     record = output / RECORD
     if record.is_file():
         document = read_json(record)
