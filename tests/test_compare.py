@@ -208,6 +208,26 @@ def test_another_comparisons_folder_is_refused(inputs: Path, tmp_path: Path) -> 
         compare(settings(inputs, other, max_steps=4), arms=("LoRA", "exact"), seeds=1)
 
 
+def test_one_table_is_of_one_model_and_of_the_same_rows(inputs: Path, tmp_path: Path) -> None:
+    model, data = save_tiny_model(tmp_path / "model"), save_rows(tmp_path / "rows.jsonl", 24)
+    held_out = save_rows(tmp_path / "test.jsonl", 6)
+    given = settings(inputs, tmp_path / "out", model=str(model), data=str(data), max_steps=1, eval_data=str(held_out))
+    compare(given, arms=("LoRA", "exact"), seeds=1)
+    for file, what in (
+        (data, "data"),
+        (held_out, "evaluation data"),
+        (model / "config.json", "tokenizer or configura"),
+    ):
+        before = file.read_bytes()
+        file.write_bytes(before + b"\n")
+        with pytest.raises(
+            CELoraError, match=rf"^the {what}.* is not what the comparison was started with; put it back"
+        ):
+            compare(given, arms=("exact", "paper"), seeds=1)
+        file.write_bytes(before)
+    compare(given, arms=("LoRA", "exact"), seeds=1)
+
+
 @pytest.mark.parametrize("content", ["[]", '{"given": 3}', "{}"])
 def test_a_record_edited_by_hand_is_one_line(inputs: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "compare.json").write_text(content)

@@ -375,7 +375,7 @@ def test_nothing_that_was_changed_under_the_same_name_is_resumed_with(inputs, tm
             save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}, file, metadata={"format": "pt"})
         else:
             file.write_bytes(before.replace(b"w7", b"w8") if file in (data, rows) else before + b"\n")
-        with pytest.raises(CELoraError, match=rf"^--resume: the {what} in .* is not what the run was started with"):
+        with pytest.raises(CELoraError, match=rf"^the {what} in .* is not what the run was started with"):
             train(parse(*again))
         file.unlink()
         file.write_bytes(before)  # with other dates

@@ -22,6 +22,7 @@ from rich.table import Table
 from celora.errors import CELoraError, unknown
 from celora.files import read_json, replacing, write_text
 from celora.train.arguments import PLANNING, TrainRequest, make_request, recorded
+from celora.train.fingerprint import check_same, fingerprints
 from celora.train.folder import LOCK, PLAN, OutputFolder, write_json, writing_to
 from celora.train.loading import load_tokenizer, quiet_libraries, training_rows
 from celora.train.report import write_report
@@ -106,7 +107,7 @@ def compare(
         console: for progress.
 
     Raises:
-        CELoraError: bad input, or a folder that holds another comparison.
+        CELoraError: bad input, or a folder that holds another comparison, or one of other rows or another model.
     """
     console = console or Console(stderr=True, highlight=False)
     for arm in arms:
@@ -162,7 +163,7 @@ def _claim(output: Path, request: TrainRequest) -> None:
     """Mark the folder as this comparison's, or refuse one that is another's."""
     # How the runs are shown may change between one call and the next; what they do may not.
     given = {k: v for k, v in recorded(request.given).items() if k not in ("output", "quiet")}
-    record = output / RECORD
+    record, made_from = output / RECORD, fingerprints(request)
     if record.is_file():
         document = read_json(record)
         before = document.get("given") if isinstance(document, dict) else None
@@ -175,13 +176,14 @@ def _claim(output: Path, request: TrainRequest) -> None:
                 f"--output {str(output)!r} holds a comparison with {key}={before.get(key)!r}, not {given.get(key)!r}; "
                 "choose another folder, or give the same arguments to go on with it"
             )
+        check_same(document.get("made_from"), made_from, of="comparison")
         return
     unmarked = (LOCK, f".{RECORD}.tmp")  # left by a comparison that was killed before it marked the folder
     with writing_to(output):
         if output.exists() and (not output.is_dir() or any(entry.name not in unmarked for entry in output.iterdir())):
             raise CELoraError(f"--output {str(output)!r} holds something else; choose a new folder")
         output.mkdir(parents=True, exist_ok=True)
-    write_json(record, {"given": given})
+    write_json(record, {"given": given, "made_from": made_from})
 
 
 def _split(request: TrainRequest, output: Path) -> dict[str, str | None]:

@@ -48,13 +48,11 @@ def fingerprints(request: TrainRequest) -> dict[str, str]:
     return of
 
 
-def check_same(before: object, now: dict[str, str]) -> None:
-    """Refuse to resume where a fingerprint is known and is another one now; CELoraError."""
+def check_same(before: object, now: dict[str, str], *, of: str = "run") -> None:
+    """Refuse to go on where a fingerprint is known and is another one now; CELoraError."""
     for name, digest in now.items():
         if isinstance(before, dict) and before.get(name, digest) != digest:
-            raise CELoraError(
-                f"--resume: the {name} is not what the run was started with; put it back or start a new run"
-            )
+            raise CELoraError(f"the {name} is not what the {of} was started with; put it back or start a new {of}")
 
 
 def _matching(source: str, *patterns: str) -> list[Path]:
