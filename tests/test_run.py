@@ -186,6 +186,18 @@ def test_resume_of_a_finished_run_says_so(finished):
     assert "is finished, at step 6" in console.file.getvalue()
 
 
+def test_a_finished_run_without_checkpoints_is_not_trained_again(inputs, tmp_path):
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=-1, num_train_epochs=0.5, save_strategy="no")
+    before = {entry.name: entry.stat().st_mtime_ns for entry in output.iterdir()}
+    again = {"output": str(output), "resume": True, "quiet": True}
+    assert train(parse(["--max_steps", "2"], again)).status == "already finished"  # at step 3
+    for flags in (["--max_steps", "4"], ["--num_train_epochs", "1"]):
+        with pytest.raises(CELoraError, match="no checkpoint to go on from is left; --overwrite trains anew"):
+            train(parse(flags, again))
+    assert {entry.name: entry.stat().st_mtime_ns for entry in output.iterdir()} == before
+
+
 def test_resume_never_goes_back(inputs, tmp_path):
     output = tmp_path / "out"
     go(inputs, output, max_steps=3)

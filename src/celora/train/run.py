@@ -152,7 +152,8 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
     earlier = folder.run() if options.resume else None
     if earlier:
         check_record(folder.path / RUN, earlier)
-    if earlier and earlier.get("status") == "finished" and not _longer(earlier["given"], request.given):
+    finished = earlier is not None and earlier.get("status") == "finished"
+    if earlier and finished and not _longer(earlier, request.given):
         step = int(earlier["summary"]["step"])
         _say(
             console, options.quiet, f"{request.output} is finished, at step {step}; a larger --max_steps continues it."
@@ -187,6 +188,10 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         resumed: tuple[Path, dict[str, Any]] | None = from_first(
             folder.last_checkpoint(lambda line: _say(console, False, line)) if options.resume and first else None
         )
+        if finished and resumed is None:
+            raise CELoraError(
+                f"{request.output} is finished and no checkpoint to go on from is left; --overwrite trains anew"
+            )
         checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
         if 0 < args.max_steps < marker["step"]:
             raise CELoraError(f"max_steps={args.max_steps}, but the run is saved at step {marker['step']}; give more")
@@ -311,12 +316,12 @@ def _say(console: Console, quiet: bool, line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
+def _longer(earlier: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether the run now asked for goes on where the finished one ended."""
-    return any(
-        now.get(name) is not None and float(now[name]) > float(before.get(name) or default)
-        for name, default in (("max_steps", 0), ("num_train_epochs", 3))
-    )
+    if (steps := now.get("max_steps", -1)) > 0:
+        return bool(steps > earlier["summary"]["step"])
+    before, after = (float(given.get("num_train_epochs", 3)) for given in (earlier["given"], now))
+    return after > before
 
 
 def _evaluated(metrics: Path, state: Any) -> bool:
