@@ -118,8 +118,11 @@ def test_the_best_of_its_checkpoints_is_what_is_left(inputs, tmp_path):
         inputs, output, eval_data=inputs["data"], eval_strategy="steps", eval_steps=2, save_steps=2,
         learning_rate=1e-2, **best,
     )  # fmt: skip
-    losses = {row["step"]: row["eval_loss"] for row in read_metrics(output / "metrics.jsonl") if "eval_loss" in row}
+    *rows, last = (row for row in read_metrics(output / "metrics.jsonl") if "eval_loss" in row)
+    losses = {row["step"]: row["eval_loss"] for row in rows}
+    assert list(losses) == [2, 4, 6]
     step = max(losses, key=losses.get)
+    assert last["eval_loss"] == result.summary["eval_loss"] == losses[step]
     assert (result.status, step) == ("finished", 2)
     for name, value in adapter(output / f"checkpoint-{step}").items():
         assert value.equal(adapter(output)[name])

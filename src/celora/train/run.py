@@ -233,7 +233,7 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
                     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
                 early = stop.asked and trainer.state.global_step < trainer.state.max_steps
                 if not early:
-                    evaluated = from_first(metrics is not None and _evaluated(metrics.path, trainer.state))
+                    evaluated = from_first(metrics is not None and _evaluated(metrics.path, trainer))
                     if eval_rows is not None and not evaluated:
                         trainer.evaluate()
                     save_adapter(trainer, request.output)
@@ -324,8 +324,12 @@ def _longer(earlier: dict[str, Any], now: dict[str, Any]) -> bool:
     return after > before
 
 
-def _evaluated(metrics: Path, state: Any) -> bool:
-    return any(row["step"] == state.global_step and "eval_loss" in row for row in read_metrics(metrics))
+def _evaluated(metrics: Path, trainer: Any) -> bool:
+    """Whether the last evaluation is that of the adapter which is saved."""
+    step, best = trainer.state.global_step, trainer.state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best and Path(best).name != f"checkpoint-{step}":
+        return False
+    return any(row["step"] == step and "eval_loss" in row for row in read_metrics(metrics))
 
 
 def _record(request: TrainRequest, args: Any, attached: Any) -> dict[str, Any]:
