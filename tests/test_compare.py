@@ -127,10 +127,16 @@ def test_auto_plans_once(inputs: Path, tmp_path: Path, monkeypatch: pytest.Monke
     plans: list[int] = []
     make = celora.make_plan
     monkeypatch.setattr(celora, "make_plan", lambda *a, **k: plans.append(1) or make(*a, **k))
-    compare(settings(inputs, tmp_path / "out", fidelity=0.9, memory_limit=1), arms=("LoRA", "auto"), seeds=2)
+    given = settings(inputs, tmp_path / "out", fidelity=0.9, memory_limit=1)
+    found = compare(given, arms=("LoRA", "auto"), seeds=2)
     assert len(plans) == 1
     plan = json.loads((tmp_path / "out" / "auto-seed1" / "celora_plan.json").read_text())
     assert (plan["fidelity"], plan["memory_limit"]) == (0.9, 2**20)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert compare(given, arms=("LoRA", "auto"), seeds=2) == found
+    with pytest.raises(CELoraError, match=r"torch has 77 here; run the comparison as it was begun .* another folder"):
+        compare(given, arms=("LoRA", "auto"), seeds=3)
+    assert not (tmp_path / "out" / "LoRA-seed2").exists()
 
 
 def test_goes_on_without_clipping_and_keeps_no_secret(inputs: Path, tmp_path: Path) -> None:

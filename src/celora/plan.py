@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import device as Device
 from torch import nn
 
 from celora.config import PRESETS, CELoraConfig, LayerConfig
@@ -139,7 +140,7 @@ class Plan:
                 torch has another number of threads.
         """
         self.check_layers(model)
-        if reason := self.elsewhere(model):
+        if reason := self.elsewhere(next(model.parameters()).device):
             raise CELoraError(f"{reason}; make a new plan.")
 
     def check_layers(self, model: nn.Module) -> None:
@@ -158,9 +159,8 @@ class Plan:
                     f"{layer.out_features} x {layer.in_features} in the plan; make a new plan."
                 )
 
-    def elsewhere(self, model: nn.Module) -> str:
+    def elsewhere(self, device: Device) -> str:
         """Why the plan's times are not those of this machine, or ''."""
-        device = next(model.parameters()).device
         if (here := device_name(device)) != self.device:
             return f"the plan was measured on {self.device!r} and this is {here!r}"
         if device.type == "cpu" and torch.get_num_threads() != self.threads:

@@ -21,7 +21,8 @@ from rich.table import Table
 
 from celora.errors import CELoraError, unknown
 from celora.files import read_json, replacing, write_text
-from celora.train.arguments import PLANNING, TrainRequest, make_request, recorded
+from celora.plan import Plan
+from celora.train.arguments import PLANNING, TrainRequest, make_request, recorded, sft_config
 from celora.train.fingerprint import check_same, fingerprints
 from celora.train.folder import LOCK, PLAN, OutputFolder, write_json, writing_to
 from celora.train.loading import load_tokenizer, quiet_libraries, training_rows
@@ -123,6 +124,8 @@ def compare(
     _claim(output, probe)
     with OutputFolder(output).locked(), quiet_libraries():
         data = _split(probe, output)
+        if "auto" in arms:
+            _check_plan(output, probe, seeds)
 
     outcomes: list[Outcome] = []
     for seed in range(seeds):
@@ -203,6 +206,17 @@ def _split(request: TrainRequest, output: Path) -> dict[str, str | None]:
             with replacing(file) as temporary:
                 parts[part].to_json(str(temporary))
     return {"data": str(train_file), "eval_data": str(held_out_file), "dataset_config": None}
+
+
+def _check_plan(output: Path, request: TrainRequest, seeds: int) -> None:
+    """Refuse before anything is trained what a run to come would refuse: the plan of the first was made elsewhere."""
+    plan, *others = (output / f"auto-seed{seed}" / PLAN for seed in range(seeds))
+    if not plan.is_file() or all(other.is_file() for other in others):  # a run goes on with its own
+        return
+    if reason := Plan.load(plan).elsewhere(sft_config(request).device):
+        raise CELoraError(
+            f"{reason}; run the comparison as it was begun (OMP_NUM_THREADS sets the threads) or choose another folder"
+        )
 
 
 def _run(arm: str, seed: int, own: dict[str, Any], folder: Path, console: Console) -> Outcome:

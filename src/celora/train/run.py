@@ -379,7 +379,7 @@ def _configuration(request: TrainRequest, trainer: Any, console: Console) -> tup
     if options.resume and before.is_file():  # the run goes on as it began, wherever that is
         plan = Plan.load(before)
         plan.check_layers(trainer.model)
-        if reason := plan.elsewhere(trainer.model):
+        if reason := plan.elsewhere(next(trainer.model.parameters()).device):
             _say(console, False, f"Note: {reason}. The run goes on with it, but what it estimates may not pay here.")
     elif options.plan is not None:
         plan = Plan.load(options.plan)
