@@ -73,10 +73,10 @@ def test_attaching_a_plan_gives_each_layer_its_estimator(model: PeftModel) -> No
 def test_the_head_is_part_of_a_plan(model: PeftModel, tmp_path: Path) -> None:
     share = LayerConfig("columns", keep_ratio=0.1, rank=0)
     candidates = (Candidate(LayerConfig("dense"), 8.0, 0.0), Candidate(share, 1.0, 0.02))
-    plan = make(model, head=PlannedLayer(HEAD, 97, 48, 1.0, candidates, 1))
+    plan = make(model, head=PlannedLayer(HEAD, 61, 48, 1.0, candidates, 1))
     plan.save(tmp_path)
     assert Plan.load(tmp_path) == plan
-    assert re.search(r"head +x1 +97 x 48 +columns 0.1 +0.12 +0.020", str(plan))
+    assert re.search(r"head +x1 +61 x 48 +columns 0.1 +0.12 +0.020", str(plan))
     assert plan.config().head_keep_ratio == 0.1
     report = celora.attach(model, plan)
     assert any("its gradient through 0.1 of the words" in note for note in report.notes)
@@ -106,6 +106,9 @@ def test_a_plan_for_something_else_is_refused(model: PeftModel) -> None:
     larger = dataclasses.replace(make(model).layers[0], out_features=160)
     with pytest.raises(CELoraError, match="is 80 x 48 here, 160 x 48 in the plan"):
         celora.attach(model, make(model, layers=(larger,)))
+    words = dataclasses.replace(larger, name=HEAD, out_features=128_000)
+    with pytest.raises(CELoraError, match="'head' is 61 x 48 here, 128000 x 48 in the plan"):
+        celora.attach(model, make(model, head=words))
     assert celora.attach(make_model(), make(model)).estimated
 
 

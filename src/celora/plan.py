@@ -21,6 +21,7 @@ from torch import nn
 from celora.config import PRESETS, CELoraConfig, LayerConfig
 from celora.errors import CELoraError, unknown
 from celora.files import inside, read_json, write_text
+from celora.forward import find_language_model
 from celora.weights import shape_of
 
 PLAN_NAME = "celora_plan.json"
@@ -145,9 +146,11 @@ class Plan:
 
     def check_layers(self, model: nn.Module) -> None:
         """Refuse a plan that cannot be carried out: a planned layer is missing or has another shape."""
-        tuners = {name: m.get_base_layer() for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-        for layer in self.layers:
-            base = tuners.get(layer.name)
+        found = {name: m.get_base_layer() for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+        if (causal := find_language_model(model)[0]) is not None:
+            found[HEAD] = causal.get_output_embeddings()
+        for layer in self.layers if causal is None else self._all:  # the head stays exact where celora has none
+            base = found.get(layer.name)
             if base is None:
                 raise CELoraError(
                     f"the plan is for another model: there is no adapted layer {layer.name!r} here; make a new plan."
