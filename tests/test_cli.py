@@ -281,6 +281,7 @@ def test_plan_then_audit_and_train_with_it(inputs, capsys, tmp_path):
     base = ["train", "--model", model, "--data", rows, "--output", tmp_path / "none"]
     assert "fidelity belongs to a plan" in error_line(capsys, *base, "--preset", "paper", "--fidelity", 0.9)
     assert "fidelity=1.5; expected a cosine" in error_line(capsys, *base, "--preset", "auto", "--fidelity", 1.5)
+    assert "fidelity=0.0; expected a cosine" in error_line(capsys, *plan, "--overwrite", "--fidelity", 0)
     assert "memory_limit=-1;" in error_line(capsys, *base, "--preset", "auto", "--memory_limit", -1)
     assert "expected a file in a folder that exists" in error_line(capsys, *plan[:5], "--output", tmp_path)
 

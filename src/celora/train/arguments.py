@@ -174,7 +174,8 @@ def _without_aliases_in_model_init(values: dict[str, Any]) -> dict[str, Any]:
 
 def raw_arguments(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> dict[str, object]:
     """Flags (and options already parsed by the command line) over what the file in --config holds."""
-    flags = {name: value for name, value in (own or {}).items() if value not in (None, False)} | read_flags(tokens)
+    flags = {name: value for name, value in (own or {}).items() if value is not None and value is not False}
+    flags |= read_flags(tokens)
     if isinstance(named := flags.get("config"), list):
         raise CELoraError(f"--config takes one file, got {len(named)}")
     return (read_yaml(str(named)) if named else {}) | flags
