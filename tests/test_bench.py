@@ -95,6 +95,9 @@ def test_data() -> None:
     [
         ("h64", "expected MODEL:DATA"),
         ("llama:full", "model 'llama'; expected smollm2 or a shape like h1024-v32k"),
+        ("h200-v1k:instruct", "model 'h200-v1k'; expected words, and a hidden size that heads of about 64 can share"),
+        ("h0-v1k:full", "model 'h0-v1k'; expected words"),
+        ("h64-v0k:full", "model 'h64-v0k'; expected words"),
         ("h64-v1k:half", "unknown data 'half'"),
         ("h64-v1k:demo", "data 'demo' is text; it needs the model smollm2"),
         ("h64-v1k:full:float8", "unknown dtype 'float8'"),

@@ -231,7 +231,7 @@ def test_an_overwrite_that_fails_before_its_first_step_brings_the_run_back(input
 
     with monkeypatch.context() as patch:
         on_build(patch, fail)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(CELoraError, match="division by zero"):
             go(inputs, output, max_steps=3, overwrite=True)
     assert {entry.name: entry.stat().st_size for entry in output.iterdir()} == before
     assert json.loads((output / "run.json").read_text())["status"] == "finished"
@@ -308,6 +308,8 @@ def test_biases_train_and_are_saved_with_checkpointing(inputs, tmp_path):
     [
         ({"lora_target_modules": ["nothing"]}, "Target modules"),
         ({"eval_strategy": "steps"}, "--eval-data"),
+        ({"eval_on_start": True}, "eval_on_start=True needs rows .* --eval-data"),
+        ({"activation_offloading": True, "use_cpu": True}, "activation_offloading=True needs an accelerator"),
         ({"model": "./nowhere"}, "no such folder"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0; expected a number >= 0"),
         ({"lora_target_modules": ["["]}, "unterminated character set"),
@@ -324,9 +326,9 @@ def test_bad_runs_are_one_line(inputs, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr_scheduler_kwargs": {"bogus": 1}}, "no scheduler of learning rates with these settings: .*bogus"),
-        ({"optim_args": "bogus"}, "no optimizer with these settings"),
-        ({"dataloader_persistent_workers": True}, "no loader of batches with these settings: .*num_workers"),
+        ({"lr_scheduler_kwargs": {"bogus": 1}}, "no training with these settings: .*bogus"),
+        ({"optim_args": "bogus"}, "no training with these settings"),
+        ({"dataloader_persistent_workers": True}, "no training with these settings: .*num_workers"),
     ],
 )
 def test_what_a_library_refuses_late_is_one_line_and_brings_the_earlier_run_back(inputs, tmp_path, change, message):
@@ -337,6 +339,30 @@ def test_what_a_library_refuses_late_is_one_line_and_brings_the_earlier_run_back
         train(make_request({**inputs, **SHORT, **change, "output": str(output), "overwrite": True, "quiet": True}))
     assert "\n" not in str(caught.value)
     assert all(before[name].equal(value) for name, value in adapter(output).items())
+
+
+def test_a_metric_that_no_evaluation_has_is_one_line(inputs, tmp_path):
+    best = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "nope"}
+    with pytest.raises(CELoraError, match=r"'eval_nope', which is not found .*eval_loss") as caught:
+        go(inputs, tmp_path / "out", eval_data=inputs["data"], **best)
+    assert "\n" not in str(caught.value)
+
+
+def test_data_without_a_whole_batch_is_one_line(inputs, tmp_path):
+    whole = {"dataloader_drop_last": True}
+    with pytest.raises(CELoraError, match="no batch: 24 rows for batches of 25"):
+        go(inputs, tmp_path / "out", per_device_train_batch_size=25, **whole)
+    with pytest.raises(CELoraError, match="no batch: 24 rows for batches of 25"):
+        run_module.audit_model(make_request({**inputs, "output": str(tmp_path), "preset": "exact", **whole}), rows=25)
+
+
+def test_a_bug_and_a_lack_of_memory_are_not_refusals():
+    with pytest.raises(CELoraError, match=r"no step .*: JSONDecodeError: Expecting"), run_module.refused("step"):
+        json.loads("")
+    with pytest.raises(MemoryError), run_module.refused("step"):
+        raise MemoryError
+    with pytest.raises(AttributeError, match="'r'"), run_module.refused("step"):
+        run_module.rank_line(None)
 
 
 @pytest.mark.fault(

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from celora.errors import CELoraError
+from celora.errors import CELoraError, out_of_memory
 from celora.files import check_name, write_text
 
 HELP = """Cheaper LoRA fine-tuning: estimate the one expensive product of the backward pass, and see what it cost you.
@@ -455,7 +455,7 @@ def _break_down(error: Exception) -> int:
     """Status 1: a line for what the machine ran out of, a traceback for what is a bug."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         typer.echo(f"failed: {error}; make room and run it again, --resume continues a training", err=True)
-    elif _out_of_memory(error):
+    elif out_of_memory(error):
         typer.echo(
             f"failed: out of memory ({next(iter(str(error).splitlines()), 'no more is said')}); lower "
             "--per_device_train_batch_size or --max_length, or give --gradient_checkpointing true",
@@ -465,15 +465,6 @@ def _break_down(error: Exception) -> int:
         traceback.print_exception(error)
         typer.echo("This is a bug in celora: please report it together with what `celora doctor` prints.", err=True)
     return 1
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # By name: torch may not be imported yet. Its CPU allocator raises a bare RuntimeError.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )
 
 
 if __name__ == "__main__":

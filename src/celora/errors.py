@@ -20,3 +20,13 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> CELoraError:
     near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return CELoraError(f"unknown {kind} {name!r}{hint} Known: {', '.join(choices)}")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is how Python or torch says that there is no memory left."""
+    # By name: torch may not be imported yet. Its CPU allocator raises a bare RuntimeError.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )

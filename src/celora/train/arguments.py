@@ -124,6 +124,10 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
             f"attn_implementation={values['attn_implementation']!r} is refused: it names code on the hub, which celora "
             "never runs; install flash-attn and give flash_attention_2, or give sdpa"
         )
+    if (values.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
+        raise CELoraError(
+            "skip_prepare_dataset in dataset_kwargs is refused: the rows are text, which has to be tokenised"
+        )
     if values.get("resume") and values.get("overwrite"):
         raise CELoraError("--resume and --overwrite exclude each other")
 
@@ -154,8 +158,6 @@ def _without_aliases_in_model_init(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with what model_init_kwargs holds under the names that it has elsewhere; CELoraError for what it may not
     hold."""
     known, init = known_fields(), values.get("model_init_kwargs") or {}
-    if not isinstance(init, dict):
-        raise CELoraError(f"model_init_kwargs={init!r}; expected a mapping (JSON on the command line)")
     moved: dict[str, Any] = {}
     for key, value in init.items():
         if key in REFUSED:
@@ -275,9 +277,12 @@ def sft_config(request: TrainRequest) -> Any:
             # transformers renamed these and warns about the old names, even when they say "off".
             train[new], train[old] = train.get(new, train[old]), None
     try:
-        return SFTConfig(
+        args = SFTConfig(
             output_dir=str(request.output), disable_tqdm=True, **{k: v for k, v in train.items() if k != "disable_tqdm"}
         )
     except Exception as error:  # whatever TRL, transformers and accelerate raise about a value
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise CELoraError(kind + " ".join(str(error).split())) from error
+    if args.activation_offloading and args.device.type == "cpu":
+        raise CELoraError("activation_offloading=True needs an accelerator to take activations off; leave it out")
+    return args

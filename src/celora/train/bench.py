@@ -68,6 +68,10 @@ _LAYERS = {2048: 4}  # others have 8: a step should take seconds
 _BATCHES = 8  # ragged ones: what they waste should be what such batches waste on average
 
 
+def _heads(hidden: int) -> int:
+    return max(1, hidden // 64)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One model on one kind of data.
@@ -85,8 +89,13 @@ class Cell:
     tokens: int = 1024
 
     def __post_init__(self) -> None:
-        if self.model != SMOLLM2 and not _NAME.fullmatch(self.model):
+        named = _NAME.fullmatch(self.model)
+        if self.model != SMOLLM2 and not named:
             raise CELoraError(f"model {self.model!r}; expected {SMOLLM2} or a shape like h1024-v32k.")
+        if named and (0 in map(int, named.groups()) or int(named[1]) % (2 * _heads(int(named[1])))):
+            raise CELoraError(
+                f"model {self.model!r}; expected words, and a hidden size that heads of about 64 can share."
+            )
         if self.data not in DATA:
             raise unknown("data", self.data, DATA)
         if self.dtype not in DTYPES:
@@ -312,8 +321,8 @@ def _config(cell: Cell) -> LlamaConfig:
         hidden_size=hidden,
         intermediate_size=hidden * 11 // 4,
         num_hidden_layers=_LAYERS.get(hidden, 8),
-        num_attention_heads=max(1, hidden // 64),
-        num_key_value_heads=max(1, hidden // 64),
+        num_attention_heads=_heads(hidden),
+        num_key_value_heads=_heads(hidden),
         vocab_size=words,
     )
 

@@ -88,6 +88,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "logging_steps": (0, None),
     "save_steps": (0, None),
     "eval_steps": (0, None),
+    "eval_accumulation_steps": (1, None),
     "save_total_limit": (0, None),
     "weight_decay": (0, None),
     "max_grad_norm": (0, None),
@@ -98,6 +99,8 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "label_smoothing_factor": (0, 1),
     "neftune_noise_alpha": (0, None),
     "dataloader_num_workers": (0, None),
+    "dataloader_prefetch_factor": (1, None),
+    "pad_to_multiple_of": (1, None),
     "seed": (0, 2**32 - 1),
     "lora_r": (1, None),
     "lora_alpha": (1, None),
@@ -175,8 +178,10 @@ def known_fields() -> dict[str, Field]:
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
             text = " ".join(str(f.metadata.get("help", "")).replace("%%", "%").split())
             choices = tuple(f.metadata.get("choices", ()))
+            # Text is for transformers' own parser, which reads JSON from it.
+            hint = dict[str, Any] | None if f.name.endswith("_kwargs") else hints[f.name]
             if f.name not in ALIASES:
-                found[f.name] = Field(owner, f.name, hints[f.name], default, text, choices)
+                found[f.name] = Field(owner, f.name, hint, default, text, choices)
     return found
 
 

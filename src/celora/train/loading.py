@@ -40,8 +40,14 @@ def training_rows(request: TrainRequest, *, chat: bool) -> datasets.Dataset:
 
 
 def evaluation_source(request: TrainRequest) -> str | None:
-    """`eval_data` or, where an `eval_strategy` asks for rows as in `trl sft`, the data, for its test split."""
-    return request.options.eval_data or (None if request.train.get("eval_strategy", "no") == "no" else request.data)
+    """`eval_data` or, where a setting asks for rows as in `trl sft`, the data, for its test split."""
+    return request.options.eval_data or (request.data if _asking_for_rows(request) else None)
+
+
+def _asking_for_rows(request: TrainRequest) -> list[str]:
+    """The settings that need rows to evaluate on."""
+    nothing = {"eval_strategy": "no", "eval_on_start": False}
+    return [f"{name}={request.train[name]!r}" for name, no in nothing.items() if request.train.get(name, no) != no]
 
 
 def evaluation_rows(request: TrainRequest, *, chat: bool) -> datasets.Dataset | None:
@@ -50,8 +56,8 @@ def evaluation_rows(request: TrainRequest, *, chat: bool) -> datasets.Dataset | 
     if source is None:
         return None
     if options.eval_data is None and Path(source).expanduser().is_file():
-        when = request.train["eval_strategy"]
-        raise CELoraError(f"eval_strategy={when!r} needs rows to evaluate on, and data is one file; give --eval-data")
+        asking = _asking_for_rows(request)[0]
+        raise CELoraError(f"{asking} needs rows to evaluate on, and data is one file; give --eval-data")
     return _rows(request, source, options.dataset_test_split, chat)
 
 

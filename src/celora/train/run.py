@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import platform
-import re
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +28,7 @@ from trl import SFTTrainer
 import celora
 from celora.attach import require
 from celora.config import CELoraConfig
-from celora.errors import CELoraError
+from celora.errors import CELoraError, out_of_memory
 from celora.plan import Plan
 from celora.planner import DEFAULT_FIDELITY, MOST_BATCHES
 from celora.train.arguments import TrainRequest, check_record, recorded, sft_config
@@ -46,7 +46,7 @@ from celora.train.loading import (
     quiet_libraries,
     training_rows,
 )
-from celora.train.processes import from_first, introduce_deepspeed, is_first, losing_contact, processes
+from celora.train.processes import from_first, introduce_deepspeed, is_first, losing_contact, lost_contact, processes
 from celora.train.progress import MetricsWriter, Phases, PlanProgress, ProgressLine, read_metrics
 from celora.train.report import write_report
 from celora.train.saving import UNUSABLE, SafeSaving, Sealing, save_adapter, stopped, take_over
@@ -85,20 +85,25 @@ class Trainer(SafeSaving, SFTTrainer):  # type: ignore[misc]
         with self.phases.timing("backward", without="forward"):
             return super().training_step(*args, **kwargs)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; what it refuses is one line."""
-        with refused("optimizer"):
-            return super().create_optimizer(*args, **kwargs)
-
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; what it refuses is one line."""
-        with refused("scheduler of learning rates"):
-            return super().create_scheduler(*args, **kwargs)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; what a library refuses before the first step is one line."""
+        with refused("training", self):
+            return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        """As the Trainer's; what it refuses is one line."""
-        with refused("loader of batches"):
-            return super().get_train_dataloader()
+        """As the Trainer's; none without a batch."""
+        loader = super().get_train_dataloader()
+        if len(loader) == 0:
+            raise CELoraError(
+                f"dataloader_drop_last={self.args.dataloader_drop_last} leaves no batch: {len(self.train_dataset):,} "
+                f"rows for batches of {self.args.train_batch_size:,}; leave it out, or make batches smaller"
+            )
+        return loader
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; a metric that no evaluation has is one line."""
+        with refused("best model"):
+            return super()._determine_best_metric(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *rest: Any) -> Any:
         """As TRL's; a row that the chat template refuses is named."""
@@ -119,14 +124,27 @@ class Trainer(SafeSaving, SFTTrainer):  # type: ignore[misc]
 
 
 @contextmanager
-def refused(what: str) -> Iterator[None]:
-    """What a library says of the values that it is given for `what`, in one line."""
+def refused(what: str, trainer: Any = None) -> Iterator[None]:
+    """What a library says of the values that it is given for `what`, in one line.
+
+    What our own code raises is a bug and left as it is; so is what is wrong with the machine and, with a `trainer`,
+    with files, and all that comes after the first step.
+    """
     try:
         yield
     except CELoraError:
         raise
     except Exception as error:
-        raise CELoraError(f"no {what} with these settings: {' '.join(str(error).split())}") from error
+        late = trainer is not None and (isinstance(error, UNUSABLE) or trainer.state.global_step > 0)
+        if late or out_of_memory(error) or lost_contact(error) or _raised_here(error):
+            raise
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise CELoraError(f"no {what} with these settings: {kind}{' '.join(str(error).split())}") from error
+
+
+def _raised_here(error: Exception) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("celora.")
 
 
 def train(request: TrainRequest, *, console: Console | None = None) -> TrainResult:
@@ -175,10 +193,11 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
         for line in truncation_lines(trainer, rows, eval_rows):
             _say(console, False, line)  # a warning
-        config, plan = _configuration(request, trainer, console)
-        attached = celora.attach(trainer.model, config)
-        require(trainer.model).plan = plan
-        choice = choose_checkpointing(trainer, asked="gradient_checkpointing" in request.given)
+        with refused("training"):
+            config, plan = _configuration(request, trainer, console)
+            attached = celora.attach(trainer.model, config)
+            require(trainer.model).plan = plan
+            choice = choose_checkpointing(trainer, asked="gradient_checkpointing" in request.given)
         _smooth_in_the_head(trainer)
         if not options.quiet:
             lines = (rank_line(request), str(attached), choice)
@@ -274,7 +293,7 @@ def build_trainer(
     peft: LoraConfig | None,
 ) -> Any:
     """The SFTTrainer of this run, without celora and without progress. What it refuses is one line."""
-    try:
+    with refused("trainer"):
         trainer = Trainer(
             model=model,
             args=args,
@@ -283,8 +302,6 @@ def build_trainer(
             processing_class=tokenizer,
             peft_config=peft,
         )
-    except (ValueError, TypeError, RuntimeError, ImportError, OSError, re.error) as error:
-        raise CELoraError(" ".join(str(error).split())) from error
     trainer.remove_callback(PrinterCallback)
     for dataset, source in ((trainer.train_dataset, request.data), (trainer.eval_dataset, request.options.eval_data)):
         if dataset is not None and len(dataset) == 0:
@@ -418,13 +435,13 @@ def _plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
 
 def plan_model(request: TrainRequest, *, rows: int, adapter: Path | None, console: Console) -> Plan:
     """`celora.make_plan` for a new adapter, or for the one in `adapter`, on batches made as training makes them."""
-    with prepared(request, rows, adapter) as (trainer, _):
+    with prepared(request, rows, adapter) as (trainer, _), refused("plan"):
         return _plan(request, trainer, console)
 
 
 def audit_model(request: TrainRequest, *, rows: int, adapter: Path | None = None) -> Any:
     """`celora.audit` of a new adapter, or of the one in `adapter`, on a batch made exactly as training makes it."""
-    with prepared(request, rows, adapter) as (trainer, config):
+    with prepared(request, rows, adapter) as (trainer, config), refused("audit"):
         if request.preset == "auto" and config is request.config:
             config, _ = _configuration(request, trainer, Console(stderr=True, quiet=True))
         celora.attach(trainer.model, config)
