@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -32,7 +34,7 @@ def one_step(callback, step, tokens, logs=None, seconds=0.01):
 
 def test_a_row_per_log_event_with_time_and_tokens_since_the_last(tmp_path):
     writer = MetricsWriter(tmp_path / "metrics.jsonl")
-    writer.on_train_begin(None, state(), None)
+    writer.on_train_begin(ARGS, state(), None)
     one_step(writer, 1, 100)
     one_step(
         writer, 2, 250, {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-3, "celora/refreshes": 1, "num_tokens": 9}
@@ -57,13 +59,39 @@ def test_resume_drops_later_rows_and_a_torn_line_and_goes_on_counting(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "seconds": 1}\n{"step": 3, "seconds": 2}\n{"step": 4, "seconds": 3}\n{"step"')
     writer = MetricsWriter(path, after_step=3, seconds=100.0)
-    writer.on_train_begin(None, state(3, 1000), None)
+    writer.on_train_begin(ARGS, state(3, 1000), None)
     one_step(writer, 4, 1100, {"loss": 1.0})
     rows = read_metrics(path)
     assert [row["step"] for row in rows] == [1, 3, 4]
     assert rows[-1]["seconds"] > 100
     assert rows[-1]["tokens_seen"] == 1100
     assert rows[-1]["tokens_per_second"] < 100 / 0.01
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems keep the peak of a process for good")
+def test_the_peak_of_a_run_is_its_own(tmp_path):
+    """In a process of its own that keeps what is freed: what was there before the run does not count."""
+    script = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+import torch
+from celora.train.allocator import keep_freed_memory
+from celora.train import progress
+from test_progress import ARGS, one_step, read_metrics, state, MetricsWriter
+keep_freed_memory()
+blocks = [torch.ones(2**18) for _ in range(512)]
+kept = torch.ones(1)  # above them
+del blocks
+writer = MetricsWriter(Path({str(tmp_path / "metrics.jsonl")!r}))
+before = progress.peak_memory(ARGS.device)
+writer.on_train_begin(ARGS, state(), None)
+one_step(writer, 1, 100, {{"loss": 2.0}})
+(row,) = read_metrics(writer.path)
+assert 2**20 * row["peak_memory_mib"] < before - 2**28, (row, before)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -29,3 +29,10 @@ def keep_freed_memory() -> bool:
     # mallopt answers 1 for success; the mmap threshold has a maximum that depends on the build.
     thresholds = (2**30, 2**25)
     return bool(mallopt(_M_TRIM_THRESHOLD, _KEEP)) and any(mallopt(_M_MMAP_THRESHOLD, size) for size in thresholds)
+
+
+def give_back_freed_memory() -> None:
+    """What `keep_freed_memory` has kept until now, to the kernel: it would count as taken by what comes next."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)

@@ -20,7 +20,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from celora.errors import CELoraError
 from celora.files import check_regular, write_text
-from celora.memory import peak_memory
+from celora.memory import forget_peak, peak_memory
+from celora.train.allocator import give_back_freed_memory
 from celora.train.folder import finite
 
 PLAIN_EVERY_S = 10.0
@@ -123,6 +124,8 @@ class MetricsWriter(StepTimer):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._start = time.perf_counter()
         self._last = (0, 0.0, int(state.num_input_tokens_seen))
+        give_back_freed_memory()  # of what this process did before: loading, planning, another run
+        forget_peak(args.device)
 
     def on_log(
         self,
