@@ -165,7 +165,7 @@ def test_paired_differences() -> None:
     assert many.real
     assert many.high is not None
     assert many.high - many.mean == pytest.approx(
-        1.96 * torch.tensor([0.0, 1e-3] * 20).std().item() / 40**0.5, rel=1e-3
+        2.042 * torch.tensor([0.0, 1e-3] * 20).std().item() / 40**0.5, rel=1e-3
     )
 
 
