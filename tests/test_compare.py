@@ -172,7 +172,7 @@ def test_paired_differences() -> None:
 def test_plain_sentences() -> None:
     of = outcomes(LoRA=[2.0, 2.1, 2.2], same=[2.001, 2.099, 2.2], worse=[2.1, 2.2, 2.301])
     same, worse = findings(of, ("LoRA", "same", "worse"))
-    assert same.startswith("same: held-out loss 0.0000 ")
+    assert same.startswith("same: held-out loss the same to four decimals as LoRA's (95 % interval ")
     assert "not distinguishable from chance" in same
     assert "over 3 seeds" in same
     assert worse.startswith("worse: held-out loss 0.1003 higher than LoRA's")

@@ -256,8 +256,9 @@ def findings(outcomes: Sequence[Outcome], arms: Sequence[str]) -> list[str]:
     for arm, found in differences(outcomes, arms).items():
         speed = _speed_up(outcomes, arm, base)
         pace = "" if speed is None else f" Its step takes {1 / speed:.2f} of {base}'s."
-        word = "higher" if found.mean > 0 else "lower"
-        size = f"{arm}: held-out loss {abs(found.mean):.4f} {word} than {base}'s"
+        amount, word = f"{abs(found.mean):.4f}", "higher" if found.mean > 0 else "lower"
+        against = f"{amount} {word} than" if float(amount) else "the same to four decimals as"
+        size = f"{arm}: held-out loss {against} {base}'s"
         if found.low is None:
             lines.append(f"{size} with one seed, which cannot tell a difference from chance.{pace}")
             continue
