@@ -166,7 +166,6 @@ def _tried(task: str, arm: str, steps: int) -> list[dict[str, Any]]:
 def time_steps(tasks: list[str], repeats: int, work: Path) -> None:
     """Whole optimizer steps of the arms in turns, on the same batches, padded and packed as each arm has them."""
     keep_freed_memory()
-    before = [row for row in rows.read(TIMES) if row["task"] not in tasks] if TIMES.exists() else []
     for task in tasks:
         with ExitStack() as stack:
             contenders: dict[str, Callable[[], object]] = {}
@@ -179,11 +178,12 @@ def time_steps(tasks: list[str], repeats: int, work: Path) -> None:
                 batches = [dict(batch) for batch in trainer.get_train_dataloader()][:6]
                 contenders[arm] = functools.partial(_steps, trainer, batches)
             times = interleaved(contenders, repeats=repeats)
-        before += [
+        others = [row for row in rows.read(TIMES) if row["task"] != task] if TIMES.exists() else []
+        timed = [
             {"task": task, "arm": arm, "time_ms": of["time_ms"] / len(batches), "repeats": repeats} | rows.conditions()
             for arm, of in times.items()
         ]
-        rows.write(TIMES, before)
+        rows.write(TIMES, others + timed)
 
 
 def _steps(trainer: Any, batches: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -211,7 +212,14 @@ def test_runs_what_is_missing_and_times_it(
     arms = list(quality.ARMS)
     quality.run(["chat"], ["untouched", "LoRA"], [0], [1e-3], tmp_path, said.append)
     quality.time_steps(["chat"], 2, tmp_path)
-    assert [r["arm"] for r in quality.rows.read(quality.TIMES)] == list(quality.TIMED)
+    timed = quality.rows.read(quality.TIMES)
+    assert [r["arm"] for r in timed] == list(quality.TIMED)
+    monkeypatch.setattr(quality, "interleaved", Mock(side_effect=[{"LoRA": {"time_ms": 6.0}}, KeyboardInterrupt]))
+    with pytest.raises(KeyboardInterrupt):  # stopped at the second task
+        quality.time_steps(["text", "chat"], 2, tmp_path)
+    again = quality.rows.read(quality.TIMES)
+    assert [r for r in again if r["task"] == "chat"] == timed
+    assert [(r["task"], r["arm"]) for r in again if r["task"] != "chat"] == [("text", "LoRA")]
     quality.run(["chat"], arms, [0, 1], [1e-3, 1e-2], tmp_path, said.append)
     found = quality.found()
     keys = [(r["arm"], r["seed"], r["learning_rate"]) for r in found]
