@@ -133,7 +133,7 @@ def missing() -> str:
     for task in quality_tasks.NAMES:
         arms = []
         for arm in quality.ARMS:
-            have = {(row["seed"], row["learning_rate"]) for row in found if (row["task"], row["arm"]) == (task, arm)}
+            have = {(row["seed"], row["learning_rate"]) for row in _of(found, task, arm)}
             wanted = 1 if arm == "untouched" else len(quality.RATES) + 2
             if len(have) < wanted:
                 arms.append(f"{arm} ({len(have)} of {wanted} runs)" if have else arm)
@@ -151,9 +151,15 @@ def missing() -> str:
     )
 
 
+def _of(found: Sequence[dict[str, Any]], task: str, arm: str) -> list[dict[str, Any]]:
+    """The rows of an arm; of equal time, those with as many steps as the times that are measured now allow."""
+    steps = quality.steps_in_autos_time(task).get(arm)
+    return [row for row in found if (row["task"], row["arm"]) == (task, arm) and steps in (None, row["steps"])]
+
+
 def chosen(found: Sequence[dict[str, Any]], task: str, arm: str) -> dict[int, dict[str, Any]]:
     """Seed -> row of an arm at the learning rate that seed 0's validation score prefers."""
-    of = [row for row in found if (row["task"], row["arm"]) == (task, arm)]
+    of = _of(found, task, arm)
     first = [row for row in of if row["seed"] == 0]
     if not first:
         return {}

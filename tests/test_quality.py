@@ -142,6 +142,24 @@ def test_verdict(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: py
     assert lines[-1].endswith("equal steps: 1 of 2 tasks; better than both at equal time: 1 of 2.")
 
 
+def test_times_measured_anew_leave_out_the_runs_of_the_old_budget(
+    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality, tables = studies["quality"], studies["quality_tables"]
+    monkeypatch.setattr(quality, "TIMES", tmp_path / "times.jsonl")
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
+    times = {"LoRA": 100.0, "upper half": 60.0, "paper": 90.0, "auto": 75.0}
+    quality.TIMES.write_text(
+        "".join(json.dumps({"task": "chain_sum", "arm": arm, "time_ms": ms}) + "\n" for arm, ms in times.items())
+    )
+    arm = "LoRA, auto's time"
+    rows = [row(arm, 0, 1e-3, 0.9, 0.9, steps=36), row(arm, 0, 1e-3, 0.5, 0.4, steps=30)]
+    assert tables.chosen(rows, "chain_sum", arm) == {0: rows[1]}
+    assert tables.chosen(rows[:1], "chain_sum", arm) == {}
+    quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert f"{arm} (1 of 5 runs)" in tables.missing()
+
+
 def test_arms_of_equal_time_follow_the_measured_steps(
     studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
