@@ -360,6 +360,7 @@ def test_what_json_cannot_hold_is_resumed_with(tmp_path):
         ("--max_steps " + 99 * "9", "max_steps=999999999999999999999999999...; expected a number of 64 bits"),
         ("--max_steps " + 400 * "9", "expected a number of 64 bits"),
         ("--max_steps -3", "expected a number >= -1"),
+        ("--max_steps 0", "max_steps=0 trains nothing; give 1 or more, or -1 to train num_train_epochs"),
         ("--num_train_epochs 0", "num_train_epochs=0; expected a number > 0"),
         ("--gradient_accumulation_steps -2", "expected a number >= 1"),
         ("--per_device_train_batch_size 0", "expected a number >= 1"),

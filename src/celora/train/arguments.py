@@ -124,6 +124,8 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
             f"attn_implementation={values['attn_implementation']!r} is refused: it names code on the hub, which celora "
             "never runs; install flash-attn and give flash_attention_2, or give sdpa"
         )
+    if values.get("max_steps") == 0:
+        raise CELoraError("max_steps=0 trains nothing; give 1 or more, or -1 to train num_train_epochs")
     if (values.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
         raise CELoraError(
             "skip_prepare_dataset in dataset_kwargs is refused: the rows are text, which has to be tokenised"
