@@ -487,6 +487,9 @@ def test_rows_without_a_token_to_learn(inputs, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "w1 w2 w3", "completion": " w4"}\n')
     with pytest.raises(CELoraError, match="has a token to learn within max_length=2"):
         go({**inputs, "data": str(tmp_path / "rows.jsonl")}, tmp_path / "out", max_length=2)
+    for packing in (False, True):
+        with pytest.raises(CELoraError, match="has a token to learn within max_length=1 "):
+            go(inputs, tmp_path / "out", max_length=1, packing=packing)
 
 
 def test_model_folders_that_are_none(inputs, finished, tmp_path):

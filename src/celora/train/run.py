@@ -304,11 +304,18 @@ def build_trainer(
         )
     trainer.remove_callback(PrinterCallback)
     for dataset, source in ((trainer.train_dataset, request.data), (trainer.eval_dataset, request.options.eval_data)):
-        if dataset is not None and len(dataset) == 0:
+        if dataset is not None and not _teaches(dataset):
             raise CELoraError(
-                f"no row of {source or request.data!r} has a token to learn within max_length={args.max_length}"
+                f"no row of {source or request.data!r} has a token to learn within max_length={args.max_length} "
+                "(the first of a row predicts, and is not predicted); give longer rows or a larger --max_length"
             )
     return trainer
+
+
+def _teaches(dataset: Any) -> bool:
+    """Whether any row of a prepared data set has a label after its first token."""
+    column = "labels" if "labels" in dataset.column_names else "input_ids"
+    return any(label != -100 for labels in dataset[column] for label in labels[1:])
 
 
 def rank_line(request: TrainRequest) -> str:
