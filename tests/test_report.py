@@ -100,10 +100,15 @@ def test_text_from_data_is_escaped(tmp_path):
 def test_no_rows_long_runs_and_values_that_are_not_numbers(tmp_path):
     write_report(tmp_path / "empty.html", {"run": []})
     assert charts((tmp_path / "empty.html").read_text(encoding="utf-8")) == []
-    many = [{"step": i, "seconds": i, "loss": None if i == 3 else float(i)} for i in range(3 * MAX_POINTS)]
+    odd = {3: None, 1001: 9e9, 4003: -9e9}
+    many = [{"step": i, "seconds": i, "loss": odd.get(i, float(i))} for i in range(3 * MAX_POINTS)]
     write_report(tmp_path / "long.html", {"run": many})
     line = charts((tmp_path / "long.html").read_text(encoding="utf-8"))[0]["lines"][0]
     assert len(line["x"]) <= MAX_POINTS
+    assert line["x"] == sorted(line["x"])
+    assert (line["x"][0], line["x"][-1]) == (0, 3 * MAX_POINTS - 1)
+    found = dict(zip(line["x"], line["y"], strict=True))
+    assert (found[1001], found[4003]) == (9e9, -9e9)
     assert None not in line["y"]
 
 

@@ -134,7 +134,7 @@ def _charts(rows: Mapping[str, Sequence[Mapping[str, Any]]], repeats: Mapping[st
             colour = PALETTE[groups.index(group) % len(PALETTE)]
             for dash, key in zip(("solid", "dash", "dot"), keys, strict=False):
                 points = [(row[x], row[key]) for row in run if key in row and x in row]
-                points = points[:: 1 + len(points) // MAX_POINTS]
+                points = _thinned(points)
                 if points:
                     label = group if len(keys) == 1 else f"{group}, {key.removeprefix('celora/').replace('_', ' ')}"
                     lines.append(
@@ -151,6 +151,17 @@ def _charts(rows: Mapping[str, Sequence[Mapping[str, Any]]], repeats: Mapping[st
         if lines:
             charts.append({"title": title, "x": x_label, "y": y_label, "lines": lines})
     return charts
+
+
+def _thinned(points: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """About MAX_POINTS of them: the lowest and the highest of each stretch, and the last."""
+    if len(points) <= MAX_POINTS:
+        return points
+    size, kept = 1 + 2 * len(points) // MAX_POINTS, {len(points) - 1}
+    for begin in range(0, len(points), size):
+        stretch = range(begin, min(begin + size, len(points)))
+        kept |= {of(stretch, key=lambda i: points[i][1]) for of in (min, max)}
+    return [points[i] for i in sorted(kept)]
 
 
 def _phases(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
