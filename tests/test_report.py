@@ -161,6 +161,24 @@ def test_where_the_time_goes_and_what_each_layer_gets(tmp_path):
     assert "&lt;b&gt;plain" in page
 
 
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        (["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"], ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]),
+        (["a.layer.0.q", "b.layer.0.q"], ["a.layer.0.q", "b.layer.0.q"]),
+    ],
+)
+def test_layers_of_one_last_name_are_told_apart(names, kinds, tmp_path):
+    run = run_folder(tmp_path)
+    record = json.loads((run / "run.json").read_text())
+    record["layers"] = [LAYERS[1] | {"name": f"h.{block}.{name}"} for block in range(2) for name in names]
+    write_json(run / "run.json", record)
+    write_report(tmp_path / "r.html", {"a": run})
+    layers = charts((tmp_path / "r.html").read_text(encoding="utf-8"))[-1]["lines"][0]
+    assert layers["y"] == kinds
+    assert layers["z"] == [[0, 0]] * len(kinds)
+
+
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := which(name))), None)
 PROBE = """
 addEventListener("load", () => setTimeout(() => {

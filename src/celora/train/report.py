@@ -15,6 +15,7 @@ import os
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,16 +206,31 @@ def _distinct_layers(records: Mapping[str, dict[str, Any]]) -> dict[str, dict[st
     return dict(seen.values())
 
 
+def _kinds(names: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Kind and block of each layer: a kind is the end of a name, long enough to tell a block's layers apart."""
+    parts = [name.split(".") for name in names]
+    numbers = [next((part for part in of if part.isdigit()), None) for of in parts]
+    blocks = [int(number or 0) for number in numbers]
+    for of, number in zip(parts, numbers, strict=True):
+        if number is not None and len(of) > 1:
+            of.remove(number)
+    kinds = [of[-1] for of in parts]
+    for length in range(2, max(map(len, parts), default=0) + 1):
+        counts = Counter(zip(kinds, blocks, strict=True))
+        shared = {kind for (kind, _), count in counts.items() if count > 1}
+        kinds = [".".join(of[-length:]) if kind in shared else kind for kind, of in zip(kinds, parts, strict=True)]
+    return kinds, blocks
+
+
 def _layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
     """Blocks by kinds of layers: what each is estimated with, keeps and costs, its error at the latest refresh."""
     errors = {layer: error for layer, error in (record.get("errors") or {}).items() if _is_number(error)}
     cells: dict[tuple[str, int], dict[str, Any]] = {}
-    for layer in record["layers"]:
-        parts = str(layer["name"]).split(".")
-        block = next((int(part) for part in parts if part.isdigit()), 0)
+    layers = record["layers"]
+    for layer, kind, block in zip(layers, *_kinds([str(layer["name"]) for layer in layers]), strict=True):
         how = " ".join(str(layer[key]) for key in ("estimator", "selection") if layer[key])
         how += "" if layer["precision"] in ("native", layer["estimator"]) else f" x {layer['precision']}"
-        cells[parts[-1], block] = {
+        cells[kind, block] = {
             "estimator": how,
             "keep ratio": float(layer["keep_ratio"]),
             "cost": float(layer["cost"]),
