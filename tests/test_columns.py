@@ -168,6 +168,21 @@ def test_a_state_that_does_not_fit_is_refused(index: torch.Tensor) -> None:
         Columns(20, 9, keep_ratio=0.5).load_state_dict({"index": index})
 
 
+@pytest.mark.parametrize("copies", [True, False])
+def test_8_bit_columns_hold_one_byte_a_number_or_nothing(copies: bool) -> None:
+    W, G = torch.randn(64, 48).bfloat16(), torch.randn(32, 64).bfloat16()
+    estimator = Columns(64, 48, keep_ratio=0.5, precision="int8", weight_copy=copies)
+    estimator.observe(G, W, G @ W)
+    estimator.select()
+    found = estimator.estimate(G, W)
+    large = [t for t in vars(estimator).values() if isinstance(t, torch.Tensor) and t.numel() >= 32 * 48]
+    assert large == []
+    assert estimator.product.holds_copy is copies
+    assert (found - G[:, estimator.index] @ W[estimator.index]).norm() < 0.05 * found.norm()
+    W *= 2  # as when an adapter is merged
+    assert estimator.estimate(G, W).equal(2 * found)
+
+
 def test_scores_that_do_not_fit_are_refused() -> None:
     with pytest.raises(CELoraError, match="saved scores of 9 columns for a layer of 20"):
         Columns(20, 9, keep_ratio=0.5, selection="sampled").load_state_dict({"scores": torch.ones(9)})

@@ -68,6 +68,18 @@ class StoredWeight(_TensorLike):
         return self.rows(index)
 
 
+class SelectedRows(StoredWeight):
+    """Rows `index: (K,)` of a weight that `read` gave, read when a product makes its copy of them."""
+
+    def __init__(self, weight: Tensor, index: Tensor) -> None:
+        stored = weight.stored if isinstance(weight, StoredWeight) else weight
+        super().__init__(stored, torch.Size((len(index), weight.shape[1])), weight.dtype)
+        self.whole, self.kept = weight, index
+
+    def dense(self) -> Tensor:
+        return rows_of(self.whole, self.kept, self.dtype)
+
+
 def held(module: nn.Module) -> Tensor | None:
     """The weight of a frozen layer, (out, in), if the layer holds it as a tensor; None if it is quantised."""
     weight: Any = getattr(module, "weight", None)

@@ -32,7 +32,7 @@ from celora.select import (
     uniform,
 )
 from celora.sharded import RowGather, rows_alone
-from celora.weights import rows_of
+from celora.weights import SelectedRows, rows_of
 
 
 class Columns(Estimator):
@@ -59,7 +59,6 @@ class Columns(Estimator):
         self.U_off: Tensor | None = None
         self.scores: Tensor | None = None  # what `sampled` draws from
         self._draws = 0
-        self._rows: Tensor | None = None  # W[I], of which the 8-bit copy is made
         self._squared_norms: Tensor | None = None
         self._squared_scores: Tensor | None = None  # of all processes together
         self._gather: RowGather | None = None  # of the rows of a sharded weight
@@ -130,10 +129,9 @@ class Columns(Estimator):
 
     def _low_precision(self, grad_output: Tensor, weight: Tensor, index: Tensor) -> Tensor:
         """Only the kept part in 8 bits; the factor is small and stays in the gradient's dtype."""
-        if self._rows is None or self._rows.device != weight.device or not self.settings.weight_copy:
-            self._rows = rows_of(weight, index, weight.dtype)
-            self.product.forget()  # these rows may lie where others did
-        result = self.product(columns_of(grad_output, index), self._rows)
+        # Of a sharded weight there is a copy, made when a refresh had it whole.
+        rows = weight if isinstance(weight, DTensor) else SelectedRows(weight, index)
+        result = self.product(columns_of(grad_output, index), rows)
         if self.factor.V is not None and self.U_off is not None:
             result += (grad_output @ self.U_off.to(grad_output.dtype)) @ self.factor.V.to(grad_output.dtype)
         return result
@@ -170,7 +168,7 @@ class Columns(Estimator):
         if not self.agreed:  # another process may have selected anew when this one saw no gradient
             return True
         if self.settings.precision != "native":
-            return self._rows is None or not self.settings.weight_copy
+            return not self.product.holds_copy
         settled = self.index is not None and (self.U_off is not None or not self.settings.rank)
         return not (settled and self.settings.selection != "sampled" and rows_alone(weight))
 
@@ -244,11 +242,12 @@ class Columns(Estimator):
         self.scores, self._draws = scores, int(state.get("draws", 0))
         self._squared_norms = self._squared_scores = None  # of a refresh that was interrupted
         # The factor follows with the first gradient, when the weight is at hand.
-        self.index, self.U_off, self._rows, self._gather = index, None, None, None
+        self.index, self.U_off, self._gather = index, None, None
+        self.product.forget()
 
     def _use(self, index: Tensor) -> None:
         """Switch to a selection, in place where there is one: compiled graphs hold on to these tensors."""
-        self.index, self._rows, self._gather = replaced(self.index, index), None, None
+        self.index, self._gather = replaced(self.index, index), None
         self.product.forget()
         if self.factor.U is not None:
             self.U_off = replaced(self.U_off, self.factor.U.index_fill(0, index, 0))
