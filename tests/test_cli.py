@@ -286,6 +286,29 @@ def test_plan_then_audit_and_train_with_it(inputs, capsys, tmp_path):
     assert "expected a file in a folder that exists" in error_line(capsys, *plan[:5], "--output", tmp_path)
 
 
+def test_plan_and_audit_have_batches_as_training_has(inputs, capsys, tmp_path):
+    _, model, rows = inputs
+    out = tmp_path / "plan.json"
+    (tmp_path / "run.yaml").write_text(f"model: {model}\ndata: {rows}\nper_device_train_batch_size: 1\nlora_r: 4\n")
+    tokens = []
+    for flags in ([], ["--rows", "1"], ["--per_device_train_batch_size", "2"], ["--rows", "2"]):
+        plan = ["plan", "--config", tmp_path / "run.yaml", "--output", out, "--overwrite", "--quiet", *flags]
+        assert main([str(a) for a in plan]) == 0
+        tokens.append(json.loads(out.read_text())["tokens"])
+    assert tokens[0] == tokens[1] < tokens[2] == tokens[3]
+
+
+def test_flags_that_would_change_nothing_are_refused(inputs, capsys, tmp_path):
+    given = ["--model", inputs[1], "--data", inputs[2]]
+    plan, audit = ["plan", *given, "--output", tmp_path / "plan.json"], ["audit", *given]
+    assert "--preset is not for celora plan" in error_line(capsys, *plan, "--preset", "paper")
+    assert "--plan is not for celora plan" in error_line(capsys, *plan, "--plan", "plan.json")
+    assert "--overwrite is not for celora audit" in error_line(capsys, *audit, "--overwrite")
+    for command in (plan, audit):
+        line = error_line(capsys, *command, "--adapter", tmp_path, "--lora-r", 4)
+        assert line == "error: --lora_r is not for an adapter that is there, which has its own; leave it out."
+
+
 def test_mistakes_are_one_line_and_status_2(inputs, capsys, tmp_path):
     _, model, rows = inputs
     out = ["--output", tmp_path / "out"]

@@ -115,6 +115,10 @@ Data = Annotated[
 # Options that typer does not know are names of TRL's, which `celora.train.arguments` reads.
 _TRLS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
+# What an adapter's own configuration says.
+_ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_task_type",
+             "lora_modules_to_save", "lora_bias", "bias", "use_rslora", "use_dora")  # fmt: skip
+
 PRESETS = ("auto", "exact", "paper", "off")
 COMPARED = ("LoRA", "exact", "paper", "auto")
 
@@ -142,6 +146,10 @@ Preset = Annotated[
 Adapter = Annotated[
     str | None,
     typer.Option("--adapter", callback=_possible, help="Folder of a trained adapter; a new one without it."),
+]
+Rows = Annotated[
+    int | None,
+    typer.Option("--rows", min=1, max=1_000_000, help="Rows in a batch; without, per_device_train_batch_size."),
 ]
 PlanFile = Annotated[str | None, typer.Option("--plan", help="A plan made by celora plan.")]
 Config = Annotated[
@@ -223,7 +231,7 @@ def audit(
     preset: Preset = None,
     plan: PlanFile = None,
     config: Config = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, max=1_000_000, help="Rows in the batch.")] = 8,
+    rows: Rows = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -235,6 +243,8 @@ def audit(
     own |= {"output": "celora-audit", "quiet": quiet}
     if plan and preset is None:
         own["preset"] = "auto"
+    _leave_out(context.args, ("output", "overwrite", "resume"), "celora audit, which writes nothing")
+    _leave_out(context.args, _ADAPTERS if adapter else (), "an adapter that is there, which has its own")
     request = parse(context.args, own)
     from celora.train.run import audit_model
 
@@ -255,9 +265,7 @@ def plan(
     ] = None,
     adapter: Adapter = None,
     config: Config = None,
-    rows: Annotated[
-        int, typer.Option("--rows", min=1, max=1_000_000, help="Rows in a batch, as training will have.")
-    ] = 8,
+    rows: Rows = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
     as_json: Json = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
@@ -270,6 +278,8 @@ def plan(
     if output.exists() and not overwrite:
         raise CELoraError(f"--output {str(output)!r} exists; --overwrite replaces it")
     own = {"model": model, "data": data, "fidelity": fidelity, "config": config, "output": "celora-plan"}
+    _leave_out(context.args, ("preset", "plan", "resume"), "celora plan, which makes what preset auto trains with")
+    _leave_out(context.args, _ADAPTERS if adapter else (), "an adapter that is there, which has its own")
     request = parse(context.args, own | {"preset": "auto", "quiet": quiet})
     from rich.console import Console
 
@@ -396,6 +406,15 @@ def doctor(
         _print_json(found)
     else:
         typer.echo("\n".join(found["advice"]) if quiet else describe(found))
+
+
+def _leave_out(tokens: Sequence[str], names: Sequence[str], of: str) -> None:
+    """Refuse flags that would change nothing; in a file, which may be the training's, they are passed over."""
+    from celora.train.fields import read_flags
+
+    for name in read_flags(tokens):
+        if name in names:
+            raise CELoraError(f"--{name} is not for {of}; leave it out.")
 
 
 def _set_environment(config: str | None) -> None:

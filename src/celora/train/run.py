@@ -440,13 +440,13 @@ def _plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
     return plan
 
 
-def plan_model(request: TrainRequest, *, rows: int, adapter: Path | None, console: Console) -> Plan:
+def plan_model(request: TrainRequest, *, rows: int | None, adapter: Path | None, console: Console) -> Plan:
     """`celora.make_plan` for a new adapter, or for the one in `adapter`, on batches made as training makes them."""
     with prepared(request, rows, adapter) as (trainer, _), refused("plan"):
         return _plan(request, trainer, console)
 
 
-def audit_model(request: TrainRequest, *, rows: int, adapter: Path | None = None) -> Any:
+def audit_model(request: TrainRequest, *, rows: int | None, adapter: Path | None = None) -> Any:
     """`celora.audit` of a new adapter, or of the one in `adapter`, on a batch made exactly as training makes it."""
     with prepared(request, rows, adapter) as (trainer, config), refused("audit"):
         if request.preset == "auto" and config is request.config:
@@ -458,12 +458,15 @@ def audit_model(request: TrainRequest, *, rows: int, adapter: Path | None = None
 
 
 @contextmanager
-def prepared(request: TrainRequest, rows: int, adapter: Path | None) -> Iterator[tuple[Any, CELoraConfig]]:
-    """The trainer of this request, with `rows` rows in a batch, and what to attach to its model; nothing is written."""
+def prepared(request: TrainRequest, rows: int | None, adapter: Path | None) -> Iterator[tuple[Any, CELoraConfig]]:
+    """The trainer of this request and what to attach to its model; nothing is written.
+
+    `rows` are in a batch or, without, as many as training has.
+    """
     with quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
         tokenizer = load_tokenizer(request)
         data = training_rows(request, chat=bool(tokenizer.chat_template))
-        train = request.train | {"per_device_train_batch_size": rows}
+        train = request.train | ({} if rows is None else {"per_device_train_batch_size": rows})
         args = sft_config(replace(request, train=train, output=Path(scratch)))
         model, peft, config = load_model(request), lora_config(request), request.config
         if adapter is not None:
