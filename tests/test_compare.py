@@ -146,6 +146,24 @@ def test_goes_on_without_clipping_and_keeps_no_secret(inputs: Path, tmp_path: Pa
     assert "hf_" not in (tmp_path / "out" / "compare.json").read_text()
 
 
+def test_copies_of_held_out_rows_are_not_trained_on(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_run", lambda arm, seed, *_: Outcome(arm, seed, 3, 1.0, None, None, 1.0))
+    (tmp_path / "twice.jsonl").write_text(2 * (inputs / "rows.jsonl").read_text())
+    compare(settings(inputs, tmp_path / "out", data=str(tmp_path / "twice.jsonl")), arms=ARMS[:2], seeds=1)
+    held_out, training = (
+        (tmp_path / "out" / "data" / f"{name}.jsonl").read_text().splitlines() for name in ("held-out", "train")
+    )
+    assert len(held_out) == 8
+    assert not set(held_out) & set(training)
+    again = 72 - len(training)
+    assert f"{again} rows that come among the held-out ones, too, are not trained on." in capsys.readouterr().err
+    (tmp_path / "same.jsonl").write_text(3 * (inputs / "rows.jsonl").read_text().splitlines(keepends=True)[0])
+    with pytest.raises(CELoraError, match="no row but copies of those held out"):
+        compare(settings(inputs, tmp_path / "none", data=str(tmp_path / "same.jsonl")), arms=ARMS[:2], seeds=1)
+
+
 def test_given_held_out_rows(inputs: Path, tmp_path: Path) -> None:
     save_rows(tmp_path / "test.jsonl", 6)
     compare(settings(inputs, tmp_path / "out", eval_data=str(tmp_path / "test.jsonl")), arms=("LoRA", "exact"), seeds=1)

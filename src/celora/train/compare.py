@@ -123,7 +123,7 @@ def compare(
     output = probe.output
     _claim(output, probe)
     with OutputFolder(output).locked(), quiet_libraries():
-        data = _split(probe, output)
+        data = _split(probe, output, console)
         if "auto" in arms:
             _check_plan(output, probe, seeds)
 
@@ -189,8 +189,11 @@ def _claim(output: Path, request: TrainRequest) -> None:
     write_json(record, {"given": given, "made_from": made_from})
 
 
-def _split(request: TrainRequest, output: Path) -> dict[str, str | None]:
-    """Training and held-out rows: as given, or some of the training rows held out, the same for every run."""
+def _split(request: TrainRequest, output: Path, console: Console) -> dict[str, str | None]:
+    """Training and held-out rows: as given, or some of the training rows held out, the same for every run.
+
+    What is held out is not trained on, in whatever place it comes again.
+    """
     if request.options.eval_data:
         return {}
     train_file, held_out_file = output / "data" / "train.jsonl", output / "data" / "held-out.jsonl"
@@ -201,6 +204,13 @@ def _split(request: TrainRequest, output: Path) -> dict[str, str | None]:
             raise CELoraError(f"{request.data!r} has {len(rows)} row; a comparison needs rows to hold out. Give more.")
         held_out = min(_MOST_HELD_OUT, max(1, int(_HELD_OUT * len(rows))))
         parts = rows.train_test_split(test_size=held_out, seed=0)
+        unseen = {json.dumps(row) for row in parts["test"]}
+        kept = [i for i, row in enumerate(parts["train"]) if json.dumps(row) not in unseen]
+        if again := len(parts["train"]) - len(kept):
+            if not kept:
+                raise CELoraError(f"{request.data!r} has no row but copies of those held out; give other rows.")
+            console.print(f"{again:,} rows that come among the held-out ones, too, are not trained on.", markup=False)
+            parts["train"] = parts["train"].select(kept)
         train_file.parent.mkdir(exist_ok=True)
         for part, file in (("train", train_file), ("test", held_out_file)):  # last: where it is, both are whole
             with replacing(file) as temporary:
