@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import datasets
 import transformers
+from accelerate.utils import is_deepspeed_available
 from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 from trl import ModelConfig, get_quantization_config
@@ -164,6 +167,13 @@ def lora_config(request: TrainRequest) -> LoraConfig:
     )
 
 
+def _import_deepspeed() -> None:
+    """Where it is installed, before Accelerate does: it logs to what is stdout then, which is for results."""
+    if is_deepspeed_available():
+        with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
+            importlib.import_module("deepspeed")
+
+
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Without the libraries' progress bars, and without the one notice that says nothing is wrong.
@@ -172,6 +182,7 @@ def quiet_libraries() -> Iterator[None]:
     instead of asking whether to run it, as it would do where nobody has said.
     Where several processes train together, all but the first keep their warnings to themselves too.
     """
+    _import_deepspeed()
     verbosity = transformers.logging.get_verbosity()
     if not is_first():
         transformers.logging.set_verbosity_error()
