@@ -190,17 +190,18 @@ env: {{WANDB_PROJECT: set}}
 """
 
 
-# TRL turns checkpointing on under the name that transformers 5.24 has just deprecated.
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_json_is_all_that_a_new_process_prints(inputs):
     """Whatever the libraries that are installed, DeepSpeed among them, log when they are imported."""
     _, model, rows = inputs
-    given = ["--model", str(model), "--data", str(rows), "--preset", "exact", "--json"]
+    given = ["--model", str(model), "--data", str(rows), "--preset", "exact", "--json", "--quiet"]
     command = [sys.executable, "-m", "celora", "audit", *given]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["cosine"] == pytest.approx(1)
+    assert "accelerator" not in done.stderr
 
 
+# TRL turns checkpointing on under the name that transformers 5.24 has just deprecated.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_file_of_trl_sft_works_unchanged(inputs, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "")
     folder = tmp_path / "rows"

@@ -170,8 +170,11 @@ def lora_config(request: TrainRequest) -> LoraConfig:
 def _import_deepspeed() -> None:
     """Where it is installed, before Accelerate does: it logs to what is stdout then, which is for results."""
     if is_deepspeed_available():
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # it warns where there is no accelerator
         with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
             importlib.import_module("deepspeed")
+        logging.disable(before)
 
 
 @contextlib.contextmanager
