@@ -123,6 +123,7 @@ def test_verdict(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: py
     """One task is won, one lost by more than a point and an error; what has too few seeds is left out."""
     quality, tables = studies["quality"], studies["quality_tables"]
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
+    monkeypatch.setattr(quality, "TIMES", tmp_path / "none.jsonl")
     assert tables.verdict() == "No task has all of its runs yet."
     ended = {  # task -> arm -> by how much its loss or accuracy differs from LoRA's at equal steps
         "chat": {"LoRA": 0.0, "auto": 0.005, "LoRA, auto's time": 0.02, "upper half, auto's time": 0.03},
