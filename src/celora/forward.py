@@ -340,8 +340,8 @@ def find_language_model(model: nn.Module) -> tuple[PreTrainedModel | None, nn.Mo
     if causal is None:
         return None, None, f"{type(model).__name__} is not a model of Transformers"
     if reason := _not_ours(causal):
-        pass
-    elif not {"labels", "logits_to_keep"} <= inspect.signature(type(causal).forward).parameters.keys():
+        return None, None, reason
+    if not {"labels", "logits_to_keep"} <= inspect.signature(type(causal).forward).parameters.keys():
         reason = f"{type(causal).__name__} has a loss of its own"
     elif tuner is not None and type(tuner).forward is not BaseTuner.forward:
         reason = f"{type(tuner).__name__} has a forward of its own, which may add to the loss"

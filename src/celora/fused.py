@@ -97,10 +97,10 @@ class Lender:
             adapter = vanilla_adapter(module)
             return None if isinstance(adapter, str) else adapter
         if self._known is not None:
-            name, *known = self._known
+            name, known = self._known[0], self._known[1:]
             same = all(map(operator.is_, _parts(module, name), known)) and module.active_adapters == [name]
             if same and not module.disable_adapters and not module.merged and not any(map(_touched, known)):
-                return _lent(module, name)
+                return _made_of(*known, module.scaling[name])
         adapter, self._known = vanilla_adapter(module), None
         if isinstance(adapter, str):
             return None
@@ -142,9 +142,10 @@ def vanilla_adapter(module: Any) -> Adapter | str:
         return "its adapter has hooks of its own"
     if not isinstance(dropout, nn.Identity) and type(dropout) is not nn.Dropout:
         return f"its dropout is {type(dropout).__name__}"
-    if not isinstance(module.scaling[name], int | float):
+    scaling = module.scaling[name]
+    if not isinstance(scaling, int | float):
         return "its scaling is not a number"
-    return _lent(module, name)
+    return _made_of(*parts, scaling)
 
 
 def _parts(module: Any, name: str) -> tuple[Any, Any, Any]:
@@ -153,10 +154,9 @@ def _parts(module: Any, name: str) -> tuple[Any, Any, Any]:
     return A, B, dropout
 
 
-def _lent(module: Any, name: str) -> Adapter:
-    A, B, dropout = _parts(module, name)
+def _made_of(A: nn.Linear, B: nn.Linear, dropout: nn.Module, scaling: float) -> Adapter:
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    return Adapter(A.weight, B.weight, float(module.scaling[name]), p)
+    return Adapter(A.weight, B.weight, float(scaling), p)
 
 
 def _touched(module: nn.Module) -> bool:

@@ -129,7 +129,7 @@ class _Scores(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        count, wanted = len(rows), ctx.needs_input_grad[0]
+        count, wanted, real = len(rows), ctx.needs_input_grad[0], rows
         if count and device == "cpu":  # an accelerator would be waited for; its gather asserts the same
             least, most = (int(of) for of in targets.aminmax())
             if not 0 <= least <= most < len(weight):
@@ -137,8 +137,7 @@ class _Scores(torch.autograd.Function):
                     f"labels from {least} to {most} for a head of {len(weight)} words; expected 0 to "
                     f"{len(weight) - 1}, or -100 for no label."
                 )
-        real = rows
-        if count and device == "cpu":  # a few tokens too many, whose scores are not looked at
+            # A few tokens too many, whose scores are not looked at.
             rows, targets = (torch.cat([of, of[:1].expand(-count % grain(count))]) for of in (rows, targets))
         n, chosen = len(rows), hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
         log_probs = hidden.new_empty(n, dtype=torch.float32)
