@@ -74,6 +74,25 @@ def ratios(found: list[dict[str, Any]], name: str, value: float) -> list[float]:
     return [of[seed][last] / base[seed][last] for seed in sorted(of) if math.isfinite(base[seed][last])]
 
 
+def furthest_mean() -> str:
+    """How far the mean over the seeds goes from LoRA's at any setting."""
+    return _furthest([[statistics.fmean(of)] for of in _by_setting()])
+
+
+def furthest_run() -> str:
+    """How far one run goes from LoRA's at any setting."""
+    return _furthest(_by_setting())
+
+
+def _by_setting() -> list[list[float]]:
+    found = rows.read(RESULTS)
+    return [ratios(found, name, value) for name, values in SWEEPS.items() for value in values]
+
+
+def _furthest(of: list[list[float]]) -> str:
+    return f"{max(abs(ratio - 1) for by_seed in of for ratio in by_seed):.0%}"
+
+
 def table() -> str:
     """Every setting: the ratio to LoRA, mean and range over seeds, and the error of the estimate."""
     found = rows.read(RESULTS)

@@ -1,10 +1,12 @@
 """Write the tables and pictures of README.md and the docs from committed rows: `python benchmarks/tables.py`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; nothing between them is written by hand.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, a number in a sentence between `<!-- value: NAME -->`
+and `<!-- end -->`; nothing between them is written by hand.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import statistics
 from collections.abc import Callable
@@ -112,12 +114,12 @@ def training() -> str:
     body = []
     for arm in dict.fromkeys(["exact LoRA", *(row["arm"] for row in found)]):
         of = [row for row in found if row["arm"] == arm and row["seed"] in exact]
-        last, kept, ahead = [], [], []
+        kept = _kept(found, arm)
+        last, ahead = [], []
         for row in of:
             losses, reference = _losses(row), exact[row["seed"]]
             end = max(losses)
             last.append(losses[end])
-            kept.append((losses[0] - losses[end]) / (reference[0] - reference[end]))
             if arm in ratios:
                 ahead.append(_at(reference, end * ratios[arm]) - losses[end])
         body.append(
@@ -141,6 +143,19 @@ def training() -> str:
         "Ahead: the loss that exact LoRA has after the same time, minus the arm's; planning takes no part in it."
         + (f" Of the step's time, preset `exact` alone takes {ratios[lossless]:.3f}." if lossless in ratios else "")
     )
+
+
+def _kept(found: list[dict[str, Any]], arm: str) -> list[float]:
+    """The share of exact LoRA's improvement in held-out loss that an arm keeps, seed by seed."""
+    exact = {row["seed"]: _losses(row) for row in found if row["arm"] == "exact LoRA"}
+    pairs = [(_losses(row), exact[row["seed"]]) for row in found if row["arm"] == arm and row["seed"] in exact]
+    return [(of[0] - of[max(of)]) / (lora[0] - lora[max(of)]) for of, lora in pairs]
+
+
+def share_kept(arm: str) -> str:
+    """That share in a sentence: the mean and the range over the seeds."""
+    of = _kept(rows.read(rows.RESULTS / "training.jsonl"), arm)
+    return f"{statistics.mean(of):.1%} ({min(of):.1%} to {max(of):.1%}, {len(of)} seeds)"
 
 
 def training_code() -> str:
@@ -472,6 +487,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "sensitivity": sensitivity.table,
     **quality_tables.TABLES,
 }
+VALUES: dict[str, Callable[[], str]] = {
+    "kept_by_auto_99": functools.partial(share_kept, "auto 0.99"),
+    "kept_by_auto_98": functools.partial(share_kept, "auto 0.98"),
+    "kept_by_the_rule": functools.partial(share_kept, "int8 x tokens 0.99"),
+    "sensitivity_means": sensitivity.furthest_mean,
+    "sensitivity_runs": sensitivity.furthest_run,
+}
 PICTURES: dict[str, Callable[[], str]] = {
     "docs/frontier.svg": frontier_picture,
     "docs/convergence.svg": quality_tables.convergence_picture,
@@ -480,19 +502,22 @@ PICTURES: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """The page with every table made anew."""
-    return re.sub(
+    """The page with every table and every number in a sentence made anew."""
+    text = re.sub(
         r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
         text,
         flags=re.DOTALL,
+    )
+    return re.sub(
+        r"(<!-- value: (\w+) -->).*?(<!-- end -->)", lambda match: f"{match[1]}{VALUES[match[2]]()}{match[3]}", text
     )
 
 
 def written() -> dict[Path, str]:
     """Every page that has a table, and every picture, as the committed rows make them."""
     pages = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
-    return {path: render(text) for path, text in pages.items() if "<!-- table: " in text} | {
+    return {path: render(text) for path, text in pages.items() if "<!-- end -->" in text} | {
         ROOT / name: picture() for name, picture in PICTURES.items()
     }
 

@@ -92,6 +92,12 @@ def test_pages_and_pictures_come_from_the_committed_rows(monkeypatch: pytest.Mon
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python benchmarks/tables.py"
 
 
+def test_a_number_in_a_sentence_leaves_the_sentence_whole() -> None:
+    # In Markdown a line that begins with a comment ends the paragraph.
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        assert not re.search(r"^ *<!-- value:", path.read_text(encoding="utf-8"), flags=re.MULTILINE), path
+
+
 def test_links_lead_somewhere() -> None:
     for name in ("README.md", "docs/how-it-works.md", "docs/speed.md", "docs/distributed.md"):
         page = ROOT / name
