@@ -484,20 +484,21 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantised_kinds": quantised_kinds,
     "compiled": compiled,
     "two_processes": two_processes,
-    "sensitivity": sensitivity.table,
+    "sensitivity_network": sensitivity.NETWORK.table,
+    "sensitivity_language_model": sensitivity.LANGUAGE_MODEL.table,
     **quality_tables.TABLES,
 }
 VALUES: dict[str, Callable[[], str]] = {
     "kept_by_auto_99": functools.partial(share_kept, "auto 0.99"),
     "kept_by_auto_98": functools.partial(share_kept, "auto 0.98"),
     "kept_by_the_rule": functools.partial(share_kept, "int8 x tokens 0.99"),
-    "sensitivity_means": sensitivity.furthest_mean,
-    "sensitivity_runs": sensitivity.furthest_run,
+    "sensitivity_means": functools.partial(sensitivity.NETWORK.furthest, means=True),
+    "sensitivity_runs": functools.partial(sensitivity.NETWORK.furthest, means=False),
 }
 PICTURES: dict[str, Callable[[], str]] = {
     "docs/frontier.svg": frontier_picture,
     "docs/convergence.svg": quality_tables.convergence_picture,
-    "docs/sensitivity.svg": sensitivity.picture,
+    "docs/sensitivity-network.svg": sensitivity.NETWORK.picture,
 }
 
 

@@ -113,6 +113,32 @@ def loss_on(model: PeftModel, batches: list[Batch]) -> float:
     return statistics.fmean(losses)
 
 
+def optimize(
+    model: PeftModel,
+    training: list[Batch],
+    held_out: list[Batch],
+    *,
+    steps: int,
+    evaluate_every: int = EVALUATE_EVERY,
+    rate: float = 5e-4,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[int, float]:
+    """Train, and the held-out loss at the steps at which it is measured: 0, and every so many."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
+    losses = {0: loss_on(model, held_out)}
+    begun = time.perf_counter()
+    for step in range(steps):
+        model(**training[step % len(training)]).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if (step + 1) % evaluate_every == 0:
+            losses[step + 1] = loss_on(model, held_out)
+            say(f"step {step + 1}: {losses[step + 1]:.4f}  {time.perf_counter() - begun:.0f} s")
+    return losses
+
+
 def train(
     arm: str,
     seed: int,
@@ -125,21 +151,9 @@ def train(
     training, held_out = batches_of(seed, text)
     model = make_model(arm, seed, dtype)
     report = attach(model, arm, training)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
-    losses = {0: loss_on(model, held_out)}
-    begun = time.perf_counter()
-    for step in range(steps):
-        batch = training[step % len(training)]
-        if arm == "exact, 3/4 batch":
-            batch = {key: value[: 3 * BATCH // 4] for key, value in batch.items()}
-        model(**batch).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if (step + 1) % EVALUATE_EVERY == 0:
-            losses[step + 1] = loss_on(model, held_out)
-            say(f"{arm}, seed {seed}, step {step + 1}: {losses[step + 1]:.4f}  {time.perf_counter() - begun:.0f} s")
+    if arm == "exact, 3/4 batch":
+        training = [{key: value[: 3 * BATCH // 4] for key, value in batch.items()} for batch in training]
+    losses = optimize(model, training, held_out, steps=steps, say=lambda text: say(f"{arm}, seed {seed}, {text}"))
     return {
         "arm": arm,
         "seed": seed,
