@@ -54,6 +54,7 @@ def free_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(planner, "_time_shapes", times)
     monkeypatch.setattr(planner, "_graft_overhead", lambda device, dtype: 0.0)
+    monkeypatch.setattr(planner._Bench, "time", lambda bench, layers, settings: 0.5)
 
 
 def test_every_layer_is_disturbed_before_it_is_said_to_have_no_influence(
@@ -244,6 +245,22 @@ def wide_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(planner, "interleaved", times)
     monkeypatch.setattr(planner, "HEAD_SHARES", (0.9, 0.7, 0.5, 0.3))  # it has 61 words
+
+
+def test_layers_that_are_not_faster_in_a_whole_backward_are_exact(
+    model: PeftModel, batches: Any, free_estimates: None, wide_head: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner._Bench, "time", lambda bench, layers, settings: 1.01)
+    plan = celora.make_plan(model, batches, 0.9)
+    assert {layer.chosen for layer in plan.layers} == {0}
+    assert plan.audited_time == plan.predicted_time == 1
+    # What is left is the head's estimate, which is timed by itself.
+    assert plan.config().head_keep_ratio < 1
+    assert 0.9 <= plan.audited_cosine < 1 - 1e-6
+    celora.attach(model, plan)
+    assert celora.audit(model, batches[2]).cosine == pytest.approx(plan.audited_cosine, abs=1e-5)
+    without, *_ = planner.make_plans(model, batches, [0.9], head=False)
+    assert without.predicted_cosine == without.audited_cosine == 1
 
 
 @pytest.mark.parametrize("fidelity", [0.9, 1.0])
