@@ -88,7 +88,8 @@ def verdict() -> str:
         }
         means = {arm: statistics.fmean(values) for arm, values in ahead.items()}
         error = statistics.stdev(ahead["LoRA"]) / math.sqrt(len(seeds))
-        holds, wins = -means["LoRA"] <= max(error, _POINT), min(means[arm] for arm in rivals[1:]) > 0
+        # A point is a point, whatever a difference of two floats makes of it.
+        holds, wins = round(-means["LoRA"], 9) <= max(error, _POINT), min(means[arm] for arm in rivals[1:]) > 0
         same, better = same + holds, better + wins
         cells = [f"{100 * means[arm]:+.1f}" for arm in rivals]
         body.append([task, f"{cells[0]} ± {100 * error:.1f}", _YES[holds], *cells[1:], _YES[wins]])

@@ -128,6 +128,12 @@ def test_verdict(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: py
     ended = {  # task -> arm -> by how much its loss or accuracy differs from LoRA's at equal steps
         "chat": {"LoRA": 0.0, "auto": 0.005, "LoRA, auto's time": 0.02, "upper half, auto's time": 0.03},
         "chain_sum": {"LoRA": 0.0, "auto": -0.05, "LoRA, auto's time": -0.1, "upper half, auto's time": -0.04},
+        "number_filtering": {
+            "LoRA": 0.42667,
+            "auto": 0.41667,
+            "LoRA, auto's time": 0.4,
+            "upper half, auto's time": 0.4,
+        },
     }
     rows = [
         row(arm, seed, 1e-3, 0.5, 0.5 + 0.01 * seed + difference) | {"task": task, "higher_is_better": task != "chat"}
@@ -139,8 +145,9 @@ def test_verdict(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: py
     quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
     lines = tables.verdict().splitlines()
     assert lines[2] == "| chain_sum | -5.0 ± 0.0 | no | +5.0 | -1.0 | no |"
-    assert lines[3] == "| chat | -0.5 ± 0.0 | yes | +1.5 | +2.5 | yes |"
-    assert lines[-1].endswith("equal steps: 1 of 2 tasks; better than both at equal time: 1 of 2.")
+    assert lines[3] == "| number_filtering | -1.0 ± 0.0 | yes | +1.7 | +1.7 | yes |"  # three of 300, exactly a point
+    assert lines[4] == "| chat | -0.5 ± 0.0 | yes | +1.5 | +2.5 | yes |"
+    assert lines[-1].endswith("equal steps: 2 of 3 tasks; better than both at equal time: 2 of 3.")
 
 
 def save_times(quality: ModuleType, task: str) -> None:
