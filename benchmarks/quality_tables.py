@@ -73,8 +73,7 @@ def scores() -> str:
 
 def at_loras_rate() -> str:
     """`auto` where LoRA's best learning rate is not its own, trained with LoRA's: in a sentence, mean and range."""
-    scores = [row["test"] for row in rows.read(rows.RESULTS / "quality-at-loras-rate.jsonl")]
-    return f"{statistics.fmean(scores):.1%} ({min(scores):.1%} to {max(scores):.1%}, {len(scores)} seeds)"
+    return rows.spread([row["test"] for row in rows.read(rows.RESULTS / "quality-at-loras-rate.jsonl")])
 
 
 def verdict() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
@@ -44,6 +45,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A table as Markdown has it."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *body])
+
+
+def spread(shares: Sequence[float]) -> str:
+    """Shares, one for each seed, in a sentence: mean and range."""
+    return f"{statistics.fmean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%}, {len(shares)} seeds)"
 
 
 def _commit() -> str:

@@ -32,8 +32,7 @@ import rows
 import training
 from celora import CELoraConfig
 from celora.attach import require
-
-MODULES = ("v_proj", "o_proj", "up_proj", "down_proj")  # as in preset `paper`
+from celora.config import PRESETS
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,12 @@ class Study:
         }
         return [of[seed] / base[seed] for seed in sorted(of.keys() & base.keys()) if math.isfinite(base[seed])]
 
+    def _every(self, found: list[dict[str, Any]]) -> list[list[float]]:
+        return [self.ratios(found, name, value) for name, values in self.sweeps.items() for value in values]
+
     def furthest(self, *, means: bool) -> str:
         """How far a run, or the mean over the seeds, goes from LoRA's at any setting."""
-        found = self.found()
-        every = [self.ratios(found, name, value) for name, values in self.sweeps.items() for value in values]
-        of = [[statistics.fmean(ratios)] if means else ratios for ratios in every]
+        of = [[statistics.fmean(ratios)] if means else ratios for ratios in self._every(self.found())]
         return f"{max(abs(ratio - 1) for ratios in of for ratio in ratios):.0%}"
 
     def table(self) -> str:
@@ -126,9 +126,8 @@ class Study:
         """Four small charts beside each other: one point for each seed, a line through the means."""
         found = self.found()
         width, height, left, top, bottom = 260, 220, 56, 30, 50
-        every = [self.ratios(found, name, value) for name, values in self.sweeps.items() for value in values]
         lowest, above = self.ticks[0], next(tick for tick in self.ticks if tick > 1)
-        highest = max(max(of, default=1.0) for of in every)
+        highest = max(max(of, default=1.0) for of in self._every(found))
         low, high = math.log10(lowest), max(math.log10(above), 1.05 * math.log10(highest))
 
         def y_of(ratio: float) -> float:
@@ -190,7 +189,7 @@ def _on_the_language_model(key: Mapping[str, Any]) -> dict[str, Any]:
             CELoraConfig(
                 estimator="dense",
                 refresh_every=int(key["refresh interval"]),
-                overrides=dict.fromkeys(MODULES, columns),
+                overrides=dict.fromkeys(PRESETS["paper"].overrides, columns),
             ),
         )
     rate = key["learning rate"]

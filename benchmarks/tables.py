@@ -154,8 +154,7 @@ def _kept(found: list[dict[str, Any]], arm: str) -> list[float]:
 
 def share_kept(arm: str) -> str:
     """That share in a sentence: the mean and the range over the seeds."""
-    of = _kept(rows.read(rows.RESULTS / "training.jsonl"), arm)
-    return f"{statistics.mean(of):.1%} ({min(of):.1%} to {max(of):.1%}, {len(of)} seeds)"
+    return rows.spread(_kept(rows.read(rows.RESULTS / "training.jsonl"), arm))
 
 
 def training_code() -> str:

@@ -433,12 +433,6 @@ def _finish(
         if audited >= fidelity:
             break
         allowed *= (1 - fidelity**2) / (1 - audited**2)
-    if 1 - audited**2 > _TOLERATED * (1 - fidelity**2) + _ROUNDING:
-        warnings.warn(
-            f"celora: of {_VERIFICATIONS} plans for a cosine of {fidelity:g} none kept it; this one keeps "
-            f"{audited:.4f} on the batches that verify it. A higher fidelity is planned more carefully.",
-            stacklevel=3,
-        )
     head = next((p for p in chosen if p.name == HEAD), None)
     chosen = [p for p in chosen if p is not head]
     of_head = {HEAD: setting} if (setting := settings.pop(HEAD, None)) else {}
@@ -447,6 +441,12 @@ def _finish(
         chosen, measured = [dataclasses.replace(p, chosen=0) for p in chosen], 1.0
         predicted, audited = (
             bench.audit(by_name, of_head, on).cosine if of_head else 1.0 for on in (None, bench.verifying)
+        )
+    if 1 - audited**2 > _TOLERATED * (1 - fidelity**2) + _ROUNDING:
+        warnings.warn(
+            f"celora: of {_VERIFICATIONS} plans for a cosine of {fidelity:g} none kept it; this one keeps "
+            f"{audited:.4f} on the batches that verify it. A higher fidelity is planned more carefully.",
+            stacklevel=3,
         )
     adapter = next(iter(bench.parameters.values()))
     dense_ms = sum(p.dense_ms for p in chosen)
