@@ -144,7 +144,8 @@ def _answers(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int = 
             input_ids=tokens.to(device),
             attention_mask=mask.to(device),
             use_cache=False,
-            logits_to_keep=tokens.shape[1] - first,
+            # Not a number of them: that is a view, for which torch copies a frozen head once a row.
+            logits_to_keep=torch.arange(first, tokens.shape[1], device=device),
         ).logits
         for i, (context, answer) in enumerate(batch):
             at = len(context) - 1 - first

@@ -187,20 +187,22 @@ def test_only_the_rate_that_validation_prefers_is_tested(
     studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quality = studies["quality"]
-    validation = iter((0.5, 0.4, 0.5, 0.6))  # worse, level and better than the best before
+    # worse than the best before, level with it and of a higher loss, of a lower one, better
+    validation = iter(((0.5, 1.0), (0.4, 0.5), (0.5, 1.1), (0.5, 0.9), (0.6, 2.0)))
 
     def judged(task: str, model: Any, part: str) -> dict[str, Any]:
-        return {"higher_is_better": True, part: next(validation) if part == "validation" else 0.3}
+        score, loss = next(validation) if part == "validation" else (0.3, 1.0)
+        return {"higher_is_better": True, part: score, f"{part}_loss": loss}
 
     finished = SimpleNamespace(status="finished", model=torch.nn.Module(), summary={"estimated_cost": 1.0, "loss": 0.1})
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
     monkeypatch.setattr(quality, "request", lambda *args, **own: None)
     monkeypatch.setattr(quality, "train", lambda *args, **own: finished)
     monkeypatch.setattr(quality, "_judged", judged)
-    quality.run(["chat"], ["LoRA"], [0, 1], [1.0, 2.0, 3.0, 4.0], tmp_path, lambda line: None)
+    quality.run(["chat"], ["LoRA"], [0, 1], [1.0, 2.0, 3.0, 4.0, 5.0], tmp_path, lambda line: None)
     rows = quality.found()
     assert [(r["seed"], r["learning_rate"], r["test"]) for r in rows] == [
-        (0, 1.0, 0.3), (0, 2.0, None), (0, 3.0, None), (0, 4.0, 0.3), (1, 4.0, 0.3),
+        (0, 1.0, 0.3), (0, 2.0, None), (0, 3.0, None), (0, 4.0, 0.3), (0, 5.0, 0.3), (1, 5.0, 0.3),
     ]  # fmt: skip
 
 
