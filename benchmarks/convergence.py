@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import statistics
 import sys
@@ -166,8 +165,7 @@ def main() -> None:
         if key not in done:
             row = run(*key)
             print({name: row[name] for name in ("arm", "steps", "seed", "mean_squared_gradient", "relative_error")})
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            rows.append(RESULTS, row)
     found = rows.read(RESULTS)
     slopes = {arm: slope(found, arm) for arm in ("LoRA", "CE-LoRA")}
     for arm, (mean, width) in slopes.items():

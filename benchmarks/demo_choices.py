@@ -91,10 +91,9 @@ def main() -> None:
         found = wordings()
     else:
         found = trained(options.folder, options.wording, options.rate, options.steps, options.batch, options.seeds)
-    with (rows.RESULTS / "demo-choices.jsonl").open("a", encoding="utf-8") as file:
-        for row in found:
-            Console().print_json(json.dumps(row))
-            file.write(json.dumps(row | rows.conditions()) + "\n")
+    for row in found:
+        Console().print_json(json.dumps(row))
+        rows.append(rows.RESULTS / "demo-choices.jsonl", row | rows.conditions())
 
 
 if __name__ == "__main__":

@@ -134,8 +134,7 @@ def run(folder: Path, minutes: float) -> None:
                         "open_files": watched.open_files(),
                         "cpu_ms_per_step": round(1e3 * (now - cpu) / (step - at), 1),
                     }
-                    with RESULTS.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row | conditions) + "\n")
+                    rows.append(RESULTS, row | conditions)
                 held, at, cpu = [], step, now
     finally:
         if child.poll() is None:

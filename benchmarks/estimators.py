@@ -85,7 +85,7 @@ def main() -> None:
     keep_freed_memory()  # as celora train does: else what is measured at large shapes is the kernel handing out pages
     dtype = getattr(torch, options.dtype)
     found = [
-        row | {"amx": kernels.cpu_supports("amx_tile")} | rows.conditions()
+        row | {"amx": kernels.matrix_instructions()} | rows.conditions()
         for out, inp in (SHAPES[2:4] if options.quick else SHAPES)
         for row in measure(out, inp, options.tokens, dtype, 11 if options.quick else 31)
     ]

@@ -12,13 +12,16 @@ between level scores the one with the lower loss; the other seeds train with it.
 be stopped and started at any time. `python benchmarks/quality.py time`, on an otherwise idle machine, measures the
 steps of the arms in turns into `results/quality-time.jsonl`; the arms of equal time need it, and `run` leaves them out
 until it is there. A task's plan is made once and kept in `--work`.
+
+`python benchmarks/quality.py seeds --tasks ... --rates 0.002 --seeds 0 1 2 3 4 5` asks how far chance reaches: LoRA,
+`auto` and preset `exact`, which is LoRA but for rounding, at one rate with many seeds, into
+`results/quality-seeds.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -45,8 +48,10 @@ STEPS, BATCH = 40, 8
 RATES = (1e-3, 5e-4, 2e-3)
 ARMS = ("untouched", "LoRA", "upper half", "paper", "auto", "LoRA, auto's time", "upper half, auto's time")
 TIMED = ("LoRA", "upper half", "paper", "auto")
+SEEDED = ("LoRA", "exact", "auto")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RESULTS, TIMES = rows.RESULTS / "quality.jsonl", rows.RESULTS / "quality-time.jsonl"
+MANY_SEEDS = rows.RESULTS / "quality-seeds.jsonl"
 Say = Callable[[str], None]
 
 
@@ -66,8 +71,8 @@ def request(task: str, arm: str, work: Path, output: Path, *, seed: int = 0, **m
         settings["lora_target_modules"] = [
             f"layers.{i}.{block[name]}.{name}" for i in range(layers // 2, layers) for name in LINEAR
         ]
-    if arm == "paper":
-        settings["preset"] = "paper"
+    if arm in ("exact", "paper"):
+        settings["preset"] = arm
     if arm == "auto":
         plan = work / f"{task}.plan.json"
         settings["preset"] = "auto"
@@ -87,20 +92,23 @@ def untouched(task: str) -> dict[str, Any]:
 def trained(task: str, arm: str, seed: int, rate: float, steps: int, work: Path) -> dict[str, Any]:
     """Scores after training: with the seed that chooses the learning rate on the validation rows, and on the test rows
     unless another rate has been chosen over this one."""
-    with tempfile.TemporaryDirectory() as scratch:
-        own = {"learning_rate": rate, "max_steps": steps, "warmup_steps": steps // 10}
-        result = train(request(task, arm, work, Path(scratch), seed=seed, **own), console=Console(stderr=True))
-    if result.status != "finished":
-        raise KeyboardInterrupt
-    model = result.model
-    cost = result.summary["estimated_cost"]
-    celora.detach(model)  # judged as stock PEFT would have it
-    same = {"cost": cost, "train_loss": result.summary["loss"]}
+    model, same = _train(task, arm, seed, rate, steps, work)
     if seed == 0:
         same |= _judged(task, model, "validation")
         if best([*_tried(task, arm, steps), same]) is not same:
             return same | {"test": None}
     return same | _judged(task, model, "test")
+
+
+def _train(task: str, arm: str, seed: int, rate: float, steps: int, work: Path) -> tuple[Any, dict[str, Any]]:
+    """The trained model, as stock PEFT would have it, and what the training says of itself."""
+    with tempfile.TemporaryDirectory() as scratch:
+        own = {"learning_rate": rate, "max_steps": steps, "warmup_steps": steps // 10}
+        result = train(request(task, arm, work, Path(scratch), seed=seed, **own), console=Console(stderr=True))
+    if result.status != "finished":
+        raise KeyboardInterrupt
+    celora.detach(result.model)
+    return result.model, {"cost": result.summary["estimated_cost"], "train_loss": result.summary["loss"]}
 
 
 def _judged(task: str, model: Any, part: str) -> dict[str, Any]:
@@ -126,7 +134,6 @@ def steps_in_autos_time(task: str) -> dict[str, int]:
 
 def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float], work: Path, say: Say) -> None:
     """Train and judge what is missing. The first seed tries all rates, the others take its best."""
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         budget = steps_in_autos_time(task)
         for seed in seeds:
@@ -140,14 +147,28 @@ def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float],
                     if (steps == 0 and seed > 0) or any(key.items() <= row.items() for row in found()):
                         continue
                     scores = untouched(task) if steps == 0 else trained(task, arm, seed, rate, steps, work)
-                    row = key | scores | rows.conditions()
-                    say(f"{key}: validation {row.get('validation')}, test {row['test']}")
-                    with RESULTS.open("a", encoding="utf-8") as file:  # row by row: an interrupted study goes on
-                        file.write(json.dumps(row) + "\n")
+                    say(f"{key}: validation {scores.get('validation')}, test {scores['test']}")
+                    rows.append(RESULTS, key | scores | rows.conditions())
 
 
-def found() -> list[dict[str, Any]]:
-    return rows.read(RESULTS) if RESULTS.exists() else []
+def many_seeds(tasks: list[str], arms: list[str], seeds: list[int], rate: float, work: Path, say: Say) -> None:
+    """Train and judge what is missing of arms that share one learning rate; no row is chosen by."""
+    for task in tasks:
+        for seed in seeds:
+            for arm in arms:
+                key = {"task": task, "arm": arm, "seed": seed, "learning_rate": rate, "steps": STEPS}
+                if any(key.items() <= row.items() for row in found(MANY_SEEDS)):
+                    continue
+                model, same = _train(task, arm, seed, rate, STEPS, work)
+                scores = same | _judged(task, model, "test")
+                say(f"{key}: test {scores['test']}, loss {scores['test_loss']}")
+                rows.append(MANY_SEEDS, key | scores | rows.conditions())
+
+
+def found(path: Path | None = None) -> list[dict[str, Any]]:
+    """The rows of a study that are there; `run`'s without a path."""
+    path = path or RESULTS
+    return rows.read(path) if path.exists() else []
 
 
 def best_rate(task: str, arm: str, steps: int) -> float:
@@ -206,20 +227,24 @@ def _steps(trainer: Any, batches: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "time"])
+    parser.add_argument("what", choices=["run", "time", "seeds"])
     parser.add_argument("--tasks", nargs="+", default=quality_tasks.NAMES, choices=quality_tasks.NAMES)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=dict.fromkeys((*ARMS, *SEEDED)), help="of `run` and `seeds`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="0 chooses the learning rates")
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="`seeds` takes the first")
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="folder of the plans")
     options = parser.parse_args()
     with quiet_libraries():
         if options.what == "time":
             time_steps(options.tasks, options.repeats, options.work)
+            return
+        say = functools.partial(print, flush=True)
+        if options.what == "run":
+            run(options.tasks, options.arms or list(ARMS), options.seeds, options.rates, options.work, say)
         else:
-            say = functools.partial(print, flush=True)
-            run(options.tasks, options.arms, options.seeds, options.rates, options.work, say)
+            arms = options.arms or list(SEEDED)
+            many_seeds(options.tasks, arms, options.seeds, options.rates[0], options.work, say)
 
 
 if __name__ == "__main__":

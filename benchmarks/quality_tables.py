@@ -71,9 +71,41 @@ def scores() -> str:
     )
 
 
-def at_loras_rate() -> str:
-    """`auto` where LoRA's best learning rate is not its own, trained with LoRA's: in a sentence, mean and range."""
-    return rows.spread([row["test"] for row in rows.read(rows.RESULTS / "quality-at-loras-rate.jsonl")])
+def many_seeds() -> str:
+    """Arms at one rate with many seeds, and the paired differences to LoRA: what chance does, and what an arm does."""
+    found = quality.found(quality.MANY_SEEDS)
+    if not found:
+        return "Not measured yet."
+    body = []
+    for task in dict.fromkeys(row["task"] for row in found):
+        arms = {
+            arm: {row["seed"]: row for row in found if (row["task"], row["arm"]) == (task, arm)}
+            for arm in quality.SEEDED
+        }
+        seeds = sorted(set.intersection(*(set(of) for of in arms.values())))
+        for arm, of in arms.items():
+            cells = []
+            for what, form in (("test", "{:.1%}"), ("test_loss", "{:.3f}")):
+                values = [of[s][what] for s in seeds]
+                cells.append(f"{form.format(statistics.fmean(values))} ({form.format(statistics.stdev(values))})")
+                if arm == "LoRA":
+                    cells.append("")
+                    continue
+                ahead = [of[s][what] - arms["LoRA"][s][what] for s in seeds]
+                mean, error = statistics.fmean(ahead), statistics.stdev(ahead) / math.sqrt(len(seeds))
+                points = what == "test" and of[seeds[0]]["higher_is_better"]
+                cells.append(
+                    f"{100 * mean:+.1f} ± {100 * error:.1f} points" if points else f"{mean:+.3f} ± {error:.3f}"
+                )
+            body.append([task, arm, f"{of[seeds[0]]['learning_rate']:g}", str(len(seeds)), *cells])
+    one = found[0]
+    limit = one.get("onednn_max_cpu_isa")
+    header = [
+        "task", "arm", "learning rate", "seeds", "test (standard deviation)", "against LoRA (± standard error)",
+        "loss on test rows (standard deviation)", "against LoRA (± standard error)",
+    ]  # fmt: skip
+    where = f"{one['threads']} thread, {one['cpu']}" + (f", ONEDNN_MAX_CPU_ISA={limit}" if limit else "")
+    return rows.markdown(header, body) + f"\n\n{where}, torch {one['torch']}."
 
 
 def verdict() -> str:
@@ -304,6 +336,7 @@ TABLES = {
     "verdict": verdict,
     "compared": compared,
     "missing": missing,
+    "many_seeds": many_seeds,
     "convergence": convergence,
     "boundary": boundary,
 }

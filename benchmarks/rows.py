@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ def conditions() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "celora": metadata.version("celora"),
+        **({"onednn_max_cpu_isa": limit} if (limit := os.environ.get("ONEDNN_MAX_CPU_ISA")) else {}),
     }
 
 
@@ -35,6 +37,13 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace the rows of a benchmark: JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row: a study that keeps each as it is found can be interrupted and gone on with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

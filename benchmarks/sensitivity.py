@@ -81,8 +81,7 @@ class Study:
                 continue
             row = key | self.train(key) | rows.conditions()
             print({name: row[name] for name in (*key, self.judged, "relative_error")}, flush=True)
-            with self.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            rows.append(self.results, row)
 
     def ratios(self, found: list[dict[str, Any]], name: str, value: float) -> list[float]:
         """CE-LoRA over LoRA, seed by seed, at one setting."""

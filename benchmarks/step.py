@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import multiprocessing
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -52,9 +51,8 @@ def run_cell(cell: Cell, path: Path, arms: Sequence[str], repeats: int) -> None:
     with quiet_libraries():
         found = measure(cell, arms, repeats=repeats, memory=arms != SWEPT, say=functools.partial(print, flush=True))
     Console(width=160).print(table(found), highlight=False)
-    with path.open("a", encoding="utf-8") as file:
-        for row in found:
-            file.write(json.dumps({"cell": tuple(asdict(cell).values())} | row | rows.conditions()) + "\n")
+    for row in found:
+        rows.append(path, {"cell": tuple(asdict(cell).values())} | row | rows.conditions())
 
 
 def main() -> None:

@@ -491,7 +491,6 @@ VALUES: dict[str, Callable[[], str]] = {
     "kept_by_auto_99": functools.partial(share_kept, "auto 0.99"),
     "kept_by_auto_98": functools.partial(share_kept, "auto 0.98"),
     "kept_by_the_rule": functools.partial(share_kept, "int8 x tokens 0.99"),
-    "family_at_loras_rate": quality_tables.at_loras_rate,
     "sensitivity_means": functools.partial(sensitivity.NETWORK.furthest, means=True),
     "sensitivity_runs": functools.partial(sensitivity.NETWORK.furthest, means=False),
 }

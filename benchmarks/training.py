@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -172,8 +171,7 @@ def run(arms: list[str], seeds: list[int], *, text: str, steps: int, dtype: str)
         for arm in arms:
             if (arm, seed, dtype, steps) not in done:
                 row = train(arm, seed, functools.partial(print, flush=True), text=text, steps=steps, dtype=dtype)
-                with results.open("a", encoding="utf-8") as file:  # row by row: an interrupted study goes on
-                    file.write(json.dumps(row) + "\n")
+                rows.append(results, row)
 
 
 def time_steps(arms: list[str], repeats: int) -> None:

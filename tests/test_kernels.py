@@ -142,6 +142,19 @@ def test_column_maxima(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert kernels.column_maxima(w)[0].isnan()
 
 
+@pytest.mark.parametrize(
+    ("limit", "used"), [(None, True), ("ALL", True), ("avx512_core_amx_fp16", True), ("AVX512_CORE_BF16", False)]
+)
+def test_matrix_instructions(limit: str | None, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN may be kept from what the CPU has, and cannot use what it has not."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    for there in (True, False):
+        monkeypatch.setattr(kernels, "cpu_supports", lambda name, there=there: there)
+        assert kernels.matrix_instructions() is (there and used)
+
+
 @pytest.mark.skipif(not kernels.panel_columns(), reason="no 8-bit dot products of vectors")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (16, 32), (67, 100), (128, 257)])

@@ -354,7 +354,7 @@ def _onednn(device: torch.device) -> bool:
 
 def _gathered_products() -> bool:
     """Whether our kernel is there, and nothing faster: oneDNN has its own for matrix instructions."""
-    return kernels.panel_columns() > 0 and not kernels.cpu_supports("amx_tile")
+    return kernels.panel_columns() > 0 and not kernels.matrix_instructions()
 
 
 def _dot_products() -> bool:

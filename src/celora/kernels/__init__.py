@@ -155,6 +155,12 @@ def cpu_supports(instructions: str) -> bool:
     return bool(getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)())
 
 
+def matrix_instructions() -> bool:
+    """Whether oneDNN multiplies with AMX: this CPU has it, and `ONEDNN_MAX_CPU_ISA` does not keep oneDNN from it."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return cpu_supports("amx_tile") and (limit in ("", "ALL", "DEFAULT") or "AMX" in limit)
+
+
 def panel_columns() -> int:
     """How many columns of a packed weight lie together; 0 where there is no `gathered_product`."""
     loaded = library()

@@ -62,9 +62,9 @@ def _version(package: str) -> str | None:
 
 
 def _instructions() -> dict[str, bool]:
-    """What torch finds on an x86 CPU; all false on others."""
-    known = {name: name for name in ("avx2", "avx512", "avx512_bf16", "vnni")} | {"amx": "amx_tile"}
-    return {name: kernels.cpu_supports(instructions) for name, instructions in known.items()}
+    """What torch finds on an x86 CPU, and may use; all false on others."""
+    found = {name: kernels.cpu_supports(name) for name in ("avx2", "avx512", "avx512_bf16", "vnni")}
+    return found | {"amx": kernels.matrix_instructions()}
 
 
 def _kernels() -> dict[str, Any]:
