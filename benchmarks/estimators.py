@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 import rows
-from celora import kernels
 from celora.estimators import Columns, Estimator, Int8, Tokens
 from celora.timing import interleaved
 from celora.train.allocator import keep_freed_memory
@@ -85,7 +84,7 @@ def main() -> None:
     keep_freed_memory()  # as celora train does: else what is measured at large shapes is the kernel handing out pages
     dtype = getattr(torch, options.dtype)
     found = [
-        row | {"amx": kernels.matrix_instructions()} | rows.conditions()
+        row | rows.conditions()
         for out, inp in (SHAPES[2:4] if options.quick else SHAPES)
         for row in measure(out, inp, options.tokens, dtype, 11 if options.quick else 31)
     ]

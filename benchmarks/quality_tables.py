@@ -64,11 +64,12 @@ def scores() -> str:
     ]
     if not timed:
         return rows.markdown(header, body)
-    one = timed[0]
-    return (
-        rows.markdown(header, body)
-        + f"\n\nSteps timed in turns, {one['threads']} threads, {one['cpu']}, torch {one['torch']}."
-    )
+    by_task = {row["task"]: rows.where(row) for row in timed if row["task"] in {line[0] for line in body}}
+    places = [
+        f"{place} ({', '.join(task for task, its in by_task.items() if its == place)})"
+        for place in dict.fromkeys(by_task.values())
+    ]
+    return rows.markdown(header, body) + f"\n\nSteps timed in turns: {'; '.join(places)}."
 
 
 def many_seeds() -> str:
@@ -98,14 +99,11 @@ def many_seeds() -> str:
                     f"{100 * mean:+.1f} ± {100 * error:.1f} points" if points else f"{mean:+.3f} ± {error:.3f}"
                 )
             body.append([task, arm, f"{of[seeds[0]]['learning_rate']:g}", str(len(seeds)), *cells])
-    one = found[0]
-    limit = one.get("onednn_max_cpu_isa")
     header = [
         "task", "arm", "learning rate", "seeds", "test (standard deviation)", "against LoRA (± standard error)",
         "loss on test rows (standard deviation)", "against LoRA (± standard error)",
     ]  # fmt: skip
-    where = f"{one['threads']} thread, {one['cpu']}" + (f", ONEDNN_MAX_CPU_ISA={limit}" if limit else "")
-    return rows.markdown(header, body) + f"\n\n{where}, torch {one['torch']}."
+    return rows.markdown(header, body) + f"\n\n{'; '.join(dict.fromkeys(rows.where(row) for row in found))}."
 
 
 def verdict() -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from celora import kernels
 from celora.plan import device_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,8 +30,17 @@ def conditions() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "celora": metadata.version("celora"),
+        "amx": kernels.matrix_instructions(),
         **({"onednn_max_cpu_isa": limit} if (limit := os.environ.get("ONEDNN_MAX_CPU_ISA")) else {}),
     }
+
+
+def where(row: Mapping[str, Any]) -> str:
+    """The machine of a row, in words; rows do not always say whether there were matrix instructions."""
+    threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
+    limit = row.get("onednn_max_cpu_isa")
+    about = " with AMX" if row.get("amx") else f" up to {limit}" if limit else ""
+    return f"{row['cpu']}{about}, {threads}, torch {row['torch']}"
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
