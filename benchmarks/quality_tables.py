@@ -74,31 +74,32 @@ def scores() -> str:
 
 def many_seeds() -> str:
     """Arms at one rate with many seeds, and the paired differences to LoRA: what chance does, and what an arm does."""
-    found = quality.found(quality.MANY_SEEDS)
-    if not found:
-        return "Not measured yet."
-    body = []
+    found, body = quality.found(quality.MANY_SEEDS), []
     for task in dict.fromkeys(row["task"] for row in found):
         arms = {
             arm: {row["seed"]: row for row in found if (row["task"], row["arm"]) == (task, arm)}
             for arm in quality.SEEDED
         }
         seeds = sorted(set.intersection(*(set(of) for of in arms.values())))
+        if len(seeds) < _ENOUGH:
+            continue
         for arm, of in arms.items():
             cells = []
-            for what, form in (("test", "{:.1%}"), ("test_loss", "{:.3f}")):
-                values = [of[s][what] for s in seeds]
+            for what in ("test", "test_loss"):
+                points = what == "test" and of[seeds[0]]["higher_is_better"]
+                values, form = [of[s][what] for s in seeds], "{:.1%}" if points else "{:.3f}"
                 cells.append(f"{form.format(statistics.fmean(values))} ({form.format(statistics.stdev(values))})")
                 if arm == "LoRA":
                     cells.append("")
                     continue
                 ahead = [of[s][what] - arms["LoRA"][s][what] for s in seeds]
                 mean, error = statistics.fmean(ahead), statistics.stdev(ahead) / math.sqrt(len(seeds))
-                points = what == "test" and of[seeds[0]]["higher_is_better"]
                 cells.append(
                     f"{100 * mean:+.1f} ± {100 * error:.1f} points" if points else f"{mean:+.3f} ± {error:.3f}"
                 )
             body.append([task, arm, f"{of[seeds[0]]['learning_rate']:g}", str(len(seeds)), *cells])
+    if not body:
+        return "Not measured yet with three seeds."
     header = [
         "task", "arm", "learning rate", "seeds", "test (standard deviation)", "against LoRA (± standard error)",
         "loss on test rows (standard deviation)", "against LoRA (± standard error)",

@@ -210,7 +210,6 @@ def test_many_seeds(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch:
     """Each run once, whatever was there; differences are of the seeds that all arms have."""
     quality, tables = studies["quality"], studies["quality_tables"]
     monkeypatch.setattr(quality, "MANY_SEEDS", tmp_path / "seeds.jsonl")
-    assert tables.many_seeds() == "Not measured yet."
     made: list[tuple[str, int]] = []
 
     def train(task: str, arm: str, seed: int, rate: float, steps: int, work: Path) -> tuple[Any, dict[str, Any]]:
@@ -224,6 +223,7 @@ def test_many_seeds(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch:
     monkeypatch.setattr(quality, "_train", train)
     monkeypatch.setattr(quality, "_judged", judged)
     for seeds in ([0, 1], [0, 1], [0, 1, 2]):
+        assert tables.many_seeds() == "Not measured yet with three seeds."
         quality.many_seeds(["chain_sum"], list(quality.SEEDED), seeds, 2e-3, tmp_path, lambda line: None)
     assert sorted(made) == [(arm, seed) for arm in ("LoRA", "auto", "exact") for seed in range(3)]
     quality.many_seeds(["chain_sum"], ["LoRA"], [3], 2e-3, tmp_path, lambda line: None)
