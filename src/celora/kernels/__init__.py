@@ -155,6 +155,7 @@ def cpu_supports(instructions: str) -> bool:
     return bool(getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)())
 
 
+@functools.cache  # oneDNN looks once, too
 def matrix_instructions() -> bool:
     """Whether oneDNN multiplies with AMX: this CPU has it, and `ONEDNN_MAX_CPU_ISA` does not keep oneDNN from it."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
