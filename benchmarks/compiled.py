@@ -149,7 +149,7 @@ def main() -> None:
         cached = any(cache.glob("*"))
         found = [row | {"cached": cached} for row in measure(asked.arm)]
     file = rows.RESULTS / "compiled.jsonl"
-    kept = [row for row in rows.read(file) if row["measured_with"] != asked.arm] if file.exists() else []
+    kept = [row for row in rows.found(file) if row["measured_with"] != asked.arm]
     rows.write(file, sorted(kept + found, key=lambda row: list(ARMS).index(row["measured_with"])))
     for row in found:
         print(json.dumps({k: v for k, v in row.items() if k in _SHOWN}))

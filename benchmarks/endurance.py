@@ -111,7 +111,7 @@ def last_step(metrics: Path) -> int:
 
 
 def run(folder: Path, minutes: float) -> None:
-    earlier = rows.read(RESULTS) if RESULTS.exists() else []
+    earlier = rows.found(RESULTS)
     number = max((row["process"] for row in earlier), default=0) + 1
     left = 60 * minutes - sum(stretch[-1]["seconds"] for stretch in stretches(earlier))
     conditions = rows.conditions()

@@ -107,7 +107,7 @@ def main() -> None:
     results = rows.RESULTS / f"frontier-{options.dtype}.jsonl"
     asked = getattr(torch, options.dtype), options.fidelities, options.memory_limit
     found = [row for name in options.models for row in study(name, *asked)]
-    others = [row for row in rows.read(results) if row["model"] not in options.models] if results.exists() else []
+    others = [row for row in rows.found(results) if row["model"] not in options.models]
     rows.write(results, [*others, *found])
     Console().print(f"{len(found)} rows written")
 

@@ -124,9 +124,7 @@ def _judged(task: str, model: Any, part: str) -> dict[str, Any]:
 
 def steps_in_autos_time(task: str) -> dict[str, int]:
     """How many steps the arms of equal time may take, or none if nobody has measured."""
-    if not TIMES.exists():
-        return {}
-    ms = {row["arm"]: row["time_ms"] for row in rows.read(TIMES) if row["task"] == task}
+    ms = {row["arm"]: row["time_ms"] for row in rows.found(TIMES) if row["task"] == task}
     if not set(TIMED) <= set(ms):
         return {}
     return {f"{arm}, auto's time": max(1, round(STEPS * ms["auto"] / ms[arm])) for arm in ("LoRA", "upper half")}
@@ -157,7 +155,7 @@ def many_seeds(tasks: list[str], arms: list[str], seeds: list[int], rate: float,
         for seed in seeds:
             for arm in arms:
                 key = {"task": task, "arm": arm, "seed": seed, "learning_rate": rate, "steps": STEPS}
-                if any(key.items() <= row.items() for row in found(MANY_SEEDS)):
+                if any(key.items() <= row.items() for row in rows.found(MANY_SEEDS)):
                     continue
                 model, same = _train(task, arm, seed, rate, STEPS, work)
                 scores = same | _judged(task, model, "test")
@@ -165,10 +163,9 @@ def many_seeds(tasks: list[str], arms: list[str], seeds: list[int], rate: float,
                 rows.append(MANY_SEEDS, key | scores | rows.conditions())
 
 
-def found(path: Path | None = None) -> list[dict[str, Any]]:
-    """The rows of a study that are there; `run`'s without a path."""
-    path = path or RESULTS
-    return rows.read(path) if path.exists() else []
+def found() -> list[dict[str, Any]]:
+    """The rows of `run` that are there."""
+    return rows.found(RESULTS)
 
 
 def best_rate(task: str, arm: str, steps: int) -> float:
@@ -209,7 +206,7 @@ def time_steps(tasks: list[str], repeats: int, work: Path) -> None:
                 batches = [dict(batch) for batch in trainer.get_train_dataloader()][:6]
                 contenders[arm] = functools.partial(_steps, trainer, batches)
             times = interleaved(contenders, repeats=repeats)
-        others = [row for row in rows.read(TIMES) if row["task"] != task] if TIMES.exists() else []
+        others = [row for row in rows.found(TIMES) if row["task"] != task]
         timed = [
             {"task": task, "arm": arm, "time_ms": of["time_ms"] / len(batches), "repeats": repeats} | rows.conditions()
             for arm, of in times.items()

@@ -27,7 +27,7 @@ def scores() -> str:
     found = quality.found()
     if not found:
         return "Not measured yet."
-    timed = rows.read(quality.TIMES) if quality.TIMES.exists() else []
+    timed = rows.found(quality.TIMES)
     times = {(row["task"], row["arm"]): row["time_ms"] for row in timed}
     body = []
     for task in (name for name in quality_tasks.NAMES if any(row["task"] == name for row in found)):
@@ -74,7 +74,7 @@ def scores() -> str:
 
 def many_seeds() -> str:
     """Arms at one rate with many seeds, and the paired differences to LoRA: what chance does, and what an arm does."""
-    found, body = quality.found(quality.MANY_SEEDS), []
+    found, body = rows.found(quality.MANY_SEEDS), []
     for task in dict.fromkeys(row["task"] for row in found):
         arms = {
             arm: {row["seed"]: row for row in found if (row["task"], row["arm"]) == (task, arm)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
@@ -61,14 +60,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def found(path: Path) -> list[dict[str, Any]]:
+    """The rows that a study has so far, none before it began."""
+    return read(path) if path.exists() else []
+
+
 def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A table as Markdown has it."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *body])
-
-
-def spread(shares: Sequence[float]) -> str:
-    """Shares, one for each seed, in a sentence: mean and range."""
-    return f"{statistics.fmean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%}, {len(shares)} seeds)"
 
 
 def _commit() -> str:

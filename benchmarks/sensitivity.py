@@ -62,7 +62,7 @@ class Study:
         return rows.RESULTS / f"sensitivity-{self.name}.jsonl"
 
     def found(self) -> list[dict[str, Any]]:
-        return rows.read(self.results) if self.results.exists() else []
+        return rows.found(self.results)
 
     def wanted(self) -> list[dict[str, Any]]:
         """Every run: LoRA at every learning rate, CE-LoRA at every setting, none twice."""

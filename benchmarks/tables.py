@@ -154,7 +154,8 @@ def _kept(found: list[dict[str, Any]], arm: str) -> list[float]:
 
 def share_kept(arm: str) -> str:
     """That share in a sentence: the mean and the range over the seeds."""
-    return rows.spread(_kept(rows.read(rows.RESULTS / "training.jsonl"), arm))
+    of = _kept(rows.read(rows.RESULTS / "training.jsonl"), arm)
+    return f"{statistics.mean(of):.1%} ({min(of):.1%} to {max(of):.1%}, {len(of)} seeds)"
 
 
 def training_code() -> str:
@@ -285,7 +286,7 @@ def step_sweep_amx() -> str:
 
 def _step_sweep(name: str) -> str:
     file = rows.RESULTS / name
-    found = [row for row in rows.read(file) if "time_ms" in row] if file.exists() else []
+    found = [row for row in rows.found(file) if "time_ms" in row]
     if not found:
         return "Not measured yet."
     body = []
@@ -362,7 +363,7 @@ def _quantised(what: str) -> str:
 def compiled() -> str:
     """What torch.compile does to the step of each configuration, and what a refresh does to its graphs."""
     file = rows.RESULTS / "compiled.jsonl"
-    found = rows.read(file) if file.exists() else []
+    found = rows.found(file)
     if not found:
         return "Not measured yet."
     by_arm = {(row["measured_with"], row["arm"]): row for row in found}

@@ -165,7 +165,7 @@ def train(
 def run(arms: list[str], seeds: list[int], *, text: str, steps: int, dtype: str) -> None:
     results = TEXTS[text][1]
     results.parent.mkdir(parents=True, exist_ok=True)
-    found = rows.read(results) if results.exists() else []
+    found = rows.found(results)
     done = {(row["arm"], row["seed"], row.get("dtype", "bfloat16"), max(map(int, row["losses"]))) for row in found}
     for seed in seeds:
         for arm in arms:
