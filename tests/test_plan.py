@@ -36,7 +36,7 @@ def make(model: PeftModel, **changes: Any) -> Plan:
         PlannedLayer(LAYER.replace("up_proj", "gate_proj"), 80, 48, 0.5, candidates, 0),
     )
     plan = Plan(
-        layers, 0.98, 0.985, 0.981, 0.58, 0.6, 33, "float32", celora.plan.device_name(_device(model)),
+        layers, 0.98, 0.985, 0.981, 0.58, 0.6, 33, "float32", celora.plan.measured_on(_device(model)),
         torch.get_num_threads(), "2", 9999,
     )  # fmt: skip
     return dataclasses.replace(plan, **changes)
@@ -110,6 +110,15 @@ def test_a_plan_for_something_else_is_refused(model: PeftModel) -> None:
     with pytest.raises(CELoraError, match="'head' is 61 x 48 here, 128000 x 48 in the plan"):
         celora.attach(model, make(model, head=words))
     assert celora.attach(make_model(), make(model)).estimated
+
+
+def test_a_plan_made_with_amx_is_not_one_without(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(celora.plan, "matrix_instructions", lambda: True)
+    with_amx = make(model)
+    monkeypatch.setattr(celora.plan, "matrix_instructions", lambda: False)
+    assert not make(model).elsewhere(_device(model))
+    with pytest.raises(CELoraError, match=r"measured on '.* with AMX' and this is"):
+        celora.attach(model, with_amx)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from celora.config import PRESETS, CELoraConfig, LayerConfig
 from celora.errors import CELoraError, unknown
 from celora.files import inside, read_json, write_text
 from celora.forward import find_language_model
+from celora.kernels import matrix_instructions
 from celora.weights import shape_of
 
 PLAN_NAME = "celora_plan.json"
@@ -164,7 +165,7 @@ class Plan:
 
     def elsewhere(self, device: Device) -> str:
         """Why the plan's times are not those of this machine, or ''."""
-        if (here := device_name(device)) != self.device:
+        if (here := measured_on(device)) != self.device:
             return f"the plan was measured on {self.device!r} and this is {here!r}"
         if device.type == "cpu" and torch.get_num_threads() != self.threads:
             return f"the plan was measured with {self.threads} threads and torch has {torch.get_num_threads()} here"
@@ -291,6 +292,15 @@ def device_name(device: torch.device) -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def measured_on(device: torch.device) -> str:
+    """The device as a plan knows it: `device_name`, and whether products are AMX's.
+
+    Virtual CPUs of several generations share one name, and without AMX the same products take another time.
+    """
+    amx = device.type == "cpu" and matrix_instructions()
+    return device_name(device) + (" with AMX" if amx else "")
 
 
 def _changes(setting: LayerConfig) -> dict[str, Any]:

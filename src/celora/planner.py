@@ -40,7 +40,7 @@ from celora.forward import IGNORED, ModelGraft, find_language_model, taken_over
 from celora.graft import LayerGraft, Mode, Switch
 from celora.head import chunk_size, through_the_head
 from celora.memory import saved_for_backward
-from celora.plan import HEAD, Candidate, Plan, PlannedLayer, device_name
+from celora.plan import HEAD, Candidate, Plan, PlannedLayer, measured_on
 from celora.products import PRODUCTS, make_product
 from celora.select import energy_count, rounded_up, squared_row_norms
 from celora.sharded import whole
@@ -461,7 +461,7 @@ def _finish(
         audited_time=round(measured, 4),
         tokens=max((layer.tokens for layer in layers), default=0),
         dtype=str(layers[0].dtype if layers else adapter.dtype).removeprefix("torch."),
-        device=device_name(adapter.device),
+        device=measured_on(adapter.device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         memory_limit=int(memory_limit),
