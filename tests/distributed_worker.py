@@ -169,6 +169,20 @@ def at_odds(rank: int) -> dict[str, Any]:
     return {"exact": sorted(attachment.made_exact), "expected": names[:1], "modes": len(modes)}
 
 
+def planned_apart(rank: int) -> dict[str, Any]:
+    """Each process measures on its own batches, with its own idea of what that takes."""
+    model = make_model()
+    batches = [{"input_ids": global_batch(10 * rank + i), "labels": global_batch(10 * rank + i)} for i in range(3)]
+    report = celora.attach(model, "auto", batches=batches)
+    celora.detach(model)
+    celora.fsdp.shard(model)
+    try:
+        celora.attach(model, celora.CELoraConfig(**COLUMNS | {"keep_ratio": 0.3 + 0.1 * rank}))
+    except celora.CELoraError as error:
+        return {"layers": [layer.label for layer in report.layers], "error": str(error)}
+    return {}
+
+
 def one_without_labels(config: Any, rank: int, world: int) -> list[float]:
     """Losses where the first process's first logits are not finite, and then the second's batch has no label.
 
@@ -212,6 +226,7 @@ def main() -> None:
         **{name: functools.partial(run, scenario, rank, world) for name, scenario in SCENARIOS.items()},
         "unseen": lambda: one_without_a_gradient(rank),
         "at odds": lambda: at_odds(rank),
+        "planned": lambda: planned_apart(rank),
         "labels": lambda: {config: one_without_labels(config, rank, world) for config in ("off", "exact")},
     }
     for name in names or work:

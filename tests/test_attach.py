@@ -137,6 +137,10 @@ def test_attaching_again_is_idempotent_and_another_configuration_replaces(model:
     attachment = find(model)
     assert celora.attach(model, HALF) == first
     assert find(model) is attachment
+    model.base_model.model.model.gradient_checkpointing = True  # as Trainer may: one more piece of advice
+    assert any("checkpointing" in note for note in celora.attach(model, HALF).notes)
+    assert find(model) is attachment
+    model.base_model.model.model.gradient_checkpointing = False
     celora.attach(model, "paper")
     hooks = [h for m in model.modules() for h in m._forward_hooks.values() if isinstance(h, LayerGraft)]
     assert len(hooks) == 14  # one for each layer, for its adapter
@@ -678,3 +682,32 @@ def test_the_monitor_says_once_that_an_error_has_reached_1() -> None:
         warnings.simplefilter("error")
         celora.attach(model, CELoraConfig(estimator="tokens", keep_ratio=0.5, rank=0, refresh_every=2))
         train(model, 4)
+
+
+@pytest.mark.parametrize("config", ["exact", HALF, MEMBERS["tokens by energy"]], ids=["exact", "columns", "tokens"])
+def test_offloaded_weights_stay_exact(config: Any, batch: dict[str, torch.Tensor]) -> None:
+    """accelerate takes them away again after each forward."""
+    from accelerate import cpu_offload
+
+    model = make_model().train()
+    model(**batch).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for name, module in list(model.named_modules()):
+        if name.endswith("base_layer"):
+            cpu_offload(module, execution_device=torch.device("cpu"))
+    celora.attach(model, config)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model(**batch).loss.backward()
+    told = [one for one in said if "is offloaded, so its backward is exact" in str(one.message)]
+    assert len(told) == (config != "exact")
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, expected[name])
+
+
+def test_layers_split_over_processes_are_left_alone(model: PeftModel) -> None:
+    name = next(iter(celora.attach(model, HALF).estimated))
+    model.get_submodule(name).get_base_layer()._hf_tp_plan = "colwise"
+    assert celora.attach(model, HALF).skipped == {name: "it is split by tensor parallelism"}

@@ -141,3 +141,13 @@ def test_fidelity_of_zero_gradients() -> None:
     assert Fidelity.of([(zero, zero)]) == Fidelity(1.0, 0.0, 1.0)
     assert Fidelity.of([(zero, one)]) == Fidelity(0.0, 1.0, 0.0)
     assert Fidelity.of([(one, zero)]).relative_error == float("inf")
+
+
+def test_what_is_audited_is_training_whatever_the_mode(batch: dict[str, torch.Tensor]) -> None:
+    """`from_pretrained` leaves a model in evaluation mode, where its own loss would be taken."""
+    model = make_model()
+    celora.attach(model, CELoraConfig(estimator="dense", labelled_head=True, head_keep_ratio=0.3))
+    for mode in (True, False):
+        model.train(mode)
+        assert celora.audit(model, batch).relative_error > 0
+        assert all(module.training == mode for module in model.modules())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable
 
+import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam
@@ -81,9 +82,11 @@ def test_replaced_parameters_are_found() -> None:
     owner.clock.stop()
 
 
-def test_a_skipped_step_does_not_count() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_step_does_not_count(fused: bool) -> None:
+    """A fused optimizer is called all the same, and skips the step itself."""
     owner = Owner(nn.Linear(2, 2))
-    optimizer = _optimizer(owner.module)
+    optimizer = Adam(owner.module.parameters(), fused=True) if fused else _optimizer(owner.module)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for value in (1.0, float("inf"), 1.0):
         scaler.scale(torch.ones((), requires_grad=True)).backward()

@@ -41,7 +41,7 @@ def all_of_them(folder: Path, names: Collection[str], processes: int) -> dict[st
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    return all_of_them(tmp_path_factory.mktemp("two"), [*SCENARIOS, "unseen", "at odds", "labels"], 2)
+    return all_of_them(tmp_path_factory.mktemp("two"), [*SCENARIOS, "unseen", "at odds", "planned", "labels"], 2)
 
 
 def alone(scenario: dict[str, Any], replicas: int = 1) -> list[float]:
@@ -129,6 +129,13 @@ def test_sharded_layers_become_exact_in_all_processes_or_in_none(ran):
     for of in ran["at odds"]:
         assert of["exact"] == of["expected"]
         assert of["modes"] == 3  # where one process has no token, and the others have
+
+
+def test_all_processes_take_the_plan_of_the_first(ran):
+    """And what was planned, or chosen, apart is refused where they would wait for each other."""
+    first, second = ran["planned"]
+    assert first["layers"] == second["layers"] != []
+    assert "different configurations" in first["error"] == second["error"]
 
 
 def test_a_process_whose_head_has_nothing_to_do_gathers_it_with_the_others(ran):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import (
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GitConfig,
+    GitForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Trainer,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 from transformers import TrainingArguments as Arguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -476,3 +490,66 @@ def test_a_head_whose_estimate_is_none_becomes_exact(monkeypatch: pytest.MonkeyP
     with pytest.warns(UserWarning, match="from step 2 on, head is exact"):
         train(model, 1, first=1, optimizer=optimizer)
     assert celora.audit(model, make_batch(9)).relative_error == 0
+
+
+class Penalised(LlamaForCausalLM):
+    """Adds a term of its own to the loss."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if output.loss is not None:
+            output["loss"] = output.loss + 0.1 * output.logits.logsumexp(-1).square().mean()
+        return output
+
+
+SMALL: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "a term of its own": lambda: Penalised(LlamaConfig(**SMALL, intermediate_size=48)),
+    "a decoder within the decoder": lambda: OPTForCausalLM(
+        OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, pad_token_id=60)
+    ),
+    "labels that are not shifted": lambda: XLNetLMHeadModel(
+        XLNetConfig(vocab_size=61, d_model=32, n_layer=1, n_head=2, d_inner=48, dropout=0.0, loss_type="ForCausalLM")
+    ),
+    "tokens that are no text": lambda: GitForCausalLM(
+        GitConfig(
+            **SMALL,
+            intermediate_size=48,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            vision_config={"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "image_size": 32},
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.filterwarnings("ignore:celora. .*its own loss is used")
+def test_models_with_another_loss_keep_it(kind: str) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model, batch = get_peft_model(OTHERS[kind](), config).train(), masked_batch()
+    model.config.use_cache = False
+    if "text" in kind:
+        batch["pixel_values"] = torch.randn(len(batch["labels"]), 3, 32, 32)
+    loss = model(**batch).loss
+    loss.backward()
+    expected = gradient(model)
+    celora.attach(model, "exact")
+    for _ in range(2):
+        model.zero_grad()
+        found = model(**batch).loss
+        found.backward()
+        torch.testing.assert_close(found, loss)
+        torch.testing.assert_close(gradient(model), expected)
+
+
+def test_the_loss_function_is_the_models_own_again_after_the_first_call() -> None:
+    model, batch = make_model().train(), masked_batch()
+    celora.attach(model, "exact")
+    inner = model.base_model.model
+    with pytest.raises(IndexError):
+        model(**{**batch, "input_ids": batch["input_ids"] + 1000})
+    assert "_loss_function" not in vars(inner)
+    assert model(**batch).logits is None
+    assert "_loss_function" not in vars(inner)

@@ -412,3 +412,40 @@ def test_a_base_weight_that_trains_for_a_moment_keeps_its_gradient(monkeypatch: 
     weight.requires_grad_(False)
     run(model, x, g)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "config", [FUSED, CELoraConfig(estimator="tokens", keep_ratio=1.0, selection="energy", rank=0)]
+)
+def test_hooks_of_others_under_the_adapter(config: CELoraConfig, when: str) -> None:
+    """What they see is the base layer's output, and what they make of it is trained through."""
+    model, x, g = layer(), torch.randn(6, 12).double(), torch.randn(6, 20).double()
+    seen: list[torch.Tensor] = []
+
+    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        seen.append(output.detach().clone())
+        return output * 0.5
+
+    base = model.base_model.model[0].base_layer
+    handle = base.register_forward_hook(hook)
+    expected = run(model, x, g)
+    if when == "after":
+        handle.remove()
+    celora.attach(model, config)
+    if when == "after":
+        base.register_forward_hook(hook)
+    found = run(model, x, g)
+    torch.testing.assert_close(seen[-1], seen[0])
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_backward_hooks_of_the_adapter_are_called() -> None:
+    model, x, g = layer(), torch.randn(6, 12).double(), torch.randn(6, 20).double()
+    celora.attach(model, FUSED)
+    seen: list[int] = []
+    A = model.base_model.model[0].lora_A["default"]
+    A.register_full_backward_hook(lambda *_: seen.append(1))
+    run(model, x, g)
+    assert seen == [1]

@@ -13,9 +13,10 @@ from peft import PeftModel, get_peft_model
 
 import celora
 from celora import CELoraError, planner
-from celora.attach import find, require
+from celora.attach import find, require, tuner_layers
 from celora.config import PRESETS, LayerConfig
 from celora.estimators import Dense
+from celora.estimators import tokens as tokens_module
 from celora.graft import Mode, Switch
 from celora.plan import Candidate, PlannedLayer
 from celora.products import Int8
@@ -50,9 +51,9 @@ def free_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
                 for share in planner._TIMED_SHARES:
                     cost = cheaper * share * (1.0 if setting.weight_copy else 1.2)
                     keys[f"tokens {setting.precision}", setting.weight_copy, share] = cost
-        return {layer.shape: keys for layer in layers}
+        return {layer.kind: keys for layer in layers}
 
-    monkeypatch.setattr(planner, "_time_shapes", times)
+    monkeypatch.setattr(planner, "_time_kinds", times)
     monkeypatch.setattr(planner, "_graft_overhead", lambda device, dtype: 0.0)
     monkeypatch.setattr(planner._Bench, "time", lambda bench, layers, settings: 0.5)
 
@@ -240,7 +241,7 @@ def test_auto_plans_and_never_slows_a_layer_down(model: PeftModel, batches: Any)
 def wide_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the vocabulary were large enough for its gradient to be worth leaving out."""
 
-    def times(calls: Any, repeats: int) -> Any:
+    def times(calls: Any, repeats: int, device: Any) -> Any:
         return {call: {"time_ms": 10 * float(call)} for call in calls}
 
     monkeypatch.setattr(planner, "interleaved", times)
@@ -286,9 +287,9 @@ def test_the_head_is_planned_too(
 def test_a_head_that_is_not_ours_is_not_planned(
     model: PeftModel, batches: Any, free_estimates: None, wide_head: None
 ) -> None:
-    model.eval()  # an evaluation's loss is the model's own
+    hook = model.base_model.model.lm_head.register_forward_hook(lambda *_: None)  # what it does is not known
     assert celora.make_plan(model, batches).head is None
-    model.train()
+    hook.remove()
     assert planner.make_plans(model, batches, [0.9], head=False)[0].head is None
     loss = celora.make_plan(model, [{"input_ids": b["input_ids"]} for b in batches], loss=_own_loss).head
     assert loss is None
@@ -400,3 +401,51 @@ def test_what_a_graft_itself_takes_is_counted(model: PeftModel, free_estimates: 
     assert {layer.chosen for layer in celora.make_plan(model, [make_batch(0)], 0.5).layers} == {0}
     monkeypatch.undo()
     assert 0 <= planner._graft_overhead(torch.device("cpu"), torch.float32) < 100
+
+
+def test_on_an_accelerator_what_energy_leaves_out_is_audited(
+    model: PeftModel, batches: Any, free_estimates: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the tokens that are kept are the share that an earlier batch needed, of which there is none at first."""
+    monkeypatch.setattr(tokens_module, "_counts_freely", lambda device: False)
+    (plan,) = planner.make_plans(model, batches, [0.97], head=False)
+    assert any(layer.choice.setting.selection == "energy" for layer in plan.layers)
+    assert 0.96 < plan.audited_cosine < 0.9999
+    celora.attach(model, plan)
+    assert any(not graft.estimator.ready for graft in require(model).grafts.values())
+    train(model, 11)
+    assert all(graft.estimator.ready for graft in require(model).grafts.values())
+
+
+def test_a_model_in_evaluation_mode_is_planned_as_it_will_train(
+    model: PeftModel, free_estimates: None, wide_head: None
+) -> None:
+    """As `from_pretrained` leaves it, whatever `get_peft_model` says of the wrapper around it."""
+    masked = [_masked(seed) for seed in range(3)]
+    plans = []
+    for modes in (model.train(), model.eval()):
+        modes.base_model.model.model.layers[0].train(False)
+        before = [module.training for module in modes.modules()]
+        plans.append(celora.make_plan(modes, masked, 0.9))
+        assert [module.training for module in modes.modules()] == before
+    assert plans[0].head == plans[1].head is not None
+    assert plans[0].tokens == plans[1].tokens
+
+
+def test_layers_with_other_numbers_of_tokens_are_timed_for_themselves(model: PeftModel) -> None:
+    layers = [
+        planner._Layer(name, module.get_base_layer(), [LayerConfig("dense")], tokens=tokens)
+        for tokens, (name, module) in zip((4, 4, 4000), list(tuner_layers(model).items())[:3:2] * 2, strict=False)
+    ]
+    assert len(planner._time_kinds(layers)) == len({layer.kind for layer in layers}) > len({x.shape for x in layers})
+
+
+def test_what_makes_no_sense_is_said_before_anything_is_measured(
+    model: PeftModel, batches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "_make_plans", lambda *_: pytest.fail("measured"))
+    with pytest.raises(CELoraError, match="memory_limit='1GB'; expected a number of bytes"):
+        celora.make_plan(model, batches, memory_limit="1GB")  # type: ignore[arg-type]
+    monkeypatch.setattr(planner, "DTensor", torch.nn.Parameter)
+    with pytest.raises(CELoraError, match="a sharded model cannot be measured"):
+        celora.make_plan(model, batches)

@@ -118,3 +118,17 @@ def test_grain_leaves_few_shapes_and_little_waste() -> None:
     rounded = [-(-rows // select.grain(rows)) * select.grain(rows) for rows in range(1, 4096)]
     assert len(set(rounded[1023:2047])) <= 17
     assert all(rows <= up < rows * 17 / 16 for rows, up in enumerate(rounded, 1))
+
+
+@pytest.mark.parametrize("alive", [1, 2, 5])
+def test_fewer_scores_than_draws(alive: int) -> None:
+    """Softmaxes that underflow, dead columns: nothing may be drawn twice, and what is not zero is certain."""
+    scores = torch.zeros(12)
+    scores[:alive] = torch.rand(alive) + 0.1
+    p = select.inclusion_probabilities(scores, 6)
+    assert p.sum().item() == pytest.approx(6)
+    assert p[:alive].tolist() == [1] * alive
+    index, factors = select.sample(p, 6, torch.tensor(0.3, dtype=torch.float64))
+    assert len(index.unique()) == 6
+    assert index[:alive].tolist() == list(range(alive))
+    assert factors[:alive].tolist() == [1] * alive

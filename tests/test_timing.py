@@ -23,7 +23,7 @@ def test_a_dtype_is_slower_if_the_fastest_of_its_products_is(
 ) -> None:
     noise = [9.0, 1.0, 3.0, 9.0, 2.0]
     times = itertools.chain([half * of for of in noise], [single * of for of in noise])
-    monkeypatch.setattr(timing, "timed", lambda call: (call(), next(times))[1])
+    monkeypatch.setattr(timing, "timed", lambda call, device: (call(), next(times))[1])
     slower_than_float32.cache_clear()
     assert slower_than_float32(torch.bfloat16, torch.device("cpu")) == (half > single)
     assert next(times, None) is None

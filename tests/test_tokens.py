@@ -210,3 +210,49 @@ def test_the_gradient_factor_catches_what_the_left_out_tokens_carry() -> None:
     assert factored.ready
     assert (bare.estimate(G, W) - G @ W).norm() > 0.1 * (G @ W).norm()
     assert (factored.estimate(G, W) - G @ W).norm() < 1e-9 * (G @ W).norm()
+
+
+def test_on_an_accelerator_energy_waits_for_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    W, G = torch.randn(20, 12), torch.randn(64, 20) * torch.rand(64, 1).pow(6)
+    monkeypatch.setattr(tokens_module, "_counts_freely", lambda device: device.type == "cpu")
+    estimator = Tokens(20, 12, keep_ratio=0.9, selection="energy")
+    assert estimator.ready
+    monkeypatch.setattr(tokens_module, "_counts_freely", lambda device: False)
+    assert not estimator.ready
+    assert Tokens(20, 12, keep_ratio=1.0, selection="energy").ready
+    for gradient in (G * torch.inf, G):  # the first says nothing
+        estimator.observe(gradient, W, gradient @ W)
+        estimator.select()
+        assert estimator.ready == (gradient is G)
+    share = estimator.state_dict()["share"]
+    estimator.observe(G * torch.nan, W, G @ W)
+    estimator.select()
+    assert estimator.state_dict()["share"] == share
+
+
+def test_where_a_model_has_been_moved_to_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To where tokens are not counted: all are kept until a refresh has told how many are needed."""
+    W, G = torch.randn(20, 12), torch.randn(64, 20)
+    estimator = Tokens(20, 12, keep_ratio=0.9, selection="energy")
+    estimator.device = torch.device("meta")
+    monkeypatch.setattr(tokens_module, "_counts_freely", lambda device: device.type == "meta")
+    assert estimator.ready
+    assert estimator.estimate(G, W).equal(G @ W)
+    assert not estimator.ready
+    assert not estimator.clone().ready
+
+
+def test_processes_that_select_alike_keep_the_mean_of_their_shares() -> None:
+    W, total = torch.randn(20, 12), torch.zeros(2)
+    estimators = [Tokens(20, 12, keep_ratio=0.5, selection="energy") for _ in range(3)]
+    for estimator, alive in zip(estimators, (8, 16, 0), strict=True):
+        G = torch.ones(32, 20) * (torch.arange(32) < alive)[:, None]
+        estimator.observe(G, W, G @ W)
+        pooled = estimator.pooled()
+        assert pooled is not None
+        assert len(pooled) == estimator.pooled_size
+        total += pooled
+    for estimator in estimators:
+        estimator.take_pooled(total, None)
+        estimator.select()
+        assert estimator.state_dict()["share"] == pytest.approx((4 + 8) / 2 / 32)

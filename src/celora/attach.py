@@ -29,7 +29,8 @@ from celora.fused import Adapter, FusedGraft, Lender, vanilla_adapter
 from celora.graft import LayerGraft, Mode, Switch
 from celora.packing import cannot_pack
 from celora.plan import HEAD, Plan
-from celora.synchronise import add_up, largest_of_all, shards
+from celora.sharded import is_split
+from celora.synchronise import add_up, from_first, gathers, largest_of_all, same_in_all, shards
 from celora.timing import slower_than_float32
 from celora.weights import device_of, held, shape_of, trains, unreadable
 
@@ -362,9 +363,12 @@ def attach(
     Returns:
         What is estimated with what, and which layers are not and why. Printed, it is a table.
 
+    Of several processes that train together all call this; with `"auto"`, all take the plan of the first.
+
     Raises:
         CELoraError: unknown preset, no adapters, merged adapters, a model patched by Unsloth, a rank larger than a
-            layer, a plan for another model or device, or `"auto"` without batches.
+            layer, a plan for another model or device, `"auto"` without batches, or processes of a sharded model that
+            give different configurations.
     """
     tuners = tuner_layers(model)
     if config == "auto":
@@ -374,12 +378,17 @@ def attach(
             raise CELoraError(
                 "preset 'auto' measures before it chooses: give batches=, a few batches as training will see them."
             )
-        config = make_plan(model, batches)
+        config = Plan.from_dict(from_first(make_plan(model, batches).to_dict()))
     plan = config if isinstance(config, Plan) else None
     if isinstance(config, Plan):
         config.check(model)
         config = config.config()
     config = resolve(config)
+    if gathers(model) and not same_in_all(config.to_dict()):
+        raise CELoraError(
+            "the processes attach different configurations, and would wait for each other for ever; a plan has to be "
+            "made by one of them, for all."
+        )
     for pattern in _unmatched(config, tuners):
         warnings.warn(f"celora: the override {pattern!r} matches no adapted layer", stacklevel=2)
 
@@ -388,7 +397,8 @@ def attach(
     notes = (*_whole_model(model, tuners, config), *advice(model, tuners, config))
     report = AttachReport(tuple(layer for layer, _ in planned), config.refresh_every, notes)
     existing = find(model)
-    if existing is not None and existing.report == report and existing.config == config:
+    if existing is not None and existing.report.layers == report.layers and existing.config == config:
+        existing.report = report
         return report
     detach(model)
 
@@ -512,7 +522,7 @@ def _plan_layer(
             f"layer {name!r}: synchronise=True beside a gradient factor, which each process makes of its own "
             "gradients; use factor='svd' or rank=0."
         )
-    estimator.agreed = config.synchronise
+    estimator.agreed, estimator.device = config.synchronise, device_of(base)
     if reason := estimator.product.unavailable(out_features, in_features, device_of(base)):
         return LayerReport(name, out_features, in_features, "dense", 1.0, reason=reason), None
     selected = "keep_ratio" in kind.uses
@@ -539,7 +549,8 @@ def _at_hand(weight: Tensor, layer: LayerReport) -> bool:
 def cannot_estimate(module: BaseTunerLayer) -> str:
     """Why the backward of this PEFT layer's base is not `grad_output @ read(base)`, or ''."""
     base = module.get_base_layer()
-    return own_product(module) or unreadable(base) or ("its weight is trained" if trains(base) else "")
+    split = "it is split by tensor parallelism" if is_split(base) else ""
+    return own_product(module) or split or unreadable(base) or ("its weight is trained" if trains(base) else "")
 
 
 def _graft_layer(

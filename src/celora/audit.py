@@ -16,6 +16,7 @@ from celora.attach import Attachment, require
 from celora.errors import CELoraError
 from celora.forward import settle
 from celora.graft import Mode
+from celora.sharded import whole
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,11 @@ def audit(
     differ from batch to batch; what is lost in every batch alike stays. So an estimate can be near the gradient of
     each batch and far from what they have in common.
 
-    Two forward and backward passes a batch with the same random state, so dropout is the same in both. Parameters,
-    their `.grad`, buffers, random state, clock and selections are afterwards what they were before.
+    Two forward and backward passes a batch in training mode, with the same random state and so the same dropout.
+    Parameters, their `.grad`, buffers, random state, mode, clock and selections are afterwards what they were before.
 
     Args:
-        model: celora attached. Its train/eval mode is kept; in evaluation mode the loss is the model's own, and so is
-            the gradient of its head.
+        model: celora attached.
         batch: what the model takes as keyword arguments, `labels` included, or a list of such; moved to the model's
             device.
         loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
@@ -114,7 +114,7 @@ def audit(
     if not batches:
         raise CELoraError("no batches to audit with; give one, or several.")
 
-    with untouched(model, parameters) as rewind, _lent(attachment) as probes:
+    with training(model), untouched(model, parameters) as rewind, _lent(attachment) as probes:
         head = attachment.forward
         with nullcontext() if head is None else head.through(1.0):
             exact, value = gradient(model, batches, loss, parameters)
@@ -177,8 +177,20 @@ def gradient(
         if not math.isfinite(found):
             raise CELoraError(f"the loss of this batch is {found}; give one whose loss is a finite number.")
         total += found
-    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+    gradients = {n: whole(torch.zeros_like(p) if p.grad is None else p.grad) for n, p in parameters.items()}
     return gradients, total / len(batches)
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Training mode for a while, which is what is planned for; `from_pretrained` leaves a model in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager

@@ -84,11 +84,22 @@ class StepClock:
 
 
 def _tell_clocks(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    if _skipped(optimizer):
+        return
     running = list(_running)
     known = [clock._saw(optimizer) for clock in running]  # by every one whose model it is
     if not any(known):
         for clock in running:
             clock._saw_other()
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler has found an overflow, and a fused optimizer, which is called all the same, changed nothing.
+
+    Waits for the device under a GradScaler alone, which does so itself before it calls any other optimizer.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def _release_hook() -> None:

@@ -32,7 +32,7 @@ from celora.errors import CELoraError
 from celora.fused import Lender
 from celora.graft import LayerGraft, Measured, Mode, Switch
 from celora.head import Logits, score_tokens
-from celora.sharded import whole
+from celora.sharded import is_split, whole
 from celora.synchronise import gathers, largest_of_all
 
 IGNORED = -100
@@ -58,6 +58,33 @@ class ScoredOutput(ModelOutput):  # type: ignore[misc]
     aux_loss: Tensor | None = None
 
 
+class _Spy:
+    """Takes the place of a model's loss function for one call, to see whether the model's loss is that function's.
+
+    It answers 1. If the loss is 1, nothing was added to the answer and it was not computed elsewhere; and if the labels
+    are those which the model was given, they are shifted by the loss function and not before.
+    """
+
+    def __init__(self, model: PreTrainedModel, labels: Tensor) -> None:
+        self.labels = labels
+        self.satisfied: bool | None = None  # by the one question that it was asked
+        self._attributes = vars(model)
+        self._usual = self._attributes.get("_loss_function")  # None where Transformers looks it up
+        self._attributes["_loss_function"] = self
+
+    def __call__(self, logits: Tensor, labels: Any, *args: Any, **kwargs: Any) -> Tensor:
+        usual = kwargs.get("ignore_index", IGNORED) == IGNORED and kwargs.get("shift_labels") is None
+        same = isinstance(labels, Tensor) and labels.to(self.labels.device).equal(self.labels)
+        self.satisfied = self.satisfied is None and usual and same
+        return torch.ones((), device=logits.device)
+
+    def leave(self) -> None:
+        """Put the model's own back."""
+        del self._attributes["_loss_function"]
+        if self._usual is not None:
+            self._attributes["_loss_function"] = self._usual
+
+
 @dataclass
 class _Call:
     """One forward pass that has been taken over."""
@@ -67,7 +94,9 @@ class _Call:
     next_labels: Tensor  # (B, T): the label of each token's successor
     place: Tensor  # of the tokens with such a label, in the flattened batch: (N,)
     rows: Tensor  # of the same in the hidden states
-    probed: Tensor  # positions whose logits the model computes too
+    shape: torch.Size  # of the tokens that the model gets
+    probed: list[int]  # positions whose logits the model computes too
+    spy: _Spy | None
     hidden: Tensor | None = None
 
 
@@ -99,7 +128,14 @@ class ModelGraft(Measured):
 
     def settle(self, module: nn.Module) -> None:
         """Forget a forward that was interrupted, and never came to its end."""
-        self._call = None
+        self._take_call()
+
+    def _take_call(self) -> _Call | None:
+        """The call that is under way; it ends here."""
+        call, self._call = self._call, None
+        if call is not None and call.spy is not None:
+            call.spy.leave()
+        return call
 
     def begin(self, step: int) -> None:
         """An optimizer step begins."""
@@ -124,7 +160,7 @@ class ModelGraft(Measured):
         """A forward pre-hook (with kwargs) of the model, and of the PEFT tuner around it: some callers bypass one."""
         if self._call is not None and self._call.owner is not module:
             return None  # the tuner's forward, now at the model's
-        self._call = None
+        self._take_call()
         if torch.compiler.is_compiling() or not self.switch.on or self._refused:
             return None
         causal = _language_model(module)
@@ -148,18 +184,23 @@ class ModelGraft(Measured):
         if not len(place) and not gathers(causal):
             return None
 
-        rows, columns, inputs = place, place % labels.shape[1], self._packed(causal, given, next_labels)
+        rows, columns, shape = place, place % labels.shape[1], labels.shape
+        inputs = self._packed(causal, given, next_labels)
         if inputs is not None:
-            index = inputs.pop("index")
+            index, shape = inputs.pop("index"), inputs["input_ids"].shape
             back = torch.full_like(labels.flatten(), -1)
             back[index] = torch.arange(len(index), device=index.device)
             rows = columns = back[place]
-        columns = columns[: _PROBED if self._logits is None else 0]
-        if self._logits is None and not len(place):
-            columns = columns.new_zeros(1)
-        self._call = _Call(module, given, next_labels, place, rows, columns)
         passed = {k: v for k, v in given.items() if k not in ("labels", "num_items_in_batch", _TRL)} | (inputs or {})
-        return (), passed | {"logits_to_keep": columns, "use_cache": False}
+        probed, spy = [], None
+        if self._logits is None:
+            probed = columns[:_PROBED].tolist() or [0]
+            passed["labels"] = labels if inputs is None else torch.arange(shape.numel(), device=labels.device)[None]
+            spy = _Spy(causal, passed["labels"])
+        # A list, as a tensor would have to be where the last of the model's layers is.
+        passed |= {"logits_to_keep": probed, "use_cache": False}
+        self._call = _Call(module, given, next_labels, place, rows, shape, probed, spy)
+        return (), passed
 
     def body(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook of the decoder under the head."""
@@ -171,22 +212,29 @@ class ModelGraft(Measured):
         call = self._call
         if call is None or call.owner is not module:
             return None
-        self._call = None
-        if output is None or call.hidden is None:
+        self._take_call()
+        if output is None:
             return None
-        causal = _language_model(module)
+        causal, given = _language_model(module), call.given
+        if call.hidden is None or call.hidden.shape[:2] != call.shape:
+            self._refuse(f"{type(causal).__name__} computes past the decoder under its head")
+            return self._own(module, given)
         head: Any = causal.get_output_embeddings()
-        hidden, given = call.hidden.to(head.weight.device), call.given
+        hidden = call.hidden.to(head.weight.device)
         # FSDP2 leaves the head's parameters sharded outside its own forward.
         weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
-        if self._logits is None:
-            finite = bool(output.logits.isfinite().all())
-            found = _recognise(causal.config, hidden[:, call.probed], weight, bias, output.logits) if finite else None
+        if call.spy is not None:
+            known = bool(call.spy.satisfied) and isinstance(output.logits, Tensor) and float(output.loss) == 1
+            finite = not known or bool(output.logits.isfinite().all())
+            found = None
+            if known and finite:
+                found = _recognise(causal.config, hidden[:, call.probed], weight, bias, output.logits)
             unclear, refused = int(found is None), int(finite and found is None)
             if gathers(causal):  # who computes more than the others would wait for them, for ever
                 ((unclear, refused),) = largest_of_all([[unclear, refused]], hidden.device)
             if refused:
-                self._refuse(causal)
+                what = "does something to its logits that is not known" if known else "has a loss of its own"
+                self._refuse(f"{type(causal).__name__} {what}")
             if unclear:  # nothing to recognise the head by, yet or ever
                 return self._own(module, given)
             self._logits = found
@@ -225,10 +273,10 @@ class ModelGraft(Measured):
             label_mask=call.next_labels[:, :-1] != IGNORED,
         )
 
-    def _refuse(self, causal: nn.Module) -> None:
-        """Leave this and all later calls to the model, and say so."""
+    def _refuse(self, reason: str) -> None:
+        """Leave this and all later calls to the model, and say why."""
         self._refused = True
-        self._leave(f"{type(causal).__name__} does something to its logits that is not known")
+        self._leave(reason)
 
     def _leave(self, reason: str) -> None:
         """Say, once, why the loss is the model's own."""
@@ -341,7 +389,8 @@ def find_language_model(model: nn.Module) -> tuple[PreTrainedModel | None, nn.Mo
         return None, None, f"{type(model).__name__} is not a model of Transformers"
     if reason := _not_ours(causal):
         return None, None, reason
-    if not {"labels", "logits_to_keep"} <= inspect.signature(type(causal).forward).parameters.keys():
+    takes = {"labels", "logits_to_keep"} <= inspect.signature(type(causal).forward).parameters.keys()
+    if not (takes and any(map(_asks_for_the_loss, type(causal).__mro__))):
         reason = f"{type(causal).__name__} has a loss of its own"
     elif tuner is not None and type(tuner).forward is not BaseTuner.forward:
         reason = f"{type(tuner).__name__} has a forward of its own, which may add to the loss"
@@ -362,11 +411,19 @@ def _not_ours(causal: PreTrainedModel) -> str:
     # FSDP2's own, whose parameters are sharded, are served.
     if (head._forward_hooks or head._forward_pre_hooks) and not isinstance(head.weight, DTensor):
         return f"{type(causal).__name__} has a Linear with hooks as its head"
+    if is_split(head):
+        return "its head is split by tensor parallelism"
     if head.weight.requires_grad or not head.weight.is_floating_point():
         return "its head is trained or quantised"
     if causal.loss_function is not ForCausalLMLoss:
         return f"{type(causal).__name__} has a loss of its own"
     return ""
+
+
+def _asks_for_the_loss(kind: type) -> bool:
+    """Whether the forward of this class reads `loss_function`; only a call shows what it does with it."""
+    code = getattr(inspect.unwrap(vars(kind).get("forward", object)), "__code__", None)
+    return code is not None and "loss_function" in code.co_names
 
 
 def _fit(labels: Tensor, given: Mapping[str, Any]) -> bool:
@@ -407,13 +464,13 @@ def _recognise(config: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         h = hidden.float()  # and not all of the weight, which would be the peak of the first step
         z = torch.cat([F.linear(h, part.float()) for part in weight.split(_WORDS)], -1)
+        expected = logits.to(z.device, torch.float32)  # which a model that lies on several devices moves to its first
         if bias is not None:
             z += bias.float()
     scales = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier", "output_multiplier")]
     if division := getattr(config, "logits_scaling", None):
         scales += [1 / division, division]
     caps = [getattr(config, "final_logit_softcapping", None), None]
-    expected = logits.detach().float()
     # Logits are rounded to the model's dtype; the largest tells how coarsely.
     allowed = 8 * torch.finfo(logits.dtype).eps * expected.abs().max()
     for scale, cap in itertools.product([*(s for s in scales if s), 1.0], dict.fromkeys(caps)):

@@ -23,9 +23,10 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 
 from celora.graft import LayerGraft, remember, without_autocast
-from celora.weights import bias_of, trains
+from celora.weights import bias_of, held, trains
 
 _FEWEST_TOKENS = 96
 # PEFT's LoRA layers, over whatever kind of base layer, that add `scaling lora_B lora_A dropout(x)` and no more.
@@ -73,7 +74,9 @@ class Lender:
         self.settle(module)
         if not (module.training and self.graft.switch.on) or kwargs or len(args) != 1 or _too_few(args[0]):
             return
-        if trains(module.get_base_layer()):  # it may train for a moment, as LoRA-GA has it
+        base = module.get_base_layer()
+        weight = held(base)
+        if trains(base) or (weight is not None and weight.is_meta):  # for a moment, as LoRA-GA has it; or offloaded
             return
         adapter = self._adapter(module)
         if adapter is not None:
@@ -99,7 +102,8 @@ class Lender:
         if self._known is not None:
             name, known = self._known[0], self._known[1:]
             same = all(map(operator.is_, _parts(module, name), known)) and module.active_adapters == [name]
-            if same and not module.disable_adapters and not module.merged and not any(map(_touched, known)):
+            same = same and not module.disable_adapters and not module.merged and not any(map(_touched, known))
+            if same and not _looked_at(module.get_base_layer()):
                 return _made_of(*known, module.scaling[name])
         adapter, self._known = vanilla_adapter(module), None
         if isinstance(adapter, str):
@@ -140,6 +144,8 @@ def vanilla_adapter(module: Any) -> Adapter | str:
         return "its adapter is not two linear layers without bias"
     if any(map(_touched, parts)):
         return "its adapter has hooks of its own"
+    if _looked_at(module.get_base_layer()):
+        return "its base layer has hooks of its own"
     if not isinstance(dropout, nn.Identity) and type(dropout) is not nn.Dropout:
         return f"its dropout is {type(dropout).__name__}"
     scaling = module.scaling[name]
@@ -160,8 +166,15 @@ def _made_of(A: nn.Linear, B: nn.Linear, dropout: nn.Module, scaling: float) -> 
 
 
 def _touched(module: nn.Module) -> bool:
-    """Whether something else has a hand in this module's forward (FSDP, DeepSpeed, offloading)."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    """Whether something else has a hand in this module's forward (FSDP, DeepSpeed, offloading) or backward."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__
+
+
+def _looked_at(base: nn.Module) -> bool:
+    """Whether hooks that are not ours get the base layer's output, which therefore has to be without the adapter's."""
+    hooks = base._forward_hooks.values()
+    return not isinstance(base, FSDPModule) and not all(isinstance(hook, LayerGraft) for hook in hooks)
 
 
 def _too_few(x: Any) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
@@ -157,6 +158,11 @@ class LayerGraft(Measured):
         if getattr(module, "_is_replica", False):
             return None
         x, weight = args[0], self.weight(module, output.dtype)
+        if weight is not None and weight.is_meta:  # offloaded, and gone again: autograd has kept what it needs
+            self.switch.say_once(
+                "offloaded", f"{self.name} is offloaded, so its backward is exact, as that of every such layer."
+            )
+            return None
         if not x.requires_grad or (weight is not None and weight.requires_grad):
             return None
         return graft(x, output, weight, bias_of(module), self)
@@ -170,10 +176,10 @@ class LayerGraft(Measured):
         return weight
 
     def under(self, module: nn.Module) -> RemovableHandle:
-        """Hook the layer."""
+        """Hook the layer: before hooks that look at its output or change it, after FSDP2's, which shards its weight."""
         if held(module) is None:
             _quantised[self.key] = module
-        return module.register_forward_hook(self)
+        return module.register_forward_hook(self, prepend=not isinstance(module, FSDPModule))
 
     def mode_for(self, mode: Mode, witness: Tensor, weight: Tensor | None) -> Mode:
         """`mode`, or exact for gradients that cannot be estimated: without tokens, or not finite, or about to overflow.

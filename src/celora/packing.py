@@ -7,6 +7,7 @@ Attention is computed sequence by sequence (`celora.attention`), or by FlashAtte
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ def pack(
         What replaces arguments of the model's forward, and `index`: where each token was in the flattened batch, (N,).
     """
     rows, columns = input_ids.shape
+    if columns > _longest(model.config):
+        return None
     place = torch.arange(columns, device=input_ids.device).expand(rows, columns)
     labelled = next_labels != -100
     kept = place <= torch.where(labelled, place, -1).amax(1, keepdim=True)
@@ -85,6 +88,15 @@ def pack(
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
+
+
+def _longest(config: Any) -> float:
+    """The number of tokens from which on the rotary embedding of each depends on how many there are."""
+    found = getattr(config, "rope_parameters", None) or {}
+    for rope in (found, *(of for of in found.values() if isinstance(of, dict))):  # one for all layers, or for each kind
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            return float(min(rope.get("original_max_position_embeddings", math.inf), config.max_position_embeddings))
+    return math.inf
 
 
 def _dtype(model: Any) -> torch.dtype:

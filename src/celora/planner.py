@@ -29,9 +29,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from celora.attach import cannot_estimate, find, fuses, tuner_layers
-from celora.audit import Fidelity, gradient, on_device, trainable, untouched
+from celora.audit import Fidelity, gradient, on_device, trainable, training, untouched
 from celora.config import LayerConfig
 from celora.errors import CELoraError
 from celora.estimators import Dense, Estimator, make_estimator
@@ -64,6 +65,7 @@ _MARGIN = 0.97  # an estimate must beat the dense product by more than timing no
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 Progress = Callable[[str, float], None]
+_Kind = tuple[int, int, int, torch.dtype, torch.device]
 
 
 @dataclass
@@ -89,6 +91,11 @@ class _Layer:
     def shape(self) -> tuple[int, int]:
         return shape_of(self.base)
 
+    @property
+    def kind(self) -> _Kind:
+        """Layers of one kind take the same time; so do, nearly, those with less than twice as many tokens."""
+        return (*self.shape, self.tokens.bit_length(), self.dtype, device_of(self.base))
+
     def error(self, setting: LayerConfig) -> float:
         """What the selection of this setting loses, or, of one without selection, its rounding."""
         if setting.estimator == "tokens":
@@ -113,11 +120,12 @@ def make_plan(
 ) -> Plan:
     """The cheapest estimator for each layer with which the LoRA gradient keeps a cosine of `fidelity` with the exact.
 
-    Twenty to ninety forward and backward passes, by how much can be estimated. The model is left as it was: parameters,
-    `.grad`, buffers, random state. A warning says where a plan clearly misses its fidelity on what verifies it.
+    Twenty to ninety forward and backward passes in training mode, by how much can be estimated. The model is left as it
+    was: parameters, `.grad`, buffers, random state, mode. A warning says where a plan clearly misses its fidelity on
+    what verifies it.
 
     Args:
-        model: a PEFT model, adapters active; in the mode (train or eval) that training will use.
+        model: a PEFT model, adapters active.
         batches: what the model takes as keyword arguments, `labels` included, of the size training will use. Up to
             ten are used: to select, to measure, and the others to verify on their sum; with fewer than three, one
             serves for more.
@@ -130,7 +138,7 @@ def make_plan(
     Where no layer can be estimated the plan is empty, and training with it is plain PEFT.
 
     Raises:
-        CELoraError: no adapters, no batches, or a fidelity out of range.
+        CELoraError: no adapters, no batches, sharded parameters, or a fidelity or memory limit out of range.
     """
     return make_plans(model, batches, [fidelity], memory_limit=memory_limit, loss=loss, progress=progress)[0]
 
@@ -152,7 +160,13 @@ def make_plans(
     for fidelity in fidelities:
         if isinstance(fidelity, bool) or not isinstance(fidelity, int | float) or not 0 < fidelity <= 1:
             raise CELoraError(f"fidelity={fidelity!r}; expected a cosine, 0 < fidelity <= 1.")
+    if memory_limit is not None and (isinstance(memory_limit, bool) or not isinstance(memory_limit, int | float)):
+        raise CELoraError(f"memory_limit={memory_limit!r}; expected a number of bytes, or None for the default.")
     parameters = trainable(model)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise CELoraError(
+            "a sharded model cannot be measured; make the plan before it is sharded, in one process for all of them."
+        )
     used = [on_device(batch, parameters) for _, batch in zip(range(MOST_BATCHES), batches, strict=False)]
     if not used:
         raise CELoraError("no batches to plan with; give at least one, and three to verify on one that was not used.")
@@ -168,7 +182,7 @@ def make_plans(
         attached.switch.on = False
     try:
         # As preset auto will train: without padding, and with the loss over labelled tokens.
-        with untouched(model, parameters) as rewind, taken_over(model) as forward:
+        with training(model), untouched(model, parameters) as rewind, taken_over(model) as forward:
             bench = _Bench(model, parameters, used, loss, rewind, progress or (lambda what, share: None))
             bench.forward = forward if head else None
             return _make_plans(bench, layers, fidelities, memory_limit)
@@ -224,7 +238,7 @@ class _Bench:
         numbers = numbers or range(self.measuring, self.measuring + 1)
         exact = self.exact(numbers)
         estimated_layers = {name: layers[name] for name in settings if name in layers}
-        grafted = _grafted(estimated_layers, lambda layer: _estimator(layer.shape, settings[layer.name]))
+        grafted = _grafted(estimated_layers, lambda layer: _estimator(layer, settings[layer.name]))
         head: AbstractContextManager[None] = nullcontext()
         if self.forward is not None and HEAD in settings:
             head = self.forward.through(settings[HEAD].keep_ratio)
@@ -245,7 +259,7 @@ class _Bench:
         grafts themselves take counts."""
         dense = dict.fromkeys(layers, LayerConfig("dense"))
         contenders = [
-            {name: _estimator(layer.shape, of[name]) for name, layer in layers.items()}
+            {name: _estimator(layer, of[name]) for name, layer in layers.items()}
             for of in (dense, {**dense, **settings})
         ]
         ratios = []
@@ -289,7 +303,7 @@ def _grafted(
         for name, layer in layers.items():
             grafts[name] = kind(make(layer), switch)
             grafts[name].mode = Mode.ESTIMATE
-            handles.append(layer.base.register_forward_hook(grafts[name]))
+            handles.append(grafts[name].under(layer.base))
         yield grafts
     finally:
         switch.on = False
@@ -301,8 +315,10 @@ def _of(estimators: Mapping[str, Estimator], layer: _Layer) -> Estimator:
     return estimators[layer.name]
 
 
-def _estimator(shape: tuple[int, int], setting: LayerConfig) -> Estimator:
-    return make_estimator(setting.estimator, *shape, dataclasses.asdict(setting))
+def _estimator(layer: _Layer, setting: LayerConfig) -> Estimator:
+    estimator = make_estimator(setting.estimator, *layer.shape, dataclasses.asdict(setting))
+    estimator.device = device_of(layer.base)
+    return estimator
 
 
 class _Observer(Dense):
@@ -321,7 +337,7 @@ class _Observer(Dense):
         layer.tokens, layer.dtype = len(grad_output), grad_output.dtype
         for setting in self.layer.candidates:
             if setting.estimator == "columns" and setting.precision == "native":  # 8 bits add their own error to it
-                estimator = layer.columns.setdefault(setting, _estimator(layer.shape, setting))
+                estimator = layer.columns.setdefault(setting, _estimator(layer, setting))
                 if not estimator.ready:  # on the first batch: the next is judged with an earlier one's selection
                     estimator.observe(grad_output, weight, grad_input)
                     estimator.select()
@@ -339,7 +355,7 @@ class _Observer(Dense):
     def _measure_rounding(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
         for setting in self.layer.candidates:
             if setting.estimator in ("int8", "fp8") and setting.weight_copy:
-                estimate = _estimator(self.layer.shape, setting).estimate(grad_output, weight)
+                estimate = _estimator(self.layer, setting).estimate(grad_output, weight)
                 self._add(setting, estimate, grad_input)
 
     def _measure_tokens(self, grad_output: Tensor, grad_input: Tensor) -> None:
@@ -404,13 +420,13 @@ def _make_plans(
         weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
         memory_limit = (weights + saved) // 20
     bench.progress("timing candidates", 0.15)
-    times = _time_shapes(layers)
+    times = _time_kinds(layers)
     device = next(iter(bench.parameters.values())).device
     bench.overhead_ms = _graft_overhead(device, layers[0].dtype) if layers else 0.0
     bench.progress("probing influence", 0.25)
     if layers:
         _probe_influence(bench, layers)
-    planned = [_evidence(layer, times[layer.shape], bench.overhead_ms) for layer in layers]
+    planned = [_evidence(layer, times[layer.kind], bench.overhead_ms) for layer in layers]
     planned += _head_evidence(bench) if layers else []
     plans = []
     for i, fidelity in enumerate(fidelities):
@@ -484,11 +500,11 @@ def _observe(bench: _Bench, layers: list[_Layer]) -> int:
     return saved.nbytes
 
 
-def _time_shapes(layers: list[_Layer]) -> dict[tuple[int, int], dict[tuple[str, bool, float], float]]:
-    """For each shape: (what, whether it keeps a copy, share kept) -> milliseconds."""
-    found: dict[tuple[int, int], dict[tuple[str, bool, float], float]] = {}
+def _time_kinds(layers: list[_Layer]) -> dict[_Kind, dict[tuple[str, bool, float], float]]:
+    """For each kind of layer: (what, whether it keeps a copy, share kept) -> milliseconds."""
+    found: dict[_Kind, dict[tuple[str, bool, float], float]] = {}
     for layer in layers:
-        if layer.shape in found:
+        if layer.kind in found:
             continue
         precisions = sorted({(s.precision, s.weight_copy) for s in layer.candidates if s.estimator == "tokens"})
         weight = read(layer.base, layer.dtype)
@@ -497,9 +513,9 @@ def _time_shapes(layers: list[_Layer]) -> dict[tuple[int, int], dict[tuple[str, 
         contenders: dict[tuple[str, bool, float], Estimator] = {("dense", True, 1.0): Dense(*layer.shape)}
         for setting in layer.candidates:
             if setting.estimator in ("int8", "fp8"):
-                contenders[setting.estimator, setting.weight_copy, 1.0] = _estimator(layer.shape, setting)
+                contenders[setting.estimator, setting.weight_copy, 1.0] = _estimator(layer, setting)
             elif setting.estimator == "columns":
-                estimator = _estimator(layer.shape, setting)
+                estimator = _estimator(layer, setting)
                 estimator.observe(grad, weight, grad @ weight.to(grad.dtype))
                 estimator.select()
                 contenders[f"columns {setting.precision}", True, setting.keep_ratio] = estimator
@@ -508,13 +524,13 @@ def _time_shapes(layers: list[_Layer]) -> dict[tuple[int, int], dict[tuple[str, 
                 setting = dataclasses.replace(_tokens(share, precision, copy=copy), selection="topk")
                 if share == 1:  # where topk would not even look
                     setting = _tokens(1.0, precision, copy=copy)
-                contenders[f"tokens {precision}", copy, share] = _estimator(layer.shape, setting)
+                contenders[f"tokens {precision}", copy, share] = _estimator(layer, setting)
         calls = {
             "/".join(map(str, key)): functools.partial(estimator.estimate, grad, weight)
             for key, estimator in contenders.items()
         }
-        measured = interleaved(calls, repeats=7)
-        found[layer.shape] = {key: measured["/".join(map(str, key))]["time_ms"] for key in contenders}
+        measured = interleaved(calls, repeats=7, device=weight.device)
+        found[layer.kind] = {key: measured["/".join(map(str, key))]["time_ms"] for key in contenders}
     return found
 
 
@@ -531,7 +547,7 @@ def _graft_overhead(device: torch.device, dtype: torch.dtype) -> float:
             linear(x).sum().backward()
 
     calls = {name: functools.partial(run, linear) for name, linear in zip(("bare", "grafted"), linears, strict=True)}
-    times = interleaved(calls, repeats=50)
+    times = interleaved(calls, repeats=50, device=device)
     return max(0.0, times["grafted"]["time_ms"] - times["bare"]["time_ms"])
 
 
@@ -594,7 +610,7 @@ def _head_evidence(bench: _Bench) -> list[PlannedLayer]:
     calls = {
         str(share): functools.partial(through_the_head, grad, weight, share, out, 0) for share in (1.0, *HEAD_SHARES)
     }
-    ms = {call: of["time_ms"] * tokens / size for call, of in interleaved(calls, repeats=5).items()}
+    ms = {call: of["time_ms"] * tokens / size for call, of in interleaved(calls, repeats=5, device=grad.device).items()}
     found = [Candidate(LayerConfig("dense"), round(ms["1.0"], 5), 0.0)]
     for share, setting in settings.items():
         if ms[str(share)] < _MARGIN * ms["1.0"]:

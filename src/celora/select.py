@@ -7,6 +7,7 @@ from torch import Tensor
 
 from celora import kernels
 
+_LEAST_SCORE = 1e-12  # of the highest: all may be drawn
 _LEAST = 1e-24  # a smaller sum of squares may have lost what matters of it to float32's underflow
 
 
@@ -109,11 +110,11 @@ def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
     """`p_i = min(1, lambda score_i)` with the lambda that makes them add up to k: (n,) float64.
 
     The probabilities with which k draws without replacement have the least variance. Uniform if every score is zero,
-    or one is not finite.
+    or one is not finite. Where fewer than k are not zero, those are certain and the others share what is left.
     """
     scores = scores.double()
     total = scores.sum()
-    scores = torch.where(torch.isfinite(total) & (total > 0), scores, 1.0)
+    scores = torch.where(torch.isfinite(total) & (total > 0), scores.clamp(min=_LEAST_SCORE * scores.amax()), 1.0)
     # With m items certain, the others share k - m: the smallest m that leaves none of those above 1 is right. At most k
     # are certain, so only the k largest have to be in order.
     ordered, largest = scores.topk(k)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 # torch 2.13 renames it.
@@ -19,6 +19,15 @@ def whole(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The weight itself or, of a sharded one, all of it; in `dtype`, cast before it is sent."""
     weight = weight if dtype is None else weight.to(dtype)
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether this layer's product is split over processes (tensor parallelism).
+
+    Transformers replaces the forward of such layers, which FSDP2 does not, and PEFT marks those that it adapts.
+    """
+    replaced = isinstance(getattr(module, "weight", None), DTensor) and "forward" in vars(module)
+    return replaced or bool(getattr(module, "_hf_tp_plan", None))
 
 
 def rows_alone(weight: Tensor) -> bool:

@@ -8,6 +8,7 @@ columns and `in (rank + 8)` for a gradient factor, whatever the number of proces
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,22 @@ def largest_of_all(numbers: list[list[int]], device: torch.device) -> list[list[
     dist.all_reduce(flat, op=dist.ReduceOp.MAX)
     largest: list[list[int]] = flat.tolist()
     return largest
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, in all of them. Collective."""
+    if not in_company():
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def same_in_all(value: Any) -> bool:
+    """Whether all processes have given the same value, each of which is told. Collective."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return all(other == values[0] for other in values)
 
 
 @torch.no_grad()

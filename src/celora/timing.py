@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, dict[str, float]]:
-    """Time each contender `repeats` times, taking turns: name -> median and 20/80th percentile in ms.
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device | None = None
+) -> dict[str, dict[str, float]]:
+    """Time each contender `repeats` times on `device`, taking turns: name -> median and 20/80th percentile in ms.
 
     Taking turns spreads whatever else the machine does evenly, so ratios of medians can be trusted where the
     times themselves cannot. Two rounds warm up.
@@ -19,21 +21,23 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], *, repeats: int)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 2):
         for name, call in contenders.items():
-            milliseconds = timed(call)
+            milliseconds = timed(call, device)
             if turn >= 2:
                 samples[name].append(milliseconds)
     return {name: percentiles(of) for name, of in samples.items()}
 
 
-def timed(call: Callable[[], object]) -> float:
-    """Milliseconds of one call: by the device's own events on CUDA, else by the clock."""
+def timed(call: Callable[[], object], device: torch.device | None = None) -> float:
+    """Milliseconds of one call on `device`, the current one if None: by its own events on CUDA, else by the clock."""
     if torch.cuda.is_available():
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end))
+        # Events are of the current device, whatever the call works on.
+        with torch.cuda.device(device if device is not None and device.type == "cuda" else None):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            return float(begin.elapsed_time(end))
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
@@ -46,7 +50,7 @@ def slower_than_float32(dtype: torch.dtype, device: torch.device) -> bool:
 
     def milliseconds(of: torch.dtype) -> float:
         a = torch.ones(size, size, dtype=of, device=device)
-        return min(timed(lambda: a @ a) for _ in range(5))
+        return min(timed(lambda: a @ a, device) for _ in range(5))
 
     return milliseconds(dtype) > milliseconds(torch.float32)
 

@@ -92,6 +92,7 @@ class Estimator(ABC):
         self.in_features = in_features
         self.keep_ratio = self.settings.keep_ratio  # may move while training, under a controller
         self.agreed = False  # whether all processes that train together select the same
+        self.device = torch.device("cpu")  # of the gradients that it will get
         self.product = make_product(self.settings.precision, copy=self.settings.weight_copy)
 
     @property
@@ -144,7 +145,9 @@ class Estimator(ABC):
 
     def clone(self) -> Estimator:
         """A new estimator with the same settings and nothing observed or selected."""
-        return type(self)(self.out_features, self.in_features, **dataclasses.asdict(self.settings))
+        new = type(self)(self.out_features, self.in_features, **dataclasses.asdict(self.settings))
+        new.device = self.device
+        return new
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on as if it had not stopped."""

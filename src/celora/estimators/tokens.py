@@ -48,7 +48,7 @@ class Tokens(Estimator):
         super().__init__(out_features, in_features, **settings)
         self.factor = make_factor(self.settings.factor, self.settings.rank, self.settings.seed)
         self._draws = 0
-        self._share: Tensor | None = None  # of the tokens that `energy` needed at the latest refresh
+        self._share: float | None = None  # of the tokens that `energy` needed at the latest refresh
         self._needed: Tensor | None = None
 
     @property
@@ -61,12 +61,18 @@ class Tokens(Estimator):
 
     @property
     def ready(self) -> bool:
-        return self._keeps_all or self.settings.factor == "svd" or not self.settings.rank or self.factor.V is not None
+        factored = self.settings.factor == "svd" or not self.settings.rank or self.factor.V is not None
+        return self._keeps_all or (factored and not self._waits_for_a_share)
 
     @property
     def traceable(self) -> bool:
         # Not super().traceable, which is true for Dynamo whatever it says: it gets the property itself there.
         return self.product.traceable and self.settings.selection == "topk"
+
+    @property
+    def _waits_for_a_share(self) -> bool:
+        of_a_refresh = self.settings.selection == "energy" and self.keep_ratio < 1 and not _counts_freely(self.device)
+        return of_a_refresh and self._share is None
 
     @property
     def _keeps_all(self) -> bool:
@@ -97,22 +103,35 @@ class Tokens(Estimator):
             needed = torch.where(measurable(squared), needed, 0)  # what cannot be counted says nothing of later steps
             self._needed = needed if self._needed is None else torch.maximum(needed, self._needed)
 
+    @property
+    def pooled_size(self) -> int:
+        return 2 if self.settings.selection == "energy" else 0
+
+    def pooled(self) -> Tensor | None:
+        return None if self._needed is None else torch.stack([self._needed, self._needed > 0])
+
+    def take_pooled(self, total: Tensor, weight: Tensor | None) -> None:
+        if self.pooled_size:  # the mean of the processes that could count
+            self._needed = total[0] / total[1].clamp(min=1)
+
     def select(self) -> None:
         self.factor.settle()
-        self._share, self._needed = self._needed if self._needed is not None else self._share, None
+        if self._needed is not None:
+            needed, self._needed = float(self._needed), None  # one synchronisation a refresh
+            self._share = needed or self._share  # 0 where nothing could be counted
 
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict()
         if self.settings.selection == "sampled":
             state["draws"] = torch.tensor(self._draws)
         if self._share is not None:
-            state["share"] = self._share
+            state["share"] = torch.tensor(self._share, dtype=torch.float64)
         return state | self.factor.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
         self._draws = int(state.get("draws", 0))
-        self._share, self._needed = state.get("share"), None
+        self._share, self._needed = float(state["share"]) if "share" in state else None, None
         self.factor.load_state_dict(state, self.in_features)
 
     def _kept(self, tokens: int, device: torch.device) -> int | None:
@@ -121,11 +140,10 @@ class Tokens(Estimator):
             return max(1, round(self.keep_ratio * tokens))
         if _counts_freely(device):
             return None
+        self.device = device  # to which the model may have been moved: `ready` tells whether a share is missing
         if self._share is None or self.keep_ratio == 1:  # the share of another step might leave out what is not zero
             return tokens
-        self._share = self._share.cpu()  # one synchronisation a refresh, when the share is new
-        share = self._share.item() or 1.0  # 0 where nothing could be counted
-        return rounded_up(round(share * tokens), tokens, self.product.grain(tokens, device))
+        return rounded_up(round(self._share * tokens), tokens, self.product.grain(tokens, device))
 
     def _sample(self, norms: Tensor) -> tuple[Tensor, Tensor]:
         kept = max(1, round(self.keep_ratio * len(norms)))

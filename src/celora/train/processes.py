@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,15 +45,6 @@ def introduce_deepspeed() -> None:
     import deepspeed
 
     deepspeed.init_distributed()  # takes over the group that is there
-
-
-def from_first(value: Any) -> Any:
-    """What the first process has, in all of them. Collective."""
-    if processes() == 1:
-        return value
-    shared = [value]
-    dist.broadcast_object_list(shared)
-    return shared[0]
 
 
 def wait_for_all() -> None:

@@ -31,6 +31,7 @@ from celora.config import CELoraConfig
 from celora.errors import CELoraError, out_of_memory
 from celora.plan import Plan
 from celora.planner import DEFAULT_FIDELITY, MOST_BATCHES
+from celora.synchronise import from_first
 from celora.train.arguments import TrainRequest, check_record, recorded, sft_config
 from celora.train.checkpointing import choose_checkpointing
 from celora.train.doctor import PACKAGES
@@ -46,7 +47,7 @@ from celora.train.loading import (
     quiet_libraries,
     training_rows,
 )
-from celora.train.processes import from_first, introduce_deepspeed, is_first, losing_contact, lost_contact, processes
+from celora.train.processes import introduce_deepspeed, is_first, losing_contact, lost_contact, processes
 from celora.train.progress import MetricsWriter, Phases, PlanProgress, ProgressLine, read_metrics
 from celora.train.report import write_report
 from celora.train.saving import UNUSABLE, SafeSaving, Sealing, save_adapter, stopped, take_over
