@@ -12,7 +12,7 @@ import pytest
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from celora.config import LayerConfig
+from celora.config import CELoraConfig, LayerConfig, resolve
 from celora.errors import CELoraError
 from celora.train.arguments import estimator_config, make_request, parse, read_yaml, recorded, sft_config
 from celora.train.fields import DEFAULTS, REFUSED, convert, help_all, known_fields
@@ -400,6 +400,22 @@ def test_overrides_beside_a_preset_add_to_it():
     assert config.for_layer("model.layers.0.mlp.up_proj") == LayerConfig("columns", 0.25, "adapter")
     assert config.for_layer("model.layers.1.mlp.up_proj") == LayerConfig("columns", 0.65, "adapter")
     assert config.for_layer("model.layers.0.self_attn.v_proj").keep_ratio == 0.55
+
+
+def test_off_is_off_whatever_the_file_says(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: d\noutput: o\ncelora: {estimator: columns, keep_ratio: 0.5}\n")
+    off = parse(["--config", str(path)], {"preset": "off"})
+    assert (off.preset, off.config) == ("off", CELoraConfig.from_dict(resolve("off").to_dict()))
+    with pytest.raises(CELoraError, match="estimator has no effect beside preset 'exact'"):
+        parse(["--config", str(path)], {"preset": "exact"})
+
+
+def test_evaluations_are_as_far_apart_as_with_trl():
+    base = {"model": "m", "data": "d", "output": "o"}
+    assert make_request(base).train["eval_steps"] == 10
+    assert make_request(base | {"logging_steps": 25}).train["eval_steps"] == 25
+    assert make_request(base | {"logging_steps": 25, "eval_steps": 50}).train["eval_steps"] == 50
 
 
 @pytest.mark.parametrize("field", ["estimator", "keep_ratio"])

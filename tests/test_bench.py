@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,5 +123,24 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert json.loads(output.read_text()) == row
     assert row["peak_memory"] > 2**26
     assert printed.err == ""
+    assert cli.main(given) == 2
+    assert "exists; --overwrite replaces it" in capsys.readouterr().err
     assert cli.main(["bench", "--cell", "h64-v1k:full", "--arm", "fast"]) == 2
     assert "unknown arm 'fast'" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_an_interruption_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter([[{"model": "h64-v1k", "arm": "exact"}]])
+
+    def measure(*_: Any, **__: Any) -> list[dict[str, Any]]:
+        try:
+            return next(measured)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(bench, "measure", measure)
+    cells = ["--cell", "h64-v1k:instruct", "--cell", "h64-v1k:full"]
+    assert cli.main(["bench", *cells, "--json", "--output", str(tmp_path / "rows.jsonl")]) == 130
+    assert capsys.readouterr().out == (tmp_path / "rows.jsonl").read_text() != ""

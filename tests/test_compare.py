@@ -17,7 +17,7 @@ from celora import cli
 from celora.errors import CELoraError
 from celora.train import compare as module
 from celora.train import run
-from celora.train.compare import Difference, Outcome, compare, differences, findings, summary
+from celora.train.compare import Difference, Outcome, compare, differences, findings, students_t, summary
 from tiny import save_rows, save_tiny_model
 
 ARMS = ("LoRA", "exact", "paper")
@@ -171,11 +171,11 @@ def test_given_held_out_rows(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_paired_differences() -> None:
-    """Against the textbook: differences 1, 2, 3 have mean 2, deviation 1, and t(2) = 4.303."""
+    """Against the textbook: differences 1, 2, 3 have mean 2, deviation 1, and t(2) = 4.30265."""
     found = Difference.of([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
     assert found.mean == 2
-    assert found.low == pytest.approx(2 - 4.303 / 3**0.5)
-    assert found.high == pytest.approx(2 + 4.303 / 3**0.5)
+    assert found.low == pytest.approx(2 - 4.3026527 / 3**0.5)
+    assert found.high == pytest.approx(2 + 4.3026527 / 3**0.5)
     assert not found.real
     assert Difference.of([1.0], [2.0]) == Difference(-1.0, None, None)
     assert Difference.of([1.0], [2.0]).real is None
@@ -183,8 +183,51 @@ def test_paired_differences() -> None:
     assert many.real
     assert many.high is not None
     assert many.high - many.mean == pytest.approx(
-        2.042 * torch.tensor([0.0, 1e-3] * 20).std().item() / 40**0.5, rel=1e-3
+        2.0227 * torch.tensor([0.0, 1e-3] * 20).std().item() / 40**0.5, rel=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("confidence", "degrees", "expected"),
+    [(0.95, 1, 12.7062), (0.95, 2, 4.3027), (0.95, 30, 2.0423), (0.99, 5, 4.0321), (0.975, 2, 6.2053)],
+)
+def test_students_t(confidence: float, degrees: int, expected: float) -> None:
+    assert students_t(confidence, degrees) == pytest.approx(expected, abs=1e-4)
+
+
+def test_several_comparisons_hold_together() -> None:
+    one = Difference.of([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
+    two = Difference.of([11.0, 22.0, 33.0], [10.0, 20.0, 30.0], comparisons=2)
+    assert one.high is not None
+    assert two.high is not None
+    assert (two.high - 2) / (one.high - 2) == pytest.approx(6.2053 / 4.3027, rel=1e-4)
+
+
+def test_a_difference_that_rounding_makes_is_not_called_real() -> None:
+    of = outcomes(LoRA=[2.0, 2.1, 2.2], rounded=[2.00001, 2.10001, 2.20001])
+    (line,) = findings(of, ("LoRA", "rounded"))
+    assert "the same to four decimals" in line
+    assert "too small to matter" in line
+
+
+def test_a_mistake_before_anything_was_trained_does_not_bind_the_folder(inputs: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    good = (inputs / "rows.jsonl").read_text()
+    rows.write_text(good + '{"text": null}\n')
+    with pytest.raises(CELoraError, match="null"):
+        compare(settings(inputs, tmp_path / "out", data=str(rows)), arms=ARMS[:2], seeds=1)
+    rows.write_text(good)
+    compare(settings(inputs, tmp_path / "out", data=str(rows)), arms=("LoRA", "exact"), seeds=1)
+
+
+def test_the_first_arm_is_plain_whatever_the_settings_are_of(inputs: Path, tmp_path: Path) -> None:
+    columns = {"overrides": {"*": {"estimator": "columns", "keep_ratio": 0.5, "rank": 0}}}
+    with pytest.raises(CELoraError, match="overrides with estimates beside preset 'exact'"):
+        compare(settings(inputs, tmp_path / "out", celora=columns), arms=("LoRA", "exact"), seeds=1)
+    assert not (tmp_path / "out").exists()
+    compare(settings(inputs, tmp_path / "out", celora=columns), arms=("LoRA", "paper"), seeds=1)
+    estimated = [json.loads((tmp_path / "out" / f"{arm}-seed0" / "run.json").read_text()) for arm in ("LoRA", "paper")]
+    assert [run["estimated_layers"] > 0 for run in estimated] == [False, True]
 
 
 def test_plain_sentences() -> None:
@@ -211,6 +254,7 @@ def test_plain_sentences() -> None:
         ({}, ("LoRA",), "expected two or more different ones"),
         ({"preset": "auto"}, ARMS, "preset is not for a comparison"),
         ({"seed": 3}, ARMS, "seed is not for a comparison"),
+        ({"fidelity": 0.9}, ("LoRA", "exact"), "fidelity belongs to a plan, which none of the arms LoRA, exact has"),
         ({"data": "nowhere.jsonl"}, ARMS, "no such data file"),
     ],
 )

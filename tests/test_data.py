@@ -24,6 +24,7 @@ from celora.train.data import load_rows, local_files
 from unprivileged import as_nobody, public_folder
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+CHAT = [USER, ASSISTANT]
 Load = Callable[..., list[dict[str, Any]]]
 
 
@@ -107,6 +108,10 @@ def test_folder(tmp_path: Path, load: Load) -> None:
     write(folder / "train-1.jsonl", {"text": "train"})
     write(folder / "trainer.jsonl", {"text": "no"})
     assert load(folder) == [{"text": "train"}]
+    write(folder / "imdb_train.jsonl", {"text": "prefixed"})
+    write(folder / "imdb_test.jsonl", {"text": "prefixed test"})
+    assert load(folder) == [{"text": "prefixed"}, {"text": "train"}]
+    assert load(folder, split="test") == [{"text": "prefixed test"}, {"text": "test"}]
     with pytest.raises(CELoraError, match=r"no 'dev-set' file among .*name one like dev-set\.jsonl"):
         load(folder, split="dev-set")
 
@@ -470,3 +475,26 @@ def test_five_million_rows_stream_with_flat_memory(tmp_path: Path) -> None:
         grown.append(mebibytes)
     print(f"{grown[0]} and {grown[1]} MiB")
     assert grown[1] < grown[0] + 50
+
+
+def test_a_test_set_of_any_name_is_not_trained_on(tmp_path: Path, load: Load) -> None:
+    write(tmp_path / "reviews.jsonl", {"text": "train"})
+    write(tmp_path / "reviews-test.jsonl", {"text": "test"})
+    assert load(tmp_path) == [{"text": "train"}]
+    write(tmp_path / "train_test.jsonl", {"text": "which?"})
+    with pytest.raises(CELoraError, match=r"train_test.jsonl.*says 'train' and 'test'; rename it"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "where"),
+    [
+        ({"messages": CHAT, "tools": [{"name": "search"}]}, "'tools'"),
+        ({"messages": [*CHAT[:1], CHAT[1] | {"tool_calls": [{"name": "search"}]}]}, r"messages\[1\].tool_calls"),
+        ({"prompt": CHAT[:1], "completion": [CHAT[1] | {"reasoning_content": "hm"}]}, r"completion\[0\].reasoning"),
+    ],
+)
+def test_what_a_template_would_write_is_not_dropped(tmp_path: Path, load: Load, row: Any, where: str) -> None:
+    with pytest.raises(CELoraError, match=f"{where}.* is not trained on here; leave such rows out"):
+        load(write(tmp_path / "rows.jsonl", row))
+    assert load(write(tmp_path / "none.jsonl", {"messages": CHAT, "tools": None})) == [{"messages": CHAT}]

@@ -129,8 +129,11 @@ def test_the_best_of_its_checkpoints_is_what_is_left(inputs, tmp_path):
 
 
 class PressCtrlC(TrainerCallback):
+    def __init__(self, after=2):
+        self.after = after
+
     def on_step_begin(self, args, state, control, **kw):
-        if state.global_step == 2:
+        if state.global_step == self.after:
             signal.raise_signal(signal.SIGINT)
 
 
@@ -172,6 +175,21 @@ def test_ctrl_c_then_resume_equals_uninterrupted(finished, inputs, tmp_path, mon
     sees="`checkpoint-5 was not saved to its end.`, then `Resuming from checkpoint-3.`",
     kept="the checkpoint before it; the unfinished one is passed over",
 )
+def test_rows_grouped_by_length_are_resumed_in_a_later_epoch(inputs, tmp_path, monkeypatch):
+    grouped = {"train_sampling_strategy": "group_by_length", "max_steps": 14, "quiet": True}
+    go(inputs, tmp_path / "whole", **grouped)
+    with monkeypatch.context() as patch:
+        on_build(patch, lambda trainer: trainer.add_callback(PressCtrlC(after=11)))
+        go(inputs, tmp_path / "parts", **grouped)
+    train(parse([], {"output": str(tmp_path / "parts"), "resume": True, "quiet": True}))
+    rows, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("parts", "whole"))
+    assert 1 < expected[11]["epoch"] < expected[13]["epoch"]
+    for key in ("loss", "tokens_seen"):
+        assert [row[key] for row in rows[:14]] == [row[key] for row in expected[:14]]
+    whole, parts = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
 def test_an_incomplete_checkpoint_is_passed_over(finished, inputs, tmp_path):
     output = tmp_path / "out"
     go(inputs, output, max_steps=3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import sys
@@ -244,6 +245,7 @@ def audit(
     if plan and preset is None:
         own["preset"] = "auto"
     _leave_out(context.args, ("output", "overwrite", "resume"), "celora audit, which writes nothing")
+    _leave_out(context.args, ("eval_data",), "celora audit, which looks at training")
     _leave_out(context.args, _ADAPTERS if adapter else (), "an adapter that is there, which has its own")
     request = parse(context.args, own)
     from celora.train.run import audit_model
@@ -273,12 +275,10 @@ def plan(
     _set_environment(config)
     from celora.train.arguments import parse
 
-    if output.is_dir() or not output.parent.is_dir():
-        raise CELoraError(f"--output {str(output)!r}; expected a file in a folder that exists")
-    if output.exists() and not overwrite:
-        raise CELoraError(f"--output {str(output)!r} exists; --overwrite replaces it")
+    _check_file(output, overwrite=overwrite)
     own = {"model": model, "data": data, "fidelity": fidelity, "config": config, "output": "celora-plan"}
-    _leave_out(context.args, ("preset", "plan", "resume"), "celora plan, which makes what preset auto trains with")
+    not_here = ("preset", "plan", "resume", "eval_data", "output")  # the latter by another name
+    _leave_out(context.args, not_here, "celora plan, which makes what preset auto trains with, into --output")
     _leave_out(context.args, _ADAPTERS if adapter else (), "an adapter that is there, which has its own")
     request = parse(context.args, own | {"preset": "auto", "quiet": quiet})
     from rich.console import Console
@@ -287,11 +287,15 @@ def plan(
 
     _settle_in()
     made = plan_model(request, rows=rows, adapter=Path(adapter) if adapter else None, console=Console(stderr=True))
-    made.save(output)
-    if as_json:
-        _print_json(made.to_dict())
-    elif not quiet:
-        typer.echo(f"{made}\nSaved as {output}")
+    try:
+        made.save(output)
+    finally:  # what was measured is told even where it cannot be saved
+        if as_json:
+            _print_json(made.to_dict())
+        elif not quiet:
+            typer.echo(made)
+    if not as_json and not quiet:
+        typer.echo(f"Saved as {output}")
 
 
 @app.command(help=COMPARE_HELP, short_help="LoRA against celora on your rows.", context_settings=_TRLS)
@@ -350,25 +354,28 @@ def bench(
     ] = None,
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise CELoraError(f"--output {str(output)!r}; expected a file in a folder that exists")
+    if output is not None:
+        _check_file(output, overwrite=overwrite)
     from celora.train import bench as run
     from celora.train.loading import quiet_libraries
 
     chosen = [run.parse_cell(text) for text in cell or []] or (run.QUICK if quick else run.USUAL)
     arms = arm or (run.QUICK_ARMS if quick else list(run.ARMS))
     _settle_in()
-    rows = []
-    with quiet_libraries():
-        for of in chosen:
-            rows += run.measure(
-                of, arms, repeats=repeats, say=lambda line: None if quiet else typer.echo(line, err=True)
-            )
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    if output is not None:
-        write_text(output, lines)
-    typer.echo(lines.rstrip() if as_json else run.table(rows))
+    rows: list[dict[str, Any]] = []
+    try:
+        with quiet_libraries():
+            for of in chosen:
+                rows += run.measure(
+                    of, arms, repeats=repeats, say=lambda line: None if quiet else typer.echo(line, err=True)
+                )
+                if output is not None:
+                    write_text(output, _lines(rows))
+    finally:  # cells that were measured before an interruption, or an error
+        if rows:
+            typer.echo(_lines(rows).rstrip() if as_json else run.table(rows))
 
 
 @app.command(help=DEMO_HELP, short_help="LoRA against celora, offline, in minutes.")
@@ -408,12 +415,26 @@ def doctor(
         typer.echo("\n".join(found["advice"]) if quiet else describe(found))
 
 
+def _check_file(output: Path, *, overwrite: bool) -> None:
+    """Refuse, before anything is measured, a file that cannot be written or that is there already."""
+    if output.is_dir() or not output.parent.is_dir():
+        raise CELoraError(f"--output {str(output)!r}; expected a file in a folder that exists")
+    if output.exists() and not overwrite:
+        raise CELoraError(f"--output {str(output)!r} exists; --overwrite replaces it")
+    if not os.access(output.parent, os.W_OK):
+        raise CELoraError(f"--output {str(output)!r}; its folder cannot be written to")
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def _leave_out(tokens: Sequence[str], names: Sequence[str], of: str) -> None:
     """Refuse flags that would change nothing; in a file, which may be the training's, they are passed over."""
-    from celora.train.fields import read_flags
+    from celora.train.fields import ALIASES, read_flags
 
     for name in read_flags(tokens):
-        if name in names:
+        if ALIASES.get(name, name) in names:
             raise CELoraError(f"--{name} is not for {of}; leave it out.")
 
 
@@ -442,6 +463,8 @@ def _settle_in() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: run a command and return its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot encode is no reason to fail at the end of a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # typer's own handling prints usage walls; ours is one line whatever the mistake.
         given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]

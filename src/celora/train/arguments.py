@@ -62,6 +62,9 @@ def read_yaml(path: str | Path) -> dict[str, object]:
     return found
 
 
+_NO_ESTIMATE = ("off", "exact")
+
+
 def estimator_config(preset: str | None, mapping: Mapping[str, object] | None, lora_r: int) -> tuple[CELoraConfig, int]:
     """The CELoraConfig and the rank that trains, from a preset, from CELoraConfig fields, or both: fields win."""
     if preset is not None and preset not in PRESETS:
@@ -71,7 +74,7 @@ def estimator_config(preset: str | None, mapping: Mapping[str, object] | None, l
     preset = preset or DEFAULT_PRESET
     config, r = resolve(preset), lora_r
     changes: dict[str, Any] = dict(mapping or {})
-    settled = bool(config.overrides) or preset in ("auto", "exact")
+    settled = bool(config.overrides) or preset in ("auto", *_NO_ESTIMATE)
     shadowed = sorted({"estimator", "keep_ratio"} & changes.keys()) if settled else []
     if shadowed:
         raise CELoraError(
@@ -83,7 +86,10 @@ def estimator_config(preset: str | None, mapping: Mapping[str, object] | None, l
         changes["rank"] = "adapter"
     if isinstance(changes.get("overrides"), Mapping):
         changes["overrides"] = {**config.overrides, **changes["overrides"]}  # later entries win
-    return CELoraConfig.from_dict({**config.to_dict(), **changes}), r
+    config = CELoraConfig.from_dict({**config.to_dict(), **changes})
+    if preset in _NO_ESTIMATE and any(of.get("estimator", "dense") != "dense" for of in config.overrides.values()):
+        raise CELoraError(f"celora: overrides with estimates beside preset {preset!r}, which has none; leave out one")
+    return config, r
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,8 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     options = RunOptions(**{f.name: values[f.name] for f in dataclasses.fields(RunOptions) if f.name in values})
     lora: dict[str, Any] = {name: merged[name] for name, f in known.items() if f.owner == "lora"}
     train = {name: value for name, value in merged.items() if known[name].owner == "train"}
+    if "eval_steps" not in values and "logging_steps" in values:
+        train["eval_steps"] = values["logging_steps"]  # as Trainer has it
     if "include_num_input_tokens_seen" not in values and (train.get("packing") or train.get("padding_free")):
         train["include_num_input_tokens_seen"] = "all"  # nothing is padded then, and pad may be a real token (eos)
     config, r = estimator_config(options.preset, options.celora, lora["lora_r"])
@@ -182,7 +190,10 @@ def raw_arguments(tokens: Sequence[str], own: Mapping[str, object] | None = None
     flags |= read_flags(tokens)
     if isinstance(named := flags.get("config"), list):
         raise CELoraError(f"--config takes one file, got {len(named)}")
-    return (read_yaml(str(named)) if named else {}) | flags
+    document = read_yaml(str(named)) if named else {}
+    if flags.get("preset") == "off":  # all that celora does, whatever the file says of it
+        document.pop("celora", None)
+    return document | flags
 
 
 def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> TrainRequest:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from celora.files import read_json, replacing, write_text
 from celora.plan import Plan
 from celora.train.arguments import PLANNING, TrainRequest, make_request, recorded, sft_config
 from celora.train.fingerprint import check_same, fingerprints
-from celora.train.folder import LOCK, PLAN, OutputFolder, write_json, writing_to
+from celora.train.folder import LOCK, PLAN, RUN, OutputFolder, write_json, writing_to
 from celora.train.loading import load_tokenizer, quiet_libraries, training_rows
 from celora.train.report import write_report
 from celora.train.run import train
@@ -40,10 +41,7 @@ DEFAULT_ARMS = ("LoRA", "paper", "auto")
 RESULT, RECORD = "compare.jsonl", "compare.json"
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 500
 
-# The 97.5 % points of Student's t for 1, 2, ... degrees of freedom: half-width of a 95 % interval, in standard errors.
-# The last is for all above, where it is at most 4 % too wide.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
+_SURE = 0.95  # of all intervals of a comparison together
 
 
 @dataclass(frozen=True)
@@ -67,20 +65,23 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm against the first, seed by seed: mean, and the 95 % interval of the mean; none with one seed."""
+    """An arm against the first, seed by seed: mean, and the interval of the mean; none with one seed."""
 
     mean: float
     low: float | None
     high: float | None
 
     @classmethod
-    def of(cls, arm: Sequence[float], base: Sequence[float]) -> Difference:
-        """From values of the same seeds, in the same order."""
+    def of(cls, arm: Sequence[float], base: Sequence[float], *, comparisons: int = 1) -> Difference:
+        """From values of the same seeds, in the same order.
+
+        With several `comparisons`, the intervals of all of them together hold with 95 % (Bonferroni).
+        """
         differences = [a - b for a, b in zip(arm, base, strict=True)]
         mean, n = statistics.fmean(differences), len(differences)
         if n < 2:
             return cls(mean, None, None)
-        width = _T[min(n - 2, len(_T) - 1)] * statistics.stdev(differences) / math.sqrt(n)
+        width = students_t(1 - (1 - _SURE) / comparisons, n - 1) * statistics.stdev(differences) / math.sqrt(n)
         return cls(mean, mean - width, mean + width)
 
     @property
@@ -89,6 +90,23 @@ class Difference:
         if self.low is None or self.high is None:
             return None
         return self.low > 0 or self.high < 0
+
+
+def students_t(confidence: float, degrees: int) -> float:
+    """The t with `P(-t < T < t) = confidence` for Student's T with so many degrees of freedom.
+
+    With `t = sqrt(degrees) tan a`, `P = integral_0^a cos^(degrees - 1) / integral_0^(pi / 2) cos^(degrees - 1)`.
+    """
+
+    def integral(to: float, parts: int = 512) -> float:  # Simpson's rule
+        values = [math.cos(to * i / parts) ** (degrees - 1) for i in range(parts + 1)]
+        return to / parts / 3 * (values[0] + values[-1] + 4 * sum(values[1::2]) + 2 * sum(values[2:-1:2]))
+
+    low, high, wanted = 0.0, math.pi / 2, confidence * integral(math.pi / 2)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if integral(middle) < wanted else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
 
 
 def compare(
@@ -119,7 +137,11 @@ def compare(
     for name in ("preset", "seed", "resume", "overwrite", "plan"):
         if settings.get(name):
             raise CELoraError(f"{name} is not for a comparison, which sets it for each run; leave it out.")
+    if "auto" not in arms and (given := [name for name in PLANNING if settings.get(name) is not None]):
+        raise CELoraError(f"{given[0]} belongs to a plan, which none of the arms {', '.join(arms)} has; leave it out.")
     probe = make_request(dict(settings))
+    for arm in arms:
+        make_request(_own(settings, arm))  # whose mistakes are to be known before anything is trained
     output = probe.output
     _claim(output, probe)
     with OutputFolder(output).locked(), quiet_libraries():
@@ -134,11 +156,9 @@ def compare(
                 left = _time_left(outcomes, len(arms) * seeds)
                 console.print(f"Run {len(outcomes) + 1} of {len(arms) * seeds}: {arm}, seed {seed}{left}", markup=False)
             folder = output / f"{arm}-seed{seed}"
-            own = {**settings, **data, **ARMS[arm], "seed": seed, "output": str(folder)}
+            own = _own(settings, arm) | data | {"seed": seed, "output": str(folder)}
             plan = output / f"{arm}-seed0" / PLAN
-            if own["preset"] != "auto":
-                own = {name: value for name, value in own.items() if name not in PLANNING}
-            elif seed > 0 and plan.is_file():
+            if own["preset"] == "auto" and seed > 0 and plan.is_file():
                 own["plan"] = str(plan)  # planned once; the model, the machine and the shapes are the same
             outcomes.append(_run(arm, seed, own, folder, console))
     outcomes.sort(key=lambda o: (arms.index(o.arm), o.seed))
@@ -153,6 +173,13 @@ def compare(
         repeats={f"{o.arm}, seed {o.seed}": o.arm for o in outcomes},
     )
     return outcomes
+
+
+def _own(settings: Mapping[str, object], arm: str) -> dict[str, Any]:
+    """What an arm trains with."""
+    own = {**settings, **ARMS[arm]}
+    nothing = (() if own["preset"] == "auto" else PLANNING) + (("celora",) if own["preset"] == "off" else ())
+    return {name: value for name, value in own.items() if name not in nothing}
 
 
 def _time_left(outcomes: Sequence[Outcome], runs: int) -> str:
@@ -173,6 +200,11 @@ def _claim(output: Path, request: TrainRequest) -> None:
         if not isinstance(before, dict):
             raise CELoraError(f"{record} is not what a comparison wrote: 'given' is missing; choose another folder")
         changed = sorted(k for k in given.keys() | before.keys() if given.get(k) != before.get(k))
+        if not any(output.glob(f"*-seed*/{RUN}")):  # nothing was trained yet that has to be compared with
+            with OutputFolder(output).locked():
+                shutil.rmtree(output / "data", ignore_errors=True)
+                write_json(record, {"given": given, "made_from": made_from})
+            return
         if changed:
             key = changed[0]
             raise CELoraError(
@@ -254,9 +286,10 @@ def _by_arm(outcomes: Sequence[Outcome], arm: str, of: Callable[[Outcome], Any])
 
 
 def differences(outcomes: Sequence[Outcome], arms: Sequence[str]) -> dict[str, Difference]:
-    """Held-out loss of every arm but the first against the first."""
+    """Held-out loss of every arm but the first against the first; 95 % are those of all intervals together."""
     base = _by_arm(outcomes, arms[0], lambda o: o.eval_loss)
-    return {arm: Difference.of(_by_arm(outcomes, arm, lambda o: o.eval_loss), base) for arm in arms[1:]}
+    others = {arm: _by_arm(outcomes, arm, lambda o: o.eval_loss) for arm in arms[1:]}
+    return {arm: Difference.of(losses, base, comparisons=len(others)) for arm, losses in others.items()}
 
 
 def findings(outcomes: Sequence[Outcome], arms: Sequence[str]) -> list[str]:
@@ -273,7 +306,9 @@ def findings(outcomes: Sequence[Outcome], arms: Sequence[str]) -> list[str]:
             lines.append(f"{size} with one seed, which cannot tell a difference from chance.{pace}")
             continue
         interval = f"95 % interval {found.low:+.4f} to {found.high:+.4f} over {seeds} seeds"
-        verdict = "the difference is real" if found.real else "not distinguishable from chance"
+        verdict = "not distinguishable from chance"
+        if found.real:
+            verdict = "the difference is real, on these rows" if float(amount) else "too small to matter"
         lines.append(f"{size} ({interval}): {verdict}.{pace}")
     return lines
 

@@ -32,6 +32,9 @@ SHAPES: dict[str, tuple[str, ...]] = {
 }
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "eval")}
+# What a chat template writes out beside role and content: a model would learn to answer without it.
+_RENDERED = ("tool_calls", "function_call", "reasoning_content", "thinking")
+_NO_TOOLS = "is not trained on here; leave such rows out, or use TRL's SFTTrainer, with celora.attach(trainer.model)"
 _COLUMNS = [*dict.fromkeys(column for columns in SHAPES.values() for column in columns), "input"]
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _KNOWN_SHAPES = f"a row has {', or '.join(SHAPES)}"
@@ -53,9 +56,9 @@ def load_rows(
     """The rows of `source`, all of one shape, with the columns that SFTTrainer expects and no others.
 
     `source` is a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of such files, or the name of a hub data set. A
-    file is taken whole, whatever `split` says. In a folder the files named like the split (`test.jsonl`,
-    `test-00000-of-00002.parquet`) are taken in name order; for `train`, where there are none, all that are not named
-    like another split. A `.json` or `.jsonl` file holds one row per line, or one list of rows.
+    file is taken whole, whatever `split` says. In a folder the files with the split in their name (`test.jsonl`,
+    `reviews_test.jsonl`, `test-00000-of-00002.parquet`) are taken in name order; for `train`, where there are none, all
+    that are not named like another split. A `.json` or `.jsonl` file holds one row per line, or one list of rows.
 
     The first row decides the shape: `messages`; `prompt` + `completion`, strings or message lists; `instruction`
     (+ `input`) + `output`, which becomes a prompt and a completion, as message lists if `chat`; `text`, or what the
@@ -153,6 +156,8 @@ def _shape(place: str, row: Any, prefer: str | None) -> str:
 
 
 def _example(place: str, row: Row, shape: str, chat: bool) -> dict[str, Any]:
+    if row.get("tools") and shape in ("messages", "prompt + completion"):
+        fail(place, f"'tools' {_NO_TOOLS}")
     if shape == "messages":
         return {"messages": _messages(place, "messages", row["messages"])}
     if shape == "text":
@@ -208,6 +213,8 @@ def _messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             keys = f"keys {', '.join(map(repr, message))}" if isinstance(message, dict) else reprlib.repr(message)
             fail(place, f"{label} has {keys}; {expected}")
+        if rendered := [key for key in _RENDERED if message.get(key)]:
+            fail(place, f"{label}.{rendered[0]} {_NO_TOOLS}")
         role = _text(place, f"{label}.role", message["role"])
         if role not in ROLES:
             fail(place, f"{label}.role is {role!r}; expected one of {', '.join(ROLES)}")
@@ -248,12 +255,15 @@ def local_files(source: str | Path, split: str) -> list[Path]:
 
 
 def _in_folder(folder: Path, split: str) -> list[Path]:
-    def named(file: Path, name: str) -> bool:
-        return any(re.fullmatch(rf"{re.escape(n)}([-_.]\d.*)?", file.stem) for n in SPLITS.get(name, (name,)))
+    def named(file: Path, name: str) -> bool:  # as `datasets` has it: a word of the name
+        return any(re.fullmatch(rf"(.*[-_. ])?{re.escape(n)}([-_. ].*)?", file.stem) for n in SPLITS.get(name, (name,)))
 
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in READERS and file.is_file())
     if not files:
         raise CELoraError(f"{str(folder)!r} holds no data files; expected files ending in {', '.join(READERS)}.")
+    for file in files:
+        if len(splits := [name for name in SPLITS if named(file, name)]) > 1:
+            fail(str(file), f"its name says {' and '.join(map(repr, splits))}; rename it, so that it says one")
     chosen = [file for file in files if named(file, split)]
     if not chosen and split == "train":
         # Never train on what is called a test set.

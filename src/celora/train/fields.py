@@ -30,6 +30,7 @@ DEFAULTS: dict[str, tuple[object, str]] = {
         "it recomputes every forward, half as much again per step; use it when memory is short",
     ),
     "logging_steps": (1, "a metrics row costs nothing beside a step, and the report wants the curve"),
+    "eval_steps": (10, "TRL's, whose logging_steps it is; an evaluation takes time, where a metrics row does not"),
     "save_steps": (100, "an adapter checkpoint is small; 500 steps of lost work are not"),
     "save_total_limit": (2, "the last two are enough to resume from"),
     "dtype": ("auto", "keep the checkpoint's own dtype; TRL would load it in float32"),

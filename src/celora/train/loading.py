@@ -15,11 +15,11 @@ from typing import Any
 import datasets
 import transformers
 from accelerate.utils import is_deepspeed_available
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, TaskType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 from trl import ModelConfig, get_quantization_config
 
-from celora.errors import CELoraError
+from celora.errors import CELoraError, unknown
 from celora.files import read_json
 from celora.train.arguments import TrainRequest
 from celora.train.data import load_rows
@@ -149,6 +149,8 @@ def load_adapter(model: Any, adapter: Path) -> Any:
 def lora_config(request: TrainRequest) -> LoraConfig:
     """PEFT's configuration of the adapter, with the rank that trains."""
     lora = request.lora
+    if lora["lora_task_type"] not in TaskType.__members__:
+        raise unknown("lora_task_type", lora["lora_task_type"], TaskType.__members__)
     extra = {} if lora["lora_target_parameters"] is None else {"target_parameters": lora["lora_target_parameters"]}
     targets = lora["lora_target_modules"]
     return LoraConfig(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import platform
+import shlex
 import tempfile
 import time
 import traceback
@@ -22,7 +23,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from rich.console import Console
+from torch.utils.data import Sampler
 from transformers import PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
 import celora
@@ -69,6 +72,24 @@ class TrainResult:
     model: Any = field(default=None, repr=False)
 
 
+class OrderOfEpoch(Sampler[int]):
+    """The order of a sampler that draws, from the seed and the epoch alone; Accelerate tells the epoch."""
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self.sampler, self.seed = sampler, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is that of this epoch."""
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
 class Trainer(SafeSaving, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that says where its time goes, and tells nobody about it."""
 
@@ -90,6 +111,14 @@ class Trainer(SafeSaving, SFTTrainer):  # type: ignore[misc]
         """As the Trainer's; what a library refuses before the first step is one line."""
         with refused("training", self):
             return super().train(*args, **kwargs)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, in an order that a run which is resumed in a later epoch has, too."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = OrderOfEpoch(sampler, seed)
+        return sampler
 
     def get_train_dataloader(self) -> Any:
         """As the Trainer's; none without a batch."""
@@ -279,7 +308,7 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
     if status == "interrupted":
         saved = folder.last_checkpoint()
         how = f"Saved {saved[0].name}; continue" if saved else "Nothing is saved yet; start again"
-        _say(console, False, f"{how} with: celora train --output {request.output} --resume")
+        _say(console, False, f"{how} with: celora train --output {shlex.quote(str(request.output))} --resume")
     return TrainResult(status, request.output, int(trainer.state.global_step), record["summary"], trainer.model)
 
 
