@@ -216,6 +216,8 @@ def test_a_weight_that_a_launcher_has_yet_to_put_in_place_is_left_to_the_first_r
     celora.attach(model, HALF)
     grafts = require(model).grafts
     assert {name for name, graft in grafts.items() if graft.estimator.factor.V is None} == set(names)
+    # Where it will lie decides, as in the processes where it is already: or they would wait for each other.
+    assert names[0] in celora.attach(model, MEMBERS["int8"]).estimated
 
 
 def test_a_refresh_step_is_exact() -> None:
@@ -684,7 +686,7 @@ def test_the_monitor_says_once_that_an_error_has_reached_1() -> None:
         train(model, 4)
 
 
-@pytest.mark.parametrize("config", ["exact", HALF, MEMBERS["tokens by energy"]], ids=["exact", "columns", "tokens"])
+@pytest.mark.parametrize("config", ["exact", HALF, MEMBERS["int8"]], ids=["exact", "columns", "int8"])
 def test_offloaded_weights_stay_exact(config: Any, batch: dict[str, torch.Tensor]) -> None:
     """accelerate takes them away again after each forward."""
     from accelerate import cpu_offload
@@ -701,7 +703,7 @@ def test_offloaded_weights_stay_exact(config: Any, batch: dict[str, torch.Tensor
         warnings.simplefilter("always")
         model(**batch).loss.backward()
     told = [one for one in said if "is offloaded, so its backward is exact" in str(one.message)]
-    assert len(told) == (config != "exact")
+    assert len(told) == 1
     for name, p in model.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, expected[name])

@@ -67,7 +67,7 @@ class _Spy:
 
     def __init__(self, model: PreTrainedModel, labels: Tensor) -> None:
         self.labels = labels
-        self.satisfied: bool | None = None  # by the one question that it was asked
+        self.asked: list[Tensor | None] = []  # the logits of each question; None for one that it cannot answer
         self._attributes = vars(model)
         self._usual = self._attributes.get("_loss_function")  # None where Transformers looks it up
         self._attributes["_loss_function"] = self
@@ -75,8 +75,16 @@ class _Spy:
     def __call__(self, logits: Tensor, labels: Any, *args: Any, **kwargs: Any) -> Tensor:
         usual = kwargs.get("ignore_index", IGNORED) == IGNORED and kwargs.get("shift_labels") is None
         same = isinstance(labels, Tensor) and labels.to(self.labels.device).equal(self.labels)
-        self.satisfied = self.satisfied is None and usual and same
+        self.asked.append(logits.detach() if usual and same else None)
         return torch.ones((), device=logits.device)
+
+    def agrees(self, output: Any) -> bool:
+        """Whether the model's loss is the answer to one question, about the logits that the model has returned."""
+        if len(self.asked) != 1 or self.asked[0] is None or not isinstance(output.logits, Tensor):
+            return False
+        asked, logits = self.asked[0].float(), output.logits.float()
+        same = asked.shape == logits.shape and torch.allclose(asked, logits.to(asked.device), equal_nan=True)
+        return same and float(output.loss) == 1
 
     def leave(self) -> None:
         """Put the model's own back."""
@@ -224,7 +232,7 @@ class ModelGraft(Measured):
         # FSDP2 leaves the head's parameters sharded outside its own forward.
         weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
         if call.spy is not None:
-            known = bool(call.spy.satisfied) and isinstance(output.logits, Tensor) and float(output.loss) == 1
+            known = call.spy.agrees(output)
             finite = not known or bool(output.logits.isfinite().all())
             found = None
             if known and finite:

@@ -145,8 +145,10 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where the layer's weight is."""
+    """Where the layer's weight is, or will be: a launcher or accelerate may have left it out so far."""
     stored: Any = module.W_q if _is(module, "hqq", "HQQLinear") else module.weight
+    if stored.is_meta:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
     return cast(torch.device, stored.device)
 
 
