@@ -313,7 +313,7 @@ def test_flags_that_would_change_nothing_are_refused(inputs, capsys, tmp_path):
     plan, audit = ["plan", *given, "--output", tmp_path / "plan.json"], ["audit", *given]
     assert "--preset is not for celora plan" in error_line(capsys, *plan, "--preset", "paper")
     assert "--plan is not for celora plan" in error_line(capsys, *plan, "--plan", "plan.json")
-    assert "--output_dir is not for celora plan" in error_line(capsys, *plan, "--output_dir", tmp_path)
+    assert "--output is not for celora plan by another name" in error_line(capsys, *plan, "--output_dir", tmp_path)
     assert "--eval_data is not for celora audit" in error_line(capsys, *audit, "--eval_data", "rows.jsonl")
     assert "--overwrite is not for celora audit" in error_line(capsys, *audit, "--overwrite")
     for command in (plan, audit):

@@ -169,12 +169,6 @@ def test_ctrl_c_then_resume_equals_uninterrupted(finished, inputs, tmp_path, mon
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
 
 
-@pytest.mark.fault(
-    "crash",
-    "killed while a checkpoint is being written",
-    sees="`checkpoint-5 was not saved to its end.`, then `Resuming from checkpoint-3.`",
-    kept="the checkpoint before it; the unfinished one is passed over",
-)
 def test_rows_grouped_by_length_are_resumed_in_a_later_epoch(inputs, tmp_path, monkeypatch):
     grouped = {"train_sampling_strategy": "group_by_length", "max_steps": 14, "quiet": True}
     go(inputs, tmp_path / "whole", **grouped)
@@ -190,6 +184,12 @@ def test_rows_grouped_by_length_are_resumed_in_a_later_epoch(inputs, tmp_path, m
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.fault(
+    "crash",
+    "killed while a checkpoint is being written",
+    sees="`checkpoint-5 was not saved to its end.`, then `Resuming from checkpoint-3.`",
+    kept="the checkpoint before it; the unfinished one is passed over",
+)
 def test_an_incomplete_checkpoint_is_passed_over(finished, inputs, tmp_path):
     output = tmp_path / "out"
     go(inputs, output, max_steps=3)

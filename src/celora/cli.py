@@ -277,8 +277,9 @@ def plan(
 
     _check_file(output, overwrite=overwrite)
     own = {"model": model, "data": data, "fidelity": fidelity, "config": config, "output": "celora-plan"}
-    not_here = ("preset", "plan", "resume", "eval_data", "output")  # the latter by another name
-    _leave_out(context.args, not_here, "celora plan, which makes what preset auto trains with, into --output")
+    not_here = ("preset", "plan", "resume", "eval_data")
+    _leave_out(context.args, not_here, "celora plan, which makes what preset auto trains with")
+    _leave_out(context.args, ("output",), "celora plan by another name")
     _leave_out(context.args, _ADAPTERS if adapter else (), "an adapter that is there, which has its own")
     request = parse(context.args, own | {"preset": "auto", "quiet": quiet})
     from rich.console import Console
@@ -431,10 +432,10 @@ def _lines(rows: Sequence[dict[str, Any]]) -> str:
 
 def _leave_out(tokens: Sequence[str], names: Sequence[str], of: str) -> None:
     """Refuse flags that would change nothing; in a file, which may be the training's, they are passed over."""
-    from celora.train.fields import ALIASES, read_flags
+    from celora.train.fields import read_flags
 
     for name in read_flags(tokens):
-        if ALIASES.get(name, name) in names:
+        if name in names:
             raise CELoraError(f"--{name} is not for {of}; leave it out.")
 
 
