@@ -416,6 +416,8 @@ def test_evaluations_are_as_far_apart_as_with_trl():
     assert make_request(base).train["eval_steps"] == 10
     assert make_request(base | {"logging_steps": 25}).train["eval_steps"] == 25
     assert make_request(base | {"logging_steps": 25, "eval_steps": 50}).train["eval_steps"] == 50
+    best = make_request(base | {"load_best_model_at_end": True, "save_steps": 25, "eval_strategy": "steps"}).train
+    assert best["eval_steps"] == 25
 
 
 @pytest.mark.parametrize("field", ["estimator", "keep_ratio"])

@@ -220,6 +220,26 @@ def test_a_mistake_before_anything_was_trained_does_not_bind_the_folder(inputs: 
     compare(settings(inputs, tmp_path / "out", data=str(rows)), arms=("LoRA", "exact"), seeds=1)
 
 
+def test_a_comparison_that_is_under_way_is_left_alone(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first run has left anything, too."""
+    other = save_rows(tmp_path / "other.jsonl", 30)
+
+    def meanwhile(arm: str, seed: int, *_: Any) -> Outcome:
+        with pytest.raises(CELoraError, match="another run is writing to"):
+            compare(settings(inputs, tmp_path / "out", data=str(other)), arms=ARMS[:2], seeds=1)
+        return Outcome(arm, seed, 3, 1.0, None, None, 1.0)
+
+    monkeypatch.setattr(module, "_run", meanwhile)
+    monkeypatch.setattr(module, "write_report", lambda *_, **__: None)
+    compare(settings(inputs, tmp_path / "out"), arms=("LoRA", "exact"), seeds=1)
+    assert (
+        json.loads((tmp_path / "out" / "compare.json").read_text())["given"]["data"]
+        == settings(inputs, tmp_path)["data"]
+    )
+
+
 def test_the_first_arm_is_plain_whatever_the_settings_are_of(inputs: Path, tmp_path: Path) -> None:
     columns = {"overrides": {"*": {"estimator": "columns", "keep_ratio": 0.5, "rank": 0}}}
     with pytest.raises(CELoraError, match="overrides with estimates beside preset 'exact'"):

@@ -110,8 +110,13 @@ def test_folder(tmp_path: Path, load: Load) -> None:
     assert load(folder) == [{"text": "train"}]
     write(folder / "imdb_train.jsonl", {"text": "prefixed"})
     write(folder / "imdb_test.jsonl", {"text": "prefixed test"})
-    assert load(folder) == [{"text": "prefixed"}, {"text": "train"}]
-    assert load(folder, split="test") == [{"text": "prefixed test"}, {"text": "test"}]
+    write(folder / "train_extra.jsonl", {"text": "extra"})
+    assert load(folder) == [{"text": "train"}]
+    assert load(folder, split="test") == [{"text": "test"}]
+    (folder / "train-1.jsonl").unlink()
+    (folder / "test.jsonl").unlink()
+    assert load(folder) == [{"text": "prefixed"}, {"text": "extra"}]
+    assert load(folder, split="test") == [{"text": "prefixed test"}]
     with pytest.raises(CELoraError, match=r"no 'dev-set' file among .*name one like dev-set\.jsonl"):
         load(folder, split="dev-set")
 
@@ -479,7 +484,8 @@ def test_five_million_rows_stream_with_flat_memory(tmp_path: Path) -> None:
 
 def test_a_test_set_of_any_name_is_not_trained_on(tmp_path: Path, load: Load) -> None:
     write(tmp_path / "reviews.jsonl", {"text": "train"})
-    write(tmp_path / "reviews-test.jsonl", {"text": "test"})
+    for name in ("reviews-test", "test1", "Testing", "evaluation", "dev-test", "reviews.val"):
+        write(tmp_path / f"{name}.jsonl", {"text": "test"})
     assert load(tmp_path) == [{"text": "train"}]
     write(tmp_path / "train_test.jsonl", {"text": "which?"})
     with pytest.raises(CELoraError, match=r"train_test.jsonl.*says 'train' and 'test'; rename it"):
@@ -497,4 +503,5 @@ def test_a_test_set_of_any_name_is_not_trained_on(tmp_path: Path, load: Load) ->
 def test_what_a_template_would_write_is_not_dropped(tmp_path: Path, load: Load, row: Any, where: str) -> None:
     with pytest.raises(CELoraError, match=f"{where}.* is not trained on here; leave such rows out"):
         load(write(tmp_path / "rows.jsonl", row))
-    assert load(write(tmp_path / "none.jsonl", {"messages": CHAT, "tools": None})) == [{"messages": CHAT}]
+    for i, nothing in enumerate((None, [], "[]", " ")):
+        assert load(write(tmp_path / f"{i}.jsonl", {"messages": CHAT, "tools": nothing})) == [{"messages": CHAT}]

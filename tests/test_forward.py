@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -502,9 +503,21 @@ class Penalised(LlamaForCausalLM):
         return output
 
 
+class Smoothed(LlamaForCausalLM):
+    """Computes its loss by itself, from its logits and the labels."""
+
+    def forward(self, *args: Any, labels: Tensor | None = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+        if labels is not None:
+            shifted = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            output["loss"] = nn.functional.cross_entropy(*shifted, label_smoothing=0.1)
+        return output
+
+
 SMALL: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "a term of its own": lambda: Penalised(LlamaConfig(**SMALL, intermediate_size=48)),
+    "a loss of its own": lambda: Smoothed(LlamaConfig(**SMALL, intermediate_size=48)),
     "a decoder within the decoder": lambda: OPTForCausalLM(
         OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, pad_token_id=60)
     ),
@@ -553,3 +566,26 @@ def test_the_loss_function_is_the_models_own_again_after_the_first_call() -> Non
     assert "_loss_function" not in vars(inner)
     assert model(**batch).logits is None
     assert "_loss_function" not in vars(inner)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "pickle"]
+)
+def test_ctrl_c_in_the_first_forward_leaves_the_loss_alone(copied: Callable[[nn.Module], Any]) -> None:
+    """torch calls no hooks then."""
+    model, batch = make_model().train(), masked_batch()
+    inner = model.base_model.model
+    expected = model(**batch).loss
+    celora.attach(model, "exact")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = inner.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch)
+    handle.remove()
+    with torch.no_grad():
+        torch.testing.assert_close(copied(inner)(**batch).loss, expected)
+    torch.testing.assert_close(inner(**batch).loss, expected)
+    torch.testing.assert_close(model(**batch).loss, expected)

@@ -11,7 +11,7 @@ import inspect
 import itertools
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -86,11 +86,18 @@ class _Spy:
         same = asked.shape == logits.shape and torch.allclose(asked, logits.to(asked.device), equal_nan=True)
         return same and float(output.loss) == 1
 
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _usual_loss, ()  # what a copy of the model gets
+
     def leave(self) -> None:
         """Put the model's own back."""
         del self._attributes["_loss_function"]
         if self._usual is not None:
             self._attributes["_loss_function"] = self._usual
+
+
+def _usual_loss() -> Any:
+    return ForCausalLMLoss
 
 
 @dataclass
@@ -166,9 +173,10 @@ class ModelGraft(Measured):
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook (with kwargs) of the model, and of the PEFT tuner around it: some callers bypass one."""
-        if self._call is not None and self._call.owner is not module:
+        under_way = self._call
+        if under_way is not None and under_way.owner is not module and kwargs.get("logits_to_keep") == under_way.probed:
             return None  # the tuner's forward, now at the model's
-        self._take_call()
+        self._take_call()  # if there is one, it was interrupted by what no hook hears of
         if torch.compiler.is_compiling() or not self.switch.on or self._refused:
             return None
         causal = _language_model(module)
@@ -202,8 +210,9 @@ class ModelGraft(Measured):
         passed = {k: v for k, v in given.items() if k not in ("labels", "num_items_in_batch", _TRL)} | (inputs or {})
         probed, spy = [], None
         if self._logits is None:
-            probed = columns[:_PROBED].tolist() or [0]
-            passed["labels"] = labels if inputs is None else torch.arange(shape.numel(), device=labels.device)[None]
+            # Labels of these positions, for models that compute a loss by themselves; two at least, as they may shift.
+            probed = [0, *columns[:_PROBED].tolist()]
+            passed["labels"] = torch.arange(len(probed), device=labels.device).repeat(shape[0], 1)
             spy = _Spy(causal, passed["labels"])
         # A list, as a tensor would have to be where the last of the model's layers is.
         passed |= {"logits_to_keep": probed, "use_cache": False}

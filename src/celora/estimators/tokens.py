@@ -131,7 +131,7 @@ class Tokens(Estimator):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
         self._draws = int(state.get("draws", 0))
-        self._share, self._needed = float(state["share"]) if "share" in state else None, None
+        self._share, self._needed = float(state.get("share", 0)) or None, None
         self.factor.load_state_dict(state, self.in_features)
 
     def _kept(self, tokens: int, device: torch.device) -> int | None:

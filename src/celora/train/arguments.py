@@ -149,6 +149,8 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     train = {name: value for name, value in merged.items() if known[name].owner == "train"}
     if "eval_steps" not in values and "logging_steps" in values:
         train["eval_steps"] = values["logging_steps"]  # as Trainer has it
+    elif "eval_steps" not in values and values.get("load_best_model_at_end"):
+        train["eval_steps"] = train["save_steps"]  # what is saved has to be judged
     if "include_num_input_tokens_seen" not in values and (train.get("packing") or train.get("padding_free")):
         train["include_num_input_tokens_seen"] = "all"  # nothing is padded then, and pad may be a real token (eos)
     config, r = estimator_config(options.preset, options.celora, lora["lora_r"])

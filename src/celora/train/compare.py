@@ -144,7 +144,15 @@ def compare(
         make_request(_own(settings, arm))  # whose mistakes are to be known before anything is trained
     output = probe.output
     _claim(output, probe)
-    with OutputFolder(output).locked(), quiet_libraries():
+    with OutputFolder(output).locked():
+        return _compare(settings, probe, arms, seeds, console)
+
+
+def _compare(
+    settings: Mapping[str, object], probe: TrainRequest, arms: Sequence[str], seeds: int, console: Console
+) -> list[Outcome]:
+    output = probe.output
+    with quiet_libraries():
         data = _split(probe, output, console)
         if "auto" in arms:
             _check_plan(output, probe, seeds)

@@ -31,7 +31,11 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "eval")}
+SPLITS = {  # and the words in the names of files that say so, as `datasets` has them
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 # What a chat template writes out beside role and content: a model would learn to answer without it.
 _RENDERED = ("tool_calls", "function_call", "reasoning_content", "thinking")
 _NO_TOOLS = "is not trained on here; leave such rows out, or use TRL's SFTTrainer, with celora.attach(trainer.model)"
@@ -156,7 +160,7 @@ def _shape(place: str, row: Any, prefer: str | None) -> str:
 
 
 def _example(place: str, row: Row, shape: str, chat: bool) -> dict[str, Any]:
-    if row.get("tools") and shape in ("messages", "prompt + completion"):
+    if _holds(row.get("tools")) and shape in ("messages", "prompt + completion"):
         fail(place, f"'tools' {_NO_TOOLS}")
     if shape == "messages":
         return {"messages": _messages(place, "messages", row["messages"])}
@@ -203,6 +207,11 @@ def _text(place: str, column: str, value: Any) -> str:
     return text
 
 
+def _holds(value: Any) -> bool:
+    """Whether there is something in what may also be JSON as text."""
+    return bool(value) and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
+
+
 def _messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
     expected = "expected a list of {'role': ..., 'content': ...}"
     if not isinstance(value, list) or not value:
@@ -213,7 +222,7 @@ def _messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             keys = f"keys {', '.join(map(repr, message))}" if isinstance(message, dict) else reprlib.repr(message)
             fail(place, f"{label} has {keys}; {expected}")
-        if rendered := [key for key in _RENDERED if message.get(key)]:
+        if rendered := [key for key in _RENDERED if _holds(message.get(key))]:
             fail(place, f"{label}.{rendered[0]} {_NO_TOOLS}")
         role = _text(place, f"{label}.role", message["role"])
         if role not in ROLES:
@@ -255,16 +264,20 @@ def local_files(source: str | Path, split: str) -> list[Path]:
 
 
 def _in_folder(folder: Path, split: str) -> list[Path]:
-    def named(file: Path, name: str) -> bool:  # as `datasets` has it: a word of the name
-        return any(re.fullmatch(rf"(.*[-_. ])?{re.escape(n)}([-_. ].*)?", file.stem) for n in SPLITS.get(name, (name,)))
+    def named(file: Path, name: str, pattern: str = r"(.*[-_. \d])?{}([-_. \d].*)?") -> bool:
+        words = SPLITS.get(name, (name,))
+        return any(re.fullmatch(pattern.format(re.escape(word)), file.stem, re.IGNORECASE) for word in words)
 
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in READERS and file.is_file())
     if not files:
         raise CELoraError(f"{str(folder)!r} holds no data files; expected files ending in {', '.join(READERS)}.")
-    for file in files:
-        if len(splits := [name for name in SPLITS if named(file, name)]) > 1:
-            fail(str(file), f"its name says {' and '.join(map(repr, splits))}; rename it, so that it says one")
-    chosen = [file for file in files if named(file, split)]
+    # The name and a number come first; a word anywhere in the name serves where there is no such file.
+    chosen = [file for file in files if named(file, split, r"{}([-_.]\d.*)?")]
+    if not chosen:
+        chosen = [file for file in files if named(file, split)]
+        for file in chosen:
+            if len(splits := [name for name in SPLITS if named(file, name)]) > 1:
+                fail(str(file), f"its name says {' and '.join(map(repr, splits))}; rename it, so that it says one")
     if not chosen and split == "train":
         # Never train on what is called a test set.
         chosen = [file for file in files if not any(named(file, name) for name in SPLITS)]
