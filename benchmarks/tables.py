@@ -101,7 +101,7 @@ def _frontier(dtype: str) -> str:
     one = found[0]
     return (
         rows.markdown(["model", "labelled", "asked for", "predicted", "audited cosine", "grad_input time"], body)
-        + f"\n\nT = {one['tokens']}, {one['dtype']}, {one['threads']} threads, {one['cpu']}, torch {one['torch']}; "
+        + f"\n\nT = {one['tokens']}, {one['dtype']}, {rows.where(one)}; "
         "8-bit copies of the weights without a limit."
     )
 
