@@ -368,6 +368,7 @@ def taken_over(model: nn.Module) -> Iterator[ModelGraft | None]:
     try:
         yield graft
     finally:
+        graft.settle(causal)
         for handle in handles:
             handle.remove()
         if before == "sdpa":

@@ -37,7 +37,7 @@ class StoredWeight(_TensorLike):
         compute_dtype: of the layer's own products, or None for the dtype of its activations.
     """
 
-    requires_grad = False
+    requires_grad = is_meta = False
 
     def __init__(
         self, stored: Tensor, shape: torch.Size, dtype: torch.dtype, compute_dtype: torch.dtype | None = None
@@ -148,7 +148,7 @@ def device_of(module: nn.Module) -> torch.device:
     """Where the layer's weight is, or will be: a launcher or accelerate may have left it out so far."""
     stored: Any = module.W_q if _is(module, "hqq", "HQQLinear") else module.weight
     if stored.is_meta:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return cast(torch.device, stored.device)
 
 
