@@ -452,7 +452,6 @@ def _plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
             "preset 'auto' cannot measure a model that will be sharded; make a plan on one device with celora plan and "
             "give it with --plan, or choose --preset exact or paper"
         )
-    trainer.model.train()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         batches = list(itertools.islice(trainer.get_train_dataloader(), MOST_BATCHES))  # in all processes, in step
@@ -482,7 +481,6 @@ def audit_model(request: TrainRequest, *, rows: int | None, adapter: Path | None
         if request.preset == "auto" and config is request.config:
             config, _ = _configuration(request, trainer, Console(stderr=True, quiet=True))
         celora.attach(trainer.model, config)
-        trainer.model.train()
         batch = next(iter(trainer.get_train_dataloader()))
         return celora.audit(trainer.model, batch)
 
