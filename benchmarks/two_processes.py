@@ -68,11 +68,11 @@ def train_sharded(wanted: Path) -> None:
 
     request = make_request(json.loads(wanted.read_text(encoding="utf-8")))
     with quiet_libraries():
-        args = sft_config(request)
+        args, tokenizer = sft_config(request), load_tokenizer(request)
         with args.main_process_first():
-            data = training_rows(request, chat=True)
+            data = training_rows(request, tokenizer)
         made = load_model(request)
-        trainer = build_trainer(request, args, made, load_tokenizer(request), data, peft=lora_config(request))
+        trainer = build_trainer(request, args, made, tokenizer, data, peft=lora_config(request))
         model, batches = trainer.model, iter(trainer.get_train_dataloader())
         celora.fsdp.shard(model)
         celora.attach(model, request.config)

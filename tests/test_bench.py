@@ -37,6 +37,13 @@ def test_rows_add_up() -> None:
     assert len(table(rows).splitlines()) == 5
 
 
+def test_the_share_of_a_limit_that_saves_nothing_is_not_told() -> None:
+    rows = [{"arm": arm, "time_ms": time} for arm, time in (("PEFT", 300.0), ("limit", 300.0), ("exact", 290.0))]
+    assert all("share_of_limit" not in row for row in bench._relative(rows))
+    rows[1]["time_ms"] = 280.0
+    assert bench._relative(rows)[2]["share_of_limit"] == 0.5
+
+
 def test_every_arm_takes_the_same_steps(tmp_path: Path) -> None:
     """Exact arms train the same parameters; the limit does not."""
     batches = make_batches(SMALL)

@@ -308,6 +308,16 @@ def test_plan_and_audit_have_batches_as_training_has(inputs, capsys, tmp_path):
     assert tokens[0] == tokens[1] < tokens[2] == tokens[3]
 
 
+def test_plan_and_audit_take_a_file_of_a_training_that_evaluates(inputs, capsys, tmp_path):
+    _, model, rows = inputs
+    (tmp_path / "run.yaml").write_text(
+        f"model: {model}\ndata: {rows}\neval_data: {rows}\neval_strategy: steps\nsave_strategy: best\n"
+        "load_best_model_at_end: true\neval_on_start: true\n"
+    )
+    for command in (["plan", "--output", tmp_path / "plan.json"], ["audit", "--preset", "paper"]):
+        assert main([str(a) for a in (*command, "--config", tmp_path / "run.yaml", "--quiet")]) == 0
+
+
 def test_flags_that_would_change_nothing_are_refused(inputs, capsys, tmp_path):
     given = ["--model", inputs[1], "--data", inputs[2]]
     plan, audit = ["plan", *given, "--output", tmp_path / "plan.json"], ["audit", *given]

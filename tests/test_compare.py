@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from celora.train.compare import Difference, Outcome, compare, differences, find
 from tiny import save_rows, save_tiny_model
 
 ARMS = ("LoRA", "exact", "paper")
+TWO = ARMS[:2]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def settings(inputs: Path, output: Path, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def outcomes(**losses: list[float]) -> list[Outcome]:
+def outcomes(**losses: list[float | None]) -> list[Outcome]:
     return [
         Outcome(arm, seed, 10, loss, 0.5, 100.0 if arm == "LoRA" else 80.0, 1.0)
         for arm, of in losses.items()
@@ -253,7 +255,7 @@ def test_the_first_arm_is_plain_whatever_the_settings_are_of(inputs: Path, tmp_p
 def test_plain_sentences() -> None:
     of = outcomes(LoRA=[2.0, 2.1, 2.2], same=[2.001, 2.099, 2.2], worse=[2.1, 2.2, 2.301])
     same, worse = findings(of, ("LoRA", "same", "worse"))
-    assert same.startswith("same: held-out loss the same to four decimals as LoRA's (95 % interval ")
+    assert same.startswith("same: held-out loss the same to four decimals as LoRA's (simultaneous 95 % interval ")
     assert "not distinguishable from chance" in same
     assert "over 3 seeds" in same
     assert worse.startswith("worse: held-out loss 0.1003 higher than LoRA's")
@@ -265,6 +267,70 @@ def test_plain_sentences() -> None:
     rows = summary(of, ("LoRA", "same", "worse"))
     assert rows[0] == ("LoRA", "2.1000 ± 0.1000", "", "50.0% ± 0.0%", "100 ms", "1.00")
     assert rows[2][5] == "1.25"
+
+
+def test_what_diverged_is_said_and_left_out() -> None:
+    of, arms = outcomes(LoRA=[2.0, 2.1, 2.2], some=[2.5, None, 2.6], all=[None, None, None]), ("LoRA", "some", "all")
+    assert differences(of, arms).keys() == {"some"}
+    assert differences(of, arms)["some"].mean == pytest.approx(0.45)
+    first, second, third = findings(of, arms)
+    assert first == "some: diverged with 1 of 3 seeds, which the numbers leave out."
+    assert second == "all: diverged with 3 of 3 seeds, which the numbers leave out."
+    assert "over 2 seeds" in third
+    assert [row[1] for row in summary(of, arms)] == [
+        "2.1000 ± 0.1000", "2.5500 ± 0.0707, diverged with 1 of 3 seeds", "diverged with 3 of 3 seeds",
+    ]  # fmt: skip
+
+
+def test_arms_that_are_the_same_are_called_identical() -> None:
+    (line,) = findings(outcomes(LoRA=[2.0, 2.1], exact=[2.0, 2.1]), ("LoRA", "exact"))
+    assert "(95 % interval +0.0000 to +0.0000 over 2 seeds): identical." in line
+
+
+@pytest.mark.filterwarnings("ignore:celora. a gradient of")
+def test_a_run_that_diverges_does_not_end_the_comparison(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = run.Trainer.training_step
+
+    def spoilt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = step(self, *args, **kwargs)
+        if "exact-seed1" in self.args.output_dir:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(run.Trainer, "training_step", spoilt)
+    found = compare(settings(inputs, tmp_path / "out"), arms=TWO, seeds=3)
+    assert [o.eval_loss is None for o in found if o.arm == "exact"] == [False, True, False]
+    assert not [o for o in found if o.arm == "LoRA" and o.eval_loss is None]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "exact: diverged with 1 of 3 seeds" in page
+
+
+@pytest.mark.filterwarnings("ignore:celora. a gradient of")
+def test_a_held_out_loss_that_is_no_number_is_divergence(inputs: Path, tmp_path: Path) -> None:
+    of = settings(inputs, tmp_path / "out", learning_rate=1e30, max_grad_norm=0.0)
+    found = compare(of, arms=TWO, seeds=1)
+    assert [o.eval_loss for o in found] == [None, None]
+    assert differences(found, TWO) == {}
+
+
+def test_what_stops_a_run_is_said_with_the_run(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise CELoraError("the run stopped: No space left on device")
+
+    monkeypatch.setattr("celora.train.compare.train", full)
+    with pytest.raises(CELoraError, match="LoRA, seed 0: the run stopped: No space left"):
+        compare(settings(inputs, tmp_path / "out"), arms=TWO, seeds=1)
+
+
+def test_a_folder_without_a_test_split_may_be_evaluated_on_what_is_held_out(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    save_rows(tmp_path / "data" / "train.jsonl", 20)
+    of = settings(inputs, tmp_path / "out", data=str(tmp_path / "data"), eval_strategy="steps", max_steps=1)
+    assert len(compare(of, arms=TWO, seeds=1)) == 2
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,8 @@ def write(path: Path, *rows: Any) -> Path:
         ({"prompt": "a", "completion": " b", "id": 7}, True, {"prompt": "a", "completion": " b"}),
         ({"prompt": [USER], "completion": [ASSISTANT]}, False, None),
         ({"text": "a\u2028b"}, True, None),
-        ({"instruction": "Add", "input": "1 2", "output": "3"}, False, {"prompt": "Add\n\n1 2", "completion": "3"}),
-        ({"instruction": "Hi", "input": "", "output": "Yo"}, False, {"prompt": "Hi", "completion": "Yo"}),
+        ({"instruction": "Add", "input": "1 2", "output": "3"}, False, {"prompt": "Add\n\n1 2\n\n", "completion": "3"}),
+        ({"instruction": "Hi", "input": "", "output": "Yo"}, False, {"prompt": "Hi\n\n", "completion": "Yo"}),
         (
             {"instruction": "Hi", "input": None, "output": "Hello"},
             True,
@@ -169,8 +169,8 @@ TEXT = {"text": "fine"}
         ([""], r"no rows"),
         (
             [TEXT, {"promt": "a", "completion": "b"}],
-            r":2: columns 'promt', 'completion' are no known row; a row has messages, or prompt \+ completion, or "
-            r"instruction \(\+ input\) \+ output, or text\. Did you mean 'prompt' for 'promt'\?",
+            r":2: columns 'promt', 'completion' are no known row \(did you mean 'prompt' for 'promt'\?\); a row has "
+            r"messages, or prompt \+ completion, or instruction \(\+ input\) \+ output, or text\.$",
         ),
         ([{}], r":1: columns \(none\) are no known row"),
         (
@@ -330,6 +330,21 @@ def test_parquet_errors_name_the_row(tmp_path: Path, load: Load) -> None:
         load(tmp_path / "data.parquet")
 
 
+def test_a_data_set_of_save_to_disk_is_recognised(tmp_path: Path, load: Load) -> None:
+    rows = datasets.Dataset.from_list([TEXT])
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "two")
+    for name in ("one", "two"):
+        with pytest.raises(CELoraError, match=rf"{name}: written by save_to_disk.*to_parquet\.$"):
+            load(tmp_path / name)
+
+
+def test_hidden_files_are_no_data(tmp_path: Path, load: Load) -> None:
+    write(tmp_path / "train.jsonl", TEXT)
+    (tmp_path / "._train.jsonl").write_bytes(b"\0\5\x16\7")  # as macOS leaves them
+    assert load(tmp_path) == [TEXT]
+
+
 def test_missing_places(tmp_path: Path, load: Load) -> None:
     write(tmp_path / "reviews.jsonl", TEXT)
     with pytest.raises(CELoraError, match=r"no such data file or folder: .*Did you mean '.*reviews\.jsonl'\?"):
@@ -337,7 +352,11 @@ def test_missing_places(tmp_path: Path, load: Load) -> None:
     with pytest.raises(CELoraError, match=r"The folder '.*nowhere' does not exist either"):
         load(tmp_path / "nowhere" / "data.jsonl")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CELoraError, match=r"empty' holds no data files; expected files ending in \.csv"):
+    with pytest.raises(CELoraError, match=r"empty: holds no data files, which end in \.csv.*\.parquet\.$"):
+        load(tmp_path / "empty")
+    (tmp_path / "empty" / "data").mkdir()
+    write(tmp_path / "empty" / "data" / "train.jsonl", TEXT)
+    with pytest.raises(CELoraError, match=r"empty: holds no data files.*; 'data' in it does\.$"):
         load(tmp_path / "empty")
     with pytest.raises(CELoraError, match=r"limit=0; expected at least 1 row"):
         load(tmp_path / "reviews.jsonl", limit=0)

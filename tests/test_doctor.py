@@ -72,17 +72,6 @@ def test_conclusions_follow_the_measurement() -> None:
     assert "OMP_NUM_THREADS=1 keeps torch on 1 of 4 CPUs" in conclusions(cpu__threads=1, cpu__OMP_NUM_THREADS="1")
 
 
-def test_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "library", lambda: None)
-    monkeypatch.setenv("CELORA_KERNELS", "0")
-    assert doctor._kernels() == {"built": False, "why_not": "CELORA_KERNELS=0 turns them off"}
-    monkeypatch.delenv("CELORA_KERNELS")
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    assert "no C compiler (cc, gcc, clang)" in doctor._kernels()["why_not"]
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert doctor._kernels()["why_not"] == "/usr/bin/cc could not build them"
-
-
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

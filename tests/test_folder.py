@@ -41,6 +41,25 @@ HOLD = (
 )
 
 
+def test_only_what_a_run_writes_is_taken_away(folder):
+    for name in ("notes.tmp", ".mine.tmp", ".metrics.jsonl.tmp", "adapter_model.safetensors"):
+        (folder.path / name).write_text("")
+    folder.set_aside()
+    assert names(folder) == [".mine.tmp", ".replaced", "notes.tmp"]
+
+
+def test_a_run_that_was_killed_before_it_began_may_begin(tmp_path):
+    (tmp_path / LOCK).touch()
+    (tmp_path / f".{RUN}.tmp").touch()
+    OutputFolder(tmp_path).check(resume=False, overwrite=False)
+
+
+def test_a_link_to_nowhere_is_no_folder(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(CELoraError, match="it is a link to what is not there"):
+        OutputFolder(tmp_path / "out").check(resume=False, overwrite=False)
+
+
 @pytest.mark.fault(
     "crash",
     "a second run in the folder of one that is running",
@@ -115,10 +134,10 @@ def test_what_others_call_replaced_is_not_brought_back(folder):
     assert names(folder) == [".replaced", "metrics.jsonl", RUN]
     assert sorted(entry.name for entry in aside.iterdir()) == ["README.md", "notes"]
     (folder.path / RUN).unlink()
-    (aside / "run.json.tmp").write_text("")
+    (aside / ".run.json.tmp").write_text("")
     with pytest.raises(CELoraError, match="nothing to resume"):
         folder.resumable()
-    assert (aside / "run.json.tmp").exists()
+    assert (aside / ".run.json.tmp").exists()
 
 
 def test_other_processes_read_while_the_first_brings_the_run_back(folder, monkeypatch):
@@ -144,6 +163,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_others_make_way(folder):
     path, manifest = folder.last_checkpoint(said.append)
     assert (path.name, manifest["step"]) == ("checkpoint-30", 30)
     assert said == [
+        "checkpoint-120 holds the adapter alone (save_only_model).",
         "checkpoint-110 was not saved to its end.",
         "checkpoint-100 is damaged: weights is not what was saved (its checksum differs).",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +203,11 @@ def test_critical_products(dtype: torch.dtype, shape: tuple[int, int], kept: int
 
 
 @needs_compiler
+@needs_compiler
+def test_no_columns() -> None:
+    assert kernels.column_maxima(torch.ones(3, 0)).shape == (0,)
+
+
 def test_rows_may_be_apart() -> None:
     x = torch.randn(6, 40)[:, 3:17]
     assert kernels.squared_row_norms(x).allclose(x.square().sum(1))
@@ -242,6 +248,74 @@ def test_without_a_cache_they_are_built_for_the_process(how: str, tmp_path: Path
     built = Path(done.stdout.strip())
     assert built.parent.parent == tmp_path
     assert not built.exists()  # taken away with the process
+
+
+def load_in(cache: Path, *, path: str | None = None) -> tuple[Path, str]:
+    """The file that another process loads, from `cache` or from wherever else, and why it loads none."""
+    code = "from celora import kernels; loaded = kernels.library(); print(loaded and loaded._name, kernels.why_not())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PATH": path or os.environ["PATH"], "HOME": str(cache), "XDG_CACHE_HOME": str(cache)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    name, _, reason = done.stdout.strip().partition(" ")
+    return Path(name), reason
+
+
+@needs_compiler
+def test_a_damaged_library_is_made_anew(tmp_path: Path) -> None:
+    made, _ = load_in(tmp_path)
+    assert made.parent == tmp_path / "celora" / "kernels"
+    whole = made.stat().st_size
+    made.write_bytes(bytes(1000))
+    assert load_in(tmp_path) == (made, "")
+    assert made.stat().st_size == whole
+
+
+@needs_compiler
+@pytest.mark.parametrize("what", ["folder", "library"])
+def test_a_library_that_others_could_have_written_is_not_loaded(what: str, tmp_path: Path) -> None:
+    made, _ = load_in(tmp_path)
+    assert made.parent.stat().st_mode & 0o077 == made.stat().st_mode & 0o077 == 0
+    (made if what == "library" else made.parent).chmod(0o777)
+    before = made.stat()
+    loaded, _ = load_in(tmp_path)
+    if what == "folder":
+        assert loaded.parent != made.parent
+    else:
+        assert loaded == made
+        assert made.stat().st_ino != before.st_ino
+        assert made.stat().st_mode & 0o077 == 0
+
+
+@needs_compiler
+def test_each_compiler_is_tried(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name, does in (("cc", "exit 1"), ("gcc", f'exec "{shutil.which("cc")}" "$@"')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    assert load_in(tmp_path, path=path)[0].parent == tmp_path / "celora" / "kernels"
+
+
+def test_why_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, false = kernels._load.__wrapped__, shutil.which("false")
+    monkeypatch.setenv("CELORA_KERNELS", "0")
+    assert load() == (None, "CELORA_KERNELS=0 turns them off")
+    monkeypatch.delenv("CELORA_KERNELS")
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    assert load() == (None, "no C compiler (cc, gcc, clang) is installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: false)
+    assert load() == (None, f"{false} could not build them")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kernels, "_built", full)
+    assert load() == (None, "they could not be kept or loaded: [Errno 28] No space left on device")
 
 
 @pytest.mark.parametrize(

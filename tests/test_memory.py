@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +33,30 @@ def test_peak_and_free_memory_are_plausible() -> None:
     assert after >= before >= 2**26
     assert after >= kept.numel() * 4
     assert 0 < free < 2**50
+
+
+def test_files_of_the_system_that_say_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in sandboxes without VmHWM, in a program whose name is no ASCII, and in a container that has read files."""
+    files = {
+        "/proc/self/status": "Name:\tentra\udceene\nVmHWM:\t  2048 kB\n",
+        "/proc/meminfo": "MemAvailable: 4096 kB\n",
+        "/sys/fs/cgroup/memory.max": "1000000\n",
+        "/sys/fs/cgroup/memory.current": "900000\n",
+        "/sys/fs/cgroup/memory.stat": "anon 300000\ninactive_file 500000\n",
+    }
+
+    def read(path: Path, encoding: str, errors: str = "strict") -> str:
+        if str(path) not in files:
+            raise FileNotFoundError(str(path))
+        return files[str(path)].encode("utf-8", "surrogateescape").decode(encoding, errors)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert peak_memory(CPU) == 2048 * 1024
+    assert available_memory(CPU) == 600000
+    files["/proc/self/status"] = "Name:\tpython\n"
+    del files["/sys/fs/cgroup/memory.stat"]
+    assert peak_memory(CPU) is not None  # as getrusage says
+    assert available_memory(CPU) == 4096 * 1024
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems keep the peak of a process for good")

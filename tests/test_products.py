@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 import torch
 
-from celora import kernels, products, reference, select
+from celora import kernels, planner, products, reference, select
 from celora.errors import CELoraError
 from celora.products import Fp8, Int8, Native, _column_major, _integer_product, _padded, make_product
 
@@ -134,6 +138,52 @@ def test_what_a_device_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "8.9" in Fp8.unavailable(16, 16, cuda)
     with pytest.raises(CELoraError, match="did you mean 'int8'"):
         make_product("in8")
+
+
+def test_where_8_bits_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(products, "_gathered_products", lambda: False)
+    monkeypatch.setattr(products, "_onednn", lambda device: False)
+    monkeypatch.setattr(products, "_one_by_one", lambda: True)
+    assert "one by one" in Int8.slow(cpu)
+    assert Int8.slow(torch.device("cuda")) == Native.slow(cpu) == ""
+    assert not {"int8", "fp8"} & {planner._bits(setting) for setting in planner.candidates(cpu)}
+    monkeypatch.setattr(products, "_one_by_one", lambda: False)
+    assert Int8.slow(cpu) == ""
+    assert "int8" in {planner._bits(setting) for setting in planner.candidates(cpu)}
+
+
+@pytest.mark.parametrize(("bits", "slow"), [(30.0, True), (1.5, False)])
+def test_products_number_by_number_are_recognised(bits: float, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def took(contenders: dict[str, Any], *, repeats: int) -> dict[str, dict[str, float]]:
+        for call in contenders.values():
+            call()
+        return {"bits": {"time_ms": bits}, "whole": {"time_ms": 1.0}}
+
+    monkeypatch.setattr(products, "interleaved", took)
+    assert products._one_by_one.__wrapped__() == slow
+
+
+@pytest.mark.parametrize("limit", ["", "AVX2"])
+def test_sums_that_overflow_are_not_used(limit: str) -> None:
+    """Below VNNI oneDNN adds pairs of products in 16 bits."""
+    code = (
+        "import torch; from celora.products import Int8\n"
+        "cpu, G, W = torch.device('cpu'), torch.rand(32, 64) + 1, torch.rand(64, 32) + 1\n"
+        "for copy in (True, False):\n"
+        "    error = (Int8(copy=copy)(G, W) - G @ W).norm() / (G @ W).norm()\n"
+        "    assert error < 0.01 or 'overflow with ONEDNN_MAX_CPU_ISA=AVX2' in Int8.unavailable(64, 32, cpu), error\n"
+        f"assert {limit!r} or not Int8.unavailable(64, 32, cpu)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | ({"ONEDNN_MAX_CPU_ISA": limit} if limit else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_dot_products_torchs_integer_product_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,6 +255,74 @@ def test_an_overwrite_that_fails_before_its_first_step_brings_the_run_back(input
     assert json.loads((output / "run.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.fault(
+    "crash",
+    "Ctrl-C twice before the first step of an `--overwrite` is done",
+    sees="the shell again",
+    kept="the earlier run, whole",
+)
+def test_an_overwrite_that_is_interrupted_before_its_first_step_brings_the_run_back(inputs, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=1)
+    files = {entry.name: entry.stat().st_size for entry in output.iterdir() if entry.is_file()}
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Trainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            go(inputs, output, overwrite=True, max_steps=2)
+    assert {entry.name: entry.stat().st_size for entry in output.iterdir() if entry.is_file()} == files
+    assert (output / "checkpoint-1").is_dir()
+    assert OutputFolder(output).run()["status"] == "finished"
+
+
+def test_a_run_that_steps_ended_goes_on_for_more_epochs(inputs, tmp_path):
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=2, save_steps=2)  # of 6 in an epoch
+    result, _ = go(inputs, output, max_steps=-1, num_train_epochs=1, resume=True, save_steps=2)
+    assert (result.status, result.step) == ("finished", 6)
+    assert go(inputs, output, max_steps=-1, num_train_epochs=1, resume=True, save_steps=2)[0].status == (
+        "already finished"
+    )
+
+
+def test_a_template_from_elsewhere_is_a_template(inputs, tmp_path):
+    """Rows of instructions are conversations where there is one, wherever it comes from."""
+    bare = tmp_path / "bare"
+    shutil.copytree(inputs["model"], bare)
+    template = (bare / "chat_template.jinja").rename(tmp_path / "chat_template.jinja")
+    row = {"instruction": "w1 w2", "output": "w3"}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    of = {"data": str(tmp_path / "rows.jsonl"), "max_steps": 1, "per_device_train_batch_size": 1}
+    seen = {
+        name: go(inputs, tmp_path / name, model=model, **of, **more)[0].summary["tokens_seen"]
+        for name, model, more in (
+            ("own", inputs["model"], {}), ("given", str(bare), {"chat_template_path": str(template)}),
+        )
+    }  # fmt: skip
+    assert seen["given"] == seen["own"]
+
+
+def test_a_loss_that_is_no_number_is_shown(inputs, tmp_path):
+    with pytest.raises(CELoraError, match="holds NaN or infinity"):
+        go(inputs, tmp_path / "out", learning_rate=1e30, max_grad_norm=0.0, preset="off", celora=None, max_steps=3)
+    losses = [row["loss"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
+    assert losses[0] > 0
+    assert losses[-1] is None
+
+
+def test_an_adapter_alone_is_no_checkpoint_to_go_on_from(inputs, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        on_build(patch, lambda trainer: trainer.add_callback(PressCtrlC()))
+        _, text = go(inputs, tmp_path / "out", save_only_model=True, save_steps=1)
+    assert "No checkpoint to go on from is saved; start again with: celora train" in text
+    _, text = go(inputs, tmp_path / "out", save_only_model=True, save_steps=1, resume=True)
+    assert "checkpoint-3 holds the adapter alone (save_only_model)." in text
+    assert "from the beginning: there is no checkpoint to go on from" in text
+
+
 def test_audit_judges_an_adapter_with_the_configuration_it_was_trained_with(finished, inputs, tmp_path):
     request = {**inputs, "output": str(tmp_path / "none")}
     as_trained = run_module.audit_model(make_request(request), rows=4, adapter=finished[0])

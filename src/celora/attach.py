@@ -394,7 +394,12 @@ def attach(
 
     last = _last_block(tuners) if config.zero_tokens else set()
     planned = [_plan_layer(name, module, config, last=name in last) for name, module in tuners.items()]
-    notes = (*_whole_model(model, tuners, config), *advice(model, tuners, config))
+    slow = {of.product.slow(of.device) for _, of in planned if of is not None} - {""}
+    notes = (
+        *_whole_model(model, tuners, config),
+        *advice(model, tuners, config),
+        *(f"Dense layers are faster here: {reason}." for reason in sorted(slow)),
+    )
     report = AttachReport(tuple(layer for layer, _ in planned), config.refresh_every, notes)
     existing = find(model)
     if existing is not None and existing.report.layers == report.layers and existing.config == config:

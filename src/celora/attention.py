@@ -79,7 +79,8 @@ def backward_pays(device: torch.device, dtype: torch.dtype, length: int) -> bool
 def _backward_pays(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> bool:
     """Whether this is torch's flash attention on CPU in half precision, with sequences short enough."""
     pays = backward_pays(query.device, query.dtype, min(lengths)) and query.shape[3] == value.shape[3]
-    return bool(pays and key.dtype == value.dtype == query.dtype and query.requires_grad)
+    dense = all(t.stride(-1) == 1 for t in (query, key, value))  # what the operators take for granted
+    return bool(pays and dense and key.dtype == value.dtype == query.dtype and query.requires_grad)
 
 
 class _Causal(torch.autograd.Function):

@@ -10,6 +10,10 @@ class CELoraError(ValueError):
     """Bad input to celora. The message is a single line; the command line prints it and exits with status 2."""
 
 
+class Diverged(CELoraError):
+    """A training whose numbers are no longer finite."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> CELoraError:
     """An error for a name that is not known, with the nearest known one if there is one.
 

@@ -52,9 +52,10 @@ def peak_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")  # what getrusage says includes the process that started this one
-    if status.exists():
-        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
+    with suppress(OSError, StopIteration):  # not on Linux, or in a sandbox that does not tell
+        # The process's name stands there, too, in whatever encoding.
+        lines = status.read_text(encoding="utf-8", errors="replace").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     try:
         import resource
     except ImportError:  # Windows
@@ -83,7 +84,8 @@ def available_memory(device: torch.device) -> int | None:
         return None
     group = Path("/sys/fs/cgroup")  # a container may be allowed less than the machine has
     try:
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        return min(free, limit - int((group / "memory.current").read_text(encoding="ascii")))
-    except (OSError, ValueError):
+        limit, taken = (int((group / f"memory.{of}").read_text(encoding="ascii")) for of in ("max", "current"))
+        counted = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        return min(free, limit - taken + int(counted["inactive_file"]))  # which makes way when memory is asked for
+    except (OSError, ValueError, KeyError):
         return free

@@ -385,9 +385,8 @@ def _tokens(share: float, precision: Precision = "native", *, copy: bool = True)
 def candidates(device: torch.device) -> list[LayerConfig]:
     """Everything the planner considers on this kind of device, dense first."""
     found = [LayerConfig("dense")]
-    bits: list[Precision] = ["int8"]
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
-        bits.append("fp8")
+    formats: tuple[Precision, ...] = ("int8", "fp8")
+    bits = [name for name in formats if not PRODUCTS[name].slow(device)]
     for precision in bits:
         found += [LayerConfig(precision, rank=0), LayerConfig(precision, rank=0, weight_copy=False)]
     precisions: list[Precision] = ["native", *bits]

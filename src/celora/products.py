@@ -11,6 +11,7 @@ Source: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339), here fo
 from __future__ import annotations
 
 import functools
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from celora import kernels
 from celora.errors import unknown
 from celora.select import as_weights, column_maxima, critical_rows, grain, squared_row_norms
+from celora.timing import interleaved
 
 _OFFSET = 128  # the zero point of unsigned activations
 
@@ -103,6 +105,11 @@ class Product(ABC):
     @classmethod
     def unavailable(cls, out_features: int, in_features: int, device: torch.device) -> str:
         """Why a layer of this shape cannot be multiplied so on this device, or ''."""
+        return ""
+
+    @classmethod
+    def slow(cls, device: torch.device) -> str:
+        """Why it cannot pay on this device, whatever the shape, or ''."""
         return ""
 
 
@@ -188,7 +195,15 @@ class Int8(_EightBit):
             return f"there are no int8 products on {device.type}"
         if device.type == "cuda" and in_features % 8:
             return f"int8 products on CUDA need in_features that are a multiple of 8, not {in_features}"
+        if device.type == "cpu" and not _sums_are_exact():
+            return f"oneDNN's 8-bit sums overflow with ONEDNN_MAX_CPU_ISA={os.environ.get('ONEDNN_MAX_CPU_ISA')}"
         return ""
+
+    @classmethod
+    def slow(cls, device: torch.device) -> str:
+        if device.type != "cpu" or _gathered_products() or _onednn(device) or not _one_by_one():
+            return ""
+        return "this CPU lacks 8-bit dot products (VNNI), and torch multiplies such numbers one by one"
 
     def rows(
         self,
@@ -302,7 +317,7 @@ class Int8(_EightBit):
 class Fp8(_EightBit):
     """8-bit floats (e4m3, largest 448) through `torch._scaled_mm`: fast on GPUs of compute capability 8.9 and above.
 
-    On CPU it works, and is slow: there to be tested, never chosen by the planner.
+    On CPU it works, and is slow.
     """
 
     name = "fp8"
@@ -317,6 +332,10 @@ class Fp8(_EightBit):
         if in_features % 16:
             return f"fp8 products need in_features that are a multiple of 16, not {in_features}"
         return ""
+
+    @classmethod
+    def slow(cls, device: torch.device) -> str:
+        return "fp8 products on a CPU are there to be tested" if device.type == "cpu" else ""
 
     def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         column_scale = self._follow(weight)
@@ -359,6 +378,23 @@ def _gathered_products() -> bool:
 
 def _dot_products() -> bool:
     return kernels.cpu_supports("vnni")
+
+
+@functools.cache
+def _sums_are_exact() -> bool:
+    """Whether 8-bit products on CPU are summed without overflow: kept below VNNI, oneDNN sums pairs in 16 bits."""
+    most = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(most, most.t().contiguous()) == 64 * 127**2).all())
+
+
+@functools.cache
+def _one_by_one() -> bool:
+    """Whether `torch._int_mm` on CPU is a loop over single numbers, as without fast instructions: 20 times as slow as
+    float32's product and more, where it would be twice as fast or, at worst, about as fast."""
+    whole = torch.ones(64, 512), torch.ones(512, 512)
+    bits = tuple(x.to(torch.int8) for x in whole)
+    times = interleaved({"bits": lambda: torch._int_mm(*bits), "whole": lambda: torch.mm(*whole)}, repeats=3)
+    return times["bits"]["time_ms"] > 4 * times["whole"]["time_ms"]
 
 
 def _packed_product(q: Tensor, packed: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,7 @@
 At these sizes the passes decide: scaling, rounding and scattering with torch's operators costs more than the product,
 and a softmax over a vocabulary more than the projection onto it.
 `rows.c` is compiled once (a second or so) for the machine's own instruction set and kept in the user's cache folder,
-or, where there is none that can be written to, once a process.
+or, where there is none that only the user can write to, once a process.
 Without a compiler, `library()` is None and everything works through torch's operators, slower; the planner measures
 what it gets, so it assumes nothing.
 
@@ -13,6 +13,7 @@ what it gets, so it assumes nothing.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -27,8 +28,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from celora.files import sync
+
 _SOURCE = Path(__file__).with_name("rows.c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_COMPILERS = ("cc", "gcc", "clang")
 _WIDE = "-mprefer-vector-width=512"
 _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
@@ -216,15 +220,9 @@ def critical_product(
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None if they are turned off or cannot be built here."""
-    if os.environ.get("CELORA_KERNELS") == "0" or sys.platform == "win32":
-        return None
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-    if compiler is None:
-        return None
-    try:
-        loaded = ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError):
+    """The compiled kernels, or None if they are turned off or cannot be built here: see `why_not`."""
+    loaded, _ = _load()
+    if loaded is None:
         return None
     loaded.choose_rows.restype = _N
     for name, types in (_SIGNATURES | (_DOT_SIGNATURES if loaded.panel_columns() else {})).items():
@@ -233,8 +231,55 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def _build(compiler: str) -> Path:
-    """Compile into the cache, under a name that says what it was made of and for."""
+def why_not() -> str:
+    """Why `library` is None, or ''."""
+    return _load()[1]
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("CELORA_KERNELS") == "0":
+        return None, "CELORA_KERNELS=0 turns them off"
+    if sys.platform == "win32":
+        return None, "they are not built on Windows"
+    reason = f"no C compiler ({', '.join(_COMPILERS)}) is installed"
+    for compiler in filter(None, map(shutil.which, _COMPILERS)):
+        for folder in (_cache, _private):
+            try:
+                return _built(compiler, folder()), ""
+            except subprocess.SubprocessError:
+                reason = f"{compiler} could not build them"
+                break  # nor could it elsewhere
+            except (OSError, RuntimeError) as error:  # no home folder, one that cannot be used, or a full disk
+                reason = f"they could not be kept or loaded: {' '.join(str(error).split())}"
+    return None, reason
+
+
+def _cache() -> Path:
+    """The user's folder for what is compiled; OSError where others could have put a library there."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "celora" / "kernels"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _trusted(folder):
+        raise PermissionError(f"{folder} could be written to by others")
+    return folder
+
+
+@functools.cache
+def _private() -> Path:
+    """A folder for this process alone."""
+    folder = Path(tempfile.mkdtemp(prefix="celora-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _trusted(path: Path) -> bool:
+    """Whether nobody but this user and root can write to it."""
+    found = path.stat()
+    return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
+
+
+def _built(compiler: str, folder: Path) -> ctypes.CDLL:
+    """Load what `folder` has, or compile into it, under a name that says what it was made of and for."""
     made_of = [
         *(file.read_text(encoding="utf-8") for file in sorted(_SOURCE.parent.glob("*.c"))),
         compiler,
@@ -242,20 +287,12 @@ def _build(compiler: str) -> Path:
         _instruction_set(),
         *_FLAGS,
     ]
-    name = f"rows-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:16]}.so"
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "celora" / "kernels"
-        if (cache / name).is_file():
-            return cache / name
-        cache.mkdir(parents=True, exist_ok=True)
-        writable = os.access(cache, os.W_OK)
-    except (OSError, RuntimeError):  # no home folder, or one in which nothing may be made
-        writable = False
-    if not writable:  # for this process alone, as a folder that others could write to must not be trusted
-        cache = Path(tempfile.mkdtemp(prefix="celora-"))
-        atexit.register(shutil.rmtree, cache, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        built = Path(scratch) / name
+    made = folder / f"rows-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:16]}.so"
+    if made.is_file() and _trusted(made):
+        with contextlib.suppress(OSError):  # damaged: it is made anew
+            return ctypes.CDLL(str(made))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = Path(scratch) / made.name
         for flags in ((*_FLAGS, _WIDE), _FLAGS):  # not every compiler knows the wide registers' option
             done = subprocess.run(
                 [compiler, *flags, "-o", str(built), str(_SOURCE)], capture_output=True, timeout=120, check=False
@@ -263,8 +300,10 @@ def _build(compiler: str) -> Path:
             if done.returncode == 0:
                 break
         done.check_returncode()
-        built.replace(cache / name)
-    return cache / name
+        built.chmod(0o700)
+        sync(built)  # half a library ends the process that calls it
+        built.replace(made)
+    return ctypes.CDLL(str(made))
 
 
 def _instruction_set() -> str:

@@ -280,7 +280,7 @@ void EACH(softmax_rows)(TYPE *z, int64_t rows, int64_t columns, const int64_t *t
 
 /* largest[j] = max_i |w[i, j]|: each thread takes a share of the columns */
 void EACH(column_maxima)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, float *largest, int threads) {
-    const int64_t share = (columns + threads - 1) / threads;
+    const int64_t share = columns / threads + 1;
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t first = 0; first < columns; first += share) {
         const int64_t last = first + share < columns ? first + share : columns;

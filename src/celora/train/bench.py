@@ -178,13 +178,13 @@ def measure(
 
 def _relative(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add each arm's speed-up over PEFT, and its share of what could be saved: by preset exact with a free backward of
-    the frozen layers or, where that was not measured, by such a backward alone."""
+    the frozen layers or, where that was not measured, by such a backward alone; none where that saved nothing."""
     by_arm = {row["arm"]: row["time_ms"] for row in rows if "time_ms" in row}
     plain, limit = by_arm.get("PEFT"), by_arm.get("limit of exact", by_arm.get("limit"))
     for row in rows:
         if plain and "time_ms" in row:
             row["speed_up"] = round(plain / row["time_ms"], 4)
-            if limit:
+            if limit and limit < plain:
                 row["share_of_limit"] = round((plain - row["time_ms"]) / (plain - limit), 3)
     return rows
 

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from celora.errors import CELoraError, unknown
+from celora.errors import CELoraError, Diverged, unknown
 from celora.files import read_json, replacing, write_text
 from celora.plan import Plan
 from celora.train.arguments import PLANNING, TrainRequest, make_request, recorded, sft_config
@@ -49,7 +49,7 @@ class Outcome:
     """One arm with one seed; a line of `compare.jsonl`.
 
     Attributes:
-        eval_loss: on the held-out rows, nats per token.
+        eval_loss: on the held-out rows, nats per token, mean over batches; None if the training diverged.
         eval_accuracy: of the next token, with the right ones before it.
         seconds: wall-clock of the training, planning left out.
     """
@@ -57,7 +57,7 @@ class Outcome:
     arm: str
     seed: int
     steps: int
-    eval_loss: float
+    eval_loss: float | None
     eval_accuracy: float | None
     step_time_ms: float | None
     seconds: float
@@ -168,7 +168,10 @@ def _compare(
             plan = output / f"{arm}-seed0" / PLAN
             if own["preset"] == "auto" and seed > 0 and plan.is_file():
                 own["plan"] = str(plan)  # planned once; the model, the machine and the shapes are the same
-            outcomes.append(_run(arm, seed, own, folder, console))
+            try:
+                outcomes.append(_run(arm, seed, own, folder, console))
+            except CELoraError as error:
+                raise CELoraError(f"{arm}, seed {seed}: {error}") from error
     outcomes.sort(key=lambda o: (arms.index(o.arm), o.seed))
     write_text(output / RESULT, "".join(json.dumps(dataclasses.asdict(outcome)) + "\n" for outcome in outcomes))
     runs = {f"{o.arm}, seed {o.seed}": output / f"{o.arm}-seed{o.seed}" for o in outcomes}
@@ -201,7 +204,7 @@ def _claim(output: Path, request: TrainRequest) -> None:
     """Mark the folder as this comparison's, or refuse one that is another's."""
     # How the runs are shown may change between one call and the next; what they do may not.
     given = {k: v for k, v in recorded(request.given).items() if k not in ("output", "quiet")}
-    record, made_from = output / RECORD, fingerprints(request)
+    record, made_from = output / RECORD, fingerprints(request, request.options.eval_data)
     if record.is_file():
         document = read_json(record)
         before = document.get("given") if isinstance(document, dict) else None
@@ -238,8 +241,7 @@ def _split(request: TrainRequest, output: Path, console: Console) -> dict[str, s
         return {}
     train_file, held_out_file = output / "data" / "train.jsonl", output / "data" / "held-out.jsonl"
     if not held_out_file.is_file():
-        chat = bool(load_tokenizer(request).chat_template)
-        rows = training_rows(request, chat=chat)
+        rows = training_rows(request, load_tokenizer(request))
         if len(rows) < 2:
             raise CELoraError(f"{request.data!r} has {len(rows)} row; a comparison needs rows to hold out. Give more.")
         held_out = min(_MOST_HELD_OUT, max(1, int(_HELD_OUT * len(rows))))
@@ -272,17 +274,22 @@ def _check_plan(output: Path, request: TrainRequest, seeds: int) -> None:
 def _run(arm: str, seed: int, own: dict[str, Any], folder: Path, console: Console) -> Outcome:
     """Train one arm with one seed, or go on with it, or read what it came to."""
     begun = OutputFolder(folder).run() is not None
-    result = train(make_request(own | ({"resume": True} if begun else {})), console=console)
-    if result.status == "interrupted":
-        raise KeyboardInterrupt
-    summary = result.summary
-    if summary.get("eval_loss") is None:
+    try:
+        result = train(make_request(own | ({"resume": True} if begun else {})), console=console)
+    except Diverged as error:  # which is an answer, too
+        console.print(f"{arm}, seed {seed}: {error}", markup=False)
+        summary = (OutputFolder(folder).run() or {})["summary"] | {"eval_loss": None}
+    else:
+        if result.status == "interrupted":
+            raise KeyboardInterrupt
+        summary = result.summary
+    if "eval_loss" not in summary:
         raise CELoraError(f"{folder} has no loss on the held-out rows; remove that folder and run it again")
     return Outcome(
         arm,
         seed,
-        result.step,
-        float(summary["eval_loss"]),
+        summary["step"],
+        summary["eval_loss"],
         summary.get("eval_mean_token_accuracy"),
         summary.get("median_step_time_ms"),
         float(summary["seconds"]),
@@ -293,28 +300,48 @@ def _by_arm(outcomes: Sequence[Outcome], arm: str, of: Callable[[Outcome], Any])
     return [of(outcome) for outcome in outcomes if outcome.arm == arm]
 
 
+def _losses(outcomes: Sequence[Outcome], arm: str) -> dict[int, float]:
+    """Held-out loss by seed, of those with which the arm did not diverge."""
+    return {o.seed: o.eval_loss for o in outcomes if o.arm == arm and o.eval_loss is not None}
+
+
 def differences(outcomes: Sequence[Outcome], arms: Sequence[str]) -> dict[str, Difference]:
-    """Held-out loss of every arm but the first against the first; 95 % are those of all intervals together."""
-    base = _by_arm(outcomes, arms[0], lambda o: o.eval_loss)
-    others = {arm: _by_arm(outcomes, arm, lambda o: o.eval_loss) for arm in arms[1:]}
-    return {arm: Difference.of(losses, base, comparisons=len(others)) for arm, losses in others.items()}
+    """Held-out loss of every arm but the first against the first; 95 % are those of all intervals together.
+
+    Seeds with which one of the two diverged are left out, and so is an arm without others.
+    """
+    base, found = _losses(outcomes, arms[0]), {}
+    for arm in arms[1:]:
+        losses = _losses(outcomes, arm)
+        if seeds := sorted(base.keys() & losses.keys()):
+            of, against = ([each[seed] for seed in seeds] for each in (losses, base))
+            found[arm] = Difference.of(of, against, comparisons=len(arms) - 1)
+    return found
+
+
+def _diverged(outcomes: Sequence[Outcome], arm: str) -> str:
+    """With how many seeds an arm diverged, or nothing."""
+    of = _by_arm(outcomes, arm, lambda o: o.eval_loss)
+    return f"diverged with {of.count(None)} of {len(of)} seeds" if None in of else ""
 
 
 def findings(outcomes: Sequence[Outcome], arms: Sequence[str]) -> list[str]:
-    """One plain sentence for each arm: is its held-out loss another than the first's, and how fast is it."""
-    base, lines = arms[0], []
-    seeds = len(_by_arm(outcomes, base, lambda o: o.seed))
+    """Plain sentences for each arm: did it diverge, is its held-out loss another than the first's, how fast is it."""
+    base = arms[0]
+    lines = [f"{arm}: {said}, which the numbers leave out." for arm in arms if (said := _diverged(outcomes, arm))]
     for arm, found in differences(outcomes, arms).items():
         speed = _speed_up(outcomes, arm, base)
         pace = "" if speed is None else f" Its step takes {1 / speed:.2f} of {base}'s."
         amount, word = f"{abs(found.mean):.4f}", "higher" if found.mean > 0 else "lower"
         against = f"{amount} {word} than" if float(amount) else "the same to four decimals as"
         size = f"{arm}: held-out loss {against} {base}'s"
-        if found.low is None:
+        seeds = len(_losses(outcomes, arm).keys() & _losses(outcomes, base).keys())
+        if found.low is None or found.high is None:
             lines.append(f"{size} with one seed, which cannot tell a difference from chance.{pace}")
             continue
-        interval = f"95 % interval {found.low:+.4f} to {found.high:+.4f} over {seeds} seeds"
-        verdict = "not distinguishable from chance"
+        sure = "95 % interval" if len(arms) == 2 else "simultaneous 95 % interval"
+        interval = f"{sure} {found.low:+.4f} to {found.high:+.4f} over {seeds} seeds"
+        verdict = "not distinguishable from chance" if found.low < found.high else "identical"
         if found.real:
             verdict = "the difference is real, on these rows" if float(amount) else "too small to matter"
         lines.append(f"{size} ({interval}): {verdict}.{pace}")
@@ -333,7 +360,7 @@ def as_json(outcomes: Sequence[Outcome], arms: Sequence[str]) -> dict[str, Any]:
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
         "against": arms[0],
         "held_out_loss_difference": {arm: dataclasses.asdict(d) | {"real": d.real} for arm, d in found.items()},
-        "speed_up": {arm: _speed_up(outcomes, arm, arms[0]) for arm in found},
+        "speed_up": {arm: _speed_up(outcomes, arm, arms[0]) for arm in arms[1:]},
         "findings": findings(outcomes, arms),
     }
 
@@ -348,6 +375,7 @@ def summary(outcomes: Sequence[Outcome], arms: Sequence[str]) -> list[tuple[str,
     rows: list[tuple[str, ...]] = []
     found = differences(outcomes, arms)
     for arm in arms:
+        losses, said = list(_losses(outcomes, arm).values()), _diverged(outcomes, arm)
         accuracies = [a for a in _by_arm(outcomes, arm, lambda o: o.eval_accuracy) if a is not None]
         times = [t for t in _by_arm(outcomes, arm, lambda o: o.step_time_ms) if t]
         speed = _speed_up(outcomes, arm, arms[0])
@@ -358,7 +386,7 @@ def summary(outcomes: Sequence[Outcome], arms: Sequence[str]) -> list[tuple[str,
         rows.append(
             (
                 arm,
-                _spread(_by_arm(outcomes, arm, lambda o: o.eval_loss), ".4f"),
+                ", ".join(filter(None, [_spread(losses, ".4f") if losses else "", said])),
                 difference,
                 _spread(accuracies, ".1%") if accuracies else "",
                 f"{statistics.median(times):.0f} ms" if times else "",
@@ -374,7 +402,7 @@ HEADER = ("", "held-out loss", "against the first (95 %)", "token accuracy", "ti
 def result_table(outcomes: Sequence[Outcome], arms: Sequence[str]) -> Table:
     """The table that is printed."""
     seeds = len(_by_arm(outcomes, arms[0], lambda o: o.seed))
-    table = Table(title=f"{outcomes[0].steps} steps, {seeds} seed{'s' if seeds > 1 else ''}")
+    table = Table(title=f"{max(o.steps for o in outcomes)} steps, {seeds} seed{'s' if seeds > 1 else ''}")
     for column in HEADER:
         table.add_column(column, justify="left" if not column else "right")
     for cells in summary(outcomes, arms):

@@ -177,7 +177,7 @@ def _example(place: str, row: Row, shape: str, chat: bool) -> dict[str, Any]:
         prompt += "\n\n" + _text(place, "input", row["input"])
     completion = _text(place, "output", row["output"])
     if not chat:
-        return {"prompt": prompt, "completion": completion}
+        return {"prompt": prompt + "\n\n", "completion": completion}
     return {
         "prompt": [{"role": "user", "content": prompt}],
         "completion": [{"role": "assistant", "content": completion}],
@@ -191,8 +191,8 @@ def _no_shape(row: Row) -> str:
     missing = [column for column in _COLUMNS if column not in row]
     near = {c: difflib.get_close_matches(c.lower(), missing, n=1) for c in row if c not in _COLUMNS}
     hints = [f"{match[0]!r} for {column!r}" for column, match in near.items() if match]
-    hint = f" Did you mean {' and '.join(hints)}?" if hints else ""
-    return f"columns {', '.join(map(repr, row)) or '(none)'} are no known row; {_KNOWN_SHAPES}.{hint}"
+    hint = f" (did you mean {' and '.join(hints)}?)" if hints else ""
+    return f"columns {', '.join(map(repr, row)) or '(none)'} are no known row{hint}; {_KNOWN_SHAPES}"
 
 
 def _text(place: str, column: str, value: Any) -> str:
@@ -268,9 +268,12 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
         words = SPLITS.get(name, (name,))
         return any(re.fullmatch(pattern.format(re.escape(word)), file.stem, re.IGNORECASE) for word in words)
 
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in READERS and file.is_file())
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        fail(str(folder), "written by save_to_disk, and read here are files; write it again with to_parquet")
+    files = _files_in(folder)
     if not files:
-        raise CELoraError(f"{str(folder)!r} holds no data files; expected files ending in {', '.join(READERS)}.")
+        below = next((f"; {inner.name!r} in it does" for inner in sorted(folder.glob("*/")) if _files_in(inner)), "")
+        fail(str(folder), f"holds no data files, which end in {', '.join(READERS)}{below}")
     # The name and a number come first; a word anywhere in the name serves where there is no such file.
     chosen = [file for file in files if named(file, split, r"{}([-_.]\d.*)?")]
     if not chosen:
@@ -291,6 +294,14 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
         if not any(file.resolve().is_relative_to(root) for root in roots):
             fail(str(file), "a link out of the data folder; give what it points to as data, or copy it into the folder")
     return chosen
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in READERS and not file.name.startswith(".") and file.is_file()
+    )
 
 
 def _nearest(path: Path) -> str:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import sys
 from importlib import metadata
 from typing import Any
 
@@ -24,7 +22,6 @@ from celora.train.threads import allowed_cpus
 
 PACKAGES = ("celora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 OPTIONAL = ("bitsandbytes", "torchao", "deepspeed", "tensorboard", "trackio", "wandb")
-_COMPILERS = ("cc", "gcc", "clang")
 _SHAPES = {"cpu": (1024, 1024, 1024), "cuda": (4096, 4096, 4096)}  # tokens, out, in: a second's worth of products
 _REPEATS = 15
 _FASTER = 0.95  # of the other's time; closer ones may change places the next time
@@ -48,7 +45,7 @@ def examine() -> dict[str, Any]:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         },
         "instructions": _instructions(),
-        "kernels": _kernels(),
+        "kernels": {"built": kernels.library() is not None, "why_not": kernels.why_not()},
         "products": _products(device),
     }
     return found | {"advice": advise(found)}
@@ -67,26 +64,14 @@ def _instructions() -> dict[str, bool]:
     return found | {"amx": kernels.matrix_instructions()}
 
 
-def _kernels() -> dict[str, Any]:
-    """Whether the C kernels run here, and why not."""
-    if kernels.library() is not None:
-        return {"built": True, "why_not": ""}
-    if os.environ.get("CELORA_KERNELS") == "0":
-        return {"built": False, "why_not": "CELORA_KERNELS=0 turns them off"}
-    if sys.platform == "win32":
-        return {"built": False, "why_not": "they are not built on Windows"}
-    compiler = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
-    why_not = (
-        f"{compiler} could not build them" if compiler else f"no C compiler ({', '.join(_COMPILERS)}) is installed"
-    )
-    return {"built": False, "why_not": why_not}
-
-
 def _products(device: torch.device) -> dict[str, Any]:
     """`grad_output @ W` in each dtype, dense and in 8 bits: milliseconds, medians of a few, taking turns."""
     tokens, out_features, in_features = _SHAPES[device.type]
     formats = ("int8", "fp8") if device.type == "cuda" else ("int8",)
-    why_not = {name: PRODUCTS[name].unavailable(out_features, in_features, device) for name in formats}
+    why_not = {
+        name: PRODUCTS[name].unavailable(out_features, in_features, device) or PRODUCTS[name].slow(device)
+        for name in formats
+    }
     generator = torch.Generator(device).manual_seed(0)
     contenders = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -108,12 +93,12 @@ def advise(found: dict[str, Any]) -> list[str]:
     """What follows from `examine`'s findings, a sentence each."""
     lines, times, cpu = [], found["products"]["time_ms"], found["cpu"]
     half, single = times["bfloat16 native"], times["float32 native"]
-    if half < _FASTER * single:
-        lines.append(f"bfloat16 products take {half / single:.2f} of float32's time: keep models in bfloat16.")
-        dtype = "bfloat16"
-    else:
-        lines.append(f"bfloat16 products take {half / single:.2f} of float32's time: train with --dtype float32.")
-        dtype = "float32"
+    dtype, then = "bfloat16", "keep models in bfloat16"
+    if single < _FASTER * half:
+        dtype, then = "float32", "train with --dtype float32"
+    elif half >= _FASTER * single:
+        then += ", which takes half the memory"
+    lines.append(f"bfloat16 products take {half / single:.2f} of float32's time: {then}.")
     for name in ("int8", "fp8"):
         if (time := times.get(f"{dtype} {name}")) is not None:
             ratio = time / times[f"{dtype} native"]

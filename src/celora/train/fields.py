@@ -29,6 +29,7 @@ DEFAULTS: dict[str, tuple[object, str]] = {
         False,
         "it recomputes every forward, half as much again per step; use it when memory is short",
     ),
+    "logging_nan_inf_filter": (False, "a loss that is no number has to be seen, not replaced by the mean"),
     "logging_steps": (1, "a metrics row costs nothing beside a step, and the report wants the curve"),
     "eval_steps": (10, "TRL's, whose logging_steps it is; an evaluation takes time, where a metrics row does not"),
     "save_steps": (100, "an adapter checkpoint is small; 500 steps of lost work are not"),

@@ -12,7 +12,6 @@ from pathlib import Path
 from celora.errors import CELoraError
 from celora.train.arguments import TrainRequest
 from celora.train.data import local_files
-from celora.train.loading import evaluation_source
 
 _BLOCK, _BLOCKS = 2**20, 256  # larger files are looked at in that many places, evenly spaced, ends included
 
@@ -29,9 +28,12 @@ _SETTINGS = (
 )
 
 
-def fingerprints(request: TrainRequest) -> dict[str, str]:
-    """What each is, by what it is: "data in 'rows.jsonl'" and so on; of what are local files."""
-    options, evaluation = request.options, evaluation_source(request)
+def fingerprints(request: TrainRequest, evaluation: str | None) -> dict[str, str]:
+    """What each is, by what it is: "data in 'rows.jsonl'" and so on; of what are local files.
+
+    `evaluation` is where the rows to evaluate on come from, if there are any.
+    """
+    options = request.options
     found = {
         f"data in {request.data!r}": local_files(request.data, options.dataset_train_split),
         f"model in {request.model!r}": _matching(request.model, "*.safetensors"),

@@ -31,12 +31,13 @@ LOCK, SAVING = ".celora.lock", ".adapter.tmp"
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _DAMAGED = ".damaged"
-_OURS = re.compile(
+_NAMES = (
     r"run\.json|metrics\.jsonl|report\.html|celora_(config|plan|state)\.json|README\.md|training_args\.bin"
     r"|adapter_config\.json|adapter_model\.(safetensors|bin)|chat_template\.jinja|processor_config\.json"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|vocab\.txt"
-    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|\.?[\w.]+\.tmp"
+    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model"
 )
+_OURS = re.compile(rf"({_NAMES})|\.({_NAMES})\.tmp")  # the latter while it is written
 _ASIDE = ".replaced"
 
 P = ParamSpec("P")
@@ -154,6 +155,8 @@ class OutputFolder:
     def check_writable(self) -> None:
         """Refuse a folder that nobody can write into; it may be yet to be made."""
         place = next(place for place in (self.path.absolute(), *self.path.absolute().parents) if place.exists())
+        if self.path.is_symlink() and not self.path.exists():
+            raise CELoraError(f"cannot write to --output {str(self.path)!r}: it is a link to what is not there")
         if not place.is_dir():
             raise CELoraError(f"cannot write to --output {str(self.path)!r}: {str(place)!r} is a file, not a folder")
         if not os.access(place, os.W_OK | os.X_OK):
@@ -163,7 +166,8 @@ class OutputFolder:
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse a folder that is not ours to write into, or that nobody can. Removes nothing."""
         self.check_writable()
-        names = sorted({entry.name for entry in self.path.iterdir()} - {LOCK}) if self.path.exists() else []
+        ours = {LOCK, f".{RUN}.tmp"}  # left by a run that was killed before it could say that it is one
+        names = sorted({entry.name for entry in self.path.iterdir()} - ours) if self.path.exists() else []
         if not names or (self.run() is not None and (resume or overwrite)):
             return
         if self.run() is not None:
@@ -227,6 +231,7 @@ class OutputFolder:
                 continue
             if manifest["resumable"]:
                 return checkpoint, manifest
+            say(f"{checkpoint.name} holds the adapter alone (save_only_model).")
         return None
 
     @_in_one_line

@@ -37,9 +37,9 @@ def load_tokenizer(request: TrainRequest) -> Any:
         raise CELoraError(f"cannot load a tokenizer from {request.model!r}: {_first_line(error)}") from error
 
 
-def training_rows(request: TrainRequest, *, chat: bool) -> datasets.Dataset:
+def training_rows(request: TrainRequest, tokenizer: Any) -> datasets.Dataset:
     """The rows to train on; see `load_rows`."""
-    return _rows(request, request.data, request.options.dataset_train_split, chat)
+    return _rows(request, tokenizer, request.data, request.options.dataset_train_split)
 
 
 def evaluation_source(request: TrainRequest) -> str | None:
@@ -53,7 +53,7 @@ def _asking_for_rows(request: TrainRequest) -> list[str]:
     return [f"{name}={request.train[name]!r}" for name, no in nothing.items() if request.train.get(name, no) != no]
 
 
-def evaluation_rows(request: TrainRequest, *, chat: bool) -> datasets.Dataset | None:
+def evaluation_rows(request: TrainRequest, tokenizer: Any) -> datasets.Dataset | None:
     """The rows to evaluate on, if there are any; see `load_rows`."""
     options, source = request.options, evaluation_source(request)
     if source is None:
@@ -61,10 +61,11 @@ def evaluation_rows(request: TrainRequest, *, chat: bool) -> datasets.Dataset | 
     if options.eval_data is None and Path(source).expanduser().is_file():
         asking = _asking_for_rows(request)[0]
         raise CELoraError(f"{asking} needs rows to evaluate on, and data is one file; give --eval-data")
-    return _rows(request, source, options.dataset_test_split, chat)
+    return _rows(request, tokenizer, source, options.dataset_test_split)
 
 
-def _rows(request: TrainRequest, source: str, split: str, chat: bool) -> datasets.Dataset:
+def _rows(request: TrainRequest, tokenizer: Any, source: str, split: str) -> datasets.Dataset:
+    chat = bool(tokenizer.chat_template or request.train.get("chat_template_path"))
     config = request.options.dataset_config if source == request.data else None
     text_field = request.train.get("dataset_text_field", "text")
     return load_rows(source, split=split, chat=chat, config=config, text_field=text_field)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import platform
 import shlex
+import statistics
 import tempfile
 import time
 import traceback
@@ -43,6 +44,7 @@ from celora.train.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder
 from celora.train.interrupt import StopAtStepEnd
 from celora.train.loading import (
     evaluation_rows,
+    evaluation_source,
     load_adapter,
     load_model,
     load_tokenizer,
@@ -57,6 +59,8 @@ from celora.train.saving import UNUSABLE, SafeSaving, Sealing, save_adapter, sto
 from celora.train.template import refused_row
 from celora.train.truncation import truncation_lines
 
+# What is left out where nothing is evaluated: a file of settings may be the training's.
+_NO_EVALUATION = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False, "save_strategy": "no"}
 _LAST = ("loss", "eval_loss", "tokens_seen", "mean_token_accuracy", "eval_mean_token_accuracy")
 
 
@@ -201,7 +205,7 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
     if earlier:
         check_record(folder.path / RUN, earlier)
     finished = earlier is not None and earlier.get("status") == "finished"
-    if earlier and finished and not _longer(earlier, request.given):
+    if earlier and finished and not _longer(earlier, request.given, folder.path / METRICS):
         step = int(earlier["summary"]["step"])
         _say(
             console, options.quiet, f"{request.output} is finished, at step {step}; a larger --max_steps continues it."
@@ -210,13 +214,12 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
 
     with quiet_libraries():
         tokenizer = load_tokenizer(request)
-        chat = bool(tokenizer.chat_template)
         args = sft_config(request)
         if args.deepspeed and processes() > 1:
             introduce_deepspeed()
         with args.main_process_first():
-            rows, eval_rows = training_rows(request, chat=chat), evaluation_rows(request, chat=chat)
-        made_from = fingerprints(request) if first else {}
+            rows, eval_rows = training_rows(request, tokenizer), evaluation_rows(request, tokenizer)
+        made_from = fingerprints(request, evaluation_source(request)) if first else {}
         if earlier and first:
             check_same(earlier.get("made_from"), made_from)
         model = load_model(request)
@@ -264,7 +267,9 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
                 request.output / METRICS, after_step=marker["step"], seconds=marker["seconds"], phases=trainer.phases
             )
         if options.resume:
-            where = f"from {checkpoint.name}" if checkpoint else "from the beginning: no checkpoint is whole"
+            where = (
+                f"from {checkpoint.name}" if checkpoint else "from the beginning: there is no checkpoint to go on from"
+            )
             _say(console, options.quiet, f"Resuming {where}.")
         progress, stop = ProgressLine(console, quiet=options.quiet), StopAtStepEnd(console)
         own = (celora.Callback(), trainer.phases, stop, metrics, progress, Sealing(folder, metrics))
@@ -293,12 +298,13 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         except (CELoraError, *UNUSABLE) as error:
             raise stopped(error, folder) from error
         finally:
-            if first and (status != "failed" or trainer.state.global_step > 0):
+            trained = status == "finished" or trainer.state.global_step > 0
+            if first and trained:
                 folder.forget_earlier()
             elif aside is not None:
                 folder.restore()  # nothing was trained: the earlier run is worth more than what failed
             progress.close()
-            if metrics is not None and (status != "failed" or trainer.state.global_step > 0):
+            if metrics is not None and (trained or (status == "interrupted" and aside is None)):
                 errors = require(trainer.model).relative_errors
                 record |= {"status": status, "summary": _summary(trainer, metrics, attached), "errors": errors}
                 # What made the run fail may make this fail, too, and is what the user should hear of.
@@ -307,7 +313,7 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
                     write_report(request.output / REPORT, {request.preset or "celora": request.output})
     if status == "interrupted":
         saved = folder.last_checkpoint()
-        how = f"Saved {saved[0].name}; continue" if saved else "Nothing is saved yet; start again"
+        how = f"Saved {saved[0].name}; continue" if saved else "No checkpoint to go on from is saved; start again"
         _say(console, False, f"{how} with: celora train --output {shlex.quote(str(request.output))} --resume")
     return TrainResult(status, request.output, int(trainer.state.global_step), record["summary"], trainer.model)
 
@@ -370,12 +376,15 @@ def _say(console: Console, quiet: bool, line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _longer(earlier: dict[str, Any], now: dict[str, Any]) -> bool:
+def _longer(earlier: dict[str, Any], now: dict[str, Any], metrics: Path) -> bool:
     """Whether the run now asked for goes on where the finished one ended."""
     if (steps := now.get("max_steps", -1)) > 0:
         return bool(steps > earlier["summary"]["step"])
-    before, after = (float(given.get("num_train_epochs", 3)) for given in (earlier["given"], now))
-    return after > before
+    if earlier["given"].get("max_steps", -1) > 0:
+        before = next((row["epoch"] for row in reversed(read_metrics(metrics)) if "epoch" in row), 0.0)
+    else:
+        before = float(earlier["given"].get("num_train_epochs", 3))
+    return float(now.get("num_train_epochs", 3)) > before
 
 
 def _evaluated(metrics: Path, trainer: Any) -> bool:
@@ -418,7 +427,7 @@ def _summary(trainer: Any, metrics: MetricsWriter, attached: Any) -> dict[str, A
         "step": int(trainer.state.global_step),
         "seconds": round(metrics.elapsed(), 3),
         **last,
-        "median_step_time_ms": sorted(steps)[len(steps) // 2] if steps else None,
+        "median_step_time_ms": statistics.median(steps) if steps else None,
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "estimated_cost": attached.cost,
     }
@@ -493,8 +502,8 @@ def prepared(request: TrainRequest, rows: int | None, adapter: Path | None) -> I
     """
     with quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
         tokenizer = load_tokenizer(request)
-        data = training_rows(request, chat=bool(tokenizer.chat_template))
-        train = request.train | ({} if rows is None else {"per_device_train_batch_size": rows})
+        data = training_rows(request, tokenizer)
+        train = request.train | _NO_EVALUATION | ({} if rows is None else {"per_device_train_batch_size": rows})
         args = sft_config(replace(request, train=train, output=Path(scratch)))
         model, peft, config = load_model(request), lora_config(request), request.config
         if adapter is not None:

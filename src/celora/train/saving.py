@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
 
-from celora.errors import CELoraError
+from celora.errors import CELoraError, Diverged
 from celora.files import clear, sync
 from celora.train.folder import SAVING, OutputFolder
 from celora.train.manifest import seal
@@ -83,11 +83,11 @@ def check_finite(trainer: Any) -> None:
     """Refuse to save what is no adapter any more.
 
     Raises:
-        CELoraError: a parameter that trains is not finite.
+        Diverged: a parameter that trains is not finite.
     """
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad and not bool(parameter.detach().isfinite().all()):
-            raise CELoraError(
+            raise Diverged(
                 f"at step {trainer.state.global_step} {name} holds NaN or infinity, so nothing is saved; lower "
                 "--learning_rate, and look at the loss and the gradient norm in metrics.jsonl"
             )
@@ -127,5 +127,10 @@ def stopped(error: BaseException, folder: OutputFolder) -> CELoraError:
     if isinstance(error, UnpicklingError):
         reason = "a checkpoint's file holds objects other than tensors, which are never unpickled"
     whole = folder.last_checkpoint()
-    then = f"{whole[0].name} is whole: mend that, then --resume goes on" if whole else "no checkpoint is saved yet"
-    return CELoraError(f"the run stopped: {reason.rstrip('.')}. {then[0].upper()}{then[1:]}.")
+    then = (
+        f"{whole[0].name} is whole: mend that, then --resume goes on"
+        if whole
+        else "no checkpoint to go on from is saved"
+    )
+    kind = Diverged if isinstance(error, Diverged) else CELoraError
+    return kind(f"the run stopped: {reason.rstrip('.')}. {then[0].upper()}{then[1:]}.")
