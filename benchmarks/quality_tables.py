@@ -29,7 +29,7 @@ def scores() -> str:
         return "Not measured yet."
     timed = rows.found(quality.TIMES)
     times = {(row["task"], row["arm"]): row["time_ms"] for row in timed}
-    body = []
+    body, compared = [], 0
     for task in (name for name in quality_tasks.NAMES if any(row["task"] == name for row in found)):
         base = chosen(found, task, "LoRA")
         for arm in quality.ARMS:
@@ -40,6 +40,7 @@ def scores() -> str:
             shared = sorted(of.keys() & base.keys())
             difference = ""
             if shared and arm not in ("LoRA", "untouched"):
+                compared += len(shared) > 1
                 difference = _difference(
                     [of[s]["test"] for s in shared], [base[s]["test"] for s in shared], of[shared[0]]
                 )
@@ -69,7 +70,10 @@ def scores() -> str:
         f"{place} ({', '.join(task for task, its in by_task.items() if its == place)})"
         for place in dict.fromkeys(by_task.values())
     ]
-    return rows.markdown(header, body) + f"\n\nSteps timed in turns: {'; '.join(places)}."
+    return rows.markdown(header, body) + (
+        f"\n\nSteps timed in turns: {'; '.join(places)}. Each interval is by itself: of {compared}, about "
+        f"{0.05 * compared:.0f} leave out zero by chance."
+    )
 
 
 def many_seeds() -> str:
@@ -111,7 +115,7 @@ def verdict() -> str:
     """`auto` on each task whose runs are all there: as good as LoRA at equal steps, better than both at equal time?"""
     found = quality.found()
     rivals = ("LoRA", "LoRA, auto's time", "upper half, auto's time")
-    body, same, better = [], 0, 0
+    body, same, better, surely = [], 0, 0, 0
     for task in quality_tasks.NAMES:
         of = {arm: chosen(found, task, arm) for arm in ("auto", *rivals)}
         seeds = sorted(set.intersection(*(set(by_seed) for by_seed in of.values())))
@@ -123,25 +127,28 @@ def verdict() -> str:
             for arm in rivals
         }
         means = {arm: statistics.fmean(values) for arm, values in ahead.items()}
-        error = statistics.stdev(ahead["LoRA"]) / math.sqrt(len(seeds))
+        errors = {arm: statistics.stdev(values) / math.sqrt(len(seeds)) for arm, values in ahead.items()}
         # A point is a point, whatever a difference of two floats makes of it.
-        holds, wins = round(-means["LoRA"], 9) <= max(error, _POINT), min(means[arm] for arm in rivals[1:]) > 0
-        same, better = same + holds, better + wins
-        cells = [f"{100 * means[arm]:+.1f}" for arm in rivals]
-        body.append([task, f"{cells[0]} ± {100 * error:.1f}", _YES[holds], *cells[1:], _YES[wins]])
+        holds, wins = round(-means["LoRA"], 9) <= max(errors["LoRA"], _POINT), min(means[arm] for arm in rivals[1:]) > 0
+        lows = [Difference.of(ahead[arm], [0.0] * len(seeds)).low or 0.0 for arm in rivals[1:]]
+        same, better, surely = same + holds, better + wins, surely + (min(lows) > 0)
+        cells = [f"{100 * means[arm]:+.1f} ± {100 * errors[arm]:.1f}" for arm in rivals]
+        body.append([task, cells[0], _YES[holds], *cells[1:], _YES[wins]])
     if not body:
         return "No task has all of its runs yet."
     header = [
         "task",
-        "against LoRA, equal steps (± standard error)",
+        "against LoRA, equal steps",
         "within one standard error or a point",
         "against LoRA, equal time",
         "against the upper half, equal time",
         "better than both",
     ]
     return rows.markdown(header, body) + (
-        f"\n\nHundredths (points, or 0.01 nats per token) by which `auto` is better, means over seeds. As good as LoRA "
-        f"at equal steps: {same} of {len(body)} tasks; better than both at equal time: {better} of {len(body)}."
+        "\n\nHundredths (points, or 0.01 nats per token) by which `auto` is better, means over seeds ± standard error. "
+        f"Within one standard error or a point of LoRA at equal steps: {same} of {len(body)} tasks. "
+        f"Better than both at equal time: {better} of {len(body)} in the mean, {surely} of {len(body)} beyond 95 % "
+        "intervals."
     )
 
 
@@ -158,7 +165,7 @@ def compared() -> str:
     return (
         rows.markdown(HEADER, summary(outcomes, arms))
         + f"\n\n{one['steps']} steps of 8 sentences, {one['dtype']}, {seeds} seeds (mean ± standard deviation), "
-        f"{one['threads']} threads, {one['cpu']}, torch {one['torch']}; "
+        f"{rows.where(one)}; "
         f"{one['minutes']:.1f} minutes by the clock in all, plans and evaluations included."
     )
 

@@ -65,15 +65,6 @@ CONFIGS: dict[str, Any] = {
     "auto 0.98": 0.98,
     "auto 0.95": 0.95,
 }
-DEFAULT_ARMS = [
-    "exact LoRA",
-    "preset exact",
-    "auto 0.99",
-    "auto 0.98",
-    "paper",
-    "exact, upper half",
-    "exact, 3/4 batch",
-]
 
 
 def make_model(arm: str, seed: int, dtype: str = "bfloat16") -> PeftModel:
@@ -206,7 +197,7 @@ def _step(model: PeftModel, optimizer: torch.optim.Optimizer, batch: Batch) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["run", "time"])
-    parser.add_argument("--arms", nargs="+", default=DEFAULT_ARMS, choices=list(CONFIGS))
+    parser.add_argument("--arms", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--text", choices=list(TEXTS), default="reference")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"a multiple of {EVALUATE_EVERY}")

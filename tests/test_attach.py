@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.optim import optimizer as optim
 
@@ -27,7 +27,7 @@ from celora.config import PRESETS
 from celora.estimators import Columns
 from celora.factor import svd_factor
 from celora.graft import LayerGraft, Mode
-from conftest import MEMBERS, adapter, make_batch, make_model, train
+from conftest import MEMBERS, adapter, make_base, make_batch, make_model, train
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
 
@@ -463,6 +463,9 @@ def test_clear_errors(model: PeftModel) -> None:
         celora.attach(model, CELoraConfig(rank=49))
     with pytest.raises(CELoraError, match="no PEFT layers in Linear; add an adapter first"):
         celora.attach(nn.Linear(2, 2))
+    prompts = get_peft_model(make_base(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    with pytest.raises(CELoraError, match="PROMPT_TUNING adapts no layer"):
+        celora.attach(prompts, "exact")
     model.merge_adapter()
     with pytest.raises(
         CELoraError, match=r"the adapter is merged into its base .* call model.unmerge_adapter\(\) first"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,18 @@ def test_bad_values_are_one_clear_line(values: dict[str, Any], message: str) -> 
         CELoraConfig.from_dict(values)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_changes_of_what_concerns_all_layers() -> None:
+    assert resolve("exact", {"padding_free": False}) == dataclasses.replace(PRESETS["exact"], padding_free=False)
+    without = resolve(dataclasses.replace(PRESETS["auto"], head_keep_ratio=0.1), {"labelled_head": False})
+    assert (without.labelled_head, without.padding_free, without.head_keep_ratio) == (False, False, 1.0)
+    with pytest.raises(CELoraError, match="padding_free=True needs labelled_head=True"):
+        resolve("exact", {"labelled_head": False, "padding_free": True})
+    with pytest.raises(CELoraError, match="keep_ratio is a setting of layers; give a CELoraConfig"):
+        resolve("paper", {"keep_ratio": 0.3})
+    with pytest.raises(CELoraError, match="unknown setting 'labeled_head'; did you mean 'labelled_head'"):
+        resolve("exact", {"labeled_head": False})
 
 
 def test_unknown_preset_suggests_the_nearest() -> None:

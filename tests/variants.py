@@ -169,6 +169,8 @@ VARIANTS = (
     Variant("DoRA", _lora(use_dora=True), _NOT_FUSED),
     Variant("DoRA with dropout", _lora(use_dora=True, lora_dropout=0.1), _NOT_FUSED,
             note="PEFT computes the base layer twice, and only once of it is estimated"),
+    Variant("aLoRA", _lora(alora_invocation_tokens=[7], task_type="CAUSAL_LM"),
+            {**_NOT_FUSED, "merges": "not in PEFT either"}, note="padding stays"),
     Variant("`lora_bias=True`", _lora(lora_bias=True), _NOT_FUSED, base=_biased_base),
     Variant("`bias=\"lora_only\"`", _lora(bias="lora_only"), base=_biased_base,
             note="the bias gets its exact gradient"),

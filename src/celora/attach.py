@@ -348,6 +348,7 @@ def attach(
     config: str | CELoraConfig | Plan = "paper",
     *,
     batches: Iterable[Mapping[str, Any]] | None = None,
+    **changes: Any,
 ) -> AttachReport:
     """Estimate the backward of the frozen layers under `model`'s PEFT adapters.
 
@@ -359,6 +360,8 @@ def attach(
         model: a PEFT model, or any module that contains PEFT tuner layers. Not merged.
         config: a preset (`"auto"`, `"exact"`, `"paper"`, `"off"`), a `CELoraConfig`, or a `Plan`.
         batches: for `"auto"`, which measures before it chooses: a few batches as training will see them.
+        **changes: of the configuration's fields that concern all layers: `labelled_head=False` keeps `outputs.logits`
+            while training, `padding_free=False` the padding, `refresh_every=50` refreshes more often.
 
     Returns:
         What is estimated with what, and which layers are not and why. Printed, it is a table.
@@ -366,9 +369,9 @@ def attach(
     Of several processes that train together all call this; with `"auto"`, all take the plan of the first.
 
     Raises:
-        CELoraError: unknown preset, no adapters, merged adapters, a model patched by Unsloth, a rank larger than a
-            layer, a plan for another model or device, `"auto"` without batches, or processes of a sharded model that
-            give different configurations.
+        CELoraError: unknown preset or field, no adapters, merged adapters, a model patched by Unsloth, a rank larger
+            than a layer, a plan for another model or device, `"auto"` without batches, or processes of a sharded model
+            that give different configurations.
     """
     tuners = tuner_layers(model)
     if config == "auto":
@@ -383,7 +386,7 @@ def attach(
     if isinstance(config, Plan):
         config.check(model)
         config = config.config()
-    config = resolve(config)
+    config = resolve(config, changes)
     if gathers(model) and not same_in_all(config.to_dict()):
         raise CELoraError(
             "the processes attach different configurations, and would wait for each other for ever; a plan has to be "
@@ -461,6 +464,9 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """The PEFT layers of `model` by name; CELoraError if there are none, or if they cannot train or be estimated."""
     tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not tuners:
+        adapters = getattr(model, "peft_config", None)
+        if prompts := [of.peft_type.value for of in (adapters or {}).values() if of.is_prompt_learning]:
+            raise CELoraError(f"{prompts[0]} adapts no layer, so there is no backward to estimate; use LoRA.")
         raise CELoraError(
             f"no PEFT layers in {type(model).__name__}; add an adapter first: "
             "model = peft.get_peft_model(model, LoraConfig(...))."
@@ -586,17 +592,17 @@ def _whole_model(model: nn.Module, tuners: Mapping[str, BaseTunerLayer], config:
     """What is done to the model beside its estimates, and why where something is not."""
     notes = []
     if config.fused:
-        own = {n: vanilla_adapter(m) for n, m in tuners.items() if not fuses(m)}
-        first = next(iter(own.values()), "")
-        rest = (
-            f"; PEFT's own path in {len(own)}: {first if isinstance(first, str) else 'its base layer'}" if own else ""
-        )
+        own = [m for m in tuners.values() if not fuses(m)]
+        first = (cannot_estimate(own[0]) or vanilla_adapter(own[0])) if own else ""
+        rest = f"; PEFT's own path in {len(own)}: {first}" if own else ""
         notes.append(f"LoRA fused with its base layer in {len(tuners) - len(own)} of {len(tuners)} layers{rest}.")
     if config.labelled_head:
         causal, _, reason = find_language_model(model)
         share = "" if config.head_keep_ratio == 1 else f", its gradient through {config.head_keep_ratio:g} of the words"
         notes.append(
-            f"The model's own loss: {reason}." if causal is None else f"Loss over labelled tokens only{share}."
+            f"The model's own loss: {reason}."
+            if causal is None
+            else f"Loss over labelled tokens only{share}, without outputs.logits (which labelled_head=False keeps)."
         )
         if config.padding_free and causal is not None:
             reason = cannot_pack(causal)

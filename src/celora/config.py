@@ -221,12 +221,27 @@ PRESETS: dict[str, CELoraConfig] = {
 }
 
 
-def resolve(config: str | CELoraConfig) -> CELoraConfig:
-    """A preset's configuration by name, or the configuration itself."""
-    if isinstance(config, CELoraConfig):
-        return config
-    if not isinstance(config, str):
+def resolve(config: str | CELoraConfig, changes: Mapping[str, Any] | None = None) -> CELoraConfig:
+    """A preset's configuration by name, or the configuration itself; with `changes` of what concerns all layers.
+
+    What needs the head over labelled tokens goes with it, where `labelled_head=False` says nothing else.
+    """
+    if not isinstance(config, str | CELoraConfig):
         raise CELoraError(f"config={config!r}; expected a CELoraConfig or one of: {', '.join(sorted(PRESETS))}.")
-    if config not in PRESETS:
-        raise unknown("preset", config, PRESETS)
-    return PRESETS[config]
+    if isinstance(config, str):
+        if config not in PRESETS:
+            raise unknown("preset", config, PRESETS)
+        config = PRESETS[config]
+    if not changes:
+        return config
+    whole = [
+        field.name for field in dataclasses.fields(CELoraConfig) if field.name not in (*_LAYER_FIELDS, "overrides")
+    ]
+    for name in changes:
+        if name in _LAYER_FIELDS or name == "overrides":
+            raise CELoraError(f"{name} is a setting of layers; give a CELoraConfig, with overrides for some of them.")
+        if name not in whole:
+            raise unknown("setting", name, whole)
+    if changes.get("labelled_head") is False:
+        changes = {"padding_free": False, "head_keep_ratio": 1.0, **changes}
+    return dataclasses.replace(config, **changes)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -136,10 +136,11 @@ class ModelGraft(Measured):
         self._logits: Logits | None = None  # None until a call has been compared with the model's own head
         self._refused = False
         self._left: set[str] = set()  # reasons that were said
+        self._inside: dict[str, nn.Module] | None = None  # of the decoder, listed once
         self._call: _Call | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_call": None}
+        return {**self.__dict__, "_call": None, "_inside": None}
 
     def settle(self, module: nn.Module) -> None:
         """Forget a forward that was interrupted, and never came to its end."""
@@ -189,6 +190,8 @@ class ModelGraft(Measured):
         if not isinstance(labels, Tensor) or not _fit(labels, given) or any(_set(given.get(name)) for name in _REFUSED):
             return None
         if any(_set(given.get(name, getattr(causal.config, name, None))) for name in _OUTPUTS):
+            return None
+        if given.get("ignore_index", IGNORED) != IGNORED:
             return None
         if not (_trl_can_be_served(causal) if scored else trains) or given.get("return_dict") is False:
             return None
@@ -298,10 +301,7 @@ class ModelGraft(Measured):
     def _leave(self, reason: str) -> None:
         """Say, once, why the loss is the model's own."""
         if self.smoothing:
-            raise CELoraError(
-                f"{reason}, so its labels cannot be smoothed here; attach with labelled_head=False and "
-                "padding_free=False."
-            )
+            raise CELoraError(f"{reason}, so its labels cannot be smoothed here; attach with labelled_head=False.")
         if reason not in self._left:
             self._left.add(reason)
             warnings.warn(
@@ -316,7 +316,7 @@ class ModelGraft(Measured):
         finally:
             self._refused = refused
 
-    def _packed(self, causal: nn.Module, given: Mapping[str, Any], next_labels: Tensor) -> dict[str, Any] | None:
+    def _packed(self, causal: Any, given: Mapping[str, Any], next_labels: Tensor) -> dict[str, Any] | None:
         """The arguments of the batch without its padding, and the index of its tokens; None to leave it as it is."""
         ids, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
         if not self.packs or any(given.get(name) is not None for name in _UNPACKED):
@@ -325,10 +325,36 @@ class ModelGraft(Measured):
             return None
         if any(t is not None and t.shape != ids.shape for t in (mask, positions)):
             return None
+        if self._inside is None:
+            self._inside = dict(causal.base_model.named_modules())
+        if reason := _watched(self._inside):
+            if reason not in self._left:
+                self._left.add(reason)
+                warnings.warn(f"celora: padding stays in batches: {reason}.", stacklevel=2)
+            return None
         return packing.pack(causal, ids, mask, positions, next_labels)
 
 
+# Whose hooks do not look at the shape of a batch, beside Transformers' own that makes activations require a gradient.
+_BLIND = ("celora", "torch", "deepspeed", "accelerate", "transformers", "trl")
 _HOOKS = (LayerGraft, Lender, ModelGraft)
+
+
+def _watched(modules: Mapping[str, nn.Module]) -> str:
+    """Whose forward hooks would see that a batch is packed, or ''.
+
+    NEFTune's noise, for one, depends on the number of tokens; PEFT's aLoRA looks at the rows of the batch; and what
+    users hook is theirs.
+    """
+    for name, module in modules.items():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            function = inspect.unwrap(getattr(hook, "func", hook))
+            own = getattr(function, "__name__", type(function).__name__)
+            origin = (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
+            blind = origin in _BLIND and own != "neftune_post_forward_hook"
+            if not (blind or own.startswith("make_inputs_require_grad")):
+                return f"{name or 'the decoder'} has a forward hook ({own}) that may depend on a batch's shape"
+    return ""
 
 
 def install(
@@ -425,7 +451,8 @@ def _not_ours(causal: PreTrainedModel) -> str:
     """Why the head and the loss of this model, as they are now, are not those that are computed here, or ''."""
     head: Any = causal.get_output_embeddings()
     if type(head) is not nn.Linear:
-        return f"{type(causal).__name__} has {'no head' if head is None else f'a {type(head).__name__} as its head'}"
+        of = "no head" if head is None else f"a {type(head).__name__} as its head"
+        return f"{type(causal).__name__} has {'an adapter on its head' if isinstance(head, BaseTunerLayer) else of}"
     # FSDP2's own, whose parameters are sharded, are served.
     if (head._forward_hooks or head._forward_pre_hooks) and not isinstance(head.weight, DTensor):
         return f"{type(causal).__name__} has a Linear with hooks as its head"

@@ -118,4 +118,7 @@ def cannot_pack(model: nn.Module) -> str:
     # PEFT's layer_replication copies it, so that such a layer would not hear which attention it is to use.
     if any(getattr(m, "config", config) is not config for m in model.modules() if hasattr(m, "layer_idx")):
         return "some of its layers have a configuration of their own"
+    adapters = [of for m in model.modules() for of in getattr(m, "lora_variant", {}).values()]
+    if any(type(of).__name__.startswith("ALora") for of in adapters):
+        return "aLoRA begins at a token of each row"
     return ""
