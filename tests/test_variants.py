@@ -121,8 +121,11 @@ def merges(variant: Variant, folder: Path) -> str:
     before = _output(variant, model)
     plain = copy.deepcopy(model)
     celora.detach(plain)
-    for of in (plain, model):
-        of.merge_adapter()
+    try:
+        plain.merge_adapter()
+    except NotImplementedError:
+        return "not in PEFT either"
+    model.merge_adapter()
     merged, expected = _output(variant, model), _output(variant, plain)
     torch.testing.assert_close(merged, expected, rtol=0, atol=0)
     if (merged - before).abs().max() > 1e-4:
