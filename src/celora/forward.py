@@ -335,9 +335,18 @@ class ModelGraft(Measured):
         return packing.pack(causal, ids, mask, positions, next_labels)
 
 
-# Whose hooks do not look at the shape of a batch, beside Transformers' own that makes activations require a gradient.
-_BLIND = ("celora", "torch", "deepspeed", "accelerate", "transformers", "trl")
+# Whose hooks do not look at the shape of a batch, but for NEFTune's.
+_BLIND = ("torch", "deepspeed", "accelerate", "transformers", "trl")
 _HOOKS = (LayerGraft, Lender, ModelGraft)
+
+
+def _may_look(hook: Any) -> str:
+    """The name of a hook that may look at the shape of a batch, or ''."""
+    function = inspect.unwrap(getattr(hook, "func", hook))
+    called: str = getattr(function, "__name__", type(function).__name__)
+    origin = (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
+    blind = origin in _BLIND and called != "neftune_post_forward_hook"
+    return "" if blind or called.startswith("make_inputs_require_grad") else called
 
 
 def _watched(modules: Mapping[str, nn.Module]) -> str:
@@ -347,13 +356,11 @@ def _watched(modules: Mapping[str, nn.Module]) -> str:
     users hook is theirs.
     """
     for name, module in modules.items():
+        if not (module._forward_hooks or module._forward_pre_hooks):
+            continue  # of thousands, in every call
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            function = inspect.unwrap(getattr(hook, "func", hook))
-            own = getattr(function, "__name__", type(function).__name__)
-            origin = (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
-            blind = origin in _BLIND and own != "neftune_post_forward_hook"
-            if not (blind or own.startswith("make_inputs_require_grad")):
-                return f"{name or 'the decoder'} has a forward hook ({own}) that may depend on a batch's shape"
+            if not isinstance(getattr(hook, "__self__", hook), _HOOKS) and (called := _may_look(hook)):
+                return f"{name or 'the decoder'} has a forward hook ({called}) that may depend on a batch's shape"
     return ""
 
 
