@@ -144,10 +144,13 @@ def test_verdict(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: py
     rows += [r | {"task": "text"} for r in rows if r["task"] == "chat" and r["seed"] < 2]
     quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
     lines = tables.verdict().splitlines()
-    assert lines[2] == "| chain_sum | -5.0 ± 0.0 | no | +5.0 | -1.0 | no |"
-    assert lines[3] == "| number_filtering | -1.0 ± 0.0 | yes | +1.7 | +1.7 | yes |"  # three of 300, exactly a point
-    assert lines[4] == "| chat | -0.5 ± 0.0 | yes | +1.5 | +2.5 | yes |"
-    assert lines[-1].endswith("equal steps: 2 of 3 tasks; better than both at equal time: 2 of 3.")
+    assert lines[2] == "| chain_sum | -5.0 ± 0.0 | no | +5.0 ± 0.0 | -1.0 ± 0.0 | no |"
+    assert (
+        lines[3] == "| number_filtering | -1.0 ± 0.0 | yes | +1.7 ± 0.0 | +1.7 ± 0.0 | yes |"
+    )  # three of 300, exactly a point
+    assert lines[4] == "| chat | -0.5 ± 0.0 | yes | +1.5 ± 0.0 | +2.5 ± 0.0 | yes |"
+    assert "LoRA at equal steps: 2 of 3 tasks." in lines[-1]
+    assert lines[-1].endswith("equal time: 2 of 3 in the mean, 2 of 3 beyond 95 % intervals.")
 
 
 def save_times(quality: ModuleType, task: str) -> None:
