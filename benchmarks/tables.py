@@ -510,6 +510,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "docs/frontier.svg": frontier_picture,
     "docs/convergence.svg": quality_tables.convergence_picture,
     "docs/sensitivity-network.svg": sensitivity.NETWORK.picture,
+    "docs/sensitivity-language-model.svg": sensitivity.LANGUAGE_MODEL.picture,
 }
 
 
