@@ -383,7 +383,7 @@ def _dot_products() -> bool:
 @functools.cache
 def _sums_are_exact() -> bool:
     """Whether 8-bit products on CPU are summed without overflow: kept below VNNI, oneDNN sums pairs in 16 bits."""
-    most = torch.full((32, 64), 127, dtype=torch.int8)
+    most = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
     return bool((torch._int_mm(most, most.t().contiguous()) == 64 * 127**2).all())
 
 
@@ -391,7 +391,7 @@ def _sums_are_exact() -> bool:
 def _one_by_one() -> bool:
     """Whether `torch._int_mm` on CPU is a loop over single numbers, as without fast instructions: 20 times as slow as
     float32's product and more, where it would be twice as fast or, at worst, about as fast."""
-    whole = torch.ones(64, 512), torch.ones(512, 512)
+    whole = torch.ones(64, 512, device="cpu"), torch.ones(512, 512, device="cpu")
     bits = tuple(x.to(torch.int8) for x in whole)
     times = interleaved({"bits": lambda: torch._int_mm(*bits), "whole": lambda: torch.mm(*whole)}, repeats=3)
     return times["bits"]["time_ms"] > 4 * times["whole"]["time_ms"]

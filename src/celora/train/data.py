@@ -268,7 +268,8 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
         words = SPLITS.get(name, (name,))
         return any(re.fullmatch(pattern.format(re.escape(word)), file.stem, re.IGNORECASE) for word in words)
 
-    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    saved = ({"state.json", "dataset_info.json"}, {"dataset_dict.json"})  # one data set, and several
+    if any(all((folder / name).is_file() for name in names) for names in saved):
         fail(str(folder), "written by save_to_disk, and read here are files; write it again with to_parquet")
     files = _files_in(folder)
     if not files:
