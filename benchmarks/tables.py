@@ -110,7 +110,8 @@ def training() -> str:
     ratios = {row["arm"]: row["ratio"] for row in rows.read(rows.RESULTS / "training-time.jsonl")}
     exact = {row["seed"]: _losses(row) for row in found if row["arm"] == "exact LoRA"}
     lossless = "preset exact"  # has no losses of its own: it learns what LoRA learns
-    found += [row | {"arm": lossless} for row in found if row["arm"] == "exact LoRA"]
+    if all(row["arm"] != lossless for row in found):
+        found += [row | {"arm": lossless} for row in found if row["arm"] == "exact LoRA"]
     body = []
     for arm in dict.fromkeys(["exact LoRA", lossless, *(row["arm"] for row in found)]):
         of = [row for row in found if row["arm"] == arm and row["seed"] in exact]
@@ -121,7 +122,7 @@ def training() -> str:
             end = max(losses)
             last.append(losses[end])
             for rival, by in ahead.items():
-                if arm in ratios and arm != rival and ratios[arm] <= ratios[rival]:
+                if {arm, rival} <= ratios.keys() and arm != rival and ratios[arm] <= ratios[rival]:
                     by.append(_at(reference, end * ratios[arm] / ratios[rival]) - losses[end])
         body.append(
             [

@@ -463,6 +463,8 @@ def test_clear_errors(model: PeftModel) -> None:
         celora.attach(model, CELoraConfig(rank=49))
     with pytest.raises(CELoraError, match="no PEFT layers in Linear; add an adapter first"):
         celora.attach(nn.Linear(2, 2))
+    with pytest.raises(CELoraError, match="unknown setting 'labeled_head'"):  # before it asks for batches
+        celora.attach(model, "auto", labeled_head=False)
     prompts = get_peft_model(make_base(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
     with pytest.raises(CELoraError, match="PROMPT_TUNING adapts no layer"):
         celora.attach(prompts, "exact")

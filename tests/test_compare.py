@@ -274,8 +274,8 @@ def test_what_diverged_is_said_and_left_out() -> None:
     assert differences(of, arms).keys() == {"some"}
     assert differences(of, arms)["some"].mean == pytest.approx(0.45)
     first, second, third = findings(of, arms)
-    assert first == "some: diverged with 1 of 3 seeds, which the numbers leave out."
-    assert second == "all: diverged with 3 of 3 seeds, which the numbers leave out."
+    assert first == "some: diverged with 1 of 3 seeds, which the losses leave out."
+    assert second == "all: diverged with 3 of 3 seeds, which the losses leave out."
     assert "over 2 seeds" in third
     assert [row[1] for row in summary(of, arms)] == [
         "2.1000 ± 0.1000", "2.5500 ± 0.0707, diverged with 1 of 3 seeds", "diverged with 3 of 3 seeds",
@@ -313,7 +313,7 @@ def test_a_run_that_diverges_does_not_end_the_comparison(
 def test_a_held_out_loss_that_is_no_number_is_divergence(inputs: Path, tmp_path: Path) -> None:
     of = settings(inputs, tmp_path / "out", learning_rate=1e30, max_grad_norm=0.0)
     found = compare(of, arms=TWO, seeds=1)
-    assert [o.eval_loss for o in found] == [None, None]
+    assert [(o.eval_loss, o.eval_accuracy) for o in found] == [(None, None), (None, None)]
     assert differences(found, TWO) == {}
 
 

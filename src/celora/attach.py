@@ -361,7 +361,8 @@ def attach(
         config: a preset (`"auto"`, `"exact"`, `"paper"`, `"off"`), a `CELoraConfig`, or a `Plan`.
         batches: for `"auto"`, which measures before it chooses: a few batches as training will see them.
         **changes: of the configuration's fields that concern all layers: `labelled_head=False` keeps `outputs.logits`
-            while training, `padding_free=False` the padding, `refresh_every=50` refreshes more often.
+            while training, `padding_free=False` the padding, `refresh_every=50` refreshes more often. Plans are made
+            without padding and logits.
 
     Returns:
         What is estimated with what, and which layers are not and why. Printed, it is a table.
@@ -374,6 +375,8 @@ def attach(
             that give different configurations.
     """
     tuners = tuner_layers(model)
+    if isinstance(config, str):
+        resolve(config, changes)  # a mistake is to be known before anything is measured
     if config == "auto":
         from celora.planner import make_plan
 

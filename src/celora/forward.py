@@ -336,7 +336,7 @@ class ModelGraft(Measured):
 
 
 # Whose hooks do not look at the shape of a batch, but for NEFTune's.
-_BLIND = ("torch", "deepspeed", "accelerate", "transformers", "trl")
+_BLIND = ("torch", "bitsandbytes", "deepspeed", "accelerate", "transformers", "trl")
 _HOOKS = (LayerGraft, Lender, ModelGraft)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
 import warnings
@@ -385,22 +386,28 @@ def _tokens(share: float, precision: Precision = "native", *, copy: bool = True)
 def candidates(device: torch.device) -> list[LayerConfig]:
     """Everything the planner considers on this kind of device, dense first."""
     found = [LayerConfig("dense")]
+    found += [_tokens(share) for share in SHARES]
+    found += [LayerConfig("columns", keep_ratio=keep, rank=0) for keep in COLUMNS]
     formats: tuple[Precision, ...] = ("int8", "fp8")
-    bits = [name for name in formats if not PRODUCTS[name].slow(device)]
-    for precision in bits:
-        found += [LayerConfig(precision, rank=0), LayerConfig(precision, rank=0, weight_copy=False)]
-    precisions: list[Precision] = ["native", *bits]
-    for precision in precisions:
-        copies = (True,) if precision == "native" else (True, False)
-        found += [_tokens(share, precision, copy=copy) for copy in copies for share in SHARES]
-        found += [LayerConfig("columns", keep_ratio=keep, rank=0, precision=precision) for keep in COLUMNS]
+    for precision, copy in itertools.product(formats, (True, False)):
+        if make_product(precision, copy=copy).slow(device):
+            continue
+        found.append(LayerConfig(precision, rank=0, weight_copy=copy))
+        found += [_tokens(share, precision, copy=copy) for share in SHARES]
+        if copy:
+            found += [LayerConfig("columns", keep_ratio=keep, rank=0, precision=precision) for keep in COLUMNS]
     return found
 
 
 def _possible(base: nn.Module, considered: Sequence[LayerConfig]) -> list[LayerConfig]:
     """Those of the candidates whose products exist for this layer's shape on its device."""
-    lacking = {name for name, of in PRODUCTS.items() if of.unavailable(*shape_of(base), device_of(base))}
-    return [setting for setting in considered if _bits(setting) not in lacking]
+    shape, device = shape_of(base), device_of(base)
+    lacking = {
+        (name, copy)
+        for name, copy in itertools.product(PRODUCTS, (True, False))
+        if make_product(name, copy=copy).unavailable(*shape, device)
+    }
+    return [setting for setting in considered if (_bits(setting), setting.weight_copy) not in lacking]
 
 
 def _bits(setting: LayerConfig) -> str:

@@ -11,7 +11,6 @@ Source: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339), here fo
 from __future__ import annotations
 
 import functools
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -102,13 +101,11 @@ class Product(ABC):
     def forget(self) -> None:  # noqa: B027 - optional by design
         """Drop what was derived from the weight."""
 
-    @classmethod
-    def unavailable(cls, out_features: int, in_features: int, device: torch.device) -> str:
+    def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
         """Why a layer of this shape cannot be multiplied so on this device, or ''."""
         return ""
 
-    @classmethod
-    def slow(cls, device: torch.device) -> str:
+    def slow(self, device: torch.device) -> str:
         """Why it cannot pay on this device, whatever the shape, or ''."""
         return ""
 
@@ -189,21 +186,19 @@ class Int8(_EightBit):
     name = "int8"
     _largest = 127.0
 
-    @classmethod
-    def unavailable(cls, out_features: int, in_features: int, device: torch.device) -> str:
+    def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
         if device.type not in ("cpu", "cuda"):
             return f"there are no int8 products on {device.type}"
         if device.type == "cuda" and in_features % 8:
             return f"int8 products on CUDA need in_features that are a multiple of 8, not {in_features}"
-        if device.type == "cpu" and not _sums_are_exact():
-            return f"oneDNN's 8-bit sums overflow with ONEDNN_MAX_CPU_ISA={os.environ.get('ONEDNN_MAX_CPU_ISA')}"
+        if device.type == "cpu" and not self._gathers(device) and not _sums_are_exact():
+            return "oneDNN's 8-bit sums overflow as it is limited here (ONEDNN_MAX_CPU_ISA)"
         return ""
 
-    @classmethod
-    def slow(cls, device: torch.device) -> str:
-        if device.type != "cpu" or _gathered_products() or _onednn(device) or not _one_by_one():
+    def slow(self, device: torch.device) -> str:
+        if device.type != "cpu" or (self.copy and (_gathered_products() or _onednn(device))) or not _one_by_one():
             return ""
-        return "this CPU lacks 8-bit dot products (VNNI), and torch multiplies such numbers one by one"
+        return "torch has no fast 8-bit products for this CPU, and multiplies number by number"
 
     def rows(
         self,
@@ -323,8 +318,7 @@ class Fp8(_EightBit):
     name = "fp8"
     _largest = 448.0
 
-    @classmethod
-    def unavailable(cls, out_features: int, in_features: int, device: torch.device) -> str:
+    def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
         if device.type not in ("cpu", "cuda"):
             return f"there are no fp8 products on {device.type}"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
@@ -333,9 +327,8 @@ class Fp8(_EightBit):
             return f"fp8 products need in_features that are a multiple of 16, not {in_features}"
         return ""
 
-    @classmethod
-    def slow(cls, device: torch.device) -> str:
-        return "fp8 products on a CPU are there to be tested" if device.type == "cpu" else ""
+    def slow(self, device: torch.device) -> str:
+        return "fp8 is emulated on a CPU" if device.type == "cpu" else ""
 
     def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         column_scale = self._follow(weight)

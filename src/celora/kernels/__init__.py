@@ -258,7 +258,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 def _cache() -> Path:
     """The user's folder for what is compiled; OSError where others could have put a library there."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "celora" / "kernels"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.stat().st_uid == os.getuid() and not _trusted(folder):
+        folder.chmod(0o755)  # as a umask of 002 made it; what others have put there is theirs, and not loaded
     if not _trusted(folder):
         raise PermissionError(f"{folder} could be written to by others")
     return folder
@@ -300,7 +302,7 @@ def _built(compiler: str, folder: Path) -> ctypes.CDLL:
             if done.returncode == 0:
                 break
         done.check_returncode()
-        built.chmod(0o700)
+        built.chmod(0o755)
         sync(built)  # half a library ends the process that calls it
         built.replace(made)
     return ctypes.CDLL(str(made))

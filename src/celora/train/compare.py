@@ -283,6 +283,8 @@ def _run(arm: str, seed: int, own: dict[str, Any], folder: Path, console: Consol
         if result.status == "interrupted":
             raise KeyboardInterrupt
         summary = result.summary
+    if summary.get("eval_loss", 0.0) is None:
+        summary |= {"eval_mean_token_accuracy": None}
     if "eval_loss" not in summary:
         raise CELoraError(f"{folder} has no loss on the held-out rows; remove that folder and run it again")
     return Outcome(
@@ -322,13 +324,13 @@ def differences(outcomes: Sequence[Outcome], arms: Sequence[str]) -> dict[str, D
 def _diverged(outcomes: Sequence[Outcome], arm: str) -> str:
     """With how many seeds an arm diverged, or nothing."""
     of = _by_arm(outcomes, arm, lambda o: o.eval_loss)
-    return f"diverged with {of.count(None)} of {len(of)} seeds" if None in of else ""
+    return f"diverged with {of.count(None)} of {len(of)} seed{'s' if len(of) > 1 else ''}" if None in of else ""
 
 
 def findings(outcomes: Sequence[Outcome], arms: Sequence[str]) -> list[str]:
     """Plain sentences for each arm: did it diverge, is its held-out loss another than the first's, how fast is it."""
     base = arms[0]
-    lines = [f"{arm}: {said}, which the numbers leave out." for arm in arms if (said := _diverged(outcomes, arm))]
+    lines = [f"{arm}: {said}, which the losses leave out." for arm in arms if (said := _diverged(outcomes, arm))]
     for arm, found in differences(outcomes, arms).items():
         speed = _speed_up(outcomes, arm, base)
         pace = "" if speed is None else f" Its step takes {1 / speed:.2f} of {base}'s."

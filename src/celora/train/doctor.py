@@ -16,7 +16,7 @@ import torch
 from celora import kernels
 from celora.memory import available_memory
 from celora.plan import device_name
-from celora.products import PRODUCTS, make_product
+from celora.products import make_product
 from celora.timing import interleaved
 from celora.train.threads import allowed_cpus
 
@@ -69,7 +69,7 @@ def _products(device: torch.device) -> dict[str, Any]:
     tokens, out_features, in_features = _SHAPES[device.type]
     formats = ("int8", "fp8") if device.type == "cuda" else ("int8",)
     why_not = {
-        name: PRODUCTS[name].unavailable(out_features, in_features, device) or PRODUCTS[name].slow(device)
+        name: make_product(name).unavailable(out_features, in_features, device) or make_product(name).slow(device)
         for name in formats
     }
     generator = torch.Generator(device).manual_seed(0)

@@ -208,7 +208,10 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
     if earlier and finished and not _longer(earlier, request.given, folder.path / METRICS):
         step = int(earlier["summary"]["step"])
         _say(
-            console, options.quiet, f"{request.output} is finished, at step {step}; a larger --max_steps continues it."
+            console,
+            options.quiet,
+            f"{request.output} is finished, at step {step}; a larger --max_steps, or more "
+            "--num_train_epochs with --max_steps -1, continues it.",
         )
         return TrainResult("already finished", request.output, step, earlier["summary"] if first else {})
 
