@@ -76,6 +76,7 @@ class _Stop(BaseException):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, _Stop])
 @pytest.mark.parametrize("attached", [None, "exact", "paper"])
 @pytest.mark.parametrize("what", ["audit", "plan"])
+@pytest.mark.filterwarnings("ignore:celora. padding stays")
 def test_an_interruption_leaves_the_model_as_it_was(
     what: str, attached: str | None, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +129,7 @@ def test_an_interruption_leaves_the_model_as_it_was(
         assert all(of.equal(value) for of, value in zip(tensors, values, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:celora. padding stays")
 def test_detaching_after_an_interrupted_forward_leaves_the_adapter_on(model: PeftModel) -> None:
     celora.attach(model, "exact")
     tuner = model.base_model.model.model.layers[0].mlp.up_proj

@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(name, damage, in
 @pytest.mark.fault(
     "crash",
     "every checkpoint is damaged",
-    sees="each is named, then `Resuming from the beginning: no checkpoint is whole.`",
+    sees="each is named, then `Resuming from the beginning: there is no checkpoint to go on from.`",
     kept="the run's configuration; the end is bit-identical",
 )
 def test_without_a_whole_checkpoint_the_run_begins_again(inputs, whole, tmp_path):  # noqa: F811
@@ -151,7 +151,7 @@ def test_without_a_whole_checkpoint_the_run_begins_again(inputs, whole, tmp_path
         cut(checkpoint / "scheduler.pt")
     result, text = resume(output)
     assert text.count("scheduler.pt is not what was saved") == 2
-    assert "Resuming from the beginning: no checkpoint is whole." in text
+    assert "Resuming from the beginning: there is no checkpoint to go on from." in text
     assert result.status == "finished"
     assert same(adapter(output), whole)
 
