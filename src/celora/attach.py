@@ -375,9 +375,8 @@ def attach(
             that give different configurations.
     """
     tuners = tuner_layers(model)
-    if isinstance(config, str):
-        resolve(config, changes)  # a mistake is to be known before anything is measured
     if config == "auto":
+        resolve(config, changes)  # a mistake is to be known before anything is measured
         from celora.planner import make_plan
 
         if batches is None:

@@ -278,21 +278,20 @@ def _run(arm: str, seed: int, own: dict[str, Any], folder: Path, console: Consol
         result = train(make_request(own | ({"resume": True} if begun else {})), console=console)
     except Diverged as error:  # which is an answer, too
         console.print(f"{arm}, seed {seed}: {error}", markup=False)
-        summary = (OutputFolder(folder).run() or {})["summary"] | {"eval_loss": None}
+        summary = OutputFolder(folder).resumable()["summary"] | {"eval_loss": None}
     else:
         if result.status == "interrupted":
             raise KeyboardInterrupt
         summary = result.summary
-    if summary.get("eval_loss", 0.0) is None:
-        summary |= {"eval_mean_token_accuracy": None}
     if "eval_loss" not in summary:
         raise CELoraError(f"{folder} has no loss on the held-out rows; remove that folder and run it again")
+    loss = summary["eval_loss"]
     return Outcome(
         arm,
         seed,
         summary["step"],
-        summary["eval_loss"],
-        summary.get("eval_mean_token_accuracy"),
+        loss,
+        None if loss is None else summary.get("eval_mean_token_accuracy"),
         summary.get("median_step_time_ms"),
         float(summary["seconds"]),
     )
