@@ -26,7 +26,7 @@ from celora.planner import make_plans
 from celora.train.allocator import keep_freed_memory
 from celora.train.assets import demo_model
 
-FIDELITIES = [0.9, 0.95, 0.98, 0.99]
+FIDELITIES = [0.9, 0.95, 0.98, 0.99, 0.998]
 BATCH = 8
 
 

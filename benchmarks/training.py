@@ -61,6 +61,7 @@ CONFIGS: dict[str, Any] = {
     "int8 x tokens 0.999": energy(0.999, "int8"),
     "int8 x tokens 0.99": energy(0.99, "int8"),
     "Double-LoRA 0.5": CELoraConfig(keep_ratio=0.5, rank=14, refresh_every=20),
+    "auto 0.998": 0.998,  # the default
     "auto 0.99": 0.99,
     "auto 0.98": 0.98,
     "auto 0.95": 0.95,

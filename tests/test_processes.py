@@ -15,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from celora.cli import main
+from celora.planner import DEFAULT_FIDELITY
 from celora.train import processes
 from celora.train.arguments import parse
 from celora.train.progress import read_metrics
@@ -81,7 +82,7 @@ def test_the_plan_is_made_once_and_holds_for_all(ran):
     assert done.stderr.count("planning: observing gradients") == 1
     first, second = (json.loads((folder / f"plan.{rank}.json").read_text()) for rank in range(2))
     assert first == second == json.loads((folder / "auto" / "celora_plan.json").read_text())
-    assert first["fidelity"] == 0.99
+    assert first["fidelity"] == DEFAULT_FIDELITY
     first, second = (json.loads((folder / f"auto.{rank}.json").read_text()) for rank in range(2))
     assert (first["report"], first["config"]) == (second["report"], second["config"])
     assert len(losses(folder / "auto")) == 2
