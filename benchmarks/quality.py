@@ -14,7 +14,7 @@ steps of the arms in turns into `results/quality-time.jsonl`; the arms of equal 
 until it is there. A task's plan is made once and kept in `--work`.
 
 `python benchmarks/quality.py seeds --tasks ... --rates 0.002 --seeds 0 1 2 3 4 5` asks how far chance reaches: LoRA,
-`auto` and preset `exact`, which is LoRA but for rounding, at one rate with many seeds, into
+`auto`, a plan at 0.99, and preset `exact`, which is LoRA but for rounding, at one rate with many seeds, into
 `results/quality-seeds.jsonl`.
 """
 
@@ -48,7 +48,7 @@ STEPS, BATCH = 40, 8
 RATES = (1e-3, 5e-4, 2e-3)
 ARMS = ("untouched", "LoRA", "upper half", "paper", "auto", "LoRA, auto's time", "upper half, auto's time")
 TIMED = ("LoRA", "upper half", "paper", "auto")
-SEEDED = ("LoRA", "exact", "auto")
+SEEDED = ("LoRA", "exact", "auto 0.99", "auto")  # a number is a fidelity
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RESULTS, TIMES = rows.RESULTS / "quality.jsonl", rows.RESULTS / "quality-time.jsonl"
 MANY_SEEDS = rows.RESULTS / "quality-seeds.jsonl"
@@ -73,12 +73,14 @@ def request(task: str, arm: str, work: Path, output: Path, *, seed: int = 0, **m
         ]
     if arm in ("exact", "paper"):
         settings["preset"] = arm
-    if arm == "auto":
-        plan = work / f"{task}.plan.json"
-        settings["preset"] = "auto"
+    preset, _, fidelity = arm.partition(" ")
+    if preset == "auto":
+        plan = work / f"{task}{fidelity}.plan.json"
+        settings["preset"] = preset
         if not plan.exists():
             work.mkdir(parents=True, exist_ok=True)
-            made = plan_model(make_request(settings), rows=BATCH, adapter=None, console=Console(stderr=True))
+            asked = make_request(settings | ({"fidelity": float(fidelity)} if fidelity else {}))
+            made = plan_model(asked, rows=BATCH, adapter=None, console=Console(stderr=True))
             made.save(plan)
         settings["plan"] = str(plan)
     return make_request(settings)

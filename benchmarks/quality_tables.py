@@ -77,17 +77,17 @@ def scores() -> str:
 
 
 def many_seeds() -> str:
-    """Arms at one rate with many seeds, and the paired differences to LoRA: what chance does, and what an arm does."""
+    """Arms at one rate with many seeds, and the differences to LoRA, seed by seed: what is chance, and what is not."""
     found, body = rows.found(quality.MANY_SEEDS), []
     for task in dict.fromkeys(row["task"] for row in found):
         arms = {
             arm: {row["seed"]: row for row in found if (row["task"], row["arm"]) == (task, arm)}
             for arm in quality.SEEDED
         }
-        seeds = sorted(set.intersection(*(set(of) for of in arms.values())))
-        if len(seeds) < _ENOUGH:
-            continue
         for arm, of in arms.items():
+            seeds = sorted(of.keys() & arms["LoRA"].keys())
+            if len(seeds) < _ENOUGH:
+                continue
             cells = []
             for what in ("test", "test_loss"):
                 points = what == "test" and of[seeds[0]]["higher_is_better"]

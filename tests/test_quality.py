@@ -210,7 +210,7 @@ def test_only_the_rate_that_validation_prefers_is_tested(
 
 
 def test_many_seeds(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each run once, whatever was there; differences are of the seeds that all arms have."""
+    """Each run once, whatever was there; differences are of the seeds that an arm shares with LoRA."""
     quality, tables = studies["quality"], studies["quality_tables"]
     monkeypatch.setattr(quality, "MANY_SEEDS", tmp_path / "seeds.jsonl")
     made: list[tuple[str, int]] = []
@@ -220,7 +220,7 @@ def test_many_seeds(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch:
         return (arm, seed), {"cost": 1.0, "train_loss": 0.1}
 
     def judged(task: str, model: tuple[str, int], part: str) -> dict[str, Any]:
-        better, seed = {"LoRA": 0.0, "exact": 0.0, "auto": 0.1}[model[0]], model[1]
+        better, seed = {"LoRA": 0.0, "exact": 0.0, "auto 0.99": 0.0, "auto": 0.1}[model[0]], model[1]
         return {"higher_is_better": True, part: 0.4 + better + 0.1 * seed, f"{part}_loss": 1 - better * seed}
 
     monkeypatch.setattr(quality, "_train", train)
@@ -228,11 +228,11 @@ def test_many_seeds(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch:
     for seeds in ([0, 1], [0, 1], [0, 1, 2]):
         assert tables.many_seeds() == "Not measured yet with three seeds."
         quality.many_seeds(["chain_sum"], list(quality.SEEDED), seeds, 2e-3, tmp_path, lambda line: None)
-    assert sorted(made) == [(arm, seed) for arm in ("LoRA", "auto", "exact") for seed in range(3)]
+    assert sorted(made) == [(arm, seed) for arm in ("LoRA", "auto", "auto 0.99", "exact") for seed in range(3)]
     quality.many_seeds(["chain_sum"], ["LoRA"], [3], 2e-3, tmp_path, lambda line: None)
     lines = [line.split(" | ") for line in tables.many_seeds().splitlines()]
-    assert lines[2][2:] == ["0.002", "3", "50.0% (10.0%)", "", "1.000 (0.000)", " |"]
-    assert lines[4][4:] == ["60.0% (10.0%)", "+10.0 ± 0.0 points", "0.900 (0.100)", "-0.100 ± 0.058 |"]
+    assert lines[2][2:] == ["0.002", "4", "55.0% (12.9%)", "", "1.000 (0.000)", " |"]
+    assert lines[5][3:] == ["3", "60.0% (10.0%)", "+10.0 ± 0.0 points", "0.900 (0.100)", "-0.100 ± 0.058 |"]
 
 
 def test_slopes(studies: dict[str, ModuleType]) -> None:
