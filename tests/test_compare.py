@@ -76,7 +76,7 @@ def test_a_comparison(inputs: Path, tmp_path: Path) -> None:
         assert compare(settings(inputs, output), arms=ARMS, seeds=2) == found
 
 
-def test_goes_on_where_it_was_killed(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_goes_on_where_it_was_killed(inputs: Path, tmp_path: Path) -> None:
     whole = compare(settings(inputs, tmp_path / "whole", save_steps=1), arms=ARMS[:2], seeds=1)
     trained = module.train
     calls: list[str] = []
@@ -87,10 +87,10 @@ def test_goes_on_where_it_was_killed(inputs: Path, tmp_path: Path, monkeypatch: 
             raise KeyboardInterrupt
         return trained(request, **more)
 
-    monkeypatch.setattr(module, "train", die)
-    with pytest.raises(KeyboardInterrupt):
-        compare(settings(inputs, tmp_path / "cut", save_steps=1), arms=ARMS[:2], seeds=1)
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "train", die)
+        with pytest.raises(KeyboardInterrupt):
+            compare(settings(inputs, tmp_path / "cut", save_steps=1), arms=ARMS[:2], seeds=1)
     again = compare(settings(inputs, tmp_path / "cut", save_steps=1), arms=ARMS[:2], seeds=1)
     assert [o.eval_loss for o in again] == [o.eval_loss for o in whole]
 

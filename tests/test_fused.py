@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import celora
 from celora import CELoraConfig, reference
@@ -301,6 +303,27 @@ def test_whole_model_trains_as_with_peft(kind: str) -> None:
         results.append(adapter(model))
     for name, expected in results[0].items():
         torch.testing.assert_close(results[1][name], expected, rtol=0, atol=1e-5)
+
+
+def test_selective_checkpointing_is_right() -> None:
+    """It keeps what operators return, which a fused adapter would be added onto a second time."""
+
+    def keep(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if operator in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+    found = []
+    for config in (None, "exact", CELoraConfig(keep_ratio=1.0, rank=0, fused=True)):
+        model = make_model().train()
+        model.enable_input_require_grads()
+        contexts = functools.partial(create_selective_checkpoint_contexts, keep)
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        if config is not None:
+            celora.attach(model, config)
+        model(**make_batch(0)).loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    for gradient in found[1:]:
+        assert (gradient - found[0]).norm() < 5e-6 * found[0].norm()
 
 
 @pytest.mark.parametrize("config", MEMBERS.values(), ids=MEMBERS)

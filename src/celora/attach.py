@@ -10,6 +10,7 @@ import dataclasses
 import warnings
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from celora import passes
 from celora.bypass import own_product, refuse_patched
 from celora.clock import StepClock
 from celora.config import PRESETS, CELoraConfig, LayerConfig, balanced_rank, matches, resolve
@@ -400,8 +402,9 @@ def attach(
     last = _last_block(tuners) if config.zero_tokens else set()
     planned = [_plan_layer(name, module, config, last=name in last) for name, module in tuners.items()]
     slow = {of.product.slow(of.device) for _, of in planned if of is not None} - {""}
+    known = passes.known(model) if config.fused else {}
     notes = (
-        *_whole_model(model, tuners, config),
+        *_whole_model(model, tuners, config, known.values()),
         *advice(model, tuners, config),
         *(f"Dense layers are faster here: {reason}." for reason in sorted(slow)),
     )
@@ -422,6 +425,8 @@ def attach(
             weight = held(tuners[layer.name].get_base_layer())
             if weight is not None and _at_hand(weight, layer):
                 estimator.prepare(weight)  # else at the first refresh
+    for module, kind in known.items():
+        kind(attachment.switch).under(module)
     causal, tuner, _ = find_language_model(model)
     if config.labelled_head and causal is not None:
         packs = config.padding_free and not cannot_pack(causal)
@@ -590,7 +595,12 @@ def fuses(module: BaseTunerLayer) -> bool:
     return not cannot_estimate(module) and isinstance(vanilla_adapter(module), Adapter)
 
 
-def _whole_model(model: nn.Module, tuners: Mapping[str, BaseTunerLayer], config: CELoraConfig) -> list[str]:
+def _whole_model(
+    model: nn.Module,
+    tuners: Mapping[str, BaseTunerLayer],
+    config: CELoraConfig,
+    known: Collection[type[passes.Pass]],
+) -> list[str]:
     """What is done to the model beside its estimates, and why where something is not."""
     notes = []
     if config.fused:
@@ -598,6 +608,9 @@ def _whole_model(model: nn.Module, tuners: Mapping[str, BaseTunerLayer], config:
         first = (cannot_estimate(own[0]) or vanilla_adapter(own[0])) if own else ""
         rest = f"; PEFT's own path in {len(own)}: {first}" if own else ""
         notes.append(f"LoRA fused with its base layer in {len(tuners) - len(own)} of {len(tuners)} layers{rest}.")
+    if known:
+        counts = Counter(kind.name for kind in known)
+        notes.append(f"On CPU, in one pass each: {', '.join(f'{n} {name}' for name, n in counts.items())}.")
     if config.labelled_head:
         causal, _, reason = find_language_model(model)
         share = "" if config.head_keep_ratio == 1 else f", its gradient through {config.head_keep_ratio:g} of the words"

@@ -58,7 +58,8 @@ class CELoraConfig(LayerConfig):
         synchronise: where several processes train together, select columns by what all of them have seen, so that all
             keep the same; one all-reduce at each refresh, outside backward. Not with `factor="gradient"`.
         seed: of the randomised factorisation and of sampling.
-        fused: compute a vanilla adapter and its base layer's backward as one autograd function (`celora.fused`).
+        fused: compute a vanilla adapter and its base layer's backward as one autograd function (`celora.fused`) and, on
+            CPU, RMS norms, gates and rotary embeddings in one pass each (`celora.passes`).
         labelled_head: project only tokens with a label onto the vocabulary, while training (`celora.head`); the model's
             output then has a loss and no logits.
         padding_free: leave padding out of training batches (`celora.packing`); needs `labelled_head`.

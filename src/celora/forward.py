@@ -32,6 +32,7 @@ from celora.errors import CELoraError
 from celora.fused import Lender
 from celora.graft import LayerGraft, Measured, Mode, Switch
 from celora.head import Logits, score_tokens
+from celora.passes import Pass
 from celora.sharded import is_split, whole
 from celora.synchronise import gathers, largest_of_all
 
@@ -337,7 +338,7 @@ class ModelGraft(Measured):
 
 # Whose hooks do not look at the shape of a batch, but for NEFTune's.
 _BLIND = ("torch", "bitsandbytes", "deepspeed", "accelerate", "transformers", "trl")
-_HOOKS = (LayerGraft, Lender, ModelGraft)
+_HOOKS = (LayerGraft, Lender, ModelGraft, Pass)
 
 
 def _may_look(hook: Any) -> str:

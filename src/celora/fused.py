@@ -24,6 +24,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from celora.graft import LayerGraft, remember, without_autocast
 from celora.weights import bias_of, held, trains
@@ -72,7 +73,10 @@ class Lender:
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook (with kwargs)."""
         self.settle(module)
-        if not (module.training and self.graft.switch.on) or kwargs or len(args) != 1 or _too_few(args[0]):
+        if not (module.training and self.graft.switch.on) or kwargs or len(args) != 1 or not _enough(args[0]):
+            return
+        # Selective checkpointing, for one, keeps outputs of operators: of the base layer's, which would be added onto.
+        if not torch.compiler.is_compiling() and is_in_torch_dispatch_mode():
             return
         base = module.get_base_layer()
         weight = held(base)
@@ -177,9 +181,9 @@ def _looked_at(base: nn.Module) -> bool:
     return not isinstance(base, FSDPModule) and not all(isinstance(hook, LayerGraft) for hook in hooks)
 
 
-def _too_few(x: Any) -> bool:
-    """Whether setting up products in the base's dtype takes longer than PEFT's casts: few tokens on CPU."""
-    return isinstance(x, Tensor) and x.device.type == "cpu" and x.numel() < _FEWEST_TOKENS * x.shape[-1]
+def _enough(x: object) -> bool:
+    """Whether this is a tensor, and setting up products in the base's dtype pays: not for few tokens on CPU."""
+    return isinstance(x, Tensor) and not (x.device.type == "cpu" and x.numel() < _FEWEST_TOKENS * x.shape[-1])
 
 
 def lora_linear(
@@ -244,7 +248,10 @@ class _LoraLinear(torch.autograd.Function):
             if needs_A:
                 grad_A = (through.t() @ seen).to(ctx.adapter_dtypes[0])
             if needs_B:
-                grad_B = (g.t() @ low).to(ctx.adapter_dtypes[1]).mul_(ctx.scaling)
+                # On CPU, in float32, a product that is tall takes longer than one that is wide, up to twice.
+                wide = g.dtype == torch.float32 and g.device.type == "cpu"
+                grad_B = (low.t() @ g).t().contiguous() if wide else g.t() @ low
+                grad_B = grad_B.to(ctx.adapter_dtypes[1]).mul_(ctx.scaling)
             if needs_x:
                 grad_x = ctx.layer.grad_input(g, ctx.weight, ctx.layer.mode_for(ctx.mode, through, ctx.weight))
                 if mask is None:

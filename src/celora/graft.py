@@ -146,7 +146,7 @@ class LayerGraft(Measured):
         self._register()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if not args or not torch.is_grad_enabled():
+        if not args or not isinstance(args[0], Tensor) or not torch.is_grad_enabled():
             return None
         if not self.switch.on:
             if args[0].requires_grad and self.mode is not Mode.EXACT:

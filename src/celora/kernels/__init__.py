@@ -44,6 +44,11 @@ _SIGNATURES = {
     "softmax_rows": [_P, _N, _N, _P, ctypes.c_float, ctypes.c_float, _P, _P, _P, _I, _I],
     "column_maxima": [_P, _N, _N, _N, _P, _I],
     "quantise_columns": [_P, _N, _N, _N, _P, _P, _I],
+    "rms_norm": [_P, _N, _N, _P, ctypes.c_float, ctypes.c_float, _I, _P, _P, _I],
+    "rms_norm_backward": [_P, _P, _N, _N, _P, ctypes.c_float, _P, _P, _I],
+    "gated": [_P, _P, _N, _N, _P, _I],
+    "gated_backward": [_P, _P, _P, _N, _N, _P, _P, _I],
+    "rotate": [_P, _N, _N, _N, _P, _P, _N, _I, _P, _I],
 }
 _DOT_SIGNATURES = {  # dot.c; only where the machine has the instructions
     "pack_columns": [_P, _N, _N, _N, _P, _P, _I],
@@ -151,6 +156,53 @@ def quantise_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
     q = torch.empty(rows, columns, dtype=torch.int8)
     _call("quantise_columns", w, w.data_ptr(), rows, columns, w.stride(0), inverse_scale.data_ptr(), q.data_ptr())
     return q
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, offset: float, eps: float, rounds: bool) -> tuple[Tensor, Tensor]:
+    """`(offset + weight) x r` of `x: (..., n)` with `r = 1 / sqrt(mean x^2 + eps)`, and r: float32; contiguous.
+
+    `x r` is rounded to x's dtype before it is multiplied, if `rounds`.
+    """
+    y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    _call("rms_norm", x, x.data_ptr(), *_rows(x), weight.data_ptr(), offset, eps, rounds, y.data_ptr(),
+          inverse.data_ptr())  # fmt: skip
+    return y, inverse
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, *, offset: float) -> Tensor:
+    """The gradient of x from that of `rms_norm`, whose r is `inverse`; all contiguous."""
+    out = torch.empty_like(x)
+    _call("rms_norm_backward", x, grad.data_ptr(), x.data_ptr(), *_rows(x), weight.data_ptr(), offset,
+          inverse.data_ptr(), out.data_ptr())  # fmt: skip
+    return out
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) up`, of contiguous tensors; `silu(gate)` is rounded to their dtype before it is multiplied."""
+    out = torch.empty_like(gate)
+    _call("gated", gate, gate.data_ptr(), up.data_ptr(), *_rows(gate), out.data_ptr())
+    return out
+
+
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up from that of `gated`; all contiguous."""
+    of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+    _call("gated_backward", gate, grad.data_ptr(), gate.data_ptr(), up.data_ptr(), *_rows(gate), of_gate.data_ptr(),
+          of_up.data_ptr())  # fmt: skip
+    return of_gate, of_up
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, transposed: bool) -> Tensor:
+    """Rotary embedding of `x: (B, T, heads, d)`: `(x1 c1 - x2 s1, x2 c2 + x1 s2)`; all contiguous.
+
+    `cosine`, `sine`: (B or 1, T, d), whose halves are c1 and c2, s1 and s2. With `transposed` the gradient
+    of x from that of the result: `(x1 c1 + x2 s2, x2 c2 - x1 s1)`.
+    """
+    batch, tokens, heads, columns = x.shape
+    out = torch.empty_like(x)
+    _call("rotate", x, x.data_ptr(), batch * tokens, heads, columns, cosine.data_ptr(), sine.data_ptr(),
+          cosine.numel() // columns, transposed, out.data_ptr())  # fmt: skip
+    return out
 
 
 @functools.cache
@@ -319,6 +371,11 @@ def _call(name: str, typed: Tensor, *arguments: float | None) -> None:
     loaded = library()
     assert loaded is not None
     getattr(loaded, f"{name}_{_NAMES[typed.dtype]}")(*arguments, torch.get_num_threads())
+
+
+def _rows(tensor: Tensor) -> tuple[int, int]:
+    columns = tensor.shape[-1]
+    return tensor.numel() // columns, columns
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -1,4 +1,4 @@
-/* Row-wise passes on CPU around an 8-bit product, which read and write every number once, and of the softmax.
+/* Row-wise passes on CPU around an 8-bit product, of the softmax and between a decoder's products.
  *
  * Plain C, left to the compiler to vectorise; celora/kernels/__init__.py builds it with -O3 -march=native. Every
  * function exists for float32 and for bfloat16 (as its 16 bits): the file includes itself once for each. Rows may be
@@ -64,6 +64,11 @@ static inline float exp_negative(float x) {
     float two_to_n;
     memcpy(&two_to_n, &power, 4);
     return x < -87.0f ? 0.0f : p * two_to_n;
+}
+
+static inline float sigmoid(float x) {
+    float e = exp_negative(-fabsf(x)); /* a NaN stays one */
+    return (x < 0 ? e : 1.0f) / (1.0f + e);
 }
 
 /* Where a walk through the numbers from the largest down has met `count` of them or, with count < 0, a sum of `mass`:
@@ -275,6 +280,109 @@ void EACH(softmax_rows)(TYPE *z, int64_t rows, int64_t columns, const int64_t *t
         for (int64_t i = 0; i < columns; i++)
             row[i] = EACH(to)(even - share * exp_negative(EACH(from)(row[i]) * scale - most));
         row[target[t]] = EACH(to)(at_target);
+    }
+}
+
+/* y = (offset + w) x r with r = 1 / sqrt(mean x^2 + eps), which is kept in `inverse`; x r is rounded first if `rounds`. */
+void EACH(rms_norm)(const TYPE *x, int64_t rows, int64_t columns, const TYPE *w, float offset, float eps, int rounds,
+                     TYPE *y, float *inverse, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < rows; t++) {
+        const TYPE *row = x + t * columns;
+        TYPE *to = y + t * columns;
+        float sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < columns; i++) {
+            float value = EACH(from)(row[i]);
+            sum += value * value;
+        }
+        const float r = inverse[t] = 1.0f / sqrtf(sum / (float)columns + eps);
+        if (rounds) {
+            #pragma omp simd
+            for (int64_t i = 0; i < columns; i++)
+                to[i] = EACH(to)((offset + EACH(from)(w[i])) * EACH(from)(EACH(to)(EACH(from)(row[i]) * r)));
+        } else {
+            #pragma omp simd
+            for (int64_t i = 0; i < columns; i++)
+                to[i] = EACH(to)((offset + EACH(from)(w[i])) * (EACH(from)(row[i]) * r));
+        }
+    }
+}
+
+/* The gradient of x, from that of y: r h - r^3 mean(h x) x with h = (offset + w) grad. */
+void EACH(rms_norm_backward)(const TYPE *grad, const TYPE *x, int64_t rows, int64_t columns, const TYPE *w,
+                              float offset, const float *inverse, TYPE *out, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < rows; t++) {
+        const TYPE *g = grad + t * columns, *row = x + t * columns;
+        TYPE *to = out + t * columns;
+        const float r = inverse[t];
+        float along = 0;
+        #pragma omp simd reduction(+ : along)
+        for (int64_t i = 0; i < columns; i++)
+            along += (offset + EACH(from)(w[i])) * EACH(from)(g[i]) * (EACH(from)(row[i]) * r);
+        along *= r / (float)columns;
+        #pragma omp simd
+        for (int64_t i = 0; i < columns; i++) {
+            float h = (offset + EACH(from)(w[i])) * EACH(from)(g[i]);
+            to[i] = EACH(to)(r * h - along * (EACH(from)(row[i]) * r));
+        }
+    }
+}
+
+/* out = silu(gate) up, silu(gate) = gate sigmoid(gate) rounded first */
+void EACH(gated)(const TYPE *gate, const TYPE *up, int64_t rows, int64_t columns, TYPE *out, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < rows; t++) {
+        const TYPE *a = gate + t * columns, *b = up + t * columns;
+        TYPE *to = out + t * columns;
+        #pragma omp simd
+        for (int64_t i = 0; i < columns; i++) {
+            float x = EACH(from)(a[i]);
+            to[i] = EACH(to)(EACH(from)(EACH(to)(x * sigmoid(x))) * EACH(from)(b[i]));
+        }
+    }
+}
+
+/* The gradients of gate and up from that of out. */
+void EACH(gated_backward)(const TYPE *grad, const TYPE *gate, const TYPE *up, int64_t rows, int64_t columns,
+                           TYPE *of_gate, TYPE *of_up, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < rows; t++) {
+        const TYPE *g = grad + t * columns, *a = gate + t * columns, *b = up + t * columns;
+        TYPE *to_a = of_gate + t * columns, *to_b = of_up + t * columns;
+        #pragma omp simd
+        for (int64_t i = 0; i < columns; i++) {
+            float x = EACH(from)(a[i]), s = sigmoid(x), change = EACH(from)(g[i]);
+            to_b[i] = EACH(to)(change * (x * s));
+            to_a[i] = EACH(to)(change * EACH(from)(b[i]) * (s * (1.0f + x * (1.0f - s))));
+        }
+    }
+}
+
+/* q's halves turned by the angles of its token: (q1 c1 - q2 s1, q2 c2 + q1 s2), or the transposed turn; each product
+ * is rounded first. A token is `heads` x `columns` numbers; its angles are row t of `angles`, which come again. */
+void EACH(rotate)(const TYPE *q, int64_t tokens, int64_t heads, int64_t columns, const TYPE *cosine, const TYPE *sine,
+                   int64_t angles, int transposed, TYPE *out, int threads) {
+    const int64_t half = columns / 2;
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+        const TYPE *c = cosine + t % angles * columns, *s = sine + t % angles * columns;
+        for (int64_t h = 0; h < heads; h++) {
+            const TYPE *one = q + (t * heads + h) * columns, *two = one + half;
+            TYPE *to = out + (t * heads + h) * columns;
+            #pragma omp simd
+            for (int64_t i = 0; i < half; i++) {
+                float a = EACH(from)(one[i]), b = EACH(from)(two[i]);
+                float up = EACH(from)(s[i + half]), down = -EACH(from)(s[i]), other = up;
+                up = transposed ? down : up;
+                down = transposed ? other : down;
+                float first = EACH(from)(EACH(to)(a * EACH(from)(c[i])));
+                float second = EACH(from)(EACH(to)(b * EACH(from)(c[i + half])));
+                to[i] = EACH(to)(first + EACH(from)(EACH(to)(b * down)));
+                to[i + half] = EACH(to)(second + EACH(from)(EACH(to)(a * up)));
+            }
+        }
     }
 }
 
