@@ -305,12 +305,14 @@ def test_whole_model_trains_as_with_peft(kind: str) -> None:
         torch.testing.assert_close(results[1][name], expected, rtol=0, atol=1e-5)
 
 
-def test_selective_checkpointing_is_right() -> None:
-    """It keeps what operators return, which a fused adapter would be added onto a second time."""
+@pytest.mark.parametrize("kept", ["products", "sums"])
+def test_selective_checkpointing_is_right(kept: str) -> None:
+    """It keeps what operators return, which a fused adapter would be added onto a second time, and counts them."""
+    aten = torch.ops.aten
+    operators = {"products": (aten.mm.default, aten.addmm.default), "sums": (aten.add.Tensor, aten.mul.Tensor)}[kept]
 
     def keep(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-        return CheckpointPolicy.MUST_SAVE if operator in products else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if operator in operators else CheckpointPolicy.PREFER_RECOMPUTE
 
     found = []
     for config in (None, "exact", CELoraConfig(keep_ratio=1.0, rank=0, fused=True)):

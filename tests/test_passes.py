@@ -131,6 +131,7 @@ ODD: dict[str, tuple[Tensor, Tensor, Tensor, int]] = {
     "sine of another dtype": (torch.ones(1, 3, 5, 8), torch.rand(1, 5, 8), torch.rand(1, 5, 8).bfloat16(), 1),
     "heads elsewhere": (torch.ones(1, 5, 3, 8), *torch.rand(2, 1, 5, 8), 2),
     "one angle for all": (torch.ones(3, 2, 5, 8), *torch.rand(2, 3, 1, 8), 1),
+    "one sine for two cosines": (torch.ones(2, 3, 5, 8), torch.rand(2, 5, 8), torch.rand(1, 5, 8), 1),
     "a batch of angles": (torch.ones(1, 2, 5, 8), *torch.rand(2, 3, 5, 8), 1),
     "no batch": (torch.ones(2, 5, 8), *torch.rand(2, 5, 8), 0),
 }
@@ -140,11 +141,16 @@ ODD: dict[str, tuple[Tensor, Tensor, Tensor, int]] = {
 def test_angles_that_do_not_fit_are_multiplied_as_they_are(what: str) -> None:
     q, cosine, sine, dim = ODD[what]
     expected = apply_rotary_pos_emb(q, q, cosine, sine, dim)[0]
-    found = apply_rotary_pos_emb(q, q, *passes._angles(cosine, sine), dim)[0]
+    angles = passes._angles(cosine, sine)
+    found = apply_rotary_pos_emb(q, q, *angles, dim)[0]
+    assert angles[0].of.taken == 0
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected)
+
+
+def test_angles_for_fewer_tokens_are_an_error() -> None:
     with pytest.raises(RuntimeError):
-        apply_rotary_pos_emb(torch.ones(1, 3, 9, 8), q, *passes._angles(*torch.rand(2, 1, 5, 8)))
+        apply_rotary_pos_emb(torch.ones(1, 3, 9, 8), torch.ones(1, 3, 9, 8), *passes._angles(*torch.rand(2, 1, 5, 8)))
 
 
 def test_what_was_not_foreseen_gets_the_tensor() -> None:
@@ -193,10 +199,11 @@ FOUND: dict[str, dict[str, int]] = {
 }
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", sorted(packing.MODELS))
-def test_every_decoder(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_decoder(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is found is taken, recognised, and in the forward of every layer."""
-    model = model_of(kind)
+    model = model_of(kind).to(dtype)
     expected = FOUND.get(kind, EVERY)
     assert Counter(of.name for of in passes.known(model).values()) == expected
     calls: Counter[str] = Counter()
@@ -219,9 +226,12 @@ def test_every_decoder(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(all(part in note for part in said.split(", ")) for note in report.notes)
     model(**batch)  # norms are tried, several times perhaps, before they are used
     calls.clear()
-    torch.testing.assert_close(model(**batch).logits, plain, rtol=1e-5, atol=1e-5)
+    allowed = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(model(**batch).logits, plain, rtol=allowed, atol=allowed)
     turned = {"rotations": 2 * expected["rotations"]} if "rotations" in expected else {}  # queries and keys
-    assert calls == expected | turned
+    if kind == "olmo2" and dtype == torch.bfloat16:  # whose angles are float32 at all times
+        turned["rotations"] = 0
+    assert +calls == +Counter(expected | turned)
 
 
 def test_less_is_saved_for_backward() -> None:
@@ -229,13 +239,11 @@ def test_less_is_saved_for_backward() -> None:
     celora.attach(model, FUSED)
     sizes = []
     for on in (False, True):
-        if not on:
-            library, kernels.library = kernels.library, lambda: None
-        with saved_for_backward(model) as saved:
+        with pytest.MonkeyPatch.context() as patch, saved_for_backward(model) as saved:
+            if not on:
+                patch.setattr(kernels, "library", lambda: None)
             model(**batch)
         sizes.append(saved.nbytes)
-        if not on:
-            kernels.library = library
     tokens = 4 * 32
     # Float32 copies for x itself in four norms, as the first one's input needs no gradient, and each gate's own result.
     assert sizes[0] - sizes[1] == tokens * (4 * (4 - 2) * 48 + 2 * 2 * 80)
@@ -251,48 +259,50 @@ OTHERS: dict[str, Callable[[PeftModel], object]] = {
     "evaluation": lambda model: model.eval(),
     "float64": lambda model: model.double(),
     "trained": lambda model: [p.requires_grad_() for n, p in model.named_parameters() if "norm" in n],
-    "another dtype": lambda model: [p.data for n, p in model.named_parameters() if "norm" in n and _to_half(p)],
-    "a hook": lambda model: [m.register_forward_hook(lambda *_: None) for m in passes.known(model)],
-    "a backward hook": lambda model: _hook_backward(model),
-    "a pre-hook": lambda model: [m.register_forward_pre_hook(lambda *_: None) for m in passes.known(model)],
-    "a forward": lambda model: [setattr(m, "forward", m.forward) for m in passes.known(model)],
+    "another dtype": lambda model: [m.bfloat16() for m, kind in passes.known(model).items() if kind is passes.Norm],
+    "a hook": lambda model: [m.register_forward_hook(_look) for m in looked_at(model)],
+    "a hook with kwargs": lambda model: [m.register_forward_hook(_look, with_kwargs=True) for m in looked_at(model)],
+    "a pre-hook": lambda model: [m.register_forward_pre_hook(_look) for m in looked_at(model)],
+    "a pre-hook with kwargs": lambda model: [
+        m.register_forward_pre_hook(_look, with_kwargs=True) for m in looked_at(model)
+    ],
+    "a backward hook": lambda model: [
+        model.enable_input_require_grads(),
+        *(m.register_full_backward_hook(_look) for m in looked_at(model) if "Attention" not in type(m).__name__),
+    ],
+    "a forward": lambda model: [setattr(m, "forward", m.forward) for m in looked_at(model)],
+    "a block's forward": lambda model: [setattr(m, "forward", m.forward) for m in passes.known(model)],
     "no kernels": lambda model: None,
 }
 
 
-def _hook_backward(model: PeftModel) -> None:
-    model.enable_input_require_grads()
-    for module, kind in passes.known(model).items():
-        if kind is not passes.Rotation:
-            module.register_full_backward_hook(lambda *_: None)
+def looked_at(model: PeftModel) -> list[nn.Module]:
+    """The modules that do not run, or are given something else."""
+    found = passes.known(model).items()
+    return [module.act_fn if kind is passes.Gate else module for module, kind in found]
 
 
-def _to_half(parameter: nn.Parameter) -> bool:
-    parameter.data = parameter.data.bfloat16()
-    return True
+def _look(*_: object) -> None:
+    pass
 
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_what_is_left_to_the_module(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the result of plain PEFT, to the bit where adapters are not fused either."""
+    """With the result of plain PEFT."""
     model, plain = (make_model().train() for _ in range(2))
     for of in (model, plain):
         OTHERS[what](of)
-    known = [
-        m for m, of in passes.known(model).items() if of is passes.Norm or what not in ("trained", "another dtype")
-    ]
     celora.attach(model, FUSED)
     if what == "no kernels":
         monkeypatch.setattr(kernels, "library", lambda: None)
     seen: list[tuple[Any, ...]] = []
     left = {"rms_norm"} if what in ("trained", "another dtype") else {"rms_norm", "gated", "rotated"}
-    if "hook" in what:  # what an attention returns does not change
+    if what in ("a hook", "a pre-hook", "a backward hook"):  # they see nothing of an attention's angles
         left.remove("rotated")
     for name in left:
         monkeypatch.setattr(passes, name, lambda *args, **kwargs: seen.append(args))
     batch = {"input_ids": torch.randint(3, 61, (2, 9))}
     found, expected = gradients(model, batch), gradients(plain, batch)
-    assert known
     assert not seen
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
@@ -308,12 +318,10 @@ def test_norms_are_recognised(kind: Any, dtype: torch.dtype) -> None:
     assert found.rounds == NORMS[kind][1] or dtype == torch.float32  # where nothing is rounded
 
 
-class Weightless(nn.Module):
-    eps = 1e-6
-
-
-class WeightlessRMSNorm(Weightless):
+class WeightlessRMSNorm(nn.Module):
     """As NanoChat's."""
+
+    eps = 1e-6
 
 
 class BiasedRMSNorm(LlamaRMSNorm):
@@ -324,6 +332,21 @@ class BiasedRMSNorm(LlamaRMSNorm):
 
 def test_norms_without_a_weight_or_with_a_bias_are_not_known() -> None:
     assert not passes.known(nn.Sequential(WeightlessRMSNorm(), BiasedRMSNorm(8)))
+
+
+def test_only_what_is_on_cpu_is_known() -> None:
+    assert passes.known(make_model())
+    assert not passes.known(make_model().to("meta"))
+
+
+def test_a_norm_is_tried_in_each_dtype() -> None:
+    norm = Olmo2RMSNorm(32).requires_grad_(False).train()
+    nn.init.normal_(norm.weight)
+    passes.Norm(Switch()).under(norm)
+    for dtype in DTYPES:  # in the first there is nothing to tell it from Llama's by
+        x = torch.randn(200, 32).to(dtype)
+        assert (norm.to(dtype)(x) == norm.eval()(x)).float().mean() > (0.99 if dtype == torch.bfloat16 else 0.3)
+        norm.train()
 
 
 def test_padding_of_zeros_tells_nothing_wrong() -> None:
@@ -358,6 +381,16 @@ def test_attentions_that_look_at_their_angles() -> None:
     torch.testing.assert_close(gradients(model, batch), expected, rtol=1e-3, atol=1e-6)
 
 
+def test_what_is_never_turned_in_one_pass_is_not_known() -> None:
+    """GLM repeats each angle for two neighbours."""
+    config = AutoConfig.for_model(
+        "glm", hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=64, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert passes.Rotation not in passes.known(model).values()
+
+
 def test_recorded_attentions_do_not_end_the_rotations(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = make_model().train(), {"input_ids": torch.randint(3, 61, (2, 9))}
     model.base_model.model.set_attn_implementation("eager")
@@ -385,6 +418,17 @@ def test_ways_to_train(how: str) -> None:
     assert (found[1] - found[0]).norm() < allowed * found[0].norm()
 
 
+def test_an_activation_of_another_kind_is_not_known() -> None:
+    class Louder(nn.SiLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = make_model()
+    layers = model.base_model.model.model.layers
+    layers[0].mlp.act_fn = Louder()
+    assert [m for m, kind in passes.known(model).items() if kind is passes.Gate] == [layers[1].mlp]
+
+
 def test_unknown_formulas_are_left_alone() -> None:
     class OtherRMSNorm(LlamaRMSNorm):
         def forward(self, hidden_states: Tensor) -> Tensor:
@@ -401,13 +445,13 @@ def test_unknown_formulas_are_left_alone() -> None:
     plain_mlp, layer.mlp = layer.mlp, OtherMLP(config)
     for name in ("gate_proj", "up_proj", "down_proj"):
         setattr(layer.mlp, name, getattr(plain_mlp, name))
-    assert layer.mlp.act_fn not in passes.known(model)
+    assert layer.mlp not in passes.known(model)
     batch = {"input_ids": torch.randint(3, 61, (2, 9))}
     expected = gradients(model, batch)
     celora.attach(model, FUSED)
     torch.testing.assert_close(gradients(model, batch), expected, rtol=1e-4, atol=1e-7)
     (hook,) = (of for of in layer.input_layernorm._forward_pre_hooks.values())
-    assert hook.__self__._unknown
+    assert hook.__self__._tried == {torch.float32: None}
 
 
 def test_a_copy_of_a_part_and_a_detached_model_are_plain() -> None:
@@ -436,7 +480,8 @@ def test_an_interrupted_norm_forgets_its_result() -> None:
         patch.setattr(LlamaRMSNorm, "forward", _interrupted)
         with pytest.raises(KeyboardInterrupt):
             norm(x)
-    assert hook._result is not None
+    assert hook.held is not None
+    copy.deepcopy(norm)
     norm.eval()
     assert norm(2 * x).equal(LlamaRMSNorm(16)(2 * x))
 

@@ -8,15 +8,16 @@ float32 copies of it; a SwiGLU gate and a rotary embedding do so more than ten t
     y = silu(gate) up,          grad_up = silu(gate) grad_y,     grad_gate = silu'(gate) up grad_y,
     y = q cos + half(q) sin,    grad_q = grad_y cos + half^T(grad_y sin),  half(q1, q2) = (-q2, q1),
 
-and x, gate and up are all that is saved. On accelerators Liger's kernels do the same.
+and of all that is as large as x, only x, gate and up are saved. (On GPUs this is what Liger is for; celora does not do
+it there.)
 
-Modules keep their class and their `forward`, which are never told:
+Modules keep their class and their `forward`; hooks do everything:
 
 - The pre-hook of a norm or an activation computes the result, or keeps the input, and lets the forward run on none of
-  the tokens; the forward hook puts in its place what it would have returned.
-- Of an activation, or of the cosine and sine that an attention gets, that is a stand-in (`_Pending`): multiplied as in
-  the formulas it becomes the one pass, and in everything else the tensor that it stands for. (An attention's own
-  `half(q)` is still computed, and not used.)
+  the tokens. The forward hook then puts the result in the place of what the forward returned.
+- For an activation, and for the cosine and sine that an attention is given, what is put in place is a stand-in
+  (`_Pending`). Multiplied as in the formulas it becomes the one pass; torch's functions, and whoever asks for an
+  attribute, get the tensor that it stands for. (An attention's own `half(q)` is still computed, and not used.)
 
 What a class computes is not known by its name but by trying it; what is none of these formulas is left alone.
 """
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +37,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_map_only
 from transformers.activations import SiLUActivation
 
@@ -110,8 +114,14 @@ class _Rotated(torch.autograd.Function):
         return kernels.rotate(grad.contiguous(), *ctx.saved_tensors, transposed=True), None, None
 
 
+_TURN = "apply_rotary_pos_emb"  # in every decoder of Transformers that has rotary embeddings
+
+
 class _Pending:
-    """Stands for a tensor until it is known what is made of it; for what was not foreseen, it is that tensor."""
+    """Stands for a tensor until it is known what is made of it.
+
+    Python's operators on it, products and sums apart, are errors; no forward that was tried has others.
+    """
 
     def tensor(self) -> Tensor:
         """The tensor itself, by torch's operators."""
@@ -158,21 +168,25 @@ class _Activated(_Pending):
     def times(self, other: Tensor) -> Tensor:
         gate = self.gate
         same = other.dtype == gate.dtype and other.shape == gate.shape and other.device == gate.device
-        return gated(gate, other) if same else self.tensor() * other
+        return gated(gate, other) if same and type(other) is Tensor else self.tensor() * other
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Angles:
+    """What one attention turns by: (B or 1, T, d) each; `taken` counts what was turned in one pass."""
+
     cosine: Tensor
     sine: Tensor
+    taken: int = 0
 
-    def turn(self, q: Tensor) -> bool:
+    def fit(self, q: Tensor) -> bool:
         """Whether the kernels can turn q by these."""
+        cosine, sine = self.cosine, self.sine
+        if type(q) is not Tensor or q.dim() != 4 or cosine.shape != sine.shape:
+            return False
         batch, _, tokens, size = q.shape
-        shapes = ((1, tokens, size), (batch, tokens, size))
-        return all(
-            of.dtype == q.dtype and of.shape in shapes and of.device == q.device for of in (self.cosine, self.sine)
-        )
+        same = all(of.dtype == q.dtype and of.device == q.device for of in (cosine, sine))
+        return same and cosine.shape in ((1, tokens, size), (batch, tokens, size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +224,8 @@ class _Turned(_Pending):
 
     def __add__(self, other: Any) -> Tensor:
         q, angle = self.x, self.angle
-        if isinstance(other, _Turned) and angle.matches(other.angle) and q.dim() == 4 and angle.of.turn(q):
+        if isinstance(other, _Turned) and angle.matches(other.angle) and angle.of.fit(q):
+            angle.of.taken += 1
             return rotated(q, angle.of.cosine, angle.of.sine)
         return self.tensor() + (other.tensor() if isinstance(other, _Pending) else other)
 
@@ -225,14 +240,19 @@ class Pass:
 
     Attributes:
         name: what the module computes, in the plural.
+        held: what takes the place of the output of the forward that is under way, if anything does.
     """
 
     name = "passes"
 
     def __init__(self, switch: Switch) -> None:
         self.switch = switch
+        self.held: Any = None
 
-    def under(self, module: nn.Module) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "held": None}
+
+    def under(self, module: Any) -> None:
         """Hook the module."""
         module.register_forward_pre_hook(self.before, with_kwargs=True)
         module.register_forward_hook(self.after)
@@ -242,18 +262,26 @@ class Pass:
         raise NotImplementedError
 
     def after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        """A forward hook."""
+        """A forward hook; returns None for the output as it is."""
+        if torch.compiler.is_compiling():
+            return None
+        held, self.held = self.held, None
+        return held
 
     def takes(self, module: nn.Module, x: object) -> bool:
         """Whether the module trains, and the kernels can work on x."""
-        known = isinstance(x, Tensor) and x.dim() > 1 and x.numel() > 0 and kernels.supported(x)
-        return known and self.switch.on and module.training and "forward" not in module.__dict__
+        if type(x) is not Tensor or x.dim() < 2 or not x.numel() or not kernels.supported(x):
+            return False
+        # Modes look at every operator, and selective checkpointing counts them.
+        return (
+            self.switch.on and module.training and "forward" not in module.__dict__ and not is_in_torch_dispatch_mode()
+        )
 
 
 def _alone(module: nn.Module) -> bool:
     """Whether no hook but ours looks at what the module gets and returns."""
-    backward = module._backward_hooks or module._backward_pre_hooks
-    return not backward and len(module._forward_hooks) == len(module._forward_pre_hooks) == 1
+    others = module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook()
+    return not others and len(module._forward_hooks) == len(module._forward_pre_hooks) == 1
 
 
 @dataclass(frozen=True)
@@ -268,19 +296,19 @@ _NORMS = (_NormKind(0.0, rounds=True), _NormKind(0.0, rounds=False), _NormKind(1
 
 
 class Norm(Pass):
-    """Of an RMS norm; which one it is, the first call tries."""
+    """Of an RMS norm; which one it is, the first call in each dtype tries."""
 
     name = "RMS norms"
 
     def __init__(self, switch: Switch) -> None:
         super().__init__(switch)
-        self._kind: _NormKind | None = None
-        self._unknown = False
-        self._result: Tensor | None = None
+        self._tried: dict[torch.dtype, _NormKind | None] = {}
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._result = None
-        if self._unknown or kwargs or len(args) != 1 or not self.takes(module, args[0]) or not _alone(module):
+        if torch.compiler.is_compiling():
+            return None
+        self.held = None
+        if kwargs or len(args) != 1 or not self.takes(module, args[0]) or not _alone(module):
             return None
         x, weight = args[0], module.weight
         if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype != x.dtype:
@@ -288,17 +316,13 @@ class Norm(Pass):
         if weight.device != x.device or weight.shape != x.shape[-1:] or not weight.is_contiguous():
             return None
         weight, eps = weight.detach(), _epsilon(module)
-        if self._kind is None:
-            self._kind = _recognise(module, weight, eps)
-            self._unknown = self._kind is None
-        if self._kind is None:
+        if x.dtype not in self._tried:
+            self._tried[x.dtype] = _recognise(module, weight, eps)
+        kind = self._tried[x.dtype]
+        if kind is None:
             return None
-        self._result = rms_norm(x, weight, eps, offset=self._kind.offset, rounds=self._kind.rounds)
+        self.held = rms_norm(x, weight, eps, offset=kind.offset, rounds=kind.rounds)
         return (x.detach()[:0],), {}
-
-    def after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        result, self._result = self._result, None
-        return result
 
 
 class Gate(Pass):
@@ -308,18 +332,27 @@ class Gate(Pass):
 
     def __init__(self, switch: Switch) -> None:
         super().__init__(switch)
-        self._gate: Tensor | None = None
+        self._inside = False  # of a block that multiplies
+
+    def under(self, module: Any) -> None:
+        """Hook the activation, and the block around it, whose own forward may be replaced."""
+        super().under(module.act_fn)
+        module.register_forward_pre_hook(self.entered)
+
+    def entered(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook of the block."""
+        if torch.compiler.is_compiling():
+            return
+        self._inside = "forward" not in module.__dict__ and _multiplies(type(module).forward)
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._gate = None
-        if kwargs or len(args) != 1 or not self.takes(module, args[0]) or not _alone(module):
+        if torch.compiler.is_compiling():
             return None
-        self._gate = args[0]
+        inside, self._inside, self.held = self._inside, False, None
+        if not inside or kwargs or len(args) != 1 or not self.takes(module, args[0]) or not _alone(module):
+            return None
+        self.held = _Activated(args[0])
         return (args[0].detach()[:0],), {}
-
-    def after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        gate, self._gate = self._gate, None
-        return None if gate is None else _Activated(gate)
 
 
 class Rotation(Pass):
@@ -327,29 +360,41 @@ class Rotation(Pass):
 
     name = "rotations"
 
+    def under(self, module: Any) -> None:
+        """Hook the attention; its output stays what it is."""
+        module.register_forward_pre_hook(self.before, with_kwargs=True)
+
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         angles, x = kwargs.get("position_embeddings"), kwargs.get("hidden_states")
         if not isinstance(angles, tuple) or len(angles) != 2 or not self.takes(module, x):
             return None
-        if not all(isinstance(of, Tensor) and of.dim() == 3 and kernels.supported(of) for of in angles):
-            return None
-        if not all(of.is_contiguous() and not of.requires_grad and of.shape[-1] % 2 == 0 for of in angles):
+        if len(module._forward_pre_hooks_with_kwargs) > 1 or module._forward_hooks_with_kwargs:
+            return None  # who else is given the angles
+        if not all(_usable(of) for of in angles) or not _turns(type(module).forward, _turn_of(type(module).forward)):
             return None
         return args, kwargs | {"position_embeddings": _angles(*angles)}
+
+
+def _usable(angle: Any) -> bool:
+    """Whether the kernels can turn by this cosine or sine, if it fits the queries."""
+    if type(angle) is not Tensor or angle.dim() != 3 or angle.requires_grad or angle.shape[-1] % 2:
+        return False
+    return angle.is_contiguous() and kernels.supported(angle)
 
 
 def known(model: nn.Module) -> dict[nn.Module, type[Pass]]:
     """The modules under `model` that can be hooked, each with its hooks; none where there are no compiled kernels."""
     found: dict[nn.Module, type[Pass]] = {}
     for module in model.modules() if kernels.library() is not None else ():
-        kind: Any = type(module)
-        activation = getattr(module, "act_fn", None)
+        kind = type(module)
+        if any(p.device.type != "cpu" for p in itertools.islice(module.parameters(), 1)):
+            continue
         if kind.__name__.endswith("RMSNorm") and _epsilon(module):
             if [name for name, _ in module.named_parameters()] == ["weight"]:
                 found[module] = Norm
-        elif isinstance(activation, nn.SiLU | SiLUActivation) and _multiplies(kind):
-            found[activation] = Gate
-        elif _turns(kind):
+        elif type(getattr(module, "act_fn", None)) in (nn.SiLU, SiLUActivation) and _multiplies(kind.forward):
+            found[module] = Gate
+        elif _turns(kind.forward, _turn_of(kind.forward)):
             found[module] = Rotation
     return found
 
@@ -378,32 +423,35 @@ def _recognise(module: nn.Module, weight: Tensor, eps: float) -> _NormKind | Non
 
 
 @functools.cache
-def _multiplies(kind: Any) -> bool:
-    """Whether this block computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))`."""
+def _multiplies(forward: Callable[..., Any]) -> bool:
+    """Whether this, a block's forward, computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))`."""
     x, gate, up = _numbers(3, 2, 4)
-    block: Any = SimpleNamespace(
-        gate_proj=lambda _: gate, up_proj=lambda _: up, down_proj=lambda y: y, act_fn=_Activated
-    )
-    return _gives(lambda: kind.forward(block, x), F.silu(gate) * up)
+    block = SimpleNamespace(gate_proj=lambda _: gate, up_proj=lambda _: up, down_proj=lambda y: y, act_fn=_Activated)
+    return _gives(lambda: forward(block, x), F.silu(gate) * up)
 
 
 @functools.cache
-def _turns(kind: Any) -> bool:
-    """Whether this attention is given angles, and turns queries and keys by them as the formula above says."""
-    forward = inspect.unwrap(kind.forward)
-    code = getattr(forward, "__code__", None)
-    if code is None or "position_embeddings" not in code.co_varnames[: code.co_argcount]:
+def _turns(forward: Callable[..., Any], turn: Callable[..., Any] | None) -> bool:
+    """Whether this, an attention's forward, is given angles, and by `turn` turns queries and keys by them as above."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is None or turn is None or "position_embeddings" not in code.co_varnames[: code.co_argcount]:
         return False
-    if [name for name in code.co_names if "rotary" in name] != ["apply_rotary_pos_emb"]:
+    if [name for name in code.co_names if "rotary" in name] != [_TURN]:
         return False
-    turn = forward.__globals__.get("apply_rotary_pos_emb")
     q, k = _numbers(1, 2, 3, 4), _numbers(1, 1, 3, 4)
     cosine, sine = _numbers(2, 1, 3, 4)
+    angles = _angles(cosine, sine)
     try:
         expected = torch.cat(turn(q, k, cosine, sine), 1)
     except Exception:  # of another kind than this
         return False
-    return _gives(lambda: torch.cat(turn(q, k, *_angles(cosine, sine)), 1), expected)
+    return _gives(lambda: torch.cat(turn(q, k, *angles), 1), expected) and angles[0].of.taken == 2
+
+
+def _turn_of(forward: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function by which an attention turns, if it is one that is not a part of it."""
+    found: Callable[..., Any] | None = getattr(inspect.unwrap(forward), "__globals__", {}).get(_TURN)
+    return found
 
 
 def _numbers(*shape: int) -> Tensor:

@@ -374,6 +374,7 @@ def _call(name: str, typed: Tensor, *arguments: float | None) -> None:
 
 
 def _rows(tensor: Tensor) -> tuple[int, int]:
+    """How many rows a contiguous tensor has, and of how many numbers."""
     columns = tensor.shape[-1]
     return tensor.numel() // columns, columns
 

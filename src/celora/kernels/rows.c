@@ -37,8 +37,8 @@ static inline float from_magnitude(int32_t bits) {
     return value;
 }
 
-/* Round to nearest even. A NaN would need more care; the scale is finite and so is the product it is applied to,
- * or the row was not finite to begin with and becomes zero or infinite as it may. */
+/* Round to nearest even. A NaN stays one where it has bits that are kept, as those have that come from bfloat16 or from
+ * arithmetic. */
 static inline bf16 to_bf16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
