@@ -111,7 +111,7 @@ def test_alora_keeps_the_padding() -> None:
     assert any("Padding stays: aLoRA" in note for note in celora.attach(model, "exact").notes)
     found, gradient = gradients(model, batch)
     assert found == pytest.approx(loss, rel=1e-6)
-    assert (gradient - expected).norm() < ROUNDING * expected.norm()
+    assert (gradient - expected).norm() < 2e-6 * expected.norm()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3"])
@@ -221,7 +221,7 @@ def test_a_sequence_longer_than_the_sliding_window_stays_padded() -> None:
     celora.attach(model, "exact")
     found, gradient = gradients(model, batch)
     assert found == pytest.approx(loss, rel=1e-6)
-    assert (gradient - expected).norm() < ROUNDING * expected.norm()
+    assert (gradient - expected).norm() < 2e-6 * expected.norm()
 
 
 def test_other_models_stay_padded() -> None:

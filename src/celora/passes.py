@@ -28,6 +28,7 @@ import functools
 import inspect
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -117,15 +118,15 @@ class _Rotated(torch.autograd.Function):
 _TURN = "apply_rotary_pos_emb"  # in every decoder of Transformers that has rotary embeddings
 
 
-class _Pending:
+class _Pending(ABC):
     """Stands for a tensor until it is known what is made of it.
 
     Python's operators on it, products and sums apart, are errors; no forward that was tried has others.
     """
 
+    @abstractmethod
     def tensor(self) -> Tensor:
         """The tensor itself, by torch's operators."""
-        raise NotImplementedError
 
     def times(self, other: Tensor) -> Any:
         """The product with a tensor."""
@@ -235,7 +236,7 @@ def _angles(cosine: Tensor, sine: Tensor) -> tuple[_Angle, _Angle]:
     return _Angle(both, "cosine"), _Angle(both, "sine")
 
 
-class Pass:
+class Pass(ABC):
     """The hooks of one module, which give its forward nothing to do where they know better.
 
     Attributes:
@@ -259,7 +260,14 @@ class Pass:
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook (with kwargs)."""
-        raise NotImplementedError
+        if torch.compiler.is_compiling():
+            return None
+        self.held = None
+        return self.instead(module, args, kwargs)
+
+    @abstractmethod
+    def instead(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments that the forward is given instead of these; None for these."""
 
     def after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
         """A forward hook; returns None for the output as it is."""
@@ -304,10 +312,7 @@ class Norm(Pass):
         super().__init__(switch)
         self._tried: dict[torch.dtype, _NormKind | None] = {}
 
-    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling():
-            return None
-        self.held = None
+    def instead(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs or len(args) != 1 or not self.takes(module, args[0]) or not _alone(module):
             return None
         x, weight = args[0], module.weight
@@ -345,10 +350,8 @@ class Gate(Pass):
             return
         self._inside = "forward" not in module.__dict__ and _multiplies(type(module).forward)
 
-    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling():
-            return None
-        inside, self._inside, self.held = self._inside, False, None
+    def instead(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inside, self._inside = self._inside, False
         if not inside or kwargs or len(args) != 1 or not self.takes(module, args[0]) or not _alone(module):
             return None
         self.held = _Activated(args[0])
@@ -364,7 +367,7 @@ class Rotation(Pass):
         """Hook the attention; its output stays what it is."""
         module.register_forward_pre_hook(self.before, with_kwargs=True)
 
-    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def instead(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         angles, x = kwargs.get("position_embeddings"), kwargs.get("hidden_states")
         if not isinstance(angles, tuple) or len(angles) != 2 or not self.takes(module, x):
             return None

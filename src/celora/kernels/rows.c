@@ -160,19 +160,22 @@ int64_t choose_rows(const float *squared, int64_t rows, int64_t kept, double sha
 
 #else
 
+static inline float EACH(squared_norm)(const TYPE *row, int64_t columns) {
+    float sum = 0;
+    #pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < columns; i++) {
+        float value = EACH(from)(row[i]);
+        sum += value * value;
+    }
+    return sum;
+}
+
 /* squared[t] = sum_i x[t, i]^2 */
 void EACH(squared_row_norms)(const TYPE *x, int64_t rows, int64_t columns, int64_t stride, float *squared,
                               int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < rows; t++) {
-        const TYPE *row = x + t * stride;
-        float sum = 0;
-        #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < columns; i++) {
-            float value = EACH(from)(row[i]);
-            sum += value * value;
-        }
-        squared[t] = sum;
+        squared[t] = EACH(squared_norm)(x + t * stride, columns);
     }
 }
 
@@ -290,13 +293,7 @@ void EACH(rms_norm)(const TYPE *x, int64_t rows, int64_t columns, const TYPE *w,
     for (int64_t t = 0; t < rows; t++) {
         const TYPE *row = x + t * columns;
         TYPE *to = y + t * columns;
-        float sum = 0;
-        #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < columns; i++) {
-            float value = EACH(from)(row[i]);
-            sum += value * value;
-        }
-        const float r = inverse[t] = 1.0f / sqrtf(sum / (float)columns + eps);
+        const float r = inverse[t] = 1.0f / sqrtf(EACH(squared_norm)(row, columns) / (float)columns + eps);
         if (rounds) {
             #pragma omp simd
             for (int64_t i = 0; i < columns; i++)
