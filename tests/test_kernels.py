@@ -156,7 +156,7 @@ def test_matrix_instructions(limit: str | None, used: bool, monkeypatch: pytest.
         assert kernels.matrix_instructions.__wrapped__() is (there and used)
 
 
-@pytest.mark.skipif(not kernels.panel_columns(), reason="no 8-bit dot products of vectors")
+@pytest.mark.skipif(not kernels.panel_columns(), reason="no 8-bit dot products")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (16, 32), (67, 100), (128, 257)])
 @pytest.mark.parametrize("kept", [None, 1, 5, 9, 11, 12, 25])
@@ -183,7 +183,42 @@ def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int
         assert (out[~others].double() - expected).norm() <= (3e-3 if dtype == torch.float32 else 6e-3) * expected.norm()
 
 
-@pytest.mark.skipif(not kernels.panel_columns(), reason="no 8-bit dot products of vectors")
+@pytest.mark.skipif(not kernels.multiplies_matrices(), reason="no 8-bit dot products of matrices")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [
+        (1, (1, 1)),
+        (70, (64, 32)),
+        (200, (700, 33)),
+        (300, (1300, 64)),
+        (1100, (65, 31)),
+        (70, (20000, 32)),
+        (40, (40000, 5)),
+    ],
+)
+def test_matrices_multiply_as_vectors_do(
+    rows: int, shape: tuple[int, int], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, whatever the rows are cut into, by the size of a cache or for the threads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, w = torch.randn(rows, shape[0]), torch.randn(shape)
+    scale = w.abs().amax(0) / 127
+    packed = kernels.pack_columns(w, 1 / scale)
+    loaded = kernels.library()
+    assert loaded is not None
+    for kept in sorted({0, 1, rows // 2, rows}):
+        index = torch.randperm(rows)[:kept].sort().values
+        found = torch.full((2, rows, shape[1]), 7.0)
+        for out, matrices in zip(found, (True, False), strict=True):
+            assert loaded.use_matrices(matrices) == matrices
+            kernels.gathered_product(x, packed, scale, out, index=index, position=None, factors=None, fill=False)
+        loaded.use_matrices(True)
+        assert found[0].equal(found[1])
+        assert (found[0] != 7).any(1).sum() == kept
+
+
+@pytest.mark.skipif(not kernels.panel_columns(), reason="no 8-bit dot products")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (67, 100)])
 @pytest.mark.parametrize(("kept", "share"), [(1, 1.0), (9, 1.0), (25, 1.0), (None, 0.5), (None, 0.99), (None, 1.0)])

@@ -176,8 +176,8 @@ class _EightBit(Product):
 class Int8(_EightBit):
     """8-bit integers: `round(x / scale)` in [-127, 127].
 
-    On x86 CPUs with 8-bit dot products the copy of the weight takes one byte a number, packed for a kernel of ours that
-    gathers, quantises, multiplies, scales and scatters in one call; or, where there are matrix instructions (AMX), or
+    On x86 CPUs with 8-bit dot products, of vectors (VNNI) or matrices (AMX), the copy of the weight takes one byte a
+    number, packed for a kernel of ours that gathers, quantises, multiplies, scales and scatters in one call; or, where
     our kernels could not be built, for oneDNN's quantised linear. Elsewhere, and with `copy=False`, which quantises the
     weight anew for each product, through `torch._int_mm`. The passes around those are compiled C where `celora.kernels`
     could be built, else torch operators; float16 on CPU always takes the latter.
@@ -365,8 +365,8 @@ def _onednn(device: torch.device) -> bool:
 
 
 def _gathered_products() -> bool:
-    """Whether our kernel is there, and nothing faster: oneDNN has its own for matrix instructions."""
-    return kernels.panel_columns() > 0 and not kernels.matrix_instructions()
+    """Whether our kernel is there, and nothing faster: oneDNN may know matrix instructions where it does not."""
+    return kernels.panel_columns() > 0 and kernels.multiplies_matrices() == kernels.matrix_instructions()
 
 
 def _dot_products() -> bool:

@@ -224,11 +224,18 @@ def panel_columns() -> int:
     return 0 if loaded is None else int(loaded.panel_columns())
 
 
+@functools.cache
+def multiplies_matrices() -> bool:
+    """Whether `gathered_product` uses matrix instructions, as oneDNN does; False where it does not do so either."""
+    loaded = library()
+    return loaded is not None and panel_columns() > 0 and bool(loaded.use_matrices(matrix_instructions()))
+
+
 def pack_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
     """`round(w[i, j] inverse_scale[j])` of `w: (out, in)`, laid out for `gathered_product`: uint8."""
     rows, columns = w.shape
     panel = panel_columns()
-    packed = torch.empty(-(-columns // panel), -(-rows // 4), panel, 4, dtype=torch.uint8)
+    packed = torch.empty(-(-columns // panel), _up_to(rows, "depth") // 4, panel, 4, dtype=torch.uint8)
     _call("pack_columns", w, w.data_ptr(), rows, columns, w.stride(0), inverse_scale.data_ptr(), packed.data_ptr())
     return packed
 
@@ -250,7 +257,7 @@ def gathered_product(
     """
     rows, depth = x.shape
     kept = rows if index is None else index.shape[0]
-    scratch = torch.empty(kept, packed.shape[1] * 4, dtype=torch.int8)
+    scratch = torch.empty(_up_to(kept, "rows"), packed.shape[1] * 4, dtype=torch.int8)
     scales = torch.empty(kept, dtype=torch.float32)
     starts = torch.empty(kept, dtype=torch.int32)
     _call("gathered_product", x, x.data_ptr(), rows, depth, x.stride(0), _pointer(index), _pointer(position), kept,
@@ -264,7 +271,7 @@ def critical_product(
     """`gathered_product` of the rows that `choose_rows` chooses by their norms, in one call: (T, columns)."""
     rows, depth = x.shape
     out = x.new_empty(rows, columns)
-    work = torch.empty(rows * (8 + 4 * 4 + packed.shape[1] * 4), dtype=torch.uint8)
+    work = torch.empty(rows * (8 + 4 * 4) + _up_to(rows, "rows") * packed.shape[1] * 4, dtype=torch.uint8)
     _call("critical_product", x, x.data_ptr(), rows, depth, x.stride(0), -1 if kept is None else kept, share,
           packed.data_ptr(), column_scale.data_ptr(), columns, work.data_ptr(), out.data_ptr())  # fmt: skip
     return out
@@ -371,6 +378,11 @@ def _call(name: str, typed: Tensor, *arguments: float | None) -> None:
     loaded = library()
     assert loaded is not None
     getattr(loaded, f"{name}_{_NAMES[typed.dtype]}")(*arguments, torch.get_num_threads())
+
+
+def _up_to(number: int, what: str) -> int:
+    """The number of rows, or of a packed weight's depth, rounded up to what the kernel steps by."""
+    return -(-number // (step := int(getattr(library(), f"{what}_step")()))) * step
 
 
 def _rows(tensor: Tensor) -> tuple[int, int]:

@@ -1,11 +1,12 @@
-/* The product of gathered rows with a packed 8-bit weight on CPUs with 8-bit dot products of vectors (VNNI): rows are
- * quantised, multiplied, scaled and scattered without ever being written in between.
+/* The product of gathered rows with a packed 8-bit weight on CPUs with 8-bit dot products of vectors (VNNI) or of
+ * matrices (AMX): rows are quantised, multiplied, scaled and scattered without a pass of their own for any of it.
  *
  *     out[t] = row_scale[k] column_scale * (q[k] W) for t = index[k],    q[k] = round(x[t] / row_scale[k])
  *
- * The instruction multiplies unsigned with signed bytes and adds four products to each 32-bit sum. The weight is the
- * unsigned one, w + 128, so what has to be taken off, 128 sum(q[k]), is one number a row, where the sums begin. A block
- * of BLOCK rows by two vectors of columns stays in registers over the whole depth: BLOCK + 2 loads for 2 BLOCK dots.
+ * Both instructions multiply unsigned with signed bytes and add four products to each 32-bit sum. The weight is the
+ * unsigned one, w + 128, so what has to be taken off, 128 sum(q[k]), is one number a row. Vectors: a block of BLOCK rows
+ * by two vectors of columns stays in registers over the whole depth, BLOCK + 2 loads for 2 BLOCK dots. Matrices: 2 x 2
+ * tiles of sums do, over a stretch of the depth whose part of the weight stays in the first cache.
  *
  * The file includes itself once for float32 and once for bfloat16, as rows.c does, whose names it uses.
  */
@@ -32,7 +33,69 @@ static inline ints dot(ints sum, ints u, ints s) { return _mm256_dpbusd_avx_epi3
 
 #ifdef LANES
 
+static inline int64_t up_to(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
+
 #define PANEL (2 * LANES) /* columns of the weight that lie together */
+
+#if defined(__AMX_INT8__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define TILE 16                 /* rows of a tile, of 64 bytes each */
+#define DEEP 64                 /* what the depth is rounded up to */
+#define SQUARE (2 * TILE)       /* rows, and columns, of a block of sums */
+#define STRETCH (8 * DEEP)      /* of the depth at a time, about: 16 KiB of a panel */
+#define CHUNK (1 << 20)         /* bytes of quantised rows at a time, for the second cache */
+#define MOST_ROWS 1024          /* and how many of them at most */
+
+static int matrices;
+
+static void configure_tiles(void) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } all = {.palette = 1};
+    for (int i = 0; i < 8; i++) all.bytes[i] = 64, all.rows[i] = TILE;
+    _tile_loadconfig(&all);
+}
+
+/* sums[r, c] = (first ? 0 : sums[r, c]) + sum_k q[r, k] (w[k, c] + 128) for SQUARE rows and k < deep. Meanwhile fetches
+ * `lines` cache lines from `ahead` on with each step: a panel is new to this core when its turn comes. */
+static void square(const int8_t *q, int64_t depth, int64_t deep, const uint8_t *panel, int first, const uint8_t *ahead,
+                   int64_t lines, int32_t *sums) {
+    const int64_t bytes = PANEL * sizeof(int32_t);
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, bytes);
+        _tile_loadd(1, sums + TILE, bytes);
+        _tile_loadd(2, sums + TILE * PANEL, bytes);
+        _tile_loadd(3, sums + TILE * PANEL + TILE, bytes);
+    }
+    for (int64_t k = 0; k < deep; k += DEEP, q += DEEP, panel += DEEP * PANEL) {
+        _tile_loadd(4, panel, 4 * PANEL);
+        _tile_loadd(6, q, depth);
+        _tile_dpbsud(0, 6, 4);
+        _tile_loadd(5, panel + 64, 4 * PANEL);
+        _tile_dpbsud(1, 6, 5);
+        _tile_loadd(7, q + TILE * depth, depth);
+        _tile_dpbsud(2, 7, 4);
+        _tile_dpbsud(3, 7, 5);
+        for (int64_t line = 0; line < lines; line++, ahead += 64) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+    }
+    _tile_stored(0, sums, bytes);
+    _tile_stored(1, sums + TILE, bytes);
+    _tile_stored(2, sums + TILE * PANEL, bytes);
+    _tile_stored(3, sums + TILE * PANEL + TILE, bytes);
+}
+
+#else
+#define DEEP 4
+#define SQUARE 1
+#endif
 
 /* sums[r][h] = start[r] + sum_k q[r, k] (w[k, j] + 128) for the panel's columns j; rows: a constant */
 static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t depth, const uint8_t *panel,
@@ -83,6 +146,27 @@ int panel_columns(void) {
 #endif
 }
 
+#ifdef LANES
+
+/* What the depth of a packed weight, and the rows that there is scratch for, are rounded up to. */
+int depth_step(void) { return DEEP; }
+int rows_step(void) { return SQUARE; }
+
+/* Multiply with matrix instructions from now on, or with vectors again. Returns whether it will be matrices: they were
+ * there when this was compiled, and the system, which has to be asked, lets this process use them. */
+int use_matrices(int wanted) {
+#ifdef TILE
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* arch_prctl(2) */
+    matrices = wanted && !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+    return matrices;
+#else
+    (void)wanted;
+    return 0;
+#endif
+}
+
+#endif
+
 #define TYPE float
 #define EACH(name) name##_f32
 #include "dot.c"
@@ -102,7 +186,7 @@ int panel_columns(void) {
 /* packed[panel, k / 4, column, k % 4] = 128 + round(w[k, j] * inverse[j]); 128, which is zero, past the end of w */
 void EACH(pack_columns)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, const float *inverse,
                         uint8_t *packed, int threads) {
-    const int64_t depth = (rows + 3) / 4 * 4, panels = (columns + PANEL - 1) / PANEL;
+    const int64_t depth = up_to(rows, DEEP), panels = up_to(columns, PANEL) / PANEL;
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t p = 0; p < panels; p++) {
         uint8_t *to = packed + p * depth * PANEL;
@@ -118,16 +202,95 @@ void EACH(pack_columns)(const TYPE *w, int64_t rows, int64_t columns, int64_t st
     }
 }
 
+/* A block's rows k, ... k + count, of the panel that begins at column j, from their sums: out[t, j + c] =
+ * scales[k] column_scale[j + c] (sums[., c] + starts[k]); starts: NULL where the sums have them already */
+static inline void EACH(write_block)(const int32_t *sums, int64_t k, int64_t count, int64_t j, const int64_t *index,
+                                     const int32_t *starts, const float *scales, const float *column_scale,
+                                     int64_t columns, TYPE *out) {
+    const int64_t width = columns - j < PANEL ? columns - j : PANEL;
+    const float *column = column_scale + j;
+    for (const int64_t end = k + count; k < end; k++, sums += PANEL) {
+        TYPE *to = out + (index ? index[k] : k) * columns + j;
+        const float scale = scales[k];
+        const int32_t start = starts ? starts[k] : 0;
+        if (width == PANEL) {
+            #pragma omp simd
+            for (int c = 0; c < PANEL; c++) to[c] = EACH(to)((float)(sums[c] + start) * (scale * column[c]));
+        } else {
+            for (int c = 0; c < width; c++) to[c] = EACH(to)((float)(sums[c] + start) * (scale * column[c]));
+        }
+    }
+}
+
+/* The products of `kept` quantised rows, on the threads that come here together. */
+static void EACH(vector_products)(const int8_t *q, int64_t depth, const int64_t *index, int64_t kept,
+                                  const uint8_t *packed, const int32_t *starts, const float *scales,
+                                  const float *column_scale, int64_t columns, TYPE *out, int threads) {
+    const int64_t panels = up_to(columns, PANEL) / PANEL, blocks_of_rows = up_to(kept, BLOCK) / BLOCK;
+    /* Whole panels to each thread; some of the rows, too, where there are too few panels for that to come out even. */
+    const int64_t parts = panels % threads == 0 || panels > 8 * threads ? 1 : threads;
+    #pragma omp for collapse(2) schedule(static) nowait
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t part = 0; part < parts; part++) {
+            int64_t k = blocks_of_rows * part / parts * BLOCK, end = blocks_of_rows * (part + 1) / parts * BLOCK;
+            end = end < kept ? end : kept;
+            while (k < end) {
+                int count = end - k < BLOCK ? (int)(end - k) : BLOCK;
+                if (BLOCK > 6 && count > 8 && count < BLOCK) count = count > 10 ? 6 : 5; /* 9, 10, 11 in two */
+                ints sums[BLOCK][2];
+                blocks(q + k * depth, depth, packed + p * depth * PANEL, starts + k, count, sums);
+                EACH(write_block)((const int32_t *)sums, k, count, p * PANEL, index, NULL, scales, column_scale, columns, out);
+                k += count;
+            }
+        }
+}
+
+#ifdef TILE
+
+/* The same with tiles. A thread goes through all panels with a chunk of the rows that stays in its second cache. */
+static void EACH(matrix_products)(const int8_t *q, int64_t depth, const int64_t *index, int64_t kept,
+                                  const uint8_t *packed, const int32_t *starts, const float *scales,
+                                  const float *column_scale, int64_t columns, TYPE *out, int threads) {
+    const int64_t panels = up_to(columns, PANEL) / PANEL;
+    int64_t most = CHUNK / depth < MOST_ROWS ? CHUNK / depth : MOST_ROWS;
+    most = most < SQUARE ? SQUARE : most;
+    int64_t chunks = (kept + most - 1) / most;
+    if (kept >= 2 * SQUARE * threads) chunks = up_to(chunks, threads); /* so that it has the rows it quantised */
+    const int64_t chunk = kept ? up_to((kept + chunks - 1) / chunks, SQUARE) : SQUARE;
+    chunks = (kept + chunk - 1) / chunk;
+    const int64_t stretches = depth < STRETCH ? 1 : (depth + STRETCH / 2) / STRETCH;
+    const int64_t stretch = up_to((depth + stretches - 1) / stretches, DEEP);
+    configure_tiles();
+    #pragma omp for collapse(2) schedule(static) nowait
+    for (int64_t part = 0; part < chunks; part++)
+        for (int64_t p = 0; p < panels; p++) {
+            int32_t sums[MOST_ROWS * PANEL] __attribute__((aligned(64)));
+            const int64_t first = part * chunk, end = first + chunk < kept ? first + chunk : kept;
+            const int64_t squares = (end - first + SQUARE - 1) / SQUARE, lines = (SQUARE + squares - 1) / squares;
+            for (int64_t from = 0; from < depth; from += stretch) {
+                const int64_t deep = depth - from < stretch ? depth - from : stretch;
+                const uint8_t *here = packed + (p * depth + from) * PANEL, *ahead = here + deep * PANEL;
+                for (int64_t k = first; k < end; k += SQUARE, ahead += deep / DEEP * lines * 64) {
+                    int32_t *to = sums + (deep < depth ? k - first : 0) * PANEL;
+                    square(q + k * depth + from, depth, deep, here, from == 0, ahead, lines, to);
+                    if (from + deep == depth)
+                        EACH(write_block)(to, k, end - k < SQUARE ? end - k : SQUARE, p * PANEL, index, starts, scales,
+                                          column_scale, columns, out);
+                }
+            }
+        }
+    _tile_release();
+}
+
+#endif
+
 /* out[index[k]] = factor[k] x[index[k]] W in 8 bits, all rows without index; factor: NULL for 1. Rows with position < 0
- * become 0 if fill. scratch: (kept, rows of W rounded up to 4). scales, starts: (kept,). */
+ * become 0 if fill. scratch: (kept, rows of W), rounded up to rows_step and depth_step. scales, starts: (kept,). */
 void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, const int64_t *index,
                             const int32_t *position, int64_t kept, const float *factor, const uint8_t *packed,
                             const float *column_scale, int64_t columns, int8_t *scratch, float *scales,
                             int32_t *starts, TYPE *out, int fill, int threads) {
-    const int64_t depth = (rows + 3) / 4 * 4, panels = (columns + PANEL - 1) / PANEL;
-    /* Whole panels to each thread; some of the rows, too, where there are too few panels for that to come out even. */
-    const int64_t parts = panels % threads == 0 || panels > 8 * threads ? 1 : threads;
-    const int64_t blocks_of_rows = (kept + BLOCK - 1) / BLOCK;
+    const int64_t depth = up_to(rows, DEEP);
     #pragma omp parallel num_threads(threads)
     {
         #pragma omp for schedule(static)
@@ -141,33 +304,12 @@ void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t
             starts[k] = -128 * sum;
             if (factor) scales[k] *= factor[k];
         }
-        #pragma omp for collapse(2) schedule(static) nowait
-        for (int64_t p = 0; p < panels; p++)
-            for (int64_t part = 0; part < parts; part++) {
-                const int64_t width = columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL;
-                const int64_t first = blocks_of_rows * part / parts * BLOCK;
-                int64_t end = blocks_of_rows * (part + 1) / parts * BLOCK;
-                end = end < kept ? end : kept;
-                float column[PANEL] = {0};
-                memcpy(column, column_scale + p * PANEL, (size_t)width * sizeof(float));
-                for (int64_t k = first; k < end;) {
-                    int count = end - k < BLOCK ? (int)(end - k) : BLOCK;
-                    if (BLOCK > 6 && count > 8 && count < BLOCK) count = count > 10 ? 6 : 5; /* 9, 10, 11 in two */
-                    ints sums[BLOCK][2];
-                    blocks(scratch + k * depth, depth, packed + p * depth * PANEL, starts + k, count, sums);
-                    for (int r = 0; r < count; r++, k++) {
-                        TYPE *to = out + (index ? index[k] : k) * columns + p * PANEL;
-                        const float scale = scales[k];
-                        const int32_t *sum = (const int32_t *)sums[r];
-                        if (width == PANEL) {
-                            #pragma omp simd
-                            for (int c = 0; c < PANEL; c++) to[c] = EACH(to)((float)sum[c] * (scale * column[c]));
-                        } else {
-                            for (int c = 0; c < width; c++) to[c] = EACH(to)((float)sum[c] * (scale * column[c]));
-                        }
-                    }
-                }
-            }
+        #ifdef TILE
+        if (matrices)
+            EACH(matrix_products)(scratch, depth, index, kept, packed, starts, scales, column_scale, columns, out, threads);
+        else
+        #endif
+            EACH(vector_products)(scratch, depth, index, kept, packed, starts, scales, column_scale, columns, out, threads);
         if (position && fill) {
             #pragma omp for schedule(static) nowait
             for (int64_t t = 0; t < tokens; t++)
