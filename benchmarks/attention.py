@@ -1,7 +1,8 @@
-"""Causal attention of short sequences on CPU: torch's flash attention, with its own backward and with a float32 one.
+"""Causal attention on CPU: torch's flash attention, with its own backward and with a float32 one, and our tiles.
 
-For each length, forward and backward of 1,024 packed tokens, 16 heads of 64, taking turns. Writes
-`results/attention.jsonl`; `celora.attention` takes the float32 backward up to the length where it stops paying.
+For each length, forward and backward of 1,024 packed tokens, or of one sequence, 16 heads of 64 in bfloat16, taking
+turns. Writes `results/attention.jsonl`; `celora.attention` takes tiles where the CPU has matrix instructions, elsewhere
+the float32 backward up to the length where it stops paying.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import rows
-from celora import attention
+from celora import attention, kernels
 from celora.timing import interleaved
 from celora.train.allocator import keep_freed_memory
 
@@ -21,34 +22,39 @@ TOKENS, HEADS, SIZE = 1024, 16, 64
 
 
 def run(length: int, dtype: torch.dtype) -> dict[str, object]:
-    lengths = (length,) * (TOKENS // length)
-    shape = (1, HEADS, length * len(lengths), SIZE)
+    lengths = (length,) * max(1, TOKENS // length)
+    shape = (1, HEADS, sum(lengths), SIZE)
     inputs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
     grad = torch.randn(1, shape[2], HEADS, SIZE).to(dtype)
+    tiles_pay = attention._tiles_pay
 
-    def step(short: int) -> Tensor:
+    def step(short: int, tiles: bool = False) -> Tensor:
         attention._SHORT = short
+        attention._tiles_pay = tiles_pay if tiles else lambda *_: False
         output, _ = attention.attention(nn.Identity(), *inputs, None, celora_lengths=lengths)
         output.backward(grad)
         return output
 
-    times = interleaved({"own": lambda: step(0), "float32": lambda: step(length)}, repeats=15)
-    ratio = times["float32"]["time_ms"] / times["own"]["time_ms"]
-    return {
-        "length": length,
-        "dtype": str(dtype).removeprefix("torch."),
-        "own_ms": times["own"]["time_ms"],
-        "float32_ms": times["float32"]["time_ms"],
-        "ratio": round(ratio, 3),
-    } | rows.conditions()
+    contenders = {"own": lambda: step(0), "float32": lambda: step(length)}
+    if kernels.multiplies_matrices():
+        contenders["tiles"] = lambda: step(0, tiles=True)
+    times = interleaved(contenders, repeats=15)
+    return (
+        {"length": length, "dtype": str(dtype).removeprefix("torch.")}
+        | {f"{name}_ms": of["time_ms"] for name, of in times.items()}
+        | {f"{name}_ratio": round(of["time_ms"] / times["own"]["time_ms"], 3) for name, of in times.items()}
+        | rows.conditions()
+    )
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     keep_freed_memory()
-    found = [run(length, torch.bfloat16) for length in (16, 32, 64, 96, 128, 160, 192, 256, 512)]
+    found = [run(length, torch.bfloat16) for length in (16, 32, 64, 96, 128, 160, 192, 256, 512, 1024, 2048)]
     for row in found:
-        Console().print({key: row[key] for key in ("length", "own_ms", "float32_ms", "ratio")})
+        Console().print(
+            {key: value for key, value in row.items() if key == "length" or key.endswith(("_ms", "_ratio"))}
+        )
     rows.write(rows.RESULTS / "attention.jsonl", found)
 
 

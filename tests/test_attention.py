@@ -5,16 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 
-from celora import attention
+from celora import attention, kernels
 from celora.errors import CELoraError
 
 LENGTHS = (5, 1, 200, 17)
+needs_matrices = pytest.mark.skipif(not kernels.multiplies_matrices(), reason="no products of matrices on this CPU")
 
 
-def inputs(dtype: torch.dtype, kv_heads: int = 4) -> list[Tensor]:
+def inputs(dtype: torch.dtype, kv_heads: int = 4, size: int = 16) -> list[Tensor]:
     n = sum(LENGTHS)
-    shapes = ((1, 4, n, 16), (1, kv_heads, n, 16), (1, kv_heads, n, 16))
+    shapes = ((1, 4, n, size), (1, kv_heads, n, size), (1, kv_heads, n, size))
     return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
 
 
@@ -31,16 +34,17 @@ def plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 @pytest.mark.parametrize("scaling", [None, 0.1])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("size", [16, 32, 96])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_the_formula(dtype: torch.dtype, kv_heads: int, scaling: float | None) -> None:
-    of = inputs(dtype, kv_heads)
+def test_equals_the_formula(dtype: torch.dtype, size: int, kv_heads: int, scaling: float | None) -> None:
+    of = inputs(dtype, kv_heads, size)
     module = nn.Identity()
     module.num_key_value_groups = 4 // kv_heads  # type: ignore[assignment]
-    grad = torch.randn(1, sum(LENGTHS), 4, 16).to(dtype)
+    grad = torch.randn(1, sum(LENGTHS), 4, size).to(dtype)
     found, _ = attention.attention(module, *of, None, scaling=scaling, celora_lengths=LENGTHS)
     found.backward(grad)
     exact = [t.detach().double().requires_grad_() for t in of]
-    expected = plain(*exact, 0.25 if scaling is None else scaling)
+    expected = plain(*exact, size**-0.5 if scaling is None else scaling)
     expected.backward(grad.double())
     allowed = 1e-5 if dtype == torch.float32 else 1e-2
     assert found.dtype == dtype
@@ -81,6 +85,79 @@ def test_everything_else_is_transformers_own(what: str, monkeypatch: pytest.Monk
     dropout = 0.1 if what == "dropout" else 0.0
     found, _ = attention.attention(nn.Identity(), *of, None, dropout=dropout, celora_lengths=LENGTHS)
     assert found.shape == (1, sum(LENGTHS), 4, 16)
+
+
+@needs_matrices
+@pytest.mark.parametrize("tokens", [2, 31, 32, 65, 300])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_tiles_are_no_worse_than_torch(size: int, tokens: int) -> None:
+    """Rows of a batch, tensors as decoders have them: transposed, some with rows further apart."""
+    torch.manual_seed(2)
+    wide = torch.randn(3, tokens, 8, size + 7).bfloat16()
+    of = [wide[:, :, n : n + heads, 3 : 3 + size].transpose(1, 2) for n, heads in ((0, 4), (4, 2), (6, 2))]
+    grad = torch.randn(3, 4, tokens, size).bfloat16()  # of (B, T, heads, d), but not laid out so
+    errors, exact = {}, [t.double().requires_grad_() for t in of]
+    key, value = (t.repeat_interleave(2, 1) for t in exact[1:])
+    scaled_dot_product_attention(exact[0], key, value, is_causal=True).backward(grad.double())
+    module = nn.Identity()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    for tiles in (True, False):
+        leaves = [t.detach().requires_grad_() for t in of]
+        assert attention._tiles_pay(*leaves)
+        mask = None if tiles else torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
+        found, _ = attention.attention(module, *leaves, mask)
+        assert ("_Tiled" in str(found.grad_fn)) is tiles
+        found.backward(grad.transpose(1, 2))
+        errors[tiles] = [float((t.grad - e.grad).norm() / e.grad.norm()) for t, e in zip(leaves, exact, strict=True)]
+    assert all(ours < 1.1 * torchs for ours, torchs in zip(errors[True], errors[False], strict=True))
+
+
+@needs_matrices
+def test_tiles_do_not_depend_on_threads_or_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence gets the same bits whoever else is in the batch, as many threads as there may be."""
+    of = [t.detach() for t in inputs(torch.bfloat16, 2, 64)]
+    sequences = torch.tensor([(0, 0, 5), (0, 5, 1), (0, 6, 200), (0, 206, 17)])
+    whole, logs = kernels.attention(*of, sequences, scale=0.125)
+    grads = kernels.attention_backward(whole, *of, whole, logs, sequences, scale=0.125)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    again, logs_again = kernels.attention(*of, sequences, scale=0.125)
+    assert again.equal(whole)
+    for first, length in ((0, 5), (6, 200), (206, 17)):
+        alone = [t[:, :, first : first + length] for t in of]
+        one = torch.tensor([(0, 0, length)])
+        out, sums = kernels.attention(*alone, one, scale=0.125)
+        assert out.equal(whole[:, first : first + length])
+        assert sums.equal(logs_again[:, :, first : first + length])
+        found = kernels.attention_backward(out, *alone, out, sums, one, scale=0.125)
+        assert all(g.equal(w[:, :, first : first + length]) for g, w in zip(found, grads, strict=True))
+
+
+@needs_matrices
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_comes_out(bad: float) -> None:
+    of = inputs(torch.bfloat16, 4, 32)
+    with torch.no_grad():
+        of[1][0, 0, 5 + 1 + 7, 3] = bad
+    found, _ = attention.attention(nn.Identity(), *of, None, celora_lengths=LENGTHS)
+    found.float().sum().backward()
+    for of_a_head in (found[0, :, 0], of[0].grad[0, 0]):
+        assert not of_a_head[5 + 1 + 7 :].isfinite().all()
+        assert of_a_head[: 5 + 1].isfinite().all()
+    assert found[0, 206:].isfinite().all()
+
+
+@needs_matrices
+def test_tiles_keep_away_from_whoever_looks_on() -> None:
+    of = inputs(torch.bfloat16, 4, 32)
+    assert attention._tiles_pay(*of)
+    with FlopCounterMode(display=False):
+        assert not attention._tiles_pay(*of)
+    with torch.no_grad():
+        assert not attention._tiles_pay(*of)
+    assert not attention._tiles_pay(*(t[..., :16] for t in of))
+    assert not attention._tiles_pay(*(t.float() for t in of))
+    assert not attention._only_causal(nn.Identity(), of[0], of[1][:, :, 1:], None)
+    assert not attention._only_causal(nn.Identity(), of[0], of[1], None, is_causal=False)
 
 
 def test_attention_refuses_what_it_was_not_packed_for() -> None:

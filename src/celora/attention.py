@@ -1,21 +1,25 @@
-"""Causal attention of packed sequences, each by itself: Transformers' `sdpa`, and a faster backward where that is slow.
+"""Causal attention of packed sequences, each by itself: Transformers' `sdpa`, or a faster one where that is slow.
 
 On CPU, the backward of torch's flash attention in bfloat16 is made of many small products, each of which takes longer
-to set up than to compute: at 64 tokens it takes three times as long as the same in float32. So short sequences do
-their backward in float32, from the outputs and row sums of the forward, which is torch's own.
+to set up than to compute: at 64 tokens it takes three times as long as the same in float32. Where the CPU has matrix
+instructions (AMX), forward and backward are a kernel of ours, packed or not. Elsewhere short sequences do their
+backward in float32, from the outputs and row sums of the forward, which is torch's own.
 """
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from celora import kernels
 from celora.errors import CELoraError
 
 ATTENTION = "celora_packed_sdpa"
@@ -51,7 +55,12 @@ def attention(
         value: as key.
         celora_lengths: of the packed sequences; None for a batch that is not packed.
     """
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    tiles = dropout == 0 and _tiles_pay(query, key, value)
     if celora_lengths is None:
+        if tiles and _only_causal(module, query, key, attention_mask, **kwargs):
+            whole: Tensor = _Tiled.apply(query, key, value, None, scale)  # type: ignore[no-untyped-call]
+            return whole, None
         output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -61,9 +70,9 @@ def attention(
             f"{query.shape[2]} queries and {key.shape[2]} keys for {sum(celora_lengths)} packed tokens: something "
             "between the batch and the attention changed them. Attach with padding_free=False."
         )
-    if dropout == 0 and _backward_pays(query, key, value, celora_lengths):
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        result: Tensor = _Causal.apply(query, key, value, celora_lengths, scale)  # type: ignore[no-untyped-call]
+    if tiles or (dropout == 0 and _backward_pays(query, key, value, celora_lengths)):
+        function = _Tiled if tiles else _Causal
+        result: Tensor = function.apply(query, key, value, celora_lengths, scale)  # type: ignore[no-untyped-call]
         return result, None
     pieces = zip(*(t.split(celora_lengths, dim=2) for t in (query, key, value)), strict=True)
     found = [sdpa_attention_forward(module, *of, None, dropout=dropout, scaling=scaling, **kwargs)[0] for of in pieces]
@@ -81,6 +90,63 @@ def _backward_pays(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int
     pays = backward_pays(query.device, query.dtype, min(lengths)) and query.shape[3] == value.shape[3]
     dense = all(t.stride(-1) == 1 for t in (query, key, value))  # what the operators take for granted
     return bool(pays and dense and key.dtype == value.dtype == query.dtype and query.requires_grad)
+
+
+def _tiles_pay(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether our kernel for matrix instructions can do this, and there will be a backward, and nobody looks on."""
+    if query.device.type != "cpu" or not query.dtype == key.dtype == value.dtype == torch.bfloat16:
+        return False
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not torch.is_grad_enabled():
+        return False
+    size = query.shape[3]
+    shapes = size == value.shape[3] and size % 32 == 0 and query.shape[1] % key.shape[1] == 0
+    dense = all(t.stride(-1) == 1 for t in (query, key, value))
+    return shapes and dense and query.requires_grad and kernels.multiplies_matrices()
+
+
+def _only_causal(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    output_attentions: bool = False,
+    **_: Any,
+) -> bool:
+    """Whether each token of a batch attends to all before it, and nothing else is asked of `sdpa`."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    plain = position_bias is None and softcap is None and not output_attentions
+    return bool(causal and plain and mask is None and query.shape[2] == key.shape[2] > 1)
+
+
+class _Tiled(torch.autograd.Function):
+    """Causal attention of each sequence, by default of each row, with matrix instructions: (B, heads, T, d) to
+    (B, T, heads, d)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...] | None, scale: float
+    ) -> Tensor:
+        batch, _, tokens, _ = query.shape
+        if lengths is None:
+            sequences = [(row, 0, tokens) for row in range(batch)]
+        else:
+            sequences = [(0, end - n, n) for n, end in zip(lengths, accumulate(lengths), strict=True)]
+        ctx.sequences, ctx.scale = torch.tensor(sequences), scale
+        output, logs = kernels.attention(query, key, value, ctx.sequences, scale=scale)
+        ctx.save_for_backward(query, key, value, output, logs)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        query, key, value, output, logs = ctx.saved_tensors
+        found = kernels.attention_backward(grad, query, key, value, output, logs, ctx.sequences, scale=ctx.scale)
+        return *found, None, None
 
 
 class _Causal(torch.autograd.Function):

@@ -2,8 +2,8 @@
 
 At these sizes the passes decide: scaling, rounding and scattering with torch's operators costs more than the product,
 and a softmax over a vocabulary more than the projection onto it.
-`rows.c` is compiled once (a second or so) for the machine's own instruction set and kept in the user's cache folder,
-or, where there is none that only the user can write to, once a process.
+`rows.c` and what it includes are compiled once (a second or two) for the machine's own instruction set and kept in the
+user's cache folder, or, where there is none that only the user can write to, once a process.
 Without a compiler, `library()` is None and everything works through torch's operators, slower; the planner measures
 what it gets, so it assumes nothing.
 
@@ -54,6 +54,10 @@ _DOT_SIGNATURES = {  # dot.c; only where the machine has the instructions
     "pack_columns": [_P, _N, _N, _N, _P, _P, _I],
     "gathered_product": [_P, _N, _N, _N, _P, _P, _N, _P, _P, _P, _N, _P, _P, _P, _P, _I, _I],
     "critical_product": [_P, _N, _N, _N, _N, ctypes.c_double, _P, _P, _N, _P, _P, _I],
+}
+_ATTENTION_SIGNATURES = {  # attention.c; only where the machine has matrix instructions
+    "attention": [_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, ctypes.c_float, _P, _N, _P, _P, _I],
+    "attention_backward": [_P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, ctypes.c_float, _P, _N, _P, _P, _P, _P, _P, _I],
 }
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -277,6 +281,44 @@ def critical_product(
     return out
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, sequences: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention of each of `sequences`, (batch, first token, length): (S, 3) int64, which hold every token.
+
+    `query: (B, H, T, d)`, `key`, `value`: (B, H or fewer, T, d), bfloat16, d a multiple of 32. Returns (B, T, H, d) and
+    the logarithms of the sums of the softmax, float32 (B, H, T). Where `multiplies_matrices`.
+    """
+    batch, heads, tokens, size = query.shape
+    out = query.new_empty(batch, tokens, heads, size)
+    logs = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+    strides, work = _strides(query, key, value), _attention_work(sequences, size)
+    _call("attention", query, query.data_ptr(), key.data_ptr(), value.data_ptr(), strides.data_ptr(),
+          sequences.data_ptr(), len(sequences), tokens, heads, heads // key.shape[1], size, scale, work.data_ptr(),
+          work.shape[1], out.data_ptr(), logs.data_ptr())  # fmt: skip
+    return out, logs
+
+
+def attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logs: Tensor,
+    sequences: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, as they are shaped, from that of `attention`'s `out`: (B, T, H, d)."""
+    batch, heads, tokens, size = query.shape
+    found = tuple(t.new_empty(batch, tokens, t.shape[1], size) for t in (query, key, value))
+    strides, work = _strides(query, key, value, grad.transpose(1, 2)), _attention_work(sequences, size)
+    _call("attention_backward", query, query.data_ptr(), key.data_ptr(), value.data_ptr(), grad.data_ptr(),
+          strides.data_ptr(), sequences.data_ptr(), len(sequences), tokens, heads, heads // key.shape[1], size, scale,
+          work.data_ptr(), work.shape[1], out.data_ptr(), logs.data_ptr(), *(t.data_ptr() for t in found))  # fmt: skip
+    of_query, of_key, of_value = (t.transpose(1, 2) for t in found)
+    return of_query, of_key, of_value
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None if they are turned off or cannot be built here: see `why_not`."""
@@ -287,6 +329,10 @@ def library() -> ctypes.CDLL | None:
     for name, types in (_SIGNATURES | (_DOT_SIGNATURES if loaded.panel_columns() else {})).items():
         for function in [name] if name == "choose_rows" else [f"{name}_{of}" for of in _NAMES.values()]:
             getattr(loaded, function).argtypes = types
+    if hasattr(loaded, "attention_work"):
+        loaded.attention_work.argtypes, loaded.attention_work.restype = [_N, _N], _N
+        for name, types in _ATTENTION_SIGNATURES.items():
+            getattr(loaded, f"{name}_bf16").argtypes = types
     return loaded
 
 
@@ -389,6 +435,20 @@ def _rows(tensor: Tensor) -> tuple[int, int]:
     """How many rows a contiguous tensor has, and of how many numbers."""
     columns = tensor.shape[-1]
     return tensor.numel() // columns, columns
+
+
+def _strides(*tensors: Tensor) -> Tensor:
+    """How far batches, heads and tokens are apart in each of `tensors: (B, H, T, d)`: (n, 3)."""
+    return torch.tensor([t.stride()[:3] for t in tensors])
+
+
+def _attention_work(sequences: Tensor, size: int) -> Tensor:
+    """Memory for each thread to work in: (threads, bytes)."""
+    loaded = library()
+    assert loaded is not None
+    return torch.empty(
+        torch.get_num_threads(), loaded.attention_work(int(sequences[:, 2].max()), size), dtype=torch.uint8
+    )
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -157,6 +157,7 @@ int64_t choose_rows(const float *squared, int64_t rows, int64_t kept, double sha
 #undef EACH
 
 #include "dot.c"
+#include "attention.c"
 
 #else
 
