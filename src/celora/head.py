@@ -36,7 +36,7 @@ from celora.errors import CELoraError
 from celora.select import as_weights, column_maxima, columns_of, grain, inclusion_probabilities, sample, uniform
 
 # Tokens whose logits are held at once: enough for the product to be fast, and few enough for the memory to be small.
-_CHUNK_NUMBERS, _CHUNK_ROWS = 2**24, 512
+_CHUNK_NUMBERS, _CHUNK_ROWS = 2**24, 1024
 _CERTAIN = 1 - 1e-6  # a probability that rounding may have lowered
 _BLOCK_NUMBERS = 2**19  # float32 numbers worked on at once: 2 MiB, which a core's own cache holds
 
