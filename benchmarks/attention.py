@@ -19,6 +19,7 @@ from celora.timing import interleaved
 from celora.train.allocator import keep_freed_memory
 
 TOKENS, HEADS, SIZE = 1024, 16, 64
+TILES_PAY = attention._tiles_pay
 
 
 def run(length: int, dtype: torch.dtype) -> dict[str, object]:
@@ -26,17 +27,16 @@ def run(length: int, dtype: torch.dtype) -> dict[str, object]:
     shape = (1, HEADS, sum(lengths), SIZE)
     inputs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
     grad = torch.randn(1, shape[2], HEADS, SIZE).to(dtype)
-    tiles_pay = attention._tiles_pay
 
     def step(short: int, tiles: bool = False) -> Tensor:
         attention._SHORT = short
-        attention._tiles_pay = tiles_pay if tiles else lambda *_: False
+        attention._tiles_pay = TILES_PAY if tiles else lambda *_: False
         output, _ = attention.attention(nn.Identity(), *inputs, None, celora_lengths=lengths)
         output.backward(grad)
         return output
 
     contenders = {"own": lambda: step(0), "float32": lambda: step(length)}
-    if kernels.multiplies_matrices():
+    if kernels.attends():
         contenders["tiles"] = lambda: step(0, tiles=True)
     times = interleaved(contenders, repeats=15)
     return (

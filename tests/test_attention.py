@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from celora import attention, kernels
 from celora.errors import CELoraError
 
 LENGTHS = (5, 1, 200, 17)
-needs_matrices = pytest.mark.skipif(not kernels.multiplies_matrices(), reason="no products of matrices on this CPU")
+needs_matrices = pytest.mark.skipif(not kernels.attends(), reason="no products of matrices on this CPU")
 
 
 def inputs(dtype: torch.dtype, kv_heads: int = 4, size: int = 16) -> list[Tensor]:
@@ -71,25 +74,28 @@ def test_the_float32_backward_is_taken_and_is_no_worse(monkeypatch: pytest.Monke
     assert all(new < 1.05 * old for new, old in zip(errors[160], errors[0], strict=True))
 
 
+@pytest.mark.parametrize("size", [16, 32])
 @pytest.mark.parametrize("what", ["float32", "dropout", "no gradient", "long"])
-def test_everything_else_is_transformers_own(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_else_is_transformers_own(what: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("not this one")
 
     monkeypatch.setattr(attention._Causal, "apply", refuse)
-    of = inputs(torch.float32 if what == "float32" else torch.bfloat16)
+    monkeypatch.setattr(attention._Tiled, "apply", refuse)
+    of = inputs(torch.float32 if what == "float32" else torch.bfloat16, size=size)
     if what == "no gradient":
         of = [t.detach() for t in of]
     if what == "long":
         monkeypatch.setattr(attention, "_SHORT", 0)
+        monkeypatch.setattr(kernels, "attends", lambda: False)
     dropout = 0.1 if what == "dropout" else 0.0
     found, _ = attention.attention(nn.Identity(), *of, None, dropout=dropout, celora_lengths=LENGTHS)
-    assert found.shape == (1, sum(LENGTHS), 4, 16)
+    assert found.shape == (1, sum(LENGTHS), 4, size)
 
 
 @needs_matrices
 @pytest.mark.parametrize("tokens", [2, 31, 32, 65, 300])
-@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("size", [32, 64, 256])
 def test_tiles_are_no_worse_than_torch(size: int, tokens: int) -> None:
     """Rows of a batch, tensors as decoders have them: transposed, some with rows further apart."""
     torch.manual_seed(2)
@@ -98,38 +104,80 @@ def test_tiles_are_no_worse_than_torch(size: int, tokens: int) -> None:
     grad = torch.randn(3, 4, tokens, size).bfloat16()  # of (B, T, heads, d), but not laid out so
     errors, exact = {}, [t.double().requires_grad_() for t in of]
     key, value = (t.repeat_interleave(2, 1) for t in exact[1:])
-    scaled_dot_product_attention(exact[0], key, value, is_causal=True).backward(grad.double())
+    truth = scaled_dot_product_attention(exact[0], key, value, is_causal=True)
+    truth.backward(grad.double())
     module = nn.Identity()
     module.num_key_value_groups = 2  # type: ignore[assignment]
     for tiles in (True, False):
         leaves = [t.detach().requires_grad_() for t in of]
-        assert attention._tiles_pay(*leaves)
         mask = None if tiles else torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
         found, _ = attention.attention(module, *leaves, mask)
         assert ("_Tiled" in str(found.grad_fn)) is tiles
         found.backward(grad.transpose(1, 2))
-        errors[tiles] = [float((t.grad - e.grad).norm() / e.grad.norm()) for t, e in zip(leaves, exact, strict=True)]
+        pairs = [(found.transpose(1, 2), truth), *((t.grad, e.grad) for t, e in zip(leaves, exact, strict=True))]
+        with torch.no_grad():
+            errors[tiles] = [float((one - of_truth).norm() / of_truth.norm()) for one, of_truth in pairs]
     assert all(ours < 1.1 * torchs for ours, torchs in zip(errors[True], errors[False], strict=True))
 
 
 @needs_matrices
 def test_tiles_do_not_depend_on_threads_or_company(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sequence gets the same bits whoever else is in the batch, as many threads as there may be."""
+    """A sequence gets the same bits in whatever company and order, and with as many threads as there may be."""
     of = [t.detach() for t in inputs(torch.bfloat16, 2, 64)]
     sequences = torch.tensor([(0, 0, 5), (0, 5, 1), (0, 6, 200), (0, 206, 17)])
     whole, logs = kernels.attention(*of, sequences, scale=0.125)
     grads = kernels.attention_backward(whole, *of, whole, logs, sequences, scale=0.125)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    again, logs_again = kernels.attention(*of, sequences, scale=0.125)
+    again, logs_again = kernels.attention(*of, sequences.flip(0), scale=0.125)
     assert again.equal(whole)
-    for first, length in ((0, 5), (6, 200), (206, 17)):
+    assert logs_again.equal(logs)
+    for _, first, length in sequences.tolist():
         alone = [t[:, :, first : first + length] for t in of]
         one = torch.tensor([(0, 0, length)])
         out, sums = kernels.attention(*alone, one, scale=0.125)
         assert out.equal(whole[:, first : first + length])
-        assert sums.equal(logs_again[:, :, first : first + length])
+        assert sums.equal(logs[:, :, first : first + length])
         found = kernels.attention_backward(out, *alone, out, sums, one, scale=0.125)
         assert all(g.equal(w[:, :, first : first + length]) for g, w in zip(found, grads, strict=True))
+
+
+@needs_matrices
+def test_tiles_take_every_row_of_a_batch() -> None:
+    rows = [inputs(torch.bfloat16, 2, 32) for _ in range(2)]
+    batch = [torch.cat(of).detach().requires_grad_() for of in zip(*rows, strict=True)]
+    module = nn.Identity()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    found, _ = attention.attention(module, *batch, None, celora_lengths=LENGTHS)
+    grad = torch.randn_like(found)
+    found.backward(grad)
+    for n, row in enumerate(rows):
+        alone, _ = attention.attention(module, *row, None, celora_lengths=LENGTHS)
+        alone.backward(grad[n : n + 1])
+        assert alone.equal(found[n : n + 1])
+        assert all(t.grad.equal(b.grad[n : n + 1]) for t, b in zip(row, batch, strict=True))
+
+
+@needs_matrices
+def test_checkpoints_get_what_the_forward_got() -> None:
+    """The first forward has no gradients; and, as with an adapter on `k_proj` alone, only the keys have one."""
+    query, key, value = inputs(torch.bfloat16, 4, 32)
+    query, value = query.detach(), value.detach()
+    outputs = []
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        found, _ = attention.attention(nn.Identity(), query, key, value, None, celora_lengths=LENGTHS)
+        outputs.append(found.detach().clone())
+        return found
+
+    result = checkpoint(run, query, key, value, use_reentrant=True)
+    assert isinstance(result, Tensor)
+    result.float().square().sum().backward()
+    assert len(outputs) == 2
+    assert outputs[0].equal(outputs[1])
+    checkpointed = key.grad
+    key.grad = None
+    run(query, key, value).float().square().sum().backward()
+    assert key.grad.equal(checkpointed)
 
 
 @needs_matrices
@@ -147,17 +195,48 @@ def test_what_is_not_finite_comes_out(bad: float) -> None:
 
 
 @needs_matrices
-def test_tiles_keep_away_from_whoever_looks_on() -> None:
-    of = inputs(torch.bfloat16, 4, 32)
-    assert attention._tiles_pay(*of)
-    with FlopCounterMode(display=False):
-        assert not attention._tiles_pay(*of)
+def test_where_tiles_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = of = inputs(torch.bfloat16, 2, 32)
+    module = nn.Identity()
+    assert attention._tiles_pay(module, *of, 1)
+    assert not attention._tiles_pay(module, *(t.float() for t in of), 1)
+    assert not attention._tiles_pay(module, *(t[..., :16] for t in of), 1)
+    assert not attention._tiles_pay(module, query, key, value[..., :0], 1)
+    assert not attention._tiles_pay(module, torch.cat([query, query]), key, value, 1)  # sdpa would repeat the keys
+    assert not attention._tiles_pay(module, *(t.detach() for t in of), 1)
+    assert not attention._tiles_pay(module, *(nn.Parameter(t) for t in of), 1)
     with torch.no_grad():
-        assert not attention._tiles_pay(*of)
-    assert not attention._tiles_pay(*(t[..., :16] for t in of))
-    assert not attention._tiles_pay(*(t.float() for t in of))
-    assert not attention._only_causal(nn.Identity(), of[0], of[1][:, :, 1:], None)
-    assert not attention._only_causal(nn.Identity(), of[0], of[1], None, is_causal=False)
+        assert attention._tiles_pay(module, *of, 1)  # the first forward of a checkpoint
+        assert not attention._tiles_pay(nn.Identity().eval(), *of, 1)
+    with FlopCounterMode(display=False):
+        assert not attention._tiles_pay(module, *of, 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    assert not attention._tiles_pay(module, *of, 1)  # two heads of keys for five threads
+    assert attention._tiles_pay(module, *of, 2)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"is_causal": False},
+        {"position_bias": torch.zeros(1)},
+        {"softcap": 30.0},
+        {"output_attentions": True},
+        {"mask": torch.ones(1)},
+        {"keys": 3},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_what_is_more_than_causal_is_sdpas(asked: dict[str, Any]) -> None:
+    asked = dict(asked)
+    query, mask = torch.ones(1, 1, 2, 4), asked.pop("mask", None)
+    key = torch.ones(1, 1, asked.pop("keys", 2), 4)
+    changed = mask is not None or key.shape != query.shape or bool(asked)
+    assert changed is not attention._only_causal(nn.Identity(), query, key, mask, **asked)
+    assert attention._only_causal(nn.Identity(), query, query, None, sliding_window=None)
+    module = nn.Identity()
+    module.is_causal = False  # type: ignore[assignment]
+    assert not attention._only_causal(module, query, query, None)
 
 
 def test_attention_refuses_what_it_was_not_packed_for() -> None:

@@ -171,6 +171,9 @@ def pack(batch: dict[str, Tensor], dtype: torch.dtype = torch.float32, **changes
 def test_short_sequences_are_packed_for_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 on CPU, where it is faster sequence by sequence, though there is no padding to save."""
     full = ragged([32, 32, 32])
+    monkeypatch.setattr(attention.kernels, "attends", lambda: True)
+    assert pack(full, torch.bfloat16) is None
+    monkeypatch.setattr(attention.kernels, "attends", lambda: False)
     packed = pack(full, torch.bfloat16)
     assert packed is not None
     assert packed[attention.LENGTHS] == (31, 31, 31 + 3)

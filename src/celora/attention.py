@@ -56,7 +56,8 @@ def attention(
         celora_lengths: of the packed sequences; None for a batch that is not packed.
     """
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    tiles = dropout == 0 and _tiles_pay(query, key, value)
+    sequences = len(query) * (1 if celora_lengths is None else len(celora_lengths))
+    tiles = dropout == 0 and _tiles_pay(module, query, key, value, sequences)
     if celora_lengths is None:
         if tiles and _only_causal(module, query, key, attention_mask, **kwargs):
             whole: Tensor = _Tiled.apply(query, key, value, None, scale)  # type: ignore[no-untyped-call]
@@ -79,29 +80,40 @@ def attention(
     return torch.cat(found, dim=1), None
 
 
-def backward_pays(device: torch.device, dtype: torch.dtype, length: int) -> bool:
-    """Whether a sequence of so many tokens does its backward in float32."""
+def packing_pays(device: torch.device, dtype: torch.dtype, length: int) -> bool:
+    """Whether a batch without padding, of at most so many tokens a row, has a faster attention if it is packed."""
+    return _short(device, dtype, length) and not kernels.attends()
+
+
+def _short(device: torch.device, dtype: torch.dtype, length: int) -> bool:
+    """Whether torch's backward of a sequence of so many tokens is faster in float32."""
     known = _flash is not None and _flash_backward is not None
     return known and device.type == "cpu" and dtype == torch.bfloat16 and length <= _SHORT
 
 
 def _backward_pays(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> bool:
     """Whether this is torch's flash attention on CPU in half precision, with sequences short enough."""
-    pays = backward_pays(query.device, query.dtype, min(lengths)) and query.shape[3] == value.shape[3]
+    pays = _short(query.device, query.dtype, min(lengths)) and query.shape[3] == value.shape[3]
     dense = all(t.stride(-1) == 1 for t in (query, key, value))  # what the operators take for granted
     return bool(pays and dense and key.dtype == value.dtype == query.dtype and query.requires_grad)
 
 
-def _tiles_pay(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether our kernel for matrix instructions can do this, and there will be a backward, and nobody looks on."""
-    if query.device.type != "cpu" or not query.dtype == key.dtype == value.dtype == torch.bfloat16:
+def _tiles_pay(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, sequences: int) -> bool:
+    """Whether our kernel for matrix instructions can do this, with work for half of the threads, and nobody looks on.
+
+    Also where a forward runs without gradients in training: checkpoints must get the same as the forward that counts.
+    """
+    tensors = (query, key, value)
+    if query.device.type != "cpu" or any(type(t) is not Tensor or t.dtype != torch.bfloat16 for t in tensors):
         return False
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not kernels.attends():
         return False
-    size = query.shape[3]
-    shapes = size == value.shape[3] and size % 32 == 0 and query.shape[1] % key.shape[1] == 0
-    dense = all(t.stride(-1) == 1 for t in (query, key, value))
-    return shapes and dense and query.requires_grad and kernels.multiplies_matrices()
+    trains = any(t.requires_grad for t in tensors) if torch.is_grad_enabled() else module.training
+    batch, heads, tokens, size = query.shape
+    kept = (batch, key.shape[1], tokens, size)
+    shapes = key.shape == value.shape == kept and size % 32 == 0 and heads % key.shape[1] == 0 and query.numel() > 0
+    dense = all(t.stride(-1) == 1 for t in tensors)
+    return trains and shapes and dense and 2 * sequences * key.shape[1] >= torch.get_num_threads()
 
 
 def _only_causal(
@@ -130,12 +142,11 @@ class _Tiled(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...] | None, scale: float
     ) -> Tensor:
-        batch, _, tokens, _ = query.shape
-        if lengths is None:
-            sequences = [(row, 0, tokens) for row in range(batch)]
-        else:
-            sequences = [(0, end - n, n) for n, end in zip(lengths, accumulate(lengths), strict=True)]
-        ctx.sequences, ctx.scale = torch.tensor(sequences), scale
+        lengths = (query.shape[2],) if lengths is None else lengths
+        pieces = [(end - n, n) for n, end in zip(lengths, accumulate(lengths), strict=True)]
+        sequences = [(row, *piece) for row in range(len(query)) for piece in pieces]
+        sequences.sort(key=lambda of: -of[2])  # the longest first: threads end together
+        ctx.sequences, ctx.scale = torch.tensor(sequences, device="cpu"), scale
         output, logs = kernels.attention(query, key, value, ctx.sequences, scale=scale)
         ctx.save_for_backward(query, key, value, output, logs)
         return output

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from celora.attention import ATTENTION, LENGTHS, backward_pays
+from celora.attention import ATTENTION, LENGTHS, packing_pays
 from celora.select import grain
 
 # Decoders in which tokens meet in causal attention alone, and whose layers hand extra arguments on to it.
@@ -62,7 +62,7 @@ def pack(
     config: Any = model.config
     ours = config._attn_implementation == ATTENTION
     if total > (1 - _LEAST_SAVING) * rows * columns and not (
-        ours and backward_pays(input_ids.device, _dtype(model), max(lengths))
+        ours and packing_pays(input_ids.device, _dtype(model), max(lengths))
     ):
         return None
     window = getattr(config, "sliding_window", None)
@@ -118,6 +118,8 @@ def cannot_pack(model: nn.Module) -> str:
     # PEFT's layer_replication copies it, so that such a layer would not hear which attention it is to use.
     if any(getattr(m, "config", config) is not config for m in model.modules() if hasattr(m, "layer_idx")):
         return "some of its layers have a configuration of their own"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "its tokens attend to later ones"
     adapters = [of for m in model.modules() for of in getattr(m, "lora_variant", {}).values()]
     if any(type(of).__name__.startswith("ALora") for of in adapters):
         return "aLoRA begins at a token of each row"

@@ -72,7 +72,7 @@ def supported(tensor: Tensor) -> bool:
 def squared_row_norms(x: Tensor) -> Tensor:
     """`sum_i x[t, i]^2` of `x: (T, n)`: (T,) float32."""
     rows, columns = x.shape
-    squared = torch.empty(rows, dtype=torch.float32)
+    squared = torch.empty(rows, dtype=torch.float32, device="cpu")
     _call("squared_row_norms", x, x.data_ptr(), rows, columns, x.stride(0), squared.data_ptr())
     return squared
 
@@ -83,8 +83,8 @@ def choose_rows(squared: Tensor, *, kept: int | None, share: float, step: int) -
     With `kept=None`, as many as hold `share` of the sum, rounded up to a multiple of `step`: `select.energy_count`.
     """
     rows = squared.shape[0]
-    index = torch.empty(rows, dtype=torch.int64)
-    position = torch.empty(rows, dtype=torch.int32)
+    index = torch.empty(rows, dtype=torch.int64, device="cpu")
+    position = torch.empty(rows, dtype=torch.int32, device="cpu")
     loaded = library()
     assert loaded is not None
     chosen = loaded.choose_rows(
@@ -102,8 +102,8 @@ def quantise_rows(x: Tensor, index: Tensor | None, *, offset: int) -> tuple[Tens
     """
     rows, columns = x.shape
     rows = rows if index is None else index.shape[0]
-    q = torch.empty(rows, columns, dtype=torch.uint8)
-    scale = torch.empty(rows, dtype=torch.float32)
+    q = torch.empty(rows, columns, dtype=torch.uint8, device="cpu")
+    scale = torch.empty(rows, dtype=torch.float32, device="cpu")
     _call("quantise_rows", x, x.data_ptr(), _pointer(index), rows, columns, x.stride(0), offset, q.data_ptr(),
           scale.data_ptr())  # fmt: skip
     return q, scale
@@ -149,7 +149,7 @@ def softmax_rows(
 def column_maxima(w: Tensor) -> Tensor:
     """`max_i |w[i, j]|` of `w: (out, in)`: (in,) float32."""
     rows, columns = w.shape
-    largest = torch.empty(columns, dtype=torch.float32)
+    largest = torch.empty(columns, dtype=torch.float32, device="cpu")
     _call("column_maxima", w, w.data_ptr(), rows, columns, w.stride(0), largest.data_ptr())
     return largest
 
@@ -157,7 +157,7 @@ def column_maxima(w: Tensor) -> Tensor:
 def quantise_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
     """`round(w[i, j] inverse_scale[j])` of `w: (out, in)`: int8 (out, in)."""
     rows, columns = w.shape
-    q = torch.empty(rows, columns, dtype=torch.int8)
+    q = torch.empty(rows, columns, dtype=torch.int8, device="cpu")
     _call("quantise_columns", w, w.data_ptr(), rows, columns, w.stride(0), inverse_scale.data_ptr(), q.data_ptr())
     return q
 
@@ -230,16 +230,24 @@ def panel_columns() -> int:
 
 @functools.cache
 def multiplies_matrices() -> bool:
-    """Whether `gathered_product` uses matrix instructions, as oneDNN does; False where it does not do so either."""
+    """Whether `gathered_product` uses `matrix_instructions`, which it does from then on.
+
+    False too where the compiler did not know them or the system refuses them.
+    """
     loaded = library()
     return loaded is not None and panel_columns() > 0 and bool(loaded.use_matrices(matrix_instructions()))
+
+
+def attends() -> bool:
+    """Whether there is `attention`."""
+    return multiplies_matrices() and hasattr(library(), "attention_work")
 
 
 def pack_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
     """`round(w[i, j] inverse_scale[j])` of `w: (out, in)`, laid out for `gathered_product`: uint8."""
     rows, columns = w.shape
     panel = panel_columns()
-    packed = torch.empty(-(-columns // panel), _up_to(rows, "depth") // 4, panel, 4, dtype=torch.uint8)
+    packed = torch.empty(-(-columns // panel), _up_to(rows, "depth") // 4, panel, 4, dtype=torch.uint8, device="cpu")
     _call("pack_columns", w, w.data_ptr(), rows, columns, w.stride(0), inverse_scale.data_ptr(), packed.data_ptr())
     return packed
 
@@ -261,9 +269,9 @@ def gathered_product(
     """
     rows, depth = x.shape
     kept = rows if index is None else index.shape[0]
-    scratch = torch.empty(_up_to(kept, "rows"), packed.shape[1] * 4, dtype=torch.int8)
-    scales = torch.empty(kept, dtype=torch.float32)
-    starts = torch.empty(kept, dtype=torch.int32)
+    scratch = torch.empty(_up_to(kept, "rows"), packed.shape[1] * 4, dtype=torch.int8, device="cpu")
+    scales = torch.empty(kept, dtype=torch.float32, device="cpu")
+    starts = torch.empty(kept, dtype=torch.int32, device="cpu")
     _call("gathered_product", x, x.data_ptr(), rows, depth, x.stride(0), _pointer(index), _pointer(position), kept,
           _pointer(factors), packed.data_ptr(), column_scale.data_ptr(), out.shape[1], scratch.data_ptr(),
           scales.data_ptr(), starts.data_ptr(), out.data_ptr(), fill)  # fmt: skip
@@ -275,7 +283,7 @@ def critical_product(
     """`gathered_product` of the rows that `choose_rows` chooses by their norms, in one call: (T, columns)."""
     rows, depth = x.shape
     out = x.new_empty(rows, columns)
-    work = torch.empty(rows * (8 + 4 * 4) + _up_to(rows, "rows") * packed.shape[1] * 4, dtype=torch.uint8)
+    work = torch.empty(rows * (8 + 4 * 4) + _up_to(rows, "rows") * packed.shape[1] * 4, dtype=torch.uint8, device="cpu")
     _call("critical_product", x, x.data_ptr(), rows, depth, x.stride(0), -1 if kept is None else kept, share,
           packed.data_ptr(), column_scale.data_ptr(), columns, work.data_ptr(), out.data_ptr())  # fmt: skip
     return out
@@ -285,12 +293,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, sequences: Tensor, *, s
     """Causal attention of each of `sequences`, (batch, first token, length): (S, 3) int64, which hold every token.
 
     `query: (B, H, T, d)`, `key`, `value`: (B, H or fewer, T, d), bfloat16, d a multiple of 32. Returns (B, T, H, d) and
-    the logarithms of the sums of the softmax, float32 (B, H, T). Where `multiplies_matrices`.
+    the logarithms of the sums of the softmax, float32 (B, H, T). Where it `attends`.
     """
     batch, heads, tokens, size = query.shape
     out = query.new_empty(batch, tokens, heads, size)
     logs = query.new_empty(batch, heads, tokens, dtype=torch.float32)
-    strides, work = _strides(query, key, value), _attention_work(sequences, size)
+    strides, work = _strides(query, key, value), _attention_work(sequences, size, backward=False)
     _call("attention", query, query.data_ptr(), key.data_ptr(), value.data_ptr(), strides.data_ptr(),
           sequences.data_ptr(), len(sequences), tokens, heads, heads // key.shape[1], size, scale, work.data_ptr(),
           work.shape[1], out.data_ptr(), logs.data_ptr())  # fmt: skip
@@ -311,7 +319,7 @@ def attention_backward(
     """The gradients of query, key and value, as they are shaped, from that of `attention`'s `out`: (B, T, H, d)."""
     batch, heads, tokens, size = query.shape
     found = tuple(t.new_empty(batch, tokens, t.shape[1], size) for t in (query, key, value))
-    strides, work = _strides(query, key, value, grad.transpose(1, 2)), _attention_work(sequences, size)
+    strides, work = _strides(query, key, value, grad.transpose(1, 2)), _attention_work(sequences, size, backward=True)
     _call("attention_backward", query, query.data_ptr(), key.data_ptr(), value.data_ptr(), grad.data_ptr(),
           strides.data_ptr(), sequences.data_ptr(), len(sequences), tokens, heads, heads // key.shape[1], size, scale,
           work.data_ptr(), work.shape[1], out.data_ptr(), logs.data_ptr(), *(t.data_ptr() for t in found))  # fmt: skip
@@ -330,7 +338,7 @@ def library() -> ctypes.CDLL | None:
         for function in [name] if name == "choose_rows" else [f"{name}_{of}" for of in _NAMES.values()]:
             getattr(loaded, function).argtypes = types
     if hasattr(loaded, "attention_work"):
-        loaded.attention_work.argtypes, loaded.attention_work.restype = [_N, _N], _N
+        loaded.attention_work.argtypes, loaded.attention_work.restype = [_N, _N, _I], _N
         for name, types in _ATTENTION_SIGNATURES.items():
             getattr(loaded, f"{name}_bf16").argtypes = types
     return loaded
@@ -400,7 +408,8 @@ def _built(compiler: str, folder: Path) -> ctypes.CDLL:
             return ctypes.CDLL(str(made))
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / made.name
-        for flags in ((*_FLAGS, _WIDE), _FLAGS):  # not every compiler knows the wide registers' option
+        # Not every compiler knows the wide registers' option, or has an assembler that knows tiles.
+        for flags in ((*_FLAGS, _WIDE), _FLAGS, (*_FLAGS, "-DNO_TILES")):
             done = subprocess.run(
                 [compiler, *flags, "-o", str(built), str(_SOURCE)], capture_output=True, timeout=120, check=False
             )
@@ -439,16 +448,15 @@ def _rows(tensor: Tensor) -> tuple[int, int]:
 
 def _strides(*tensors: Tensor) -> Tensor:
     """How far batches, heads and tokens are apart in each of `tensors: (B, H, T, d)`: (n, 3)."""
-    return torch.tensor([t.stride()[:3] for t in tensors])
+    return torch.tensor([t.stride()[:3] for t in tensors], device="cpu")
 
 
-def _attention_work(sequences: Tensor, size: int) -> Tensor:
+def _attention_work(sequences: Tensor, size: int, *, backward: bool) -> Tensor:
     """Memory for each thread to work in: (threads, bytes)."""
     loaded = library()
     assert loaded is not None
-    return torch.empty(
-        torch.get_num_threads(), loaded.attention_work(int(sequences[:, 2].max()), size), dtype=torch.uint8
-    )
+    each = loaded.attention_work(int(sequences[:, 2].max()), size, backward)
+    return torch.empty(torch.get_num_threads(), each, dtype=torch.uint8, device="cpu")
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

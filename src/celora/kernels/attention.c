@@ -4,8 +4,8 @@
  *     dV = P^T dO,  dS = scale P (dO V^T - D),  D = sum_j dO_j O_j,  dQ = dS K,  dK = dS^T Q.
  *
  * Everything goes by squares of SIDE keys times SIDE queries that lie on or below the diagonal, with keys as rows, so
- * that what belongs to a query (L, D, a sum) is a vector. Sums are in float32; P and dS are rounded to bfloat16 where they
- * are multiplied, as in FlashAttention (arXiv 2205.14135). A thread has one sequence and one head of keys at a time.
+ * that what belongs to a query (L, D, a sum) is a vector. Sums are in float32; P and dS are rounded to bfloat16 where
+ * they are multiplied, as in FlashAttention (arXiv 2205.14135). A thread has one sequence and head of keys at a time.
  *
  * A tile multiplies 16 rows of 32 numbers (A) with 32 rows of 16, two of which lie interleaved (B). So a matrix is
  * needed as it is, for A; in `pairs`, (rows / 2) x columns of two numbers from successive rows, for B; `turned`, two
@@ -13,7 +13,7 @@
  * pairs turned, for A.
  */
 
-#ifdef TILE
+#if defined(TILE) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
 
 #include <omp.h>
 
@@ -79,12 +79,6 @@ static void turn(const void *from, int64_t squares, int64_t rows, int64_t column
             }
 }
 
-/* `length` rows of `size` numbers, and zeros up to `padded` rows */
-static void copy_rows(const bf16 *from, int64_t step, int64_t length, int64_t padded, int64_t size, bf16 *to) {
-    for (int64_t t = 0; t < length; t++) memcpy(to + t * size, from + t * step, (size_t)size * sizeof(bf16));
-    memset(to + length * size, 0, (size_t)((padded - length) * size) * sizeof(bf16));
-}
-
 static const uint16_t even_odd[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 
@@ -107,6 +101,7 @@ static inline void multiply(const void *a, int64_t a_stride, int64_t a_step, con
                             int64_t b_step, int64_t steps, float *c, int64_t c_stride, int first) {
     const char *rows = a, *columns = b;
     char *sums = (char *)c, *below = sums + 16 * c_stride;
+    BEFORE_TILES;
     if (first) {
         _tile_zero(0);
         _tile_zero(1);
@@ -147,184 +142,265 @@ static inline void write_queries(const float *sums, int64_t stride, int64_t size
         __m512i of_query[16];
         transpose(sums + c * stride, stride, of_query);
         for (int64_t t = 0; t < 16 && t < queries; t++) {
-            const __m512 y = _mm512_mul_ps(_mm512_castsi512_ps(of_query[t]), _mm512_set1_ps(factor ? factor[t] : 1.0f));
-            _mm256_storeu_si256((__m256i *)(to + t * step + c), (__m256i)_mm512_cvtneps_pbh(y));
+            const __m512 y = _mm512_castsi512_ps(of_query[t]), times = _mm512_set1_ps(factor ? factor[t] : 1.0f);
+            _mm256_storeu_si256((__m256i *)(to + t * step + c), (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(y, times)));
         }
     }
 }
 
-/* Bytes of `work` that each thread needs, for sequences of at most so many tokens. */
-int64_t attention_work(int64_t longest, int64_t size) {
-    const int64_t padded = up_to(longest, SIDE);
-    /* matrices of bfloat16: 9; of float32: 3; a row of squares: 2 of bfloat16, or 1 of float32; L, D */
-    return padded * size * (9 * 2 + 3 * 4) + padded * SIDE * 6 + padded * 8 + 64;
+/* What one thread is at: a sequence, and where it works. */
+typedef struct {
+    int64_t batch, first, length, padded, squares; /* of the sequence: its row, first token, tokens, up to SIDE */
+    int64_t tokens, heads, groups, size;           /* of the whole: in a row; of queries; of these to one of keys */
+    float scale;
+    bf16 *keys, *values, *plain;                            /* (padded, size) */
+    uint32_t *transposed, *turned, *pairs;                  /* as many bytes: of the keys or values; of the queries */
+    uint32_t *grad_turned, *grad_pairs;                     /* of the gradient */
+    float *sum_q, *sum_k, *sum_v;                           /* (padded, size), the first as (squares, size, SIDE) */
+    float *scores, *logs, *inner;                           /* (padded, SIDE); (padded): L in base 2, D */
+    uint32_t *p_pairs;                                      /* (padded / 2, SIDE) */
+    bf16 *p, *ds;                                           /* (squares, SIDE, SIDE), of one column of squares */
+} task;
+
+/* The next `bytes` of the work space, of which `used` are taken; nothing but counted where there is none. */
+static void *take(char *work, int64_t *used, int64_t bytes) {
+    char *taken = work ? work + *used : NULL;
+    *used += bytes;
+    return taken;
 }
 
-/* out: (tokens, heads, size) and sums: (heads, tokens) = L for each sequence (batch, first token, length). */
+/* Lay out the work space of a task. Returns its bytes. */
+static int64_t lay_out(task *t, char *work, int backward) {
+    const int64_t numbers = t->padded * t->size, halves = numbers * 2, strip = t->padded * SIDE;
+    int64_t used = 0;
+    t->keys = take(work, &used, halves);
+    t->plain = take(work, &used, halves);
+    t->transposed = take(work, &used, halves);
+    t->turned = take(work, &used, halves);
+    t->pairs = take(work, &used, halves);
+    if (!backward) {
+        t->scores = take(work, &used, strip * 4);
+        t->p_pairs = take(work, &used, strip * 2);
+        return used;
+    }
+    t->values = take(work, &used, halves);
+    t->grad_turned = take(work, &used, halves);
+    t->grad_pairs = take(work, &used, halves);
+    t->sum_q = take(work, &used, numbers * 4);
+    t->sum_k = take(work, &used, numbers * 4);
+    t->sum_v = take(work, &used, numbers * 4);
+    t->p = take(work, &used, strip * 2);
+    t->ds = take(work, &used, strip * 2);
+    t->logs = take(work, &used, t->padded * 4);
+    t->inner = take(work, &used, t->padded * 4);
+    return used;
+}
+
+/* Bytes that each thread needs to work in, for sequences of at most so many tokens. */
+int64_t attention_work(int64_t longest, int64_t size, int backward) {
+    task t = {.padded = up_to(longest, SIDE), .size = size};
+    return lay_out(&t, NULL, backward);
+}
+
+static void begin(task *t, const int64_t sequence[3]) {
+    t->batch = sequence[0], t->first = sequence[1], t->length = sequence[2];
+    t->padded = up_to(t->length, SIDE), t->squares = t->padded / SIDE;
+}
+
+/* One head's rows of the sequence, and zeros up to `padded` */
+static void copy_rows(const task *t, const bf16 *x, strides of, int64_t head, bf16 *to) {
+    x += t->batch * of.batch + head * of.head + t->first * of.token;
+    for (int64_t row = 0; row < t->length; row++)
+        memcpy(to + row * t->size, x + row * of.token, (size_t)t->size * sizeof(bf16));
+    memset(to + t->length * t->size, 0, (size_t)((t->padded - t->length) * t->size) * sizeof(bf16));
+}
+
+/* Where the sequence's token has its numbers in a tensor of (tokens, heads, size) */
+static inline int64_t place(const task *t, int64_t token, int64_t heads, int64_t head) {
+    return ((t->batch * t->tokens + t->first + token) * heads + head) * t->size;
+}
+
+/* square: (SIDE, SIDE) = rows of square j by the queries, or their gradients, of square i */
+static inline void dots(const task *t, const bf16 *rows, int64_t j, const uint32_t *turned, int64_t i, float *square) {
+    multiply(rows + j * SIDE * t->size, 2 * t->size, 64, turned + i * SIDE * t->size / 2, 4 * SIDE, 64 * SIDE,
+             t->size / 32, square, 4 * SIDE, 1);
+}
+
+/* p_pairs = exp(S - largest) of the queries of square i and all keys up to it; the largest, in base 2, and the sums */
+static void soft_maximum(const task *t, int64_t i, float largest[SIDE], float total[SIDE]) {
+    const __m512 factor = _mm512_set1_ps(t->scale * LOG2E);
+    __m512 most[2], sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    most[0] = most[1] = _mm512_set1_ps(-INFINITY);
+    for (int64_t j = 0; j <= i; j++) {
+        float *square = t->scores + j * SIDE * SIDE;
+        dots(t, t->keys, j, t->turned, i, square);
+        for (int key = 0; key < SIDE; key++)
+            for (int e = 0; e < 2; e++)
+                most[e] = _mm512_mask_max_ps(most[e], seen(i == j, key, 16 * e), most[e],
+                                             _mm512_loadu_ps(square + key * SIDE + 16 * e));
+    }
+    for (int e = 0; e < 2; e++) most[e] = _mm512_mul_ps(most[e], factor);
+    for (int64_t key = 0; key < (i + 1) * SIDE; key += 2)
+        for (int e = 0; e < 2; e++) {
+            __m512 p[2];
+            for (int n = 0; n < 2; n++) {
+                const __m512 x = _mm512_loadu_ps(t->scores + (key + n) * SIDE + 16 * e);
+                const __mmask16 counts = seen(key >= i * SIDE, (int)(key + n - i * SIDE), 16 * e);
+                p[n] = _mm512_maskz_mov_ps(counts, power_of_2(_mm512_fmsub_ps(x, factor, most[e])));
+                sum[e] = _mm512_add_ps(sum[e], p[n]);
+            }
+            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]);
+            _mm512_storeu_si512(t->p_pairs + key / 2 * SIDE + 16 * e, interleave(both));
+        }
+    for (int e = 0; e < 2; e++) {
+        _mm512_storeu_ps(largest + 16 * e, most[e]);
+        _mm512_storeu_ps(total + 16 * e, sum[e]);
+    }
+}
+
+/* O and L of one head of queries */
+static void attend(const task *t, int64_t head, bf16 *out, float *logs) {
+    for (int64_t i = 0; i < t->squares; i++) {
+        float largest[SIDE], total[SIDE], inverse[SIDE], sums[SIDE * SIDE];
+        soft_maximum(t, i, largest, total);
+        const int64_t queries = t->length - i * SIDE < SIDE ? t->length - i * SIDE : SIDE;
+        float *to = logs + (t->batch * t->heads + head) * t->tokens + t->first + i * SIDE;
+        for (int64_t q = 0; q < SIDE; q++) inverse[q] = 1.0f / total[q];
+        for (int64_t q = 0; q < queries; q++) to[q] = largest[q] / LOG2E + logf(total[q]);
+        for (int64_t c = 0; c < t->size; c += SIDE) {
+            multiply(t->transposed + c * SIDE / 2, 2 * SIDE, 2 * SIDE * t->size, t->p_pairs, 4 * SIDE, 64 * SIDE, i + 1,
+                     sums, 4 * SIDE, 1);
+            for (int e = 0; e < SIDE; e += 16)
+                write_queries(sums + e, SIDE, SIDE, inverse + e, queries - e,
+                              out + place(t, i * SIDE + e, t->heads, head) + c, t->heads * t->size);
+        }
+    }
+}
+
+/* out: (tokens, heads, size) and logs: (heads, tokens) = L, of each sequence (batch, first token, length). of: the
+ * strides of q, k and v. work: work_bytes for each thread. */
 void attention_bf16(const bf16 *q, const bf16 *k, const bf16 *v, const strides *of, const int64_t *sequences,
                     int64_t count, int64_t tokens, int64_t heads, int64_t groups, int64_t size, float scale, char *work,
                     int64_t work_bytes, bf16 *out, float *logs, int threads) {
-    const int64_t kv_heads = heads / groups;
     #pragma omp parallel num_threads(threads)
     {
+        task t = {.tokens = tokens, .heads = heads, .groups = groups, .size = size, .scale = scale};
         configure_tiles();
         #pragma omp for collapse(2) schedule(dynamic) nowait
         for (int64_t s = 0; s < count; s++)
-            for (int64_t g = 0; g < kv_heads; g++) {
-                const int64_t batch = sequences[3 * s], first = sequences[3 * s + 1], length = sequences[3 * s + 2];
-                const int64_t padded = up_to(length, SIDE), squares = padded / SIDE, matrix = padded * size;
-                bf16 *keys = (bf16 *)(work + omp_get_thread_num() * work_bytes), *plain = keys + matrix;
-                uint32_t *v_transposed = (uint32_t *)(plain + matrix), *turned = v_transposed + matrix / 2;
-                uint32_t *pairs = turned + matrix / 2, *p_pairs = pairs + matrix / 2;
-                float *scores = (float *)(p_pairs + padded * SIDE / 2);
-                copy_rows(v + batch * of[2].batch + g * of[2].head + first * of[2].token, of[2].token, length, padded, size, plain);
-                pair_rows(plain, padded, size, pairs);
-                turn(pairs, squares, SIDE / 2, size, v_transposed);
-                copy_rows(k + batch * of[1].batch + g * of[1].head + first * of[1].token, of[1].token, length, padded, size, keys);
-                for (int64_t h = g * groups; h < (g + 1) * groups; h++) {
-                    copy_rows(q + batch * of[0].batch + h * of[0].head + first * of[0].token, of[0].token, length, padded, size, plain);
-                    turn(plain, squares, SIDE, size / 2, turned);
-                    for (int64_t i = 0; i < squares; i++) {
-                        __m512 most[2], sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-                        most[0] = most[1] = _mm512_set1_ps(-INFINITY);
-                        for (int64_t j = 0; j <= i; j++) {
-                            float *square = scores + j * SIDE * SIDE;
-                            multiply(keys + j * SIDE * size, 2 * size, 64, turned + i * SIDE * size / 2,
-                                     4 * SIDE, 64 * SIDE, size / 32, square, 4 * SIDE, 1);
-                            for (int r = 0; r < SIDE; r++)
-                                for (int e = 0; e < 2; e++)
-                                    most[e] = _mm512_mask_max_ps(most[e], seen(i == j, r, 16 * e), most[e],
-                                                                 _mm512_loadu_ps(square + r * SIDE + 16 * e));
-                        }
-                        const __m512 factor = _mm512_set1_ps(scale * LOG2E);
-                        for (int e = 0; e < 2; e++) most[e] = _mm512_mul_ps(most[e], factor);
-                        for (int64_t key = 0; key < (i + 1) * SIDE; key += 2)
-                            for (int e = 0; e < 2; e++) {
-                                __m512 p[2];
-                                for (int n = 0; n < 2; n++) {
-                                    const __m512 x = _mm512_loadu_ps(scores + (key + n) * SIDE + 16 * e);
-                                    p[n] = power_of_2(_mm512_fmsub_ps(x, factor, most[e]));
-                                    p[n] = _mm512_maskz_mov_ps(seen(key >= i * SIDE, (int)(key + n - i * SIDE), 16 * e), p[n]);
-                                    sum[e] = _mm512_add_ps(sum[e], p[n]);
-                                }
-                                _mm512_storeu_si512(p_pairs + key / 2 * SIDE + 16 * e,
-                                                    interleave((__m512i)_mm512_cvtne2ps_pbh(p[1], p[0])));
-                            }
-                        float inverse[SIDE], highest[SIDE], total[SIDE], sums[SIDE * SIDE];
-                        for (int e = 0; e < 2; e++) {
-                            _mm512_storeu_ps(inverse + 16 * e, _mm512_div_ps(_mm512_set1_ps(1.0f), sum[e]));
-                            _mm512_storeu_ps(highest + 16 * e, most[e]);
-                            _mm512_storeu_ps(total + 16 * e, sum[e]);
-                        }
-                        const int64_t queries = length - i * SIDE < SIDE ? length - i * SIDE : SIDE;
-                        const int64_t at = first + i * SIDE;
-                        float *log_sums = logs + (batch * heads + h) * tokens + at;
-                        for (int64_t t = 0; t < queries; t++) log_sums[t] = highest[t] / LOG2E + logf(total[t]);
-                        bf16 *to = out + ((batch * tokens + at) * heads + h) * size;
-                        for (int64_t c = 0; c < size; c += SIDE) {
-                            multiply(v_transposed + c * SIDE / 2, 2 * SIDE, 2 * SIDE * size, p_pairs, 4 * SIDE, 64 * SIDE, i + 1,
-                                     sums, 4 * SIDE, 1);
-                            for (int e = 0; e < 2; e++)
-                                write_queries(sums + 16 * e, SIDE, SIDE, inverse + 16 * e, queries - 16 * e,
-                                              to + 16 * e * heads * size + c, heads * size);
-                        }
-                    }
+            for (int64_t g = 0; g < heads / groups; g++) {
+                begin(&t, sequences + 3 * s);
+                lay_out(&t, work + omp_get_thread_num() * work_bytes, 0);
+                copy_rows(&t, v, of[2], g, t.plain);
+                pair_rows(t.plain, t.padded, size, t.pairs);
+                turn(t.pairs, t.squares, SIDE / 2, size, t.transposed);
+                copy_rows(&t, k, of[1], g, t.keys);
+                for (int64_t head = g * groups; head < (g + 1) * groups; head++) {
+                    copy_rows(&t, q, of[0], head, t.plain);
+                    turn(t.plain, t.squares, SIDE, size / 2, t.turned);
+                    attend(&t, head, out, logs);
                 }
             }
         _tile_release();
     }
 }
 
-/* The gradients, all (tokens, heads, size), from that of out. of: the strides of q, k, v and of the gradient. */
+/* P and dS of keys j and queries i, for A, and the latter in pairs of keys, for B */
+static void score_gradients(const task *t, int64_t j, int64_t i, uint32_t ds_pairs[SIDE / 2 * SIDE]) {
+    const __m512 factor = _mm512_set1_ps(t->scale * LOG2E), scale = _mm512_set1_ps(t->scale);
+    float scores[SIDE * SIDE], of_p[SIDE * SIDE];
+    dots(t, t->keys, j, t->turned, i, scores);
+    dots(t, t->values, j, t->grad_turned, i, of_p);
+    for (int key = 0; key < SIDE; key += 2) {
+        __m512 p[2][2], ds[2][2];
+        for (int n = 0; n < 2; n++)
+            for (int e = 0; e < 2; e++) {
+                const int64_t at = (key + n) * SIDE + 16 * e, query = i * SIDE + 16 * e;
+                const __m512 logs = _mm512_loadu_ps(t->logs + query), inner = _mm512_loadu_ps(t->inner + query);
+                const __m512 y = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + at), factor, logs));
+                p[n][e] = _mm512_maskz_mov_ps(seen(i == j, key + n, 16 * e), y);
+                ds[n][e] = _mm512_mul_ps(p[n][e], _mm512_sub_ps(_mm512_loadu_ps(of_p + at), inner));
+                ds[n][e] = _mm512_mul_ps(ds[n][e], scale);
+            }
+        for (int n = 0; n < 2; n++) {
+            const int64_t at = (i * SIDE + key + n) * SIDE;
+            _mm512_storeu_si512(t->p + at, (__m512i)_mm512_cvtne2ps_pbh(p[n][1], p[n][0]));
+            _mm512_storeu_si512(t->ds + at, (__m512i)_mm512_cvtne2ps_pbh(ds[n][1], ds[n][0]));
+        }
+        for (int e = 0; e < 2; e++) {
+            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(ds[1][e], ds[0][e]);
+            _mm512_storeu_si512(ds_pairs + key / 2 * SIDE + 16 * e, interleave(both));
+        }
+    }
+}
+
+/* What one head of queries adds to sum_k and sum_v, or begins them with; its sum_q */
+static void differentiate(const task *t, int first) {
+    const int64_t size = t->size;
+    for (int64_t j = 0; j < t->squares; j++) {
+        for (int64_t i = j; i < t->squares; i++) {
+            uint32_t ds_pairs[SIDE / 2 * SIDE];
+            score_gradients(t, j, i, ds_pairs);
+            for (int64_t c = 0; c < size; c += SIDE)
+                multiply(t->transposed + (j * size + c) * SIDE / 2, 2 * SIDE, 0, ds_pairs, 4 * SIDE, 0, 1,
+                         t->sum_q + (i * size + c) * SIDE, 4 * SIDE, j == 0);
+        }
+        const int64_t from = j * SIDE * SIDE, left = t->squares - j;
+        for (int64_t c = 0; c < size; c += SIDE) {
+            const int64_t of_pairs = j * SIDE / 2 * size + c, to = j * SIDE * size + c;
+            multiply(t->p + from, 2 * SIDE, 2 * SIDE * SIDE, t->grad_pairs + of_pairs, 4 * size, 64 * size, left,
+                     t->sum_v + to, 4 * size, first);
+            multiply(t->ds + from, 2 * SIDE, 2 * SIDE * SIDE, t->pairs + of_pairs, 4 * size, 64 * size, left,
+                     t->sum_k + to, 4 * size, first);
+        }
+    }
+}
+
+/* The gradients of q, k and v, all (tokens, heads, size), from that of `out`, which `attention` made with `logs`. of:
+ * the strides of q, k, v and of the gradient. */
 void attention_backward_bf16(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *grad, const strides *of,
                              const int64_t *sequences, int64_t count, int64_t tokens, int64_t heads, int64_t groups,
                              int64_t size, float scale, char *work, int64_t work_bytes, const bf16 *out,
                              const float *logs, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v, int threads) {
-    const int64_t kv_heads = heads / groups;
     #pragma omp parallel num_threads(threads)
     {
+        task t = {.tokens = tokens, .heads = heads, .groups = groups, .size = size, .scale = scale};
         configure_tiles();
         #pragma omp for collapse(2) schedule(dynamic) nowait
         for (int64_t s = 0; s < count; s++)
-            for (int64_t g = 0; g < kv_heads; g++) {
-                const int64_t batch = sequences[3 * s], first = sequences[3 * s + 1], length = sequences[3 * s + 2];
-                const int64_t padded = up_to(length, SIDE), squares = padded / SIDE, matrix = padded * size;
-                bf16 *keys = (bf16 *)(work + omp_get_thread_num() * work_bytes), *values = keys + matrix, *plain = values + matrix;
-                uint32_t *k_transposed = (uint32_t *)(plain + matrix), *q_turned = k_transposed + matrix / 2;
-                uint32_t *q_pairs = q_turned + matrix / 2, *grad_turned = q_pairs + matrix / 2;
-                uint32_t *grad_pairs = grad_turned + matrix / 2;
-                float *sum_q = (float *)(grad_pairs + matrix / 2), *sum_k = sum_q + matrix, *sum_v = sum_k + matrix;
-                bf16 *p = (bf16 *)(sum_v + matrix), *ds = p + padded * SIDE;
-                float *log_sums = (float *)(ds + padded * SIDE), *inner = log_sums + padded;
-                copy_rows(v + batch * of[2].batch + g * of[2].head + first * of[2].token, of[2].token, length, padded, size, values);
-                copy_rows(k + batch * of[1].batch + g * of[1].head + first * of[1].token, of[1].token, length, padded, size, keys);
-                pair_rows(keys, padded, size, q_pairs);
-                turn(q_pairs, squares, SIDE / 2, size, k_transposed);
-                for (int64_t h = g * groups; h < (g + 1) * groups; h++) {
-                    copy_rows(q + batch * of[0].batch + h * of[0].head + first * of[0].token, of[0].token, length, padded, size, plain);
-                    turn(plain, squares, SIDE, size / 2, q_turned);
-                    pair_rows(plain, padded, size, q_pairs);
-                    copy_rows(grad + batch * of[3].batch + h * of[3].head + first * of[3].token, of[3].token, length, padded, size, plain);
-                    turn(plain, squares, SIDE, size / 2, grad_turned);
-                    pair_rows(plain, padded, size, grad_pairs);
-                    for (int64_t t = 0; t < padded; t++) {
-                        const bf16 *from = out + ((batch * tokens + first + t) * heads + h) * size;
-                        float total = 0;
-                        if (t < length) {
-                            #pragma omp simd reduction(+ : total)
-                            for (int64_t c = 0; c < size; c++) total += from_bf16(from[c]) * from_bf16(plain[t * size + c]);
-                        }
-                        inner[t] = total;
-                        log_sums[t] = t < length ? LOG2E * logs[(batch * heads + h) * tokens + first + t] : INFINITY;
+            for (int64_t g = 0; g < heads / groups; g++) {
+                begin(&t, sequences + 3 * s);
+                lay_out(&t, work + omp_get_thread_num() * work_bytes, 1);
+                copy_rows(&t, v, of[2], g, t.values);
+                copy_rows(&t, k, of[1], g, t.keys);
+                pair_rows(t.keys, t.padded, size, t.pairs);
+                turn(t.pairs, t.squares, SIDE / 2, size, t.transposed);
+                for (int64_t head = g * groups; head < (g + 1) * groups; head++) {
+                    copy_rows(&t, q, of[0], head, t.plain);
+                    turn(t.plain, t.squares, SIDE, size / 2, t.turned);
+                    pair_rows(t.plain, t.padded, size, t.pairs);
+                    copy_rows(&t, grad, of[3], head, t.plain);
+                    turn(t.plain, t.squares, SIDE, size / 2, t.grad_turned);
+                    pair_rows(t.plain, t.padded, size, t.grad_pairs);
+                    for (int64_t row = 0; row < t.padded; row++) t.inner[row] = 0, t.logs[row] = INFINITY; /* P = 0 */
+                    for (int64_t row = 0; row < t.length; row++) {
+                        const bf16 *y = out + place(&t, row, heads, head), *dy = t.plain + row * size;
+                        float sum = 0;
+                        #pragma omp simd reduction(+ : sum)
+                        for (int64_t c = 0; c < size; c++) sum += from_bf16(y[c]) * from_bf16(dy[c]);
+                        t.inner[row] = sum;
+                        t.logs[row] = LOG2E * logs[(t.batch * heads + head) * tokens + t.first + row];
                     }
-                    for (int64_t j = 0; j < squares; j++) {
-                        for (int64_t i = j; i < squares; i++) {
-                            float score[SIDE * SIDE], dp[SIDE * SIDE];
-                            uint32_t ds_pairs[SIDE / 2 * SIDE];
-                            bf16 *p_square = p + i * SIDE * SIDE, *ds_square = ds + i * SIDE * SIDE;
-                            multiply(keys + j * SIDE * size, 2 * size, 64, q_turned + i * SIDE * size / 2,
-                                     4 * SIDE, 64 * SIDE, size / 32, score, 4 * SIDE, 1);
-                            multiply(values + j * SIDE * size, 2 * size, 64, grad_turned + i * SIDE * size / 2,
-                                     4 * SIDE, 64 * SIDE, size / 32, dp, 4 * SIDE, 1);
-                            const __m512 factor = _mm512_set1_ps(scale * LOG2E), times = _mm512_set1_ps(scale);
-                            for (int r = 0; r < SIDE; r += 2) {
-                                __m512 of_p[2][2], of_ds[2][2];
-                                for (int n = 0; n < 2; n++)
-                                    for (int e = 0; e < 2; e++) {
-                                        const int64_t at = (r + n) * SIDE + 16 * e, query = i * SIDE + 16 * e;
-                                        __m512 y = _mm512_fmsub_ps(_mm512_loadu_ps(score + at), factor, _mm512_loadu_ps(log_sums + query));
-                                        y = _mm512_maskz_mov_ps(seen(i == j, r + n, 16 * e), power_of_2(y));
-                                        of_p[n][e] = y;
-                                        y = _mm512_mul_ps(y, _mm512_sub_ps(_mm512_loadu_ps(dp + at), _mm512_loadu_ps(inner + query)));
-                                        of_ds[n][e] = _mm512_mul_ps(y, times);
-                                    }
-                                for (int n = 0; n < 2; n++) {
-                                    _mm512_storeu_si512(p_square + (r + n) * SIDE, (__m512i)_mm512_cvtne2ps_pbh(of_p[n][1], of_p[n][0]));
-                                    _mm512_storeu_si512(ds_square + (r + n) * SIDE, (__m512i)_mm512_cvtne2ps_pbh(of_ds[n][1], of_ds[n][0]));
-                                }
-                                for (int e = 0; e < 2; e++)
-                                    _mm512_storeu_si512(ds_pairs + r / 2 * SIDE + 16 * e, interleave((__m512i)_mm512_cvtne2ps_pbh(of_ds[1][e], of_ds[0][e])));
-                            }
-                            for (int64_t c = 0; c < size; c += SIDE) /* transposed, too */
-                                multiply(k_transposed + (j * size + c) * SIDE / 2, 2 * SIDE, 0, ds_pairs, 4 * SIDE, 0, 1,
-                                         sum_q + (i * size + c) * SIDE, 4 * SIDE, j == 0);
-                        }
-                        for (int64_t c = 0; c < size; c += SIDE) {
-                            multiply(p + j * SIDE * SIDE, 64, 64 * SIDE, grad_pairs + j * SIDE / 2 * size + c, 4 * size,
-                                     64 * size, squares - j, sum_v + j * SIDE * size + c, 4 * size, h == g * groups);
-                            multiply(ds + j * SIDE * SIDE, 64, 64 * SIDE, q_pairs + j * SIDE / 2 * size + c, 4 * size,
-                                     64 * size, squares - j, sum_k + j * SIDE * size + c, 4 * size, h == g * groups);
-                        }
-                    }
-                    for (int64_t t = 0; t < length; t += 16)
-                        write_queries(sum_q + t / SIDE * SIDE * size + t % SIDE, SIDE, size, NULL, length - t,
-                                      grad_q + ((batch * tokens + first + t) * heads + h) * size, heads * size);
+                    differentiate(&t, head == g * groups);
+                    for (int64_t row = 0; row < t.length; row += 16)
+                        write_queries(t.sum_q + row / SIDE * SIDE * size + row % SIDE, SIDE, size, NULL, t.length - row,
+                                      grad_q + place(&t, row, heads, head), heads * size);
                 }
-                for (int64_t t = 0; t < length; t++) {
-                    const int64_t to = ((batch * tokens + first + t) * kv_heads + g) * size;
+                for (int64_t row = 0; row < t.length; row++) {
+                    const int64_t to = place(&t, row, heads / groups, g);
                     for (int64_t c = 0; c < size; c++) {
-                        grad_k[to + c] = to_bf16(sum_k[t * size + c]);
-                        grad_v[to + c] = to_bf16(sum_v[t * size + c]);
+                        grad_k[to + c] = to_bf16(t.sum_k[row * size + c]);
+                        grad_v[to + c] = to_bf16(t.sum_v[row * size + c]);
                     }
                 }
             }

@@ -4,9 +4,9 @@
  *     out[t] = row_scale[k] column_scale * (q[k] W) for t = index[k],    q[k] = round(x[t] / row_scale[k])
  *
  * Both instructions multiply unsigned with signed bytes and add four products to each 32-bit sum. The weight is the
- * unsigned one, w + 128, so what has to be taken off, 128 sum(q[k]), is one number a row. Vectors: a block of BLOCK rows
- * by two vectors of columns stays in registers over the whole depth, BLOCK + 2 loads for 2 BLOCK dots. Matrices: 2 x 2
- * tiles of sums do, over a stretch of the depth whose part of the weight stays in the first cache.
+ * unsigned one, w + 128, so what has to be taken off, 128 sum(q[k]), is one number a row. Vectors: a block of BLOCK
+ * rows by two vectors of columns stays in registers over the whole depth, BLOCK + 2 loads for 2 BLOCK dots. Matrices:
+ * 2 x 2 tiles of sums do, over a stretch of the depth whose part of the weight stays in the first cache.
  *
  * The file includes itself once for float32 and once for bfloat16, as rows.c does, whose names it uses.
  */
@@ -35,9 +35,12 @@ static inline ints dot(ints sum, ints u, ints s) { return _mm256_dpbusd_avx_epi3
 
 static inline int64_t up_to(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
 
+/* sum + start, which wrap where the one and the other are too large for 32 bits and together are not */
+static inline float whole(int32_t sum, int32_t start) { return (float)(int32_t)((uint32_t)sum + (uint32_t)start); }
+
 #define PANEL (2 * LANES) /* columns of the weight that lie together */
 
-#if defined(__AMX_INT8__) && defined(__linux__)
+#if defined(__AMX_INT8__) && defined(__linux__) && LANES == 16 && !defined(NO_TILES)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define TILE 16                 /* rows of a tile, of 64 bytes each */
@@ -49,31 +52,34 @@ static inline int64_t up_to(int64_t number, int64_t step) { return (number + ste
 
 static int matrices;
 
-static void configure_tiles(void) {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } all = {.palette = 1};
-    for (int i = 0; i < 8; i++) all.bytes[i] = 64, all.rows[i] = TILE;
-    _tile_loadconfig(&all);
-}
+/* Eight tiles of 16 rows of 64 bytes. Constant, as older compilers think that only its first bytes are read. */
+static const struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} all_tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+static void configure_tiles(void) { _tile_loadconfig(&all_tiles); }
+
+/* Compilers are not told that loading a tile reads memory: what was written before must be there. */
+#define BEFORE_TILES __asm__ volatile("" ::: "memory")
 
 /* sums[r, c] = (first ? 0 : sums[r, c]) + sum_k q[r, k] (w[k, c] + 128) for SQUARE rows and k < deep. Meanwhile fetches
  * `lines` cache lines from `ahead` on with each step: a panel is new to this core when its turn comes. */
 static void square(const int8_t *q, int64_t depth, int64_t deep, const uint8_t *panel, int first, const uint8_t *ahead,
                    int64_t lines, int32_t *sums) {
     const int64_t bytes = PANEL * sizeof(int32_t);
+    char *at = (char *)sums, *below = at + TILE * bytes; /* older compilers' macros add what is added here in bytes */
+    BEFORE_TILES;
     if (first) {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
     } else {
-        _tile_loadd(0, sums, bytes);
-        _tile_loadd(1, sums + TILE, bytes);
-        _tile_loadd(2, sums + TILE * PANEL, bytes);
-        _tile_loadd(3, sums + TILE * PANEL + TILE, bytes);
+        _tile_loadd(0, at, bytes);
+        _tile_loadd(1, at + 64, bytes);
+        _tile_loadd(2, below, bytes);
+        _tile_loadd(3, below + 64, bytes);
     }
     for (int64_t k = 0; k < deep; k += DEEP, q += DEEP, panel += DEEP * PANEL) {
         _tile_loadd(4, panel, 4 * PANEL);
@@ -86,10 +92,10 @@ static void square(const int8_t *q, int64_t depth, int64_t deep, const uint8_t *
         _tile_dpbsud(3, 7, 5);
         for (int64_t line = 0; line < lines; line++, ahead += 64) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
     }
-    _tile_stored(0, sums, bytes);
-    _tile_stored(1, sums + TILE, bytes);
-    _tile_stored(2, sums + TILE * PANEL, bytes);
-    _tile_stored(3, sums + TILE * PANEL + TILE, bytes);
+    _tile_stored(0, at, bytes);
+    _tile_stored(1, at + 64, bytes);
+    _tile_stored(2, below, bytes);
+    _tile_stored(3, below + 64, bytes);
 }
 
 #else
@@ -202,7 +208,7 @@ void EACH(pack_columns)(const TYPE *w, int64_t rows, int64_t columns, int64_t st
     }
 }
 
-/* A block's rows k, ... k + count, of the panel that begins at column j, from their sums: out[t, j + c] =
+/* A block's rows k, ..., k + count - 1 of the panel that begins at column j, from their sums: out[t, j + c] =
  * scales[k] column_scale[j + c] (sums[., c] + starts[k]); starts: NULL where the sums have them already */
 static inline void EACH(write_block)(const int32_t *sums, int64_t k, int64_t count, int64_t j, const int64_t *index,
                                      const int32_t *starts, const float *scales, const float *column_scale,
@@ -215,9 +221,9 @@ static inline void EACH(write_block)(const int32_t *sums, int64_t k, int64_t cou
         const int32_t start = starts ? starts[k] : 0;
         if (width == PANEL) {
             #pragma omp simd
-            for (int c = 0; c < PANEL; c++) to[c] = EACH(to)((float)(sums[c] + start) * (scale * column[c]));
+            for (int c = 0; c < PANEL; c++) to[c] = EACH(to)(whole(sums[c], start) * (scale * column[c]));
         } else {
-            for (int c = 0; c < width; c++) to[c] = EACH(to)((float)(sums[c] + start) * (scale * column[c]));
+            for (int c = 0; c < width; c++) to[c] = EACH(to)(whole(sums[c], start) * (scale * column[c]));
         }
     }
 }
@@ -239,7 +245,8 @@ static void EACH(vector_products)(const int8_t *q, int64_t depth, const int64_t 
                 if (BLOCK > 6 && count > 8 && count < BLOCK) count = count > 10 ? 6 : 5; /* 9, 10, 11 in two */
                 ints sums[BLOCK][2];
                 blocks(q + k * depth, depth, packed + p * depth * PANEL, starts + k, count, sums);
-                EACH(write_block)((const int32_t *)sums, k, count, p * PANEL, index, NULL, scales, column_scale, columns, out);
+                EACH(write_block)((const int32_t *)sums, k, count, p * PANEL, index, NULL, scales, column_scale, columns,
+                                  out);
                 k += count;
             }
         }
@@ -255,7 +262,7 @@ static void EACH(matrix_products)(const int8_t *q, int64_t depth, const int64_t 
     int64_t most = CHUNK / depth < MOST_ROWS ? CHUNK / depth : MOST_ROWS;
     most = most < SQUARE ? SQUARE : most;
     int64_t chunks = (kept + most - 1) / most;
-    if (kept >= 2 * SQUARE * threads) chunks = up_to(chunks, threads); /* so that it has the rows it quantised */
+    if (kept >= 2 * SQUARE * threads) chunks = up_to(chunks, threads); /* about the rows it has quantised */
     const int64_t chunk = kept ? up_to((kept + chunks - 1) / chunks, SQUARE) : SQUARE;
     chunks = (kept + chunk - 1) / chunk;
     const int64_t stretches = depth < STRETCH ? 1 : (depth + STRETCH / 2) / STRETCH;
@@ -301,15 +308,17 @@ void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t
             int32_t sum = 0;
             #pragma omp simd reduction(+ : sum)
             for (int64_t i = 0; i < rows; i++) sum += q[i];
-            starts[k] = -128 * sum;
+            starts[k] = (int32_t)(-128 * (uint32_t)sum);
             if (factor) scales[k] *= factor[k];
         }
         #ifdef TILE
-        if (matrices)
-            EACH(matrix_products)(scratch, depth, index, kept, packed, starts, scales, column_scale, columns, out, threads);
+        if (matrices && rows)
+            EACH(matrix_products)(scratch, depth, index, kept, packed, starts, scales, column_scale, columns, out,
+                                  threads);
         else
         #endif
-            EACH(vector_products)(scratch, depth, index, kept, packed, starts, scales, column_scale, columns, out, threads);
+            EACH(vector_products)(scratch, depth, index, kept, packed, starts, scales, column_scale, columns, out,
+                                  threads);
         if (position && fill) {
             #pragma omp for schedule(static) nowait
             for (int64_t t = 0; t < tokens; t++)
