@@ -153,13 +153,13 @@ typedef struct {
     int64_t batch, first, length, padded, squares; /* of the sequence: its row, first token, tokens, up to SIDE */
     int64_t tokens, heads, groups, size;           /* of the whole: in a row; of queries; of these to one of keys */
     float scale;
-    bf16 *keys, *values, *plain;                            /* (padded, size) */
-    uint32_t *transposed, *turned, *pairs;                  /* as many bytes: of the keys or values; of the queries */
-    uint32_t *grad_turned, *grad_pairs;                     /* of the gradient */
-    float *sum_q, *sum_k, *sum_v;                           /* (padded, size), the first as (squares, size, SIDE) */
-    float *scores, *logs, *inner;                           /* (padded, SIDE); (padded): L in base 2, D */
-    uint32_t *p_pairs;                                      /* (padded / 2, SIDE) */
-    bf16 *p, *ds;                                           /* (squares, SIDE, SIDE), of one column of squares */
+    bf16 *keys, *values, *plain;           /* (padded, size) */
+    uint32_t *transposed, *turned, *pairs; /* as many bytes: of the keys or values; of the queries */
+    uint32_t *grad_turned, *grad_pairs;    /* of the gradient */
+    float *sum_q, *sum_k, *sum_v;          /* (padded, size), the first as (squares, size, SIDE) */
+    float *scores, *logs, *inner;          /* (padded, SIDE); (padded): L in base 2, D */
+    uint32_t *p_pairs;                     /* (padded / 2, SIDE) */
+    bf16 *p, *ds;                          /* (squares, SIDE, SIDE), of one column of squares */
 } task;
 
 /* The next `bytes` of the work space, of which `used` are taken; nothing but counted where there is none. */
