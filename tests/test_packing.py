@@ -173,6 +173,9 @@ def test_short_sequences_are_packed_for_their_attention(monkeypatch: pytest.Monk
     full = ragged([32, 32, 32])
     monkeypatch.setattr(attention.kernels, "attends", lambda: True)
     assert pack(full, torch.bfloat16) is None
+    nearly = ragged([32] * 7 + [29])
+    assert pack(nearly, torch.bfloat16) is not None  # tiles take no mask
+    assert pack(nearly) is None
     monkeypatch.setattr(attention.kernels, "attends", lambda: False)
     packed = pack(full, torch.bfloat16)
     assert packed is not None

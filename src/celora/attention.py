@@ -80,9 +80,14 @@ def attention(
     return torch.cat(found, dim=1), None
 
 
-def packing_pays(device: torch.device, dtype: torch.dtype, length: int) -> bool:
-    """Whether a batch without padding, of at most so many tokens a row, has a faster attention if it is packed."""
-    return _short(device, dtype, length) and not kernels.attends()
+def packing_pays(dtype: torch.dtype, length: int, mask: Tensor | None, device: torch.device) -> bool:
+    """Whether packing makes attention faster where it saves next to no tokens, at most `length` in a row.
+
+    For tiles if there is a mask, which they do not take; else for the float32 backward, which only packed ones do.
+    """
+    if not kernels.attends():
+        return _short(device, dtype, length)
+    return device.type == "cpu" and dtype == torch.bfloat16 and mask is not None and not bool(mask.all())
 
 
 def _short(device: torch.device, dtype: torch.dtype, length: int) -> bool:

@@ -62,7 +62,7 @@ def pack(
     config: Any = model.config
     ours = config._attn_implementation == ATTENTION
     if total > (1 - _LEAST_SAVING) * rows * columns and not (
-        ours and packing_pays(input_ids.device, _dtype(model), max(lengths))
+        ours and packing_pays(_dtype(model), max(lengths), attention_mask, input_ids.device)
     ):
         return None
     window = getattr(config, "sliding_window", None)
