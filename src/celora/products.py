@@ -178,9 +178,9 @@ class Int8(_EightBit):
 
     On x86 CPUs with 8-bit dot products, of vectors (VNNI) or matrices (AMX), the copy of the weight takes one byte a
     number, packed for a kernel of ours that gathers, quantises, multiplies, scales and scatters in one call; or, where
-    our kernels could not be built, for oneDNN's quantised linear. Elsewhere, and with `copy=False`, which quantises the
-    weight anew for each product, through `torch._int_mm`. The passes around those are compiled C where `celora.kernels`
-    could be built, else torch operators; float16 on CPU always takes the latter.
+    it could not be built, or not for the AMX that is there, for oneDNN's quantised linear. Elsewhere, and with
+    `copy=False`, which quantises the weight anew for each product, through `torch._int_mm`. The passes around those are
+    compiled C where `celora.kernels` could be built, else torch operators; float16 on CPU always takes the latter.
     """
 
     name = "int8"

@@ -100,19 +100,7 @@ static void pair_rows(const bf16 *from, int64_t rows, int64_t size, uint32_t *to
 static inline void multiply(const void *a, int64_t a_stride, int64_t a_step, const void *b, int64_t b_stride,
                             int64_t b_step, int64_t steps, float *c, int64_t c_stride, int first) {
     const char *rows = a, *columns = b;
-    char *sums = (char *)c, *below = sums + 16 * c_stride;
-    BEFORE_TILES;
-    if (first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, c_stride);
-        _tile_loadd(1, sums + 64, c_stride);
-        _tile_loadd(2, below, c_stride);
-        _tile_loadd(3, below + 64, c_stride);
-    }
+    begin_sums(c, c_stride, first);
     for (int64_t k = 0; k < steps; k++, rows += a_step, columns += b_step) {
         _tile_loadd(4, columns, b_stride);
         _tile_loadd(6, rows, a_stride);
@@ -123,10 +111,7 @@ static inline void multiply(const void *a, int64_t a_stride, int64_t a_step, con
         _tile_dpbf16ps(2, 7, 4);
         _tile_dpbf16ps(3, 7, 5);
     }
-    _tile_stored(0, sums, c_stride);
-    _tile_stored(1, sums + 64, c_stride);
-    _tile_stored(2, below, c_stride);
-    _tile_stored(3, below + 64, c_stride);
+    end_sums(c, c_stride);
 }
 
 /* Which of 16 queries, of which the first is `query` of its square, see key `key` of the square. */
@@ -151,7 +136,7 @@ static inline void write_queries(const float *sums, int64_t stride, int64_t size
 /* What one thread is at: a sequence, and where it works. */
 typedef struct {
     int64_t batch, first, length, padded, squares; /* of the sequence: its row, first token, tokens, up to SIDE */
-    int64_t tokens, heads, groups, size;           /* of the whole: in a row; of queries; of these to one of keys */
+    int64_t tokens, heads, size;                   /* in a row of the batch; of queries; numbers in a head */
     float scale;
     bf16 *keys, *values, *plain;           /* (padded, size) */
     uint32_t *transposed, *turned, *pairs; /* as many bytes: of the keys or values; of the queries */
@@ -202,9 +187,10 @@ int64_t attention_work(int64_t longest, int64_t size, int backward) {
     return lay_out(&t, NULL, backward);
 }
 
-static void begin(task *t, const int64_t sequence[3]) {
+static void begin(task *t, const int64_t sequence[3], char *work, int backward) {
     t->batch = sequence[0], t->first = sequence[1], t->length = sequence[2];
     t->padded = up_to(t->length, SIDE), t->squares = t->padded / SIDE;
+    lay_out(t, work, backward);
 }
 
 /* One head's rows of the sequence, and zeros up to `padded` */
@@ -213,6 +199,12 @@ static void copy_rows(const task *t, const bf16 *x, strides of, int64_t head, bf
     for (int64_t row = 0; row < t->length; row++)
         memcpy(to + row * t->size, x + row * of.token, (size_t)t->size * sizeof(bf16));
     memset(to + t->length * t->size, 0, (size_t)((t->padded - t->length) * t->size) * sizeof(bf16));
+}
+
+/* The keys or values, transposed */
+static void transpose_rows(const task *t, const bf16 *rows) {
+    pair_rows(rows, t->padded, t->size, t->pairs);
+    turn(t->pairs, t->squares, SIDE / 2, t->size, t->transposed);
 }
 
 /* Where the sequence's token has its numbers in a tensor of (tokens, heads, size) */
@@ -284,16 +276,14 @@ void attention_bf16(const bf16 *q, const bf16 *k, const bf16 *v, const strides *
                     int64_t work_bytes, bf16 *out, float *logs, int threads) {
     #pragma omp parallel num_threads(threads)
     {
-        task t = {.tokens = tokens, .heads = heads, .groups = groups, .size = size, .scale = scale};
+        task t = {.tokens = tokens, .heads = heads, .size = size, .scale = scale};
         configure_tiles();
         #pragma omp for collapse(2) schedule(dynamic) nowait
         for (int64_t s = 0; s < count; s++)
             for (int64_t g = 0; g < heads / groups; g++) {
-                begin(&t, sequences + 3 * s);
-                lay_out(&t, work + omp_get_thread_num() * work_bytes, 0);
+                begin(&t, sequences + 3 * s, work + omp_get_thread_num() * work_bytes, 0);
                 copy_rows(&t, v, of[2], g, t.plain);
-                pair_rows(t.plain, t.padded, size, t.pairs);
-                turn(t.pairs, t.squares, SIDE / 2, size, t.transposed);
+                transpose_rows(&t, t.plain);
                 copy_rows(&t, k, of[1], g, t.keys);
                 for (int64_t head = g * groups; head < (g + 1) * groups; head++) {
                     copy_rows(&t, q, of[0], head, t.plain);
@@ -364,17 +354,15 @@ void attention_backward_bf16(const bf16 *q, const bf16 *k, const bf16 *v, const 
                              const float *logs, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v, int threads) {
     #pragma omp parallel num_threads(threads)
     {
-        task t = {.tokens = tokens, .heads = heads, .groups = groups, .size = size, .scale = scale};
+        task t = {.tokens = tokens, .heads = heads, .size = size, .scale = scale};
         configure_tiles();
         #pragma omp for collapse(2) schedule(dynamic) nowait
         for (int64_t s = 0; s < count; s++)
             for (int64_t g = 0; g < heads / groups; g++) {
-                begin(&t, sequences + 3 * s);
-                lay_out(&t, work + omp_get_thread_num() * work_bytes, 1);
+                begin(&t, sequences + 3 * s, work + omp_get_thread_num() * work_bytes, 1);
                 copy_rows(&t, v, of[2], g, t.values);
                 copy_rows(&t, k, of[1], g, t.keys);
-                pair_rows(t.keys, t.padded, size, t.pairs);
-                turn(t.pairs, t.squares, SIDE / 2, size, t.transposed);
+                transpose_rows(&t, t.keys);
                 for (int64_t head = g * groups; head < (g + 1) * groups; head++) {
                     copy_rows(&t, q, of[0], head, t.plain);
                     turn(t.plain, t.squares, SIDE, size / 2, t.turned);

@@ -63,12 +63,9 @@ static void configure_tiles(void) { _tile_loadconfig(&all_tiles); }
 /* Compilers are not told that loading a tile reads memory: what was written before must be there. */
 #define BEFORE_TILES __asm__ volatile("" ::: "memory")
 
-/* sums[r, c] = (first ? 0 : sums[r, c]) + sum_k q[r, k] (w[k, c] + 128) for SQUARE rows and k < deep. Meanwhile fetches
- * `lines` cache lines from `ahead` on with each step: a panel is new to this core when its turn comes. */
-static void square(const int8_t *q, int64_t depth, int64_t deep, const uint8_t *panel, int first, const uint8_t *ahead,
-                   int64_t lines, int32_t *sums) {
-    const int64_t bytes = PANEL * sizeof(int32_t);
-    char *at = (char *)sums, *below = at + TILE * bytes; /* older compilers' macros add what is added here in bytes */
+/* The first four tiles, two by two, begin at the sums that are there, or at zero; rows `stride` bytes apart. */
+static inline void begin_sums(const void *sums, int64_t stride, int first) {
+    const char *at = sums, *below = at + TILE * stride; /* older compilers' macros add what is added in them in bytes */
     BEFORE_TILES;
     if (first) {
         _tile_zero(0);
@@ -76,11 +73,27 @@ static void square(const int8_t *q, int64_t depth, int64_t deep, const uint8_t *
         _tile_zero(2);
         _tile_zero(3);
     } else {
-        _tile_loadd(0, at, bytes);
-        _tile_loadd(1, at + 64, bytes);
-        _tile_loadd(2, below, bytes);
-        _tile_loadd(3, below + 64, bytes);
+        _tile_loadd(0, at, stride);
+        _tile_loadd(1, at + 64, stride);
+        _tile_loadd(2, below, stride);
+        _tile_loadd(3, below + 64, stride);
     }
+}
+
+static inline void end_sums(void *sums, int64_t stride) {
+    char *at = sums, *below = at + TILE * stride;
+    _tile_stored(0, at, stride);
+    _tile_stored(1, at + 64, stride);
+    _tile_stored(2, below, stride);
+    _tile_stored(3, below + 64, stride);
+}
+
+/* sums[r, c] = (first ? 0 : sums[r, c]) + sum_k q[r, k] (w[k, c] + 128) for SQUARE rows and k < deep. Meanwhile fetches
+ * `lines` cache lines from `ahead` on with each step: a panel is new to this core when its turn comes. */
+static void square(const int8_t *q, int64_t depth, int64_t deep, const uint8_t *panel, int first, const uint8_t *ahead,
+                   int64_t lines, int32_t *sums) {
+    const int64_t bytes = PANEL * sizeof(int32_t);
+    begin_sums(sums, bytes, first);
     for (int64_t k = 0; k < deep; k += DEEP, q += DEEP, panel += DEEP * PANEL) {
         _tile_loadd(4, panel, 4 * PANEL);
         _tile_loadd(6, q, depth);
@@ -92,10 +105,7 @@ static void square(const int8_t *q, int64_t depth, int64_t deep, const uint8_t *
         _tile_dpbsud(3, 7, 5);
         for (int64_t line = 0; line < lines; line++, ahead += 64) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
     }
-    _tile_stored(0, at, bytes);
-    _tile_stored(1, at + 64, bytes);
-    _tile_stored(2, below, bytes);
-    _tile_stored(3, below + 64, bytes);
+    end_sums(sums, bytes);
 }
 
 #else
