@@ -1,10 +1,13 @@
 """How much of the LoRA gradient a given share of `grad_input` time buys: plans at many fidelities.
 
-Two models: SmolLM2-135M-Instruct after eight exact steps on the Python language reference, and random weights of a
-Llama shape with hidden size 2048. Every token labelled, and 70 % of the tokens without a label (as prompts are).
-T = 1024 tokens, bf16 (`--dtype float32` for CPUs that emulate it), LoRA r=16 on all linear layers. Cosine is audited on
-a batch that planning did not use, time is measured inside whole backward passes, both over the exact ones of the same
-dtype. Writes `results/frontier-bfloat16.jsonl`; `python benchmarks/tables.py` makes the tables and the picture.
+SmolLM2-135M-Instruct after eight exact steps on the Python language reference; the shape with hidden size 2048 of the
+benchmark of whole steps, of random weights, after fifteen on the same text; and random weights on random tokens, whose
+labels have nothing that could be learned: every token weighs the same there, and nothing can be left out cheaply. Every
+token labelled, and 70 % of the tokens without a label (as prompts are). T = 1024 tokens, bf16 (`--dtype float32` for
+CPUs that emulate it), LoRA r=16 on all linear layers. Cosine is audited on the sum of eight batches that planning did
+not use otherwise, time is measured inside whole backward passes, both over the exact ones of the same dtype. Writes
+`results/frontier-bfloat16.jsonl`, or, on a CPU with matrix instructions, `frontier-bfloat16-amx.jsonl`;
+`python benchmarks/tables.py` makes the tables and the pictures.
 """
 
 from __future__ import annotations
@@ -22,29 +25,35 @@ from transformers.utils import logging
 
 import fidelity
 import rows
-from celora.planner import make_plans
+from celora import kernels
+from celora.planner import MOST_BATCHES, make_plans
 from celora.train.allocator import keep_freed_memory
 from celora.train.assets import demo_model
+from celora.train.bench import Cell, shape_config
 
 FIDELITIES = [0.9, 0.95, 0.98, 0.99, 0.998]
 BATCH = 8
+Batches = list[dict[str, torch.Tensor]]
 
 
-def smollm(dtype: torch.dtype) -> tuple[PeftModel, list[dict[str, torch.Tensor]]]:
-    fidelity.BATCH = BATCH
-    batches = fidelity.text_batches(0)
+def smollm(dtype: torch.dtype) -> tuple[PeftModel, Batches]:
+    batches = _text()
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype)
-    model = _adapted(base)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
-    for batch in batches[:8]:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, batches[8:11]
+    model = _adapted(AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype))
+    return _warmed_up(model, batches, steps=8)
 
 
-def hidden_2048(dtype: torch.dtype) -> tuple[PeftModel, list[dict[str, torch.Tensor]]]:
+def hidden_2048(dtype: torch.dtype) -> tuple[PeftModel, Batches]:
+    batches = _text()
+    # Numbered anew: embeddings are random, so which word has which number does not matter.
+    _, numbered = torch.unique(torch.stack([batch["input_ids"] for batch in batches]), return_inverse=True)
+    batches = [{"input_ids": ids, "labels": ids.clone()} for ids in numbered]
+    torch.manual_seed(0)
+    model = _adapted(LlamaForCausalLM(shape_config(Cell("h2048-v32k", "full"))).to(dtype))
+    return _warmed_up(model, batches, steps=fidelity.WARM_UP)
+
+
+def random_tokens(dtype: torch.dtype) -> tuple[PeftModel, Batches]:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=3, num_attention_heads=32, num_key_value_heads=8,
@@ -55,8 +64,23 @@ def hidden_2048(dtype: torch.dtype) -> tuple[PeftModel, list[dict[str, torch.Ten
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.01)  # as after some training: at zero lora_A has no gradient
     generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(0, 32000, (BATCH, fidelity.TOKENS), generator=generator) for _ in range(3)]
-    return model, [{"input_ids": i, "labels": i.clone()} for i in ids]
+    shape = MOST_BATCHES, BATCH, fidelity.TOKENS
+    return model, [{"input_ids": i, "labels": i.clone()} for i in torch.randint(0, 32000, shape, generator=generator)]
+
+
+def _text() -> Batches:
+    fidelity.BATCH = BATCH
+    return fidelity.text_batches(0)
+
+
+def _warmed_up(model: PeftModel, batches: Batches, *, steps: int) -> tuple[PeftModel, Batches]:
+    """The model after so many exact steps, and the batches that follow them."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
+    for batch in batches[:steps]:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, batches[steps : steps + MOST_BATCHES]
 
 
 def _adapted(base: Any) -> PeftModel:
@@ -65,7 +89,7 @@ def _adapted(base: Any) -> PeftModel:
     return model.train()
 
 
-MODELS = {"SmolLM2-135M": smollm, "hidden 2048": hidden_2048}
+MODELS = {"SmolLM2-135M": smollm, "hidden 2048": hidden_2048, "hidden 2048, random tokens": random_tokens}
 
 
 def study(name: str, dtype: torch.dtype, fidelities: list[float], memory_limit: int | None) -> list[dict[str, object]]:
@@ -104,7 +128,8 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable_progress_bar()
     keep_freed_memory()
-    results = rows.RESULTS / f"frontier-{options.dtype}.jsonl"
+    amx = "-amx" if kernels.matrix_instructions() and options.dtype == "bfloat16" else ""
+    results = rows.RESULTS / f"frontier-{options.dtype}{amx}.jsonl"
     asked = getattr(torch, options.dtype), options.fidelities, options.memory_limit
     found = [row for name in options.models for row in study(name, *asked)]
     others = [row for row in rows.found(results) if row["model"] not in options.models]

@@ -80,13 +80,18 @@ def frontier() -> str:
     return _frontier("bfloat16")
 
 
+def frontier_amx() -> str:
+    """The same where the CPU has matrix instructions."""
+    return _frontier("bfloat16-amx")
+
+
 def frontier_float32() -> str:
     """The same on a CPU that emulates bfloat16, against the float32 products that are the fast ones there."""
     return _frontier("float32")
 
 
-def _frontier(dtype: str) -> str:
-    file = rows.RESULTS / f"frontier-{dtype}.jsonl"
+def _frontier(which: str) -> str:
+    file = rows.RESULTS / f"frontier-{which}.jsonl"
     if not file.exists():
         return "Not measured yet."
     found = rows.read(file)
@@ -99,9 +104,15 @@ def _frontier(dtype: str) -> str:
     return (
         rows.markdown(["model", "labelled", "asked for", "predicted", "audited cosine", "grad_input time"], body)
         + f"\n\nT = {one['tokens']}, {one['dtype']}, {rows.where(one)}; "
-        "8-bit copies of the weights without a limit. "
-        "Audited on one batch, which also decided whether to allow less error."
+        f"8-bit copies of the weights without a limit. Audited on {_audited_on(found)}, which also decided whether "
+        "to allow less error."
     )
+
+
+def _audited_on(found: list[dict[str, Any]]) -> str:
+    numbers = {row["audited_batches"] for row in found}
+    words = ["one batch" if number == 1 else f"the sum of {number} batches" for number in sorted(numbers)]
+    return " or ".join(words)
 
 
 def training() -> str:
@@ -434,14 +445,14 @@ def _at(losses: dict[int, float], step: float) -> float:
     return losses[steps[low]] + along * (losses[steps[low + 1]] - losses[steps[low]])
 
 
-def frontier_picture() -> str:
+def frontier_picture(which: str) -> str:
     """Cosine against time as an SVG: one line for each model and labelling, the asked-for bars as they come."""
-    found = rows.read(rows.RESULTS / "frontier-bfloat16.jsonl")
-    width, height, left, top = 640, 360, 60, 20
+    found = rows.read(rows.RESULTS / f"frontier-{which}.jsonl")
+    width, height, left, top, right = 720, 360, 60, 20, 220
     low = min(0.75, *(row["audited_cosine"] for row in found))
 
     def at(time: float, cosine: float) -> tuple[float, float]:
-        return left + time * (width - left - 160), top + (1 - cosine) / (1 - low) * (height - top - 50)
+        return left + time * (width - left - right), top + (1 - cosine) / (1 - low) * (height - top - 50)
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
@@ -462,7 +473,14 @@ def frontier_picture() -> str:
         "cosine of the LoRA gradient</text>"
     )
     # Okabe and Ito's colours, and a marker of its own for each line: readable without seeing colours.
-    styles = [("#0072b2", "5"), ("#d55e00", "0"), ("#009e73", "5"), ("#cc79a7", "0")]
+    styles = [
+        ("#0072b2", "5"),
+        ("#d55e00", "0"),
+        ("#009e73", "5"),
+        ("#cc79a7", "0"),
+        ("#000000", "5"),
+        ("#56b4e9", "0"),
+    ]
     lines = list(dict.fromkeys((row["model"], row["masked"]) for row in found))
     for (model, masked), (colour, dash) in zip(lines, styles, strict=False):
         of = sorted(
@@ -475,10 +493,10 @@ def frontier_picture() -> str:
         )
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
         y = top + 14 + 34 * lines.index((model, masked))
-        parts.append(f'<circle cx="{width - 150}" cy="{y - 4}" r="4" fill="{colour}"/>')
+        parts.append(f'<circle cx="{width - right + 10}" cy="{y - 4}" r="4" fill="{colour}"/>')
         labels = "all labelled" if not masked else f"{1 - masked:.0%} labelled"
-        parts.append(f'<text x="{width - 140}" y="{y}">{model}</text>')
-        parts.append(f'<text x="{width - 140}" y="{y + 14}" fill="#555">{labels}</text>')
+        parts.append(f'<text x="{width - right + 20}" y="{y}">{model}</text>')
+        parts.append(f'<text x="{width - right + 20}" y="{y + 14}" fill="#555">{labels}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -488,6 +506,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "estimators": estimators,
     "with_amx": with_amx,
     "frontier": frontier,
+    "frontier_amx": frontier_amx,
     "frontier_float32": frontier_float32,
     "training": training,
     "training_code": training_code,
@@ -517,7 +536,8 @@ VALUES: dict[str, Callable[[], str]] = {
     "sensitivity_runs": functools.partial(sensitivity.NETWORK.furthest, means=False),
 }
 PICTURES: dict[str, Callable[[], str]] = {
-    "docs/frontier.svg": frontier_picture,
+    "docs/frontier.svg": functools.partial(frontier_picture, "bfloat16"),
+    "docs/frontier-amx.svg": functools.partial(frontier_picture, "bfloat16-amx"),
     "docs/convergence.svg": quality_tables.convergence_picture,
     "docs/sensitivity-network.svg": sensitivity.NETWORK.picture,
     "docs/sensitivity-language-model.svg": sensitivity.LANGUAGE_MODEL.picture,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import types
 from typing import Any
 
 import peft
@@ -370,6 +371,27 @@ def test_the_cheapest_choice_is_found_within_both_limits() -> None:
     assert table.cheapest(0.0, 100) == [0, 0, 0]
     assert table.cheapest(2.0, 0) == [2, 2, 2]
     assert table.cheapest(0.05, 5).count(1) <= 1
+
+
+@pytest.mark.parametrize("power", [0.4, 0.5, 1.0, 1.6])
+@pytest.mark.parametrize("factor", [0.05, 1.0, 8.0])
+def test_a_choice_is_found_however_wrong_the_prediction(power: float, factor: float) -> None:
+    """What an audit finds is a power of what the table expects here: layers' errors add up, or hide one another."""
+    settings = [LayerConfig("tokens", keep_ratio=1 - i / 40, rank=0) for i in range(1, 40)]
+    candidates = [Candidate(LayerConfig("dense"), 1.0, 0.0)]
+    candidates += [Candidate(setting, setting.keep_ratio, (1 - setting.keep_ratio) ** 1.5) for setting in settings]
+    layers = [PlannedLayer(str(i), 1, 1, 0.1 * (1 + i % 3), tuple(candidates), 0) for i in range(30)]
+    audits: list[float] = []
+
+    class Bench:
+        def audit(self, by_name: Any, chosen: dict[str, LayerConfig]) -> Any:
+            expected = sum(layers[int(name)].influence * (1 - of.keep_ratio) ** 3 for name, of in chosen.items())
+            audits.append(factor * expected**power)
+            return types.SimpleNamespace(cosine=(1 - min(1.0, audits[-1])) ** 0.5)
+
+    _, predicted = planner._choose(Bench(), {}, layers, 0.1, 1e9, [])  # type: ignore[arg-type]
+    assert 0.085 < 1 - predicted**2 <= 0.1
+    assert len(audits) <= 6
 
 
 def test_where_nothing_can_be_estimated_everything_stays_exact(model: PeftModel) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import statistics
 import time
 import warnings
@@ -60,7 +61,8 @@ _TIMED_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the tokens; times in between
 HEAD_SHARES = (0.3, 0.1, 0.03, 0.01)  # of the words, in the gradient of the logits
 _DISTURBANCE = 0.88  # the share of the squared norm that disturbed layers keep
 _DEPTHS, _MOST_KINDS, _FEW_LAYERS = 6, 8, 24
-_ROUNDS = 5
+_ROUNDS, _MOST_ROUNDS = 8, 12  # of choosing, once a choice will do, and until one does
+_AIM, _CLOSE = 0.96, 0.9  # of the squared error that is wanted: what to aim for, and what is near enough
 _VERIFICATIONS = 4
 _TOLERATED, _ROUNDING = 1.25, 1e-4  # times the squared error that was asked for, and more, after the last of them
 MOST_BATCHES = 10  # to select, to measure, and eight to verify
@@ -450,13 +452,14 @@ def _finish(
     """Choose, verify on the batches kept for it, and choose more carefully where they show less than was asked for."""
     by_name = {layer.name: layer for layer in layers}
     chosen, settings, predicted, audited, allowed = planned, {}, 1.0, 1.0, 1 - fidelity**2
+    tries: list[_Try] = []
     for _ in range(_VERIFICATIONS if planned else 0):
-        chosen, predicted = _choose(bench, by_name, planned, (1 - allowed) ** 0.5, memory_limit)
-        settings = {p.name: p.choice.setting for p in chosen if p.choice.setting.estimator != "dense"}
+        chosen, predicted = _choose(bench, by_name, planned, allowed, memory_limit, tries)
+        settings = _settings(chosen)
         audited = bench.audit(by_name, settings, bench.verifying).cosine if settings else 1.0
         if audited >= fidelity:
             break
-        allowed *= (1 - fidelity**2) / (1 - audited**2)
+        allowed = (1 - predicted**2) * (1 - fidelity**2) / (1 - audited**2)
     head = next((p for p in chosen if p.name == HEAD), None)
     chosen = [p for p in chosen if p is not head]
     of_head = {HEAD: setting} if (setting := settings.pop(HEAD, None)) else {}
@@ -656,30 +659,75 @@ def _probe_influence(bench: _Bench, layers: list[_Layer]) -> None:
         layer.influence = round(layer.influence, 8)
 
 
+@dataclass(frozen=True)
+class _Try:
+    """A choice, what squared error the table was to allow for it, and what its audit found."""
+
+    allowed: float
+    choice: tuple[int, ...]
+    found: float
+
+
 def _choose(
-    bench: _Bench, layers: Mapping[str, _Layer], planned: list[PlannedLayer], fidelity: float, memory_limit: int
+    bench: _Bench,
+    layers: Mapping[str, _Layer],
+    planned: list[PlannedLayer],
+    wanted: float,
+    memory_limit: int,
+    tries: list[_Try],
 ) -> tuple[list[PlannedLayer], float]:
-    """The cheapest choice whose audit reaches the fidelity, and the cosine predicted for it."""
-    wanted = 1 - fidelity**2
-    table = Table(planned)
-    rate = 1.0  # how much of the predicted error an audit finds
-    best: list[PlannedLayer] | None = None
-    best_predicted = 1.0
-    for _ in range(_ROUNDS):
-        choice = table.cheapest(wanted / rate, memory_limit)
-        chosen = [dataclasses.replace(p, chosen=i) for p, i in zip(planned, choice, strict=True)]
-        settings = {p.name: p.choice.setting for p in chosen if p.choice.setting.estimator != "dense"}
-        cosine = bench.audit(layers, settings).cosine if settings else 1.0
-        found, expected = 1 - cosine**2, table.error(choice)
-        faster = best is None or table.time(choice) < table.time([p.chosen for p in best])
-        if cosine >= fidelity and faster:
-            best, best_predicted = chosen, cosine
-        if expected == 0 or wanted == 0 or (cosine >= fidelity and found > 0.9 * wanted):
+    """The cheapest choice whose audit finds a squared error of at most `wanted`, and the cosine that it has there.
+
+    What a table allows and what an audit finds differ by a factor that is not constant: the next allowance is taken
+    from the `tries` so far. All is dense where none will do.
+    """
+    table, found_of = Table(planned), {of.choice: of.found for of in tries}
+    for round_ in range(_MOST_ROUNDS):
+        good = [of for of in tries if of.found <= wanted]
+        if good and (round_ >= _ROUNDS or wanted == 0 or max(of.found for of in good) > _CLOSE * wanted):
             break
-        rate = max(1e-6, found / expected) * (1.0 if cosine >= fidelity else 1.1)
-    if best is None:
-        return [dataclasses.replace(p, chosen=0) for p in planned], 1.0
-    return best, best_predicted
+        allowed = _next_allowance(tries, wanted)
+        choice = tuple(table.cheapest(allowed, memory_limit))
+        if choice not in found_of:
+            settings = _settings(_chosen(planned, choice))
+            found_of[choice] = 1 - bench.audit(layers, settings).cosine ** 2 if settings else 0.0
+        tries.append(_Try(allowed, choice, found_of[choice]))
+    good = [of for of in tries if of.found <= wanted]
+    best = min(good, key=lambda of: table.time(of.choice), default=_Try(0.0, (0,) * len(planned), 0.0))
+    return _chosen(planned, best.choice), math.sqrt(1 - best.found)
+
+
+def _next_allowance(tries: Sequence[_Try], wanted: float) -> float:
+    """What to allow next so that an audit finds somewhat less than `wanted`.
+
+    What is found grows with some power of what is allowed, which two tries tell: the nearest one on either side, or the
+    two nearest.
+    """
+    if not tries or wanted == 0:
+        return wanted
+
+    def distance(of: _Try) -> float:
+        return abs(math.log(max(of.found, 1e-12) / wanted))
+
+    nearest = min(tries, key=distance)
+    others = [of for of in tries if of.allowed != nearest.allowed]
+    across = [of for of in others if (of.found <= wanted) != (nearest.found <= wanted)]
+    power = 1.0
+    if others and nearest.found > 0:
+        other = min(across or others, key=distance)
+        grown = math.log(max(other.found, 1e-12) / nearest.found) / math.log(other.allowed / nearest.allowed)
+        power = min(2.0, max(0.25, grown))
+    factor = math.pow(_AIM * wanted / max(nearest.found, 1e-12), 1 / power)
+    return nearest.allowed * min(100.0, max(0.01, factor))
+
+
+def _chosen(planned: Sequence[PlannedLayer], choice: Sequence[int]) -> list[PlannedLayer]:
+    return [dataclasses.replace(p, chosen=i) for p, i in zip(planned, choice, strict=True)]
+
+
+def _settings(planned: Sequence[PlannedLayer]) -> dict[str, LayerConfig]:
+    """What was chosen for the layers that are not left dense."""
+    return {p.name: p.choice.setting for p in planned if p.choice.setting.estimator != "dense"}
 
 
 class Table:

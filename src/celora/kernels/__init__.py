@@ -246,8 +246,8 @@ def attends() -> bool:
 def pack_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
     """`round(w[i, j] inverse_scale[j])` of `w: (out, in)`, laid out for `gathered_product`: uint8."""
     rows, columns = w.shape
-    panel = panel_columns()
-    packed = torch.empty(-(-columns // panel), _up_to(rows, "depth") // 4, panel, 4, dtype=torch.uint8, device="cpu")
+    panel, step = panel_columns(), int(_loaded().depth_step())
+    packed = torch.empty(-(-columns // panel), -(-rows // step) * step // 4, panel, 4, dtype=torch.uint8, device="cpu")
     _call("pack_columns", w, w.data_ptr(), rows, columns, w.stride(0), inverse_scale.data_ptr(), packed.data_ptr())
     return packed
 
@@ -269,7 +269,7 @@ def gathered_product(
     """
     rows, depth = x.shape
     kept = rows if index is None else index.shape[0]
-    scratch = torch.empty(_up_to(kept, "rows"), packed.shape[1] * 4, dtype=torch.int8, device="cpu")
+    scratch = torch.empty(_scratch_bytes(kept, depth), dtype=torch.uint8, device="cpu")
     scales = torch.empty(kept, dtype=torch.float32, device="cpu")
     starts = torch.empty(kept, dtype=torch.int32, device="cpu")
     _call("gathered_product", x, x.data_ptr(), rows, depth, x.stride(0), _pointer(index), _pointer(position), kept,
@@ -283,7 +283,7 @@ def critical_product(
     """`gathered_product` of the rows that `choose_rows` chooses by their norms, in one call: (T, columns)."""
     rows, depth = x.shape
     out = x.new_empty(rows, columns)
-    work = torch.empty(rows * (8 + 4 * 4) + _up_to(rows, "rows") * packed.shape[1] * 4, dtype=torch.uint8, device="cpu")
+    work = torch.empty(rows * (8 + 4 * 4) + _scratch_bytes(rows, depth), dtype=torch.uint8, device="cpu")
     _call("critical_product", x, x.data_ptr(), rows, depth, x.stride(0), -1 if kept is None else kept, share,
           packed.data_ptr(), column_scale.data_ptr(), columns, work.data_ptr(), out.data_ptr())  # fmt: skip
     return out
@@ -334,6 +334,8 @@ def library() -> ctypes.CDLL | None:
     if loaded is None:
         return None
     loaded.choose_rows.restype = _N
+    if loaded.panel_columns():
+        loaded.scratch_bytes.argtypes, loaded.scratch_bytes.restype = [_N, _N], _N
     for name, types in (_SIGNATURES | (_DOT_SIGNATURES if loaded.panel_columns() else {})).items():
         for function in [name] if name == "choose_rows" else [f"{name}_{of}" for of in _NAMES.values()]:
             getattr(loaded, function).argtypes = types
@@ -429,15 +431,19 @@ def _instruction_set() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _call(name: str, typed: Tensor, *arguments: float | None) -> None:
+def _loaded() -> ctypes.CDLL:
     loaded = library()
     assert loaded is not None
-    getattr(loaded, f"{name}_{_NAMES[typed.dtype]}")(*arguments, torch.get_num_threads())
+    return loaded
 
 
-def _up_to(number: int, what: str) -> int:
-    """The number of rows, or of a packed weight's depth, rounded up to what the kernel steps by."""
-    return -(-number // (step := int(getattr(library(), f"{what}_step")()))) * step
+def _call(name: str, typed: Tensor, *arguments: float | None) -> None:
+    getattr(_loaded(), f"{name}_{_NAMES[typed.dtype]}")(*arguments, torch.get_num_threads())
+
+
+def _scratch_bytes(rows: int, depth: int) -> int:
+    """Bytes that the products of `dot.c` need for so many quantised rows."""
+    return int(_loaded().scratch_bytes(rows, depth))
 
 
 def _rows(tensor: Tensor) -> tuple[int, int]:
@@ -453,9 +459,7 @@ def _strides(*tensors: Tensor) -> Tensor:
 
 def _attention_work(sequences: Tensor, size: int, *, backward: bool) -> Tensor:
     """Memory for each thread to work in: (threads, bytes)."""
-    loaded = library()
-    assert loaded is not None
-    each = loaded.attention_work(int(sequences[:, 2].max()), size, backward)
+    each = _loaded().attention_work(int(sequences[:, 2].max()), size, backward)
     return torch.empty(torch.get_num_threads(), each, dtype=torch.uint8, device="cpu")
 
 

@@ -6,7 +6,8 @@
  * Both instructions multiply unsigned with signed bytes and add four products to each 32-bit sum. The weight is the
  * unsigned one, w + 128, so what has to be taken off, 128 sum(q[k]), is one number a row. Vectors: a block of BLOCK
  * rows by two vectors of columns stays in registers over the whole depth, BLOCK + 2 loads for 2 BLOCK dots. Matrices:
- * 2 x 2 tiles of sums do, over a stretch of the depth whose part of the weight stays in the first cache.
+ * 2 x 2 tiles of sums do, over a stretch of the depth whose part of the weight stays in the first cache, as the sums of
+ * a group of rows do between stretches.
  *
  * The file includes itself once for float32 and once for bfloat16, as rows.c does, whose names it uses.
  */
@@ -40,6 +41,21 @@ static inline float whole(int32_t sum, int32_t start) { return (float)(int32_t)(
 
 #define PANEL (2 * LANES) /* columns of the weight that lie together */
 
+#if LANES == 16 && defined(__AVX512BF16__)
+#define WIDE /* the sums of a panel's row are written by two vectors */
+static inline void two_f32(float *to, __m512 left, __m512 right) {
+    _mm512_storeu_ps(to, left);
+    _mm512_storeu_ps(to + LANES, right);
+}
+static inline void two_bf16(bf16 *to, __m512 left, __m512 right) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(right, left)); /* one instruction for ten */
+}
+static inline __m512 scaled(const int32_t *sums, ints start, __m512 scale, const float *column) {
+    const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(load(sums), start));
+    return _mm512_mul_ps(sum, _mm512_mul_ps(scale, _mm512_loadu_ps(column)));
+}
+#endif
+
 #if defined(__AMX_INT8__) && defined(__linux__) && LANES == 16 && !defined(NO_TILES)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -47,8 +63,8 @@ static inline float whole(int32_t sum, int32_t start) { return (float)(int32_t)(
 #define DEEP 64                 /* what the depth is rounded up to */
 #define SQUARE (2 * TILE)       /* rows, and columns, of a block of sums */
 #define STRETCH (8 * DEEP)      /* of the depth at a time, about: 16 KiB of a panel */
+#define GROUP (8 * SQUARE)      /* rows with their sums in the first cache: 32 KiB */
 #define CHUNK (1 << 20)         /* bytes of quantised rows at a time, for the second cache */
-#define MOST_ROWS 1024          /* and how many of them at most */
 
 static int matrices;
 
@@ -90,17 +106,17 @@ static inline void end_sums(void *sums, int64_t stride) {
 
 /* sums[r, c] = (first ? 0 : sums[r, c]) + sum_k q[r, k] (w[k, c] + 128) for SQUARE rows and k < deep. Meanwhile fetches
  * `lines` cache lines from `ahead` on with each step: a panel is new to this core when its turn comes. */
-static void square(const int8_t *q, int64_t depth, int64_t deep, const uint8_t *panel, int first, const uint8_t *ahead,
+static void square(const int8_t *q, int64_t stride, int64_t deep, const uint8_t *panel, int first, const uint8_t *ahead,
                    int64_t lines, int32_t *sums) {
     const int64_t bytes = PANEL * sizeof(int32_t);
     begin_sums(sums, bytes, first);
     for (int64_t k = 0; k < deep; k += DEEP, q += DEEP, panel += DEEP * PANEL) {
         _tile_loadd(4, panel, 4 * PANEL);
-        _tile_loadd(6, q, depth);
+        _tile_loadd(6, q, stride);
         _tile_dpbsud(0, 6, 4);
         _tile_loadd(5, panel + 64, 4 * PANEL);
         _tile_dpbsud(1, 6, 5);
-        _tile_loadd(7, q + TILE * depth, depth);
+        _tile_loadd(7, q + TILE * stride, stride);
         _tile_dpbsud(2, 7, 4);
         _tile_dpbsud(3, 7, 5);
         for (int64_t line = 0; line < lines; line++, ahead += 64) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
@@ -114,7 +130,7 @@ static void square(const int8_t *q, int64_t depth, int64_t deep, const uint8_t *
 #endif
 
 /* sums[r][h] = start[r] + sum_k q[r, k] (w[k, j] + 128) for the panel's columns j; rows: a constant */
-static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t depth, const uint8_t *panel,
+static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t stride, int64_t depth, const uint8_t *panel,
                                                         const int32_t *start, const int rows, ints sums[BLOCK][2]) {
     ints sum[BLOCK][2]; /* of its own: in registers */
     #pragma GCC unroll 16
@@ -124,7 +140,7 @@ static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t
         #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             int32_t four;
-            memcpy(&four, q + r * depth + k, 4);
+            memcpy(&four, q + r * stride + k, 4);
             const ints bytes = all(four);
             sum[r][0] = dot(sum[r][0], left, bytes);
             sum[r][1] = dot(sum[r][1], right, bytes);
@@ -134,20 +150,20 @@ static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t
     for (int r = 0; r < rows; r++) sums[r][0] = sum[r][0], sums[r][1] = sum[r][1];
 }
 
-static void blocks(const int8_t *q, int64_t depth, const uint8_t *panel, const int32_t *start, int rows,
+static void blocks(const int8_t *q, int64_t stride, int64_t depth, const uint8_t *panel, const int32_t *start, int rows,
                    ints sums[BLOCK][2]) {
     switch (rows) {
-        case BLOCK: block(q, depth, panel, start, BLOCK, sums); break;
+        case BLOCK: block(q, stride, depth, panel, start, BLOCK, sums); break;
         #if BLOCK > 6
-        case 8: block(q, depth, panel, start, 8, sums); break;
-        case 7: block(q, depth, panel, start, 7, sums); break;
-        case 6: block(q, depth, panel, start, 6, sums); break;
+        case 8: block(q, stride, depth, panel, start, 8, sums); break;
+        case 7: block(q, stride, depth, panel, start, 7, sums); break;
+        case 6: block(q, stride, depth, panel, start, 6, sums); break;
         #endif
-        case 5: block(q, depth, panel, start, 5, sums); break;
-        case 4: block(q, depth, panel, start, 4, sums); break;
-        case 3: block(q, depth, panel, start, 3, sums); break;
-        case 2: block(q, depth, panel, start, 2, sums); break;
-        default: block(q, depth, panel, start, 1, sums); break;
+        case 5: block(q, stride, depth, panel, start, 5, sums); break;
+        case 4: block(q, stride, depth, panel, start, 4, sums); break;
+        case 3: block(q, stride, depth, panel, start, 3, sums); break;
+        case 2: block(q, stride, depth, panel, start, 2, sums); break;
+        default: block(q, stride, depth, panel, start, 1, sums); break;
     }
 }
 
@@ -164,9 +180,22 @@ int panel_columns(void) {
 
 #ifdef LANES
 
-/* What the depth of a packed weight, and the rows that there is scratch for, are rounded up to. */
+/* What the depth of a packed weight is rounded up to. */
 int depth_step(void) { return DEEP; }
-int rows_step(void) { return SQUARE; }
+
+/* Bytes from one quantised row to the next. An odd number of cache lines: rows a power of two apart would share the
+ * same few places of the caches, 16 of which a tile needs at once. */
+static inline int64_t row_stride(int64_t depth) {
+#ifdef TILE
+    return up_to(depth, DEEP) | 64;
+#else
+    return up_to(depth, DEEP);
+#endif
+}
+
+/* Bytes of scratch for so many quantised rows, which may begin anywhere. */
+int64_t scratch_bytes(int64_t rows, int64_t depth) { return up_to(rows, SQUARE) * row_stride(depth) + 64; }
+static inline int8_t *aligned(void *scratch) { return (int8_t *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63); }
 
 /* Multiply with matrix instructions from now on, or with vectors again. Returns whether it will be matrices: they were
  * there when this was compiled, and the system, which has to be asked, lets this process use them. */
@@ -230,8 +259,14 @@ static inline void EACH(write_block)(const int32_t *sums, int64_t k, int64_t cou
         const float scale = scales[k];
         const int32_t start = starts ? starts[k] : 0;
         if (width == PANEL) {
+            #ifdef WIDE
+            const ints starts_all = all(start);
+            const __m512 scale_all = _mm512_set1_ps(scale), left = scaled(sums, starts_all, scale_all, column);
+            EACH(two)(to, left, scaled(sums + LANES, starts_all, scale_all, column + LANES));
+            #else
             #pragma omp simd
             for (int c = 0; c < PANEL; c++) to[c] = EACH(to)(whole(sums[c], start) * (scale * column[c]));
+            #endif
         } else {
             for (int c = 0; c < width; c++) to[c] = EACH(to)(whole(sums[c], start) * (scale * column[c]));
         }
@@ -239,7 +274,7 @@ static inline void EACH(write_block)(const int32_t *sums, int64_t k, int64_t cou
 }
 
 /* The products of `kept` quantised rows, on the threads that come here together. */
-static void EACH(vector_products)(const int8_t *q, int64_t depth, const int64_t *index, int64_t kept,
+static void EACH(vector_products)(const int8_t *q, int64_t stride, int64_t depth, const int64_t *index, int64_t kept,
                                   const uint8_t *packed, const int32_t *starts, const float *scales,
                                   const float *column_scale, int64_t columns, TYPE *out, int threads) {
     const int64_t panels = up_to(columns, PANEL) / PANEL, blocks_of_rows = up_to(kept, BLOCK) / BLOCK;
@@ -254,7 +289,7 @@ static void EACH(vector_products)(const int8_t *q, int64_t depth, const int64_t 
                 int count = end - k < BLOCK ? (int)(end - k) : BLOCK;
                 if (BLOCK > 6 && count > 8 && count < BLOCK) count = count > 10 ? 6 : 5; /* 9, 10, 11 in two */
                 ints sums[BLOCK][2];
-                blocks(q + k * depth, depth, packed + p * depth * PANEL, starts + k, count, sums);
+                blocks(q + k * stride, stride, depth, packed + p * depth * PANEL, starts + k, count, sums);
                 EACH(write_block)((const int32_t *)sums, k, count, p * PANEL, index, NULL, scales, column_scale, columns,
                                   out);
                 k += count;
@@ -265,12 +300,10 @@ static void EACH(vector_products)(const int8_t *q, int64_t depth, const int64_t 
 #ifdef TILE
 
 /* The same with tiles. A thread goes through all panels with a chunk of the rows that stays in its second cache. */
-static void EACH(matrix_products)(const int8_t *q, int64_t depth, const int64_t *index, int64_t kept,
+static void EACH(matrix_products)(const int8_t *q, int64_t stride, int64_t depth, const int64_t *index, int64_t kept,
                                   const uint8_t *packed, const int32_t *starts, const float *scales,
                                   const float *column_scale, int64_t columns, TYPE *out, int threads) {
-    const int64_t panels = up_to(columns, PANEL) / PANEL;
-    int64_t most = CHUNK / depth < MOST_ROWS ? CHUNK / depth : MOST_ROWS;
-    most = most < SQUARE ? SQUARE : most;
+    const int64_t panels = up_to(columns, PANEL) / PANEL, most = CHUNK / depth < SQUARE ? SQUARE : CHUNK / depth;
     int64_t chunks = (kept + most - 1) / most;
     if (kept >= 2 * SQUARE * threads) chunks = up_to(chunks, threads); /* about the rows it has quantised */
     const int64_t chunk = kept ? up_to((kept + chunks - 1) / chunks, SQUARE) : SQUARE;
@@ -281,20 +314,22 @@ static void EACH(matrix_products)(const int8_t *q, int64_t depth, const int64_t 
     #pragma omp for collapse(2) schedule(static) nowait
     for (int64_t part = 0; part < chunks; part++)
         for (int64_t p = 0; p < panels; p++) {
-            int32_t sums[MOST_ROWS * PANEL] __attribute__((aligned(64)));
-            const int64_t first = part * chunk, end = first + chunk < kept ? first + chunk : kept;
-            const int64_t squares = (end - first + SQUARE - 1) / SQUARE, lines = (SQUARE + squares - 1) / squares;
-            for (int64_t from = 0; from < depth; from += stretch) {
-                const int64_t deep = depth - from < stretch ? depth - from : stretch;
-                const uint8_t *here = packed + (p * depth + from) * PANEL, *ahead = here + deep * PANEL;
-                for (int64_t k = first; k < end; k += SQUARE, ahead += deep / DEEP * lines * 64) {
-                    int32_t *to = sums + (deep < depth ? k - first : 0) * PANEL;
-                    square(q + k * depth + from, depth, deep, here, from == 0, ahead, lines, to);
-                    if (from + deep == depth)
-                        EACH(write_block)(to, k, end - k < SQUARE ? end - k : SQUARE, p * PANEL, index, starts, scales,
-                                          column_scale, columns, out);
+            int32_t sums[GROUP * PANEL] __attribute__((aligned(64)));
+            const int64_t end = (part + 1) * chunk < kept ? (part + 1) * chunk : kept;
+            const int64_t squares = (end - part * chunk + SQUARE - 1) / SQUARE, lines = (SQUARE + squares - 1) / squares;
+            const uint8_t *panel = packed + p * depth * PANEL, *ahead = panel + depth * PANEL;
+            for (int64_t group = part * chunk; group < end; group += GROUP)
+                for (int64_t from = 0; from < depth; from += stretch) {
+                    const int64_t deep = depth - from < stretch ? depth - from : stretch;
+                    for (int64_t k = group; k < end && k < group + GROUP; k += SQUARE) {
+                        int32_t *to = sums + (k - group) * PANEL;
+                        square(q + k * stride + from, stride, deep, panel + from * PANEL, from == 0, ahead, lines, to);
+                        ahead += deep / DEEP * lines * 64;
+                        if (from + deep == depth)
+                            EACH(write_block)(to, k, end - k < SQUARE ? end - k : SQUARE, p * PANEL, index, starts,
+                                              scales, column_scale, columns, out);
+                    }
                 }
-            }
         }
     _tile_release();
 }
@@ -302,17 +337,18 @@ static void EACH(matrix_products)(const int8_t *q, int64_t depth, const int64_t 
 #endif
 
 /* out[index[k]] = factor[k] x[index[k]] W in 8 bits, all rows without index; factor: NULL for 1. Rows with position < 0
- * become 0 if fill. scratch: (kept, rows of W), rounded up to rows_step and depth_step. scales, starts: (kept,). */
+ * become 0 if fill. scratch: of scratch_bytes. scales, starts: (kept,). */
 void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, const int64_t *index,
                             const int32_t *position, int64_t kept, const float *factor, const uint8_t *packed,
-                            const float *column_scale, int64_t columns, int8_t *scratch, float *scales,
+                            const float *column_scale, int64_t columns, void *scratch, float *scales,
                             int32_t *starts, TYPE *out, int fill, int threads) {
-    const int64_t depth = up_to(rows, DEEP);
+    const int64_t depth = up_to(rows, DEEP), stride_of_q = row_stride(rows);
+    int8_t *quantised = aligned(scratch);
     #pragma omp parallel num_threads(threads)
     {
         #pragma omp for schedule(static)
         for (int64_t k = 0; k < kept; k++) {
-            int8_t *q = scratch + k * depth;
+            int8_t *q = quantised + k * stride_of_q;
             EACH(quantise_row)(x + (index ? index[k] : k) * stride, rows, 0.0f, (uint8_t *)q, scales + k);
             memset(q + rows, 0, (size_t)(depth - rows));
             int32_t sum = 0;
@@ -323,12 +359,12 @@ void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t
         }
         #ifdef TILE
         if (matrices && rows)
-            EACH(matrix_products)(scratch, depth, index, kept, packed, starts, scales, column_scale, columns, out,
-                                  threads);
+            EACH(matrix_products)(quantised, stride_of_q, depth, index, kept, packed, starts, scales, column_scale,
+                                  columns, out, threads);
         else
         #endif
-            EACH(vector_products)(scratch, depth, index, kept, packed, starts, scales, column_scale, columns, out,
-                                  threads);
+            EACH(vector_products)(quantised, stride_of_q, depth, index, kept, packed, starts, scales, column_scale,
+                                  columns, out, threads);
         if (position && fill) {
             #pragma omp for schedule(static) nowait
             for (int64_t t = 0; t < tokens; t++)
@@ -338,7 +374,7 @@ void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t
 }
 
 /* gathered_product of the critical rows alone, which choose_rows chooses by their norms; the others become 0. Returns
- * how many. For each token, work holds an index, four numbers of four bytes, and `depth` bytes. */
+ * how many. For each token, work holds an index and four numbers of four bytes, and then the scratch. */
 int64_t EACH(critical_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, int64_t kept, double share,
                                const uint8_t *packed, const float *column_scale, int64_t columns, void *work, TYPE *out,
                                int threads) {
@@ -348,7 +384,7 @@ int64_t EACH(critical_product)(const TYPE *x, int64_t tokens, int64_t rows, int6
     EACH(squared_row_norms)(x, tokens, rows, stride, squared, threads);
     kept = choose_rows(squared, tokens, kept, share, 1, index, position);
     EACH(gathered_product)(x, tokens, rows, stride, index, position, kept, NULL, packed, column_scale, columns,
-                           (int8_t *)(position + tokens), scales, starts, out, 1, threads);
+                           position + tokens, scales, starts, out, 1, threads);
     return kept;
 }
 

@@ -268,7 +268,7 @@ def make_model(cell: Cell, *, upper: bool = False) -> PeftModel:
     if cell.model == SMOLLM2:
         base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype, trust_remote_code=False)
     else:
-        base = AutoModelForCausalLM.from_config(_config(cell), dtype=dtype, trust_remote_code=False)
+        base = AutoModelForCausalLM.from_config(shape_config(cell), dtype=dtype, trust_remote_code=False)
     half = base.config.num_hidden_layers // 2
     lora = LoraConfig(
         r=16,
@@ -284,7 +284,7 @@ def make_batches(cell: Cell) -> list[Batch]:
     if cell.data == "demo":
         return _demo_batches()
     generator = torch.Generator().manual_seed(0)
-    words = 49152 if cell.model == SMOLLM2 else _config(cell).vocab_size
+    words = 49152 if cell.model == SMOLLM2 else shape_config(cell).vocab_size
     width = min(256, cell.tokens)
     batches = []
     for _ in range(2 if cell.data == "full" else _BATCHES):
@@ -313,7 +313,8 @@ def _demo_batches() -> list[Batch]:
             return [dict(batch) for batch in trainer.get_train_dataloader()]
 
 
-def _config(cell: Cell) -> LlamaConfig:
+def shape_config(cell: Cell) -> LlamaConfig:
+    """The Llama of random weights that a cell other than SmolLM2's names."""
     named = _NAME.fullmatch(cell.model)
     assert named is not None
     hidden, words = int(named[1]), 1000 * int(named[2])
