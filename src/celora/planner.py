@@ -65,6 +65,7 @@ _ROUNDS, _MOST_ROUNDS = 8, 12  # of choosing, once a choice will do, and until o
 _AIM, _CLOSE = 0.96, 0.9  # of the squared error that is wanted: what to aim for, and what is near enough
 _VERIFICATIONS = 4
 _TOLERATED, _ROUNDING = 1.25, 1e-4  # times the squared error that was asked for, and more, after the last of them
+_TURNS = 6  # of timing whole backward passes, the first of which does not count
 MOST_BATCHES = 10  # to select, to measure, and eight to verify
 _MARGIN = 0.97  # an estimate must beat the dense product by more than timing noise, or the layer stays dense
 
@@ -268,7 +269,7 @@ class _Bench:
             for of in (dense, {**dense, **settings})
         ]
         ratios = []
-        for turn in range(4):
+        for turn in range(_TURNS):
             seconds = []
             for estimators in contenders:
                 with _grafted(layers, functools.partial(_of, estimators), kind=_TimedGraft) as grafts:
@@ -439,27 +440,32 @@ def _make_plans(
     planned = [_evidence(layer, times[layer.kind], bench.overhead_ms) for layer in layers]
     planned += _head_evidence(bench) if layers else []
     plans = []
+    tries: list[_Try] = []  # what was found for one fidelity helps with the next
     for i, fidelity in enumerate(fidelities):
         bench.progress("choosing", 0.65 + 0.35 * i / len(fidelities))
-        plans.append(_finish(bench, layers, planned, fidelity, memory_limit))
+        plans.append(_finish(bench, layers, planned, fidelity, memory_limit, tries))
     bench.progress("done", 1.0)
     return plans
 
 
 def _finish(
-    bench: _Bench, layers: list[_Layer], planned: list[PlannedLayer], fidelity: float, memory_limit: int
+    bench: _Bench,
+    layers: list[_Layer],
+    planned: list[PlannedLayer],
+    fidelity: float,
+    memory_limit: int,
+    tries: list[_Try],
 ) -> Plan:
     """Choose, verify on the batches kept for it, and choose more carefully where they show less than was asked for."""
     by_name = {layer.name: layer for layer in layers}
     chosen, settings, predicted, audited, allowed = planned, {}, 1.0, 1.0, 1 - fidelity**2
-    tries: list[_Try] = []
-    for _ in range(_VERIFICATIONS if planned else 0):
+    for turn in range(_VERIFICATIONS if planned else 0):
         chosen, predicted = _choose(bench, by_name, planned, allowed, memory_limit, tries)
         settings = _settings(chosen)
         audited = bench.audit(by_name, settings, bench.verifying).cosine if settings else 1.0
         if audited >= fidelity:
             break
-        allowed = (1 - predicted**2) * (1 - fidelity**2) / (1 - audited**2)
+        allowed = 0.85**turn * (1 - predicted**2) * (1 - fidelity**2) / (1 - audited**2)
     head = next((p for p in chosen if p.name == HEAD), None)
     chosen = [p for p in chosen if p is not head]
     of_head = {HEAD: setting} if (setting := settings.pop(HEAD, None)) else {}
@@ -700,25 +706,29 @@ def _choose(
 def _next_allowance(tries: Sequence[_Try], wanted: float) -> float:
     """What to allow next so that an audit finds somewhat less than `wanted`.
 
-    What is found grows with some power of what is allowed, which two tries tell: the nearest one on either side, or the
-    two nearest.
+    What is found grows with some power of what is allowed, which two tries tell: the nearest ones on either side, if
+    there are any, and what comes next lies between them; or else the two nearest.
     """
     if not tries or wanted == 0:
         return wanted
 
-    def distance(of: _Try) -> float:
-        return abs(math.log(max(of.found, 1e-12) / wanted))
+    def beyond(of: _Try) -> float:
+        return math.log(max(of.found, 1e-12) / (_AIM * wanted))
 
-    nearest = min(tries, key=distance)
-    others = [of for of in tries if of.allowed != nearest.allowed]
-    across = [of for of in others if (of.found <= wanted) != (nearest.found <= wanted)]
+    kept = [of for of in tries if of.found <= wanted]
+    good = max(kept, key=lambda of: of.allowed, default=None)
+    above = [of for of in tries if of.found > wanted and (good is None or of.allowed > good.allowed)]
+    bad = min(above, key=lambda of: of.allowed, default=None)
+    if good is not None and bad is not None:
+        along = beyond(good) / (beyond(good) - beyond(bad))
+        return good.allowed * math.pow(bad.allowed / good.allowed, min(0.9, max(0.1, along)))
+    nearest, *others = sorted(kept or tries, key=lambda of: abs(beyond(of)))
     power = 1.0
-    if others and nearest.found > 0:
-        other = min(across or others, key=distance)
-        grown = math.log(max(other.found, 1e-12) / nearest.found) / math.log(other.allowed / nearest.allowed)
+    other = next((of for of in others if of.allowed != nearest.allowed), None)
+    if other is not None:
+        grown = (beyond(other) - beyond(nearest)) / math.log(other.allowed / nearest.allowed)
         power = min(2.0, max(0.25, grown))
-    factor = math.pow(_AIM * wanted / max(nearest.found, 1e-12), 1 / power)
-    return nearest.allowed * min(100.0, max(0.01, factor))
+    return nearest.allowed * min(100.0, max(0.01, math.exp(-beyond(nearest) / power)))
 
 
 def _chosen(planned: Sequence[PlannedLayer], choice: Sequence[int]) -> list[PlannedLayer]:
