@@ -199,6 +199,13 @@ def test_less_fidelity_is_cheaper(model: PeftModel, batches: Any, free_estimates
     assert times[0] < times[-1] <= 1
 
 
+def test_fidelities_come_in_any_order(model: PeftModel, batches: Any, free_estimates: None) -> None:
+    """What was tried for one helps with the next, and does not stand in its way."""
+    for fidelities in ([1.0, 0.8, 0.95], [0.8, 1.0, 0.95]):
+        times = {plan.fidelity: plan.predicted_time for plan in planner.make_plans(model, batches, fidelities)}
+        assert times[0.8] < times[0.95] < times[1.0]
+
+
 def test_nothing_is_left_behind(model: PeftModel, batches: Any) -> None:
     other = make_model()
     before, state = adapter(model), torch.get_rng_state()

@@ -9,7 +9,7 @@ enough.
    The vocabulary projection is one more layer: its gradient goes through a share of the words, and its error is what
    arrives in the LoRA gradient.
 4. Choose: minimise `sum time` subject to `sum influence e^2 <= 1 - cosine^2` and to the memory limit, by Lagrange
-   multipliers; audit the whole; calibrate the sum with what the audit found; again.
+   multipliers; audit the whole; again, with more or less allowed, by what the audits found.
 5. Verify: the cosine of the sum over batches of their own, in which errors that differ from batch to batch average
    out and what every batch loses does not; where it is too low, choose again with less allowed. And the time inside
    whole backward passes.
@@ -709,6 +709,7 @@ def _next_allowance(tries: Sequence[_Try], wanted: float) -> float:
     What is found grows with some power of what is allowed, which two tries tell: the nearest ones on either side, if
     there are any, and what comes next lies between them; or else the two nearest.
     """
+    tries = [of for of in tries if of.allowed > 0]  # powers of nothing tell nothing
     if not tries or wanted == 0:
         return wanted
 
