@@ -118,20 +118,7 @@ def _audited_on(found: list[dict[str, Any]]) -> str:
 def training() -> str:
     """Held-out loss after 200 steps, and what is kept of exact LoRA's improvement, at equal steps and equal time."""
     found = rows.read(rows.RESULTS / "training.jsonl")
-    return _training(found, rows.read(rows.RESULTS / "training-time.jsonl"))
-
-
-def training_amx() -> str:
-    """The arms that were timed on a CPU with matrix instructions, at equal time there."""
-    file = rows.RESULTS / "training-time-amx.jsonl"
-    if not file.exists():
-        return "Not measured yet."
-    times, found = rows.read(file), rows.read(rows.RESULTS / "training.jsonl")
-    timed = {row["arm"] for row in times}
-    return _training([row for row in found if row["arm"] in timed], times)
-
-
-def _training(found: list[dict[str, Any]], times: list[dict[str, Any]]) -> str:
+    times = rows.read(rows.RESULTS / "training-time.jsonl")
     ratios = {row["arm"]: row["ratio"] for row in times}
     exact = {row["seed"]: _losses(row) for row in found if row["arm"] == "exact LoRA"}
     lossless = "preset exact"  # has no losses of its own: it learns what LoRA learns
@@ -522,7 +509,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "frontier_amx": frontier_amx,
     "frontier_float32": frontier_float32,
     "training": training,
-    "training_amx": training_amx,
     "training_code": training_code,
     "refresh": refresh,
     "step": step,

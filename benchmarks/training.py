@@ -9,9 +9,8 @@ paper's preset, single estimators, and `auto` at several fidelities.
 the source of the standard library, of which there is enough for thousands of steps (`--steps`), into
 `results/training-code.jsonl`.
 `python benchmarks/training.py time` measures the whole step of each arm, taking turns, on an otherwise idle machine,
-into `results/training-time.jsonl`, or, on a CPU with matrix instructions, `training-time-amx.jsonl`. Equal wall-clock
-compares each arm's last loss with exact LoRA's at the step that exact LoRA would have reached in the same time, by
-interpolation between its measured losses.
+into `results/training-time.jsonl`. Equal wall-clock compares each arm's last loss with exact LoRA's at the step that
+exact LoRA would have reached in the same time, by interpolation between its measured losses.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from celora.train.assets import demo_model
 
 STEPS, EVALUATE_EVERY, BATCH, HELD_OUT = 200, 40, 4, 8
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RESULTS = rows.RESULTS / "training.jsonl"
+RESULTS, TIMES = rows.RESULTS / "training.jsonl", rows.RESULTS / "training-time.jsonl"
 CODE = rows.RESULTS / "training-code.jsonl"
 TEXTS = {"reference": (fidelity.language_reference, RESULTS), "code": (fidelity.standard_library, CODE)}
 Batch = dict[str, Tensor]
@@ -167,7 +166,7 @@ def run(arms: list[str], seeds: list[int], *, text: str, steps: int, dtype: str)
                 rows.append(results, row)
 
 
-def time_steps(arms: list[str], repeats: int) -> list[dict[str, Any]]:
+def time_steps(arms: list[str], repeats: int) -> None:
     """The whole optimizer step of every arm, taking turns. One model each: estimates must not share caches."""
     keep_freed_memory()
     training, _ = batches_of(0)
@@ -184,9 +183,10 @@ def time_steps(arms: list[str], repeats: int) -> list[dict[str, Any]]:
             contenders[arm]()
     times = interleaved(contenders, repeats=repeats)
     exact = times[arms[0]]["time_ms"]
-    return [
-        {"arm": arm, **of, "ratio": round(of["time_ms"] / exact, 4)} | rows.conditions() for arm, of in times.items()
-    ]
+    rows.write(
+        TIMES,
+        [{"arm": arm, **of, "ratio": round(of["time_ms"] / exact, 4)} | rows.conditions() for arm, of in times.items()],
+    )
 
 
 def _step(model: PeftModel, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
@@ -213,9 +213,8 @@ def main() -> None:
     if options.what == "run":
         run(options.arms, options.seeds, text=options.text, steps=options.steps, dtype=options.dtype)
     else:
-        found = time_steps(options.arms, options.repeats)
-        rows.write(rows.RESULTS / f"training-time{'-amx' if found[0]['amx'] else ''}.jsonl", found)
-        for row in found:
+        time_steps(options.arms, options.repeats)
+        for row in rows.read(TIMES):
             Console().print(f"{row['arm']}: {row['time_ms']:.0f} ms, {row['ratio']:.3f} of exact LoRA")
 
 
