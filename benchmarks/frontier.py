@@ -25,7 +25,6 @@ from transformers.utils import logging
 
 import fidelity
 import rows
-from celora import kernels
 from celora.planner import MOST_BATCHES, make_plans
 from celora.train.allocator import keep_freed_memory
 from celora.train.assets import demo_model
@@ -128,10 +127,9 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable_progress_bar()
     keep_freed_memory()
-    amx = "-amx" if kernels.matrix_instructions() and options.dtype == "bfloat16" else ""
-    results = rows.RESULTS / f"frontier-{options.dtype}{amx}.jsonl"
     asked = getattr(torch, options.dtype), options.fidelities, options.memory_limit
     found = [row for name in options.models for row in study(name, *asked)]
+    results = rows.RESULTS / f"frontier-{options.dtype}{'-amx' if found[0]['amx'] else ''}.jsonl"
     others = [row for row in rows.found(results) if row["model"] not in options.models]
     rows.write(results, [*others, *found])
     Console().print(f"{len(found)} rows written")

@@ -396,9 +396,25 @@ def test_a_choice_is_found_however_wrong_the_prediction(power: float, factor: fl
             audits.append(factor * expected**power)
             return types.SimpleNamespace(cosine=(1 - min(1.0, audits[-1])) ** 0.5)
 
-    _, predicted = planner._choose(Bench(), {}, layers, 0.1, 1e9, [])  # type: ignore[arg-type]
-    assert 0.085 < 1 - predicted**2 <= 0.1
+    _, found = planner._choose(Bench(), {}, layers, 0.1, 10**9, [])  # type: ignore[arg-type]
+    assert found == pytest.approx(audits[-1])
+    assert 0.085 < found <= 0.1
     assert len(audits) <= 6
+
+
+@pytest.mark.parametrize("expected", [0.05, 0.005, 1e-4])
+def test_a_choice_is_found_where_there_are_few(expected: float) -> None:
+    """Most allowances choose the same: the next is another one all the same."""
+    candidates = Candidate(LayerConfig("dense"), 1.0, 0.0), Candidate(LayerConfig("int8", rank=0), 0.5, expected**0.5)
+    layers = [PlannedLayer(str(i), 1, 1, 1.0, candidates, 0) for i in range(2)]
+
+    class Bench:
+        def audit(self, by_name: Any, chosen: dict[str, LayerConfig]) -> Any:
+            return types.SimpleNamespace(cosine=(1 - 0.06 * len(chosen)) ** 0.5)
+
+    chosen, found = planner._choose(Bench(), {}, layers, 0.1, 10**9, [])  # type: ignore[arg-type]
+    assert sum(layer.chosen for layer in chosen) == 1
+    assert found == pytest.approx(0.06)
 
 
 def test_where_nothing_can_be_estimated_everything_stays_exact(model: PeftModel) -> None:

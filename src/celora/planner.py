@@ -63,6 +63,7 @@ _DISTURBANCE = 0.88  # the share of the squared norm that disturbed layers keep
 _DEPTHS, _MOST_KINDS, _FEW_LAYERS = 6, 8, 24
 _ROUNDS, _MOST_ROUNDS = 8, 12  # of choosing, once a choice will do, and until one does
 _AIM, _CLOSE = 0.96, 0.9  # of the squared error that is wanted: what to aim for, and what is near enough
+_CARE = 0.85  # after each plan that fell short, as what verifies is not what was chosen on
 _VERIFICATIONS = 4
 _TOLERATED, _ROUNDING = 1.25, 1e-4  # times the squared error that was asked for, and more, after the last of them
 _TURNS = 6  # of timing whole backward passes, the first of which does not count
@@ -126,9 +127,9 @@ def make_plan(
 ) -> Plan:
     """The cheapest estimator for each layer with which the LoRA gradient keeps a cosine of `fidelity` with the exact.
 
-    Twenty to ninety forward and backward passes in training mode, by how much can be estimated. The model is left as it
-    was: parameters, `.grad`, buffers, random state, mode. A warning says where a plan clearly misses its fidelity on
-    what verifies it.
+    Twenty to a hundred and thirty forward and backward passes in training mode, by how much can be estimated. The model
+    is left as it was: parameters, `.grad`, buffers, random state, mode. A warning says where a plan clearly misses its
+    fidelity on what verifies it.
 
     Args:
         model: a PEFT model, adapters active.
@@ -458,14 +459,15 @@ def _finish(
 ) -> Plan:
     """Choose, verify on the batches kept for it, and choose more carefully where they show less than was asked for."""
     by_name = {layer.name: layer for layer in layers}
-    chosen, settings, predicted, audited, allowed = planned, {}, 1.0, 1.0, 1 - fidelity**2
+    chosen, settings, audited, found, allowed = planned, {}, 1.0, 0.0, 1 - fidelity**2
     for turn in range(_VERIFICATIONS if planned else 0):
-        chosen, predicted = _choose(bench, by_name, planned, allowed, memory_limit, tries)
+        chosen, found = _choose(bench, by_name, planned, allowed, memory_limit, tries)
         settings = _settings(chosen)
         audited = bench.audit(by_name, settings, bench.verifying).cosine if settings else 1.0
         if audited >= fidelity:
             break
-        allowed = 0.85**turn * (1 - predicted**2) * (1 - fidelity**2) / (1 - audited**2)
+        allowed = _CARE**turn * found * (1 - fidelity**2) / _squared_error(audited)
+    predicted = math.sqrt(1 - found)
     head = next((p for p in chosen if p.name == HEAD), None)
     chosen = [p for p in chosen if p is not head]
     of_head = {HEAD: setting} if (setting := settings.pop(HEAD, None)) else {}
@@ -475,7 +477,7 @@ def _finish(
         predicted, audited = (
             bench.audit(by_name, of_head, on).cosine if of_head else 1.0 for on in (None, bench.verifying)
         )
-    if 1 - audited**2 > _TOLERATED * (1 - fidelity**2) + _ROUNDING:
+    if _squared_error(audited) > _TOLERATED * (1 - fidelity**2) + _ROUNDING:
         warnings.warn(
             f"celora: of {_VERIFICATIONS} plans for a cosine of {fidelity:g} none kept it; this one keeps "
             f"{audited:.4f} on the batches that verify it. A higher fidelity is planned more carefully.",
@@ -682,54 +684,58 @@ def _choose(
     memory_limit: int,
     tries: list[_Try],
 ) -> tuple[list[PlannedLayer], float]:
-    """The cheapest choice whose audit finds a squared error of at most `wanted`, and the cosine that it has there.
+    """The cheapest choice whose audit finds a squared error of at most `wanted`, and what is found for it.
 
     What a table allows and what an audit finds differ by a factor that is not constant: the next allowance is taken
     from the `tries` so far. All is dense where none will do.
     """
     table, found_of = Table(planned), {of.choice: of.found for of in tries}
-    for round_ in range(_MOST_ROUNDS):
-        good = [of for of in tries if of.found <= wanted]
-        if good and (round_ >= _ROUNDS or wanted == 0 or max(of.found for of in good) > _CLOSE * wanted):
+    for round_ in range(_MOST_ROUNDS if wanted > 0 else 1):
+        good = [of.found for of in tries if of.found <= wanted]
+        if good and (round_ >= _ROUNDS or max(good) > _CLOSE * wanted):
             break
         allowed = _next_allowance(tries, wanted)
         choice = tuple(table.cheapest(allowed, memory_limit))
         if choice not in found_of:
             settings = _settings(_chosen(planned, choice))
-            found_of[choice] = 1 - bench.audit(layers, settings).cosine ** 2 if settings else 0.0
+            found_of[choice] = _squared_error(bench.audit(layers, settings).cosine) if settings else 0.0
         tries.append(_Try(allowed, choice, found_of[choice]))
-    good = [of for of in tries if of.found <= wanted]
-    best = min(good, key=lambda of: table.time(of.choice), default=_Try(0.0, (0,) * len(planned), 0.0))
-    return _chosen(planned, best.choice), math.sqrt(1 - best.found)
+    fitting = (of for of in tries if of.found <= wanted)
+    best = min(fitting, key=lambda of: table.time(of.choice), default=_Try(0.0, (0,) * len(planned), 0.0))
+    return _chosen(planned, best.choice), best.found
 
 
 def _next_allowance(tries: Sequence[_Try], wanted: float) -> float:
     """What to allow next so that an audit finds somewhat less than `wanted`.
 
-    What is found grows with some power of what is allowed, which two tries tell: the nearest ones on either side, if
-    there are any, and what comes next lies between them; or else the two nearest.
+    What is found grows with some power of what is allowed, which two tries tell: the nearest ones on either side, where
+    there are any, and what comes next lies between them; else the furthest one and the next to it.
     """
     tries = [of for of in tries if of.allowed > 0]  # powers of nothing tell nothing
     if not tries or wanted == 0:
         return wanted
 
     def beyond(of: _Try) -> float:
-        return math.log(max(of.found, 1e-12) / (_AIM * wanted))
+        return math.log(max(of.found, 1e-6 * wanted) / (_AIM * wanted))
 
-    kept = [of for of in tries if of.found <= wanted]
-    good = max(kept, key=lambda of: of.allowed, default=None)
+    good = max((of for of in tries if of.found <= wanted), key=lambda of: of.allowed, default=None)
     above = [of for of in tries if of.found > wanted and (good is None or of.allowed > good.allowed)]
     bad = min(above, key=lambda of: of.allowed, default=None)
     if good is not None and bad is not None:
         along = beyond(good) / (beyond(good) - beyond(bad))
         return good.allowed * math.pow(bad.allowed / good.allowed, min(0.9, max(0.1, along)))
-    nearest, *others = sorted(kept or tries, key=lambda of: abs(beyond(of)))
+    last = cast(_Try, good or bad)
+    others = [of for of in tries if of.allowed != last.allowed]
     power = 1.0
-    other = next((of for of in others if of.allowed != nearest.allowed), None)
-    if other is not None:
-        grown = (beyond(other) - beyond(nearest)) / math.log(other.allowed / nearest.allowed)
-        power = min(2.0, max(0.25, grown))
-    return nearest.allowed * min(100.0, max(0.01, math.exp(-beyond(nearest) / power)))
+    if others:
+        other = min(others, key=lambda of: abs(math.log(of.allowed / last.allowed)))
+        power = (beyond(other) - beyond(last)) / math.log(other.allowed / last.allowed)
+    return last.allowed * min(100.0, max(0.01, math.exp(-beyond(last) / min(2.0, max(0.25, power)))))
+
+
+def _squared_error(cosine: float) -> float:
+    """`1 - cosine^2`, of which rounding takes nothing below 0, and 1 where the cosine is negative."""
+    return 1 - min(1.0, max(0.0, cosine)) ** 2
 
 
 def _chosen(planned: Sequence[PlannedLayer], choice: Sequence[int]) -> list[PlannedLayer]:

@@ -85,9 +85,7 @@ def choose_rows(squared: Tensor, *, kept: int | None, share: float, step: int) -
     rows = squared.shape[0]
     index = torch.empty(rows, dtype=torch.int64, device="cpu")
     position = torch.empty(rows, dtype=torch.int32, device="cpu")
-    loaded = library()
-    assert loaded is not None
-    chosen = loaded.choose_rows(
+    chosen = _loaded().choose_rows(
         squared.data_ptr(), rows, -1 if kept is None else kept, share, step,
         index.data_ptr(), position.data_ptr(),
     )  # fmt: skip

@@ -130,8 +130,9 @@ static void square(const int8_t *q, int64_t stride, int64_t deep, const uint8_t 
 #endif
 
 /* sums[r][h] = start[r] + sum_k q[r, k] (w[k, j] + 128) for the panel's columns j; rows: a constant */
-static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t stride, int64_t depth, const uint8_t *panel,
-                                                        const int32_t *start, const int rows, ints sums[BLOCK][2]) {
+static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t stride, int64_t depth,
+                                                        const uint8_t *panel, const int32_t *start, const int rows,
+                                                        ints sums[BLOCK][2]) {
     ints sum[BLOCK][2]; /* of its own: in registers */
     #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = all(start[r]);
@@ -193,7 +194,7 @@ static inline int64_t row_stride(int64_t depth) {
 #endif
 }
 
-/* Bytes of scratch for so many quantised rows, which may begin anywhere. */
+/* Bytes of scratch for so many quantised rows; the scratch may begin anywhere. */
 int64_t scratch_bytes(int64_t rows, int64_t depth) { return up_to(rows, SQUARE) * row_stride(depth) + 64; }
 static inline int8_t *aligned(void *scratch) { return (int8_t *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63); }
 
