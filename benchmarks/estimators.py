@@ -98,8 +98,7 @@ def main() -> None:
         )
     Console().print(table)
     if not options.quick:
-        name = f"estimators-{options.dtype}{'-amx' if found[0]['amx'] else ''}.jsonl"
-        rows.write(rows.RESULTS / name, found)
+        rows.write(rows.file_for("estimators", options.dtype, found), found)
 
 
 if __name__ == "__main__":

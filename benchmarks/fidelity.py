@@ -84,12 +84,17 @@ def warmed_up(seed: int, batches: list[dict[str, torch.Tensor]]) -> PeftModel:
     base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     model.enable_input_require_grads()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    exact_steps(model, batches, rate=1e-3)
+    return model
+
+
+def exact_steps(model: PeftModel, batches: list[dict[str, torch.Tensor]], *, rate: float) -> None:
+    """Train on each of these batches once."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     for batch in batches:
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model
 
 
 def study(seed: int) -> list[dict[str, object]]:

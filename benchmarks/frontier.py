@@ -74,11 +74,7 @@ def _text() -> Batches:
 
 def _warmed_up(model: PeftModel, batches: Batches, *, steps: int) -> tuple[PeftModel, Batches]:
     """The model after so many exact steps, and the batches that follow them."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
-    for batch in batches[:steps]:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    fidelity.exact_steps(model, batches[:steps], rate=5e-4)
     return model, batches[steps : steps + MOST_BATCHES]
 
 
@@ -129,7 +125,7 @@ def main() -> None:
     keep_freed_memory()
     asked = getattr(torch, options.dtype), options.fidelities, options.memory_limit
     found = [row for name in options.models for row in study(name, *asked)]
-    results = rows.RESULTS / f"frontier-{options.dtype}{'-amx' if found[0]['amx'] else ''}.jsonl"
+    results = rows.file_for("frontier", options.dtype, found)
     others = [row for row in rows.found(results) if row["model"] not in options.models]
     rows.write(results, [*others, *found])
     Console().print(f"{len(found)} rows written")

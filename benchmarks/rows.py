@@ -42,6 +42,11 @@ def where(row: Mapping[str, Any]) -> str:
     return f"{row['cpu']}{about}, {threads}, torch {row['torch']}"
 
 
+def file_for(study: str, dtype: str, found: Sequence[Mapping[str, Any]]) -> Path:
+    """Where these rows of a study belong: those with matrix instructions in a file of their own."""
+    return RESULTS / f"{study}-{dtype}{'-amx' if found[0]['amx'] else ''}.jsonl"
+
+
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace the rows of a benchmark: JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -171,11 +171,16 @@ def training() -> str:
 
 
 def _kept(found: list[dict[str, Any]], arm: str) -> list[float]:
-    """The share of exact LoRA's improvement in held-out loss that an arm keeps, seed by seed, both from where LoRA
-    began: CPUs differ in the untouched model's loss by a thousandth."""
+    """The share of exact LoRA's improvement in held-out loss that an arm keeps, seed by seed."""
     exact = {row["seed"]: _losses(row) for row in found if row["arm"] == "exact LoRA"}
     pairs = [(_losses(row), exact[row["seed"]]) for row in found if row["arm"] == arm and row["seed"] in exact]
-    return [(lora[0] - of[max(of)]) / (lora[0] - lora[max(of)]) for of, lora in pairs]
+    return [_share(of, lora, max(of)) for of, lora in pairs]
+
+
+def _share(of: dict[int, float], lora: dict[int, float], at: int) -> float:
+    """Of exact LoRA's improvement until step `at`, both from where LoRA began: CPUs differ in the untouched model's
+    loss by a thousandth."""
+    return (lora[0] - of[at]) / (lora[0] - lora[at])
 
 
 def share_kept(arm: str) -> str:
@@ -211,7 +216,7 @@ def _training_code(found: list[dict[str, Any]]) -> str:
         pairs = [(of, exact[seed]) for (name, seed), of in losses.items() if name == arm and seed in exact]
         if not pairs:
             continue
-        kept = [statistics.mean((of[0] - of[at]) / (lora[0] - lora[at]) for of, lora in pairs) for at in shown]
+        kept = [statistics.mean(_share(of, lora, at) for of, lora in pairs) for at in shown]
         body.append([arm, str(len(pairs)), *(f"{share:.1%}" for share in kept)])
     return (
         rows.markdown(["share of exact LoRA's improvement", "seeds", *(f"step {at:,}" for at in shown)], body)
