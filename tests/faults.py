@@ -20,6 +20,8 @@ AREAS = {
     "numbers": "Numbers",
     "input": "Input",
     "security": "Hostile input",
+    "models": "Models, layers and other libraries",
+    "machines": "Machines",
 }
 HEAD = """# What goes wrong, what you see, what is kept
 

@@ -39,10 +39,8 @@ def _look_up(name: str) -> Any:
 
 @functools.cache
 def _say_missing(name: str) -> None:
-    library = name.partition(".")[0]
-    warnings.warn(
-        f"celora: this version of {library} has no {name.replace(':', '.')}, so {NAMES[name]}.", stacklevel=3
-    )
+    library = name.partition(":")[0].partition(".")[0]
+    warnings.warn(f"celora: this version of {library} has no {name.replace(':', '.')}, so {NAMES[name]}.", stacklevel=3)
 
 
 def forget() -> None:
