@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# One worker a core, each with a thread; a file's tests share what its fixtures made, so they stay together.
+SIDE_BY_SIDE ?= --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint docs bench clean
@@ -24,7 +26,7 @@ demo: $(STAMP)
 	$(BIN)/celora demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

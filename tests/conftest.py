@@ -1,4 +1,4 @@
-"""Shared by all tests: seeds, and a Llama small enough to train in milliseconds."""
+"""Shared by all tests: seeds, threads, and a Llama small enough to train in milliseconds."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported, and for the processes that tests start: matrices this small are slower on two threads, and
+# far slower where tests run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch
+from filelock import FileLock
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from celora import CELoraConfig, fused
+from celora import CELoraConfig, fused, kernels
+from celora.train import assets
 
 # Generated input (test_input.py): four tests, so 300 cases in all, the same every time, or 2,000 new ones.
 hypothesis.settings.register_profile("ci", max_examples=75, derandomize=True, database=None, deadline=None)
@@ -33,9 +39,31 @@ def _any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    """Matrices this small are slower on two threads, and far slower where the cores are shared."""
-    torch.set_num_threads(1)
+def _threads() -> None:
+    """As many as `OMP_NUM_THREADS` says, also where a plugin has imported torch before this file could set it."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the kernels once, before pytest-xdist starts its workers, each of which would."""
+    if not hasattr(config, "workerinput"):
+        kernels.library()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Drop what pytest-xdist's workers wrote outside tests, warnings of imports, unless it may explain a failure."""
+    if exitstatus == 0:
+        session.config.pluginmanager.getplugin("capturemanager").read_global_capture()
+
+
+@pytest.fixture(scope="session")
+def real_assets() -> None:
+    """The demo's model and sentences, prepared by the first worker that needs them while the others wait."""
+    folder = assets.cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".tests.lock"):
+        assets.demo_model()
+        assets.movie_reviews()
 
 
 # One of each kind that the family has.

@@ -156,6 +156,7 @@ def test_two_processes_at_once(cache: Path) -> None:
     assert [path.name for path in cache.iterdir()] == ["thing"]
 
 
+@pytest.mark.usefixtures("real_assets")
 def test_real_sentences() -> None:
     counts = {kind: len(assets.rated_sentences(kind)) for kind in assets._RATED}
     assert counts == {"movie": 10605, "news": 5190, "tweets": 4200, "product": 3708}
@@ -164,6 +165,7 @@ def test_real_sentences() -> None:
     assert [sum(review.score >= 1 for review in reviews), sum(review.score <= -1 for review in reviews)] == [4598, 4575]
 
 
+@pytest.mark.usefixtures("real_assets")
 def test_real_model_answers(capfd: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

@@ -60,8 +60,8 @@ def test_accelerate_launch_with_a_configuration_trains_as_one_process(ran, tmp_p
     (tmp_path / "zero.yaml").write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", **config}))
     own = ["--model", f"{ran}/model", "--data", f"{ran}/rows.jsonl", "--preset", "exact", *USUAL]
     own += ["--lr_scheduler_type", "constant", "--quiet"]
-    launch = ["-m", "accelerate.commands.launch", "--config_file", f"{tmp_path}/zero.yaml", "-m", "celora", "train"]
-    command = [sys.executable, *launch, *own, "--output", f"{tmp_path}/zero"]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", f"{tmp_path}/zero.yaml", "--main_process_port", "0"]
+    command = [sys.executable, *launch, "-m", "celora", "train", *own, "--output", f"{tmp_path}/zero"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "zero" / "checkpoint-6" / "global_step6").is_dir()  # of DeepSpeed's own

@@ -113,8 +113,8 @@ def test_a_killed_process_ends_the_job_in_one_line_and_the_job_resumes(ran):
 
     # On a CPU, --multi_gpu only chooses accelerate's launcher of several processes.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "celora"]
-    command = [*launch, "train", "--output", str(folder / "killed"), "--resume"]
+    launch += ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [*launch, "-m", "celora", "train", "--output", str(folder / "killed"), "--resume"]
     resumed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert resumed.stderr.count("Resuming from checkpoint-3.") == 1

@@ -22,6 +22,7 @@ def keys(reviews: list[Review]) -> set[str]:
     return {sentiment._normalised(review.text) for review in reviews}
 
 
+@pytest.mark.usefixtures("real_assets")
 def test_real_splits_share_no_sentence() -> None:
     parts = splits(0)
     assert (len(parts.validation), len(parts.test)) == (256, 1000)
@@ -33,6 +34,7 @@ def test_real_splits_share_no_sentence() -> None:
         assert sum(label_of(review) == "positive" for review in held) == len(held) // 2
 
 
+@pytest.mark.usefixtures("real_assets")
 def test_only_the_training_order_depends_on_the_seed() -> None:
     first, second, again = splits(1), splits(2), splits(1)
     assert first == again
@@ -86,6 +88,7 @@ def test_rows_can_be_trained_on(tmp_path: Path) -> None:
     assert load_rows(path, chat=True, cache_dir=tmp_path / "cache").to_list() == rows
 
 
+@pytest.mark.usefixtures("real_assets")
 def test_the_untouched_model_knows_something() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -98,6 +101,7 @@ def test_the_untouched_model_knows_something() -> None:
     assert len(movie_reviews()) == 10605
 
 
+@pytest.mark.usefixtures("real_assets")
 def test_rows_are_short() -> None:
     from transformers import AutoTokenizer
 
