@@ -50,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
         kernels.library()
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Drop what pytest-xdist's workers wrote outside tests, warnings of imports, unless it may explain a failure."""
     if exitstatus == 0:
