@@ -16,6 +16,7 @@ import celora
 from celora import CELoraConfig, clock, graft
 from celora.attach import _attachments, require
 from conftest import make_batch, make_model, train
+from machine import refuses_config
 
 CONFIGS: list[Any] = [
     "paper",
@@ -49,9 +50,10 @@ def _registries() -> tuple[int, ...]:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to see the memory held")
 @pytest.mark.parametrize("cycles", [200, pytest.param(1000, marks=pytest.mark.slow)])
 def test_attaching_and_detaching_leaks_nothing(model: PeftModel, cycles: int) -> None:
+    configs = [config for config in CONFIGS if isinstance(config, str) or not refuses_config(config)]
     registries, hooks, held = _registries(), _hooks(model), []
     for cycle in range(cycles):
-        celora.attach(model, CONFIGS[cycle % len(CONFIGS)])
+        celora.attach(model, configs[cycle % len(configs)])
         if cycle % 5 == 0:
             train(model, 2)
         celora.detach(model)

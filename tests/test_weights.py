@@ -21,6 +21,7 @@ from celora.memory import saved_for_backward
 from celora.weights import StoredWeight, read, rows_of, shape_of, unreadable
 from conftest import make_batch
 from layers import KINDS, MODELS, make_adapted, make_base, make_layer
+from machine import refuses, refuses_config
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:TorchaoLoraLinear was instantiated without:UserWarning",  # of merging only, which is not tested here
@@ -149,6 +150,8 @@ def test_estimates_are_those_of_the_reference(kind: str) -> None:
     weight, G = read(layer, torch.float32), torch.randn(40, 96)
     W = weight.detach().double()
     for estimator in (Columns(96, 128, keep_ratio=0.5, rank=6), Columns(96, 128, keep_ratio=0.25, precision="int8")):
+        if estimator.settings.precision == "int8" and refuses():
+            continue
         estimator.observe(G, weight, G @ W.float())
         estimator.select()
         index = reference.top_k(reference.column_scores(G.double(), W), 24)
@@ -164,6 +167,8 @@ def test_estimates_are_those_of_the_reference(kind: str) -> None:
             expected = reference.int8(G[:, index].double(), W[index])
         assert_same(estimator, G, weight, expected)
     for copied in (True, False):
+        if refuses(copy=copied):
+            continue
         assert_same(Int8(96, 128, weight_copy=copied), G, weight, reference.int8(G.double(), W))
     kept = reference.top_k(G.double().square().sum(1), 20)
     nothing = torch.zeros(96, 0, dtype=torch.float64), torch.zeros(0, 128, dtype=torch.float64)
@@ -241,6 +246,8 @@ def test_training_saves_an_ordinary_adapter(kind: str, setting: str, tmp_path: P
         "int8": celora.CELoraConfig(estimator="int8", rank=0, refresh_every=3, fused=False),
         "tokens x int8": celora.CELoraConfig(estimator="tokens", precision="int8", keep_ratio=0.5, rank=0, fused=True),
     }[setting]
+    if setting != "exact" and refuses_config(config):
+        return
     report = celora.attach(model, config)
     assert not report.skipped
     with saved_for_backward(plain) as by_plain:
