@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+LOWEST := .venv-lowest
 # One worker a core, each with a thread; a file's tests share what its fixtures made, so they stay together.
 SIDE_BY_SIDE ?= --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test test-plain test-lowest test-newest lint docs bench clean
 
 help:
 	@echo "make demo   fine-tune a real model on real data with LoRA and with CE-LoRA, compare them (offline)"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests (test-plain: numerics as on an older CPU without a compiler; test-lowest, test-newest:"
+	@echo "            the core with the oldest versions that pyproject.toml allows, and with the newest pre-releases)"
 	@echo "make lint   check format, lint and types"
 	@echo "make docs   build the documentation into build/site; a broken link is an error"
 	@echo "make bench  measure whole training steps on this machine"
@@ -28,6 +30,32 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
+# What the results of a layer, a loss or a model depend on the CPU for.
+NUMERICS := $(addprefix tests/test_,$(addsuffix .py,attach attention audit columns compile dense factor forward fused \
+	graft head numerical_safety packing passes plan planner products reference select state tokens weights))
+# An older CPU, or a limit for another: make test-plain LIMITS="ONEDNN_MAX_CPU_ISA=AVX512_CORE".
+LIMITS ?= ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 CELORA_KERNELS=0
+
+test-plain: $(STAMP)
+	env $(LIMITS) $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(NUMERICS)
+
+# What works with other libraries: their versions decide about these files, and about no others.
+CORE := $(NUMERICS) $(addprefix tests/test_,$(addsuffix .py,arguments bypass callback checkpointing cli data distributed \
+	gguf loading processes run saving stock_eval template truncation variants))
+
+# An environment of its own each: what is declared is what is tested. Old versions warn of what has gone since.
+test-lowest:
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(PYTHON) tests/lowest.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --editable '.[quantised]' pytest pytest-xdist hypothesis scipy tensorboard \
+		--constraint $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pytest $(SIDE_BY_SIDE) -W default $(CORE)
+
+test-newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --pre --upgrade --editable '.[dev]'
+	.venv-newest/bin/python -m pytest $(SIDE_BY_SIDE) -W default $(CORE)
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -40,4 +68,4 @@ bench: $(STAMP)
 	$(BIN)/celora bench
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) .venv-newest dist build .pytest_cache .mypy_cache .ruff_cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,12 @@ from typing import Any
 # Before torch is imported, and for the processes that tests start: matrices this small are slower on two threads, and
 # far slower where tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Inductor's cache hands out what was compiled for wide registers where torch is kept to narrow ones, which then writes
+# past the end of its buffers.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"inductor-{getpass.getuser()}-{capability}")
+    )
 
 import hypothesis
 import pytest

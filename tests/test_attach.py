@@ -29,6 +29,7 @@ from celora.factor import svd_factor
 from celora.graft import LayerGraft, Mode
 from conftest import MEMBERS, adapter, make_base, make_batch, make_model, train
 from machine import refuses, refuses_config
+from tolerances import after_adam
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
 
@@ -236,7 +237,7 @@ def test_checkpointing_changes_nothing(config: CELoraConfig) -> None:
         return
     results = []
     for use_reentrant in (None, True, False):
-        model = make_model()
+        model = make_model(dtype=torch.float64)
         model.enable_input_require_grads()
         if use_reentrant is not None:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -245,7 +246,7 @@ def test_checkpointing_changes_nothing(config: CELoraConfig) -> None:
         results.append(adapter(model))
     for other in results[1:]:
         for name, value in results[0].items():
-            torch.testing.assert_close(other[name], value)
+            torch.testing.assert_close(other[name], value, rtol=0, atol=after_adam(5, lr=1e-2))
 
 
 # peft 0.21 finds fault with the shape of every `lora_B.bias` it has itself saved, and loads it nevertheless.
@@ -366,6 +367,8 @@ def test_training_after_unmerging_goes_on_as_if_nothing_had_been_merged(name: st
 @pytest.mark.parametrize("name", MOVING)
 def test_an_adapter_switched_to_trains_as_the_only_one(name: str) -> None:
     """From a refresh on, estimated for its own gradients, with nothing left of the other's."""
+    if refuses_config(MOVING[name]):
+        return
     results = []
     for config, switches in (("off", False), (MOVING[name], False), (MOVING[name], True)):
         model = make_model()
@@ -641,7 +644,7 @@ def test_every_member_of_the_family_in_half_precision_with_bias(config: CELoraCo
 def test_checkpointing_changes_nothing_for_any_member(member: str, reentrant: bool) -> None:
     if refuses_config(MEMBERS[member]):
         return
-    models = make_model(), make_model()
+    models = make_model(dtype=torch.float64), make_model(dtype=torch.float64)
     models[1].enable_input_require_grads()
     models[1].gradient_checkpointing_enable({"use_reentrant": reentrant})
     models[0].enable_input_require_grads()
@@ -649,7 +652,7 @@ def test_checkpointing_changes_nothing_for_any_member(member: str, reentrant: bo
         celora.attach(model, MEMBERS[member])
         train(model, 5)
     for name, value in adapter(models[0]).items():
-        torch.testing.assert_close(value, adapter(models[1])[name])
+        torch.testing.assert_close(value, adapter(models[1])[name], rtol=0, atol=after_adam(5, lr=1e-2))
 
 
 def test_spread_refreshes_take_turns_and_come_round(model: PeftModel) -> None:

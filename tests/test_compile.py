@@ -38,7 +38,8 @@ def _graphs() -> int:
 
 
 def _model(config: CELoraConfig | None) -> PeftModel:
-    model = get_peft_model(make_base(layers=1), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    base = make_base(layers=1, dtype=torch.float64)  # in which rounding moves no choice and no 8-bit step
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
     if config is not None:
         celora.attach(model, config)
     return model.train()
@@ -65,7 +66,7 @@ def test_one_graph_for_refreshes_and_one_for_estimates(fused: bool) -> None:
     assert require(model).relative_errors
     _train(eager, eager, 6)
     for name, value in adapter(eager).items():
-        torch.testing.assert_close(adapter(model)[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapter(model)[name], value)
 
 
 @pytest.mark.parametrize("estimator", ["columns", "tokens", "int8"])
@@ -92,7 +93,7 @@ def test_inductor_gives_the_same_without_breaks_or_graphs_at_later_refreshes(set
     assert not torch._dynamo.utils.counters["graph_break"]
     _train(eager, eager, 8)
     for name, value in adapter(eager).items():
-        torch.testing.assert_close(adapter(model)[name], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(adapter(model)[name], value)
 
 
 def test_refreshes_that_take_turns_would_be_a_graph_each_so_all_refresh_at_once() -> None:

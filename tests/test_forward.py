@@ -107,7 +107,7 @@ class Largest(TorchDispatchMode):
 def test_nothing_as_large_as_the_head_is_made_of_it() -> None:
     """Not in the first call either, which is compared with the model's own logits in float32."""
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=20_000
+        hidden_size=256, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=20_000
     )
     base = LlamaForCausalLM(config).to(torch.bfloat16)
     model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))

@@ -22,6 +22,7 @@ from celora.fused import Adapter, FusedGraft, vanilla_adapter
 from celora.graft import Mode
 from conftest import MEMBERS, adapter, make_batch, make_model, train
 from machine import refuses_config
+from tolerances import after_adam
 
 FUSED = CELoraConfig(estimator="dense", fused=True)
 
@@ -291,10 +292,10 @@ def test_an_interrupted_forward_leaves_the_adapter_on() -> None:
 
 @pytest.mark.parametrize("kind", ["reentrant", "other", "none"])
 def test_whole_model_trains_as_with_peft(kind: str) -> None:
-    """Twenty steps, with both kinds of checkpointing: parameters within float32 rounding of plain PEFT's."""
+    """Twenty steps, with both kinds of checkpointing: parameters within rounding of plain PEFT's."""
     results = []
     for fused in (False, True):
-        model = make_model(init_lora_weights=True)
+        model = make_model(init_lora_weights=True, dtype=torch.float64)
         if kind != "none":
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
@@ -303,7 +304,7 @@ def test_whole_model_trains_as_with_peft(kind: str) -> None:
         train(model, 20, optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3))
         results.append(adapter(model))
     for name, expected in results[0].items():
-        torch.testing.assert_close(results[1][name], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(results[1][name], expected, rtol=0, atol=after_adam(20, lr=1e-3))
 
 
 @pytest.mark.parametrize("kept", ["products", "sums"])
@@ -336,12 +337,12 @@ def test_composes_with_estimators(config: CELoraConfig) -> None:
         return
     results = []
     for fused in (False, True):
-        model = make_model()
+        model = make_model(dtype=torch.float64)
         celora.attach(model, dataclasses.replace(config, fused=fused))
         train(model, 3)
         results.append(adapter(model))
     for name, expected in results[0].items():
-        torch.testing.assert_close(results[1][name], expected, rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(results[1][name], expected, rtol=0, atol=after_adam(3, lr=1e-2))
 
 
 def test_few_tokens_take_pefts_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
