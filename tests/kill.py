@@ -5,6 +5,7 @@
 A case is {"mode": a name from MODES, "moments": [[kind, share], ...]}: the run is killed at the first moment, what goes
 on from there at the second, and so on. With the kind "event" the share is of the run's file operations in its output
 folder (they are counted, so the moment is the same every time); with "time" it is of its wall-clock, start to end.
+With the kind "write" it is killed where it first touches the file of that name: ["write", "report.html"].
 In the modes of two processes, a moment [kind, share, rank] kills one of them, and a launcher of our own ends the other,
 as torchrun does. With the kind "full" no file of that process can grow from that file operation on, as on a full disk;
 with "locked" the folder is held by another run.
@@ -41,6 +42,8 @@ MODES: dict[str, list[str]] = {
                   "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--celora",
                   '{"keep_ratio": 0.4, "rank": 4, "refresh_every": 3, "synchronise": true, "target_error": 0.4}'],
 }  # fmt: skip
+# As a queue or a supervisor starts it: the same whole command at every start.
+MODES["always --resume"] = [*MODES["plain"], "--resume"]
 PROCESSES = {mode: 2 if mode.startswith("two") else 1 for mode in MODES}
 _WRITES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
 
@@ -64,10 +67,11 @@ def fork(work: Any) -> int:
 
 
 def train(
-    inputs: Path, output: Path, mode: str, *, resume: bool, die_at: int | None = None, full: bool = False,
+    inputs: Path, output: Path, mode: str, *, resume: bool, die_at: int | str | None = None, full: bool = False,
     count: Path | None = None,
 ) -> int:  # fmt: skip
-    """`celora train`; killed, or out of disk, at its `die_at`-th file operation, or these written to `count`."""
+    """`celora train`; killed, or out of disk, at its `die_at`-th file operation, or at the first of the file that it
+    names; or these counted in `count`."""
     from celora.cli import main
 
     seen = 0
@@ -80,20 +84,20 @@ def train(
                 import resource  # not on Windows, where this file is imported, too
 
                 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-            elif seen == die_at:
+            elif die_at in (seen, str(arguments[0])):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
     given = ["--model", str(inputs / "model"), "--data", str(inputs / "rows.jsonl"), *MODES[mode], "--quiet"]
-    status = main(["train", "--output", str(output), *(["--resume"] if resume else given)])
+    status = main(["train", "--output", str(output), *(["--resume"] if resume and "--resume" not in given else given)])
     if count is not None:
         count.write_text(str(seen))
     return status
 
 
 def launch(
-    inputs: Path, output: Path, mode: str, *, rank: int = 0, die_at: int | None = None, full: bool = False,
-    after_s: float | None = None, count: Path | None = None,
+    inputs: Path, output: Path, mode: str, *, rank: int = 0, die_at: int | str | None = None,
+    full: bool = False, after_s: float | None = None, count: Path | None = None,
 ) -> tuple[bool, int]:  # fmt: skip
     """One run, in as many processes as its mode has, resumed if it can be; whether it was killed, and its exit status.
 
@@ -162,16 +166,21 @@ def case(folder: Path, mode: str, moments: list[list[Any]], whole: dict[str, Any
         moment: dict[str, Any] = {}
         if kind in ("event", "full"):
             moment = {"die_at": 1 + int(share * whole["events"][rank]), "full": kind == "full"}
+        elif kind == "write":
+            moment = {"die_at": str(output / share)}
         elif kind == "time":
             moment = {"after_s": share * whole["seconds"]}
-        output.mkdir(exist_ok=True)
+        if kind == "locked":
+            output.mkdir(exist_ok=True)
         with FileLock(output / ".celora.lock") if kind == "locked" else contextlib.nullcontext():
             killed, status = launch(folder, output, mode, rank=rank, **moment)
         kills += killed
         ended.append(status)
-        left.append(sorted(p.name for p in output.iterdir()))
+        left.append(sorted(p.name for p in output.iterdir()) if output.exists() else [])
     _, status = launch(folder, output, mode)
     same = status == 0 and adapter(output) == whole["adapter"] and losses(output) == whole["losses"]
+    report, record = output / "report.html", output / "run.json"
+    same = same and report.exists() and report.stat().st_mtime_ns >= record.stat().st_mtime_ns
     return {"mode": mode, "moments": moments, "kills": kills, "ended": ended, "status": status, "same": same,
             "left": left}  # fmt: skip
 

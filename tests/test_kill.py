@@ -14,7 +14,10 @@ import pytest
 
 from kill import MODES, PROCESSES
 
-ALONE, TOGETHER = ([mode for mode in MODES if (PROCESSES[mode] == 1) is alone] for alone in (True, False))
+ALWAYS = "always --resume"
+ALONE, TOGETHER = (
+    [mode for mode in MODES if (PROCESSES[mode] == 1) is alone and mode != ALWAYS] for alone in (True, False)
+)
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 
@@ -42,15 +45,20 @@ def killed(folder: Path, cases: list[dict], seconds: float) -> list[dict]:
     "checkpointed",
 )
 def test_killed_at_seeded_moments(tmp_path):
-    """One kill early and one late in each mode, in the latter case a second one while the run goes on."""
+    """One kill early and one late in each mode, in the latter case a second one while the run goes on; and a job that
+    gives the same whole command at every start, killed before its folder is there and before its report is."""
     random_ = random.Random(7)
     cases = [
         {"mode": mode, "moments": [["event", random_.uniform(low, high)], *more]}
         for mode in ALONE
         for low, high, more in ((0.0, 0.6, []), (0.6, 1.0, [["event", 0.1]]))
     ]
-    results = killed(tmp_path, cases, 300)
+    moments = [["event", 0.0], ["write", ".run.json.tmp"], ["event", 0.7], ["write", ".report.html.tmp"]]
+    *results, always = killed(tmp_path, [*cases, {"mode": ALWAYS, "moments": moments}], 300)
     assert [one["kills"] for one in results] == [1, 2] * len(ALONE)
+    assert (always["kills"], always["left"][0]) == (len(moments), [])
+    assert "adapter_model.safetensors" in always["left"][-1]
+    assert "report.html" not in always["left"][-1]
 
 
 @pytest.mark.slow

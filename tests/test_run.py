@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 from importlib import metadata
@@ -205,6 +206,81 @@ def test_resume_of_a_finished_run_says_so(finished):
     result = train(parse([], {"output": str(finished[0]), "resume": True}), console=console)
     assert result.status == "already finished"
     assert "is finished, at step 6" in console.file.getvalue()
+
+
+@pytest.mark.fault(
+    "crash",
+    "a queue or a supervisor starts the same command with `--resume` every time, also when no run is there yet",
+    sees="`No run in out to resume: starting a new one.`; later `Resuming from checkpoint-3.`",
+    kept="everything: the first start trains, the next one goes on, and the last one says that the run is finished",
+)
+def test_a_job_that_always_says_resume(inputs, finished, tmp_path, monkeypatch):
+    output = tmp_path / "not yet" / "out"
+    flags = ["--celora", json.dumps(CELORA), "--max_steps", "6", "--save_steps", "3", "--lora_dropout", "0.1"]
+    flags += ["--per_device_train_batch_size", "4"]
+    own = {**inputs, "output": str(output), "resume": True}
+
+    def start():
+        console = Console(file=io.StringIO(), width=300)
+        return train(parse(flags, own), console=console).status, console.file.getvalue()
+
+    with monkeypatch.context() as patch:
+        on_build(patch, lambda trainer: trainer.add_callback(PressCtrlC()))
+        status, text = start()
+    assert status == "interrupted"
+    assert [line for line in text.splitlines() if "resum" in line.lower()][0] == (
+        f"No run in {output} to resume: starting a new one."
+    )
+    status, text = start()
+    assert (status, "Resuming from checkpoint-3" in text) == ("finished", True)
+    assert start()[0] == "already finished"
+    assert all(torch.equal(value, adapter(output)[name]) for name, value in adapter(finished[0]).items())
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    with pytest.raises(CELoraError, match=r"not from a run of celora \(thesis.tex\)"):
+        train(parse(flags, own | {"output": str(tmp_path / "mine")}))
+
+
+@pytest.mark.fault(
+    "crash",
+    "killed after the last step, before the report is written, or a file of the finished run is lost",
+    sees="`out is finished, at step 6`, and which file is written again",
+    kept="everything: `--resume` writes the report, and the adapter's files from the last checkpoint",
+)
+def test_resume_of_a_finished_run_writes_what_is_missing(finished, tmp_path):
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    record = json.loads((output / "run.json").read_text())
+    record["given"]["output"] = str(output)
+    (output / "run.json").write_text(json.dumps(record))
+    before = adapter(output)
+
+    def again():
+        console = Console(file=io.StringIO(), width=300)
+        result = train(parse([], {"output": str(output), "resume": True}), console=console)
+        return result.status, console.file.getvalue()
+
+    (output / "report.html").write_text("of a run that was interrupted at step 3, and went on")
+    os.utime(output / "report.html", (1, 1))
+    status, text = again()
+    assert (status, "report.html was not written to its end; it is now" in text) == ("already finished", True)
+    assert "plotly" in (output / "report.html").read_text()
+    (output / "report.html").unlink()
+    assert again()[0] == "already finished"
+    assert (output / "report.html").is_file()
+    assert "report.html" not in again()[1]
+
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        (output / name).unlink()
+        status, text = again()
+        assert (status, f"is finished, and {name} is written again" in text) == ("finished", True)
+        assert (output / name).is_file()
+        assert all(torch.equal(before[key], value) for key, value in adapter(output).items())
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (output / "README.md").unlink()
+    with pytest.raises(CELoraError, match=r"is finished, without README.md, and no checkpoint to go on from is left"):
+        again()
 
 
 def test_a_finished_run_without_checkpoints_is_not_trained_again(inputs, tmp_path):

@@ -122,9 +122,10 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     for name, (nothing, instead) in REFUSED.items():
         if values.get(name, nothing) != nothing:
             raise CELoraError(f"{name}={values[name]!r} is refused: {instead}")
-    for name in ("model", "data", "output"):
-        if not values.get(name):
-            raise CELoraError(f"--{name} is missing; give --model MODEL --data DATA --output DIR")
+    needed = {"model": "MODEL", "data": "DATA", "output": "DIR"}
+    if missing := [f"--{name}" for name in needed if not values.get(name)]:
+        what = " ".join(f"--{name} {value}" for name, value in needed.items() if not values.get(name))
+        raise CELoraError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; give {what}")
     if "/" in str(values.get("attn_implementation")):
         raise CELoraError(
             f"attn_implementation={values['attn_implementation']!r} is refused: it names code on the hub, which celora "
@@ -199,11 +200,18 @@ def raw_arguments(tokens: Sequence[str], own: Mapping[str, object] | None = None
 
 
 def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> TrainRequest:
-    """Arguments to a request; --resume adds those of the run that is resumed."""
+    """Arguments to a request; --resume adds those of the run that is resumed.
+
+    Where there is none, a whole command line starts one: a queue or a supervisor gives the same line at every start.
+    """
     raw = raw_arguments(tokens, own)
-    if not (raw.get("resume") and raw.get("output")):
+    if not raw.get("resume"):
         return make_request(raw)
+    if not raw.get("output"):
+        raise CELoraError("--resume continues the run in --output; give --output DIR")
     folder = OutputFolder(Path(str(_absolute("output", str(raw["output"])))))
+    if raw.get("model") and raw.get("data") and folder.earlier() is None:
+        return make_request(raw)
     before = folder.resumable()
     check_record(folder.path / RUN, before)
     request = make_request(before["given"] | raw)

@@ -141,15 +141,34 @@ class OutputFolder:
         return document if isinstance(document, dict) and "celora" in document else None
 
     @_in_one_line
-    def resumable(self) -> dict[str, Any]:
-        """What run.json says, or a CELoraError: there is nothing to resume."""
+    def earlier(self) -> dict[str, Any] | None:
+        """What run.json says, once a run that was being replaced is back; None where no run of celora has been."""
         if is_first() and (self.path / _ASIDE).is_dir():
             with self.locked():
                 self.recover()
-        run = self.run()
+        return self.run()
+
+    def resumable(self) -> dict[str, Any]:
+        """`earlier`, or a CELoraError: there is nothing to resume."""
+        run = self.earlier()
         if run is None:
-            raise CELoraError(f"nothing to resume in {str(self.path)!r}: no run of celora is there; drop --resume")
+            raise CELoraError(
+                f"nothing to resume in {str(self.path)!r}: no run of celora is there; give --model and --data, too, to "
+                "start one, or another --output"
+            )
         return run
+
+    @_in_one_line
+    def missing(self) -> list[str]:
+        """The files that a finished run has and this folder lacks, its report left out."""
+        weights = [] if any(self.path.glob("adapter_model.*")) else ["adapter_model.safetensors"]
+        return weights + [name for name in ("adapter_config.json", "README.md") if not (self.path / name).is_file()]
+
+    @_in_one_line
+    def reported(self) -> bool:
+        """Whether the report is there and was written after what run.json says: a run is killed between the two."""
+        report = self.path / REPORT
+        return report.is_file() and report.stat().st_mtime_ns >= (self.path / RUN).stat().st_mtime_ns
 
     @_in_one_line
     def check_writable(self) -> None:

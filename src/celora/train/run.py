@@ -205,15 +205,12 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
     if earlier:
         check_record(folder.path / RUN, earlier)
     finished = earlier is not None and earlier.get("status") == "finished"
+    lost: list[str] = []
     if earlier and finished and not _longer(earlier, request.given, folder.path / METRICS):
-        step = int(earlier["summary"]["step"])
-        _say(
-            console,
-            options.quiet,
-            f"{request.output} is finished, at step {step}; a larger --max_steps, or more "
-            "--num_train_epochs with --max_steps -1, continues it.",
-        )
-        return TrainResult("already finished", request.output, step, earlier["summary"] if first else {})
+        lost = folder.missing()
+        if not lost:
+            return _already_finished(request, earlier, folder, console)
+        _say(console, options.quiet, f"{request.output} is finished, and {', '.join(lost)} is written again.")
 
     with quiet_libraries():
         tokenizer = load_tokenizer(request)
@@ -244,8 +241,9 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
             folder.last_checkpoint(lambda line: _say(console, False, line)) if options.resume and first else None
         )
         if finished and resumed is None:
+            without = f", without {', '.join(lost)}," if lost else ""
             raise CELoraError(
-                f"{request.output} is finished and no checkpoint to go on from is left; --overwrite trains anew"
+                f"{request.output} is finished{without} and no checkpoint to go on from is left; --overwrite trains anew"
             )
         checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
         if 0 < args.max_steps < marker["step"]:
@@ -273,7 +271,8 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
             where = (
                 f"from {checkpoint.name}" if checkpoint else "from the beginning: there is no checkpoint to go on from"
             )
-            _say(console, options.quiet, f"Resuming {where}.")
+            new = f"No run in {request.output} to resume: starting a new one."
+            _say(console, options.quiet, f"Resuming {where}." if earlier else new)
         progress, stop = ProgressLine(console, quiet=options.quiet), StopAtStepEnd(console)
         own = (celora.Callback(), trainer.phases, stop, metrics, progress, Sealing(folder, metrics))
         for callback in filter(None, own):
@@ -319,6 +318,23 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         how = f"Saved {saved[0].name}; continue" if saved else "No checkpoint to go on from is saved; start again"
         _say(console, False, f"{how} with: celora train --output {shlex.quote(str(request.output))} --resume")
     return TrainResult(status, request.output, int(trainer.state.global_step), record["summary"], trainer.model)
+
+
+def _already_finished(
+    request: TrainRequest, earlier: dict[str, Any], folder: OutputFolder, console: Console
+) -> TrainResult:
+    """What a finished run came to; its report is written if the run was killed before that."""
+    step, first = int(earlier["summary"]["step"]), is_first()
+    _say(
+        console,
+        request.options.quiet,
+        f"{request.output} is finished, at step {step}; a larger --max_steps, or more "
+        "--num_train_epochs with --max_steps -1, continues it.",
+    )
+    if first and not folder.reported():
+        write_report(request.output / REPORT, {request.preset or "celora": request.output})
+        _say(console, request.options.quiet, f"{REPORT} was not written to its end; it is now.")
+    return TrainResult("already finished", request.output, step, earlier["summary"] if first else {})
 
 
 def build_trainer(
