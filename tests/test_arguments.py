@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from celora.config import CELoraConfig, LayerConfig, resolve
 from celora.errors import CELoraError
+from celora.train import fields, names
 from celora.train.arguments import estimator_config, make_request, parse, read_yaml, recorded, sft_config
-from celora.train.fields import DEFAULTS, REFUSED, convert, help_all, known_fields
+from celora.train.fields import ALIASES, DEFAULTS, REFUSED, SYNONYMS, check_flags, convert, help_all, known_fields
+from celora.train.names import launcher_names, trl_names
 from celora.train.yaml_file import set_environment
 
 TRL_SFT = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
@@ -78,7 +81,7 @@ def test_conversion(name, raw, value):
 @pytest.mark.parametrize(
     ("tokens", "parts"),
     [
-        ("--max_step 3", ["--max_step;", "'max_steps'"]),
+        ("--max_step 3", ["--max_step;", "did you mean --max_steps?"]),
         ("--max_steps abc", ["max_steps='abc'", "whole number"]),
         ("--max_steps 1.5", ["max_steps='1.5'", "whole number"]),
         ("--max_steps", ["needs a value", "whole number"]),
@@ -107,6 +110,69 @@ def test_conversion(name, raw, value):
 )
 def test_mistakes_are_one_line(tokens, parts):
     fails(tokens.split(), *parts)
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("--lr", "learning_rate"),
+        ("--epochs", "num_train_epochs"),
+        ("--batch_size", "per_device_train_batch_size"),
+        ("--batch-size=8", "per_device_train_batch_size"),
+        ("--max_seq_length", "max_length"),
+        ("--rank", "lora_r"),
+        ("--modle", "model"),
+    ],
+)
+def test_what_other_tools_call_it_is_answered_with_its_name_here(flag, name):
+    for read in (lambda tokens: parse(tokens, OWN), check_flags):
+        with pytest.raises(CELoraError, match=rf"unknown option {flag.partition('=')[0]}; did you mean --{name}\?"):
+            read([flag, "3"])
+
+
+def test_what_other_tools_call_it_is_no_name_of_ours():
+    known, meant = set(known_fields()) | set(ALIASES) | launcher_names(), set(SYNONYMS.values())
+    assert not known & set(SYNONYMS)
+    assert meant <= set(known_fields())
+
+
+def test_names_read_from_sources_are_those_of_the_import():
+    """Flags are refused by the former before the latter is there."""
+    of_trl = {f.name for cls in TRL_SFT for f in dataclasses.fields(cls)}
+    assert trl_names() == of_trl
+    imported = {action.dest for action in launch_command_parser()._actions}  # as the parser itself has them
+    assert launcher_names() >= imported - {"training_script", "training_script_args", "tpu_use_cluster"}
+    flags = "--max-steps 4 --no_packing --output_dir=x --lora_r=-1 -- --bf16 false stray"
+    check_flags(flags.split())
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"__init__": "from .a import SFTConfig", "a": "class SFTConfig:\n    lr: float\n    k: ClassVar[int] = 3"}, {"lr"}),
+        ({"__init__": "from .a import C as SFTConfig", "a": "from .b import B\nclass C(B):\n    x: int = 0",
+          "b": "class B:\n    y: int"}, {"x", "y"}),
+        ({"__init__": "from .a import SFTConfig", "a": "from elsewhere import B\nclass SFTConfig(B):\n    x: int"}, None),
+        ({"__init__": "from .a import SFTConfig", "a": "class SFTConfig(made()):\n    x: int"}, None),
+        ({"__init__": "from . import SFTConfig"}, None),
+        ({"__init__": "from .a import SFTConfig", "a": "class ("}, None),
+        ({"__init__": ""}, None),
+    ],
+)  # fmt: skip
+def test_sources_that_cannot_be_followed_are_none(files, found, tmp_path, monkeypatch):
+    package = tmp_path / "a_library"
+    package.mkdir()
+    for name, text in files.items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names._parse.cache_clear()
+    assert names._fields("a_library", "SFTConfig") == found
+    names._parse.cache_clear()
+
+
+def test_without_sources_flags_wait_for_the_import(monkeypatch):
+    monkeypatch.setattr(fields, "trl_names", lambda: None)
+    check_flags(["--anything"])
 
 
 def test_missing_and_contradicting_options():

@@ -75,13 +75,16 @@ def test_every_help_teaches_by_example(capsys):
     assert len(COMMANDS) == len(cli.app.registered_commands)
 
 
-def test_help_version_and_completion_import_neither_torch_nor_transformers():
+def test_help_version_completion_and_misspelt_flags_import_neither_torch_nor_transformers():
     script = """
 import contextlib, io, os, sys
 from celora.cli import main
-for given in (["--help"], ["--version"], ["train", "--help"], ["doctor", "--help"], ["--show-completion"], ["trayn"]):
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+wrong = [[command, "--modle", "m", "--lr", "3"] for command in ("train", "audit", "plan", "compare")]
+for given in (["--help"], ["--version"], ["train", "--help"], ["doctor", "--help"], ["--show-completion"], ["trayn"],
+              *wrong):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as said:
         main(given)
+    assert given not in wrong or "unknown option --modle; did you mean --model?" in said.getvalue()
 os.environ.update(_CELORA_COMPLETE="complete_bash", COMP_WORDS="celora train --preset p", COMP_CWORD="3")
 with contextlib.suppress(SystemExit):
     main([])
@@ -135,8 +138,16 @@ def test_train_then_audit_the_adapter(inputs, capsys, tmp_path):
     train = ["train", "--model", model, "--data", rows, "--output", tmp_path / "out", "--max_steps", 2, "--lora-r", 8]
     assert main([str(a) for a in [*train, "--preset", "paper"]]) == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith("finished: step 2  loss ")
+    first, where, report, then = captured.out.splitlines()
+    out = tmp_path / "out"
+    assert first.startswith("finished: step 2  loss ")
+    assert where == f"Adapter: {out}, loaded by PeftModel.from_pretrained(model, {str(out)!r})"
+    assert report == f"Report:  {out / 'report.html'}"
+    command, _, _ = then.partition("   #")
+    assert command == f"Next:    celora audit --model {model} --data {rows} --adapter {out}"
     assert "r0 = 7" in captured.err
+    assert main([*command.split()[2:], "--rows", "4"]) == 0
+    capsys.readouterr()
 
     audit = ["audit", "--model", model, "--data", rows, "--adapter", tmp_path / "out", "--rows", 4]
     assert main([str(a) for a in [*audit, "--json"]]) == 0
@@ -331,12 +342,38 @@ def test_flags_that_would_change_nothing_are_refused(inputs, capsys, tmp_path):
         assert line == "error: --lora_r is not for an adapter that is there, which has its own; leave it out."
 
 
+def test_hints_name_what_the_command_takes(capsys, tmp_path):
+    resume = error_line(capsys, "train", "--resume")
+    assert resume == "error: --resume continues the run in --output; give --output DIR"
+    for command in ("plan", "audit"):
+        line = error_line(capsys, command)
+        assert line == "error: --model and --data are missing; give --model MODEL --data DATA"
+    assert error_line(capsys, "train", "--model", "m") == (
+        "error: --data and --output are missing; give --data DATA --output DIR"
+    )
+    nothing = error_line(capsys, "train", "--resume", "--output", tmp_path / "none")
+    assert nothing.endswith(
+        "no run of celora is there; give --model and --data, too, to start one, or another --output"
+    )
+
+
+def test_an_arm_may_be_written_in_any_case(inputs, capsys, tmp_path):
+    given = ["--model", inputs[1], "--data", inputs[2], "--max_steps", 1, "--seeds", 1, "--quiet", "--json"]
+    arms = ["--arm", "lora", "--arm", "EXACT"]
+    assert main([str(a) for a in ["compare", *given, "--output", tmp_path / "out", *arms]]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["against"], [one["arm"] for one in found["outcomes"]]) == ("LoRA", ["LoRA", "exact"])
+    assert "unknown arm 'loar'. Known: LoRA, " in error_line(capsys, "compare", "--arm", "loar", "--quiet")
+    assert "unknown arm 'exat'; did you mean 'exact'" in error_line(capsys, "bench", "--quick", "--arm", "exat")
+
+
 def test_mistakes_are_one_line_and_status_2(inputs, capsys, tmp_path):
     _, model, rows = inputs
     out = ["--output", tmp_path / "out"]
     base = ["train", "--model", model, "--data", rows, *out]
     assert "'paper'" in error_line(capsys, *base, "--preset", "papr")
-    assert "'max_steps'" in error_line(capsys, *base, "--max_stps", 3)
+    assert "did you mean --max_steps?" in error_line(capsys, *base, "--max_stps", 3)
+    assert "did you mean --learning_rate?" in error_line(capsys, *base, "--lr", 3)
     assert "whole number" in error_line(capsys, *base, "--max_steps", "abc")
     assert "lora_r=-1" in error_line(capsys, *base, "--lora_r", "-1")
     assert "--output is missing" in error_line(capsys, *base[:-2])
@@ -349,7 +386,7 @@ def test_mistakes_are_one_line_and_status_2(inputs, capsys, tmp_path):
     bad.write_text("celora: {rank: -3}")
     assert "rank=-3" in error_line(capsys, *base, "--config", bad)
     bad.write_text("lr: 3")
-    assert "key 'lr'" in error_line(capsys, *base, "--config", bad)
+    assert "key 'lr' in " in error_line(capsys, *base, "--config", bad)
 
     data = ["train", "--model", model, *out, "--data"]
     assert "nowhere.jsonl" in error_line(capsys, *data, tmp_path / "nowhere.jsonl")

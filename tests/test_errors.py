@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from celora.errors import CELoraError, unknown
+import pytest
+
+from celora.errors import CELoraError, choose, unknown
 
 
 def test_unknown_names_suggest_the_nearest() -> None:
@@ -9,3 +11,9 @@ def test_unknown_names_suggest_the_nearest() -> None:
     )
     assert str(unknown("preset", "zzz", ["paper"])) == "unknown preset 'zzz'. Known: paper"
     assert isinstance(unknown("a", "b", []), CELoraError)
+
+
+def test_the_case_of_a_name_does_not_matter() -> None:
+    assert choose("arm", "lora", ["auto", "LoRA"]) == "LoRA"
+    with pytest.raises(CELoraError, match="unknown arm 'aut'; did you mean 'auto'"):
+        choose("arm", "aut", ["auto", "LoRA"])

@@ -228,7 +228,7 @@ def test_a_job_that_always_says_resume(inputs, finished, tmp_path, monkeypatch):
         on_build(patch, lambda trainer: trainer.add_callback(PressCtrlC()))
         status, text = start()
     assert status == "interrupted"
-    assert [line for line in text.splitlines() if "resum" in line.lower()][0] == (
+    assert next(line for line in text.splitlines() if "resum" in line.lower()) == (
         f"No run in {output} to resume: starting a new one."
     )
     status, text = start()

@@ -12,6 +12,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from celora.errors import CELoraError, out_of_memory
+from celora.errors import CELoraError, choose, out_of_memory
 from celora.files import check_name, write_text
 
 HELP = """Cheaper LoRA fine-tuning: estimate the one expensive product of the backward pass, and see what it cost you.
@@ -204,7 +205,7 @@ def train(
         bool, typer.Option("--help-all", callback=_help_all, is_eager=True, help="List every name.")
     ] = False,
 ) -> None:
-    _set_environment(config)
+    _look_ahead(context.args, config)
     from celora.train.arguments import parse
 
     own = {"model": model, "data": data, "output": output, "preset": preset, "config": config, "eval_data": eval_data}
@@ -216,9 +217,7 @@ def train(
     if as_json and result.summary:
         _print_json({"status": result.status, "output": str(result.output)} | result.summary)
     elif result.summary and result.status != "interrupted" and not request.options.quiet:
-        loss = result.summary.get("loss")
-        shown = "" if loss is None else f"  loss {loss:.4f}"
-        typer.echo(f"{result.status}: step {result.step}{shown}  {result.summary['seconds']:.1f} s  {result.output}")
+        typer.echo(_ending(request, result))
     if result.status == "interrupted":
         raise typer.Exit(130)
 
@@ -236,7 +235,7 @@ def audit(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    _set_environment(config)
+    _look_ahead(context.args, config)
     from celora.train.arguments import parse
 
     # Nothing is written: audit shares train's arguments, and so its tokenisation, but not its output folder.
@@ -272,7 +271,7 @@ def plan(
     as_json: Json = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    _set_environment(config)
+    _look_ahead(context.args, config)
     from celora.train.arguments import parse
 
     _check_file(output, overwrite=overwrite)
@@ -317,7 +316,7 @@ def compare(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    _set_environment(config)
+    _look_ahead(context.args, config)
     from celora.train.arguments import raw_arguments
 
     own = {"model": model, "data": data, "output": output, "config": config, "eval_data": eval_data, "quiet": quiet}
@@ -327,7 +326,7 @@ def compare(
     from celora.train import compare as module
 
     _settle_in()
-    arms = tuple(arm or module.DEFAULT_ARMS)
+    arms = tuple(choose("arm", name, module.ARMS) for name in arm or module.DEFAULT_ARMS)
     try:
         outcomes = module.compare(settings, arms=arms, seeds=seeds, console=Console(stderr=True, highlight=False))
     except KeyboardInterrupt:
@@ -363,7 +362,8 @@ def bench(
     from celora.train.loading import quiet_libraries
 
     chosen = [run.parse_cell(text) for text in cell or []] or (run.QUICK if quick else run.USUAL)
-    arms = arm or (run.QUICK_ARMS if quick else list(run.ARMS))
+    usual = run.QUICK_ARMS if quick else run.ARMS
+    arms = [choose("arm", name, run.ARMS) for name in arm or usual]
     _settle_in()
     rows: list[dict[str, Any]] = []
     try:
@@ -416,6 +416,23 @@ def doctor(
         typer.echo("\n".join(found["advice"]) if quiet else describe(found))
 
 
+def _ending(request: Any, result: Any) -> str:
+    """What a run came to, where it is, and what to do with it."""
+    output, loss = str(result.output), result.summary.get("loss")
+    shown = "" if loss is None else f"  loss {loss:.4f}"
+    of = f"--model {shlex.quote(request.model)} --data {shlex.quote(request.data)}"
+    if result.summary.get("estimated_cost", 1.0) < 1:
+        then = f"celora audit {of} --adapter {shlex.quote(output)}   # what the estimate keeps of the gradient"
+    else:
+        then = f"celora compare {of} --output {shlex.quote(f'{output}-compared')}   # against plain LoRA"
+    return (
+        f"{result.status}: step {result.step}{shown}  {result.summary['seconds']:.1f} s\n"
+        f"Adapter: {output}, loaded by PeftModel.from_pretrained(model, {output!r})\n"
+        f"Report:  {result.output / 'report.html'}\n"
+        f"Next:    {then}"
+    )
+
+
 def _check_file(output: Path, *, overwrite: bool) -> None:
     """Refuse, before anything is measured, a file that cannot be written or that is there already."""
     if output.is_dir() or not output.parent.is_dir():
@@ -439,8 +456,12 @@ def _leave_out(tokens: Sequence[str], names: Sequence[str], of: str) -> None:
             raise CELoraError(f"--{name} is not for {of}; leave it out.")
 
 
-def _set_environment(config: str | None) -> None:
-    """What the file of --config asks of the environment, while there is time: before torch is imported."""
+def _look_ahead(tokens: Sequence[str], config: str | None) -> None:
+    """What is to be done before torch and TRL are imported: refuse what is no flag, and set the environment that the
+    file of --config asks for."""
+    from celora.train.fields import check_flags
+
+    check_flags(tokens)
     if config is not None:
         from celora.train.yaml_file import set_environment
 

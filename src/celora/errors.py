@@ -26,6 +26,19 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> CELoraError:
     return CELoraError(f"unknown {kind} {name!r}{hint} Known: {', '.join(choices)}")
 
 
+def choose(kind: str, name: str, known: Iterable[str]) -> str:
+    """The known name that `name` is, in whatever case it is written; or the error of `unknown`.
+
+    >>> choose("arm", "lora", ["LoRA", "exact"])
+    'LoRA'
+    """
+    choices = list(known)
+    for choice in choices:
+        if choice.casefold() == name.casefold():
+            return choice
+    raise unknown(kind, name, choices)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is how Python or torch says that there is no memory left."""
     # By name: torch may not be imported yet. Its CPU allocator raises a bare RuntimeError.

@@ -14,13 +14,14 @@ import functools
 import json
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any
 
 from celora.errors import CELoraError, unknown
 from celora.files import pairs_once
+from celora.train.names import launcher_names, trl_names
 
 # Where celora departs from TRL's defaults, and why. `device_defaults` adds what depends on the machine.
 DEFAULTS: dict[str, tuple[object, str]] = {
@@ -49,6 +50,44 @@ DEVICE_DEFAULTS = {
 
 # TRL's names for what celora calls otherwise, so that a `trl sft` configuration works.
 ALIASES = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "output"}
+
+# What other tools call it, to be told what it is called here: a guess by letters would be another setting.
+SYNONYMS = {
+    other: name
+    for name, others in {
+        "model": "base_model model_id model_name model_path pretrained_model",
+        "data": "data_path dataset dataset_dir dataset_path train_data train_dataset train_file",
+        "eval_data": "eval_dataset eval_file test_data val_data valid_data validation_data validation_file",
+        "output": "adapter_path out out_dir output_folder output_path save_dir",
+        "resume": "resume_from resume_training",
+        "overwrite": "force overwrite_output_dir",
+        "learning_rate": "base_lr lr",
+        "num_train_epochs": "epoch epochs max_epochs num_epochs",
+        "max_steps": "iterations iters max_iters num_steps steps total_steps train_steps",
+        "per_device_train_batch_size": "batch batch_size bs micro_batch_size train_batch_size",
+        "per_device_eval_batch_size": "eval_batch_size val_batch_size",
+        "gradient_accumulation_steps": "accumulation_steps accumulate_grad_batches grad_accum grad_accumulation_steps "
+        "gradient_accumulation",
+        "gradient_checkpointing": "checkpointing grad_checkpoint grad_checkpointing",
+        "max_length": "block_size context_length cutoff_len max_len max_seq_len max_seq_length seq_len sequence_len "
+        "sequence_length",
+        "lora_r": "lora_rank r rank",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "lora_target_modules": "lora_target target_modules",
+        "optim": "opt optimizer",
+        "lr_scheduler_type": "lr_scheduler schedule scheduler",
+        "warmup_steps": "num_warmup_steps warmup",
+        "weight_decay": "wd",
+        "max_grad_norm": "clip_grad_norm grad_clip gradient_clip_val",
+        "logging_steps": "log_every log_interval steps_per_report",
+        "save_steps": "save_every save_interval",
+        "eval_steps": "eval_every eval_interval steps_per_eval",
+        "load_in_4bit": "load_4bit use_4bit",
+        "load_in_8bit": "load_8bit use_8bit",
+    }.items()
+    for other in others.split()
+}
 
 # What `trl sft` takes and celora cannot honour: the value that asks for nothing, and what to do instead of another.
 REFUSED: dict[str, tuple[object, str]] = {
@@ -312,22 +351,35 @@ def read_flags(tokens: Sequence[str]) -> dict[str, object]:
 
 def known_name(name: str, label: str) -> str:
     """`name` as it is known here, aliases resolved; an error names the nearest."""
-    known = known_fields()
+    return _known(name, label, known_fields().keys())
+
+
+def check_flags(tokens: Sequence[str]) -> None:
+    """Refuse a flag that TRL's sources do not know, before TRL is imported, which takes seconds; CELoraError.
+
+    `read_flags` checks again, with what is imported.
+    """
+    of_trl = trl_names()
+    if of_trl is None:
+        return
+    known = of_trl | {f.name for f in dataclasses.fields(RunOptions)}
+    for token in tokens:
+        raw = token[2:].partition("=")[0]
+        written = raw.replace("-", "_")
+        if token.startswith("--") and raw and written.removeprefix("no_") not in known:
+            _known(written, f"option --{raw}", known)
+
+
+def _known(name: str, label: str, known: Collection[str]) -> str:
     name = ALIASES.get(name, name)
     if name in known:
         return name
-    if name in _launch_names():
+    if name in launcher_names():
         raise CELoraError(f"{label} belongs to the launcher: accelerate launch --{name} ... -m celora train ...")
-    nearest = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
-    near = f"; did you mean {nearest[0]!r}?" if nearest else "."
+    nearest = SYNONYMS.get(name.lower()) or next(iter(difflib.get_close_matches(name, [*known, *ALIASES], n=1)), None)
+    shown = f"--{nearest}" if label.startswith("option ") else repr(nearest)
+    near = f"; did you mean {shown}?" if nearest else "."
     raise CELoraError(f"unknown {label}{near} `celora train --help-all` lists every name.")
-
-
-def _launch_names() -> set[str]:
-    """Names of `accelerate launch`, which `trl sft` passes on to it."""
-    from accelerate.commands.launch import launch_command_parser
-
-    return {action.dest for action in launch_command_parser()._actions} | {"accelerate_config"}
 
 
 def help_all() -> str:
