@@ -146,16 +146,19 @@ def test_names_read_from_sources_are_those_of_the_import():
     check_flags(flags.split())
 
 
+HERE = "from .a import SFTConfig"
+
+
 @pytest.mark.parametrize(
     ("files", "found"),
     [
-        ({"__init__": "from .a import SFTConfig", "a": "class SFTConfig:\n    lr: float\n    k: ClassVar[int] = 3"}, {"lr"}),
+        ({"__init__": HERE, "a": "class SFTConfig:\n    lr: float\n    k: ClassVar[int] = 3"}, {"lr"}),
         ({"__init__": "from .a import C as SFTConfig", "a": "from .b import B\nclass C(B):\n    x: int = 0",
           "b": "class B:\n    y: int"}, {"x", "y"}),
-        ({"__init__": "from .a import SFTConfig", "a": "from elsewhere import B\nclass SFTConfig(B):\n    x: int"}, None),
-        ({"__init__": "from .a import SFTConfig", "a": "class SFTConfig(made()):\n    x: int"}, None),
+        ({"__init__": HERE, "a": "from elsewhere import B\nclass SFTConfig(B):\n    x: int"}, None),
+        ({"__init__": HERE, "a": "class SFTConfig(made()):\n    x: int"}, None),
         ({"__init__": "from . import SFTConfig"}, None),
-        ({"__init__": "from .a import SFTConfig", "a": "class ("}, None),
+        ({"__init__": HERE, "a": "class ("}, None),
         ({"__init__": ""}, None),
     ],
 )  # fmt: skip

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import celora.train.run as run_module
-from celora.config import CELoraConfig
+from celora.config import CELoraConfig, resolve
 from celora.errors import CELoraError
+from celora.train import planning
 from celora.train.arguments import make_request, parse
 from celora.train.folder import OutputFolder
 from celora.train.progress import read_metrics
@@ -706,6 +707,61 @@ def train_auto(inputs, output, **more):
     fidelity = {} if "plan" in more else {"fidelity": 0.95}
     request = make_request({**inputs, "output": str(output), "preset": "auto", **fidelity, **more})
     return train(request, console=console), console.file.getvalue()
+
+
+def test_a_run_too_short_for_a_plan_to_pay_is_exact(inputs, tmp_path, monkeypatch):
+    """And stays it when it is resumed for more steps; a word about a plan, or a longer run, makes one."""
+    auto = {"celora": None, "save_steps": 1, "max_steps": 2}
+    output, plans = tmp_path / "out", []
+    monkeypatch.setattr(planning, "make_plan", lambda *_: plans.append(1) or 1 / 0)
+    _, text = go(inputs, output, **auto)
+    (line,) = (line for line in text.splitlines() if "too short" in line)
+    assert line.startswith("Preset exact: too short for a plan to pay, 2 forward and backward passes")
+    assert not (output / "celora_plan.json").exists()
+    assert CELoraConfig.load(output) == resolve("exact")
+    monkeypatch.setattr(planning, "FEWEST_PASSES", 1)
+    request = parse(["--max_steps", "3"], {"output": str(output), "resume": True, "quiet": True})
+    assert train(request).step == 3
+    assert CELoraConfig.load(output) == resolve("exact")
+    assert plans == []
+
+    for more in ({}, {"fidelity": 0.9}, {"memory_limit": 1.0}):
+        monkeypatch.setattr(planning, "FEWEST_PASSES", 400 if more else 1)
+        with pytest.raises(CELoraError, match="division by zero"):
+            go(inputs, tmp_path / "long", **auto | more)
+    assert len(plans) == 3
+
+
+def test_the_passes_of_a_run_are_counted_before_it(inputs, tmp_path, monkeypatch):
+    """24 rows: against what the Trainer comes to."""
+    for given, expected in (
+        ({"max_steps": 5, "gradient_accumulation_steps": 3}, 15),
+        ({"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 5}, 10),
+        ({"max_steps": -1, "num_train_epochs": 0.5, "per_device_train_batch_size": 4}, 3),
+    ):
+        request = make_request({**inputs, "output": str(tmp_path), "preset": "exact", **given})
+        with run_module.prepared(request, None, None) as (trainer, _):
+            assert planning.passes(trainer) == expected
+
+
+def test_one_table_of_layers_and_errors_by_the_plan_until_they_are_measured(inputs, tmp_path):
+    """Within the first refresh nothing is measured; what the plan has measured then is told as such."""
+    output, auto = tmp_path / "out", {"preset": "auto", "celora": None, "fidelity": 0.9, "max_steps": 3}
+    _, text = go(inputs, output, **auto)
+    heads = [line for line in text.splitlines() if line.startswith("layers ")]
+    record = json.loads((output / "run.json").read_text())
+    plan = json.loads((output / "celora_plan.json").read_text())
+    estimated = {layer["name"] for layer in record["layers"] if layer["estimator"] != "dense"}
+    assert len(heads) == 1
+    assert set(record["planned_errors"]) >= estimated
+    summary, planned = record["summary"], record["planned_errors"]
+    rest = {name: error for name, error in planned.items() if name not in record["errors"]}
+    assert summary["layers_measured"] == len(record["errors"])
+    assert summary["layers_not_measured"] == len(rest)
+    assert summary["worst_planned_error"] == max(rest.values(), default=None)
+    for layer in plan["layers"]:
+        if layer["name"] in estimated:
+            assert planned[layer["name"]] == layer["candidates"][layer["chosen"]][2]
 
 
 def test_planning_does_not_change_the_order_of_the_data(inputs, tmp_path):

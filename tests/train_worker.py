@@ -64,7 +64,7 @@ def planned_in_each(folder: Path) -> None:
 
     run._plan = noted
     try:
-        short = ["--preset", "auto", "--max_steps", "2", "--save_strategy", "no"]
+        short = ["--preset", "auto", "--fidelity", "0.998", "--max_steps", "2", "--save_strategy", "no"]
         assert train(folder, "auto", *short, callback=Noted(folder / "auto")) == 0
     finally:
         run._plan = plan

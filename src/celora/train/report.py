@@ -39,6 +39,10 @@ _SUMMARY = {
     "tokens_seen": "tokens processed",
     "trainable_parameters": "trainable parameters",
     "estimated_cost": "frozen grad_input FLOPs, relative to exact LoRA",
+    "worst_relative_error": "worst relative error of a layer, measured at its latest refresh",
+    "layers_measured": "layers measured at a refresh",
+    "worst_planned_error": "worst relative error in the plan, of layers not measured since",
+    "layers_not_measured": "layers not measured since the plan",
 }
 
 
@@ -119,7 +123,7 @@ def _charts(rows: Mapping[str, Sequence[Mapping[str, Any]]], repeats: Mapping[st
         ("Throughput", "step", "optimizer step", ["tokens_per_second"], "tokens per second, no padding"),
         ("Peak memory", "step", "optimizer step", ["peak_memory_mib"], "MiB, of the process or the device"),
         (
-            "Relative error of the estimate at the latest refresh",
+            "Relative error of the estimate at the latest refresh, of the layers that have refreshed",
             "step",
             "optimizer step",
             [key for key in fidelity if "relative_error" in key],
@@ -223,8 +227,13 @@ def _kinds(names: Sequence[str]) -> tuple[list[str], list[int]]:
 
 
 def _layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Blocks by kinds of layers: what each is estimated with, keeps and costs, its error at the latest refresh."""
-    errors = {layer: error for layer, error in (record.get("errors") or {}).items() if _is_number(error)}
+    """Blocks by kinds of layers: what each is estimated with, keeps and costs, its error at the latest refresh or,
+    before that, in the plan."""
+    measured, planned = (
+        {layer: error for layer, error in (record.get(key) or {}).items() if _is_number(error)}
+        for key in ("errors", "planned_errors")
+    )
+    errors = planned | measured
     cells: dict[tuple[str, int], dict[str, Any]] = {}
     layers = record["layers"]
     for layer, kind, block in zip(layers, *_kinds([str(layer["name"]) for layer in layers]), strict=True):
@@ -235,6 +244,7 @@ def _layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
             "keep ratio": float(layer["keep_ratio"]),
             "cost": float(layer["cost"]),
             "error": 0.0 if layer["estimator"] == "dense" else errors.get(layer["name"]),
+            "planned": layer["name"] in planned and layer["name"] not in measured,
         }
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     blocks = sorted({block for _, block in cells})
@@ -259,7 +269,7 @@ def _layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "colorscale": [[(i + end) / n, PALETTE[i % len(PALETTE)]] for i in range(n) for end in (0, 1)],
         "colorbar": bar | {"tickvals": list(range(n)), "ticktext": [html.escape(how) for how in estimators]},
     }
-    measured = [
+    views = [
         {
             "name": key,
             "z": grid(lambda cell, key=key: cell[key]),  # type: ignore[misc]
@@ -274,7 +284,7 @@ def _layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
             ("error", None),
         )
     ]
-    views = [named, *measured]
+    views = [named, *views]
     # plotly.js lays a horizontal colour bar's title over the bar, so the axis below the map says what is coloured.
     colours = [f"block; colour: {what}" for what in ("estimator", "keep ratio", "FLOPs over dense", "relative error")]
     lines = [shared | view | {"visible": i == 0} for i, view in enumerate(views)]
@@ -303,6 +313,7 @@ def _layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
 def _told(cell: Mapping[str, Any]) -> str:
     """What is known of one layer, for where a pointer rests on it."""
     error = "not measured" if cell["error"] is None else f"{cell['error']:.3f}"
+    error += " by the plan, not measured since" if cell["planned"] else ""
     return f"{cell['estimator']}, keep ratio {cell['keep ratio']:g}, cost {cell['cost']:.2f}, relative error {error}"
 
 

@@ -7,13 +7,13 @@ torchrun and `accelerate launch` every process comes through here; only the firs
 
 from __future__ import annotations
 
-import itertools
 import platform
 import shlex
 import statistics
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -33,8 +33,7 @@ import celora
 from celora.attach import require
 from celora.config import CELoraConfig
 from celora.errors import CELoraError, out_of_memory
-from celora.plan import Plan
-from celora.planner import DEFAULT_FIDELITY, MOST_BATCHES
+from celora.plan import Plan, device_name
 from celora.synchronise import from_first
 from celora.train.arguments import TrainRequest, check_record, recorded, sft_config
 from celora.train.checkpointing import choose_checkpointing
@@ -52,8 +51,9 @@ from celora.train.loading import (
     quiet_libraries,
     training_rows,
 )
+from celora.train.planning import choose, make_plan, planned, planned_errors
 from celora.train.processes import introduce_deepspeed, is_first, losing_contact, lost_contact, processes
-from celora.train.progress import MetricsWriter, Phases, PlanProgress, ProgressLine, read_metrics
+from celora.train.progress import MetricsWriter, Phases, ProgressLine, read_metrics
 from celora.train.report import write_report
 from celora.train.saving import UNUSABLE, SafeSaving, Sealing, save_adapter, stopped, take_over
 from celora.train.template import refused_row
@@ -227,23 +227,22 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         for line in truncation_lines(trainer, rows, eval_rows):
             _say(console, False, line)  # a warning
         with refused("training"):
-            config, plan = _configuration(request, trainer, console)
+            config, plan = choose(request, trainer, console)
             attached = celora.attach(trainer.model, config)
             require(trainer.model).plan = plan
             choice = choose_checkpointing(trainer, asked="gradient_checkpointing" in request.given)
         _smooth_in_the_head(trainer)
-        if not options.quiet:
-            lines = (rank_line(request), str(attached), choice)
-            console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
+        for line in (rank_line(request), attached_text(attached, plan), choice):
+            _say(console, options.quiet, line)
 
         # What is wrong with a checkpoint is a warning: said even when quiet.
         resumed: tuple[Path, dict[str, Any]] | None = from_first(
             folder.last_checkpoint(lambda line: _say(console, False, line)) if options.resume and first else None
         )
         if finished and resumed is None:
-            without = f", without {', '.join(lost)}," if lost else ""
+            of = f"{request.output} is finished" + (f", without {', '.join(lost)}," if lost else "")
             raise CELoraError(
-                f"{request.output} is finished{without} and no checkpoint to go on from is left; --overwrite trains anew"
+                f"{of} and no checkpoint to go on from is left; --overwrite trains anew"
             )
         checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
         if 0 < args.max_steps < marker["step"]:
@@ -261,9 +260,9 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
                 folder.clear_after(marker["step"])
             record = _record(request, args, attached) | {"made_from": made_from}
             write_json(request.output / RUN, record)
-            config.save(request.output / CONFIG)
             if plan is not None:
                 plan.save(request.output / PLAN)
+            config.save(request.output / CONFIG)  # last: with it and without a plan, the run goes on without one
             metrics = MetricsWriter(
                 request.output / METRICS, after_step=marker["step"], seconds=marker["seconds"], phases=trainer.phases
             )
@@ -307,8 +306,14 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
                 folder.restore()  # nothing was trained: the earlier run is worth more than what failed
             progress.close()
             if metrics is not None and (trained or (status == "interrupted" and aside is None)):
-                errors = require(trainer.model).relative_errors
-                record |= {"status": status, "summary": _summary(trainer, metrics, attached), "errors": errors}
+                errors = {
+                    "errors": require(trainer.model).relative_errors,
+                    "planned_errors": planned_errors(require(trainer.model).plan, attached.estimated),
+                }
+                record |= {
+                    "status": status,
+                    "summary": _summary(trainer, metrics, attached) | _worst(**errors),
+                } | errors
                 # What made the run fail may make this fail, too, and is what the user should hear of.
                 with suppress(CELoraError) if status == "failed" else nullcontext():
                     write_json(request.output / RUN, record)
@@ -383,6 +388,21 @@ def rank_line(request: TrainRequest) -> str:
     )
 
 
+def attached_text(attached: Any, plan: Plan | None) -> str:
+    """What is estimated with what. Beside a plan, whose table says it by measured time, no second one by FLOPs."""
+    if plan is None:
+        return str(attached)
+    reasons = Counter(attached.skipped.values())
+    return "\n".join(
+        [
+            f"{len(attached.estimated)} of {len(attached.layers)} frozen layers estimated, refreshed every "
+            f"{attached.refresh_every} optimizer steps.",
+            *(f"Left exact, {count} layers: {reason}." for reason, count in reasons.items()),
+            *attached.notes,
+        ]
+    )
+
+
 def _smooth_in_the_head(trainer: Any) -> None:
     """Trainer's label smoothing wants all logits; the head over labelled tokens smooths as it goes."""
     forward = require(trainer.model).forward
@@ -415,7 +435,6 @@ def _evaluated(metrics: Path, trainer: Any) -> bool:
 
 
 def _record(request: TrainRequest, args: Any, attached: Any) -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if args.device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "celora": celora.__version__,
         "status": "running",
@@ -431,7 +450,7 @@ def _record(request: TrainRequest, args: Any, attached: Any) -> dict[str, Any]:
         "estimated_layers": len(attached.estimated),
         "layers": [asdict(layer) for layer in attached.layers],
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
-        "machine": {"device": device, "type": args.device.type, "threads": torch.get_num_threads()},
+        "machine": {"device": device_name(args.device), "type": args.device.type, "threads": torch.get_num_threads()},
     }
 
 
@@ -452,62 +471,31 @@ def _summary(trainer: Any, metrics: MetricsWriter, attached: Any) -> dict[str, A
     }
 
 
-def _configuration(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELoraConfig, Plan | None]:
-    """What to attach: as asked for or, with preset auto, as planned: before, by hand, or now."""
-    if request.preset != "auto":
-        return request.config, None
-    options = request.options
-    before = request.output / PLAN
-    if options.resume and before.is_file():  # the run goes on as it began, wherever that is
-        plan = Plan.load(before)
-        plan.check_layers(trainer.model)
-        if reason := plan.elsewhere(next(trainer.model.parameters()).device):
-            _say(console, False, f"Note: {reason}. The run goes on with it, but what it estimates may not pay here.")
-    elif options.plan is not None:
-        plan = Plan.load(options.plan)
-        plan.check(trainer.model)
-    else:
-        plan = _plan(request, trainer, console)
-    _say(console, options.quiet, str(plan))
-    return plan.config(request.config), plan
+def _worst(errors: dict[str, float], planned_errors: dict[str, float]) -> dict[str, Any]:
+    """The largest relative error that a refresh has measured, of how many layers, and what the plan says of the rest.
 
-
-def _plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
-    """Plan on the first batches of the training data; the training sees them in the same order as without."""
-    limit, options = request.options.memory_limit, request.options
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise CELoraError(
-            "preset 'auto' cannot measure a model that will be sharded; make a plan on one device with celora plan and "
-            "give it with --plan, or choose --preset exact or paper"
-        )
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        batches = list(itertools.islice(trainer.get_train_dataloader(), MOST_BATCHES))  # in all processes, in step
-        if not is_first():
-            return Plan.from_dict(from_first(None))
-        with PlanProgress(console, quiet=options.quiet) as progress:
-            plan = celora.make_plan(
-                trainer.model,
-                batches,
-                DEFAULT_FIDELITY if options.fidelity is None else options.fidelity,
-                memory_limit=None if limit is None else int(limit * 2**20),
-                progress=progress,
-            )
-    from_first(plan.to_dict())
-    return plan
+    A layer's first refresh has nothing to compare with, so that in a short run few layers are measured.
+    """
+    rest = [error for name, error in planned_errors.items() if name not in errors]
+    return {
+        "layers_measured": len(errors),
+        "worst_relative_error": max(errors.values(), default=None),
+        "layers_not_measured": len(rest),
+        "worst_planned_error": max(rest, default=None),
+    }
 
 
 def plan_model(request: TrainRequest, *, rows: int | None, adapter: Path | None, console: Console) -> Plan:
     """`celora.make_plan` for a new adapter, or for the one in `adapter`, on batches made as training makes them."""
     with prepared(request, rows, adapter) as (trainer, _), refused("plan"):
-        return _plan(request, trainer, console)
+        return make_plan(request, trainer, console)
 
 
 def audit_model(request: TrainRequest, *, rows: int | None, adapter: Path | None = None) -> Any:
     """`celora.audit` of a new adapter, or of the one in `adapter`, on a batch made exactly as training makes it."""
     with prepared(request, rows, adapter) as (trainer, config), refused("audit"):
         if request.preset == "auto" and config is request.config:
-            config, _ = _configuration(request, trainer, Console(stderr=True, quiet=True))
+            config, _ = planned(request, trainer, Console(stderr=True, quiet=True))
         celora.attach(trainer.model, config)
         batch = next(iter(trainer.get_train_dataloader()))
         return celora.audit(trainer.model, batch)

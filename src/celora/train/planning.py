@@ -1,0 +1,117 @@
+"""What preset auto trains with: a plan, made before the first step or earlier, or none where the run is too short."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import celora
+from celora.config import CELoraConfig
+from celora.errors import CELoraError
+from celora.plan import HEAD, Plan
+from celora.planner import DEFAULT_FIDELITY, MOST_BATCHES
+from celora.synchronise import from_first
+from celora.train.arguments import PLANNING, TrainRequest
+from celora.train.folder import CONFIG, PLAN
+from celora.train.processes import is_first, processes
+from celora.train.progress import PlanProgress
+
+# A plan takes 20 to 130 forward and backward passes to make, and then saves a tenth to three tenths of each pass over
+# `exact` (docs/speed.md). About here the middle of the one is earned back by the middle of the other.
+FEWEST_PASSES = 400
+
+
+def passes(trainer: Any) -> int:
+    """Forward and backward passes of the run that `trainer` is set up for, in each process."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return int(args.max_steps * args.gradient_accumulation_steps)
+    batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * processes()))
+    return int(math.ceil(args.num_train_epochs * batches))
+
+
+def choose(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELoraConfig, Plan | None]:
+    """What to attach: as asked for or, with preset auto, as planned; a run that is resumed goes on as it began.
+
+    Without `fidelity`, `plan` or another word about a plan, a run of fewer than `FEWEST_PASSES` passes is `exact`.
+    """
+    options = request.options
+    if request.preset != "auto":
+        return request.config, None
+    if options.resume and (request.output / PLAN).is_file():
+        plan = Plan.load(request.output / PLAN)
+        plan.check_layers(trainer.model)
+        if reason := plan.elsewhere(next(trainer.model.parameters()).device):
+            _say(console, f"Note: {reason}. The run goes on with it, but what it estimates may not pay here.")
+        if not options.quiet:
+            _say(console, str(plan))
+        return plan.config(request.config), plan
+    if options.resume and (request.output / CONFIG).is_file():
+        return CELoraConfig.load(request.output / CONFIG), None
+    asked = any(getattr(options, name) is not None for name in PLANNING)
+    if not asked and (count := passes(trainer)) < FEWEST_PASSES:
+        if not options.quiet:
+            _say(
+                console,
+                f"Preset exact: too short for a plan to pay, {count:,} forward and backward passes (a plan takes 20 to "
+                f"130, and pays from about {FEWEST_PASSES}). --fidelity {DEFAULT_FIDELITY} makes one anyway.",
+            )
+        own = options.celora or {}
+        return replace(request.config, zero_tokens=own.get("zero_tokens", True)), None
+    return planned(request, trainer, console)
+
+
+def planned(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELoraConfig, Plan]:
+    """The plan that was given, or a new one, and the configuration that carries it out."""
+    if request.options.plan is not None:
+        plan = Plan.load(request.options.plan)
+        plan.check(trainer.model)
+    else:
+        plan = make_plan(request, trainer, console)
+    if not request.options.quiet:
+        _say(console, str(plan))
+    return plan.config(request.config), plan
+
+
+def make_plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
+    """Plan on the first batches of the training data; the training sees them in the same order as without."""
+    limit, options = request.options.memory_limit, request.options
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise CELoraError(
+            "preset 'auto' cannot measure a model that will be sharded; make a plan on one device with celora plan and "
+            "give it with --plan, or choose --preset exact or paper"
+        )
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        batches = list(itertools.islice(trainer.get_train_dataloader(), MOST_BATCHES))  # in all processes, in step
+        if not is_first():
+            return Plan.from_dict(from_first(None))
+        with PlanProgress(console, quiet=options.quiet) as progress:
+            plan = celora.make_plan(
+                trainer.model,
+                batches,
+                DEFAULT_FIDELITY if options.fidelity is None else options.fidelity,
+                memory_limit=None if limit is None else int(limit * 2**20),
+                progress=progress,
+            )
+    from_first(plan.to_dict())
+    return plan
+
+
+def planned_errors(plan: Plan | None, estimated: Any) -> dict[str, float]:
+    """The relative errors that the plan has measured of the layers in `estimated` and of the vocabulary projection."""
+    layers = () if plan is None else (*plan.layers, *(() if plan.head is None else (plan.head,)))
+    return {
+        layer.name: layer.choice.relative_error
+        for layer in layers
+        if layer.choice.setting.estimator != "dense" and (layer.name in estimated or layer.name == HEAD)
+    }
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
