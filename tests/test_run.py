@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 import celora.train.run as run_module
 from celora.config import CELoraConfig, resolve
 from celora.errors import CELoraError
+from celora.plan import device_name
 from celora.train import planning
 from celora.train.arguments import make_request, parse
 from celora.train.folder import OutputFolder
@@ -81,6 +82,7 @@ def test_output_folder(finished):
     assert (record["status"], result.status, result.step) == ("finished", "finished", 6)
     assert record["given"]["max_steps"] == 6
     assert record["versions"]["torch"] == metadata.version("torch")
+    assert record["machine"]["device"] == device_name(torch.device("cpu"))
     assert "columns" in text
     assert "step 6/6" in text
 

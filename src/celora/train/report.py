@@ -123,11 +123,11 @@ def _charts(rows: Mapping[str, Sequence[Mapping[str, Any]]], repeats: Mapping[st
         ("Throughput", "step", "optimizer step", ["tokens_per_second"], "tokens per second, no padding"),
         ("Peak memory", "step", "optimizer step", ["peak_memory_mib"], "MiB, of the process or the device"),
         (
-            "Relative error of the estimate at the latest refresh, of the layers that have refreshed",
+            "Relative error of the estimate at the latest refresh",
             "step",
             "optimizer step",
             [key for key in fidelity if "relative_error" in key],
-            "relative error of grad_input",
+            "of grad_input, in the layers that have refreshed",
         ),
     ]
     groups = list(dict.fromkeys(repeats.get(name, name) for name in rows))
