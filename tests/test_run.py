@@ -15,8 +15,10 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTTrainer
 
 import celora.train.run as run_module
+from celora import borrowed
 from celora.config import CELoraConfig, resolve
 from celora.errors import CELoraError
 from celora.plan import device_name
@@ -764,6 +766,29 @@ def test_one_table_of_layers_and_errors_by_the_plan_until_they_are_measured(inpu
     for layer in plan["layers"]:
         if layer["name"] in estimated:
             assert planned[layer["name"]] == layer["candidates"][layer["chosen"]][2]
+
+
+def test_every_private_method_that_the_trainer_overrides_is_listed():
+    """`test_borrowed` sees to it that the installed libraries have them: ours would never be called otherwise."""
+    ours = [cls for cls in run_module.Trainer.__mro__ if cls.__module__.startswith("celora.")]
+    private = {name for cls in ours for name in vars(cls) if name.startswith("_") and not name.startswith("__")}
+    assert private & set(dir(SFTTrainer)) <= {name.rpartition(".")[2] for name in run_module.OVERRIDDEN}
+
+
+def test_a_method_that_the_libraries_no_longer_have_is_said_at_the_start(inputs, tmp_path, monkeypatch):
+    found = borrowed._look_up
+    gone = {"trl:SFTTrainer._prepare_dataset", "transformers:Trainer._load_from_checkpoint"}
+    go(inputs, tmp_path / "out", max_steps=3)
+    for name in ("adapter_model.safetensors", "report.html"):
+        (tmp_path / "out" / name).unlink()
+    monkeypatch.setattr(borrowed, "_look_up", lambda name: None if name in gone else found(name))
+    borrowed._say_missing.cache_clear()
+    with (
+        pytest.warns(UserWarning, match="no trl.SFTTrainer._prepare_dataset, so neither a row that the chat template"),
+        pytest.warns(UserWarning, match="no transformers.Trainer._load_from_checkpoint, so a run that was stopped"),
+        pytest.raises(CELoraError, match=r"checkpoint-3 is the run's last step, .* give a larger --max_steps"),
+    ):
+        go(inputs, tmp_path / "out", max_steps=3, resume=True)
 
 
 def test_planning_does_not_change_the_order_of_the_data(inputs, tmp_path):

@@ -13,7 +13,20 @@ from importlib import import_module
 from typing import Any
 
 # "module:name", or "module:Class.attribute" -> what celora leaves out where the library does not have it.
-NAMES: dict[str, str] = {}
+NAMES: dict[str, str] = {
+    # Methods of the trainer that `celora train` adds to: where one is gone, what is added is never called.
+    "transformers:Trainer._determine_best_metric": "a metric that no evaluation has is told in transformers' own words",
+    "transformers:Trainer._get_train_sampler": "rows that are grouped by length come in another order once a run is "
+    "resumed in a later epoch",
+    "transformers:Trainer._load_best_model": "the best checkpoint is looked for where the checkpoint's state says",
+    "transformers:Trainer._load_from_checkpoint": "a run that was stopped after its last step is not finished from its "
+    "checkpoint",
+    "transformers:Trainer._save": "training_args.bin stays beside the adapter",
+    "transformers:Trainer._save_checkpoint": "an older checkpoint is removed before the new one is sealed",
+    "trl:SFTTrainer._prepare_dataset": "neither a row that the chat template refuses nor rows that are cut are named",
+    "trl:SFTTrainer._send_telemetry": "TRL may tell the hub that a trainer was made (HF_HUB_DISABLE_TELEMETRY=1 stops "
+    "that)",
+}
 
 
 def borrow(name: str) -> Any:

@@ -286,10 +286,8 @@ def label(setting: LayerConfig) -> str:
 
 def device_name(device: torch.device) -> str:
     """The accelerator's or the CPU's own name."""
-    if device.type == "mps":
-        return str(torch.backends.mps.get_name())  # Apple's, `Apple M2`
-    if device.type != "cpu" and (named := getattr(getattr(torch, device.type, None), "get_device_name", None)):
-        return str(named(device))
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

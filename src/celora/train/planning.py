@@ -32,7 +32,7 @@ def passes(trainer: Any) -> int:
     if args.max_steps > 0:
         return int(args.max_steps * args.gradient_accumulation_steps)
     batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * processes()))
-    return int(math.ceil(args.num_train_epochs * batches))
+    return math.ceil(float(args.num_train_epochs) * batches)
 
 
 def choose(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELoraConfig, Plan | None]:

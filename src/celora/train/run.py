@@ -31,6 +31,7 @@ from trl import SFTTrainer
 
 import celora
 from celora.attach import require
+from celora.borrowed import NAMES, borrow
 from celora.config import CELoraConfig
 from celora.errors import CELoraError, out_of_memory
 from celora.plan import Plan, device_name
@@ -157,6 +158,10 @@ class Trainer(SafeSaving, SFTTrainer):  # type: ignore[misc]
         """TRL reports every construction to the hub; training a model here stays here."""
 
 
+# What `Trainer` and its mixins override, as `celora.borrowed` lists it.
+OVERRIDDEN = tuple(name for name in NAMES if name.startswith(("transformers:Trainer._", "trl:SFTTrainer._")))
+
+
 @contextmanager
 def refused(what: str, trainer: Any = None) -> Iterator[None]:
     """What a library says of the values that it is given for `what`, in one line.
@@ -241,9 +246,7 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         )
         if finished and resumed is None:
             of = f"{request.output} is finished" + (f", without {', '.join(lost)}," if lost else "")
-            raise CELoraError(
-                f"{of} and no checkpoint to go on from is left; --overwrite trains anew"
-            )
+            raise CELoraError(f"{of} and no checkpoint to go on from is left; --overwrite trains anew")
         checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
         if 0 < args.max_steps < marker["step"]:
             raise CELoraError(f"max_steps={args.max_steps}, but the run is saved at step {marker['step']}; give more")
@@ -353,6 +356,8 @@ def build_trainer(
     peft: LoraConfig | None,
 ) -> Any:
     """The SFTTrainer of this run, without celora and without progress. What it refuses is one line."""
+    for name in OVERRIDDEN:
+        borrow(name)  # says what is not done where the method is gone: nobody calls ours then
     with refused("trainer"):
         trainer = Trainer(
             model=model,

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
 
+from celora.borrowed import borrow
 from celora.errors import CELoraError, Diverged
 from celora.files import clear, sync
 from celora.train.folder import SAVING, OutputFolder
@@ -114,10 +115,21 @@ def save_adapter(trainer: Any, output: Path) -> None:
 
 
 def take_over(trainer: Any, checkpoint: Path) -> None:
-    """Load a checkpoint that needs no further step: the run was stopped between its last step and its end."""
-    trainer._load_from_checkpoint(str(checkpoint))
+    """Load a checkpoint that needs no further step: the run was stopped between its last step and its end.
+
+    Raises:
+        CELoraError: this version of transformers has no method for it.
+    """
+    load, best = (borrow(f"transformers:Trainer.{name}") for name in ("_load_from_checkpoint", "_load_best_model"))
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+    wanted = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
+    if load is None or (wanted and best is None):
+        raise CELoraError(
+            f"{checkpoint.name} is the run's last step, and this version of transformers cannot load it without "
+            "another; give a larger --max_steps"
+        )
+    load(trainer, str(checkpoint))
+    if wanted:
         trainer._load_best_model()
 
 

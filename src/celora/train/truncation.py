@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
+from celora.borrowed import borrow
+
 _LOSE_NOTHING = ("bfd_split", "wrapped")  # the strategies of packing that go on with a row in the next sequence
 
 
 def truncation_lines(trainer: Any, rows: Any, eval_rows: Any = None) -> Iterator[str]:
     """One line on what of `rows` does not fit into `max_length` tokens, one for `eval_rows`; none where all does."""
     args = trainer.args
+    if borrow("trl:SFTTrainer._prepare_dataset") is None:
+        return
     eval_packing = args.packing if args.eval_packing is None else args.eval_packing
     for kind, given, prepared, packing in (
         ("rows", rows, trainer.train_dataset, args.packing),
