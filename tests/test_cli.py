@@ -150,10 +150,11 @@ def test_train_then_audit_the_adapter(inputs, capsys, tmp_path):
     capsys.readouterr()
 
     audit = ["audit", "--model", model, "--data", rows, "--adapter", tmp_path / "out", "--rows", 4]
-    assert main([str(a) for a in [*audit, "--json"]]) == 0
+    assert main([str(a) for a in [*audit, "--reference", "float32", "--json"]]) == 0
     report = json.loads(capsys.readouterr().out)
     assert 0.5 < report["cosine"] <= 1
     assert report["per_layer"]
+    assert report["float32"]["attached"]["cosine"] <= report["float32"]["plain"]["cosine"] <= 1
     assert main([str(a) for a in ["audit", "--model", model, "--data", rows, "--preset", "off", "-q"]]) == 0
     captured = capsys.readouterr()
     assert "cosine 1.0000" in captured.out

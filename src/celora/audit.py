@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from celora.errors import CELoraError
 from celora.forward import settle
 from celora.graft import Mode
 from celora.sharded import whole
+from celora.upcast import in_float32, without_dropout
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,19 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
+class FromFloat32:
+    """How near gradients are to the gradient of the same weights computed in float32; all without dropout.
+
+    Attributes:
+        plain: of PEFT's own gradient, without celora.
+        attached: of the gradient with celora as it is attached.
+    """
+
+    plain: Fidelity
+    attached: Fidelity
+
+
+@dataclass(frozen=True)
 class AuditReport(Fidelity):
     """Fidelity of the whole adapter gradient, and of each layer's. Prints as a table of the worst layers.
 
@@ -62,11 +76,13 @@ class AuditReport(Fidelity):
         per_layer: adapted layer -> fidelity of the gradient of its adapter.
         loss: of the batch, or their mean (the forward is exact, so it is the same for both).
         probed: how many layers had no selection yet and were judged with one made from what they are judged on.
+        float32: how far plain PEFT and celora are from float32, if that was asked for.
     """
 
     per_layer: Mapping[str, Fidelity]
     loss: float
     probed: int
+    float32: FromFloat32 | None = None
 
     def __str__(self) -> str:
         worst = sorted(self.per_layer.items(), key=lambda item: item[1].cosine)[:5]
@@ -78,6 +94,13 @@ class AuditReport(Fidelity):
             lines.append(
                 f"{self.probed} layers had nothing selected yet: judged with a selection made from this batch."
             )
+        if self.float32 is not None:
+            named = {"plain PEFT": self.float32.plain, "celora as attached": self.float32.attached}
+            lines += [
+                f"Against float32, {name}: cosine {f.cosine:.4f}, relative error {f.relative_error:.4f}, "
+                f"norm ratio {f.norm_ratio:.4f}."
+                for name, f in named.items()
+            ]
         lines.append("Lowest cosine by layer:")
         lines += [f"  {f.cosine:7.4f}  error {f.relative_error:.4f}  {name}" for name, f in worst]
         return "\n".join(lines)
@@ -88,6 +111,7 @@ def audit(
     batch: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     *,
     loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
+    reference: Literal["float32"] | None = None,
 ) -> AuditReport:
     """Compare the estimated gradient of the trainable parameters with the exact one, on a batch or the sum of several.
 
@@ -103,11 +127,16 @@ def audit(
         batch: what the model takes as keyword arguments, `labels` included, or a list of such; moved to the model's
             device.
         loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
+        reference: `"float32"` also compares plain PEFT's gradient, and celora's, with the gradient of the same weights
+            computed in float32. That shows what the model's own dtype costs. Three more passes a batch, without
+            dropout, and for a while 4 more bytes for each number in bfloat16 or float16.
 
     Raises:
         CELoraError: celora is not attached, the batch yields no loss or gradient that is finite, or nothing is
-            trainable.
+            trainable; with a reference, the weights are quantised, sharded or offloaded, or do not fit in float32.
     """
+    if reference not in (None, "float32"):
+        raise CELoraError(f"reference={reference!r}; expected 'float32', or None to compare with the exact gradient.")
     attachment = require(model)
     parameters = trainable(model)
     batches = [on_device(of, parameters) for of in ([batch] if isinstance(batch, Mapping) else batch)]
@@ -126,6 +155,9 @@ def audit(
         rewind()
         with nullcontext() if head is None or head.mode is Mode.EXACT else head.through(head.keep_ratio):
             estimated, _ = gradient(model, batches, loss, parameters)
+        of_float32 = None
+        if reference == "float32":
+            of_float32 = _from_float32(model, attachment, lambda: gradient(model, batches, loss, parameters)[0])
 
     pairs = {name: (estimated[name], exact[name]) for name in parameters}
     layers: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -140,7 +172,24 @@ def audit(
         per_layer={name: Fidelity.of(of) for name, of in layers.items()},
         loss=value,
         probed=probed,
+        float32=of_float32,
     )
+
+
+def _from_float32(model: nn.Module, attachment: Attachment, gradients: Callable[[], dict[str, Tensor]]) -> FromFloat32:
+    """Compare `gradients` with celora as it is attached, and without, with those of a model in float32."""
+    head, switch = attachment.forward, attachment.switch
+    with without_dropout(model):
+        with nullcontext() if head is None or head.mode is Mode.EXACT else head.through(head.keep_ratio):
+            attached = gradients()
+        was, switch.on = switch.on, False
+        try:
+            plain = gradients()
+            with in_float32(model):
+                true = gradients()
+        finally:
+            switch.on = was
+    return FromFloat32(*(Fidelity.of([(found[name], true[name]) for name in true]) for found in (plain, attached)))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -70,7 +70,8 @@ AUDIT_HELP = """Compare the estimated LoRA gradient with the exact one on a batc
 Examples:
   celora audit --model ./model --data chats.jsonl
   celora audit --model ./model --data chats.jsonl --adapter out --rows 16
-  celora audit --model ./model --data chats.jsonl --preset paper --json | jq .cosine"""
+  celora audit --model ./model --data chats.jsonl --preset paper --json | jq .cosine
+  celora audit --model ./model --data chats.jsonl --reference float32"""
 
 PLAN_HELP = """Measure, layer by layer, what estimates cost and lose, and choose the cheapest that is good enough.
 
@@ -153,6 +154,10 @@ Rows = Annotated[
     int | None,
     typer.Option("--rows", min=1, max=1_000_000, help="Rows in a batch; without, per_device_train_batch_size."),
 ]
+Reference = Annotated[
+    Literal["float32"] | None,
+    typer.Option("--reference", help="Also compare PEFT's gradient and celora's with float32's, on the same weights."),
+]
 PlanFile = Annotated[str | None, typer.Option("--plan", help="A plan made by celora plan.")]
 Config = Annotated[
     str | None, typer.Option("--config", help="YAML file, also of trl sft; celora: in it holds CELoraConfig fields.")
@@ -232,6 +237,7 @@ def audit(
     plan: PlanFile = None,
     config: Config = None,
     rows: Rows = None,
+    reference: Reference = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -249,7 +255,7 @@ def audit(
     request = parse(context.args, own)
     from celora.train.run import audit_model
 
-    report = audit_model(request, rows=rows, adapter=Path(adapter) if adapter else None)
+    report = audit_model(request, rows=rows, adapter=Path(adapter) if adapter else None, reference=reference)
     _print_json(dataclasses.asdict(report)) if as_json else typer.echo(str(report))
 
 

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
@@ -496,14 +496,20 @@ def plan_model(request: TrainRequest, *, rows: int | None, adapter: Path | None,
         return make_plan(request, trainer, console)
 
 
-def audit_model(request: TrainRequest, *, rows: int | None, adapter: Path | None = None) -> Any:
+def audit_model(
+    request: TrainRequest,
+    *,
+    rows: int | None,
+    adapter: Path | None = None,
+    reference: Literal["float32"] | None = None,
+) -> Any:
     """`celora.audit` of a new adapter, or of the one in `adapter`, on a batch made exactly as training makes it."""
     with prepared(request, rows, adapter) as (trainer, config), refused("audit"):
         if request.preset == "auto" and config is request.config:
             config, _ = planned(request, trainer, Console(stderr=True, quiet=True))
         celora.attach(trainer.model, config)
         batch = next(iter(trainer.get_train_dataloader()))
-        return celora.audit(trainer.model, batch)
+        return celora.audit(trainer.model, batch, reference=reference)
 
 
 @contextmanager
