@@ -11,7 +11,7 @@ SIDE_BY_SIDE ?= --numprocesses auto --maxprocesses 8 --dist loadfile
 .PHONY: help demo test test-plain test-lowest test-newest lint docs bench clean
 
 help:
-	@echo "make demo   fine-tune a real model on real data with LoRA and with CE-LoRA, compare them (offline)"
+	@echo "make demo   fine-tune a real model on real data with LoRA and with CE-LoRA, compare them (offline after one download)"
 	@echo "make test   run the tests (test-plain: numerics as on an older CPU without a compiler; test-lowest, test-newest:"
 	@echo "            the core with the oldest versions that pyproject.toml allows, and with the newest pre-releases)"
 	@echo "make lint   check format, lint and types"

@@ -16,9 +16,11 @@ from typing import Any
 import quality_tables
 import rows
 import sensitivity
+from celora.train.bench import Cell, shape_config, told
 from celora.train.demo import REFRESH_EVERY, DemoRow, summary
 
 ROOT = Path(__file__).parent.parent
+UNPACKED = "weights unpacked from 4 bits"  # of the demo's model, which comes as a Q4_1 file
 
 
 def demo() -> str:
@@ -30,7 +32,7 @@ def demo() -> str:
     last = found[-1]
     seeds = len({row.seed for row in found})
     return (
-        f"{table}\n\nSmolLM2-135M-Instruct ({last.dtype}), {last.steps} steps of 8 sentences, "
+        f"{table}\n\nSmolLM2-135M-Instruct ({UNPACKED}; {last.dtype}), {last.steps} steps of 8 sentences, "
         f"{last.held_out} held-out sentences, {seeds} seeds, {last.threads} CPU threads, torch {last.torch}. "
         f"CE-LoRA is the preset `paper`, refreshed every {REFRESH_EVERY} steps."
     )
@@ -104,9 +106,20 @@ def _frontier(which: str) -> str:
     return (
         rows.markdown(["model", "labelled", "asked for", "predicted", "audited cosine", "grad_input time"], body)
         + f"\n\nT = {one['tokens']}, {one['dtype']}, {rows.where(one)}; "
-        f"8-bit copies of the weights without a limit. Audited on {_audited_on(found)}, which also decided whether "
+        f"8-bit copies of the weights without a limit. {_shapes_of_frontier(found)} Audited on {_audited_on(found)}, which also decided whether "
         "to allow less error."
     )
+
+
+def _shapes_of_frontier(found: list[dict[str, Any]]) -> str:
+    """What the models of `frontier.py` are, in words."""
+    hidden = shape_config(Cell("h2048-v32k", "full"))
+    words = {
+        "SmolLM2-135M": f"SmolLM2-135M: {UNPACKED}.",
+        "hidden 2048": f"Hidden 2048: a Llama of random weights, {hidden.num_hidden_layers} blocks.",
+        "hidden 2048, random tokens": "Hidden 2048 with random tokens: random weights, 3 blocks.",
+    }
+    return " ".join(words[name] for name in dict.fromkeys(row["model"] for row in found))
 
 
 def _audited_on(found: list[dict[str, Any]]) -> str:
@@ -244,7 +257,9 @@ def refresh() -> str:
         "the same, no refreshes",
         "share of the time, every 200",
     ]
-    return rows.markdown(header, body) + f"\n\nSmolLM2-135M, 4 x 128 tokens, bfloat16, 2 threads, {found[0]['cpu']}."
+    return rows.markdown(header, body) + (
+        f"\n\nSmolLM2-135M ({UNPACKED}), 4 x 128 tokens, bfloat16, 2 threads, {found[0]['cpu']}."
+    )
 
 
 _SHOWN = ("PEFT + compile", "PEFT upper half", "exact", "exact + compile", "paper", "auto", "limit", "limit of exact")
@@ -289,7 +304,7 @@ def _step(dtype: str, file: str = "step.jsonl") -> str:
     return (
         rows.markdown(header, body)
         + f"\n\nRatios of medians in one run{later}, {one['dtype']} base, float32 adapters (r = 16 on all linear "
-        f"layers), {rows.where(one)}. Not run: {left_out}."
+        f"layers), {rows.where(one)}. {told(row['model'] for row in found)} Not run: {left_out}."
     )
 
 
@@ -308,7 +323,9 @@ def step_parts() -> str:
                 [*name, f"{row['time_ms']:.0f}", spread, *parts, f"{row['tokens_per_second']:.0f}", saved, peak]
             )
     header = ["model", "data", "arm", "ms/step", "20/80th percentile", "forward", "backward", "optimizer", "tokens/s"]
-    return rows.markdown([*header, "MiB saved for backward", "MiB peak"], body)
+    return rows.markdown([*header, "MiB saved for backward", "MiB peak"], body) + (
+        f"\n\n{told(row['model'] for row in found)}"
+    )
 
 
 def step_sweep() -> str:
@@ -333,7 +350,7 @@ def _step_sweep(name: str) -> str:
         speed = [f"{of[arm]['speed_up']:.2f}" for arm in ("exact", "paper", "auto", "limit")]
         body.append([cell[0], str(plain["tokens"]), f"{plain['time_ms']:.0f} ms", *speed])
     return rows.markdown(["model", "tokens per step", "PEFT", "exact", "paper", "auto", "limit"], body) + (
-        f"\n\n{rows.where(found[0])}."
+        f"\n\n{rows.where(found[0])}. {told(row['cell'][0] for row in found)}"
     )
 
 
@@ -415,7 +432,7 @@ def compiled() -> str:
     return (
         rows.markdown([*header, "graphs", "added at later refreshes", "graph breaks"], body)
         + "\n\nSpeed-up of the median step over plain eager PEFT in the same run; refreshes in steps of their own arm. "
-        f"Llama shape of hidden {one['hidden']}, {one['blocks']} blocks, {one['tokens']} tokens, every one labelled; "
+        f"A Llama of random weights, hidden size {one['hidden']}, {one['blocks']} blocks, {one['tokens']} tokens, every one labelled; "
         f"{one['dtype']}, {rows.where(one)}, inductor; refreshes every {one['refresh_every']} steps, "
         "of which the faster counts."
     )
@@ -433,7 +450,7 @@ def two_processes() -> str:
     one = found[0]
     return (
         rows.markdown(["", "", *(f"seed {seed}" for seed in seeds), "mean"], body)
-        + f"\n\nSmolLM2-135M-Instruct ({one['dtype']}), {one['steps']} steps of {one['batch']} sentences in all, "
+        + f"\n\nSmolLM2-135M-Instruct ({UNPACKED}; {one['dtype']}), {one['steps']} steps of {one['batch']} sentences in all, "
         f"{one['held_out']} held-out sentences, torch {one['torch']}, gloo. CE-LoRA is the preset `paper`, refreshed "
         f"every {REFRESH_EVERY} steps; with FSDP2 also `synchronise`."
     )

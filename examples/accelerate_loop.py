@@ -29,7 +29,7 @@ def main(name: str, steps: int = 20) -> list[float]:
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(name), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     )
-    accelerator.print(celora.attach(model, "paper"))  # the one line; a step is a step of the optimizer, not a batch
+    accelerator.print(celora.attach(model, "exact"))  # the one line; it says what it does
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 

@@ -19,7 +19,7 @@ def main(name: str, steps: int = 20) -> list[float]:
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(name), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     )
-    print(celora.attach(model, "paper"))  # the one line
+    print(celora.attach(model, "exact"))  # the one line
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     generator = torch.Generator().manual_seed(0)

@@ -27,7 +27,7 @@ def main(name: str, steps: int = 20) -> list[float]:
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(name), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     )
-    print(celora.attach(model, "paper"))  # the one line
+    print(celora.attach(model, "exact"))  # the one line
     trainer = Trainer(
         model=model,
         train_dataset=rows.map(encode, remove_columns=rows.column_names),

@@ -33,7 +33,7 @@ def main(model: str, steps: int = 20) -> list[float]:
         ),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     )
-    print(celora.attach(trainer.model, "paper"))  # the one line; what it prints says what is estimated, and what is not
+    print(celora.attach(trainer.model, "exact"))  # the one line; it says what it does
     trainer.add_callback(celora.Callback())  # optional: celora's numbers in the logs, its state in the checkpoints
     trainer.train()
     trainer.save_model("adapter")  # plain PEFT

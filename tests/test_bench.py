@@ -34,7 +34,16 @@ def test_rows_add_up() -> None:
     if not torch.cuda.is_available():
         assert absent["not_run"] == "needs a CUDA device"
         assert "not run: needs a CUDA device" in table(rows)
-    assert len(table(rows).splitlines()) == 5
+    assert len(table(rows).splitlines()) == 6
+
+
+def test_what_the_models_are_is_told() -> None:
+    told = bench.told(["smollm2", "h1024-v32k", "h2048-v128k", "h1024-v32k"])
+    assert told.split(". ") == [
+        "smollm2: SmolLM2-135M-Instruct, its weights unpacked from 4 bits (Q4_1)",
+        "h1024-v32k: a Llama of random weights, hidden size 1,024, 8 blocks, 32,000 words",
+        "h2048-v128k: a Llama of random weights, hidden size 2,048, 4 blocks, 128,000 words.",
+    ]
 
 
 def test_the_share_of_a_limit_that_saves_nothing_is_not_told() -> None:

@@ -44,7 +44,7 @@ SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 def test_scripts(script: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     losses = runpy.run_path(str(EXAMPLES / f"{script}.py"))["main"](str(model), steps=4)
     assert len(losses) >= 4
-    assert "8 of 14 frozen layers estimated" in capsys.readouterr().out
+    assert "LoRA fused with its base layer in 14 of 14 layers" in capsys.readouterr().out
     check(losses, model)
 
 
@@ -62,7 +62,7 @@ def test_notebook(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
     printed = capsys.readouterr().out
-    assert "frozen layers estimated" in printed
+    assert "LoRA fused with its base layer in 14 of 14 layers" in printed
     assert "0.99 asked for" in printed
     assert printed.endswith("True\n")
     check(names["losses"], model)

@@ -47,7 +47,7 @@ def test_python_snippets(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     script, loop, plan = _blocks("python")
     exec(script, names)
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
-    assert "frozen layers estimated" in capsys.readouterr().out
+    assert "LoRA fused with its base layer in 14 of 14 layers" in capsys.readouterr().out
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     batch = dict.fromkeys(("input_ids", "labels"), model.dummy_inputs["input_ids"] % 40)

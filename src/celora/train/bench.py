@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -421,7 +421,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, told(row["model"] for row in rows)])
+
+
+def told(models: Iterable[str]) -> str:
+    """What the models of cells are, in words."""
+    sentences = []
+    for name in dict.fromkeys(models):
+        if name == SMOLLM2:
+            sentences.append(f"{name}: SmolLM2-135M-Instruct, its weights unpacked from 4 bits (Q4_1).")
+        else:
+            config = shape_config(Cell(name, "full"))
+            sentences.append(
+                f"{name}: a Llama of random weights, hidden size {config.hidden_size:,}, "
+                f"{config.num_hidden_layers} blocks, {config.vocab_size:,} words."
+            )
+    return " ".join(sentences)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def passes(trainer: Any) -> int:
     if args.max_steps > 0:
         return int(args.max_steps * args.gradient_accumulation_steps)
     batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * processes()))
-    return math.ceil(float(args.num_train_epochs) * batches)
+    count: float = args.num_train_epochs * batches
+    return math.ceil(count)
 
 
 def choose(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELoraConfig, Plan | None]:
