@@ -235,7 +235,8 @@ LANGUAGE_MODEL = Study(
     called="fall of the loss over LoRA's",
     rate_unit="",
     ticks=(0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1),
-    caption=f"SmolLM2-135M (weights unpacked from 4 bits), {MODEL_STEPS} steps of 4 x 128 tokens, 3 seeds, text and batches as in `training.py`.",
+    caption=f"SmolLM2-135M (weights unpacked from 4 bits), {MODEL_STEPS} steps of 4 x 128 tokens, 3 seeds, text and "
+    "batches as in `training.py`.",
 )
 STUDIES = {study.name: study for study in (NETWORK, LANGUAGE_MODEL)}
 

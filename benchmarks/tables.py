@@ -106,8 +106,8 @@ def _frontier(which: str) -> str:
     return (
         rows.markdown(["model", "labelled", "asked for", "predicted", "audited cosine", "grad_input time"], body)
         + f"\n\nT = {one['tokens']}, {one['dtype']}, {rows.where(one)}; "
-        f"8-bit copies of the weights without a limit. {_shapes_of_frontier(found)} Audited on {_audited_on(found)}, which also decided whether "
-        "to allow less error."
+        f"8-bit copies of the weights without a limit. {_shapes_of_frontier(found)} Audited on "
+        f"{_audited_on(found)}, which also decided whether to allow less error."
     )
 
 
@@ -432,8 +432,8 @@ def compiled() -> str:
     return (
         rows.markdown([*header, "graphs", "added at later refreshes", "graph breaks"], body)
         + "\n\nSpeed-up of the median step over plain eager PEFT in the same run; refreshes in steps of their own arm. "
-        f"A Llama of random weights, hidden size {one['hidden']}, {one['blocks']} blocks, {one['tokens']} tokens, every one labelled; "
-        f"{one['dtype']}, {rows.where(one)}, inductor; refreshes every {one['refresh_every']} steps, "
+        f"A Llama of random weights, hidden size {one['hidden']}, {one['blocks']} blocks, {one['tokens']} tokens, every "
+        f"one labelled; {one['dtype']}, {rows.where(one)}, inductor; refreshes every {one['refresh_every']} steps, "
         "of which the faster counts."
     )
 
@@ -450,8 +450,8 @@ def two_processes() -> str:
     one = found[0]
     return (
         rows.markdown(["", "", *(f"seed {seed}" for seed in seeds), "mean"], body)
-        + f"\n\nSmolLM2-135M-Instruct ({UNPACKED}; {one['dtype']}), {one['steps']} steps of {one['batch']} sentences in all, "
-        f"{one['held_out']} held-out sentences, torch {one['torch']}, gloo. CE-LoRA is the preset `paper`, refreshed "
+        + f"\n\nSmolLM2-135M-Instruct ({UNPACKED}; {one['dtype']}), {one['steps']} steps of {one['batch']} sentences "
+        f"in all, {one['held_out']} held-out sentences, torch {one['torch']}, gloo. CE-LoRA is the preset `paper`, refreshed "
         f"every {REFRESH_EVERY} steps; with FSDP2 also `synchronise`."
     )
 

@@ -36,15 +36,15 @@ def passes(trainer: Any) -> int:
     return math.ceil(count)
 
 
-def choose(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELoraConfig, Plan | None]:
-    """What to attach: as asked for or, with preset auto, as planned; a run that is resumed goes on as it began.
+def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool) -> tuple[CELoraConfig, Plan | None]:
+    """What to attach: as asked for or, with preset auto, as planned; a run that has begun goes on as it did.
 
     Without `fidelity`, `plan` or another word about a plan, a run of fewer than `FEWEST_PASSES` passes is `exact`.
     """
     options = request.options
     if request.preset != "auto":
         return request.config, None
-    if options.resume and (request.output / PLAN).is_file():
+    if begun and (request.output / PLAN).is_file():
         plan = Plan.load(request.output / PLAN)
         plan.check_layers(trainer.model)
         if reason := plan.elsewhere(next(trainer.model.parameters()).device):
@@ -52,7 +52,7 @@ def choose(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELor
         if not options.quiet:
             _say(console, str(plan))
         return plan.config(request.config), plan
-    if options.resume and (request.output / CONFIG).is_file():
+    if begun and (request.output / CONFIG).is_file():
         return CELoraConfig.load(request.output / CONFIG), None
     asked = any(getattr(options, name) is not None for name in PLANNING)
     if not asked and (count := passes(trainer)) < FEWEST_PASSES:

@@ -232,7 +232,7 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         for line in truncation_lines(trainer, rows, eval_rows):
             _say(console, False, line)  # a warning
         with refused("training"):
-            config, plan = choose(request, trainer, console)
+            config, plan = choose(request, trainer, console, begun=earlier is not None)
             attached = celora.attach(trainer.model, config)
             require(trainer.model).plan = plan
             choice = choose_checkpointing(trainer, asked="gradient_checkpointing" in request.given)
@@ -245,8 +245,8 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
             folder.last_checkpoint(lambda line: _say(console, False, line)) if options.resume and first else None
         )
         if finished and resumed is None:
-            of = f"{request.output} is finished" + (f", without {', '.join(lost)}," if lost else "")
-            raise CELoraError(f"{of} and no checkpoint to go on from is left; --overwrite trains anew")
+            what = f"{request.output} is finished" + (f", without {', '.join(lost)}," if lost else "")
+            raise CELoraError(f"{what} and no checkpoint to go on from is left; --overwrite trains anew")
         checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
         if 0 < args.max_steps < marker["step"]:
             raise CELoraError(f"max_steps={args.max_steps}, but the run is saved at step {marker['step']}; give more")
