@@ -13,6 +13,7 @@ import torch
 
 from celora import kernels, reference, select
 
+PYTHON = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # where a process of its own finds what is tested
 needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -274,7 +275,7 @@ def test_without_a_cache_they_are_built_for_the_process(how: str, tmp_path: Path
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TMPDIR": str(tmp_path), **PYTHON},
         capture_output=True,
         text=True,
         check=False,
@@ -285,12 +286,15 @@ def test_without_a_cache_they_are_built_for_the_process(how: str, tmp_path: Path
     assert not built.exists()  # taken away with the process
 
 
-def load_in(cache: Path, *, path: str | None = None) -> tuple[Path, str]:
-    """The file that another process loads, from `cache` or from wherever else, and why it loads none."""
-    code = "from celora import kernels; loaded = kernels.library(); print(loaded and loaded._name, kernels.why_not())"
+def load_in(cache: Path, *, path: str | None = None, home: Path | None = None) -> tuple[Path, str]:
+    """The file that another process loads, from `cache` or from wherever else, and why it loads none, or keeps none."""
+    code = (
+        "from celora import kernels; loaded = kernels.library()\n"
+        "print(loaded and loaded._name, kernels.why_not() or kernels.why_not_kept())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={"PATH": path or os.environ["PATH"], "HOME": str(cache), "XDG_CACHE_HOME": str(cache)},
+        env={"PATH": path or os.environ["PATH"], "HOME": str(home or cache), "XDG_CACHE_HOME": str(cache), **PYTHON},
         capture_output=True,
         text=True,
         check=True,
@@ -325,6 +329,93 @@ def test_a_folder_that_others_could_write_to_is_closed(tmp_path: Path) -> None:
     made.parent.chmod(0o777)
     assert load_in(tmp_path) == (made, "")
     assert made.parent.stat().st_mode & 0o022 == 0
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a user whose cache is `home/.cache`, in a folder that the tests may open to others."""
+    if not hasattr(os, "getuid"):
+        pytest.skip("nothing is compiled on Windows")
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    return home
+
+
+def test_every_folder_of_the_cache_is_made_for_the_user_alone(home: Path) -> None:
+    """Whatever the umask: who may write to a parent may put another folder in the place of the one looked at."""
+    before = os.umask(0o002)
+    try:
+        made = kernels._cache()
+    finally:
+        os.umask(before)
+    assert made == home / ".cache" / "celora" / "kernels"
+    for folder in (made, *made.parents[:2]):
+        assert folder.stat().st_mode & 0o777 == 0o700, folder
+
+
+@pytest.mark.fault(
+    "security",
+    "a folder above the cache of compiled kernels that others can write to",
+    sees="`celora doctor` names the folder",
+    kept="nothing is loaded from there; each process compiles its own",
+)
+@pytest.mark.parametrize("where", ["cache", "cache/deep", "link", "."])
+def test_no_folder_above_the_cache_may_be_open_to_others(
+    where: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache" / "deep"
+    cache.mkdir(parents=True, mode=0o700)
+    (tmp_path / "link").symlink_to(cache)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "link" if where == "link" else cache))
+    assert kernels._cache() == cache / "celora" / "kernels"
+    opened = cache if where == "link" else (tmp_path / where).resolve()
+    opened.chmod(0o775)
+    with pytest.raises(PermissionError, match=f"^{opened} could be written to by others"):
+        kernels._cache()
+    if opened != cache:
+        opened.chmod(0o1777)  # as /tmp is: nobody can replace what is another's
+        assert kernels._cache() == cache / "celora" / "kernels"
+
+
+def test_folders_of_celora_that_were_made_open_are_closed(home: Path) -> None:
+    made = kernels._cache()
+    for folder in (made.parent, made):
+        folder.chmod(0o775)
+    assert kernels._cache() == made
+    assert made.stat().st_mode & 0o777 == made.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_is_above_the_users_home_is_not_looked_at(home: Path) -> None:
+    """What can replace a home has the user's own programs, too."""
+    home.parent.chmod(0o777)
+    assert kernels._cache().is_relative_to(home)
+    home.chmod(0o777)
+    with pytest.raises(PermissionError, match=f"^{home} could be written to by others"):
+        kernels._cache()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize("what", [".cache", ".cache/celora"])
+def test_a_folder_of_somebody_else_above_the_cache_is_not_trusted(what: str, home: Path) -> None:
+    kernels._cache()
+    os.chown(home / what, 12345, -1)
+    with pytest.raises(PermissionError, match=f"^{home / what} could be written to by others"):
+        kernels._cache()
+
+
+@needs_compiler
+def test_kernels_that_cannot_be_kept_are_compiled_anyway(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.chmod(0o777)
+    loaded = object()
+    monkeypatch.setattr(kernels, "_built", lambda compiler, folder: loaded)
+    monkeypatch.setattr(kernels, "_private", lambda: tmp_path)
+    found, reason = kernels._load.__wrapped__()
+    assert found is loaded
+    assert reason == f"they could not be kept or loaded: {home} could be written to by others"
 
 
 @needs_compiler
@@ -383,7 +474,7 @@ def test_without_a_working_compiler_everything_works_through_torch(environment: 
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path), **environment},
+        env={"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path), **PYTHON, **environment},
         capture_output=True,
         text=True,
         check=False,

@@ -20,6 +20,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -346,11 +347,19 @@ def library() -> ctypes.CDLL | None:
 
 def why_not() -> str:
     """Why `library` is None, or ''."""
-    return _load()[1]
+    loaded, reason = _load()
+    return "" if loaded is not None else reason
+
+
+def why_not_kept() -> str:
+    """Why each process compiles them anew, where it does, or ''."""
+    loaded, reason = _load()
+    return "" if loaded is None else reason
 
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, and why there is none or why it is not kept."""
     if os.environ.get("CELORA_KERNELS") == "0":
         return None, "CELORA_KERNELS=0 turns them off"
     if sys.platform == "win32":
@@ -359,7 +368,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     for compiler in filter(None, map(shutil.which, _COMPILERS)):
         for folder in (_cache, _private):
             try:
-                return _built(compiler, folder()), ""
+                return _built(compiler, folder()), "" if folder is _cache else reason
             except subprocess.SubprocessError:
                 reason = f"{compiler} could not build them"
                 break  # nor could it elsewhere
@@ -369,14 +378,33 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _cache() -> Path:
-    """The user's folder for what is compiled; OSError where others could have put a library there."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "celora" / "kernels"
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder.stat().st_uid == os.getuid() and not _trusted(folder):
-        folder.chmod(0o755)  # as a umask of 002 made it; what others have put there is theirs, and not loaded
-    if not _trusted(folder):
-        raise PermissionError(f"{folder} could be written to by others")
+    """The user's folder for what is compiled; OSError where others could put a library there."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home).absolute() / "celora" / "kernels"
+    for parent in reversed((folder, *folder.parents)):
+        if not parent.exists():
+            parent.mkdir(mode=0o700, exist_ok=True)  # `parents=True` would make those above as the umask says
+    for own in (folder.parent, folder):
+        if own.stat().st_uid == os.getuid() and not _trusted(own):
+            own.chmod(0o700)  # an earlier version made it as the umask said; what others have put there is not loaded
+    folder = folder.resolve()  # what a link leads to is checked, and used from then on
+    if (unsafe := _open_to_others(folder)) is not None:
+        raise PermissionError(f"{unsafe} could be written to by others")
     return folder
+
+
+def _open_to_others(folder: Path) -> Path | None:
+    """The first of `folder` and the folders above it in which others could replace what leads to it.
+
+    Looks up to the user's home, or up to the root where `folder` lies elsewhere. In a sticky folder, as /tmp is one,
+    nobody can replace what is another's.
+    """
+    way = [folder, *folder.parents]
+    with contextlib.suppress(RuntimeError):  # no home
+        home = Path.home().resolve()
+        if folder.is_relative_to(home):
+            way = [parent for parent in way if parent.is_relative_to(home)]
+    return next((parent for parent in way if not _trusted(parent, sticky=parent != folder)), None)
 
 
 @functools.cache
@@ -387,10 +415,11 @@ def _private() -> Path:
     return folder
 
 
-def _trusted(path: Path) -> bool:
-    """Whether nobody but this user and root can write to it."""
+def _trusted(path: Path, *, sticky: bool = False) -> bool:
+    """Whether nobody but this user and root can write to it or, with `sticky`, replace what these two have in it."""
     found = path.stat()
-    return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
+    closed = not found.st_mode & 0o022 or (sticky and found.st_mode & stat.S_ISVTX)
+    return found.st_uid in (os.getuid(), 0) and bool(closed)
 
 
 def _built(compiler: str, folder: Path) -> ctypes.CDLL:
