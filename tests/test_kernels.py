@@ -153,7 +153,7 @@ def test_matrix_instructions(limit: str | None, used: bool, monkeypatch: pytest.
     if limit is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     for there in (True, False):
-        monkeypatch.setattr(kernels, "cpu_supports", lambda name, there=there: there)
+        monkeypatch.setattr(kernels, "features", lambda there=there: {"amx_tile": there})
         assert kernels.matrix_instructions.__wrapped__() is (there and used)
 
 

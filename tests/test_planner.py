@@ -116,7 +116,7 @@ def test_a_product_in_a_quantised_layer_s_own_dtype_is_timed_once(monkeypatch: p
             return self.stored
 
     waits: list[None] = []
-    monkeypatch.setattr(planner, "synchronise", lambda: waits.append(None))
+    monkeypatch.setattr(planner, "synchronise", lambda device: waits.append(None))
     weight = Stored(torch.ones(6, 4), torch.Size((6, 4)), torch.float32, compute_dtype=torch.bfloat16)
     graft = planner._TimedGraft(Dense(6, 4), Switch())
     assert graft.grad_input(torch.ones(3, 6), weight, Mode.ESTIMATE).equal(torch.full((3, 4), 6.0))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from celora.attach import Attachment, require
+from celora.device import in_float64, random_states
 from celora.errors import CELoraError
 from celora.forward import settle
 from celora.graft import Mode
@@ -37,8 +38,8 @@ class Fidelity:
     @classmethod
     def of(cls, pairs: list[tuple[Tensor, Tensor]]) -> Fidelity:
         """The fidelity of the concatenation of all (estimated, exact) pairs, summed in float64."""
-        sums = torch.zeros(4, dtype=torch.float64)
-        for estimate, true in ((g.double(), e.double()) for g, e in pairs):
+        sums = torch.zeros(4, dtype=torch.float64, device="cpu")
+        for estimate, true in ((in_float64(g), in_float64(e)) for g, e in pairs):
             terms = (estimate * true, (estimate - true).square(), estimate.square(), true.square())
             sums += torch.stack([term.sum() for term in terms]).cpu()  # a model may be spread over devices
         dot, error, estimated, exact = sums.tolist()
@@ -250,15 +251,8 @@ def untouched(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Itera
     """
     grads = {name: p.grad for name, p in parameters.items()}
     buffers = [(b, b.clone()) for b in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        cpu, cuda = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
-
-        def rewind() -> None:
-            torch.set_rng_state(cpu)
-            for device, state in zip(devices, cuda, strict=True):
-                torch.cuda.set_rng_state(state, device)
-
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    with random_states(devices) as rewind:
         try:
             yield rewind
         finally:

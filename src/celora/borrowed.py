@@ -26,6 +26,12 @@ NAMES: dict[str, str] = {
     "trl:SFTTrainer._prepare_dataset": "neither a row that the chat template refuses nor rows that are cut are named",
     "trl:SFTTrainer._send_telemetry": "TRL may tell the hub that a trainer was made (HF_HUB_DISABLE_TELEMETRY=1 stops "
     "that)",
+    "torch:_int_mm": "8-bit products are those of celora's own kernels only",
+    "torch:_scaled_mm": "there are no fp8 products",
+    "torch:ops.onednn.qlinear_pointwise": "8-bit products without celora's own kernels are slower",
+    "torch:ops.onednn.qlinear_prepack": "8-bit products without celora's own kernels are slower",
+    "torch.utils._python_dispatch:is_traceable_wrapper_subclass": "the memory of quantised and sharded tensors is not "
+    "counted exactly",
 }
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from celora.device import exact_device
 from celora.errors import CELoraError
 
 _OVERSAMPLE = 2
@@ -30,7 +31,8 @@ def svd_factor(weight: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Ten
     finite = torch.isfinite(size)  # or an overflow under a GradScaler: nothing seen
     sketch = -(-(rank + _OVERSAMPLE) // _WIDTH) * _WIDTH
     if 2 * (_ITERATIONS + 1) * sketch >= min(out_features, in_features):
-        left, singular, right = torch.linalg.svd(torch.where(finite, matrix, 0), full_matrices=False)
+        whole = torch.where(finite, matrix, 0).to(exact_device(matrix.device))
+        left, singular, right = (of.to(matrix.device) for of in torch.linalg.svd(whole, full_matrices=False))
     else:
         size = torch.where(finite, size, 1).clamp(min=torch.finfo(matrix.dtype).tiny)
 
@@ -46,7 +48,7 @@ def svd_factor(weight: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Ten
             for _ in range(2):
                 block = _orthonormal(block - basis @ (basis.T @ block))
             basis, image = torch.cat([basis, block], 1), torch.cat([image, times(matrix.T, block)], 1)
-        squares, vectors = torch.linalg.eigh(image.T @ image)
+        squares, vectors = _eigh(image.T @ image)
         singular, vectors = squares.flip(0)[:rank].clamp(min=0).sqrt(), vectors.flip(1)[:, :rank]
         left = basis @ vectors
         right = torch.where(singular > 0, 1 / singular, 0)[:, None] * (image @ vectors).T
@@ -60,12 +62,18 @@ def _orthonormal(block: Tensor) -> Tensor:
 
     By the eigenvectors of its Gram matrix: three passes over the block, where QR makes one for each column.
     """
-    squares, vectors = torch.linalg.eigh(block.T @ block)
+    squares, vectors = _eigh(block.T @ block)
     finfo = torch.finfo(block.dtype)
     least = (len(squares) * finfo.eps * squares[-1:]).clamp(min=finfo.tiny)
     scale = torch.where(squares > least, squares.clamp(min=finfo.tiny).rsqrt(), 0)
     basis: Tensor = block @ (vectors * scale)
     return basis
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of a small symmetric matrix."""
+    values, vectors = torch.linalg.eigh(gram.to(exact_device(gram.device)))
+    return values.to(gram.device), vectors.to(gram.device)
 
 
 def residual_row_norms(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:

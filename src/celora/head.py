@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from celora import kernels
 from celora.errors import CELoraError
-from celora.select import as_weights, column_maxima, columns_of, grain, inclusion_probabilities, sample, uniform
+from celora.select import as_weights, column_maxima, columns_of, drawn, grain
 
 # Tokens whose logits are held at once: enough for the product to be fast, and few enough for the memory to be small.
 _CHUNK_NUMBERS, _CHUNK_ROWS = 2**24, 1024
@@ -190,8 +190,7 @@ def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tenso
     if largest is None or (largest.device.type == "cpu" and not bool(torch.isfinite(largest).all())):
         torch.mm(grad, weight, out=out)
         return
-    p = inclusion_probabilities(largest, kept)
-    index, factors = sample(p, kept, uniform(seed, 0, grad.device))
+    index, factors, p = drawn(largest, kept, seed=seed, draw=0)
     q = grad.sum(0).neg_().clamp_(min=0).float() * (p < _CERTAIN)
     q = (q / q.sum().clamp(min=torch.finfo(torch.float32).tiny)).to(grad.dtype)
     some, total = columns_of(grad, index), grad.sum(1).float()  # asked for in float32, it would be copied first

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from celora.borrowed import borrow
+from celora.device import backend
 
 
 class Saved(dict[int, int]):
@@ -40,7 +43,8 @@ def saved_for_backward(model: nn.Module) -> Iterator[Saved]:
 
 def _storages(tensor: Any) -> Iterator[UntypedStorage]:
     """Where the numbers are; sharded and quantised tensors are made of others."""
-    if not is_traceable_wrapper_subclass(tensor):
+    wraps = borrow("torch.utils._python_dispatch:is_traceable_wrapper_subclass")
+    if wraps is None or not wraps(tensor):
         yield tensor.untyped_storage()
         return
     for name in tensor.__tensor_flatten__()[0]:
@@ -48,9 +52,10 @@ def _storages(tensor: Any) -> Iterator[UntypedStorage]:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes at most taken so far, or since `forget_peak`, on a CUDA device or by this process; None if nobody knows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Bytes at most taken so far, or since `forget_peak`, on the device or by this process; None if nobody knows."""
+    if device.type != "cpu":
+        ask = getattr(backend(device), "max_memory_allocated", None)  # MPS does not keep it
+        return None if ask is None else int(ask(device))
     status = Path("/proc/self/status")  # what getrusage says includes the process that started this one
     with suppress(OSError, StopIteration):  # not on Linux, or in a sandbox that does not tell
         # The process's name stands there, too, in whatever encoding.
@@ -66,17 +71,22 @@ def peak_memory(device: torch.device) -> int | None:
 
 def forget_peak(device: torch.device) -> None:
     """Let `peak_memory` begin anew, with what is taken now; for a process, on Linux only, and if it may ask for it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cpu":
+        getattr(backend(device), "reset_peak_memory_stats", lambda device: None)(device)
         return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on the device, or on Linux by this process; None where nobody knows."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    """Bytes that can still be allocated on the device, or by this process; None where nobody knows."""
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    if device.type != "cpu":
+        ask = getattr(backend(device), "mem_get_info", None)
+        return None if ask is None else int(ask(device)[0])
+    if not sys.platform.startswith("linux"):
+        return _available_elsewhere()
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -89,3 +99,12 @@ def available_memory(device: torch.device) -> int | None:
         return min(free, limit - taken + int(counted["inactive_file"]))  # which makes way when memory is asked for
     except (OSError, ValueError, KeyError):
         return free
+
+
+def _available_elsewhere() -> int | None:
+    """As psutil tells, which comes with Accelerate, on systems that have no /proc."""
+    try:
+        psutil: Any = import_module("psutil")
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available)

@@ -6,11 +6,9 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,8 @@ from torch import device as Device
 from torch import nn
 
 from celora.config import PRESETS, CELoraConfig, LayerConfig
+from celora.cpu import cpu_name
+from celora.device import backend
 from celora.errors import CELoraError, unknown
 from celora.files import inside, read_json, write_text
 from celora.forward import find_language_model
@@ -286,12 +286,9 @@ def label(setting: LayerConfig) -> str:
 
 def device_name(device: torch.device) -> str:
     """The accelerator's or the CPU's own name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    if device.type != "cpu" and (ask := getattr(backend(device), "get_device_name", None)) is not None:
+        return str(ask(device))
+    return cpu_name()
 
 
 def measured_on(device: torch.device) -> str:

@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from celora.attach import cannot_estimate, find, fuses, tuner_layers
 from celora.audit import Fidelity, gradient, on_device, trainable, training, untouched
 from celora.config import LayerConfig
+from celora.device import in_float64
 from celora.errors import CELoraError
 from celora.estimators import Dense, Estimator, make_estimator
 from celora.estimators.base import Precision
@@ -47,7 +48,7 @@ from celora.plan import HEAD, Candidate, Plan, PlannedLayer, measured_on
 from celora.products import PRODUCTS, make_product
 from celora.select import energy_count, rounded_up, squared_row_norms
 from celora.sharded import whole
-from celora.timing import interleaved, synchronise
+from celora.timing import cannot_time, interleaved, synchronise
 from celora.weights import device_of, read, shape_of
 
 # Chosen by training (docs/presets.md). Where 8-bit products pay it costs little, since they alone keep more; beyond it
@@ -145,7 +146,8 @@ def make_plan(
     Where no layer can be estimated the plan is empty, and training with it is plain PEFT.
 
     Raises:
-        CELoraError: no adapters, no batches, sharded parameters, or a fidelity or memory limit out of range.
+        CELoraError: no adapters, no batches, sharded parameters, a device whose times cannot be trusted, or a fidelity
+            or memory limit out of range.
     """
     return make_plans(model, batches, [fidelity], memory_limit=memory_limit, loss=loss, progress=progress)[0]
 
@@ -174,6 +176,11 @@ def make_plans(
         raise CELoraError(
             "a sharded model cannot be measured; make the plan before it is sharded, in one process for all of them."
         )
+    for device in {parameter.device for parameter in model.parameters()}:
+        if reason := cannot_time(device):
+            raise CELoraError(
+                f"cannot plan on {device.type!r}: {reason}. Choose preset exact or paper, which time nothing."
+            )
     used = [on_device(batch, parameters) for _, batch in zip(range(MOST_BATCHES), batches, strict=False)]
     if not used:
         raise CELoraError("no batches to plan with; give at least one, and three to verify on one that was not used.")
@@ -292,10 +299,10 @@ class _TimedGraft(LayerGraft):
     seconds = 0.0
 
     def grad_input(self, grad_output: Tensor, weight: Tensor | None, mode: Mode) -> Tensor:
-        synchronise()
+        synchronise(grad_output.device)
         start = time.perf_counter()
         result = super().grad_input(grad_output, weight, mode)
-        synchronise()
+        synchronise(grad_output.device)
         self.seconds += time.perf_counter() - start
         return result
 
@@ -368,7 +375,7 @@ class _Observer(Dense):
     def _measure_tokens(self, grad_output: Tensor, grad_input: Tensor) -> None:
         """What leaving tokens out loses is the norm of their exact rows: no estimate has to be computed."""
         layer, squared = self.layer, squared_row_norms(grad_output)
-        ordered = squared_row_norms(grad_input)[squared.argsort(descending=True)].double()
+        ordered = in_float64(squared_row_norms(grad_input)[squared.argsort(descending=True)])
         lost = ordered.flip(0).cumsum(0).flip(0)  # lost[k]: with only the first k kept
         total = float(lost[0]) or 1.0
         steps = {layer.grain(setting) for setting in self.layer.candidates if setting.estimator == "tokens"}
@@ -753,11 +760,11 @@ class Table:
     def __init__(self, planned: Sequence[PlannedLayer]) -> None:
         width = max(len(p.candidates) for p in planned)
         padded = [list(p.candidates) + [p.candidates[0]] * (width - len(p.candidates)) for p in planned]
-        influence = torch.tensor([p.influence for p in planned], dtype=torch.float64)
-        self._times = torch.tensor([[c.time_ms for c in of] for of in padded], dtype=torch.float64)
-        errors = torch.tensor([[c.relative_error**2 for c in of] for of in padded], dtype=torch.float64)
-        self._errors = influence[:, None] * errors
-        self._memory = torch.tensor([[float(c.memory) for c in of] for of in padded], dtype=torch.float64)
+        numbers = functools.partial(torch.tensor, dtype=torch.float64, device="cpu")
+        self._times = numbers([[c.time_ms for c in of] for of in padded])
+        errors = numbers([[c.relative_error**2 for c in of] for of in padded])
+        self._errors = numbers([p.influence for p in planned])[:, None] * errors
+        self._memory = numbers([[float(c.memory) for c in of] for of in padded])
 
     def error(self, choice: Sequence[int]) -> float:
         """The squared error that the choice is expected to cause in the LoRA gradient: `sum s e^2` over the layers."""
@@ -784,7 +791,7 @@ class Table:
 
         choice = _bisect(with_error, lambda choice: self._sum(self._memory, choice) <= memory)
         while True:
-            at_hand = torch.tensor(choice)[:, None]
+            at_hand = torch.tensor(choice, device="cpu")[:, None]
             saved, lost, held = (
                 of - of.gather(1, at_hand) for of in (-self._times, self._errors, self._memory)
             )  # by moving one layer to one candidate
@@ -796,7 +803,7 @@ class Table:
             choice[layer] = candidate
 
     def _sum(self, of: Tensor, choice: Sequence[int]) -> float:
-        return float(of.gather(1, torch.tensor(choice)[:, None]).sum())
+        return float(of.gather(1, torch.tensor(choice, device="cpu")[:, None]).sum())
 
 
 def _bisect(choose: Callable[[float], list[int]], fits: Callable[[list[int]], bool]) -> list[int]:

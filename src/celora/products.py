@@ -20,10 +20,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from celora import kernels
+from celora.borrowed import borrow
+from celora.cpu import features
 from celora.errors import unknown
 from celora.select import as_weights, column_maxima, critical_rows, grain, squared_row_norms
 from celora.timing import interleaved
 
+_INT_MM, _SCALED_MM = "torch:_int_mm", "torch:_scaled_mm"
+_PREPACK, _QLINEAR = "torch:ops.onednn.qlinear_prepack", "torch:ops.onednn.qlinear_pointwise"
 _OFFSET = 128  # the zero point of unsigned activations
 
 
@@ -191,7 +195,11 @@ class Int8(_EightBit):
             return f"there are no int8 products on {device.type}"
         if device.type == "cuda" and in_features % 8:
             return f"int8 products on CUDA need in_features that are a multiple of 8, not {in_features}"
-        if device.type == "cpu" and not self._gathers(device) and not _sums_are_exact():
+        if self._gathers(device):
+            return ""
+        if borrow(_INT_MM) is None:
+            return "this version of torch has no int8 products"
+        if device.type == "cpu" and not _sums_are_exact():
             return "oneDNN's 8-bit sums overflow as it is limited here (ONEDNN_MAX_CPU_ISA)"
         return ""
 
@@ -297,7 +305,7 @@ class Int8(_EightBit):
             return kernels.pack_columns(weight, 1 / self._scale)
         if _onednn(weight.device):
             transposed = _quantise_columns(weight, self._scale).t().contiguous()
-            packed: Tensor = torch.ops.onednn.qlinear_prepack(transposed, None)
+            packed: Tensor = borrow(_PREPACK)(transposed, None)
             return packed
         return _column_major(_padded(_quantise_columns(weight, self._scale), 0))
 
@@ -323,6 +331,8 @@ class Fp8(_EightBit):
             return f"there are no fp8 products on {device.type}"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             return "fp8 products need a GPU of compute capability 8.9 or above; use int8"
+        if borrow(_SCALED_MM) is None:
+            return "this version of torch has no fp8 products"
         if in_features % 16:
             return f"fp8 products need in_features that are a multiple of 16, not {in_features}"
         return ""
@@ -333,7 +343,7 @@ class Fp8(_EightBit):
     def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         column_scale = self._follow(weight)
         scale = _divisor(torch.linalg.vector_norm(grad_output, float("inf"), dim=1).float() / self._largest)
-        y = torch._scaled_mm(
+        y: Tensor = borrow(_SCALED_MM)(
             _padded(grad_output.float() / scale[:, None], 1).to(torch.float8_e4m3fn),
             self._packed if self.copy else self._pack(weight.detach()),
             scale_a=scale[:, None],
@@ -358,10 +368,29 @@ def make_product(name: str, *, copy: bool = True) -> Product:
     return cls(copy=copy) if issubclass(cls, _EightBit) else cls()
 
 
+def int8_path(device: torch.device) -> str:
+    """What multiplies in 8 bits on this device, and why not something faster; or why nothing does."""
+    if reason := Int8().unavailable(16, 16, device):
+        return f"none: {reason}"
+    if device.type != "cpu":
+        return "torch's integer product"
+    vectors = "AVX-512 VNNI" if features()["vnni"] else "AVX-VNNI"
+    if _gathered_products():
+        return f"celora's own kernel, with {'AMX' if kernels.multiplies_matrices() else vectors}"
+    lacking = kernels.why_not() or (
+        "celora's kernel has no AMX here"
+        if kernels.panel_columns()
+        else "this CPU has no VNNI, which celora's kernel needs"
+    )
+    if _onednn(device):
+        return f"oneDNN's quantised linear: {lacking}"
+    return f"torch's integer product, {'number by number' if _one_by_one() else 'through oneDNN'}: {lacking}"
+
+
 def _onednn(device: torch.device) -> bool:
     """Whether oneDNN has a fast quantised linear here. Unsigned activations: signed ones can meet a reference kernel
     that takes a hundred times as long."""
-    return device.type == "cpu" and _dot_products() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    return device.type == "cpu" and _dot_products() and None not in (borrow(_PREPACK), borrow(_QLINEAR))
 
 
 def _gathered_products() -> bool:
@@ -370,29 +399,32 @@ def _gathered_products() -> bool:
 
 
 def _dot_products() -> bool:
-    return kernels.cpu_supports("vnni")
+    return features()["vnni"]
 
 
 @functools.cache
 def _sums_are_exact() -> bool:
     """Whether 8-bit products on CPU are summed without overflow: kept below VNNI, oneDNN sums pairs in 16 bits."""
     most = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
-    return bool((torch._int_mm(most, most.t().contiguous()) == 64 * 127**2).all())
+    return bool((borrow(_INT_MM)(most, most.t().contiguous()) == 64 * 127**2).all())
 
 
 @functools.cache
 def _one_by_one() -> bool:
     """Whether `torch._int_mm` on CPU is a loop over single numbers, as without fast instructions: 20 times as slow as
     float32's product and more, where it would be twice as fast or, at worst, about as fast."""
+    integers = borrow(_INT_MM)
+    if integers is None:
+        return True
     whole = torch.ones(64, 512, device="cpu"), torch.ones(512, 512, device="cpu")
     bits = tuple(x.to(torch.int8) for x in whole)
-    times = interleaved({"bits": lambda: torch._int_mm(*bits), "whole": lambda: torch.mm(*whole)}, repeats=3)
+    times = interleaved({"bits": lambda: integers(*bits), "whole": lambda: torch.mm(*whole)}, repeats=3)
     return times["bits"]["time_ms"] > 4 * times["whole"]["time_ms"]
 
 
 def _packed_product(q: Tensor, packed: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:
     zero_points = _zero_points(column_scale.shape[0])
-    y: Tensor = torch.ops.onednn.qlinear_pointwise(
+    y: Tensor = borrow(_QLINEAR)(
         q, 1.0, _OFFSET, packed, column_scale, zero_points, None, 1.0, 0, dtype, "none", [], ""
     )
     return y
@@ -409,7 +441,8 @@ def _integer_product(q: Tensor, weight: Tensor) -> Tensor:
         q = _padded(q, 1)
     if q.device.type == "cuda" and rows <= 16:  # what its kernels refuse
         q = torch.cat([q, q.new_zeros(32 - rows, q.shape[1])])
-    return torch._int_mm(q, weight)[:rows]
+    y: Tensor = borrow(_INT_MM)(q, weight)
+    return y[:rows]
 
 
 def _quantise_rows(x: Tensor, offset: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from celora import kernels
+from celora.device import exact_device, in_float64
 
 _LEAST_SCORE = 1e-12  # of the highest: all may be drawn
 _LEAST = 1e-24  # a smaller sum of squares may have lost what matters of it to float32's underflow
@@ -70,11 +71,12 @@ def energy_count(squared: Tensor, share: float) -> Tensor:
 
     Everything that is not zero if `share` is 1, however small; everything where they are not `measurable`.
     """
+    device, squared = squared.device, squared.to(exact_device(squared.device))
     needed = (squared != 0).sum()
     if share < 1:
         held = squared.sort(descending=True).values.cumsum(0, dtype=torch.float64)
         needed = torch.minimum((held < share * held[-1]).sum() + 1, needed)
-    return torch.where(measurable(squared), needed, len(squared))
+    return torch.where(measurable(squared), needed, len(squared)).to(device)
 
 
 def critical_rows(
@@ -107,12 +109,12 @@ def rounded_up(count: int, total: int, step: int) -> int:
 
 
 def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
-    """`p_i = min(1, lambda score_i)` with the lambda that makes them add up to k: (n,) float64.
+    """`p_i = min(1, lambda score_i)` with the lambda that makes them add up to k: (n,) float64, on the `exact_device`.
 
     The probabilities with which k draws without replacement have the least variance. Uniform if every score is zero,
     or one is not finite. Where fewer than k are not zero, those are certain and the others share what is left.
     """
-    scores = scores.double()
+    scores = in_float64(scores)
     total = scores.sum()
     scores = torch.where(torch.isfinite(total) & (total > 0), scores.clamp(min=_LEAST_SCORE * scores.amax()), 1.0)
     # With m items certain, the others share k - m: the smallest m that leaves none of those above 1 is right. At most k
@@ -137,6 +139,19 @@ def sample(probabilities: Tensor, k: int, offset: Tensor) -> tuple[Tensor, Tenso
     points = torch.arange(k, device=edges.device, dtype=edges.dtype) + offset
     index = torch.searchsorted(edges, points, right=True).clamp(max=len(edges) - 1)
     return index, 1 / probabilities[index].clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def drawn(scores: Tensor, k: int, *, seed: int, draw: int) -> tuple[Tensor, Tensor, Tensor]:
+    """k positions and their weights, as `sample` draws them by these scores, and the probabilities of all.
+
+    On the scores' device; weights and probabilities in float64, or in float32 where it has no float64.
+    """
+    device = scores.device
+    p = inclusion_probabilities(scores, k)
+    index, factors = sample(p, k, uniform(seed, draw, p.device))
+    if p.device != device:
+        return index.to(device), factors.float().to(device), p.float().to(device)
+    return index, factors, p
 
 
 def as_weights(factors: Tensor, dtype: torch.dtype) -> Tensor:

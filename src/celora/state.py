@@ -38,7 +38,7 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     for name, graft in attachment.grafts.items():
         state |= {f"{name}:{key}": value.contiguous() for key, value in graft.estimator.state_dict().items()}
     for name, error in attachment.relative_errors.items():
-        state[f"{name}:{_ERROR}"] = torch.tensor(error, dtype=torch.float64)
+        state[f"{name}:{_ERROR}"] = torch.tensor(error, dtype=torch.float64, device="cpu")
     for name, times in attachment.over_bound.items():
         state[f"{name}:{_OVER_BOUND}"] = torch.tensor(times)
     target = Path(folder) / own_name(attachment)

@@ -152,7 +152,7 @@ class Estimator(ABC):
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on as if it had not stopped."""
         moved = self.keep_ratio != self.settings.keep_ratio
-        return {"keep_ratio": torch.tensor(self.keep_ratio, dtype=torch.float64)} if moved else {}
+        return {"keep_ratio": torch.tensor(self.keep_ratio, dtype=torch.float64, device="cpu")} if moved else {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a state made by `state_dict`; raises CELoraError if it does not fit this layer."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from celora.device import in_float64
 from celora.errors import CELoraError
 from celora.estimators.base import Estimator
 from celora.factor import make_factor, replaced
@@ -23,13 +24,11 @@ from celora.select import (
     as_weights,
     column_scores,
     columns_of,
+    drawn,
     energy_count,
-    inclusion_probabilities,
     measurable,
-    sample,
     squared_column_norms,
     top_k,
-    uniform,
 )
 from celora.sharded import RowGather, rows_alone
 from celora.weights import SelectedRows, rows_of
@@ -141,8 +140,7 @@ class Columns(Estimator):
         assert self.scores is not None
         self.scores = self.scores.to(grad_output.device)
         self._draws += 1
-        offset = uniform(self.settings.seed, self._draws, grad_output.device)
-        index, factors = sample(inclusion_probabilities(self.scores, self.kept), self.kept, offset)
+        index, factors, _ = drawn(self.scores, self.kept, seed=self.settings.seed, draw=self._draws)
         left = grad_output.index_select(1, index).mul_(as_weights(factors, grad_output.dtype))
         result = self.product(left, rows_of(weight, index, weight.dtype))
         self.product.forget()  # the next draw's rows may lie where these did
@@ -210,7 +208,7 @@ class Columns(Estimator):
         elif self.settings.selection == "sampled":
             self.scores = scores
         elif self.settings.selection == "energy":
-            self._use(top_k(scores, max(1, int(energy_count(scores.double().square(), self.keep_ratio)))))
+            self._use(top_k(scores, max(1, int(energy_count(in_float64(scores).square(), self.keep_ratio)))))
         else:
             self._use(top_k(scores, self.kept))
 

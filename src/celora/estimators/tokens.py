@@ -18,13 +18,11 @@ from celora.estimators.base import Estimator
 from celora.factor import make_factor
 from celora.select import (
     as_weights,
+    drawn,
     energy_count,
-    inclusion_probabilities,
     measurable,
     rounded_up,
-    sample,
     squared_row_norms,
-    uniform,
 )
 
 
@@ -125,7 +123,7 @@ class Tokens(Estimator):
         if self.settings.selection == "sampled":
             state["draws"] = torch.tensor(self._draws)
         if self._share is not None:
-            state["share"] = torch.tensor(self._share, dtype=torch.float64)
+            state["share"] = torch.tensor(self._share, dtype=torch.float64, device="cpu")
         return state | self.factor.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -148,8 +146,8 @@ class Tokens(Estimator):
     def _sample(self, norms: Tensor) -> tuple[Tensor, Tensor]:
         kept = max(1, round(self.keep_ratio * len(norms)))
         self._draws += 1
-        offset = uniform(self.settings.seed, self._draws, norms.device)
-        return sample(inclusion_probabilities(norms, kept), kept, offset)
+        index, factors, _ = drawn(norms, kept, seed=self.settings.seed, draw=self._draws)
+        return index, factors
 
     def _sampled_residual(
         self, grad_output: Tensor, weight: Tensor, index: Tensor, factors: Tensor, low_rank: Tensor

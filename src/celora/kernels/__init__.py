@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from celora.cpu import features, instruction_set
 from celora.files import sync
 
 _SOURCE = Path(__file__).with_name("rows.c")
@@ -208,17 +209,11 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, transposed: bool) -> Tens
     return out
 
 
-@functools.cache
-def cpu_supports(instructions: str) -> bool:
-    """Whether torch finds them ("vnni", "amx_tile", ...) on this CPU; False on others than x86."""
-    return bool(getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)())
-
-
 @functools.cache  # oneDNN looks once, too
 def matrix_instructions() -> bool:
     """Whether oneDNN multiplies with AMX: this CPU has it, and `ONEDNN_MAX_CPU_ISA` does not keep oneDNN from it."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    return cpu_supports("amx_tile") and (limit in ("", "ALL", "DEFAULT") or "AMX" in limit)
+    return features()["amx_tile"] and (limit in ("", "ALL", "DEFAULT") or "AMX" in limit)
 
 
 def panel_columns() -> int:
@@ -428,7 +423,7 @@ def _built(compiler: str, folder: Path) -> ctypes.CDLL:
         *(file.read_text(encoding="utf-8") for file in sorted(_SOURCE.parent.glob("*.c"))),
         compiler,
         platform.machine(),
-        _instruction_set(),
+        instruction_set(),  # what -march=native would see: a home folder may be shared by machines that differ
         *_FLAGS,
     ]
     made = folder / f"rows-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:16]}.so"
@@ -449,13 +444,6 @@ def _built(compiler: str, folder: Path) -> ctypes.CDLL:
         sync(built)  # half a library ends the process that calls it
         built.replace(made)
     return ctypes.CDLL(str(made))
-
-
-def _instruction_set() -> str:
-    """What -march=native would see: a home folder may be shared by machines that differ."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def _loaded() -> ctypes.CDLL:

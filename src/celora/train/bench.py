@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArg
 
 import celora
 from celora.attach import tuner_layers
+from celora.device import accelerator, default_device
 from celora.errors import CELoraError, unknown
 from celora.estimators import Dense
 from celora.files import write_text
@@ -222,7 +223,7 @@ class Step:
         arguments = TrainingArguments(
             str(plan_file.parent),
             report_to="none",
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=accelerator() is None,
             use_liger_kernel=arm == "Liger",
             remove_unused_columns=False,
             disable_tqdm=True,
@@ -276,7 +277,7 @@ def make_model(cell: Cell, *, upper: bool = False) -> PeftModel:
         layers_to_transform=list(range(half, 2 * half)) if upper else None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(base, lora).to("cuda" if torch.cuda.is_available() else "cpu")
+    return get_peft_model(base, lora).to(default_device())
 
 
 def make_batches(cell: Cell) -> list[Batch]:

@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=options.dtype, trust_remote_code=False)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if options.adapter:
         model = PeftModel.from_pretrained(model, options.adapter)
     tokenizer = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False)

@@ -1,0 +1,116 @@
+"""What each system says of its CPU, by what it has been seen to say."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from celora import cpu
+
+ALDER_LAKE = """processor\t: 0
+vendor_id\t: GenuineIntel
+model name\t: 12th Gen Intel(R) Core(TM) i7-1260P
+flags\t\t: fpu vme sse4_2 avx f16c avx2 bmi2 avx_vnni
+vmx flags\t: vnmi avx512f
+processor\t: 1
+model name\t: another
+"""
+SAPPHIRE_RAPIDS = """model name\t: Intel(R) Xeon(R) Platinum 8481C
+flags\t\t: avx2 avx512f avx512_vnni avx512_bf16 avx_vnni amx_bf16 amx_tile amx_int8
+"""
+GRAVITON = """processor\t: 0
+BogoMIPS\t: 2100.00
+Features\t: fp asimd evtstrm asimdhp asimddp sve svei8mm i8mm bf16
+CPU implementer\t: 0x41
+"""
+M2 = """hw.optional.arm.FEAT_DotProd: 1
+hw.optional.arm.FEAT_I8MM: 1
+hw.optional.arm.FEAT_BF16: 1
+hw.optional.arm.FEAT_SME: 0
+hw.optional.neon: 1
+hw.optional.AdvSIMD: 1
+machdep.cpu.brand_string: Apple M2
+"""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A system that says nothing of its CPU, and a torch that does not either."""
+    monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu, "_capabilities", dict)
+    monkeypatch.setattr(cpu.platform, "processor", lambda: "")
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(cpu.platform, "system", lambda: "Linux")
+    for cached in (cpu.features, cpu._sysctl):
+        cached.cache_clear()
+    yield
+    for cached in (cpu.features, cpu._sysctl):
+        cached.cache_clear()
+
+
+def has() -> set[str]:
+    return {name for name, there in cpu.features().items() if there}
+
+
+@pytest.mark.parametrize(
+    ("info", "name", "found"),
+    [
+        (ALDER_LAKE, "12th Gen Intel(R) Core(TM) i7-1260P", {"avx2", "avx_vnni"}),
+        (
+            SAPPHIRE_RAPIDS,
+            "Intel(R) Xeon(R) Platinum 8481C",
+            {"avx2", "avx512", "vnni", "avx512_bf16", "avx_vnni", "amx_tile"},
+        ),
+        (GRAVITON, "riscv64", {"neon", "dotprod", "sve", "i8mm", "arm_bf16"}),
+        ("", "riscv64", set()),
+    ],
+    ids=["x86 without AVX-512", "x86 with AMX", "ARM", "another"],
+)
+def test_linux(info: str, name: str, found: set[str], tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(info)
+    assert has() == found
+    assert cpu.cpu_name() == name
+
+
+def test_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: object) -> object:
+        assert command[:2] == ["/usr/sbin/sysctl", "hw.optional"]
+        return types.SimpleNamespace(stdout=M2)
+
+    monkeypatch.setattr(cpu.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(subprocess, "run", run)
+    assert has() == {"neon", "dotprod", "i8mm", "arm_bf16"}
+    assert cpu.cpu_name() == "Apple M2"
+
+
+def test_macos_in_a_sandbox_that_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: object) -> object:
+        raise PermissionError("denied")
+
+    monkeypatch.setattr(cpu.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(subprocess, "run", run)
+    assert has() == set()
+    assert cpu.cpu_name() == "riscv64"
+
+
+@pytest.mark.parametrize(
+    ("present", "found"), [({19, 43, 66}, {"neon", "dotprod", "i8mm"}), ({10, 40, 41}, {"avx2", "avx512"})]
+)
+def test_windows(present: set[int], found: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel32 = types.SimpleNamespace(IsProcessorFeaturePresent=lambda number: int(number in present))
+    monkeypatch.setattr(ctypes, "windll", types.SimpleNamespace(kernel32=kernel32), raising=False)
+    monkeypatch.setattr(cpu.platform, "system", lambda: "Windows")
+    monkeypatch.setattr(cpu.platform, "processor", lambda: "ARMv8 (64-bit) Family 8")
+    assert has() == found
+    assert cpu.cpu_name() == "ARMv8 (64-bit) Family 8"
+
+
+def test_what_torch_finds_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, which does not tell of VNNI."""
+    monkeypatch.setattr(cpu, "_capabilities", lambda: {"avx512_vnni": True, "avx2": False, "l1d_cache_size": 32768})
+    assert has() == {"vnni"}
