@@ -652,7 +652,10 @@ def advice(model: nn.Module, tuners: Mapping[str, BaseTunerLayer], config: CELor
     for dtype, device in {(weight.dtype, weight.device): None for weight in weights}:
         if device.type == "cpu" and dtype in _HALF and slower_than_float32(dtype, device):
             name = str(dtype).removeprefix("torch.")
-            found.append(f"This CPU takes longer for {name} products than for float32 ones: load with dtype=float32.")
+            found.append(
+                f"This CPU takes longer for {name} products than for float32 ones: load with dtype=float32, which "
+                "takes twice the memory."
+            )
     return found
 
 

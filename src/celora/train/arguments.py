@@ -281,12 +281,14 @@ def _absolute(name: str, value: object) -> object:
 
 
 def device_defaults(values: Mapping[str, object]) -> dict[str, object]:
-    """Defaults that depend on the machine; a CPU run stays in the model's own dtype."""
+    """Defaults that depend on the machine; without CUDA all is in the model's dtype, which `choose_dtype` measures."""
     import torch
 
+    from celora.device import accelerator
+
     cuda = torch.cuda.is_available() and not values.get("use_cpu")
-    bf16 = cuda and torch.cuda.is_bf16_supported() and not values.get("fp16")
-    return {"use_cpu": not torch.cuda.is_available(), "bf16": bf16, "dataloader_pin_memory": cuda}
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False) and not values.get("fp16")
+    return {"use_cpu": accelerator() is None, "bf16": bf16, "dataloader_pin_memory": cuda}
 
 
 def sft_config(request: TrainRequest) -> Any:

@@ -24,6 +24,7 @@ from celora.errors import CELoraError, Diverged, unknown
 from celora.files import read_json, replacing, write_text
 from celora.plan import Plan
 from celora.train.arguments import PLANNING, TrainRequest, make_request, recorded, sft_config
+from celora.train.dtype import settle_dtype
 from celora.train.fingerprint import check_same, fingerprints
 from celora.train.folder import LOCK, PLAN, RUN, OutputFolder, write_json, writing_to
 from celora.train.loading import load_tokenizer, quiet_libraries, training_rows
@@ -153,7 +154,7 @@ def _compare(
 ) -> list[Outcome]:
     output = probe.output
     with quiet_libraries():
-        data = _split(probe, output, console)
+        data = _split(probe, output, console) | {"dtype": _dtype(probe, output, console)}
         if "auto" in arms:
             _check_plan(output, probe, seeds)
 
@@ -258,6 +259,17 @@ def _split(request: TrainRequest, output: Path, console: Console) -> dict[str, s
             with replacing(file) as temporary:
                 parts[part].to_json(str(temporary))
     return {"data": str(train_file), "eval_data": str(held_out_file), "dataset_config": None}
+
+
+def _dtype(request: TrainRequest, output: Path, console: Console) -> str:
+    """The base model's dtype, the same for every run: that of those begun or, before there is one, as chosen now."""
+    for record in sorted(output.glob(f"*-seed*/{RUN}")):
+        if (begun := OutputFolder(record.parent).run()) is not None:
+            return str(begun["lora"]["dtype"])
+    settled, line = settle_dtype(request, sft_config(request))
+    if not request.options.quiet:
+        console.print(line, markup=False, soft_wrap=True)
+    return str(settled.lora["dtype"])
 
 
 def _check_plan(output: Path, request: TrainRequest, seeds: int) -> None:

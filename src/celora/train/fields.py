@@ -35,7 +35,7 @@ DEFAULTS: dict[str, tuple[object, str]] = {
     "eval_steps": (10, "TRL's, whose logging_steps it is; an evaluation takes time, where a metrics row does not"),
     "save_steps": (100, "an adapter checkpoint is small; 500 steps of lost work are not"),
     "save_total_limit": (2, "the last two are enough to resume from"),
-    "dtype": ("auto", "keep the checkpoint's own dtype; TRL would load it in float32"),
+    "dtype": ("auto", "the checkpoint's own dtype, or float32 where that is clearly faster; TRL takes float32"),
     "lora_target_modules": (["all-linear"], "the published setting; PEFT's own choice is q_proj and v_proj only"),
     "lora_dropout": (0.0, "dropout on every adapter input costs about a tenth of a step"),
     "ddp_find_unused_parameters": (False, "every adapter gets a gradient, and looking for some that do not takes time"),
@@ -43,8 +43,8 @@ DEFAULTS: dict[str, tuple[object, str]] = {
     "include_num_input_tokens_seen": ("non_padding", "tokens per second should count tokens"),
 }
 DEVICE_DEFAULTS = {
-    "use_cpu": "true where there is no CUDA device",
-    "bf16": "true on a CUDA device that has it, false on a CPU",
+    "use_cpu": "true where torch finds no accelerator (CUDA, MPS, XPU ...)",
+    "bf16": "true on a CUDA device that has it, false elsewhere",
     "dataloader_pin_memory": "true with CUDA only",
 }
 

@@ -72,7 +72,7 @@ def _rows(request: TrainRequest, tokenizer: Any, source: str, split: str) -> dat
 
 
 def load_model(request: TrainRequest) -> Any:
-    """The base model in its own dtype (or --dtype), on the CPU unless quantised; the Trainer moves it."""
+    """The base model in the dtype settled for it, on the CPU unless quantised; the Trainer moves it."""
     lora = request.lora
     try:
         settings = {k: v for k, v in lora.items() if "quant" in k or "load_in" in k}

@@ -7,11 +7,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import torch
 from rich.console import Console
 
 import celora
 from celora.config import CELoraConfig
+from celora.device import random_states
 from celora.errors import CELoraError
 from celora.plan import HEAD, Plan
 from celora.planner import DEFAULT_FIDELITY, MOST_BATCHES
@@ -87,8 +87,7 @@ def make_plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
             "preset 'auto' cannot measure a model that will be sharded; make a plan on one device with celora plan and "
             "give it with --plan, or choose --preset exact or paper"
         )
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    with random_states({parameter.device for parameter in trainer.model.parameters()}):
         batches = list(itertools.islice(trainer.get_train_dataloader(), MOST_BATCHES))  # in all processes, in step
         if not is_first():
             return Plan.from_dict(from_first(None))

@@ -39,6 +39,7 @@ from celora.synchronise import from_first
 from celora.train.arguments import TrainRequest, check_record, recorded, sft_config
 from celora.train.checkpointing import choose_checkpointing
 from celora.train.doctor import PACKAGES
+from celora.train.dtype import settle_dtype
 from celora.train.fingerprint import check_same, fingerprints
 from celora.train.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json, writing_to
 from celora.train.interrupt import StopAtStepEnd
@@ -227,6 +228,8 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         made_from = fingerprints(request, evaluation_source(request)) if first else {}
         if earlier and first:
             check_same(earlier.get("made_from"), made_from)
+        request, of_dtype = settle_dtype(request, args, earlier)
+        _say(console, options.quiet, of_dtype)
         model = load_model(request)
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
         for line in truncation_lines(trainer, rows, eval_rows):
@@ -523,6 +526,7 @@ def prepared(request: TrainRequest, rows: int | None, adapter: Path | None) -> I
         data = training_rows(request, tokenizer)
         train = request.train | _NO_EVALUATION | ({} if rows is None else {"per_device_train_batch_size": rows})
         args = sft_config(replace(request, train=train, output=Path(scratch)))
+        request, _ = settle_dtype(request, args)
         model, peft, config = load_model(request), lora_config(request), request.config
         if adapter is not None:
             model, peft = load_adapter(model, adapter), None

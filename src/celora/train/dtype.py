@@ -1,0 +1,90 @@
+"""The dtype that the base model is loaded in: as named or, where nobody named one, as the machine is fast in it.
+
+A checkpoint's bfloat16 is kept unless products in float32 are clearly faster here, since a device that emulates
+bfloat16 trains many times slower in it, and unless float32 does not fit. A checkpoint's float16 is never trained in
+without loss scaling, as small gradients become zero in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from celora.memory import available_memory
+from celora.synchronise import from_first
+from celora.timing import slower_than_float32, time_over_float32
+from celora.train.arguments import TrainRequest
+from celora.train.processes import is_first
+
+_ROOM = 0.7  # of the free memory, for the weights: a step needs the rest
+
+
+def settle_dtype(request: TrainRequest, args: Any, earlier: dict[str, Any] | None = None) -> tuple[TrainRequest, str]:
+    """The request with the dtype to load the model in, and a line that says which and why. Collective.
+
+    Args:
+        request: what was asked for.
+        args: the SFTConfig made of it.
+        earlier: the record of the run that goes on, whose dtype is kept.
+    """
+    dtype, why = from_first(_settled(request, args, earlier) if is_first() else None)
+    line = f"Base model in {'its own dtype' if dtype == 'auto' else dtype}: {why}."
+    return replace(request, lora=request.lora | {"dtype": dtype}), line
+
+
+def _settled(request: TrainRequest, args: Any, earlier: dict[str, Any] | None) -> tuple[str, str]:
+    if earlier is not None:
+        return earlier["lora"].get("dtype", "auto"), "as the run began"
+    if "dtype" in request.given:
+        return request.lora["dtype"], "as asked for"
+    if args.bf16 or args.fp16:
+        return "auto", f"products are computed in {'bfloat16' if args.bf16 else 'float16'}"
+    try:
+        config = AutoConfig.from_pretrained(
+            request.model, revision=request.lora["model_revision"], trust_remote_code=False
+        )
+    except Exception:  # whatever it is, loading the model says it in one line
+        return "auto", "as the checkpoint says"
+    own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if own not in (torch.bfloat16, torch.float16) or getattr(config, "quantization_config", None) is not None:
+        return "auto", "as the checkpoint says"
+    quantised = request.lora["load_in_4bit"] or request.lora["load_in_8bit"]
+    return for_device(own, args.device, 0 if quantised else _float32_bytes(config))
+
+
+def for_device(own: torch.dtype, device: torch.device, float32_bytes: int) -> tuple[str, str]:
+    """The dtype for a checkpoint in bfloat16 or float16, and why.
+
+    Args:
+        own: of the checkpoint.
+        device: to train on.
+        float32_bytes: what its weights would take in float32; 0 for no more than they take anyway.
+    """
+    ratio = time_over_float32(torch.bfloat16, device)
+    speed = f"bfloat16 products take {ratio:.2g} times as long as float32's here"
+    if own == torch.bfloat16 and not slower_than_float32(torch.bfloat16, device):
+        return "bfloat16", f"as the checkpoint is, and {speed}"
+    free = available_memory(device)
+    if free is not None and float32_bytes > _ROOM * free:
+        need = f"float32 would need {_gib(float32_bytes)} of the {_gib(free)} that are free"
+        return "bfloat16", f"{need}; {speed if own == torch.bfloat16 else 'float16 loses small gradients'}"
+    if own == torch.bfloat16:
+        return "float32", f"{speed}; --dtype bfloat16 takes half the memory"
+    return "float32", "the checkpoint's float16 loses small gradients; --dtype bfloat16 takes half the memory"
+
+
+def _float32_bytes(config: Any) -> int:
+    """What the weights of this model take in float32; 0 if it cannot be told before it is loaded."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception:  # whatever it is, loading the model says it in one line
+        return 0
+    return 4 * sum(int(parameter.numel()) for parameter in model.parameters())
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
