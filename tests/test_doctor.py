@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from importlib import metadata
 from typing import Any
 
 import pytest
 import torch
 
-from celora import kernels
+from celora import kernels, products
 from celora.cli import main
 from celora.train import doctor
 from celora.train.doctor import advise, commands, describe, examine
@@ -102,33 +99,56 @@ def test_the_command_to_copy_suits_the_machine() -> None:
     assert command(products__time_ms={name: 1.0 for name in times if "int8" not in name}).endswith("--preset exact")
 
 
+def test_what_the_environment_limits_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in doctor._LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    assert examine()["limits"] == {}
+    limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "CELORA_KERNELS": "0"}
+    for name, value in limits.items():
+        monkeypatch.setenv(name, value)
+    found = examine()
+    assert found["limits"] == limits
+    assert "- ONEDNN_MAX_CPU_ISA keeps oneDNN" in describe(found)
+    assert "ONEDNN_MAX_CPU_ISA=AVX2, CELORA_KERNELS=0" in describe(found)
+
+
 @pytest.mark.parametrize(
-    "limits", [{"CELORA_KERNELS": "0"}, {"ONEDNN_MAX_CPU_ISA": "AVX2", "CELORA_KERNELS": "0"}], ids=["kernels", "both"]
+    ("machine", "path"),
+    [
+        ({"gathers": True, "panels": 16, "amx": True, "vnni": True}, "celora's own kernel, with AMX"),
+        ({"gathers": True, "panels": 16, "vnni": True}, "celora's own kernel, with AVX-512 VNNI"),
+        ({"gathers": True, "panels": 16}, "celora's own kernel, with AVX-VNNI"),
+        ({"onednn": True, "why_not": "no compiler"}, "oneDNN's quantised linear: no compiler"),
+        ({"onednn": True, "panels": 16}, "oneDNN's quantised linear: celora's kernel has no AMX here"),
+        (
+            {"slow": True},
+            "torch's integer product, number by number: this CPU has no VNNI, which celora's kernel needs",
+        ),
+        (
+            {"why_not": "CELORA_KERNELS=0 turns them off"},
+            "torch's integer product, through oneDNN: CELORA_KERNELS=0 turns them off",
+        ),
+        ({"overflows": True}, "none: oneDNN's 8-bit sums overflow as it is limited here (ONEDNN_MAX_CPU_ISA)"),
+    ],
 )
-def test_what_the_environment_limits_is_said(limits: dict[str, str]) -> None:
-    code = (
-        "from celora.train import doctor; doctor._SHAPES, doctor._REPEATS = {'cpu': (32, 64, 48)}, 2\n"
-        "doctor.time_over_float32, doctor.slower_than_float32 = lambda *_: 0.5, lambda *_: False\n"
-        "found = doctor.examine(); print(found['products']['int8_path']); print(doctor.describe(found))\n"
-        f"assert found['limits'] == {limits | {'OMP_NUM_THREADS': '1'}}\n"
-    )
-    free = {name: value for name, value in os.environ.items() if name not in doctor._LIMITS}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=free | limits | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    path = done.stdout.splitlines()[0]
-    if limits.get("ONEDNN_MAX_CPU_ISA"):
-        # Where oneDNN then sums pairs in 16 bits there is none; elsewhere it is torch's, or another library's.
-        assert path.startswith(("none: oneDNN's 8-bit sums overflow", "oneDNN's", "torch's"))
-        assert "- ONEDNN_MAX_CPU_ISA keeps oneDNN" in done.stdout
-    else:
-        assert "CELORA_KERNELS=0 turns them off" in path or path.startswith("none: ")
-    assert all(f"{name}={value}" in done.stdout for name, value in limits.items())
+def test_which_8_bit_path_is_taken_and_why(machine: dict[str, Any], path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, does in {
+        "_gathered_products": lambda: machine.get("gathers", False),
+        "_onednn": lambda device: machine.get("onednn", False),
+        "_one_by_one": lambda: machine.get("slow", False),
+        "_sums_are_exact": lambda: not machine.get("overflows", False),
+        "features": lambda: {"vnni": machine.get("vnni", False)},
+    }.items():
+        monkeypatch.setattr(products, name, does)
+    monkeypatch.setattr(kernels, "why_not", lambda: machine.get("why_not", ""))
+    monkeypatch.setattr(kernels, "panel_columns", lambda: machine.get("panels", 0))
+    monkeypatch.setattr(kernels, "multiplies_matrices", lambda: machine.get("amx", False))
+    assert products.int8_path(torch.device("cpu")) == path
+
+
+def test_accelerators_have_another_path() -> None:
+    assert products.int8_path(torch.device("mps")) == "none: there are no int8 products on mps"
+    assert products.int8_path(torch.device("cuda")) == "torch's integer product"
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
