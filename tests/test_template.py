@@ -33,7 +33,10 @@ def rows(path, *conversations):
 )
 @pytest.mark.parametrize(
     ("refused", "message"),
-    [([SYSTEM, USER, ASSISTANT], "System role not supported"), ([USER, USER], "Roles must alternate user/assistant")],
+    [
+        ([SYSTEM, USER, ASSISTANT], "System role not supported"),
+        ([USER, USER, ASSISTANT], "Roles must alternate user/assistant"),
+    ],
 )
 @pytest.mark.parametrize("which", ["training", "evaluation"])
 def test_the_row_is_named(refused, message, which, inputs, tmp_path):  # noqa: F811

@@ -18,6 +18,7 @@ from celora.config import PRESETS, CELoraConfig, balanced_rank, resolve
 from celora.errors import CELoraError, unknown
 from celora.files import check_name
 from celora.train.fields import (
+    ALIASES,
     DEFAULTS,
     MODEL_INIT,
     MODEL_INIT_ALIASES,
@@ -59,7 +60,16 @@ def read_yaml(path: str | Path) -> dict[str, object]:
         if name in found:
             raise CELoraError(f"key {str(key)!r} in {path} says {name} a second time; keep one")
         found[name] = value
+    if _is_trls(document):
+        found.setdefault("assistant_only_loss", False)  # TRL's default, where celora's depends on the rows
     return found
+
+
+def _is_trls(document: Mapping[str, object]) -> bool:
+    """Whether a file was made for `trl sft`: it has names that only TRL needs, and none that TRL does not know."""
+    names = {str(key).replace("-", "_") for key in document}
+    ours = {f.name for f in dataclasses.fields(RunOptions) if not f.name.startswith("dataset_")}
+    return not names.isdisjoint({*ALIASES, "use_peft"}) and names.isdisjoint(ours)
 
 
 _NO_ESTIMATE = ("off", "exact")

@@ -39,6 +39,10 @@ SPLITS = {  # and the words in the names of files that say so, as `datasets` has
 # What a chat template writes out beside role and content: a model would learn to answer without it.
 _RENDERED = ("tool_calls", "function_call", "reasoning_content", "thinking")
 _NO_TOOLS = "is not trained on here; leave such rows out, or use TRL's SFTTrainer, with celora.attach(trainer.model)"
+_NO_ANSWER = (
+    "no message is the assistant's, so there is nothing to learn; leave the row out, or learn every token with "
+    "--assistant_only_loss false"
+)
 _COLUMNS = [*dict.fromkeys(column for columns in SHAPES.values() for column in columns), "input"]
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _KNOWN_SHAPES = f"a row has {', or '.join(SHAPES)}"
@@ -56,6 +60,7 @@ def load_rows(
     config: str | None = None,
     text_field: str = "text",
     cache_dir: str | Path | None = None,
+    answers: bool = False,
 ) -> datasets.Dataset:
     """The rows of `source`, all of one shape, with the columns that SFTTrainer expects and no others.
 
@@ -66,7 +71,8 @@ def load_rows(
 
     The first row decides the shape: `messages`; `prompt` + `completion`, strings or message lists; `instruction`
     (+ `input`) + `output`, which becomes a prompt and a completion, as message lists if `chat`; `text`, or what the
-    column `text_field` holds. At most `limit` rows are read. `config` is the configuration of a hub data set. Memory
+    column `text_field` holds. With `answers`, a row of messages has to hold one of the assistant, since nothing else is
+    learnt. At most `limit` rows are read. `config` is the configuration of a hub data set. Memory
     stays flat, but for a JSON list, which is held as text.
 
     Raises CELoraError, in one line with file and line, for anything that cannot be read or understood as such rows.
@@ -91,6 +97,7 @@ def load_rows(
                 "chat": chat,
                 "limit": limit,
                 "text_field": text_field,
+                "answers": answers,
                 "key": key,
             },
             cache_dir=None if cache_dir is None else str(cache_dir),
@@ -122,6 +129,7 @@ def _generate(
     chat: bool,
     limit: int | None,
     text_field: str,
+    answers: bool,
     key: str,
 ) -> Iterator[dict[str, Any]]:
     placed = (
@@ -135,6 +143,8 @@ def _generate(
             row = row | {"text": row[text_field]}
         found = _shape(place, row, prefer=shape)
         example = _example(place, row, found, chat)
+        if answers and "messages" in example and all(of["role"] != "assistant" for of in example["messages"]):
+            fail(place, _NO_ANSWER)
         this = f"{found} as {'lists' if isinstance(next(iter(example.values())), list) else 'strings'}"
         if first is None:
             shape, first, start = found, this, place

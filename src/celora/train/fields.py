@@ -39,10 +39,15 @@ DEFAULTS: dict[str, tuple[object, str]] = {
     "lora_target_modules": (["all-linear"], "the published setting; PEFT's own choice is q_proj and v_proj only"),
     "lora_dropout": (0.0, "dropout on every adapter input costs about a tenth of a step"),
     "ddp_find_unused_parameters": (False, "every adapter gets a gradient, and looking for some that do not takes time"),
+    "assistant_only_loss": (
+        None,
+        "a chat model is to answer; TRL also trains it to write what users say",
+    ),
     "report_to": ("none", "nothing leaves the machine unless asked"),
     "include_num_input_tokens_seen": ("non_padding", "tokens per second should count tokens"),
 }
 DEVICE_DEFAULTS = {
+    "assistant_only_loss": "true for rows of messages, false in a file made for `trl sft`",
     "use_cpu": "true where torch finds no accelerator (CUDA, MPS, XPU ...)",
     "bf16": "true on a CUDA device that has it, false elsewhere",
     "dataloader_pin_memory": "true with CUDA only",

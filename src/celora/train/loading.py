@@ -68,7 +68,8 @@ def _rows(request: TrainRequest, tokenizer: Any, source: str, split: str) -> dat
     chat = bool(tokenizer.chat_template or request.train.get("chat_template_path"))
     config = request.options.dataset_config if source == request.data else None
     text_field = request.train.get("dataset_text_field", "text")
-    return load_rows(source, split=split, chat=chat, config=config, text_field=text_field)
+    answers = request.train.get("assistant_only_loss")
+    return load_rows(source, split=split, chat=chat, config=config, text_field=text_field, answers=answers is not False)
 
 
 def load_model(request: TrainRequest) -> Any:

@@ -36,6 +36,7 @@ from celora.config import CELoraConfig
 from celora.errors import CELoraError, out_of_memory
 from celora.plan import Plan, device_name
 from celora.synchronise import from_first
+from celora.train.answers import AnswersOnly, share_line
 from celora.train.arguments import TrainRequest, check_record, recorded, sft_config
 from celora.train.checkpointing import choose_checkpointing
 from celora.train.doctor import PACKAGES
@@ -96,7 +97,7 @@ class OrderOfEpoch(Sampler[int]):
         return len(self.sampler)
 
 
-class Trainer(SafeSaving, SFTTrainer):  # type: ignore[misc]
+class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that says where its time goes, and tells nobody about it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -210,6 +211,8 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
     earlier = folder.run() if options.resume else None
     if earlier:
         check_record(folder.path / RUN, earlier)
+        learnt = {"assistant_only_loss": earlier["train"].get("assistant_only_loss", False)}
+        request = replace(request, train=request.train | learnt)  # as it began, also by a celora that had no default
     finished = earlier is not None and earlier.get("status") == "finished"
     lost: list[str] = []
     if earlier and finished and not _longer(earlier, request.given, folder.path / METRICS):
@@ -240,7 +243,7 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
             require(trainer.model).plan = plan
             choice = choose_checkpointing(trainer, asked="gradient_checkpointing" in request.given)
         _smooth_in_the_head(trainer)
-        for line in (rank_line(request), attached_text(attached, plan), choice):
+        for line in (rank_line(request), share_line(trainer, rows), attached_text(attached, plan), choice):
             _say(console, options.quiet, line)
 
         # What is wrong with a checkpoint is a warning: said even when quiet.
@@ -369,6 +372,7 @@ def build_trainer(
             eval_dataset=eval_rows,
             processing_class=tokenizer,
             peft_config=peft,
+            answers=request.train.get("assistant_only_loss"),
         )
     trainer.remove_callback(PrinterCallback)
     for dataset, source in ((trainer.train_dataset, request.data), (trainer.eval_dataset, request.options.eval_data)):
