@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from celora import cli
 from celora.errors import CELoraError
-from celora.train.answers import _check_stop, learnt_tokens, mask_answers, share, share_line
+from celora.train.answers import Learnt, _check_stop, learnt_tokens, mask_answers, what_is_learnt
 from celora.train.arguments import make_request, parse, read_yaml, sft_config
 from celora.train.data import load_rows
 from celora.train.loading import (
@@ -174,7 +174,7 @@ def test_a_template_that_teaches_no_end_is_said():
 
 
 def test_shares():
-    assert [share(*of) for of in ((0, 9), (1, 900), (37, 100), (899, 900), (9, 9))] == [
+    assert [Learnt(*of, "the answers").share for of in ((0, 9), (1, 900), (37, 100), (899, 900), (9, 9))] == [
         "0 %", "1 %", "37 %", "99 %", "100 %"
     ]  # fmt: skip
 
@@ -207,7 +207,7 @@ def built(given, output, **more):
     with quiet_libraries():
         model = load_model(request)
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
-    text = "\n".join([share_line(trainer, rows), *truncation_lines(trainer, rows, eval_rows)])
+    text = "\n".join([str(what_is_learnt(trainer, rows)), *truncation_lines(trainer, rows, eval_rows)])
     return words(trainer, trainer.train_dataset), eval_rows and words(trainer, trainer.eval_dataset), text
 
 

@@ -1,8 +1,8 @@
 """Which tokens of a conversation the assistant wrote. A chat model learns those, and not what users say.
 
-A template with `{% generation %}` marks says so itself. With any other, an answer is a difference: the conversation up to
-and including the turn, less the conversation before it with the generation prompt. Both have to stand at the beginning
-of the whole conversation; where they do not, the row is refused, and nothing is guessed.
+A template with `{% generation %}` marks says so itself. With any other, an answer is a difference: the conversation up
+to and including the turn, less the conversation before it with the generation prompt. Both have to stand at the
+beginning of the whole conversation; where they do not, the row is refused, and nothing is guessed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -249,9 +250,26 @@ def _flat_labels(dataset: Any) -> Iterator[Any]:
         yield pc.list_flatten(block["labels"])
 
 
-def share_line(trainer: Any, rows: Any) -> str:
-    """One line on how much of the training data is learnt, and which part."""
-    learnt, tokens = learnt_tokens(trainer.train_dataset)
+@dataclass(frozen=True)
+class Learnt:
+    """How many of the tokens of the training data are learnt, and which part of it they are."""
+
+    learnt: int
+    tokens: int
+    part: str
+
+    @property
+    def share(self) -> str:
+        """In per cent; only all is 100 %, and only nothing is 0 %."""
+        percent = round(100 * self.learnt / max(1, self.tokens))
+        return f"{percent if self.learnt in (0, self.tokens) else min(max(percent, 1), 99)} %"
+
+    def __str__(self) -> str:
+        return f"Learning {self.share} of {self.tokens:,} tokens: {self.part}."
+
+
+def what_is_learnt(trainer: Any, rows: Any) -> Learnt:
+    """Of the training data of a trainer, which was made of `rows`; after everything that is cut off."""
     if trainer.args.assistant_only_loss:
         part = "the answers"
     elif "prompt" in rows.column_names and trainer.completion_only_loss:
@@ -260,10 +278,4 @@ def share_line(trainer: Any, rows: Any) -> str:
         part = "all turns, the user's, too"
     else:
         part = "all of them"
-    return f"Learning {share(learnt, tokens)} of {tokens:,} tokens: {part}."
-
-
-def share(part: int, whole: int) -> str:
-    """A share in per cent; only all is 100 %, and only nothing is 0 %."""
-    percent = 100 * part / whole
-    return f"{round(percent) if part in (0, whole) else min(max(round(percent), 1), 99)} %"
+    return Learnt(*learnt_tokens(trainer.train_dataset), part)

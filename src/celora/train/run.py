@@ -36,8 +36,9 @@ from celora.config import CELoraConfig
 from celora.errors import CELoraError, out_of_memory
 from celora.plan import Plan, device_name
 from celora.synchronise import from_first
-from celora.train.answers import AnswersOnly, share_line
+from celora.train.answers import AnswersOnly, what_is_learnt
 from celora.train.arguments import TrainRequest, check_record, recorded, sft_config
+from celora.train.card import Card
 from celora.train.checkpointing import choose_checkpointing
 from celora.train.doctor import PACKAGES
 from celora.train.dtype import settle_dtype
@@ -211,8 +212,8 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
     earlier = folder.run() if options.resume else None
     if earlier:
         check_record(folder.path / RUN, earlier)
-        learnt = {"assistant_only_loss": earlier["train"].get("assistant_only_loss", False)}
-        request = replace(request, train=request.train | learnt)  # as it began, also by a celora that had no default
+        answers = {"assistant_only_loss": earlier["train"].get("assistant_only_loss", False)}
+        request = replace(request, train=request.train | answers)  # as it began, if by a celora of another default
     finished = earlier is not None and earlier.get("status") == "finished"
     lost: list[str] = []
     if earlier and finished and not _longer(earlier, request.given, folder.path / METRICS):
@@ -237,13 +238,14 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
         for line in truncation_lines(trainer, rows, eval_rows):
             _say(console, False, line)  # a warning
+        learnt = what_is_learnt(trainer, rows)
         with refused("training"):
             config, plan = choose(request, trainer, console, begun=earlier is not None)
             attached = celora.attach(trainer.model, config)
             require(trainer.model).plan = plan
             choice = choose_checkpointing(trainer, asked="gradient_checkpointing" in request.given)
         _smooth_in_the_head(trainer)
-        for line in (rank_line(request), share_line(trainer, rows), attached_text(attached, plan), choice):
+        for line in (rank_line(request), str(learnt), attached_text(attached, plan), choice):
             _say(console, options.quiet, line)
 
         # What is wrong with a checkpoint is a warning: said even when quiet.
@@ -275,6 +277,8 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
             metrics = MetricsWriter(
                 request.output / METRICS, after_step=marker["step"], seconds=marker["seconds"], phases=trainer.phases
             )
+            name = args.hub_model_id or request.output.absolute().name
+            trainer.card = Card(name, record, len(rows), learnt, metrics.elapsed)
         if options.resume:
             where = (
                 f"from {checkpoint.name}" if checkpoint else "from the beginning: there is no checkpoint to go on from"

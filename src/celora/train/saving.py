@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from pickle import UnpicklingError  # the exception; nothing here is unpickled
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import TrainerCallback, TrainerState
 from celora.borrowed import borrow
 from celora.errors import CELoraError, Diverged
 from celora.files import clear, sync
+from celora.train.card import CARD, Card, is_own
 from celora.train.folder import SAVING, OutputFolder
 from celora.train.manifest import seal
 from celora.train.processes import wait_for_all
@@ -51,6 +51,14 @@ class SafeSaving:
 
     args: Any
     state: Any
+    card: Card | None = None
+
+    def create_model_card(self, *arguments: Any, **more: Any) -> None:
+        """celora's, in place of TRL's and the Trainer's."""
+        if self.card is None:
+            super().create_model_card(*arguments, **more)  # type: ignore[misc]
+        elif self.is_world_process_zero():  # type: ignore[attr-defined]
+            self.card.write(Path(self.args.output_dir), self)
 
     def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
         check_finite(self)
@@ -75,9 +83,16 @@ class SafeSaving:
         super()._load_best_model()  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, *arguments: Any, **more: Any) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        card = folder / CARD
+        kept = card.read_bytes() if is_own(card) else None
         super()._save(output_dir, *arguments, **more)  # type: ignore[misc]
         # training_args.bin: run.json says the same.
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if kept is not None:
+            card.write_bytes(kept)  # PEFT has put a path of this machine into it
+        elif self.card is not None:
+            self.card.write(folder, self)
 
 
 def check_finite(trainer: Any) -> None:
@@ -97,17 +112,18 @@ def check_finite(trainer: Any) -> None:
 def save_adapter(trainer: Any, output: Path) -> None:
     """Write the adapter and the tokenizer into `output`, each file whole or not at all."""
     check_finite(trainer)
-    aside, card, first = output / SAVING, output / "README.md", trainer.is_world_process_zero()
+    aside, first = output / SAVING, trainer.is_world_process_zero()
     if first:
         clear(aside)  # left by a process that was killed here
         aside.mkdir()
-        if card.is_file():
-            shutil.copy(card, aside)  # PEFT completes TRL's
     trainer.save_model(str(aside), _internal_call=True)  # in all processes: each may hold a part
     if first:
         for file in sorted(aside.iterdir()):
             sync(file)
-            file.replace(output / file.name)
+            if file.name == CARD and is_own(output / CARD):
+                file.unlink()
+            else:
+                file.replace(output / file.name)
         aside.rmdir()
         sync(output)
     if trainer.args.push_to_hub:
