@@ -36,7 +36,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import celora
-from celora import CELoraConfig, forward, head
+from celora import CELoraConfig, head, others
 from celora.attach import require
 from conftest import make_batch, make_model, train
 from tiny import save_tiny_model
@@ -395,7 +395,7 @@ def test_trl_is_only_served_what_is_computed() -> None:
     from trl.trainer.utils import add_fused_lm_head
 
     model = make_model().base_model.model
-    assert not forward._trl_can_be_served(model)
+    assert "no such head" in str(others.fused_head(model))
     for settings, served in (
         ({}, True),
         ({"outputs": ("log_probs", "is_top1", "entropy")}, True),
@@ -405,7 +405,7 @@ def test_trl_is_only_served_what_is_computed() -> None:
     ):
         model.__dict__.pop("forward", None)
         add_fused_lm_head(model, **settings)
-        assert forward._trl_can_be_served(model) is served
+        assert isinstance(others.fused_head(model), head.Logits) is served
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -159,13 +159,16 @@ def test_any_batch(lengths: list[int], prompt: int, left: bool, seed: int) -> No
 _MODEL: dict[str, nn.Module] = {}
 
 
-def pack(batch: dict[str, Tensor], dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any] | None:
-    model = model_of("llama").to(dtype)
-    attention.register()
-    model.base_model.model.set_attn_implementation(attention.ATTENTION)
-    labels = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-    arguments = {"attention_mask": batch["attention_mask"], "position_ids": None} | changes
-    return packing.pack(model.base_model.model, batch["input_ids"], next_labels=labels, **arguments)
+def pack(
+    batch: dict[str, Tensor], dtype: torch.dtype = torch.float32, position_ids: Tensor | None = None
+) -> dict[str, Any] | None:
+    return pack_for(model_of("llama").to(dtype).base_model.model, batch, position_ids)
+
+
+def pack_for(model: nn.Module, batch: dict[str, Tensor], position_ids: Tensor | None = None) -> dict[str, Any] | None:
+    labelled = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:] != -100
+    kept, numbers = packing.measure(labelled, batch["attention_mask"])
+    return packing.pack(model, batch["input_ids"], position_ids, kept, numbers.tolist())
 
 
 def test_short_sequences_are_packed_for_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,8 +246,7 @@ def test_flash_attention_gets_the_lengths_its_own_way() -> None:
     batch = ragged([5, 3])
     model = model_of("llama").base_model.model
     model.config._attn_implementation_internal = "flash_attention_2"
-    labels = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-    packed = packing.pack(model, batch["input_ids"], batch["attention_mask"], None, labels)
+    packed = pack_for(model, batch)
     assert packed is not None
     assert packed["attention_mask"] is None
     assert packed["cu_seq_lens_q"].tolist() == [0, 4, 6]

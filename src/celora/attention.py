@@ -4,6 +4,10 @@ On CPU, the backward of torch's flash attention in bfloat16 is made of many smal
 to set up than to compute: at 64 tokens it takes three times as long as the same in float32. Where the CPU has matrix
 instructions (AMX), forward and backward are a kernel of ours, packed or not. Elsewhere short sequences do their
 backward in float32, from the outputs and row sums of the forward, which is torch's own.
+
+The model's configuration names `sdpa` before, after and between the forwards of its attentions (`Lookup`). An attention
+finds this one only while it runs, and only if its call carries `celora_lengths`. Gradient checkpointing calls it with
+the same arguments again in backward, so that it finds the same one.
 """
 
 from __future__ import annotations
@@ -14,26 +18,71 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface
 
 from celora import kernels
+from celora.borrowed import borrow
 from celora.errors import CELoraError
 
 ATTENTION = "celora_packed_sdpa"
 LENGTHS = "celora_lengths"
 _SHORT = 160  # tokens; measured, benchmarks/attention.py
+_FLASH = "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu"
+_FLASH_BACKWARD = "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward"
+_DISPATCH_MODE = "torch.utils._python_dispatch:is_in_torch_dispatch_mode"
+_IMPLEMENTATION = "transformers:PreTrainedConfig._attn_implementation"
 
-_flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+def implementation(config: Any) -> str | None:
+    """The name of a model's attention; None if this version of Transformers does not say it where celora looks."""
+    name = borrow(_IMPLEMENTATION)
+    found: str | None = None if name is None else name.fget(config)
+    return found
 
 
-def register() -> None:
-    """Make the attention known to Transformers, under a name of its own; nothing that exists is changed."""
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+def is_attention(module: nn.Module) -> bool:
+    """Whether this is a decoder's attention, which looks up in its configuration what computes it."""
+    own = vars(module)
+    return "layer_idx" in own and "config" in own and ("is_causal" in own or hasattr(type(module), "is_causal"))
+
+
+def plain() -> bool:
+    """Whether `sdpa` is still Transformers' own, which can be registered anew."""
+    return getattr(_sdpa(), "__module__", "") == "transformers.integrations.sdpa_attention"
+
+
+def _sdpa() -> Any:
+    return AttentionInterface()["sdpa"]
+
+
+class Lookup:
+    """The hooks of a model's attentions: with `celora_lengths` among its arguments, a call finds `attention`."""
+
+    def under(self, module: nn.Module) -> list[Any]:
+        """Hook one attention."""
+        AttentionInterface.register(ATTENTION, attention)  # under a name of its own; nothing that exists is changed
+        return [
+            module.register_forward_pre_hook(self.before, with_kwargs=True),
+            module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+        ]
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook (with kwargs)."""
+        if LENGTHS in kwargs:
+            borrow(_IMPLEMENTATION).fset(module.config, ATTENTION)
+        elif not torch.compiler.is_compiling():
+            self.settle(module)
+
+    def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook (with kwargs) that is always called."""
+        if LENGTHS in kwargs:
+            self.settle(module)
+
+    def settle(self, module: Any) -> None:
+        """Name `sdpa` again, also after a forward that was interrupted and never came to its end."""
+        name = borrow(_IMPLEMENTATION)
+        if name is not None and name.fget(module.config) == ATTENTION:
+            name.fset(module.config, "sdpa")
 
 
 def attention(
@@ -62,7 +111,7 @@ def attention(
         if tiles and _only_causal(module, query, key, attention_mask, **kwargs):
             whole: Tensor = _Tiled.apply(query, key, value, None, scale)  # type: ignore[no-untyped-call]
             return whole, None
-        output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+        output: tuple[Tensor, Tensor | None] = _sdpa()(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output
@@ -76,24 +125,24 @@ def attention(
         result: Tensor = function.apply(query, key, value, celora_lengths, scale)  # type: ignore[no-untyped-call]
         return result, None
     pieces = zip(*(t.split(celora_lengths, dim=2) for t in (query, key, value)), strict=True)
-    found = [sdpa_attention_forward(module, *of, None, dropout=dropout, scaling=scaling, **kwargs)[0] for of in pieces]
+    found = [_sdpa()(module, *of, None, dropout=dropout, scaling=scaling, **kwargs)[0] for of in pieces]
     return torch.cat(found, dim=1), None
 
 
-def packing_pays(dtype: torch.dtype, length: int, mask: Tensor | None, device: torch.device) -> bool:
+def packing_pays(dtype: torch.dtype, length: int, device: torch.device, *, masked: bool) -> bool:
     """Whether packing makes attention faster where it saves next to no tokens, at most `length` in a row.
 
-    For tiles if there is a mask, which they do not take; else for the float32 backward, which only packed ones do.
+    For tiles if some token is masked, as they take no mask; else for the float32 backward, which only packed ones do.
     """
     if not kernels.attends():
         return _short(device, dtype, length)
-    return device.type == "cpu" and dtype == torch.bfloat16 and mask is not None and not bool(mask.all())
+    return device.type == "cpu" and dtype == torch.bfloat16 and masked
 
 
 def _short(device: torch.device, dtype: torch.dtype, length: int) -> bool:
     """Whether torch's backward of a sequence of so many tokens is faster in float32."""
-    known = _flash is not None and _flash_backward is not None
-    return known and device.type == "cpu" and dtype == torch.bfloat16 and length <= _SHORT
+    wanted = device.type == "cpu" and dtype == torch.bfloat16 and length <= _SHORT
+    return wanted and borrow(_FLASH) is not None and borrow(_FLASH_BACKWARD) is not None
 
 
 def _backward_pays(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> bool:
@@ -111,7 +160,10 @@ def _tiles_pay(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, seq
     tensors = (query, key, value)
     if query.device.type != "cpu" or any(type(t) is not Tensor or t.dtype != torch.bfloat16 for t in tensors):
         return False
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not kernels.attends():
+    if torch.compiler.is_compiling() or not kernels.attends():
+        return False
+    looked_on = borrow(_DISPATCH_MODE)
+    if looked_on is None or looked_on():
         return False
     trains = any(t.requires_grad for t in tensors) if torch.is_grad_enabled() else module.training
     batch, heads, tokens, size = query.shape
@@ -174,7 +226,8 @@ class _Causal(torch.autograd.Function):
         if groups > 1:
             key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
         pieces = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
-        outputs, sums = zip(*(_flash(*of, 0.0, True, scale=scale) for of in pieces), strict=True)
+        flash = borrow(_FLASH)
+        outputs, sums = zip(*(flash(*of, 0.0, True, scale=scale) for of in pieces), strict=True)
         output = torch.cat(outputs, dim=2)
         ctx.save_for_backward(query, key, value, output, *sums)
         ctx.lengths, ctx.scale, ctx.groups = lengths, scale, groups
@@ -185,11 +238,11 @@ class _Causal(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, *sums = ctx.saved_tensors
         tensors = (grad.transpose(1, 2), query, key, value, output)
-        found = []
+        found, flash_backward = [], borrow(_FLASH_BACKWARD)
         for *of, row_sums in zip(*(t.split(ctx.lengths, dim=2) for t in tensors), sums, strict=True):
             if of[0].shape[2] <= _SHORT:
                 of = [t.float() for t in of]
-            grads = _flash_backward(*of, row_sums, 0.0, True, scale=ctx.scale)
+            grads = flash_backward(*of, row_sums, 0.0, True, scale=ctx.scale)
             found.append([g.to(query.dtype) for g in grads])
         grad_q, grad_k, grad_v = (torch.cat(of, dim=2) for of in zip(*found, strict=True))
         if ctx.groups > 1:

@@ -3,15 +3,18 @@
 While it trains on labels, padding is left out (`celora.packing`) and the loss is computed over labelled tokens only
 (`celora.head`). Hooks do it: the model is given other arguments, told to project no token onto the vocabulary
 (`logits_to_keep`), and its output gets the loss. Its classes and its `forward` stay what they are.
+
+Whether its head and its loss are those that are computed here is measured (`celora.recognise`) in the first call, and
+again in the first after any of them has changed. Only a call of which every argument is known is packed.
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
 import warnings
+import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,28 +26,30 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from celora import packing
-from celora.attention import ATTENTION, register
+from celora import kernels, packing
+from celora.attention import LENGTHS, Lookup, implementation, is_attention
+from celora.borrowed import borrow
 from celora.errors import CELoraError
 from celora.fused import Lender
 from celora.graft import LayerGraft, Measured, Mode, Switch
 from celora.head import Logits, score_tokens
+from celora.others import fused_head, is_fused_head, replaced, trainer_wants_logits
 from celora.passes import Pass
+from celora.recognise import IGNORED, Probe, settings
 from celora.sharded import is_split, whole
 from celora.synchronise import gathers, largest_of_all
 
-IGNORED = -100
-_PROBED = 4  # tokens on which the model's own logits are compared with ours
-_WORDS = 4096  # at once, in doing so
 _TRL = "fused_lm_head"  # TRL's trainers ask for log-probabilities instead of logits
-_TRL_FIELDS = {"log_probs", "entropy", "is_top1"}
-# Arguments that ask for something which only the model's own head, or a padded batch, can give.
+# Arguments that ask for something which only the model's own head can give.
 _REFUSED = ("cache", "past_key_values", "logits_to_keep", "shift_labels")
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")  # also in the configuration
-_UNPACKED = ("inputs_embeds", "cu_seq_lens_q", "seq_idx")  # arguments beside which a batch is not packed (again)
+# Arguments of a batch that is packed already, or that has no tokens.
+_UNPACKED = ("inputs_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_BATCH = ("input_ids", "attention_mask", "position_ids", "labels", "num_items_in_batch")
+_KNOWN = frozenset({*_BATCH, *_REFUSED, *_OUTPUTS, *_UNPACKED, _TRL, "use_cache", "return_dict", "ignore_index"})
+_NO_LOGITS = slice(0, 0)  # a tensor would have to be where the last of the model's layers is; a list is sent there
 
 
 @dataclass
@@ -59,48 +64,6 @@ class ScoredOutput(ModelOutput):  # type: ignore[misc]
     aux_loss: Tensor | None = None
 
 
-class _Spy:
-    """Takes the place of a model's loss function for one call, to see whether the model's loss is that function's.
-
-    It answers 1. If the loss is 1, nothing was added to the answer and it was not computed elsewhere; and if the labels
-    are those which the model was given, they are shifted by the loss function and not before.
-    """
-
-    def __init__(self, model: PreTrainedModel, labels: Tensor) -> None:
-        self.labels = labels
-        self.asked: list[Tensor | None] = []  # the logits of each question; None for one that it cannot answer
-        self._attributes = vars(model)
-        self._usual = self._attributes.get("_loss_function")  # None where Transformers looks it up
-        self._attributes["_loss_function"] = self
-
-    def __call__(self, logits: Tensor, labels: Any, *args: Any, **kwargs: Any) -> Tensor:
-        usual = kwargs.get("ignore_index", IGNORED) == IGNORED and kwargs.get("shift_labels") is None
-        same = isinstance(labels, Tensor) and labels.to(self.labels.device).equal(self.labels)
-        self.asked.append(logits.detach() if usual and same else None)
-        return torch.ones((), device=logits.device)
-
-    def agrees(self, output: Any) -> bool:
-        """Whether the model's loss is the answer to one question, about the logits that the model has returned."""
-        if len(self.asked) != 1 or self.asked[0] is None or not isinstance(output.logits, Tensor):
-            return False
-        asked, logits = self.asked[0].float(), output.logits.float()
-        same = asked.shape == logits.shape and torch.allclose(asked, logits.to(asked.device), equal_nan=True)
-        return same and float(output.loss) == 1
-
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _usual_loss, ()  # what a copy of the model gets
-
-    def leave(self) -> None:
-        """Put the model's own back."""
-        del self._attributes["_loss_function"]
-        if self._usual is not None:
-            self._attributes["_loss_function"] = self._usual
-
-
-def _usual_loss() -> Any:
-    return ForCausalLMLoss
-
-
 @dataclass
 class _Call:
     """One forward pass that has been taken over."""
@@ -111,8 +74,9 @@ class _Call:
     place: Tensor  # of the tokens with such a label, in the flattened batch: (N,)
     rows: Tensor  # of the same in the hidden states
     shape: torch.Size  # of the tokens that the model gets
-    probed: list[int]  # positions whose logits the model computes too
-    spy: _Spy | None
+    keeps: Any  # the positions whose logits the model computes
+    known: tuple[Any, ...]  # what its head and loss are known by
+    probe: Probe | None  # where they are not known yet
     hidden: Tensor | None = None
 
 
@@ -125,7 +89,7 @@ class ModelGraft(Measured):
         mode: what becomes of that gradient: estimated so, or exact, with or without a measurement of the estimate.
         step: of the optimizer. What is drawn depends on it, on `seed` and on the call within the step: nothing of it
             has to be saved for a run that is resumed.
-        smoothing: label smoothing of the loss.
+        smoothing: label smoothing of the loss. A call that cannot be smoothed here is an error.
     """
 
     def __init__(self, switch: Switch, *, packs: bool, keep_ratio: float = 1.0, seed: int = 0) -> None:
@@ -135,13 +99,13 @@ class ModelGraft(Measured):
         self.begin(0)
         self.smoothing = 0.0
         self._logits: Logits | None = None  # None until a call has been compared with the model's own head
+        self._known: tuple[Any, ...] | None = None  # what was compared then
         self._refused = False
         self._left: set[str] = set()  # reasons that were said
-        self._inside: dict[str, nn.Module] | None = None  # of the decoder, listed once
         self._call: _Call | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_call": None, "_inside": None}
+        return {**self.__dict__, "_call": None, "_known": None}
 
     def settle(self, module: nn.Module) -> None:
         """Forget a forward that was interrupted, and never came to its end."""
@@ -150,8 +114,8 @@ class ModelGraft(Measured):
     def _take_call(self) -> _Call | None:
         """The call that is under way; it ends here."""
         call, self._call = self._call, None
-        if call is not None and call.spy is not None:
-            call.spy.leave()
+        if call is not None and call.probe is not None:
+            call.probe.leave()
         return call
 
     def begin(self, step: int) -> None:
@@ -175,58 +139,91 @@ class ModelGraft(Measured):
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook (with kwargs) of the model, and of the PEFT tuner around it: some callers bypass one."""
-        under_way = self._call
-        if under_way is not None and under_way.owner is not module and kwargs.get("logits_to_keep") == under_way.probed:
-            return None  # the tuner's forward, now at the model's
-        self._take_call()  # if there is one, it was interrupted by what no hook hears of
-        if torch.compiler.is_compiling() or not self.switch.on or self._refused:
+        under_way, keeps = self._call, kwargs.get("logits_to_keep")
+        if under_way is not None:
+            if under_way.owner is not module and type(keeps) is type(under_way.keeps) and keeps == under_way.keeps:
+                return None  # the tuner's forward, now at the model's
+            settle_all(_language_model(under_way.owner))  # it was interrupted by what no hook hears of
+        if torch.compiler.is_compiling() or not self.switch.on:
             return None
         causal = _language_model(module)
-        if getattr(module, "_is_replica", False) or not _at_hand(causal.get_output_embeddings()):
-            return None
         names = tuple(inspect.signature(type(causal).forward).parameters)[1:] if args else ()
         given = dict(zip(names, args, strict=False)) | kwargs
-        labels, scored = given.get("labels"), bool(given.get(_TRL))
-        trains = module.training and torch.is_grad_enabled()
-        if not isinstance(labels, Tensor) or not _fit(labels, given) or any(_set(given.get(name)) for name in _REFUSED):
+        labels, trains = given.get("labels"), module.training and torch.is_grad_enabled()
+        if not isinstance(labels, Tensor) or not (trains or given.get(_TRL)):
             return None
-        if any(_set(given.get(name, getattr(causal.config, name, None))) for name in _OUTPUTS):
+        if (reason := self._not_here(causal, given, labels)) is not None:
+            self._leave(reason)
             return None
-        if given.get("ignore_index", IGNORED) != IGNORED:
-            return None
-        if not (_trl_can_be_served(causal) if scored else trains) or given.get("return_dict") is False:
-            return None
-        if reason := _not_ours(causal):  # so it was at first, or nothing would be hooked here
-            self._leave(f"{reason} by now")
-            return None
-        next_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        place = (next_labels.flatten() != IGNORED).nonzero()[:, 0]
-        if not len(place) and not gathers(causal):
-            return None
+        return self._begin(module, causal, given, labels)
 
-        rows, columns, shape = place, place % labels.shape[1], labels.shape
-        inputs = self._packed(causal, given, next_labels)
+    def _not_here(self, causal: Any, given: Mapping[str, Any], labels: Tensor) -> str | None:
+        """Why a call with labels is not taken over, '' where the user knows; None if it is."""
+        if self._refused or getattr(causal, "_is_replica", False) or not _at_hand(causal.get_output_embeddings()):
+            return ""
+        if not _fit(labels, given) or any(_set(given.get(name)) for name in _REFUSED):
+            return ""
+        if any(_set(given.get(name, getattr(causal.config, name, None))) for name in _OUTPUTS):
+            return ""
+        if given.get("ignore_index", IGNORED) != IGNORED:
+            return ""
+        if given.get("return_dict", getattr(causal.config, "return_dict", True)) is False:
+            return ""
+        if reason := _not_ours(causal):  # so it was at first, or nothing would be hooked here
+            return f"{reason} by now"
+        if given.get(_TRL):
+            found = fused_head(causal)
+            return found if isinstance(found, str) else None
+        caller = trainer_wants_logits()
+        return f"{caller} looks at the logits of every step (with TRL 1.15 or later it does not)" if caller else None
+
+    def _begin(self, module: nn.Module, causal: Any, given: dict[str, Any], labels: Tensor) -> Any:
+        """Take a call over: the arguments that the model is to get instead, or None if it has nothing to learn."""
+        next_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        labelled = next_labels != IGNORED
+        numbers, packs = labelled.sum()[None], self._packs(causal, given, labels.shape)
+        if packs:
+            kept, more = packing.measure(labelled, given.get("attention_mask"))
+            numbers = torch.cat([numbers, more])
+        count, *read = numbers.tolist()  # waits for the device, this once, before it has anything to do
+        if not count and not gathers(causal):
+            return None
+        place = packing.places(labelled.flatten(), count)
+        passed = {k: v for k, v in given.items() if k not in ("labels", "num_items_in_batch", _TRL)}
+        inputs, rows, shape = None, place, labels.shape
+        if packs:
+            inputs = packing.pack(causal, given["input_ids"], given.get("position_ids"), kept, read)
         if inputs is not None:
-            index, shape = inputs.pop("index"), inputs["input_ids"].shape
-            back = torch.full_like(labels.flatten(), -1)
-            back[index] = torch.arange(len(index), device=index.device)
-            rows = columns = back[place]
-        passed = {k: v for k, v in given.items() if k not in ("labels", "num_items_in_batch", _TRL)} | (inputs or {})
-        probed, spy = [], None
-        if self._logits is None:
-            # Labels of these positions, for models that compute a loss by themselves; two at least, as they may shift.
-            probed = [0, *columns[:_PROBED].tolist()]
-            passed["labels"] = torch.arange(len(probed), device=labels.device).repeat(shape[0], 1)
-            spy = _Spy(causal, passed["labels"])
-        # A list, as a tensor would have to be where the last of the model's layers is.
-        passed |= {"logits_to_keep": probed, "use_cache": False}
-        self._call = _Call(module, given, next_labels, place, rows, shape, probed, spy)
+            passed |= inputs
+            rows, shape = kept.flatten().cumsum(0)[place] - 1, inputs["input_ids"].shape
+        elif self.packs and kernels.attends() and implementation(causal.config) == "sdpa":
+            passed[LENGTHS] = None  # not packed, and for our attention if that is faster
+        keeps: Any = _NO_LOGITS
+        known, probe = _known_by(causal, given), None
+        if known != self._known:
+            items = given.get("num_items_in_batch")
+            probe = Probe(causal, shape, items, labels.device)
+            keeps = probe.positions
+            passed["labels"] = probe.labels
+            if items is not None:
+                passed["num_items_in_batch"] = items
+        passed |= {"logits_to_keep": keeps, "use_cache": False}
+        if probe is not None:
+            probe.enter(causal, self.at_head)
+        self._call = _Call(module, given, next_labels, place, rows, shape, keeps, known, probe)
         return (), passed
 
     def body(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook of the decoder under the head."""
         if self._call is not None:
             self._call.hidden = output[0]
+
+    def at_head(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """A forward hook of the head, in a call that probes it."""
+        call = self._call
+        if call is None or call.probe is None or call.hidden is None or not args:
+            return None
+        return call.probe.answer(module, args[0], output, call.hidden, _language_model(call.owner).config)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """A forward hook (with kwargs, always called) of the modules that `before` hooks."""
@@ -236,29 +233,39 @@ class ModelGraft(Measured):
         self._take_call()
         if output is None:
             return None
-        causal, given = _language_model(module), call.given
+        causal = _language_model(module)
+        if not self._recognised(causal, call, output):
+            return self._own(module, call.given)
+        return self._scored(causal, call, output)
+
+    def _recognised(self, causal: Any, call: _Call, output: Any) -> bool:
+        """Whether the head and the loss of this call's model are known. What is not is said, and left from then on."""
+        name, why, found = type(causal).__name__, "", self._logits
         if call.hidden is None or call.hidden.shape[:2] != call.shape:
-            self._refuse(f"{type(causal).__name__} computes past the decoder under its head")
-            return self._own(module, given)
-        head: Any = causal.get_output_embeddings()
+            why = "computes past the decoder under its head"
+        elif not isinstance(output, ModelOutput):
+            why = "returns no output with names"
+        elif call.probe is not None:
+            verdict = call.probe.verdict(output, causal.config)
+            found, why = (None, verdict) if isinstance(verdict, str) else (verdict, "")
+        if not why and call.given.get(_TRL) and fused_head(causal) != found:
+            why = "has logits that TRL's fused head computes otherwise"
+        refused = int(bool(why))
+        if self._logits is None and gathers(causal):  # who computes more than the others would wait for them, for ever
+            ((refused,),) = largest_of_all([[refused]], causal.get_output_embeddings().weight.device)
+        if refused:
+            self._refuse(f"{name} {why or 'is not known to another process'}")
+            return False
+        self._logits, self._known = found, call.known
+        return True
+
+    def _scored(self, causal: Any, call: _Call, output: Any) -> Any:
+        """The output of a call that was taken over, with its loss."""
+        given, head = call.given, causal.get_output_embeddings()
+        assert call.hidden is not None
         hidden = call.hidden.to(head.weight.device)
         # FSDP2 leaves the head's parameters sharded outside its own forward.
         weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
-        if call.spy is not None:
-            known = call.spy.agrees(output)
-            finite = not known or bool(output.logits.isfinite().all())
-            found = None
-            if known and finite:
-                found = _recognise(causal.config, hidden[:, call.probed], weight, bias, output.logits)
-            unclear, refused = int(found is None), int(finite and found is None)
-            if gathers(causal):  # who computes more than the others would wait for them, for ever
-                ((unclear, refused),) = largest_of_all([[unclear, refused]], hidden.device)
-            if refused:
-                what = "does something to its logits that is not known" if known else "has a loss of its own"
-                self._refuse(f"{type(causal).__name__} {what}")
-            if unclear:  # nothing to recognise the head by, yet or ever
-                return self._own(module, given)
-            self._logits = found
         scored = bool(given.get(_TRL))
         rows, targets = call.rows.to(hidden.device), call.next_labels.flatten()[call.place].to(hidden.device)
         scores = score_tokens(
@@ -300,14 +307,19 @@ class ModelGraft(Measured):
         self._leave(reason)
 
     def _leave(self, reason: str) -> None:
-        """Say, once, why the loss is the model's own."""
+        """Say, once, why the loss is the model's own; '' says nothing."""
         if self.smoothing:
-            raise CELoraError(f"{reason}, so its labels cannot be smoothed here; attach with labelled_head=False.")
-        if reason not in self._left:
-            self._left.add(reason)
-            warnings.warn(
-                f"celora: {reason}; its own loss is used, over all tokens and with their padding.", stacklevel=2
+            raise CELoraError(
+                f"{reason or 'this call is left to the model'}, so its labels cannot be smoothed here; attach with "
+                "labelled_head=False."
             )
+        if reason:
+            self._say(f"{reason}; its own loss is used, over all tokens and with their padding.")
+
+    def _say(self, text: str) -> None:
+        if text not in self._left:
+            self._left.add(text)
+            warnings.warn(f"celora: {text}", stacklevel=2)
 
     def _own(self, module: nn.Module, given: dict[str, Any]) -> Any:
         """What the model makes of this call by itself."""
@@ -317,28 +329,48 @@ class ModelGraft(Measured):
         finally:
             self._refused = refused
 
-    def _packed(self, causal: Any, given: Mapping[str, Any], next_labels: Tensor) -> dict[str, Any] | None:
-        """The arguments of the batch without its padding, and the index of its tokens; None to leave it as it is."""
+    def _packs(self, causal: Any, given: Mapping[str, Any], shape: torch.Size) -> bool:
+        """Whether the batch of this call may be packed. Where the user would not expect why not, it is said."""
         ids, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
         if not self.packs or any(given.get(name) is not None for name in _UNPACKED):
-            return None
-        if not isinstance(ids, Tensor) or (mask is None and positions is not None) or ids.shape != next_labels.shape:
-            return None
+            return False
+        if not isinstance(ids, Tensor) or (mask is None and positions is not None) or ids.shape != shape:
+            return False
         if any(t is not None and t.shape != ids.shape for t in (mask, positions)):
-            return None
-        if self._inside is None:
-            self._inside = dict(causal.base_model.named_modules())
-        if reason := _watched(self._inside):
-            if reason not in self._left:
-                self._left.add(reason)
-                warnings.warn(f"celora: padding stays in batches: {reason}.", stacklevel=2)
-            return None
-        return packing.pack(causal, ids, mask, positions, next_labels)
+            return False
+        if unknown := _unknown(given):
+            reason = f"what {next(iter(unknown))!r} among the arguments does is not known"
+        else:
+            reason = packing.cannot_pack(causal, _may_look_at_shapes)
+        if reason:
+            self._say(f"padding stays in batches: {reason}.")
+        return not reason
+
+
+def _unknown(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that celora does not know, also those that say no: for `is_causal`, that is a lot."""
+    return {name: value for name, value in given.items() if name not in _KNOWN and value is not None}
+
+
+def _known_by(causal: Any, given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides what a model makes of its hidden states. Once any of it changes, that is to be measured again."""
+    head = causal.get_output_embeddings()
+    parts = (head, head.forward, causal.loss_function, type(causal).forward, vars(causal).get("forward"))
+    references = tuple(None if part is None else weakref.ref(getattr(part, "__func__", part)) for part in parts)
+    arguments = {
+        name: value if isinstance(value, str | int | float) else None for name, value in _unknown(given).items()
+    }
+    arguments["num_items_in_batch"] = given.get("num_items_in_batch") is not None
+    return (*references, head.weight.dtype, tuple(settings(causal.config).items()), tuple(sorted(arguments.items())))
 
 
 # Whose hooks do not look at the shape of a batch, but for NEFTune's.
 _BLIND = ("torch", "bitsandbytes", "deepspeed", "accelerate", "transformers", "trl")
-_HOOKS = (LayerGraft, Lender, ModelGraft, Pass)
+_HOOKS = (LayerGraft, Lender, Lookup, ModelGraft, Pass)
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", hook), _HOOKS)
 
 
 def _may_look(hook: Any) -> str:
@@ -350,18 +382,18 @@ def _may_look(hook: Any) -> str:
     return "" if blind or called.startswith("make_inputs_require_grad") else called
 
 
-def _watched(modules: Mapping[str, nn.Module]) -> str:
-    """Whose forward hooks would see that a batch is packed, or ''.
+def _may_look_at_shapes(module: nn.Module) -> str:
+    """Why this module keeps batches padded, with {} for its name, or ''.
 
     NEFTune's noise, for one, depends on the number of tokens; PEFT's aLoRA looks at the rows of the batch; and what
     users hook is theirs.
     """
-    for name, module in modules.items():
-        if not (module._forward_hooks or module._forward_pre_hooks):
-            continue  # of thousands, in every call
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if not isinstance(getattr(hook, "__self__", hook), _HOOKS) and (called := _may_look(hook)):
-                return f"{name or 'the decoder'} has a forward hook ({called}) that may depend on a batch's shape"
+    first = module._forward_pre_hooks.values()
+    if is_attention(module) and not any(isinstance(getattr(hook, "__self__", None), Lookup) for hook in first):
+        return "{} was not there when celora was attached"
+    for hook in (*module._forward_hooks.values(), *first):
+        if not _is_ours(hook) and (called := _may_look(hook)):
+            return f"{{}} has a forward hook ({called}) that may depend on a batch's shape"
     return ""
 
 
@@ -375,14 +407,14 @@ def install(
 
 
 def _hook(graft: ModelGraft, causal: PreTrainedModel, tuner: nn.Module | None) -> list[RemovableHandle]:
-    if graft.packs and causal.config._attn_implementation == "sdpa":
-        register()
-        causal.set_attn_implementation(ATTENTION)
     handles = [causal.base_model.register_forward_hook(graft.body)]
     for module in (causal, tuner):
         if module is not None:
             handles.append(module.register_forward_pre_hook(graft.before, with_kwargs=True))
             handles.append(module.register_forward_hook(graft.after, with_kwargs=True, always_call=True))
+    if graft.packs:
+        for module in filter(is_attention, causal.modules()):
+            handles += Lookup().under(module)
     return handles
 
 
@@ -396,17 +428,14 @@ def taken_over(model: nn.Module) -> Iterator[ModelGraft | None]:
     if causal is None:
         yield None
         return
-    before = causal.config._attn_implementation
     graft = ModelGraft(Switch(), packs=not packing.cannot_pack(causal))
     handles = _hook(graft, causal, tuner)
     try:
         yield graft
     finally:
-        graft.settle(causal)
+        settle_all(causal)
         for handle in handles:
             handle.remove()
-        if before == "sdpa":
-            causal.set_attn_implementation(before)
 
 
 def remove(module: nn.Module) -> None:
@@ -417,20 +446,23 @@ def remove(module: nn.Module) -> None:
         [module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called],
     ]
     for hooks, *marks in tables:
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), _HOOKS)]:
+        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
             for of in (hooks, *marks):
                 of.pop(key, None)
-    config = getattr(module, "config", None)
-    if isinstance(module, PreTrainedModel) and getattr(config, "_attn_implementation", None) == ATTENTION:
-        module.set_attn_implementation("sdpa")
 
 
 def settle(module: nn.Module) -> None:
     """Put back what a forward that was interrupted has left as it was half-way, in this one module."""
     for hook in module._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
-        if isinstance(owner, Lender | ModelGraft):
+        if isinstance(owner, Lender | Lookup | ModelGraft):
             owner.settle(module)
+
+
+def settle_all(model: nn.Module) -> None:
+    """`settle` of every module of a model."""
+    for module in model.modules():
+        settle(module)
 
 
 def find_language_model(model: nn.Module) -> tuple[PreTrainedModel | None, nn.Module | None, str]:
@@ -462,13 +494,19 @@ def _not_ours(causal: PreTrainedModel) -> str:
         of = "no head" if head is None else f"a {type(head).__name__} as its head"
         return f"{type(causal).__name__} has {'an adapter on its head' if isinstance(head, BaseTunerLayer) else of}"
     # FSDP2's own, whose parameters are sharded, are served.
-    if (head._forward_hooks or head._forward_pre_hooks) and not isinstance(head.weight, DTensor):
+    hooks = (*head._forward_hooks.values(), *head._forward_pre_hooks.values())
+    if not isinstance(head.weight, DTensor) and not all(map(_is_ours, hooks)):
         return f"{type(causal).__name__} has a Linear with hooks as its head"
     if is_split(head):
         return "its head is split by tensor parallelism"
     if head.weight.requires_grad or not head.weight.is_floating_point():
         return "its head is trained or quantised"
-    if causal.loss_function is not ForCausalLMLoss:
+    if (by := replaced(causal)) and not is_fused_head(causal):
+        return f"the forward of {type(causal).__name__} was replaced by {by}"
+    if by := replaced(head):
+        return f"the forward of its head was replaced by {by}"
+    usual = borrow("transformers.loss.loss_utils:ForCausalLMLoss")
+    if usual is None or causal.loss_function is not usual:
         return f"{type(causal).__name__} has a loss of its own"
     return ""
 
@@ -500,34 +538,3 @@ def _at_hand(head: Any) -> bool:
     """Whether the head's weight is here to be multiplied: not offloaded, and not partitioned by DeepSpeed."""
     weight = getattr(head, "weight", None)
     return weight is None or (weight.device.type != "meta" and not hasattr(weight, "ds_id"))
-
-
-def _trl_can_be_served(causal: nn.Module) -> bool:
-    """Whether TRL's fused head, as it was added to this model, computes nothing that ours does not."""
-    forward = causal.__dict__.get("forward")
-    if forward is None:
-        return False
-    settings = inspect.getclosurevars(forward).nonlocals
-    outputs, temperature = settings.get("outputs", ("?",)), settings.get("temperature")
-    return set(outputs) <= _TRL_FIELDS and temperature == 1 and settings.get("cast_lm_head_to_fp32") is False
-
-
-def _recognise(config: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> Logits | None:
-    """What the model does to its logits: whatever its configuration names that reproduces these, or None."""
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        h = hidden.float()  # and not all of the weight, which would be the peak of the first step
-        z = torch.cat([F.linear(h, part.float()) for part in weight.split(_WORDS)], -1)
-        expected = logits.to(z.device, torch.float32)  # which a model that lies on several devices moves to its first
-        if bias is not None:
-            z += bias.float()
-    scales = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier", "output_multiplier")]
-    if division := getattr(config, "logits_scaling", None):
-        scales += [1 / division, division]
-    caps = [getattr(config, "final_logit_softcapping", None), None]
-    # Logits are rounded to the model's dtype; the largest tells how coarsely.
-    allowed = 8 * torch.finfo(logits.dtype).eps * expected.abs().max()
-    for scale, cap in itertools.product([*(s for s in scales if s), 1.0], dict.fromkeys(caps)):
-        found = Logits(float(scale), None if cap is None else float(cap))
-        if (found(z.clone()) - expected).abs().max() <= allowed:
-            return found
-    return None

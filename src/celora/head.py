@@ -39,6 +39,7 @@ from celora.select import as_weights, column_maxima, columns_of, drawn, grain
 _CHUNK_NUMBERS, _CHUNK_ROWS = 2**24, 1024
 _CERTAIN = 1 - 1e-6  # a probability that rounding may have lowered
 _BLOCK_NUMBERS = 2**19  # float32 numbers worked on at once: 2 MiB, which a core's own cache holds
+_BLOCK_NUMBERS_ELSEWHERE = 2**24  # 64 MiB: few launches, and little beside the chunk's logits
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,8 @@ def _softmax(
             write=write,
         )
         return
-    size = max(1, _BLOCK_NUMBERS // z.shape[1]) if z.device.type == "cpu" else len(z)
+    numbers = _BLOCK_NUMBERS if z.device.type == "cpu" else _BLOCK_NUMBERS_ELSEWHERE
+    size = max(1, numbers // z.shape[1])
     for start in range(0, len(z), size):
         part = slice(start, start + size)
         target = targets[part, None]

@@ -40,12 +40,13 @@ from celora.device import in_float64
 from celora.errors import CELoraError
 from celora.estimators import Dense, Estimator, make_estimator
 from celora.estimators.base import Precision
-from celora.forward import IGNORED, ModelGraft, find_language_model, taken_over
+from celora.forward import ModelGraft, find_language_model, taken_over
 from celora.graft import LayerGraft, Mode, Switch
 from celora.head import chunk_size, through_the_head
 from celora.memory import saved_for_backward
 from celora.plan import HEAD, Candidate, Plan, PlannedLayer, measured_on
 from celora.products import PRODUCTS, make_product
+from celora.recognise import IGNORED
 from celora.select import energy_count, rounded_up, squared_row_norms
 from celora.sharded import whole
 from celora.timing import cannot_time, interleaved, synchronise
