@@ -17,7 +17,7 @@ from peft import PeftModel
 import celora
 from celora import CELoraConfig, CELoraError, Plan
 from celora.config import LayerConfig
-from celora.plan import HEAD, Candidate, PlannedLayer, label
+from celora.plan import HEAD, Candidate, PlannedLayer, device_name, label
 from conftest import make_model
 from machine import refuses
 
@@ -128,6 +128,18 @@ def test_a_plan_made_with_amx_is_not_one_without(model: PeftModel, monkeypatch: 
     assert not make(model).elsewhere(_device(model))
     with pytest.raises(CELoraError, match=r"measured on '.* with AMX' and this is"):
         celora.attach(model, with_amx)
+
+
+def test_every_device_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda _: "Intel Arc")
+    monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M2")
+    names = {kind: device_name(torch.device(kind)) for kind in ("cuda", "xpu", "mps")}
+    assert names == {"cuda": "NVIDIA H100", "xpu": "Intel Arc", "mps": "Apple M2"}
+    info = Path("/proc/cpuinfo")
+    if info.exists() and "model name" in (text := info.read_text()):
+        assert f": {device_name(torch.device('cpu'))}\n" in text
+    assert device_name(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,6 @@ def _look_up(name: str) -> Any:
 
 @functools.cache
 def _say_missing(name: str) -> None:
-    library = name.partition(":")[0].partition(".")[0]
-    library = name.partition(".")[0]
     warnings.warn(f"celora: this version of {library} has no {name.replace(':', '.')}, so {NAMES[name]}.", stacklevel=3)
 
 
