@@ -40,6 +40,7 @@ from celora import CELoraConfig, head
 from celora.attach import require
 from conftest import make_batch, make_model, train
 from tiny import save_tiny_model
+from tolerances import OF_GRADIENT
 
 
 def masked_batch(seed: int = 0) -> dict[str, Tensor]:
@@ -69,7 +70,7 @@ def compare(model: nn.Module, batch: dict[str, Any], *, calls: int = 2) -> None:
         output.loss.backward()
         assert output.logits is None
         assert output.loss.item() == pytest.approx(loss.item(), rel=1e-6)
-        assert (gradient(model) - expected).norm() < 2e-6 * expected.norm()
+        assert (gradient(model) - expected).norm() < OF_GRADIENT * expected.norm()
 
 
 @pytest.mark.parametrize("items", [None, 7, torch.tensor(7)], ids=str)

@@ -22,7 +22,7 @@ from celora.fused import Adapter, FusedGraft, vanilla_adapter
 from celora.graft import Mode
 from conftest import MEMBERS, adapter, make_batch, make_model, train
 from machine import refuses_config
-from tolerances import after_adam
+from tolerances import OF_GRADIENT, after_adam
 
 FUSED = CELoraConfig(estimator="dense", fused=True)
 
@@ -153,7 +153,8 @@ def test_bf16_is_as_good_as_peft_with_float32_adapters() -> None:
         assert all(value.dtype == torch.float32 for name, value in found.items() if "lora" in name)
         errors[fused] = {name: (found[name].double() - truth[name]).norm() / truth[name].norm() for name in truth}
     for name in truth:
-        assert errors[True][name] < max(1.5 * errors[False][name], 5e-3), name
+        # bfloat16's eps is the largest error of two roundings: of a product of rank r, and of the result.
+        assert errors[True][name] < max(2 * errors[False][name], torch.finfo(torch.bfloat16).eps), name
 
 
 def test_saves_the_input_once_and_in_its_own_dtype() -> None:
@@ -327,7 +328,7 @@ def test_selective_checkpointing_is_right(kept: str) -> None:
         model(**make_batch(0)).loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     for gradient in found[1:]:
-        assert (gradient - found[0]).norm() < 5e-6 * found[0].norm()
+        assert (gradient - found[0]).norm() < OF_GRADIENT * found[0].norm()
 
 
 @pytest.mark.parametrize("config", MEMBERS.values(), ids=MEMBERS)

@@ -23,6 +23,7 @@ from celora.graft import Switch
 from celora.memory import saved_for_backward
 from conftest import make_model
 from test_packing import model_of
+from tolerances import no_further
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -44,7 +45,9 @@ def check(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None
         assert our.dtype == their.dtype
         assert our.shape == their.shape
         error, allowed = ((of.double() - true).norm() for of in (our, their))
-        assert error <= 1.3 * allowed + 1e-9
+        # In bfloat16 all of it is the result's own rounding, which is the same on every CPU; in float32 half of it and
+        # more is the sums', whose order is the CPU's own.
+        assert error <= (1.3 if our.dtype == torch.bfloat16 else 2.0) * allowed + 1e-9
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,7 +107,10 @@ def test_rotations(heads: int, batch: int, angles: int, dtype: torch.dtype) -> N
 
     found = results(ours, q, k)
     check(found, results(plain, q, k), results(plain, q.double(), k.double()))
-    torch.testing.assert_close(found[0], plain(q, k), rtol=0, atol=1e-6 if dtype == torch.float32 else 0)
+    # Each result is a sum of two products, rounded three times at most here and there; in bfloat16 always alike.
+    largest = 2 * max(q.abs().max(), k.abs().max()) * max(cosine.abs().max(), sine.abs().max())
+    allowed = 3 * torch.finfo(dtype).eps * float(largest) if dtype == torch.float32 else 0
+    torch.testing.assert_close(found[0], plain(q, k), rtol=0, atol=allowed)
     whole = results(lambda q: ours(q, k)[:, :heads], q)
     assert whole[1].shape == q.shape
 
@@ -220,14 +226,13 @@ def test_every_decoder(kind: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
             if "norm" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     batch = {"input_ids": torch.randint(3, 64, (2, 9))}
-    plain = model(**batch).logits
+    plain, truth = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
     report = celora.attach(model, FUSED)
     said = ", ".join(f"{count} {name}" for name, count in expected.items())
     assert any(all(part in note for part in said.split(", ")) for note in report.notes)
     model(**batch)  # norms are tried, several times perhaps, before they are used
     calls.clear()
-    allowed = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(model(**batch).logits, plain, rtol=allowed, atol=allowed)
+    assert no_further(model(**batch).logits, plain, truth)
     turned = {"rotations": 2 * expected["rotations"]} if "rotations" in expected else {}  # queries and keys
     if kind == "olmo2" and dtype == torch.bfloat16:  # whose angles are float32 at all times
         turned["rotations"] = 0
@@ -409,13 +414,15 @@ def test_ways_to_train(how: str) -> None:
     if how != "autocast":
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
-    found = []
+    truth, found = gradients(copy.deepcopy(model).double(), batch), []
     for _ in range(2):
         with torch.autocast("cpu", enabled=how == "autocast"):
             found.append(gradients(model, batch))
         celora.attach(model, FUSED)
-    allowed = 2e-2 if how == "autocast" else 1e-5
-    assert (found[1] - found[0]).norm() < allowed * found[0].norm()
+    if how == "autocast":  # whose results are float32, and not as exact
+        assert (found[1] - truth).norm() <= 2 * (found[0] - truth).norm()
+    else:
+        assert no_further(found[1], found[0], truth)
 
 
 def test_an_activation_of_another_kind_is_not_known() -> None:

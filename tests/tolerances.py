@@ -17,3 +17,19 @@ def after_adam(steps: int, *, lr: float, gradient: float = 1.0) -> float:
     step is as large for a gradient that is nothing but rounding. So trainings are compared in float64.
     """
     return steps * lr / 1e-8 * _ROUNDINGS * torch.finfo(torch.float64).eps * gradient
+
+
+# Of the norm of a float32 gradient of the tiny models here: seven products in each of two blocks, and as many backward,
+# of up to 80 terms each, are 2,240 roundings on the longest path. Independent ones add up like a random walk, to
+# sqrt(2240) eps = 47 eps; and both of the results that are compared are rounded.
+OF_GRADIENT = 2 * 2240**0.5 * torch.finfo(torch.float32).eps
+
+
+def no_further(found: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> bool:
+    """Whether `found` is as near to the float64 `truth` as `plain`, the same in a smaller dtype without celora.
+
+    Distances are norms over many numbers whose roundings are independent, so no CPU's make one of two equally good
+    results twice as far. Where `plain` happens to be exact, one rounding, at most eps, is allowed all the same.
+    """
+    allowed = 2 * (plain.double() - truth).norm() + torch.finfo(plain.dtype).eps * truth.norm()
+    return bool((found.double() - truth).norm() <= allowed)
