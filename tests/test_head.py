@@ -53,7 +53,8 @@ def test_scores_and_gradient(
     expected = reference.token_log_probs(chosen, weight.double(), targets, scale=scale, cap=cap, smoothing=smoothing)
     (expected * of_each).sum().backward()
     assert (found.log_probs - expected).abs().max() < 1e-6 * expected.abs().max()
-    assert (hidden.grad - twin.grad).norm() < 1e-6 * twin.grad.norm()
+    # A sum over 97 words in float32, of what is rounded before: a random walk of roundings, twice.
+    assert (hidden.grad - twin.grad).norm() < 2 * 97**0.5 * torch.finfo(torch.float32).eps * twin.grad.norm()
     every = [torch.full_like(targets, word) for word in range(97)]
     log_p = torch.stack([reference.token_log_probs(chosen, weight.double(), t, scale=scale, cap=cap) for t in every], 1)
     torch.testing.assert_close(found.entropy, -(log_p.exp() * log_p).sum(1).float(), rtol=1e-4, atol=1e-5)

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from conftest import make_base, make_batch
+from lowest import lowest
 
 PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"
 
@@ -258,6 +259,10 @@ def page() -> str:
         "## Models",
         "LoRA on every linear layer. Conv1D layers (GPT-2) and quantised bases have tests of their own.",
         _table("model", MODELS),
+        "## Versions",
+        "Python 3.11 to 3.13. `make test-lowest` runs the core of the tests with the lowest versions that are allowed, "
+        "`make test` with the newest, and every night `make test-newest` with the newest pre-releases. The lowest:",
+        ", ".join(version.replace("==", " ") for version in lowest()) + ".",
         "## Refused",
         "- **Models patched by Unsloth.** Its kernels read the weights of base layer and adapter and compute both "
         "themselves, past every layer that could be estimated; `celora.attach` raises `CELoraError`.\n"
