@@ -432,9 +432,9 @@ def compiled() -> str:
     return (
         rows.markdown([*header, "graphs", "added at later refreshes", "graph breaks"], body)
         + "\n\nSpeed-up of the median step over plain eager PEFT in the same run; refreshes in steps of their own arm. "
-        f"A Llama of random weights, hidden size {one['hidden']}, {one['blocks']} blocks, {one['tokens']} tokens, every "
-        f"one labelled; {one['dtype']}, {rows.where(one)}, inductor; refreshes every {one['refresh_every']} steps, "
-        "of which the faster counts."
+        f"A Llama of random weights, hidden size {one['hidden']}, {one['blocks']} blocks, "
+        f"{one['tokens']} tokens, every one labelled; {one['dtype']}, {rows.where(one)}, inductor; "
+        f"refreshes every {one['refresh_every']} steps, of which the faster counts."
     )
 
 
@@ -451,8 +451,8 @@ def two_processes() -> str:
     return (
         rows.markdown(["", "", *(f"seed {seed}" for seed in seeds), "mean"], body)
         + f"\n\nSmolLM2-135M-Instruct ({UNPACKED}; {one['dtype']}), {one['steps']} steps of {one['batch']} sentences "
-        f"in all, {one['held_out']} held-out sentences, torch {one['torch']}, gloo. CE-LoRA is the preset `paper`, refreshed "
-        f"every {REFRESH_EVERY} steps; with FSDP2 also `synchronise`."
+        f"in all, {one['held_out']} held-out sentences, torch {one['torch']}, gloo. CE-LoRA is the preset `paper`, "
+        f"refreshed every {REFRESH_EVERY} steps; with FSDP2 also `synchronise`."
     )
 
 

@@ -750,22 +750,34 @@ def test_the_passes_of_a_run_are_counted_before_it(inputs, tmp_path, monkeypatch
 
 def test_one_table_of_layers_and_errors_by_the_plan_until_they_are_measured(inputs, tmp_path):
     """Within the first refresh nothing is measured; what the plan has measured then is told as such."""
-    output, auto = tmp_path / "out", {"preset": "auto", "celora": None, "fidelity": 0.9, "max_steps": 3}
-    _, text = go(inputs, output, **auto)
-    heads = [line for line in text.splitlines() if line.startswith("layers ")]
+    output, auto = tmp_path / "out", {"preset": "auto", "celora": None, "max_steps": 3}
+    go(inputs, tmp_path / "planned", fidelity=0.9, **auto | {"max_steps": 1})
+    plan = json.loads((tmp_path / "planned" / "celora_plan.json").read_text())
+    plan["settings"] = [{"estimator": "dense"}, {"estimator": "columns", "keep_ratio": 0.5, "rank": 4}]
+    plan["head"] = None
+    for i, layer in enumerate(plan["layers"]):  # so small a model is left exact otherwise
+        layer |= {"candidates": [[0, 1.0, 0.0, 0], [1, 0.5, 0.3 + i / 100, 0]], "chosen": 1}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+
+    _, text = go(inputs, output, plan=str(tmp_path / "plan.json"), **auto)
     record = json.loads((output / "run.json").read_text())
-    plan = json.loads((output / "celora_plan.json").read_text())
-    estimated = {layer["name"] for layer in record["layers"] if layer["estimator"] != "dense"}
-    assert len(heads) == 1
-    assert set(record["planned_errors"]) >= estimated
     summary, planned = record["summary"], record["planned_errors"]
-    rest = {name: error for name, error in planned.items() if name not in record["errors"]}
-    assert summary["layers_measured"] == len(record["errors"])
-    assert summary["layers_not_measured"] == len(rest)
-    assert summary["worst_planned_error"] == max(rest.values(), default=None)
-    for layer in plan["layers"]:
-        if layer["name"] in estimated:
-            assert planned[layer["name"]] == layer["candidates"][layer["chosen"]][2]
+    assert len([line for line in text.splitlines() if line.startswith("layers ")]) == 1
+    names = [layer["name"] for layer in plan["layers"]]
+    assert f"{len(names)} of 14 frozen layers estimated, refreshed every 200 optimizer steps." in text
+    assert planned == {name: 0.3 + i / 100 for i, name in enumerate(names)}
+    assert (summary["layers_measured"], summary["layers_not_measured"]) == (0, len(names))
+    assert (summary["worst_relative_error"], summary["worst_planned_error"]) == (None, max(planned.values()))
+
+
+def test_errors_that_were_measured_are_not_told_by_the_plan():
+    measured, planned = {"a": 0.1, "b": 0.2}, {"b": 0.7, "c": 0.8, "d": 0.5}
+    assert run_module._worst(measured, planned) == {
+        "layers_measured": 2,
+        "worst_relative_error": 0.2,
+        "layers_not_measured": 2,
+        "worst_planned_error": 0.8,
+    }
 
 
 def test_every_private_method_that_the_trainer_overrides_is_listed():

@@ -411,8 +411,8 @@ def attached_text(attached: Any, plan: Plan | None) -> str:
     reasons = Counter(attached.skipped.values())
     return "\n".join(
         [
-            f"{len(attached.estimated)} of {len(attached.layers)} frozen layers estimated, refreshed every "
-            f"{attached.refresh_every} optimizer steps.",
+            f"{len(attached.estimated)} of {len(attached.layers)} frozen layers estimated"
+            + (f", refreshed every {attached.refresh_every} optimizer steps." if attached.estimated else "."),
             *(f"Left exact, {count} layers: {reason}." for reason, count in reasons.items()),
             *attached.notes,
         ]
