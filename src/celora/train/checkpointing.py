@@ -1,16 +1,27 @@
-"""Gradient checkpointing: off, unless memory asks for it. It computes every forward twice."""
+"""Gradient checkpointing: off, unless memory asks for it. It computes every forward twice.
+
+What a step keeps for its backward is measured on the longest row and scaled to the largest batch that training can see:
+that of the longest rows. So the order of the rows does not matter, and finding out takes no more than two rows do.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
-from celora.audit import trainable, untouched
+from celora.audit import trainable, training, untouched
 from celora.memory import available_memory, saved_for_backward
 from celora.train.processes import any_of_them, processes_here
+from celora.train.progress import Phases
+from celora.train.truncation import row_lengths
 
 _MOST = 0.8  # of what is free may be kept for backward; the rest is for what backward itself needs
+_ROUNDED = 17 / 16  # padding left out, the number of tokens is rounded up, or padding of a twentieth stays
 
 
 def choose_checkpointing(trainer: Any, *, asked: bool) -> str:
@@ -23,10 +34,11 @@ def choose_checkpointing(trainer: Any, *, asked: bool) -> str:
         return "Gradient checkpointing is on: every forward is computed twice. It is faster without, if memory allows."
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return "Gradient checkpointing is off; what a step of a sharded model keeps is not measured."
-    needed, free = _needed(trainer), available_memory(args.device)
+    free = available_memory(args.device)
     if free is not None and args.device.type == "cpu":
         free //= processes_here()
-    line = f"a step keeps about {needed / 2**20:.0f} MiB for its backward"
+    needed = kept_by_a_step(trainer)
+    line = f"a step keeps up to {needed / 2**20:.0f} MiB for its backward"
     if free is not None:
         line += f", and {free / 2**20:.0f} MiB are free"
     short = any_of_them(free is not None and needed > _MOST * free, args.device)
@@ -37,13 +49,57 @@ def choose_checkpointing(trainer: Any, *, asked: bool) -> str:
     return f"Gradient checkpointing is turned on: {line}. --gradient_checkpointing false keeps it off."
 
 
-def _needed(trainer: Any) -> int:
-    """Bytes that a batch keeps for backward, from its first row: finding out may not take more than there is."""
-    args, model = trainer.args, trainer.model
-    with untouched(model, trainable(model)):
-        batch = next(iter(trainer.get_train_dataloader()))
-        row = {key: value[:1].to(args.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
-        packed = len(batch["input_ids"]) == 1
-        with saved_for_backward(model) as saved:
-            model(**(batch if packed else row))
-    return saved.nbytes * len(batch["input_ids"])
+def kept_by_a_step(trainer: Any) -> int:
+    """Bytes that the largest batch of the training data keeps for its backward, as good as never less."""
+    lengths = row_lengths(trainer.train_dataset)
+    longest = np.argsort(-lengths, kind="stable")[: trainer.args.per_device_train_batch_size]
+    row, most, tokens = trainer.train_dataset[int(longest[0])], int(lengths[longest[0]]), int(lengths[longest].sum())
+    half, quarter, few = _cut(row, max(4, most // 2)), _cut(row, max(2, most // 4)), _cut(row, 2)
+    with _trying(trainer) as probe:
+        if len(longest) == 1:
+            return _kept(probe, [_cut(row, most)])
+        if trainer.padding_free:  # TRL puts all rows into one, and a mask of it grows with the square of its length
+            one, part = (_kept(probe, [of, of]) for of in (half, quarter))
+            n, less = (2 * len(of["input_ids"]) for of in (half, quarter))
+            square = max(0.0, (one / n - part / less) / (n - less)) if n > less else 0.0
+            return int(tokens * (one / n - square * n) + tokens**2 * square)
+        # A second row that is nearly nothing but padding: whether that stays, at half the length and then at all of it.
+        short = _kept(probe, [half, few])
+        if short <= 1.5 * _kept(probe, [half]):
+            one = _kept(probe, [_cut(row, most), few])
+            if one <= 3 * short:
+                return int(one * tokens / most * _ROUNDED)
+        return len(longest) * _kept(probe, [_cut(row, most)], padded=True)
+
+
+@contextmanager
+def _trying(trainer: Any) -> Iterator[Any]:
+    """A trainer of the same model, whose model trains, and that leaves no trace."""
+    model, probe = trainer.model, copy.copy(trainer)
+    probe.phases = Phases()
+    vars(probe)["_metrics"] = copy.deepcopy(vars(trainer).get("_metrics"))  # TRL's
+    with untouched(model, trainable(model)), training(model):
+        yield probe
+
+
+def _kept(trainer: Any, rows: list[dict[str, Any]], *, padded: bool = False) -> int:
+    """Bytes that a batch of these rows keeps; `padded`: with a mask, as if one were longer."""
+    batch = trainer.data_collator(rows)
+    if padded:
+        batch["attention_mask"][:, -1] = 0
+    with saved_for_backward(trainer.model) as saved, trainer.accelerator.autocast():
+        trainer.compute_loss(
+            trainer.model,
+            {key: value.to(trainer.args.device) if isinstance(value, torch.Tensor) else value
+             for key, value in batch.items()},
+        )  # fmt: skip
+    return saved.nbytes
+
+
+def _cut(row: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The beginning of a row, with a label for every token: nothing of it is left out as having none."""
+    found: dict[str, Any] = {"input_ids": row["input_ids"][:tokens], "labels": row["input_ids"][:tokens]}
+    if "seq_lengths" in row:
+        ends = np.minimum(np.cumsum(row["seq_lengths"]), tokens)
+        found["seq_lengths"] = [int(n) for n in np.diff(ends, prepend=0) if n]
+    return found

@@ -51,9 +51,19 @@ def _line(trainer: Any, kind: str, rows: Any, prepared: Any) -> str | None:
 
 
 def _lengths(dataset: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Tokens of every row, read block by block from the Arrow file; packed ones are still told apart."""
-    packed = "seq_lengths" in dataset.column_names
-    column, measure = ("seq_lengths", pc.list_flatten) if packed else ("input_ids", pc.list_value_length)
+    """Tokens of every row as it was given; packed ones are still told apart."""
+    if "seq_lengths" in dataset.column_names:
+        return _measured(dataset, "seq_lengths", pc.list_flatten)
+    return row_lengths(dataset)
+
+
+def row_lengths(dataset: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Tokens of every row of a prepared data set."""
+    return _measured(dataset, "input_ids", pc.list_value_length)
+
+
+def _measured(dataset: Any, column: str, measure: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """What `measure` makes of a column, read block by block from the Arrow file."""
     blocks = dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000)
     found = [measure(block[column]).to_numpy() for block in blocks]
     return np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
