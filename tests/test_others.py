@@ -60,11 +60,13 @@ FUSED = {"fused_lm_head": True}
 )
 def test_a_fused_head_that_cannot_be_served_is_trls_own(change: Callable[[Any], None], reason: str) -> None:
     model, causal = fused()
+    celora.attach(model, "exact")
     change(causal)
+    require(model).switch.on = False
     expected = model(**masked_batch(), **FUSED)
     expected.loss.backward()
     wanted = gradient(model)
-    celora.attach(model, "exact")
+    require(model).switch.on = True
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -79,6 +81,10 @@ def test_a_fused_head_that_cannot_be_served_is_trls_own(change: Callable[[Any], 
     require(model).forward.smoothing = 0.1
     with pytest.raises(CELoraError, match="so its labels cannot be smoothed here"):
         model(**masked_batch(), **FUSED)
+    celora.detach(model)
+    report = celora.attach(model, "exact")  # which says so, and does not say that padding is left out
+    assert [reason in note for note in report.notes if "own loss" in note] == [True]
+    assert not any("Padding" in note for note in report.notes)
 
 
 def test_another_scale_than_the_models_is_trls_own() -> None:

@@ -144,7 +144,7 @@ class ModelGraft(Measured):
             if under_way.owner is not module and type(keeps) is type(under_way.keeps) and keeps == under_way.keeps:
                 return None  # the tuner's forward, now at the model's
             settle_all(_language_model(under_way.owner))  # it was interrupted by what no hook hears of
-        if torch.compiler.is_compiling() or not self.switch.on:
+        if not self.switch.on or (torch.compiler.is_compiling() and not self.smoothing):
             return None
         causal = _language_model(module)
         names = tuple(inspect.signature(type(causal).forward).parameters)[1:] if args else ()
@@ -159,6 +159,8 @@ class ModelGraft(Measured):
 
     def _not_here(self, causal: Any, given: Mapping[str, Any], labels: Tensor) -> str | None:
         """Why a call with labels is not taken over, '' where the user knows; None if it is."""
+        if torch.compiler.is_compiling():
+            return "torch.compile is tracing it"
         if self._refused or getattr(causal, "_is_replica", False) or not _at_hand(causal.get_output_embeddings()):
             return ""
         if not _fit(labels, given) or any(_set(given.get(name)) for name in _REFUSED):
@@ -482,6 +484,8 @@ def find_language_model(model: nn.Module) -> tuple[PreTrainedModel | None, nn.Mo
         reason = "a part of it is for its experts"
     elif causal.base_model is causal:
         reason = f"{type(causal).__name__} has no decoder under its head"
+    elif is_fused_head(causal) and isinstance(found := fused_head(causal), str):
+        reason = found
     else:
         return causal, tuner, ""
     return None, None, reason

@@ -421,8 +421,9 @@ def attached_text(attached: Any, plan: Plan | None) -> str:
 
 def _smooth_in_the_head(trainer: Any) -> None:
     """Trainer's label smoothing wants all logits; the head over labelled tokens smooths as it goes."""
-    forward = require(trainer.model).forward
-    if forward is not None and trainer.label_smoother is not None and trainer.args.loss_type == "nll":
+    forward, args = require(trainer.model).forward, trainer.args
+    plain = args.loss_type == "nll" and not args.torch_compile  # a graph takes in the model's own loss
+    if forward is not None and trainer.label_smoother is not None and plain:
         forward.smoothing, trainer.label_smoother = float(trainer.args.label_smoothing_factor), None
 
 
