@@ -194,10 +194,27 @@ def test_refreshes_at_optimizer_steps_0_tau_2tau(
 
 def test_zero_tokens_are_not_guessed_on_an_accelerator(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """There `tokens` keeps the share that the latest refresh needed: too few of them when more have labels."""
-    assert celora.attach(model, "exact").estimated
+    report = celora.attach(model, "exact")
+    assert [layer.label for layer in report.layers] == ["dense"] * 7 + ["dense, without zero tokens"] * 7
     celora.detach(model)
     monkeypatch.setattr(sys.modules["celora.attach"], "device_of", lambda module: torch.device("cuda"))
-    assert not celora.attach(model, "exact").estimated
+    assert {layer.label for layer in celora.attach(model, "exact").layers} == {"dense"}
+
+
+@pytest.mark.fault(
+    "numbers",
+    "preset `exact` leaves out tokens whose gradient is zero",
+    sees="`None of 14 frozen layers estimated: the gradient is exact LoRA's`",
+    kept="the gradient; the report counts no such layer as estimated",
+)
+def test_leaving_out_zero_gradients_is_no_estimate(model: PeftModel) -> None:
+    report = celora.attach(model, "exact")
+    assert report.estimated == {}
+    assert len(report.dense) == len(report.layers) == 14
+    assert "None of 14 frozen layers estimated: the gradient is exact LoRA's." in str(report)
+    estimated = str(celora.attach(model, HALF))
+    assert "14 of 14 frozen layers estimated" in estimated
+    assert "FLOPs / dense" in estimated.splitlines()[0]
 
 
 def test_weights_are_factored_before_the_first_step_where_they_are_at_hand(model: PeftModel) -> None:

@@ -18,7 +18,7 @@ import celora
 from celora import CELoraConfig, reference
 from celora import fused as module
 from celora.attach import require
-from celora.fused import Adapter, FusedGraft, vanilla_adapter
+from celora.fused import Adapter, FusedGraft, Lender, vanilla_adapter
 from celora.graft import Mode
 from conftest import MEMBERS, adapter, make_batch, make_model, train
 from machine import refuses_config
@@ -49,14 +49,15 @@ def run(model: PeftModel, x: Tensor, g: Tensor) -> dict[str, Tensor]:
 def fused_calls(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[Adapter]:
     """Record what takes the fused path from now on."""
     seen: list[Adapter] = []
-    before = FusedGraft.__call__
+    before = Lender.takes
 
-    def record(self: FusedGraft, *args: Any) -> Any:
-        if self.adapter is not None:
-            seen.append(self.adapter)
-        return before(self, *args)
+    def record(self: Lender, *args: Any) -> bool:
+        taken = before(self, *args)
+        if taken:
+            seen.append(self.lent[2])
+        return taken
 
-    monkeypatch.setattr(FusedGraft, "__call__", record)
+    monkeypatch.setattr(Lender, "takes", record)
     return seen
 
 

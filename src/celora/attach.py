@@ -34,7 +34,8 @@ from celora.plan import HEAD, Plan
 from celora.sharded import is_split
 from celora.synchronise import add_up, from_first, gathers, largest_of_all, same_in_all, shards
 from celora.timing import slower_than_float32
-from celora.weights import device_of, held, shape_of, trains, unreadable
+from celora.trial import tampered, unlike
+from celora.weights import device_of, held, shape_of, trains
 
 _ATTRIBUTE = "_celora"
 _FIRST_ROUND = 10  # optimizer steps over which `spread` distributes the first observations
@@ -42,6 +43,8 @@ _TOO_OFTEN = 2  # refreshes in a row at which a relative error of 1 or more make
 _HALF = (torch.bfloat16, torch.float16)
 _EXACT_AT_1 = {("topk", "native"), ("sampled", "native")}
 # A preset names the layers of common models; a model need not have all of them.
+# Leaves out the tokens whose gradient is zero, and nothing else.
+_LOSSLESS = LayerConfig("tokens", keep_ratio=1.0, rank=0, selection="energy")
 _PRESET_PATTERNS = {pattern for preset in PRESETS.values() for pattern in preset.overrides}
 
 
@@ -65,7 +68,17 @@ class LayerReport:
         """The estimator in words: `tokens (energy) x int8`."""
         how = f" ({self.selection})" if self.selection not in ("", "topk") else ""
         bits = f" x {self.precision}" if self.precision not in ("native", self.estimator) else ""
-        return f"{self.estimator}{how}{bits}"
+        return "dense, without zero tokens" if self._lossless else f"{self.estimator}{how}{bits}"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the gradient is the dense product's: computed as that, or without tokens whose gradient is zero."""
+        return self.estimator == "dense" or self._lossless
+
+    @property
+    def _lossless(self) -> bool:
+        names = "estimator", "keep_ratio", "rank", "selection", "precision"
+        return all(getattr(self, name) == getattr(_LOSSLESS, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -79,12 +92,12 @@ class AttachReport:
     @property
     def estimated(self) -> dict[str, LayerReport]:
         """The layers whose backward is estimated, by name."""
-        return {layer.name: layer for layer in self.layers if layer.estimator != "dense"}
+        return {layer.name: layer for layer in self.layers if not layer.exact}
 
     @property
     def dense(self) -> dict[str, LayerReport]:
         """The layers left exact because the configuration says so."""
-        return {layer.name: layer for layer in self.layers if layer.estimator == "dense" and not layer.reason}
+        return {layer.name: layer for layer in self.layers if layer.exact and not layer.reason}
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -103,7 +116,7 @@ class AttachReport:
             kind = layer.name.rpartition(".")[2]
             key = (kind, layer.label, layer.keep_ratio, layer.rank, layer.reason, layer.out_features)
             groups.setdefault(key, []).append(layer)
-        rows = [("layers", "", "shape", "estimator", "keep", "rank", "cost")]
+        rows = [("layers", "", "shape", "estimator", "keep", "rank", "FLOPs / dense")]
         rows += [
             (kind, f"x{len(of)}", f"{of[0].out_features} x {of[0].in_features}", estimator, f"{keep:.4g}",
              str(rank), f"{of[0].cost:.2f}" + (f"  ({reason})" if reason else ""))
@@ -111,14 +124,14 @@ class AttachReport:
         ]  # fmt: skip
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join(
-            [
-                *lines,
+        if self.estimated:
+            summary = (
                 f"{len(self.estimated)} of {len(self.layers)} frozen layers estimated; their products cost "
-                f"{self.cost:.2f} of exact LoRA's, refreshed every {self.refresh_every} optimizer steps.",
-                *self.notes,
-            ]
-        )
+                f"{self.cost:.2f} of exact LoRA's FLOPs, refreshed every {self.refresh_every} optimizer steps."
+            )
+        else:
+            summary = f"None of {len(self.layers)} frozen layers estimated: the gradient is exact LoRA's."
+        return "\n".join([*lines, summary, *self.notes])
 
 
 _attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
@@ -199,6 +212,14 @@ class Attachment:
     def _on_step(self, step: int) -> None:
         """End the refresh that the finished step was, if it was one, and set every layer's mode for step `step`."""
         already = self.made_exact
+        modes = set(self.switch.modes)
+        self.switch.modes.clear()
+        self.switch.name_the_rest()
+        if modes == {False} and not self.switch.compiled:
+            self.switch.say_once(
+                "eval",
+                "this model trains in eval mode, where celora leaves forward and backward to PEFT; call model.train().",
+            )
         observing = {name: graft for name, graft in self.grafts.items() if graft.mode is Mode.OBSERVE}
         if self.config.synchronise and (model := self._model()) is not None:
             if (step - 1) % self.config.refresh_every:  # a layer that never sees a gradient does not ask at every step
@@ -234,7 +255,8 @@ class Attachment:
                 stacklevel=2,
             )
         if step == (min(self.config.refresh_every, _FIRST_ROUND) if self.config.spread else 1):
-            self._check_passed_by()
+            if modes != {False}:
+                self._check_passed_by()
             self._check_planned()
         self.set_modes(step)
 
@@ -419,8 +441,9 @@ def attach(
     attachment.plan = plan
     for layer, estimator in planned:
         graft = _graft_layer(tuners[layer.name], estimator, attachment.switch, fused=config.fused)
-        if estimator is not None and graft is not None:
+        if graft is not None:
             graft.name = layer.name
+        if estimator is not None and graft is not None:
             attachment.grafts[layer.name] = graft
             weight = held(tuners[layer.name].get_base_layer())
             if weight is not None and _at_hand(weight, layer):
@@ -501,10 +524,6 @@ def require(model: nn.Module) -> Attachment:
     return attachment
 
 
-# Leaves out the tokens whose gradient is zero, and nothing else.
-_LOSSLESS = LayerConfig("tokens", keep_ratio=1.0, rank=0, selection="energy")
-
-
 def _last_block(names: Iterable[str]) -> set[str]:
     """The layers of the last decoder block: those with the highest number in their names."""
     numbers = {name: next((int(part) for part in name.split(".") if part.isdigit()), -1) for name in names}
@@ -568,7 +587,8 @@ def cannot_estimate(module: BaseTunerLayer) -> str:
     """Why the backward of this PEFT layer's base is not `grad_output @ read(base)`, or ''."""
     base = module.get_base_layer()
     split = "it is split by tensor parallelism" if is_split(base) else ""
-    return own_product(module) or split or unreadable(base) or ("its weight is trained" if trains(base) else "")
+    trained = "its weight is trained" if trains(base) else ""
+    return own_product(module) or split or tampered(base) or trained or unlike(base) or ""
 
 
 def _graft_layer(

@@ -37,6 +37,13 @@ NAMES: dict[str, str] = {
     "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "the backward of short sequences is torch's",
     "transformers.loss.loss_utils:ForCausalLMLoss": "the loss is the model's own, with padding",
     "transformers:PreTrainedConfig._attn_implementation": "padding stays in batches",
+    "bitsandbytes.functional:_convert_weight_packed_for_cpu_inverse": "4-bit layers that evaluation on CPU has packed "
+    "anew stay exact",
+    "torch.nn.modules.module:_global_forward_hooks": "no layer is estimated or fused",
+    "torch.nn.modules.module:_global_forward_pre_hooks": "no layer is estimated or fused",
+    "torch.nn.modules.module:_has_any_global_hook": "norms and gates are not computed in one pass",
+    "torch.utils._python_dispatch:is_in_torch_dispatch_mode": "adapters are not fused with their layers, and norms, "
+    "gates and rotations are not computed in one pass",
 }
 
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from peft.tuners.hra.layer import HRALinear
-from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.shira.layer import Linear as ShiraLinear
 from torch import nn
 
 from celora.errors import CELoraError
 
 # These multiply with a weight that they have put together themselves, instead of calling their base layer with its own.
-_OWN_PRODUCT = {HRALinear: "HRA", ShiraLinear: "SHiRA", ParamWrapper: "an adapter of a bare parameter"}
+_OWN_PRODUCT = {
+    ("peft.tuners.hra", "HRALinear"): "HRA",
+    ("peft.tuners.shira", "Linear"): "SHiRA",
+    ("peft.tuners.lora", "ParamWrapper"): "an adapter of a bare parameter",
+}
 
 
 def own_product(tuner: nn.Module) -> str:
     """Why the backward of this PEFT layer does not come through its base layer's forward, or ''."""
-    kind = _OWN_PRODUCT.get(type(tuner))
+    package = ".".join(type(tuner).__module__.split(".")[:3])
+    kind = _OWN_PRODUCT.get((package, type(tuner).__name__))
     return f"{kind} computes with a weight of its own" if kind else ""
 
 

@@ -8,14 +8,15 @@ layer. Here, with p = A x (T, r) and everything in the base's own dtype, as unde
 
 where `G W` is the layer's estimator's. Each line is a product that adds onto what is there already.
 
-The tuner layer keeps its class and its `forward`. A hook lends its adapter to the graft under its base layer and has
-PEFT skip its own; whatever is not a vanilla adapter is not lent, and takes PEFT's own path.
+The tuner layer keeps its class and its `forward`. PEFT's own `forward` hands the base layer's output to whatever
+`lora_variant` has under the adapter's name, and adds nothing of its own then. Hooks put an object of ours there for as
+long as PEFT needs to ask for it, from the end of the base layer's forward on. Where PEFT does not ask, or anything is
+not as it should be, PEFT's own path runs: nothing is left out or applied twice.
 """
 
 from __future__ import annotations
 
 import operator
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from celora.graft import LayerGraft, remember, without_autocast
+from celora.graft import LayerGraft, in_dispatch_mode, remember, without_autocast
 from celora.weights import bias_of, held, trains
 
 _FEWEST_TOKENS = 96
@@ -45,58 +45,86 @@ class Adapter:
 
 
 class FusedGraft(LayerGraft):
-    """A graft that adds the adapter it was lent, if any, to the layer's output."""
+    """A graft that leaves the layer's output to a lender whose forward is under way, if it takes it."""
 
-    adapter: Adapter | None = None  # of the forward that is under way
+    lender: Lender | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        adapter, self.adapter = self.adapter, None
-        if adapter is None:
-            return super().__call__(module, args, output)
-        return lora_linear(args[0], output, self.weight(module, output.dtype), bias_of(module), adapter, self)
+        lender, self.lender = self.lender, None
+        if lender is not None and lender.takes(module, args, output):
+            return None
+        return super().__call__(module, args, output)
 
 
 class Lender:
-    """The hooks of one tuner layer: lend the adapter to the graft before its forward, put things back after it.
+    """Computes the adapter of one tuner layer together with its base layer, as the variant of LoRA that PEFT asks.
 
-    In between, PEFT is told that adapters are disabled, so that it computes the base layer alone.
+    Attributes:
+        lent: of the forward that is under way: the tuner layer, the adapter's name, the adapter and the input.
+        output: what the base layer has returned, while PEFT has this for a variant.
     """
 
     def __init__(self, graft: FusedGraft) -> None:
         self.graft = graft
-        self._lent = False
+        self.lent: tuple[Any, str, Adapter, Tensor] | None = None
+        self.output: Tensor | None = None
+        self._casts = True
         self._known: tuple[str, Any, Any, Any] | None = None  # name and modules of the adapter that was lent before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"graft": self.graft, "_lent": False, "_known": None}
+        return {"graft": self.graft, "lent": None, "output": None, "_casts": True, "_known": None}
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook (with kwargs)."""
+        """A forward pre-hook (with kwargs) of the tuner layer."""
         self.settle(module)
         if not (module.training and self.graft.switch.on) or kwargs or len(args) != 1 or not _enough(args[0]):
             return
         # Selective checkpointing, for one, keeps outputs of operators: of the base layer's, which would be added onto.
-        if not torch.compiler.is_compiling() and is_in_torch_dispatch_mode():
-            return
-        base = module.get_base_layer()
-        weight = held(base)
-        if trains(base) or (weight is not None and weight.is_meta):  # for a moment, as LoRA-GA has it; or offloaded
+        if not torch.compiler.is_compiling() and in_dispatch_mode():
             return
         adapter = self._adapter(module)
         if adapter is not None:
-            self.graft.adapter, self._lent = adapter, True
-            module._disable_adapters = True
+            (name,) = (name for name in module.active_adapters if name in module.lora_A)
+            self.lent, self.graft.lender = (module, name, adapter, args[0]), self
 
-    def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        """A forward hook that is always called."""
-        if not self._lent:
-            return
-        used = self.graft.adapter is None
-        self._take_back(module)
-        if torch.compiler.is_compiling():
-            return
-        if not used and sys.exc_info()[0] is None:
-            raise RuntimeError("celora: the base layer ran without its forward hooks, so its adapter was left out.")
+    def takes(self, base: nn.Module, args: tuple[Any, ...], output: Tensor) -> bool:
+        """Stand in for the adapter if the base layer, which ends its forward with this output, is what it should be."""
+        assert self.lent is not None
+        module, name, _, x = self.lent
+        if len(args) != 1 or args[0] is not x or not base.training:
+            return False
+        weight = held(base)
+        if trains(base) or (weight is not None and weight.is_meta):  # for a moment, as LoRA-GA has it; or offloaded
+            return False
+        if not self.graft.knows(base, x, output):
+            return False
+        # Nothing of a second copy of x, in the adapter's dtype, is read here.
+        self.output, self._casts = output, module.cast_input_dtype_enabled
+        module.lora_variant[name], module.cast_input_dtype_enabled = self, False
+        return True
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """The tuner layer's output, which PEFT asks of a variant: `result` and what the adapter adds to it."""
+        lent, output = self.lent, self.output
+        self.settle(module)
+        if lent is None or output is None or not _same(result, output):
+            A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+            added: Tensor = B(A(module.lora_dropout[active_adapter](x.to(A.weight.dtype))))
+            return result + added.mul(module.scaling[active_adapter])
+        base, adapter, seen = module.get_base_layer(), lent[2], lent[3]
+        weight = self.graft.weight(base, result.dtype)
+        return lora_linear(seen, result, weight, bias_of(base), adapter, self.graft)
+
+    def after(self, module: Any, *_: Any) -> None:
+        """A forward hook of the tuner layer that is always called."""
+        self.settle(module)
+
+    def settle(self, module: Any) -> None:
+        """Put back what is lent, of a forward too that was interrupted and never came to its end."""
+        if self.output is not None and self.lent is not None:
+            module.lora_variant.pop(self.lent[1], None)
+            module.cast_input_dtype_enabled = self._casts
+        self.lent = self.output = self.graft.lender = None
 
     def _adapter(self, module: Any) -> Adapter | None:
         """The adapter to lend. All of `vanilla_adapter` is looked at again only where something has changed."""
@@ -117,15 +145,6 @@ class Lender:
             self._known = (name, *_parts(module, name))
         return adapter
 
-    def settle(self, module: Any) -> None:
-        """Put back what a forward that was interrupted, and never came to its end, has left lent."""
-        if self._lent:
-            self._take_back(module)
-
-    def _take_back(self, module: Any) -> None:
-        self.graft.adapter, self._lent = None, False
-        module._disable_adapters = False
-
 
 def vanilla_adapter(module: Any) -> Adapter | str:
     """The one active adapter of a tuner layer, or why it has to take PEFT's own path."""
@@ -140,6 +159,8 @@ def vanilla_adapter(module: Any) -> Adapter | str:
     if len(active) != 1:
         return f"{len(active)} adapters are active"
     name = active[0]
+    if not isinstance(getattr(module, "lora_variant", None), dict) or not hasattr(module, "cast_input_dtype_enabled"):
+        return "this version of PEFT hands no layer over to a variant of LoRA"
     if name in module.lora_variant:
         return f"its adapter is a variant of LoRA ({type(module.lora_variant[name]).__name__})"
     parts = _parts(module, name)
@@ -179,6 +200,16 @@ def _looked_at(base: nn.Module) -> bool:
     """Whether hooks that are not ours get the base layer's output, which therefore has to be without the adapter's."""
     hooks = base._forward_hooks.values()
     return not isinstance(base, FSDPModule) and not all(isinstance(hook, LayerGraft) for hook in hooks)
+
+
+def _same(result: Tensor, output: Tensor) -> bool:
+    """Whether `result` is the base layer's output, or PEFT's copy of it, as for 4-bit layers."""
+    if result is output or torch.compiler.is_compiling():
+        return True
+    made_by = result.grad_fn
+    if made_by is None or made_by.name() != "CloneBackward0":
+        return made_by is None and output.grad_fn is None and result.shape == output.shape
+    return made_by.next_functions[0][0] is output.grad_fn
 
 
 def _enough(x: object) -> bool:

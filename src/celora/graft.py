@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import itertools
 import math
+import operator
 import warnings
 import weakref
 from contextlib import AbstractContextManager, nullcontext
@@ -22,10 +23,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from celora.borrowed import borrow
 from celora.errors import CELoraError
 from celora.estimators import Estimator
 from celora.select import measurable, squared_row_norms
 from celora.sharded import whole
+from celora.trial import identity, tampered, unlike
 from celora.weights import StoredWeight, bias_of, held, read
 
 
@@ -46,11 +49,16 @@ class Switch:
 
     Attributes:
         compiled: whether layers have run in graphs of torch.compile; each is made for all layers' modes at once.
+        modes: whether layers were in training mode when they ran since the last step, as far as it matters.
+        left: layers that could not be taken over when they ran, with the reason.
     """
 
     def __init__(self) -> None:
         self.on = True
         self.compiled = False
+        self.modes: set[bool] = set()
+        self.left: dict[str, str] = {}
+        self._more: list[str] = []
         self._copied = False
         self._said: set[str] = set()
 
@@ -66,6 +74,21 @@ class Switch:
                 "Copy the whole model, or call celora.attach on the copy.",
                 stacklevel=2,
             )
+
+    def leave(self, name: str, reason: str) -> None:
+        """A layer keeps PEFT's own backward. The first with this reason says so; others are named after the step."""
+        if torch.compiler.is_compiling() or name in self.left:
+            return
+        self.left[name] = reason
+        if reason in self._said:
+            self._more.append(name)
+        self.say_once(reason, f"{name} keeps PEFT's own backward: {reason}.")
+
+    def name_the_rest(self) -> None:
+        """Of the layers that have been left since the last step, those that have not been named."""
+        names, self._more = self._more, []
+        if names:
+            warnings.warn(f"celora: PEFT's own backward also in {', '.join(names)}.", stacklevel=2)
 
     def say_once(self, kind: str, text: str) -> None:
         """Warn of a `kind` of event the first time that it happens to a layer of this attachment."""
@@ -112,7 +135,13 @@ _quantised: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDicti
 
 
 class LayerGraft(Measured):
-    """The forward hook of one base layer, with the layer's estimator and what it measured of itself."""
+    """The forward hook of one base layer, with the layer's estimator and what it measured of itself.
+
+    It takes over what trains, and nothing else: in `eval()` the gradient is the model's own (of saliency maps, say).
+    """
+
+    _tried: tuple[Any, ...] | None = None  # the layer's `identity` when it was tried, and what came of it
+    _unlike = ""
 
     def __init__(self, estimator: Estimator, switch: Switch) -> None:
         super().__init__()
@@ -141,6 +170,9 @@ class LayerGraft(Measured):
         self.key = next(_keys)
         _layers[self.key] = self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tried": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._register()
@@ -157,6 +189,12 @@ class LayerGraft(Measured):
         # The replicas of nn.DataParallel run in threads that would share this one layer's statistics.
         if getattr(module, "_is_replica", False):
             return None
+        if not module.training:
+            if args[0].requires_grad and not torch.compiler.is_compiling():
+                self.switch.modes.add(False)
+            return None
+        if not self.knows(module, args[0], output):
+            return None
         x, weight = args[0], self.weight(module, output.dtype)
         if weight is not None and weight.is_meta:  # offloaded, and gone again: autograd has kept what it needs
             self.switch.say_once(
@@ -166,6 +204,23 @@ class LayerGraft(Measured):
         if not x.requires_grad or (weight is not None and weight.requires_grad):
             return None
         return graft(x, output, weight, bias_of(module), self)
+
+    def knows(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+        """Whether the layer computes `x W^T + b`, as it was tried, and nothing has been put in its way since."""
+        reason = tampered(module, self)
+        if not reason and not torch.compiler.is_compiling():
+            self.switch.modes.add(True)
+            now = identity(module)
+            same = self._tried is not None and all(map(operator.is_, now, self._tried))
+            if not same and not in_dispatch_mode():  # which selective checkpointing counts operators in
+                if self._tried is not None:
+                    self.estimator.product.forget()  # a copy of the weight that there was
+                found = unlike(module, (x, output))
+                self._tried, self._unlike = None if found is None else now, found or ""
+            reason = self._unlike
+        if reason:
+            self.switch.leave(self.name, reason)
+        return not reason
 
     def weight(self, module: nn.Module, dtype: torch.dtype) -> Tensor | None:
         """What backward multiplies with; None if that is quantised and being traced: then it is read in backward."""
@@ -301,6 +356,12 @@ def remember(
     ctx.bias_dtype = None if bias is None else bias.dtype
     # Dirty rather than a view, so that the caller may change it in place, as it may a linear layer's output.
     ctx.mark_dirty(output)
+
+
+def in_dispatch_mode() -> bool:
+    """Whether something looks at every operator; taken for granted where torch does not tell."""
+    found = borrow("torch.utils._python_dispatch:is_in_torch_dispatch_mode")
+    return found is None or bool(found())
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:

@@ -38,13 +38,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils._pytree import tree_map_only
-from transformers.activations import SiLUActivation
 
 from celora import kernels
-from celora.graft import Switch
+from celora.borrowed import borrow
+from celora.graft import Switch, in_dispatch_mode
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds: bool = True) -> Tensor:
@@ -153,8 +150,17 @@ class _Pending(ABC):
         product = function in (Tensor.mul, Tensor.__mul__) and not kwargs
         if product and isinstance(args[1], _Pending) and isinstance(args[0], Tensor):
             return args[1].times(args[0])
-        args, kwargs = tree_map_only(_Pending, lambda pending: pending.tensor(), (args, kwargs or {}))
+        args, kwargs = _without_pending((args, kwargs or {}))
         return function(*args, **kwargs)
+
+
+def _without_pending(value: Any) -> Any:
+    """The same arguments of a torch function, with the tensor in the place of each stand-in."""
+    if isinstance(value, _Pending):
+        return value.tensor()
+    if isinstance(value, dict):
+        return {key: _without_pending(of) for key, of in value.items()}
+    return type(value)(map(_without_pending, value)) if type(value) in (tuple, list) else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,14 +287,13 @@ class Pass(ABC):
         if type(x) is not Tensor or x.dim() < 2 or not x.numel() or not kernels.supported(x):
             return False
         # Modes look at every operator, and selective checkpointing counts them.
-        return (
-            self.switch.on and module.training and "forward" not in module.__dict__ and not is_in_torch_dispatch_mode()
-        )
+        return self.switch.on and module.training and "forward" not in module.__dict__ and not in_dispatch_mode()
 
 
 def _alone(module: nn.Module) -> bool:
     """Whether no hook but ours looks at what the module gets and returns."""
-    others = module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook()
+    everywhere = borrow("torch.nn.modules.module:_has_any_global_hook")
+    others = module._backward_hooks or module._backward_pre_hooks or everywhere is None or everywhere()
     return not others and len(module._forward_hooks) == len(module._forward_pre_hooks) == 1
 
 
@@ -395,11 +400,17 @@ def known(model: nn.Module) -> dict[nn.Module, type[Pass]]:
         if kind.__name__.endswith("RMSNorm") and _epsilon(module):
             if [name for name, _ in module.named_parameters()] == ["weight"]:
                 found[module] = Norm
-        elif type(getattr(module, "act_fn", None)) in (nn.SiLU, SiLUActivation) and _multiplies(kind.forward):
+        elif _is_silu(getattr(module, "act_fn", None)) and _multiplies(kind.forward):
             found[module] = Gate
         elif _turns(kind.forward, _turn_of(kind.forward)):
             found[module] = Rotation
     return found
+
+
+def _is_silu(activation: object) -> bool:
+    """Whether this is torch's own SiLU, or the one of Transformers."""
+    kind = type(activation)
+    return kind is nn.SiLU or (kind.__name__ == "SiLUActivation" and kind.__module__.startswith("transformers."))
 
 
 def _epsilon(module: nn.Module) -> float:

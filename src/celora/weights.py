@@ -18,12 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from celora.borrowed import borrow
+
 if TYPE_CHECKING:  # estimators are written for tensors, and read no more of them than this offers
     _TensorLike = Tensor
 else:
     _TensorLike = object
 
 _PLAIN = (nn.Parameter, DTensor)
+_UNPACK = "bitsandbytes.functional:_convert_weight_packed_for_cpu_inverse"
 
 
 class StoredWeight(_TensorLike):
@@ -198,11 +201,9 @@ class _BitsAndBytes4(StoredWeight):
         """What was quantised, in its first layout: evaluation on some CPUs packs it anew, and leaves it so."""
         if not getattr(self.state, "packing_format_for_cpu", False):
             return self.stored, self.state
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
         state = copy.copy(self.state)
         scales, state.original_nested = state.absmax, False  # which would quantise the scales once more
-        stored, state = _convert_weight_packed_for_cpu_inverse(self.stored, state)
+        stored, state = borrow(_UNPACK)(self.stored, state)
         state.absmax = scales.t().reshape(-1).float()
         return stored, state
 
@@ -306,8 +307,12 @@ def _is(thing: object, package: str, name: str) -> bool:
 
 def _refused(module: Any) -> str:
     """What keeps a layer of a known kind from being read."""
-    if _is(module, "bitsandbytes", "Linear4bit") and getattr(module.weight, "quant_state", None) is None:
-        return "its weight is not quantised yet; move the model to its device first"
+    if _is(module, "bitsandbytes", "Linear4bit"):
+        state = getattr(module.weight, "quant_state", None)
+        if state is None:
+            return "its weight is not quantised yet; move the model to its device first"
+        if getattr(state, "packing_format_for_cpu", False) and borrow(_UNPACK) is None:
+            return "evaluation has packed its weight anew"
     if _is(module, "bitsandbytes", "Linear8bitLt"):
         if module.state.has_fp16_weights:
             return "it quantises its weight anew in every forward"
