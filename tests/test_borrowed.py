@@ -16,6 +16,7 @@ from conftest import make_model
 def _looked_up_anew(monkeypatch: pytest.MonkeyPatch):
     borrowed.forget()
     yield
+    monkeypatch.undo()
     borrowed.forget()
 
 

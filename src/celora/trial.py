@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from celora.borrowed import borrow
 from celora.sharded import whole
-from celora.weights import StoredWeight, bias_of, read, rows_of, shape_of, unreadable
+from celora.weights import StoredWeight, bias_of, held, read, rows_of, shape_of, unreadable
 
 _ROWS = 4
 _STORED = 64  # rows of a quantised weight that are de-quantised for a trial
@@ -82,7 +82,10 @@ def unlike(module: nn.Module, seen: tuple[Tensor, Tensor] | None = None) -> str 
     known = _outcomes.get(module)
     if known is not None and known[0]() is weight and known[1] is type(module).forward:
         return known[2]
-    if weight.is_meta or (isinstance(weight, DTensor) and seen is None) or 0 in shape_of(module):
+    here = held(module)  # ZeRO-3 leaves nothing of it here between two forwards
+    if weight.is_meta or (here is not None and here.shape != shape_of(module)) or 0 in shape_of(module):
+        return None
+    if isinstance(weight, DTensor) and seen is None:
         return None
     try:
         different = _compared(module, seen if isinstance(weight, DTensor) else None)
