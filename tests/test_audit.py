@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from contextlib import nullcontext
 from typing import Any
 
@@ -175,6 +176,21 @@ def test_float32_is_the_reference_for_peft_and_for_what_is_attached(batch: dict[
     assert [line for line in said if line.startswith(f"Against float32, plain PEFT: cosine {found.plain.cosine:.4f}")]
     assert [line for line in said if line.startswith("Against float32, celora as attached: cosine")]
     assert celora.audit(model, batch).float32 is None
+
+
+def test_exact_is_no_further_from_float32_than_peft() -> None:
+    """One model and batch may fall to either side, so several of each decide."""
+    errors: dict[str, list[float]] = {"plain": [], "attached": []}
+    for seed in range(4):
+        model = make_model(seed=seed, dtype=torch.bfloat16)
+        celora.attach(model, "exact")
+        for batch in (make_batch(2 * seed), make_batch(2 * seed + 1)):
+            found = celora.audit(model, batch, reference="float32").float32
+            assert found is not None
+            for name, errors_of in errors.items():
+                errors_of.append(getattr(found, name).relative_error)
+    theirs, ours = (statistics.fmean(of) for of in errors.values())
+    assert ours < 1.2 * theirs
 
 
 def test_an_estimate_is_further_from_float32_than_peft(batch: dict[str, torch.Tensor]) -> None:

@@ -75,8 +75,6 @@ def test_gates(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
     ours = results(passes.gated, gate, up)
     check(ours, results(plain, gate, up), results(plain, gate.double(), up.double()))
-    if dtype == torch.bfloat16:
-        assert (ours[0] == plain(gate, up)).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("x", [float("nan"), float("inf"), -float("inf"), -100.0, 100.0])
