@@ -1,0 +1,233 @@
+"""Train one drawn case twice, as PEFT does and with celora's `exact`, and compare everything that comes of it.
+
+In float32 the two must agree to rounding; where they do not, PEFT in float64 tells whether the case itself is that
+sensitive to rounding. In half precision both are judged by their distance from float32 training of the same weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.trainer_pt_utils import LabelSmoother
+
+import celora
+from celora.attach import find
+from drawn import Case, make_batch
+from drawn_acts import ACTS
+from drawn_models import adapt, causal_of, make_base
+
+SMOOTHING = 0.1
+ROUNDING = 1e-5  # of the norm of a gradient, in float32
+_own_dropout = nn.functional.dropout
+
+
+def _kept(columns: int, p: float) -> Tensor:
+    """Which columns a dropout of `p` keeps: the same ones in every call."""
+    return (torch.arange(columns) * 37 + 13) % 101 >= 101 * p
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or p == 0:
+        return _own_dropout(x, p, training, inplace)
+    return x * _kept(x.shape[-1], p) * (1 / (1 - p))
+
+
+def _bernoulli_(self: Tensor, p: float) -> Tensor:
+    return self.copy_(_kept(self.shape[-1], 1 - p).expand_as(self))
+
+
+@contextlib.contextmanager
+def same_masks() -> Iterator[None]:
+    """Let dropout drop the same columns of every token, so that batches with and without padding can be compared."""
+    with (
+        mock.patch.object(nn.functional, "dropout", _dropout),
+        mock.patch.object(Tensor, "bernoulli_", _bernoulli_),
+    ):
+        yield
+
+
+@dataclass
+class Trace:
+    """What came of one training: tensors by name, in order; `gradients` of each round by parameter."""
+
+    model: PeftModel
+    values: dict[str, Tensor] = field(default_factory=dict)
+    gradients: list[dict[str, Tensor | None]] = field(default_factory=list)
+    warned: list[str] = field(default_factory=list)
+
+
+class NotTrainable(Exception):
+    """Plain PEFT cannot do this."""
+
+
+def build(case: Case) -> PeftModel:
+    """The model of the case, in its dtype, as it is before anything is done to it."""
+    base = make_base(case.family, case.config, case.attention, case.seed)
+    lora = {
+        name: dict(value) if name == "rank_pattern" else list(value) if isinstance(value, tuple) else value
+        for name, value in case.lora
+    }
+    return adapt(base.to(getattr(torch, case.dtype)), case.family, lora, case.seed)
+
+
+def train(case: Case, model: PeftModel, *, attached: bool, dtype: torch.dtype | None = None) -> Trace:
+    """All rounds of the case, in its own dtype (and autocast) or in this one, to which the model was converted.
+
+    The optimizer's steps change nothing, so that rounds do not depend on each other.
+    """
+    trace = Trace(model)
+    with warnings.catch_warnings(record=True) as caught, same_masks():
+        warnings.simplefilter("always")
+        _act(case, trace.model, 0)
+        if attached:
+            trace.model.train(trace.model.training)
+            celora.attach(trace.model, "exact")
+        for number in range(max(2, *(when + 1 for _, when, _ in case.acts), 0)):
+            if number:
+                _act(case, trace.model, number)
+                for what in case.between if number == 1 else ():
+                    _between(what, case, trace, attached=attached, dtype=dtype)
+            _round(case, trace, number, attached=attached, dtype=dtype)
+    trace.warned = [str(w.message) for w in caught]
+    return trace
+
+
+def _act(case: Case, model: PeftModel, when: int) -> None:
+    for name, time, k in case.acts:
+        if time == when:
+            torch.manual_seed(7)
+            ACTS[name](model, k)
+
+
+def _round(case: Case, trace: Trace, number: int, *, attached: bool, dtype: torch.dtype | None) -> None:
+    model = trace.model
+    model.zero_grad()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0)
+    for micro in range(case.accumulate):
+        batch = inputs(case, model, 10 * number + micro, dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case.autocast and dtype is None):
+            loss = loss_of(case, trace, batch, f"round {number}, {micro}", attached=attached)
+            if case.backward == "two calls":
+                loss = loss + loss_of(case, trace, batch, f"round {number}, {micro} again", attached=attached)
+        trace.values[f"round {number}, {micro}: loss"] = loss.detach()
+        loss = loss * 3 if case.backward == "scaled" else loss
+        if case.backward == "grad":
+            found = torch.autograd.grad(loss, trained, allow_unused=True)
+            for p, grad in zip(trained, found, strict=True):
+                if grad is not None:
+                    p.grad = grad if p.grad is None else p.grad + grad
+        else:
+            loss.backward(retain_graph=case.backward == "twice")
+            if case.backward == "twice":
+                loss.backward()
+        if case.embeds == "grad":
+            trace.values[f"round {number}, {micro}: input gradient"] = batch["inputs_embeds"].grad
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    trace.gradients.append({name: None if g is None else g.clone() for name, g in gradients.items()})
+    optimizer.step()
+
+
+def inputs(case: Case, model: PeftModel, number: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The arguments of one call, with floating numbers in the model's dtype."""
+    batch = make_batch(case, number)
+    if case.items:
+        batch["num_items_in_batch"] = 7 if case.items == "int" else torch.tensor(7)
+    if case.embeds:
+        with torch.no_grad():
+            embeds = causal_of(model).get_input_embeddings()(batch.pop("input_ids")).detach().clone()
+        batch["inputs_embeds"] = embeds.requires_grad_(case.embeds == "grad")
+    usual = getattr(torch, case.dtype)
+    for name, value in batch.items() if dtype is not None else ():
+        if isinstance(value, Tensor) and value.dtype == usual and name not in ("inputs_embeds", "attention_mask"):
+            batch[name] = value.to(dtype)
+    return batch
+
+
+def call(case: Case, model: PeftModel, batch: dict[str, Any]) -> Any:
+    """One forward, the way the case calls it."""
+    given = dict(batch)
+    if case.call == "positional" and "input_ids" in given:
+        return causal_of(model)(given.pop("input_ids"), **given)
+    called = {"tuner": model.base_model, "causal": causal_of(model)}.get(case.call, model)
+    return called(**given)
+
+
+def loss_of(case: Case, trace: Trace, batch: dict[str, Any], where: str, *, attached: bool) -> Tensor:
+    """The loss that is trained, whoever computes it; other results are noted."""
+    batch, labels = dict(batch), batch.get("labels")
+    attachment = find(trace.model) if attached else None
+    smooths = case.smoothing and isinstance(labels, Tensor) and case.family not in ("bert", "t5")
+    own = smooths and case.smoothing == "celora" and attachment is not None and attachment.forward is not None
+    if own:
+        attachment.forward.smoothing = SMOOTHING  # type: ignore[union-attr]
+    elif smooths:
+        del batch["labels"]
+    output = call(case, trace.model, batch)
+    if isinstance(output, tuple):
+        keys = ["loss", *range(1, len(output))] if "labels" in batch else list(range(len(output)))
+        output = dict(zip(keys, output, strict=True))
+    for name in ("hidden_states", "attentions", "aux_loss"):
+        found = output.get(name)
+        for i, of in enumerate(found if isinstance(found, tuple) else [found]):
+            if isinstance(of, Tensor):
+                trace.values[f"{where}: {name} {i}"] = of.detach()
+    if output.get("past_key_values") is not None and dict(case.extra).get("use_cache"):
+        trace.values[f"{where}: cached"] = torch.tensor(1.0)
+    if smooths and not own:
+        loss: Tensor = LabelSmoother(SMOOTHING)(output, labels, shift_labels=True)
+        return loss
+    if "loss" in output and output["loss"] is not None:
+        return output["loss"]  # type: ignore[no-any-return]
+    logits = output["logits"] if "logits" in output else output[0]
+    return logits.float().square().mean()  # type: ignore[no-any-return]
+
+
+def _between(what: str, case: Case, trace: Trace, *, attached: bool, dtype: torch.dtype | None) -> None:
+    """What users do between two steps; what it shows is noted."""
+    model, batch = trace.model, inputs(case, trace.model, 5, dtype)
+    trains = model.training
+    if what in ("attach", "reattach") and attached:
+        if what == "reattach":
+            celora.detach(model)
+        celora.attach(model, "exact")
+    elif what == "copy":
+        trace.model = copy.deepcopy(model)
+    elif what == "state":
+        model.load_state_dict(model.state_dict())
+    elif what in ("evaluate", "no_grad", "predict", "disabled"):
+        model.train(what != "evaluate" and trains)
+        if what == "predict":
+            batch.pop("labels", None)
+        with torch.no_grad(), model.disable_adapter() if what == "disabled" else contextlib.nullcontext():
+            output = call(case, model, batch)
+        for name, value in output.items() if not isinstance(output, tuple) else enumerate(output):
+            if isinstance(value, Tensor):
+                trace.values[f"{what}: {name}"] = value
+        model.train(trains)
+    elif what == "generate" and case.family != "bert":
+        model.eval()
+        given = {k: v for k, v in batch.items() if k in ("input_ids", "pixel_values")}
+        if "input_ids" in given:
+            tokens = model.generate(**given, max_new_tokens=2, do_sample=False)
+            if case.dtype == "float32" and not case.autocast:
+                trace.values["generated"] = tokens
+        model.train(trains)
+    elif what == "saliency" and "input_ids" in batch and case.family != "t5":
+        model.eval()
+        embeds = causal_of(model).get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
+        if not {"llava", "gemma3"} & {case.family}:
+            output = call(case, model, {**batch, "inputs_embeds": embeds})
+            first = output[0] if isinstance(output, tuple) or output.get("loss") is None else output["loss"]
+            (found,) = torch.autograd.grad(first.float().square().mean(), embeds)
+            trace.values["saliency"] = found
+        model.train(trains)
