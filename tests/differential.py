@@ -17,6 +17,8 @@ from unittest import mock
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.trainer_pt_utils import LabelSmoother
 
 import celora
@@ -89,8 +91,7 @@ def train(case: Case, model: PeftModel, *, attached: bool, dtype: torch.dtype | 
         warnings.simplefilter("always")
         _act(case, trace.model, 0)
         if attached:
-            trace.model.train(trace.model.training)
-            celora.attach(trace.model, "exact")
+            celora.attach(attachable(case, trace.model), "exact")
         for number in range(max(2, *(when + 1 for _, when, _ in case.acts), 0)):
             if number:
                 _act(case, trace.model, number)
@@ -99,6 +100,13 @@ def train(case: Case, model: PeftModel, *, attached: bool, dtype: torch.dtype | 
             _round(case, trace, number, attached=attached, dtype=dtype)
     trace.warned = [str(w.message) for w in caught]
     return trace
+
+
+def attachable(case: Case, model: PeftModel) -> nn.Module:
+    """What `attach` is given: the model, the tuner in it or a module around it."""
+    if case.attached_to == "wrapper":
+        return nn.ModuleDict({"student": model})
+    return model.base_model if case.attached_to == "tuner" else model
 
 
 def _act(case: Case, model: PeftModel, when: int) -> None:
@@ -158,6 +166,17 @@ def call(case: Case, model: PeftModel, batch: dict[str, Any]) -> Any:
     given = dict(batch)
     if case.call == "positional" and "input_ids" in given:
         return causal_of(model)(given.pop("input_ids"), **given)
+    if case.call == "checkpointed":
+        return checkpoint(lambda: model(**given), use_reentrant=False)
+    if case.call == "counted":
+        with FlopCounterMode(display=False):
+            return model(**given)
+    if case.call == "offloaded":
+        with torch.autograd.graph.save_on_cpu():
+            return model(**given)
+    if case.call == "functional":
+        trained = {name: p * 1.0 for name, p in model.named_parameters() if p.requires_grad}
+        return torch.func.functional_call(model, trained, (), given)
     called = {"tuner": model.base_model, "causal": causal_of(model)}.get(case.call, model)
     return called(**given)
 
@@ -199,7 +218,7 @@ def _between(what: str, case: Case, trace: Trace, *, attached: bool, dtype: torc
     if what in ("attach", "reattach") and attached:
         if what == "reattach":
             celora.detach(model)
-        celora.attach(model, "exact")
+        celora.attach(attachable(case, model), "exact")
     elif what == "copy":
         trace.model = copy.deepcopy(model)
     elif what == "state":

@@ -24,8 +24,9 @@ class Case:
         config: changes to the family's configuration.
         lora: fields of LoraConfig, and those of `drawn_models.adapt`.
         acts: (name, when, which part): before celora is attached (0), or after so many rounds.
-        mask: of the batch: none, ones, right, left, holes, packed (by positions), block (4-D), both (4-D, two-sided).
-        labels: all, prompt, some, last, none, absent.
+        mask: of the batch: none, ones, right, left, holes, empty (a row without tokens), packed (by positions), block
+            (4-D), both (4-D, two-sided).
+        labels: all, prompt, some, last, first, none, absent, or anywhere (on padding, too).
         extra: arguments of every training call.
         between: what happens between two rounds.
         items: what `num_items_in_batch` is given as.
@@ -47,6 +48,7 @@ class Case:
     embeds: str = ""
     extra: Pairs = ()
     call: str = "peft"
+    attached_to: str = "peft"
     accumulate: int = 1
     items: str = ""
     smoothing: str = ""
@@ -117,6 +119,8 @@ LORA = some_of(
     trainable_token_indices=st.just((3, 4)),
     kept_dtype=BOOL,
     rank_pattern=st.just((("v_proj", 2), ("c_attn", 6))),
+    layer_replication=st.just(((0, 2), (1, 2))),
+    adapter_dtype=st.just("bfloat16"),
 )
 EXTRA = some_of(
     use_cache=BOOL,
@@ -132,13 +136,16 @@ EXTRA = some_of(
 )
 BETWEEN = ("evaluate", "no_grad", "generate", "predict", "copy", "attach", "reattach", "saliency", "state", "disabled")
 
+CALLS = ("tuner", "causal", "positional", "checkpointed", "counted", "offloaded", "functional")
+
 
 def fits(case: Case) -> bool:
     """Whether plain PEFT could train this; the rest is found out by trying."""
     names = dict(case.extra)
     causal = case.family not in ("bert", "t5")
     wide = case.width >= (6 if case.family in VISUAL else 1)
-    return wide and (causal or not ({"logits_to_keep", "shift_labels", "is_causal"} & names.keys()))
+    copies = "layer_replication" in dict(case.lora)
+    return wide and (case.family in ("llama", "mistral") or not copies) and (causal or not ({"logits_to_keep", "shift_labels", "is_causal"} & names.keys()))
 
 
 @st.composite
@@ -155,7 +162,10 @@ def cases(draw: st.DrawFn) -> Case:
     if "layers_to_transform" in lora:
         lora.setdefault("targets", "attention")
     act = st.tuples(st.sampled_from(list(ACTS)), st.integers(0, 2), st.integers(0, 5))
-    masks = ["none", "right", "left", "ones", "holes", "packed", "block", "both"]
+    masks = ["none", "right", "left", "ones", "holes", "empty", "packed", "block", "both"]
+    labels = ["all", "prompt", "some", "last", "first", "anywhere", "none", "absent"]
+    smoothing = draw(rarely(st.sampled_from(["trainer", "celora"]), "", 8))
+    items = draw(rarely(st.sampled_from(["int", "tensor"]), "", 4))
     return Case(
         family=family,
         config=changes,
@@ -168,14 +178,15 @@ def cases(draw: st.DrawFn) -> Case:
         width=draw(st.sampled_from([9, 1, 2, 6, 13, 20])),
         mask=draw(st.sampled_from(masks)),
         mask_dtype=draw(rarely(st.sampled_from(["bool", "float32"]), "int64", 6)),
-        labels=draw(st.sampled_from(["all", "prompt", "some", "last", "first", "none", "absent"])),
+        labels=draw(st.sampled_from(labels)),
         positions=draw(rarely(st.sampled_from(["usual", "shifted", "from mask"]), "none", 5)),
         embeds=draw(rarely(st.sampled_from(["frozen", "grad"]), "", 8)),
         extra=draw(rarely(EXTRA, (), 4)),
-        call=draw(rarely(st.sampled_from(["tuner", "causal", "positional"]), "peft", 5)),
+        call=draw(rarely(st.sampled_from(CALLS), "peft", 4)),
+        attached_to=draw(rarely(st.sampled_from(["tuner", "wrapper"]), "peft", 8)),
         accumulate=draw(st.sampled_from([1, 1, 2])),
-        items=draw(rarely(st.sampled_from(["int", "tensor"]), "", 4)),
-        smoothing=draw(rarely(st.sampled_from(["trainer", "celora"]), "", 8)),
+        items=items if smoothing != "celora" else "",  # by which Trainer's smoother does not divide
+        smoothing=smoothing,
         autocast=draw(rarely(st.just(True), False, 8)),
         backward=draw(rarely(st.sampled_from(["grad", "twice", "two calls", "scaled"]), "backward", 5)),
         between=tuple(draw(st.lists(st.sampled_from(BETWEEN), max_size=2, unique=True))),
@@ -197,10 +208,12 @@ def make_batch(case: Case, number: int) -> dict[str, Any]:
     elif case.mask == "holes":
         there = torch.rand(rows, width, generator=g) < 0.7
         there[:, 0] = True
+    elif case.mask == "empty":
+        there[-1] = rows == 1
     batch: dict[str, Any] = {"input_ids": tokens}
-    if case.mask in ("ones", "right", "left", "holes"):
+    if case.mask in ("ones", "right", "left", "holes", "empty"):
         batch["attention_mask"] = there.to(getattr(torch, case.mask_dtype))
-    labels = tokens.masked_fill(~there | (tokens == IMAGE), -100)
+    labels = tokens.masked_fill((~there & (case.labels != "anywhere")) | (tokens == IMAGE), -100)
     if case.labels == "prompt":
         labels = labels.masked_fill(place < width // 2, -100)
     elif case.labels == "some":

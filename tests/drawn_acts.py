@@ -213,6 +213,24 @@ def configure(**values: Any) -> Callable[[PeftModel, int], None]:
     return set_values
 
 
+def share(model: PeftModel, k: int) -> None:
+    """Let the second block multiply with the first one's layers, which then run twice in a forward."""
+    inner = [{name: m for name, m in part.named_children() if named(m, "MLP")} for part in blocks_of(model)]
+    if len(inner) > 1 and inner[0] and inner[0].keys() == inner[1].keys():
+        for name, part in inner[0].items():
+            setattr(blocks_of(model)[1], name, part)
+
+
+def forget_adapter(model: PeftModel, k: int) -> None:
+    """Take away an adapter and add another of its name, with another rank."""
+    targets, bias = adapted(model), model.peft_config["default"].bias
+    model.add_adapter("kept", LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    model.set_adapter("kept")
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=3, target_modules=targets, init_lora_weights=False, bias=bias))
+    model.set_adapter("default")
+
+
 def interrupt(model: PeftModel, k: int) -> None:
     """A training call that fails in one of its blocks."""
 
@@ -300,6 +318,8 @@ ACTS: dict[str, Callable[[PeftModel, int], None]] = {
     "checkpoint": checkpoint_model(False),
     "checkpoint, re-entrant": checkpoint_model(True),
     "interrupt": interrupt,
+    "share": share,
+    "forget adapter": forget_adapter,
     "another adapter": with_second,
     "merge and back": merge_and_back,
     "scale adapter": scale_adapter,

@@ -125,10 +125,10 @@ def make_base(family: str, changes: tuple[tuple[str, Any], ...], attention: str,
 
 
 def adapt(base: PreTrainedModel, family: str, lora: dict[str, Any], seed: int) -> PeftModel:
-    """The model with its adapter; `lora` are fields of LoraConfig, and `targets`, `kept_dtype`, `second`."""
+    """The model with its adapter; `lora` are fields of LoraConfig, and `targets`, `kept_dtype`, `second`, `adapter_dtype`."""
     fields = dict(lora)
     targets, kept = fields.pop("targets", "all-linear"), fields.pop("kept_dtype", False)
-    second = fields.pop("second", "")
+    second, dtype = fields.pop("second", ""), fields.pop("adapter_dtype", None)
     modules: Any = _existing(base, TARGETS[targets]) if targets in TARGETS else targets
     fields = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, **fields}
     if family == "gpt2":
@@ -141,6 +141,9 @@ def adapt(base: PreTrainedModel, family: str, lora: dict[str, Any], seed: int) -
         other = LoraConfig(r=3, target_modules=modules, init_lora_weights=False, lora_alpha=5)
         model.add_adapter("second", other, autocast_adapter_dtype=not kept)
         model.base_model.set_adapter({"idle": "default", "chosen": "second", "both": ["default", "second"]}[second])
+    for name, p in model.named_parameters() if dtype is not None else ():
+        if "lora_" in name:
+            p.data = p.data.to(getattr(torch, dtype))
     return model.train()
 
 

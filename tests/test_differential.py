@@ -35,10 +35,10 @@ def check(case: Case) -> None:
         plain = train(case, copy.deepcopy(model), attached=False)
     except Exception as error:
         raise NotTrainable(f"{type(error).__name__}: {error}") from error
-    rough = case.dtype in HALF or case.autocast
+    rough = case.dtype in HALF or case.autocast or "adapter_dtype" in dict(case.lora)
     truth = train(case, copy.deepcopy(model).float(), attached=False, dtype=torch.float32) if rough else None
     found = train(case, model, attached=True)
-    compare_warnings(found, plain)
+    compare_warnings(case, found, plain)
     try:
         if truth is not None:
             compare_rough(found, plain, truth)
@@ -49,7 +49,7 @@ def check(case: Case) -> None:
             raise  # experts cannot be multiplied in float64
         # Some cases are that sensitive: nearer to float64 than PEFT is near enough.
         exact = train(case, copy.deepcopy(build(case)).double(), attached=False, dtype=torch.float64)
-        compare_rough(found, plain, exact, factor=3.0, floor=ROUNDING)
+        compare_rough(found, plain, exact, floor=ROUNDING)
     compare_what_is_left(case, found, plain)
 
 
@@ -70,7 +70,7 @@ def compare(found: Trace, plain: Trace) -> None:
                 near(f"round {i}: gradient of {name}", distance(found.gradients[i][name], g), allowed, g)
 
 
-def compare_rough(found: Trace, plain: Trace, truth: Trace, *, factor: float = 2.0, floor: float = 0.02) -> None:
+def compare_rough(found: Trace, plain: Trace, truth: Trace, *, factor: float = 3.0, floor: float = 0.03) -> None:
     """No further from a more precise training of the same weights than PEFT, up to a factor and a share of rounding."""
     same_kind(found, plain)
     for name, value in truth.values.items():
@@ -114,13 +114,14 @@ def same_kind(found: Trace, plain: Trace) -> None:
             )
 
 
-def compare_warnings(found: Trace, plain: Trace) -> None:
-    """Only celora's own, and each of those once."""
+def compare_warnings(case: Case, found: Trace, plain: Trace) -> None:
+    """Only celora's own, and each of those once for each time that it is attached."""
+    times = 1 + ("reattach" in case.between)
     new = [text for text in found.warned if text not in plain.warned]
     for text in new:
         if not text.startswith("celora:"):
             raise Difference(f"a warning that PEFT does not give: {text}")
-        if new.count(text) > 1:
+        if new.count(text) > times:
             raise Difference(f"said {new.count(text)} times: {text}")
 
 
@@ -159,6 +160,32 @@ def outside(module: nn.Module) -> dict[str, Any]:
     config = getattr(module, "config", None)
     told = {} if config is None else {"config": config.to_dict(), "attention": config._attn_implementation}
     return hooks | told | {"attributes": sorted(module.__dict__), "training": module.training, "class": type(module).__qualname__}
+
+
+# Every difference that was found, at its simplest.
+FOUND = {
+    "a pruned base layer": Case(acts=(("prune base", 0, 4),)),
+    "a base layer's forward replaced later": Case(acts=(("patch base", 1, 5),)),
+    "a base layer's input changed by a hook": Case(acts=(("pre-hook base", 1, 3),)),
+    "a base layer's backward hook": Case(acts=(("backward hook base", 0, 3),)),
+    "a backward hook where no input needs a gradient": Case(acts=(("backward hook base", 1, 1),)),
+    "positions of packed sequences beside a cache that is not used": Case(mask="packed"),
+    "a cache that is asked for": Case(extra=(("use_cache", True),)),
+    "two-sided attention in one call": Case(extra=(("is_causal", False),), mask="right"),
+    "two-sided attention in every layer": Case(acts=(("module is_causal", 0, 0),), mask="right"),
+    "two-sided attention by configuration": Case(acts=(("config is_causal", 0, 0),), mask="right"),
+    "a head's forward replaced later": Case(acts=(("patch head", 1, 0),)),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found(name: str) -> None:
+    check(FOUND[name])
+
+
+def test_a_case_is_printed_as_the_call_that_makes_it() -> None:
+    for case in FOUND.values():
+        assert eval(repr(case), {"Case": Case}) == case
 
 
 @settings(suppress_health_check=list(HealthCheck))
