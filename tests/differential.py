@@ -142,6 +142,9 @@ def _round(case: Case, trace: Trace, number: int, *, attached: bool, dtype: torc
             trace.values[f"round {number}, {micro}: input gradient"] = batch["inputs_embeds"].grad
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     trace.gradients.append({name: None if g is None else g.clone() for name, g in gradients.items()})
+    for p in trained:
+        if p.grad is not None:
+            p.grad.nan_to_num_(0, 0, 0)  # even a step of nothing would carry what is no number into the weights
     optimizer.step()
 
 
