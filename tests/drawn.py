@@ -145,7 +145,11 @@ def fits(case: Case) -> bool:
     causal = case.family not in ("bert", "t5")
     wide = case.width >= (6 if case.family in VISUAL else 1)
     copies = "layer_replication" in dict(case.lora)
-    return wide and (case.family in ("llama", "mistral") or not copies) and (causal or not ({"logits_to_keep", "shift_labels", "is_causal"} & names.keys()))
+    return (
+        wide
+        and (case.family in ("llama", "mistral") or not copies)
+        and (causal or not ({"logits_to_keep", "shift_labels", "is_causal"} & names.keys()))
+    )
 
 
 @st.composite

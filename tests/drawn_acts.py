@@ -165,7 +165,9 @@ def replace_head(model: PeftModel, k: int) -> None:
     causal = causal_of(model)
     old = causal.get_output_embeddings()
     if type(old) is nn.Linear:
-        new = nn.Linear(old.in_features, old.out_features, bias=k % 2 == 1, dtype=old.weight.dtype).requires_grad_(False)
+        new = nn.Linear(old.in_features, old.out_features, bias=k % 2 == 1, dtype=old.weight.dtype).requires_grad_(
+            False
+        )
         with torch.no_grad():
             new.weight.copy_(old.weight.flip(0))
             if new.bias is not None:

@@ -159,7 +159,11 @@ def outside(module: nn.Module) -> dict[str, Any]:
     }
     config = getattr(module, "config", None)
     told = {} if config is None else {"config": config.to_dict(), "attention": config._attn_implementation}
-    return hooks | told | {"attributes": sorted(module.__dict__), "training": module.training, "class": type(module).__qualname__}
+    return (
+        hooks
+        | told
+        | {"attributes": sorted(module.__dict__), "training": module.training, "class": type(module).__qualname__}
+    )
 
 
 # Every difference that was found, at its simplest.
