@@ -32,7 +32,6 @@ NAMES: dict[str, str] = {
     "torch:ops.onednn.qlinear_prepack": "8-bit products without celora's own kernels are slower",
     "torch.utils._python_dispatch:is_traceable_wrapper_subclass": "the memory of quantised and sharded tensors is not "
     "counted exactly",
-    "torch.utils._python_dispatch:is_in_torch_dispatch_mode": "attention is torch's own",
     "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu": "the backward of short sequences is torch's own",
     "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "the backward of short sequences is torch's",
     "transformers.loss.loss_utils:ForCausalLMLoss": "the loss is the model's own, with padding",
@@ -70,6 +69,7 @@ def _look_up(name: str) -> Any:
 
 @functools.cache
 def _say_missing(name: str) -> None:
+    library = name.partition(":")[0].partition(".")[0]
     warnings.warn(f"celora: this version of {library} has no {name.replace(':', '.')}, so {NAMES[name]}.", stacklevel=3)
 
 
