@@ -87,12 +87,9 @@ def _kept(trainer: Any, rows: list[dict[str, Any]], *, padded: bool = False) -> 
     batch = trainer.data_collator(rows)
     if padded:
         batch["attention_mask"][:, -1] = 0
+    batch |= {key: value.to(trainer.args.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
     with saved_for_backward(trainer.model) as saved, trainer.accelerator.autocast():
-        trainer.compute_loss(
-            trainer.model,
-            {key: value.to(trainer.args.device) if isinstance(value, torch.Tensor) else value
-             for key, value in batch.items()},
-        )  # fmt: skip
+        trainer.compute_loss(trainer.model, batch)
     return saved.nbytes
 
 
