@@ -219,8 +219,8 @@ class _InterruptedError(Exception):
 @pytest.mark.fault(
     "models",
     '`celora.audit(..., reference="float32")` ends early, or is interrupted while weights are float32',
-    "the exception itself",
-    "every weight, gradient and setting is the very one that it was",
+    sees="the exception itself",
+    kept="every weight, gradient and setting: the very ones that they were",
 )
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_model_is_itself_again_after_float32(interrupted: bool, batch: dict[str, torch.Tensor]) -> None:
