@@ -98,6 +98,20 @@ def test_a_number_in_a_sentence_leaves_the_sentence_whole() -> None:
         assert not re.search(r"^ *<!-- value:", path.read_text(encoding="utf-8"), flags=re.MULTILINE), path
 
 
+def test_tables_say_which_weights_are_random_and_of_how_many_blocks() -> None:
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for table in re.findall(r"<!-- table: \w+ -->\n(.*?)<!-- end -->", path.read_text(encoding="utf-8"), re.DOTALL):
+            for shape in set(re.findall(r"^\| (h\d+-v\d+k) \|", table, flags=re.MULTILINE)):
+                assert re.search(rf"{shape}: a Llama of random weights, hidden size [\d,]+, \d blocks, ", table), path
+
+
+def test_code_to_copy_begins_with_exact() -> None:
+    """`paper` learns least; whoever wants it names it."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").iterdir()]
+    attached = [re.findall(r"celora\.attach\([\w.]+, \\?\"(\w+)", path.read_text(encoding="utf-8")) for path in pages]
+    assert {preset for found in attached for preset in found} == {"exact", "auto"}
+
+
 def test_links_lead_somewhere() -> None:
     for name in ("README.md", "docs/how-it-works.md", "docs/speed.md", "docs/distributed.md"):
         page = ROOT / name
