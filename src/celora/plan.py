@@ -286,6 +286,8 @@ def label(setting: LayerConfig) -> str:
 
 def device_name(device: torch.device) -> str:
     """The accelerator's or the CPU's own name."""
+    if device.type == "mps":
+        return str(torch.backends.mps.get_name())
     if device.type != "cpu" and (ask := getattr(backend(device), "get_device_name", None)) is not None:
         return str(ask(device))
     return cpu_name()
