@@ -45,6 +45,7 @@ def machine(
         return (half if dtype == torch.bfloat16 else 1.0) * load(len(asked) - 1)
 
     monkeypatch.setattr(timing, "timed", took)
+    monkeypatch.setattr(timing, "_REST", 0)
     return asked
 
 

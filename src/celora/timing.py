@@ -14,6 +14,7 @@ from celora.device import accelerator, default_device
 
 _CLEARLY = 1.5  # times as long as float32's product: less is no reason to take twice the memory
 _TURNS, _MOST_TURNS = 9, 45  # of the two dtypes
+_REST = 2e-3  # seconds
 _WAITING = 2.0  # times as long as next to nothing, at the least, if what a device computes is waited for
 
 
@@ -102,11 +103,17 @@ def time_over_float32(dtype: torch.dtype, device: torch.device) -> float:
     except (RuntimeError, TypeError):  # older versions of macOS have no bfloat16 on MPS
         return math.inf
     while True:
-        turns += [(timed(calls[0], device), timed(calls[1], device)) for _ in range(_TURNS)]
+        turns += [(_rested(calls[0], device), _rested(calls[1], device)) for _ in range(_TURNS)]
         fastest = min(half for half, _ in turns) / min(single for _, single in turns)
         typical = statistics.median(half / single for half, single in turns)
         if (fastest > _CLEARLY) == (typical > _CLEARLY) or len(turns) >= _MOST_TURNS:
             return min(fastest, typical)
+
+
+def _rested(call: Callable[[], object], device: torch.device) -> float:
+    """`timed` after a short sleep, without which a busy system may interrupt the same one of two in every turn."""
+    time.sleep(_REST)
+    return timed(call, device)
 
 
 def slower_than_float32(dtype: torch.dtype, device: torch.device) -> bool:
