@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import types
 import warnings
 from collections.abc import Callable
@@ -100,3 +102,16 @@ def test_layers_whose_input_needs_no_gradient_are_no_reason_to_warn(model: PeftM
     """The first layer's q, k and v never see a gradient; others of their kind do."""
     celora.attach(model, HALF)
     train(model, 4)
+
+
+@pytest.mark.parametrize("moved", ["peft.tuners.hra", "peft.tuners.shira", "transformers.activations"])
+def test_a_module_that_moved_does_not_break_the_import(moved: str) -> None:
+    """In a process of its own, whose import of this module fails from celora on."""
+    code = f"""
+import sys, peft, transformers
+for name in [name for name in sys.modules if name == {moved!r} or name.startswith({moved + "."!r})]:
+    sys.modules[name] = None
+import celora
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -484,3 +484,105 @@ def test_backward_hooks_of_the_adapter_are_called() -> None:
     A.register_full_backward_hook(lambda *_: seen.append(1))
     run(model, x, g)
     assert seen == [1]
+
+
+def _never_asks(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """As a PEFT that has no variants of LoRA any more, or asks them somewhere else."""
+    result: Tensor = self.base_layer(x)
+    for name in self.active_adapters:
+        result = result + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
+    return result
+
+
+def _changes_the_output(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """As a PEFT that does something of its own between the base layer and its adapters."""
+    result: Tensor = self.base_layer(x).tanh()
+    for name in self.active_adapters:
+        if name in self.lora_variant:
+            result = self.lora_variant[name].forward(self, active_adapter=name, x=x, result=result)
+        else:
+            result = result + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
+    return result
+
+
+@pytest.mark.fault(
+    "models",
+    "a version of PEFT that computes its LoRA layers in another way than celora knows",
+    sees="nothing, or `PEFT's own path in ... layers` in the report",
+    kept="the result: PEFT's own path runs, and no adapter is applied twice or left out",
+)
+@pytest.mark.parametrize("forward", [_never_asks, _changes_the_output])
+def test_another_peft_gives_its_own_result(forward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, g = layer(), torch.randn(6, 12).double(), torch.randn(6, 20).double()
+    tuner = model.base_model.model[0]
+    monkeypatch.setattr(type(tuner), "forward", forward)
+    expected = run(model, x, g)
+    celora.attach(model, FUSED)
+    calls = fused_calls(model, monkeypatch)
+    found = run(model, x, g)
+    assert len(calls) == 1  # handed over, and not taken
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
+    assert tuner.lora_variant == {}
+    assert tuner.cast_input_dtype_enabled
+
+
+@pytest.mark.parametrize("name", ["lora_variant", "cast_input_dtype_enabled"])
+def test_a_peft_without_what_the_hand_over_needs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, g = layer(), torch.randn(6, 12).double(), torch.randn(6, 20).double()
+    tuner = model.base_model.model[0]
+    monkeypatch.setattr(type(tuner), "forward", _never_asks)
+    expected = run(model, x, g)
+    delattr(tuner, name)
+    report = celora.attach(model, FUSED)
+    assert any("this version of PEFT hands no layer over" in note for note in report.notes)
+    found = run(model, x, g)
+    assert all(found[of].equal(value) for of, value in expected.items())
+
+
+@pytest.mark.parametrize("where", ["base layer", "adapter", "hook"])
+def test_what_is_lent_is_put_back_after_an_error(where: str) -> None:
+    model, x = layer(), torch.randn(6, 12).double()
+    celora.attach(model, FUSED)
+    tuner = model.base_model.model[0]
+    expected = model(x)
+
+    def fail(*_: Any) -> None:
+        raise ValueError
+
+    if where == "base layer":
+        handle = tuner.base_layer.register_forward_pre_hook(fail)
+    elif where == "adapter":
+        handle = tuner.lora_A["default"].register_forward_hook(fail)
+    else:
+        handle = tuner.register_forward_hook(fail, prepend=True)
+    with pytest.raises(ValueError):
+        model(x)
+    assert tuner.lora_variant == {}
+    assert tuner.cast_input_dtype_enabled
+    handle.remove()
+    assert model(x).equal(expected)
+
+
+def test_a_copy_made_during_a_forward_is_whole() -> None:
+    """By a hook, in the middle of the call: the copy has no variant that nobody takes out."""
+    model, x = layer(), torch.randn(6, 12).double()
+    celora.attach(model, FUSED)
+    tuner = model.base_model.model[0]
+    copies: list[Any] = []
+    before = Lender.forward
+
+    def copying(self: Lender, module: Any, *args: Any, **kwargs: Any) -> Tensor:
+        copies.append(copy.deepcopy(module))
+        return before(self, module, *args, **kwargs)
+
+    Lender.forward = copying  # type: ignore[method-assign]
+    try:
+        expected = model(x).detach()
+    finally:
+        Lender.forward = before  # type: ignore[method-assign]
+    (copied,) = copies
+    torch.testing.assert_close(copied(x).detach(), expected)
+    assert tuner.lora_variant == copied.lora_variant == {}
+    assert copied.cast_input_dtype_enabled

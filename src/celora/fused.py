@@ -72,7 +72,7 @@ class Lender:
         self._known: tuple[str, Any, Any, Any] | None = None  # name and modules of the adapter that was lent before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"graft": self.graft, "lent": None, "output": None, "_casts": True, "_known": None}
+        return {**self.__dict__, "lent": None, "output": None, "_known": None}
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook (with kwargs) of the tuner layer."""
@@ -120,10 +120,11 @@ class Lender:
         self.settle(module)
 
     def settle(self, module: Any) -> None:
-        """Put back what is lent, of a forward too that was interrupted and never came to its end."""
-        if self.output is not None and self.lent is not None:
-            module.lora_variant.pop(self.lent[1], None)
-            module.cast_input_dtype_enabled = self._casts
+        """Put back what is lent, of a forward too that was interrupted, and in a copy that was made during one."""
+        for name, variant in list((getattr(module, "lora_variant", None) or {}).items()):
+            if isinstance(variant, Lender):
+                del module.lora_variant[name]
+                module.cast_input_dtype_enabled = variant._casts
         self.lent = self.output = self.graft.lender = None
 
     def _adapter(self, module: Any) -> Adapter | None:
