@@ -117,10 +117,11 @@ def check_model_folder(model: str) -> None:
         base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
         raise CELoraError(f"--model {model!r} is an adapter, not a model; give its base model {base!r}")
     if not (path / "config.json").exists() and (packed := next(path.glob("*.gguf"), None)):
+        unpacked = ", quantization_config=GgufConfig(dequantize=True)" * hasattr(transformers, "GgufConfig")
         raise CELoraError(
             f"--model {model!r} holds {packed.name}, whose weights are packed; unpack it once, model and tokenizer: "
-            f"AutoModelForCausalLM.from_pretrained({model!r}, gguf_file={packed.name!r}, "
-            "quantization_config=GgufConfig(dequantize=True)).save_pretrained(FOLDER), and give --model FOLDER"
+            f"AutoModelForCausalLM.from_pretrained({model!r}, gguf_file={packed.name!r}{unpacked})"
+            ".save_pretrained(FOLDER), and give --model FOLDER"
         )
     if not (path / "config.json").exists():
         raise CELoraError(f"--model {model!r} is not a model folder: it has no config.json")
