@@ -92,8 +92,11 @@ def test_inductor_gives_the_same_without_breaks_or_graphs_at_later_refreshes(set
     assert counts[1:] == [counts[1]] * 7
     assert not torch._dynamo.utils.counters["graph_break"]
     _train(eager, eager, 8)
+    # Sums in 8 bits are scaled in float32, and one of 33 x 48 numbers may be half-way between two of 127 steps: that is
+    # 127^-1 (33 x 48)^-1/2 = 2e-4 of a gradient below 1, at a learning rate of 0.1, in some of eight steps.
+    allowed = {"rtol": 0, "atol": 1e-4} if setting == "int8 tokens" else {}
     for name, value in adapter(eager).items():
-        torch.testing.assert_close(adapter(model)[name], value)
+        torch.testing.assert_close(adapter(model)[name], value, **allowed)
 
 
 def test_refreshes_that_take_turns_would_be_a_graph_each_so_all_refresh_at_once() -> None:
