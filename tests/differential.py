@@ -138,7 +138,7 @@ def _round(case: Case, trace: Trace, number: int, *, attached: bool, dtype: torc
             loss.backward(retain_graph=case.backward == "twice")
             if case.backward == "twice":
                 loss.backward()
-        if case.embeds == "grad":
+        if case.embeds == "grad" and case.backward != "grad":
             trace.values[f"round {number}, {micro}: input gradient"] = batch["inputs_embeds"].grad
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     trace.gradients.append({name: None if g is None else g.clone() for name, g in gradients.items()})
@@ -222,7 +222,8 @@ def _between(what: str, case: Case, trace: Trace, *, attached: bool, dtype: torc
         if what == "reattach":
             celora.detach(model)
         celora.attach(attachable(case, model), "exact")
-    elif what == "copy":
+    elif what == "copy" and not any(name.startswith(("patch", "prune")) for name, *_ in case.acts):
+        # What was patched would call the original.
         trace.model = copy.deepcopy(model)
     elif what == "state":
         model.load_state_dict(model.state_dict())

@@ -92,7 +92,7 @@ VISUAL = ("llava", "gemma3")
 # Names of adapted layers, in the families that have them; "all-linear" where there are none.
 TARGETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query", "value", "c_attn", "q", "v"],
-    "mlp": ["gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "wi_0", "wo", "intermediate.dense"],
+    "mlp": ["gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "wi_0", "wo"],
     "one": ["v_proj", "qkv_proj", "query", "c_attn", "v"],
     "last": ["down_proj", "fc2", "c_proj", "wo", "output.dense"],
     "head": ["q_proj", "qkv_proj", "query", "c_attn", "q", "lm_head", "classifier"],
@@ -125,7 +125,7 @@ def make_base(family: str, changes: tuple[tuple[str, Any], ...], attention: str,
 
 
 def adapt(base: PreTrainedModel, family: str, lora: dict[str, Any], seed: int) -> PeftModel:
-    """The model with its adapter; `lora` are fields of LoraConfig, and `targets`, `kept_dtype`, `second`, `adapter_dtype`."""
+    """The model with its adapter: fields of LoraConfig, and `targets`, `kept_dtype`, `second`, `adapter_dtype`."""
     fields = dict(lora)
     targets, kept = fields.pop("targets", "all-linear"), fields.pop("kept_dtype", False)
     second, dtype = fields.pop("second", ""), fields.pop("adapter_dtype", None)

@@ -159,11 +159,8 @@ def outside(module: nn.Module) -> dict[str, Any]:
     }
     config = getattr(module, "config", None)
     told = {} if config is None else {"config": config.to_dict(), "attention": config._attn_implementation}
-    return (
-        hooks
-        | told
-        | {"attributes": sorted(module.__dict__), "training": module.training, "class": type(module).__qualname__}
-    )
+    kind = {"class": type(module).__qualname__, "training": module.training, "attributes": sorted(module.__dict__)}
+    return kind | hooks | told
 
 
 # Every difference that was found, at its simplest.
@@ -175,6 +172,8 @@ FOUND = {
     "a backward hook where no input needs a gradient": Case(acts=(("backward hook base", 1, 1),)),
     "positions of packed sequences beside a cache that is not used": Case(mask="packed"),
     "a cache that is asked for": Case(extra=(("use_cache", True),)),
+    "a checkpoint of the whole model": Case(call="checkpointed", mask="right"),
+    "a checkpoint of a whole model with a loss of its own": Case(call="checkpointed", family="opt"),
     "two-sided attention in one call": Case(extra=(("is_causal", False),), mask="right"),
     "two-sided attention in every layer": Case(acts=(("module is_causal", 0, 0),), mask="right"),
     "two-sided attention by configuration": Case(acts=(("config is_causal", 0, 0),), mask="right"),

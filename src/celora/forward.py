@@ -14,7 +14,7 @@ import inspect
 import warnings
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,13 +43,18 @@ from celora.synchronise import gathers, largest_of_all
 
 _TRL = "fused_lm_head"  # TRL's trainers ask for log-probabilities instead of logits
 # Arguments that ask for something which only the model's own head can give.
-_REFUSED = ("cache", "past_key_values", "logits_to_keep", "shift_labels")
+_REFUSED = ("cache", "past_key_values", "use_cache", "logits_to_keep", "shift_labels")
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")  # also in the configuration
 # Arguments of a batch that is packed already, or that has no tokens.
 _UNPACKED = ("inputs_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _BATCH = ("input_ids", "attention_mask", "position_ids", "labels", "num_items_in_batch")
-_KNOWN = frozenset({*_BATCH, *_REFUSED, *_OUTPUTS, *_UNPACKED, _TRL, "use_cache", "return_dict", "ignore_index"})
+_KNOWN = frozenset({*_BATCH, *_REFUSED, *_OUTPUTS, *_UNPACKED, _TRL, "return_dict", "ignore_index"})
+_GRAPH_TASK = "torch._C:_current_graph_task_id"
 _NO_LOGITS = slice(0, 0)  # a tensor would have to be where the last of the model's layers is; a list is sent there
+
+
+def _nothing() -> None:
+    """A reference to nothing, that copies have, too."""
 
 
 @dataclass
@@ -100,12 +105,13 @@ class ModelGraft(Measured):
         self.smoothing = 0.0
         self._logits: Logits | None = None  # None until a call has been compared with the model's own head
         self._known: tuple[Any, ...] | None = None  # what was compared then
+        self._probed_by: Callable[[], Tensor | None] = _nothing  # the labels of that call
         self._refused = False
         self._left: set[str] = set()  # reasons that were said
         self._call: _Call | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_call": None, "_known": None}
+        return {**self.__dict__, "_call": None, "_known": None, "_probed_by": _nothing}
 
     def settle(self, module: nn.Module) -> None:
         """Forget a forward that was interrupted, and never came to its end."""
@@ -161,7 +167,8 @@ class ModelGraft(Measured):
         """Why a call with labels is not taken over, '' where the user knows; None if it is."""
         if torch.compiler.is_compiling():
             return "torch.compile is tracing it"
-        if self._refused or getattr(causal, "_is_replica", False) or not _at_hand(causal.get_output_embeddings()):
+        refused = self._refused and not self._again(labels)
+        if refused or getattr(causal, "_is_replica", False) or not _at_hand(causal.get_output_embeddings()):
             return ""
         if not _fit(labels, given) or any(_set(given.get(name)) for name in _REFUSED):
             return ""
@@ -202,18 +209,27 @@ class ModelGraft(Measured):
             passed[LENGTHS] = None  # not packed, and for our attention if that is faster
         keeps: Any = _NO_LOGITS
         known, probe = _known_by(causal, given), None
-        if known != self._known:
+        if known != self._known or self._again(labels):
             items = given.get("num_items_in_batch")
             probe = Probe(causal, shape, items, labels.device)
             keeps = probe.positions
             passed["labels"] = probe.labels
             if items is not None:
                 passed["num_items_in_batch"] = items
-        passed |= {"logits_to_keep": keeps, "use_cache": False}
+        passed["logits_to_keep"] = keeps
+        # Without a cache Transformers reads packed sequences out of positions without a mask; with one it does not.
+        if inputs is not None or given.get("position_ids") is None or given.get("attention_mask") is not None:
+            passed["use_cache"] = False
         if probe is not None:
             probe.enter(causal, self.at_head)
+            self._probed_by = weakref.ref(labels)
         self._call = _Call(module, given, next_labels, place, rows, shape, keeps, known, probe)
         return (), passed
+
+    def _again(self, labels: Tensor) -> bool:
+        """Whether this is a checkpoint of the call that probed: backward computes it again, as it was."""
+        graph_task = borrow(_GRAPH_TASK) if self._probed_by() is labels else None
+        return graph_task is not None and graph_task() != -1
 
     def body(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook of the decoder under the head."""
@@ -325,11 +341,12 @@ class ModelGraft(Measured):
 
     def _own(self, module: nn.Module, given: dict[str, Any]) -> Any:
         """What the model makes of this call by itself."""
-        refused, self._refused = self._refused, True
+        usual = self._refused, self._probed_by
+        self._refused, self._probed_by = True, _nothing
         try:
             return module(**given)
         finally:
-            self._refused = refused
+            self._refused, self._probed_by = usual
 
     def _packs(self, causal: Any, given: Mapping[str, Any], shape: torch.Size) -> bool:
         """Whether the batch of this call may be packed. Where the user would not expect why not, it is said."""
