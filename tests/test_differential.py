@@ -1,12 +1,14 @@
 """Whatever is trained, and however, `exact` is PEFT: losses and gradients of generated cases, and what is left behind.
 
-300 cases by default, the same every time; HYPOTHESIS_PROFILE=nightly trains 3,000 new ones.
+300 cases by default, the same every time; HYPOTHESIS_PROFILE=nightly trains 3,000 new ones, or DIFFERENTIAL_CASES of
+them. A failing case is printed as a call that can be put into `FOUND`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import os
 from typing import Any
 
 import hypothesis
@@ -191,7 +193,11 @@ def test_a_case_is_printed_as_the_call_that_makes_it() -> None:
         assert eval(repr(case), {"Case": Case}) == case
 
 
-@settings(suppress_health_check=list(HealthCheck))
+# Those of a profile's cases are for four tests of generated input, which are made sooner.
+CASES = {"ci": 300, "nightly": 3_000}[os.environ.get("HYPOTHESIS_PROFILE", "ci")]
+
+
+@settings(max_examples=int(os.environ.get("DIFFERENTIAL_CASES", CASES)), suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_exact_is_peft(case: Case) -> None:
     hypothesis.assume(fits(case))

@@ -33,7 +33,6 @@ NAMES: dict[str, str] = {
     "torch.utils._python_dispatch:is_traceable_wrapper_subclass": "the memory of quantised and sharded tensors is not "
     "counted exactly",
     "torch._C:_current_graph_task_id": "a checkpoint of a whole model's first call fails",
-    "torch.utils._python_dispatch:is_in_torch_dispatch_mode": "attention is torch's own",
     "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu": "the backward of short sequences is torch's own",
     "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "the backward of short sequences is torch's",
     "transformers.loss.loss_utils:ForCausalLMLoss": "the loss is the model's own, with padding",
@@ -43,8 +42,8 @@ NAMES: dict[str, str] = {
     "torch.nn.modules.module:_global_forward_hooks": "no layer is estimated or fused",
     "torch.nn.modules.module:_global_forward_pre_hooks": "no layer is estimated or fused",
     "torch.nn.modules.module:_has_any_global_hook": "norms and gates are not computed in one pass",
-    "torch.utils._python_dispatch:is_in_torch_dispatch_mode": "adapters are not fused with their layers, and norms, "
-    "gates and rotations are not computed in one pass",
+    "torch.utils._python_dispatch:is_in_torch_dispatch_mode": "adapters are not fused with their layers, norms, "
+    "gates and rotations are not computed in one pass, and attention is torch's own",
 }
 
 
