@@ -159,7 +159,8 @@ def inputs(case: Case, model: PeftModel, number: int, dtype: torch.dtype | None 
         batch["inputs_embeds"] = embeds.requires_grad_(case.embeds == "grad")
     usual = getattr(torch, case.dtype)
     for name, value in batch.items() if dtype is not None else ():
-        if isinstance(value, Tensor) and value.dtype == usual and name not in ("inputs_embeds", "attention_mask"):
+        plain = name == "inputs_embeds" or (name == "attention_mask" and value.dim() == 2)
+        if isinstance(value, Tensor) and value.dtype == usual and not plain:
             batch[name] = value.to(dtype)
     return batch
 

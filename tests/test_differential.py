@@ -7,6 +7,8 @@ them. A failing case is printed as a call that can be put into `FOUND`.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib
 import math
 import os
 from typing import Any
@@ -18,7 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 import celora
+from celora import forward, fused, packing
+from celora.attention import LENGTHS
 from celora.errors import CELoraError
+from celora.fused import lora_linear
+from celora.head import score_tokens
+from celora.packing import pack
 from differential import ROUNDING, Case, NotTrainable, Trace, build, call, inputs, same_masks, train
 from drawn import cases, fits
 from drawn_models import EXPERTS
@@ -186,6 +193,40 @@ FOUND = {
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found(name: str) -> None:
     check(FOUND[name])
+
+
+def _adapter(x: Tensor, output: Tensor, weight: Any, bias: Any, adapter: Any, layer: Any) -> Tensor:
+    wrong = dataclasses.replace(adapter, scaling=adapter.scaling * 1.0002)
+    return lora_linear(x, output, weight, bias, wrong, layer)
+
+
+def _head(*args: Any, **kwargs: Any) -> Any:
+    scores = score_tokens(*args, **kwargs)
+    return dataclasses.replace(scores, log_probs=scores.log_probs * 1.0002)
+
+
+def _packed(*args: Any) -> Any:
+    inputs = pack(*args)
+    return inputs if inputs is None else inputs | {LENGTHS: (sum(inputs[LENGTHS]),)}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrong"),
+    [
+        (fused, "lora_linear", _adapter),
+        (forward, "score_tokens", _head),
+        (packing, "pack", _packed),
+        (importlib.import_module("celora.attach"), "remove", lambda module: None),
+    ],
+    ids=["adapters", "head", "packing", "detach"],
+)
+def test_the_comparison_sees_mistakes(module: Any, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every path that `exact` takes, so each is taken; these are of two in ten thousand, where they have a size."""
+    case = Case(rows=3, width=13, mask="right")
+    check(case)
+    monkeypatch.setattr(module, name, wrong)
+    with pytest.raises(Difference):
+        check(case)
 
 
 def test_a_case_is_printed_as_the_call_that_makes_it() -> None:
