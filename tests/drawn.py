@@ -60,6 +60,9 @@ class Case:
         changed = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
         return f"Case({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # where hypothesis prints it
+
 
 BOOL = st.booleans()
 
