@@ -155,7 +155,8 @@ class ModelGraft(Measured):
         causal = _language_model(module)
         names = tuple(inspect.signature(type(causal).forward).parameters)[1:] if args else ()
         given = dict(zip(names, args, strict=False)) | kwargs
-        labels, trains = given.get("labels"), module.training and torch.is_grad_enabled()
+        # What is smoothed in training is smoothed in whatever else may be trained on, as by Trainer's smoother.
+        labels, trains = given.get("labels"), torch.is_grad_enabled() and (module.training or self.smoothing > 0)
         if not isinstance(labels, Tensor) or not (trains or given.get(_TRL)):
             return None
         if (reason := self._not_here(causal, given, labels)) is not None:
