@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bfloat16_tables
 import quality_tables
 import rows
 import sensitivity
@@ -548,6 +549,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sensitivity_network": sensitivity.NETWORK.table,
     "sensitivity_language_model": sensitivity.LANGUAGE_MODEL.table,
     **quality_tables.TABLES,
+    **bfloat16_tables.TABLES,
 }
 VALUES: dict[str, Callable[[], str]] = {
     "kept_by_auto_998": functools.partial(share_kept, "auto 0.998"),

@@ -1,0 +1,445 @@
+"""What bfloat16 costs the LoRA gradient, with PEFT and with celora, and which operation's rounding it is.
+
+Every gradient is compared with the one that the same weights have in float32 (`celora.upcast`). Models: SmolLM2 (135M,
+30 layers, text of `fidelity.py`), and two random Llamas, `planted`, with the activations of large models: outlier
+features in every token, and a first token with one massive coordinate that attracts the attention (`sharp`: nearly all
+of it). The base is in bfloat16, the adapters in float32 after a few exact steps. Three studies, each for several seeds
+and batches:
+
+* `gradient`: plain PEFT, `exact`, and its parts one at a time; PEFT and `exact` also on `neighbour` models, whose base
+  weights are one unit in the last place away. Between neighbours the true gradient is much the same, and each rounding
+  another: how much an arm's error differs among them is chance.
+* `rounding`: the float32 model, with the outcome of one kind of operation rounded to bfloat16 in the forward alone, or
+  what arrives at its inputs in the backward alone.
+* `training`: held-out loss (in float32) and the way from the first adapter to the last, of PEFT in bfloat16, of `exact`
+  in bfloat16, and of PEFT in float32, on the same batches.
+
+`python benchmarks/bfloat16.py [STUDY ...]` writes `results/bfloat16.jsonl`, row by row; an interrupted study goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+import celora
+import fidelity
+import rows
+from celora import CELoraConfig, passes
+from celora.audit import Fidelity, gradient, trainable
+from celora.train.assets import demo_model
+from celora.upcast import in_float32
+
+RESULTS = rows.RESULTS / "bfloat16.jsonl"
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WARM_UP = 8
+Batch = dict[str, Tensor]
+Gradient = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that is studied: its base, its batches, and how much of it is asked."""
+
+    base: Callable[[int], nn.Module]
+    batches: Callable[[int], list[Batch]]
+    rate: float
+    neighbours: int
+    batches_judged: int = 5
+
+
+def smollm2(seed: int) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.bfloat16)
+
+
+def text(seed: int) -> list[Batch]:
+    fidelity.BATCH, fidelity.TOKENS = 1, 256
+    return fidelity.text_batches(seed)
+
+
+@torch.no_grad()
+def planted(seed: int, *, hidden: int, layers: int, gain: float, sink: float, massive: float = 200.0) -> nn.Module:
+    """A random Llama with planted outliers, whose weights are `gain` times those that keep a norm.
+
+    Six features have the same large value in every token (Dettmers et al. 2022) and small norm weights. Token 0, which
+    begins every row, has one coordinate `massive` times the usual (Sun et al. 2024); keys see it, and queries seek it
+    with a strength that grows with `sink` squared.
+    """
+    torch.manual_seed(seed)
+    heads, words, inner = 4, 1024, 11 * hidden // 4
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=2, vocab_size=words, use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            p.normal_(0, (gain if "_proj" in name else 1) / math.sqrt(hidden if "embed" not in name else 1))
+        if "down_proj" in name:
+            p.mul_(math.sqrt(hidden / inner))
+    embedding, size = model.model.embed_tokens.weight, hidden // heads
+    features = torch.randperm(hidden)[:6]
+    embedding[:, features] += 6 * torch.randn(6).sign()
+    embedding[0] *= 0.1
+    embedding[0, features[0]] = massive
+    common = embedding[1:, features].mean(0)  # what the queries of all other tokens have in common
+    slow = torch.zeros(size)
+    slow[[size // 2 - 1, size - 1]] = 1  # the coordinates that positions turn least
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.uniform_(0.8, 1.2)
+            norm.weight[features] = 0.1
+        attention: Any = layer.self_attn
+        seeks = sink * slow[:, None] * (common / common.square().sum())[None] / 0.1
+        attention.q_proj.weight[:, features] += seeks.repeat(heads, 1)
+        attention.k_proj.weight[:, features[0]] += (sink * slow / (0.1 * math.sqrt(hidden))).repeat(2)
+    return model.to(torch.bfloat16)
+
+
+def zipf(seed: int) -> list[Batch]:
+    """Rows of 256 words drawn by Zipf's law, each after token 0."""
+    draw = torch.Generator().manual_seed(seed)
+    words = torch.multinomial(1 / torch.arange(2, 1025).float(), 40 * 2 * 255, replacement=True, generator=draw) + 1
+    tokens = nn.functional.pad(words.view(40, 2, 255), (1, 0))
+    return [{"input_ids": of, "labels": of.clone()} for of in tokens]
+
+
+MODELS = {
+    "SmolLM2-135M": Model(smollm2, text, rate=5e-4, neighbours=1),
+    "planted": Model(partial(planted, hidden=256, layers=12, gain=1.5, sink=3), zipf, rate=1e-3, neighbours=4),
+    "planted, sharp": Model(partial(planted, hidden=128, layers=16, gain=1.4, sink=32), zipf, rate=1e-3, neighbours=4),
+}
+
+
+def prepared(name: str, seed: int) -> tuple[PeftModel, list[Batch]]:
+    """The model after the exact warm-up steps, and the batches that follow."""
+    of = MODELS[name]
+    batches = of.batches(seed)
+    base = of.base(seed)
+    torch.manual_seed(seed)
+    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR)).train()
+    fidelity.exact_steps(model, batches[:WARM_UP], rate=of.rate)
+    return model, batches[WARM_UP : WARM_UP + of.batches_judged]
+
+
+@contextmanager
+def attached(model: PeftModel, config: str | CELoraConfig, *parts: str) -> Iterator[None]:
+    """celora with only these parts of what `fused` stands for: "adapters", and passes by name."""
+    known = passes.known
+    with ExitStack() as stack:
+        if parts:
+            chosen = lambda of: {m: kind for m, kind in known(of).items() if kind.name in parts}  # noqa: E731
+            stack.enter_context(mock.patch.object(passes, "known", chosen))
+            if "adapters" not in parts:
+                stack.enter_context(mock.patch("celora.attach.fuses", return_value=False))
+        celora.attach(model, config)
+    try:
+        yield
+    finally:
+        celora.detach(model)
+
+
+FUSED = CELoraConfig(estimator="dense", fused=True)
+WHOLE = CELoraConfig(estimator="dense", labelled_head=True, padding_free=True, zero_tokens=True)
+ARMS: dict[str, Callable[[PeftModel], Any]] = {
+    "PEFT": lambda _: nullcontext(),
+    "exact": lambda model: attached(model, "exact"),
+    "adapters": lambda model: attached(model, FUSED, "adapters"),
+    "norms": lambda model: attached(model, FUSED, passes.Norm.name),
+    "gates": lambda model: attached(model, FUSED, passes.Gate.name),
+    "rotations": lambda model: attached(model, FUSED, passes.Rotation.name),
+    "head, padding, zero tokens": lambda model: attached(model, WHOLE),
+}
+
+
+@contextmanager
+def neighbour(model: PeftModel, number: int) -> Iterator[None]:
+    """For a while, another model close by: every base weight one unit in its last place up or down, at random.
+
+    Number 0 is the model itself. A neighbour computes nearly the same, but rounds every number anew.
+    """
+    draw = torch.Generator().manual_seed(number)
+    kept = [(p, p.data) for p in model.parameters() if p.dtype == torch.bfloat16 and p.dim() == 2] if number else []
+    for p, data in kept:
+        sign = torch.randint(0, 2, data.shape, generator=draw, dtype=torch.int16) * 2 - 1
+        p.data = (data.view(torch.int16) + sign * (data != 0)).view(torch.bfloat16)
+    try:
+        yield
+    finally:
+        for p, data in kept:
+            p.data = data
+
+
+def gradient_of(model: PeftModel, batch: Batch) -> tuple[Gradient, float]:
+    found = gradient(model, [batch], None, trainable(model))
+    model.zero_grad()
+    return found
+
+
+@contextmanager
+def watched(model: PeftModel) -> Iterator[list[Tensor]]:
+    """The hidden states after each block of the forward inside, (T, hidden) each."""
+    seen: list[Tensor] = []
+    blocks = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
+    keep = lambda *of: seen.append((of[2] if isinstance(of[2], Tensor) else of[2][0]).detach().float().flatten(0, 1))  # noqa: E731
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def furthest_token(found: list[Tensor], true: list[Tensor]) -> dict[str, Any]:
+    """The token whose hidden state is furthest off after some block: how far, and how far a usual one is there."""
+    errors = torch.stack([(f - t).norm(dim=1) / t.norm(dim=1) for f, t in zip(found, true, strict=True)])
+    block, token = divmod(int(errors.argmax()), errors.shape[1])
+    usual = float(errors[block].median())
+    return {
+        "token_error": round(float(errors.max()), 5),
+        "usual_error": round(usual, 5),
+        "token": token,
+        "block": block,
+    }
+
+
+def judged(found: Gradient, true: Gradient) -> dict[str, float]:
+    of = Fidelity.of([(found[name], true[name]) for name in true])
+    return {name: round(value, 5) for name, value in dataclasses.asdict(of).items()}
+
+
+def each_batch(study: str, seeds: list[int], models: list[str]) -> Iterator[tuple[dict[str, Any], PeftModel, Batch]]:
+    """Every batch that the study has no rows of yet, with its model."""
+    for seed in seeds:
+        for name in models:
+            done = {
+                r["batch"] for r in rows.found(RESULTS) if (r["study"], r["model"], r["seed"]) == (study, name, seed)
+            }
+            if done >= set(range(MODELS[name].batches_judged)):
+                continue
+            model, batches = prepared(name, seed)
+            for i, batch in enumerate(batches):
+                if i not in done:
+                    yield {"study": study, "model": name, "seed": seed, "batch": i}, model, batch
+
+
+def gradient_study(seeds: list[int], models: list[str]) -> None:
+    for key, model, batch in each_batch("gradient", seeds, models):
+        found = []
+        for number in range(1 + MODELS[key["model"]].neighbours):
+            with neighbour(model, number):
+                with in_float32(model), watched(model) as states:
+                    true, value = gradient_of(model, batch)
+                norm = math.sqrt(sum(float(g.double().square().sum()) for g in true.values()))
+                of = key | {"neighbour": number}
+                found.append(of | {"arm": "float32", "norm": round(norm, 5), "loss": round(value, 5)})
+                for arm, context in ARMS.items():
+                    if number == 0 or arm in ("PEFT", "exact"):
+                        with context(model), watched(model) if arm == "PEFT" else nullcontext() as own:
+                            g, value = gradient_of(model, batch)
+                        found.append(of | {"arm": arm, "loss": round(value, 5)} | judged(g, true))
+                        if arm == "PEFT":
+                            found[-1] |= furthest_token(own, states)
+        save(found)
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: bool, backward: bool) -> Tensor:
+        ctx.backward_too = backward
+        return x.bfloat16().float() if forward else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad.bfloat16().float() if ctx.backward_too else grad, None, None
+
+
+# Where a kind of operation takes place (the kind of the innermost module), and what the operation is called there.
+OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "products": (("base layer",), ("linear",)),
+    "adapters": (("adapter",), ("linear", "add", "__add__", "__radd__")),
+    "norms": (("norm",), ("mul", "__mul__", "__rmul__")),
+    "rotations": (("attention",), ("mul", "__mul__", "__rmul__", "add", "__add__")),
+    "attention": (("attention",), ("scaled_dot_product_attention",)),
+    "gates": (("gate", "block"), ("silu", "mul", "__mul__")),
+    "residual stream": (("decoder layer",), ("add", "__add__")),
+    "head": (("head",), ("linear",)),
+}
+BLOCKS = {"first three blocks": range(3), "other blocks": range(3, 1000)}
+DIRECTIONS = {"forward": (True, False), "backward": (False, True), "both": (True, True)}
+
+
+class Rounding(TorchFunctionMode):
+    """Round what operations of these kinds return, and what reaches their inputs in backward, as bfloat16 would."""
+
+    def __init__(
+        self, model: nn.Module, operations: tuple[str, ...], direction: str, blocks: range = range(1000)
+    ) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.operations, (self.forward, self.backward) = operations, DIRECTIONS[direction]
+        self.model, self.inside, self.handles = model, [""], []
+
+    def __enter__(self) -> Any:
+        for name, module in self.model.named_modules():
+            block = next((int(part) for part in name.split(".") if part.isdigit()), 999)  # head and angles go last
+            kind = _kind(name, module) if block in self.blocks else ""
+            if kind == "angles":
+                if self.forward and "rotations" in self.operations:
+                    self.handles.append(
+                        module.register_forward_hook(lambda *of: tuple(t.bfloat16().float() for t in of[2]))
+                    )
+            elif kind:
+                before = module.register_forward_pre_hook(lambda *_, kind=kind: self.inside.append(kind))
+                self.handles += [before, module.register_forward_hook(lambda *_: self._leave())]
+        return super().__enter__()
+
+    def _leave(self) -> None:
+        self.inside.pop()
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        for handle in self.handles:
+            handle.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        chosen = any(
+            self.inside[-1] in places and name in names
+            for places, names in (OPERATIONS[operation] for operation in self.operations)
+        )
+        if not chosen:
+            return func(*args, **kwargs)
+
+        def rounded(forward: bool, backward: bool) -> Callable[[Tensor], Tensor]:
+            return lambda x: x if x.is_leaf and x.requires_grad else _Rounded.apply(x, forward, backward)
+
+        if self.backward:
+            args = tree_map_only(Tensor, rounded(False, True), args)
+        return (
+            tree_map_only(Tensor, rounded(True, False), func(*args, **kwargs))
+            if self.forward
+            else func(*args, **kwargs)
+        )
+
+
+def _kind(name: str, module: nn.Module) -> str:
+    """Where we are inside this module, if it matters."""
+    last, called = name.rpartition(".")[2], type(module).__name__
+    if isinstance(module, LoraLayer) or ".lora_A." in name:
+        return "adapter"
+    if ".lora_B." in name:
+        return "neither"  # its input is in float32
+    ends = {"base_layer": "base layer", "lm_head": "head", "self_attn": "attention", "act_fn": "gate", "mlp": "block"}
+    if called.endswith("RMSNorm"):
+        return "norm"
+    if called.endswith("RotaryEmbedding"):
+        return "angles"
+    return "decoder layer" if called.endswith("DecoderLayer") else ends.get(last, "")
+
+
+def rounding_study(seeds: list[int], models: list[str]) -> None:
+    wanted = [("everything", direction) for direction in DIRECTIONS]
+    wanted += [("first three blocks", "forward"), ("other blocks", "forward")]
+    wanted += [(operation, direction) for operation in OPERATIONS for direction in ("forward", "backward")]
+    for key, model, batch in each_batch("rounding", seeds, models):
+        found = [key | {"arm": "PEFT", "direction": "both"}]
+        peft, _ = gradient_of(model, batch)
+        with in_float32(model):
+            true, _ = gradient_of(model, batch)
+            found[0] |= judged(peft, true)
+            for operation, direction in wanted:
+                kinds = (operation,) if operation in OPERATIONS else tuple(OPERATIONS)
+                with Rounding(model, kinds, direction, BLOCKS.get(operation, range(1000))):
+                    g, _ = gradient_of(model, batch)
+                found.append(key | {"arm": operation, "direction": direction} | judged(g, true))
+        save(found)
+
+
+def save(found: list[dict[str, Any]]) -> None:
+    """The rows of one batch, together."""
+    for row in found:
+        rows.append(RESULTS, row | rows.conditions())
+    shown = {f"{r['arm']} {r.get('direction', r.get('neighbour', ''))}": r["cosine"] for r in found if "cosine" in r}
+    print({key: found[0][key] for key in ("study", "model", "seed", "batch")}, shown, flush=True)
+
+
+STEPS, RATE, TRAINED_ON, HELD_OUT = 60, 5e-4, 128, 6  # tokens of a step; held-out batches
+
+
+def training_study(seeds: list[int], models: list[str]) -> None:
+    """Train the same adapter on the same batches in three ways; always on SmolLM2."""
+    done = {row["seed"] for row in rows.found(RESULTS) if row["study"] == "training"}
+    fidelity.BATCH, fidelity.TOKENS = 1, TRAINED_ON
+    everything = fidelity.text_batches(0)
+    held_out, rest = everything[:HELD_OUT], everything[HELD_OUT:]
+    for seed in [seed for seed in seeds if seed not in done]:
+        order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))[:STEPS].tolist()
+        found, ways = [], {}
+        for arm in ("float32", "PEFT", "exact"):  # the others are compared with the first
+            torch.manual_seed(seed)
+            model = get_peft_model(smollm2(seed), LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR)).train()
+            first = {name: p.detach().clone() for name, p in trainable(model).items()}
+            before = judge(model, held_out)
+            with in_float32(model) if arm == "float32" else ARMS[arm](model):
+                optimize(model, [rest[i] for i in order])
+            ways[arm] = {name: p.detach() - first[name] for name, p in trainable(model).items()}
+            row = {"study": "training", "model": "SmolLM2-135M", "seed": seed, "batch": 0, "arm": arm, "steps": STEPS}
+            row |= {"before": before, "after": judge(model, held_out)} | judged(ways[arm], ways["float32"])
+            print(row, flush=True)
+            found.append(row)
+        save(found)
+
+
+def optimize(model: PeftModel, batches: list[Batch]) -> None:
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
+    for batch in batches:
+        model(**batch).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def judge(model: PeftModel, batches: list[Batch]) -> float:
+    """The mean loss of these batches, in float32 whatever the model trains in."""
+    model.eval()
+    with in_float32(model):
+        loss = statistics.fmean(float(model(**batch).loss) for batch in batches)
+    model.train()
+    return round(loss, 5)
+
+
+STUDIES = {"gradient": gradient_study, "rounding": rounding_study, "training": training_study}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("studies", nargs="*", choices=list(STUDIES), default=list(STUDIES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+    for study in options.studies:
+        STUDIES[study](options.seeds, options.models)
+
+
+if __name__ == "__main__":
+    main()
