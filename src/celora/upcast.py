@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from celora.errors import CELoraError
 from celora.memory import available_memory
@@ -22,6 +21,7 @@ from celora.synchronise import in_company
 
 _HALF = (torch.bfloat16, torch.float16)
 _SUFFICIENT = (torch.float32, torch.float64)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 def _rates(module: nn.Module) -> dict[str, float]:
     """The dropout rates that this module keeps as attributes."""
-    own = ("p",) if isinstance(module, _DropoutNd) else ()
+    own = ("p",) if isinstance(module, _DROPOUTS) else ()
     named = {name: value for name, value in vars(module).items() if name in own or name.endswith("dropout")}
     return {name: value for name, value in named.items() if isinstance(value, float)}
 
