@@ -250,6 +250,8 @@ def _between(what: str, case: Case, trace: Trace, *, attached: bool, dtype: torc
         model.eval()
         embeds = causal_of(model).get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
         if not {"llava", "gemma3"} & {case.family}:
+            if case.smoothing:  # which is of the loss, where the head does it
+                batch.pop("labels", None)
             output = call(case, model, {**batch, "inputs_embeds": embeds})
             first = output[0] if isinstance(output, tuple) or output.get("loss") is None else output["loss"]
             (found,) = torch.autograd.grad(first.float().square().mean(), embeds)

@@ -169,8 +169,9 @@ def cases(draw: st.DrawFn) -> Case:
     if "layers_to_transform" in lora:
         lora.setdefault("targets", "attention")
     act = st.tuples(st.sampled_from(list(ACTS)), st.integers(0, 2), st.integers(0, 5))
-    masks = ["none", "right", "left", "ones", "holes", "empty", "packed", "block", "both"]
-    labels = ["all", "prompt", "some", "last", "first", "anywhere", "none", "absent"]
+    # More than once what is packed.
+    masks = ["none", "right", "left", "ones", "right", "left", "holes", "empty", "packed", "block", "both"]
+    labels = ["all", "prompt", "some", "all", "prompt", "last", "first", "anywhere", "none", "absent"]
     smoothing = draw(rarely(st.sampled_from(["trainer", "celora"]), "", 8))
     items = draw(rarely(st.sampled_from(["int", "tensor"]), "", 4))
     return Case(
