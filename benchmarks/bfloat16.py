@@ -193,12 +193,20 @@ def gradient_of(model: PeftModel, batch: Batch) -> tuple[Gradient, float]:
 
 
 @contextmanager
-def watched(model: PeftModel) -> Iterator[list[Tensor]]:
-    """The hidden states after each block of the forward inside, (T, hidden) each."""
-    seen: list[Tensor] = []
-    blocks = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
-    keep = lambda *of: seen.append((of[2] if isinstance(of[2], Tensor) else of[2][0]).detach().float().flatten(0, 1))  # noqa: E731
-    handles = [block.register_forward_hook(keep) for block in blocks]
+def watched(model: PeftModel) -> Iterator[dict[str, Tensor]]:
+    """The gradient of the hidden states after each block of the backward inside, by the block's name: (T, hidden)."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            if hidden.requires_grad:
+                hidden.register_hook(lambda grad: seen.update({name: grad.detach().float().flatten(0, 1)}))
+
+        return hook
+
+    blocks = {name: m for name, m in model.named_modules() if type(m).__name__.endswith("DecoderLayer")}
+    handles = [block.register_forward_hook(keep(name)) for name, block in blocks.items()]
     try:
         yield seen
     finally:
@@ -206,16 +214,15 @@ def watched(model: PeftModel) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def furthest_token(found: list[Tensor], true: list[Tensor]) -> dict[str, Any]:
-    """The token whose hidden state is furthest off after some block: how far, and how far a usual one is there."""
-    errors = torch.stack([(f - t).norm(dim=1) / t.norm(dim=1) for f, t in zip(found, true, strict=True)])
-    block, token = divmod(int(errors.argmax()), errors.shape[1])
-    usual = float(errors[block].median())
+def heaviest_token(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, Any]:
+    """Of the hidden states' gradients, the largest share of a block's squared error that one token has."""
+    shares = {name: (found[name] - true[name]).square().sum(1) for name in true}
+    shares = {name: share / share.sum() for name, share in shares.items()}
+    name = max(shares, key=lambda name: float(shares[name].max()))
     return {
-        "token_error": round(float(errors.max()), 5),
-        "usual_error": round(usual, 5),
-        "token": token,
-        "block": block,
+        "token_share": round(float(shares[name].max()), 5),
+        "token": int(shares[name].argmax()),
+        "block": int(name.rpartition(".")[2]),
     }
 
 
@@ -255,7 +262,7 @@ def gradient_study(seeds: list[int], models: list[str]) -> None:
                             g, value = gradient_of(model, batch)
                         found.append(of | {"arm": arm, "loss": round(value, 5)} | judged(g, true))
                         if arm == "PEFT":
-                            found[-1] |= furthest_token(own, states)
+                            found[-1] |= heaviest_token(own, states)
         save(found)
 
 

@@ -46,7 +46,8 @@ def chance() -> str:
         by_batch = [
             statistics.fmean(r for key, r in zip(of["PEFT"], ratios, strict=True) if key[:2] == b) for b in batches
         ]
-        middle, error = statistics.fmean(by_batch), statistics.stdev(by_batch) / math.sqrt(len(by_batch))
+        middle, several = statistics.fmean(by_batch), len(by_batch) > 1
+        error = statistics.stdev(by_batch) / math.sqrt(len(by_batch)) if several else math.inf
         spread = [
             max(errors) / min(errors)
             for batch in batches
@@ -57,7 +58,8 @@ def chance() -> str:
                 model,
                 str(len(ratios)),
                 f"{sum(r < 0 for r in ratios)} of {len(ratios)}",
-                f"{math.exp(middle):.3f} ({math.exp(middle - 2 * error):.3f} to {math.exp(middle + 2 * error):.3f})",
+                f"{math.exp(middle):.3f}"
+                + (f" ({math.exp(middle - 2 * error):.3f} to {math.exp(middle + 2 * error):.3f})" if several else ""),
                 f"{statistics.median(spread):.2f} ({max(spread):.2f})",
             ]
         )
