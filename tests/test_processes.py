@@ -135,7 +135,7 @@ def test_one_of_several_processes_leaves_without_waiting_for_threads():
         [sys.executable, "-c", script], env=several, capture_output=True, text=True, timeout=120, check=False
     )
     assert left.returncode == 2
-    assert "error: --model is missing" in left.stderr
+    assert "error: --model and --data and --output are missing" in left.stderr
     assert left.stdout == "done\n"
 
 
