@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from celora.attach import require
 from celora.cli import main
-from celora.train import run
+from celora.train import planning, run
 
 USUAL = ["--max_steps", "6", "--save_steps", "3", "--per_device_train_batch_size", "2", "--learning_rate", "1e-2"]
 COLUMNS = '{"estimator": "columns", "keep_ratio": 0.4, "rank": 4, "refresh_every": 2, "synchronise": true}'
@@ -55,19 +55,19 @@ class Noted(TrainerCallback):  # type: ignore[misc]
 
 def planned_in_each(folder: Path) -> None:
     """A run with preset auto that leaves the plan of each process, with its evidence, which never comes out twice."""
-    plan = run._plan
+    plan = planning.make_plan
 
     def noted(*args: Any) -> Any:
         found = plan(*args)
         (folder / f"plan.{os.environ['RANK']}.json").write_text(json.dumps(found.to_dict()), encoding="utf-8")
         return found
 
-    run._plan = noted
+    planning.make_plan = noted
     try:
         short = ["--preset", "auto", "--fidelity", "0.998", "--max_steps", "2", "--save_strategy", "no"]
         assert train(folder, "auto", *short, callback=Noted(folder / "auto")) == 0
     finally:
-        run._plan = plan
+        planning.make_plan = plan
 
 
 def train(folder: Path, name: str, *more: str, data: str = "rows.jsonl", callback: Any = None) -> int:
