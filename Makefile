@@ -31,8 +31,9 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 # What the results of a layer, a loss or a model depend on the CPU for.
-NUMERICS := $(addprefix tests/test_,$(addsuffix .py,attach attention audit columns compile dense factor forward fused \
-	graft head numerical_safety packing passes plan planner products reference select state tokens weights))
+NUMERICS := $(addprefix tests/test_,$(addsuffix .py,attach attention audit bypass columns compile dense differential \
+	factor forward fused graft head lookup numerical_safety others packing passes plan planner products recognise \
+	reference select state tokens trial weights))
 # An older CPU, or a limit for another: make test-plain LIMITS="ONEDNN_MAX_CPU_ISA=AVX512_CORE".
 LIMITS ?= ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 CELORA_KERNELS=0
 
@@ -40,7 +41,7 @@ test-plain: $(STAMP)
 	env $(LIMITS) $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(NUMERICS)
 
 # What works with other libraries: their versions decide about these files, and about no others.
-CORE := $(NUMERICS) $(addprefix tests/test_,$(addsuffix .py,arguments bypass callback checkpointing cli data distributed \
+CORE := $(NUMERICS) $(addprefix tests/test_,$(addsuffix .py,arguments borrowed callback checkpointing cli data distributed \
 	gguf loading processes run saving stock_eval template truncation variants))
 
 # An environment of its own each: what is declared is what is tested. Old versions warn of what has gone since.
