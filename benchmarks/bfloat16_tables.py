@@ -101,6 +101,8 @@ def rounding() -> str:
 def training() -> str:
     """Held-out loss after training in three ways, and how near the way is to float32's."""
     found = _of("training")
+    if not found:
+        return "Not measured yet."
     seeds = sorted({row["seed"] for row in found})
     body = []
     for arm in dict.fromkeys(row["arm"] for row in found):
