@@ -1,7 +1,7 @@
 """Causal attention on CPU: torch's flash attention, with its own backward and with a float32 one, and our tiles.
 
 For each length, forward and backward of 1,024 packed tokens, or of one sequence, 16 heads of 64 in bfloat16, taking
-turns. Writes `results/attention.jsonl`; `celora.attention` takes tiles where the CPU has matrix instructions, elsewhere
+turns. Writes `results/attention.jsonl`; `celora.modeling.attention` takes tiles where the CPU has matrix instructions, elsewhere
 the float32 backward up to the length where it stops paying.
 """
 
@@ -14,9 +14,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import rows
-from celora import attention, kernels
-from celora.timing import interleaved
-from celora.train.allocator import keep_freed_memory
+from celora.kernels.c import attention as kernels
+from celora.machine.allocator import keep_freed_memory
+from celora.machine.timing import interleaved
+from celora.modeling import attention
 
 TOKENS, HEADS, SIZE = 1024, 16, 64
 TILES_PAY = attention._tiles_pay

@@ -1,6 +1,6 @@
 """What bfloat16 costs the LoRA gradient, with PEFT and with celora, and which operation's rounding it is.
 
-Every gradient is compared with the one that the same weights have in float32 (`celora.upcast`). Models: SmolLM2 (135M,
+Every gradient is compared with the one that the same weights have in float32 (`celora.planning.upcast`). Models: SmolLM2 (135M,
 30 layers, text of `fidelity.py`), and two random Llamas, `planted`, with the activations of large models: outlier
 features in every token, and a first token with one massive coordinate that attracts the attention (`sharp`: nearly all
 of it). The base is in bfloat16, the adapters in float32 after a few exact steps. Three studies, each for several seeds
@@ -41,10 +41,15 @@ from transformers.utils import logging
 import celora
 import fidelity
 import rows
-from celora import CELoraConfig, passes
-from celora.audit import Fidelity, gradient, trainable
-from celora.train.assets import demo_model
-from celora.upcast import in_float32
+from celora import CELoraConfig
+from celora.modeling.passes import gate as gate_module
+from celora.modeling.passes import known as passes
+from celora.modeling.passes import norm as norm_module
+from celora.modeling.passes import rotation as rotation_module
+from celora.planning.fidelity import Fidelity
+from celora.planning.gradients import gradient, trainable
+from celora.planning.upcast import in_float32
+from celora.studies.assets import demo_model
 
 RESULTS = rows.RESULTS / "bfloat16.jsonl"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -147,7 +152,7 @@ def attached(model: PeftModel, config: str | CELoraConfig, *parts: str) -> Itera
             chosen = lambda of: {m: kind for m, kind in known(of).items() if kind.name in parts}  # noqa: E731
             stack.enter_context(mock.patch.object(passes, "known", chosen))
             if "adapters" not in parts:
-                stack.enter_context(mock.patch("celora.attach.fuses", return_value=False))
+                stack.enter_context(mock.patch("celora.modeling.survey.fuses", return_value=False))
         celora.attach(model, config)
     try:
         yield
@@ -161,9 +166,9 @@ ARMS: dict[str, Callable[[PeftModel], Any]] = {
     "PEFT": lambda _: nullcontext(),
     "exact": lambda model: attached(model, "exact"),
     "adapters": lambda model: attached(model, FUSED, "adapters"),
-    "norms": lambda model: attached(model, FUSED, passes.Norm.name),
-    "gates": lambda model: attached(model, FUSED, passes.Gate.name),
-    "rotations": lambda model: attached(model, FUSED, passes.Rotation.name),
+    "norms": lambda model: attached(model, FUSED, norm_module.Norm.name),
+    "gates": lambda model: attached(model, FUSED, gate_module.Gate.name),
+    "rotations": lambda model: attached(model, FUSED, rotation_module.Rotation.name),
     "head, padding, zero tokens": lambda model: attached(model, WHOLE),
 }
 

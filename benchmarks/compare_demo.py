@@ -14,10 +14,10 @@ from pathlib import Path
 from subprocess import run
 
 import rows
-from celora.timing import faster_dtype
-from celora.train import demo
-from celora.train.assets import demo_model
-from celora.train.sentiment import splits, to_rows
+from celora.machine.timing import faster_dtype
+from celora.studies import demo
+from celora.studies.assets import demo_model
+from celora.studies.sentiment import splits, to_rows
 
 RESULTS = rows.RESULTS / "compare-demo.jsonl"
 STEPS = 80  # of the demo's 120: nine runs in less than 25 minutes

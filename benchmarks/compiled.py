@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import celora
 import rows
 from celora import CELoraConfig
-from celora.timing import percentiles, timed
+from celora.machine.timing import percentiles, timed
 
 PLAIN, COMPILED = "PEFT", " + compile"
 REFRESH_EVERY, STEPS = 6, 14  # refreshes at steps 0, 6 and 12; the first two steps of each kind compile
@@ -46,7 +46,7 @@ def configuration(arm: str) -> CELoraConfig:
     """Every arm refreshes as often; those that are no presets estimate every layer and fuse its adapter."""
     asked = ARMS[arm]
     fields = CELoraConfig().to_dict() | {"fused": True} | asked if isinstance(asked, dict) else None
-    config = celora.config.resolve(asked) if fields is None else CELoraConfig.from_dict(fields)
+    config = celora.settings.presets.resolve(asked) if fields is None else CELoraConfig.from_dict(fields)
     return CELoraConfig.from_dict(config.to_dict() | {"refresh_every": REFRESH_EVERY})
 
 

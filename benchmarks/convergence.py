@@ -32,9 +32,9 @@ from torch import Tensor, nn
 import celora
 import rows
 from celora import CELoraConfig
-from celora.attach import find, require
-from celora.graft import Mode
-from celora.train.compare import Difference
+from celora.modeling.switch import Mode
+from celora.runtime.attachment import find, require
+from celora.studies.compare import Difference
 
 STEPS = (64, 160, 400, 1000, 2500, 6300, 16000)  # 2.4 decades
 SEEDS = range(5)

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import rows
-from celora.train import sentiment
-from celora.train.assets import demo_model
-from celora.train.demo import ARMS, run_demo
-from celora.train.sentiment import splits, to_rows
-from celora.train.stock_eval import label_accuracy
+from celora.studies import sentiment
+from celora.studies.assets import demo_model
+from celora.studies.demo import ARMS, run_demo
+from celora.studies.sentiment import splits, to_rows
+from celora.studies.stock_eval import label_accuracy
 
 SYSTEM = "Classify the sentiment of movie reviews."
 WORDINGS = [

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import rows
-from celora.timing import faster_dtype
-from celora.train.assets import demo_model, rated_sentences
+from celora.machine.timing import faster_dtype
+from celora.studies.assets import demo_model, rated_sentences
 
 EVERY, LOOK_EVERY_S = 50, 0.25
 RESULTS = rows.RESULTS / "endurance.jsonl"

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 import rows
-from celora.estimators import Columns, Estimator, Int8, Tokens
-from celora.timing import interleaved
-from celora.train.allocator import keep_freed_memory
+from celora.machine.allocator import keep_freed_memory
+from celora.machine.timing import interleaved
+from celora.numerics.estimators import Columns, Estimator, Int8, Tokens
 
 SHAPES = [(192, 576), (576, 576), (1536, 576), (576, 1536), (1024, 1024), (2816, 1024), (2048, 2048), (4096, 4096)]
 SETTINGS: dict[str, tuple[type[Estimator], dict[str, Any]]] = {

@@ -26,8 +26,8 @@ from transformers.utils import logging
 import celora
 import rows
 from celora import CELoraConfig
-from celora.attach import require
-from celora.train.assets import demo_model
+from celora.runtime.attachment import require
+from celora.studies.assets import demo_model
 
 BATCH, TOKENS, WARM_UP = 2, 128, 15
 SETTINGS = {

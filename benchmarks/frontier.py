@@ -25,10 +25,10 @@ from transformers.utils import logging
 
 import fidelity
 import rows
-from celora.planner import MOST_BATCHES, make_plans
-from celora.train.allocator import keep_freed_memory
-from celora.train.assets import demo_model
-from celora.train.bench import Cell, shape_config
+from celora.machine.allocator import keep_freed_memory
+from celora.planning.planner import MOST_BATCHES, make_plans
+from celora.studies.assets import demo_model
+from celora.studies.bench import Cell, shape_config
 
 FIDELITIES = [0.9, 0.95, 0.98, 0.99, 0.998]
 BATCH = 8

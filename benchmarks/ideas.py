@@ -30,11 +30,11 @@ from transformers.utils import logging
 import celora
 import fidelity
 import rows
-from celora.attach import require
-from celora.audit import Fidelity
-from celora.estimators import Dense
-from celora.graft import Mode
-from celora.select import energy_count
+from celora.modeling.switch import Mode
+from celora.numerics.estimators import Dense
+from celora.numerics.select import energy_count
+from celora.planning.fidelity import Fidelity
+from celora.runtime.attachment import require
 
 SHARE, ENERGY, STEPS, TURNS = 0.6, 0.99, 4, 4
 Batch = dict[str, Tensor]

@@ -37,12 +37,13 @@ import celora
 import quality_tasks
 import rows
 from celora import Plan
-from celora.timing import interleaved
-from celora.train.allocator import keep_freed_memory
-from celora.train.arguments import TrainRequest, make_request
-from celora.train.assets import demo_model
+from celora.machine.allocator import keep_freed_memory
+from celora.machine.timing import interleaved
+from celora.studies.assets import demo_model
 from celora.train.loading import quiet_libraries
-from celora.train.run import plan_model, prepared, train
+from celora.train.prepare import plan_model, prepared
+from celora.train.request.arguments import TrainRequest, make_request
+from celora.train.run import train
 
 STEPS, BATCH = 40, 8
 RATES = (1e-3, 5e-4, 2e-3)

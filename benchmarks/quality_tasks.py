@@ -1,6 +1,6 @@
 """Eight small tasks for SmolLM2-135M, each with its rows for training, validation and test, and its judge.
 
-* sentiment of movie reviews, product reviews and tweets (rated by people, see `celora.train.assets`): the share of
+* sentiment of movie reviews, product reviews and tweets (rated by people, see `celora.studies.assets`): the share of
   sentences for which the right one of two labels has the larger logit;
 * `chain_sum`, `family_relationships` and `number_filtering` of reasoning-gym (generated): exact match of the greedy
   answer, end of turn included. An untouched model that answers in a sentence of its own gets no credit, so part of
@@ -30,9 +30,9 @@ from typing import Any
 
 import torch
 
-from celora.train import sentiment
-from celora.train.assets import rated_sentences
-from celora.train.stock_eval import label_accuracy
+from celora.studies import sentiment
+from celora.studies.assets import rated_sentences
+from celora.studies.stock_eval import label_accuracy
 
 VALIDATION, TEST = 100, 300
 Row = dict[str, Any]

@@ -34,12 +34,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import celora
 import rows
-from celora.attach import Attachment, find
-from celora.estimators import make_estimator
-from celora.graft import LayerGraft, Mode, Switch
-from celora.timing import faster_dtype, interleaved
-from celora.train.allocator import keep_freed_memory
-from celora.weights import read
+from celora.machine.allocator import keep_freed_memory
+from celora.machine.timing import faster_dtype, interleaved
+from celora.modeling.graft import LayerGraft
+from celora.modeling.switch import Mode, Switch
+from celora.numerics.estimators import make_estimator
+from celora.runtime.attachment import Attachment, find
+from celora.weights.read import read
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import layers

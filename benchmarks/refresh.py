@@ -19,9 +19,9 @@ from transformers.utils import logging
 import celora
 import rows
 import training
-from celora.attach import require
-from celora.config import PRESETS
-from celora.train.allocator import keep_freed_memory
+from celora.machine.allocator import keep_freed_memory
+from celora.runtime.attachment import require
+from celora.settings.presets import PRESETS
 
 INTERVAL, DEFAULT = 20, 200
 
@@ -43,7 +43,7 @@ def run(arm: str) -> dict[str, object]:
         times.append(time.perf_counter() - begun)
     # What the steps take without a refresh: the same model, told that none is due.
     for graft in require(model).grafts.values():
-        graft.mode = celora.graft.Mode.ESTIMATE
+        graft.mode = celora.modeling.switch.Mode.ESTIMATE
     require(model).clock.stop()
     bare = []
     for step in range(INTERVAL):

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from celora import kernels
-from celora.plan import device_name
+from celora.machine import cpu as kernels
+from celora.machine.device import device_name
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -31,8 +31,8 @@ import convergence
 import rows
 import training
 from celora import CELoraConfig
-from celora.attach import require
-from celora.config import PRESETS
+from celora.runtime.attachment import require
+from celora.settings.presets import PRESETS
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 
 import rows
-from celora.train.allocator import keep_freed_memory
-from celora.train.bench import ARMS, Cell, measure, table
+from celora.machine.allocator import keep_freed_memory
+from celora.studies.bench import ARMS, Cell, measure, table
 from celora.train.loading import quiet_libraries
 
 COMPILED = [Cell("h1024-v32k", "full"), Cell("h1024-v32k", "instruct")]  # ten minutes of compiling, so they come last

@@ -17,8 +17,8 @@ import bfloat16_tables
 import quality_tables
 import rows
 import sensitivity
-from celora.train.bench import Cell, shape_config, told
-from celora.train.demo import REFRESH_EVERY, DemoRow, summary
+from celora.studies.bench import Cell, shape_config, told
+from celora.studies.demo import REFRESH_EVERY, DemoRow, summary
 
 ROOT = Path(__file__).parent.parent
 UNPACKED = "weights unpacked from 4 bits"  # of the demo's model, which comes as a Q4_1 file

@@ -33,9 +33,9 @@ import celora
 import fidelity
 import rows
 from celora import CELoraConfig
-from celora.timing import interleaved
-from celora.train.allocator import keep_freed_memory
-from celora.train.assets import demo_model
+from celora.machine.allocator import keep_freed_memory
+from celora.machine.timing import interleaved
+from celora.studies.assets import demo_model
 
 STEPS, EVALUATE_EVERY, BATCH, HELD_OUT = 200, 40, 4, 8
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

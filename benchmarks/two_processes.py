@@ -16,10 +16,10 @@ from subprocess import run
 from typing import Any
 
 import rows
-from celora.timing import faster_dtype
-from celora.train import demo
-from celora.train.assets import demo_model
-from celora.train.sentiment import splits, to_rows
+from celora.machine.timing import faster_dtype
+from celora.studies import demo
+from celora.studies.assets import demo_model
+from celora.studies.sentiment import splits, to_rows
 
 # What one process does, two do with the same configuration; FSDP2 needs `synchronise` to gather less.
 WAYS = ("one process", "DDP", "FSDP2")
@@ -62,9 +62,9 @@ def train_sharded(wanted: Path) -> None:
 
     import celora
     import celora.fsdp
-    from celora.train.arguments import make_request, sft_config
     from celora.train.loading import load_model, load_tokenizer, lora_config, quiet_libraries, training_rows
-    from celora.train.run import build_trainer
+    from celora.train.request.arguments import make_request, sft_config
+    from celora.train.trainer import build_trainer
 
     request = make_request(json.loads(wanted.read_text(encoding="utf-8")))
     with quiet_libraries():

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 import celora
-from celora.train.assets import demo_model
+from celora.studies.assets import demo_model
 
 
 def main(name: str, steps: int = 20) -> list[float]:

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import celora
-from celora.train.assets import demo_model
+from celora.studies.assets import demo_model
 
 
 def main(name: str, steps: int = 20) -> list[float]:

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 import celora
-from celora.train.assets import demo_model
+from celora.studies.assets import demo_model
 
 
 def main(model: str, steps: int = 20) -> list[float]:

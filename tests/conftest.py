@@ -26,8 +26,10 @@ from filelock import FileLock
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from celora import CELoraConfig, fused, kernels
-from celora.train import assets
+from celora import CELoraConfig
+from celora.kernels.c import library as kernels
+from celora.studies import assets
+from patching import patch_all
 
 # Generated input (test_input.py): four tests, so 300 cases in all, the same every time, or 2,000 new ones.
 hypothesis.settings.register_profile("ci", max_examples=75, derandomize=True, database=None, deadline=None)
@@ -43,7 +45,7 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches here are so small that adapters would not be fused."""
-    monkeypatch.setattr(fused, "_FEWEST_TOKENS", 0)
+    patch_all(monkeypatch, "celora.modeling.fused:_FEWEST_TOKENS", 0)
 
 
 @pytest.fixture(autouse=True, scope="session")

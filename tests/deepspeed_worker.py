@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 import celora
-from celora import fused
-from celora.attach import require
+from celora.modeling import fused
+from celora.runtime.attachment import require
 from conftest import make_model
 from distributed_worker import COLUMNS, ROWS, SCENARIOS, STEPS, global_batch
 from distributed_worker import run as train_with_ddp

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.trainer_pt_utils import LabelSmoother
 
 import celora
-from celora.attach import find
+from celora.runtime.attachment import find
 from drawn import Case, make_batch
 from drawn_acts import ACTS
 from drawn_models import adapt, causal_of, make_base

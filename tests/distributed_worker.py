@@ -27,10 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import celora
 import celora.fsdp
-from celora import fused
-from celora.attach import require
-from celora.graft import LayerGraft, Mode
-from celora.synchronise import add_up
+from celora.modeling import fused
+from celora.modeling.graft import LayerGraft
+from celora.modeling.switch import Mode
+from celora.runtime.agreement import add_up
+from celora.runtime.attachment import require
 from conftest import make_base, make_model
 
 STEPS, ROWS = 6, 8

@@ -72,7 +72,7 @@ def train(
 ) -> int:  # fmt: skip
     """`celora train`; killed, or out of disk, at its `die_at`-th file operation, or at the first of the file that it
     names; or these counted in `count`."""
-    from celora.cli import main
+    from celora.cli.main import main
 
     seen = 0
 

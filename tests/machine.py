@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import celora
 from celora import CELoraConfig
-from celora.products import make_product
+from celora.numerics.products.registry import make_product
 
 OUT, IN = 32, 48  # sizes that every product takes on every device
 

@@ -15,7 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from celora import weights
+from celora.weights import read as weights
+from patching import patch_all
 
 MPS = torch.device("mps", 0)  # without a number, torch would ask the device that is not there
 ATEN = torch.ops.aten
@@ -117,7 +118,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def pretended_mps(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """With such a device as the accelerator; yields what is asked of it: to wait, or its random state."""
     asked: list[str] = []
-    patch.setattr(weights, "_PLAIN", (*weights._PLAIN, Pretended))
+    patch_all(patch, "celora.weights.read:_PLAIN", (*weights._PLAIN, Pretended))
     patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: MPS)
     patch.setattr(torch.accelerator, "synchronize", lambda device=None: asked.append("wait"))
     patch.setattr(torch.backends.mps, "get_name", lambda: "Apple M2")

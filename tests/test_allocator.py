@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from celora.train import allocator
+from celora.machine import allocator
 
 
 def test_elsewhere_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from celora import cli
+from celora.cli import main as cli
 from celora.errors import CELoraError
-from celora.train.answers import Learnt, _check_stop, learnt_tokens, mask_answers, what_is_learnt
-from celora.train.arguments import make_request, parse, read_yaml, sft_config
-from celora.train.data import load_rows
 from celora.train.loading import (
     evaluation_rows,
     load_model,
@@ -23,8 +20,12 @@ from celora.train.loading import (
     quiet_libraries,
     training_rows,
 )
-from celora.train.run import build_trainer, train
-from celora.train.truncation import truncation_lines
+from celora.train.request.arguments import make_request, parse, read_yaml, sft_config
+from celora.train.rows.answers import Learnt, _check_stop, learnt_tokens, mask_answers, what_is_learnt
+from celora.train.rows.data import load_rows
+from celora.train.rows.truncation import truncation_lines
+from celora.train.run import train
+from celora.train.trainer import build_trainer
 from test_run import go, inputs, on_build  # noqa: F401 - a fixture
 from tiny import TEMPLATE
 

@@ -13,13 +13,24 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from celora.config import CELoraConfig, LayerConfig, resolve
 from celora.errors import CELoraError
-from celora.train import fields, names
-from celora.train.arguments import estimator_config, make_request, parse, read_yaml, recorded, sft_config
-from celora.train.fields import ALIASES, DEFAULTS, REFUSED, SYNONYMS, check_flags, convert, help_all, known_fields
-from celora.train.names import launcher_names, trl_names
-from celora.train.yaml_file import set_environment
+from celora.settings.config import CELoraConfig, LayerConfig
+from celora.settings.presets import resolve
+from celora.train.request import names
+from celora.train.request.arguments import estimator_config, make_request, parse, read_yaml, recorded, sft_config
+from celora.train.request.fields import (
+    ALIASES,
+    DEFAULTS,
+    REFUSED,
+    SYNONYMS,
+    check_flags,
+    convert,
+    help_all,
+    known_fields,
+)
+from celora.train.request.names import launcher_names, trl_names
+from celora.train.request.yaml_file import set_environment
+from patching import patch_all
 
 TRL_SFT = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
 OWN = {"model": "m", "data": "d.jsonl", "output": "out"}
@@ -174,7 +185,7 @@ def test_sources_that_cannot_be_followed_are_none(files, found, tmp_path, monkey
 
 
 def test_without_sources_flags_wait_for_the_import(monkeypatch):
-    monkeypatch.setattr(fields, "trl_names", lambda: None)
+    patch_all(monkeypatch, "celora.train.request.names:trl_names", lambda: None)
     check_flags(["--anything"])
 
 

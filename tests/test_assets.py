@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from celora.errors import CELoraError
-from celora.train import assets
+from celora.studies import assets
+from patching import patch_all
 
 ENV = ("CELORA_CACHE", "XDG_CACHE_HOME")
 
@@ -140,7 +141,7 @@ def test_interrupted_preparation_leaves_nothing(cache: Path, monkeypatch: pytest
     with zipfile.ZipFile(cache / assets._MODEL.file, "w") as wheel:
         wheel.writestr(assets._GGUF, b"GGUF")
     pretend(monkeypatch, "_MODEL", cache / assets._MODEL.file)
-    monkeypatch.setattr(assets, "_convert", stop)
+    patch_all(monkeypatch, "celora.studies.assets:_convert", stop)
     with pytest.raises(KeyboardInterrupt):
         assets.demo_model()
     assert [path.name for path in cache.iterdir()] == [assets._MODEL.file]

@@ -22,13 +22,15 @@ from torch.optim import optimizer as optim
 
 import celora
 from celora import CELoraConfig, CELoraError
-from celora.attach import find, require
-from celora.config import PRESETS
-from celora.estimators import Columns
-from celora.factor import svd_factor
-from celora.graft import LayerGraft, Mode
+from celora.modeling.graft import LayerGraft
+from celora.modeling.switch import Mode
+from celora.numerics.estimators import Columns
+from celora.numerics.factor import svd_factor
+from celora.runtime.attachment import find, require
+from celora.settings.presets import PRESETS
 from conftest import MEMBERS, adapter, make_base, make_batch, make_model, train
 from machine import refuses, refuses_config
+from patching import patch_all
 from tolerances import after_adam
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
@@ -197,7 +199,7 @@ def test_zero_tokens_are_not_guessed_on_an_accelerator(model: PeftModel, monkeyp
     report = celora.attach(model, "exact")
     assert [layer.label for layer in report.layers] == ["dense"] * 7 + ["dense, without zero tokens"] * 7
     celora.detach(model)
-    monkeypatch.setattr(sys.modules["celora.attach"], "device_of", lambda module: torch.device("cuda"))
+    patch_all(monkeypatch, "celora.weights.read:device_of", lambda module: torch.device("cuda"))
     assert {layer.label for layer in celora.attach(model, "exact").layers} == {"dense"}
 
 
@@ -563,7 +565,7 @@ def test_a_missing_layer_of_a_preset_is_no_mistake() -> None:
 
 @pytest.mark.parametrize("emulated", [False, True])
 def test_advice_where_the_users_own_settings_cost_time(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["celora.attach"], "slower_than_float32", lambda dtype, device: emulated)
+    patch_all(monkeypatch, "celora.machine.timing:slower_than_float32", lambda dtype, device: emulated)
     plain = celora.attach(make_model(), "paper").notes
     unfused = dataclasses.replace(PRESETS["paper"], fused=False)
     model = make_model(dtype=torch.bfloat16, lora_dropout=0.1)

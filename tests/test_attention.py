@@ -11,8 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from celora import attention, kernels
 from celora.errors import CELoraError
+from celora.kernels.c import attention as kernels
+from celora.modeling import attention
+from patching import patch_all
 
 LENGTHS = (5, 1, 200, 17)
 needs_matrices = pytest.mark.skipif(not kernels.attends(), reason="no products of matrices on this CPU")
@@ -60,7 +62,7 @@ def test_the_float32_backward_is_taken_and_is_no_worse(monkeypatch: pytest.Monke
     grad = torch.randn(1, sum(LENGTHS), 4, 16).bfloat16()
     errors, outputs = {}, []
     for short in (0, 160):
-        monkeypatch.setattr(attention, "_SHORT", short)
+        patch_all(monkeypatch, "celora.modeling.attention:_SHORT", short)
         torch.manual_seed(1)
         of = inputs(torch.bfloat16)
         assert attention._backward_pays(*of, LENGTHS) is (short > 0)
@@ -86,8 +88,8 @@ def test_everything_else_is_transformers_own(what: str, size: int, monkeypatch: 
     if what == "no gradient":
         of = [t.detach() for t in of]
     if what == "long":
-        monkeypatch.setattr(attention, "_SHORT", 0)
-        monkeypatch.setattr(kernels, "attends", lambda: False)
+        patch_all(monkeypatch, "celora.modeling.attention:_SHORT", 0)
+        patch_all(monkeypatch, "celora.kernels.c.attention:attends", lambda: False)
     dropout = 0.1 if what == "dropout" else 0.0
     found, _ = attention.attention(nn.Identity(), *of, None, dropout=dropout, celora_lengths=LENGTHS)
     assert found.shape == (1, sum(LENGTHS), 4, size)

@@ -10,11 +10,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import celora
-from celora import CELoraConfig, CELoraError, upcast
-from celora.attach import require
-from celora.audit import Fidelity
-from celora.upcast import in_float32
+from celora import CELoraConfig, CELoraError
+from celora.planning.fidelity import Fidelity
+from celora.planning.upcast import in_float32
+from celora.runtime.attachment import require
 from conftest import adapter, make_base, make_batch, make_model, train
+from patching import patch_all
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=50)
 
@@ -298,7 +299,7 @@ def test_no_float32_reference_where_it_would_be_none(what: str, batch: dict[str,
 def test_float32_that_does_not_fit_is_refused(batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     model = _in_bfloat16()
     celora.attach(model, "exact")
-    monkeypatch.setattr(upcast, "available_memory", lambda _: 1000)
+    patch_all(monkeypatch, "celora.machine.memory:available_memory", lambda _: 1000)
     with pytest.raises(
         CELoraError, match=r"needs 0\.\d GB on cpu for float32 copies of the weights, and 0\.0 GB are free"
     ):

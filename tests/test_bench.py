@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from celora import cli
-from celora.attach import find, require
+from celora.cli import main as cli
 from celora.errors import CELoraError
-from celora.train import bench
-from celora.train.bench import Cell, Step, make_batches, measure, parse_cell, table
+from celora.runtime.attachment import find, require
+from celora.studies import bench
+from celora.studies.bench import Cell, Step, make_batches, measure, parse_cell, table
+from patching import patch_all
 
 SMALL = Cell("h64-v1k", "instruct", "float32", 64)
 
@@ -156,7 +157,7 @@ def test_what_was_measured_before_an_interruption_is_kept(
         except StopIteration:
             raise KeyboardInterrupt from None
 
-    monkeypatch.setattr(bench, "measure", measure)
+    patch_all(monkeypatch, "celora.studies.bench:measure", measure)
     cells = ["--cell", "h64-v1k:instruct", "--cell", "h64-v1k:full"]
     assert cli.main(["bench", *cells, "--json", "--output", str(tmp_path / "rows.jsonl")]) == 130
     assert capsys.readouterr().out == (tmp_path / "rows.jsonl").read_text() != ""

@@ -10,6 +10,7 @@ import torch
 import celora
 from celora import borrowed
 from conftest import make_model
+from patching import patch_all
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def _looked_up_anew(monkeypatch: pytest.MonkeyPatch):
 def take_away(patch: pytest.MonkeyPatch, missing: str) -> None:
     """As if the installed version of the library did not have this name."""
     found = borrowed._look_up
-    patch.setattr(borrowed, "_look_up", lambda name: None if name == missing else found(name))
+    patch_all(patch, "celora.borrowed:_look_up", lambda name: None if name == missing else found(name))
 
 
 def trained(preset: str | None) -> tuple[list[torch.Tensor], list[str]]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import celora
 from celora import CELoraConfig, CELoraError
-from celora.attach import find
+from celora.runtime.attachment import find
 from conftest import make_base, make_model, train
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)

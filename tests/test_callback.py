@@ -16,8 +16,8 @@ from transformers.integrations import integration_utils
 
 import celora
 from celora import CELoraConfig
-from celora.attach import require
-from celora.state import STATE_NAME
+from celora.runtime.attachment import require
+from celora.runtime.state import STATE_NAME
 from conftest import adapter, make_batch, make_model
 
 CONFIG = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)

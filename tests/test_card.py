@@ -11,9 +11,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from celora.train.arguments import parse
-from celora.train.card import CARD, is_own, public_name
+from celora.train.output.card import CARD, is_own, public_name
 from celora.train.progress import read_metrics
+from celora.train.request.arguments import parse
 from celora.train.run import train
 from test_run import go, inputs, on_build  # noqa: F401 - a fixture
 from tiny import save_rows

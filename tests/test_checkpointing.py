@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import celora
-from celora import cli
-from celora.memory import saved_for_backward
+from celora.cli import main as cli
+from celora.machine.memory import saved_for_backward
 from celora.train import checkpointing
-from celora.train.arguments import make_request
-from celora.train.run import prepared
+from celora.train.prepare import prepared
+from celora.train.request.arguments import make_request
+from patching import patch_all
 from tiny import save_rows, save_tiny_model
 
 
@@ -53,7 +54,7 @@ def test_the_choice(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(checkpointing, "available_memory", lambda device: free)
+    patch_all(monkeypatch, "celora.machine.memory:available_memory", lambda device: free)
     seen: list[bool] = []
     original = checkpointing.choose_checkpointing
 
@@ -63,7 +64,7 @@ def test_the_choice(
         seen.append(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
         return line
 
-    monkeypatch.setattr("celora.train.run.choose_checkpointing", spy)
+    patch_all(monkeypatch, "celora.train.checkpointing:choose_checkpointing", spy)
     assert said in run(tmp_path, capsys, *extra)
     if "true" not in extra:  # which Trainer turns on when it starts
         assert seen == [on]
@@ -74,7 +75,7 @@ def test_it_changes_nothing_that_is_learnt(
 ) -> None:
     found = []
     for free in (2**40, 1):
-        monkeypatch.setattr(checkpointing, "available_memory", lambda device, free=free: free)
+        patch_all(monkeypatch, "celora.machine.memory:available_memory", lambda device, free=free: free)
         folder = tmp_path / str(free)
         folder.mkdir()
         run(folder, capsys)

@@ -14,12 +14,14 @@ import torch
 from transformers import TrainerCallback
 from trl import TrlParser
 
-from celora import cli
-from celora.cli import main
-from celora.config import PRESETS
-from celora.train import run
-from celora.train.compare import ARMS
+from celora.cli import app as app_module
+from celora.cli import options as options_module
+from celora.cli.main import main
+from celora.settings.presets import PRESETS
+from celora.studies.compare import ARMS
+from celora.train import trainer as run
 from celora.train.progress import read_metrics
+from patching import patch_all
 from test_arguments import TRL_SFT
 from tiny import WORDS, save_rows, save_tiny_model
 
@@ -72,7 +74,7 @@ def test_every_help_teaches_by_example(capsys):
         assert f"Examples:\n    celora {name}" in text
         assert "--json" in text
         assert "-q, --quiet" in text
-    assert len(COMMANDS) == len(cli.app.registered_commands)
+    assert len(COMMANDS) == len(app_module.app.registered_commands)
 
 
 def test_help_version_completion_and_misspelt_flags_import_neither_torch_nor_transformers():
@@ -129,8 +131,8 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 
 
 def test_what_completion_offers_is_what_there_is():
-    assert set(cli.PRESETS) == set(PRESETS)
-    assert set(cli.COMPARED) == set(ARMS)
+    assert set(options_module.PRESETS) == set(PRESETS)
+    assert set(options_module.COMPARED) == set(ARMS)
 
 
 def test_train_then_audit_the_adapter(inputs, capsys, tmp_path):
@@ -257,7 +259,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(inputs, capsys, tmp_path, monkeypatc
 
     train = ["train", "--model", str(model), "--data", str(rows), "--output", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(run, "build_trainer", pressing)
+        patch_all(patch, "celora.train.trainer:build_trainer", pressing)
         assert main([*train, "--preset", "off", "--max_steps", "3", "--quiet", "--json"]) == 130
     captured = capsys.readouterr()
     result = json.loads(captured.out)
@@ -421,7 +423,6 @@ def test_a_name_that_nothing_can_have_is_one_line(given, capsys):
 @pytest.fixture
 def demo(monkeypatch):
     """A demo to be replaced: what the command does with what becomes of it."""
-    from celora.train import demo
 
     def become(result):
         def run_demo(output, *, seeds, console, quiet):
@@ -429,13 +430,13 @@ def demo(monkeypatch):
                 raise result
             return [result(output, seeds, quiet)]
 
-        monkeypatch.setattr(demo, "run_demo", run_demo)
+        patch_all(monkeypatch, "celora.studies.demo:run_demo", run_demo)
 
     return become
 
 
 def test_demo(demo, tmp_path, capsys):
-    from celora.train.demo import DemoRow
+    from celora.studies.demo import DemoRow
 
     demo(lambda output, seeds, quiet: DemoRow("LoRA", seeds, 0.9, 4, 1, 8, 10.0, 1.0, 1.0, 1, "float32", "2"))
     given = ["demo", "--output", str(tmp_path), "--seeds", "2"]

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim import optimizer as optim
 
-from celora import clock
-from celora.clock import StepClock
+from celora.runtime import clock
+from celora.runtime.clock import StepClock
 
 
 class Owner:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from celora import reference
 from celora.errors import CELoraError
-from celora.estimators import Columns, Dense
+from celora.numerics import reference
+from celora.numerics.estimators import Columns, Dense
 from machine import refuses
 
 SHAPES = [(12, 8), (13, 7), (31, 64), (96, 33)]

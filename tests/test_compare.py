@@ -14,11 +14,12 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from celora import cli
+from celora.cli import main as cli
 from celora.errors import CELoraError
-from celora.train import compare as module
-from celora.train import run
-from celora.train.compare import Difference, Outcome, compare, differences, findings, students_t, summary
+from celora.studies import compare as module
+from celora.studies.compare import Difference, Outcome, compare, differences, findings, students_t, summary
+from celora.train import trainer as run
+from patching import patch_all
 from tiny import save_rows, save_tiny_model
 
 ARMS = ("LoRA", "exact", "paper")
@@ -72,7 +73,7 @@ def test_a_comparison(inputs: Path, tmp_path: Path) -> None:
         raise AssertionError("trained again")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("celora.train.run.build_trainer", refuse)
+        patch_all(patch, "celora.train.trainer:build_trainer", refuse)
         assert compare(settings(inputs, output), arms=ARMS, seeds=2) == found
 
 
@@ -88,7 +89,7 @@ def test_goes_on_where_it_was_killed(inputs: Path, tmp_path: Path) -> None:
         return trained(request, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "train", die)
+        patch_all(patch, "celora.train.run:train", die)
         with pytest.raises(KeyboardInterrupt):
             compare(settings(inputs, tmp_path / "cut", save_steps=1), arms=ARMS[:2], seeds=1)
     again = compare(settings(inputs, tmp_path / "cut", save_steps=1), arms=ARMS[:2], seeds=1)
@@ -151,7 +152,9 @@ def test_goes_on_without_clipping_and_keeps_no_secret(inputs: Path, tmp_path: Pa
 def test_copies_of_held_out_rows_are_not_trained_on(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_run", lambda arm, seed, *_: Outcome(arm, seed, 3, 1.0, None, None, 1.0))
+    patch_all(
+        monkeypatch, "celora.studies.compare:_run", lambda arm, seed, *_: Outcome(arm, seed, 3, 1.0, None, None, 1.0)
+    )
     (tmp_path / "twice.jsonl").write_text(2 * (inputs / "rows.jsonl").read_text())
     compare(settings(inputs, tmp_path / "out", data=str(tmp_path / "twice.jsonl")), arms=ARMS[:2], seeds=1)
     held_out, training = (
@@ -233,8 +236,8 @@ def test_a_comparison_that_is_under_way_is_left_alone(
             compare(settings(inputs, tmp_path / "out", data=str(other)), arms=ARMS[:2], seeds=1)
         return Outcome(arm, seed, 3, 1.0, None, None, 1.0)
 
-    monkeypatch.setattr(module, "_run", meanwhile)
-    monkeypatch.setattr(module, "write_report", lambda *_, **__: None)
+    patch_all(monkeypatch, "celora.studies.compare:_run", meanwhile)
+    patch_all(monkeypatch, "celora.train.report:write_report", lambda *_, **__: None)
     compare(settings(inputs, tmp_path / "out"), arms=("LoRA", "exact"), seeds=1)
     assert (
         json.loads((tmp_path / "out" / "compare.json").read_text())["given"]["data"]
@@ -321,7 +324,7 @@ def test_what_stops_a_run_is_said_with_the_run(inputs: Path, tmp_path: Path, mon
     def full(*_: object, **__: object) -> None:
         raise CELoraError("the run stopped: No space left on device")
 
-    monkeypatch.setattr("celora.train.compare.train", full)
+    patch_all(monkeypatch, "celora.train.run:train", full)
     with pytest.raises(CELoraError, match="LoRA, seed 0: the run stopped: No space left"):
         compare(settings(inputs, tmp_path / "out"), arms=TWO, seeds=1)
 
@@ -427,7 +430,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 
     build = run.build_trainer
     with monkeypatch.context() as patch:
-        patch.setattr(run, "build_trainer", press)
+        patch_all(patch, "celora.train.trainer:build_trainer", press)
         assert cli.main(given) == 130
     said = capsys.readouterr().err
     assert "Saved checkpoint-1" in said

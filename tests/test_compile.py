@@ -13,9 +13,10 @@ from torch import nn
 
 import celora
 from celora import CELoraConfig
-from celora.attach import require
-from celora.estimators import Columns
-from celora.graft import LayerGraft, Mode, Switch
+from celora.modeling.graft import LayerGraft
+from celora.modeling.switch import Mode, Switch
+from celora.numerics.estimators import Columns
+from celora.runtime.attachment import require
 from conftest import adapter, make_base, make_batch
 from machine import refuses
 from tolerances import OF_GRADIENT

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from celora import CELoraConfig, CELoraError
-from celora.config import PRESETS, LayerConfig, balanced_rank, resolve
+from celora.settings.config import LayerConfig, balanced_rank
+from celora.settings.presets import PRESETS, resolve
 
 
 def test_the_paper_preset_is_the_published_one() -> None:

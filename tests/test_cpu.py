@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from celora import cpu
+from celora.machine import cpu
+from patching import patch_all
 
 ALDER_LAKE = """processor\t: 0
 vendor_id\t: GenuineIntel
@@ -41,8 +42,8 @@ machdep.cpu.brand_string: Apple M2
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A system that says nothing of its CPU, and a torch that does not either."""
-    monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(cpu, "_capabilities", dict)
+    patch_all(monkeypatch, "celora.machine.cpu:_CPUINFO", tmp_path / "cpuinfo")
+    patch_all(monkeypatch, "celora.machine.cpu:_capabilities", dict)
     monkeypatch.setattr(cpu.platform, "processor", lambda: "")
     monkeypatch.setattr(cpu.platform, "machine", lambda: "riscv64")
     monkeypatch.setattr(cpu.platform, "system", lambda: "Linux")
@@ -112,5 +113,9 @@ def test_windows(present: set[int], found: set[str], monkeypatch: pytest.MonkeyP
 
 def test_what_torch_finds_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows, which does not tell of VNNI."""
-    monkeypatch.setattr(cpu, "_capabilities", lambda: {"avx512_vnni": True, "avx2": False, "l1d_cache_size": 32768})
+    patch_all(
+        monkeypatch,
+        "celora.machine.cpu:_capabilities",
+        lambda: {"avx512_vnni": True, "avx2": False, "l1d_cache_size": 32768},
+    )
     assert has() == {"vnni"}

@@ -19,8 +19,8 @@ import pyarrow.parquet
 import pytest
 
 from celora.errors import CELoraError
-from celora.train import data
-from celora.train.data import load_rows, local_files
+from celora.train.rows import data
+from celora.train.rows.data import load_rows, local_files
 from unprivileged import as_nobody, public_folder
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from celora.cli import main
+from celora.cli.main import main
 from celora.train.progress import read_metrics
 from test_distributed import TOLERANCE, torchrun
 from tiny import save_rows, save_tiny_model

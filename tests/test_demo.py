@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from celora.errors import CELoraError
-from celora.train import demo
-from celora.train.assets import Review
-from celora.train.demo import DemoRow, result_table, run_demo, summary
-from celora.train.sentiment import Splits
+from celora.studies import demo
+from celora.studies.assets import Review
+from celora.studies.demo import DemoRow, result_table, run_demo, summary
+from celora.studies.sentiment import Splits
+from patching import patch_all
 from tiny import save_tiny_model
 from unprivileged import as_nobody, public_folder
 
@@ -33,11 +34,17 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         }
         for review in reviews
     ]
-    monkeypatch.setattr(demo, "demo_model", lambda say: model)
-    monkeypatch.setattr(demo, "splits", lambda *_, train=8, **__: Splits(reviews[:train], [], reviews[-4:]))
-    monkeypatch.setattr(demo, "to_rows", lambda of: [rows[reviews.index(review)] for review in of])
-    monkeypatch.setattr(demo, "stock_accuracy", lambda *_, **__: 0.5)
-    monkeypatch.setattr(demo, "_in_memory_accuracy", lambda *_: 0.5)
+    patch_all(monkeypatch, "celora.studies.assets:demo_model", lambda say: model)
+    patch_all(
+        monkeypatch,
+        "celora.studies.sentiment:splits",
+        lambda *_, train=8, **__: Splits(reviews[:train], [], reviews[-4:]),
+    )
+    patch_all(
+        monkeypatch, "celora.studies.sentiment:to_rows", lambda of: [rows[reviews.index(review)] for review in of]
+    )
+    patch_all(monkeypatch, "celora.studies.demo:stock_accuracy", lambda *_, **__: 0.5)
+    patch_all(monkeypatch, "celora.studies.demo:_in_memory_accuracy", lambda *_: 0.5)
     return tmp_path / "demo"
 
 
@@ -65,7 +72,7 @@ def test_both_contenders_train_on_the_same_rows_and_leave_a_report(small: Path) 
 def test_an_adapter_that_scores_differently_under_stock_peft_fails(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "_in_memory_accuracy", lambda *_: 0.75)
+    patch_all(monkeypatch, "celora.studies.demo:_in_memory_accuracy", lambda *_: 0.75)
     with pytest.raises(CELoraError, match=r"scores 0.5000 under stock PEFT but 0.7500 in memory"):
         run_demo(small, steps=2, batch_size=2, held_out=4, console=Console(file=io.StringIO()))
 

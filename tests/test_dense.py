@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from celora import reference
 from celora.errors import CELoraError
-from celora.estimators import Dense, Fp8, Int8
+from celora.numerics import reference
+from celora.numerics.estimators import Dense, Fp8, Int8
 from machine import refuses
 
 

@@ -11,13 +11,16 @@ import torch
 from peft import PeftModel
 
 import celora
-from celora import CELoraConfig, CELoraError, device, planner, select
-from celora.attach import require
-from celora.audit import Fidelity
-from celora.estimators import make_estimator
-from celora.factor import svd_factor
-from celora.head import score_tokens, through_the_head
+from celora import CELoraConfig, CELoraError
+from celora.machine import device
+from celora.numerics import select
+from celora.numerics.estimators import make_estimator
+from celora.numerics.factor import svd_factor
+from celora.numerics.head import score_tokens, through_the_head
+from celora.planning.fidelity import Fidelity
+from celora.runtime.attachment import require
 from conftest import MEMBERS, make_batch, make_model
+from patching import patch_all
 from pretended import MPS, Pretended, pretended_mps
 
 
@@ -158,10 +161,10 @@ def test_an_audit_there_is_the_cpu_s(mps: list[str]) -> None:
 
 
 def test_a_plan_there(mps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "SHARES", (1.0, 0.9, 0.5))
-    monkeypatch.setattr(planner, "_DEPTHS", 1)
-    monkeypatch.setattr(planner, "_FEW_LAYERS", 0)
-    monkeypatch.setattr(planner, "cannot_time", lambda of: "")
+    patch_all(monkeypatch, "celora.planning.candidates:SHARES", (1.0, 0.9, 0.5))
+    patch_all(monkeypatch, "celora.planning.influence:_DEPTHS", 1)
+    patch_all(monkeypatch, "celora.planning.influence:_FEW_LAYERS", 0)
+    patch_all(monkeypatch, "celora.machine.timing:cannot_time", lambda of: "")
     model = on_mps(make_model(target_modules=["up_proj", "down_proj"]))
     plan = celora.make_plan(model, [make_batch(1), make_batch(2)], 0.9)
     assert {layer.name.rpartition(".")[2] for layer in plan.layers} == {"up_proj", "down_proj"}
@@ -188,7 +191,7 @@ def test_random_states_of_all_devices_are_put_back(monkeypatch: pytest.MonkeyPat
     module = types.SimpleNamespace(
         get_rng_state=lambda of: states[str(of)], set_rng_state=lambda state, of: states.update({str(of): state})
     )
-    monkeypatch.setattr(device, "backend", lambda of: module)
+    patch_all(monkeypatch, "celora.machine.device:backend", lambda of: module)
     where = [torch.device("cpu"), torch.device("xpu", 1), torch.device("xpu", 0), torch.device("xpu", 1)]
     cpu = torch.get_rng_state()
     with device.random_states(where) as rewind:
@@ -203,7 +206,7 @@ def test_random_states_of_all_devices_are_put_back(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_random_state_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "backend", lambda of: types.SimpleNamespace())
+    patch_all(monkeypatch, "celora.machine.device:backend", lambda of: types.SimpleNamespace())
     said = pytest.raises(CELoraError, match="cannot read the random state of 'xpu'")
     with said, device.random_states([torch.device("xpu")]):
         pass

@@ -21,12 +21,13 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 import celora
-from celora import forward, fused, packing
-from celora.attention import LENGTHS
 from celora.errors import CELoraError
-from celora.fused import lora_linear
-from celora.head import score_tokens
-from celora.packing import pack
+from celora.modeling import fused, packing
+from celora.modeling import model_graft as forward
+from celora.modeling.attention import LENGTHS
+from celora.modeling.fused import lora_linear
+from celora.modeling.packing import pack
+from celora.numerics.head import score_tokens
 from differential import ROUNDING, Case, NotTrainable, Trace, build, call, inputs, same_masks, train
 from drawn import cases, fits
 from drawn_models import EXPERTS

@@ -22,9 +22,9 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from celora import CELoraConfig
-from celora.attach import find
-from celora.cli import main
-from celora.train.arguments import parse
+from celora.cli.main import main
+from celora.runtime.attachment import find
+from celora.train.request.arguments import parse
 from conftest import adapter, make_batch
 from tiny import save_rows, save_tiny_model
 
@@ -86,19 +86,19 @@ def test_every_equation_has_its_function_beside_it() -> None:
 
 def test_broken_links_and_names_fail_the_build(copy: Path) -> None:
     with (copy / "docs" / "index.md").open("a", encoding="utf-8") as page:
-        page.write("\n[a](nowhere.md) [b](speed.md#nothing) `celora.factor.nothing`\n")
+        page.write("\n[a](nowhere.md) [b](speed.md#nothing) `celora.numerics.factor.nothing`\n")
     (copy / "docs" / "forgotten.md").write_text("# Forgotten\n")
     done = build(copy)
     assert done.returncode == 1
-    for part in ("nowhere.md", "#nothing", "celora.factor.nothing", "forgotten.md"):
+    for part in ("nowhere.md", "#nothing", "celora.numerics.factor.nothing", "forgotten.md"):
         assert part in done.stderr
 
 
 def test_names_become_links_outside_of_code() -> None:
     hook = runpy.run_path(str(DOCS / "hooks.py"))["on_page_markdown"]
-    text = "`celora.attach` and `celora.head`\n```python\n`celora.attach`\n```\n"
+    text = "`celora.attach` and `celora.numerics.head`\n```python\n`celora.attach`\n```\n"
     assert hook(text) == (
-        "[`celora.attach`][celora.attach.attach] and [`celora.head`][celora.head]\n```python\n`celora.attach`\n```\n"
+        "[`celora.attach`][celora.attaching.attach] and [`celora.numerics.head`][celora.numerics.head]\n```python\n`celora.attach`\n```\n"
     )
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from celora import kernels, products
-from celora.cli import main
-from celora.train import doctor
-from celora.train.doctor import advise, commands, describe, examine
+from celora.cli.main import main
+from celora.kernels.c import library as kernels
+from celora.numerics.products import int8 as products
+from celora.studies import doctor
+from celora.studies.doctor import advise, commands, describe, examine
+from patching import patch_all
 
 FOUND: dict[str, Any] = {
     "device": {"type": "cpu"},
@@ -32,7 +34,7 @@ FOUND: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_SHAPES", {"cpu": (32, 64, 48)})
+    patch_all(monkeypatch, "celora.studies.doctor:_SHAPES", {"cpu": (32, 64, 48)})
 
 
 def conclusions(**changes: Any) -> str:
@@ -140,9 +142,9 @@ def test_which_8_bit_path_is_taken_and_why(machine: dict[str, Any], path: str, m
         "features": lambda: {"vnni": machine.get("vnni", False)},
     }.items():
         monkeypatch.setattr(products, name, does)
-    monkeypatch.setattr(kernels, "why_not", lambda: machine.get("why_not", ""))
-    monkeypatch.setattr(kernels, "panel_columns", lambda: machine.get("panels", 0))
-    monkeypatch.setattr(kernels, "multiplies_matrices", lambda: machine.get("amx", False))
+    patch_all(monkeypatch, "celora.kernels.c.build:why_not", lambda: machine.get("why_not", ""))
+    patch_all(monkeypatch, "celora.kernels.c.dot:panel_columns", lambda: machine.get("panels", 0))
+    patch_all(monkeypatch, "celora.kernels.c.dot:multiplies_matrices", lambda: machine.get("amx", False))
     assert products.int8_path(torch.device("cpu")) == path
 
 

@@ -8,18 +8,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import celora.train.compare as compare_module
 import pytest
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-import celora.train.compare as compare_module
-import celora.train.dtype as dtype_module
-from celora.train.arguments import make_request, parse
-from celora.train.compare import compare
+from celora.studies.compare import compare
 from celora.train.dtype import for_device, settle_dtype
 from celora.train.loading import load_model
+from celora.train.request.arguments import make_request, parse
 from celora.train.run import train
+from patching import patch_all
 from tiny import save_rows, save_tiny_model
 
 CPU = torch.device("cpu")
@@ -32,8 +32,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(patch: pytest.MonkeyPatch, ratio: float) -> None:
-    patch.setattr(dtype_module, "time_over_float32", lambda dtype, device: ratio)
-    patch.setattr(dtype_module, "slower_than_float32", lambda dtype, device: ratio > 1.5)
+    patch_all(patch, "celora.machine.timing:time_over_float32", lambda dtype, device: ratio)
+    patch_all(patch, "celora.machine.timing:slower_than_float32", lambda dtype, device: ratio > 1.5)
 
 
 @pytest.fixture(params=["bfloat16"])
@@ -67,7 +67,9 @@ def test_what_is_chosen_for_a_checkpoint_of_half_precision(
     own: torch.dtype, ratio: float, free: float | None, chosen: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured(monkeypatch, ratio)
-    monkeypatch.setattr(dtype_module, "available_memory", lambda device: None if free is None else free * 2**30)
+    patch_all(
+        monkeypatch, "celora.machine.memory:available_memory", lambda device: None if free is None else free * 2**30
+    )
     found, said = for_device(own, CPU, 8 * 2**30)
     assert found == chosen
     assert why in said
@@ -138,7 +140,7 @@ def test_all_arms_of_a_comparison_have_one_dtype(
         chosen.append(own["dtype"])
         return run(arm, seed, own, folder, console)
 
-    monkeypatch.setattr(compare_module, "_run", counted)
+    patch_all(monkeypatch, "celora.studies.compare:_run", counted)
     settings = inputs | {"max_steps": 1, "quiet": True, "report_to": "none"}
     compare(settings, arms=("LoRA", "exact"), seeds=1)
     compare(settings, arms=("LoRA", "exact"), seeds=2)  # which goes on with the first

@@ -13,8 +13,10 @@ from peft import PeftModel
 from torch.optim import optimizer as optim
 
 import celora
-from celora import CELoraConfig, clock, graft
-from celora.attach import _attachments, require
+from celora import CELoraConfig
+from celora.modeling import compiled as graft
+from celora.runtime import clock
+from celora.runtime.attachment import attachments, require
 from conftest import make_batch, make_model, train
 from machine import refuses_config
 
@@ -42,8 +44,8 @@ def _registries() -> tuple[int, ...]:
     return (
         len(optim._global_optimizer_post_hooks),
         len(clock._running),
-        len(graft._layers),
-        len(_attachments),
+        len(graft.layers),
+        len(attachments),
     )
 
 

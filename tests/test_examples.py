@@ -11,6 +11,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from patching import patch_all
 from tiny import save_tiny_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -27,7 +28,7 @@ pytestmark = [
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny model, in a folder to work in; nothing is fetched."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("celora.train.assets.demo_model", None)
+    patch_all(monkeypatch, "celora.studies.assets:demo_model", None)
     return save_tiny_model(tmp_path / "model")
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from celora import factor, reference
 from celora.errors import CELoraError
+from celora.numerics import factor, reference
 
 
 def _decaying(rows: int, columns: int) -> torch.Tensor:

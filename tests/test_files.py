@@ -7,8 +7,8 @@ import pytest
 
 from celora.errors import CELoraError
 from celora.files import clear, inside, read_json, write_text
-from celora.train.data import load_rows
-from celora.train.yaml_file import read_document
+from celora.train.request.yaml_file import read_document
+from celora.train.rows.data import load_rows
 from conftest import written_whole
 
 

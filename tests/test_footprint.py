@@ -16,11 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import celora
-from celora import CELoraConfig, forward, head
-from celora.attach import require
-from celora.forward import ModelGraft
-from celora.head import Logits
+from celora import CELoraConfig
+from celora.modeling import model_graft as forward
+from celora.modeling.model_graft import ModelGraft
+from celora.numerics import head
+from celora.numerics.head import Logits
+from celora.runtime.attachment import require
 from conftest import make_batch, make_model
+from patching import patch_all
 from test_forward import masked_batch
 
 
@@ -103,7 +106,7 @@ def test_a_forward_waits_for_the_device_once(packs: bool, attention: str, monkey
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             return score(*args, **kwargs)
 
-    monkeypatch.setattr(forward, "score_tokens", alone)
+    patch_all(monkeypatch, "celora.numerics.head:score_tokens", alone)
     for name in ("_not_here", "_begin", "_scored"):
         monkeypatch.setattr(ModelGraft, name, watched(getattr(ModelGraft, name)))
     if attention == "sdpa":

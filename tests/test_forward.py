@@ -36,8 +36,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import celora
-from celora import CELoraConfig, head
-from celora.attach import require
+from celora import CELoraConfig
+from celora.numerics import head
+from celora.runtime.attachment import require
 from conftest import make_batch, make_model, train
 from tiny import save_tiny_model
 from tolerances import OF_GRADIENT
@@ -395,7 +396,7 @@ def test_sft_trainer_logs_the_same(changes: dict[str, Any], tmp_path: Path) -> N
 def test_trl_is_only_served_what_is_computed() -> None:
     from trl.trainer.utils import add_fused_lm_head
 
-    from celora import others
+    from celora.modeling import others
 
     model = make_model().base_model.model
     assert "no such head" in str(others.fused_head(model))

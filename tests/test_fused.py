@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import celora
-from celora import CELoraConfig, reference
-from celora import fused as module
-from celora.attach import require
-from celora.fused import Adapter, FusedGraft, Lender, vanilla_adapter
-from celora.graft import Mode
+from celora import CELoraConfig
+from celora.modeling.adapter import Adapter, vanilla_adapter
+from celora.modeling.fused import FusedGraft, Lender
+from celora.modeling.switch import Mode
+from celora.numerics import reference
+from celora.runtime.attachment import require
 from conftest import MEMBERS, adapter, make_batch, make_model, train
 from machine import refuses_config
+from patching import patch_all
 from tolerances import OF_GRADIENT, after_adam
 
 FUSED = CELoraConfig(estimator="dense", fused=True)
@@ -348,7 +350,7 @@ def test_composes_with_estimators(config: CELoraConfig) -> None:
 
 
 def test_few_tokens_take_pefts_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_FEWEST_TOKENS", 6)
+    patch_all(monkeypatch, "celora.modeling.fused:_FEWEST_TOKENS", 6)
     model = layer()
     celora.attach(model, FUSED)
     calls = fused_calls(model, monkeypatch)

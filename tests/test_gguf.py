@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import celora
 from celora import CELoraConfig
-from celora.attach import require
 from celora.errors import CELoraError
+from celora.runtime.attachment import require
 from celora.train.loading import check_model_folder
 from conftest import make_batch, train
 

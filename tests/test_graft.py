@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from celora import reference
-from celora.estimators import Columns, Dense, estimator_class
-from celora.graft import LayerGraft, Mode, Switch, graft
+from celora.modeling.graft import LayerGraft, graft
+from celora.modeling.switch import Mode, Switch
+from celora.numerics import reference
+from celora.numerics.estimators import Columns, Dense, estimator_class
 
 
 def _linear(out: int = 12, inp: int = 8, *, bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Linear:

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from celora import head, kernels, reference
-from celora.head import Logits, score_tokens
-from celora.select import inclusion_probabilities, sample, uniform
+from celora.kernels.c import library as kernels
+from celora.numerics import head, reference
+from celora.numerics.head import Logits, score_tokens
+from celora.numerics.sampling import inclusion_probabilities, sample, uniform
+from patching import patch_all
 
 
 @pytest.fixture(params=["kernels", "operators"], autouse=True)
 def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything here holds with the compiled passes and without them."""
     if request.param == "operators":
-        monkeypatch.setattr(kernels, "library", lambda: None)
+        patch_all(monkeypatch, "celora.kernels.c.library:library", lambda: None)
     elif kernels.library() is None:
         pytest.skip("no C compiler")
 
@@ -40,9 +42,9 @@ def inputs(
 def test_scores_and_gradient(
     scale: float, cap: float | None, smoothing: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "_CHUNK_ROWS", chunk)
-    monkeypatch.setattr(head, "_CHUNK_NUMBERS", 1)
-    monkeypatch.setattr(head, "_BLOCK_NUMBERS", 3000)
+    patch_all(monkeypatch, "celora.numerics.head:_CHUNK_ROWS", chunk)
+    patch_all(monkeypatch, "celora.numerics.head:_CHUNK_NUMBERS", 1)
+    patch_all(monkeypatch, "celora.numerics.head:_BLOCK_NUMBERS", 3000)
     hidden, rows, targets, weight = inputs(words=97)
     of_each = torch.rand(len(rows))
     found = score_tokens(hidden, rows, targets, weight, logits=Logits(scale, cap), smoothing=smoothing, statistics=True)
@@ -140,8 +142,8 @@ def test_what_is_drawn_of_the_vocabulary_averages_out() -> None:
 
 
 def test_measuring_an_estimate_leaves_the_gradient_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "_CHUNK_ROWS", 21)
-    monkeypatch.setattr(head, "_CHUNK_NUMBERS", 1)
+    patch_all(monkeypatch, "celora.numerics.head:_CHUNK_ROWS", 21)
+    patch_all(monkeypatch, "celora.numerics.head:_CHUNK_NUMBERS", 1)
     hidden, rows, targets, weight = inputs()
     grads = []
     for keep in (1.0, 0.2):
@@ -200,8 +202,8 @@ class _Largest(TorchDispatchMode):
 
 
 def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "_CHUNK_ROWS", 10)
-    monkeypatch.setattr(head, "_CHUNK_NUMBERS", 1)
+    patch_all(monkeypatch, "celora.numerics.head:_CHUNK_ROWS", 10)
+    patch_all(monkeypatch, "celora.numerics.head:_CHUNK_NUMBERS", 1)
     hidden, rows, targets, weight = inputs(words=5000)
     with _Largest() as seen:
         score_tokens(hidden, rows, targets, weight).log_probs.sum().backward()

@@ -23,14 +23,16 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celora import cli
-from celora.config import CELoraConfig, LayerConfig
+from celora.cli import app as app_module
+from celora.cli import main as cli
 from celora.errors import CELoraError
-from celora.plan import Candidate, Plan, PlannedLayer
-from celora.train import bench, compare, demo, doctor, run
-from celora.train.arguments import TrainRequest, make_request, sft_config
-from celora.train.data import SHAPES, load_rows
-from celora.train.fields import known_fields
+from celora.planning.plan import Candidate, Plan, PlannedLayer
+from celora.settings.config import CELoraConfig, LayerConfig
+from celora.studies import bench, compare, demo, doctor
+from celora.train import record as run
+from celora.train.request.arguments import TrainRequest, make_request, sft_config
+from celora.train.request.fields import known_fields
+from celora.train.rows.data import SHAPES, load_rows
 
 TEXTS = st.sampled_from(
     ["", " ", "a", "none", "true", "1e999", "-1", "0", "0.5", "\0", "\ud800", "\u2028", "é" * 50, "../../etc/passwd",
@@ -206,7 +208,7 @@ FLAGS = st.one_of(
 )
 
 
-COMMANDS = typer.main.get_command(cli.app).commands
+COMMANDS = typer.main.get_command(app_module.app).commands
 VALUES = TEXTS | st.integers(-9, 9).map(str) | st.text(max_size=6)
 
 

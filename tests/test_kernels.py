@@ -11,10 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from celora import kernels, reference, select
+from celora.kernels.c import build as build_module
+from celora.kernels.c import dot as dot_module
+from celora.kernels.c import library as library_module
+from celora.kernels.c import rows as kernels
+from celora.machine import cpu as cpu_module
+from celora.numerics import reference, select
+from patching import patch_all
 
 PYTHON = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # where a process of its own finds what is tested
-needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+needs_compiler = pytest.mark.skipif(library_module.library() is None, reason="no C compiler")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -153,11 +159,11 @@ def test_matrix_instructions(limit: str | None, used: bool, monkeypatch: pytest.
     if limit is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     for there in (True, False):
-        monkeypatch.setattr(kernels, "features", lambda there=there: {"amx_tile": there})
-        assert kernels.matrix_instructions.__wrapped__() is (there and used)
+        patch_all(monkeypatch, "celora.machine.cpu:features", lambda there=there: {"amx_tile": there})
+        assert cpu_module.matrix_instructions.__wrapped__() is (there and used)
 
 
-@pytest.mark.skipif(not kernels.panel_columns(), reason="no 8-bit dot products")
+@pytest.mark.skipif(not dot_module.panel_columns(), reason="no 8-bit dot products")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (16, 32), (67, 100), (128, 257)])
 @pytest.mark.parametrize("kept", [None, 1, 5, 9, 11, 12, 25])
@@ -170,13 +176,13 @@ def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int
         position[index] = torch.arange(len(index), dtype=torch.int32)
     factors = torch.rand(25 if kept is None else kept) + 0.5
     scale = w.float().abs().amax(0).clamp(min=1e-20) / 127
-    packed = kernels.pack_columns(w, 1 / scale)
+    packed = dot_module.pack_columns(w, 1 / scale)
     rows = x if index is None else x[index]
     expected = factors[:, None] * reference.int8(rows.double(), w.double())
     for fill in (True, False):
         around = torch.full((27, shape[1]), 7.0).to(dtype)
         out = around[1:26]
-        kernels.gathered_product(x, packed, scale, out, index=index, position=position, factors=factors, fill=fill)
+        dot_module.gathered_product(x, packed, scale, out, index=index, position=position, factors=factors, fill=fill)
         others = torch.ones(25, dtype=torch.bool)
         others[slice(None) if index is None else index] = False
         assert (out[others] == (0 if fill else 7)).all()
@@ -184,7 +190,7 @@ def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int
         assert (out[~others].double() - expected).norm() <= (3e-3 if dtype == torch.float32 else 6e-3) * expected.norm()
 
 
-@pytest.mark.skipif(not kernels.multiplies_matrices(), reason="no 8-bit dot products of matrices")
+@pytest.mark.skipif(not dot_module.multiplies_matrices(), reason="no 8-bit dot products of matrices")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     ("rows", "shape"),
@@ -205,21 +211,21 @@ def test_matrices_multiply_as_vectors_do(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x, w = torch.randn(rows, shape[0]), torch.randn(shape)
     scale = w.abs().amax(0) / 127
-    packed = kernels.pack_columns(w, 1 / scale)
-    loaded = kernels.library()
+    packed = dot_module.pack_columns(w, 1 / scale)
+    loaded = library_module.library()
     assert loaded is not None
     for kept in sorted({0, 1, rows // 2, rows}):
         index = torch.randperm(rows)[:kept].sort().values
         found = torch.full((2, rows, shape[1]), 7.0)
         for out, matrices in zip(found, (True, False), strict=True):
             assert loaded.use_matrices(matrices) == matrices
-            kernels.gathered_product(x, packed, scale, out, index=index, position=None, factors=None, fill=False)
+            dot_module.gathered_product(x, packed, scale, out, index=index, position=None, factors=None, fill=False)
         loaded.use_matrices(True)
         assert found[0].equal(found[1])
         assert (found[0] != 7).any(1).sum() == kept
 
 
-@pytest.mark.skipif(not kernels.panel_columns(), reason="no 8-bit dot products")
+@pytest.mark.skipif(not dot_module.panel_columns(), reason="no 8-bit dot products")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (67, 100)])
 @pytest.mark.parametrize(("kept", "share"), [(1, 1.0), (9, 1.0), (25, 1.0), (None, 0.5), (None, 0.99), (None, 1.0)])
@@ -229,11 +235,11 @@ def test_critical_products(dtype: torch.dtype, shape: tuple[int, int], kept: int
     x[3] = 0
     w = torch.randn(shape).to(dtype)
     scale = w.float().abs().amax(0).clamp(min=1e-20) / 127
-    packed = kernels.pack_columns(w, 1 / scale)
-    found = kernels.critical_product(x, packed, scale, columns=shape[1], kept=kept, share=share)
+    packed = dot_module.pack_columns(w, 1 / scale)
+    found = dot_module.critical_product(x, packed, scale, columns=shape[1], kept=kept, share=share)
     index, position = kernels.choose_rows(kernels.squared_row_norms(x), kept=kept, share=share, step=1)
     expected = torch.full((25, shape[1]), 7.0).to(dtype)
-    kernels.gathered_product(x, packed, scale, expected, index=index, position=position, factors=None, fill=True)
+    dot_module.gathered_product(x, packed, scale, expected, index=index, position=position, factors=None, fill=True)
     assert found.equal(expected)
     assert (found != 0).any(1).sum() <= len(index) < 26
 
@@ -254,10 +260,10 @@ def test_rows_may_be_apart() -> None:
 
 
 def test_only_what_the_kernels_know_is_given_to_them() -> None:
-    assert not kernels.supported(torch.ones(2, 2, dtype=torch.float64))
-    assert not kernels.supported(torch.ones(2, 2, dtype=torch.float16))
-    assert not kernels.supported(torch.ones(2, 3).T)
-    assert kernels.supported(torch.ones(2, 2)) == (kernels.library() is not None)
+    assert not library_module.supported(torch.ones(2, 2, dtype=torch.float64))
+    assert not library_module.supported(torch.ones(2, 2, dtype=torch.float16))
+    assert not library_module.supported(torch.ones(2, 3).T)
+    assert library_module.supported(torch.ones(2, 2)) == (library_module.library() is not None)
 
 
 @needs_compiler
@@ -270,8 +276,8 @@ def test_without_a_cache_they_are_built_for_the_process(how: str, tmp_path: Path
         "def denied(*_, **__): raise PermissionError('denied')\n"
         f"pathlib.Path.home, pathlib.Path.mkdir = (none, pathlib.Path.mkdir) if {how == 'no home'} else "
         "(pathlib.Path.home, denied)\n"
-        "assert kernels.library() is not None\n"
-        "print(kernels.library()._name)\n"
+        "assert library_module.library() is not None\n"
+        "print(library_module.library()._name)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -289,7 +295,7 @@ def test_without_a_cache_they_are_built_for_the_process(how: str, tmp_path: Path
 def load_in(cache: Path, *, path: str | None = None, home: Path | None = None) -> tuple[Path, str]:
     """The file that another process loads, from `cache` or from wherever else, and why it loads none, or keeps none."""
     code = (
-        "from celora import kernels; loaded = kernels.library()\n"
+        "from celora import kernels; loaded = library_module.library()\n"
         "print(loaded and loaded._name, kernels.why_not() or kernels.why_not_kept())"
     )
     done = subprocess.run(
@@ -347,7 +353,7 @@ def test_every_folder_of_the_cache_is_made_for_the_user_alone(home: Path) -> Non
     """Whatever the umask: who may write to a parent may put another folder in the place of the one looked at."""
     before = os.umask(0o002)
     try:
-        made = kernels._cache()
+        made = build_module._cache()
     finally:
         os.umask(before)
     assert made == home / ".cache" / "celora" / "kernels"
@@ -369,40 +375,40 @@ def test_no_folder_above_the_cache_may_be_open_to_others(
     cache.mkdir(parents=True, mode=0o700)
     (tmp_path / "link").symlink_to(cache)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "link" if where == "link" else cache))
-    assert kernels._cache() == cache / "celora" / "kernels"
+    assert build_module._cache() == cache / "celora" / "kernels"
     opened = cache if where == "link" else (tmp_path / where).resolve()
     opened.chmod(0o775)
     with pytest.raises(PermissionError, match=f"^{opened} could be written to by others"):
-        kernels._cache()
+        build_module._cache()
     if opened != cache:
         opened.chmod(0o1777)  # as /tmp is: nobody can replace what is another's
-        assert kernels._cache() == cache / "celora" / "kernels"
+        assert build_module._cache() == cache / "celora" / "kernels"
 
 
 def test_folders_of_celora_that_were_made_open_are_closed(home: Path) -> None:
-    made = kernels._cache()
+    made = build_module._cache()
     for folder in (made.parent, made):
         folder.chmod(0o775)
-    assert kernels._cache() == made
+    assert build_module._cache() == made
     assert made.stat().st_mode & 0o777 == made.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_what_is_above_the_users_home_is_not_looked_at(home: Path) -> None:
     """What can replace a home has the user's own programs, too."""
     home.parent.chmod(0o777)
-    assert kernels._cache().is_relative_to(home)
+    assert build_module._cache().is_relative_to(home)
     home.chmod(0o777)
     with pytest.raises(PermissionError, match=f"^{home} could be written to by others"):
-        kernels._cache()
+        build_module._cache()
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give a folder away")
 @pytest.mark.parametrize("what", [".cache", ".cache/celora"])
 def test_a_folder_of_somebody_else_above_the_cache_is_not_trusted(what: str, home: Path) -> None:
-    kernels._cache()
+    build_module._cache()
     os.chown(home / what, 12345, -1)
     with pytest.raises(PermissionError, match=f"^{home / what} could be written to by others"):
-        kernels._cache()
+        build_module._cache()
 
 
 @needs_compiler
@@ -411,9 +417,9 @@ def test_kernels_that_cannot_be_kept_are_compiled_anyway(
 ) -> None:
     home.chmod(0o777)
     loaded = object()
-    monkeypatch.setattr(kernels, "_built", lambda compiler, folder: loaded)
-    monkeypatch.setattr(kernels, "_private", lambda: tmp_path)
-    found, reason = kernels._load.__wrapped__()
+    patch_all(monkeypatch, "celora.kernels.c.build:_built", lambda compiler, folder: loaded)
+    patch_all(monkeypatch, "celora.kernels.c.build:_private", lambda: tmp_path)
+    found, reason = build_module.build_and_load.__wrapped__()
     assert found is loaded
     assert reason == f"they could not be kept or loaded: {home} could be written to by others"
 
@@ -429,7 +435,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
 @needs_compiler
 def test_each_compiler_is_tried(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    works = next(filter(None, map(shutil.which, kernels._COMPILERS)))
+    works = next(filter(None, map(shutil.which, build_module._COMPILERS)))
     for name, does in (("cc", "exit 1"), ("gcc", f'exec "{works}" "$@"')):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / "bin" / name).chmod(0o755)
@@ -439,7 +445,7 @@ def test_each_compiler_is_tried(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="never built there")
 def test_why_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load, false = kernels._load.__wrapped__, shutil.which("false")
+    load, false = build_module.build_and_load.__wrapped__, shutil.which("false")
     monkeypatch.setenv("CELORA_KERNELS", "0")
     assert load() == (None, "CELORA_KERNELS=0 turns them off")
     monkeypatch.delenv("CELORA_KERNELS")
@@ -452,7 +458,7 @@ def test_why_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kernels, "_built", full)
+    patch_all(monkeypatch, "celora.kernels.c.build:_built", full)
     assert load() == (None, "they could not be kept or loaded: [Errno 28] No space left on device")
 
 
@@ -465,8 +471,8 @@ def test_without_a_working_compiler_everything_works_through_torch(environment: 
     compiler.chmod(0o755)
     environment = {key: value.format(folder=tmp_path) for key, value in environment.items()}
     code = (
-        "import torch; from celora import kernels; from celora.estimators import Tokens\n"
-        "assert kernels.library() is None\n"
+        "import torch; from celora import kernels; from celora.numerics.estimators import Tokens\n"
+        "assert library_module.library() is None\n"
         "G, W = torch.randn(40, 32), torch.randn(32, 48)\n"
         "for selection in ('topk', 'energy'):\n"
         "    e = Tokens(32, 48, keep_ratio=0.9, selection=selection, precision='int8').estimate(G, W)\n"

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from celora.errors import CELoraError
-from celora.train.arguments import make_request, parse
 from celora.train.loading import load_adapter, load_model, load_tokenizer
+from celora.train.request.arguments import make_request, parse
 from test_run import inputs  # noqa: F401 - a fixture
 from tiny import save_tiny_model
 

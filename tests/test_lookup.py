@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, GenerationConfig
 
 import celora
-from celora import attention, forward, kernels, packing
-from celora.attach import require
+from celora.modeling import attention, packing
+from celora.modeling import call as forward
+from celora.runtime.attachment import require
+from patching import patch_all
 from test_packing import gradients, model_of, ragged
 
 
@@ -33,7 +35,7 @@ class Packed:
             self.packed += kwargs.get("celora_lengths") is not None
             return original(*args, **kwargs)
 
-        patch.setattr(attention, "attention", counted)
+        patch_all(patch, "celora.modeling.attention:attention", counted)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -96,8 +98,8 @@ def test_an_interrupted_attention_leaves_nothing_behind(
         return raised if armed[0] else original()
 
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "_sdpa", fails)
-        patch.setattr(packing, "plain", lambda: True)
+        patch_all(patch, "celora.modeling.attention:_sdpa", fails)
+        patch_all(patch, "celora.modeling.attention:plain", lambda: True)
         loss = None if armed[0] else model(**batch).loss
         armed[0] = True
         with pytest.raises(error):
@@ -155,13 +157,13 @@ def test_batches_that_are_not_packed_find_it_where_the_machine_has_tiles(monkeyp
     model = model_of("llama")
     celora.attach(model, "exact")
     for attends in (True, False):
-        monkeypatch.setattr(kernels, "attends", lambda attends=attends: attends)
-        monkeypatch.setattr(attention, "_tiles_pay", lambda *_: False)
+        patch_all(monkeypatch, "celora.kernels.c.attention:attends", lambda attends=attends: attends)
+        patch_all(monkeypatch, "celora.modeling.attention:_tiles_pay", lambda *_: False)
         counted.calls = 0
         gradients(model, {**batch, "attention_mask": None})
         assert counted.calls == 2 * attends
         assert counted.packed == 0
-    monkeypatch.setattr(kernels, "attends", lambda: True)
+    patch_all(monkeypatch, "celora.kernels.c.attention:attends", lambda: True)
     counted.calls = 0
     model(input_ids=batch["input_ids"])
     with torch.no_grad():
@@ -260,10 +262,10 @@ def test_an_argument_that_is_not_known_keeps_the_padding() -> None:
     seen: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
         pack = packing.pack
-        patch.setattr(packing, "pack", lambda *args: seen.append(args) or pack(*args))
+        patch_all(patch, "celora.modeling.packing:pack", lambda *args: seen.append(args) or pack(*args))
         model(**batch, token_type_ids=None)  # which is not given
         assert len(seen) == 1
         with pytest.warns(UserWarning, match="what 'new_thing' among the arguments does is not known"):
             assert model(**batch, new_thing=False).logits is None
         assert len(seen) == 1
-    assert forward._unknown({"new_thing": False, "labels": 1, "other": None}) == {"new_thing": False}
+    assert forward.unknown_arguments({"new_thing": False, "labels": 1, "other": None}) == {"new_thing": False}

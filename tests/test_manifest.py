@@ -7,7 +7,7 @@ import random
 import pytest
 
 from celora.errors import CELoraError
-from celora.train.manifest import MANIFEST, read_manifest, seal, sealed, unseal
+from celora.train.output.manifest import MANIFEST, read_manifest, seal, sealed, unseal
 from conftest import written_whole
 
 

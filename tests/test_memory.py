@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from celora.memory import available_memory, forget_peak, peak_memory, saved_for_backward
+from celora.machine.memory import available_memory, forget_peak, peak_memory, saved_for_backward
 
 CPU = torch.device("cpu")
 

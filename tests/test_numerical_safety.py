@@ -19,14 +19,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import celora
-from celora import CELoraConfig, kernels
-from celora.attach import require
-from celora.estimators import make_estimator
-from celora.graft import LayerGraft, Mode
-from celora.products import Fp8, Int8, Product
-from celora.select import critical_rows, squared_row_norms
+from celora import CELoraConfig
+from celora.kernels.c import build as build_module
+from celora.kernels.c import library as library_module
+from celora.kernels.operations import squared_row_norms
+from celora.modeling.graft import LayerGraft
+from celora.modeling.switch import Mode
+from celora.numerics.estimators import make_estimator
+from celora.numerics.products.base import Product
+from celora.numerics.products.fp8 import Fp8
+from celora.numerics.products.int8 import Int8
+from celora.numerics.select import critical_rows
+from celora.runtime.attachment import require
 from conftest import adapter, make_batch, make_model
 from machine import refuses, refuses_config
+from patching import patch_all
 
 # Half of this little is a poor estimate; one test below is about saying so.
 pytestmark = pytest.mark.filterwarnings("ignore:celora. at step . the relative error")
@@ -55,9 +62,9 @@ MEMBERS = {
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the compiled kernels, and as on a machine without a compiler."""
     if request.param == "torch":
-        monkeypatch.setattr(kernels, "library", lambda: None)
-    elif kernels.library() is None:
-        assert kernels.why_not()  # said; everything goes through torch here, too
+        patch_all(monkeypatch, "celora.kernels.c.library:library", lambda: None)
+    elif library_module.library() is None:
+        assert build_module.why_not()  # said; everything goes through torch here, too
     return str(request.param)
 
 
@@ -376,7 +383,9 @@ def test_an_estimated_head_loses_nothing_beside_a_token_that_is_not_finite(bad: 
     grads = []
     for keep_ratio in (1.0, 0.1):
         hidden.grad = None
-        celora.head.score_tokens(hidden, rows, targets, weight, keep_ratio=keep_ratio).log_probs.sum().backward()
+        celora.numerics.head.score_tokens(
+            hidden, rows, targets, weight, keep_ratio=keep_ratio
+        ).log_probs.sum().backward()
         grads.append(hidden.grad)
     assert grads[0].isfinite().all(1).tolist() == [i != 4 for i in range(9)]
     torch.testing.assert_close(grads[1], grads[0], equal_nan=True)

@@ -14,9 +14,10 @@ from peft import PeftModel
 from trl.trainer.utils import add_fused_lm_head
 
 import celora
-from celora import CELoraError, others
-from celora.attach import require
-from celora.head import Logits
+from celora import CELoraError
+from celora.modeling import others
+from celora.numerics.head import Logits
+from celora.runtime.attachment import require
 from conftest import make_model
 from test_forward import gradient, masked_batch
 

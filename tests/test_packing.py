@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import celora
-from celora import attention, packing
+from celora.modeling import attention, packing
+from patching import patch_all
 from tolerances import OF_GRADIENT
 
 EXTRA: dict[str, dict[str, Any]] = {
@@ -96,7 +97,7 @@ def test_hooks_that_may_look_at_the_shape_of_a_batch_keep_its_padding() -> None:
     packed: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         pack = packing.pack
-        patch.setattr(packing, "pack", lambda *args: packed.append(pack(*args)) or packed[-1])
+        patch_all(patch, "celora.modeling.packing:pack", lambda *args: packed.append(pack(*args)) or packed[-1])
         model(**batch)
     assert packed[0] is not None
 
@@ -174,18 +175,18 @@ def pack_for(model: nn.Module, batch: dict[str, Tensor], position_ids: Tensor | 
 def test_short_sequences_are_packed_for_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 on CPU, where it is faster sequence by sequence, though there is no padding to save."""
     full = ragged([32, 32, 32])
-    monkeypatch.setattr(attention.kernels, "attends", lambda: True)
+    patch_all(monkeypatch, "celora.kernels.c.attention:attends", lambda: True)
     assert pack(full, torch.bfloat16) is None
     nearly = ragged([32] * 7 + [29])
     assert pack(nearly, torch.bfloat16) is not None  # tiles take no mask
     assert pack(nearly) is None
-    monkeypatch.setattr(attention.kernels, "attends", lambda: False)
+    patch_all(monkeypatch, "celora.kernels.c.attention:attends", lambda: False)
     packed = pack(full, torch.bfloat16)
     assert packed is not None
     assert packed[attention.LENGTHS] == (31, 31, 31 + 3)
     with torch.autocast("cpu", torch.bfloat16):
         assert pack(full) is not None
-    monkeypatch.setattr(attention, "_SHORT", 30)
+    patch_all(monkeypatch, "celora.modeling.attention:_SHORT", 30)
     assert pack(full, torch.bfloat16) is None
 
 

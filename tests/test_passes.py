@@ -18,10 +18,19 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, app
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 import celora
-from celora import CELoraConfig, kernels, packing, passes
-from celora.graft import Switch
-from celora.memory import saved_for_backward
+from celora import CELoraConfig
+from celora.kernels.c import library as kernels
+from celora.machine.memory import saved_for_backward
+from celora.modeling import packing
+from celora.modeling.passes import gate as gate_module
+from celora.modeling.passes import known as passes
+from celora.modeling.passes import norm as norm_module
+from celora.modeling.passes import pending as pending_module
+from celora.modeling.passes import rotation as rotation_module
+from celora.modeling.switch import Switch
+from celora.numerics import passes as passes_module
 from conftest import make_model
+from patching import patch_all
 from test_packing import model_of
 from tolerances import no_further
 
@@ -59,8 +68,8 @@ def test_norms(shape: tuple[int, ...], kind: Any, dtype: torch.dtype) -> None:
     norm.weight.requires_grad_(False)
     offset, rounds = NORMS[kind]
     x = (3 * torch.randn(shape)).to(dtype)
-    eps = passes._epsilon(norm)
-    ours = results(lambda x: passes.rms_norm(x, norm.weight, eps, offset=offset, rounds=rounds), x)
+    eps = norm_module.epsilon(norm)
+    ours = results(lambda x: passes_module.rms_norm(x, norm.weight, eps, offset=offset, rounds=rounds), x)
     true = results(lambda x: F.rms_norm(x, x.shape[-1:], offset + norm.weight.double(), eps), x.double())
     check(ours, results(norm, x), true)
 
@@ -73,7 +82,7 @@ def test_gates(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     def plain(gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
 
-    ours = results(passes.gated, gate, up)
+    ours = results(passes_module.gated, gate, up)
     check(ours, results(plain, gate, up), results(plain, gate.double(), up.double()))
 
 
@@ -81,12 +90,12 @@ def test_gates(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gates_at_the_ends(dtype: torch.dtype, x: float) -> None:
     gate, up = torch.full((2, 20), x, dtype=dtype), torch.ones(2, 20, dtype=dtype)
-    ours = results(passes.gated, gate, up)
+    ours = results(passes_module.gated, gate, up)
     theirs = results(lambda gate, up: F.silu(gate) * up, gate, up)
     for our, their in zip(ours, theirs, strict=True):
         if x != float("inf"):  # of which torch has no gradient: 0 times infinity
             torch.testing.assert_close(our, their, equal_nan=True, rtol=1e-2, atol=1e-30)
-    norm = passes.rms_norm(gate, up[0], 1e-6)
+    norm = passes_module.rms_norm(gate, up[0], 1e-6)
     assert bool(norm.isfinite().all()) is (abs(x) == 100)
 
 
@@ -101,7 +110,7 @@ def test_rotations(heads: int, batch: int, angles: int, dtype: torch.dtype) -> N
         return torch.cat(apply_rotary_pos_emb(q, k, cosine.to(q.dtype), sine.to(q.dtype)), 1)
 
     def ours(q: Tensor, k: Tensor) -> Tensor:
-        return torch.cat(apply_rotary_pos_emb(q, k, *passes._angles(cosine, sine)), 1)
+        return torch.cat(apply_rotary_pos_emb(q, k, *pending_module.make_angles(cosine, sine)), 1)
 
     found = results(ours, q, k)
     check(found, results(plain, q, k), results(plain, q.double(), k.double()))
@@ -117,8 +126,8 @@ def test_contiguity_and_broadcasting_are_not_taken_for_granted() -> None:
     x, weight = torch.randn(9, 16).t(), torch.randn(9)
     expanded = torch.ones(()).expand(16, 9)
     for ours, plain in (
-        (lambda x: passes.rms_norm(x, weight, 1e-6), lambda x: F.rms_norm(x, (9,), weight, 1e-6)),
-        (lambda x: passes.gated(x, x + 1), lambda x: F.silu(x) * (x + 1)),
+        (lambda x: passes_module.rms_norm(x, weight, 1e-6), lambda x: F.rms_norm(x, (9,), weight, 1e-6)),
+        (lambda x: passes_module.gated(x, x + 1), lambda x: F.silu(x) * (x + 1)),
     ):
         found, expected = (of(x.requires_grad_()) for of in (ours, plain))
         torch.testing.assert_close(found, expected)
@@ -126,7 +135,7 @@ def test_contiguity_and_broadcasting_are_not_taken_for_granted() -> None:
         torch.testing.assert_close(gradient, true, rtol=1e-4, atol=1e-5)
     # One token for each of several sequences: a tensor may count as contiguous whatever its strides.
     q, angles = torch.randn(2, 3, 1, 8), torch.randn(2, 2, 1, 8)
-    found = apply_rotary_pos_emb(q, q, *passes._angles(*angles))[0]
+    found = apply_rotary_pos_emb(q, q, *pending_module.make_angles(*angles))[0]
     torch.testing.assert_close(found, apply_rotary_pos_emb(q, q, *angles)[0])
 
 
@@ -145,7 +154,7 @@ ODD: dict[str, tuple[Tensor, Tensor, Tensor, int]] = {
 def test_angles_that_do_not_fit_are_multiplied_as_they_are(what: str) -> None:
     q, cosine, sine, dim = ODD[what]
     expected = apply_rotary_pos_emb(q, q, cosine, sine, dim)[0]
-    angles = passes._angles(cosine, sine)
+    angles = pending_module.make_angles(cosine, sine)
     found = apply_rotary_pos_emb(q, q, *angles, dim)[0]
     assert angles[0].of.taken == 0
     assert found.dtype == expected.dtype
@@ -154,12 +163,14 @@ def test_angles_that_do_not_fit_are_multiplied_as_they_are(what: str) -> None:
 
 def test_angles_for_fewer_tokens_are_an_error() -> None:
     with pytest.raises(RuntimeError):
-        apply_rotary_pos_emb(torch.ones(1, 3, 9, 8), torch.ones(1, 3, 9, 8), *passes._angles(*torch.rand(2, 1, 5, 8)))
+        apply_rotary_pos_emb(
+            torch.ones(1, 3, 9, 8), torch.ones(1, 3, 9, 8), *pending_module.make_angles(*torch.rand(2, 1, 5, 8))
+        )
 
 
 def test_what_was_not_foreseen_gets_the_tensor() -> None:
     gate, up = torch.randn(2, 5, 8)
-    activated, silu = passes._Activated(gate), F.silu(gate)
+    activated, silu = pending_module.Activated(gate), F.silu(gate)
     for found, expected in (
         (activated * up, silu * up), (up * activated, up * silu), (activated * 2, silu * 2),
         (activated + up, silu + up),
@@ -171,7 +182,7 @@ def test_what_was_not_foreseen_gets_the_tensor() -> None:
         torch.testing.assert_close(found, expected)
     assert activated.shape == silu.shape
     both = torch.randn(2, 1, 5, 8)
-    cosine, sine = passes._angles(*both)
+    cosine, sine = pending_module.make_angles(*both)
     q = torch.randn(1, 3, 5, 8)
     for found, expected in (
         (cosine.unsqueeze(1).unsqueeze(1), both[0][:, None, None]), (q * cosine, q * both[0]),
@@ -186,7 +197,11 @@ def test_what_was_not_foreseen_gets_the_tensor() -> None:
 def test_results_may_be_changed_in_place() -> None:
     x = torch.randn(1, 3, 5, 8).requires_grad_()
     angles = torch.rand(2, 1, 5, 8)
-    for y in (passes.rms_norm(x, torch.ones(8), 1e-6), passes.gated(x, x), passes.rotated(x, *angles)):
+    for y in (
+        passes_module.rms_norm(x, torch.ones(8), 1e-6),
+        passes_module.gated(x, x),
+        passes_module.rotated(x, *angles),
+    ):
         y.mul_(2).sum().backward()
 
 
@@ -244,7 +259,7 @@ def test_less_is_saved_for_backward() -> None:
     for on in (False, True):
         with pytest.MonkeyPatch.context() as patch, saved_for_backward(model) as saved:
             if not on:
-                patch.setattr(kernels, "library", lambda: None)
+                patch_all(patch, "celora.kernels.c.library:library", lambda: None)
             model(**batch)
         sizes.append(saved.nbytes)
     tokens = 4 * 32
@@ -262,7 +277,9 @@ OTHERS: dict[str, Callable[[PeftModel], object]] = {
     "evaluation": lambda model: model.eval(),
     "float64": lambda model: model.double(),
     "trained": lambda model: [p.requires_grad_() for n, p in model.named_parameters() if "norm" in n],
-    "another dtype": lambda model: [m.bfloat16() for m, kind in passes.known(model).items() if kind is passes.Norm],
+    "another dtype": lambda model: [
+        m.bfloat16() for m, kind in passes.known(model).items() if kind is norm_module.Norm
+    ],
     "a hook": lambda model: [m.register_forward_hook(_look) for m in looked_at(model)],
     "a hook with kwargs": lambda model: [m.register_forward_hook(_look, with_kwargs=True) for m in looked_at(model)],
     "a pre-hook": lambda model: [m.register_forward_pre_hook(_look) for m in looked_at(model)],
@@ -282,7 +299,7 @@ OTHERS: dict[str, Callable[[PeftModel], object]] = {
 def looked_at(model: PeftModel) -> list[nn.Module]:
     """The modules that do not run, or are given something else."""
     found = passes.known(model).items()
-    return [module.act_fn if kind is passes.Gate else module for module, kind in found]
+    return [module.act_fn if kind is gate_module.Gate else module for module, kind in found]
 
 
 def _look(*_: object) -> None:
@@ -297,7 +314,7 @@ def test_what_is_left_to_the_module(what: str, monkeypatch: pytest.MonkeyPatch) 
         OTHERS[what](of)
     celora.attach(model, FUSED)
     if what == "no kernels":
-        monkeypatch.setattr(kernels, "library", lambda: None)
+        patch_all(monkeypatch, "celora.kernels.c.library:library", lambda: None)
     seen: list[tuple[Any, ...]] = []
     left = {"rms_norm"} if what in ("trained", "another dtype") else {"rms_norm", "gated", "rotated"}
     if what in ("a hook", "a pre-hook", "a backward hook"):  # they see nothing of an attention's angles
@@ -315,7 +332,7 @@ def test_what_is_left_to_the_module(what: str, monkeypatch: pytest.MonkeyPatch) 
 def test_norms_are_recognised(kind: Any, dtype: torch.dtype) -> None:
     norm = kind(48).to(dtype)
     nn.init.normal_(norm.weight)
-    found = passes._recognise(norm, norm.weight.detach(), 1e-6)
+    found = norm_module._recognise(norm, norm.weight.detach(), 1e-6)
     assert found is not None
     assert found.offset == NORMS[kind][0]
     assert found.rounds == NORMS[kind][1] or dtype == torch.float32  # where nothing is rounded
@@ -345,7 +362,7 @@ def test_only_what_is_on_cpu_is_known() -> None:
 def test_a_norm_is_tried_in_each_dtype() -> None:
     norm = Olmo2RMSNorm(32).requires_grad_(False).train()
     nn.init.normal_(norm.weight)
-    passes.Norm(Switch()).under(norm)
+    norm_module.Norm(Switch()).under(norm)
     for dtype in DTYPES:  # in the first there is nothing to tell it from Llama's by
         x = torch.randn(200, 32).to(dtype)
         assert (norm.to(dtype)(x) == norm.eval()(x)).float().mean() > (0.99 if dtype == torch.bfloat16 else 0.3)
@@ -380,7 +397,7 @@ def test_attentions_that_look_at_their_angles() -> None:
     model, batch = get_peft_model(base, lora).train(), {"input_ids": torch.randint(3, 64, (2, 9))}
     expected = gradients(model, batch)
     celora.attach(model, FUSED)
-    assert passes.Rotation not in passes.known(model).values()
+    assert rotation_module.Rotation not in passes.known(model).values()
     torch.testing.assert_close(gradients(model, batch), expected, rtol=1e-3, atol=1e-6)
 
 
@@ -391,7 +408,7 @@ def test_what_is_never_turned_in_one_pass_is_not_known() -> None:
         head_dim=8, vocab_size=64, pad_token_id=0,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    assert passes.Rotation not in passes.known(model).values()
+    assert rotation_module.Rotation not in passes.known(model).values()
 
 
 def test_recorded_attentions_do_not_end_the_rotations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,8 +417,8 @@ def test_recorded_attentions_do_not_end_the_rotations(monkeypatch: pytest.Monkey
     celora.attach(model, FUSED)
     assert model(**batch, output_attentions=True).attentions
     turned: list[int] = []
-    rotated = passes.rotated
-    monkeypatch.setattr(passes, "rotated", lambda *of: turned.append(1) or rotated(*of))
+    rotated = passes_module.rotated
+    patch_all(monkeypatch, "celora.numerics.passes:rotated", lambda *of: turned.append(1) or rotated(*of))
     model(**batch)
     assert len(turned) == 4
 
@@ -431,7 +448,7 @@ def test_an_activation_of_another_kind_is_not_known() -> None:
     model = make_model()
     layers = model.base_model.model.model.layers
     layers[0].mlp.act_fn = Louder()
-    assert [m for m, kind in passes.known(model).items() if kind is passes.Gate] == [layers[1].mlp]
+    assert [m for m, kind in passes.known(model).items() if kind is gate_module.Gate] == [layers[1].mlp]
 
 
 def test_unknown_formulas_are_left_alone() -> None:
@@ -477,7 +494,7 @@ def test_a_copy_of_a_part_and_a_detached_model_are_plain() -> None:
 
 def test_an_interrupted_norm_forgets_its_result() -> None:
     norm = LlamaRMSNorm(16).requires_grad_(False).train()
-    hook = passes.Norm(Switch())
+    hook = norm_module.Norm(Switch())
     hook.under(norm)
     x = torch.randn(3, 16, requires_grad=True)
     norm(x)

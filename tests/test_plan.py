@@ -16,10 +16,13 @@ from peft import PeftModel
 
 import celora
 from celora import CELoraConfig, CELoraError, Plan
-from celora.config import LayerConfig
-from celora.plan import HEAD, Candidate, PlannedLayer, device_name, label
+from celora.machine.device import device_name
+from celora.planning.plan import Candidate, PlannedLayer, label
+from celora.settings.config import LayerConfig
+from celora.settings.names import HEAD
 from conftest import make_model
 from machine import refuses
+from patching import patch_all
 
 LAYER = "base_model.model.model.layers.1.mlp.up_proj"
 TOKENS = LayerConfig("tokens", keep_ratio=0.97, rank=0, selection="energy", precision="int8", weight_copy=False)
@@ -45,7 +48,7 @@ def make(model: PeftModel, settings: tuple[LayerConfig, LayerConfig] | None = No
         PlannedLayer(LAYER.replace("up_proj", "gate_proj"), 80, 48, 0.5, candidates, 0),
     )
     plan = Plan(
-        layers, 0.98, 0.985, 0.981, 0.58, 0.6, 33, "float32", celora.plan.measured_on(_device(model)),
+        layers, 0.98, 0.985, 0.981, 0.58, 0.6, 33, "float32", celora.machine.device.measured_on(_device(model)),
         torch.get_num_threads(), "2", 9999,
     )  # fmt: skip
     return dataclasses.replace(plan, **changes)
@@ -122,9 +125,9 @@ def test_a_plan_for_something_else_is_refused(model: PeftModel) -> None:
 
 
 def test_a_plan_made_with_amx_is_not_one_without(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(celora.plan, "matrix_instructions", lambda: True)
+    patch_all(monkeypatch, "celora.machine.cpu:matrix_instructions", lambda: True)
     with_amx = make(model)
-    monkeypatch.setattr(celora.plan, "matrix_instructions", lambda: False)
+    patch_all(monkeypatch, "celora.machine.cpu:matrix_instructions", lambda: False)
     assert not make(model).elsewhere(_device(model))
     with pytest.raises(CELoraError, match=r"measured on '.* with AMX' and this is"):
         celora.attach(model, with_amx)

@@ -13,17 +13,24 @@ import torch
 from peft import PeftModel, get_peft_model
 
 import celora
-from celora import CELoraError, planner
-from celora.attach import find, require, tuner_layers
-from celora.config import PRESETS, LayerConfig
-from celora.estimators import Dense
-from celora.estimators import tokens as tokens_module
-from celora.graft import Mode, Switch
-from celora.plan import Candidate, PlannedLayer
-from celora.products import Int8
-from celora.weights import StoredWeight
+from celora import CELoraError
+from celora.modeling.survey import tuner_layers
+from celora.modeling.switch import Mode, Switch
+from celora.numerics.estimators import Dense
+from celora.numerics.products.int8 import Int8
+from celora.planning import bench as bench_module
+from celora.planning import candidates as candidates_module
+from celora.planning import choose as choose_module
+from celora.planning import evidence as evidence_module
+from celora.planning import planner
+from celora.planning.plan import Candidate, PlannedLayer
+from celora.runtime.attachment import find, require
+from celora.settings.config import LayerConfig
+from celora.settings.presets import PRESETS
+from celora.weights.stored import StoredWeight
 from conftest import adapter, make_base, make_batch, make_model, train
 from machine import refuses
+from patching import patch_all
 
 
 @pytest.fixture
@@ -43,21 +50,21 @@ def free_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def times(layers: Any) -> Any:
         keys = {("dense", True, 1.0): 1.0}
-        for setting in planner.candidates(torch.device("cpu")):
+        for setting in candidates_module.candidates(torch.device("cpu")):
             cheaper = 1.0 if setting.precision == "native" else 0.5
             if setting.estimator in ("int8", "fp8"):
                 keys[setting.estimator, setting.weight_copy, 1.0] = 0.6 if setting.weight_copy else 0.8
             elif setting.estimator == "columns":
                 keys[f"columns {setting.precision}", True, setting.keep_ratio] = cheaper * setting.keep_ratio
             else:
-                for share in planner._TIMED_SHARES:
+                for share in evidence_module._TIMED_SHARES:
                     cost = cheaper * share * (1.0 if setting.weight_copy else 1.2)
                     keys[f"tokens {setting.precision}", setting.weight_copy, share] = cost
         return {layer.kind: keys for layer in layers}
 
-    monkeypatch.setattr(planner, "_time_kinds", times)
-    monkeypatch.setattr(planner, "_graft_overhead", lambda device, dtype: 0.0)
-    monkeypatch.setattr(planner._Bench, "time", lambda bench, layers, settings: 0.5)
+    patch_all(monkeypatch, "celora.planning.evidence:time_kinds", times)
+    patch_all(monkeypatch, "celora.planning.evidence:graft_overhead", lambda device, dtype: 0.0)
+    monkeypatch.setattr(bench_module.Bench, "time", lambda bench, layers, settings: 0.5)
 
 
 def test_every_layer_is_disturbed_before_it_is_said_to_have_no_influence(
@@ -66,13 +73,13 @@ def test_every_layer_is_disturbed_before_it_is_said_to_have_no_influence(
     """So few tokens carry the last layers' gradients that native products, which round numbers up, would keep all."""
     for batch in batches:
         batch["labels"][:, :-1] = -100
-    monkeypatch.setattr(planner, "_DEPTHS", 20)
+    patch_all(monkeypatch, "celora.planning.influence:_DEPTHS", 20)
     (plan,) = planner.make_plans(model, batches, [0.9])
     influence = {layer.name.rpartition("model.layers.")[2]: layer.influence for layer in plan.layers}
     assert influence["1.mlp.down_proj"] > 0
     assert influence["1.mlp.up_proj"] > 0
     # It is the same, however few layers are probed together.
-    monkeypatch.setattr(planner, "_FEW_LAYERS", 0)
+    patch_all(monkeypatch, "celora.planning.influence:_FEW_LAYERS", 0)
     (grouped,) = planner.make_plans(model, batches, [0.9])
     assert min(layer.influence for layer in grouped.layers) > 0
 
@@ -87,7 +94,7 @@ def test_layers_whose_product_is_computed_elsewhere_are_not_measured(
         asked.extend(layers)
         return [None]
 
-    monkeypatch.setattr(planner, "_make_plans", no_plans)
+    patch_all(monkeypatch, "celora.planning.planner:_make_plans", no_plans)
     celora.make_plan(hra, batches)
     assert asked == []
 
@@ -116,9 +123,9 @@ def test_a_product_in_a_quantised_layer_s_own_dtype_is_timed_once(monkeypatch: p
             return self.stored
 
     waits: list[None] = []
-    monkeypatch.setattr(planner, "synchronise", lambda device: waits.append(None))
+    patch_all(monkeypatch, "celora.machine.timing:synchronise", lambda device: waits.append(None))
     weight = Stored(torch.ones(6, 4), torch.Size((6, 4)), torch.float32, compute_dtype=torch.bfloat16)
-    graft = planner._TimedGraft(Dense(6, 4), Switch())
+    graft = bench_module._TimedGraft(Dense(6, 4), Switch())
     assert graft.grad_input(torch.ones(3, 6), weight, Mode.ESTIMATE).equal(torch.full((3, 4), 6.0))
     assert len(waits) == 2  # before and after
 
@@ -160,7 +167,7 @@ def test_a_plan_that_loses_the_same_in_every_batch_is_made_more_careful(
     model: PeftModel, free_estimates: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each batch alone may be near enough where their sum is not."""
-    audit = planner._Bench.audit
+    audit = bench_module.Bench.audit
     asked: list[float] = []
 
     def biased(bench: Any, layers: Any, settings: Any, numbers: Any = None) -> Any:
@@ -172,7 +179,7 @@ def test_a_plan_that_loses_the_same_in_every_batch_is_made_more_careful(
 
     batches = [_masked(seed) for seed in range(10)]
     plain = celora.make_plan(model, batches, 0.95)
-    monkeypatch.setattr(planner._Bench, "audit", biased)
+    monkeypatch.setattr(bench_module.Bench, "audit", biased)
     careful = celora.make_plan(model, batches, 0.95)
     assert len(asked) > 1
     assert careful.audited_cosine >= 0.95
@@ -183,13 +190,13 @@ def test_a_plan_that_loses_the_same_in_every_batch_is_made_more_careful(
 def test_a_plan_that_misses_its_fidelity_says_so(
     model: PeftModel, batches: Any, free_estimates: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    audit = planner._Bench.audit
+    audit = bench_module.Bench.audit
 
     def worse(bench: Any, layers: Any, settings: Any, numbers: Any = None) -> Any:
         found = audit(bench, layers, settings, numbers)
         return found if numbers is None else dataclasses.replace(found, cosine=0.9)
 
-    monkeypatch.setattr(planner._Bench, "audit", worse)
+    monkeypatch.setattr(bench_module.Bench, "audit", worse)
     with pytest.warns(UserWarning, match=r"none kept it; this one keeps 0\.9000"):
         celora.make_plan(model, batches, 0.99)
 
@@ -253,14 +260,14 @@ def wide_head(monkeypatch: pytest.MonkeyPatch) -> None:
     def times(calls: Any, repeats: int, device: Any) -> Any:
         return {call: {"time_ms": 10 * float(call)} for call in calls}
 
-    monkeypatch.setattr(planner, "interleaved", times)
-    monkeypatch.setattr(planner, "HEAD_SHARES", (0.9, 0.7, 0.5, 0.3))  # it has 61 words
+    patch_all(monkeypatch, "celora.machine.timing:interleaved", times)
+    patch_all(monkeypatch, "celora.planning.candidates:HEAD_SHARES", (0.9, 0.7, 0.5, 0.3))  # it has 61 words
 
 
 def test_layers_that_are_not_faster_in_a_whole_backward_are_exact(
     model: PeftModel, batches: Any, free_estimates: None, wide_head: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner._Bench, "time", lambda bench, layers, settings: 1.01)
+    monkeypatch.setattr(bench_module.Bench, "time", lambda bench, layers, settings: 1.01)
     plan = celora.make_plan(model, batches, 0.9)
     assert {layer.chosen for layer in plan.layers} == {0}
     assert plan.audited_time == plan.predicted_time == 1
@@ -367,7 +374,7 @@ def test_the_cheapest_choice_is_found_within_both_limits() -> None:
         PlannedLayer(str(i), 1, 1, 1.0, tuple(map(Candidate, settings, t, e, (0, 5, 0))), 0)
         for i, (t, e) in enumerate(zip(times, errors, strict=True))
     ]
-    table = planner.Table(layers)
+    table = choose_module.Table(layers)
     every = [list(choice) for choice in itertools.product(range(3), repeat=3)]
     for error in (0.0, 0.02, 0.17, 0.3, 2.0):
         choice = table.cheapest(error, 100)
@@ -397,7 +404,7 @@ def test_a_choice_is_found_however_wrong_the_prediction(power: float, factor: fl
             audits.append(factor * expected**power)
             return types.SimpleNamespace(cosine=(1 - min(1.0, audits[-1])) ** 0.5)
 
-    _, found = planner._choose(Bench(), {}, layers, 0.1, 10**9, [])  # type: ignore[arg-type]
+    _, found = choose_module.choose_plan(Bench(), {}, layers, 0.1, 10**9, [])  # type: ignore[arg-type]
     assert found == pytest.approx(audits[-1])
     assert 0.08 < found <= 0.1
     assert len(audits) <= 6
@@ -413,7 +420,7 @@ def test_a_choice_is_found_where_there_are_few(expected: float) -> None:
         def audit(self, by_name: Any, chosen: dict[str, LayerConfig]) -> Any:
             return types.SimpleNamespace(cosine=(1 - 0.06 * len(chosen)) ** 0.5)
 
-    chosen, found = planner._choose(Bench(), {}, layers, 0.1, 10**9, [])  # type: ignore[arg-type]
+    chosen, found = choose_module.choose_plan(Bench(), {}, layers, 0.1, 10**9, [])  # type: ignore[arg-type]
     assert sum(layer.chosen for layer in chosen) == 1
     assert found == pytest.approx(0.06)
 
@@ -437,23 +444,23 @@ def test_where_nothing_can_be_estimated_everything_stays_exact(model: PeftModel)
 
 def test_what_a_graft_itself_takes_is_counted(model: PeftModel, free_estimates: None, monkeypatch: Any) -> None:
     """Except where the layer has one anyway, because its adapter is fused."""
-    monkeypatch.setattr(planner, "_graft_overhead", lambda device, dtype: 0.3)
+    patch_all(monkeypatch, "celora.planning.evidence:graft_overhead", lambda device, dtype: 0.3)
     fused = celora.make_plan(model, [make_batch(0)], 0.9)
     assert min(c.time_ms for layer in fused.layers for c in layer.candidates[1:]) < 0.3
-    monkeypatch.setattr(planner, "fuses", lambda module: False)
+    patch_all(monkeypatch, "celora.modeling.survey:fuses", lambda module: False)
     plan = celora.make_plan(model, [make_batch(0)], 0.9)
     assert all(0.3 < c.time_ms < 0.97 for layer in plan.layers for c in layer.candidates[1:])
-    monkeypatch.setattr(planner, "_graft_overhead", lambda device, dtype: 1.0)
+    patch_all(monkeypatch, "celora.planning.evidence:graft_overhead", lambda device, dtype: 1.0)
     assert {layer.chosen for layer in celora.make_plan(model, [make_batch(0)], 0.5).layers} == {0}
     monkeypatch.undo()
-    assert 0 <= planner._graft_overhead(torch.device("cpu"), torch.float32) < 100
+    assert 0 <= evidence_module.graft_overhead(torch.device("cpu"), torch.float32) < 100
 
 
 def test_on_an_accelerator_what_energy_leaves_out_is_audited(
     model: PeftModel, batches: Any, free_estimates: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There the tokens that are kept are the share that an earlier batch needed, of which there is none at first."""
-    monkeypatch.setattr(tokens_module, "_counts_freely", lambda device: False)
+    patch_all(monkeypatch, "celora.numerics.estimators.tokens:_counts_freely", lambda device: False)
     (plan,) = planner.make_plans(model, batches, [0.97], head=False)
     assert any(layer.choice.setting.selection == "energy" for layer in plan.layers)
     assert 0.96 < plan.audited_cosine < 0.9999
@@ -480,16 +487,20 @@ def test_a_model_in_evaluation_mode_is_planned_as_it_will_train(
 
 def test_layers_with_other_numbers_of_tokens_are_timed_for_themselves(model: PeftModel) -> None:
     layers = [
-        planner._Layer(name, module.get_base_layer(), [LayerConfig("dense")], tokens=tokens)
+        bench_module.Layer(name, module.get_base_layer(), [LayerConfig("dense")], tokens=tokens)
         for tokens, (name, module) in zip((4, 4, 4000), list(tuner_layers(model).items())[:3:2] * 2, strict=False)
     ]
-    assert len(planner._time_kinds(layers)) == len({layer.kind for layer in layers}) > len({x.shape for x in layers})
+    assert (
+        len(evidence_module.time_kinds(layers))
+        == len({layer.kind for layer in layers})
+        > len({x.shape for x in layers})
+    )
 
 
 def test_what_makes_no_sense_is_said_before_anything_is_measured(
     model: PeftModel, batches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner, "_make_plans", lambda *_: pytest.fail("measured"))
+    patch_all(monkeypatch, "celora.planning.planner:_make_plans", lambda *_: pytest.fail("measured"))
     with pytest.raises(CELoraError, match="memory_limit='1GB'; expected a number of bytes"):
         celora.make_plan(model, batches, memory_limit="1GB")  # type: ignore[arg-type]
     monkeypatch.setattr(planner, "DTensor", torch.nn.Parameter)

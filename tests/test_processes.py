@@ -14,12 +14,13 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from celora.cli import main
-from celora.planner import DEFAULT_FIDELITY
+from celora.cli.main import main
+from celora.planning.planner import DEFAULT_FIDELITY
 from celora.train import processes
-from celora.train.arguments import parse
 from celora.train.progress import read_metrics
+from celora.train.request.arguments import parse
 from celora.train.run import train
+from patching import patch_all
 from test_distributed import torchrun
 from tiny import save_rows, save_tiny_model
 from train_worker import COLUMNS, USUAL
@@ -144,12 +145,12 @@ def test_a_launcher_that_answers_nothing_silences_nobody(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as frozen:
         for name, value in (("WORLD_SIZE", 2), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", frozen.getsockname()[1])):
             monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(processes, "_PATIENCE_S", 0.2)
+        patch_all(monkeypatch, "celora.train.processes:_PATIENCE_S", 0.2)
         assert processes.speaks()
 
 
 def test_other_commands_refuse_several_processes(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("celora.train.processes.speaks", lambda: True)
+    patch_all(monkeypatch, "celora.train.processes:speaks", lambda: True)
     assert main(["demo"]) == 2
     assert capsys.readouterr().err == "error: celora demo was started in 2 processes; it runs in one\n"

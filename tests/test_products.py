@@ -12,10 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from celora import kernels, planner, products, reference, select
 from celora.errors import CELoraError
-from celora.products import Fp8, Int8, Native, _column_major, _integer_product, _padded, make_product
+from celora.kernels import plain as plain_module
+from celora.kernels.c import build as build_module
+from celora.kernels.c import library as library_module
+from celora.kernels.plain import column_major, integer_product, padded
+from celora.numerics import reference, select
+from celora.numerics.products import int8 as products
+from celora.numerics.products.base import Native
+from celora.numerics.products.fp8 import Fp8
+from celora.numerics.products.int8 import Int8
+from celora.numerics.products.registry import make_product
+from celora.planning import candidates as planner
 from machine import refuses
+from patching import patch_all
 
 SHAPES = [(16, 16), (48, 64), (33, 20), (64, 7)]
 
@@ -24,11 +34,11 @@ SHAPES = [(16, 16), (48, 64), (33, 20), (64, 7)]
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the compiled kernels, with a library's product between them, and as on a machine without a compiler."""
     if request.param == "torch":
-        monkeypatch.setattr(kernels, "library", lambda: None)
+        patch_all(monkeypatch, "celora.kernels.c.library:library", lambda: None)
     elif request.param == "library":
-        monkeypatch.setattr(products, "_gathered_products", lambda: False)
-    elif kernels.library() is None:
-        assert kernels.why_not()  # said; everything goes through torch here, too
+        patch_all(monkeypatch, "celora.numerics.products.int8:_gathered_products", lambda: False)
+    elif library_module.library() is None:
+        assert build_module.why_not()  # said; everything goes through torch here, too
     return str(request.param)
 
 
@@ -130,9 +140,9 @@ def test_any_number_of_rows_can_be_summed_over(kept: int) -> None:
     W, G = torch.randn(kept, 32) / 8, torch.randn(40, kept)
     assert (Fp8()(G, W) - G @ W).norm() / (G @ W).norm() < 0.06
     q, w = torch.randint(-127, 128, (40, kept)).to(torch.int8), torch.randint(-127, 128, (kept, 32)).to(torch.int8)
-    packed = _column_major(_padded(w, 0))
+    packed = column_major(padded(w, 0))
     assert len(packed) % 16 == 0
-    assert refuses(copy=False) or torch.equal(_integer_product(q, packed), q.int() @ w.int())
+    assert refuses(copy=False) or torch.equal(integer_product(q, packed), q.int() @ w.int())
 
 
 def test_what_a_device_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,19 +160,21 @@ def test_what_a_device_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_where_8_bits_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr(products, "_gathered_products", lambda: False)
-    monkeypatch.setattr(products, "_onednn", lambda device: False)
-    monkeypatch.setattr(products, "_one_by_one", lambda: True)
+    patch_all(monkeypatch, "celora.numerics.products.int8:_gathered_products", lambda: False)
+    patch_all(monkeypatch, "celora.kernels.onednn:onednn", lambda device: False)
+    patch_all(monkeypatch, "celora.kernels.plain:one_by_one", lambda: True)
     assert "number by number" in Int8().slow(cpu)
     assert Int8().slow(torch.device("cuda")) == Native().slow(cpu) == ""
-    assert not {"int8", "fp8"} & {planner._bits(setting) for setting in planner.candidates(cpu)}
-    monkeypatch.setattr(products, "_gathered_products", lambda: True)  # AVX-VNNI: our kernel, and torch's loops without
+    assert not {"int8", "fp8"} & {planner.precision_of(setting) for setting in planner.candidates(cpu)}
+    patch_all(
+        monkeypatch, "celora.numerics.products.int8:_gathered_products", lambda: True
+    )  # AVX-VNNI: our kernel, and torch's loops without
     assert Int8().slow(cpu) == ""
     assert Int8(copy=False).slow(cpu)
     assert all(setting.weight_copy for setting in planner.candidates(cpu))
-    monkeypatch.setattr(products, "_one_by_one", lambda: False)
+    patch_all(monkeypatch, "celora.kernels.plain:one_by_one", lambda: False)
     assert Int8(copy=False).slow(cpu) == ""
-    assert "int8" in {planner._bits(setting) for setting in planner.candidates(cpu)}
+    assert "int8" in {planner.precision_of(setting) for setting in planner.candidates(cpu)}
 
 
 @pytest.mark.parametrize(("bits", "slow"), [(30.0, True), (1.5, False)])
@@ -172,15 +184,15 @@ def test_products_number_by_number_are_recognised(bits: float, slow: bool, monke
             call()
         return {"bits": {"time_ms": bits}, "whole": {"time_ms": 1.0}}
 
-    monkeypatch.setattr(products, "interleaved", took)
-    assert products._one_by_one.__wrapped__() == slow
+    patch_all(monkeypatch, "celora.machine.timing:interleaved", took)
+    assert plain_module.one_by_one.__wrapped__() == slow
 
 
 @pytest.mark.parametrize("limit", ["", "AVX2"])
 def test_sums_that_overflow_are_not_used(limit: str) -> None:
     """Below VNNI oneDNN adds pairs of products in 16 bits: where that is so, it is said, and nowhere else."""
     code = (
-        "import torch; from celora.products import Int8\n"
+        "import torch; from celora.numerics.products.int8 import Int8\n"
         "cpu, G, W = torch.device('cpu'), torch.rand(32, 64) + 1, torch.rand(64, 32) + 1\n"
         "for copy in (True, False):\n"
         "    error = (Int8(copy=copy)(G, W) - G @ W).norm() / (G @ W).norm()\n"
@@ -201,9 +213,9 @@ def test_sums_that_overflow_are_not_used(limit: str) -> None:
 def test_without_dot_products_torchs_integer_product_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     W, G = torch.randn(32, 16), torch.randn(8, 32)
     expected = reference.int8(G.double(), W.double())
-    monkeypatch.setattr(products, "_gathered_products", lambda: False)
-    monkeypatch.setattr(products, "_dot_products", lambda: False)
-    monkeypatch.setattr(products, "_packed_product", None)
+    patch_all(monkeypatch, "celora.numerics.products.int8:_gathered_products", lambda: False)
+    patch_all(monkeypatch, "celora.kernels.onednn:_dot_products", lambda: False)
+    patch_all(monkeypatch, "celora.kernels.onednn:packed_product", None)
     if refuses():
         return
     product = Int8()

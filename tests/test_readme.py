@@ -13,8 +13,8 @@ import datasets
 import pytest
 from transformers import AutoModelForCausalLM
 
-from celora.cli import main
-from celora.train.data import load_rows
+from celora.cli.main import main
+from celora.train.rows.data import load_rows
 from tiny import save_rows, save_tiny_model
 
 ROOT = Path(__file__).parent.parent

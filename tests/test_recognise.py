@@ -31,9 +31,9 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import celora
-from celora.attach import require
-from celora.head import Logits
-from celora.recognise import sweep
+from celora.modeling.recognise import sweep
+from celora.numerics.head import Logits
+from celora.runtime.attachment import require
 from conftest import make_model
 
 SMALL: dict[str, Any] = {

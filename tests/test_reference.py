@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from celora import reference
+from celora.numerics import reference
 
 
 def _random(*shape: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from shutil import which
 import pytest
 
 from celora.train import report
-from celora.train.folder import write_json
+from celora.train.output.folder import write_json
 from celora.train.report import MAX_POINTS, PALETTE, write_report
 
 ROWS = [

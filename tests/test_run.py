@@ -19,14 +19,16 @@ from trl import SFTTrainer
 
 import celora.train.run as run_module
 from celora import borrowed
-from celora.config import CELoraConfig, resolve
 from celora.errors import CELoraError
-from celora.plan import device_name
+from celora.machine.device import device_name
+from celora.settings.config import CELoraConfig
+from celora.settings.presets import resolve
 from celora.train import planning
-from celora.train.arguments import make_request, parse
-from celora.train.folder import OutputFolder
+from celora.train.output.folder import OutputFolder
 from celora.train.progress import read_metrics
+from celora.train.request.arguments import make_request, parse
 from celora.train.run import train
+from patching import patch_all
 from tiny import TEMPLATE, save_rows, save_tiny_model
 
 # A refresh in the middle, dropout and a last partial batch: everything a resumed run has to continue with.
@@ -59,7 +61,7 @@ def on_build(patch, do):
         do(trainer)
         return trainer
 
-    patch.setattr(run_module, "build_trainer", built)
+    patch_all(patch, "celora.train.trainer:build_trainer", built)
 
 
 @pytest.fixture(scope="module")
@@ -673,7 +675,6 @@ def test_model_folders_that_are_none(inputs, finished, tmp_path):
 
 
 def test_auto_plans_at_the_start_keeps_the_plan_and_resumes_with_it(inputs, tmp_path, monkeypatch):
-    from celora import planner
 
     without = {key: value for key, value in SHORT.items() if key != "celora"}
     whole, _ = train_auto(inputs, tmp_path / "whole", **without)
@@ -682,7 +683,7 @@ def test_auto_plans_at_the_start_keeps_the_plan_and_resumes_with_it(inputs, tmp_
     assert whole.status == "finished"
 
     train_auto(inputs, tmp_path / "parts", **{**without, "max_steps": 3, "plan": str(tmp_path / "whole")})
-    monkeypatch.setattr(planner, "_make_plans", None)  # a resumed run must not plan again
+    patch_all(monkeypatch, "celora.planning.planner:_make_plans", None)  # a resumed run must not plan again
     request = parse(["--max_steps", "6"], {"output": str(tmp_path / "parts"), "resume": True})
     assert train(request, console=Console(file=io.StringIO())).status == "finished"
     assert json.loads((tmp_path / "parts" / "celora_plan.json").read_text()) == plan
@@ -717,20 +718,20 @@ def test_a_run_too_short_for_a_plan_to_pay_is_exact(inputs, tmp_path, monkeypatc
     """And stays it when it is resumed for more steps; a word about a plan, or a longer run, makes one."""
     auto = {"celora": None, "save_steps": 1, "max_steps": 2}
     output, plans = tmp_path / "out", []
-    monkeypatch.setattr(planning, "make_plan", lambda *_: plans.append(1) or 1 / 0)
+    patch_all(monkeypatch, "celora.train.planning:make_plan", lambda *_: plans.append(1) or 1 / 0)
     _, text = go(inputs, output, **auto)
     (line,) = (line for line in text.splitlines() if "too short" in line)
     assert line.startswith("Preset exact: too short for a plan to pay, 2 forward and backward passes")
     assert not (output / "celora_plan.json").exists()
     assert CELoraConfig.load(output) == resolve("exact")
-    monkeypatch.setattr(planning, "FEWEST_PASSES", 1)
+    patch_all(monkeypatch, "celora.train.planning:FEWEST_PASSES", 1)
     request = parse(["--max_steps", "3"], {"output": str(output), "resume": True, "quiet": True})
     assert train(request).step == 3
     assert CELoraConfig.load(output) == resolve("exact")
     assert plans == []
 
     for more in ({}, {"fidelity": 0.9}, {"memory_limit": 1.0}):
-        monkeypatch.setattr(planning, "FEWEST_PASSES", 400 if more else 1)
+        patch_all(monkeypatch, "celora.train.planning:FEWEST_PASSES", 400 if more else 1)
         with pytest.raises(CELoraError, match="division by zero"):
             go(inputs, tmp_path / "long", **auto | more)
     assert len(plans) == 3
@@ -793,7 +794,7 @@ def test_a_method_that_the_libraries_no_longer_have_is_said_at_the_start(inputs,
     go(inputs, tmp_path / "out", max_steps=3)
     for name in ("adapter_model.safetensors", "report.html"):
         (tmp_path / "out" / name).unlink()
-    monkeypatch.setattr(borrowed, "_look_up", lambda name: None if name in gone else found(name))
+    patch_all(monkeypatch, "celora.borrowed:_look_up", lambda name: None if name in gone else found(name))
     borrowed._say_missing.cache_clear()
     with (
         pytest.warns(UserWarning, match="no trl.SFTTrainer._prepare_dataset, so neither a row that the chat template"),

@@ -14,12 +14,13 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from celora.errors import CELoraError
-from celora.train.arguments import parse
-from celora.train.manifest import MANIFEST
+from celora.train.output.manifest import MANIFEST
+from celora.train.output.saving import SafeSaving
 from celora.train.progress import read_metrics
+from celora.train.request.arguments import parse
 from celora.train.run import train
-from celora.train.saving import SafeSaving
 from conftest import written_whole
+from patching import patch_all
 from test_run import adapter, go, inputs, on_build  # noqa: F401 - a fixture
 from tiny import save_rows, save_tiny_model
 from unprivileged import as_nobody, public_folder
@@ -188,11 +189,10 @@ def test_a_folder_that_cannot_be_written_to(where):
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_end(inputs, whole, tmp_path, monkeypatch):  # noqa: F811
     """Nothing is left to train; a limit of one checkpoint never leaves none."""
-    import celora.train.run as run_module
 
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "save_adapter", lambda *_: 1 / 0)
+        patch_all(patch, "celora.train.output.saving:save_adapter", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             go(inputs, output, save_total_limit=1)
     assert not (output / "adapter_model.safetensors").exists()

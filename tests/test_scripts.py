@@ -16,8 +16,8 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 
 import celora
 from celora import CELoraConfig
-from celora.attach import require
-from celora.state import STATE_NAME
+from celora.runtime.attachment import require
+from celora.runtime.state import STATE_NAME
 from conftest import adapter, make_batch, make_model
 from tiny import save_tiny_model
 

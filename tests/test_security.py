@@ -17,12 +17,12 @@ import yaml
 
 import celora
 from celora.errors import CELoraError
-from celora.train.arguments import make_request, parse, read_yaml
-from celora.train.data import load_rows
-from celora.train.folder import RUN, OutputFolder, write_json
 from celora.train.loading import load_adapter, load_model
-from celora.train.manifest import MANIFEST, read_manifest, seal
-from celora.train.yaml_file import _Strict
+from celora.train.output.folder import RUN, OutputFolder, write_json
+from celora.train.output.manifest import MANIFEST, read_manifest, seal
+from celora.train.request.arguments import make_request, parse, read_yaml
+from celora.train.request.yaml_file import _Strict
+from celora.train.rows.data import load_rows
 from test_run import go, inputs  # noqa: F401 - a fixture
 
 SOURCE = Path(celora.__file__).parent

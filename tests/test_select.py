@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from celora import reference, select
+from celora.kernels import operations as operations_module
+from celora.numerics import reference, select
+from celora.numerics import sampling as sampling_module
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -47,7 +49,9 @@ def test_permuting_the_gradient_permutes_the_choice() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_squared_row_norms(dtype: torch.dtype) -> None:
     G = torch.randn(17, 13).to(dtype)
-    torch.testing.assert_close(select.squared_row_norms(G).double(), G.double().square().sum(1), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        operations_module.squared_row_norms(G).double(), G.double().square().sum(1), rtol=1e-5, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.9, 0.9999, 1.0])
@@ -69,15 +73,15 @@ def test_critical_rows_are_the_reference_set(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("k", [1, 7, 50, 99, 100])
 def test_inclusion_probabilities_add_up_and_equal_the_reference(k: int) -> None:
     scores = torch.rand(100, dtype=torch.float64).pow(5)
-    p = select.inclusion_probabilities(scores, k)
+    p = sampling_module.inclusion_probabilities(scores, k)
     assert float(p.sum()) == pytest.approx(k)
     assert 0 <= float(p.min()) <= float(p.max()) <= 1
     torch.testing.assert_close(p, reference.inclusion_probabilities(scores, k))
 
 
 def test_inclusion_probabilities_without_scores_are_uniform_and_finite() -> None:
-    assert select.inclusion_probabilities(torch.zeros(8), 2).equal(torch.full((8,), 0.25, dtype=torch.float64))
-    p = select.inclusion_probabilities(torch.tensor([0.0, 1.0, 0.0, 0.0]), 3)
+    assert sampling_module.inclusion_probabilities(torch.zeros(8), 2).equal(torch.full((8,), 0.25, dtype=torch.float64))
+    p = sampling_module.inclusion_probabilities(torch.tensor([0.0, 1.0, 0.0, 0.0]), 3)
     assert torch.isfinite(p).all()
 
 
@@ -87,19 +91,19 @@ def test_nothing_waits_for_a_number_in_drawing() -> None:
             assert func is not torch.ops.aten._local_scalar_dense.default, "an accelerator would be waited for"
             return func(*args, **(kwargs or {}))
 
-    scores, offset = torch.rand(50), select.uniform(0, 0, torch.device("cpu"))
+    scores, offset = torch.rand(50), sampling_module.uniform(0, 0, torch.device("cpu"))
     with Reads():
-        select.sample(select.inclusion_probabilities(scores, 6), 6, offset)
+        sampling_module.sample(sampling_module.inclusion_probabilities(scores, 6), 6, offset)
 
 
 def test_sampling_is_unbiased_and_draws_exactly_k() -> None:
     """The share of offsets that draw i is p_i, to within the two ends of its interval, and each draw weighs 1 / p_i."""
     scores = torch.rand(23, dtype=torch.float64).pow(3)
-    p = select.inclusion_probabilities(scores, 6)
+    p = sampling_module.inclusion_probabilities(scores, 6)
     total = torch.zeros(23, dtype=torch.float64)
     offsets = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     for offset in offsets:
-        index, factors = select.sample(p, 6, offset)
+        index, factors = sampling_module.sample(p, 6, offset)
         assert len(set(index.tolist())) == 6
         total[index] += factors / len(offsets)
     assert ((total - 1) * p).abs().max() <= 2 / 4000
@@ -107,10 +111,10 @@ def test_sampling_is_unbiased_and_draws_exactly_k() -> None:
 
 def test_draws_depend_on_seed_and_number_alone() -> None:
     cpu, state = torch.device("cpu"), torch.get_rng_state()
-    draws = {float(select.uniform(seed, draw, cpu)) for seed in (0, 1) for draw in range(50)}
+    draws = {float(sampling_module.uniform(seed, draw, cpu)) for seed in (0, 1) for draw in range(50)}
     assert len(draws) == 100
     assert 0 <= min(draws) <= max(draws) < 1
-    assert select.uniform(3, 4, cpu) == select.uniform(3, 4, cpu)
+    assert sampling_module.uniform(3, 4, cpu) == sampling_module.uniform(3, 4, cpu)
     assert torch.get_rng_state().equal(state)
 
 
@@ -125,10 +129,10 @@ def test_fewer_scores_than_draws(alive: int) -> None:
     """Softmaxes that underflow, dead columns: nothing may be drawn twice, and what is not zero is certain."""
     scores = torch.zeros(12)
     scores[:alive] = torch.rand(alive) + 0.1
-    p = select.inclusion_probabilities(scores, 6)
+    p = sampling_module.inclusion_probabilities(scores, 6)
     assert p.sum().item() == pytest.approx(6)
     assert p[:alive].tolist() == [1] * alive
-    index, factors = select.sample(p, 6, torch.tensor(0.3, dtype=torch.float64))
+    index, factors = sampling_module.sample(p, 6, torch.tensor(0.3, dtype=torch.float64))
     assert len(index.unique()) == 6
     assert index[:alive].tolist() == list(range(alive))
     assert factors[:alive].tolist() == [1] * alive

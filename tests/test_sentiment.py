@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from celora.errors import CELoraError
-from celora.train import sentiment
-from celora.train.assets import Review, demo_model, movie_reviews
-from celora.train.data import load_rows
-from celora.train.sentiment import Splits, label_of, splits, to_rows
+from celora.studies import sentiment
+from celora.studies.assets import Review, demo_model, movie_reviews
+from celora.studies.sentiment import Splits, label_of, splits, to_rows
+from celora.train.rows.data import load_rows
 
 REVIEWS = [Review(f"sentence {number}", score) for number in range(40) for score in [(-1) ** number * 1.5]]
 

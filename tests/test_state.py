@@ -10,11 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import celora
-from celora import CELoraConfig, CELoraError, state
-from celora.attach import require
-from celora.state import STATE_NAME
+from celora import CELoraConfig, CELoraError
+from celora.runtime import state
+from celora.runtime.attachment import require
+from celora.runtime.state import STATE_NAME
 from conftest import adapter, make_batch, make_model, train, written_whole
 from machine import refuses_config
+from patching import patch_all
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=4)
 # The words are drawn anew in every call.
@@ -103,7 +105,7 @@ def test_each_process_keeps_what_it_alone_knows(
     for first, model in zip((0, 7), models, strict=True):
         celora.attach(model, config)
         train(model, 2, first=first)
-    monkeypatch.setattr(state, "in_company", lambda: True)
+    patch_all(monkeypatch, "celora.machine.processes:in_company", lambda: True)
 
     def index(model: PeftModel) -> torch.Tensor:
         name = "base_model.model.model.layers.1.mlp.up_proj"

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from celora.train import stock_eval
-from celora.train.assets import demo_model
-from celora.train.sentiment import splits, to_rows
-from celora.train.stock_eval import label_accuracy
+from celora.studies import stock_eval
+from celora.studies.assets import demo_model
+from celora.studies.sentiment import splits, to_rows
+from celora.studies.stock_eval import label_accuracy
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from celora.errors import CELoraError
-from celora.train.template import refused_row
+from celora.train.rows.template import refused_row
 from test_run import go, inputs  # noqa: F401 - a fixture
 from tiny import TEMPLATE
 

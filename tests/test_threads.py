@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from celora.train import threads
+from celora.machine import threads
+from patching import patch_all
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ def test_a_containers_quota(
     file = tmp_path / "cpu.max"
     if quota is not None:
         file.write_text(quota)
-    monkeypatch.setattr(threads, "_QUOTA", file)
+    patch_all(monkeypatch, "celora.machine.threads:_QUOTA", file)
     assert threads.allowed_cpus() == expected
 
 
@@ -28,7 +29,7 @@ def test_threads_are_lowered_and_never_raised(monkeypatch: pytest.MonkeyPatch) -
     try:
         torch.set_num_threads(3)
         for allowed, expected in ((None, 3), (8, 3), (2, 2)):
-            monkeypatch.setattr(threads, "allowed_cpus", lambda allowed=allowed: allowed)
+            patch_all(monkeypatch, "celora.machine.threads:allowed_cpus", lambda allowed=allowed: allowed)
             assert threads.use_allowed_threads() == expected
         torch.set_num_threads(3)
         monkeypatch.setenv("OMP_NUM_THREADS", "3")

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import celora
-from celora import CELoraError, planner, timing
-from celora.timing import cannot_time, faster_dtype, interleaved, slower_than_float32, time_over_float32
+from celora import CELoraError
+from celora.machine import timing
+from celora.machine.timing import cannot_time, faster_dtype, interleaved, slower_than_float32, time_over_float32
 from conftest import make_batch, make_model
+from patching import patch_all
 
 CPU, MPS = torch.device("cpu"), torch.device("mps", 0)
 
@@ -44,8 +46,8 @@ def machine(
         asked.append(dtype)
         return (half if dtype == torch.bfloat16 else 1.0) * load(len(asked) - 1)
 
-    monkeypatch.setattr(timing, "timed", took)
-    monkeypatch.setattr(timing, "_REST", 0)
+    patch_all(monkeypatch, "celora.machine.timing:timed", took)
+    patch_all(monkeypatch, "celora.machine.timing:_REST", 0)
     return asked
 
 
@@ -98,7 +100,7 @@ def test_a_dtype_that_the_device_refuses_is_not_taken(monkeypatch: pytest.Monkey
     def refuse(call: Callable[[], object], device: torch.device) -> float:
         raise TypeError("BFloat16 is not supported on MPS")
 
-    monkeypatch.setattr(timing, "timed", refuse)
+    patch_all(monkeypatch, "celora.machine.timing:timed", refuse)
     assert time_over_float32(torch.bfloat16, CPU) == math.inf
 
 
@@ -161,6 +163,6 @@ def test_no_plan_where_times_are_those_of_launches(why: str, monkeypatch: pytest
     if why.startswith("no longer"):
         Accelerator(monkeypatch, waits=False)
     assert why in cannot_time(MPS)
-    monkeypatch.setattr(planner, "cannot_time", lambda device: why)
+    patch_all(monkeypatch, "celora.machine.timing:cannot_time", lambda device: why)
     with pytest.raises(CELoraError, match=f"^cannot plan on 'cpu': {why}. Choose preset exact or paper"):
         celora.make_plan(model, itertools.repeat(make_batch(0)))

@@ -19,12 +19,15 @@ from torch.nn.modules import module as everywhere
 from torch.nn.utils import parametrizations, prune
 
 import celora
-from celora import CELoraConfig, trial
-from celora.attach import require, tuner_layers
-from celora.graft import LayerGraft
-from celora.trial import tampered, unlike
+from celora import CELoraConfig
+from celora.modeling import trial
+from celora.modeling.graft import LayerGraft
+from celora.modeling.survey import tuner_layers
+from celora.modeling.trial import tampered, unlike
+from celora.runtime.attachment import require
 from conftest import make_batch, make_model, train
 from layers import KINDS, make_layer
+from patching import patch_all
 
 HALF = CELoraConfig(estimator="columns", keep_ratio=0.5, rank=0, refresh_every=3, fused=True)
 PRESETS = {"exact": "exact", "estimated": HALF}
@@ -282,7 +285,7 @@ def test_reduced_products_that_the_user_allows_are_no_difference() -> None:
 def test_a_layer_is_called_once_for_its_trial_and_no_hook_is(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     of = trial._tried
-    monkeypatch.setattr(trial, "_tried", lambda *args: calls.append(1) or of(*args))
+    patch_all(monkeypatch, "celora.modeling.trial:_tried", lambda *args: calls.append(1) or of(*args))
     model, seen = make_model().train(), []
     base_of(model).register_forward_hook(lambda *_: seen.append(1))
     for preset in ("exact", HALF, "exact"):

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import celora
 from celora import CELoraConfig
-from celora.attach import fuses, require, tuner_layers
-from celora.config import PRESETS
-from celora.graft import Mode
+from celora.modeling.survey import fuses, tuner_layers
+from celora.modeling.switch import Mode
+from celora.runtime.attachment import require
+from celora.settings.presets import PRESETS
 from conftest import adapter
 from variants import COLUMNS, MODELS, PAGE, VARIANTS, YES, Variant, page
 

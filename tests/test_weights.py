@@ -12,14 +12,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import celora
-from celora import reference
-from celora.attach import require
-from celora.estimators import Columns, Dense, Estimator, Int8, Tokens
-from celora.fused import FusedGraft
-from celora.graft import LayerGraft, Mode, Switch
-from celora.memory import saved_for_backward
-from celora.trial import unlike
-from celora.weights import StoredWeight, read, rows_of, shape_of, unreadable
+from celora.machine.memory import saved_for_backward
+from celora.modeling.fused import FusedGraft
+from celora.modeling.graft import LayerGraft
+from celora.modeling.switch import Mode, Switch
+from celora.modeling.trial import unlike
+from celora.numerics import reference
+from celora.numerics.estimators import Columns, Dense, Estimator, Int8, Tokens
+from celora.runtime.attachment import require
+from celora.weights.read import read, shape_of, unreadable
+from celora.weights.stored import StoredWeight, rows_of
 from conftest import make_batch
 from layers import KINDS, MODELS, make_adapted, make_base, make_layer
 from machine import refuses, refuses_config

@@ -9,14 +9,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from celora.attach import AttachReport, attach, detach
-    from celora.audit import AuditReport, audit
-    from celora.callback import Callback
-    from celora.config import CELoraConfig
+    from celora.attaching import attach, detach
     from celora.errors import CELoraError
-    from celora.plan import Plan
-    from celora.planner import make_plan
-    from celora.state import load_state, save_state
+    from celora.modeling.report import AttachReport
+    from celora.planning.audit import AuditReport, audit
+    from celora.planning.plan import Plan
+    from celora.planning.planner import make_plan
+    from celora.runtime.callback import Callback
+    from celora.runtime.state import load_state, save_state
+    from celora.settings.config import CELoraConfig
 
 __version__ = "0.1.0"
 

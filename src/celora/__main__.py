@@ -4,7 +4,7 @@ import atexit
 import os
 import sys
 
-from celora.cli import main
+from celora.cli.main import main
 
 
 def run() -> None:

@@ -1,7 +1,7 @@
 """FSDP2 for a PEFT model, so that the backward of an estimated layer gathers only what it reads of the frozen weight.
 
 FSDP2 gathers a module's parameters together, before its forward and again before its backward. Here each frozen weight
-under an adapter is a group of its own, whose second gathering `celora.attach` replaces (`celora.sharded`); adapters and
+under an adapter is a group of its own, whose second gathering `celora.attach` replaces (`celora.weights.sharded`); adapters and
 norms stay in the group of their block.
 """
 
@@ -13,9 +13,10 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
-from celora.attach import cannot_estimate, find, tuner_layers
 from celora.errors import CELoraError
-from celora.weights import held
+from celora.modeling.survey import cannot_estimate, tuner_layers
+from celora.runtime.attachment import find
+from celora.weights.read import held
 
 
 def shard(model: nn.Module, **options: Any) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from celora.audit import trainable, training, untouched
-from celora.memory import available_memory, saved_for_backward
+from celora.machine.memory import available_memory, saved_for_backward
+from celora.planning.gradients import trainable, training, untouched
 from celora.train.processes import any_of_them, processes_here
 from celora.train.progress import Phases
-from celora.train.truncation import row_lengths
+from celora.train.rows.truncation import row_lengths
 
 _MOST = 0.8  # of what is free may be kept for backward; the rest is for what backward itself needs
 _ROUNDED = 17 / 16  # padding left out, the number of tokens is rounded up, or padding of a twentieth stays

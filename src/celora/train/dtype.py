@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from celora.memory import available_memory
-from celora.synchronise import from_first
-from celora.timing import slower_than_float32, time_over_float32
-from celora.train.arguments import TrainRequest
+from celora.machine.memory import available_memory
+from celora.machine.processes import from_first
+from celora.machine.timing import slower_than_float32, time_over_float32
 from celora.train.processes import is_first
+from celora.train.request.arguments import TrainRequest
 
 _ROOM = 0.7  # of the free memory, for the weights: a step needs the rest
 

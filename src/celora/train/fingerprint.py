@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from celora.errors import CELoraError
-from celora.train.arguments import TrainRequest
-from celora.train.data import local_files
+from celora.train.request.arguments import TrainRequest
+from celora.train.rows.data import local_files
 
 _BLOCK, _BLOCKS = 2**20, 256  # larger files are looked at in that many places, evenly spaced, ends included
 

@@ -21,9 +21,9 @@ from trl import ModelConfig, get_quantization_config
 
 from celora.errors import CELoraError, unknown
 from celora.files import read_json
-from celora.train.arguments import TrainRequest
-from celora.train.data import load_rows
 from celora.train.processes import is_first
+from celora.train.request.arguments import TrainRequest
+from celora.train.rows.data import load_rows
 
 
 def load_tokenizer(request: TrainRequest) -> Any:

@@ -10,16 +10,17 @@ from typing import Any
 from rich.console import Console
 
 import celora
-from celora.config import CELoraConfig
-from celora.device import random_states
 from celora.errors import CELoraError
-from celora.plan import HEAD, Plan
-from celora.planner import DEFAULT_FIDELITY, MOST_BATCHES
-from celora.synchronise import from_first
-from celora.train.arguments import PLANNING, TrainRequest
-from celora.train.folder import CONFIG, PLAN
+from celora.machine.device import random_states
+from celora.machine.processes import from_first
+from celora.planning.plan import Plan
+from celora.planning.planner import DEFAULT_FIDELITY, MOST_BATCHES
+from celora.settings.config import CELoraConfig
+from celora.settings.names import HEAD
+from celora.train.output.folder import CONFIG, PLAN
 from celora.train.processes import is_first, processes
 from celora.train.progress import PlanProgress
+from celora.train.request.arguments import PLANNING, TrainRequest
 
 # A plan takes 20 to 130 forward and backward passes to make, and then saves a tenth to three tenths of each pass over
 # `exact` (docs/speed.md). About here the middle of the one is earned back by the middle of the other.

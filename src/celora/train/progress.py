@@ -20,9 +20,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from celora.errors import CELoraError
 from celora.files import check_regular, write_text
-from celora.memory import forget_peak, peak_memory
-from celora.train.allocator import give_back_freed_memory
-from celora.train.folder import finite
+from celora.machine.allocator import give_back_freed_memory
+from celora.machine.memory import forget_peak, peak_memory
+from celora.train.output.folder import finite
 
 PLAIN_EVERY_S = 10.0
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from celora.files import read_json, write_text
-from celora.train.folder import METRICS, RUN, finite
+from celora.train.output.folder import METRICS, RUN, finite
 from celora.train.progress import PHASES, read_metrics
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness; yellow is left out, too pale on white.

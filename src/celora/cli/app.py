@@ -1,0 +1,57 @@
+"""The application: its commands, and the options of `celora` itself."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from celora.errors import CELoraError
+
+HELP = """Cheaper LoRA fine-tuning: estimate the one expensive product of the backward pass, and see what it cost you.
+
+\b
+Start here:
+  celora doctor                     # what this machine has, and what will be fast on it
+  celora demo                       # a real small model on real data: minutes on a laptop CPU
+  celora train --model MODEL --data rows.jsonl --output out
+  celora COMMAND --help             # each with examples
+  celora --install-completion       # complete commands and options with TAB
+
+\b
+Results go to stdout, progress and notes to stderr; --quiet leaves out the notes, --json prints results for programs.
+Exit status: 0 done, 1 failed, 2 bad input (one line says what to do), 130 stopped with Ctrl-C."""
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"celora {metadata.version('celora')}")
+        raise typer.Exit
+
+
+def print_all_help(asked: bool) -> None:
+    if asked:
+        from celora.train.request.fields import help_all
+
+        typer.echo(help_all())
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand != "train" and (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise CELoraError(f"celora {context.invoked_subcommand} was started in {count} processes; it runs in one")

@@ -1,0 +1,72 @@
+"""The command line. It parses, prints and sets the exit status; what the commands do is in `celora.train`.
+
+Results go to stdout, everything else to stderr. Exit status: 0; 2 for bad input, which is one line; 130 for Ctrl-C; 1
+for what failed without being asked wrongly, with a traceback if it is a bug. torch and the training stack are imported
+inside the commands, so that `celora --help` need not wait for them.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from celora.cli.app import app
+from celora.errors import CELoraError, out_of_memory
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point: run a command and return its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot encode is no reason to fail at the end of a run
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        # typer's own handling prints usage walls; ours is one line whatever the mistake.
+        given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+        status = typer.main.get_command(app).main(given, prog_name="celora", standalone_mode=False)
+    except CELoraError as error:
+        return _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    except Exception as error:
+        # Usage errors of click, which typer vendors in some versions and imports in others.
+        if hasattr(error, "format_message"):
+            return _fail(str(error.format_message()))
+        return _break_down(error)
+    if status == 130:  # typer makes a Ctrl-C that nobody has caught an exit status
+        typer.echo("interrupted", err=True)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str) -> int:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from celora.train.processes import speaks
+
+        if not speaks():
+            return 2
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def _break_down(error: Exception) -> int:
+    """Status 1: a line for what the machine ran out of, a traceback for what is a bug."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        typer.echo(f"failed: {error}; make room and run it again, --resume continues a training", err=True)
+    elif out_of_memory(error):
+        typer.echo(
+            f"failed: out of memory ({next(iter(str(error).splitlines()), 'no more is said')}); lower "
+            "--per_device_train_batch_size or --max_length, or give --gradient_checkpointing true",
+            err=True,
+        )
+    else:
+        traceback.print_exception(error)
+        typer.echo("This is a bug in celora: please report it together with what `celora doctor` prints.", err=True)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

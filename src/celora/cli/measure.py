@@ -1,0 +1,123 @@
+"""`celora audit` and `celora plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from celora.cli.app import app
+from celora.cli.options import (
+    ADAPTERS,
+    TRLS,
+    Adapter,
+    Config,
+    Data,
+    Json,
+    Model,
+    PlanFile,
+    Preset,
+    Quiet,
+    Reference,
+    Rows,
+    check_file,
+    leave_out,
+    look_ahead,
+    possible,
+    print_json,
+    settle_in,
+)
+
+AUDIT_HELP = """Compare the estimated LoRA gradient with the exact one on a batch of your own rows.
+
+\b
+Examples:
+  celora audit --model ./model --data chats.jsonl
+  celora audit --model ./model --data chats.jsonl --adapter out --rows 16
+  celora audit --model ./model --data chats.jsonl --plan plan.json --json | jq .cosine
+  celora audit --model ./model --data chats.jsonl --reference float32"""
+PLAN_HELP = """Measure, layer by layer, what estimates cost and lose, and choose the cheapest that is good enough.
+
+\b
+Examples:
+  celora plan --model ./model --data chats.jsonl --output plan.json --fidelity 0.98
+  celora train --model ./model --data chats.jsonl --output out --preset auto --plan plan.json"""
+
+
+@app.command(help=AUDIT_HELP, short_help="How much of the gradient an estimate keeps.", context_settings=TRLS)
+def audit(
+    context: typer.Context,
+    model: Model = None,
+    data: Data = None,
+    adapter: Adapter = None,
+    preset: Preset = None,
+    plan: PlanFile = None,
+    config: Config = None,
+    rows: Rows = None,
+    reference: Reference = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    look_ahead(context.args, config)
+    from celora.train.request.arguments import parse
+
+    # Nothing is written: audit shares train's arguments, and so its tokenisation, but not its output folder.
+    own: dict[str, Any] = {"model": model, "data": data, "preset": preset, "config": config, "plan": plan}
+    own |= {"output": "celora-audit", "quiet": quiet}
+    if plan and preset is None:
+        own["preset"] = "auto"
+    leave_out(context.args, ("output", "overwrite", "resume"), "celora audit, which writes nothing")
+    leave_out(context.args, ("eval_data",), "celora audit, which looks at training")
+    leave_out(context.args, ADAPTERS if adapter else (), "an adapter that is there, which has its own")
+    request = parse(context.args, own)
+    from celora.train.prepare import audit_model
+
+    report = audit_model(request, rows=rows, adapter=Path(adapter) if adapter else None, reference=reference)
+    print_json(dataclasses.asdict(report)) if as_json else typer.echo(str(report))
+
+
+@app.command(help=PLAN_HELP, short_help="Choose an estimate for each layer, by measuring.", context_settings=TRLS)
+def plan(
+    context: typer.Context,
+    model: Model = None,
+    data: Data = None,
+    output: Annotated[
+        Path, typer.Option("--output", callback=possible, help="File that the plan is written to.")
+    ] = Path("celora_plan.json"),
+    fidelity: Annotated[
+        float | None, typer.Option("--fidelity", help="Cosine of the LoRA gradient with the exact one that is kept.")
+    ] = None,
+    adapter: Adapter = None,
+    config: Config = None,
+    rows: Rows = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
+    as_json: Json = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    look_ahead(context.args, config)
+    from celora.train.request.arguments import parse
+
+    check_file(output, overwrite=overwrite)
+    own = {"model": model, "data": data, "fidelity": fidelity, "config": config, "output": "celora-plan"}
+    not_here = ("preset", "plan", "resume", "eval_data")
+    leave_out(context.args, not_here, "celora plan, which makes what preset auto trains with")
+    leave_out(context.args, ("output",), "celora plan by another name")
+    leave_out(context.args, ADAPTERS if adapter else (), "an adapter that is there, which has its own")
+    request = parse(context.args, own | {"preset": "auto", "quiet": quiet})
+    from rich.console import Console
+
+    from celora.train.prepare import plan_model
+
+    settle_in()
+    made = plan_model(request, rows=rows, adapter=Path(adapter) if adapter else None, console=Console(stderr=True))
+    try:
+        made.save(output)
+    finally:  # what was measured is told even where it cannot be saved
+        if as_json:
+            print_json(made.to_dict())
+        elif not quiet:
+            typer.echo(made)
+    if not as_json and not quiet:
+        typer.echo(f"Saved as {output}")

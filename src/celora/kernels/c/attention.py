@@ -1,0 +1,63 @@
+"""Causal attention in C for CPUs with matrix instructions (attention.c)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from celora.kernels.c.dot import multiplies_matrices
+from celora.kernels.c.library import call_kernel, library, loaded_library
+
+
+def attends() -> bool:
+    """Whether there is `attention`."""
+    return multiplies_matrices() and hasattr(library(), "attention_work")
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, sequences: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention of each of `sequences`, (batch, first token, length): (S, 3) int64, which hold every token.
+
+    `query: (B, H, T, d)`, `key`, `value`: (B, H or fewer, T, d), bfloat16, d a multiple of 32. Returns (B, T, H, d) and
+    the logarithms of the sums of the softmax, float32 (B, H, T). Where it `attends`.
+    """
+    batch, heads, tokens, size = query.shape
+    out = query.new_empty(batch, tokens, heads, size)
+    logs = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+    strides, work = _strides(query, key, value), _attention_work(sequences, size, backward=False)
+    call_kernel("attention", query, query.data_ptr(), key.data_ptr(), value.data_ptr(), strides.data_ptr(),
+          sequences.data_ptr(), len(sequences), tokens, heads, heads // key.shape[1], size, scale, work.data_ptr(),
+          work.shape[1], out.data_ptr(), logs.data_ptr())  # fmt: skip
+    return out, logs
+
+
+def attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logs: Tensor,
+    sequences: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, as they are shaped, from that of `attention`'s `out`: (B, T, H, d)."""
+    batch, heads, tokens, size = query.shape
+    found = tuple(t.new_empty(batch, tokens, t.shape[1], size) for t in (query, key, value))
+    strides, work = _strides(query, key, value, grad.transpose(1, 2)), _attention_work(sequences, size, backward=True)
+    call_kernel("attention_backward", query, query.data_ptr(), key.data_ptr(), value.data_ptr(), grad.data_ptr(),
+          strides.data_ptr(), sequences.data_ptr(), len(sequences), tokens, heads, heads // key.shape[1], size, scale,
+          work.data_ptr(), work.shape[1], out.data_ptr(), logs.data_ptr(), *(t.data_ptr() for t in found))  # fmt: skip
+    of_query, of_key, of_value = (t.transpose(1, 2) for t in found)
+    return of_query, of_key, of_value
+
+
+def _strides(*tensors: Tensor) -> Tensor:
+    """How far batches, heads and tokens are apart in each of `tensors: (B, H, T, d)`: (n, 3)."""
+    return torch.tensor([t.stride()[:3] for t in tensors], device="cpu")
+
+
+def _attention_work(sequences: Tensor, size: int, *, backward: bool) -> Tensor:
+    """Memory for each thread to work in: (threads, bytes)."""
+    each = loaded_library().attention_work(int(sequences[:, 2].max()), size, backward)
+    return torch.empty(torch.get_num_threads(), each, dtype=torch.uint8, device="cpu")

@@ -1,0 +1,162 @@
+"""Passes that torch has no fast operator for, in C, built where there is a compiler.
+
+At these sizes the passes decide: scaling, rounding and scattering with torch's operators costs more than the product,
+and a softmax over a vocabulary more than the projection onto it.
+`rows.c` and what it includes are compiled once (a second or two) for the machine's own instruction set and kept in the
+user's cache folder, or, where there is none that only the user can write to, once a process.
+Without a compiler, `library()` is None and everything works through torch's operators, slower; the planner measures
+what it gets, so it assumes nothing.
+
+`CELORA_KERNELS=0` turns them off.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from celora.kernels.c.library import call_kernel, loaded_library, pointer
+
+
+def squared_row_norms(x: Tensor) -> Tensor:
+    """`sum_i x[t, i]^2` of `x: (T, n)`: (T,) float32."""
+    rows, columns = x.shape
+    squared = torch.empty(rows, dtype=torch.float32, device="cpu")
+    call_kernel("squared_row_norms", x, x.data_ptr(), rows, columns, x.stride(0), squared.data_ptr())
+    return squared
+
+
+def choose_rows(squared: Tensor, *, kept: int | None, share: float, step: int) -> tuple[Tensor, Tensor]:
+    """The `kept` rows with the largest `squared`: (T,) float32, ascending: (K,) int64; and the inverse: (T,) int32.
+
+    With `kept=None`, as many as hold `share` of the sum, rounded up to a multiple of `step`: `select.energy_count`.
+    """
+    rows = squared.shape[0]
+    index = torch.empty(rows, dtype=torch.int64, device="cpu")
+    position = torch.empty(rows, dtype=torch.int32, device="cpu")
+    chosen = loaded_library().choose_rows(
+        squared.data_ptr(), rows, -1 if kept is None else kept, share, step,
+        index.data_ptr(), position.data_ptr(),
+    )  # fmt: skip
+    return index[:chosen], position
+
+
+def quantise_rows(x: Tensor, index: Tensor | None, *, offset: int) -> tuple[Tensor, Tensor]:
+    """Rows `index` (all of them if None) of `x: (T, n)` as `offset + round(x / scale)`, `scale = max |row| / 127`,
+    or the smallest normal number.
+
+    Returns the bytes, uint8 (K, n), to be read as int8 with `offset=0`, and the scales, float32 (K,).
+    """
+    rows, columns = x.shape
+    rows = rows if index is None else index.shape[0]
+    q = torch.empty(rows, columns, dtype=torch.uint8, device="cpu")
+    scale = torch.empty(rows, dtype=torch.float32, device="cpu")
+    call_kernel("quantise_rows", x, x.data_ptr(), pointer(index), rows, columns, x.stride(0), offset, q.data_ptr(),
+          scale.data_ptr())  # fmt: skip
+    return q, scale
+
+
+def scatter_rows(y: Tensor, position: Tensor | None, row_scale: Tensor, out: Tensor, *, fill: bool) -> None:
+    """`out[t] = row_scale[k] y[k]` with `k = position[t]`, int32, or t itself; rows with k < 0 become 0 if `fill`."""
+    rows, columns = out.shape
+    call_kernel(
+        "scatter_rows", y, y.data_ptr(), pointer(position), rows, columns, row_scale.data_ptr(), out.data_ptr(), fill
+    )
+
+
+def scatter_sums(
+    y: Tensor, position: Tensor | None, row_scale: Tensor, column_scale: Tensor, out: Tensor, *, fill: bool
+) -> None:
+    """The same for sums of 8-bit products, int32: `out[t, j] = row_scale[k] column_scale[j] y[k, j]`."""
+    rows, columns = out.shape
+    call_kernel("scatter_sums", out, y.data_ptr(), pointer(position), rows, columns, row_scale.data_ptr(),
+          column_scale.data_ptr(), out.data_ptr(), fill)  # fmt: skip
+
+
+def softmax_rows(
+    z: Tensor,
+    targets: Tensor,
+    *,
+    scale: float,
+    smoothing: float,
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    top1: Tensor | None,
+    write: bool,
+) -> None:
+    """Of `y = scale z`, z: (N, V): the log-probability of each target, (N,), and entropy and top1 where asked for.
+
+    With `write`, z becomes the gradient of `log_probs`, which smoothing s makes `(1 - s) log p_target + s mean log p`.
+    """
+    rows, columns = z.shape
+    call_kernel("softmax_rows", z, z.data_ptr(), rows, columns, targets.data_ptr(), scale, smoothing, log_probs.data_ptr(),
+          pointer(entropy), pointer(top1), write)  # fmt: skip
+
+
+def column_maxima(w: Tensor) -> Tensor:
+    """`max_i |w[i, j]|` of `w: (out, in)`: (in,) float32."""
+    rows, columns = w.shape
+    largest = torch.empty(columns, dtype=torch.float32, device="cpu")
+    call_kernel("column_maxima", w, w.data_ptr(), rows, columns, w.stride(0), largest.data_ptr())
+    return largest
+
+
+def quantise_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
+    """`round(w[i, j] inverse_scale[j])` of `w: (out, in)`: int8 (out, in)."""
+    rows, columns = w.shape
+    q = torch.empty(rows, columns, dtype=torch.int8, device="cpu")
+    call_kernel("quantise_columns", w, w.data_ptr(), rows, columns, w.stride(0), inverse_scale.data_ptr(), q.data_ptr())
+    return q
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, offset: float, eps: float, rounds: bool) -> tuple[Tensor, Tensor]:
+    """`(offset + weight) x r` of `x: (..., n)` with `r = 1 / sqrt(mean x^2 + eps)`, and r: float32; contiguous.
+
+    `x r` is rounded to x's dtype before it is multiplied, if `rounds`.
+    """
+    y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    call_kernel("rms_norm", x, x.data_ptr(), *_rows(x), weight.data_ptr(), offset, eps, rounds, y.data_ptr(),
+          inverse.data_ptr())  # fmt: skip
+    return y, inverse
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, *, offset: float) -> Tensor:
+    """The gradient of x from that of `rms_norm`, whose r is `inverse`; all contiguous."""
+    out = torch.empty_like(x)
+    call_kernel("rms_norm_backward", x, grad.data_ptr(), x.data_ptr(), *_rows(x), weight.data_ptr(), offset,
+          inverse.data_ptr(), out.data_ptr())  # fmt: skip
+    return out
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) up`, of contiguous tensors; `silu(gate)` is rounded to their dtype before it is multiplied."""
+    out = torch.empty_like(gate)
+    call_kernel("gated", gate, gate.data_ptr(), up.data_ptr(), *_rows(gate), out.data_ptr())
+    return out
+
+
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up from that of `gated`; all contiguous."""
+    of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+    call_kernel("gated_backward", gate, grad.data_ptr(), gate.data_ptr(), up.data_ptr(), *_rows(gate), of_gate.data_ptr(),
+          of_up.data_ptr())  # fmt: skip
+    return of_gate, of_up
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, transposed: bool) -> Tensor:
+    """Rotary embedding of `x: (B, T, heads, d)`: `(x1 c1 - x2 s1, x2 c2 + x1 s2)`; all contiguous.
+
+    `cosine`, `sine`: (B or 1, T, d), whose halves are c1 and c2, s1 and s2. With `transposed` the gradient
+    of x from that of the result: `(x1 c1 + x2 s2, x2 c2 - x1 s1)`.
+    """
+    batch, tokens, heads, columns = x.shape
+    out = torch.empty_like(x)
+    call_kernel("rotate", x, x.data_ptr(), batch * tokens, heads, columns, cosine.data_ptr(), sine.data_ptr(),
+          cosine.numel() // columns, transposed, out.data_ptr())  # fmt: skip
+    return out
+
+
+def _rows(tensor: Tensor) -> tuple[int, int]:
+    """How many rows a contiguous tensor has, and of how many numbers."""
+    columns = tensor.shape[-1]
+    return tensor.numel() // columns, columns

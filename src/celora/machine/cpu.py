@@ -1,0 +1,107 @@
+"""What this CPU is called, and which of the instructions that decide about speed here it has: Linux, macOS, Windows."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class _Names:
+    """One feature's names: Linux's flag, macOS's sysctl, Windows' number and torch's capability."""
+
+    linux: str
+    torch: str
+    macos: tuple[str, ...] = ()
+    windows: int | None = None
+
+
+X86 = {
+    "avx2": _Names("avx2", "avx2", ("hw.optional.avx2_0",), 40),
+    "avx512": _Names("avx512f", "avx512_f", ("hw.optional.avx512f",), 41),
+    "avx512_bf16": _Names("avx512_bf16", "avx512_bf16"),
+    "vnni": _Names("avx512_vnni", "avx512_vnni", ("hw.optional.avx512vnni",)),
+    "avx_vnni": _Names("avx_vnni", "avx_vnni"),
+    "amx_tile": _Names("amx_tile", "amx_tile"),
+}
+ARM = {
+    "neon": _Names("asimd", "neon", ("hw.optional.AdvSIMD", "hw.optional.neon"), 19),
+    "dotprod": _Names("asimddp", "dot", ("hw.optional.arm.FEAT_DotProd",), 43),
+    "i8mm": _Names("i8mm", "i8mm", ("hw.optional.arm.FEAT_I8MM",), 66),
+    "arm_bf16": _Names("bf16", "bf16", ("hw.optional.arm.FEAT_BF16",), 68),
+    "sve": _Names("sve", "sve", ("hw.optional.arm.FEAT_SVE",), 46),
+}
+
+
+@functools.cache
+def features() -> dict[str, bool]:
+    """Whether this CPU has each of the features in `X86` and `ARM`, by what the system or torch says."""
+    flags, reported, capabilities = set(instruction_set().split()), _sysctl(), _capabilities()
+    return {
+        name: names.linux in flags
+        or any(reported.get(key) == "1" for key in names.macos)
+        or _windows_has(names.windows)
+        or bool(capabilities.get(names.torch))
+        for name, names in (X86 | ARM).items()
+    }
+
+
+def cpu_name() -> str:
+    """The CPU's own name, or its architecture."""
+    named = _line("model name") or _sysctl().get("machdep.cpu.brand_string")
+    return named or platform.processor() or platform.machine()
+
+
+def instruction_set() -> str:
+    """All that Linux lists as this CPU's flags; elsewhere what the system calls the processor."""
+    return _line("flags") or _line("Features") or platform.processor()
+
+
+def _line(name: str) -> str:
+    """What stands behind `name` in Linux's description of the first CPU, or ''."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
+
+
+@functools.cache
+def _sysctl() -> dict[str, str]:
+    """What macOS says of the CPU; nothing elsewhere."""
+    if platform.system() != "Darwin":
+        return {}
+    command = ["/usr/sbin/sysctl", "hw.optional", "machdep.cpu.brand_string"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in done.stdout.splitlines())}
+
+
+def _windows_has(number: int | None) -> bool:
+    if platform.system() != "Windows" or number is None:
+        return False
+    return bool(vars(ctypes)["windll"].kernel32.IsProcessorFeaturePresent(number))
+
+
+def _capabilities() -> dict[str, Any]:
+    """As torch's own library finds them, in versions that tell."""
+    return dict(getattr(torch.cpu, "get_capabilities", dict)())
+
+
+@functools.cache  # oneDNN looks once, too
+def matrix_instructions() -> bool:
+    """Whether oneDNN multiplies with AMX: this CPU has it, and `ONEDNN_MAX_CPU_ISA` does not keep oneDNN from it."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return features()["amx_tile"] and (limit in ("", "ALL", "DEFAULT") or "AMX" in limit)

@@ -1,0 +1,110 @@
+"""How much memory a step takes: what its forward saves for backward, and the peak of the process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+
+from celora.borrowed import borrow
+from celora.machine.device import backend
+
+
+class Saved(dict[int, int]):
+    """Pieces of memory that forward passes have saved for backward: address -> bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them, each counted once."""
+        return sum(self.values())
+
+
+@contextmanager
+def saved_for_backward(model: nn.Module) -> Iterator[Saved]:
+    """Count what the forward passes inside save for backward beside the parameters of `model`, which exist anyway."""
+    parameters = {storage.data_ptr() for p in model.parameters() for storage in _storages(p)}
+    saved = Saved()
+
+    def pack(tensor: Tensor) -> Tensor:
+        for storage in _storages(tensor):
+            if storage.data_ptr() not in parameters:
+                saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def _storages(tensor: Any) -> Iterator[UntypedStorage]:
+    """Where the numbers are; sharded and quantised tensors are made of others."""
+    wraps = borrow("torch.utils._python_dispatch:is_traceable_wrapper_subclass")
+    if wraps is None or not wraps(tensor):
+        yield tensor.untyped_storage()
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _storages(getattr(tensor, name))
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at most taken so far, or since `forget_peak`, on the device or by this process; None if nobody knows."""
+    if device.type != "cpu":
+        ask = getattr(backend(device), "max_memory_allocated", None)  # MPS does not keep it
+        return None if ask is None else int(ask(device))
+    status = Path("/proc/self/status")  # what getrusage says includes the process that started this one
+    with suppress(OSError, StopIteration):  # not on Linux, or in a sandbox that does not tell
+        # The process's name stands there, too, in whatever encoding.
+        lines = status.read_text(encoding="utf-8", errors="replace").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, with what is taken now; for a process, on Linux only, and if it may ask for it."""
+    if device.type != "cpu":
+        getattr(backend(device), "reset_peak_memory_stats", lambda device: None)(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on the device, or by this process; None where nobody knows."""
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    if device.type != "cpu":
+        ask = getattr(backend(device), "mem_get_info", None)
+        return None if ask is None else int(ask(device)[0])
+    if not sys.platform.startswith("linux"):
+        return _available_elsewhere()
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    group = Path("/sys/fs/cgroup")  # a container may be allowed less than the machine has
+    try:
+        limit, taken = (int((group / f"memory.{of}").read_text(encoding="ascii")) for of in ("max", "current"))
+        counted = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        return min(free, limit - taken + int(counted["inactive_file"]))  # which makes way when memory is asked for
+    except (OSError, ValueError, KeyError):
+        return free
+
+
+def _available_elsewhere() -> int | None:
+    """As psutil tells, which comes with Accelerate, on systems that have no /proc."""
+    try:
+        psutil: Any = import_module("psutil")
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available)

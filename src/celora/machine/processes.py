@@ -1,0 +1,56 @@
+"""Processes that select alike: what each has observed of its own data is added up before anything is selected from it.
+And processes that do not, but hold parts of the same weights, so that they have to gather alike.
+
+One all-reduce at the end of a refresh step, outside backward, for all layers together: `out` numbers a layer with
+columns and `in (rank + 8)` for a gradient factor, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+def in_company() -> bool:
+    """Whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def shards(parameters: Iterable[Tensor]) -> bool:
+    """Whether several processes train together, each with a part of every parameter."""
+    return in_company() and any(isinstance(parameter, DTensor) for parameter in parameters)
+
+
+def gathers(model: nn.Module) -> bool:
+    """Whether several processes train together, and wait for each other in every forward of the model."""
+    return in_company() and any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def largest_of_all(numbers: list[list[int]], device: torch.device) -> list[list[int]]:
+    """Each number's maximum over all processes. Collective."""
+    flat = torch.tensor(numbers, dtype=torch.int64, device=device)
+    dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+    largest: list[list[int]] = flat.tolist()
+    return largest
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, in all of them. Collective."""
+    if not in_company():
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def same_in_all(value: Any) -> bool:
+    """Whether all processes have given the same value, each of which is told. Collective."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return all(other == values[0] for other in values)

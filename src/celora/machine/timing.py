@@ -1,0 +1,136 @@
+"""Timing that can be compared: contenders take turns, medians are reported."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from celora.machine.device import accelerator, default_device
+
+_CLEARLY = 1.5  # times as long as float32's product: less is no reason to take twice the memory
+_TURNS, _MOST_TURNS = 9, 45  # of the two dtypes
+_REST = 2e-3  # seconds
+_WAITING = 2.0  # times as long as next to nothing, at the least, if what a device computes is waited for
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device | None = None
+) -> dict[str, dict[str, float]]:
+    """Time each contender `repeats` times on `device`, taking turns: name -> median and 20/80th percentile in ms.
+
+    Taking turns spreads whatever else the machine does evenly, so ratios of medians can be trusted where the
+    times themselves cannot. Two rounds warm up.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(repeats + 2):
+        for name, call in contenders.items():
+            milliseconds = timed(call, device)
+            if turn >= 2:
+                samples[name].append(milliseconds)
+    return {name: percentiles(of) for name, of in samples.items()}
+
+
+def timed(call: Callable[[], object], device: torch.device | None = None) -> float:
+    """Milliseconds of one call on `device`, by default where a model would be: by its own events on CUDA, else by the
+    clock, from when the device has nothing to do until it has nothing to do again."""
+    if torch.cuda.is_available():
+        # Events are of the current device, whatever the call works on.
+        with torch.cuda.device(device if device is not None and device.type == "cuda" else None):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            return float(begin.elapsed_time(end))
+    device = device or default_device()
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device, so that a time is that of the work and not of its launch."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@functools.cache
+def cannot_time(device: torch.device) -> str:
+    """Why times on this device cannot be trusted, or ''.
+
+    On an accelerator that this was never tried on, a large product must take longer than a small one: where waiting
+    does not wait, both take as long as their launch.
+    """
+    if device.type in ("cpu", "cuda", "meta"):
+        return ""
+    found = accelerator()
+    if found is None or found.type != device.type:
+        return "torch.accelerator does not know it, so nothing says when its work is done"
+    squares = {name: torch.ones(size, size, device=device) for name, size in (("small", 16), ("large", 2048))}
+    calls = {name: functools.partial(_power, square) for name, square in squares.items()}
+    times = {name: of["time_ms"] for name, of in interleaved(calls, repeats=5, device=device).items()}
+    if times["large"] < _WAITING * times["small"]:
+        return "a large product seems to take no longer than a small one, so its work is not waited for"
+    return ""
+
+
+def _power(square: torch.Tensor) -> torch.Tensor:
+    return square @ square @ square @ square
+
+
+@functools.cache
+def time_over_float32(dtype: torch.dtype, device: torch.device) -> float:
+    """How many times as long as float32's a product of `dtype` takes there, measured: devices emulate what they lack.
+
+    The two take turns. The lower is returned of two ratios, that of their fastest turns and the median of the ratios
+    turn by turn: what else the machine does disturbs either, but hardly both alike. Where the two are not on the same
+    side of `_CLEARLY`, there are more turns. Infinite where the device refuses `dtype`.
+    """
+    tokens, width = (256, 576) if device.type == "cpu" else (2048, 4096)
+    turns: list[tuple[float, float]] = []
+    x, weight = torch.ones(tokens, width, device=device), torch.ones(width, width, device=device)
+    try:
+        calls = functools.partial(torch.mm, x.to(dtype), weight.to(dtype)), functools.partial(torch.mm, x, weight)
+        for call in calls:
+            timed(call, device)  # warms up
+    except (RuntimeError, TypeError):  # older versions of macOS have no bfloat16 on MPS
+        return math.inf
+    while True:
+        turns += [(_rested(calls[0], device), _rested(calls[1], device)) for _ in range(_TURNS)]
+        fastest = min(half for half, _ in turns) / min(single for _, single in turns)
+        typical = statistics.median(half / single for half, single in turns)
+        if (fastest > _CLEARLY) == (typical > _CLEARLY) or len(turns) >= _MOST_TURNS:
+            return min(fastest, typical)
+
+
+def _rested(call: Callable[[], object], device: torch.device) -> float:
+    """`timed` after a short sleep, without which a busy system may interrupt the same one of two in every turn."""
+    time.sleep(_REST)
+    return timed(call, device)
+
+
+def slower_than_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of `dtype` clearly take longer there than float32's."""
+    return time_over_float32(dtype, device) > _CLEARLY
+
+
+def faster_dtype() -> str:
+    """The dtype to train in on this machine: `bfloat16`, or `float32` where that is clearly faster."""
+    return "float32" if slower_than_float32(torch.bfloat16, default_device()) else "bfloat16"
+
+
+def percentiles(samples: list[float]) -> dict[str, float]:
+    """Median and 20/80th percentile."""
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return {
+        "time_ms": round(statistics.median(samples), 4),
+        "p20_ms": round(fifths[0], 4),
+        "p80_ms": round(fifths[3], 4),
+    }

@@ -1,0 +1,4 @@
+"""What is put onto a model, and how a model is recognised.
+
+Belongs here: hooks, grafts, recognition of layers, heads and families. Does not belong here: optimizer steps and
+refreshes (`runtime`), measuring and choosing (`planning`). May import: everything down to settings."""

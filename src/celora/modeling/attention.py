@@ -1,0 +1,250 @@
+"""Causal attention of packed sequences, each by itself: Transformers' `sdpa`, or a faster one where that is slow.
+
+On CPU, the backward of torch's flash attention in bfloat16 is made of many small products, each of which takes longer
+to set up than to compute: at 64 tokens it takes three times as long as the same in float32. Where the CPU has matrix
+instructions (AMX), forward and backward are a kernel of ours, packed or not. Elsewhere short sequences do their
+backward in float32, from the outputs and row sums of the forward, which is torch's own.
+
+The model's configuration names `sdpa` before, after and between the forwards of its attentions (`Lookup`). An attention
+finds this one only while it runs, and only if its call carries `celora_lengths`. Gradient checkpointing calls it with
+the same arguments again in backward, so that it finds the same one.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
+
+from celora.borrowed import borrow
+from celora.errors import CELoraError
+from celora.kernels.c import attention as kernels
+
+ATTENTION = "celora_packed_sdpa"
+LENGTHS = "celora_lengths"
+_SHORT = 160  # tokens; measured, benchmarks/attention.py
+_FLASH = "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu"
+_FLASH_BACKWARD = "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward"
+_DISPATCH_MODE = "torch.utils._python_dispatch:is_in_torch_dispatch_mode"
+_IMPLEMENTATION = "transformers:PreTrainedConfig._attn_implementation"
+
+
+def implementation(config: Any) -> str | None:
+    """The name of a model's attention; None if this version of Transformers does not say it where celora looks."""
+    name = borrow(_IMPLEMENTATION)
+    found: str | None = None if name is None else name.fget(config)
+    return found
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether this is a decoder's attention, which looks up in its configuration what computes it."""
+    own = vars(module)
+    return "layer_idx" in own and "config" in own and ("is_causal" in own or hasattr(type(module), "is_causal"))
+
+
+def plain() -> bool:
+    """Whether `sdpa` is still Transformers' own, which can be registered anew."""
+    return getattr(_sdpa(), "__module__", "") == "transformers.integrations.sdpa_attention"
+
+
+def _sdpa() -> Any:
+    return AttentionInterface()["sdpa"]
+
+
+class Lookup:
+    """The hooks of a model's attentions: with `celora_lengths` among its arguments, a call finds `attention`."""
+
+    def under(self, module: nn.Module) -> list[Any]:
+        """Hook one attention."""
+        AttentionInterface.register(ATTENTION, attention)  # under a name of its own; nothing that exists is changed
+        return [
+            module.register_forward_pre_hook(self.before, with_kwargs=True),
+            module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+        ]
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook (with kwargs)."""
+        if LENGTHS in kwargs:
+            borrow(_IMPLEMENTATION).fset(module.config, ATTENTION)
+        elif not torch.compiler.is_compiling():
+            self.settle(module)
+
+    def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook (with kwargs) that is always called."""
+        if LENGTHS in kwargs:
+            self.settle(module)
+
+    def settle(self, module: Any) -> None:
+        """Name `sdpa` again, also after a forward that was interrupted and never came to its end."""
+        name = borrow(_IMPLEMENTATION)
+        if name is not None and name.fget(module.config) == ATTENTION:
+            name.fset(module.config, "sdpa")
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    celora_lengths: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Transformers' scaled dot-product attention, of each packed sequence by itself where there are any.
+
+    Args:
+        query: (B, heads, T, head size); packed, (1, heads, N, head size).
+        key: the same, perhaps with fewer heads.
+        value: as key.
+        celora_lengths: of the packed sequences; None for a batch that is not packed.
+    """
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    sequences = len(query) * (1 if celora_lengths is None else len(celora_lengths))
+    tiles = dropout == 0 and _tiles_pay(module, query, key, value, sequences)
+    if celora_lengths is None:
+        if tiles and _only_causal(module, query, key, attention_mask, **kwargs):
+            whole: Tensor = _Tiled.apply(query, key, value, None, scale)  # type: ignore[no-untyped-call]
+            return whole, None
+        output: tuple[Tensor, Tensor | None] = _sdpa()(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output
+    if sum(celora_lengths) != query.shape[2] or query.shape[2] != key.shape[2]:
+        raise CELoraError(
+            f"{query.shape[2]} queries and {key.shape[2]} keys for {sum(celora_lengths)} packed tokens: something "
+            "between the batch and the attention changed them. Attach with padding_free=False."
+        )
+    if tiles or (dropout == 0 and _backward_pays(query, key, value, celora_lengths)):
+        function = _Tiled if tiles else _Causal
+        result: Tensor = function.apply(query, key, value, celora_lengths, scale)  # type: ignore[no-untyped-call]
+        return result, None
+    pieces = zip(*(t.split(celora_lengths, dim=2) for t in (query, key, value)), strict=True)
+    found = [_sdpa()(module, *of, None, dropout=dropout, scaling=scaling, **kwargs)[0] for of in pieces]
+    return torch.cat(found, dim=1), None
+
+
+def packing_pays(dtype: torch.dtype, length: int, device: torch.device, *, masked: bool) -> bool:
+    """Whether packing makes attention faster where it saves next to no tokens, at most `length` in a row.
+
+    For tiles if some token is masked, as they take no mask; else for the float32 backward, which only packed ones do.
+    """
+    if not kernels.attends():
+        return _short(device, dtype, length)
+    return device.type == "cpu" and dtype == torch.bfloat16 and masked
+
+
+def _short(device: torch.device, dtype: torch.dtype, length: int) -> bool:
+    """Whether torch's backward of a sequence of so many tokens is faster in float32."""
+    wanted = device.type == "cpu" and dtype == torch.bfloat16 and length <= _SHORT
+    return wanted and borrow(_FLASH) is not None and borrow(_FLASH_BACKWARD) is not None
+
+
+def _backward_pays(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> bool:
+    """Whether this is torch's flash attention on CPU in half precision, with sequences short enough."""
+    pays = _short(query.device, query.dtype, min(lengths)) and query.shape[3] == value.shape[3]
+    dense = all(t.stride(-1) == 1 for t in (query, key, value))  # what the operators take for granted
+    return bool(pays and dense and key.dtype == value.dtype == query.dtype and query.requires_grad)
+
+
+def _tiles_pay(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, sequences: int) -> bool:
+    """Whether our kernel for matrix instructions can do this, with work for half of the threads, and nobody looks on.
+
+    Also where a forward runs without gradients in training: checkpoints must get the same as the forward that counts.
+    """
+    tensors = (query, key, value)
+    if query.device.type != "cpu" or any(type(t) is not Tensor or t.dtype != torch.bfloat16 for t in tensors):
+        return False
+    if torch.compiler.is_compiling() or not kernels.attends():
+        return False
+    looked_on = borrow(_DISPATCH_MODE)
+    if looked_on is None or looked_on():
+        return False
+    trains = any(t.requires_grad for t in tensors) if torch.is_grad_enabled() else module.training
+    batch, heads, tokens, size = query.shape
+    kept = (batch, key.shape[1], tokens, size)
+    shapes = key.shape == value.shape == kept and size % 32 == 0 and heads % key.shape[1] == 0 and query.numel() > 0
+    dense = all(t.stride(-1) == 1 for t in tensors)
+    return trains and shapes and dense and 2 * sequences * key.shape[1] >= torch.get_num_threads()
+
+
+def _only_causal(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    output_attentions: bool = False,
+    **_: Any,
+) -> bool:
+    """Whether each token of a batch attends to all before it, and nothing else is asked of `sdpa`."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    plain = position_bias is None and softcap is None and not output_attentions
+    return bool(causal and plain and mask is None and query.shape[2] == key.shape[2] > 1)
+
+
+class _Tiled(torch.autograd.Function):
+    """Causal attention of each sequence, by default of each row, with matrix instructions: (B, heads, T, d) to
+    (B, T, heads, d)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...] | None, scale: float
+    ) -> Tensor:
+        lengths = (query.shape[2],) if lengths is None else lengths
+        pieces = [(end - n, n) for n, end in zip(lengths, accumulate(lengths), strict=True)]
+        sequences = [(row, *piece) for row in range(len(query)) for piece in pieces]
+        sequences.sort(key=lambda of: -of[2])  # the longest first: threads end together
+        ctx.sequences, ctx.scale = torch.tensor(sequences, device="cpu"), scale
+        output, logs = kernels.attention(query, key, value, ctx.sequences, scale=scale)
+        ctx.save_for_backward(query, key, value, output, logs)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        query, key, value, output, logs = ctx.saved_tensors
+        found = kernels.attention_backward(grad, query, key, value, output, logs, ctx.sequences, scale=ctx.scale)
+        return *found, None, None
+
+
+class _Causal(torch.autograd.Function):
+    """Causal attention of each sequence: (1, heads, N, d) to (1, N, heads, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+        pieces = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+        flash = borrow(_FLASH)
+        outputs, sums = zip(*(flash(*of, 0.0, True, scale=scale) for of in pieces), strict=True)
+        output = torch.cat(outputs, dim=2)
+        ctx.save_for_backward(query, key, value, output, *sums)
+        ctx.lengths, ctx.scale, ctx.groups = lengths, scale, groups
+        return output.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, *sums = ctx.saved_tensors
+        tensors = (grad.transpose(1, 2), query, key, value, output)
+        found, flash_backward = [], borrow(_FLASH_BACKWARD)
+        for *of, row_sums in zip(*(t.split(ctx.lengths, dim=2) for t in tensors), sums, strict=True):
+            if of[0].shape[2] <= _SHORT:
+                of = [t.float() for t in of]
+            grads = flash_backward(*of, row_sums, 0.0, True, scale=ctx.scale)
+            found.append([g.to(query.dtype) for g in grads])
+        grad_q, grad_k, grad_v = (torch.cat(of, dim=2) for of in zip(*found, strict=True))
+        if ctx.groups > 1:
+            grad_k, grad_v = (g.unflatten(1, (-1, ctx.groups)).sum(2) for g in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v, None, None

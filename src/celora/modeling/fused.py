@@ -1,0 +1,226 @@
+"""A LoRA linear layer as one autograd function: the fewest passes over its tokens, forward and backward.
+
+PEFT computes `result + lora_B(lora_A(dropout(x))) * scaling` operator by operator: with float32 adapters on a bfloat16
+base, its default, that is two casts, four passes over (T, out) and a float32 copy of x saved for backward, for each
+layer. Here, with p = A x (T, r) and everything in the base's own dtype, as under autocast:
+
+    y += scaling p B^T,   grad_B = scaling G^T p,   q = scaling G B,   grad_A = q^T x,   grad_x = (G W) + q A
+
+where `G W` is the layer's estimator's. Each line is a product that adds onto what is there already.
+
+The tuner layer keeps its class and its `forward`. PEFT's own `forward` hands the base layer's output to whatever
+`lora_variant` has under the adapter's name, and adds nothing of its own then. Hooks put an object of ours there for as
+long as PEFT needs to ask for it, from the end of the base layer's forward on. Where PEFT does not ask, or anything is
+not as it should be, PEFT's own path runs: nothing is left out or applied twice.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from celora.modeling.adapter import Adapter, looked_at, made_of, parts_of, touched, vanilla_adapter
+from celora.modeling.graft import LayerGraft, in_dispatch_mode, remember, without_autocast
+from celora.weights.read import bias_of, held, trains
+
+_FEWEST_TOKENS = 96
+
+
+class FusedGraft(LayerGraft):
+    """A graft that leaves the layer's output to a lender whose forward is under way, if it takes it."""
+
+    lender: Lender | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        lender, self.lender = self.lender, None
+        if lender is not None and lender.takes(module, args, output):
+            return None
+        return super().__call__(module, args, output)
+
+
+class Lender:
+    """Computes the adapter of one tuner layer together with its base layer, as the variant of LoRA that PEFT asks.
+
+    Attributes:
+        lent: of the forward that is under way: the tuner layer, the adapter's name, the adapter and the input.
+        output: what the base layer has returned, while PEFT has this for a variant.
+    """
+
+    def __init__(self, graft: FusedGraft) -> None:
+        self.graft = graft
+        self.lent: tuple[Any, str, Adapter, Tensor] | None = None
+        self.output: Tensor | None = None
+        self._casts = True
+        self._known: tuple[str, Any, Any, Any] | None = None  # name and modules of the adapter that was lent before
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "lent": None, "output": None, "_known": None}
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook (with kwargs) of the tuner layer."""
+        self.settle(module)
+        if not (module.training and self.graft.switch.on) or kwargs or len(args) != 1 or not _enough(args[0]):
+            return
+        # Selective checkpointing, for one, keeps outputs of operators: of the base layer's, which would be added onto.
+        if not torch.compiler.is_compiling() and in_dispatch_mode():
+            return
+        adapter = self._adapter(module)
+        if adapter is not None:
+            (name,) = (name for name in module.active_adapters if name in module.lora_A)
+            self.lent, self.graft.lender = (module, name, adapter, args[0]), self
+
+    def takes(self, base: nn.Module, args: tuple[Any, ...], output: Tensor) -> bool:
+        """Stand in for the adapter if the base layer, which ends its forward with this output, is what it should be."""
+        assert self.lent is not None
+        module, name, _, x = self.lent
+        if len(args) != 1 or args[0] is not x or not base.training:
+            return False
+        weight = held(base)
+        if trains(base) or (weight is not None and weight.is_meta):  # for a moment, as LoRA-GA has it; or offloaded
+            return False
+        if not self.graft.knows(base, x, output):
+            return False
+        # Nothing of a second copy of x, in the adapter's dtype, is read here.
+        self.output, self._casts = output, module.cast_input_dtype_enabled
+        module.lora_variant[name], module.cast_input_dtype_enabled = self, False
+        return True
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """The tuner layer's output, which PEFT asks of a variant: `result` and what the adapter adds to it."""
+        lent, output = self.lent, self.output
+        self.settle(module)
+        if lent is None or output is None or not _same(result, output):
+            A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+            added: Tensor = B(A(module.lora_dropout[active_adapter](x.to(A.weight.dtype))))
+            return result + added.mul(module.scaling[active_adapter])
+        base, adapter, seen = module.get_base_layer(), lent[2], lent[3]
+        weight = self.graft.weight(base, result.dtype)
+        return lora_linear(seen, result, weight, bias_of(base), adapter, self.graft)
+
+    def after(self, module: Any, *_: Any) -> None:
+        """A forward hook of the tuner layer that is always called."""
+        self.settle(module)
+
+    def settle(self, module: Any) -> None:
+        """Put back what is lent, of a forward too that was interrupted, and in a copy that was made during one."""
+        for name, variant in list((getattr(module, "lora_variant", None) or {}).items()):
+            if isinstance(variant, Lender):
+                del module.lora_variant[name]
+                module.cast_input_dtype_enabled = variant._casts
+        self.lent = self.output = self.graft.lender = None
+
+    def _adapter(self, module: Any) -> Adapter | None:
+        """The adapter to lend. All of `vanilla_adapter` is looked at again only where something has changed."""
+        if torch.compiler.is_compiling():  # once a graph; a graph would be compiled anew for what is known later
+            adapter = vanilla_adapter(module)
+            return None if isinstance(adapter, str) else adapter
+        if self._known is not None:
+            name, known = self._known[0], self._known[1:]
+            same = all(map(operator.is_, parts_of(module, name), known)) and module.active_adapters == [name]
+            same = same and not module.disable_adapters and not module.merged and not any(map(touched, known))
+            if same and not looked_at(module.get_base_layer()):
+                return made_of(*known, module.scaling[name])
+        adapter, self._known = vanilla_adapter(module), None
+        if isinstance(adapter, str):
+            return None
+        if len(module.active_adapters) == 1:
+            (name,) = module.active_adapters
+            self._known = (name, *parts_of(module, name))
+        return adapter
+
+
+def _same(result: Tensor, output: Tensor) -> bool:
+    """Whether `result` is the base layer's output, or PEFT's copy of it, as for 4-bit layers."""
+    if result is output or torch.compiler.is_compiling():
+        return True
+    made_by = result.grad_fn
+    if made_by is None or made_by.name() != "CloneBackward0":
+        return made_by is None and output.grad_fn is None and result.shape == output.shape
+    return made_by.next_functions[0][0] is output.grad_fn
+
+
+def _enough(x: object) -> bool:
+    """Whether this is a tensor, and setting up products in the base's dtype pays: not for few tokens on CPU."""
+    return isinstance(x, Tensor) and not (x.device.type == "cpu" and x.numel() < _FEWEST_TOKENS * x.shape[-1])
+
+
+def lora_linear(
+    x: Tensor, output: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: Adapter, layer: LayerGraft
+) -> Tensor:
+    """`output + scaling B A dropout(x)`, computed onto `output`, with the backward described above.
+
+    Args:
+        x: the layer's input, (..., in).
+        output: what the base layer made of it, `x W^T + b`, (..., out); overwritten. Its dtype is the dtype of all
+            products; gradients arrive in the parameters' own.
+        weight: frozen, (out, in), as `LayerGraft.weight` gives it.
+        bias: (out,) or None; gets `grad_output.sum(0)` if it requires grad.
+        adapter: dropout is drawn from torch's global generator, and its mask saved (a byte a number).
+        layer: whose mode at this moment decides how `grad_output @ weight` is computed.
+    """
+    result: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        x, output.detach(), bias, adapter.A, adapter.B, weight, adapter.scaling, adapter.dropout, layer
+    )
+    return result
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        output: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        weight: Tensor | None,
+        scaling: float,
+        dropout: float,
+        layer: LayerGraft,
+    ) -> Tensor:
+        dtype, ctx.adapter_dtypes = output.dtype, (A.dtype, B.dtype)
+        mask = None
+        with without_autocast(output.device.type):
+            A, B = A.to(dtype), B.to(dtype)
+            seen = x.reshape(-1, x.shape[-1]).to(dtype)
+            if dropout > 0:
+                mask = torch.empty(seen.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)
+                seen = seen * mask * (1 / (1 - dropout) if dropout < 1 else 0.0)
+            low = seen @ A.t()
+            output.view(-1, output.shape[-1]).addmm_(low, B.t(), alpha=scaling)
+        _, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(seen if trains_A else None, low if trains_B else None, mask, A, B)
+        ctx.scaling, ctx.keep = scaling, 1 - dropout
+        remember(ctx, x, output, bias, weight, layer)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        seen, low, mask, A, B = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+        grad_x = grad_bias = grad_A = grad_B = None
+        with without_autocast(grad_output.device.type):
+            g = grad_output.reshape(-1, grad_output.shape[-1])
+            through = (g @ B).mul_(ctx.scaling)
+            if needs_A:
+                grad_A = (through.t() @ seen).to(ctx.adapter_dtypes[0])
+            if needs_B:
+                # On CPU, in float32, a product that is tall takes longer than one that is wide, up to twice.
+                wide = g.dtype == torch.float32 and g.device.type == "cpu"
+                grad_B = (low.t() @ g).t().contiguous() if wide else g.t() @ low
+                grad_B = grad_B.to(ctx.adapter_dtypes[1]).mul_(ctx.scaling)
+            if needs_x:
+                grad_x = ctx.layer.grad_input(g, ctx.weight, ctx.layer.mode_for(ctx.mode, through, ctx.weight))
+                if mask is None:
+                    grad_x = grad_x.addmm_(through, A)
+                else:
+                    grad_x = grad_x.add_((through @ A).mul_(mask), alpha=1 / ctx.keep if ctx.keep else 0.0)
+                grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)
+            if needs_bias:
+                grad_bias = g.sum(0).to(ctx.bias_dtype)
+        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None, None

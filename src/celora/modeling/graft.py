@@ -1,0 +1,257 @@
+"""An estimated backward grafted onto an exact forward.
+
+A forward hook on the frozen base layer takes the output the layer has just computed, cuts it from the graph, and
+returns it unchanged as the output of an autograd node of our own. So the forward is PEFT's, bit for bit, whatever
+wraps it; only `grad_input = grad_output @ W` goes through the layer's estimator.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from celora.borrowed import borrow
+from celora.kernels.operations import squared_row_norms
+from celora.modeling.compiled import (
+    estimated_grad_input,
+    keys,
+    layers,
+    observed_grad_input,
+    quantised,
+    read_and_multiplied,
+)
+from celora.modeling.switch import Mode, Switch
+from celora.modeling.trial import identity, tampered, unlike
+from celora.numerics.estimators import Estimator
+from celora.numerics.measured import Measured
+from celora.weights.read import bias_of, held, read
+from celora.weights.sharded import whole
+from celora.weights.stored import StoredWeight
+
+
+class LayerGraft(Measured):
+    """The forward hook of one base layer, with the layer's estimator and what it measured of itself.
+
+    It takes over what trains, and nothing else: in `eval()` the gradient is the model's own (of saliency maps, say).
+    """
+
+    _tried: tuple[Any, ...] | None = None  # the layer's `identity` when it was tried, and what came of it
+    _unlike = ""
+
+    def __init__(self, estimator: Estimator, switch: Switch) -> None:
+        super().__init__()
+        self._register()
+        self.name = "a layer"
+        self.estimator = estimator
+        self.switch = switch
+        self.mode = Mode.OBSERVE
+        self.observed = 0  # exact backwards that statistics were taken from
+        self.tokens, self.dtype = 0, ""  # the most that one of them had, and of what dtype
+
+    @property
+    def mode(self) -> Mode:
+        """What the next backward will be.
+
+        Kept as a string: torch.compile takes equal objects of two layers for one and the same, and would not notice
+        that the mode of one of them has changed.
+        """
+        return Mode(self._mode)
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self._mode = mode.value
+
+    def _register(self) -> None:
+        self.key = next(keys)
+        layers[self.key] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tried": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not args or not isinstance(args[0], Tensor) or not torch.is_grad_enabled():
+            return None
+        if not self.switch.on:
+            if args[0].requires_grad and self.mode is not Mode.EXACT:
+                self.switch.trains()
+            return None
+        if self.mode is Mode.EXACT:
+            return None
+        # The replicas of nn.DataParallel run in threads that would share this one layer's statistics.
+        if getattr(module, "_is_replica", False):
+            return None
+        if not module.training:
+            if args[0].requires_grad and not torch.compiler.is_compiling():
+                self.switch.modes.add(False)
+            return None
+        if not self.knows(module, args[0], output):
+            return None
+        x, weight = args[0], self.weight(module, output.dtype)
+        if weight is not None and weight.is_meta:  # offloaded, and gone again: autograd has kept what it needs
+            self.switch.say_once(
+                "offloaded", f"{self.name} is offloaded, so its backward is exact, as that of every such layer."
+            )
+            return None
+        if not x.requires_grad or (weight is not None and weight.requires_grad):
+            return None
+        return graft(x, output, weight, bias_of(module), self)
+
+    def knows(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+        """Whether the layer computes `x W^T + b`, as it was tried, and nothing has been put in its way since."""
+        reason = tampered(module, self)
+        if not reason and not torch.compiler.is_compiling():
+            self.switch.modes.add(True)
+            now = identity(module)
+            same = self._tried is not None and all(map(operator.is_, now, self._tried))
+            if not same and not in_dispatch_mode():  # which selective checkpointing counts operators in
+                if self._tried is not None:
+                    self.estimator.product.forget()  # a copy of the weight that there was
+                found = unlike(module, (x, output))
+                self._tried, self._unlike = None if found is None else now, found or ""
+            reason = self._unlike
+        if reason:
+            self.switch.leave(self.name, reason)
+        return not reason
+
+    def weight(self, module: nn.Module, dtype: torch.dtype) -> Tensor | None:
+        """What backward multiplies with; None if that is quantised and being traced: then it is read in backward."""
+        weight = held(module)
+        if weight is None and not torch.compiler.is_compiling():
+            quantised[self.key] = module
+            weight = read(module, dtype)
+        return weight
+
+    def under(self, module: nn.Module) -> RemovableHandle:
+        """Hook the layer: before hooks that look at its output or change it, after FSDP2's, which shards its weight."""
+        if held(module) is None:
+            quantised[self.key] = module
+        return module.register_forward_hook(self, prepend=not isinstance(module, FSDPModule))
+
+    def mode_for(self, mode: Mode, witness: Tensor, weight: Tensor | None) -> Mode:
+        """`mode`, or exact for gradients that cannot be estimated: without tokens, or not finite, or about to overflow.
+
+        `witness: (T, n)` is the gradient, or any product of it, where what is not finite shows just as well. Looking
+        would wait for an accelerator; there, such a gradient reaches the adapter's through the adapter's own products.
+        So it does where `weight` is sharded: all processes gather the same of it, or they would wait for ever.
+        """
+        if isinstance(weight, DTensor):
+            return mode
+        if mode is Mode.EXACT or not witness.numel():
+            return Mode.EXACT
+        free = witness.device.type == "cpu" and not torch.compiler.is_compiling()
+        if mode is Mode.OBSERVE or not free:
+            return mode
+        if math.isfinite(squared_row_norms(witness).sum().item()):
+            return mode
+        self.switch.say_once(
+            "not finite",
+            f"a gradient of {self.name} is not finite, or nearly so; its backward is exact this time, as it will be, "
+            "without a word, whenever this happens again.",
+        )
+        return Mode.EXACT
+
+    def grad_input(self, grad_output: Tensor, weight: Tensor | None, mode: Mode) -> Tensor:
+        """`(T, out) , (out, in) -> (T, in)`: estimated, or exact while observing."""
+        if weight is None:
+            later: Tensor = read_and_multiplied(grad_output, self.estimator.in_features, self.key, mode.value)
+            return later
+        if isinstance(weight, StoredWeight) and weight.compute_dtype not in (None, grad_output.dtype):
+            computed = grad_output.to(weight.compute_dtype)  # as the layer's own backward does
+            return LayerGraft.grad_input(self, computed, weight, mode).to(grad_output.dtype)
+        if isinstance(weight, DTensor) and not len(grad_output):  # gather with the others, for a token of zeros
+            return LayerGraft.grad_input(self, grad_output.new_zeros(1, grad_output.shape[1]), weight, mode)[:0]
+        if mode is Mode.EXACT:
+            return grad_output @ whole(weight, grad_output.dtype)
+        if isinstance(weight, DTensor) and (mode is Mode.OBSERVE or self.estimator.needs_whole(weight)):
+            weight = whole(weight, grad_output.dtype)
+        compiling = torch.compiler.is_compiling()
+        if mode is Mode.ESTIMATE:
+            if compiling and not self.estimator.traceable:
+                estimated: Tensor = estimated_grad_input(grad_output, weight, self.key)
+                return estimated
+            return self.estimator.estimate(grad_output, weight)
+        if compiling:
+            observed: Tensor = observed_grad_input(grad_output, weight, self.key)
+            return observed
+        return self.observe(grad_output, weight)
+
+    def observe(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        """The exact `grad_input`; on the way, the error of the selection in use and the statistics of the next."""
+        self.observed += 1
+        self.tokens, self.dtype = max(self.tokens, len(grad_output)), str(grad_output.dtype).removeprefix("torch.")
+        exact = grad_output @ weight.to(grad_output.dtype)
+        if self.estimator.ready:
+            self.measure(self.estimator.estimate(grad_output, weight), exact)
+        self.estimator.observe(grad_output, weight, exact)
+        return exact
+
+
+def graft(x: Tensor, output: Tensor, weight: Tensor | None, bias: Tensor | None, layer: LayerGraft) -> Tensor:
+    """`output`, unchanged, whose backward to `x: (..., in)` is `layer`'s and to a trainable `bias` is exact.
+
+    Args:
+        x: the layer's input, any number of leading dimensions; only its dtype and shape are used.
+        output: the layer's output `x W^T + b`, (..., out).
+        weight: frozen, (out, in), as `LayerGraft.weight` gives it. Kept by reference: nothing is saved for backward.
+        bias: (out,) or None; gets `grad_output.sum(0)` if it requires grad (PEFT's `bias="lora_only"`).
+        layer: whose mode at this moment decides what its backward will be.
+    """
+    result: Tensor = _Graft.apply(x, output.detach(), bias, weight, layer)  # type: ignore[no-untyped-call]
+    return result
+
+
+def remember(
+    ctx: Any, x: Tensor, output: Tensor, bias: Tensor | None, weight: Tensor | None, layer: LayerGraft
+) -> None:
+    """What the backward of any grafted layer needs, saving no tensor; `output` is what its forward returns."""
+    ctx.weight, ctx.layer, ctx.mode = weight, layer, layer.mode
+    ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    # Dirty rather than a view, so that the caller may change it in place, as it may a linear layer's output.
+    ctx.mark_dirty(output)
+
+
+def in_dispatch_mode() -> bool:
+    """Whether something looks at every operator; taken for granted where torch does not tell."""
+    found = borrow("torch.utils._python_dispatch:is_in_torch_dispatch_mode")
+    return found is None or bool(found())
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Products in the dtypes they are given; costs nothing where autocast is off."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+class _Graft(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, output: Tensor, bias: Tensor | None, weight: Tensor | None, layer: LayerGraft
+    ) -> Tensor:
+        remember(ctx, x, output, bias, weight, layer)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_input = grad_bias = None
+        with without_autocast(grad_output.device.type):
+            flat = grad_output.reshape(-1, grad_output.shape[-1])
+            if ctx.needs_input_grad[0]:
+                grad_input = ctx.layer.grad_input(flat, ctx.weight, ctx.layer.mode_for(ctx.mode, flat, ctx.weight))
+                grad_input = grad_input.view(ctx.input_shape).to(ctx.input_dtype)
+            if ctx.needs_input_grad[2]:
+                grad_bias = flat.sum(0).to(ctx.bias_dtype)
+        return grad_input, None, grad_bias, None, None

@@ -1,0 +1,46 @@
+"""Which hooks are celora's, which may see that a batch is packed, and how celora's are taken off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from celora.modeling.attention import Lookup
+from celora.modeling.fused import Lender
+from celora.modeling.graft import LayerGraft
+from celora.modeling.model_graft import ModelGraft
+from celora.modeling.passes.base import Pass
+
+_HOOKS = (LayerGraft, Lender, Lookup, ModelGraft, Pass)
+
+
+def is_ours(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", hook), _HOOKS)
+
+
+def remove(module: nn.Module) -> None:
+    """Take every hook of `install` (and of `celora.modeling.fused`, and every graft) off this one module."""
+    settle(module)
+    tables: list[list[dict[int, Any]]] = [
+        [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs],
+        [module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called],
+    ]
+    for hooks, *marks in tables:
+        for key in [key for key, hook in hooks.items() if is_ours(hook)]:
+            for of in (hooks, *marks):
+                of.pop(key, None)
+
+
+def settle(module: nn.Module) -> None:
+    """Put back what a forward that was interrupted has left as it was half-way, in this one module."""
+    for hook in module._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Lender | Lookup | ModelGraft):
+            owner.settle(module)
+
+
+def settle_all(model: nn.Module) -> None:
+    """`settle` of every module of a model."""
+    for module in model.modules():
+        settle(module)

@@ -1,0 +1,81 @@
+"""Find the causal language model in a model, and say why its head cannot be served."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from celora.borrowed import borrow
+from celora.modeling.hooks import is_ours
+from celora.modeling.others import fused_head, is_fused_head, replaced
+from celora.weights.sharded import is_split
+
+
+def find_language_model(model: nn.Module) -> tuple[PreTrainedModel | None, nn.Module | None, str]:
+    """The causal language model in `model` and the PEFT tuner around it, if any; or why its own loss is to be used."""
+    tuner = next((m for m in model.modules() if isinstance(m, BaseTuner)), None)
+    causal = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if causal is None:
+        return None, None, f"{type(model).__name__} is not a model of Transformers"
+    if reason := not_ours(causal):
+        return None, None, reason
+    takes = {"labels", "logits_to_keep"} <= inspect.signature(type(causal).forward).parameters.keys()
+    if not (takes and any(map(_asks_for_the_loss, type(causal).__mro__))):
+        reason = f"{type(causal).__name__} has a loss of its own"
+    elif tuner is not None and type(tuner).forward is not BaseTuner.forward:
+        reason = f"{type(tuner).__name__} has a forward of its own, which may add to the loss"
+    elif getattr(causal.config, "output_router_logits", False):
+        reason = "a part of it is for its experts"
+    elif causal.base_model is causal:
+        reason = f"{type(causal).__name__} has no decoder under its head"
+    elif is_fused_head(causal) and isinstance(found := fused_head(causal), str):
+        reason = found
+    else:
+        return causal, tuner, ""
+    return None, None, reason
+
+
+def not_ours(causal: PreTrainedModel) -> str:
+    """Why the head and the loss of this model, as they are now, are not those that are computed here, or ''."""
+    head: Any = causal.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        of = "no head" if head is None else f"a {type(head).__name__} as its head"
+        return f"{type(causal).__name__} has {'an adapter on its head' if isinstance(head, BaseTunerLayer) else of}"
+    # FSDP2's own, whose parameters are sharded, are served.
+    hooks = (*head._forward_hooks.values(), *head._forward_pre_hooks.values())
+    if not isinstance(head.weight, DTensor) and not all(map(is_ours, hooks)):
+        return f"{type(causal).__name__} has a Linear with hooks as its head"
+    if is_split(head):
+        return "its head is split by tensor parallelism"
+    if head.weight.requires_grad or not head.weight.is_floating_point():
+        return "its head is trained or quantised"
+    if (by := replaced(causal)) and not is_fused_head(causal):
+        return f"the forward of {type(causal).__name__} was replaced by {by}"
+    if by := replaced(head):
+        return f"the forward of its head was replaced by {by}"
+    usual = borrow("transformers.loss.loss_utils:ForCausalLMLoss")
+    if usual is None or causal.loss_function is not usual:
+        return f"{type(causal).__name__} has a loss of its own"
+    return ""
+
+
+def _asks_for_the_loss(kind: type) -> bool:
+    """Whether the forward of this class reads `loss_function`; only a call shows what it does with it."""
+    code = getattr(inspect.unwrap(vars(kind).get("forward", object)), "__code__", None)
+    return code is not None and "loss_function" in code.co_names
+
+
+def language_model(module: nn.Module) -> Any:
+    """The causal language model that a hooked module is or wraps."""
+    return module.model if isinstance(module, BaseTuner) else module
+
+
+def at_hand(head: Any) -> bool:
+    """Whether the head's weight is here to be multiplied: not offloaded, and not partitioned by DeepSpeed."""
+    weight = getattr(head, "weight", None)
+    return weight is None or (weight.device.type != "meta" and not hasattr(weight, "ds_id"))

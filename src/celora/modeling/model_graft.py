@@ -1,0 +1,386 @@
+"""What celora changes about the forward pass of a whole language model, none of which changes a result.
+
+While it trains on labels, padding is left out (`celora.modeling.packing`) and the loss is computed over labelled tokens only
+(`celora.numerics.head`). Hooks do it: the model is given other arguments, told to project no token onto the vocabulary
+(`logits_to_keep`), and its output gets the loss. Its classes and its `forward` stay what they are.
+
+Whether its head and its loss are those that are computed here is measured (`celora.modeling.recognise`) in the first call, and
+again in the first after any of them has changed. Only a call of which every argument is known is packed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from celora.borrowed import borrow
+from celora.errors import CELoraError
+from celora.kernels.c import attention as kernels
+from celora.machine.processes import gathers, largest_of_all
+from celora.modeling import packing
+from celora.modeling.attention import LENGTHS, Lookup, implementation, is_attention
+from celora.modeling.call import OUTPUTS, REFUSED, TRL, UNPACKED, Call, ScoredOutput, fit, is_set, unknown_arguments
+from celora.modeling.hooks import settle_all
+from celora.modeling.language_model import at_hand, find_language_model, language_model, not_ours
+from celora.modeling.onlookers import may_look_at_shapes
+from celora.modeling.others import fused_head, trainer_wants_logits
+from celora.modeling.recognise import IGNORED, Probe, settings
+from celora.modeling.switch import Mode, Switch
+from celora.numerics.head import Logits, score_tokens
+from celora.numerics.measured import Measured
+from celora.weights.sharded import whole
+
+_GRAPH_TASK = "torch._C:_current_graph_task_id"
+_NO_LOGITS = slice(0, 0)  # a tensor would have to be where the last of the model's layers is; a list is sent there
+
+
+def _nothing() -> None:
+    """A reference to nothing, that copies have, too."""
+
+
+class ModelGraft(Measured):
+    """The hooks of one causal language model.
+
+    Attributes:
+        packs: whether padding is left out.
+        keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with.
+        mode: what becomes of that gradient: estimated so, or exact, with or without a measurement of the estimate.
+        step: of the optimizer. What is drawn depends on it, on `seed` and on the call within the step: nothing of it
+            has to be saved for a run that is resumed.
+        smoothing: label smoothing of the loss. A call that cannot be smoothed here is an error.
+    """
+
+    def __init__(self, switch: Switch, *, packs: bool, keep_ratio: float = 1.0, seed: int = 0) -> None:
+        super().__init__()
+        self.switch, self.packs, self.keep_ratio, self.seed = switch, packs, keep_ratio, seed
+        self.mode = Mode.ESTIMATE
+        self.begin(0)
+        self.smoothing = 0.0
+        self._logits: Logits | None = None  # None until a call has been compared with the model's own head
+        self._known: tuple[Any, ...] | None = None  # what was compared then
+        self._probed_by: Callable[[], Tensor | None] = _nothing  # the labels of that call
+        self._refused = False
+        self._left: set[str] = set()  # reasons that were said
+        self._call: Call | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_call": None, "_known": None, "_probed_by": _nothing}
+
+    def settle(self, module: nn.Module) -> None:
+        """Forget a forward that was interrupted, and never came to its end."""
+        self._take_call()
+
+    def _take_call(self) -> Call | None:
+        """The call that is under way; it ends here."""
+        call, self._call = self._call, None
+        if call is not None and call.probe is not None:
+            call.probe.leave()
+        return call
+
+    def begin(self, step: int) -> None:
+        """An optimizer step begins."""
+        self.step, self._calls = step, 0
+
+    def _draw(self) -> int:
+        """A seed for the next call."""
+        self._calls += 1
+        return zlib.crc32(f"{self.seed} {self.step} {self._calls}".encode())
+
+    @contextmanager
+    def through(self, keep_ratio: float) -> Iterator[None]:
+        """Take the gradient of the logits through this share of the vocabulary, for a while; with the same draws."""
+        usual = self.keep_ratio, self.mode, self._calls
+        self.keep_ratio, self.mode, self._calls = keep_ratio, Mode.ESTIMATE, 0
+        try:
+            yield
+        finally:
+            self.keep_ratio, self.mode, self._calls = usual
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward pre-hook (with kwargs) of the model, and of the PEFT tuner around it: some callers bypass one."""
+        under_way, keeps = self._call, kwargs.get("logits_to_keep")
+        if under_way is not None:
+            if under_way.owner is not module and type(keeps) is type(under_way.keeps) and keeps == under_way.keeps:
+                return None  # the tuner's forward, now at the model's
+            settle_all(language_model(under_way.owner))  # it was interrupted by what no hook hears of
+        if not self.switch.on or (torch.compiler.is_compiling() and not self.smoothing):
+            return None
+        causal = language_model(module)
+        names = tuple(inspect.signature(type(causal).forward).parameters)[1:] if args else ()
+        given = dict(zip(names, args, strict=False)) | kwargs
+        # What is smoothed in training is smoothed in whatever else may be trained on, as by Trainer's smoother.
+        labels, trains = given.get("labels"), torch.is_grad_enabled() and (module.training or self.smoothing > 0)
+        if not isinstance(labels, Tensor) or not (trains or given.get(TRL)):
+            return None
+        if (reason := self._not_here(causal, given, labels)) is not None:
+            self._leave(reason)
+            return None
+        return self._begin(module, causal, given, labels)
+
+    def _not_here(self, causal: Any, given: Mapping[str, Any], labels: Tensor) -> str | None:
+        """Why a call with labels is not taken over, '' where the user knows; None if it is."""
+        if torch.compiler.is_compiling():
+            return "torch.compile is tracing it"
+        refused = self._refused and not self._again(labels)
+        if refused or getattr(causal, "_is_replica", False) or not at_hand(causal.get_output_embeddings()):
+            return ""
+        if not fit(labels, given) or any(is_set(given.get(name)) for name in REFUSED):
+            return ""
+        if any(is_set(given.get(name, getattr(causal.config, name, None))) for name in OUTPUTS):
+            return ""
+        if given.get("ignore_index", IGNORED) != IGNORED:
+            return ""
+        if given.get("return_dict", getattr(causal.config, "return_dict", True)) is False:
+            return ""
+        if reason := not_ours(causal):  # so it was at first, or nothing would be hooked here
+            return f"{reason} by now"
+        if given.get(TRL):
+            found = fused_head(causal)
+            return found if isinstance(found, str) else None
+        caller = trainer_wants_logits()
+        return f"{caller} looks at the logits of every step (with TRL 1.15 or later it does not)" if caller else None
+
+    def _begin(self, module: nn.Module, causal: Any, given: dict[str, Any], labels: Tensor) -> Any:
+        """Take a call over: the arguments that the model is to get instead, or None if it has nothing to learn."""
+        next_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        labelled = next_labels != IGNORED
+        numbers, packs = labelled.sum()[None], self._packs(causal, given, labels.shape)
+        if packs:
+            kept, more = packing.measure(labelled, given.get("attention_mask"))
+            numbers = torch.cat([numbers, more])
+        count, *read = numbers.tolist()  # waits for the device, this once, before it has anything to do
+        if not count and not gathers(causal):
+            return None
+        place = packing.places(labelled.flatten(), count)
+        passed = {k: v for k, v in given.items() if k not in ("labels", "num_items_in_batch", TRL)}
+        inputs, rows, shape = None, place, labels.shape
+        if packs:
+            inputs = packing.pack(causal, given["input_ids"], given.get("position_ids"), kept, read)
+        if inputs is not None:
+            passed |= inputs
+            rows, shape = kept.flatten().cumsum(0)[place] - 1, inputs["input_ids"].shape
+        elif self.packs and kernels.attends() and implementation(causal.config) == "sdpa":
+            passed[LENGTHS] = None  # not packed, and for our attention if that is faster
+        keeps: Any = _NO_LOGITS
+        known, probe = _known_by(causal, given), None
+        if known != self._known or self._again(labels):
+            items = given.get("num_items_in_batch")
+            probe = Probe(causal, shape, items, labels.device)
+            keeps = probe.positions
+            passed["labels"] = probe.labels
+            if items is not None:
+                passed["num_items_in_batch"] = items
+        passed["logits_to_keep"] = keeps
+        # Without a cache Transformers reads packed sequences out of positions without a mask; with one it does not.
+        if inputs is not None or given.get("position_ids") is None or given.get("attention_mask") is not None:
+            passed["use_cache"] = False
+        if probe is not None:
+            probe.enter(causal, self.at_head)
+            self._probed_by = weakref.ref(labels)
+        self._call = Call(module, given, next_labels, place, rows, shape, keeps, known, probe)
+        return (), passed
+
+    def _again(self, labels: Tensor) -> bool:
+        """Whether this is a checkpoint of the call that probed: backward computes it again, as it was."""
+        graph_task = borrow(_GRAPH_TASK) if self._probed_by() is labels else None
+        return graph_task is not None and graph_task() != -1
+
+    def body(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook of the decoder under the head."""
+        if self._call is not None:
+            self._call.hidden = output[0]
+
+    def at_head(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """A forward hook of the head, in a call that probes it."""
+        call = self._call
+        if call is None or call.probe is None or call.hidden is None or not args:
+            return None
+        return call.probe.answer(module, args[0], output, call.hidden, language_model(call.owner).config)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """A forward hook (with kwargs, always called) of the modules that `before` hooks."""
+        call = self._call
+        if call is None or call.owner is not module:
+            return None
+        self._take_call()
+        if output is None:
+            return None
+        causal = language_model(module)
+        if not self._recognised(causal, call, output):
+            return self._own(module, call.given)
+        return self._scored(causal, call, output)
+
+    def _recognised(self, causal: Any, call: Call, output: Any) -> bool:
+        """Whether the head and the loss of this call's model are known. What is not is said, and left from then on."""
+        name, why, found = type(causal).__name__, "", self._logits
+        if call.hidden is None or call.hidden.shape[:2] != call.shape:
+            why = "computes past the decoder under its head"
+        elif not isinstance(output, ModelOutput):
+            why = "returns no output with names"
+        elif call.probe is not None:
+            verdict = call.probe.verdict(output, causal.config)
+            found, why = (None, verdict) if isinstance(verdict, str) else (verdict, "")
+        if not why and call.given.get(TRL) and fused_head(causal) != found:
+            why = "has logits that TRL's fused head computes otherwise"
+        refused = int(bool(why))
+        if self._logits is None and gathers(causal):  # who computes more than the others would wait for them, for ever
+            ((refused,),) = largest_of_all([[refused]], causal.get_output_embeddings().weight.device)
+        if refused:
+            self._refuse(f"{name} {why or 'is not known to another process'}")
+            return False
+        self._logits, self._known = found, call.known
+        return True
+
+    def _scored(self, causal: Any, call: Call, output: Any) -> Any:
+        """The output of a call that was taken over, with its loss."""
+        given, head = call.given, causal.get_output_embeddings()
+        assert call.hidden is not None
+        hidden = call.hidden.to(head.weight.device)
+        # FSDP2 leaves the head's parameters sharded outside its own forward.
+        weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
+        scored = bool(given.get(TRL))
+        rows, targets = call.rows.to(hidden.device), call.next_labels.flatten()[call.place].to(hidden.device)
+        scores = score_tokens(
+            hidden,
+            rows,
+            targets,
+            weight,
+            bias,
+            logits=self._logits,
+            smoothing=self.smoothing,
+            statistics=scored,
+            keep_ratio=1.0 if self.mode is Mode.EXACT else self.keep_ratio,
+            seed=self._draw() if torch.is_grad_enabled() else 0,  # evaluations are no part of a step
+            measure=self.measure if self.mode is Mode.OBSERVE and self.keep_ratio < 1 else None,
+        )
+        items = given.get("num_items_in_batch")
+        items = items.to(hidden.device) if isinstance(items, Tensor) else len(rows) if items is None else items
+        loss = -scores.log_probs.sum() / items
+        if not scored:
+            return type(output)(**{**output, "loss": loss, "logits": None})
+
+        def spread(of: Tensor) -> Tensor:
+            full = of.new_zeros(call.next_labels.numel()).index_copy(0, call.place.to(of.device), of)
+            return full.view(call.next_labels.shape)[:, :-1]
+
+        assert scores.entropy is not None
+        assert scores.top1 is not None
+        return ScoredOutput(
+            loss=loss,
+            log_probs=spread(scores.log_probs),
+            entropy=spread(scores.entropy),
+            is_top1=spread(scores.top1),
+            label_mask=call.next_labels[:, :-1] != IGNORED,
+        )
+
+    def _refuse(self, reason: str) -> None:
+        """Leave this and all later calls to the model, and say why."""
+        self._refused = True
+        self._leave(reason)
+
+    def _leave(self, reason: str) -> None:
+        """Say, once, why the loss is the model's own; '' says nothing."""
+        if self.smoothing:
+            raise CELoraError(
+                f"{reason or 'this call is left to the model'}, so its labels cannot be smoothed here; attach with "
+                "labelled_head=False."
+            )
+        if reason:
+            self._say(f"{reason}; its own loss is used, over all tokens and with their padding.")
+
+    def _say(self, text: str) -> None:
+        if text not in self._left:
+            self._left.add(text)
+            warnings.warn(f"celora: {text}", stacklevel=2)
+
+    def _own(self, module: nn.Module, given: dict[str, Any]) -> Any:
+        """What the model makes of this call by itself."""
+        usual = self._refused, self._probed_by
+        self._refused, self._probed_by = True, _nothing
+        try:
+            return module(**given)
+        finally:
+            self._refused, self._probed_by = usual
+
+    def _packs(self, causal: Any, given: Mapping[str, Any], shape: torch.Size) -> bool:
+        """Whether the batch of this call may be packed. Where the user would not expect why not, it is said."""
+        ids, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        if not self.packs or any(given.get(name) is not None for name in UNPACKED):
+            return False
+        if not isinstance(ids, Tensor) or (mask is None and positions is not None) or ids.shape != shape:
+            return False
+        if any(t is not None and t.shape != ids.shape for t in (mask, positions)):
+            return False
+        if unknown := unknown_arguments(given):
+            reason = f"what {next(iter(unknown))!r} among the arguments does is not known"
+        else:
+            reason = packing.cannot_pack(causal, may_look_at_shapes)
+        if reason:
+            self._say(f"padding stays in batches: {reason}.")
+        return not reason
+
+
+def _known_by(causal: Any, given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides what a model makes of its hidden states. Once any of it changes, that is to be measured again."""
+    head = causal.get_output_embeddings()
+    parts = (head, head.forward, causal.loss_function, type(causal).forward, vars(causal).get("forward"))
+    references = tuple(None if part is None else weakref.ref(getattr(part, "__func__", part)) for part in parts)
+    arguments = {
+        name: value if isinstance(value, str | int | float) else None
+        for name, value in unknown_arguments(given).items()
+    }
+    arguments["num_items_in_batch"] = given.get("num_items_in_batch") is not None
+    return (*references, head.weight.dtype, tuple(settings(causal.config).items()), tuple(sorted(arguments.items())))
+
+
+def install(
+    causal: PreTrainedModel, tuner: nn.Module | None, switch: Switch, *, packs: bool, keep_ratio: float, seed: int
+) -> ModelGraft:
+    """Hook the language model (and the PEFT tuner around it) that `find_language_model` found; `remove` undoes it."""
+    graft = ModelGraft(switch, packs=packs, keep_ratio=keep_ratio, seed=seed)
+    _hook(graft, causal, tuner)
+    return graft
+
+
+def _hook(graft: ModelGraft, causal: PreTrainedModel, tuner: nn.Module | None) -> list[RemovableHandle]:
+    handles = [causal.base_model.register_forward_hook(graft.body)]
+    for module in (causal, tuner):
+        if module is not None:
+            handles.append(module.register_forward_pre_hook(graft.before, with_kwargs=True))
+            handles.append(module.register_forward_hook(graft.after, with_kwargs=True, always_call=True))
+    if graft.packs:
+        for module in filter(is_attention, causal.modules()):
+            handles += Lookup().under(module)
+    return handles
+
+
+@contextmanager
+def taken_over(model: nn.Module) -> Iterator[ModelGraft | None]:
+    """For a while, leave out padding and compute the loss over labelled tokens only, wherever that can be done.
+
+    Yields what does it, or None where it cannot be done.
+    """
+    causal, tuner, _ = find_language_model(model)
+    if causal is None:
+        yield None
+        return
+    graft = ModelGraft(Switch(), packs=not packing.cannot_pack(causal))
+    handles = _hook(graft, causal, tuner)
+    try:
+        yield graft
+    finally:
+        settle_all(causal)
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,38 @@
+"""Which hooks of others may see that a batch is packed, so that it has to stay padded."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from celora.modeling.attention import Lookup, is_attention
+from celora.modeling.hooks import is_ours
+
+# Whose hooks do not look at the shape of a batch, but for NEFTune's.
+_BLIND = ("torch", "bitsandbytes", "deepspeed", "accelerate", "transformers", "trl")
+
+
+def _may_look(hook: Any) -> str:
+    """The name of a hook that may look at the shape of a batch, or ''."""
+    function = inspect.unwrap(getattr(hook, "func", hook))
+    called: str = getattr(function, "__name__", type(function).__name__)
+    origin = (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
+    blind = origin in _BLIND and called != "neftune_post_forward_hook"
+    return "" if blind or called.startswith("make_inputs_require_grad") else called
+
+
+def may_look_at_shapes(module: nn.Module) -> str:
+    """Why this module keeps batches padded, with {} for its name, or ''.
+
+    NEFTune's noise, for one, depends on the number of tokens; PEFT's aLoRA looks at the rows of the batch; and what
+    users hook is theirs.
+    """
+    first = module._forward_pre_hooks.values()
+    if is_attention(module) and not any(isinstance(getattr(hook, "__self__", None), Lookup) for hook in first):
+        return "{} was not there when celora was attached"
+    for hook in (*module._forward_hooks.values(), *first):
+        if not is_ours(hook) and (called := _may_look(hook)):
+            return f"{{}} has a forward hook ({called}) that may depend on a batch's shape"
+    return ""

@@ -1,0 +1,80 @@
+"""Who else has a hand in a model's forward: replaced `forward`s, TRL's fused head, and trainers that want logits."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from celora.numerics.head import Logits
+
+_TRL_FIELDS = {"log_probs", "entropy", "is_top1"}  # that are computed here
+# The closure of TRL's fused head (`trl.trainer.utils.add_fused_lm_head`): what it computes, and from what.
+_TRL_SETTINGS = {"outputs", "temperature", "cast_lm_head_to_fp32", "final_logit_softcapping", "logit_scale"}
+
+
+def _function(forward: Any) -> Any:
+    """The function in a method or a partial, as it was written, whatever it says of itself."""
+    while isinstance(forward, functools.partial):
+        forward = forward.func
+    return getattr(forward, "__func__", forward)
+
+
+def _written_in(function: Any) -> str:
+    """The module whose code this is; `functools.wraps` makes `__module__` say another."""
+    names = getattr(function, "__globals__", None)
+    found = names.get("__name__") if names is not None else getattr(function, "__module__", None)
+    return str(found or type(function).__module__)
+
+
+def replaced(module: nn.Module) -> str:
+    """Who has replaced the forward of this one module, if it does not merely call it as accelerate does; or ''."""
+    forward = vars(module).get("forward")
+    if forward is None:
+        return ""
+    function = _function(forward)
+    origin = _written_in(function)
+    if origin.partition(".")[0] == "accelerate":  # which casts, or moves things between devices
+        return ""
+    return f"{origin}.{getattr(getattr(function, '__code__', None), 'co_name', type(function).__name__)}"
+
+
+def is_fused_head(causal: nn.Module) -> bool:
+    """Whether the model's forward is the one that `add_fused_lm_head` of TRL 1.15 and later gives it."""
+    function = _function(vars(causal).get("forward"))
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_name == "_fused_forward" and _written_in(function).startswith("trl.")
+
+
+def fused_head(causal: nn.Module) -> Logits | str:
+    """What TRL's fused head of this model does to the logits, or why celora cannot do the same."""
+    if not is_fused_head(causal):
+        return "it is called with fused_lm_head=True, and has no such head that celora knows"
+    known: Any = inspect.getclosurevars(_function(vars(causal)["forward"])).nonlocals
+    if missing := sorted(_TRL_SETTINGS - known.keys()):
+        return f"celora cannot read {missing[0]} from the fused head of this version of TRL"
+    if unknown := sorted(set(known["outputs"]) - _TRL_FIELDS):
+        return f"TRL's fused head computes {unknown[0]}"
+    if known["temperature"] != 1:
+        return f"TRL's fused head has temperature={known['temperature']}"
+    if known["cast_lm_head_to_fp32"] is not False:
+        return "TRL's fused head computes in float32"
+    return Logits(float(known["logit_scale"]), known["final_logit_softcapping"])
+
+
+def trainer_wants_logits() -> str:
+    """Which of TRL's trainers is calling the model without its fused head, to look at the logits; or ''."""
+    if "trl" not in sys.modules:
+        return ""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if isinstance(name, str) and name.startswith("trl.") and "model" in frame.f_locals:
+            caller = frame.f_locals.get("self")
+            return type(caller).__name__ if caller is not None else name
+        frame = frame.f_back
+    return ""

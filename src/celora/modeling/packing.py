@@ -1,0 +1,168 @@
+"""Batches without padding: the tokens of all sequences in one row, each attending to its own sequence only.
+
+A padded batch spends every layer on tokens that nobody looks at; so does, in a causal model, every token after the last
+one whose successor has a label. Both are left out before the model sees the batch, and nothing that is learnt changes.
+Attention is computed sequence by sequence (`celora.modeling.attention`), or by FlashAttention's variable-length kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from celora.modeling.attention import LENGTHS, implementation, packing_pays, plain
+from celora.numerics.select import grain
+
+# Decoders in which tokens meet in causal attention alone, and whose layers hand extra arguments on to it.
+MODELS = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma3_text", "granite", "olmo2", "phi3", "cohere"}
+)
+_LEAST_SAVING = 0.05  # of the tokens; for less, only a faster attention is worth the varying shapes
+_FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3")
+
+
+def measure(labelled: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which tokens a packed batch keeps, (B, T) bool, and what `pack` has to know of them, (B + 2,) int64.
+
+    Args:
+        labelled: (B, T), whether a token's successor has a label.
+        attention_mask: (B, T), 1 for tokens and 0 for padding on either side, or None for no padding.
+
+    Nothing here waits for an accelerator: the numbers are for the caller to read, with others of its own.
+    """
+    place = torch.arange(labelled.shape[1], device=labelled.device)
+    kept = place <= torch.where(labelled, place, -1).amax(1, keepdim=True)
+    whole, masked = kept.new_ones(()), kept.new_zeros(())
+    if attention_mask is not None:
+        mask = nn.functional.pad(attention_mask, (1, 0))
+        kept = kept & (attention_mask != 0)
+        # Each sequence in one piece, and no label to be predicted from padding.
+        whole = ((mask[:, 1:] > mask[:, :-1]).sum(1) <= 1).all() & ~(labelled & ~kept).any()
+        masked = (attention_mask == 0).any()
+    return kept, torch.cat([whole[None], masked[None], kept.sum(1)])
+
+
+def pack(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor | None, kept: Tensor, numbers: list[int]
+) -> dict[str, Any] | None:
+    """A batch of B sequences of up to T tokens as one row of N tokens; None if it is better left as it is.
+
+    Args:
+        model: that will get it; `cannot_pack` has said nothing against it.
+        input_ids: (B, T).
+        position_ids: (B, T) or None for 0 ... T-1.
+        kept: which tokens to keep, and `numbers`: both from `measure`.
+
+    Returns:
+        What replaces arguments of the model's forward.
+    """
+    rows, columns = input_ids.shape
+    whole, masked, *counted = numbers
+    lengths, total = tuple(n for n in counted if n), sum(counted)
+    if not whole or not total or columns > _longest(model.config):
+        return None
+    config: Any = model.config
+    ours = implementation(config) == "sdpa"
+    if total > (1 - _LEAST_SAVING) * rows * columns and not (
+        ours and packing_pays(_dtype(model), max(lengths), input_ids.device, masked=bool(masked))
+    ):
+        return None
+    window = getattr(config, "sliding_window", None)
+    if ours and window is not None and max(lengths) > window:
+        return None  # full causal attention, which is what each sequence gets, would be another model's
+    index = places(kept.flatten(), total)
+    # A few repetitions of the last token, which nothing before them sees: shapes that come again are faster.
+    extra = -total % grain(total) if input_ids.device.type == "cpu" else 0
+    lengths = (*lengths[:-1], lengths[-1] + extra)
+    padded = torch.cat([index, index[-1:].expand(extra)])
+    position = torch.arange(columns, device=input_ids.device).expand(rows, columns)
+    inputs: dict[str, Any] = {
+        "input_ids": input_ids.flatten()[padded][None],
+        "position_ids": (position if position_ids is None else position_ids).flatten()[padded][None],
+    }
+    if ours:
+        # A mask of four dimensions is handed on as it is. Ours looks at none; any other attention refuses integers.
+        return inputs | {"attention_mask": index.new_ones(1, 1, 1, 1), LENGTHS: lengths}
+    counts = kept.sum(1)
+    ends = counts[places(counts > 0, len(lengths))].cumsum(0)
+    ends[-1:] += extra
+    ends = nn.functional.pad(ends, (1, 0)).to(torch.int32)
+    return inputs | {
+        "attention_mask": None,
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def places(mask: Tensor, count: int) -> Tensor:
+    """Where a flat mask is true, which is `count` times: as `nonzero`, for which an accelerator would be waited for."""
+    return torch.searchsorted(mask.cumsum(0), torch.arange(1, count + 1, device=mask.device))
+
+
+def _longest(config: Any) -> float:
+    """The number of tokens from which on the rotary embedding of each depends on how many there are."""
+    found = getattr(config, "rope_parameters", None) or {}
+    for rope in (found, *(of for of in found.values() if isinstance(of, dict))):  # one for all layers, or for each kind
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            return float(min(rope.get("original_max_position_embeddings", math.inf), config.max_position_embeddings))
+    return math.inf
+
+
+def _dtype(model: Any) -> torch.dtype:
+    """The dtype that the model works in."""
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype: torch.dtype = torch.get_autocast_dtype("cpu") if autocast else model.dtype
+    return dtype
+
+
+def cannot_pack(model: nn.Module, look: Callable[[nn.Module], str] = lambda module: "") -> str:
+    """Why batches of `model` have to stay padded, as it is now, or ''; `look` may find a reason in a module of it."""
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    if kind not in MODELS:
+        return f"not known to be right for {kind!r} models"
+    name = implementation(config)
+    if name not in ("sdpa", *_FLASH_ATTENTION):
+        return f"not with attn_implementation={name!r}"
+    if name == "sdpa" and not plain():
+        return "attn_implementation='sdpa' is not Transformers' own"
+    if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
+        return _SEE_LATER
+    decoder: Any = model.base_model
+    for module in _inside(decoder):
+        if reason := _objection(module, config) or look(module):
+            path = next(path for path, other in decoder.named_modules() if other is module)
+            return reason.format(path or "the decoder")
+    return ""
+
+
+_SEE_LATER = "its tokens attend to later ones"
+
+
+def _objection(module: nn.Module, config: Any) -> str:
+    """Why the batches of a model with this module have to stay padded, or ''. Thousands are asked, in every call."""
+    own = vars(module)
+    if "layer_idx" in own:
+        # PEFT's layer_replication copies it, so that such a layer would not hear which attention it is to use.
+        if own.get("config", config) is not config:
+            return "some of its layers have a configuration of their own"
+        if not own.get("is_causal", getattr(type(module), "is_causal", True)):
+            return _SEE_LATER
+    if any(type(variant).__name__.startswith("ALora") for variant in own.get("lora_variant", {}).values()):
+        return "aLoRA begins at a token of each row"
+    return ""
+
+
+def _inside(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module of a model, without their names, which take longer than all the rest."""
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        yield module
+        waiting += [child for child in module._modules.values() if child is not None]

@@ -1,0 +1,1 @@
+"""Norms, gates and rotations of a decoder, each in one pass over its numbers."""

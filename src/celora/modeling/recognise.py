@@ -1,0 +1,182 @@
+"""What a model makes of its hidden states: its logits and its loss, measured in one call.
+
+A configuration may name a scale that the model does not use, or the model may have one whose name is not known; and
+while logits are small, a soft cap of 30 looks like none. So in one call the head answers with numbers of every size
+that logits can have (`sweep`), in the place of its logits. The model's function is known if what it makes of them is,
+bit for bit, one of the forms that the numbers in its configuration allow, rounded as a model rounds. The head is known
+if its output is `W h + b` of the decoder's hidden states, and the loss if it is the cross entropy of the next labels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from celora.numerics.head import Logits
+from celora.weights.sharded import whole
+
+IGNORED = -100
+POSITIONS = 4  # of each row, whose logits are looked at
+# Numbers that models multiply their logits with, or divide them by; or their hidden states.
+_SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier", "logits_scaling", "logits_mup_width_multiplier")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_LARGEST = 8.0  # sinh(8) = 1490, and in no row more than 2300, which float16 can hold
+_LOSS_ROUNDING = 1e-5
+
+
+def settings(config: Any) -> dict[str, float]:
+    """The numbers in a model's configuration that may concern its logits, by name."""
+    text = config.get_text_config()
+    found = {name: getattr(text, name, None) for name in (*_SCALES, *_CAPS)}
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float) and value}
+
+
+@dataclass(frozen=True)
+class _Form:
+    """`cap tanh(x / cap)` of `x = factor z` or of `x = z / factor`, in the order of operations that models have."""
+
+    factor: float = 1.0
+    divides: bool = False
+    cap: float | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if self.factor != 1:
+            z = z / self.factor if self.divides else z * self.factor
+        return z if self.cap is None else (z / self.cap).tanh() * self.cap
+
+    @property
+    def scale(self) -> float:
+        return 1 / self.factor if self.divides else self.factor
+
+
+def _forms(numbers: dict[str, float], *, capped: bool) -> Iterator[_Form]:
+    caps = [None, *(numbers[name] for name in _CAPS if name in numbers)] if capped else [None]
+    factors = [(1.0, False), *itertools.product((numbers[n] for n in _SCALES if n in numbers), (False, True))]
+    for (factor, divides), cap in itertools.product(factors, caps):
+        yield _Form(factor, divides, cap)
+
+
+class _Loss:
+    """A model's loss function for the one call of a probe: where it fails on the probe's few labels, the loss is 0."""
+
+    def __init__(self, usual: Callable[..., Any], device: torch.device) -> None:
+        self.usual, self.device = usual, device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.usual(*args, **kwargs)
+        except Exception:  # whatever it is, this loss is not the one that celora knows
+            return torch.zeros((), device=self.device)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any]]:
+        return _itself, (self.usual,)  # what a copy of the model gets
+
+
+def _itself(of: Any) -> Any:
+    return of
+
+
+class Probe:
+    """One call in which a model's head answers with `sweep`.
+
+    Attributes:
+        positions: of each row, whose logits the model computes.
+        labels: of these positions, (B, POSITIONS), one of them without a label.
+    """
+
+    def __init__(self, causal: Any, shape: torch.Size, items: Any, device: torch.device) -> None:
+        rows, tokens = shape
+        self.positions = [min(i, tokens - 1) for i in range(POSITIONS)]
+        words = causal.get_output_embeddings().out_features
+        place = torch.arange(rows * POSITIONS, device=device).view(rows, POSITIONS)
+        self.labels = (words // 2 + (place % POSITIONS + 1) * (words // 16) + place // POSITIONS) % words
+        self.labels[:, 2] = IGNORED
+        self._items, self._attributes = items, vars(causal)
+        self._before: _Form | None = None  # what is done to the hidden states before the head
+        self._shown: Tensor | None = None
+        self._calls = 0
+
+    def enter(self, causal: Any, hook: Callable[..., Any]) -> None:
+        """Put the hook under the head, before FSDP2's, which shards its weight; and stand beside the loss function."""
+        self._handle = causal.get_output_embeddings().register_forward_hook(hook, prepend=True)
+        usual, before = causal.loss_function, dict(self._attributes)
+        causal.loss_function = _Loss(usual, self.labels.device)
+        self._changed = {
+            key: before.get(key) for key, value in self._attributes.items() if before.get(key) is not value
+        }
+
+    def leave(self) -> None:
+        """The model is what it was before."""
+        self._handle.remove()
+        for key, value in self._changed.items():
+            del self._attributes[key]
+            if value is not None:
+                self._attributes[key] = value
+
+    def answer(self, head: Any, given: Tensor, output: Tensor, hidden: Tensor, config: Any) -> Tensor:
+        """What the head is to answer with: given these of the decoder's hidden states, it would have answered so."""
+        self._calls += 1
+        weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
+        with torch.no_grad():
+            kept = hidden[:, self.positions].to(given.device)
+            forms = _forms(settings(config), capped=False)
+            self._before = next((form for form in forms if _same(form(kept), given)), None)
+            if not _close(output, F.linear(given, weight, bias)):
+                self._before = None
+            self._shown = sweep(output)
+        return self._shown
+
+    def verdict(self, output: Any, config: Any) -> Logits | str:
+        """What is done to the logits, or why that is not known."""
+        logits, loss = output.logits, output.loss
+        if self._calls != 1 or self._before is None or self._shown is None or not isinstance(logits, Tensor):
+            return "does not compute its logits as its head's product with the decoder's hidden states"
+        shown = self._shown.to(logits.device)
+        if logits.shape != shown.shape:
+            return "does something to its logits that is not known"
+        for form in _forms(settings(config), capped=True):
+            if all(_made_by(form, z, y) for z, y in zip(shown, logits, strict=True)):
+                break
+        else:
+            return "does something to its logits that is not known"
+        targets = self.labels[:, 1:].flatten().to(logits.device)
+        total = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+        expected = float(total.detach()) / float((targets != IGNORED).sum() if self._items is None else self._items)
+        if not isinstance(loss, Tensor) or abs(float(loss.detach()) - expected) > _LOSS_ROUNDING * abs(expected):
+            return "has a loss of its own"
+        return Logits(form.scale * self._before.scale, form.cap)
+
+
+def sweep(like: Tensor) -> Tensor:
+    """Numbers of every size that logits can have, of both signs and other ones in each row, in this shape and dtype."""
+    rows, words = like.shape[:-1].numel(), like.shape[-1]
+    place = torch.linspace(-_LARGEST, _LARGEST, words, device=like.device, dtype=torch.float32)
+    moved = 0.03 * (torch.arange(rows, device=like.device) % 15)[:, None]
+    return (place + moved).sinh().view(like.shape).to(like.dtype)
+
+
+def _made_by(form: _Form, z: Tensor, y: Tensor) -> bool:
+    """Whether y is this form of z, computed in z's dtype or in float32."""
+    wide = form(z.float())
+    return any(_same(found.to(y.dtype), y) for found in (form(z), wide, wide.to(z.dtype)))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two products of the same numbers, row by row, differ by no more than their rounding."""
+    if _same(a, b):
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    typical = b.float().square().mean(-1, keepdim=True).sqrt()
+    allowed = 2 * torch.finfo(a.dtype).eps * torch.maximum(b.float().abs(), typical)
+    return bool(((a.float() - b.float()).abs() <= allowed).all())

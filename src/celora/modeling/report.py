@@ -1,0 +1,98 @@
+"""What `attach` did, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from celora.settings.config import LayerConfig
+
+# A preset names the layers of common models; a model need not have all of them.
+# Leaves out the tokens whose gradient is zero, and nothing else.
+LOSSLESS = LayerConfig("tokens", keep_ratio=1.0, rank=0, selection="energy")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One frozen layer: what its backward is, at which cost relative to dense, and why if it is not estimated."""
+
+    name: str
+    out_features: int
+    in_features: int
+    estimator: str
+    cost: float
+    keep_ratio: float = 1.0
+    rank: int = 0
+    reason: str = ""
+    selection: str = ""
+    precision: str = "native"
+
+    @property
+    def label(self) -> str:
+        """The estimator in words: `tokens (energy) x int8`."""
+        how = f" ({self.selection})" if self.selection not in ("", "topk") else ""
+        bits = f" x {self.precision}" if self.precision not in ("native", self.estimator) else ""
+        return "dense, without zero tokens" if self._lossless else f"{self.estimator}{how}{bits}"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the gradient is the dense product's: computed as that, or without tokens whose gradient is zero."""
+        return self.estimator == "dense" or self._lossless
+
+    @property
+    def _lossless(self) -> bool:
+        names = "estimator", "keep_ratio", "rank", "selection", "precision"
+        return all(getattr(self, name) == getattr(LOSSLESS, name) for name in names)
+
+
+@dataclass(frozen=True)
+class AttachReport:
+    """What `attach` did, layer by layer. Prints as a table."""
+
+    layers: tuple[LayerReport, ...]
+    refresh_every: int
+    notes: tuple[str, ...] = ()  # what else is done, what cannot be and why, and settings that cost time
+
+    @property
+    def estimated(self) -> dict[str, LayerReport]:
+        """The layers whose backward is estimated, by name."""
+        return {layer.name: layer for layer in self.layers if not layer.exact}
+
+    @property
+    def dense(self) -> dict[str, LayerReport]:
+        """The layers left exact because the configuration says so."""
+        return {layer.name: layer for layer in self.layers if layer.exact and not layer.reason}
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """The layers that cannot be estimated, each with the reason."""
+        return {layer.name: layer.reason for layer in self.layers if layer.reason}
+
+    @property
+    def cost(self) -> float:
+        """FLOPs of all frozen `grad_input` products relative to exact LoRA, refresh steps apart."""
+        size = [layer.out_features * layer.in_features for layer in self.layers]
+        return sum(s * layer.cost for s, layer in zip(size, self.layers, strict=True)) / max(1, sum(size))
+
+    def __str__(self) -> str:
+        groups: dict[tuple[Any, ...], list[LayerReport]] = {}
+        for layer in self.layers:
+            kind = layer.name.rpartition(".")[2]
+            key = (kind, layer.label, layer.keep_ratio, layer.rank, layer.reason, layer.out_features)
+            groups.setdefault(key, []).append(layer)
+        rows = [("layers", "", "shape", "estimator", "keep", "rank", "FLOPs / dense")]
+        rows += [
+            (kind, f"x{len(of)}", f"{of[0].out_features} x {of[0].in_features}", estimator, f"{keep:.4g}",
+             str(rank), f"{of[0].cost:.2f}" + (f"  ({reason})" if reason else ""))
+            for (kind, estimator, keep, rank, reason, _), of in groups.items()
+        ]  # fmt: skip
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if self.estimated:
+            summary = (
+                f"{len(self.estimated)} of {len(self.layers)} frozen layers estimated; their products cost "
+                f"{self.cost:.2f} of exact LoRA's FLOPs, refreshed every {self.refresh_every} optimizer steps."
+            )
+        else:
+            summary = f"None of {len(self.layers)} frozen layers estimated: the gradient is exact LoRA's."
+        return "\n".join([*lines, summary, *self.notes])

@@ -1,0 +1,200 @@
+"""Whether a frozen layer computes `x W^T + b`, with the W that its backward reads: tried once, watched from then on.
+
+The trial gives the layer a few rows and compares what it returns with the product of the same rows and that W. The
+watch looks, in every forward, for whatever could compute something else since: a forward that was replaced, hooks of
+others, another weight. It costs a few lookups and no arithmetic. A layer that fails either keeps PEFT's own backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from celora.borrowed import borrow
+from celora.weights.read import bias_of, held, read, shape_of, unreadable
+from celora.weights.sharded import whole
+from celora.weights.stored import StoredWeight, rows_of
+
+_ROWS = 4
+_STORED = 64  # rows of a quantised weight that are de-quantised for a trial
+_ROUNDINGS = 4  # of a product, a scale, a bias, and of the product it is compared with
+# Hooks of these put weights in place, or count; they change no number.
+_LET_THROUGH = ("torch.distributed.", "torch.utils.", "deepspeed.")
+_GLOBAL = tuple(f"torch.nn.modules.module:_global_forward_{kind}" for kind in ("pre_hooks", "hooks"))
+# What a layer was tried with, its weight and its class's forward, and the outcome.
+_outcomes: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Any, str]] = weakref.WeakKeyDictionary()
+
+
+def tampered(module: nn.Module, hook: object = None) -> str:
+    """What else has a hand in the forward of this layer, so that what it computes is not known, or ''.
+
+    Args:
+        hook: the layer's own graft, if it has one: hooks that come after it change nothing that it sees.
+    """
+    own = module.__dict__
+    forward = own.get("forward")
+    if forward is not None and not _aligns_devices(module, forward):
+        return "its forward was replaced"
+    before, after = own.get("_forward_pre_hooks"), own.get("_forward_hooks")
+    # torch.compile, which looks at hooks once, is no place to look names up.
+    everywhere = [] if torch.compiler.is_compiling() else [borrow(name) for name in _GLOBAL]
+    if before is None or after is None or None in everywhere:
+        return "this version of torch does not tell which hooks it has"
+    for others in (before, *everywhere):
+        for other in others.values() if others else ():
+            if not _lets_through(other):
+                return f"it has a forward hook of another's ({_name(other)})"
+    for other in after.values() if hook is not None else ():
+        if other is hook:
+            break
+        if not _lets_through(other):
+            return f"another's hook comes before celora's ({_name(other)})"
+    return ""
+
+
+def identity(module: nn.Module) -> tuple[Any, ...]:
+    """What a trial of this layer holds for: other objects, and it has to be tried again."""
+    own = module.__dict__
+    stored = own["_parameters"]
+    weight = stored.get("weight", stored.get("W_q"))
+    state = getattr(weight, "quant_state", None)
+    packed = getattr(state, "packing_format_for_cpu", None)  # by evaluation on CPU
+    return type(module).forward, weight, state, packed, own.get("meta"), own.get("state")
+
+
+def unlike(module: nn.Module, seen: tuple[Tensor, Tensor] | None = None) -> str | None:
+    """Why this layer is not known to compute `x W^T + b`, or ''; None where its weight is not at hand to be tried.
+
+    Args:
+        seen: an input of its latest forward and what it returned, by which a sharded layer is tried; others are called.
+    """
+    if reason := unreadable(module):
+        return reason
+    weight = module._parameters.get("weight", module._parameters.get("W_q"))
+    if weight is None:
+        return "its weight is not a parameter"
+    known = _outcomes.get(module)
+    if known is not None and known[0]() is weight and known[1] is type(module).forward:
+        return known[2]
+    here = held(module)  # ZeRO-3 leaves nothing of it here between two forwards
+    if weight.is_meta or (here is not None and here.shape != shape_of(module)) or 0 in shape_of(module):
+        return None
+    if isinstance(weight, DTensor) and seen is None:
+        return None
+    try:
+        different = _compared(module, seen if isinstance(weight, DTensor) else None)
+    except Exception as error:  # a layer that refuses such an input has a reason, whatever it is
+        different = f"it cannot be tried: {type(error).__name__}"
+    if different is not None and "forward" not in module.__dict__:
+        _outcomes[module] = weakref.ref(weight), type(module).forward, different
+    return different
+
+
+@torch.no_grad()
+def _compared(module: nn.Module, seen: tuple[Tensor, Tensor] | None) -> str | None:
+    """The trial; None if nothing can be told from it: weights that are not finite may be put in place later."""
+    out_features, in_features = shape_of(module)
+    weight, bias = read(module), bias_of(module)
+    if seen is None:
+        x, found = _tried(module, weight, in_features)
+    else:
+        x, found = (of.reshape(-1, of.shape[-1])[:_ROWS].detach() for of in seen)
+        weight = whole(weight, found.dtype)
+    with torch.autocast(found.device.type, enabled=False):
+        if isinstance(weight, StoredWeight) and out_features > _STORED:
+            index = torch.randperm(out_features, generator=_generator())[:_STORED].sort().values.to(found.device)
+            rows = rows_of(weight, index, found.dtype)
+            found, bias = found.index_select(-1, index), None if bias is None else bias.index_select(0, index)
+        else:
+            rows = weight.detach().to(found.dtype)
+        x = x.to(found.dtype)
+        expected = x @ rows.t()
+        expected = expected if bias is None else expected + bias.to(found.dtype)
+    size, error = expected.float().norm(dim=1), (found.float() - expected.float()).norm(dim=1)
+    if not bool(size.isfinite().all()):
+        return None
+    rounding, sums = _roundoff(weight, found)
+    # Of random signs, the terms are as long as their sum; of a batch's rows, they may cancel.
+    terms = size if seen is None else x.float().norm(dim=1) * rows.float().norm()
+    if bool((error <= _ROUNDINGS * rounding * size + 2 * in_features**0.5 * sums * terms).all()):
+        return ""
+    return f"it does not compute x W^T + b (relative error {float((error / size).max()):.2g})"
+
+
+def _tried(module: nn.Module, weight: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    """Rows for a trial, and what the layer's own forward makes of them as in training, past all hooks.
+
+    Their numbers are all of one size, with signs at random: exact in every format, so layers that round their input
+    in a format of its own are as near as others.
+    """
+    bias = bias_of(module)
+    dtype = weight.dtype
+    if isinstance(weight, StoredWeight):
+        dtype = bias.dtype if bias is not None else weight.compute_dtype or weight.dtype
+    signs = torch.randint(2, (_ROWS, in_features), generator=_generator(), device="cpu") * 2.0 - 1
+    x = (signs * torch.tensor([0.5, 1.0, 2.0, 4.0])[:, None]).to(weight.device, dtype)
+    before = dict(module.__dict__)  # a layer may take on the dtype of the first input that it meets
+    module.training = True
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            found = module.forward(x.requires_grad_())  # bitsandbytes asks for it, and takes another path in evaluation
+    finally:
+        module.__dict__.update(before)
+    return x.detach(), found.detach()
+
+
+def _generator() -> torch.Generator:
+    """Of our own, so that nobody's random numbers change."""
+    return torch.Generator().manual_seed(0)
+
+
+def _roundoff(weight: Tensor, found: Tensor) -> tuple[float, float]:
+    """The largest relative error of rounding a number of this layer's, and a number of one of its sums.
+
+    A sum of n products is rounded n times, in an order that nobody knows. In the mean square its error is `sqrt(n) u`
+    of the length of its terms (Higham and Mary 2019), and that of its difference from another such sum below twice it.
+    """
+    dtypes = [found.dtype, weight.dtype, getattr(weight, "compute_dtype", None) or found.dtype]
+    rounding = max(torch.finfo(dtype).eps / 2 for dtype in dtypes)
+    if found.dtype == torch.float64:
+        return rounding, rounding
+    # Where float32 products may be made of shorter numbers: if the user allowed it or, off the CPU, always.
+    shorter = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}[torch.get_float32_matmul_precision()]
+    elsewhere = 2.0**-11 if found.device.type != "cpu" else 0.0
+    return max(rounding, shorter, elsewhere), 2.0**-24
+
+
+def _aligns_devices(module: nn.Module, forward: Any) -> bool:
+    """Whether this forward of the module's own is accelerate's, around the class's: it moves tensors and no more."""
+    inner = getattr(forward, "func", None)
+    if getattr(inner, "__module__", "") != "accelerate.hooks" or getattr(inner, "__name__", "") != "new_forward":
+        return False
+    old, hook = module.__dict__.get("_old_forward"), module.__dict__.get("_hf_hook")
+    own = isinstance(old, MethodType) and old.__self__ is module and old.__func__ is type(module).forward
+    hooks = getattr(hook, "hooks", (hook,))
+    return own and forward.args == (module,) and all(_origin(type(of)) == _ALIGN for of in hooks)
+
+
+_ALIGN = "accelerate.hooks.AlignDevicesHook"
+
+
+def _origin(kind: Any) -> str:
+    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
+
+
+def _lets_through(hook: Any) -> bool:
+    function = hook.func if isinstance(hook, functools.partial) else hook
+    return (getattr(function, "__module__", None) or "").startswith(_LET_THROUGH) and not isinstance(
+        function, nn.Module
+    )
+
+
+def _name(hook: Any) -> str:
+    function = hook.func if isinstance(hook, functools.partial) else hook
+    return str(getattr(function, "__qualname__", type(function).__name__))

@@ -1,0 +1,219 @@
+"""Frozen low-rank factors of a weight: `W ~= U V`, multiplied exactly while the residual `W - U V` is estimated."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from celora.errors import CELoraError
+from celora.machine.device import exact_device
+
+_OVERSAMPLE = 2
+_ITERATIONS = 2
+_WIDTH = 8  # products with a sketch are fastest where it has a multiple of so many columns
+
+
+def svd_factor(weight: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Truncated SVD of `weight: (out, in)` with sqrt(S) on each side: `U: (out, rank)`, `V: (rank, in)`, fp32 at least.
+
+    Block Krylov iteration (Musco, Musco 2015): with `A = weight` and a random sketch P of k ~ rank + 2 columns, the
+    best factor in the span of `[A P, (A A^T) A P, (A A^T)^2 A P]`, about `12 k out in` FLOPs instead of a full
+    decomposition; the exact one where the basis would be nearly as large as the weight. Draws from a generator of its
+    own, so the result depends on `seed` alone and the global random state is left as it was. `U V` need not be
+    optimal for the estimate to be right: the residual is taken from whatever factors come out; zeros where the matrix
+    is not finite.
+    """
+    out_features, in_features = weight.shape
+    matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    size = torch.linalg.vector_norm(matrix, ord=math.inf)
+    finite = torch.isfinite(size)  # or an overflow under a GradScaler: nothing seen
+    sketch = -(-(rank + _OVERSAMPLE) // _WIDTH) * _WIDTH
+    if 2 * (_ITERATIONS + 1) * sketch >= min(out_features, in_features):
+        whole = torch.where(finite, matrix, 0).to(exact_device(matrix.device))
+        left, singular, right = (of.to(matrix.device) for of in torch.linalg.svd(whole, full_matrices=False))
+    else:
+        size = torch.where(finite, size, 1).clamp(min=torch.finfo(matrix.dtype).tiny)
+
+        def times(matrix: Tensor, block: Tensor) -> Tensor:
+            return torch.where(finite, matrix @ block / size, 0)
+
+        generator = torch.Generator(device=matrix.device).manual_seed(seed)
+        probe = torch.randn(in_features, sketch, generator=generator, device=matrix.device, dtype=matrix.dtype)
+        basis = _orthonormal(_orthonormal(times(matrix, probe)))  # the second time for what rounding left
+        image = times(matrix.T, basis)
+        for _ in range(_ITERATIONS):
+            block = times(matrix, image[:, -sketch:])
+            for _ in range(2):
+                block = _orthonormal(block - basis @ (basis.T @ block))
+            basis, image = torch.cat([basis, block], 1), torch.cat([image, times(matrix.T, block)], 1)
+        squares, vectors = _eigh(image.T @ image)
+        singular, vectors = squares.flip(0)[:rank].clamp(min=0).sqrt(), vectors.flip(1)[:, :rank]
+        left = basis @ vectors
+        right = torch.where(singular > 0, 1 / singular, 0)[:, None] * (image @ vectors).T
+        singular = singular * size
+    root = singular[:rank].sqrt()
+    return (left[:, :rank] * root).contiguous(), (root[:, None] * right[:rank]).contiguous()
+
+
+def _orthonormal(block: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of a tall matrix, zeros for what is linearly dependent.
+
+    By the eigenvectors of its Gram matrix: three passes over the block, where QR makes one for each column.
+    """
+    squares, vectors = _eigh(block.T @ block)
+    finfo = torch.finfo(block.dtype)
+    least = (len(squares) * finfo.eps * squares[-1:]).clamp(min=finfo.tiny)
+    scale = torch.where(squares > least, squares.clamp(min=finfo.tiny).rsqrt(), 0)
+    basis: Tensor = block @ (vectors * scale)
+    return basis
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of a small symmetric matrix."""
+    values, vectors = torch.linalg.eigh(gram.to(exact_device(gram.device)))
+    return values.to(gram.device), vectors.to(gram.device)
+
+
+def residual_row_norms(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """`||W[i, :] - U[i, :] V||` in fp32 at least: (out,). Row block by row block: R is never held whole."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    rows, U, V = max(1, 2**20 // weight.shape[1]), U.to(dtype), V.to(dtype)
+    return torch.cat(
+        [
+            torch.linalg.vector_norm(torch.addmm(w.to(dtype), u, V, alpha=-1), dim=1)
+            for w, u in zip(weight.split(rows), U.split(rows), strict=True)
+        ]
+    )
+
+
+def leading_right_vectors(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The `rank` largest singular values of `matrix: (T, n)` and their right vectors: (rank,), (rank, n), fp32."""
+    _, V = svd_factor(matrix, rank, seed=seed)
+    V = torch.nn.functional.pad(V, (0, 0, 0, rank - len(V)))  # fewer tokens than the rank
+    root = torch.linalg.vector_norm(V, dim=1)  # V holds sqrt(S) times orthonormal rows
+    return root.square(), torch.where(root > 0, 1 / root, 0)[:, None] * V
+
+
+class FrozenFactor:
+    """The factor of one weight, built when the weight is first at hand and again when it has changed.
+
+    Attributes:
+        U, V: in the weight's dtype, or None with `rank=0` and before there is a factor.
+        residual_norms: `||W[i, :] - U[i, :] V||`, or `||W[i, :]||` without a factor.
+    """
+
+    def __init__(self, rank: int, seed: int = 0) -> None:
+        self.rank = rank
+        self.seed = seed
+        self.U: Tensor | None = None
+        self.V: Tensor | None = None
+        self.residual_norms: Tensor | None = None
+        self._weight_norms: Tensor | None = None
+
+    def prepare(self, weight: Tensor) -> None:
+        """Make sure that there is a factor, if there can be one yet: called before each use."""
+        if self.rank and (self.V is None or self.V.device != weight.device):  # or the model was moved
+            self.follow(weight)
+
+    def observe(self, weight: Tensor, grad_input: Tensor) -> None:
+        """Take in one exact backward pass of a refresh step."""
+        self.follow(weight)
+
+    def settle(self) -> None:
+        """End a refresh."""
+
+    def follow(self, weight: Tensor) -> None:
+        """Factor `weight`, unless it is the one that was factored last.
+
+        Adapters merge into `weight.data` without a version bump, so the row norms serve as fingerprint.
+        """
+        weight = weight.detach()  # a quantised one is de-quantised here, once
+        norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
+        known = self._weight_norms
+        if known is not None and known.device == norms.device and torch.equal(norms, known):
+            return
+        self._weight_norms = self.residual_norms = norms
+        if self.rank and bool(torch.isfinite(norms).all()):  # or it is memory that a launcher has yet to fill
+            matrix = weight.to(norms.dtype)  # converted once
+            self._use(*_rounded(matrix, *svd_factor(matrix, self.rank, seed=self.seed), weight.dtype))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What does not follow from the weight and the seed."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor], in_features: int) -> None:
+        """Take over what `state_dict` gave."""
+
+    def _use(self, U: Tensor, V: Tensor, residual_norms: Tensor) -> None:
+        self.U, self.V, self.residual_norms = replaced(self.U, U), replaced(self.V, V), residual_norms
+
+
+class GradientFactor(FrozenFactor):
+    """The factor that gradients need rather than the one the weight is best described by.
+
+    V holds the leading right singular vectors of `grad_input` as seen on the latest refresh, and `U = W V^T`, so that
+    `(G U) V = G W V^T V` is the exact product projected onto the subspace in which most of it lies.
+    """
+
+    def __init__(self, rank: int, seed: int = 0) -> None:
+        super().__init__(rank, seed)
+        self._seen: Tensor | None = None
+        self._next: tuple[Tensor, Tensor, Tensor] | None = None  # made of it
+
+    def prepare(self, weight: Tensor) -> None:
+        if self.V is not None and (self.U is None or self.U.device != weight.device):  # loaded, or the model was moved
+            self._use(*_projection(weight, self.V))
+
+    def observe(self, weight: Tensor, grad_input: Tensor) -> None:
+        values, vectors = leading_right_vectors(grad_input, self.rank, seed=self.seed)
+        seen = values[:, None] * vectors
+        if self._seen is not None:  # the spectrum so far and the new one, merged
+            values, vectors = leading_right_vectors(torch.cat([self._seen, seen]), self.rank, seed=self.seed)
+            seen = values[:, None] * vectors
+        norms = torch.linalg.vector_norm(seen, dim=1, keepdim=True)
+        # While the weight is at hand: what FSDP2 gathered of it is gone before the refresh ends.
+        self._seen, self._next = seen, _projection(weight, torch.where(norms > 0, seen / norms, 0))
+
+    def settle(self) -> None:
+        """Use what was observed from now on, unless it was nothing but zeros."""
+        following, self._seen, self._next = self._next, None, None
+        if following is not None and bool(following[1].any()):  # once a refresh, so the synchronisation is cheap
+            self._use(*following)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.V is None else {"V": self.V}
+
+    def load_state_dict(self, state: dict[str, Tensor], in_features: int) -> None:
+        V = state.get("V")
+        if V is not None and V.shape != (self.rank, in_features):
+            raise CELoraError(
+                f"saved factor of shape {tuple(V.shape)}, not {(self.rank, in_features)}; resume with the same "
+                "configuration and model."
+            )
+        self.U, self.V, self._seen, self._next = None, V, None, None
+
+
+def _rounded(matrix: Tensor, U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """U and V in the weight's dtype, and the norms of what they leave of it."""
+    U, V = U.to(dtype), V.to(dtype)
+    return U, V, residual_row_norms(matrix, U, V)
+
+
+def _projection(weight: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The factor `W V^T, V`."""
+    weight = weight.detach()
+    matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    V = V.to(matrix)
+    return _rounded(matrix, matrix @ V.T, V, weight.dtype)
+
+
+def make_factor(kind: str, rank: int, seed: int) -> FrozenFactor:
+    """The factor of this kind: `svd` or `gradient`; without a rank there is nothing to choose."""
+    return GradientFactor(rank, seed) if kind == "gradient" and rank else FrozenFactor(rank, seed)
+
+
+def replaced(old: Tensor | None, new: Tensor) -> Tensor:
+    """`new`, in the place of `old` if it fits there: compiled graphs hold on to these tensors."""
+    return new if old is None or old.device != new.device or old.shape != new.shape else old.copy_(new)

@@ -1,0 +1,249 @@
+"""Language-model loss over labelled tokens only, in chunks, without ever holding all logits or a weight gradient.
+
+The vocabulary projection of a token without a label contributes nothing, forward or backward, so it is not computed.
+For the others, with z = W h + b, y = the model's own scaling and soft-capping of z, and target t,
+
+    log p = y_t - logsumexp(y),    d log p / dh = ((e_t - softmax(y)) dy/dz) W,
+
+and the second is computed along with the first, while the chunk's logits are at hand. The loss is linear in the log
+p of its tokens, so backward only scales these rows: no logits are saved, and none computed twice.
+
+The second can be estimated, too. A softmax gradient G sits in few words: the targets, and what the model confuses them
+with. With a `keep_ratio`, only that share of W's rows is multiplied: afresh for each chunk, word j is drawn with
+probability `p_j = min(1, lambda max_t |G_tj|)` and weighted by its inverse, so that what is left out averages out over
+the steps. The draw is about little. The words that are not certain have much the same distribution q in all tokens of
+the chunk, and only what differs from that, D, is drawn; each row of D adds up to zero, so W's rows may be moved by
+their mean w:
+
+    G W = G_C W_C + a w + D (W - 1 w)  ~=  G_C W_C + a w + sum_{j drawn} (D_j / p_j) (W_j - w),
+
+with C the certain words, `a = sum_{j not in C} G_j`, `q_j = max(0, -sum_t G_tj)` outside C, normalised, `w = q W` and
+`D = G - a q`: unbiased.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from celora.errors import CELoraError
+from celora.kernels.c import library as library_kernels
+from celora.kernels.c import rows as rows_kernels
+from celora.kernels.operations import column_maxima
+from celora.numerics.sampling import as_weights
+from celora.numerics.select import columns_of, drawn, grain
+
+# Tokens whose logits are held at once: enough for the product to be fast, and few enough for the memory to be small.
+_CHUNK_NUMBERS, _CHUNK_ROWS = 2**24, 1024
+_CERTAIN = 1 - 1e-6  # a probability that rounding may have lowered
+_BLOCK_NUMBERS = 2**19  # float32 numbers worked on at once: 2 MiB, which a core's own cache holds
+_BLOCK_NUMBERS_ELSEWHERE = 2**24  # 64 MiB: few launches, and little beside the chunk's logits
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What a model does to its head's output before the softmax: `y = cap tanh(scale z / cap)`, or `scale z`."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """y of z, in place."""
+        if self.cap is None:
+            return z if self.scale == 1 else z.mul_(self.scale)
+        return z.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
+
+    def backward(self, grad: Tensor, y: Tensor) -> Tensor:
+        """`grad dy/dz`, in place."""
+        if self.cap is not None:
+            grad.mul_(1 - (y / self.cap).square_())
+        return grad if self.scale == 1 else grad.mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the softmax says about each labelled token.
+
+    Attributes:
+        log_probs: of the targets, (N,) float32, differentiable; with label smoothing s, `(1-s) log p_t + s mean log p`.
+        entropy: of the distributions, (N,) float32, without gradient; None unless asked for.
+        top1: whether the target is the most likely token, (N,) bool; None unless asked for.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor | None
+    top1: Tensor | None
+
+
+def score_tokens(
+    hidden: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    logits: Logits | None = None,
+    smoothing: float = 0.0,
+    statistics: bool = False,
+    keep_ratio: float = 1.0,
+    seed: int = 0,
+    measure: Callable[[Tensor, Tensor], None] | None = None,
+) -> TokenScores:
+    """The log-probabilities of `targets` after the tokens `rows`.
+
+    Args:
+        hidden: the last hidden states, (..., H), any number of leading dimensions.
+        rows: which of them predict a labelled token, (N,) int64, indices into the flattened leading dimensions.
+        targets: the labels, (N,) int64.
+        weight: of the head, frozen, (V, H); bias: (V,) or None.
+        logits: what the model does to the head's output; nothing if None.
+        smoothing: label smoothing, 0 <= s < 1.
+        statistics: compute entropy and top1 too.
+        keep_ratio: share of the vocabulary that the gradient is multiplied with, 0 < keep_ratio <= 1; 1 is exact.
+        seed: of the draw of that share; different ones for different calls.
+        measure: given the estimate for each chunk of tokens and what it estimates, (n, H) each; the gradient of the
+            log-probabilities is exact then.
+    """
+    log_probs, entropy, top1 = _Scores.apply(  # type: ignore[no-untyped-call]
+        hidden, rows, targets, weight, bias, logits or Logits(), smoothing, statistics, keep_ratio, seed, measure
+    )
+    return TokenScores(log_probs, *((entropy, top1) if statistics else (None, None)))
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        logits: Logits,
+        smoothing: float,
+        statistics: bool,
+        keep_ratio: float,
+        seed: int,
+        measure: Callable[[Tensor, Tensor], None] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        count, wanted, real = len(rows), ctx.needs_input_grad[0], rows
+        if count and device == "cpu":  # an accelerator would be waited for; its gather asserts the same
+            least, most = (int(of) for of in targets.aminmax())
+            if not 0 <= least <= most < len(weight):
+                raise CELoraError(
+                    f"labels from {least} to {most} for a head of {len(weight)} words; expected 0 to "
+                    f"{len(weight) - 1}, or -100 for no label."
+                )
+            # A few tokens too many, whose scores are not looked at.
+            rows, targets = (torch.cat([of, of[:1].expand(-count % grain(count))]) for of in (rows, targets))
+        n, chosen = len(rows), hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
+        log_probs = hidden.new_empty(n, dtype=torch.float32)
+        entropy = hidden.new_empty(n if statistics else 0, dtype=torch.float32)
+        top1 = hidden.new_empty(n if statistics else 0, dtype=torch.bool)
+        gradient = torch.empty_like(chosen) if wanted else None
+        with torch.autocast(device, enabled=False):
+            w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+            size = chunk_size(n, len(w))
+            held = chosen.new_empty(size, len(w))
+            for start in range(0, n, max(1, size)):
+                part = slice(start, start + size)
+                z = torch.mm(chosen[part], w.t(), out=held[: n - start])
+                if b is not None:
+                    z += b
+                some = (entropy[part], top1[part]) if statistics else (None, None)
+                _softmax(z, targets[part], logits, smoothing, log_probs[part], *some, write=wanted)
+                if gradient is not None:
+                    through_the_head(z, w, keep_ratio, gradient[part], seed + start)
+                    if measure is not None:
+                        estimate = gradient[part].clone()
+                        torch.mm(z, w, out=gradient[part])
+                        measure(estimate[: count - start], gradient[start:count][:size])
+        log_probs, entropy, top1 = log_probs[:count], entropy[:count], top1[:count]
+        ctx.save_for_backward(None if gradient is None else gradient[:count], real)
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        ctx.mark_non_differentiable(entropy, top1)
+        return log_probs, entropy, top1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+        gradient, rows = ctx.saved_tensors
+        full = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
+        full.view(-1, ctx.shape[-1]).index_copy_(0, rows, (gradient * grad[:, None]).to(ctx.dtype))
+        return full, *[None] * 10
+
+
+def chunk_size(tokens: int, words: int) -> int:
+    """How many of these tokens are projected onto the vocabulary at once."""
+    chunks = max(1, -(-tokens // max(_CHUNK_ROWS, _CHUNK_NUMBERS // words)))
+    return -(-tokens // chunks)
+
+
+def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tensor, seed: int) -> None:
+    """`out = grad W`, or its estimate from words drawn (see above): (n, V) x (V, H) -> (n, H)."""
+    kept = max(1, round(keep_ratio * len(weight)))
+    largest = None if kept == len(weight) else column_maxima(grad)
+    # Among words of which one token's gradient is no number there is no choice; looking would wait for an accelerator.
+    if largest is None or (largest.device.type == "cpu" and not bool(torch.isfinite(largest).all())):
+        torch.mm(grad, weight, out=out)
+        return
+    index, factors, p = drawn(largest, kept, seed=seed, draw=0)
+    q = grad.sum(0).neg_().clamp_(min=0).float() * (p < _CERTAIN)
+    q = (q / q.sum().clamp(min=torch.finfo(torch.float32).tiny)).to(grad.dtype)
+    some, total = columns_of(grad, index), grad.sum(1).float()  # asked for in float32, it would be copied first
+    a = total - torch.mv(some, (p[index] >= _CERTAIN).to(some.dtype)).float()
+    some.addr_(a.to(some.dtype), q[index], alpha=-1).mul_(as_weights(factors, some.dtype))
+    torch.mm(some, weight.index_select(0, index), out=out)
+    left = total - some.sum(1, dtype=torch.float32)
+    out.addr_(left.to(out.dtype), torch.mm(q[None], weight)[0])
+
+
+def _softmax(
+    z: Tensor,
+    targets: Tensor,
+    logits: Logits,
+    smoothing: float,
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    top1: Tensor | None,
+    *,
+    write: bool,
+) -> None:
+    """Fill in what the softmax of `logits(z)` says; with `write`, z becomes the gradient of `log_probs`."""
+    if logits.cap is None and library_kernels.supported(z):
+        rows_kernels.softmax_rows(
+            z,
+            targets,
+            scale=logits.scale,
+            smoothing=smoothing,
+            log_probs=log_probs,
+            entropy=entropy,
+            top1=top1,
+            write=write,
+        )
+        return
+    numbers = _BLOCK_NUMBERS if z.device.type == "cpu" else _BLOCK_NUMBERS_ELSEWHERE
+    size = max(1, numbers // z.shape[1])
+    for start in range(0, len(z), size):
+        part = slice(start, start + size)
+        target = targets[part, None]
+        y = logits(z[part].to(torch.float32, copy=True))
+        log_p = y.log_softmax(1)
+        scored = log_p.gather(1, target)[:, 0]
+        log_probs[part] = scored if smoothing == 0 else (1 - smoothing) * scored + smoothing * log_p.mean(1)
+        p = log_p.exp()
+        if entropy is not None:
+            entropy[part] = -torch.special.xlogy(p, p).sum(1)
+        if top1 is not None:
+            top1[part] = scored >= log_p.amax(1)
+        if write:
+            grad = p.neg_() if smoothing == 0 else p.neg_().add_(smoothing / z.shape[1])
+            grad.scatter_add_(1, target, torch.full_like(target, 1 - smoothing, dtype=grad.dtype))
+            z[part] = logits.backward(grad, y)

@@ -1,0 +1,42 @@
+"""The measured error of an estimate, summed over a refresh step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from celora.numerics.select import measurable
+
+
+class Measured:
+    """The error of an estimate and the norm of what it estimates, squared, summed since they were last asked for."""
+
+    def __init__(self) -> None:
+        self.squared_error: Tensor | None = None
+        self.squared_norm: Tensor | None = None
+
+    def measure(self, estimate: Tensor, exact: Tensor) -> None:
+        """Add those of these tokens: (T, n) each."""
+        error = norm = torch.zeros((), device=exact.device)
+        # Row block by row block: a refresh step should not need more memory than the others.
+        for e, x in zip(estimate.split(1024), exact.split(1024), strict=True):
+            x = x.float()
+            norm = norm + x.square().sum()
+            error = error + (e.float() - x).square().sum()
+        # A gradient that overflowed says nothing of the estimate; an estimate that did, and the gradient not, is none.
+        told = measurable(norm)
+        error, norm = torch.where(told, error.nan_to_num(math.inf), 0), torch.where(told, norm, 0)
+        if self.squared_error is None or self.squared_norm is None:
+            self.squared_error, self.squared_norm = error, norm
+        else:
+            self.squared_error += error
+            self.squared_norm += norm
+
+    def take_error(self) -> float | None:
+        """The relative error measured since this was last asked for, if any: once a refresh, as it may wait."""
+        error, norm, self.squared_error, self.squared_norm = self.squared_error, self.squared_norm, None, None
+        if error is None or norm is None or norm.item() == 0:
+            return None
+        return float((error / norm).sqrt())

@@ -1,0 +1,79 @@
+"""RMS norms, gates and rotary embeddings as autograd functions of one pass each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from celora.kernels.c import rows as kernels
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds: bool = True) -> Tensor:
+    """`(offset + weight) x / sqrt(mean x^2 + eps)` along the last dimension of `x: (..., n)`; no gradient of `weight`.
+
+    Args:
+        x: on CPU, of a dtype that the kernels know; computed in float32.
+        weight: (n,), contiguous, of the same dtype, frozen.
+        rounds: whether the normalised x is rounded to its dtype before it is multiplied.
+    """
+    result: Tensor = _RMSNorm.apply(x, weight, eps, offset, rounds)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, rounds: bool) -> Tensor:
+        x = x.contiguous()
+        y, inverse = kernels.rms_norm(x, weight, offset=offset, eps=eps, rounds=rounds)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.offset = offset
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = kernels.rms_norm_backward(grad.contiguous(), *ctx.saved_tensors, offset=ctx.offset)
+        return found, None, None, None, None
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) up`, (..., n) each, on CPU, of one dtype that the kernels know."""
+    result: Tensor = _Gated.apply(gate, up)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        return kernels.gated(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.gated_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """`x cosine + (-x2, x1) sine` of `x = (x1, x2): (B, heads, T, d)`, on CPU, of a dtype that the kernels know.
+
+    `cosine` and `sine`: (B or 1, T, d) of the same dtype, contiguous, without gradient.
+    """
+    tokens: Tensor = _Rotated.apply(x.transpose(1, 2), cosine, sine)  # type: ignore[no-untyped-call]
+    return tokens.transpose(1, 2)
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return kernels.rotate(x.contiguous(), cosine, sine, transposed=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return kernels.rotate(grad.contiguous(), *ctx.saved_tensors, transposed=True), None, None

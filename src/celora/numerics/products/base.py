@@ -1,0 +1,107 @@
+"""What a product is, and the plain one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from celora.kernels.operations import squared_row_norms
+from celora.numerics.sampling import as_weights
+from celora.numerics.select import critical_rows, grain
+
+
+class Product(ABC):
+    """Multiplies the gradients of one layer with its weight; may keep a copy of the weight in another format."""
+
+    name: ClassVar[str]
+    relative_cost: ClassVar[float] = 1.0  # of a multiplication, nominally
+    traceable: ClassVar[bool] = False  # whether torch.compile can look inside
+
+    def __call__(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        """`(T, out) , (out, in) -> (T, in)`, in the dtype of `grad_output`."""
+        return self.rows(grad_output, weight, None)
+
+    def rows(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        *,
+        position: Tensor | None = None,
+        factors: Tensor | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """`factors[k] G[t] W` at each row t = index[k], ascending, and `onto[t]`, or 0 without, at the others: (T, in).
+
+        All rows if `index` is None. `position`, the inverse of `index` (k or -1 for each t, int32), may be given where
+        it is known. `onto` is overwritten.
+        """
+        kept = grad_output if index is None else grad_output.index_select(0, index)
+        y = self._multiply(kept, weight)
+        if factors is not None:
+            y = y.mul_(as_weights(factors, y.dtype)[:, None])
+        if index is None:
+            return y
+        onto = grad_output.new_zeros(grad_output.shape[0], weight.shape[1]) if onto is None else onto
+        return onto.index_copy_(0, index, y)
+
+    def critical_rows(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        *,
+        kept: int | None,
+        share: float,
+        onto: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """`rows` for those of the largest norms: `kept` of them or, with None, as many as hold `share` of `||G||^2`.
+
+        `onto` computes what the others become; it is not called where there are none.
+        """
+        squared = squared_row_norms(grad_output)
+        step = self.grain(len(squared), squared.device)
+        index, position = critical_rows(squared, kept=kept, share=share, step=step)
+        if len(index) == len(grad_output):
+            return self(grad_output, weight)
+        return self.rows(grad_output, weight, index, position=position, onto=None if onto is None else onto())
+
+    @abstractmethod
+    def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        """`(K, out) , (out, in) -> (K, in)`, in the dtype of `grad_output`."""
+
+    def grain(self, rows: int, device: torch.device) -> int:
+        """What a number of kept rows is rounded up to, out of `rows` on this device: see `select.grain`."""
+        return grain(rows)
+
+    @property
+    def holds_copy(self) -> bool:
+        """Whether a copy of the weight is kept, so that the weight itself is not read."""
+        return False
+
+    def recheck(self, weight: Tensor) -> None:  # noqa: B027 - optional by design
+        """Drop what was derived from the weight if the weight has changed, in a way that its version does not tell."""
+
+    def forget(self) -> None:  # noqa: B027 - optional by design
+        """Drop what was derived from the weight."""
+
+    def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
+        """Why a layer of this shape cannot be multiplied so on this device, or ''."""
+        return ""
+
+    def slow(self, device: torch.device) -> str:
+        """Why it cannot pay on this device, whatever the shape, or ''."""
+        return ""
+
+
+class Native(Product):
+    """In the dtype of the gradient: what autograd does."""
+
+    name = "native"
+    traceable = True
+
+    def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        return grad_output @ weight.to(grad_output.dtype)

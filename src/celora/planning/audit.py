@@ -1,0 +1,168 @@
+"""What the estimate costs in fidelity: the gradient of the adapter, estimated, against the exact one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from celora.errors import CELoraError
+from celora.modeling.switch import Mode
+from celora.planning.fidelity import Fidelity, FromFloat32
+from celora.planning.gradients import gradient, on_device, trainable, training, untouched
+from celora.planning.upcast import in_float32, without_dropout
+from celora.runtime.attachment import Attachment, require
+
+
+@dataclass(frozen=True)
+class AuditReport(Fidelity):
+    """Fidelity of the whole adapter gradient, and of each layer's. Prints as a table of the worst layers.
+
+    Attributes:
+        per_layer: adapted layer -> fidelity of the gradient of its adapter.
+        loss: of the batch, or their mean (the forward is exact, so it is the same for both).
+        probed: how many layers had no selection yet and were judged with one made from what they are judged on.
+        float32: how far plain PEFT and celora are from float32, if that was asked for.
+    """
+
+    per_layer: Mapping[str, Fidelity]
+    loss: float
+    probed: int
+    float32: FromFloat32 | None = None
+
+    def __str__(self) -> str:
+        worst = sorted(self.per_layer.items(), key=lambda item: item[1].cosine)[:5]
+        lines = [
+            f"LoRA gradient, estimated against exact: cosine {self.cosine:.4f}, "
+            f"relative error {self.relative_error:.4f}, norm ratio {self.norm_ratio:.4f}; loss {self.loss:.4f}."
+        ]
+        if self.probed:
+            lines.append(
+                f"{self.probed} layers had nothing selected yet: judged with a selection made from this batch."
+            )
+        if self.float32 is not None:
+            named = {"plain PEFT": self.float32.plain, "celora as attached": self.float32.attached}
+            lines += [
+                f"Against float32, {name}: cosine {f.cosine:.4f}, relative error {f.relative_error:.4f}, "
+                f"norm ratio {f.norm_ratio:.4f}."
+                for name, f in named.items()
+            ]
+        lines.append("Lowest cosine by layer:")
+        lines += [f"  {f.cosine:7.4f}  error {f.relative_error:.4f}  {name}" for name, f in worst]
+        return "\n".join(lines)
+
+
+def audit(
+    model: nn.Module,
+    batch: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
+    reference: Literal["float32"] | None = None,
+) -> AuditReport:
+    """Compare the estimated gradient of the trainable parameters with the exact one, on a batch or the sum of several.
+
+    A sum tells more. Most of what one batch's gradient has of its own averages out in training, and so do errors that
+    differ from batch to batch; what is lost in every batch alike stays. So an estimate can be near the gradient of
+    each batch and far from what they have in common.
+
+    Two forward and backward passes a batch in training mode, with the same random state and so the same dropout.
+    Parameters, their `.grad`, buffers, random state, mode, clock and selections are afterwards what they were before.
+
+    Args:
+        model: celora attached.
+        batch: what the model takes as keyword arguments, `labels` included, or a list of such; moved to the model's
+            device.
+        loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
+        reference: `"float32"` also compares plain PEFT's gradient, and celora's, with the gradient of the same weights
+            computed in float32. That shows what the model's own dtype costs. Three more passes a batch, without
+            dropout, and for a while 4 more bytes for each number in bfloat16 or float16.
+
+    Raises:
+        CELoraError: celora is not attached, the batch yields no loss or gradient that is finite, or nothing is
+            trainable; with a reference, the weights are quantised, sharded or offloaded, or do not fit in float32.
+    """
+    if reference not in (None, "float32"):
+        raise CELoraError(f"reference={reference!r}; expected 'float32', or None to compare with the exact gradient.")
+    attachment = require(model)
+    parameters = trainable(model)
+    batches = [on_device(of, parameters) for of in ([batch] if isinstance(batch, Mapping) else batch)]
+    if not batches:
+        raise CELoraError("no batches to audit with; give one, or several.")
+
+    with training(model), untouched(model, parameters) as rewind, _lent(attachment) as probes:
+        head = attachment.forward
+        with nullcontext() if head is None else head.through(1.0):
+            exact, value = gradient(model, batches, loss, parameters)
+        for name in probes:
+            attachment.grafts[name].estimator.select()
+        probed = sum(attachment.grafts[name].estimator.ready for name in probes)
+        for graft in attachment.grafts.values():
+            graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.EXACT
+        rewind()
+        with nullcontext() if head is None or head.mode is Mode.EXACT else head.through(head.keep_ratio):
+            estimated, _ = gradient(model, batches, loss, parameters)
+        of_float32 = None
+        if reference == "float32":
+            of_float32 = _from_float32(model, attachment, lambda: gradient(model, batches, loss, parameters)[0])
+
+    pairs = {name: (estimated[name], exact[name]) for name in parameters}
+    layers: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    adapted = {layer.name for layer in attachment.report.layers}
+    for name, pair in pairs.items():
+        layers.setdefault(_layer_of(name, adapted), []).append(pair)
+    whole = Fidelity.of(list(pairs.values()))
+    return AuditReport(
+        whole.cosine,
+        whole.relative_error,
+        whole.norm_ratio,
+        per_layer={name: Fidelity.of(of) for name, of in layers.items()},
+        loss=value,
+        probed=probed,
+        float32=of_float32,
+    )
+
+
+def _from_float32(model: nn.Module, attachment: Attachment, gradients: Callable[[], dict[str, Tensor]]) -> FromFloat32:
+    """Compare `gradients` with celora as it is attached, and without, with those of a model in float32."""
+    head, switch = attachment.forward, attachment.switch
+    with without_dropout(model):
+        with nullcontext() if head is None or head.mode is Mode.EXACT else head.through(head.keep_ratio):
+            attached = gradients()
+        was, switch.on = switch.on, False
+        try:
+            plain = gradients()
+            with in_float32(model):
+                true = gradients()
+        finally:
+            switch.on = was
+    return FromFloat32(*(Fidelity.of([(found[name], true[name]) for name in true]) for found in (plain, attached)))
+
+
+@contextmanager
+def _lent(attachment: Attachment) -> Iterator[list[str]]:
+    """Lend out the grafts, exact, with copies of their estimators; yields those with nothing selected yet.
+
+    The latter get a fresh estimator that observes the first pass.
+    """
+    layers = {name: dict(vars(graft)) for name, graft in attachment.grafts.items()}
+    probes = [name for name, graft in attachment.grafts.items() if not graft.estimator.ready]
+    try:
+        for graft in attachment.grafts.values():
+            graft.estimator, graft.mode = copy.copy(graft.estimator), Mode.EXACT
+        for name in probes:
+            attachment.grafts[name].estimator = attachment.grafts[name].estimator.clone()
+            attachment.grafts[name].mode = Mode.OBSERVE
+        yield probes
+    finally:
+        for name, graft in attachment.grafts.items():
+            vars(graft).update(layers[name])
+
+
+def _layer_of(parameter: str, adapted: set[str]) -> str:
+    """The adapted layer a parameter belongs to; the parameter itself if it belongs to none."""
+    parts = parameter.split(".")
+    return next((p for i in range(len(parts), 0, -1) if (p := ".".join(parts[:i])) in adapted), parameter)

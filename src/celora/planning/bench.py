@@ -1,0 +1,203 @@
+"""The workbench of a planner: a model, its batches, exact gradients, timed backward passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from celora.machine.timing import synchronise
+from celora.modeling.graft import LayerGraft
+from celora.modeling.model_graft import ModelGraft
+from celora.modeling.switch import Mode, Switch
+from celora.numerics.estimators import Estimator, make_estimator
+from celora.numerics.products.registry import make_product
+from celora.planning.fidelity import Fidelity
+from celora.planning.gradients import gradient
+from celora.settings.config import LayerConfig
+from celora.settings.names import HEAD
+from celora.weights.read import device_of, shape_of
+
+_TURNS = 4  # of timing whole backward passes, the first of which does not count
+Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+Progress = Callable[[str, float], None]
+Kind = tuple[int, int, int, torch.dtype, torch.device]
+
+
+@dataclass
+class Layer:
+    """What is found out about one layer."""
+
+    name: str
+    base: nn.Module
+    candidates: Sequence[LayerConfig]  # that can be computed for it here
+    fused: bool = False  # has a graft anyway, for its adapter
+    errors: dict[LayerConfig, list[float]] = field(default_factory=dict)
+    # (share of the norm, what the number of tokens is rounded up to) -> share of the tokens kept, error of the others
+    kept: dict[tuple[float, int], list[float]] = field(default_factory=dict)
+    lost: dict[tuple[float, int], list[float]] = field(default_factory=dict)
+    tokens: int = 0
+    dtype: torch.dtype = torch.float32
+    columns: dict[LayerConfig, Estimator] = field(default_factory=dict)
+    disturbance: LayerConfig = field(default_factory=lambda: LayerConfig("dense"))
+    disturbed: float = 0.0  # its relative error
+    influence: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return shape_of(self.base)
+
+    @property
+    def kind(self) -> Kind:
+        """Layers of one kind take the same time; so do, nearly, those with less than twice as many tokens."""
+        return (*self.shape, self.tokens.bit_length(), self.dtype, device_of(self.base))
+
+    def error(self, setting: LayerConfig) -> float:
+        """What the selection of this setting loses, or, of one without selection, its rounding."""
+        if setting.estimator == "tokens":
+            errors = self.lost[setting.keep_ratio, self.grain(setting)]
+        else:
+            errors = self.errors[setting]
+        return float(statistics.fmean(e * e for e in errors) ** 0.5)
+
+    def grain(self, setting: LayerConfig) -> int:
+        """What the number of tokens that this setting keeps is rounded up to."""
+        return make_product(setting.precision, copy=setting.weight_copy).grain(self.tokens, device_of(self.base))
+
+
+class Bench:
+    """The model on the bench: its gradients, exact or with given estimators under given layers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        batches: Sequence[Mapping[str, Any]],
+        loss: Loss | None,
+        rewind: Callable[[], None],
+        progress: Progress,
+    ) -> None:
+        self.model, self.parameters, self.batches, self.loss = model, parameters, batches, loss
+        self.rewind, self.progress = rewind, progress
+        self.overhead_ms = 0.0  # of a graft, whatever it computes
+        self.forward: ModelGraft | None = None  # what computes the loss, if its gradient may be estimated
+        self._exact: dict[range, dict[str, Tensor]] = {}
+
+    @property
+    def measuring(self) -> int:
+        """The batch to measure on: not the one that was selected on, where there are two."""
+        return min(1, len(self.batches) - 1)
+
+    @property
+    def verifying(self) -> range:
+        """The batches to verify on: those that are not used otherwise, where there are more than two."""
+        return range(min(2, len(self.batches) - 1), len(self.batches))
+
+    def gradient(self, *numbers: int) -> dict[str, Tensor]:
+        """The gradient of these batches, summed, with whatever is grafted now."""
+        self.rewind()
+        return gradient(self.model, [self.batches[i] for i in numbers], self.loss, self.parameters)[0]
+
+    def exact(self, numbers: range) -> dict[str, Tensor]:
+        """The exact gradient of these batches, computed once."""
+        if numbers not in self._exact:
+            self._exact[numbers] = self.gradient(*numbers)
+        return self._exact[numbers]
+
+    def audit(
+        self, layers: Mapping[str, Layer], settings: Mapping[str, LayerConfig], numbers: range | None = None
+    ) -> Fidelity:
+        """The fidelity with these settings under these layers, everything else exact, on the sum of these batches;
+        without, on the one to measure on."""
+        numbers = numbers or range(self.measuring, self.measuring + 1)
+        exact = self.exact(numbers)
+        estimated_layers = {name: layers[name] for name in settings if name in layers}
+        grafted = grafted_with(estimated_layers, lambda layer: candidate_estimator(layer, settings[layer.name]))
+        head: AbstractContextManager[None] = nullcontext()
+        if self.forward is not None and HEAD in settings:
+            head = self.forward.through(settings[HEAD].keep_ratio)
+        with head, grafted as grafts:
+            waiting = [graft for graft in grafts.values() if not graft.estimator.ready]
+            if waiting:
+                for graft in waiting:
+                    graft.mode = Mode.OBSERVE
+                self.gradient(0)
+                for graft in waiting:
+                    graft.estimator.select()
+                    graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.EXACT
+            estimated = self.gradient(*numbers)
+        return Fidelity.of([(estimated[name], exact[name]) for name in exact])
+
+    def time(self, layers: Mapping[str, Layer], settings: Mapping[str, LayerConfig]) -> float:
+        """The time of all `grad_input` products inside whole backward passes, over that of the dense ones; what the
+        grafts themselves take counts."""
+        dense = dict.fromkeys(layers, LayerConfig("dense"))
+        contenders = [
+            {name: candidate_estimator(layer, of[name]) for name, layer in layers.items()}
+            for of in (dense, {**dense, **settings})
+        ]
+        ratios = []
+        for turn in range(_TURNS):
+            seconds = []
+            for estimators in contenders:
+                with grafted_with(layers, functools.partial(_of, estimators), kind=_TimedGraft) as grafts:
+                    for graft in grafts.values():
+                        graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.OBSERVE
+                    self.gradient(self.measuring)
+                    seconds.append(float(sum(graft.seconds for graft in grafts.values())))
+                    for estimator in estimators.values():
+                        estimator.select()
+            if turn > 0:  # the first makes what estimators keep
+                overhead = sum(self.overhead_ms for name in settings if not layers[name].fused)
+                ratios.append((seconds[1] + 1e-3 * overhead) / seconds[0])
+        return float(statistics.median(ratios))
+
+
+class _TimedGraft(LayerGraft):
+    """A graft that adds up the time of its products."""
+
+    seconds = 0.0
+
+    def grad_input(self, grad_output: Tensor, weight: Tensor | None, mode: Mode) -> Tensor:
+        synchronise(grad_output.device)
+        start = time.perf_counter()
+        result = super().grad_input(grad_output, weight, mode)
+        synchronise(grad_output.device)
+        self.seconds += time.perf_counter() - start
+        return result
+
+
+@contextmanager
+def grafted_with(
+    layers: Mapping[str, Layer], make: Callable[[Layer], Estimator], *, kind: type[LayerGraft] = LayerGraft
+) -> Iterator[dict[str, Any]]:
+    """Graft what `make` makes under `layers` for a while, estimating."""
+    switch, grafts, handles = Switch(), {}, []
+    try:
+        for name, layer in layers.items():
+            grafts[name] = kind(make(layer), switch)
+            grafts[name].mode = Mode.ESTIMATE
+            handles.append(grafts[name].under(layer.base))
+        yield grafts
+    finally:
+        switch.on = False
+        for handle in handles:
+            handle.remove()
+
+
+def _of(estimators: Mapping[str, Estimator], layer: Layer) -> Estimator:
+    return estimators[layer.name]
+
+
+def candidate_estimator(layer: Layer, setting: LayerConfig) -> Estimator:
+    estimator = make_estimator(setting.estimator, *layer.shape, dataclasses.asdict(setting))
+    estimator.device = device_of(layer.base)
+    return estimator

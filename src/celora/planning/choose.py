@@ -1,0 +1,163 @@
+"""Choose the cheapest candidates that together keep the cosine asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from celora.planning.bench import Bench, Layer
+from celora.planning.plan import PlannedLayer
+from celora.settings.config import LayerConfig
+
+_ROUNDS, _MOST_ROUNDS = 8, 12  # of choosing, once a choice will do, and until one does
+_AIM, _CLOSE = 0.96, 0.8  # of the squared error that is wanted: what to aim for, and what is near enough
+
+
+@dataclass(frozen=True)
+class Try:
+    """A choice, what squared error the table was to allow for it, and what its audit found."""
+
+    allowed: float
+    choice: tuple[int, ...]
+    found: float
+
+
+def choose_plan(
+    bench: Bench,
+    layers: Mapping[str, Layer],
+    planned: list[PlannedLayer],
+    wanted: float,
+    memory_limit: int,
+    tries: list[Try],
+) -> tuple[list[PlannedLayer], float]:
+    """The cheapest choice whose audit finds a squared error of at most `wanted`, and what is found for it.
+
+    What a table allows and what an audit finds differ by a factor that is not constant: the next allowance is taken
+    from the `tries` so far. All is dense where none will do.
+    """
+    table, found_of = Table(planned), {of.choice: of.found for of in tries}
+    for round_ in range(_MOST_ROUNDS if wanted > 0 else 1):
+        good = [of.found for of in tries if of.found <= wanted]
+        if good and (round_ >= _ROUNDS or max(good) > _CLOSE * wanted):
+            break
+        allowed = _next_allowance(tries, wanted)
+        choice = tuple(table.cheapest(allowed, memory_limit))
+        if choice not in found_of:
+            settings = settings_of(_chosen(planned, choice))
+            found_of[choice] = squared_error(bench.audit(layers, settings).cosine) if settings else 0.0
+        tries.append(Try(allowed, choice, found_of[choice]))
+    fitting = (of for of in tries if of.found <= wanted)
+    best = min(fitting, key=lambda of: table.time(of.choice), default=Try(0.0, (0,) * len(planned), 0.0))
+    return _chosen(planned, best.choice), best.found
+
+
+def _next_allowance(tries: Sequence[Try], wanted: float) -> float:
+    """What to allow next so that an audit finds somewhat less than `wanted`.
+
+    What is found grows with some power of what is allowed, which two tries tell: the nearest ones on either side, where
+    there are any, and what comes next lies between them; else the furthest one and the next to it.
+    """
+    tries = [of for of in tries if of.allowed > 0]  # powers of nothing tell nothing
+    if not tries or wanted == 0:
+        return wanted
+
+    def beyond(of: Try) -> float:
+        return math.log(max(of.found, 1e-6 * wanted) / (_AIM * wanted))
+
+    good = max((of for of in tries if of.found <= wanted), key=lambda of: of.allowed, default=None)
+    above = [of for of in tries if of.found > wanted and (good is None or of.allowed > good.allowed)]
+    bad = min(above, key=lambda of: of.allowed, default=None)
+    if good is not None and bad is not None:
+        along = beyond(good) / (beyond(good) - beyond(bad))
+        return good.allowed * math.pow(bad.allowed / good.allowed, min(0.9, max(0.1, along)))
+    last = cast(Try, good or bad)
+    others = [of for of in tries if of.allowed != last.allowed]
+    power = 1.0
+    if others:
+        other = min(others, key=lambda of: abs(math.log(of.allowed / last.allowed)))
+        power = (beyond(other) - beyond(last)) / math.log(other.allowed / last.allowed)
+    return last.allowed * min(100.0, max(0.01, math.exp(-beyond(last) / min(2.0, max(0.25, power)))))
+
+
+def squared_error(cosine: float) -> float:
+    """`1 - cosine^2`, of which rounding takes nothing below 0, and 1 where the cosine is negative."""
+    return 1 - min(1.0, max(0.0, cosine)) ** 2
+
+
+def _chosen(planned: Sequence[PlannedLayer], choice: Sequence[int]) -> list[PlannedLayer]:
+    return [dataclasses.replace(p, chosen=i) for p, i in zip(planned, choice, strict=True)]
+
+
+def settings_of(planned: Sequence[PlannedLayer]) -> dict[str, LayerConfig]:
+    """What was chosen for the layers that are not left dense."""
+    return {p.name: p.choice.setting for p in planned if p.choice.setting.estimator != "dense"}
+
+
+class Table:
+    """Times, errors by influence and memory of all candidates of all layers, to choose from."""
+
+    def __init__(self, planned: Sequence[PlannedLayer]) -> None:
+        width = max(len(p.candidates) for p in planned)
+        padded = [list(p.candidates) + [p.candidates[0]] * (width - len(p.candidates)) for p in planned]
+        numbers = functools.partial(torch.tensor, dtype=torch.float64, device="cpu")
+        self._times = numbers([[c.time_ms for c in of] for of in padded])
+        errors = numbers([[c.relative_error**2 for c in of] for of in padded])
+        self._errors = numbers([p.influence for p in planned])[:, None] * errors
+        self._memory = numbers([[float(c.memory) for c in of] for of in padded])
+
+    def error(self, choice: Sequence[int]) -> float:
+        """The squared error that the choice is expected to cause in the LoRA gradient: `sum s e^2` over the layers."""
+        return self._sum(self._errors, choice)
+
+    def time(self, choice: Sequence[int]) -> float:
+        """Milliseconds of one backward pass's products."""
+        return self._sum(self._times, choice)
+
+    def cheapest(self, error: float, memory: float) -> list[int]:
+        """The choice of least time with `sum s e^2 <= error`, and within the memory; a Lagrange multiplier for each.
+
+        s: a layer's influence; e: the relative error of its candidate; for a fidelity, `error = 1 - cosine^2`.
+        Multipliers find the best choices for some allowances only; what the best of these leaves of this one is spent
+        layer by layer, each time on what saves most.
+        """
+
+        def at(price: float, rent: float) -> list[int]:
+            chosen: list[int] = (self._times + price * self._errors + rent * self._memory).argmin(1).tolist()
+            return chosen
+
+        def with_error(rent: float) -> list[int]:
+            return _bisect(lambda price: at(price, rent), lambda choice: self.error(choice) <= error)
+
+        choice = _bisect(with_error, lambda choice: self._sum(self._memory, choice) <= memory)
+        while True:
+            at_hand = torch.tensor(choice, device="cpu")[:, None]
+            saved, lost, held = (
+                of - of.gather(1, at_hand) for of in (-self._times, self._errors, self._memory)
+            )  # by moving one layer to one candidate
+            fits = (lost <= error - self.error(choice)) & (held <= memory - self._sum(self._memory, choice))
+            saved = torch.where(fits, saved, 0)
+            layer, candidate = divmod(int(saved.argmax()), saved.shape[1])
+            if saved[layer, candidate] <= 0:
+                return choice
+            choice[layer] = candidate
+
+    def _sum(self, of: Tensor, choice: Sequence[int]) -> float:
+        return float(of.gather(1, torch.tensor(choice, device="cpu")[:, None]).sum())
+
+
+def _bisect(choose: Callable[[float], list[int]], fits: Callable[[list[int]], bool]) -> list[int]:
+    """The choice at the lowest multiplier with which it fits; everything fits at the highest, where all is dense."""
+    if fits(choice := choose(0.0)):
+        return choice
+    low, high = -20.0, 20.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(choose(10**middle)) else (middle, high)
+    return choose(10**high)

@@ -1,0 +1,88 @@
+"""Take gradients of a model on batches, and leave the model as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from celora.errors import CELoraError
+from celora.machine.device import random_states
+from celora.modeling.hooks import settle
+from celora.weights.sharded import whole
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters whose gradient is judged, by name; CELoraError if there are none."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise CELoraError("no trainable parameters: load the adapter with is_trainable=True.")
+    return parameters
+
+
+def on_device(batch: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """The batch where the model is."""
+    device = next(iter(parameters.values())).device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def gradient(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None,
+    parameters: Mapping[str, nn.Parameter],
+) -> tuple[dict[str, Tensor], float]:
+    """The gradient of each parameter, summed over the batches, zeros where there is none, and the mean loss."""
+    for p in parameters.values():
+        p.grad = None
+    total = 0.0
+    for batch in batches:
+        with torch.enable_grad():
+            value = loss(model, batch) if loss is not None else getattr(model(**batch), "loss", None)
+            if value is None:
+                raise CELoraError("the model returned no loss for this batch; add labels to it, or give loss=.")
+            value.backward()
+        found = float(value.detach())
+        if not math.isfinite(found):
+            raise CELoraError(f"the loss of this batch is {found}; give one whose loss is a finite number.")
+        total += found
+    gradients = {n: whole(torch.zeros_like(p) if p.grad is None else p.grad) for n, p in parameters.items()}
+    return gradients, total / len(batches)
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Training mode for a while, which is what is planned for; `from_pretrained` leaves a model in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def untouched(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[Callable[[], None]]:
+    """Put back what forward and backward passes change, whole or interrupted: `.grad`, buffers, random state.
+
+    Yields a function that rewinds the random state to the beginning, so that dropout repeats itself.
+    """
+    grads = {name: p.grad for name, p in parameters.items()}
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    with random_states(devices) as rewind:
+        try:
+            yield rewind
+        finally:
+            for module in model.modules():
+                settle(module)
+            for name, p in parameters.items():
+                p.grad = grads[name]
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)

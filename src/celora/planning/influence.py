@@ -1,0 +1,39 @@
+"""How much the error of one layer matters to the whole gradient."""
+
+from __future__ import annotations
+
+import statistics
+
+from celora.planning.bench import Bench, Layer
+
+_DEPTHS, _MOST_KINDS, _FEW_LAYERS = 6, 8, 24
+
+
+def probe_influence(bench: Bench, layers: list[Layer]) -> None:
+    """Disturb groups of layers, by depth and by kind, and see how much of it arrives in the LoRA gradient.
+
+    Every layer by itself where they are few.
+    """
+    size = 1 if len(layers) <= _FEW_LAYERS else -(-len(layers) // _DEPTHS)
+    depths = [layers[i : i + size] for i in range(0, len(layers), size)]
+    kinds: dict[str, list[Layer]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+    groups = depths + (list(kinds.values()) if size > 1 and 1 < len(kinds) <= _MOST_KINDS else [])
+    arrived = []
+    for i, group in enumerate(groups):
+        members = {layer.name: layer for layer in group}
+        error = bench.audit(members, {layer.name: layer.disturbance for layer in group}).relative_error
+        caused = sum(layer.disturbed**2 for layer in group)
+        arrived.append(error**2 / caused if caused > 0 else 1.0)
+        bench.progress("probing influence", 0.25 + 0.4 * (i + 1) / len(groups))
+    mean = statistics.fmean(arrived[len(depths) :]) if len(groups) > len(depths) else 0.0
+    for group, rate in zip(depths, arrived, strict=False):
+        for layer in group:
+            layer.influence = rate
+    if mean > 0:
+        for group, rate in zip(kinds.values(), arrived[len(depths) :], strict=True):
+            for layer in group:
+                layer.influence *= rate / mean
+    for layer in layers:
+        layer.influence = round(layer.influence, 8)

@@ -1,0 +1,322 @@
+"""A plan: which estimator each layer gets, and the measurements that say so. Saved as JSON, printed as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import device as Device
+from torch import nn
+
+from celora.errors import CELoraError, unknown
+from celora.files import inside, read_json, write_text
+from celora.machine.device import measured_on
+from celora.modeling.language_model import find_language_model
+from celora.settings.config import CELoraConfig, LayerConfig
+from celora.settings.names import HEAD, PLAN_NAME
+from celora.settings.presets import PRESETS
+from celora.weights.read import shape_of
+
+_VERSION = 1
+_LARGEST = sys.float_info.max
+_LAYERS = ("layers", "head")  # the fields that are not plain values
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to estimate one layer, as measured: time of its `grad_input` and relative error against the exact one.
+
+    Attributes:
+        memory: bytes of the 8-bit copy it keeps.
+    """
+
+    setting: LayerConfig
+    time_ms: float
+    relative_error: float
+    memory: int = 0
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer, the candidate that was chosen for it, and those that were not.
+
+    Attributes:
+        influence: how much of a squared relative error of this layer arrives in the LoRA gradient of the whole model.
+        candidates: all that were measured; `candidates[chosen]` is the one taken, the first is dense.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    influence: float
+    candidates: tuple[Candidate, ...]
+    chosen: int
+
+    @property
+    def choice(self) -> Candidate:
+        """What the layer gets."""
+        return self.candidates[self.chosen]
+
+    @property
+    def dense_ms(self) -> float:
+        """Time of the exact product."""
+        return self.candidates[0].time_ms
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One estimator per layer, with its evidence.
+
+    Attributes:
+        layers: the layers that were measured; any other stays dense.
+        head: the vocabulary projection, whose gradient goes through a share of the words (`head_keep_ratio`); None
+            where celora does not compute it. Its error is what arrives in the LoRA gradient.
+        fidelity: the cosine of the LoRA gradient that was asked for.
+        predicted_cosine: what the layers' errors and influences come to.
+        audited_cosine: of the whole plan, measured on the sum of `audited_batches` batches, used for nothing else where
+            three or more were given.
+        predicted_time: of all `grad_input` products of `layers` over dense, from their times.
+        audited_time: the same, measured inside whole backward passes.
+        tokens: of the batches it was made for.
+        dtype, device, threads, torch: what it was measured with.
+        memory_limit: bytes that 8-bit copies may take, all layers together.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+    fidelity: float
+    predicted_cosine: float
+    audited_cosine: float
+    predicted_time: float
+    audited_time: float
+    tokens: int
+    dtype: str
+    device: str
+    threads: int
+    torch: str
+    memory_limit: int
+    head: PlannedLayer | None = None
+    audited_batches: int = 1
+
+    @property
+    def _all(self) -> tuple[PlannedLayer, ...]:
+        return self.layers if self.head is None else (*self.layers, self.head)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all 8-bit copies."""
+        return sum(layer.choice.memory for layer in self.layers)
+
+    def config(self, frame: CELoraConfig | None = None) -> CELoraConfig:
+        """The configuration that carries the plan out: `frame` (without, preset auto), whose overrides win."""
+        frame = frame or PRESETS["auto"]
+        planned = {
+            layer.name: _changes(layer.choice.setting)
+            for layer in self.layers
+            if layer.choice.setting.estimator != "dense"
+        }
+        keep_ratio = frame.head_keep_ratio
+        if (
+            self.head is not None
+            and self.head.choice.setting.estimator == "columns"
+            and frame.labelled_head
+            and keep_ratio == 1
+        ):
+            keep_ratio = self.head.choice.setting.keep_ratio
+        return dataclasses.replace(frame, overrides={**planned, **frame.overrides}, head_keep_ratio=keep_ratio)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a plan that was made for another model or device: its times and errors would mean nothing.
+
+        Raises:
+            CELoraError: a planned layer is missing or has another shape, this is not the device it was measured on, or
+                torch has another number of threads.
+        """
+        self.check_layers(model)
+        if reason := self.elsewhere(next(model.parameters()).device):
+            raise CELoraError(f"{reason}; make a new plan.")
+
+    def check_layers(self, model: nn.Module) -> None:
+        """Refuse a plan that cannot be carried out: a planned layer is missing or has another shape."""
+        found = {name: m.get_base_layer() for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+        if (causal := find_language_model(model)[0]) is not None:
+            found[HEAD] = causal.get_output_embeddings()
+        for layer in self.layers if causal is None else self._all:  # the head stays exact where celora has none
+            base = found.get(layer.name)
+            if base is None:
+                raise CELoraError(
+                    f"the plan is for another model: there is no adapted layer {layer.name!r} here; make a new plan."
+                )
+            shape = shape_of(base)
+            if shape != (layer.out_features, layer.in_features):
+                raise CELoraError(
+                    f"the plan is for another model: {layer.name!r} is {shape[0]} x {shape[1]} here, "
+                    f"{layer.out_features} x {layer.in_features} in the plan; make a new plan."
+                )
+
+    def elsewhere(self, device: Device) -> str:
+        """Why the plan's times are not those of this machine, or ''."""
+        if (here := measured_on(device)) != self.device:
+            return f"the plan was measured on {self.device!r} and this is {here!r}"
+        if device.type == "cpu" and torch.get_num_threads() != self.threads:
+            return f"the plan was measured with {self.threads} threads and torch has {torch.get_num_threads()} here"
+        return ""
+
+    def other_batches(self, tokens: int, dtype: str) -> str:
+        """Why the plan's times and errors are not those of backwards of so many tokens of this dtype, or ''.
+
+        Twice or half as many are much the same; ragged batches differ by that.
+        """
+        if dtype == self.dtype and self.tokens / 2 <= tokens <= self.tokens * 2:
+            return ""
+        return (
+            f"the plan was measured with backwards of {self.tokens} tokens of {self.dtype}, and training has up to "
+            f"{tokens} of {dtype}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only; `from_dict` is the inverse. Candidates' settings are written once."""
+        settings = list(dict.fromkeys(c.setting for layer in self._all for c in layer.candidates))
+        number = {setting: i for i, setting in enumerate(settings)}
+
+        def values(layer: PlannedLayer) -> dict[str, Any]:
+            return {
+                "name": layer.name,
+                "out_features": layer.out_features,
+                "in_features": layer.in_features,
+                "influence": layer.influence,
+                "chosen": layer.chosen,
+                "candidates": [[number[c.setting], c.time_ms, c.relative_error, c.memory] for c in layer.candidates],
+            }
+
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _LAYERS}
+        document = {"version": _VERSION, **own, "settings": [_changes(s) for s in settings]}
+        head = None if self.head is None else values(self.head)
+        return document | {"layers": [values(layer) for layer in self.layers], "head": head}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """The plan with these values; CELoraError if they are not a plan."""
+        if not isinstance(values, Mapping):
+            raise CELoraError(f"a plan is a mapping, not {type(values).__name__}.")
+        if values.get("version") != _VERSION:
+            raise CELoraError(f"plan of version {values.get('version')!r}; this celora reads version {_VERSION}.")
+        known = {f.name: f.type for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in {*known, "version", "settings"}:
+                raise unknown("entry of a plan", key, known)
+        try:
+            settings = [LayerConfig(**setting) for setting in values["settings"]]
+            layers = tuple(_planned(layer, settings) for layer in values["layers"])
+            head = None if values.get("head") is None else _planned(values["head"], settings)
+            kinds = {"float": float, "int": int, "str": str}
+            values = {"audited_batches": cls.audited_batches, **values}  # plans of before it was counted
+            own = {name: kinds[str(kind)](values[name]) for name, kind in known.items() if name not in _LAYERS}
+            for name, kind in known.items():
+                if kind in ("float", "int"):
+                    most = 1.0 if name in ("fidelity", "predicted_cosine", "audited_cosine") else _LARGEST
+                    _measured(own[name], name, least=-1.0 if name.endswith("_cosine") else 0.0, most=most)
+        except CELoraError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            raise CELoraError(f"not a whole plan: {type(error).__name__}: {error}") from None
+        return cls(layers=layers, head=head, **own)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON to `path`, or to `celora_plan.json` in it if it is a folder."""
+        write_text(inside(path, PLAN_NAME), json.dumps(self.to_dict()) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read what `save` wrote."""
+        file = inside(path, PLAN_NAME)
+        document = read_json(file)
+        try:
+            return cls.from_dict(document)
+        except CELoraError as error:
+            raise CELoraError(f"{file}: {error}") from None
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "No layer of this model can be estimated, or none sees a gradient: everything stays exact."
+        groups: dict[tuple[Any, ...], list[PlannedLayer]] = {}
+        for layer in self._all:
+            key = (layer.name.rpartition(".")[2], layer.out_features, layer.in_features, label(layer.choice.setting))
+            groups.setdefault(key, []).append(layer)
+        rows = [("layers", "", "shape", "estimator", "time / dense", "error (worst)")]
+        for (kind, out, inp, name), of in groups.items():
+            time = sum(x.choice.time_ms for x in of) / max(1e-9, sum(x.dense_ms for x in of))
+            error = max(x.choice.relative_error for x in of)
+            rows.append((kind, f"x{len(of)}", f"{out} x {inp}", name, f"{time:.2f}", f"{error:.3f}"))
+        summed = f" (sum of {self.audited_batches} batches)" if self.audited_batches > 1 else ""
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(
+            [
+                *lines,
+                f"LoRA gradient: cosine {self.audited_cosine:.4f} audited{summed}, "
+                f"{self.predicted_cosine:.4f} predicted, {self.fidelity:g} asked for.",
+                f"grad_input of adapted layers: {self.audited_time:.2f} of dense measured in whole backward passes, "
+                f"{self.predicted_time:.2f} predicted; 8-bit copies take {self.memory / 2**20:.0f} MiB.",
+                f"Made for {self.tokens} tokens, {self.dtype}, {self.threads} threads on {self.device}.",
+            ]
+        )
+
+
+def label(setting: LayerConfig) -> str:
+    """A setting in words: `tokens energy 0.99 x int8`."""
+    words = [setting.estimator]
+    if setting.estimator in ("columns", "tokens"):
+        words += [] if setting.selection == "topk" else [setting.selection]
+        words.append(f"{setting.keep_ratio:g}")
+        words += [] if setting.precision == "native" else ["x", setting.precision]
+    if not setting.weight_copy:
+        words.append("(no copy)")
+    return " ".join(words)
+
+
+def _changes(setting: LayerConfig) -> dict[str, Any]:
+    """The fields that are not what a LayerConfig has anyway, and the estimator."""
+    defaults = LayerConfig()
+    values = dataclasses.asdict(setting)
+    return {name: v for name, v in values.items() if name == "estimator" or v != getattr(defaults, name)}
+
+
+def _planned(layer: Mapping[str, Any], settings: list[LayerConfig]) -> PlannedLayer:
+    return PlannedLayer(
+        name=str(layer["name"]),
+        out_features=int(_measured(layer["out_features"], "out_features")),
+        in_features=int(_measured(layer["in_features"], "in_features")),
+        influence=_measured(layer["influence"], "influence"),
+        candidates=tuple(
+            Candidate(
+                settings[_position(i, settings)],
+                time_ms=_measured(time, "time_ms"),
+                relative_error=_measured(error, "relative_error", most=math.inf),
+                memory=int(_measured(memory, "memory")),
+            )
+            for i, time, error, memory in layer["candidates"]
+        ),
+        chosen=_position(layer["chosen"], layer["candidates"]),
+    )
+
+
+def _measured(value: Any, name: str, least: float = 0.0, most: float = _LARGEST) -> float:
+    """A number that a measurement can have given."""
+    number = float(value)
+    if not least <= number <= most:
+        raise ValueError(f"{name}={number:g}, which nobody can have measured")
+    return number
+
+
+def _position(value: object, of: list[Any]) -> int:
+    if not isinstance(value, int) or not 0 <= value < len(of):
+        raise IndexError(f"position {value!r} of {len(of)}")
+    return value

@@ -1,0 +1,220 @@
+"""The planner: measure what each way to estimate costs and loses, layer by layer, and choose the cheapest that is good
+enough.
+
+1. Observe: exact backward passes give each layer's gradients; every candidate's relative error e is measured on them,
+   those that select ahead of time with a selection from an earlier batch.
+2. Time: every candidate, on this device, at the real shapes, taking turns with the dense product.
+3. Influence: groups of layers are disturbed, and the error s that arrives in the LoRA gradient is measured; a layer's
+   influence is `s^2 / sum e^2` of its group by depth, times that of its group by kind.
+   The vocabulary projection is one more layer: its gradient goes through a share of the words, and its error is what
+   arrives in the LoRA gradient.
+4. Choose: minimise `sum time` subject to `sum influence e^2 <= 1 - cosine^2` and to the memory limit, by Lagrange
+   multipliers; audit the whole; again, with more or less allowed, by what the audits found.
+5. Verify: the cosine of the sum over batches of their own, in which errors that differ from batch to batch average
+   out and what every batch loses does not; where it is too low, choose again with less allowed. And the time inside
+   whole backward passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from celora.errors import CELoraError
+from celora.machine.device import measured_on
+from celora.machine.timing import cannot_time
+from celora.modeling.model_graft import taken_over
+from celora.modeling.survey import cannot_estimate, fuses, tuner_layers
+from celora.planning.bench import Bench, Layer, Loss, Progress
+from celora.planning.candidates import candidates, possible
+from celora.planning.choose import Try, choose_plan, settings_of, squared_error
+from celora.planning.evidence import evidence, graft_overhead, head_evidence, time_kinds
+from celora.planning.gradients import on_device, trainable, training, untouched
+from celora.planning.influence import probe_influence
+from celora.planning.observe import observe
+from celora.planning.plan import Plan, PlannedLayer
+from celora.runtime.attachment import find
+from celora.settings.names import HEAD
+
+# Chosen by training (docs/presets.md). Where 8-bit products pay it costs little, since they alone keep more; beyond it
+# their rounding is in the way and the time rises steeply.
+DEFAULT_FIDELITY = 0.998
+_CARE = 0.85  # after each plan that fell short, as what verifies is not what was chosen on
+_VERIFICATIONS = 4
+_TOLERATED, _ROUNDING = 1.25, 1e-4  # times the squared error that was asked for, and more, after the last of them
+MOST_BATCHES = 10  # to select, to measure, and eight to verify
+
+
+def make_plan(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    fidelity: float = DEFAULT_FIDELITY,
+    *,
+    memory_limit: int | None = None,
+    loss: Loss | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """The cheapest estimator for each layer with which the LoRA gradient keeps a cosine of `fidelity` with the exact.
+
+    Twenty to a hundred and thirty forward and backward passes in training mode, by how much can be estimated. The model
+    is left as it was: parameters, `.grad`, buffers, random state, mode. A warning says where a plan clearly misses its
+    fidelity on what verifies it.
+
+    Args:
+        model: a PEFT model, adapters active.
+        batches: what the model takes as keyword arguments, `labels` included, of the size training will use. Up to
+            ten are used: to select, to measure, and the others to verify on their sum; with fewer than three, one
+            serves for more.
+        fidelity: the cosine wanted, 0 < fidelity <= 1; 1 allows only what changes nothing.
+        memory_limit: bytes that 8-bit copies of weights may take in all; by default 5 % of the weights and of what a
+            forward saves for backward.
+        loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
+        progress: called with what is being done and the share of the work that is done.
+
+    Where no layer can be estimated the plan is empty, and training with it is plain PEFT.
+
+    Raises:
+        CELoraError: no adapters, no batches, sharded parameters, a device whose times cannot be trusted, or a fidelity
+            or memory limit out of range.
+    """
+    return make_plans(model, batches, [fidelity], memory_limit=memory_limit, loss=loss, progress=progress)[0]
+
+
+def make_plans(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    fidelities: Sequence[float],
+    *,
+    memory_limit: int | None = None,
+    loss: Loss | None = None,
+    progress: Progress | None = None,
+    head: bool = True,
+) -> list[Plan]:
+    """`make_plan` for several fidelities, from one set of measurements: a frontier of time against fidelity.
+
+    Without `head` the gradient of the logits stays exact.
+    """
+    for fidelity in fidelities:
+        if isinstance(fidelity, bool) or not isinstance(fidelity, int | float) or not 0 < fidelity <= 1:
+            raise CELoraError(f"fidelity={fidelity!r}; expected a cosine, 0 < fidelity <= 1.")
+    if memory_limit is not None and (isinstance(memory_limit, bool) or not isinstance(memory_limit, int | float)):
+        raise CELoraError(f"memory_limit={memory_limit!r}; expected a number of bytes, or None for the default.")
+    parameters = trainable(model)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise CELoraError(
+            "a sharded model cannot be measured; make the plan before it is sharded, in one process for all of them."
+        )
+    for device in {parameter.device for parameter in model.parameters()}:
+        if reason := cannot_time(device):
+            raise CELoraError(
+                f"cannot plan on {device.type!r}: {reason}. Choose preset exact or paper, which time nothing."
+            )
+    used = [on_device(batch, parameters) for _, batch in zip(range(MOST_BATCHES), batches, strict=False)]
+    if not used:
+        raise CELoraError("no batches to plan with; give at least one, and three to verify on one that was not used.")
+    considered = candidates(next(iter(parameters.values())).device)
+    layers = [
+        Layer(name, base := module.get_base_layer(), possible(base, considered), fused=fuses(module))
+        for name, module in tuner_layers(model).items()
+        if not cannot_estimate(module)
+    ]
+    attached = find(model)
+    was_on = attached is not None and attached.switch.on
+    if attached is not None:
+        attached.switch.on = False
+    try:
+        # As preset auto will train: without padding, and with the loss over labelled tokens.
+        with training(model), untouched(model, parameters) as rewind, taken_over(model) as forward:
+            bench = Bench(model, parameters, used, loss, rewind, progress or (lambda what, share: None))
+            bench.forward = forward if head else None
+            return _make_plans(bench, layers, fidelities, memory_limit)
+    finally:
+        if attached is not None:
+            attached.switch.on = was_on
+
+
+def _make_plans(bench: Bench, layers: list[Layer], fidelities: Sequence[float], memory_limit: int | None) -> list[Plan]:
+    bench.progress("observing gradients", 0.0)
+    saved = observe(bench, layers)
+    # The first layers' inputs may need no gradient: there is no product to estimate.
+    layers = [layer for layer in layers if layer.lost]
+    if memory_limit is None:
+        weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
+        memory_limit = (weights + saved) // 20
+    bench.progress("timing candidates", 0.15)
+    times = time_kinds(layers)
+    device = next(iter(bench.parameters.values())).device
+    bench.overhead_ms = graft_overhead(device, layers[0].dtype) if layers else 0.0
+    bench.progress("probing influence", 0.25)
+    if layers:
+        probe_influence(bench, layers)
+    planned = [evidence(layer, times[layer.kind], bench.overhead_ms) for layer in layers]
+    planned += head_evidence(bench) if layers else []
+    plans = []
+    tries: list[Try] = []  # what was found for one fidelity helps with the next
+    for i, fidelity in enumerate(fidelities):
+        bench.progress("choosing", 0.65 + 0.35 * i / len(fidelities))
+        plans.append(_finish(bench, layers, planned, fidelity, memory_limit, tries))
+    bench.progress("done", 1.0)
+    return plans
+
+
+def _finish(
+    bench: Bench,
+    layers: list[Layer],
+    planned: list[PlannedLayer],
+    fidelity: float,
+    memory_limit: int,
+    tries: list[Try],
+) -> Plan:
+    """Choose, verify on the batches kept for it, and choose more carefully where they show less than was asked for."""
+    by_name = {layer.name: layer for layer in layers}
+    chosen, settings, audited, found, allowed = planned, {}, 1.0, 0.0, 1 - fidelity**2
+    for turn in range(_VERIFICATIONS if planned else 0):
+        chosen, found = choose_plan(bench, by_name, planned, allowed, memory_limit, tries)
+        settings = settings_of(chosen)
+        audited = bench.audit(by_name, settings, bench.verifying).cosine if settings else 1.0
+        if audited >= fidelity:
+            break
+        allowed = _CARE**turn * found * (1 - fidelity**2) / squared_error(audited)
+    predicted = math.sqrt(1 - found)
+    head = next((p for p in chosen if p.name == HEAD), None)
+    chosen = [p for p in chosen if p is not head]
+    of_head = {HEAD: setting} if (setting := settings.pop(HEAD, None)) else {}
+    measured = bench.time(by_name, settings) if settings else 1.0
+    if measured >= 1 and settings:  # each estimate was faster alone; in a whole backward pass they are not
+        chosen, measured = [dataclasses.replace(p, chosen=0) for p in chosen], 1.0
+        predicted, audited = (
+            bench.audit(by_name, of_head, on).cosine if of_head else 1.0 for on in (None, bench.verifying)
+        )
+    if squared_error(audited) > _TOLERATED * (1 - fidelity**2) + _ROUNDING:
+        warnings.warn(
+            f"celora: of {_VERIFICATIONS} plans for a cosine of {fidelity:g} none kept it; this one keeps "
+            f"{audited:.4f} on the batches that verify it. A higher fidelity is planned more carefully.",
+            stacklevel=3,
+        )
+    adapter = next(iter(bench.parameters.values()))
+    dense_ms = sum(p.dense_ms for p in chosen)
+    return Plan(
+        layers=tuple(chosen),
+        head=head,
+        fidelity=float(fidelity),
+        predicted_cosine=round(predicted, 6),
+        audited_cosine=round(audited, 6),
+        audited_batches=len(bench.verifying),
+        predicted_time=round(sum(p.choice.time_ms for p in chosen) / dense_ms, 4) if dense_ms else 1.0,
+        audited_time=round(measured, 4),
+        tokens=max((layer.tokens for layer in layers), default=0),
+        dtype=str(layers[0].dtype if layers else adapter.dtype).removeprefix("torch."),
+        device=measured_on(adapter.device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        memory_limit=int(memory_limit),
+    )

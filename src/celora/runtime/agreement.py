@@ -1,0 +1,43 @@
+"""Processes that train together agree on what they observed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from celora.machine.processes import in_company
+from celora.modeling.graft import LayerGraft
+from celora.weights.read import device_of, read
+from celora.weights.sharded import whole
+
+
+@torch.no_grad()
+def add_up(layers: Sequence[tuple[LayerGraft, nn.Module]]) -> None:
+    """Replace what these layers, given with their base layers, have observed by the sum over all processes.
+
+    Collective: every process calls it with the same layers. One that saw no gradient of a layer adds nothing to it
+    and selects as the others do. Does nothing in a process of its own.
+    """
+    if not layers or not in_company():
+        return
+    sizes = [3 + graft.estimator.pooled_size for graft, _ in layers]
+    flat = torch.zeros(sum(sizes), device=device_of(layers[0][1]))
+    parts = flat.split(sizes)
+    for part, (graft, _) in zip(parts, layers, strict=True):
+        observed = graft.estimator.pooled()
+        if observed is not None:
+            part[0], part[3:] = 1, observed
+        if graft.squared_error is not None and graft.squared_norm is not None:
+            part[1], part[2] = graft.squared_error, graft.squared_norm
+    dist.all_reduce(flat)
+    processes = dist.get_world_size()
+    witnesses = torch.stack([part[0] for part in parts]).tolist()  # once a refresh, so the synchronisation is cheap
+    for summed, (graft, base), seen in zip(parts, layers, witnesses, strict=True):
+        part = summed.to(device_of(base))  # a model may lie on several devices
+        graft.squared_error, graft.squared_norm = part[1].clone(), part[2].clone()
+        if seen:
+            # A process that saw no gradient has not seen the weight either, and gathering it takes them all.
+            graft.estimator.take_pooled(part[3:], whole(read(base)) if seen < processes else None)

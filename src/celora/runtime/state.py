@@ -1,0 +1,117 @@
+"""Save what the estimators know beside a checkpoint, so that a resumed run goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from celora.errors import CELoraError
+from celora.files import replacing
+from celora.machine.processes import in_company
+from celora.runtime.attachment import Attachment, require
+from celora.settings.names import HEAD
+
+STATE_NAME = "celora_state.safetensors"
+_ERROR = "relative_error"
+_OVER_BOUND = "over_bound"
+_CONFIG = "config"
+N = TypeVar("N", int, float)
+
+
+def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write the step count and each layer's selection and measured error to `celora_state.safetensors` in `folder`.
+
+    Call it between optimizer steps. Factors are not written: they follow from the weights and the seed. Where several
+    processes train together and each selects by its own gradients, call it in all of them: all but the first write
+    `celora_state_1.safetensors` and so on. With `synchronise` all know the same, and the first one's file is enough.
+    """
+    attachment = require(model)
+    state: dict[str, Tensor] = {"step": torch.tensor(attachment.clock.step)}
+    for name, graft in attachment.grafts.items():
+        state |= {f"{name}:{key}": value.contiguous() for key, value in graft.estimator.state_dict().items()}
+    for name, error in attachment.relative_errors.items():
+        state[f"{name}:{_ERROR}"] = torch.tensor(error, dtype=torch.float64, device="cpu")
+    for name, times in attachment.over_bound.items():
+        state[f"{name}:{_OVER_BOUND}"] = torch.tensor(times)
+    target = Path(folder) / own_name(attachment)
+    with replacing(target) as temporary:
+        try:
+            save_file(state, temporary, metadata={_CONFIG: _config(attachment)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+    return target
+
+
+def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Take over what `save_state` wrote, all of it or nothing. The model must have the same configuration attached.
+
+    A process that left no file of its own, since there were fewer then, takes the first one's.
+
+    Raises:
+        CELoraError: no such file, a damaged one, or one made with another configuration.
+    """
+    attachment = require(model)
+    own, file = Path(folder) / own_name(attachment), Path(folder) / STATE_NAME
+    if own.is_file():
+        file = own
+    elif not file.is_file():
+        raise CELoraError(f"no {STATE_NAME} in {folder}; save one with celora.save_state(model, folder).")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            made_with = (opened.metadata() or {}).get(_CONFIG)
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise CELoraError(f"{file} is damaged: {error}") from None
+    if made_with is None or "step" not in state:
+        raise CELoraError(f"{file} was not made by celora.save_state.")
+    if made_with != _config(attachment):
+        raise CELoraError(f"{file} was made with another configuration: {made_with}. Attach that one to resume.")
+    step = _number(file, "step", state.pop("step"), int)
+    layers: dict[str, dict[str, Tensor]] = {name: {} for name in (*attachment.grafts, HEAD)}
+    for key, value in state.items():
+        name, _, field = key.rpartition(":")
+        if name not in layers:
+            raise CELoraError(f"{file} holds a selection for {name!r}, which is not estimated in this model.")
+        layers[name][field] = value
+    errors = {name: _number(file, _ERROR, of.pop(_ERROR), float) for name, of in layers.items() if _ERROR in of}
+    over_bound = {
+        name: _number(file, _OVER_BOUND, of.pop(_OVER_BOUND), int) for name, of in layers.items() if _OVER_BOUND in of
+    }
+    for name, graft in attachment.grafts.items():
+        graft.estimator.clone().load_state_dict(layers[name])  # refuse what does not fit before anything is changed
+    for name, graft in attachment.grafts.items():
+        graft.estimator.load_state_dict(layers[name])
+        graft.take_error()  # of a refresh that was interrupted
+    if attachment.forward is not None:
+        attachment.forward.take_error()
+    attachment.relative_errors, attachment.over_bound = errors, over_bound
+    attachment.clock.step = step
+    attachment.agree(list(attachment.grafts))
+    attachment.set_modes(step)
+
+
+def _number(file: Path, name: str, value: Tensor, kind: type[N]) -> N:
+    try:
+        return kind(value.item())
+    except (RuntimeError, ValueError, OverflowError, TypeError) as error:  # several; NaN or complex, which is no count
+        raise CELoraError(f"{file} is damaged: {name} is no number: {error}") from None
+
+
+def own_name(attachment: Attachment) -> str:
+    """The name of the file in which this process saves what it knows."""
+    if attachment.config.synchronise or not in_company() or dist.get_rank() == 0:
+        return STATE_NAME
+    stem, suffix = STATE_NAME.split(".")
+    return f"{stem}_{dist.get_rank()}.{suffix}"
+
+
+def _config(attachment: Attachment) -> str:
+    return json.dumps(attachment.config.to_dict(), sort_keys=True)

@@ -1,0 +1,197 @@
+"""What the user asks for: one estimator setting for all layers, presets, and overrides for the layers they name."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from celora.errors import CELoraError, unknown
+from celora.files import inside, read_json, write_text
+from celora.numerics.estimators import Settings, estimator_class
+from celora.numerics.estimators.base import Factor, Precision, Selection, check_keep_ratio
+from celora.settings.names import CONFIG_NAME
+
+Rank = int | Literal["balanced", "adapter"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """The setting of one layer.
+
+    Attributes:
+        estimator: a name from the registry: `dense`, `columns` (the paper's), `tokens`, `int8` or `fp8`.
+        keep_ratio: share of the gradient's columns (or tokens) that is kept, 0 < keep_ratio <= 1; 1 is dense. With
+            `selection="energy"`, the share of the squared gradient norm; 1 then leaves out only what is exactly zero.
+        rank: rank r0 of the frozen factor; 0 for none; `"balanced"` for `balanced_rank` of the adapter's rank,
+            `"adapter"` for the adapter's rank itself; both no larger than the layer.
+        selection, factor, precision, weight_copy: see `celora.numerics.estimators.Settings`.
+    """
+
+    estimator: str = "columns"
+    keep_ratio: float = 0.5
+    rank: Rank = "balanced"
+    selection: Selection = "topk"
+    factor: Factor = "svd"
+    precision: Precision = "native"
+    weight_copy: bool = True
+
+    def __post_init__(self) -> None:
+        _check_layer(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class CELoraConfig(LayerConfig):
+    """How the backward of the frozen layers is estimated.
+
+    Attributes:
+        estimator, keep_ratio, rank, ...: the setting of every layer that no override names; see `LayerConfig`.
+        refresh_every: optimizer steps from one exact, observed backward to the next (the paper's tau).
+        spread: let layers refresh in turns, so that no step is much slower than its neighbours, instead of all at once.
+        target_error: hold each layer's relative error, measured at its refreshes, near this by moving its keep_ratio.
+        overrides: glob on a layer's dotted name (or on its end: `"layers.3.mlp.up_proj"`) -> the fields it changes.
+            Later entries win over earlier ones.
+        synchronise: where several processes train together, select columns by what all of them have seen, so that all
+            keep the same; one all-reduce at each refresh, outside backward. Not with `factor="gradient"`.
+        seed: of the randomised factorisation and of sampling.
+        fused: compute a vanilla adapter and its base layer's backward as one autograd function (`celora.modeling.fused`) and, on
+            CPU, RMS norms, gates and rotary embeddings in one pass each (`celora.modeling.passes.known`).
+        labelled_head: project only tokens with a label onto the vocabulary, while training (`celora.numerics.head`); the model's
+            output then has a loss and no logits.
+        padding_free: leave padding out of training batches (`celora.modeling.packing`); needs `labelled_head`.
+        head_keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with, in (0, 1]; 1 is
+            exact, and less needs `labelled_head`. Words are drawn, so that what is left out averages out.
+        zero_tokens: in the last block, whose tokens without label get a gradient of exactly zero, leave these out of
+            the backward of layers that would be dense. On a CPU only: elsewhere, counting them would wait.
+
+    Raises:
+        CELoraError: for a value out of range, an unknown field or an unknown estimator.
+    """
+
+    refresh_every: int = 200
+    spread: bool = False
+    target_error: float | None = None
+    synchronise: bool = False
+    fused: bool = False
+    labelled_head: bool = False
+    padding_free: bool = False
+    zero_tokens: bool = False
+    head_keep_ratio: float = 1.0
+    overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_layer(self)
+        _check_int("refresh_every", self.refresh_every, 1, "Use a large number to refresh only once.")
+        _check_int("seed", self.seed, 0, "")
+        for name in ("spread", "synchronise", "fused", "labelled_head", "padding_free", "zero_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise CELoraError(f"{name}={getattr(self, name)!r}; expected true or false.")
+        if self.padding_free and not self.labelled_head:
+            raise CELoraError("padding_free=True needs labelled_head=True: the model's own loss wants whole sequences.")
+        check_keep_ratio(self.head_keep_ratio, "head_keep_ratio")
+        if self.head_keep_ratio < 1 and not self.labelled_head:
+            raise CELoraError(f"head_keep_ratio={self.head_keep_ratio} needs labelled_head=True.")
+        error = self.target_error
+        if error is not None and (isinstance(error, bool) or not isinstance(error, int | float) or not 0 < error < 1):
+            raise CELoraError(f"target_error={error!r}; expected 0 < target_error < 1, or None for a fixed keep_ratio.")
+        if not isinstance(self.overrides, Mapping):
+            raise CELoraError(f"overrides={self.overrides!r}; expected a mapping from a layer pattern to settings.")
+        overrides = {}
+        for pattern, fields in self.overrides.items():
+            if not isinstance(pattern, str) or not isinstance(fields, Mapping):
+                raise CELoraError(
+                    f"override {pattern!r}: {fields!r}; expected a layer pattern with a mapping of settings, "
+                    'like {"*.q_proj": {"estimator": "dense"}}.'
+                )
+            for key in fields:
+                if key not in LAYER_FIELDS:
+                    raise unknown(f"setting in the override {pattern!r}:", key, LAYER_FIELDS)
+            try:
+                _check_uses(dataclasses.replace(self._default(), **fields), fields)
+            except CELoraError as error:
+                raise CELoraError(f"override {pattern!r}: {error}") from None
+            overrides[pattern] = dict(fields)
+        object.__setattr__(self, "overrides", overrides)
+
+    def for_layer(self, name: str) -> LayerConfig:
+        """The setting of the layer `name`: the defaults, changed by each override that matches it."""
+        changes: dict[str, Any] = {}
+        for pattern, fields in self.overrides.items():
+            if matches(pattern, name):
+                changes.update(fields)
+        return dataclasses.replace(self._default(), **changes)
+
+    def _default(self) -> LayerConfig:
+        return LayerConfig(**{name: getattr(self, name) for name in LAYER_FIELDS})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only; `from_dict` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CELoraConfig:
+        """The configuration with these fields; CELoraError names an unknown one and the nearest known."""
+        if not isinstance(values, Mapping):
+            raise CELoraError(f"celora configuration is {values!r}; expected a mapping of settings.")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise unknown("celora setting", key, known)
+        return cls(**values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON to `path`, or to `celora_config.json` in it if it is a folder."""
+        write_text(inside(path, CONFIG_NAME), json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CELoraConfig:
+        """Read what `save` wrote."""
+        return cls.from_dict(read_json(inside(path, CONFIG_NAME)))
+
+
+def balanced_rank(lora_rank: int) -> int:
+    """The published split of one memory budget: trainable and frozen rank both `floor(7/8 lora_rank)`, at least 1."""
+    return max(1, 7 * lora_rank // 8)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether the glob `pattern` matches the dotted `name` or a dotted end of it."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerConfig))
+_SETTINGS = frozenset(LAYER_FIELDS) - {"estimator"}
+
+
+def _check_layer(config: LayerConfig) -> None:
+    if not isinstance(config.estimator, str):
+        raise CELoraError(f"estimator={config.estimator!r}; expected the name of an estimator.")
+    if config.rank not in ("balanced", "adapter"):
+        _check_int("rank", config.rank, 0, 'Use 0 for no frozen factor, "balanced" or "adapter".')
+    if not isinstance(config.weight_copy, bool):
+        raise CELoraError(f"weight_copy={config.weight_copy!r}; expected true or false.")
+    estimator_class(config.estimator)
+    Settings(**{name: getattr(config, name) for name in _SETTINGS if name != "rank"})
+    if isinstance(config, CELoraConfig):
+        changed = [f.name for f in dataclasses.fields(LayerConfig) if getattr(config, f.name) != f.default]
+        _check_uses(config, changed)
+
+
+def _check_uses(config: LayerConfig, names: Iterable[str]) -> None:
+    """Refuse a setting that the chosen estimator would ignore; keep_ratio and rank have defaults of their own."""
+    uses = estimator_class(config.estimator).uses
+    for name in names:
+        if name in _SETTINGS - {"keep_ratio", "rank"} - uses:
+            advice = f"; use estimator={config.precision!r}" if name == "precision" else ""
+            raise CELoraError(
+                f"{name}={getattr(config, name)!r} means nothing to the estimator {config.estimator!r}{advice}."
+            )
+
+
+def _check_int(name: str, value: object, least: int, advice: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise CELoraError(f"{name}={value!r}; expected an integer >= {least}. {advice}".rstrip())

@@ -1,0 +1,1 @@
+"""The output folder: checkpoints, seals and what is saved."""

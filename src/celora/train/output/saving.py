@@ -1,0 +1,164 @@
+"""Checkpoints of a run: saved to their end, sealed, and only then are older ones removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import TrainerCallback, TrainerState
+
+from celora.borrowed import borrow
+from celora.errors import CELoraError, Diverged
+from celora.files import clear, sync
+from celora.train.output.card import CARD, Card, is_own
+from celora.train.output.folder import SAVING, OutputFolder
+from celora.train.output.manifest import seal
+from celora.train.processes import wait_for_all
+from celora.train.progress import MetricsWriter
+
+# What a disk, or a file that is not what it should be, raises.
+UNUSABLE = (OSError, SafetensorError, UnpicklingError)
+_TORCHS_WRITER = ("inline_container", "PytorchStreamWriter", "iostream error")
+
+
+class Sealing(TrainerCallback):  # type: ignore[misc]
+    """Seals what was saved; to be called after every callback that writes into a checkpoint, in every process.
+
+    Only the first has `metrics`, and seals; the others let it wait until they have written their own part.
+    """
+
+    def __init__(self, folder: OutputFolder, metrics: MetricsWriter | None) -> None:
+        self.folder = folder
+        self.metrics = metrics
+
+    def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        wait_for_all()
+        if self.metrics is None:
+            return
+        if self.metrics.path.exists():
+            sync(self.metrics.path)  # a checkpoint that is on the disk has its metrics there, too
+        checkpoint = self.folder.path / f"checkpoint-{state.global_step}"
+        note = {"step": state.global_step, "seconds": self.metrics.elapsed(), "resumable": not args.save_only_model}
+        seal(checkpoint, note)
+        self.folder.keep_last(args.save_total_limit, {checkpoint.name, Path(state.best_model_checkpoint or "").name})
+
+
+class SafeSaving:
+    """A mixin for Trainer: it leaves the removal of old checkpoints to `Sealing`, and writes nothing that is pickled
+    only to be looked at."""
+
+    args: Any
+    state: Any
+    card: Card | None = None
+
+    def create_model_card(self, *arguments: Any, **more: Any) -> None:
+        """celora's, in place of TRL's and the Trainer's."""
+        if self.card is None:
+            super().create_model_card(*arguments, **more)  # type: ignore[misc]
+        elif self.is_world_process_zero():  # type: ignore[attr-defined]
+            self.card.write(Path(self.args.output_dir), self)
+
+    def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
+        check_finite(self)
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            clear(checkpoint)  # unfinished, or from before the run went back to an earlier one
+        wait_for_all()  # before another process writes into the new one
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(*arguments, **more)  # type: ignore[misc]
+        except RuntimeError as error:
+            if not any(writer in str(error) for writer in _TORCHS_WRITER):
+                raise
+            raise OSError(str(error).splitlines()[0]) from error  # how torch.save says that the disk is full
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_best_model(self) -> None:
+        """From this run's own folder, whatever path a checkpoint's state names: it may be from elsewhere."""
+        best = Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name
+        self.state.best_model_checkpoint = str(best)
+        super()._load_best_model()  # type: ignore[misc]
+
+    def _save(self, output_dir: str | None = None, *arguments: Any, **more: Any) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        card = folder / CARD
+        kept = card.read_bytes() if is_own(card) else None
+        super()._save(output_dir, *arguments, **more)  # type: ignore[misc]
+        # training_args.bin: run.json says the same.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if kept is not None:
+            card.write_bytes(kept)  # PEFT has put a path of this machine into it
+        elif self.card is not None:
+            self.card.write(folder, self)
+
+
+def check_finite(trainer: Any) -> None:
+    """Refuse to save what is no adapter any more.
+
+    Raises:
+        Diverged: a parameter that trains is not finite.
+    """
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and not bool(parameter.detach().isfinite().all()):
+            raise Diverged(
+                f"at step {trainer.state.global_step} {name} holds NaN or infinity, so nothing is saved; lower "
+                "--learning_rate, and look at the loss and the gradient norm in metrics.jsonl"
+            )
+
+
+def save_adapter(trainer: Any, output: Path) -> None:
+    """Write the adapter and the tokenizer into `output`, each file whole or not at all."""
+    check_finite(trainer)
+    aside, first = output / SAVING, trainer.is_world_process_zero()
+    if first:
+        clear(aside)  # left by a process that was killed here
+        aside.mkdir()
+    trainer.save_model(str(aside), _internal_call=True)  # in all processes: each may hold a part
+    if first:
+        for file in sorted(aside.iterdir()):
+            sync(file)
+            if file.name == CARD and is_own(output / CARD):
+                file.unlink()
+            else:
+                file.replace(output / file.name)
+        aside.rmdir()
+        sync(output)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+
+
+def take_over(trainer: Any, checkpoint: Path) -> None:
+    """Load a checkpoint that needs no further step: the run was stopped between its last step and its end.
+
+    Raises:
+        CELoraError: this version of transformers has no method for it.
+    """
+    load, best = (borrow(f"transformers:Trainer.{name}") for name in ("_load_from_checkpoint", "_load_best_model"))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    wanted = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
+    if load is None or (wanted and best is None):
+        raise CELoraError(
+            f"{checkpoint.name} is the run's last step, and this version of transformers cannot load it without "
+            "another; give a larger --max_steps"
+        )
+    load(trainer, str(checkpoint))
+    if wanted:
+        trainer._load_best_model()
+
+
+def stopped(error: BaseException, folder: OutputFolder) -> CELoraError:
+    """What made a run stop, in one line, and from where it goes on."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnpicklingError):
+        reason = "a checkpoint's file holds objects other than tensors, which are never unpickled"
+    whole = folder.last_checkpoint()
+    then = (
+        f"{whole[0].name} is whole: mend that, then --resume goes on"
+        if whole
+        else "no checkpoint to go on from is saved"
+    )
+    kind = Diverged if isinstance(error, Diverged) else CELoraError
+    return kind(f"the run stopped: {reason.rstrip('.')}. {then[0].upper()}{then[1:]}.")

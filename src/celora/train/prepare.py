@@ -1,0 +1,72 @@
+"""From a request to a trainer with celora's configuration: what `train`, `plan` and `audit` share."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+import celora
+from celora.planning.plan import Plan
+from celora.settings.config import CELoraConfig
+from celora.train.dtype import settle_dtype
+from celora.train.loading import load_adapter, load_model, load_tokenizer, lora_config, quiet_libraries, training_rows
+from celora.train.output.folder import CONFIG
+from celora.train.planning import make_plan, planned
+from celora.train.request.arguments import TrainRequest, sft_config
+from celora.train.trainer import build_trainer, refused
+
+# What is left out where nothing is evaluated: a file of settings may be the training's.
+_NO_EVALUATION = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False, "save_strategy": "no"}
+
+
+def say(console: Console, quiet: bool, line: str) -> None:
+    if not quiet:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def plan_model(request: TrainRequest, *, rows: int | None, adapter: Path | None, console: Console) -> Plan:
+    """`celora.make_plan` for a new adapter, or for the one in `adapter`, on batches made as training makes them."""
+    with prepared(request, rows, adapter) as (trainer, _), refused("plan"):
+        return make_plan(request, trainer, console)
+
+
+def audit_model(
+    request: TrainRequest,
+    *,
+    rows: int | None,
+    adapter: Path | None = None,
+    reference: Literal["float32"] | None = None,
+) -> Any:
+    """`celora.audit` of a new adapter, or of the one in `adapter`, on a batch made exactly as training makes it."""
+    with prepared(request, rows, adapter) as (trainer, config), refused("audit"):
+        if request.preset == "auto" and config is request.config:
+            config, _ = planned(request, trainer, Console(stderr=True, quiet=True))
+        celora.attach(trainer.model, config)
+        batch = next(iter(trainer.get_train_dataloader()))
+        return celora.audit(trainer.model, batch, reference=reference)
+
+
+@contextmanager
+def prepared(request: TrainRequest, rows: int | None, adapter: Path | None) -> Iterator[tuple[Any, CELoraConfig]]:
+    """The trainer of this request and what to attach to its model; nothing is written.
+
+    `rows` are in a batch or, without, as many as training has.
+    """
+    with quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
+        tokenizer = load_tokenizer(request)
+        data = training_rows(request, tokenizer)
+        train = request.train | _NO_EVALUATION | ({} if rows is None else {"per_device_train_batch_size": rows})
+        args = sft_config(replace(request, train=train, output=Path(scratch)))
+        request, _ = settle_dtype(request, args)
+        model, peft, config = load_model(request), lora_config(request), request.config
+        if adapter is not None:
+            model, peft = load_adapter(model, adapter), None
+            if (adapter / CONFIG).is_file() and request.options.preset is None and request.options.celora is None:
+                config = CELoraConfig.load(adapter)  # the one the adapter was trained with
+        yield build_trainer(request, args, model, tokenizer, data, peft=peft), config

@@ -1,0 +1,103 @@
+"""What a run leaves behind: its record and its summary."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import celora
+from celora.machine.device import PACKAGES, device_name
+from celora.train.processes import processes
+from celora.train.progress import MetricsWriter, read_metrics
+from celora.train.request.arguments import TrainRequest, recorded
+
+_LAST = ("loss", "eval_loss", "tokens_seen", "mean_token_accuracy", "eval_mean_token_accuracy")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind. `status` is "finished", "interrupted" or "already finished"; only a run that was not
+    finished before comes with its model, trained and still attached."""
+
+    status: str
+    output: Path
+    step: int
+    summary: dict[str, Any]
+    model: Any = field(default=None, repr=False)
+
+
+def longer(earlier: dict[str, Any], now: dict[str, Any], metrics: Path) -> bool:
+    """Whether the run now asked for goes on where the finished one ended."""
+    if (steps := now.get("max_steps", -1)) > 0:
+        return bool(steps > earlier["summary"]["step"])
+    if earlier["given"].get("max_steps", -1) > 0:
+        before = next((row["epoch"] for row in reversed(read_metrics(metrics)) if "epoch" in row), 0.0)
+    else:
+        before = float(earlier["given"].get("num_train_epochs", 3))
+    return float(now.get("num_train_epochs", 3)) > before
+
+
+def is_evaluated(metrics: Path, trainer: Any) -> bool:
+    """Whether the last evaluation is that of the adapter which is saved."""
+    step, best = trainer.state.global_step, trainer.state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best and Path(best).name != f"checkpoint-{step}":
+        return False
+    return any(row["step"] == step and "eval_loss" in row for row in read_metrics(metrics))
+
+
+def make_record(request: TrainRequest, args: Any, attached: Any) -> dict[str, Any]:
+    return {
+        "celora": celora.__version__,
+        "status": "running",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "given": recorded(request.given),
+        "preset": request.preset,
+        "config": request.config.to_dict(),
+        "r": request.r,
+        "processes": processes(),
+        "lora": request.lora,
+        # Which hides every name that ends so, the words of the vocabulary among them.
+        "train": args.to_dict() | {name: request.train.get(name) for name in ("eos_token", "pad_token")},
+        "estimated_layers": len(attached.estimated),
+        "layers": [asdict(layer) for layer in attached.layers],
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+        "machine": {"device": device_name(args.device), "type": args.device.type, "threads": torch.get_num_threads()},
+    }
+
+
+def summarise(trainer: Any, metrics: MetricsWriter, attached: Any) -> dict[str, Any]:
+    """Numbers of the whole run, over all resumptions."""
+    rows = read_metrics(metrics.path)
+    steps = [row["step_time_ms"] for row in rows if "step_time_ms" in row]
+    last: dict[str, Any] = {}
+    for row in rows:
+        last |= {key: row[key] for key in _LAST if key in row}
+    return {
+        "step": int(trainer.state.global_step),
+        "seconds": round(metrics.elapsed(), 3),
+        **last,
+        "median_step_time_ms": statistics.median(steps) if steps else None,
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "estimated_cost": attached.cost,
+    }
+
+
+def worst(errors: dict[str, float], planned_errors: dict[str, float]) -> dict[str, Any]:
+    """The largest relative error that a refresh has measured, of how many layers, and what the plan says of the rest.
+
+    A layer's first refresh has nothing to compare with, so that in a short run few layers are measured.
+    """
+    rest = [error for name, error in planned_errors.items() if name not in errors]
+    return {
+        "layers_measured": len(errors),
+        "worst_relative_error": max(errors.values(), default=None),
+        "layers_not_measured": len(rest),
+        "worst_planned_error": max(rest, default=None),
+    }

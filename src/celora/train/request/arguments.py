@@ -1,0 +1,321 @@
+"""The arguments of a run: one flat mapping of names to raw values, checked and completed into one `TrainRequest`.
+
+The mapping comes from an earlier run (with --resume), a YAML file and flags; the later wins. From Python it is given
+directly: `make_request({"model": ..., "data": ..., "output": ..., "max_steps": 40})`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from celora.errors import CELoraError, unknown
+from celora.files import check_name
+from celora.settings.config import CELoraConfig, balanced_rank
+from celora.settings.presets import PRESETS, resolve
+from celora.train.output.folder import RUN, OutputFolder, finite
+from celora.train.processes import processes
+from celora.train.request.fields import (
+    ALIASES,
+    DEFAULTS,
+    MODEL_INIT,
+    MODEL_INIT_ALIASES,
+    REFUSED,
+    RunOptions,
+    convert,
+    known_fields,
+    known_name,
+    read_flags,
+)
+from celora.train.request.yaml_file import read_document
+
+DEFAULT_PRESET = "auto"
+PLANNING = ("fidelity", "memory_limit", "plan")  # what only preset auto takes
+# Presets that share LoRA's memory between adapter and frozen factor, r = r0 = floor(7/8 lora_r), as published.
+BALANCED = frozenset({"paper"})
+# What --resume may change; anything else would make the rest of the run a different run.
+RESUMABLE = ("max_steps", "num_train_epochs", "quiet", "report_to", "run_name", "log_level", "disable_tqdm")
+RESUMABLE_PREFIXES = ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_num_", "dataloader_pin_", "hub_")
+SECRETS = frozenset({"hub_token", "push_to_hub_token"})  # never written into a folder
+
+
+def read_yaml(path: str | Path) -> dict[str, object]:
+    """A YAML file as a raw mapping; a saved celora_config.json counts as its `celora:` part."""
+    document = read_document(path)
+    fields = {f.name for f in dataclasses.fields(CELoraConfig)}
+    if {"estimator", "keep_ratio"} & set(document) and set(document) <= fields:
+        return {"celora": document}
+    if str(document.get("num_processes")) == os.environ.get("WORLD_SIZE", "1"):
+        del document["num_processes"]  # `trl sft` hands it to its launcher; this is what was launched
+    found: dict[str, object] = {}
+    for key, value in document.items():
+        name = known_name(str(key).replace("-", "_"), f"key {str(key)!r} in {path}")
+        if name in found:
+            raise CELoraError(f"key {str(key)!r} in {path} says {name} a second time; keep one")
+        found[name] = value
+    if _is_trls(document):
+        found.setdefault("assistant_only_loss", False)  # TRL's default, where celora's depends on the rows
+    return found
+
+
+def _is_trls(document: Mapping[str, object]) -> bool:
+    """Whether a file was made for `trl sft`: it has names that only TRL needs, and none that TRL does not know."""
+    names = {str(key).replace("-", "_") for key in document}
+    ours = {f.name for f in dataclasses.fields(RunOptions) if not f.name.startswith("dataset_")}
+    return not names.isdisjoint({*ALIASES, "use_peft"}) and names.isdisjoint(ours)
+
+
+_NO_ESTIMATE = ("off", "exact")
+
+
+def estimator_config(preset: str | None, mapping: Mapping[str, object] | None, lora_r: int) -> tuple[CELoraConfig, int]:
+    """The CELoraConfig and the rank that trains, from a preset, from CELoraConfig fields, or both: fields win."""
+    if preset is not None and preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    if preset is None and mapping:
+        return CELoraConfig.from_dict(dict(mapping)), lora_r
+    preset = preset or DEFAULT_PRESET
+    config, r = resolve(preset), lora_r
+    changes: dict[str, Any] = dict(mapping or {})
+    settled = bool(config.overrides) or preset in ("auto", *_NO_ESTIMATE)
+    shadowed = sorted({"estimator", "keep_ratio"} & changes.keys()) if settled else []
+    if shadowed:
+        raise CELoraError(
+            f"celora: {shadowed[0]} has no effect beside preset {preset!r}, which sets it layer by layer; "
+            "give overrides, or leave out the preset"
+        )
+    if preset in BALANCED and "rank" not in changes:
+        r = balanced_rank(lora_r)
+        changes["rank"] = "adapter"
+    if isinstance(changes.get("overrides"), Mapping):
+        changes["overrides"] = {**config.overrides, **changes["overrides"]}  # later entries win
+    config = CELoraConfig.from_dict({**config.to_dict(), **changes})
+    if preset in _NO_ESTIMATE and any(of.get("estimator", "dense") != "dense" for of in config.overrides.values()):
+        raise CELoraError(f"celora: overrides with estimates beside preset {preset!r}, which has none; leave out one")
+    return config, r
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Everything one training run needs. `given` is what was asked for, `train` and `lora` are what that came to."""
+
+    model: str
+    data: str
+    output: Path
+    preset: str | None
+    config: CELoraConfig
+    r: int
+    options: RunOptions
+    train: dict[str, Any]
+    lora: dict[str, Any]
+    given: dict[str, Any]
+
+    @property
+    def lora_r(self) -> int:
+        """The rank that was asked for; `r` is the one that trains."""
+        return int(self.lora["lora_r"])
+
+
+def make_request(raw: Mapping[str, object]) -> TrainRequest:
+    """Check and complete a raw mapping (flags, YAML, or a dict from Python)."""
+    known = known_fields()
+    names = {name: known_name(name, f"name {name!r}") for name in raw}
+    values: dict[str, Any] = {names[name]: convert(known[names[name]], value) for name, value in raw.items()}
+    values = _without_aliases_in_model_init(values)
+    for name, (nothing, instead) in REFUSED.items():
+        if values.get(name, nothing) != nothing:
+            raise CELoraError(f"{name}={values[name]!r} is refused: {instead}")
+    needed = {"model": "MODEL", "data": "DATA", "output": "DIR"}
+    if missing := [f"--{name}" for name in needed if not values.get(name)]:
+        what = " ".join(f"--{name} {value}" for name, value in needed.items() if not values.get(name))
+        raise CELoraError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; give {what}")
+    if "/" in str(values.get("attn_implementation")):
+        raise CELoraError(
+            f"attn_implementation={values['attn_implementation']!r} is refused: it names code on the hub, which celora "
+            "never runs; install flash-attn and give flash_attention_2, or give sdpa"
+        )
+    if values.get("max_steps") == 0:
+        raise CELoraError("max_steps=0 trains nothing; give 1 or more, or -1 to train num_train_epochs")
+    if (values.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
+        raise CELoraError(
+            "skip_prepare_dataset in dataset_kwargs is refused: the rows are text, which has to be tokenised"
+        )
+    if values.get("resume") and values.get("overwrite"):
+        raise CELoraError("--resume and --overwrite exclude each other")
+
+    given: dict[str, Any] = {
+        name: _absolute(name, value) for name, value in values.items() if name not in ("resume", "overwrite", "config")
+    }
+    defaults = {name: value for name, (value, _) in DEFAULTS.items()} | device_defaults(values)
+    merged = {name: f.default for name, f in known.items() if f.owner == "lora"} | defaults | values
+    options = RunOptions(**{f.name: values[f.name] for f in dataclasses.fields(RunOptions) if f.name in values})
+    lora: dict[str, Any] = {name: merged[name] for name, f in known.items() if f.owner == "lora"}
+    train = {name: value for name, value in merged.items() if known[name].owner == "train"}
+    if "eval_steps" not in values and "logging_steps" in values:
+        train["eval_steps"] = values["logging_steps"]  # as Trainer has it
+    elif "eval_steps" not in values and values.get("load_best_model_at_end"):
+        train["eval_steps"] = train["save_steps"]  # what is saved has to be judged
+    if "include_num_input_tokens_seen" not in values and (train.get("packing") or train.get("padding_free")):
+        train["include_num_input_tokens_seen"] = "all"  # nothing is padded then, and pad may be a real token (eos)
+    config, r = estimator_config(options.preset, options.celora, lora["lora_r"])
+    preset = options.preset or (None if options.celora else DEFAULT_PRESET)
+    for name in PLANNING:
+        if getattr(options, name) is not None and preset != "auto":
+            raise CELoraError(f"{name} belongs to a plan; give it with --preset auto")
+    if options.fidelity is not None and not 0 < options.fidelity <= 1:
+        raise CELoraError(f"fidelity={options.fidelity}; expected a cosine, 0 < fidelity <= 1")
+    if options.memory_limit is not None and options.memory_limit < 0:
+        raise CELoraError(f"memory_limit={options.memory_limit}; expected MiB, 0 or more")
+    output = Path(values["output"]).expanduser()
+    return TrainRequest(given["model"], given["data"], output, preset, config, r, options, train, lora, given)
+
+
+def _without_aliases_in_model_init(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with what model_init_kwargs holds under the names that it has elsewhere; CELoraError for what it may not
+    hold."""
+    known, init = known_fields(), values.get("model_init_kwargs") or {}
+    moved: dict[str, Any] = {}
+    for key, value in init.items():
+        if key in REFUSED:
+            raise CELoraError(f"{key} in model_init_kwargs is refused: {REFUSED[key][1]}")
+        if name := MODEL_INIT_ALIASES.get(key):
+            moved[name] = convert(known[name], value)
+            if values.get(name, moved[name]) != moved[name]:
+                raise CELoraError(
+                    f"{key}={value!r} in model_init_kwargs, but {name}={values[name]!r}; give one of them"
+                )
+        elif key not in MODEL_INIT:
+            raise unknown("name in model_init_kwargs", key, MODEL_INIT | set(MODEL_INIT_ALIASES))
+    rest = {key: value for key, value in init.items() if key in MODEL_INIT}
+    return values | moved | ({"model_init_kwargs": rest} if init else {})
+
+
+def raw_arguments(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Flags (and options already parsed by the command line) over what the file in --config holds."""
+    flags = {name: value for name, value in (own or {}).items() if value is not None and value is not False}
+    flags |= read_flags(tokens)
+    if isinstance(named := flags.get("config"), list):
+        raise CELoraError(f"--config takes one file, got {len(named)}")
+    document = read_yaml(str(named)) if named else {}
+    if flags.get("preset") == "off":  # all that celora does, whatever the file says of it
+        document.pop("celora", None)
+    return document | flags
+
+
+def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> TrainRequest:
+    """Arguments to a request; --resume adds those of the run that is resumed.
+
+    Where there is none, a whole command line starts one: a queue or a supervisor gives the same line at every start.
+    """
+    raw = raw_arguments(tokens, own)
+    if not raw.get("resume"):
+        return make_request(raw)
+    if not raw.get("output"):
+        raise CELoraError("--resume continues the run in --output; give --output DIR")
+    folder = OutputFolder(Path(str(_absolute("output", str(raw["output"])))))
+    if raw.get("model") and raw.get("data") and folder.earlier() is None:
+        return make_request(raw)
+    before = folder.resumable()
+    check_record(folder.path / RUN, before)
+    request = make_request(before["given"] | raw)
+    _check_same_run(before, request)
+    return request
+
+
+def recorded(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for, to be written down: `make_request` of it is the same request, without secrets.
+
+    What JSON cannot hold (`max_grad_norm` may be infinite) becomes text that `convert` reads back.
+    """
+    return {
+        name: value if finite(value) == value else json.dumps(value, default=str)
+        for name, value in given.items()
+        if name not in SECRETS
+    }
+
+
+def check_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Refuse a run.json that was edited into what no run wrote; CELoraError."""
+    for name, kind in (("given", dict), ("train", dict), ("lora", dict), ("config", dict), ("r", int)):
+        if not isinstance(record.get(name), kind):
+            raise CELoraError(f"{path} is not what a run wrote: {name!r} is missing or no {kind.__name__}")
+    try:
+        make_request(record["given"])
+    except CELoraError as error:
+        raise CELoraError(f"{path} is not what a run wrote: {error}") from error
+    if record.get("status") == "finished" and not _is_summary(record.get("summary")):
+        raise CELoraError(
+            f"{path} is not what a run wrote: 'summary' is missing or holds no numbers of steps and seconds"
+        )
+
+
+def _is_summary(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(isinstance(number, int | float | None) for number in value.values())
+        and None not in (value.get("step"), value.get("seconds"))
+    )
+
+
+def _check_same_run(before: Mapping[str, Any], request: TrainRequest) -> None:
+    """Refuse to resume with an argument that would make the rest a different run."""
+    settled = before["train"] | before["lora"] | make_request(before["given"]).given
+    changed = {
+        name: (settled.get(name), value)
+        for name, value in request.given.items()
+        if not (name in RESUMABLE or name.startswith(RESUMABLE_PREFIXES) or name in ("output", "preset", "celora"))
+        and settled.get(name) != value
+    }
+    if (before["config"], before["r"]) != (request.config.to_dict(), request.r):
+        changed["the estimator's configuration"] = (before.get("preset"), request.preset)
+    if (count := before.get("processes", processes())) != processes():
+        changed["the number of processes"] = (count, processes())
+    for name, (old, new) in changed.items():
+        raise CELoraError(f"--resume cannot change {name} ({old!r} -> {new!r}); start a new run instead")
+
+
+def _absolute(name: str, value: object) -> object:
+    """Local paths are stored whole, so that --resume works from another folder; hub names stay as they are."""
+    if name not in ("model", "data", "eval_data", "output", "plan") or not isinstance(value, str):
+        return value
+    check_name(name, value)
+    path = Path(value).expanduser()
+    return str(path.resolve()) if path.exists() or name == "output" else value
+
+
+def device_defaults(values: Mapping[str, object]) -> dict[str, object]:
+    """Defaults that depend on the machine; without CUDA all is in the model's dtype, which `choose_dtype` measures."""
+    import torch
+
+    from celora.machine.device import accelerator
+
+    cuda = torch.cuda.is_available() and not values.get("use_cpu")
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False) and not values.get("fp16")
+    return {"use_cpu": accelerator() is None, "bf16": bf16, "dataloader_pin_memory": cuda}
+
+
+def sft_config(request: TrainRequest) -> Any:
+    """TRL's SFTConfig for this run. Built late: constructing one resets Accelerate's process-wide state."""
+    from trl import SFTConfig
+
+    train = request.train | {"dataset_text_field": "text"}  # as `load_rows` names it, whatever the file calls it
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")
+        if new in known_fields() and old in train:
+            # transformers renamed these and warns about the old names, even when they say "off".
+            train[new], train[old] = train.get(new, train[old]), None
+    try:
+        args = SFTConfig(
+            output_dir=str(request.output), disable_tqdm=True, **{k: v for k, v in train.items() if k != "disable_tqdm"}
+        )
+    except Exception as error:  # whatever TRL, transformers and accelerate raise about a value
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise CELoraError(kind + " ".join(str(error).split())) from error
+    if args.activation_offloading and args.device.type == "cpu":
+        raise CELoraError("activation_offloading=True needs an accelerator to take activations off; leave it out")
+    return args

@@ -1,0 +1,1 @@
+"""Rows: from files to what TRL's trainer takes."""

@@ -1,0 +1,280 @@
+"""Which tokens of a conversation the assistant wrote. A chat model learns those, and not what users say.
+
+A template with `{% generation %}` marks says so itself. With any other, an answer is a difference: the conversation up
+to and including the turn, less the conversation before it with the generation prompt. Both have to stand at the
+beginning of the whole conversation; where they do not, the row is refused, and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+from celora.errors import CELoraError
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_WAYS_OUT = (
+    "give a template with {% generation %} marks in --chat_template_path, leave out such rows, or learn every token "
+    "with --assistant_only_loss false"
+)
+Messages = Sequence[dict[str, Any]]
+Render = Callable[[Messages, bool], str]  # a conversation as text, with or without the prompt for an answer
+
+
+class AnswersOnly:
+    """A mixin for SFTTrainer: `assistant_only_loss` for every chat template.
+
+    `answers` is what the user said of `assistant_only_loss`; None learns the answers of rows of messages, and whatever
+    TRL learns of other rows.
+    """
+
+    args: Any
+    completion_only_loss: bool
+
+    def __init__(self, *arguments: Any, answers: bool | None, **more: Any) -> None:
+        self.answers = answers
+        args, rows = more["args"], more["train_dataset"]
+        # TRL would refuse a template that it does not know; the masks are made here.
+        args.assistant_only_loss = False
+        super().__init__(*arguments, **more)
+        args.assistant_only_loss = self._learns_answers(rows)
+
+    def _learns_answers(self, rows: Any) -> bool:
+        return "messages" in rows.column_names if self.answers is None else self.answers
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """As TRL's, which makes labels of the column `assistant_masks`, cuts and packs."""
+        columns = dataset.column_names
+        if self._learns_answers(dataset) and "input_ids" not in columns:
+            data = "training" if dataset_name == "train" else "evaluation"
+            if "messages" in columns or isinstance(dataset[0].get("prompt"), list):
+                with args.main_process_first():
+                    dataset = _masked(dataset, processing_class, args.dataset_num_proc, data, self.completion_only_loss)
+                    if packing and args.packing_strategy == "bfd":
+                        dataset = _with_answers_within(dataset, args)
+            elif dataset_name == "train":
+                raise CELoraError(
+                    "assistant_only_loss=True is for conversations, and these rows are text; leave it out, or give "
+                    "rows of messages"
+                )
+        return super()._prepare_dataset(  # type: ignore[misc]
+            dataset, processing_class, args, packing, formatting_func, dataset_name
+        )
+
+
+def _masked(dataset: Any, tokenizer: Any, processes: int | None, data: str, completion_only: bool) -> Any:
+    _check_stop(tokenizer)
+    return dataset.map(
+        _mask_row,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "data": data, "completion_only": completion_only},
+        remove_columns=dataset.column_names,
+        num_proc=processes,
+        desc="Finding the answers",
+    )
+
+
+def _with_answers_within(dataset: Any, args: Any) -> Any:
+    """The rows whose answers are not all cut off; all of them if none is left. Without packing TRL does it."""
+    kept = dataset.filter(
+        _has_answer_within,
+        fn_kwargs={"limit": args.max_length},
+        num_proc=args.dataset_num_proc,
+        desc="Leaving out rows",
+    )
+    return kept if len(kept) else dataset
+
+
+def _has_answer_within(row: dict[str, Any], limit: int) -> bool:
+    return any(row["assistant_masks"][:limit])
+
+
+def _check_stop(tokenizer: Any) -> None:
+    """Warn of a template that ends no answer, or ends it outside of its marks."""
+    probe = [{"role": role, "content": text} for role, text in (("user", "no"), ("assistant", "yes"), ("user", "no"))]
+    with contextlib.suppress(Exception):  # what a template refuses of a row is said of that row
+        found = mask_answers(probe, tokenizer)
+        learnt = [token for token, mask in zip(found["input_ids"], found["assistant_masks"], strict=True) if mask]
+        if tokenizer.decode(learnt).strip().endswith("yes"):
+            warnings.warn(
+                "celora: the chat template writes nothing that ends an answer, or not between its {% generation %} "
+                "marks, so the model may not learn to stop.",
+                stacklevel=2,
+            )
+
+
+def _is_marked(tokenizer: Any) -> bool:
+    """Whether the template marks answers, for a tokenizer that can follow the marks."""
+    return bool(tokenizer.is_fast and tokenizer.chat_template and _MARKS.search(tokenizer.get_chat_template()))
+
+
+def _mask_row(row: dict[str, Any], index: int, tokenizer: Any, data: str, completion_only: bool) -> dict[str, Any]:
+    messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+    first = len(row["prompt"]) if "prompt" in row and completion_only else 0
+    try:
+        return mask_answers(messages, tokenizer, first)
+    except CELoraError as error:
+        raise CELoraError(f"row {index + 1:,} of the {data} data: {error}") from None
+
+
+def mask_answers(messages: Messages, tokenizer: Any, first: int = 0) -> dict[str, list[int]]:
+    """The tokens of a conversation and, of each, whether the assistant wrote it, from the message `first` on.
+
+    Returns:
+        `input_ids`, as the tokenizer's chat template has them, and `assistant_masks`: 1 for a token to learn.
+
+    Raises:
+        CELoraError: no answer is there, or the template writes one differently when more follows.
+    """
+    if not any(message["role"] == "assistant" for message in messages[first:]):
+        raise CELoraError("no assistant turn is in it, so there is nothing to learn; leave it out")
+
+    def render(some: Messages, prompt: bool) -> str:
+        return str(tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=prompt))
+
+    whole = render(messages, False)
+    if _is_marked(tokenizer):
+        found = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
+        if first:
+            asked = len(_tokens(tokenizer, whole[: _shared(whole, render(messages[:first], True))]))
+            mask[:asked] = [0] * asked
+        if not any(mask):
+            raise CELoraError(f"the chat template marks none of its tokens as an answer; {_WAYS_OUT}")
+        return {"input_ids": ids, "assistant_masks": mask}
+    end = tokenizer.eos_token or ""
+    spans = [_span(messages, k, whole, render, end) for k in range(first, len(messages)) if _answers(messages[k])]
+    ids, mask = _mask_tokens(tokenizer, whole, spans)
+    return {"input_ids": ids, "assistant_masks": mask}
+
+
+def _answers(message: dict[str, Any]) -> bool:
+    return bool(message["role"] == "assistant")
+
+
+def _span(messages: Messages, k: int, whole: str, render: Render, end: str) -> tuple[int, int]:
+    """Where the answer that is message `k` begins and ends in the text of the whole conversation.
+
+    Some templates write more where a conversation ends: `end` after the last answer, or an empty thought before it.
+    """
+    try:
+        before, upto = _before(messages, k, render), render(messages[: k + 1], False)
+    except Exception as error:  # what a template raises of a conversation that ends there
+        said = " ".join(str(error).split())
+        raise CELoraError(f"the chat template refuses what ends at messages[{k}] ({said}); {_WAYS_OUT}") from None
+    written = upto[len(before) :]
+    if upto.startswith(before) and whole.startswith(before):
+        said = str(messages[k]["content"]).strip()
+        bare = written[max(0, written.find(said)) :]
+        for text in (written, written.removesuffix(end), bare, bare.removesuffix(end)):
+            if (text is written or said in text) and whole.startswith(text, len(before)):
+                return len(before), len(before) + len(text)
+    raise CELoraError(
+        f"the chat template writes messages[{k}], an answer, in another way when it is to be given or when more "
+        f"follows, so its tokens are not known; {_WAYS_OUT}"
+    )
+
+
+def _before(messages: Messages, k: int, render: Render) -> str:
+    """The text that asks for message `k`."""
+    if k:
+        return render(messages[:k], True)
+    # No template writes an empty conversation, so the prompt is looked for in the one of this message.
+    alone, more = render(messages[:1], False), render(messages[:1], True)
+    prompt = more[_shared(alone, more) :]
+    return alone[: alone.index(prompt) + len(prompt)]
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _mask_tokens(tokenizer: Any, whole: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """The tokens of the text, and which are in a span: by their characters or, where nobody tells, by counting.
+
+    A token that is partly in an answer is learnt, as with `{% generation %}` marks.
+    """
+    if not tokenizer.is_fast:
+        return _mask_counted(tokenizer, whole, spans)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+    mask = np.zeros(len(starts), np.int64)
+    for start, end in spans:
+        mask |= (ends > start) & (starts < end)
+    return list(encoded["input_ids"]), mask.tolist()
+
+
+def _mask_counted(tokenizer: Any, whole: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    ids = _tokens(tokenizer, whole)
+    mask = [0] * len(ids)
+    for span in spans:
+        start, end = (len(part) for part in (_tokens(tokenizer, whole[:place]) for place in span))
+        for place, count in zip(span, (start, end), strict=True):
+            if _tokens(tokenizer, whole[:place]) != ids[:count]:
+                raise CELoraError(f"a token of this tokenizer goes beyond the bounds of an answer; {_WAYS_OUT}")
+        mask[start:end] = [1] * (end - start)
+    return ids, mask
+
+
+# --- how much is learnt ----------------------------------------------------------------------------------------------
+
+
+def learnt_tokens(dataset: Any) -> tuple[int, int]:
+    """Of a prepared data set: tokens with a label, and all tokens; read block by block from the Arrow file."""
+    learnt = tokens = 0
+    for labels in _flat_labels(dataset):
+        tokens += len(labels)
+        learnt += int(pc.sum(pc.not_equal(labels, -100)).as_py() or 0)
+    return learnt, tokens
+
+
+def _flat_labels(dataset: Any) -> Iterator[Any]:
+    for block in dataset.select_columns("labels").with_format("arrow").iter(batch_size=1_000):
+        yield pc.list_flatten(block["labels"])
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """How many of the tokens of the training data are learnt, and which part of it they are."""
+
+    learnt: int
+    tokens: int
+    part: str
+
+    @property
+    def share(self) -> str:
+        """In per cent; only all is 100 %, and only nothing is 0 %."""
+        percent = round(100 * self.learnt / max(1, self.tokens))
+        return f"{percent if self.learnt in (0, self.tokens) else min(max(percent, 1), 99)} %"
+
+    def __str__(self) -> str:
+        return f"Learning {self.share} of {self.tokens:,} tokens: {self.part}."
+
+
+def what_is_learnt(trainer: Any, rows: Any) -> Learnt:
+    """Of the training data of a trainer, which was made of `rows`; after everything that is cut off."""
+    if trainer.args.assistant_only_loss:
+        part = "the answers"
+    elif "prompt" in rows.column_names and trainer.completion_only_loss:
+        part = "the completions"
+    elif "messages" in rows.column_names:
+        part = "all turns, the user's, too"
+    else:
+        part = "all of them"
+    return Learnt(*learnt_tokens(trainer.train_dataset), part)

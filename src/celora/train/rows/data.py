@@ -1,0 +1,334 @@
+"""Any of the four row shapes, from any of the usual places, into what TRL's SFTTrainer takes.
+
+A row becomes an example of its shape, or one line says what is wrong with it and where. `datasets` streams the
+examples into an Arrow file: memory stays flat. The cache key holds size and times of every source file, so a changed
+file is never served stale. No code comes with the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+
+from celora.errors import CELoraError, unknown
+from celora.files import check_regular
+from celora.train.rows import readers
+from celora.train.rows.readers import READERS, fail
+
+SHAPES: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt + completion": ("prompt", "completion"),
+    "instruction (+ input) + output": ("instruction", "output"),
+    "text": ("text",),
+}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SPLITS = {  # and the words in the names of files that say so, as `datasets` has them
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+# What a chat template writes out beside role and content: a model would learn to answer without it.
+_RENDERED = ("tool_calls", "function_call", "reasoning_content", "thinking")
+_NO_TOOLS = "is not trained on here; leave such rows out, or use TRL's SFTTrainer, with celora.attach(trainer.model)"
+_NO_ANSWER = (
+    "no message is the assistant's, so there is nothing to learn; leave the row out, or learn every token with "
+    "--assistant_only_loss false"
+)
+_COLUMNS = [*dict.fromkeys(column for columns in SHAPES.values() for column in columns), "input"]
+_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
+_KNOWN_SHAPES = f"a row has {', or '.join(SHAPES)}"
+Row = Mapping[str, Any]
+E = TypeVar("E", bound=BaseException)
+
+
+def load_rows(
+    source: str | Path,
+    *,
+    split: str = "train",
+    chat: bool,
+    limit: int | None = None,
+    config: str | None = None,
+    text_field: str = "text",
+    cache_dir: str | Path | None = None,
+    answers: bool = False,
+) -> datasets.Dataset:
+    """The rows of `source`, all of one shape, with the columns that SFTTrainer expects and no others.
+
+    `source` is a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of such files, or the name of a hub data set. A
+    file is taken whole, whatever `split` says. In a folder the files with the split in their name (`test.jsonl`,
+    `reviews_test.jsonl`, `test-00000-of-00002.parquet`) are taken in name order; for `train`, where there are none, all
+    that are not named like another split. A `.json` or `.jsonl` file holds one row per line, or one list of rows.
+
+    The first row decides the shape: `messages`; `prompt` + `completion`, strings or message lists; `instruction`
+    (+ `input`) + `output`, which becomes a prompt and a completion, as message lists if `chat`; `text`, or what the
+    column `text_field` holds. With `answers`, a row of messages has to hold one of the assistant, since nothing else is
+    learnt. At most `limit` rows are read. `config` is the configuration of a hub data set. Memory
+    stays flat, but for a JSON list, which is held as text.
+
+    Raises CELoraError, in one line with file and line, for anything that cannot be read or understood as such rows.
+    """
+    if limit is not None and limit < 1:
+        raise CELoraError(f"limit={limit}; expected at least 1 row, or None for all.")
+    files = local_files(source, split)
+    if files and config is not None:
+        raise CELoraError(f"dataset_config={config!r} is for hub data sets, and {str(source)!r} is here; leave it out.")
+    stamps = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files for s in [f.stat()]]
+    hub = None if files else _hub(str(source), split, config)
+    # The code is part of the key, so that rows cached by another version of it are not taken for rows of this one.
+    code = [Path(file).read_bytes() for file in (__file__, readers.__file__)]
+    key = hashlib.sha256(repr((stamps, code)).encode()).hexdigest()
+    try:
+        return datasets.Dataset.from_generator(
+            _generate,
+            gen_kwargs={
+                "name": str(source),
+                "files": tuple(str(file) for file in files),
+                "hub": hub,
+                "chat": chat,
+                "limit": limit,
+                "text_field": text_field,
+                "answers": answers,
+                "key": key,
+            },
+            cache_dir=None if cache_dir is None else str(cache_dir),
+        )
+    except Exception as error:
+        # datasets wraps what a generator raises; the one line inside is what the user should see.
+        if said := _cause(error, CELoraError):
+            raise said from None
+        if refused := _cause(error, OSError):
+            cache = cache_dir or datasets.config.HF_DATASETS_CACHE
+            raise CELoraError(
+                f"cannot keep the rows of {str(source)!r} in {str(cache)!r}: {refused.strerror or refused}; make room "
+                "there, or name another folder in HF_DATASETS_CACHE"
+            ) from error
+        raise
+
+
+def _cause(error: BaseException | None, kind: type[E]) -> E | None:
+    """The first of this kind among an error and what led to it."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _generate(
+    name: str,
+    files: tuple[str, ...],
+    hub: datasets.Dataset | None,
+    chat: bool,
+    limit: int | None,
+    text_field: str,
+    answers: bool,
+    key: str,
+) -> Iterator[dict[str, Any]]:
+    placed = (
+        (pair for file in files for pair in READERS[Path(file).suffix.lower()](Path(file)))
+        if hub is None
+        else ((f"{name}, row {number}", row) for number, row in enumerate(hub, 1))
+    )
+    shape = first = start = None
+    for place, row in islice(placed, limit):
+        if isinstance(row, dict) and text_field in row:
+            row = row | {"text": row[text_field]}
+        found = _shape(place, row, prefer=shape)
+        example = _example(place, row, found, chat)
+        if answers and "messages" in example and all(of["role"] != "assistant" for of in example["messages"]):
+            fail(place, _NO_ANSWER)
+        this = f"{found} as {'lists' if isinstance(next(iter(example.values())), list) else 'strings'}"
+        if first is None:
+            shape, first, start = found, this, place
+        elif this != first:
+            fail(place, f"this row is {this}, the first one ({start}) is {first}; keep one shape per data set")
+        yield example
+    if first is None:
+        raise CELoraError(f"{name}: no rows; expected at least one: {_KNOWN_SHAPES}.")
+
+
+# --- one row ---------------------------------------------------------------------------------------------------------
+
+
+def _shape(place: str, row: Any, prefer: str | None) -> str:
+    """The name of the row's shape; a row with the columns of several has the preferred one, then the first."""
+    if not isinstance(row, dict):
+        fail(place, f"a row is {reprlib.repr(row)}; expected an object with columns: {_KNOWN_SHAPES}")
+    present = {column for column, value in row.items() if value is not None}
+    fitting = [shape for shape, columns in SHAPES.items() if present.issuperset(columns)]
+    if not fitting:
+        fail(place, _no_shape(row))
+    return prefer if prefer in fitting else fitting[0]
+
+
+def _example(place: str, row: Row, shape: str, chat: bool) -> dict[str, Any]:
+    if _holds(row.get("tools")) and shape in ("messages", "prompt + completion"):
+        fail(place, f"'tools' {_NO_TOOLS}")
+    if shape == "messages":
+        return {"messages": _messages(place, "messages", row["messages"])}
+    if shape == "text":
+        return {"text": _text(place, "text", row["text"])}
+    if shape == "prompt + completion":
+        lists = [isinstance(row[column], list) for column in ("prompt", "completion")]
+        if lists[0] != lists[1]:
+            fail(place, "'prompt' and 'completion' differ in kind; give two strings or two message lists")
+        check: Callable[[str, str, Any], Any] = _messages if lists[0] else _text
+        return {c: check(place, c, row[c]) for c in ("prompt", "completion")}
+    prompt = _text(place, "instruction", row["instruction"])
+    if row.get("input") not in (None, ""):
+        prompt += "\n\n" + _text(place, "input", row["input"])
+    completion = _text(place, "output", row["output"])
+    if not chat:
+        return {"prompt": prompt + "\n\n", "completion": completion}
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "completion": [{"role": "assistant", "content": completion}],
+    }
+
+
+def _no_shape(row: Row) -> str:
+    nulls = [column for column in _COLUMNS if column != "input" and column in row and row[column] is None]
+    if nulls:
+        return f"{nulls[0]!r} is null; expected a value. Fill it in or drop the row; {_KNOWN_SHAPES}"
+    missing = [column for column in _COLUMNS if column not in row]
+    near = {c: difflib.get_close_matches(c.lower(), missing, n=1) for c in row if c not in _COLUMNS}
+    hints = [f"{match[0]!r} for {column!r}" for column, match in near.items() if match]
+    hint = f" (did you mean {' and '.join(hints)}?)" if hints else ""
+    return f"columns {', '.join(map(repr, row)) or '(none)'} are no known row{hint}; {_KNOWN_SHAPES}"
+
+
+def _text(place: str, column: str, value: Any) -> str:
+    if not isinstance(value, str):
+        came = "null" if value is None else type(value).__name__
+        fail(place, f"{column!r} is {came} {'' if value is None else reprlib.repr(value)}; expected a string")
+    if not value.strip():
+        fail(place, f"{column!r} is empty; expected some text. Fill it in or drop the row")
+    if "\0" in value or re.search("[\ud800-\udfff]", value):
+        fail(place, f"{column!r} holds a NUL or half a surrogate pair; expected text. Clean the row")
+    text: str = value
+    return text
+
+
+def _holds(value: Any) -> bool:
+    """Whether there is something in what may also be JSON as text."""
+    return bool(value) and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
+
+
+def _messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
+    expected = "expected a list of {'role': ..., 'content': ...}"
+    if not isinstance(value, list) or not value:
+        fail(place, f"{column!r} is {reprlib.repr(value)}; {expected}")
+    messages = []
+    for number, message in enumerate(value):
+        label = f"{column}[{number}]"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            keys = f"keys {', '.join(map(repr, message))}" if isinstance(message, dict) else reprlib.repr(message)
+            fail(place, f"{label} has {keys}; {expected}")
+        if rendered := [key for key in _RENDERED if _holds(message.get(key))]:
+            fail(place, f"{label}.{rendered[0]} {_NO_TOOLS}")
+        role = _text(place, f"{label}.role", message["role"])
+        if role not in ROLES:
+            fail(place, f"{label}.role is {role!r}; expected one of {', '.join(ROLES)}")
+        content = message["content"]
+        # An empty system message switches a chat template's default one off; any other empty message is a mistake.
+        if not (role == "system" and content == ""):
+            content = _text(place, f"{label}.content", content)
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+def local_files(source: str | Path, split: str) -> list[Path]:
+    """The files that `load_rows` reads, or none if `source` can only be the name of a hub data set."""
+    path = Path(source).expanduser()
+    check_regular(path)
+    if path.is_dir():
+        try:
+            files = _in_folder(path, split)
+        except OSError as error:
+            fail(str(path), f"cannot be listed: {error.strerror}; check its permissions")
+    elif path.exists():
+        if path.suffix.lower() not in READERS:
+            raise unknown(f"file ending of {str(path)!r}:", path.suffix, READERS)
+        files = [path]
+    elif isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix.lower() not in READERS:
+        return []
+    else:
+        raise CELoraError(f"no such data file or folder: {str(path)!r}.{_nearest(path)}")
+    for file in files:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            fail(str(file), f"cannot be opened: {error.strerror}; check the file and its permissions")
+    return files
+
+
+def _in_folder(folder: Path, split: str) -> list[Path]:
+    def named(file: Path, name: str, pattern: str = r"(.*[-_. \d])?{}([-_. \d].*)?") -> bool:
+        words = SPLITS.get(name, (name,))
+        return any(re.fullmatch(pattern.format(re.escape(word)), file.stem, re.IGNORECASE) for word in words)
+
+    saved = ({"state.json", "dataset_info.json"}, {"dataset_dict.json"})  # one data set, and several
+    if any(all((folder / name).is_file() for name in names) for names in saved):
+        fail(str(folder), "written by save_to_disk, and read here are files; write it again with to_parquet")
+    files = _files_in(folder)
+    if not files:
+        below = next((f"; {inner.name!r} in it does" for inner in sorted(folder.glob("*/")) if _files_in(inner)), "")
+        fail(str(folder), f"holds no data files, which end in {', '.join(READERS)}{below}")
+    # The name and a number come first; a word anywhere in the name serves where there is no such file.
+    chosen = [file for file in files if named(file, split, r"{}([-_.]\d.*)?")]
+    if not chosen:
+        chosen = [file for file in files if named(file, split)]
+        for file in chosen:
+            if len(splits := [name for name in SPLITS if named(file, name)]) > 1:
+                fail(str(file), f"its name says {' and '.join(map(repr, splits))}; rename it, so that it says one")
+    if not chosen and split == "train":
+        # Never train on what is called a test set.
+        chosen = [file for file in files if not any(named(file, name) for name in SPLITS)]
+    if not chosen:
+        names = ", ".join(file.name for file in files[:5])
+        raise CELoraError(f"{str(folder)!r} has no {split!r} file among {names}; name one like {split}.jsonl.")
+    # In the hub's cache, files are links from snapshots/REVISION to blobs beside it.
+    here = folder.resolve()
+    roots = [here, *(parent.with_name("blobs") for parent in here.parents if parent.name == "snapshots")]
+    for file in chosen:
+        if not any(file.resolve().is_relative_to(root) for root in roots):
+            fail(str(file), "a link out of the data folder; give what it points to as data, or copy it into the folder")
+    return chosen
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in READERS and not file.name.startswith(".") and file.is_file()
+    )
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" The folder {str(path.parent)!r} does not exist either."
+    near: list[str] = []
+    with contextlib.suppress(OSError):
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
+    return f" Did you mean {str(path.parent / near[0])!r}?" if near else " Check the name."
+
+
+def _hub(name: str, split: str, config: str | None) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(name, name=config, split=split)
+    except Exception as error:  # whatever the hub client raises: network, unknown name, unknown split, ...
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CELoraError(
+            f"{name!r} is no file or folder here, and as a hub data set it failed: {type(error).__name__}: {reason} -- "
+            f"if it is meant to be a file:{_nearest(Path(name))}"
+        ) from error

@@ -1,0 +1,172 @@
+"""TRL's SFTTrainer with celora's phases, one-line errors and checkpoints."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch.utils.data import Sampler
+from transformers import PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from trl import SFTTrainer
+
+from celora.borrowed import NAMES, borrow
+from celora.errors import CELoraError, out_of_memory
+from celora.train.output.saving import UNUSABLE, SafeSaving
+from celora.train.processes import lost_contact
+from celora.train.progress import Phases
+from celora.train.request.arguments import TrainRequest
+from celora.train.rows.answers import AnswersOnly
+from celora.train.rows.template import refused_row
+
+
+class OrderOfEpoch(Sampler[int]):
+    """The order of a sampler that draws, from the seed and the epoch alone; Accelerate tells the epoch."""
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self.sampler, self.seed = sampler, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is that of this epoch."""
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer that says where its time goes, and tells nobody about it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.phases = Phases()
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, timed while training."""
+        with self.phases.timing("forward") if self.model.training else nullcontext():
+            return super().compute_loss(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, timed: all of it that is not the forward is the backward."""
+        with self.phases.timing("backward", without="forward"):
+            return super().training_step(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; what a library refuses before the first step is one line."""
+        with refused("training", self):
+            return super().train(*args, **kwargs)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, in an order that a run which is resumed in a later epoch has, too."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = OrderOfEpoch(sampler, seed)
+        return sampler
+
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's; none without a batch."""
+        loader = super().get_train_dataloader()
+        if len(loader) == 0:
+            raise CELoraError(
+                f"dataloader_drop_last={self.args.dataloader_drop_last} leaves no batch: {len(self.train_dataset):,} "
+                f"rows for batches of {self.args.train_batch_size:,}; leave it out, or make batches smaller"
+            )
+        return loader
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; a metric that no evaluation has is one line."""
+        with refused("best model"):
+            return super()._determine_best_metric(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, *rest: Any) -> Any:
+        """As TRL's; a row that the chat template refuses is named."""
+        try:
+            return super()._prepare_dataset(dataset, processing_class, *rest)
+        except OSError:
+            raise
+        except Exception as error:
+            refused = refused_row(dataset, processing_class, getattr(self, "chat_template", None))
+            if refused is None:
+                raise
+            (number, reason), data = refused, "training" if rest[-1] == "train" else "evaluation"
+            said = " ".join(str(reason).split())
+            raise CELoraError(f"the chat template refuses row {number:,} of the {data} data: {said}") from error
+
+    def _send_telemetry(self) -> None:
+        """TRL reports every construction to the hub; training a model here stays here."""
+
+
+# What `Trainer` and its mixins override, as `celora.borrowed` lists it.
+OVERRIDDEN = tuple(name for name in NAMES if name.startswith(("transformers:Trainer._", "trl:SFTTrainer._")))
+
+
+@contextmanager
+def refused(what: str, trainer: Any = None) -> Iterator[None]:
+    """What a library says of the values that it is given for `what`, in one line.
+
+    What our own code raises is a bug and left as it is; so is what is wrong with the machine and, with a `trainer`,
+    with files, and all that comes after the first step.
+    """
+    try:
+        yield
+    except CELoraError:
+        raise
+    except Exception as error:
+        late = trainer is not None and (isinstance(error, UNUSABLE) or trainer.state.global_step > 0)
+        if late or out_of_memory(error) or lost_contact(error) or _raised_here(error):
+            raise
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise CELoraError(f"no {what} with these settings: {kind}{' '.join(str(error).split())}") from error
+
+
+def _raised_here(error: Exception) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("celora.")
+
+
+def build_trainer(
+    request: TrainRequest,
+    args: Any,
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    eval_rows: Any = None,
+    *,
+    peft: LoraConfig | None,
+) -> Any:
+    """The SFTTrainer of this run, without celora and without progress. What it refuses is one line."""
+    for name in OVERRIDDEN:
+        borrow(name)  # says what is not done where the method is gone: nobody calls ours then
+    with refused("trainer"):
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            peft_config=peft,
+            answers=request.train.get("assistant_only_loss"),
+        )
+    trainer.remove_callback(PrinterCallback)
+    for dataset, source in ((trainer.train_dataset, request.data), (trainer.eval_dataset, request.options.eval_data)):
+        if dataset is not None and not _teaches(dataset):
+            raise CELoraError(
+                f"no row of {source or request.data!r} has a token to learn within max_length={args.max_length} "
+                "(the first of a row predicts, and is not predicted); give longer rows or a larger --max_length"
+            )
+    return trainer
+
+
+def _teaches(dataset: Any) -> bool:
+    """Whether any row of a prepared data set has a label after its first token."""
+    column = "labels" if "labels" in dataset.column_names else "input_ids"
+    return any(label != -100 for labels in dataset[column] for label in labels[1:])

@@ -1,0 +1,95 @@
+"""How the weight of a frozen layer is read: as it is, or de-quantised, all of it or only some rows.
+
+Most layers hold their `(out, in)` weight as a tensor; GPT-2's Conv1D holds `(in, out)`, read through a transposed view.
+Quantised layers hold something else. There a `StoredWeight` stands for the matrix they multiply with and offers what
+estimators ask of a weight: `weight[index]` de-quantises those rows only, `weight.to(dtype)` and `weight.detach()`
+everything, anew each time; `data_ptr()` and `_version` tell when a copy made of it is out of date.
+
+Kinds of layers are told by their classes' names, so no quantisation package is imported here before it is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from celora.weights.quantised import is_kind, stored_kind, why_refused
+
+_PLAIN = (nn.Parameter, DTensor)
+
+
+def held(module: nn.Module) -> Tensor | None:
+    """The weight of a frozen layer, (out, in), if the layer holds it as a tensor; None if it is quantised."""
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear) and type(weight) in _PLAIN:
+        plain: Tensor = weight
+        return plain
+    if _is_conv1d(module):
+        return cast(Tensor, weight.t())
+    return cast(Tensor, weight) if stored_kind(module) is None else None
+
+
+def read(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight of a frozen layer, (out, in): a tensor, or a `StoredWeight` if the layer is quantised.
+
+    Args:
+        module: a layer for which `unreadable` says ''.
+        dtype: of its activations, which the numbers of 8-bit weights take on.
+    """
+    weight = held(module)
+    if weight is not None:
+        return weight
+    kind = stored_kind(module)
+    assert kind is not None
+    return kind(module, dtype)
+
+
+def unreadable(module: nn.Module) -> str:
+    """Why `read` would not give the matrix that the layer's own backward multiplies with, or ''."""
+    if _is_conv1d(module):
+        return ""
+    if stored_kind(module) is not None:
+        return why_refused(module)
+    if not isinstance(module, nn.Linear):
+        return f"{type(module).__name__} is not a linear layer"
+    if type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} computes its own forward"
+    if not module.weight.is_floating_point():
+        return f"its weight is stored as {module.weight.dtype}"
+    if type(module.weight) not in _PLAIN:
+        return f"its weight is a {type(module.weight).__name__}"
+    return ""
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a linear layer of any kind; zeros where there is no such thing."""
+    names = ("nf", "nx") if _is_conv1d(module) else ("out_features", "in_features")
+    out_features, in_features = (int(getattr(module, name, 0)) for name in names)
+    return out_features, in_features
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the layer's weight is, or will be: a launcher or accelerate may have left it out so far."""
+    stored: Any = module.W_q if is_kind(module, "hqq", "HQQLinear") else module.weight
+    if stored.is_meta:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return cast(torch.device, stored.device)
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The layer's bias, (out,), if it has one."""
+    bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether the layer's weight is trained."""
+    return bool(getattr(getattr(module, "weight", None), "requires_grad", False))
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return is_kind(module, "transformers", "Conv1D")

@@ -1,0 +1,81 @@
+"""Weights that are de-quantised only when, and as far as, they are read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:  # estimators are written for tensors, and read no more of them than this offers
+    _TensorLike = Tensor
+else:
+    _TensorLike = object
+
+
+class StoredWeight(_TensorLike):
+    """The frozen `(out, in)` weight of a quantised layer, de-quantised when and as far as it is read.
+
+    Holds on to the layer's own tensors, never to a copy.
+
+    Attributes:
+        shape, device: of the matrix.
+        dtype: what it is de-quantised to.
+        compute_dtype: of the layer's own products, or None for the dtype of its activations.
+    """
+
+    requires_grad = is_meta = False
+
+    def __init__(
+        self, stored: Tensor, shape: torch.Size, dtype: torch.dtype, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        self.stored = stored.data
+        self.shape, self.dtype, self.device = torch.Size(shape), dtype, stored.device
+        self.compute_dtype = compute_dtype
+        self._version = stored._version
+
+    def dense(self) -> Tensor:
+        """All of it, (out, in), in `dtype`."""
+        raise NotImplementedError
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows `index: (K,)` of it, (K, in), in `dtype`."""
+        return self.dense()[index]
+
+    def data_ptr(self) -> int:
+        return self.stored.data_ptr()
+
+    def detach(self) -> Tensor:
+        return self.dense()
+
+    def to(self, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        return self.dense().to(dtype)
+
+    def __getitem__(self, index: Tensor) -> Tensor:  # type: ignore[override]
+        return self.rows(index)
+
+
+class SelectedRows(StoredWeight):
+    """Rows `index: (K,)` of a weight that `read` gave, read when a product makes its copy of them."""
+
+    def __init__(self, weight: Tensor, index: Tensor) -> None:
+        stored = weight.stored if isinstance(weight, StoredWeight) else weight
+        super().__init__(stored, torch.Size((len(index), weight.shape[1])), weight.dtype)
+        self.whole, self.kept = weight, index
+
+    def dense(self) -> Tensor:
+        return rows_of(self.whole, self.kept, self.dtype)
+
+
+def rows_of(weight: Tensor, index: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    """Rows `index: (K,)` of a weight that `read` gave, (K, in), in `dtype`; into `out` if that is given.
+
+    Not `weight[index]` where it is a tensor: on CPU that goes number by number, and `index_select` row by row.
+    """
+    if isinstance(weight, StoredWeight):
+        rows = weight[index].to(dtype)
+    elif out is not None and weight.dtype == dtype:
+        return torch.index_select(weight.detach(), 0, index, out=out)
+    else:
+        rows = weight.detach().index_select(0, index).to(dtype)
+    return rows if out is None else out.copy_(rows)
