@@ -12,7 +12,7 @@ SIDE_BY_SIDE ?= --numprocesses auto --maxprocesses 8 --dist loadfile
 
 help:
 	@echo "make demo   fine-tune a real model on real data with LoRA and with CE-LoRA, compare them (offline after one download)"
-	@echo "make test   run the tests (test-plain: numerics as on an older CPU without a compiler; test-lowest, test-newest:"
+	@echo "make test   run the tests, or those of one room with ROOM=kernels (test-plain: numerics as on an older CPU without a compiler; test-lowest, test-newest:"
 	@echo "            the core with the oldest versions that pyproject.toml allows, and with the newest pre-releases)"
 	@echo "make lint   check format, lint and types"
 	@echo "make docs   build the documentation into build/site; a broken link is an error"
@@ -27,13 +27,13 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/celora demo
 
+# One room of tests alone: make test ROOM=kernels.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(addprefix tests/,$(ROOM))
 
 # What the results of a layer, a loss or a model depend on the CPU for.
-NUMERICS := $(addprefix tests/test_,$(addsuffix .py,attach attention audit bypass columns compile dense differential \
-	factor forward fused graft head lookup numerical_safety others packing passes plan planner products recognise \
-	reference select state tokens trial weights))
+NUMERICS := tests/test_attach.py tests/weights tests/kernels tests/numerics tests/modeling tests/planning \
+	tests/runtime/test_state.py tests/whole/test_compile.py tests/whole/test_differential.py
 # An older CPU, or a limit for another: make test-plain LIMITS="ONEDNN_MAX_CPU_ISA=AVX512_CORE".
 LIMITS ?= ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 CELORA_KERNELS=0
 
@@ -41,13 +41,14 @@ test-plain: $(STAMP)
 	env $(LIMITS) $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(NUMERICS)
 
 # What works with other libraries: their versions decide about these files, and about no others.
-CORE := $(NUMERICS) $(addprefix tests/test_,$(addsuffix .py,arguments borrowed callback checkpointing cli data distributed \
-	gguf loading processes run saving stock_eval template truncation variants))
+CORE := $(NUMERICS) tests/cli tests/runtime $(addprefix tests/train/test_,$(addsuffix .py,arguments checkpointing data gguf loading \
+	run saving template truncation)) $(addprefix tests/whole/test_,$(addsuffix .py,distributed processes variants)) \
+	tests/studies/test_stock_eval.py tests/project/test_borrowed.py
 
 # An environment of its own each: what is declared is what is tested. Old versions warn of what has gone since.
 test-lowest:
 	$(PYTHON) -m venv --clear $(LOWEST)
-	$(PYTHON) tests/lowest.py > $(LOWEST)/constraints.txt
+	$(PYTHON) tests/helpers/lowest.py > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip install --quiet --editable '.[quantised]' pytest pytest-xdist hypothesis scipy tensorboard \
 		--constraint $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pytest $(SIDE_BY_SIDE) -W default $(CORE)

@@ -1,8 +1,8 @@
 """Causal attention on CPU: torch's flash attention, with its own backward and with a float32 one, and our tiles.
 
 For each length, forward and backward of 1,024 packed tokens, or of one sequence, 16 heads of 64 in bfloat16, taking
-turns. Writes `results/attention.jsonl`; `celora.modeling.attention` takes tiles where the CPU has matrix instructions, elsewhere
-the float32 backward up to the length where it stops paying.
+turns. Writes `results/attention.jsonl`; `celora.modeling.attention` takes tiles where the CPU has matrix instructions,
+elsewhere the float32 backward up to the length where it stops paying.
 """
 
 from __future__ import annotations

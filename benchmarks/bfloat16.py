@@ -1,10 +1,10 @@
 """What bfloat16 costs the LoRA gradient, with PEFT and with celora, and which operation's rounding it is.
 
-Every gradient is compared with the one that the same weights have in float32 (`celora.planning.upcast`). Models: SmolLM2 (135M,
-30 layers, text of `fidelity.py`), and two random Llamas, `planted`, with the activations of large models: outlier
-features in every token, and a first token with one massive coordinate that attracts the attention (`sharp`: nearly all
-of it). The base is in bfloat16, the adapters in float32 after a few exact steps. Three studies, each for several seeds
-and batches:
+Every gradient is compared with the one that the same weights have in float32 (`celora.planning.upcast`). Models:
+SmolLM2 (135M, 30 layers, text of `fidelity.py`), and two random Llamas, `planted`, with the activations of large
+models: outlier features in every token, and a first token with one massive coordinate that attracts the attention
+(`sharp`: nearly all of it). The base is in bfloat16, the adapters in float32 after a few exact steps. Three studies,
+each for several seeds and batches:
 
 * `gradient`: plain PEFT, `exact`, and its parts one at a time; PEFT and `exact` also on `neighbour` models, whose base
   weights are one unit in the last place away. Between neighbours the true gradient is much the same, and each rounding

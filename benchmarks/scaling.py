@@ -1,7 +1,7 @@
 """How the time of a LoRA step grows from 1 to 1,000 GPUs: a model of compute, gathering, all-reduce and stragglers.
 
 What each process gives to collectives follows from shapes and is checked against counted bytes in
-`tests/test_distributed.py`; what links, GPUs and stragglers do to it is assumed, and every assumption is an option:
+`tests/whole/test_distributed.py`; what links, GPUs and stragglers do to it is assumed. Every assumption is an option:
 `python benchmarks/scaling.py --help`.
 """
 

@@ -28,9 +28,9 @@ from celora.numerics.estimators import Columns
 from celora.numerics.factor import svd_factor
 from celora.runtime.attachment import find, require
 from celora.settings.presets import PRESETS
-from conftest import MEMBERS, adapter, make_base, make_batch, make_model, train
 from machine import refuses, refuses_config
 from patching import patch_all
+from small import MEMBERS, adapter, make_base, make_batch, make_model, train
 from tolerances import after_adam
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)

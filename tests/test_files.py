@@ -9,7 +9,7 @@ from celora.errors import CELoraError
 from celora.files import clear, inside, read_json, write_text
 from celora.train.request.yaml_file import read_document
 from celora.train.rows.data import load_rows
-from conftest import written_whole
+from small import written_whole
 
 
 def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:

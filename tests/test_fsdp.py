@@ -9,8 +9,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 import celora
 import celora.fsdp
-from conftest import make_base, make_model
 from layers import bits_and_bytes_4
+from small import make_base, make_model
 
 
 def test_refuses_weights_offloaded_to_the_cpu() -> None:

@@ -3,9 +3,7 @@
 A name is imported when it is first used, so that `celora --help` need not wait for torch.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,33 +35,28 @@ __all__ = [
 ]
 
 _DEFINED_IN = {
-    "attach": ("AttachReport", "attach", "detach"),
-    "audit": ("AuditReport", "audit"),
-    "callback": ("Callback",),
-    "config": ("CELoraConfig",),
-    "errors": ("CELoraError",),
-    "plan": ("Plan",),
-    "planner": ("make_plan",),
-    "state": ("load_state", "save_state"),
+    "AttachReport": "modeling.report",
+    "AuditReport": "planning.audit",
+    "CELoraConfig": "settings.config",
+    "CELoraError": "errors",
+    "Callback": "runtime.callback",
+    "Plan": "planning.plan",
+    "attach": "attaching",
+    "audit": "planning.audit",
+    "detach": "attaching",
+    "load_state": "runtime.state",
+    "make_plan": "planning.planner",
+    "save_state": "runtime.state",
 }
-_MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
 
 
-class _Lazy(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name not in _MODULE_OF:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{self.__name__}.{_MODULE_OF[name]}"), name)
-        setattr(self, name, value)
-        return value
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # The import system binds a submodule to its name, but celora.attach and celora.audit are functions.
-        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+def __getattr__(name: str) -> Any:
+    if name not in _DEFINED_IN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_DEFINED_IN[name]}"), name)
+    globals()[name] = value
+    return value
 
 
-sys.modules[__name__].__class__ = _Lazy
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

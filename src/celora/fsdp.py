@@ -1,8 +1,8 @@
 """FSDP2 for a PEFT model, so that the backward of an estimated layer gathers only what it reads of the frozen weight.
 
 FSDP2 gathers a module's parameters together, before its forward and again before its backward. Here each frozen weight
-under an adapter is a group of its own, whose second gathering `celora.attach` replaces (`celora.weights.sharded`); adapters and
-norms stay in the group of their block.
+under an adapter is a group of its own, whose second gathering `celora.attach` replaces (`celora.weights.sharded`);
+adapters and norms stay in the group of their block.
 """
 
 from __future__ import annotations

@@ -17,6 +17,13 @@ from collections.abc import Sequence
 import typer
 
 from celora.cli.app import app
+
+# Each module registers its commands, in the order of the help.
+# isort: off
+from celora.cli import train as _train  # noqa: F401
+from celora.cli import measure, studies  # noqa: F401
+
+# isort: on
 from celora.errors import CELoraError, out_of_memory
 
 

@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from celora.borrowed import borrow
 from celora.errors import CELoraError
 from celora.kernels.c import attention as kernels
+from celora.modeling.hooks import Hook
 
 ATTENTION = "celora_packed_sdpa"
 LENGTHS = "celora_lengths"
@@ -55,7 +56,7 @@ def _sdpa() -> Any:
     return AttentionInterface()["sdpa"]
 
 
-class Lookup:
+class Lookup(Hook):
     """The hooks of a model's attentions: with `celora_lengths` among its arguments, a call finds `attention`."""
 
     def under(self, module: nn.Module) -> list[Any]:

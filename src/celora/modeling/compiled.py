@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from celora.errors import CELoraError
-from celora.modeling.graft import LayerGraft
 from celora.modeling.switch import Mode
 from celora.weights.read import read
+
+if TYPE_CHECKING:
+    from celora.modeling.graft import LayerGraft
 
 keys = itertools.count()
 layers: weakref.WeakValueDictionary[int, LayerGraft] = weakref.WeakValueDictionary()

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from celora.modeling.adapter import Adapter, looked_at, made_of, parts_of, touched, vanilla_adapter
 from celora.modeling.graft import LayerGraft, in_dispatch_mode, remember, without_autocast
+from celora.modeling.hooks import Hook
 from celora.weights.read import bias_of, held, trains
 
 _FEWEST_TOKENS = 96
@@ -42,7 +43,7 @@ class FusedGraft(LayerGraft):
         return super().__call__(module, args, output)
 
 
-class Lender:
+class Lender(Hook):
     """Computes the adapter of one tuner layer together with its base layer, as the variant of LoRA that PEFT asks.
 
     Attributes:

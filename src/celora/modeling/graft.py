@@ -29,6 +29,7 @@ from celora.modeling.compiled import (
     quantised,
     read_and_multiplied,
 )
+from celora.modeling.hooks import Hook
 from celora.modeling.switch import Mode, Switch
 from celora.modeling.trial import identity, tampered, unlike
 from celora.numerics.estimators import Estimator
@@ -38,7 +39,7 @@ from celora.weights.sharded import whole
 from celora.weights.stored import StoredWeight
 
 
-class LayerGraft(Measured):
+class LayerGraft(Measured, Hook):
     """The forward hook of one base layer, with the layer's estimator and what it measured of itself.
 
     It takes over what trains, and nothing else: in `eval()` the gradient is the model's own (of saliency maps, say).

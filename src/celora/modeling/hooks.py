@@ -6,17 +6,17 @@ from typing import Any
 
 from torch import nn
 
-from celora.modeling.attention import Lookup
-from celora.modeling.fused import Lender
-from celora.modeling.graft import LayerGraft
-from celora.modeling.model_graft import ModelGraft
-from celora.modeling.passes.base import Pass
 
-_HOOKS = (LayerGraft, Lender, Lookup, ModelGraft, Pass)
+class Hook:
+    """Owns hooks of celora's, which are so told from a user's."""
+
+    def settle(self, module: nn.Module) -> None:
+        """Put back what a forward that was interrupted has left half-way in this module."""
 
 
 def is_ours(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", hook), _HOOKS)
+    """Whether this is a hook of celora's."""
+    return isinstance(getattr(hook, "__self__", hook), Hook)
 
 
 def remove(module: nn.Module) -> None:
@@ -36,7 +36,7 @@ def settle(module: nn.Module) -> None:
     """Put back what a forward that was interrupted has left as it was half-way, in this one module."""
     for hook in module._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
-        if isinstance(owner, Lender | Lookup | ModelGraft):
+        if isinstance(owner, Hook):
             owner.settle(module)
 
 

@@ -1,11 +1,11 @@
 """What celora changes about the forward pass of a whole language model, none of which changes a result.
 
-While it trains on labels, padding is left out (`celora.modeling.packing`) and the loss is computed over labelled tokens only
+While it trains on labels, padding is left out (`packing`) and the loss is computed over labelled tokens only
 (`celora.numerics.head`). Hooks do it: the model is given other arguments, told to project no token onto the vocabulary
 (`logits_to_keep`), and its output gets the loss. Its classes and its `forward` stay what they are.
 
-Whether its head and its loss are those that are computed here is measured (`celora.modeling.recognise`) in the first call, and
-again in the first after any of them has changed. Only a call of which every argument is known is packed.
+Whether its head and its loss are those that are computed here is measured (`recognise`) in the first call, and again in
+the first after any of them has changed. Only a call of which every argument is known is packed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from celora.machine.processes import gathers, largest_of_all
 from celora.modeling import packing
 from celora.modeling.attention import LENGTHS, Lookup, implementation, is_attention
 from celora.modeling.call import OUTPUTS, REFUSED, TRL, UNPACKED, Call, ScoredOutput, fit, is_set, unknown_arguments
-from celora.modeling.hooks import settle_all
+from celora.modeling.hooks import Hook, settle_all
 from celora.modeling.language_model import at_hand, find_language_model, language_model, not_ours
 from celora.modeling.onlookers import may_look_at_shapes
 from celora.modeling.others import fused_head, trainer_wants_logits
@@ -50,7 +50,7 @@ def _nothing() -> None:
     """A reference to nothing, that copies have, too."""
 
 
-class ModelGraft(Measured):
+class ModelGraft(Measured, Hook):
     """The hooks of one causal language model.
 
     Attributes:

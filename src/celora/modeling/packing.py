@@ -2,7 +2,8 @@
 
 A padded batch spends every layer on tokens that nobody looks at; so does, in a causal model, every token after the last
 one whose successor has a label. Both are left out before the model sees the batch, and nothing that is learnt changes.
-Attention is computed sequence by sequence (`celora.modeling.attention`), or by FlashAttention's variable-length kernels.
+Attention is computed sequence by sequence (`celora.modeling.attention`), or by FlashAttention's variable-length
+kernels.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,7 +16,6 @@ from celora.modeling.graft import LayerGraft
 from celora.modeling.model_graft import ModelGraft
 from celora.modeling.report import AttachReport
 from celora.modeling.switch import Mode, Switch
-from celora.planning.plan import Plan
 from celora.runtime.agreement import add_up
 from celora.runtime.clock import StepClock
 from celora.settings.config import CELoraConfig
@@ -26,6 +25,13 @@ ATTRIBUTE = "_celora"
 _FIRST_ROUND = 10  # optimizer steps over which `spread` distributes the first observations
 TOO_OFTEN = 2  # refreshes in a row at which a relative error of 1 or more makes a layer exact
 attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+
+class Planned(Protocol):
+    """What an attachment asks of the plan that its configuration was made from."""
+
+    def other_batches(self, tokens: int, dtype: str) -> str:
+        """Why the plan was made for other batches than those with so many tokens in this dtype, or ''."""
 
 
 class Attachment:
@@ -46,7 +52,7 @@ class Attachment:
         self.forward: ModelGraft | None = None
         self.relative_errors: dict[str, float] = {}
         self.over_bound: dict[str, int] = {}
-        self.plan: Plan | None = None
+        self.plan: Planned | None = None
         self.other_steps = 0  # of optimizers that hold none of the model's parameters
         self._observations = 0  # when the latest of those was
         self._refreshed: set[str] = set()  # layers that were to observe a gradient, whether or not one came

@@ -57,10 +57,11 @@ class CELoraConfig(LayerConfig):
         synchronise: where several processes train together, select columns by what all of them have seen, so that all
             keep the same; one all-reduce at each refresh, outside backward. Not with `factor="gradient"`.
         seed: of the randomised factorisation and of sampling.
-        fused: compute a vanilla adapter and its base layer's backward as one autograd function (`celora.modeling.fused`) and, on
-            CPU, RMS norms, gates and rotary embeddings in one pass each (`celora.modeling.passes.known`).
-        labelled_head: project only tokens with a label onto the vocabulary, while training (`celora.numerics.head`); the model's
-            output then has a loss and no logits.
+        fused: compute a vanilla adapter and its base layer's backward as one autograd function (see
+            `celora.modeling.fused`) and, on CPU, RMS norms, gates and rotary embeddings in one pass each (see
+            `celora.modeling.passes.known`).
+        labelled_head: project only tokens with a label onto the vocabulary, while training (see
+            `celora.numerics.head`); the model's output then has a loss and no logits.
         padding_free: leave padding out of training batches (`celora.modeling.packing`); needs `labelled_head`.
         head_keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with, in (0, 1]; 1 is
             exact, and less needs `labelled_head`. Words are drawn, so that what is left out averages out.

@@ -181,7 +181,7 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
             if metrics is not None and (trained or (status == "interrupted" and aside is None)):
                 errors = {
                     "errors": require(trainer.model).relative_errors,
-                    "planned_errors": planned_errors(require(trainer.model).plan, attached.estimated),
+                    "planned_errors": planned_errors(plan, attached.estimated),
                 }
                 record |= {
                     "status": status,

@@ -89,8 +89,8 @@ def softmax_rows(
     With `write`, z becomes the gradient of `log_probs`, which smoothing s makes `(1 - s) log p_target + s mean log p`.
     """
     rows, columns = z.shape
-    call_kernel("softmax_rows", z, z.data_ptr(), rows, columns, targets.data_ptr(), scale, smoothing, log_probs.data_ptr(),
-          pointer(entropy), pointer(top1), write)  # fmt: skip
+    call_kernel("softmax_rows", z, z.data_ptr(), rows, columns, targets.data_ptr(), scale, smoothing,
+                log_probs.data_ptr(), pointer(entropy), pointer(top1), write)  # fmt: skip
 
 
 def column_maxima(w: Tensor) -> Tensor:
@@ -138,8 +138,8 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up from that of `gated`; all contiguous."""
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-    call_kernel("gated_backward", gate, grad.data_ptr(), gate.data_ptr(), up.data_ptr(), *_rows(gate), of_gate.data_ptr(),
-          of_up.data_ptr())  # fmt: skip
+    call_kernel("gated_backward", gate, grad.data_ptr(), gate.data_ptr(), up.data_ptr(), *_rows(gate),
+                of_gate.data_ptr(), of_up.data_ptr())  # fmt: skip
     return of_gate, of_up
 
 

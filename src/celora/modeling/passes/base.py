@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from celora.borrowed import borrow
 from celora.kernels.c import library as kernels
 from celora.modeling.graft import in_dispatch_mode
+from celora.modeling.hooks import Hook
 from celora.modeling.switch import Switch
 
 
-class Pass(ABC):
+class Pass(Hook, ABC):
     """The hooks of one module, which give its forward nothing to do where they know better.
 
     Attributes:

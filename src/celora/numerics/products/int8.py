@@ -43,7 +43,7 @@ class Int8(EightBit):
     number, packed for a kernel of ours that gathers, quantises, multiplies, scales and scatters in one call; or, where
     it could not be built, or not for the AMX that is there, for oneDNN's quantised linear. Elsewhere, and with
     `copy=False`, which quantises the weight anew for each product, through `torch._int_mm`. The passes around those are
-    compiled C where `celora.kernels.c.rows` could be built, else torch operators; float16 on CPU always takes the latter.
+    compiled C where `celora.kernels.c` could be built, else torch operators; float16 on CPU always takes the latter.
     """
 
     name = "int8"

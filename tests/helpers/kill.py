@@ -1,0 +1,234 @@
+"""Run `celora train` on a tiny model, SIGKILL it at given moments, resume it until it ends, and compare the parameters.
+
+    python tests/helpers/kill.py FOLDER CASES.json      one JSON line for each case
+
+A case is {"mode": a name from MODES, "moments": [[kind, share], ...]}: the run is killed at the first moment, what goes
+on from there at the second, and so on. With the kind "event" the share is of the run's file operations in its output
+folder (they are counted, so the moment is the same every time); with "time" it is of its wall-clock, start to end.
+With the kind "write" it is killed where it first touches the file of that name: ["write", "report.html"].
+In the modes of two processes, a moment [kind, share, rank] kills one of them, and a launcher of our own ends the other,
+as torchrun does. With the kind "full" no file of that process can grow from that file operation on, as on a full disk;
+with "locked" the folder is held by another run.
+
+The heavy imports happen once; every run is a fork of that process and dies like one of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+MODES: dict[str, list[str]] = {
+    "plain": ["--max_steps", "6", "--save_steps", "2", "--per_device_train_batch_size", "4",
+              "--lora_dropout", "0.1", "--celora", '{"keep_ratio": 0.4, "rank": 4, "refresh_every": 4}'],
+    "accumulated": ["--num_train_epochs", "2", "--save_steps", "3", "--per_device_train_batch_size", "3",
+                    "--gradient_accumulation_steps", "2", "--celora",
+                    '{"estimator": "tokens", "selection": "sampled", "rank": 0, "refresh_every": 3}'],
+    "checkpointed": ["--max_steps", "5", "--save_steps", "1", "--save_total_limit", "1",
+                     "--per_device_train_batch_size", "4", "--gradient_checkpointing", "true", "--preset", "paper"],
+    "two": ["--max_steps", "6", "--save_steps", "2", "--per_device_train_batch_size", "2", "--lora_dropout", "0.1",
+            "--celora", '{"keep_ratio": 0.4, "rank": 4, "refresh_every": 4, "overrides": {"up_proj": '
+            '{"estimator": "tokens", "selection": "sampled", "rank": 0}}}'],
+    "two alike": ["--max_steps", "5", "--save_steps", "1", "--save_total_limit", "1",
+                  "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--celora",
+                  '{"keep_ratio": 0.4, "rank": 4, "refresh_every": 3, "synchronise": true, "target_error": 0.4}'],
+}  # fmt: skip
+# As a queue or a supervisor starts it: the same whole command at every start.
+MODES["always --resume"] = [*MODES["plain"], "--resume"]
+PROCESSES = {mode: 2 if mode.startswith("two") else 1 for mode in MODES}
+_WRITES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
+
+
+def fork(work: Any) -> int:
+    """The process id of a child that does `work()` and exits with what it returns."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            status = work()
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return child
+
+
+def train(
+    inputs: Path, output: Path, mode: str, *, resume: bool, die_at: int | str | None = None, full: bool = False,
+    count: Path | None = None,
+) -> int:  # fmt: skip
+    """`celora train`; killed, or out of disk, at its `die_at`-th file operation, or at the first of the file that it
+    names; or these counted in `count`."""
+    from celora.cli.main import main
+
+    seen = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event in _WRITES and str(arguments[0]).startswith(str(output)):
+            seen += 1
+            if seen == die_at and full:
+                import resource  # not on Windows, where this file is imported, too
+
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+            elif die_at in (seen, str(arguments[0])):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    given = ["--model", str(inputs / "model"), "--data", str(inputs / "rows.jsonl"), *MODES[mode], "--quiet"]
+    status = main(["train", "--output", str(output), *(["--resume"] if resume and "--resume" not in given else given)])
+    if count is not None:
+        count.write_text(str(seen))
+    return status
+
+
+def launch(
+    inputs: Path, output: Path, mode: str, *, rank: int = 0, die_at: int | str | None = None,
+    full: bool = False, after_s: float | None = None, count: Path | None = None,
+) -> tuple[bool, int]:  # fmt: skip
+    """One run, in as many processes as its mode has, resumed if it can be; whether it was killed, and its exit status.
+
+    The process `rank` is killed at its `die_at`-th file operation or `after_s` seconds, and the other one is ended.
+    """
+    resume = (output / "run.json").exists() or (output / ".replaced").exists()
+    number = PROCESSES[mode]
+    store = None
+    if number > 1:
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the launcher's, as torchrun has it
+    own = [
+        {
+            "resume": resume,
+            "full": full,
+            "die_at": die_at if each == rank else None,
+            "count": count and Path(f"{count}.{each}"),
+        }
+        for each in range(number)
+    ]
+    children = []
+    for each in range(number):
+        if store is not None:
+            os.environ |= {"RANK": str(each), "LOCAL_RANK": str(each), "WORLD_SIZE": str(number),
+                           "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                           "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+        children.append(fork(lambda each=each: train(inputs, output, mode, **own[each])))
+    if after_s is not None:
+        time.sleep(after_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(children[rank], signal.SIGKILL)
+    return _ended(children)
+
+
+def _ended(children: list[int]) -> tuple[bool, int]:
+    """Wait for all; once one has failed, the others are asked to end, and killed if they do not within 20 s."""
+    killed, status, asked = False, 0, 0.0
+    left = {*children}
+    while left:
+        if asked and time.monotonic() - asked > 20:
+            raise SystemExit("a process waits for one that is gone")
+        for child in [*left]:
+            found, how = os.waitpid(child, os.WNOHANG)
+            if not found:
+                continue
+            left.remove(child)
+            killed |= os.WIFSIGNALED(how) and os.WTERMSIG(how) == signal.SIGKILL
+            status = status or os.waitstatus_to_exitcode(how)
+            if how and not asked:
+                asked = time.monotonic()
+                for other in left:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(other, signal.SIGTERM)
+        time.sleep(0.01)
+    return killed, status
+
+
+def case(folder: Path, mode: str, moments: list[list[Any]], whole: dict[str, Any]) -> dict[str, Any]:
+    """Kill at `moments`, go on to the end, and say what came out."""
+    output = folder / "killed"
+    shutil.rmtree(output, ignore_errors=True)
+    kills, ended, left = 0, [], []
+    for kind, share, *which in moments:
+        rank = which[0] if which else 0
+        moment: dict[str, Any] = {}
+        if kind in ("event", "full"):
+            moment = {"die_at": 1 + int(share * whole["events"][rank]), "full": kind == "full"}
+        elif kind == "write":
+            moment = {"die_at": str(output / share)}
+        elif kind == "time":
+            moment = {"after_s": share * whole["seconds"]}
+        if kind == "locked":
+            output.mkdir(exist_ok=True)
+        with FileLock(output / ".celora.lock") if kind == "locked" else contextlib.nullcontext():
+            killed, status = launch(folder, output, mode, rank=rank, **moment)
+        kills += killed
+        ended.append(status)
+        left.append(sorted(p.name for p in output.iterdir()) if output.exists() else [])
+    _, status = launch(folder, output, mode)
+    same = status == 0 and adapter(output) == whole["adapter"] and losses(output) == whole["losses"]
+    report, record = output / "report.html", output / "run.json"
+    same = same and report.exists() and report.stat().st_mtime_ns >= record.stat().st_mtime_ns
+    return {"mode": mode, "moments": moments, "kills": kills, "ended": ended, "status": status, "same": same,
+            "left": left}  # fmt: skip
+
+
+def adapter(output: Path) -> bytes:
+    """The adapter's file: the names and every bit of the parameters."""
+    return (output / "adapter_model.safetensors").read_bytes()
+
+
+def losses(output: Path) -> list[Any]:
+    """Step and loss of every row of the metrics."""
+    rows = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+def whole_run(folder: Path, mode: str, *, timed: bool) -> dict[str, Any]:
+    """The uninterrupted run that others are compared with; if its time matters, the second of two: caches are warm."""
+    for name in ("warm", "whole") if timed else ("whole",):
+        output, began = folder / f"{name}-{mode}", time.perf_counter()
+        if launch(folder, output, mode, count=folder / "count")[1]:
+            raise SystemExit(f"the uninterrupted run of {mode} failed")
+        seconds = time.perf_counter() - began
+    events = [int((folder / f"count.{rank}").read_text()) for rank in range(PROCESSES[mode])]
+    return {"adapter": adapter(output), "losses": losses(output), "seconds": seconds, "events": events}
+
+
+def prepare(folder: Path) -> int:
+    from tiny import save_rows, save_tiny_model
+
+    save_tiny_model(folder / "model")
+    save_rows(folder / "rows.jsonl", 18)
+    return 0
+
+
+def run(folder: Path, cases: list[dict[str, Any]]) -> None:
+    os.waitpid(fork(lambda: prepare(folder)), 0)
+    whole: dict[str, dict[str, Any]] = {}
+    timed = any(kind == "time" for one in cases for kind, *_ in one["moments"])
+    for one in cases:
+        mode = one["mode"]
+        if mode not in whole:
+            whole[mode] = whole_run(folder, mode, timed=timed)
+        print(json.dumps(case(folder, mode, one["moments"], whole[mode])), flush=True)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    os.environ |= {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    import celora.train.run  # noqa: F401 - once, for all runs
+
+    run(folder, json.loads(Path(sys.argv[2]).read_text()))

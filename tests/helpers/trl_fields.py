@@ -1,0 +1,7 @@
+"""The classes whose fields are flags of `celora train`, as TRL has them."""
+
+from __future__ import annotations
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+
+TRL_SFT = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)

@@ -1,0 +1,283 @@
+"""What celora works with: the table that test_variants.py checks cell by cell, and docs/compatibility.md is made of.
+
+`python tests/helpers/variants.py` writes the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from lowest import lowest
+from small import make_base, make_batch
+
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+
+COLUMNS = {
+    "estimated": "its layers train on estimated gradients and refresh",
+    "same gradient": "PEFT's own, to float32 rounding, where everything is kept (`keep_ratio=1`, preset `exact`)",
+    "fused": "adapter and base layer computed together, under the presets `exact`, `paper` and `auto`",
+    "reloads": "saved, it loads in stock PEFT without a warning and gives the same outputs",
+    "merges": "`merge_adapter` and `unmerge_adapter` between steps; training goes on",
+    "copies": "`copy.deepcopy` and `torch.save` keep the estimates: copy and original train alike",
+    "detaches": "`celora.detach` leaves the model it found, bit for bit",
+}
+YES = "yes"
+
+
+def _adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def _nothing(model: PeftModel, step: int) -> None:
+    """Most variants have nothing to do between two steps."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: how its model is made, and the cells that are not `yes`."""
+
+    name: str
+    config: Callable[[], PeftConfig]
+    limits: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+    base: Callable[[], nn.Module] = make_base
+    batch: Callable[[int], dict[str, Tensor]] = make_batch
+    prepare: Callable[[PeftModel], Any] = lambda model: None
+    optimizer: Callable[[PeftModel], torch.optim.Optimizer] = _adamw
+    after_backward: Callable[[PeftModel, int], None] = _nothing
+    load: Callable[[nn.Module, Path], PeftModel] = PeftModel.from_pretrained
+
+    def make(self) -> PeftModel:
+        """The model, ready to train; the same weights every time."""
+        torch.manual_seed(0)
+        model = get_peft_model(self.base(), self.config())
+        self.prepare(model)
+        return model.train()
+
+    def fit(self, model: PeftModel, steps: int, *, first: int = 0) -> float:
+        """Train with a new optimizer; returns the last loss."""
+        optimizer = self.optimizer(model)
+        loss = torch.zeros(())
+        for step in range(first, first + steps):
+            torch.manual_seed(step)  # of dropout
+            loss = model(**self.batch(step)).loss
+            loss.backward()
+            optimizer.step()
+            self.after_backward(model, step)
+            optimizer.zero_grad()
+        return float(loss.detach())
+
+
+def _lora(**changes: Any) -> Callable[[], LoraConfig]:
+    return lambda: LoraConfig(**{"r": 8, "lora_alpha": 8, "target_modules": "all-linear", **changes})
+
+
+def _adalora() -> peft.AdaLoraConfig:
+    return peft.AdaLoraConfig(
+        init_r=8, target_r=4, tinit=1, tfinal=1, deltaT=1, total_step=30, target_modules=["q_proj", "o_proj", "up_proj"]
+    )
+
+
+def _vera() -> peft.VeraConfig:
+    return peft.VeraConfig(r=8, target_modules=["q_proj", "o_proj", "up_proj", "down_proj"])
+
+
+def _ia3() -> peft.IA3Config:
+    return peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+
+
+def _biased_base() -> nn.Module:
+    return make_base(base_bias=True)
+
+
+def _eva(model: PeftModel) -> None:
+    batches = [make_batch(100 + i) for i in range(4)]
+    peft.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+
+
+def _allocate(model: PeftModel, step: int) -> None:
+    model.base_model.update_and_allocate(step)
+
+
+def _beside_ia3(model: PeftModel) -> None:
+    """IA3 on the layers that LoRA has left alone."""
+    config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    peft.inject_adapter_in_model(config, model.base_model.model, adapter_name="ia3")
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name or "ia3_" in name)
+
+
+def _two_active(model: PeftModel) -> None:
+    model.add_adapter("second", LoraConfig(r=4, target_modules="all-linear"))
+    model.base_model.set_adapter(["default", "second"])
+
+
+def _load_two(base: nn.Module, folder: Path) -> PeftModel:
+    model = PeftModel.from_pretrained(base, folder)
+    model.load_adapter(folder / "second", "second")
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+def _load_beside_ia3(base: nn.Module, folder: Path) -> PeftModel:
+    model = PeftModel.from_pretrained(base, folder)
+    _beside_ia3(model)
+    peft.set_peft_model_state_dict(model, load_file(folder / "ia3" / "adapter_model.safetensors"), adapter_name="ia3")
+    return model
+
+
+_NOT_FUSED = {"fused": "PEFT's path"}
+_OWN = "computes with a weight of its own"
+
+VARIANTS = (
+    Variant("LoRA", _lora()),
+    Variant("rsLoRA", _lora(use_rslora=True)),
+    Variant("PiSSA", _lora(init_lora_weights="pissa")),
+    Variant("OLoRA", _lora(init_lora_weights="olora")),
+    Variant(
+        "LoftQ", lambda: LoraConfig(r=8, target_modules="all-linear", init_lora_weights="loftq",
+                                    loftq_config=peft.LoftQConfig(loftq_bits=4)),
+        note="PEFT's own quantiser needs a GPU; tested with a stand-in where there is none",
+    ),
+    Variant(
+        "EVA", lambda: LoraConfig(r=8, target_modules="all-linear", init_lora_weights="eva",
+                                  eva_config=peft.EvaConfig(rho=1.0)),
+        prepare=_eva, note="attach after `initialize_lora_eva_weights`",
+    ),
+    Variant("LoRA+", _lora(), optimizer=lambda model: create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=4.0)),
+    Variant("LoRA-FA", _lora(), optimizer=lambda model: create_lorafa_optimizer(model, r=8, lora_alpha=8, lr=1e-2)),
+    Variant("DoRA", _lora(use_dora=True), _NOT_FUSED),
+    Variant("DoRA with dropout", _lora(use_dora=True, lora_dropout=0.1), _NOT_FUSED,
+            note="PEFT computes the base layer twice, and only once of it is estimated"),
+    Variant("aLoRA", _lora(alora_invocation_tokens=[7], task_type="CAUSAL_LM"),
+            {**_NOT_FUSED, "merges": "not in PEFT either"}, note="padding stays"),
+    Variant("`lora_bias=True`", _lora(lora_bias=True), _NOT_FUSED, base=_biased_base),
+    Variant("`bias=\"lora_only\"`", _lora(bias="lora_only"), base=_biased_base,
+            note="the bias gets its exact gradient"),
+    Variant("`modules_to_save`", _lora(modules_to_save=["lm_head"]), note="a trained head computes its own loss"),
+    Variant("`layer_replication`", _lora(layer_replication=[[0, 2], [1, 2]]), {"merges": "not in PEFT either"},
+            note="padding stays; replicas share their weights, so one merges into all"),
+    Variant("`trainable_token_indices`", _lora(trainable_token_indices=[1, 2])),
+    Variant("two active adapters", _lora(), _NOT_FUSED, prepare=_two_active, load=_load_two),
+    Variant("AdaLoRA", _adalora, _NOT_FUSED, after_backward=_allocate,
+            note="the model's own loss, to which it adds"),
+    Variant("VeRA", _vera, _NOT_FUSED),
+    Variant("IA3", _ia3, _NOT_FUSED),
+    Variant("IA3 beside LoRA", _lora(target_modules=["q_proj", "v_proj", "up_proj"]),
+            _NOT_FUSED, prepare=_beside_ia3, load=_load_beside_ia3),
+    Variant("LoHa", lambda: peft.LoHaConfig(r=8, target_modules="all-linear"), _NOT_FUSED),
+    Variant("LoKr", lambda: peft.LoKrConfig(r=8, target_modules="all-linear"), _NOT_FUSED),
+    Variant("OFT", lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules="all-linear",
+                                          use_cayley_neumann=False), _NOT_FUSED),
+    Variant("MiSS", lambda: peft.MissConfig(r=8, target_modules="all-linear"), _NOT_FUSED),
+    Variant("HRA", lambda: peft.HRAConfig(r=8, target_modules="all-linear"),
+            {**_NOT_FUSED, "estimated": f"HRA {_OWN}"}),
+    Variant("`target_parameters`", lambda: LoraConfig(r=8, target_modules=[], target_parameters=["mlp.up_proj.weight"]),
+            {**_NOT_FUSED, "estimated": f"an adapter of a bare parameter {_OWN}"}),
+)  # fmt: skip
+
+
+def _bert() -> nn.Module:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=61)
+    )
+
+
+def _t5() -> nn.Module:
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(
+        T5Config(d_model=48, d_ff=80, d_kv=12, num_layers=2, num_heads=4, vocab_size=61, decoder_start_token_id=0)
+    )
+
+
+def _qwen3() -> nn.Module:
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=12, vocab_size=61, use_cache=False,
+        )
+    )  # fmt: skip
+
+
+def _gemma3() -> nn.Module:
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=12, vocab_size=61, use_cache=False,
+        )
+    )  # fmt: skip
+
+
+def _classes(seed: int) -> dict[str, Tensor]:
+    tokens = make_batch(seed)["input_ids"]
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens[:, 0] % 2}
+
+
+MODELS = (
+    Variant("decoder (Llama)", _lora()),
+    Variant("decoder (Qwen3)", _lora(), base=_qwen3),
+    Variant("decoder (Gemma 3)", _lora(), base=_gemma3),
+    Variant("encoder (BERT, classification)", _lora(task_type="SEQ_CLS"), base=_bert, batch=_classes,
+            note="its own loss; the classifier trains beside the adapter"),
+    Variant("sequence to sequence (T5)", _lora(task_type="SEQ_2_SEQ_LM"), base=_t5, note="its own loss"),
+)  # fmt: skip
+
+
+def page() -> str:
+    """docs/compatibility.md."""
+    parts = [
+        "# Compatibility",
+        "Written by `python tests/helpers/variants.py` from the table that `tests/whole/test_variants.py` checks, one "
+        "test a cell, on models of two layers and with estimates at half of the gradient's columns. The columns:",
+        "\n".join(f"- **{name}**: {meaning}." for name, meaning in COLUMNS.items()),
+        "## PEFT variants",
+        _table("variant", VARIANTS),
+        "## Models",
+        "LoRA on every linear layer. Conv1D layers (GPT-2) and quantised bases have tests of their own.",
+        _table("model", MODELS),
+        "## Versions",
+        "Python 3.11 to 3.13. `make test-lowest` runs the core of the tests with the lowest versions that are allowed, "
+        "`make test` with the newest, and every night `make test-newest` with the newest pre-releases. The lowest:",
+        ", ".join(version.replace("==", " ") for version in lowest()) + ".",
+        "## Refused",
+        "- **Models patched by Unsloth.** Its kernels read the weights of base layer and adapter and compute both "
+        "themselves, past every layer that could be estimated; `celora.attach` raises `CELoraError`.\n"
+        "- **Merged adapters** cannot train; `celora.attach` raises `CELoraError` and says which call undoes it.\n"
+        "- **Anything else that computes past its base layer** is said after the first refresh: a warning names the "
+        "kind of layer that no backward came through.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(what: str, of: tuple[Variant, ...]) -> str:
+    rows = [[what, *COLUMNS, "remarks"], ["---"] * (len(COLUMNS) + 2)]
+    rows += [[v.name, *(v.limits.get(column, YES) for column in COLUMNS), v.note] for v in of]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import celora
+from celora import CELoraError
+from celora.machine import timing
+from celora.machine.timing import cannot_time, faster_dtype, interleaved, slower_than_float32, time_over_float32
+from patching import patch_all
+from small import make_batch, make_model
+
+CPU, MPS = torch.device("cpu"), torch.device("mps", 0)
+
+
+@pytest.fixture(autouse=True)
+def _measured_anew() -> Iterator[None]:
+    for of in (time_over_float32, cannot_time):
+        of.cache_clear()
+    yield
+    for of in (time_over_float32, cannot_time):
+        of.cache_clear()
+
+
+def test_contenders_take_turns_and_two_rounds_warm_up() -> None:
+    calls: list[str] = []
+    times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
+    assert calls == ["a", "b"] * 5
+    for of in times.values():
+        assert 0 <= of["p20_ms"] <= of["time_ms"] <= of["p80_ms"]
+
+
+def machine(
+    monkeypatch: pytest.MonkeyPatch, half: float, load: Callable[[int], float] = lambda turn: 1.0
+) -> list[torch.dtype]:
+    """One whose bfloat16 products take `half` times as long as float32's, while something else slows turn i down by
+    `load(i)`; what it was asked to multiply."""
+    asked: list[torch.dtype] = []
+
+    def took(call: Callable[[], torch.Tensor], device: torch.device) -> float:
+        dtype = call.args[0].dtype  # type: ignore[attr-defined]
+        asked.append(dtype)
+        return (half if dtype == torch.bfloat16 else 1.0) * load(len(asked) - 1)
+
+    patch_all(monkeypatch, "celora.machine.timing:timed", took)
+    patch_all(monkeypatch, "celora.machine.timing:_REST", 0)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("half", "slower"), [(16.0, True), (1.6, True), (1.4, False), (1.1, False), (1.0, False), (0.5, False)]
+)
+def test_float32_has_to_be_clearly_faster(half: float, slower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes twice the memory."""
+    asked = machine(monkeypatch, half)
+    assert slower_than_float32(torch.bfloat16, CPU) is slower
+    assert time_over_float32(torch.bfloat16, CPU) == pytest.approx(half)
+    assert faster_dtype() == ("float32" if slower else "bfloat16")
+    assert asked == [torch.bfloat16, torch.float32] * 10  # once a process: one turn to warm up, and nine
+
+
+def bursts(seed: int) -> Callable[[int], float]:
+    """Something that slows two turns of five down, by up to 30 times."""
+    generator = torch.Generator().manual_seed(seed)
+    slow = torch.where(torch.rand(100, generator=generator) < 0.4, 1 + 29 * torch.rand(100, generator=generator), 1.0)
+    return lambda turn: float(slow[turn])
+
+
+LOADS: dict[str, Callable[[int], float]] = {
+    "half of the machine taken away": lambda turn: 2.0,
+    "less and less": lambda turn: 1 + 10 / (1 + turn),
+    "more and more": lambda turn: 1 + turn / 4,
+    "one turn of each": lambda turn: 20.0 if turn in (4, 7) else 1.0,
+    "every fourth": lambda turn: 25.0 if turn % 4 == 0 else 1.0,  # every second one in bfloat16
+    "every sixth": lambda turn: 25.0 if turn % 6 == 3 else 1.0,  # in float32 alone
+    **{f"bursts {seed}": bursts(seed) for seed in range(40)},
+}
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("half", [0.5, 8.0])
+def test_what_else_the_machine_does_does_not_decide(half: float, load: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = machine(monkeypatch, half, LOADS[load])
+    assert slower_than_float32(torch.bfloat16, CPU) == (half > 1)
+    assert len(asked) <= 2 * 46
+
+
+def test_an_unclear_measurement_goes_on_and_then_keeps_half_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever says so every second time says nothing: the fastest turns are as fast, most others are not."""
+    asked = machine(monkeypatch, 1.0, lambda turn: 5.0 if turn % 2 == 0 and turn > 2 else 1.0)
+    assert not slower_than_float32(torch.bfloat16, CPU)
+    assert len(asked) == 2 * 46
+
+
+def test_a_dtype_that_the_device_refuses_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(call: Callable[[], object], device: torch.device) -> float:
+        raise TypeError("BFloat16 is not supported on MPS")
+
+    patch_all(monkeypatch, "celora.machine.timing:timed", refuse)
+    assert time_over_float32(torch.bfloat16, CPU) == math.inf
+
+
+class Accelerator:
+    """An MPS device whose clock stands in for the machine's: a launch takes 1 ms, a large product 100 more.
+
+    Only waiting for the device passes the time that its work takes, if `waits`.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, waits: bool = True) -> None:
+        self.now = self.done = 0.0
+        self.waits = waits
+        patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("mps"))
+        patch.setattr(torch.accelerator, "synchronize", self.synchronize)
+        patch.setattr(timing.time, "perf_counter", lambda: self.now)
+        patch.setattr(timing.torch, "ones", lambda *size, device: _Square(self, size[0]))
+
+    def synchronize(self, device: torch.device) -> None:
+        assert device == MPS
+        if self.waits:
+            self.now = max(self.now, self.done)
+
+    def launch(self, seconds: float) -> None:
+        self.now += 0.001
+        self.done = max(self.now, self.done) + seconds
+
+
+class _Square:
+    def __init__(self, device: Accelerator, size: int) -> None:
+        self.device, self.size = device, size
+
+    def __matmul__(self, other: _Square) -> _Square:
+        self.device.launch(0.1 if self.size > 1000 else 0.0)
+        return self
+
+
+def test_a_time_is_that_of_the_work_and_of_nothing_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Accelerator(monkeypatch)
+    device.launch(7.0)
+    for _ in range(2):
+        assert timing.timed(lambda: device.launch(0.25), MPS) == pytest.approx(251)
+    assert timing.timed(lambda: device.launch(0.25), CPU) == pytest.approx(1)  # which needs no waiting
+
+
+def test_a_device_that_is_waited_for_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cannot_time(CPU) == cannot_time(torch.device("cuda", 1)) == ""
+    Accelerator(monkeypatch)
+    assert cannot_time(MPS) == ""
+
+
+@pytest.mark.fault(
+    "numbers",
+    "a device on which nothing says when its work is done",
+    sees="one line, where a plan is asked for",
+    kept="nothing is timed; presets `exact` and `paper` work",
+)
+@pytest.mark.parametrize("why", ["no longer than a small one", "torch.accelerator does not know it"])
+def test_no_plan_where_times_are_those_of_launches(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    if why.startswith("no longer"):
+        Accelerator(monkeypatch, waits=False)
+    assert why in cannot_time(MPS)
+    patch_all(monkeypatch, "celora.machine.timing:cannot_time", lambda device: why)
+    with pytest.raises(CELoraError, match=f"^cannot plan on 'cpu': {why}. Choose preset exact or paper"):
+        celora.make_plan(model, itertools.repeat(make_batch(0)))

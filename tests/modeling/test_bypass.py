@@ -1,0 +1,117 @@
+"""What goes past the layers is refused, skipped with the reason, or said after the first refresh."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+
+import celora
+from celora import CELoraConfig, CELoraError
+from celora.runtime.attachment import find
+from small import make_base, make_model, train
+
+HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
+
+
+def _from(module: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    function.__module__ = module
+    return function
+
+
+def _attention_kernel(model: PeftModel) -> None:
+    attention = model.base_model.model.model.layers[1].self_attn
+    attention.apply_qkv = _from("unsloth.kernels.fast_lora", lambda self, x: x)
+
+
+def _patched_forward(model: PeftModel) -> None:
+    mlp = model.base_model.model.model.layers[0].mlp
+    mlp.forward = types.MethodType(_from("unsloth.kernels.fast_lora", lambda self, x: x), mlp)
+
+
+def _compiled_class(model: PeftModel) -> None:
+    mlp = model.base_model.model.model.layers[0].mlp
+    mlp.__class__ = type("LlamaMLP", (type(mlp),), {"__module__": "unsloth_compiled_module_llama"})
+
+
+def _patched_class(model: PeftModel) -> None:
+    attention = model.base_model.model.model.layers[1].self_attn
+    forward = _from("unsloth.models.llama", lambda self, *args, **kwargs: None)
+    attention.__class__ = type("LlamaAttention", (type(attention),), {"forward": forward})
+
+
+@pytest.mark.parametrize("patch", [_attention_kernel, _patched_forward, _compiled_class, _patched_class])
+def test_a_model_patched_by_unsloth_is_refused(patch: Callable[[PeftModel], None], model: PeftModel) -> None:
+    celora.attach(model, "off")
+    celora.detach(model)
+    patch(model)
+    with pytest.raises(
+        CELoraError, match=r"is patched by Unsloth \(unsloth.*load the model with Transformers"
+    ) as caught:
+        celora.attach(model, "paper")
+    assert "\n" not in str(caught.value)
+    assert find(model) is None
+
+
+def test_adapters_that_multiply_with_a_weight_of_their_own_are_skipped() -> None:
+    model = get_peft_model(make_base(), peft.HRAConfig(r=8, target_modules=["up_proj"]))
+    with pytest.warns(UserWarning, match="no layer can be estimated"):
+        report = celora.attach(model, HALF)
+    assert set(report.skipped.values()) == {"HRA computes with a weight of its own"}
+    assert report.estimated == {}
+
+
+class _PastItsBase(peft.tuners.lora.Linear):
+    """An adapter that nobody has heard of, which computes past its base layer."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        (adapter,) = self.active_adapters
+        weight = self.base_layer.weight + self.get_delta_weight(adapter)
+        return F.linear(x, weight)
+
+
+def _kinds(model: nn.Module, kind: type, name: str) -> None:
+    for path, module in model.named_modules():
+        if path.endswith(name):
+            module.__class__ = kind
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_what_nobody_knew_of_is_said_after_the_first_observations(spread: bool) -> None:
+    model = make_model()
+    _kinds(model, _PastItsBase, "up_proj")
+    celora.attach(model, CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=20, spread=spread))
+    with pytest.warns(UserWarning, match=r"no backward came through the base layer of any .*_PastItsBase \(2 layers"):
+        train(model, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, 11, first=10)
+
+
+def test_layers_whose_input_needs_no_gradient_are_no_reason_to_warn(model: PeftModel) -> None:
+    """The first layer's q, k and v never see a gradient; others of their kind do."""
+    celora.attach(model, HALF)
+    train(model, 4)
+
+
+@pytest.mark.parametrize("moved", ["peft.tuners.hra", "peft.tuners.shira", "transformers.activations"])
+def test_a_module_that_moved_does_not_break_the_import(moved: str) -> None:
+    """In a process of its own, whose import of this module fails from celora on."""
+    code = f"""
+import sys, peft, transformers
+for name in [name for name in sys.modules if name == {moved!r} or name.startswith({moved + "."!r})]:
+    sys.modules[name] = None
+import celora
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

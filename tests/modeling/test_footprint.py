@@ -1,0 +1,163 @@
+"""What a taken-over model keeps in memory, and how often its forward waits for the device."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from test_forward import masked_batch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import celora
+from celora import CELoraConfig
+from celora.modeling import model_graft as forward
+from celora.modeling.model_graft import ModelGraft
+from celora.numerics import head
+from celora.numerics.head import Logits
+from celora.runtime.attachment import require
+from patching import patch_all
+from small import make_batch, make_model
+
+
+@pytest.mark.fault(
+    "models",
+    "the model is dropped after training, with nothing else that holds it",
+    sees="nothing",
+    kept="its memory is free at once, without waiting for Python's collector",
+)
+@pytest.mark.parametrize("kind", ["full", "padded"])
+def test_a_dropped_model_is_freed_at_once(kind: str) -> None:
+    model, batch = make_model().train(), make_batch(0) if kind == "full" else masked_batch()
+    report = celora.attach(model, "exact")
+    assert "Padding left out of training batches." in report.notes
+    for _ in range(2):
+        loss = model(**batch).loss
+        loss.backward()
+    kept = [weakref.ref(of) for of in (*model.modules(), *model.parameters())]
+    del loss
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert not [of for of in kept if of() is not None]
+    finally:
+        gc.enable()
+
+
+class Reads(TorchFunctionMode):
+    """What would wait for an accelerator: numbers, lists and shapes that depend on a tensor's numbers."""
+
+    WAIT = frozenset(
+        {"tolist", "item", "nonzero", "argwhere", "__bool__", "__int__", "__float__", "__index__", "is_nonzero",
+         "numpy", "cpu", "__contains__", "unique", "masked_select", "equal", "allclose", "tensor", "as_tensor"}
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        indices = tree_leaves(args[1:2]) if name in ("__getitem__", "__setitem__") else []
+        mask = any(isinstance(of, Tensor) and of.dtype == torch.bool for of in indices)
+        if name in self.WAIT or mask or (indices and isinstance(args[1], list)):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Waits(TorchDispatchMode):
+    """The same, of the operators that others call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
+def test_a_forward_waits_for_the_device_once(packs: bool, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = make_model().train(), masked_batch() | {"num_items_in_batch": torch.tensor(7)}
+    celora.attach(model, CELoraConfig(estimator="dense", labelled_head=True, padding_free=packs))
+    model(**batch)  # which looks at more, once
+    reads, waits, score = Reads(), Waits(), forward.score_tokens
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any) -> Any:
+            with waits, reads:
+                return function(*args)
+
+        return called
+
+    def alone(*args: Any, **kwargs: Any) -> Any:  # on an accelerator it reads nothing: see below
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            return score(*args, **kwargs)
+
+    patch_all(monkeypatch, "celora.numerics.head:score_tokens", alone)
+    for name in ("_not_here", "_begin", "_scored"):
+        monkeypatch.setattr(ModelGraft, name, watched(getattr(ModelGraft, name)))
+    if attention == "sdpa":
+        assert model(**batch).logits is None
+    else:  # which no CPU has
+        causal = model.base_model.model
+        causal.config._attn_implementation = attention
+        _, passed = require(model).forward._begin(causal, causal, batch, batch["labels"])
+        assert ("cu_seq_lens_q" in passed) is packs
+        require(model).forward.settle(causal)
+    assert reads.seen == ["tolist"]
+    assert waits.seen == []
+
+
+@pytest.mark.parametrize("logits", [Logits(), Logits(0.5, 30.0)], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_head_reads_nothing_of_an_accelerator(
+    logits: Logits, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors on the device `meta` have no numbers that could be read."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # of which `meta` knows nothing
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    hidden = torch.empty(2, 40, 32, device="meta", requires_grad=True)
+    rows, targets = (torch.empty(50, dtype=torch.int64, device="meta") for _ in range(2))
+    weight = torch.empty(777, 32, device="meta")
+    found = head.score_tokens(
+        hidden, rows, targets, weight, weight[:, 0], logits=logits, smoothing=smoothing, statistics=True
+    )
+    found.log_probs.sum().backward()
+    assert hidden.grad.shape == hidden.shape
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that is made."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        there = {of.untyped_storage()._cdata for of in tree_leaves(args) if isinstance(of, Tensor)}
+        for of in tree_leaves(made):
+            if isinstance(of, Tensor) and of.untyped_storage()._cdata not in there:
+                self.nbytes = max(self.nbytes, of.numel() * of.element_size())
+        return made
+
+
+@pytest.mark.parametrize("logits", [Logits(), Logits(1.0, 30.0)], ids=str)
+def test_the_softmax_works_on_little_at_once(logits: Logits) -> None:
+    """Of 1,024 tokens and 151,936 words on an accelerator, in float32 on 64 MiB."""
+    z = torch.empty(1024, 151_936, dtype=torch.bfloat16, device="meta")
+    targets = torch.empty(1024, dtype=torch.int64, device="meta")
+    with Largest() as made:
+        head._softmax(z, targets, logits, 0.1, torch.empty(1024, device="meta"), None, None, write=True)
+    assert 2**25 < made.nbytes <= 2**26

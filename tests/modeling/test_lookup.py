@@ -1,0 +1,271 @@
+"""The attention of packed batches is found by their own calls alone, and again when a checkpoint is computed anew."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_packing import gradients, model_of, ragged
+from torch import Tensor, nn
+from transformers import AttentionInterface, GenerationConfig
+
+import celora
+from celora.modeling import attention, packing
+from celora.modeling import call as forward
+from celora.runtime.attachment import require
+from patching import patch_all
+
+
+def implementation(model: nn.Module) -> str:
+    return str(model.base_model.model.config._attn_implementation)
+
+
+class Packed:
+    """Counts calls of celora's attention, and those of them that are packed."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.calls = self.packed = 0
+        original = attention.attention
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            self.packed += kwargs.get("celora_lengths") is not None
+            return original(*args, **kwargs)
+
+        patch_all(patch, "celora.modeling.attention:attention", counted)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_computes_the_same_attention_again(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In backward, when the call that packed the batch has ended."""
+    counted, batch = Packed(monkeypatch), ragged([11, 4, 7, 1])
+    found = []
+    for checkpointed in (False, True):
+        model = model_of("llama")
+        celora.attach(model, "exact")
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        counted.packed = 0
+        for _ in range(2):
+            found.append(gradients(model, batch))
+        assert counted.packed == 2 * 2 * (1 + checkpointed)  # calls x layers
+        assert implementation(model) == "sdpa"
+    assert all(loss == found[0][0] for loss, _ in found)
+    assert all(gradient.equal(found[0][1]) for _, gradient in found)
+
+
+def test_outside_its_calls_the_configuration_is_the_models_own() -> None:
+    model, batch = model_of("llama"), ragged([11, 4, 7])
+    celora.attach(model, "exact")
+    assert implementation(model) == "sdpa"
+    seen: list[tuple[str, str]] = []
+    inner = model.base_model.model
+    for name, module in (("attention", inner.model.layers[0].self_attn.q_proj), ("gate", inner.model.layers[0].mlp)):
+        module.register_forward_pre_hook(lambda *_, name=name: seen.append((name, implementation(model))))
+    celora.detach(model)
+    celora.attach(model, "exact")
+    with pytest.warns(UserWarning, match=r"padding stays in batches: layers\.0\."):
+        model(**batch)
+    assert seen == [("attention", "sdpa"), ("gate", "sdpa")]
+
+
+@pytest.mark.fault(
+    "models",
+    "a forward or a backward is interrupted (Ctrl-C, an error) inside an attention",
+    sees="the interruption itself",
+    kept="the configuration of the model, which the next forward finds as it was",
+)
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_interrupted_attention_leaves_nothing_behind(
+    where: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = model_of("llama"), ragged([11, 4, 7])
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    celora.attach(model, "exact")
+    expected = gradients(model, batch)
+    original, armed = attention._sdpa, [where == "forward"]
+
+    def fails() -> Callable[..., Any]:
+        def raised(*_: Any, **__: Any) -> Any:
+            raise error
+
+        return raised if armed[0] else original()
+
+    with monkeypatch.context() as patch:
+        patch_all(patch, "celora.modeling.attention:_sdpa", fails)
+        patch_all(patch, "celora.modeling.attention:plain", lambda: True)
+        loss = None if armed[0] else model(**batch).loss
+        armed[0] = True
+        with pytest.raises(error):
+            model(**batch) if loss is None else loss.backward()
+    if error is ValueError:
+        assert implementation(model) == "sdpa"
+    with torch.no_grad():
+        model.base_model.model.model(batch["input_ids"])  # the decoder alone, which no hook of the model's sees
+    assert implementation(model) == "sdpa"
+    again = gradients(model, batch)
+    assert again[0] == expected[0]
+    assert again[1].equal(expected[1])
+    celora.detach(model)
+    assert implementation(model) == "sdpa"
+
+
+def test_another_attention_refuses_what_was_packed_for_ours() -> None:
+    """What it would compute of a mask that celora does not need would be another model's."""
+    model, batch = model_of("llama"), ragged([11, 4, 7])
+    celora.attach(model, "exact")
+    layer = model.base_model.model.model.layers[1]
+    layer.self_attn, old = type(layer.self_attn)(layer.self_attn.config, 1), layer.self_attn
+    with pytest.warns(UserWarning, match=r"layers\.1\.self_attn was not there when celora was attached"):
+        assert model(**batch).logits is None
+    layer.self_attn = old
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention.Lookup, "before", lambda *_: None)
+        celora.detach(model)
+        celora.attach(model, "exact")
+        with pytest.raises(RuntimeError, match="mask"):
+            model(**batch)
+
+
+def test_an_attention_that_was_registered_anew_is_used() -> None:
+    model, batch = model_of("llama"), ragged([11, 4, 7])
+    original, calls = AttentionInterface()["sdpa"], [0]
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return original(*args, **kwargs)
+
+    celora.attach(model, "exact")
+    AttentionInterface.register("sdpa", own)
+    try:
+        with pytest.warns(UserWarning, match="padding stays in batches: attn_implementation='sdpa' is not Transf"):
+            model(**batch)
+    finally:
+        AttentionInterface.register("sdpa", original)
+    assert calls == [2]
+
+
+def test_batches_that_are_not_packed_find_it_where_the_machine_has_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in no other call than those that train on labels."""
+    counted, batch = Packed(monkeypatch), ragged([32, 32, 32])
+    model = model_of("llama")
+    celora.attach(model, "exact")
+    for attends in (True, False):
+        patch_all(monkeypatch, "celora.kernels.c.attention:attends", lambda attends=attends: attends)
+        patch_all(monkeypatch, "celora.modeling.attention:_tiles_pay", lambda *_: False)
+        counted.calls = 0
+        gradients(model, {**batch, "attention_mask": None})
+        assert counted.calls == 2 * attends
+        assert counted.packed == 0
+    patch_all(monkeypatch, "celora.kernels.c.attention:attends", lambda: True)
+    counted.calls = 0
+    model(input_ids=batch["input_ids"])
+    with torch.no_grad():
+        model(**batch)
+    assert counted.calls == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_continuous_batching_generates_while_attached() -> None:
+    model, batch = model_of("llama"), ragged([11, 4, 7])
+    causal = model.base_model.model
+    celora.attach(model, "exact")
+    gradients(model, batch)
+    settings = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    causal.eval().init_continuous_batching(generation_config=settings)  # as `generate_batch` begins
+    tokens = model.generate(batch["input_ids"][:1], generation_config=settings)
+    celora.detach(model)
+    assert tokens.equal(model.generate(batch["input_ids"][:1], generation_config=settings))
+
+
+def test_what_is_added_after_attaching_is_seen() -> None:
+    """The list of a model's modules is not kept."""
+    model, batch = model_of("llama"), ragged([11, 4, 7])
+    celora.attach(model, "exact")
+    model(**batch)
+    block = model.base_model.model.model.layers[1]
+    block.extra = nn.Identity()
+    block.extra.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"padding stays in batches: layers\.1\.extra has a forward hook"):
+        model(**batch)
+
+
+# --- tokens that attend to later ones ------------------------------
+
+
+def bidirectional(model: nn.Module, how: str) -> dict[str, Any]:
+    """Change what a token attends to; the arguments that a call needs for it."""
+    causal = model.base_model.model
+    if how == "argument":
+        return {"is_causal": False}
+    if how == "modules":
+        for layer in causal.model.layers:
+            layer.self_attn.is_causal = False
+    elif how == "is_causal":
+        causal.config.is_causal = False
+    else:
+        causal.config.use_bidirectional_attention = True
+    return {}
+
+
+@pytest.mark.fault(
+    "models",
+    "tokens attend to later ones (`config.is_causal=False`, as LLM2Vec or text diffusion train)",
+    sees="`padding stays in batches: its tokens attend to later ones`, once",
+    kept="the loss and the gradient of this attention",
+)
+@pytest.mark.parametrize("after", [True, False], ids=["after attaching", "before attaching"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        *((kind, how) for kind in ("llama", "mistral", "qwen2") for how in ("is_causal", "argument")),
+        ("llama", "modules"),
+        ("gemma3_text", "use_bidirectional_attention"),
+    ],
+)
+def test_attention_to_later_tokens_is_kept(kind: str, how: str, after: bool) -> None:
+    model, batch = model_of(kind), ragged([11, 4, 7], prompt=0)
+    if after:
+        plain = model_of(kind)
+        extra = bidirectional(plain, how)
+        loss, expected = gradients(plain, batch | extra)
+        celora.attach(model, "exact")
+        causal, _ = gradients(model, batch)
+        assert bidirectional(model, how) == extra
+        if how == "is_causal":
+            assert abs(causal - loss) > 1e-3
+    else:
+        extra = bidirectional(model, how)
+        loss, expected = gradients(model, batch | extra)
+        report = celora.attach(model, "exact")
+        assert how == "argument" or any("Padding stays: its tokens attend to later" in of for of in report.notes)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found, gradient = gradients(model, batch | extra)
+        gradients(model, batch | extra)
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+    assert require(model).forward is not None
+    said = [str(of.message) for of in caught if "padding stays in batches" in str(of.message)]
+    assert len(said) == int(after or how == "argument")
+
+
+def test_an_argument_that_is_not_known_keeps_the_padding() -> None:
+    model, batch = model_of("llama"), ragged([11, 4, 7])
+    celora.attach(model, "exact")
+    seen: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        pack = packing.pack
+        patch_all(patch, "celora.modeling.packing:pack", lambda *args: seen.append(args) or pack(*args))
+        model(**batch, token_type_ids=None)  # which is not given
+        assert len(seen) == 1
+        with pytest.warns(UserWarning, match="what 'new_thing' among the arguments does is not known"):
+            assert model(**batch, new_thing=False).logits is None
+        assert len(seen) == 1
+    assert forward.unknown_arguments({"new_thing": False, "labels": 1, "other": None}) == {"new_thing": False}

@@ -1,0 +1,161 @@
+"""TRL and whoever else has a hand in a model's forward: what cannot be read is left alone, and nothing is dropped."""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from test_forward import gradient, masked_batch
+from trl.trainer.utils import add_fused_lm_head
+
+import celora
+from celora import CELoraError
+from celora.modeling import others
+from celora.numerics.head import Logits
+from celora.runtime.attachment import require
+from small import make_model
+
+
+def fused(**settings: Any) -> tuple[PeftModel, Any]:
+    model = make_model().train()
+    add_fused_lm_head(model.base_model.model, **settings)
+    return model, model.base_model.model
+
+
+def renamed(causal: Any, **names: str) -> None:
+    """TRL's fused head as another version may have it, with other names in its closure."""
+    function = causal.forward.__func__
+    code = function.__code__
+    code = code.replace(co_freevars=tuple(names.get(name, name) for name in code.co_freevars))
+    twin = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    twin.__kwdefaults__ = function.__kwdefaults__
+    causal.forward = types.MethodType(functools.wraps(type(causal).forward)(twin), causal)
+
+
+FUSED = {"fused_lm_head": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda causal: renamed(causal, outputs="fields"), "cannot read outputs from the fused head"),
+        (lambda causal: renamed(causal, logit_scale="scale"), "cannot read logit_scale from the fused head"),
+        (lambda causal: add_fused_lm_head(causal, temperature=0.7), "has temperature=0.7"),
+        (lambda causal: add_fused_lm_head(causal, outputs=("log_probs", "mean_logits")), "computes mean_logits"),
+    ],
+    ids=["fields", "scale", "temperature", "outputs"],
+)
+@pytest.mark.fault(
+    "models",
+    "TRL's fused head is of a version that celora cannot read, or computes what celora does not",
+    sees="`celora cannot read ... from the fused head of this version of TRL; its own loss is used ...`, once",
+    kept="TRL's own numbers; with label smoothing an error, as it would be dropped",
+)
+def test_a_fused_head_that_cannot_be_served_is_trls_own(change: Callable[[Any], None], reason: str) -> None:
+    model, causal = fused()
+    celora.attach(model, "exact")
+    change(causal)
+    require(model).switch.on = False
+    expected = model(**masked_batch(), **FUSED)
+    expected.loss.backward()
+    wanted = gradient(model)
+    require(model).switch.on = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model.zero_grad()
+            found = model(**masked_batch(), **FUSED)
+            found.loss.backward()
+    torch.testing.assert_close(found.log_probs, expected.log_probs)
+    assert (gradient(model) - wanted).norm() < 1e-5 * wanted.norm()
+    said = [str(of.message) for of in caught if "its own loss is used" in str(of.message)]
+    assert len(said) == 1
+    assert reason in said[0]
+    require(model).forward.smoothing = 0.1
+    with pytest.raises(CELoraError, match="so its labels cannot be smoothed here"):
+        model(**masked_batch(), **FUSED)
+    celora.detach(model)
+    report = celora.attach(model, "exact")  # which says so, and does not say that padding is left out
+    assert [reason in note for note in report.notes if "own loss" in note] == [True]
+    assert not any("Padding" in note for note in report.notes)
+
+
+def test_another_scale_than_the_models_is_trls_own() -> None:
+    """TRL reads it from the configuration when the head is added; the model reads it in every call, or not at all."""
+    model, causal = fused()
+    causal.config.logit_scale = 0.5
+    add_fused_lm_head(causal)
+    expected = model(**masked_batch(), **FUSED).log_probs
+    celora.attach(model, "exact")
+    with pytest.warns(UserWarning, match="has logits that TRL's fused head computes otherwise"):
+        found = model(**masked_batch(), **FUSED)
+    torch.testing.assert_close(found.log_probs, expected)
+
+
+@pytest.mark.parametrize("how", ["refused before", "hidden states", "no dictionary", "not at hand"])
+def test_smoothing_is_never_dropped(how: str) -> None:
+    model, causal = fused()
+    celora.attach(model, "exact")
+    graft = require(model).forward
+    batch = masked_batch() | FUSED
+    plain = model(**batch).loss.item()
+    graft.smoothing = 0.1
+    assert abs(model(**batch).loss.item() - plain) > 1e-3
+    if how == "refused before":
+        graft._refused = True
+    elif how == "not at hand":
+        causal.lm_head.weight.ds_id = 0
+    else:
+        batch |= {"output_hidden_states": True} if how == "hidden states" else {"return_dict": False}
+    with pytest.raises(CELoraError, match="labels cannot be smoothed"):
+        model(**batch)
+    del batch["labels"]
+    assert model(**{k: v for k, v in batch.items() if k not in FUSED}) is not None
+
+
+def test_what_is_read_of_trl() -> None:
+    _, causal = fused(outputs=("log_probs", "entropy", "is_top1"))
+    assert others.fused_head(causal) == Logits()
+    assert others.is_fused_head(causal)
+    causal.forward = functools.partial(type(causal).forward, causal)
+    assert not others.is_fused_head(causal)
+    assert "no such head" in str(others.fused_head(causal))
+    assert others.replaced(causal).startswith("transformers.")
+    del causal.forward
+    assert others.replaced(causal) == ""
+
+
+@pytest.mark.parametrize("calls", ["for its logits", "with the fused head"])
+def test_a_trainer_of_trl_that_wants_logits_gets_them(calls: str) -> None:
+    """TRL's before 1.15 log the entropy and the accuracy of each step, from its logits."""
+    source = (
+        "class SFTTrainer:\n"
+        "    def compute_loss(self, model, inputs):\n"
+        "        output = model(**inputs)\n"
+        "        return output.loss, getattr(output, 'logits', None)\n"
+    )
+    names = {"__name__": "trl.trainer.sft_trainer"}
+    exec(compile(source, "sft_trainer.py", "exec"), names)
+    model, _ = fused()
+    trainer: Any = names["SFTTrainer"]()
+    inputs = masked_batch() | (FUSED if "fused" in calls else {})
+    loss, logits = trainer.compute_loss(model, inputs)
+    celora.attach(model, "exact")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found, given = trainer.compute_loss(model, inputs)
+        trainer.compute_loss(model, inputs)
+    said = [str(of.message) for of in caught if "SFTTrainer looks at the logits of every step" in str(of.message)]
+    assert len(said) == (calls == "for its logits")
+    torch.testing.assert_close(found, loss)
+    if calls == "for its logits":
+        torch.testing.assert_close(given, logits)
+        assert model(**inputs).logits is None  # nobody looks now

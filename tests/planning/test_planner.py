@@ -1,0 +1,508 @@
+"""The planner on a tiny model: what it measures, what it chooses, what it leaves alone. Times are whatever they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import types
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+import celora
+from celora import CELoraError
+from celora.modeling.survey import tuner_layers
+from celora.modeling.switch import Mode, Switch
+from celora.numerics.estimators import Dense
+from celora.numerics.products.int8 import Int8
+from celora.planning import bench as bench_module
+from celora.planning import candidates as candidates_module
+from celora.planning import choose as choose_module
+from celora.planning import evidence as evidence_module
+from celora.planning import planner
+from celora.planning.plan import Candidate, PlannedLayer
+from celora.runtime.attachment import find, require
+from celora.settings.config import LayerConfig
+from celora.settings.presets import PRESETS
+from celora.weights.stored import StoredWeight
+from machine import refuses
+from patching import patch_all
+from small import adapter, make_base, make_batch, make_model, train
+
+
+@pytest.fixture
+def batches() -> list[dict[str, torch.Tensor]]:
+    return [_masked(seed) for seed in range(3)]
+
+
+def _masked(seed: int) -> dict[str, torch.Tensor]:
+    batch = make_batch(seed)
+    batch["labels"][:, :7] = -100
+    return batch
+
+
+@pytest.fixture
+def free_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On matrices this small nothing is faster than the dense product: pretend that what is kept is what it costs."""
+
+    def times(layers: Any) -> Any:
+        keys = {("dense", True, 1.0): 1.0}
+        for setting in candidates_module.candidates(torch.device("cpu")):
+            cheaper = 1.0 if setting.precision == "native" else 0.5
+            if setting.estimator in ("int8", "fp8"):
+                keys[setting.estimator, setting.weight_copy, 1.0] = 0.6 if setting.weight_copy else 0.8
+            elif setting.estimator == "columns":
+                keys[f"columns {setting.precision}", True, setting.keep_ratio] = cheaper * setting.keep_ratio
+            else:
+                for share in evidence_module._TIMED_SHARES:
+                    cost = cheaper * share * (1.0 if setting.weight_copy else 1.2)
+                    keys[f"tokens {setting.precision}", setting.weight_copy, share] = cost
+        return {layer.kind: keys for layer in layers}
+
+    patch_all(monkeypatch, "celora.planning.evidence:time_kinds", times)
+    patch_all(monkeypatch, "celora.planning.evidence:graft_overhead", lambda device, dtype: 0.0)
+    monkeypatch.setattr(bench_module.Bench, "time", lambda bench, layers, settings: 0.5)
+
+
+def test_every_layer_is_disturbed_before_it_is_said_to_have_no_influence(
+    model: PeftModel, batches: list[dict[str, torch.Tensor]], free_estimates: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So few tokens carry the last layers' gradients that native products, which round numbers up, would keep all."""
+    for batch in batches:
+        batch["labels"][:, :-1] = -100
+    patch_all(monkeypatch, "celora.planning.influence:_DEPTHS", 20)
+    (plan,) = planner.make_plans(model, batches, [0.9])
+    influence = {layer.name.rpartition("model.layers.")[2]: layer.influence for layer in plan.layers}
+    assert influence["1.mlp.down_proj"] > 0
+    assert influence["1.mlp.up_proj"] > 0
+    # It is the same, however few layers are probed together.
+    patch_all(monkeypatch, "celora.planning.influence:_FEW_LAYERS", 0)
+    (grouped,) = planner.make_plans(model, batches, [0.9])
+    assert min(layer.influence for layer in grouped.layers) > 0
+
+
+def test_layers_whose_product_is_computed_elsewhere_are_not_measured(
+    batches: list[dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hra = get_peft_model(make_base(), peft.HRAConfig(r=8, target_modules=["up_proj"]))
+    asked: list[Any] = []
+
+    def no_plans(bench: Any, layers: list[Any], *_: Any) -> list[Any]:
+        asked.extend(layers)
+        return [None]
+
+    patch_all(monkeypatch, "celora.planning.planner:_make_plans", no_plans)
+    celora.make_plan(hra, batches)
+    assert asked == []
+
+
+def test_products_that_a_layer_lacks_are_never_computed(
+    model: PeftModel, batches: list[dict[str, torch.Tensor]], free_estimates: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follow = Int8._follow
+
+    def refuse(product: Int8, weight: torch.Tensor) -> torch.Tensor:
+        assert weight.shape[1] != 80, "down_proj"
+        return follow(product, weight)
+
+    lacking = classmethod(lambda cls, out_features, in_features, device: "no" if in_features == 80 else "")
+    monkeypatch.setattr(Int8, "unavailable", lacking)
+    monkeypatch.setattr(Int8, "_follow", refuse)
+    plan = celora.make_plan(model, batches, 0.9)
+    for layer in plan.layers:
+        bits = {setting.precision for c in layer.candidates if (setting := c.setting).estimator != "int8"}
+        assert ("int8" in bits) == (layer.in_features != 80)
+
+
+def test_a_product_in_a_quantised_layer_s_own_dtype_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stored(StoredWeight):
+        def dense(self) -> torch.Tensor:
+            return self.stored
+
+    waits: list[None] = []
+    patch_all(monkeypatch, "celora.machine.timing:synchronise", lambda device: waits.append(None))
+    weight = Stored(torch.ones(6, 4), torch.Size((6, 4)), torch.float32, compute_dtype=torch.bfloat16)
+    graft = bench_module._TimedGraft(Dense(6, 4), Switch())
+    assert graft.grad_input(torch.ones(3, 6), weight, Mode.ESTIMATE).equal(torch.full((3, 4), 6.0))
+    assert len(waits) == 2  # before and after
+
+
+@pytest.mark.parametrize("fidelity", [0.9, 0.99, 1.0])
+def test_the_plan_keeps_what_was_asked_for(
+    model: PeftModel, batches: list[dict[str, torch.Tensor]], free_estimates: None, fidelity: float
+) -> None:
+    plan = celora.make_plan(model, batches, fidelity)
+    assert plan.predicted_cosine >= fidelity
+    assert plan.audited_cosine >= fidelity  # on a batch that nothing was chosen by
+    report = celora.attach(model, plan)
+    assert report.estimated or fidelity == 1
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    for _ in range(12):  # every layer selects from the batch that the planner selected from
+        model(**batches[0]).loss.backward()
+        optimizer.step()
+    assert celora.audit(model, batches[2]).cosine == pytest.approx(plan.audited_cosine, abs=1e-4)
+    assert abs(plan.predicted_cosine - plan.audited_cosine) < 0.02
+    assert plan.tokens == 30  # three sequences, without their last tokens
+
+
+def test_plans_are_verified_on_the_sum_of_batches_of_their_own(model: PeftModel, free_estimates: None) -> None:
+    batches = [_masked(seed) for seed in range(12)]
+    given = iter(batches)
+    plan = celora.make_plan(model, given, 0.97)
+    assert next(given) is batches[planner.MOST_BATCHES]  # no more are drawn from a loader than are used
+    assert plan.audited_batches == planner.MOST_BATCHES - 2
+    assert plan.audited_cosine >= 0.97
+    celora.attach(model, dataclasses.replace(plan.config(), spread=False))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    model(**batches[0]).loss.backward()  # every layer selects from the batch that the planner selected from
+    optimizer.step()
+    assert celora.audit(model, batches[2:10]).cosine == pytest.approx(plan.audited_cosine, abs=1e-4)
+    assert "(sum of 8 batches)" in str(plan)
+
+
+def test_a_plan_that_loses_the_same_in_every_batch_is_made_more_careful(
+    model: PeftModel, free_estimates: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch alone may be near enough where their sum is not."""
+    audit = bench_module.Bench.audit
+    asked: list[float] = []
+
+    def biased(bench: Any, layers: Any, settings: Any, numbers: Any = None) -> Any:
+        found = audit(bench, layers, settings, numbers)
+        if numbers is None:
+            return found
+        asked.append(found.cosine)
+        return dataclasses.replace(found, cosine=max(0.0, 1 - 3 * (1 - found.cosine)))
+
+    batches = [_masked(seed) for seed in range(10)]
+    plain = celora.make_plan(model, batches, 0.95)
+    monkeypatch.setattr(bench_module.Bench, "audit", biased)
+    careful = celora.make_plan(model, batches, 0.95)
+    assert len(asked) > 1
+    assert careful.audited_cosine >= 0.95
+    assert asked[-1] >= 1 - 0.05 / 3 - 1e-9
+    assert careful.predicted_time > plain.predicted_time
+
+
+def test_a_plan_that_misses_its_fidelity_says_so(
+    model: PeftModel, batches: Any, free_estimates: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit = bench_module.Bench.audit
+
+    def worse(bench: Any, layers: Any, settings: Any, numbers: Any = None) -> Any:
+        found = audit(bench, layers, settings, numbers)
+        return found if numbers is None else dataclasses.replace(found, cosine=0.9)
+
+    monkeypatch.setattr(bench_module.Bench, "audit", worse)
+    with pytest.warns(UserWarning, match=r"none kept it; this one keeps 0\.9000"):
+        celora.make_plan(model, batches, 0.99)
+
+
+def test_less_fidelity_is_cheaper(model: PeftModel, batches: Any, free_estimates: None) -> None:
+    times = [celora.make_plan(model, batches, fidelity).predicted_time for fidelity in (0.8, 0.95, 0.995)]
+    assert times == sorted(times)
+    assert times[0] < times[-1] <= 1
+
+
+def test_fidelities_come_in_any_order(model: PeftModel, batches: Any, free_estimates: None) -> None:
+    """What was tried for one helps with the next, and does not stand in its way."""
+    for fidelities in ([1.0, 0.8, 0.95], [0.8, 1.0, 0.95]):
+        times = {plan.fidelity: plan.predicted_time for plan in planner.make_plans(model, batches, fidelities)}
+        assert times[0.8] < times[0.95] < times[1.0]
+
+
+def test_nothing_is_left_behind(model: PeftModel, batches: Any) -> None:
+    other = make_model()
+    before, state = adapter(model), torch.get_rng_state()
+    celora.make_plan(model, batches)
+    assert torch.get_rng_state().equal(state)
+    assert find(model) is None
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    train(model, 3)
+    train(other, 3)
+    for name, value in adapter(other).items():
+        assert value.equal(adapter(model)[name])
+        assert not value.equal(before[name])
+
+
+def test_an_attached_model_is_planned_as_if_it_were_not_and_stays_attached(
+    model: PeftModel, batches: Any, free_estimates: None
+) -> None:
+    plain = celora.make_plan(model, batches)
+    celora.attach(model, "paper")
+    again = celora.make_plan(model, batches)
+    assert again.memory_limit == plain.memory_limit
+    assert [layer.chosen for layer in again.layers] == [layer.chosen for layer in plain.layers]
+    assert require(model).switch.on
+    train(model, 2)
+
+
+def test_auto_plans_and_never_slows_a_layer_down(model: PeftModel, batches: Any) -> None:
+    with pytest.raises(CELoraError, match="give batches"):
+        celora.attach(model, "auto")
+    plan = celora.make_plan(model, batches)
+    for layer in plan.layers:
+        assert layer.choice.time_ms <= layer.dense_ms
+        assert all(c.time_ms < layer.dense_ms for c in layer.candidates[1:])
+    celora.attach(model, "auto", batches=iter(batches))
+    assert require(model).config.spread
+    train(model, 2)
+
+
+@pytest.fixture
+def wide_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the vocabulary were large enough for its gradient to be worth leaving out."""
+
+    def times(calls: Any, repeats: int, device: Any) -> Any:
+        return {call: {"time_ms": 10 * float(call)} for call in calls}
+
+    patch_all(monkeypatch, "celora.machine.timing:interleaved", times)
+    patch_all(monkeypatch, "celora.planning.candidates:HEAD_SHARES", (0.9, 0.7, 0.5, 0.3))  # it has 61 words
+
+
+def test_layers_that_are_not_faster_in_a_whole_backward_are_exact(
+    model: PeftModel, batches: Any, free_estimates: None, wide_head: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_module.Bench, "time", lambda bench, layers, settings: 1.01)
+    plan = celora.make_plan(model, batches, 0.9)
+    assert {layer.chosen for layer in plan.layers} == {0}
+    assert plan.audited_time == plan.predicted_time == 1
+    # What is left is the head's estimate, which is timed by itself.
+    assert plan.config().head_keep_ratio < 1
+    assert 0.9 <= plan.audited_cosine < 1 - 1e-6
+    celora.attach(model, plan)
+    assert celora.audit(model, batches[2]).cosine == pytest.approx(plan.audited_cosine, abs=1e-5)
+    without, *_ = planner.make_plans(model, batches, [0.9], head=False)
+    assert without.predicted_cosine == without.audited_cosine == 1
+
+
+@pytest.mark.parametrize("fidelity", [0.9, 1.0])
+def test_the_head_is_planned_too(
+    model: PeftModel, batches: Any, free_estimates: None, wide_head: None, fidelity: float
+) -> None:
+    plan = celora.make_plan(model, batches, fidelity)
+    head = plan.head
+    assert head is not None
+    assert (head.out_features, head.in_features) == tuple(model.get_output_embeddings().weight.shape)
+    errors = [candidate.relative_error for candidate in head.candidates]
+    assert errors[0] == 0 < errors[1] < errors[-1]
+    assert [candidate.time_ms for candidate in head.candidates] == [10, 9, 7, 5, 3]
+    celora.attach(model, plan)
+    kept = plan.config().head_keep_ratio
+    assert (kept == 1) if fidelity == 1 else (kept < 1)
+    assert celora.audit(model, batches[2]).cosine >= fidelity - 1e-6
+    # What the head's estimate loses is part of the audit.
+    celora.attach(model, dataclasses.replace(PRESETS["exact"], head_keep_ratio=0.01))
+    assert celora.audit(model, batches[2]).cosine < 1 - 1e-6
+
+
+def test_a_head_that_is_not_ours_is_not_planned(
+    model: PeftModel, batches: Any, free_estimates: None, wide_head: None
+) -> None:
+    hook = model.base_model.model.lm_head.register_forward_hook(lambda *_: None)  # what it does is not known
+    assert celora.make_plan(model, batches).head is None
+    hook.remove()
+    assert planner.make_plans(model, batches, [0.9], head=False)[0].head is None
+    loss = celora.make_plan(model, [{"input_ids": b["input_ids"]} for b in batches], loss=_own_loss).head
+    assert loss is None
+
+
+def _own_loss(model: Any, batch: Any) -> torch.Tensor:
+    return model(**batch).logits.float().square().mean()
+
+
+def test_the_memory_limit_is_kept(model: PeftModel, batches: Any, free_estimates: None) -> None:
+    free = celora.make_plan(model, batches, 0.995, memory_limit=10**9)
+    assert (free.memory > 0) is not refuses()  # only 8-bit copies of weights take any
+    tight = celora.make_plan(model, batches, 0.995, memory_limit=free.memory // 2)
+    assert tight.memory <= free.memory // 2
+    assert celora.make_plan(model, batches, 0.995, memory_limit=0).memory == 0
+    default = celora.make_plan(model, batches, 0.995)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert default.memory <= default.memory_limit
+    assert weights / 20 < default.memory_limit < weights
+
+
+def test_one_batch_serves_for_all(model: PeftModel, free_estimates: None) -> None:
+    plan = celora.make_plan(model, [make_batch(0)], 0.95)
+    assert plan.predicted_cosine == pytest.approx(plan.audited_cosine, abs=1e-6)
+
+
+def test_progress_is_told(model: PeftModel, batches: Any) -> None:
+    told: list[tuple[str, float]] = []
+    celora.make_plan(model, batches, progress=lambda what, share: told.append((what, share)))
+    assert [share for _, share in told] == sorted(share for _, share in told)
+    assert told[-1] == ("done", 1.0)
+
+
+def test_a_loss_of_ones_own(model: PeftModel, batches: Any) -> None:
+    calls = []
+
+    def loss(module: torch.nn.Module, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        return module(**batch).loss * 2
+
+    celora.make_plan(model, batches, loss=loss)
+    assert len(calls) > 10
+
+
+@pytest.mark.parametrize("fidelity", [0, 1.1, -1, float("nan"), True, "0.9"])
+def test_a_fidelity_out_of_range(model: PeftModel, batches: Any, fidelity: Any) -> None:
+    with pytest.raises(CELoraError, match="expected a cosine"):
+        celora.make_plan(model, batches, fidelity)
+
+
+def test_what_cannot_be_planned(model: PeftModel) -> None:
+    with pytest.raises(CELoraError, match="no batches to plan with"):
+        celora.make_plan(model, [])
+    with pytest.raises(CELoraError, match="no PEFT layers in Linear"):
+        celora.make_plan(torch.nn.Linear(3, 3), [make_batch(0)])
+    with pytest.raises(CELoraError, match="returned no loss"):
+        celora.make_plan(model, [{"input_ids": make_batch(0)["input_ids"]}])
+
+
+def test_the_cheapest_choice_is_found_within_both_limits() -> None:
+    """Against all choices of three layers with three candidates each: none is better in both time and error."""
+    settings = LayerConfig("dense"), LayerConfig("int8", rank=0), LayerConfig("tokens", rank=0)
+    times = [(4.0, 2.0, 1.0), (6.0, 3.0, 1.0), (2.0, 1.5, 1.4)]
+    errors = [(0.0, 0.1, 0.5), (0.0, 0.1, 0.4), (0.0, 0.1, 0.9)]
+    layers = [
+        PlannedLayer(str(i), 1, 1, 1.0, tuple(map(Candidate, settings, t, e, (0, 5, 0))), 0)
+        for i, (t, e) in enumerate(zip(times, errors, strict=True))
+    ]
+    table = choose_module.Table(layers)
+    every = [list(choice) for choice in itertools.product(range(3), repeat=3)]
+    for error in (0.0, 0.02, 0.17, 0.3, 2.0):
+        choice = table.cheapest(error, 100)
+        assert table.error(choice) <= error + 1e-12
+        assert not any(table.time(c) < table.time(choice) and table.error(c) < table.error(choice) for c in every)
+        for moved in every:  # the allowance is spent: no one layer can be made cheaper within it
+            if sum(a != b for a, b in zip(moved, choice, strict=True)) == 1:
+                assert table.time(moved) >= table.time(choice) or table.error(moved) > error
+    assert table.cheapest(0.0, 100) == [0, 0, 0]
+    assert table.cheapest(2.0, 0) == [2, 2, 2]
+    assert table.cheapest(0.05, 5).count(1) <= 1
+
+
+@pytest.mark.parametrize("power", [0.4, 0.5, 1.0, 1.6])
+@pytest.mark.parametrize("factor", [0.05, 1.0, 8.0])
+def test_a_choice_is_found_however_wrong_the_prediction(power: float, factor: float) -> None:
+    """What an audit finds is a power of what the table expects here: layers' errors add up, or hide one another."""
+    settings = [LayerConfig("tokens", keep_ratio=1 - i / 40, rank=0) for i in range(1, 40)]
+    candidates = [Candidate(LayerConfig("dense"), 1.0, 0.0)]
+    candidates += [Candidate(setting, setting.keep_ratio, (1 - setting.keep_ratio) ** 1.5) for setting in settings]
+    layers = [PlannedLayer(str(i), 1, 1, 0.1 * (1 + i % 3), tuple(candidates), 0) for i in range(30)]
+    audits: list[float] = []
+
+    class Bench:
+        def audit(self, by_name: Any, chosen: dict[str, LayerConfig]) -> Any:
+            expected = sum(layers[int(name)].influence * (1 - of.keep_ratio) ** 3 for name, of in chosen.items())
+            audits.append(factor * expected**power)
+            return types.SimpleNamespace(cosine=(1 - min(1.0, audits[-1])) ** 0.5)
+
+    _, found = choose_module.choose_plan(Bench(), {}, layers, 0.1, 10**9, [])  # type: ignore[arg-type]
+    assert found == pytest.approx(audits[-1])
+    assert 0.08 < found <= 0.1
+    assert len(audits) <= 6
+
+
+@pytest.mark.parametrize("expected", [0.05, 0.005, 1e-4])
+def test_a_choice_is_found_where_there_are_few(expected: float) -> None:
+    """Most allowances choose the same: the next is another one all the same."""
+    candidates = Candidate(LayerConfig("dense"), 1.0, 0.0), Candidate(LayerConfig("int8", rank=0), 0.5, expected**0.5)
+    layers = [PlannedLayer(str(i), 1, 1, 1.0, candidates, 0) for i in range(2)]
+
+    class Bench:
+        def audit(self, by_name: Any, chosen: dict[str, LayerConfig]) -> Any:
+            return types.SimpleNamespace(cosine=(1 - 0.06 * len(chosen)) ** 0.5)
+
+    chosen, found = choose_module.choose_plan(Bench(), {}, layers, 0.1, 10**9, [])  # type: ignore[arg-type]
+    assert sum(layer.chosen for layer in chosen) == 1
+    assert found == pytest.approx(0.06)
+
+
+def test_where_nothing_can_be_estimated_everything_stays_exact(model: PeftModel) -> None:
+    for module in model.modules():
+        if hasattr(module, "base_layer"):
+            module.base_layer.weight.requires_grad_(True)
+    plan = celora.make_plan(model, [make_batch(0)])
+    assert plan.layers == ()
+    assert (plan.predicted_time, plan.audited_cosine) == (1.0, 1.0)
+    assert "everything stays exact" in str(plan)
+    with pytest.warns(UserWarning, match="no layer can be estimated"):
+        celora.attach(model, plan)
+    masked = make_batch(0)
+    masked["labels"][:] = -100
+    model = make_model()
+    masked["labels"][0, 1] = 5
+    assert celora.make_plan(model, [masked]).layers
+
+
+def test_what_a_graft_itself_takes_is_counted(model: PeftModel, free_estimates: None, monkeypatch: Any) -> None:
+    """Except where the layer has one anyway, because its adapter is fused."""
+    patch_all(monkeypatch, "celora.planning.evidence:graft_overhead", lambda device, dtype: 0.3)
+    fused = celora.make_plan(model, [make_batch(0)], 0.9)
+    assert min(c.time_ms for layer in fused.layers for c in layer.candidates[1:]) < 0.3
+    patch_all(monkeypatch, "celora.modeling.survey:fuses", lambda module: False)
+    plan = celora.make_plan(model, [make_batch(0)], 0.9)
+    assert all(0.3 < c.time_ms < 0.97 for layer in plan.layers for c in layer.candidates[1:])
+    patch_all(monkeypatch, "celora.planning.evidence:graft_overhead", lambda device, dtype: 1.0)
+    assert {layer.chosen for layer in celora.make_plan(model, [make_batch(0)], 0.5).layers} == {0}
+    monkeypatch.undo()
+    assert 0 <= evidence_module.graft_overhead(torch.device("cpu"), torch.float32) < 100
+
+
+def test_on_an_accelerator_what_energy_leaves_out_is_audited(
+    model: PeftModel, batches: Any, free_estimates: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the tokens that are kept are the share that an earlier batch needed, of which there is none at first."""
+    patch_all(monkeypatch, "celora.numerics.estimators.tokens:_counts_freely", lambda device: False)
+    (plan,) = planner.make_plans(model, batches, [0.97], head=False)
+    assert any(layer.choice.setting.selection == "energy" for layer in plan.layers)
+    assert 0.96 < plan.audited_cosine < 0.9999
+    celora.attach(model, plan)
+    assert any(not graft.estimator.ready for graft in require(model).grafts.values())
+    train(model, 11)
+    assert all(graft.estimator.ready for graft in require(model).grafts.values())
+
+
+def test_a_model_in_evaluation_mode_is_planned_as_it_will_train(
+    model: PeftModel, free_estimates: None, wide_head: None
+) -> None:
+    """As `from_pretrained` leaves it, whatever `get_peft_model` says of the wrapper around it."""
+    masked = [_masked(seed) for seed in range(3)]
+    plans = []
+    for modes in (model.train(), model.eval()):
+        modes.base_model.model.model.layers[0].train(False)
+        before = [module.training for module in modes.modules()]
+        plans.append(celora.make_plan(modes, masked, 0.9))
+        assert [module.training for module in modes.modules()] == before
+    assert plans[0].head == plans[1].head is not None
+    assert plans[0].tokens == plans[1].tokens
+
+
+def test_layers_with_other_numbers_of_tokens_are_timed_for_themselves(model: PeftModel) -> None:
+    layers = [
+        bench_module.Layer(name, module.get_base_layer(), [LayerConfig("dense")], tokens=tokens)
+        for tokens, (name, module) in zip((4, 4, 4000), list(tuner_layers(model).items())[:3:2] * 2, strict=False)
+    ]
+    assert (
+        len(evidence_module.time_kinds(layers))
+        == len({layer.kind for layer in layers})
+        > len({x.shape for x in layers})
+    )
+
+
+def test_what_makes_no_sense_is_said_before_anything_is_measured(
+    model: PeftModel, batches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch_all(monkeypatch, "celora.planning.planner:_make_plans", lambda *_: pytest.fail("measured"))
+    with pytest.raises(CELoraError, match="memory_limit='1GB'; expected a number of bytes"):
+        celora.make_plan(model, batches, memory_limit="1GB")  # type: ignore[arg-type]
+    monkeypatch.setattr(planner, "DTensor", torch.nn.Parameter)
+    with pytest.raises(CELoraError, match="a sharded model cannot be measured"):
+        celora.make_plan(model, batches)

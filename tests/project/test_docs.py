@@ -1,0 +1,212 @@
+"""The documentation builds with every link whole, fetches nothing, and what it shows to be run runs."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+from accelerate.commands.config import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+from celora import CELoraConfig
+from celora.cli.main import main
+from celora.runtime.attachment import find
+from celora.train.request.arguments import parse
+from small import adapter, make_batch
+from tiny import save_rows, save_tiny_model
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+HOW = (DOCS / "how-it-works.md").read_text(encoding="utf-8")
+
+
+def build(root: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(root / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for name in ("docs", "examples", "src"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("mkdocs.yml", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_the_site_builds_and_loads_nothing_from_elsewhere(copy: Path) -> None:
+    done = build(copy)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path: path.read_text(encoding="utf-8") for path in (copy / "site").rglob("*.html")}
+    for path, text in pages.items():
+        loaded = re.findall(
+            r"<(?:script|img|iframe|source)[^>]*src=\"?(?:https?:)?//|<link[^>]*href=\"?https?://", text
+        )
+        assert not loaded, (path, loaded)
+    for page, script in (
+        ("trl", "trl_sft"), ("trainer", "transformers_trainer"), ("accelerate", "accelerate_loop"),
+        ("accelerate", "bare_loop"),
+    ):  # fmt: skip
+        first, _, _ = (ROOT / "examples" / f"{script}.py").read_text(encoding="utf-8").partition("\n")
+        text = html.unescape(re.sub(r"<[^>]+>", "", pages[copy / "site" / "recipes" / page / "index.html"]))
+        assert first.strip('"') in text, f"{script}.py is not on the page {page}"
+    how = pages[copy / "site" / "how-it-works" / "index.html"]
+    for name in re.findall(r"`celora\.([\w.]+)`", HOW):
+        linked = rf'href="\.\./reference/\w*/?#celora[\w.]+"><code>celora\.{re.escape(name)}</code>'
+        assert re.search(linked, how), name
+
+
+def test_every_equation_has_its_function_beside_it() -> None:
+    """In the last cell of a table of equations; elsewhere in the same paragraph or step of a list."""
+    tables = re.findall(r"\| where \|\n\|[-|]+\n((?:\|.*\n)+)", HOW)
+    rows = [row for table in tables for row in table.splitlines()]
+    assert len(tables) == 2
+    for row in rows:
+        assert re.search(r"\| `celora\.[\w.]+` \|$", row), row
+    prose = re.sub(r"^\|.*\n", "", HOW, flags=re.MULTILINE)
+    told = [part for part in re.split(r"\n\n|\n(?=\d\. )", prose) if re.search(r"`[^`]* (?:=|<=|/) [^`]*`", part)]
+    assert len(told) >= 3
+    for part in told:
+        assert re.search(r"`celora\.[\w.]+`", part), part
+
+
+def test_broken_links_and_names_fail_the_build(copy: Path) -> None:
+    with (copy / "docs" / "index.md").open("a", encoding="utf-8") as page:
+        page.write("\n[a](nowhere.md) [b](speed.md#nothing) `celora.numerics.factor.nothing`\n")
+    (copy / "docs" / "forgotten.md").write_text("# Forgotten\n")
+    done = build(copy)
+    assert done.returncode == 1
+    for part in ("nowhere.md", "#nothing", "celora.numerics.factor.nothing", "forgotten.md"):
+        assert part in done.stderr
+
+
+def test_names_become_links_outside_of_code() -> None:
+    hook = runpy.run_path(str(DOCS / "hooks.py"))["on_page_markdown"]
+    text = "`celora.attach` and `celora.numerics.head`\n```python\n`celora.attach`\n```\n"
+    assert hook(text) == (
+        "[`celora.attach`][celora.attaching.attach] and [`celora.numerics.head`][celora.numerics.head]\n"
+        "```python\n`celora.attach`\n```\n"
+    )
+
+
+def test_the_reference_covers_every_module() -> None:
+    pages = [path.read_text(encoding="utf-8") for path in (DOCS / "reference").iterdir()]
+    named = {name for page in pages for name in re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)}
+    for path in (ROOT / "src" / "celora").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+        if module in ("celora", "celora.__main__", "celora.train"):
+            continue
+        package = module.rpartition(".")[0]  # which shows what it takes from its modules
+        there = package in named or any(f"{name}.".startswith(f"{module}.") for name in named)
+        assert there, f"{module} is on no page of docs/reference"
+
+
+def test_every_page_is_one_click_from_the_first() -> None:
+    linked = set(re.findall(r"\]\(([\w/-]+\.md)", (DOCS / "index.md").read_text(encoding="utf-8")))
+    pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    others = {page for page in pages if page.startswith("reference/") and page != "reference/index.md"}
+    assert pages - others - {"index.md"} - linked == set()
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages name: ./model, chats.jsonl."""
+    folder = tmp_path_factory.mktemp("docs")
+    save_tiny_model(folder / "model", hidden=64)  # bitsandbytes packs in blocks of 64 for evaluation
+    save_rows(folder / "chats.jsonl")
+    return folder
+
+
+@pytest.fixture
+def folder(names: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(names)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", names / "cache")
+    return names
+
+
+@pytest.mark.parametrize("page", ["quick-start.md", "presets.md", "command-line.md"])
+def test_commands_run(page: str, folder: Path) -> None:
+    for text in blocks(page, "yaml"):
+        (folder / "sft.yaml").write_text(text, encoding="utf-8")
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    commands = [shlex.split(line) for block in blocks(page, "bash") for line in block.splitlines()]
+    ours = [command[1:] for command in commands if command[0] == "celora" and command[1] != "demo"]
+    assert ours
+    for command in ours:
+        more = ["--max_steps", "2"] if command[0] == "train" and "--config" not in command else []
+        assert main([*command, *([] if "--max_steps" in command else more)]) == 0, command
+
+
+def test_the_configuration_of_ones_own_is_one() -> None:
+    (text,) = blocks("presets.md", "yaml")
+    assert CELoraConfig.from_dict(yaml.safe_load(text)["celora"]).for_layer("layers.1.mlp.up_proj").keep_ratio == 0.999
+
+
+def test_python_of_the_quick_start_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["train", "--model", "model", "--data", "chats.jsonl", "--output", "out", "--max_steps", "1", "--overwrite"]
+    assert main([*train, "--quiet"]) == 0
+    names: dict[str, Any] = {}
+    for block in blocks("quick-start.md", "python"):
+        exec(block, names)
+    assert "LoRA fused with its base layer in 14 of 14 layers" in capsys.readouterr().out
+
+
+def test_the_qlora_recipe_estimates_and_trains(folder: Path) -> None:
+    """Its script and its command, with the same configuration."""
+    pytest.importorskip("bitsandbytes")
+    (block,), (text,), (line,) = (blocks("recipes/qlora.md", language) for language in ("python", "yaml", "bash"))
+    names: dict[str, Any] = {}
+    exec(block, names)
+    model, columns = names["peft_model"], names["columns"]
+    report = find(model).report
+    assert len(report.estimated) == len(report.layers) == 14
+    before = adapter(model)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(3):  # the first observes, and leaves lora_A alone: lora_B begins at zero
+        ids = make_batch(step)["input_ids"] % 48
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(p, before[name]) for name, p in adapter(model).items())
+
+    assert CELoraConfig.from_dict(yaml.safe_load(text)["celora"]) == columns
+    (folder / "columns.yaml").write_text(text, encoding="utf-8")
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    _, *command = shlex.split(line)
+    assert main([*command, "--max_steps", "2"]) == 0
+    assert json.loads((folder / "out" / "run.json").read_text(encoding="utf-8"))["estimated_layers"] == 14
+
+
+def test_accelerate_reads_the_configuration_of_the_fsdp2_recipe(tmp_path: Path) -> None:
+    """Which is the only one; it shards on accelerators only, so nothing is launched."""
+    (text,) = blocks("recipes/fsdp2.md", "yaml")
+    assert [page.name for page in DOCS.rglob("*.md") if "fsdp_config" in page.read_text(encoding="utf-8")] == [
+        "fsdp2.md"
+    ]
+    (tmp_path / "fsdp.yaml").write_text(text, encoding="utf-8")
+    config = load_config_from_file(str(tmp_path / "fsdp.yaml"))
+    assert config.distributed_type == "FSDP"
+    assert config.fsdp_config["fsdp_version"] == 2
+    (line,) = (line for line in blocks("recipes/fsdp2.md", "bash")[0].splitlines())
+    arguments = launch_command_parser().parse_args(shlex.split(line)[2:])
+    assert config.fsdp_config.keys() <= vars(arguments).keys()
+    assert parse(arguments.training_script_args[1:]).preset == "exact"

@@ -1,0 +1,293 @@
+"""The studies of what is learnt: held-out rows are held out, the judges judge, and the tables say what the rows say."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tiny import save_tiny_model
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def studies(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import convergence
+    import quality
+    import quality_tables
+    import quality_tasks
+
+    return {m.__name__: m for m in (convergence, quality, quality_tables, quality_tasks)}
+
+
+@pytest.mark.parametrize("name", ["chat", "text", "chain_sum", "number_filtering"])
+def test_held_out_rows_are_not_trained_on(name: str, studies: dict[str, ModuleType]) -> None:
+    tasks = studies["quality_tasks"]
+    if name in tasks.GENERATED:
+        pytest.importorskip("reasoning_gym")
+    task = tasks.task(name)
+
+    def said(row: dict[str, Any]) -> str:
+        return " ".join((row.get("text") or row["prompt"][-1]["content"]).casefold().split())
+
+    parts = [{said(row) for row in part} for part in (task.train, task.validation, task.test)]
+    assert all(parts)
+    assert not parts[0] & parts[1]
+    assert not parts[0] & parts[2]
+    assert not parts[1] & parts[2]
+    assert len(parts[2]) == len(task.test)
+    first, again, other = (tasks.shuffled(task.train, seed, 50) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_judges(studies: dict[str, ModuleType], tmp_path: Path) -> None:
+    """Exact match is what greedy decoding says; the loss is transformers' own; batches change neither."""
+    tasks = studies["quality_tasks"]
+    folder = save_tiny_model(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    rows = []
+    for i in range(6):
+        prompt = [{"role": "user", "content": " ".join(f"w{i + j}" for j in range(1 + i))}]
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        for _ in range(3):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        answer = tokenizer.decode(ids[0, -3:])
+        rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]})
+    # The template ends a turn with <eos>, which a random model need not choose: judged with what it does choose.
+    contexts = [c for c, _ in tasks._encoded(tokenizer, rows)]
+    answers = [a for _, a in tasks._encoded(tokenizer, rows)]
+    expected = []
+    for context, answer in zip(contexts, answers, strict=True):
+        ids = torch.tensor([context])
+        for _ in answer:
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        expected.append(ids[0, len(context) :].tolist() == answer)
+    assert tasks.exact_match(model, tokenizer, rows) == pytest.approx(sum(expected) / len(rows))
+    losses, tokens = 0.0, 0
+    for context, answer in zip(contexts, answers, strict=True):
+        ids = torch.tensor([context + answer])
+        labels = torch.tensor([[-100] * len(context) + answer])
+        losses += model(ids, labels=labels).loss.item() * len(answer)
+        tokens += len(answer)
+    assert tasks.loss(model, tokenizer, rows) == pytest.approx(losses / tokens, rel=1e-5)
+    assert tasks.loss(model, tokenizer, [{"text": "w1 w2 w3"}]) == pytest.approx(
+        model(
+            torch.tensor([tokenizer("w1 w2 w3")["input_ids"]]),
+            labels=torch.tensor([tokenizer("w1 w2 w3")["input_ids"]]),
+        ).loss.item(),
+        rel=1e-5,
+    )
+
+
+def row(arm: str, seed: int, rate: float, validation: float, test: float, **more: Any) -> dict[str, Any]:
+    return {
+        "task": "chain_sum", "arm": arm, "seed": seed, "learning_rate": rate, "steps": 60, "metric": "exact match",
+        "higher_is_better": True, "validation": validation, "test": test, **more,
+    }  # fmt: skip
+
+
+def test_validation_chooses_and_test_is_reported(
+    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality, tables = studies["quality"], studies["quality_tables"]
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
+    monkeypatch.setattr(quality, "TIMES", tmp_path / "times.jsonl")
+    assert tables.scores() == "Not measured yet."
+    rows = [
+        row("LoRA", 0, 1e-3, 0.5, 0.40), row("LoRA", 0, 2e-3, 0.4, 0.90), row("LoRA", 1, 1e-3, 0.5, 0.50),
+        row("auto", 0, 1e-3, 0.5, 0.42), row("auto", 1, 1e-3, 0.5, 0.52),
+    ]  # fmt: skip
+    quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    times = {"task": "chain_sum", "arm": "LoRA", "time_ms": 900.0, "threads": 2, "cpu": "a CPU", "torch": "2"}
+    quality.TIMES.write_text(json.dumps(times) + "\n")
+    assert quality.best_rate("chain_sum", "LoRA", 60) == 1e-3
+    lines = tables.scores().splitlines()
+    assert lines[2] == "| chain_sum | exact match | LoRA | 60 | 900 ms | 0.001 of 2 | 2 | 45.0% (40.0% to 50.0%) |  |"
+    assert lines[3].endswith("| 47.0% (42.0% to 52.0%) | +2.0 points (+2.0 points to +2.0 points) |")
+    missing = tables.missing()
+    assert "LoRA (3 of 5 runs)" in missing
+    assert "`chat`: all arms" in missing
+
+
+def test_verdict(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One task is won, one lost by more than a point and an error; what has too few seeds is left out."""
+    quality, tables = studies["quality"], studies["quality_tables"]
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
+    monkeypatch.setattr(quality, "TIMES", tmp_path / "none.jsonl")
+    assert tables.verdict() == "No task has all of its runs yet."
+    ended = {  # task -> arm -> by how much its loss or accuracy differs from LoRA's at equal steps
+        "chat": {"LoRA": 0.0, "auto": 0.005, "LoRA, auto's time": 0.02, "upper half, auto's time": 0.03},
+        "chain_sum": {"LoRA": 0.0, "auto": -0.05, "LoRA, auto's time": -0.1, "upper half, auto's time": -0.04},
+        "number_filtering": {
+            "LoRA": 0.42667,
+            "auto": 0.41667,
+            "LoRA, auto's time": 0.4,
+            "upper half, auto's time": 0.4,
+        },
+    }
+    rows = [
+        row(arm, seed, 1e-3, 0.5, 0.5 + 0.01 * seed + difference) | {"task": task, "higher_is_better": task != "chat"}
+        for task, arms in ended.items()
+        for arm, difference in arms.items()
+        for seed in range(3)
+    ]
+    rows += [r | {"task": "text"} for r in rows if r["task"] == "chat" and r["seed"] < 2]
+    quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    lines = tables.verdict().splitlines()
+    assert lines[2] == "| chain_sum | -5.0 ± 0.0 | no | +5.0 ± 0.0 | -1.0 ± 0.0 | no |"
+    assert (
+        lines[3] == "| number_filtering | -1.0 ± 0.0 | yes | +1.7 ± 0.0 | +1.7 ± 0.0 | yes |"
+    )  # three of 300, exactly a point
+    assert lines[4] == "| chat | -0.5 ± 0.0 | yes | +1.5 ± 0.0 | +2.5 ± 0.0 | yes |"
+    assert "LoRA at equal steps: 2 of 3 tasks." in lines[-1]
+    assert lines[-1].endswith("equal time: 2 of 3 in the mean, 2 of 3 beyond 95 % intervals.")
+
+
+def save_times(quality: ModuleType, task: str) -> None:
+    """Steps of 100, 60, 90 and 75 ms, so that 30 of LoRA's take as long as 40 of auto's."""
+    times = {"LoRA": 100.0, "upper half": 60.0, "paper": 90.0, "auto": 75.0}
+    quality.TIMES.write_text(
+        "".join(json.dumps({"task": task, "arm": arm, "time_ms": ms}) + "\n" for arm, ms in times.items())
+    )
+
+
+def test_times_measured_anew_leave_out_the_runs_of_the_old_budget(
+    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality, tables = studies["quality"], studies["quality_tables"]
+    monkeypatch.setattr(quality, "TIMES", tmp_path / "times.jsonl")
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
+    save_times(quality, "chain_sum")
+    arm = "LoRA, auto's time"
+    rows = [row(arm, 0, 1e-3, 0.9, 0.9, steps=36), row(arm, 0, 1e-3, 0.5, 0.4, steps=30)]
+    assert tables.chosen(rows, "chain_sum", arm) == {0: rows[1]}
+    assert tables.chosen(rows[:1], "chain_sum", arm) == {}
+    quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert f"{arm} (1 of 5 runs)" in tables.missing()
+
+
+def test_arms_of_equal_time_follow_the_measured_steps(
+    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality = studies["quality"]
+    monkeypatch.setattr(quality, "TIMES", tmp_path / "times.jsonl")
+    assert quality.steps_in_autos_time("chat") == {}
+    save_times(quality, "chat")
+    assert quality.steps_in_autos_time("chat") == {"LoRA, auto's time": 30, "upper half, auto's time": 50}
+
+
+def test_only_the_rate_that_validation_prefers_is_tested(
+    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality = studies["quality"]
+    # worse than the best before, level with it and of a higher loss, of a lower one, better
+    validation = iter(((0.5, 1.0), (0.4, 0.5), (0.5, 1.1), (0.5, 0.9), (0.6, 2.0)))
+
+    def judged(task: str, model: Any, part: str) -> dict[str, Any]:
+        score, loss = next(validation) if part == "validation" else (0.3, 1.0)
+        return {"higher_is_better": True, part: score, f"{part}_loss": loss}
+
+    finished = SimpleNamespace(status="finished", model=torch.nn.Module(), summary={"estimated_cost": 1.0, "loss": 0.1})
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
+    monkeypatch.setattr(quality, "request", lambda *args, **own: None)
+    monkeypatch.setattr(quality, "train", lambda *args, **own: finished)
+    monkeypatch.setattr(quality, "_judged", judged)
+    quality.run(["chat"], ["LoRA"], [0, 1], [1.0, 2.0, 3.0, 4.0, 5.0], tmp_path, lambda line: None)
+    rows = quality.found()
+    assert [(r["seed"], r["learning_rate"], r["test"]) for r in rows] == [
+        (0, 1.0, 0.3), (0, 2.0, None), (0, 3.0, None), (0, 4.0, 0.3), (0, 5.0, 0.3), (1, 5.0, 0.3),
+    ]  # fmt: skip
+
+
+def test_many_seeds(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run once, whatever was there; differences are of the seeds that an arm shares with LoRA."""
+    quality, tables = studies["quality"], studies["quality_tables"]
+    monkeypatch.setattr(quality, "MANY_SEEDS", tmp_path / "seeds.jsonl")
+    made: list[tuple[str, int]] = []
+
+    def train(task: str, arm: str, seed: int, rate: float, steps: int, work: Path) -> tuple[Any, dict[str, Any]]:
+        made.append((arm, seed))
+        return (arm, seed), {"cost": 1.0, "train_loss": 0.1}
+
+    def judged(task: str, model: tuple[str, int], part: str) -> dict[str, Any]:
+        better, seed = {"LoRA": 0.0, "exact": 0.0, "auto 0.99": 0.0, "auto": 0.1}[model[0]], model[1]
+        return {"higher_is_better": True, part: 0.4 + better + 0.1 * seed, f"{part}_loss": 1 - better * seed}
+
+    monkeypatch.setattr(quality, "_train", train)
+    monkeypatch.setattr(quality, "_judged", judged)
+    for seeds in ([0, 1], [0, 1], [0, 1, 2]):
+        assert tables.many_seeds() == "Not measured yet with three seeds."
+        quality.many_seeds(["chain_sum"], list(quality.SEEDED), seeds, 2e-3, tmp_path, lambda line: None)
+    assert sorted(made) == [(arm, seed) for arm in ("LoRA", "auto", "auto 0.99", "exact") for seed in range(3)]
+    quality.many_seeds(["chain_sum"], ["LoRA"], [3], 2e-3, tmp_path, lambda line: None)
+    lines = [line.split(" | ") for line in tables.many_seeds().splitlines()]
+    assert lines[2][2:] == ["0.002", "4", "55.0% (12.9%)", "", "1.000 (0.000)", " |"]
+    assert lines[5][3:] == ["3", "60.0% (10.0%)", "+10.0 ± 0.0 points", "0.900 (0.100)", "-0.100 ± 0.058 |"]
+
+
+def test_slopes(studies: dict[str, ModuleType]) -> None:
+    """A power law comes back with its exponent, and the committed rows show the rate of the theorem for both."""
+    convergence = studies["convergence"]
+    made = [
+        {"arm": "LoRA", "steps": steps, "seed": seed, "mean_squared_gradient": (2 + seed) * steps**-0.5}
+        for seed in range(3)
+        for steps in convergence.STEPS
+    ]
+    mean, width = convergence.slope(made, "LoRA")
+    assert mean == pytest.approx(-0.5)
+    assert width == pytest.approx(0, abs=1e-9)
+    found = convergence.rows.read(convergence.RESULTS)
+    slopes = {arm: convergence.slope(found, arm) for arm in ("LoRA", "CE-LoRA")}
+    assert math.isclose(slopes["LoRA"][0], slopes["CE-LoRA"][0], abs_tol=0.1)
+    assert all(mean - width <= -0.5 for mean, width in slopes.values())
+    warned = {r["arm"] for r in found if r["monitor"]}
+    assert {"sampled 0.1", "sampled 0.05"} <= warned
+    assert not {"LoRA", "CE-LoRA"} & warned
+
+
+def test_runs_what_is_missing_and_times_it(
+    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The study itself, on a tiny model: every arm, stopped and gone on with, each row once."""
+    quality, tasks = studies["quality"], studies["quality_tasks"]
+    model = save_tiny_model(tmp_path / "model")
+    rows = [tasks._row(f"w{i} w{i + 1}", f"w{i % 7}") for i in range(30)]
+    tiny = tasks.Task("chat", "exact match", True, rows[:20], rows[20:25], rows[25:], tasks.exact_match)
+    monkeypatch.setattr(tasks, "task", lambda name: tiny)
+    for name, value in {"STEPS": 2, "BATCH": 2, "RESULTS": tmp_path / "q.jsonl", "TIMES": tmp_path / "t.jsonl"}.items():
+        monkeypatch.setattr(quality, name, value)
+    monkeypatch.setattr(quality, "demo_model", lambda: model)
+    said: list[str] = []
+    arms = list(quality.ARMS)
+    quality.run(["chat"], ["untouched", "LoRA"], [0], [1e-3], tmp_path, said.append)
+    quality.time_steps(["chat"], 2, tmp_path)
+    timed = quality.rows.read(quality.TIMES)
+    assert [r["arm"] for r in timed] == list(quality.TIMED)
+    monkeypatch.setattr(quality, "interleaved", Mock(side_effect=[{"LoRA": {"time_ms": 6.0}}, KeyboardInterrupt]))
+    with pytest.raises(KeyboardInterrupt):  # stopped at the second task
+        quality.time_steps(["text", "chat"], 2, tmp_path)
+    again = quality.rows.read(quality.TIMES)
+    assert [r for r in again if r["task"] == "chat"] == timed
+    assert [(r["task"], r["arm"]) for r in again if r["task"] != "chat"] == [("text", "LoRA")]
+    quality.run(["chat"], arms, [0, 1], [1e-3, 1e-2], tmp_path, said.append)
+    found = quality.found()
+    keys = [(r["arm"], r["seed"], r["learning_rate"]) for r in found]
+    assert len(set(keys)) == len(keys) == 1 + 6 * 3
+    assert {r["steps"] for r in found if r["arm"] == "LoRA"} == {2}
+    quality.run(["chat"], arms, [0, 1], [1e-3, 1e-2], tmp_path, said.append)
+    assert quality.found() == found
+    # The upper of two blocks: LoRA there is another model than LoRA everywhere.
+    losses = {
+        (r["arm"], r["learning_rate"]): r["train_loss"] for r in found if r["arm"] != "untouched" and not r["seed"]
+    }
+    assert losses["upper half", 1e-2] != losses["LoRA", 1e-2]

@@ -1,0 +1,120 @@
+"""The README's snippets run; tables and pictures, there and in the docs, are the ones the committed rows make."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from transformers import AutoModelForCausalLM
+
+from celora.cli.main import main
+from celora.train.rows.data import load_rows
+from tiny import save_rows, save_tiny_model
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the files the README names: ./model and chats.jsonl."""
+    save_tiny_model(tmp_path / "model")
+    save_rows(tmp_path / "chats.jsonl")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path
+
+
+# peft looks for the base model's configuration on the hub when it saves, and says that it could not.
+@pytest.mark.filterwarnings("ignore:Could not find a config file in")
+# TRL turns checkpointing on under the name that transformers 5.24 has just deprecated.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+# TRL's defaults are a GPU's.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
+def test_python_snippets(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = load_rows("chats.jsonl", chat=True)
+    names: dict[str, Any] = {"rows": rows, "model": str(folder / "model")}
+    script, loop, plan = _blocks("python")
+    exec(script, names)
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert "LoRA fused with its base layer in 14 of 14 layers" in capsys.readouterr().out
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    batch = dict.fromkeys(("input_ids", "labels"), model.dummy_inputs["input_ids"] % 40)
+    exec(loop, names | {"model": model, "batch": batch})
+    assert "LoRA gradient, estimated against exact" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    exec(plan, names | {"model": model, "batches": [batch]})
+    assert "0.998 asked for" in capsys.readouterr().out
+
+
+def test_the_diff_is_the_script(folder: Path) -> None:
+    (diff,) = _blocks("diff")
+    added = [line[2:].partition("  #")[0] for line in diff.splitlines() if line.startswith("+")]
+    assert 1 <= len(added) <= 3
+    for line in added:
+        assert line in _blocks("python")[0]
+
+
+def test_commands(folder: Path) -> None:
+    commands = [
+        shlex.split(line) for block in _blocks("bash") for line in block.splitlines() if line.startswith("celora ")
+    ]
+    assert len(commands) == 6
+    for command in commands:
+        assert main([*command[1:]]) == 0, command
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^make (\w+)", "\n".join(_blocks("bash")), flags=re.MULTILINE)
+    assert targets == ["demo", "test"]
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def test_pages_and_pictures_come_from_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    written = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["written"]()
+    assert {ROOT / name for name in ("README.md", "docs/quality.md", "docs/quantised.md")} <= written.keys()
+    assert set((ROOT / "docs").rglob("*.svg")) <= written.keys()
+    for path, text in written.items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python benchmarks/tables.py"
+
+
+def test_a_number_in_a_sentence_leaves_the_sentence_whole() -> None:
+    # In Markdown a line that begins with a comment ends the paragraph.
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        assert not re.search(r"^ *<!-- value:", path.read_text(encoding="utf-8"), flags=re.MULTILINE), path
+
+
+def test_tables_say_which_weights_are_random_and_of_how_many_blocks() -> None:
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for table in re.findall(r"<!-- table: \w+ -->\n(.*?)<!-- end -->", path.read_text(encoding="utf-8"), re.DOTALL):
+            for shape in set(re.findall(r"^\| (h\d+-v\d+k) \|", table, flags=re.MULTILINE)):
+                assert re.search(rf"{shape}: a Llama of random weights, hidden size [\d,]+, \d blocks, ", table), path
+
+
+def test_code_to_copy_begins_with_exact() -> None:
+    """`paper` learns least; whoever wants it names it."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").iterdir()]
+    attached = [re.findall(r"celora\.attach\([\w.]+, \\?\"(\w+)", path.read_text(encoding="utf-8")) for path in pages]
+    assert {preset for found in attached for preset in found} == {"exact", "auto"}
+
+
+def test_links_lead_somewhere() -> None:
+    for name in ("README.md", "docs/how-it-works.md", "docs/speed.md", "docs/distributed.md"):
+        page = ROOT / name
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{name}: {target}"
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)

@@ -1,0 +1,230 @@
+"""celora in other people's Trainer: one added line, numbers in the logs, state in the checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
+
+import celora
+from celora import CELoraConfig
+from celora.runtime.attachment import require
+from celora.runtime.state import STATE_NAME
+from small import adapter, make_batch, make_model
+
+CONFIG = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {key: value[0] for key, value in make_batch(i).items()}
+
+
+class Reporter(TrainerCallback):
+    """Stands for TensorBoard and its kin: sees the logs when it is called."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+        self.seen.append(dict(logs))
+
+
+def _trainer(folder: Path, model: PeftModel, *, callbacks: list[Any], **arguments: Any) -> Trainer:
+    settings = {"max_steps": 8, "save_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 2}
+    settings |= {"report_to": "none", **arguments}
+    args = TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=1e-2,
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=1,
+        **settings,
+    )
+    rows = Rows()
+    evaluated = rows if args.eval_strategy != "no" else None
+    trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=evaluated)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    return trainer
+
+
+def test_metrics_reach_the_history_and_the_reporters_behind_it(tmp_path: Path) -> None:
+    model, reporter = make_model(), Reporter()
+    celora.attach(model, CONFIG)
+    trainer = _trainer(tmp_path, model, callbacks=[celora.Callback(), reporter], save_strategy="no")
+    trainer.train()
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["celora/refreshes"] for row in history] == [1, 1, 1, 2, 2, 2, 3, 3]
+    # The first refresh has no selection to measure; the second measures the first's.
+    assert "celora/relative_error" not in history[2]
+    for row in history[3:]:
+        assert 0 < row["celora/relative_error"] <= row["celora/relative_error_worst"] < 1.5
+    seen = [logs for logs in reporter.seen if "loss" in logs]
+    assert [logs["celora/refreshes"] for logs in seen] == [row["celora/refreshes"] for row in history]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_whatever_report_to_names_gets_the_metrics(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer puts reporters before what a user adds; here one takes the place of the service's own."""
+    seen: list[dict[str, Any]] = []
+
+    class Service(Reporter):
+        def __init__(self) -> None:
+            self.seen = seen
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, name, Service)
+    model = make_model()
+    celora.attach(model, CONFIG)
+    callback = celora.Callback()
+    trainer = _trainer(tmp_path, model, callbacks=[callback], max_steps=5, save_strategy="no", report_to=name)
+    trainer.train()
+    rows = [logs for logs in seen if "loss" in logs]
+    assert [logs["celora/refreshes"] for logs in rows] == [1, 1, 1, 2, 2]
+    assert rows[-1]["celora/relative_error"] == trainer.state.log_history[4]["celora/relative_error"]
+    order = trainer.callback_handler.callbacks
+    assert [of for of in order if of is callback] == order[:1]
+    trainer.train()  # and again: still once, still first
+    assert trainer.callback_handler.callbacks == order
+
+
+def test_tensorboard_shows_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    model = make_model()
+    celora.attach(model, CONFIG)
+    trainer = _trainer(
+        tmp_path, model, callbacks=[celora.Callback()], max_steps=5, save_strategy="no", report_to="tensorboard"
+    )
+    trainer.train()
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    points = {(point.step, point.value) for point in board.Scalars("train/celora/refreshes")}
+    assert points == {(1, 1), (2, 1), (3, 1), (4, 2), (5, 2)}
+    (error,) = {point.value for point in board.Scalars("train/celora/relative_error")}
+    assert error == pytest.approx(trainer.state.log_history[4]["celora/relative_error"])
+
+
+def _full(folder: Path, model: PeftModel, *more: Any, **arguments: Any) -> Trainer:
+    """Everything that Trainer does beside training: evaluation, the best model, accumulation, checkpointing."""
+    settings: dict[str, Any] = {
+        "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True,
+        "gradient_accumulation_steps": 2, "metric_for_best_model": "eval_loss",
+    }  # fmt: skip
+    return _trainer(folder, model, callbacks=[celora.Callback(), *more], **settings | arguments)
+
+
+# transformers 5.24 renames them; celora supports versions that have only the old names.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing(_kwargs)?` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", [None, "reentrant", "non-reentrant"])
+def test_the_whole_trainer_resumes_exactly(kind: str | None, tmp_path: Path) -> None:
+    if kind is None:
+        more = {}
+    else:
+        kwargs = {"use_reentrant": kind == "reentrant"}
+        more = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+
+    def make() -> PeftModel:
+        model = make_model(lora_dropout=0.1)
+        model.enable_input_require_grads()
+        celora.attach(model, CONFIG)
+        return model
+
+    whole = make()
+    trainer = _full(tmp_path / "whole", whole, **more)
+    trainer.train()
+    assert require(whole).refreshes == 3
+    best = Path(trainer.state.best_model_checkpoint)
+    for name, value in load_file(best / "adapter_model.safetensors").items():
+        assert value.equal(get_peft_model_state_dict(whole)[name])
+
+    # From a copy of the checkpoint, in another folder: what it needs is in it.
+    moved = tmp_path / "moved" / "checkpoint"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", moved)
+    resumed = make()
+    again = _full(tmp_path / "resumed", resumed, **more)
+    again.train(resume_from_checkpoint=str(moved))
+    assert require(resumed).clock.step == 8
+    for name, value in load_file(tmp_path / "whole" / "checkpoint-8" / "adapter_model.safetensors").items():
+        assert value.equal(load_file(tmp_path / "resumed" / "checkpoint-8" / "adapter_model.safetensors")[name])
+    losses = [[row["eval_loss"] for row in t.state.log_history if "eval_loss" in row] for t in (trainer, again)]
+    assert losses[0] == losses[1]
+
+
+def test_early_stopping_leaves_a_state_to_go_on_from(tmp_path: Path) -> None:
+    model = make_model()
+    celora.attach(model, CONFIG)
+    patience = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=100.0)
+    trainer = _full(tmp_path, model, patience)
+    trainer.train()
+    assert trainer.state.global_step == require(model).clock.step == 4
+    assert (tmp_path / "checkpoint-4" / STATE_NAME).is_file()
+
+
+def test_resuming_reproduces_the_uninterrupted_run(tmp_path: Path) -> None:
+    whole = make_model()
+    celora.attach(whole, CONFIG)
+    _trainer(tmp_path / "whole", whole, callbacks=[celora.Callback()]).train()
+
+    parts = make_model()
+    celora.attach(parts, CONFIG)
+    _trainer(tmp_path / "parts", parts, callbacks=[celora.Callback()]).train()
+    checkpoint = tmp_path / "parts" / "checkpoint-4"
+    assert (checkpoint / STATE_NAME).is_file()
+
+    resumed = make_model(seed=0)
+    celora.attach(resumed, CONFIG)
+    trainer = _trainer(tmp_path / "parts", resumed, callbacks=[celora.Callback()])
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert require(resumed).clock.step == 8
+    for name, value in adapter(whole).items():
+        assert value.equal(adapter(resumed)[name])
+
+
+def test_a_checkpoint_without_state_is_said_and_refreshes(tmp_path: Path) -> None:
+    model = make_model()
+    _trainer(tmp_path, model, callbacks=[]).train()
+    celora.attach(model, CONFIG)
+    trainer = _trainer(tmp_path, model, callbacks=[celora.Callback()], max_steps=9)
+    with pytest.warns(UserWarning, match=rf"no {STATE_NAME} in .*; the first resumed step refreshes instead"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert require(model).clock.step == 9
+    assert any(graft.estimator.ready for graft in require(model).grafts.values())
+
+
+def test_without_celora_it_does_nothing(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, make_model(), callbacks=[celora.Callback()], max_steps=2, save_steps=2)
+    trainer.train()
+    assert not any("celora" in key for row in trainer.state.log_history for key in row)
+    assert not (tmp_path / "checkpoint-2" / STATE_NAME).exists()
+
+
+def test_an_engine_that_steps_copies_of_the_parameters_is_counted(model):
+    """As DeepSpeed: its optimizer holds flat copies, so the clock alone would never move."""
+    celora.attach(model, celora.CELoraConfig(estimator="columns", refresh_every=2, rank=0))
+    model.train()
+    callback = celora.Callback()
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(copies, lr=0.1)
+    counted = []
+    for step in range(4):
+        callback.on_step_begin(None, None, None, model=model)
+        model(**make_batch(step)).loss.backward()
+        if step != 2:  # an overflow: the engine skips its step
+            for copy in copies:
+                copy.grad = torch.ones_like(copy)
+            optimizer.step()
+        callback.on_step_end(None, None, None, model=model)
+        counted.append(require(model).clock.step)
+    assert counted == [1, 2, 2, 3]

@@ -1,0 +1,505 @@
+"""Arguments: every TRL name, three sources with one conversion, one line for each mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+
+from celora.errors import CELoraError
+from celora.settings.config import CELoraConfig, LayerConfig
+from celora.settings.presets import resolve
+from celora.train.request import names
+from celora.train.request.arguments import estimator_config, make_request, parse, read_yaml, recorded, sft_config
+from celora.train.request.fields import (
+    ALIASES,
+    DEFAULTS,
+    REFUSED,
+    SYNONYMS,
+    check_flags,
+    convert,
+    help_all,
+    known_fields,
+)
+from celora.train.request.names import launcher_names, trl_names
+from celora.train.request.yaml_file import set_environment
+from patching import patch_all
+from trl_fields import TRL_SFT
+
+OWN = {"model": "m", "data": "d.jsonl", "output": "out"}
+
+
+def fails(tokens: list[str], *parts: str, own: dict[str, object] = OWN) -> None:
+    with pytest.raises(CELoraError) as caught:
+        parse(tokens, own)
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_every_field_of_trl_is_known():
+    names = {f.name for cls in TRL_SFT for f in dataclasses.fields(cls)}
+    assert names - set(known_fields()) == {"output_dir", "model_name_or_path", "dataset_name"}
+    assert set(DEFAULTS) <= names
+    assert set(REFUSED) <= names
+    for name in known_fields():
+        assert f"  --{name}  " in help_all()
+
+
+def test_flags_take_trls_names_with_underscores_or_dashes():
+    tokens = "--max_steps 40 --learning-rate 2e-4 --lora_r=8 --lora-target-modules q_proj v_proj --bf16 false --packing"
+    request = parse(
+        [*tokens.split(), "--model_init_kwargs", '{"use_cache": false}', "--no_average_tokens_across_devices"], OWN
+    )
+    assert request.train["max_steps"] == 40
+    assert request.train["learning_rate"] == 2e-4
+    assert request.train["bf16"] is False
+    assert request.train["packing"] is True
+    assert request.train["average_tokens_across_devices"] is False
+    assert request.train["model_init_kwargs"] == {"use_cache": False}
+    assert request.lora["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert request.lora_r == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "value"),
+    [
+        ("max_length", "none", None),
+        ("max_length", None, None),
+        ("learning_rate", "2e-4", 2e-4),
+        ("logging_steps", "5", 5),
+        ("eval_strategy", False, "no"),
+        ("report_to", "none", "none"),
+        ("bf16", "FALSE", False),
+        ("lora_target_modules", "all-linear", ["all-linear"]),
+        ("include_num_input_tokens_seen", "all", "all"),
+        ("lr_scheduler_type", "cosine", "cosine"),
+        ("max_steps", "-1", -1),
+        ("pad_to_multiple_of", "8", 8),
+    ],
+)
+def test_conversion(name, raw, value):
+    assert convert(known_fields()[name], raw) == value
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parts"),
+    [
+        ("--max_step 3", ["--max_step;", "did you mean --max_steps?"]),
+        ("--max_steps abc", ["max_steps='abc'", "whole number"]),
+        ("--max_steps 1.5", ["max_steps='1.5'", "whole number"]),
+        ("--max_steps", ["needs a value", "whole number"]),
+        ("--learning_rate high", ["learning_rate='high'", "a number"]),
+        ("--packing maybe", ["packing='maybe'", "true or false"]),
+        ("--lr_scheduler_type cosin", ["'cosine'"]),
+        ("--dtype int3", ["dtype", "float32"]),
+        ("--dataset_kwargs {a", ["JSON"]),
+        ("--lora_r -4", ["lora_r=-4", ">= 1"]),
+        ("--lora_r 8 9", ["lora_r=['8', '9']"]),
+        ("--preset papper", ["'paper'"]),
+        ("--trust_remote_code true", ["refused"]),
+        ("--use_peft false", ["LoRA adapters only"]),
+        ("--resume_from_checkpoint x", ["--resume"]),
+        ("--dataset_streaming", ["dataset_streaming=True is refused", "memory stays flat without it"]),
+        ("--streaming true", ["streaming=True is refused"]),
+        ("--ignore_bias_buffers", ["ignore_bias_buffers=True is refused"]),
+        ("--test_split_size 0.1", ["test_split_size=0.1 is refused", "eval_data"]),
+        ("--gradient_checkpointing_kwargs x", ["gradient_checkpointing_kwargs='x'", "expected a mapping"]),
+        ('--dataset_kwargs {"skip_prepare_dataset":true}', ["skip_prepare_dataset", "is refused"]),
+        ("--num_processes 4", ["--num_processes belongs to the launcher", "accelerate launch --num_processes"]),
+        ("--accelerate_config zero2", ["belongs to the launcher"]),
+        ("stray", ["'stray'"]),
+        ("--config nowhere.yaml", ["nowhere.yaml", "No such file"]),
+    ],
+)
+def test_mistakes_are_one_line(tokens, parts):
+    fails(tokens.split(), *parts)
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("--lr", "learning_rate"),
+        ("--epochs", "num_train_epochs"),
+        ("--batch_size", "per_device_train_batch_size"),
+        ("--batch-size=8", "per_device_train_batch_size"),
+        ("--max_seq_length", "max_length"),
+        ("--rank", "lora_r"),
+        ("--modle", "model"),
+    ],
+)
+def test_what_other_tools_call_it_is_answered_with_its_name_here(flag, name):
+    for read in (lambda tokens: parse(tokens, OWN), check_flags):
+        with pytest.raises(CELoraError, match=rf"unknown option {flag.partition('=')[0]}; did you mean --{name}\?"):
+            read([flag, "3"])
+
+
+def test_what_other_tools_call_it_is_no_name_of_ours():
+    known, meant = set(known_fields()) | set(ALIASES) | launcher_names(), set(SYNONYMS.values())
+    assert not known & set(SYNONYMS)
+    assert meant <= set(known_fields())
+
+
+def test_names_read_from_sources_are_those_of_the_import():
+    """Flags are refused by the former before the latter is there."""
+    of_trl = {f.name for cls in TRL_SFT for f in dataclasses.fields(cls)}
+    assert trl_names() == of_trl
+    imported = {action.dest for action in launch_command_parser()._actions}  # as the parser itself has them
+    assert launcher_names() >= imported - {"training_script", "training_script_args", "tpu_use_cluster"}
+    flags = "--max-steps 4 --no_packing --output_dir=x --lora_r=-1 -- --bf16 false stray"
+    check_flags(flags.split())
+
+
+HERE = "from .a import SFTConfig"
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"__init__": HERE, "a": "class SFTConfig:\n    lr: float\n    k: ClassVar[int] = 3"}, {"lr"}),
+        ({"__init__": "from .a import C as SFTConfig", "a": "from .b import B\nclass C(B):\n    x: int = 0",
+          "b": "class B:\n    y: int"}, {"x", "y"}),
+        ({"__init__": HERE, "a": "from elsewhere import B\nclass SFTConfig(B):\n    x: int"}, None),
+        ({"__init__": HERE, "a": "class SFTConfig(made()):\n    x: int"}, None),
+        ({"__init__": "from . import SFTConfig"}, None),
+        ({"__init__": HERE, "a": "class ("}, None),
+        ({"__init__": ""}, None),
+    ],
+)  # fmt: skip
+def test_sources_that_cannot_be_followed_are_none(files, found, tmp_path, monkeypatch):
+    package = tmp_path / "a_library"
+    package.mkdir()
+    for name, text in files.items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names._parse.cache_clear()
+    assert names._fields("a_library", "SFTConfig") == found
+    names._parse.cache_clear()
+
+
+def test_without_sources_flags_wait_for_the_import(monkeypatch):
+    patch_all(monkeypatch, "celora.train.request.names:trl_names", lambda: None)
+    check_flags(["--anything"])
+
+
+def test_missing_and_contradicting_options():
+    fails([], "--output is missing", own={"model": "m", "data": "d"})
+    with pytest.raises(CELoraError, match="exclude each other"):
+        make_request({**OWN, "resume": True, "overwrite": True})
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_file_of_trl_sft_with_every_default_written_out(tmp_path):
+    """Whatever `trl sft` may be given and means nothing by is accepted."""
+    values = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for cls in TRL_SFT
+        for f in dataclasses.fields(cls)
+        if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+    }
+    values |= {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "out", "use_peft": True}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(values, default=str))), encoding="utf-8")
+    request = parse([], {"config": str(tmp_path / "sft.yaml")})
+    assert (request.model, request.data, request.lora["lora_dropout"]) == ("m", "d", 0.05)
+
+
+def test_what_a_file_of_trl_sft_asks_for_is_refused_by_name(tmp_path):
+    mixture = "datasets: [{path: a}, {path: b}]"
+    fails(
+        [], "datasets=", "put the rows of all of them into one folder", own={"config": write(tmp_path / "m", mixture)}
+    )
+    for text, part in (("trust_remote_code: true", "never runs code"), ("use_peft: false", "LoRA adapters only")):
+        fails([], text.partition(":")[0], part, own=OWN | {"config": write(tmp_path / "y", text)})
+
+
+def test_launch_settings_in_a_file(tmp_path, monkeypatch):
+    own = OWN | {"config": write(tmp_path / "sft.yaml", "num_processes: 2")}
+    fails([], "key 'num_processes'", "accelerate launch --num_processes ... -m celora train", own=own)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "num_processes" not in parse([], own).given
+    own = OWN | {"config": write(tmp_path / "one.yaml", "num_processes: 1")}
+    monkeypatch.delenv("WORLD_SIZE")
+    assert parse([], own).model == "m"
+
+
+@pytest.mark.fault(
+    "input",
+    "a key that comes twice in a configuration file, a plan or a record of a run, or under two names",
+    sees="`the key 'max_steps' comes twice`, and where",
+    kept="everything: neither of the values is taken for the one that was meant",
+)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max_steps: 1\nseed: 1\nmax_steps: 2", "the key 'max_steps' comes twice in one mapping in .*line 3"),
+        ("celora: {rank: 0, overrides: {a: {rank: 4, rank: 4}}}", "the key 'rank' comes twice"),
+        ("max_steps: 1\nmax-steps: 1", r"key 'max-steps' in \S+ says max_steps a second time"),
+        ("model: a\nmodel_name_or_path: b", r"key 'model_name_or_path' in \S+ says model a second time"),
+        ('celora: \'{"rank": 0, "rank": 4}\'', "the key 'rank' comes twice in one object"),
+    ],
+)
+def test_a_key_that_comes_twice_in_a_file(text, words, tmp_path):
+    with pytest.raises(CELoraError, match=words) as caught:
+        parse([], OWN | {"config": write(tmp_path / "sft.yaml", text)})
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_merged_into_a_mapping_may_be_overridden(tmp_path):
+    text = "celora: &c {<<: &a {rank: 0, seed: 3}, rank: 4}\nlr_scheduler_kwargs: {<<: *c, seed: 5, 4: 1, '4': 2}"
+    found = read_yaml(write(tmp_path / "sft.yaml", text))
+    assert found["celora"] == {"rank": 4, "seed": 3}
+    assert found["lr_scheduler_kwargs"] == {"rank": 4, "seed": 5, 4: 1, "4": 2}
+
+
+def test_what_is_said_twice_in_model_init_kwargs_is_said_once():
+    init = {"torch_dtype": "bfloat16", "attn_implementation": "eager", "revision": "v2", "device_map": "cpu"}
+    request = make_request(OWN | {"dtype": "bfloat16", "model_init_kwargs": init})
+    assert [request.lora[n] for n in ("dtype", "attn_implementation", "model_revision")] == ["bfloat16", "eager", "v2"]
+    assert request.train["model_init_kwargs"] == {"device_map": "cpu"}
+    for init, words in (
+        ({"dtype": "float32"}, "dtype='float32' in model_init_kwargs, but dtype='bfloat16'; give one of them"),
+        ({"use_cach": 1}, "unknown name in model_init_kwargs 'use_cach'; did you mean 'use_cache'"),
+        ("use_cache", "expected a mapping"),
+    ):
+        with pytest.raises(CELoraError, match=re.escape(words)):
+            make_request(OWN | {"dtype": "bfloat16", "model_init_kwargs": init})
+
+
+def test_the_environment_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "before")
+    file = write(tmp_path / "sft.yaml", "env: {WANDB_PROJECT: 3}\nmax_steps: 7")
+    assert parse([], OWN | {"config": file}).train["max_steps"] == 7
+    set_environment(file)
+    assert os.environ["WANDB_PROJECT"] == "3"
+    with pytest.raises(CELoraError, match=r"env in --config .* is \[1\]; expected a mapping"):
+        set_environment(write(tmp_path / "bad.yaml", "env: [1]"))
+
+
+@pytest.mark.fault(
+    "security",
+    "variables in `env` of a configuration file that decide which code runs or where data goes: PATH, HF_ENDPOINT, ...",
+    sees="`'PATH' is not set from a file`, and that the shell is the place for it",
+    kept="everything: the environment is as it was, and nothing is loaded",
+)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *((f"{name}: /elsewhere", f"'{name}' is not set from a file") for name in (
+            "PATH", "LD_PRELOAD", "PYTHONPATH", "HF_ENDPOINT", "HF_HOME", "HF_TOKEN", "HTTPS_PROXY", "WANDB_BASE_URL",
+            "XDG_CACHE_HOME", "RANK", "CC")),
+        ('"": x', "'' is not set from a file"),
+        ("3: x", "3 is not set from a file"),
+        ('"A=B": x', "'A=B' is not set from a file"),
+        ('"A\\0": x', "is not set from a file"),
+        ("WANDB_PROJEKT: x", "or did you mean WANDB_PROJECT?"),
+        ('WANDB_NAME: "a\\0b"', "WANDB_NAME is 'a\\x00b'; expected text or a number"),
+        ('WANDB_NAME: "\\ud800"', "expected text or a number"),
+        ("WANDB_NAME: [a]", "WANDB_NAME is ['a']; expected text or a number"),
+        ("WANDB_NAME:", "WANDB_NAME is None; expected text or a number"),
+    ],
+)  # fmt: skip
+def test_variables_that_a_file_may_not_set(text, words, tmp_path):
+    before = dict(os.environ)
+    with pytest.raises(CELoraError, match=re.escape(words)) as caught:
+        set_environment(write(tmp_path / "sft.yaml", f"env:\n  WANDB_PROJECT: mine\n  {text}"))
+    assert "\n" not in str(caught.value)
+    assert dict(os.environ) == before
+
+
+def test_yaml_takes_the_same_names_and_flags_win(tmp_path):
+    text = """
+model_name_or_path: m
+dataset_name: d.jsonl
+output_dir: out
+use_peft: true
+max_steps: 40
+learning_rate: 1e-3
+eval_strategy: no
+lora_target_modules: [q_proj, v_proj]
+celora: {estimator: columns, keep_ratio: 0.3, rank: 4, refresh_every: 7, overrides: {"*.q_proj": {estimator: dense}}}
+"""
+    request = parse(["--max_steps", "5"], {"config": write(tmp_path / "run.yaml", text)})
+    assert (request.model, request.data, request.output.name) == ("m", "d.jsonl", "out")
+    assert request.train["max_steps"] == 5
+    assert request.train["learning_rate"] == 1e-3
+    assert request.train["eval_strategy"] == "no"
+    assert request.config.keep_ratio == 0.3
+    assert request.config.rank == 4
+    assert request.config.for_layer("layers.0.q_proj").estimator == "dense"
+    assert request.preset is None
+    assert request.r == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("max_step: 3", ["key 'max_step'", "'max_steps'"]),
+        ("max_steps: [1, 2]", ["max_steps=[1, 2]"]),
+        ("celora: {keep_ratio: 1.4}", ["keep_ratio=1.4", "0 < keep_ratio <= 1"]),
+        ("celora: {keep_ratio: 0}", ["keep_ratio=0"]),
+        ("celora: {rank: -1}", ["rank=-1"]),
+        ("celora: {keep_ration: 0.5}", ["'keep_ration'", "'keep_ratio'"]),
+        ("celora: columns", ["celora='columns'", "mapping"]),
+        ("a: [", ["not valid YAML"]),
+        ("- a\n- b", ["list", "mapping"]),
+    ],
+)
+def test_yaml_mistakes_are_one_line(tmp_path, text, parts):
+    fails([], *parts, own={**OWN, "config": write(tmp_path / "run.yaml", text)})
+
+
+def test_a_saved_celora_config_is_a_config_file(tmp_path):
+    request = make_request({**OWN, "celora": {"keep_ratio": 0.4, "rank": 3}})
+    request.config.save(tmp_path / "celora_config.json")
+    assert parse([], {**OWN, "config": str(tmp_path / "celora_config.json")}).config == request.config
+
+
+def test_paper_preset_balances_both_ranks():
+    assert (make_request(OWN).preset, make_request(OWN).r) == ("auto", 16)
+    request = make_request({**OWN, "lora_r": 16, "preset": "paper"})
+    assert (request.preset, request.r, request.config.rank, request.lora_r) == ("paper", 14, "adapter", 16)
+    assert make_request({**OWN, "preset": "off"}).r == 16
+    over = make_request({**OWN, "preset": "paper", "celora": {"refresh_every": 3}})
+    assert (over.config.refresh_every, over.r) == (3, 14)
+    fixed = make_request({**OWN, "preset": "paper", "celora": {"rank": 5}})
+    assert (fixed.config.rank, fixed.r) == (5, 16)
+
+
+def test_defaults_that_differ_from_trl():
+    args = sft_config(make_request({**OWN, "use_cpu": True}))
+    assert args.learning_rate == 2e-4
+    assert args.gradient_checkpointing is False
+    assert args.bf16 is False
+    assert args.report_to == []
+    assert args.dataloader_pin_memory is False
+    assert sft_config(make_request({**OWN, "gradient_checkpointing": True, "use_cpu": True})).gradient_checkpointing
+    request = make_request(OWN)
+    assert request.lora["dtype"] == "auto"
+    assert request.lora["lora_target_modules"] == ["all-linear"]
+
+
+def test_what_sftconfig_refuses_is_one_line():
+    with pytest.raises(CELoraError, match="warmup_steps") as caught:
+        sft_config(make_request({**OWN, "warmup_steps": -3}))
+    assert "\n" not in str(caught.value)
+
+
+def test_resume_keeps_earlier_arguments_and_refuses_to_change_the_run(tmp_path):
+    own = {**OWN, "output": str(tmp_path)}
+    first = parse(["--max_steps", "40", "--lora_r", "8"], own)
+    record = {"celora": "0", "given": first.given, "train": {"seed": 42}, "lora": first.lora, "r": first.r}
+    record |= {"preset": first.preset, "config": first.config.to_dict()}
+    write(tmp_path / "run.json", json.dumps(record, default=str))
+
+    again = parse(["--max_steps", "80"], {"output": str(tmp_path), "resume": True})
+    assert (again.train["max_steps"], again.lora_r, again.model) == (80, 8, "m")
+    fails(["--lora_r", "4"], "cannot change lora_r (8 -> 4)", own={"output": str(tmp_path), "resume": True})
+    fails(["--seed", "7"], "cannot change seed (42 -> 7)", own={"output": str(tmp_path), "resume": True})
+    fails([], "cannot change", own={"output": str(tmp_path), "resume": True, "preset": "off"})
+    record["processes"] = 2
+    write(tmp_path / "run.json", json.dumps(record, default=str))
+    fails([], "cannot change the number of processes (2 -> 1)", own={"output": str(tmp_path), "resume": True})
+    fails([], "nothing to resume", own={"output": str(tmp_path / "none"), "resume": True})
+
+
+def test_what_json_cannot_hold_is_resumed_with(tmp_path):
+    init = {"rope_theta": float("inf"), "max_memory": {0: "1GiB"}}
+    request = make_request({**OWN, "output": str(tmp_path), "max_grad_norm": "inf", "model_init_kwargs": init})
+    record = {"celora": "0", "given": recorded(request.given), "train": {"max_grad_norm": None}, "lora": request.lora}
+    record |= {"r": request.r, "config": request.config.to_dict()}
+    write(tmp_path / "run.json", json.dumps(record, allow_nan=False))
+    again = {"output": str(tmp_path), "resume": True}
+    assert parse(["--max_grad_norm", "inf"], again).train["max_grad_norm"] == float("inf")
+    assert parse([], again).train["model_init_kwargs"] == {"rope_theta": float("inf"), "max_memory": {"0": "1GiB"}}
+    fails(["--max_grad_norm", "2"], "cannot change max_grad_norm (inf -> 2)", own=again)
+
+
+@pytest.mark.fault(
+    "input",
+    "a number that a setting cannot be: NaN, infinite, of a hundred digits, negative where that means nothing",
+    sees="`max_length=-5; expected a number >= 1`",
+    kept="everything: it is said before anything is loaded",
+)
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--learning_rate nan", "learning_rate=nan; expected a finite number. LoRA usually wants about 2e-4"),
+        ("--learning_rate 1e400", "learning_rate=inf; expected a finite number"),
+        ("--max_length -5", "max_length=-5; expected a number >= 1"),
+        ("--max_steps " + 99 * "9", "max_steps=999999999999999999999999999...; expected a number of 64 bits"),
+        ("--max_steps " + 400 * "9", "expected a number of 64 bits"),
+        ("--max_steps -3", "expected a number >= -1"),
+        ("--max_steps 0", "max_steps=0 trains nothing; give 1 or more, or -1 to train num_train_epochs"),
+        ("--num_train_epochs 0", "num_train_epochs=0; expected a number > 0"),
+        ("--gradient_accumulation_steps -2", "expected a number >= 1"),
+        ("--per_device_train_batch_size 0", "expected a number >= 1"),
+        ("--save_total_limit -1", "0 keeps every checkpoint"),
+        ("--eval_accumulation_steps 0", "expected a number >= 1"),
+        ("--dataloader_prefetch_factor 0", "expected a number >= 1"),
+        ("--pad_to_multiple_of 0", "expected a number >= 1"),
+        ("--adam_beta1 1", "adam_beta1=1; expected a number >= 0 and < 1"),
+        ("--seed 4294967296", "expected a number >= 0 and <= 4294967295"),
+        ("--logging_steps nan", "expected a finite number"),
+    ],
+)
+def test_numbers_that_a_setting_cannot_be(flag, message):
+    fails(flag.split(), message)
+
+
+@pytest.mark.parametrize("name", ["model", "data", "output"])
+@pytest.mark.parametrize("value", ["x" * 300, "a\0b", "~nobody-of-this-name/x", "o\udcff"])
+def test_names_that_cannot_be_paths_are_one_line(name, value):
+    for more in ({}, {"resume": True}) if name == "output" else ({},):
+        with pytest.raises(CELoraError, match="cannot be a path") as caught:
+            parse([], OWN | {name: value} | more)
+        assert str(caught.value).isascii()
+        assert "\n" not in str(caught.value)
+
+
+def test_numbers_at_their_bounds_are_taken():
+    flags = (
+        "--max_steps -1 --learning_rate 0 --max_grad_norm inf --save_total_limit 0 --lora_dropout 0 --max_length none"
+    )
+    assert parse(flags.split(), OWN).train["max_grad_norm"] == float("inf")
+
+
+def test_overrides_beside_a_preset_add_to_it():
+    config, r = estimator_config("paper", {"overrides": {"layers.0.mlp.up_proj": {"keep_ratio": 0.25}}}, 16)
+    assert r == 14
+    assert config.for_layer("model.layers.0.mlp.up_proj") == LayerConfig("columns", 0.25, "adapter")
+    assert config.for_layer("model.layers.1.mlp.up_proj") == LayerConfig("columns", 0.65, "adapter")
+    assert config.for_layer("model.layers.0.self_attn.v_proj").keep_ratio == 0.55
+
+
+def test_off_is_off_whatever_the_file_says(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: d\noutput: o\ncelora: {estimator: columns, keep_ratio: 0.5}\n")
+    off = parse(["--config", str(path)], {"preset": "off"})
+    assert (off.preset, off.config) == ("off", CELoraConfig.from_dict(resolve("off").to_dict()))
+    with pytest.raises(CELoraError, match="estimator has no effect beside preset 'exact'"):
+        parse(["--config", str(path)], {"preset": "exact"})
+
+
+def test_evaluations_are_as_far_apart_as_with_trl():
+    base = {"model": "m", "data": "d", "output": "o"}
+    assert make_request(base).train["eval_steps"] == 10
+    assert make_request(base | {"logging_steps": 25}).train["eval_steps"] == 25
+    assert make_request(base | {"logging_steps": 25, "eval_steps": 50}).train["eval_steps"] == 50
+    best = make_request(base | {"load_best_model_at_end": True, "save_steps": 25, "eval_strategy": "steps"}).train
+    assert best["eval_steps"] == 25
+
+
+@pytest.mark.parametrize("field", ["estimator", "keep_ratio"])
+def test_what_a_preset_would_shadow_is_refused(field):
+    with pytest.raises(CELoraError, match=f"{field} has no effect beside preset 'paper'"):
+        estimator_config("paper", {field: "columns" if field == "estimator" else 0.1}, 16)

@@ -1,0 +1,72 @@
+"""What a run loads, and models, tokenizers and adapters whose files are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_run import inputs  # noqa: F401 - a fixture
+from transformers import AutoModelForCausalLM
+
+from celora.errors import CELoraError
+from celora.train.loading import load_adapter, load_model, load_tokenizer
+from celora.train.request.arguments import make_request, parse
+from tiny import save_tiny_model
+
+
+@pytest.mark.fault(
+    "input",
+    "a file of a model, a tokenizer or an adapter that holds something else",
+    sees="one line: which of them cannot be loaded from where, and why",
+    kept="everything: it is loaded before anything is written",
+)
+@pytest.mark.parametrize(
+    ("load", "file", "change", "message"),
+    [
+        (load_tokenizer, "tokenizer.json", None, "cannot load a tokenizer from .*"),
+        (load_model, "config.json", {"hidden_size": "x"}, "cannot load a model from .*'hidden_size': TypeError: "),
+        (load_model, "config.json", {"num_attention_heads": 0}, "cannot load a model from .*"),
+    ],
+)
+def test_a_model_that_is_none(load, file, change, message, inputs, tmp_path):  # noqa: F811
+    model = Path(shutil.copytree(inputs["model"], tmp_path / "model"))
+    before = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps({} if change is None else before | change))
+    request = make_request({**inputs, "model": str(model), "output": str(tmp_path / "out")})
+    with pytest.raises(CELoraError, match=message) as caught:
+        load(request)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["hello", '{"bogus": 1}'])
+def test_arguments_of_a_model_that_it_does_not_take(given, inputs, tmp_path):  # noqa: F811
+    with pytest.raises(CELoraError, match=r"cannot load a model|model_init_kwargs"):
+        load_model(parse(["--model_init_kwargs", given], {**inputs, "output": str(tmp_path / "out")}))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"), [({}, "'peft_type' is missing"), ([], "list indices"), ({"peft_type": "none"}, "'none'")]
+)
+def test_an_adapter_that_is_none(config, message, inputs, tmp_path):  # noqa: F811
+    model = load_model(make_request({**inputs, "output": str(tmp_path / "out")}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(CELoraError, match=f"cannot load the adapter in .*{message}") as caught:
+        load_adapter(model, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("dtype", "computes"), [("float16", "float16"), ("float32", "float32"), ("auto", "bfloat16")])
+def test_a_4_bit_base_computes_in_the_dtype_asked_for(dtype: str, computes: str, tmp_path: Path) -> None:
+    """TRL's own default is float32 products, whatever the model's dtype is; auto is the checkpoint's dtype."""
+    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    own = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "float32"), dtype=torch.bfloat16)
+    own.save_pretrained(tmp_path / "model")
+    names = {"model": str(tmp_path / "model"), "data": "rows.jsonl", "output": str(tmp_path / "out")}
+    model = load_model(make_request({**names, "load_in_4bit": True, "dtype": dtype}))
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert len(layers) == 14
+    assert {layer.compute_dtype for layer in layers} == {getattr(torch, computes)}

@@ -1,0 +1,244 @@
+"""Whole runs that meet a full disk, a read-only folder and damaged checkpoints: one line, and the way on."""
+
+from __future__ import annotations
+
+import io
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from test_run import adapter, go, inputs, on_build  # noqa: F401 - a fixture
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from celora.errors import CELoraError
+from celora.train.output.manifest import MANIFEST
+from celora.train.output.saving import SafeSaving
+from celora.train.progress import read_metrics
+from celora.train.request.arguments import parse
+from celora.train.run import train
+from patching import patch_all
+from small import written_whole
+from tiny import save_rows, save_tiny_model
+from unprivileged import as_nobody, public_folder
+
+resource = pytest.importorskip("resource")
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):  # noqa: F811
+    output = tmp_path_factory.mktemp("whole") / "out"
+    go(inputs, output)
+    return adapter(output)
+
+
+def resume(output):
+    console = Console(file=io.StringIO(), width=300)
+    return train(parse([], {"output": str(output), "resume": True}), console=console), console.file.getvalue()
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class FullDisk(TrainerCallback):
+    """From step 4 on, no file may grow beyond `size()` bytes: what a full disk does, to this process alone."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def on_step_begin(self, args, state, control, **kw):
+        if state.global_step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size(), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture
+def unlimited():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.fault(
+    "crash",
+    "the disk is full while a checkpoint or the metrics are written",
+    sees="`error: the run stopped: ...`, which file, and the checkpoint that is whole",
+    kept="that checkpoint; once there is room, `--resume` ends with bit-identical parameters",
+)
+@pytest.mark.parametrize("too_large", ["metrics.jsonl", "adapter_model.safetensors", "optimizer.pt"])
+def test_a_full_disk_stops_the_run_and_resume_goes_on(too_large, inputs, whole, tmp_path, monkeypatch, unlimited):  # noqa: F811
+    output = tmp_path / "out"
+    file = output / (too_large if too_large == "metrics.jsonl" else f"checkpoint-3/{too_large}")
+    full = FullDisk(lambda: file.stat().st_size - (0 if too_large == "metrics.jsonl" else 100))
+    with monkeypatch.context() as patch:
+        on_build(patch, lambda trainer: trainer.add_callback(full))
+        with pytest.raises(
+            CELoraError, match=r"^the run stopped: .*Checkpoint-3 is whole: .*--resume goes on"
+        ) as caught:
+            go(inputs, output)
+    assert "\n" not in str(caught.value)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    result, text = resume(output)
+    assert (result.status, result.step) == ("finished", 6)
+    assert "Resuming from checkpoint-3" in text
+    assert same(adapter(output), whole)
+    assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError(), torch.OutOfMemoryError("CUDA out of memory"), dist.DistError("gone")]
+)
+def test_what_is_not_the_disk_s_fault_keeps_its_name(error, inputs, tmp_path, monkeypatch):  # noqa: F811
+    """The command line has a line for what memory and other processes do, and calls the rest a bug."""
+    monkeypatch.setattr(SFTTrainer, "_save_checkpoint", raising(error))
+    with pytest.raises(type(error)) as caught:
+        go(inputs, tmp_path / "out")
+    assert caught.value is error
+
+
+def raising(error):
+    def save(*_, **__):
+        raise error
+
+    return save
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+@pytest.mark.fault(
+    "crash",
+    "a file of a checkpoint is cut short, missing or has a flipped bit",
+    sees="`checkpoint-4 is damaged: optimizer.pt is not what was saved (its checksum differs).`, then `Resuming from "
+    "checkpoint-2.`",
+    kept="the last whole checkpoint; the damaged one is moved out of the way; the end is bit-identical",
+)
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("optimizer.pt", flip), ("adapter_model.safetensors", cut), ("trainer_state.json", os.unlink), (MANIFEST, flip)],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(name, damage, inputs, whole, tmp_path):  # noqa: F811
+    output = tmp_path / "out"
+    interrupted(inputs, output)
+    damage(output / "checkpoint-4" / name)
+    result, text = resume(output)
+    assert f"checkpoint-4 is damaged: {name}" in text.replace(str(output / "checkpoint-4") + "/", "")
+    assert "Resuming from checkpoint-2." in text
+    assert result.status == "finished"
+    assert same(adapter(output), whole)
+    assert (output / "checkpoint-4.damaged").is_dir()
+
+
+@pytest.mark.fault(
+    "crash",
+    "every checkpoint is damaged",
+    sees="each is named, then `Resuming from the beginning: there is no checkpoint to go on from.`",
+    kept="the run's configuration; the end is bit-identical",
+)
+def test_without_a_whole_checkpoint_the_run_begins_again(inputs, whole, tmp_path):  # noqa: F811
+    output = tmp_path / "out"
+    interrupted(inputs, output)
+    for checkpoint in output.glob("checkpoint-*"):
+        cut(checkpoint / "scheduler.pt")
+    result, text = resume(output)
+    assert text.count("scheduler.pt is not what was saved") == 2
+    assert "Resuming from the beginning: there is no checkpoint to go on from." in text
+    assert result.status == "finished"
+    assert same(adapter(output), whole)
+
+
+def interrupted(inputs, output):  # noqa: F811
+    """A run with whole checkpoints 2 and 4 that was stopped before its end."""
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kw):
+            if state.global_step == 4:
+                raise OSError("stop here")
+
+    with pytest.MonkeyPatch.context() as patch:
+        on_build(patch, lambda trainer: trainer.add_callback(Stop()))
+        with pytest.raises(CELoraError, match="Checkpoint-4 is whole"):
+            go(inputs, output, save_steps=2)
+
+
+@pytest.mark.fault(
+    "crash",
+    "the output folder cannot be written to",
+    sees="`error: cannot write to --output ...`, before anything is trained",
+    kept="everything",
+)
+@pytest.mark.parametrize("where", ["no such place", "read-only"])
+def test_a_folder_that_cannot_be_written_to(where):
+    with public_folder() as folder:
+        given = {"model": str(save_tiny_model(folder / "model")), "data": str(save_rows(folder / "rows.jsonl"))}
+        output = folder / "rows.jsonl" / "out" if where == "no such place" else folder
+        error = as_nobody(lambda: go(given, output))
+    assert isinstance(error, CELoraError)
+    assert "cannot write to --output" in str(error)
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_end(inputs, whole, tmp_path, monkeypatch):  # noqa: F811
+    """Nothing is left to train; a limit of one checkpoint never leaves none."""
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch_all(patch, "celora.train.output.saving:save_adapter", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            go(inputs, output, save_total_limit=1)
+    assert not (output / "adapter_model.safetensors").exists()
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-6"]
+    result, _ = resume(output)
+    assert (result.status, result.step) == ("finished", 6)
+    assert same(adapter(output), whole)
+
+
+def test_an_adapter_is_on_the_disk_before_it_takes_the_place_of_another(inputs, tmp_path, disk):  # noqa: F811
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=1, save_strategy="no")
+    for name in ("README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"):
+        flushed, renamed, named = written_whole(output / name)
+        at = disk.index(renamed)
+        assert disk[at - 1] == flushed
+    assert disk[at + 1] == named  # after the last of them, before anything else is written
+
+
+def test_the_best_checkpoint_is_taken_from_the_run_s_own_folder(tmp_path):
+    class Stock:
+        def _load_best_model(self):
+            self.loaded = self.state.best_model_checkpoint
+
+    class Safe(SafeSaving, Stock):
+        args = SimpleNamespace(output_dir=str(tmp_path))
+        state = SimpleNamespace(best_model_checkpoint="/elsewhere/checkpoint-4")
+
+    safe = Safe()
+    safe._load_best_model()
+    assert safe.loaded == str(tmp_path / "checkpoint-4")
+
+
+def test_nothing_pickled_is_written_only_to_be_looked_at(inputs, tmp_path):  # noqa: F811
+    go(inputs, tmp_path / "out", max_steps=3)
+    assert not list((tmp_path / "out").rglob("training_args.bin"))
+
+
+@pytest.mark.fault(
+    "crash",
+    "a line in the middle of metrics.jsonl is damaged",
+    sees="a warning that names the line",
+    kept="all other rows",
+)
+def test_damaged_metrics_are_said(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n{"st\xffep": 2}\n[3]\n{"step": 4}\n{"ste')
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl:[23]: not a metrics row; it is left out"):
+        assert [row["step"] for row in read_metrics(file)] == [1, 4]

@@ -1,0 +1,61 @@
+"""A chat template that refuses a row: which one, and why."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_run import go, inputs  # noqa: F401 - a fixture
+from transformers import AutoTokenizer
+
+from celora.errors import CELoraError
+from celora.train.rows.template import refused_row
+from tiny import TEMPLATE
+
+STRICT = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate\nuser/assistant') }}{% endif %}{% endfor %}" + TEMPLATE
+)
+USER, ASSISTANT, SYSTEM = ({"role": role, "content": "w1 w2"} for role in ("user", "assistant", "system"))
+
+
+def rows(path, *conversations):
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
+    return str(path)
+
+
+@pytest.mark.fault(
+    "input",
+    "a row that the model's chat template refuses: a system message, roles that do not alternate",
+    sees="`the chat template refuses row 3 of the training data: System role not supported`",
+    kept="everything: nothing is trained",
+)
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        ([SYSTEM, USER, ASSISTANT], "System role not supported"),
+        ([USER, USER, ASSISTANT], "Roles must alternate user/assistant"),
+    ],
+)
+@pytest.mark.parametrize("which", ["training", "evaluation"])
+def test_the_row_is_named(refused, message, which, inputs, tmp_path):  # noqa: F811
+    (tmp_path / "strict.jinja").write_text(STRICT)
+    fine, bad = [USER, ASSISTANT], rows(tmp_path / "bad.jsonl", *[[USER, ASSISTANT]] * 2, refused)
+    data = {"data": rows(tmp_path / "fine.jsonl", fine), "eval_data": bad} if which == "evaluation" else {"data": bad}
+    with pytest.raises(CELoraError) as caught:
+        go({**inputs, **data}, tmp_path / "out", chat_template_path=str(tmp_path / "strict.jinja"))
+    assert str(caught.value) == f"the chat template refuses row 3 of the {which} data: {message}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_are_rendered_as_for_training(inputs):  # noqa: F811
+    """The prompt alone, with the answer to follow, then both."""
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
+    row = {"prompt": [USER], "completion": [ASSISTANT]}
+    assert refused_row([row, {"text": "w1"}, {"prompt": "w1", "completion": "w2"}], tokenizer, STRICT) is None
+    assert refused_row([row, {"prompt": [USER], "completion": [USER]}], tokenizer, STRICT)[0] == 2
+    no_answer = "{% if add_generation_prompt %}{{ raise_exception('no') }}{% endif %}"
+    assert refused_row([{"messages": [USER]}, row], tokenizer, no_answer)[0] == 2
+    number, error = refused_row([row], tokenizer, "{{ 1 / 0 }}")
+    assert (number, type(error)) == (1, ZeroDivisionError)

@@ -1,0 +1,62 @@
+"""What is cut off is counted and said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_run import go, inputs  # noqa: F401 - a fixture
+
+from celora.errors import CELoraError
+
+
+def rows(path, lengths, **more):
+    """Prompts of 2 words and completions that make up the given lengths, the end of the text included."""
+    lines = [{"prompt": "w1 w2", "completion": " " + "w3 " * (n - 3)} for n in lengths]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"data": str(path), "max_steps": 1, "save_strategy": "no", **more}
+
+
+@pytest.mark.fault(
+    "input",
+    "conversations longer than --max_length",
+    sees="how many rows and tokens are cut off, and how many rows have nothing to learn left; even with --quiet",
+    kept="what fits; `--max_length` keeps more",
+)
+def test_what_does_not_fit_is_counted(inputs, tmp_path):  # noqa: F811
+    given = rows(tmp_path / "rows.jsonl", [8, 9, 10, 15, 8], max_length=8, quiet=True)
+    _, text = go({**inputs, **given}, tmp_path / "out")
+    assert "3 of 5 rows are longer than max_length=8: 10 of 50 tokens are cut off. A larger" in text
+    given = rows(tmp_path / "rows.jsonl", [8, 9, 10, 15, 8], max_length=8)
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    lines.append(json.dumps({"prompt": "w1 " * 11 + "w2", "completion": " w3"}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    _, text = go({**inputs, **given}, tmp_path / "b")
+    assert "4 of 6 rows" in text
+    assert "and 1 rows have nothing to learn left and are not used" in text
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"), [("bfd", "2 of 4 rows are longer than max_length=8: 9 of 41 tokens are cut off. A larger"),
+                           ("bfd_split", ""), ("wrapped", "")]
+)  # fmt: skip
+def test_what_packing_cuts_off_is_counted_too(strategy, said, inputs, tmp_path):  # noqa: F811
+    given = rows(tmp_path / "rows.jsonl", [8, 10, 15, 8], max_length=8, quiet=True)
+    _, text = go({**inputs, **given}, tmp_path / "out", packing=True, packing_strategy=strategy, eval_packing=False)
+    assert text.startswith(said) if said else text == ""
+
+
+def test_rows_to_evaluate_on_are_counted_for_themselves(inputs, tmp_path):  # noqa: F811
+    given = rows(tmp_path / "rows.jsonl", [8, 8], max_length=8, quiet=True)
+    test = rows(tmp_path / "test.jsonl", [8, 9, 12])["data"]
+    _, text = go({**inputs, **given}, tmp_path / "out", eval_data=test)
+    assert text.startswith("2 of 3 rows to evaluate on are longer than max_length=8: 5 of 29 tokens are cut off.")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "w1 " * 11 + "w2", "completion": " w3"}))
+    with pytest.raises(CELoraError, match=r"no row of .*test\.jsonl' has a token to learn within max_length=8"):
+        go({**inputs, **given}, tmp_path / "b", eval_data=test)
+
+
+def test_nothing_is_said_where_all_fits(inputs, tmp_path):  # noqa: F811
+    given = rows(tmp_path / "rows.jsonl", [8, 7, 8], max_length=8, quiet=True)
+    _, text = go({**inputs, **given}, tmp_path / "out")
+    assert text == ""

@@ -1,0 +1,135 @@
+"""Whole models under torch.compile: one graph without a break, none anew at a refresh, the same result."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import celora
+from celora import CELoraConfig
+from celora.modeling.graft import LayerGraft
+from celora.modeling.switch import Mode, Switch
+from celora.numerics.estimators import Columns
+from celora.runtime.attachment import require
+from machine import refuses
+from small import adapter, make_base, make_batch
+from tolerances import OF_GRADIENT
+
+# Dynamo instantiates the Function class while it traces one, which torch itself warns about.
+pytestmark = pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
+
+HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=4)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def _graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _model(config: CELoraConfig | None, dtype: torch.dtype = torch.float64) -> PeftModel:
+    """In float64, where rounding moves no choice and no 8-bit step."""
+    base = make_base(layers=1, dtype=dtype)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    if config is not None:
+        celora.attach(model, config)
+    return model.train()
+
+
+def _train(model: PeftModel, forward: nn.Module, steps: int) -> list[int]:
+    """Train through `forward`; the number of graphs after each step."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    counts = []
+    for step in range(steps):
+        forward(**make_batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        counts.append(_graphs())
+    return counts
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_one_graph_for_refreshes_and_one_for_estimates(fused: bool) -> None:
+    config = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=4, fused=fused)
+    eager, model = _model(config), _model(config)
+    counts = _train(model, torch.compile(model, fullgraph=True, backend="aot_eager"), 6)
+    assert counts == [1, 2, 2, 2, 2, 2]  # refreshes at steps 0 and 4
+    assert require(model).relative_errors
+    _train(eager, eager, 6)
+    for name, value in adapter(eager).items():
+        torch.testing.assert_close(adapter(model)[name], value)
+
+
+@pytest.mark.parametrize("estimator", ["columns", "tokens", "int8"])
+def test_8_bit_products_are_one_operator_to_the_graph(estimator: str) -> None:
+    if refuses():
+        return
+    config = CELoraConfig(estimator=estimator, keep_ratio=0.5, rank=0, refresh_every=3, precision="int8", fused=True)
+    model = _model(config)
+    counts = _train(model, torch.compile(model, fullgraph=True, backend="aot_eager"), 5)
+    assert counts[1:] == [counts[1]] * 4
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("setting", ["columns", "int8 tokens"])
+def test_inductor_gives_the_same_without_breaks_or_graphs_at_later_refreshes(setting: str) -> None:
+    config = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3, fused=True)
+    if setting != "columns":
+        if refuses():
+            return
+        config = dataclasses.replace(config, estimator="tokens", rank=0, precision="int8")
+    eager, model = (_model(config, torch.float32) for _ in range(2))  # not every inductor takes float64's attention
+    counts = _train(model, torch.compile(model), 8)  # refreshes at steps 0, 3 and 6
+    assert counts[1:] == [counts[1]] * 7
+    assert not torch._dynamo.utils.counters["graph_break"]
+    _train(eager, eager, 8)
+    # Of gradients below 1, at a learning rate of 0.1, in eight steps. In 8 bits, one of 33 x 48 numbers may be half-way
+    # between two of 127 steps: 127^-1 (33 x 48)^-1/2 = 2e-4 of a gradient, in some of the steps.
+    allowed = 8 * 0.1 * OF_GRADIENT if setting == "columns" else 1e-4
+    for name, value in adapter(eager).items():
+        torch.testing.assert_close(adapter(model)[name], value, rtol=0, atol=allowed)
+
+
+def test_refreshes_that_take_turns_would_be_a_graph_each_so_all_refresh_at_once() -> None:
+    model = _model(CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=4, spread=True))
+    counts = _train(model, torch.compile(model, fullgraph=True, backend="aot_eager"), 12)
+    assert counts[4:] == [counts[4]] * 8  # refreshes at steps 4 and 8
+    grafts = require(model).grafts
+    assert sum(graft.estimator.ready for graft in grafts.values()) == 4  # all but q, k and v of the first layer
+    assert len(require(model).relative_errors) == 4
+
+
+def test_attaching_to_a_model_that_was_compiled_before_is_said() -> None:
+    """torch.compile does not look again whether a layer has got hooks."""
+    model = _model(None)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(**make_batch(0)).loss.backward()
+    celora.attach(model, HALF)
+    with pytest.warns(UserWarning, match="no backward came through the base layer of any"):
+        _train(model, compiled, 1)
+
+
+def test_each_layers_mode_is_looked_at() -> None:
+    """Dynamo takes two layers' equal enum members for one, and forgot to look at the second's."""
+    layers = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8)).requires_grad_(False)
+    grafts = [LayerGraft(Columns(*layer.weight.shape, keep_ratio=0.5, rank=2), Switch()) for layer in layers]
+    for layer, graft in zip(layers, grafts, strict=True):
+        layer.register_forward_hook(graft)
+    compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
+    for modes in ((Mode.EXACT, Mode.EXACT), (Mode.OBSERVE, Mode.EXACT), (Mode.OBSERVE, Mode.OBSERVE)):
+        for graft, mode in zip(grafts, modes, strict=True):
+            graft.mode, graft.observed = mode, 0
+        compiled(torch.randn(5, 8, requires_grad=True)).sum().backward()
+        assert [graft.observed for graft in grafts] == [mode is Mode.OBSERVE for mode in modes]

@@ -1,0 +1,121 @@
+"""A run killed with SIGKILL at any moment goes on and ends with bit-identical parameters (the harness: kill.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kill import MODES, PROCESSES
+
+ALWAYS = "always --resume"
+ALONE, TOGETHER = (
+    [mode for mode in MODES if (PROCESSES[mode] == 1) is alone and mode != ALWAYS] for alone in (True, False)
+)
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+
+
+def killed(folder: Path, cases: list[dict], seconds: float) -> list[dict]:
+    (folder / "cases.json").write_text(json.dumps(cases))
+    tests = Path(__file__).parents[1] / "helpers"
+    done = subprocess.run(
+        [sys.executable, str(tests / "kill.py"), str(folder), str(folder / "cases.json")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), *sys.path])},
+        capture_output=True, text=True, timeout=seconds,
+    )  # fmt: skip
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(results) == len(cases), done.stderr
+    assert not [line for line in done.stderr.splitlines() if "Traceback" in line], done.stderr
+    assert [one for one in results if not one["same"]] == []
+    return results
+
+
+@pytest.mark.fault(
+    "crash",
+    "SIGKILL, or a loss of power, at any moment",
+    sees="nothing at the time; `--resume` says from which checkpoint it goes on",
+    kept="all up to the last whole checkpoint; the end is bit-identical to an uninterrupted run's: plain, accumulated, "
+    "checkpointed",
+)
+def test_killed_at_seeded_moments(tmp_path):
+    """One kill early and one late in each mode, in the latter case a second one while the run goes on; and a job that
+    gives the same whole command at every start, killed before its folder is there and before its report is."""
+    random_ = random.Random(7)
+    cases = [
+        {"mode": mode, "moments": [["event", random_.uniform(low, high)], *more]}
+        for mode in ALONE
+        for low, high, more in ((0.0, 0.6, []), (0.6, 1.0, [["event", 0.1]]))
+    ]
+    moments = [["event", 0.0], ["write", ".run.json.tmp"], ["event", 0.7], ["write", ".report.html.tmp"]]
+    *results, always = killed(tmp_path, [*cases, {"mode": ALWAYS, "moments": moments}], 300)
+    assert [one["kills"] for one in results] == [1, 2] * len(ALONE)
+    assert (always["kills"], always["left"][0]) == (len(moments), [])
+    assert "adapter_model.safetensors" in always["left"][-1]
+    assert "report.html" not in always["left"][-1]
+
+
+@pytest.mark.slow
+def test_killed_at_fifty_random_moments(tmp_path):
+    random_ = random.Random(50)
+    kinds = ("event", "time")
+    cases = [
+        {
+            "mode": ALONE[i % len(ALONE)],
+            "moments": [[kinds[i // len(ALONE) % 2], random_.random()] for _ in range(1 + i % 2)],
+        }
+        for i in range(50)
+    ]
+    results = killed(tmp_path, cases, 1800)
+    print(f"{sum(one['kills'] for one in results)} kills in {len(results)} runs")
+    assert sum(one["kills"] > 0 for one in results) >= 45  # a moment measured in seconds may come after the end
+
+
+@pytest.mark.fault(
+    "crash",
+    "one of several processes is killed, at any moment: in a step, or while a checkpoint is written",
+    sees="`process 1 of 2 lost contact with the others`, and that --resume goes on; the launcher ends the job",
+    kept="all up to the last checkpoint that every process has written its part of; the end is bit-identical to an "
+    "uninterrupted run's, with selections that are each process's own, too",
+)
+def test_one_of_two_killed_at_seeded_moments(tmp_path):
+    """The first after its own part of a checkpoint, the second before its part; each has selected by its own tokens."""
+    cases = [{"mode": "two", "moments": [["event", 0.75, 0], ["event", 0.5, 1]]}]
+    results = killed(tmp_path, cases, 300)
+    assert results[0]["kills"] == 2
+
+
+@pytest.mark.fault(
+    "crash",
+    "several processes, and the disk is full for one of them; or another run holds their folder",
+    sees="one line from the process that found it, exit status 2; no process waits for one that is gone",
+    kept="the last checkpoint that is whole; once there is room, `--resume` ends with bit-identical parameters",
+)
+def test_what_stops_one_of_two_stops_both(tmp_path):
+    cases = [{"mode": "two", "moments": [["locked", 0], ["full", 0.7, 0], ["full", 0.1, 1]]}]
+    results = killed(tmp_path, cases, 300)
+    assert results[0]["ended"] == [2, 2, 2]
+
+
+@pytest.mark.slow
+def test_one_of_two_killed_at_many_random_moments(tmp_path):
+    random_ = random.Random(24)
+    cases = [
+        {
+            "mode": TOGETHER[i % 2],
+            "moments": [
+                [("event", "time", "full")[i // 4 % 3], random_.random(), (i // 2 + j) % 2]
+                for j in range(1 + i % 3 // 2)
+            ],
+        }
+        for i in range(24)
+    ]
+    results = killed(tmp_path, cases, 2400)
+    print(f"{sum(one['kills'] for one in results)} kills in {len(results)} runs")
+    assert sum(one["kills"] > 0 for one in results) >= 12  # nobody is killed by a full disk

@@ -1,0 +1,304 @@
+"""What is only meant to be read is only read: no code, no pickle, no path out of the folders given."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_run import go, inputs  # noqa: F401 - a fixture
+
+import celora
+from celora.errors import CELoraError
+from celora.train.loading import load_adapter, load_model
+from celora.train.output.folder import RUN, OutputFolder, write_json
+from celora.train.output.manifest import MANIFEST, read_manifest, seal
+from celora.train.request.arguments import make_request, parse, read_yaml
+from celora.train.request.yaml_file import _Strict
+from celora.train.rows.data import load_rows
+
+SOURCE = Path(celora.__file__).parent
+FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+
+
+class Boom:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_the_source_runs_no_code_that_it_reads():
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name.partition(".")[0] for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & FORBIDDEN or ast.unparse(node) == "from pickle import UnpicklingError", file
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in ("eval", "exec", "compile", "torch.save", "os.system"), (file, name)
+                keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                # Where it is left out, transformers asks on the terminal; PEFT has no code to run, nor such an option.
+                loads = name.endswith((".from_pretrained", ".from_config")) and not name.startswith("Peft")
+                assert keywords.get("trust_remote_code", "" if loads else "False") == "False", (file, name)
+                assert keywords.get("shell", "False") == "False", file
+                assert name != "yaml.load" or (keywords["Loader"] == "_Strict" and issubclass(_Strict, yaml.SafeLoader))
+                assert name != "torch.load" or keywords.get("weights_only") == "True", file
+
+
+@pytest.mark.fault(
+    "security",
+    "trust_remote_code, from a flag or a file",
+    sees="`trust_remote_code=True is refused`",
+    kept="everything: no code that comes with a model runs",
+)
+def test_code_of_models_never_runs(inputs, tmp_path):  # noqa: F811
+    given = {"model": "m", "data": "d", "output": "o"}
+    with pytest.raises(CELoraError, match=r"trust_remote_code.* is refused"):
+        parse(["--trust_remote_code"], given)
+    with pytest.raises(CELoraError, match=r"trust_remote_code.* is refused"):
+        make_request({**given, "trust_remote_code": True})
+    with pytest.raises(CELoraError, match=r"trust_remote_code.* is refused"):
+        parse(["--model_init_kwargs", '{"trust_remote_code": true}'], given)
+
+
+@pytest.mark.fault(
+    "security",
+    "a model, or a tokenizer to take a chat template from, that brings code, and somebody who would answer `y`",
+    sees="one line that names it; no question is asked",
+    kept="everything: the code does not run",
+)
+@pytest.mark.parametrize("where", ["tokenizer", "model", "chat_template_path"])
+def test_nobody_is_asked_whether_code_may_run(where, inputs, tmp_path, monkeypatch):  # noqa: F811
+    folder = shutil.copytree(inputs["model"], tmp_path / "model")
+    name, change = "config.json", {"model_type": "mine", "auto_map": {"AutoConfig": "evil.C"}}
+    if where != "model":
+        name, change = (
+            "tokenizer_config.json",
+            {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", None]}},
+        )
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    given = inputs | {"chat_template_path" if where == "chat_template_path" else "model": str(folder)}
+    with pytest.raises(CELoraError, match=r"code|T\b") as caught:
+        go(given, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CELoraError, match="code"):
+        load_model(make_request({**given, "output": "o"})) if where == "model" else go(given, tmp_path / "out")
+    assert sys.stdin.tell() == 0
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.fault(
+    "security",
+    "model_init_kwargs that would unpickle weights, run kernels from the hub or send requests elsewhere",
+    sees="`unknown name in model_init_kwargs 'weights_only'`, and which are known",
+    kept="everything: only what sets up the model is passed on",
+)
+@pytest.mark.parametrize(
+    "init",
+    [
+        {"weights_only": False},
+        {"use_safetensors": False},
+        {"use_kernels": True, "allow_all_kernels": True},
+        {"attn_implementation": "someone/kernel"},
+        {"attn_implementation": "flash|someone/kernel"},
+        {"proxies": {"https": "someone"}},
+        {"config": "/elsewhere"},
+        {"quantization_config": {}},
+        {"code_revision": "main"},
+    ],
+)
+def test_what_model_init_kwargs_may_not_hold(init):
+    with pytest.raises(CELoraError, match=r"unknown name in model_init_kwargs|is refused: it names code on the hub"):
+        make_request({"model": "m", "data": "d", "output": "o", "model_init_kwargs": init})
+
+
+def test_what_transformers_says_of_model_init_kwargs_is_one_line(inputs):  # noqa: F811
+    given = {**inputs, "output": "o"}
+    assert load_model(make_request({**given, "model_init_kwargs": {"use_cache": False}})).config.use_cache is False
+    for init in ({"device_map": [1]}, {"rope_scaling": "x"}, {"variant": "none"}, {"experts_implementation": "a/b"}):
+        with pytest.raises(CELoraError, match="cannot load a model") as caught:
+            load_model(make_request({**given, "model_init_kwargs": init}))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.fault(
+    "security",
+    "code in a configuration file, or one that would expand to billions of values",
+    sees="`... is not valid YAML`, or how large it is",
+    kept="everything: YAML is read as data, within bounds",
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system [touch ran]",
+        "celora: !!python/name:os.system",
+        "max_steps: 2001-99-99",
+        "[" * 50_000,
+        "&a [*a]",
+        "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+        + "".join(f"{y}: &{y} [{','.join([f'*{x}'] * 10)}]\n" for x, y in zip("abcdefgh", "bcdefghi", strict=True)),
+        "\x00",
+        "? [a]\n: b",
+    ],
+)
+def test_configuration_files_are_data(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(CELoraError) as caught:
+        read_yaml(tmp_path / "run.yaml")
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.fault(
+    "security",
+    "a pickle where weights, a checkpoint's state or data are expected",
+    sees="one line that names the file",
+    kept="everything: nothing is unpickled",
+)
+def test_pickles_are_not_unpickled(inputs, tmp_path, monkeypatch):  # noqa: F811
+    ran = tmp_path / "ran"
+    payload = pickle.dumps(Boom(ran))
+    for name in ("data.jsonl", "data.csv", "data.parquet"):
+        (tmp_path / name).write_bytes(payload)
+        with pytest.raises(CELoraError, match=name):
+            load_rows(tmp_path / name, chat=False, cache_dir=tmp_path / "cache")
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in Path(inputs["model"]).iterdir():
+        if file.suffix != ".safetensors":
+            (model / file.name).write_bytes(file.read_bytes())
+    torch.save({"weight": Boom(ran)}, model / "pytorch_model.bin")
+    with pytest.raises(
+        CELoraError, match=r"holds pytorch_model\.bin, a pickle, and no \.safetensors: .* never unpickled"
+    ):
+        go({**inputs, "model": str(model)}, tmp_path / "out")
+    (model / "other.safetensors").write_bytes(b"")  # it does not change what transformers would look for
+    with pytest.raises(CELoraError, match=r"cannot load a model .*no file named model\.safetensors"):
+        go({**inputs, "model": str(model)}, tmp_path / "out")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    torch.save({"weight": Boom(ran)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(
+        CELoraError, match=r"has no adapter_model\.safetensors; an adapter_model\.bin, a pickle, is not"
+    ):
+        load_adapter(None, tmp_path)
+
+    output = tmp_path / "run"
+    go(inputs, output, max_steps=3)
+    record = json.loads((output / "run.json").read_text())
+    write_json(output / "run.json", record | {"status": "interrupted"})
+    torch.save({"state": Boom(ran)}, output / "checkpoint-3" / "optimizer.pt")
+    seal(output / "checkpoint-3", {"step": 3, "seconds": 1.0, "resumable": True})  # by one who knows how
+    with pytest.raises(CELoraError, match=r"the run stopped: .* never unpickled"):
+        go(inputs, output, max_steps=6, resume=True)
+    assert not ran.exists()
+
+
+def test_what_runs_by_itself_may_only_read():
+    """For every push, and every night: no rights beyond reading, no secrets, no credentials left in the clone."""
+    steps = []
+    for file in (Path(__file__).parents[2] / ".github" / "workflows").iterdir():
+        text = file.read_text(encoding="utf-8")
+        workflow = yaml.safe_load(text)
+        assert workflow["permissions"] == {"contents": "read"}
+        assert not [job for job in workflow["jobs"].values() if "permissions" in job or "secrets" in job]
+        assert "secrets." not in text
+        steps += [step for job in workflow["jobs"].values() for step in job["steps"]]
+    checkouts = [step for step in steps if step.get("uses", "").startswith("actions/checkout")]
+    assert {step["with"]["persist-credentials"] for step in checkouts} == {False}
+    commands = [step["run"] for step in steps if "run" in step]
+    assert {".ci/run", "make test-lowest", "make test-newest", ".venv/bin/python -m pytest -m slow"} < set(commands)
+    audit = next(command for command in commands if command.startswith("pip-audit"))
+    assert {"--strict", "--requirement"} < set(audit.split())  # of a file without celora, which is on no index
+
+
+def test_a_manifest_opens_nothing_outside_its_folder(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    seal(folder, {"step": 1})
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["manifest_sha256"]
+    manifest["sha256"]["../secret"] = hashlib.sha256(b"secret").hexdigest()
+    manifest["manifest_sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CELoraError, match=r"\.\./secret is missing"):
+        read_manifest(folder)
+
+
+@pytest.mark.fault(
+    "security",
+    "a link in the output folder that points elsewhere",
+    sees="nothing: it is none of ours",
+    kept="what it points to: nothing is removed or resumed through it",
+)
+def test_links_are_not_followed_out_of_the_folder(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "out"
+    outside.mkdir()
+    folder.mkdir()
+    (outside / "thesis.tex").write_text("years")
+    seal(outside, {"step": 9, "seconds": 0.0, "resumable": True})
+    write_json(folder / "run.json", {"celora": "0"})
+    (folder / "checkpoint-9").symlink_to(outside)
+    (folder / "metrics.jsonl").symlink_to(outside / "thesis.tex")
+    ours = OutputFolder(folder)
+    assert ours.last_checkpoint() is None
+    ours.clear_after(0)
+    ours.keep_last(1, ())
+    ours.set_aside()
+    ours.forget_earlier()
+    assert (outside / "thesis.tex").read_text() == "years"
+    assert (folder / "checkpoint-9").is_symlink()
+
+
+@pytest.mark.fault(
+    "security",
+    "a link in the output folder under a name that a run writes: README.md, .replaced, the lock, ...",
+    sees="`'README.md' in --output ... is a link, and a run would write through it`",
+    kept="what it points to",
+)
+@pytest.mark.parametrize("name", ["README.md", ".replaced", ".celora.lock", ".adapter.tmp", "metrics.jsonl", RUN])
+def test_no_run_writes_through_a_link(name, inputs, tmp_path):  # noqa: F811
+    outside, folder = tmp_path / "outside", tmp_path / "out"
+    outside.mkdir()
+    folder.mkdir()
+    (outside / "run.json").write_text('{"celora": "0", "given": {}, "train": {}, "lora": {}, "config": {}, "r": 8}')
+    before = [(entry.name, entry.read_bytes()) for entry in outside.iterdir()]
+    if name != RUN:
+        write_json(folder / RUN, {"celora": "0"})
+    (folder / name).symlink_to(outside if name == ".replaced" else outside / "run.json")
+    for how in ("resume", "overwrite"):
+        with pytest.raises(CELoraError, match="is a link, and a run would write through it"):
+            go(inputs, folder, **{how: True})
+    assert [(entry.name, entry.read_bytes()) for entry in outside.iterdir()] == before
+    assert (folder / name).is_symlink()
+
+
+def test_a_checkpoint_takes_the_place_of_a_link(inputs, tmp_path):  # noqa: F811
+    outside, folder = tmp_path / "outside", tmp_path / "out"
+    outside.mkdir()
+    folder.mkdir()
+    (outside / "thesis.tex").write_text("years")
+    write_json(folder / RUN, {"celora": "0"})
+    for name in ("checkpoint-3", "checkpoint-6"):
+        (folder / name).symlink_to(outside if name == "checkpoint-3" else tmp_path / "nowhere")
+    go(inputs, folder, overwrite=True)
+    assert OutputFolder(folder).last_checkpoint()[0].name == "checkpoint-6"
+    assert not any(entry.is_symlink() for entry in folder.iterdir())
+    assert [entry.name for entry in outside.iterdir()] == ["thesis.tex"]

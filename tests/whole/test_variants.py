@@ -1,0 +1,243 @@
+"""Every cell of docs/compatibility.md: a PEFT variant or a kind of model, and one thing that has to work with it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import peft.tuners.lora.layer
+import pytest
+import torch
+from torch import Tensor, nn
+
+import celora
+from celora import CELoraConfig
+from celora.modeling.survey import fuses, tuner_layers
+from celora.modeling.switch import Mode
+from celora.runtime.attachment import require
+from celora.settings.presets import PRESETS
+from small import adapter
+from variants import COLUMNS, MODELS, PAGE, VARIANTS, YES, Variant, page
+
+HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
+# Every layer grafted, and nothing but zeros left out.
+LOSSLESS = CELoraConfig(estimator="tokens", keep_ratio=1.0, rank=0, selection="energy")
+
+
+@pytest.fixture(autouse=True)
+def _loftq_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT quantises for LoftQ on a GPU only; this rounds each row to 4 bits and factors the rest, as LoftQ does."""
+
+    def loftq_init(weight: Tensor, num_bits: int, reduced_rank: int, num_iter: int = 1) -> tuple[Tensor, ...]:
+        step = weight.abs().amax(1, keepdim=True) / 2 ** (num_bits - 1)
+        quantised = (weight / step).round() * step
+        U, S, V = torch.linalg.svd(weight - quantised, full_matrices=False)
+        root = S[:reduced_rank].sqrt()
+        return quantised, root[:, None] * V[:reduced_rank], U[:, :reduced_rank] * root
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(peft.tuners.lora.layer, "loftq_init", loftq_init)
+
+
+def _gradient(variant: Variant, model: nn.Module, seed: int = 50) -> Tensor:
+    model.zero_grad()
+    torch.manual_seed(seed)
+    model(**variant.batch(seed)).loss.backward()
+    grads = [p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None]
+    model.zero_grad()
+    return torch.cat(grads)
+
+
+@torch.no_grad()
+def _output(variant: Variant, model: nn.Module) -> Tensor:
+    mode = model.training
+    logits: Tensor = model.eval()(**variant.batch(60)).logits
+    model.train(mode)
+    return logits
+
+
+def estimated(variant: Variant, folder: Path) -> str:
+    model = variant.make()
+    exact = copy.deepcopy(model)
+    report = celora.attach(model, HALF)
+    loss = variant.fit(model, 7)
+    assert torch.isfinite(torch.tensor(loss))
+    attachment = require(model)
+    if not attachment.grafts:
+        (reason,) = set(report.skipped.values())
+        return reason
+    assert attachment.refreshes == 3
+    active = [name for name, graft in attachment.grafts.items() if graft.estimator.ready]
+    assert len(active) >= len(attachment.grafts) / 2
+    assert set(attachment.relative_errors) == set(active)
+    attachment.clock.advance()  # off the refresh of step 6, to be sure
+    assert {attachment.grafts[name].mode for name in active} == {Mode.ESTIMATE}
+    variant.fit(exact, 7)
+    assert any(not value.equal(adapter(model)[name]) for name, value in adapter(exact).items())
+    return YES
+
+
+def same_gradient(variant: Variant, folder: Path) -> str:
+    plain = variant.make()
+    variant.fit(plain, 2)
+    expected = _gradient(variant, plain)
+    # Without padding, dropout draws other numbers.
+    drops = any(isinstance(module, nn.Dropout) and module.p for module in plain.modules())
+    for config in (LOSSLESS, dataclasses.replace(PRESETS["exact"], padding_free=not drops)):
+        model = copy.deepcopy(plain)
+        celora.attach(model, config)
+        require(model).clock.advance()
+        found = [_gradient(variant, model) for _ in range(2)][-1]  # the second without the first call's checks
+        assert (found - expected).norm() < 3e-6 * expected.norm(), config
+    return YES
+
+
+def fused(variant: Variant, folder: Path) -> str:
+    tuners = tuner_layers(variant.make()).values()
+    linear = [module for module in tuners if isinstance(module.get_base_layer(), nn.Linear)]
+    return YES if all(map(fuses, linear)) else "PEFT's path"
+
+
+def reloads(variant: Variant, folder: Path) -> str:
+    model = variant.make()
+    celora.attach(model, HALF)
+    variant.fit(model, 5)
+    model.save_pretrained(folder)
+    for name in (file for file in folder.rglob("*") if file.suffix == ".json"):
+        assert "celora" not in name.read_text(encoding="utf-8")
+    stock = variant.load(variant.base(), folder)
+    torch.testing.assert_close(_output(variant, stock), _output(variant, model), rtol=0, atol=1e-5)
+    return YES
+
+
+def merges(variant: Variant, folder: Path) -> str:
+    model = variant.make()
+    celora.attach(model, HALF)
+    variant.fit(model, 2)
+    before = _output(variant, model)
+    plain = copy.deepcopy(model)
+    celora.detach(plain)
+    try:
+        plain.merge_adapter()
+    except NotImplementedError:
+        return "not in PEFT either"
+    model.merge_adapter()
+    merged, expected = _output(variant, model), _output(variant, plain)
+    torch.testing.assert_close(merged, expected, rtol=0, atol=0)
+    if (merged - before).abs().max() > 1e-4:
+        return "not in PEFT either"
+    model.unmerge_adapter()
+    torch.testing.assert_close(_output(variant, model), before, rtol=0, atol=1e-4)
+    attachment = require(model)
+    modes = {name: graft.mode for name, graft in attachment.grafts.items() if graft.estimator.ready}
+    assert set(modes.values()) <= {Mode.ESTIMATE}
+    variant.fit(model, 3, first=2)
+    assert attachment.refreshes == 2
+    assert all(graft.estimator.ready for name, graft in attachment.grafts.items() if name in modes)
+    return YES
+
+
+def copies(variant: Variant, folder: Path) -> str:
+    model = variant.make()
+    celora.attach(model, HALF)
+    variant.fit(model, 2)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    twins = [model, copy.deepcopy(model), torch.load(buffer, weights_only=False)]
+    for twin in twins:
+        variant.fit(twin, 3, first=2)
+        assert (require(twin).clock.step, require(twin).refreshes) == (5, 2)
+        for name, value in adapter(model).items():
+            assert value.equal(adapter(twin)[name]), name
+    assert len({id(require(twin)) for twin in twins}) == 3
+    return YES
+
+
+def detaches(variant: Variant, folder: Path) -> str:
+    plain, touched = variant.make(), variant.make()
+    celora.attach(touched, HALF)
+    celora.detach(touched)
+    for model in (plain, touched):
+        variant.fit(model, 2)
+    assert list(plain.state_dict()) == list(touched.state_dict())
+    for name, value in adapter(plain).items():
+        assert value.equal(adapter(touched)[name])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in touched.modules() if isinstance(m, nn.Linear))
+    return YES
+
+
+CHECKS: dict[str, Callable[[Variant, Path], str]] = {
+    "estimated": estimated,
+    "same gradient": same_gradient,
+    "fused": fused,
+    "reloads": reloads,
+    "merges": merges,
+    "copies": copies,
+    "detaches": detaches,
+}
+
+
+CELLS = [pytest.param(of, column, id=f"{of.name}-{column}") for of in (*VARIANTS, *MODELS) for column in COLUMNS]
+
+
+# What PEFT says of these variants by itself.
+PEFTS_OWN = (
+    "ignore:lora with eva initialization used with low_cpu_mem_usage=False",
+    "ignore:The following rank_pattern keys did not match:RuntimeWarning",  # of AdaLoRA
+    "ignore:Unmerge result can be inaccurate for .IA",
+    "ignore:Already found a `peft_config` attribute in the model",  # two kinds of adapters
+    "ignore:.*LoRA tensor.* have invalid shape",  # of every `lora_B.bias`, where peft 0.21 saves and loads it
+    "ignore:celora. no layer can be estimated",
+)
+
+
+@pytest.mark.filterwarnings(*PEFTS_OWN)
+@pytest.mark.parametrize(("variant", "column"), CELLS)
+def test_cell(variant: Variant, column: str, tmp_path: Path) -> None:
+    assert CHECKS[column](variant, tmp_path) == variant.limits.get(column, YES)
+
+
+# Stock PEFT cannot make LoftQ's adapter again where there is no GPU, as it does before it loads it.
+STOCK = [of for of in (*VARIANTS, *MODELS) if of.name != "LoftQ" or torch.cuda.is_available()]
+
+
+@pytest.mark.filterwarnings(*PEFTS_OWN)
+def test_adapters_load_where_celora_never_was(tmp_path: Path) -> None:
+    """In a process without it stock PEFT gives the same outputs, and says no more than of an adapter of its own."""
+    expected = {}
+    for i, variant in enumerate(STOCK):
+        folder = tmp_path / f"{i:02}"
+        variant.base().save_pretrained(folder / "base")
+        torch.save(variant.batch(60), tmp_path / f"{i:02}" / "batch.pt")
+        for kind in ("celora", "plain"):
+            model = variant.make()
+            if kind == "celora":
+                celora.attach(model, HALF)
+            variant.fit(model, 3)
+            model.save_pretrained(folder / kind)
+            expected[folder, kind] = _output(variant, model)
+        assert sorted(path.name for path in (folder / "celora").rglob("*")) == sorted(
+            path.name for path in (folder / "plain").rglob("*")
+        )
+    command = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "stock_load.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for i, variant in enumerate(STOCK):
+        loaded = torch.load(tmp_path / f"{i:02}" / "loaded.pt", weights_only=True)
+        assert loaded["celora"]["said"] == loaded["plain"]["said"], variant.name
+        silent = variant.name not in ("EVA", "AdaLoRA", "`lora_bias=True`", "IA3 beside LoRA")
+        assert not (silent and loaded["celora"]["said"]), (variant.name, loaded["celora"]["said"])
+        for kind in ("celora", "plain"):
+            wanted = expected[tmp_path / f"{i:02}", kind]
+            torch.testing.assert_close(loaded[kind]["logits"], wanted, rtol=0, atol=1e-5, msg=variant.name)
+
+
+def test_the_page_is_made_of_the_table_that_is_tested() -> None:
+    assert set(CHECKS) == set(COLUMNS)
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/helpers/variants.py"
