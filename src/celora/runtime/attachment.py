@@ -233,8 +233,8 @@ class Attachment:
                 warnings.warn(
                     "celora: three optimizer steps, none of a parameter of this model, so every backward is exact. If "
                     "the optimizer holds copies of the parameters, as DeepSpeed's does, give the Trainer "
-                    "celora.Callback(), or call require(model).clock.advance() after each step (from celora.attaching "
-                    "import require).",
+                    "celora.Callback(), or call require(model).clock.advance() after each step (from "
+                    "celora.runtime.attachment import require).",
                     stacklevel=2,
                 )
 
