@@ -16,8 +16,7 @@ from transformers import TrainerCallback
 
 from celora.cli.main import main
 from celora.runtime.attachment import require
-from celora.train import planning
-from celora.train import trainer as run
+from celora.train import planning, run
 
 USUAL = ["--max_steps", "6", "--save_steps", "3", "--per_device_train_batch_size", "2", "--learning_rate", "1e-2"]
 COLUMNS = '{"estimator": "columns", "keep_ratio": 0.4, "rank": 4, "refresh_every": 2, "synchronise": true}'
