@@ -29,7 +29,7 @@ from celora.errors import CELoraError
 from celora.planning.plan import Candidate, Plan, PlannedLayer
 from celora.settings.config import CELoraConfig, LayerConfig
 from celora.studies import bench, compare, demo, doctor
-from celora.train import record as run
+from celora.train import prepare, record, run
 from celora.train.request.arguments import TrainRequest, make_request, sft_config
 from celora.train.request.fields import known_fields
 from celora.train.rows.data import SHAPES, load_rows
@@ -246,9 +246,9 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         sft_config(request)
         return Nothing()
 
-    def trained(request: TrainRequest) -> run.TrainResult:
+    def trained(request: TrainRequest) -> record.TrainResult:
         checked(request)
-        return run.TrainResult("finished", request.output, 1, {"step": 1, "seconds": 1.0, "loss": 2.0})
+        return record.TrainResult("finished", request.output, 1, {"step": 1, "seconds": 1.0, "loss": 2.0})
 
     def compared(settings: dict[str, object], arms: tuple[str, ...], **_: Any) -> list[compare.Outcome]:
         checked(make_request(settings))
@@ -256,8 +256,8 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     for place, name, instead in (
         (run, "train", trained),
-        (run, "audit_model", checked),
-        (run, "plan_model", checked),
+        (prepare, "audit_model", checked),
+        (prepare, "plan_model", checked),
         (compare, "compare", compared),
         (demo, "run_demo", lambda *_, **__: [demo.DemoRow("LoRA", 0, 0.9, 4, 1, 8, 10.0, 1.0, 1.0, 1, "float32", "2")]),
         (bench, "measure", lambda *_, **__: []),
