@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from celora.cli import app as app_module
 from celora.cli import main as cli
+from celora.cli import studies
 from celora.errors import CELoraError
 from celora.planning.plan import Candidate, Plan, PlannedLayer
 from celora.settings.config import CELoraConfig, LayerConfig
@@ -33,6 +34,7 @@ from celora.train import prepare, record, run
 from celora.train.request.arguments import TrainRequest, make_request, sft_config
 from celora.train.request.fields import known_fields
 from celora.train.rows.data import SHAPES, load_rows
+from patching import patch_all
 
 TEXTS = st.sampled_from(
     ["", " ", "a", "none", "true", "1e999", "-1", "0", "0.5", "\0", "\ud800", "\u2028", "é" * 50, "../../etc/passwd",
@@ -262,10 +264,10 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (demo, "run_demo", lambda *_, **__: [demo.DemoRow("LoRA", 0, 0.9, 4, 1, 8, 10.0, 1.0, 1.0, 1, "float32", "2")]),
         (bench, "measure", lambda *_, **__: []),
         (doctor, "examine", lambda: found),
-        (cli, "write_text", lambda *_: None),
-        (cli, "_settle_in", lambda: None),
     ):
         monkeypatch.setattr(place, name, instead)
+    monkeypatch.setattr(studies, "write_text", lambda *_: None)
+    patch_all(monkeypatch, "celora.cli.options:settle_in", lambda: None)
     (tmp_path / "a" / "b" / "c").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b" / "c")
 
