@@ -1,4 +1,4 @@
-"""TODO."""
+"""The adapted layers of a model: which there are, which cannot be estimated, and which fuse with their adapter."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ that somebody has made their own is left alone.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,12 @@ import yaml
 
 from celora.files import write_text
 from celora.train.rows.answers import Learnt
+from celora.train.rows.data import HUB_NAME
 
 CARD = "README.md"
 _MARK = "<!-- celora writes this file anew at every save, until this line is deleted. -->"
 # Of ours, and of the templates of TRL and PEFT.
 _GENERATED = (_MARK, "It has been trained using [TRL](", "# Model Card for Model ID")
-_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _DIGITS = 16  # of a fingerprint
 _LOAD = """\
 from peft import PeftModel
@@ -168,7 +167,7 @@ def public_name(source: str) -> tuple[str, bool]:
     for part in path.parts:  # the hub's cache: models--OWNER--NAME/snapshots/REVISION
         if part.startswith(("models--", "datasets--")):
             return "/".join(part.split("--")[1:]), True
-    if _HUB_NAME.fullmatch(source) and not path.exists():
+    if HUB_NAME.fullmatch(source) and not path.exists():
         return source, True
     return path.name or "model", False
 

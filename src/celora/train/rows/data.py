@@ -44,7 +44,7 @@ _NO_ANSWER = (
     "--assistant_only_loss false"
 )
 _COLUMNS = [*dict.fromkeys(column for columns in SHAPES.values() for column in columns), "input"]
-_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
+HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _KNOWN_SHAPES = f"a row has {', or '.join(SHAPES)}"
 Row = Mapping[str, Any]
 E = TypeVar("E", bound=BaseException)
@@ -260,7 +260,7 @@ def local_files(source: str | Path, split: str) -> list[Path]:
         if path.suffix.lower() not in READERS:
             raise unknown(f"file ending of {str(path)!r}:", path.suffix, READERS)
         files = [path]
-    elif isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix.lower() not in READERS:
+    elif isinstance(source, str) and HUB_NAME.fullmatch(source) and path.suffix.lower() not in READERS:
         return []
     else:
         raise CELoraError(f"no such data file or folder: {str(path)!r}.{_nearest(path)}")
