@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import rows
-from celora.kernels.c import attention as kernels
+from celora.kernels import operations as kernels
 from celora.machine.allocator import keep_freed_memory
 from celora.machine.timing import interleaved
 from celora.modeling import attention
@@ -37,7 +37,7 @@ def run(length: int, dtype: torch.dtype) -> dict[str, object]:
         return output
 
     contenders = {"own": lambda: step(0), "float32": lambda: step(length)}
-    if kernels.attends():
+    if kernels.available("attention", torch.device("cpu")):
         contenders["tiles"] = lambda: step(0, tiles=True)
     times = interleaved(contenders, repeats=15)
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import subprocess
 import types
 from collections.abc import Iterator
@@ -119,3 +120,16 @@ def test_what_torch_finds_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: {"avx512_vnni": True, "avx2": False, "l1d_cache_size": 32768},
     )
     assert has() == {"vnni"}
+
+
+@pytest.mark.parametrize(
+    ("limit", "used"), [(None, True), ("ALL", True), ("avx512_core_amx_fp16", True), ("AVX512_CORE_BF16", False)]
+)
+def test_matrix_instructions(limit: str | None, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN may be kept from what the CPU has, and cannot use what it has not."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    for there in (True, False):
+        patch_all(monkeypatch, "celora.machine.cpu:features", functools.cache(lambda there=there: {"amx_tile": there}))
+        assert cpu.matrix_instructions.__wrapped__() is (there and used)

@@ -12,12 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from celora.errors import CELoraError
-from celora.kernels.c import attention as kernels
+from celora.kernels import operations
 from celora.modeling import attention
 from patching import patch_all
+from without import pretend
 
 LENGTHS = (5, 1, 200, 17)
-needs_matrices = pytest.mark.skipif(not kernels.attends(), reason="no products of matrices on this CPU")
+needs_matrices = pytest.mark.skipif(
+    not operations.available("attention", torch.device("cpu")), reason="no products of matrices on this CPU"
+)
 
 
 def inputs(dtype: torch.dtype, kv_heads: int = 4, size: int = 16) -> list[Tensor]:
@@ -89,7 +92,7 @@ def test_everything_else_is_transformers_own(what: str, size: int, monkeypatch: 
         of = [t.detach() for t in of]
     if what == "long":
         patch_all(monkeypatch, "celora.modeling.attention:_SHORT", 0)
-        patch_all(monkeypatch, "celora.kernels.c.attention:attends", lambda: False)
+        pretend(monkeypatch, "attention", there=False)
     dropout = 0.1 if what == "dropout" else 0.0
     found, _ = attention.attention(nn.Identity(), *of, None, dropout=dropout, celora_lengths=LENGTHS)
     assert found.shape == (1, sum(LENGTHS), 4, size)
@@ -127,19 +130,19 @@ def test_tiles_do_not_depend_on_threads_or_company(monkeypatch: pytest.MonkeyPat
     """A sequence gets the same bits in whatever company and order, and with as many threads as there may be."""
     of = [t.detach() for t in inputs(torch.bfloat16, 2, 64)]
     sequences = torch.tensor([(0, 0, 5), (0, 5, 1), (0, 6, 200), (0, 206, 17)])
-    whole, logs = kernels.attention(*of, sequences, scale=0.125)
-    grads = kernels.attention_backward(whole, *of, whole, logs, sequences, scale=0.125)
+    whole, logs = operations.attention(*of, sequences, scale=0.125)
+    grads = operations.attention_backward(whole, *of, whole, logs, sequences, scale=0.125)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    again, logs_again = kernels.attention(*of, sequences.flip(0), scale=0.125)
+    again, logs_again = operations.attention(*of, sequences.flip(0), scale=0.125)
     assert again.equal(whole)
     assert logs_again.equal(logs)
     for _, first, length in sequences.tolist():
         alone = [t[:, :, first : first + length] for t in of]
         one = torch.tensor([(0, 0, length)])
-        out, sums = kernels.attention(*alone, one, scale=0.125)
+        out, sums = operations.attention(*alone, one, scale=0.125)
         assert out.equal(whole[:, first : first + length])
         assert sums.equal(logs[:, :, first : first + length])
-        found = kernels.attention_backward(out, *alone, out, sums, one, scale=0.125)
+        found = operations.attention_backward(out, *alone, out, sums, one, scale=0.125)
         assert all(g.equal(w[:, :, first : first + length]) for g, w in zip(found, grads, strict=True))
 
 

@@ -17,6 +17,7 @@ from celora.modeling import attention, packing
 from celora.modeling import call as forward
 from celora.runtime.attachment import require
 from patching import patch_all
+from without import pretend
 
 
 def implementation(model: nn.Module) -> str:
@@ -157,13 +158,13 @@ def test_batches_that_are_not_packed_find_it_where_the_machine_has_tiles(monkeyp
     model = model_of("llama")
     celora.attach(model, "exact")
     for attends in (True, False):
-        patch_all(monkeypatch, "celora.kernels.c.attention:attends", lambda attends=attends: attends)
+        pretend(monkeypatch, "attention", there=attends)
         patch_all(monkeypatch, "celora.modeling.attention:_tiles_pay", lambda *_: False)
         counted.calls = 0
         gradients(model, {**batch, "attention_mask": None})
         assert counted.calls == 2 * attends
         assert counted.packed == 0
-    patch_all(monkeypatch, "celora.kernels.c.attention:attends", lambda: True)
+    pretend(monkeypatch, "attention", there=True)
     counted.calls = 0
     model(input_ids=batch["input_ids"])
     with torch.no_grad():

@@ -16,6 +16,7 @@ import celora
 from celora.modeling import attention, packing
 from patching import patch_all
 from tolerances import OF_GRADIENT
+from without import pretend
 
 EXTRA: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.5},
@@ -175,12 +176,12 @@ def pack_for(model: nn.Module, batch: dict[str, Tensor], position_ids: Tensor | 
 def test_short_sequences_are_packed_for_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 on CPU, where it is faster sequence by sequence, though there is no padding to save."""
     full = ragged([32, 32, 32])
-    patch_all(monkeypatch, "celora.kernels.c.attention:attends", lambda: True)
+    pretend(monkeypatch, "attention", there=True)
     assert pack(full, torch.bfloat16) is None
     nearly = ragged([32] * 7 + [29])
     assert pack(nearly, torch.bfloat16) is not None  # tiles take no mask
     assert pack(nearly) is None
-    patch_all(monkeypatch, "celora.kernels.c.attention:attends", lambda: False)
+    pretend(monkeypatch, "attention", there=False)
     packed = pack(full, torch.bfloat16)
     assert packed is not None
     assert packed[attention.LENGTHS] == (31, 31, 31 + 3)

@@ -33,6 +33,7 @@ from celora.numerics import passes as passes_module
 from patching import patch_all
 from small import make_model
 from tolerances import no_further
+from without import without
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -259,7 +260,7 @@ def test_less_is_saved_for_backward() -> None:
     for on in (False, True):
         with pytest.MonkeyPatch.context() as patch, saved_for_backward(model) as saved:
             if not on:
-                patch_all(patch, "celora.kernels.c.library:library", lambda: None)
+                without(patch, "c")
             model(**batch)
         sizes.append(saved.nbytes)
     tokens = 4 * 32
@@ -314,7 +315,7 @@ def test_what_is_left_to_the_module(what: str, monkeypatch: pytest.MonkeyPatch) 
         OTHERS[what](of)
     celora.attach(model, FUSED)
     if what == "no kernels":
-        patch_all(monkeypatch, "celora.kernels.c.library:library", lambda: None)
+        without(monkeypatch, "c")
     seen: list[tuple[Any, ...]] = []
     left = {"rms_norm"} if what in ("trained", "another dtype") else {"rms_norm", "gated", "rotated"}
     if what in ("a hook", "a pre-hook", "a backward hook"):  # they see nothing of an attention's angles

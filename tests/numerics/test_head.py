@@ -15,13 +15,14 @@ from celora.numerics import head, reference
 from celora.numerics.head import Logits, score_tokens
 from celora.numerics.sampling import inclusion_probabilities, sample, uniform
 from patching import patch_all
+from without import without
 
 
 @pytest.fixture(params=["kernels", "operators"], autouse=True)
 def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything here holds with the compiled passes and without them."""
     if request.param == "operators":
-        patch_all(monkeypatch, "celora.kernels.c.library:library", lambda: None)
+        without(monkeypatch, "c")
     elif kernels.library() is None:
         pytest.skip("no C compiler")
 
@@ -44,7 +45,7 @@ def test_scores_and_gradient(
 ) -> None:
     patch_all(monkeypatch, "celora.numerics.head:_CHUNK_ROWS", chunk)
     patch_all(monkeypatch, "celora.numerics.head:_CHUNK_NUMBERS", 1)
-    patch_all(monkeypatch, "celora.numerics.head:_BLOCK_NUMBERS", 3000)
+    patch_all(monkeypatch, "celora.kernels.plain:_BLOCK_NUMBERS", 3000)
     hidden, rows, targets, weight = inputs(words=97)
     of_each = torch.rand(len(rows))
     found = score_tokens(hidden, rows, targets, weight, logits=Logits(scale, cap), smoothing=smoothing, statistics=True)

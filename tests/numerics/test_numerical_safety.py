@@ -32,8 +32,8 @@ from celora.numerics.products.int8 import Int8
 from celora.numerics.select import critical_rows
 from celora.runtime.attachment import require
 from machine import refuses, refuses_config
-from patching import patch_all
 from small import adapter, make_batch, make_model
+from without import without
 
 # Half of this little is a poor estimate; one test below is about saying so.
 pytestmark = pytest.mark.filterwarnings("ignore:celora. at step . the relative error")
@@ -62,7 +62,7 @@ MEMBERS = {
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the compiled kernels, and as on a machine without a compiler."""
     if request.param == "torch":
-        patch_all(monkeypatch, "celora.kernels.c.library:library", lambda: None)
+        without(monkeypatch, "c")
     elif library_module.library() is None:
         assert build_module.why_not()  # said; everything goes through torch here, too
     return str(request.param)

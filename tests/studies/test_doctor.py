@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from celora.cli.main import main
+from celora.kernels.backends import TABLE, explain
 from celora.kernels.c import library as kernels
-from celora.numerics.products import int8 as products
 from celora.studies import doctor
 from celora.studies.doctor import advise, commands, describe, examine
 from patching import patch_all
+from without import without
 
 FOUND: dict[str, Any] = {
     "device": {"type": "cpu"},
@@ -58,6 +59,19 @@ def test_findings_are_this_machines() -> None:
         assert line in text
     assert text.splitlines()[-2:] == [f"  {command}" for command in found["commands"]]
     assert found["commands"][0] == "celora demo"
+
+
+def test_which_backend_computes_each_operation_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = examine()["kernels"]["chosen"]
+    assert chosen.keys() == TABLE.keys()
+    assert chosen["capped_softmax_rows"] == "torch"
+    assert chosen["squared_row_norms"] == ("torch" if kernels.library() is None else "c")
+    without(monkeypatch, "c")
+    lines = describe(examine()).splitlines()
+    (by_torch,) = (line for line in lines if line.startswith("by torch"))
+    assert "squared_row_norms" in by_torch
+    (lacking,) = (line for line in lines if line.startswith("not available"))
+    assert "rms_norm" in lacking
 
 
 def test_conclusions_follow_the_measurement() -> None:
@@ -117,11 +131,11 @@ def test_what_the_environment_limits_is_said(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("machine", "path"),
     [
-        ({"gathers": True, "panels": 16, "amx": True, "vnni": True}, "celora's own kernel, with AMX"),
-        ({"gathers": True, "panels": 16, "vnni": True}, "celora's own kernel, with AVX-512 VNNI"),
-        ({"gathers": True, "panels": 16}, "celora's own kernel, with AVX-VNNI"),
+        ({"panels": 16, "amx": True, "has_amx": True, "vnni": True}, "celora's own kernel, with AMX"),
+        ({"panels": 16, "vnni": True}, "celora's own kernel, with AVX-512 VNNI"),
+        ({"panels": 16}, "celora's own kernel, with AVX-VNNI"),
         ({"onednn": True, "why_not": "no compiler"}, "oneDNN's quantised linear: no compiler"),
-        ({"onednn": True, "panels": 16}, "oneDNN's quantised linear: celora's kernel has no AMX here"),
+        ({"onednn": True, "panels": 16, "has_amx": True}, "oneDNN's quantised linear: celora's kernel has no AMX here"),
         (
             {"slow": True},
             "torch's integer product, number by number: this CPU has no VNNI, which celora's kernel needs",
@@ -135,22 +149,22 @@ def test_what_the_environment_limits_is_said(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_which_8_bit_path_is_taken_and_why(machine: dict[str, Any], path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for target, does in {
-        "celora.numerics.products.int8:_gathered_products": lambda: machine.get("gathers", False),
-        "celora.kernels.onednn:onednn": lambda device: machine.get("onednn", False),
+        "celora.kernels.onednn:dot_products": lambda: machine.get("onednn", False),
         "celora.kernels.plain:one_by_one": lambda: machine.get("slow", False),
         "celora.kernels.plain:sums_are_exact": lambda: not machine.get("overflows", False),
         "celora.machine.cpu:features": lambda: {"vnni": machine.get("vnni", False)},
+        "celora.machine.cpu:matrix_instructions": lambda: machine.get("has_amx", False),
+        "celora.kernels.c.build:why_not": lambda: machine.get("why_not", ""),
+        "celora.kernels.c.dot:panel_columns": lambda: machine.get("panels", 0),
+        "celora.kernels.c.dot:multiplies_matrices": lambda: machine.get("amx", False),
     }.items():
         patch_all(monkeypatch, target, does)
-    patch_all(monkeypatch, "celora.kernels.c.build:why_not", lambda: machine.get("why_not", ""))
-    patch_all(monkeypatch, "celora.kernels.c.dot:panel_columns", lambda: machine.get("panels", 0))
-    patch_all(monkeypatch, "celora.kernels.c.dot:multiplies_matrices", lambda: machine.get("amx", False))
-    assert products.int8_path(torch.device("cpu")) == path
+    assert explain("pack_weight", torch.device("cpu")) == path
 
 
 def test_accelerators_have_another_path() -> None:
-    assert products.int8_path(torch.device("mps")) == "none: there are no int8 products on mps"
-    assert products.int8_path(torch.device("cuda")) == "torch's integer product"
+    assert explain("pack_weight", torch.device("mps")) == "none: there are no int8 products on mps"
+    assert explain("pack_weight", torch.device("cuda")) == "torch's integer product"
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,27 +8,51 @@ import torch
 from torch import Tensor
 
 from celora.borrowed import borrow
+from celora.kernels.backends import choose
+from celora.kernels.packed import LibraryPacked
 from celora.machine.cpu import features
 
-PREPACK = "torch:ops.onednn.qlinear_prepack"
+_PREPACK = "torch:ops.onednn.qlinear_prepack"
 _QLINEAR = "torch:ops.onednn.qlinear_pointwise"
-OFFSET = 128  # the zero point of unsigned activations
+_OFFSET = 128  # the zero point of unsigned activations
 
 
-def onednn(device: torch.device) -> bool:
-    """Whether oneDNN has a fast quantised linear here. Unsigned activations: signed ones can meet a reference kernel
-    that takes a hundred times as long."""
-    return device.type == "cpu" and _dot_products() and None not in (borrow(PREPACK), borrow(_QLINEAR))
+class Prepacked(LibraryPacked):
+    """A weight for oneDNN's quantised linear, which applies the column scales itself.
+
+    Rows are unsigned: signed ones can meet a reference kernel that takes a hundred times as long.
+    """
+
+    offset = _OFFSET
+
+    def __init__(self, packed: Tensor, scale: Tensor) -> None:
+        self.packed, self.scale = packed, scale
+
+    @classmethod
+    def pack(cls, weight: Tensor, scale: Tensor) -> Prepacked:
+        transposed = choose("quantise_columns", weight).run(weight, scale).t().contiguous()
+        return cls(borrow(_PREPACK)(transposed, None), scale)
+
+    def product(self, q: Tensor, dtype: torch.dtype) -> Tensor:
+        dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        zero_points = _zero_points(self.scale.shape[0])
+        multiply = borrow(_QLINEAR)
+        y: Tensor = multiply(q, 1.0, _OFFSET, self.packed, self.scale, zero_points, None, 1.0, 0, dtype, "none", [], "")
+        return y
 
 
-def _dot_products() -> bool:
+def takes(device: torch.device) -> bool:
+    """Whether oneDNN has a fast quantised linear here."""
+    return device.type == "cpu" and dot_products() and None not in (borrow(_PREPACK), borrow(_QLINEAR))
+
+
+def describe(_: torch.device) -> str:
+    return "oneDNN's quantised linear"
+
+
+def dot_products() -> bool:
+    """Whether this CPU has the 8-bit dot products that oneDNN's quantised linear is fast with."""
     return features()["vnni"]
-
-
-def packed_product(q: Tensor, packed: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    zero_points = _zero_points(column_scale.shape[0])
-    y: Tensor = borrow(_QLINEAR)(q, 1.0, OFFSET, packed, column_scale, zero_points, None, 1.0, 0, dtype, "none", [], "")
-    return y
 
 
 @functools.lru_cache(maxsize=64)

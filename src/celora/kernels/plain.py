@@ -1,4 +1,4 @@
-"""8-bit arithmetic by torch's own operators, on any device."""
+"""Every operation by torch's own operators, on any device. What the other backends compute is compared with these."""
 
 from __future__ import annotations
 
@@ -8,9 +8,220 @@ import torch
 from torch import Tensor, nn
 
 from celora.borrowed import borrow
+from celora.kernels.backends import choose
+from celora.kernels.packed import BothWays, LibraryPacked, QuantisedRows
+from celora.machine.device import exact_device
 from celora.machine.timing import interleaved
 
 INT_MM = "torch:_int_mm"
+_LEAST = 1e-24  # a smaller sum of squares may have lost what matters of it to float32's underflow
+_BLOCK_NUMBERS = 2**19  # float32 numbers worked on at once: 2 MiB, which a core's own cache holds
+_BLOCK_NUMBERS_ELSEWHERE = 2**24  # 64 MiB: few launches, and little beside the chunk's logits
+
+
+def squared_row_norms(x: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
+    return norms.square()
+
+
+def column_maxima(x: Tensor) -> Tensor:
+    return x.abs().amax(0).float()
+
+
+def choose_rows(squared: Tensor, *, kept: int | None, share: float, step: int) -> tuple[Tensor, Tensor | None]:
+    if kept is None:
+        kept = rounded_up(int(energy_count(squared, share)), len(squared), step)
+    return top_k(squared, kept), None
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Positions of the k highest scores, ascending (sorted indices gather faster): (k,) int64."""
+    return torch.topk(scores, k, sorted=False).indices.sort().values
+
+
+def measurable(squared: Tensor) -> Tensor:
+    """Whether sums of squares tell large from small: finite in all, and not lost to underflow. () bool."""
+    total = squared.sum()
+    return torch.isfinite(total) & (total >= _LEAST)
+
+
+def energy_count(squared: Tensor, share: float) -> Tensor:
+    """How many of the largest `squared` hold `share` of their sum, a () int64 tensor; zeros are never needed.
+
+    Everything that is not zero if `share` is 1, however small; everything where they are not `measurable`.
+    """
+    device, squared = squared.device, squared.to(exact_device(squared.device))
+    needed = (squared != 0).sum()
+    if share < 1:
+        sums = squared.sort(descending=True).values.cumsum(0, dtype=torch.float64)
+        needed = torch.minimum((sums < share * sums[-1]).sum() + 1, needed)
+    return torch.where(measurable(squared), needed, len(squared)).to(device)
+
+
+def rounded_up(count: int, total: int, step: int) -> int:
+    """`count`, at least 1, rounded up to a multiple of `step`, at most `total`."""
+    return min(total, -(-max(1, count) // step) * step)
+
+
+def quantise_columns(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight.float() * (1 / scale)).round().to(torch.int8)
+
+
+def quantise_rows(x: Tensor, index: Tensor | None, *, offset: int) -> tuple[Tensor, Tensor]:
+    x = x if index is None else x.index_select(0, index)
+    scale = divisor(torch.linalg.vector_norm(x, float("inf"), dim=1).float() / 127)
+    q = (x.float() / scale[:, None]).round() + offset
+    return q.to(torch.uint8 if offset else torch.int8), scale
+
+
+def scatter_rows(
+    y: Tensor,
+    like: Tensor,
+    index: Tensor | None,
+    *,
+    position: Tensor | None,
+    row_scale: Tensor,
+    column_scale: Tensor | None,
+    onto: Tensor | None,
+) -> Tensor:
+    y = y.float() * row_scale[:, None]
+    y = (y if column_scale is None else y * column_scale).to(like.dtype)
+    if index is None:
+        return y
+    out = like.new_zeros(len(like), y.shape[1]) if onto is None else onto
+    return out.index_copy_(0, index, y)
+
+
+def softmax_rows(
+    z: Tensor,
+    targets: Tensor,
+    *,
+    scale: float,
+    cap: float | None,
+    smoothing: float,
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    top1: Tensor | None,
+    write: bool,
+) -> None:
+    """Block by block, so that float32 copies stay in a core's cache, or are few launches on an accelerator."""
+    numbers = _BLOCK_NUMBERS if z.device.type == "cpu" else _BLOCK_NUMBERS_ELSEWHERE
+    size = max(1, numbers // z.shape[1])
+    for start in range(0, len(z), size):
+        part = slice(start, start + size)
+        target = targets[part, None]
+        y = z[part].to(torch.float32, copy=True)
+        if cap is not None:
+            y = y.mul_(scale / cap).tanh_().mul_(cap)
+        elif scale != 1:
+            y = y.mul_(scale)
+        log_p = y.log_softmax(1)
+        scored = log_p.gather(1, target)[:, 0]
+        log_probs[part] = scored if smoothing == 0 else (1 - smoothing) * scored + smoothing * log_p.mean(1)
+        p = log_p.exp()
+        if entropy is not None:
+            entropy[part] = -torch.special.xlogy(p, p).sum(1)
+        if top1 is not None:
+            top1[part] = scored >= log_p.amax(1)
+        if write:
+            grad = p.neg_() if smoothing == 0 else p.neg_().add_(smoothing / z.shape[1])
+            grad.scatter_add_(1, target, torch.full_like(target, 1 - smoothing, dtype=grad.dtype))
+            if cap is not None:
+                grad.mul_(1 - (y / cap).square_())
+            z[part] = grad if scale == 1 else grad.mul_(scale)
+
+
+class Integers(LibraryPacked):
+    """A weight for `torch._int_mm`, which sums in int32 and scales nothing."""
+
+    def __init__(self, q: Tensor, scale: Tensor) -> None:
+        self.q, self.scale = q, scale
+
+    @classmethod
+    def pack(cls, weight: Tensor, scale: Tensor) -> Integers:
+        """To be kept: laid out as GPUs want their second operand."""
+        q = choose("quantise_columns", weight).run(weight, scale)
+        return cls(column_major(padded(q, 0)), scale)
+
+    @classmethod
+    def quantise(cls, weight: Tensor, scale: Tensor) -> Integers:
+        """For a single product: laid out anew only where that is needed."""
+        if weight.device.type != "cpu":
+            return cls.pack(weight, scale)
+        return cls(choose("quantise_columns", weight).run(weight, scale), scale)
+
+    def product(self, q: Tensor, dtype: torch.dtype) -> Tensor:
+        return integer_product(q.view(torch.int8), self.q)
+
+
+class IntegersBothWays(BothWays):
+    """A weight for `torch._int_mm` in both directions."""
+
+    def __init__(self, q: Tensor, scale: Tensor) -> None:
+        self.q, self.scale = q, scale
+
+    @classmethod
+    def pack(cls, weight: Tensor, scale: Tensor) -> IntegersBothWays:
+        return cls((weight.float() * (1 / scale)[:, None]).round().to(torch.int8), scale)
+
+    def quantise(self, x: Tensor) -> QuantisedRows:
+        dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+        return QuantisedRows(x.shape, dtype, *choose("quantise_rows", x).run(x, None, offset=0))
+
+    def multiply(self, x: QuantisedRows, bias: Tensor | None) -> Tensor:
+        sums = integer_product(x.q.view(torch.int8), padded(self.q, 1).t())
+        y: Tensor = sums * (x.scale[:, None] * self.scale)
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    def dense(self) -> Tensor:
+        return self.q.float() * self.scale[:, None]
+
+    def rows(
+        self,
+        x: Tensor,
+        index: Tensor | None,
+        *,
+        position: Tensor | None,
+        factors: Tensor | None,
+        onto: Tensor | None,
+    ) -> Tensor:
+        kept = x if index is None else x.index_select(0, index)
+        q, scale = choose("quantise_rows", x).run(kept.float() * self.scale, None, offset=0)
+        if factors is not None:
+            scale = scale * factors.to(scale.dtype)
+        weight = self.q if self.q.device.type == "cpu" else column_major(padded(self.q, 0))
+        sums, ones = integer_product(q.view(torch.int8), weight), self.scale.new_ones(weight.shape[1])
+        out: Tensor = choose("scatter_rows", x).run(
+            sums, x, index, position=position, row_scale=scale, column_scale=ones, onto=onto
+        )
+        return out
+
+
+def why_no_integers(device: torch.device) -> str:
+    """Why torch's own 8-bit product cannot be used on this device, or ''."""
+    if device.type not in ("cpu", "cuda"):
+        return f"there are no int8 products on {device.type}"
+    if borrow(INT_MM) is None:
+        return "this version of torch has no int8 products"
+    if device.type == "cpu" and not sums_are_exact():
+        return "oneDNN's 8-bit sums overflow as it is limited here (ONEDNN_MAX_CPU_ISA)"
+    return ""
+
+
+def takes_integers(device: torch.device) -> bool:
+    return not why_no_integers(device)
+
+
+def integers_are_slow(device: torch.device) -> str:
+    """Why 8-bit products cannot pay on this device, or ''."""
+    slow = device.type == "cpu" and one_by_one()
+    return "torch has no fast 8-bit products for this CPU, and multiplies number by number" if slow else ""
+
+
+def describe_integers(device: torch.device) -> str:
+    how = "" if device.type != "cpu" else ", number by number" if one_by_one() else ", through oneDNN"
+    return f"torch's integer product{how}"
 
 
 @functools.cache
@@ -22,8 +233,10 @@ def sums_are_exact() -> bool:
 
 @functools.cache
 def one_by_one() -> bool:
-    """Whether `torch._int_mm` on CPU is a loop over single numbers, as without fast instructions: 20 times as slow as
-    float32's product and more, where it would be twice as fast or, at worst, about as fast."""
+    """Whether `torch._int_mm` on CPU is a loop over single numbers, as without fast instructions.
+
+    It then takes 20 times as long as float32's product and more; elsewhere half as long or, at worst, about as long.
+    """
     integers = borrow(INT_MM)
     if integers is None:
         return True
@@ -41,13 +254,6 @@ def integer_product(q: Tensor, weight: Tensor) -> Tensor:
         q = torch.cat([q, q.new_zeros(32 - rows, q.shape[1])])
     y: Tensor = borrow(INT_MM)(q, weight)
     return y[:rows]
-
-
-def quantise_rows(x: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """`kernels.quantise_rows` in torch operators."""
-    scale = divisor(torch.linalg.vector_norm(x, float("inf"), dim=1).float() / 127)
-    q = (x.float() / scale[:, None]).round() + offset
-    return q.to(torch.uint8 if offset else torch.int8), scale
 
 
 def padded(x: Tensor, dim: int) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 
 from celora.borrowed import borrow
 from celora.errors import CELoraError
-from celora.kernels.c import attention as kernels
+from celora.kernels import operations
 from celora.modeling.hooks import Hook
 
 ATTENTION = "celora_packed_sdpa"
@@ -135,7 +135,7 @@ def packing_pays(dtype: torch.dtype, length: int, device: torch.device, *, maske
 
     For tiles if some token is masked, as they take no mask; else for the float32 backward, which only packed ones do.
     """
-    if not kernels.attends():
+    if not operations.available("attention", device):
         return _short(device, dtype, length)
     return device.type == "cpu" and dtype == torch.bfloat16 and masked
 
@@ -161,7 +161,7 @@ def _tiles_pay(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, seq
     tensors = (query, key, value)
     if query.device.type != "cpu" or any(type(t) is not Tensor or t.dtype != torch.bfloat16 for t in tensors):
         return False
-    if torch.compiler.is_compiling() or not kernels.attends():
+    if torch.compiler.is_compiling() or not operations.available("attention", query.device):
         return False
     looked_on = borrow(_DISPATCH_MODE)
     if looked_on is None or looked_on():
@@ -205,7 +205,7 @@ class _Tiled(torch.autograd.Function):
         sequences = [(row, *piece) for row in range(len(query)) for piece in pieces]
         sequences.sort(key=lambda of: -of[2])  # the longest first: threads end together
         ctx.sequences, ctx.scale = torch.tensor(sequences, device="cpu"), scale
-        output, logs = kernels.attention(query, key, value, ctx.sequences, scale=scale)
+        output, logs = operations.attention(query, key, value, ctx.sequences, scale=scale)
         ctx.save_for_backward(query, key, value, output, logs)
         return output
 
@@ -214,7 +214,7 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         query, key, value, output, logs = ctx.saved_tensors
-        found = kernels.attention_backward(grad, query, key, value, output, logs, ctx.sequences, scale=ctx.scale)
+        found = operations.attention_backward(grad, query, key, value, output, logs, ctx.sequences, scale=ctx.scale)
         return *found, None, None
 
 

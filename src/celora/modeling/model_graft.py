@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from celora.borrowed import borrow
 from celora.errors import CELoraError
-from celora.kernels.c import attention as kernels
+from celora.kernels.operations import available
 from celora.machine.processes import gathers, largest_of_all
 from celora.modeling import packing
 from celora.modeling.attention import LENGTHS, Lookup, implementation, is_attention
@@ -171,7 +171,7 @@ class ModelGraft(Measured, Hook):
         if inputs is not None:
             passed |= inputs
             rows, shape = kept.flatten().cumsum(0)[place] - 1, inputs["input_ids"].shape
-        elif self.packs and kernels.attends() and implementation(causal.config) == "sdpa":
+        elif self.packs and available("attention", labels.device) and implementation(causal.config) == "sdpa":
             passed[LENGTHS] = None  # not packed, and for our attention if that is faster
         keeps: Any = _NO_LOGITS
         known, probe = _known_by(causal, given), None

@@ -32,17 +32,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from celora.errors import CELoraError
-from celora.kernels.c import library as library_kernels
-from celora.kernels.c import rows as rows_kernels
-from celora.kernels.operations import column_maxima
+from celora.kernels.operations import column_maxima, softmax_rows
 from celora.numerics.sampling import as_weights
 from celora.numerics.select import columns_of, drawn, grain
 
 # Tokens whose logits are held at once: enough for the product to be fast, and few enough for the memory to be small.
 _CHUNK_NUMBERS, _CHUNK_ROWS = 2**24, 1024
 _CERTAIN = 1 - 1e-6  # a probability that rounding may have lowered
-_BLOCK_NUMBERS = 2**19  # float32 numbers worked on at once: 2 MiB, which a core's own cache holds
-_BLOCK_NUMBERS_ELSEWHERE = 2**24  # 64 MiB: few launches, and little beside the chunk's logits
 
 
 @dataclass(frozen=True)
@@ -51,18 +47,6 @@ class Logits:
 
     scale: float = 1.0
     cap: float | None = None
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """y of z, in place."""
-        if self.cap is None:
-            return z if self.scale == 1 else z.mul_(self.scale)
-        return z.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
-
-    def backward(self, grad: Tensor, y: Tensor) -> Tensor:
-        """`grad dy/dz`, in place."""
-        if self.cap is not None:
-            grad.mul_(1 - (y / self.cap).square_())
-        return grad if self.scale == 1 else grad.mul_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -157,8 +141,17 @@ class _Scores(torch.autograd.Function):
                 z = torch.mm(chosen[part], w.t(), out=held[: n - start])
                 if b is not None:
                     z += b
-                some = (entropy[part], top1[part]) if statistics else (None, None)
-                _softmax(z, targets[part], logits, smoothing, log_probs[part], *some, write=wanted)
+                softmax_rows(
+                    z,
+                    targets[part],
+                    scale=logits.scale,
+                    cap=logits.cap,
+                    smoothing=smoothing,
+                    log_probs=log_probs[part],
+                    entropy=entropy[part] if statistics else None,
+                    top1=top1[part] if statistics else None,
+                    write=wanted,
+                )
                 if gradient is not None:
                     through_the_head(z, w, keep_ratio, gradient[part], seed + start)
                     if measure is not None:
@@ -203,47 +196,3 @@ def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tenso
     torch.mm(some, weight.index_select(0, index), out=out)
     left = total - some.sum(1, dtype=torch.float32)
     out.addr_(left.to(out.dtype), torch.mm(q[None], weight)[0])
-
-
-def _softmax(
-    z: Tensor,
-    targets: Tensor,
-    logits: Logits,
-    smoothing: float,
-    log_probs: Tensor,
-    entropy: Tensor | None,
-    top1: Tensor | None,
-    *,
-    write: bool,
-) -> None:
-    """Fill in what the softmax of `logits(z)` says; with `write`, z becomes the gradient of `log_probs`."""
-    if logits.cap is None and library_kernels.supported(z):
-        rows_kernels.softmax_rows(
-            z,
-            targets,
-            scale=logits.scale,
-            smoothing=smoothing,
-            log_probs=log_probs,
-            entropy=entropy,
-            top1=top1,
-            write=write,
-        )
-        return
-    numbers = _BLOCK_NUMBERS if z.device.type == "cpu" else _BLOCK_NUMBERS_ELSEWHERE
-    size = max(1, numbers // z.shape[1])
-    for start in range(0, len(z), size):
-        part = slice(start, start + size)
-        target = targets[part, None]
-        y = logits(z[part].to(torch.float32, copy=True))
-        log_p = y.log_softmax(1)
-        scored = log_p.gather(1, target)[:, 0]
-        log_probs[part] = scored if smoothing == 0 else (1 - smoothing) * scored + smoothing * log_p.mean(1)
-        p = log_p.exp()
-        if entropy is not None:
-            entropy[part] = -torch.special.xlogy(p, p).sum(1)
-        if top1 is not None:
-            top1[part] = scored >= log_p.amax(1)
-        if write:
-            grad = p.neg_() if smoothing == 0 else p.neg_().add_(smoothing / z.shape[1])
-            grad.scatter_add_(1, target, torch.full_like(target, 1 - smoothing, dtype=grad.dtype))
-            z[part] = logits.backward(grad, y)

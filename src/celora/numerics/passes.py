@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from celora.kernels.c import rows as kernels
+from celora.kernels import operations
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds: bool = True) -> Tensor:
@@ -27,7 +27,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, rounds: bool) -> Tensor:
         x = x.contiguous()
-        y, inverse = kernels.rms_norm(x, weight, offset=offset, eps=eps, rounds=rounds)
+        y, inverse = operations.rms_norm(x, weight, offset=offset, eps=eps, rounds=rounds)
         ctx.save_for_backward(x, weight, inverse)
         ctx.offset = offset
         return y
@@ -35,7 +35,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = kernels.rms_norm_backward(grad.contiguous(), *ctx.saved_tensors, offset=ctx.offset)
+        found = operations.rms_norm_backward(grad.contiguous(), *ctx.saved_tensors, offset=ctx.offset)
         return found, None, None, None, None
 
 
@@ -50,12 +50,12 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return kernels.gated(gate, up)
+        return operations.gated(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.gated_backward(grad.contiguous(), *ctx.saved_tensors)
+        return operations.gated_backward(grad.contiguous(), *ctx.saved_tensors)
 
 
 def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -71,9 +71,9 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         ctx.save_for_backward(cosine, sine)
-        return kernels.rotate(x.contiguous(), cosine, sine, transposed=False)
+        return operations.rotate(x.contiguous(), cosine, sine, transposed=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return kernels.rotate(grad.contiguous(), *ctx.saved_tensors, transposed=True), None, None
+        return operations.rotate(grad.contiguous(), *ctx.saved_tensors, transposed=True), None, None

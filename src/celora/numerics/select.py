@@ -5,12 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from celora.kernels.c import library as library_kernels
-from celora.kernels.c import rows as rows_kernels
-from celora.machine.device import exact_device
+from celora.kernels.operations import choose_rows
+from celora.kernels.plain import energy_count, measurable, rounded_up, top_k
 from celora.numerics.sampling import inclusion_probabilities, sample, uniform
 
-_LEAST = 1e-24  # a smaller sum of squares may have lost what matters of it to float32's underflow
+__all__ = [
+    "column_scores",
+    "columns_of",
+    "critical_rows",
+    "drawn",
+    "energy_count",
+    "grain",
+    "measurable",
+    "rounded_up",
+    "squared_column_norms",
+    "top_k",
+]
 
 
 def squared_column_norms(grad_output: Tensor) -> Tensor:
@@ -34,36 +44,12 @@ def columns_of(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def measurable(squared: Tensor) -> Tensor:
-    """Whether sums of squares tell large from small: finite in all, and not lost to underflow. () bool."""
-    total = squared.sum()
-    return torch.isfinite(total) & (total >= _LEAST)
-
-
 def column_scores(squared_grad_norms: Tensor, residual_norms: Tensor) -> Tensor:
     """`||G[:, i]|| ||R[i, :]||`, the score of column i (CE-LoRA, arXiv 2502.01378): (out,).
 
     Both factors matter: permuting the columns of G permutes the scores with them.
     """
     return squared_grad_norms.sqrt() * residual_norms
-
-
-def top_k(scores: Tensor, k: int) -> Tensor:
-    """Positions of the k highest scores, ascending (sorted indices gather faster): (k,) int64."""
-    return torch.topk(scores, k, sorted=False).indices.sort().values
-
-
-def energy_count(squared: Tensor, share: float) -> Tensor:
-    """How many of the largest `squared` hold `share` of their sum, a () int64 tensor; zeros are never needed.
-
-    Everything that is not zero if `share` is 1, however small; everything where they are not `measurable`.
-    """
-    device, squared = squared.device, squared.to(exact_device(squared.device))
-    needed = (squared != 0).sum()
-    if share < 1:
-        held = squared.sort(descending=True).values.cumsum(0, dtype=torch.float64)
-        needed = torch.minimum((held < share * held[-1]).sum() + 1, needed)
-    return torch.where(measurable(squared), needed, len(squared)).to(device)
 
 
 def critical_rows(
@@ -75,11 +61,7 @@ def critical_rows(
     """
     if kept is not None:
         kept = min(kept, len(squared))
-    if library_kernels.supported(squared):
-        return rows_kernels.choose_rows(squared, kept=kept, share=share, step=step)
-    if kept is None:
-        kept = rounded_up(int(energy_count(squared, share)), len(squared), step)
-    return top_k(squared, kept), None
+    return choose_rows(squared, kept=kept, share=share, step=step)
 
 
 def grain(rows: int) -> int:
@@ -88,11 +70,6 @@ def grain(rows: int) -> int:
     A product of a new shape has to be set up first, on CPU for milliseconds; so few shapes should be many steps'.
     """
     return 1 << max(0, (rows // 16).bit_length() - 1)
-
-
-def rounded_up(count: int, total: int, step: int) -> int:
-    """`count`, at least 1, rounded up to a multiple of `step`, at most `total`."""
-    return min(total, -(-max(1, count) // step) * step)
 
 
 def drawn(scores: Tensor, k: int, *, seed: int, draw: int) -> tuple[Tensor, Tensor, Tensor]:

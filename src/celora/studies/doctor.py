@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from celora.kernels.backends import chosen, explain
 from celora.kernels.c import build as build_kernels
 from celora.kernels.c import library as library_kernels
 from celora.machine import cpu
@@ -21,7 +22,6 @@ from celora.machine.device import PACKAGES, default_device, device_name
 from celora.machine.memory import available_memory
 from celora.machine.threads import allowed_cpus
 from celora.machine.timing import interleaved, slower_than_float32, time_over_float32
-from celora.numerics.products.int8 import int8_path
 from celora.numerics.products.registry import make_product
 
 OPTIONAL = ("bitsandbytes", "torchao", "deepspeed", "tensorboard", "trackio", "wandb")
@@ -65,6 +65,7 @@ def examine() -> dict[str, Any]:
             "built": library_kernels.library() is not None,
             "why_not": build_kernels.why_not(),
             "why_not_kept": build_kernels.why_not_kept(),
+            "chosen": chosen(torch.float32, device),
         },
         "products": _products(device),
         "dtype": {
@@ -111,7 +112,7 @@ def _products(device: torch.device) -> dict[str, Any]:
         "shape": [tokens, out_features, in_features],
         "time_ms": times,
         "unavailable": {name: reason for name, reason in why_not.items() if reason},
-        "int8_path": int8_path(device),
+        "int8_path": explain("pack_weight", device),
     }
 
 
@@ -187,6 +188,7 @@ def describe(found: dict[str, Any]) -> str:
         "limits": ", ".join(f"{name}={value}" for name, value in found["limits"].items()),
         "C kernels": "built" if found["kernels"]["built"] else f"not built: {found['kernels']['why_not']}",
         "8-bit path": products["int8_path"],
+        **_operations(found["kernels"]["chosen"]),
         "products": f"({tokens} x {out_features}) @ ({out_features} x {in_features}): "
         + ", ".join(f"{name} {time:.3g} ms" for name, time in products["time_ms"].items()),
     }
@@ -194,6 +196,14 @@ def describe(found: dict[str, Any]) -> str:
     lines = [f"{name:<{width}}{text}" for name, text in rows.items() if text]
     lines += ["", "What will be fast here:", *(f"- {line}" for line in found["advice"])]
     return "\n".join([*lines, "", "To see it work, and to train on rows of your own:", *_indented(found["commands"])])
+
+
+def _operations(chosen: dict[str, str | None]) -> dict[str, str]:
+    """Each backend with the operations that it computes."""
+    by_backend: dict[str, list[str]] = {}
+    for operation, backend in chosen.items():
+        by_backend.setdefault(f"by {backend}" if backend else "not available", []).append(operation)
+    return {backend: ", ".join(operations) for backend, operations in sorted(by_backend.items())}
 
 
 def _indented(lines: list[str]) -> list[str]:

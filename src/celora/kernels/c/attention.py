@@ -9,16 +9,16 @@ from celora.kernels.c.dot import multiplies_matrices
 from celora.kernels.c.library import call_kernel, library, loaded_library
 
 
-def attends() -> bool:
-    """Whether there is `attention`."""
-    return multiplies_matrices() and hasattr(library(), "attention_work")
+def takes(device: torch.device) -> bool:
+    """Whether there is `attention` for bfloat16 on this device."""
+    return device.type == "cpu" and multiplies_matrices() and hasattr(library(), "attention_work")
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, sequences: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention of each of `sequences`, (batch, first token, length): (S, 3) int64, which hold every token.
 
     `query: (B, H, T, d)`, `key`, `value`: (B, H or fewer, T, d), bfloat16, d a multiple of 32. Returns (B, T, H, d) and
-    the logarithms of the sums of the softmax, float32 (B, H, T). Where it `attends`.
+    the logarithms of the sums of the softmax, float32 (B, H, T). Where `available`.
     """
     batch, heads, tokens, size = query.shape
     out = query.new_empty(batch, tokens, heads, size)

@@ -3,6 +3,9 @@
  *
  *     out[t] = row_scale[k] column_scale * (q[k] W) for t = index[k],    q[k] = round(x[t] / row_scale[k])
  *
+ * A weight that is packed for `x W^T` also serves `g W`: its panels of 4 x 4 blocks are turned, one at a time, into a
+ * thread's own scratch. Its scales, one for each of its rows, are then folded into g before g is quantised.
+ *
  * Both instructions multiply unsigned with signed bytes and add four products to each 32-bit sum. The weight is the
  * unsigned one, w + 128, so what has to be taken off, 128 sum(q[k]), is one number a row. Vectors: a block of BLOCK
  * rows by two vectors of columns stays in registers over the whole depth, BLOCK + 2 loads for 2 BLOCK dots. Matrices:
@@ -16,6 +19,7 @@
 
 #if defined(__AVX512VNNI__)
 #include <immintrin.h>
+#include <omp.h>
 #define LANES 16
 #define BLOCK 12
 typedef __m512i ints;
@@ -24,6 +28,7 @@ static inline ints load(const void *p) { return _mm512_loadu_si512(p); }
 static inline ints dot(ints sum, ints u, ints s) { return _mm512_dpbusd_epi32(sum, u, s); }
 #elif defined(__AVXVNNI__)
 #include <immintrin.h>
+#include <omp.h>
 #define LANES 8
 #define BLOCK 6
 typedef __m256i ints;
@@ -184,6 +189,46 @@ int panel_columns(void) {
 /* What the depth of a packed weight is rounded up to. */
 int depth_step(void) { return DEEP; }
 
+/* What the depth of a turned panel is rounded up to: whole panels of the weight as it is packed. */
+#define TURNED (DEEP < PANEL ? PANEL : DEEP)
+
+/* A packed weight as one product reads it. turned: the depth of its panels as they are packed, or 0 where the product
+ * reads them so; space: for one turned panel of each thread. */
+typedef struct {
+    const uint8_t *packed;
+    int64_t depth, turned;
+    uint8_t *space;
+} weight;
+
+/* Panel p of `g W` from a weight packed for `x W^T`: 4 x 4 blocks change places, and each is transposed. */
+static void turn_panel(const weight *w, int64_t p, uint8_t *to) {
+    const __m128i transpose = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const int64_t blocks = w->depth / PANEL;
+    for (int64_t o = 0; o < blocks; o++)
+        for (int64_t b = 0; b < PANEL / 4; b++) {
+            const int64_t i = p * (PANEL / 4) + b;
+            uint8_t *block = to + o * PANEL * PANEL + b * 16;
+            if (4 * i >= w->turned) { /* past the end: zeros */
+                for (int64_t c = 0; c < PANEL / 4; c++) memset(block + c * 4 * PANEL, 128, 16);
+                continue;
+            }
+            const uint8_t *from = w->packed + (o * w->turned + 4 * i) * PANEL;
+            for (int64_t c = 0; c < PANEL / 4; c++) {
+                const __m128i four = _mm_loadu_si128((const __m128i *)(from + 16 * c));
+                _mm_storeu_si128((__m128i *)(block + c * 4 * PANEL), _mm_shuffle_epi8(four, transpose));
+            }
+        }
+}
+
+/* Panel p of the weight; `last` is the panel that this thread has turned, or -1. */
+static inline const uint8_t *panel_of(const weight *w, int64_t p, int64_t *last) {
+    if (!w->turned) return w->packed + p * w->depth * PANEL;
+    uint8_t *own = w->space + omp_get_thread_num() * w->depth * PANEL;
+    if (p != *last) turn_panel(w, p, own);
+    *last = p;
+    return own;
+}
+
 /* Bytes from one quantised row to the next. An odd number of cache lines: rows a power of two apart would share the
  * same few places of the caches, 16 of which a tile needs at once. */
 static inline int64_t row_stride(int64_t depth) {
@@ -196,6 +241,12 @@ static inline int64_t row_stride(int64_t depth) {
 
 /* Bytes of scratch for so many quantised rows; the scratch may begin anywhere. */
 int64_t scratch_bytes(int64_t rows, int64_t depth) { return up_to(rows, SQUARE) * row_stride(depth) + 64; }
+
+/* The same for a product with turned panels, which lie behind the rows. */
+int64_t turned_scratch_bytes(int64_t rows, int64_t depth, int threads) {
+    depth = up_to(depth, TURNED);
+    return scratch_bytes(rows, depth) + 64 + threads * depth * PANEL;
+}
 static inline int8_t *aligned(void *scratch) { return (int8_t *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63); }
 
 /* Multiply with matrix instructions from now on, or with vectors again. Returns whether it will be matrices: they were
@@ -248,18 +299,44 @@ void EACH(pack_columns)(const TYPE *w, int64_t rows, int64_t columns, int64_t st
     }
 }
 
+/* The transpose, with one scale for each row of w: packed[panel, k / 4, column, k % 4] = 128 + round(w[j, k] inverse[j]).
+ * Panels are whole, and their number such that their columns are a whole number of TURNED. */
+void EACH(pack_rows)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, const float *inverse,
+                     uint8_t *packed, int threads) {
+    const int64_t depth = up_to(columns, DEEP), panels = up_to(rows, TURNED) / PANEL;
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t p = 0; p < panels; p++) {
+        uint8_t *to = packed + p * depth * PANEL;
+        memset(to, 128, (size_t)(depth * PANEL));
+        for (int64_t c = 0; c < PANEL && p * PANEL + c < rows; c++) {
+            const TYPE *row = w + (p * PANEL + c) * stride;
+            for (int64_t k = 0; k < columns; k++) {
+                const float shifted = EACH(from)(row[k]) * inverse[p * PANEL + c] + (12582912.0f + 128.0f);
+                uint32_t bits;
+                memcpy(&bits, &shifted, 4);
+                to[k / 4 * 4 * PANEL + c * 4 + k % 4] = (uint8_t)bits;
+            }
+        }
+    }
+}
+
 /* A block's rows k, ..., k + count - 1 of the panel that begins at column j, from their sums: out[t, j + c] =
- * scales[k] column_scale[j + c] (sums[., c] + starts[k]); starts: NULL where the sums have them already */
+ * scales[k] column_scale[j + c] (sums[., c] + starts[k]) + bias[j + c]; starts: NULL where the sums have them already;
+ * bias: NULL for 0 */
 static inline void EACH(write_block)(const int32_t *sums, int64_t k, int64_t count, int64_t j, const int64_t *index,
                                      const int32_t *starts, const float *scales, const float *column_scale,
-                                     int64_t columns, TYPE *out) {
+                                     const float *bias, int64_t columns, TYPE *out) {
     const int64_t width = columns - j < PANEL ? columns - j : PANEL;
     const float *column = column_scale + j;
     for (const int64_t end = k + count; k < end; k++, sums += PANEL) {
         TYPE *to = out + (index ? index[k] : k) * columns + j;
         const float scale = scales[k];
         const int32_t start = starts ? starts[k] : 0;
-        if (width == PANEL) {
+        if (bias) {
+            #pragma omp simd
+            for (int c = 0; c < width; c++)
+                to[c] = EACH(to)(whole(sums[c], start) * (scale * column[c]) + bias[j + c]);
+        } else if (width == PANEL) {
             #ifdef WIDE
             const ints starts_all = all(start);
             const __m512 scale_all = _mm512_set1_ps(scale), left = scaled(sums, starts_all, scale_all, column);
@@ -275,10 +352,11 @@ static inline void EACH(write_block)(const int32_t *sums, int64_t k, int64_t cou
 }
 
 /* The products of `kept` quantised rows, on the threads that come here together. */
-static void EACH(vector_products)(const int8_t *q, int64_t stride, int64_t depth, const int64_t *index, int64_t kept,
-                                  const uint8_t *packed, const int32_t *starts, const float *scales,
-                                  const float *column_scale, int64_t columns, TYPE *out, int threads) {
+static void EACH(vector_products)(const int8_t *q, int64_t stride, const int64_t *index, int64_t kept, const weight *w,
+                                  const int32_t *starts, const float *scales, const float *column_scale,
+                                  const float *bias, int64_t columns, TYPE *out, int threads) {
     const int64_t panels = up_to(columns, PANEL) / PANEL, blocks_of_rows = up_to(kept, BLOCK) / BLOCK;
+    int64_t last = -1;
     /* Whole panels to each thread; some of the rows, too, where there are too few panels for that to come out even. */
     const int64_t parts = panels % threads == 0 || panels > 8 * threads ? 1 : threads;
     #pragma omp for collapse(2) schedule(static) nowait
@@ -286,13 +364,14 @@ static void EACH(vector_products)(const int8_t *q, int64_t stride, int64_t depth
         for (int64_t part = 0; part < parts; part++) {
             int64_t k = blocks_of_rows * part / parts * BLOCK, end = blocks_of_rows * (part + 1) / parts * BLOCK;
             end = end < kept ? end : kept;
+            const uint8_t *panel = k < end ? panel_of(w, p, &last) : NULL;
             while (k < end) {
                 int count = end - k < BLOCK ? (int)(end - k) : BLOCK;
                 if (BLOCK > 6 && count > 8 && count < BLOCK) count = count > 10 ? 6 : 5; /* 9, 10, 11 in two */
                 ints sums[BLOCK][2];
-                blocks(q + k * stride, stride, depth, packed + p * depth * PANEL, starts + k, count, sums);
-                EACH(write_block)((const int32_t *)sums, k, count, p * PANEL, index, NULL, scales, column_scale, columns,
-                                  out);
+                blocks(q + k * stride, stride, w->depth, panel, starts + k, count, sums);
+                EACH(write_block)((const int32_t *)sums, k, count, p * PANEL, index, NULL, scales, column_scale, bias,
+                                  columns, out);
                 k += count;
             }
         }
@@ -301,9 +380,11 @@ static void EACH(vector_products)(const int8_t *q, int64_t stride, int64_t depth
 #ifdef TILE
 
 /* The same with tiles. A thread goes through all panels with a chunk of the rows that stays in its second cache. */
-static void EACH(matrix_products)(const int8_t *q, int64_t stride, int64_t depth, const int64_t *index, int64_t kept,
-                                  const uint8_t *packed, const int32_t *starts, const float *scales,
-                                  const float *column_scale, int64_t columns, TYPE *out, int threads) {
+static void EACH(matrix_products)(const int8_t *q, int64_t stride, const int64_t *index, int64_t kept, const weight *w,
+                                  const int32_t *starts, const float *scales, const float *column_scale,
+                                  const float *bias, int64_t columns, TYPE *out, int threads) {
+    const int64_t depth = w->depth;
+    int64_t last = -1;
     const int64_t panels = up_to(columns, PANEL) / PANEL, most = CHUNK / depth < SQUARE ? SQUARE : CHUNK / depth;
     int64_t chunks = (kept + most - 1) / most;
     if (kept >= 2 * SQUARE * threads) chunks = up_to(chunks, threads); /* about the rows it has quantised */
@@ -318,7 +399,7 @@ static void EACH(matrix_products)(const int8_t *q, int64_t stride, int64_t depth
             int32_t sums[GROUP * PANEL] __attribute__((aligned(64)));
             const int64_t end = (part + 1) * chunk < kept ? (part + 1) * chunk : kept;
             const int64_t squares = (end - part * chunk + SQUARE - 1) / SQUARE, lines = (SQUARE + squares - 1) / squares;
-            const uint8_t *panel = packed + p * depth * PANEL, *ahead = panel + depth * PANEL;
+            const uint8_t *panel = panel_of(w, p, &last), *ahead = panel + depth * PANEL;
             for (int64_t group = part * chunk; group < end; group += GROUP)
                 for (int64_t from = 0; from < depth; from += stretch) {
                     const int64_t deep = depth - from < stretch ? depth - from : stretch;
@@ -328,7 +409,7 @@ static void EACH(matrix_products)(const int8_t *q, int64_t stride, int64_t depth
                         ahead += deep / DEEP * lines * 64;
                         if (from + deep == depth)
                             EACH(write_block)(to, k, end - k < SQUARE ? end - k : SQUARE, p * PANEL, index, starts,
-                                              scales, column_scale, columns, out);
+                                              scales, column_scale, bias, columns, out);
                     }
                 }
         }
@@ -337,35 +418,56 @@ static void EACH(matrix_products)(const int8_t *q, int64_t stride, int64_t depth
 
 #endif
 
+/* Rows of x in 8 bits, as the products read them: all of them without index. fold: what each number is multiplied with
+ * first, or NULL; factor: of each row's scale, or NULL. On the threads that come here together. */
+static void EACH(quantise_gathered)(const TYPE *x, int64_t rows, int64_t stride, const int64_t *index, int64_t kept,
+                                    const float *factor, const float *fold, int8_t *quantised, int64_t stride_of_q,
+                                    int64_t depth, float *scales, int32_t *starts) {
+    #pragma omp for schedule(static)
+    for (int64_t k = 0; k < kept; k++) {
+        int8_t *q = quantised + k * stride_of_q;
+        const TYPE *row = x + (index ? index[k] : k) * stride;
+        if (fold) EACH(quantise_folded_row)(row, fold, rows, (uint8_t *)q, scales + k);
+        else EACH(quantise_row)(row, rows, 0.0f, (uint8_t *)q, scales + k);
+        memset(q + rows, 0, (size_t)(depth - rows));
+        int32_t sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < rows; i++) sum += q[i];
+        starts[k] = (int32_t)(-128 * (uint32_t)sum);
+        if (factor) scales[k] *= factor[k];
+    }
+}
+
+/* The products of quantised rows by whatever instructions there are. On the threads that come here together. */
+static void EACH(products)(const int8_t *q, int64_t stride, int64_t rows, const int64_t *index, int64_t kept,
+                           const weight *w, const int32_t *starts, const float *scales, const float *column_scale,
+                           const float *bias, int64_t columns, TYPE *out, int threads) {
+    #ifdef TILE
+    if (matrices && rows) {
+        EACH(matrix_products)(q, stride, index, kept, w, starts, scales, column_scale, bias, columns, out, threads);
+        return;
+    }
+    #endif
+    (void)rows;
+    EACH(vector_products)(q, stride, index, kept, w, starts, scales, column_scale, bias, columns, out, threads);
+}
+
 /* out[index[k]] = factor[k] x[index[k]] W in 8 bits, all rows without index; factor: NULL for 1. Rows with position < 0
- * become 0 if fill. scratch: of scratch_bytes. scales, starts: (kept,). */
+ * become 0 if fill. turned: 0, or the number of columns of a weight that pack_rows has packed, for x W with that weight
+ * and x multiplied with fold. scratch: of scratch_bytes or turned_scratch_bytes. scales, starts: (kept,). */
 void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, const int64_t *index,
-                            const int32_t *position, int64_t kept, const float *factor, const uint8_t *packed,
-                            const float *column_scale, int64_t columns, void *scratch, float *scales,
-                            int32_t *starts, TYPE *out, int fill, int threads) {
-    const int64_t depth = up_to(rows, DEEP), stride_of_q = row_stride(rows);
+                            const int32_t *position, int64_t kept, const float *factor, const float *fold,
+                            const uint8_t *packed, int64_t turned, const float *column_scale, int64_t columns,
+                            void *scratch, float *scales, int32_t *starts, TYPE *out, int fill, int threads) {
+    const int64_t depth = up_to(rows, turned ? TURNED : DEEP), stride_of_q = row_stride(depth);
     int8_t *quantised = aligned(scratch);
+    uint8_t *space = (uint8_t *)aligned(quantised + up_to(kept, SQUARE) * stride_of_q);
+    const weight w = {packed, depth, turned ? up_to(turned, DEEP) : 0, space};
     #pragma omp parallel num_threads(threads)
     {
-        #pragma omp for schedule(static)
-        for (int64_t k = 0; k < kept; k++) {
-            int8_t *q = quantised + k * stride_of_q;
-            EACH(quantise_row)(x + (index ? index[k] : k) * stride, rows, 0.0f, (uint8_t *)q, scales + k);
-            memset(q + rows, 0, (size_t)(depth - rows));
-            int32_t sum = 0;
-            #pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < rows; i++) sum += q[i];
-            starts[k] = (int32_t)(-128 * (uint32_t)sum);
-            if (factor) scales[k] *= factor[k];
-        }
-        #ifdef TILE
-        if (matrices && rows)
-            EACH(matrix_products)(quantised, stride_of_q, depth, index, kept, packed, starts, scales, column_scale,
-                                  columns, out, threads);
-        else
-        #endif
-            EACH(vector_products)(quantised, stride_of_q, depth, index, kept, packed, starts, scales, column_scale,
-                                  columns, out, threads);
+        EACH(quantise_gathered)(x, rows, stride, index, kept, factor, fold, quantised, stride_of_q, depth, scales, starts);
+        EACH(products)(quantised, stride_of_q, rows, index, kept, &w, starts, scales, column_scale, NULL, columns, out,
+                       threads);
         if (position && fill) {
             #pragma omp for schedule(static) nowait
             for (int64_t t = 0; t < tokens; t++)
@@ -377,16 +479,36 @@ void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t
 /* gathered_product of the critical rows alone, which choose_rows chooses by their norms; the others become 0. Returns
  * how many. For each token, work holds an index and four numbers of four bytes, and then the scratch. */
 int64_t EACH(critical_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, int64_t kept, double share,
-                               const uint8_t *packed, const float *column_scale, int64_t columns, void *work, TYPE *out,
-                               int threads) {
+                               const float *fold, const uint8_t *packed, int64_t turned, const float *column_scale,
+                               int64_t columns, void *work, TYPE *out, int threads) {
     int64_t *index = work;
     float *squared = (float *)(index + tokens), *scales = squared + tokens;
     int32_t *starts = (int32_t *)(scales + tokens), *position = starts + tokens;
     EACH(squared_row_norms)(x, tokens, rows, stride, squared, threads);
     kept = choose_rows(squared, tokens, kept, share, 1, index, position);
-    EACH(gathered_product)(x, tokens, rows, stride, index, position, kept, NULL, packed, column_scale, columns,
-                           position + tokens, scales, starts, out, 1, threads);
+    EACH(gathered_product)(x, tokens, rows, stride, index, position, kept, NULL, fold, packed, turned, column_scale,
+                           columns, position + tokens, scales, starts, out, 1, threads);
     return kept;
+}
+
+/* All rows of x in 8 bits, to be multiplied with several weights. q: of scratch_bytes; scales, starts: (tokens,). */
+void EACH(quantise_input)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, void *q, float *scales,
+                          int32_t *starts, int threads) {
+    const int64_t depth = up_to(rows, DEEP);
+    #pragma omp parallel num_threads(threads)
+    EACH(quantise_gathered)(x, rows, stride, NULL, tokens, NULL, NULL, aligned(q), row_stride(depth), depth, scales,
+                            starts);
+}
+
+/* out = x W^T + bias from quantise_input's x and a weight of pack_rows with its scales; bias: NULL for 0 */
+void EACH(quantised_product)(const void *q, const float *scales, const int32_t *starts, int64_t tokens, int64_t rows,
+                             const uint8_t *packed, const float *column_scale, const float *bias, int64_t columns,
+                             TYPE *out, int threads) {
+    const int64_t depth = up_to(rows, DEEP);
+    const weight w = {packed, depth, 0, NULL};
+    #pragma omp parallel num_threads(threads)
+    EACH(products)(aligned((void *)q), row_stride(depth), rows, NULL, tokens, &w, starts, scales, column_scale, bias,
+                   columns, out, threads);
 }
 
 #endif

@@ -7,8 +7,10 @@ import functools
 import torch
 from torch import Tensor
 
-from celora.kernels.c.library import call_kernel, library, loaded_library, pointer
-from celora.machine.cpu import matrix_instructions
+from celora.kernels.c import build
+from celora.kernels.c.library import call_kernel, library, loaded_library, pointer, supported
+from celora.kernels.packed import PackedWeight, positions
+from celora.machine import cpu
 
 
 def panel_columns() -> int:
@@ -24,7 +26,66 @@ def multiplies_matrices() -> bool:
     False too where the compiler did not know them or the system refuses them.
     """
     loaded = library()
-    return loaded is not None and panel_columns() > 0 and bool(loaded.use_matrices(matrix_instructions()))
+    return loaded is not None and panel_columns() > 0 and bool(loaded.use_matrices(cpu.matrix_instructions()))
+
+
+def takes(device: torch.device) -> bool:
+    """Whether a weight there is packed for this kernel: it is there, and nothing faster.
+
+    oneDNN may know matrix instructions where this kernel does not.
+    """
+    return device.type == "cpu" and panel_columns() > 0 and multiplies_matrices() == cpu.matrix_instructions()
+
+
+def why_not(device: torch.device) -> str:
+    """Why it is not, on CPU; '' elsewhere, where nobody expects it."""
+    if device.type != "cpu":
+        return ""
+    if reason := build.why_not():
+        return reason
+    if panel_columns():
+        return "celora's kernel has no AMX here"
+    return "this CPU has no VNNI, which celora's kernel needs"
+
+
+def describe(device: torch.device) -> str:
+    vectors = "AVX-512 VNNI" if cpu.features()["vnni"] else "AVX-VNNI"
+    return f"celora's own kernel, with {'AMX' if multiplies_matrices() else vectors}"
+
+
+class Panels(PackedWeight):
+    """A weight in panels of columns. One call gathers, quantises, multiplies, scales and scatters."""
+
+    def __init__(self, packed: Tensor, scale: Tensor) -> None:
+        self.packed, self.scale = packed, scale
+
+    @classmethod
+    def pack(cls, weight: Tensor, scale: Tensor) -> Panels:
+        weight = weight if supported(weight) else weight.float().contiguous()
+        return cls(pack_columns(weight, 1 / scale), scale)
+
+    def rows(
+        self,
+        x: Tensor,
+        index: Tensor | None,
+        *,
+        position: Tensor | None,
+        factors: Tensor | None,
+        onto: Tensor | None,
+    ) -> Tensor:
+        g = x if supported(x) else x.float().contiguous()
+        if index is not None and position is None:
+            position = positions(index, len(g))
+        out = g.new_empty(g.shape[0], len(self.scale)) if onto is None else onto.to(g.dtype)
+        factors = None if factors is None else factors.float()
+        fill = onto is None
+        gathered_product(g, self.packed, self.scale, out, index=index, position=position, factors=factors, fill=fill)
+        return out.to(x.dtype)
+
+    def critical_rows(self, x: Tensor, *, kept: int | None, share: float) -> Tensor | None:
+        if not supported(x):
+            return None
+        return critical_product(x, self.packed, self.scale, columns=len(self.scale), kept=kept, share=share)
 
 
 def pack_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
@@ -48,33 +109,49 @@ def gathered_product(
     position: Tensor | None,
     factors: Tensor | None,
     fill: bool,
+    fold: Tensor | None = None,
 ) -> None:
     """`out[t] = factors[k] x[t] W` in 8 bits at each row t = index[k] of `x: (T, out)`; 0 at the others if `fill`.
 
-    All rows if `index` is None. `position` is the inverse of `index`; `factors`, float32 (K,), may be None for 1.
+    All rows if `index` is None. `position` is the inverse of `index`; `factors`, float32 (K,), may be None for 1. With
+    `fold`, float32 (out,), W is one that `pack_rows` has packed, and x is multiplied with `fold` first.
     """
     rows, depth = x.shape
-    kept = rows if index is None else index.shape[0]
-    scratch = torch.empty(_scratch_bytes(kept, depth), dtype=torch.uint8, device="cpu")
+    kept, columns = rows if index is None else index.shape[0], out.shape[1]
+    scratch = torch.empty(_scratch_bytes(kept, depth, turned=fold is not None), dtype=torch.uint8, device="cpu")
     scales = torch.empty(kept, dtype=torch.float32, device="cpu")
     starts = torch.empty(kept, dtype=torch.int32, device="cpu")
+    turned = 0 if fold is None else columns
     call_kernel("gathered_product", x, x.data_ptr(), rows, depth, x.stride(0), pointer(index), pointer(position), kept,
-          pointer(factors), packed.data_ptr(), column_scale.data_ptr(), out.shape[1], scratch.data_ptr(),
-          scales.data_ptr(), starts.data_ptr(), out.data_ptr(), fill)  # fmt: skip
+          pointer(factors), pointer(fold), packed.data_ptr(), turned, column_scale.data_ptr(), columns,
+          scratch.data_ptr(), scales.data_ptr(), starts.data_ptr(), out.data_ptr(), fill)  # fmt: skip
 
 
 def critical_product(
-    x: Tensor, packed: Tensor, column_scale: Tensor, *, columns: int, kept: int | None, share: float
+    x: Tensor,
+    packed: Tensor,
+    column_scale: Tensor,
+    *,
+    columns: int,
+    kept: int | None,
+    share: float,
+    fold: Tensor | None = None,
 ) -> Tensor:
     """`gathered_product` of the rows that `choose_rows` chooses by their norms, in one call: (T, columns)."""
     rows, depth = x.shape
     out = x.new_empty(rows, columns)
-    work = torch.empty(rows * (8 + 4 * 4) + _scratch_bytes(rows, depth), dtype=torch.uint8, device="cpu")
+    turned = 0 if fold is None else columns
+    scratch = _scratch_bytes(rows, depth, turned=fold is not None)
+    work = torch.empty(rows * (8 + 4 * 4) + scratch, dtype=torch.uint8, device="cpu")
     call_kernel("critical_product", x, x.data_ptr(), rows, depth, x.stride(0), -1 if kept is None else kept, share,
-          packed.data_ptr(), column_scale.data_ptr(), columns, work.data_ptr(), out.data_ptr())  # fmt: skip
+          pointer(fold), packed.data_ptr(), turned, column_scale.data_ptr(), columns, work.data_ptr(),
+          out.data_ptr())  # fmt: skip
     return out
 
 
-def _scratch_bytes(rows: int, depth: int) -> int:
+def _scratch_bytes(rows: int, depth: int, *, turned: bool) -> int:
     """Bytes that the products of `dot.c` need for so many quantised rows."""
-    return int(loaded_library().scratch_bytes(rows, depth))
+    loaded = loaded_library()
+    if turned:
+        return int(loaded.turned_scratch_bytes(rows, depth, torch.get_num_threads()))
+    return int(loaded.scratch_bytes(rows, depth))

@@ -28,8 +28,11 @@ _SIGNATURES = {
 }
 _DOT_SIGNATURES = {  # dot.c; only where the machine has the instructions
     "pack_columns": [_P, _N, _N, _N, _P, _P, _I],
-    "gathered_product": [_P, _N, _N, _N, _P, _P, _N, _P, _P, _P, _N, _P, _P, _P, _P, _I, _I],
-    "critical_product": [_P, _N, _N, _N, _N, ctypes.c_double, _P, _P, _N, _P, _P, _I],
+    "pack_rows": [_P, _N, _N, _N, _P, _P, _I],
+    "gathered_product": [_P, _N, _N, _N, _P, _P, _N, _P, _P, _P, _N, _P, _N, _P, _P, _P, _P, _I, _I],
+    "critical_product": [_P, _N, _N, _N, _N, ctypes.c_double, _P, _P, _N, _P, _N, _P, _P, _I],
+    "quantise_input": [_P, _N, _N, _N, _P, _P, _P, _I],
+    "quantised_product": [_P, _P, _P, _N, _N, _P, _P, _P, _N, _P, _I],
 }
 _ATTENTION_SIGNATURES = {  # attention.c; only where the machine has matrix instructions
     "attention": [_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, ctypes.c_float, _P, _N, _P, _P, _I],
@@ -54,6 +57,7 @@ def library() -> ctypes.CDLL | None:
     loaded.choose_rows.restype = _N
     if loaded.panel_columns():
         loaded.scratch_bytes.argtypes, loaded.scratch_bytes.restype = [_N, _N], _N
+        loaded.turned_scratch_bytes.argtypes, loaded.turned_scratch_bytes.restype = [_N, _N, _I], _N
     for name, types in (_SIGNATURES | (_DOT_SIGNATURES if loaded.panel_columns() else {})).items():
         for function in [name] if name == "choose_rows" else [f"{name}_{of}" for of in _NAMES.values()]:
             getattr(loaded, function).argtypes = types

@@ -201,6 +201,27 @@ static inline void EACH(quantise_row)(const TYPE *row, int64_t columns, float of
     }
 }
 
+/* quantise_row of row[i] fold[i], without offset */
+static inline void EACH(quantise_folded_row)(const TYPE *row, const float *fold, int64_t columns, uint8_t *q,
+                                             float *scale) {
+    int32_t largest = 0;
+    #pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < columns; i++) {
+        int32_t size = magnitude_f32(EACH(from)(row[i]) * fold[i]);
+        largest = size > largest ? size : largest;
+    }
+    float most = from_magnitude(largest), step = most / 127.0f;
+    *scale = step < FLT_MIN ? FLT_MIN : step;
+    float inverse = step < FLT_MIN ? 1.0f / FLT_MIN : 127.0f / most;
+    #pragma omp simd
+    for (int64_t i = 0; i < columns; i++) {
+        float shifted = EACH(from)(row[i]) * fold[i] * inverse + 12582912.0f;
+        uint32_t bits;
+        memcpy(&bits, &shifted, 4);
+        q[i] = (uint8_t)bits;
+    }
+}
+
 /* quantise_row of row index[k] for each k; of all rows if !index */
 void EACH(quantise_rows)(const TYPE *x, const int64_t *index, int64_t rows, int64_t columns, int64_t stride,
                           float offset, uint8_t *q, float *scale, int threads) {

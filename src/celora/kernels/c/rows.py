@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from celora.kernels.c.library import call_kernel, loaded_library, pointer
+from celora.kernels.packed import positions
 
 
 def squared_row_norms(x: Tensor) -> Tensor:
@@ -56,6 +57,37 @@ def quantise_rows(x: Tensor, index: Tensor | None, *, offset: int) -> tuple[Tens
     return q, scale
 
 
+def scatter(
+    y: Tensor,
+    like: Tensor,
+    index: Tensor | None,
+    *,
+    position: Tensor | None,
+    row_scale: Tensor,
+    column_scale: Tensor | None,
+    onto: Tensor | None,
+) -> Tensor:
+    """`row_scale[k] y[k]`, or `row_scale[k] column_scale[j] y[k, j]`, at each row t = index[k]: (T, n).
+
+    T and the dtype are those of `like: (T, m)`.
+
+    `onto[t]`, or 0 without, at the other rows; all rows if `index` is None. `y` is of the dtype of `like` or, with
+    column scales, sums of 8-bit products, int32.
+    """
+    fill = onto is None
+    if index is not None and position is None:
+        position = positions(index, len(like))
+    if onto is None:
+        # In place where nothing moves: each number is read before it is written.
+        in_place = index is None and column_scale is None
+        onto = y if in_place else like.new_empty(len(like), y.shape[1])
+    if column_scale is None:
+        scatter_rows(y, position, row_scale, onto, fill=fill)
+    else:
+        scatter_sums(y, position, row_scale, column_scale, onto, fill=fill)
+    return onto
+
+
 def scatter_rows(y: Tensor, position: Tensor | None, row_scale: Tensor, out: Tensor, *, fill: bool) -> None:
     """`out[t] = row_scale[k] y[k]` with `k = position[t]`, int32, or t itself; rows with k < 0 become 0 if `fill`."""
     rows, columns = out.shape
@@ -78,6 +110,7 @@ def softmax_rows(
     targets: Tensor,
     *,
     scale: float,
+    cap: None,
     smoothing: float,
     log_probs: Tensor,
     entropy: Tensor | None,
@@ -101,9 +134,10 @@ def column_maxima(w: Tensor) -> Tensor:
     return largest
 
 
-def quantise_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
-    """`round(w[i, j] inverse_scale[j])` of `w: (out, in)`: int8 (out, in)."""
+def quantise_columns(w: Tensor, scale: Tensor) -> Tensor:
+    """`round(w[i, j] (1 / scale[j]))` of `w: (out, in)`: int8 (out, in)."""
     rows, columns = w.shape
+    inverse_scale = 1 / scale
     q = torch.empty(rows, columns, dtype=torch.int8, device="cpu")
     call_kernel("quantise_columns", w, w.data_ptr(), rows, columns, w.stride(0), inverse_scale.data_ptr(), q.data_ptr())
     return q

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from celora.borrowed import borrow
-from celora.kernels.c import library as kernels
+from celora.kernels.operations import available
 from celora.modeling.graft import in_dispatch_mode
 from celora.modeling.hooks import Hook
 from celora.modeling.switch import Switch
@@ -26,6 +26,7 @@ class Pass(Hook, ABC):
     """
 
     name = "passes"
+    operation: ClassVar[str]  # of `celora.kernels.operations`
 
     def __init__(self, switch: Switch) -> None:
         self.switch = switch
@@ -59,7 +60,7 @@ class Pass(Hook, ABC):
 
     def takes(self, module: nn.Module, x: object) -> bool:
         """Whether the module trains, and the kernels can work on x."""
-        if type(x) is not Tensor or x.dim() < 2 or not x.numel() or not kernels.supported(x):
+        if type(x) is not Tensor or x.dim() < 2 or not x.numel() or not available(self.operation, x):
             return False
         # Modes look at every operator, and selective checkpointing counts them.
         return self.switch.on and module.training and "forward" not in module.__dict__ and not in_dispatch_mode()

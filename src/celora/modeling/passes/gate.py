@@ -19,7 +19,7 @@ from celora.modeling.switch import Switch
 class Gate(Pass):
     """Of the activation in a SwiGLU block, whose result is multiplied with another projection's."""
 
-    name = "gates"
+    name, operation = "gates", "gated"
 
     def __init__(self, switch: Switch) -> None:
         super().__init__(switch)

@@ -26,9 +26,10 @@ from __future__ import annotations
 
 import itertools
 
+import torch
 from torch import nn
 
-from celora.kernels.c import library as kernels
+from celora.kernels.operations import available
 from celora.modeling.passes.base import Pass
 from celora.modeling.passes.gate import Gate, is_silu, multiplies
 from celora.modeling.passes.norm import Norm, epsilon
@@ -38,7 +39,7 @@ from celora.modeling.passes.rotation import Rotation, turn_of, turns
 def known(model: nn.Module) -> dict[nn.Module, type[Pass]]:
     """The modules under `model` that can be hooked, each with its hooks; none where there are no compiled kernels."""
     found: dict[nn.Module, type[Pass]] = {}
-    for module in model.modules() if kernels.library() is not None else ():
+    for module in model.modules() if available("rms_norm", torch.empty(1, device="cpu")) else ():
         kind = type(module)
         if any(p.device.type != "cpu" for p in itertools.islice(module.parameters(), 1)):
             continue

@@ -27,7 +27,7 @@ _NORMS = (_NormKind(0.0, rounds=True), _NormKind(0.0, rounds=False), _NormKind(1
 class Norm(Pass):
     """Of an RMS norm; which one it is, the first call in each dtype tries."""
 
-    name = "RMS norms"
+    name, operation = "RMS norms", "rms_norm"
 
     def __init__(self, switch: Switch) -> None:
         super().__init__(switch)

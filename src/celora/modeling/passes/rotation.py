@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from celora.kernels.c import library as kernels
+from celora.kernels.operations import available
 from celora.modeling.passes.base import Pass, gives, numbers
 from celora.modeling.passes.pending import make_angles
 
@@ -20,7 +20,7 @@ _TURN = "apply_rotary_pos_emb"  # in every decoder of Transformers that has rota
 class Rotation(Pass):
     """Of an attention, whose queries and keys are turned by the angles that it is given."""
 
-    name = "rotations"
+    name, operation = "rotations", "rotate"
 
     def under(self, module: Any) -> None:
         """Hook the attention; its output stays what it is."""
@@ -41,7 +41,7 @@ def _usable(angle: Any) -> bool:
     """Whether the kernels can turn by this cosine or sine, if it fits the queries."""
     if type(angle) is not Tensor or angle.dim() != 3 or angle.requires_grad or angle.shape[-1] % 2:
         return False
-    return angle.is_contiguous() and kernels.supported(angle)
+    return angle.is_contiguous() and available("rotate", angle)
 
 
 @functools.cache

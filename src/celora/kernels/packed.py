@@ -1,0 +1,130 @@
+"""What a backend makes of a frozen weight `W: (out, in)` to multiply with it in 8 bits.
+
+`PackedWeight` serves the backward alone, `W ~= q diag(s)` with one scale per input column. A gradient is quantised with
+one scale per row, so both scales stand outside the sum over `out`:
+
+    G W ~= diag(s_G) (q_G q) diag(s).
+
+`BothWays` serves forward and backward from the same bytes, `W ~= diag(s) q` with one scale per output channel. In
+backward, that scale is folded into the gradient before the gradient is quantised:
+
+    x W^T ~= diag(s_x) (q_x q^T) diag(s),    G W = (G diag(s)) q ~= diag(s_G) q_(G diag(s)) q.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from celora.kernels.backends import choose
+
+
+class PackedWeight(ABC):
+    """A weight in 8 bits, laid out as one backend multiplies `G W` with it.
+
+    Attributes:
+        scale: of its columns, (in,) float32.
+    """
+
+    scale: Tensor
+
+    @abstractmethod
+    def rows(
+        self,
+        x: Tensor,
+        index: Tensor | None,
+        *,
+        position: Tensor | None,
+        factors: Tensor | None,
+        onto: Tensor | None,
+    ) -> Tensor:
+        """`factors[k] x[t] W` at each row t = index[k] of `x: (T, out)`, all rows if `index` is None: (T, in).
+
+        The other rows are those of `onto`, which is overwritten, or 0 without. `position`, the inverse of `index`,
+        (T,) int32, may be given where it is known.
+        """
+
+    def critical_rows(self, x: Tensor, *, kept: int | None, share: float) -> Tensor | None:
+        """`rows` of the `kept` rows with the largest norms, or of as many as hold `share` of their squared sum.
+
+        None where choosing and multiplying are two steps.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class QuantisedRows:
+    """Rows of an input in 8 bits, to be multiplied with several weights of one backend.
+
+    Attributes:
+        shape: of the rows, (T, in).
+        dtype: of the products.
+        q: the numbers, laid out as the backend wants them.
+        scale: of each row, (T,) float32.
+        starts: what the backend takes off each row's sums, (T,) int32, if anything.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    q: Tensor
+    scale: Tensor
+    starts: Tensor | None = None
+
+
+class BothWays(PackedWeight):
+    """A weight in 8 bits for both directions.
+
+    Attributes:
+        scale: of its rows, (out,) float32.
+    """
+
+    @abstractmethod
+    def quantise(self, x: Tensor) -> QuantisedRows:
+        """`x: (T, in)` as `multiply` takes it; good for every weight of this backend with as many input features."""
+
+    @abstractmethod
+    def multiply(self, x: QuantisedRows, bias: Tensor | None) -> Tensor:
+        """`x W^T + bias`: (T, out). `bias`: (out,) or None."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """`diag(s) q`, float32 (out, in): the weight that both directions multiply with."""
+
+
+class LibraryPacked(PackedWeight):
+    """A weight for a library's 8-bit product. Rows are quantised before it; scales are applied after it."""
+
+    offset = 0  # added to quantised rows: 128 where a library wants them unsigned
+
+    @abstractmethod
+    def product(self, q: Tensor, dtype: torch.dtype) -> Tensor:
+        """`q W` for quantised rows `q: (K, out)`: the bare sums, int32, or with the column scales applied already."""
+
+    def rows(
+        self,
+        x: Tensor,
+        index: Tensor | None,
+        *,
+        position: Tensor | None,
+        factors: Tensor | None,
+        onto: Tensor | None,
+    ) -> Tensor:
+        q, row_scale = choose("quantise_rows", x).run(x, index, offset=self.offset)
+        if factors is not None:
+            row_scale = row_scale * factors.to(row_scale.dtype)
+        y = self.product(q, x.dtype)
+        column_scale = None if y.is_floating_point() else self.scale
+        out: Tensor = choose("scatter_rows", x).run(
+            y, x, index, position=position, row_scale=row_scale, column_scale=column_scale, onto=onto
+        )
+        return out
+
+
+def positions(index: Tensor, rows: int) -> Tensor:
+    """The inverse of `index`: where row t went, or -1: (rows,) int32."""
+    position = torch.full((rows,), -1, dtype=torch.int32, device=index.device)
+    position[index] = torch.arange(len(index), dtype=torch.int32, device=index.device)
+    return position

@@ -1,0 +1,25 @@
+"""Change the table of kernels for a test: as on a machine that lacks a backend, or has one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from celora.kernels.backends import TABLE
+
+
+def without(patch: pytest.MonkeyPatch, *names: str, operations: tuple[str, ...] = ()) -> None:
+    """Leave out the backends with these names, of these operations or of all."""
+    for operation in operations or tuple(TABLE):
+        patch.setitem(TABLE, operation, [backend for backend in TABLE[operation] if backend.name not in names])
+
+
+def pretend(patch: pytest.MonkeyPatch, operation: str, *, there: bool) -> None:
+    """The first backend of this operation says that it takes everything on CPU, or nothing."""
+    first, *others = TABLE[operation]
+
+    def takes(decides: object) -> bool:
+        return there and getattr(decides, "device", decides).type == "cpu"  # type: ignore[attr-defined]
+
+    patch.setitem(TABLE, operation, [dataclasses.replace(first, takes=takes), *others])

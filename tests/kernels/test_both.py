@@ -1,0 +1,148 @@
+"""One 8-bit copy of a weight for forward and backward, against the closed form of both products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from celora.kernels import operations
+from celora.kernels.backends import available
+from celora.kernels.packed import BothWays
+from celora.numerics import reference
+from without import without
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(1, 1), (5, 31), (16, 32), (67, 100), (128, 257), (33, 64), (200, 36)]  # (out, in)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["c", "torch"], autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    others = {"c": (), "torch": ("c",)}[request.param]
+    without(monkeypatch, *others)
+    return str(request.param)
+
+
+def packed_of(weight: Tensor) -> BothWays | None:
+    """The weight packed, or None where this machine refuses 8-bit products altogether."""
+    if not available("pack_both_ways", CPU):
+        return None
+    return operations.pack_both_ways(weight, weight.float().abs().amax(1).clamp(min=1e-20) / 127)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """A value half-way between two steps may go either way; in half precision the result is rounded once more."""
+    return 3e-3 if dtype == torch.float32 else 6e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_weight_is_rounded_to_its_rows_scales(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    w = torch.randn(shape).to(dtype)
+    packed = packed_of(w)
+    if packed is None:
+        return
+    found, scale = packed.dense(), packed.scale[:, None]
+    assert found.shape == w.shape
+    assert ((found - w.float()).abs() <= 0.5001 * scale).all()
+    steps = found / scale
+    torch.testing.assert_close(steps, steps.round())
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_forward(dtype: torch.dtype, shape: tuple[int, int], bias: bool) -> None:
+    w, x = torch.randn(shape).to(dtype), torch.randn(25, shape[1]).to(dtype)
+    b = torch.randn(shape[0]).to(dtype) if bias else None
+    packed = packed_of(w)
+    if packed is None:
+        return
+    found = packed.multiply(packed.quantise(x), b)
+    q, scale = reference.quantise(x.double(), 1)
+    expected = q * scale @ packed.dense().double().T + (0 if b is None else b.double())
+    assert found.shape == (25, shape[0])
+    assert (found.double() - expected).norm() <= tolerance(dtype) * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kept", [None, 1, 9, 12, 25])
+def test_backward(dtype: torch.dtype, shape: tuple[int, int], kept: int | None) -> None:
+    w, g = torch.randn(shape).to(dtype), torch.randn(25, shape[0]).to(dtype)
+    index = None if kept is None else torch.randperm(25)[:kept].sort().values
+    factors = torch.rand(25 if kept is None else kept) + 0.5
+    packed = packed_of(w)
+    if packed is None:
+        return
+    rows = g if index is None else g[index]
+    q, scale = reference.quantise(rows.double() * packed.scale.double(), 1)
+    steps = (packed.dense() / packed.scale[:, None]).round().double()
+    expected = factors[:, None] * (q * scale @ steps)
+    there = torch.full((25, shape[1]), 7.0).to(dtype)
+    for onto in (None, there.clone()):
+        found = packed.rows(g, index, position=None, factors=factors, onto=onto)
+        others = torch.ones(25, dtype=torch.bool)
+        others[slice(None) if index is None else index] = False
+        assert (found[others] == (0 if onto is None else 7)).all()
+        assert (found[~others].double() - expected).norm() <= tolerance(dtype) * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kept", "share"), [(1, 1.0), (9, 1.0), (25, 1.0), (None, 0.5), (None, 0.99)])
+def test_critical_rows(dtype: torch.dtype, kept: int | None, share: float) -> None:
+    w = torch.randn(67, 100).to(dtype)
+    g = torch.randn(25, 67).to(dtype) * (torch.rand(25, 1) * 4).exp().to(dtype)
+    g[3] = 0
+    packed = packed_of(w)
+    found = None if packed is None else packed.critical_rows(g, kept=kept, share=share)
+    if packed is None or found is None:  # choosing and multiplying are two steps there
+        return
+    index, _ = operations.choose_rows(operations.squared_row_norms(g), kept=kept, share=share, step=1)
+    assert found.equal(packed.rows(g, index, position=None, factors=None, onto=None))
+
+
+def test_one_input_serves_several_weights() -> None:
+    x = torch.randn(20, 48)
+    first, second = packed_of(torch.randn(32, 48)), packed_of(torch.randn(80, 48))
+    if first is None or second is None:
+        return
+    rows = first.quantise(x)
+    for packed in (first, second):
+        assert packed.multiply(rows, None).equal(packed.multiply(packed.quantise(x), None))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_and_zeros_stay_zeros(bad: float) -> None:
+    w, x = torch.randn(32, 16), torch.randn(6, 16)
+    w[5], x[2], x[4, 7] = 0, 0, bad
+    packed = packed_of(w)
+    if packed is None:
+        return
+    y = packed.multiply(packed.quantise(x), None)
+    assert (y[2] == 0).all()
+    assert (y[:4, 5] == 0).all()
+    assert torch.isfinite(y).all(1).tolist() == [True, True, True, True, False, True]
+    g = torch.randn(6, 32)
+    g[2], g[4, 7] = 0, bad
+    back = packed.rows(g, None, position=None, factors=None, onto=None)
+    assert (back[2] == 0).all()
+    assert torch.isfinite(back).all(1).tolist() == [True, True, True, True, False, True]
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_bits_are_the_same_for_any_number_of_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x, g = torch.randn(200, 300), torch.randn(70, 300), torch.randn(70, 200)
+    packed = packed_of(w)
+    if packed is None:
+        return
+
+    def both() -> tuple[Tensor, Tensor]:
+        back = packed.rows(g, None, position=None, factors=None, onto=None)
+        return packed.multiply(packed.quantise(x), None), back
+
+    alone = both()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for found, expected in zip(both(), alone, strict=True):
+        assert found.equal(expected)

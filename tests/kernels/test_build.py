@@ -1,0 +1,240 @@
+"""Where the compiled kernels are kept, by whom they could have been written, and what happens without a compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from celora.kernels.c import build as build_module
+from celora.kernels.c import library as library_module
+from patching import patch_all
+
+PYTHON = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # where a process of its own finds what is tested
+needs_compiler = pytest.mark.skipif(library_module.library() is None, reason="no C compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["no home", "not writable"])
+def test_without_a_cache_they_are_built_for_the_process(how: str, tmp_path: Path) -> None:
+    code = (
+        "import pathlib\n"
+        "from celora.kernels.c import library\n"
+        "def none(): raise RuntimeError('Could not determine home directory.')\n"
+        "def denied(*_, **__): raise PermissionError('denied')\n"
+        f"pathlib.Path.home, pathlib.Path.mkdir = (none, pathlib.Path.mkdir) if {how == 'no home'} else "
+        "(pathlib.Path.home, denied)\n"
+        "assert library.library() is not None\n"
+        "print(library.library()._name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TMPDIR": str(tmp_path), **PYTHON},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    built = Path(done.stdout.strip())
+    assert built.parent.parent == tmp_path
+    assert not built.exists()  # taken away with the process
+
+
+def load_in(cache: Path, *, path: str | None = None, home: Path | None = None) -> tuple[Path, str]:
+    """The file that another process loads, from `cache` or from wherever else, and why it loads none, or keeps none."""
+    code = (
+        "from celora.kernels.c import build, library; loaded = library.library()\n"
+        "print(loaded and loaded._name, build.why_not() or build.why_not_kept())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PATH": path or os.environ["PATH"], "HOME": str(home or cache), "XDG_CACHE_HOME": str(cache), **PYTHON},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    name, _, reason = done.stdout.strip().partition(" ")
+    return Path(name), reason
+
+
+@needs_compiler
+def test_a_damaged_library_is_made_anew(tmp_path: Path) -> None:
+    made, _ = load_in(tmp_path)
+    assert made.parent == tmp_path / "celora" / "kernels"
+    whole = made.stat().st_size
+    made.write_bytes(bytes(1000))
+    assert load_in(tmp_path) == (made, "")
+    assert made.stat().st_size == whole
+
+
+@needs_compiler
+def test_a_library_that_others_could_have_written_is_not_loaded(tmp_path: Path) -> None:
+    made, _ = load_in(tmp_path)
+    before = made.stat()
+    made.chmod(0o777)
+    assert load_in(tmp_path) == (made, "")
+    assert made.stat().st_ino != before.st_ino  # made anew
+    assert made.stat().st_mode & 0o022 == 0
+
+
+@needs_compiler
+def test_a_folder_that_others_could_write_to_is_closed(tmp_path: Path) -> None:
+    made, _ = load_in(tmp_path)
+    made.parent.chmod(0o777)
+    assert load_in(tmp_path) == (made, "")
+    assert made.parent.stat().st_mode & 0o022 == 0
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a user whose cache is `home/.cache`, in a folder that the tests may open to others."""
+    if not hasattr(os, "getuid"):
+        pytest.skip("nothing is compiled on Windows")
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    return home
+
+
+def test_every_folder_of_the_cache_is_made_for_the_user_alone(home: Path) -> None:
+    """Whatever the umask: who may write to a parent may put another folder in the place of the one looked at."""
+    before = os.umask(0o002)
+    try:
+        made = build_module._cache()
+    finally:
+        os.umask(before)
+    assert made == home / ".cache" / "celora" / "kernels"
+    for folder in (made, *made.parents[:2]):
+        assert folder.stat().st_mode & 0o777 == 0o700, folder
+
+
+@pytest.mark.fault(
+    "security",
+    "a folder above the cache of compiled kernels that others can write to",
+    sees="`celora doctor` names the folder",
+    kept="nothing is loaded from there; each process compiles its own",
+)
+@pytest.mark.parametrize("where", ["cache", "cache/deep", "link", "."])
+def test_no_folder_above_the_cache_may_be_open_to_others(
+    where: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache" / "deep"
+    cache.mkdir(parents=True, mode=0o700)
+    (tmp_path / "link").symlink_to(cache)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "link" if where == "link" else cache))
+    assert build_module._cache() == cache / "celora" / "kernels"
+    opened = cache if where == "link" else (tmp_path / where).resolve()
+    opened.chmod(0o775)
+    with pytest.raises(PermissionError, match=f"^{opened} could be written to by others"):
+        build_module._cache()
+    if opened != cache:
+        opened.chmod(0o1777)  # as /tmp is: nobody can replace what is another's
+        assert build_module._cache() == cache / "celora" / "kernels"
+
+
+def test_folders_of_celora_that_were_made_open_are_closed(home: Path) -> None:
+    made = build_module._cache()
+    for folder in (made.parent, made):
+        folder.chmod(0o775)
+    assert build_module._cache() == made
+    assert made.stat().st_mode & 0o777 == made.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_is_above_the_users_home_is_not_looked_at(home: Path) -> None:
+    """What can replace a home has the user's own programs, too."""
+    home.parent.chmod(0o777)
+    assert build_module._cache().is_relative_to(home)
+    home.chmod(0o777)
+    with pytest.raises(PermissionError, match=f"^{home} could be written to by others"):
+        build_module._cache()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize("what", [".cache", ".cache/celora"])
+def test_a_folder_of_somebody_else_above_the_cache_is_not_trusted(what: str, home: Path) -> None:
+    build_module._cache()
+    os.chown(home / what, 12345, -1)
+    with pytest.raises(PermissionError, match=f"^{home / what} could be written to by others"):
+        build_module._cache()
+
+
+@needs_compiler
+def test_kernels_that_cannot_be_kept_are_compiled_anyway(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.chmod(0o777)
+    loaded = object()
+    patch_all(monkeypatch, "celora.kernels.c.build:_built", lambda compiler, folder: loaded)
+    patch_all(monkeypatch, "celora.kernels.c.build:_private", lambda: tmp_path)
+    found, reason = build_module.build_and_load.__wrapped__()
+    assert found is loaded
+    assert reason == f"they could not be kept or loaded: {home} could be written to by others"
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    made, _ = load_in(tmp_path)
+    os.chown(made.parent, 12345, -1)
+    assert load_in(tmp_path)[0].parent != made.parent
+
+
+@needs_compiler
+def test_each_compiler_is_tried(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    works = next(filter(None, map(shutil.which, build_module._COMPILERS)))
+    for name, does in (("cc", "exit 1"), ("gcc", f'exec "{works}" "$@"')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    assert load_in(tmp_path, path=path)[0].parent == tmp_path / "celora" / "kernels"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="never built there")
+def test_why_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, false = build_module.build_and_load.__wrapped__, shutil.which("false")
+    monkeypatch.setenv("CELORA_KERNELS", "0")
+    assert load() == (None, "CELORA_KERNELS=0 turns them off")
+    monkeypatch.delenv("CELORA_KERNELS")
+    monkeypatch.setattr(build_module.shutil, "which", lambda name: None)
+    assert load() == (None, "no C compiler (cc, gcc, clang) is installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build_module.shutil, "which", lambda name: false)
+    assert load() == (None, f"{false} could not build them")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    patch_all(monkeypatch, "celora.kernels.c.build:_built", full)
+    assert load() == (None, "they could not be kept or loaded: [Errno 28] No space left on device")
+
+
+@pytest.mark.parametrize(
+    "environment", [{"CELORA_KERNELS": "0"}, {"PATH": ""}, {"PATH": "{folder}"}], ids=["off", "none", "broken"]
+)
+def test_without_a_working_compiler_everything_works_through_torch(environment: dict[str, str], tmp_path) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    environment = {key: value.format(folder=tmp_path) for key, value in environment.items()}
+    code = (
+        "import torch; from celora.kernels.c import library; from celora.numerics.estimators import Tokens\n"
+        "assert library.library() is None\n"
+        "G, W = torch.randn(40, 32), torch.randn(32, 48)\n"
+        "for selection in ('topk', 'energy'):\n"
+        "    e = Tokens(32, 48, keep_ratio=0.9, selection=selection, precision='int8').estimate(G, W)\n"
+        "    assert (e - G @ W).norm() < 0.5 * (G @ W).norm()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path), **PYTHON, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,98 @@
+"""8-bit products in C against their reference, and with matrices as with vectors."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from celora.kernels.c import dot as dot_module
+from celora.kernels.c import library as library_module
+from celora.kernels.c import rows as kernels
+from celora.numerics import reference
+
+PYTHON = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # where a process of its own finds what is tested
+needs_compiler = pytest.mark.skipif(library_module.library() is None, reason="no C compiler")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.skipif(not dot_module.panel_columns(), reason="no 8-bit dot products")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (16, 32), (67, 100), (128, 257)])
+@pytest.mark.parametrize("kept", [None, 1, 5, 9, 11, 12, 25])
+def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int | None) -> None:
+    """Every number of rows and columns that are left over at the end of a block, and nothing written beside them."""
+    x, w = torch.randn(25, shape[0] + 3).to(dtype)[:, : shape[0]], torch.randn(shape).to(dtype)
+    index = None if kept is None else torch.randperm(25)[:kept].sort().values
+    position = None if index is None else torch.full((25,), -1, dtype=torch.int32)
+    if index is not None and position is not None:
+        position[index] = torch.arange(len(index), dtype=torch.int32)
+    factors = torch.rand(25 if kept is None else kept) + 0.5
+    scale = w.float().abs().amax(0).clamp(min=1e-20) / 127
+    packed = dot_module.pack_columns(w, 1 / scale)
+    rows = x if index is None else x[index]
+    expected = factors[:, None] * reference.int8(rows.double(), w.double())
+    for fill in (True, False):
+        around = torch.full((27, shape[1]), 7.0).to(dtype)
+        out = around[1:26]
+        dot_module.gathered_product(x, packed, scale, out, index=index, position=position, factors=factors, fill=fill)
+        others = torch.ones(25, dtype=torch.bool)
+        others[slice(None) if index is None else index] = False
+        assert (out[others] == (0 if fill else 7)).all()
+        assert (around[[0, 26]] == 7).all()
+        assert (out[~others].double() - expected).norm() <= (3e-3 if dtype == torch.float32 else 6e-3) * expected.norm()
+
+
+@pytest.mark.skipif(not dot_module.multiplies_matrices(), reason="no 8-bit dot products of matrices")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [
+        (1, (1, 1)),
+        (70, (64, 32)),
+        (200, (700, 33)),
+        (300, (1300, 64)),
+        (1100, (65, 31)),
+        (70, (20000, 32)),
+        (40, (40000, 5)),
+    ],
+)
+def test_matrices_multiply_as_vectors_do(
+    rows: int, shape: tuple[int, int], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, whatever the rows are cut into, by the size of a cache or for the threads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, w = torch.randn(rows, shape[0]), torch.randn(shape)
+    scale = w.abs().amax(0) / 127
+    packed = dot_module.pack_columns(w, 1 / scale)
+    loaded = library_module.library()
+    assert loaded is not None
+    for kept in sorted({0, 1, rows // 2, rows}):
+        index = torch.randperm(rows)[:kept].sort().values
+        found = torch.full((2, rows, shape[1]), 7.0)
+        for out, matrices in zip(found, (True, False), strict=True):
+            assert loaded.use_matrices(matrices) == matrices
+            dot_module.gathered_product(x, packed, scale, out, index=index, position=None, factors=None, fill=False)
+        loaded.use_matrices(True)
+        assert found[0].equal(found[1])
+        assert (found[0] != 7).any(1).sum() == kept
+
+
+@pytest.mark.skipif(not dot_module.panel_columns(), reason="no 8-bit dot products")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (67, 100)])
+@pytest.mark.parametrize(("kept", "share"), [(1, 1.0), (9, 1.0), (25, 1.0), (None, 0.5), (None, 0.99), (None, 1.0)])
+def test_critical_products(dtype: torch.dtype, shape: tuple[int, int], kept: int | None, share: float) -> None:
+    """One call is the same as the three that choose and multiply."""
+    x = torch.randn(25, shape[0] + 3).to(dtype)[:, : shape[0]] * (torch.rand(25, 1) * 4).exp().to(dtype)
+    x[3] = 0
+    w = torch.randn(shape).to(dtype)
+    scale = w.float().abs().amax(0).clamp(min=1e-20) / 127
+    packed = dot_module.pack_columns(w, 1 / scale)
+    found = dot_module.critical_product(x, packed, scale, columns=shape[1], kept=kept, share=share)
+    index, position = kernels.choose_rows(kernels.squared_row_norms(x), kept=kept, share=share, step=1)
+    expected = torch.full((25, shape[1]), 7.0).to(dtype)
+    dot_module.gathered_product(x, packed, scale, expected, index=index, position=position, factors=None, fill=True)
+    assert found.equal(expected)
+    assert (found != 0).any(1).sum() <= len(index) < 26
