@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from celora.modeling.graft import LayerGraft, graft
 from celora.modeling.switch import Mode, Switch
 from celora.numerics import reference
-from celora.numerics.estimators import Columns, Dense, estimator_class
+from celora.numerics.estimators import Columns, Dense, make_estimator
 
 
 def _linear(out: int = 12, inp: int = 8, *, bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Linear:
@@ -242,9 +242,8 @@ def test_compiles_to_one_graph_a_mode_without_breaks() -> None:
 )
 def test_what_torch_compile_cannot_trace_is_one_operator_to_it(settings: dict[str, object]) -> None:
     linear = _linear(24, 16, dtype=torch.float32)
-    kind = estimator_class(str(settings["estimator"]))
-    chosen = {key: value for key, value in settings.items() if key != "estimator"}
-    eager, traced = (LayerGraft(kind(24, 16, **chosen), Switch()) for _ in range(2))
+    name = str(settings["estimator"])
+    eager, traced = (LayerGraft(make_estimator(name, 24, 16, settings), Switch()) for _ in range(2))
     x, G = torch.randn(9, 16), torch.randn(9, 24)
     gradients = []
     for layer, backend in ((eager, None), (traced, "aot_eager")):

@@ -186,11 +186,6 @@ def test_8_bit_columns_hold_one_byte_a_number_or_nothing(copies: bool) -> None:
     assert estimator.estimate(G, W).equal(2 * found)
 
 
-def test_scores_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(CELoraError, match="saved scores of 9 columns for a layer of 20"):
-        Columns(20, 9, keep_ratio=0.5, selection="sampled").load_state_dict({"scores": torch.ones(9)})
-
-
 def test_cost_counts_columns_and_factor() -> None:
     assert Columns(100, 50, keep_ratio=0.4, rank=2).cost == pytest.approx(0.4 + 2 * 150 / 5000)
 
@@ -214,55 +209,6 @@ def _settled(G: torch.Tensor, W: torch.Tensor, **settings: object) -> Columns:
     return estimator
 
 
-@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
-def test_energy_keeps_the_columns_that_hold_the_share(share: float) -> None:
-    W, G = torch.randn(30, 9, dtype=torch.float64), torch.randn(12, 30, dtype=torch.float64)
-    estimator = _settled(G, W, keep_ratio=share, selection="energy")
-    scores = reference.column_scores(G, W)
-    assert estimator.index.equal(reference.energy(scores.square(), share))
-    torch.testing.assert_close(estimator.estimate(G, W), reference.columns(G, W, estimator.index))
-    assert estimator.cost == pytest.approx(len(estimator.index) / 30)
-
-
-def test_energy_may_keep_another_number_at_every_refresh() -> None:
-    W, G = torch.randn(30, 9, dtype=torch.float64), torch.randn(12, 30, dtype=torch.float64)
-    estimator = _settled(G, W, keep_ratio=0.9, selection="energy", rank=2)
-    before = len(estimator.index)
-    G[:, :20] = 0
-    estimator.observe(G, W, G @ W)
-    estimator.select()
-    assert len(estimator.index) < min(before, 11)
-    torch.testing.assert_close(estimator.estimate(G, W), _closed_form(estimator, G, W))
-
-
-@pytest.mark.parametrize("rank", [0, 2])
-def test_sampled_columns_are_unbiased(rank: int) -> None:
-    W, G = torch.randn(16, 8, dtype=torch.float64), torch.randn(12, 16, dtype=torch.float64)
-    estimator = _settled(G, W, keep_ratio=0.4, rank=rank, selection="sampled")
-    draws = 4000
-    mean = sum(estimator.estimate(G, W) for _ in range(draws)) / draws
-    one = (estimator.estimate(G, W) - G @ W).norm()
-    assert one > 0.1 * (G @ W).norm()
-    assert (mean - G @ W).norm() < 4 * one / draws**0.5
-    resumed = Columns(16, 8, keep_ratio=0.4, rank=rank, selection="sampled")
-    resumed.load_state_dict(estimator.state_dict())
-    assert resumed.estimate(G, W).allclose(estimator.estimate(G, W), atol=1e-12)
-
-
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_no_draw_is_multiplied_with_the_rows_of_another(precision: str) -> None:
-    """The rows of each draw mostly lie where those of the one before did, as new as they were."""
-    W, G = torch.randn(64, 48), torch.randn(32, 64)
-    estimator = _settled(G, W, keep_ratio=0.5, selection="sampled", precision=precision)
-    for _ in range(20):
-        estimate = estimator.estimate(G, W)
-        fresh = Columns(64, 48, keep_ratio=0.5, selection="sampled", precision=precision)
-        fresh.load_state_dict(estimator.state_dict())
-        fresh._draws -= 1
-        torch.testing.assert_close(estimate, fresh.estimate(G, W))
-        del fresh
-
-
 @pytest.mark.parametrize("factor", ["svd", "gradient"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_columns_are_the_kept_part_in_8_bits(factor: str, dtype: torch.dtype) -> None:
@@ -278,32 +224,3 @@ def test_int8_columns_are_the_kept_part_in_8_bits(factor: str, dtype: torch.dtyp
     estimator.observe(-G.flip(1), W, -G.flip(1) @ W)
     estimator.select()
     assert estimator.estimate(G, W).isfinite().all()  # the copy followed the new selection
-
-
-def test_the_gradient_factor_beside_columns_equals_the_closed_form_and_resumes() -> None:
-    W, G = torch.randn(20, 12, dtype=torch.float64), torch.randn(30, 20, dtype=torch.float64)
-    estimator = _settled(G, W, keep_ratio=0.4, rank=3, factor="gradient")
-    torch.testing.assert_close(estimator.estimate(G, W), _closed_form(estimator, G, W))
-    resumed = Columns(20, 12, keep_ratio=0.4, rank=3, factor="gradient")
-    resumed.load_state_dict(estimator.state_dict())
-    torch.testing.assert_close(resumed.estimate(G, W), estimator.estimate(G, W))
-
-
-def test_the_controller_moves_towards_the_target_and_stays_in_range() -> None:
-    topk, energy = Columns(20, 9, keep_ratio=0.5), Columns(20, 9, keep_ratio=0.99, selection="energy")
-    for estimator in (topk, energy):
-        before = estimator.keep_ratio
-        estimator.aim(0.4, 0.1)
-        assert estimator.keep_ratio > before
-        for _ in range(40):
-            estimator.aim(1e-9, 0.5)
-        assert 0 < estimator.keep_ratio < 0.05
-        for _ in range(60):
-            estimator.aim(1.0, 1e-9)
-        assert 0.98 < estimator.keep_ratio < 1
-    energy.keep_ratio = 0.99
-    energy.aim(0.2, 0.1)
-    assert energy.keep_ratio == pytest.approx(0.9975)
-    resumed = Columns(20, 9, keep_ratio=0.99, selection="energy")
-    resumed.load_state_dict(energy.state_dict())
-    assert resumed.keep_ratio == energy.keep_ratio

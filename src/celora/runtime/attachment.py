@@ -18,6 +18,7 @@ from celora.modeling.report import AttachReport
 from celora.modeling.switch import Mode, Switch
 from celora.runtime.agreement import add_up
 from celora.runtime.clock import StepClock
+from celora.runtime.target_error import aim
 from celora.settings.config import CELoraConfig
 from celora.settings.names import HEAD
 
@@ -131,7 +132,7 @@ class Attachment:
             error = graft.take_error()
             if error is not None:
                 if self.config.target_error is not None:
-                    graft.estimator.aim(error, self.config.target_error)
+                    aim(graft.estimator, error, self.config.target_error)
                 self._monitor(name, error, step)
             graft.estimator.select()
             if graft.observed and not graft.estimator.ready:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from celora.errors import CELoraError
 from celora.files import replacing
 from celora.machine.processes import in_company
+from celora.numerics.estimators import Estimator
+from celora.runtime import target_error
 from celora.runtime.attachment import Attachment, require
 from celora.settings.names import HEAD
 
@@ -36,7 +38,8 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     attachment = require(model)
     state: dict[str, Tensor] = {"step": torch.tensor(attachment.clock.step)}
     for name, graft in attachment.grafts.items():
-        state |= {f"{name}:{key}": value.contiguous() for key, value in graft.estimator.state_dict().items()}
+        known = graft.estimator.state_dict() | target_error.state_dict(graft.estimator)
+        state |= {f"{name}:{key}": value.contiguous() for key, value in known.items()}
     for name, error in attachment.relative_errors.items():
         state[f"{name}:{_ERROR}"] = torch.tensor(error, dtype=torch.float64, device="cpu")
     for name, times in attachment.over_bound.items():
@@ -81,14 +84,18 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         if name not in layers:
             raise CELoraError(f"{file} holds a selection for {name!r}, which is not estimated in this model.")
         layers[name][field] = value
-    errors = {name: _number(file, _ERROR, of.pop(_ERROR), float) for name, of in layers.items() if _ERROR in of}
+    errors = {
+        name: _number(file, _ERROR, fields.pop(_ERROR), float) for name, fields in layers.items() if _ERROR in fields
+    }
     over_bound = {
-        name: _number(file, _OVER_BOUND, of.pop(_OVER_BOUND), int) for name, of in layers.items() if _OVER_BOUND in of
+        name: _number(file, _OVER_BOUND, fields.pop(_OVER_BOUND), int)
+        for name, fields in layers.items()
+        if _OVER_BOUND in fields
     }
     for name, graft in attachment.grafts.items():
-        graft.estimator.clone().load_state_dict(layers[name])  # refuse what does not fit before anything is changed
+        _restore(graft.estimator.clone(), layers[name])  # refuse what does not fit before anything is changed
     for name, graft in attachment.grafts.items():
-        graft.estimator.load_state_dict(layers[name])
+        _restore(graft.estimator, layers[name])
         graft.take_error()  # of a refresh that was interrupted
     if attachment.forward is not None:
         attachment.forward.take_error()
@@ -96,6 +103,11 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     attachment.clock.step = step
     attachment.agree(list(attachment.grafts))
     attachment.set_modes(step)
+
+
+def _restore(estimator: Estimator, state: dict[str, Tensor]) -> None:
+    target_error.load_state_dict(estimator, state)
+    estimator.load_state_dict(state)
 
 
 def _number(file: Path, name: str, value: Tensor, kind: type[N]) -> N:

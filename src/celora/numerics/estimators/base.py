@@ -1,21 +1,25 @@
 """What an estimator is: one layer's way to turn `grad_output` and the frozen weight into `grad_input`.
 
-Its life: `estimate` on ordinary steps. On refresh steps the exact product is used, `observe` sees every
-gradient of the step, and `select` turns what was seen into the choice that the next steps use. An estimator that
-chooses anew on every call is `ready` from the start.
+In training, `estimate` serves ordinary steps. On refresh steps the backward is exact: `observe` sees every gradient of
+the step, and `select` turns what was seen into the choice that the next steps use. An estimator that chooses anew in
+every call is `ready` from the start.
+
+To a planner an estimator answers four questions: which settings to consider (`candidates`), what one of them loses of a
+gradient (`judge`), what has to be timed for it (`timed_as`), and how much memory it takes (`memory`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from celora.errors import CELoraError, unknown
+from celora.numerics.estimators.observed import Finding, Observed
 from celora.numerics.products.registry import make_product
 
 Selection = Literal["topk", "energy", "sampled"]
@@ -25,12 +29,12 @@ Precision = Literal["native", "int8", "fp8"]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How one layer is estimated. An estimator refuses what it has no use for.
+    """How one layer is estimated. An estimator refuses a setting that means nothing to it.
 
     Attributes:
-        keep_ratio: share of what is selected from that is kept, 0 < keep_ratio <= 1; with `selection="energy"`, the
-            share of its squared norm.
-        rank: of the frozen factor beside it, 0 for none.
+        keep_ratio: share of the columns (or tokens) that is kept, 0 < keep_ratio <= 1; with `selection="energy"`, the
+            share of their squared norm.
+        rank: of the frozen factor beside what is kept, 0 for none.
         selection: `topk`, the highest scores; `energy`, as many of the highest as hold the share; `sampled`, drawn with
             probabilities in proportion to the scores and weighted, so that the estimate is unbiased.
         factor: from the weight (`svd`, the paper's) or from the gradients seen on refresh steps (`gradient`).
@@ -66,14 +70,26 @@ def check_keep_ratio(keep: object, name: str = "keep_ratio") -> None:
 class Estimator(ABC):
     """Estimates `grad_output @ weight` for one layer of shape (out_features, in_features).
 
+    A subclass has a `name` and implements `cost` and `estimate`; everything else has a default. `register_estimator`
+    makes it known.
+
     Keyword arguments are the fields of `Settings`.
+
+    Attributes:
+        name: what configurations and plans call it.
+        uses: the settings that mean something to it.
+        selections: the values of `selection` that the class knows; `make_estimator` finds the class for the others.
+        keep_ratio: the share that is kept; `target_error` moves it while training.
+        agreed: whether all processes that train together select the same.
+        device: of the gradients that it will get.
 
     Raises:
         CELoraError: a setting out of range, or one that this estimator does not have.
     """
 
     name: ClassVar[str]
-    uses: ClassVar[frozenset[str]] = frozenset({"seed"})  # the settings that mean something to it
+    uses: ClassVar[frozenset[str]] = frozenset({"seed"})
+    selections: ClassVar[tuple[Selection, ...]] = ("topk",)
 
     def __init__(self, out_features: int, in_features: int, **settings: Any) -> None:
         for name, value in settings.items():
@@ -82,6 +98,10 @@ class Estimator(ABC):
                     f"{name}={value!r} means nothing to the estimator {self.name!r}; leave it out, or choose another."
                 )
         self.settings = Settings(**settings)
+        if self.settings.selection not in self.selections:
+            raise CELoraError(
+                f"{type(self).__name__} has no selection={self.settings.selection!r}; make_estimator finds the class."
+            )
         most = min(out_features, in_features)
         if not 0 <= self.settings.rank <= most:
             raise CELoraError(
@@ -90,9 +110,9 @@ class Estimator(ABC):
             )
         self.out_features = out_features
         self.in_features = in_features
-        self.keep_ratio = self.settings.keep_ratio  # may move while training, under a controller
-        self.agreed = False  # whether all processes that train together select the same
-        self.device = torch.device("cpu")  # of the gradients that it will get
+        self.keep_ratio = self.settings.keep_ratio
+        self.agreed = False
+        self.device = torch.device("cpu")
         self.product = make_product(self.settings.precision, copy=self.settings.weight_copy)
 
     @property
@@ -114,10 +134,10 @@ class Estimator(ABC):
         return self.product.traceable
 
     def prepare(self, weight: Tensor) -> None:  # noqa: B027 - optional by design
-        """Make what the weight alone decides, ahead of the first step; what is not made here, a refresh makes."""
+        """Make what the weight alone decides, before the first step. A refresh makes what is still missing."""
 
     def needs_whole(self, weight: Tensor) -> bool:
-        """Whether the next `estimate` needs all of a sharded weight, rather than gathering what it reads of it."""
+        """Whether the next `estimate` needs all of a sharded weight; if not, it gathers only the rows it reads."""
         return not self.product.holds_copy
 
     @abstractmethod
@@ -127,6 +147,11 @@ class Estimator(ABC):
     def observe(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
         """Gather statistics from one exact backward pass of a refresh step: `grad_input = grad_output @ weight`."""
         self.product.recheck(weight)
+
+    def select(self) -> None:  # noqa: B027 - optional by design
+        """End a refresh: choose from what was observed, and forget it."""
+
+    # What processes that train together tell each other at a refresh.
 
     @property
     def pooled_size(self) -> int:
@@ -138,10 +163,9 @@ class Estimator(ABC):
         return None
 
     def take_pooled(self, total: Tensor, weight: Tensor | None) -> None:  # noqa: B027 - optional by design
-        """Take the sum over all processes for what was observed. `weight` is given where some observed nothing."""
+        """Replace what was observed by the sum over all processes. `weight` is given where some observed nothing."""
 
-    def select(self) -> None:  # noqa: B027 - optional by design
-        """End a refresh: choose from what was observed, and forget it."""
+    # What a checkpoint keeps.
 
     def clone(self) -> Estimator:
         """A new estimator with the same settings and nothing observed or selected."""
@@ -151,23 +175,33 @@ class Estimator(ABC):
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on as if it had not stopped."""
-        moved = self.keep_ratio != self.settings.keep_ratio
-        return {"keep_ratio": torch.tensor(self.keep_ratio, dtype=torch.float64, device="cpu")} if moved else {}
+        return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - optional by design
         """Take over a state made by `state_dict`; raises CELoraError if it does not fit this layer."""
-        self.keep_ratio = float(state.get("keep_ratio", self.settings.keep_ratio))
 
-    def aim(self, relative_error: float, target: float) -> None:
-        """Move `keep_ratio` so that the error, which was `relative_error`, comes nearer to `target`.
+    # What a planner asks.
 
-        What is dropped grows or shrinks with the error wanted over the error had: with its square where the share of
-        the squared norm is what is chosen. At most to twice (four times) or half (a quarter) at once.
+    @classmethod
+    def candidates(cls, out_features: int, in_features: int, device: torch.device) -> Iterable[Mapping[str, Any]]:
+        """The settings that a plan considers for a layer of this shape on this device; none: it is never planned.
+
+        The planner leaves out those whose `precision` is slow or does not exist there.
         """
-        if "keep_ratio" not in self.uses or math.isnan(relative_error):
-            return
-        energy = self.settings.selection == "energy"
-        ratio = target / relative_error if relative_error > 0 else math.inf
-        change = min(2.0, max(0.5, ratio)) ** (2 if energy else 1)
-        least = 1e-6 if energy else 1e-2
-        self.keep_ratio = 1 - min(1 - least, max(least, (1 - self.keep_ratio) * change))
+        return ()
+
+    def judge(self, observed: Observed) -> Finding:
+        """What `estimate` loses of an observed gradient; its product's rounding counts. Called once it is `ready`."""
+        return Finding(observed.relative_error(self.estimate(observed.grad_output, observed.weight)))
+
+    def timed_as(self, kept: float) -> list[tuple[Mapping[str, Any], float]]:
+        """How its time follows from what is timed: pairs of changed settings and weights, `time = sum weight * time_i`.
+
+        `kept` is the mean over its findings. By default the estimate itself is timed, with these very settings.
+        """
+        return [({}, 1.0)]
+
+    def memory(self, dtype: torch.dtype) -> int:
+        """Bytes that it keeps beside a weight in `dtype`: an 8-bit copy, factors."""
+        copies = self.settings.precision != "native" and self.settings.weight_copy
+        return self.out_features * self.in_features if copies else 0

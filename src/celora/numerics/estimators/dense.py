@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from celora.numerics.estimators.base import Estimator
+from celora.numerics.estimators.observed import Finding, Observed
 
 
 class Dense(Estimator):
@@ -21,6 +24,9 @@ class Dense(Estimator):
     def estimate(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         return self.product(grad_output, weight)
 
+    def judge(self, observed: Observed) -> Finding:
+        return Finding(observed.rounding(self.product))
+
 
 class Int8(Dense):
     """Every row and column, multiplied as 8-bit integers: one scale per token and one per input column."""
@@ -30,6 +36,10 @@ class Int8(Dense):
 
     def __init__(self, out_features: int, in_features: int, **settings: Any) -> None:
         super().__init__(out_features, in_features, **{**settings, "precision": self.name})
+
+    @classmethod
+    def candidates(cls, out_features: int, in_features: int, device: torch.device) -> Iterable[Mapping[str, Any]]:
+        return {"weight_copy": True}, {"weight_copy": False}
 
 
 class Fp8(Int8):

@@ -9,44 +9,49 @@ Source: ours; skipping tokens in backward was also proposed by SEBP and TokenDro
 from __future__ import annotations
 
 import functools
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from celora.kernels.operations import squared_row_norms
-from celora.numerics.estimators.base import Estimator
-from celora.numerics.factor import make_factor
-from celora.numerics.sampling import as_weights
-from celora.numerics.select import drawn, energy_count, measurable, rounded_up
+from celora.numerics.estimators.base import Estimator, Selection
+from celora.numerics.estimators.more.gradient_factor import make_factor
+from celora.numerics.estimators.observed import Finding, Observed
+from celora.numerics.select import energy_count, measurable, rounded_up
+
+# Shares of the squared gradient norm that a plan considers; 1 leaves out only what is exactly zero.
+PLANNED = (1.0, 0.9999, 0.9997, 0.999, 0.997, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.88, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
+TIMED = (0.125, 0.25, 0.5, 0.75, 1.0)  # shares of the tokens; times in between are interpolated
 
 
 class Tokens(Estimator):
     """Keeps the tokens with the largest `||G[t]||`, at least one; `keep_ratio=1` is the dense product, bit for bit.
 
-    How many: `topk` and `sampled` keep `round(keep_ratio * T)`. `energy` keeps as many as hold the share `keep_ratio`
-    of `||G||^2`, so that 1 leaves out only what is exactly zero; on accelerators, where counting would wait for the
-    device in every layer, it keeps the share of tokens that the latest refresh needed.
-    `sampled` draws token t with probability `min(1, lambda ||G[t]||)` and weights it by the inverse: unbiased.
+    `topk` keeps `round(keep_ratio * T)`. `energy` keeps as many as hold the share `keep_ratio` of `||G||^2`, so that 1
+    leaves out only what is exactly zero. On accelerators, counting them would wait for the device in every layer; there
+    `energy` keeps the share of tokens that the latest refresh needed.
 
-    The svd factor is built with the first gradient and held in the weight's dtype: `rank * (out + in)` numbers.
+    The svd factor is built with the first gradient and kept in the weight's dtype: `rank * (out + in)` numbers.
 
     Cost relative to dense: `K / T + r0 (out + in) / (out in)`.
     """
 
     name = "tokens"
     uses = frozenset({"keep_ratio", "rank", "selection", "factor", "precision", "weight_copy", "seed"})
+    selections: ClassVar[tuple[Selection, ...]] = ("topk", "energy")
 
     def __init__(self, out_features: int, in_features: int, **settings: Any) -> None:
         super().__init__(out_features, in_features, **settings)
         self.factor = make_factor(self.settings.factor, self.settings.rank, self.settings.seed)
-        self._draws = 0
         self._share: float | None = None  # of the tokens that `energy` needed at the latest refresh
         self._needed: Tensor | None = None
 
     @property
     def cost(self) -> float:
-        if self._keeps_all:
+        if self.keeps_all:
             return self.product.relative_cost
         low_rank = self.settings.rank * (1 / self.out_features + 1 / self.in_features)
         share = 1.0 if self.settings.selection == "energy" else self.keep_ratio
@@ -54,8 +59,7 @@ class Tokens(Estimator):
 
     @property
     def ready(self) -> bool:
-        factored = self.settings.factor == "svd" or not self.settings.rank or self.factor.V is not None
-        return self._keeps_all or (factored and not self._waits_for_a_share)
+        return self.keeps_all or (self.factor.ready and not self._waits_for_a_share)
 
     @property
     def traceable(self) -> bool:
@@ -68,64 +72,18 @@ class Tokens(Estimator):
         return of_a_refresh and self._share is None
 
     @property
-    def _keeps_all(self) -> bool:
+    def keeps_all(self) -> bool:
+        """Whether the estimate is the whole product."""
         return self.keep_ratio == 1 and self.settings.selection != "energy"
 
     def estimate(self, grad_output: Tensor, weight: Tensor) -> Tensor:
-        if self._keeps_all:
+        if self.keeps_all:
             return self.product(grad_output, weight)
         self.factor.prepare(weight)
         U, V = self.factor.U, self.factor.V
-        if self.settings.selection == "sampled":
-            index, factors = self._sample(squared_row_norms(grad_output).sqrt())
-            if U is None or V is None:
-                return self.product.rows(grad_output, weight, index, factors=factors)
-            # The rest is what is sampled: G U V + (G W - G U V)_sampled.
-            return self._sampled_residual(grad_output, weight, index, factors, _low_rank(grad_output, U, V))
         kept = self._kept(len(grad_output), grad_output.device)
-        onto = None if U is None or V is None else functools.partial(_low_rank, grad_output, U, V)
+        onto = None if U is None or V is None else functools.partial(low_rank, grad_output, U, V)
         return self.product.critical_rows(grad_output, weight, kept=kept, share=self.keep_ratio, onto=onto)
-
-    def observe(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
-        super().observe(grad_output, weight, grad_input)
-        if self.settings.rank:
-            self.factor.observe(weight, grad_input)
-        if self.settings.selection == "energy":
-            squared = squared_row_norms(grad_output)
-            needed = energy_count(squared, self.keep_ratio) / len(grad_output)
-            needed = torch.where(measurable(squared), needed, 0)  # what cannot be counted says nothing of later steps
-            self._needed = needed if self._needed is None else torch.maximum(needed, self._needed)
-
-    @property
-    def pooled_size(self) -> int:
-        return 2 if self.settings.selection == "energy" else 0
-
-    def pooled(self) -> Tensor | None:
-        return None if self._needed is None else torch.stack([self._needed, self._needed > 0])
-
-    def take_pooled(self, total: Tensor, weight: Tensor | None) -> None:
-        if self.pooled_size:  # the mean of the processes that could count
-            self._needed = total[0] / total[1].clamp(min=1)
-
-    def select(self) -> None:
-        self.factor.settle()
-        if self._needed is not None:
-            needed, self._needed = float(self._needed), None  # one synchronisation a refresh
-            self._share = needed or self._share  # 0 where nothing could be counted
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = super().state_dict()
-        if self.settings.selection == "sampled":
-            state["draws"] = torch.tensor(self._draws)
-        if self._share is not None:
-            state["share"] = torch.tensor(self._share, dtype=torch.float64, device="cpu")
-        return state | self.factor.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        self._draws = int(state.get("draws", 0))
-        self._share, self._needed = float(state.get("share", 0)) or None, None
-        self.factor.load_state_dict(state, self.in_features)
 
     def _kept(self, tokens: int, device: torch.device) -> int | None:
         """How many of these tokens to keep; None if that is to be counted from their norms."""
@@ -138,21 +96,82 @@ class Tokens(Estimator):
             return tokens
         return rounded_up(round(self._share * tokens), tokens, self.product.grain(tokens, device))
 
-    def _sample(self, norms: Tensor) -> tuple[Tensor, Tensor]:
-        kept = max(1, round(self.keep_ratio * len(norms)))
-        self._draws += 1
-        index, factors, _ = drawn(norms, kept, seed=self.settings.seed, draw=self._draws)
-        return index, factors
+    def observe(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
+        super().observe(grad_output, weight, grad_input)
+        if self.settings.rank:
+            self.factor.observe(weight, grad_input)
+        if self.settings.selection == "energy":
+            squared = squared_row_norms(grad_output)
+            needed = energy_count(squared, self.keep_ratio) / len(grad_output)
+            needed = torch.where(measurable(squared), needed, 0)  # what cannot be counted says nothing of later steps
+            self._needed = needed if self._needed is None else torch.maximum(needed, self._needed)
 
-    def _sampled_residual(
-        self, grad_output: Tensor, weight: Tensor, index: Tensor, factors: Tensor, low_rank: Tensor
-    ) -> Tensor:
-        exact = self.product(grad_output[index], weight)
-        residual = (exact - low_rank[index]).mul_(as_weights(factors, exact.dtype)[:, None])
-        return low_rank.index_add_(0, index, residual)
+    def select(self) -> None:
+        self.factor.settle()
+        if self._needed is not None:
+            needed, self._needed = float(self._needed), None  # one synchronisation a refresh
+            self._share = needed or self._share  # 0 where nothing could be counted
+
+    @property
+    def pooled_size(self) -> int:
+        return 2 if self.settings.selection == "energy" else 0
+
+    def pooled(self) -> Tensor | None:
+        return None if self._needed is None else torch.stack([self._needed, self._needed > 0])
+
+    def take_pooled(self, total: Tensor, weight: Tensor | None) -> None:
+        if self.pooled_size:  # the mean of the processes that could count
+            self._needed = total[0] / total[1].clamp(min=1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = self.factor.state_dict()
+        if self._share is not None:
+            state["share"] = torch.tensor(self._share, dtype=torch.float64, device="cpu")
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._share, self._needed = float(state.get("share", 0)) or None, None
+        self.factor.load_state_dict(state, self.in_features)
+
+    @classmethod
+    def candidates(cls, out_features: int, in_features: int, device: torch.device) -> Iterable[Mapping[str, Any]]:
+        arithmetic = [("native", True), *((bits, copy) for bits in ("int8", "fp8") for copy in (True, False))]
+        return [
+            {"keep_ratio": share, "selection": "energy", "precision": bits, "weight_copy": copy}
+            for bits, copy in arithmetic
+            for share in PLANNED
+        ]
+
+    def judge(self, observed: Observed) -> Finding:
+        """What leaving tokens out loses is the norm of their exact rows: no estimate has to be computed."""
+        if self.settings.rank:
+            return super().judge(observed)
+        tokens, device = observed.grad_output.shape[0], observed.grad_output.device
+        if self.settings.selection == "topk":
+            kept = max(1, round(self.keep_ratio * tokens))
+        else:
+            kept = rounded_up(observed.needed(self.keep_ratio), tokens, self.product.grain(tokens, device))
+        return Finding(math.hypot(observed.lost(kept), observed.rounding(self.product)), kept / tokens)
+
+    def timed_as(self, kept: float) -> list[tuple[Mapping[str, Any], float]]:
+        """The time of a share of the tokens lies on the line between two shares that are timed."""
+        i = next((i for i in range(len(TIMED) - 2) if kept <= TIMED[i + 1]), len(TIMED) - 2)
+        along = (kept - TIMED[i]) / (TIMED[i + 1] - TIMED[i])
+        weights = {TIMED[i]: 1 - along, TIMED[i + 1]: along}
+        return [(_timed(share), weight) for share, weight in weights.items() if weight]
+
+    def memory(self, dtype: torch.dtype) -> int:
+        factor = self.settings.rank * (self.out_features + self.in_features) * dtype.itemsize
+        return super().memory(dtype) + factor
 
 
-def _low_rank(grad_output: Tensor, U: Tensor, V: Tensor) -> Tensor:
+def _timed(share: float) -> dict[str, Any]:
+    """The settings that keep this share of the tokens. For all of them `topk` would not even look at the norms."""
+    return {"keep_ratio": share, "selection": "energy" if share == 1 else "topk"}
+
+
+def low_rank(grad_output: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """`(G U) V` in the dtype of `grad_output`: (T, out), (out, r0), (r0, in) -> (T, in)."""
     return (grad_output @ U.to(grad_output.dtype)) @ V.to(grad_output.dtype)
 
 
