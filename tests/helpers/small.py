@@ -70,6 +70,13 @@ def make_batch(seed: int) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "labels": tokens.clone()}
 
 
+def masked_batch(seed: int) -> dict[str, torch.Tensor]:
+    """The same with labels on the last tokens only, as in instruction tuning."""
+    batch = make_batch(seed)
+    batch["labels"][:, :7] = -100
+    return batch
+
+
 def train(
     model: PeftModel,
     steps: int,

@@ -161,7 +161,7 @@ def test_an_audit_there_is_the_cpu_s(mps: list[str]) -> None:
 
 
 def test_a_plan_there(mps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    patch_all(monkeypatch, "celora.planning.candidates:SHARES", (1.0, 0.9, 0.5))
+    patch_all(monkeypatch, "celora.numerics.estimators.tokens:PLANNED", (1.0, 0.9, 0.5))
     patch_all(monkeypatch, "celora.planning.influence:_DEPTHS", 1)
     patch_all(monkeypatch, "celora.planning.influence:_FEW_LAYERS", 0)
     patch_all(monkeypatch, "celora.machine.timing:cannot_time", lambda of: "")

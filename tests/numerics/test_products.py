@@ -23,7 +23,8 @@ from celora.numerics.products.base import Native
 from celora.numerics.products.fp8 import Fp8
 from celora.numerics.products.int8 import Int8
 from celora.numerics.products.registry import make_product
-from celora.planning import candidates as planner
+from celora.planning.candidates import candidates
+from celora.settings.config import LayerConfig
 from machine import refuses
 from patching import patch_all
 from without import pretend, without
@@ -167,14 +168,14 @@ def test_where_8_bits_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> None:
         without(patch, "c", "onednn", operations=("pack_weight",))
         assert "number by number" in Int8().slow(cpu)
         assert Int8().slow(torch.device("cuda")) == Native().slow(cpu) == ""
-        assert not {"int8", "fp8"} & {planner.precision_of(setting) for setting in planner.candidates(cpu)}
+        assert {estimator.settings.precision for estimator in candidates((16, 16), cpu).values()} == {"native"}
     pretend(monkeypatch, "pack_weight", there=True)  # AVX-VNNI: our kernel, and torch's loops without
     assert Int8().slow(cpu) == ""
     assert Int8(copy=False).slow(cpu)
-    assert all(setting.weight_copy for setting in planner.candidates(cpu))
+    assert all(setting.weight_copy for setting in candidates((16, 16), cpu))
     patch_all(monkeypatch, "celora.kernels.plain:one_by_one", lambda: False)
     assert Int8(copy=False).slow(cpu) == ""
-    assert "int8" in {planner.precision_of(setting) for setting in planner.candidates(cpu)}
+    assert LayerConfig("int8", rank=0, weight_copy=False) in candidates((16, 16), cpu)
 
 
 @pytest.mark.parametrize(("bits", "slow"), [(30.0, True), (1.5, False)])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import types
 from typing import Any
 
 import peft
@@ -14,74 +12,15 @@ from peft import PeftModel, get_peft_model
 
 import celora
 from celora import CELoraError
-from celora.modeling.survey import tuner_layers
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.estimators import Dense
-from celora.numerics.products.int8 import Int8
 from celora.planning import bench as bench_module
-from celora.planning import candidates as candidates_module
-from celora.planning import choose as choose_module
-from celora.planning import evidence as evidence_module
 from celora.planning import planner
-from celora.planning.plan import Candidate, PlannedLayer
 from celora.runtime.attachment import find, require
-from celora.settings.config import LayerConfig
-from celora.settings.presets import PRESETS
 from celora.weights.stored import StoredWeight
 from machine import refuses
 from patching import patch_all
-from small import adapter, make_base, make_batch, make_model, train
-
-
-@pytest.fixture
-def batches() -> list[dict[str, torch.Tensor]]:
-    return [_masked(seed) for seed in range(3)]
-
-
-def _masked(seed: int) -> dict[str, torch.Tensor]:
-    batch = make_batch(seed)
-    batch["labels"][:, :7] = -100
-    return batch
-
-
-@pytest.fixture
-def free_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On matrices this small nothing is faster than the dense product: pretend that what is kept is what it costs."""
-
-    def times(layers: Any) -> Any:
-        keys = {("dense", True, 1.0): 1.0}
-        for setting in candidates_module.candidates(torch.device("cpu")):
-            cheaper = 1.0 if setting.precision == "native" else 0.5
-            if setting.estimator in ("int8", "fp8"):
-                keys[setting.estimator, setting.weight_copy, 1.0] = 0.6 if setting.weight_copy else 0.8
-            elif setting.estimator == "columns":
-                keys[f"columns {setting.precision}", True, setting.keep_ratio] = cheaper * setting.keep_ratio
-            else:
-                for share in evidence_module._TIMED_SHARES:
-                    cost = cheaper * share * (1.0 if setting.weight_copy else 1.2)
-                    keys[f"tokens {setting.precision}", setting.weight_copy, share] = cost
-        return {layer.kind: keys for layer in layers}
-
-    patch_all(monkeypatch, "celora.planning.evidence:time_kinds", times)
-    patch_all(monkeypatch, "celora.planning.evidence:graft_overhead", lambda device, dtype: 0.0)
-    monkeypatch.setattr(bench_module.Bench, "time", lambda bench, layers, settings: 0.5)
-
-
-def test_every_layer_is_disturbed_before_it_is_said_to_have_no_influence(
-    model: PeftModel, batches: list[dict[str, torch.Tensor]], free_estimates: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So few tokens carry the last layers' gradients that native products, which round numbers up, would keep all."""
-    for batch in batches:
-        batch["labels"][:, :-1] = -100
-    patch_all(monkeypatch, "celora.planning.influence:_DEPTHS", 20)
-    (plan,) = planner.make_plans(model, batches, [0.9])
-    influence = {layer.name.rpartition("model.layers.")[2]: layer.influence for layer in plan.layers}
-    assert influence["1.mlp.down_proj"] > 0
-    assert influence["1.mlp.up_proj"] > 0
-    # It is the same, however few layers are probed together.
-    patch_all(monkeypatch, "celora.planning.influence:_FEW_LAYERS", 0)
-    (grouped,) = planner.make_plans(model, batches, [0.9])
-    assert min(layer.influence for layer in grouped.layers) > 0
+from small import adapter, make_base, make_batch, make_model, masked_batch, train
 
 
 def test_layers_whose_product_is_computed_elsewhere_are_not_measured(
@@ -97,24 +36,6 @@ def test_layers_whose_product_is_computed_elsewhere_are_not_measured(
     patch_all(monkeypatch, "celora.planning.planner:_make_plans", no_plans)
     celora.make_plan(hra, batches)
     assert asked == []
-
-
-def test_products_that_a_layer_lacks_are_never_computed(
-    model: PeftModel, batches: list[dict[str, torch.Tensor]], free_estimates: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    follow = Int8._follow
-
-    def refuse(product: Int8, weight: torch.Tensor) -> torch.Tensor:
-        assert weight.shape[1] != 80, "down_proj"
-        return follow(product, weight)
-
-    lacking = classmethod(lambda cls, out_features, in_features, device: "no" if in_features == 80 else "")
-    monkeypatch.setattr(Int8, "unavailable", lacking)
-    monkeypatch.setattr(Int8, "_follow", refuse)
-    plan = celora.make_plan(model, batches, 0.9)
-    for layer in plan.layers:
-        bits = {setting.precision for c in layer.candidates if (setting := c.setting).estimator != "int8"}
-        assert ("int8" in bits) == (layer.in_features != 80)
 
 
 def test_a_product_in_a_quantised_layer_s_own_dtype_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +70,7 @@ def test_the_plan_keeps_what_was_asked_for(
 
 
 def test_plans_are_verified_on_the_sum_of_batches_of_their_own(model: PeftModel, free_estimates: None) -> None:
-    batches = [_masked(seed) for seed in range(12)]
+    batches = [masked_batch(seed) for seed in range(12)]
     given = iter(batches)
     plan = celora.make_plan(model, given, 0.97)
     assert next(given) is batches[planner.MOST_BATCHES]  # no more are drawn from a loader than are used
@@ -177,7 +98,7 @@ def test_a_plan_that_loses_the_same_in_every_batch_is_made_more_careful(
         asked.append(found.cosine)
         return dataclasses.replace(found, cosine=max(0.0, 1 - 3 * (1 - found.cosine)))
 
-    batches = [_masked(seed) for seed in range(10)]
+    batches = [masked_batch(seed) for seed in range(10)]
     plain = celora.make_plan(model, batches, 0.95)
     monkeypatch.setattr(bench_module.Bench, "audit", biased)
     careful = celora.make_plan(model, batches, 0.95)
@@ -253,17 +174,6 @@ def test_auto_plans_and_never_slows_a_layer_down(model: PeftModel, batches: Any)
     train(model, 2)
 
 
-@pytest.fixture
-def wide_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the vocabulary were large enough for its gradient to be worth leaving out."""
-
-    def times(calls: Any, repeats: int, device: Any) -> Any:
-        return {call: {"time_ms": 10 * float(call)} for call in calls}
-
-    patch_all(monkeypatch, "celora.machine.timing:interleaved", times)
-    patch_all(monkeypatch, "celora.planning.candidates:HEAD_SHARES", (0.9, 0.7, 0.5, 0.3))  # it has 61 words
-
-
 def test_layers_that_are_not_faster_in_a_whole_backward_are_exact(
     model: PeftModel, batches: Any, free_estimates: None, wide_head: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,41 +188,6 @@ def test_layers_that_are_not_faster_in_a_whole_backward_are_exact(
     assert celora.audit(model, batches[2]).cosine == pytest.approx(plan.audited_cosine, abs=1e-5)
     without, *_ = planner.make_plans(model, batches, [0.9], head=False)
     assert without.predicted_cosine == without.audited_cosine == 1
-
-
-@pytest.mark.parametrize("fidelity", [0.9, 1.0])
-def test_the_head_is_planned_too(
-    model: PeftModel, batches: Any, free_estimates: None, wide_head: None, fidelity: float
-) -> None:
-    plan = celora.make_plan(model, batches, fidelity)
-    head = plan.head
-    assert head is not None
-    assert (head.out_features, head.in_features) == tuple(model.get_output_embeddings().weight.shape)
-    errors = [candidate.relative_error for candidate in head.candidates]
-    assert errors[0] == 0 < errors[1] < errors[-1]
-    assert [candidate.time_ms for candidate in head.candidates] == [10, 9, 7, 5, 3]
-    celora.attach(model, plan)
-    kept = plan.config().head_keep_ratio
-    assert (kept == 1) if fidelity == 1 else (kept < 1)
-    assert celora.audit(model, batches[2]).cosine >= fidelity - 1e-6
-    # What the head's estimate loses is part of the audit.
-    celora.attach(model, dataclasses.replace(PRESETS["exact"], head_keep_ratio=0.01))
-    assert celora.audit(model, batches[2]).cosine < 1 - 1e-6
-
-
-def test_a_head_that_is_not_ours_is_not_planned(
-    model: PeftModel, batches: Any, free_estimates: None, wide_head: None
-) -> None:
-    hook = model.base_model.model.lm_head.register_forward_hook(lambda *_: None)  # what it does is not known
-    assert celora.make_plan(model, batches).head is None
-    hook.remove()
-    assert planner.make_plans(model, batches, [0.9], head=False)[0].head is None
-    loss = celora.make_plan(model, [{"input_ids": b["input_ids"]} for b in batches], loss=_own_loss).head
-    assert loss is None
-
-
-def _own_loss(model: Any, batch: Any) -> torch.Tensor:
-    return model(**batch).logits.float().square().mean()
 
 
 def test_the_memory_limit_is_kept(model: PeftModel, batches: Any, free_estimates: None) -> None:
@@ -365,66 +240,6 @@ def test_what_cannot_be_planned(model: PeftModel) -> None:
         celora.make_plan(model, [{"input_ids": make_batch(0)["input_ids"]}])
 
 
-def test_the_cheapest_choice_is_found_within_both_limits() -> None:
-    """Against all choices of three layers with three candidates each: none is better in both time and error."""
-    settings = LayerConfig("dense"), LayerConfig("int8", rank=0), LayerConfig("tokens", rank=0)
-    times = [(4.0, 2.0, 1.0), (6.0, 3.0, 1.0), (2.0, 1.5, 1.4)]
-    errors = [(0.0, 0.1, 0.5), (0.0, 0.1, 0.4), (0.0, 0.1, 0.9)]
-    layers = [
-        PlannedLayer(str(i), 1, 1, 1.0, tuple(map(Candidate, settings, t, e, (0, 5, 0))), 0)
-        for i, (t, e) in enumerate(zip(times, errors, strict=True))
-    ]
-    table = choose_module.Table(layers)
-    every = [list(choice) for choice in itertools.product(range(3), repeat=3)]
-    for error in (0.0, 0.02, 0.17, 0.3, 2.0):
-        choice = table.cheapest(error, 100)
-        assert table.error(choice) <= error + 1e-12
-        assert not any(table.time(c) < table.time(choice) and table.error(c) < table.error(choice) for c in every)
-        for moved in every:  # the allowance is spent: no one layer can be made cheaper within it
-            if sum(a != b for a, b in zip(moved, choice, strict=True)) == 1:
-                assert table.time(moved) >= table.time(choice) or table.error(moved) > error
-    assert table.cheapest(0.0, 100) == [0, 0, 0]
-    assert table.cheapest(2.0, 0) == [2, 2, 2]
-    assert table.cheapest(0.05, 5).count(1) <= 1
-
-
-@pytest.mark.parametrize("power", [0.4, 0.5, 1.0, 1.6])
-@pytest.mark.parametrize("factor", [0.05, 1.0, 8.0])
-def test_a_choice_is_found_however_wrong_the_prediction(power: float, factor: float) -> None:
-    """What an audit finds is a power of what the table expects here: layers' errors add up, or hide one another."""
-    settings = [LayerConfig("tokens", keep_ratio=1 - i / 40, rank=0) for i in range(1, 40)]
-    candidates = [Candidate(LayerConfig("dense"), 1.0, 0.0)]
-    candidates += [Candidate(setting, setting.keep_ratio, (1 - setting.keep_ratio) ** 1.5) for setting in settings]
-    layers = [PlannedLayer(str(i), 1, 1, 0.1 * (1 + i % 3), tuple(candidates), 0) for i in range(30)]
-    audits: list[float] = []
-
-    class Bench:
-        def audit(self, by_name: Any, chosen: dict[str, LayerConfig]) -> Any:
-            expected = sum(layers[int(name)].influence * (1 - of.keep_ratio) ** 3 for name, of in chosen.items())
-            audits.append(factor * expected**power)
-            return types.SimpleNamespace(cosine=(1 - min(1.0, audits[-1])) ** 0.5)
-
-    _, found = choose_module.choose_plan(Bench(), {}, layers, 0.1, 10**9, [])  # type: ignore[arg-type]
-    assert found == pytest.approx(audits[-1])
-    assert 0.08 < found <= 0.1
-    assert len(audits) <= 6
-
-
-@pytest.mark.parametrize("expected", [0.05, 0.005, 1e-4])
-def test_a_choice_is_found_where_there_are_few(expected: float) -> None:
-    """Most allowances choose the same: the next is another one all the same."""
-    candidates = Candidate(LayerConfig("dense"), 1.0, 0.0), Candidate(LayerConfig("int8", rank=0), 0.5, expected**0.5)
-    layers = [PlannedLayer(str(i), 1, 1, 1.0, candidates, 0) for i in range(2)]
-
-    class Bench:
-        def audit(self, by_name: Any, chosen: dict[str, LayerConfig]) -> Any:
-            return types.SimpleNamespace(cosine=(1 - 0.06 * len(chosen)) ** 0.5)
-
-    chosen, found = choose_module.choose_plan(Bench(), {}, layers, 0.1, 10**9, [])  # type: ignore[arg-type]
-    assert sum(layer.chosen for layer in chosen) == 1
-    assert found == pytest.approx(0.06)
-
-
 def test_where_nothing_can_be_estimated_everything_stays_exact(model: PeftModel) -> None:
     for module in model.modules():
         if hasattr(module, "base_layer"):
@@ -440,20 +255,6 @@ def test_where_nothing_can_be_estimated_everything_stays_exact(model: PeftModel)
     model = make_model()
     masked["labels"][0, 1] = 5
     assert celora.make_plan(model, [masked]).layers
-
-
-def test_what_a_graft_itself_takes_is_counted(model: PeftModel, free_estimates: None, monkeypatch: Any) -> None:
-    """Except where the layer has one anyway, because its adapter is fused."""
-    patch_all(monkeypatch, "celora.planning.evidence:graft_overhead", lambda device, dtype: 0.3)
-    fused = celora.make_plan(model, [make_batch(0)], 0.9)
-    assert min(c.time_ms for layer in fused.layers for c in layer.candidates[1:]) < 0.3
-    patch_all(monkeypatch, "celora.modeling.survey:fuses", lambda module: False)
-    plan = celora.make_plan(model, [make_batch(0)], 0.9)
-    assert all(0.3 < c.time_ms < 0.97 for layer in plan.layers for c in layer.candidates[1:])
-    patch_all(monkeypatch, "celora.planning.evidence:graft_overhead", lambda device, dtype: 1.0)
-    assert {layer.chosen for layer in celora.make_plan(model, [make_batch(0)], 0.5).layers} == {0}
-    monkeypatch.undo()
-    assert 0 <= evidence_module.graft_overhead(torch.device("cpu"), torch.float32) < 100
 
 
 def test_on_an_accelerator_what_energy_leaves_out_is_audited(
@@ -474,7 +275,7 @@ def test_a_model_in_evaluation_mode_is_planned_as_it_will_train(
     model: PeftModel, free_estimates: None, wide_head: None
 ) -> None:
     """As `from_pretrained` leaves it, whatever `get_peft_model` says of the wrapper around it."""
-    masked = [_masked(seed) for seed in range(3)]
+    masked = [masked_batch(seed) for seed in range(3)]
     plans = []
     for modes in (model.train(), model.eval()):
         modes.base_model.model.model.layers[0].train(False)
@@ -483,18 +284,6 @@ def test_a_model_in_evaluation_mode_is_planned_as_it_will_train(
         assert [module.training for module in modes.modules()] == before
     assert plans[0].head == plans[1].head is not None
     assert plans[0].tokens == plans[1].tokens
-
-
-def test_layers_with_other_numbers_of_tokens_are_timed_for_themselves(model: PeftModel) -> None:
-    layers = [
-        bench_module.Layer(name, module.get_base_layer(), [LayerConfig("dense")], tokens=tokens)
-        for tokens, (name, module) in zip((4, 4, 4000), list(tuner_layers(model).items())[:3:2] * 2, strict=False)
-    ]
-    assert (
-        len(evidence_module.time_kinds(layers))
-        == len({layer.kind for layer in layers})
-        > len({x.shape for x in layers})
-    )
 
 
 def test_what_makes_no_sense_is_said_before_anything_is_measured(

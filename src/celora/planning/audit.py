@@ -89,7 +89,7 @@ def audit(
         raise CELoraError(f"reference={reference!r}; expected 'float32', or None to compare with the exact gradient.")
     attachment = require(model)
     parameters = trainable(model)
-    batches = [on_device(of, parameters) for of in ([batch] if isinstance(batch, Mapping) else batch)]
+    batches = [on_device(each, parameters) for each in ([batch] if isinstance(batch, Mapping) else batch)]
     if not batches:
         raise CELoraError("no batches to audit with; give one, or several.")
 
@@ -119,7 +119,7 @@ def audit(
         whole.cosine,
         whole.relative_error,
         whole.norm_ratio,
-        per_layer={name: Fidelity.of(of) for name, of in layers.items()},
+        per_layer={name: Fidelity.of(pairs_of_layer) for name, pairs_of_layer in layers.items()},
         loss=value,
         probed=probed,
         float32=of_float32,

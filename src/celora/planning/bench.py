@@ -18,8 +18,8 @@ from celora.machine.timing import synchronise
 from celora.modeling.graft import LayerGraft
 from celora.modeling.model_graft import ModelGraft
 from celora.modeling.switch import Mode, Switch
-from celora.numerics.estimators import Estimator, make_estimator
-from celora.numerics.products.registry import make_product
+from celora.numerics.estimators import Estimator, Finding
+from celora.planning.candidates import EXACT, make_candidate
 from celora.planning.fidelity import Fidelity
 from celora.planning.gradients import gradient
 from celora.settings.config import LayerConfig
@@ -34,21 +34,28 @@ Kind = tuple[int, int, int, torch.dtype, torch.device]
 
 @dataclass
 class Layer:
-    """What is found out about one layer."""
+    """What is found out about one layer.
+
+    Attributes:
+        base: the frozen layer.
+        candidates: the settings that can be computed for it here, each with an estimator; exact first.
+        fused: it has a graft anyway, for its adapter.
+        findings: what each candidate that could select did to the observed gradients.
+        tokens, dtype: of its gradients.
+        disturbance: the share of the tokens that is kept when the layer is disturbed.
+        disturbed: the relative error of that.
+        influence: how much of a squared relative error arrives in the LoRA gradient.
+    """
 
     name: str
     base: nn.Module
-    candidates: Sequence[LayerConfig]  # that can be computed for it here
-    fused: bool = False  # has a graft anyway, for its adapter
-    errors: dict[LayerConfig, list[float]] = field(default_factory=dict)
-    # (share of the norm, what the number of tokens is rounded up to) -> share of the tokens kept, error of the others
-    kept: dict[tuple[float, int], list[float]] = field(default_factory=dict)
-    lost: dict[tuple[float, int], list[float]] = field(default_factory=dict)
+    candidates: Mapping[LayerConfig, Estimator]
+    fused: bool = False
+    findings: dict[LayerConfig, list[Finding]] = field(default_factory=dict)
     tokens: int = 0
     dtype: torch.dtype = torch.float32
-    columns: dict[LayerConfig, Estimator] = field(default_factory=dict)
-    disturbance: LayerConfig = field(default_factory=lambda: LayerConfig("dense"))
-    disturbed: float = 0.0  # its relative error
+    disturbance: float = 1.0
+    disturbed: float = 0.0
     influence: float = 1.0
 
     @property
@@ -61,16 +68,18 @@ class Layer:
         return (*self.shape, self.tokens.bit_length(), self.dtype, device_of(self.base))
 
     def error(self, setting: LayerConfig) -> float:
-        """What the selection of this setting loses, or, of one without selection, its rounding."""
-        if setting.estimator == "tokens":
-            errors = self.lost[setting.keep_ratio, self.grain(setting)]
-        else:
-            errors = self.errors[setting]
-        return float(statistics.fmean(e * e for e in errors) ** 0.5)
+        """The root mean square of the relative errors found for this candidate."""
+        return float(statistics.fmean(finding.error**2 for finding in self.findings[setting]) ** 0.5)
 
-    def grain(self, setting: LayerConfig) -> int:
-        """What the number of tokens that this setting keeps is rounded up to."""
-        return make_product(setting.precision, copy=setting.weight_copy).grain(self.tokens, device_of(self.base))
+    def timed_as(self, setting: LayerConfig) -> list[tuple[LayerConfig, float]]:
+        """The settings whose times, with these weights, add up to the time of this candidate."""
+        kept = statistics.fmean(finding.kept for finding in self.findings[setting])
+        pairs = self.candidates[setting].timed_as(kept)
+        return [(dataclasses.replace(setting, **changes), weight) for changes, weight in pairs]
+
+    def make(self, setting: LayerConfig) -> Estimator:
+        """A new estimator with this setting."""
+        return make_candidate(setting, self.shape, device_of(self.base))
 
 
 class Bench:
@@ -117,14 +126,28 @@ class Bench:
     ) -> Fidelity:
         """The fidelity with these settings under these layers, everything else exact, on the sum of these batches;
         without, on the one to measure on."""
+        estimated = {name: layers[name] for name in settings if name in layers}
+        words = settings[HEAD].keep_ratio if HEAD in settings else None
+        return self.fidelity(estimated, lambda layer: layer.make(settings[layer.name]), numbers, words=words)
+
+    def fidelity(
+        self,
+        layers: Mapping[str, Layer],
+        make: Callable[[Layer], Estimator],
+        numbers: range | None = None,
+        *,
+        words: float | None = None,
+    ) -> Fidelity:
+        """The fidelity with what `make` makes under these layers, and the head's gradient through a share of the words.
+
+        An estimator that is not ready selects on the first batch.
+        """
         numbers = numbers or range(self.measuring, self.measuring + 1)
         exact = self.exact(numbers)
-        estimated_layers = {name: layers[name] for name in settings if name in layers}
-        grafted = grafted_with(estimated_layers, lambda layer: candidate_estimator(layer, settings[layer.name]))
         head: AbstractContextManager[None] = nullcontext()
-        if self.forward is not None and HEAD in settings:
-            head = self.forward.through(settings[HEAD].keep_ratio)
-        with head, grafted as grafts:
+        if self.forward is not None and words is not None:
+            head = self.forward.through(words)
+        with head, grafted_with(layers, make) as grafts:
             waiting = [graft for graft in grafts.values() if not graft.estimator.ready]
             if waiting:
                 for graft in waiting:
@@ -139,16 +162,16 @@ class Bench:
     def time(self, layers: Mapping[str, Layer], settings: Mapping[str, LayerConfig]) -> float:
         """The time of all `grad_input` products inside whole backward passes, over that of the dense ones; what the
         grafts themselves take counts."""
-        dense = dict.fromkeys(layers, LayerConfig("dense"))
+        dense = dict.fromkeys(layers, EXACT)
         contenders = [
-            {name: candidate_estimator(layer, of[name]) for name, layer in layers.items()}
-            for of in (dense, {**dense, **settings})
+            {name: layer.make(chosen[name]) for name, layer in layers.items()}
+            for chosen in (dense, {**dense, **settings})
         ]
         ratios = []
         for turn in range(_TURNS):
             seconds = []
             for estimators in contenders:
-                with grafted_with(layers, functools.partial(_of, estimators), kind=_TimedGraft) as grafts:
+                with grafted_with(layers, functools.partial(_named, estimators), kind=_TimedGraft) as grafts:
                     for graft in grafts.values():
                         graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.OBSERVE
                     self.gradient(self.measuring)
@@ -193,11 +216,5 @@ def grafted_with(
             handle.remove()
 
 
-def _of(estimators: Mapping[str, Estimator], layer: Layer) -> Estimator:
+def _named(estimators: Mapping[str, Estimator], layer: Layer) -> Estimator:
     return estimators[layer.name]
-
-
-def candidate_estimator(layer: Layer, setting: LayerConfig) -> Estimator:
-    estimator = make_estimator(setting.estimator, *layer.shape, dataclasses.asdict(setting))
-    estimator.device = device_of(layer.base)
-    return estimator

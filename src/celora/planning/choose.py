@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from celora.planning.bench import Bench, Layer
+from celora.planning.candidates import EXACT
 from celora.planning.plan import PlannedLayer
 from celora.settings.config import LayerConfig
 
@@ -42,9 +43,9 @@ def choose_plan(
     What a table allows and what an audit finds differ by a factor that is not constant: the next allowance is taken
     from the `tries` so far. All is dense where none will do.
     """
-    table, found_of = Table(planned), {of.choice: of.found for of in tries}
+    table, found_of = Table(planned), {attempt.choice: attempt.found for attempt in tries}
     for round_ in range(_MOST_ROUNDS if wanted > 0 else 1):
-        good = [of.found for of in tries if of.found <= wanted]
+        good = [attempt.found for attempt in tries if attempt.found <= wanted]
         if good and (round_ >= _ROUNDS or max(good) > _CLOSE * wanted):
             break
         allowed = _next_allowance(tries, wanted)
@@ -53,8 +54,9 @@ def choose_plan(
             settings = settings_of(_chosen(planned, choice))
             found_of[choice] = squared_error(bench.audit(layers, settings).cosine) if settings else 0.0
         tries.append(Try(allowed, choice, found_of[choice]))
-    fitting = (of for of in tries if of.found <= wanted)
-    best = min(fitting, key=lambda of: table.time(of.choice), default=Try(0.0, (0,) * len(planned), 0.0))
+    fitting = (attempt for attempt in tries if attempt.found <= wanted)
+    dense = Try(0.0, (0,) * len(planned), 0.0)
+    best = min(fitting, key=lambda attempt: table.time(attempt.choice), default=dense)
     return _chosen(planned, best.choice), best.found
 
 
@@ -64,24 +66,25 @@ def _next_allowance(tries: Sequence[Try], wanted: float) -> float:
     What is found grows with some power of what is allowed, which two tries tell: the nearest ones on either side, where
     there are any, and what comes next lies between them; else the furthest one and the next to it.
     """
-    tries = [of for of in tries if of.allowed > 0]  # powers of nothing tell nothing
+    tries = [attempt for attempt in tries if attempt.allowed > 0]  # powers of nothing tell nothing
     if not tries or wanted == 0:
         return wanted
 
-    def beyond(of: Try) -> float:
-        return math.log(max(of.found, 1e-6 * wanted) / (_AIM * wanted))
+    def beyond(attempt: Try) -> float:
+        return math.log(max(attempt.found, 1e-6 * wanted) / (_AIM * wanted))
 
-    good = max((of for of in tries if of.found <= wanted), key=lambda of: of.allowed, default=None)
-    above = [of for of in tries if of.found > wanted and (good is None or of.allowed > good.allowed)]
-    bad = min(above, key=lambda of: of.allowed, default=None)
+    below = [attempt for attempt in tries if attempt.found <= wanted]
+    good = max(below, key=lambda attempt: attempt.allowed, default=None)
+    above = [a for a in tries if a.found > wanted and (good is None or a.allowed > good.allowed)]
+    bad = min(above, key=lambda attempt: attempt.allowed, default=None)
     if good is not None and bad is not None:
         along = beyond(good) / (beyond(good) - beyond(bad))
         return good.allowed * math.pow(bad.allowed / good.allowed, min(0.9, max(0.1, along)))
     last = cast(Try, good or bad)
-    others = [of for of in tries if of.allowed != last.allowed]
+    others = [attempt for attempt in tries if attempt.allowed != last.allowed]
     power = 1.0
     if others:
-        other = min(others, key=lambda of: abs(math.log(of.allowed / last.allowed)))
+        other = min(others, key=lambda attempt: abs(math.log(attempt.allowed / last.allowed)))
         power = (beyond(other) - beyond(last)) / math.log(other.allowed / last.allowed)
     return last.allowed * min(100.0, max(0.01, math.exp(-beyond(last) / min(2.0, max(0.25, power)))))
 
@@ -97,7 +100,7 @@ def _chosen(planned: Sequence[PlannedLayer], choice: Sequence[int]) -> list[Plan
 
 def settings_of(planned: Sequence[PlannedLayer]) -> dict[str, LayerConfig]:
     """What was chosen for the layers that are not left dense."""
-    return {p.name: p.choice.setting for p in planned if p.choice.setting.estimator != "dense"}
+    return {p.name: p.choice.setting for p in planned if p.choice.setting.estimator != EXACT.estimator}
 
 
 class Table:
@@ -107,10 +110,10 @@ class Table:
         width = max(len(p.candidates) for p in planned)
         padded = [list(p.candidates) + [p.candidates[0]] * (width - len(p.candidates)) for p in planned]
         numbers = functools.partial(torch.tensor, dtype=torch.float64, device="cpu")
-        self._times = numbers([[c.time_ms for c in of] for of in padded])
-        errors = numbers([[c.relative_error**2 for c in of] for of in padded])
+        self._times = numbers([[c.time_ms for c in row] for row in padded])
+        errors = numbers([[c.relative_error**2 for c in row] for row in padded])
         self._errors = numbers([p.influence for p in planned])[:, None] * errors
-        self._memory = numbers([[float(c.memory) for c in of] for of in padded])
+        self._memory = numbers([[float(c.memory) for c in row] for row in padded])
 
     def error(self, choice: Sequence[int]) -> float:
         """The squared error that the choice is expected to cause in the LoRA gradient: `sum s e^2` over the layers."""
@@ -138,18 +141,18 @@ class Table:
         choice = _bisect(with_error, lambda choice: self._sum(self._memory, choice) <= memory)
         while True:
             at_hand = torch.tensor(choice, device="cpu")[:, None]
-            saved, lost, held = (
-                of - of.gather(1, at_hand) for of in (-self._times, self._errors, self._memory)
+            saved, lost, taken = (
+                values - values.gather(1, at_hand) for values in (-self._times, self._errors, self._memory)
             )  # by moving one layer to one candidate
-            fits = (lost <= error - self.error(choice)) & (held <= memory - self._sum(self._memory, choice))
+            fits = (lost <= error - self.error(choice)) & (taken <= memory - self._sum(self._memory, choice))
             saved = torch.where(fits, saved, 0)
             layer, candidate = divmod(int(saved.argmax()), saved.shape[1])
             if saved[layer, candidate] <= 0:
                 return choice
             choice[layer] = candidate
 
-    def _sum(self, of: Tensor, choice: Sequence[int]) -> float:
-        return float(of.gather(1, torch.tensor(choice, device="cpu")[:, None]).sum())
+    def _sum(self, values: Tensor, choice: Sequence[int]) -> float:
+        return float(values.gather(1, torch.tensor(choice, device="cpu")[:, None]).sum())
 
 
 def _bisect(choose: Callable[[float], list[int]], fits: Callable[[list[int]], bool]) -> list[int]:

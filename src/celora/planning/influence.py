@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import statistics
 
+from torch import Tensor
+
+from celora.numerics.estimators import Dense
 from celora.planning.bench import Bench, Layer
 
 _DEPTHS, _MOST_KINDS, _FEW_LAYERS = 6, 8, 24
+
+
+class _Disturbed(Dense):
+    """Leaves out the tokens of the smallest gradients.
+
+    It keeps a number of tokens, which no product rounds up: a layer that is not disturbed would seem to have no
+    influence.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(*layer.shape)
+        self.share = layer.disturbance
+
+    def estimate(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        kept = max(1, round(self.share * len(grad_output)))
+        return self.product.critical_rows(grad_output, weight, kept=kept, share=1.0)
 
 
 def probe_influence(bench: Bench, layers: list[Layer]) -> None:
@@ -22,8 +41,7 @@ def probe_influence(bench: Bench, layers: list[Layer]) -> None:
     groups = depths + (list(kinds.values()) if size > 1 and 1 < len(kinds) <= _MOST_KINDS else [])
     arrived = []
     for i, group in enumerate(groups):
-        members = {layer.name: layer for layer in group}
-        error = bench.audit(members, {layer.name: layer.disturbance for layer in group}).relative_error
+        error = bench.fidelity({layer.name: layer for layer in group}, _Disturbed).relative_error
         caused = sum(layer.disturbed**2 for layer in group)
         arrived.append(error**2 / caused if caused > 0 else 1.0)
         bench.progress("probing influence", 0.25 + 0.4 * (i + 1) / len(groups))

@@ -20,6 +20,7 @@ from celora.errors import CELoraError, unknown
 from celora.files import inside, read_json, write_text
 from celora.machine.device import measured_on
 from celora.modeling.language_model import find_language_model
+from celora.numerics.estimators import estimator_class
 from celora.settings.config import CELoraConfig, LayerConfig
 from celora.settings.names import HEAD, PLAN_NAME
 from celora.settings.presets import PRESETS
@@ -125,7 +126,7 @@ class Plan:
         keep_ratio = frame.head_keep_ratio
         if (
             self.head is not None
-            and self.head.choice.setting.estimator == "columns"
+            and self.head.choice.setting.estimator != "dense"
             and frame.labelled_head
             and keep_ratio == 1
         ):
@@ -251,10 +252,10 @@ class Plan:
             key = (layer.name.rpartition(".")[2], layer.out_features, layer.in_features, label(layer.choice.setting))
             groups.setdefault(key, []).append(layer)
         rows = [("layers", "", "shape", "estimator", "time / dense", "error (worst)")]
-        for (kind, out, inp, name), of in groups.items():
-            time = sum(x.choice.time_ms for x in of) / max(1e-9, sum(x.dense_ms for x in of))
-            error = max(x.choice.relative_error for x in of)
-            rows.append((kind, f"x{len(of)}", f"{out} x {inp}", name, f"{time:.2f}", f"{error:.3f}"))
+        for (kind, out, inp, name), alike in groups.items():
+            time = sum(layer.choice.time_ms for layer in alike) / max(1e-9, sum(layer.dense_ms for layer in alike))
+            error = max(layer.choice.relative_error for layer in alike)
+            rows.append((kind, f"x{len(alike)}", f"{out} x {inp}", name, f"{time:.2f}", f"{error:.3f}"))
         summed = f" (sum of {self.audited_batches} batches)" if self.audited_batches > 1 else ""
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -273,7 +274,7 @@ class Plan:
 def label(setting: LayerConfig) -> str:
     """A setting in words: `tokens energy 0.99 x int8`."""
     words = [setting.estimator]
-    if setting.estimator in ("columns", "tokens"):
+    if "keep_ratio" in estimator_class(setting.estimator).uses:
         words += [] if setting.selection == "topk" else [setting.selection]
         words.append(f"{setting.keep_ratio:g}")
         words += [] if setting.precision == "native" else ["x", setting.precision]
@@ -316,7 +317,7 @@ def _measured(value: Any, name: str, least: float = 0.0, most: float = _LARGEST)
     return number
 
 
-def _position(value: object, of: list[Any]) -> int:
-    if not isinstance(value, int) or not 0 <= value < len(of):
-        raise IndexError(f"position {value!r} of {len(of)}")
+def _position(value: object, items: list[Any]) -> int:
+    if not isinstance(value, int) or not 0 <= value < len(items):
+        raise IndexError(f"position {value!r} of {len(items)}")
     return value

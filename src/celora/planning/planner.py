@@ -33,15 +33,17 @@ from celora.machine.timing import cannot_time
 from celora.modeling.model_graft import taken_over
 from celora.modeling.survey import cannot_estimate, fuses, tuner_layers
 from celora.planning.bench import Bench, Layer, Loss, Progress
-from celora.planning.candidates import candidates, possible
+from celora.planning.candidates import candidates
 from celora.planning.choose import Try, choose_plan, settings_of, squared_error
-from celora.planning.evidence import evidence, graft_overhead, head_evidence, time_kinds
+from celora.planning.evidence import evidence, graft_overhead, time_kinds
 from celora.planning.gradients import on_device, trainable, training, untouched
+from celora.planning.head_evidence import head_evidence
 from celora.planning.influence import probe_influence
 from celora.planning.observe import observe
 from celora.planning.plan import Plan, PlannedLayer
 from celora.runtime.attachment import find
 from celora.settings.names import HEAD
+from celora.weights.read import device_of, shape_of
 
 # Chosen by training (docs/presets.md). Where 8-bit products pay it costs little, since they alone keep more; beyond it
 # their rounding is in the way and the time rises steeply.
@@ -119,9 +121,8 @@ def make_plans(
     used = [on_device(batch, parameters) for _, batch in zip(range(MOST_BATCHES), batches, strict=False)]
     if not used:
         raise CELoraError("no batches to plan with; give at least one, and three to verify on one that was not used.")
-    considered = candidates(next(iter(parameters.values())).device)
     layers = [
-        Layer(name, base := module.get_base_layer(), possible(base, considered), fused=fuses(module))
+        Layer(name, base := module.get_base_layer(), candidates(shape_of(base), device_of(base)), fused=fuses(module))
         for name, module in tuner_layers(model).items()
         if not cannot_estimate(module)
     ]
@@ -144,7 +145,7 @@ def _make_plans(bench: Bench, layers: list[Layer], fidelities: Sequence[float], 
     bench.progress("observing gradients", 0.0)
     saved = observe(bench, layers)
     # The first layers' inputs may need no gradient: there is no product to estimate.
-    layers = [layer for layer in layers if layer.lost]
+    layers = [layer for layer in layers if layer.findings]
     if memory_limit is None:
         weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
         memory_limit = (weights + saved) // 20
