@@ -41,7 +41,7 @@ NAMES: dict[str, str] = {
     "anew stay exact",
     "torch.nn.modules.module:_global_forward_hooks": "no layer is estimated or fused",
     "torch.nn.modules.module:_global_forward_pre_hooks": "no layer is estimated or fused",
-    "torch.nn.modules.module:_has_any_global_hook": "norms and gates are not computed in one pass",
+    "torch.nn.modules.module:_has_any_global_hook": "gates are not computed in one pass",
     "torch.utils._python_dispatch:is_in_torch_dispatch_mode": "adapters are not fused with their layers, norms, "
     "gates and rotations are not computed in one pass, and attention is torch's own",
 }

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_packing import model_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 import celora
-from celora import CELoraConfig
+from celora import CELoraConfig, CELoraError
 from celora.kernels.c import library as kernels
 from celora.machine.memory import saved_for_backward
 from celora.modeling import packing
+from celora.modeling.passes import angles as angles_module
 from celora.modeling.passes import gate as gate_module
 from celora.modeling.passes import known as passes
 from celora.modeling.passes import norm as norm_module
-from celora.modeling.passes import pending as pending_module
 from celora.modeling.passes import rotation as rotation_module
+from celora.modeling.passes.own_forward import OwnForward
 from celora.modeling.switch import Switch
 from celora.numerics import passes as passes_module
 from patching import patch_all
@@ -111,7 +117,7 @@ def test_rotations(heads: int, batch: int, angles: int, dtype: torch.dtype) -> N
         return torch.cat(apply_rotary_pos_emb(q, k, cosine.to(q.dtype), sine.to(q.dtype)), 1)
 
     def ours(q: Tensor, k: Tensor) -> Tensor:
-        return torch.cat(apply_rotary_pos_emb(q, k, *pending_module.make_angles(cosine, sine)), 1)
+        return torch.cat(apply_rotary_pos_emb(q, k, *angles_module.make_angles(cosine, sine)), 1)
 
     found = results(ours, q, k)
     check(found, results(plain, q, k), results(plain, q.double(), k.double()))
@@ -136,7 +142,7 @@ def test_contiguity_and_broadcasting_are_not_taken_for_granted() -> None:
         torch.testing.assert_close(gradient, true, rtol=1e-4, atol=1e-5)
     # One token for each of several sequences: a tensor may count as contiguous whatever its strides.
     q, angles = torch.randn(2, 3, 1, 8), torch.randn(2, 2, 1, 8)
-    found = apply_rotary_pos_emb(q, q, *pending_module.make_angles(*angles))[0]
+    found = apply_rotary_pos_emb(q, q, *angles_module.make_angles(*angles))[0]
     torch.testing.assert_close(found, apply_rotary_pos_emb(q, q, *angles)[0])
 
 
@@ -155,9 +161,9 @@ ODD: dict[str, tuple[Tensor, Tensor, Tensor, int]] = {
 def test_angles_that_do_not_fit_are_multiplied_as_they_are(what: str) -> None:
     q, cosine, sine, dim = ODD[what]
     expected = apply_rotary_pos_emb(q, q, cosine, sine, dim)[0]
-    angles = pending_module.make_angles(cosine, sine)
+    angles = angles_module.make_angles(cosine, sine)
     found = apply_rotary_pos_emb(q, q, *angles, dim)[0]
-    assert angles[0].of.taken == 0
+    assert angles[0].angles.taken == 0
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected)
 
@@ -165,29 +171,19 @@ def test_angles_that_do_not_fit_are_multiplied_as_they_are(what: str) -> None:
 def test_angles_for_fewer_tokens_are_an_error() -> None:
     with pytest.raises(RuntimeError):
         apply_rotary_pos_emb(
-            torch.ones(1, 3, 9, 8), torch.ones(1, 3, 9, 8), *pending_module.make_angles(*torch.rand(2, 1, 5, 8))
+            torch.ones(1, 3, 9, 8), torch.ones(1, 3, 9, 8), *angles_module.make_angles(*torch.rand(2, 1, 5, 8))
         )
 
 
 def test_what_was_not_foreseen_gets_the_tensor() -> None:
-    gate, up = torch.randn(2, 5, 8)
-    activated, silu = pending_module.Activated(gate), F.silu(gate)
-    for found, expected in (
-        (activated * up, silu * up), (up * activated, up * silu), (activated * 2, silu * 2),
-        (activated + up, silu + up),
-        (activated[1], silu[1]), (activated.sum(), silu.sum()), (F.dropout(activated, 0.0), silu),
-        (torch.cat([activated, up]), torch.cat([silu, up])), (activated * up[:1], silu * up[:1]),
-        (activated * up.double(), silu * up.double()),
-    ):  # fmt: skip
-        assert found.dtype == expected.dtype
-        torch.testing.assert_close(found, expected)
-    assert activated.shape == silu.shape
     both = torch.randn(2, 1, 5, 8)
-    cosine, sine = pending_module.make_angles(*both)
+    cosine, sine = angles_module.make_angles(*both)
     q = torch.randn(1, 3, 5, 8)
     for found, expected in (
         (cosine.unsqueeze(1).unsqueeze(1), both[0][:, None, None]), (q * cosine, q * both[0]),
         (q + sine.unsqueeze(1), q + both[1][:, None]), (sine[0], both[1][0]), (cosine.double(), both[0].double()),
+        (cosine * 2, both[0] * 2), (cosine + q, both[0] + q), (cosine * q, both[0] * q), (cosine.sum(), both[0].sum()),
+        (F.dropout(cosine, 0.0), both[0]), (torch.cat([cosine, sine]), both.flatten(0, 1)),
         ((q * cosine.unsqueeze(1)) + q, q * both[0][:, None] + q),
         ((q * sine.unsqueeze(1)) + (q * cosine.unsqueeze(1)), q * both.sum(0)[:, None]),
         ((q * cosine.unsqueeze(1)).cos(), (q * both[0][:, None]).cos()),
@@ -298,7 +294,7 @@ OTHERS: dict[str, Callable[[PeftModel], object]] = {
 
 
 def looked_at(model: PeftModel) -> list[nn.Module]:
-    """The modules that do not run, or are given something else."""
+    """The modules that a pass computes, or computes the work of: it calls all of a block but its activation."""
     found = passes.known(model).items()
     return [module.act_fn if kind is gate_module.Gate else module for module, kind in found]
 
@@ -307,25 +303,58 @@ def _look(*_: object) -> None:
     pass
 
 
+EVERYTHING = ("rms_norm", "gated", "rotated")
+LEFT = dict.fromkeys(("trained", "another dtype"), ("rms_norm",)) | {
+    what: ("gated",) for what in OTHERS if "hook" in what
+}
+
+
 @pytest.mark.parametrize("what", OTHERS)
 def test_what_is_left_to_the_module(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the result of plain PEFT."""
     model, plain = (make_model().train() for _ in range(2))
-    for of in (model, plain):
-        OTHERS[what](of)
+    for each in (model, plain):
+        OTHERS[what](each)
     celora.attach(model, FUSED)
     if what == "no kernels":
         without(monkeypatch, "c")
-    seen: list[tuple[Any, ...]] = []
-    left = {"rms_norm"} if what in ("trained", "another dtype") else {"rms_norm", "gated", "rotated"}
-    if what in ("a hook", "a pre-hook", "a backward hook"):  # they see nothing of an attention's angles
-        left.remove("rotated")
-    for name in left:
-        patch_all(monkeypatch, f"celora.numerics.passes:{name}", lambda *args, **kwargs: seen.append(args))
+    seen: Counter[str] = Counter()
+    for name in EVERYTHING:
+        function = getattr(passes_module, name)
+
+        def counted(*args: Any, name: str = name, function: Any = function, **kwargs: Any) -> Any:
+            seen[name] += 1
+            return function(*args, **kwargs)
+
+        patch_all(monkeypatch, f"celora.numerics.passes:{name}", counted)
     batch = {"input_ids": torch.randint(3, 61, (2, 9))}
     found, expected = gradients(model, batch), gradients(plain, batch)
-    assert not seen
+    assert set(seen) == set(EVERYTHING) - set(LEFT.get(what, EVERYTHING))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_hooks_of_others_see_what_they_saw() -> None:
+    """A norm's, a block's and an attention's: what goes in, angles and all, what comes out, and the gradient."""
+    model, plain = (make_model().train() for _ in range(2))
+    celora.attach(model, FUSED)
+    seen: dict[int, list[Tensor]] = {}
+    for number, each in enumerate((model, plain)):
+        each.enable_input_require_grads()
+        tensors: list[Tensor] = seen.setdefault(number, [])
+
+        def look(module: nn.Module, *values: Any, tensors: list[Tensor] = tensors) -> None:
+            tensors.extend(value.detach() for value in tree_leaves(values) if isinstance(value, Tensor))
+
+        layer = each.base_model.model.model.layers[1]
+        for module in (layer.input_layernorm, layer.mlp, layer.self_attn):
+            module.register_forward_pre_hook(look, with_kwargs=True)
+            module.register_forward_hook(look, with_kwargs=True)
+            if module is not layer.self_attn:  # whose arguments have names, of which such hooks know nothing
+                module.register_full_backward_hook(look)
+        gradients(each, {"input_ids": torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(3))})
+    assert len(seen[0]) == len(seen[1]) == 19
+    for found, expected in zip(seen[0], seen[1], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -333,7 +362,7 @@ def test_what_is_left_to_the_module(what: str, monkeypatch: pytest.MonkeyPatch) 
 def test_norms_are_recognised(kind: Any, dtype: torch.dtype) -> None:
     norm = kind(48).to(dtype)
     nn.init.normal_(norm.weight)
-    found = norm_module._recognise(norm, norm.weight.detach(), 1e-6)
+    found = norm_module.recognise(norm)
     assert found is not None
     assert found.offset == NORMS[kind][0]
     assert found.rounds == NORMS[kind][1] or dtype == torch.float32  # where nothing is rounded
@@ -473,41 +502,100 @@ def test_unknown_formulas_are_left_alone() -> None:
     expected = gradients(model, batch)
     celora.attach(model, FUSED)
     torch.testing.assert_close(gradients(model, batch), expected, rtol=1e-4, atol=1e-7)
-    (hook,) = (of for of in layer.input_layernorm._forward_pre_hooks.values())
-    assert hook.__self__._tried == {torch.float32: None}
+    assert layer.input_layernorm.forward.tried == {torch.float32: None}
 
 
 def test_a_copy_of_a_part_and_a_detached_model_are_plain() -> None:
     model = make_model().train()
-    untouched = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    untouched = {name: sorted(vars(module)) for name, module in model.named_modules()}
     norm = model.base_model.model.model.norm
     celora.attach(model, FUSED)
-    assert len(norm._forward_hooks) == 1
-    part = copy.deepcopy(norm)
-    (hook,) = part._forward_pre_hooks.values()
-    assert not hook.__self__.switch.on
-    whole = copy.deepcopy(model)
-    (hook,) = whole.base_model.model.model.norm._forward_pre_hooks.values()
-    assert hook.__self__.switch.on
+    assert norm.forward.switch.on
+    assert not copy.deepcopy(norm).forward.switch.on
+    assert copy.deepcopy(model).base_model.model.model.norm.forward.switch.on
     celora.detach(model)
-    assert untouched == {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    assert untouched == {name: sorted(vars(module)) for name, module in model.named_modules()}
 
 
-def test_an_interrupted_norm_forgets_its_result() -> None:
-    norm = LlamaRMSNorm(16).requires_grad_(False).train()
-    hook = norm_module.Norm(Switch())
-    hook.under(norm)
-    x = torch.randn(3, 16, requires_grad=True)
-    norm(x)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaRMSNorm, "forward", _interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            norm(x)
-    assert hook.held is not None
-    copy.deepcopy(norm)
-    norm.eval()
-    assert norm(2 * x).equal(LlamaRMSNorm(16)(2 * x))
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded: nn.Module = torch.load(buffer, weights_only=False)
+    return loaded
 
 
-def _interrupted(*_: object) -> Tensor:
-    raise KeyboardInterrupt
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+def test_a_copy_computes_with_its_own_weights(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model, batch = make_model().train(), {"input_ids": torch.randint(3, 61, (2, 9))}
+    celora.attach(model, FUSED)
+    expected = model(**batch).logits
+    other = copied(model)
+    for module, kind in passes.known(other).items():
+        assert type(module.forward) is kind
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert not other(**batch).logits.any()
+    assert model(**batch).logits.equal(expected)
+    original = weakref.ref(model.base_model.model.model.norm)
+    del model
+    gc.collect()
+    assert original() is None
+    assert not other(**batch).logits.any()
+
+
+def test_a_forward_without_its_module_says_so() -> None:
+    norm = LlamaRMSNorm(16)
+    norm_module.Norm(Switch()).under(norm)
+    forward = norm.forward
+    del norm
+    with pytest.raises(CELoraError, match=r"copy modules by copy\.deepcopy"):
+        forward(torch.ones(2, 16))
+
+
+def test_a_forward_that_a_user_puts_on_top_is_kept() -> None:
+    model, batch = make_model().train(), {"input_ids": torch.randint(3, 61, (2, 9))}
+    norm = model.base_model.model.model.norm
+    celora.attach(model, FUSED)
+    expected, ours = 2 * model(**batch).logits, norm.forward
+    norm.forward = lambda x: 2 * ours(x)
+    torch.testing.assert_close(model(**batch).logits, expected)
+    mine = norm.forward
+    for _ in range(2):
+        celora.detach(model)
+        assert norm.forward is mine
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+        celora.attach(model, FUSED)
+    assert norm not in passes.known(model)
+
+
+@pytest.mark.parametrize("detached", ["before", "after", "never"])
+def test_hooks_of_accelerate_around_it(detached: str) -> None:
+    """They keep the forward that they replace, and put it back."""
+    model, batch = make_model().train(), {"input_ids": torch.randint(3, 61, (2, 9))}
+    celora.attach(model, FUSED)
+    expected = model(**batch).logits
+    modules = list(passes.known(model))
+    for module in modules:
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    assert model(**batch).logits.equal(expected)
+    if detached == "before":
+        celora.detach(model)
+    for module in modules:
+        remove_hook_from_module(module)
+    if detached == "after":
+        celora.detach(model)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    for module in modules:
+        assert isinstance(module.forward, OwnForward) is (detached == "never")
+
+
+def test_a_machine_of_several_accelerators_may_copy_modules_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nn.DataParallel does: a copy has all attributes of the original, so its forward would be the original's."""
+    model = make_model()
+    celora.attach(model, FUSED)
+    norm = model.base_model.model.model.norm
+    assert norm._replicate_for_data_parallel().forward is norm.forward
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert not passes.known(model)

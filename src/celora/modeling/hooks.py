@@ -1,26 +1,27 @@
-"""Which hooks are celora's, which may see that a batch is packed, and how celora's are taken off."""
+"""Which hooks and forwards of a module are celora's, and how they are taken off."""
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 
 class Hook:
-    """Owns hooks of celora's, which are so told from a user's."""
+    """Owns hooks of celora's, or is a forward of celora's; by this class they are told from a user's."""
 
     def settle(self, module: nn.Module) -> None:
         """Put back what a forward that was interrupted has left half-way in this module."""
 
 
 def is_ours(hook: Any) -> bool:
-    """Whether this is a hook of celora's."""
+    """Whether this hook, or forward, is celora's."""
     return isinstance(getattr(hook, "__self__", hook), Hook)
 
 
 def remove(module: nn.Module) -> None:
-    """Take every hook of `install` (and of `celora.modeling.fused`, and every graft) off this one module."""
+    """Take every hook and forward of celora's off this one module."""
     settle(module)
     tables: list[list[dict[int, Any]]] = [
         [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs],
@@ -30,10 +31,15 @@ def remove(module: nn.Module) -> None:
         for key in [key for key, hook in hooks.items() if is_ours(hook)]:
             for of in (hooks, *marks):
                 of.pop(key, None)
+    own = module.__dict__
+    if is_ours(own.get("forward")):
+        del own["forward"]
+    if is_ours(own.get("_old_forward")):  # where accelerate's hooks keep the forward that they replaced
+        own["_old_forward"] = MethodType(type(module).forward, module)
 
 
 def settle(module: nn.Module) -> None:
-    """Put back what a forward that was interrupted has left as it was half-way, in this one module."""
+    """Put back what a forward that was interrupted has left half-way in this one module."""
     for hook in module._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, Hook):

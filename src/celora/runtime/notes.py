@@ -13,7 +13,7 @@ from celora.machine.timing import slower_than_float32
 from celora.modeling.adapter import vanilla_adapter
 from celora.modeling.language_model import find_language_model
 from celora.modeling.packing import cannot_pack
-from celora.modeling.passes import base as passes
+from celora.modeling.passes.own_forward import OwnForward
 from celora.modeling.survey import cannot_estimate, fuses
 from celora.settings.config import CELoraConfig
 from celora.weights.read import held
@@ -25,7 +25,7 @@ def whole_model_notes(
     model: nn.Module,
     tuners: Mapping[str, BaseTunerLayer],
     config: CELoraConfig,
-    known: Collection[type[passes.Pass]],
+    known: Collection[type[OwnForward]],
 ) -> list[str]:
     """What is done to the model beside its estimates, and why where something is not."""
     notes = []

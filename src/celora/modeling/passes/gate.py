@@ -1,4 +1,4 @@
-"""Hooks for the activation in a SwiGLU block."""
+"""The forward of a SwiGLU block, `down_proj(silu(gate_proj(x)) up_proj(x))`, whose middle is one pass."""
 
 from __future__ import annotations
 
@@ -11,37 +11,30 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from celora.modeling.passes.base import Pass, alone, gives, numbers
-from celora.modeling.passes.pending import Activated
-from celora.modeling.switch import Switch
+from celora.borrowed import borrow
+from celora.modeling.adapter import touched
+from celora.modeling.passes.own_forward import OwnForward, computable, gives, numbers, single
+from celora.numerics.passes import gated
 
 
-class Gate(Pass):
-    """Of the activation in a SwiGLU block, whose result is multiplied with another projection's."""
+class Gate(OwnForward):
+    """The forward of a SwiGLU block. It calls the projections, but not the activation, which nobody may watch then."""
 
     name, operation = "gates", "gated"
 
-    def __init__(self, switch: Switch) -> None:
-        super().__init__(switch)
-        self._inside = False  # of a block that multiplies
-
-    def under(self, module: Any) -> None:
-        """Hook the activation, and the block around it, whose own forward may be replaced."""
-        super().under(module.act_fn)
-        module.register_forward_pre_hook(self.entered)
-
-    def entered(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A forward pre-hook of the block."""
-        if torch.compiler.is_compiling():
-            return
-        self._inside = "forward" not in module.__dict__ and multiplies(type(module).forward)
-
-    def instead(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inside, self._inside = self._inside, False
-        if not inside or kwargs or len(args) != 1 or not self.takes(module, args[0]) or not alone(module):
-            return None
-        self.held = Activated(args[0])
-        return (args[0].detach()[:0],), {}
+    def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        x, activation = single(args, kwargs, "gated"), module.act_fn
+        if (
+            x is None
+            or not is_silu(activation)
+            or _watched(activation)
+            or not multiplies(type(module).forward, x.dtype)
+        ):
+            return type(module).forward(module, *args, **kwargs)
+        gate, up = module.gate_proj(x), module.up_proj(x)
+        fit = computable(gate, "gated") and type(up) is torch.Tensor
+        fit = fit and (up.dtype, up.shape, up.device) == (gate.dtype, gate.shape, gate.device)
+        return module.down_proj(gated(gate, up) if fit else activation(gate) * up)
 
 
 def is_silu(activation: object) -> bool:
@@ -50,9 +43,18 @@ def is_silu(activation: object) -> bool:
     return kind is nn.SiLU or (kind.__name__ == "SiLUActivation" and kind.__module__.startswith("transformers."))
 
 
+def _watched(activation: nn.Module) -> bool:
+    """Whether a hook, its own or one of all modules, or another forward waits for the activation to be called."""
+    everywhere = borrow("torch.nn.modules.module:_has_any_global_hook")
+    return touched(activation) or everywhere is None or bool(everywhere())
+
+
 @functools.cache
-def multiplies(forward: Callable[..., Any]) -> bool:
-    """Whether this, a block's forward, computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))`."""
-    x, gate, up = numbers(3, 2, 4)
-    block = SimpleNamespace(gate_proj=lambda _: gate, up_proj=lambda _: up, down_proj=lambda y: y, act_fn=Activated)
-    return gives(lambda: forward(block, x), F.silu(gate) * up)
+def multiplies(forward: Callable[..., Any], dtype: torch.dtype = torch.float32) -> bool:
+    """Whether a block's forward computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))` in this dtype.
+
+    The trial is a block that has only these four: a forward that asks for anything else is another one.
+    """
+    block = SimpleNamespace(gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.exp, act_fn=F.silu)
+    x = numbers(1, 3, 4).to(dtype)
+    return gives(lambda: forward(block, x), (F.silu(x.sin()) * x.cos()).exp())

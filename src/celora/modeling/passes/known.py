@@ -11,15 +11,14 @@ float32 copies of it; a SwiGLU gate and a rotary embedding do so more than ten t
 and of all that is as large as x, only x, gate and up are saved. (On GPUs this is what Liger is for; celora does not do
 it there.)
 
-Modules keep their class and their `forward`; hooks do everything:
+Modules keep their class. Each gets a `forward` of its own (`OwnForward`), in front of its class's:
 
-- The pre-hook of a norm or an activation computes the result, or keeps the input, and lets the forward run on none of
-  the tokens. The forward hook then puts the result in the place of what the forward returned.
-- For an activation, and for the cosine and sine that an attention is given, what is put in place is a stand-in
-  (`_Pending`). Multiplied as in the formulas it becomes the one pass; torch's functions, and whoever asks for an
-  attribute, get the tensor that it stands for. (An attention's own `half(q)` is still computed, and not used.)
+- A norm's computes the formula.
+- A SwiGLU block's calls the block's projections, and computes the formula between them.
+- An attention's calls the class's forward with stand-ins for the cosine and the sine (`celora.modeling.passes.angles`).
 
-What a class computes is not known by its name but by trying it; what is none of these formulas is left alone.
+What a class computes is not known by its name but by trying it; what is none of these formulas is left alone. So is a
+module whose `forward` somebody else has replaced.
 """
 
 from __future__ import annotations
@@ -30,18 +29,27 @@ import torch
 from torch import nn
 
 from celora.kernels.operations import available
-from celora.modeling.passes.base import Pass
+from celora.modeling.hooks import is_ours
 from celora.modeling.passes.gate import Gate, is_silu, multiplies
 from celora.modeling.passes.norm import Norm, epsilon
+from celora.modeling.passes.own_forward import OwnForward
 from celora.modeling.passes.rotation import Rotation, turn_of, turns
 
 
-def known(model: nn.Module) -> dict[nn.Module, type[Pass]]:
-    """The modules under `model` that can be hooked, each with its hooks; none where there are no compiled kernels."""
-    found: dict[nn.Module, type[Pass]] = {}
-    for module in model.modules() if available("rms_norm", torch.empty(1, device="cpu")) else ():
+def known(model: nn.Module) -> dict[nn.Module, type[OwnForward]]:
+    """The modules under `model` that can be computed so, each with its pass.
+
+    There are none without compiled kernels. Nor are there any on machines with several accelerators, where
+    `nn.DataParallel` may copy the model: its copies of a module would call the forward of the original.
+    """
+    found: dict[nn.Module, type[OwnForward]] = {}
+    if not available("rms_norm", torch.empty(1, device="cpu")) or torch.accelerator.device_count() > 1:
+        return found
+    for module in model.modules():
         kind = type(module)
         if any(p.device.type != "cpu" for p in itertools.islice(module.parameters(), 1)):
+            continue
+        if "forward" in module.__dict__ and not is_ours(module.forward):
             continue
         if kind.__name__.endswith("RMSNorm") and epsilon(module):
             if [name for name, _ in module.named_parameters()] == ["weight"]:

@@ -1,4 +1,4 @@
-"""Hooks for an RMS norm. The first call in each dtype finds out by trial which variant it is."""
+"""The forward of an RMS norm. The first call in each dtype finds out by trial which variant it is."""
 
 from __future__ import annotations
 
@@ -8,67 +8,71 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from celora.modeling.passes.base import Pass, alone, numbers
+from celora.modeling.passes.own_forward import OwnForward, numbers, single
 from celora.modeling.switch import Switch
 from celora.numerics.passes import rms_norm
 
 
 @dataclass(frozen=True)
-class _NormKind:
+class _Variant:
     """One of the RMS norms there are: the arguments of `rms_norm`."""
 
     offset: float
     rounds: bool
 
 
-_NORMS = (_NormKind(0.0, rounds=True), _NormKind(0.0, rounds=False), _NormKind(1.0, rounds=False))
+_VARIANTS = (_Variant(0.0, rounds=True), _Variant(0.0, rounds=False), _Variant(1.0, rounds=False))
 
 
-class Norm(Pass):
-    """Of an RMS norm; which one it is, the first call in each dtype tries."""
+class Norm(OwnForward):
+    """The forward of an RMS norm with a frozen weight."""
 
     name, operation = "RMS norms", "rms_norm"
 
     def __init__(self, switch: Switch) -> None:
         super().__init__(switch)
-        self._tried: dict[torch.dtype, _NormKind | None] = {}
+        self.tried: dict[torch.dtype, _Variant | None] = {}
 
-    def instead(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs or len(args) != 1 or not self.takes(module, args[0]) or not alone(module):
-            return None
-        x, weight = args[0], module.weight
+    def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        x = single(args, kwargs, "rms_norm")
+        variant = None if x is None else self._variant(module, x)
+        if x is None or variant is None:
+            return type(module).forward(module, *args, **kwargs)
+        return rms_norm(x, module.weight.detach(), epsilon(module), offset=variant.offset, rounds=variant.rounds)
+
+    def _variant(self, module: Any, x: Tensor) -> _Variant | None:
+        """Which RMS norm this is for x; None if the pass does not compute it."""
+        weight = module.weight
         if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype != x.dtype:
             return None
         if weight.device != x.device or weight.shape != x.shape[-1:] or not weight.is_contiguous():
             return None
-        weight, eps = weight.detach(), epsilon(module)
-        if x.dtype not in self._tried:
-            self._tried[x.dtype] = _recognise(module, weight, eps)
-        kind = self._tried[x.dtype]
-        if kind is None:
-            return None
-        self.held = rms_norm(x, weight, eps, offset=kind.offset, rounds=kind.rounds)
-        return (x.detach()[:0],), {}
+        if x.dtype not in self.tried:
+            self.tried[x.dtype] = recognise(module)
+        return self.tried[x.dtype]
 
 
 def epsilon(module: nn.Module) -> float:
-    """Of an RMS norm; 0 if it has none that is known."""
+    """The epsilon of an RMS norm; 0 if it has none that is known."""
     found = next((value for name in ("variance_epsilon", "eps") if (value := getattr(module, name, None))), 0.0)
     return found if isinstance(found, float) else 0.0
 
 
-def _recognise(module: nn.Module, weight: Tensor, eps: float) -> _NormKind | None:
-    """Which RMS norm this is, by its own forward; None if it is none of those that are known."""
+@torch.no_grad()
+def recognise(module: Any) -> _Variant | None:
+    """Which RMS norm this is, by what its class's forward makes of a few numbers; None if it is no known one."""
+    weight, eps = module.weight.detach(), epsilon(module)
     x = numbers(4, len(weight)).to(weight.dtype)
-    with torch.no_grad():
-        try:
-            expected, nothing = module.forward(x), module.forward(x[:0])
-        except Exception:  # not of such a shape
-            return None
-        if not isinstance(expected, Tensor) or (expected.dtype, expected.shape) != (x.dtype, x.shape) or len(nothing):
-            return None
-        found = {kind: rms_norm(x, weight, eps, offset=kind.offset, rounds=kind.rounds) for kind in _NORMS}
-        errors = {kind: (of - expected).abs() for kind, of in found.items()}
-        nearest = min(_NORMS, key=lambda kind: float(errors[kind].sum()))
-        allowed = 4 * torch.finfo(x.dtype).eps * expected.abs()
-        return nearest if bool((errors[nearest] <= allowed).all()) else None
+    try:
+        expected = type(module).forward(module, x)
+    except Exception:  # it takes no such shape
+        return None
+    if not isinstance(expected, Tensor) or (expected.dtype, expected.shape) != (x.dtype, x.shape):
+        return None
+    errors = {
+        variant: (rms_norm(x, weight, eps, offset=variant.offset, rounds=variant.rounds) - expected).abs()
+        for variant in _VARIANTS
+    }
+    nearest = min(_VARIANTS, key=lambda variant: float(errors[variant].sum()))
+    allowed = 4 * torch.finfo(x.dtype).eps * expected.abs()
+    return nearest if bool((errors[nearest] <= allowed).all()) else None

@@ -1,4 +1,4 @@
-"""Hooks for an attention that turns queries and keys by rotary embeddings."""
+"""The forward of an attention that turns queries and keys by rotary embeddings."""
 
 from __future__ import annotations
 
@@ -11,30 +11,29 @@ import torch
 from torch import Tensor
 
 from celora.kernels.operations import available
-from celora.modeling.passes.base import Pass, gives, numbers
-from celora.modeling.passes.pending import make_angles
+from celora.modeling.passes.angles import make_angles
+from celora.modeling.passes.own_forward import OwnForward, computable, gives, numbers
 
 _TURN = "apply_rotary_pos_emb"  # in every decoder of Transformers that has rotary embeddings
 
 
-class Rotation(Pass):
-    """Of an attention, whose queries and keys are turned by the angles that it is given."""
+class Rotation(OwnForward):
+    """The class's forward of an attention, with stand-ins for the cosine and the sine that it is given.
 
-    name, operation = "rotations", "rotate"
+    Each family of models has an attention of its own, which calls a function of its own module to turn. Neither can be
+    replaced for one model alone.
+    """
 
-    def under(self, module: Any) -> None:
-        """Hook the attention; its output stays what it is."""
-        module.register_forward_pre_hook(self.before, with_kwargs=True)
+    name = "rotations"
 
-    def instead(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        angles, x = kwargs.get("position_embeddings"), kwargs.get("hidden_states")
-        if not isinstance(angles, tuple) or len(angles) != 2 or not self.takes(module, x):
-            return None
-        if len(module._forward_pre_hooks_with_kwargs) > 1 or module._forward_hooks_with_kwargs:
-            return None  # who else is given the angles
-        if not all(_usable(of) for of in angles) or not turns(type(module).forward, turn_of(type(module).forward)):
-            return None
-        return args, kwargs | {"position_embeddings": make_angles(*angles)}
+    def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        forward = type(module).forward
+        angles: Any = kwargs.get("position_embeddings")
+        x = kwargs.get("hidden_states")
+        fit = isinstance(angles, tuple) and len(angles) == 2 and computable(x, "rotate") and all(map(_usable, angles))
+        if fit and turns(forward, turn_of(forward)):
+            kwargs["position_embeddings"] = make_angles(*angles)
+        return forward(module, *args, **kwargs)
 
 
 def _usable(angle: Any) -> bool:
@@ -46,7 +45,7 @@ def _usable(angle: Any) -> bool:
 
 @functools.cache
 def turns(forward: Callable[..., Any], turn: Callable[..., Any] | None) -> bool:
-    """Whether this, an attention's forward, is given angles, and by `turn` turns queries and keys by them as above."""
+    """Whether an attention's forward is given angles, and turns queries and keys by them with `turn`, in one pass."""
     code = getattr(inspect.unwrap(forward), "__code__", None)
     if code is None or turn is None or "position_embeddings" not in code.co_varnames[: code.co_argcount]:
         return False
@@ -59,7 +58,7 @@ def turns(forward: Callable[..., Any], turn: Callable[..., Any] | None) -> bool:
         expected = torch.cat(turn(q, k, cosine, sine), 1)
     except Exception:  # of another kind than this
         return False
-    return gives(lambda: torch.cat(turn(q, k, *angles), 1), expected) and angles[0].of.taken == 2
+    return gives(lambda: torch.cat(turn(q, k, *angles), 1), expected) and angles[0].angles.taken == 2
 
 
 def turn_of(forward: Callable[..., Any]) -> Callable[..., Any] | None:

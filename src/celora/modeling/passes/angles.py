@@ -1,4 +1,8 @@
-"""Stand-ins for tensors, which become one pass once it is known what is computed from them."""
+"""Stand-ins for the cosine and the sine of a rotary embedding.
+
+`q cos + half(q) sin` of them is one pass over q. To everything else that an attention does with them they are the
+tensors that they stand for. (An attention's own `half(q)` is still computed, and not used.)
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from celora.numerics.passes import gated, rotated
+from celora.numerics.passes import rotated
 
 
-class _Pending(ABC):
+class StandIn(ABC):
     """Stands for a tensor until it is known what is made of it.
 
-    Python's operators on it, products and sums apart, are errors; no forward that was tried has others.
+    Python's operators on it, products, sums and indices apart, are errors; no forward that was tried has others.
     """
 
     @abstractmethod
@@ -45,38 +48,23 @@ class _Pending(ABC):
         cls, function: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> Any:
         product = function in (Tensor.mul, Tensor.__mul__) and not kwargs
-        if product and isinstance(args[1], _Pending) and isinstance(args[0], Tensor):
+        if product and isinstance(args[1], StandIn) and isinstance(args[0], Tensor):
             return args[1].times(args[0])
-        args, kwargs = _without_pending((args, kwargs or {}))
+        args, kwargs = _tensors((args, kwargs or {}))
         return function(*args, **kwargs)
 
 
-def _without_pending(value: Any) -> Any:
+def _tensors(value: Any) -> Any:
     """The same arguments of a torch function, with the tensor in the place of each stand-in."""
-    if isinstance(value, _Pending):
+    if isinstance(value, StandIn):
         return value.tensor()
     if isinstance(value, dict):
-        return {key: _without_pending(of) for key, of in value.items()}
-    return type(value)(map(_without_pending, value)) if type(value) in (tuple, list) else value
-
-
-@dataclass(frozen=True, eq=False)
-class Activated(_Pending):
-    """`silu(gate)`."""
-
-    gate: Tensor
-
-    def tensor(self) -> Tensor:
-        return F.silu(self.gate)
-
-    def times(self, other: Tensor) -> Tensor:
-        gate = self.gate
-        same = other.dtype == gate.dtype and other.shape == gate.shape and other.device == gate.device
-        return gated(gate, other) if same and type(other) is Tensor else self.tensor() * other
+        return {key: _tensors(inner) for key, inner in value.items()}
+    return type(value)(map(_tensors, value)) if type(value) in (tuple, list) else value
 
 
 @dataclass(eq=False)
-class _Angles:
+class Angles:
     """What one attention turns by: (B or 1, T, d) each; `taken` counts what was turned in one pass."""
 
     cosine: Tensor
@@ -89,51 +77,53 @@ class _Angles:
         if type(q) is not Tensor or q.dim() != 4 or cosine.shape != sine.shape:
             return False
         batch, _, tokens, size = q.shape
-        same = all(of.dtype == q.dtype and of.device == q.device for of in (cosine, sine))
+        same = all(angle.dtype == q.dtype and angle.device == q.device for angle in (cosine, sine))
         return same and cosine.shape in ((1, tokens, size), (batch, tokens, size))
 
 
 @dataclass(frozen=True, eq=False)
-class _Angle(_Pending):
+class Angle(StandIn):
     """The cosine or the sine in `q cos + half(q) sin`."""
 
-    of: _Angles
+    angles: Angles
     name: str
     dim: int | None = None  # at which the heads are
 
     def tensor(self) -> Tensor:
-        found: Tensor = getattr(self.of, self.name)
+        found: Tensor = getattr(self.angles, self.name)
         return found if self.dim is None else found.unsqueeze(self.dim)
 
     def times(self, other: Tensor) -> _Turned:
         return _Turned(other, self)
 
-    def matches(self, other: _Angle) -> bool:
+    def matches(self, other: Angle) -> bool:
         """Whether these are the cosine and the sine of the same angles, with heads where the kernels have them."""
-        return self.of is other.of and (self.name, other.name) == ("cosine", "sine") and self.dim == other.dim == 1
+        both = (self.name, other.name) == ("cosine", "sine")
+        return both and self.angles is other.angles and self.dim == other.dim == 1
 
     def unsqueeze(self, dim: int) -> Any:
-        return _Angle(self.of, self.name, dim) if self.dim is None else self.tensor().unsqueeze(dim)
+        return Angle(self.angles, self.name, dim) if self.dim is None else self.tensor().unsqueeze(dim)
 
 
 @dataclass(frozen=True, eq=False)
-class _Turned(_Pending):
+class _Turned(StandIn):
     """`q cos`, or `half(q) sin`."""
 
     x: Tensor
-    angle: _Angle
+    angle: Angle
 
     def tensor(self) -> Tensor:
         return self.x * self.angle.tensor()
 
     def __add__(self, other: Any) -> Tensor:
-        q, angle = self.x, self.angle
-        if isinstance(other, _Turned) and angle.matches(other.angle) and angle.of.fit(q):
-            angle.of.taken += 1
-            return rotated(q, angle.of.cosine, angle.of.sine)
-        return self.tensor() + (other.tensor() if isinstance(other, _Pending) else other)
+        q, angles = self.x, self.angle.angles
+        if isinstance(other, _Turned) and self.angle.matches(other.angle) and angles.fit(q):
+            angles.taken += 1
+            return rotated(q, angles.cosine, angles.sine)
+        return self.tensor() + (other.tensor() if isinstance(other, StandIn) else other)
 
 
-def make_angles(cosine: Tensor, sine: Tensor) -> tuple[_Angle, _Angle]:
-    both = _Angles(cosine, sine)
-    return _Angle(both, "cosine"), _Angle(both, "sine")
+def make_angles(cosine: Tensor, sine: Tensor) -> tuple[Angle, Angle]:
+    """Stand-ins for a cosine and a sine, (B or 1, T, d) each."""
+    both = Angles(cosine, sine)
+    return Angle(both, "cosine"), Angle(both, "sine")

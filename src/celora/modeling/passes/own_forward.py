@@ -1,0 +1,93 @@
+"""A forward of a module's own, in front of its class's: when it computes, and what becomes of copies."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from celora.errors import CELoraError
+from celora.kernels.operations import available
+from celora.modeling.graft import in_dispatch_mode
+from celora.modeling.hooks import Hook
+from celora.modeling.switch import Switch
+
+
+class OwnForward(Hook, ABC):
+    """The forward of one module, in one pass over its numbers.
+
+    It is the module's own attribute `forward`, which PyTorch calls in the place of the class's. Hooks, checkpoints and
+    whatever wraps a forward see the same arguments and the same kind of output as before, and a debugger steps into it.
+    Wherever its pass does not apply, it calls the class's forward.
+
+    Attributes:
+        name: what the module computes, in the plural.
+    """
+
+    name = "passes"
+
+    def __init__(self, switch: Switch) -> None:
+        self.switch = switch
+        self._module: Callable[[], nn.Module | None] = _nowhere
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the module, so that the forward of a copied module belongs to the copy."""
+        return {**self.__dict__, "_module": self._module()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._module = weakref.ref(state["_module"])
+
+    def under(self, module: nn.Module) -> None:
+        """Become the module's forward, until `celora.modeling.hooks.remove`."""
+        # Weak, because the module holds this object: a cycle would keep a dropped model's memory until collection.
+        self._module = weakref.ref(module)
+        module.__dict__["forward"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._module()
+        if module is None:
+            raise CELoraError("the module that this forward belongs to is gone; copy modules by copy.deepcopy.")
+        # torch.compile traces the class's forward. Modes look at every operator; selective checkpointing counts them.
+        if torch.compiler.is_compiling() or not (self.switch.on and module.training) or in_dispatch_mode():
+            return type(module).forward(module, *args, **kwargs)
+        return self.forward(module, *args, **kwargs)
+
+    @abstractmethod
+    def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """The output of a module that trains: in one pass, or by its class's forward where that does not fit."""
+
+
+def _nowhere() -> None:
+    """The module of a forward that has none yet."""
+
+
+def single(args: tuple[Any, ...], kwargs: dict[str, Any], operation: str) -> Tensor | None:
+    """The one argument of a call, if the kernels compute this operation of it."""
+    x = args[0] if len(args) == 1 and not kwargs else None
+    return x if computable(x, operation) else None
+
+
+def computable(x: object, operation: str) -> bool:
+    """Whether this is a plain tensor, not empty, of at least two dimensions, that a kernel of this operation takes."""
+    return type(x) is Tensor and x.dim() >= 2 and x.numel() > 0 and available(operation, x)
+
+
+def numbers(*shape: int) -> Tensor:
+    """Float32 numbers from -2 to 3, for trials."""
+    return torch.linspace(-2, 3, math.prod(shape), dtype=torch.float32, device="cpu").view(shape)
+
+
+def gives(tried: Callable[[], Any], expected: Tensor) -> bool:
+    """Whether the trial ends, with this result."""
+    try:
+        found = tried()
+    except Exception:  # what it computes is then something else
+        return False
+    same = isinstance(found, Tensor) and (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    return same and torch.allclose(found, expected)
