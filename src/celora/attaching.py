@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from celora.errors import CELoraError
 from celora.machine.processes import from_first, gathers, same_in_all
 from celora.modeling.assign import choose_estimator, last_block
-from celora.modeling.fused import FusedGraft, Lender
+from celora.modeling.fused import FusedGraft
 from celora.modeling.graft import LayerGraft
 from celora.modeling.hooks import remove
 from celora.modeling.language_model import find_language_model
@@ -176,9 +176,7 @@ def _graft_layer(
         graft = None if estimator is None else LayerGraft(estimator, switch)
     else:
         graft = FusedGraft(estimator or Dense(*shape_of(base)), switch)
-        lender = Lender(graft)
-        module.register_forward_pre_hook(lender.before, with_kwargs=True)
-        module.register_forward_hook(lender.after, always_call=True)
+        graft.over(module)
         if estimator is None:
             graft.mode = Mode.EXACT
     if graft is not None:

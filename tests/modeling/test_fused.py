@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 import celora
 from celora import CELoraConfig
 from celora.modeling.adapter import Adapter, vanilla_adapter
-from celora.modeling.fused import FusedGraft, Lender
+from celora.modeling.fused import FusedGraft
 from celora.modeling.switch import Mode
 from celora.numerics import reference
 from celora.runtime.attachment import require
@@ -51,15 +51,15 @@ def run(model: PeftModel, x: Tensor, g: Tensor) -> dict[str, Tensor]:
 def fused_calls(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[Adapter]:
     """Record what takes the fused path from now on."""
     seen: list[Adapter] = []
-    before = Lender.takes
+    before = FusedGraft.takes
 
-    def record(self: Lender, *args: Any) -> bool:
-        taken = before(self, *args)
-        if taken:
-            seen.append(self.lent[2])
-        return taken
+    def record(self: FusedGraft, *args: Any) -> bool:
+        takes = before(self, *args)
+        if takes:
+            seen.append(self.taken[0])
+        return takes
 
-    monkeypatch.setattr(Lender, "takes", record)
+    monkeypatch.setattr(FusedGraft, "takes", record)
     return seen
 
 
@@ -573,17 +573,17 @@ def test_a_copy_made_during_a_forward_is_whole() -> None:
     celora.attach(model, FUSED)
     tuner = model.base_model.model[0]
     copies: list[Any] = []
-    before = Lender.forward
+    before = FusedGraft.forward
 
-    def copying(self: Lender, module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def copying(self: FusedGraft, module: Any, *args: Any, **kwargs: Any) -> Tensor:
         copies.append(copy.deepcopy(module))
         return before(self, module, *args, **kwargs)
 
-    Lender.forward = copying  # type: ignore[method-assign]
+    FusedGraft.forward = copying  # type: ignore[method-assign]
     try:
         expected = model(x).detach()
     finally:
-        Lender.forward = before  # type: ignore[method-assign]
+        FusedGraft.forward = before  # type: ignore[method-assign]
     (copied,) = copies
     torch.testing.assert_close(copied(x).detach(), expected)
     assert tuner.lora_variant == copied.lora_variant == {}

@@ -8,10 +8,11 @@ layer. Here, with p = A x (T, r) and everything in the base's own dtype, as unde
 
 where `G W` is the layer's estimator's. Each line is a product that adds onto what is there already.
 
-The tuner layer keeps its class and its `forward`. PEFT's own `forward` hands the base layer's output to whatever
-`lora_variant` has under the adapter's name, and adds nothing of its own then. Hooks put an object of ours there for as
-long as PEFT needs to ask for it, from the end of the base layer's forward on. Where PEFT does not ask, or anything is
-not as it should be, PEFT's own path runs: nothing is left out or applied twice.
+The tuner layer keeps its class and its `forward`. PEFT's own `forward` gives the base layer's output to whatever stands
+in `lora_variant` under the adapter's name, and adds nothing of its own then. Hooks put the graft there from the end of
+the base layer's forward until PEFT has asked. A graft that stayed there would be asked by all that PEFT does with
+variants: merging, unmerging, conversion. Where PEFT does not ask, or something is not as it should be, PEFT's own path
+runs: nothing is left out or applied twice.
 """
 
 from __future__ import annotations
@@ -25,46 +26,40 @@ from torch.autograd.function import once_differentiable
 
 from celora.modeling.adapter import Adapter, looked_at, made_of, parts_of, touched, vanilla_adapter
 from celora.modeling.graft import LayerGraft, in_dispatch_mode, remember, without_autocast
-from celora.modeling.hooks import Hook
+from celora.modeling.switch import Switch
+from celora.numerics.estimators import Estimator
 from celora.weights.read import bias_of, held, trains
 
 _FEWEST_TOKENS = 96
 
 
 class FusedGraft(LayerGraft):
-    """A graft that leaves the layer's output to a lender whose forward is under way, if it takes it."""
-
-    lender: Lender | None = None
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        lender, self.lender = self.lender, None
-        if lender is not None and lender.takes(module, args, output):
-            return None
-        return super().__call__(module, args, output)
-
-
-class Lender(Hook):
-    """Computes the adapter of one tuner layer together with its base layer, as the variant of LoRA that PEFT asks.
+    """A graft that computes the adapter over its base layer, too, as the variant of LoRA that PEFT asks.
 
     Attributes:
-        lent: of the forward that is under way: the tuner layer, the adapter's name, the adapter and the input.
-        output: what the base layer has returned, while PEFT has this for a variant.
+        begun: a forward of the tuner layer until its base layer's ends: tuner layer, adapter's name, adapter and input.
+        taken: the same forward from then on, until PEFT asks its variant: adapter, input and the base layer's output.
     """
 
-    def __init__(self, graft: FusedGraft) -> None:
-        self.graft = graft
-        self.lent: tuple[Any, str, Adapter, Tensor] | None = None
-        self.output: Tensor | None = None
+    def __init__(self, estimator: Estimator, switch: Switch) -> None:
+        super().__init__(estimator, switch)
+        self.begun: tuple[Any, str, Adapter, Tensor] | None = None
+        self.taken: tuple[Adapter, Tensor, Tensor] | None = None
         self._casts = True
-        self._known: tuple[str, Any, Any, Any] | None = None  # name and modules of the adapter that was lent before
+        self._known: tuple[str, Any, Any, Any] | None = None  # name and modules of the adapter of the forward before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "lent": None, "output": None, "_known": None}
+        return {**super().__getstate__(), "begun": None, "taken": None, "_known": None}
+
+    def over(self, tuner: nn.Module) -> None:
+        """Hook the tuner layer; `under` hooks its base layer."""
+        tuner.register_forward_pre_hook(self.before, with_kwargs=True)
+        tuner.register_forward_hook(self.after, always_call=True)
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook (with kwargs) of the tuner layer."""
         self.settle(module)
-        if not (module.training and self.graft.switch.on) or kwargs or len(args) != 1 or not _enough(args[0]):
+        if not (module.training and self.switch.on) or kwargs or len(args) != 1 or not _enough(args[0]):
             return
         # Selective checkpointing, for one, keeps outputs of operators: of the base layer's, which would be added onto.
         if not torch.compiler.is_compiling() and in_dispatch_mode():
@@ -72,50 +67,57 @@ class Lender(Hook):
         adapter = self._adapter(module)
         if adapter is not None:
             (name,) = (name for name in module.active_adapters if name in module.lora_A)
-            self.lent, self.graft.lender = (module, name, adapter, args[0]), self
+            self.begun = module, name, adapter, args[0]
 
-    def takes(self, base: nn.Module, args: tuple[Any, ...], output: Tensor) -> bool:
-        """Stand in for the adapter if the base layer, which ends its forward with this output, is what it should be."""
-        assert self.lent is not None
-        module, name, _, x = self.lent
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """A forward hook of the base layer. It leaves the output to the adapter, or grafts it."""
+        begun, self.begun = self.begun, None
+        if begun is not None and self.takes(module, args, output, *begun):
+            return None
+        return super().__call__(module, args, output)
+
+    def takes(
+        self, base: nn.Module, args: tuple[Any, ...], output: Tensor, tuner: Any, name: str, adapter: Adapter, x: Tensor
+    ) -> bool:
+        """Become PEFT's variant if the base layer, which ends its forward with this output, is what it should be."""
         if len(args) != 1 or args[0] is not x or not base.training:
             return False
         weight = held(base)
         if trains(base) or (weight is not None and weight.is_meta):  # for a moment, as LoRA-GA has it; or offloaded
             return False
-        if not self.graft.knows(base, x, output):
+        if not self.knows(base, x, output):
             return False
         # Nothing of a second copy of x, in the adapter's dtype, is read here.
-        self.output, self._casts = output, module.cast_input_dtype_enabled
-        module.lora_variant[name], module.cast_input_dtype_enabled = self, False
+        self.taken, self._casts = (adapter, x, output), tuner.cast_input_dtype_enabled
+        tuner.lora_variant[name], tuner.cast_input_dtype_enabled = self, False
         return True
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """The tuner layer's output, which PEFT asks of a variant: `result` and what the adapter adds to it."""
-        lent, output = self.lent, self.output
+        taken = self.taken
         self.settle(module)
-        if lent is None or output is None or not _same(result, output):
+        if taken is None or not _same(result, taken[2]):
             A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
             added: Tensor = B(A(module.lora_dropout[active_adapter](x.to(A.weight.dtype))))
             return result + added.mul(module.scaling[active_adapter])
-        base, adapter, seen = module.get_base_layer(), lent[2], lent[3]
-        weight = self.graft.weight(base, result.dtype)
-        return lora_linear(seen, result, weight, bias_of(base), adapter, self.graft)
+        adapter, seen = taken[:2]
+        base = module.get_base_layer()
+        return lora_linear(seen, result, self.weight(base, result.dtype), bias_of(base), adapter, self)
 
     def after(self, module: Any, *_: Any) -> None:
         """A forward hook of the tuner layer that is always called."""
         self.settle(module)
 
     def settle(self, module: Any) -> None:
-        """Put back what is lent, of a forward too that was interrupted, and in a copy that was made during one."""
+        """Take the graft away from PEFT, also after a forward that was interrupted, or in a copy made during one."""
         for name, variant in list((getattr(module, "lora_variant", None) or {}).items()):
-            if isinstance(variant, Lender):
+            if isinstance(variant, FusedGraft):
                 del module.lora_variant[name]
                 module.cast_input_dtype_enabled = variant._casts
-        self.lent = self.output = self.graft.lender = None
+        self.begun = self.taken = None
 
     def _adapter(self, module: Any) -> Adapter | None:
-        """The adapter to lend. All of `vanilla_adapter` is looked at again only where something has changed."""
+        """The adapter to compute. All of `vanilla_adapter` is looked at again only where something has changed."""
         if torch.compiler.is_compiling():  # once a graph; a graph would be compiled anew for what is known later
             adapter = vanilla_adapter(module)
             return None if isinstance(adapter, str) else adapter
