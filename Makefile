@@ -1,8 +1,11 @@
 # `make demo` and `make test` set up everything they need: a virtual environment, the package, the model, the data.
+# The demo needs celora alone; tests and documentation install their extras into the same environment when they are run.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
+USE    := $(VENV)/.installed
+TEST   := $(VENV)/.installed-dev
+DOCS   := $(VENV)/.installed-docs
 LOWEST := .venv-lowest
 # One worker a core, each with a thread; a file's tests share what its fixtures made, so they stay together.
 SIDE_BY_SIDE ?= --numprocesses auto --maxprocesses 8 --dist loadfile
@@ -18,18 +21,20 @@ help:
 	@echo "make docs   build the documentation into build/site; a broken link is an error"
 	@echo "make bench  measure whole training steps on this machine"
 
-$(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "celora needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
+$(USE): pyproject.toml tools/environment.py
+	@$(PYTHON) tools/environment.py $(VENV)
 	@touch $@
 
-demo: $(STAMP)
-	$(BIN)/celora demo
+$(VENV)/.installed-%: $(USE)
+	@$(PYTHON) tools/environment.py $(VENV) $*
+	@touch $@
+
+demo: $(USE)
+	@$(BIN)/celora demo
 
 # One room of tests alone: make test ROOM=kernels.
-test: $(STAMP)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(addprefix tests/,$(ROOM))
+test: $(TEST) $(DOCS)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(addprefix tests/,$(ROOM))
 
 # What the results of a layer, a loss or a model depend on the CPU for.
 NUMERICS := tests/test_attach.py tests/weights tests/kernels tests/numerics tests/modeling tests/planning \
@@ -37,12 +42,13 @@ NUMERICS := tests/test_attach.py tests/weights tests/kernels tests/numerics test
 # An older CPU, or a limit for another: make test-plain LIMITS="ONEDNN_MAX_CPU_ISA=AVX512_CORE".
 LIMITS ?= ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 CELORA_KERNELS=0
 
-test-plain: $(STAMP)
-	env $(LIMITS) $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(NUMERICS)
+test-plain: $(TEST)
+	@env $(LIMITS) $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(NUMERICS)
 
 # What works with other libraries: their versions decide about these files, and about no others.
-CORE := $(NUMERICS) tests/cli tests/runtime $(addprefix tests/train/test_,$(addsuffix .py,arguments checkpointing data gguf loading \
-	run saving template truncation)) $(addprefix tests/whole/test_,$(addsuffix .py,distributed processes variants)) \
+CORE := $(NUMERICS) tests/cli tests/runtime $(addprefix tests/train/test_,$(addsuffix .py,arguments checkpointing data \
+	fingerprint gguf interrupt loading names planning prepare readers record resuming run saving template trainer \
+	truncation yaml_file)) $(addprefix tests/whole/test_,$(addsuffix .py,distributed processes variants)) \
 	tests/studies/test_stock_eval.py tests/project/test_borrowed.py
 
 # An environment of its own each: what is declared is what is tested. Old versions warn of what has gone since.
@@ -58,16 +64,16 @@ test-newest:
 	.venv-newest/bin/python -m pip install --quiet --pre --upgrade --editable '.[dev]'
 	.venv-newest/bin/python -m pytest $(SIDE_BY_SIDE) -W default $(CORE)
 
-lint: $(STAMP)
+lint: $(TEST)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: $(STAMP)
+docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(STAMP)
-	$(BIN)/celora bench
+bench: $(USE)
+	@$(BIN)/celora bench
 
 clean:
 	rm -rf $(VENV) $(LOWEST) .venv-newest dist build .pytest_cache .mypy_cache .ruff_cache
