@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_packing import model_of
+from test_packing import PACKED, model_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -27,7 +27,6 @@ import celora
 from celora import CELoraConfig, CELoraError
 from celora.kernels.c import library as kernels
 from celora.machine.memory import saved_for_backward
-from celora.modeling import packing
 from celora.modeling.passes import angles as angles_module
 from celora.modeling.passes import gate as gate_module
 from celora.modeling.passes import known as passes
@@ -216,7 +215,7 @@ FOUND: dict[str, dict[str, int]] = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", sorted(packing.MODELS))
+@pytest.mark.parametrize("kind", PACKED)
 def test_every_decoder(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is found is taken, recognised, and in the forward of every layer."""
     model = model_of(kind).to(dtype)

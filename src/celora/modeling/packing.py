@@ -16,14 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from celora.modeling.attention import LENGTHS, implementation, packing_pays, plain
+from celora.modeling.families import family_of
 from celora.numerics.select import grain
 
-# Decoders in which tokens meet in causal attention alone, and whose layers hand extra arguments on to it.
-MODELS = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma3_text", "granite", "olmo2", "phi3", "cohere"}
-)
 _LEAST_SAVING = 0.05  # of the tokens; for less, only a faster attention is worth the varying shapes
-_FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3")
 
 
 def measure(labelled: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -72,7 +68,9 @@ def pack(
         ours and packing_pays(_dtype(model), max(lengths), input_ids.device, masked=bool(masked))
     ):
         return None
-    window = getattr(config, "sliding_window", None)
+    family = family_of(config)
+    assert family is not None
+    window = getattr(config, family.window, None)
     if ours and window is not None and max(lengths) > window:
         return None  # full causal attention, which is what each sequence gets, would be another model's
     index = places(kept.flatten(), total)
@@ -125,11 +123,11 @@ def _dtype(model: Any) -> torch.dtype:
 def cannot_pack(model: nn.Module, look: Callable[[nn.Module], str] = lambda module: "") -> str:
     """Why batches of `model` have to stay padded, as it is now, or ''; `look` may find a reason in a module of it."""
     config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", type(model).__name__)
-    if kind not in MODELS:
-        return f"not known to be right for {kind!r} models"
+    family = family_of(config)
+    if family is None or not family.packs_with:
+        return f"not known to be right for {getattr(config, 'model_type', type(model).__name__)!r} models"
     name = implementation(config)
-    if name not in ("sdpa", *_FLASH_ATTENTION):
+    if name not in family.packs_with:
         return f"not with attn_implementation={name!r}"
     if name == "sdpa" and not plain():
         return "attn_implementation='sdpa' is not Transformers' own"

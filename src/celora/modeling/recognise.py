@@ -18,22 +18,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from celora.modeling.families import column
 from celora.numerics.head import Logits
 from celora.weights.sharded import whole
 
 IGNORED = -100
 POSITIONS = 4  # of each row, whose logits are looked at
-# Numbers that models multiply their logits with, or divide them by; or their hidden states.
-_SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier", "logits_scaling", "logits_mup_width_multiplier")
-_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _LARGEST = 8.0  # sinh(8) = 1490, and in no row more than 2300, which float16 can hold
 _LOSS_ROUNDING = 1e-5
 
 
 def settings(config: Any) -> dict[str, float]:
-    """The numbers in a model's configuration that may concern its logits, by name."""
+    """The numbers in a model's configuration that may scale or cap its logits, by the names that any family has."""
     text = config.get_text_config()
-    found = {name: getattr(text, name, None) for name in (*_SCALES, *_CAPS)}
+    found = {name: getattr(text, name, None) for name in (*column("scale"), *column("cap"))}
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float) and value}
 
 
@@ -56,8 +54,8 @@ class _Form:
 
 
 def _forms(numbers: dict[str, float], *, capped: bool) -> Iterator[_Form]:
-    caps = [None, *(numbers[name] for name in _CAPS if name in numbers)] if capped else [None]
-    factors = [(1.0, False), *itertools.product((numbers[n] for n in _SCALES if n in numbers), (False, True))]
+    caps = [None, *(numbers[name] for name in column("cap") if name in numbers)] if capped else [None]
+    factors = [(1.0, False), *itertools.product((numbers[n] for n in column("scale") if n in numbers), (False, True))]
     for (factor, divides), cap in itertools.product(factors, caps):
         yield _Form(factor, divides, cap)
 
