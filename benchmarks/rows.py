@@ -16,7 +16,7 @@ import torch
 from celora.machine import cpu as kernels
 from celora.machine.device import device_name
 
-RESULTS = Path(__file__).parent / "results"
+UNPACKED = "weights unpacked from 4 bits"  # of the demo's model, which comes as a Q4_1 file
 
 
 def conditions() -> dict[str, Any]:
@@ -42,9 +42,9 @@ def where(row: Mapping[str, Any]) -> str:
     return f"{row['cpu']}{about}, {threads}, torch {row['torch']}"
 
 
-def file_for(study: str, dtype: str, found: Sequence[Mapping[str, Any]]) -> Path:
-    """Where these rows of a study belong: those with matrix instructions in a file of their own."""
-    return RESULTS / f"{study}-{dtype}{'-amx' if found[0]['amx'] else ''}.jsonl"
+def machine(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells the machines of rows apart; rows of before `amx` are of CPUs without."""
+    return row["cpu"], bool(row.get("amx")), row.get("onednn_max_cpu_isa")
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -68,6 +68,21 @@ def read(path: Path) -> list[dict[str, Any]]:
 def found(path: Path) -> list[dict[str, Any]]:
     """The rows that a study has so far, none before it began."""
     return read(path) if path.exists() else []
+
+
+def select(path: Path, *, amx: bool, **wanted: Any) -> list[dict[str, Any]]:
+    """The rows of machines with matrix instructions, or of those without, that have these values."""
+    return [row for row in read(path) if bool(row.get("amx")) == amx and wanted.items() <= row.items()]
+
+
+def replace(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:
+    """Put rows in place of the earlier ones of the same machine that agree with one of them in these fields."""
+
+    def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return machine(row), *(row[field] for field in fields)
+
+    replaced = {key(row) for row in rows}
+    write(path, [*(row for row in found(path) if key(row) not in replaced), *rows])
 
 
 def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -13,28 +13,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.learning import convergence, quality, quality_tables, quality_tasks
 from tiny import save_tiny_model
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def studies(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import convergence
-    import quality
-    import quality_tables
-    import quality_tasks
-
-    return {m.__name__: m for m in (convergence, quality, quality_tables, quality_tasks)}
 
 
 @pytest.mark.parametrize("name", ["chat", "text", "chain_sum", "number_filtering"])
-def test_held_out_rows_are_not_trained_on(name: str, studies: dict[str, ModuleType]) -> None:
-    tasks = studies["quality_tasks"]
-    if name in tasks.GENERATED:
+def test_held_out_rows_are_not_trained_on(
+    name: str,
+) -> None:
+    if name in quality_tasks.GENERATED:
         pytest.importorskip("reasoning_gym")
-    task = tasks.task(name)
+    task = quality_tasks.task(name)
 
     def said(row: dict[str, Any]) -> str:
         return " ".join((row.get("text") or row["prompt"][-1]["content"]).casefold().split())
@@ -45,13 +34,12 @@ def test_held_out_rows_are_not_trained_on(name: str, studies: dict[str, ModuleTy
     assert not parts[0] & parts[2]
     assert not parts[1] & parts[2]
     assert len(parts[2]) == len(task.test)
-    first, again, other = (tasks.shuffled(task.train, seed, 50) for seed in (0, 0, 1))
+    first, again, other = (quality_tasks.shuffled(task.train, seed, 50) for seed in (0, 0, 1))
     assert first == again != other
 
 
-def test_judges(studies: dict[str, ModuleType], tmp_path: Path) -> None:
+def test_judges(tmp_path: Path) -> None:
     """Exact match is what greedy decoding says; the loss is transformers' own; batches change neither."""
-    tasks = studies["quality_tasks"]
     folder = save_tiny_model(tmp_path)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     rows = []
@@ -64,23 +52,23 @@ def test_judges(studies: dict[str, ModuleType], tmp_path: Path) -> None:
         answer = tokenizer.decode(ids[0, -3:])
         rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]})
     # The template ends a turn with <eos>, which a random model need not choose: judged with what it does choose.
-    contexts = [c for c, _ in tasks._encoded(tokenizer, rows)]
-    answers = [a for _, a in tasks._encoded(tokenizer, rows)]
+    contexts = [c for c, _ in quality_tasks._encoded(tokenizer, rows)]
+    answers = [a for _, a in quality_tasks._encoded(tokenizer, rows)]
     expected = []
     for context, answer in zip(contexts, answers, strict=True):
         ids = torch.tensor([context])
         for _ in answer:
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
         expected.append(ids[0, len(context) :].tolist() == answer)
-    assert tasks.exact_match(model, tokenizer, rows) == pytest.approx(sum(expected) / len(rows))
+    assert quality_tasks.exact_match(model, tokenizer, rows) == pytest.approx(sum(expected) / len(rows))
     losses, tokens = 0.0, 0
     for context, answer in zip(contexts, answers, strict=True):
         ids = torch.tensor([context + answer])
         labels = torch.tensor([[-100] * len(context) + answer])
         losses += model(ids, labels=labels).loss.item() * len(answer)
         tokens += len(answer)
-    assert tasks.loss(model, tokenizer, rows) == pytest.approx(losses / tokens, rel=1e-5)
-    assert tasks.loss(model, tokenizer, [{"text": "w1 w2 w3"}]) == pytest.approx(
+    assert quality_tasks.loss(model, tokenizer, rows) == pytest.approx(losses / tokens, rel=1e-5)
+    assert quality_tasks.loss(model, tokenizer, [{"text": "w1 w2 w3"}]) == pytest.approx(
         model(
             torch.tensor([tokenizer("w1 w2 w3")["input_ids"]]),
             labels=torch.tensor([tokenizer("w1 w2 w3")["input_ids"]]),
@@ -96,13 +84,10 @@ def row(arm: str, seed: int, rate: float, validation: float, test: float, **more
     }  # fmt: skip
 
 
-def test_validation_chooses_and_test_is_reported(
-    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    quality, tables = studies["quality"], studies["quality_tables"]
+def test_validation_chooses_and_test_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
     monkeypatch.setattr(quality, "TIMES", tmp_path / "times.jsonl")
-    assert tables.scores() == "Not measured yet."
+    assert quality_tables.scores() == "Not measured yet."
     rows = [
         row("LoRA", 0, 1e-3, 0.5, 0.40), row("LoRA", 0, 2e-3, 0.4, 0.90), row("LoRA", 1, 1e-3, 0.5, 0.50),
         row("auto", 0, 1e-3, 0.5, 0.42), row("auto", 1, 1e-3, 0.5, 0.52),
@@ -111,20 +96,19 @@ def test_validation_chooses_and_test_is_reported(
     times = {"task": "chain_sum", "arm": "LoRA", "time_ms": 900.0, "threads": 2, "cpu": "a CPU", "torch": "2"}
     quality.TIMES.write_text(json.dumps(times) + "\n")
     assert quality.best_rate("chain_sum", "LoRA", 60) == 1e-3
-    lines = tables.scores().splitlines()
+    lines = quality_tables.scores().splitlines()
     assert lines[2] == "| chain_sum | exact match | LoRA | 60 | 900 ms | 0.001 of 2 | 2 | 45.0% (40.0% to 50.0%) |  |"
     assert lines[3].endswith("| 47.0% (42.0% to 52.0%) | +2.0 points (+2.0 points to +2.0 points) |")
-    missing = tables.missing()
+    missing = quality_tables.missing()
     assert "LoRA (3 of 5 runs)" in missing
     assert "`chat`: all arms" in missing
 
 
-def test_verdict(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One task is won, one lost by more than a point and an error; what has too few seeds is left out."""
-    quality, tables = studies["quality"], studies["quality_tables"]
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
     monkeypatch.setattr(quality, "TIMES", tmp_path / "none.jsonl")
-    assert tables.verdict() == "No task has all of its runs yet."
+    assert quality_tables.verdict() == "No task has all of its runs yet."
     ended = {  # task -> arm -> by how much its loss or accuracy differs from LoRA's at equal steps
         "chat": {"LoRA": 0.0, "auto": 0.005, "LoRA, auto's time": 0.02, "upper half, auto's time": 0.03},
         "chain_sum": {"LoRA": 0.0, "auto": -0.05, "LoRA, auto's time": -0.1, "upper half, auto's time": -0.04},
@@ -143,7 +127,7 @@ def test_verdict(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: py
     ]
     rows += [r | {"task": "text"} for r in rows if r["task"] == "chat" and r["seed"] < 2]
     quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    lines = tables.verdict().splitlines()
+    lines = quality_tables.verdict().splitlines()
     assert lines[2] == "| chain_sum | -5.0 ± 0.0 | no | +5.0 ± 0.0 | -1.0 ± 0.0 | no |"
     assert (
         lines[3] == "| number_filtering | -1.0 ± 0.0 | yes | +1.7 ± 0.0 | +1.7 ± 0.0 | yes |"
@@ -153,7 +137,7 @@ def test_verdict(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: py
     assert lines[-1].endswith("equal time: 2 of 3 in the mean, 2 of 3 beyond 95 % intervals.")
 
 
-def save_times(quality: ModuleType, task: str) -> None:
+def save_times(task: str) -> None:
     """Steps of 100, 60, 90 and 75 ms, so that 30 of LoRA's take as long as 40 of auto's."""
     times = {"LoRA": 100.0, "upper half": 60.0, "paper": 90.0, "auto": 75.0}
     quality.TIMES.write_text(
@@ -162,34 +146,27 @@ def save_times(quality: ModuleType, task: str) -> None:
 
 
 def test_times_measured_anew_leave_out_the_runs_of_the_old_budget(
-    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quality, tables = studies["quality"], studies["quality_tables"]
     monkeypatch.setattr(quality, "TIMES", tmp_path / "times.jsonl")
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
-    save_times(quality, "chain_sum")
+    save_times("chain_sum")
     arm = "LoRA, auto's time"
     rows = [row(arm, 0, 1e-3, 0.9, 0.9, steps=36), row(arm, 0, 1e-3, 0.5, 0.4, steps=30)]
-    assert tables.chosen(rows, "chain_sum", arm) == {0: rows[1]}
-    assert tables.chosen(rows[:1], "chain_sum", arm) == {}
+    assert quality_tables.chosen(rows, "chain_sum", arm) == {0: rows[1]}
+    assert quality_tables.chosen(rows[:1], "chain_sum", arm) == {}
     quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert f"{arm} (1 of 5 runs)" in tables.missing()
+    assert f"{arm} (1 of 5 runs)" in quality_tables.missing()
 
 
-def test_arms_of_equal_time_follow_the_measured_steps(
-    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    quality = studies["quality"]
+def test_arms_of_equal_time_follow_the_measured_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "TIMES", tmp_path / "times.jsonl")
     assert quality.steps_in_autos_time("chat") == {}
-    save_times(quality, "chat")
+    save_times("chat")
     assert quality.steps_in_autos_time("chat") == {"LoRA, auto's time": 30, "upper half, auto's time": 50}
 
 
-def test_only_the_rate_that_validation_prefers_is_tested(
-    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    quality = studies["quality"]
+def test_only_the_rate_that_validation_prefers_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # worse than the best before, level with it and of a higher loss, of a lower one, better
     validation = iter(((0.5, 1.0), (0.4, 0.5), (0.5, 1.1), (0.5, 0.9), (0.6, 2.0)))
 
@@ -209,9 +186,8 @@ def test_only_the_rate_that_validation_prefers_is_tested(
     ]  # fmt: skip
 
 
-def test_many_seeds(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each run once, whatever was there; differences are of the seeds that an arm shares with LoRA."""
-    quality, tables = studies["quality"], studies["quality_tables"]
     monkeypatch.setattr(quality, "MANY_SEEDS", tmp_path / "seeds.jsonl")
     made: list[tuple[str, int]] = []
 
@@ -226,18 +202,17 @@ def test_many_seeds(studies: dict[str, ModuleType], tmp_path: Path, monkeypatch:
     monkeypatch.setattr(quality, "_train", train)
     monkeypatch.setattr(quality, "_judged", judged)
     for seeds in ([0, 1], [0, 1], [0, 1, 2]):
-        assert tables.many_seeds() == "Not measured yet with three seeds."
+        assert quality_tables.many_seeds() == "Not measured yet with three seeds."
         quality.many_seeds(["chain_sum"], list(quality.SEEDED), seeds, 2e-3, tmp_path, lambda line: None)
     assert sorted(made) == [(arm, seed) for arm in ("LoRA", "auto", "auto 0.99", "exact") for seed in range(3)]
     quality.many_seeds(["chain_sum"], ["LoRA"], [3], 2e-3, tmp_path, lambda line: None)
-    lines = [line.split(" | ") for line in tables.many_seeds().splitlines()]
+    lines = [line.split(" | ") for line in quality_tables.many_seeds().splitlines()]
     assert lines[2][2:] == ["0.002", "4", "55.0% (12.9%)", "", "1.000 (0.000)", " |"]
     assert lines[5][3:] == ["3", "60.0% (10.0%)", "+10.0 ± 0.0 points", "0.900 (0.100)", "-0.100 ± 0.058 |"]
 
 
-def test_slopes(studies: dict[str, ModuleType]) -> None:
+def test_slopes() -> None:
     """A power law comes back with its exponent, and the committed rows show the rate of the theorem for both."""
-    convergence = studies["convergence"]
     made = [
         {"arm": "LoRA", "steps": steps, "seed": seed, "mean_squared_gradient": (2 + seed) * steps**-0.5}
         for seed in range(3)
@@ -256,14 +231,13 @@ def test_slopes(studies: dict[str, ModuleType]) -> None:
 
 
 def test_runs_what_is_missing_and_times_it(
-    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The study itself, on a tiny model: every arm, stopped and gone on with, each row once."""
-    quality, tasks = studies["quality"], studies["quality_tasks"]
     model = save_tiny_model(tmp_path / "model")
-    rows = [tasks._row(f"w{i} w{i + 1}", f"w{i % 7}") for i in range(30)]
-    tiny = tasks.Task("chat", "exact match", True, rows[:20], rows[20:25], rows[25:], tasks.exact_match)
-    monkeypatch.setattr(tasks, "task", lambda name: tiny)
+    rows = [quality_tasks._row(f"w{i} w{i + 1}", f"w{i % 7}") for i in range(30)]
+    tiny = quality_tasks.Task("chat", "exact match", True, rows[:20], rows[20:25], rows[25:], quality_tasks.exact_match)
+    monkeypatch.setattr(quality_tasks, "task", lambda name: tiny)
     for name, value in {"STEPS": 2, "BATCH": 2, "RESULTS": tmp_path / "q.jsonl", "TIMES": tmp_path / "t.jsonl"}.items():
         monkeypatch.setattr(quality, name, value)
     monkeypatch.setattr(quality, "demo_model", lambda: model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import datasets
 import pytest
 from transformers import AutoModelForCausalLM
 
+from benchmarks import tables
 from celora.cli.main import main
 from celora.train.rows.data import load_rows
 from tiny import save_rows, save_tiny_model
@@ -83,13 +83,12 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
 
 
-def test_pages_and_pictures_come_from_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    written = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["written"]()
+def test_pages_and_pictures_come_from_the_committed_rows() -> None:
+    written = tables.written()
     assert {ROOT / name for name in ("README.md", "docs/quality.md", "docs/quantised.md")} <= written.keys()
     assert set((ROOT / "docs").rglob("*.svg")) <= written.keys()
     for path, text in written.items():
-        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python benchmarks/tables.py"
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python -m benchmarks.tables"
 
 
 def test_a_number_in_a_sentence_leaves_the_sentence_whole() -> None:

@@ -126,7 +126,7 @@ def test_refresh_and_warm_up_steps_do_not_count_as_usual(tmp_path: Path) -> None
 
 
 def test_the_committed_rows_hold_what_the_demo_promises() -> None:
-    rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "demo.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (ROOT / "benchmarks" / "learning" / "demo.jsonl").read_text().splitlines()]
     of = {arm: [row["accuracy"] for row in rows if row["arm"] == arm] for arm in ("untouched", "LoRA", "CE-LoRA")}
     assert len(of["LoRA"]) == len(of["CE-LoRA"]) >= 3
     mean = {arm: sum(values) / len(values) for arm, values in of.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import runpy
 import subprocess
 import sys
 from collections.abc import Collection
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 import celora
+from benchmarks.scale import scaling
 from distributed_worker import ADAPTERS, COLUMNS, SCENARIOS, STEPS, configuration, global_batch
 from small import make_model
 
@@ -160,11 +160,6 @@ def gathered(of: list[dict[str, Any]], step: int, phase: str) -> int:
     return sum(n for name, n in of[0]["traffic"][step][phase].items() if "gather" in name)
 
 
-@pytest.fixture(scope="module")
-def scaling():
-    return runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"))
-
-
 def shapes(pattern: str) -> list[tuple[int, int]]:
     """Of the tiny model's parameters, (rows, columns)."""
     named = make_model().named_parameters()
@@ -175,9 +170,9 @@ def shapes(pattern: str) -> list[tuple[int, int]]:
 FROZEN = r"(layers\.1\..*|o_proj\.|mlp.*)base_layer"
 
 
-def test_bytes_are_those_of_the_cost_model(ran, scaling):
+def test_bytes_are_those_of_the_cost_model(ran):
     """Steps 1 and 2 estimate; a refresh, as step 3, gathers every weight whole."""
-    held, kept = scaling["held"], scaling["kept"]
+    held, kept = scaling.held, scaling.kept
     trained = 4 * sum(rows * columns for rows, columns in shapes("lora_"))
     assert ran["exact"][0]["traffic"][1]["backward"] == {"allreduce": trained}
     in_blocks = held(shapes("lora_|layers.*norm"), 2, 4)
@@ -194,12 +189,12 @@ def test_bytes_are_those_of_the_cost_model(ran, scaling):
     said = f"{whole:,} bytes a process whole, {rows:,} with columns at {COLUMNS['keep_ratio']} ({rows / whole:.0%}"
     assert said.replace("%", " %") in " ".join(page.split())
     out_features = [rows for rows, _ in shapes("base_layer")]
-    assert ran["rows"][0]["traffic"][0]["after"] == {"allreduce": scaling["statistics"](out_features)}
+    assert ran["rows"][0]["traffic"][0]["after"] == {"allreduce": scaling.statistics(out_features)}
 
 
-def test_the_page_holds_the_cost_model_s_table(scaling):
+def test_the_page_holds_the_cost_model_s_table():
     page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
-    assert scaling["table"](scaling["Setting"]()) in page, "put the output of benchmarks/scaling.py there"
+    assert scaling.table(scaling.Setting()) in page, "put the output of python -m benchmarks.scale.scaling there"
 
 
 def test_four_processes(tmp_path):

@@ -27,7 +27,7 @@ from celora.modeling.hooks import Hook
 
 ATTENTION = "celora_packed_sdpa"
 LENGTHS = "celora_lengths"
-_SHORT = 160  # tokens; measured, benchmarks/attention.py
+_SHORT = 160  # tokens; measured, benchmarks/kernels/attention.py
 _FLASH = "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu"
 _FLASH_BACKWARD = "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward"
 _DISPATCH_MODE = "torch.utils._python_dispatch:is_in_torch_dispatch_mode"

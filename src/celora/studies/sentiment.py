@@ -19,7 +19,7 @@ from celora.errors import CELoraError
 from celora.studies.assets import Review, movie_reviews
 from celora.studies.stock_eval import LABELS, label_accuracy
 
-# The wording with which the untouched model does best on the validation sentences (benchmarks/demo_choices.py).
+# The untouched model does best with this wording on the validation sentences: benchmarks/learning/demo_choices.py.
 SYSTEM = "Classify the sentiment of movie reviews."
 QUESTION = "{text}\nSentiment:"
 

@@ -1,0 +1,95 @@
+"""Tables of one layer: what an estimate takes over the dense product, by shape and by kind of quantisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import rows
+
+HERE = Path(__file__).parent
+
+
+def estimators() -> str:
+    """Time of each estimate over the dense product, by shape."""
+    return _estimators(amx=False)
+
+
+def with_amx() -> str:
+    """The same on a CPU with matrix instructions."""
+    return _estimators(amx=True)
+
+
+def _estimators(*, amx: bool) -> str:
+    found = rows.select(HERE / "estimators.jsonl", amx=amx, dtype="bfloat16")
+    names = [name for name in dict.fromkeys(row["estimator"] for row in found) if name != "dense"]
+    shapes = [f"{out} x {inp}" for out, inp in dict.fromkeys((row["out"], row["in"]) for row in found)]
+    ratio = {(f"{row['out']} x {row['in']}", row["estimator"]): row["ratio"] for row in found}
+    body = [[name, *(f"{ratio[shape, name]:.2f}" for shape in shapes)] for name in names]
+    one = found[0]
+    return rows.markdown(["", *shapes], body) + f"\n\nT = {one['tokens']}, {one['dtype']}, {rows.where(one)}."
+
+
+def quantised_layer() -> str:
+    """Estimates on one frozen 4-bit layer: backward time, memory, error."""
+    return _quantised("layer")
+
+
+def quantised_stack() -> str:
+    """The same on four layers with LoRA."""
+    return _quantised("stack")
+
+
+def quantised_kinds() -> str:
+    """One layer of every kind of quantisation: what its own backward takes, and the estimates' over that."""
+    found = rows.read(HERE / "quantised-kinds.jsonl")
+    body = []
+    for kind in dict.fromkeys(row["kind"] for row in found):
+        of = {row["estimator"]: row for row in found if row["kind"] == kind}
+        plain, *estimates = of.values()
+        cells = [f"{row['speed_up']:.2f} / {row['memory']:.2f}" for row in estimates]
+        body.append([kind, f"{plain['time_ms']:.1f} ms, {plain['step_bytes'] / 2**20:.0f} MiB", *cells])
+    one, names = found[0], list(dict.fromkeys(row["estimator"] for row in found))
+    packages = ", ".join(dict.fromkeys(row["package"] for row in found))
+    return (
+        rows.markdown(["", "its own backward", *names[1:]], body)
+        + "\n\nSpeed-up of the backward / peak of forward and backward with what is kept, over its own. "
+        f"{one['out']} x {one['in']}, T = {one['tokens']}, {one['dtype']}, {rows.where(one)}, {packages}."
+    )
+
+
+def _quantised(what: str) -> str:
+    found = [row for row in rows.read(HERE / "quantised.jsonl") if row["what"] == what]
+    shapes, plain = list(dict.fromkeys((row["out"], row["in"]) for row in found)), found[0]["estimator"]
+    body = []
+    for name in dict.fromkeys(row["estimator"] for row in found):
+        of = {(row["out"], row["in"]): row for row in found if row["estimator"] == name}
+        cells = [name]
+        for shape in shapes:
+            row = of[shape]
+            cells.append(f"{row['time_ms']:.1f} ms" if name == plain else f"{row['speed_up']:.2f}")
+        for shape in shapes:
+            row = of[shape]
+            peak = f"{row['peak_bytes'] / 2**20:.0f} MiB" if name == plain else f"{row['memory']:.2f}"
+            cells.append(peak)
+        cells.append(" / ".join(f"{of[shape]['kept_bytes'] / 2**20:.1f}" for shape in shapes))
+        if what == "layer":
+            cells.append(f"{of[shapes[-1]]['relative_error']:.3f}")
+        body.append(cells)
+    names = [f"{out} x {inp}" for out, inp in shapes]
+    header = ["", *(f"{n}, speed-up" for n in names), *(f"{n}, peak" for n in names), "kept, MiB"]
+    one = found[0]
+    return (
+        rows.markdown([*header, "relative error"] if what == "layer" else header, body)
+        + f"\n\nT = {one['tokens']}, bfloat16, {rows.where(one)}, "
+        f"bitsandbytes {one['bitsandbytes']}. Peaks over plain's; kept from step to step at each shape."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "estimators": estimators,
+    "with_amx": with_amx,
+    "quantised_layer": quantised_layer,
+    "quantised_stack": quantised_stack,
+    "quantised_kinds": quantised_kinds,
+}

@@ -1,0 +1,179 @@
+"""The theorem's setting: momentum SGD on a smooth non-convex loss, where the whole gradient can be computed.
+
+A network of tanh layers with LoRA on all of them learns what a teacher with other adapters says of 512 points, from
+minibatches of 4, with an L2 term that keeps the loss smooth along the way. For each number of steps T the learning rate
+is `c / sqrt(T)`; measured is the average over the steps of the squared norm of the *whole, exact* gradient,
+`1/T sum ||grad f(x_t)||^2`, which the theorem bounds by O(1/sqrt(T)) for LoRA and, while the estimate's relative error
+stays below 1, for CE-LoRA. The slope is that of log-log least squares over more than two decades of T, with the 95 %
+interval from the seeds.
+
+Then the boundary: sampled columns at ever smaller keep ratios, whose relative error grows past 1; once left to
+themselves, which is what the theorem speaks of, and once with celora making such layers exact, as it does.
+
+Writes `convergence.jsonl`; run by run, so an interrupted study goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import statistics
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from torch import Tensor, nn
+
+import celora
+from benchmarks import rows
+from celora import CELoraConfig
+from celora.modeling.switch import Mode
+from celora.runtime import attachment
+from celora.runtime.attachment import find, require
+from celora.studies.compare import Difference
+
+STEPS = (64, 160, 400, 1000, 2500, 6300, 16000)  # 2.4 decades
+SEEDS = range(5)
+WIDTH, DEPTH, POINTS, BATCH, RATE, DECAY = 32, 3, 512, 4, 1.0, 0.03
+RESULTS = Path(__file__).with_name("convergence.jsonl")
+# The last layer has one output, so nothing to select from.
+COLUMNS: dict[str, Any] = {
+    "estimator": "columns", "refresh_every": 50, "overrides": {str(2 * DEPTH): {"estimator": "dense"}}
+}  # fmt: skip
+GUARDED = ", guarded"
+ARMS: dict[str, CELoraConfig | None] = {
+    "LoRA": None,
+    "CE-LoRA": CELoraConfig(keep_ratio=0.5, rank=4, **COLUMNS),
+    **{
+        f"sampled {keep:g}{guard}": CELoraConfig(keep_ratio=keep, rank=0, selection="sampled", **COLUMNS)
+        for guard in ("", GUARDED)
+        for keep in (0.75, 0.5, 0.25, 0.1, 0.05)
+    },
+}
+BOUNDARY_STEPS = 2500
+
+
+def problem(seed: int) -> tuple[PeftModel, Tensor, Tensor]:
+    """A student, the points, and what the teacher says of them."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for _ in range(DEPTH):
+        layers += [nn.Linear(WIDTH, WIDTH), nn.Tanh()]
+    network = nn.Sequential(*layers, nn.Linear(WIDTH, 1))
+    for p in network.parameters():
+        if p.dim() == 2:
+            nn.init.orthogonal_(p, gain=1.3)
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    x = torch.randn(POINTS, WIDTH)
+    lora = {"r": 4, "lora_alpha": 4, "target_modules": names}
+    teacher = get_peft_model(network, LoraConfig(init_lora_weights=False, **lora))
+    with torch.no_grad():
+        y = teacher(x) + 0.5 * torch.randn(POINTS, 1)  # noise, so that minibatches disagree to the end
+    student = get_peft_model(teacher.unload(), LoraConfig(**lora))
+    for name, p in student.named_parameters():
+        if "lora_B" in name:  # zeros are a saddle, which says little about rates
+            nn.init.normal_(p, std=0.3)
+    return student.train(), x, y
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    weights = sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+    return (model(x) - y).square().mean() + DECAY * weights
+
+
+def run(arm: str, steps: int, seed: int) -> dict[str, Any]:
+    as_it_is = contextlib.nullcontext()
+    never_exact = patch.object(attachment, "TOO_OFTEN", math.inf)
+    with as_it_is if arm.endswith(GUARDED) else never_exact:
+        found = train(ARMS[arm], steps, seed)
+    return {"arm": arm, "steps": steps, "seed": seed} | found | rows.conditions()
+
+
+def train(config: CELoraConfig | None, steps: int, seed: int, rate: float = RATE) -> dict[str, Any]:
+    """What a run comes to, at the learning rate `rate / sqrt(steps)`; plain LoRA without a configuration."""
+    model, x, y = problem(seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if config is not None:
+        celora.attach(model, config)
+    optimizer = torch.optim.SGD(parameters, lr=rate / steps**0.5, momentum=0.9, dampening=0.9)
+    generator = torch.Generator().manual_seed(seed)
+    every = max(1, steps // 200)
+    squared = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(steps):
+            if step % every == 0:
+                squared.append(whole_gradient(model, parameters, x, y))
+            chosen = torch.randint(POINTS, (BATCH,), generator=generator)
+            # With a gradient, or the first layer would have no grad_input to estimate.
+            loss_of(model, x[chosen].requires_grad_(), y[chosen]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    errors = require(model).relative_errors.values() if config is not None else []
+    made_exact = len(require(model).made_exact) if config is not None else 0
+    return {
+        "mean_squared_gradient": statistics.fmean(squared),
+        "last_squared_gradient": statistics.fmean(squared[-10:]),
+        "relative_error": max(errors, default=0.0),
+        "made_exact": made_exact,
+        "monitor": any("relative error" in str(w.message) for w in said),
+    }
+
+
+def whole_gradient(model: nn.Module, parameters: list[nn.Parameter], x: Tensor, y: Tensor) -> float:
+    """`||grad f||^2` over all points, exact, without a trace in what is trained or estimated."""
+    attachment = find(model)
+    grafts = [] if attachment is None else list(attachment.grafts.values())
+    modes = [graft.mode for graft in grafts]
+    for graft in grafts:
+        graft.mode = Mode.EXACT
+    grads = torch.autograd.grad(loss_of(model, x, y), parameters)
+    for graft, mode in zip(grafts, modes, strict=True):
+        graft.mode = mode
+    return float(sum(g.square().sum() for g in grads))
+
+
+def slope(found: list[dict[str, Any]], arm: str) -> tuple[float, float]:
+    """Least-squares slope of log mean squared gradient over log T: mean over seeds, half-width of its 95 % interval."""
+    slopes = []
+    for seed in sorted({row["seed"] for row in found}):
+        of = [row for row in found if row["arm"] == arm and row["seed"] == seed and row["steps"] in STEPS]
+        if len(of) < len(STEPS):
+            continue
+        t = torch.tensor([row["steps"] for row in of], dtype=torch.float64).log()
+        g = torch.tensor([row["mean_squared_gradient"] for row in of], dtype=torch.float64).log()
+        t = t - t.mean()
+        slopes.append(float((t * g).sum() / t.square().sum()))
+    if len(slopes) < 2:
+        return (slopes[0] if slopes else float("nan")), float("nan")
+    found_slope = Difference.of(slopes, [0.0] * len(slopes))
+    assert found_slope.high is not None
+    return found_slope.mean, found_slope.high - found_slope.mean
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    torch.set_num_threads(1)  # matrices this small are slower on more
+    done = {(r["arm"], r["steps"], r["seed"]) for r in rows.read(RESULTS)} if RESULTS.exists() else set()
+    wanted = [(arm, steps, seed) for seed in SEEDS for arm in ("LoRA", "CE-LoRA") for steps in STEPS]
+    wanted += [(arm, BOUNDARY_STEPS, seed) for seed in SEEDS for arm in ARMS if arm.startswith("sampled")]
+    for key in wanted:
+        if key not in done:
+            row = run(*key)
+            print({name: row[name] for name in ("arm", "steps", "seed", "mean_squared_gradient", "relative_error")})
+            rows.append(RESULTS, row)
+    found = rows.read(RESULTS)
+    slopes = {arm: slope(found, arm) for arm in ("LoRA", "CE-LoRA")}
+    for arm, (mean, width) in slopes.items():
+        steep = "" if mean - width <= -0.5 else ", less steep than 1/sqrt(T)"
+        Console().print(f"{arm}: slope {mean:.3f} ± {width:.3f}{steep}")
+    Console().print(f"They differ by {abs(slopes['LoRA'][0] - slopes['CE-LoRA'][0]):.3f}.")
+
+
+if __name__ == "__main__":
+    main()

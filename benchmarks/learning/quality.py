@@ -1,0 +1,252 @@
+"""What the estimates do to what is learnt, on several tasks: CE-LoRA against LoRA and its cheap rivals.
+
+SmolLM2-135M-Instruct, bfloat16, LoRA r=16 on all linear layers, 40 steps of 8 rows through `celora train`, on the tasks
+of `quality_tasks.py`. Every arm has its own learning rate, the best of a small grid on the validation rows with seed 0,
+between level scores the one with the lower loss; the other seeds train with it. Only test scores are reported. Arms:
+
+* `untouched`; `LoRA`; `upper half`: LoRA on the upper half of the layers only, a cheaper rival that estimates nothing;
+* `paper`, `auto`;
+* `LoRA, auto's time` and `upper half, auto's time`: as many steps as fit into the time that `auto` takes.
+
+`python -m benchmarks.learning.quality run` trains and judges what is missing, run by run, into `quality.jsonl`: it can
+be stopped and started at any time. `python -m benchmarks.learning.quality time`, on an otherwise idle machine, measures
+the steps of the arms in turns into `quality-time.jsonl`; the arms of equal time need it, and `run` leaves them out
+until it is there. A task's plan is made once and kept in `--work`.
+
+`python -m benchmarks.learning.quality seeds --tasks ... --rates 0.002 --seeds 0 1 2 3 4 5` asks how far chance reaches:
+LoRA, `auto`, a plan at 0.99, and preset `exact`, which is LoRA but for rounding, at one rate with many seeds, into
+`quality-seeds.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import celora
+from benchmarks import rows
+from benchmarks.learning import quality_tasks
+from celora import Plan
+from celora.machine.allocator import keep_freed_memory
+from celora.machine.timing import interleaved
+from celora.studies.assets import demo_model
+from celora.train.loading import quiet_libraries
+from celora.train.prepare import plan_model, prepared
+from celora.train.request.arguments import TrainRequest, make_request
+from celora.train.run import train
+
+STEPS, BATCH = 40, 8
+RATES = (1e-3, 5e-4, 2e-3)
+ARMS = ("untouched", "LoRA", "upper half", "paper", "auto", "LoRA, auto's time", "upper half, auto's time")
+TIMED = ("LoRA", "upper half", "paper", "auto")
+SEEDED = ("LoRA", "exact", "auto 0.99", "auto")  # a number is a fidelity
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RESULTS, TIMES = Path(__file__).with_name("quality.jsonl"), Path(__file__).with_name("quality-time.jsonl")
+MANY_SEEDS = Path(__file__).with_name("quality-seeds.jsonl")
+Say = Callable[[str], None]
+
+
+def request(task: str, arm: str, work: Path, output: Path, *, seed: int = 0, **more: Any) -> TrainRequest:
+    """The training run of an arm; `work` has the task's plan, or gets it."""
+    of = quality_tasks.task(task)
+    data = output / "train.jsonl"
+    rows.write(data, quality_tasks.shuffled(of.train, seed, more.get("max_steps", STEPS) * BATCH))
+    settings: dict[str, Any] = {
+        "model": str(demo_model()), "data": str(data), "output": str(output / "run"), "seed": seed, "quiet": True,
+        "dtype": "bfloat16", "lora_r": 16, "lora_alpha": 32, "per_device_train_batch_size": BATCH,
+        "max_steps": STEPS, "warmup_steps": STEPS // 10, "save_strategy": "no", "preset": "off", **more,
+    }  # fmt: skip
+    if arm.startswith("upper half"):
+        layers = AutoConfig.from_pretrained(demo_model()).num_hidden_layers
+        block = {name: "mlp" if name.split("_")[0] in ("gate", "up", "down") else "self_attn" for name in LINEAR}
+        settings["lora_target_modules"] = [
+            f"layers.{i}.{block[name]}.{name}" for i in range(layers // 2, layers) for name in LINEAR
+        ]
+    if arm in ("exact", "paper"):
+        settings["preset"] = arm
+    preset, _, fidelity = arm.partition(" ")
+    if preset == "auto":
+        plan = work / f"{task}{fidelity}.plan.json"
+        settings["preset"] = preset
+        if not plan.exists():
+            work.mkdir(parents=True, exist_ok=True)
+            asked = make_request(settings | ({"fidelity": float(fidelity)} if fidelity else {}))
+            made = plan_model(asked, rows=BATCH, adapter=None, console=Console(stderr=True))
+            made.save(plan)
+        settings["plan"] = str(plan)
+    return make_request(settings)
+
+
+def untouched(task: str) -> dict[str, Any]:
+    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.bfloat16)
+    return _judged(task, model, "validation") | _judged(task, model, "test") | {"cost": None}
+
+
+def trained(task: str, arm: str, seed: int, rate: float, steps: int, work: Path) -> dict[str, Any]:
+    """Scores after training: with the seed that chooses the learning rate on the validation rows, and on the test rows
+    unless another rate has been chosen over this one."""
+    model, same = _train(task, arm, seed, rate, steps, work)
+    if seed == 0:
+        same |= _judged(task, model, "validation")
+        if best([*_tried(task, arm, steps), same]) is not same:
+            return same | {"test": None}
+    return same | _judged(task, model, "test")
+
+
+def _train(task: str, arm: str, seed: int, rate: float, steps: int, work: Path) -> tuple[Any, dict[str, Any]]:
+    """The trained model, as stock PEFT would have it, and what the training says of itself."""
+    with tempfile.TemporaryDirectory() as scratch:
+        own = {"learning_rate": rate, "max_steps": steps, "warmup_steps": steps // 10}
+        result = train(request(task, arm, work, Path(scratch), seed=seed, **own), console=Console(stderr=True))
+    if result.status != "finished":
+        raise KeyboardInterrupt
+    celora.detach(result.model)
+    return result.model, {"cost": result.summary["estimated_cost"], "train_loss": result.summary["loss"]}
+
+
+def _judged(task: str, model: Any, part: str) -> dict[str, Any]:
+    of, tokenizer = quality_tasks.task(task), AutoTokenizer.from_pretrained(demo_model())
+    held_out = getattr(of, part)
+    loss = round(quality_tasks.loss(model, tokenizer, held_out), 5)
+    score = round(of.judge(model, tokenizer, held_out), 5) if of.higher_is_better else loss
+    return {
+        "metric": of.metric, "higher_is_better": of.higher_is_better, "held_out": len(of.test),
+        part: score, f"{part}_loss": loss,
+    }  # fmt: skip
+
+
+def steps_in_autos_time(task: str) -> dict[str, int]:
+    """How many steps the arms of equal time may take, or none if nobody has measured."""
+    ms = {row["arm"]: row["time_ms"] for row in rows.found(TIMES) if row["task"] == task}
+    if not set(TIMED) <= set(ms):
+        return {}
+    return {f"{arm}, auto's time": max(1, round(STEPS * ms["auto"] / ms[arm])) for arm in ("LoRA", "upper half")}
+
+
+def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float], work: Path, say: Say) -> None:
+    """Train and judge what is missing. The first seed tries all rates, the others take its best."""
+    for task in tasks:
+        budget = steps_in_autos_time(task)
+        for seed in seeds:
+            for arm in arms:
+                if arm.endswith("auto's time") and arm not in budget:
+                    first = f"python -m benchmarks.learning.quality time --tasks {task}"
+                    say(f"{task}, {arm}: left out; `{first}` comes first")
+                    continue
+                steps = 0 if arm == "untouched" else budget.get(arm, STEPS)
+                for rate in [0.0] if steps == 0 else rates if seed == 0 else [best_rate(task, arm, steps)]:
+                    key = {"task": task, "arm": arm, "seed": seed, "learning_rate": rate, "steps": steps}
+                    if (steps == 0 and seed > 0) or any(key.items() <= row.items() for row in found()):
+                        continue
+                    scores = untouched(task) if steps == 0 else trained(task, arm, seed, rate, steps, work)
+                    say(f"{key}: validation {scores.get('validation')}, test {scores['test']}")
+                    rows.append(RESULTS, key | scores | rows.conditions())
+
+
+def many_seeds(tasks: list[str], arms: list[str], seeds: list[int], rate: float, work: Path, say: Say) -> None:
+    """Train and judge what is missing of arms that share one learning rate; no row is chosen by."""
+    for task in tasks:
+        for seed in seeds:
+            for arm in arms:
+                key = {"task": task, "arm": arm, "seed": seed, "learning_rate": rate, "steps": STEPS}
+                if any(key.items() <= row.items() for row in rows.found(MANY_SEEDS)):
+                    continue
+                model, same = _train(task, arm, seed, rate, STEPS, work)
+                scores = same | _judged(task, model, "test")
+                say(f"{key}: test {scores['test']}, loss {scores['test_loss']}")
+                rows.append(MANY_SEEDS, key | scores | rows.conditions())
+
+
+def found() -> list[dict[str, Any]]:
+    """The rows of `run` that are there."""
+    return rows.found(RESULTS)
+
+
+def best_rate(task: str, arm: str, steps: int) -> float:
+    """The rate with the best validation score of seed 0."""
+    of = _tried(task, arm, steps)
+    if not of:
+        raise SystemExit(f"{task}, {arm}: seed 0 chooses the learning rate; run it first")
+    return float(best(of)["learning_rate"])
+
+
+def best(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row with the best validation score; of several, that with the lowest validation loss, or the first."""
+
+    def goodness(row: dict[str, Any]) -> tuple[float, float]:
+        return row["validation"] * (1 if row["higher_is_better"] else -1), -row.get("validation_loss", math.inf)
+
+    return max(tried, key=goodness)
+
+
+def _tried(task: str, arm: str, steps: int) -> list[dict[str, Any]]:
+    """What seed 0 has found, at any rate."""
+    key = {"task": task, "arm": arm, "seed": 0, "steps": steps}
+    return [row for row in found() if key.items() <= row.items()]
+
+
+def time_steps(tasks: list[str], repeats: int, work: Path) -> None:
+    """Whole optimizer steps of the arms in turns, on the same batches, padded and packed as each arm has them."""
+    keep_freed_memory()
+    for task in tasks:
+        with ExitStack() as stack:
+            contenders: dict[str, Callable[[], object]] = {}
+            for arm in TIMED:
+                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                asked = request(task, arm, work, scratch)
+                trainer, config = stack.enter_context(prepared(asked, BATCH, None))
+                celora.attach(trainer.model, Plan.load(work / f"{task}.plan.json") if arm == "auto" else config)
+                trainer.create_optimizer()
+                batches = [dict(batch) for batch in trainer.get_train_dataloader()][:6]
+                contenders[arm] = functools.partial(_steps, trainer, batches)
+            times = interleaved(contenders, repeats=repeats)
+        others = [row for row in rows.found(TIMES) if row["task"] != task]
+        timed = [
+            {"task": task, "arm": arm, "time_ms": of["time_ms"] / len(batches), "repeats": repeats} | rows.conditions()
+            for arm, of in times.items()
+        ]
+        rows.write(TIMES, others + timed)
+
+
+def _steps(trainer: Any, batches: list[dict[str, Any]]) -> None:
+    for batch in batches:
+        trainer.training_step(trainer.model, dict(batch), (batch["labels"] != -100).sum())
+        torch.nn.utils.clip_grad_norm_([p for p in trainer.model.parameters() if p.requires_grad], 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "time", "seeds"])
+    parser.add_argument("--tasks", nargs="+", default=quality_tasks.NAMES, choices=quality_tasks.NAMES)
+    parser.add_argument("--arms", nargs="+", choices=dict.fromkeys((*ARMS, *SEEDED)), help="of `run` and `seeds`")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="0 chooses the learning rates")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="`seeds` takes the first")
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="folder of the plans")
+    options = parser.parse_args()
+    with quiet_libraries():
+        if options.what == "time":
+            time_steps(options.tasks, options.repeats, options.work)
+            return
+        say = functools.partial(print, flush=True)
+        if options.what == "run":
+            run(options.tasks, options.arms or list(ARMS), options.seeds, options.rates, options.work, say)
+        else:
+            arms = options.arms or list(SEEDED)
+            many_seeds(options.tasks, arms, options.seeds, options.rates[0], options.work, say)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""Tables and a picture of the studies of what is learnt, from committed rows: `quality.py` and `convergence.py`.
+
+Each function returns Markdown, for `tables.py` to put between its marks; `convergence_picture` returns an SVG.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import rows
+from benchmarks.learning import quality, quality_tasks
+from celora.studies.compare import HEADER, Difference, Outcome, summary
+
+_ENOUGH, _POINT = 3, 0.01  # seeds; what counts as no difference
+_YES = {True: "yes", False: "no"}
+# Okabe and Ito's colours, and a line of its own for each: readable without seeing colours.
+_LINES = {"LoRA": ("#0072b2", ""), "CE-LoRA": ("#d55e00", "6 4")}
+
+
+def scores() -> str:
+    """Test scores by task and arm, each at its own learning rate, and the paired difference to LoRA."""
+    found = quality.found()
+    if not found:
+        return "Not measured yet."
+    timed = rows.found(quality.TIMES)
+    times = {(row["task"], row["arm"]): row["time_ms"] for row in timed}
+    body, compared = [], 0
+    for task in (name for name in quality_tasks.NAMES if any(row["task"] == name for row in found)):
+        base = chosen(found, task, "LoRA")
+        for arm in quality.ARMS:
+            of = chosen(found, task, arm)
+            if not of:
+                continue
+            values = [row["test"] for row in of.values()]
+            shared = sorted(of.keys() & base.keys())
+            difference = ""
+            if shared and arm not in ("LoRA", "untouched"):
+                compared += len(shared) > 1
+                difference = _difference(
+                    [of[s]["test"] for s in shared], [base[s]["test"] for s in shared], of[shared[0]]
+                )
+            one = next(iter(of.values()))
+            tried = {row["learning_rate"] for row in found if (row["task"], row["arm"], row["seed"]) == (task, arm, 0)}
+            rate = "" if arm == "untouched" else f"{one['learning_rate']:g} of {len(tried)}"
+            spread = f" ({_shown(min(values), one)} to {_shown(max(values), one)})" if len(values) > 1 else ""
+            mean = _shown(statistics.fmean(values), one) + spread
+            ms = times.get((task, arm.removesuffix(", auto's time")))
+            step = f"{ms:.0f} ms" if ms else ""
+            body.append([task, one["metric"], arm, str(one["steps"]), step, rate, str(len(values)), mean, difference])
+    header = [
+        "task",
+        "metric",
+        "arm",
+        "steps",
+        "step",
+        "learning rate, of how many",
+        "seeds",
+        "test (range)",
+        "against LoRA (95 %)",
+    ]
+    if not timed:
+        return rows.markdown(header, body)
+    by_task = {row["task"]: rows.where(row) for row in timed if row["task"] in {line[0] for line in body}}
+    places = [
+        f"{place} ({', '.join(task for task, its in by_task.items() if its == place)})"
+        for place in dict.fromkeys(by_task.values())
+    ]
+    return rows.markdown(header, body) + (
+        f"\n\nSteps timed in turns: {'; '.join(places)}. Each interval is by itself: of {compared}, about "
+        f"{0.05 * compared:.0f} leave out zero by chance."
+    )
+
+
+def many_seeds() -> str:
+    """Arms at one rate with many seeds, and the differences to LoRA, seed by seed: what is chance, and what is not."""
+    found, body = rows.found(quality.MANY_SEEDS), []
+    for task in dict.fromkeys(row["task"] for row in found):
+        arms = {
+            arm: {row["seed"]: row for row in found if (row["task"], row["arm"]) == (task, arm)}
+            for arm in quality.SEEDED
+        }
+        for arm, of in arms.items():
+            seeds = sorted(of.keys() & arms["LoRA"].keys())
+            if len(seeds) < _ENOUGH:
+                continue
+            cells = []
+            for what in ("test", "test_loss"):
+                points = what == "test" and of[seeds[0]]["higher_is_better"]
+                values, form = [of[s][what] for s in seeds], "{:.1%}" if points else "{:.3f}"
+                cells.append(f"{form.format(statistics.fmean(values))} ({form.format(statistics.stdev(values))})")
+                if arm == "LoRA":
+                    cells.append("")
+                    continue
+                ahead = [of[s][what] - arms["LoRA"][s][what] for s in seeds]
+                mean, error = statistics.fmean(ahead), statistics.stdev(ahead) / math.sqrt(len(seeds))
+                cells.append(
+                    f"{100 * mean:+.1f} ± {100 * error:.1f} points" if points else f"{mean:+.3f} ± {error:.3f}"
+                )
+            body.append([task, arm, f"{of[seeds[0]]['learning_rate']:g}", str(len(seeds)), *cells])
+    if not body:
+        return "Not measured yet with three seeds."
+    header = [
+        "task", "arm", "learning rate", "seeds", "test (standard deviation)", "against LoRA (± standard error)",
+        "loss on test rows (standard deviation)", "against LoRA (± standard error)",
+    ]  # fmt: skip
+    return rows.markdown(header, body) + f"\n\n{'; '.join(dict.fromkeys(rows.where(row) for row in found))}."
+
+
+def verdict() -> str:
+    """`auto` on each task whose runs are all there: as good as LoRA at equal steps, better than both at equal time?"""
+    found = quality.found()
+    rivals = ("LoRA", "LoRA, auto's time", "upper half, auto's time")
+    body, same, better, surely = [], 0, 0, 0
+    for task in quality_tasks.NAMES:
+        of = {arm: chosen(found, task, arm) for arm in ("auto", *rivals)}
+        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in of.values())))
+        if len(seeds) < _ENOUGH:
+            continue
+        one = of["auto"][seeds[0]]
+        ahead = {  # paired by seed; positive is better than the rival, whatever the metric
+            arm: [(of["auto"][s]["test"] - of[arm][s]["test"]) * (1 if one["higher_is_better"] else -1) for s in seeds]
+            for arm in rivals
+        }
+        means = {arm: statistics.fmean(values) for arm, values in ahead.items()}
+        errors = {arm: statistics.stdev(values) / math.sqrt(len(seeds)) for arm, values in ahead.items()}
+        # A point is a point, whatever a difference of two floats makes of it.
+        holds, wins = round(-means["LoRA"], 9) <= max(errors["LoRA"], _POINT), min(means[arm] for arm in rivals[1:]) > 0
+        lows = [Difference.of(ahead[arm], [0.0] * len(seeds)).low or 0.0 for arm in rivals[1:]]
+        same, better, surely = same + holds, better + wins, surely + (min(lows) > 0)
+        cells = [f"{100 * means[arm]:+.1f} ± {100 * errors[arm]:.1f}" for arm in rivals]
+        body.append([task, cells[0], _YES[holds], *cells[1:], _YES[wins]])
+    if not body:
+        return "No task has all of its runs yet."
+    header = [
+        "task",
+        "against LoRA, equal steps",
+        "within one standard error or a point",
+        "against LoRA, equal time",
+        "against the upper half, equal time",
+        "better than both",
+    ]
+    return rows.markdown(header, body) + (
+        "\n\nHundredths (points, or 0.01 nats per token) by which `auto` is better, means over seeds ± standard error. "
+        f"Within one standard error or a point of LoRA at equal steps: {same} of {len(body)} tasks. "
+        f"Better than both at equal time: {better} of {len(body)} in the mean, {surely} of {len(body)} beyond 95 % "
+        "intervals."
+    )
+
+
+def compared() -> str:
+    """`celora compare` on the demo's data: its own table, and how long it took."""
+    found = rows.read(Path(__file__).with_name("compare-demo.jsonl"))
+    names = {field.name for field in dataclasses.fields(Outcome)}
+    outcomes = [Outcome(**{name: value for name, value in row.items() if name in names}) for row in found]
+    arms = list(dict.fromkeys(outcome.arm for outcome in outcomes))
+    one, seeds = found[0], len(outcomes) // len(arms)
+    return (
+        rows.markdown(HEADER, summary(outcomes, arms))
+        + f"\n\n{one['steps']} steps of 8 sentences, {one['dtype']}, {seeds} seeds (mean ± standard deviation), "
+        f"{rows.where(one)}; "
+        f"{one['minutes']:.1f} minutes by the clock in all, plans and evaluations included."
+    )
+
+
+def missing() -> str:
+    """Which parts of the study have no rows yet, and the commands that make them."""
+    found = quality.found()
+    absent = []
+    for task in quality_tasks.NAMES:
+        arms = []
+        for arm in quality.ARMS:
+            have = {(row["seed"], row["learning_rate"]) for row in _of(found, task, arm)}
+            wanted = 1 if arm == "untouched" else len(quality.RATES) + 2
+            if len(have) < wanted:
+                arms.append(f"{arm} ({len(have)} of {wanted} runs)" if have else arm)
+        if len(arms) == len(quality.ARMS) and not any(row["task"] == task for row in found):
+            absent.append(f"`{task}`: all arms")
+        elif arms:
+            absent.append(f"`{task}`: {', '.join(arms)}")
+    if not absent:
+        return "Nothing is missing."
+    return (
+        "Not run yet:\n\n"
+        + "\n".join(f"- {line}" for line in absent)
+        + "\n\n`python -m benchmarks.learning.quality time` on an idle "
+        "machine, then `python -m benchmarks.learning.quality run`, add what is missing."
+    )
+
+
+def _of(found: Sequence[dict[str, Any]], task: str, arm: str) -> list[dict[str, Any]]:
+    """The rows of an arm; of equal time, those with as many steps as the times that are measured now allow."""
+    steps = quality.steps_in_autos_time(task).get(arm)
+    return [row for row in found if (row["task"], row["arm"]) == (task, arm) and steps in (None, row["steps"])]
+
+
+def chosen(found: Sequence[dict[str, Any]], task: str, arm: str) -> dict[int, dict[str, Any]]:
+    """Seed -> row of an arm at the learning rate that seed 0's validation score prefers."""
+    of = _of(found, task, arm)
+    first = [row for row in of if row["seed"] == 0]
+    if not first:
+        return {}
+    best, key = quality.best(first), ("learning_rate", "steps")
+    return {row["seed"]: row for row in of if all(row[name] == best[name] for name in key)}
+
+
+def convergence() -> str:
+    """Mean squared gradient by number of steps, and the slopes."""
+    from benchmarks.learning import convergence as study
+
+    found = rows.read(study.RESULTS)
+    body = []
+    for arm in _LINES:
+        mean, width = study.slope(found, arm)
+        cells = [f"{_squared(found, arm, steps):.4f}" for steps in study.STEPS]
+        body.append([arm, *cells, f"{mean:.3f} ({mean - width:.3f} to {mean + width:.3f})"])
+    seeds = len({row["seed"] for row in found})
+    return (
+        rows.markdown(["", *(f"T = {steps:,}" for steps in study.STEPS), "slope (95 %)"], body)
+        + f"\n\nMean over {seeds} seeds of the average squared norm of the whole gradient; O(1/sqrt(T)) is -0.5."
+    )
+
+
+def boundary() -> str:
+    """Sampled columns at ever smaller keep ratios, left to themselves and guarded: error, and what is reached."""
+    from benchmarks.learning import convergence as study
+
+    found = [row for row in rows.read(study.RESULTS) if row["steps"] == study.BOUNDARY_STEPS]
+
+    def reached(arm: str) -> str:
+        last = [row["last_squared_gradient"] for row in found if row["arm"] == arm]
+        return f"{statistics.median(last):.4f} ({min(last):.4f} to {max(last):.4f})"
+
+    body = [["LoRA", "", reached("LoRA"), "", "", ""]]
+    for arm in (arm for arm in study.ARMS if arm.startswith("sampled") and not arm.endswith(study.GUARDED)):
+        alone, guarded = ([row for row in found if row["arm"] == name] for name in (arm, arm + study.GUARDED))
+        exact = [row["made_exact"] for row in guarded]
+        body.append(
+            [
+                arm,
+                f"{statistics.median(row['relative_error'] for row in alone):.1f}",
+                reached(arm),
+                f"{sum(row['monitor'] for row in alone)} of {len(alone)}",
+                reached(arm + study.GUARDED),
+                f"{statistics.median(exact):g} ({min(exact)} to {max(exact)})",
+            ]
+        )
+    header = [
+        "",
+        "worst layer's relative error at the end",
+        "squared gradient at the end",
+        "runs warned of",
+        "the same, guarded",
+        f"layers made exact, of {study.DEPTH}",
+    ]
+    return rows.markdown(header, body) + f"\n\nT = {study.BOUNDARY_STEPS:,}; median over seeds (and range)."
+
+
+def convergence_picture() -> str:
+    """Mean squared gradient against T, both on logarithmic axes, with the rate of the theorem."""
+    from benchmarks.learning import convergence as study
+
+    found = rows.read(study.RESULTS)
+    width, height, left, right, top, bottom = 640, 360, 70, 120, 20, 60
+    low, high = -2.0, 0.0
+
+    def at(steps: float, value: float) -> tuple[float, float]:
+        x = (math.log10(steps) - 1.6) / (4.4 - 1.6)
+        y = (high - math.log10(value)) / (high - low)
+        return left + x * (width - left - right), top + y * (height - top - bottom)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for steps in (100, 1000, 10000):
+        x, y = at(steps, 10**low)
+        parts.append(f'<line x1="{x:.0f}" y1="{top}" x2="{x:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x:.0f}" y="{y + 18:.0f}" text-anchor="middle">{steps:,}</text>')
+    for value in (0.01, 0.1, 1.0):
+        (x, y), end = at(10**1.6, value), at(10**4.4, value)[0]
+        parts.append(f'<line x1="{x:.0f}" y1="{y:.0f}" x2="{end:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x - 8:.0f}" y="{y + 4:.0f}" text-anchor="end">{value:g}</text>')
+    x, y = at(1000, 10**low)
+    parts.append(f'<text x="{x:.0f}" y="{y + 40:.0f}" text-anchor="middle">T, optimizer steps</text>')
+    middle = (top + height - bottom) / 2
+    parts.append(
+        f'<text x="18" y="{middle:.0f}" text-anchor="middle" transform="rotate(-90 18 {middle:.0f})">'
+        "mean of ||gradient||² over the T steps</text>"
+    )
+    first = study.STEPS[0]
+    start = _squared(found, "LoRA", first)
+    (x1, y1), (x2, y2) = at(first, start), at(study.STEPS[-1], start * (first / study.STEPS[-1]) ** 0.5)
+    parts.append(
+        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="#555" stroke-dasharray="2 4"/>'
+        f'<text x="{x2 + 8:.0f}" y="{y2 - 4:.0f}" fill="#555">1/√T</text>'
+    )
+    for i, (arm, (colour, dash)) in enumerate(_LINES.items()):
+        points = [at(steps, _squared(found, arm, steps)) for steps in study.STEPS]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
+        )
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{4 - i}" fill="{colour}"/>' for x, y in points]
+        y = top + 14 + 20 * i
+        parts.append(
+            f'<line x1="{width - 115}" y1="{y - 4}" x2="{width - 85}" y2="{y - 4}" stroke="{colour}" stroke-width="2" '
+            f'stroke-dasharray="{dash}"/><text x="{width - 78}" y="{y}">{arm}</text>'
+        )
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _squared(found: Sequence[dict[str, Any]], arm: str, steps: int) -> float:
+    return statistics.fmean(row["mean_squared_gradient"] for row in found if (row["arm"], row["steps"]) == (arm, steps))
+
+
+def _difference(arm: Sequence[float], base: Sequence[float], row: dict[str, Any]) -> str:
+    found = Difference.of(arm, base)
+    if found.low is None or found.high is None:
+        return f"{_signed(found.mean, row)} (one seed)"
+    return f"{_signed(found.mean, row)} ({_signed(found.low, row)} to {_signed(found.high, row)})"
+
+
+def _shown(value: float, row: dict[str, Any]) -> str:
+    return f"{value:.1%}" if row["higher_is_better"] else f"{value:.3f}"
+
+
+def _signed(value: float, row: dict[str, Any]) -> str:
+    return f"{100 * value:+.1f} points" if row["higher_is_better"] else f"{value:+.4f}"
+
+
+TABLES = {
+    "scores": scores,
+    "verdict": verdict,
+    "compared": compared,
+    "missing": missing,
+    "many_seeds": many_seeds,
+    "convergence": convergence,
+    "boundary": boundary,
+}

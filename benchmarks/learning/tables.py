@@ -1,0 +1,172 @@
+"""Tables, numbers and pictures of what is learnt, with estimates and without."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import rows
+from benchmarks.learning import quality_tables, sensitivity
+from celora.studies.demo import REFRESH_EVERY, DemoRow, summary
+
+HERE = Path(__file__).parent
+
+
+def demo() -> str:
+    """The demo: accuracy over seeds, time per step, FLOPs."""
+    found = [DemoRow(**row) for row in rows.read(HERE / "demo.jsonl")]
+    table = rows.markdown(
+        ["", "held-out accuracy (range over seeds)", "time per step", "frozen backward, FLOPs"], summary(found)
+    )
+    last = found[-1]
+    seeds = len({row.seed for row in found})
+    return (
+        f"{table}\n\nSmolLM2-135M-Instruct ({rows.UNPACKED}; {last.dtype}), {last.steps} steps of 8 sentences, "
+        f"{last.held_out} held-out sentences, {seeds} seeds, {last.threads} CPU threads, torch {last.torch}. "
+        f"CE-LoRA is the preset `paper`, refreshed every {REFRESH_EVERY} steps."
+    )
+
+
+def training() -> str:
+    """Held-out loss after 200 steps, and what is kept of exact LoRA's improvement, at equal steps and equal time."""
+    found = rows.read(HERE / "training.jsonl")
+    times = rows.read(HERE / "training-time.jsonl")
+    ratios = {row["arm"]: row["ratio"] for row in times}
+    exact = {row["seed"]: _losses(row) for row in found if row["arm"] == "exact LoRA"}
+    lossless = "preset exact"  # has no losses of its own: it learns what LoRA learns
+    if all(row["arm"] != lossless for row in found):
+        found += [row | {"arm": lossless} for row in found if row["arm"] == "exact LoRA"]
+    body = []
+    for arm in dict.fromkeys(["exact LoRA", lossless, *(row["arm"] for row in found)]):
+        of = [row for row in found if row["arm"] == arm and row["seed"] in exact]
+        kept = _kept(found, arm)
+        last, ahead = [], {"exact LoRA": [], lossless: []}
+        for row in of:
+            losses, reference = _losses(row), exact[row["seed"]]
+            end = max(losses)
+            last.append(losses[end])
+            for rival, by in ahead.items():
+                if {arm, rival} <= ratios.keys() and arm != rival and ratios[arm] <= ratios[rival]:
+                    by.append(_at(reference, end * ratios[arm] / ratios[rival]) - losses[end])
+        body.append(
+            [
+                arm if len(of) == len(exact) else f"{arm} (seeds: {len(of)})",
+                f"{statistics.mean(last):.3f} ({min(last):.3f} to {max(last):.3f})",
+                f"{statistics.mean(kept):.1%} ({min(kept):.1%} to {max(kept):.1%})",
+                f"{ratios[arm]:.3f}" if arm in ratios else "",
+                *(
+                    f"{statistics.mean(by):+.3f} ({min(by):+.3f} to {max(by):+.3f})" if by else ""
+                    for by in ahead.values()
+                ),
+            ]
+        )
+    here, *others = dict.fromkeys(row["cpu"] for row in found)
+    elsewhere = [f"{row['arm']} on {row['cpu']}" for row in found if row["cpu"] in others]
+    where = "; ".join([here, *dict.fromkeys(elsewhere)])
+    return (
+        rows.markdown(
+            [
+                "",
+                "held-out loss",
+                "share of exact LoRA's improvement",
+                "step time",
+                "ahead at equal time",
+                "of preset exact",
+            ],
+            body,
+        )
+        + f"\n\n{len(exact)} seeds, 200 steps of 4 x 128 tokens, bfloat16, {where}. Steps timed in "
+        f"turns: {rows.where(times[0])}. Ahead: the loss that exact LoRA, or preset `exact`, which learns the same "
+        "faster, has after the same time, minus the arm's; where the arm is not slower, and without the time of "
+        "planning. `auto` and `paper` leave out what preset `exact` does, the other arms do not."
+    )
+
+
+def _kept(found: list[dict[str, Any]], arm: str) -> list[float]:
+    """The share of exact LoRA's improvement in held-out loss that an arm keeps, seed by seed."""
+    exact = {row["seed"]: _losses(row) for row in found if row["arm"] == "exact LoRA"}
+    pairs = [(_losses(row), exact[row["seed"]]) for row in found if row["arm"] == arm and row["seed"] in exact]
+    return [_share(of, lora, max(of)) for of, lora in pairs]
+
+
+def _share(of: dict[int, float], lora: dict[int, float], at: int) -> float:
+    """Of exact LoRA's improvement until step `at`, both from where LoRA began: CPUs differ in the untouched model's
+    loss by a thousandth."""
+    return (lora[0] - of[at]) / (lora[0] - lora[at])
+
+
+def share_kept(arm: str) -> str:
+    """That share in a sentence: the mean and the range over the seeds."""
+    of = _kept(rows.read(HERE / "training.jsonl"), arm)
+    return f"{statistics.mean(of):.1%} ({min(of):.1%} to {max(of):.1%}, {len(of)} seeds)"
+
+
+def time_of_the_default() -> str:
+    """How much longer the whole step takes with a plan at the default fidelity than with one at 0.99."""
+    ratios = {row["arm"]: row["ratio"] for row in rows.read(HERE / "training-time.jsonl")}
+    return f"{ratios['auto 0.998'] / ratios['auto 0.99'] - 1:.0%}"
+
+
+def training_code() -> str:
+    """What is kept of exact LoRA's improvement on the source of the standard library, on the way of a longer run."""
+    kinds: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows.read(HERE / "training-code.jsonl"):
+        kinds.setdefault((row["dtype"], max(_losses(row))), []).append(row)
+    return "\n\n".join(map(_training_code, kinds.values()))
+
+
+def _training_code(found: list[dict[str, Any]]) -> str:
+    """Of runs of one length and dtype."""
+    one, losses = found[0], {(row["arm"], row["seed"]): _losses(row) for row in found}
+    steps = sorted(next(iter(losses.values())))[1:]
+    shown = steps[-1 :: -max(1, len(steps) // 5)][::-1]
+    body, exact = [], {seed: of for (name, seed), of in losses.items() if name == "exact LoRA"}
+    for arm in dict.fromkeys(arm for arm, _ in losses):
+        pairs = [(of, exact[seed]) for (name, seed), of in losses.items() if name == arm and seed in exact]
+        if not pairs:
+            continue
+        kept = [statistics.mean(_share(of, lora, at) for of, lora in pairs) for at in shown]
+        body.append([arm, str(len(pairs)), *(f"{share:.1%}" for share in kept)])
+    return (
+        rows.markdown(["share of exact LoRA's improvement", "seeds", *(f"step {at:,}" for at in shown)], body)
+        + f"\n\n4 x 128 tokens, {one['dtype']}, {rows.where(one)}."
+    )
+
+
+def _losses(row: dict[str, Any]) -> dict[int, float]:
+    return {int(step): loss for step, loss in row["losses"].items()}
+
+
+def _at(losses: dict[int, float], step: float) -> float:
+    """The loss at a step between two that were measured, on the line through them."""
+    steps = sorted(losses)
+    low = max(i for i, s in enumerate(steps[:-1]) if s <= step)
+    along = (step - steps[low]) / (steps[low + 1] - steps[low])
+    return losses[steps[low]] + along * (losses[steps[low + 1]] - losses[steps[low]])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "training": training,
+    "training_code": training_code,
+    "sensitivity_network": sensitivity.NETWORK.table,
+    "sensitivity_language_model": sensitivity.LANGUAGE_MODEL.table,
+    **quality_tables.TABLES,
+}
+VALUES: dict[str, Callable[[], str]] = {
+    "kept_by_auto_998": functools.partial(share_kept, "auto 0.998"),
+    "kept_by_auto_99": functools.partial(share_kept, "auto 0.99"),
+    "kept_by_auto_98": functools.partial(share_kept, "auto 0.98"),
+    "kept_by_the_rule": functools.partial(share_kept, "int8 x tokens 0.99"),
+    "time_of_the_default": time_of_the_default,
+    "sensitivity_means": functools.partial(sensitivity.NETWORK.furthest, means=True),
+    "sensitivity_runs": functools.partial(sensitivity.NETWORK.furthest, means=False),
+}
+PICTURES: dict[str, Callable[[], str]] = {
+    "convergence.svg": quality_tables.convergence_picture,
+    "sensitivity-network.svg": sensitivity.NETWORK.picture,
+    "sensitivity-language-model.svg": sensitivity.LANGUAGE_MODEL.picture,
+}
