@@ -18,7 +18,11 @@ import benchmarks.steps.tables as steps
 
 ROOT = Path(__file__).parents[1]
 TABLES = kernels.TABLES | gradient.TABLES | steps.TABLES | learning.TABLES | scale.TABLES
-PICTURES = {ROOT / "docs" / name: picture for name, picture in (gradient.PICTURES | learning.PICTURES).items()}
+VALUES = steps.VALUES | learning.VALUES
+PICTURES = {
+    ROOT / "docs" / "measured" / name: picture
+    for name, picture in (gradient.PICTURES | steps.PICTURES | learning.PICTURES).items()
+}
 
 
 def render(text: str) -> str:
@@ -31,7 +35,7 @@ def render(text: str) -> str:
     )
     return re.sub(
         r"(<!-- value: (\w+) -->).*?(<!-- end -->)",
-        lambda match: f"{match[1]}{learning.VALUES[match[2]]()}{match[3]}",
+        lambda match: f"{match[1]}{VALUES[match[2]]()}{match[3]}",
         text,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,6 +144,69 @@ def compiled() -> str:
     )
 
 
+def speed_up(arm: str, dtype: str, *, amx: bool, data: tuple[str, ...]) -> str:
+    """The least and the most speed-up of an arm over PEFT in these rows: for a sentence."""
+    found = rows.select(HERE / "step.jsonl", dtype=dtype, amx=amx, arm=arm)
+    of = [row["speed_up"] for row in found if row["data"] in data]
+    return f"{min(of):.2f} to {max(of):.2f}"
+
+
+def speed_up_picture() -> str:
+    """Bars of the speed-up over PEFT, `exact` and `auto`, for each model and kind of data, in float32."""
+    found = rows.select(HERE / "step.jsonl", dtype="float32", amx=False)
+    cells = list(dict.fromkeys((row["model"], row["data"]) for row in found))
+    speed = {(row["model"], row["data"], row["arm"]): row["speed_up"] for row in found if "speed_up" in row}
+    width, left, top, bar, gap = 720, 200, 46, 12, 12
+    height = top + len(cells) * (2 * bar + gap) + 78
+
+    def x_of(ratio: float) -> float:
+        return left + ratio * (width - left - 50) / 3.0
+
+    bottom = height - 78
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="12">',
+        "<style>.page{fill:#fff}text{fill:#222}.grid{stroke:#ddd}.one{stroke:#777}",
+        ".exact{fill:#56b4e9}.auto{fill:#d55e00}",
+        "@media (prefers-color-scheme:dark){.page{fill:#161b22}text{fill:#eee}.grid{stroke:#333}}</style>",
+        f'<rect class="page" width="{width}" height="{height}"/>',
+        f'<text x="{left}" y="18" font-size="14">Speed-up of a whole training step over PEFT</text>',
+    ]
+    for i, name in enumerate(("exact", "auto")):
+        x = left + 90 * i
+        parts.append(
+            f'<rect class="{name}" x="{x}" y="27" width="10" height="10"/><text x="{x + 15}" y="36">{name}</text>'
+        )
+    for tick in (0, 1, 2, 3):
+        x, kind = x_of(tick), "one" if tick == 1 else "grid"
+        parts.append(f'<line class="{kind}" x1="{x:.0f}" y1="{top}" x2="{x:.0f}" y2="{bottom}"/>')
+        parts.append(f'<text x="{x:.0f}" y="{bottom + 16}" text-anchor="middle">{tick}</text>')
+    for i, (model, data) in enumerate(cells):
+        y = top + gap / 2 + i * (2 * bar + gap)
+        parts.append(f'<text x="{left - 10}" y="{y + bar + 4:.0f}" text-anchor="end">{model}, {data}</text>')
+        for j, arm in enumerate(("exact", "auto")):
+            ratio, at = speed[model, data, arm], y + j * bar
+            parts.append(
+                f'<rect class="{arm}" x="{left}" y="{at:.0f}" width="{x_of(ratio) - left:.0f}" height="{bar - 1}"/>'
+                f'<text x="{x_of(ratio) + 5:.0f}" y="{at + bar - 2:.0f}" font-size="11">{ratio:.2f}</text>'
+            )
+    parts.append(f'<text x="{left}" y="{bottom + 34}" font-size="11">float32, {rows.where(found[0])}</text>')
+    parts.append(
+        f'<text x="{left}" y="{bottom + 50}" font-size="11">h...: random weights; 8 blocks (h1024) or 4 (h2048)</text>'
+        f'<text x="{left}" y="{bottom + 66}" font-size="11">full: every token labelled; demo, instruct: padding and '
+        "unlabelled tokens</text>"
+    )
+    return "\n".join([*parts, "</svg>", ""])
+
+
+_DATA = {"labelled": ("full",), "ragged": ("demo", "instruct")}
+VALUES: dict[str, Callable[[], str]] = {
+    f"speed_{arm}_{machine}_{which}": functools.partial(speed_up, arm, dtype, amx=amx, data=data)
+    for arm in ("exact", "auto")
+    for machine, dtype, amx in (("float32", "float32", False), ("amx", "bfloat16", True))
+    for which, data in _DATA.items()
+}
+PICTURES: dict[str, Callable[[], str]] = {"speed-up.svg": speed_up_picture}
 TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "step_float32": step_float32,

@@ -1,4 +1,4 @@
-"""The fault table: each row is a marker on the test that proves it, and docs/faults.md is written from the markers.
+"""The fault table: each row is a marker on the test that proves it, and docs/use/faults.md is written from the markers.
 
     @pytest.mark.fault("input", "a NUL byte in a data file", sees="one line with file and line", kept="everything")
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-DOC = TESTS.parent / "docs" / "faults.md"
+DOC = TESTS.parent / "docs" / "use" / "faults.md"
 
 AREAS = {
     "crash": "Crashes, disks and folders",

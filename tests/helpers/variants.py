@@ -1,4 +1,4 @@
-"""What celora works with: the table that test_variants.py checks cell by cell, and docs/compatibility.md is made of.
+"""What celora works with: test_variants.py checks this table cell by cell, and docs/use/compatibility.md is made of it.
 
 `python tests/helpers/variants.py` writes the page.
 """
@@ -30,7 +30,7 @@ from transformers import (
 from lowest import lowest
 from small import make_base, make_batch
 
-PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+PAGE = Path(__file__).parents[2] / "docs" / "use" / "compatibility.md"
 
 COLUMNS = {
     "estimated": "its layers train on estimated gradients and refresh",
@@ -248,7 +248,7 @@ MODELS = (
 
 
 def page() -> str:
-    """docs/compatibility.md."""
+    """docs/use/compatibility.md."""
     parts = [
         "# Compatibility",
         "Written by `python tests/helpers/variants.py` from the table that `tests/whole/test_variants.py` checks, one "

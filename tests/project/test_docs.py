@@ -30,7 +30,7 @@ from tiny import save_rows, save_tiny_model
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-HOW = (DOCS / "how-it-works.md").read_text(encoding="utf-8")
+HOW = (DOCS / "develop" / "how-it-works.md").read_text(encoding="utf-8")
 
 
 def build(root: Path) -> subprocess.CompletedProcess[str]:
@@ -62,11 +62,11 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(copy: Path) -> None:
         ("accelerate", "bare_loop"),
     ):  # fmt: skip
         first, _, _ = (ROOT / "examples" / f"{script}.py").read_text(encoding="utf-8").partition("\n")
-        text = html.unescape(re.sub(r"<[^>]+>", "", pages[copy / "site" / "recipes" / page / "index.html"]))
+        text = html.unescape(re.sub(r"<[^>]+>", "", pages[copy / "site" / "use" / "recipes" / page / "index.html"]))
         assert first.strip('"') in text, f"{script}.py is not on the page {page}"
-    how = pages[copy / "site" / "how-it-works" / "index.html"]
+    how = pages[copy / "site" / "develop" / "how-it-works" / "index.html"]
     for name in re.findall(r"`celora\.([\w.]+)`", HOW):
-        linked = rf'href="\.\./reference/\w*/?#celora[\w.]+"><code>celora\.{re.escape(name)}</code>'
+        linked = rf'href="\.\./\.\./reference/\w*/?#celora[\w.]+"><code>celora\.{re.escape(name)}</code>'
         assert re.search(linked, how), name
 
 
@@ -86,7 +86,7 @@ def test_every_equation_has_its_function_beside_it() -> None:
 
 def test_broken_links_and_names_fail_the_build(copy: Path) -> None:
     with (copy / "docs" / "index.md").open("a", encoding="utf-8") as page:
-        page.write("\n[a](nowhere.md) [b](speed.md#nothing) `celora.numerics.factor.nothing`\n")
+        page.write("\n[a](nowhere.md) [b](measured/speed.md#nothing) `celora.numerics.factor.nothing`\n")
     (copy / "docs" / "forgotten.md").write_text("# Forgotten\n")
     done = build(copy)
     assert done.returncode == 1
@@ -116,10 +116,25 @@ def test_the_reference_covers_every_module() -> None:
 
 
 def test_every_page_is_one_click_from_the_first() -> None:
-    linked = set(re.findall(r"\]\(([\w/-]+\.md)", (DOCS / "index.md").read_text(encoding="utf-8")))
-    pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
-    others = {page for page in pages if page.startswith("reference/") and page != "reference/index.md"}
-    assert pages - others - {"index.md"} - linked == set()
+    """A recipe from the map of the code, a page of the log from its index, the docstrings from the navigation."""
+
+    def linked(page: str) -> set[Path]:
+        targets = re.findall(r"\]\(([\w./-]+\.md)", (DOCS / page).read_text(encoding="utf-8"))
+        return {(DOCS / page).parent.joinpath(target).resolve() for target in targets}
+
+    reached = linked("index.md") | linked("develop/map.md") | linked("develop/log/index.md")
+    others = {*(DOCS / "reference").glob("*.md"), DOCS / "index.md"}
+    assert sorted(set(DOCS.rglob("*.md")) - others - reached) == []
+
+
+def test_terms_in_links_stand_in_the_glossary() -> None:
+    headings = re.findall(r"^## (.*)$", (DOCS / "use" / "glossary.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert headings == sorted(headings, key=str.casefold)
+    anchors = {heading.casefold().replace(" ", "-") for heading in headings}
+    pages = [path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md")]
+    named = {anchor for page in pages for anchor in re.findall(r"glossary\.md#([\w-]+)", page)}
+    assert named - anchors == set()
+    assert len(named) >= 15
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -142,7 +157,7 @@ def folder(names: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return names
 
 
-@pytest.mark.parametrize("page", ["quick-start.md", "presets.md", "command-line.md"])
+@pytest.mark.parametrize("page", ["use/quick-start.md", "use/presets.md", "use/command-line.md"])
 def test_commands_run(page: str, folder: Path) -> None:
     for text in blocks(page, "yaml"):
         (folder / "sft.yaml").write_text(text, encoding="utf-8")
@@ -156,7 +171,7 @@ def test_commands_run(page: str, folder: Path) -> None:
 
 
 def test_the_configuration_of_ones_own_is_one() -> None:
-    (text,) = blocks("presets.md", "yaml")
+    (text,) = blocks("use/presets.md", "yaml")
     assert CELoraConfig.from_dict(yaml.safe_load(text)["celora"]).for_layer("layers.1.mlp.up_proj").keep_ratio == 0.999
 
 
@@ -164,7 +179,7 @@ def test_python_of_the_quick_start_runs(folder: Path, capsys: pytest.CaptureFixt
     train = ["train", "--model", "model", "--data", "chats.jsonl", "--output", "out", "--max_steps", "1", "--overwrite"]
     assert main([*train, "--quiet"]) == 0
     names: dict[str, Any] = {}
-    for block in blocks("quick-start.md", "python"):
+    for block in blocks("use/quick-start.md", "python"):
         exec(block, names)
     assert "LoRA fused with its base layer in 14 of 14 layers" in capsys.readouterr().out
 
@@ -172,7 +187,7 @@ def test_python_of_the_quick_start_runs(folder: Path, capsys: pytest.CaptureFixt
 def test_the_qlora_recipe_estimates_and_trains(folder: Path) -> None:
     """Its script and its command, with the same configuration."""
     pytest.importorskip("bitsandbytes")
-    (block,), (text,), (line,) = (blocks("recipes/qlora.md", language) for language in ("python", "yaml", "bash"))
+    (block,), (text,), (line,) = (blocks("use/recipes/qlora.md", language) for language in ("python", "yaml", "bash"))
     names: dict[str, Any] = {}
     exec(block, names)
     model, columns = names["peft_model"], names["columns"]
@@ -198,7 +213,7 @@ def test_the_qlora_recipe_estimates_and_trains(folder: Path) -> None:
 
 def test_accelerate_reads_the_configuration_of_the_fsdp2_recipe(tmp_path: Path) -> None:
     """Which is the only one; it shards on accelerators only, so nothing is launched."""
-    (text,) = blocks("recipes/fsdp2.md", "yaml")
+    (text,) = blocks("use/recipes/fsdp2.md", "yaml")
     assert [page.name for page in DOCS.rglob("*.md") if "fsdp_config" in page.read_text(encoding="utf-8")] == [
         "fsdp2.md"
     ]
@@ -206,7 +221,7 @@ def test_accelerate_reads_the_configuration_of_the_fsdp2_recipe(tmp_path: Path) 
     config = load_config_from_file(str(tmp_path / "fsdp.yaml"))
     assert config.distributed_type == "FSDP"
     assert config.fsdp_config["fsdp_version"] == 2
-    (line,) = (line for line in blocks("recipes/fsdp2.md", "bash")[0].splitlines())
+    (line,) = (line for line in blocks("use/recipes/fsdp2.md", "bash")[0].splitlines())
     arguments = launch_command_parser().parse_args(shlex.split(line)[2:])
     assert config.fsdp_config.keys() <= vars(arguments).keys()
     assert parse(arguments.training_script_args[1:]).preset == "exact"

@@ -1,4 +1,4 @@
-"""docs/faults.md is what the tests say, and the tests are there."""
+"""docs/use/faults.md is what the tests say, and the tests are there."""
 
 from __future__ import annotations
 

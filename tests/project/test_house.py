@@ -2,43 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[2] / "src" / "celora"
-ROOMS = [
-    "errors", "files", "borrowed", "machine", "weights", "kernels", "numerics", "settings", "modeling", "runtime",
-    "planning", "attaching", "fsdp", "train", "studies", "cli", "__main__",
-]  # fmt: skip
-FRONT = "planning"  # `import celora` gives what the rooms up to here and the front door define
+from house import PICTURE, ROOMS, imports, modules, picture, room
 
-
-def imports(path: Path) -> Iterator[str]:
-    """The modules of celora that a file imports, at its top or inside a function, but for what only types need."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    typed = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
-    only_types = {inner for node in typed for inner in ast.walk(node)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node not in only_types and (node.module or "").startswith("celora"):
-            names = [f"{node.module}.{name.name}" for name in node.names]
-            yield from (name if is_module(name) else str(node.module) for name in names)
-        if isinstance(node, ast.Import) and node not in only_types:
-            yield from (name.name for name in node.names if name.name.partition(".")[0] == "celora")
-
-
-def is_module(name: str) -> bool:
-    path = SOURCE.parent.joinpath(*name.split("."))
-    return path.with_suffix(".py").is_file() or path.is_dir()
-
-
-def modules() -> dict[str, Path]:
-    found = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in SOURCE.rglob("*.py")}
-    return {name.removesuffix(".__init__"): path for name, path in found.items()}
-
-
-def room(module: str) -> str:
-    return module.split(".")[1] if "." in module else FRONT
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_module_is_in_a_room() -> None:
@@ -57,3 +25,12 @@ def test_there_is_no_circle() -> None:
     while leaves := {name for name, others in arrows.items() if not others & arrows.keys()}:
         arrows = {name: others for name, others in arrows.items() if name not in leaves}
     assert sorted(arrows) == []
+
+
+def test_the_picture_shows_the_imports() -> None:
+    assert PICTURE.read_text(encoding="utf-8") == picture(), "run: python tests/helpers/house.py"
+
+
+def test_the_map_has_a_paragraph_for_every_room() -> None:
+    page = (ROOT / "docs" / "develop" / "map.md").read_text(encoding="utf-8")
+    assert [name for name in ROOMS if name != "__main__" and f"**`{name}`**" not in page] == []

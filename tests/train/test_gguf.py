@@ -90,7 +90,7 @@ def test_an_unpacked_file_trains_on_estimates_and_saves_an_ordinary_adapter(tmp_
 
 
 def test_packed_weights_are_refused_by_peft(tmp_path: Path) -> None:
-    """The day that PEFT takes them, celora has to read them (docs/quantised.md)."""
+    """The day that PEFT takes them, celora has to read them (docs/use/quantised.md)."""
     if PACKED is None:
         write(tmp_path / "model.gguf")
         assert type(load(tmp_path).model.layers[0].mlp.up_proj) is torch.nn.Linear

@@ -185,7 +185,7 @@ def test_bytes_are_those_of_the_cost_model(ran):
     # The fullest process sets the size; where rows are few, that is more than half of them.
     rows = gathered(ran["rows"], 1, "backward") - in_blocks
     assert least <= rows < 1.2 * least < 0.5 * whole
-    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "measured" / "scale.md").read_text(encoding="utf-8")
     said = f"{whole:,} bytes a process whole, {rows:,} with columns at {COLUMNS['keep_ratio']} ({rows / whole:.0%}"
     assert said.replace("%", " %") in " ".join(page.split())
     out_features = [rows for rows, _ in shapes("base_layer")]
@@ -193,7 +193,7 @@ def test_bytes_are_those_of_the_cost_model(ran):
 
 
 def test_the_page_holds_the_cost_model_s_table():
-    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "measured" / "scale.md").read_text(encoding="utf-8")
     assert scaling.table(scaling.Setting()) in page, "put the output of python -m benchmarks.scale.scaling there"
 
 

@@ -45,8 +45,8 @@ from celora.runtime.attachment import find
 from celora.settings.names import HEAD
 from celora.weights.read import device_of, shape_of
 
-# Chosen by training (docs/presets.md). Where 8-bit products pay it costs little, since they alone keep more; beyond it
-# their rounding is in the way and the time rises steeply.
+# Chosen by training (docs/use/presets.md). 8-bit products alone keep more, so it costs little where they pay. Beyond it
+# their rounding is in the way, and the time rises steeply.
 DEFAULT_FIDELITY = 0.998
 _CARE = 0.85  # after each plan that fell short, as what verifies is not what was chosen on
 _VERIFICATIONS = 4

@@ -23,7 +23,7 @@ from celora.train.progress import PlanProgress
 from celora.train.request.arguments import PLANNING, TrainRequest
 
 # A plan takes 20 to 130 forward and backward passes to make, and then saves a tenth to three tenths of each pass over
-# `exact` (docs/speed.md). About here the middle of the one is earned back by the middle of the other.
+# `exact` (docs/measured/speed.md). About here the middle of the one is earned back by the middle of the other.
 FEWEST_PASSES = 400
 
 
