@@ -7,7 +7,7 @@ No class is touched, no module replaced, no state_dict key changed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,20 +20,18 @@ from celora.modeling.assign import choose_estimator, last_block
 from celora.modeling.fused import FusedGraft
 from celora.modeling.graft import LayerGraft
 from celora.modeling.hooks import remove
-from celora.modeling.language_model import find_language_model
 from celora.modeling.model_graft import install
-from celora.modeling.packing import cannot_pack
 from celora.modeling.passes import known as passes
 from celora.modeling.report import AttachReport, LayerReport
-from celora.modeling.survey import fuses, tuner_layers
-from celora.modeling.switch import Mode, Switch
+from celora.modeling.survey import AdaptedLayer, Survey, survey
+from celora.modeling.switch import Mode
 from celora.numerics.estimators import Dense, Estimator
 from celora.planning.plan import Plan
 from celora.runtime.attachment import ATTRIBUTE, Attachment, attachments, find
 from celora.runtime.notes import advice, whole_model_notes
 from celora.settings.config import CELoraConfig, matches
 from celora.settings.presets import PRESETS, resolve
-from celora.weights.read import held, shape_of
+from celora.weights.read import held
 
 _PRESET_PATTERNS = {pattern for preset in PRESETS.values() for pattern in preset.overrides}
 
@@ -69,7 +67,56 @@ def attach(
             than a layer, a plan for another model or device, `"auto"` without batches, or processes of a sharded model
             that give different configurations.
     """
-    tuners = tuner_layers(model)
+    found = survey(model)
+    plan, config = _settled(found, config, batches, changes)
+    assigned = _assign(found, config)
+    known = passes.known(model) if config.fused else {}
+    estimators = [estimator for _, estimator in assigned.values() if estimator is not None]
+    slow = {estimator.product.slow(estimator.device) for estimator in estimators} - {""}
+    notes = (
+        *whole_model_notes(found, config, known.values()),
+        *advice(found, config),
+        *(f"Dense layers are faster here: {reason}." for reason in sorted(slow)),
+    )
+    report = AttachReport(tuple(layer for layer, _ in assigned.values()), config.refresh_every, notes)
+    existing = find(model)
+    if existing is not None and existing.report.layers == report.layers and existing.config == config:
+        existing.report = report
+        return report
+    detach(model)
+
+    attachment = Attachment(model, config, report)
+    attachment.plan = plan
+    for name, (_, estimator) in assigned.items():
+        _graft_layer(found.layers[name], estimator, attachment)
+    for module, kind in known.items():
+        kind(attachment.switch).under(module)
+    if config.labelled_head and found.language_model is not None:
+        attachment.forward = install(
+            found.language_model,
+            attachment.switch,
+            packs=config.padding_free,
+            keep_ratio=config.head_keep_ratio,
+            seed=config.seed,
+        )
+    attachment.set_modes(0)
+    model.__dict__[ATTRIBUTE] = attachment
+    if not attachment.grafts and (report.skipped or config.overrides):
+        warnings.warn(
+            "celora: no layer can be estimated; training is plain PEFT. Print the report for the reasons.",
+            stacklevel=2,
+        )
+    return report
+
+
+def _settled(
+    found: Survey,
+    config: str | CELoraConfig | Plan,
+    batches: Iterable[Mapping[str, Any]] | None,
+    changes: Mapping[str, Any],
+) -> tuple[Plan | None, CELoraConfig]:
+    """The configuration that is asked for and, if it comes from one, the plan; made now for preset `auto`."""
+    model = found.model
     if config == "auto":
         resolve(config, changes)  # a mistake is to be known before anything is measured
         from celora.planning.planner import make_plan
@@ -81,7 +128,7 @@ def attach(
         config = Plan.from_dict(from_first(make_plan(model, batches).to_dict()))
     plan = config if isinstance(config, Plan) else None
     if isinstance(config, Plan):
-        config.check(model)
+        config.check(found)
         config = config.config()
     config = resolve(config, changes)
     if gathers(model) and not same_in_all(config.to_dict()):
@@ -89,52 +136,16 @@ def attach(
             "the processes attach different configurations, and would wait for each other for ever; a plan has to be "
             "made by one of them, for all."
         )
-    for pattern in _unmatched(config, tuners):
-        warnings.warn(f"celora: the override {pattern!r} matches no adapted layer", stacklevel=2)
+    return plan, config
 
-    last = last_block(tuners) if config.zero_tokens else set()
-    planned = [choose_estimator(name, module, config, last=name in last) for name, module in tuners.items()]
-    slow = {of.product.slow(of.device) for _, of in planned if of is not None} - {""}
-    known = passes.known(model) if config.fused else {}
-    notes = (
-        *whole_model_notes(model, tuners, config, known.values()),
-        *advice(model, tuners, config),
-        *(f"Dense layers are faster here: {reason}." for reason in sorted(slow)),
-    )
-    report = AttachReport(tuple(layer for layer, _ in planned), config.refresh_every, notes)
-    existing = find(model)
-    if existing is not None and existing.report.layers == report.layers and existing.config == config:
-        existing.report = report
-        return report
-    detach(model)
 
-    attachment = Attachment(model, config, report)
-    attachment.plan = plan
-    for layer, estimator in planned:
-        graft = _graft_layer(tuners[layer.name], estimator, attachment.switch, fused=config.fused)
-        if graft is not None:
-            graft.name = layer.name
-        if estimator is not None and graft is not None:
-            attachment.grafts[layer.name] = graft
-            weight = held(tuners[layer.name].get_base_layer())
-            if weight is not None and _at_hand(weight, layer):
-                estimator.prepare(weight)  # else at the first refresh
-    for module, kind in known.items():
-        kind(attachment.switch).under(module)
-    causal, tuner, _ = find_language_model(model)
-    if config.labelled_head and causal is not None:
-        packs = config.padding_free and not cannot_pack(causal)
-        attachment.forward = install(
-            causal, tuner, attachment.switch, packs=packs, keep_ratio=config.head_keep_ratio, seed=config.seed
-        )
-    attachment.set_modes(0)
-    model.__dict__[ATTRIBUTE] = attachment
-    if not attachment.grafts and (report.skipped or config.overrides):
-        warnings.warn(
-            "celora: no layer can be estimated; training is plain PEFT. Print the report for the reasons.",
-            stacklevel=2,
-        )
-    return report
+def _assign(found: Survey, config: CELoraConfig) -> dict[str, tuple[LayerReport, Estimator | None]]:
+    """What each layer gets, by name. Warns of the user's own overrides that name no layer."""
+    for pattern in config.overrides:
+        if pattern not in _PRESET_PATTERNS and not any(matches(pattern, name) for name in found.layers):
+            warnings.warn(f"celora: the override {pattern!r} matches no adapted layer", stacklevel=3)
+    last = last_block(found.layers) if config.zero_tokens else set()
+    return {name: choose_estimator(layer, config, last=name in last) for name, layer in found.layers.items()}
 
 
 def detach(model: nn.Module) -> None:
@@ -161,30 +172,27 @@ def detach(model: nn.Module) -> None:
         remove(module)
 
 
-def _at_hand(weight: Tensor, layer: LayerReport) -> bool:
-    """Whether the weight is here already, whole: not sharded, nor left out until a launcher puts it in place."""
-    whole = weight.shape == (layer.out_features, layer.in_features)
-    return whole and not weight.is_meta and not isinstance(weight, DTensor)
-
-
-def _graft_layer(
-    module: BaseTunerLayer, estimator: Estimator | None, switch: Switch, *, fused: bool
-) -> LayerGraft | None:
-    """Hook one layer: its base for the estimate and, fused, its adapter too. None if there is nothing to do."""
-    base = module.get_base_layer()
-    if not (fused and fuses(module)):
-        graft = None if estimator is None else LayerGraft(estimator, switch)
+def _graft_layer(layer: AdaptedLayer, estimator: Estimator | None, attachment: Attachment) -> None:
+    """Hook one layer: its base for the estimate and, fused, its adapter too."""
+    graft: LayerGraft
+    if attachment.config.fused and not layer.cannot_fuse:
+        graft = FusedGraft(estimator or Dense(*layer.shape), attachment.switch)
+        graft.over(layer.module)
+    elif estimator is not None:
+        graft = LayerGraft(estimator, attachment.switch)
     else:
-        graft = FusedGraft(estimator or Dense(*shape_of(base)), switch)
-        graft.over(module)
-        if estimator is None:
-            graft.mode = Mode.EXACT
-    if graft is not None:
-        graft.under(base)
-    return graft
+        return
+    graft.name = layer.name
+    graft.under(layer.base)
+    if estimator is None:
+        graft.mode = Mode.EXACT
+        return
+    attachment.grafts[layer.name] = graft
+    weight = held(layer.base)
+    if weight is not None and _is_here(weight, layer):
+        estimator.prepare(weight)  # else at the first refresh
 
 
-def _unmatched(config: CELoraConfig, names: Collection[str]) -> list[str]:
-    """The user's own overrides that name no layer."""
-    own = [pattern for pattern in config.overrides if pattern not in _PRESET_PATTERNS]
-    return [pattern for pattern in own if not any(matches(pattern, name) for name in names)]
+def _is_here(weight: Tensor, layer: AdaptedLayer) -> bool:
+    """Whether all of the weight is here already: it is not sharded, and no launcher has yet to put it in place."""
+    return weight.shape == layer.shape and not weight.is_meta and not isinstance(weight, DTensor)

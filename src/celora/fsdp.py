@@ -14,9 +14,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
 from celora.errors import CELoraError
-from celora.modeling.survey import cannot_estimate, tuner_layers
+from celora.modeling.survey import survey
 from celora.runtime.attachment import find
-from celora.weights.read import held
 
 
 def shard(model: nn.Module, **options: Any) -> None:
@@ -35,17 +34,17 @@ def shard(model: nn.Module, **options: Any) -> None:
         CELoraError: no adapters, celora is attached already, a quantised base, weights that are to be offloaded to the
             CPU, or a model that does not name its blocks.
     """
-    tuners = tuner_layers(model)
+    layers = survey(model).layers.values()
     if isinstance(options.get("offload_policy"), CPUOffloadPolicy):
         raise CELoraError(
             "offload_policy=CPUOffloadPolicy leaves the weights that an estimated backward reads on the CPU; leave it "
             "out, or call fully_shard yourself and train without celora."
         )
-    for name, tuner in tuners.items():
-        if not cannot_estimate(tuner) and held(tuner.get_base_layer()) is None:
+    for layer in layers:
+        if layer.quantised and not layer.cannot_estimate:
             raise CELoraError(
-                f"{name!r} is quantised ({type(tuner.get_base_layer()).__name__}), and FSDP2 splits by rows what is "
-                "stored otherwise; train quantised bases with DDP."
+                f"{layer.name!r} is quantised ({layer.quantised}), and FSDP2 splits by rows what is stored otherwise; "
+                "train quantised bases with DDP."
             )
     if find(model) is not None:
         raise CELoraError(
@@ -58,10 +57,10 @@ def shard(model: nn.Module, **options: Any) -> None:
         raise CELoraError(
             f"{type(causal or model).__name__} does not name its blocks; call fully_shard on them yourself."
         )
-    for tuner in tuners.values():
+    for layer in layers:
         # Variants of LoRA, as DoRA, read the weight beside their base layer's forward too, so it stays with its block.
-        if not (cannot_estimate(tuner) or getattr(tuner, "lora_variant", None)):
-            fully_shard(tuner.get_base_layer(), **options)
+        if not (layer.cannot_estimate or getattr(layer.module, "lora_variant", None)):
+            fully_shard(layer.base, **options)
     sharded = [fully_shard(block, **options) for block in blocks]
     fully_shard(model, **options)
     # Left to itself, FSDP2 would prefetch the frozen weight that was used last. The first block has none before it.

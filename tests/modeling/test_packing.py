@@ -25,8 +25,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 4.0},
     "gemma3_text": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},
     "gemma": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "sliding_window": 64},
-    "cohere2": {"logit_scale": 0.5, "sliding_window": 64},
+    "gemma2": {"head_dim": 8},
+    "cohere2": {"logit_scale": 0.5},
     "qwen3": {"head_dim": 8},
     "phi3": {"pad_token_id": 0},
 }
@@ -39,7 +39,8 @@ def model_of(kind: str) -> nn.Module:
         vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2, max_position_embeddings=64,
         **{k: v for k, v in EXTRA.get(kind, {}).items() if k != "pad_token_id"},
     )  # fmt: skip
-    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    attention = "sdpa" if kind in PACKED else "eager"
+    base = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     return get_peft_model(base, LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)).train()
 
 

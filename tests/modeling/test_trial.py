@@ -22,7 +22,7 @@ import celora
 from celora import CELoraConfig
 from celora.modeling import trial
 from celora.modeling.graft import LayerGraft
-from celora.modeling.survey import tuner_layers
+from celora.modeling.survey import survey
 from celora.modeling.trial import tampered, unlike
 from celora.runtime.attachment import require
 from layers import KINDS, make_layer
@@ -150,14 +150,14 @@ def test_an_estimate_ends_where_the_forward_is_replaced_and_goes_on_elsewhere() 
 def test_many_patched_layers_are_said_in_two_warnings() -> None:
     model = make_model().train()
     celora.attach(model, HALF)
-    for tuner in tuner_layers(model).values():
-        _masked_forward(tuner.get_base_layer())
+    for layer in survey(model).layers.values():
+        _masked_forward(layer.base)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(model, 3)
     told = [str(one.message) for one in caught if "PEFT's own backward" in str(one.message)]
     assert len(told) == 2
-    assert sum(told[1].count(name) for name in tuner_layers(model)) == 13
+    assert sum(told[1].count(name) for name in survey(model).layers) == 13
 
 
 @pytest.mark.parametrize("preset", PRESETS)

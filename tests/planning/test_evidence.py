@@ -9,13 +9,12 @@ import torch
 from peft import PeftModel
 
 import celora
-from celora.modeling.survey import tuner_layers
+from celora.modeling.survey import survey
 from celora.numerics.estimators import Finding
 from celora.planning.bench import Layer
 from celora.planning.candidates import EXACT, candidates
 from celora.planning.evidence import evidence, graft_overhead, time_kinds
 from celora.settings.config import LayerConfig
-from celora.weights.read import shape_of
 from patching import patch_all
 from small import make_batch
 
@@ -59,8 +58,8 @@ def test_everything_that_candidates_need_is_timed_once() -> None:
 
 def test_layers_with_other_numbers_of_tokens_are_timed_for_themselves(model: PeftModel) -> None:
     layers = [
-        Layer(name, base := module.get_base_layer(), candidates(shape_of(base), torch.device("cpu")), tokens=tokens)
-        for tokens, (name, module) in zip((4, 4, 4000), list(tuner_layers(model).items())[:3:2] * 2, strict=False)
+        Layer(layer.name, layer.base, candidates(layer.shape, layer.device), tokens=tokens)
+        for tokens, layer in zip((4, 4, 4000), list(survey(model).layers.values())[:3:2] * 2, strict=False)
     ]
     assert len(time_kinds(layers)) == len({layer.kind for layer in layers}) > len({x.shape for x in layers})
 
@@ -70,7 +69,9 @@ def test_what_a_graft_itself_takes_is_counted(model: PeftModel, free_estimates: 
     patch_all(monkeypatch, "celora.planning.evidence:graft_overhead", lambda device, dtype: 0.3)
     fused = celora.make_plan(model, [make_batch(0)], 0.9)
     assert min(c.time_ms for layer in fused.layers for c in layer.candidates[1:]) < 0.3
-    patch_all(monkeypatch, "celora.modeling.survey:fuses", lambda module: False)
+    for layer in survey(model).layers.values():
+        part = layer.module.lora_B["default"]
+        part.forward = part.forward  # one of its own, which keeps it from being fused
     plan = celora.make_plan(model, [make_batch(0)], 0.9)
     assert all(0.3 < c.time_ms < 0.97 for layer in plan.layers for c in layer.candidates[1:])
     patch_all(monkeypatch, "celora.planning.evidence:graft_overhead", lambda device, dtype: 1.0)

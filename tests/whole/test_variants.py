@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import celora
 from celora import CELoraConfig
-from celora.modeling.survey import fuses, tuner_layers
+from celora.modeling.survey import survey
 from celora.modeling.switch import Mode
 from celora.runtime.attachment import require
 from celora.settings.presets import PRESETS
@@ -98,9 +98,9 @@ def same_gradient(variant: Variant, folder: Path) -> str:
 
 
 def fused(variant: Variant, folder: Path) -> str:
-    tuners = tuner_layers(variant.make()).values()
-    linear = [module for module in tuners if isinstance(module.get_base_layer(), nn.Linear)]
-    return YES if all(map(fuses, linear)) else "PEFT's path"
+    layers = survey(variant.make()).layers.values()
+    apart = [layer.cannot_fuse for layer in layers if isinstance(layer.base, nn.Linear) and layer.cannot_fuse]
+    return "PEFT's path" if apart else YES
 
 
 def reloads(variant: Variant, folder: Path) -> str:

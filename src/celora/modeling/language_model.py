@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -11,33 +12,55 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from celora.borrowed import borrow
+from celora.modeling.families import Family, family_of
 from celora.modeling.hooks import is_ours
 from celora.modeling.others import fused_head, is_fused_head, replaced
+from celora.modeling.packing import cannot_pack
 from celora.weights.sharded import is_split
 
 
-def find_language_model(model: nn.Module) -> tuple[PreTrainedModel | None, nn.Module | None, str]:
-    """The causal language model in `model` and the PEFT tuner around it, if any; or why its own loss is to be used."""
+@dataclass(frozen=True)
+class LanguageModel:
+    """The causal language model around the adapted layers, of which celora can compute the loss.
+
+    Attributes:
+        causal: the model with the head.
+        tuner: the PEFT tuner around it, if there is one.
+        family: what is known of its family, if anything.
+        cannot_pack: why padding stays in its batches, or ''.
+    """
+
+    causal: PreTrainedModel
+    tuner: nn.Module | None
+    family: Family | None
+    cannot_pack: str
+
+    @property
+    def head(self) -> Any:
+        """The linear layer that projects hidden states onto the vocabulary."""
+        return self.causal.get_output_embeddings()
+
+
+def find_language_model(model: nn.Module) -> LanguageModel | str:
+    """The causal language model in `model`, or why its own loss is to be used."""
     tuner = next((m for m in model.modules() if isinstance(m, BaseTuner)), None)
     causal = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if causal is None:
-        return None, None, f"{type(model).__name__} is not a model of Transformers"
+        return f"{type(model).__name__} is not a model of Transformers"
     if reason := not_ours(causal):
-        return None, None, reason
+        return reason
     takes = {"labels", "logits_to_keep"} <= inspect.signature(type(causal).forward).parameters.keys()
     if not (takes and any(map(_asks_for_the_loss, type(causal).__mro__))):
-        reason = f"{type(causal).__name__} has a loss of its own"
-    elif tuner is not None and type(tuner).forward is not BaseTuner.forward:
-        reason = f"{type(tuner).__name__} has a forward of its own, which may add to the loss"
-    elif getattr(causal.config, "output_router_logits", False):
-        reason = "a part of it is for its experts"
-    elif causal.base_model is causal:
-        reason = f"{type(causal).__name__} has no decoder under its head"
-    elif is_fused_head(causal) and isinstance(found := fused_head(causal), str):
-        reason = found
-    else:
-        return causal, tuner, ""
-    return None, None, reason
+        return f"{type(causal).__name__} has a loss of its own"
+    if tuner is not None and type(tuner).forward is not BaseTuner.forward:
+        return f"{type(tuner).__name__} has a forward of its own, which may add to the loss"
+    if getattr(causal.config, "output_router_logits", False):
+        return "a part of it is for its experts"
+    if causal.base_model is causal:
+        return f"{type(causal).__name__} has no decoder under its head"
+    if is_fused_head(causal) and isinstance(found := fused_head(causal), str):
+        return found
+    return LanguageModel(causal, tuner, family_of(causal.config), cannot_pack(causal))
 
 
 def not_ours(causal: PreTrainedModel) -> str:

@@ -33,7 +33,7 @@ from celora.modeling import packing
 from celora.modeling.attention import LENGTHS, Lookup, implementation, is_attention
 from celora.modeling.call import OUTPUTS, REFUSED, TRL, UNPACKED, Call, ScoredOutput, fit, is_set, unknown_arguments
 from celora.modeling.hooks import Hook, settle_all
-from celora.modeling.language_model import at_hand, find_language_model, language_model, not_ours
+from celora.modeling.language_model import LanguageModel, at_hand, language_model, not_ours
 from celora.modeling.onlookers import may_look_at_shapes
 from celora.modeling.others import fused_head, trainer_wants_logits
 from celora.modeling.recognise import IGNORED, Probe, settings
@@ -346,11 +346,11 @@ def _known_by(causal: Any, given: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def install(
-    causal: PreTrainedModel, tuner: nn.Module | None, switch: Switch, *, packs: bool, keep_ratio: float, seed: int
+    found: LanguageModel, switch: Switch, *, packs: bool = True, keep_ratio: float = 1.0, seed: int = 0
 ) -> ModelGraft:
-    """Hook the language model (and the PEFT tuner around it) that `find_language_model` found; `remove` undoes it."""
-    graft = ModelGraft(switch, packs=packs, keep_ratio=keep_ratio, seed=seed)
-    _hook(graft, causal, tuner)
+    """Hook a language model, and the PEFT tuner around it; `remove` undoes it. With `packs`, padding is left out."""
+    graft = ModelGraft(switch, packs=packs and not found.cannot_pack, keep_ratio=keep_ratio, seed=seed)
+    _hook(graft, found.causal, found.tuner)
     return graft
 
 
@@ -367,20 +367,19 @@ def _hook(graft: ModelGraft, causal: PreTrainedModel, tuner: nn.Module | None) -
 
 
 @contextmanager
-def taken_over(model: nn.Module) -> Iterator[ModelGraft | None]:
+def taken_over(found: LanguageModel | None) -> Iterator[ModelGraft | None]:
     """For a while, leave out padding and compute the loss over labelled tokens only, wherever that can be done.
 
     Yields what does it, or None where it cannot be done.
     """
-    causal, tuner, _ = find_language_model(model)
-    if causal is None:
+    if found is None:
         yield None
         return
-    graft = ModelGraft(Switch(), packs=not packing.cannot_pack(causal))
-    handles = _hook(graft, causal, tuner)
+    graft = ModelGraft(Switch(), packs=not found.cannot_pack)
+    handles = _hook(graft, found.causal, found.tuner)
     try:
         yield graft
     finally:
-        settle_all(causal)
+        settle_all(found.causal)
         for handle in handles:
             handle.remove()

@@ -1,19 +1,126 @@
-"""The adapted layers of a model: which there are, which cannot be estimated, and which fuse with their adapter."""
+"""One survey of a model: its adapted layers and the language model around them, found once and handed on as plain data.
+
+`survey(model)` walks the model. Whoever needs to know what can be estimated, fused, packed or scored, and why not,
+reads its answer: `attach`, the planner, FSDP2, the notes of a report.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from celora.errors import CELoraError
 from celora.modeling.adapter import Adapter, vanilla_adapter
 from celora.modeling.bypass import own_product, refuse_patched
+from celora.modeling.hooks import settle_all
+from celora.modeling.language_model import LanguageModel, find_language_model
 from celora.modeling.trial import tampered, unlike
-from celora.weights.read import trains
+from celora.weights.quantised import stored_kind
+from celora.weights.read import device_of, shape_of, trains
 from celora.weights.sharded import is_split
 
 
-def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+@dataclass(frozen=True)
+class LayerAdapter:
+    """One adapter of one layer.
+
+    Attributes:
+        name: as PEFT calls it.
+        active: whether the forward applies it.
+        rank: of LoRA and its kin; None for an adapter without a rank.
+        dtype: of its A; None for an adapter without A.
+        dropout: the rate at which its input is dropped.
+    """
+
+    name: str
+    active: bool
+    rank: int | None
+    dtype: torch.dtype | None
+    dropout: float
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One frozen layer under PEFT's adapters.
+
+    Attributes:
+        name: of the PEFT layer in the model that was surveyed.
+        module: the PEFT layer.
+        base: the frozen layer in it.
+        out_features, in_features: shape of its weight; zeros where there is no such thing.
+        dtype: in which its weight is stored; None without a weight.
+        device: where its weight is, or will be; `meta` if it cannot be estimated.
+        quantised: the kind of quantised layer that it is, or ''.
+        cannot_estimate: why its backward is not `grad_output @ weight`, or ''.
+        cannot_fuse: why its adapter takes PEFT's own path, or ''.
+        adapters: the active ones first.
+    """
+
+    name: str
+    module: BaseTunerLayer
+    base: nn.Module
+    out_features: int
+    in_features: int
+    dtype: torch.dtype | None
+    device: torch.device
+    quantised: str
+    cannot_estimate: str
+    cannot_fuse: str
+    adapters: tuple[LayerAdapter, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    @property
+    def rank(self) -> int | None:
+        """The LoRA rank of its adapter; None if it has none."""
+        return next((adapter.rank for adapter in self.adapters if adapter.rank is not None), None)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a model is made of, as far as celora is concerned.
+
+    Attributes:
+        model: that was surveyed.
+        layers: its adapted layers by name, in the order of the model.
+        language_model: the causal language model around them; None where its own loss is to be used.
+        cannot_score: why that is so, or ''.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, AdaptedLayer]
+    language_model: LanguageModel | None
+    cannot_score: str
+
+
+def survey(model: nn.Module) -> Survey:
+    """Walk a PEFT model once, and say what it is made of.
+
+    Changes nothing, except that a forward of celora's that was interrupted is put right first.
+
+    Raises:
+        CELoraError: there are no adapted layers, or they are merged into their base, or Unsloth has patched them.
+    """
+    tuners = _tuner_layers(model)
+    settle_all(model)
+    around = find_language_model(model)
+    return Survey(
+        model,
+        layers={name: _adapted_layer(name, module) for name, module in tuners.items()},
+        language_model=None if isinstance(around, str) else around,
+        cannot_score=around if isinstance(around, str) else "",
+    )
+
+
+def _tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """The PEFT layers of `model` by name; CELoraError if there are none, or if they cannot train or be estimated."""
     tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not tuners:
@@ -34,14 +141,46 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     return tuners
 
 
-def cannot_estimate(module: BaseTunerLayer) -> str:
-    """Why the backward of this PEFT layer's base is not `grad_output @ read(base)`, or ''."""
+def _adapted_layer(name: str, module: BaseTunerLayer) -> AdaptedLayer:
+    base = module.get_base_layer()
+    reason = _cannot_estimate(module)
+    apart = reason or vanilla_adapter(module)
+    out_features, in_features = shape_of(base)
+    return AdaptedLayer(
+        name=name,
+        module=module,
+        base=base,
+        out_features=out_features,
+        in_features=in_features,
+        dtype=getattr(getattr(base, "weight", None), "dtype", None),
+        device=torch.device("meta") if reason else device_of(base),
+        quantised="" if stored_kind(base) is None else type(base).__name__,
+        cannot_estimate=reason,
+        cannot_fuse="" if isinstance(apart, Adapter) else apart,
+        adapters=_adapters(module),
+    )
+
+
+def _cannot_estimate(module: BaseTunerLayer) -> str:
     base = module.get_base_layer()
     split = "it is split by tensor parallelism" if is_split(base) else ""
     trained = "its weight is trained" if trains(base) else ""
     return own_product(module) or split or tampered(base) or trained or unlike(base) or ""
 
 
-def fuses(module: BaseTunerLayer) -> bool:
-    """Whether the layer's adapter can be computed together with its base layer."""
-    return not cannot_estimate(module) and isinstance(vanilla_adapter(module), Adapter)
+def _adapters(module: Any) -> tuple[LayerAdapter, ...]:
+    ranks, matrices, dropouts = (getattr(module, of, None) for of in ("r", "lora_A", "lora_dropout"))
+    ranks = ranks if isinstance(ranks, dict) else {}
+
+    def adapter(name: str) -> LayerAdapter:
+        A = matrices[name] if matrices is not None and name in matrices else None
+        dropout = dropouts[name] if dropouts is not None and name in dropouts else None
+        return LayerAdapter(
+            name,
+            active=name in module.active_adapters,
+            rank=int(ranks[name]) if name in ranks else None,
+            dtype=None if A is None else getattr(A, "weight", A).dtype,
+            dropout=float(getattr(dropout, "p", 0.0)),
+        )
+
+    return tuple(map(adapter, dict.fromkeys([*module.active_adapters, *ranks])))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from celora.machine.timing import synchronise
 from celora.modeling.graft import LayerGraft
+from celora.modeling.language_model import LanguageModel
 from celora.modeling.model_graft import ModelGraft
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.estimators import Estimator, Finding
@@ -98,6 +99,7 @@ class Bench:
         self.rewind, self.progress = rewind, progress
         self.overhead_ms = 0.0  # of a graft, whatever it computes
         self.forward: ModelGraft | None = None  # what computes the loss, if its gradient may be estimated
+        self.language_model: LanguageModel | None = None  # whose loss that is
         self._exact: dict[range, dict[str, Tensor]] = {}
 
     @property

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from celora.machine.timing import interleaved
-from celora.modeling.language_model import find_language_model
 from celora.modeling.recognise import IGNORED
 from celora.numerics.head import chunk_size, through_the_head
 from celora.planning.bench import Bench
@@ -25,16 +23,15 @@ HEAD_SHARES = (0.3, 0.1, 0.03, 0.01)  # of the words, in the gradient of the log
 
 def head_evidence(bench: Bench) -> list[PlannedLayer]:
     """The vocabulary projection and what its shares of the words take and lose; nothing where celora does not do it."""
-    causal, batch = find_language_model(bench.model)[0], bench.batches[bench.measuring]
-    labels = batch.get("labels")
-    if bench.forward is None or causal is None or not isinstance(labels, Tensor) or labels.dim() != 2:
+    labels = bench.batches[bench.measuring].get("labels")
+    if bench.language_model is None or not isinstance(labels, Tensor) or labels.dim() != 2:
         return []
     # Words are columns of the logits' gradient: a plan writes a share of them as the default estimator's.
     settings = {share: LayerConfig(keep_ratio=share, rank=0) for share in HEAD_SHARES}
     errors = {share: bench.audit({}, {HEAD: setting}).relative_error for share, setting in settings.items()}
     if errors[HEAD_SHARES[-1]] == 0:  # a hundredth of the words loses nothing: the loss of this batch is not ours
         return []
-    weight = whole(cast(Tensor, causal.get_output_embeddings().weight)).detach()
+    weight = whole(bench.language_model.head.weight).detach()
     tokens = int((labels[:, 1:] != IGNORED).sum())
     size = chunk_size(tokens, len(weight))
     grad = torch.randn(size, len(weight), device=weight.device).to(weight.dtype)

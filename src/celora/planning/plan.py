@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import device as Device
 from torch import nn
 
 from celora.errors import CELoraError, unknown
 from celora.files import inside, read_json, write_text
 from celora.machine.device import measured_on
-from celora.modeling.language_model import find_language_model
+from celora.modeling.survey import Survey, survey
 from celora.numerics.estimators import estimator_class
 from celora.settings.config import CELoraConfig, LayerConfig
 from celora.settings.names import HEAD, PLAN_NAME
@@ -133,29 +132,32 @@ class Plan:
             keep_ratio = self.head.choice.setting.keep_ratio
         return dataclasses.replace(frame, overrides={**planned, **frame.overrides}, head_keep_ratio=keep_ratio)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module | Survey) -> None:
         """Refuse a plan that was made for another model or device: its times and errors would mean nothing.
+
+        Args:
+            model: the model, or what `survey` has found in it.
 
         Raises:
             CELoraError: a planned layer is missing or has another shape, this is not the device it was measured on, or
                 torch has another number of threads.
         """
-        self.check_layers(model)
-        if reason := self.elsewhere(next(model.parameters()).device):
+        found = model if isinstance(model, Survey) else survey(model)
+        self.check_layers(found)
+        if reason := self.elsewhere(next(found.model.parameters()).device):
             raise CELoraError(f"{reason}; make a new plan.")
 
-    def check_layers(self, model: nn.Module) -> None:
+    def check_layers(self, found: Survey) -> None:
         """Refuse a plan that cannot be carried out: a planned layer is missing or has another shape."""
-        found = {name: m.get_base_layer() for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-        if (causal := find_language_model(model)[0]) is not None:
-            found[HEAD] = causal.get_output_embeddings()
-        for layer in self.layers if causal is None else self._all:  # the head stays exact where celora has none
-            base = found.get(layer.name)
-            if base is None:
+        shapes = {name: layer.shape for name, layer in found.layers.items()}
+        if found.language_model is not None:
+            shapes[HEAD] = shape_of(found.language_model.head)
+        for layer in self.layers if found.language_model is None else self._all:  # the head stays exact
+            shape = shapes.get(layer.name)
+            if shape is None:
                 raise CELoraError(
                     f"the plan is for another model: there is no adapted layer {layer.name!r} here; make a new plan."
                 )
-            shape = shape_of(base)
             if shape != (layer.out_features, layer.in_features):
                 raise CELoraError(
                     f"the plan is for another model: {layer.name!r} is {shape[0]} x {shape[1]} here, "

@@ -31,7 +31,7 @@ from celora.errors import CELoraError
 from celora.machine.device import measured_on
 from celora.machine.timing import cannot_time
 from celora.modeling.model_graft import taken_over
-from celora.modeling.survey import cannot_estimate, fuses, tuner_layers
+from celora.modeling.survey import survey
 from celora.planning.bench import Bench, Layer, Loss, Progress
 from celora.planning.candidates import candidates
 from celora.planning.choose import Try, choose_plan, settings_of, squared_error
@@ -43,7 +43,6 @@ from celora.planning.observe import observe
 from celora.planning.plan import Plan, PlannedLayer
 from celora.runtime.attachment import find
 from celora.settings.names import HEAD
-from celora.weights.read import device_of, shape_of
 
 # Chosen by training (docs/use/presets.md). 8-bit products alone keep more, so it costs little where they pay. Beyond it
 # their rounding is in the way, and the time rises steeply.
@@ -121,10 +120,11 @@ def make_plans(
     used = [on_device(batch, parameters) for _, batch in zip(range(MOST_BATCHES), batches, strict=False)]
     if not used:
         raise CELoraError("no batches to plan with; give at least one, and three to verify on one that was not used.")
+    found = survey(model)
     layers = [
-        Layer(name, base := module.get_base_layer(), candidates(shape_of(base), device_of(base)), fused=fuses(module))
-        for name, module in tuner_layers(model).items()
-        if not cannot_estimate(module)
+        Layer(layer.name, layer.base, candidates(layer.shape, layer.device), fused=not layer.cannot_fuse)
+        for layer in found.layers.values()
+        if not layer.cannot_estimate
     ]
     attached = find(model)
     was_on = attached is not None and attached.switch.on
@@ -132,9 +132,9 @@ def make_plans(
         attached.switch.on = False
     try:
         # As preset auto will train: without padding, and with the loss over labelled tokens.
-        with training(model), untouched(model, parameters) as rewind, taken_over(model) as forward:
+        with training(model), untouched(model, parameters) as rewind, taken_over(found.language_model) as forward:
             bench = Bench(model, parameters, used, loss, rewind, progress or (lambda what, share: None))
-            bench.forward = forward if head else None
+            bench.forward, bench.language_model = (forward, found.language_model) if head else (None, None)
             return _make_plans(bench, layers, fidelities, memory_limit)
     finally:
         if attached is not None:

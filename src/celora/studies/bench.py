@@ -32,7 +32,7 @@ from celora.machine.device import accelerator, default_device
 from celora.machine.memory import forget_peak, peak_memory, saved_for_backward
 from celora.machine.timing import percentiles, timed
 from celora.modeling.graft import LayerGraft
-from celora.modeling.survey import tuner_layers
+from celora.modeling.survey import survey
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.estimators import Dense
 from celora.planning.plan import Plan
@@ -350,11 +350,11 @@ class _Free(Dense):
 
 
 def _make_free(model: PeftModel) -> None:
-    for module in tuner_layers(model).values():
-        base = module.get_base_layer()
+    for layer in survey(model).layers.values():
+        base: Any = layer.base
         found = next((hook for hook in base._forward_hooks.values() if isinstance(hook, LayerGraft)), None)
-        graft = found or LayerGraft(_Free(base.out_features, base.in_features), Switch())
-        graft.estimator, graft.mode = _Free(base.out_features, base.in_features), Mode.ESTIMATE
+        graft = found or LayerGraft(_Free(*layer.shape), Switch())
+        graft.estimator, graft.mode = _Free(*layer.shape), Mode.ESTIMATE
         if found is None:
             base.register_forward_hook(graft)
 

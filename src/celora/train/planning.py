@@ -13,6 +13,7 @@ import celora
 from celora.errors import CELoraError
 from celora.machine.device import random_states
 from celora.machine.processes import from_first
+from celora.modeling.survey import survey
 from celora.planning.plan import Plan
 from celora.planning.planner import DEFAULT_FIDELITY, MOST_BATCHES
 from celora.settings.config import CELoraConfig
@@ -47,7 +48,7 @@ def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool
         return request.config, None
     if begun and (request.output / PLAN).is_file():
         plan = Plan.load(request.output / PLAN)
-        plan.check_layers(trainer.model)
+        plan.check_layers(survey(trainer.model))
         if reason := plan.elsewhere(next(trainer.model.parameters()).device):
             _say(console, f"Note: {reason}. The run goes on with it, but what it estimates may not pay here.")
         if not options.quiet:

@@ -1,0 +1,135 @@
+"""Every row of the table of families against Transformers' own models, and a new family by one row."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_packing import PACKED, gradients, model_of, ragged
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import celora
+from celora.modeling.families import ATTENTIONS, FAMILIES, Family, Gate, column, family_of
+from celora.modeling.survey import survey
+from tolerances import OF_GRADIENT
+
+RECIPE = Path(__file__).parents[2] / "docs" / "develop" / "new-family.md"
+DECODERS = [*PACKED, "gemma2", "cohere2"]  # whose norms, gates and rotations are known
+
+
+def inside(kind: str, ending: str) -> Iterator[tuple[nn.Module, type[Any]]]:
+    """The modules of a small bfloat16 model of this family whose class's name ends so."""
+    for module in model_of(kind).to(torch.bfloat16).modules():
+        if type(module).__name__.endswith(ending):
+            yield module, type(module)
+
+
+def test_the_table_has_each_family_once() -> None:
+    assert [family.name for family in FAMILIES.values()] == list(FAMILIES)
+    assert all(set(family.packs_with) <= set(ATTENTIONS) for family in FAMILIES.values())
+    assert family_of(AutoConfig.for_model("qwen3")) is FAMILIES["qwen3"]
+    assert family_of(AutoConfig.for_model("gpt2")) is None
+    assert family_of(None) is None
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind in CONFIG_MAPPING])
+def test_its_configuration_has_what_the_row_names(kind: str) -> None:
+    family, config = FAMILIES[kind], AutoConfig.for_model(kind).get_text_config()
+    for name in filter(None, (family.scale, family.cap)):
+        assert hasattr(config, name)
+        assert name in column("scale") + column("cap")
+    source = inspect.getsource(type(config))
+    assert hasattr(config, family.window) or "window" not in source
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_norms(kind: str) -> None:
+    """In bfloat16, bit for bit as the row says."""
+    kept = FAMILIES[kind].norm
+    norms = [module for module, _ in inside(kind, "RMSNorm")]
+    assert bool(norms) is (kept is not None)
+    for module in norms:
+        assert kept is not None
+        weight: Any = module.weight
+        nn.init.normal_(weight)
+        x = torch.randn(5, len(weight)).to(weight.dtype)
+        eps: Any = getattr(module, "variance_epsilon", None) or module.eps
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        if kept.rounds:
+            expected = (kept.offset + weight) * normed.to(x.dtype)
+        else:
+            expected = ((kept.offset + weight.float()) * normed).to(x.dtype)
+        assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_gates(kind: str) -> None:
+    """A block is `down(silu(gate(x)) up(x))` where the row says so; elsewhere it has no such parts, or another gate."""
+    row = FAMILIES[kind].gate
+    for module, _ in inside(kind, "MLP"):
+        activation = type(getattr(module, Gate().activation, None)).__name__
+        assert (row is not None) is (hasattr(module, Gate().gate) and activation in ("SiLU", "SiLUActivation"))
+        if row is not None:
+            x = torch.randn(5, 32).to(torch.bfloat16)
+            gate, up, down = (getattr(module, name) for name in (row.gate, row.up, row.down))
+            assert torch.equal(module(x), down(F.silu(gate(x)) * up(x)))
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_rotations(kind: str) -> None:
+    """The function of the attention's own file turns by halves where the row says so."""
+    name = FAMILIES[kind].rotation
+    q, k, cosine, sine = (torch.randn(1, *of, 3, 8) for of in ((2,), (1,), (), ()))
+
+    def turned(x: Tensor) -> Tensor:
+        half = torch.cat([-x[..., 4:], x[..., :4]], -1)
+        return x * cosine[:, None] + half * sine[:, None]
+
+    for _, attention in inside(kind, "Attention"):
+        function = inspect.unwrap(attention.forward).__globals__[name or "apply_rotary_pos_emb"]
+        found = function(q, k, cosine, sine)
+        assert all(torch.allclose(of, turned(x)) for of, x in zip(found, (q, k), strict=True)) is bool(name)
+
+
+def test_a_family_without_a_row_trains_as_before() -> None:
+    """Its padding stays; its logits are still tried by the names that other families have."""
+    model, batch = model_of("gemma2"), ragged([11, 4, 7])
+    loss, expected = gradients(model, batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(FAMILIES, "gemma2")
+        found = survey(model).language_model
+        assert found is not None
+        assert found.family is None
+        assert "'gemma2'" in found.cannot_pack
+        celora.attach(model, "exact")
+        ours, gradient = gradients(model, batch)
+        assert model(**batch).logits is None
+    assert ours == pytest.approx(loss, rel=1e-6)
+    assert (gradient - expected).norm() < OF_GRADIENT * expected.norm()
+
+
+def test_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/develop/new-family.md, and without its row: padding and the model's own loss."""
+    blocks = re.findall(r"```python\n(.*?)```", RECIPE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.setitem(FAMILIES, "toy", Family("other"))  # so that the row goes again
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks:
+        exec(block, names)
+    model, batch, theirs = names["model"], names["batch"], names["theirs"]
+    celora.detach(model)
+    del FAMILIES["toy"]
+    report = celora.attach(model, "exact")
+    assert "Padding stays: not known to be right for 'toy' models." in report.notes
+    with pytest.warns(UserWarning, match="ToyForCausalLM does something to its logits that is not known"):
+        output = model(**batch)
+    assert output.logits is not None
+    torch.testing.assert_close(output.loss, theirs)
