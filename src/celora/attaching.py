@@ -31,7 +31,7 @@ from celora.runtime.attachment import ATTRIBUTE, Attachment, attachments, find
 from celora.runtime.notes import advice, whole_model_notes
 from celora.settings.config import CELoraConfig, matches
 from celora.settings.presets import PRESETS, resolve
-from celora.weights.read import held
+from celora.weights.read import plain_weight
 
 _PRESET_PATTERNS = {pattern for preset in PRESETS.values() for pattern in preset.overrides}
 
@@ -188,7 +188,7 @@ def _graft_layer(layer: AdaptedLayer, estimator: Estimator | None, attachment: A
         graft.mode = Mode.EXACT
         return
     attachment.grafts[layer.name] = graft
-    weight = held(layer.base)
+    weight = plain_weight(layer.base)
     if weight is not None and _is_here(weight, layer):
         estimator.prepare(weight)  # else at the first refresh
 

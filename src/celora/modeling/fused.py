@@ -28,7 +28,7 @@ from celora.modeling.adapter import Adapter, looked_at, made_of, parts_of, touch
 from celora.modeling.graft import LayerGraft, in_dispatch_mode, remember, without_autocast
 from celora.modeling.switch import Switch
 from celora.numerics.estimators import Estimator
-from celora.weights.read import bias_of, held, trains
+from celora.weights.read import bias_of, is_trainable, plain_weight
 
 _FEWEST_TOKENS = 96
 
@@ -82,8 +82,9 @@ class FusedGraft(LayerGraft):
         """Become PEFT's variant if the base layer, which ends its forward with this output, is what it should be."""
         if len(args) != 1 or args[0] is not x or not base.training:
             return False
-        weight = held(base)
-        if trains(base) or (weight is not None and weight.is_meta):  # for a moment, as LoRA-GA has it; or offloaded
+        weight = plain_weight(base)
+        # Trained for a moment, as LoRA-GA has it; or offloaded.
+        if is_trainable(base) or (weight is not None and weight.is_meta):
             return False
         if not self.knows(base, x, output):
             return False

@@ -34,7 +34,7 @@ from celora.modeling.switch import Mode, Switch
 from celora.modeling.trial import identity, tampered, unlike
 from celora.numerics.estimators import Estimator
 from celora.numerics.measured import Measured
-from celora.weights.read import bias_of, held, read
+from celora.weights.read import bias_of, plain_weight, read
 from celora.weights.sharded import whole
 from celora.weights.stored import StoredWeight
 
@@ -129,7 +129,7 @@ class LayerGraft(Measured, Hook):
 
     def weight(self, module: nn.Module, dtype: torch.dtype) -> Tensor | None:
         """What backward multiplies with; None if that is quantised and being traced: then it is read in backward."""
-        weight = held(module)
+        weight = plain_weight(module)
         if weight is None and not torch.compiler.is_compiling():
             quantised[self.key] = module
             weight = read(module, dtype)
@@ -137,7 +137,7 @@ class LayerGraft(Measured, Hook):
 
     def under(self, module: nn.Module) -> RemovableHandle:
         """Hook the layer: before hooks that look at its output or change it, after FSDP2's, which shards its weight."""
-        if held(module) is None:
+        if plain_weight(module) is None:
             quantised[self.key] = module
         return module.register_forward_hook(self, prepend=not isinstance(module, FSDPModule))
 

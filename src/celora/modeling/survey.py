@@ -21,7 +21,7 @@ from celora.modeling.hooks import settle_all
 from celora.modeling.language_model import LanguageModel, find_language_model
 from celora.modeling.trial import tampered, unlike
 from celora.weights.quantised import stored_kind
-from celora.weights.read import device_of, shape_of, trains
+from celora.weights.read import device_of, is_trainable, shape_of
 from celora.weights.sharded import is_split
 
 
@@ -164,7 +164,7 @@ def _adapted_layer(name: str, module: BaseTunerLayer) -> AdaptedLayer:
 def _cannot_estimate(module: BaseTunerLayer) -> str:
     base = module.get_base_layer()
     split = "it is split by tensor parallelism" if is_split(base) else ""
-    trained = "its weight is trained" if trains(base) else ""
+    trained = "its weight is trained" if is_trainable(base) else ""
     return own_product(module) or split or tampered(base) or trained or unlike(base) or ""
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from celora.borrowed import borrow
-from celora.weights.read import bias_of, held, read, shape_of, unreadable
+from celora.weights.read import bias_of, plain_weight, read, shape_of, unreadable
 from celora.weights.sharded import whole
 from celora.weights.stored import StoredWeight, rows_of
 
@@ -82,7 +82,7 @@ def unlike(module: nn.Module, seen: tuple[Tensor, Tensor] | None = None) -> str 
     known = _outcomes.get(module)
     if known is not None and known[0]() is weight and known[1] is type(module).forward:
         return known[2]
-    here = held(module)  # ZeRO-3 leaves nothing of it here between two forwards
+    here = plain_weight(module)  # ZeRO-3 leaves nothing of it here between two forwards
     if weight.is_meta or (here is not None and here.shape != shape_of(module)) or 0 in shape_of(module):
         return None
     if isinstance(weight, DTensor) and seen is None:

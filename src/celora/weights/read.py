@@ -21,8 +21,8 @@ from celora.weights.quantised import is_kind, stored_kind, why_refused
 _PLAIN = (nn.Parameter, DTensor)
 
 
-def held(module: nn.Module) -> Tensor | None:
-    """The weight of a frozen layer, (out, in), if the layer holds it as a tensor; None if it is quantised."""
+def plain_weight(module: nn.Module) -> Tensor | None:
+    """The weight of a frozen layer as a tensor, (out, in); None if the layer is quantised."""
     weight: Any = getattr(module, "weight", None)
     if isinstance(module, nn.Linear) and type(weight) in _PLAIN:
         plain: Tensor = weight
@@ -39,7 +39,7 @@ def read(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         module: a layer for which `unreadable` says ''.
         dtype: of its activations, which the numbers of 8-bit weights take on.
     """
-    weight = held(module)
+    weight = plain_weight(module)
     if weight is not None:
         return weight
     kind = stored_kind(module)
@@ -86,8 +86,8 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return bias
 
 
-def trains(module: nn.Module) -> bool:
-    """Whether the layer's weight is trained."""
+def is_trainable(module: nn.Module) -> bool:
+    """Whether the layer's weight gets a gradient."""
     return bool(getattr(getattr(module, "weight", None), "requires_grad", False))
 
 
