@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from celora.attaching import attach, detach
     from celora.errors import CELoraError
     from celora.modeling.report import AttachReport
+    from celora.numerics.estimators.base import Estimator
+    from celora.numerics.estimators.registry import register_estimator
     from celora.planning.audit import AuditReport, audit
     from celora.planning.plan import Plan
     from celora.planning.planner import make_plan
@@ -25,12 +27,14 @@ __all__ = [
     "CELoraConfig",
     "CELoraError",
     "Callback",
+    "Estimator",
     "Plan",
     "attach",
     "audit",
     "detach",
     "load_state",
     "make_plan",
+    "register_estimator",
     "save_state",
 ]
 
@@ -40,12 +44,14 @@ _DEFINED_IN = {
     "CELoraConfig": "settings.config",
     "CELoraError": "errors",
     "Callback": "runtime.callback",
+    "Estimator": "numerics.estimators.base",
     "Plan": "planning.plan",
     "attach": "attaching",
     "audit": "planning.audit",
     "detach": "attaching",
     "load_state": "runtime.state",
     "make_plan": "planning.planner",
+    "register_estimator": "numerics.estimators.registry",
     "save_state": "runtime.state",
 }
 

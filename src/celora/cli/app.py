@@ -40,9 +40,11 @@ def _version(asked: bool) -> None:
 
 def print_all_help(asked: bool) -> None:
     if asked:
+        from celora.numerics.estimators import ESTIMATORS
         from celora.train.request.fields import help_all
 
         typer.echo(help_all())
+        typer.echo(f"\nestimators, in the celora: part of the --config file: {', '.join(sorted(ESTIMATORS))}.")
         raise typer.Exit
 
 

@@ -1,0 +1,141 @@
+"""The recipe for an estimator, followed: registered from outside, it is planned, chosen, audited, saved and shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+import celora
+from celora import CELoraConfig, CELoraError, Plan
+from celora.cli.main import main
+from celora.numerics.estimators import ESTIMATORS
+from celora.settings.config import LayerConfig
+from costs import Costs
+from patching import patch_all
+from small import adapter, make_model, masked_batch, train
+from tiny import save_rows, save_tiny_model
+
+RECIPE = Path(__file__).parents[2] / "docs/develop/new-estimator.md"
+
+
+@pytest.fixture(autouse=True)
+def config() -> Iterator[CELoraConfig]:
+    """The page's own code, run as it stands; what it registers is gone afterwards."""
+    before, names = dict(ESTIMATORS), dict[str, Any]()
+    for block in RECIPE.read_text(encoding="utf-8").split("```python\n")[1:]:
+        exec(block.partition("```")[0], names)
+    yield names["config"]
+    ESTIMATORS.clear()
+    ESTIMATORS.update(before)
+
+
+@pytest.fixture
+def cheap_blocks(monkeypatch: pytest.MonkeyPatch, free_estimates: None) -> None:
+    """As if blocks took a twentieth of the time that the same share of columns takes."""
+    costs = Costs({LayerConfig("blocks", keep_ratio=keep, rank=0): keep / 20 for keep in (0.75, 0.5)})
+
+    def times(layers: Any) -> Any:
+        return {layer.kind: costs for layer in layers}
+
+    patch_all(monkeypatch, "celora.planning.planner:time_kinds", times)
+
+
+def _sixteenths(plan: Plan) -> set[str]:
+    return {layer.name for layer in plan.layers if layer.out_features % 16 == 0}
+
+
+def test_it_estimates_what_its_docstring_says(model: PeftModel, config: CELoraConfig) -> None:
+    blocks = ESTIMATORS["blocks"](48, 20, keep_ratio=0.34)
+    W, G = torch.randn(48, 20), torch.randn(9, 48)
+    G[:, 16:32] *= 10
+    blocks.observe(G, W, G @ W)
+    blocks.select()
+    torch.testing.assert_close(blocks.estimate(G, W), G[:, 16:32] @ W[16:32])
+
+
+def test_a_plan_chooses_it_where_it_is_best(model: PeftModel, batches: Any, cheap_blocks: None) -> None:
+    plan = celora.make_plan(model, batches, 0.8)
+    chosen = {layer.name: layer.choice for layer in plan.layers if layer.choice.setting.estimator == "blocks"}
+    assert chosen
+    assert chosen.keys() <= _sixteenths(plan)  # the others it does not offer itself for
+    for layer in plan.layers:
+        offered = [c for c in layer.candidates if c.setting.estimator == "blocks"]
+        assert [c.setting.keep_ratio for c in offered] == ([0.75, 0.5] if layer.name in _sixteenths(plan) else [])
+        assert all(0 < c.relative_error < 1 and c.memory == 0 for c in offered)
+    # Where nothing may be lost, nothing is lost to it, however cheap it is.
+    exact = celora.make_plan(model, batches, 1.0)
+    assert not any(layer.choice.setting.estimator == "blocks" for layer in exact.layers)
+
+
+def test_a_plan_with_it_is_audited_saved_and_carried_out(
+    model: PeftModel, batches: Any, cheap_blocks: None, tmp_path: Path
+) -> None:
+    plan = celora.make_plan(model, batches, 0.8)
+    assert 0.8 <= plan.audited_cosine < 1
+    assert "blocks 0." in str(plan)
+    plan.save(tmp_path)
+    assert Plan.load(tmp_path) == plan
+    report = celora.attach(model, Plan.load(tmp_path))
+    named = {layer.name for layer in plan.layers if layer.choice.setting.estimator == "blocks"}
+    assert {layer.name for layer in report.layers if layer.estimator == "blocks"} == named
+    assert "blocks" in str(report)
+    train(model, 12)
+    audited = celora.audit(model, masked_batch(2))
+    assert audited.cosine < 1
+    assert min(audited.per_layer[name].cosine for name in named) < 1
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(config: CELoraConfig, tmp_path: Path) -> None:
+    """For the layers that it can do; 24 columns are not whole blocks."""
+    config = CELoraConfig(**{**config.to_dict(), "overrides": {"[kv]_proj": {"estimator": "dense"}}})
+    whole, first, second = make_model(), make_model(), make_model()
+    for model in (whole, first, second):
+        assert "blocks" in str(celora.attach(model, config))
+    train(whole, 10)
+    optimizer = train(first, 6)
+    celora.save_state(first, tmp_path)
+    second.load_state_dict(first.state_dict())
+    resumed = torch.optim.AdamW([p for p in second.parameters() if p.requires_grad], lr=1e-2)
+    resumed.load_state_dict(optimizer.state_dict())
+    celora.load_state(second, tmp_path)
+    train(second, 4, first=6, optimizer=resumed)
+    assert all(value.equal(adapter(second)[name]) for name, value in adapter(whole).items())
+
+
+def test_the_application_trains_resumes_and_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_model(tmp_path / "model")
+    save_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "run.yaml").write_text("celora: {estimator: blocks, keep_ratio: 0.5, refresh_every: 2}\n")
+    out = tmp_path / "out"
+    command = ["train", "--config", str(tmp_path / "run.yaml"), "--model", str(tmp_path / "model"), "--data"]
+    command += [str(tmp_path / "rows.jsonl"), "--output", str(out), "--save_steps", "2", "--max_steps"]
+    assert main([*command, "2"]) == 0
+    assert main([*command, "4", "--resume"]) == 0
+    assert "blocks" in capsys.readouterr().err
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert {layer["estimator"] for layer in run["layers"]} == {"blocks"}
+    assert "blocks" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_help_and_errors_name_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help-all"]) == 0
+    assert "blocks, columns, dense" in capsys.readouterr().out
+    with pytest.raises(CELoraError, match="unknown estimator 'block'; did you mean 'blocks'"):
+        CELoraConfig(estimator="block")
+    with pytest.raises(CELoraError, match="precision='int8' means nothing to the estimator 'blocks'"):
+        CELoraConfig(estimator="blocks", precision="int8")
+
+
+def test_without_it_a_plan_says_what_is_missing(
+    model: PeftModel, batches: Any, cheap_blocks: None, tmp_path: Path
+) -> None:
+    celora.make_plan(model, batches, 0.8).save(tmp_path)
+    del ESTIMATORS["blocks"]
+    with pytest.raises(CELoraError, match="unknown estimator 'blocks'"):
+        Plan.load(tmp_path)
