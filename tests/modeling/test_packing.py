@@ -15,33 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import celora
 from celora.modeling import attention, packing
 from celora.modeling.families import FAMILIES
+from decoders import model_of
 from patching import patch_all
 from tolerances import OF_GRADIENT
 from without import pretend
 
 PACKED = sorted(name for name, family in FAMILIES.items() if family.packs_with)
-EXTRA: dict[str, dict[str, Any]] = {
-    "cohere": {"logit_scale": 0.5},
-    "granite": {"logits_scaling": 4.0},
-    "gemma3_text": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},
-    "gemma": {"head_dim": 8},
-    "gemma2": {"head_dim": 8},
-    "cohere2": {"logit_scale": 0.5},
-    "qwen3": {"head_dim": 8},
-    "phi3": {"pad_token_id": 0},
-}
-
-
-def model_of(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        kind, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2, max_position_embeddings=64,
-        **{k: v for k, v in EXTRA.get(kind, {}).items() if k != "pad_token_id"},
-    )  # fmt: skip
-    attention = "sdpa" if kind in PACKED else "eager"
-    base = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    return get_peft_model(base, LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)).train()
 
 
 def ragged(lengths: list[int], *, prompt: int = 2, left: bool = False) -> dict[str, Tensor]:

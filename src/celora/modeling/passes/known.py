@@ -15,7 +15,7 @@ Modules keep their class. Each gets a `forward` of its own (`OwnForward`), in fr
 
 - A norm's computes the formula.
 - A SwiGLU block's calls the block's projections, and computes the formula between them.
-- An attention's calls the class's forward with stand-ins for the cosine and the sine (`celora.modeling.passes.angles`).
+- An attention's is a copy of the class's that turns queries and keys by the formula.
 
 What a class computes is not known by its name but by trying it; what is none of these formulas is left alone. So is a
 module whose `forward` somebody else has replaced.
@@ -33,7 +33,7 @@ from celora.modeling.hooks import is_ours
 from celora.modeling.passes.gate import Gate, is_silu, multiplies
 from celora.modeling.passes.norm import Norm, epsilon
 from celora.modeling.passes.own_forward import OwnForward
-from celora.modeling.passes.rotation import Rotation, turn_of, turns
+from celora.modeling.passes.rotation import Rotation, calls_turn, turn_of, turns
 
 
 def known(model: nn.Module) -> dict[nn.Module, type[OwnForward]]:
@@ -56,6 +56,6 @@ def known(model: nn.Module) -> dict[nn.Module, type[OwnForward]]:
                 found[module] = Norm
         elif is_silu(getattr(module, "act_fn", None)) and multiplies(kind.forward):
             found[module] = Gate
-        elif turns(kind.forward, turn_of(kind.forward)):
+        elif calls_turn(kind.forward) and turns(turn_of(kind.forward)):
             found[module] = Rotation
     return found

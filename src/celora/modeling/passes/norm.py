@@ -27,7 +27,7 @@ _VARIANTS = (_Variant(0.0, rounds=True), _Variant(0.0, rounds=False), _Variant(1
 class Norm(OwnForward):
     """The forward of an RMS norm with a frozen weight."""
 
-    name, operation = "RMS norms", "rms_norm"
+    name = "RMS norms"
 
     def __init__(self, switch: Switch) -> None:
         super().__init__(switch)

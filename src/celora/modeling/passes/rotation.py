@@ -1,67 +1,118 @@
-"""The forward of an attention that turns queries and keys by rotary embeddings."""
+"""The forward of an attention that turns queries and keys by rotary embeddings, each in one pass.
+
+Each family of Transformers has an attention of its own, whose forward calls the function `apply_rotary_pos_emb` of its
+module. Replacing that function would replace it for every model. So an attention runs a copy of its class's forward:
+the same code and line numbers, in which that one name means another function.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from celora.kernels.operations import available
-from celora.modeling.passes.angles import make_angles
 from celora.modeling.passes.own_forward import OwnForward, computable, gives, numbers
+from celora.numerics.passes import rotated
 
 _TURN = "apply_rotary_pos_emb"  # in every decoder of Transformers that has rotary embeddings
 
 
 class Rotation(OwnForward):
-    """The class's forward of an attention, with stand-ins for the cosine and the sine that it is given.
-
-    Each family of models has an attention of its own, which calls a function of its own module to turn. Neither can be
-    replaced for one model alone.
-    """
+    """The forward of an attention, as its class has it but for the function that turns."""
 
     name = "rotations"
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         forward = type(module).forward
-        angles: Any = kwargs.get("position_embeddings")
-        x = kwargs.get("hidden_states")
-        fit = isinstance(angles, tuple) and len(angles) == 2 and computable(x, "rotate") and all(map(_usable, angles))
-        if fit and turns(forward, turn_of(forward)):
-            kwargs["position_embeddings"] = make_angles(*angles)
+        if calls_turn(forward):
+            forward = calling(forward, functools.partial(turned, turn_of(forward)))
         return forward(module, *args, **kwargs)
 
 
-def _usable(angle: Any) -> bool:
-    """Whether the kernels can turn by this cosine or sine, if it fits the queries."""
-    if type(angle) is not Tensor or angle.dim() != 3 or angle.requires_grad or angle.shape[-1] % 2:
+def turned(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What an attention calls in the place of its `own` function, with the same arguments: q, k, cosine and sine."""
+    if len(args) == 4 and kwargs in ({}, {"unsqueeze_dim": 1}):
+        q, k, cosine, sine = args
+        if all(_fit(x, cosine, sine) and turns(own, x.dtype, _partly(x, cosine)) for x in (q, k)):
+            return _one_pass(q, cosine, sine), _one_pass(k, cosine, sine)
+    return own(*args, **kwargs)
+
+
+def _fit(x: Any, cosine: Any, sine: Any) -> bool:
+    """Whether the kernels can turn x: (B, heads, T, d) by a cosine and a sine: (B or 1, T, an even number up to d)."""
+    if not computable(x, "rotate") or x.dim() != 4 or type(cosine) is not Tensor or type(sine) is not Tensor:
         return False
-    return angle.is_contiguous() and available("rotate", angle)
+    batch, _, tokens, size = x.shape
+    if cosine.shape != sine.shape or cosine.shape[:-1] not in ((1, tokens), (batch, tokens)):
+        return False
+    if cosine.shape[-1] > size or cosine.shape[-1] % 2:
+        return False
+    same = all((angle.dtype, angle.device) == (x.dtype, x.device) for angle in (cosine, sine))
+    return same and all(angle.is_contiguous() and not angle.requires_grad for angle in (cosine, sine))
+
+
+def _partly(x: Tensor, cosine: Tensor) -> bool:
+    """Whether there are angles for the first coordinates of a head only."""
+    return x.shape[-1] > cosine.shape[-1]
+
+
+def _one_pass(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    size = cosine.shape[-1]
+    if not _partly(x, cosine):
+        return rotated(x, cosine, sine)
+    return torch.cat([rotated(x[..., :size], cosine, sine), x[..., size:]], -1)
 
 
 @functools.cache
-def turns(forward: Callable[..., Any], turn: Callable[..., Any] | None) -> bool:
-    """Whether an attention's forward is given angles, and turns queries and keys by them with `turn`, in one pass."""
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    if code is None or turn is None or "position_embeddings" not in code.co_varnames[: code.co_argcount]:
-        return False
-    if [name for name in code.co_names if "rotary" in name] != [_TURN]:
-        return False
-    q, k = numbers(1, 2, 3, 4), numbers(1, 1, 3, 4)
-    cosine, sine = numbers(2, 1, 3, 4)
-    angles = make_angles(cosine, sine)
-    try:
-        expected = torch.cat(turn(q, k, cosine, sine), 1)
-    except Exception:  # of another kind than this
-        return False
-    return gives(lambda: torch.cat(turn(q, k, *angles), 1), expected) and angles[0].angles.taken == 2
+def turns(own: Callable[..., Any], dtype: torch.dtype = torch.float32, partly: bool = False) -> bool:
+    """Whether a function turns queries and keys by `q cos + half(q) sin` in this dtype, and leaves other coordinates.
+
+    Args:
+        partly: whether there are such coordinates, for which there are no angles.
+    """
+    size = 8 if partly else 4
+    q, k = numbers(1, 2, 3, size).to(dtype), numbers(1, 1, 3, size).to(dtype)
+    cosine, sine = numbers(2, 1, 3, 4).to(dtype)
+
+    def formula(x: Tensor) -> Tensor:
+        first, second = x[..., :2], x[..., 2:4]
+        turning = x[..., :4] * cosine[:, None] + torch.cat([-second, first], -1) * sine[:, None]
+        return torch.cat([turning, x[..., 4:]], -1)
+
+    return gives(lambda: torch.cat(own(q, k, cosine, sine), 1), torch.cat([formula(q), formula(k)], 1))
 
 
-def turn_of(forward: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The function by which an attention turns, if it is one that is not a part of it."""
-    found: Callable[..., Any] | None = getattr(inspect.unwrap(forward), "__globals__", {}).get(_TURN)
-    return found
+def turn_of(forward: Callable[..., Any]) -> Any:
+    """The function `apply_rotary_pos_emb` of the file that an attention's forward stands in; None if there is none."""
+    return getattr(inspect.unwrap(forward), "__globals__", {}).get(_TURN)
+
+
+@functools.cache
+def calls_turn(forward: Callable[..., Any]) -> bool:
+    """Whether an attention's forward calls that function, and no other of its kind, and can be copied."""
+    while (inner := getattr(forward, "__wrapped__", None)) is not None:
+        cells = getattr(forward, "__closure__", None) or ()
+        if not isinstance(forward, FunctionType) or not any(cell.cell_contents is inner for cell in cells):
+            return False
+        forward = inner
+    if not isinstance(forward, FunctionType) or turn_of(forward) is None:
+        return False
+    return [name for name in forward.__code__.co_names if "rotary" in name] == [_TURN]
+
+
+def calling(forward: Any, turn: Callable[..., Any]) -> Any:
+    """A copy of an attention's forward and of its decorators, which calls `turn` for `apply_rotary_pos_emb`."""
+    inner = getattr(forward, "__wrapped__", None)
+    if inner is None:
+        names, cells = forward.__globals__ | {_TURN: turn}, forward.__closure__
+    else:  # a decorator keeps what it decorates in a cell
+        copied, names = CellType(calling(inner, turn)), forward.__globals__
+        cells = tuple(copied if cell.cell_contents is inner else cell for cell in forward.__closure__)
+    function = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, cells)
+    function.__kwdefaults__ = forward.__kwdefaults__
+    return function

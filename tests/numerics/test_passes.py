@@ -1,0 +1,131 @@
+"""RMS norms, gates and rotations in one pass each against the same by torch's operators, in float64 as the judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+from celora.kernels.c import library as kernels
+from celora.numerics.passes import gated, rms_norm, rotated
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+DTYPES = [torch.float32, torch.bfloat16]
+NORMS = {LlamaRMSNorm: (0.0, True), GemmaRMSNorm: (1.0, False), Olmo2RMSNorm: (0.0, False)}
+
+
+def results(function: Callable[..., Tensor], *of: Tensor) -> list[Tensor]:
+    """What the function makes of these, and the gradient of each for the same random one of the result."""
+    of = tuple(t.detach().requires_grad_() for t in of)
+    y = function(*of)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, of, grad)]
+
+
+def check(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:
+    """That ours are no further from the result in float64 than theirs, but for chance."""
+    for our, their, true in zip(ours, theirs, exact, strict=True):
+        assert our.dtype == their.dtype
+        assert our.shape == their.shape
+        error, allowed = ((of.double() - true).norm() for of in (our, their))
+        # In bfloat16 all of it is the result's own rounding, which is the same on every CPU; in float32 half of it and
+        # more is the sums', whose order is the CPU's own.
+        assert error <= (1.3 if our.dtype == torch.bfloat16 else 2.0) * allowed + 1e-9
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 7, 33), (3, 5, 2, 16)])
+def test_norms(shape: tuple[int, ...], kind: Any, dtype: torch.dtype) -> None:
+    norm = kind(shape[-1]).to(dtype)
+    nn.init.normal_(norm.weight)
+    norm.weight.requires_grad_(False)
+    offset, rounds = NORMS[kind]
+    x = (3 * torch.randn(shape)).to(dtype)
+    eps = 1e-6
+    ours = results(lambda x: rms_norm(x, norm.weight, eps, offset=offset, rounds=rounds), x)
+    true = results(lambda x: F.rms_norm(x, x.shape[-1:], offset + norm.weight.double(), eps), x.double())
+    check(ours, results(norm, x), true)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 7, 33), (300, 64)])
+def test_gates(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    gate, up = (30 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+
+    def plain(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    ours = results(gated, gate, up)
+    check(ours, results(plain, gate, up), results(plain, gate.double(), up.double()))
+
+
+@pytest.mark.parametrize("x", [float("nan"), float("inf"), -float("inf"), -100.0, 100.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_at_the_ends(dtype: torch.dtype, x: float) -> None:
+    gate, up = torch.full((2, 20), x, dtype=dtype), torch.ones(2, 20, dtype=dtype)
+    ours = results(gated, gate, up)
+    theirs = results(lambda gate, up: F.silu(gate) * up, gate, up)
+    for our, their in zip(ours, theirs, strict=True):
+        if x != float("inf"):  # of which torch has no gradient: 0 times infinity
+            torch.testing.assert_close(our, their, equal_nan=True, rtol=1e-2, atol=1e-30)
+    norm = rms_norm(gate, up[0], 1e-6)
+    assert bool(norm.isfinite().all()) is (abs(x) == 100)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "batch", "angles"), [(4, 1, 1), (3, 2, 2), (1, 2, 1)])
+def test_rotations(heads: int, batch: int, angles: int, dtype: torch.dtype) -> None:
+    q = torch.randn(batch, 9, heads, 16).to(dtype).transpose(1, 2)
+    k = torch.randn(batch, 1, 9, 16).to(dtype)
+    cosine, sine = torch.randn(2, angles, 9, 16).to(dtype)
+
+    def plain(q: Tensor, k: Tensor) -> Tensor:
+        return torch.cat(apply_rotary_pos_emb(q, k, cosine.to(q.dtype), sine.to(q.dtype)), 1)
+
+    def ours(q: Tensor, k: Tensor) -> Tensor:
+        return torch.cat([rotated(q, cosine, sine), rotated(k, cosine, sine)], 1)
+
+    found = results(ours, q, k)
+    check(found, results(plain, q, k), results(plain, q.double(), k.double()))
+    # Each result is a sum of two products, rounded three times at most here and there; in bfloat16 always alike.
+    largest = 2 * max(q.abs().max(), k.abs().max()) * max(cosine.abs().max(), sine.abs().max())
+    allowed = 3 * torch.finfo(dtype).eps * float(largest) if dtype == torch.float32 else 0
+    torch.testing.assert_close(found[0], plain(q, k), rtol=0, atol=allowed)
+    whole = results(lambda q: ours(q, k)[:, :heads], q)
+    assert whole[1].shape == q.shape
+
+
+def test_contiguity_and_broadcasting_are_not_taken_for_granted() -> None:
+    x, weight = torch.randn(9, 16).t(), torch.randn(9)
+    expanded = torch.ones(()).expand(16, 9)
+    for ours, plain in (
+        (lambda x: rms_norm(x, weight, 1e-6), lambda x: F.rms_norm(x, (9,), weight, 1e-6)),
+        (lambda x: gated(x, x + 1), lambda x: F.silu(x) * (x + 1)),
+    ):
+        found, expected = (of(x.requires_grad_()) for of in (ours, plain))
+        torch.testing.assert_close(found, expected)
+        gradient, true = (torch.autograd.grad(of, x, expanded)[0] for of in (found, expected))
+        torch.testing.assert_close(gradient, true, rtol=1e-4, atol=1e-5)
+    # One token for each of several sequences: a tensor may count as contiguous whatever its strides.
+    q, angles = torch.randn(2, 3, 1, 8), torch.randn(2, 2, 1, 8)
+    found = rotated(q, *angles)
+    torch.testing.assert_close(found, apply_rotary_pos_emb(q, q, *angles)[0])
+
+
+def test_results_may_be_changed_in_place() -> None:
+    x = torch.randn(1, 3, 5, 8).requires_grad_()
+    angles = torch.rand(2, 1, 5, 8)
+    for y in (
+        rms_norm(x, torch.ones(8), 1e-6),
+        gated(x, x),
+        rotated(x, *angles),
+    ):
+        y.mul_(2).sum().backward()
