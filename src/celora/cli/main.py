@@ -1,8 +1,8 @@
-"""The command line. It parses, prints and sets the exit status; what the commands do is in `celora.train`.
+"""The command line. It parses, prints and sets the exit status; `celora.train` and `celora.studies` do the work.
 
-Results go to stdout, everything else to stderr. Exit status: 0; 2 for bad input, which is one line; 130 for Ctrl-C; 1
-for what failed without being asked wrongly, with a traceback if it is a bug. torch and the training stack are imported
-inside the commands, so that `celora --help` need not wait for them.
+Results go to stdout, everything else to stderr. Exit status: 0 done; 2 bad input, told in one line; 130 Ctrl-C; 1 any
+other failure, with a traceback if it is a bug. The commands import torch and the training stack, not this module. So
+`celora --help` answers at once.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from celora.cli import train as _train  # noqa: F401
 from celora.cli import measure, studies  # noqa: F401
 
 # isort: on
+from celora.cli.hush import hush
 from celora.errors import CELoraError, out_of_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: run a command and return its exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot encode is no reason to fail at the end of a run
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that it cannot encode must not fail a run at its end
         sys.stdout.reconfigure(errors="backslashreplace")
+    hush()
     try:
-        # typer's own handling prints usage walls; ours is one line whatever the mistake.
+        # typer would print a wall of usage; here every mistake is one line.
         given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
         status = typer.main.get_command(app).main(given, prog_name="celora", standalone_mode=False)
     except CELoraError as error:
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(error, "format_message"):
             return _fail(str(error.format_message()))
         return _break_down(error)
-    if status == 130:  # typer makes a Ctrl-C that nobody has caught an exit status
+    if status == 130:  # typer turns a Ctrl-C that nobody caught into an exit status
         typer.echo("interrupted", err=True)
     return status if isinstance(status, int) else 0
 
@@ -60,7 +62,7 @@ def _fail(message: str) -> int:
 
 
 def _break_down(error: Exception) -> int:
-    """Status 1: a line for what the machine ran out of, a traceback for what is a bug."""
+    """Status 1: one line if the machine ran out of something, a traceback if celora has a bug."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         typer.echo(f"failed: {error}; make room and run it again, --resume continues a training", err=True)
     elif out_of_memory(error):

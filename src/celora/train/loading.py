@@ -1,11 +1,9 @@
-"""Model, tokenizer and rows of a run, and its adapter's configuration. What cannot be loaded is said in one line."""
+"""Load model, tokenizer and rows of a run, and make its adapter's configuration. A failure is told in one line."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 
 import datasets
 import transformers
-from accelerate.utils import is_deepspeed_available
 from peft import LoraConfig, PeftModel, TaskType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 from trl import ModelConfig, get_quantization_config
@@ -43,7 +40,7 @@ def training_rows(request: TrainRequest, tokenizer: Any) -> datasets.Dataset:
 
 
 def evaluation_source(request: TrainRequest) -> str | None:
-    """`eval_data` or, where a setting asks for rows as in `trl sft`, the data, for its test split."""
+    """`eval_data`. Without it, the data, if a setting needs its test split, as with `trl sft`; else None."""
     return request.options.eval_data or (request.data if _asking_for_rows(request) else None)
 
 
@@ -94,7 +91,7 @@ def load_model(request: TrainRequest) -> Any:
 
 
 def _compute_dtype(request: TrainRequest) -> Any:
-    """What 4-bit layers compute in: --dtype or, where that is auto, the checkpoint's own; None is float32."""
+    """The dtype that 4-bit layers compute in: --dtype or, if that is auto, the checkpoint's; None means float32."""
     dtype = request.lora["dtype"]
     if dtype != "auto" or not request.lora["load_in_4bit"]:
         return dtype
@@ -172,25 +169,13 @@ def lora_config(request: TrainRequest) -> LoraConfig:
     )
 
 
-def _import_deepspeed() -> None:
-    """Where it is installed, before Accelerate does: it logs to what is stdout then, which is for results."""
-    if is_deepspeed_available():
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # it warns where there is no accelerator
-        with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
-            importlib.import_module("deepspeed")
-        logging.disable(before)
-
-
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without the libraries' progress bars, and without the one notice that says nothing is wrong.
+    """Silence the libraries' progress bars and the notices that say nothing is wrong.
 
-    Without questions, too: where a library of its own accord loads something that comes with code, transformers refuses
-    instead of asking whether to run it, as it would do where nobody has said.
-    Where several processes train together, all but the first keep their warnings to themselves too.
+    No questions either: if a library loads something that comes with code, transformers refuses it instead of asking
+    whether to run it. With several processes, only the first one warns.
     """
-    _import_deepspeed()
     verbosity = transformers.logging.get_verbosity()
     if not is_first():
         transformers.logging.set_verbosity_error()
