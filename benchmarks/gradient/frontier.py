@@ -28,7 +28,7 @@ from benchmarks.gradient import fidelity
 from celora.machine.allocator import keep_freed_memory
 from celora.planning.planner import MOST_BATCHES, make_plans
 from celora.studies.assets import demo_model
-from celora.studies.bench import Cell, shape_config
+from celora.studies.cells import Cell, shape_config
 
 FIDELITIES = [0.9, 0.95, 0.98, 0.99, 0.998]
 BATCH = 8

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import rows
 from benchmarks.gradient import bfloat16_tables
-from celora.studies.bench import Cell, shape_config
+from celora.studies.cells import Cell, shape_config
 
 HERE = Path(__file__).parent
 

@@ -35,7 +35,7 @@ from celora import CELoraConfig
 from celora.modeling.switch import Mode
 from celora.runtime import attachment
 from celora.runtime.attachment import find, require
-from celora.studies.compare import Difference
+from celora.studies.outcomes import Difference
 
 STEPS = (64, 160, 400, 1000, 2500, 6300, 16000)  # 2.4 decades
 SEEDS = range(5)

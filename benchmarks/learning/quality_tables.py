@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import rows
 from benchmarks.learning import quality, quality_tasks
-from celora.studies.compare import HEADER, Difference, Outcome, summary
+from celora.studies.outcomes import HEADER, Difference, Outcome, summary
 
 _ENOUGH, _POINT = 3, 0.01  # seeds; what counts as no difference
 _YES = {True: "yes", False: "no"}

@@ -18,7 +18,9 @@ from rich.console import Console
 
 from benchmarks import rows
 from celora.machine.allocator import keep_freed_memory
-from celora.studies.bench import ARMS, Cell, measure, table
+from celora.studies.bench import measure, table
+from celora.studies.cells import Cell
+from celora.studies.step import ARMS
 from celora.train.loading import quiet_libraries
 
 COMPILED = [Cell("h1024-v32k", "full"), Cell("h1024-v32k", "instruct")]  # ten minutes of compiling, so they come last

@@ -41,29 +41,35 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         lambda *_, train=8, **__: Splits(reviews[:train], [], reviews[-4:]),
     )
     patch_all(
-        monkeypatch, "celora.studies.sentiment:to_rows", lambda of: [rows[reviews.index(review)] for review in of]
+        monkeypatch, "celora.studies.sentiment:to_rows", lambda some: [rows[reviews.index(review)] for review in some]
     )
-    patch_all(monkeypatch, "celora.studies.demo:stock_accuracy", lambda *_, **__: 0.5)
+    patch_all(
+        monkeypatch,
+        "celora.studies.demo:stock_accuracies",
+        lambda *_, adapters, untouched: [0.5] * (len(adapters) + untouched),
+    )
     patch_all(monkeypatch, "celora.studies.demo:_in_memory_accuracy", lambda *_: 0.5)
     return tmp_path / "demo"
 
 
-def test_both_contenders_train_on_the_same_rows_and_leave_a_report(small: Path) -> None:
+def test_three_contenders_train_on_the_same_rows_and_leave_a_report(small: Path) -> None:
     console = Console(file=io.StringIO(), width=120)
     rows = run_demo(small, seeds=2, steps=4, batch_size=2, held_out=4, console=console)
-    assert [(row.arm, row.seed) for row in rows] == [
-        ("untouched", 0), ("LoRA", 0), ("CE-LoRA", 0), ("CE-LoRA", 1), ("LoRA", 1),
-    ]  # fmt: skip
+    trained = [(arm, seed) for seed in (0, 1) for arm in ("LoRA", "CE-LoRA", "auto")]
+    assert [(row.arm, row.seed) for row in rows] == [("untouched", 0), *trained]
     assert [json.loads(line) for line in (small / "demo.jsonl").read_text().splitlines()] == [
         {**row.__dict__} for row in rows
     ]
-    assert {row.rank for row in rows[1:]} == {14, 16}
+    assert {row.arm: row.rank for row in rows[1:]} == {"LoRA": 16, "CE-LoRA": 14, "auto": 16}
+    assert all(row.step_time_ms is not None and row.step_time_ms > 0 for row in rows[1:])
     assert (small / "report.html").stat().st_size > 1e6
     assert not list(small.rglob("*.tmp"))
-    for name in ("lora-seed0", "ce-lora-seed1"):
+    for name in ("lora-seed0", "ce-lora-seed1", "auto-seed0"):
         assert (small / name / "adapter_model.safetensors").is_file()
     text = console.file.getvalue()
-    assert "Training CE-LoRA, seed 1" in text
+    assert text.index("Training CE-LoRA as published (paper), seed 0") < text.index("Training celora's default (auto)")
+    assert text.index("Training celora's default (auto), seed 1") < text.index("Training LoRA, seed 1")  # in turns
+    assert "too short for a plan to pay" in text  # what the default is in so short a run is said
     console = Console(file=io.StringIO(), width=120)
     run_demo(small, seeds=1, steps=2, batch_size=2, held_out=4, console=console, quiet=True)  # taken over
     assert console.file.getvalue() == ""
@@ -97,7 +103,7 @@ def test_a_place_that_cannot_be_a_folder_is_one_line(tmp_path: Path) -> None:
 
 def test_a_failed_scoring_process_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CELoraError, match=r"scoring .* with stock PEFT failed") as error:
-        demo.stock_accuracy(tmp_path / "none", tmp_path / "none.jsonl", "float32")
+        demo.stock_accuracies(tmp_path / "none", tmp_path / "none.jsonl", "float32")
     assert "\n" not in str(error.value)
 
 
@@ -112,17 +118,10 @@ def test_the_table_gives_mean_and_range_over_seeds() -> None:
     assert summary(rows) == [
         ("untouched", "70.0%", "", ""),
         ("LoRA", "89.0% (88.0% to 90.0%)", "101 ms", "0.80"),
-        ("CE-LoRA", "89.0% (88.0% to 90.0%)", "101 ms", "0.80"),
+        ("CE-LoRA as published (paper)", "89.0% (88.0% to 90.0%)", "101 ms", "0.80"),
+        ("celora's default (auto)", "89.0% (88.0% to 90.0%)", "101 ms", "0.80"),
     ]
-    assert result_table(rows).row_count == 3
-
-
-def test_refresh_and_warm_up_steps_do_not_count_as_usual(tmp_path: Path) -> None:
-    times = [900.0, 500.0, 10.0, 11.0, 700.0, 12.0]
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": i + 1, "step_time_ms": ms}) + "\n" for i, ms in enumerate(times))
-    )
-    assert demo._median_step_time(tmp_path, refresh_every=4) == 11.0
+    assert result_table(rows).row_count == 4
 
 
 def test_the_committed_rows_hold_what_the_demo_promises() -> None:

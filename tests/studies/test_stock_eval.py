@@ -122,7 +122,12 @@ def test_by_path_without_celora(tmp_path: Path, tokenizer: Any, small: Any) -> N
     data = to_rows(splits(0, test=40).test)
     (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(row) for row in data), "utf-8")
     command = [sys.executable, str(Path(stock_eval.__file__)), "--base", str(tmp_path / "base")]
-    command += ["--adapter", str(tmp_path / "adapter"), "--data", str(tmp_path / "test.jsonl")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command += ["--adapter", str(tmp_path / "adapter"), "--data", str(tmp_path / "test.jsonl"), "--untouched"]
+    done = subprocess.run([*command, *command[4:6]], capture_output=True, text=True, check=True)
+    with adapted.disable_adapter():
+        untouched = label_accuracy(adapted, tokenizer, data)
     expected = label_accuracy(adapted, tokenizer, data)
-    assert json.loads(done.stdout) == {"accuracy": expected, "n": 40, "celora_imported": False}
+    assert expected != untouched
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        {"accuracy": accuracy, "n": 40, "celora_imported": False} for accuracy in (untouched, expected, expected)
+    ]

@@ -85,6 +85,7 @@ def compare(
     from rich.console import Console
 
     from celora.studies import compare as module
+    from celora.studies import outcomes as told
 
     settle_in()
     arms = tuple(choose("arm", name, module.ARMS) for name in arm or module.DEFAULT_ARMS)
@@ -94,10 +95,10 @@ def compare(
         typer.echo("The same celora compare command goes on with the whole comparison.", err=True)
         raise
     if as_json:
-        print_json(module.as_json(outcomes, arms))
+        print_json(told.as_json(outcomes, arms))
         return
-    Console(highlight=False).print(module.result_table(outcomes, arms))
-    typer.echo("\n".join(module.findings(outcomes, arms)))
+    Console(highlight=False).print(told.result_table(outcomes, arms))
+    typer.echo("\n".join(told.findings(outcomes, arms)))
     if not quiet:
         typer.echo(f"Report: {Path(str(settings['output'])) / 'report.html'}")
 
@@ -120,22 +121,23 @@ def bench(
     if output is not None:
         check_file(output, overwrite=overwrite)
     from celora.studies import bench as run
+    from celora.studies import cells
+    from celora.studies.step import ARMS
     from celora.train.loading import quiet_libraries
 
-    chosen = [run.parse_cell(text) for text in cell or []] or (run.QUICK if quick else run.USUAL)
-    usual = run.QUICK_ARMS if quick else run.ARMS
-    arms = [choose("arm", name, run.ARMS) for name in arm or usual]
+    chosen = [cells.parse_cell(text) for text in cell or []] or (cells.QUICK if quick else cells.USUAL)
+    arms = [choose("arm", name, ARMS) for name in arm or (run.QUICK_ARMS if quick else ARMS)]
     settle_in()
     rows: list[dict[str, Any]] = []
     try:
         with quiet_libraries():
-            for of in chosen:
+            for one in chosen:
                 rows += run.measure(
-                    of, arms, repeats=repeats, say=lambda line: None if quiet else typer.echo(line, err=True)
+                    one, arms, repeats=repeats, say=lambda line: None if quiet else typer.echo(line, err=True)
                 )
                 if output is not None:
                     write_text(output, lines(rows))
-    finally:  # cells that were measured before an interruption, or an error
+    finally:  # also after an interruption or an error: the cells measured so far
         if rows:
             typer.echo(lines(rows).rstrip() if as_json else run.table(rows))
 

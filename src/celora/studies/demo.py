@@ -1,16 +1,18 @@
-"""The demo: a real small model, real data, LoRA and CE-LoRA from the same seeds, judged on sentences neither has seen.
+"""The demo: a real small model, real data, three ways to train an adapter from the same seeds.
 
-For each seed both contenders train on the same rows in the same order. Each adapter is then scored by stock PEFT
-in a process that never imports celora (`stock_eval.py`); for CE-LoRA that score must equal the one of the model as
-it stands in memory after training, or the demo fails.
+LoRA, CE-LoRA as published, and celora's default see the same rows in the same order. Stock PEFT then scores each
+adapter on sentences that no training has seen, in a process that never imports celora (`stock_eval.py`). That score
+must equal the one of the model in memory after training, or the demo fails. Step times are taken in turns.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,19 +28,26 @@ from celora.files import write_text
 from celora.machine.allocator import keep_freed_memory
 from celora.machine.timing import faster_dtype
 from celora.studies import stock_eval
-from celora.studies.assets import Review, demo_model
+from celora.studies.assets import demo_model
+from celora.studies.cells import training_batches
 from celora.studies.sentiment import splits, to_rows
+from celora.studies.step import Step, take_turns
+from celora.train import progress
+from celora.train.loading import quiet_libraries
 from celora.train.output.folder import OutputFolder, write_json, writing_to
-from celora.train.progress import read_metrics
+from celora.train.record import TrainResult
 from celora.train.report import write_report
 from celora.train.request.arguments import make_request
 from celora.train.run import train
 
 ROWS = "demo.jsonl"
 MARKER = ".celora-demo"
-ARMS = {"LoRA": "off", "CE-LoRA": "paper"}
-LEARNING_RATES = {"LoRA": 1e-3, "CE-LoRA": 1e-3}
+ARMS = {"LoRA": "off", "CE-LoRA": "paper", "auto": "auto"}
+SHOWN = {"CE-LoRA": "CE-LoRA as published (paper)", "auto": "celora's default (auto)"}
+LEARNING_RATES = dict.fromkeys(ARMS, 1e-3)
 REFRESH_EVERY = 12  # the published 200 would refresh once in so short a run, before the adapter has learnt anything
+STEPS = 60
+WARM_UP, TIMED = 3, 9  # steps of each arm when they are timed; the first allocate and compile
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class DemoRow:
 
     Attributes:
         accuracy: on the held-out sentences, scored by stock PEFT in a separate process; without adapter if untouched.
-        step_time_ms: median over the optimizer steps that neither warm up nor refresh, or None.
+        step_time_ms: median of training steps that took turns with the other contenders', or None.
         cost: FLOPs of the frozen `grad_input` products relative to exact LoRA.
     """
 
@@ -69,9 +78,9 @@ def run_demo(
     output: Path,
     *,
     seeds: int = 1,
-    steps: int = 120,
+    steps: int = STEPS,
     batch_size: int = 8,
-    held_out: int = 600,
+    held_out: int = 400,
     validation: int = 600,
     learning_rates: Mapping[str, float] = LEARNING_RATES,
     refresh_every: int = REFRESH_EVERY,
@@ -84,7 +93,7 @@ def run_demo(
 
     `judge` names the sentences that score: choices about the demo are made on the `validation` ones, its results come
     from the `held_out` others ("test"). Training sees neither.
-    Writes the runs (`lora-seed0`, `ce-lora-seed0`, ...), `report.html` with both loss curves, and `demo.jsonl`.
+    Writes the runs (`lora-seed0`, `ce-lora-seed0`, ...), `report.html` with all loss curves, and `demo.jsonl`.
 
     Raises:
         CELoraError: `output` holds something else, the model or data cannot be had, or an adapter does not score
@@ -92,72 +101,133 @@ def run_demo(
     """
     console = console or Console(stderr=True, highlight=False)
     begun = time.perf_counter()
-
-    def say(line: str) -> None:
-        if not quiet:
-            console.print(line, soft_wrap=True, markup=False)
-
-    OutputFolder(output).check_writable()
-    with writing_to(output):
-        if output.exists() and any(output.iterdir()) and not (output / MARKER).is_file():
-            raise CELoraError(f"{output} is not empty and holds no demo; choose another folder with --output.")
+    say = functools.partial(progress.say, console, quiet)
+    _claim(output)
     keep_freed_memory()
-    model = demo_model(say)
-    held: list[Review] = getattr(splits(0, validation=validation, test=held_out, say=say), judge)
-    judged = output / "data" / f"{judge}.jsonl"
-    with writing_to(output):
-        judged.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output / MARKER, "This folder was made by celora demo, which may replace what it holds.\n")
-    _write_rows(judged, to_rows(held))
-    dtype = faster_dtype()
+    study = _Study(output, demo_model(say), output / "data" / f"{judge}.jsonl", faster_dtype(), console, quiet)
+    drawn = functools.partial(splits, validation=validation, test=held_out, say=say)
+    _write_rows(study.judged, to_rows(getattr(drawn(0), judge)))
 
-    say(
-        f"Scoring the untouched model on {len(held)} held-out sentences "
-        f"({dtype}, {torch.get_num_threads()} threads) ..."
-    )
-    accuracy = stock_accuracy(model, judged, dtype)
-    rows = [DemoRow("untouched", 0, accuracy, len(held), 0, 0, None, 0.0, 0.0, *_machine(dtype))]
-    say(f"  {accuracy:.1%} right")
-
-    shared = shared_settings(model, steps, batch_size, dtype) | {
-        "celora": {"refresh_every": refresh_every},
-        "quiet": quiet,
-    }
+    rows: list[DemoRow] = []
+    shared = shared_settings(study.model, steps, batch_size, study.dtype) | {"quiet": quiet}
     for seed in range(seeds):
-        training = splits(seed, train=steps * batch_size, validation=validation, test=held_out).train
         data = output / "data" / f"train-seed{seed}.jsonl"
-        _write_rows(data, to_rows(training))
-        # Whoever goes second finds a warmer, or a busier, machine: take turns.
-        for arm in arms if seed % 2 == 0 else reversed(arms):
-            say(f"Training {arm}, seed {seed}: {steps} steps of {batch_size} sentences ...")
-            own = {
-                "preset": ARMS[arm],
-                "learning_rate": learning_rates[arm],
-                "seed": seed,
-                "data": str(data),
-                "output": str(_folder(output, arm, seed)),
-            }
-            rows.append(_contend(arm, shared | own, judged, console))
-            say(f"  {rows[-1].accuracy:.1%} right, {rows[-1].step_time_ms or 0:.0f} ms per step")
+        _write_rows(data, to_rows(drawn(seed, train=steps * batch_size).train))
+        own = {
+            arm: shared
+            | {"preset": ARMS[arm], "learning_rate": learning_rates[arm], "seed": seed, "data": str(data)}
+            | {"output": str(_folder(output, arm, seed))}
+            | ({} if ARMS[arm] != "paper" else {"celora": {"refresh_every": refresh_every}})
+            for arm in arms
+        }
+        rows += _contend(study, seed, own, untouched=seed == 0)
     _write_rows(output / ROWS, [asdict(row) for row in rows])
-    runs = {f"{row.arm}, seed {row.seed}": _folder(output, row.arm, row.seed) for row in rows[1:]}
-    write_report(
-        output / "report.html",
-        runs,
-        title="celora demo: sentiment of movie reviews",
-        results={
-            "held-out accuracy": {f"{row.arm}, seed {row.seed}": f"{row.accuracy:.1%}" for row in rows[1:]},
-            "held-out accuracy of the untouched model": dict.fromkeys(runs, f"{accuracy:.1%}"),
-            "time per step, ms (median)": {f"{row.arm}, seed {row.seed}": row.step_time_ms for row in rows[1:]},
-        },
-        repeats={f"{row.arm}, seed {row.seed}": row.arm for row in rows[1:]},
-    )
+    _report(output, rows)
     say(f"{(time.perf_counter() - begun) / 60:.1f} minutes.")
     return rows
 
 
+@dataclass(frozen=True)
+class _Study:
+    """What all runs of a demo share."""
+
+    output: Path
+    model: Path
+    judged: Path  # the rows that score
+    dtype: str
+    console: Console
+    quiet: bool
+
+    def say(self, line: str) -> None:
+        progress.say(self.console, self.quiet, line)
+
+    def row(self, arm: str, seed: int, accuracy: float, **found: Any) -> DemoRow:
+        """A contender's row."""
+        none = {"steps": 0, "rank": 0, "step_time_ms": None, "train_seconds": 0.0, "cost": 0.0}
+        machine = {"threads": torch.get_num_threads(), "dtype": self.dtype, "torch": torch.__version__}
+        return DemoRow(arm, seed, accuracy, len(_read_rows(self.judged)), **(none | found | machine))
+
+
+def _claim(output: Path) -> None:
+    """Mark the folder as a demo's, or refuse one that holds something else."""
+    OutputFolder(output).check_writable()
+    with writing_to(output):
+        if output.exists() and any(output.iterdir()) and not (output / MARKER).is_file():
+            raise CELoraError(f"{output} is not empty and holds no demo; choose another folder with --output.")
+        (output / "data").mkdir(parents=True, exist_ok=True)
+    write_text(output / MARKER, "This folder was made by celora demo, which may replace what it holds.\n")
+
+
+def _contend(study: _Study, seed: int, own: Mapping[str, dict[str, Any]], *, untouched: bool) -> list[DemoRow]:
+    """Train the contenders of one seed, score their adapters with stock PEFT, and time their steps in turns."""
+    results: dict[str, TrainResult] = {}
+    in_memory: dict[str, float] = {}
+    # In turns over the seeds: the last arm finds a warmer, or a busier, machine.
+    for arm in own if seed % 2 == 0 else reversed(list(own)):
+        steps, batch = own[arm]["max_steps"], own[arm]["per_device_train_batch_size"]
+        study.say(f"Training {SHOWN.get(arm, arm)}, seed {seed}: {steps} steps of {batch} sentences ...")
+        results[arm] = _trained(own[arm], study.console)
+        if arm != "LoRA":
+            in_memory[arm] = _in_memory_accuracy(results[arm].model, study.model, study.judged)
+    study.say(f"Scoring the adapters on {len(_read_rows(study.judged))} held-out sentences, with stock PEFT ...")
+    folders = [results[arm].output for arm in own]
+    scores = stock_accuracies(study.model, study.judged, study.dtype, adapters=folders, untouched=untouched)
+    rows = [study.row("untouched", seed, scores.pop(0))] if untouched else []
+    accuracies = dict(zip(own, scores, strict=True))
+    for arm, accuracy in in_memory.items():
+        if accuracy != accuracies[arm]:
+            raise CELoraError(
+                f"the adapter in {results[arm].output} scores {accuracies[arm]:.4f} under stock PEFT but "
+                f"{accuracy:.4f} in memory."
+            )
+    study.say("Timing a step of each, in turns ...")
+    times = _times_in_turns({arm: results[arm].model for arm in own}, next(iter(own.values())))
+    for arm in own:
+        result = results[arm]
+        found: dict[str, Any] = {"steps": result.step, "rank": make_request(own[arm] | {"overwrite": True}).r}
+        found |= {"step_time_ms": times[arm], "train_seconds": result.summary["seconds"]}
+        rows.append(study.row(arm, seed, accuracies[arm], cost=result.summary["estimated_cost"], **found))
+        write_json(result.output / "demo.json", asdict(rows[-1]))
+    return rows
+
+
+def _trained(settings: dict[str, Any], console: Console) -> TrainResult:
+    result = train(make_request(settings | {"overwrite": Path(settings["output"]).exists()}), console=console)
+    if result.status != "finished":
+        raise KeyboardInterrupt
+    return result
+
+
+def _times_in_turns(models: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, float]:
+    """Median milliseconds of a training step of each model, on the same batches; it changes the models.
+
+    CE-LoRA refreshes in fewer than half of its steps, so the median leaves its refreshes out.
+    """
+    with quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
+        batches = training_batches({**settings, "output": scratch}, WARM_UP)
+        turns = take_turns({arm: Step(model, Path(scratch)) for arm, model in models.items()}, batches, TIMED)
+    return {arm: round(statistics.median(map(sum, parts)), 1) for arm, parts in turns.items()}
+
+
+def _report(output: Path, rows: Sequence[DemoRow]) -> None:
+    """The page with the loss curves of all runs."""
+    accuracy, trained = rows[0].accuracy, rows[1:]
+    named = {f"{SHOWN.get(row.arm, row.arm)}, seed {row.seed}": row for row in trained}
+    write_report(
+        output / "report.html",
+        {name: _folder(output, row.arm, row.seed) for name, row in named.items()},
+        title="celora demo: sentiment of movie reviews",
+        results={
+            "held-out accuracy": {name: f"{row.accuracy:.1%}" for name, row in named.items()},
+            "held-out accuracy of the untouched model": dict.fromkeys(named, f"{accuracy:.1%}"),
+            "time per step, ms (median, in turns)": {name: row.step_time_ms for name, row in named.items()},
+        },
+        repeats={name: SHOWN.get(row.arm, row.arm) for name, row in named.items()},
+    )
+
+
 def shared_settings(model: Path, steps: int, batch_size: int, dtype: str) -> dict[str, Any]:
-    """What all contenders of the demo have in common: names and values as `make_request` takes them."""
+    """The settings that all contenders share, as `make_request` takes them."""
     return {
         "model": str(model),
         "dtype": dtype,
@@ -185,73 +255,38 @@ def summary(rows: Sequence[DemoRow]) -> list[tuple[str, str, str, str]]:
     """The cells of the result table, as text; the README's table is made of the same."""
     cells = []
     for arm in dict.fromkeys(row.arm for row in rows):
-        of = [row for row in rows if row.arm == arm]
-        accuracies = [row.accuracy for row in of]
-        spread = f" ({min(accuracies):.1%} to {max(accuracies):.1%})" if len(of) > 1 else ""
-        times = [row.step_time_ms for row in of if row.step_time_ms is not None]
+        its = [row for row in rows if row.arm == arm]
+        accuracies = [row.accuracy for row in its]
+        spread = f" ({min(accuracies):.1%} to {max(accuracies):.1%})" if len(its) > 1 else ""
+        times = [row.step_time_ms for row in its if row.step_time_ms is not None]
         cells.append(
             (
-                arm,
+                SHOWN.get(arm, arm),
                 f"{statistics.mean(accuracies):.1%}{spread}",
                 f"{statistics.median(times):.0f} ms" if times else "",
-                f"{of[0].cost:.2f}" if times else "",
+                f"{its[0].cost:.2f}" if times else "",
             )
         )
     return cells
 
 
-def _contend(arm: str, settings: dict[str, Any], judged: Path, console: Console) -> DemoRow:
-    model, folder = Path(settings["model"]), Path(settings["output"])
-    request = make_request(settings | {"overwrite": folder.exists()})
-    result = train(request, console=console)
-    if result.status != "finished":
-        raise KeyboardInterrupt
-    accuracy = stock_accuracy(model, judged, settings["dtype"], adapter=folder)
-    if arm != "LoRA":
-        in_memory = _in_memory_accuracy(result.model, model, judged)
-        if in_memory != accuracy:
-            raise CELoraError(
-                f"the adapter in {folder} scores {accuracy:.4f} under stock PEFT but {in_memory:.4f} in memory."
-            )
-    row = DemoRow(
-        arm,
-        settings["seed"],
-        accuracy,
-        len(_read_rows(judged)),
-        result.step,
-        request.r,
-        _median_step_time(folder, request.config.refresh_every),
-        result.summary["seconds"],
-        result.summary["estimated_cost"],
-        *_machine(settings["dtype"]),
-    )
-    write_json(folder / "demo.json", asdict(row))
-    return row
+def stock_accuracies(
+    model: Path, data: Path, dtype: str, *, adapters: Sequence[Path] = (), untouched: bool = True
+) -> list[float]:
+    """The shares of right answers to the rows in `data`: of the untouched model, if asked for, then of each adapter.
 
-
-def _median_step_time(folder: Path, refresh_every: int) -> float | None:
-    """Of the steps after the first two, which allocate and compile, and which for CE-LoRA is where it refreshes."""
-    times = [row["step_time_ms"] for row in read_metrics(folder / "metrics.jsonl") if "step_time_ms" in row]
-    usual = [ms for step, ms in enumerate(times) if step >= 2 and step % refresh_every]
-    return round(statistics.median(usual), 1) if usual else None
-
-
-def stock_accuracy(model: Path, data: Path, dtype: str, *, adapter: Path | None = None) -> float:
-    """The share of right answers to the rows in `data`, of a stock process that must not have imported celora.
-
-    Raises CELoraError if it fails, or has imported celora.
+    A stock process finds them. Raises CELoraError if it fails, or has imported celora.
     """
     command = [sys.executable, stock_eval.__file__, "--base", str(model), "--data", str(data), "--dtype", dtype]
-    if adapter is not None:
-        command += ["--adapter", str(adapter)]
+    command += ["--untouched"] * untouched + [part for folder in adapters for part in ("--adapter", str(folder))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or "no output").splitlines()[-1]
-        raise CELoraError(f"scoring {adapter or model} with stock PEFT failed: {reason}")
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    if answer["celora_imported"]:
+        raise CELoraError(f"scoring {', '.join(map(str, adapters)) or model} with stock PEFT failed: {reason}")
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if any(answer["celora_imported"] for answer in answers):
         raise CELoraError("the process that scores with stock PEFT imported celora; its result would prove nothing.")
-    return float(answer["accuracy"])
+    return [float(answer["accuracy"]) for answer in answers]
 
 
 def _in_memory_accuracy(trained: Any, model: Path, data: Path) -> float:
@@ -272,7 +307,3 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _folder(output: Path, arm: str, seed: int) -> Path:
     return output / f"{arm.lower()}-seed{seed}"
-
-
-def _machine(dtype: str) -> tuple[int, str, str]:
-    return torch.get_num_threads(), dtype, torch.__version__

@@ -1,8 +1,8 @@
 """The demo's task: is a sentence of a movie review positive or negative?
 
-Sentences with a clear rating (at least 1 away from neutral) become one-word questions. Which sentences are held out
-depends on their text alone, never on the seed, and no held-out sentence is in the training set in any spelling of case,
-spacing or punctuation; so runs with different seeds are judged on the same, unseen sentences.
+Sentences with a clear rating (at least 1 away from neutral) become one-word questions. A sentence's text alone decides
+whether it is held out, never the seed. No held-out sentence is in the training set, not even with other case, spacing
+or punctuation. So runs with different seeds are judged on the same, unseen sentences.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def splits(
 ) -> Splits:
     """Held-out reviews, the same for every seed, and the rest (or `train` of it) in an order drawn from the seed.
 
-    Of sentences that differ only in case, spacing or punctuation the first stays; if their labels disagree, none does.
+    If sentences differ only in case, spacing or punctuation, the first stays; if their labels disagree, none does.
     `reviews` are the movie reviews unless given.
 
     Raises CELoraError for odd or negative held-out sizes, or if there are fewer reviews than asked for.
@@ -61,7 +61,7 @@ def splits(
                 f"validation={validation} and test={test} need {held} {label} reviews, and training more; there are "
                 f"{len(found)}. Ask for fewer."
             )
-    # test comes first in this order, so that a change of the validation size leaves it as it is.
+    # test comes first in this order, so the size of validation does not change it.
     tested = [review for found in by_label.values() for review in found[: test // 2]]
     validated = [review for found in by_label.values() for review in found[test // 2 : held]]
     rest = [review for found in by_label.values() for review in found[held:]]

@@ -94,10 +94,13 @@ def _first_token(tokenizer: Any, prompt: Sequence[Mapping[str, str]], prompt_ids
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Score a stock model, with or without a stock PEFT adapter, and print one JSON object."""
-    parser = argparse.ArgumentParser(description="Label accuracy of a model and adapter, with stock libraries only.")
+    """Score a stock model, or stock PEFT adapters of it, and print one JSON object for each."""
+    parser = argparse.ArgumentParser(description="Label accuracy of a model and adapters, with stock libraries only.")
     parser.add_argument("--base", required=True, help="model folder or name")
-    parser.add_argument("--adapter", help="PEFT adapter folder; none scores the base model")
+    parser.add_argument(
+        "--adapter", action="append", help="PEFT adapter folder, repeatable; none scores the base model"
+    )
+    parser.add_argument("--untouched", action="store_true", help="score the base model, too, as without adapters")
     parser.add_argument("--data", required=True, type=Path, help="JSON lines of prompt/completion message lists")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--dtype", default="auto", help="bfloat16, float32, ... or auto, the one in the file")
@@ -106,15 +109,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=options.dtype, trust_remote_code=False)
-    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if options.adapter:
-        model = PeftModel.from_pretrained(model, options.adapter)
     tokenizer = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False)
     rows = [json.loads(line) for line in options.data.read_text("utf-8").split("\n") if line.strip()]
-    accuracy = label_accuracy(model, tokenizer, rows, batch_size=options.batch_size)
-    imported = any(name.partition(".")[0] == "celora" for name in sys.modules)
-    print(json.dumps({"accuracy": accuracy, "n": len(rows), "celora_imported": imported}))
+    adapters = options.adapter or []
+    for adapter in [None, *adapters] if options.untouched or not adapters else adapters:
+        model = AutoModelForCausalLM.from_pretrained(options.base, dtype=options.dtype, trust_remote_code=False)
+        model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter)
+        accuracy = label_accuracy(model, tokenizer, rows, batch_size=options.batch_size)
+        imported = any(name.partition(".")[0] == "celora" for name in sys.modules)
+        print(json.dumps({"accuracy": accuracy, "n": len(rows), "celora_imported": imported}))
 
 
 if __name__ == "__main__":

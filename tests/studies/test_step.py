@@ -1,0 +1,48 @@
+"""Every arm of the bench takes the same steps; only what it is named for differs."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+
+from celora.runtime.attachment import find, require
+from celora.studies.cells import Cell, make_batches
+from celora.studies.step import make_step
+
+SMALL = Cell("h64-v1k", "instruct", "float32", 64)
+
+
+def test_every_arm_takes_the_same_steps(tmp_path: Path) -> None:
+    """Exact arms train the same parameters; the limit does not."""
+    batches = make_batches(SMALL)
+    found = {}
+    for arm in ("PEFT", "exact", "limit"):
+        step = make_step(SMALL, arm, batches, tmp_path / "plan.json", {})
+        for batch in batches:
+            step(batch)
+        found[arm] = torch.cat([p.detach().flatten() for p in step.model.parameters() if p.requires_grad])
+    torch.testing.assert_close(found["exact"], found["PEFT"], rtol=0, atol=1e-6)
+    assert not torch.allclose(found["limit"], found["PEFT"], atol=1e-6)
+
+
+def test_arms_share_frozen_weights_and_no_others(tmp_path: Path) -> None:
+    frozen: dict[str, torch.Tensor] = {}
+    steps = [make_step(SMALL, arm, [], tmp_path / "plan.json", frozen) for arm in ("PEFT", "PEFT upper half", "exact")]
+    kept, trained = (
+        [{p.data_ptr() for p in step.model.parameters() if p.requires_grad is trains} for step in steps]
+        for trains in (False, True)
+    )
+    assert kept[0] == kept[1] == kept[2] == {weight.data_ptr() for weight in frozen.values()}
+    assert all(a.isdisjoint(b) for a, b in itertools.combinations(trained, 2))
+
+
+def test_auto_is_planned_once_and_the_plan_is_shared(tmp_path: Path) -> None:
+    batches, plan = make_batches(SMALL), tmp_path / "plan.json"
+    first = make_step(SMALL, "auto", batches, plan, {})
+    written = plan.read_bytes()
+    again = make_step(SMALL, "auto", batches, plan, {})
+    assert plan.read_bytes() == written
+    assert require(first.model).report == require(again.model).report
+    assert find(make_step(SMALL, "PEFT", batches, plan, {}).model) is None
