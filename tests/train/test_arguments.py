@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-from pathlib import Path
 
 import pytest
-import yaml
-from accelerate.commands.launch import launch_command_parser
 
+from asked import OWN, fails, write
 from celora.errors import CELoraError
-from celora.settings.config import CELoraConfig, LayerConfig
-from celora.settings.presets import resolve
-from celora.train.request import names
-from celora.train.request.arguments import estimator_config, make_request, parse, read_yaml, recorded, sft_config
+from celora.settings.config import LayerConfig
+from celora.train.request.arguments import estimator_config, make_request, parse, recorded, sft_config
 from celora.train.request.fields import (
     ALIASES,
     DEFAULTS,
@@ -27,20 +22,8 @@ from celora.train.request.fields import (
     help_all,
     known_fields,
 )
-from celora.train.request.names import launcher_names, trl_names
-from celora.train.request.yaml_file import set_environment
-from patching import patch_all
+from celora.train.request.names import launcher_names
 from trl_fields import TRL_SFT
-
-OWN = {"model": "m", "data": "d.jsonl", "output": "out"}
-
-
-def fails(tokens: list[str], *parts: str, own: dict[str, object] = OWN) -> None:
-    with pytest.raises(CELoraError) as caught:
-        parse(tokens, own)
-    assert "\n" not in str(caught.value)
-    for part in parts:
-        assert part in str(caught.value)
 
 
 def test_every_field_of_trl_is_known():
@@ -146,119 +129,10 @@ def test_what_other_tools_call_it_is_no_name_of_ours():
     assert meant <= set(known_fields())
 
 
-def test_names_read_from_sources_are_those_of_the_import():
-    """Flags are refused by the former before the latter is there."""
-    of_trl = {f.name for cls in TRL_SFT for f in dataclasses.fields(cls)}
-    assert trl_names() == of_trl
-    imported = {action.dest for action in launch_command_parser()._actions}  # as the parser itself has them
-    assert launcher_names() >= imported - {"training_script", "training_script_args", "tpu_use_cluster"}
-    flags = "--max-steps 4 --no_packing --output_dir=x --lora_r=-1 -- --bf16 false stray"
-    check_flags(flags.split())
-
-
-HERE = "from .a import SFTConfig"
-
-
-@pytest.mark.parametrize(
-    ("files", "found"),
-    [
-        ({"__init__": HERE, "a": "class SFTConfig:\n    lr: float\n    k: ClassVar[int] = 3"}, {"lr"}),
-        ({"__init__": "from .a import C as SFTConfig", "a": "from .b import B\nclass C(B):\n    x: int = 0",
-          "b": "class B:\n    y: int"}, {"x", "y"}),
-        ({"__init__": HERE, "a": "from elsewhere import B\nclass SFTConfig(B):\n    x: int"}, None),
-        ({"__init__": HERE, "a": "class SFTConfig(made()):\n    x: int"}, None),
-        ({"__init__": "from . import SFTConfig"}, None),
-        ({"__init__": HERE, "a": "class ("}, None),
-        ({"__init__": ""}, None),
-    ],
-)  # fmt: skip
-def test_sources_that_cannot_be_followed_are_none(files, found, tmp_path, monkeypatch):
-    package = tmp_path / "a_library"
-    package.mkdir()
-    for name, text in files.items():
-        (package / f"{name}.py").write_text(text)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    names._parse.cache_clear()
-    assert names._fields("a_library", "SFTConfig") == found
-    names._parse.cache_clear()
-
-
-def test_without_sources_flags_wait_for_the_import(monkeypatch):
-    patch_all(monkeypatch, "celora.train.request.names:trl_names", lambda: None)
-    check_flags(["--anything"])
-
-
 def test_missing_and_contradicting_options():
     fails([], "--output is missing", own={"model": "m", "data": "d"})
     with pytest.raises(CELoraError, match="exclude each other"):
         make_request({**OWN, "resume": True, "overwrite": True})
-
-
-def write(path: Path, text: str) -> str:
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-def test_a_file_of_trl_sft_with_every_default_written_out(tmp_path):
-    """Whatever `trl sft` may be given and means nothing by is accepted."""
-    values = {
-        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        for cls in TRL_SFT
-        for f in dataclasses.fields(cls)
-        if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-    }
-    values |= {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "out", "use_peft": True}
-    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(values, default=str))), encoding="utf-8")
-    request = parse([], {"config": str(tmp_path / "sft.yaml")})
-    assert (request.model, request.data, request.lora["lora_dropout"]) == ("m", "d", 0.05)
-
-
-def test_what_a_file_of_trl_sft_asks_for_is_refused_by_name(tmp_path):
-    mixture = "datasets: [{path: a}, {path: b}]"
-    fails(
-        [], "datasets=", "put the rows of all of them into one folder", own={"config": write(tmp_path / "m", mixture)}
-    )
-    for text, part in (("trust_remote_code: true", "never runs code"), ("use_peft: false", "LoRA adapters only")):
-        fails([], text.partition(":")[0], part, own=OWN | {"config": write(tmp_path / "y", text)})
-
-
-def test_launch_settings_in_a_file(tmp_path, monkeypatch):
-    own = OWN | {"config": write(tmp_path / "sft.yaml", "num_processes: 2")}
-    fails([], "key 'num_processes'", "accelerate launch --num_processes ... -m celora train", own=own)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "num_processes" not in parse([], own).given
-    own = OWN | {"config": write(tmp_path / "one.yaml", "num_processes: 1")}
-    monkeypatch.delenv("WORLD_SIZE")
-    assert parse([], own).model == "m"
-
-
-@pytest.mark.fault(
-    "input",
-    "a key that comes twice in a configuration file, a plan or a record of a run, or under two names",
-    sees="`the key 'max_steps' comes twice`, and where",
-    kept="everything: neither of the values is taken for the one that was meant",
-)
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("max_steps: 1\nseed: 1\nmax_steps: 2", "the key 'max_steps' comes twice in one mapping in .*line 3"),
-        ("celora: {rank: 0, overrides: {a: {rank: 4, rank: 4}}}", "the key 'rank' comes twice"),
-        ("max_steps: 1\nmax-steps: 1", r"key 'max-steps' in \S+ says max_steps a second time"),
-        ("model: a\nmodel_name_or_path: b", r"key 'model_name_or_path' in \S+ says model a second time"),
-        ('celora: \'{"rank": 0, "rank": 4}\'', "the key 'rank' comes twice in one object"),
-    ],
-)
-def test_a_key_that_comes_twice_in_a_file(text, words, tmp_path):
-    with pytest.raises(CELoraError, match=words) as caught:
-        parse([], OWN | {"config": write(tmp_path / "sft.yaml", text)})
-    assert "\n" not in str(caught.value)
-
-
-def test_what_is_merged_into_a_mapping_may_be_overridden(tmp_path):
-    text = "celora: &c {<<: &a {rank: 0, seed: 3}, rank: 4}\nlr_scheduler_kwargs: {<<: *c, seed: 5, 4: 1, '4': 2}"
-    found = read_yaml(write(tmp_path / "sft.yaml", text))
-    assert found["celora"] == {"rank": 4, "seed": 3}
-    assert found["lr_scheduler_kwargs"] == {"rank": 4, "seed": 5, 4: 1, "4": 2}
 
 
 def test_what_is_said_twice_in_model_init_kwargs_is_said_once():
@@ -273,95 +147,6 @@ def test_what_is_said_twice_in_model_init_kwargs_is_said_once():
     ):
         with pytest.raises(CELoraError, match=re.escape(words)):
             make_request(OWN | {"dtype": "bfloat16", "model_init_kwargs": init})
-
-
-def test_the_environment_of_a_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_PROJECT", "before")
-    file = write(tmp_path / "sft.yaml", "env: {WANDB_PROJECT: 3}\nmax_steps: 7")
-    assert parse([], OWN | {"config": file}).train["max_steps"] == 7
-    set_environment(file)
-    assert os.environ["WANDB_PROJECT"] == "3"
-    with pytest.raises(CELoraError, match=r"env in --config .* is \[1\]; expected a mapping"):
-        set_environment(write(tmp_path / "bad.yaml", "env: [1]"))
-
-
-@pytest.mark.fault(
-    "security",
-    "variables in `env` of a configuration file that decide which code runs or where data goes: PATH, HF_ENDPOINT, ...",
-    sees="`'PATH' is not set from a file`, and that the shell is the place for it",
-    kept="everything: the environment is as it was, and nothing is loaded",
-)
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        *((f"{name}: /elsewhere", f"'{name}' is not set from a file") for name in (
-            "PATH", "LD_PRELOAD", "PYTHONPATH", "HF_ENDPOINT", "HF_HOME", "HF_TOKEN", "HTTPS_PROXY", "WANDB_BASE_URL",
-            "XDG_CACHE_HOME", "RANK", "CC")),
-        ('"": x', "'' is not set from a file"),
-        ("3: x", "3 is not set from a file"),
-        ('"A=B": x', "'A=B' is not set from a file"),
-        ('"A\\0": x', "is not set from a file"),
-        ("WANDB_PROJEKT: x", "or did you mean WANDB_PROJECT?"),
-        ('WANDB_NAME: "a\\0b"', "WANDB_NAME is 'a\\x00b'; expected text or a number"),
-        ('WANDB_NAME: "\\ud800"', "expected text or a number"),
-        ("WANDB_NAME: [a]", "WANDB_NAME is ['a']; expected text or a number"),
-        ("WANDB_NAME:", "WANDB_NAME is None; expected text or a number"),
-    ],
-)  # fmt: skip
-def test_variables_that_a_file_may_not_set(text, words, tmp_path):
-    before = dict(os.environ)
-    with pytest.raises(CELoraError, match=re.escape(words)) as caught:
-        set_environment(write(tmp_path / "sft.yaml", f"env:\n  WANDB_PROJECT: mine\n  {text}"))
-    assert "\n" not in str(caught.value)
-    assert dict(os.environ) == before
-
-
-def test_yaml_takes_the_same_names_and_flags_win(tmp_path):
-    text = """
-model_name_or_path: m
-dataset_name: d.jsonl
-output_dir: out
-use_peft: true
-max_steps: 40
-learning_rate: 1e-3
-eval_strategy: no
-lora_target_modules: [q_proj, v_proj]
-celora: {estimator: columns, keep_ratio: 0.3, rank: 4, refresh_every: 7, overrides: {"*.q_proj": {estimator: dense}}}
-"""
-    request = parse(["--max_steps", "5"], {"config": write(tmp_path / "run.yaml", text)})
-    assert (request.model, request.data, request.output.name) == ("m", "d.jsonl", "out")
-    assert request.train["max_steps"] == 5
-    assert request.train["learning_rate"] == 1e-3
-    assert request.train["eval_strategy"] == "no"
-    assert request.config.keep_ratio == 0.3
-    assert request.config.rank == 4
-    assert request.config.for_layer("layers.0.q_proj").estimator == "dense"
-    assert request.preset is None
-    assert request.r == 16
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("max_step: 3", ["key 'max_step'", "'max_steps'"]),
-        ("max_steps: [1, 2]", ["max_steps=[1, 2]"]),
-        ("celora: {keep_ratio: 1.4}", ["keep_ratio=1.4", "0 < keep_ratio <= 1"]),
-        ("celora: {keep_ratio: 0}", ["keep_ratio=0"]),
-        ("celora: {rank: -1}", ["rank=-1"]),
-        ("celora: {keep_ration: 0.5}", ["'keep_ration'", "'keep_ratio'"]),
-        ("celora: columns", ["celora='columns'", "mapping"]),
-        ("a: [", ["not valid YAML"]),
-        ("- a\n- b", ["list", "mapping"]),
-    ],
-)
-def test_yaml_mistakes_are_one_line(tmp_path, text, parts):
-    fails([], *parts, own={**OWN, "config": write(tmp_path / "run.yaml", text)})
-
-
-def test_a_saved_celora_config_is_a_config_file(tmp_path):
-    request = make_request({**OWN, "celora": {"keep_ratio": 0.4, "rank": 3}})
-    request.config.save(tmp_path / "celora_config.json")
-    assert parse([], {**OWN, "config": str(tmp_path / "celora_config.json")}).config == request.config
 
 
 def test_paper_preset_balances_both_ranks():
@@ -479,15 +264,6 @@ def test_overrides_beside_a_preset_add_to_it():
     assert config.for_layer("model.layers.0.mlp.up_proj") == LayerConfig("columns", 0.25, "adapter")
     assert config.for_layer("model.layers.1.mlp.up_proj") == LayerConfig("columns", 0.65, "adapter")
     assert config.for_layer("model.layers.0.self_attn.v_proj").keep_ratio == 0.55
-
-
-def test_off_is_off_whatever_the_file_says(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("model: m\ndata: d\noutput: o\ncelora: {estimator: columns, keep_ratio: 0.5}\n")
-    off = parse(["--config", str(path)], {"preset": "off"})
-    assert (off.preset, off.config) == ("off", CELoraConfig.from_dict(resolve("off").to_dict()))
-    with pytest.raises(CELoraError, match="estimator has no effect beside preset 'exact'"):
-        parse(["--config", str(path)], {"preset": "exact"})
 
 
 def test_evaluations_are_as_far_apart_as_with_trl():

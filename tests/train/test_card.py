@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from test_run import go, inputs, on_build  # noqa: F401 - a fixture
 
 from celora.train.output.card import CARD, is_own, public_name
 from celora.train.progress import read_metrics
 from celora.train.request.arguments import parse
 from celora.train.run import train
+from runs import go, on_build
 from tiny import save_rows
 
 
 @pytest.fixture(scope="module")
-def trained(inputs, tmp_path_factory):  # noqa: F811
+def trained(inputs, tmp_path_factory):
     """A run beside its model, and its trainer."""
     output = Path(inputs["model"]).parent / "my adapter"
     trainers = []
@@ -34,7 +34,7 @@ def table(text):
     return dict(re.findall(r"^\| (\S.*?) \| (.*) \|$", text, re.MULTILINE))
 
 
-def test_a_card_says_what_was_trained_and_names_no_path(trained, inputs):  # noqa: F811
+def test_a_card_says_what_was_trained_and_names_no_path(trained, inputs):
     output, _ = trained
     for folder, steps in ((output, 3), (output / "checkpoint-2", 2), (output / "checkpoint-3", 3)):
         text = (folder / CARD).read_text(encoding="utf-8")
@@ -118,7 +118,7 @@ def test_what_is_here_has_no_name_on_the_hub(tmp_path, monkeypatch):
     sees="nothing",
     kept="the file, as it is; checkpoints have celora's card",
 )
-def test_a_card_of_one_s_own_is_kept(inputs, tmp_path):  # noqa: F811
+def test_a_card_of_one_s_own_is_kept(inputs, tmp_path):
     output = tmp_path / "out"
     small = {**inputs, "data": str(save_rows(tmp_path / "rows.jsonl", 8))}
     go(small, output, max_steps=1, save_steps=1)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import inputs  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
 
 from celora.errors import CELoraError
@@ -31,7 +30,7 @@ from tiny import save_tiny_model
         (load_model, "config.json", {"num_attention_heads": 0}, "cannot load a model from .*"),
     ],
 )
-def test_a_model_that_is_none(load, file, change, message, inputs, tmp_path):  # noqa: F811
+def test_a_model_that_is_none(load, file, change, message, inputs, tmp_path):
     model = Path(shutil.copytree(inputs["model"], tmp_path / "model"))
     before = json.loads((model / file).read_text())
     (model / file).write_text(json.dumps({} if change is None else before | change))
@@ -42,7 +41,7 @@ def test_a_model_that_is_none(load, file, change, message, inputs, tmp_path):  #
 
 
 @pytest.mark.parametrize("given", ["hello", '{"bogus": 1}'])
-def test_arguments_of_a_model_that_it_does_not_take(given, inputs, tmp_path):  # noqa: F811
+def test_arguments_of_a_model_that_it_does_not_take(given, inputs, tmp_path):
     with pytest.raises(CELoraError, match=r"cannot load a model|model_init_kwargs"):
         load_model(parse(["--model_init_kwargs", given], {**inputs, "output": str(tmp_path / "out")}))
 
@@ -50,7 +49,7 @@ def test_arguments_of_a_model_that_it_does_not_take(given, inputs, tmp_path):  #
 @pytest.mark.parametrize(
     ("config", "message"), [({}, "'peft_type' is missing"), ([], "list indices"), ({"peft_type": "none"}, "'none'")]
 )
-def test_an_adapter_that_is_none(config, message, inputs, tmp_path):  # noqa: F811
+def test_an_adapter_that_is_none(config, message, inputs, tmp_path):
     model = load_model(make_request({**inputs, "output": str(tmp_path / "out")}))
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "adapter_model.safetensors").touch()

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from test_run import adapter, go, inputs, on_build  # noqa: F401 - a fixture
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
@@ -21,6 +20,7 @@ from celora.train.progress import read_metrics
 from celora.train.request.arguments import parse
 from celora.train.run import train
 from patching import patch_all
+from runs import adapter, go, on_build
 from small import written_whole
 from tiny import save_rows, save_tiny_model
 from unprivileged import as_nobody, public_folder
@@ -29,7 +29,7 @@ resource = pytest.importorskip("resource")
 
 
 @pytest.fixture(scope="module")
-def whole(inputs, tmp_path_factory):  # noqa: F811
+def whole(inputs, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "out"
     go(inputs, output)
     return adapter(output)
@@ -69,7 +69,7 @@ def unlimited():
     kept="that checkpoint; once there is room, `--resume` ends with bit-identical parameters",
 )
 @pytest.mark.parametrize("too_large", ["metrics.jsonl", "adapter_model.safetensors", "optimizer.pt"])
-def test_a_full_disk_stops_the_run_and_resume_goes_on(too_large, inputs, whole, tmp_path, monkeypatch, unlimited):  # noqa: F811
+def test_a_full_disk_stops_the_run_and_resume_goes_on(too_large, inputs, whole, tmp_path, monkeypatch, unlimited):
     output = tmp_path / "out"
     file = output / (too_large if too_large == "metrics.jsonl" else f"checkpoint-3/{too_large}")
     full = FullDisk(lambda: file.stat().st_size - (0 if too_large == "metrics.jsonl" else 100))
@@ -91,7 +91,7 @@ def test_a_full_disk_stops_the_run_and_resume_goes_on(too_large, inputs, whole, 
 @pytest.mark.parametrize(
     "error", [RuntimeError(), torch.OutOfMemoryError("CUDA out of memory"), dist.DistError("gone")]
 )
-def test_what_is_not_the_disk_s_fault_keeps_its_name(error, inputs, tmp_path, monkeypatch):  # noqa: F811
+def test_what_is_not_the_disk_s_fault_keeps_its_name(error, inputs, tmp_path, monkeypatch):
     """The command line has a line for what memory and other processes do, and calls the rest a bug."""
     monkeypatch.setattr(SFTTrainer, "_save_checkpoint", raising(error))
     with pytest.raises(type(error)) as caught:
@@ -127,7 +127,7 @@ def cut(file):
     ("name", "damage"),
     [("optimizer.pt", flip), ("adapter_model.safetensors", cut), ("trainer_state.json", os.unlink), (MANIFEST, flip)],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(name, damage, inputs, whole, tmp_path):  # noqa: F811
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(name, damage, inputs, whole, tmp_path):
     output = tmp_path / "out"
     interrupted(inputs, output)
     damage(output / "checkpoint-4" / name)
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(name, damage, in
     sees="each is named, then `Resuming from the beginning: there is no checkpoint to go on from.`",
     kept="the run's configuration; the end is bit-identical",
 )
-def test_without_a_whole_checkpoint_the_run_begins_again(inputs, whole, tmp_path):  # noqa: F811
+def test_without_a_whole_checkpoint_the_run_begins_again(inputs, whole, tmp_path):
     output = tmp_path / "out"
     interrupted(inputs, output)
     for checkpoint in output.glob("checkpoint-*"):
@@ -157,7 +157,7 @@ def test_without_a_whole_checkpoint_the_run_begins_again(inputs, whole, tmp_path
     assert same(adapter(output), whole)
 
 
-def interrupted(inputs, output):  # noqa: F811
+def interrupted(inputs, output):
     """A run with whole checkpoints 2 and 4 that was stopped before its end."""
 
     class Stop(TrainerCallback):
@@ -187,7 +187,7 @@ def test_a_folder_that_cannot_be_written_to(where):
     assert "cannot write to --output" in str(error)
 
 
-def test_a_run_killed_between_its_last_checkpoint_and_its_end(inputs, whole, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_killed_between_its_last_checkpoint_and_its_end(inputs, whole, tmp_path, monkeypatch):
     """Nothing is left to train; a limit of one checkpoint never leaves none."""
 
     output = tmp_path / "out"
@@ -202,7 +202,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end(inputs, whole, tmp
     assert same(adapter(output), whole)
 
 
-def test_an_adapter_is_on_the_disk_before_it_takes_the_place_of_another(inputs, tmp_path, disk):  # noqa: F811
+def test_an_adapter_is_on_the_disk_before_it_takes_the_place_of_another(inputs, tmp_path, disk):
     output = tmp_path / "out"
     go(inputs, output, max_steps=1, save_strategy="no")
     for name in ("README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"):
@@ -226,7 +226,7 @@ def test_the_best_checkpoint_is_taken_from_the_run_s_own_folder(tmp_path):
     assert safe.loaded == str(tmp_path / "checkpoint-4")
 
 
-def test_nothing_pickled_is_written_only_to_be_looked_at(inputs, tmp_path):  # noqa: F811
+def test_nothing_pickled_is_written_only_to_be_looked_at(inputs, tmp_path):
     go(inputs, tmp_path / "out", max_steps=3)
     assert not list((tmp_path / "out").rglob("training_args.bin"))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_run import go, inputs  # noqa: F401 - a fixture
 from transformers import AutoTokenizer
 
 from celora.errors import CELoraError
 from celora.train.rows.template import refused_row
+from runs import go
 from tiny import TEMPLATE
 
 STRICT = (
@@ -39,7 +39,7 @@ def rows(path, *conversations):
     ],
 )
 @pytest.mark.parametrize("which", ["training", "evaluation"])
-def test_the_row_is_named(refused, message, which, inputs, tmp_path):  # noqa: F811
+def test_the_row_is_named(refused, message, which, inputs, tmp_path):
     (tmp_path / "strict.jinja").write_text(STRICT)
     fine, bad = [USER, ASSISTANT], rows(tmp_path / "bad.jsonl", *[[USER, ASSISTANT]] * 2, refused)
     data = {"data": rows(tmp_path / "fine.jsonl", fine), "eval_data": bad} if which == "evaluation" else {"data": bad}
@@ -49,7 +49,7 @@ def test_the_row_is_named(refused, message, which, inputs, tmp_path):  # noqa: F
     assert not (tmp_path / "out").exists()
 
 
-def test_prompts_are_rendered_as_for_training(inputs):  # noqa: F811
+def test_prompts_are_rendered_as_for_training(inputs):
     """The prompt alone, with the answer to follow, then both."""
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
     row = {"prompt": [USER], "completion": [ASSISTANT]}

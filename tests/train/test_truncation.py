@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_run import go, inputs  # noqa: F401 - a fixture
 
 from celora.errors import CELoraError
+from runs import go
 
 
 def rows(path, lengths, **more):
@@ -23,7 +23,7 @@ def rows(path, lengths, **more):
     sees="how many rows and tokens are cut off, and how many rows have nothing to learn left; even with --quiet",
     kept="what fits; `--max_length` keeps more",
 )
-def test_what_does_not_fit_is_counted(inputs, tmp_path):  # noqa: F811
+def test_what_does_not_fit_is_counted(inputs, tmp_path):
     given = rows(tmp_path / "rows.jsonl", [8, 9, 10, 15, 8], max_length=8, quiet=True)
     _, text = go({**inputs, **given}, tmp_path / "out")
     assert "3 of 5 rows are longer than max_length=8: 10 of 50 tokens are cut off. A larger" in text
@@ -40,13 +40,13 @@ def test_what_does_not_fit_is_counted(inputs, tmp_path):  # noqa: F811
     ("strategy", "said"), [("bfd", "2 of 4 rows are longer than max_length=8: 9 of 41 tokens are cut off. A larger"),
                            ("bfd_split", ""), ("wrapped", "")]
 )  # fmt: skip
-def test_what_packing_cuts_off_is_counted_too(strategy, said, inputs, tmp_path):  # noqa: F811
+def test_what_packing_cuts_off_is_counted_too(strategy, said, inputs, tmp_path):
     given = rows(tmp_path / "rows.jsonl", [8, 10, 15, 8], max_length=8, quiet=True)
     _, text = go({**inputs, **given}, tmp_path / "out", packing=True, packing_strategy=strategy, eval_packing=False)
     assert text.startswith(said) if said else text == ""
 
 
-def test_rows_to_evaluate_on_are_counted_for_themselves(inputs, tmp_path):  # noqa: F811
+def test_rows_to_evaluate_on_are_counted_for_themselves(inputs, tmp_path):
     given = rows(tmp_path / "rows.jsonl", [8, 8], max_length=8, quiet=True)
     test = rows(tmp_path / "test.jsonl", [8, 9, 12])["data"]
     _, text = go({**inputs, **given}, tmp_path / "out", eval_data=test)
@@ -56,7 +56,7 @@ def test_rows_to_evaluate_on_are_counted_for_themselves(inputs, tmp_path):  # no
         go({**inputs, **given}, tmp_path / "b", eval_data=test)
 
 
-def test_nothing_is_said_where_all_fits(inputs, tmp_path):  # noqa: F811
+def test_nothing_is_said_where_all_fits(inputs, tmp_path):
     given = rows(tmp_path / "rows.jsonl", [8, 7, 8], max_length=8, quiet=True)
     _, text = go({**inputs, **given}, tmp_path / "out")
     assert text == ""

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_run import go, inputs  # noqa: F401 - a fixture
 
 import celora
 from celora.errors import CELoraError
@@ -24,6 +23,7 @@ from celora.train.output.manifest import MANIFEST, read_manifest, seal
 from celora.train.request.arguments import make_request, parse, read_yaml
 from celora.train.request.yaml_file import _Strict
 from celora.train.rows.data import load_rows
+from runs import go
 
 SOURCE = Path(celora.__file__).parent
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
@@ -63,7 +63,7 @@ def test_the_source_runs_no_code_that_it_reads():
     sees="`trust_remote_code=True is refused`",
     kept="everything: no code that comes with a model runs",
 )
-def test_code_of_models_never_runs(inputs, tmp_path):  # noqa: F811
+def test_code_of_models_never_runs(inputs, tmp_path):
     given = {"model": "m", "data": "d", "output": "o"}
     with pytest.raises(CELoraError, match=r"trust_remote_code.* is refused"):
         parse(["--trust_remote_code"], given)
@@ -80,7 +80,7 @@ def test_code_of_models_never_runs(inputs, tmp_path):  # noqa: F811
     kept="everything: the code does not run",
 )
 @pytest.mark.parametrize("where", ["tokenizer", "model", "chat_template_path"])
-def test_nobody_is_asked_whether_code_may_run(where, inputs, tmp_path, monkeypatch):  # noqa: F811
+def test_nobody_is_asked_whether_code_may_run(where, inputs, tmp_path, monkeypatch):
     folder = shutil.copytree(inputs["model"], tmp_path / "model")
     name, change = "config.json", {"model_type": "mine", "auto_map": {"AutoConfig": "evil.C"}}
     if where != "model":
@@ -126,7 +126,7 @@ def test_what_model_init_kwargs_may_not_hold(init):
         make_request({"model": "m", "data": "d", "output": "o", "model_init_kwargs": init})
 
 
-def test_what_transformers_says_of_model_init_kwargs_is_one_line(inputs):  # noqa: F811
+def test_what_transformers_says_of_model_init_kwargs_is_one_line(inputs):
     given = {**inputs, "output": "o"}
     assert load_model(make_request({**given, "model_init_kwargs": {"use_cache": False}})).config.use_cache is False
     for init in ({"device_map": [1]}, {"rope_scaling": "x"}, {"variant": "none"}, {"experts_implementation": "a/b"}):
@@ -171,7 +171,7 @@ def test_configuration_files_are_data(text, tmp_path, monkeypatch):
     sees="one line that names the file",
     kept="everything: nothing is unpickled",
 )
-def test_pickles_are_not_unpickled(inputs, tmp_path, monkeypatch):  # noqa: F811
+def test_pickles_are_not_unpickled(inputs, tmp_path, monkeypatch):
     ran = tmp_path / "ran"
     payload = pickle.dumps(Boom(ran))
     for name in ("data.jsonl", "data.csv", "data.parquet"):
@@ -274,7 +274,7 @@ def test_links_are_not_followed_out_of_the_folder(tmp_path):
     kept="what it points to",
 )
 @pytest.mark.parametrize("name", ["README.md", ".replaced", ".celora.lock", ".adapter.tmp", "metrics.jsonl", RUN])
-def test_no_run_writes_through_a_link(name, inputs, tmp_path):  # noqa: F811
+def test_no_run_writes_through_a_link(name, inputs, tmp_path):
     outside, folder = tmp_path / "outside", tmp_path / "out"
     outside.mkdir()
     folder.mkdir()
@@ -290,7 +290,7 @@ def test_no_run_writes_through_a_link(name, inputs, tmp_path):  # noqa: F811
     assert (folder / name).is_symlink()
 
 
-def test_a_checkpoint_takes_the_place_of_a_link(inputs, tmp_path):  # noqa: F811
+def test_a_checkpoint_takes_the_place_of_a_link(inputs, tmp_path):
     outside, folder = tmp_path / "outside", tmp_path / "out"
     outside.mkdir()
     folder.mkdir()

@@ -63,7 +63,7 @@ def audit(
     look_ahead(context.args, config)
     from celora.train.request.arguments import parse
 
-    # Nothing is written: audit shares train's arguments, and so its tokenisation, but not its output folder.
+    # audit writes nothing. It takes train's arguments, so that its batches are training's.
     own: dict[str, Any] = {"model": model, "data": data, "preset": preset, "config": config, "plan": plan}
     own |= {"output": "celora-audit", "quiet": quiet}
     if plan and preset is None:
@@ -114,7 +114,7 @@ def plan(
     made = plan_model(request, rows=rows, adapter=Path(adapter) if adapter else None, console=Console(stderr=True))
     try:
         made.save(output)
-    finally:  # what was measured is told even where it cannot be saved
+    finally:  # print what was measured even if it cannot be saved
         if as_json:
             print_json(made.to_dict())
         elif not quiet:

@@ -17,9 +17,9 @@ Model = Annotated[str | None, typer.Option("--model", help="Hugging Face name or
 Data = Annotated[
     str | None, typer.Option("--data", help=".jsonl, .json, .csv or .parquet file, a folder, or a hub data set.")
 ]
-# Options that typer does not know are names of TRL's, which `celora.train.request.arguments` reads.
+# Options that typer does not know are TRL's; `celora.train.request.arguments` reads them.
 TRLS = {"allow_extra_args": True, "ignore_unknown_options": True}
-# What an adapter's own configuration says.
+# Settings that an existing adapter brings with it.
 ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_task_type",
              "lora_modules_to_save", "lora_bias", "bias", "use_rslora", "use_dora")  # fmt: skip
 PRESETS = ("auto", "exact", "paper", "off")
@@ -27,7 +27,7 @@ COMPARED = ("LoRA", "exact", "paper", "auto")
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], list[str]]:
-    """Completes what is typed to one of the names, which are written out here to be there at once."""
+    """Complete a word to one of the names. They are written out in this file, so that nothing has to be imported."""
 
     def complete(incomplete: str) -> list[str]:
         return [name for name in names if name.startswith(incomplete)]
@@ -36,7 +36,7 @@ def one_of(names: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def possible(parameter: typer.CallbackParam, path: Any) -> Any:
-    """A path as it was given, unless nothing can be called so."""
+    """The path, unless no file can have this name."""
     if path is not None:
         check_name(str(parameter.name), path)
     return path
@@ -67,7 +67,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def check_file(output: Path, *, overwrite: bool) -> None:
-    """Refuse, before anything is measured, a file that cannot be written or that is there already."""
+    """Refuse a file that exists or cannot be written, before anything is measured."""
     if output.is_dir() or not output.parent.is_dir():
         raise CELoraError(f"--output {str(output)!r}; expected a file in a folder that exists")
     if output.exists() and not overwrite:
@@ -81,7 +81,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def leave_out(tokens: Sequence[str], names: Sequence[str], of: str) -> None:
-    """Refuse flags that would change nothing; in a file, which may be the training's, they are passed over."""
+    """Refuse flags that would change nothing. In a file they are ignored: it may be written for training."""
     from celora.train.request.fields import read_flags
 
     for name in read_flags(tokens):
@@ -90,8 +90,7 @@ def leave_out(tokens: Sequence[str], names: Sequence[str], of: str) -> None:
 
 
 def look_ahead(tokens: Sequence[str], config: str | None) -> None:
-    """What is to be done before torch and TRL are imported: refuse what is no flag, and set the environment that the
-    file of --config asks for."""
+    """Refuse unknown flags, and set the environment that the file of --config asks for, before torch is imported."""
     from celora.train.request.fields import check_flags
 
     check_flags(tokens)
@@ -108,7 +107,7 @@ def print_json(value: Any) -> None:
 
 
 def settle_in() -> None:
-    """What a program that computes may ask of its process, and a library may not."""
+    """Set up this process for computing. A program may do so, a library may not."""
     from celora.machine.allocator import keep_freed_memory
     from celora.machine.threads import use_allowed_threads
 

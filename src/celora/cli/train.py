@@ -66,14 +66,14 @@ def train(
 
 
 def _ending(request: Any, result: Any) -> str:
-    """What a run came to, where it is, and what to do with it."""
+    """The result of a run, where it is, and what to do next."""
     output, loss = str(result.output), result.summary.get("loss")
     shown = "" if loss is None else f"  loss {loss:.4f}"
-    of = f"--model {shlex.quote(request.model)} --data {shlex.quote(request.data)}"
+    inputs = f"--model {shlex.quote(request.model)} --data {shlex.quote(request.data)}"
     if result.summary.get("estimated_cost", 1.0) < 1:
-        then = f"celora audit {of} --adapter {shlex.quote(output)}   # what the estimate keeps of the gradient"
+        then = f"celora audit {inputs} --adapter {shlex.quote(output)}   # what the estimate keeps of the gradient"
     else:
-        then = f"celora compare {of} --output {shlex.quote(f'{output}-compared')}   # against plain LoRA"
+        then = f"celora compare {inputs} --output {shlex.quote(f'{output}-compared')}   # against plain LoRA"
     return (
         f"{result.status}: step {result.step}{shown}  {result.summary['seconds']:.1f} s\n"
         f"Adapter: {output}, loaded by PeftModel.from_pretrained(model, {output!r})\n"

@@ -1,7 +1,7 @@
-"""Gradient checkpointing: off, unless memory asks for it. It computes every forward twice.
+"""Gradient checkpointing: off, unless memory is short. It computes every forward twice.
 
-What a step keeps for its backward is measured on the longest row and scaled to the largest batch that training can see:
-that of the longest rows. So the order of the rows does not matter, and finding out takes no more than two rows do.
+The memory that a step keeps for its backward is measured on the longest row. It is then scaled to the largest batch
+that training can see, the one of the longest rows. So the order of the rows does not matter, and two rows are enough.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from celora.train.processes import any_of_them, processes_here
 from celora.train.progress import Phases
 from celora.train.rows.truncation import row_lengths
 
-_MOST = 0.8  # of what is free may be kept for backward; the rest is for what backward itself needs
-_ROUNDED = 17 / 16  # padding left out, the number of tokens is rounded up, or padding of a twentieth stays
+_MOST = 0.8  # share of the free memory for what backward keeps; backward itself needs the rest
+_ROUNDED = 17 / 16  # celora rounds the tokens left after padding up, or keeps a twentieth of padding
 
 
 def choose_checkpointing(trainer: Any, *, asked: bool) -> str:
     """Turn checkpointing on if a step would keep more for its backward than fits, and say in one line what was chosen.
 
-    `asked`: the user has said on or off, and that is what it is.
+    `asked`: the user has said on or off, and is obeyed.
     """
     args, model = trainer.args, trainer.model
     if getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing:
@@ -50,7 +50,7 @@ def choose_checkpointing(trainer: Any, *, asked: bool) -> str:
 
 
 def kept_by_a_step(trainer: Any) -> int:
-    """Bytes that the largest batch of the training data keeps for its backward, as good as never less."""
+    """Bytes that the largest batch of the training data keeps for its backward; rarely too few."""
     lengths = row_lengths(trainer.train_dataset)
     longest = np.argsort(-lengths, kind="stable")[: trainer.args.per_device_train_batch_size]
     row, most, tokens = trainer.train_dataset[int(longest[0])], int(lengths[longest[0]]), int(lengths[longest].sum())
@@ -58,12 +58,12 @@ def kept_by_a_step(trainer: Any) -> int:
     with _trying(trainer) as probe:
         if len(longest) == 1:
             return _kept(probe, [_cut(row, most)])
-        if trainer.padding_free:  # TRL puts all rows into one, and a mask of it grows with the square of its length
-            one, part = (_kept(probe, [of, of]) for of in (half, quarter))
-            n, less = (2 * len(of["input_ids"]) for of in (half, quarter))
+        if trainer.padding_free:  # TRL puts all rows into one; its mask grows with the square of the length
+            one, part = (_kept(probe, [row, row]) for row in (half, quarter))
+            n, less = (2 * len(row["input_ids"]) for row in (half, quarter))
             square = max(0.0, (one / n - part / less) / (n - less)) if n > less else 0.0
             return int(tokens * (one / n - square * n) + tokens**2 * square)
-        # A second row that is nearly nothing but padding: whether that stays, at half the length and then at all of it.
+        # A second row of little but padding shows whether padding stays: at half the length, then at all of it.
         short = _kept(probe, [half, few])
         if short <= 1.5 * _kept(probe, [half]):
             one = _kept(probe, [_cut(row, most), few])
@@ -74,7 +74,7 @@ def kept_by_a_step(trainer: Any) -> int:
 
 @contextmanager
 def _trying(trainer: Any) -> Iterator[Any]:
-    """A trainer of the same model, whose model trains, and that leaves no trace."""
+    """A trainer around the same model, in training mode; nothing that it does lasts."""
     model, probe = trainer.model, copy.copy(trainer)
     probe.phases = Phases()
     vars(probe)["_metrics"] = copy.deepcopy(vars(trainer).get("_metrics"))  # TRL's
@@ -94,7 +94,7 @@ def _kept(trainer: Any, rows: list[dict[str, Any]], *, padded: bool = False) -> 
 
 
 def _cut(row: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """The beginning of a row, with a label for every token: nothing of it is left out as having none."""
+    """The first tokens of a row, each with a label, so that no token is left out of the loss."""
     found: dict[str, Any] = {"input_ids": row["input_ids"][:tokens], "labels": row["input_ids"][:tokens]}
     if "seq_lengths" in row:
         ends = np.minimum(np.cumsum(row["seq_lengths"]), tokens)

@@ -1,8 +1,8 @@
-"""The dtype that the base model is loaded in: as named or, where nobody named one, as the machine is fast in it.
+"""The dtype that the base model is loaded in: the one asked for or, without, the one that is fast on this machine.
 
-A checkpoint's bfloat16 is kept unless products in float32 are clearly faster here, since a device that emulates
-bfloat16 trains many times slower in it, and unless float32 does not fit. A checkpoint's float16 is never trained in
-without loss scaling, as small gradients become zero in it.
+A checkpoint in bfloat16 stays so, unless float32 products are clearly faster here and float32 fits into memory: a
+device that emulates bfloat16 trains many times slower in it. A checkpoint in float16 trains in another dtype: without
+loss scaling, small gradients become zero in float16.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from celora.machine.timing import slower_than_float32, time_over_float32
 from celora.train.processes import is_first
 from celora.train.request.arguments import TrainRequest
 
-_ROOM = 0.7  # of the free memory, for the weights: a step needs the rest
+_ROOM = 0.7  # share of the free memory for the weights; a step needs the rest
 
 
 def settle_dtype(request: TrainRequest, args: Any, earlier: dict[str, Any] | None = None) -> tuple[TrainRequest, str]:
@@ -46,7 +46,7 @@ def _settled(request: TrainRequest, args: Any, earlier: dict[str, Any] | None) -
         config = AutoConfig.from_pretrained(
             request.model, revision=request.lora["model_revision"], trust_remote_code=False
         )
-    except Exception:  # whatever it is, loading the model says it in one line
+    except Exception:  # whatever is wrong, loading the model will say it in one line
         return "auto", "as the checkpoint says"
     own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if own not in (torch.bfloat16, torch.float16) or getattr(config, "quantization_config", None) is not None:
@@ -61,7 +61,7 @@ def for_device(own: torch.dtype, device: torch.device, float32_bytes: int) -> tu
     Args:
         own: of the checkpoint.
         device: to train on.
-        float32_bytes: what its weights would take in float32; 0 for no more than they take anyway.
+        float32_bytes: size of its weights in float32; 0 if float32 takes no more than they take anyway.
     """
     ratio = time_over_float32(torch.bfloat16, device)
     speed = f"bfloat16 products take {ratio:.2g} times as long as float32's here"
@@ -77,11 +77,11 @@ def for_device(own: torch.dtype, device: torch.device, float32_bytes: int) -> tu
 
 
 def _float32_bytes(config: Any) -> int:
-    """What the weights of this model take in float32; 0 if it cannot be told before it is loaded."""
+    """Bytes of this model's weights in float32; 0 if they cannot be known before it is loaded."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception:  # whatever it is, loading the model says it in one line
+    except Exception:  # whatever is wrong, loading the model will say it in one line
         return 0
     return 4 * sum(int(parameter.numel()) for parameter in model.parameters())
 

@@ -1,5 +1,7 @@
-"""What a run is made from, in a few short texts, so that it is not resumed with other rows or another model under the
-same name. Content counts, not dates: a copy is the same. Of what comes from the hub, nothing is known here.
+"""Fingerprints of the local files that a run is made from: data, model, tokenizer, template.
+
+They keep a run from being resumed with other rows, or another model, under the same name. Content counts, not dates: a
+copy is the same. Files on the hub have no fingerprint.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from celora.errors import CELoraError
 from celora.train.request.arguments import TrainRequest
 from celora.train.rows.data import local_files
 
-_BLOCK, _BLOCKS = 2**20, 256  # larger files are looked at in that many places, evenly spaced, ends included
+_BLOCK, _BLOCKS = 2**20, 256  # larger files are read in that many places, evenly spaced, ends included
 
 
-# What tokenizers and configurations are read from, and chat templates.
+# Files that tokenizers, configurations and chat templates are read from.
 _SETTINGS = (
     "*.json",
     "*.jinja",
@@ -29,9 +31,9 @@ _SETTINGS = (
 
 
 def fingerprints(request: TrainRequest, evaluation: str | None) -> dict[str, str]:
-    """What each is, by what it is: "data in 'rows.jsonl'" and so on; of what are local files.
+    """Digests of the local files, by what they are: "data in 'rows.jsonl'" and so on.
 
-    `evaluation` is where the rows to evaluate on come from, if there are any.
+    `evaluation` names the source of the rows to evaluate on, if there are any.
     """
     options = request.options
     found = {
@@ -43,15 +45,15 @@ def fingerprints(request: TrainRequest, evaluation: str | None) -> dict[str, str
         found[f"evaluation data in {evaluation!r}"] = local_files(evaluation, options.dataset_test_split)
     if template := request.train.get("chat_template_path"):
         found[f"chat template in {template!r}"] = _matching(template, *_SETTINGS)
-    of: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for name, files in found.items():
-        with contextlib.suppress(OSError):  # the loaders say so
-            of |= {name: _of(files)} if files else {}
-    return of
+        with contextlib.suppress(OSError):  # the loaders will say what is wrong
+            digests |= {name: _digest(files)} if files else {}
+    return digests
 
 
 def check_same(before: object, now: dict[str, str], *, of: str = "run") -> None:
-    """Refuse to go on where a fingerprint is known and is another one now; CELoraError."""
+    """Raise CELoraError if a fingerprint was recorded and differs now."""
     for name, digest in now.items():
         if isinstance(before, dict) and before.get(name, digest) != digest:
             raise CELoraError(f"the {name} is not what the {of} was started with; put it back or start a new {of}")
@@ -63,7 +65,7 @@ def _matching(source: str, *patterns: str) -> list[Path]:
     return [path] if path.is_file() else sorted({file for pattern in patterns for file in path.glob(pattern)})
 
 
-def _of(files: Iterable[Path]) -> str:
+def _digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

@@ -1,4 +1,4 @@
-"""Ctrl-C: training stops and saves at the end of an optimizer step, the only place from which resuming is exact."""
+"""Ctrl-C: training saves and stops at the end of an optimizer step, where resuming is exact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from celora.train.processes import any_of_them, processes
 
-_SAME_S = 1.0  # a launcher passes on the signal that the terminal has sent already
+_SAME_S = 1.0  # a signal so soon is the same one: the launcher repeats what the terminal has sent
 
 
 class StopAtStepEnd(TrainerCallback):  # type: ignore[misc]
@@ -27,7 +27,7 @@ class StopAtStepEnd(TrainerCallback):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT while the body runs, and in company SIGTERM, too. Only the main thread may."""
+        """Handle SIGINT, and SIGTERM if there are several processes, while the body runs. Main thread only."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -37,11 +37,11 @@ class StopAtStepEnd(TrainerCallback):  # type: ignore[misc]
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-        if ended is not None:  # after a failure this process has still to say why it ends
+        if ended is not None:  # not after a failure: this process has yet to say why it ends
             signal.signal(signal.SIGTERM, ended)
 
     def _on_end(self, *_: object) -> None:
-        """The launcher ends all processes, perhaps because one has failed: that is for a collective to find and say."""
+        """The launcher ends all processes. If one of them has failed, the next collective finds out and says so."""
         self.asked = True
 
     def _on_signal(self, *_: object) -> None:
@@ -55,7 +55,9 @@ class StopAtStepEnd(TrainerCallback):  # type: ignore[misc]
         self.console.print("Stopping after this step (Ctrl-C again to stop without saving).", highlight=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        self.asked = any_of_them(self.asked, args.device)  # or those that heard nothing would wait for the others
+        self.asked = any_of_them(
+            self.asked, args.device
+        )  # agreed among all: a process that got no signal would wait for the others
         # A finished run is finished, even if the signal came during its last step.
         if self.asked and state.global_step < state.max_steps:
             control.should_training_stop = True

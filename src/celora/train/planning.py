@@ -1,4 +1,4 @@
-"""What preset auto trains with: a plan, made before the first step or earlier, or none where the run is too short."""
+"""What preset auto trains with: a plan that is made or given before the first step, or `exact` if the run is short."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from celora.settings.config import CELoraConfig
 from celora.settings.names import HEAD
 from celora.train.output.folder import CONFIG, PLAN
 from celora.train.processes import is_first, processes
-from celora.train.progress import PlanProgress
+from celora.train.progress import PlanProgress, say
 from celora.train.request.arguments import PLANNING, TrainRequest
 
-# A plan takes 20 to 130 forward and backward passes to make, and then saves a tenth to three tenths of each pass over
-# `exact` (docs/measured/speed.md). About here the middle of the one is earned back by the middle of the other.
+# Making a plan takes 20 to 130 forward and backward passes. It then saves 10 to 30 % of a pass over `exact`
+# (docs/measured/speed.md). A middling plan has earned back its making after about this many passes.
 FEWEST_PASSES = 400
 
 
@@ -39,9 +39,9 @@ def passes(trainer: Any) -> int:
 
 
 def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool) -> tuple[CELoraConfig, Plan | None]:
-    """What to attach: as asked for or, with preset auto, as planned; a run that has begun goes on as it did.
+    """What to attach: the preset asked for or, with preset auto, a plan. A resumed run keeps what it began with.
 
-    Without `fidelity`, `plan` or another word about a plan, a run of fewer than `FEWEST_PASSES` passes is `exact`.
+    A run of fewer than `FEWEST_PASSES` passes is `exact`, unless `fidelity`, `plan` or `memory_limit` ask for a plan.
     """
     options = request.options
     if request.preset != "auto":
@@ -50,20 +50,19 @@ def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool
         plan = Plan.load(request.output / PLAN)
         plan.check_layers(survey(trainer.model))
         if reason := plan.elsewhere(next(trainer.model.parameters()).device):
-            _say(console, f"Note: {reason}. The run goes on with it, but what it estimates may not pay here.")
-        if not options.quiet:
-            _say(console, str(plan))
+            say(console, False, f"Note: {reason}. The run goes on with it, but what it estimates may not pay here.")
+        say(console, options.quiet, str(plan))
         return plan.config(request.config), plan
     if begun and (request.output / CONFIG).is_file():
         return CELoraConfig.load(request.output / CONFIG), None
     asked = any(getattr(options, name) is not None for name in PLANNING)
     if not asked and (count := passes(trainer)) < FEWEST_PASSES:
-        if not options.quiet:
-            _say(
-                console,
-                f"Preset exact: too short for a plan to pay, {count:,} forward and backward passes (a plan takes 20 to "
-                f"130, and pays from about {FEWEST_PASSES}). --fidelity {DEFAULT_FIDELITY} makes one anyway.",
-            )
+        say(
+            console,
+            options.quiet,
+            f"Preset exact: too short for a plan to pay, {count:,} forward and backward passes (a plan takes 20 to "
+            f"130, and pays from about {FEWEST_PASSES}). --fidelity {DEFAULT_FIDELITY} makes one anyway.",
+        )
         own = options.celora or {}
         return replace(request.config, zero_tokens=own.get("zero_tokens", True)), None
     return planned(request, trainer, console)
@@ -76,13 +75,12 @@ def planned(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELo
         plan.check(trainer.model)
     else:
         plan = make_plan(request, trainer, console)
-    if not request.options.quiet:
-        _say(console, str(plan))
+    say(console, request.options.quiet, str(plan))
     return plan.config(request.config), plan
 
 
 def make_plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
-    """Plan on the first batches of the training data; the training sees them in the same order as without."""
+    """Plan on the first batches of the training data. Training then sees the same rows in the same order."""
     limit, options = request.options.memory_limit, request.options
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise CELoraError(
@@ -90,7 +88,9 @@ def make_plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
             "give it with --plan, or choose --preset exact or paper"
         )
     with random_states({parameter.device for parameter in trainer.model.parameters()}):
-        batches = list(itertools.islice(trainer.get_train_dataloader(), MOST_BATCHES))  # in all processes, in step
+        batches = list(
+            itertools.islice(trainer.get_train_dataloader(), MOST_BATCHES)
+        )  # in all processes, at the same time
         if not is_first():
             return Plan.from_dict(from_first(None))
         with PlanProgress(console, quiet=options.quiet) as progress:
@@ -106,14 +106,10 @@ def make_plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
 
 
 def planned_errors(plan: Plan | None, estimated: Any) -> dict[str, float]:
-    """The relative errors that the plan has measured of the layers in `estimated` and of the vocabulary projection."""
+    """The relative errors in the plan: of the layers in `estimated` and of the vocabulary projection."""
     layers = () if plan is None else (*plan.layers, *(() if plan.head is None else (plan.head,)))
     return {
         layer.name: layer.choice.relative_error
         for layer in layers
         if layer.choice.setting.estimator != "dense" and (layer.name in estimated or layer.name == HEAD)
     }
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""From a request to a trainer with celora's configuration: what `train`, `plan` and `audit` share."""
+"""From a request to a trainer that trains nothing: what `plan` and `audit` share."""
 
 from __future__ import annotations
 
@@ -21,13 +21,8 @@ from celora.train.planning import make_plan, planned
 from celora.train.request.arguments import TrainRequest, sft_config
 from celora.train.trainer import build_trainer, refused
 
-# What is left out where nothing is evaluated: a file of settings may be the training's.
+# Off, since plan and audit evaluate nothing; a settings file written for training may turn them on.
 _NO_EVALUATION = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False, "save_strategy": "no"}
-
-
-def say(console: Console, quiet: bool, line: str) -> None:
-    if not quiet:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def plan_model(request: TrainRequest, *, rows: int | None, adapter: Path | None, console: Console) -> Plan:
@@ -56,7 +51,7 @@ def audit_model(
 def prepared(request: TrainRequest, rows: int | None, adapter: Path | None) -> Iterator[tuple[Any, CELoraConfig]]:
     """The trainer of this request and what to attach to its model; nothing is written.
 
-    `rows` are in a batch or, without, as many as training has.
+    `rows`: how many are in a batch; None for as many as in training.
     """
     with quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
         tokenizer = load_tokenizer(request)

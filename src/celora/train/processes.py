@@ -1,7 +1,7 @@
-"""One run in several processes, as torchrun and `accelerate launch` start them: the first writes and prints, and what
-it decides holds for all; one line, from whichever fails first, says why a job failed.
+"""One run in several processes, as torchrun and `accelerate launch` start them.
 
-The launcher ends the others when one fails. Here they only learn to be silent about it.
+The first process writes, prints and decides for all. If a job fails, the process that fails first says why, in one
+line. The launcher then ends the others; they say nothing.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def is_first() -> bool:
 
 
 def introduce_deepspeed() -> None:
-    """Tell DeepSpeed of the other processes, before a model is loaded in parts: on CPUs Accelerate does not."""
+    """Make DeepSpeed know the other processes before a model is loaded in parts. On CPUs, Accelerate does not."""
     import deepspeed
 
     deepspeed.init_distributed()  # takes over the group that is there
 
 
 def wait_for_all() -> None:
-    """Go on when all processes are here. Collective."""
+    """Wait until all processes are here. Collective."""
     if processes() > 1:
         from accelerate import PartialState  # here, since the folder's lock needs none of it
 
@@ -56,7 +56,7 @@ def wait_for_all() -> None:
 
 
 def any_of_them(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set in any process. Collective, and waits for the device, as logging a loss does."""
+    """Whether `flag` is set in any process. Collective; like logging a loss, it waits for the device."""
     if processes() == 1:
         return flag
     found = torch.tensor(int(flag), device=device)
@@ -65,11 +65,11 @@ def any_of_them(flag: bool, device: torch.device) -> bool:
 
 
 def speaks() -> bool:
-    """Whether this process is to say why the job failed: the first to ask is, through the store they met at."""
+    """Whether this process tells why the job failed. The first one to ask the processes' common store does."""
     if processes() == 1:
         return True
     answers: list[bool] = []
-    # In a thread, since a store whose host has frozen keeps whoever asks waiting beyond the store's own time limit.
+    # In a thread: a store whose host has frozen answers long after its own time limit.
     asking = threading.Thread(target=lambda: answers.append(_first_to_ask()), daemon=True)
     asking.start()
     asking.join(_PATIENCE_S)
@@ -82,18 +82,18 @@ def _first_to_ask() -> bool:
         host, patience = os.environ["MASTER_ADDR"], timedelta(seconds=_PATIENCE_S)
         store = dist.TCPStore(host, port, is_master=False, timeout=patience)  # type: ignore[attr-defined]
         return bool(store.add(f"celora/failures/{attempt}", 1) == 1)
-    except (KeyError, ValueError, RuntimeError):  # no store any more: its host was the process that failed
+    except (KeyError, ValueError, RuntimeError):  # the store is gone: its host was the process that failed
         return True
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Whether this is how a collective says that another process is gone."""
+    """Whether this error is a collective's, whose other process is gone."""
     return processes() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 @contextmanager
 def losing_contact(output: os.PathLike[str]) -> Iterator[None]:
-    """Turn the errors of a collective whose other side is gone into one line."""
+    """Tell in one line that a collective's other process is gone."""
     try:
         yield
     except RuntimeError as error:

@@ -1,7 +1,6 @@
 """What a run shows while it trains: metrics.jsonl (one JSON object per log event) and a progress line.
 
-Time is wall-clock between the first and last moment of each optimizer step; tokens are those the model processed,
-padding left out. Both go on where they stopped when a run is resumed.
+Time is the wall-clock of the optimizer steps. Tokens are counted without padding. A resumed run continues both counts.
 """
 
 from __future__ import annotations
@@ -26,13 +25,19 @@ from celora.train.output.folder import finite
 
 PLAIN_EVERY_S = 10.0
 
-# Trainer's own speed numbers include start-up and evaluation and say less than tokens_per_second here.
+# Trainer's own speeds include start-up and evaluation; tokens_per_second here does not.
 _DROPPED = ("train_", "num_tokens", "eval_num_tokens", "num_input_tokens_seen", "total_flos", "epoch")
 
 
+def say(console: Console, quiet: bool, line: str) -> None:
+    """Print a line as it stands, unless `quiet`."""
+    if not quiet:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl. Lines that are none are left out: the last may be cut short by a crash, others are
-    damaged and said."""
+    """Rows of a metrics.jsonl. Lines that are no rows are left out, with a warning unless it is the last: a crash may
+    have cut that one short."""
     rows: list[dict[str, Any]] = []
     check_regular(path)
     try:
@@ -77,7 +82,7 @@ PHASES = ("forward", "backward", "optimizer")
 
 
 class Phases(TrainerCallback):  # type: ignore[misc]
-    """Where the time of optimizer steps goes. On CPU only: elsewhere a clock would see launches, not work."""
+    """Where the time of optimizer steps goes. On CPU only: on a GPU the clock would see launches, not work."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -85,7 +90,7 @@ class Phases(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def timing(self, phase: str, *, without: str | None = None) -> Iterator[None]:
-        """Add the time inside to `phase`, less what was added to the phase `without` meanwhile."""
+        """Add the time of the body to `phase`, less the time that phase `without` got meanwhile."""
         begin, before = time.perf_counter(), self.seconds[without] if without else 0.0
         yield
         inside = self.seconds[without] - before if without else 0.0
@@ -113,7 +118,7 @@ class MetricsWriter(StepTimer):
         self._earlier = seconds
         self._start = time.perf_counter()
         self._last = (0, 0.0, 0)  # steps, seconds and tokens at the last training row
-        # A resumed run repeats the steps after its checkpoint: drop their rows, or they would be there twice.
+        # A resumed run repeats the steps after its checkpoint: drop their rows, or they appear twice.
         kept = [row for row in read_metrics(path) if row["step"] <= after_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -212,7 +217,7 @@ class ProgressLine(StepTimer):
             return
         tokens = int(state.num_input_tokens_seen) - self._first_tokens
         speed = f"{tokens / self.seconds:,.0f} tokens/s" if tokens and self.seconds else ""
-        # rich's own estimate forgets what is 30 seconds old, and so has none where a step takes longer.
+        # rich forgets what is older than 30 seconds, so it has no estimate if a step takes longer.
         per_step = self.seconds / max(1, state.global_step - self._first_step)
         left = f"{per_step * (state.max_steps - state.global_step) / 60:.1f} min left"
         numbers = "  ".join(filter(None, (f"loss {self._loss}", speed, left)))

@@ -23,8 +23,8 @@ _LAST = ("loss", "eval_loss", "tokens_seen", "mean_token_accuracy", "eval_mean_t
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left behind. `status` is "finished", "interrupted" or "already finished"; only a run that was not
-    finished before comes with its model, trained and still attached."""
+    """The result of a run. `status` is "finished", "interrupted" or "already finished". Unless it was finished before,
+    the run's model comes with it, trained and still attached."""
 
     status: str
     output: Path
@@ -34,7 +34,7 @@ class TrainResult:
 
 
 def longer(earlier: dict[str, Any], now: dict[str, Any], metrics: Path) -> bool:
-    """Whether the run now asked for goes on where the finished one ended."""
+    """Whether the run asked for now is longer than the one that has finished."""
     if (steps := now.get("max_steps", -1)) > 0:
         return bool(steps > earlier["summary"]["step"])
     if earlier["given"].get("max_steps", -1) > 0:
@@ -45,7 +45,7 @@ def longer(earlier: dict[str, Any], now: dict[str, Any], metrics: Path) -> bool:
 
 
 def is_evaluated(metrics: Path, trainer: Any) -> bool:
-    """Whether the last evaluation is that of the adapter which is saved."""
+    """Whether the last evaluation was of the adapter that is saved."""
     step, best = trainer.state.global_step, trainer.state.best_model_checkpoint
     if trainer.args.load_best_model_at_end and best and Path(best).name != f"checkpoint-{step}":
         return False
@@ -90,9 +90,9 @@ def summarise(trainer: Any, metrics: MetricsWriter, attached: Any) -> dict[str, 
 
 
 def worst(errors: dict[str, float], planned_errors: dict[str, float]) -> dict[str, Any]:
-    """The largest relative error that a refresh has measured, of how many layers, and what the plan says of the rest.
+    """The largest relative error that a refresh has measured, in how many layers, and the plan's error for the others.
 
-    A layer's first refresh has nothing to compare with, so that in a short run few layers are measured.
+    The first refresh of a layer has nothing to compare with. So a short run measures few layers.
     """
     rest = [error for name, error in planned_errors.items() if name not in errors]
     return {

@@ -13,22 +13,15 @@ import html
 import json
 import os
 import re
-import statistics
-import sys
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from celora.files import read_json, write_text
+from celora.train.charts import is_number, line_charts, phase_charts
+from celora.train.layer_map import distinct_layers, layer_map
 from celora.train.output.folder import METRICS, RUN, finite
-from celora.train.progress import PHASES, read_metrics
-
-# Okabe and Ito's palette, told apart with every common kind of colour blindness; yellow is left out, too pale on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-# One hue from light to dark: order can be read without seeing colours.
-SEQUENTIAL = ("#f7fbff", "#c6dbef", "#6baed6", "#2171b5", "#08306b")
-MAX_POINTS = 2000
+from celora.train.progress import read_metrics
 
 _SUMMARY = {
     "step": "optimizer steps",
@@ -81,20 +74,15 @@ def write_report(
         _table("Estimator", _by_key(records, lambda r: _flat(r.get("config", {})))),
         _table("Versions and machine", _by_key(records, lambda r: {**r.get("versions", {}), **r.get("machine", {})})),
     ]
-    maps = [_layer_map(name, record) for name, record in _distinct_layers(records).items()]
-    write_text(
-        path, _page(title, "".join(first), [*_charts(rows, repeats or {}), *_phases(rows), *maps], "".join(sections))
-    )
+    maps = [layer_map(name, record) for name, record in distinct_layers(records).items()]
+    charts = [*line_charts(rows, repeats or {}), *phase_charts(rows), *maps]
+    write_text(path, _page(title, "".join(first), charts, "".join(sections)))
 
 
 def _rows(source: Path | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows, and of each what is a number: plotly.js would show a text, on an axis, with its markup."""
     rows = read_metrics(source / METRICS) if isinstance(source, os.PathLike) else source
-    return [{key: value for key, value in row.items() if _is_number(value)} for row in rows]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return [{key: value for key, value in row.items() if is_number(value)} for row in rows]
 
 
 def _record(source: Path | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -102,219 +90,6 @@ def _record(source: Path | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {}
     record = read_json(source / RUN)
     return record if isinstance(record, dict) else {}
-
-
-def _charts(rows: Mapping[str, Sequence[Mapping[str, Any]]], repeats: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Charts as plotly data: title, axis labels, one line per run and key. Charts without a point are left out."""
-    fidelity = sorted({key for run in rows.values() for row in run for key in row if key.startswith("celora/")})
-    wanted = [
-        ("Training loss by step", "step", "optimizer step", ["loss"], "loss, nats per token"),
-        ("Training loss by time", "seconds", "wall-clock, s", ["loss"], "loss, nats per token"),
-        ("Held-out loss by step", "step", "optimizer step", ["eval_loss"], "loss, nats per token"),
-        ("Held-out loss by time", "seconds", "wall-clock, s", ["eval_loss"], "loss, nats per token"),
-        (
-            "Held-out token accuracy",
-            "step",
-            "optimizer step",
-            ["eval_mean_token_accuracy"],
-            "share of next tokens that are right",
-        ),
-        ("Step time", "step", "optimizer step", ["step_time_ms"], "time per optimizer step, ms"),
-        ("Throughput", "step", "optimizer step", ["tokens_per_second"], "tokens per second, no padding"),
-        ("Peak memory", "step", "optimizer step", ["peak_memory_mib"], "MiB, of the process or the device"),
-        (
-            "Relative error of the estimate at the latest refresh",
-            "step",
-            "optimizer step",
-            [key for key in fidelity if "relative_error" in key],
-            "of grad_input, in the layers that have refreshed",
-        ),
-    ]
-    groups = list(dict.fromkeys(repeats.get(name, name) for name in rows))
-    charts = []
-    for title, x, x_label, keys, y_label in wanted:
-        lines: list[dict[str, Any]] = []
-        for name, run in rows.items():
-            group = repeats.get(name, name)
-            colour = PALETTE[groups.index(group) % len(PALETTE)]
-            for dash, key in zip(("solid", "dash", "dot"), keys, strict=False):
-                points = [(row[x], row[key]) for row in run if key in row and x in row]
-                points = _thinned(points)
-                if points:
-                    label = group if len(keys) == 1 else f"{group}, {key.removeprefix('celora/').replace('_', ' ')}"
-                    lines.append(
-                        {
-                            "name": html.escape(label),
-                            "legendgroup": html.escape(label),
-                            "showlegend": html.escape(label) not in [line["name"] for line in lines],
-                            "x": [p[0] for p in points],
-                            "y": [p[1] for p in points],
-                            "line": {"color": colour, "dash": dash, "width": 2 if group == name else 1.5},
-                            "mode": "lines" if len(points) > 40 else "lines+markers",
-                        }
-                    )
-        if lines:
-            charts.append({"title": title, "x": x_label, "y": y_label, "lines": lines})
-    return charts
-
-
-def _thinned(points: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """About MAX_POINTS of them: the lowest and the highest of each stretch, and the last."""
-    if len(points) <= MAX_POINTS:
-        return points
-    size, kept = 1 + 2 * len(points) // MAX_POINTS, {len(points) - 1}
-    for begin in range(0, len(points), size):
-        stretch = range(begin, min(begin + size, len(points)))
-        kept |= {of(stretch, key=lambda i: points[i][1]) for of in (min, max)}
-    return [points[i] for i in sorted(kept)]
-
-
-def _phases(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Where the median step's time goes, one bar for each run."""
-    bars: dict[str, dict[str, float]] = {}
-    for name, run in rows.items():
-        timed = [row for row in run if all(f"{phase}_ms" in row for phase in (*PHASES, "step_time"))]
-        if timed:
-            parts = {phase: statistics.median(row[f"{phase}_ms"] for row in timed) for phase in PHASES}
-            whole = statistics.median(row["step_time_ms"] for row in timed)
-            bars[name] = {**parts, "other": max(0.0, whole - sum(parts.values()))}
-    if not bars:
-        return []
-    names = [html.escape(name) for name in bars]
-    lines = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": phase,
-            "y": names,
-            "x": [round(of[phase], 2) for of in bars.values()],
-            "marker": {"color": PALETTE[i]},
-        }
-        for i, phase in enumerate((*PHASES, "other"))
-    ]
-    layout = {
-        "barmode": "stack",
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
-        "yaxis": {"autorange": "reversed", "automargin": True},
-    }
-    return [{"title": "Where a step's time goes", "x": "median time, ms", "y": "", "lines": lines, "layout": layout}]
-
-
-def _distinct_layers(records: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The first run of each way to estimate the layers."""
-    seen: dict[str, tuple[str, dict[str, Any]]] = {}
-    for name, record in records.items():
-        layers = record.get("layers") or []
-        if any(layer.get("estimator") != "dense" for layer in layers):
-            seen.setdefault(json.dumps(layers, sort_keys=True), (name, record))
-    return dict(seen.values())
-
-
-def _kinds(names: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Kind and block of each layer: a kind is the end of a name, long enough to tell a block's layers apart."""
-    parts = [name.split(".") for name in names]
-    numbers = [next((part for part in of if part.isdigit()), None) for of in parts]
-    blocks = [int(number or 0) for number in numbers]
-    for of, number in zip(parts, numbers, strict=True):
-        if number is not None and len(of) > 1:
-            of.remove(number)
-    kinds = [of[-1] for of in parts]
-    for length in range(2, max(map(len, parts), default=0) + 1):
-        counts = Counter(zip(kinds, blocks, strict=True))
-        shared = {kind for (kind, _), count in counts.items() if count > 1}
-        kinds = [".".join(of[-length:]) if kind in shared else kind for kind, of in zip(kinds, parts, strict=True)]
-    return kinds, blocks
-
-
-def _layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Blocks by kinds of layers: what each is estimated with, keeps and costs, its error at the latest refresh or,
-    before that, in the plan."""
-    measured, planned = (
-        {layer: error for layer, error in (record.get(key) or {}).items() if _is_number(error)}
-        for key in ("errors", "planned_errors")
-    )
-    errors = planned | measured
-    cells: dict[tuple[str, int], dict[str, Any]] = {}
-    layers = record["layers"]
-    for layer, kind, block in zip(layers, *_kinds([str(layer["name"]) for layer in layers]), strict=True):
-        how = " ".join(str(layer[key]) for key in ("estimator", "selection") if layer[key])
-        how += "" if layer["precision"] in ("native", layer["estimator"]) else f" x {layer['precision']}"
-        cells[kind, block] = {
-            "estimator": how,
-            "keep ratio": float(layer["keep_ratio"]),
-            "cost": float(layer["cost"]),
-            "error": 0.0 if layer["estimator"] == "dense" else errors.get(layer["name"]),
-            "planned": layer["name"] in planned and layer["name"] not in measured,
-        }
-    kinds = list(dict.fromkeys(kind for kind, _ in cells))
-    blocks = sorted({block for _, block in cells})
-    estimators = sorted({cell["estimator"] for cell in cells.values()}, key=lambda how: (how != "dense", how))
-
-    def grid(value: Callable[[dict[str, Any]], Any]) -> list[list[Any]]:
-        return [[value(cells[kind, block]) if (kind, block) in cells else None for block in blocks] for kind in kinds]
-
-    shared = {
-        "type": "heatmap", "x": blocks, "y": [html.escape(kind) for kind in kinds],
-        "text": grid(lambda cell: html.escape(_told(cell))),
-        "hovertemplate": "block %{x}, %{y}<br>%{text}<extra></extra>", "xgap": 1, "ygap": 1,
-    }  # fmt: skip
-    bar = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "ypad": 4, "thickness": 12}
-    scale = [[i / 4, colour] for i, colour in enumerate(SEQUENTIAL)]
-    n = len(estimators)
-    named = {
-        "name": "estimator",
-        "z": grid(lambda cell: estimators.index(cell["estimator"])),
-        "zmin": -0.5,
-        "zmax": n - 0.5,
-        "colorscale": [[(i + end) / n, PALETTE[i % len(PALETTE)]] for i in range(n) for end in (0, 1)],
-        "colorbar": bar | {"tickvals": list(range(n)), "ticktext": [html.escape(how) for how in estimators]},
-    }
-    views = [
-        {
-            "name": key,
-            "z": grid(lambda cell, key=key: cell[key]),  # type: ignore[misc]
-            "zmin": 0,
-            **({} if top is None else {"zmax": top}),
-            "colorscale": scale,
-            "colorbar": bar,
-        }
-        for key, top in (
-            ("keep ratio", 1.0),
-            ("cost", 1.0),
-            ("error", None),
-        )
-    ]
-    views = [named, *views]
-    # plotly.js lays a horizontal colour bar's title over the bar, so the axis below the map says what is coloured.
-    colours = [f"block; colour: {what}" for what in ("estimator", "keep ratio", "FLOPs over dense", "relative error")]
-    lines = [shared | view | {"visible": i == 0} for i, view in enumerate(views)]
-    toggle = {
-        "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
-        "showactive": True, "pad": {"b": 6},
-        "buttons": [
-            {
-                "label": view["name"],
-                "method": "update",
-                "args": [{"visible": [view is other for other in views]}, {"xaxis.title.text": colour}],
-            }
-            for view, colour in zip(views, colours, strict=True)
-        ],
-    }  # fmt: skip
-    layout = {
-        "updatemenus": [toggle],
-        "showlegend": False,
-        "xaxis": {"dtick": max(1, len(blocks) // 12), "showgrid": False},
-        "yaxis": {"autorange": "reversed", "automargin": True, "showgrid": False},
-        "margin": {"t": 50, "r": 10, "l": 50, "b": 105},
-    }
-    return {"title": f"Layers of {name}", "x": colours[0], "y": "", "lines": lines, "layout": layout}
-
-
-def _told(cell: Mapping[str, Any]) -> str:
-    """What is known of one layer, for where a pointer rests on it."""
-    error = "not measured" if cell["error"] is None else f"{cell['error']:.3f}"
-    error += " by the plan, not measured since" if cell["planned"] else ""
-    return f"{cell['estimator']}, keep ratio {cell['keep ratio']:g}, cost {cell['cost']:.2f}, relative error {error}"
 
 
 def _by_key(records: Mapping[str, dict[str, Any]], pick: Any) -> dict[str, dict[str, Any]]:

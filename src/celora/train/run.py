@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from rich.console import Console
 import celora
 from celora.errors import CELoraError
 from celora.machine.processes import from_first
+from celora.modeling.report import AttachReport
 from celora.planning.plan import Plan
 from celora.runtime.attachment import require
+from celora.settings.config import CELoraConfig
 from celora.train.checkpointing import choose_checkpointing
 from celora.train.dtype import settle_dtype
 from celora.train.fingerprint import check_same, fingerprints
@@ -38,13 +41,12 @@ from celora.train.output.card import Card
 from celora.train.output.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json, writing_to
 from celora.train.output.saving import UNUSABLE, Sealing, save_adapter, stopped, take_over
 from celora.train.planning import choose, planned_errors
-from celora.train.prepare import say
 from celora.train.processes import introduce_deepspeed, is_first, losing_contact, processes
-from celora.train.progress import MetricsWriter, ProgressLine
+from celora.train.progress import MetricsWriter, ProgressLine, say
 from celora.train.record import TrainResult, is_evaluated, longer, make_record, summarise, worst
 from celora.train.report import write_report
 from celora.train.request.arguments import TrainRequest, check_record, sft_config
-from celora.train.rows.answers import what_is_learnt
+from celora.train.rows.answers import Learnt, what_is_learnt
 from celora.train.rows.truncation import truncation_lines
 from celora.train.trainer import build_trainer, refused
 
@@ -56,16 +58,83 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
         CELoraError: bad input, found before anything in the output folder is touched; another run in that folder; or
             a disk that takes no more.
     """
-    with losing_contact(request.output), ExitStack() as held:
+    with losing_contact(request.output), ExitStack() as stack:
         console = (console or Console(stderr=True)) if is_first() else Console(quiet=True)
-        return _train(request, console, held)
+        return _train(request, console, stack)
 
 
-def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainResult:
+@dataclass(frozen=True)
+class _Entered:
+    """A run whose folder is checked: the request as it will be carried out, and the earlier run that it continues."""
+
+    request: TrainRequest
+    folder: OutputFolder
+    begun: bool  # the folder was a run's before; then it is locked by now
+    earlier: dict[str, Any] | None
+
+    @property
+    def finished(self) -> bool:
+        return self.earlier is not None and self.earlier.get("status") == "finished"
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A trainer with celora attached to its model, and what is recorded about both."""
+
+    request: TrainRequest  # with the dtype of the base model settled
+    trainer: Any
+    rows: Any
+    eval_rows: Any
+    learnt: Learnt
+    config: CELoraConfig
+    plan: Plan | None
+    attached: AttachReport
+    made_from: dict[str, str]
+
+
+@dataclass
+class _Written:
+    """What the first process writes; the others write nothing."""
+
+    record: dict[str, Any] = field(default_factory=lambda: {"summary": {}})
+    metrics: MetricsWriter | None = None
+    aside: Path | None = None  # the run that is being replaced
+
+
+def _train(request: TrainRequest, console: Console, stack: ExitStack) -> TrainResult:
+    run = _enter(request, stack)
+    folder = run.folder
+    lost: list[str] = []
+    if run.earlier and run.finished and not longer(run.earlier, run.request.given, folder.path / METRICS):
+        lost = folder.missing()
+        if not lost:
+            return _already_finished(run.request, run.earlier, folder, console)
+        say(console, request.options.quiet, f"{request.output} is finished, and {', '.join(lost)} is written again.")
+    with quiet_libraries():
+        ready = _prepare(run, console)
+        checkpoint, marker = _beginning(run, ready.trainer.args, lost, console)
+        written = _open(run, ready, marker, stack) if is_first() else _Written()
+        if request.options.resume:
+            where = (
+                f"from {checkpoint.name}" if checkpoint else "from the beginning: there is no checkpoint to go on from"
+            )
+            new = f"No run in {request.output} to resume: starting a new one."
+            say(console, request.options.quiet, f"Resuming {where}." if run.earlier else new)
+        status = _carry_out(ready, folder, written, checkpoint, marker["step"], console)
+    if status == "interrupted":
+        saved = folder.last_checkpoint()
+        how = f"Saved {saved[0].name}; continue" if saved else "No checkpoint to go on from is saved; start again"
+        say(console, False, f"{how} with: celora train --output {shlex.quote(str(request.output))} --resume")
+    trainer = ready.trainer
+    return TrainResult(status, request.output, int(trainer.state.global_step), written.record["summary"], trainer.model)
+
+
+def _enter(request: TrainRequest, stack: ExitStack) -> _Entered:
+    """Check the output folder, and lock it if it has been a run's: `stack` holds the lock."""
     options, folder, first = request.options, OutputFolder(request.output), is_first()
     begun = folder.begun
     if first and begun:
-        held.enter_context(folder.locked())
+        stack.enter_context(folder.locked())
         folder.recover()
     if first:
         folder.check(resume=options.resume, overwrite=options.overwrite)
@@ -73,129 +142,138 @@ def _train(request: TrainRequest, console: Console, held: ExitStack) -> TrainRes
     if earlier:
         check_record(folder.path / RUN, earlier)
         answers = {"assistant_only_loss": earlier["train"].get("assistant_only_loss", False)}
-        request = replace(request, train=request.train | answers)  # as it began, if by a celora of another default
-    finished = earlier is not None and earlier.get("status") == "finished"
-    lost: list[str] = []
-    if earlier and finished and not longer(earlier, request.given, folder.path / METRICS):
-        lost = folder.missing()
-        if not lost:
-            return _already_finished(request, earlier, folder, console)
-        say(console, options.quiet, f"{request.output} is finished, and {', '.join(lost)} is written again.")
+        # A celora of another default may have begun the run: it goes on with what it began with.
+        request = replace(request, train=request.train | answers)
+    return _Entered(request, folder, begun, earlier)
 
-    with quiet_libraries():
-        tokenizer = load_tokenizer(request)
-        args = sft_config(request)
-        if args.deepspeed and processes() > 1:
-            introduce_deepspeed()
-        with args.main_process_first():
-            rows, eval_rows = training_rows(request, tokenizer), evaluation_rows(request, tokenizer)
-        made_from = fingerprints(request, evaluation_source(request)) if first else {}
-        if earlier and first:
-            check_same(earlier.get("made_from"), made_from)
-        request, of_dtype = settle_dtype(request, args, earlier)
-        say(console, options.quiet, of_dtype)
-        model = load_model(request)
-        trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
-        for line in truncation_lines(trainer, rows, eval_rows):
-            say(console, False, line)  # a warning
-        learnt = what_is_learnt(trainer, rows)
-        with refused("training"):
-            config, plan = choose(request, trainer, console, begun=earlier is not None)
-            attached = celora.attach(trainer.model, config)
-            require(trainer.model).plan = plan
-            choice = choose_checkpointing(trainer, asked="gradient_checkpointing" in request.given)
-        _smooth_in_the_head(trainer)
-        for line in (rank_line(request), str(learnt), attached_text(attached, plan), choice):
-            say(console, options.quiet, line)
 
-        # What is wrong with a checkpoint is a warning: said even when quiet.
-        resumed: tuple[Path, dict[str, Any]] | None = from_first(
-            folder.last_checkpoint(lambda line: say(console, False, line)) if options.resume and first else None
-        )
-        if finished and resumed is None:
-            what = f"{request.output} is finished" + (f", without {', '.join(lost)}," if lost else "")
-            raise CELoraError(f"{what} and no checkpoint to go on from is left; --overwrite trains anew")
-        checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
-        if 0 < args.max_steps < marker["step"]:
-            raise CELoraError(f"max_steps={args.max_steps}, but the run is saved at step {marker['step']}; give more")
-        aside = metrics = None
-        record: dict[str, Any] = {"summary": {}}
-        if first:
-            with writing_to(request.output):
-                request.output.mkdir(parents=True, exist_ok=True)
-            if not begun:
-                held.enter_context(folder.locked())
-                folder.check(resume=options.resume, overwrite=options.overwrite)
-            aside = folder.set_aside() if options.overwrite else None
-            if options.resume:
-                folder.clear_after(marker["step"])
-            record = make_record(request, args, attached) | {"made_from": made_from}
-            write_json(request.output / RUN, record)
-            if plan is not None:
-                plan.save(request.output / PLAN)
-            config.save(request.output / CONFIG)  # last: with it and without a plan, the run goes on without one
-            metrics = MetricsWriter(
-                request.output / METRICS, after_step=marker["step"], seconds=marker["seconds"], phases=trainer.phases
-            )
-            name = args.hub_model_id or request.output.absolute().name
-            trainer.card = Card(name, record, len(rows), learnt, metrics.elapsed)
-        if options.resume:
-            where = (
-                f"from {checkpoint.name}" if checkpoint else "from the beginning: there is no checkpoint to go on from"
-            )
-            new = f"No run in {request.output} to resume: starting a new one."
-            say(console, options.quiet, f"Resuming {where}." if earlier else new)
-        progress, stop = ProgressLine(console, quiet=options.quiet), StopAtStepEnd(console)
-        own = (celora.Callback(), trainer.phases, stop, metrics, progress, Sealing(folder, metrics))
-        for callback in filter(None, own):
-            trainer.add_callback(callback)
+def _prepare(run: _Entered, console: Console) -> _Ready:
+    """Load model, tokenizer and rows, make the trainer, attach celora; say what a user should know of each."""
+    request, earlier, first = run.request, run.earlier, is_first()
+    quiet = request.options.quiet
+    tokenizer = load_tokenizer(request)
+    args = sft_config(request)
+    if args.deepspeed and processes() > 1:
+        introduce_deepspeed()
+    with args.main_process_first():
+        rows, eval_rows = training_rows(request, tokenizer), evaluation_rows(request, tokenizer)
+    made_from = fingerprints(request, evaluation_source(request)) if first else {}
+    if earlier and first:
+        check_same(earlier.get("made_from"), made_from)
+    request, dtype_line = settle_dtype(request, args, earlier)
+    say(console, quiet, dtype_line)
+    model = load_model(request)
+    trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
+    for line in truncation_lines(trainer, rows, eval_rows):
+        say(console, False, line)  # a warning
+    learnt = what_is_learnt(trainer, rows)
+    with refused("training"):
+        config, plan = choose(request, trainer, console, begun=earlier is not None)
+        attached = celora.attach(trainer.model, config)
+        require(trainer.model).plan = plan
+        choice = choose_checkpointing(trainer, asked="gradient_checkpointing" in request.given)
+    _smooth_in_the_head(trainer)
+    for line in (rank_line(request), str(learnt), attached_text(attached, plan), choice):
+        say(console, quiet, line)
+    return _Ready(request, trainer, rows, eval_rows, learnt, config, plan, attached, made_from)
 
-        status = "failed"
-        try:
-            with stop.listening():
-                # Where celora's callback looks for its state.
-                args.resume_from_checkpoint = str(checkpoint) if checkpoint else None
-                if checkpoint and marker["step"] == args.max_steps:
-                    take_over(trainer, checkpoint)
-                else:
-                    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-                early = stop.asked and trainer.state.global_step < trainer.state.max_steps
-                if not early:
-                    evaluated = from_first(metrics is not None and is_evaluated(metrics.path, trainer))
-                    if eval_rows is not None and not evaluated:
-                        trainer.evaluate()
-                    save_adapter(trainer, request.output)
-                status = "interrupted" if early else "finished"
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        except (CELoraError, *UNUSABLE) as error:
-            raise stopped(error, folder) from error
-        finally:
-            trained = status == "finished" or trainer.state.global_step > 0
-            if first and trained:
-                folder.forget_earlier()
-            elif aside is not None:
-                folder.restore()  # nothing was trained: the earlier run is worth more than what failed
-            progress.close()
-            if metrics is not None and (trained or (status == "interrupted" and aside is None)):
-                errors = {
-                    "errors": require(trainer.model).relative_errors,
-                    "planned_errors": planned_errors(plan, attached.estimated),
-                }
-                record |= {
-                    "status": status,
-                    "summary": summarise(trainer, metrics, attached) | worst(**errors),
-                } | errors
-                # What made the run fail may make this fail, too, and is what the user should hear of.
-                with suppress(CELoraError) if status == "failed" else nullcontext():
-                    write_json(request.output / RUN, record)
-                    write_report(request.output / REPORT, {request.preset or "celora": request.output})
-    if status == "interrupted":
-        saved = folder.last_checkpoint()
-        how = f"Saved {saved[0].name}; continue" if saved else "No checkpoint to go on from is saved; start again"
-        say(console, False, f"{how} with: celora train --output {shlex.quote(str(request.output))} --resume")
-    return TrainResult(status, request.output, int(trainer.state.global_step), record["summary"], trainer.model)
+
+def _beginning(run: _Entered, args: Any, lost: Sequence[str], console: Console) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to continue from, if there is one, and its step and seconds. Collective."""
+    options, output = run.request.options, run.request.output
+    # What is wrong with a checkpoint is a warning: said even when quiet.
+    resumed: tuple[Path, dict[str, Any]] | None = from_first(
+        run.folder.last_checkpoint(lambda line: say(console, False, line)) if options.resume and is_first() else None
+    )
+    if run.finished and resumed is None:
+        what = f"{output} is finished" + (f", without {', '.join(lost)}," if lost else "")
+        raise CELoraError(f"{what} and no checkpoint to go on from is left; --overwrite trains anew")
+    checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
+    if 0 < args.max_steps < marker["step"]:
+        raise CELoraError(f"max_steps={args.max_steps}, but the run is saved at step {marker['step']}; give more")
+    return checkpoint, marker
+
+
+def _open(run: _Entered, ready: _Ready, marker: dict[str, Any], stack: ExitStack) -> _Written:
+    """Make the output folder this run's: its record, plan, configuration and metrics. In the first process only."""
+    folder, options, output, trainer = run.folder, run.request.options, run.request.output, ready.trainer
+    with writing_to(output):
+        output.mkdir(parents=True, exist_ok=True)
+    if not run.begun:
+        stack.enter_context(folder.locked())
+        folder.check(resume=options.resume, overwrite=options.overwrite)
+    aside = folder.set_aside() if options.overwrite else None
+    if options.resume:
+        folder.clear_after(marker["step"])
+    record = make_record(ready.request, trainer.args, ready.attached) | {"made_from": ready.made_from}
+    write_json(output / RUN, record)
+    if ready.plan is not None:
+        ready.plan.save(output / PLAN)
+    ready.config.save(output / CONFIG)  # last: with it and without a plan, the run goes on without one
+    metrics = MetricsWriter(
+        output / METRICS, after_step=marker["step"], seconds=marker["seconds"], phases=trainer.phases
+    )
+    name = trainer.args.hub_model_id or output.absolute().name
+    trainer.card = Card(name, record, len(ready.rows), ready.learnt, metrics.elapsed)
+    return _Written(record, metrics, aside)
+
+
+def _carry_out(
+    ready: _Ready, folder: OutputFolder, written: _Written, checkpoint: Path | None, step: int, console: Console
+) -> str:
+    """Train from `step` on, save, and complete what is written; "finished" or "interrupted"."""
+    trainer, metrics = ready.trainer, written.metrics
+    progress, stop = ProgressLine(console, quiet=ready.request.options.quiet), StopAtStepEnd(console)
+    own = (celora.Callback(), trainer.phases, stop, metrics, progress, Sealing(folder, metrics))
+    for callback in filter(None, own):
+        trainer.add_callback(callback)
+    status = "failed"
+    try:
+        with stop.listening():
+            # celora's callback looks here for its state.
+            trainer.args.resume_from_checkpoint = str(checkpoint) if checkpoint else None
+            if checkpoint and step == trainer.args.max_steps:
+                take_over(trainer, checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+            early = stop.asked and trainer.state.global_step < trainer.state.max_steps
+            if not early:
+                evaluated = from_first(metrics is not None and is_evaluated(metrics.path, trainer))
+                if ready.eval_rows is not None and not evaluated:
+                    trainer.evaluate()
+                save_adapter(trainer, folder.path)
+            status = "interrupted" if early else "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except (CELoraError, *UNUSABLE) as error:
+        raise stopped(error, folder) from error
+    finally:
+        progress.close()
+        _leave(ready, folder, written, status)
+    return status
+
+
+def _leave(ready: _Ready, folder: OutputFolder, written: _Written, status: str) -> None:
+    """Complete the record and the report of a run that ends, or put back the run that it was to replace."""
+    trainer, metrics, aside = ready.trainer, written.metrics, written.aside
+    trained = status == "finished" or trainer.state.global_step > 0
+    if is_first() and trained:
+        folder.forget_earlier()
+    elif aside is not None:
+        folder.restore()  # nothing was trained: the earlier run is worth more than what failed
+    if metrics is None or not (trained or (status == "interrupted" and aside is None)):
+        return
+    errors = {
+        "errors": require(trainer.model).relative_errors,
+        "planned_errors": planned_errors(ready.plan, ready.attached.estimated),
+    }
+    summary = summarise(trainer, metrics, ready.attached) | worst(**errors)
+    written.record |= {"status": status, "summary": summary} | errors
+    # What made the run fail may make this fail, too, and is what the user should hear of.
+    with suppress(CELoraError) if status == "failed" else nullcontext():
+        write_json(folder.path / RUN, written.record)
+        write_report(folder.path / REPORT, {ready.request.preset or "celora": folder.path})
 
 
 def _already_finished(

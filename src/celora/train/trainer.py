@@ -25,14 +25,14 @@ from celora.train.rows.template import refused_row
 
 
 class OrderOfEpoch(Sampler[int]):
-    """The order of a sampler that draws, from the seed and the epoch alone; Accelerate tells the epoch."""
+    """Make a random sampler's order depend on the seed and the epoch alone. Accelerate tells the epoch."""
 
     def __init__(self, sampler: Any, seed: int) -> None:
         self.sampler, self.seed = sampler, seed
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is that of this epoch."""
+        """Draw this epoch's order in the next iteration."""
         self.sampler.generator = torch.Generator().manual_seed(self.seed + epoch)
 
     def __iter__(self) -> Iterator[int]:
@@ -43,29 +43,29 @@ class OrderOfEpoch(Sampler[int]):
 
 
 class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that says where its time goes, and tells nobody about it."""
+    """SFTTrainer that measures where its time goes, and sends no telemetry."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.phases = Phases()
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's, timed while training."""
+        """Like TRL's, timed while training."""
         with self.phases.timing("forward") if self.model.training else nullcontext():
             return super().compute_loss(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's, timed: all of it that is not the forward is the backward."""
+        """Like TRL's, timed: what is not forward is backward."""
         with self.phases.timing("backward", without="forward"):
             return super().training_step(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; what a library refuses before the first step is one line."""
+        """Like Trainer's; if a library refuses something before the first step, that is one line."""
         with refused("training", self):
             return super().train(*args, **kwargs)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, in an order that a run which is resumed in a later epoch has, too."""
+        """Like Trainer's, but the order depends only on seed and epoch, so a resumed run sees the same rows."""
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

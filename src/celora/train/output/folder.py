@@ -1,7 +1,7 @@
 """The output folder of a run: who made what is in it, what may be replaced, where to resume.
 
-A run holds the folder's lock, which its death releases. `run.json` is written first and marks the folder as ours; only
-names that a run writes are ever removed. Whether a checkpoint is whole, its manifest says.
+A run keeps the folder locked until it ends or dies. It writes `run.json` first, which marks the folder as celora's.
+Only names that a run writes are ever removed. A manifest says whether a checkpoint is whole.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def writing_to(output: Path) -> Iterator[None]:
-    """What the system refuses of an output folder inside, in one line."""
+    """Tell in one line what the system refuses inside."""
     try:
         yield
     except OSError as error:
@@ -89,10 +89,10 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder. The lock is the operating system's, so that a process that dies gives it back.
+        """Lock the folder. The operating system owns the lock and releases it if the process dies.
 
         Raises:
-            CELoraError: another run holds it, the folder cannot be written to, or a link stands where a run writes.
+            CELoraError: another run has locked it, it cannot be written to, or a run would write through a link.
         """
         if not is_first():
             yield  # the processes of one run share the lock of the first

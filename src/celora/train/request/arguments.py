@@ -95,7 +95,7 @@ def estimator_config(preset: str | None, mapping: Mapping[str, object] | None, l
     if isinstance(changes.get("overrides"), Mapping):
         changes["overrides"] = {**config.overrides, **changes["overrides"]}  # later entries win
     config = CELoraConfig.from_dict({**config.to_dict(), **changes})
-    if preset in _NO_ESTIMATE and any(of.get("estimator", "dense") != "dense" for of in config.overrides.values()):
+    if preset in _NO_ESTIMATE and any(own.get("estimator", "dense") != "dense" for own in config.overrides.values()):
         raise CELoraError(f"celora: overrides with estimates beside preset {preset!r}, which has none; leave out one")
     return config, r
 

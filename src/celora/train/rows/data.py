@@ -72,7 +72,7 @@ def load_rows(
     (+ `input`) + `output`, which becomes a prompt and a completion, as message lists if `chat`; `text`, or what the
     column `text_field` holds. With `answers`, a row of messages has to hold one of the assistant, since nothing else is
     learnt. At most `limit` rows are read. `config` is the configuration of a hub data set. Memory
-    stays flat, but for a JSON list, which is held as text.
+    stays flat; only a JSON list is kept in memory, as text.
 
     Raises CELoraError, in one line with file and line, for anything that cannot be read or understood as such rows.
     """
@@ -142,7 +142,7 @@ def _generate(
             row = row | {"text": row[text_field]}
         found = _shape(place, row, prefer=shape)
         example = _example(place, row, found, chat)
-        if answers and "messages" in example and all(of["role"] != "assistant" for of in example["messages"]):
+        if answers and "messages" in example and all(message["role"] != "assistant" for message in example["messages"]):
             fail(place, _NO_ANSWER)
         this = f"{found} as {'lists' if isinstance(next(iter(example.values())), list) else 'strings'}"
         if first is None:

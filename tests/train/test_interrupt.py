@@ -1,0 +1,71 @@
+"""Ctrl-C ends a run after a whole step, and the run that goes on ends as one that was never interrupted."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from celora.train.progress import read_metrics
+from celora.train.request.arguments import parse
+from celora.train.run import train
+from runs import PressCtrlC, adapter, go, on_build
+
+
+@pytest.mark.fault(
+    "crash",
+    "Ctrl-C",
+    sees="`Stopping after this step`, then the command that goes on; exit status 130",
+    kept="everything: a checkpoint is saved, and resuming ends with bit-identical parameters",
+)
+def test_ctrl_c_then_resume_equals_uninterrupted(finished, inputs, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        on_build(patch, lambda trainer: trainer.add_callback(PressCtrlC()))
+        result, text = go(inputs, output)
+    assert (result.status, result.step) == ("interrupted", 3)
+    assert f"celora train --output {output} --resume" in text
+    assert not (output / "adapter_model.safetensors").exists()
+    with (output / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 4, "seconds": 9, "loss": 0}\n{"ste')  # as left by a process killed later
+
+    console = Console(file=io.StringIO(), width=200)
+    resumed = train(parse([], {"output": str(output), "resume": True}), console=console)
+    assert (resumed.status, resumed.step) == ("finished", 6)
+    assert "Resuming from checkpoint-3" in console.file.getvalue()
+    whole, parts = adapter(finished[0]), adapter(output)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+    rows, expected = (read_metrics(folder / "metrics.jsonl") for folder in (output, finished[0]))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "grad_norm", "tokens_seen"):
+        assert [row[key] for row in rows] == [row[key] for row in expected[:6]]
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+
+
+def test_rows_grouped_by_length_are_resumed_in_a_later_epoch(inputs, tmp_path, monkeypatch):
+    grouped = {"train_sampling_strategy": "group_by_length", "max_steps": 14, "quiet": True}
+    go(inputs, tmp_path / "whole", **grouped)
+    with monkeypatch.context() as patch:
+        on_build(patch, lambda trainer: trainer.add_callback(PressCtrlC(after=11)))
+        go(inputs, tmp_path / "parts", **grouped)
+    train(parse([], {"output": str(tmp_path / "parts"), "resume": True, "quiet": True}))
+    rows, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("parts", "whole"))
+    assert 1 < expected[11]["epoch"] < expected[13]["epoch"]
+    for key in ("loss", "tokens_seen"):
+        assert [row[key] for row in rows[:14]] == [row[key] for row in expected[:14]]
+    whole, parts = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_an_adapter_alone_is_no_checkpoint_to_go_on_from(inputs, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        on_build(patch, lambda trainer: trainer.add_callback(PressCtrlC()))
+        _, text = go(inputs, tmp_path / "out", save_only_model=True, save_steps=1)
+    assert "No checkpoint to go on from is saved; start again with: celora train" in text
+    _, text = go(inputs, tmp_path / "out", save_only_model=True, save_steps=1, resume=True)
+    assert "checkpoint-3 holds the adapter alone (save_only_model)." in text
+    assert "from the beginning: there is no checkpoint to go on from" in text

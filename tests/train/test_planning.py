@@ -1,0 +1,137 @@
+"""Preset auto in a run: when it plans, what it keeps of the plan, and when it is exact instead."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from celora.errors import CELoraError
+from celora.settings.config import CELoraConfig
+from celora.settings.presets import resolve
+from celora.train import planning, prepare
+from celora.train.progress import read_metrics
+from celora.train.request.arguments import make_request, parse
+from celora.train.run import train
+from patching import patch_all
+from runs import SHORT, go
+
+
+def test_auto_plans_at_the_start_keeps_the_plan_and_resumes_with_it(inputs, tmp_path, monkeypatch):
+
+    without = {key: value for key, value in SHORT.items() if key != "celora"}
+    whole, _ = train_auto(inputs, tmp_path / "whole", **without)
+    plan = json.loads((tmp_path / "whole" / "celora_plan.json").read_text())
+    assert plan["fidelity"] == 0.95
+    assert whole.status == "finished"
+
+    train_auto(inputs, tmp_path / "parts", **{**without, "max_steps": 3, "plan": str(tmp_path / "whole")})
+    patch_all(monkeypatch, "celora.planning.planner:_make_plans", None)  # a resumed run must not plan again
+    request = parse(["--max_steps", "6"], {"output": str(tmp_path / "parts"), "resume": True})
+    assert train(request, console=Console(file=io.StringIO())).status == "finished"
+    assert json.loads((tmp_path / "parts" / "celora_plan.json").read_text()) == plan
+
+
+def test_a_run_that_was_given_a_plan_resumes_with_its_own_copy(inputs, tmp_path, monkeypatch):
+    short, given = {key: value for key, value in SHORT.items() if key != "celora"}, tmp_path / "given.json"
+    train_auto(inputs, tmp_path / "planned", **short | {"max_steps": 1})
+    plan = json.loads((tmp_path / "planned" / "celora_plan.json").read_text())
+    given.write_text(json.dumps(plan))
+    train_auto(inputs, tmp_path / "out", **short | {"max_steps": 1, "plan": str(given)})
+    other = plan | {"layers": plan["layers"][:1], "threads": 77}
+    for step, change in enumerate((lambda: given.write_text(json.dumps(other)), given.unlink), 2):
+        change()
+        request = parse(["--max_steps", str(step)], {"output": str(tmp_path / "out"), "resume": True})
+        assert train(request, console=Console(file=io.StringIO())).step == step
+        assert json.loads((tmp_path / "out" / "celora_plan.json").read_text()) == plan
+    console = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    train(parse(["--max_steps", "4"], {"output": str(tmp_path / "out"), "resume": True}), console=console)
+    assert "threads and torch has 77 here. The run goes on with it" in console.file.getvalue()
+
+
+def train_auto(inputs, output, **more):
+    console = Console(file=io.StringIO(), width=200)
+    fidelity = {} if "plan" in more else {"fidelity": 0.95}
+    request = make_request({**inputs, "output": str(output), "preset": "auto", **fidelity, **more})
+    return train(request, console=console), console.file.getvalue()
+
+
+def test_a_run_too_short_for_a_plan_to_pay_is_exact(inputs, tmp_path, monkeypatch):
+    """And stays it when it is resumed for more steps; a word about a plan, or a longer run, makes one."""
+    auto = {"celora": None, "save_steps": 1, "max_steps": 2}
+    output, plans = tmp_path / "out", []
+    patch_all(monkeypatch, "celora.train.planning:make_plan", lambda *_: plans.append(1) or 1 / 0)
+    _, text = go(inputs, output, **auto)
+    (line,) = (line for line in text.splitlines() if "too short" in line)
+    assert line.startswith("Preset exact: too short for a plan to pay, 2 forward and backward passes")
+    assert not (output / "celora_plan.json").exists()
+    assert CELoraConfig.load(output) == resolve("exact")
+    patch_all(monkeypatch, "celora.train.planning:FEWEST_PASSES", 1)
+    request = parse(["--max_steps", "3"], {"output": str(output), "resume": True, "quiet": True})
+    assert train(request).step == 3
+    assert CELoraConfig.load(output) == resolve("exact")
+    assert plans == []
+
+    for more in ({}, {"fidelity": 0.9}, {"memory_limit": 1.0}):
+        patch_all(monkeypatch, "celora.train.planning:FEWEST_PASSES", 400 if more else 1)
+        with pytest.raises(CELoraError, match="division by zero"):
+            go(inputs, tmp_path / "long", **auto | more)
+    assert len(plans) == 3
+
+
+def test_the_passes_of_a_run_are_counted_before_it(inputs, tmp_path, monkeypatch):
+    """24 rows: against what the Trainer comes to."""
+    for given, expected in (
+        ({"max_steps": 5, "gradient_accumulation_steps": 3}, 15),
+        ({"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 5}, 10),
+        ({"max_steps": -1, "num_train_epochs": 0.5, "per_device_train_batch_size": 4}, 3),
+    ):
+        request = make_request({**inputs, "output": str(tmp_path), "preset": "exact", **given})
+        with prepare.prepared(request, None, None) as (trainer, _):
+            assert planning.passes(trainer) == expected
+
+
+def test_one_table_of_layers_and_errors_by_the_plan_until_they_are_measured(inputs, tmp_path):
+    """Within the first refresh nothing is measured; what the plan has measured then is told as such."""
+    output, auto = tmp_path / "out", {"preset": "auto", "celora": None, "max_steps": 3}
+    go(inputs, tmp_path / "planned", fidelity=0.9, **auto | {"max_steps": 1})
+    plan = json.loads((tmp_path / "planned" / "celora_plan.json").read_text())
+    plan["settings"] = [{"estimator": "dense"}, {"estimator": "columns", "keep_ratio": 0.5, "rank": 4}]
+    plan["head"] = None
+    for i, layer in enumerate(plan["layers"]):  # so small a model is left exact otherwise
+        layer |= {"candidates": [[0, 1.0, 0.0, 0], [1, 0.5, 0.3 + i / 100, 0]], "chosen": 1}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+
+    _, text = go(inputs, output, plan=str(tmp_path / "plan.json"), **auto)
+    record = json.loads((output / "run.json").read_text())
+    summary, planned = record["summary"], record["planned_errors"]
+    assert len([line for line in text.splitlines() if line.startswith("layers ")]) == 1
+    names = [layer["name"] for layer in plan["layers"]]
+    assert f"{len(names)} of 14 frozen layers estimated, refreshed every 200 optimizer steps." in text
+    assert planned == {name: 0.3 + i / 100 for i, name in enumerate(names)}
+    assert (summary["layers_measured"], summary["layers_not_measured"]) == (0, len(names))
+    assert (summary["worst_relative_error"], summary["worst_planned_error"]) == (None, max(planned.values()))
+
+
+def test_planning_does_not_change_the_order_of_the_data(inputs, tmp_path):
+    seen = {}
+    for preset in ("off", "auto"):
+        losses = []
+        request = make_request(
+            {
+                **inputs,
+                "output": str(tmp_path / preset),
+                "preset": preset,
+                "max_steps": 3,
+                "per_device_train_batch_size": 4,
+            }
+            | ({"fidelity": 1.0} if preset == "auto" else {})
+        )
+        train(request, console=Console(file=io.StringIO()))
+        losses = [row["loss"] for row in read_metrics(tmp_path / preset / "metrics.jsonl")]
+        seen[preset] = losses
+    assert seen["auto"] == pytest.approx(seen["off"], rel=1e-3)

@@ -1,0 +1,13 @@
+"""What audit and plan train nothing with: the same batches and configuration as training."""
+
+from __future__ import annotations
+
+from celora.train import prepare
+from celora.train.request.arguments import make_request
+
+
+def test_audit_judges_an_adapter_with_the_configuration_it_was_trained_with(finished, inputs, tmp_path):
+    request = {**inputs, "output": str(tmp_path / "none")}
+    as_trained = prepare.audit_model(make_request(request), rows=4, adapter=finished[0])
+    as_paper = prepare.audit_model(make_request({**request, "preset": "paper"}), rows=4, adapter=finished[0])
+    assert as_trained.probed > as_paper.probed > 0

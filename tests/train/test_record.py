@@ -1,0 +1,36 @@
+"""What a run leaves in its record."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import TrainerCallback
+
+from celora.train import record
+from runs import go, on_build
+
+
+def test_metrics_edited_by_hand_do_not_spoil_the_end(inputs, tmp_path, monkeypatch):
+    class Edit(TrainerCallback):
+        def on_train_end(self, args, state, control, **kw):
+            with (tmp_path / "out" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(
+                    '{"step": 2, "step_time_ms": "x"}\n{"step": 2, "loss": []}\n{"step": 2, "eval_loss": null}\n'
+                )
+
+    on_build(monkeypatch, lambda trainer: trainer.add_callback(Edit()))
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl:[34]: not a metrics row"):
+        result, _ = go(inputs, tmp_path / "out", max_steps=2)
+    assert result.summary["median_step_time_ms"] > 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "finished"
+
+
+def test_errors_that_were_measured_are_not_told_by_the_plan():
+    measured, planned = {"a": 0.1, "b": 0.2}, {"b": 0.7, "c": 0.8, "d": 0.5}
+    assert record.worst(measured, planned) == {
+        "layers_measured": 2,
+        "worst_relative_error": 0.2,
+        "layers_not_measured": 2,
+        "worst_planned_error": 0.8,
+    }

@@ -1,0 +1,83 @@
+"""TRL's trainer with celora's additions: what a library refuses is one line, and what it overrides is there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from trl import SFTTrainer
+
+from celora import borrowed
+from celora.errors import CELoraError
+from celora.train import prepare
+from celora.train import run as run_module
+from celora.train import trainer as trainer_module
+from celora.train.request.arguments import make_request
+from celora.train.run import train
+from patching import patch_all
+from runs import SHORT, adapter, go
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr_scheduler_kwargs": {"bogus": 1}}, "no training with these settings: .*bogus"),
+        ({"optim_args": "bogus"}, "no training with these settings"),
+        ({"dataloader_persistent_workers": True}, "no training with these settings: .*num_workers"),
+    ],
+)
+def test_what_a_library_refuses_late_is_one_line_and_brings_the_earlier_run_back(inputs, tmp_path, change, message):
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=1)
+    before = adapter(output)
+    with pytest.raises(CELoraError, match=message) as caught:
+        train(make_request({**inputs, **SHORT, **change, "output": str(output), "overwrite": True, "quiet": True}))
+    assert "\n" not in str(caught.value)
+    assert all(before[name].equal(value) for name, value in adapter(output).items())
+
+
+def test_a_metric_that_no_evaluation_has_is_one_line(inputs, tmp_path):
+    best = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "nope"}
+    with pytest.raises(CELoraError, match=r"'eval_nope', which is not found .*eval_loss") as caught:
+        go(inputs, tmp_path / "out", eval_data=inputs["data"], **best)
+    assert "\n" not in str(caught.value)
+
+
+def test_data_without_a_whole_batch_is_one_line(inputs, tmp_path):
+    whole = {"dataloader_drop_last": True}
+    with pytest.raises(CELoraError, match="no batch: 24 rows for batches of 25"):
+        go(inputs, tmp_path / "out", per_device_train_batch_size=25, **whole)
+    with pytest.raises(CELoraError, match="no batch: 24 rows for batches of 25"):
+        prepare.audit_model(make_request({**inputs, "output": str(tmp_path), "preset": "exact", **whole}), rows=25)
+
+
+def test_a_bug_and_a_lack_of_memory_are_not_refusals():
+    with pytest.raises(CELoraError, match=r"no step .*: JSONDecodeError: Expecting"), trainer_module.refused("step"):
+        json.loads("")
+    with pytest.raises(MemoryError), trainer_module.refused("step"):
+        raise MemoryError
+    with pytest.raises(AttributeError, match="'r'"), trainer_module.refused("step"):
+        run_module.rank_line(None)
+
+
+def test_every_private_method_that_the_trainer_overrides_is_listed():
+    """`test_borrowed` sees to it that the installed libraries have them: ours would never be called otherwise."""
+    ours = [cls for cls in trainer_module.Trainer.__mro__ if cls.__module__.startswith("celora.")]
+    private = {name for cls in ours for name in vars(cls) if name.startswith("_") and not name.startswith("__")}
+    assert private & set(dir(SFTTrainer)) <= {name.rpartition(".")[2] for name in trainer_module.OVERRIDDEN}
+
+
+def test_a_method_that_the_libraries_no_longer_have_is_said_at_the_start(inputs, tmp_path, monkeypatch):
+    found = borrowed._look_up
+    gone = {"trl:SFTTrainer._prepare_dataset", "transformers:Trainer._load_from_checkpoint"}
+    go(inputs, tmp_path / "out", max_steps=3)
+    for name in ("adapter_model.safetensors", "report.html"):
+        (tmp_path / "out" / name).unlink()
+    patch_all(monkeypatch, "celora.borrowed:_look_up", lambda name: None if name in gone else found(name))
+    borrowed._say_missing.cache_clear()
+    with (
+        pytest.warns(UserWarning, match="no trl.SFTTrainer._prepare_dataset, so neither a row that the chat template"),
+        pytest.warns(UserWarning, match="no transformers.Trainer._load_from_checkpoint, so a run that was stopped"),
+        pytest.raises(CELoraError, match=r"checkpoint-3 is the run's last step, .* give a larger --max_steps"),
+    ):
+        go(inputs, tmp_path / "out", max_steps=3, resume=True)
