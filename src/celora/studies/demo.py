@@ -46,8 +46,8 @@ ARMS = {"LoRA": "off", "CE-LoRA": "paper", "auto": "auto"}
 SHOWN = {"CE-LoRA": "CE-LoRA as published (paper)", "auto": "celora's default (auto)"}
 LEARNING_RATES = dict.fromkeys(ARMS, 1e-3)
 REFRESH_EVERY = 12  # the published 200 would refresh once in so short a run, before the adapter has learnt anything
-STEPS = 60
-WARM_UP, TIMED = 3, 9  # steps of each arm when they are timed; the first allocate and compile
+STEPS = 40
+WARM_UP, TIMED = 2, 6  # steps of each arm when they are timed; the first allocate and compile
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def run_demo(
     seeds: int = 1,
     steps: int = STEPS,
     batch_size: int = 8,
-    held_out: int = 400,
+    held_out: int = 300,
     validation: int = 600,
     learning_rates: Mapping[str, float] = LEARNING_RATES,
     refresh_every: int = REFRESH_EVERY,
