@@ -127,7 +127,10 @@ def training() -> str:
         ],
         body,
     )
-    return f"{table}\n\nBefore: {before:.4f}. {found[0]['steps']} steps of 128 tokens. {_conditions(found)}"
+    return (
+        f"{table}\n\nBefore: {before:.4f}. SmolLM2-135M, {found[0]['steps']} steps of 128 tokens, "
+        f"{_counted(len(seeds), 'seed')}. {_machines(found)}"
+    )
 
 
 def _of(study: str) -> list[Row]:
@@ -151,10 +154,18 @@ def _conditions(found: list[Row]) -> str:
         model: {(r["seed"], r["batch"]) for r in found if r["model"] == model} for model in {r["model"] for r in found}
     }
     said = "; ".join(
-        f"{model} {len(keys)} batches, {len({seed for seed, _ in keys})} seeds"
+        f"{model} {_counted(len(keys), 'batch')}, {_counted(len({seed for seed, _ in keys}), 'seed')}"
         for model, keys in sorted(counted.items())
     )
-    return f"{said}. {'; '.join(sorted({rows.where(row) for row in found}))}."
+    return f"{said}. {_machines(found)}"
+
+
+def _machines(found: list[Row]) -> str:
+    return f"{'; '.join(sorted({rows.where(row) for row in found}))}."
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "es" if what.endswith("ch") else "s")
 
 
 TABLES: dict[str, Callable[[], str]] = {

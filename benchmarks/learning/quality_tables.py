@@ -221,7 +221,8 @@ def convergence() -> str:
     seeds = len({row["seed"] for row in found})
     return (
         rows.markdown(["", *(f"T = {steps:,}" for steps in study.STEPS), "slope (95 %)"], body)
-        + f"\n\nMean over {seeds} seeds of the average squared norm of the whole gradient; O(1/sqrt(T)) is -0.5."
+        + f"\n\nMean over {seeds} seeds of the average squared norm of the whole gradient; O(1/sqrt(T)) is -0.5. "
+        f"{rows.where(found[0])}."
     )
 
 

@@ -118,7 +118,7 @@ class Study:
         if not body:
             return "Not measured yet."
         header = ["setting", "value", f"{self.called} (range)", "relative error, worst layer"]
-        return rows.markdown(header, body) + f"\n\n{self.caption}"
+        return rows.markdown(header, body) + f"\n\n{self.caption} {rows.where(found[0])}."
 
     def picture(self) -> str:
         """Four small charts beside each other: one point for each seed, a line through the means."""

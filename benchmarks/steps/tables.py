@@ -10,12 +10,13 @@ from benchmarks import rows
 from celora.studies.cells import told
 
 HERE = Path(__file__).parent
+_OLDER = "model (older code)"
 _SHOWN = ("PEFT + compile", "PEFT upper half", "exact", "exact + compile", "paper", "auto", "limit", "limit of exact")
 
 
 def step() -> str:
     """Speed-up of the whole step over PEFT under Trainer: one line for each model and kind of data, bfloat16."""
-    return _step("bfloat16", amx=False)
+    return _step("bfloat16", amx=False, model=_OLDER)
 
 
 def step_float32() -> str:
@@ -28,7 +29,7 @@ def step_amx() -> str:
     return _step("bfloat16", amx=True)
 
 
-def _step(dtype: str, *, amx: bool) -> str:
+def _step(dtype: str, *, amx: bool, model: str = "model") -> str:
     found = rows.select(HERE / "step.jsonl", dtype=dtype, amx=amx)
     body = []
     shown = [arm for arm in _SHOWN if any(row["arm"] == arm for row in found)]
@@ -42,7 +43,7 @@ def _step(dtype: str, *, amx: bool) -> str:
         body.append([*key, f"{time_ms['PEFT']:.0f} ms", *speed, " / ".join(reached), " / ".join(memory)])
     one = found[0]
     reach = "share of the limit of exact: exact / paper / auto"
-    header = ["model", "data", "PEFT", *shown, reach, "peak memory, exact / auto"]
+    header = [model, "data", "PEFT", *shown, reach, "peak memory, exact / auto"]
     absent = {row["arm"]: row["not_run"] for row in found if "not_run" in row}
     left_out = "; ".join(f"{arm}: {reason}" for arm, reason in absent.items())
     again = dict.fromkeys(row["model"] for row in found if "memory_commit" in row)
@@ -76,7 +77,7 @@ def step_parts() -> str:
 
 def step_sweep() -> str:
     """How the cost grows with the tokens of a step and with the hidden size."""
-    return _step_sweep(amx=False)
+    return _step_sweep(amx=False, model=_OLDER)
 
 
 def step_sweep_amx() -> str:
@@ -84,7 +85,7 @@ def step_sweep_amx() -> str:
     return _step_sweep(amx=True)
 
 
-def _step_sweep(*, amx: bool) -> str:
+def _step_sweep(*, amx: bool, model: str = "model") -> str:
     found = [row for row in rows.select(HERE / "step-sweep.jsonl", amx=amx) if "time_ms" in row]
     body = []
     for cell in dict.fromkeys(tuple(row["cell"]) for row in found):
@@ -92,7 +93,7 @@ def _step_sweep(*, amx: bool) -> str:
         plain = of["PEFT"]
         speed = [f"{of[arm]['speed_up']:.2f}" for arm in ("exact", "paper", "auto", "limit")]
         body.append([cell[0], str(plain["tokens"]), f"{plain['time_ms']:.0f} ms", *speed])
-    return rows.markdown(["model", "tokens per step", "PEFT", "exact", "paper", "auto", "limit"], body) + (
+    return rows.markdown([model, "tokens per step", "PEFT", "exact", "paper", "auto", "limit"], body) + (
         f"\n\n{rows.where(found[0])}. {told(row['cell'][0] for row in found)}"
     )
 
@@ -118,7 +119,7 @@ def refresh() -> str:
         "share of the time, every 200",
     ]
     return rows.markdown(header, body) + (
-        f"\n\nSmolLM2-135M ({rows.UNPACKED}), 4 x 128 tokens, bfloat16, 2 threads, {found[0]['cpu']}."
+        f"\n\nSmolLM2-135M ({rows.UNPACKED}), 4 x 128 tokens, bfloat16, {rows.where(found[0])}."
     )
 
 
@@ -134,7 +135,7 @@ def compiled() -> str:
         cells += [f"{row['refresh_ms'] / row['time_ms']:.2f}" for row in (eager, graphed)]
         body.append([*cells, *(str(graphed[key]) for key in ("graphs", "graphs_added_later", "graph_breaks"))])
     one = found[0]
-    header = ["", "PEFT + compile", "eager", "compiled", "its refresh, eager", "its refresh, compiled"]
+    header = ["(older code)", "PEFT + compile", "eager", "compiled", "its refresh, eager", "its refresh, compiled"]
     return (
         rows.markdown([*header, "graphs", "added at later refreshes", "graph breaks"], body)
         + "\n\nSpeed-up of the median step over plain eager PEFT in the same run; refreshes in steps of their own arm. "

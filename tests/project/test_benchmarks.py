@@ -1,0 +1,41 @@
+"""The benchmarks' scripts can be started, and their rows say where they were measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SCRIPTS = sorted(BENCHMARKS.glob("*/*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_can_be_imported(script: Path) -> None:
+    if script.stem == "quantised":
+        pytest.importorskip("bitsandbytes")
+    importlib.import_module(f"benchmarks.{script.parent.name}.{script.stem}")
+
+
+def test_every_script_is_named_on_the_page_of_its_folder() -> None:
+    page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    parts = ("tables", "quality_tables", "quality_tasks", "bfloat16_tables", "bfloat16_models", "bfloat16_rounding")
+    for script in SCRIPTS:
+        if script.stem not in parts:
+            (line,) = (line for line in page.splitlines() if line.startswith(f"| `{script.parent.name}/`"))
+            assert f"`{script.stem}`" in line, script
+
+
+def test_rows_carry_their_machine() -> None:
+    files = sorted(BENCHMARKS.glob("*/*.jsonl"))
+    assert len(files) > 20
+    for file in files:
+        fields = {"threads", "torch"} if file.name == "demo.jsonl" else {"threads", "torch", "cpu", "commit"}
+        for line in file.read_text(encoding="utf-8").splitlines():
+            assert fields <= json.loads(line).keys(), file.name
+
+
+def test_the_name_of_a_file_of_rows_is_not_a_machine_s() -> None:
+    assert [file.name for file in BENCHMARKS.glob("*/*.jsonl") if "amx" in file.name or "bfloat16-" in file.name] == []
