@@ -79,9 +79,9 @@ def training() -> str:
             body,
         )
         + f"\n\n{len(exact)} seeds, 200 steps of 4 x 128 tokens, bfloat16, {where}. Steps timed in "
-        f"turns: {rows.where(times[0])}. Ahead: the loss that exact LoRA, or preset `exact`, which learns the same "
-        "faster, has after the same time, minus the arm's; where the arm is not slower, and without the time of "
-        "planning. `auto` and `paper` leave out what preset `exact` does, the other arms do not."
+        f"turns: {rows.where(times[0])}. Ahead: the loss after the same time of exact LoRA, or of preset "
+        "`exact`, which learns the same faster, minus the arm's. Slower arms have no entry; planning is not "
+        "counted. `auto` and `paper` skip what preset `exact` skips, the other arms do not."
     )
 
 

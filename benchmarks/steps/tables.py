@@ -138,10 +138,10 @@ def compiled() -> str:
     header = ["(older code)", "PEFT + compile", "eager", "compiled", "its refresh, eager", "its refresh, compiled"]
     return (
         rows.markdown([*header, "graphs", "added at later refreshes", "graph breaks"], body)
-        + "\n\nSpeed-up of the median step over plain eager PEFT in the same run; refreshes in steps of their own arm. "
+        + "\n\nSpeed-up of the median step over plain eager PEFT in the same run. A refresh is in steps of its arm. "
         f"A Llama of random weights, hidden size {one['hidden']}, {one['blocks']} blocks, "
         f"{one['tokens']} tokens, every one labelled; {one['dtype']}, {rows.where(one)}, inductor; "
-        f"refreshes every {one['refresh_every']} steps, of which the faster counts."
+        f"a refresh every {one['refresh_every']} steps, and the faster counts."
     )
 
 

@@ -251,8 +251,8 @@ def page() -> str:
     """docs/use/compatibility.md."""
     parts = [
         "# Compatibility",
-        "Written by `python tests/helpers/variants.py` from the table that `tests/whole/test_variants.py` checks, one "
-        "test a cell, on models of two layers and with estimates at half of the gradient's columns. The columns:",
+        "`tests/whole/test_variants.py` checks these tables, one test a cell, on models of two layers, with estimates "
+        "that keep half of the gradient's columns. `python tests/helpers/variants.py` writes this page. The columns:",
         "\n".join(f"- **{name}**: {meaning}." for name, meaning in COLUMNS.items()),
         "## PEFT variants",
         _table("variant", VARIANTS),
@@ -260,14 +260,14 @@ def page() -> str:
         "LoRA on every linear layer. Conv1D layers (GPT-2) and quantised bases have tests of their own.",
         _table("model", MODELS),
         "## Versions",
-        "Python 3.11 to 3.13. `make test-lowest` runs the core of the tests with the lowest versions that are allowed, "
-        "`make test` with the newest, and every night `make test-newest` with the newest pre-releases. The lowest:",
+        "Python 3.11 to 3.13. `make test` takes the newest releases, `make test-lowest` the lowest versions that are "
+        "allowed, and `make test-newest` the newest pre-releases, every night. The lowest:",
         ", ".join(version.replace("==", " ") for version in lowest()) + ".",
         "## Refused",
-        "- **Models patched by Unsloth.** Its kernels read the weights of base layer and adapter and compute both "
-        "themselves, past every layer that could be estimated; `celora.attach` raises `CELoraError`.\n"
+        "- **Models patched by Unsloth.** Its kernels compute base layer and adapter themselves, past every layer that "
+        "could be estimated; `celora.attach` raises `CELoraError`.\n"
         "- **Merged adapters** cannot train; `celora.attach` raises `CELoraError` and says which call undoes it.\n"
-        "- **Anything else that computes past its base layer** is said after the first refresh: a warning names the "
+        "- **Anything else that computes past its base layer** gets a warning after the first refresh, which names the "
         "kind of layer that no backward came through.",
     ]
     return "\n\n".join(parts) + "\n"
