@@ -19,10 +19,10 @@ def svd_factor(weight: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Ten
 
     Block Krylov iteration (Musco, Musco 2015): with `A = weight` and a random sketch P of k ~ rank + 2 columns, the
     best factor in the span of `[A P, (A A^T) A P, (A A^T)^2 A P]`, about `12 k out in` FLOPs instead of a full
-    decomposition; the exact one where the basis would be nearly as large as the weight. Draws from a generator of its
-    own, so the result depends on `seed` alone and the global random state is left as it was. `U V` need not be
-    optimal for the estimate to be right: the residual is taken from whatever factors come out; zeros where the matrix
-    is not finite.
+    decomposition; the exact one if the basis would be nearly as large as the weight. It draws from a generator of its
+    own, so the result depends on `seed` alone and the global random state stays as it was. `U V` need not be optimal
+    for the estimate to be right, because the residual is taken from these factors. A matrix that is not finite gives
+    zeros.
     """
     out_features, in_features = weight.shape
     matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
@@ -31,7 +31,7 @@ def svd_factor(weight: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Ten
     sketch = -(-(rank + _OVERSAMPLE) // _WIDTH) * _WIDTH
     if 2 * (_ITERATIONS + 1) * sketch >= min(out_features, in_features):
         whole = torch.where(finite, matrix, 0).to(exact_device(matrix.device))
-        left, singular, right = (of.to(matrix.device) for of in torch.linalg.svd(whole, full_matrices=False))
+        left, singular, right = (part.to(matrix.device) for part in torch.linalg.svd(whole, full_matrices=False))
     else:
         size = torch.where(finite, size, 1).clamp(min=torch.finfo(matrix.dtype).tiny)
 

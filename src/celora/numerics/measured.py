@@ -11,21 +11,21 @@ from celora.numerics.select import measurable
 
 
 class Measured:
-    """The error of an estimate and the norm of what it estimates, squared, summed since they were last asked for."""
+    """Sums of the squared error of an estimate and of the squared norm of the exact product, until `take_error`."""
 
     def __init__(self) -> None:
         self.squared_error: Tensor | None = None
         self.squared_norm: Tensor | None = None
 
     def measure(self, estimate: Tensor, exact: Tensor) -> None:
-        """Add those of these tokens: (T, n) each."""
+        """Add the tokens of one backward: (T, n) each."""
         error = norm = torch.zeros((), device=exact.device)
         # Row block by row block: a refresh step should not need more memory than the others.
         for e, x in zip(estimate.split(1024), exact.split(1024), strict=True):
             x = x.float()
             norm = norm + x.square().sum()
             error = error + (e.float() - x).square().sum()
-        # A gradient that overflowed says nothing of the estimate; an estimate that did, and the gradient not, is none.
+        # A gradient that overflowed says nothing of the estimate. If only the estimate did, its error is infinite.
         told = measurable(norm)
         error, norm = torch.where(told, error.nan_to_num(math.inf), 0), torch.where(told, norm, 0)
         if self.squared_error is None or self.squared_norm is None:
@@ -35,7 +35,7 @@ class Measured:
             self.squared_norm += norm
 
     def take_error(self) -> float | None:
-        """The relative error measured since this was last asked for, if any: once a refresh, as it may wait."""
+        """The relative error since the latest call, None if nothing was measured. It may wait for an accelerator."""
         error, norm, self.squared_error, self.squared_norm = self.squared_error, self.squared_norm, None, None
         if error is None or norm is None or norm.item() == 0:
             return None

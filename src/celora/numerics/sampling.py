@@ -13,8 +13,8 @@ _LEAST_SCORE = 1e-12  # of the highest: all may be drawn
 def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
     """`p_i = min(1, lambda score_i)` with the lambda that makes them add up to k: (n,) float64, on the `exact_device`.
 
-    The probabilities with which k draws without replacement have the least variance. Uniform if every score is zero,
-    or one is not finite. Where fewer than k are not zero, those are certain and the others share what is left.
+    With these probabilities, k draws without replacement have the least variance. They are uniform if every score is
+    zero or one is not finite. If fewer than k are not zero, these are certain and the others share what is left.
     """
     scores = in_float64(scores)
     total = scores.sum()
@@ -26,7 +26,7 @@ def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
     certain = torch.arange(k, device=scores.device)
     scale = (k - certain).clamp(min=0) / rest.clamp(min=torch.finfo(torch.float64).tiny)
     fits = scale * ordered <= 1 + 1e-9
-    first = fits.long().argmax(0, keepdim=True)  # not as an index, for which an accelerator would be waited for
+    first = fits.long().argmax(0, keepdim=True)  # gathered below: as an index it would wait for an accelerator
     return (scores * scale.gather(0, first)).clamp(max=1)
 
 

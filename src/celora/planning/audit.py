@@ -65,9 +65,8 @@ def audit(
 ) -> AuditReport:
     """Compare the estimated gradient of the trainable parameters with the exact one, on a batch or the sum of several.
 
-    A sum tells more. Most of what one batch's gradient has of its own averages out in training, and so do errors that
-    differ from batch to batch; what is lost in every batch alike stays. So an estimate can be near the gradient of
-    each batch and far from what they have in common.
+    The sum of several tells more. In training, errors that differ from batch to batch average out; an error that every
+    batch has stays. So an estimate can be near the gradient of each batch and far from what the batches share.
 
     Two forward and backward passes a batch in training mode, with the same random state and so the same dropout.
     Parameters, their `.grad`, buffers, random state, mode, clock and selections are afterwards what they were before.
@@ -127,7 +126,7 @@ def audit(
 
 
 def _from_float32(model: nn.Module, attachment: Attachment, gradients: Callable[[], dict[str, Tensor]]) -> FromFloat32:
-    """Compare `gradients` with celora as it is attached, and without, with those of a model in float32."""
+    """Compare the gradients of plain PEFT, and of celora as attached, with the gradient in float32."""
     head, switch = attachment.forward, attachment.switch
     with without_dropout(model):
         with nullcontext() if head is None or head.mode is Mode.EXACT else head.through(head.keep_ratio):

@@ -27,7 +27,7 @@ from celora.settings.config import LayerConfig
 from celora.settings.names import HEAD
 from celora.weights.read import device_of, shape_of
 
-_TURNS = 4  # of timing whole backward passes, the first of which does not count
+_TURNS = 4  # of timing whole backward passes; the first does not count
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 Progress = Callable[[str, float], None]
 Kind = tuple[int, int, int, torch.dtype, torch.device]
@@ -97,23 +97,23 @@ class Bench:
     ) -> None:
         self.model, self.parameters, self.batches, self.loss = model, parameters, batches, loss
         self.rewind, self.progress = rewind, progress
-        self.overhead_ms = 0.0  # of a graft, whatever it computes
+        self.overhead_ms = 0.0  # that a graft adds to any layer
         self.forward: ModelGraft | None = None  # what computes the loss, if its gradient may be estimated
         self.language_model: LanguageModel | None = None  # whose loss that is
         self._exact: dict[range, dict[str, Tensor]] = {}
 
     @property
     def measuring(self) -> int:
-        """The batch to measure on: not the one that was selected on, where there are two."""
+        """The batch to measure on: the second if there is one, because the first is selected on."""
         return min(1, len(self.batches) - 1)
 
     @property
     def verifying(self) -> range:
-        """The batches to verify on: those that are not used otherwise, where there are more than two."""
+        """The batches to verify on: from the third, if there are so many, because the first two are used otherwise."""
         return range(min(2, len(self.batches) - 1), len(self.batches))
 
     def gradient(self, *numbers: int) -> dict[str, Tensor]:
-        """The gradient of these batches, summed, with whatever is grafted now."""
+        """The gradient of these batches, summed, with the grafts of this moment."""
         self.rewind()
         return gradient(self.model, [self.batches[i] for i in numbers], self.loss, self.parameters)[0]
 
@@ -126,8 +126,10 @@ class Bench:
     def audit(
         self, layers: Mapping[str, Layer], settings: Mapping[str, LayerConfig], numbers: range | None = None
     ) -> Fidelity:
-        """The fidelity with these settings under these layers, everything else exact, on the sum of these batches;
-        without, on the one to measure on."""
+        """The fidelity with these settings under these layers and everything else exact.
+
+        It is measured on the sum of these batches; by default on the batch to measure on.
+        """
         estimated = {name: layers[name] for name in settings if name in layers}
         words = settings[HEAD].keep_ratio if HEAD in settings else None
         return self.fidelity(estimated, lambda layer: layer.make(settings[layer.name]), numbers, words=words)
@@ -162,8 +164,10 @@ class Bench:
         return Fidelity.of([(estimated[name], exact[name]) for name in exact])
 
     def time(self, layers: Mapping[str, Layer], settings: Mapping[str, LayerConfig]) -> float:
-        """The time of all `grad_input` products inside whole backward passes, over that of the dense ones; what the
-        grafts themselves take counts."""
+        """The time of all `grad_input` products inside whole backward passes, over that of the dense products.
+
+        The time that grafts themselves take counts.
+        """
         dense = dict.fromkeys(layers, EXACT)
         contenders = [
             {name: layer.make(chosen[name]) for name, layer in layers.items()}
@@ -180,7 +184,7 @@ class Bench:
                     seconds.append(float(sum(graft.seconds for graft in grafts.values())))
                     for estimator in estimators.values():
                         estimator.select()
-            if turn > 0:  # the first makes what estimators keep
+            if turn > 0:  # in the first, estimators make the copies that they keep
                 overhead = sum(self.overhead_ms for name in settings if not layers[name].fused)
                 ratios.append((seconds[1] + 1e-3 * overhead) / seconds[0])
         return float(statistics.median(ratios))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from celora.numerics.estimators import ESTIMATORS, Estimator, make_estimator
@@ -14,7 +12,7 @@ EXACT = LayerConfig("dense")  # what every candidate is compared with, and the o
 
 def make_candidate(setting: LayerConfig, shape: tuple[int, int], device: torch.device) -> Estimator:
     """The estimator of this setting for a layer of this shape (out_features, in_features) on this device."""
-    estimator = make_estimator(setting.estimator, *shape, dataclasses.asdict(setting))
+    estimator = make_estimator(setting.estimator, *shape, vars(setting))
     estimator.device = device
     return estimator
 

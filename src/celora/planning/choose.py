@@ -17,13 +17,19 @@ from celora.planning.candidates import EXACT
 from celora.planning.plan import PlannedLayer
 from celora.settings.config import LayerConfig
 
-_ROUNDS, _MOST_ROUNDS = 8, 12  # of choosing, once a choice will do, and until one does
-_AIM, _CLOSE = 0.96, 0.8  # of the squared error that is wanted: what to aim for, and what is near enough
+_ROUNDS, _MOST_ROUNDS = 8, 12  # of choosing: with a choice that will do, and without
+_AIM, _CLOSE = 0.96, 0.8  # shares of the wanted squared error: what to aim for, and what is near enough
 
 
 @dataclass(frozen=True)
 class Try:
-    """A choice, what squared error the table was to allow for it, and what its audit found."""
+    """One round of choosing.
+
+    Attributes:
+        allowed: the squared error that the table was given.
+        choice: a candidate for each layer.
+        found: the squared error that the audit of this choice found.
+    """
 
     allowed: float
     choice: tuple[int, ...]
@@ -38,10 +44,10 @@ def choose_plan(
     memory_limit: int,
     tries: list[Try],
 ) -> tuple[list[PlannedLayer], float]:
-    """The cheapest choice whose audit finds a squared error of at most `wanted`, and what is found for it.
+    """The cheapest choice whose audit finds a squared error of at most `wanted`, and that squared error.
 
-    What a table allows and what an audit finds differ by a factor that is not constant: the next allowance is taken
-    from the `tries` so far. All is dense where none will do.
+    A table's allowance and an audit's finding differ by a factor that is not constant, so the next allowance follows
+    from the `tries` so far. If no choice will do, all layers stay dense.
     """
     table, found_of = Table(planned), {attempt.choice: attempt.found for attempt in tries}
     for round_ in range(_MOST_ROUNDS if wanted > 0 else 1):
@@ -63,8 +69,8 @@ def choose_plan(
 def _next_allowance(tries: Sequence[Try], wanted: float) -> float:
     """What to allow next so that an audit finds somewhat less than `wanted`.
 
-    What is found grows with some power of what is allowed, which two tries tell: the nearest ones on either side, where
-    there are any, and what comes next lies between them; else the furthest one and the next to it.
+    The finding grows with some power of the allowance, and two tries give that power. With tries on both sides of
+    `wanted` these are the nearest two, and the next allowance lies between them. Else they are the furthest two.
     """
     tries = [attempt for attempt in tries if attempt.allowed > 0]  # powers of nothing tell nothing
     if not tries or wanted == 0:
@@ -90,7 +96,7 @@ def _next_allowance(tries: Sequence[Try], wanted: float) -> float:
 
 
 def squared_error(cosine: float) -> float:
-    """`1 - cosine^2`, of which rounding takes nothing below 0, and 1 where the cosine is negative."""
+    """`1 - cosine^2`, at least 0 in spite of rounding, and 1 for a negative cosine."""
     return 1 - min(1.0, max(0.0, cosine)) ** 2
 
 
@@ -124,11 +130,11 @@ class Table:
         return self._sum(self._times, choice)
 
     def cheapest(self, error: float, memory: float) -> list[int]:
-        """The choice of least time with `sum s e^2 <= error`, and within the memory; a Lagrange multiplier for each.
+        """The choice of least time with `sum s e^2 <= error` and within the memory; one Lagrange multiplier for each.
 
-        s: a layer's influence; e: the relative error of its candidate; for a fidelity, `error = 1 - cosine^2`.
-        Multipliers find the best choices for some allowances only; what the best of these leaves of this one is spent
-        layer by layer, each time on what saves most.
+        s is a layer's influence, e the relative error of its candidate. For a fidelity, `error = 1 - cosine^2`.
+        Multipliers reach the best choice for some allowances only. What remains of this allowance is spent layer by
+        layer, each time on the move that saves most.
         """
 
         def at(price: float, rent: float) -> list[int]:
@@ -156,7 +162,7 @@ class Table:
 
 
 def _bisect(choose: Callable[[float], list[int]], fits: Callable[[list[int]], bool]) -> list[int]:
-    """The choice at the lowest multiplier with which it fits; everything fits at the highest, where all is dense."""
+    """The choice at the lowest multiplier at which it fits. At the highest all is dense, and everything fits."""
     if fits(choice := choose(0.0)):
         return choice
     low, high = -20.0, 20.0

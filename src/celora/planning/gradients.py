@@ -56,7 +56,7 @@ def gradient(
 
 @contextmanager
 def training(model: nn.Module) -> Iterator[None]:
-    """Training mode for a while, which is what is planned for; `from_pretrained` leaves a model in evaluation mode."""
+    """Training mode for a while. `from_pretrained` leaves a model in evaluation mode, and plans are for training."""
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
@@ -68,7 +68,7 @@ def training(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[Callable[[], None]]:
-    """Put back what forward and backward passes change, whole or interrupted: `.grad`, buffers, random state.
+    """Put back what forward and backward passes change, even interrupted ones: `.grad`, buffers, random state.
 
     Yields a function that rewinds the random state to the beginning, so that dropout repeats itself.
     """

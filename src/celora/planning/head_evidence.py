@@ -22,7 +22,7 @@ HEAD_SHARES = (0.3, 0.1, 0.03, 0.01)  # of the words, in the gradient of the log
 
 
 def head_evidence(bench: Bench) -> list[PlannedLayer]:
-    """The vocabulary projection and what its shares of the words take and lose; nothing where celora does not do it."""
+    """The vocabulary projection, with the time and error of each share; nothing where celora does not compute it."""
     labels = bench.batches[bench.measuring].get("labels")
     if bench.language_model is None or not isinstance(labels, Tensor) or labels.dim() != 2:
         return []

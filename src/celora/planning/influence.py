@@ -15,7 +15,7 @@ _DEPTHS, _MOST_KINDS, _FEW_LAYERS = 6, 8, 24
 class _Disturbed(Dense):
     """Leaves out the tokens of the smallest gradients.
 
-    It keeps a number of tokens, which no product rounds up: a layer that is not disturbed would seem to have no
+    Their number is not rounded to suit the product: a layer that keeps all of its tokens would seem to have no
     influence.
     """
 
@@ -29,9 +29,9 @@ class _Disturbed(Dense):
 
 
 def probe_influence(bench: Bench, layers: list[Layer]) -> None:
-    """Disturb groups of layers, by depth and by kind, and see how much of it arrives in the LoRA gradient.
+    """Disturb groups of layers, by depth and by kind, and measure how much of it arrives in the LoRA gradient.
 
-    Every layer by itself where they are few.
+    Few layers are disturbed one by one.
     """
     size = 1 if len(layers) <= _FEW_LAYERS else -(-len(layers) // _DEPTHS)
     depths = [layers[i : i + size] for i in range(0, len(layers), size)]

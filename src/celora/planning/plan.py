@@ -46,7 +46,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A layer, the candidate that was chosen for it, and those that were not.
+    """A layer with all its candidates and the one that was chosen.
 
     Attributes:
         influence: how much of a squared relative error of this layer arrives in the LoRA gradient of the whole model.
@@ -77,8 +77,8 @@ class Plan:
 
     Attributes:
         layers: the layers that were measured; any other stays dense.
-        head: the vocabulary projection, whose gradient goes through a share of the words (`head_keep_ratio`); None
-            where celora does not compute it. Its error is what arrives in the LoRA gradient.
+        head: the vocabulary projection; None where celora does not compute it. Its gradient goes through a share of the
+            words (`head_keep_ratio`), and its error is what arrives in the LoRA gradient.
         fidelity: the cosine of the LoRA gradient that was asked for.
         predicted_cosine: what the layers' errors and influences come to.
         audited_cosine: of the whole plan, measured on the sum of `audited_batches` batches, used for nothing else where
@@ -115,7 +115,7 @@ class Plan:
         return sum(layer.choice.memory for layer in self.layers)
 
     def config(self, frame: CELoraConfig | None = None) -> CELoraConfig:
-        """The configuration that carries the plan out: `frame` (without, preset auto), whose overrides win."""
+        """The configuration that carries the plan out: `frame`, by default preset auto. Its overrides win."""
         frame = frame or PRESETS["auto"]
         planned = {
             layer.name: _changes(layer.choice.setting)

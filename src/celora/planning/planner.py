@@ -1,18 +1,17 @@
-"""The planner: measure what each way to estimate costs and loses, layer by layer, and choose the cheapest that is good
-enough.
+"""The planner: measure what each candidate costs and loses in each layer, and choose the cheapest that are good enough.
 
-1. Observe: exact backward passes give each layer's gradients; every candidate's relative error e is measured on them,
-   those that select ahead of time with a selection from an earlier batch.
-2. Time: every candidate, on this device, at the real shapes, taking turns with the dense product.
-3. Influence: groups of layers are disturbed, and the error s that arrives in the LoRA gradient is measured; a layer's
-   influence is `s^2 / sum e^2` of its group by depth, times that of its group by kind.
-   The vocabulary projection is one more layer: its gradient goes through a share of the words, and its error is what
-   arrives in the LoRA gradient.
-4. Choose: minimise `sum time` subject to `sum influence e^2 <= 1 - cosine^2` and to the memory limit, by Lagrange
-   multipliers; audit the whole; again, with more or less allowed, by what the audits found.
-5. Verify: the cosine of the sum over batches of their own, in which errors that differ from batch to batch average
-   out and what every batch loses does not; where it is too low, choose again with less allowed. And the time inside
-   whole backward passes.
+1. Observe (`observe`). Exact backward passes give each layer's gradients. Every candidate says its relative error e on
+   them. A candidate that selects ahead of time does so on an earlier batch.
+2. Time (`evidence`). Every candidate on this device, at the real shapes, in turns with the dense product.
+3. Influence (`influence`). Groups of layers are disturbed, and the error s that arrives in the LoRA gradient is
+   measured. A layer's influence is `s^2 / sum e^2` of its group by depth, times that of its group by kind.
+   The vocabulary projection is one more layer (`head_evidence`): its gradient goes through a share of the words, and
+   its error is what arrives in the LoRA gradient.
+4. Choose (`choose`). Minimise `sum time` subject to `sum influence e^2 <= 1 - cosine^2` and to the memory limit, by
+   Lagrange multipliers. Audit the whole, and repeat with more or less allowed.
+5. Verify. The cosine of the sum over batches that nothing was chosen on. Errors that differ from batch to batch average
+   out there; what every batch loses does not. If the cosine is too low, choose again with less allowed. Last, measure
+   the time inside whole backward passes.
 """
 
 from __future__ import annotations
@@ -47,9 +46,9 @@ from celora.settings.names import HEAD
 # Chosen by training (docs/use/presets.md). 8-bit products alone keep more, so it costs little where they pay. Beyond it
 # their rounding is in the way, and the time rises steeply.
 DEFAULT_FIDELITY = 0.998
-_CARE = 0.85  # after each plan that fell short, as what verifies is not what was chosen on
+_CARE = 0.85  # less is allowed after each plan that fell short: other batches verify than were chosen on
 _VERIFICATIONS = 4
-_TOLERATED, _ROUNDING = 1.25, 1e-4  # times the squared error that was asked for, and more, after the last of them
+_TOLERATED, _ROUNDING = 1.25, 1e-4  # a warning comes beyond 1.25 times the squared error asked for, plus rounding
 MOST_BATCHES = 10  # to select, to measure, and eight to verify
 
 
@@ -64,22 +63,22 @@ def make_plan(
 ) -> Plan:
     """The cheapest estimator for each layer with which the LoRA gradient keeps a cosine of `fidelity` with the exact.
 
-    Twenty to a hundred and thirty forward and backward passes in training mode, by how much can be estimated. The model
-    is left as it was: parameters, `.grad`, buffers, random state, mode. A warning says where a plan clearly misses its
-    fidelity on what verifies it.
+    It takes 20 to 130 forward and backward passes in training mode; the more can be estimated, the more it takes. The
+    model is left as it was: parameters, `.grad`, buffers, random state, mode. A warning says when the plan clearly
+    misses its fidelity on the batches that verify it.
 
     Args:
         model: a PEFT model, adapters active.
-        batches: what the model takes as keyword arguments, `labels` included, of the size training will use. Up to
-            ten are used: to select, to measure, and the others to verify on their sum; with fewer than three, one
-            serves for more.
+        batches: what the model takes as keyword arguments, `labels` included, of the size training will use. At most
+            ten are used: one to select, one to measure, the others to verify on their sum. With fewer than three, one
+            batch serves several of these.
         fidelity: the cosine wanted, 0 < fidelity <= 1; 1 allows only what changes nothing.
         memory_limit: bytes that 8-bit copies of weights may take in all; by default 5 % of the weights and of what a
             forward saves for backward.
         loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
         progress: called with what is being done and the share of the work that is done.
 
-    Where no layer can be estimated the plan is empty, and training with it is plain PEFT.
+    If no layer can be estimated, the plan is empty and training with it is plain PEFT.
 
     Raises:
         CELoraError: no adapters, no batches, sharded parameters, a device whose times cannot be trusted, or a fidelity
@@ -98,7 +97,7 @@ def make_plans(
     progress: Progress | None = None,
     head: bool = True,
 ) -> list[Plan]:
-    """`make_plan` for several fidelities, from one set of measurements: a frontier of time against fidelity.
+    """`make_plan` for several fidelities from one set of measurements: a frontier of time against fidelity.
 
     Without `head` the gradient of the logits stays exact.
     """
@@ -175,7 +174,7 @@ def _finish(
     memory_limit: int,
     tries: list[Try],
 ) -> Plan:
-    """Choose, verify on the batches kept for it, and choose more carefully where they show less than was asked for."""
+    """Choose, verify on the batches kept for that, and choose more carefully if they show less than was asked for."""
     by_name = {layer.name: layer for layer in layers}
     chosen, settings, audited, found, allowed = planned, {}, 1.0, 0.0, 1 - fidelity**2
     for turn in range(_VERIFICATIONS if planned else 0):

@@ -1,4 +1,4 @@
-"""A model that computes in float32 for a while: what its gradient is without the rounding of a shorter dtype.
+"""Let a model compute in float32 for a while, to get its gradient without the rounding of a shorter dtype.
 
 Each bfloat16 or float16 parameter and buffer is replaced by a float32 copy and put back afterwards. The parameters stay
 the same objects, and get back the very memory that they had, so optimizers, tied weights and hooks notice nothing.
@@ -48,7 +48,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         try:
             torch.set_float32_matmul_precision("highest")
             for tensor, data, _ in kept:
-                tensor.grad = None  # which has its parameter's dtype
+                tensor.grad = None  # a gradient must have its parameter's dtype
                 tensor.data = data.float()
             yield
         finally:

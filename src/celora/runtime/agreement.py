@@ -16,10 +16,10 @@ from celora.weights.sharded import whole
 
 @torch.no_grad()
 def add_up(layers: Sequence[tuple[LayerGraft, nn.Module]]) -> None:
-    """Replace what these layers, given with their base layers, have observed by the sum over all processes.
+    """Replace what these layers have observed by the sum over all processes; each layer comes with its base layer.
 
-    Collective: every process calls it with the same layers. One that saw no gradient of a layer adds nothing to it
-    and selects as the others do. Does nothing in a process of its own.
+    Collective: every process calls it with the same layers. A process that saw no gradient of a layer adds nothing and
+    selects as the others do. A single process does nothing.
     """
     if not layers or not in_company():
         return

@@ -23,11 +23,12 @@ class LayerConfig:
     """The setting of one layer.
 
     Attributes:
-        estimator: a name from the registry: `dense`, `columns` (the paper's), `tokens`, `int8` or `fp8`.
+        estimator: `dense`, `columns` (the paper's), `tokens`, `int8`, `fp8`, or the name of one that
+            `celora.register_estimator` added.
         keep_ratio: share of the gradient's columns (or tokens) that is kept, 0 < keep_ratio <= 1; 1 is dense. With
             `selection="energy"`, the share of the squared gradient norm; 1 then leaves out only what is exactly zero.
-        rank: rank r0 of the frozen factor; 0 for none; `"balanced"` for `balanced_rank` of the adapter's rank,
-            `"adapter"` for the adapter's rank itself; both no larger than the layer.
+        rank: rank r0 of the frozen factor; 0 is none, `"adapter"` the adapter's rank, `"balanced"` the `balanced_rank`
+            of that. The layer's size limits both.
         selection, factor, precision, weight_copy: see `celora.numerics.estimators.Settings`.
     """
 
@@ -50,12 +51,13 @@ class CELoraConfig(LayerConfig):
     Attributes:
         estimator, keep_ratio, rank, ...: the setting of every layer that no override names; see `LayerConfig`.
         refresh_every: optimizer steps from one exact, observed backward to the next (the paper's tau).
-        spread: let layers refresh in turns, so that no step is much slower than its neighbours, instead of all at once.
-        target_error: hold each layer's relative error, measured at its refreshes, near this by moving its keep_ratio.
+        spread: let layers refresh in turns instead of all at once, so that no step is much slower than its neighbours.
+        target_error: keep each layer's relative error, measured at its refreshes, near this by moving its `keep_ratio`
+            (`celora.runtime.target_error`).
         overrides: glob on a layer's dotted name (or on its end: `"layers.3.mlp.up_proj"`) -> the fields it changes.
             Later entries win over earlier ones.
-        synchronise: where several processes train together, select columns by what all of them have seen, so that all
-            keep the same; one all-reduce at each refresh, outside backward. Not with `factor="gradient"`.
+        synchronise: let all processes that train together select by what all of them have seen, so that they keep the
+            same. It takes one all-reduce at each refresh, outside backward. Not with `factor="gradient"`.
         seed: of the randomised factorisation and of sampling.
         fused: compute a vanilla adapter and its base layer's backward as one autograd function (see
             `celora.modeling.fused`) and, on CPU, RMS norms, gates and rotary embeddings in one pass each (see
@@ -65,8 +67,8 @@ class CELoraConfig(LayerConfig):
         padding_free: leave padding out of training batches (`celora.modeling.packing`); needs `labelled_head`.
         head_keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with, in (0, 1]; 1 is
             exact, and less needs `labelled_head`. Words are drawn, so that what is left out averages out.
-        zero_tokens: in the last block, whose tokens without label get a gradient of exactly zero, leave these out of
-            the backward of layers that would be dense. On a CPU only: elsewhere, counting them would wait.
+        zero_tokens: in the last block, tokens without a label get a gradient of exactly zero; leave them out of the
+            backward of layers that would be dense. On a CPU only: on an accelerator, counting them would wait for it.
 
     Raises:
         CELoraError: for a value out of range, an unknown field or an unknown estimator.

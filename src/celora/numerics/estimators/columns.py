@@ -87,7 +87,7 @@ class Columns(Estimator):
         if self.keeps_all:
             return self.product(grad_output, weight)
         index = self._selected(grad_output, weight)
-        if torch.compiler.is_compiling():  # the compiler fuses this; what follows is what it would have to be told
+        if torch.compiler.is_compiling():  # the compiler fuses it by itself
             return self._concatenated(grad_output, weight, index)
         if self.settings.precision != "native":
             return self._low_precision(grad_output, weight, index)
@@ -192,7 +192,7 @@ class Columns(Estimator):
         return self.out_features
 
     def pooled(self) -> Tensor | None:
-        """The squared scores: sums of these are bit for bit the same everywhere, whatever each made of the weight."""
+        """The squared scores. Their sums are the same bits in all processes, even if the factors are not."""
         if self._squared_norms is None or self.factor.residual_norms is None:
             return None
         return self._squared_norms * self.factor.residual_norms.square()
