@@ -98,5 +98,14 @@ def train(
     return optimizer
 
 
+def flat_gradient(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The gradient of all trainable parameters as one vector, in float64."""
+    model.zero_grad()
+    model(**batch).loss.backward()
+    flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).double()
+    model.zero_grad()
+    return flat
+
+
 def adapter(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -43,7 +43,7 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         if model is None or attachment is None or state.global_step == 0:
             return
         folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
-        folders[:0] = [Path(of) for of in (checkpoint, args.resume_from_checkpoint) if isinstance(of, str)]
+        folders[:0] = [Path(name) for name in (checkpoint, args.resume_from_checkpoint) if isinstance(name, str)]
         for folder in folders:
             if (folder / STATE_NAME).is_file():
                 load_state(model, folder)
