@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from celora.modeling import families
 from celora.modeling.passes.own_forward import OwnForward, numbers, single
 from celora.modeling.switch import Switch
 from celora.numerics.passes import rms_norm
-
-
-@dataclass(frozen=True)
-class _Variant:
-    """One of the RMS norms there are: the arguments of `rms_norm`."""
-
-    offset: float
-    rounds: bool
-
-
-_VARIANTS = (_Variant(0.0, rounds=True), _Variant(0.0, rounds=False), _Variant(1.0, rounds=False))
 
 
 class Norm(OwnForward):
@@ -31,7 +20,7 @@ class Norm(OwnForward):
 
     def __init__(self, switch: Switch) -> None:
         super().__init__(switch)
-        self.tried: dict[torch.dtype, _Variant | None] = {}
+        self.tried: dict[torch.dtype, families.Norm | None] = {}
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         x = single(args, kwargs, "rms_norm")
@@ -40,7 +29,7 @@ class Norm(OwnForward):
             return type(module).forward(module, *args, **kwargs)
         return rms_norm(x, module.weight.detach(), epsilon(module), offset=variant.offset, rounds=variant.rounds)
 
-    def _variant(self, module: Any, x: Tensor) -> _Variant | None:
+    def _variant(self, module: Any, x: Tensor) -> families.Norm | None:
         """Which RMS norm this is for x; None if the pass does not compute it."""
         weight = module.weight
         if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype != x.dtype:
@@ -59,8 +48,8 @@ def epsilon(module: nn.Module) -> float:
 
 
 @torch.no_grad()
-def recognise(module: Any) -> _Variant | None:
-    """Which RMS norm this is, by what its class's forward makes of a few numbers; None if it is no known one."""
+def recognise(module: Any) -> families.Norm | None:
+    """Which family's RMS norm this is, by what its class's forward makes of a few numbers; None if it is of none."""
     weight, eps = module.weight.detach(), epsilon(module)
     x = numbers(4, len(weight)).to(weight.dtype)
     try:
@@ -69,10 +58,10 @@ def recognise(module: Any) -> _Variant | None:
         return None
     if not isinstance(expected, Tensor) or (expected.dtype, expected.shape) != (x.dtype, x.shape):
         return None
-    errors = {
+    errors: dict[families.Norm, Tensor] = {
         variant: (rms_norm(x, weight, eps, offset=variant.offset, rounds=variant.rounds) - expected).abs()
-        for variant in _VARIANTS
+        for variant in families.column("norm")
     }
-    nearest = min(_VARIANTS, key=lambda variant: float(errors[variant].sum()))
+    nearest = min(errors, key=lambda variant: float(errors[variant].sum()))
     allowed = 4 * torch.finfo(x.dtype).eps * expected.abs()
     return nearest if bool((errors[nearest] <= allowed).all()) else None
