@@ -1,7 +1,8 @@
-"""Put estimators under the frozen layers of a PEFT model, take them off, and say what was skipped and why.
+"""Attach celora to a PEFT model, and detach it.
 
-An `Attachment` belongs to one model instance and lives in that instance; the layers hold only their forward hook.
-No class is touched, no module replaced, no state_dict key changed.
+`attach` tells a story: survey the model, settle the configuration, choose an estimator for each layer, hook the layers,
+the modules between them and the head, and report it all. An `Attachment` belongs to one model and lives in it. No class
+is touched, no module is replaced, no key of a state_dict changes.
 """
 
 from __future__ import annotations
@@ -45,22 +46,21 @@ def attach(
 ) -> AttachReport:
     """Estimate the backward of the frozen layers under `model`'s PEFT adapters.
 
-    The forward stays exact, and so does what is saved: an ordinary adapter. Attaching the same configuration
-    again changes nothing; another one replaces the first. Nothing else has to be called: the clock counts the
-    optimizer's steps by itself.
+    The forward stays exact. What is saved is an ordinary adapter. Attaching the same configuration again changes
+    nothing; another one replaces the first. Nothing else has to be called: celora counts the optimizer's steps.
 
     Args:
         model: a PEFT model, or any module that contains PEFT tuner layers. Not merged.
         config: a preset (`"auto"`, `"exact"`, `"paper"`, `"off"`), a `CELoraConfig`, or a `Plan`.
-        batches: for `"auto"`, which measures before it chooses: a few batches as training will see them.
-        **changes: of the configuration's fields that concern all layers: `labelled_head=False` keeps `outputs.logits`
-            while training, `padding_free=False` the padding, `refresh_every=50` refreshes more often. Plans are made
-            without padding and logits.
+        batches: a few batches as training will see them. `"auto"` needs them, since it measures before it chooses.
+        **changes: fields of the configuration that concern all layers. `labelled_head=False` keeps `outputs.logits`
+            while training, `padding_free=False` keeps the padding, `refresh_every=50` refreshes more often. Plans are
+            made without padding and logits.
 
     Returns:
-        What is estimated with what, and which layers are not and why. Printed, it is a table.
+        How each layer is estimated, or why it is not. Printed, it is a table.
 
-    Of several processes that train together all call this; with `"auto"`, all take the plan of the first.
+    If several processes train together, all of them call this. With `"auto"`, all take the plan of the first.
 
     Raises:
         CELoraError: unknown preset or field, no adapters, merged adapters, a model patched by Unsloth, a rank larger
@@ -115,10 +115,10 @@ def _settled(
     batches: Iterable[Mapping[str, Any]] | None,
     changes: Mapping[str, Any],
 ) -> tuple[Plan | None, CELoraConfig]:
-    """The configuration that is asked for and, if it comes from one, the plan; made now for preset `auto`."""
+    """The plan, if there is one, and the configuration. For preset `auto` the plan is made now."""
     model = found.model
     if config == "auto":
-        resolve(config, changes)  # a mistake is to be known before anything is measured
+        resolve(config, changes)  # tell a mistake before anything is measured
         from celora.planning.planner import make_plan
 
         if batches is None:
@@ -140,7 +140,7 @@ def _settled(
 
 
 def _assign(found: Survey, config: CELoraConfig) -> dict[str, tuple[LayerReport, Estimator | None]]:
-    """What each layer gets, by name. Warns of the user's own overrides that name no layer."""
+    """What each layer gets, by name. Warns of overrides of the user's that match no layer."""
     for pattern in config.overrides:
         if pattern not in _PRESET_PATTERNS and not any(matches(pattern, name) for name in found.layers):
             warnings.warn(f"celora: the override {pattern!r} matches no adapted layer", stacklevel=3)
@@ -149,9 +149,10 @@ def _assign(found: Survey, config: CELoraConfig) -> dict[str, tuple[LayerReport,
 
 
 def detach(model: nn.Module) -> None:
-    """Take celora off `model`: every hook and attribute that `attach` added. Does nothing where there is none.
+    """Take every hook and attribute that `attach` added off `model`. Without an attachment, do nothing.
 
-    An attachment made from a wrapper around `model`, or from a model that shares adapted layers with it, ends whole.
+    If celora was attached to a wrapper around `model`, or to another model that shares adapted layers with it, that
+    attachment ends, too.
     """
     modules = set(model.modules())
     adapted = {module for module in modules if isinstance(module, BaseTunerLayer)}

@@ -1,8 +1,8 @@
-"""FSDP2 for a PEFT model, so that the backward of an estimated layer gathers only what it reads of the frozen weight.
+"""FSDP2 for a PEFT model: the backward of an estimated layer gathers only what it reads of the frozen weight.
 
-FSDP2 gathers a module's parameters together, before its forward and again before its backward. Here each frozen weight
-under an adapter is a group of its own, whose second gathering `celora.attach` replaces (`celora.weights.sharded`);
-adapters and norms stay in the group of their block.
+FSDP2 gathers all parameters of a group before the group's forward, and again before its backward. Here each frozen
+weight under an adapter is a group of its own. `celora.attach` replaces its second gathering (`celora.weights.sharded`).
+Adapters and norms stay in the group of their block.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ from celora.runtime.attachment import find
 def shard(model: nn.Module, **options: Any) -> None:
     """`fully_shard` the frozen weights under `model`'s adapters one by one, its blocks, and the rest. Then `attach`.
 
-    What a backward gathers of an estimated layer: kept rows with `columns` and `synchronise=True`, nothing with an
-    8-bit copy (which every process holds whole, a byte a number), else the whole weight. None of it is prefetched, and
-    neither are the weights of layers that stay dense; with gradient checkpointing the repeated forward gathers all.
-    Weights that adapters read by themselves (DoRA, HRA) stay with their block, which gathers them for its backward.
+    The backward of an estimated layer gathers
+
+    - the kept rows, with `columns` and `synchronise=True`;
+    - nothing, with an 8-bit copy, which takes every process a byte a number;
+    - else the whole weight.
+
+    These weights are not prefetched, nor are those of layers that stay dense. With gradient checkpointing the repeated
+    forward gathers them all. Weights that adapters read by themselves (DoRA, HRA) stay with their block, which gathers
+    them for its backward.
 
     Args:
-        model: a PEFT model of a Transformers model, not sharded and not attached yet.
-        options: of `torch.distributed.fsdp.fully_shard`: `mesh`, `mp_policy`, `reshard_after_forward`, ...
+        model: a PEFT model of a Transformers model, neither sharded nor attached yet.
+        options: for `torch.distributed.fsdp.fully_shard`: `mesh`, `mp_policy`, `reshard_after_forward`, ...
 
     Raises:
         CELoraError: no adapters, celora is attached already, a quantised base, weights that are to be offloaded to the
@@ -58,12 +63,12 @@ def shard(model: nn.Module, **options: Any) -> None:
             f"{type(causal or model).__name__} does not name its blocks; call fully_shard on them yourself."
         )
     for layer in layers:
-        # Variants of LoRA, as DoRA, read the weight beside their base layer's forward too, so it stays with its block.
+        # Variants of LoRA such as DoRA read the weight outside of its forward, too, so it stays with its block.
         if not (layer.cannot_estimate or getattr(layer.module, "lora_variant", None)):
             fully_shard(layer.base, **options)
     sharded = [fully_shard(block, **options) for block in blocks]
     fully_shard(model, **options)
-    # Left to itself, FSDP2 would prefetch the frozen weight that was used last. The first block has none before it.
+    # By default FSDP2 prefetches the frozen weight that was used last. The first block has no block before it.
     for block, before in zip(sharded, [sharded[0], *sharded], strict=False):
         assert isinstance(before, FSDPModule)
         block.set_modules_to_backward_prefetch([before])

@@ -157,7 +157,7 @@ def test_soft_capping() -> None:
     )  # fmt: skip
     model = get_peft_model(Gemma3ForCausalLM(config), LoraConfig(target_modules="all-linear", init_lora_weights=False))
     compare(model.train(), masked_batch())
-    assert require(model).forward._logits == head.Logits(1.0, 0.5)
+    assert require(model).forward.logits == head.Logits(1.0, 0.5)
 
 
 def test_label_smoothing() -> None:
@@ -390,7 +390,7 @@ def test_sft_trainer_logs_the_same(changes: dict[str, Any], tmp_path: Path) -> N
         for key in expected:
             if not any(word in key for word in ("runtime", "per_second", "flos")):
                 assert found[key] == pytest.approx(expected[key], rel=2e-5, abs=1e-6), key
-    assert require(model).forward._logits == head.Logits()  # it was taken over
+    assert require(model).forward.logits == head.Logits()  # it was taken over
 
 
 def test_trl_is_only_served_what_is_computed() -> None:

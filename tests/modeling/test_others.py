@@ -110,7 +110,7 @@ def test_smoothing_is_never_dropped(how: str) -> None:
     graft.smoothing = 0.1
     assert abs(model(**batch).loss.item() - plain) > 1e-3
     if how == "refused before":
-        graft._refused = True
+        graft.refused = True
     elif how == "not at hand":
         causal.lm_head.weight.ds_id = 0
     else:

@@ -151,7 +151,7 @@ def test_what_is_done_to_the_logits_is_known(kind: str, dtype: torch.dtype) -> N
         found, ours = gradients(model, given)
         assert found == pytest.approx(loss, rel=closeness(dtype) / 10)
         assert (ours - gradient).norm() < closeness(dtype) * gradient.norm()
-    assert require(model).forward._logits == expected
+    assert require(model).forward.logits == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -177,7 +177,7 @@ def test_a_setting_that_changes_is_followed() -> None:
     for cap in (30.0, 0.5, None):
         model.base_model.model.config.final_logit_softcapping = cap
         found, ours = gradients(model, given)
-        assert require(model).forward._logits == Logits(1.0, cap)
+        assert require(model).forward.logits == Logits(1.0, cap)
         require(model).switch.on = False
         loss, gradient = gradients(model, given)
         require(model).switch.on = True

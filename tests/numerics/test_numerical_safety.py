@@ -370,7 +370,7 @@ def test_the_first_batch_not_finite_does_not_decide_about_the_head(model: PeftMo
     assert model(**make_batch(0)).logits is None
     forward = require(model).forward
     assert forward is not None
-    assert not forward._refused
+    assert not forward.refused
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])

@@ -37,7 +37,7 @@ def choose_estimator(
     if layer.cannot_estimate:
         return LayerReport(name, out_features, in_features, "dense", 1.0, reason=layer.cannot_estimate), None
     setting = config.for_layer(name)
-    # On accelerators tokens are not counted but taken by the share of the latest refresh: too few, some time.
+    # An accelerator does not count tokens, but takes the share of the latest refresh, which may be too few.
     if last and setting.estimator == "dense" and device.type == "cpu":
         setting = LOSSLESS
     kind = estimator_class(setting.estimator)
@@ -45,7 +45,7 @@ def choose_estimator(
     if setting.estimator == "dense" or (exact and "keep_ratio" in kind.uses):
         return LayerReport(name, out_features, in_features, "dense", 1.0), None
     rank = _rank(layer, setting) if "rank" in kind.uses else 0
-    # Layers that drew the same numbers would not be independent, and unbiased estimates not unbiased through depth.
+    # Each layer draws its own numbers: unbiased estimates stay unbiased through depth only if they are independent.
     seed = zlib.crc32(f"{config.seed} {name}".encode())
     chosen: dict[str, Any] = dataclasses.asdict(setting) | {"rank": rank, "seed": seed}
     try:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from celora.modeling.recognise import Probe
+from celora.modeling.recognise import IGNORED, Probe
+from celora.numerics.head import TokenScores
 
 TRL = "fused_lm_head"  # TRL's trainers ask for log-probabilities instead of logits
-# Arguments that ask for something which only the model's own head can give.
+# Arguments that only the model's own head can serve.
 REFUSED = ("cache", "past_key_values", "use_cache", "logits_to_keep", "shift_labels")
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")  # also in the configuration
 # Arguments of a batch that is packed already, or that has no tokens.
@@ -24,7 +25,10 @@ _KNOWN = frozenset({*_BATCH, *REFUSED, *OUTPUTS, *UNPACKED, TRL, "return_dict", 
 
 @dataclass
 class ScoredOutput(ModelOutput):  # type: ignore[misc]
-    """What TRL expects of a call with `fused_lm_head=True`; per-token fields are (B, T-1), 0 without a label."""
+    """The output of a call with `fused_lm_head=True`, as TRL expects it.
+
+    The fields of each token are (B, T-1), and 0 where a token has no label.
+    """
 
     loss: Tensor | None = None
     log_probs: Tensor | None = None
@@ -38,25 +42,38 @@ class ScoredOutput(ModelOutput):  # type: ignore[misc]
 class Call:
     """One forward pass that has been taken over."""
 
-    owner: nn.Module  # whose forward it is
-    given: dict[str, Any]  # the arguments that it would have got
+    owner: nn.Module  # the module whose forward it is
+    given: dict[str, Any]  # the arguments of the caller
     next_labels: Tensor  # (B, T): the label of each token's successor
-    place: Tensor  # of the tokens with such a label, in the flattened batch: (N,)
-    rows: Tensor  # of the same in the hidden states
+    place: Tensor  # (N,): where the flattened batch has a token whose successor is labelled
+    rows: Tensor  # (N,): where the hidden states have the same tokens
     shape: torch.Size  # of the tokens that the model gets
     keeps: Any  # the positions whose logits the model computes
-    known: tuple[Any, ...]  # what its head and loss are known by
-    probe: Probe | None  # where they are not known yet
-    hidden: Tensor | None = None
+    known: tuple[Any, ...]  # all that decides what the model makes of its hidden states
+    probe: Probe | None  # if that is not known yet
+    hidden: Tensor | None = None  # the decoder's output
+
+    def for_trl(self, loss: Tensor, scores: TokenScores) -> ScoredOutput:
+        """The output that TRL asks for with `fused_lm_head=True`."""
+        assert scores.entropy is not None
+        assert scores.top1 is not None
+        log_probs, entropy, is_top1 = map(self._spread, (scores.log_probs, scores.entropy, scores.top1))
+        mask = self.next_labels[:, :-1] != IGNORED
+        return ScoredOutput(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Values of the labelled tokens, (N,), in their places of the batch: (B, T-1)."""
+        full = values.new_zeros(self.next_labels.numel()).index_copy(0, self.place.to(values.device), values)
+        return full.view(self.next_labels.shape)[:, :-1]
 
 
 def unknown_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call that celora does not know, also those that say no: for `is_causal`, that is a lot."""
+    """The arguments of a call that celora does not know. False counts, too: `is_causal=False` changes everything."""
     return {name: value for name, value in given.items() if name not in _KNOWN and value is not None}
 
 
 def fit(labels: Tensor, given: Mapping[str, Any]) -> bool:
-    """Whether these are labels for the tokens; a model's own error says best what is wrong with others."""
+    """Whether these are labels for the tokens. The model's own error says best what is wrong with other labels."""
     if labels.dtype != torch.int64 or labels.dim() != 2:
         return False
     tokens: Any = next((of for name in ("input_ids", "inputs_embeds") if (of := given.get(name)) is not None), None)

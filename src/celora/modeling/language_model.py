@@ -64,12 +64,12 @@ def find_language_model(model: nn.Module) -> LanguageModel | str:
 
 
 def not_ours(causal: PreTrainedModel) -> str:
-    """Why the head and the loss of this model, as they are now, are not those that are computed here, or ''."""
+    """Why celora cannot compute the logits and the loss of this model as it is now, or ''."""
     head: Any = causal.get_output_embeddings()
     if type(head) is not nn.Linear:
         of = "no head" if head is None else f"a {type(head).__name__} as its head"
         return f"{type(causal).__name__} has {'an adapter on its head' if isinstance(head, BaseTunerLayer) else of}"
-    # FSDP2's own, whose parameters are sharded, are served.
+    # FSDP2's own hooks, which gather a sharded head, are allowed.
     hooks = (*head._forward_hooks.values(), *head._forward_pre_hooks.values())
     if not isinstance(head.weight, DTensor) and not all(map(is_ours, hooks)):
         return f"{type(causal).__name__} has a Linear with hooks as its head"
@@ -88,17 +88,17 @@ def not_ours(causal: PreTrainedModel) -> str:
 
 
 def _asks_for_the_loss(kind: type) -> bool:
-    """Whether the forward of this class reads `loss_function`; only a call shows what it does with it."""
+    """Whether the forward of this class reads `loss_function`. What it does with it, only a call shows."""
     code = getattr(inspect.unwrap(vars(kind).get("forward", object)), "__code__", None)
     return code is not None and "loss_function" in code.co_names
 
 
 def language_model(module: nn.Module) -> Any:
-    """The causal language model that a hooked module is or wraps."""
+    """The causal language model that this hooked module is, or wraps."""
     return module.model if isinstance(module, BaseTuner) else module
 
 
 def at_hand(head: Any) -> bool:
-    """Whether the head's weight is here to be multiplied: not offloaded, and not partitioned by DeepSpeed."""
+    """Whether the head's weight is in memory: neither offloaded nor partitioned by DeepSpeed."""
     weight = getattr(head, "weight", None)
     return weight is None or (weight.device.type != "meta" and not hasattr(weight, "ds_id"))

@@ -1,11 +1,14 @@
-"""What celora changes about the forward pass of a whole language model, none of which changes a result.
+"""The forward of a whole language model that trains: without padding, and with its loss over labelled tokens only.
 
-While it trains on labels, padding is left out (`packing`) and the loss is computed over labelled tokens only
-(`celora.numerics.head`). Hooks do it: the model is given other arguments, told to project no token onto the vocabulary
-(`logits_to_keep`), and its output gets the loss. Its classes and its `forward` stay what they are.
+Neither changes a result. Hooks do it. They give the model other arguments: a batch without padding (`packing`), and
+`logits_to_keep`, so that it projects no token onto the vocabulary. Then they put the loss into its output
+(`celora.numerics.head`). The model's classes and its `forward` stay what they are.
 
-Whether its head and its loss are those that are computed here is measured (`recognise`) in the first call, and again in
-the first after any of them has changed. Only a call of which every argument is known is packed.
+The first call measures whether the model's head and its loss are those that are computed here (`recognise`). So does
+the first call after any of them has changed. A batch is packed only if every argument of its call is known.
+
+A `forward` of the model's own would not do. A replica of `nn.DataParallel` shares it with the original, and would
+compute with the original's weights; and TRL's trainers put their own in its place.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from celora.kernels.operations import available
 from celora.machine.processes import gathers, largest_of_all
 from celora.modeling import packing
 from celora.modeling.attention import LENGTHS, Lookup, implementation, is_attention
-from celora.modeling.call import OUTPUTS, REFUSED, TRL, UNPACKED, Call, ScoredOutput, fit, is_set, unknown_arguments
+from celora.modeling.call import OUTPUTS, REFUSED, TRL, UNPACKED, Call, fit, is_set, unknown_arguments
 from celora.modeling.hooks import Hook, settle_all
 from celora.modeling.language_model import LanguageModel, at_hand, language_model, not_ours
 from celora.modeling.onlookers import may_look_at_shapes
@@ -47,7 +50,7 @@ _NO_LOGITS = slice(0, 0)  # a tensor would have to be where the last of the mode
 
 
 def _nothing() -> None:
-    """A reference to nothing, that copies have, too."""
+    """A reference to nothing. Unlike a weak reference, it can be copied and pickled."""
 
 
 class ModelGraft(Measured, Hook):
@@ -56,10 +59,12 @@ class ModelGraft(Measured, Hook):
     Attributes:
         packs: whether padding is left out.
         keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with.
-        mode: what becomes of that gradient: estimated so, or exact, with or without a measurement of the estimate.
-        step: of the optimizer. What is drawn depends on it, on `seed` and on the call within the step: nothing of it
-            has to be saved for a run that is resumed.
+        mode: whether that gradient is estimated so, or exact, and whether the estimate is measured.
+        step: of the optimizer. The estimate draws by `seed`, step and number of the call within the step, so a run that
+            is resumed draws as it would have.
         smoothing: label smoothing of the loss. A call that cannot be smoothed here is an error.
+        logits: what the model does to its logits; None until a call has been compared with the model's own head.
+        refused: whether the model's head or loss turned out to be others. Its calls are left to it from then on.
     """
 
     def __init__(self, switch: Switch, *, packs: bool, keep_ratio: float = 1.0, seed: int = 0) -> None:
@@ -68,22 +73,22 @@ class ModelGraft(Measured, Hook):
         self.mode = Mode.ESTIMATE
         self.begin(0)
         self.smoothing = 0.0
-        self._logits: Logits | None = None  # None until a call has been compared with the model's own head
-        self._known: tuple[Any, ...] | None = None  # what was compared then
-        self._probed_by: Callable[[], Tensor | None] = _nothing  # the labels of that call
-        self._refused = False
-        self._left: set[str] = set()  # reasons that were said
+        self.logits: Logits | None = None
+        self.refused = False
+        self._known: tuple[Any, ...] | None = None  # what the model was when it was compared
+        self._probed_by: Callable[[], Tensor | None] = _nothing  # the labels of the call that compared it
+        self._said: set[str] = set()
         self._call: Call | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_call": None, "_known": None, "_probed_by": _nothing}
 
     def settle(self, module: nn.Module) -> None:
-        """Forget a forward that was interrupted, and never came to its end."""
+        """Forget a forward that was interrupted."""
         self._take_call()
 
     def _take_call(self) -> Call | None:
-        """The call that is under way; it ends here."""
+        """End the call that is under way, and return it."""
         call, self._call = self._call, None
         if call is not None and call.probe is not None:
             call.probe.leave()
@@ -100,7 +105,7 @@ class ModelGraft(Measured, Hook):
 
     @contextmanager
     def through(self, keep_ratio: float) -> Iterator[None]:
-        """Take the gradient of the logits through this share of the vocabulary, for a while; with the same draws."""
+        """For a while, estimate the gradient of the logits with this share of the vocabulary, with the same draws."""
         usual = self.keep_ratio, self.mode, self._calls
         self.keep_ratio, self.mode, self._calls = keep_ratio, Mode.ESTIMATE, 0
         try:
@@ -109,12 +114,12 @@ class ModelGraft(Measured, Hook):
             self.keep_ratio, self.mode, self._calls = usual
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A forward pre-hook (with kwargs) of the model, and of the PEFT tuner around it: some callers bypass one."""
+        """A forward pre-hook (with kwargs) of the model and of the PEFT tuner around it, as some callers bypass one."""
         under_way, keeps = self._call, kwargs.get("logits_to_keep")
         if under_way is not None:
             if under_way.owner is not module and type(keeps) is type(under_way.keeps) and keeps == under_way.keeps:
-                return None  # the tuner's forward, now at the model's
-            settle_all(language_model(under_way.owner))  # it was interrupted by what no hook hears of
+                return None  # the tuner's forward has come to the model's
+            settle_all(language_model(under_way.owner))  # it was interrupted, and no hook was called
         if not self.switch.on or (torch.compiler.is_compiling() and not self.smoothing):
             return None
         causal = language_model(module)
@@ -130,10 +135,10 @@ class ModelGraft(Measured, Hook):
         return self._begin(module, causal, given, labels)
 
     def _not_here(self, causal: Any, given: Mapping[str, Any], labels: Tensor) -> str | None:
-        """Why a call with labels is not taken over, '' where the user knows; None if it is."""
+        """Why a call with labels is left to the model, or '' where the user knows why; None if it is taken over."""
         if torch.compiler.is_compiling():
             return "torch.compile is tracing it"
-        refused = self._refused and not self._again(labels)
+        refused = self.refused and not self._again(labels)
         if refused or getattr(causal, "_is_replica", False) or not at_hand(causal.get_output_embeddings()):
             return ""
         if not fit(labels, given) or any(is_set(given.get(name)) for name in REFUSED):
@@ -144,7 +149,7 @@ class ModelGraft(Measured, Hook):
             return ""
         if given.get("return_dict", getattr(causal.config, "return_dict", True)) is False:
             return ""
-        if reason := not_ours(causal):  # so it was at first, or nothing would be hooked here
+        if reason := not_ours(causal):  # it was ours when it was hooked
             return f"{reason} by now"
         if given.get(TRL):
             found = fused_head(causal)
@@ -153,14 +158,14 @@ class ModelGraft(Measured, Hook):
         return f"{caller} looks at the logits of every step (with TRL 1.15 or later it does not)" if caller else None
 
     def _begin(self, module: nn.Module, causal: Any, given: dict[str, Any], labels: Tensor) -> Any:
-        """Take a call over: the arguments that the model is to get instead, or None if it has nothing to learn."""
+        """Take a call over. Returns the model's new arguments, or None if no token is labelled."""
         next_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         labelled = next_labels != IGNORED
         numbers, packs = labelled.sum()[None], self._packs(causal, given, labels.shape)
         if packs:
             kept, more = packing.measure(labelled, given.get("attention_mask"))
             numbers = torch.cat([numbers, more])
-        count, *read = numbers.tolist()  # waits for the device, this once, before it has anything to do
+        count, *read = numbers.tolist()  # the only wait for the device, while it has nothing to do
         if not count and not gathers(causal):
             return None
         place = packing.places(labelled.flatten(), count)
@@ -172,7 +177,7 @@ class ModelGraft(Measured, Hook):
             passed |= inputs
             rows, shape = kept.flatten().cumsum(0)[place] - 1, inputs["input_ids"].shape
         elif self.packs and available("attention", labels.device) and implementation(causal.config) == "sdpa":
-            passed[LENGTHS] = None  # not packed, and for our attention if that is faster
+            passed[LENGTHS] = None  # not packed; our attention takes it if it is faster
         keeps: Any = _NO_LOGITS
         known, probe = _known_by(causal, given), None
         if known != self._known or self._again(labels):
@@ -193,7 +198,7 @@ class ModelGraft(Measured, Hook):
         return (), passed
 
     def _again(self, labels: Tensor) -> bool:
-        """Whether this is a checkpoint of the call that probed: backward computes it again, as it was."""
+        """Whether backward computes the call that probed once more, for a checkpoint: it has to probe again."""
         graph_task = borrow(_GRAPH_TASK) if self._probed_by() is labels else None
         return graph_task is not None and graph_task() != -1
 
@@ -223,8 +228,8 @@ class ModelGraft(Measured, Hook):
         return self._scored(causal, call, output)
 
     def _recognised(self, causal: Any, call: Call, output: Any) -> bool:
-        """Whether the head and the loss of this call's model are known. What is not is said, and left from then on."""
-        name, why, found = type(causal).__name__, "", self._logits
+        """Whether the model's head and loss are known after this call. If not, say so, and leave the model alone."""
+        name, why, found = type(causal).__name__, "", self.logits
         if call.hidden is None or call.hidden.shape[:2] != call.shape:
             why = "computes past the decoder under its head"
         elif not isinstance(output, ModelOutput):
@@ -235,22 +240,22 @@ class ModelGraft(Measured, Hook):
         if not why and call.given.get(TRL) and fused_head(causal) != found:
             why = "has logits that TRL's fused head computes otherwise"
         refused = int(bool(why))
-        if self._logits is None and gathers(causal):  # who computes more than the others would wait for them, for ever
+        if self.logits is None and gathers(causal):  # all processes or none: one that computes more waits for ever
             ((refused,),) = largest_of_all([[refused]], causal.get_output_embeddings().weight.device)
         if refused:
             self._refuse(f"{name} {why or 'is not known to another process'}")
             return False
-        self._logits, self._known = found, call.known
+        self.logits, self._known = found, call.known
         return True
 
     def _scored(self, causal: Any, call: Call, output: Any) -> Any:
-        """The output of a call that was taken over, with its loss."""
+        """The output of a call that was taken over: the model's, with the loss in it."""
         given, head = call.given, causal.get_output_embeddings()
         assert call.hidden is not None
         hidden = call.hidden.to(head.weight.device)
         # FSDP2 leaves the head's parameters sharded outside its own forward.
         weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
-        scored = bool(given.get(TRL))
+        for_trl = bool(given.get(TRL))
         rows, targets = call.rows.to(hidden.device), call.next_labels.flatten()[call.place].to(hidden.device)
         scores = score_tokens(
             hidden,
@@ -258,40 +263,25 @@ class ModelGraft(Measured, Hook):
             targets,
             weight,
             bias,
-            logits=self._logits,
+            logits=self.logits,
             smoothing=self.smoothing,
-            statistics=scored,
+            statistics=for_trl,
             keep_ratio=1.0 if self.mode is Mode.EXACT else self.keep_ratio,
-            seed=self._draw() if torch.is_grad_enabled() else 0,  # evaluations are no part of a step
+            seed=self._draw() if torch.is_grad_enabled() else 0,  # an evaluation is not a part of a step
             measure=self.measure if self.mode is Mode.OBSERVE and self.keep_ratio < 1 else None,
         )
         items = given.get("num_items_in_batch")
         items = items.to(hidden.device) if isinstance(items, Tensor) else len(rows) if items is None else items
         loss = -scores.log_probs.sum() / items
-        if not scored:
-            return type(output)(**{**output, "loss": loss, "logits": None})
-
-        def spread(of: Tensor) -> Tensor:
-            full = of.new_zeros(call.next_labels.numel()).index_copy(0, call.place.to(of.device), of)
-            return full.view(call.next_labels.shape)[:, :-1]
-
-        assert scores.entropy is not None
-        assert scores.top1 is not None
-        return ScoredOutput(
-            loss=loss,
-            log_probs=spread(scores.log_probs),
-            entropy=spread(scores.entropy),
-            is_top1=spread(scores.top1),
-            label_mask=call.next_labels[:, :-1] != IGNORED,
-        )
+        return call.for_trl(loss, scores) if for_trl else type(output)(**{**output, "loss": loss, "logits": None})
 
     def _refuse(self, reason: str) -> None:
         """Leave this and all later calls to the model, and say why."""
-        self._refused = True
+        self.refused = True
         self._leave(reason)
 
     def _leave(self, reason: str) -> None:
-        """Say, once, why the loss is the model's own; '' says nothing."""
+        """Say once why the loss is the model's own; a reason of '' says nothing."""
         if self.smoothing:
             raise CELoraError(
                 f"{reason or 'this call is left to the model'}, so its labels cannot be smoothed here; attach with "
@@ -301,21 +291,20 @@ class ModelGraft(Measured, Hook):
             self._say(f"{reason}; its own loss is used, over all tokens and with their padding.")
 
     def _say(self, text: str) -> None:
-        if text not in self._left:
-            self._left.add(text)
+        if text not in self._said:
+            self._said.add(text)
             warnings.warn(f"celora: {text}", stacklevel=2)
 
     def _own(self, module: nn.Module, given: dict[str, Any]) -> Any:
-        """What the model makes of this call by itself."""
-        usual = self._refused, self._probed_by
-        self._refused, self._probed_by = True, _nothing
+        """The output of a model that is refused. A checkpoint of the call must not be taken for one that probes."""
+        probed_by, self._probed_by = self._probed_by, _nothing
         try:
             return module(**given)
         finally:
-            self._refused, self._probed_by = usual
+            self._probed_by = probed_by
 
     def _packs(self, causal: Any, given: Mapping[str, Any], shape: torch.Size) -> bool:
-        """Whether the batch of this call may be packed. Where the user would not expect why not, it is said."""
+        """Whether the batch of this call may be packed. Says why not, unless the arguments show it."""
         ids, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
         if not self.packs or any(given.get(name) is not None for name in UNPACKED):
             return False
@@ -333,7 +322,7 @@ class ModelGraft(Measured, Hook):
 
 
 def _known_by(causal: Any, given: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What decides what a model makes of its hidden states. Once any of it changes, that is to be measured again."""
+    """All that decides what a model makes of its hidden states. If any of it changes, the model is probed again."""
     head = causal.get_output_embeddings()
     parts = (head, head.forward, causal.loss_function, type(causal).forward, vars(causal).get("forward"))
     references = tuple(None if part is None else weakref.ref(getattr(part, "__func__", part)) for part in parts)
@@ -348,7 +337,12 @@ def _known_by(causal: Any, given: Mapping[str, Any]) -> tuple[Any, ...]:
 def install(
     found: LanguageModel, switch: Switch, *, packs: bool = True, keep_ratio: float = 1.0, seed: int = 0
 ) -> ModelGraft:
-    """Hook a language model, and the PEFT tuner around it; `remove` undoes it. With `packs`, padding is left out."""
+    """Hook a language model and the PEFT tuner around it; `celora.modeling.hooks.remove` undoes it.
+
+    Args:
+        packs: leave out padding, if the model allows it.
+        keep_ratio, seed: as in `ModelGraft`.
+    """
     graft = ModelGraft(switch, packs=packs and not found.cannot_pack, keep_ratio=keep_ratio, seed=seed)
     _hook(graft, found.causal, found.tuner)
     return graft
@@ -368,9 +362,9 @@ def _hook(graft: ModelGraft, causal: PreTrainedModel, tuner: nn.Module | None) -
 
 @contextmanager
 def taken_over(found: LanguageModel | None) -> Iterator[ModelGraft | None]:
-    """For a while, leave out padding and compute the loss over labelled tokens only, wherever that can be done.
+    """For a while, leave out padding and compute the loss over labelled tokens only.
 
-    Yields what does it, or None where it cannot be done.
+    Yields the graft that does so; None if there is no language model.
     """
     if found is None:
         yield None

@@ -1,4 +1,4 @@
-"""Which hooks of others may see that a batch is packed, so that it has to stay padded."""
+"""Hooks of others that may depend on the shape of a batch. Batches keep their padding where there are any."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 from celora.modeling.attention import Lookup, is_attention
 from celora.modeling.hooks import is_ours
 
-# Whose hooks do not look at the shape of a batch, but for NEFTune's.
+# The hooks of these packages do not depend on the shape of a batch, except for NEFTune's.
 _BLIND = ("torch", "bitsandbytes", "deepspeed", "accelerate", "transformers", "trl")
 
 
 def _may_look(hook: Any) -> str:
-    """The name of a hook that may look at the shape of a batch, or ''."""
+    """The name of a hook, if it may depend on the shape of a batch; else ''."""
     function = inspect.unwrap(getattr(hook, "func", hook))
     called: str = getattr(function, "__name__", type(function).__name__)
     origin = (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
@@ -24,10 +24,10 @@ def _may_look(hook: Any) -> str:
 
 
 def may_look_at_shapes(module: nn.Module) -> str:
-    """Why this module keeps batches padded, with {} for its name, or ''.
+    """Why batches keep their padding because of this module, with {} for its name; or ''.
 
-    NEFTune's noise, for one, depends on the number of tokens; PEFT's aLoRA looks at the rows of the batch; and what
-    users hook is theirs.
+    NEFTune's noise depends on the number of tokens, PEFT's aLoRA on the rows of the batch. Nothing is known of the
+    hooks of users.
     """
     first = module._forward_pre_hooks.values()
     if is_attention(module) and not any(isinstance(getattr(hook, "__self__", None), Lookup) for hook in first):

@@ -1,4 +1,4 @@
-"""Who else has a hand in a model's forward: replaced `forward`s, TRL's fused head, and trainers that want logits."""
+"""Who else changes a model's forward: replaced `forward`s, TRL's fused head, and trainers that want logits."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from torch import nn
 
 from celora.numerics.head import Logits
 
-_TRL_FIELDS = {"log_probs", "entropy", "is_top1"}  # that are computed here
-# The closure of TRL's fused head (`trl.trainer.utils.add_fused_lm_head`): what it computes, and from what.
+_TRL_FIELDS = {"log_probs", "entropy", "is_top1"}  # the outputs of TRL's fused head that celora computes
+# What the closure of TRL's fused head (`trl.trainer.utils.add_fused_lm_head`) says it computes, and how.
 _TRL_SETTINGS = {"outputs", "temperature", "cast_lm_head_to_fp32", "final_logit_softcapping", "logit_scale"}
 
 
 def _function(forward: Any) -> Any:
-    """The function in a method or a partial, as it was written, whatever it says of itself."""
+    """The function in a method or a partial, past what `functools.wraps` makes it look like."""
     while isinstance(forward, functools.partial):
         forward = forward.func
     return getattr(forward, "__func__", forward)
 
 
 def _written_in(function: Any) -> str:
-    """The module whose code this is; `functools.wraps` makes `__module__` say another."""
+    """The name of the module that holds its code. After `functools.wraps`, `__module__` names another."""
     names = getattr(function, "__globals__", None)
     found = names.get("__name__") if names is not None else getattr(function, "__module__", None)
     return str(found or type(function).__module__)
 
 
 def replaced(module: nn.Module) -> str:
-    """Who has replaced the forward of this one module, if it does not merely call it as accelerate does; or ''."""
+    """Who has replaced the forward of this module, or ''. accelerate's does not count: it calls the module's own."""
     forward = vars(module).get("forward")
     if forward is None:
         return ""
     function = _function(forward)
     origin = _written_in(function)
-    if origin.partition(".")[0] == "accelerate":  # which casts, or moves things between devices
+    if origin.partition(".")[0] == "accelerate":  # it casts, or moves tensors between devices
         return ""
     return f"{origin}.{getattr(getattr(function, '__code__', None), 'co_name', type(function).__name__)}"
 
 
 def is_fused_head(causal: nn.Module) -> bool:
-    """Whether the model's forward is the one that `add_fused_lm_head` of TRL 1.15 and later gives it."""
+    """Whether `add_fused_lm_head` of TRL 1.15 or later has replaced the model's forward."""
     function = _function(vars(causal).get("forward"))
     code = getattr(function, "__code__", None)
     return code is not None and code.co_name == "_fused_forward" and _written_in(function).startswith("trl.")
@@ -67,7 +67,7 @@ def fused_head(causal: nn.Module) -> Logits | str:
 
 
 def trainer_wants_logits() -> str:
-    """Which of TRL's trainers is calling the model without its fused head, to look at the logits; or ''."""
+    """Which of TRL's trainers calls the model to look at its logits, or ''."""
     if "trl" not in sys.modules:
         return ""
     frame: FrameType | None = sys._getframe(1)

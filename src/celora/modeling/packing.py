@@ -1,9 +1,9 @@
-"""Batches without padding: the tokens of all sequences in one row, each attending to its own sequence only.
+"""Batches without padding: all sequences in one row, in which each token attends to its own sequence only.
 
-A padded batch spends every layer on tokens that nobody looks at; so does, in a causal model, every token after the last
-one whose successor has a label. Both are left out before the model sees the batch, and nothing that is learnt changes.
-Attention is computed sequence by sequence (`celora.modeling.attention`), or by FlashAttention's variable-length
-kernels.
+Padding costs time in every layer, and no one looks at it. In a causal model the same is true of the tokens after the
+last one whose successor has a label. Both are left out before the model sees the batch; nothing that is learnt changes.
+Attention is computed sequence by sequence (`celora.modeling.attention`), or by FlashAttention's kernels for sequences
+of different lengths.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from celora.modeling.attention import LENGTHS, implementation, packing_pays, pla
 from celora.modeling.families import family_of
 from celora.numerics.select import grain
 
-_LEAST_SAVING = 0.05  # of the tokens; for less, only a faster attention is worth the varying shapes
+_LEAST_SAVING = 0.05  # share of the tokens; for less, shapes that vary pay only where attention becomes faster
 
 
 def measure(labelled: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which tokens a packed batch keeps, (B, T) bool, and what `pack` has to know of them, (B + 2,) int64.
+    """Which tokens a packed batch keeps, (B, T) bool, and the numbers that `pack` needs, (B + 2,) int64.
 
     Args:
         labelled: (B, T), whether a token's successor has a label.
         attention_mask: (B, T), 1 for tokens and 0 for padding on either side, or None for no padding.
 
-    Nothing here waits for an accelerator: the numbers are for the caller to read, with others of its own.
+    Nothing here waits for an accelerator. The caller reads the numbers, together with others of its own.
     """
     place = torch.arange(labelled.shape[1], device=labelled.device)
     kept = place <= torch.where(labelled, place, -1).amax(1, keepdim=True)
@@ -46,16 +46,16 @@ def measure(labelled: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Te
 def pack(
     model: nn.Module, input_ids: Tensor, position_ids: Tensor | None, kept: Tensor, numbers: list[int]
 ) -> dict[str, Any] | None:
-    """A batch of B sequences of up to T tokens as one row of N tokens; None if it is better left as it is.
+    """Put a batch of B sequences of up to T tokens into one row of N tokens; None if padding had better stay.
 
     Args:
-        model: that will get it; `cannot_pack` has said nothing against it.
+        model: gets the batch; `cannot_pack` has found no reason against it.
         input_ids: (B, T).
         position_ids: (B, T) or None for 0 ... T-1.
-        kept: which tokens to keep, and `numbers`: both from `measure`.
+        kept, numbers: from `measure`, the numbers read.
 
     Returns:
-        What replaces arguments of the model's forward.
+        Arguments of the model's forward, to replace those of the batch.
     """
     rows, columns = input_ids.shape
     whole, masked, *counted = numbers
@@ -72,9 +72,9 @@ def pack(
     assert family is not None
     window = getattr(config, family.window, None)
     if ours and window is not None and max(lengths) > window:
-        return None  # full causal attention, which is what each sequence gets, would be another model's
+        return None  # each sequence gets full causal attention, which does not stop at the window
     index = places(kept.flatten(), total)
-    # A few repetitions of the last token, which nothing before them sees: shapes that come again are faster.
+    # Repeat the last token a few times. No other token sees them, and shapes that come again are faster.
     extra = -total % grain(total) if input_ids.device.type == "cpu" else 0
     lengths = (*lengths[:-1], lengths[-1] + extra)
     padded = torch.cat([index, index[-1:].expand(extra)])
@@ -84,7 +84,7 @@ def pack(
         "position_ids": (position if position_ids is None else position_ids).flatten()[padded][None],
     }
     if ours:
-        # A mask of four dimensions is handed on as it is. Ours looks at none; any other attention refuses integers.
+        # Transformers hands a mask of four dimensions on. Our attention looks at no mask; any other refuses integers.
         return inputs | {"attention_mask": index.new_ones(1, 1, 1, 1), LENGTHS: lengths}
     counts = kept.sum(1)
     ends = counts[places(counts > 0, len(lengths))].cumsum(0)
@@ -100,12 +100,12 @@ def pack(
 
 
 def places(mask: Tensor, count: int) -> Tensor:
-    """Where a flat mask is true, which is `count` times: as `nonzero`, for which an accelerator would be waited for."""
+    """The `count` places where a flat mask is true. Unlike `nonzero`, this does not wait for an accelerator."""
     return torch.searchsorted(mask.cumsum(0), torch.arange(1, count + 1, device=mask.device))
 
 
 def _longest(config: Any) -> float:
-    """The number of tokens from which on the rotary embedding of each depends on how many there are."""
+    """The number of tokens in a row beyond which the rotary embedding of each depends on their number."""
     found = getattr(config, "rope_parameters", None) or {}
     for rope in (found, *(of for of in found.values() if isinstance(of, dict))):  # one for all layers, or for each kind
         if rope.get("rope_type") in ("dynamic", "longrope"):
@@ -114,14 +114,14 @@ def _longest(config: Any) -> float:
 
 
 def _dtype(model: Any) -> torch.dtype:
-    """The dtype that the model works in."""
+    """The dtype of the model's activations."""
     autocast = torch.is_autocast_enabled("cpu")
     dtype: torch.dtype = torch.get_autocast_dtype("cpu") if autocast else model.dtype
     return dtype
 
 
 def cannot_pack(model: nn.Module, look: Callable[[nn.Module], str] = lambda module: "") -> str:
-    """Why batches of `model` have to stay padded, as it is now, or ''; `look` may find a reason in a module of it."""
+    """Why batches of `model` keep their padding, as it is now, or ''. `look` may find a reason in a module of it."""
     config = getattr(model, "config", None)
     family = family_of(config)
     if family is None or not family.packs_with:
@@ -145,10 +145,10 @@ _SEE_LATER = "its tokens attend to later ones"
 
 
 def _objection(module: nn.Module, config: Any) -> str:
-    """Why the batches of a model with this module have to stay padded, or ''. Thousands are asked, in every call."""
+    """Why batches keep their padding because of this module, or ''. Every call asks thousands of modules."""
     own = vars(module)
     if "layer_idx" in own:
-        # PEFT's layer_replication copies it, so that such a layer would not hear which attention it is to use.
+        # PEFT's layer_replication copies the configuration, and such a layer does not see which attention to use.
         if own.get("config", config) is not config:
             return "some of its layers have a configuration of their own"
         if not own.get("is_causal", getattr(type(module), "is_causal", True)):
@@ -159,7 +159,7 @@ def _objection(module: nn.Module, config: Any) -> str:
 
 
 def _inside(model: nn.Module) -> Iterator[nn.Module]:
-    """Every module of a model, without their names, which take longer than all the rest."""
+    """Every module of a model. Its names would take longer than all the rest."""
     waiting = [model]
     while waiting:
         module = waiting.pop()

@@ -1,10 +1,14 @@
-"""What a model makes of its hidden states: its logits and its loss, measured in one call.
+"""Measure in one call what a model makes of its hidden states: its logits and its loss.
 
-A configuration may name a scale that the model does not use, or the model may have one whose name is not known; and
-while logits are small, a soft cap of 30 looks like none. So in one call the head answers with numbers of every size
-that logits can have (`sweep`), in the place of its logits. The model's function is known if what it makes of them is,
-bit for bit, one of the forms that the numbers in its configuration allow, rounded as a model rounds. The head is known
-if its output is `W h + b` of the decoder's hidden states, and the loss if it is the cross entropy of the next labels.
+The configuration alone does not tell. It may name a scale that the model does not use. The model may have a scale whose
+name is not known. And while logits are small, a soft cap of 30 looks like none.
+
+So in one call the head answers with numbers of every size that logits can have (`sweep`), instead of its logits. Then
+
+- the head is known if its output was `W h + b` of the decoder's hidden states h;
+- what the model does to logits is known if, bit for bit, it is one of the forms that the numbers in its configuration
+  allow (`celora.modeling.families` has their names), rounded as a model rounds;
+- the loss is known if it is the cross entropy of the next labels.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from celora.numerics.head import Logits
 from celora.weights.sharded import whole
 
 IGNORED = -100
-POSITIONS = 4  # of each row, whose logits are looked at
+POSITIONS = 4  # how many tokens of each row are looked at
 _LARGEST = 8.0  # sinh(8) = 1490, and in no row more than 2300, which float16 can hold
 _LOSS_ROUNDING = 1e-5
 
@@ -37,7 +41,7 @@ def settings(config: Any) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Form:
-    """`cap tanh(x / cap)` of `x = factor z` or of `x = z / factor`, in the order of operations that models have."""
+    """`cap tanh(x / cap)` of `x = factor z` or of `x = z / factor`, computed in the order in which models do."""
 
     factor: float = 1.0
     divides: bool = False
@@ -61,7 +65,7 @@ def _forms(numbers: dict[str, float], *, capped: bool) -> Iterator[_Form]:
 
 
 class _Loss:
-    """A model's loss function for the one call of a probe: where it fails on the probe's few labels, the loss is 0."""
+    """A model's loss function during a probe. If it fails on the probe's few labels, the loss is 0."""
 
     def __init__(self, usual: Callable[..., Any], device: torch.device) -> None:
         self.usual, self.device = usual, device
@@ -69,11 +73,11 @@ class _Loss:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return self.usual(*args, **kwargs)
-        except Exception:  # whatever it is, this loss is not the one that celora knows
+        except Exception:  # whatever fails, this loss is not the one that celora knows
             return torch.zeros((), device=self.device)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any]]:
-        return _itself, (self.usual,)  # what a copy of the model gets
+        return _itself, (self.usual,)  # a copy of the model gets the usual loss
 
 
 def _itself(of: Any) -> Any:
@@ -84,8 +88,8 @@ class Probe:
     """One call in which a model's head answers with `sweep`.
 
     Attributes:
-        positions: of each row, whose logits the model computes.
-        labels: of these positions, (B, POSITIONS), one of them without a label.
+        positions: the tokens of each row whose logits the model computes.
+        labels: (B, POSITIONS), their labels. One of them has none.
     """
 
     def __init__(self, causal: Any, shape: torch.Size, items: Any, device: torch.device) -> None:
@@ -101,7 +105,7 @@ class Probe:
         self._calls = 0
 
     def enter(self, causal: Any, hook: Callable[..., Any]) -> None:
-        """Put the hook under the head, before FSDP2's, which shards its weight; and stand beside the loss function."""
+        """Hook the head, before FSDP2's hook shards its weight, and wrap the loss function."""
         self._handle = causal.get_output_embeddings().register_forward_hook(hook, prepend=True)
         usual, before = causal.loss_function, dict(self._attributes)
         causal.loss_function = _Loss(usual, self.labels.device)
@@ -110,7 +114,7 @@ class Probe:
         }
 
     def leave(self) -> None:
-        """The model is what it was before."""
+        """Leave the model as it was before."""
         self._handle.remove()
         for key, value in self._changed.items():
             del self._attributes[key]
@@ -118,7 +122,13 @@ class Probe:
                 self._attributes[key] = value
 
     def answer(self, head: Any, given: Tensor, output: Tensor, hidden: Tensor, config: Any) -> Tensor:
-        """What the head is to answer with: given these of the decoder's hidden states, it would have answered so."""
+        """What the head answers with: `sweep` in the shape of its output.
+
+        Args:
+            given: the head's input.
+            output: what the head made of it.
+            hidden: the decoder's hidden states, (B, T, n).
+        """
         self._calls += 1
         weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
         with torch.no_grad():
@@ -131,7 +141,7 @@ class Probe:
         return self._shown
 
     def verdict(self, output: Any, config: Any) -> Logits | str:
-        """What is done to the logits, or why that is not known."""
+        """What the model does to its logits, or why that is not known."""
         logits, loss = output.logits, output.loss
         if self._calls != 1 or self._before is None or self._shown is None or not isinstance(logits, Tensor):
             return "does not compute its logits as its head's product with the decoder's hidden states"
@@ -152,7 +162,7 @@ class Probe:
 
 
 def sweep(like: Tensor) -> Tensor:
-    """Numbers of every size that logits can have, of both signs and other ones in each row, in this shape and dtype."""
+    """Numbers of every size that logits can have, of both signs, others in each row; in this shape and dtype."""
     rows, words = like.shape[:-1].numel(), like.shape[-1]
     place = torch.linspace(-_LARGEST, _LARGEST, words, device=like.device, dtype=torch.float32)
     moved = 0.03 * (torch.arange(rows, device=like.device) % 15)[:, None]
@@ -160,7 +170,7 @@ def sweep(like: Tensor) -> Tensor:
 
 
 def _made_by(form: _Form, z: Tensor, y: Tensor) -> bool:
-    """Whether y is this form of z, computed in z's dtype or in float32."""
+    """Whether y is this form of z, computed in the dtype of z or in float32."""
     wide = form(z.float())
     return any(_same(found.to(y.dtype), y) for found in (form(z), wide, wide.to(z.dtype)))
 

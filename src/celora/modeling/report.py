@@ -7,14 +7,13 @@ from typing import Any
 
 from celora.settings.config import LayerConfig
 
-# A preset names the layers of common models; a model need not have all of them.
 # Leaves out the tokens whose gradient is zero, and nothing else.
 LOSSLESS = LayerConfig("tokens", keep_ratio=1.0, rank=0, selection="energy")
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One frozen layer: what its backward is, at which cost relative to dense, and why if it is not estimated."""
+    """One frozen layer: how its backward is computed, its cost relative to dense, and why it is not estimated."""
 
     name: str
     out_features: int
@@ -36,7 +35,7 @@ class LayerReport:
 
     @property
     def exact(self) -> bool:
-        """Whether the gradient is the dense product's: computed as that, or without tokens whose gradient is zero."""
+        """Whether the gradient is the dense product's. Leaving out tokens whose gradient is zero changes nothing."""
         return self.estimator == "dense" or self._lossless
 
     @property
@@ -51,7 +50,7 @@ class AttachReport:
 
     layers: tuple[LayerReport, ...]
     refresh_every: int
-    notes: tuple[str, ...] = ()  # what else is done, what cannot be and why, and settings that cost time
+    notes: tuple[str, ...] = ()  # what else is done, what cannot be done and why, and settings that cost time
 
     @property
     def estimated(self) -> dict[str, LayerReport]:
@@ -70,7 +69,7 @@ class AttachReport:
 
     @property
     def cost(self) -> float:
-        """FLOPs of all frozen `grad_input` products relative to exact LoRA, refresh steps apart."""
+        """FLOPs of all frozen `grad_input` products relative to exact LoRA's, without refresh steps."""
         size = [layer.out_features * layer.in_features for layer in self.layers]
         return sum(s * layer.cost for s, layer in zip(size, self.layers, strict=True)) / max(1, sum(size))
 
