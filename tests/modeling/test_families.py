@@ -17,8 +17,13 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import celora
+from celora.kernels.c import library as kernels
 from celora.modeling.families import ATTENTIONS, FAMILIES, Family, Gate, column, family_of
+from celora.modeling.passes import known as passes
 from celora.modeling.survey import survey
+from celora.modeling.switch import Switch
+from celora.numerics import passes as numerics
+from patching import patch_all
 from tolerances import OF_GRADIENT
 
 RECIPE = Path(__file__).parents[2] / "docs" / "develop" / "new-family.md"
@@ -114,6 +119,57 @@ def test_a_family_without_a_row_trains_as_before() -> None:
         assert model(**batch).logits is None
     assert ours == pytest.approx(loss, rel=1e-6)
     assert (gradient - expected).norm() < OF_GRADIENT * expected.norm()
+
+
+class Block(nn.Module):
+    """A SwiGLU block whose parts have other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w3, self.w2, self.act = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.w2(self.act(self.w1(x)) * self.w3(x))
+        return found
+
+
+def turn_by_halves(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cosine[:, None] + torch.cat([-second, first], -1) * sine[:, None]
+
+    return turned(q), turned(k)
+
+
+class Attention(nn.Module):
+    """Turns queries by a function of another name."""
+
+    def forward(self, q: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        return turn_by_halves(q, q, cosine, sine)[0]
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+def test_other_names_are_found_once_a_row_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.ModuleList([Block(), Attention()]).train()
+    block, attention = model
+    inputs = [(block, (torch.randn(3, 8),)), (attention, (torch.randn(2, 4, 3, 8), *torch.randn(2, 2, 3, 8)))]
+    expected = [module(*given) for module, given in inputs]
+    assert passes.known(block) == {}
+    row = Family("toy", gate=Gate("w1", "w3", "w2", "act"), rotation=turn_by_halves.__name__)
+    monkeypatch.setitem(FAMILIES, "toy", row)
+    found = passes.known(model)
+    assert {module: kind.name for module, kind in found.items()} == {block: "gates", attention: "rotations"}
+    calls: list[str] = []
+    for name in ("gated", "rotated"):
+        before = getattr(numerics, name)
+        patch_all(
+            monkeypatch, f"celora.numerics.passes:{name}", lambda *of, b=before, n=name: calls.append(n) or b(*of)
+        )
+    for module, kind in found.items():
+        kind(Switch()).under(module)
+    for (module, given), theirs in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(module(*given), theirs)
+    assert calls == ["gated", "rotated", "rotated"]
 
 
 def test_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from celora.borrowed import borrow
+from celora.modeling import families
 from celora.modeling.adapter import touched
 from celora.modeling.passes.own_forward import OwnForward, computable, gives, numbers, single
 from celora.numerics.passes import gated
+
+_LLAMA = families.Gate()
 
 
 class Gate(OwnForward):
@@ -23,18 +26,22 @@ class Gate(OwnForward):
     name = "gates"
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        x, activation = single(args, kwargs, "gated"), module.act_fn
-        if (
-            x is None
-            or not is_silu(activation)
-            or _watched(activation)
-            or not multiplies(type(module).forward, x.dtype)
-        ):
+        x = single(args, kwargs, "gated")
+        parts = None if x is None else parts_of(module, x.dtype)
+        if x is None or parts is None or _watched(getattr(module, parts.activation)):
             return type(module).forward(module, *args, **kwargs)
-        gate, up = module.gate_proj(x), module.up_proj(x)
+        gate, up = getattr(module, parts.gate)(x), getattr(module, parts.up)(x)
         fit = computable(gate, "gated") and type(up) is torch.Tensor
         fit = fit and (up.dtype, up.shape, up.device) == (gate.dtype, gate.shape, gate.device)
-        return module.down_proj(gated(gate, up) if fit else activation(gate) * up)
+        return getattr(module, parts.down)(gated(gate, up) if fit else getattr(module, parts.activation)(gate) * up)
+
+
+def parts_of(module: nn.Module, dtype: torch.dtype = torch.float32) -> families.Gate | None:
+    """The names of a SwiGLU block's parts, if some family calls them so; None for a module that is no such block."""
+    for parts in families.column("gate"):
+        if is_silu(getattr(module, parts.activation, None)) and multiplies(type(module).forward, dtype, parts):
+            return cast(families.Gate, parts)
+    return None
 
 
 def is_silu(activation: object) -> bool:
@@ -50,11 +57,13 @@ def _watched(activation: nn.Module) -> bool:
 
 
 @functools.cache
-def multiplies(forward: Callable[..., Any], dtype: torch.dtype = torch.float32) -> bool:
+def multiplies(forward: Callable[..., Any], dtype: torch.dtype = torch.float32, parts: families.Gate = _LLAMA) -> bool:
     """Whether a block's forward computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))` in this dtype.
 
-    The trial is a block that has only these four: a forward that asks for anything else is another one.
+    The trial is a block that has only these four, by the names in `parts`. A forward that asks for anything else is
+    another one.
     """
-    block = SimpleNamespace(gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.sinh, act_fn=F.silu)
+    functions = {parts.gate: torch.sin, parts.up: torch.cos, parts.down: torch.sinh, parts.activation: F.silu}
+    block = SimpleNamespace(**functions)
     x = numbers(1, 3, 4).to(dtype)
     return gives(lambda: forward(block, x), (F.silu(x.sin()) * x.cos()).sinh())

@@ -17,8 +17,9 @@ Modules keep their class. Each gets a `forward` of its own (`OwnForward`), in fr
 - A SwiGLU block's calls the block's projections, and computes the formula between them.
 - An attention's is a copy of the class's that turns queries and keys by the formula.
 
-What a class computes is not known by its name but by trying it; what is none of these formulas is left alone. So is a
-module whose `forward` somebody else has replaced.
+The table of families (`celora.modeling.families`) says by which names and in which variants they come. What a class
+computes is found by trying it. What is none of these formulas is left alone. So is a module whose `forward` somebody
+else has replaced.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import nn
 
 from celora.kernels.operations import available
 from celora.modeling.hooks import is_ours
-from celora.modeling.passes.gate import Gate, is_silu, multiplies
+from celora.modeling.passes.gate import Gate, parts_of
 from celora.modeling.passes.norm import Norm, epsilon
 from celora.modeling.passes.own_forward import OwnForward
 from celora.modeling.passes.rotation import Rotation, calls_turn, turn_of, turns
@@ -54,7 +55,7 @@ def known(model: nn.Module) -> dict[nn.Module, type[OwnForward]]:
         if kind.__name__.endswith("RMSNorm") and epsilon(module):
             if [name for name, _ in module.named_parameters()] == ["weight"]:
                 found[module] = Norm
-        elif is_silu(getattr(module, "act_fn", None)) and multiplies(kind.forward):
+        elif parts_of(module) is not None:
             found[module] = Gate
         elif calls_turn(kind.forward) and turns(turn_of(kind.forward)):
             found[module] = Rotation

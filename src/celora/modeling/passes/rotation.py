@@ -1,8 +1,9 @@
 """The forward of an attention that turns queries and keys by rotary embeddings, each in one pass.
 
-Each family of Transformers has an attention of its own, whose forward calls the function `apply_rotary_pos_emb` of its
-module. Replacing that function would replace it for every model. So an attention runs a copy of its class's forward:
-the same code and line numbers, in which that one name means another function.
+Each family of Transformers has an attention of its own, whose forward calls a function of its own file, such as
+`apply_rotary_pos_emb` (`celora.modeling.families` has the names). Replacing that function would replace it for every
+model. So an attention runs a copy of its class's forward: the same code and line numbers, in which that one name means
+another function.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from celora.modeling.families import column
 from celora.modeling.passes.own_forward import OwnForward, computable, gives, numbers
 from celora.numerics.passes import rotated
-
-_TURN = "apply_rotary_pos_emb"  # in every decoder of Transformers that has rotary embeddings
 
 
 class Rotation(OwnForward):
@@ -88,28 +88,35 @@ def turns(own: Callable[..., Any], dtype: torch.dtype = torch.float32, partly: b
 
 
 def turn_of(forward: Callable[..., Any]) -> Any:
-    """The function `apply_rotary_pos_emb` of the file that an attention's forward stands in; None if there is none."""
-    return getattr(inspect.unwrap(forward), "__globals__", {}).get(_TURN)
+    """The function by which an attention's forward turns, as its file has it; None if there is none that is known."""
+    return getattr(inspect.unwrap(forward), "__globals__", {}).get(_name(forward))
+
+
+@functools.cache
+def _name(forward: Callable[..., Any]) -> str:
+    """The one rotary function that a forward calls, if some family has it; or ''."""
+    called = getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ())
+    known = column("rotation")
+    rotary = [name for name in called if "rotary" in name or name in known]
+    return rotary[0] if len(rotary) == 1 and rotary[0] in known else ""
 
 
 @functools.cache
 def calls_turn(forward: Callable[..., Any]) -> bool:
-    """Whether an attention's forward calls that function, and no other of its kind, and can be copied."""
+    """Whether an attention's forward calls such a function, and no other of its kind, and can be copied."""
     while (inner := getattr(forward, "__wrapped__", None)) is not None:
         cells = getattr(forward, "__closure__", None) or ()
         if not isinstance(forward, FunctionType) or not any(cell.cell_contents is inner for cell in cells):
             return False
         forward = inner
-    if not isinstance(forward, FunctionType) or turn_of(forward) is None:
-        return False
-    return [name for name in forward.__code__.co_names if "rotary" in name] == [_TURN]
+    return isinstance(forward, FunctionType) and turn_of(forward) is not None
 
 
 def calling(forward: Any, turn: Callable[..., Any]) -> Any:
-    """A copy of an attention's forward and of its decorators, which calls `turn` for `apply_rotary_pos_emb`."""
+    """A copy of an attention's forward and of its decorators, which calls `turn` instead of its own function."""
     inner = getattr(forward, "__wrapped__", None)
     if inner is None:
-        names, cells = forward.__globals__ | {_TURN: turn}, forward.__closure__
+        names, cells = forward.__globals__ | {_name(forward): turn}, forward.__closure__
     else:  # a decorator keeps what it decorates in a cell
         copied, names = CellType(calling(inner, turn)), forward.__globals__
         cells = tuple(copied if cell.cell_contents is inner else cell for cell in forward.__closure__)
