@@ -1,4 +1,4 @@
-"""What computes past a layer's own forward, where no hook is called, so that nothing can be estimated there."""
+"""What computes past a layer's own forward. No hook is called there, so nothing can be estimated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from celora.errors import CELoraError
 
-# These multiply with a weight that they have put together themselves, instead of calling their base layer with its own.
+# These build a weight and multiply with it themselves. They never call their base layer with its own weight.
 _OWN_PRODUCT = {
     ("peft.tuners.hra", "HRALinear"): "HRA",
     ("peft.tuners.shira", "Linear"): "SHiRA",
@@ -18,17 +18,17 @@ _OWN_PRODUCT = {
 
 
 def own_product(tuner: nn.Module) -> str:
-    """Why the backward of this PEFT layer does not come through its base layer's forward, or ''."""
+    """Why the backward of this PEFT layer does not pass its base layer, or ''."""
     package = ".".join(type(tuner).__module__.split(".")[:3])
     kind = _OWN_PRODUCT.get((package, type(tuner).__name__))
     return f"{kind} computes with a weight of its own" if kind else ""
 
 
 def refuse_patched(model: nn.Module) -> None:
-    """CELoraError if Unsloth has replaced the forward of a part of `model`.
+    """Raise CELoraError if Unsloth has replaced the forward of a part of `model`.
 
-    Its kernels read the weights of base layer and adapter and compute both themselves. They sit in classes and in
-    attributes of modules (`forward`, `apply_qkv`, `apply_o`), and are known by the module that defines them.
+    Its kernels read the weights of base layer and adapter, and compute both themselves. They stand in classes and in
+    attributes of modules (`forward`, `apply_qkv`, `apply_o`). The file that defines a function tells whether it is one.
     """
     for name, module in model.named_modules():
         for function in _functions(module):

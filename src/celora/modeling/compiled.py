@@ -1,4 +1,7 @@
-"""Grafted layers inside torch.compile: refreshes and opaque estimates as custom operators."""
+"""Grafted layers inside torch.compile: refreshes, and estimates that it cannot trace, as custom operators.
+
+A custom operator takes tensors and numbers only. So it gets the layer's key, and finds the layer by it.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,10 @@ if TYPE_CHECKING:
 
 keys = itertools.count()
 layers: weakref.WeakValueDictionary[int, LayerGraft] = weakref.WeakValueDictionary()
-quantised: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()  # their modules
+quantised: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()  # base layers by the same keys
 
 
-# Compiled graphs may not change Python objects, so there a refresh step calls the layer through an opaque operator; so
-# does an estimate that torch.compile cannot look into.
+# A compiled graph may not change Python objects, and a refresh does: it counts, and gathers statistics.
 @torch.library.custom_op("celora::observed_grad_input", mutates_args=())
 def observed_grad_input(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
     layer = layers[key]
@@ -45,7 +47,7 @@ def _(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
     return grad_output.new_empty(grad_output.shape[0], weight.shape[1])
 
 
-# What a quantised layer holds is nothing that a graph can take in, so its whole product is an operator.
+# A graph cannot take in the parts of a quantised weight. So reading and multiplying it is one operator.
 @torch.library.custom_op("celora::read_and_multiplied", mutates_args=())
 def read_and_multiplied(grad_output: Tensor, in_features: int, key: int, mode: str) -> Tensor:
     module = quantised.get(key)

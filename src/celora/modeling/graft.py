@@ -1,8 +1,8 @@
 """An estimated backward grafted onto an exact forward.
 
-A forward hook on the frozen base layer takes the output the layer has just computed, cuts it from the graph, and
-returns it unchanged as the output of an autograd node of our own. So the forward is PEFT's, bit for bit, whatever
-wraps it; only `grad_input = grad_output @ W` goes through the layer's estimator.
+A forward hook on the frozen base layer takes the output that the layer has just computed. It cuts the output from the
+graph and returns it unchanged, as the output of an autograd node of our own. So the forward stays PEFT's, bit for bit.
+Only `grad_input = grad_output @ W` goes through the layer's estimator.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from celora.weights.stored import StoredWeight
 
 
 class LayerGraft(Measured, Hook):
-    """The forward hook of one base layer, with the layer's estimator and what it measured of itself.
+    """The forward hook of one base layer, with the layer's estimator and the errors that it measured.
 
-    It takes over what trains, and nothing else: in `eval()` the gradient is the model's own (of saliency maps, say).
+    It takes over in training mode only. In `eval()` a gradient, of a saliency map for example, is the model's own.
     """
 
-    _tried: tuple[Any, ...] | None = None  # the layer's `identity` when it was tried, and what came of it
-    _unlike = ""
+    _tried: tuple[Any, ...] | None = None  # the layer's `identity` when it was last tried
+    _unlike = ""  # what that trial found, as `unlike` says it
 
     def __init__(self, estimator: Estimator, switch: Switch) -> None:
         super().__init__()
@@ -55,15 +55,15 @@ class LayerGraft(Measured, Hook):
         self.estimator = estimator
         self.switch = switch
         self.mode = Mode.OBSERVE
-        self.observed = 0  # exact backwards that statistics were taken from
-        self.tokens, self.dtype = 0, ""  # the most that one of them had, and of what dtype
+        self.observed = 0  # number of exact backwards that gave statistics
+        self.tokens, self.dtype = 0, ""  # of the longest of them, and of the latest
 
     @property
     def mode(self) -> Mode:
         """What the next backward will be.
 
-        Kept as a string: torch.compile takes equal objects of two layers for one and the same, and would not notice
-        that the mode of one of them has changed.
+        Kept as a string. torch.compile takes equal objects of two layers for the same object, and would not notice
+        when the mode of one layer changes.
         """
         return Mode(self._mode)
 
@@ -111,15 +111,15 @@ class LayerGraft(Measured, Hook):
         return graft(x, output, weight, bias_of(module), self)
 
     def knows(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
-        """Whether the layer computes `x W^T + b`, as it was tried, and nothing has been put in its way since."""
+        """Whether a trial found that the layer computes `x W^T + b`, and nothing has changed it since."""
         reason = tampered(module, self)
         if not reason and not torch.compiler.is_compiling():
             self.switch.modes.add(True)
             now = identity(module)
             same = self._tried is not None and all(map(operator.is_, now, self._tried))
-            if not same and not in_dispatch_mode():  # which selective checkpointing counts operators in
+            if not same and not in_dispatch_mode():  # selective checkpointing would count the trial's operators
                 if self._tried is not None:
-                    self.estimator.product.forget()  # a copy of the weight that there was
+                    self.estimator.product.forget()  # its copy is of the weight before
                 found = unlike(module, (x, output))
                 self._tried, self._unlike = None if found is None else now, found or ""
             reason = self._unlike
@@ -128,7 +128,7 @@ class LayerGraft(Measured, Hook):
         return not reason
 
     def weight(self, module: nn.Module, dtype: torch.dtype) -> Tensor | None:
-        """What backward multiplies with; None if that is quantised and being traced: then it is read in backward."""
+        """The weight that backward multiplies with; None in a trace if it is quantised: backward then reads it."""
         weight = plain_weight(module)
         if weight is None and not torch.compiler.is_compiling():
             quantised[self.key] = module
@@ -136,17 +136,20 @@ class LayerGraft(Measured, Hook):
         return weight
 
     def under(self, module: nn.Module) -> RemovableHandle:
-        """Hook the layer: before hooks that look at its output or change it, after FSDP2's, which shards its weight."""
+        """Hook the layer. Ours comes before hooks that read or change the output, and after FSDP2's."""
         if plain_weight(module) is None:
             quantised[self.key] = module
         return module.register_forward_hook(self, prepend=not isinstance(module, FSDPModule))
 
     def mode_for(self, mode: Mode, witness: Tensor, weight: Tensor | None) -> Mode:
-        """`mode`, or exact for gradients that cannot be estimated: without tokens, or not finite, or about to overflow.
+        """`mode`, or exact for a gradient that cannot be estimated: without tokens, not finite, or about to overflow.
 
-        `witness: (T, n)` is the gradient, or any product of it, where what is not finite shows just as well. Looking
-        would wait for an accelerator; there, such a gradient reaches the adapter's through the adapter's own products.
-        So it does where `weight` is sharded: all processes gather the same of it, or they would wait for ever.
+        Args:
+            witness: (T, n), the gradient or a product of it, which is not finite where the gradient is not.
+
+        On an accelerator nobody looks, because looking would wait for the device. Such a gradient reaches the adapter
+        through the adapter's own products. Nobody looks where `weight` is sharded: all processes have to gather the
+        same parts of it, or they would wait for each other for ever.
         """
         if isinstance(weight, DTensor):
             return mode

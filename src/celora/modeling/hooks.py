@@ -9,10 +9,10 @@ from torch import nn
 
 
 class Hook:
-    """Owns hooks of celora's, or is a forward of celora's; by this class they are told from a user's."""
+    """The owner of celora's hooks, or a forward of celora's. This class tells them from a user's."""
 
     def settle(self, module: nn.Module) -> None:
-        """Put back what a forward that was interrupted has left half-way in this module."""
+        """Put back what an interrupted forward has left half-way in this module."""
 
 
 def is_ours(hook: Any) -> bool:
@@ -29,8 +29,8 @@ def remove(module: nn.Module) -> None:
     ]
     for hooks, *marks in tables:
         for key in [key for key, hook in hooks.items() if is_ours(hook)]:
-            for of in (hooks, *marks):
-                of.pop(key, None)
+            for table in (hooks, *marks):
+                table.pop(key, None)
     own = module.__dict__
     if is_ours(own.get("forward")):
         del own["forward"]
@@ -39,7 +39,7 @@ def remove(module: nn.Module) -> None:
 
 
 def settle(module: nn.Module) -> None:
-    """Put back what a forward that was interrupted has left half-way in this one module."""
+    """Put back what an interrupted forward has left half-way in this one module."""
     for hook in module._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, Hook):
@@ -47,6 +47,6 @@ def settle(module: nn.Module) -> None:
 
 
 def settle_all(model: nn.Module) -> None:
-    """`settle` of every module of a model."""
+    """`settle` for every module of a model."""
     for module in model.modules():
         settle(module)

@@ -1,0 +1,58 @@
+"""The custom operators by which compiled graphs reach a layer: what they compute, and the shapes that they promise."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from celora import CELoraError
+from celora.modeling.compiled import estimated_grad_input, observed_grad_input, quantised, read_and_multiplied
+from celora.modeling.graft import LayerGraft
+from celora.modeling.switch import Mode, Switch
+from celora.numerics.estimators import Columns
+
+
+@pytest.fixture
+def layer() -> tuple[nn.Linear, LayerGraft]:
+    linear = nn.Linear(8, 12, bias=False).requires_grad_(False)
+    return linear, LayerGraft(Columns(12, 8, keep_ratio=0.5, rank=2), Switch())
+
+
+def test_a_refresh_is_exact_and_observed(layer: tuple[nn.Linear, LayerGraft]) -> None:
+    (linear, graft), gradient = layer, torch.randn(5, 12)
+    found = observed_grad_input(gradient, linear.weight, graft.key)
+    assert found.equal(gradient @ linear.weight)
+    assert graft.observed == 1
+    assert graft.switch.compiled
+
+
+def test_an_estimate_is_the_layer_s_own(layer: tuple[nn.Linear, LayerGraft]) -> None:
+    (linear, graft), gradient = layer, torch.randn(5, 12)
+    graft.observe(gradient, linear.weight)
+    graft.estimator.select()
+    found = estimated_grad_input(gradient, linear.weight, graft.key)
+    assert found.equal(graft.estimator.estimate(gradient, linear.weight))
+
+
+def test_a_quantised_weight_is_read_by_the_key_of_its_layer(layer: tuple[nn.Linear, LayerGraft]) -> None:
+    (linear, graft), gradient = layer, torch.randn(5, 12)
+    quantised[graft.key] = linear
+    found = read_and_multiplied(gradient, 8, graft.key, Mode.EXACT.value)
+    torch.testing.assert_close(found, gradient @ linear.weight)
+    with pytest.raises(CELoraError, match="run it once as it is before it is compiled"):
+        read_and_multiplied(gradient, 8, copy.deepcopy(graft).key, Mode.EXACT.value)
+
+
+def test_graphs_are_promised_the_right_shape(layer: tuple[nn.Linear, LayerGraft]) -> None:
+    with FakeTensorMode():
+        gradient, weight = torch.empty(5, 12, dtype=torch.bfloat16), torch.empty(12, 8)
+        for found in (
+            observed_grad_input(gradient, weight, layer[1].key),
+            estimated_grad_input(gradient, weight, layer[1].key),
+            read_and_multiplied(gradient, 8, layer[1].key, Mode.EXACT.value),
+        ):
+            assert (found.shape, found.dtype) == ((5, 8), torch.bfloat16)
