@@ -22,7 +22,8 @@ ALONE, TOGETHER = (
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 
 
-def killed(folder: Path, cases: list[dict], seconds: float) -> list[dict]:
+def run(folder: Path, cases: list[dict], seconds: float) -> list[dict]:
+    """What the harness says of these cases, run in one process that imports the training stack once."""
     (folder / "cases.json").write_text(json.dumps(cases))
     tests = Path(__file__).parents[1] / "helpers"
     done = subprocess.run(
@@ -33,8 +34,36 @@ def killed(folder: Path, cases: list[dict], seconds: float) -> list[dict]:
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(results) == len(cases), done.stderr
     assert not [line for line in done.stderr.splitlines() if "Traceback" in line], done.stderr
+    return results
+
+
+def same(results: list[dict]) -> list[dict]:
+    """The results, all of which ended as if nothing had been killed."""
     assert [one for one in results if not one["same"]] == []
     return results
+
+
+# One kill early and one late in each mode, in the latter case a second one while the run goes on.
+SEEDED = random.Random(7)
+EACH_MODE = [
+    {"mode": mode, "moments": [["event", SEEDED.uniform(low, high)], *more]}
+    for mode in ALONE
+    for low, high, more in ((0.0, 0.6, []), (0.6, 1.0, [["event", 0.1]]))
+]
+# A job that gives the same whole command at every start, killed before its folder is there and before its report is.
+A_JOB = [["event", 0.0], ["write", ".run.json.tmp"], ["event", 0.7], ["write", ".report.html.tmp"]]
+CASES = [
+    *EACH_MODE,
+    {"mode": ALWAYS, "moments": A_JOB},
+    # The first after its own part of a checkpoint, the second before its part; each has selected by its own tokens.
+    {"mode": "two", "moments": [["event", 0.75, 0], ["event", 0.5, 1]]},
+    {"mode": "two", "moments": [["locked", 0], ["full", 0.7, 0], ["full", 0.1, 1]]},
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return run(tmp_path_factory.mktemp("killed"), CASES, 600)
 
 
 @pytest.mark.fault(
@@ -44,19 +73,10 @@ def killed(folder: Path, cases: list[dict], seconds: float) -> list[dict]:
     kept="all up to the last whole checkpoint; the end is bit-identical to an uninterrupted run's: plain, accumulated, "
     "checkpointed",
 )
-def test_killed_at_seeded_moments(tmp_path):
-    """One kill early and one late in each mode, in the latter case a second one while the run goes on; and a job that
-    gives the same whole command at every start, killed before its folder is there and before its report is."""
-    random_ = random.Random(7)
-    cases = [
-        {"mode": mode, "moments": [["event", random_.uniform(low, high)], *more]}
-        for mode in ALONE
-        for low, high, more in ((0.0, 0.6, []), (0.6, 1.0, [["event", 0.1]]))
-    ]
-    moments = [["event", 0.0], ["write", ".run.json.tmp"], ["event", 0.7], ["write", ".report.html.tmp"]]
-    *results, always = killed(tmp_path, [*cases, {"mode": ALWAYS, "moments": moments}], 300)
-    assert [one["kills"] for one in results] == [1, 2] * len(ALONE)
-    assert (always["kills"], always["left"][0]) == (len(moments), [])
+def test_killed_at_seeded_moments(results):
+    *each, always = same(results[: len(EACH_MODE) + 1])
+    assert [one["kills"] for one in each] == [1, 2] * len(ALONE)
+    assert (always["kills"], always["left"][0]) == (len(A_JOB), [])
     assert "adapter_model.safetensors" in always["left"][-1]
     assert "report.html" not in always["left"][-1]
 
@@ -72,7 +92,7 @@ def test_killed_at_fifty_random_moments(tmp_path):
         }
         for i in range(50)
     ]
-    results = killed(tmp_path, cases, 1800)
+    results = same(run(tmp_path, cases, 1800))
     print(f"{sum(one['kills'] for one in results)} kills in {len(results)} runs")
     assert sum(one["kills"] > 0 for one in results) >= 45  # a moment measured in seconds may come after the end
 
@@ -84,11 +104,8 @@ def test_killed_at_fifty_random_moments(tmp_path):
     kept="all up to the last checkpoint that every process has written its part of; the end is bit-identical to an "
     "uninterrupted run's, with selections that are each process's own, too",
 )
-def test_one_of_two_killed_at_seeded_moments(tmp_path):
-    """The first after its own part of a checkpoint, the second before its part; each has selected by its own tokens."""
-    cases = [{"mode": "two", "moments": [["event", 0.75, 0], ["event", 0.5, 1]]}]
-    results = killed(tmp_path, cases, 300)
-    assert results[0]["kills"] == 2
+def test_one_of_two_killed_at_seeded_moments(results):
+    assert same(results[-2:-1])[0]["kills"] == 2
 
 
 @pytest.mark.fault(
@@ -97,10 +114,8 @@ def test_one_of_two_killed_at_seeded_moments(tmp_path):
     sees="one line from the process that found it, exit status 2; no process waits for one that is gone",
     kept="the last checkpoint that is whole; once there is room, `--resume` ends with bit-identical parameters",
 )
-def test_what_stops_one_of_two_stops_both(tmp_path):
-    cases = [{"mode": "two", "moments": [["locked", 0], ["full", 0.7, 0], ["full", 0.1, 1]]}]
-    results = killed(tmp_path, cases, 300)
-    assert results[0]["ended"] == [2, 2, 2]
+def test_what_stops_one_of_two_stops_both(results):
+    assert same(results[-1:])[0]["ended"] == [2, 2, 2]
 
 
 @pytest.mark.slow
@@ -116,6 +131,6 @@ def test_one_of_two_killed_at_many_random_moments(tmp_path):
         }
         for i in range(24)
     ]
-    results = killed(tmp_path, cases, 2400)
+    results = same(run(tmp_path, cases, 2400))
     print(f"{sum(one['kills'] for one in results)} kills in {len(results)} runs")
     assert sum(one["kills"] > 0 for one in results) >= 12  # nobody is killed by a full disk
