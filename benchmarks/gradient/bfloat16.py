@@ -56,13 +56,13 @@ Gradient = dict[str, Tensor]
 
 def prepared(name: str, seed: int) -> tuple[PeftModel, list[Batch]]:
     """The model after the exact warm-up steps, and the batches that follow."""
-    of = MODELS[name]
-    batches = of.batches(seed)
-    base = of.base(seed)
+    model_of = MODELS[name]
+    batches = model_of.batches(seed)
+    base = model_of.base(seed)
     torch.manual_seed(seed)
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR)).train()
-    fidelity.exact_steps(model, batches[:WARM_UP], rate=of.rate)
-    return model, batches[WARM_UP : WARM_UP + of.batches_judged]
+    fidelity.exact_steps(model, batches[:WARM_UP], rate=model_of.rate)
+    return model, batches[WARM_UP : WARM_UP + model_of.batches_judged]
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def attached(model: PeftModel, config: str | CELoraConfig, *parts: str) -> Itera
     known = passes.known
     with ExitStack() as stack:
         if parts:
-            chosen = lambda of: {m: kind for m, kind in known(of).items() if kind.name in parts}  # noqa: E731
+            chosen = lambda root: {m: kind for m, kind in known(root).items() if kind.name in parts}  # noqa: E731
             stack.enter_context(mock.patch.object(passes, "known", chosen))
             if "adapters" not in parts:
                 stack.enter_context(mock.patch("celora.modeling.survey.fuses", return_value=False))
@@ -154,8 +154,8 @@ def heaviest_token(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[st
 
 
 def judged(found: Gradient, true: Gradient) -> dict[str, float]:
-    of = Fidelity.of([(found[name], true[name]) for name in true])
-    return {name: round(value, 5) for name, value in dataclasses.asdict(of).items()}
+    measured = Fidelity.of([(found[name], true[name]) for name in true])
+    return {name: round(value, 5) for name, value in dataclasses.asdict(measured).items()}
 
 
 def each_batch(study: str, seeds: list[int], models: list[str]) -> Iterator[tuple[dict[str, Any], PeftModel, Batch]]:
@@ -181,13 +181,13 @@ def gradient_study(seeds: list[int], models: list[str]) -> None:
                 with in_float32(model), watched(model) as states:
                     true, value = gradient_of(model, batch)
                 norm = math.sqrt(sum(float(g.double().square().sum()) for g in true.values()))
-                of = key | {"neighbour": number}
-                found.append(of | {"arm": "float32", "norm": round(norm, 5), "loss": round(value, 5)})
+                place = key | {"neighbour": number}
+                found.append(place | {"arm": "float32", "norm": round(norm, 5), "loss": round(value, 5)})
                 for arm, context in ARMS.items():
                     if number == 0 or arm in ("PEFT", "exact"):
                         with context(model), watched(model) if arm == "PEFT" else nullcontext() as own:
                             g, value = gradient_of(model, batch)
-                        found.append(of | {"arm": arm, "loss": round(value, 5)} | judged(g, true))
+                        found.append(place | {"arm": arm, "loss": round(value, 5)} | judged(g, true))
                         if arm == "PEFT":
                             found[-1] |= heaviest_token(own, states)
         save(found)

@@ -82,7 +82,7 @@ def zipf(seed: int) -> list[Batch]:
     draw = torch.Generator().manual_seed(seed)
     words = torch.multinomial(1 / torch.arange(2, 1025).float(), 40 * 2 * 255, replacement=True, generator=draw) + 1
     tokens = nn.functional.pad(words.view(40, 2, 255), (1, 0))
-    return [{"input_ids": of, "labels": of.clone()} for of in tokens]
+    return [{"input_ids": row, "labels": row.clone()} for row in tokens]
 
 
 MODELS = {

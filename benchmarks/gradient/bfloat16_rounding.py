@@ -56,7 +56,7 @@ class Rounding(TorchFunctionMode):
             if kind == "angles":
                 if self.forward and "rotations" in self.operations:
                     self.handles.append(
-                        module.register_forward_hook(lambda *of: tuple(t.bfloat16().float() for t in of[2]))
+                        module.register_forward_hook(lambda *call: tuple(t.bfloat16().float() for t in call[2]))
                     )
             elif kind:
                 before = module.register_forward_pre_hook(lambda *_, kind=kind: self.inside.append(kind))

@@ -19,14 +19,14 @@ def gradient() -> str:
     found = [row for row in _of("gradient") if row["neighbour"] == 0]
     body = []
     for model, arm in dict.fromkeys((row["model"], row["arm"]) for row in found if "cosine" in row):
-        of = [row for row in found if (row["model"], row["arm"]) == (model, arm)]
-        cosines = [row["cosine"] for row in of]
+        matching = [row for row in found if (row["model"], row["arm"]) == (model, arm)]
+        cosines = [row["cosine"] for row in matching]
         body.append(
             [
                 model,
                 arm,
                 f"{statistics.median(cosines):.4f} ({min(cosines):.4f} to {max(cosines):.4f})",
-                f"{statistics.median(row['relative_error'] for row in of):.4f}",
+                f"{statistics.median(row['relative_error'] for row in matching):.4f}",
                 "" if arm == "PEFT" else _nearer(found, model, arm),
             ]
         )
@@ -41,18 +41,19 @@ def chance() -> str:
     found = _of("gradient")
     body = []
     for model in dict.fromkeys(row["model"] for row in found):
-        of = {arm: _errors(found, model, arm) for arm in ("PEFT", "exact")}
-        ratios = [math.log(of["exact"][key] / of["PEFT"][key]) for key in of["PEFT"]]
-        batches = {key[:2] for key in of["PEFT"]}
+        errors_of = {arm: _errors(found, model, arm) for arm in ("PEFT", "exact")}
+        ratios = [math.log(errors_of["exact"][key] / errors_of["PEFT"][key]) for key in errors_of["PEFT"]]
+        batches = {key[:2] for key in errors_of["PEFT"]}
         by_batch = [
-            statistics.fmean(r for key, r in zip(of["PEFT"], ratios, strict=True) if key[:2] == b) for b in batches
+            statistics.fmean(r for key, r in zip(errors_of["PEFT"], ratios, strict=True) if key[:2] == b)
+            for b in batches
         ]
         middle, several = statistics.fmean(by_batch), len(by_batch) > 1
         error = statistics.stdev(by_batch) / math.sqrt(len(by_batch)) if several else math.inf
         spread = [
             max(errors) / min(errors)
             for batch in batches
-            if len(errors := [e for key, e in of["PEFT"].items() if key[:2] == batch]) > 1
+            if len(errors := [e for key, e in errors_of["PEFT"].items() if key[:2] == batch]) > 1
         ]
         body.append(
             [
@@ -85,12 +86,12 @@ def rounding() -> str:
         cells = [arm]
         for model in models:
             for direction in ("both",) if arm == "PEFT" else ("forward", "backward"):
-                of = [
+                errors = [
                     r["relative_error"]
                     for r in found
                     if (r["model"], r["arm"], r["direction"]) == (model, arm, direction)
                 ]
-                cells.append(f"{statistics.median(of):.4f}" if of else "")
+                cells.append(f"{statistics.median(errors):.4f}" if errors else "")
             if arm == "PEFT":
                 cells.append("")
         body.append(cells)
@@ -107,14 +108,14 @@ def training() -> str:
     seeds = sorted({row["seed"] for row in found})
     body = []
     for arm in dict.fromkeys(row["arm"] for row in found):
-        of = {row["seed"]: row for row in found if row["arm"] == arm}
+        by_seed = {row["seed"]: row for row in found if row["arm"] == arm}
         base = {row["seed"]: row["after"] for row in found if row["arm"] == "float32"}
         body.append(
             [
                 arm,
-                " ".join(f"{of[seed]['after']:.4f}" for seed in seeds),
-                "" if arm == "float32" else f"{statistics.fmean(of[s]['after'] - base[s] for s in seeds):+.4f}",
-                "" if arm == "float32" else " ".join(f"{of[seed]['cosine']:.3f}" for seed in seeds),
+                " ".join(f"{by_seed[seed]['after']:.4f}" for seed in seeds),
+                "" if arm == "float32" else f"{statistics.fmean(by_seed[s]['after'] - base[s] for s in seeds):+.4f}",
+                "" if arm == "float32" else " ".join(f"{by_seed[seed]['cosine']:.3f}" for seed in seeds),
             ]
         )
     before = statistics.fmean(row["before"] for row in found)
@@ -139,8 +140,8 @@ def _of(study: str) -> list[Row]:
 
 def _errors(found: Iterable[Row], model: str, arm: str) -> dict[tuple[int, int, int], float]:
     """(seed, batch, neighbour) -> relative error."""
-    of = [row for row in found if (row["model"], row["arm"]) == (model, arm)]
-    return {(row["seed"], row["batch"], row.get("neighbour", 0)): row["relative_error"] for row in of}
+    matching = [row for row in found if (row["model"], row["arm"]) == (model, arm)]
+    return {(row["seed"], row["batch"], row.get("neighbour", 0)): row["relative_error"] for row in matching}
 
 
 def _nearer(found: list[Row], model: str, arm: str) -> str:

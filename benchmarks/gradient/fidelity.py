@@ -136,8 +136,10 @@ def main() -> None:
         table.add_column(column)
     for name in SETTINGS:
         for selection in ("fresh", "stale"):
-            of = [row for row in found if (row["setting"], row["selection"]) == (name, selection)]
-            mean = [f"{statistics.mean(row[key] for row in of):.2f}" for key in ("cost", "cosine", "relative_error")]
+            matching = [row for row in found if (row["setting"], row["selection"]) == (name, selection)]
+            mean = [
+                f"{statistics.mean(row[key] for row in matching):.2f}" for key in ("cost", "cosine", "relative_error")
+            ]
             table.add_row(name, selection, *mean)
     Console().print(table)
     rows.write(Path(__file__).with_name("fidelity.jsonl"), found)

@@ -135,10 +135,10 @@ def gradients(
             base = layer.get_base_layer()
             graft.mode = Mode.EXACT if choose is None or whole else Mode.ESTIMATE
             if choose is not None:
-                of = functools.partial(choose, name)
-                graft.estimator = Chosen(base.out_features, base.in_features, of)
+                choice = functools.partial(choose, name)
+                graft.estimator = Chosen(base.out_features, base.in_features, choice)
                 if whole:
-                    stack.callback(layer.register_forward_hook(_mask_gradient(of)).remove)
+                    stack.callback(layer.register_forward_hook(_mask_gradient(choice)).remove)
         for batch in batches:
             model.zero_grad()
             model(**batch).loss.backward()
@@ -169,7 +169,7 @@ def study(seed: int) -> list[dict[str, Any]]:
 
     def judge(name: str, estimated: list[list[Tensor]], kept: float) -> None:
         alone = [Fidelity.of(list(zip(e, x, strict=True))) for e, x in zip(estimated, exact, strict=True)]
-        sums = ([sum(parts) for parts in zip(*of, strict=True)] for of in (estimated, exact))
+        sums = ([sum(parts) for parts in zip(*lists, strict=True)] for lists in (estimated, exact))
         together = Fidelity.of(list(zip(*sums, strict=True)))
         found.append({"idea": name, "seed": seed, "kept": round(kept, 4), "steps": STEPS,
                       "cosine": round(statistics.fmean(f.cosine for f in alone), 5),
@@ -187,7 +187,7 @@ def study(seed: int) -> list[dict[str, Any]]:
     counts: dict[str, list[int]] = {}
     norms: dict[str, list[Tensor]] = {}
     gradients(model, before, energy(ENERGY, counts, norms))
-    least = {name: torch.cat(of).sort(descending=True).values[sum(counts[name]) - 1] for name, of in norms.items()}
+    least = {name: torch.cat(seen).sort(descending=True).values[sum(counts[name]) - 1] for name, seen in norms.items()}
     counts.clear()
     tokens = sum(batch["input_ids"].numel() for batch in used) * len(least)
     estimated = gradients(model, used, energy(ENERGY, counts, {}))

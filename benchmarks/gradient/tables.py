@@ -20,15 +20,15 @@ def fidelity() -> str:
     found = rows.read(HERE / "fidelity.jsonl")
     body = []
     for key in dict.fromkeys((row["setting"], row["selection"]) for row in found):
-        of = [row for row in found if (row["setting"], row["selection"]) == key]
-        cosines = [row["cosine"] for row in of]
+        matching = [row for row in found if (row["setting"], row["selection"]) == key]
+        cosines = [row["cosine"] for row in matching]
         body.append(
             [
                 key[0],
                 key[1],
-                f"{'≤ ' if 'energy' in key[0] else ''}{of[0]['cost']:.2f}",  # how many tokens hold a share, data say
+                f"{'≤ ' if 'energy' in key[0] else ''}{matching[0]['cost']:.2f}",  # the data decide
                 f"{statistics.mean(cosines):.2f} ({min(cosines):.2f} to {max(cosines):.2f})",
-                f"{statistics.mean(row['relative_error'] for row in of):.2f}",
+                f"{statistics.mean(row['relative_error'] for row in matching):.2f}",
             ]
         )
     seeds = len({row["seed"] for row in found})
@@ -124,10 +124,10 @@ def frontier_picture(*, amx: bool) -> str:
     ]
     lines = list(dict.fromkeys((row["model"], row["masked"]) for row in found))
     for (model, masked), (colour, dash) in zip(lines, styles, strict=False):
-        of = sorted(
+        line = sorted(
             (r["audited_time"], r["audited_cosine"]) for r in found if (r["model"], r["masked"]) == (model, masked)
         )
-        points = [at(*point) for point in of]
+        points = [at(*point) for point in line]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'

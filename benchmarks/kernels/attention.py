@@ -43,8 +43,8 @@ def run(length: int, dtype: torch.dtype) -> dict[str, object]:
     times = interleaved(contenders, repeats=15)
     return (
         {"length": length, "dtype": str(dtype).removeprefix("torch.")}
-        | {f"{name}_ms": of["time_ms"] for name, of in times.items()}
-        | {f"{name}_ratio": round(of["time_ms"] / times["own"]["time_ms"], 3) for name, of in times.items()}
+        | {f"{name}_ms": timed["time_ms"] for name, timed in times.items()}
+        | {f"{name}_ratio": round(timed["time_ms"] / times["own"]["time_ms"], 3) for name, timed in times.items()}
         | rows.conditions()
     )
 

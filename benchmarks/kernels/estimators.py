@@ -68,11 +68,11 @@ def measure(out: int, inp: int, tokens: int, dtype: torch.dtype, repeats: int) -
             "in": inp,
             "tokens": tokens,
             "dtype": str(dtype).removeprefix("torch."),
-            **of,
-            "ratio": round(of["time_ms"] / dense, 4),
+            **timed,
+            "ratio": round(timed["time_ms"] / dense, 4),
             "flops": 1.0 if name not in estimators else round(estimators[name].cost, 4),
         }
-        for name, of in times.items()
+        for name, timed in times.items()
     ]
 
 

@@ -175,22 +175,22 @@ def measure(out: int, inp: int, tokens: int, repeats: int) -> list[dict[str, Any
     """All rows of one shape."""
     found = []
     make = functools.partial(make_layer, out, inp)
-    for of in (one_layer(make, out, inp, tokens, repeats), stack(out, inp, tokens, max(3, repeats // 3))):
-        found += relative(of, {"out": out, "in": inp, "tokens": tokens})
+    for measured in (one_layer(make, out, inp, tokens, repeats), stack(out, inp, tokens, max(3, repeats // 3))):
+        found += relative(measured, {"out": out, "in": inp, "tokens": tokens})
         gc.collect()
     return found
 
 
-def relative(of: list[dict[str, Any]], given: dict[str, Any], peak: str = "peak_bytes") -> list[dict[str, Any]]:
+def relative(measured: list[dict[str, Any]], given: dict[str, Any], peak: str = "peak_bytes") -> list[dict[str, Any]]:
     """The rows with what was given, and with speed and memory over those of the first."""
     return [
         {
             **given,
             **row,
-            "speed_up": round(of[0]["time_ms"] / row["time_ms"], 3),
-            "memory": round(row[peak] / of[0][peak], 3),
+            "speed_up": round(measured[0]["time_ms"] / row["time_ms"], 3),
+            "memory": round(row[peak] / measured[0][peak], 3),
         }
-        for row in of
+        for row in measured
     ]
 
 
@@ -200,9 +200,9 @@ def kinds(tokens: int, repeats: int, size: int = 2048) -> list[dict[str, Any]]:
     dtype = faster_dtype()
     for kind, package in KINDS.items():
         make = functools.partial(layers.make_layer, kind, size, size, getattr(torch, dtype))
-        of = one_layer(make, size, size, tokens, repeats, getattr(torch, dtype))
+        measured = one_layer(make, size, size, tokens, repeats, getattr(torch, dtype))
         given = {"kind": kind, "dtype": dtype, "out": size, "in": size, "tokens": tokens}
-        found += relative(of, given | {"package": f"{package} {metadata.version(package)}"}, "step_bytes")
+        found += relative(measured, given | {"package": f"{package} {metadata.version(package)}"}, "step_bytes")
         gc.collect()
     return found
 

@@ -45,8 +45,8 @@ def quantised_kinds() -> str:
     found = rows.read(HERE / "quantised-kinds.jsonl")
     body = []
     for kind in dict.fromkeys(row["kind"] for row in found):
-        of = {row["estimator"]: row for row in found if row["kind"] == kind}
-        plain, *estimates = of.values()
+        by_estimator = {row["estimator"]: row for row in found if row["kind"] == kind}
+        plain, *estimates = by_estimator.values()
         cells = [f"{row['speed_up']:.2f} / {row['memory']:.2f}" for row in estimates]
         body.append([kind, f"{plain['time_ms']:.1f} ms, {plain['step_bytes'] / 2**20:.0f} MiB", *cells])
     one, names = found[0], list(dict.fromkeys(row["estimator"] for row in found))
@@ -63,18 +63,18 @@ def _quantised(what: str) -> str:
     shapes, plain = list(dict.fromkeys((row["out"], row["in"]) for row in found)), found[0]["estimator"]
     body = []
     for name in dict.fromkeys(row["estimator"] for row in found):
-        of = {(row["out"], row["in"]): row for row in found if row["estimator"] == name}
+        by_shape = {(row["out"], row["in"]): row for row in found if row["estimator"] == name}
         cells = [name]
         for shape in shapes:
-            row = of[shape]
+            row = by_shape[shape]
             cells.append(f"{row['time_ms']:.1f} ms" if name == plain else f"{row['speed_up']:.2f}")
         for shape in shapes:
-            row = of[shape]
+            row = by_shape[shape]
             peak = f"{row['peak_bytes'] / 2**20:.0f} MiB" if name == plain else f"{row['memory']:.2f}"
             cells.append(peak)
-        cells.append(" / ".join(f"{of[shape]['kept_bytes'] / 2**20:.1f}" for shape in shapes))
+        cells.append(" / ".join(f"{by_shape[shape]['kept_bytes'] / 2**20:.1f}" for shape in shapes))
         if what == "layer":
-            cells.append(f"{of[shapes[-1]]['relative_error']:.3f}")
+            cells.append(f"{by_shape[shapes[-1]]['relative_error']:.3f}")
         body.append(cells)
     names = [f"{out} x {inp}" for out, inp in shapes]
     header = ["", *(f"{n}, speed-up" for n in names), *(f"{n}, peak" for n in names), "kept, MiB"]

@@ -31,8 +31,8 @@ def main() -> None:
     begun = output.exists()
     drawn = splits(0, train=120 * 8, validation=600, test=600)  # as the demo draws them
     dtype = faster_dtype()
-    for name, of in (("train", drawn.train), ("test", drawn.test)):
-        rows.write(work / f"{name}.jsonl", to_rows(of))
+    for name, reviews in (("train", drawn.train), ("test", drawn.test)):
+        rows.write(work / f"{name}.jsonl", to_rows(reviews))
     settings = {
         "model": demo_model(),
         "data": work / "train.jsonl",

@@ -142,11 +142,11 @@ def slope(found: list[dict[str, Any]], arm: str) -> tuple[float, float]:
     """Least-squares slope of log mean squared gradient over log T: mean over seeds, half-width of its 95 % interval."""
     slopes = []
     for seed in sorted({row["seed"] for row in found}):
-        of = [row for row in found if row["arm"] == arm and row["seed"] == seed and row["steps"] in STEPS]
-        if len(of) < len(STEPS):
+        matching = [row for row in found if row["arm"] == arm and row["seed"] == seed and row["steps"] in STEPS]
+        if len(matching) < len(STEPS):
             continue
-        t = torch.tensor([row["steps"] for row in of], dtype=torch.float64).log()
-        g = torch.tensor([row["mean_squared_gradient"] for row in of], dtype=torch.float64).log()
+        t = torch.tensor([row["steps"] for row in matching], dtype=torch.float64).log()
+        g = torch.tensor([row["mean_squared_gradient"] for row in matching], dtype=torch.float64).log()
         t = t - t.mean()
         slopes.append(float((t * g).sum() / t.square().sum()))
     if len(slopes) < 2:

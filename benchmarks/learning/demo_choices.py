@@ -57,7 +57,7 @@ def trained(folder: Path, wording: int, rate: float, steps: int, batch: int, see
     """Accuracy of the contenders after training so."""
     sentiment.SYSTEM, sentiment.QUESTION = WORDINGS[wording]
     rates = dict.fromkeys(ARMS, rate)
-    of = run_demo(folder, seeds=seeds, judge="validation", learning_rates=rates, steps=steps, batch_size=batch)
+    outcomes = run_demo(folder, seeds=seeds, judge="validation", learning_rates=rates, steps=steps, batch_size=batch)
     return [
         {
             "choice": "training",
@@ -71,7 +71,7 @@ def trained(folder: Path, wording: int, rate: float, steps: int, batch: int, see
             "accuracy": row.accuracy,
             "sentences": row.held_out,
         }
-        for row in of
+        for row in outcomes
         if row.arm != "untouched"
     ]
 

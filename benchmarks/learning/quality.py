@@ -58,9 +58,9 @@ Say = Callable[[str], None]
 
 def request(task: str, arm: str, work: Path, output: Path, *, seed: int = 0, **more: Any) -> TrainRequest:
     """The training run of an arm; `work` has the task's plan, or gets it."""
-    of = quality_tasks.task(task)
+    chosen = quality_tasks.task(task)
     data = output / "train.jsonl"
-    rows.write(data, quality_tasks.shuffled(of.train, seed, more.get("max_steps", STEPS) * BATCH))
+    rows.write(data, quality_tasks.shuffled(chosen.train, seed, more.get("max_steps", STEPS) * BATCH))
     settings: dict[str, Any] = {
         "model": str(demo_model()), "data": str(data), "output": str(output / "run"), "seed": seed, "quiet": True,
         "dtype": "bfloat16", "lora_r": 16, "lora_alpha": 32, "per_device_train_batch_size": BATCH,
@@ -115,12 +115,12 @@ def _train(task: str, arm: str, seed: int, rate: float, steps: int, work: Path) 
 
 
 def _judged(task: str, model: Any, part: str) -> dict[str, Any]:
-    of, tokenizer = quality_tasks.task(task), AutoTokenizer.from_pretrained(demo_model())
-    held_out = getattr(of, part)
+    judged, tokenizer = quality_tasks.task(task), AutoTokenizer.from_pretrained(demo_model())
+    held_out = getattr(judged, part)
     loss = round(quality_tasks.loss(model, tokenizer, held_out), 5)
-    score = round(of.judge(model, tokenizer, held_out), 5) if of.higher_is_better else loss
+    score = round(judged.judge(model, tokenizer, held_out), 5) if judged.higher_is_better else loss
     return {
-        "metric": of.metric, "higher_is_better": of.higher_is_better, "held_out": len(of.test),
+        "metric": judged.metric, "higher_is_better": judged.higher_is_better, "held_out": len(judged.test),
         part: score, f"{part}_loss": loss,
     }  # fmt: skip
 
@@ -174,10 +174,10 @@ def found() -> list[dict[str, Any]]:
 
 def best_rate(task: str, arm: str, steps: int) -> float:
     """The rate with the best validation score of seed 0."""
-    of = _tried(task, arm, steps)
-    if not of:
+    tried = _tried(task, arm, steps)
+    if not tried:
         raise SystemExit(f"{task}, {arm}: seed 0 chooses the learning rate; run it first")
-    return float(best(of)["learning_rate"])
+    return float(best(tried)["learning_rate"])
 
 
 def best(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -212,8 +212,9 @@ def time_steps(tasks: list[str], repeats: int, work: Path) -> None:
             times = interleaved(contenders, repeats=repeats)
         others = [row for row in rows.found(TIMES) if row["task"] != task]
         timed = [
-            {"task": task, "arm": arm, "time_ms": of["time_ms"] / len(batches), "repeats": repeats} | rows.conditions()
-            for arm, of in times.items()
+            {"task": task, "arm": arm, "time_ms": timed["time_ms"] / len(batches), "repeats": repeats}
+            | rows.conditions()
+            for arm, timed in times.items()
         ]
         rows.write(TIMES, others + timed)
 

@@ -33,18 +33,18 @@ def scores() -> str:
     for task in (name for name in quality_tasks.NAMES if any(row["task"] == name for row in found)):
         base = chosen(found, task, "LoRA")
         for arm in quality.ARMS:
-            of = chosen(found, task, arm)
-            if not of:
+            by_seed = chosen(found, task, arm)
+            if not by_seed:
                 continue
-            values = [row["test"] for row in of.values()]
-            shared = sorted(of.keys() & base.keys())
+            values = [row["test"] for row in by_seed.values()]
+            shared = sorted(by_seed.keys() & base.keys())
             difference = ""
             if shared and arm not in ("LoRA", "untouched"):
                 compared += len(shared) > 1
                 difference = _difference(
-                    [of[s]["test"] for s in shared], [base[s]["test"] for s in shared], of[shared[0]]
+                    [by_seed[s]["test"] for s in shared], [base[s]["test"] for s in shared], by_seed[shared[0]]
                 )
-            one = next(iter(of.values()))
+            one = next(iter(by_seed.values()))
             tried = {row["learning_rate"] for row in found if (row["task"], row["arm"], row["seed"]) == (task, arm, 0)}
             rate = "" if arm == "untouched" else f"{one['learning_rate']:g} of {len(tried)}"
             spread = f" ({_shown(min(values), one)} to {_shown(max(values), one)})" if len(values) > 1 else ""
@@ -84,24 +84,24 @@ def many_seeds() -> str:
             arm: {row["seed"]: row for row in found if (row["task"], row["arm"]) == (task, arm)}
             for arm in quality.SEEDED
         }
-        for arm, of in arms.items():
-            seeds = sorted(of.keys() & arms["LoRA"].keys())
+        for arm, by_seed in arms.items():
+            seeds = sorted(by_seed.keys() & arms["LoRA"].keys())
             if len(seeds) < _ENOUGH:
                 continue
             cells = []
             for what in ("test", "test_loss"):
-                points = what == "test" and of[seeds[0]]["higher_is_better"]
-                values, form = [of[s][what] for s in seeds], "{:.1%}" if points else "{:.3f}"
+                points = what == "test" and by_seed[seeds[0]]["higher_is_better"]
+                values, form = [by_seed[s][what] for s in seeds], "{:.1%}" if points else "{:.3f}"
                 cells.append(f"{form.format(statistics.fmean(values))} ({form.format(statistics.stdev(values))})")
                 if arm == "LoRA":
                     cells.append("")
                     continue
-                ahead = [of[s][what] - arms["LoRA"][s][what] for s in seeds]
+                ahead = [by_seed[s][what] - arms["LoRA"][s][what] for s in seeds]
                 mean, error = statistics.fmean(ahead), statistics.stdev(ahead) / math.sqrt(len(seeds))
                 cells.append(
                     f"{100 * mean:+.1f} ± {100 * error:.1f} points" if points else f"{mean:+.3f} ± {error:.3f}"
                 )
-            body.append([task, arm, f"{of[seeds[0]]['learning_rate']:g}", str(len(seeds)), *cells])
+            body.append([task, arm, f"{by_seed[seeds[0]]['learning_rate']:g}", str(len(seeds)), *cells])
     if not body:
         return "Not measured yet with three seeds."
     header = [
@@ -117,13 +117,16 @@ def verdict() -> str:
     rivals = ("LoRA", "LoRA, auto's time", "upper half, auto's time")
     body, same, better, surely = [], 0, 0, 0
     for task in quality_tasks.NAMES:
-        of = {arm: chosen(found, task, arm) for arm in ("auto", *rivals)}
-        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in of.values())))
+        by_arm = {arm: chosen(found, task, arm) for arm in ("auto", *rivals)}
+        seeds = sorted(set.intersection(*(set(seeds) for seeds in by_arm.values())))
         if len(seeds) < _ENOUGH:
             continue
-        one = of["auto"][seeds[0]]
+        one = by_arm["auto"][seeds[0]]
         ahead = {  # paired by seed; positive is better than the rival, whatever the metric
-            arm: [(of["auto"][s]["test"] - of[arm][s]["test"]) * (1 if one["higher_is_better"] else -1) for s in seeds]
+            arm: [
+                (by_arm["auto"][s]["test"] - by_arm[arm][s]["test"]) * (1 if one["higher_is_better"] else -1)
+                for s in seeds
+            ]
             for arm in rivals
         }
         means = {arm: statistics.fmean(values) for arm, values in ahead.items()}
@@ -200,12 +203,12 @@ def _of(found: Sequence[dict[str, Any]], task: str, arm: str) -> list[dict[str, 
 
 def chosen(found: Sequence[dict[str, Any]], task: str, arm: str) -> dict[int, dict[str, Any]]:
     """Seed -> row of an arm at the learning rate that seed 0's validation score prefers."""
-    of = _of(found, task, arm)
-    first = [row for row in of if row["seed"] == 0]
+    matching = _of(found, task, arm)
+    first = [row for row in matching if row["seed"] == 0]
     if not first:
         return {}
     best, key = quality.best(first), ("learning_rate", "steps")
-    return {row["seed"]: row for row in of if all(row[name] == best[name] for name in key)}
+    return {row["seed"]: row for row in matching if all(row[name] == best[name] for name in key)}
 
 
 def convergence() -> str:

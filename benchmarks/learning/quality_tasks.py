@@ -79,9 +79,9 @@ def task(name: str) -> Task:
     """The task of that name; its data is fetched or generated."""
     if name.startswith("sentiment-"):
         kind = name.removeprefix("sentiment-")
-        of = sentiment.splits(0, validation=VALIDATION, test=TEST, reviews=rated_sentences(kind))  # type: ignore[arg-type]
+        drawn = sentiment.splits(0, validation=VALIDATION, test=TEST, reviews=rated_sentences(kind))  # type: ignore[arg-type]
         system = f"Classify the sentiment of {SENTIMENT[kind]}."
-        parts = [sentiment.to_rows(part, system=system) for part in (of.train, of.validation, of.test)]
+        parts = [sentiment.to_rows(part, system=system) for part in (drawn.train, drawn.validation, drawn.test)]
         return Task(name, "accuracy", True, *parts, label_accuracy)
     if name in GENERATED:
         return Task(name, "exact match", True, *_split(_generated(name)), exact_match)

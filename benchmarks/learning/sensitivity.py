@@ -69,8 +69,8 @@ class Study:
         every += [
             {"arm": "CE-LoRA", **self.usual, name: value} for name, values in self.sweeps.items() for value in values
         ]
-        distinct = list({json.dumps(of, sort_keys=True): of for of in every}.values())
-        return [of | {"seed": seed} for seed in self.seeds for of in distinct]
+        distinct = list({json.dumps(run, sort_keys=True): run for run in every}.values())
+        return [run | {"seed": seed} for seed in self.seeds for run in distinct]
 
     def run(self, seeds: Sequence[int] | None = None) -> None:
         """Train what is missing, of these seeds alone if any are given."""
@@ -85,35 +85,37 @@ class Study:
     def ratios(self, found: list[dict[str, Any]], name: str, value: float) -> list[float]:
         """CE-LoRA over LoRA, seed by seed, at one setting."""
         settings = {**self.usual, name: value}
-        of = {row["seed"]: row[self.judged] for row in found if _is(row, "CE-LoRA", settings)}
+        estimated = {row["seed"]: row[self.judged] for row in found if _is(row, "CE-LoRA", settings)}
         base = {
             row["seed"]: row[self.judged]
             for row in found
             if _is(row, "LoRA", {"learning rate": settings["learning rate"]})
         }
-        return [of[seed] / base[seed] for seed in sorted(of.keys() & base.keys()) if math.isfinite(base[seed])]
+        return [
+            estimated[seed] / base[seed] for seed in sorted(estimated.keys() & base.keys()) if math.isfinite(base[seed])
+        ]
 
     def _every(self, found: list[dict[str, Any]]) -> list[list[float]]:
         return [self.ratios(found, name, value) for name, values in self.sweeps.items() for value in values]
 
     def furthest(self, *, means: bool) -> str:
         """How far a run, or the mean over the seeds, goes from LoRA's at any setting."""
-        of = [[statistics.fmean(ratios)] if means else ratios for ratios in self._every(self.found())]
-        return f"{max(abs(ratio - 1) for ratios in of for ratio in ratios):.0%}"
+        every = [[statistics.fmean(ratios)] if means else ratios for ratios in self._every(self.found())]
+        return f"{max(abs(ratio - 1) for ratios in every for ratio in ratios):.0%}"
 
     def table(self) -> str:
         """Every setting: the ratio to LoRA, mean and range over seeds, and the error of the estimate."""
         found, body = self.found(), []
         for name, values in self.sweeps.items():
             for value in values:
-                of = self.ratios(found, name, value)
-                if not of:
+                ratios = self.ratios(found, name, value)
+                if not ratios:
                     continue
                 errors = [r["relative_error"] for r in found if _is(r, "CE-LoRA", {**self.usual, name: value})]
                 # A selection is judged when the next one replaces it; in a run of one there is nothing to judge.
                 told = f"{statistics.median(errors):.2f}" if any(errors) else "not measured"
                 usual = " (usual)" if value == self.usual[name] else ""
-                ratio = f"{statistics.fmean(of):.2f} ({min(of):.2f} to {max(of):.2f})"
+                ratio = f"{statistics.fmean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
                 body.append([name, f"{value:g}{usual}", ratio, told])
         if not body:
             return "Not measured yet."
@@ -125,7 +127,7 @@ class Study:
         found = self.found()
         width, height, left, top, bottom = 260, 220, 56, 30, 50
         lowest, above = self.ticks[0], next(tick for tick in self.ticks if tick > 1)
-        highest = max(max(of, default=1.0) for of in self._every(found))
+        highest = max(max(ratios, default=1.0) for ratios in self._every(found))
         low, high = math.log10(lowest), max(math.log10(above), 1.05 * math.log10(highest))
 
         def y_of(ratio: float) -> float:
@@ -146,14 +148,16 @@ class Study:
                     parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
             means = []
             for j, value in enumerate(values):
-                x, of = left + j * step, self.ratios(found, name, value)
+                x, ratios = left + j * step, self.ratios(found, name, value)
                 weight = ' font-weight="bold"' if value == self.usual[name] else ""
                 parts.append(
                     f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle"{weight}>{value:g}</text>'
                 )
-                parts += [f'<circle cx="{x:.1f}" cy="{y_of(r):.1f}" r="2.5" fill="#0072b2" opacity="0.5"/>' for r in of]
-                if of:
-                    means.append(f"{x:.1f},{y_of(statistics.fmean(of)):.1f}")
+                parts += [
+                    f'<circle cx="{x:.1f}" cy="{y_of(r):.1f}" r="2.5" fill="#0072b2" opacity="0.5"/>' for r in ratios
+                ]
+                if ratios:
+                    means.append(f"{x:.1f},{y_of(statistics.fmean(ratios)):.1f}")
             parts.append(f'<polyline points="{" ".join(means)}" fill="none" stroke="#d55e00" stroke-width="2"/>')
             unit = {"refresh interval": ", steps", "learning rate": self.rate_unit}.get(name, "")
             middle = left + (width - left - 20) / 2

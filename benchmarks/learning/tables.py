@@ -41,10 +41,10 @@ def training() -> str:
         found += [row | {"arm": lossless} for row in found if row["arm"] == "exact LoRA"]
     body = []
     for arm in dict.fromkeys(["exact LoRA", lossless, *(row["arm"] for row in found)]):
-        of = [row for row in found if row["arm"] == arm and row["seed"] in exact]
+        matching = [row for row in found if row["arm"] == arm and row["seed"] in exact]
         kept = _kept(found, arm)
         last, ahead = [], {"exact LoRA": [], lossless: []}
-        for row in of:
+        for row in matching:
             losses, reference = _losses(row), exact[row["seed"]]
             end = max(losses)
             last.append(losses[end])
@@ -53,7 +53,7 @@ def training() -> str:
                     by.append(_at(reference, end * ratios[arm] / ratios[rival]) - losses[end])
         body.append(
             [
-                arm if len(of) == len(exact) else f"{arm} (seeds: {len(of)})",
+                arm if len(matching) == len(exact) else f"{arm} (seeds: {len(matching)})",
                 f"{statistics.mean(last):.3f} ({min(last):.3f} to {max(last):.3f})",
                 f"{statistics.mean(kept):.1%} ({min(kept):.1%} to {max(kept):.1%})",
                 f"{ratios[arm]:.3f}" if arm in ratios else "",
@@ -89,19 +89,19 @@ def _kept(found: list[dict[str, Any]], arm: str) -> list[float]:
     """The share of exact LoRA's improvement in held-out loss that an arm keeps, seed by seed."""
     exact = {row["seed"]: _losses(row) for row in found if row["arm"] == "exact LoRA"}
     pairs = [(_losses(row), exact[row["seed"]]) for row in found if row["arm"] == arm and row["seed"] in exact]
-    return [_share(of, lora, max(of)) for of, lora in pairs]
+    return [_share(losses, lora, max(losses)) for losses, lora in pairs]
 
 
-def _share(of: dict[int, float], lora: dict[int, float], at: int) -> float:
+def _share(losses: dict[int, float], lora: dict[int, float], at: int) -> float:
     """Of exact LoRA's improvement until step `at`, both from where LoRA began: CPUs differ in the untouched model's
     loss by a thousandth."""
-    return (lora[0] - of[at]) / (lora[0] - lora[at])
+    return (lora[0] - losses[at]) / (lora[0] - lora[at])
 
 
 def share_kept(arm: str) -> str:
     """That share in a sentence: the mean and the range over the seeds."""
-    of = _kept(rows.read(HERE / "training.jsonl"), arm)
-    return f"{statistics.mean(of):.1%} ({min(of):.1%} to {max(of):.1%}, {len(of)} seeds)"
+    shares = _kept(rows.read(HERE / "training.jsonl"), arm)
+    return f"{statistics.mean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%}, {len(shares)} seeds)"
 
 
 def time_of_the_default() -> str:
@@ -123,12 +123,12 @@ def _training_code(found: list[dict[str, Any]]) -> str:
     one, losses = found[0], {(row["arm"], row["seed"]): _losses(row) for row in found}
     steps = sorted(next(iter(losses.values())))[1:]
     shown = steps[-1 :: -max(1, len(steps) // 5)][::-1]
-    body, exact = [], {seed: of for (name, seed), of in losses.items() if name == "exact LoRA"}
+    body, exact = [], {seed: curve for (name, seed), curve in losses.items() if name == "exact LoRA"}
     for arm in dict.fromkeys(arm for arm, _ in losses):
-        pairs = [(of, exact[seed]) for (name, seed), of in losses.items() if name == arm and seed in exact]
+        pairs = [(curve, exact[seed]) for (name, seed), curve in losses.items() if name == arm and seed in exact]
         if not pairs:
             continue
-        kept = [statistics.mean(_share(of, lora, at) for of, lora in pairs) for at in shown]
+        kept = [statistics.mean(_share(curve, lora, at) for curve, lora in pairs) for at in shown]
         body.append([arm, str(len(pairs)), *(f"{share:.1%}" for share in kept)])
     return (
         rows.markdown(["share of exact LoRA's improvement", "seeds", *(f"step {at:,}" for at in shown)], body)

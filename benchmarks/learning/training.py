@@ -185,7 +185,10 @@ def time_steps(arms: list[str], repeats: int) -> None:
     exact = times[arms[0]]["time_ms"]
     rows.write(
         TIMES,
-        [{"arm": arm, **of, "ratio": round(of["time_ms"] / exact, 4)} | rows.conditions() for arm, of in times.items()],
+        [
+            {"arm": arm, **timed, "ratio": round(timed["time_ms"] / exact, 4)} | rows.conditions()
+            for arm, timed in times.items()
+        ],
     )
 
 

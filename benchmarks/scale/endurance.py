@@ -144,9 +144,9 @@ def run(folder: Path, minutes: float) -> None:
         raise SystemExit(f"celora train ended with exit status {status}")
 
 
-def stretches(of: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def stretches(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The rows of each process."""
-    return [[row for row in of if row["process"] == number] for number in sorted({row["process"] for row in of})]
+    return [[row for row in found if row["process"] == number] for number in sorted({row["process"] for row in found})]
 
 
 def drift(values: list[float]) -> float:
@@ -157,7 +157,7 @@ def drift(values: list[float]) -> float:
 
 def judge() -> bool:
     """Print the verdict on the longest time in one process; whether all is flat."""
-    stretch = max(stretches(rows.read(RESULTS)), key=lambda of: float(of[-1]["seconds"]))
+    stretch = max(stretches(rows.read(RESULTS)), key=lambda rows_of_one: float(rows_of_one[-1]["seconds"]))
     late = [row for row in stretch if row["seconds"] >= 0.2 * stretch[-1]["seconds"]]
     memory, spent = (drift([row[name] for row in late]) for name in ("rss_mib", "cpu_ms_per_step"))
     rss, files = ([row[name] for row in late] for name in ("rss_mib", "open_files"))

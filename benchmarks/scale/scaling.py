@@ -101,35 +101,41 @@ WAYS = ("DDP", "HSDP", "FSDP2")  # every weight everywhere, sharded over the GPU
 BACKWARDS = ("exact", "columns", "int8")
 
 
-def step(of: Setting, gpus: int, way: str, backward: str) -> Step:
+def step(setting: Setting, gpus: int, way: str, backward: str) -> Step:
     """A step on `gpus`; where it is estimated, weights are sharded by `celora.fsdp.shard`."""
-    numbers = sum(rows * columns for rows, columns in of.frozen)
-    head, adapters = of.vocabulary * of.hidden, sum(rows * columns for rows, columns in of.trained)
-    cost = {"exact": 1.0, "columns": of.keep_ratio, "int8": of.eight_bit}[backward]
+    numbers = sum(rows * columns for rows, columns in setting.frozen)
+    head, adapters = setting.vocabulary * setting.hidden, sum(rows * columns for rows, columns in setting.trained)
+    cost = {"exact": 1.0, "columns": setting.keep_ratio, "int8": setting.eight_bit}[backward]
     products = (1 + cost) * numbers + 2 * head + 3 * adapters
-    compute = 2 * of.tokens * products / of.flops
-    waiting = compute * of.jitter * math.sqrt(2 * math.log(gpus))  # the slowest of so many normal ones
+    compute = 2 * setting.tokens * products / setting.flops
+    waiting = compute * setting.jitter * math.sqrt(2 * math.log(gpus))  # the slowest of so many normal ones
 
     def time(collective: str, given: float, group: int, *, across: bool, calls: int = 1) -> float:
         if group == 1:
             return 0.0
         hops = 2 * math.ceil(math.log2(group)) if collective == "all_reduce" else group - 1  # a tree, a ring
-        rate, hop = (of.between, of.hop_between) if across else (of.inside, of.hop_inside)
+        rate, hop = (setting.between, setting.hop_between) if across else (setting.inside, setting.hop_inside)
         return sent(collective, given, group) / rate + calls * hops * hop
 
-    several = gpus > of.node
-    shards = {"DDP": 1, "HSDP": min(gpus, of.node), "FSDP2": gpus}[way]
-    within = several and shards > of.node  # whether a shard's group spans nodes
+    several = gpus > setting.node
+    shards = {"DDP": 1, "HSDP": min(gpus, setting.node), "FSDP2": gpus}[way]
+    within = several and shards > setting.node  # whether a shard's group spans nodes
     reduce = time("reduce_scatter", 4 * adapters, shards, across=within)
     reduce += time("all_reduce", 4 * adapters / shards, gpus // shards, across=several)
     if backward == "columns":
-        scores = statistics(out_features for out_features, _ in of.frozen)
-        reduce += time("all_reduce", scores, gpus, across=several) / of.refresh_every
-    forward = held([*of.frozen, (of.vocabulary, of.hidden)], shards, 2)
-    calls = of.layers if backward == "exact" else len(of.frozen)  # one gathering for each block, or for each weight
+        scores = statistics(out_features for out_features, _ in setting.frozen)
+        reduce += time("all_reduce", scores, gpus, across=several) / setting.refresh_every
+    forward = held([*setting.frozen, (setting.vocabulary, setting.hidden)], shards, 2)
+    calls = (
+        setting.layers if backward == "exact" else len(setting.frozen)
+    )  # one gathering for each block, or for each weight
     gather = time("all_gather", forward, shards, across=within, calls=calls)
     if backward != "int8":
-        again = held(of.frozen, shards, 2) if backward == "exact" else kept(of.frozen, of.keep_ratio, shards, 2)
+        again = (
+            held(setting.frozen, shards, 2)
+            if backward == "exact"
+            else kept(setting.frozen, setting.keep_ratio, shards, 2)
+        )
         gather += time("all_gather", again, shards, across=within, calls=calls)
     return Step(1e3 * compute, 1e3 * gather, 1e3 * reduce, 1e3 * waiting)
 
@@ -137,16 +143,16 @@ def step(of: Setting, gpus: int, way: str, backward: str) -> Step:
 GPUS = (1, 8, 64, 1000)
 
 
-def table(of: Setting) -> str:
+def table(setting: Setting) -> str:
     """The parts of a step, and its throughput for each GPU relative to one GPU alone that does the same."""
     lines = [
         "| GPUs | | compute, ms | gather, ms | reduce, ms | waiting, ms | step, ms, overlapped to serial | relative |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for gpus in GPUS:
-        for way in WAYS[:1] if gpus == 1 else WAYS if gpus > of.node else (WAYS[0], WAYS[2]):
+        for way in WAYS[:1] if gpus == 1 else WAYS if gpus > setting.node else (WAYS[0], WAYS[2]):
             for backward in BACKWARDS:
-                s, alone = step(of, gpus, way, backward), step(of, 1, "DDP", backward)
+                s, alone = step(setting, gpus, way, backward), step(setting, 1, "DDP", backward)
                 least, most = (100 * alone.serial / time for time in (s.serial, s.overlapped))
                 lines.append(
                     f"| {gpus:,} | {way}, {backward} | {s.compute:.0f} | {s.gather:.0f} "

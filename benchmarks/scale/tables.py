@@ -18,9 +18,9 @@ def two_processes() -> str:
     seeds = sorted({row["seed"] for row in found})
     body = []
     for arm, way in dict.fromkeys((row["arm"], row["way"]) for row in found):
-        of = {row["seed"]: row["accuracy"] for row in found if (row["arm"], row["way"]) == (arm, way)}
-        cells = [f"{of[seed]:.1%}" if seed in of else "" for seed in seeds]
-        body.append([arm, way, *cells, f"{statistics.mean(of.values()):.1%}"])
+        by_seed = {row["seed"]: row["accuracy"] for row in found if (row["arm"], row["way"]) == (arm, way)}
+        cells = [f"{by_seed[seed]:.1%}" if seed in by_seed else "" for seed in seeds]
+        body.append([arm, way, *cells, f"{statistics.mean(by_seed.values()):.1%}"])
     one = found[0]
     return (
         rows.markdown(["", "", *(f"seed {seed}" for seed in seeds), "mean"], body)

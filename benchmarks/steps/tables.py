@@ -34,10 +34,10 @@ def _step(dtype: str, *, amx: bool, model: str = "model") -> str:
     body = []
     shown = [arm for arm in _SHOWN if any(row["arm"] == arm for row in found)]
     for key in dict.fromkeys((row["model"], row["data"]) for row in found):
-        of = {row["arm"]: row for row in found if (row["model"], row["data"]) == key}
-        speed = [f"{of[arm]['speed_up']:.2f}" if "speed_up" in of.get(arm, {}) else "" for arm in shown]
-        memory = [f"{of[arm]['peak_memory'] / of['PEFT']['peak_memory']:.2f}" for arm in ("exact", "auto")]
-        time_ms = {arm: row["time_ms"] for arm, row in of.items() if "time_ms" in row}
+        by_arm = {row["arm"]: row for row in found if (row["model"], row["data"]) == key}
+        speed = [f"{by_arm[arm]['speed_up']:.2f}" if "speed_up" in by_arm.get(arm, {}) else "" for arm in shown]
+        memory = [f"{by_arm[arm]['peak_memory'] / by_arm['PEFT']['peak_memory']:.2f}" for arm in ("exact", "auto")]
+        time_ms = {arm: row["time_ms"] for arm, row in by_arm.items() if "time_ms" in row}
         most = time_ms["PEFT"] - time_ms["limit of exact"]
         reached = [f"{(time_ms['PEFT'] - time_ms[arm]) / most:.0%}" for arm in ("exact", "paper", "auto")]
         body.append([*key, f"{time_ms['PEFT']:.0f} ms", *speed, " / ".join(reached), " / ".join(memory)])
@@ -89,9 +89,9 @@ def _step_sweep(*, amx: bool, model: str = "model") -> str:
     found = [row for row in rows.select(HERE / "step-sweep.jsonl", amx=amx) if "time_ms" in row]
     body = []
     for cell in dict.fromkeys(tuple(row["cell"]) for row in found):
-        of = {row["arm"]: row for row in found if tuple(row["cell"]) == cell}
-        plain = of["PEFT"]
-        speed = [f"{of[arm]['speed_up']:.2f}" for arm in ("exact", "paper", "auto", "limit")]
+        by_arm = {row["arm"]: row for row in found if tuple(row["cell"]) == cell}
+        plain = by_arm["PEFT"]
+        speed = [f"{by_arm[arm]['speed_up']:.2f}" for arm in ("exact", "paper", "auto", "limit")]
         body.append([cell[0], str(plain["tokens"]), f"{plain['time_ms']:.0f} ms", *speed])
     return rows.markdown([model, "tokens per step", "PEFT", "exact", "paper", "auto", "limit"], body) + (
         f"\n\n{rows.where(found[0])}. {told(row['cell'][0] for row in found)}"
@@ -148,8 +148,8 @@ def compiled() -> str:
 def speed_up(arm: str, dtype: str, *, amx: bool, data: tuple[str, ...]) -> str:
     """The least and the most speed-up of an arm over PEFT in these rows: for a sentence."""
     found = rows.select(HERE / "step.jsonl", dtype=dtype, amx=amx, arm=arm)
-    of = [row["speed_up"] for row in found if row["data"] in data]
-    return f"{min(of):.2f} to {max(of):.2f}"
+    ratios = [row["speed_up"] for row in found if row["data"] in data]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
 def speed_up_picture() -> str:
