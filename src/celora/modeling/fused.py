@@ -1,18 +1,18 @@
 """A LoRA linear layer as one autograd function: the fewest passes over its tokens, forward and backward.
 
-PEFT computes `result + lora_B(lora_A(dropout(x))) * scaling` operator by operator: with float32 adapters on a bfloat16
-base, its default, that is two casts, four passes over (T, out) and a float32 copy of x saved for backward, for each
-layer. Here, with p = A x (T, r) and everything in the base's own dtype, as under autocast:
+PEFT computes `result + lora_B(lora_A(dropout(x))) * scaling` operator by operator. Its default is float32 adapters on a
+bfloat16 base. Each layer then casts twice, goes over (T, out) four times, and saves a float32 copy of x for backward.
+Here everything is in the base's own dtype, as under autocast. With p = A x (T, r) and G the gradient of y:
 
     y += scaling p B^T,   grad_B = scaling G^T p,   q = scaling G B,   grad_A = q^T x,   grad_x = (G W) + q A
 
-where `G W` is the layer's estimator's. Each line is a product that adds onto what is there already.
+The layer's estimator computes `G W`. Each of these is a product that adds onto what is there already.
 
 The tuner layer keeps its class and its `forward`. PEFT's own `forward` gives the base layer's output to whatever stands
 in `lora_variant` under the adapter's name, and adds nothing of its own then. Hooks put the graft there from the end of
 the base layer's forward until PEFT has asked. A graft that stayed there would be asked by all that PEFT does with
 variants: merging, unmerging, conversion. Where PEFT does not ask, or something is not as it should be, PEFT's own path
-runs: nothing is left out or applied twice.
+runs. Nothing is left out or applied twice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FEWEST_TOKENS = 96
 
 
 class FusedGraft(LayerGraft):
-    """A graft that computes the adapter over its base layer, too, as the variant of LoRA that PEFT asks.
+    """A graft that also computes the adapter over its base layer. PEFT asks it as it asks any variant of LoRA.
 
     Attributes:
         begun: a forward of the tuner layer until its base layer's ends: tuner layer, adapter's name, adapter and input.
@@ -61,7 +61,7 @@ class FusedGraft(LayerGraft):
         self.settle(module)
         if not (module.training and self.switch.on) or kwargs or len(args) != 1 or not _enough(args[0]):
             return
-        # Selective checkpointing, for one, keeps outputs of operators: of the base layer's, which would be added onto.
+        # Selective checkpointing, for example, keeps the base layer's output, onto which the adapter would be added.
         if not torch.compiler.is_compiling() and in_dispatch_mode():
             return
         adapter = self._adapter(module)
@@ -88,7 +88,7 @@ class FusedGraft(LayerGraft):
             return False
         if not self.knows(base, x, output):
             return False
-        # Nothing of a second copy of x, in the adapter's dtype, is read here.
+        # PEFT would cast x to the adapter's dtype, a copy that nobody reads here.
         self.taken, self._casts = (adapter, x, output), tuner.cast_input_dtype_enabled
         tuner.lora_variant[name], tuner.cast_input_dtype_enabled = self, False
         return True
@@ -119,7 +119,7 @@ class FusedGraft(LayerGraft):
 
     def _adapter(self, module: Any) -> Adapter | None:
         """The adapter to compute. All of `vanilla_adapter` is looked at again only where something has changed."""
-        if torch.compiler.is_compiling():  # once a graph; a graph would be compiled anew for what is known later
+        if torch.compiler.is_compiling():  # once a graph; what is remembered for later would compile it anew
             adapter = vanilla_adapter(module)
             return None if isinstance(adapter, str) else adapter
         if self._known is not None:
@@ -214,7 +214,7 @@ class _LoraLinear(torch.autograd.Function):
             if needs_A:
                 grad_A = (through.t() @ seen).to(ctx.adapter_dtypes[0])
             if needs_B:
-                # On CPU, in float32, a product that is tall takes longer than one that is wide, up to twice.
+                # On CPU, in float32, a tall product takes up to twice as long as a wide one.
                 wide = g.dtype == torch.float32 and g.device.type == "cpu"
                 grad_B = (low.t() @ g).t().contiguous() if wide else g.t() @ low
                 grad_B = grad_B.to(ctx.adapter_dtypes[1]).mul_(ctx.scaling)

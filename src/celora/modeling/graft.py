@@ -204,14 +204,14 @@ class LayerGraft(Measured, Hook):
 
 
 def graft(x: Tensor, output: Tensor, weight: Tensor | None, bias: Tensor | None, layer: LayerGraft) -> Tensor:
-    """`output`, unchanged, whose backward to `x: (..., in)` is `layer`'s and to a trainable `bias` is exact.
+    """`output`, unchanged. Its backward to `x: (..., in)` is `layer`'s; to a trainable `bias` it is exact.
 
     Args:
         x: the layer's input, any number of leading dimensions; only its dtype and shape are used.
         output: the layer's output `x W^T + b`, (..., out).
         weight: frozen, (out, in), as `LayerGraft.weight` gives it. Kept by reference: nothing is saved for backward.
         bias: (out,) or None; gets `grad_output.sum(0)` if it requires grad (PEFT's `bias="lora_only"`).
-        layer: whose mode at this moment decides what its backward will be.
+        layer: its mode at this moment decides what the backward will be.
     """
     result: Tensor = _Graft.apply(x, output.detach(), bias, weight, layer)  # type: ignore[no-untyped-call]
     return result
@@ -220,7 +220,7 @@ def graft(x: Tensor, output: Tensor, weight: Tensor | None, bias: Tensor | None,
 def remember(
     ctx: Any, x: Tensor, output: Tensor, bias: Tensor | None, weight: Tensor | None, layer: LayerGraft
 ) -> None:
-    """What the backward of any grafted layer needs, saving no tensor; `output` is what its forward returns."""
+    """Keep what the backward of any grafted layer needs, without saving a tensor; its forward returns `output`."""
     ctx.weight, ctx.layer, ctx.mode = weight, layer, layer.mode
     ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
