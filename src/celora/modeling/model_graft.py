@@ -341,7 +341,8 @@ def install(
 
     Args:
         packs: leave out padding, if the model allows it.
-        keep_ratio, seed: as in `ModelGraft`.
+        keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with.
+        seed: of what the estimate of that gradient draws.
     """
     graft = ModelGraft(switch, packs=packs and not found.cannot_pack, keep_ratio=keep_ratio, seed=seed)
     _hook(graft, found.causal, found.tuner)

@@ -52,7 +52,8 @@ def pack(
         model: gets the batch; `cannot_pack` has found no reason against it.
         input_ids: (B, T).
         position_ids: (B, T) or None for 0 ... T-1.
-        kept, numbers: from `measure`, the numbers read.
+        kept: which tokens to keep, from `measure`.
+        numbers: the others of `measure`, as a list.
 
     Returns:
         Arguments of the model's forward, to replace those of the batch.
