@@ -60,6 +60,11 @@ def pytest_configure(config: pytest.Config) -> None:
         kernels.library()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole trainings first: they take longest, and workers end together where short files come last."""
+    items.sort(key=lambda item: item.path.parent.name != "whole")
+
+
 def pytest_collection_finish() -> None:
     """Look for garbage among what tests make, not among the half million objects that the libraries' imports leave."""
     gc.collect()

@@ -44,6 +44,37 @@ def test_without_a_cache_they_are_built_for_the_process(how: str, tmp_path: Path
     assert not built.exists()  # taken away with the process
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PATH with a compiler that does not optimise: six times as fast, and these tests compute nothing."""
+    works = next(filter(None, map(shutil.which, build_module._COMPILERS)))
+    return compilers(tmp_path_factory.mktemp("quick"), cc=f'exec "{works}" "$@" -O0')
+
+
+@pytest.fixture(scope="module")
+def compiled(quick: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the library that a process has compiled into it."""
+    cache = tmp_path_factory.mktemp("compiled")
+    made, reason = load_in(cache, path=quick)
+    assert (made.parent, reason) == (cache / "celora" / "kernels", "")
+    return cache
+
+
+@pytest.fixture
+def made(compiled: Path, tmp_path: Path) -> Path:
+    """The library in a cache of its own, `tmp_path`, made as by another process before."""
+    shutil.copytree(compiled / "celora", tmp_path / "celora")
+    return next((tmp_path / "celora" / "kernels").glob("*.so"))
+
+
+def compilers(folder: Path, **does: str) -> str:
+    """A PATH whose compilers of these names do this."""
+    for name, command in does.items():
+        (folder / name).write_text(f"#!/bin/sh\n{command}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
 def load_in(cache: Path, *, path: str | None = None, home: Path | None = None) -> tuple[Path, str]:
     """The file that another process loads, from `cache` or from wherever else, and why it loads none, or keeps none."""
     code = (
@@ -62,30 +93,26 @@ def load_in(cache: Path, *, path: str | None = None, home: Path | None = None) -
 
 
 @needs_compiler
-def test_a_damaged_library_is_made_anew(tmp_path: Path) -> None:
-    made, _ = load_in(tmp_path)
-    assert made.parent == tmp_path / "celora" / "kernels"
+def test_a_damaged_library_is_made_anew(made: Path, quick: str, tmp_path: Path) -> None:
     whole = made.stat().st_size
     made.write_bytes(bytes(1000))
-    assert load_in(tmp_path) == (made, "")
+    assert load_in(tmp_path, path=quick) == (made, "")
     assert made.stat().st_size == whole
 
 
 @needs_compiler
-def test_a_library_that_others_could_have_written_is_not_loaded(tmp_path: Path) -> None:
-    made, _ = load_in(tmp_path)
+def test_a_library_that_others_could_have_written_is_not_loaded(made: Path, quick: str, tmp_path: Path) -> None:
     before = made.stat()
     made.chmod(0o777)
-    assert load_in(tmp_path) == (made, "")
+    assert load_in(tmp_path, path=quick) == (made, "")
     assert made.stat().st_ino != before.st_ino  # made anew
     assert made.stat().st_mode & 0o022 == 0
 
 
 @needs_compiler
-def test_a_folder_that_others_could_write_to_is_closed(tmp_path: Path) -> None:
-    made, _ = load_in(tmp_path)
+def test_a_folder_that_others_could_write_to_is_closed(made: Path, quick: str, tmp_path: Path) -> None:
     made.parent.chmod(0o777)
-    assert load_in(tmp_path) == (made, "")
+    assert load_in(tmp_path, path=quick) == (made, "")
     assert made.parent.stat().st_mode & 0o022 == 0
 
 
@@ -178,20 +205,16 @@ def test_kernels_that_cannot_be_kept_are_compiled_anyway(
 
 @needs_compiler
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give a folder away")
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
-    made, _ = load_in(tmp_path)
+def test_a_folder_of_somebody_else_is_left_alone(made: Path, quick: str, tmp_path: Path) -> None:
     os.chown(made.parent, 12345, -1)
-    assert load_in(tmp_path)[0].parent != made.parent
+    assert load_in(tmp_path, path=quick)[0].parent != made.parent
 
 
 @needs_compiler
 def test_each_compiler_is_tried(tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
     works = next(filter(None, map(shutil.which, build_module._COMPILERS)))
-    for name, does in (("cc", "exit 1"), ("gcc", f'exec "{works}" "$@"')):
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    (tmp_path / "bin").mkdir()
+    path = compilers(tmp_path / "bin", cc="exit 1", gcc=f'exec "{works}" "$@" -O0')
     assert load_in(tmp_path, path=path)[0].parent == tmp_path / "celora" / "kernels"
 
 

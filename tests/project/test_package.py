@@ -28,9 +28,10 @@ def _run(*command: object, **environment: str) -> str:
 def test_the_wheel_installs_elsewhere_and_contains_everything(tmp_path: Path) -> None:
     _run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", ".")
     (wheel,) = (tmp_path / "dist").iterdir()
-    _run(sys.executable, "-m", "venv", tmp_path / "venv")
+    _run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     scripts = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
-    _run(scripts / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel)
+    pip = [sys.executable, "-m", "pip", "--python", scripts / "python"]
+    _run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel)
 
     # The dependencies come from this environment; celora itself must not, or the wheel would not be tested.
     script = """
