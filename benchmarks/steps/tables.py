@@ -10,7 +10,7 @@ from benchmarks import rows
 from celora.studies.cells import told
 
 HERE = Path(__file__).parent
-_OLDER = "model (older code)"
+_OLDER = "model (older code, plans at 0.99)"
 _SHOWN = ("PEFT + compile", "PEFT upper half", "exact", "exact + compile", "paper", "auto", "limit", "limit of exact")
 
 

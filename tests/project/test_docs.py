@@ -129,6 +129,14 @@ def test_every_page_is_one_click_from_the_first() -> None:
     assert sorted(set(DOCS.rglob("*.md")) - others - reached) == []
 
 
+def test_files_named_on_pages_are_there() -> None:
+    """A recipe may name the file that it asks for: those come after "Prove it" or "Bring it in"."""
+    for page in [*DOCS.rglob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "README.md", ROOT / "benchmarks" / "README.md"]:
+        text = re.split(r"^## .*(?:Prove it|Bring it in)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[0]
+        for name in re.findall(r"`((?:src|tests|benchmarks|docs|examples)/[\w./-]+)`", text):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
 def test_terms_in_links_stand_in_the_glossary() -> None:
     headings = re.findall(r"^## (.*)$", (DOCS / "use" / "glossary.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert headings == sorted(headings, key=str.casefold)
