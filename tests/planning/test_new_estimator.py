@@ -14,6 +14,8 @@ from peft import PeftModel
 import celora
 from celora import CELoraConfig, CELoraError, Plan
 from celora.cli.main import main
+from celora.modeling.graft import LayerGraft
+from celora.modeling.switch import Mode, Switch
 from celora.numerics.estimators import ESTIMATORS
 from celora.settings.config import LayerConfig
 from costs import Costs
@@ -91,9 +93,14 @@ def test_a_plan_with_it_is_audited_saved_and_carried_out(
     assert min(audited.per_layer[name].cosine for name in named) < 1
 
 
+def test_layers_that_it_cannot_do_stay_exact_with_the_reason(model: PeftModel, config: CELoraConfig) -> None:
+    report = celora.attach(model, config)
+    assert {layer.estimator for layer in report.estimated.values()} == {"blocks"}
+    assert set(report.skipped.values()) == {"24 columns are not whole blocks of 16"}
+    assert {name.rpartition(".")[2] for name in report.skipped} == {"k_proj", "v_proj"}
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(config: CELoraConfig, tmp_path: Path) -> None:
-    """For the layers that it can do; 24 columns are not whole blocks."""
-    config = CELoraConfig(**{**config.to_dict(), "overrides": {"[kv]_proj": {"estimator": "dense"}}})
     whole, first, second = make_model(), make_model(), make_model()
     for model in (whole, first, second):
         assert "blocks" in str(celora.attach(model, config))
@@ -106,6 +113,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: CELoraConfig, tmp_pat
     celora.load_state(second, tmp_path)
     train(second, 4, first=6, optimizer=resumed)
     assert all(value.equal(adapter(second)[name]) for name, value in adapter(whole).items())
+
+
+# Dynamo instantiates the Function class while it traces one, which torch itself warns about.
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
+def test_compiled_it_uses_the_latest_selection() -> None:
+    linear, G = torch.nn.Linear(16, 48).requires_grad_(False), torch.randn(9, 48)
+    W, layer = linear.weight, LayerGraft(ESTIMATORS["blocks"](48, 16, keep_ratio=0.34), Switch())
+    layer.mode = Mode.ESTIMATE
+    linear.register_forward_hook(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    for block in (slice(0, 16), slice(32, 48)):
+        seen = torch.zeros(9, 48)
+        seen[:, block] = 1
+        layer.estimator.observe(seen, W, seen @ W)
+        layer.estimator.select()
+        x = torch.randn(9, 16, requires_grad=True)
+        compiled(x).backward(G)
+        torch.testing.assert_close(x.grad, G[:, block] @ W[block])
 
 
 def test_the_application_trains_resumes_and_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

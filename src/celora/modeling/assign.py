@@ -58,7 +58,7 @@ def choose_estimator(
             "gradients; use factor='svd' or rank=0."
         )
     estimator.agreed, estimator.device = config.synchronise, device
-    if reason := estimator.product.unavailable(out_features, in_features, device):
+    if reason := estimator.unavailable():
         return LayerReport(name, out_features, in_features, "dense", 1.0, reason=reason), None
     selected = "keep_ratio" in kind.uses
     report = LayerReport(

@@ -27,6 +27,6 @@ def candidates(shape: tuple[int, int], device: torch.device) -> dict[LayerConfig
         for fields in cls.candidates(*shape, device):
             setting = LayerConfig(name, **{"rank": 0, **fields})
             estimator = make_candidate(setting, shape, device)
-            if not (estimator.product.slow(device) or estimator.product.unavailable(*shape, device)):
+            if not (estimator.product.slow(device) or estimator.unavailable()):
                 found[setting] = estimator
     return found

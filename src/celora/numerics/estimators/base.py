@@ -127,11 +127,16 @@ class Estimator(ABC):
 
     @property
     def traceable(self) -> bool:
-        """Whether torch.compile can trace `estimate`; otherwise it is one opaque operator to it.
+        """Whether torch.compile may trace `estimate`. If not, it is one opaque operator, which is always right.
 
-        An override must not ask `super()`: Dynamo gets the property itself there, which is always true.
+        Traced tensors must change in place, because compiled graphs hold on to them. An override must not ask
+        `super()`: Dynamo gets the property itself there, which is always true.
         """
-        return self.product.traceable
+        return False
+
+    def unavailable(self) -> str:
+        """Why this layer cannot be estimated so on its device, or ''. It then stays exact, and the report says why."""
+        return self.product.unavailable(self.out_features, self.in_features, self.device)
 
     def prepare(self, weight: Tensor) -> None:  # noqa: B027 - optional by design
         """Make what the weight alone decides, before the first step. A refresh makes what is still missing."""
@@ -184,9 +189,9 @@ class Estimator(ABC):
 
     @classmethod
     def candidates(cls, out_features: int, in_features: int, device: torch.device) -> Iterable[Mapping[str, Any]]:
-        """The settings that a plan considers for a layer of this shape on this device; none: it is never planned.
+        """The settings that a plan considers for a layer of this shape on this device. By default it is never planned.
 
-        The planner leaves out those whose `precision` is slow or does not exist there.
+        The planner leaves out what is `unavailable`, or whose product cannot pay there.
         """
         return ()
 

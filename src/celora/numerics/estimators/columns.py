@@ -78,6 +78,10 @@ class Columns(Estimator):
         return self.keeps_all or self.index is not None
 
     @property
+    def traceable(self) -> bool:
+        return self.product.traceable
+
+    @property
     def keeps_all(self) -> bool:
         """Whether the estimate is the whole product."""
         return self.kept == self.out_features

@@ -21,6 +21,10 @@ class Dense(Estimator):
     def cost(self) -> float:
         return self.product.relative_cost
 
+    @property
+    def traceable(self) -> bool:
+        return self.product.traceable
+
     def estimate(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         return self.product(grad_output, weight)
 

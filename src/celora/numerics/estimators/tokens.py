@@ -63,7 +63,6 @@ class Tokens(Estimator):
 
     @property
     def traceable(self) -> bool:
-        # Not super().traceable, which is true for Dynamo whatever it says: it gets the property itself there.
         return self.product.traceable and self.settings.selection == "topk"
 
     @property
