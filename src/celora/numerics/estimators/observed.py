@@ -73,15 +73,15 @@ class Observed:
         """
         if kept >= len(self._squared_lost):
             return 0.0
-        total = float(self._squared_lost[0]) or 1.0
-        return math.sqrt(float(self._squared_lost[kept]) / total)
+        return math.sqrt(self._squared_lost[kept] / (self._squared_lost[0] or 1.0))
 
     @functools.cached_property
     def _squared_norms(self) -> Tensor:
         return squared_row_norms(self.grad_output)
 
     @functools.cached_property
-    def _squared_lost(self) -> Tensor:
+    def _squared_lost(self) -> list[float]:
         """At k, the squared norm of `grad_input` without the first k tokens."""
         order = self._squared_norms.argsort(descending=True)
-        return in_float64(squared_row_norms(self.grad_input)[order]).flip(0).cumsum(0).flip(0)
+        lost: list[float] = in_float64(squared_row_norms(self.grad_input)[order]).flip(0).cumsum(0).flip(0).tolist()
+        return lost
