@@ -71,6 +71,34 @@ def test_a_plan_that_was_audited_on_one_batch_is_still_read(model: PeftModel) ->
     assert Plan.from_dict(document).audited_batches == 1
 
 
+def test_a_plan_of_the_first_version_is_read_and_written_alike() -> None:
+    document = {
+        "version": 1, "fidelity": 0.98, "predicted_cosine": 0.985, "audited_cosine": 0.981, "predicted_time": 0.58,
+        "audited_time": 0.6, "tokens": 33, "dtype": "float32", "device": "Abacus", "threads": 2, "torch": "2.13.0",
+        "memory_limit": 9999, "audited_batches": 8,
+        "settings": [
+            {"estimator": "dense"},
+            {"estimator": "tokens", "keep_ratio": 0.97, "rank": 0, "selection": "energy"},
+            {"estimator": "tokens", "keep_ratio": 0.9, "rank": 0, "selection": "energy", "precision": "int8",
+             "weight_copy": False},
+            {"estimator": "columns", "rank": 0, "precision": "int8"},
+            {"estimator": "int8", "rank": 0},
+            {"estimator": "columns", "keep_ratio": 0.1, "rank": 0},
+        ],
+        "layers": [
+            {"name": LAYER, "out_features": 80, "in_features": 48, "influence": 0.5, "chosen": 4,
+             "candidates": [[0, 2.0, 0.0, 0], [1, 1.5, 0.2, 0], [2, 1.0, 0.3, 0], [3, 0.9, 0.4, 9600],
+                            [4, 0.8, 0.01, 3840]]},
+        ],
+        "head": {"name": HEAD, "out_features": 61, "in_features": 48, "influence": 1.0, "chosen": 1,
+                 "candidates": [[0, 8.0, 0.0, 0], [5, 1.0, 0.02, 0]]},
+    }  # fmt: skip
+    plan = Plan.from_dict(document)
+    assert plan.layers[0].choice.setting == LayerConfig("int8", rank=0)
+    assert plan.config().head_keep_ratio == 0.1
+    assert plan.to_dict() == document
+
+
 def test_attaching_a_plan_gives_each_layer_its_estimator(model: PeftModel) -> None:
     plan = make(model)
     report = celora.attach(model, plan)

@@ -23,7 +23,14 @@ HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=4)
 WORDS = CELoraConfig(estimator="dense", labelled_head=True, head_keep_ratio=0.6, refresh_every=4)
 
 
-@pytest.mark.parametrize("config", [HALF, WORDS], ids=["columns", "words"])
+# Each knows something more than a selection: a ratio that has moved, how many draws there were, a factor.
+CONTROLLED = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=2, target_error=0.2)
+SAMPLED = CELoraConfig(keep_ratio=0.8, rank=4, selection="sampled", refresh_every=4)
+GRADIENT = CELoraConfig(estimator="tokens", keep_ratio=0.5, rank=4, factor="gradient", refresh_every=4)
+CONFIGS = {"columns": HALF, "words": WORDS, "controlled": CONTROLLED, "sampled": SAMPLED, "gradient": GRADIENT}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("stop", [1, 4, 6])
 def test_a_resumed_run_equals_an_uninterrupted_one(stop: int, config: CELoraConfig, tmp_path: Path) -> None:
     whole = make_model()

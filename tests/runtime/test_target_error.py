@@ -34,6 +34,7 @@ def test_only_a_ratio_that_has_moved_is_saved() -> None:
     estimator, resumed = Columns(20, 9, keep_ratio=0.5), Columns(20, 9, keep_ratio=0.5)
     assert state_dict(estimator) == {}
     aim(estimator, 0.4, 0.1)
+    assert state_dict(estimator).keys() == {"keep_ratio"}  # as states of earlier versions have it
     load_state_dict(resumed, state_dict(estimator))
     assert resumed.keep_ratio == estimator.keep_ratio != 0.5
     load_state_dict(resumed, {})
