@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_forward import masked_batch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -24,6 +23,7 @@ from celora.modeling.model_graft import ModelGraft
 from celora.numerics import head
 from celora.numerics.head import Logits
 from celora.runtime.attachment import require
+from labelled import masked_batch
 from patching import patch_all
 from small import make_batch, make_model
 

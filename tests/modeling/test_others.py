@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from test_forward import gradient, masked_batch
 from trl.trainer.utils import add_fused_lm_head
 
 import celora
@@ -19,6 +18,7 @@ from celora import CELoraError
 from celora.modeling import others
 from celora.numerics.head import Logits
 from celora.runtime.attachment import require
+from labelled import gradient, masked_batch
 from small import make_model
 
 

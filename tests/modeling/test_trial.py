@@ -320,63 +320,6 @@ def test_a_weight_that_is_put_in_place_later_is_tried_then() -> None:
     assert nn.Linear.forward is own
 
 
-@pytest.mark.fault(
-    "numbers",
-    "gradients are taken in `eval()`: saliency, adversarial examples",
-    sees="nothing; `this model trains in eval mode ...` where an optimizer's step follows",
-    kept="PEFT's own gradient, bit for bit; no statistics are taken and the clock stands",
-)
-@pytest.mark.parametrize("at", ["a refresh", "an estimate"])
-def test_gradients_in_eval_are_pefts_own(at: str) -> None:
-    plain, model = make_model(), make_model()
-    celora.attach(model, HALF)
-    train(plain, 2), train(model, 2)
-    if at == "a refresh":
-        train(plain, 1, first=2), train(model, 1, first=2)
-    model.load_state_dict(plain.state_dict())
-    attachment = require(model)
-    grafts = attachment.grafts.values()
-    before = [(graft.observed, graft.mode, graft.squared_error) for graft in grafts], attachment.clock.step
-    x = model.get_input_embeddings()(make_batch(5)["input_ids"]).detach()
-    saliency = []
-    for each in (plain.eval(), model.eval()):
-        inputs = x.clone().requires_grad_()
-        saliency.append(torch.autograd.grad(each(inputs_embeds=inputs).logits.square().sum(), inputs)[0])
-    assert saliency[1].equal(saliency[0])
-    assert ([(graft.observed, graft.mode, graft.squared_error) for graft in grafts], attachment.clock.step) == before
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_training_in_eval_mode_is_exact_and_said_once(preset: str) -> None:
-    plain, model = make_model().eval(), make_model().eval()
-    celora.attach(model, PRESETS[preset], padding_free=False)
-    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (plain, model)]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step in range(3):
-            for of, optimizer in zip((plain, model), optimizers, strict=True):
-                of(**make_batch(step)).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-    assert [str(one.message) for one in caught if "in eval mode" in str(one.message)] == [
-        "celora: this model trains in eval mode, where celora leaves forward and backward to PEFT; call model.train()."
-    ]
-    assert len(caught) == 1
-    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-        assert p.equal(q)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_are_recomputed_in_training_mode(reentrant: bool) -> None:
-    """The recomputed forward finds the layers in the mode that they were in, and so the same backward."""
-    model = make_model()
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    celora.attach(model, HALF)
-    train(model, 4)
-    assert min(graft.observed for graft in require(model).grafts.values()) == 2  # steps 0 and 3
-
-
 def test_a_copy_is_tried_anew() -> None:
     model = make_model().train()
     celora.attach(model, HALF)

@@ -1,4 +1,4 @@
-"""What the model's forward returns while it trains, against Transformers' own loss and TRL's metrics."""
+"""What the model's forward returns while it trains, against Transformers' own loss."""
 
 from __future__ import annotations
 
@@ -12,66 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
-    AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    GitConfig,
-    GitForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Trainer,
-    XLNetConfig,
-    XLNetLMHeadModel,
 )
-from transformers import TrainingArguments as Arguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import celora
 from celora import CELoraConfig
 from celora.numerics import head
 from celora.runtime.attachment import require
+from labelled import compare, gradient, masked_batch
 from small import make_batch, make_model, train
-from tiny import save_tiny_model
-from tolerances import OF_GRADIENT
-
-
-def masked_batch(seed: int = 0) -> dict[str, Tensor]:
-    batch = make_batch(seed)
-    batch["labels"][:, :5] = -100
-    batch["labels"][1, 8:] = -100
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    batch["attention_mask"][1, 8:] = 0
-    return batch
-
-
-def gradient(model: nn.Module) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-
-
-def compare(model: nn.Module, batch: dict[str, Any], *, calls: int = 2) -> None:
-    """Loss and gradient equal to what the model itself makes of this batch, to float32 rounding."""
-    celora.detach(model)
-    model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
-    expected = gradient(model)
-    celora.attach(model, "exact")
-    for _ in range(calls):  # the first of which is also compared with the model's own logits
-        model.zero_grad()
-        output = model(**batch)
-        output.loss.backward()
-        assert output.logits is None
-        assert output.loss.item() == pytest.approx(loss.item(), rel=1e-6)
-        assert (gradient(model) - expected).norm() < OF_GRADIENT * expected.norm()
 
 
 @pytest.mark.parametrize("items", [None, 7, torch.tensor(7)], ids=str)
@@ -201,44 +159,6 @@ def test_a_head_that_is_not_understood_stays_as_it_is_and_it_is_said_once() -> N
         torch.testing.assert_close(model(**batch).loss, expected)
 
 
-CHANGES = pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda m: m.base_model.model.lm_head.weight.requires_grad_(), "head is trained"),
-        (lambda m: setattr(m.base_model.model, "loss_function", lambda **_: torch.zeros(())), "loss of its own"),
-        (lambda m: m.base_model.model.lm_head.register_forward_hook(lambda *_: None), "as its head"),
-    ],
-    ids=["trained", "loss", "hooked"],
-)
-
-
-@CHANGES
-def test_heads_that_are_not_taken_over(change: Any, reason: str) -> None:
-    model, batch = make_model().train(), masked_batch()
-    change(model)
-    expected = model(**batch).loss
-    report = celora.attach(model, "exact")
-    assert any(reason in note for note in report.notes)
-    output = model(**batch)
-    assert output.logits is not None
-    torch.testing.assert_close(output.loss, expected)
-
-
-@CHANGES
-def test_heads_that_change_after_attaching(change: Any, reason: str) -> None:
-    model, batch = make_model().train(), masked_batch()
-    celora.attach(model, "exact")
-    assert model(**batch).logits is None
-    change(model)
-    with pytest.warns(UserWarning, match=f"celora: .*{reason}.* by now; its own loss is used"):
-        output = model(**batch)
-    again = model(**batch)  # said once
-    celora.detach(model)
-    assert output.logits is not None
-    assert output.loss.equal(again.loss)
-    torch.testing.assert_close(output.loss, model(**batch).loss)
-
-
 @pytest.mark.parametrize("how", ["int32", "too short", "negative", "too large"])
 def test_labels_that_do_not_fit_are_an_error(how: str) -> None:
     model, batch = make_model().train(), masked_batch()
@@ -260,12 +180,6 @@ def test_hidden_states_that_the_configuration_asks_for_are_the_models_own() -> N
     expected = model(**batch).hidden_states[-1]
     celora.attach(model, "exact")
     torch.testing.assert_close(model(**batch).hidden_states[-1], expected)
-
-
-def test_an_adapted_head_is_not_taken_over() -> None:
-    model = make_model(target_modules=["q_proj", "lm_head"]).train()
-    assert any("has an adapter on its head" in note for note in celora.attach(model, "exact").notes)
-    assert model(**masked_batch()).logits is not None
 
 
 @pytest.mark.parametrize(
@@ -301,18 +215,6 @@ def test_generation_and_padded_evaluation_do_not_change() -> None:
     assert again.equal(tokens)
 
 
-@pytest.mark.parametrize("how", ["partitioned", "replica"])
-def test_a_head_that_is_not_at_hand(how: str) -> None:
-    model, batch = make_model().train(), masked_batch()
-    celora.attach(model, "exact")
-    if how == "partitioned":
-        model.base_model.model.lm_head.weight.ds_id = 0  # as DeepSpeed ZeRO-3 marks what it has taken apart
-    else:
-        for module in (model.base_model, model.base_model.model):
-            module._is_replica = True  # as DataParallel marks its replicas, whose threads share their hooks
-    assert model(**batch).logits is not None
-
-
 def test_an_error_in_the_forward_leaves_nothing_behind() -> None:
     model, batch = make_model().train(), masked_batch()
     celora.attach(model, "exact")
@@ -344,117 +246,6 @@ def test_checkpointing() -> None:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         compare(model.train(), batch)
-
-
-# --- TRL ------------------------------------------------------------
-
-
-def sft(folder: Path, preset: str | None, **changes: Any) -> tuple[list[dict[str, float]], PeftModel]:
-    save_tiny_model(folder / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    rows = [
-        {"prompt": " ".join(f"w{(i + j) % 40}" for j in range(2 + i % 4)), "completion": f" w{i} w{i + 1}"}
-        for i in range(12)
-    ]
-    settings: dict[str, Any] = {
-        "max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no",
-        "disable_tqdm": True, "dataloader_pin_memory": False, "eval_strategy": "steps", "eval_steps": 3,
-    }  # fmt: skip
-    trainer = SFTTrainer(
-        LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
-        args=SFTConfig(str(folder / "out"), **settings | changes),
-        train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(rows[:4]),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(target_modules="all-linear"),
-    )
-    if preset:
-        celora.attach(trainer.model, preset)
-    trainer.train()
-    return trainer.state.log_history, trainer.model
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"loss_type": "dft"}, {"padding_free": True, "max_length": None}, {"label_smoothing_factor": 0.1}],
-    ids=["nll", "dft", "padding_free", "smoothing"],
-)
-@pytest.mark.filterwarnings("ignore")
-def test_sft_trainer_logs_the_same(changes: dict[str, Any], tmp_path: Path) -> None:
-    """Loss, gradient norm, token accuracy and entropy, in training and in evaluation."""
-    plain, _ = sft(tmp_path / "a", None, **changes)
-    exact, model = sft(tmp_path / "b", "exact", **changes)
-    assert len(plain) == len(exact)
-    for expected, found in zip(plain, exact, strict=True):
-        for key in expected:
-            if not any(word in key for word in ("runtime", "per_second", "flos")):
-                assert found[key] == pytest.approx(expected[key], rel=2e-5, abs=1e-6), key
-    assert require(model).forward.logits == head.Logits()  # it was taken over
-
-
-def test_trl_is_only_served_what_is_computed() -> None:
-    from trl.trainer.utils import add_fused_lm_head
-
-    from celora.modeling import others
-
-    model = make_model().base_model.model
-    assert "no such head" in str(others.fused_head(model))
-    for settings, served in (
-        ({}, True),
-        ({"outputs": ("log_probs", "is_top1", "entropy")}, True),
-        ({"outputs": ("log_probs", "mean_logits")}, False),
-        ({"temperature": 0.7}, False),
-        ({"cast_lm_head_to_fp32": True}, False),
-    ):
-        model.__dict__.pop("forward", None)
-        add_fused_lm_head(model, **settings)
-        assert isinstance(others.fused_head(model), head.Logits) is served
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_dpo_trainer_trains_the_same(tmp_path: Path) -> None:
-    losses = []
-    for preset in (None, "exact"):
-        save_tiny_model(tmp_path / "model")
-        rows = [{"prompt": f"w{i} w{i + 1}", "chosen": f" w{i + 2} w3", "rejected": f" w{i + 4}"} for i in range(8)]
-        trainer = DPOTrainer(
-            LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32),
-            args=DPOConfig(
-                str(tmp_path / "out"), max_steps=3, logging_steps=1, per_device_train_batch_size=2, report_to="none",
-                use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
-                dataloader_pin_memory=False,
-            ),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(tmp_path / "model"),
-            peft_config=LoraConfig(target_modules="all-linear"),
-        )  # fmt: skip
-        if preset:
-            celora.attach(trainer.model, preset)
-        trainer.train()
-        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("more", [{}, {"neftune_noise_alpha": 5.0}], ids=["usual", "NEFTune"])
-def test_plain_trainer_with_accumulation_trains_the_same(more: dict[str, Any], tmp_path: Path) -> None:
-    """NEFTune's noise depends on the shape of the batch, so that padding has to stay."""
-    losses = []
-    for preset in (None, "exact"):
-        model = make_model(init_lora_weights=True)
-        if preset:
-            celora.attach(model, preset)
-        rows = [{key: value[i % 3] for key, value in masked_batch(i // 3).items()} for i in range(24)]
-        arguments = Arguments(
-            str(tmp_path), max_steps=4, logging_steps=1, per_device_train_batch_size=3, gradient_accumulation_steps=2,
-            report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
-            dataloader_pin_memory=False, remove_unused_columns=False, **more,
-        )  # fmt: skip
-        trainer = Trainer(model, arguments, train_dataset=rows)
-        trainer.train()
-        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_the_error_of_the_head_is_measured_at_refreshes(tmp_path: Path) -> None:
@@ -517,70 +308,6 @@ def test_a_head_whose_estimate_is_none_becomes_exact(monkeypatch: pytest.MonkeyP
     with pytest.warns(UserWarning, match="from step 2 on, head is exact"):
         train(model, 1, first=1, optimizer=optimizer)
     assert celora.audit(model, make_batch(9)).relative_error == 0
-
-
-class Penalised(LlamaForCausalLM):
-    """Adds a term of its own to the loss."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
-        if output.loss is not None:
-            output["loss"] = output.loss + 0.1 * output.logits.logsumexp(-1).square().mean()
-        return output
-
-
-class Smoothed(LlamaForCausalLM):
-    """Computes its loss by itself, from its logits and the labels."""
-
-    def forward(self, *args: Any, labels: Tensor | None = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
-        output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
-        if labels is not None:
-            shifted = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-            output["loss"] = nn.functional.cross_entropy(*shifted, label_smoothing=0.1)
-        return output
-
-
-SMALL: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
-OTHERS: dict[str, Callable[[], nn.Module]] = {
-    "a term of its own": lambda: Penalised(LlamaConfig(**SMALL, intermediate_size=48)),
-    "a loss of its own": lambda: Smoothed(LlamaConfig(**SMALL, intermediate_size=48)),
-    "a decoder within the decoder": lambda: OPTForCausalLM(
-        OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, pad_token_id=60)
-    ),
-    "labels that are not shifted": lambda: XLNetLMHeadModel(
-        XLNetConfig(vocab_size=61, d_model=32, n_layer=1, n_head=2, d_inner=48, dropout=0.0, loss_type="ForCausalLM")
-    ),
-    "tokens that are no text": lambda: GitForCausalLM(
-        GitConfig(
-            **SMALL,
-            intermediate_size=48,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            vision_config={"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "image_size": 32},
-        )
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-@pytest.mark.filterwarnings("ignore:celora. .*its own loss is used")
-def test_models_with_another_loss_keep_it(kind: str) -> None:
-    torch.manual_seed(0)
-    config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
-    model, batch = get_peft_model(OTHERS[kind](), config).train(), masked_batch()
-    model.config.use_cache = False
-    if "text" in kind:
-        batch["pixel_values"] = torch.randn(len(batch["labels"]), 3, 32, 32)
-    loss = model(**batch).loss
-    loss.backward()
-    expected = gradient(model)
-    celora.attach(model, "exact")
-    for _ in range(2):
-        model.zero_grad()
-        found = model(**batch).loss
-        found.backward()
-        torch.testing.assert_close(found, loss)
-        torch.testing.assert_close(gradient(model), expected)
 
 
 def test_the_loss_function_is_the_models_own_again_after_the_first_call() -> None:

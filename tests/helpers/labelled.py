@@ -1,0 +1,43 @@
+"""Batches of which some tokens have no label, and what a model makes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import celora
+from small import make_batch
+from tolerances import OF_GRADIENT
+
+
+def masked_batch(seed: int = 0) -> dict[str, Tensor]:
+    batch = make_batch(seed)
+    batch["labels"][:, :5] = -100
+    batch["labels"][1, 8:] = -100
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][1, 8:] = 0
+    return batch
+
+
+def gradient(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def compare(model: nn.Module, batch: dict[str, Any], *, calls: int = 2) -> None:
+    """Loss and gradient equal to what the model itself makes of this batch, to float32 rounding."""
+    celora.detach(model)
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    expected = gradient(model)
+    celora.attach(model, "exact")
+    for _ in range(calls):  # the first of which is also compared with the model's own logits
+        model.zero_grad()
+        output = model(**batch)
+        output.loss.backward()
+        assert output.logits is None
+        assert output.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+        assert (gradient(model) - expected).norm() < OF_GRADIENT * expected.norm()

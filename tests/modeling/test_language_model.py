@@ -1,0 +1,144 @@
+"""Models whose head or loss celora does not compute: which, why, and that their own is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    GitConfig,
+    GitForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
+
+import celora
+from labelled import gradient, masked_batch
+from small import make_model
+
+CHANGES = pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.base_model.model.lm_head.weight.requires_grad_(), "head is trained"),
+        (lambda m: setattr(m.base_model.model, "loss_function", lambda **_: torch.zeros(())), "loss of its own"),
+        (lambda m: m.base_model.model.lm_head.register_forward_hook(lambda *_: None), "as its head"),
+    ],
+    ids=["trained", "loss", "hooked"],
+)
+
+
+@CHANGES
+def test_heads_that_are_not_taken_over(change: Any, reason: str) -> None:
+    model, batch = make_model().train(), masked_batch()
+    change(model)
+    expected = model(**batch).loss
+    report = celora.attach(model, "exact")
+    assert any(reason in note for note in report.notes)
+    output = model(**batch)
+    assert output.logits is not None
+    torch.testing.assert_close(output.loss, expected)
+
+
+@CHANGES
+def test_heads_that_change_after_attaching(change: Any, reason: str) -> None:
+    model, batch = make_model().train(), masked_batch()
+    celora.attach(model, "exact")
+    assert model(**batch).logits is None
+    change(model)
+    with pytest.warns(UserWarning, match=f"celora: .*{reason}.* by now; its own loss is used"):
+        output = model(**batch)
+    again = model(**batch)  # said once
+    celora.detach(model)
+    assert output.logits is not None
+    assert output.loss.equal(again.loss)
+    torch.testing.assert_close(output.loss, model(**batch).loss)
+
+
+def test_an_adapted_head_is_not_taken_over() -> None:
+    model = make_model(target_modules=["q_proj", "lm_head"]).train()
+    assert any("has an adapter on its head" in note for note in celora.attach(model, "exact").notes)
+    assert model(**masked_batch()).logits is not None
+
+
+@pytest.mark.parametrize("how", ["partitioned", "replica"])
+def test_a_head_that_is_not_at_hand(how: str) -> None:
+    model, batch = make_model().train(), masked_batch()
+    celora.attach(model, "exact")
+    if how == "partitioned":
+        model.base_model.model.lm_head.weight.ds_id = 0  # as DeepSpeed ZeRO-3 marks what it has taken apart
+    else:
+        for module in (model.base_model, model.base_model.model):
+            module._is_replica = True  # as DataParallel marks its replicas, whose threads share their hooks
+    assert model(**batch).logits is not None
+
+
+class Penalised(LlamaForCausalLM):
+    """Adds a term of its own to the loss."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if output.loss is not None:
+            output["loss"] = output.loss + 0.1 * output.logits.logsumexp(-1).square().mean()
+        return output
+
+
+class Smoothed(LlamaForCausalLM):
+    """Computes its loss by itself, from its logits and the labels."""
+
+    def forward(self, *args: Any, labels: Tensor | None = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+        if labels is not None:
+            shifted = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            output["loss"] = nn.functional.cross_entropy(*shifted, label_smoothing=0.1)
+        return output
+
+
+SMALL: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "a term of its own": lambda: Penalised(LlamaConfig(**SMALL, intermediate_size=48)),
+    "a loss of its own": lambda: Smoothed(LlamaConfig(**SMALL, intermediate_size=48)),
+    "a decoder within the decoder": lambda: OPTForCausalLM(
+        OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, pad_token_id=60)
+    ),
+    "labels that are not shifted": lambda: XLNetLMHeadModel(
+        XLNetConfig(vocab_size=61, d_model=32, n_layer=1, n_head=2, d_inner=48, dropout=0.0, loss_type="ForCausalLM")
+    ),
+    "tokens that are no text": lambda: GitForCausalLM(
+        GitConfig(
+            **SMALL,
+            intermediate_size=48,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            vision_config={"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "image_size": 32},
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.filterwarnings("ignore:celora. .*its own loss is used")
+def test_models_with_another_loss_keep_it(kind: str) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model, batch = get_peft_model(OTHERS[kind](), config).train(), masked_batch()
+    model.config.use_cache = False
+    if "text" in kind:
+        batch["pixel_values"] = torch.randn(len(batch["labels"]), 3, 32, 32)
+    loss = model(**batch).loss
+    loss.backward()
+    expected = gradient(model)
+    celora.attach(model, "exact")
+    for _ in range(2):
+        model.zero_grad()
+        found = model(**batch).loss
+        found.backward()
+        torch.testing.assert_close(found, loss)
+        torch.testing.assert_close(gradient(model), expected)

@@ -1,0 +1,250 @@
+"""An attachment while its model trains: when it refreshes, what it monitors, and what becomes of copies."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import io
+import statistics
+import warnings
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+import celora
+from celora import CELoraConfig
+from celora.modeling.switch import Mode
+from celora.numerics.estimators import Columns
+from celora.runtime.attachment import require
+from machine import refuses_config
+from small import MEMBERS, adapter, make_batch, make_model, train
+
+HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
+
+
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_refreshes_at_optimizer_steps_0_tau_2tau(
+    model: PeftModel, checkpointing: str | None, accumulate: int, evaluate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if checkpointing is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    celora.attach(model, HALF)
+    observed: dict[int, int] = {}
+    selected: list[int] = []
+    observe, select = Columns.observe, Columns.select
+    graft = next(g for n, g in require(model).grafts.items() if n.endswith("layers.1.mlp.up_proj"))
+
+    def count_observe(self: Columns, *args: Any) -> None:
+        if self is graft.estimator:
+            step = require(model).clock.step
+            observed[step] = observed.get(step, 0) + 1
+        observe(self, *args)
+
+    def count_select(self: Columns) -> None:
+        if self is graft.estimator:
+            selected.append(require(model).clock.step - 1)
+        select(self)
+
+    monkeypatch.setattr(Columns, "observe", count_observe)
+    monkeypatch.setattr(Columns, "select", count_select)
+
+    def between() -> None:
+        if evaluate:
+            model.eval()
+            with torch.no_grad():
+                model(**make_batch(9))
+            model.train()
+
+    train(model, 8, accumulate=accumulate, between=between)
+    assert observed == {0: accumulate, 3: accumulate, 6: accumulate}
+    assert selected == [0, 3, 6]
+    assert require(model).refreshes == 3
+
+
+def test_a_refresh_step_is_exact() -> None:
+    plain, estimated = make_model(), make_model()
+    celora.attach(estimated, HALF)
+    train(plain, 1)
+    train(estimated, 1)
+    for name, value in adapter(plain).items():
+        assert value.equal(adapter(estimated)[name])
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
+def test_a_copy_of_the_model_is_attached_too_and_trains_the_same(model: PeftModel, how: str) -> None:
+    celora.attach(model, HALF)
+    train(model, 2)
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert require(twin) is not require(model)
+    for m in (model, twin):
+        train(m, 4, first=2)
+        assert (require(m).clock.step, require(m).refreshes) == (6, 2)
+    for name, value in adapter(model).items():
+        assert value.equal(adapter(twin)[name])
+
+
+def test_a_dropped_model_is_freed_at_once() -> None:
+    model = make_model()
+    celora.attach(model, HALF)
+    train(model, 2)
+    attachment = weakref.ref(require(model))
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert attachment() is None
+    finally:
+        gc.enable()
+
+
+def test_layers_left_by_merge_and_unload_are_exact() -> None:
+    model = make_model()
+    celora.attach(model, HALF)
+    train(model, 2)
+    merged = model.merge_and_unload()
+    del model
+    gc.collect()
+    out = merged(inputs_embeds=torch.randn(1, 4, 48, requires_grad=True))
+    nodes, seen = [out.logits.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [n for n, _ in node.next_functions]
+    assert not any("Graft" in type(node).__name__ for node in seen)
+
+
+def test_permuting_a_layers_gradient_permutes_its_selection(model: PeftModel) -> None:
+    """Through the whole machinery: the gradient of `up_proj` is permuted on its way into the graft."""
+    name = "base_model.model.model.layers.1.mlp.up_proj"
+    base = model.get_submodule(name).get_base_layer()
+    base.weight.data.fill_(0.1)  # so that the gradient alone decides
+    permutation = torch.randperm(80)
+    chosen = []
+    for permute in (False, True):
+        twin = copy.deepcopy(model)
+        celora.attach(twin, CELoraConfig(keep_ratio=0.5, rank=0))
+
+        def reorder(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            output = output.view_as(output)
+            output.register_hook(lambda g: g[..., permutation])
+            return output
+
+        if permute:
+            twin.get_submodule(name).get_base_layer().register_forward_hook(reorder)
+        train(twin, 1)
+        estimator = require(twin).grafts[name].estimator
+        assert isinstance(estimator, Columns)
+        assert estimator.index is not None
+        chosen.append(set(estimator.index.tolist()))
+    assert chosen[0] != chosen[1]
+    assert {int(permutation[i]) for i in chosen[1]} == chosen[0]
+
+
+def test_an_optimizer_of_other_tensors_is_said(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+    celora.attach(model, HALF)
+    optimizer = torch.optim.SGD([p.detach().clone() for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**batch).loss.backward()
+    for _ in range(4):  # of another model: this one is idle
+        optimizer.step()
+    model(**batch).loss.backward()
+    optimizer.step()
+    model(**batch).loss.backward()
+    with pytest.warns(UserWarning, match="three optimizer steps, none of a parameter of this model"):
+        optimizer.step()
+
+
+def test_an_idle_model_says_nothing_while_another_trains(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+    other = make_model()
+    for of in (model, other):
+        celora.attach(of, HALF)
+    for step in range(4):
+        model(**batch).loss.backward()  # as a teacher might
+        train(other, 1, first=step)
+    assert (require(model).clock.step, require(other).clock.step) == (0, 4)
+
+
+def test_replicas_of_data_parallel_are_exact(model: PeftModel) -> None:
+    celora.attach(model, HALF)
+    train(model, 1)
+    base = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").get_base_layer()
+    x = torch.randn(3, 48, requires_grad=True)
+    assert "Graft" in type(base(x).grad_fn).__name__
+    base._is_replica = True
+    assert "Graft" not in type(base(x).grad_fn).__name__
+
+
+def test_spread_refreshes_take_turns_and_come_round(model: PeftModel) -> None:
+    model.enable_input_require_grads()  # or the first layers would never see a gradient to observe
+    celora.attach(model, CELoraConfig(keep_ratio=0.5, rank=0, refresh_every=14, spread=True))
+    grafts = list(require(model).grafts.values())
+    observing = []
+    for _ in range(14 + 28):
+        observing.append([i for i, graft in enumerate(grafts) if graft.mode is Mode.OBSERVE])
+        train(model, 1)
+    assert {i for step in observing[:11] for i in step} == set(range(14))  # everyone soon, but not at once
+    assert max(map(len, observing[:14])) <= 6
+    assert observing[14:] == [[i] for i in range(14)] * 2
+
+
+@pytest.mark.parametrize("start", [0.999, 0.7])
+def test_the_controller_holds_the_error_near_the_target(start: float) -> None:
+    """Whether the share of the energy to begin with loses nothing of so few tokens, or more (0.55)."""
+    model = make_model()
+    config = CELoraConfig(estimator="tokens", keep_ratio=start, rank=0, selection="energy", refresh_every=1)
+    celora.attach(model, dataclasses.replace(config, target_error=0.3))
+    train(model, 16)
+    assert statistics.median(require(model).relative_errors.values()) == pytest.approx(0.3, rel=0.15)
+
+
+def test_the_monitor_says_once_that_an_error_has_reached_1() -> None:
+    """Sampling a twentieth of the columns has a relative error above 1; half of the tokens has not."""
+    sampled = CELoraConfig(keep_ratio=0.05, rank=0, selection="sampled", refresh_every=2)
+    model = make_model()
+    celora.attach(model, sampled)
+    with pytest.warns(UserWarning, match=r"the relative error of .* is .* Convergence is proven for errors below 1"):
+        train(model, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        celora.attach(model, CELoraConfig(estimator="tokens", keep_ratio=0.5, rank=0, refresh_every=2))
+        train(model, 4)
+
+
+@pytest.mark.parametrize("config", ["exact", HALF, MEMBERS["int8"]], ids=["exact", "columns", "int8"])
+def test_offloaded_weights_stay_exact(config: Any, batch: dict[str, torch.Tensor]) -> None:
+    """accelerate takes them away again after each forward."""
+    if isinstance(config, CELoraConfig) and refuses_config(config):
+        return
+    from accelerate import cpu_offload
+
+    model = make_model().train()
+    model(**batch).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for name, module in list(model.named_modules()):
+        if name.endswith("base_layer"):
+            cpu_offload(module, execution_device=torch.device("cpu"))
+    celora.attach(model, config)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model(**batch).loss.backward()
+    told = [one for one in said if "is offloaded, so its backward is exact" in str(one.message)]
+    assert len(told) == 1
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, expected[name])

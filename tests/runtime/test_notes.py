@@ -1,0 +1,29 @@
+"""The advice of a report."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import celora
+from celora.settings.presets import PRESETS
+from patching import patch_all
+from small import make_model
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_advice_where_the_users_own_settings_cost_time(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_all(monkeypatch, "celora.machine.timing:slower_than_float32", lambda dtype, device: emulated)
+    plain = celora.attach(make_model(), "paper").notes
+    unfused = dataclasses.replace(PRESETS["paper"], fused=False)
+    model = make_model(dtype=torch.bfloat16, lora_dropout=0.1)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    costly = celora.attach(model, unfused).notes
+    assert not [note for note in plain if "float32" in note or "dropout" in note or "checkpointing" in note]
+    assert [note for note in costly if note.startswith("Gradient checkpointing computes every forward twice")]
+    assert [note for note in costly if note.startswith("lora_dropout=0.1 draws")]
+    assert [note for note in costly if note.startswith("float32 adapters on a bfloat16 base")]
+    said = [note for note in costly if note.startswith("This CPU takes longer for bfloat16")]
+    assert len(said) == emulated

@@ -1,0 +1,135 @@
+"""TRL's trainers and Transformers' Trainer log and train the same with celora as without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoTokenizer,
+    LlamaForCausalLM,
+    Trainer,
+)
+from transformers import TrainingArguments as Arguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+import celora
+from celora.numerics import head
+from celora.runtime.attachment import require
+from labelled import masked_batch
+from small import make_model
+from tiny import save_tiny_model
+
+# --- TRL ------------------------------------------------------------
+
+
+def sft(folder: Path, preset: str | None, **changes: Any) -> tuple[list[dict[str, float]], PeftModel]:
+    save_tiny_model(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    rows = [
+        {"prompt": " ".join(f"w{(i + j) % 40}" for j in range(2 + i % 4)), "completion": f" w{i} w{i + 1}"}
+        for i in range(12)
+    ]
+    settings: dict[str, Any] = {
+        "max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no",
+        "disable_tqdm": True, "dataloader_pin_memory": False, "eval_strategy": "steps", "eval_steps": 3,
+    }  # fmt: skip
+    trainer = SFTTrainer(
+        LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
+        args=SFTConfig(str(folder / "out"), **settings | changes),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:4]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(target_modules="all-linear"),
+    )
+    if preset:
+        celora.attach(trainer.model, preset)
+    trainer.train()
+    return trainer.state.log_history, trainer.model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"loss_type": "dft"}, {"padding_free": True, "max_length": None}, {"label_smoothing_factor": 0.1}],
+    ids=["nll", "dft", "padding_free", "smoothing"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_sft_trainer_logs_the_same(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Loss, gradient norm, token accuracy and entropy, in training and in evaluation."""
+    plain, _ = sft(tmp_path / "a", None, **changes)
+    exact, model = sft(tmp_path / "b", "exact", **changes)
+    assert len(plain) == len(exact)
+    for expected, found in zip(plain, exact, strict=True):
+        for key in expected:
+            if not any(word in key for word in ("runtime", "per_second", "flos")):
+                assert found[key] == pytest.approx(expected[key], rel=2e-5, abs=1e-6), key
+    assert require(model).forward.logits == head.Logits()  # it was taken over
+
+
+def test_trl_is_only_served_what_is_computed() -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    from celora.modeling import others
+
+    model = make_model().base_model.model
+    assert "no such head" in str(others.fused_head(model))
+    for settings, served in (
+        ({}, True),
+        ({"outputs": ("log_probs", "is_top1", "entropy")}, True),
+        ({"outputs": ("log_probs", "mean_logits")}, False),
+        ({"temperature": 0.7}, False),
+        ({"cast_lm_head_to_fp32": True}, False),
+    ):
+        model.__dict__.pop("forward", None)
+        add_fused_lm_head(model, **settings)
+        assert isinstance(others.fused_head(model), head.Logits) is served
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dpo_trainer_trains_the_same(tmp_path: Path) -> None:
+    losses = []
+    for preset in (None, "exact"):
+        save_tiny_model(tmp_path / "model")
+        rows = [{"prompt": f"w{i} w{i + 1}", "chosen": f" w{i + 2} w3", "rejected": f" w{i + 4}"} for i in range(8)]
+        trainer = DPOTrainer(
+            LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32),
+            args=DPOConfig(
+                str(tmp_path / "out"), max_steps=3, logging_steps=1, per_device_train_batch_size=2, report_to="none",
+                use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(tmp_path / "model"),
+            peft_config=LoraConfig(target_modules="all-linear"),
+        )  # fmt: skip
+        if preset:
+            celora.attach(trainer.model, preset)
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("more", [{}, {"neftune_noise_alpha": 5.0}], ids=["usual", "NEFTune"])
+def test_plain_trainer_with_accumulation_trains_the_same(more: dict[str, Any], tmp_path: Path) -> None:
+    """NEFTune's noise depends on the shape of the batch, so that padding has to stay."""
+    losses = []
+    for preset in (None, "exact"):
+        model = make_model(init_lora_weights=True)
+        if preset:
+            celora.attach(model, preset)
+        rows = [{key: value[i % 3] for key, value in masked_batch(i // 3).items()} for i in range(24)]
+        arguments = Arguments(
+            str(tmp_path), max_steps=4, logging_steps=1, per_device_train_batch_size=3, gradient_accumulation_steps=2,
+            report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
+            dataloader_pin_memory=False, remove_unused_columns=False, **more,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
