@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -343,3 +344,17 @@ def test_ctrl_c_in_the_first_forward_leaves_the_loss_alone(copied: Callable[[nn.
         torch.testing.assert_close(copied(inner)(**batch).loss, expected)
     torch.testing.assert_close(inner(**batch).loss, expected)
     torch.testing.assert_close(model(**batch).loss, expected)
+
+
+@pytest.mark.filterwarnings("ignore:celora. this is a copy of a part of the model")
+def test_a_replica_computes_with_its_own_weights() -> None:
+    """As `nn.DataParallel` makes them: it shares its attributes with the original, a forward of its own among them."""
+    model, batch = make_model().train(), make_batch(0)
+    celora.attach(model, "exact")
+    model(**batch)
+    replica = model.base_model.model._replicate_for_data_parallel()
+    for name, part in replica._modules.items():
+        replica._modules[name] = copy.deepcopy(part)
+        for parameter in replica._modules[name].parameters():
+            parameter.data.zero_()
+    assert replica(**batch).loss.item() == pytest.approx(math.log(61))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -63,41 +62,6 @@ def test_equals_padded(kind: str, left: bool, monkeypatch: pytest.MonkeyPatch) -
     assert (gradient - expected).norm() < OF_GRADIENT * expected.norm()
     again, _ = gradients(model, batch)  # the first call was compared with the model's own logits; this one is not
     assert again == found
-
-
-def test_hooks_that_may_look_at_the_shape_of_a_batch_keep_its_padding() -> None:
-    """Not those that make activations require a gradient."""
-    model, batch = model_of("llama"), ragged([11, 4, 7, 1])
-    seen: list[tuple[int, ...]] = []
-    celora.attach(model, "exact")
-    model.enable_input_require_grads()
-    assert model(**batch).logits is None
-    layer = model.base_model.model.model.layers[1].mlp
-    handle = layer.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape[:2])))
-    with pytest.warns(UserWarning, match=r"padding stays in batches: layers\.1\.mlp has a forward hook"):
-        model(**batch)
-    model(**batch)  # said once
-    assert seen == [tuple(batch["input_ids"].shape)] * 2
-    handle.remove()
-    packed: list[Any] = []
-    with pytest.MonkeyPatch.context() as patch:
-        pack = packing.pack
-        patch_all(patch, "celora.modeling.packing:pack", lambda *args: packed.append(pack(*args)) or packed[-1])
-        model(**batch)
-    assert packed[0] is not None
-
-
-def test_alora_keeps_the_padding() -> None:
-    """PEFT tells its layers where each row of the batch begins to be adapted."""
-    of = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    model = get_peft_model(model_of("llama").unload(), LoraConfig(alora_invocation_tokens=[7], **of)).train()
-    batch = ragged([11, 4, 7, 6])
-    batch["input_ids"][:, 1] = 7
-    loss, expected = gradients(model, batch)
-    assert any("Padding stays: aLoRA" in note for note in celora.attach(model, "exact").notes)
-    found, gradient = gradients(model, batch)
-    assert found == pytest.approx(loss, rel=1e-6)
-    assert (gradient - expected).norm() < OF_GRADIENT * expected.norm()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3"])
