@@ -26,7 +26,7 @@ class Adapter:
 
 
 def vanilla_adapter(module: Any) -> Adapter | str:
-    """The one active adapter of a tuner layer, or why it has to take PEFT's own path."""
+    """The one active adapter of a PEFT layer, or why PEFT has to compute it."""
     kind = type(module)
     if kind.__name__ not in _KINDS or not kind.__module__.startswith(lora.__name__):
         return f"{kind.__name__} is not a LoRA linear layer"
@@ -70,12 +70,12 @@ def made_of(A: nn.Linear, B: nn.Linear, dropout: nn.Module, scaling: float) -> A
 
 
 def touched(module: nn.Module) -> bool:
-    """Whether something else has a hand in this module's forward (FSDP, DeepSpeed, offloading) or backward."""
+    """Whether something else changes this module's forward (FSDP, DeepSpeed, offloading) or backward."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks) or "forward" in module.__dict__
 
 
 def looked_at(base: nn.Module) -> bool:
-    """Whether hooks that are not ours get the base layer's output, which therefore has to be without the adapter's."""
+    """Whether hooks of others get the base layer's output. They expect it without the adapter's part."""
     hooks = base._forward_hooks.values()
     return not isinstance(base, FSDPModule) and not all(isinstance(hook, LayerGraft) for hook in hooks)

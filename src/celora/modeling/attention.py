@@ -1,13 +1,14 @@
-"""Causal attention of packed sequences, each by itself: Transformers' `sdpa`, or a faster one where that is slow.
+"""Causal attention of packed sequences, each by itself: by Transformers' `sdpa`, or a faster one where that is slow.
 
-On CPU, the backward of torch's flash attention in bfloat16 is made of many small products, each of which takes longer
-to set up than to compute: at 64 tokens it takes three times as long as the same in float32. Where the CPU has matrix
-instructions (AMX), forward and backward are a kernel of ours, packed or not. Elsewhere short sequences do their
-backward in float32, from the outputs and row sums of the forward, which is torch's own.
+On CPU, torch's flash attention computes its backward by many small products. In bfloat16 each takes longer to set up
+than to compute: at 64 tokens the backward takes three times as long as in float32. So,
 
-The model's configuration names `sdpa` before, after and between the forwards of its attentions (`Lookup`). An attention
-finds this one only while it runs, and only if its call carries `celora_lengths`. Gradient checkpointing calls it with
-the same arguments again in backward, so that it finds the same one.
+- where the CPU has matrix instructions (AMX), our own kernel computes forward and backward, packed or not;
+- elsewhere the forward is torch's, and short sequences compute their backward in float32 from its outputs and row sums.
+
+The model's configuration goes on naming `sdpa`. It names our attention only while an attention runs whose call carries
+`celora_lengths` (`Lookup`). Gradient checkpointing repeats the call in backward with the same arguments, and so finds
+the same attention.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _IMPLEMENTATION = "transformers:PreTrainedConfig._attn_implementation"
 
 
 def implementation(config: Any) -> str | None:
-    """The name of a model's attention; None if this version of Transformers does not say it where celora looks."""
+    """The name of a model's attention; None if this version of Transformers keeps it elsewhere."""
     name = borrow(_IMPLEMENTATION)
     found: str | None = None if name is None else name.fget(config)
     return found
@@ -48,7 +49,7 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def plain() -> bool:
-    """Whether `sdpa` is still Transformers' own, which can be registered anew."""
+    """Whether `sdpa` is Transformers' own. Anyone can register another under this name."""
     return getattr(_sdpa(), "__module__", "") == "transformers.integrations.sdpa_attention"
 
 
@@ -57,7 +58,7 @@ def _sdpa() -> Any:
 
 
 class Lookup(Hook):
-    """The hooks of a model's attentions: with `celora_lengths` among its arguments, a call finds `attention`."""
+    """The hooks of a model's attentions. A call with `celora_lengths` among its arguments finds `attention`."""
 
     def under(self, module: nn.Module) -> list[Any]:
         """Hook one attention."""
@@ -80,7 +81,7 @@ class Lookup(Hook):
             self.settle(module)
 
     def settle(self, module: Any) -> None:
-        """Name `sdpa` again, also after a forward that was interrupted and never came to its end."""
+        """Name `sdpa` again, also after a forward that was interrupted."""
         name = borrow(_IMPLEMENTATION)
         if name is not None and name.fget(module.config) == ATTENTION:
             name.fset(module.config, "sdpa")
@@ -97,13 +98,13 @@ def attention(
     celora_lengths: tuple[int, ...] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Transformers' scaled dot-product attention, of each packed sequence by itself where there are any.
+    """Transformers' scaled dot-product attention. In a packed batch each sequence attends to itself alone.
 
     Args:
         query: (B, heads, T, head size); packed, (1, heads, N, head size).
         key: the same, perhaps with fewer heads.
         value: as key.
-        celora_lengths: of the packed sequences; None for a batch that is not packed.
+        celora_lengths: numbers of tokens of the packed sequences; None for a batch that is not packed.
     """
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     sequences = len(query) * (1 if celora_lengths is None else len(celora_lengths))
@@ -131,9 +132,13 @@ def attention(
 
 
 def packing_pays(dtype: torch.dtype, length: int, device: torch.device, *, masked: bool) -> bool:
-    """Whether packing makes attention faster where it saves next to no tokens, at most `length` in a row.
+    """Whether packing makes attention faster even if it saves next to no tokens.
 
-    For tiles if some token is masked, as they take no mask; else for the float32 backward, which only packed ones do.
+    Our kernel takes no mask, so it needs packing if some token is masked. The float32 backward always needs it.
+
+    Args:
+        length: the most tokens of a sequence.
+        masked: whether some token is masked.
     """
     if not operations.available("attention", device):
         return _short(device, dtype, length)
@@ -147,16 +152,17 @@ def _short(device: torch.device, dtype: torch.dtype, length: int) -> bool:
 
 
 def _backward_pays(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> bool:
-    """Whether this is torch's flash attention on CPU in half precision, with sequences short enough."""
+    """Whether torch would compute this by flash attention in bfloat16 on CPU, and some sequence is short enough."""
     pays = _short(query.device, query.dtype, min(lengths)) and query.shape[3] == value.shape[3]
     dense = all(t.stride(-1) == 1 for t in (query, key, value))  # what the operators take for granted
     return bool(pays and dense and key.dtype == value.dtype == query.dtype and query.requires_grad)
 
 
 def _tiles_pay(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, sequences: int) -> bool:
-    """Whether our kernel for matrix instructions can do this, with work for half of the threads, and nobody looks on.
+    """Whether our kernel for matrix instructions computes this: it can, it has work for half of the threads, and no
+    dispatch mode is on.
 
-    Also where a forward runs without gradients in training: checkpoints must get the same as the forward that counts.
+    It also computes a forward without gradients in training, so that a checkpoint gets the same numbers both times.
     """
     tensors = (query, key, value)
     if query.device.type != "cpu" or any(type(t) is not Tensor or t.dtype != torch.bfloat16 for t in tensors):
@@ -186,7 +192,7 @@ def _only_causal(
     output_attentions: bool = False,
     **_: Any,
 ) -> bool:
-    """Whether each token of a batch attends to all before it, and nothing else is asked of `sdpa`."""
+    """Whether each token attends to all tokens before it, and `sdpa` is asked for nothing else."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = position_bias is None and softcap is None and not output_attentions
     return bool(causal and plain and mask is None and query.shape[2] == key.shape[2] > 1)

@@ -18,16 +18,15 @@ class Mode(enum.Enum):
 
 
 class Switch:
-    """Shared by the grafts of one attachment; off once the attachment is gone, and in every copy of it.
+    """The switch that the grafts of one attachment share. It is off once the attachment is gone, and in every copy.
 
-    Copies of a model's parts (deepcopy, pickle, what is left after `merge_and_unload`) have no clock that would refresh
-    them, so their layers must compute the exact backward, which a copy says when it trains. A copy of the whole model
-    switches itself on again.
+    A copy of a part of a model (by deepcopy, by pickle, or by `merge_and_unload`) has no clock to refresh it. So its
+    layers compute the exact backward, and say so when they train. A copy of the whole model switches itself on again.
 
     Attributes:
-        compiled: whether layers have run in graphs of torch.compile; each is made for all layers' modes at once.
-        modes: whether layers were in training mode when they ran since the last step, as far as it matters.
-        left: layers that could not be taken over when they ran, with the reason.
+        compiled: whether layers have run in graphs of torch.compile. A graph is made for the modes of all its layers.
+        modes: the values of `module.training` with which layers have run since the last step.
+        left: layers that keep PEFT's own backward, and why.
     """
 
     def __init__(self) -> None:
@@ -43,7 +42,7 @@ class Switch:
         return {**self.__dict__, "on": False, "compiled": False, "_copied": True}
 
     def trains(self) -> None:
-        """A layer trains while this is off."""
+        """Called by a layer that trains while this is off."""
         if self._copied and not torch.compiler.is_compiling():
             self._copied = False
             warnings.warn(
@@ -53,7 +52,7 @@ class Switch:
             )
 
     def leave(self, name: str, reason: str) -> None:
-        """A layer keeps PEFT's own backward. The first with this reason says so; others are named after the step."""
+        """Note that a layer keeps PEFT's own backward. Warn of the first for a reason; name others after the step."""
         if torch.compiler.is_compiling() or name in self.left:
             return
         self.left[name] = reason
@@ -62,13 +61,13 @@ class Switch:
         self.say_once(reason, f"{name} keeps PEFT's own backward: {reason}.")
 
     def name_the_rest(self) -> None:
-        """Of the layers that have been left since the last step, those that have not been named."""
+        """Name the layers that have been left since the last step, if no warning has named them."""
         names, self._more = self._more, []
         if names:
             warnings.warn(f"celora: PEFT's own backward also in {', '.join(names)}.", stacklevel=2)
 
     def say_once(self, kind: str, text: str) -> None:
-        """Warn of a `kind` of event the first time that it happens to a layer of this attachment."""
+        """Warn of the first event of this kind in any layer of this attachment."""
         if kind not in self._said:
             self._said.add(kind)
             warnings.warn(f"celora: {text}", stacklevel=2)

@@ -1,8 +1,8 @@
-"""Whether a frozen layer computes `x W^T + b`, with the W that its backward reads: tried once, watched from then on.
+"""Find out whether a frozen layer computes `x W^T + b` with the W that its backward reads: by a trial, then a watch.
 
-The trial gives the layer a few rows and compares what it returns with the product of the same rows and that W. The
-watch looks, in every forward, for whatever could compute something else since: a forward that was replaced, hooks of
-others, another weight. It costs a few lookups and no arithmetic. A layer that fails either keeps PEFT's own backward.
+The trial gives the layer a few rows, and compares its output with their product with W. The watch looks in every
+forward for what could have changed since: another `forward`, hooks of others, another weight. It costs a few lookups
+and no arithmetic. A layer that fails either of them keeps PEFT's own backward.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _ROUNDINGS = 4  # of a product, a scale, a bias, and of the product it is compar
 # Hooks of these put weights in place, or count; they change no number.
 _LET_THROUGH = ("torch.distributed.", "torch.utils.", "deepspeed.")
 _GLOBAL = tuple(f"torch.nn.modules.module:_global_forward_{kind}" for kind in ("pre_hooks", "hooks"))
-# What a layer was tried with, its weight and its class's forward, and the outcome.
+# For each layer: the weight and the class's forward that it was tried with, and the outcome.
 _outcomes: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Any, str]] = weakref.WeakKeyDictionary()
 
 
 def tampered(module: nn.Module, hook: object = None) -> str:
-    """What else has a hand in the forward of this layer, so that what it computes is not known, or ''.
+    """What of others could change the output of this layer, or ''.
 
     Args:
-        hook: the layer's own graft, if it has one: hooks that come after it change nothing that it sees.
+        hook: the layer's own graft, if it has one. Hooks after it change nothing that it sees.
     """
     own = module.__dict__
     forward = own.get("forward")
@@ -59,7 +59,7 @@ def tampered(module: nn.Module, hook: object = None) -> str:
 
 
 def identity(module: nn.Module) -> tuple[Any, ...]:
-    """What a trial of this layer holds for: other objects, and it has to be tried again."""
+    """All that a trial of this layer depends on. If one of these objects is another one, the layer is tried again."""
     own = module.__dict__
     stored = own["_parameters"]
     weight = stored.get("weight", stored.get("W_q"))
@@ -69,10 +69,10 @@ def identity(module: nn.Module) -> tuple[Any, ...]:
 
 
 def unlike(module: nn.Module, seen: tuple[Tensor, Tensor] | None = None) -> str | None:
-    """Why this layer is not known to compute `x W^T + b`, or ''; None where its weight is not at hand to be tried.
+    """Why this layer does not compute `x W^T + b`, or ''; None while its weight is not in memory, or not finite.
 
     Args:
-        seen: an input of its latest forward and what it returned, by which a sharded layer is tried; others are called.
+        seen: input and output of its latest forward. A sharded layer is tried by them; any other is called.
     """
     if reason := unreadable(module):
         return reason
@@ -98,7 +98,7 @@ def unlike(module: nn.Module, seen: tuple[Tensor, Tensor] | None = None) -> str 
 
 @torch.no_grad()
 def _compared(module: nn.Module, seen: tuple[Tensor, Tensor] | None) -> str | None:
-    """The trial; None if nothing can be told from it: weights that are not finite may be put in place later."""
+    """The trial; None if its weights are not finite, which tells nothing: others may be put in place later."""
     out_features, in_features = shape_of(module)
     weight, bias = read(module), bias_of(module)
     if seen is None:
@@ -128,10 +128,10 @@ def _compared(module: nn.Module, seen: tuple[Tensor, Tensor] | None) -> str | No
 
 
 def _tried(module: nn.Module, weight: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
-    """Rows for a trial, and what the layer's own forward makes of them as in training, past all hooks.
+    """Rows for a trial, and what the layer's own forward makes of them in training, past all hooks.
 
-    Their numbers are all of one size, with signs at random: exact in every format, so layers that round their input
-    in a format of its own are as near as others.
+    The numbers of a row are one power of two with random signs. They are exact in every format, so that a layer may
+    round its input in a format of its own.
     """
     bias = bias_of(module)
     dtype = weight.dtype
@@ -143,19 +143,19 @@ def _tried(module: nn.Module, weight: Tensor, in_features: int) -> tuple[Tensor,
     module.training = True
     try:
         with torch.autocast(x.device.type, enabled=False):
-            found = module.forward(x.requires_grad_())  # bitsandbytes asks for it, and takes another path in evaluation
+            found = module.forward(x.requires_grad_())  # else bitsandbytes takes its path for evaluation
     finally:
         module.__dict__.update(before)
     return x.detach(), found.detach()
 
 
 def _generator() -> torch.Generator:
-    """Of our own, so that nobody's random numbers change."""
+    """A generator of our own, so that nobody else's random numbers change."""
     return torch.Generator().manual_seed(0)
 
 
 def _roundoff(weight: Tensor, found: Tensor) -> tuple[float, float]:
-    """The largest relative error of rounding a number of this layer's, and a number of one of its sums.
+    """The largest relative errors of rounding: of a number of this layer's, and of a number in one of its sums.
 
     A sum of n products is rounded n times, in an order that nobody knows. In the mean square its error is `sqrt(n) u`
     of the length of its terms (Higham and Mary 2019), and that of its difference from another such sum below twice it.
@@ -164,14 +164,14 @@ def _roundoff(weight: Tensor, found: Tensor) -> tuple[float, float]:
     rounding = max(torch.finfo(dtype).eps / 2 for dtype in dtypes)
     if found.dtype == torch.float64:
         return rounding, rounding
-    # Where float32 products may be made of shorter numbers: if the user allowed it or, off the CPU, always.
+    # Products of float32 may be computed from shorter numbers: on CPU if the user allows it, elsewhere always.
     shorter = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}[torch.get_float32_matmul_precision()]
     elsewhere = 2.0**-11 if found.device.type != "cpu" else 0.0
     return max(rounding, shorter, elsewhere), 2.0**-24
 
 
 def _aligns_devices(module: nn.Module, forward: Any) -> bool:
-    """Whether this forward of the module's own is accelerate's, around the class's: it moves tensors and no more."""
+    """Whether the module's `forward` is accelerate's around its class's, which only moves tensors."""
     inner = getattr(forward, "func", None)
     if getattr(inner, "__module__", "") != "accelerate.hooks" or getattr(inner, "__name__", "") != "new_forward":
         return False
