@@ -44,6 +44,7 @@ from celora.modeling.passes import gate as gate_module
 from celora.modeling.passes import known as passes
 from celora.modeling.passes import norm as norm_module
 from celora.modeling.passes import rotation as rotation_module
+from celora.modeling.survey import Survey, survey
 from celora.planning.fidelity import Fidelity
 from celora.planning.gradients import gradient, trainable
 from celora.planning.upcast import in_float32
@@ -65,6 +66,15 @@ def prepared(name: str, seed: int) -> tuple[PeftModel, list[Batch]]:
     return model, batches[WARM_UP : WARM_UP + model_of.batches_judged]
 
 
+def without_fusing(model: PeftModel) -> Survey:
+    """The survey of a model none of whose adapters can be fused."""
+    found = survey(model)
+    apart = {
+        name: dataclasses.replace(layer, cannot_fuse="this arm leaves it out") for name, layer in found.layers.items()
+    }
+    return dataclasses.replace(found, layers=apart)
+
+
 @contextmanager
 def attached(model: PeftModel, config: str | CELoraConfig, *parts: str) -> Iterator[None]:
     """celora with only these parts of what `fused` stands for: "adapters", and passes by name."""
@@ -74,7 +84,7 @@ def attached(model: PeftModel, config: str | CELoraConfig, *parts: str) -> Itera
             chosen = lambda root: {m: kind for m, kind in known(root).items() if kind.name in parts}  # noqa: E731
             stack.enter_context(mock.patch.object(passes, "known", chosen))
             if "adapters" not in parts:
-                stack.enter_context(mock.patch("celora.modeling.survey.fuses", return_value=False))
+                stack.enter_context(mock.patch("celora.attaching.survey", without_fusing))
         celora.attach(model, config)
     try:
         yield
