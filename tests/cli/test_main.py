@@ -171,7 +171,7 @@ def test_a_name_that_nothing_can_have_is_one_line(given, capsys):
 
 def test_exit_status(demo, capsys):
     demo(KeyboardInterrupt())
-    assert main(["demo"]) == 130
+    assert main(["demo", "--quiet"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
     for error, said in (
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), "lower --per_device_train_batch"),
@@ -180,12 +180,12 @@ def test_exit_status(demo, capsys):
         (OSError(errno.ENOSPC, "No space left on device"), "make room"),
     ):
         demo(error)
-        assert main(["demo"]) == 1
+        assert main(["demo", "--quiet"]) == 1
         captured = capsys.readouterr()
         assert said in captured.err
         assert captured.err.count("\n") == 1
     demo(ZeroDivisionError("a bug"))
-    assert main(["demo"]) == 1
+    assert main(["demo", "--quiet"]) == 1
     error = capsys.readouterr().err
     assert "Traceback" in error
     assert "ZeroDivisionError: a bug" in error

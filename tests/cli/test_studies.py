@@ -8,7 +8,6 @@ import pytest
 
 from asked import error_line
 from celora.cli.main import main
-from patching import patch_all
 from tiny import save_rows, save_tiny_model
 
 
@@ -28,21 +27,6 @@ def test_an_arm_may_be_written_in_any_case(inputs, capsys, tmp_path):
     assert "unknown arm 'exat'; did you mean 'exact'" in error_line(capsys, "bench", "--quick", "--arm", "exat")
 
 
-@pytest.fixture
-def demo(monkeypatch):
-    """A demo to be replaced: what the command does with what becomes of it."""
-
-    def become(result):
-        def run_demo(output, *, seeds, console, quiet):
-            if isinstance(result, BaseException):
-                raise result
-            return [result(output, seeds, quiet)]
-
-        patch_all(monkeypatch, "celora.studies.demo:run_demo", run_demo)
-
-    return become
-
-
 def test_demo(demo, tmp_path, capsys):
     from celora.studies.demo import DemoRow
 
@@ -52,8 +36,11 @@ def test_demo(demo, tmp_path, capsys):
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["arm"], row["seed"], row["accuracy"]) == ("LoRA", 2, 0.9)
     assert main(given) == 0
-    text = capsys.readouterr().out
+    text, said = capsys.readouterr()
+    assert said.startswith("LoRA, CE-LoRA as published and celora's default")
     assert "90.0%" in text
     assert str(tmp_path) in "".join(text.split("\n"))
     assert main([*given, "--quiet"]) == 0
-    assert "Report" not in capsys.readouterr().out
+    text, said = capsys.readouterr()
+    assert "Report" not in text
+    assert said == ""
