@@ -1,5 +1,7 @@
 """An estimated backward grafted onto an exact forward.
 
+In: `grad_output: (T, out)`. Out: `grad_input: (T, in)`, by `LayerGraft.grad_input`.
+
 A forward hook on the frozen base layer takes the output that the layer has just computed. It cuts the output from the
 graph and returns it unchanged, as the output of an autograd node of our own. So the forward stays PEFT's, bit for bit.
 Only `grad_input = grad_output @ W` goes through the layer's estimator.

@@ -3,6 +3,8 @@
  *
  *     out[t] = row_scale[k] column_scale * (q[k] W) for t = index[k],    q[k] = round(x[t] / row_scale[k])
  *
+ * In: x (tokens, rows), index (kept), the packed weight (rows, columns). Out: out (tokens, columns).
+ *
  * A weight that is packed for `x W^T` also serves `g W`: its panels of 4 x 4 blocks are turned, one at a time, into a
  * thread's own scratch. Its scales, one for each of its rows, are then folded into g before g is quantised.
  *

@@ -1,4 +1,8 @@
-"""8-bit products in C: a packed weight, gathered rows, scales and scatter in one call (dot.c)."""
+"""8-bit products in C: gathered rows, a packed weight, scales and scatter in one call (dot.c).
+
+In: rows `x: (T, out)`, which of them to multiply, a weight `(out, in)` packed in bytes with its column scales. Out: `x W`
+at these rows, (T, in). Tensors become pointers and sizes here, and nothing else.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Only the critical tokens of the gradient: the rows that carry it, chosen anew in every backward.
 
+In: `grad_output: (T, out)` and the weight `(out, in)`. Out: `grad_input: (T, in)`, by `Tokens.estimate`.
+
 `grad_input[t] = G[t] W` for the kept tokens, and `(G[t] U) V` for the others, or nothing without a factor. Most of a
 gradient's norm sits in few tokens, so the same FLOPs keep far more of it than columns do; and a token whose gradient is
 exactly zero (padding, a masked prompt) costs nothing to leave out.
