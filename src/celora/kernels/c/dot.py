@@ -1,7 +1,7 @@
 """8-bit products in C: gathered rows, a packed weight, scales and scatter in one call (dot.c).
 
-In: rows `x: (T, out)`, which of them to multiply, a weight `(out, in)` packed in bytes with its column scales. Out: `x W`
-at these rows, (T, in). Tensors become pointers and sizes here, and nothing else.
+In: rows `x: (T, out)`, which of them to multiply, a weight `(out, in)` packed in bytes with its column scales. Out:
+`x W` at these rows, (T, in). Tensors become pointers and sizes here, and nothing else.
 """
 
 from __future__ import annotations

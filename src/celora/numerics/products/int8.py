@@ -1,7 +1,7 @@
 """The arithmetic of `grad_output @ W` in 8-bit integers, with one scale per row and column.
 
-In: `grad_output: (T, out)`, the weight `(out, in)`, and which rows are kept. Out: `grad_input: (T, in)`. A packed copy of
-the weight multiplies; `celora.kernels.operations` decides which backend packs it.
+In: `grad_output: (T, out)`, the weight `(out, in)`, and which rows are kept. Out: `grad_input: (T, in)`. A packed copy
+of the weight multiplies; `celora.kernels.operations` decides which backend packs it.
 
 Every estimator that computes such a product does it through a `Product`, so 8 bits compose with all of them:
 
