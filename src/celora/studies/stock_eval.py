@@ -105,12 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--dtype", default="auto", help="bfloat16, float32, ... or auto, the one in the file")
     options = parser.parse_args(arguments)
+    rows = [json.loads(line) for line in options.data.read_text("utf-8").split("\n") if line.strip()]
 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False)
-    rows = [json.loads(line) for line in options.data.read_text("utf-8").split("\n") if line.strip()]
     adapters = options.adapter or []
     for adapter in [None, *adapters] if options.untouched or not adapters else adapters:
         model = AutoModelForCausalLM.from_pretrained(options.base, dtype=options.dtype, trust_remote_code=False)
