@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from celora.errors import CELoraError
 from celora.machine.processes import from_first, gathers, same_in_all
 from celora.modeling.assign import choose_estimator, last_block
+from celora.modeling.eight_bit import EightBitForward
 from celora.modeling.fused import FusedGraft
 from celora.modeling.graft import LayerGraft
 from celora.modeling.hooks import remove
@@ -46,12 +47,13 @@ def attach(
 ) -> AttachReport:
     """Estimate the backward of the frozen layers under `model`'s PEFT adapters.
 
-    The forward stays exact. What is saved is an ordinary adapter. Attaching the same configuration again changes
-    nothing; another one replaces the first. Nothing else has to be called: celora counts the optimizer's steps.
+    The forward stays exact, except where `forward="int8"` says otherwise (preset `fast`). What is saved is an ordinary
+    adapter. Attaching the same configuration again changes nothing; another one replaces the first. Nothing else has to
+    be called: celora counts the optimizer's steps.
 
     Args:
         model: a PEFT model, or any module that contains PEFT tuner layers. Not merged.
-        config: a preset (`"auto"`, `"exact"`, `"paper"`, `"off"`), a `CELoraConfig`, or a `Plan`.
+        config: a preset (`"auto"`, `"fast"`, `"exact"`, `"paper"`, `"off"`), a `CELoraConfig`, or a `Plan`.
         batches: a few batches as training will see them. `"auto"` needs them, since it measures before it chooses.
         **changes: fields of the configuration that concern all layers. `labelled_head=False` keeps `outputs.logits`
             while training, `padding_free=False` keeps the padding, `refresh_every=50` refreshes more often. Plans are
@@ -130,7 +132,12 @@ def _settled(
     if isinstance(config, Plan):
         config.check(found)
         config = config.config()
+    fast = config == "fast"
     config = resolve(config, changes)
+    if fast:
+        from celora.planning.gate import gate
+
+        config = gate(found, config)
     if gathers(model) and not same_in_all(config.to_dict()):
         raise CELoraError(
             "the processes attach different configurations, and would wait for each other for ever; a plan has to be "
@@ -189,6 +196,9 @@ def _graft_layer(layer: AdaptedLayer, estimator: Estimator | None, attachment: A
         graft.mode = Mode.EXACT
         return
     attachment.grafts[layer.name] = graft
+    if estimator.settings.forward != "exact":
+        attachment.forwards[layer.name] = EightBitForward(graft)
+        attachment.forwards[layer.name].under(layer.base)
     weight = plain_weight(layer.base)
     if weight is not None and _is_here(weight, layer):
         estimator.prepare(weight)  # else at the first refresh

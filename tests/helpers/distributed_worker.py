@@ -50,6 +50,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "dora": {"config": COLUMNS, "attach": "after", "shard": "layers", "adapter": "DoRA"},
     "hra": {"config": "off", "attach": "after", "shard": "layers", "adapter": "HRA"},
     "copy": {"config": {"estimator": "int8"}, "attach": "after", "shard": "layers"},
+    "forwards": {"config": {"estimator": "int8", "forward": "int8"}, "attach": "after", "shard": "layers"},
     "nothing": {"config": "off", "attach": "after", "shard": "layers"},
 }
 

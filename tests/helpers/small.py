@@ -17,6 +17,15 @@ MEMBERS = {
     "int8": CELoraConfig(estimator="int8", refresh_every=3),
     "int8, no copy": CELoraConfig(estimator="int8", weight_copy=False, refresh_every=3),
     "tokens by energy": CELoraConfig(estimator="tokens", keep_ratio=0.95, rank=0, selection="energy", refresh_every=3),
+    "int8 both ways": CELoraConfig(
+        estimator="tokens",
+        keep_ratio=0.95,
+        rank=0,
+        selection="energy",
+        precision="int8",
+        forward="int8",
+        refresh_every=3,
+    ),
     "int8 x tokens": CELoraConfig(
         estimator="tokens", keep_ratio=0.95, rank=0, selection="energy", precision="int8", refresh_every=3
     ),

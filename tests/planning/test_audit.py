@@ -10,6 +10,7 @@ from peft import PeftModel
 import celora
 from celora import CELoraConfig, CELoraError
 from celora.runtime.attachment import require
+from machine import refuses
 from small import adapter, flat_gradient, make_batch, make_model, train
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=50)
@@ -135,3 +136,19 @@ def test_what_is_audited_is_training_whatever_the_mode(batch: dict[str, torch.Te
         model.train(mode)
         assert celora.audit(model, batch).relative_error > 0
         assert all(module.training == mode for module in model.modules())
+
+
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here")
+def test_a_forward_in_8_bits_is_judged_by_the_exact_forward(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+    celora.attach(model, CELoraConfig(estimator="int8", forward="int8", refresh_every=50))
+    train(model, 3)
+    plain = copy.deepcopy(model)
+    celora.detach(plain)
+    found, exact = flat_gradient(model, batch), flat_gradient(plain, batch)
+    with torch.no_grad():
+        shift = float(model(**batch).loss - plain(**batch).loss)
+    report = celora.audit(model, batch)
+    assert report.cosine == pytest.approx(torch.cosine_similarity(found, exact, dim=0).item(), abs=1e-6)
+    assert report.loss_shift == pytest.approx(shift, abs=1e-6) != 0
+    assert f"The forward in 8 bits changes the loss by {shift:+.4f}." in str(report)
+    assert flat_gradient(model, batch).equal(found)

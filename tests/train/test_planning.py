@@ -7,7 +7,9 @@ import json
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, get_peft_model_state_dict
 from rich.console import Console
+from safetensors.torch import load_file
 
 from celora.errors import CELoraError
 from celora.settings.config import CELoraConfig
@@ -16,6 +18,7 @@ from celora.train import planning, prepare
 from celora.train.progress import read_metrics
 from celora.train.request.arguments import make_request, parse
 from celora.train.run import train
+from machine import refuses
 from patching import patch_all
 from runs import SHORT, go
 
@@ -54,10 +57,13 @@ def test_a_run_that_was_given_a_plan_resumes_with_its_own_copy(inputs, tmp_path,
 
 
 def train_auto(inputs, output, **more):
-    console = Console(file=io.StringIO(), width=200)
     fidelity = {} if "plan" in more else {"fidelity": 0.95}
-    request = make_request({**inputs, "output": str(output), "preset": "auto", **fidelity, **more})
-    return train(request, console=console), console.file.getvalue()
+    return run_of(inputs, output, preset="auto", **fidelity, **more)
+
+
+def run_of(inputs, output, **more):
+    console = Console(file=io.StringIO(), width=200)
+    return train(make_request({**inputs, "output": str(output), **more}), console=console), console.file.getvalue()
 
 
 def test_a_run_too_short_for_a_plan_to_pay_is_exact(inputs, tmp_path, monkeypatch):
@@ -135,3 +141,33 @@ def test_planning_does_not_change_the_order_of_the_data(inputs, tmp_path):
         losses = [row["loss"] for row in read_metrics(tmp_path / preset / "metrics.jsonl")]
         seen[preset] = losses
     assert seen["auto"] == pytest.approx(seen["off"], rel=1e-3)
+
+
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here, so preset fast is exact")
+@pytest.mark.filterwarnings("ignore:celora. at step")  # so few words are drawn badly
+def test_fast_resumes_as_it_was_and_is_evaluated_on_the_base_too(inputs, tmp_path, monkeypatch):
+    """What was faster is measured once a run; the saved adapter's loss on the untouched base stands beside its own."""
+    short = {key: value for key, value in SHORT.items() if key != "celora"} | {
+        "preset": "fast",
+        "lr_scheduler_type": "constant",
+    }
+    patch_all(monkeypatch, "celora.planning.gate:_fastest", lambda own, *_: own)
+    evaluated = {"eval_data": inputs["data"], "eval_strategy": "steps", "eval_steps": 3}
+    run_of(inputs, tmp_path / "whole", **short | evaluated | {"max_steps": 6})
+    config = CELoraConfig.load(tmp_path / "whole")
+    assert (config.forward, config.precision) == ("int8", "int8")
+    rows = [row for row in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "eval_loss" in row]
+    assert rows
+    for row in rows:
+        assert row["eval_base_loss"] != row["eval_loss"]
+        assert row["eval_base_loss"] == pytest.approx(row["eval_loss"], rel=0.05)
+    trained = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert set(trained) == set(get_peft_model_state_dict(plain))
+
+    run_of(inputs, tmp_path / "parts", **short | evaluated | {"max_steps": 3})
+    patch_all(monkeypatch, "celora.planning.gate:_fastest", None)  # a resumed run must not measure again
+    request = parse(["--max_steps", "6"], {"output": str(tmp_path / "parts"), "resume": True})
+    assert train(request, console=Console(file=io.StringIO())).status == "finished"
+    resumed = load_file(tmp_path / "parts" / "adapter_model.safetensors")
+    assert all(value.equal(resumed[name]) for name, value in trained.items())

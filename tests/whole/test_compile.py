@@ -86,13 +86,14 @@ def test_8_bit_products_are_one_operator_to_the_graph(estimator: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("setting", ["columns", "int8 tokens"])
+@pytest.mark.parametrize("setting", ["columns", "int8 tokens", "int8 both ways"])
 def test_inductor_gives_the_same_without_breaks_or_graphs_at_later_refreshes(setting: str) -> None:
     config = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3, fused=True)
     if setting != "columns":
         if refuses():
             return
-        config = dataclasses.replace(config, estimator="tokens", rank=0, precision="int8")
+        forward = "int8" if setting == "int8 both ways" else "exact"
+        config = dataclasses.replace(config, estimator="tokens", rank=0, precision="int8", forward=forward)
     layers = "all-linear" if setting == "columns" else FEW
     # Not every inductor takes float64's attention.
     eager, model = (_model(config, torch.float32, layers) for _ in range(2))

@@ -78,7 +78,7 @@ def test_parameters_stay_in_sync(ran, name):
 
 # Columns that are chosen from the statistics of all are the columns that one process chooses from the whole batch.
 TOGETHER = ["exact", "alike", "sharded before", "sharded after", "rows", "nodes", "nothing", "hra"]
-EACH_FOR_ITSELF = ["apart", "tokens", "rows apart", "factor", "dora", "copy"]
+EACH_FOR_ITSELF = ["apart", "tokens", "rows apart", "factor", "dora", "copy", "forwards"]
 
 
 def test_every_scenario_is_compared_with_one_process():

@@ -210,7 +210,7 @@ def test_every_member_of_the_family_in_half_precision_with_bias(config: CELoraCo
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("member", ["int8", "int8 x tokens", "sampled tokens", "spread"])
+@pytest.mark.parametrize("member", ["int8", "int8 both ways", "int8 x tokens", "sampled tokens", "spread"])
 def test_checkpointing_changes_nothing_for_any_member(member: str, reentrant: bool) -> None:
     if refuses_config(MEMBERS[member]):
         return

@@ -22,8 +22,8 @@ TRLS = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Settings that an existing adapter brings with it.
 ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_task_type",
              "lora_modules_to_save", "lora_bias", "bias", "use_rslora", "use_dora")  # fmt: skip
-PRESETS = ("auto", "exact", "paper", "off")
-COMPARED = ("LoRA", "exact", "paper", "auto")
+PRESETS = ("auto", "fast", "exact", "paper", "off")
+COMPARED = ("LoRA", "exact", "paper", "auto", "fast")
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], list[str]]:

@@ -48,6 +48,8 @@ def choose_estimator(
     # Each layer draws its own numbers: unbiased estimates stay unbiased through depth only if they are independent.
     seed = zlib.crc32(f"{config.seed} {name}".encode())
     chosen: dict[str, Any] = dataclasses.asdict(setting) | {"rank": rank, "seed": seed}
+    if layer.quantised:  # its own forward reads the bytes that it is stored in
+        chosen["forward"] = "exact"
     try:
         estimator = make_estimator(setting.estimator, out_features, in_features, chosen)
     except CELoraError as error:
@@ -71,6 +73,7 @@ def choose_estimator(
         rank,
         selection=setting.selection if selected else "",
         precision=estimator.settings.precision,
+        forward=estimator.settings.forward,
     )
     return report, estimator
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,19 @@ def estimated_grad_input(grad_output: Tensor, weight: Tensor, key: int) -> Tenso
 @estimated_grad_input.register_fake
 def _(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
     return grad_output.new_empty(grad_output.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("celora::forward_product", mutates_args=())
+def forward_product(x: Tensor, weight: Tensor, bias: Tensor | None, key: int) -> Tensor:
+    """`x W^T + b` by the product of the layer with this key."""
+    product: Any = layers[key].estimator.product
+    result: Tensor = product.forward(x, weight, bias)
+    return result
+
+
+@forward_product.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, key: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 # A graph cannot take in the parts of a quantised weight. So reading and multiplying it is one operator.

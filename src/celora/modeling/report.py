@@ -25,13 +25,15 @@ class LayerReport:
     reason: str = ""
     selection: str = ""
     precision: str = "native"
+    forward: str = "exact"
 
     @property
     def label(self) -> str:
         """The estimator in words: `tokens (energy) x int8`."""
         how = f" ({self.selection})" if self.selection not in ("", "topk") else ""
         bits = f" x {self.precision}" if self.precision not in ("native", self.estimator) else ""
-        return "dense, without zero tokens" if self._lossless else f"{self.estimator}{how}{bits}"
+        both = ", forward too" if self.forward != "exact" else ""
+        return "dense, without zero tokens" if self._lossless else f"{self.estimator}{how}{bits}{both}"
 
     @property
     def exact(self) -> bool:

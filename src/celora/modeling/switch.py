@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ class Switch:
     layers compute the exact backward, and say so when they train. A copy of the whole model switches itself on again.
 
     Attributes:
+        forwards: whether layers whose setting says so multiply in 8 bits in the forward, too. An audit turns it off.
         compiled: whether layers have run in graphs of torch.compile. A graph is made for the modes of all its layers.
         modes: the values of `module.training` with which layers have run since the last step.
         left: layers that keep PEFT's own backward, and why.
@@ -31,12 +34,22 @@ class Switch:
 
     def __init__(self) -> None:
         self.on = True
+        self.forwards = True
         self.compiled = False
         self.modes: set[bool] = set()
         self.left: dict[str, str] = {}
         self._more: list[str] = []
         self._copied = False
         self._said: set[str] = set()
+
+    @contextmanager
+    def own_forwards(self) -> Iterator[None]:
+        """Layers compute their own forward for a while, exactly."""
+        before, self.forwards = self.forwards, False
+        try:
+            yield
+        finally:
+            self.forwards = before
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "on": False, "compiled": False, "_copied": True}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from celora.borrowed import borrow
+from celora.modeling.hooks import is_ours
 from celora.weights.read import bias_of, plain_weight, read, shape_of, unreadable
 from celora.weights.sharded import whole
 from celora.weights.stored import StoredWeight, rows_of
@@ -39,7 +40,7 @@ def tampered(module: nn.Module, hook: object = None) -> str:
     """
     own = module.__dict__
     forward = own.get("forward")
-    if forward is not None and not _aligns_devices(module, forward):
+    if forward is not None and not _ours(forward, hook) and not _aligns_devices(module, forward):
         return "its forward was replaced"
     before, after = own.get("_forward_pre_hooks"), own.get("_forward_hooks")
     # torch.compile, which looks at hooks once, is no place to look names up.
@@ -56,6 +57,11 @@ def tampered(module: nn.Module, hook: object = None) -> str:
         if not _lets_through(other):
             return f"another's hook comes before celora's ({_name(other)})"
     return ""
+
+
+def _ours(forward: Any, graft: object) -> bool:
+    """Whether this forward of a layer's own is the 8-bit one of its graft; of any, where celora is attached anew."""
+    return is_ours(forward) and (graft is None or getattr(forward, "graft", None) is graft)
 
 
 def identity(module: nn.Module) -> tuple[Any, ...]:
@@ -91,7 +97,8 @@ def unlike(module: nn.Module, seen: tuple[Tensor, Tensor] | None = None) -> str 
         different = _compared(module, seen if isinstance(weight, DTensor) else None)
     except Exception as error:  # a layer that refuses such an input has a reason, whatever it is
         different = f"it cannot be tried: {type(error).__name__}"
-    if different is not None and "forward" not in module.__dict__:
+    forward = module.__dict__.get("forward")
+    if different is not None and (forward is None or is_ours(forward)):
         _outcomes[module] = weakref.ref(weight), type(module).forward, different
     return different
 
@@ -143,6 +150,8 @@ def _tried(module: nn.Module, weight: Tensor, in_features: int) -> tuple[Tensor,
     module.training = True
     try:
         with torch.autocast(x.device.type, enabled=False):
+            if is_ours(before.get("forward")):
+                del module.__dict__["forward"]
             found = module.forward(x.requires_grad_())  # else bitsandbytes takes its path for evaluation
     finally:
         module.__dict__.update(before)

@@ -24,7 +24,8 @@ class AuditReport(Fidelity):
 
     Attributes:
         per_layer: adapted layer -> fidelity of the gradient of its adapter.
-        loss: of the batch, or their mean (the forward is exact, so it is the same for both).
+        loss: of the batch, or their mean, with exact forwards.
+        loss_shift: by how much 8-bit forwards change that; 0 without any.
         probed: how many layers had no selection yet and were judged with one made from what they are judged on.
         float32: how far plain PEFT and celora are from float32, if that was asked for.
     """
@@ -32,6 +33,7 @@ class AuditReport(Fidelity):
     per_layer: Mapping[str, Fidelity]
     loss: float
     probed: int
+    loss_shift: float = 0.0
     float32: FromFloat32 | None = None
 
     def __str__(self) -> str:
@@ -40,6 +42,8 @@ class AuditReport(Fidelity):
             f"LoRA gradient, estimated against exact: cosine {self.cosine:.4f}, "
             f"relative error {self.relative_error:.4f}, norm ratio {self.norm_ratio:.4f}; loss {self.loss:.4f}."
         ]
+        if self.loss_shift:
+            lines.append(f"The forward in 8 bits changes the loss by {self.loss_shift:+.4f}.")
         if self.probed:
             lines.append(
                 f"{self.probed} layers had nothing selected yet: judged with a selection made from this batch."
@@ -94,7 +98,7 @@ def audit(
 
     with training(model), untouched(model, parameters) as rewind, _lent(attachment) as probes:
         head = attachment.forward
-        with nullcontext() if head is None else head.through(1.0):
+        with nullcontext() if head is None else head.through(1.0), attachment.switch.own_forwards():
             exact, value = gradient(model, batches, loss, parameters)
         for name in probes:
             attachment.grafts[name].estimator.select()
@@ -103,7 +107,7 @@ def audit(
             graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.EXACT
         rewind()
         with nullcontext() if head is None or head.mode is Mode.EXACT else head.through(head.keep_ratio):
-            estimated, _ = gradient(model, batches, loss, parameters)
+            estimated, as_attached = gradient(model, batches, loss, parameters)
         of_float32 = None
         if reference == "float32":
             of_float32 = _from_float32(model, attachment, lambda: gradient(model, batches, loss, parameters)[0])
@@ -120,6 +124,7 @@ def audit(
         whole.norm_ratio,
         per_layer={name: Fidelity.of(pairs_of_layer) for name, pairs_of_layer in layers.items()},
         loss=value,
+        loss_shift=as_attached - value if attachment.forwards else 0.0,
         probed=probed,
         float32=of_float32,
     )

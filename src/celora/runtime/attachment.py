@@ -18,6 +18,7 @@ from celora.modeling.report import AttachReport
 from celora.modeling.switch import Mode, Switch
 from celora.runtime.agreement import add_up
 from celora.runtime.clock import StepClock
+from celora.runtime.forwards import Forwards
 from celora.runtime.target_error import aim
 from celora.settings.config import CELoraConfig
 from celora.settings.names import HEAD
@@ -42,6 +43,7 @@ class Attachment:
         relative_errors: of each layer's estimate, as measured at its latest refresh; `head` is the vocabulary
             projection's.
         over_bound: how many refreshes in a row, up to the latest, a layer's relative error was 1 or more.
+        forwards: of layers whose forward is computed in 8 bits.
         plan: what the configuration was made from, if it was.
     """
 
@@ -50,6 +52,7 @@ class Attachment:
         self.report = report
         self.switch = Switch()
         self.grafts: dict[str, LayerGraft] = {}
+        self.forwards = Forwards()
         self.forward: ModelGraft | None = None
         self.relative_errors: dict[str, float] = {}
         self.over_bound: dict[str, int] = {}
@@ -143,6 +146,8 @@ class Attachment:
                 )
         if self.forward is not None and (error := self.forward.take_error()) is not None:
             self._monitor(HEAD, error, step)
+        if self.forwards and observing:
+            self.forwards.end_refresh(observing, step, next(self.parameters()).device)
         self._refreshed |= observing.keys()
         self.agree(list(observing))
         if new := self.made_exact - already:

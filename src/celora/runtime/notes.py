@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 
 from celora.machine.timing import slower_than_float32
-from celora.modeling.passes.own_forward import OwnForward
+from celora.modeling.own_forward import OwnForward
 from celora.modeling.survey import Survey
 from celora.settings.config import CELoraConfig
 

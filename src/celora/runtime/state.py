@@ -19,6 +19,7 @@ from celora.machine.processes import in_company
 from celora.numerics.estimators import Estimator
 from celora.runtime import target_error
 from celora.runtime.attachment import Attachment, require
+from celora.settings.config import CELoraConfig
 from celora.settings.names import HEAD
 
 STATE_NAME = "celora_state.safetensors"
@@ -39,6 +40,7 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     state: dict[str, Tensor] = {"step": torch.tensor(attachment.clock.step)}
     for name, graft in attachment.grafts.items():
         known = graft.estimator.state_dict() | target_error.state_dict(graft.estimator)
+        known |= attachment.forwards.state_dict(name)
         state |= {f"{name}:{key}": value.contiguous() for key, value in known.items()}
     for name, error in attachment.relative_errors.items():
         state[f"{name}:{_ERROR}"] = torch.tensor(error, dtype=torch.float64, device="cpu")
@@ -75,7 +77,7 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise CELoraError(f"{file} is damaged: {error}") from None
     if made_with is None or "step" not in state:
         raise CELoraError(f"{file} was not made by celora.save_state.")
-    if made_with != _config(attachment):
+    if not _same_config(made_with, attachment):
         raise CELoraError(f"{file} was made with another configuration: {made_with}. Attach that one to resume.")
     step = _number(file, "step", state.pop("step"), int)
     layers: dict[str, dict[str, Tensor]] = {name: {} for name in (*attachment.grafts, HEAD)}
@@ -92,10 +94,12 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         for name, fields in layers.items()
         if _OVER_BOUND in fields
     }
+    forwards = {name: _popped(fields, "forward_") for name, fields in layers.items()}
     for name, graft in attachment.grafts.items():
         _restore(graft.estimator.clone(), layers[name])  # refuse what does not fit before anything is changed
     for name, graft in attachment.grafts.items():
         _restore(graft.estimator, layers[name])
+        attachment.forwards.load_state_dict(name, forwards[name])
         graft.take_error()  # of a refresh that was interrupted
     if attachment.forward is not None:
         attachment.forward.take_error()
@@ -103,6 +107,19 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     attachment.clock.step = step
     attachment.agree(list(attachment.grafts))
     attachment.set_modes(step)
+
+
+def _popped(fields: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The fields whose names begin so, taken out."""
+    return {name: fields.pop(name) for name in list(fields) if name.startswith(prefix)}
+
+
+def _same_config(made_with: str, attachment: Attachment) -> bool:
+    """Whether this is the attached configuration; one written before a setting existed has that setting's default."""
+    try:
+        return CELoraConfig.from_dict(json.loads(made_with)) == attachment.config
+    except (CELoraError, ValueError, TypeError):
+        return False
 
 
 def _restore(estimator: Estimator, state: dict[str, Tensor]) -> None:

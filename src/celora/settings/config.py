@@ -12,7 +12,7 @@ from typing import Any, Literal
 from celora.errors import CELoraError, unknown
 from celora.files import inside, read_json, write_text
 from celora.numerics.estimators import Settings, estimator_class
-from celora.numerics.estimators.base import Factor, Precision, Selection, check_keep_ratio
+from celora.numerics.estimators.base import Factor, Forward, Precision, Selection, check_keep_ratio
 from celora.settings.names import CONFIG_NAME
 
 Rank = int | Literal["balanced", "adapter"]
@@ -29,7 +29,7 @@ class LayerConfig:
             `selection="energy"`, the share of the squared gradient norm; 1 then leaves out only what is exactly zero.
         rank: rank r0 of the frozen factor; 0 is none, `"adapter"` the adapter's rank, `"balanced"` the `balanced_rank`
             of that. The layer's size limits both.
-        selection, factor, precision, weight_copy: see `celora.numerics.estimators.Settings`.
+        selection, factor, precision, weight_copy, forward: see `celora.numerics.estimators.Settings`.
     """
 
     estimator: str = "columns"
@@ -39,6 +39,7 @@ class LayerConfig:
     factor: Factor = "svd"
     precision: Precision = "native"
     weight_copy: bool = True
+    forward: Forward = "exact"
 
     def __post_init__(self) -> None:
         _check_layer(self)

@@ -29,6 +29,20 @@ PRESETS: dict[str, CELoraConfig] = {
     ),
     # What a plan is carried out in: its layers are the overrides (celora.make_plan).
     "auto": CELoraConfig(estimator="dense", spread=True, fused=True, labelled_head=True, padding_free=True),
+    # Forward and backward of every frozen layer in 8 bits, of the tokens that carry 0.9997 of the gradient's energy.
+    "fast": CELoraConfig(
+        estimator="tokens",
+        selection="energy",
+        keep_ratio=0.9997,
+        rank=0,
+        precision="int8",
+        forward="int8",
+        head_keep_ratio=0.1,
+        spread=True,
+        fused=True,
+        labelled_head=True,
+        padding_free=True,
+    ),
     "off": CELoraConfig(estimator="dense"),
 }
 

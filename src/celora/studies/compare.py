@@ -34,6 +34,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "exact": {"preset": "exact"},
     "paper": {"preset": "paper"},
     "auto": {"preset": "auto"},
+    "fast": {"preset": "fast"},
 }
 DEFAULT_ARMS = ("LoRA", "paper", "auto")
 RESULT, RECORD = "compare.jsonl", "compare.json"

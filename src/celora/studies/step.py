@@ -36,6 +36,7 @@ ARMS = {
     "exact + compile": "the same with torch.compile, which takes the fused adapters only",
     "paper": "celora's preset paper",
     "auto": "celora's preset auto",
+    "fast": "celora's preset fast",
     "limit": "PEFT with a free grad_input of its adapted layers (zeros: does not train)",
     "limit of exact": "preset exact with the same",
     "Liger": "PEFT with Liger's kernels",
@@ -125,7 +126,7 @@ def _attach(model: PeftModel, arm: str, batches: Sequence[Batch], plan_file: Pat
         plan = Plan.load(plan_file) if plan_file.exists() else celora.make_plan(model, batches)
         plan.save(plan_file)
         celora.attach(model, plan)
-    elif arm in ("exact", "exact + compile", "paper"):
+    elif arm in ("exact", "exact + compile", "paper", "fast"):
         celora.attach(model, arm.removesuffix(" + compile"))
     elif arm in ("limit", "limit of exact"):
         if arm == "limit of exact":

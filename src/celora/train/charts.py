@@ -25,8 +25,8 @@ def line_charts(rows: Mapping[str, Sequence[Mapping[str, Any]]], repeats: Mappin
     wanted = [
         ("Training loss by step", "step", "optimizer step", ["loss"], "loss, nats per token"),
         ("Training loss by time", "seconds", "wall-clock, s", ["loss"], "loss, nats per token"),
-        ("Held-out loss by step", "step", "optimizer step", ["eval_loss"], "loss, nats per token"),
-        ("Held-out loss by time", "seconds", "wall-clock, s", ["eval_loss"], "loss, nats per token"),
+        ("Held-out loss by step", "step", "optimizer step", ["eval_loss", "eval_base_loss"], "loss, nats per token"),
+        ("Held-out loss by time", "seconds", "wall-clock, s", ["eval_loss", "eval_base_loss"], "loss, nats per token"),
         (
             "Held-out token accuracy",
             "step",

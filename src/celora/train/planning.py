@@ -14,6 +14,7 @@ from celora.errors import CELoraError
 from celora.machine.device import random_states
 from celora.machine.processes import from_first
 from celora.modeling.survey import survey
+from celora.planning.gate import gate
 from celora.planning.plan import Plan
 from celora.planning.planner import DEFAULT_FIDELITY, MOST_BATCHES
 from celora.settings.config import CELoraConfig
@@ -44,6 +45,10 @@ def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool
     A run of fewer than `FEWEST_PASSES` passes is `exact`, unless `fidelity`, `plan` or `memory_limit` ask for a plan.
     """
     options = request.options
+    if request.preset == "fast":
+        if begun and (request.output / CONFIG).is_file():
+            return CELoraConfig.load(request.output / CONFIG), None
+        return gate(survey(trainer.model), request.config), None
     if request.preset != "auto":
         return request.config, None
     if begun and (request.output / PLAN).is_file():

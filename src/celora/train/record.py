@@ -18,7 +18,7 @@ from celora.train.processes import processes
 from celora.train.progress import MetricsWriter, read_metrics
 from celora.train.request.arguments import TrainRequest, recorded
 
-_LAST = ("loss", "eval_loss", "tokens_seen", "mean_token_accuracy", "eval_mean_token_accuracy")
+_LAST = ("loss", "eval_loss", "eval_base_loss", "tokens_seen", "mean_token_accuracy", "eval_mean_token_accuracy")
 
 
 @dataclass(frozen=True)

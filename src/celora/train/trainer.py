@@ -11,11 +11,13 @@ import torch
 from peft import LoraConfig
 from torch.utils.data import Sampler
 from transformers import PrinterCallback
+from transformers import Trainer as PlainTrainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
 from celora.borrowed import NAMES, borrow
 from celora.errors import CELoraError, out_of_memory
+from celora.runtime.attachment import find
 from celora.train.output.saving import UNUSABLE, SafeSaving
 from celora.train.processes import lost_contact
 from celora.train.progress import Phases
@@ -58,6 +60,24 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
         """Like TRL's, timed: what is not forward is backward."""
         with self.phases.timing("backward", without="forward"):
             return super().training_step(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Like TRL's. Where forwards are in 8 bits, `..._base_loss` is the loss with the base's own forwards."""
+        found = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        attachment, prefix = find(self.model), kwargs.get("metric_key_prefix", "eval")
+        if attachment is not None and attachment.forwards and f"{prefix}_loss" in found.metrics:
+            with attachment.switch.own_forwards(), torch.no_grad():
+                found.metrics[f"{prefix}_base_loss"] = self._mean_loss(dataloader)
+        return found
+
+    def _mean_loss(self, dataloader: Any) -> float:
+        """The mean over rows that Transformers' Trainer reports, without TRL's other metrics."""
+        total, rows = 0.0, 0
+        for inputs in dataloader:
+            loss = PlainTrainer.compute_loss(self, self.model, inputs).detach().repeat(len(inputs["input_ids"]))
+            losses = self.accelerator.gather_for_metrics(loss)
+            total, rows = total + float(losses.sum()), rows + len(losses)
+        return total / max(1, rows)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Like Trainer's; if a library refuses something before the first step, that is one line."""

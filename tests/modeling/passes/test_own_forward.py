@@ -22,10 +22,10 @@ import celora
 from celora import CELoraConfig, CELoraError
 from celora.kernels.c import library as kernels
 from celora.machine.memory import saved_for_backward
+from celora.modeling.own_forward import OwnForward
 from celora.modeling.passes import known as passes
 from celora.modeling.passes.gate import Gate
 from celora.modeling.passes.norm import Norm
-from celora.modeling.passes.own_forward import OwnForward
 from celora.modeling.switch import Switch
 from celora.numerics import passes as numerics
 from decoders import logit_gradients

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from celora.borrowed import borrow
 from celora.modeling import families
 from celora.modeling.adapter import touched
-from celora.modeling.passes.own_forward import OwnForward, computable, gives, numbers, single
+from celora.modeling.own_forward import OwnForward, computable, gives, numbers, single
 from celora.numerics.passes import gated
 
 _LLAMA = families.Gate()

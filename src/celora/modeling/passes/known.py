@@ -31,9 +31,9 @@ from torch import nn
 
 from celora.kernels.operations import available
 from celora.modeling.hooks import is_ours
+from celora.modeling.own_forward import OwnForward
 from celora.modeling.passes.gate import Gate, parts_of
 from celora.modeling.passes.norm import Norm, epsilon
-from celora.modeling.passes.own_forward import OwnForward
 from celora.modeling.passes.rotation import Rotation, calls_turn, turn_of, turns
 
 

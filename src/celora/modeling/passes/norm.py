@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from celora.modeling import families
-from celora.modeling.passes.own_forward import OwnForward, numbers, single
+from celora.modeling.own_forward import OwnForward, numbers, single
 from celora.modeling.switch import Switch
 from celora.numerics.passes import rms_norm
 

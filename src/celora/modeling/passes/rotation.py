@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from celora.modeling.families import column
-from celora.modeling.passes.own_forward import OwnForward, computable, gives, numbers
+from celora.modeling.own_forward import OwnForward, computable, gives, numbers
 from celora.numerics.passes import rotated
 
 

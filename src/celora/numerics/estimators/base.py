@@ -25,6 +25,7 @@ from celora.numerics.products.registry import make_product
 Selection = Literal["topk", "energy", "sampled"]
 Factor = Literal["svd", "gradient"]
 Precision = Literal["native", "int8", "fp8"]
+Forward = Literal["exact", "int8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Settings:
         factor: from the weight (`svd`, the paper's) or from the gradients seen on refresh steps (`gradient`).
         precision: of the product: the gradient's own dtype (`native`), `int8` or `fp8`.
         weight_copy: keep an 8-bit copy of the weight (faster, one byte a number), or quantise it for each product.
+        forward: `x W^T` by the layer itself (`exact`), or in 8 bits (`int8`) from backward's own copy of the weight.
         seed: of the randomised factorisation and of sampling.
 
     Raises:
@@ -52,11 +54,13 @@ class Settings:
     factor: Factor = "svd"
     precision: Precision = "native"
     weight_copy: bool = True
+    forward: Forward = "exact"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_keep_ratio(self.keep_ratio)
-        for name, allowed in (("selection", Selection), ("factor", Factor), ("precision", Precision)):
+        choices = ("selection", Selection), ("factor", Factor), ("precision", Precision), ("forward", Forward)
+        for name, allowed in choices:
             if getattr(self, name) not in get_args(allowed):
                 raise unknown(name, str(getattr(self, name)), get_args(allowed))
 
@@ -113,7 +117,15 @@ class Estimator(ABC):
         self.keep_ratio = self.settings.keep_ratio
         self.agreed = False
         self.device = torch.device("cpu")
-        self.product = make_product(self.settings.precision, copy=self.settings.weight_copy)
+        if self.settings.forward != "exact" and (self.settings.precision, self.settings.weight_copy) != ("int8", True):
+            raise CELoraError(
+                f"forward={self.settings.forward!r} beside precision={self.settings.precision!r} and "
+                f"weight_copy={self.settings.weight_copy}; both directions multiply with one 8-bit copy: use "
+                "precision='int8' with weight_copy=True, or forward='exact'."
+            )
+        self.product = make_product(
+            self.settings.precision, copy=self.settings.weight_copy, forward=self.settings.forward
+        )
 
     @property
     @abstractmethod

@@ -36,7 +36,7 @@ class Int8(Dense):
     """Every row and column, multiplied as 8-bit integers: one scale per token and one per input column."""
 
     name = "int8"
-    uses = frozenset({"seed", "precision", "weight_copy"})
+    uses = frozenset({"seed", "precision", "weight_copy", "forward"})
 
     def __init__(self, out_features: int, in_features: int, **settings: Any) -> None:
         super().__init__(out_features, in_features, **{**settings, "precision": self.name})
@@ -50,3 +50,4 @@ class Fp8(Int8):
     """The same in 8-bit floats (e4m3)."""
 
     name = "fp8"
+    uses = frozenset({"seed", "precision", "weight_copy"})

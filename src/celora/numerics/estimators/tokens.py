@@ -42,7 +42,7 @@ class Tokens(Estimator):
     """
 
     name = "tokens"
-    uses = frozenset({"keep_ratio", "rank", "selection", "factor", "precision", "weight_copy", "seed"})
+    uses = frozenset({"keep_ratio", "rank", "selection", "factor", "precision", "weight_copy", "forward", "seed"})
     selections: ClassVar[tuple[Selection, ...]] = ("topk", "energy")
 
     def __init__(self, out_features: int, in_features: int, **settings: Any) -> None:

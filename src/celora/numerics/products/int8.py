@@ -37,12 +37,12 @@ class Int8(EightBit):
     def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
         if device.type == "cuda" and in_features % 8:
             return f"int8 products on CUDA need in_features that are a multiple of 8, not {in_features}"
-        if available(self._operation, device):
+        if available(self.operation, device):
             return ""
-        return backends_of(self._operation)[-1].why_not(device)
+        return backends_of(self.operation)[-1].why_not(device)
 
     def slow(self, device: torch.device) -> str:
-        return choose(self._operation, device).slow(device) if available(self._operation, device) else ""
+        return choose(self.operation, device).slow(device) if available(self.operation, device) else ""
 
     def rows(
         self,
@@ -73,11 +73,12 @@ class Int8(EightBit):
         return super().critical_rows(grad_output, weight, kept=kept, share=share, onto=onto)
 
     def grain(self, rows: int, device: torch.device) -> int:
-        any_rows = available(self._operation, device) and choose(self._operation, device).any_rows
+        any_rows = available(self.operation, device) and choose(self.operation, device).any_rows
         return 1 if any_rows else super().grain(rows, device)
 
     @property
-    def _operation(self) -> str:
+    def operation(self) -> str:
+        """What makes the copy, by its name in the table of kernels."""
         return "pack_weight" if self.copy else "quantise_weight"
 
     def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:

@@ -53,10 +53,14 @@ class OwnForward(Hook, ABC):
         module = self._module()
         if module is None:
             raise CELoraError("the module that this forward belongs to is gone; copy modules by copy.deepcopy.")
-        # torch.compile traces the class's forward. Modes look at every operator; selective checkpointing counts them.
-        if torch.compiler.is_compiling() or not (self.switch.on and module.training) or in_dispatch_mode():
+        if not self.applies(module):
             return type(module).forward(module, *args, **kwargs)
         return self.forward(module, *args, **kwargs)
+
+    def applies(self, module: nn.Module) -> bool:
+        """Whether to compute at all; by default while the module trains."""
+        # torch.compile traces the class's forward. Modes look at every operator; selective checkpointing counts them.
+        return not torch.compiler.is_compiling() and self.switch.on and module.training and not in_dispatch_mode()
 
     @abstractmethod
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:

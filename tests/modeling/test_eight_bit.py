@@ -1,0 +1,304 @@
+"""The forward of frozen layers in 8 bits: what it computes, what it leaves alone, and what survives."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import io
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+import celora
+from celora import CELoraConfig, CELoraError
+from celora.modeling import eight_bit
+from celora.numerics import reference
+from celora.runtime.attachment import require
+from machine import refuses
+from small import adapter, make_batch, make_model, train
+
+BOTH = CELoraConfig(estimator="int8", forward="int8", refresh_every=3, fused=True)
+pytestmark = pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
+
+
+def attached(config: CELoraConfig = BOTH, **model: object) -> PeftModel:
+    made = make_model(**model)
+    celora.attach(made, config)
+    return made.train()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**make_batch(0)).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def cosine(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    pairs = [(found[name].flatten().double(), expected[name].flatten().double()) for name in expected]
+    a, b = (torch.cat(of) for of in zip(*pairs, strict=True))
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("lead", [(7,), (2, 5), (2, 3, 4)])
+def test_a_layer_computes_its_reference(dtype: torch.dtype, bias: bool, lead: tuple[int, ...]) -> None:
+    model = attached(dtype=dtype, base_bias=bias)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    x = torch.randn(*lead, 48).to(dtype)
+    q, s = reference.quantise(x.reshape(-1, 48).double(), 1)
+    w, t = reference.quantise(layer.weight.double(), 1)
+    expected = (q * s) @ (w * t).T + (layer.bias.double() if bias else 0)
+    found = layer(x)
+    assert (found.shape, found.dtype) == ((*lead, 80), dtype)
+    error = (found.reshape(-1, 80).double() - expected).norm() / expected.norm()
+    assert error < (3e-3 if dtype == torch.float32 else 6e-3)  # halves may round either way; bfloat16 rounds once more
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_those_of_a_slightly_other_model(fused: bool) -> None:
+    plain, model = make_model().train(), attached(dataclasses.replace(BOTH, fused=fused))
+    expected, found = gradients(plain), gradients(model)
+    assert found.keys() == expected.keys()
+    assert 0.98 < cosine(found, expected) < 1
+    train(model, 2)
+    assert len(require(model).forwards) == 14
+
+
+def test_the_backward_is_that_of_the_weight_the_forward_multiplied_with() -> None:
+    """Both read one copy: a finite difference of the layer is its estimated gradient, up to the rounding of rows."""
+    model = attached()
+    train(model, 1)
+    layer = model.base_model.model.model.layers[1].mlp.down_proj.base_layer
+    forward = require(model).forwards["base_model.model.model.layers.1.mlp.down_proj"]
+    packed = forward.graft.estimator.product._multiplied_with(layer.weight)
+    assert packed is forward.graft.estimator.product._packed
+    g = torch.randn(9, 48)
+    back = packed.rows(g, None, position=None, factors=None, onto=None)
+    expected = g @ packed.dense()
+    assert (back - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_gives_the_same_bits(reentrant: bool) -> None:
+    plain, checkpointed = attached(), attached()
+    for model in (plain, checkpointed):
+        model.enable_input_require_grads()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    expected, found = gradients(plain), gradients(checkpointed)
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+def test_layers_share_their_input_and_drop_it_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = attached(), []
+    forwards = require(model).forwards
+    product = next(iter(forwards.values())).graft.estimator.product
+    gradients(model)  # packs
+    packed = type(product._packed)
+    usual = packed.quantise
+
+    def counted(self: object, x: Tensor) -> object:
+        made.append(x.shape)
+        return usual(self, x)
+
+    monkeypatch.setattr(packed, "quantise", counted)
+    gradients(model)
+    assert len(made) == 2 * 4  # of two blocks: q, k and v share one, gate and up another
+    x = torch.randn(5, 48)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    before = layer(x)
+    x.mul_(2)
+    assert torch.allclose(layer(x), 2 * before)
+    gone = weakref.ref(x)
+    del x
+    assert gone() is None
+
+
+def test_evaluation_and_generation_use_the_forward_that_was_trained() -> None:
+    model, plain = attached(), make_model()
+    batch = make_batch(0)
+    trained = float(model(**batch).loss.detach())
+    with torch.no_grad():
+        assert float(model.eval()(**batch).loss) == pytest.approx(trained, rel=1e-5)
+        assert float(plain.eval()(**batch).loss) != pytest.approx(trained, rel=1e-5)
+        one = model(input_ids=batch["input_ids"][:, :4]).logits
+    start = batch["input_ids"][:1, :4]
+    ids = model.generate(
+        input_ids=start, attention_mask=torch.ones_like(start), max_new_tokens=3, do_sample=False, pad_token_id=0
+    )
+    assert ids[0, 4] == one[0, -1].argmax()
+
+
+def test_detach_gives_the_model_back() -> None:
+    model, plain = attached(), make_model()
+    train(model, 2)
+    for name, value in adapter(model).items():
+        plain.get_parameter(name).data.copy_(value)
+    celora.detach(model)
+    with torch.no_grad():
+        assert model.eval()(**make_batch(0)).logits.equal(plain.eval()(**make_batch(0)).logits)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_the_adapter_that_is_saved_is_plain_peft(tmp_path: Path) -> None:
+    model = attached()
+    train(model, 2)
+    expected = set(make_model().state_dict())
+    assert set(model.state_dict()) == expected
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make_model().unload(), tmp_path)
+    celora.detach(model)
+    with torch.no_grad():
+        assert again.eval()(**make_batch(0)).logits.equal(model.eval()(**make_batch(0)).logits)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_the_model_owns_its_forwards(how: str) -> None:
+    model = attached()
+    train(model, 2)
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    batch = make_batch(0)
+    assert other(**batch).loss.equal(model(**batch).loss)
+    assert len(require(other).forwards) == 14
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    del model
+    gc.collect()
+    assert float(other(**batch).loss.detach()) > 0.1
+    train(other, 1)
+
+
+def test_a_dropped_model_is_gone_at_once() -> None:
+    model = attached()
+    train(model, 2)
+    weight = weakref.ref(model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight)
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def outlier(model: PeftModel) -> nn.Module:
+    """A layer with one input feature a thousand times as large as the others, and little weight on it."""
+    block = model.base_model.model.model.layers[1]
+    with torch.no_grad():
+        block.post_attention_layernorm.weight[3] = 1e4
+        for part in (block.mlp.gate_proj, block.mlp.up_proj):
+            part.base_layer.weight[:, 3] *= 1e-4
+            for matrix in part.lora_A.values():
+                matrix.weight[:, 3] = 0
+    return block
+
+
+@pytest.mark.fault(
+    "quality",
+    "a layer whose 8-bit forward loses too much, as with outlying features",
+    sees="one warning with the layer's name and the error",
+    kept="the layer's own forward from then on, also after a resume",
+)
+def test_a_layer_that_loses_too_much_goes_back(tmp_path: Path) -> None:
+    model = make_model()
+    outlier(model)
+    celora.attach(model, BOTH)
+    with pytest.warns(UserWarning, match="from step 1 on, the forward of .*gate_proj.* is exact: in 8 bits") as said:
+        train(model, 7)
+    assert sum("is exact: in 8 bits" in str(of.message) for of in said) == 1
+    forwards = require(model).forwards
+    names = {name for name in forwards if name.endswith(("layers.1.mlp.gate_proj", "layers.1.mlp.up_proj"))}
+    assert names <= forwards.made_exact
+    layer = model.get_submodule(sorted(names)[0]).base_layer
+    x = torch.randn(3, 48)
+    assert layer(x).equal(nn.functional.linear(x, layer.weight, layer.bias))
+    celora.save_state(model, tmp_path)
+    errors = dict(forwards.errors)
+    celora.attach(model, "off")
+    celora.attach(model, BOTH)
+    assert not require(model).forwards.made_exact
+    celora.load_state(model, tmp_path)
+    assert require(model).forwards.made_exact == forwards.made_exact
+    assert require(model).forwards.errors == errors
+
+
+def test_processes_agree_on_who_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them has seen a large error: all compute that layer exactly."""
+    model = attached()
+    train(model, 1)
+    forwards = require(model).forwards
+    name = next(iter(forwards))
+    monkeypatch.setattr("celora.runtime.forwards.in_company", lambda: True)
+    monkeypatch.setattr("celora.runtime.forwards.largest_of_all", lambda told, device: [[200_000] for _ in told])
+    with pytest.warns(UserWarning, match="was off by 20%, and less than 10% is accepted"):
+        forwards.end_refresh([name], 1, torch.device("cpu"))
+    assert forwards.made_exact == {name}
+
+
+def test_a_forward_that_was_replaced_is_the_users() -> None:
+    model = attached()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    layer.forward = lambda x: nn.functional.linear(x, 2 * layer.weight)
+    x = torch.randn(3, 48)
+    with torch.no_grad():
+        assert layer(x).equal(nn.functional.linear(x, 2 * layer.weight))
+    with pytest.warns(UserWarning, match="keeps PEFT's own backward: its forward was replaced"):
+        train(model, 1)
+
+
+def test_a_weight_that_trains_is_multiplied_exactly() -> None:
+    model = attached()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    layer.weight.requires_grad_()
+    x = torch.randn(3, 48)
+    assert layer(x).equal(nn.functional.linear(x, layer.weight))
+
+
+def test_what_is_not_finite_reaches_the_loss() -> None:
+    model = attached()
+    with torch.no_grad():
+        model.base_model.model.model.embed_tokens.weight[make_batch(0)["input_ids"][0, 0]] = float("nan")
+    assert not torch.isfinite(model(**make_batch(0)).loss)
+
+
+def test_several_devices_under_one_process_are_refused() -> None:
+    model = attached()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    with pytest.raises(CELoraError, match=r"under nn\.DataParallel: use one process a device, or forward='exact'"):
+        layer(torch.ones(2, 48, device="meta"))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"estimator": "tokens", "forward": "int8"},
+        {"estimator": "int8", "forward": "int8", "weight_copy": False},
+        {"estimator": "tokens", "forward": "int8", "precision": "fp8"},
+    ],
+)
+def test_both_directions_need_one_copy(setting: dict[str, object]) -> None:
+    with pytest.raises(CELoraError, match="both directions multiply with one 8-bit copy"):
+        celora.attach(make_model(), CELoraConfig(**{"rank": 0, **setting}))
+
+
+def test_a_configuration_without_the_setting_has_its_default(tmp_path: Path) -> None:
+    """As it was written before there was an 8-bit forward."""
+    values = {key: value for key, value in CELoraConfig().to_dict().items() if key != "forward"}
+    assert CELoraConfig.from_dict(values) == CELoraConfig()
+
+
+def test_the_report_says_so() -> None:
+    report = celora.attach(make_model(), BOTH)
+    assert "int8, forward too" in str(report)
+    assert eight_bit.MOST < 1
