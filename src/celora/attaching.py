@@ -99,6 +99,7 @@ def attach(
             attachment.switch,
             packs=config.padding_free,
             keep_ratio=config.head_keep_ratio,
+            forward=config.head_forward,
             seed=config.seed,
         )
     attachment.set_modes(0)
@@ -198,7 +199,7 @@ def _graft_layer(layer: AdaptedLayer, estimator: Estimator | None, attachment: A
     attachment.grafts[layer.name] = graft
     if estimator.settings.forward != "exact":
         attachment.forwards[layer.name] = EightBitForward(graft)
-        attachment.forwards[layer.name].under(layer.base)
+        attachment.forwards[layer.name].between(layer.module, layer.base)
     weight = plain_weight(layer.base)
     if weight is not None and _is_here(weight, layer):
         estimator.prepare(weight)  # else at the first refresh

@@ -129,6 +129,8 @@ def run(scenario: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
     estimators = {name: graft.estimator for name, graft in attachment.grafts.items()}
     return {
         "losses": losses,
+        "left": attachment.switch.left,
+        "forwards": sum(forward.graft.estimator.product.holds_copy for forward in attachment.forwards.values()),
         "parameters": [p.detach().flatten()[:50].tolist() for p in full],
         "numbers": sum(p.numel() for p in full),
         "selected": {n: e.index.tolist() for n, e in estimators.items() if getattr(e, "index", None) is not None},

@@ -76,6 +76,12 @@ def test_parameters_stay_in_sync(ran, name):
     assert first["losses"] == second["losses"]
 
 
+def test_layers_that_are_sharded_are_estimated_in_both_directions(ran):
+    for of in ran["forwards"]:
+        assert of["left"] == {}
+        assert of["forwards"] == 14
+
+
 # Columns that are chosen from the statistics of all are the columns that one process chooses from the whole batch.
 TOGETHER = ["exact", "alike", "sharded before", "sharded after", "rows", "nodes", "nothing", "hra"]
 EACH_FOR_ITSELF = ["apart", "tokens", "rows apart", "factor", "dora", "copy", "forwards"]

@@ -86,8 +86,8 @@ class BothWays(PackedWeight):
         """`x: (T, in)` as `multiply` takes it; good for every weight of this backend with as many input features."""
 
     @abstractmethod
-    def multiply(self, x: QuantisedRows, bias: Tensor | None) -> Tensor:
-        """`x W^T + bias`: (T, out). `bias`: (out,) or None."""
+    def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """`x W^T + bias`: (T, out), into `out` if that is given, which is of x's dtype. `bias`: (out,) or None."""
 
     @abstractmethod
     def dense(self) -> Tensor:

@@ -169,10 +169,11 @@ class IntegersBothWays(BothWays):
         dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         return QuantisedRows(x.shape, dtype, *choose("quantise_rows", x).run(x, None, offset=0))
 
-    def multiply(self, x: QuantisedRows, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         sums = integer_product(x.q.view(torch.int8), padded(self.q, 1).t())
         y: Tensor = sums * (x.scale[:, None] * self.scale)
-        return (y if bias is None else y + bias).to(x.dtype)
+        y = (y if bias is None else y + bias).to(x.dtype)
+        return y if out is None else out.copy_(y)
 
     def dense(self) -> Tensor:
         return self.q.float() * self.scale[:, None]

@@ -48,7 +48,7 @@ def choose_estimator(
     # Each layer draws its own numbers: unbiased estimates stay unbiased through depth only if they are independent.
     seed = zlib.crc32(f"{config.seed} {name}".encode())
     chosen: dict[str, Any] = dataclasses.asdict(setting) | {"rank": rank, "seed": seed}
-    if layer.quantised:  # its own forward reads the bytes that it is stored in
+    if not layer.takes_forward:
         chosen["forward"] = "exact"
     try:
         estimator = make_estimator(setting.estimator, out_features, in_features, chosen)

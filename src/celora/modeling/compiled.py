@@ -47,16 +47,25 @@ def _(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
     return grad_output.new_empty(grad_output.shape[0], weight.shape[1])
 
 
+@torch.no_grad()
+def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, key: int, measures: bool = False) -> Tensor:
+    """`x W^T + b` by the product of the layer with this key, which may measure what that loses."""
+    layer = layers[key]
+    product: Any = layer.estimator.product
+    y: Tensor = product.forward(x, weight, bias)
+    if measures:
+        exact = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        layer.of_forward.measure(y.reshape(-1, y.shape[-1]), exact.reshape(-1, y.shape[-1]))
+    return y
+
+
 @torch.library.custom_op("celora::forward_product", mutates_args=())
-def forward_product(x: Tensor, weight: Tensor, bias: Tensor | None, key: int) -> Tensor:
-    """`x W^T + b` by the product of the layer with this key."""
-    product: Any = layers[key].estimator.product
-    result: Tensor = product.forward(x, weight, bias)
-    return result
+def forward_product(x: Tensor, weight: Tensor, bias: Tensor | None, key: int, measures: bool) -> Tensor:
+    return multiplied(x, weight, bias, key, measures)
 
 
 @forward_product.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, key: int) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, key: int, measures: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 

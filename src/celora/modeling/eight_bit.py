@@ -7,6 +7,8 @@ celora is attached. What it loses is measured at refreshes. A layer that loses t
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,15 +16,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from celora.errors import CELoraError
-from celora.modeling.compiled import forward_product
-from celora.modeling.graft import LayerGraft, without_autocast
+from celora.modeling.compiled import forward_product, multiplied
+from celora.modeling.graft import LayerGraft, in_dispatch_mode, without_autocast
 from celora.modeling.own_forward import OwnForward
 from celora.modeling.switch import Mode
 from celora.modeling.trial import tampered
-from celora.numerics.measured import Measured
 from celora.weights.read import bias_of, is_trainable, plain_weight, shape_of
 
-MOST = 0.1  # relative error from which on a layer keeps its own forward; rounding alone makes about 0.01
+MOST_ERROR = 0.1  # relative error from which on a layer keeps its own forward; rounding alone makes about 0.01
 
 
 class EightBitForward(OwnForward):
@@ -30,7 +31,6 @@ class EightBitForward(OwnForward):
 
     Attributes:
         graft: the layer's, whose product multiplies.
-        measured: the error of the output, of a refresh that is under way.
         exact: whether the layer has gone back to its own forward.
     """
 
@@ -39,8 +39,21 @@ class EightBitForward(OwnForward):
     def __init__(self, graft: LayerGraft) -> None:
         super().__init__(graft.switch)
         self.graft = graft
-        self.measured = Measured()
         self.exact = False
+        self._tuner: Callable[[], Any] = _nothing
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_tuner": self._tuner()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tuner = state.pop("_tuner")
+        super().__setstate__(state)
+        self._tuner = _nothing if tuner is None else weakref.ref(tuner)
+
+    def between(self, tuner: nn.Module, base: nn.Module) -> None:
+        """Become the forward of the base layer of this PEFT layer. Without that layer around it, it is exact."""
+        self._tuner = weakref.ref(tuner)
+        self.under(base)
 
     def applies(self, module: nn.Module) -> bool:
         return self.switch.on and self.switch.forwards and not self.exact
@@ -50,19 +63,30 @@ class EightBitForward(OwnForward):
         weight = self._weight(module, x)
         if weight is None or not isinstance(x, Tensor):
             return type(module).forward(module, *args, **kwargs)
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: Tensor = _Forward.apply(x, weight, bias_of(module), self.graft)  # type: ignore[no-untyped-call]
-        if not torch.compiler.is_compiling() and module.training and self.graft.mode is Mode.OBSERVE:
-            self._measure(module, x, y)
-        return y
+        bias, compiling = bias_of(module), torch.compiler.is_compiling()
+        observes = module.training and self.graft.mode is Mode.OBSERVE and torch.is_grad_enabled()
+        measures = observes and (compiling or not in_dispatch_mode())
+        if compiling or torch.is_grad_enabled():
+            y: Tensor = _Forward.apply(x, weight, bias, self.graft, measures)  # type: ignore[no-untyped-call]
+            return y
+        return multiplied(x, weight, bias, self.graft.key)
 
     def _weight(self, module: Any, x: object) -> Tensor | None:
         """The frozen weight to multiply x with, (out, in); None if it is not at hand or something stands in the way."""
         if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel() or is_trainable(module):
             return None
-        weight = plain_weight(module)
-        if weight is None or weight.is_meta or weight.shape != shape_of(module):
+        # In evaluation a gradient is the model's own, as it is of every layer of celora's.
+        if not module.training and x.requires_grad and torch.is_grad_enabled():
+            return None
+        weight, tuner = plain_weight(module), self._tuner()
+        if tuner is None or tuner.merged:
+            self.graft.estimator.product.forget()  # a merge changes the weight without a sign
+            return None
+        if weight is None or weight.is_meta or weight.shape != shape_of(module) or x.shape[-1] != weight.shape[1]:
+            return None
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return None
         if torch.compiler.is_compiling():
             return weight
@@ -75,21 +99,20 @@ class EightBitForward(OwnForward):
             )
         return None if tampered(module, self.graft) else weight
 
-    @torch.no_grad()
-    def _measure(self, module: Any, x: Tensor, y: Tensor) -> None:
-        exact = type(module).forward(module, x)
-        width = y.shape[-1]
-        self.measured.measure(y.reshape(-1, width), exact.reshape(-1, width))
+
+def _nothing() -> None:
+    """The PEFT layer of a forward that has none."""
 
 
 class _Forward(torch.autograd.Function):
     """`x W^T + b` in 8 bits. Its backward is exact; the graft puts its own in that one's place where it takes over."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, graft: LayerGraft) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, graft: LayerGraft, measures: bool) -> Tensor:
         ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
         ctx.shape = x.shape
-        y: Tensor = forward_product(x, weight.detach(), None if bias is None else bias.detach(), graft.key)
+        multiply = forward_product if torch.compiler.is_compiling() else multiplied
+        y: Tensor = multiply(x, weight, bias, graft.key, measures)
         return y
 
     @staticmethod
@@ -102,4 +125,4 @@ class _Forward(torch.autograd.Function):
                 grad_x = (flat @ ctx.weight.to(flat.dtype)).view(ctx.shape)
             if ctx.needs_input_grad[2]:
                 grad_bias = flat.sum(0).to(ctx.bias_dtype)
-        return grad_x, None, grad_bias, None
+        return grad_x, None, grad_bias, None, None

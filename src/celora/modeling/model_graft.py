@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -43,6 +44,7 @@ from celora.modeling.recognise import IGNORED, Probe, settings
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.head import Logits, score_tokens
 from celora.numerics.measured import Measured
+from celora.numerics.products.both_ways import Int8BothWays
 from celora.weights.sharded import whole
 
 _GRAPH_TASK = "torch._C:_current_graph_task_id"
@@ -59,6 +61,7 @@ class ModelGraft(Measured, Hook):
     Attributes:
         packs: whether padding is left out.
         keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with.
+        product: computes the logits in 8 bits, if that is asked for.
         mode: whether that gradient is estimated so, or exact, and whether the estimate is measured.
         step: of the optimizer. The estimate draws by `seed`, step and number of the call within the step, so a run that
             is resumed draws as it would have.
@@ -67,8 +70,9 @@ class ModelGraft(Measured, Hook):
         refused: whether the model's head or loss turned out to be others. Its calls are left to it from then on.
     """
 
-    def __init__(self, switch: Switch, *, packs: bool, keep_ratio: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, switch: Switch, *, packs: bool, keep_ratio: float = 1, forward: str = "exact", seed: int = 0):
         super().__init__()
+        self.product = None if forward == "exact" else Int8BothWays()
         self.switch, self.packs, self.keep_ratio, self.seed = switch, packs, keep_ratio, seed
         self.mode = Mode.ESTIMATE
         self.begin(0)
@@ -269,11 +273,19 @@ class ModelGraft(Measured, Hook):
             keep_ratio=1.0 if self.mode is Mode.EXACT else self.keep_ratio,
             seed=self._draw() if torch.is_grad_enabled() else 0,  # an evaluation is not a part of a step
             measure=self.measure if self.mode is Mode.OBSERVE and self.keep_ratio < 1 else None,
+            product=self._product(head),
         )
         items = given.get("num_items_in_batch")
         items = items.to(hidden.device) if isinstance(items, Tensor) else len(rows) if items is None else items
         loss = -scores.log_probs.sum() / items
         return call.for_trl(loss, scores) if for_trl else type(output)(**{**output, "loss": loss, "logits": None})
+
+    def _product(self, head: Any) -> Int8BothWays | None:
+        """What computes the logits in 8 bits; None if they are exact, as those of a head that is gathered."""
+        if self.product is None or not self.switch.forwards or isinstance(head.weight, DTensor):
+            return None
+        words, hidden = head.weight.shape
+        return self.product if self.product.pays(words, hidden, head.weight.device) else None
 
     def _refuse(self, reason: str) -> None:
         """Leave this and all later calls to the model, and say why."""
@@ -335,16 +347,24 @@ def _known_by(causal: Any, given: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def install(
-    found: LanguageModel, switch: Switch, *, packs: bool = True, keep_ratio: float = 1.0, seed: int = 0
+    found: LanguageModel,
+    switch: Switch,
+    *,
+    packs: bool = True,
+    keep_ratio: float = 1.0,
+    forward: str = "exact",
+    seed: int = 0,
 ) -> ModelGraft:
     """Hook a language model and the PEFT tuner around it; `celora.modeling.hooks.remove` undoes it.
 
     Args:
         packs: leave out padding, if the model allows it.
         keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with.
+        forward: how the logits are computed while training, `exact` or `int8`.
         seed: of what the estimate of that gradient draws.
     """
-    graft = ModelGraft(switch, packs=packs and not found.cannot_pack, keep_ratio=keep_ratio, seed=seed)
+    packs = packs and not found.cannot_pack
+    graft = ModelGraft(switch, packs=packs, keep_ratio=keep_ratio, forward=forward, seed=seed)
     _hook(graft, found.causal, found.tuner)
     return graft
 

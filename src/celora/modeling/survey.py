@@ -17,7 +17,7 @@ from torch import nn
 from celora.errors import CELoraError
 from celora.modeling.adapter import Adapter, vanilla_adapter
 from celora.modeling.bypass import own_product, refuse_patched
-from celora.modeling.hooks import settle_all
+from celora.modeling.hooks import is_ours, settle_all
 from celora.modeling.language_model import LanguageModel, find_language_model
 from celora.modeling.trial import tampered, unlike
 from celora.weights.quantised import stored_kind
@@ -77,6 +77,12 @@ class AdaptedLayer:
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         return self.out_features, self.in_features
+
+    @property
+    def takes_forward(self) -> bool:
+        """Whether its forward may be replaced: a quantised layer's reads its own bytes, accelerate's moves tensors."""
+        own = self.base.__dict__.get("forward")
+        return not self.quantised and (own is None or is_ours(own))
 
     @property
     def rank(self) -> int | None:

@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from celora.errors import CELoraError
 from celora.kernels.operations import column_maxima, softmax_rows
+from celora.numerics.products.both_ways import Int8BothWays
 from celora.numerics.sampling import as_weights
 from celora.numerics.select import columns_of, drawn, grain
 
@@ -77,6 +78,7 @@ def score_tokens(
     keep_ratio: float = 1.0,
     seed: int = 0,
     measure: Callable[[Tensor, Tensor], None] | None = None,
+    product: Int8BothWays | None = None,
 ) -> TokenScores:
     """The log-probabilities of `targets` after the tokens `rows`.
 
@@ -92,9 +94,21 @@ def score_tokens(
         seed: of the draw of that share; different ones for different calls.
         measure: given the estimate for each chunk of tokens and what it estimates, (n, H) each; the gradient of the
             log-probabilities is exact then.
+        product: computes the logits in 8 bits, from its own copy of the weight; exactly if None.
     """
     log_probs, entropy, top1 = _Scores.apply(  # type: ignore[no-untyped-call]
-        hidden, rows, targets, weight, bias, logits or Logits(), smoothing, statistics, keep_ratio, seed, measure
+        hidden,
+        rows,
+        targets,
+        weight,
+        bias,
+        logits or Logits(),
+        smoothing,
+        statistics,
+        keep_ratio,
+        seed,
+        measure,
+        product,
     )
     return TokenScores(log_probs, *((entropy, top1) if statistics else (None, None)))
 
@@ -114,6 +128,7 @@ class _Scores(torch.autograd.Function):
         keep_ratio: float,
         seed: int,
         measure: Callable[[Tensor, Tensor], None] | None,
+        product: Int8BothWays | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -138,9 +153,12 @@ class _Scores(torch.autograd.Function):
             held = chosen.new_empty(size, len(w))
             for start in range(0, n, max(1, size)):
                 part = slice(start, start + size)
-                z = torch.mm(chosen[part], w.t(), out=held[: n - start])
-                if b is not None:
-                    z += b
+                z = held[: n - start]
+                if product is not None:
+                    product.project(chosen[part], weight, b, z)
+                else:
+                    torch.mm(chosen[part], w.t(), out=z)
+                    z = z if b is None else z.add_(b)
                 softmax_rows(
                     z,
                     targets[part],
@@ -170,7 +188,7 @@ class _Scores(torch.autograd.Function):
         gradient, rows = ctx.saved_tensors
         full = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
         full.view(-1, ctx.shape[-1]).index_copy_(0, rows, (gradient * grad[:, None]).to(ctx.dtype))
-        return full, *[None] * 10
+        return full, *[None] * 11
 
 
 def chunk_size(tokens: int, words: int) -> int:

@@ -32,15 +32,15 @@ def gate(found: Survey, config: CELoraConfig) -> CELoraConfig:
     """
     fields = [field.name for field in dataclasses.fields(LayerConfig)]
     own = LayerConfig(**{name: getattr(config, name) for name in fields})
-    kinds: dict[tuple[tuple[int, int], torch.dtype, torch.device], list[str]] = {}
+    kinds: dict[tuple[tuple[int, int], torch.dtype, torch.device, bool], list[str]] = {}
     for name, layer in found.layers.items():
         timed = not layer.cannot_estimate and layer.dtype is not None and not cannot_time(layer.device)
         if timed and layer.dtype is not None and config.for_layer(name) == own:
-            kinds.setdefault((layer.shape, layer.dtype, layer.device), []).append(name)
+            kinds.setdefault((layer.shape, layer.dtype, layer.device, layer.takes_forward), []).append(name)
     overrides: dict[str, Mapping[str, Any]] = {}
-    with random_states({device for _, _, device in kinds}):
-        for (shape, dtype, device), names in kinds.items():
-            best = _fastest(own, shape, dtype, device)
+    with random_states({device for _, _, device, _ in kinds}):
+        for (shape, dtype, device, takes_forward), names in kinds.items():
+            best = _fastest(own if takes_forward else dataclasses.replace(own, forward="exact"), shape, dtype, device)
             changes = {field: getattr(best, field) for field in fields if getattr(best, field) != getattr(own, field)}
             if best == EXACT:  # to which the other fields mean nothing
                 changes = {"estimator": EXACT.estimator}
@@ -51,7 +51,7 @@ def gate(found: Survey, config: CELoraConfig) -> CELoraConfig:
 def _fastest(own: LayerConfig, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> LayerConfig:
     """The fastest setting for a layer of this kind; `EXACT` where none is clearly faster than that."""
     backward = dataclasses.replace(own, forward="exact")
-    settings = own, backward, dataclasses.replace(backward, precision="native")
+    settings = dict.fromkeys((own, backward, dataclasses.replace(backward, precision="native")))
     out_features, in_features = shape
     dtype = dtype if dtype.is_floating_point else torch.bfloat16  # a quantised layer's products
     w = torch.randn(out_features, in_features, dtype=dtype, device=device) / in_features**0.5
@@ -62,7 +62,7 @@ def _fastest(own: LayerConfig, shape: tuple[int, int], dtype: torch.dtype, devic
     contenders = {EXACT: _step(EXACT, shape, w, x, g)}
     for setting in settings:
         product = make_candidate(setting, shape, device).product
-        if not (product.unavailable(*shape, device) or product.slow(device)):
+        if product.pays(*shape, device):
             contenders[setting] = _step(setting, shape, w, x, g)
     named = {str(i): step for i, step in enumerate(contenders.values())}
     times = [of["time_ms"] for of in interleaved(named, repeats=_REPEATS, device=device).values()]

@@ -146,8 +146,8 @@ class Attachment:
                 )
         if self.forward is not None and (error := self.forward.take_error()) is not None:
             self._monitor(HEAD, error, step)
-        if self.forwards and observing:
-            self.forwards.end_refresh(observing, step, next(self.parameters()).device)
+        if self.forwards and self._due(step - 1):
+            self.forwards.end_refresh(step, next(self.parameters()).device)
         self._refreshed |= observing.keys()
         self.agree(list(observing))
         if new := self.made_exact - already:
@@ -243,6 +243,12 @@ class Attachment:
                     "celora.runtime.attachment import require).",
                     stacklevel=2,
                 )
+
+    def _due(self, step: int) -> bool:
+        """Whether some layer refreshes at this step by the clock alone, which is the same in all processes."""
+        tau, layers = self.config.refresh_every, len(self.grafts)
+        turns = {i * tau // layers for i in range(layers)} if self.config.spread and not self.switch.compiled else {0}
+        return step < _FIRST_ROUND or step % tau in turns or step == self._together
 
     def set_modes(self, step: int) -> None:
         """Refresh at steps 0, tau, 2 tau, ..., and wherever a layer has nothing selected yet.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from celora.machine.processes import in_company, largest_of_all
-from celora.modeling.eight_bit import MOST, EightBitForward
+from celora.modeling.eight_bit import MOST_ERROR, EightBitForward
 
 _ERROR, _EXACT = "forward_error", "forward_exact"
 _STEPS = 10**6  # errors are told to other processes in millionths
@@ -31,21 +30,19 @@ class Forwards(dict[str, EightBitForward]):
         """The layers that lost too much and compute their own forward from then on."""
         return {name for name, forward in self.items() if forward.exact}
 
-    def end_refresh(self, names: Iterable[str], step: int, device: torch.device) -> None:
-        """Take what these layers have measured; one that lost `MOST` or more goes back to its own forward.
+    def end_refresh(self, step: int, device: torch.device) -> None:
+        """Take what was measured since the latest call. A layer that lost `MOST_ERROR` or more is exact from now on.
 
-        Where several processes train together all of them decide by the largest error that one has seen: one reduction.
+        Where several processes train together all of them call it at the same steps, and decide by the largest error
+        that one has seen: one reduction.
         """
-        refreshed = [name for name in names if name in self and not self[name].exact]
-        if not refreshed:
-            return
-        seen = [self[name].measured.take_error() for name in refreshed]
+        seen = [forward.graft.of_forward.take_error() for forward in self.values()]
         if in_company():
             told = [[-1 if error is None else min(round(error * _STEPS), 10**9)] for error in seen]
             seen = [None if most < 0 else most / _STEPS for (most,) in largest_of_all(told, device)]
-        found = {name: error for name, error in zip(refreshed, seen, strict=True) if error is not None}
+        found = {name: error for name, error in zip(self, seen, strict=True) if error is not None}
         self.errors |= found
-        lossy = [name for name, error in found.items() if error >= MOST]
+        lossy = [name for name, error in found.items() if error >= MOST_ERROR and not self[name].exact]
         for name in lossy:
             self[name].exact = True
         if lossy:
@@ -53,7 +50,7 @@ class Forwards(dict[str, EightBitForward]):
             names = ", ".join(sorted(lossy))
             warnings.warn(
                 f"celora: from step {step} on, the forward of {names} is exact: in 8 bits the output of {worst} was "
-                f"off by {found[worst]:.0%}, and less than {MOST:.0%} is accepted.",
+                f"off by {found[worst]:.0%}, and less than {MOST_ERROR:.0%} is accepted.",
                 stacklevel=2,
             )
 
@@ -72,7 +69,7 @@ class Forwards(dict[str, EightBitForward]):
         if name not in self:
             return
         self[name].exact = exact is not None and bool(exact)
-        self[name].measured.take_error()
+        self[name].graft.of_forward.take_error()
         self.errors.pop(name, None)
         if error is not None:
             self.errors[name] = float(error)

@@ -32,6 +32,7 @@ def whole_model_notes(found: Survey, config: CELoraConfig, known: Collection[typ
     if config.labelled_head:
         of = found.language_model
         share = "" if config.head_keep_ratio == 1 else f", its gradient through {config.head_keep_ratio:g} of the words"
+        share += ", its logits in 8 bits" if config.head_forward != "exact" else ""
         notes.append(
             f"The model's own loss: {found.cannot_score}."
             if of is None

@@ -7,7 +7,7 @@ import fnmatch
 import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from celora.errors import CELoraError, unknown
 from celora.files import inside, read_json, write_text
@@ -68,6 +68,7 @@ class CELoraConfig(LayerConfig):
         padding_free: leave padding out of training batches (`celora.modeling.packing`); needs `labelled_head`.
         head_keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with, in (0, 1]; 1 is
             exact, and less needs `labelled_head`. Words are drawn, so that what is left out averages out.
+        head_forward: the logits while training: `exact`, or in 8 bits (`int8`), which needs `labelled_head`.
         zero_tokens: in the last block, tokens without a label get a gradient of exactly zero; leave them out of the
             backward of layers that would be dense. On a CPU only: on an accelerator, counting them would wait for it.
 
@@ -84,6 +85,7 @@ class CELoraConfig(LayerConfig):
     padding_free: bool = False
     zero_tokens: bool = False
     head_keep_ratio: float = 1.0
+    head_forward: Forward = "exact"
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
@@ -96,6 +98,10 @@ class CELoraConfig(LayerConfig):
                 raise CELoraError(f"{name}={getattr(self, name)!r}; expected true or false.")
         if self.padding_free and not self.labelled_head:
             raise CELoraError("padding_free=True needs labelled_head=True: the model's own loss wants whole sequences.")
+        if self.head_forward not in get_args(Forward):
+            raise unknown("head_forward", str(self.head_forward), get_args(Forward))
+        if self.head_forward != "exact" and not self.labelled_head:
+            raise CELoraError(f"head_forward={self.head_forward!r} needs labelled_head=True.")
         check_keep_ratio(self.head_keep_ratio, "head_keep_ratio")
         if self.head_keep_ratio < 1 and not self.labelled_head:
             raise CELoraError(f"head_keep_ratio={self.head_keep_ratio} needs labelled_head=True.")

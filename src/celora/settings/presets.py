@@ -38,6 +38,7 @@ PRESETS: dict[str, CELoraConfig] = {
         precision="int8",
         forward="int8",
         head_keep_ratio=0.1,
+        head_forward="int8",
         spread=True,
         fused=True,
         labelled_head=True,
@@ -67,5 +68,5 @@ def resolve(config: str | CELoraConfig, changes: Mapping[str, Any] | None = None
         if name not in whole:
             raise unknown("setting", name, whole)
     if changes.get("labelled_head") is False:
-        changes = {"padding_free": False, "head_keep_ratio": 1.0, **changes}
+        changes = {"padding_free": False, "head_keep_ratio": 1.0, "head_forward": "exact", **changes}
     return dataclasses.replace(config, **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,7 +12,6 @@ import torch
 from peft import LoraConfig
 from torch.utils.data import Sampler
 from transformers import PrinterCallback
-from transformers import Trainer as PlainTrainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
@@ -71,12 +71,14 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
         return found
 
     def _mean_loss(self, dataloader: Any) -> float:
-        """The mean over rows that Transformers' Trainer reports, without TRL's other metrics."""
-        total, rows = 0.0, 0
+        """The mean over rows that Transformers' Trainer reports. TRL's other metrics stay those of the first pass."""
+        total, rows, metrics = 0.0, 0, copy.deepcopy(getattr(self, "_metrics", None))
         for inputs in dataloader:
-            loss = PlainTrainer.compute_loss(self, self.model, inputs).detach().repeat(len(inputs["input_ids"]))
-            losses = self.accelerator.gather_for_metrics(loss)
+            loss, _, _ = self.prediction_step(self.model, inputs, prediction_loss_only=True)
+            losses = self.accelerator.gather_for_metrics(loss.repeat(len(inputs["input_ids"])))
             total, rows = total + float(losses.sum()), rows + len(losses)
+        if metrics is not None:
+            self._metrics = metrics
         return total / max(1, rows)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from celora.errors import CELoraError
 from celora.kernels.c import dot
 from celora.kernels.c.library import call_kernel, loaded_library, pointer, supported
 from celora.kernels.packed import BothWays, QuantisedRows, positions
@@ -40,9 +41,11 @@ class Panels(BothWays):
     def quantise(self, x: Tensor) -> QuantisedRows:
         return quantise_input(x)
 
-    def multiply(self, x: QuantisedRows, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         rows, columns = x.shape[0], len(self.scale)
-        out = torch.empty(rows, columns, dtype=x.dtype, device="cpu")
+        if x.shape[1] != self.in_features:  # the kernel would read past the rows
+            raise CELoraError(f"an input of {x.shape[1]} features for a weight of {self.in_features}.")
+        out = torch.empty(rows, columns, dtype=x.dtype, device="cpu") if out is None else out
         bias = None if bias is None else bias.float().contiguous()
         call_kernel("quantised_product", out, x.q.data_ptr(), x.scale.data_ptr(), pointer(x.starts), rows,
               self.in_features, self.packed.data_ptr(), self.scale.data_ptr(), pointer(bias), columns,

@@ -400,7 +400,8 @@ static void EACH(matrix_products)(const int8_t *q, int64_t stride, const int64_t
         for (int64_t p = 0; p < panels; p++) {
             int32_t sums[GROUP * PANEL] __attribute__((aligned(64)));
             const int64_t end = (part + 1) * chunk < kept ? (part + 1) * chunk : kept;
-            const int64_t squares = (end - part * chunk + SQUARE - 1) / SQUARE, lines = (SQUARE + squares - 1) / squares;
+            const int64_t squares = (end - part * chunk + SQUARE - 1) / SQUARE;
+            const int64_t lines = w->turned ? 0 : (SQUARE + squares - 1) / squares; /* a turned panel has no next one */
             const uint8_t *panel = panel_of(w, p, &last), *ahead = panel + depth * PANEL;
             for (int64_t group = part * chunk; group < end; group += GROUP)
                 for (int64_t from = 0; from < depth; from += stretch) {

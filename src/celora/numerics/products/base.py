@@ -92,6 +92,10 @@ class Product(ABC):
         """Why a layer of this shape cannot be multiplied so on this device, or ''."""
         return ""
 
+    def pays(self, out_features: int, in_features: int, device: torch.device) -> bool:
+        """Whether it is available for this shape on this device, and not known to be slow there."""
+        return not (self.unavailable(out_features, in_features, device) or self.slow(device))
+
     def slow(self, device: torch.device) -> str:
         """Why it cannot pay on this device, whatever the shape, or ''."""
         return ""

@@ -10,6 +10,7 @@ Source: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339); one cop
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +22,42 @@ from celora.numerics.products.int8 import Int8
 
 
 class Int8BothWays(Int8):
-    """`Int8` whose copy of the weight also multiplies in the forward."""
+    """`Int8` whose copy of the weight also multiplies in the forward; one scale per output channel serves both."""
 
     @property
     def operation(self) -> str:
         return "pack_both_ways"
 
+    def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
+        if device.type == "cuda" and out_features % 8:
+            return f"int8 forwards on CUDA need out_features that are a multiple of 8, not {out_features}"
+        return super().unavailable(out_features, in_features, device) or super().unavailable(
+            in_features, out_features, device
+        )
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`x W^T + bias` of `x: (..., in)`, `weight: (out, in)`, `bias: (out,)` or None: (..., out), in x's dtype."""
         packed = self._multiplied_with(weight)
         assert isinstance(packed, BothWays)
-        y = packed.multiply(_inputs.quantised(x, packed), bias)
-        return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
+        rows, out_features = _inputs.quantised(x, packed), weight.shape[0]
+        y = x.new_empty(*x.shape[:-1], out_features)  # no view, which FSDP2 cannot hook
+        _onto(packed, rows, bias, y.view(-1, out_features))
+        return y
+
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+        """`forward` of `x: (T, in)` into `out: (T, out)`, of the same dtype and contiguous."""
+        packed = self._multiplied_with(weight)
+        assert isinstance(packed, BothWays)
+        return _onto(packed, packed.quantise(x), bias, out)
+
+    def _identity(self, weight: Tensor) -> tuple[Any, ...]:
+        """The tensor itself rather than its address: FSDP2 gathers one tensor into other memory each time."""
+        owner = weight if getattr(weight, "_base", None) is None else weight._base
+        return weakref.ref(owner), weight._version, weight.dtype, weight.device
+
+    def _made_of_this(self, weight: Tensor) -> bool:
+        owner, *others = self._identity(weight)
+        return self._made_of is not None and self._made_of[0]() is owner() and list(self._made_of[1:]) == others
 
     def _scale_of(self, weight: Tensor) -> Tensor:
         largest: Tensor = torch.linalg.vector_norm(weight.detach(), float("inf"), dim=1)
@@ -43,30 +68,37 @@ class Int8BothWays(Int8):
         return pack_both_ways(weight, self._scale)
 
 
+def _onto(packed: BothWays, rows: QuantisedRows, bias: Tensor | None, out: Tensor) -> Tensor:
+    """`rows W^T + bias` into `out`, also where the kernel has no such dtype."""
+    return packed.multiply(rows, bias, out) if rows.dtype == out.dtype else out.copy_(packed.multiply(rows, bias))
+
+
 class _Inputs:
     """The latest input in 8 bits. Query, key and value, or gate and up, are given the same one.
 
-    It is dropped with the input, and made anew for another one or one that was changed in place.
+    It is dropped with the input, and made anew for another one or one that was changed in place. A change through
+    `.data` or a NumPy view is not noticed.
     """
 
     def __init__(self) -> None:
-        self._made_of: tuple[weakref.ref[Tensor], int, type] | None = None
-        self._rows: QuantisedRows | None = None
+        # In one attribute, so that threads see all of it or none.
+        self._known: tuple[weakref.ref[Tensor], int, type, QuantisedRows] | None = None
 
     def quantised(self, x: Tensor, packed: BothWays) -> QuantisedRows:
         """The rows of `x: (..., in)` as `packed` multiplies them."""
         if x.is_inference():  # nothing tells whether such a tensor was changed
             return packed.quantise(x.reshape(-1, x.shape[-1]))
-        made_of = self._made_of
-        same = made_of is not None and made_of[0]() is x and made_of[1:] == (x._version, type(packed))
-        if self._rows is None or not same:
-            self._rows = packed.quantise(x.reshape(-1, x.shape[-1]))
-            self._made_of = weakref.ref(x, self._drop), x._version, type(packed)
-        return self._rows
+        known = self._known
+        if known is not None and known[0]() is x and known[1:3] == (x._version, type(packed)):
+            return known[3]
+        rows = packed.quantise(x.reshape(-1, x.shape[-1]))
+        self._known = weakref.ref(x, self._drop), x._version, type(packed), rows
+        return rows
 
     def _drop(self, gone: object) -> None:
-        if self._made_of is not None and self._made_of[0] is gone:
-            self._made_of = self._rows = None
+        known = self._known
+        if known is not None and known[0] is gone:
+            self._known = None
 
 
 _inputs = _Inputs()

@@ -28,7 +28,7 @@ class EightBit(Product):
         self.forget()
 
     def forget(self) -> None:
-        self._made_of: object = None
+        self._made_of: tuple[Any, ...] | None = None
         self._packed: Any = None
         self._scale: Tensor | None = None
 
@@ -46,12 +46,19 @@ class EightBit(Product):
         """The weight's column scales, after making the copy if there is to be one and it is not up to date."""
         if self._scale is not None and isinstance(weight, DTensor):  # sharded: `recheck` sees it whole at refreshes
             return self._scale
-        now = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if self._scale is None or self._made_of != now:
+        if self._scale is None or not self._made_of_this(weight):
             self._scale = self._scale_of(weight)
             self._packed = self._pack(weight.detach()) if self.copy else None
-            self._made_of = now
+            self._made_of = self._identity(weight)
         return self._scale
+
+    def _identity(self, weight: Tensor) -> tuple[Any, ...]:
+        """What tells this weight from others, and from itself before it was changed."""
+        return weight.data_ptr(), weight._version, weight.dtype, weight.device
+
+    def _made_of_this(self, weight: Tensor) -> bool:
+        """Whether the copy is one of this weight as it is."""
+        return self._made_of == self._identity(weight)
 
     _largest: ClassVar[float]
 

@@ -23,6 +23,8 @@ from celora.kernels.operations import pack_weight, quantise_weight
 from celora.kernels.packed import PackedWeight
 from celora.numerics.products.eight_bit import EightBit
 
+_LONGEST = (2**31 - 1) // 127**2  # products in a sum that 32 bits always hold
+
 
 class Int8(EightBit):
     """8-bit integers: `round(x / scale)` in [-127, 127].
@@ -35,6 +37,8 @@ class Int8(EightBit):
     _largest = 127.0
 
     def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
+        if out_features > _LONGEST:
+            return f"int8 sums of more than {_LONGEST:,} products overflow 32 bits"
         if device.type == "cuda" and in_features % 8:
             return f"int8 products on CUDA need in_features that are a multiple of 8, not {in_features}"
         if available(self.operation, device):
