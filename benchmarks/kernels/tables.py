@@ -30,6 +30,29 @@ def _estimators(*, amx: bool) -> str:
     return rows.markdown(["", *shapes], body) + f"\n\nT = {one['tokens']}, {one['dtype']}, {rows.where(one)}."
 
 
+def both_ways() -> str:
+    """Forward and backward in 8 bits from one copy, over the exact products, by shape and dtype."""
+    found = rows.select(HERE / "both_ways.jsonl", amx=False)
+    body = []
+    for row in found:
+        time, error = row["time_ms"], row["error"]
+        two = time["forward, 8 bits"] + time["backward, 8 bits, own copy"]
+        cells = [
+            time["forward, 8 bits"] / time["forward"],
+            time["forward, 8 bits, shared input"] / time["forward"],
+            time["backward, 8 bits"] / time["backward"],
+            (time["forward, 8 bits"] + time["backward, 8 bits"]) / two,
+        ]
+        shape = f"{row['out']} x {row['in']}"
+        body.append([row["dtype"], shape, *(f"{cell:.2f}" for cell in cells), f"{error['forward']:.4f}"])
+    header = ["", "out x in", "forward", "forward, shared input", "backward", "one copy over two", "error, forward"]
+    one = found[0]
+    return (
+        rows.markdown(header, body)
+        + f"\n\nOver the exact product of the dtype. T = {one['tokens']}, {rows.where(one)}."
+    )
+
+
 def quantised_layer() -> str:
     """Estimates on one frozen 4-bit layer: backward time, memory, error."""
     return _quantised("layer")
@@ -87,6 +110,7 @@ def _quantised(what: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "both_ways": both_ways,
     "estimators": estimators,
     "with_amx": with_amx,
     "quantised_layer": quantised_layer,

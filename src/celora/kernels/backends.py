@@ -96,7 +96,7 @@ def choose(operation: str, decides: Tensor | torch.device) -> Backend:
 
 
 def explain(operation: str, decides: Tensor | torch.device) -> str:
-    """Which backend computes this, and why none of those that are asked before it does; or why none does."""
+    """Which backend computes this, and why the ones before it do not; or why none does."""
     device = decides if isinstance(decides, torch.device) else decides.device
     reason = ""
     for backend in backends_of(operation):

@@ -94,7 +94,7 @@ def available_memory(device: torch.device) -> int | None:
         return None
     group = Path("/sys/fs/cgroup")  # a container may be allowed less than the machine has
     try:
-        limit, taken = (int((group / f"memory.{of}").read_text(encoding="ascii")) for of in ("max", "current"))
+        limit, taken = (int((group / f"memory.{part}").read_text(encoding="ascii")) for part in ("max", "current"))
         counted = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
         return min(free, limit - taken + int(counted["inactive_file"]))  # which makes way when memory is asked for
     except (OSError, ValueError, KeyError):

@@ -32,7 +32,7 @@ def interleaved(
             milliseconds = timed(call, device)
             if turn >= 2:
                 samples[name].append(milliseconds)
-    return {name: percentiles(of) for name, of in samples.items()}
+    return {name: percentiles(taken) for name, taken in samples.items()}
 
 
 def timed(call: Callable[[], object], device: torch.device | None = None) -> float:
@@ -75,7 +75,7 @@ def cannot_time(device: torch.device) -> str:
         return "torch.accelerator does not know it, so nothing says when its work is done"
     squares = {name: torch.ones(size, size, device=device) for name, size in (("small", 16), ("large", 2048))}
     calls = {name: functools.partial(_power, square) for name, square in squares.items()}
-    times = {name: of["time_ms"] for name, of in interleaved(calls, repeats=5, device=device).items()}
+    times = {name: found["time_ms"] for name, found in interleaved(calls, repeats=5, device=device).items()}
     if times["large"] < _WAITING * times["small"]:
         return "a large product seems to take no longer than a small one, so its work is not waited for"
     return ""

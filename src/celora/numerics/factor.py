@@ -76,7 +76,7 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def residual_row_norms(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """`||W[i, :] - U[i, :] V||` in fp32 at least: (out,). Row block by row block: R is never held whole."""
+    """`||W[i, :] - U[i, :] V||` in fp32 at least: (out,). Row block by row block: R is never in memory whole."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     rows, U, V = max(1, 2**20 // weight.shape[1]), U.to(dtype), V.to(dtype)
     return torch.cat(

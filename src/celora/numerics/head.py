@@ -37,7 +37,7 @@ from celora.numerics.products.both_ways import Int8BothWays
 from celora.numerics.sampling import as_weights
 from celora.numerics.select import columns_of, drawn, grain
 
-# Tokens whose logits are held at once: enough for the product to be fast, and few enough for the memory to be small.
+# Tokens whose logits are in memory at once: enough for the product to be fast, and few enough for the memory to be small.
 _CHUNK_NUMBERS, _CHUNK_ROWS = 2**24, 1024
 _CERTAIN = 1 - 1e-6  # a probability that rounding may have lowered
 
@@ -134,14 +134,14 @@ class _Scores(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         count, wanted, real = len(rows), ctx.needs_input_grad[0], rows
         if count and device == "cpu":  # an accelerator would be waited for; its gather asserts the same
-            least, most = (int(of) for of in targets.aminmax())
+            least, most = (int(bound) for bound in targets.aminmax())
             if not 0 <= least <= most < len(weight):
                 raise CELoraError(
                     f"labels from {least} to {most} for a head of {len(weight)} words; expected 0 to "
                     f"{len(weight) - 1}, or -100 for no label."
                 )
             # A few tokens too many, whose scores are not looked at.
-            rows, targets = (torch.cat([of, of[:1].expand(-count % grain(count))]) for of in (rows, targets))
+            rows, targets = (torch.cat([t, t[:1].expand(-count % grain(count))]) for t in (rows, targets))
         n, chosen = len(rows), hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
         log_probs = hidden.new_empty(n, dtype=torch.float32)
         entropy = hidden.new_empty(n if statistics else 0, dtype=torch.float32)
@@ -150,10 +150,10 @@ class _Scores(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
             size = chunk_size(n, len(w))
-            held = chosen.new_empty(size, len(w))
+            buffer = chosen.new_empty(size, len(w))
             for start in range(0, n, max(1, size)):
                 part = slice(start, start + size)
-                z = held[: n - start]
+                z = buffer[: n - start]
                 if product is not None:
                     product.project(chosen[part], weight, b, z)
                 else:
@@ -201,7 +201,7 @@ def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tenso
     """`out = grad W`, or its estimate from words drawn (see above): (n, V) x (V, H) -> (n, H)."""
     kept = max(1, round(keep_ratio * len(weight)))
     largest = None if kept == len(weight) else column_maxima(grad)
-    # Among words of which one token's gradient is no number there is no choice; looking would wait for an accelerator.
+    # If a token's gradient is no number, there is no choice of words. Looking would wait for an accelerator.
     if largest is None or (largest.device.type == "cpu" and not bool(torch.isfinite(largest).all())):
         torch.mm(grad, weight, out=out)
         return

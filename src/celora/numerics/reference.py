@@ -60,9 +60,9 @@ def tokens(grad_output: Tensor, weight: Tensor, index: Tensor, U: Tensor, V: Ten
 def energy(squared: Tensor, share: float) -> Tensor:
     """The smallest set of positions that holds `share` of the sum, ascending; everything not zero for a share of 1."""
     order = squared.argsort(descending=True, stable=True)
-    held, count = 0.0, 0
-    while count < len(order) and squared[order[count]] > 0 and (share == 1 or held < share * float(squared.sum())):
-        held += float(squared[order[count]])
+    reached, count = 0.0, 0
+    while count < len(order) and squared[order[count]] > 0 and (share == 1 or reached < share * float(squared.sum())):
+        reached += float(squared[order[count]])
         count += 1
     return order[:count].sort().values
 

@@ -65,7 +65,7 @@ def _fastest(own: LayerConfig, shape: tuple[int, int], dtype: torch.dtype, devic
         if product.pays(*shape, device):
             contenders[setting] = _step(setting, shape, w, x, g)
     named = {str(i): step for i, step in enumerate(contenders.values())}
-    times = [of["time_ms"] for of in interleaved(named, repeats=_REPEATS, device=device).values()]
+    times = [found["time_ms"] for found in interleaved(named, repeats=_REPEATS, device=device).values()]
     best, time = min(zip(contenders, times, strict=True), key=lambda pair: pair[1])
     return best if time < _CLEARLY * times[0] else EXACT
 

@@ -1,4 +1,4 @@
-"""How the weight of a frozen layer is read: as it is, or de-quantised, all of it or only some rows.
+"""How the weight of a frozen layer is read: plain or de-quantised, whole or some rows.
 
 Most layers hold their `(out, in)` weight as a tensor; GPT-2's Conv1D holds `(in, out)`, read through a transposed view.
 Quantised layers hold something else. There a `StoredWeight` stands for the matrix they multiply with and offers what

@@ -59,7 +59,7 @@ def library() -> ctypes.CDLL | None:
         loaded.scratch_bytes.argtypes, loaded.scratch_bytes.restype = [_N, _N], _N
         loaded.turned_scratch_bytes.argtypes, loaded.turned_scratch_bytes.restype = [_N, _N, _I], _N
     for name, types in (_SIGNATURES | (_DOT_SIGNATURES if loaded.panel_columns() else {})).items():
-        for function in [name] if name == "choose_rows" else [f"{name}_{of}" for of in _NAMES.values()]:
+        for function in [name] if name == "choose_rows" else [f"{name}_{dtype}" for dtype in _NAMES.values()]:
             getattr(loaded, function).argtypes = types
     if hasattr(loaded, "attention_work"):
         loaded.attention_work.argtypes, loaded.attention_work.restype = [_N, _N, _I], _N

@@ -1,0 +1,16 @@
+"""Whole steps of preset fast, beside PEFT and `exact`: `python -m benchmarks.steps.fast`, into `fast.jsonl`, resumable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.steps.step import run
+from celora.studies.cells import Cell
+
+RESULTS, ARMS, REPEATS = Path(__file__).with_name("fast.jsonl"), ("PEFT", "exact", "fast"), 7
+SHAPES = (("smollm2", "full"), ("h1024-v32k", "full"), ("h2048-v32k", "full"), ("h1024-v32k", "instruct"))
+SHAPES += (("h2048-v32k", "instruct"),)
+CELLS = [Cell(*shape, dtype) for shape in SHAPES for dtype in ("float32", "bfloat16")]
+
+if __name__ == "__main__":
+    run(CELLS, RESULTS, ARMS, REPEATS)
