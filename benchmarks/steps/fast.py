@@ -1,4 +1,4 @@
-"""Whole steps of preset fast, beside PEFT and `exact`: `python -m benchmarks.steps.fast`, into `fast.jsonl`, resumable."""
+"""Whole steps of preset fast beside PEFT and `exact`: `python -m benchmarks.steps.fast`. Resumable."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from celora.numerics.products.both_ways import Int8BothWays
 from celora.numerics.sampling import as_weights
 from celora.numerics.select import columns_of, drawn, grain
 
-# Tokens whose logits are in memory at once: enough for the product to be fast, and few enough for the memory to be small.
+# Tokens whose logits are in memory at once: enough for a fast product, and few enough for little memory.
 _CHUNK_NUMBERS, _CHUNK_ROWS = 2**24, 1024
 _CERTAIN = 1 - 1e-6  # a probability that rounding may have lowered
 
