@@ -136,7 +136,7 @@ def _settled(
     fast = config == "fast"
     config = resolve(config, changes)
     if fast:
-        from celora.planning.gate import gate
+        from celora.planning.fastest import gate
 
         config = gate(found, config)
     if gathers(model) and not same_in_all(config.to_dict()):

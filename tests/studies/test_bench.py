@@ -78,8 +78,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert printed.err == ""
     assert cli.main(given) == 2
     assert "exists; --overwrite replaces it" in capsys.readouterr().err
-    assert cli.main(["bench", "--cell", "h64-v1k:full", "--arm", "fast"]) == 2
-    assert "unknown arm 'fast'" in capsys.readouterr().err
+    assert cli.main(["bench", "--cell", "h64-v1k:full", "--arm", "fats"]) == 2
+    assert "unknown arm 'fats'" in capsys.readouterr().err
 
 
 def test_what_was_measured_before_an_interruption_is_kept(

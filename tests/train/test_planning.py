@@ -151,7 +151,7 @@ def test_fast_resumes_as_it_was_and_is_evaluated_on_the_base_too(inputs, tmp_pat
         "preset": "fast",
         "lr_scheduler_type": "constant",
     }
-    patch_all(monkeypatch, "celora.planning.gate:_fastest", lambda own, *_: own)
+    patch_all(monkeypatch, "celora.planning.fastest:_fastest", lambda own, *_: own)
     evaluated = {"eval_data": inputs["data"], "eval_strategy": "steps", "eval_steps": 3}
     run_of(inputs, tmp_path / "whole", **short | evaluated | {"max_steps": 6})
     config = CELoraConfig.load(tmp_path / "whole")
@@ -166,7 +166,7 @@ def test_fast_resumes_as_it_was_and_is_evaluated_on_the_base_too(inputs, tmp_pat
     assert set(trained) == set(get_peft_model_state_dict(plain))
 
     run_of(inputs, tmp_path / "parts", **short | evaluated | {"max_steps": 3})
-    patch_all(monkeypatch, "celora.planning.gate:_fastest", None)  # a resumed run must not measure again
+    patch_all(monkeypatch, "celora.planning.fastest:_fastest", None)  # a resumed run must not measure again
     request = parse(["--max_steps", "6"], {"output": str(tmp_path / "parts"), "resume": True})
     assert train(request, console=Console(file=io.StringIO())).status == "finished"
     resumed = load_file(tmp_path / "parts" / "adapter_model.safetensors")

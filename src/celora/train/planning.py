@@ -14,7 +14,7 @@ from celora.errors import CELoraError
 from celora.machine.device import random_states
 from celora.machine.processes import from_first
 from celora.modeling.survey import survey
-from celora.planning.gate import gate
+from celora.planning.fastest import gate
 from celora.planning.plan import Plan
 from celora.planning.planner import DEFAULT_FIDELITY, MOST_BATCHES
 from celora.settings.config import CELoraConfig

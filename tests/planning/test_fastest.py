@@ -11,7 +11,7 @@ import torch
 
 import celora
 from celora.modeling.survey import survey
-from celora.planning.gate import gate
+from celora.planning.fastest import gate
 from celora.settings.presets import PRESETS
 from machine import refuses
 from patching import patch_all
