@@ -10,6 +10,7 @@ from torch import Tensor
 from celora.borrowed import borrow
 from celora.kernels.backends import choose
 from celora.kernels.packed import LibraryPacked
+from celora.kernels.plain import takes_integers
 from celora.machine.cpu import features
 
 _PREPACK = "torch:ops.onednn.qlinear_prepack"
@@ -42,8 +43,9 @@ class Prepacked(LibraryPacked):
 
 
 def takes(device: torch.device) -> bool:
-    """Whether oneDNN has a fast quantised linear here."""
-    return device.type == "cpu" and dot_products() and None not in (borrow(_PREPACK), borrow(_QLINEAR))
+    """Whether oneDNN has a fast quantised linear here, and adds up its products without overflow."""
+    there = device.type == "cpu" and dot_products() and None not in (borrow(_PREPACK), borrow(_QLINEAR))
+    return there and takes_integers(device)
 
 
 def describe(_: torch.device) -> str:
