@@ -38,8 +38,8 @@ test: $(TEST) $(DOCS)
 
 # What the results of a layer, a loss or a model depend on the CPU for.
 NUMERICS := tests/test_attaching.py tests/weights tests/kernels tests/numerics tests/modeling tests/planning \
-	tests/runtime/test_attachment.py tests/runtime/test_state.py tests/whole/test_compile.py \
-	tests/whole/test_differential.py tests/whole/test_trainers.py tests/whole/test_training.py
+	tests/runtime/test_attachment.py tests/runtime/test_over_bound.py tests/runtime/test_state.py \
+	tests/whole/test_compile.py tests/whole/test_differential.py tests/whole/test_trainers.py tests/whole/test_training.py
 # An older CPU, or a limit for another: make test-plain LIMITS="ONEDNN_MAX_CPU_ISA=AVX512_CORE".
 LIMITS ?= ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 CELORA_KERNELS=0
 

@@ -15,8 +15,6 @@ import torch
 from celora.errors import CELoraError
 from celora.kernels import plain as plain_module
 from celora.kernels.backends import available, choose
-from celora.kernels.c import build as build_module
-from celora.kernels.c import library as library_module
 from celora.kernels.plain import Integers, column_major, integer_product, padded
 from celora.numerics import reference, select
 from celora.numerics.products.base import Native
@@ -27,21 +25,14 @@ from celora.planning.candidates import candidates
 from celora.settings.config import LayerConfig
 from machine import refuses
 from patching import patch_all
-from without import pretend, without
+from without import pretend, take_path, without
 
 SHAPES = [(16, 16), (48, 64), (33, 20), (64, 7)]
 
 
 @pytest.fixture(params=["compiled", "library", "torch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the compiled kernels, with a library's product between them, and as on a machine without a compiler."""
-    if request.param == "torch":
-        without(monkeypatch, "c")
-    elif request.param == "library":
-        without(monkeypatch, "c", operations=("pack_weight",))
-    elif library_module.library() is None:
-        assert build_module.why_not()  # said; everything goes through torch here, too
-    return str(request.param)
+    return take_path(monkeypatch, request.param)
 
 
 @pytest.mark.parametrize("product", [Native(), Int8(copy=False)], ids=["native", "int8"])

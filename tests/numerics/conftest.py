@@ -1,0 +1,12 @@
+"""The two ways in which numerics are computed on a CPU: by compiled kernels, and by torch alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from without import take_path
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    return take_path(monkeypatch, request.param)
