@@ -184,6 +184,9 @@ def outside(module: nn.Module) -> dict[str, Any]:
 
 # Every difference that was found, at its simplest.
 FOUND = {
+    "a copy made of a model whose first forward was interrupted": Case(
+        acts=(("interrupt", 1, 0),), labels="none", between=("copy",)
+    ),
     "a pruned base layer": Case(acts=(("prune base", 0, 4),)),
     "a base layer's forward replaced later": Case(acts=(("patch base", 1, 5),)),
     "a base layer's input changed by a hook": Case(acts=(("pre-hook base", 1, 3),)),

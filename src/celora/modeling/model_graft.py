@@ -1,14 +1,10 @@
 """The forward of a whole language model that trains: without padding, and with its loss over labelled tokens only.
 
-Neither changes a result. Hooks do it. They give the model other arguments: a batch without padding (`packing`), and
-`logits_to_keep`, so that it projects no token onto the vocabulary. Then they put the loss into its output
-(`celora.numerics.head`). The model's classes and its `forward` stay what they are.
-
-The first call measures whether the model's head and its loss are those that are computed here (`recognise`). So does
-the first call after any of them has changed. A batch is packed only if every argument of its call is known.
-
-A `forward` of the model's own would not do. A replica of `nn.DataParallel` shares it with the original, and would
-compute with the original's weights; and TRL's trainers put their own in its place.
+Neither changes a result. Hooks give the model a batch without padding (`packing`), and `logits_to_keep`, so that it
+projects no token onto the vocabulary. Then they put the loss into its output (`celora.numerics.head`). The first call,
+and the first after a change, measures whether the model's head and loss are those that are computed here (`recognise`).
+A batch is packed only if every argument of its call is known. A `forward` of the model's own would not do: a replica of
+`nn.DataParallel` would compute with the original's weights, and TRL's trainers put in their own.
 """
 
 from __future__ import annotations
@@ -63,20 +59,20 @@ class ModelGraft(Measured, Hook):
         keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with.
         product: computes the logits in 8 bits, if that is asked for.
         mode: whether that gradient is estimated so, or exact, and whether the estimate is measured.
-        step: of the optimizer. The estimate draws by `seed`, step and number of the call within the step, so a run that
-            is resumed draws as it would have.
+        step: of the optimizer. The estimate draws by `seed`, step and number of the call: so does a resumed run.
         smoothing: label smoothing of the loss. A call that cannot be smoothed here is an error.
         logits: what the model does to its logits; None until a call has been compared with the model's own head.
         refused: whether the model's head or loss turned out to be others. Its calls are left to it from then on.
     """
 
+    _added: tuple[str, ...] | None = None  # attributes that a probe had added to the model that this was copied from
+
     def __init__(self, switch: Switch, *, packs: bool, keep_ratio: float = 1, forward: str = "exact", seed: int = 0):
         super().__init__()
         self.product = None if forward == "exact" else Int8BothWays()
         self.switch, self.packs, self.keep_ratio, self.seed = switch, packs, keep_ratio, seed
-        self.mode = Mode.ESTIMATE
+        self.mode, self.smoothing = Mode.ESTIMATE, 0.0
         self.begin(0)
-        self.smoothing = 0.0
         self.logits: Logits | None = None
         self.refused = False
         self._known: tuple[Any, ...] | None = None  # what the model was when it was compared
@@ -85,11 +81,15 @@ class ModelGraft(Measured, Hook):
         self._call: Call | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_call": None, "_known": None, "_probed_by": _nothing}
+        probe = None if self._call is None else self._call.probe
+        return {**self.__dict__, "_call": None, "_known": None, "_probed_by": _nothing, "_added": probe and probe.added}
 
     def settle(self, module: nn.Module) -> None:
-        """Forget a forward that was interrupted."""
+        """Forget a forward that was interrupted, here or in the model that this is a copy of."""
         self._take_call()
+        for name in self._added or ():
+            vars(language_model(module)).pop(name, None)
+        self._added = ()
 
     def _take_call(self) -> Call | None:
         """End the call that is under way, and return it."""

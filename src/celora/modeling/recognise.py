@@ -113,6 +113,11 @@ class Probe:
             key: before.get(key) for key, value in self._attributes.items() if before.get(key) is not value
         }
 
+    @property
+    def added(self) -> tuple[str, ...]:
+        """The attributes that the model had not before."""
+        return tuple(key for key, value in self._changed.items() if value is None)
+
     def leave(self) -> None:
         """Leave the model as it was before."""
         self._handle.remove()
