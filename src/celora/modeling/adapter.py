@@ -44,7 +44,7 @@ def vanilla_adapter(module: Any) -> Adapter | str:
         return f"its adapter is a variant of LoRA ({type(module.lora_variant[name]).__name__})"
     parts = parts_of(module, name)
     *matrices, dropout = parts
-    if any(type(of) is not nn.Linear for of in matrices) or any(of.bias is not None for of in matrices):
+    if any(type(matrix) is not nn.Linear or matrix.bias is not None for matrix in matrices):
         return "its adapter is not two linear layers without bias"
     if any(map(touched, parts)):
         return "its adapter has hooks of its own"
@@ -60,7 +60,7 @@ def vanilla_adapter(module: Any) -> Adapter | str:
 
 def parts_of(module: Any, name: str) -> tuple[Any, Any, Any]:
     """A, B and dropout of an adapter."""
-    A, B, dropout = (of._modules.get(name) for of in (module.lora_A, module.lora_B, module.lora_dropout))
+    A, B, dropout = (part._modules.get(name) for part in (module.lora_A, module.lora_B, module.lora_dropout))
     return A, B, dropout
 
 

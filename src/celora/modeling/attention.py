@@ -127,7 +127,7 @@ def attention(
         result: Tensor = function.apply(query, key, value, celora_lengths, scale)  # type: ignore[no-untyped-call]
         return result, None
     pieces = zip(*(t.split(celora_lengths, dim=2) for t in (query, key, value)), strict=True)
-    found = [_sdpa()(module, *of, None, dropout=dropout, scaling=scaling, **kwargs)[0] for of in pieces]
+    found = [_sdpa()(module, *piece, None, dropout=dropout, scaling=scaling, **kwargs)[0] for piece in pieces]
     return torch.cat(found, dim=1), None
 
 
@@ -234,7 +234,7 @@ class _Causal(torch.autograd.Function):
             key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
         pieces = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
         flash = borrow(_FLASH)
-        outputs, sums = zip(*(flash(*of, 0.0, True, scale=scale) for of in pieces), strict=True)
+        outputs, sums = zip(*(flash(*piece, 0.0, True, scale=scale) for piece in pieces), strict=True)
         output = torch.cat(outputs, dim=2)
         ctx.save_for_backward(query, key, value, output, *sums)
         ctx.lengths, ctx.scale, ctx.groups = lengths, scale, groups
@@ -251,7 +251,7 @@ class _Causal(torch.autograd.Function):
                 of = [t.float() for t in of]
             grads = flash_backward(*of, row_sums, 0.0, True, scale=ctx.scale)
             found.append([g.to(query.dtype) for g in grads])
-        grad_q, grad_k, grad_v = (torch.cat(of, dim=2) for of in zip(*found, strict=True))
+        grad_q, grad_k, grad_v = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
         if ctx.groups > 1:
             grad_k, grad_v = (g.unflatten(1, (-1, ctx.groups)).sum(2) for g in (grad_k, grad_v))
         return grad_q, grad_k, grad_v, None, None

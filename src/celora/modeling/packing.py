@@ -108,7 +108,8 @@ def places(mask: Tensor, count: int) -> Tensor:
 def _longest(config: Any) -> float:
     """The number of tokens in a row beyond which the rotary embedding of each depends on their number."""
     found = getattr(config, "rope_parameters", None) or {}
-    for rope in (found, *(of for of in found.values() if isinstance(of, dict))):  # one for all layers, or for each kind
+    # One for all layers, or one for each kind.
+    for rope in (found, *(kind for kind in found.values() if isinstance(kind, dict))):
         if rope.get("rope_type") in ("dynamic", "longrope"):
             return float(min(rope.get("original_max_position_embeddings", math.inf), config.max_position_embeddings))
     return math.inf

@@ -131,7 +131,7 @@ def _tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not tuners:
         adapters = getattr(model, "peft_config", None)
-        if prompts := [of.peft_type.value for of in (adapters or {}).values() if of.is_prompt_learning]:
+        if prompts := [a.peft_type.value for a in (adapters or {}).values() if a.is_prompt_learning]:
             raise CELoraError(f"{prompts[0]} adapts no layer, so there is no backward to estimate; use LoRA.")
         raise CELoraError(
             f"no PEFT layers in {type(model).__name__}; add an adapter first: "
@@ -175,7 +175,7 @@ def _cannot_estimate(module: BaseTunerLayer) -> str:
 
 
 def _adapters(module: Any) -> tuple[LayerAdapter, ...]:
-    ranks, matrices, dropouts = (getattr(module, of, None) for of in ("r", "lora_A", "lora_dropout"))
+    ranks, matrices, dropouts = (getattr(module, part, None) for part in ("r", "lora_A", "lora_dropout"))
     ranks = ranks if isinstance(ranks, dict) else {}
 
     def adapter(name: str) -> LayerAdapter:

@@ -111,7 +111,7 @@ def _compared(module: nn.Module, seen: tuple[Tensor, Tensor] | None) -> str | No
     if seen is None:
         x, found = _tried(module, weight, in_features)
     else:
-        x, found = (of.reshape(-1, of.shape[-1])[:_ROWS].detach() for of in seen)
+        x, found = (t.reshape(-1, t.shape[-1])[:_ROWS].detach() for t in seen)
         weight = whole(weight, found.dtype)
     with torch.autocast(found.device.type, enabled=False):
         if isinstance(weight, StoredWeight) and out_features > _STORED:
@@ -187,7 +187,7 @@ def _aligns_devices(module: nn.Module, forward: Any) -> bool:
     old, hook = module.__dict__.get("_old_forward"), module.__dict__.get("_hf_hook")
     own = isinstance(old, MethodType) and old.__self__ is module and old.__func__ is type(module).forward
     hooks = getattr(hook, "hooks", (hook,))
-    return own and forward.args == (module,) and all(_origin(type(of)) == _ALIGN for of in hooks)
+    return own and forward.args == (module,) and all(_origin(type(one)) == _ALIGN for one in hooks)
 
 
 _ALIGN = "accelerate.hooks.AlignDevicesHook"

@@ -81,7 +81,9 @@ def _next_allowance(tries: Sequence[Try], wanted: float) -> float:
 
     below = [attempt for attempt in tries if attempt.found <= wanted]
     good = max(below, key=lambda attempt: attempt.allowed, default=None)
-    above = [a for a in tries if a.found > wanted and (good is None or a.allowed > good.allowed)]
+    above = [
+        attempt for attempt in tries if attempt.found > wanted and (good is None or attempt.allowed > good.allowed)
+    ]
     bad = min(above, key=lambda attempt: attempt.allowed, default=None)
     if good is not None and bad is not None:
         along = beyond(good) / (beyond(good) - beyond(bad))
