@@ -52,7 +52,7 @@ define(
 )
 define(
     "pack_both_ways",
-    Backend("c", c_both.Panels.pack, c_dot.takes, c_dot.why_not, described=c_dot.describe, any_rows=True),
+    Backend("c", c_both.TurnedPanels.pack, c_dot.takes, c_dot.why_not, described=c_dot.describe, any_rows=True),
     Backend("torch", plain.IntegersBothWays.pack, **_INTEGERS),
     by_device=True,
 )

@@ -95,13 +95,23 @@ class BothWays(PackedWeight):
 
 
 class LibraryPacked(PackedWeight):
-    """A weight for a library's 8-bit product. Rows are quantised before it; scales are applied after it."""
+    """A weight for a library's 8-bit product. Rows are quantised before it; scales are applied after it.
+
+    Attributes:
+        column_scale: what the sums are multiplied with, (in,) float32; None if the product has done so.
+    """
 
     offset = 0  # added to quantised rows: 128 where a library wants them unsigned
+    column_scale: Tensor | None = None
 
     @abstractmethod
     def product(self, q: Tensor, dtype: torch.dtype) -> Tensor:
         """`q W` for quantised rows `q: (K, out)`: the bare sums, int32, or with the column scales applied already."""
+
+    def quantised(self, x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows `index` of x, all of them if None, as `product` takes them, and their scales."""
+        found: tuple[Tensor, Tensor] = choose("quantise_rows", x).run(x, index, offset=self.offset)
+        return found
 
     def rows(
         self,
@@ -112,13 +122,12 @@ class LibraryPacked(PackedWeight):
         factors: Tensor | None,
         onto: Tensor | None,
     ) -> Tensor:
-        q, row_scale = choose("quantise_rows", x).run(x, index, offset=self.offset)
+        q, row_scale = self.quantised(x, index)
         if factors is not None:
             row_scale = row_scale * factors.to(row_scale.dtype)
         y = self.product(q, x.dtype)
-        column_scale = None if y.is_floating_point() else self.scale
         out: Tensor = choose("scatter_rows", x).run(
-            y, x, index, position=position, row_scale=row_scale, column_scale=column_scale, onto=onto
+            y, x, index, position=position, row_scale=row_scale, column_scale=self.column_scale, onto=onto
         )
         return out
 

@@ -136,7 +136,7 @@ class Integers(LibraryPacked):
     """A weight for `torch._int_mm`, which sums in int32 and scales nothing."""
 
     def __init__(self, q: Tensor, scale: Tensor) -> None:
-        self.q, self.scale = q, scale
+        self.q, self.scale, self.column_scale = q, scale, scale
 
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor) -> Integers:
@@ -155,11 +155,11 @@ class Integers(LibraryPacked):
         return integer_product(q.view(torch.int8), self.q)
 
 
-class IntegersBothWays(BothWays):
+class IntegersBothWays(LibraryPacked, BothWays):
     """A weight for `torch._int_mm` in both directions."""
 
     def __init__(self, q: Tensor, scale: Tensor) -> None:
-        self.q, self.scale = q, scale
+        self.q, self.scale, self.column_scale = q, scale, scale.new_ones(q.shape[1])
 
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor) -> IntegersBothWays:
@@ -178,25 +178,13 @@ class IntegersBothWays(BothWays):
     def dense(self) -> Tensor:
         return self.q.float() * self.scale[:, None]
 
-    def rows(
-        self,
-        x: Tensor,
-        index: Tensor | None,
-        *,
-        position: Tensor | None,
-        factors: Tensor | None,
-        onto: Tensor | None,
-    ) -> Tensor:
+    def quantised(self, x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         kept = x if index is None else x.index_select(0, index)
-        q, scale = choose("quantise_rows", x).run(kept.float() * self.scale, None, offset=0)
-        if factors is not None:
-            scale = scale * factors.to(scale.dtype)
+        return super().quantised(kept.float() * self.scale, None)
+
+    def product(self, q: Tensor, dtype: torch.dtype) -> Tensor:
         weight = self.q if self.q.device.type == "cpu" else column_major(padded(self.q, 0))
-        sums, ones = integer_product(q.view(torch.int8), weight), self.scale.new_ones(weight.shape[1])
-        out: Tensor = choose("scatter_rows", x).run(
-            sums, x, index, position=position, row_scale=scale, column_scale=ones, onto=onto
-        )
-        return out
+        return integer_product(q.view(torch.int8), weight)
 
 
 def why_no_integers(device: torch.device) -> str:

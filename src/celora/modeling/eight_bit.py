@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from celora.errors import CELoraError
 from celora.modeling.compiled import forward_product, multiplied
 from celora.modeling.graft import LayerGraft, in_dispatch_mode, without_autocast
+from celora.modeling.hooks import nothing
 from celora.modeling.own_forward import OwnForward
 from celora.modeling.switch import Mode
 from celora.modeling.trial import tampered
@@ -40,7 +41,7 @@ class EightBitForward(OwnForward):
         super().__init__(graft.switch)
         self.graft = graft
         self.exact = False
-        self._tuner: Callable[[], Any] = _nothing
+        self._tuner: Callable[[], Any] = nothing
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_tuner": self._tuner()}
@@ -48,7 +49,7 @@ class EightBitForward(OwnForward):
     def __setstate__(self, state: dict[str, Any]) -> None:
         tuner = state.pop("_tuner")
         super().__setstate__(state)
-        self._tuner = _nothing if tuner is None else weakref.ref(tuner)
+        self._tuner = nothing if tuner is None else weakref.ref(tuner)
 
     def between(self, tuner: nn.Module, base: nn.Module) -> None:
         """Become the forward of the base layer of this PEFT layer. Without that layer around it, it is exact."""
@@ -98,10 +99,6 @@ class EightBitForward(OwnForward):
                 "under nn.DataParallel: use one process a device, or forward='exact'."
             )
         return None if tampered(module, self.graft) else weight
-
-
-def _nothing() -> None:
-    """The PEFT layer of a forward that has none."""
 
 
 class _Forward(torch.autograd.Function):

@@ -15,6 +15,10 @@ class Hook:
         """Put back what an interrupted forward has left half-way in this module."""
 
 
+def nothing() -> None:
+    """A reference to nothing. Unlike a weak reference, it can be copied and pickled."""
+
+
 def is_ours(hook: Any) -> bool:
     """Whether this hook, or forward, is celora's."""
     return isinstance(getattr(hook, "__self__", hook), Hook)

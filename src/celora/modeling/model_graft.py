@@ -32,7 +32,7 @@ from celora.machine.processes import gathers, largest_of_all
 from celora.modeling import packing
 from celora.modeling.attention import LENGTHS, Lookup, implementation, is_attention
 from celora.modeling.call import OUTPUTS, REFUSED, TRL, UNPACKED, Call, fit, is_set, unknown_arguments
-from celora.modeling.hooks import Hook, settle_all
+from celora.modeling.hooks import Hook, nothing, settle_all
 from celora.modeling.language_model import LanguageModel, at_hand, language_model, not_ours
 from celora.modeling.onlookers import may_look_at_shapes
 from celora.modeling.others import fused_head, trainer_wants_logits
@@ -45,10 +45,6 @@ from celora.weights.sharded import whole
 
 _GRAPH_TASK = "torch._C:_current_graph_task_id"
 _NO_LOGITS = slice(0, 0)  # a tensor would have to be where the last of the model's layers is; a list is sent there
-
-
-def _nothing() -> None:
-    """A reference to nothing. Unlike a weak reference, it can be copied and pickled."""
 
 
 class ModelGraft(Measured, Hook):
@@ -76,13 +72,13 @@ class ModelGraft(Measured, Hook):
         self.logits: Logits | None = None
         self.refused = False
         self._known: tuple[Any, ...] | None = None  # what the model was when it was compared
-        self._probed_by: Callable[[], Tensor | None] = _nothing  # the labels of the call that compared it
+        self._probed_by: Callable[[], Tensor | None] = nothing  # the labels of the call that compared it
         self._said: set[str] = set()
         self._call: Call | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         probe = None if self._call is None else self._call.probe
-        return {**self.__dict__, "_call": None, "_known": None, "_probed_by": _nothing, "_added": probe and probe.added}
+        return {**self.__dict__, "_call": None, "_known": None, "_probed_by": nothing, "_added": probe and probe.added}
 
     def settle(self, module: nn.Module) -> None:
         """Forget a forward that was interrupted, here or in the model that this is a copy of."""
@@ -309,7 +305,7 @@ class ModelGraft(Measured, Hook):
 
     def _own(self, module: nn.Module, given: dict[str, Any]) -> Any:
         """The output of a model that is refused. A checkpoint of the call must not be taken for one that probes."""
-        probed_by, self._probed_by = self._probed_by, _nothing
+        probed_by, self._probed_by = self._probed_by, nothing
         try:
             return module(**given)
         finally:

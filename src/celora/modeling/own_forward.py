@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from celora.errors import CELoraError
 from celora.kernels.operations import available
 from celora.modeling.graft import in_dispatch_mode
-from celora.modeling.hooks import Hook
+from celora.modeling.hooks import Hook, nothing
 from celora.modeling.switch import Switch
 
 
@@ -33,7 +33,7 @@ class OwnForward(Hook, ABC):
 
     def __init__(self, switch: Switch) -> None:
         self.switch = switch
-        self._module: Callable[[], nn.Module | None] = _nowhere
+        self._module: Callable[[], nn.Module | None] = nothing
 
     def __getstate__(self) -> dict[str, Any]:
         """With the module, so that the forward of a copied module belongs to the copy."""
@@ -65,10 +65,6 @@ class OwnForward(Hook, ABC):
     @abstractmethod
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """The output of a module that trains: in one pass, or by its class's forward where that does not fit."""
-
-
-def _nowhere() -> None:
-    """The module of a forward that has none yet."""
 
 
 def single(args: tuple[Any, ...], kwargs: dict[str, Any], operation: str) -> Tensor | None:

@@ -246,9 +246,13 @@ class Attachment:
 
     def _due(self, step: int) -> bool:
         """Whether some layer refreshes at this step by the clock alone, which is the same in all processes."""
-        tau, layers = self.config.refresh_every, len(self.grafts)
-        turns = {i * tau // layers for i in range(layers)} if self.config.spread and not self.switch.compiled else {0}
-        return step < _FIRST_ROUND or step % tau in turns or step == self._together
+        tau = self.config.refresh_every
+        turns = any(step % tau == self._turn(i, tau) for i in range(len(self.grafts)))
+        return step < _FIRST_ROUND or turns or step == self._together
+
+    def _turn(self, i: int, steps: int) -> int:
+        """At which of so many steps layer i refreshes."""
+        return i * steps // len(self.grafts) if self.config.spread and not self.switch.compiled else 0
 
     def set_modes(self, step: int) -> None:
         """Refresh at steps 0, tau, 2 tau, ..., and wherever a layer has nothing selected yet.
@@ -257,8 +261,7 @@ class Attachment:
         turns during the first steps, exact until then. Not so under torch.compile, which would make a graph for each
         turn: once that has been seen, all layers refresh at once, from that step on. What was made exact stays so.
         """
-        tau, layers, made_exact = self.config.refresh_every, len(self.grafts), self.made_exact
-        spread = self.config.spread and not self.switch.compiled
+        tau, made_exact = self.config.refresh_every, self.made_exact
         if self.config.spread and self.switch.compiled and self._together is None:
             self._together = step
         if self.forward is not None:
@@ -266,13 +269,13 @@ class Attachment:
             self.forward.begin(step)
             self.forward.mode = Mode.EXACT if HEAD in made_exact else Mode.OBSERVE if due else Mode.ESTIMATE
         for i, (name, graft) in enumerate(self.grafts.items()):
-            first = i * min(tau, _FIRST_ROUND) // layers if spread else 0
+            first = self._turn(i, min(tau, _FIRST_ROUND))
             if name in made_exact:
                 graft.mode = Mode.EXACT
             elif not graft.estimator.ready or name in self._awaited:
                 graft.mode = Mode.OBSERVE if step >= first else Mode.EXACT
             else:
-                due = step % tau == (i * tau // layers if spread else 0) or step == self._together
+                due = step % tau == self._turn(i, tau) or step == self._together
                 graft.mode = Mode.OBSERVE if due else Mode.ESTIMATE
 
 

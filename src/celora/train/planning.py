@@ -45,11 +45,7 @@ def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool
     A run of fewer than `FEWEST_PASSES` passes is `exact`, unless `fidelity`, `plan` or `memory_limit` ask for a plan.
     """
     options = request.options
-    if request.preset == "fast":
-        if begun and (request.output / CONFIG).is_file():
-            return CELoraConfig.load(request.output / CONFIG), None
-        return gate(survey(trainer.model), request.config), None
-    if request.preset != "auto":
+    if request.preset not in ("auto", "fast"):
         return request.config, None
     if begun and (request.output / PLAN).is_file():
         plan = Plan.load(request.output / PLAN)
@@ -60,6 +56,8 @@ def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool
         return plan.config(request.config), plan
     if begun and (request.output / CONFIG).is_file():
         return CELoraConfig.load(request.output / CONFIG), None
+    if request.preset == "fast":
+        return gate(survey(trainer.model), request.config), None
     asked = any(getattr(options, name) is not None for name in PLANNING)
     if not asked and (count := passes(trainer)) < FEWEST_PASSES:
         say(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from celora.kernels.c import build
-from celora.kernels.c.library import call_kernel, library, loaded_library, pointer, supported
+from celora.kernels.c.library import call_kernel, known, library, loaded_library, pointer, supported
 from celora.kernels.packed import PackedWeight, positions
 from celora.machine import cpu
 
@@ -58,15 +58,24 @@ def describe(device: torch.device) -> str:
 
 
 class Panels(PackedWeight):
-    """A weight in panels of columns. One call gathers, quantises, multiplies, scales and scatters."""
+    """A weight in panels of columns. One call gathers, quantises, multiplies, scales and scatters.
+
+    Attributes:
+        packed: the panels.
+        column_scale: what each column of the product is multiplied with, (in,) float32.
+        fold: what each number of the rows is multiplied with before they are quantised, (out,) float32, or None.
+    """
+
+    packed: Tensor
+    column_scale: Tensor
+    fold: Tensor | None = None
 
     def __init__(self, packed: Tensor, scale: Tensor) -> None:
-        self.packed, self.scale = packed, scale
+        self.packed, self.scale, self.column_scale = packed, scale, scale
 
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor) -> Panels:
-        weight = weight if supported(weight) else weight.float().contiguous()
-        return cls(pack_columns(weight, 1 / scale), scale)
+        return cls(pack_columns(known(weight), 1 / scale), scale)
 
     def rows(
         self,
@@ -77,19 +86,30 @@ class Panels(PackedWeight):
         factors: Tensor | None,
         onto: Tensor | None,
     ) -> Tensor:
-        g = x if supported(x) else x.float().contiguous()
+        g = known(x)
         if index is not None and position is None:
             position = positions(index, len(g))
-        out = g.new_empty(g.shape[0], len(self.scale)) if onto is None else onto.to(g.dtype)
-        factors = None if factors is None else factors.float()
-        fill = onto is None
-        gathered_product(g, self.packed, self.scale, out, index=index, position=position, factors=factors, fill=fill)
+        out = g.new_empty(g.shape[0], len(self.column_scale)) if onto is None else onto.to(g.dtype)
+        gathered_product(
+            g,
+            self.packed,
+            self.column_scale,
+            out,
+            index=index,
+            position=position,
+            factors=None if factors is None else factors.float(),
+            fill=onto is None,
+            fold=self.fold,
+        )
         return out.to(x.dtype)
 
     def critical_rows(self, x: Tensor, *, kept: int | None, share: float) -> Tensor | None:
         if not supported(x):
             return None
-        return critical_product(x, self.packed, self.scale, columns=len(self.scale), kept=kept, share=share)
+        columns = len(self.column_scale)
+        return critical_product(
+            x, self.packed, self.column_scale, columns=columns, kept=kept, share=share, fold=self.fold
+        )
 
 
 def pack_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:

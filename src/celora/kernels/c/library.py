@@ -48,6 +48,11 @@ def supported(tensor: Tensor) -> bool:
     return tensor.stride(-1) == 1 and library() is not None
 
 
+def known(tensor: Tensor) -> Tensor:
+    """The tensor as the kernels take it: itself or, in a dtype or layout that they do not know, a float32 copy."""
+    return tensor if supported(tensor) else tensor.float().contiguous()
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None if they are turned off or cannot be built here: see `why_not`."""

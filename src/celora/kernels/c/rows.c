@@ -37,6 +37,13 @@ static inline float from_magnitude(int32_t bits) {
     return value;
 }
 
+/* The scale of a row with this largest magnitude, and its inverse. A NaN stays one. */
+static inline float scale_of_row(int32_t largest, float *scale) {
+    const float most = from_magnitude(largest), step = most / 127.0f;
+    *scale = step < FLT_MIN ? FLT_MIN : step; /* smaller ones have no finite inverse; a NaN is not smaller */
+    return step < FLT_MIN ? 1.0f / FLT_MIN : 127.0f / most;
+}
+
 /* Round to nearest even. A NaN stays one where it has bits that are kept, as those have that come from bfloat16 or from
  * arithmetic. */
 static inline bf16 to_bf16(float x) {
@@ -189,9 +196,7 @@ static inline void EACH(quantise_row)(const TYPE *row, int64_t columns, float of
         int32_t size = EACH(magnitude)(row[i]);
         largest = size > largest ? size : largest;
     }
-    float most = from_magnitude(largest), step = most / 127.0f;
-    *scale = step < FLT_MIN ? FLT_MIN : step; /* smaller ones have no finite inverse; a NaN is not smaller */
-    float inverse = step < FLT_MIN ? 1.0f / FLT_MIN : 127.0f / most;
+    const float inverse = scale_of_row(largest, scale);
     #pragma omp simd
     for (int64_t i = 0; i < columns; i++) {
         float shifted = EACH(from)(row[i]) * inverse + shift;
@@ -210,9 +215,7 @@ static inline void EACH(quantise_folded_row)(const TYPE *row, const float *fold,
         int32_t size = magnitude_f32(EACH(from)(row[i]) * fold[i]);
         largest = size > largest ? size : largest;
     }
-    float most = from_magnitude(largest), step = most / 127.0f;
-    *scale = step < FLT_MIN ? FLT_MIN : step;
-    float inverse = step < FLT_MIN ? 1.0f / FLT_MIN : 127.0f / most;
+    const float inverse = scale_of_row(largest, scale);
     #pragma omp simd
     for (int64_t i = 0; i < columns; i++) {
         float shifted = EACH(from)(row[i]) * fold[i] * inverse + 12582912.0f;
