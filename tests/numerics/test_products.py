@@ -18,6 +18,7 @@ from celora.kernels.backends import available, choose
 from celora.kernels.plain import Integers, column_major, integer_product, padded
 from celora.numerics import reference, select
 from celora.numerics.products.base import Native
+from celora.numerics.products.both_ways import Int8BothWays
 from celora.numerics.products.fp8 import Fp8
 from celora.numerics.products.int8 import Int8
 from celora.numerics.products.registry import make_product
@@ -98,6 +99,20 @@ def test_a_changed_weight_is_quantised_anew(kind: type) -> None:
     assert product._packed is packed
     W.data.mul_(-2)  # does not: PEFT merges so; estimators look again at each refresh
     product.recheck(W)
+    assert (product(G, W) - G @ W).norm() / (G @ W).norm() < 0.1
+
+
+@pytest.mark.parametrize("kind", [Int8, Fp8, Int8BothWays])
+def test_another_weight_in_the_same_place_is_quantised_anew(kind: type) -> None:
+    """An address is given again to the next tensor, and its version begins at the same number."""
+    if refuses(kind.name):
+        return
+    G, product, memory = torch.randn(8, 32), kind(), torch.randn(32, 16).numpy()
+    W = torch.from_numpy(memory)
+    product(G, W)
+    del W
+    memory *= -3
+    W = torch.from_numpy(memory)
     assert (product(G, W) - G @ W).norm() / (G @ W).norm() < 0.1
 
 

@@ -19,6 +19,7 @@ class StoredWeight(_TensorLike):
     Holds on to the layer's own tensors, never to a copy.
 
     Attributes:
+        owner: the layer's tensor, which tells this weight from others; `stored` is its data.
         shape, device: of the matrix.
         dtype: what it is de-quantised to.
         compute_dtype: of the layer's own products, or None for the dtype of its activations.
@@ -29,7 +30,7 @@ class StoredWeight(_TensorLike):
     def __init__(
         self, stored: Tensor, shape: torch.Size, dtype: torch.dtype, compute_dtype: torch.dtype | None = None
     ) -> None:
-        self.stored = stored.data
+        self.owner, self.stored = stored, stored.data
         self.shape, self.dtype, self.device = torch.Size(shape), dtype, stored.device
         self.compute_dtype = compute_dtype
         self._version = stored._version
@@ -41,9 +42,6 @@ class StoredWeight(_TensorLike):
     def rows(self, index: Tensor) -> Tensor:
         """Rows `index: (K,)` of it, (K, in), in `dtype`."""
         return self.dense()[index]
-
-    def data_ptr(self) -> int:
-        return self.stored.data_ptr()
 
     def detach(self) -> Tensor:
         return self.dense()
@@ -59,12 +57,18 @@ class SelectedRows(StoredWeight):
     """Rows `index: (K,)` of a weight that `read` gave, read when a product makes its copy of them."""
 
     def __init__(self, weight: Tensor, index: Tensor) -> None:
-        stored = weight.stored if isinstance(weight, StoredWeight) else weight
-        super().__init__(stored, torch.Size((len(index), weight.shape[1])), weight.dtype)
+        super().__init__(owner_of(weight), torch.Size((len(index), weight.shape[1])), weight.dtype)
         self.whole, self.kept = weight, index
 
     def dense(self) -> Tensor:
         return rows_of(self.whole, self.kept, self.dtype)
+
+
+def owner_of(weight: Tensor) -> Tensor:
+    """The tensor that tells this weight from others: what a view is of, or a quantised layer's own."""
+    if isinstance(weight, StoredWeight):
+        return weight.owner
+    return weight if weight._base is None else weight._base
 
 
 def rows_of(weight: Tensor, index: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:

@@ -10,7 +10,6 @@ Source: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339); one cop
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,15 +48,6 @@ class Int8BothWays(Int8):
         packed = self._multiplied_with(weight)
         assert isinstance(packed, BothWays)
         return _onto(packed, packed.quantise(x), bias, out)
-
-    def _identity(self, weight: Tensor) -> tuple[Any, ...]:
-        """The tensor itself rather than its address: FSDP2 gathers one tensor into other memory each time."""
-        owner = weight if getattr(weight, "_base", None) is None else weight._base
-        return weakref.ref(owner), weight._version, weight.dtype, weight.device
-
-    def _made_of_this(self, weight: Tensor) -> bool:
-        owner, *others = self._identity(weight)
-        return self._made_of is not None and self._made_of[0]() is owner() and list(self._made_of[1:]) == others
 
     def _scale_of(self, weight: Tensor) -> Tensor:
         largest: Tensor = torch.linalg.vector_norm(weight.detach(), float("inf"), dim=1)

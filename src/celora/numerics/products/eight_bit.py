@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -12,13 +13,14 @@ from torch.distributed.tensor import DTensor
 from celora.kernels.operations import column_maxima
 from celora.kernels.plain import divisor
 from celora.numerics.products.base import Product
+from celora.weights.stored import owner_of
 
 
 class EightBit(Product):
     """What the 8-bit formats share: a quantised copy of the weight, made anew when the weight is another one.
 
-    The copy is recognised by address and version; a weight changed through `.data` is noticed at the next refresh,
-    which calls `recheck`, by its column maxima.
+    The copy is recognised by the tensor and its version; a weight changed through `.data` is noticed by its column
+    maxima at the next refresh, which calls `recheck`.
     """
 
     relative_cost = 0.5
@@ -53,12 +55,17 @@ class EightBit(Product):
         return self._scale
 
     def _identity(self, weight: Tensor) -> tuple[Any, ...]:
-        """What tells this weight from others, and from itself before it was changed."""
-        return weight.data_ptr(), weight._version, weight.dtype, weight.device
+        """What tells this weight from others, and from itself before it was changed.
+
+        The tensor itself rather than its address: another one may be put where the first has been, and FSDP2 gathers
+        one tensor into other memory each time.
+        """
+        return weakref.ref(owner_of(weight)), weight._version, weight.dtype, weight.device
 
     def _made_of_this(self, weight: Tensor) -> bool:
         """Whether the copy is one of this weight as it is."""
-        return self._made_of == self._identity(weight)
+        owner, *others = self._identity(weight)
+        return self._made_of is not None and self._made_of[0]() is owner() and list(self._made_of[1:]) == others
 
     _largest: ClassVar[float]
 
