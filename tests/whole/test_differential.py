@@ -12,6 +12,7 @@ import importlib
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import hypothesis
@@ -60,14 +61,18 @@ def _check(case: Case) -> None:
     compare_warnings(case, found, plain)
     try:
         if truth is not None:
-            compare_rough(found, plain, truth)
+            compare_rough(found, [plain], truth)
         else:
             compare(found, plain)
     except Difference:
-        if rough or case.dtype == "float64":
+        # Some cases are that sensitive: nearer to what is more precise than PEFT is near enough.
+        if truth is not None:
+            others = [train(case, nudged(build(case), seed), attached=False) for seed in range(4)]
+            compare_rough(found, [plain, *others], truth)
+        elif case.dtype == "float32":
+            compare_rough(found, [plain], more_precise(case, build(case), torch.float64), floor=ROUNDING)
+        else:
             raise
-        # Some cases are that sensitive: nearer to float64 than PEFT is near enough.
-        compare_rough(found, plain, more_precise(case, build(case), torch.float64), floor=ROUNDING)
     compare_what_is_left(case, found, plain)
 
 
@@ -113,24 +118,42 @@ def compare(found: Trace, plain: Trace) -> None:
                 near(f"round {i}: gradient of {name}", distance(found.gradients[i][name], g), allowed, g)
 
 
-def compare_rough(found: Trace, plain: Trace, truth: Trace, *, factor: float = 3.0, floor: float = FLOOR) -> None:
-    """No further from a more precise training of the same weights than PEFT, up to a factor and a share of rounding."""
-    same_kind(found, plain)
+def nudged(model: PeftModel, seed: int) -> PeftModel:
+    """The model with each weight moved by at most half a unit in the last place: a unit near zero fires, or does not.
+
+    By that PEFT's own distance from the truth is a matter of luck, which several draws show.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.double() * (1 + 2**-8 * (2 * torch.rand(p.shape, generator=generator) - 1)))
+    return model
+
+
+def compare_rough(
+    found: Trace, plain: Sequence[Trace], truth: Trace, *, factor: float = 3.0, floor: float = FLOOR
+) -> None:
+    """No further from a more precise training of the same weights than PEFT, up to a factor and a share of rounding.
+
+    Of several trainings by PEFT the one that is furthest counts.
+    """
+    same_kind(found, plain[0])
     for name, value in truth.values.items():
         size = float(value.double().norm())
-        allowed = factor * distance(plain.values[name], value) + floor * size
+        allowed = factor * max(distance(of.values[name], value) for of in plain) + floor * size
         near(name, distance(found.values[name], value), allowed, value)
     for i, exact in enumerate(truth.gradients):
-        errors = {
-            name: (distance(found.gradients[i][name], g), distance(plain.gradients[i][name], g), float(g.norm()))
-            for name, g in exact.items()
-            if g is not None
-        }
-        ours, theirs, size = (math.sqrt(sum(of[n] ** 2 for of in errors.values())) for n in range(3))
+        known = {name: g for name, g in exact.items() if g is not None}
+        own_errors, *their_errors = (
+            {name: distance(trace.gradients[i][name], g) for name, g in known.items()} for trace in (found, *plain)
+        )
+        ours, theirs = math.hypot(*own_errors.values()), max(math.hypot(*of.values()) for of in their_errors)
+        size = math.hypot(*(float(g.norm()) for g in known.values()))
         near(f"round {i}: gradient", ours, factor * theirs + floor * size, torch.tensor(size))
-        for name, (own, their, norm) in errors.items():
-            allowed = 2 * factor * their + 2 * floor * norm + floor * size
-            near(f"round {i}: gradient of {name}", own, allowed, torch.tensor(norm))
+        for name, g in known.items():
+            their = max(of[name] for of in their_errors)
+            allowed = 2 * factor * their + 2 * floor * float(g.norm()) + floor * size
+            near(f"round {i}: gradient of {name}", own_errors[name], allowed, g)
 
 
 def near(name: str, error: float, allowed: float, expected: Tensor) -> None:
@@ -233,6 +256,9 @@ FOUND = {
     "two-sided attention in every layer": Case(acts=(("module is_causal", 0, 0),), mask="right"),
     "two-sided attention by configuration": Case(acts=(("config is_causal", 0, 0),), mask="right"),
     "a head's forward replaced later": Case(acts=(("patch head", 1, 0),)),
+    "a unit that rounding switches on": Case(
+        family="opt", attention="eager", dtype="bfloat16", seed=1, acts=(("patch head", 0, 0),), labels="last"
+    ),
     "a router's loss at its least, where all of a gradient cancels": Case(
         family="mixtral", acts=(("config experts", 0, 0),), rows=3, width=1
     ),
