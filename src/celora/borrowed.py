@@ -32,7 +32,6 @@ NAMES: dict[str, str] = {
     "torch:ops.onednn.qlinear_prepack": "8-bit products without celora's own kernels are slower",
     "torch.utils._python_dispatch:is_traceable_wrapper_subclass": "the memory of quantised and sharded tensors is not "
     "counted exactly",
-    "torch._C:_current_graph_task_id": "a checkpoint of a whole model's first call fails",
     "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu": "the backward of short sequences is torch's own",
     "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "the backward of short sequences is torch's",
     "transformers.loss.loss_utils:ForCausalLMLoss": "the loss is the model's own, with padding",

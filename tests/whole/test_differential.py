@@ -251,6 +251,7 @@ FOUND = {
     "a cache that is asked for": Case(extra=(("use_cache", True),)),
     "a checkpoint of the whole model": Case(call="checkpointed", mask="right"),
     "a checkpoint of a whole model with a loss of its own": Case(call="checkpointed", family="opt"),
+    "two calls with the same labels, each a checkpoint": Case(call="checkpointed", backward="two calls"),
     "smoothed labels in evaluation mode": Case(acts=(("evaluation mode", 0, 0),), smoothing="celora"),
     "two-sided attention in one call": Case(extra=(("is_causal", False),), mask="right"),
     "two-sided attention in every layer": Case(acts=(("module is_causal", 0, 0),), mask="right"),

@@ -25,7 +25,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from celora.borrowed import borrow
 from celora.errors import CELoraError
 from celora.kernels.operations import available
 from celora.machine.processes import gathers, largest_of_all
@@ -43,7 +42,6 @@ from celora.numerics.measured import Measured
 from celora.numerics.products.both_ways import Int8BothWays
 from celora.weights.sharded import whole
 
-_GRAPH_TASK = "torch._C:_current_graph_task_id"
 _NO_LOGITS = slice(0, 0)  # a tensor would have to be where the last of the model's layers is; a list is sent there
 
 
@@ -68,11 +66,11 @@ class ModelGraft(Measured, Hook):
         self.product = None if forward == "exact" else Int8BothWays()
         self.switch, self.packs, self.keep_ratio, self.seed = switch, packs, keep_ratio, seed
         self.mode, self.smoothing = Mode.ESTIMATE, 0.0
+        self._probed_by: Callable[[], Tensor | None] = nothing  # the labels of the call that compared it, in this step
         self.begin(0)
         self.logits: Logits | None = None
         self.refused = False
         self._known: tuple[Any, ...] | None = None  # what the model was when it was compared
-        self._probed_by: Callable[[], Tensor | None] = nothing  # the labels of the call that compared it
         self._said: set[str] = set()
         self._call: Call | None = None
 
@@ -96,7 +94,7 @@ class ModelGraft(Measured, Hook):
 
     def begin(self, step: int) -> None:
         """An optimizer step begins."""
-        self.step, self._calls = step, 0
+        self.step, self._calls, self._probed_by = step, 0, nothing
 
     def _draw(self) -> int:
         """A seed for the next call."""
@@ -198,9 +196,12 @@ class ModelGraft(Measured, Hook):
         return (), passed
 
     def _again(self, labels: Tensor) -> bool:
-        """Whether backward computes the call that probed once more, for a checkpoint: it has to probe again."""
-        graph_task = borrow(_GRAPH_TASK) if self._probed_by() is labels else None
-        return graph_task is not None and graph_task() != -1
+        """Whether these are the labels of the call that probed, in the same step: such a call probes again.
+
+        For a checkpoint, backward repeats a call, and what it saves must be the same; nothing tells which of several
+        calls with the same labels is repeated.
+        """
+        return self._probed_by() is labels
 
     def body(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook of the decoder under the head."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,8 @@ class Fp8(EightBit):
             return f"there are no fp8 products on {device.type}"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             return "fp8 products need a GPU of compute capability 8.9 or above; use int8"
-        if borrow(_SCALED_MM) is None:
-            return "this version of torch has no fp8 products"
+        if borrow(_SCALED_MM) is None or not _takes_scales(device):
+            return f"this version of torch has no fp8 products with scales of rows and columns on {device.type}"
         if in_features % 16:
             return f"fp8 products need in_features that are a multiple of 16, not {in_features}"
         return ""
@@ -50,3 +52,19 @@ class Fp8(EightBit):
     def _pack(self, weight: Tensor) -> Tensor:
         assert self._scale is not None
         return column_major(padded(weight.float() / self._scale, 0).to(torch.float8_e4m3fn))
+
+
+@functools.cache
+def _takes_scales(device: torch.device) -> bool:
+    """Whether the device multiplies with a scale for each row and column: torch 2.11 takes one for all on a CPU."""
+    if device.type == "meta":
+        return True
+    ones = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn)
+    scale = torch.ones(16, device=device)
+    try:
+        borrow(_SCALED_MM)(
+            ones, column_major(ones), scale_a=scale[:, None], scale_b=scale[None], out_dtype=torch.bfloat16
+        )
+    except RuntimeError:
+        return False
+    return True
