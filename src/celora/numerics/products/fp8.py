@@ -28,10 +28,12 @@ class Fp8(EightBit):
             return f"there are no fp8 products on {device.type}"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             return "fp8 products need a GPU of compute capability 8.9 or above; use int8"
-        if borrow(_SCALED_MM) is None or not _takes_scales(device):
-            return f"this version of torch has no fp8 products with scales of rows and columns on {device.type}"
+        if borrow(_SCALED_MM) is None:
+            return "this version of torch has no fp8 products"
         if in_features % 16:
             return f"fp8 products need in_features that are a multiple of 16, not {in_features}"
+        if device.type == "cpu" and not _cpu_takes_scales():
+            return "this version of torch has no fp8 products with scales of rows and columns on cpu"
         return ""
 
     def slow(self, device: torch.device) -> str:
@@ -55,16 +57,12 @@ class Fp8(EightBit):
 
 
 @functools.cache
-def _takes_scales(device: torch.device) -> bool:
-    """Whether the device multiplies with a scale for each row and column: torch 2.11 takes one for all on a CPU."""
-    if device.type == "meta":
-        return True
-    ones = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn)
-    scale = torch.ones(16, device=device)
+def _cpu_takes_scales() -> bool:
+    """Whether a CPU multiplies with a scale for each row and column: that of torch 2.11 takes one for all."""
+    ones, scale = torch.ones(16, 16, device="cpu").to(torch.float8_e4m3fn), torch.ones(16, device="cpu")
+    multiply = functools.partial(borrow(_SCALED_MM), out_dtype=torch.bfloat16)
     try:
-        borrow(_SCALED_MM)(
-            ones, column_major(ones), scale_a=scale[:, None], scale_b=scale[None], out_dtype=torch.bfloat16
-        )
+        multiply(ones, column_major(ones), scale_a=scale[:, None], scale_b=scale[None])
     except RuntimeError:
         return False
     return True
