@@ -184,7 +184,7 @@ def same_kind(found: Trace, plain: Trace) -> None:
 
 def compare_warnings(case: Case, found: Trace, plain: Trace) -> None:
     """Only celora's own, and each of those once for each time that it is attached."""
-    times = 1 + ("reattach" in case.between)
+    times = 1 + sum(what in ("attach", "reattach") for what in case.between)
     new = [text for text in found.warned if text not in plain.warned]
     for text in new:
         if not text.startswith("celora:"):
