@@ -17,6 +17,7 @@ Start here:
   celora doctor                     # what this machine has, and what will be fast on it
   celora demo                       # a real small model on real data: minutes on a laptop CPU
   celora train --model MODEL --data rows.jsonl --output out
+  celora chat out                   # talk to what was trained
   celora COMMAND --help             # each with examples
   celora --install-completion       # complete commands and options with TAB
 

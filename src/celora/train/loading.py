@@ -26,12 +26,15 @@ from celora.train.rows.data import load_rows
 def load_tokenizer(request: TrainRequest) -> Any:
     """The tokenizer of the model."""
     check_model_folder(request.model)
+    return read_tokenizer(request.model, revision=request.lora["model_revision"])
+
+
+def read_tokenizer(source: str, *, revision: str = "main") -> Any:
+    """The tokenizer in a folder, or of a model on the hub."""
     try:
-        return AutoTokenizer.from_pretrained(
-            request.model, revision=request.lora["model_revision"], trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # whatever the libraries raise about a file that is not what it should be
-        raise CELoraError(f"cannot load a tokenizer from {request.model!r}: {_first_line(error)}") from error
+        raise CELoraError(f"cannot load a tokenizer from {source!r}: {_first_line(error)}") from error
 
 
 def training_rows(request: TrainRequest, tokenizer: Any) -> datasets.Dataset:

@@ -172,25 +172,31 @@ def _example(place: str, row: Row, shape: str, chat: bool) -> dict[str, Any]:
     if _holds(row.get("tools")) and shape in ("messages", "prompt + completion"):
         fail(place, f"'tools' {_NO_TOOLS}")
     if shape == "messages":
-        return {"messages": _messages(place, "messages", row["messages"])}
+        return {"messages": check_messages(place, "messages", row["messages"])}
     if shape == "text":
-        return {"text": _text(place, "text", row["text"])}
+        return {"text": check_text(place, "text", row["text"])}
     if shape == "prompt + completion":
         lists = [isinstance(row[column], list) for column in ("prompt", "completion")]
         if lists[0] != lists[1]:
             fail(place, "'prompt' and 'completion' differ in kind; give two strings or two message lists")
-        check: Callable[[str, str, Any], Any] = _messages if lists[0] else _text
+        check: Callable[[str, str, Any], Any] = check_messages if lists[0] else check_text
         return {c: check(place, c, row[c]) for c in ("prompt", "completion")}
-    prompt = _text(place, "instruction", row["instruction"])
-    if row.get("input") not in (None, ""):
-        prompt += "\n\n" + _text(place, "input", row["input"])
-    completion = _text(place, "output", row["output"])
+    prompt = instruction(place, row)
+    completion = check_text(place, "output", row["output"])
     if not chat:
         return {"prompt": prompt + "\n\n", "completion": completion}
     return {
         "prompt": [{"role": "user", "content": prompt}],
         "completion": [{"role": "assistant", "content": completion}],
     }
+
+
+def instruction(place: str, row: Row) -> str:
+    """The instruction of a row, and its input if it has one."""
+    asked = check_text(place, "instruction", row["instruction"])
+    if row.get("input") not in (None, ""):
+        asked += "\n\n" + check_text(place, "input", row["input"])
+    return asked
 
 
 def _no_shape(row: Row) -> str:
@@ -204,7 +210,8 @@ def _no_shape(row: Row) -> str:
     return f"columns {', '.join(map(repr, row)) or '(none)'} are no known row{hint}; {_KNOWN_SHAPES}"
 
 
-def _text(place: str, column: str, value: Any) -> str:
+def check_text(place: str, column: str, value: Any) -> str:
+    """The value, if it is text that a model can learn or be asked; `place` and `column` say where it stands."""
     if not isinstance(value, str):
         came = "null" if value is None else type(value).__name__
         fail(place, f"{column!r} is {came} {'' if value is None else reprlib.repr(value)}; expected a string")
@@ -221,7 +228,8 @@ def _holds(value: Any) -> bool:
     return bool(value) and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
 
-def _messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
+def check_messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
+    """The value as a conversation: role and content of each message, and nothing else."""
     expected = "expected a list of {'role': ..., 'content': ...}"
     if not isinstance(value, list) or not value:
         fail(place, f"{column!r} is {reprlib.repr(value)}; {expected}")
@@ -233,13 +241,13 @@ def _messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
             fail(place, f"{label} has {keys}; {expected}")
         if rendered := [key for key in _RENDERED if _holds(message.get(key))]:
             fail(place, f"{label}.{rendered[0]} {_NO_TOOLS}")
-        role = _text(place, f"{label}.role", message["role"])
+        role = check_text(place, f"{label}.role", message["role"])
         if role not in ROLES:
             fail(place, f"{label}.role is {role!r}; expected one of {', '.join(ROLES)}")
         content = message["content"]
         # An empty system message switches a chat template's default one off; any other empty message is a mistake.
         if not (role == "system" and content == ""):
-            content = _text(place, f"{label}.content", content)
+            content = check_text(place, f"{label}.content", content)
         messages.append({"role": role, "content": content})
     return messages
 

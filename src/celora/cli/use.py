@@ -1,0 +1,201 @@
+"""`celora chat` and `celora generate`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from celora.cli.app import app
+from celora.cli.options import Quiet, check_file, lines, possible, settle_in
+from celora.errors import CELoraError
+
+CHAT_HELP = """Talk to the adapter in OUT, which celora train has made, on its base model.
+
+\b
+Examples:
+  celora chat out
+  celora chat out --base                                      # the untouched model answers, too
+  celora chat out --prompt "What is a mitochondrion?" --temperature 0
+  celora chat out --prompt "Hello!" --json | jq -r .generated
+  celora chat out < questions.txt                             # a line is a turn
+
+Ctrl-C ends an answer, Ctrl-D the conversation. /reset begins a new one. Nothing is sent anywhere."""
+GENERATE_HELP = """Answer every row of a file with the adapter in OUT, several side by side.
+
+A row has a prompt, messages, an instruction (and an input) or text. Rows of training data do: their answers are left
+out. Each comes back with what was generated in the column `generated`.
+
+\b
+Examples:
+  celora generate out --data prompts.jsonl --output answers.jsonl
+  celora generate out --data test.jsonl --output answers.jsonl --base --temperature 0
+  celora generate out --data prompts.jsonl --output answers.jsonl --resume     # after Ctrl-C or a crash
+  celora generate out --data prompts.jsonl --limit 5 | jq -r .generated"""
+Out = Annotated[Path, typer.Argument(metavar="OUT", callback=possible, help="Output folder of a run, or a checkpoint.")]
+Where = Annotated[
+    str | None, typer.Option("--model", help="The base model, if it is no longer where the run found it.")
+]
+Base = Annotated[bool, typer.Option("--base", help="Let the untouched base model answer, too.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")]
+Tokens = Annotated[int, typer.Option("--max-new-tokens", "--max_new_tokens", min=1, help="Longest answer.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temperature", min=0.0, help="0 takes the likeliest token; without, the model's own settings."),
+]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON lines: an object for each answer.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of the sampling.")]
+
+
+@app.command(help=CHAT_HELP, short_help="Talk to a trained adapter.")
+def chat(
+    out: Out,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Ask this alone, and end.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="The system message.")] = None,
+    model: Where = None,
+    base: Base = False,
+    raw: Raw = False,
+    max_new_tokens: Tokens = 512,
+    temperature: Temperature = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: JsonLines = False,
+) -> None:
+    with _loaded(out, model, base) as trained:
+        from celora.train.use.generation import Conversation, Sampling
+
+        sampling = Sampling(max_new_tokens, temperature, seed)
+        who = {"adapter": False} | ({"base": True} if base else {})
+        talks = {name: Conversation(trained, sampling, base=off, raw=raw, system=system) for name, off in who.items()}
+        if prompt is not None:
+            _answer(prompt, talks, as_json)
+            return
+        interactive = sys.stdin.isatty() and not as_json
+        if interactive and not quiet:
+            typer.echo(f"{out} on {trained.base}. Ctrl-C ends an answer, Ctrl-D the conversation.", err=True)
+            if not talks["adapter"].has_turns:
+                typer.echo("No chat template: each prompt is continued by itself.", err=True)
+        for line in _turns(interactive):
+            if line.strip() == "/reset":
+                for talk in talks.values():
+                    talk.forget()
+                continue
+            try:
+                _answer(line, talks, as_json)
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
+                typer.echo()
+            except CELoraError as error:
+                if not interactive:
+                    raise
+                typer.echo(f"error: {error}", err=True)
+
+
+@app.command(help=GENERATE_HELP, short_help="Answer many prompts with a trained adapter.")
+def generate(
+    out: Out,
+    data: Annotated[Path, typer.Option("--data", callback=possible, help=".jsonl, .json, .csv or .parquet file.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", callback=possible, help="File for the answers, JSON lines; else stdout.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows to answer; all without.")] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--batch_size", min=1, max=4096, help="Rows answered side by side.")
+    ] = 8,
+    model: Where = None,
+    base: Base = False,
+    raw: Raw = False,
+    max_new_tokens: Tokens = 512,
+    temperature: Temperature = None,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an existing file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    quiet: Quiet = False,
+    as_json: JsonLines = False,
+) -> None:
+    if resume and (overwrite or output is None):
+        raise CELoraError("--resume goes on with the file in --output; give --output FILE, and no --overwrite")
+    if output is not None:
+        check_file(output, overwrite=overwrite or resume)
+    from celora.train.use.prompts import answer_all, answered_rows, load_prompts
+
+    rows = load_prompts(data, limit=limit)
+    earlier = answered_rows(output, [row for row, _ in rows], base=base) if resume and output is not None else []
+
+    def say(done: int, new: list[dict[str, Any]]) -> None:
+        if output is None or as_json:
+            typer.echo(lines(new), nl=False)
+        if not quiet:
+            typer.echo(f"{done} of {len(rows)} rows answered", err=True)
+
+    with _loaded(out, model, base) as trained:
+        from celora.train.use.generation import Sampling
+
+        sampling = Sampling(max_new_tokens, temperature, seed)
+        try:
+            answer_all(
+                trained, rows, sampling, batch=batch_size, raw=raw, base=base, earlier=earlier, output=output, say=say
+            )
+        except KeyboardInterrupt:
+            if output is not None:
+                typer.echo("The same command with --resume goes on.", err=True)
+            raise
+    if output is not None and not quiet:
+        typer.echo(f"Saved as {output}", err=True)
+
+
+@contextlib.contextmanager
+def _loaded(out: Path, model: str | None, base: bool) -> Iterator[Any]:
+    """The trained model, ready to answer, while the libraries are quiet."""
+    from celora.train.loading import quiet_libraries
+    from celora.train.use.generation import check_base
+    from celora.train.use.trained import load_trained
+
+    settle_in()
+    with quiet_libraries():
+        trained = load_trained(out, model)
+        if base:
+            check_base(trained)
+        yield trained
+
+
+def _turns(interactive: bool) -> Iterator[str]:
+    """What the user types, or the lines of stdin, until there are no more."""
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # `input` then has a history, and keys to edit a line
+    while True:
+        try:
+            line = input("> " if interactive else "")
+        except EOFError:
+            if interactive:
+                typer.echo()
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            typer.echo("\n(Ctrl-D ends the conversation)", err=True)
+            continue
+        if line.strip():
+            yield line
+
+
+def _answer(prompt: str, talks: dict[str, Any], as_json: bool) -> None:
+    """Ask all, and print each answer while it is made or, as JSON, at the end."""
+    made = {}
+    for name, talk in talks.items():
+        if as_json:
+            made[name] = talk.ask(prompt)
+            continue
+        if len(talks) > 1:
+            typer.secho(f"{name}: ", bold=True, nl=False)
+        talk.ask(prompt, lambda text: typer.echo(text, nl=False))
+        typer.echo()
+    if as_json:
+        row = {"prompt": prompt, "generated": made["adapter"]}
+        typer.echo(lines([row | ({"generated_by_base": made["base"]} if "base" in made else {})]), nl=False)

@@ -1,0 +1,1 @@
+"""What was trained, put to use: loaded again, talked to, and given many prompts."""

@@ -1,0 +1,187 @@
+"""Text from a trained adapter, or from its untouched base model: one conversation, or many prompts in batches.
+
+Transformers generates. The chat template is the tokenizer's; a tokenizer without one, or `raw`, gives the model the
+prompt as it is. Nothing is sent anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import TextStreamer, set_seed
+
+from celora.errors import CELoraError
+from celora.train.use.trained import Trained
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Without a temperature, as the model's own generation_config.json says; 0 takes the
+    likeliest token. The same seed gives the same answers on the same machine."""
+
+    max_new_tokens: int = 512
+    temperature: float | None = None
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of Transformers' `generate`."""
+        found: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
+        if self.temperature == 0:
+            found |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        elif self.temperature is not None:
+            found |= {"do_sample": True, "temperature": self.temperature}
+        return found
+
+
+@dataclass
+class Conversation:
+    """Turns with the adapter, or with its base model; each keeps its own history.
+
+    Without a chat template there are no turns: every prompt is completed alone.
+    """
+
+    trained: Trained
+    sampling: Sampling
+    base: bool = False
+    raw: bool = False
+    system: str | None = None
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.system and not self.has_turns:
+            raise CELoraError("--system needs a chat template, and this prompt is given as it is; leave it out")
+
+    @property
+    def has_turns(self) -> bool:
+        return bool(self.trained.tokenizer.chat_template) and not self.raw
+
+    def ask(self, prompt: str, say: Callable[[str], object] = lambda _: None) -> str:
+        """The answer, told to `say` piece by piece. A Ctrl-C ends the answer, which is then what was said so far.
+
+        Raises:
+            CELoraError: the conversation is longer than the model's context, or the chat template refuses it.
+            KeyboardInterrupt: after the answer so far has become part of the history.
+        """
+        told: list[str] = []
+
+        def hear(text: str) -> None:
+            told.append(text)
+            say(text)
+
+        asked: Prompt = prompt
+        if self.has_turns:
+            before = self.turns or ([{"role": "system", "content": self.system}] if self.system else [])
+            asked = [*before, {"role": "user", "content": prompt}]
+        tokens = encode(self.trained.tokenizer, asked, raw=self.raw)
+        interrupted: KeyboardInterrupt | None = None
+        try:
+            generate(self.trained, [tokens], self.sampling, base=self.base, streamer=_Streamer(self.trained, hear))
+        except KeyboardInterrupt as error:
+            interrupted = error
+        answer = "".join(told)
+        if isinstance(asked, list):
+            self.turns = [*asked, {"role": "assistant", "content": answer}]
+        if interrupted is not None:
+            raise interrupted
+        return answer
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.turns = []
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Hands on text as soon as it is certain, where Transformers' prints it."""
+
+    def __init__(self, trained: Trained, hear: Callable[[str], object]) -> None:
+        super().__init__(trained.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.hear = hear
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.hear(text)
+
+
+def answers(
+    trained: Trained, prompts: Sequence[Prompt], sampling: Sampling, *, raw: bool, base: bool = False
+) -> list[str]:
+    """One answer for each prompt, generated side by side."""
+    tokens = [encode(trained.tokenizer, prompt, raw=raw) for prompt in prompts]
+    made = generate(trained, tokens, sampling, base=base)
+    return [str(text) for text in trained.tokenizer.batch_decode(made, skip_special_tokens=True)]
+
+
+def encode(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
+    """The tokens of a prompt: a conversation through the chat template, a string as a user's message or as it is."""
+    if tokenizer.chat_template and not raw and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str):
+        found = tokenizer(prompt)
+    elif not tokenizer.chat_template:
+        raise CELoraError("the tokenizer has no chat template, so it takes no conversations; give a prompt as text")
+    else:
+        try:
+            found = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # jinja2's, or whatever the template's own arithmetic comes to
+            raise CELoraError(f"the chat template refuses this conversation: {' '.join(str(error).split())}") from error
+    if not found["input_ids"]:
+        raise CELoraError("the prompt holds no tokens; give some text")
+    return list(found["input_ids"])
+
+
+def generate(
+    trained: Trained, prompts: Sequence[list[int]], sampling: Sampling, *, base: bool = False, streamer: Any = None
+) -> list[Any]:
+    """The new tokens of each prompt: (longest answer,) each, padded behind its end."""
+    model, tokenizer = trained.model, trained.tokenizer
+    longest, context = max(map(len, prompts)), _context(model)
+    if context is not None and longest >= context:
+        raise CELoraError(f"{longest} tokens, and the model's context holds {context}; ask for less, or begin anew")
+    room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - longest)
+    ends = _ends(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    rows, ones = ([torch.tensor(row) for row in prompts], [torch.ones(len(row), dtype=torch.long) for row in prompts])
+    inputs = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(model.device)
+    mask = pad_sequence(ones, batch_first=True, padding_side="left").to(model.device)
+    arguments = sampling.arguments() | {"max_new_tokens": room, "pad_token_id": pad, "eos_token_id": ends or None}
+    set_seed(sampling.seed)
+    with torch.inference_mode(), _adapter(model, off=base):
+        made = model.generate(input_ids=inputs, attention_mask=mask, streamer=streamer, **arguments)
+    return list(made[:, inputs.shape[1] :])
+
+
+@contextlib.contextmanager
+def _adapter(model: Any, *, off: bool) -> Iterator[None]:
+    if not off:
+        yield
+        return
+    with model.disable_adapter():
+        yield
+
+
+def check_base(trained: Trained) -> None:
+    """Refuse to call a model untouched whose own biases were trained; CELoraError."""
+    bias = trained.model.peft_config[trained.model.active_adapter].bias
+    if bias != "none":
+        raise CELoraError(
+            f"--base shows the untouched model, and bias={bias!r} has trained biases of the model's own; leave it out"
+        )
+
+
+def _context(model: Any) -> int | None:
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the model's, and the one that the tokenizer ended answers with in training."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    found = own if isinstance(own, list) else [own]
+    return sorted({int(end) for end in [*found, tokenizer.eos_token_id] if end is not None})

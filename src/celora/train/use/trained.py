@@ -1,0 +1,92 @@
+"""A trained adapter on its base model, loaded from the folder that a run left.
+
+run.json says which base model that was, in which revision, dtype and quantisation. A folder that another tool has
+written has no run.json; its adapter_config.json names the base model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from celora.errors import CELoraError
+from celora.files import read_json
+from celora.machine.device import default_device
+from celora.train.loading import check_model_folder, load_adapter, load_model, read_tokenizer
+from celora.train.output.folder import RUN, OutputFolder
+from celora.train.request.arguments import TrainRequest, check_record, make_request
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A PEFT model in evaluation mode, its tokenizer, and what it was made from."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+    base: str  # the base model's name or folder
+
+
+def load_trained(folder: Path, base: str | None = None) -> Trained:
+    """The adapter in `folder` on its base model, where the Trainer would put it.
+
+    Args:
+        folder: the output folder of a run, a checkpoint in it, or a folder that PEFT has saved.
+        base: where the base model is now; None for where it was.
+
+    Raises:
+        CELoraError: there is no adapter, no base model, or one does not fit the other.
+    """
+    config = adapter_config(folder)
+    request = request_of(folder, config, base)
+    tokenizer = read_tokenizer(
+        str(folder) if (folder / "tokenizer_config.json").is_file() else request.model,
+        revision=request.lora["model_revision"],
+    )
+    model = load_adapter(load_model(request), folder).eval()
+    if getattr(model, "hf_device_map", None) is None and not request.train.get("use_cpu"):
+        model.to(default_device())
+    return Trained(model, tokenizer, folder, request.model)
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json in a folder says, the weights being beside it; CELoraError for a folder without them."""
+    if not folder.is_dir():
+        raise CELoraError(f"{str(folder)!r}: no such folder; give the --output of a celora train")
+    lacking = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if lacking:
+        saved = OutputFolder(folder).last_checkpoint()
+        then = f"; its newest checkpoint is {str(saved[0])!r}" if saved else "; give the --output of a celora train"
+        raise CELoraError(f"{str(folder)!r} holds no finished adapter: it has no {lacking[0]}{then}")
+    found = read_json(folder / CONFIG)
+    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+        kind = found.get("peft_type") if isinstance(found, dict) else type(found).__name__
+        raise CELoraError(f"{str(folder / CONFIG)!r} is not a LoRA adapter's: peft_type is {kind!r}, expected 'LORA'")
+    return found
+
+
+def request_of(folder: Path, config: dict[str, Any], base: str | None) -> TrainRequest:
+    """The request of the run that trained the adapter in `folder`, with the dtype that was settled for it."""
+    run = folder.parent if folder.name.startswith("checkpoint-") else folder
+    record = OutputFolder(run).run()
+    if record is None:
+        was = config.get("base_model_name_or_path")
+        given: dict[str, Any] = {"model": was, "model_revision": config.get("revision") or "main"}
+        given |= {"data": str(folder), "output": str(folder)}  # which nothing here reads or writes
+        dtype = "auto"
+    else:
+        check_record(run / RUN, record)
+        given, dtype = record["given"], record["lora"].get("dtype", "auto")
+    if base is not None:
+        given = given | {"model": base, "model_revision": "main"}
+    elif not given["model"] or (Path(given["model"]).is_absolute() and not Path(given["model"]).exists()):
+        raise CELoraError(
+            f"{str(folder)!r} was trained on {given['model']!r}, which is not there; give --model with its folder or "
+            "Hugging Face name"
+        )
+    request = make_request(given)
+    check_model_folder(request.model)
+    return replace(request, lora=request.lora | {"dtype": dtype})

@@ -1,0 +1,136 @@
+"""`celora chat` and `celora generate` as commands: what they read, what they print, how they end."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+
+import pytest
+
+from asked import error_line
+from celora.cli.main import main
+from patching import patch_all
+
+SHORT = ["--max-new-tokens", "4", "--temperature", "0"]
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_one_prompt_has_one_answer(finished, capsys):
+    assert run("chat", finished[0], "--prompt", "w1 w2", *SHORT) == 0
+    said = capsys.readouterr()
+    assert said.out.strip()
+    assert said.err == ""
+    assert run("chat", finished[0], "--prompt", "w1 w2", "--json", "--base", *SHORT) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert list(row) == ["prompt", "generated", "generated_by_base"]
+    assert row["generated"] == said.out.strip()
+    assert run("chat", finished[0], "--prompt", "w1 w2", "--base", *SHORT) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"adapter: {row['generated']}", f"base: {row['generated_by_base']}"]
+
+
+def test_lines_of_stdin_are_turns(finished, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2\n\nw5\n/reset\nw1 w2\n"))
+    assert run("chat", finished[0], "--json", *SHORT) == 0
+    first, second, anew = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert second["prompt"] == "w5"
+    assert anew == first
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_program(finished, capsys, monkeypatch):
+    typed = iter(["w1", KeyboardInterrupt, "w2", "w3 " * 200, EOFError])
+
+    def read(mark):
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    def ask(talk, prompt, say=lambda text: None):
+        if prompt == "w1":
+            say("half")
+            signal.raise_signal(signal.SIGINT)
+        return real(talk, prompt, say)
+
+    from celora.train.use.generation import Conversation
+
+    real = Conversation.ask
+    monkeypatch.setattr(Conversation, "ask", ask)
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("builtins.input", read)
+    assert run("chat", finished[0], *SHORT) == 0
+    said = capsys.readouterr()
+    half, answer = said.out.split("\n")[:2]
+    assert half == "half"
+    assert answer
+    notes = said.err.splitlines()
+    assert notes[0].endswith("Ctrl-C ends an answer, Ctrl-D the conversation.")
+    assert "(Ctrl-D ends the conversation)" in notes
+    assert re.fullmatch(r"error: \d+ tokens, and the model's context holds 128; .*", notes[-1])
+
+
+def test_ctrl_c_in_a_script_is_130(finished, capsys, monkeypatch):
+    from celora.train.use.generation import Conversation
+
+    def ask(talk, prompt, say=lambda text: None):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Conversation, "ask", ask)
+    assert run("chat", finished[0], "--prompt", "w1") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_file_of_prompts_is_answered(finished, inputs, capsys, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    command = ["generate", finished[0], "--data", inputs["data"], "--limit", 5, "--batch-size", 2, *SHORT]
+    assert run(*command, "--output", output) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[-2:] == ["5 of 5 rows answered", f"Saved as {output}"]
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [set(row) for row in rows] == [{"messages", "generated"}] * 5
+    assert "exists; --overwrite replaces it" in error_line(capsys, *command, "--output", output)
+    output.write_text("".join(f"{line}\n" for line in output.read_text().splitlines()[:2]))
+    assert run(*command, "--output", output, "--resume", "-q") == 0
+    assert capsys.readouterr().err == ""
+    assert [json.loads(line) for line in output.read_text().splitlines()] == rows
+    assert run(*command, "-q") == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+
+
+def test_ctrl_c_names_the_command_that_goes_on(finished, inputs, capsys, monkeypatch, tmp_path):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    patch_all(monkeypatch, "celora.train.use.generation:answers", interrupted)
+    command = ["generate", finished[0], "--data", inputs["data"], "--output", tmp_path / "answers.jsonl"]
+    assert run(*command) == 130
+    assert "The same command with --resume goes on." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["chat", "nowhere"], "'nowhere': no such folder"),
+        (["chat"], "Missing argument 'OUT'"),
+        (["chat", "OUT", "--prompt", "w1", "--temperature", "-1"], "--temperature"),
+        (["chat", "OUT", "--prompt", "w1", "--model", "./gone"], "'./gone': no such folder"),
+        (["generate", "OUT"], "Missing option '--data'"),
+        (["generate", "OUT", "--data", "gone.jsonl"], "no such data file or folder: 'gone.jsonl'"),
+        (["generate", "OUT", "--data", "DATA", "--resume"], "--resume goes on with the file in --output"),
+        (["generate", "OUT", "--data", "DATA", "--output", "gone/answers.jsonl"], "expected a file in a folder"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, said, finished, inputs, capsys):
+    places = {"OUT": str(finished[0]), "DATA": inputs["data"]}
+    assert said in error_line(capsys, *(places.get(argument, argument) for argument in arguments))

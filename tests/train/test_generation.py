@@ -1,0 +1,149 @@
+"""Answers: those of stock PEFT, in a conversation and in batches, with the adapter and without it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from celora.errors import CELoraError
+from celora.train.use.generation import Conversation, Sampling, answers, check_base, encode
+from celora.train.use.trained import load_trained
+
+GREEDY = Sampling(max_new_tokens=8, temperature=0)
+PROMPTS = ["w1 w2", "w30 w7 w9 w11 w12", "w5"]
+
+
+@pytest.fixture(scope="module")
+def trained(finished):
+    loaded = load_trained(finished[0])
+    with torch.no_grad():  # six steps change no answer of so small a model
+        for name, parameter in loaded.model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(40)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def stock(trained, finished, inputs):
+    """What PEFT and Transformers alone answer."""
+    tokenizer = AutoTokenizer.from_pretrained(finished[0])
+    base = AutoModelForCausalLM.from_pretrained(inputs["model"], dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, finished[0]).eval()
+    model.load_state_dict(trained.model.state_dict())
+
+    def answer(messages, *, off=False):
+        tokens = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            if off:
+                with model.disable_adapter():
+                    made = model.generate(**tokens, max_new_tokens=8, do_sample=False)
+            else:
+                made = model.generate(**tokens, max_new_tokens=8, do_sample=False)
+        return tokenizer.decode(made[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return answer
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def test_a_conversation_is_streamed_and_remembered(trained, stock):
+    talk, pieces = Conversation(trained, GREEDY, system="w3"), []
+    first = talk.ask(PROMPTS[0], pieces.append)
+    history = [{"role": "system", "content": "w3"}, user(PROMPTS[0])]
+    assert first == "".join(pieces) == stock(history)
+    assert len(pieces) > 1
+    history += [{"role": "assistant", "content": first}, user(PROMPTS[1])]
+    assert talk.ask(PROMPTS[1]) == stock(history)
+    talk.forget()
+    assert talk.ask(PROMPTS[0]) == first
+
+
+def test_the_untouched_model_answers_beside_it(trained, stock):
+    own, base = Conversation(trained, GREEDY), Conversation(trained, GREEDY, base=True)
+    for prompt in PROMPTS:
+        own.forget()
+        base.forget()
+        assert own.ask(prompt) == stock([user(prompt)])
+        assert base.ask(prompt) == stock([user(prompt)], off=True)
+    assert own.turns != base.turns
+
+
+def test_prompts_of_different_lengths_are_answered_in_one_batch(trained, stock):
+    expected = [stock([user(prompt)]) for prompt in PROMPTS]
+    assert answers(trained, PROMPTS, GREEDY, raw=False) == expected
+    untouched = [stock([user(prompt)], off=True) for prompt in PROMPTS]
+    assert answers(trained, PROMPTS, GREEDY, raw=False, base=True) == untouched
+    assert untouched != expected
+
+
+def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(trained):
+    talk, told = Conversation(trained, GREEDY, system="w3"), []
+
+    def interrupt(text):
+        told.append(text)
+        raise KeyboardInterrupt
+
+    whole = talk.ask(PROMPTS[0])
+    talk.forget()
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask(PROMPTS[0], interrupt)
+    assert talk.turns[-1] == {"role": "assistant", "content": "".join(told)}
+    assert whole.startswith("".join(told))
+    assert len("".join(told)) < len(whole)
+    untouched = Conversation(trained, GREEDY, base=True)
+    told.clear()
+    with pytest.raises(KeyboardInterrupt):
+        untouched.ask(PROMPTS[0], interrupt)
+    talk.forget()
+    assert talk.ask(PROMPTS[0]) == whole  # the adapter is on again
+
+
+def test_sampling_is_the_seeds(trained):
+    warm = Sampling(max_new_tokens=8, temperature=1.5)
+    first, again, other = (answers(trained, PROMPTS, replace(warm, seed=seed), raw=False) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_without_a_chat_template_a_prompt_is_continued(trained):
+    tokenizer = trained.tokenizer
+    assert encode(tokenizer, "w1 w2", raw=True) == tokenizer("w1 w2")["input_ids"]
+    talk = Conversation(trained, GREEDY, raw=True)
+    assert talk.ask("w1 w2") == talk.ask("w1 w2")
+    assert talk.turns == []
+    with pytest.raises(CELoraError, match="--system needs a chat template"):
+        Conversation(trained, GREEDY, raw=True, system="w3")
+
+
+def test_what_cannot_be_asked_is_one_line(trained, monkeypatch):
+    with pytest.raises(CELoraError, match=r"1\d\d tokens, and the model's context holds 128"):
+        Conversation(trained, GREEDY).ask("w1 " * 150)
+    with pytest.raises(CELoraError, match="the prompt holds no tokens"):
+        encode(trained.tokenizer, "", raw=True)
+    monkeypatch.setattr(trained.tokenizer, "chat_template", "{{ raise_exception('only users') }}")
+    with pytest.raises(CELoraError, match="the chat template refuses this conversation: only users"):
+        encode(trained.tokenizer, "w1")
+    monkeypatch.setattr(trained.tokenizer, "chat_template", None)
+    with pytest.raises(CELoraError, match="has no chat template, so it takes no conversations"):
+        encode(trained.tokenizer, [user("w1")])
+
+
+def test_the_context_bounds_the_answer(trained):
+    prompt = "w1 " * 120
+    length = len(encode(trained.tokenizer, prompt))
+    made = Conversation(trained, Sampling(max_new_tokens=64, temperature=0)).ask(prompt)
+    assert len(made.split()) <= 128 - length
+
+
+def test_trained_biases_leave_no_untouched_model(trained, monkeypatch):
+    check_base(trained)
+    monkeypatch.setattr(trained.model.peft_config["default"], "bias", "lora_only")
+    with pytest.raises(CELoraError, match="bias='lora_only' has trained biases"):
+        check_base(trained)

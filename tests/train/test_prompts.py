@@ -1,0 +1,113 @@
+"""Many prompts: what a row asks, and a file of answers that is whole at every moment."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from celora.errors import CELoraError
+from celora.train.use.generation import Sampling, answers
+from celora.train.use.prompts import answer_all, answered_rows, load_prompts
+from celora.train.use.trained import load_trained
+from patching import patch_all
+
+GREEDY = Sampling(max_new_tokens=4, temperature=0)
+ASKED = [{"role": "user", "content": "w1 w2"}]
+
+
+@pytest.fixture(scope="module")
+def trained(finished):
+    return load_trained(finished[0])
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_row_of_any_shape_asks_what_training_would_ask(tmp_path):
+    rows = [
+        {"prompt": "w1"},
+        {"prompt": ASKED, "completion": [{"role": "assistant", "content": "w3"}]},
+        {"messages": [*ASKED, {"role": "assistant", "content": "w3"}]},
+        {"instruction": "w1", "input": "w2", "output": "w3"},
+        {"text": "w4"},
+    ]
+    found = load_prompts(write(tmp_path / "rows.jsonl", rows))
+    assert [row for row, _ in found] == rows
+    assert [prompt for _, prompt in found] == ["w1", ASKED, ASKED, "w1\n\nw2", "w4"]
+    assert len(load_prompts(tmp_path / "rows.jsonl", limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "w1"}, r"rows.jsonl:1: columns 'question'; expected a row with prompt, messages"),
+        ({"prompt": ""}, r"rows.jsonl:1: 'prompt' is empty"),
+        ({"prompt": "w1", "generated": "w2"}, r"the column 'generated' is where the answer goes"),
+        ({"messages": [{"role": "assistant", "content": "w1"}]}, "no message asks anything"),
+        (["w1"], r"rows.jsonl:1: no object"),
+    ],
+)
+def test_a_row_that_asks_nothing_is_named(row, said, tmp_path):
+    with pytest.raises(CELoraError, match=said):
+        load_prompts(write(tmp_path / "rows.jsonl", [row]))
+
+
+def test_no_rows_are_refused(tmp_path):
+    with pytest.raises(CELoraError, match="no rows"):
+        load_prompts(write(tmp_path / "rows.jsonl", []))
+
+
+def test_answers_stand_beside_the_rows(trained, tmp_path):
+    rows = load_prompts(write(tmp_path / "rows.jsonl", [{"prompt": f"w{i}", "id": i} for i in range(5)]))
+    heard = []
+    made = answer_all(
+        trained, rows, GREEDY, batch=2, base=True, output=tmp_path / "out.jsonl", say=lambda n, new: heard.append(n)
+    )
+    assert heard == [2, 4, 5]
+    assert [row["id"] for row in made] == list(range(5))
+    assert made[3]["generated"] == answers(trained, ["w3"], GREEDY, raw=False)[0]
+    assert made[3]["generated_by_base"] == answers(trained, ["w3"], GREEDY, raw=False, base=True)[0]
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == made
+
+
+def test_what_was_answered_before_an_interruption_is_continued(trained, tmp_path, monkeypatch):
+    rows = load_prompts(write(tmp_path / "rows.jsonl", [{"prompt": f"w{i}"} for i in range(5)]))
+    output = tmp_path / "out.jsonl"
+    whole = answer_all(trained, rows, GREEDY, batch=2)
+    plain, calls = answers, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch_all(patch, "celora.train.use.generation:answers", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answer_all(trained, rows, GREEDY, batch=2, output=output)
+    earlier = answered_rows(output, [row for row, _ in rows], base=False)
+    assert earlier == whole[:2]
+    assert answer_all(trained, rows, GREEDY, batch=2, earlier=earlier, output=output) == whole
+    assert [json.loads(line) for line in output.read_text().splitlines()] == whole
+    other = [{"prompt": "w9"}, *(row for row, _ in rows[1:])]
+    with pytest.raises(CELoraError, match=r"row 1 of .* is no answer to row 1 of the data"):
+        answered_rows(output, other, base=False)
+    with pytest.raises(CELoraError, match="row 1 of"):
+        answered_rows(output, [row for row, _ in rows], base=True)  # what the base answered is not there
+    assert answered_rows(tmp_path / "none.jsonl", other, base=False) == []
+
+
+def test_nothing_is_written_where_nothing_was_answered(trained, tmp_path, monkeypatch):
+    rows = load_prompts(write(tmp_path / "rows.jsonl", [{"prompt": "w1"}]))
+
+    def fail(*arguments, **options):
+        raise KeyboardInterrupt
+
+    patch_all(monkeypatch, "celora.train.use.generation:answers", fail)
+    with pytest.raises(KeyboardInterrupt):
+        answer_all(trained, rows, GREEDY, batch=2, output=tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()

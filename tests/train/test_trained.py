@@ -1,0 +1,73 @@
+"""A run's folder, loaded again: the adapter, its base model as it was trained on, and what is said where one lacks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from celora.errors import CELoraError
+from celora.train.use.trained import adapter_config, load_trained, request_of
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    return Path(shutil.copytree(finished[0], tmp_path / "out"))
+
+
+def test_the_adapter_is_on_the_base_that_the_run_names(finished, inputs):
+    trained = load_trained(finished[0])
+    assert trained.base == inputs["model"]
+    assert not trained.model.training
+    assert trained.tokenizer.chat_template
+    saved = load_file(finished[0] / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B"
+    held = trained.model.get_submodule(name).default.weight
+    assert torch.equal(held, saved[f"{name}.weight"])
+
+
+def test_a_checkpoint_is_loaded_as_its_run_was(finished, inputs):
+    checkpoint = next(finished[0].glob("checkpoint-3"))
+    assert load_trained(checkpoint).base == inputs["model"]
+
+
+def test_the_settled_dtype_is_the_runs(folder):
+    record = json.loads((folder / "run.json").read_text())
+    record["lora"]["dtype"] = "bfloat16"
+    (folder / "run.json").write_text(json.dumps(record))
+    assert request_of(folder, {}, None).lora["dtype"] == "bfloat16"
+    assert load_trained(folder).model.dtype == torch.bfloat16
+
+
+def test_a_folder_of_peft_alone_names_its_base(folder, inputs):
+    (folder / "run.json").unlink()
+    assert load_trained(folder).base == inputs["model"]
+
+
+def test_a_base_that_has_moved_is_asked_for(folder, inputs, tmp_path):
+    record = json.loads((folder / "run.json").read_text())
+    record["given"]["model"] = str(tmp_path / "gone")
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(CELoraError, match=r"was trained on .*gone', which is not there; give --model"):
+        load_trained(folder)
+    assert load_trained(folder, inputs["model"]).base == inputs["model"]
+
+
+def test_what_is_no_finished_adapter_is_refused(folder, tmp_path):
+    with pytest.raises(CELoraError, match=r"nowhere': no such folder; give the --output of a celora train"):
+        adapter_config(tmp_path / "nowhere")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(CELoraError, match=r"has no adapter_model.safetensors; its newest checkpoint is .*checkpoint-6"):
+        adapter_config(folder)
+    with pytest.raises(CELoraError, match=r"has no adapter_config.json; give the --output"):
+        adapter_config(tmp_path)
+
+
+def test_another_kind_of_adapter_is_refused(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(CELoraError, match="peft_type is 'IA3', expected 'LORA'"):
+        load_trained(folder)
