@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from celora.errors import CELoraError
-from celora.files import clear, inside, read_json, write_text
+from celora.files import clear, inside, read_json, replacing_folder, write_text
 from celora.train.request.yaml_file import read_document
 from celora.train.rows.data import load_rows
 from small import written_whole
@@ -39,6 +39,40 @@ def test_what_stands_under_the_temporary_name_is_neither_written_through_nor_kep
     with pytest.raises(CELoraError, match=r"cannot write .*a\.json.*; what was there is unchanged"):
         write_text(tmp_path / "a.json", "[3]")
     assert read_json(tmp_path / "a.json") == [2]
+
+
+def _stop_in_the_middle(path: Path) -> None:
+    with replacing_folder(path) as new:
+        assert list(new.iterdir()) == []
+        (new / "c").write_text("half")
+        raise KeyboardInterrupt
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "made"
+    with replacing_folder(path) as new:
+        (new / "a").write_text("1")
+        assert not path.exists()
+    with replacing_folder(path) as new:
+        (new / "b").write_text("2")
+        assert (path / "a").read_text() == "1"
+    assert [entry.name for entry in path.iterdir()] == ["b"]
+    with pytest.raises(KeyboardInterrupt):
+        _stop_in_the_middle(path)
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["made", "b"]
+    with pytest.raises(CELoraError, match=r"cannot write .*; what was there is unchanged"), replacing_folder(path):
+        raise OSError("full")
+    assert (path / "b").read_text() == "2"
+
+
+def test_a_folder_comes_back_whose_process_died_while_it_was_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "made"
+    (tmp_path / ".made.replaced").mkdir()
+    (tmp_path / ".made.tmp").mkdir()
+    (tmp_path / ".made.tmp" / "half").write_text("")
+    with pytest.raises(KeyboardInterrupt):
+        _stop_in_the_middle(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["made"]
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "link", "link to nothing", "nothing"])

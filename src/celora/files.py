@@ -37,6 +37,37 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, which takes the place of `path` once what was written into it is on the disk.
+
+    Raises:
+        CELoraError: it cannot be written; `path` is then what it was.
+    """
+    temporary, aside = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "replaced"))
+    try:
+        if aside.exists() and not path.exists():
+            aside.rename(path)  # a process died between the two renames below
+        clear(temporary)
+        temporary.mkdir()
+        yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            sync(written)
+        clear(aside)
+        if path.exists():
+            path.rename(aside)
+        temporary.rename(path)
+        sync(path.parent)
+        clear(aside)
+    except OSError as error:
+        raise CELoraError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; what was there is unchanged"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            clear(temporary)
+
+
 def clear(path: Path) -> None:
     """Remove what stands under a name of ours: a file, a folder, or a link, but not what it points to."""
     if path.is_dir() and not path.is_symlink():

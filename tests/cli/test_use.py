@@ -1,4 +1,4 @@
-"""`celora chat` and `celora generate` as commands: what they read, what they print, how they end."""
+"""`celora chat`, `generate` and `export` as commands: what they read, what they print, how they end."""
 
 from __future__ import annotations
 
@@ -125,6 +125,8 @@ def test_ctrl_c_names_the_command_that_goes_on(finished, inputs, capsys, monkeyp
         (["chat"], "Missing argument 'OUT'"),
         (["chat", "OUT", "--prompt", "w1", "--temperature", "-1"], "--temperature"),
         (["chat", "OUT", "--prompt", "w1", "--model", "./gone"], "'./gone': no such folder"),
+        (["export", "OUT"], "Missing option '--to'"),
+        (["export", "OUT", "--to", "onnx"], "'onnx' is not one of 'gguf', 'safetensors'"),
         (["generate", "OUT"], "Missing option '--data'"),
         (["generate", "OUT", "--data", "gone.jsonl"], "no such data file or folder: 'gone.jsonl'"),
         (["generate", "OUT", "--data", "DATA", "--resume"], "--resume goes on with the file in --output"),
@@ -134,3 +136,18 @@ def test_ctrl_c_names_the_command_that_goes_on(finished, inputs, capsys, monkeyp
 def test_mistakes_are_one_line(arguments, said, finished, inputs, capsys):
     places = {"OUT": str(finished[0]), "DATA": inputs["data"]}
     assert said in error_line(capsys, *(places.get(argument, argument) for argument in arguments))
+
+
+def test_an_adapter_is_exported(finished, capsys, tmp_path):
+    command = ["export", finished[0], "--to", "gguf", "--output", tmp_path / "new"]
+    assert run(*command) == 0
+    said = capsys.readouterr()
+    assert said.out == (
+        f"{tmp_path / 'new'}: Modelfile, adapter.gguf, celora_export.json\n28 tensors read back and compared\n"
+    )
+    assert said.err == ""
+    assert "exists; --overwrite replaces it" in error_line(capsys, *command)
+    assert run(*command, "--overwrite", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["tensors"] == 28
+    assert run(*command, "--overwrite", "-q") == 0
+    assert capsys.readouterr().out == ""

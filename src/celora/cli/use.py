@@ -1,4 +1,4 @@
-"""`celora chat` and `celora generate`."""
+"""`celora chat`, `generate` and `export`: what comes after a training."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from celora.cli.app import app
-from celora.cli.options import Quiet, check_file, lines, possible, settle_in
+from celora.cli.options import Json, Quiet, check_file, lines, possible, print_json, settle_in
 from celora.errors import CELoraError
 
 CHAT_HELP = """Talk to the adapter in OUT, which celora train has made, on its base model.
@@ -36,6 +36,15 @@ Examples:
   celora generate out --data test.jsonl --output answers.jsonl --base --temperature 0
   celora generate out --data prompts.jsonl --output answers.jsonl --resume     # after Ctrl-C or a crash
   celora generate out --data prompts.jsonl --limit 5 | jq -r .generated"""
+EXPORT_HELP = """Write the adapter in OUT, or the model that it is merged into, for llama.cpp, Ollama or Transformers.
+
+\b
+Examples:
+  celora export out --to gguf                                          # adapter.gguf: llama-server --lora
+  celora export out --to gguf --merged --gguf base.gguf --outtype q8_0 # one file with everything
+  celora export out --to safetensors --merged                          # a folder for Transformers, vLLM, ...
+
+Every tensor is read back and compared. The folder appears when it is complete, with a Modelfile for Ollama."""
 Out = Annotated[Path, typer.Argument(metavar="OUT", callback=possible, help="Output folder of a run, or a checkpoint.")]
 Where = Annotated[
     str | None, typer.Option("--model", help="The base model, if it is no longer where the run found it.")
@@ -147,6 +156,36 @@ def generate(
             raise
     if output is not None and not quiet:
         typer.echo(f"Saved as {output}", err=True)
+
+
+@app.command(help=EXPORT_HELP, short_help="Write a trained adapter for llama.cpp, Ollama or Transformers.")
+def export(
+    out: Out,
+    to: Annotated[Literal["gguf", "safetensors"], typer.Option("--to", help="Format.")],
+    merged: Annotated[bool, typer.Option("--merged", help="The whole model, the adapter merged into it.")] = False,
+    gguf: Annotated[
+        Path | None, typer.Option("--gguf", callback=possible, help="The base model as a GGUF file.")
+    ] = None,
+    outtype: Annotated[
+        Literal["f16", "q8_0", "f32"], typer.Option("--outtype", help="How a merged GGUF file stores its weights.")
+    ] = "f16",
+    output: Annotated[
+        Path | None, typer.Option("--output", callback=possible, help="Folder to write; one beside OUT without.")
+    ] = None,
+    model: Where = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    from celora.train.formats.export import export as run
+    from celora.train.loading import quiet_libraries
+
+    with quiet_libraries():
+        made = run(out, to, merged=merged, gguf=gguf, outtype=outtype, output=output, model=model, overwrite=overwrite)
+    if as_json:
+        print_json({"output": str(made.output), "files": made.files, "tensors": made.tensors})
+    elif not quiet:
+        typer.echo(f"{made.output}: {', '.join(made.files)}\n{made.tensors} tensors read back and compared")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,133 @@
+"""`celora export`: a trained adapter as a folder that another program takes.
+
+The folder appears whole or not at all, after everything in it was read back. celora_export.json marks it as ours, so
+that --overwrite replaces nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from transformers import AutoConfig
+
+import celora
+from celora.errors import CELoraError, unknown
+from celora.files import replacing_folder
+from celora.train.formats.merged_folder import base_folder, write_folder
+from celora.train.formats.saved_adapter import SavedAdapter
+from celora.train.loading import read_tokenizer
+from celora.train.request.arguments import TrainRequest
+from celora.train.use.trained import adapter_config, request_of
+
+Format = Literal["gguf", "safetensors"]
+MARK = "celora_export.json"
+ADAPTER, MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written: the folder, its files, and the number of tensors that were read back and compared."""
+
+    output: Path
+    files: list[str]
+    tensors: int
+
+
+def export(
+    folder: Path,
+    to: str,
+    *,
+    merged: bool = False,
+    gguf: Path | None = None,
+    outtype: str = "f16",
+    output: Path | None = None,
+    model: str | None = None,
+    overwrite: bool = False,
+) -> Export:
+    """Write the adapter in `folder`, or the model that it is merged into, for another program.
+
+    Args:
+        folder: the output folder of a run, a checkpoint in it, or a folder that PEFT has saved.
+        to: "gguf" for llama.cpp, or "safetensors" for Transformers.
+        merged: write the whole model.
+        gguf: the base model as GGUF; a merged GGUF file needs it.
+        outtype: of a merged GGUF file: "f16", "q8_0" or "f32".
+        output: the folder to write; None for one beside `folder`.
+        model: where the base model is now; None for where it was.
+        overwrite: replace an earlier export.
+
+    Raises:
+        CELoraError: the adapter or its base model cannot be read, or the format cannot hold them.
+    """
+    if to not in get_args(Format):
+        raise unknown("format", to, get_args(Format))
+    if to == "safetensors" and not merged:
+        raise CELoraError(
+            f"the adapter in {str(folder)!r} is in safetensors already; give --merged for the whole model"
+        )
+    if merged and to == "gguf" and gguf is None:
+        raise CELoraError(
+            "--merged --to gguf takes metadata and tokenizer from the base model's GGUF file; give --gguf FILE or, "
+            "without one, --to safetensors, which llama.cpp's convert_hf_to_gguf.py reads"
+        )
+    output = output or folder.with_name(f"{folder.resolve().name}{'-merged' if merged else ''}-{to}")
+    _check_output(output, overwrite=overwrite)
+    request = request_of(folder, adapter_config(folder), model)
+    adapter = SavedAdapter(folder)
+    name = folder.resolve().name
+    with replacing_folder(output) as new:
+        if to == "safetensors":
+            tokenizer = read_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else request.model)
+            base = base_folder(request.model, request.lora["model_revision"])
+            tensors = write_folder(new, base, adapter, tokenizer)
+        elif merged and gguf is not None:
+            from celora.train.formats.merged_gguf import write_merged
+
+            tensors = write_merged(new / MODEL, gguf, adapter, _config(request), outtype, name)
+        else:
+            from celora.train.formats.lora_gguf import write_lora
+
+            tensors = write_lora(new / ADAPTER, adapter, _config(request), name)
+        (new / MODELFILE).write_text(_modelfile(request, to, merged, gguf), encoding="utf-8")
+        note = {"celora": celora.__version__, "to": to, "merged": merged, "tensors": tensors}
+        (new / MARK).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+        files = sorted(path.name for path in new.iterdir())
+    return Export(output, files, tensors)
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    if not output.parent.is_dir():
+        raise CELoraError(f"--output {str(output)!r}; expected a name in a folder that exists")
+    if not output.exists() and not output.is_symlink():
+        return
+    if not (output / MARK).is_file() or output.is_symlink():
+        raise CELoraError(f"--output {str(output)!r} exists and no export made it, so it is left alone; choose another")
+    if not overwrite:
+        raise CELoraError(f"--output {str(output)!r} exists; --overwrite replaces it")
+
+
+def _config(request: TrainRequest) -> Any:
+    """The configuration of the base model's decoder."""
+    try:
+        found = AutoConfig.from_pretrained(
+            request.model, revision=request.lora["model_revision"], trust_remote_code=False
+        )
+    except Exception as error:  # whatever transformers raises about a file
+        raise CELoraError(f"cannot load a model from {request.model!r}: {' '.join(str(error).split())}") from error
+    return found.get_text_config()
+
+
+def _modelfile(request: TrainRequest, to: str, merged: bool, gguf: Path | None) -> str:
+    """What `ollama create NAME -f Modelfile` reads."""
+    head = "# ollama create NAME -f Modelfile\n"
+    if merged:
+        return f"{head}FROM {'.' if to == 'safetensors' else f'./{MODEL}'}\n"
+    if gguf is None and not Path(request.model).is_dir():
+        return (
+            f"{head}# Put the base model here, {request.model}: a GGUF file, or a folder of safetensors.\n"
+            f"FROM ./base.gguf\nADAPTER ./{ADAPTER}\n"
+        )
+    return f"{head}FROM {gguf.resolve() if gguf is not None else request.model}\nADAPTER ./{ADAPTER}\n"

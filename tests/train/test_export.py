@@ -1,0 +1,120 @@
+"""An export appears whole or not at all, replaces nothing but an export, and says what Ollama needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from celora.errors import CELoraError
+from celora.train.formats.export import export
+from celora.train.formats.gguf_file import field, open_gguf
+from ggufs import write_model
+from patching import patch_all
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    return Path(shutil.copytree(finished[0], tmp_path / "out"))
+
+
+@pytest.fixture(scope="module")
+def base(inputs, tmp_path_factory):
+    """The tiny model as a GGUF file."""
+    return write_model(
+        tmp_path_factory.mktemp("gguf") / "base.gguf", AutoModelForCausalLM.from_pretrained(inputs["model"])
+    )
+
+
+def test_an_adapter_for_llama_cpp(out, inputs, base):
+    made = export(out, "gguf")
+    assert made.output == out.with_name("out-gguf")
+    assert made.files == ["Modelfile", "adapter.gguf", "celora_export.json"]
+    assert made.tensors == 2 * 14 == len(open_gguf(made.output / "adapter.gguf").tensors)
+    head, *lines = (made.output / "Modelfile").read_text().splitlines()
+    assert head == "# ollama create NAME -f Modelfile"
+    assert lines == [f"FROM {inputs['model']}", "ADAPTER ./adapter.gguf"]
+    export(out, "gguf", gguf=base, overwrite=True)
+    assert f"FROM {base}\n" in (made.output / "Modelfile").read_text()
+
+
+def test_a_merged_model_for_llama_cpp(out, base):
+    made = export(out, "gguf", merged=True, gguf=base, outtype="q8_0")
+    assert made.output == out.with_name("out-merged-gguf")
+    assert made.files == ["Modelfile", "celora_export.json", "model.gguf"]
+    assert field(open_gguf(made.output / "model.gguf"), "general.name") == "out"
+    assert (made.output / "Modelfile").read_text().endswith("\nFROM ./model.gguf\n")
+
+
+def test_a_merged_model_for_transformers(out, inputs):
+    made = export(out, "safetensors", merged=True, output=out.with_name("whole"))
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= set(made.files)
+    assert AutoConfig.from_pretrained(made.output).model_type == "llama"
+    assert (made.output / "Modelfile").read_text().endswith("\nFROM .\n")
+
+
+def test_a_base_on_the_hub_is_named_in_the_modelfile(out, inputs, monkeypatch):
+    record = json.loads((out / "run.json").read_text())
+    record["given"]["model"] = "someone/tiny"
+    (out / "run.json").write_text(json.dumps(record))
+    config = AutoConfig.from_pretrained(inputs["model"])
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: config)
+    text = (export(out, "gguf").output / "Modelfile").read_text()
+    assert "# Put the base model here, someone/tiny: a GGUF file" in text
+    assert "FROM ./base.gguf\n" in text
+
+
+def test_an_export_replaces_only_an_export(out):
+    first = export(out, "gguf")
+    with pytest.raises(CELoraError, match=r"out-gguf' exists; --overwrite replaces it"):
+        export(out, "gguf")
+    (first.output / "adapter.gguf").write_bytes(b"old")
+    export(out, "gguf", overwrite=True)
+    assert open_gguf(first.output / "adapter.gguf")
+    other = out.with_name("mine")
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(CELoraError, match="exists and no export made it, so it is left alone"):
+            export(out, "gguf", output=other, overwrite=overwrite)
+        with pytest.raises(CELoraError, match="no export made it"):
+            export(out, "gguf", output=out, overwrite=overwrite)
+    with pytest.raises(CELoraError, match="expected a name in a folder that exists"):
+        export(out, "gguf", output=out / "no" / "where")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interrupted_export_leaves_what_was_there(overwrite, out, monkeypatch):
+    before = None
+    if overwrite:
+        before = (export(out, "gguf").output / "adapter.gguf").read_bytes()
+
+    def interrupted(path, *_):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    names = sorted(path.name for path in out.parent.iterdir())
+    patch_all(monkeypatch, "celora.train.formats.lora_gguf:write_lora", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(out, "gguf", overwrite=True)
+    assert sorted(path.name for path in out.parent.iterdir()) == names
+    if before is not None:
+        assert (out.with_name("out-gguf") / "adapter.gguf").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"to": "mlx"}, "unknown format 'mlx'"),
+        ({"to": "safetensors"}, "is in safetensors already; give --merged for the whole model"),
+        ({"to": "gguf", "merged": True}, "takes metadata and tokenizer from the base model's GGUF file; give --gguf"),
+        ({"to": "gguf", "model": "./gone"}, "'./gone': no such folder"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(arguments, said, out):
+    with pytest.raises(CELoraError, match=said):
+        export(out, **arguments)
+    assert list(out.parent.glob("*out-*")) == []

@@ -1,0 +1,118 @@
+"""GGUF files that are damaged or hostile are refused in one line, at once; what was written is read back."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import gguf
+import numpy as np
+import pytest
+
+from celora.errors import CELoraError
+from celora.train.formats.gguf_file import Written, check_written, field, open_gguf
+
+F32 = gguf.GGMLQuantizationType.F32
+VALUES = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+def write(path, **more):
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_array("names", ["one", "two"])
+    for name, value in more.items():
+        writer.add_uint32(name, value)
+    writer.add_tensor("blk.0.attn_q.weight", VALUES)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def text(value):
+    return struct.pack("<Q", len(value)) + value
+
+
+def header(tensors=0, entries=0, *rest):
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, entries) + b"".join(rest)
+
+
+def tensor(name=b"t", shape=(4,), kind=0, offset=0):
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def test_a_whole_file_is_read(tmp_path):
+    reader = open_gguf(write(tmp_path / "model.gguf"))
+    assert field(reader, "general.architecture") == "llama"
+    assert field(reader, "names") == ["one", "two"]
+    assert field(reader, "nothing") is None
+    assert np.array_equal(reader.tensors[0].data, VALUES)
+
+
+def test_a_file_is_cut_off_anywhere(tmp_path):
+    whole = write(tmp_path / "model.gguf").read_bytes()
+    padding = -VALUES.nbytes % 32  # behind the last tensor
+    for length in range(len(whole) - padding):
+        (tmp_path / "cut.gguf").write_bytes(whole[:length])
+        with pytest.raises(CELoraError, match=r"is no GGUF file that can be read: it"):
+            open_gguf(tmp_path / "cut.gguf")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"PK\3\4" + bytes(99), "it does not begin as a GGUF file does"),
+        (b"GGUF" + struct.pack(">I", 3) + bytes(99), "it is of version 50331648"),
+        (header(2**60), "it says that it has 1,152,921,504,606,846,976 tensors"),
+        (header(0, 2**60), "metadata entries, and the most that is read is 65,536"),
+        (header(0, 1, text(b"a" * 70_000)), "bytes in a name"),
+        (header(0, 1, text(b"a"), struct.pack("<I", 77)), "a value of type 77, which is unknown"),
+        (header(0, 1, text(b"a"), struct.pack("<IIQ", 9, 0, 2**62)), "entries in a list"),
+        (header(0, 1, text(b"a"), struct.pack("<IIQ", 9, 4, 2**20)), "it ends in the middle of its header"),
+        (header(0, 1, text(b"a"), struct.pack("<IIQ", 9, 9, 1)), "a list of values of type 9"),
+        (header(0, 1, text(b"a"), struct.pack("<IQ", 8, 2**63)), "it ends in the middle of its header"),
+        (header(0, 1, text(b"general.alignment"), struct.pack("<II", 4, 2**31)), "bytes of alignment"),
+        (header(1, 0, tensor(shape=(4,) * 9)), "dimensions"),
+        (header(1, 0, tensor(kind=200)), "its tensor 't' is stored as type 200, which is unknown"),
+        (header(1, 0, tensor(shape=(31,), kind=8)), r"its tensor 't' cannot have the shape \[31\]"),
+        (header(1, 0, tensor(shape=(2**62, 2**62))), "bytes behind its end: it is cut off"),
+        (header(1, 0, tensor(offset=2**63)), "bytes behind its end: it is cut off"),
+        (header(2, 0, tensor(), tensor(), bytes(99)), "duplicated tensor"),
+        (header(0, 2, *[text(b"a") + struct.pack("<IB", 7, 1)] * 2, bytes(99)), "Duplicate a"),
+        (header(0, 1, text(b"general.alignment"), struct.pack("<II", 4, 3), bytes(99)), "alignment"),
+        (header(0, 1, text(b"general.alignment"), struct.pack("<II", 4, 0), bytes(99)), "alignment"),
+    ],
+)
+def test_a_hostile_header_is_refused_at_once(content, said, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(CELoraError, match=said) as caught:
+        open_gguf(tmp_path / "model.gguf")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    with pytest.raises(CELoraError, match=r"cannot read .*: No such file"):
+        open_gguf(tmp_path / "none.gguf")
+    with pytest.raises(CELoraError, match=r"cannot read .*: Is a directory"):
+        open_gguf(tmp_path)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.gguf")
+        with pytest.raises(CELoraError, match="a pipe or a device"):
+            open_gguf(tmp_path / "pipe.gguf")
+
+
+def test_what_was_written_is_compared(tmp_path):
+    path = write(tmp_path / "model.gguf")
+    stated, tensors = {"general.architecture": "llama"}, {"blk.0.attn_q.weight": Written.of((3, 4), F32, VALUES)}
+    assert check_written(path, stated, tensors) == 1
+    with pytest.raises(CELoraError, match=r"reads back general.architecture as 'llama', and 'gemma' was written"):
+        check_written(path, {"general.architecture": "gemma"}, tensors)
+    for wrong in (
+        {},
+        tensors | {"more": Written.of((3, 4), F32, VALUES)},
+        {"blk.0.attn_q.weight": Written.of((4, 3), F32, VALUES)},
+        {"blk.0.attn_q.weight": Written.of((3, 4), F32, VALUES + 1)},
+    ):
+        with pytest.raises(CELoraError, match=r"does not read back as it was written: .* differs; check the disk"):
+            check_written(path, stated, wrong)

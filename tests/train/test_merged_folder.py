@@ -1,0 +1,125 @@
+"""Merged models for Transformers: they answer as PEFT's model does, whatever was trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adapters import SETTINGS, adapted, save
+from celora.errors import CELoraError
+from celora.train.formats import merged_folder
+from celora.train.formats.merged_folder import base_folder, write_folder
+from celora.train.formats.saved_adapter import SavedAdapter
+from decoders import model_of
+from tiny import save_tiny_model
+
+TOKENS = torch.arange(3, 23)[None]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return AutoTokenizer.from_pretrained(save_tiny_model(tmp_path_factory.mktemp("tiny")))
+
+
+def base_of(folder, *, tied=False, dtype=torch.float32):
+    model = model_of("llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=tied).unload()
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_merged_model_answers_as_the_adapted_one(name, tied, tokenizer, tmp_path):
+    model = adapted(tied=tied, **SETTINGS[name])
+    expected = logits(model)
+    adapter = SavedAdapter(save(model, tmp_path / "adapter"))
+    base = base_of(tmp_path / "base", tied=tied)
+    plain = logits(AutoModelForCausalLM.from_pretrained(base))
+    (tmp_path / "new").mkdir()
+    count = write_folder(tmp_path / "new", base, adapter, tokenizer)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert count == len(load_file(tmp_path / "new" / "model.safetensors"))
+    torch.testing.assert_close(logits(found), expected, rtol=1e-4, atol=1e-5)
+    assert (expected - plain).abs().max() > 0.01
+    assert AutoTokenizer.from_pretrained(tmp_path / "new").get_vocab() == tokenizer.get_vocab()
+
+
+def test_several_files_go_in_and_come_out(tokenizer, tmp_path, monkeypatch):
+    model = adapted()
+    expected = logits(model)
+    adapter = SavedAdapter(save(model, tmp_path / "adapter"))
+    plain = model_of("llama", attention_bias=True, mlp_bias=True).unload()
+    plain.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+    monkeypatch.setattr(merged_folder, "_MOST_BYTES", 10_000)
+    (tmp_path / "new").mkdir()
+    write_folder(tmp_path / "new", tmp_path / "base", adapter, tokenizer)
+    files = sorted(path.name for path in (tmp_path / "new").glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == files
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "new")), expected)
+
+
+def test_the_dtype_is_the_bases(tokenizer, tmp_path):
+    adapter = SavedAdapter(save(adapted(), tmp_path / "adapter"))
+    base = base_of(tmp_path / "base", dtype=torch.bfloat16)
+    (tmp_path / "new").mkdir()
+    write_folder(tmp_path / "new", base, adapter, tokenizer)
+    tensors = load_file(tmp_path / "new" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert (tmp_path / "new" / "generation_config.json").is_file()
+
+
+def test_what_cannot_be_merged_is_one_line(tokenizer, tmp_path):
+    model = adapted()
+    adapter = SavedAdapter(save(model, tmp_path / "adapter"))
+    base = base_of(tmp_path / "base")
+    new = tmp_path / "new"
+    new.mkdir()
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up" not in name}, path)
+    with pytest.raises(CELoraError, match=r"'model.layers.1.mlp.up_proj.weight', which the adapter changes, is not in"):
+        write_folder(new, base, adapter, tokenizer)
+    save_file({name: tensor * float("inf") for name, tensor in tensors.items()}, path)
+    with pytest.raises(CELoraError, match="holds NaN or infinity after merging, so nothing is written"):
+        write_folder(new, base, adapter, tokenizer)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CELoraError, match=r"cannot read .*model.safetensors"):
+        write_folder(new, base, adapter, tokenizer)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(CELoraError, match="is quantised, and its weights cannot be merged with; give --model"):
+        write_folder(new, base, adapter, tokenizer)
+
+
+def test_a_file_that_reads_back_otherwise_is_no_export(tokenizer, tmp_path, monkeypatch):
+    adapter = SavedAdapter(save(adapted(), tmp_path / "adapter"))
+    base = base_of(tmp_path / "base")
+    (tmp_path / "new").mkdir()
+    plain = merged_folder.save_file
+
+    def damaging(tensors, path, **more):
+        plain({name: tensor + 1 for name, tensor in tensors.items()}, path, **more)
+
+    monkeypatch.setattr(merged_folder, "save_file", damaging)
+    with pytest.raises(CELoraError, match="does not read back as it was written; check the disk"):
+        write_folder(tmp_path / "new", base, adapter, tokenizer)
+
+
+def test_a_base_is_a_folder_or_a_name(tmp_path, monkeypatch):
+    assert base_folder(str(tmp_path), "main") == tmp_path
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CELoraError, match="cannot load a model from 'nobody/nothing'"):
+        base_folder("nobody/nothing", "main")
