@@ -57,6 +57,11 @@ def read_model(path: Path, config: Any) -> Any:
     """The model in a file, as Transformers reads it; by itself it takes some sizes of some families for granted."""
     if config.model_type == "mistral":
         config = None  # which says "llama" in the file
+    return unpack_model(path, config)
+
+
+def unpack_model(path: Path, config: Any = None) -> Any:
+    """The model in a file, in float32; its configuration comes from the file, too, unless given."""
     unpacked = {"quantization_config": PACKED(dequantize=True)} if PACKED else {}
     return AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, config=config, dtype=torch.float32, **unpacked

@@ -77,7 +77,7 @@ def test_commands(folder: Path) -> None:
     commands = [
         shlex.split(line) for block in _blocks("bash") for line in block.splitlines() if line.startswith("celora ")
     ]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         assert main([*command[1:]]) == 0, command
 

