@@ -29,9 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        raise CELoraError(
-            f"cannot write {str(path)!r}: {error.strerror or error}; what was there is unchanged"
-        ) from error
+        raise _unchanged(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -60,12 +58,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         sync(path.parent)
         clear(aside)
     except OSError as error:
-        raise CELoraError(
-            f"cannot write {str(path)!r}: {error.strerror or error}; what was there is unchanged"
-        ) from error
+        raise _unchanged(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             clear(temporary)
+
+
+def _unchanged(path: Path, error: OSError) -> CELoraError:
+    return CELoraError(f"cannot write {str(path)!r}: {error.strerror or error}; what was there is unchanged")
 
 
 def clear(path: Path) -> None:

@@ -105,6 +105,12 @@ def test_an_interrupted_export_leaves_what_was_there(overwrite, out, monkeypatch
         assert (out.with_name("out-gguf") / "adapter.gguf").read_bytes() == before
 
 
+def test_without_the_package_gguf_its_name_is_told(out, monkeypatch):
+    patch_all(monkeypatch, "celora.train.formats.export:find_spec", lambda name: None)
+    with pytest.raises(CELoraError, match="needs the package gguf, which is not installed; pip install gguf"):
+        export(out, "gguf")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

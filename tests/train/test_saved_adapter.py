@@ -61,6 +61,12 @@ def test_what_a_lora_file_cannot_hold_is_named(name, said, tmp_path):
         SavedAdapter(tmp_path).only_lora()
 
 
+def test_dora_on_an_embedding_is_refused(tmp_path):
+    save(adapted(use_dora=True, target_modules=["q_proj", "embed_tokens"]), tmp_path)
+    with pytest.raises(CELoraError, match=r"DoRA on the embedding 'model.embed_tokens' cannot be exported; in Python"):
+        SavedAdapter(tmp_path)
+
+
 def test_plain_adapters_are_only_lora(tmp_path):
     for name in ("lora", "rslora", "patterns"):
         save(adapted(**SETTINGS[name]), tmp_path / name)

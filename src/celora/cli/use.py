@@ -42,7 +42,7 @@ EXPORT_HELP = """Write the adapter in OUT, or the model that it is merged into, 
 Examples:
   celora export out --to gguf                                          # adapter.gguf: llama-server --lora
   celora export out --to gguf --merged --gguf base.gguf --outtype q8_0 # one file with everything
-  celora export out --to safetensors --merged                          # a folder for Transformers, vLLM, ...
+  celora export out --to safetensors --merged                          # a folder for Transformers
 
 Every tensor is read back and compared. The folder appears when it is complete, with a Modelfile for Ollama."""
 Out = Annotated[Path, typer.Argument(metavar="OUT", callback=possible, help="Output folder of a run, or a checkpoint.")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -64,6 +65,8 @@ def export(
     """
     if to not in get_args(Format):
         raise unknown("format", to, get_args(Format))
+    if to == "gguf" and find_spec("gguf") is None:
+        raise CELoraError("--to gguf needs the package gguf, which is not installed; pip install gguf")
     if to == "safetensors" and not merged:
         raise CELoraError(
             f"the adapter in {str(folder)!r} is in safetensors already; give --merged for the whole model"

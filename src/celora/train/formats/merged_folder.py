@@ -1,4 +1,4 @@
-"""The merged model as a folder of Transformers, in safetensors: one tensor in memory at a time, and one file of them.
+"""The merged model as a folder of Transformers, in safetensors. One new file, 1 GiB, is in memory at a time.
 
 Configuration files are the base model's, the tokenizer is the one that was trained with. Weights keep the base's dtype.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from celora.errors import CELoraError
@@ -111,12 +111,16 @@ def _groups(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
 
 def _write(path: Path, group: dict[str, Tensor]) -> None:
     save_file(group, path, metadata={"format": "pt"})
-    found = load_file(path)
-    same = found.keys() == group.keys() and all(
-        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in group.items()
-    )
+    with safe_open(path, "pt") as file:
+        same = set(file.keys()) == group.keys() and all(
+            _equal(file.get_tensor(name), tensor) for name, tensor in group.items()
+        )
     if not same:
         raise CELoraError(f"{path.name} does not read back as it was written; check the disk")
+
+
+def _equal(read: Tensor, written: Tensor) -> bool:
+    return read.dtype == written.dtype and torch.equal(read, written)
 
 
 def _file(number: int, count: int | None = None) -> str:

@@ -85,6 +85,8 @@ class SavedAdapter:
             layer, _, kind = key.removesuffix(".weight").rpartition(".")
             end = ".weight" if key.endswith(".weight") else ""
             A, B = tensors.pop(key), tensors.pop(f"{layer}.{kind[:-1]}B{end}", None)
+            if kind.startswith("lora_embedding") and f"{layer}.lora_magnitude_vector" in tensors:
+                raise CELoraError(f"DoRA on the embedding {layer!r} cannot be exported; {_IN_PYTHON}")
             if B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
                 raise CELoraError(f"{layer!r} of the adapter in {str(folder)!r} is no pair of matrices; {_IN_PYTHON}")
             self.layers[layer] = LowRank(
