@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from celora.attaching import attach, detach
     from celora.errors import CELoraError
+    from celora.modeling.int8_base import quantise_base, restore_base
     from celora.modeling.report import AttachReport
     from celora.numerics.estimators.base import Estimator
     from celora.numerics.estimators.registry import register_estimator
@@ -34,7 +35,9 @@ __all__ = [
     "detach",
     "load_state",
     "make_plan",
+    "quantise_base",
     "register_estimator",
+    "restore_base",
     "save_state",
 ]
 
@@ -51,7 +54,9 @@ _DEFINED_IN = {
     "detach": "attaching",
     "load_state": "runtime.state",
     "make_plan": "planning.planner",
+    "quantise_base": "modeling.int8_base",
     "register_estimator": "numerics.estimators.registry",
+    "restore_base": "modeling.int8_base",
     "save_state": "runtime.state",
 }
 

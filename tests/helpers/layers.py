@@ -12,6 +12,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from celora.modeling.int8_linear import Int8Linear
+
 
 def conv1d(linear: nn.Linear) -> nn.Module:
     layer = Conv1D(linear.out_features, linear.in_features).to(linear.weight.dtype)
@@ -55,6 +57,10 @@ def hqq(linear: nn.Linear, bits: int, axis: int = 1) -> nn.Module:
     return layer
 
 
+def held_in_8_bits(linear: nn.Linear) -> nn.Module:
+    return Int8Linear.of(linear).requires_grad_(False)
+
+
 KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "GPT-2 Conv1D": conv1d,
     "bitsandbytes 4-bit": bits_and_bytes_4,
@@ -66,6 +72,7 @@ KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "HQQ 8-bit": lambda linear: hqq(linear, 8),
     "HQQ 4-bit": lambda linear: hqq(linear, 4),
     "HQQ 2-bit": lambda linear: hqq(linear, 2, axis=0),
+    "celora int8": held_in_8_bits,
 }
 # As whole models: one of each kind that PEFT treats differently.
 MODELS = [
@@ -75,6 +82,7 @@ MODELS = [
     "torchao int8",
     "torchao int4",
     "HQQ 4-bit",
+    "celora int8",
 ]
 
 

@@ -79,7 +79,19 @@ class BothWays(PackedWeight):
 
     Attributes:
         scale: of its rows, (out,) float32.
+        stored: all its numbers, a byte each, as this backend lays them out.
     """
+
+    stored: Tensor
+
+    @classmethod
+    @abstractmethod
+    def holding(cls, stored: Tensor, scale: Tensor, in_features: int) -> BothWays:
+        """The weight that has these bytes, which are not copied."""
+
+    @abstractmethod
+    def integers(self, index: Tensor | None = None) -> Tensor:
+        """q, int8 (out, in), or its rows `index`: a copy where `stored` is laid out otherwise."""
 
     @abstractmethod
     def quantise(self, x: Tensor) -> QuantisedRows:
@@ -89,9 +101,10 @@ class BothWays(PackedWeight):
     def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         """`x W^T + bias`: (T, out), into `out` if that is given, which is of x's dtype. `bias`: (out,) or None."""
 
-    @abstractmethod
-    def dense(self) -> Tensor:
-        """`diag(s) q`, float32 (out, in): the weight that both directions multiply with."""
+    def dense(self, dtype: torch.dtype = torch.float32, index: Tensor | None = None) -> Tensor:
+        """`diag(s) q`, (out, in), or its rows `index`: the weight that both directions multiply with."""
+        scale = self.scale if index is None else self.scale[index]
+        return self.integers(index).to(dtype).mul_(scale[:, None])
 
 
 class LibraryPacked(PackedWeight):

@@ -159,11 +159,21 @@ class IntegersBothWays(LibraryPacked, BothWays):
     """A weight for `torch._int_mm` in both directions."""
 
     def __init__(self, q: Tensor, scale: Tensor) -> None:
-        self.q, self.scale, self.column_scale = q, scale, scale.new_ones(q.shape[1])
+        self.stored = self.q = q
+        self.scale, self.column_scale = scale, scale.new_ones(q.shape[1])
 
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor) -> IntegersBothWays:
-        return cls((weight.float() * (1 / scale)[:, None]).round().to(torch.int8), scale)
+        q, inverse = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), (1 / scale)[:, None]
+        rows = max(1, _BLOCK_NUMBERS_ELSEWHERE // max(1, weight.shape[1]))
+        for start in range(0, len(weight), rows):  # no float32 copy of a large weight
+            part = slice(start, start + rows)
+            q[part] = (weight[part].float() * inverse[part]).round_()
+        return cls(q, scale)
+
+    @classmethod
+    def holding(cls, stored: Tensor, scale: Tensor, in_features: int) -> IntegersBothWays:
+        return cls(stored, scale)
 
     def quantise(self, x: Tensor) -> QuantisedRows:
         dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
@@ -175,8 +185,8 @@ class IntegersBothWays(LibraryPacked, BothWays):
         y = (y if bias is None else y + bias).to(x.dtype)
         return y if out is None else out.copy_(y)
 
-    def dense(self) -> Tensor:
-        return self.q.float() * self.scale[:, None]
+    def integers(self, index: Tensor | None = None) -> Tensor:
+        return self.q if index is None else self.q[index]
 
     def quantised(self, x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         kept = x if index is None else x.index_select(0, index)
@@ -257,6 +267,12 @@ def padded(x: Tensor, dim: int) -> Tensor:
 def column_major(q: Tensor) -> Tensor:
     """`(out, in)` laid out as GPUs want their second operand."""
     return q.t().contiguous().t()
+
+
+def row_scales(weight: Tensor) -> Tensor:
+    """The scales that make each row of `weight: (out, in)` at most 127: (out,) float32."""
+    largest: Tensor = torch.linalg.vector_norm(weight.detach(), float("inf"), dim=1)
+    return divisor(largest.float() / 127)
 
 
 def divisor(scale: Tensor) -> Tensor:

@@ -70,14 +70,28 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, key: int, measures: bool) 
 
 
 # A graph cannot take in the parts of a quantised weight. So reading and multiplying it is one operator.
+@torch.library.custom_op("celora::read_and_projected", mutates_args=())
+def read_and_projected(x: Tensor, out_features: int, bias: Tensor | None, key: int, measures: bool) -> Tensor:
+    return multiplied(x, read(_quantised(key), x.dtype), bias, key, measures)
+
+
+@read_and_projected.register_fake
+def _(x: Tensor, out_features: int, bias: Tensor | None, key: int, measures: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
 @torch.library.custom_op("celora::read_and_multiplied", mutates_args=())
 def read_and_multiplied(grad_output: Tensor, in_features: int, key: int, mode: str) -> Tensor:
-    module = quantised.get(key)
-    if module is None:
-        raise CELoraError("a copy of a quantised model was compiled; run it once as it is before it is compiled.")
-    return layers[key].grad_input(grad_output, read(module, grad_output.dtype), Mode(mode))
+    return layers[key].grad_input(grad_output, read(_quantised(key), grad_output.dtype), Mode(mode))
 
 
 @read_and_multiplied.register_fake
 def _(grad_output: Tensor, in_features: int, key: int, mode: str) -> Tensor:
     return grad_output.new_empty(grad_output.shape[0], in_features)
+
+
+def _quantised(key: int) -> nn.Module:
+    module = quantised.get(key)
+    if module is None:
+        raise CELoraError("a copy of a quantised model was compiled; run it once as it is before it is compiled.")
+    return module

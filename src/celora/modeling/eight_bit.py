@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from celora.errors import CELoraError
-from celora.modeling.compiled import forward_product, multiplied
+from celora.modeling.compiled import forward_product, multiplied, read_and_projected
 from celora.modeling.graft import LayerGraft, in_dispatch_mode, without_autocast
 from celora.modeling.hooks import nothing
 from celora.modeling.own_forward import OwnForward
@@ -61,55 +61,62 @@ class EightBitForward(OwnForward):
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
-        weight = self._weight(module, x)
-        if weight is None or not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or not self._takes(module, x):
             return type(module).forward(module, *args, **kwargs)
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias, compiling = bias_of(module), torch.compiler.is_compiling()
+        weight, bias, compiling = self.graft.weight(module, x.dtype), bias_of(module), torch.compiler.is_compiling()
         observes = module.training and self.graft.mode is Mode.OBSERVE and torch.is_grad_enabled()
         measures = observes and (compiling or not in_dispatch_mode())
         if compiling or torch.is_grad_enabled():
             y: Tensor = _Forward.apply(x, weight, bias, self.graft, measures)  # type: ignore[no-untyped-call]
             return y
+        assert weight is not None
         return multiplied(x, weight, bias, self.graft.key)
 
-    def _weight(self, module: Any, x: object) -> Tensor | None:
-        """The frozen weight to multiply x with, (out, in); None if it is not at hand or something stands in the way."""
-        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel() or is_trainable(module):
-            return None
+    def _takes(self, module: Any, x: Tensor) -> bool:
+        """Whether the frozen weight is at hand, to multiply x with it, and nothing stands in the way."""
+        if not x.is_floating_point() or not x.numel() or is_trainable(module):
+            return False
         # In evaluation a gradient is the model's own, as it is of every layer of celora's.
         if not module.training and x.requires_grad and torch.is_grad_enabled():
-            return None
-        weight, tuner = plain_weight(module), self._tuner()
+            return False
+        tuner = self._tuner()
         if tuner is None or tuner.merged:
             self.graft.estimator.product.forget()  # a merge changes the weight without a sign
-            return None
-        if weight is None or weight.is_meta or weight.shape != shape_of(module) or x.shape[-1] != weight.shape[1]:
-            return None
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            return None
+            return False
+        plain = plain_weight(module)
+        weight: Any = module.weight if plain is None else plain
+        if weight.is_meta or weight.shape != shape_of(module) or x.shape[-1] != weight.shape[1]:
+            return False
+        if plain is not None and x.dtype != plain.dtype and not torch.is_autocast_enabled(x.device.type):
+            return False
         if torch.compiler.is_compiling():
-            return weight
+            return True
         if type(x) is not Tensor:  # a tensor without numbers, as tools for memory and shapes have them
-            return None
+            return False
         if weight.device != x.device:
             raise CELoraError(
                 f"{self.graft.name} is on {weight.device} and its input on {x.device}; forward='int8' does not work "
                 "under nn.DataParallel: use one process a device, or forward='exact'."
             )
-        return None if tampered(module, self.graft) else weight
+        return not tampered(module, self.graft)
 
 
 class _Forward(torch.autograd.Function):
     """`x W^T + b` in 8 bits. Its backward is exact; the graft puts its own in that one's place where it takes over."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, graft: LayerGraft, measures: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, graft: LayerGraft, measures: bool
+    ) -> Tensor:
         ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
-        ctx.shape = x.shape
-        multiply = forward_product if torch.compiler.is_compiling() else multiplied
-        y: Tensor = multiply(x, weight, bias, graft.key, measures)
+        ctx.shape, ctx.graft = x.shape, graft
+        if weight is None:
+            y: Tensor = read_and_projected(x, graft.estimator.out_features, bias, graft.key, measures)
+        else:
+            multiply = forward_product if torch.compiler.is_compiling() else multiplied
+            y = multiply(x, weight, bias, graft.key, measures)
         return y
 
     @staticmethod
@@ -119,7 +126,7 @@ class _Forward(torch.autograd.Function):
         flat = grad_output.reshape(-1, grad_output.shape[-1])
         with without_autocast(grad_output.device.type):
             if ctx.needs_input_grad[0]:
-                grad_x = (flat @ ctx.weight.to(flat.dtype)).view(ctx.shape)
+                grad_x = ctx.graft.grad_input(flat, ctx.weight, Mode.EXACT).view(ctx.shape)
             if ctx.needs_input_grad[2]:
                 grad_bias = flat.sum(0).to(ctx.bias_dtype)
         return grad_x, None, grad_bias, None, None

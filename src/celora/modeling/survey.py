@@ -21,7 +21,7 @@ from celora.modeling.hooks import is_ours, settle_all
 from celora.modeling.language_model import LanguageModel, find_language_model
 from celora.modeling.trial import tampered, unlike
 from celora.weights.quantised import stored_kind
-from celora.weights.read import device_of, is_trainable, shape_of
+from celora.weights.read import device_of, is_trainable, own_bytes, shape_of
 from celora.weights.sharded import is_split
 
 
@@ -80,9 +80,9 @@ class AdaptedLayer:
 
     @property
     def takes_forward(self) -> bool:
-        """Whether its forward may be replaced: a quantised layer's reads its own bytes, accelerate's moves tensors."""
+        """Whether its forward may be replaced: not by a copy of quantised bytes; accelerate's moves tensors."""
         own = self.base.__dict__.get("forward")
-        return not self.quantised and (own is None or is_ours(own))
+        return (not self.quantised or own_bytes(self.base)) and (own is None or is_ours(own))
 
     @property
     def rank(self) -> int | None:

@@ -133,7 +133,10 @@ class _HQQ(StoredWeight):
 
 
 def stored_kind(module: nn.Module) -> Callable[[Any, torch.dtype | None], StoredWeight] | None:
-    """How to read a quantised layer; None for any other."""
+    """How to read a quantised layer; None for any other. A layer of celora's says so itself."""
+    own: Callable[[Any, torch.dtype | None], StoredWeight] | None = getattr(type(module), "stored_weight", None)
+    if own is not None:
+        return own
     if is_kind(module, "bitsandbytes", "Linear4bit"):
         return _BitsAndBytes4
     if is_kind(module, "bitsandbytes", "Linear8bitLt"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ class StoredWeight(_TensorLike):
         self.shape, self.dtype, self.device = torch.Size(shape), dtype, stored.device
         self.compute_dtype = compute_dtype
         self._version = stored._version
+
+    @property
+    def packed(self) -> Any:
+        """What multiplies with it from its own bytes (`celora.kernels.packed.BothWays`); None if nothing does."""
+        return None
 
     def dense(self) -> Tensor:
         """All of it, (out, in), in `dtype`."""

@@ -15,8 +15,13 @@ class TurnedPanels(dot.Panels, BothWays):
     """Panels of W's rows, as `x W^T` reads them; turned for `g W`, with W's scales folded into g."""
 
     def __init__(self, packed: Tensor, scale: Tensor, in_features: int) -> None:
-        self.packed, self.scale, self.fold, self.in_features = packed, scale, scale, in_features
+        self.stored = self.packed = packed
+        self.scale, self.fold, self.in_features = scale, scale, in_features
         self.column_scale = torch.ones(in_features, dtype=torch.float32, device="cpu")
+
+    @classmethod
+    def holding(cls, stored: Tensor, scale: Tensor, in_features: int) -> TurnedPanels:
+        return cls(stored, scale, in_features)
 
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor) -> TurnedPanels:
@@ -50,7 +55,11 @@ class TurnedPanels(dot.Panels, BothWays):
               out.data_ptr())  # fmt: skip
         return out
 
-    def dense(self) -> Tensor:
+    def integers(self, index: Tensor | None = None) -> Tensor:
         panels, depth, panel, _ = self.packed.shape
-        q = self.packed.permute(0, 2, 1, 3).reshape(panels * panel, 4 * depth)[: len(self.scale), : self.in_features]
-        return (q.float() - 128) * self.scale[:, None]
+        if index is None:
+            q = self.packed.permute(0, 2, 1, 3).reshape(panels * panel, 4 * depth)[: len(self.scale)]
+        else:
+            q = self.packed[index // panel, :, index % panel].reshape(len(index), 4 * depth)
+        q = q[:, : self.in_features]
+        return (q ^ 128).view(torch.int8)  # the kernel's bytes are unsigned: q + 128

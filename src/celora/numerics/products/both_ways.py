@@ -16,7 +16,7 @@ from torch import Tensor
 
 from celora.kernels.operations import pack_both_ways
 from celora.kernels.packed import BothWays, QuantisedRows
-from celora.kernels.plain import divisor
+from celora.kernels.plain import row_scales
 from celora.numerics.products.int8 import Int8
 
 
@@ -50,8 +50,7 @@ class Int8BothWays(Int8):
         return _onto(packed, packed.quantise(x), bias, out)
 
     def _scale_of(self, weight: Tensor) -> Tensor:
-        largest: Tensor = torch.linalg.vector_norm(weight.detach(), float("inf"), dim=1)
-        return divisor(largest.float() / self._largest)
+        return row_scales(weight)
 
     def _pack(self, weight: Tensor) -> BothWays:
         assert self._scale is not None

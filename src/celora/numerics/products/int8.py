@@ -14,6 +14,7 @@ Source: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339), here fo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from celora.kernels.backends import available, backends_of, choose
 from celora.kernels.operations import pack_weight, quantise_weight
 from celora.kernels.packed import PackedWeight
 from celora.numerics.products.eight_bit import EightBit
+from celora.weights.stored import StoredWeight
 
 _LONGEST = (2**31 - 1) // 127**2  # products in a sum that 32 bits always hold
 
@@ -89,7 +91,9 @@ class Int8(EightBit):
         return self.rows(grad_output, weight, None)
 
     def _multiplied_with(self, weight: Tensor) -> PackedWeight:
-        """The weight in 8 bits: the copy, made anew where it is not up to date, or one for this product alone."""
+        """The weight in 8 bits: its own bytes, the copy, made anew if it is out of date, or one for this product."""
+        if isinstance(weight, StoredWeight) and (own := weight.packed) is not None:
+            return cast(PackedWeight, own)
         scale = self._follow(weight)
         packed: PackedWeight = self._packed if self.copy else quantise_weight(weight.detach(), scale)
         return packed

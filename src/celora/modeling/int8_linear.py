@@ -1,0 +1,210 @@
+"""A frozen linear layer whose weight is held in 8 bits, and nowhere else: `W ~= diag(s) q`, a byte a number.
+
+In: (..., in). Out: `x W^T + b`, (..., out), in x's dtype. The layer's own products are exact for `diag(s) q`, which is
+de-quantised for each and dropped. celora's estimators and forwards in 8 bits (`celora.attach`) multiply with the very
+same bytes, without de-quantising: they lie as the kernel of this machine reads them, in both directions.
+
+PEFT takes it for the `nn.Linear` that it is, and finds the weight as it finds HQQ's: `W_q`, `dequantize()`. Merging an
+adapter turns it back into a plain `nn.Linear`, with the original weight as the checkpoint has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from celora.errors import CELoraError
+from celora.kernels.operations import available, pack_both_ways
+from celora.kernels.packed import BothWays
+from celora.kernels.plain import IntegersBothWays, row_scales
+from celora.weights.checkpoint import Origin
+from celora.weights.stored import StoredWeight
+
+_OWN = ("W_q", "scale", "dtype", "layout", "origin", "on_original")
+
+
+def quantised(weight: Tensor, scale: Tensor | None = None) -> BothWays:
+    """`weight: (out, in)` in 8 bits, laid out for this machine's products; `scale`: of its rows, if it is known."""
+    pack = pack_both_ways if available("pack_both_ways", weight.device) else IntegersBothWays.pack
+    packed: BothWays = pack(weight, row_scales(weight) if scale is None else scale)
+    return packed
+
+
+class Int8Linear(nn.Linear):
+    """`y = x W^T + b` with a frozen W in 8 bits.
+
+    Attributes:
+        W_q: the bytes of W, as `layout` has them.
+        scale: of W's rows, (out,) float32 whatever dtype the model is moved to.
+        dtype: that the layer had before, which a merged one has again.
+        layout: what multiplies with the bytes.
+        origin: where the weight came from, if that is known.
+        on_original: compute with the original weight, read anew in each forward.
+    """
+
+    W_q: nn.Parameter
+    scale: Tensor
+
+    def __init__(self, packed: BothWays, in_features: int, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, len(packed.scale)
+        self.register_parameter("W_q", nn.Parameter(packed.stored, requires_grad=False))
+        self.register_buffer("scale", packed.scale)
+        self.register_parameter("bias", bias)
+        self.dtype, self.layout = dtype, type(packed)
+        self.origin: Origin | None = None
+        self.on_original = False
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Int8Linear:
+        """The same layer in 8 bits, its bias shared.
+
+        Raises:
+            CELoraError: the weight is not finite.
+        """
+        weight = linear.weight.detach()
+        scale = row_scales(weight)
+        if not bool(scale.isfinite().all()):
+            raise CELoraError("its weight is not finite")
+        layer = cls(quantised(weight, scale), linear.in_features, linear.bias, weight.dtype)
+        return layer.train(linear.training)
+
+    @property
+    def packed(self) -> BothWays:
+        """The weight as what multiplies with its bytes; no copy."""
+        return self.layout.holding(self.W_q.detach(), self.scale, self.in_features)
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        """What stands for W where a tensor is expected. Its numbers can be read, and replaced by merging."""
+        return _Weight(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self.replace(value)
+        else:
+            super().__setattr__(name, value)
+
+    def replace(self, weight: Tensor) -> None:
+        """Become an `nn.Linear` with this weight."""
+        if isinstance(weight, _Weight):
+            return  # PEFT hands a layer its own weight
+        for name in _OWN:
+            delattr(self, name)
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=False))
+
+    def stored_weight(self, dtype: torch.dtype | None) -> StoredWeight:
+        """W as estimators read it; see `celora.weights.read`."""
+        return _Weight(self, dtype)
+
+    def dequantize(self) -> Tensor:
+        """`diag(s) q` in `dtype`, (out, in); PEFT asks for it where a variant of LoRA needs the weight."""
+        return self.packed.dense(self.dtype)
+
+    def original(self) -> Tensor:
+        """The weight that was quantised, (out, in) in `dtype`, read from its checkpoint.
+
+        Raises:
+            CELoraError: it cannot be read, or is another one by now.
+        """
+        if self.origin is None:
+            raise CELoraError("it is not known where its original weight came from")
+        weight = self.origin.read().to(self.W_q.device, self.dtype)
+        if weight.shape != (self.out_features, self.in_features):
+            raise CELoraError(f"{self.origin.name!r} in {self.origin.model!r} has another shape by now")
+        again, step = quantised(weight).dense(), self.scale[:, None]
+        if not bool(((again - self.packed.dense()).abs() <= 1.01 * step).all()):
+            raise CELoraError(f"{self.origin.name!r} in {self.origin.model!r} is not the weight that was quantised")
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.on_original:
+            return F.linear(x, self.original().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y: Tensor = _Linear.apply(x, self.W_q, self.scale, self.bias, self.layout)  # type: ignore[no-untyped-call]
+        return y
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """`nn.Module.to` and its like: scales stay float32; the bytes are laid out for the device that they go to."""
+        before, device = self.packed, self.W_q.device
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        now = self.W_q.device
+        if self.scale.dtype != torch.float32:
+            self.scale = before.scale.to(now)
+        if now.type != device.type and "meta" not in (now.type, device.type):
+            there = before.integers().to(now)
+            packed = quantised(there, torch.ones_like(self.scale))
+            self.W_q, self.layout = nn.Parameter(packed.stored, requires_grad=False), type(packed)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight in 8 bits"
+
+
+class _Weight(StoredWeight):
+    """The weight of an `Int8Linear`."""
+
+    def __init__(self, layer: Int8Linear, dtype: torch.dtype | None = None) -> None:
+        shape = torch.Size((layer.out_features, layer.in_features))
+        super().__init__(layer.W_q, shape, dtype or layer.dtype)
+        self.layer, self.is_meta = layer, layer.W_q.is_meta
+
+    @property
+    def packed(self) -> BothWays | None:
+        return self.layer.packed if available("pack_both_ways", self.device) else None
+
+    def dense(self) -> Tensor:
+        return self.layer.packed.dense(self.dtype)
+
+    def to(self, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        return self.layer.packed.dense(dtype)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.layer.packed.dense(self.dtype, index)
+
+    @property
+    def data(self) -> Tensor:
+        """The original weight, for PEFT to merge an adapter into."""
+        try:
+            return self.layer.original()
+        except CELoraError as error:
+            raise CELoraError(
+                f"an adapter cannot be merged into a base that is held in 8 bits: {error}; load the model in its own "
+                "dtype, put the saved adapter onto it (PeftModel.from_pretrained), and merge there."
+            ) from None
+
+    @data.setter
+    def data(self, merged: Tensor) -> None:
+        self.layer.replace(merged)
+
+
+class _Linear(torch.autograd.Function):
+    """`x W^T + b`. W is de-quantised in forward and again in backward, and saved as the bytes that it is held in."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, stored: Tensor, scale: Tensor, bias: Tensor | None, layout: type[BothWays]
+    ) -> Tensor:
+        ctx.save_for_backward(stored, scale)
+        ctx.layout, ctx.in_features = layout, x.shape[-1]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        weight = layout.holding(stored, scale, x.shape[-1]).dense(x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        stored, scale = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_output @ ctx.layout.holding(stored, scale, ctx.in_features).dense(grad_output.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return grad_x, None, None, grad_bias, None

@@ -1,0 +1,245 @@
+"""A base that is held in 8 bits: which layers are, what training, saving and undoing make of it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import celora
+from celora import CELoraConfig, CELoraError
+from celora.modeling.int8_base import original_weights
+from celora.modeling.int8_linear import Int8Linear
+from celora.runtime.attachment import require
+from machine import refuses
+from small import adapter, make_base, make_batch, make_model, train
+
+LORA = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False}
+BOTH = CELoraConfig(
+    estimator="tokens", keep_ratio=0.95, rank=0, selection="energy", precision="int8", forward="int8", refresh_every=3
+)
+
+
+def quantised(**options: object) -> PeftModel:
+    model = make_model(**options)
+    celora.quantise_base(model)
+    return model
+
+
+def with_plain_twin() -> tuple[PeftModel, PeftModel]:
+    """A model in 8 bits, and one of plain layers with the same numbers in them."""
+    model = quantised()
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, Int8Linear):
+            module.replace(module.dequantize())
+    return model.train(), twin.train()
+
+
+def gradients(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**make_batch(seed)).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_linear_layers_in_blocks_are_held_in_8_bits_and_nothing_else(adapted: bool) -> None:
+    model = make_model(base_bias=True) if adapted else make_base(base_bias=True)
+    plain = {id(p) for name, p in model.named_parameters() if "weight" not in name or "lora" in name or "norm" in name}
+    report = celora.quantise_base(model)
+    assert len(report.layers) == 14
+    assert "14 frozen linear layers in 8 bits" in str(report)
+    assert report.bytes_now < 0.5 * report.bytes_before
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    assert all(kinds[name] is Int8Linear for name in report.layers)
+    assert [name for name in kinds if name.endswith("lm_head")] != []
+    assert all(kind is not Int8Linear for name, kind in kinds.items() if name.endswith(("lm_head", "embed_tokens")))
+    assert plain <= {id(p) for p in model.parameters()}
+    again = celora.quantise_base(model)
+    assert (again.layers, again.bytes_now) == (report.layers, 0)
+
+
+def test_before_or_after_the_adapter_is_the_same_model() -> None:
+    after = quantised()
+    base = make_base()
+    celora.quantise_base(base)
+    before = get_peft_model(base, LoraConfig(**LORA))
+    assert type(before.base_model.model.model.layers[0].mlp.up_proj).__module__ == "peft.tuners.lora.layer"
+    before.load_state_dict(after.state_dict())
+    expected, found = gradients(after.train()), gradients(before.train())
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+def test_plain_peft_trains_on_it_as_on_the_numbers_it_holds() -> None:
+    model, twin = with_plain_twin()
+    expected, found = gradients(twin), gradients(model)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+@pytest.mark.parametrize("config", ["exact", "paper", BOTH, CELoraConfig(estimator="int8", refresh_every=3)])
+def test_estimates_compose_as_on_a_plain_base(config: str | CELoraConfig) -> None:
+    if refuses():
+        return
+    model, twin = with_plain_twin()
+    exact = gradients(copy.deepcopy(twin))
+    for each in (model, twin):
+        celora.attach(each, config)
+        train(each, 4)
+    assert require(model).relative_errors.keys() == require(twin).relative_errors.keys()
+    for name, error in require(twin).relative_errors.items():
+        assert require(model).relative_errors[name] == pytest.approx(error, rel=0.2, abs=2e-3)
+    assert [name for name, graft in require(model).grafts.items() if graft.estimator.product.holds_copy] == []
+    assert len(require(model).forwards) == (14 if config is BOTH else 0)
+    celora.detach(model)
+    assert adapter(model).keys() == adapter(twin).keys()
+    assert gradients(model).keys() == exact.keys()
+
+
+def test_attached_both_ways_holds_one_copy() -> None:
+    if refuses():
+        return
+    model, _ = with_plain_twin()
+    celora.attach(model, BOTH)
+    train(model, 2)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    for graft in require(model).grafts.values():
+        base = layers[f"{graft.name}.base_layer"]
+        assert graft.estimator.product._multiplied_with(base.weight).stored.data_ptr() == base.W_q.data_ptr()
+        assert not graft.estimator.product.holds_copy
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_gives_the_same_bits(reentrant: bool) -> None:
+    if refuses():
+        return
+    plain, checkpointed = quantised().train(), quantised().train()
+    for model in (plain, checkpointed):
+        celora.attach(model, BOTH)
+        model.enable_input_require_grads()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    expected, found = gradients(plain), gradients(checkpointed)
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
+def test_compiled_it_computes_the_same_without_a_break() -> None:
+    if refuses():
+        return
+    model, other = quantised().train(), quantised().train()
+    for each in (model, other):
+        celora.attach(each, BOTH, labelled_head=False)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for step in range(2):  # a refresh, and an estimate
+        expected = gradients(model, step)
+        other.zero_grad()
+        compiled(**make_batch(step)).loss.backward()
+        for name, p in other.named_parameters():
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=1e-4)
+        for each in (model, other):
+            torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.0).step()
+    assert len(require(other).forwards.errors) == 14
+
+
+def test_a_copy_trains_on_alone() -> None:
+    if refuses():
+        return
+    model = quantised()
+    celora.attach(model, BOTH)
+    train(model, 2)
+    other = copy.deepcopy(model)
+    train(model, 2, first=2)
+    train(other, 2, first=2)
+    ours, others = adapter(model), adapter(other)
+    assert all(ours[name].equal(others[name]) for name in ours)
+    held = {module.W_q.data_ptr() for module in model.modules() if isinstance(module, Int8Linear)}
+    assert held.isdisjoint(module.W_q.data_ptr() for module in other.modules() if isinstance(module, Int8Linear))
+
+
+def test_the_adapter_is_plain_peft_and_loads_on_the_untouched_base(tmp_path: Path) -> None:
+    model = quantised()
+    train(model, 2)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_base(), tmp_path, is_trainable=True)
+    ours, theirs = adapter(model), adapter(loaded)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    close = loaded.eval()(**make_batch(0)).loss, model.eval()(**make_batch(0)).loss
+    torch.testing.assert_close(*close, rtol=1e-3, atol=0)
+
+
+def from_folder(folder: Path) -> tuple[PeftModel, nn.Module]:
+    """A model in 8 bits that was loaded from a folder, with an adapter, and the untouched one."""
+    make_base().save_pretrained(folder)
+    untouched = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    celora.quantise_base(model)
+    return get_peft_model(model, LoraConfig(**LORA)), untouched
+
+
+def test_merging_and_restoring_give_the_original_weights(tmp_path: Path) -> None:
+    model, untouched = from_folder(tmp_path)
+    weights = dict(untouched.named_parameters())
+    deltas = {n: m.get_delta_weight("default") for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+    merged = model.merge_and_unload()
+    assert deltas
+    for name, delta in deltas.items():
+        layer = name.removeprefix("base_model.model.")
+        assert merged.get_submodule(layer).weight.equal(weights[f"{layer}.weight"] + delta)
+    celora.quantise_base(untouched)
+    celora.restore_base(untouched)
+    assert all(type(m) is not Int8Linear for m in untouched.modules())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(p.equal(dict(again.named_parameters())[name]) for name, p in untouched.named_parameters())
+
+
+def test_a_base_that_was_made_here_is_neither_merged_nor_restored() -> None:
+    model = quantised()
+    with pytest.raises(CELoraError, match="load the model in its own dtype"):
+        model.merge_and_unload()
+    with pytest.raises(CELoraError, match=r"q_proj.*stays in 8 bits: it is not known where"):
+        celora.restore_base(model)
+
+
+def test_loss_on_the_untouched_weights(tmp_path: Path) -> None:
+    model, untouched = from_folder(tmp_path)
+    model.eval()
+    with torch.no_grad(), model.disable_adapter():
+        expected, held = untouched.eval()(**make_batch(0)).loss, model(**make_batch(0)).loss
+        with original_weights(model):
+            found = model(**make_batch(0)).loss
+        assert model(**make_batch(0)).loss == held
+    assert found == expected != held
+
+
+def test_what_cannot_be_held_in_8_bits_is_said() -> None:
+    with pytest.raises(CELoraError, match=r"no frozen nn.Linear in numbered blocks"):
+        celora.quantise_base(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9, n_positions=4)))
+    attached = make_model()
+    celora.attach(attached, "exact")
+    with pytest.raises(CELoraError, match=r"has hooks, as celora.attach.*quantise first"):
+        celora.quantise_base(attached)
+    merged = make_model()
+    merged.merge_adapter()
+    with pytest.raises(CELoraError, match="merged into its base"):
+        celora.quantise_base(merged)
+    with pytest.raises(CELoraError, match="not in memory"):
+        celora.quantise_base(make_base().to("meta"))
+    broken = make_base()
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(CELoraError, match=r"'model.layers.1.mlp.up_proj' cannot be held in 8 bits.*not finite"):
+        celora.quantise_base(broken)
+
+
+def test_layers_that_train_stay_as_they_are() -> None:
+    model = make_model(target_modules=["q_proj"], modules_to_save=["up_proj"])
+    report = celora.quantise_base(model)
+    assert not any("up_proj" in name for name in report.layers)
+    assert len(report.layers) == 12
