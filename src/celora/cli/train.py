@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +16,7 @@ TRAIN_HELP = """Fine-tune MODEL on DATA with LoRA and an estimated backward.
 Examples:
   celora train --model HuggingFaceTB/SmolLM2-135M-Instruct --data chats.jsonl --output out
   celora train --model ./model --data rows.csv --output out --max_steps 200 --learning_rate 1e-4 --lora_r 32
+  celora train --model ./model --data rows.csv --output out --base int8 --preset fast   # a quarter of float32's memory
   celora train --config run.yaml --preset off --output plain      # flags win over the file
   celora train --output out --resume                              # after Ctrl-C or a crash
   celora train --config run.yaml --resume                         # the same at every start, for a queue
@@ -38,6 +39,9 @@ def train(
         str | None, typer.Option("--output", help="Folder for adapter, checkpoints, metrics, report.")
     ] = None,
     preset: Preset = None,
+    base: Annotated[
+        Literal["int8"] | None, typer.Option("--base", help="int8: hold the frozen base in 8 bits, a byte a number.")
+    ] = None,
     config: Config = None,
     eval_data: Annotated[str | None, typer.Option("--eval-data", "--eval_data", help="Rows to evaluate on.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")] = False,
@@ -51,8 +55,16 @@ def train(
     look_ahead(context.args, config)
     from celora.train.request.arguments import parse
 
-    own = {"model": model, "data": data, "output": output, "preset": preset, "config": config, "eval_data": eval_data}
-    request = parse(context.args, own | {"resume": resume, "overwrite": overwrite, "quiet": quiet})
+    own: dict[str, object] = {
+        "model": model,
+        "data": data,
+        "output": output,
+        "preset": preset,
+        "config": config,
+        "eval_data": eval_data,
+    }
+    own |= {"base": base, "resume": resume, "overwrite": overwrite, "quiet": quiet}
+    request = parse(context.args, own)
     from celora.train.run import train as run
 
     settle_in()

@@ -58,7 +58,7 @@ def quantise_base(model: nn.Module) -> Int8Base:
     the same bytes in both directions instead. Source: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339).
     """
     prefix, causal = _language_model(model)
-    already = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
+    already = list(held_in_8_bits(model))
     names = list(frozen_linears(model))
     if not names and not already:
         raise CELoraError(f"{type(model).__name__} has no frozen nn.Linear in numbered blocks to hold in 8 bits.")
@@ -72,9 +72,11 @@ def quantise_base(model: nn.Module) -> Int8Base:
             layer = Int8Linear.of(linear)
         except CELoraError as error:
             raise CELoraError(f"{name!r} cannot be held in 8 bits: {error}.") from None
-        layer.origin = _origin(causal, name.removeprefix(prefix).replace(".base_layer", ""))
         before, now = before + linear.weight.nbytes, now + layer.W_q.nbytes + layer.scale.nbytes
         put(model, linear, layer)
+    for name, layer in held_in_8_bits(model).items():
+        if layer.origin is None:
+            layer.origin = _origin(causal, name.removeprefix(prefix).replace(".base_layer", ""))
     return Int8Base((*already, *names), before, now)
 
 
@@ -84,7 +86,7 @@ def restore_base(model: nn.Module) -> None:
     Raises:
         CELoraError: a weight cannot be read there, or is another one by now. The layers before it are restored.
     """
-    for name, layer in _held(model).items():
+    for name, layer in held_in_8_bits(model).items():
         try:
             layer.replace(layer.original())
         except CELoraError as error:
@@ -98,7 +100,7 @@ def original_weights(model: nn.Module) -> Iterator[None]:
     Raises:
         CELoraError: one of them cannot be read, or is another one by now.
     """
-    layers = _held(model).values()
+    layers = held_in_8_bits(model).values()
     for layer in layers:
         layer.original()
     try:
@@ -123,7 +125,8 @@ def in_block(name: str) -> bool:
     return any(part.isdigit() for part in name.split("."))
 
 
-def _held(model: nn.Module) -> dict[str, Int8Linear]:
+def held_in_8_bits(model: nn.Module) -> dict[str, Int8Linear]:
+    """The layers whose weight is in 8 bits, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
 
 

@@ -31,7 +31,8 @@ def settle_dtype(request: TrainRequest, args: Any, earlier: dict[str, Any] | Non
         earlier: the record of the run that goes on, whose dtype is kept.
     """
     dtype, why = from_first(_settled(request, args, earlier) if is_first() else None)
-    line = f"Base model in {'its own dtype' if dtype == 'auto' else dtype}: {why}."
+    held = "" if request.options.base is None else ", the linear layers of its blocks in 8 bits"
+    line = f"Base model in {'its own dtype' if dtype == 'auto' else dtype}{held}: {why}."
     return replace(request, lora=request.lora | {"dtype": dtype}), line
 
 
@@ -51,7 +52,7 @@ def _settled(request: TrainRequest, args: Any, earlier: dict[str, Any] | None) -
     own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if own not in (torch.bfloat16, torch.float16) or getattr(config, "quantization_config", None) is not None:
         return "auto", "as the checkpoint says"
-    quantised = request.lora["load_in_4bit"] or request.lora["load_in_8bit"]
+    quantised = request.lora["load_in_4bit"] or request.lora["load_in_8bit"] or request.options.base
     return for_device(own, args.device, 0 if quantised else _float32_bytes(config))
 
 

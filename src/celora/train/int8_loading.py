@@ -57,7 +57,9 @@ def load_int8_model(
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or config.get_text_config().dtype or _dtype_of(tensors)
     _register()
-    loaded = AutoModelForCausalLM.from_pretrained(
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    loaded: Any = kind.from_pretrained(
         None,
         config=config,
         state_dict=tensors,

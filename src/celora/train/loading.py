@@ -18,6 +18,7 @@ from trl import ModelConfig, get_quantization_config
 
 from celora.errors import CELoraError, unknown
 from celora.files import read_json
+from celora.train.int8_loading import load_int8_model
 from celora.train.processes import is_first
 from celora.train.request.arguments import TrainRequest
 from celora.train.rows.data import load_rows
@@ -76,6 +77,14 @@ def load_model(request: TrainRequest) -> Any:
     """The base model in the dtype settled for it, on the CPU unless quantised; the Trainer moves it."""
     lora = request.lora
     try:
+        if request.options.base is not None:
+            return load_int8_model(
+                request.model,
+                revision=lora["model_revision"],
+                dtype=lora["dtype"],
+                attention=lora["attn_implementation"],
+                settings=request.train.get("model_init_kwargs") or {},
+            )
         settings = {k: v for k, v in lora.items() if "quant" in k or "load_in" in k}
         quantization = get_quantization_config(ModelConfig(dtype=_compute_dtype(request), **settings))
         extra = {} if quantization is None else {"quantization_config": quantization}

@@ -27,7 +27,7 @@ _SUMMARY = {
     "step": "optimizer steps",
     "loss": "last training loss",
     "eval_loss": "last evaluation loss",
-    "eval_base_loss": "the same with exact forwards",
+    "eval_base_loss": "the same on the untouched base",
     "seconds": "wall-clock, s",
     "median_step_time_ms": "median step time, ms",
     "tokens_seen": "tokens processed",

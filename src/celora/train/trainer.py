@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import traceback
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from trl import SFTTrainer
 
 from celora.borrowed import NAMES, borrow
 from celora.errors import CELoraError, out_of_memory
+from celora.modeling.int8_base import held_in_8_bits, original_weights
 from celora.runtime.attachment import find
 from celora.train.output.saving import UNUSABLE, SafeSaving
 from celora.train.processes import lost_contact
@@ -62,12 +64,25 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
             return super().training_step(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """Like TRL's. Where forwards are in 8 bits, `..._base_loss` is the loss with the base's own forwards."""
+        """Like TRL's. `..._base_loss` is the loss on the untouched base, where that is another one.
+
+        So it is where forwards are in 8 bits, or the base is held in 8 bits: then its weights are read once more.
+        """
         found = super().evaluation_loop(dataloader, description, *args, **kwargs)
         attachment, prefix = find(self.model), kwargs.get("metric_key_prefix", "eval")
-        if attachment is not None and attachment.forwards and f"{prefix}_loss" in found.metrics:
-            with attachment.switch.own_forwards(), torch.no_grad():
-                found.metrics[f"{prefix}_base_loss"] = self._mean_loss(dataloader)
+        forwards, held = attachment is not None and bool(attachment.forwards), bool(held_in_8_bits(self.model))
+        if f"{prefix}_loss" not in found.metrics or not (forwards or held):
+            return found
+        with ExitStack() as stack:
+            if attachment is not None:
+                stack.enter_context(attachment.switch.own_forwards())
+            try:
+                stack.enter_context(original_weights(self.model))
+            except CELoraError as error:
+                warnings.warn(f"celora: the loss on the untouched base is not measured: {error}.", stacklevel=2)
+                return found
+            stack.enter_context(torch.no_grad())
+            found.metrics[f"{prefix}_base_loss"] = self._mean_loss(dataloader)
         return found
 
     def _mean_loss(self, dataloader: Any) -> float:

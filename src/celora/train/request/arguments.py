@@ -171,8 +171,22 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
         raise CELoraError(f"fidelity={options.fidelity}; expected a cosine, 0 < fidelity <= 1")
     if options.memory_limit is not None and options.memory_limit < 0:
         raise CELoraError(f"memory_limit={options.memory_limit}; expected MiB, 0 or more")
+    if options.base is not None:
+        _check_base(options.base, lora | train)
     output = Path(values["output"]).expanduser()
     return TrainRequest(given["model"], given["data"], output, preset, config, r, options, train, lora, given)
+
+
+def _check_base(base: str, settings: Mapping[str, Any]) -> None:
+    """Refuse what cannot be done with a base in 8 bits; CELoraError."""
+    for name, instead in {
+        "load_in_4bit": "it is another way to hold the base",
+        "load_in_8bit": "it is another way to hold the base",
+        "fsdp": "it cannot split such a base; several processes train it with DDP, each with all of it",
+        "deepspeed": "it cannot split such a base; several processes train it with DDP, each with all of it",
+    }.items():
+        if settings.get(name):
+            raise CELoraError(f"{name}={settings[name]!r} beside base={base!r}: {instead}; leave out one")
 
 
 def _without_aliases_in_model_init(values: dict[str, Any]) -> dict[str, Any]:

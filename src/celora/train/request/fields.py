@@ -169,9 +169,7 @@ class RunOptions:
     output: str | None = field(default=None, metadata={"help": "folder for adapter, checkpoints, metrics and report"})
     preset: str | None = field(default=None, metadata={"help": "how the backward is estimated"})
     config: str | None = field(default=None, metadata={"help": "YAML file holding any of these names"})
-    eval_data: str | None = field(
-        default=None, metadata={"help": "rows to evaluate on, at the end and per eval_strategy"}
-    )
+    eval_data: str | None = field(default=None, metadata={"help": "evaluated on at the end and per eval_strategy"})
     dataset_train_split: str = field(default="train", metadata={"help": "split of the data to train on"})
     dataset_test_split: str = field(
         default="test", metadata={"help": "split to evaluate on, of eval_data or, with an eval_strategy, of data"}
@@ -190,6 +188,7 @@ class RunOptions:
     memory_limit: float | None = field(
         default=None, metadata={"help": "preset auto: MiB that 8-bit copies of weights may take in all"}
     )
+    base: str | None = field(default=None, metadata={"help": "int8: hold the base in 8 bits", "choices": ["int8"]})
     plan: str | None = field(default=None, metadata={"help": "preset auto: a plan made by celora plan, used as it is"})
     celora: dict[str, Any] | None = field(default=None, metadata={"help": "CELoraConfig fields (YAML mapping or JSON)"})
 
