@@ -128,7 +128,7 @@ class _Quantise(ConversionOps):  # type: ignore[misc]
                 raise CELoraError(f"{name} is {tuple(tensor.shape)}, and the model's {tuple(linear.weight.shape)}")
             linear.weight = nn.Parameter(tensor, requires_grad=False)
             layer = Int8Linear.of(linear)
-            layer._is_hf_initialized = True  # type: ignore[assignment]
+            layer._is_hf_initialized = True
             put(model, linear, layer)
             missing.discard(name)
         return left
