@@ -161,8 +161,7 @@ def test_estimates_are_those_of_the_reference(kind: str) -> None:
         if estimator.settings.rank:
             assert estimator.index is not None
             U, V = estimator.factor.U, estimator.factor.V
-            assert U is not None
-            assert V is not None
+            assert not (U is None or V is None)
             expected = reference.double_lora(G.double(), W, U.double(), V.double(), estimator.index)
         else:
             assert estimator.index is not None

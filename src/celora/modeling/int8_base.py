@@ -144,10 +144,9 @@ def frozen_linears(model: nn.Module) -> Iterator[str]:
         if isinstance(module, PreTrainedModel):
             others.add(module.get_output_embeddings())
     for name, module in model.named_modules():
-        linear = type(module) is nn.Linear and plain_weight(module) is not None and module not in others
-        if (
-            linear and in_block(name) and not (tuners and is_trainable(module))
-        ):  # without adapters, nothing is frozen yet
+        trained = bool(tuners) and is_trainable(module)  # without adapters, nothing is frozen yet
+        linear = type(module) is nn.Linear and plain_weight(module) is not None
+        if linear and in_block(name) and module not in others and not trained:
             yield name
 
 
