@@ -18,7 +18,10 @@ from celora.machine.memory import saved_for_backward
 from celora.modeling import int8_linear
 from celora.modeling.int8_linear import Int8Linear
 from celora.numerics import reference
+from celora.numerics.estimators import Int8
 from celora.weights.checkpoint import Origin
+from celora.weights.read import read
+from machine import refuses
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -88,6 +91,18 @@ def test_zeros_and_extremes() -> None:
     linear.weight.data[6, 0] = float("inf")
     with pytest.raises(CELoraError, match="not finite"):
         Int8Linear.of(linear)
+
+
+def test_8_bit_products_multiply_with_its_bytes_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    if refuses():
+        return
+    layer, estimator = Int8Linear.of(make(96, 128, bias=False)), Int8(96, 128)
+    weight = read(layer)
+    monkeypatch.setattr(type(weight), "dense", None)
+    monkeypatch.setattr(type(weight), "to", None)
+    assert estimator.product._multiplied_with(weight).stored.data_ptr() == layer.W_q.data_ptr()
+    estimator.estimate(torch.randn(40, 96), weight)
+    assert not estimator.product.holds_copy
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
