@@ -18,6 +18,7 @@ from trl import SFTTrainer
 
 from celora.borrowed import NAMES, borrow
 from celora.errors import CELoraError, out_of_memory
+from celora.machine.processes import in_company, largest_of_all
 from celora.modeling.int8_base import held_in_8_bits, original_weights
 from celora.runtime.attachment import find
 from celora.train.output.saving import UNUSABLE, SafeSaving
@@ -76,10 +77,16 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
         with ExitStack() as stack:
             if attachment is not None:
                 stack.enter_context(attachment.switch.own_forwards())
+            missing = ""
             try:
                 stack.enter_context(original_weights(self.model))
             except CELoraError as error:
-                warnings.warn(f"celora: the loss on the untouched base is not measured: {error}.", stacklevel=2)
+                missing = str(error)
+            # All processes or none: one that evaluates once more waits for the others.
+            if in_company() and largest_of_all([[int(bool(missing))]], self.args.device) == [[1]]:
+                missing = missing or "another process cannot read the original weights"
+            if missing:
+                warnings.warn(f"celora: the loss on the untouched base is not measured: {missing}.", stacklevel=2)
                 return found
             stack.enter_context(torch.no_grad())
             found.metrics[f"{prefix}_base_loss"] = self._mean_loss(dataloader)
