@@ -113,6 +113,33 @@ def test_one_input_serves_several_weights() -> None:
         assert packed.multiply(rows, None).equal(packed.multiply(packed.quantise(x), None))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_features_of_very_different_size(dtype: torch.dtype) -> None:
+    """With a scale for each input feature both products are of one weight, and nearer to the exact ones."""
+    size = torch.ones(100)
+    size[[3, 50]] = 80.0
+    w, x, g = torch.randn(67, 100).to(dtype), (torch.randn(25, 100) * size).to(dtype), torch.randn(25, 67).to(dtype)
+    plain, scale = packed_of(w), size**-0.5
+    if plain is None:
+        return
+    packed = operations.pack_both_ways(w, (w.float() / scale).abs().amax(1) / 127, scale)
+    exact = x.double() @ w.double().T
+    losses = [
+        float((of.multiply(of.quantise(x), None).double() - exact).norm() / exact.norm()) for of in (plain, packed)
+    ]
+    assert losses[1] < 0.6 * losses[0]
+    q, row = reference.quantise(x.double() * scale.double(), 1)
+    dense = packed.dense().double()
+    expected = q * row @ (dense / scale.double()).T
+    found = packed.multiply(packed.quantise(x), None)
+    assert (found.double() - expected).norm() <= tolerance(dtype) * expected.norm()
+    index = torch.tensor([1, 7, 20])
+    q, row = reference.quantise(g[index].double() * packed.scale.double(), 1)
+    expected = q * row @ (dense / packed.scale.double()[:, None])
+    found = packed.rows(g, index, position=None, factors=None, onto=None)[index]
+    assert (found.double() - expected).norm() <= tolerance(dtype) * expected.norm()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so_and_zeros_stay_zeros(bad: float) -> None:
     w, x = torch.randn(32, 16), torch.randn(6, 16)

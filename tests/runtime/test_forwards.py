@@ -19,13 +19,13 @@ BOTH = CELoraConfig(estimator="int8", forward="int8", refresh_every=3, fused=Tru
 pytestmark = pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
 
 
-def outlier(model: PeftModel) -> nn.Module:
-    """A layer with one input feature a thousand times as large as the others, and little weight on it."""
+def outlier(model: PeftModel, size: float = 1e4) -> nn.Module:
+    """A block whose MLP is given one feature that many times as large as the others, and has little weight on it."""
     block = model.base_model.model.model.layers[1]
     with torch.no_grad():
-        block.post_attention_layernorm.weight[3] = 1e4
+        block.post_attention_layernorm.weight[3] = size
         for part in (block.mlp.gate_proj, block.mlp.up_proj):
-            part.base_layer.weight[:, 3] *= 1e-4
+            part.base_layer.weight[:, 3] /= size
             for matrix in part.lora_A.values():
                 matrix.weight[:, 3] = 0
     return block
@@ -41,7 +41,7 @@ def test_a_layer_that_loses_too_much_goes_back(tmp_path: Path) -> None:
     model = make_model()
     outlier(model)
     celora.attach(model, BOTH)
-    with pytest.warns(UserWarning, match="from step 1 on, the forward of .*gate_proj.* is exact: in 8 bits") as said:
+    with pytest.warns(UserWarning, match="from step 4 on, the forward of .*gate_proj.* is exact: in 8 bits") as said:
         train(model, 7)
     assert sum("is exact: in 8 bits" in str(of.message) for of in said) == 1
     forwards = require(model).forwards
@@ -58,6 +58,29 @@ def test_a_layer_that_loses_too_much_goes_back(tmp_path: Path) -> None:
     celora.load_state(model, tmp_path)
     assert require(model).forwards.made_exact == forwards.made_exact
     assert require(model).forwards.errors == errors
+
+
+def test_large_features_are_scaled_down_once_they_were_seen(tmp_path: Path) -> None:
+    """As those of language models, which are up to a hundred times as large as the rest."""
+    model = make_model()
+    outlier(model, 60)
+    celora.attach(model, BOTH)
+    forwards, errors = require(model).forwards, []
+    for _ in range(2):
+        train(model, 3)
+        errors.append(dict(forwards.errors))
+    names = {name for name in forwards if name.endswith(("layers.1.mlp.gate_proj", "layers.1.mlp.up_proj"))}
+    for name in names:
+        assert errors[1][name] < 0.4 * errors[0][name]
+    assert max(errors[1].values()) < 0.03
+    gate, up = (forwards[name].graft.estimator.product for name in sorted(names))
+    assert gate._packed.input_scale is up._packed.input_scale  # so that their input is quantised once
+    celora.save_state(model, tmp_path)
+    levels = {name: forward.graft.estimator.product.levels for name, forward in forwards.items()}
+    celora.attach(model, BOTH)
+    celora.load_state(model, tmp_path)
+    for name, forward in require(model).forwards.items():
+        assert forward.graft.estimator.product.levels.equal(levels[name])
 
 
 def test_processes_agree_on_who_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,9 +121,12 @@ def pack_weight(weight: Tensor, scale: Tensor) -> PackedWeight:
     return found
 
 
-def pack_both_ways(weight: Tensor, scale: Tensor) -> BothWays:
-    """`weight: (out, in)` in 8 bits for `x W^T` and `G W`, with these `scale`s of its rows: (out,) float32."""
-    found: BothWays = choose("pack_both_ways", weight.device).run(weight, scale)
+def pack_both_ways(weight: Tensor, scale: Tensor, input_scale: Tensor | None = None) -> BothWays:
+    """`weight: (out, in)` in 8 bits for `x W^T` and `G W`, with these `scale`s of its rows: (out,) float32.
+
+    With `input_scale`, (in,) float32, these are the scales of the rows of `weight / input_scale`.
+    """
+    found: BothWays = choose("pack_both_ways", weight.device).run(weight, scale, input_scale)
     return found
 
 

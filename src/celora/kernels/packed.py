@@ -9,6 +9,10 @@ one scale per row, so both scales stand outside the sum over `out`:
 backward, that scale is folded into the gradient before the gradient is quantised:
 
     x W^T ~= diag(s_x) (q_x q^T) diag(s),    G W = (G diag(s)) q ~= diag(s_G) q_(G diag(s)) q.
+
+A few features of an input may be a hundred times larger than the rest and coarsen its scale. With a scale u per input
+feature, `W ~= diag(s) q diag(u)`: the input is multiplied with u before it is quantised, `grad_input` with u at the end
+(SmoothQuant, arXiv 2211.10438).
 """
 
 from __future__ import annotations
@@ -79,10 +83,12 @@ class BothWays(PackedWeight):
 
     Attributes:
         scale: of its rows, (out,) float32.
+        input_scale: of its columns, u, (in,) float32; None for 1.
         stored: all its numbers, a byte each, as this backend lays them out.
     """
 
     stored: Tensor
+    input_scale: Tensor | None
 
     @classmethod
     @abstractmethod
@@ -95,7 +101,7 @@ class BothWays(PackedWeight):
 
     @abstractmethod
     def quantise(self, x: Tensor) -> QuantisedRows:
-        """`x: (T, in)` as `multiply` takes it; good for every weight of this backend with as many input features."""
+        """`x: (T, in)` as `multiply` takes it; good for every weight of this backend with the same `input_scale`."""
 
     @abstractmethod
     def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -104,7 +110,8 @@ class BothWays(PackedWeight):
     def dense(self, dtype: torch.dtype = torch.float32, index: Tensor | None = None) -> Tensor:
         """`diag(s) q`, (out, in), or its rows `index`: the weight that both directions multiply with."""
         scale = self.scale if index is None else self.scale[index]
-        return self.integers(index).to(dtype).mul_(scale[:, None])
+        dense = self.integers(index).to(dtype).mul_(scale[:, None])
+        return dense if self.input_scale is None else dense.mul_(self.input_scale)
 
 
 class LibraryPacked(PackedWeight):

@@ -158,18 +158,20 @@ class Integers(LibraryPacked):
 class IntegersBothWays(LibraryPacked, BothWays):
     """A weight for `torch._int_mm` in both directions."""
 
-    def __init__(self, q: Tensor, scale: Tensor) -> None:
+    def __init__(self, q: Tensor, scale: Tensor, input_scale: Tensor | None = None) -> None:
         self.stored = self.q = q
-        self.scale, self.column_scale = scale, scale.new_ones(q.shape[1])
+        self.scale, self.input_scale = scale, input_scale
+        self.column_scale = scale.new_ones(q.shape[1]) if input_scale is None else input_scale
 
     @classmethod
-    def pack(cls, weight: Tensor, scale: Tensor) -> IntegersBothWays:
+    def pack(cls, weight: Tensor, scale: Tensor, input_scale: Tensor | None = None) -> IntegersBothWays:
         q, inverse = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), (1 / scale)[:, None]
         rows = max(1, _BLOCK_NUMBERS_ELSEWHERE // max(1, weight.shape[1]))
         for start in range(0, len(weight), rows):  # no float32 copy of a large weight
             part = slice(start, start + rows)
-            q[part] = (weight[part].float() * inverse[part]).round_()
-        return cls(q, scale)
+            numbers = weight[part].float() * inverse[part]
+            q[part] = (numbers if input_scale is None else numbers.div_(input_scale)).round_()
+        return cls(q, scale, input_scale)
 
     @classmethod
     def holding(cls, stored: Tensor, scale: Tensor, in_features: int) -> IntegersBothWays:
@@ -177,6 +179,7 @@ class IntegersBothWays(LibraryPacked, BothWays):
 
     def quantise(self, x: Tensor) -> QuantisedRows:
         dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+        x = x if self.input_scale is None else x.float() * self.input_scale
         return QuantisedRows(x.shape, dtype, *choose("quantise_rows", x).run(x, None, offset=0))
 
     def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

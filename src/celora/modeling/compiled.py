@@ -56,6 +56,7 @@ def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, key: int, measure
     if measures:
         exact = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         layer.of_forward.measure(y.reshape(-1, y.shape[-1]), exact.reshape(-1, y.shape[-1]))
+        product.look(x, weight)
     return y
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from celora.machine.processes import in_company, largest_of_all
 from celora.modeling.eight_bit import MOST_ERROR, EightBitForward
 
-_ERROR, _EXACT = "forward_error", "forward_exact"
+_ERROR, _EXACT, _LEVELS = "forward_error", "forward_exact", "forward_levels"
+_UNSEEN = -(10**6)
 _STEPS = 10**6  # errors are told to other processes in millionths
 
 
@@ -36,13 +38,14 @@ class Forwards(dict[str, EightBitForward]):
         Where several processes train together all of them call it at the same steps, and decide by the largest error
         that one has seen: one reduction.
         """
+        new = self._follow_inputs(device)
         seen = [forward.graft.of_forward.take_error() for forward in self.values()]
         if in_company():
             told = [[-1 if error is None else min(round(error * _STEPS), 10**9)] for error in seen]
             seen = [None if most < 0 else most / _STEPS for (most,) in largest_of_all(told, device)]
         found = {name: error for name, error in zip(self, seen, strict=True) if error is not None}
         self.errors |= found
-        lossy = [name for name, error in found.items() if error >= MOST_ERROR and not self[name].exact]
+        lossy = [name for name, error in found.items() if error >= MOST_ERROR and not self[name].exact | (name in new)]
         for name in lossy:
             self[name].exact = True
         if lossy:
@@ -54,22 +57,45 @@ class Forwards(dict[str, EightBitForward]):
                 stacklevel=2,
             )
 
+    def _follow_inputs(self, device: torch.device) -> set[str]:
+        """Tell each product that does not know it how large the features of its input are. Returns the layers told.
+
+        As seen in the layer's first refresh, by all processes: copies of one weight are the same everywhere.
+        """
+        products: dict[str, Any] = {name: forward.graft.estimator.product for name, forward in self.items()}
+        unknown = {name: product for name, product in products.items() if product.levels is None}
+        seen = {name: product.take_levels() for name, product in unknown.items()}
+        if in_company() and seen:
+            sizes = {name: self[name].graft.estimator.in_features for name in seen}
+            most = largest_of_all([levels or [_UNSEEN] * sizes[name] for name, levels in seen.items()], device)
+            seen = {name: None if _UNSEEN in levels else levels for name, levels in zip(seen, most, strict=True)}
+        told = {name for name, levels in seen.items() if levels is not None}
+        for name in told:
+            unknown[name].follow_levels(seen[name])
+        return told
+
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """What a checkpoint keeps of one layer."""
         if name not in self:
             return {}
         state = {_EXACT: torch.tensor(self[name].exact)}
+        product: Any = self[name].graft.estimator.product
+        if product.levels is not None:
+            state[_LEVELS] = product.levels
         if name in self.errors:
             state[_ERROR] = torch.tensor(self.errors[name], dtype=torch.float64, device="cpu")
         return state
 
     def load_state_dict(self, name: str, state: dict[str, Tensor]) -> None:
         """Take one layer's part out of a checkpoint's state."""
-        exact, error = state.pop(_EXACT, None), state.pop(_ERROR, None)
+        exact, error, levels = (state.pop(key, None) for key in (_EXACT, _ERROR, _LEVELS))
         if name not in self:
             return
         self[name].exact = exact is not None and bool(exact)
         self[name].graft.of_forward.take_error()
+        product: Any = self[name].graft.estimator.product
+        product.take_levels()
+        product.follow_levels(None if levels is None else levels.tolist())
         self.errors.pop(name, None)
         if error is not None:
             self.errors[name] = float(error)

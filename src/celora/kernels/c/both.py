@@ -14,24 +14,25 @@ from celora.kernels.packed import BothWays, QuantisedRows
 class TurnedPanels(dot.Panels, BothWays):
     """Panels of W's rows, as `x W^T` reads them; turned for `g W`, with W's scales folded into g."""
 
-    def __init__(self, packed: Tensor, scale: Tensor, in_features: int) -> None:
+    def __init__(self, packed: Tensor, scale: Tensor, in_features: int, input_scale: Tensor | None = None) -> None:
         self.stored = self.packed = packed
-        self.scale, self.fold, self.in_features = scale, scale, in_features
-        self.column_scale = torch.ones(in_features, dtype=torch.float32, device="cpu")
+        self.scale, self.fold, self.in_features, self.input_scale = scale, scale, in_features, input_scale
+        ones = torch.ones(in_features, dtype=torch.float32, device="cpu")
+        self.column_scale = ones if input_scale is None else input_scale
 
     @classmethod
     def holding(cls, stored: Tensor, scale: Tensor, in_features: int) -> TurnedPanels:
         return cls(stored, scale, in_features)
 
     @classmethod
-    def pack(cls, weight: Tensor, scale: Tensor) -> TurnedPanels:
-        w, inverse = known(weight), 1 / scale
+    def pack(cls, weight: Tensor, scale: Tensor, input_scale: Tensor | None = None) -> TurnedPanels:
+        w, inverse = known(weight if input_scale is None else weight / input_scale), 1 / scale
         rows, columns = w.shape
         panel, step = dot.panel_columns(), int(loaded_library().depth_step())
         panels = -(-rows // max(panel, step)) * max(panel, step) // panel
         packed = torch.empty(panels, -(-columns // step) * step // 4, panel, 4, dtype=torch.uint8, device="cpu")
         call_kernel("pack_rows", w, w.data_ptr(), rows, columns, w.stride(0), inverse.data_ptr(), packed.data_ptr())
-        return cls(packed, scale, columns)
+        return cls(packed, scale, columns, input_scale)
 
     def quantise(self, x: Tensor) -> QuantisedRows:
         dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
@@ -40,8 +41,8 @@ class TurnedPanels(dot.Panels, BothWays):
         q = torch.empty(int(loaded_library().scratch_bytes(rows, depth)), dtype=torch.uint8, device="cpu")
         scale = torch.empty(rows, dtype=torch.float32, device="cpu")
         starts = torch.empty(rows, dtype=torch.int32, device="cpu")
-        call_kernel("quantise_input", x, x.data_ptr(), rows, depth, x.stride(0), q.data_ptr(), scale.data_ptr(),
-              starts.data_ptr())  # fmt: skip
+        call_kernel("quantise_input", x, x.data_ptr(), rows, depth, x.stride(0), pointer(self.input_scale),
+              q.data_ptr(), scale.data_ptr(), starts.data_ptr())  # fmt: skip
         return QuantisedRows(x.shape, dtype, q, scale, starts)
 
     def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

@@ -494,12 +494,13 @@ int64_t EACH(critical_product)(const TYPE *x, int64_t tokens, int64_t rows, int6
     return kept;
 }
 
-/* All rows of x in 8 bits, to be multiplied with several weights. q: of scratch_bytes; scales, starts: (tokens,). */
-void EACH(quantise_input)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, void *q, float *scales,
-                          int32_t *starts, int threads) {
+/* All rows of x in 8 bits, to be multiplied with several weights. fold: what each feature is multiplied with first, or
+ * NULL. q: of scratch_bytes; scales, starts: (tokens,). */
+void EACH(quantise_input)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, const float *fold, void *q,
+                          float *scales, int32_t *starts, int threads) {
     const int64_t depth = up_to(rows, DEEP);
     #pragma omp parallel num_threads(threads)
-    EACH(quantise_gathered)(x, rows, stride, NULL, tokens, NULL, NULL, aligned(q), row_stride(depth), depth, scales,
+    EACH(quantise_gathered)(x, rows, stride, NULL, tokens, NULL, fold, aligned(q), row_stride(depth), depth, scales,
                             starts);
 }
 

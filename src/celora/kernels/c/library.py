@@ -31,7 +31,7 @@ _DOT_SIGNATURES = {  # dot.c; only where the machine has the instructions
     "pack_rows": [_P, _N, _N, _N, _P, _P, _I],
     "gathered_product": [_P, _N, _N, _N, _P, _P, _N, _P, _P, _P, _N, _P, _N, _P, _P, _P, _P, _I, _I],
     "critical_product": [_P, _N, _N, _N, _N, ctypes.c_double, _P, _P, _N, _P, _N, _P, _P, _I],
-    "quantise_input": [_P, _N, _N, _N, _P, _P, _P, _I],
+    "quantise_input": [_P, _N, _N, _N, _P, _P, _P, _P, _I],
     "quantised_product": [_P, _P, _P, _N, _N, _P, _P, _P, _N, _P, _I],
 }
 _ATTENTION_SIGNATURES = {  # attention.c; only where the machine has matrix instructions

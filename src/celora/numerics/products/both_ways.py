@@ -4,24 +4,73 @@
 
 with one scale s per output channel of W, one s_x per token of x, and s folded into G before G is quantised. The forward
 is an estimate then: a model that trains so is a slightly other model, as one whose base is quantised (QLoRA).
-Source: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339); one copy for both directions is ours.
+
+A few features of x may be far larger than the rest, which then are rounded to the steps of the large ones. Once the
+largest number m_j of each feature is known, x_j is multiplied with u_j before it is rounded, and W's column divided:
+
+    u_j = max(1, m_j / median(m))^(-1/2),    W ~= diag(s) q diag(u).
+
+Sources: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339), scales moved from x into W as in SmoothQuant
+(arXiv 2211.10438), there of all features; one copy for both directions is ours.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from celora.kernels.operations import pack_both_ways
+from celora.kernels.operations import column_maxima, pack_both_ways
 from celora.kernels.packed import BothWays, QuantisedRows
 from celora.kernels.plain import row_scales
 from celora.numerics.products.int8 import Int8
+from celora.weights.stored import StoredWeight
 
 
 class Int8BothWays(Int8):
-    """`Int8` whose copy of the weight also multiplies in the forward; one scale per output channel serves both."""
+    """`Int8` whose copy of the weight also multiplies in the forward; one scale per output channel serves both.
+
+    Attributes:
+        levels: how large each input feature was, in sixteenths of a factor of 2, (in,) int32; None until it is known.
+    """
+
+    def __init__(self, *, copy: bool = True) -> None:
+        self.levels: Tensor | None = None
+        self._largest_inputs: Tensor | None = None
+        super().__init__(copy=copy)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "levels": self.levels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        levels = state.pop("levels", None)
+        super().__setstate__(state)
+        self.levels = levels
+
+    def look(self, x: Tensor, weight: Tensor) -> None:
+        """Take note of how large the features of an input `x: (..., in)` are, unless the weight's bytes are given."""
+        if isinstance(weight, StoredWeight) and weight.packed is not None:
+            return
+        found: Tensor = column_maxima(x.detach().reshape(-1, x.shape[-1])).float()
+        seen = self._largest_inputs
+        self._largest_inputs = found if seen is None else torch.maximum(seen, found)
+
+    def take_levels(self) -> list[int] | None:
+        """The levels of what was looked at since the latest call, None if nothing was; it waits for an accelerator."""
+        seen, self._largest_inputs = self._largest_inputs, None
+        if seen is None:
+            return None
+        levels: list[int] = (_STEPS * seen.clamp(min=_SMALLEST).log2()).nan_to_num(0, 0, 0).round().int().tolist()
+        return levels
+
+    def follow_levels(self, levels: Sequence[int] | None) -> None:
+        """Multiply inputs whose features are this large from now on; None for features that are all alike."""
+        self.levels = None if levels is None else torch.tensor(levels, dtype=torch.int32, device="cpu")
+        self.forget()
 
     @property
     def operation(self) -> str:
@@ -50,11 +99,25 @@ class Int8BothWays(Int8):
         return _onto(packed, packed.quantise(x), bias, out)
 
     def _scale_of(self, weight: Tensor) -> Tensor:
-        return row_scales(weight)
+        scale = self._input_scale(weight.device)
+        return row_scales(weight if scale is None else weight.detach() / scale)
 
     def _pack(self, weight: Tensor) -> BothWays:
         assert self._scale is not None
-        return pack_both_ways(weight, self._scale)
+        return pack_both_ways(weight, self._scale, self._input_scale(weight.device))
+
+    def _input_scale(self, device: torch.device) -> Tensor | None:
+        return None if self.levels is None else _input_scale(tuple(self.levels.tolist()), device)
+
+
+_STEPS, _SMALLEST = 16, 2.0**-100
+
+
+@functools.lru_cache(maxsize=256)
+def _input_scale(levels: tuple[int, ...], device: torch.device) -> Tensor:
+    """u of features this large: (in,) float32. The same tensor for layers that are given the same input."""
+    known = torch.tensor(levels, dtype=torch.float32, device=device)
+    return torch.exp2((known.median() - known).clamp(max=0) / (2 * _STEPS))
 
 
 def _onto(packed: BothWays, rows: QuantisedRows, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -71,17 +134,18 @@ class _Inputs:
 
     def __init__(self) -> None:
         # In one attribute, so that threads see all of it or none.
-        self._known: tuple[weakref.ref[Tensor], int, type, QuantisedRows] | None = None
+        self._known: tuple[weakref.ref[Tensor], int, type, Tensor | None, QuantisedRows] | None = None
 
     def quantised(self, x: Tensor, packed: BothWays) -> QuantisedRows:
         """The rows of `x: (..., in)` as `packed` multiplies them."""
         if x.is_inference():  # nothing tells whether such a tensor was changed
             return packed.quantise(x.reshape(-1, x.shape[-1]))
         known = self._known
-        if known is not None and known[0]() is x and known[1:3] == (x._version, type(packed)):
-            return known[3]
+        same = known is not None and known[0]() is x and known[1:3] == (x._version, type(packed))
+        if known is not None and same and known[3] is packed.input_scale:
+            return known[4]
         rows = packed.quantise(x.reshape(-1, x.shape[-1]))
-        self._known = weakref.ref(x, self._drop), x._version, type(packed), rows
+        self._known = weakref.ref(x, self._drop), x._version, type(packed), packed.input_scale, rows
         return rows
 
     def _drop(self, gone: object) -> None:
