@@ -37,7 +37,8 @@ def load_int8_model(
     """The causal language model in a folder or on the hub, the linear layers of its blocks in 8 bits, all of it on CPU.
 
     Args:
-        model, revision: what to load.
+        model: a folder, or a name on the hub.
+        revision: on the hub.
         dtype: of everything else, and what weights are rounded to before they are quantised; `auto` for the
             checkpoint's own.
         attention: the implementation.
