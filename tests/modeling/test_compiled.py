@@ -10,7 +10,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from celora import CELoraError
-from celora.modeling.compiled import estimated_grad_input, observed_grad_input, quantised, read_and_multiplied
+from celora.modeling.compiled import (
+    estimated_grad_input,
+    observed_grad_input,
+    quantised,
+    read_and_multiplied,
+    read_and_projected,
+)
 from celora.modeling.graft import LayerGraft
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.estimators import Columns
@@ -54,5 +60,6 @@ def test_graphs_are_promised_the_right_shape(layer: tuple[nn.Linear, LayerGraft]
             observed_grad_input(gradient, weight, layer[1].key),
             estimated_grad_input(gradient, weight, layer[1].key),
             read_and_multiplied(gradient, 8, layer[1].key, Mode.EXACT.value),
+            read_and_projected(gradient, 8, None, layer[1].key, False),
         ):
             assert (found.shape, found.dtype) == ((5, 8), torch.bfloat16)

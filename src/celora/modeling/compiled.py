@@ -83,7 +83,8 @@ def _(x: Tensor, out_features: int, bias: Tensor | None, key: int, measures: boo
 
 @torch.library.custom_op("celora::read_and_multiplied", mutates_args=())
 def read_and_multiplied(grad_output: Tensor, in_features: int, key: int, mode: str) -> Tensor:
-    return layers[key].grad_input(grad_output, read(_quantised(key), grad_output.dtype), Mode(mode))
+    weight = read(_quantised(key), grad_output.dtype)
+    return layers[key].grad_input(grad_output, weight, Mode(mode))
 
 
 @read_and_multiplied.register_fake
