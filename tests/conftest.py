@@ -144,3 +144,15 @@ def model() -> PeftModel:
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
     return make_batch(0)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a user whose cache is `home/.cache`, in a folder that the tests may open to others."""
+    if not hasattr(os, "getuid"):
+        pytest.skip("Windows keeps a user's folder for the user")
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    return home

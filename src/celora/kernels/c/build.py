@@ -10,13 +10,13 @@ import hashlib
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from celora.files import sync
+from celora.machine.cache import cache_folder, trusted
 from celora.machine.cpu import instruction_set
 
 _SOURCE = Path(__file__).with_name("rows.c")
@@ -59,32 +59,7 @@ def build_and_load() -> tuple[ctypes.CDLL | None, str]:
 
 def _cache() -> Path:
     """The user's folder for what is compiled; OSError where others could put a library there."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home).absolute() / "celora" / "kernels"
-    for parent in reversed((folder, *folder.parents)):
-        if not parent.exists():
-            parent.mkdir(mode=0o700, exist_ok=True)  # `parents=True` would make those above as the umask says
-    for own in (folder.parent, folder):
-        if own.stat().st_uid == os.getuid() and not _trusted(own):
-            own.chmod(0o700)  # an earlier version made it as the umask said; what others have put there is not loaded
-    folder = folder.resolve()  # what a link leads to is checked, and used from then on
-    if (unsafe := _open_to_others(folder)) is not None:
-        raise PermissionError(f"{unsafe} could be written to by others")
-    return folder
-
-
-def _open_to_others(folder: Path) -> Path | None:
-    """The first of `folder` and the folders above it in which others could replace what leads to it.
-
-    Looks up to the user's home, or up to the root where `folder` lies elsewhere. In a sticky folder, as /tmp is one,
-    nobody can replace what is another's.
-    """
-    way = [folder, *folder.parents]
-    with contextlib.suppress(RuntimeError):  # no home
-        home = Path.home().resolve()
-        if folder.is_relative_to(home):
-            way = [parent for parent in way if parent.is_relative_to(home)]
-    return next((parent for parent in way if not _trusted(parent, sticky=parent != folder)), None)
+    return cache_folder("kernels")
 
 
 @functools.cache
@@ -93,13 +68,6 @@ def _private() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="celora-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-def _trusted(path: Path, *, sticky: bool = False) -> bool:
-    """Whether nobody but this user and root can write to it or, with `sticky`, replace what these two have in it."""
-    found = path.stat()
-    closed = not found.st_mode & 0o022 or (sticky and found.st_mode & stat.S_ISVTX)
-    return found.st_uid in (os.getuid(), 0) and bool(closed)
 
 
 def _built(compiler: str, folder: Path) -> ctypes.CDLL:
@@ -112,7 +80,7 @@ def _built(compiler: str, folder: Path) -> ctypes.CDLL:
         *_FLAGS,
     ]
     made = folder / f"rows-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:16]}.so"
-    if made.is_file() and _trusted(made):
+    if made.is_file() and trusted(made):
         with contextlib.suppress(OSError):  # damaged: it is made anew
             return ctypes.CDLL(str(made))
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
