@@ -32,7 +32,7 @@ from celora.planning.plan import Plan
 from celora.runtime.attachment import ATTRIBUTE, Attachment, attachments, find
 from celora.runtime.notes import advice, whole_model_notes
 from celora.settings.config import CELoraConfig, matches
-from celora.settings.presets import PRESETS, resolve
+from celora.settings.presets import PRESETS, by_rule, resolve
 from celora.weights.read import plain_weight
 
 _PRESET_PATTERNS = {pattern for preset in PRESETS.values() for pattern in preset.overrides}
@@ -54,7 +54,8 @@ def attach(
     Args:
         model: a PEFT model, or any module that contains PEFT tuner layers. Not merged.
         config: a preset (`"auto"`, `"fast"`, `"exact"`, `"paper"`, `"off"`), a `CELoraConfig`, or a `Plan`.
-        batches: a few batches as training will see them. `"auto"` needs them, since it measures before it chooses.
+        batches: for `"auto"`, a few batches as training will see them: it then makes a plan on them first. Without, it
+            begins with a rule, and its refreshes adjust that.
         **changes: fields of the configuration that concern all layers. `labelled_head=False` keeps `outputs.logits`
             while training, `padding_free=False` keeps the padding, `refresh_every=50` refreshes more often. Plans are
             made without padding and logits.
@@ -62,12 +63,13 @@ def attach(
     Returns:
         How each layer is estimated, or why it is not. Printed, it is a table.
 
-    If several processes train together, all of them call this. With `"auto"`, all take the plan of the first.
+    If several processes train together, all of them call this. With `"auto"` and `"fast"`, all take what the first has
+    measured.
 
     Raises:
         CELoraError: unknown preset or field, no adapters, merged adapters, a model patched by Unsloth, a rank larger
-            than a layer, a plan for another model or device, `"auto"` without batches, or processes of a sharded model
-            that give different configurations.
+            than a layer, a plan for another model or device, or processes of a sharded model that give different
+            configurations.
     """
     found = survey(model)
     plan, config = _settled(found, config, batches, changes)
@@ -118,27 +120,22 @@ def _settled(
     batches: Iterable[Mapping[str, Any]] | None,
     changes: Mapping[str, Any],
 ) -> tuple[Plan | None, CELoraConfig]:
-    """The plan, if there is one, and the configuration. For preset `auto` the plan is made now."""
+    """The plan, if there is one, and the configuration. What presets `auto` and `fast` leave open is measured now."""
     model = found.model
-    if config == "auto":
+    if config == "auto" and batches is not None:
         resolve(config, changes)  # tell a mistake before anything is measured
         from celora.planning.planner import make_plan
 
-        if batches is None:
-            raise CELoraError(
-                "preset 'auto' measures before it chooses: give batches=, a few batches as training will see them."
-            )
         config = Plan.from_dict(from_first(make_plan(model, batches).to_dict()))
-    plan = config if isinstance(config, Plan) else None
+    plan, name = config if isinstance(config, Plan) else None, config
     if isinstance(config, Plan):
         config.check(found)
         config = config.config()
-    fast = config == "fast"
     config = resolve(config, changes)
-    if fast:
+    if name in ("auto", "fast"):
         from celora.planning.fastest import gate
 
-        config = gate(found, config)
+        config = gate(found, by_rule(config, changes) if name == "auto" else config)
     if gathers(model) and not same_in_all(config.to_dict()):
         raise CELoraError(
             "the processes attach different configurations, and would wait for each other for ever; a plan has to be "

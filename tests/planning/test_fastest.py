@@ -1,9 +1,10 @@
-"""What preset fast gives each kind of layer, by what was faster."""
+"""What presets auto and fast give each kind of layer and the head, by what was faster."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,16 +13,23 @@ import torch
 import celora
 from celora.modeling.survey import survey
 from celora.planning.fastest import gate
-from celora.settings.presets import PRESETS
+from celora.runtime.attachment import require
+from celora.settings.presets import PRESETS, by_rule
 from machine import refuses
 from patching import patch_all
 from small import make_model, train
 
-FAST = PRESETS["fast"]
+FAST, AUTO = PRESETS["fast"], by_rule(PRESETS["auto"])
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def times(monkeypatch: pytest.MonkeyPatch, *of: float) -> list[int]:
-    """What is timed takes so long, in the order in which it is: exact, both ways, backward, native tokens."""
+    """What is timed takes so long, in the order in which it is: exact, both ways, backward, native tokens. For auto:
+    exact, backward, native tokens; and for the head: exact, drawn. Returns how many took turns each time."""
     seen: list[int] = []
 
     def interleaved(
@@ -56,6 +64,48 @@ def test_the_fastest_wins(took: tuple[float, ...], setting: tuple[str, ...], mon
         assert (layer.estimator, layer.precision, layer.forward)[: len(setting)] == setting
 
 
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here")
+@pytest.mark.parametrize(
+    ("took", "setting", "words"),
+    [
+        ((10.0, 6.0, 9.0), ("tokens", "int8"), 0.1),
+        ((10.0, 12.0, 9.0), ("tokens", "native"), 1.0),
+        ((10.0, 9.8, 9.9), ("dense",), 1.0),
+    ],
+)
+def test_auto_keeps_the_exact_forward(
+    took: tuple[float, ...], setting: tuple[str, ...], words: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    seen = times(monkeypatch, *took)
+    config = gate(survey(model), AUTO)
+    assert seen == [3] * 4 + [2]
+    assert config.head_keep_ratio == words
+    for name in survey(model).layers:
+        layer = config.for_layer(name)
+        assert (layer.estimator, layer.precision)[: len(setting)] == setting
+        assert layer.forward == "exact"
+
+
+def test_what_was_measured_is_kept_for_the_machine_and_the_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = survey(make_model())
+    seen = times(monkeypatch, 10.0, 6.0, 9.0)
+    first = gate(found, AUTO, tokens=100, labelled=20)
+    measured = len(seen)
+    assert measured == 5
+    seen = times(monkeypatch, 10.0, 20.0, 20.0)
+    assert gate(found, AUTO, tokens=127, labelled=31) == first  # as many, as powers of two
+    assert seen == []
+    assert gate(found, AUTO, tokens=100, labelled=40) != first
+    assert len(seen) == 1  # the head
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    gate(found, AUTO, tokens=100, labelled=20)
+    assert len(seen) == 1 + measured
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")  # which cannot be made
+    gate(found, AUTO, tokens=100, labelled=20)
+    assert len(seen) == 1 + 2 * measured
+
+
 def test_what_the_user_says_of_a_layer_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     times(monkeypatch, 10.0, 30.0, 30.0, 30.0)
     asked = dataclasses.replace(FAST, overrides={"up_proj": {"keep_ratio": 0.9}})
@@ -86,3 +136,23 @@ def test_attach_measures_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     if not refuses():
         assert {layer.forward for layer in report.layers} == {"int8"}
     train(model, 2)
+
+
+@pytest.mark.filterwarnings("ignore:celora. (no layer can be estimated|at step|from step)")
+def test_auto_needs_no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the user has set, the rule leaves alone."""
+    times(monkeypatch, 10.0, 6.0, 6.5)
+    model = make_model()
+    report = celora.attach(model, "auto", refresh_every=7)
+    config = require(model).config
+    assert {layer.estimator for layer in report.layers} == {"tokens"}
+    assert (config.refresh_every, config.head_keep_ratio, config.forward) == (7, 0.1, "exact")
+    assert celora.attach(model, "auto", refresh_every=7).layers == report.layers
+    assert require(model).config == config
+    train(model, 2)
+    celora.attach(model, "auto", head_keep_ratio=1.0, most_error=None, zero_tokens=False)
+    config = require(model).config
+    assert (config.head_keep_ratio, config.most_error, config.zero_tokens) == (1.0, None, False)
+    celora.attach(model, "auto", labelled_head=False, target_error=0.1)
+    config = require(model).config
+    assert (config.head_keep_ratio, config.most_error) == (1.0, None)

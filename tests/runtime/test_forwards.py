@@ -90,9 +90,9 @@ def test_processes_agree_on_who_goes_back(monkeypatch: pytest.MonkeyPatch) -> No
     train(model, 1)
     forwards = require(model).forwards
     name = next(iter(forwards))
-    monkeypatch.setattr("celora.runtime.forwards.in_company", lambda: True)
+    monkeypatch.setattr("celora.runtime.agreement.in_company", lambda: True)
     told_by_another = [[200_000], *([-1] for _ in range(13))]
-    monkeypatch.setattr("celora.runtime.forwards.largest_of_all", lambda told, device: told_by_another)
+    monkeypatch.setattr("celora.runtime.agreement.largest_of_all", lambda told, device: told_by_another)
     with pytest.warns(UserWarning, match="was off by 20%, and less than 10% is accepted"):
         forwards.end_refresh(1, torch.device("cpu"))
     assert forwards.made_exact == {name}

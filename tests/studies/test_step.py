@@ -38,11 +38,11 @@ def test_arms_share_frozen_weights_and_no_others(tmp_path: Path) -> None:
     assert all(a.isdisjoint(b) for a, b in itertools.combinations(trained, 2))
 
 
-def test_auto_is_planned_once_and_the_plan_is_shared(tmp_path: Path) -> None:
+def test_a_plan_is_made_once_and_shared(tmp_path: Path) -> None:
     batches, plan = make_batches(SMALL), tmp_path / "plan.json"
-    first = make_step(SMALL, "auto", batches, plan, {})
+    first = make_step(SMALL, "plan", batches, plan, {})
     written = plan.read_bytes()
-    again = make_step(SMALL, "auto", batches, plan, {})
+    again = make_step(SMALL, "plan", batches, plan, {})
     assert plan.read_bytes() == written
     assert require(first.model).report == require(again.model).report
     assert find(make_step(SMALL, "PEFT", batches, plan, {}).model) is None

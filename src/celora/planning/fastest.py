@@ -1,35 +1,57 @@
-"""Preset `fast` without a plan: a second of timing decides what each kind of layer gets, so that none is made slower.
+"""Presets `auto` and `fast` without a plan: a moment of timing decides what is estimated, so that nothing is slower.
 
-For layers of one shape, dtype and device, forward and backward are timed together, in turns: in 8 bits both ways, with
-an exact forward, with the gradient's own products of the same tokens, and as PEFT computes them. The fastest wins.
+For layers of one shape, dtype and device, the products are timed in turns: in 8 bits (preset `fast`: both ways, and
+with an exact forward), with the gradient's own products of the same tokens, and as PEFT computes them. The fastest
+wins. So it is with the vocabulary projection. What was measured is kept in the user's cache for the next run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from celora.machine.device import random_states
-from celora.machine.processes import from_first
+from celora.kernels.backends import chosen
+from celora.machine.cache import keep, recall
+from celora.machine.device import measured_on, random_states
+from celora.machine.processes import from_first, in_company
 from celora.machine.timing import cannot_time, interleaved
 from celora.modeling.survey import Survey
 from celora.planning.candidates import EXACT, make_candidate
+from celora.planning.head_evidence import time_shares
 from celora.settings.config import CELoraConfig, LayerConfig
 
-TOKENS = 512  # of the products that are timed; what is faster for so many is so for more
+TOKENS = 512  # of the products that are timed, at most; what is faster for so many is so for more
+_FEWEST, _MOST_NUMBERS = 16, 2**31  # tokens; multiplications of one product: a large layer is timed with fewer tokens
 _REPEATS = 5
 _CLEARLY = 0.97  # of PEFT's time: less of a gain is noise
 
 
-def gate(found: Survey, config: CELoraConfig) -> CELoraConfig:
+def gate(found: Survey, config: CELoraConfig, tokens: int = TOKENS, labelled: int = TOKENS) -> CELoraConfig:
     """`config` with an override for each layer for which something else is faster here than its own setting.
+
+    An exact forward leaves the vocabulary projection exact, too, where drawing words is not faster.
+
+    Args:
+        tokens: of a batch; `labelled`: those of them with a label.
 
     All processes that train together take what the first one has measured.
     """
+    if in_company() and dist.get_rank() > 0:
+        overrides, share = from_first(None)
+    else:
+        with random_states({layer.device for layer in found.layers.values() if not cannot_time(layer.device)}):
+            overrides, share = from_first((_overrides(found, config, tokens), _share(found, config, labelled)))
+    return dataclasses.replace(config, overrides={**config.overrides, **overrides}, head_keep_ratio=share)
+
+
+def _overrides(found: Survey, config: CELoraConfig, tokens: int) -> dict[str, Mapping[str, Any]]:
     fields = [field.name for field in dataclasses.fields(LayerConfig)]
     own = LayerConfig(**{name: getattr(config, name) for name in fields})
     kinds: dict[tuple[tuple[int, int], torch.dtype, torch.device, bool], list[str]] = {}
@@ -38,47 +60,94 @@ def gate(found: Survey, config: CELoraConfig) -> CELoraConfig:
         if timed and layer.dtype is not None and config.for_layer(name) == own:
             kinds.setdefault((layer.shape, layer.dtype, layer.device, layer.takes_forward), []).append(name)
     overrides: dict[str, Mapping[str, Any]] = {}
-    with random_states({device for _, _, device, _ in kinds}):
-        for (shape, dtype, device, takes_forward), names in kinds.items():
-            best = _fastest(own if takes_forward else dataclasses.replace(own, forward="exact"), shape, dtype, device)
-            changes = {field: getattr(best, field) for field in fields if getattr(best, field) != getattr(own, field)}
-            if best == EXACT:  # to which the other fields mean nothing
-                changes = {"estimator": EXACT.estimator}
-            overrides |= dict.fromkeys(names, changes) if changes else {}
-    return dataclasses.replace(config, overrides=from_first({**config.overrides, **overrides}))
+    for (shape, dtype, device, takes_forward), names in kinds.items():
+        setting = own if takes_forward else dataclasses.replace(own, forward="exact")
+        best = _fastest(setting, shape, dtype, device, tokens)
+        changes = {field: getattr(best, field) for field in fields if getattr(best, field) != getattr(own, field)}
+        if best == EXACT:  # to which the other fields mean nothing
+            changes = {"estimator": EXACT.estimator}
+        overrides |= dict.fromkeys(names, changes) if changes else {}
+    return overrides
 
 
-def _fastest(own: LayerConfig, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> LayerConfig:
+def _fastest(
+    own: LayerConfig, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, tokens: int
+) -> LayerConfig:
     """The fastest setting for a layer of this kind; `EXACT` where none is clearly faster than that."""
     backward = dataclasses.replace(own, forward="exact")
-    settings = dict.fromkeys((own, backward, dataclasses.replace(backward, precision="native")))
-    out_features, in_features = shape
+    different = dict.fromkeys((own, backward, dataclasses.replace(backward, precision="native")))
+    settings = [setting for setting in different if make_candidate(setting, shape, device).product.pays(*shape, device)]
+    tokens = _timed_tokens(tokens, shape[0] * shape[1])
     dtype = dtype if dtype.is_floating_point else torch.bfloat16  # a quantised layer's products
-    w = torch.randn(out_features, in_features, dtype=dtype, device=device) / in_features**0.5
-    x = torch.randn(TOKENS, in_features, dtype=dtype, device=device)
-    # A gradient sits in some of its tokens. Of log-normal norms, about 92 % of the tokens hold 0.9997 of the energy.
-    g = torch.randn(TOKENS, out_features, dtype=dtype, device=device)
-    g *= torch.randn(TOKENS, 1, dtype=dtype, device=device).exp()
-    contenders = {EXACT: _step(EXACT, shape, w, x, g)}
-    for setting in settings:
-        product = make_candidate(setting, shape, device).product
-        if product.pays(*shape, device):
-            contenders[setting] = _step(setting, shape, w, x, g)
-    named = {str(i): step for i, step in enumerate(contenders.values())}
-    times = [found["time_ms"] for found in interleaved(named, repeats=_REPEATS, device=device).values()]
-    best, time = min(zip(contenders, times, strict=True), key=lambda pair: pair[1])
+    of = {"layer": [dataclasses.asdict(setting) for setting in settings], "shape": shape, "tokens": tokens}
+    times = _kept(of, 1 + len(settings), dtype, device, lambda: _times(settings, shape, tokens, dtype, device))
+    best, time = min(zip((EXACT, *settings), times, strict=True), key=lambda pair: pair[1])
     return best if time < _CLEARLY * times[0] else EXACT
 
 
-def _step(setting: LayerConfig, shape: tuple[int, int], w: Tensor, x: Tensor, g: Tensor) -> Callable[[], object]:
-    """The products of one layer's forward and backward."""
+def _times(
+    settings: list[LayerConfig], shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device
+) -> list[float]:
+    """Milliseconds of the exact products, and of those of each setting."""
+    out_features, in_features = shape
+    w = torch.randn(out_features, in_features, dtype=dtype, device=device) / in_features**0.5
+    x = torch.randn(tokens, in_features, dtype=dtype, device=device)
+    # A gradient sits in some of its tokens. Of log-normal norms, about 92 % of the tokens hold 0.9997 of the energy.
+    g = torch.randn(tokens, out_features, dtype=dtype, device=device)
+    g *= torch.randn(tokens, 1, dtype=dtype, device=device).exp()
+    forward = any(setting.forward != "exact" for setting in settings)
+    named = {str(i): _step(setting, shape, w, x, g, forward) for i, setting in enumerate((EXACT, *settings))}
+    return [found["time_ms"] for found in interleaved(named, repeats=_REPEATS, device=device).values()]
+
+
+def _step(
+    setting: LayerConfig, shape: tuple[int, int], w: Tensor, x: Tensor, g: Tensor, forward: bool
+) -> Callable[[], object]:
+    """The products of one layer's backward and, where settings differ in it, forward."""
     estimator = make_candidate(setting, shape, w.device)
     estimator.observe(g, w, x)
     estimator.select()
     product: Any = estimator.product
 
     def step() -> object:
+        if not forward:
+            return estimator.estimate(g, w)
         y = x @ w.t() if setting.forward == "exact" else product.forward(x, w, None)
         return y, estimator.estimate(g, w)
 
     return step
+
+
+def _share(found: Survey, config: CELoraConfig, labelled: int) -> float:
+    """The share of the words that the gradient of the logits goes through: the configuration's, or 1 if that pays."""
+    share, model = config.head_keep_ratio, found.language_model
+    if share == 1 or config.head_forward != "exact" or model is None:
+        return share
+    weight = model.head.weight.detach()
+    if isinstance(weight, DTensor) or weight.is_meta or not weight.is_floating_point() or cannot_time(weight.device):
+        return share
+    tokens = _timed_tokens(labelled, weight.numel())
+    of = {"head": share, "shape": tuple(weight.shape), "tokens": tokens}
+    times = _kept(of, 2, weight.dtype, weight.device, lambda: list(time_shares(weight, tokens, (1.0, share)).values()))
+    return share if times[1] < _CLEARLY * times[0] else 1.0
+
+
+def _timed_tokens(tokens: int, numbers: int) -> int:
+    """How many tokens to time with a weight of so many numbers: a power of two, so that runs share measurements."""
+    most = max(_FEWEST, min(tokens, TOKENS, _MOST_NUMBERS // max(1, numbers)))
+    return 1 << (most.bit_length() - 1)
+
+
+def _kept(
+    of: dict[str, Any], count: int, dtype: torch.dtype, device: torch.device, measure: Callable[[], list[float]]
+) -> list[float]:
+    """The `count` times that the user's cache has of this, or else what `measure` finds now, kept there."""
+    machine = {"device": measured_on(device), "threads": torch.get_num_threads(), "by": chosen(dtype, device)}
+    versions = {name: metadata.version(name) for name in ("celora", "torch")}
+    of = of | {"shape": list(of["shape"]), "dtype": str(dtype), "machine": machine, "versions": versions}
+    times = recall(of)
+    if isinstance(times, list) and len(times) == count and all(isinstance(time, float) for time in times):
+        return times
+    times = measure()
+    keep(of, times)
+    return times

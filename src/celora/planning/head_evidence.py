@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,17 +33,19 @@ def head_evidence(bench: Bench) -> list[PlannedLayer]:
     if errors[HEAD_SHARES[-1]] == 0:  # a hundredth of the words loses nothing: the loss of this batch is not ours
         return []
     weight = whole(bench.language_model.head.weight).detach()
-    tokens = int((labels[:, 1:] != IGNORED).sum())
+    ms = time_shares(weight, int((labels[:, 1:] != IGNORED).sum()), (1.0, *HEAD_SHARES))
+    found = [Candidate(EXACT, round(ms[1.0], 5), 0.0)]
+    for share, setting in settings.items():
+        if ms[share] < MARGIN * ms[1.0]:
+            found.append(Candidate(setting, round(ms[share], 5), round(errors[share], 6)))
+    return [PlannedLayer(HEAD, len(weight), weight.shape[1], 1.0, tuple(found), 0)]
+
+
+def time_shares(weight: Tensor, tokens: int, shares: Sequence[float]) -> dict[float, float]:
+    """Milliseconds of the gradient of so many tokens' logits through each share of the words of `weight: (V, H)`."""
     size = chunk_size(tokens, len(weight))
     grad = torch.randn(size, len(weight), device=weight.device).to(weight.dtype)
     out = grad.new_empty(size, weight.shape[1])
-    calls = {
-        str(share): functools.partial(through_the_head, grad, weight, share, out, 0) for share in (1.0, *HEAD_SHARES)
-    }
+    calls = {str(share): functools.partial(through_the_head, grad, weight, share, out, 0) for share in shares}
     measured = interleaved(calls, repeats=5, device=grad.device)
-    ms = {call: row["time_ms"] * tokens / size for call, row in measured.items()}
-    found = [Candidate(EXACT, round(ms["1.0"], 5), 0.0)]
-    for share, setting in settings.items():
-        if ms[str(share)] < MARGIN * ms["1.0"]:
-            found.append(Candidate(setting, round(ms[str(share)], 5), round(errors[share], 6)))
-    return [PlannedLayer(HEAD, len(weight), weight.shape[1], 1.0, tuple(found), 0)]
+    return {share: measured[str(share)]["time_ms"] * tokens / size for share in shares}

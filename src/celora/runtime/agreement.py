@@ -8,10 +8,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from celora.machine.processes import in_company
+from celora.machine.processes import in_company, largest_of_all
 from celora.modeling.graft import LayerGraft
 from celora.weights.read import device_of, read
 from celora.weights.sharded import whole
+
+_STEPS, _MOST = 10**6, 10.0**3  # errors are told to other processes in millionths, and no larger than this
+
+
+def largest_errors(errors: Sequence[float | None], device: torch.device) -> list[float | None]:
+    """Each error's maximum over all processes that train together, or None where none of them has one.
+
+    Collective: every process calls it with as many. A single process gets its own back.
+    """
+    if not in_company():
+        return list(errors)
+    told = [[-1 if error is None else round(min(error, _MOST) * _STEPS)] for error in errors]
+    return [None if most < 0 else most / _STEPS for (most,) in largest_of_all(told, device)]
 
 
 @torch.no_grad()

@@ -16,9 +16,10 @@ from celora.modeling.graft import LayerGraft
 from celora.modeling.model_graft import ModelGraft
 from celora.modeling.report import AttachReport
 from celora.modeling.switch import Mode, Switch
-from celora.runtime.agreement import add_up
+from celora.runtime.agreement import add_up, largest_errors
 from celora.runtime.clock import StepClock
 from celora.runtime.forwards import Forwards
+from celora.runtime.ladder import Ladder
 from celora.runtime.target_error import aim
 from celora.settings.config import CELoraConfig
 from celora.settings.names import HEAD
@@ -44,6 +45,7 @@ class Attachment:
             projection's.
         over_bound: how many refreshes in a row, up to the latest, a layer's relative error was 1 or more.
         forwards: of layers whose forward is computed in 8 bits.
+        ladder: what refreshes changed of what layers keep (`most_error` of the configuration).
         plan: what the configuration was made from, if it was.
     """
 
@@ -53,6 +55,7 @@ class Attachment:
         self.switch = Switch()
         self.grafts: dict[str, LayerGraft] = {}
         self.forwards = Forwards()
+        self.ladder = Ladder(config.most_error)
         self.forward: ModelGraft | None = None
         self.relative_errors: dict[str, float] = {}
         self.over_bound: dict[str, int] = {}
@@ -78,7 +81,11 @@ class Attachment:
 
     @property
     def made_exact(self) -> set[str]:
-        """The layers whose estimate proved to be none, and which are exact from then on."""
+        """The layers whose estimate proved to be none, or lost too much, and which are exact from then on."""
+        return self._given_up | self.ladder.exact
+
+    @property
+    def _given_up(self) -> set[str]:
         return {name for name, times in self.over_bound.items() if times >= TOO_OFTEN}
 
     def modules(self) -> Iterator[nn.Module]:
@@ -112,7 +119,7 @@ class Attachment:
     @torch.no_grad()
     def _on_step(self, step: int) -> None:
         """End the refresh that the finished step was, if it was one, and set every layer's mode for step `step`."""
-        already = self.made_exact
+        already, errors = self._given_up, dict[str, float]()
         modes = set(self.switch.modes)
         self.switch.modes.clear()
         self.switch.name_the_rest()
@@ -134,6 +141,7 @@ class Attachment:
         for name, graft in observing.items():
             error = graft.take_error()
             if error is not None:
+                errors[name] = error
                 if self.config.target_error is not None:
                     aim(graft.estimator, error, self.config.target_error)
                 self._monitor(name, error, step)
@@ -145,12 +153,16 @@ class Attachment:
                     "too small or too large for their squares. It stays exact until it sees one.",
                 )
         if self.forward is not None and (error := self.forward.take_error()) is not None:
+            errors[HEAD] = error
             self._monitor(HEAD, error, step)
-        if self.forwards and self._due(step - 1):
-            self.forwards.end_refresh(step, next(self.parameters()).device)
+        if self._due(step - 1):
+            if self.forwards:
+                self.forwards.end_refresh(step, next(self.parameters()).device)
+            if self.config.most_error is not None:
+                self._move(errors, step)
         self._refreshed |= observing.keys()
         self.agree(list(observing))
-        if new := self.made_exact - already:
+        if new := self._given_up - already:
             warnings.warn(
                 f"celora: from step {step} on, {', '.join(sorted(new))} "
                 f"{'is' if len(new) == 1 else 'are'} exact: the relative error was 1 or more at {TOO_OFTEN} refreshes "
@@ -162,6 +174,17 @@ class Attachment:
                 self._check_passed_by()
             self._check_planned()
         self.set_modes(step)
+
+    def _move(self, errors: dict[str, float], step: int) -> None:
+        """Let layers keep more or less by what this refresh measured; all processes by the largest error of any."""
+        names = [*self.grafts, HEAD]
+        seen = largest_errors([errors.get(name) for name in names], next(self.parameters()).device)
+        for name, error in zip(names, seen, strict=True):
+            part: Any = self.forward if name == HEAD else self.grafts[name].estimator
+            if error is not None and part is not None and name not in self.made_exact:
+                keeps = self.ladder.move(name, part.keep_ratio, error, step)
+                if name == HEAD or keeps < 1:  # an estimator whose layer becomes exact stays what it was
+                    part.keep_ratio = keeps
 
     def agree(self, names: list[str]) -> None:
         """Make layers exact in all processes or in none where the weights are sharded: who gathers one waits for all.
@@ -245,10 +268,10 @@ class Attachment:
                 )
 
     def _due(self, step: int) -> bool:
-        """Whether some layer refreshes at this step by the clock alone, which is the same in all processes."""
+        """Whether something refreshes at this step by the clock alone, which is the same in all processes."""
         tau = self.config.refresh_every
         turns = any(step % tau == self._turn(i, tau) for i in range(len(self.grafts)))
-        return step < _FIRST_ROUND or turns or step == self._together
+        return step < _FIRST_ROUND or step % tau == 0 or turns or step == self._together
 
     def _turn(self, i: int, steps: int) -> int:
         """At which of so many steps layer i refreshes."""
@@ -259,7 +282,8 @@ class Attachment:
 
         With `spread`, layer i of n refreshes `i tau / n` steps later, and those that need a first observation get it in
         turns during the first steps, exact until then. Not so under torch.compile, which would make a graph for each
-        turn: once that has been seen, all layers refresh at once, from that step on. What was made exact stays so.
+        turn: once that has been seen, all layers refresh at once, from that step on. With `most_error` all layers are
+        measured in turns during the first steps. What was made exact stays so.
         """
         tau, made_exact = self.config.refresh_every, self.made_exact
         if self.config.spread and self.switch.compiled and self._together is None:
@@ -276,6 +300,7 @@ class Attachment:
                 graft.mode = Mode.OBSERVE if step >= first else Mode.EXACT
             else:
                 due = step % tau == self._turn(i, tau) or step == self._together
+                due |= self.config.most_error is not None and step == first
                 graft.mode = Mode.OBSERVE if due else Mode.ESTIMATE
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from celora.machine.processes import in_company, largest_of_all
 from celora.modeling.eight_bit import MOST_ERROR, EightBitForward
+from celora.runtime.agreement import largest_errors
 
 _ERROR, _EXACT, _LEVELS = "forward_error", "forward_exact", "forward_levels"
 _UNSEEN = -(10**6)
-_STEPS = 10**6  # errors are told to other processes in millionths
 
 
 class Forwards(dict[str, EightBitForward]):
@@ -40,10 +40,8 @@ class Forwards(dict[str, EightBitForward]):
         """
         new = self._follow_inputs(device)
         seen = [forward.graft.of_forward.take_error() for forward in self.values()]
-        if in_company():
-            told = [[-1 if error is None else min(round(error * _STEPS), 10**9)] for error in seen]
-            seen = [None if most < 0 else most / _STEPS for (most,) in largest_of_all(told, device)]
-        found = {name: error for name, error in zip(self, seen, strict=True) if error is not None}
+        largest = zip(self, largest_errors(seen, device), strict=True)
+        found = {name: error for name, error in largest if error is not None}
         self.errors |= found
         lossy = [name for name, error in found.items() if error >= MOST_ERROR and not self[name].exact | (name in new)]
         for name in lossy:

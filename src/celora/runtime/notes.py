@@ -41,6 +41,11 @@ def whole_model_notes(found: Survey, config: CELoraConfig, known: Collection[typ
         if config.padding_free and of is not None:
             stays = of.cannot_pack
             notes.append(f"Padding stays: {stays}." if stays else "Padding left out of training batches.")
+    if config.most_error is not None:
+        notes.append(
+            f"Refreshes measure each layer's relative error: beyond {config.most_error:g} it keeps more or becomes "
+            "exact, far below it keeps less."
+        )
     return notes
 
 

@@ -25,7 +25,7 @@ from celora.settings.names import HEAD
 STATE_NAME = "celora_state.safetensors"
 _ERROR = "relative_error"
 _OVER_BOUND = "over_bound"
-_CONFIG = "config"
+_CONFIG, _MOVES = "config", "moves"
 N = TypeVar("N", int, float)
 
 
@@ -49,7 +49,8 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     target = Path(folder) / own_name(attachment)
     with replacing(target) as temporary:
         try:
-            save_file(state, temporary, metadata={_CONFIG: _config(attachment)})
+            known_by = {_CONFIG: _config(attachment), _MOVES: attachment.ladder.to_json()}
+            save_file(state, temporary, metadata=known_by)
         except SafetensorError as error:
             raise OSError(str(error)) from error
     return target
@@ -71,10 +72,11 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise CELoraError(f"no {STATE_NAME} in {folder}; save one with celora.save_state(model, folder).")
     try:
         with safe_open(file, framework="pt") as opened:
-            made_with = (opened.metadata() or {}).get(_CONFIG)
+            metadata = opened.metadata() or {}
             state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise CELoraError(f"{file} is damaged: {error}") from None
+    made_with = metadata.get(_CONFIG)
     if made_with is None or "step" not in state:
         raise CELoraError(f"{file} was not made by celora.save_state.")
     if not _same_config(made_with, attachment):
@@ -97,12 +99,17 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     forwards = {name: _popped(fields, "forward_") for name, fields in layers.items()}
     for name, graft in attachment.grafts.items():
         _restore(graft.estimator.clone(), layers[name])  # refuse what does not fit before anything is changed
+    try:
+        attachment.ladder.load(metadata.get(_MOVES, "[]"), layers)
+    except CELoraError as error:
+        raise CELoraError(f"{file} is damaged: {error}") from None
     for name, graft in attachment.grafts.items():
         _restore(graft.estimator, layers[name])
         attachment.forwards.load_state_dict(name, forwards[name])
         graft.take_error()  # of a refresh that was interrupted
     if attachment.forward is not None:
         attachment.forward.take_error()
+        attachment.forward.keep_ratio = attachment.ladder.keeps(HEAD, attachment.config.head_keep_ratio)
     attachment.relative_errors, attachment.over_bound = errors, over_bound
     attachment.clock.step = step
     attachment.agree(list(attachment.grafts))

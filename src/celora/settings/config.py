@@ -55,6 +55,9 @@ class CELoraConfig(LayerConfig):
         spread: let layers refresh in turns instead of all at once, so that no step is much slower than its neighbours.
         target_error: keep each layer's relative error, measured at its refreshes, near this by moving its `keep_ratio`
             (`celora.runtime.target_error`).
+        most_error: the relative error of a layer, measured at its refreshes, beyond which it keeps more, or becomes
+            exact. A layer far below it keeps less (`celora.runtime.ladder`; preset `auto`). Each layer is then measured
+            once within the first steps, too.
         overrides: glob on a layer's dotted name (or on its end: `"layers.3.mlp.up_proj"`) -> the fields it changes.
             Later entries win over earlier ones.
         synchronise: let all processes that train together select by what all of them have seen, so that they keep the
@@ -79,6 +82,7 @@ class CELoraConfig(LayerConfig):
     refresh_every: int = 200
     spread: bool = False
     target_error: float | None = None
+    most_error: float | None = None
     synchronise: bool = False
     fused: bool = False
     labelled_head: bool = False
@@ -105,9 +109,14 @@ class CELoraConfig(LayerConfig):
         check_keep_ratio(self.head_keep_ratio, "head_keep_ratio")
         if self.head_keep_ratio < 1 and not self.labelled_head:
             raise CELoraError(f"head_keep_ratio={self.head_keep_ratio} needs labelled_head=True.")
-        error = self.target_error
-        if error is not None and (isinstance(error, bool) or not isinstance(error, int | float) or not 0 < error < 1):
-            raise CELoraError(f"target_error={error!r}; expected 0 < target_error < 1, or None for a fixed keep_ratio.")
+        for name in ("target_error", "most_error"):
+            error = getattr(self, name)
+            if error is not None and (
+                isinstance(error, bool) or not isinstance(error, int | float) or not 0 < error < 1
+            ):
+                raise CELoraError(f"{name}={error!r}; expected 0 < {name} < 1, or None for a fixed keep_ratio.")
+        if self.target_error is not None and self.most_error is not None:
+            raise CELoraError("target_error and most_error both move what layers keep; give one of them.")
         if not isinstance(self.overrides, Mapping):
             raise CELoraError(f"overrides={self.overrides!r}; expected a mapping from a layer pattern to settings.")
         overrides = {}

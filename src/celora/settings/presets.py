@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from celora.errors import CELoraError, unknown
@@ -27,7 +27,7 @@ PRESETS: dict[str, CELoraConfig] = {
     "exact": CELoraConfig(
         estimator="dense", fused=True, labelled_head=True, padding_free=True, zero_tokens=True, spread=True
     ),
-    # What a plan is carried out in: its layers are the overrides (celora.make_plan).
+    # What `by_rule`, or a plan (celora.make_plan), is carried out in: their layers are the overrides.
     "auto": CELoraConfig(estimator="dense", spread=True, fused=True, labelled_head=True, padding_free=True),
     # Forward and backward of every frozen layer in 8 bits, of the tokens that carry 0.9997 of the gradient's energy.
     "fast": CELoraConfig(
@@ -46,6 +46,26 @@ PRESETS: dict[str, CELoraConfig] = {
     ),
     "off": CELoraConfig(estimator="dense"),
 }
+
+# What preset auto begins with where no plan is asked for: 8-bit products of the tokens that carry 0.9997 of the
+# gradient's energy in every layer, a tenth of the words for the head (docs/develop/log/plans.md).
+RULE: Mapping[str, Any] = {
+    "estimator": "tokens",
+    "selection": "energy",
+    "keep_ratio": 0.9997,
+    "rank": 0,
+    "precision": "int8",
+    "head_keep_ratio": 0.1,
+    "zero_tokens": True,
+    "most_error": 0.05,
+}
+
+
+def by_rule(frame: CELoraConfig, given: Collection[str] = ()) -> CELoraConfig:
+    """Preset auto with what its rule sets; `given` are the fields of `frame` that the user has set."""
+    own = {*given, *(() if frame.labelled_head else ("head_keep_ratio",))}
+    own |= set() if frame.target_error is None else {"most_error"}
+    return dataclasses.replace(frame, **{name: value for name, value in RULE.items() if name not in own})
 
 
 def resolve(config: str | CELoraConfig, changes: Mapping[str, Any] | None = None) -> CELoraConfig:

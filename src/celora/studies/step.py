@@ -35,7 +35,8 @@ ARMS = {
     "exact": "celora's preset exact",
     "exact + compile": "the same with torch.compile, which takes the fused adapters only",
     "paper": "celora's preset paper",
-    "auto": "celora's preset auto",
+    "auto": "celora's preset auto, as it begins without a plan",
+    "plan": "a plan of celora's at the default fidelity",
     "fast": "celora's preset fast",
     "limit": "PEFT with a free grad_input of its adapted layers (zeros: does not train)",
     "limit of exact": "preset exact with the same",
@@ -108,7 +109,7 @@ def take_turns(
 def make_step(cell: Cell, arm: str, batches: Sequence[Batch], plan_file: Path, frozen: dict[str, Tensor]) -> Step:
     """The step of an arm, with a model of its own.
 
-    Arm `auto` makes its plan and writes it to `plan_file`, or takes the plan that is there. The model's frozen weights
+    Arm `plan` makes its plan and writes it to `plan_file`, or takes the plan that is there. The model's frozen weights
     become those in `frozen`, which gets the ones that it lacks: so many arms of a large model fit into memory.
     """
     model: Any = _unsloth(cell) if arm == "Unsloth" else make_model(cell, upper=arm == "PEFT upper half")
@@ -122,11 +123,11 @@ def make_step(cell: Cell, arm: str, batches: Sequence[Batch], plan_file: Path, f
 
 
 def _attach(model: PeftModel, arm: str, batches: Sequence[Batch], plan_file: Path) -> None:
-    if arm == "auto":
+    if arm == "plan":
         plan = Plan.load(plan_file) if plan_file.exists() else celora.make_plan(model, batches)
         plan.save(plan_file)
         celora.attach(model, plan)
-    elif arm in ("exact", "exact + compile", "paper", "fast"):
+    elif arm in ("auto", "exact", "exact + compile", "paper", "fast"):
         celora.attach(model, arm.removesuffix(" + compile"))
     elif arm in ("limit", "limit of exact"):
         if arm == "limit of exact":

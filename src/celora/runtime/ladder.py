@@ -1,0 +1,94 @@
+"""How refreshes adjust preset `auto`'s rule: what loses too much keeps more, or all; what loses little keeps less.
+
+A refresh measures a layer's relative error e. The layer stands on a ladder of shares that it may keep. Beyond
+`most_error` it goes up one rung, and from the last one to exact. Below a fifth of that it goes down one, unless it has
+ever gone up. With a share s of the squared norm and a rounding error r, about `e^2 = r^2 + 1 - s`: it stays within the
+bound. Processes that train together move alike, by the largest error that one of them has seen. Source: ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+
+from celora.errors import CELoraError
+from celora.settings.names import HEAD
+from celora.settings.presets import RULE
+
+SHARES: tuple[float, ...] = (0.999, RULE["keep_ratio"])  # of the squared norm of a layer's gradient
+WORDS: tuple[float, ...] = (RULE["head_keep_ratio"], 0.3)  # of the vocabulary
+EXACT = 1.0
+_FAR_BELOW = 0.2  # of `most_error`
+
+
+@dataclass(frozen=True)
+class Move:
+    """What one refresh changed.
+
+    Attributes:
+        step: the first optimizer step with the new share, counted from 0.
+        layer: its name; `head` is the vocabulary projection.
+        kept, keeps: the share before and after; 1 is exact.
+        relative_error: what was measured.
+    """
+
+    step: int
+    layer: str
+    kept: float
+    keeps: float
+    relative_error: float
+
+
+class Ladder:
+    """The moves of one model's layers, in their order.
+
+    Attributes:
+        most_error: the relative error beyond which a layer moves up; None moves nothing.
+    """
+
+    def __init__(self, most_error: float | None) -> None:
+        self.most_error = most_error
+        self.moves: list[Move] = []
+
+    @property
+    def exact(self) -> set[str]:
+        """The layers that are exact by now."""
+        return {move.layer for move in self.moves if move.keeps == EXACT}
+
+    def move(self, layer: str, kept: float, error: float, step: int) -> float:
+        """What the layer keeps from `step` on, after it lost `error` with `kept`."""
+        rungs = (*(WORDS if layer == HEAD else SHARES), EXACT)
+        if self.most_error is None or kept not in rungs[:-1]:  # a setting of the user's
+            return kept
+        rung, raised = rungs.index(kept), any(m.layer == layer and m.keeps > m.kept for m in self.moves)
+        if error > self.most_error:
+            rung += 1
+        elif error < _FAR_BELOW * self.most_error and not raised:
+            rung = max(0, rung - 1)
+        if rungs[rung] != kept:
+            self.moves.append(Move(step, layer, kept, rungs[rung], error))
+        return rungs[rung]
+
+    def keeps(self, layer: str, else_: float) -> float:
+        """What the layer keeps after its latest move; `else_` if it has never moved."""
+        return next((move.keeps for move in reversed(self.moves) if move.layer == layer), else_)
+
+    def to_json(self) -> str:
+        """What a checkpoint keeps; `load` is the inverse."""
+        return json.dumps([asdict(move) for move in self.moves])
+
+    def load(self, text: str, layers: Collection[str]) -> None:
+        """Take over the moves of `text`.
+
+        Raises:
+            CELoraError: no list of moves, or one of a layer that is not among `layers`. Nothing is changed then.
+        """
+        try:
+            moves = [Move(**move) for move in json.loads(text)]
+            other = next((move.layer for move in moves if move.layer not in layers), None)
+        except (ValueError, TypeError) as error:
+            raise CELoraError(f"no moves of layers: {type(error).__name__}: {error}") from None
+        if other is not None:
+            raise CELoraError(f"a move of {other!r}, which is not estimated in this model")
+        self.moves = moves
