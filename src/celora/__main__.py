@@ -3,8 +3,7 @@
 import atexit
 import os
 import sys
-
-from celora.cli.main import main
+import time
 
 
 def run() -> None:
@@ -13,7 +12,10 @@ def run() -> None:
     One of several processes leaves at once, after what is registered for the exit. Some of gloo's threads outlive the
     interpreter: with torch 2.13 one exit in seven is an abort, and the launcher calls a job failed that has succeeded.
     """
-    status = main()
+    began = time.perf_counter()  # before anything is imported that takes time
+    from celora.cli.main import main
+
+    status = main(began=began)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         atexit._run_exitfuncs()
         sys.stdout.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,9 +45,10 @@ def test_train_then_audit_the_adapter(inputs, capsys, tmp_path):
     train = ["train", "--model", model, "--data", rows, "--output", tmp_path / "out", "--max_steps", 2, "--lora-r", 8]
     assert main([str(a) for a in [*train, "--preset", "paper"]]) == 0
     captured = capsys.readouterr()
-    first, where, report, then = captured.out.splitlines()
+    first, spent, where, report, then = captured.out.splitlines()
     out = tmp_path / "out"
     assert first.startswith("finished: step 2  loss ")
+    assert re.fullmatch(r"Wall-clock: (start|load|tokenise|plan|train|save) \d+\.\d s(, \w+ \d+\.\d s)*", spent)
     assert where == f"Adapter: {out}, loaded by PeftModel.from_pretrained(model, {str(out)!r})"
     assert report == f"Report:  {out / 'report.html'}"
     command, _, _ = then.partition("   #")

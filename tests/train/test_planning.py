@@ -1,7 +1,8 @@
-"""Preset auto in a run: when it plans, what it keeps of the plan, and when it is exact instead."""
+"""Preset auto in a run: how its rule is adjusted, when it plans, and what it keeps of either."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from celora.errors import CELoraError
 from celora.settings.config import CELoraConfig
-from celora.settings.presets import resolve
+from celora.settings.presets import RULE
 from celora.train import planning, prepare
 from celora.train.progress import read_metrics
 from celora.train.request.arguments import make_request, parse
@@ -66,39 +67,58 @@ def run_of(inputs, output, **more):
     return train(make_request({**inputs, "output": str(output), **more}), console=console), console.file.getvalue()
 
 
-def test_a_run_too_short_for_a_plan_to_pay_is_exact(inputs, tmp_path, monkeypatch):
-    """And stays it when it is resumed for more steps; a word about a plan, or a longer run, makes one."""
-    auto = {"celora": None, "save_steps": 1, "max_steps": 2}
-    output, plans = tmp_path / "out", []
+@pytest.fixture
+def all_pay(monkeypatch):
+    """As if every estimate were faster here. Shares of a quarter of the energy lose enough to move."""
+    native = {"precision": "native"} if refuses() else {}
+    patch_all(monkeypatch, "celora.planning.fastest:_fastest", lambda own, *_: dataclasses.replace(own, **native))
+    patch_all(monkeypatch, "celora.planning.fastest:_share", lambda found, config, labelled: config.head_keep_ratio)
+    patch_all(monkeypatch, "celora.settings.presets:RULE", {**RULE, "keep_ratio": 0.9, "most_error": 0.2})
+    patch_all(monkeypatch, "celora.runtime.ladder:SHARES", (0.85, 0.9))
+
+
+@pytest.mark.filterwarnings("ignore:celora. at step")  # so few words are drawn badly
+def test_auto_begins_with_a_rule_adjusts_it_and_repeats_that_when_resumed(inputs, tmp_path, monkeypatch, all_pay):
+    patch_all(monkeypatch, "celora.train.planning:make_plan", None)
+    short = {key: value for key, value in SHORT.items() if key != "celora"} | {"lr_scheduler_type": "constant"}
+    _, text = run_of(inputs, tmp_path / "whole", **short | {"max_steps": 12})
+    assert "Refreshes measure each layer's relative error: beyond 0.2 it keeps more or becomes exact" in text
+    config, record = CELoraConfig.load(tmp_path / "whole"), json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert (config.estimator, config.forward, config.most_error) == ("tokens", "exact", 0.2)
+    assert not (tmp_path / "whole" / "celora_plan.json").exists()
+    moves = record["moves"]
+    assert {move["step"] for move in moves} <= {*range(1, 13)}
+    assert len({move["layer"] for move in moves if move["keeps"] == 1}) >= 3
+
+    run_of(inputs, tmp_path / "parts", **short | {"max_steps": 6})
+    part = json.loads((tmp_path / "parts" / "run.json").read_text())["moves"]
+    assert part == moves[: len(part)]
+    patch_all(monkeypatch, "celora.planning.fastest:gate", None)  # a resumed run must not measure again
+    request = parse(["--max_steps", "12"], {"output": str(tmp_path / "parts"), "resume": True})
+    assert train(request, console=Console(file=io.StringIO())).status == "finished"
+    assert json.loads((tmp_path / "parts" / "run.json").read_text())["moves"] == moves
+    resumed, whole = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("parts", "whole"))
+    assert all(value.equal(resumed[name]) for name, value in whole.items())
+
+
+def test_a_word_about_a_plan_makes_one(inputs, tmp_path, monkeypatch):
+    plans = []
     patch_all(monkeypatch, "celora.train.planning:make_plan", lambda *_: plans.append(1) or 1 / 0)
-    _, text = go(inputs, output, **auto)
-    (line,) = (line for line in text.splitlines() if "too short" in line)
-    assert line.startswith("Preset exact: too short for a plan to pay, 2 forward and backward passes")
-    assert not (output / "celora_plan.json").exists()
-    assert CELoraConfig.load(output) == resolve("exact")
-    patch_all(monkeypatch, "celora.train.planning:FEWEST_PASSES", 1)
-    request = parse(["--max_steps", "3"], {"output": str(output), "resume": True, "quiet": True})
-    assert train(request).step == 3
-    assert CELoraConfig.load(output) == resolve("exact")
-    assert plans == []
-
-    for more in ({}, {"fidelity": 0.9}, {"memory_limit": 1.0}):
-        patch_all(monkeypatch, "celora.train.planning:FEWEST_PASSES", 400 if more else 1)
+    for more in ({"fidelity": 0.9}, {"memory_limit": 1.0}):
         with pytest.raises(CELoraError, match="division by zero"):
-            go(inputs, tmp_path / "long", **auto | more)
-    assert len(plans) == 3
+            go(inputs, tmp_path / "out", celora=None, max_steps=1, **more)
+    assert len(plans) == 2
 
 
-def test_the_passes_of_a_run_are_counted_before_it(inputs, tmp_path, monkeypatch):
-    """24 rows: against what the Trainer comes to."""
-    for given, expected in (
-        ({"max_steps": 5, "gradient_accumulation_steps": 3}, 15),
-        ({"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 5}, 10),
-        ({"max_steps": -1, "num_train_epochs": 0.5, "per_device_train_batch_size": 4}, 3),
-    ):
-        request = make_request({**inputs, "output": str(tmp_path), "preset": "exact", **given})
+def test_a_gate_times_as_many_tokens_as_a_batch_has(inputs, tmp_path):
+    """The collator's batches, padding left out, against the rows; and the order of the rows stays what it is."""
+    for given in ({}, {"packing": True, "max_length": 64}):
+        request = make_request({**inputs, "output": str(tmp_path), "per_device_train_batch_size": 4, **given})
         with prepare.prepared(request, None, None) as (trainer, _):
-            assert planning.passes(trainer) == expected
+            tokens, labelled = planning.batch_size(trainer)
+            batch = next(iter(trainer.get_train_dataloader()))
+            assert labelled == int((batch["labels"] != -100).sum()) > 0
+            assert tokens == int(batch.get("attention_mask", batch["input_ids"] >= 0).sum()) >= labelled
 
 
 def test_one_table_of_layers_and_errors_by_the_plan_until_they_are_measured(inputs, tmp_path):

@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -29,15 +30,16 @@ from celora.cli.hush import hush
 from celora.errors import CELoraError, out_of_memory
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point: run a command and return its exit status."""
+def main(arguments: Sequence[str] | None = None, *, began: float | None = None) -> int:
+    """Entry point: run a command and return its exit status. `began`: when, by `time.perf_counter`; by default now."""
+    began = time.perf_counter() if began is None else began
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that it cannot encode must not fail a run at its end
         sys.stdout.reconfigure(errors="backslashreplace")
     hush()
     try:
         # typer would print a wall of usage; here every mistake is one line.
         given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-        status = typer.main.get_command(app).main(given, prog_name="celora", standalone_mode=False)
+        status = typer.main.get_command(app).main(given, prog_name="celora", standalone_mode=False, obj=began)
     except CELoraError as error:
         return _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):

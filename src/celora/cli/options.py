@@ -44,7 +44,7 @@ def possible(parameter: typer.CallbackParam, path: Any) -> Any:
 
 Preset = Annotated[
     str | None,
-    typer.Option("--preset", help="auto (the default), exact, paper or off.", autocompletion=one_of(PRESETS)),
+    typer.Option("--preset", help="auto (the default), fast, exact, paper or off.", autocompletion=one_of(PRESETS)),
 ]
 Adapter = Annotated[
     str | None,

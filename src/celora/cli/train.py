@@ -68,7 +68,7 @@ def train(
     from celora.train.run import train as run
 
     settle_in()
-    result = run(request)
+    result = run(request, began=context.obj)
     if as_json and result.summary:
         print_json({"status": result.status, "output": str(result.output)} | result.summary)
     elif result.summary and result.status != "interrupted" and not request.options.quiet:
@@ -79,6 +79,8 @@ def train(
 
 def _ending(request: Any, result: Any) -> str:
     """The result of a run, where it is, and what to do next."""
+    from celora.train.wall_clock import spent
+
     output, loss = str(result.output), result.summary.get("loss")
     shown = "" if loss is None else f"  loss {loss:.4f}"
     inputs = f"--model {shlex.quote(request.model)} --data {shlex.quote(request.data)}"
@@ -86,8 +88,11 @@ def _ending(request: Any, result: Any) -> str:
         then = f"celora audit {inputs} --adapter {shlex.quote(output)}   # what the estimate keeps of the gradient"
     else:
         then = f"celora compare {inputs} --output {shlex.quote(f'{output}-compared')}   # against plain LoRA"
+    parts = [f"{part} {seconds:.1f} s" for part, seconds in spent(result.summary).items() if seconds >= 0.05]
+    where = f"Wall-clock: {', '.join(parts)}\n" if parts and result.status == "finished" else ""
     return (
         f"{result.status}: step {result.step}{shown}  {result.summary['seconds']:.1f} s\n"
+        f"{where}"
         f"Adapter: {output}, loaded by PeftModel.from_pretrained(model, {output!r})\n"
         f"Report:  {result.output / 'report.html'}\n"
         f"Next:    {then}"

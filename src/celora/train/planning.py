@@ -1,10 +1,8 @@
-"""What preset auto trains with: a plan that is made or given before the first step, or `exact` if the run is short."""
+"""What presets auto and fast train with: a rule that a moment of timing settles, or a plan where one is asked for."""
 
 from __future__ import annotations
 
 import itertools
-import math
-from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -13,37 +11,23 @@ import celora
 from celora.errors import CELoraError
 from celora.machine.device import random_states
 from celora.machine.processes import from_first
+from celora.modeling.recognise import IGNORED
 from celora.modeling.survey import survey
 from celora.planning.fastest import gate
 from celora.planning.plan import Plan
 from celora.planning.planner import DEFAULT_FIDELITY, MOST_BATCHES
 from celora.settings.config import CELoraConfig
 from celora.settings.names import HEAD
+from celora.settings.presets import by_rule
 from celora.train.output.folder import CONFIG, PLAN
-from celora.train.processes import is_first, processes
+from celora.train.processes import is_first
 from celora.train.progress import PlanProgress, say
 from celora.train.request.arguments import PLANNING, TrainRequest
 
-# Making a plan takes 20 to 130 forward and backward passes. It then saves 10 to 30 % of a pass over `exact`
-# (docs/measured/speed.md). A middling plan has earned back its making after about this many passes.
-FEWEST_PASSES = 400
-
-
-def passes(trainer: Any) -> int:
-    """Forward and backward passes of the run that `trainer` is set up for, in each process."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return int(args.max_steps * args.gradient_accumulation_steps)
-    batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * processes()))
-    count: float = args.num_train_epochs * batches
-    return math.ceil(count)
-
 
 def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool) -> tuple[CELoraConfig, Plan | None]:
-    """What to attach: the preset asked for or, with preset auto, a plan. A resumed run keeps what it began with.
-
-    A run of fewer than `FEWEST_PASSES` passes is `exact`, unless `fidelity`, `plan` or `memory_limit` ask for a plan.
-    """
+    """What to attach: the preset asked for or, with preset auto, a plan if one is asked for, by `fidelity`, `plan` or
+    `memory_limit`. A resumed run keeps what it began with."""
     options = request.options
     if request.preset not in ("auto", "fast"):
         return request.config, None
@@ -56,19 +40,27 @@ def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool
         return plan.config(request.config), plan
     if begun and (request.output / CONFIG).is_file():
         return CELoraConfig.load(request.output / CONFIG), None
+    return settled(request, trainer, console)
+
+
+def settled(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELoraConfig, Plan | None]:
+    """`choose` for a run that has not begun."""
     if request.preset == "fast":
         return gate(survey(trainer.model), request.config), None
-    asked = any(getattr(options, name) is not None for name in PLANNING)
-    if not asked and (count := passes(trainer)) < FEWEST_PASSES:
-        say(
-            console,
-            options.quiet,
-            f"Preset exact: too short for a plan to pay, {count:,} forward and backward passes (a plan takes 20 to "
-            f"130, and pays from about {FEWEST_PASSES}). --fidelity {DEFAULT_FIDELITY} makes one anyway.",
-        )
-        own = options.celora or {}
-        return replace(request.config, zero_tokens=own.get("zero_tokens", True)), None
-    return planned(request, trainer, console)
+    if any(getattr(request.options, name) is not None for name in PLANNING):
+        return planned(request, trainer, console)
+    return gate(
+        survey(trainer.model), by_rule(request.config, request.options.celora or {}), *batch_size(trainer)
+    ), None
+
+
+def batch_size(trainer: Any) -> tuple[int, int]:
+    """Tokens of the first batch, and those of them with a label. In all processes, at the same time."""
+    with random_states({parameter.device for parameter in trainer.model.parameters()}):
+        batch = next(iter(trainer.get_train_dataloader()))
+    mask, labels = batch.get("attention_mask"), batch["labels"]
+    tokens = labels.numel() if mask is None or mask.dim() != 2 else int(mask.sum())
+    return tokens, int((labels != IGNORED).sum())
 
 
 def planned(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELoraConfig, Plan]:

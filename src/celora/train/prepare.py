@@ -17,7 +17,7 @@ from celora.settings.config import CELoraConfig
 from celora.train.dtype import settle_dtype
 from celora.train.loading import load_adapter, load_model, load_tokenizer, lora_config, quiet_libraries, training_rows
 from celora.train.output.folder import CONFIG
-from celora.train.planning import make_plan, planned
+from celora.train.planning import make_plan, settled
 from celora.train.request.arguments import TrainRequest, sft_config
 from celora.train.trainer import build_trainer, refused
 
@@ -41,7 +41,7 @@ def audit_model(
     """`celora.audit` of a new adapter, or of the one in `adapter`, on a batch made exactly as training makes it."""
     with prepared(request, rows, adapter) as (trainer, config), refused("audit"):
         if request.preset == "auto" and config is request.config:
-            config, _ = planned(request, trainer, Console(stderr=True, quiet=True))
+            config, _ = settled(request, trainer, Console(stderr=True, quiet=True))
         celora.attach(trainer.model, config)
         batch = next(iter(trainer.get_train_dataloader()))
         return celora.audit(trainer.model, batch, reference=reference)

@@ -73,7 +73,7 @@ def make_record(request: TrainRequest, args: Any, attached: Any) -> dict[str, An
 
 
 def summarise(trainer: Any, metrics: MetricsWriter, attached: Any) -> dict[str, Any]:
-    """Numbers of the whole run, over all resumptions."""
+    """Numbers of the whole run, over all resumptions; where the wall-clock went is of this call alone."""
     rows = read_metrics(metrics.path)
     steps = [row["step_time_ms"] for row in rows if "step_time_ms" in row]
     last: dict[str, Any] = {}
@@ -86,6 +86,7 @@ def summarise(trainer: Any, metrics: MetricsWriter, attached: Any) -> dict[str, 
         "median_step_time_ms": statistics.median(steps) if steps else None,
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "estimated_cost": attached.cost,
+        **trainer.wall_clock.summary(),
     }
 
 

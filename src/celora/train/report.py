@@ -22,6 +22,7 @@ from celora.train.charts import is_number, line_charts, phase_charts
 from celora.train.layer_map import distinct_layers, layer_map
 from celora.train.output.folder import METRICS, RUN, finite
 from celora.train.progress import read_metrics
+from celora.train.wall_clock import PARTS, spent
 
 _SUMMARY = {
     "step": "optimizer steps",
@@ -66,8 +67,12 @@ def write_report(
         *([_table("Results", results)] if results else []),
         *(f"<p>{html.escape(line)}</p>" for line in findings),
     ]
+    parts = {name: spent(column) for name, column in columns.items()}
     sections = [
         _table("Summary", {label: {n: c.get(key) for n, c in columns.items()} for key, label in _SUMMARY.items()}),
+        _table(
+            "Wall-clock of the latest call, s", {part: {n: s.get(part) for n, s in parts.items()} for part in PARTS}
+        ),
         _table(
             "Configuration",
             _by_key(records, lambda r: {**r.get("given", {}), "r": r.get("r"), "preset": r.get("preset")}),

@@ -11,7 +11,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,13 @@ from celora.train.request.arguments import TrainRequest, check_record, sft_confi
 from celora.train.rows.answers import Learnt, what_is_learnt
 from celora.train.rows.truncation import truncation_lines
 from celora.train.trainer import build_trainer, refused
+from celora.train.wall_clock import WallClock
 
 
-def train(request: TrainRequest, *, console: Console | None = None) -> TrainResult:
+def train(request: TrainRequest, *, console: Console | None = None, began: float | None = None) -> TrainResult:
     """Train as `request` says and leave the result in `request.output`.
+
+    `began`: when the command began, by `time.perf_counter`; by default now.
 
     Raises:
         CELoraError: bad input, found before anything in the output folder is touched; another run in that folder; or
@@ -60,7 +63,7 @@ def train(request: TrainRequest, *, console: Console | None = None) -> TrainResu
     """
     with losing_contact(request.output), ExitStack() as stack:
         console = (console or Console(stderr=True)) if is_first() else Console(quiet=True)
-        return _train(request, console, stack)
+        return _train(request, console, stack, WallClock(began))
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class _Written:
     aside: Path | None = None  # the run that is being replaced
 
 
-def _train(request: TrainRequest, console: Console, stack: ExitStack) -> TrainResult:
+def _train(request: TrainRequest, console: Console, stack: ExitStack, clock: WallClock) -> TrainResult:
     run = _enter(request, stack)
     folder = run.folder
     lost: list[str] = []
@@ -111,7 +114,7 @@ def _train(request: TrainRequest, console: Console, stack: ExitStack) -> TrainRe
             return _already_finished(run.request, run.earlier, folder, console)
         say(console, request.options.quiet, f"{request.output} is finished, and {', '.join(lost)} is written again.")
     with quiet_libraries():
-        ready = _prepare(run, console)
+        ready = _prepare(run, console, clock)
         checkpoint, marker = _beginning(run, ready.trainer.args, lost, console)
         written = _open(run, ready, marker, stack) if is_first() else _Written()
         if request.options.resume:
@@ -147,30 +150,37 @@ def _enter(request: TrainRequest, stack: ExitStack) -> _Entered:
     return _Entered(request, folder, begun, earlier)
 
 
-def _prepare(run: _Entered, console: Console) -> _Ready:
+def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
     """Load model, tokenizer and rows, make the trainer, attach celora; say what a user should know of each."""
     request, earlier, first = run.request, run.earlier, is_first()
     quiet = request.options.quiet
-    tokenizer = load_tokenizer(request)
-    args = sft_config(request)
+    with clock.spending("load"):
+        tokenizer = load_tokenizer(request)
+    with clock.spending("start"):
+        args = sft_config(request)
     if args.deepspeed and processes() > 1:
         introduce_deepspeed()
-    with args.main_process_first():
+    with clock.spending("load"), args.main_process_first():
         rows, eval_rows = training_rows(request, tokenizer), evaluation_rows(request, tokenizer)
-    made_from = fingerprints(request, evaluation_source(request)) if first else {}
+    with clock.spending("load"):
+        made_from = fingerprints(request, evaluation_source(request)) if first else {}
     if earlier and first:
         check_same(earlier.get("made_from"), made_from)
-    request, dtype_line = settle_dtype(request, args, earlier)
-    say(console, quiet, dtype_line)
-    model = load_model(request)
-    trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
+    with clock.spending("load"):
+        request, dtype_line = settle_dtype(request, args, earlier)
+        say(console, quiet, dtype_line)
+        model = load_model(request)
+    with clock.spending("tokenise"):
+        trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
+    trainer.wall_clock = clock
     for line in truncation_lines(trainer, rows, eval_rows):
         say(console, False, line)  # a warning
     learnt = what_is_learnt(trainer, rows)
-    with refused("training"):
+    with clock.spending("plan"), refused("training"):
         config, plan = choose(request, trainer, console, begun=earlier is not None)
         attached = celora.attach(trainer.model, config)
         require(trainer.model).plan = plan
+    with clock.spending("load"), refused("training"):
         choice = choose_checkpointing(trainer, asked="gradient_checkpointing" in request.given)
     _smooth_in_the_head(trainer)
     for line in (rank_line(request), str(learnt), attached_text(attached, plan), choice):
@@ -235,13 +245,15 @@ def _carry_out(
             if checkpoint and step == trainer.args.max_steps:
                 take_over(trainer, checkpoint)
             else:
-                trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+                with trainer.wall_clock.spending("train"):
+                    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
             early = stop.asked and trainer.state.global_step < trainer.state.max_steps
             if not early:
                 evaluated = from_first(metrics is not None and is_evaluated(metrics.path, trainer))
                 if ready.eval_rows is not None and not evaluated:
                     trainer.evaluate()
-                save_adapter(trainer, folder.path)
+                with trainer.wall_clock.spending("save"):
+                    save_adapter(trainer, folder.path)
             status = "interrupted" if early else "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -269,7 +281,8 @@ def _leave(ready: _Ready, folder: OutputFolder, written: _Written, status: str) 
         "planned_errors": planned_errors(ready.plan, ready.attached.estimated),
     }
     summary = summarise(trainer, metrics, ready.attached) | worst(**errors)
-    written.record |= {"status": status, "summary": summary} | errors
+    moves = [asdict(move) for move in require(trainer.model).ladder.moves]
+    written.record |= {"status": status, "summary": summary, "moves": moves} | errors
     # What made the run fail may make this fail, too, and is what the user should hear of.
     with suppress(CELoraError) if status == "failed" else nullcontext():
         write_json(folder.path / RUN, written.record)

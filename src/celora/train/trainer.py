@@ -27,6 +27,7 @@ from celora.train.progress import Phases
 from celora.train.request.arguments import TrainRequest
 from celora.train.rows.answers import AnswersOnly
 from celora.train.rows.template import refused_row
+from celora.train.wall_clock import WallClock
 
 
 class OrderOfEpoch(Sampler[int]):
@@ -51,7 +52,7 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that measures where its time goes, and sends no telemetry."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.phases = Phases()
+        self.phases, self.wall_clock = Phases(), WallClock()
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,6 +64,16 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
         """Like TRL's, timed: what is not forward is backward."""
         with self.phases.timing("backward", without="forward"):
             return super().training_step(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Like TRL's, timed."""
+        with self.wall_clock.spending("evaluate"):
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Like the one below it, timed."""
+        with self.wall_clock.spending("save"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Like TRL's. `..._base_loss` is the loss on the untouched base, where that is another one.

@@ -183,10 +183,10 @@ class RunOptions:
     overwrite: bool = field(default=False, metadata={"help": "replace the run that is in the output folder"})
     quiet: bool = field(default=False, metadata={"help": "print warnings and errors only"})
     fidelity: float | None = field(
-        default=None, metadata={"help": "preset auto: cosine between the estimated and the exact LoRA gradient, (0, 1]"}
+        default=None, metadata={"help": "preset auto: plan first, for this cosine of the LoRA gradient, in (0, 1]"}
     )
     memory_limit: float | None = field(
-        default=None, metadata={"help": "preset auto: MiB that 8-bit copies of weights may take in all"}
+        default=None, metadata={"help": "preset auto: plan first, with this many MiB for all 8-bit copies of weights"}
     )
     base: str | None = field(default=None, metadata={"help": "int8: hold the base in 8 bits", "choices": ["int8"]})
     plan: str | None = field(default=None, metadata={"help": "preset auto: a plan made by celora plan, used as it is"})

@@ -1,0 +1,47 @@
+"""Where the wall-clock of a command goes, from its start to the saved adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+PARTS = ("start", "load", "tokenise", "plan", "train", "evaluate", "save")
+
+
+class WallClock:
+    """Seconds of each part: imports (`start`), reading model and rows and finding out whether a step fits into memory
+    (`load`), making tokens of the rows (`tokenise`), choosing what is estimated and attaching it (`plan`), and what the
+    others say. No second counts twice.
+
+    Args:
+        began: when the command began, by `time.perf_counter`; by default now.
+    """
+
+    def __init__(self, began: float | None = None) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._inside = 0.0  # seconds of parts within the one that is under way
+        if began is not None:
+            self.seconds["start"] = time.perf_counter() - began
+
+    @contextmanager
+    def spending(self, part: str) -> Iterator[None]:
+        """Add the time of the body to `part`, less what parts within it got."""
+        begin, outer = time.perf_counter(), self._inside
+        self._inside = 0.0
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - begin
+            self.seconds[part] += took - self._inside
+            self._inside = outer + took
+
+    def summary(self) -> dict[str, float]:
+        """Seconds of each part, as a run's summary has them."""
+        return {f"{part}_seconds": round(seconds, 3) for part, seconds in self.seconds.items()}
+
+
+def spent(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of each part that a run's summary knows; none of a run by an earlier version."""
+    return {part: summary[f"{part}_seconds"] for part in PARTS if f"{part}_seconds" in summary}
