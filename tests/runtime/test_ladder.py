@@ -58,6 +58,8 @@ def test_moves_are_saved_and_loaded() -> None:
         ("{", "no moves of layers: JSONDecodeError"),
         ("3", "no moves of layers: TypeError"),
         ('[{"step": 1}]', "no moves of layers: TypeError"),
+        (ladder.to_json().replace("0.999,", "1.5,"), "shares that no layer keeps"),
+        (ladder.to_json().replace("0.999,", '"all",'), "no moves of layers: TypeError"),
         (Ladder(0.05).to_json().replace("[]", '[{"step":1,"layer":"x","kept":1,"keeps":1,"relative_error":1}]'), "'x'"),
     ):
         with pytest.raises(CELoraError, match=reason):

@@ -119,7 +119,7 @@ def _step(
 
 
 def _share(found: Survey, config: CELoraConfig, labelled: int) -> float:
-    """The share of the words that the gradient of the logits goes through: the configuration's, or 1 if that pays."""
+    """The share of the words for the gradient of the logits: the configuration's, or 1 where that is no faster."""
     share, model = config.head_keep_ratio, found.language_model
     if share == 1 or config.head_forward != "exact" or model is None:
         return share

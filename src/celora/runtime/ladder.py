@@ -86,6 +86,8 @@ class Ladder:
         """
         try:
             moves = [Move(**move) for move in json.loads(text)]
+            if not all(isinstance(move.step, int) and 0 < move.kept <= 1 and 0 < move.keeps <= 1 for move in moves):
+                raise ValueError("shares that no layer keeps")
             other = next((move.layer for move in moves if move.layer not in layers), None)
         except (ValueError, TypeError) as error:
             raise CELoraError(f"no moves of layers: {type(error).__name__}: {error}") from None
