@@ -47,6 +47,15 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as in a terminal; a shell's job in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_answer_and_not_the_program(finished, capsys, monkeypatch):
     typed = iter(["w1", KeyboardInterrupt, "w2", "w3 " * 200, EOFError])
 
@@ -79,6 +88,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(finished, capsys, monkeypatc
     assert re.fullmatch(r"error: \d+ tokens, and the model's context holds 128; .*", notes[-1])
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_in_a_script_is_130(finished, capsys, monkeypatch):
     from celora.train.use.generation import Conversation
 

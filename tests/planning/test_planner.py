@@ -163,8 +163,6 @@ def test_an_attached_model_is_planned_as_if_it_were_not_and_stays_attached(
 
 
 def test_auto_plans_and_never_slows_a_layer_down(model: PeftModel, batches: Any) -> None:
-    with pytest.raises(CELoraError, match="give batches"):
-        celora.attach(model, "auto")
     plan = celora.make_plan(model, batches)
     for layer in plan.layers:
         assert layer.choice.time_ms <= layer.dense_ms

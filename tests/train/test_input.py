@@ -215,10 +215,14 @@ VALUES = TEXTS | st.integers(-9, 9).map(str) | st.text(max_size=6)
 
 
 def own_flags(command: str) -> st.SearchStrategy[list[str]]:
-    """One of the options that a command itself has, with a value if it takes one."""
-    return st.sampled_from(COMMANDS[command].params).flatmap(
-        lambda option: st.just([option.opts[0]]) if option.is_flag else VALUES.map(lambda text: [option.opts[0], text])
-    )
+    """One of the options that a command itself has, with a value if it takes one, or an argument."""
+
+    def drawn(parameter: Any) -> st.SearchStrategy[list[str]]:
+        if parameter.param_type_name == "argument":
+            return VALUES.map(lambda text: [text])
+        return st.just([parameter.opts[0]]) if parameter.is_flag else VALUES.map(lambda text: [parameter.opts[0], text])
+
+    return st.sampled_from(COMMANDS[command].params).flatmap(drawn)
 
 
 CALLS = st.sampled_from(["train", "train", *COMMANDS]).flatmap(
@@ -248,7 +252,7 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         sft_config(request)
         return Nothing()
 
-    def trained(request: TrainRequest) -> record.TrainResult:
+    def trained(request: TrainRequest, **_: Any) -> record.TrainResult:
         checked(request)
         return record.TrainResult("finished", request.output, 1, {"step": 1, "seconds": 1.0, "loss": 2.0})
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 import celora
 from benchmarks.scale import scaling
+from celora.runtime.attachment import require
 from distributed_worker import ADAPTERS, COLUMNS, SCENARIOS, STEPS, configuration, global_batch
 from small import make_model
 
@@ -65,8 +67,19 @@ def alone(scenario: dict[str, Any], replicas: int = 1) -> list[float]:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        agree(models)
         losses.append(sum(loss.item() for loss in own) / replicas)
     return losses
+
+
+def agree(models: list[PeftModel]) -> None:
+    """Let all forwards in 8 bits scale their input by the largest features that one has seen, as processes do."""
+    for same in zip(*(require(model).forwards.values() for model in models), strict=True):
+        products = [forward.graft.estimator.product for forward in same]
+        largest = torch.stack([product.levels for product in products]).amax(0)
+        for product in products:
+            if not product.levels.equal(largest):
+                product.follow_levels(largest.tolist())
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

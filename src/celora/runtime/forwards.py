@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 
@@ -64,9 +65,12 @@ class Forwards(dict[str, EightBitForward]):
         unknown = {name: product for name, product in products.items() if product.levels is None}
         seen = {name: product.take_levels() for name, product in unknown.items()}
         if in_company() and seen:
-            sizes = {name: self[name].graft.estimator.in_features for name in seen}
-            most = largest_of_all([levels or [_UNSEEN] * sizes[name] for name, levels in seen.items()], device)
-            seen = {name: None if _UNSEEN in levels else levels for name, levels in zip(seen, most, strict=True)}
+            sizes = [self[name].graft.estimator.in_features for name in seen]
+            given = zip(seen.values(), sizes, strict=True)
+            row = [level for levels, size in given for level in levels or [_UNSEEN] * size]
+            most = iter(largest_of_all([row], device)[0])
+            alike = (list(itertools.islice(most, size)) for size in sizes)
+            seen = {name: None if _UNSEEN in levels else levels for name, levels in zip(seen, alike, strict=True)}
         told = {name for name, levels in seen.items() if levels is not None}
         for name in told:
             unknown[name].follow_levels(seen[name])

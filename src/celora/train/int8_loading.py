@@ -63,6 +63,7 @@ def load_int8_model(
     loaded: Any = kind.from_pretrained(
         None,
         config=config,
+        trust_remote_code=False,
         state_dict=tensors,
         quantization_config=_Config(),
         dtype=dtype,
