@@ -65,7 +65,8 @@ CONFIGS: dict[str, Any] = {
     "int8 x tokens 0.99": energy(0.99, "int8"),
     "Double-LoRA 0.5": CELoraConfig(keep_ratio=0.5, rank=14, refresh_every=20),
     "fast": PRESETS["fast"],  # in every layer, whatever is faster here; held-out losses are on the untouched base
-    "auto 0.998": 0.998,  # the default
+    "auto": "auto",  # by its rule, as a run begins
+    "auto 0.998": 0.998,  # a plan at the default fidelity
     "auto 0.99": 0.99,
     "auto 0.98": 0.98,
     "auto 0.95": 0.95,
