@@ -125,7 +125,8 @@ def test_features_of_very_different_size(dtype: torch.dtype) -> None:
     packed = operations.pack_both_ways(w, (w.float() / scale).abs().amax(1) / 127, scale)
     exact = x.double() @ w.double().T
     losses = [
-        float((of.multiply(of.quantise(x), None).double() - exact).norm() / exact.norm()) for of in (plain, packed)
+        float((weight.multiply(weight.quantise(x), None).double() - exact).norm() / exact.norm())
+        for weight in (plain, packed)
     ]
     assert losses[1] < 0.6 * losses[0]
     q, row = reference.quantise(x.double() * scale.double(), 1)

@@ -260,7 +260,7 @@ def test_attention_to_later_tokens_is_kept(kind: str, how: str, after: bool) -> 
     assert found == pytest.approx(loss, rel=1e-6)
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
     assert require(model).forward is not None
-    said = [str(of.message) for of in caught if "padding stays in batches" in str(of.message)]
+    said = [str(warning.message) for warning in caught if "padding stays in batches" in str(warning.message)]
     assert len(said) == int(after or how == "argument")
 
 

@@ -76,7 +76,7 @@ def test_a_fused_head_that_cannot_be_served_is_trls_own(change: Callable[[Any], 
             found.loss.backward()
     torch.testing.assert_close(found.log_probs, expected.log_probs)
     assert (gradient(model) - wanted).norm() < 1e-5 * wanted.norm()
-    said = [str(of.message) for of in caught if "its own loss is used" in str(of.message)]
+    said = [str(warning.message) for warning in caught if "its own loss is used" in str(warning.message)]
     assert len(said) == 1
     assert reason in said[0]
     require(model).forward.smoothing = 0.1
@@ -154,7 +154,11 @@ def test_a_trainer_of_trl_that_wants_logits_gets_them(calls: str) -> None:
         warnings.simplefilter("always")
         found, given = trainer.compute_loss(model, inputs)
         trainer.compute_loss(model, inputs)
-    said = [str(of.message) for of in caught if "SFTTrainer looks at the logits of every step" in str(of.message)]
+    said = [
+        str(warning.message)
+        for warning in caught
+        if "SFTTrainer looks at the logits of every step" in str(warning.message)
+    ]
     assert len(said) == (calls == "for its logits")
     torch.testing.assert_close(found, loss)
     if calls == "for its logits":

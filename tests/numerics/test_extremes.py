@@ -154,7 +154,9 @@ def test_gradients_that_say_nothing_are_said_once() -> None:
             run_through(model, torch.zeros(TOKENS, OUT))
             optimizer.step()
         assert len(said) == warned
-        assert all("by step 1, base_model.model.0 has seen no gradient to select" in str(of.message) for of in said)
+        assert all(
+            "by step 1, base_model.model.0 has seen no gradient to select" in str(warning.message) for warning in said
+        )
     assert graft.mode is Mode.OBSERVE
     run_through(model, ordinary(torch.float32))
     optimizer.step()

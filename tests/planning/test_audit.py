@@ -138,7 +138,7 @@ def test_what_is_audited_is_training_whatever_the_mode(batch: dict[str, torch.Te
         assert all(module.training == mode for module in model.modules())
 
 
-@pytest.mark.skipif(refuses(), reason="no 8-bit products here")
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
 def test_a_forward_in_8_bits_is_judged_by_the_exact_forward(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
     celora.attach(model, CELoraConfig(estimator="int8", forward="int8", refresh_every=50))
     train(model, 3)

@@ -44,7 +44,7 @@ def times(monkeypatch: pytest.MonkeyPatch, *of: float) -> list[int]:
     return seen
 
 
-@pytest.mark.skipif(refuses(), reason="no 8-bit products here")
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
 @pytest.mark.parametrize(
     ("took", "setting"),
     [
@@ -64,7 +64,7 @@ def test_the_fastest_wins(took: tuple[float, ...], setting: tuple[str, ...], mon
         assert (layer.estimator, layer.precision, layer.forward)[: len(setting)] == setting
 
 
-@pytest.mark.skipif(refuses(), reason="no 8-bit products here")
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
 @pytest.mark.parametrize(
     ("took", "setting", "words"),
     [

@@ -43,7 +43,7 @@ def test_a_layer_that_loses_too_much_goes_back(tmp_path: Path) -> None:
     celora.attach(model, BOTH)
     with pytest.warns(UserWarning, match="from step 4 on, the forward of .*gate_proj.* is exact: in 8 bits") as said:
         train(model, 7)
-    assert sum("is exact: in 8 bits" in str(of.message) for of in said) == 1
+    assert sum("is exact: in 8 bits" in str(warning.message) for warning in said) == 1
     forwards = require(model).forwards
     names = {name for name in forwards if name.endswith(("layers.1.mlp.gate_proj", "layers.1.mlp.up_proj"))}
     assert names <= forwards.made_exact

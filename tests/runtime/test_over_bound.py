@@ -39,7 +39,7 @@ def test_an_estimate_that_stays_over_the_bound_is_given_up_for_good(tmp_path: Pa
     celora.attach(model, OVER)
     with pytest.warns(UserWarning, match="celora") as said:
         _steps(model, 0, 8)
-    messages = [str(of.message) for of in said]
+    messages = [str(warning.message) for warning in said]
     assert sum("Convergence is proven for errors below 1" in text for text in messages) == 1
     ended = [text for text in messages if "exact: the relative error was 1 or more at 2 refreshes in a row" in text]
     made_exact = require(model).made_exact
@@ -57,7 +57,7 @@ def test_an_estimate_that_stays_over_the_bound_is_given_up_for_good(tmp_path: Pa
     with warnings.catch_warnings(record=True) as later:
         warnings.simplefilter("always")
         _steps(resumed, 8, 2)
-    assert not [name for name in made_exact for of in later if f"{name}, " in str(of.message)]
+    assert not [name for name in made_exact for warning in later if f"{name}, " in str(warning.message)]
 
     logs = {"loss": 1.0}
     state: Any = type("State", (), {"log_history": []})

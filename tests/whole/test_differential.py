@@ -109,7 +109,7 @@ def compare(found: Trace, plain: Trace) -> None:
     same_kind(found, plain)
     for name, value in plain.values.items():
         near(name, distance(found.values[name], value), ROUNDING * (float(value.double().norm()) + 1e-3), value)
-    sizes = [math.hypot(*(float(g.double().norm()) for g in of.values() if g is not None)) for of in plain.gradients]
+    sizes = [math.hypot(*(float(g.double().norm()) for g in one.values() if g is not None)) for one in plain.gradients]
     size = max(sizes)  # in one round all terms may cancel, and what is left is their rounding
     for i, expected in enumerate(plain.gradients):
         for name, g in expected.items():
@@ -140,18 +140,18 @@ def compare_rough(
     same_kind(found, plain[0])
     for name, value in truth.values.items():
         size = float(value.double().norm())
-        allowed = factor * max(distance(of.values[name], value) for of in plain) + floor * size
+        allowed = factor * max(distance(trace.values[name], value) for trace in plain) + floor * size
         near(name, distance(found.values[name], value), allowed, value)
     for i, exact in enumerate(truth.gradients):
         known = {name: g for name, g in exact.items() if g is not None}
         own_errors, *their_errors = (
             {name: distance(trace.gradients[i][name], g) for name, g in known.items()} for trace in (found, *plain)
         )
-        ours, theirs = math.hypot(*own_errors.values()), max(math.hypot(*of.values()) for of in their_errors)
+        ours, theirs = math.hypot(*own_errors.values()), max(math.hypot(*errors.values()) for errors in their_errors)
         size = math.hypot(*(float(g.norm()) for g in known.values()))
         near(f"round {i}: gradient", ours, factor * theirs + floor * size, torch.tensor(size))
         for name, g in known.items():
-            their = max(of[name] for of in their_errors)
+            their = max(errors[name] for errors in their_errors)
             allowed = 2 * factor * their + 2 * floor * float(g.norm()) + floor * size
             near(f"round {i}: gradient of {name}", own_errors[name], allowed, g)
 

@@ -305,7 +305,7 @@ class ModelGraft(Measured, Hook):
             warnings.warn(f"celora: {text}", stacklevel=2)
 
     def _own(self, module: nn.Module, given: dict[str, Any]) -> Any:
-        """The output of a model that is refused. A checkpoint of the call must not be taken for one that probes."""
+        """The output of a model that is refused: its call has the labels that probed, and must not probe again."""
         probed_by, self._probed_by = self._probed_by, nothing
         try:
             return module(**given)

@@ -131,7 +131,7 @@ def _tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not tuners:
         adapters = getattr(model, "peft_config", None)
-        if prompts := [a.peft_type.value for a in (adapters or {}).values() if a.is_prompt_learning]:
+        if prompts := [found.peft_type.value for found in (adapters or {}).values() if found.is_prompt_learning]:
             raise CELoraError(f"{prompts[0]} adapts no layer, so there is no backward to estimate; use LoRA.")
         raise CELoraError(
             f"no PEFT layers in {type(model).__name__}; add an adapter first: "
