@@ -54,7 +54,7 @@ def test_a_run_that_was_given_a_plan_resumes_with_its_own_copy(inputs, tmp_path,
     console = Console(file=io.StringIO(), width=200)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     train(parse(["--max_steps", "4"], {"output": str(tmp_path / "out"), "resume": True}), console=console)
-    assert "threads and torch has 77 here. The run goes on with it" in console.file.getvalue()
+    assert "threads and torch has 77 here. The run goes on with its plan" in console.file.getvalue()
 
 
 def train_auto(inputs, output, **more):

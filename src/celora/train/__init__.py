@@ -1,1 +1,1 @@
-"""The training application: data, run, checkpoints and report, built on TRL's SFTTrainer."""
+"""The training application, built on TRL's SFTTrainer: it reads rows, trains, saves checkpoints and writes a report."""

@@ -1,4 +1,4 @@
-"""The charts of a report as plain plotly data: title, axes, lines. `report.py` puts them onto a page."""
+"""Turns metrics into the charts of a report: plain plotly data with title, axes and lines. `report.py` draws them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from celora.train.progress import PHASES
 
-# Okabe and Ito's palette, told apart with every common kind of colour blindness; yellow is left out, too pale on white.
+# Okabe and Ito's palette, distinct with every common kind of colour blindness; without its yellow, too pale on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MAX_POINTS = 2000
 
@@ -74,7 +74,7 @@ def line_charts(rows: Mapping[str, Sequence[Mapping[str, Any]]], repeats: Mappin
 
 
 def _thinned(points: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """About MAX_POINTS of them: the lowest and the highest of each stretch, and the last."""
+    """About MAX_POINTS of the points: the lowest and the highest of each stretch, and the last one."""
     if len(points) <= MAX_POINTS:
         return points
     size, kept = 1 + 2 * len(points) // MAX_POINTS, {len(points) - 1}
@@ -85,7 +85,7 @@ def _thinned(points: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 
 
 def phase_charts(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Where the median step's time goes, one bar for each run."""
+    """One bar for each run: how much time each phase of its median step takes."""
     bars: dict[str, dict[str, float]] = {}
     for name, run in rows.items():
         timed = [row for row in run if all(f"{phase}_ms" in row for phase in (*PHASES, "step_time"))]

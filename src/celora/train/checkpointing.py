@@ -1,7 +1,7 @@
-"""Gradient checkpointing: off, unless memory is short. It computes every forward twice.
+"""Gradient checkpointing is off unless memory is short, because it computes every forward twice.
 
-The memory that a step keeps for its backward is measured on the longest row. It is then scaled to the largest batch
-that training can see, the one of the longest rows. So the order of the rows does not matter, and two rows are enough.
+celora measures the memory that a step keeps for its backward on the longest row. It scales this to the largest batch
+that training can see: the batch of the longest rows. So the order of the rows does not matter, and two rows are enough.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from celora.train.processes import any_of_them, processes_here
 from celora.train.progress import Phases
 from celora.train.rows.truncation import row_lengths
 
-_MOST = 0.8  # share of the free memory for what backward keeps; backward itself needs the rest
-_ROUNDED = 17 / 16  # celora rounds the tokens left after padding up, or keeps a twentieth of padding
+_MOST = 0.8  # share of the free memory for what a forward keeps; backward itself needs the rest
+_ROUNDED = 17 / 16  # room for the padding that stays: celora rounds token counts up, or keeps a twentieth
 
 
 def choose_checkpointing(trainer: Any, *, asked: bool) -> str:
-    """Turn checkpointing on if a step would keep more for its backward than fits, and say in one line what was chosen.
+    """Turn checkpointing on if a step would keep more for its backward than fits. Returns a line that says so.
 
-    `asked`: the user has said on or off, and is obeyed.
+    `asked`: the user chose on or off; the choice stands.
     """
     args, model = trainer.args, trainer.model
     if getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing:
         return "Gradient checkpointing is on: every forward is computed twice. It is faster without, if memory allows."
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return "Gradient checkpointing is off; what a step of a sharded model keeps is not measured."
+        return "Gradient checkpointing is off; celora does not measure the memory of a sharded model's step."
     free = available_memory(args.device)
     if free is not None and args.device.type == "cpu":
         free //= processes_here()
@@ -50,7 +50,7 @@ def choose_checkpointing(trainer: Any, *, asked: bool) -> str:
 
 
 def kept_by_a_step(trainer: Any) -> int:
-    """Bytes that the largest batch of the training data keeps for its backward; rarely too few."""
+    """An estimate of the bytes that the largest batch of the training data keeps for its backward; rarely too low."""
     lengths = row_lengths(trainer.train_dataset)
     longest = np.argsort(-lengths, kind="stable")[: trainer.args.per_device_train_batch_size]
     row, most, tokens = trainer.train_dataset[int(longest[0])], int(lengths[longest[0]]), int(lengths[longest].sum())
@@ -58,12 +58,12 @@ def kept_by_a_step(trainer: Any) -> int:
     with _trying(trainer) as probe:
         if len(longest) == 1:
             return _kept(probe, [_cut(row, most)])
-        if trainer.padding_free:  # TRL puts all rows into one; its mask grows with the square of the length
+        if trainer.padding_free:  # TRL joins all rows into one; the mask grows with the square of its length
             one, part = (_kept(probe, [row, row]) for row in (half, quarter))
             n, less = (2 * len(row["input_ids"]) for row in (half, quarter))
             square = max(0.0, (one / n - part / less) / (n - less)) if n > less else 0.0
             return int(tokens * (one / n - square * n) + tokens**2 * square)
-        # A second row of little but padding shows whether padding stays: at half the length, then at all of it.
+        # A second row, nearly all padding, shows whether padding stays: first at half the length, then at all of it.
         short = _kept(probe, [half, few])
         if short <= 1.5 * _kept(probe, [half]):
             one = _kept(probe, [_cut(row, most), few])
@@ -74,7 +74,7 @@ def kept_by_a_step(trainer: Any) -> int:
 
 @contextmanager
 def _trying(trainer: Any) -> Iterator[Any]:
-    """A trainer around the same model, in training mode; nothing that it does lasts."""
+    """A trainer around the same model, in training mode. Whatever it changes is put back at the end."""
     model, probe = trainer.model, copy.copy(trainer)
     probe.phases = Phases()
     vars(probe)["_metrics"] = copy.deepcopy(vars(trainer).get("_metrics"))  # TRL's
@@ -83,7 +83,7 @@ def _trying(trainer: Any) -> Iterator[Any]:
 
 
 def _kept(trainer: Any, rows: list[dict[str, Any]], *, padded: bool = False) -> int:
-    """Bytes that a batch of these rows keeps; `padded`: with a mask, as if one were longer."""
+    """Bytes that a batch of these rows keeps. `padded`: mask one token, as if a row were shorter than the batch."""
     batch = trainer.data_collator(rows)
     if padded:
         batch["attention_mask"][:, -1] = 0
@@ -94,7 +94,7 @@ def _kept(trainer: Any, rows: list[dict[str, Any]], *, padded: bool = False) -> 
 
 
 def _cut(row: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """The first tokens of a row, each with a label, so that no token is left out of the loss."""
+    """The first `tokens` tokens of a row, each with a label, so that the loss counts all of them."""
     found: dict[str, Any] = {"input_ids": row["input_ids"][:tokens], "labels": row["input_ids"][:tokens]}
     if "seq_lengths" in row:
         ends = np.minimum(np.cumsum(row["seq_lengths"]), tokens)

@@ -1,8 +1,8 @@
-"""The dtype that the base model is loaded in: the one asked for or, without, the one that is fast on this machine.
+"""Chooses the dtype of the base model: what the user asks for, or what is fast on this machine.
 
-A checkpoint in bfloat16 stays so, unless float32 products are clearly faster here and float32 fits into memory: a
-device that emulates bfloat16 trains many times slower in it. A checkpoint in float16 trains in another dtype: without
-loss scaling, small gradients become zero in float16.
+A checkpoint in bfloat16 stays in bfloat16, unless float32 products are clearly faster here and float32 fits into
+memory. A device that emulates bfloat16 trains many times slower in it. A checkpoint in float16 trains in another dtype:
+without loss scaling, small gradients become zero in float16.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _ROOM = 0.7  # share of the free memory for the weights; a step needs the rest
 
 
 def settle_dtype(request: TrainRequest, args: Any, earlier: dict[str, Any] | None = None) -> tuple[TrainRequest, str]:
-    """The request with the dtype to load the model in, and a line that says which and why. Collective.
+    """Settle the dtype to load the model in. Returns the request with it, and a line that says why. Collective.
 
     Args:
-        request: what was asked for.
+        request: what the user asked for.
         args: the SFTConfig made of it.
-        earlier: the record of the run that goes on, whose dtype is kept.
+        earlier: the record of the run that is resumed; its dtype stays.
     """
     dtype, why = from_first(_settled(request, args, earlier) if is_first() else None)
-    held = "" if request.options.base is None else ", the linear layers of its blocks in 8 bits"
-    line = f"Base model in {'its own dtype' if dtype == 'auto' else dtype}{held}: {why}."
+    in_8_bits = "" if request.options.base is None else ", the linear layers of its blocks in 8 bits"
+    line = f"Base model in {'its own dtype' if dtype == 'auto' else dtype}{in_8_bits}: {why}."
     return replace(request, lora=request.lora | {"dtype": dtype}), line
 
 
@@ -57,12 +57,12 @@ def _settled(request: TrainRequest, args: Any, earlier: dict[str, Any] | None) -
 
 
 def for_device(own: torch.dtype, device: torch.device, float32_bytes: int) -> tuple[str, str]:
-    """The dtype for a checkpoint in bfloat16 or float16, and why.
+    """The dtype for a checkpoint in bfloat16 or float16, and the reason.
 
     Args:
-        own: of the checkpoint.
-        device: to train on.
-        float32_bytes: size of its weights in float32; 0 if float32 takes no more than they take anyway.
+        own: the checkpoint's dtype.
+        device: the device to train on.
+        float32_bytes: size of the weights in float32; 0 if float32 would take no additional memory.
     """
     ratio = time_over_float32(torch.bfloat16, device)
     speed = f"bfloat16 products take {ratio:.2g} times as long as float32's here"
@@ -78,7 +78,7 @@ def for_device(own: torch.dtype, device: torch.device, float32_bytes: int) -> tu
 
 
 def _float32_bytes(config: Any) -> int:
-    """Bytes of this model's weights in float32; 0 if they cannot be known before it is loaded."""
+    """Bytes of this model's weights in float32; 0 if nobody can tell before it is loaded."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -1,7 +1,7 @@
 """Fingerprints of the local files that a run is made from: data, model, tokenizer, template.
 
-They keep a run from being resumed with other rows, or another model, under the same name. Content counts, not dates: a
-copy is the same. Files on the hub have no fingerprint.
+A run cannot be resumed with other rows, or another model, under the same name. Content counts, not dates: a copy has
+the same fingerprint. Files on the hub have none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from celora.errors import CELoraError
 from celora.train.request.arguments import TrainRequest
 from celora.train.rows.data import local_files
 
-_BLOCK, _BLOCKS = 2**20, 256  # larger files are read in that many places, evenly spaced, ends included
+_BLOCK, _BLOCKS = 2**20, 256  # of a larger file, this many blocks are read, evenly spaced, ends included
 
 
 # Files that tokenizers, configurations and chat templates are read from.
@@ -33,7 +33,7 @@ _SETTINGS = (
 def fingerprints(request: TrainRequest, evaluation: str | None) -> dict[str, str]:
     """Digests of the local files, by what they are: "data in 'rows.jsonl'" and so on.
 
-    `evaluation` names the source of the rows to evaluate on, if there are any.
+    `evaluation`: where the evaluation rows come from, if there are any.
     """
     options = request.options
     found = {
@@ -53,7 +53,7 @@ def fingerprints(request: TrainRequest, evaluation: str | None) -> dict[str, str
 
 
 def check_same(before: object, now: dict[str, str], *, of: str = "run") -> None:
-    """Raise CELoraError if a fingerprint was recorded and differs now."""
+    """Raise CELoraError if a recorded fingerprint differs from the one of now."""
     for name, digest in now.items():
         if isinstance(before, dict) and before.get(name, digest) != digest:
             raise CELoraError(f"the {name} is not what the {of} was started with; put it back or start a new {of}")

@@ -1,9 +1,9 @@
-"""Load a model whose base is held in 8 bits: tensor by tensor, so that never more of it is in memory than that.
+"""Load a model with its base in 8 bits, tensor by tensor. The whole base is never in memory in another dtype.
 
-Transformers does the loading, as it does for any quantised model: names, tied weights and buffers are its business. It
-is given a checkpoint of which each tensor is read when it is asked for, and a quantiser that puts an `Int8Linear` in
-the place of each linear layer as soon as its weight is there. What is left of Transformers' quantisation afterwards is
-nothing: to Trainer and TRL the model is an ordinary one.
+Transformers does the loading, as for any quantised model: it handles names, tied weights and buffers. celora gives it
+two things. The checkpoint reads each tensor only when Transformers asks for it. The quantiser replaces each linear
+layer by an `Int8Linear` as soon as its weight arrives. Nothing of Transformers' quantisation stays on the model
+afterwards: Trainer and TRL see an ordinary model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from celora.weights.checkpoint import StoredTensor, stored_tensors
 
 _METHOD = "celora_int8"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What model_init_kwargs may hold and reading tensor by tensor leaves no room for.
+# Names in model_init_kwargs that say how to load; they conflict with reading tensor by tensor.
 _LOADING = {
     "device_map", "max_memory", "low_cpu_mem_usage", "disable_mmap", "local_files_only", "force_download", "variant",
 }  # fmt: skip
@@ -34,18 +34,18 @@ _LOADING = {
 def load_int8_model(
     model: str, *, revision: str | None, dtype: Any, attention: str | None, settings: dict[str, Any]
 ) -> Any:
-    """The causal language model in a folder or on the hub, the linear layers of its blocks in 8 bits, all of it on CPU.
+    """Load a causal language model onto the CPU, with the linear layers of its blocks in 8 bits.
 
     Args:
         model: a folder, or a name on the hub.
-        revision: on the hub.
-        dtype: of everything else, and what weights are rounded to before they are quantised; `auto` for the
+        revision: the revision on the hub.
+        dtype: dtype of everything else. Weights are rounded to it before they are quantised. `auto` takes the
             checkpoint's own.
-        attention: the implementation.
+        attention: which implementation of attention to use.
         settings: `model_init_kwargs`.
 
     Raises:
-        CELoraError: the checkpoint is quantised already or has no safetensors, or settings say how to load.
+        CELoraError: the checkpoint is quantised already or has no safetensors, or `settings` say how to load.
     """
     if where := sorted(_LOADING & settings.keys()):
         raise CELoraError(f"{where[0]} in model_init_kwargs says how to load, and --base int8 does; leave it out")
@@ -71,13 +71,13 @@ def load_int8_model(
         **experts,
     )
     loaded.config.name_or_path = loaded.name_or_path = model
-    loaded.config._commit_hash = revision  # where the weights are read again
-    quantise_base(loaded)  # what the checkpoint lacked
+    loaded.config._commit_hash = revision  # the original weights are read from there again
+    quantise_base(loaded)  # the layers that the checkpoint lacked
     return loaded
 
 
 def _dtype_of(tensors: dict[str, StoredTensor]) -> torch.dtype:
-    """The first dtype of the checkpoint that is one of a model."""
+    """The dtype of the first tensor that has one of `_DTYPES`."""
     kinds = (tensor.get_dtype() for tensor in tensors.values())
     return next((_DTYPES[kind] for kind in kinds if kind in _DTYPES), torch.float32)
 
@@ -112,7 +112,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class _Quantise(ConversionOps):  # type: ignore[misc]
-    """Puts the layer in 8 bits into the model. What is left for Transformers to put there is what is not quantised."""
+    """Puts each quantised layer into the model, and hands every other tensor back to Transformers."""
 
     def __init__(self, names: set[str]) -> None:
         self.names = names

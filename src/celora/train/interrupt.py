@@ -1,4 +1,4 @@
-"""Ctrl-C: training saves and stops at the end of an optimizer step, where resuming is exact."""
+"""Ctrl-C: training stops at the end of an optimizer step and saves, so that resuming is exact."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transformers import TrainerCallback
 
 from celora.train.processes import any_of_them, processes
 
-_SAME_S = 1.0  # a signal so soon is the same one: the launcher repeats what the terminal has sent
+_SAME_S = 1.0  # a signal this soon after another is the same one: the launcher repeats the terminal's
 
 
 class StopAtStepEnd(TrainerCallback):  # type: ignore[misc]
-    """The first Ctrl-C saves at the end of the step, where resuming is exact, and stops; the second stops at once."""
+    """The first Ctrl-C stops at the end of the step and saves, so that resuming is exact. The second stops at once."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -37,11 +37,11 @@ class StopAtStepEnd(TrainerCallback):  # type: ignore[misc]
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-        if ended is not None:  # not after a failure: this process has yet to say why it ends
+        if ended is not None:  # not after a failure: this process still has to say why it ends
             signal.signal(signal.SIGTERM, ended)
 
     def _on_end(self, *_: object) -> None:
-        """The launcher ends all processes. If one of them has failed, the next collective finds out and says so."""
+        """The launcher is ending all processes. If one of them failed, the next collective notices and says so."""
         self.asked = True
 
     def _on_signal(self, *_: object) -> None:
@@ -55,10 +55,9 @@ class StopAtStepEnd(TrainerCallback):  # type: ignore[misc]
         self.console.print("Stopping after this step (Ctrl-C again to stop without saving).", highlight=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        self.asked = any_of_them(
-            self.asked, args.device
-        )  # agreed among all: a process that got no signal would wait for the others
-        # A finished run is finished, even if the signal came during its last step.
+        # All processes agree: one that got no signal would wait for the others.
+        self.asked = any_of_them(self.asked, args.device)
+        # A run that has done its last step is finished, even if the signal came during that step.
         if self.asked and state.global_step < state.max_steps:
             control.should_training_stop = True
             control.should_save = True

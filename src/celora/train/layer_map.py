@@ -1,6 +1,6 @@
-"""The map of a run's layers as plain plotly data: one row a kind of layer, one column a block.
+"""The map of a run's layers as plain plotly data: one row for each kind of layer, one column for each block.
 
-Buttons choose what its colours show: the estimator, the keep ratio, the cost or the error.
+Buttons choose what the colours show: the estimator, the keep ratio, the cost or the error.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 from celora.train.charts import PALETTE, is_number
 
-# One hue from light to dark: order can be read without seeing colours.
+# One hue from light to dark, so that the order is visible without seeing colours.
 SEQUENTIAL = ("#f7fbff", "#c6dbef", "#6baed6", "#2171b5", "#08306b")
-Cells = dict[tuple[str, int], dict[str, Any]]  # kind and block -> what is known of the layer
+Cells = dict[tuple[str, int], dict[str, Any]]  # (kind, block) -> facts about the layer
 
 
 def distinct_layers(records: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The first run of each way to estimate the layers."""
+    """One run for each distinct way to estimate the layers: the first that does so."""
     seen: dict[str, tuple[str, dict[str, Any]]] = {}
     for name, record in records.items():
         layers = record.get("layers") or []
@@ -33,7 +33,7 @@ def layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
     cells = _cells(record)
     blocks = sorted({block for _, block in cells})
     views = _views(cells, blocks)
-    # plotly.js lays a horizontal colour bar's title over the bar, so the axis below the map says what is coloured.
+    # plotly.js draws the title of a horizontal colour bar over the bar, so the axis title says what the colours show.
     colours = [f"block; colour: {what}" for what in ("estimator", "keep ratio", "FLOPs over dense", "relative error")]
     toggle = {
         "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
@@ -59,8 +59,7 @@ def layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cells(record: Mapping[str, Any]) -> Cells:
-    """How each layer is estimated, its keep ratio, cost and error. Before its first measured refresh, the error is the
-    plan's."""
+    """Estimator, keep ratio, cost and error of each layer. The error is the plan's until a refresh measures one."""
     measured, planned = (
         {layer: error for layer, error in (record.get(key) or {}).items() if is_number(error)}
         for key in ("errors", "planned_errors")
@@ -82,7 +81,7 @@ def _cells(record: Mapping[str, Any]) -> Cells:
 
 
 def _kinds(names: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Kind and block of each layer: a kind is the end of a name, long enough to tell a block's layers apart."""
+    """Kind and block of each layer. The kind is the end of its name, long enough to be unique within a block."""
     split = [name.split(".") for name in names]
     numbers = [next((part for part in parts if part.isdigit()), None) for parts in split]
     blocks = [int(number or 0) for number in numbers]
@@ -100,7 +99,7 @@ def _kinds(names: Sequence[str]) -> tuple[list[str], list[int]]:
 
 
 def _views(cells: Cells, blocks: Sequence[int]) -> list[dict[str, Any]]:
-    """One heat map for each thing that colours can show."""
+    """One heat map for each button: estimator, keep ratio, cost, error."""
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     estimators = sorted({cell["estimator"] for cell in cells.values()}, key=lambda how: (how != "dense", how))
 
@@ -138,7 +137,7 @@ def _views(cells: Cells, blocks: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def _told(cell: Mapping[str, Any]) -> str:
-    """The text that appears when the pointer rests on a layer."""
+    """The text shown when the pointer rests on a layer."""
     error = "not measured" if cell["error"] is None else f"{cell['error']:.3f}"
     error += " by the plan, not measured since" if cell["planned"] else ""
     return f"{cell['estimator']}, keep ratio {cell['keep ratio']:g}, cost {cell['cost']:.2f}, relative error {error}"

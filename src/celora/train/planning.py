@@ -1,4 +1,4 @@
-"""What presets auto and fast train with: a rule that a moment of timing settles, or a plan where one is asked for."""
+"""Settles what presets `auto` and `fast` train with: a rule and a moment of timing, or a plan if one is asked for."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ from celora.train.request.arguments import PLANNING, TrainRequest
 
 
 def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool) -> tuple[CELoraConfig, Plan | None]:
-    """What to attach: the preset asked for or, with preset auto, a plan if one is asked for, by `fidelity`, `plan` or
-    `memory_limit`. A resumed run keeps what it began with."""
+    """The configuration to attach, and its plan if there is one.
+
+    Preset `auto` plans if the user gave `fidelity`, `plan` or `memory_limit`. `begun`: the run is resumed, and keeps
+    the configuration that it began with.
+    """
     options = request.options
     if request.preset not in ("auto", "fast"):
         return request.config, None
@@ -35,7 +38,7 @@ def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool
         plan = Plan.load(request.output / PLAN)
         plan.check_layers(survey(trainer.model))
         if reason := plan.elsewhere(next(trainer.model.parameters()).device):
-            say(console, False, f"Note: {reason}. The run goes on with it, but what it estimates may not pay here.")
+            say(console, False, f"Note: {reason}. The run goes on with its plan, but the estimates may not pay here.")
         say(console, options.quiet, str(plan))
         return plan.config(request.config), plan
     if begun and (request.output / CONFIG).is_file():
@@ -44,7 +47,7 @@ def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool
 
 
 def settled(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELoraConfig, Plan | None]:
-    """`choose` for a run that has not begun."""
+    """What `choose` returns for a new run."""
     if request.preset == "fast":
         return gate(survey(trainer.model), request.config), None
     if any(getattr(request.options, name) is not None for name in PLANNING):
@@ -55,7 +58,7 @@ def settled(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELo
 
 
 def batch_size(trainer: Any) -> tuple[int, int]:
-    """Tokens of the first batch, and those of them with a label. In all processes, at the same time."""
+    """How many tokens the first batch has, and how many of them have a label. All processes call this together."""
     with random_states({parameter.device for parameter in trainer.model.parameters()}):
         batch = next(iter(trainer.get_train_dataloader()))
     mask, labels = batch.get("attention_mask"), batch["labels"]
@@ -64,7 +67,7 @@ def batch_size(trainer: Any) -> tuple[int, int]:
 
 
 def planned(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELoraConfig, Plan]:
-    """The plan that was given, or a new one, and the configuration that carries it out."""
+    """The plan that the user gave, or a new one; and the configuration that carries it out."""
     if request.options.plan is not None:
         plan = Plan.load(request.options.plan)
         plan.check(trainer.model)
@@ -75,7 +78,7 @@ def planned(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELo
 
 
 def make_plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
-    """Plan on the first batches of the training data. Training then sees the same rows in the same order."""
+    """Plan on the first batches of the training data. Random states are put back, so training sees the same rows."""
     limit, options = request.options.memory_limit, request.options
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise CELoraError(
@@ -83,9 +86,7 @@ def make_plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
             "give it with --plan, or choose --preset exact or paper"
         )
     with random_states({parameter.device for parameter in trainer.model.parameters()}):
-        batches = list(
-            itertools.islice(trainer.get_train_dataloader(), MOST_BATCHES)
-        )  # in all processes, at the same time
+        batches = list(itertools.islice(trainer.get_train_dataloader(), MOST_BATCHES))  # collective
         if not is_first():
             return Plan.from_dict(from_first(None))
         with PlanProgress(console, quiet=options.quiet) as progress:
@@ -101,7 +102,7 @@ def make_plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
 
 
 def planned_errors(plan: Plan | None, estimated: Any) -> dict[str, float]:
-    """The relative errors in the plan: of the layers in `estimated` and of the vocabulary projection."""
+    """The plan's relative errors, by layer: for the layers in `estimated` and for the vocabulary projection."""
     layers = () if plan is None else (*plan.layers, *(() if plan.head is None else (plan.head,)))
     return {
         layer.name: layer.choice.relative_error

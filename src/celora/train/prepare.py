@@ -1,4 +1,4 @@
-"""From a request to a trainer that trains nothing: what `plan` and `audit` share."""
+"""What `celora plan` and `celora audit` share: they build the trainer of a request, and do not train it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from celora.train.planning import make_plan, settled
 from celora.train.request.arguments import TrainRequest, sft_config
 from celora.train.trainer import build_trainer, refused
 
-# Off, since plan and audit evaluate nothing; a settings file written for training may turn them on.
+# plan and audit evaluate and save nothing, whatever a settings file written for training says.
 _NO_EVALUATION = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False, "save_strategy": "no"}
 
 
 def plan_model(request: TrainRequest, *, rows: int | None, adapter: Path | None, console: Console) -> Plan:
-    """`celora.make_plan` for a new adapter, or for the one in `adapter`, on batches made as training makes them."""
+    """`celora.make_plan` for a new adapter, or for the one in `adapter`. It sees the batches of training."""
     with prepared(request, rows, adapter) as (trainer, _), refused("plan"):
         return make_plan(request, trainer, console)
 
@@ -38,7 +38,7 @@ def audit_model(
     adapter: Path | None = None,
     reference: Literal["float32"] | None = None,
 ) -> Any:
-    """`celora.audit` of a new adapter, or of the one in `adapter`, on a batch made exactly as training makes it."""
+    """`celora.audit` of a new adapter, or of the one in `adapter`. It sees the first batch of training."""
     with prepared(request, rows, adapter) as (trainer, config), refused("audit"):
         if request.preset == "auto" and config is request.config:
             config, _ = settled(request, trainer, Console(stderr=True, quiet=True))
@@ -49,9 +49,9 @@ def audit_model(
 
 @contextmanager
 def prepared(request: TrainRequest, rows: int | None, adapter: Path | None) -> Iterator[tuple[Any, CELoraConfig]]:
-    """The trainer of this request and what to attach to its model; nothing is written.
+    """The trainer of this request, and the configuration to attach to its model. Writes no output.
 
-    `rows`: how many are in a batch; None for as many as in training.
+    `rows`: rows in a batch; None for as many as in training.
     """
     with quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
         tokenizer = load_tokenizer(request)
@@ -63,5 +63,5 @@ def prepared(request: TrainRequest, rows: int | None, adapter: Path | None) -> I
         if adapter is not None:
             model, peft = load_adapter(model, adapter), None
             if (adapter / CONFIG).is_file() and request.options.preset is None and request.options.celora is None:
-                config = CELoraConfig.load(adapter)  # the one the adapter was trained with
+                config = CELoraConfig.load(adapter)  # the adapter was trained with it
         yield build_trainer(request, args, model, tokenizer, data, peft=peft), config

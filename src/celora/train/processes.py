@@ -1,7 +1,7 @@
 """One run in several processes, as torchrun and `accelerate launch` start them.
 
-The first process writes, prints and decides for all. If a job fails, the process that fails first says why, in one
-line. The launcher then ends the others; they say nothing.
+The first process (rank 0) writes, prints and decides for all. If a job fails, the process that fails first says why, in
+one line. The launcher then ends the others; they say nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PATIENCE_S = 5.0
 
 
 def rank() -> int:
-    """The number of this process; 0 where it is alone."""
+    """The number of this process; 0 if there is only one."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -31,32 +31,32 @@ def processes() -> int:
 
 
 def processes_here() -> int:
-    """How many of them run on this machine."""
+    """How many of the processes run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this process writes and prints."""
     return rank() == 0
 
 
 def introduce_deepspeed() -> None:
-    """Make DeepSpeed know the other processes before a model is loaded in parts. On CPUs, Accelerate does not."""
+    """Set up DeepSpeed's communication before a model is loaded in parts. On CPUs, Accelerate does not do it."""
     import deepspeed
 
-    deepspeed.init_distributed()  # takes over the group that is there
+    deepspeed.init_distributed()  # uses the existing process group
 
 
 def wait_for_all() -> None:
-    """Wait until all processes are here. Collective."""
+    """Wait until all processes have called this. Collective."""
     if processes() > 1:
-        from accelerate import PartialState  # here, since the folder's lock needs none of it
+        from accelerate import PartialState  # imported late: the folder's lock does not need it
 
         PartialState().wait_for_everyone()
 
 
 def any_of_them(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set in any process. Collective; like logging a loss, it waits for the device."""
+    """Whether `flag` is true in any process. Collective. It waits for the device, as logging a loss does."""
     if processes() == 1:
         return flag
     found = torch.tensor(int(flag), device=device)
@@ -65,11 +65,11 @@ def any_of_them(flag: bool, device: torch.device) -> bool:
 
 
 def speaks() -> bool:
-    """Whether this process tells why the job failed. The first one to ask the processes' common store does."""
+    """Whether this process should say why the job failed. All processes share a store; the first to ask it says why."""
     if processes() == 1:
         return True
     answers: list[bool] = []
-    # In a thread: a store whose host has frozen answers long after its own time limit.
+    # In a thread: if the store's host has frozen, the call returns long after its own time limit.
     asking = threading.Thread(target=lambda: answers.append(_first_to_ask()), daemon=True)
     asking.start()
     asking.join(_PATIENCE_S)
@@ -87,13 +87,13 @@ def _first_to_ask() -> bool:
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Whether this error is a collective's, whose other process is gone."""
+    """Whether a collective raised this error because another process is gone."""
     return processes() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 @contextmanager
 def losing_contact(output: os.PathLike[str]) -> Iterator[None]:
-    """Tell in one line that a collective's other process is gone."""
+    """If a collective inside fails because another process is gone, say so in one line."""
     try:
         yield
     except RuntimeError as error:

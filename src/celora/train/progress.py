@@ -1,4 +1,4 @@
-"""What a run shows while it trains: metrics.jsonl (one JSON object per log event) and a progress line.
+"""What a run shows while it trains: metrics.jsonl (one JSON object for each log event) and a progress line.
 
 Time is the wall-clock of the optimizer steps. Tokens are counted without padding. A resumed run continues both counts.
 """
@@ -30,14 +30,16 @@ _DROPPED = ("train_", "num_tokens", "eval_num_tokens", "num_input_tokens_seen", 
 
 
 def say(console: Console, quiet: bool, line: str) -> None:
-    """Print a line as it stands, unless `quiet`."""
+    """Print a line, without markup or wrapping, unless `quiet`."""
     if not quiet:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl. Lines that are no rows are left out, with a warning unless it is the last: a crash may
-    have cut that one short."""
+    """Read the rows of a metrics.jsonl. A line that is not a row is left out with a warning.
+
+    The last line is left out without one: a crash may have cut it short.
+    """
     rows: list[dict[str, Any]] = []
     check_regular(path)
     try:
@@ -57,7 +59,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _numbers(row: dict[str, Any]) -> bool:
-    """Whether all values are numbers, or null where one was not finite."""
+    """Whether every value is a number, or null (written for a number that was not finite)."""
     return all(isinstance(value, int | float | None) for value in row.values())
 
 
@@ -82,7 +84,7 @@ PHASES = ("forward", "backward", "optimizer")
 
 
 class Phases(TrainerCallback):  # type: ignore[misc]
-    """Where the time of optimizer steps goes. On CPU only: on a GPU the clock would see launches, not work."""
+    """Times the phases of optimizer steps. On CPU only: on a GPU the clock would see launches, not work."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -90,7 +92,7 @@ class Phases(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def timing(self, phase: str, *, without: str | None = None) -> Iterator[None]:
-        """Add the time of the body to `phase`, less the time that phase `without` got meanwhile."""
+        """Add the time of the body to `phase`, minus the time that phase `without` gets during it."""
         begin, before = time.perf_counter(), self.seconds[without] if without else 0.0
         yield
         inside = self.seconds[without] - before if without else 0.0
@@ -105,9 +107,11 @@ class Phases(TrainerCallback):  # type: ignore[misc]
 
 
 class MetricsWriter(StepTimer):
-    """Appends one row per log event: step, epoch, seconds, loss, learning_rate, grad_norm, tokens_seen,
-    tokens_per_second, step_time_ms and its parts, peak_memory_mib, and every eval_* and celora/* value. A number that
-    is not finite is null."""
+    """Appends one row for each log event.
+
+    A row has step, epoch, seconds, loss, learning_rate, grad_norm, tokens_seen, tokens_per_second, step_time_ms and its
+    parts, peak_memory_mib, and every eval_* and celora/* value. A number that is not finite is null.
+    """
 
     def __init__(self, path: Path, *, after_step: int = 0, seconds: float = 0.0, phases: Phases | None = None) -> None:
         super().__init__()
@@ -118,7 +122,7 @@ class MetricsWriter(StepTimer):
         self._earlier = seconds
         self._start = time.perf_counter()
         self._last = (0, 0.0, 0)  # steps, seconds and tokens at the last training row
-        # A resumed run repeats the steps after its checkpoint: drop their rows, or they appear twice.
+        # A resumed run repeats the steps after its checkpoint. Without this, their rows would appear twice.
         kept = [row for row in read_metrics(path) if row["step"] <= after_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -129,7 +133,7 @@ class MetricsWriter(StepTimer):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._start = time.perf_counter()
         self._last = (0, 0.0, int(state.num_input_tokens_seen))
-        give_back_freed_memory()  # of what this process did before: loading, planning, another run
+        give_back_freed_memory()  # what loading, planning or another run has freed
         forget_peak(args.device)
 
     def on_log(
@@ -174,7 +178,7 @@ class MetricsWriter(StepTimer):
 
 
 class ProgressLine(StepTimer):
-    """A bar on a terminal, elsewhere a plain line every ten seconds; nothing when quiet."""
+    """Shows a bar on a terminal, and a plain line every ten seconds elsewhere; nothing when quiet."""
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         super().__init__()
@@ -217,7 +221,7 @@ class ProgressLine(StepTimer):
             return
         tokens = int(state.num_input_tokens_seen) - self._first_tokens
         speed = f"{tokens / self.seconds:,.0f} tokens/s" if tokens and self.seconds else ""
-        # rich forgets what is older than 30 seconds, so it has no estimate if a step takes longer.
+        # rich only remembers 30 seconds, so its own estimate fails if a step takes longer.
         per_step = self.seconds / max(1, state.global_step - self._first_step)
         left = f"{per_step * (state.max_steps - state.global_step) / 60:.1f} min left"
         numbers = "  ".join(filter(None, (f"loss {self._loss}", speed, left)))
@@ -239,7 +243,7 @@ class ProgressLine(StepTimer):
 
 
 class PlanProgress:
-    """The progress of `celora.make_plan`: a bar on a terminal, elsewhere a plain line for each stage."""
+    """Shows the progress of `celora.make_plan`: a bar on a terminal, a plain line for each stage elsewhere."""
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self._console, self._quiet = console, quiet

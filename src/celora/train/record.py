@@ -1,4 +1,4 @@
-"""What a run leaves behind: its record and its summary."""
+"""The record of a run (run.json) and its summary."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ _LAST = ("loss", "eval_loss", "eval_base_loss", "tokens_seen", "mean_token_accur
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The result of a run. `status` is "finished", "interrupted" or "already finished". Unless it was finished before,
-    the run's model comes with it, trained and still attached."""
+    """The result of a run. `status` is "finished", "interrupted" or "already finished".
+
+    `model` is the trained model, with celora still attached; None if the run was already finished.
+    """
 
     status: str
     output: Path
@@ -34,7 +36,7 @@ class TrainResult:
 
 
 def longer(earlier: dict[str, Any], now: dict[str, Any], metrics: Path) -> bool:
-    """Whether the run asked for now is longer than the one that has finished."""
+    """Whether the run that is asked for now is longer than the finished one."""
     if (steps := now.get("max_steps", -1)) > 0:
         return bool(steps > earlier["summary"]["step"])
     if earlier["given"].get("max_steps", -1) > 0:
@@ -45,7 +47,7 @@ def longer(earlier: dict[str, Any], now: dict[str, Any], metrics: Path) -> bool:
 
 
 def is_evaluated(metrics: Path, trainer: Any) -> bool:
-    """Whether the last evaluation was of the adapter that is saved."""
+    """Whether the adapter that is saved has been evaluated."""
     step, best = trainer.state.global_step, trainer.state.best_model_checkpoint
     if trainer.args.load_best_model_at_end and best and Path(best).name != f"checkpoint-{step}":
         return False
@@ -63,7 +65,7 @@ def make_record(request: TrainRequest, args: Any, attached: Any) -> dict[str, An
         "r": request.r,
         "processes": processes(),
         "lora": request.lora,
-        # Which hides every name that ends so, the words of the vocabulary among them.
+        # `to_dict` hides every name that ends in _token, and these two are not secrets.
         "train": args.to_dict() | {name: request.train.get(name) for name in ("eos_token", "pad_token")},
         "estimated_layers": len(attached.estimated),
         "layers": [asdict(layer) for layer in attached.layers],
@@ -73,7 +75,7 @@ def make_record(request: TrainRequest, args: Any, attached: Any) -> dict[str, An
 
 
 def summarise(trainer: Any, metrics: MetricsWriter, attached: Any) -> dict[str, Any]:
-    """Numbers of the whole run, over all resumptions; where the wall-clock went is of this call alone."""
+    """Numbers of the whole run, over all resumptions. Only the parts of the wall-clock are of this call alone."""
     rows = read_metrics(metrics.path)
     steps = [row["step_time_ms"] for row in rows if "step_time_ms" in row]
     last: dict[str, Any] = {}
@@ -91,9 +93,9 @@ def summarise(trainer: Any, metrics: MetricsWriter, attached: Any) -> dict[str, 
 
 
 def worst(errors: dict[str, float], planned_errors: dict[str, float]) -> dict[str, Any]:
-    """The largest relative error that a refresh has measured, in how many layers, and the plan's error for the others.
+    """The largest relative error that refreshes measured, and the largest planned error of the layers not measured.
 
-    The first refresh of a layer has nothing to compare with. So a short run measures few layers.
+    The first refresh of a layer has nothing to compare with, so a short run measures few layers.
     """
     rest = [error for name, error in planned_errors.items() if name not in errors]
     return {

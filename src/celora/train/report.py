@@ -1,8 +1,8 @@
-"""One self-contained HTML page about one run or several: curves, summary numbers, configuration and versions.
+"""Writes one self-contained HTML page about one run or several: curves, summary, configuration and versions.
 
-Python writes plain data; a few lines of JavaScript draw it with plotly.js, which is inlined once. Nothing is fetched.
-All text from data is escaped, the embedded JSON cannot close its script element, and the page's content-security policy
-lets the browser run these scripts, known by their hashes, and load nothing at all.
+Python writes plain data. A few lines of JavaScript draw it with plotly.js, which is inlined once. The page fetches
+nothing. All text from data is escaped, and the embedded JSON cannot close its script element. The page's
+content-security policy lets the browser run only these scripts, by their hashes, and load nothing.
 """
 
 from __future__ import annotations
@@ -50,15 +50,16 @@ def write_report(
     findings: Sequence[str] = (),
     repeats: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the page about `runs`: name -> output folder, or the rows of its metrics.jsonl.
+    """Write the page about `runs`.
 
     Args:
         path: the HTML file; written whole or not at all.
-        runs: shown in this order, each in its own colour in every chart, unless `repeats` says otherwise.
-        title: of the page.
-        results: a first table: what was measured -> run (or arm) -> value.
-        findings: plain sentences under it.
-        repeats: run -> what it repeats with another seed; runs that repeat the same share a colour and a legend entry.
+        runs: name -> output folder, or the rows of its metrics.jsonl. Shown in this order. Each run has its own colour,
+            unless `repeats` says otherwise.
+        title: title of the page.
+        results: the first table: what was measured -> run (or arm) -> value.
+        findings: plain sentences under that table.
+        repeats: run -> the arm that it repeats with another seed. Runs of one arm share a colour and a legend entry.
     """
     rows = {name: _rows(source) for name, source in runs.items()}
     records = {name: _record(source) for name, source in runs.items()}
@@ -86,7 +87,7 @@ def write_report(
 
 
 def _rows(source: Path | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows, and of each what is a number: plotly.js would show a text, on an axis, with its markup."""
+    """The rows, without values that are not numbers: plotly.js would interpret markup in a text."""
     rows = read_metrics(source / METRICS) if isinstance(source, os.PathLike) else source
     return [{key: value for key, value in row.items() if is_number(value)} for row in rows]
 
@@ -112,7 +113,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(title: str, cells: Mapping[str, Mapping[str, Any]]) -> str:
-    """Rows of name -> run -> value, without rows that are empty for every run."""
+    """A table of name -> run -> value, without rows that are empty for every run."""
     cells = {key: values for key, values in cells.items() if any(value is not None for value in values.values())}
     if not cells:
         return ""
@@ -136,16 +137,17 @@ def _cell(value: Any) -> str:
 
 
 def _embed(value: Any) -> str:
-    """JSON for inside a script element: no `<`, so nothing in it can end the element or begin a comment."""
+    """JSON to embed in a script element. It holds no `<`, so it cannot end the element or begin a comment."""
     text = json.dumps(finite(value), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
-    """Nothing may be loaded or sent, and only these inline scripts and styles count: none that a hostile text brings.
+    """The content-security policy: load and send nothing, and run only these inline scripts and styles.
 
-    A `<meta http-equiv=refresh>` is beyond any policy of a page: against that there is only the escaping.
-    plotly.js sets style attributes, fills an empty style element by script, and draws heat maps as `data:` images.
+    A script in a hostile text has another hash, and is not run. No policy stops a `<meta http-equiv=refresh>`: only the
+    escaping does. The policy allows what plotly.js does: it sets style attributes, fills an empty style element by
+    script, and draws heat maps as `data:` images.
     """
     script, style = (" ".join(map(_hash, sources)) for sources in (scripts, styles))
     return (
@@ -165,7 +167,7 @@ def _page(title: str, first: str, charts: list[dict[str, Any]], tables: str) -> 
         f"<h2>{html.escape(chart['title'])}</h2><div class=chart id=chart{i}></div>" for i, chart in enumerate(charts)
     )
     plotly = get_plotlyjs()
-    its_styles = re.findall(r"\.textContent='([^'\\]*)'", plotly)  # of its maps; without it the browser would complain
+    its_styles = re.findall(r"\.textContent='([^'\\]*)'", plotly)  # of its maps; else the browser complains
     policy = _policy((plotly, _SCRIPT), (_STYLE, "", *its_styles))
     return f"""<!doctype html>
 <html lang=en>

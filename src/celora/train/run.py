@@ -1,8 +1,8 @@
 """One training run, from a `TrainRequest` to an adapter with its metrics, checkpoints and report.
 
-TRL's SFTTrainer trains; celora is attached to its model. The folder can be resumed at any time: Ctrl-C stops at the
-end of an optimizer step and saves; a killed process loses only what came after its last whole checkpoint. Under
-torchrun and `accelerate launch` every process comes through here; only the first writes and prints.
+TRL's SFTTrainer trains, with celora attached to its model. A run can be resumed at any time. Ctrl-C stops it at the end
+of an optimizer step and saves. A killed process loses only the steps after its last whole checkpoint. Under torchrun
+and `accelerate launch` every process runs this code; only the first writes and prints.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from celora.train.wall_clock import WallClock
 
 
 def train(request: TrainRequest, *, console: Console | None = None, began: float | None = None) -> TrainResult:
-    """Train as `request` says and leave the result in `request.output`.
+    """Train as `request` says, and leave the result in `request.output`.
 
     `began`: when the command began, by `time.perf_counter`; by default now.
 
     Raises:
-        CELoraError: bad input, found before anything in the output folder is touched; another run in that folder; or
-            a disk that takes no more.
+        CELoraError: the input is bad (nothing in the output folder has changed then), another run uses that folder, or
+            the disk is full.
     """
     with losing_contact(request.output), ExitStack() as stack:
         console = (console or Console(stderr=True)) if is_first() else Console(quiet=True)
@@ -68,11 +68,11 @@ def train(request: TrainRequest, *, console: Console | None = None, began: float
 
 @dataclass(frozen=True)
 class _Entered:
-    """A run whose folder is checked: the request as it will be carried out, and the earlier run that it continues."""
+    """A run whose output folder is checked: its final request, and the earlier run that it continues, if any."""
 
     request: TrainRequest
     folder: OutputFolder
-    begun: bool  # the folder was a run's before; then it is locked by now
+    begun: bool  # an earlier run used the folder; it is locked by now
     earlier: dict[str, Any] | None
 
     @property
@@ -82,7 +82,7 @@ class _Entered:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A trainer with celora attached to its model, and what is recorded about both."""
+    """A trainer with celora attached to its model, and the facts that the run records about both."""
 
     request: TrainRequest  # with the dtype of the base model settled
     trainer: Any
@@ -97,11 +97,11 @@ class _Ready:
 
 @dataclass
 class _Written:
-    """What the first process writes; the others write nothing."""
+    """What the first process writes. The other processes write nothing."""
 
     record: dict[str, Any] = field(default_factory=lambda: {"summary": {}})
     metrics: MetricsWriter | None = None
-    aside: Path | None = None  # the run that is being replaced
+    aside: Path | None = None  # where the run that is being replaced waits
 
 
 def _train(request: TrainRequest, console: Console, stack: ExitStack, clock: WallClock) -> TrainResult:
@@ -133,7 +133,7 @@ def _train(request: TrainRequest, console: Console, stack: ExitStack, clock: Wal
 
 
 def _enter(request: TrainRequest, stack: ExitStack) -> _Entered:
-    """Check the output folder, and lock it if it has been a run's: `stack` holds the lock."""
+    """Check the output folder, and lock it if an earlier run used it. `stack` releases the lock."""
     options, folder, first = request.options, OutputFolder(request.output), is_first()
     begun = folder.begun
     if first and begun:
@@ -145,13 +145,13 @@ def _enter(request: TrainRequest, stack: ExitStack) -> _Entered:
     if earlier:
         check_record(folder.path / RUN, earlier)
         answers = {"assistant_only_loss": earlier["train"].get("assistant_only_loss", False)}
-        # A celora of another default may have begun the run: it goes on with what it began with.
+        # A version of celora with another default may have begun the run. It keeps the setting that it began with.
         request = replace(request, train=request.train | answers)
     return _Entered(request, folder, begun, earlier)
 
 
 def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
-    """Load model, tokenizer and rows, make the trainer, attach celora; say what a user should know of each."""
+    """Load model, tokenizer and rows, make the trainer and attach celora. Prints a line about each decision."""
     request, earlier, first = run.request, run.earlier, is_first()
     quiet = request.options.quiet
     with clock.spending("load"):
@@ -189,9 +189,9 @@ def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
 
 
 def _beginning(run: _Entered, args: Any, lost: Sequence[str], console: Console) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to continue from, if there is one, and its step and seconds. Collective."""
+    """The checkpoint to continue from, or None, and the step and seconds that it was saved at. Collective."""
     options, output = run.request.options, run.request.output
-    # What is wrong with a checkpoint is a warning: said even when quiet.
+    # A damaged checkpoint is worth a warning, so the line is printed even when quiet.
     resumed: tuple[Path, dict[str, Any]] | None = from_first(
         run.folder.last_checkpoint(lambda line: say(console, False, line)) if options.resume and is_first() else None
     )
@@ -205,7 +205,7 @@ def _beginning(run: _Entered, args: Any, lost: Sequence[str], console: Console) 
 
 
 def _open(run: _Entered, ready: _Ready, marker: dict[str, Any], stack: ExitStack) -> _Written:
-    """Make the output folder this run's: its record, plan, configuration and metrics. In the first process only."""
+    """Begin the output folder: write this run's record, plan, configuration and metrics. In the first process only."""
     folder, options, output, trainer = run.folder, run.request.options, run.request.output, ready.trainer
     with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,7 @@ def _open(run: _Entered, ready: _Ready, marker: dict[str, Any], stack: ExitStack
     write_json(output / RUN, record)
     if ready.plan is not None:
         ready.plan.save(output / PLAN)
-    ready.config.save(output / CONFIG)  # last: with it and without a plan, the run goes on without one
+    ready.config.save(output / CONFIG)  # last: a resumed run that finds it and no plan goes on without a plan
     metrics = MetricsWriter(
         output / METRICS, after_step=marker["step"], seconds=marker["seconds"], phases=trainer.phases
     )
@@ -231,7 +231,7 @@ def _open(run: _Entered, ready: _Ready, marker: dict[str, Any], stack: ExitStack
 def _carry_out(
     ready: _Ready, folder: OutputFolder, written: _Written, checkpoint: Path | None, step: int, console: Console
 ) -> str:
-    """Train from `step` on, save, and complete what is written; "finished" or "interrupted"."""
+    """Train from `step` on, save, and complete the files. Returns "finished" or "interrupted"."""
     trainer, metrics = ready.trainer, written.metrics
     progress, stop = ProgressLine(console, quiet=ready.request.options.quiet), StopAtStepEnd(console)
     own = (celora.Callback(), trainer.phases, stop, metrics, progress, Sealing(folder, metrics))
@@ -240,7 +240,7 @@ def _carry_out(
     status = "failed"
     try:
         with stop.listening():
-            # celora's callback looks here for its state.
+            # celora's callback reads its state from there.
             trainer.args.resume_from_checkpoint = str(checkpoint) if checkpoint else None
             if checkpoint and step == trainer.args.max_steps:
                 take_over(trainer, checkpoint)
@@ -267,13 +267,13 @@ def _carry_out(
 
 
 def _leave(ready: _Ready, folder: OutputFolder, written: _Written, status: str) -> None:
-    """Complete the record and the report of a run that ends, or put back the run that it was to replace."""
+    """Complete the record and the report. If nothing was trained, put back the run that was to be replaced."""
     trainer, metrics, aside = ready.trainer, written.metrics, written.aside
     trained = status == "finished" or trainer.state.global_step > 0
     if is_first() and trained:
         folder.forget_earlier()
     elif aside is not None:
-        folder.restore()  # nothing was trained: the earlier run is worth more than what failed
+        folder.restore()  # nothing was trained, so the earlier run stays
     if metrics is None or not (trained or (status == "interrupted" and aside is None)):
         return
     errors = {
@@ -283,7 +283,7 @@ def _leave(ready: _Ready, folder: OutputFolder, written: _Written, status: str) 
     summary = summarise(trainer, metrics, ready.attached) | worst(**errors)
     moves = [asdict(move) for move in require(trainer.model).ladder.moves]
     written.record |= {"status": status, "summary": summary, "moves": moves} | errors
-    # What made the run fail may make this fail, too, and is what the user should hear of.
+    # If the run failed, writing may fail for the same reason. The user should hear the first reason.
     with suppress(CELoraError) if status == "failed" else nullcontext():
         write_json(folder.path / RUN, written.record)
         write_report(folder.path / REPORT, {ready.request.preset or "celora": folder.path})
@@ -292,7 +292,7 @@ def _leave(ready: _Ready, folder: OutputFolder, written: _Written, status: str) 
 def _already_finished(
     request: TrainRequest, earlier: dict[str, Any], folder: OutputFolder, console: Console
 ) -> TrainResult:
-    """What a finished run came to; its report is written if the run was killed before that."""
+    """The result of a finished run. Writes its report if the run was killed before that."""
     step, first = int(earlier["summary"]["step"]), is_first()
     say(
         console,
@@ -307,7 +307,7 @@ def _already_finished(
 
 
 def rank_line(request: TrainRequest) -> str:
-    """One line on the rank that trains, and why it is not the one asked for where it is not."""
+    """One line on the rank that trains, and why it differs from the rank asked for, if it does."""
     if request.r == request.lora_r:
         return f"LoRA r = {request.r}."
     return (
@@ -317,7 +317,7 @@ def rank_line(request: TrainRequest) -> str:
 
 
 def attached_text(attached: Any, plan: Plan | None) -> str:
-    """What is estimated with what. Beside a plan, whose table says it by measured time, no second one by FLOPs."""
+    """What is estimated, and how. With a plan only a summary: the plan's own table has the measured times."""
     if plan is None:
         return str(attached)
     reasons = Counter(attached.skipped.values())
@@ -332,8 +332,8 @@ def attached_text(attached: Any, plan: Plan | None) -> str:
 
 
 def _smooth_in_the_head(trainer: Any) -> None:
-    """Trainer's label smoothing wants all logits; the head over labelled tokens smooths as it goes."""
+    """Move label smoothing from Trainer, which needs all logits, into the head that computes only labelled tokens."""
     forward, args = require(trainer.model).forward, trainer.args
-    plain = args.loss_type == "nll" and not args.torch_compile  # a graph takes in the model's own loss
+    plain = args.loss_type == "nll" and not args.torch_compile  # a compiled graph contains the model's own loss
     if forward is not None and trainer.label_smoother is not None and plain:
         forward.smoothing, trainer.label_smoother = float(trainer.args.label_smoothing_factor), None

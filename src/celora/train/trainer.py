@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with celora's phases, one-line errors and checkpoints."""
+"""TRL's SFTTrainer with timed phases, one-line errors and safe checkpoints."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from celora.train.wall_clock import WallClock
 
 
 class OrderOfEpoch(Sampler[int]):
-    """Make a random sampler's order depend on the seed and the epoch alone. Accelerate tells the epoch."""
+    """A random sampler whose order depends only on the seed and the epoch. Accelerate calls `set_epoch`."""
 
     def __init__(self, sampler: Any, seed: int) -> None:
         self.sampler, self.seed = sampler, seed
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw this epoch's order in the next iteration."""
+        """Use the order of this epoch from the next iteration on."""
         self.sampler.generator = torch.Generator().manual_seed(self.seed + epoch)
 
     def __iter__(self) -> Iterator[int]:
@@ -49,7 +49,7 @@ class OrderOfEpoch(Sampler[int]):
 
 
 class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that measures where its time goes, and sends no telemetry."""
+    """An SFTTrainer that times its phases and sends no telemetry."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.phases, self.wall_clock = Phases(), WallClock()
@@ -61,7 +61,7 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
             return super().compute_loss(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Like TRL's, timed: what is not forward is backward."""
+        """Like TRL's, timed: the part outside `compute_loss` counts as backward."""
         with self.phases.timing("backward", without="forward"):
             return super().training_step(*args, **kwargs)
 
@@ -71,19 +71,20 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Like the one below it, timed."""
+        """Like `SafeSaving`'s, timed."""
         with self.wall_clock.spending("save"):
             super()._save_checkpoint(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """Like TRL's. `..._base_loss` is the loss on the untouched base, where that is another one.
+        """Like TRL's, and adds `..._base_loss`, the loss of the adapter on the original base model.
 
-        So it is where forwards are in 8 bits, or the base is held in 8 bits: then its weights are read once more.
+        It differs from the loss if forwards are computed in 8 bits, or if the base is stored in 8 bits. In the second
+        case the original weights are read from the checkpoint once more. Otherwise the key is absent.
         """
         found = super().evaluation_loop(dataloader, description, *args, **kwargs)
         attachment, prefix = find(self.model), kwargs.get("metric_key_prefix", "eval")
-        forwards, held = attachment is not None and bool(attachment.forwards), bool(held_in_8_bits(self.model))
-        if f"{prefix}_loss" not in found.metrics or not (forwards or held):
+        forwards = attachment is not None and bool(attachment.forwards)
+        if f"{prefix}_loss" not in found.metrics or not (forwards or held_in_8_bits(self.model)):
             return found
         with ExitStack() as stack:
             if attachment is not None:
@@ -93,7 +94,7 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
                 stack.enter_context(original_weights(self.model))
             except CELoraError as error:
                 missing = str(error)
-            # All processes or none: one that evaluates once more waits for the others.
+            # All processes evaluate once more, or none: one alone would wait for the others for ever.
             if in_company() and largest_of_all([[int(bool(missing))]], self.args.device) == [[1]]:
                 missing = missing or "another process cannot read the original weights"
             if missing:
@@ -104,7 +105,7 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
         return found
 
     def _mean_loss(self, dataloader: Any) -> float:
-        """The mean over rows that Transformers' Trainer reports. TRL's other metrics stay those of the first pass."""
+        """The mean loss over rows, as Transformers' Trainer computes it. Leaves TRL's other metrics unchanged."""
         total, rows, metrics = 0.0, 0, copy.deepcopy(getattr(self, "_metrics", None))
         for inputs in dataloader:
             loss, _, _ = self.prediction_step(self.model, inputs, prediction_loss_only=True)
@@ -115,7 +116,7 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
         return total / max(1, rows)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Like Trainer's; if a library refuses something before the first step, that is one line."""
+        """Like Trainer's. A setting that a library refuses before the first step becomes a one-line error."""
         with refused("training", self):
             return super().train(*args, **kwargs)
 
@@ -128,7 +129,7 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
         return sampler
 
     def get_train_dataloader(self) -> Any:
-        """As the Trainer's; none without a batch."""
+        """Like Trainer's, but refuses to train without a batch."""
         loader = super().get_train_dataloader()
         if len(loader) == 0:
             raise CELoraError(
@@ -138,12 +139,12 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
         return loader
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; a metric that no evaluation has is one line."""
+        """Like Trainer's. A metric that no evaluation reports becomes a one-line error."""
         with refused("best model"):
             return super()._determine_best_metric(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *rest: Any) -> Any:
-        """As TRL's; a row that the chat template refuses is named."""
+        """Like TRL's, but names the row that the chat template refuses."""
         try:
             return super()._prepare_dataset(dataset, processing_class, *rest)
         except OSError:
@@ -157,7 +158,7 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
             raise CELoraError(f"the chat template refuses row {number:,} of the {data} data: {said}") from error
 
     def _send_telemetry(self) -> None:
-        """TRL reports every construction to the hub; training a model here stays here."""
+        """TRL reports each new trainer to the hub. celora sends nothing."""
 
 
 # What `Trainer` and its mixins override, as `celora.borrowed` lists it.
@@ -166,10 +167,10 @@ OVERRIDDEN = tuple(name for name in NAMES if name.startswith(("transformers:Trai
 
 @contextmanager
 def refused(what: str, trainer: Any = None) -> Iterator[None]:
-    """What a library says of the values that it is given for `what`, in one line.
+    """Turn an exception of another library about the user's settings for `what` into a one-line CELoraError.
 
-    What our own code raises is a bug and left as it is; so is what is wrong with the machine and, with a `trainer`,
-    with files, and all that comes after the first step.
+    Other exceptions pass unchanged: those of celora's own code (they are bugs), and those about memory or a lost
+    process. With a `trainer`, so do those about files, and all that come after the first step.
     """
     try:
         yield
@@ -198,9 +199,9 @@ def build_trainer(
     *,
     peft: LoraConfig | None,
 ) -> Any:
-    """The SFTTrainer of this run, without celora and without progress. What it refuses is one line."""
+    """The SFTTrainer of this run, not yet attached and without progress. What it refuses becomes a one-line error."""
     for name in OVERRIDDEN:
-        borrow(name)  # says what is not done where the method is gone: nobody calls ours then
+        borrow(name)  # warns if the method is gone from the library: then nobody calls our override
     with refused("trainer"):
         trainer = Trainer(
             model=model,
@@ -222,6 +223,6 @@ def build_trainer(
 
 
 def _teaches(dataset: Any) -> bool:
-    """Whether any row of a prepared data set has a label after its first token."""
+    """Whether any row of a prepared data set has a labelled token after its first."""
     column = "labels" if "labels" in dataset.column_names else "input_ids"
     return any(label != -100 for labels in dataset[column] for label in labels[1:])

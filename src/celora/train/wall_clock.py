@@ -11,9 +11,13 @@ PARTS = ("start", "load", "tokenise", "plan", "train", "evaluate", "save")
 
 
 class WallClock:
-    """Seconds of each part: imports (`start`), reading model and rows and finding out whether a step fits into memory
-    (`load`), making tokens of the rows (`tokenise`), choosing what is estimated and attaching it (`plan`), and what the
-    others say. No second counts twice.
+    """Seconds of each part of a command. No second counts twice.
+
+    - `start`: imports.
+    - `load`: reading model and rows, and measuring whether a step fits into memory.
+    - `tokenise`: turning rows into tokens.
+    - `plan`: choosing what is estimated, and attaching it.
+    - `train`, `evaluate`, `save`: as their names say.
 
     Args:
         began: when the command began, by `time.perf_counter`; by default now.
@@ -21,13 +25,13 @@ class WallClock:
 
     def __init__(self, began: float | None = None) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._inside = 0.0  # seconds of parts within the one that is under way
+        self._inside = 0.0  # seconds of the parts nested in the current one
         if began is not None:
             self.seconds["start"] = time.perf_counter() - began
 
     @contextmanager
     def spending(self, part: str) -> Iterator[None]:
-        """Add the time of the body to `part`, less what parts within it got."""
+        """Add the time of the body to `part`, minus the time of parts nested in it."""
         begin, outer = time.perf_counter(), self._inside
         self._inside = 0.0
         try:
@@ -38,10 +42,10 @@ class WallClock:
             self._inside = outer + took
 
     def summary(self) -> dict[str, float]:
-        """Seconds of each part, as a run's summary has them."""
+        """Seconds of each part, under the names that a run's summary uses."""
         return {f"{part}_seconds": round(seconds, 3) for part, seconds in self.seconds.items()}
 
 
 def spent(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of each part that a run's summary knows; none of a run by an earlier version."""
+    """Seconds of each part, read from a run's summary; empty for a run by an earlier version."""
     return {part: summary[f"{part}_seconds"] for part in PARTS if f"{part}_seconds" in summary}

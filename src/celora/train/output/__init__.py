@@ -1,1 +1,1 @@
-"""The output folder: checkpoints, seals and what is saved."""
+"""The output folder of a run: what is saved in it, and how checkpoints are kept whole."""

@@ -1,7 +1,7 @@
-"""The model card, README.md beside every saved adapter: what was trained, on what, how well, and how to load it.
+"""Writes the model card, README.md beside every saved adapter: what was trained, on what, how well, how to load it.
 
-The card is made to be published. So it names models, data sets and folders, and never a path of this machine. A file
-that somebody has made their own is left alone.
+The card is made to be published. So it names models, data sets and folders, and never a path of this machine. celora
+never overwrites a card that a user has written or claimed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from celora.train.rows.data import HUB_NAME
 
 CARD = "README.md"
 _MARK = "<!-- celora writes this file anew at every save, until this line is deleted. -->"
-# Of ours, and of the templates of TRL and PEFT.
+# Marks of a generated card: celora's, TRL's, PEFT's. A card without any of them is the user's own.
 _GENERATED = (_MARK, "It has been trained using [TRL](", "# Model Card for Model ID")
-_DIGITS = 16  # of a fingerprint
+_DIGITS = 16  # of a fingerprint, on the card
 _LOAD = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,7 +46,7 @@ _TEXT = 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
 
 @dataclass(frozen=True)
 class Card:
-    """The card of a run: its name, what run.json says, its rows, and the clock that has been running for it."""
+    """What the card of a run needs: a name, the content of run.json, the number of rows, and the run's clock."""
 
     name: str
     record: Mapping[str, Any]
@@ -55,13 +55,13 @@ class Card:
     elapsed: Callable[[], float]
 
     def write(self, folder: Path, trainer: Any) -> None:
-        """Write the card into a folder, unless somebody's own is there."""
+        """Write the card into a folder, unless the user's own card is there."""
         path = folder / CARD
         if not is_own(path):
             write_text(path, self.text(trainer, folder))
 
     def text(self, trainer: Any, folder: Path) -> str:
-        """The card of the adapter that `folder` gets now."""
+        """The card for the adapter that is being saved in `folder`."""
         given = self.record["given"]
         base, on_hub = public_name(given["model"])
         tables = (
@@ -81,7 +81,7 @@ class Card:
         return "\n".join(parts)
 
     def _front_matter(self, trainer: Any, hub_base: str | None) -> str:
-        """What the hub reads of a card."""
+        """The metadata that the hub reads from a card, as YAML."""
         data, on_hub = public_name(self.record["given"]["data"])
         found: dict[str, Any] = {"base_model": hub_base} if hub_base else {}
         found |= {"datasets": [data]} if on_hub else {}
@@ -151,7 +151,7 @@ class Card:
 
 
 def is_own(path: Path) -> bool:
-    """Whether somebody has written, or made their own, the card that is there."""
+    """Whether the card at `path` is the user's own: written by them, or claimed by deleting the mark."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -162,7 +162,7 @@ def is_own(path: Path) -> bool:
 
 
 def public_name(source: str) -> tuple[str, bool]:
-    """What to call a model or a data set, without a path of this machine, and whether that is its name on the hub."""
+    """A name for a model or a data set, without a path of this machine, and whether it is the hub's name."""
     path = Path(source).expanduser()
     for part in path.parts:  # the hub's cache: models--OWNER--NAME/snapshots/REVISION
         if part.startswith(("models--", "datasets--")):
@@ -187,5 +187,5 @@ def _last(history: list[dict[str, Any]], key: str) -> str | None:
 
 
 def _cell(value: object) -> str:
-    """One line that Markdown takes for text in a cell of a table."""
+    """Text on one line, escaped for a cell of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,7 +1,7 @@
-"""The output folder of a run: who made what is in it, what may be replaced, where to resume.
+"""The output folder of a run: which files are celora's, what a new run may replace, and where to resume.
 
-A run keeps the folder locked until it ends or dies. It writes `run.json` first, which marks the folder as celora's.
-Only names that a run writes are ever removed. A manifest says whether a checkpoint is whole.
+A run locks the folder until it ends or dies. It writes `run.json` first, which marks the folder as celora's. Only files
+with names that a run writes are ever removed. A manifest says whether a checkpoint is whole.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _NAMES = (
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|vocab\.txt"
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model"
 )
-_OURS = re.compile(rf"({_NAMES})|\.({_NAMES})\.tmp")  # the latter while it is written
+_OURS = re.compile(rf"({_NAMES})|\.({_NAMES})\.tmp")  # the second form while the file is being written
 _ASIDE = ".replaced"
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN: a number that is not finite becomes null."""
+    """`value` for JSON, which has no NaN and no infinity: such numbers become None (null)."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -52,13 +52,13 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON; what JSON cannot hold is written as its `str`."""
+    """Write `value` as indented JSON. A value of a type that JSON does not know is written as its `str`."""
     write_text(path, json.dumps(finite(value), indent=2, default=str, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
 def writing_to(output: Path) -> Iterator[None]:
-    """Tell in one line what the system refuses inside."""
+    """Turn an OSError in the body into a one-line CELoraError about `--output`."""
     try:
         yield
     except OSError as error:
@@ -77,25 +77,25 @@ def _in_one_line(method: Callable[Concatenate[OutputFolder, P], T]) -> Callable[
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """One run's folder."""
+    """The folder of one run."""
 
     path: Path
 
     @property
     @_in_one_line
     def begun(self) -> bool:
-        """Whether a run of ours has ever been here, if only for a moment."""
+        """Whether any run has ever used this folder, even if it was killed at once."""
         return (self.path / LOCK).exists() or (self.path / RUN).exists()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder. The operating system owns the lock and releases it if the process dies.
+        """Lock the folder while the body runs. The operating system releases the lock if the process dies.
 
         Raises:
-            CELoraError: another run has locked it, it cannot be written to, or a run would write through a link.
+            CELoraError: another run has locked it, it is not writable, or a file that a run would write is a link.
         """
         if not is_first():
-            yield  # the processes of one run share the lock of the first
+            yield  # the first process locks for all processes of a run
             return
         if links := [entry.name for entry in self.path.glob("*") if entry.is_symlink() and _written(entry)]:
             raise CELoraError(
@@ -118,12 +118,12 @@ class OutputFolder:
 
     @_in_one_line
     def run(self) -> dict[str, Any] | None:
-        """What run.json says, or None where no run of celora has been.
+        """The content of run.json, or None if no run of celora has used the folder.
 
         Raises:
-            CELoraError: there is one, but it is damaged.
+            CELoraError: run.json is damaged.
         """
-        # While the first process brings an earlier run back, others find run.json in one place or in the other.
+        # While the first process moves an earlier run back, the others find run.json in either place.
         for place in [self.path / RUN] if is_first() else [self.path / RUN, self.path / _ASIDE / RUN, self.path / RUN]:
             try:
                 document = read_json(place)
@@ -140,14 +140,14 @@ class OutputFolder:
 
     @_in_one_line
     def earlier(self) -> dict[str, Any] | None:
-        """What run.json says, once a run that was being replaced is back; None where no run of celora has been."""
+        """Like `run`, but first put back an earlier run that a killed process had begun to replace."""
         if is_first() and (self.path / _ASIDE).is_dir():
             with self.locked():
                 self.recover()
         return self.run()
 
     def resumable(self) -> dict[str, Any]:
-        """`earlier`, or a CELoraError: there is nothing to resume."""
+        """Like `earlier`, but raises CELoraError if there is nothing to resume."""
         run = self.earlier()
         if run is None:
             raise CELoraError(
@@ -158,19 +158,19 @@ class OutputFolder:
 
     @_in_one_line
     def missing(self) -> list[str]:
-        """The files that a finished run has and this folder lacks, its report left out."""
+        """The files of a finished run that this folder lacks, except the report."""
         weights = [] if any(self.path.glob("adapter_model.*")) else ["adapter_model.safetensors"]
         return weights + [name for name in ("adapter_config.json", "README.md") if not (self.path / name).is_file()]
 
     @_in_one_line
     def reported(self) -> bool:
-        """Whether the report is there and was written after what run.json says: a run is killed between the two."""
+        """Whether the report exists and is newer than run.json: a run may be killed between writing the two."""
         report = self.path / REPORT
         return report.is_file() and report.stat().st_mtime_ns >= (self.path / RUN).stat().st_mtime_ns
 
     @_in_one_line
     def check_writable(self) -> None:
-        """Refuse a folder that nobody can write into; it may be yet to be made."""
+        """Refuse a folder that is not writable. It need not exist yet."""
         place = next(place for place in (self.path.absolute(), *self.path.absolute().parents) if place.exists())
         if self.path.is_symlink() and not self.path.exists():
             raise CELoraError(f"cannot write to --output {str(self.path)!r}: it is a link to what is not there")
@@ -181,9 +181,9 @@ class OutputFolder:
 
     @_in_one_line
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Refuse a folder that is not ours to write into, or that nobody can. Removes nothing."""
+        """Refuse a folder that is not writable, or whose files are not celora's. Removes nothing."""
         self.check_writable()
-        ours = {LOCK, f".{RUN}.tmp"}  # left by a run that was killed before it could say that it is one
+        ours = {LOCK, f".{RUN}.tmp"}  # left by a run that was killed before it wrote run.json
         names = sorted({entry.name for entry in self.path.iterdir()} - ours) if self.path.exists() else []
         if not names or (self.run() is not None and (resume or overwrite)):
             return
@@ -198,11 +198,11 @@ class OutputFolder:
 
     @_in_one_line
     def set_aside(self) -> Path | None:
-        """Move what a run of ours wrote, run.json last, into a hidden folder, and say which; the rest stays."""
+        """Move the files of the earlier run into a hidden folder, run.json last, and return that folder."""
         if self.run() is None:
             return None
         aside = self.path / _ASIDE
-        clear(aside)  # left by a run that was killed: it was to be replaced already
+        clear(aside)  # an older run that a killed process had already begun to replace
         aside.mkdir()
         for entry in _ours(self.path):
             entry.rename(aside / entry.name)
@@ -210,33 +210,33 @@ class OutputFolder:
 
     @_in_one_line
     def restore(self) -> None:
-        """Undo `set_aside`: what was written since goes, and the earlier run comes back."""
+        """Undo `set_aside`: remove what was written since, and move the earlier run back."""
         for entry in _ours(self.path):
             clear(entry)
         self.recover()
 
     @_in_one_line
     def recover(self) -> None:
-        """Bring the earlier run back if the process that was to replace it died before it began a new one.
+        """Move the earlier run back if the process that was replacing it died before the new run began.
 
-        `run.json` is the last to be set aside, the last to come back and the first that a new run writes: where both
-        have one, the new run has begun, and where neither has, none of ours was set aside.
+        `run.json` moves last, in both directions, and a new run writes it first. So if both folders have one, the new
+        run has begun. If neither has one, nothing was set aside.
         """
         aside = self.path / _ASIDE
         if (aside / RUN).exists() != (self.path / RUN).exists():
             for entry in _ours(aside):
                 entry.rename(self.path / entry.name)
-            with contextlib.suppress(OSError):  # there is none, or something that is not ours is left in it
+            with contextlib.suppress(OSError):  # no such folder, or the user's files are in it
                 aside.rmdir()
 
     @_in_one_line
     def forget_earlier(self) -> None:
-        """Remove the run that was set aside, by this process or by one that was killed: a new one has trained."""
+        """Remove the run that was set aside, once a new one has trained."""
         if (self.path / _ASIDE).is_dir():
             shutil.rmtree(self.path / _ASIDE)
 
     def last_checkpoint(self, say: Callable[[str], object] = lambda _: None) -> tuple[Path, dict[str, Any]] | None:
-        """The newest whole checkpoint to resume from, and its manifest ("step", "seconds"); hears why not a newer."""
+        """The newest checkpoint to resume from, and its manifest ("step", "seconds"). `say`: told why no newer one."""
         for checkpoint in reversed(self._checkpoints()):
             if not sealed(checkpoint):
                 say(f"{checkpoint.name} was not saved to its end.")
@@ -253,7 +253,7 @@ class OutputFolder:
 
     @_in_one_line
     def clear_after(self, step: int) -> None:
-        """Move damaged checkpoints after `step` out of the way and remove unfinished ones: the run saves anew."""
+        """Rename damaged checkpoints after `step` and remove unfinished ones, so that the run can save there again."""
         for checkpoint in self._checkpoints():
             if not sealed(checkpoint):
                 shutil.rmtree(checkpoint)
@@ -263,21 +263,21 @@ class OutputFolder:
                 checkpoint.rename(damaged)
 
     def keep_last(self, limit: int | None, keep: Container[str]) -> None:
-        """Remove the oldest finished checkpoints until `limit` are left (None or 0: no limit), but none in `keep`."""
+        """Remove the oldest finished checkpoints until `limit` are left (None, 0: no limit). Those in `keep` stay."""
         finished = [checkpoint for checkpoint in self._checkpoints() if sealed(checkpoint)]
         spare = [checkpoint for checkpoint in finished if checkpoint.name not in keep]
         for checkpoint in spare[: max(0, len(finished) - limit)] if limit else []:
-            unseal(checkpoint)  # first, so that what a kill leaves of it counts as unfinished
+            unseal(checkpoint)  # first: if the process is killed now, the rest counts as unfinished
             shutil.rmtree(checkpoint)
 
     def _checkpoints(self) -> list[Path]:
-        """Folders named like checkpoints, by step."""
+        """Folders named like checkpoints, in the order of their steps."""
         found = (e for e in self.path.glob("checkpoint-*") if _CHECKPOINT.fullmatch(e.name) and not e.is_symlink())
         return sorted((e for e in found if e.is_dir()), key=_step)
 
 
 def _ours(folder: Path) -> list[Path]:
-    """What a run of ours has written in a folder, `run.json` last; links are none of it."""
+    """The entries of a folder that a run has written, `run.json` last. Links never count."""
     found = [
         entry
         for entry in folder.glob("*")
@@ -291,7 +291,7 @@ def _ours(folder: Path) -> list[Path]:
 
 
 def _written(entry: Path) -> bool:
-    """Whether a run writes under this name, if it is no checkpoint's: a link there is replaced by the checkpoint."""
+    """Whether a run writes to this name. Checkpoints are left out: a new checkpoint replaces a link."""
     return entry.name in (LOCK, SAVING, _ASIDE) or bool(_OURS.fullmatch(entry.name))
 
 

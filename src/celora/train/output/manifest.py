@@ -1,7 +1,7 @@
-"""A checkpoint is whole or it is none: the manifest, written last, holds the checksum of every file in the folder.
+"""The manifest of a checkpoint: written last, with the checksum of every file. It tells whether a checkpoint is whole.
 
-A folder without manifest was being written when its process died. One whose files differ from their checksums has been
-damaged since. Neither is ever resumed from.
+A folder without a manifest is unfinished: its process died while writing. If a file differs from its checksum, the
+checkpoint was damaged later. celora resumes from neither.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ _OWN = "manifest_sha256"
 
 
 def seal(folder: Path, note: Mapping[str, Any]) -> None:
-    """Flush every file in `folder` and write the manifest: `note`, the SHA-256 of each, and one of all that."""
+    """Flush every file in `folder`, and write the manifest: `note`, the SHA-256 of each file, and its own."""
     files = _files(folder)
     for path in (*files.values(), *(p for p in folder.rglob("*") if p.is_dir()), folder):
         sync(path)
     manifest = {**note, "sha256": {name: _sha256(path) for name, path in files.items()}}
     write_text(folder / MANIFEST, json.dumps(manifest | {_OWN: _own(manifest)}, indent=2) + "\n")
-    sync(folder.parent)  # where the folder's own name is: older ones may be removed now
+    sync(folder.parent)  # makes the folder's name durable, so older checkpoints may go
 
 
 def sealed(folder: Path) -> bool:
-    """Whether the folder was written to its end."""
+    """Whether the folder was written completely."""
     return (folder / MANIFEST).is_file()
 
 
 def unseal(folder: Path) -> None:
-    """Make the folder one that was not."""
+    """Mark the folder as unfinished."""
     (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `seal` wrote, the files being what they were then.
+    """Read the manifest, and check every file against it.
 
     Raises:
-        CELoraError: a file is missing, has changed or is a link, or the manifest itself is damaged; it names the file.
+        CELoraError: a file is missing, has changed or is a link, or the manifest is damaged; names the file.
     """
     if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
         raise CELoraError(f"{link.relative_to(folder).as_posix()} is a link, and no run saves one")
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.pop(_OWN, None) != _own(manifest):
         raise CELoraError(f"{MANIFEST} is not what was saved (its checksum differs)")
-    found = _files(folder)  # names in a manifest are looked up here, never opened
+    found = _files(folder)  # the manifest's names are only looked up in this; they are never opened as paths
     for name, expected in manifest["sha256"].items():
         if name not in found:
             raise CELoraError(f"{name} is missing")

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved to their end, sealed, and only then are older ones removed."""
+"""Saves checkpoints safely: write one completely, seal it, and only then remove older ones."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from celora.train.output.manifest import seal
 from celora.train.processes import wait_for_all
 from celora.train.progress import MetricsWriter
 
-# What a disk, or a file that is not what it should be, raises.
+# Exceptions of a full or failing disk, and of a damaged file.
 UNUSABLE = (OSError, SafetensorError, UnpicklingError)
 _TORCHS_WRITER = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 
 class Sealing(TrainerCallback):  # type: ignore[misc]
-    """Seals what was saved; to be called after every callback that writes into a checkpoint, in every process.
+    """Seals each checkpoint. Add it in every process, after every callback that writes into a checkpoint.
 
-    Only the first has `metrics`, and seals; the others let it wait until they have written their own part.
+    Only the first process has `metrics`, and seals. It waits until the others have written their parts.
     """
 
     def __init__(self, folder: OutputFolder, metrics: MetricsWriter | None) -> None:
@@ -38,7 +38,7 @@ class Sealing(TrainerCallback):  # type: ignore[misc]
         if self.metrics is None:
             return
         if self.metrics.path.exists():
-            sync(self.metrics.path)  # a checkpoint that is on the disk has its metrics there, too
+            sync(self.metrics.path)  # so that the metrics up to a checkpoint are as durable as it is
         checkpoint = self.folder.path / f"checkpoint-{state.global_step}"
         note = {"step": state.global_step, "seconds": self.metrics.elapsed(), "resumable": not args.save_only_model}
         seal(checkpoint, note)
@@ -46,15 +46,14 @@ class Sealing(TrainerCallback):  # type: ignore[misc]
 
 
 class SafeSaving:
-    """A mixin for Trainer: it leaves the removal of old checkpoints to `Sealing`, and writes nothing that is pickled
-    only to be looked at."""
+    """A mixin for Trainer. It leaves the removal of old checkpoints to `Sealing`, and writes no training_args.bin."""
 
     args: Any
     state: Any
     card: Card | None = None
 
     def create_model_card(self, *arguments: Any, **more: Any) -> None:
-        """celora's, in place of TRL's and the Trainer's."""
+        """Write celora's card instead of TRL's and Trainer's."""
         if self.card is None:
             super().create_model_card(*arguments, **more)  # type: ignore[misc]
         elif self.is_world_process_zero():  # type: ignore[attr-defined]
@@ -64,20 +63,20 @@ class SafeSaving:
         check_finite(self)
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            clear(checkpoint)  # unfinished, or from before the run went back to an earlier one
-        wait_for_all()  # before another process writes into the new one
+            clear(checkpoint)  # unfinished, or newer than the checkpoint that the run was resumed from
+        wait_for_all()  # no process may write into the new folder before this
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(*arguments, **more)  # type: ignore[misc]
         except RuntimeError as error:
             if not any(writer in str(error) for writer in _TORCHS_WRITER):
                 raise
-            raise OSError(str(error).splitlines()[0]) from error  # how torch.save says that the disk is full
+            raise OSError(str(error).splitlines()[0]) from error  # torch.save's way to say that the disk is full
         finally:
             self.args.save_total_limit = limit
 
     def _load_best_model(self) -> None:
-        """From this run's own folder, whatever path a checkpoint's state names: it may be from elsewhere."""
+        """Load it from this run's own folder. The path in a checkpoint's state may be from another machine."""
         best = Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name
         self.state.best_model_checkpoint = str(best)
         super()._load_best_model()  # type: ignore[misc]
@@ -87,19 +86,19 @@ class SafeSaving:
         card = folder / CARD
         kept = card.read_bytes() if is_own(card) else None
         super()._save(output_dir, *arguments, **more)  # type: ignore[misc]
-        # training_args.bin: run.json says the same.
+        # training_args.bin is a pickle, and run.json says the same.
         (folder / "training_args.bin").unlink(missing_ok=True)
         if kept is not None:
-            card.write_bytes(kept)  # PEFT has put a path of this machine into it
+            card.write_bytes(kept)  # PEFT has just written a path of this machine into it
         elif self.card is not None:
             self.card.write(folder, self)
 
 
 def check_finite(trainer: Any) -> None:
-    """Refuse to save what is no adapter any more.
+    """Refuse to save an adapter that has diverged.
 
     Raises:
-        Diverged: a parameter that trains is not finite.
+        Diverged: a trainable parameter holds NaN or infinity.
     """
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad and not bool(parameter.detach().isfinite().all()):
@@ -116,7 +115,7 @@ def save_adapter(trainer: Any, output: Path) -> None:
     if first:
         clear(aside)  # left by a process that was killed here
         aside.mkdir()
-    trainer.save_model(str(aside), _internal_call=True)  # in all processes: each may hold a part
+    trainer.save_model(str(aside), _internal_call=True)  # in all processes: each may have a part of the model
     if first:
         for file in sorted(aside.iterdir()):
             sync(file)
@@ -131,7 +130,7 @@ def save_adapter(trainer: Any, output: Path) -> None:
 
 
 def take_over(trainer: Any, checkpoint: Path) -> None:
-    """Load a checkpoint that needs no further step: the run was stopped between its last step and its end.
+    """Load the checkpoint of the last step. The run was stopped after that step and before its end.
 
     Raises:
         CELoraError: this version of transformers has no method for it.
@@ -150,7 +149,7 @@ def take_over(trainer: Any, checkpoint: Path) -> None:
 
 
 def stopped(error: BaseException, folder: OutputFolder) -> CELoraError:
-    """What made a run stop, in one line, and from where it goes on."""
+    """The error that stopped a run, in one line with the checkpoint to resume from."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, UnpicklingError):
         reason = "a checkpoint's file holds objects other than tensors, which are never unpickled"

@@ -1,1 +1,1 @@
-"""What was asked for: flags, settings files and the fields that they may hold."""
+"""Turns flags and settings files into one checked request, and knows every name that they may use."""

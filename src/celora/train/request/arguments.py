@@ -1,7 +1,7 @@
 """The arguments of a run: one flat mapping of names to raw values, checked and completed into one `TrainRequest`.
 
-The mapping comes from an earlier run (with --resume), a YAML file and flags; the later wins. From Python it is given
-directly: `make_request({"model": ..., "data": ..., "output": ..., "max_steps": 40})`.
+The mapping comes from an earlier run (with --resume), a YAML file and flags. Flags win over the file, and the file over
+the earlier run. From Python: `make_request({"model": ..., "data": ..., "output": ..., "max_steps": 40})`.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from celora.train.request.fields import (
 from celora.train.request.yaml_file import read_document
 
 DEFAULT_PRESET = "auto"
-PLANNING = ("fidelity", "memory_limit", "plan")  # what only preset auto takes
-# Presets that share LoRA's memory between adapter and frozen factor, r = r0 = floor(7/8 lora_r), as published.
+PLANNING = ("fidelity", "memory_limit", "plan")  # only preset auto takes these
+# Presets whose adapter and frozen factor fit into LoRA's memory together: r = r0 = floor(7/8 lora_r), as published.
 BALANCED = frozenset({"paper"})
-# What --resume may change; anything else would make the rest of the run a different run.
+# Arguments that --resume may change. Any other would make the rest a different run.
 RESUMABLE = ("max_steps", "num_train_epochs", "quiet", "report_to", "run_name", "log_level", "disable_tqdm")
 RESUMABLE_PREFIXES = ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_num_", "dataloader_pin_", "hub_")
 SECRETS = frozenset({"hub_token", "push_to_hub_token"})  # never written into a folder
 
 
 def read_yaml(path: str | Path) -> dict[str, object]:
-    """A YAML file as a raw mapping; a saved celora_config.json counts as its `celora:` part."""
+    """Read a YAML file as a raw mapping. A saved celora_config.json is accepted, too: it becomes the `celora:` part."""
     document = read_document(path)
     fields = {f.name for f in dataclasses.fields(CELoraConfig)}
     if {"estimator", "keep_ratio"} & set(document) and set(document) <= fields:
         return {"celora": document}
     if str(document.get("num_processes")) == os.environ.get("WORLD_SIZE", "1"):
-        del document["num_processes"]  # `trl sft` hands it to its launcher; this is what was launched
+        del document["num_processes"]  # `trl sft` passes this to its launcher, which has started that many
     found: dict[str, object] = {}
     for key, value in document.items():
         name = known_name(str(key).replace("-", "_"), f"key {str(key)!r} in {path}")
@@ -59,12 +59,12 @@ def read_yaml(path: str | Path) -> dict[str, object]:
             raise CELoraError(f"key {str(key)!r} in {path} says {name} a second time; keep one")
         found[name] = value
     if _is_trls(document):
-        found.setdefault("assistant_only_loss", False)  # TRL's default, where celora's depends on the rows
+        found.setdefault("assistant_only_loss", False)  # TRL's default; celora's own depends on the rows
     return found
 
 
 def _is_trls(document: Mapping[str, object]) -> bool:
-    """Whether a file was made for `trl sft`: it has names that only TRL needs, and none that TRL does not know."""
+    """Whether a file was made for `trl sft`: it has a name that only TRL uses, and none that only celora knows."""
     names = {str(key).replace("-", "_") for key in document}
     ours = {f.name for f in dataclasses.fields(RunOptions) if not f.name.startswith("dataset_")}
     return not names.isdisjoint({*ALIASES, "use_peft"}) and names.isdisjoint(ours)
@@ -74,7 +74,7 @@ _NO_ESTIMATE = ("off", "exact")
 
 
 def estimator_config(preset: str | None, mapping: Mapping[str, object] | None, lora_r: int) -> tuple[CELoraConfig, int]:
-    """The CELoraConfig and the rank that trains, from a preset, from CELoraConfig fields, or both: fields win."""
+    """The CELoraConfig and the rank that trains, from a preset, CELoraConfig fields, or both. Fields win."""
     if preset is not None and preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     if preset is None and mapping:
@@ -102,7 +102,10 @@ def estimator_config(preset: str | None, mapping: Mapping[str, object] | None, l
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """Everything one training run needs. `given` is what was asked for, `train` and `lora` are what that came to."""
+    """Everything that one training run needs.
+
+    `given` has what the user asked for. `train` and `lora` have every setting, with defaults filled in.
+    """
 
     model: str
     data: str
@@ -117,7 +120,7 @@ class TrainRequest:
 
     @property
     def lora_r(self) -> int:
-        """The rank that was asked for; `r` is the one that trains."""
+        """The rank that the user asked for; `r` is the one that trains."""
         return int(self.lora["lora_r"])
 
 
@@ -157,11 +160,11 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     lora: dict[str, Any] = {name: merged[name] for name, f in known.items() if f.owner == "lora"}
     train = {name: value for name, value in merged.items() if known[name].owner == "train"}
     if "eval_steps" not in values and "logging_steps" in values:
-        train["eval_steps"] = values["logging_steps"]  # as Trainer has it
+        train["eval_steps"] = values["logging_steps"]  # Trainer's own default
     elif "eval_steps" not in values and values.get("load_best_model_at_end"):
-        train["eval_steps"] = train["save_steps"]  # what is saved has to be judged
+        train["eval_steps"] = train["save_steps"]  # every saved adapter needs an evaluation
     if "include_num_input_tokens_seen" not in values and (train.get("packing") or train.get("padding_free")):
-        train["include_num_input_tokens_seen"] = "all"  # nothing is padded then, and pad may be a real token (eos)
+        train["include_num_input_tokens_seen"] = "all"  # there is no padding, and the pad token may be eos
     config, r = estimator_config(options.preset, options.celora, lora["lora_r"])
     preset = options.preset or (None if options.celora else DEFAULT_PRESET)
     for name in PLANNING:
@@ -178,10 +181,10 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
 
 
 def _check_base(base: str, settings: Mapping[str, Any]) -> None:
-    """Refuse what cannot be done with a base in 8 bits; CELoraError."""
+    """Raise CELoraError for settings that a base in 8 bits cannot have."""
     for name, instead in {
-        "load_in_4bit": "it is another way to hold the base",
-        "load_in_8bit": "it is another way to hold the base",
+        "load_in_4bit": "it is another way to store the base",
+        "load_in_8bit": "it is another way to store the base",
         "fsdp": "it cannot split such a base; several processes train it with DDP, each with all of it",
         "deepspeed": "it cannot split such a base; several processes train it with DDP, each with all of it",
     }.items():
@@ -190,8 +193,10 @@ def _check_base(base: str, settings: Mapping[str, Any]) -> None:
 
 
 def _without_aliases_in_model_init(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with what model_init_kwargs holds under the names that it has elsewhere; CELoraError for what it may not
-    hold."""
+    """Move settings out of model_init_kwargs that have a name of their own (`torch_dtype` is `dtype`).
+
+    Raises CELoraError for a name that is not allowed there.
+    """
     known, init = known_fields(), values.get("model_init_kwargs") or {}
     moved: dict[str, Any] = {}
     for key, value in init.items():
@@ -210,21 +215,22 @@ def _without_aliases_in_model_init(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def raw_arguments(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> dict[str, object]:
-    """Flags (and options already parsed by the command line) over what the file in --config holds."""
+    """Flags, and the options in `own` that are already parsed, over the values in the --config file."""
     flags = {name: value for name, value in (own or {}).items() if value is not None and value is not False}
     flags |= read_flags(tokens)
     if isinstance(named := flags.get("config"), list):
         raise CELoraError(f"--config takes one file, got {len(named)}")
     document = read_yaml(str(named)) if named else {}
-    if flags.get("preset") == "off":  # all that celora does, whatever the file says of it
+    if flags.get("preset") == "off":  # celora does nothing then, whatever the file says
         document.pop("celora", None)
     return document | flags
 
 
 def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> TrainRequest:
-    """Arguments to a request; --resume adds those of the run that is resumed.
+    """Turn arguments into a request. --resume adds the arguments of the run that is resumed.
 
-    Where there is none, a whole command line starts one: a queue or a supervisor gives the same line at every start.
+    If there is no run to resume, --resume with --model and --data starts one: a queue or a supervisor can then repeat
+    the same command line.
     """
     raw = raw_arguments(tokens, own)
     if not raw.get("resume"):
@@ -242,9 +248,9 @@ def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> Tra
 
 
 def recorded(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked for, to be written down: `make_request` of it is the same request, without secrets.
+    """`given` as run.json records it, without secrets. `make_request` makes the same request from it.
 
-    What JSON cannot hold (`max_grad_norm` may be infinite) becomes text that `convert` reads back.
+    A value that JSON cannot express (`max_grad_norm` may be infinite) becomes text, which `convert` reads back.
     """
     return {
         name: value if finite(value) == value else json.dumps(value, default=str)
@@ -254,7 +260,7 @@ def recorded(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Refuse a run.json that was edited into what no run wrote; CELoraError."""
+    """Raise CELoraError for a run.json that no run can have written."""
     for name, kind in (("given", dict), ("train", dict), ("lora", dict), ("config", dict), ("r", int)):
         if not isinstance(record.get(name), kind):
             raise CELoraError(f"{path} is not what a run wrote: {name!r} is missing or no {kind.__name__}")
@@ -277,7 +283,7 @@ def _is_summary(value: object) -> bool:
 
 
 def _check_same_run(before: Mapping[str, Any], request: TrainRequest) -> None:
-    """Refuse to resume with an argument that would make the rest a different run."""
+    """Raise CELoraError for an argument that would make the rest of a resumed run a different run."""
     settled = before["train"] | before["lora"] | make_request(before["given"]).given
     changed = {
         name: (settled.get(name), value)
@@ -294,7 +300,7 @@ def _check_same_run(before: Mapping[str, Any], request: TrainRequest) -> None:
 
 
 def _absolute(name: str, value: object) -> object:
-    """Local paths are stored whole, so that --resume works from another folder; hub names stay as they are."""
+    """Make local paths absolute, so that --resume works from another folder. Names on the hub stay unchanged."""
     if name not in ("model", "data", "eval_data", "output", "plan") or not isinstance(value, str):
         return value
     check_name(name, value)
@@ -303,7 +309,7 @@ def _absolute(name: str, value: object) -> object:
 
 
 def device_defaults(values: Mapping[str, object]) -> dict[str, object]:
-    """Defaults that depend on the machine; without CUDA all is in the model's dtype, which `choose_dtype` measures."""
+    """Defaults that depend on the machine. Without CUDA nothing is autocast: the model's dtype counts."""
     import torch
 
     from celora.machine.device import accelerator
@@ -314,10 +320,10 @@ def device_defaults(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def sft_config(request: TrainRequest) -> Any:
-    """TRL's SFTConfig for this run. Built late: constructing one resets Accelerate's process-wide state."""
+    """TRL's SFTConfig for this run. Call it late: making one resets Accelerate's state of the whole process."""
     from trl import SFTConfig
 
-    train = request.train | {"dataset_text_field": "text"}  # as `load_rows` names it, whatever the file calls it
+    train = request.train | {"dataset_text_field": "text"}  # `load_rows` always uses this name
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         new = old.replace("gradient", "activation")
         if new in known_fields() and old in train:

@@ -1,7 +1,7 @@
-"""The names `celora train` accepts: celora's own options and every name that `trl sft` takes.
+"""The names that `celora train` accepts: celora's own options and every name that `trl sft` takes.
 
-A value is converted by its field's type hint, the same way whether it came as a flag or from YAML: `--bf16 false` and
-`bf16: false` mean the same and fail with the same line. Here too: where celora's defaults differ from TRL's, and why.
+A field's type hint decides how a value is converted, from a flag and from YAML alike. So `--bf16 false` and
+`bf16: false` mean the same, and fail with the same line. `DEFAULTS` differ from TRL's, each with a reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from celora.errors import CELoraError, unknown
 from celora.files import pairs_once
 from celora.train.request.names import launcher_names, trl_names
 
-# Where celora departs from TRL's defaults, and why. `device_defaults` adds what depends on the machine.
+# Defaults that differ from TRL's, and why. `device_defaults` adds those that depend on the machine.
 DEFAULTS: dict[str, tuple[object, str]] = {
     "learning_rate": (2e-4, "TRL's 2e-5 suits full fine-tuning; LoRA wants about ten times that"),
     "gradient_checkpointing": (
@@ -52,9 +52,9 @@ DEVICE_DEFAULTS = {
     "bf16": "true on a CUDA device that has it, false elsewhere",
     "dataloader_pin_memory": "true with CUDA only",
 }
-# TRL's names for what celora calls otherwise, so that a `trl sft` configuration works.
+# TRL's name -> celora's name, so that a `trl sft` configuration works.
 ALIASES = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "output"}
-# What other tools call it, to be told what it is called here: a guess by letters would be another setting.
+# Other tools' name -> celora's name, for the error message. A guess by spelling would suggest a wrong setting.
 SYNONYMS = {
     other: name
     for name, others in {
@@ -91,7 +91,7 @@ SYNONYMS = {
     }.items()
     for other in others.split()
 }
-# What `trl sft` takes and celora cannot honour: the value that asks for nothing, and what to do instead of another.
+# Names that `trl sft` takes and celora cannot honour: the one value that is accepted, and what to do instead.
 REFUSED: dict[str, tuple[object, str]] = {
     "use_peft": (True, "celora trains LoRA adapters only; use `trl sft` for full fine-tuning"),
     "trust_remote_code": (False, "celora never runs code that comes with a model"),
@@ -102,22 +102,22 @@ REFUSED: dict[str, tuple[object, str]] = {
     "test_split_size": (None, "hold rows out in a file of their own and give it as eval_data"),
     "ignore_bias_buffers": (False, "it does nothing in `trl sft` either"),
 }
-# What model_init_kwargs may hold: settings of the model and where it goes. What else transformers takes there would
-# unpickle weights, run kernels or code from the hub, send requests or write files elsewhere, or mean nothing.
+# Names allowed in model_init_kwargs: settings of the model, and where it is loaded to. Other names would unpickle
+# weights, run kernels or code from the hub, send requests, write files elsewhere, or have no effect.
 MODEL_INIT = frozenset({
     "device_map", "max_memory", "low_cpu_mem_usage", "disable_mmap", "local_files_only", "force_download", "variant",
     "use_cache", "attention_dropout", "sliding_window", "max_position_embeddings", "rope_scaling", "rope_parameters",
     "rope_theta", "experts_implementation", "output_router_logits", "router_aux_loss_coef",
 })  # fmt: skip
-# What it may hold, too, as another way to write the name on the right.
+# Also allowed there: another way to write the name on the right.
 MODEL_INIT_ALIASES = {
     "dtype": "dtype",
     "torch_dtype": "dtype",
     "attn_implementation": "attn_implementation",
     "revision": "model_revision",
 }
-# The least and the most that a number may be, where TRL, transformers or torch would fail late, or would do something
-# else without a word. A bound itself is allowed, except where the name is in OPEN_BELOW or OPEN_ABOVE.
+# The smallest and the largest value of a number. Outside, TRL, transformers or torch would fail late, or silently do
+# something else. The bounds themselves are allowed, unless the name is in OPEN_BELOW or OPEN_ABOVE.
 RANGES: dict[str, tuple[float, float | None]] = {
     "learning_rate": (0, None),
     "num_train_epochs": (0, None),
@@ -155,7 +155,7 @@ ADVICE = {
     "max_steps": "-1 trains num_train_epochs",
     "save_total_limit": "0 keeps every checkpoint",
 }
-_MOST = 2**63 - 1  # of an integer in torch
+_MOST = 2**63 - 1  # the largest integer in torch
 
 
 @dataclass(frozen=True)
@@ -188,14 +188,14 @@ class RunOptions:
     memory_limit: float | None = field(
         default=None, metadata={"help": "preset auto: plan first, with this many MiB for all 8-bit copies of weights"}
     )
-    base: str | None = field(default=None, metadata={"help": "int8: hold the base in 8 bits", "choices": ["int8"]})
-    plan: str | None = field(default=None, metadata={"help": "preset auto: a plan made by celora plan, used as it is"})
+    base: str | None = field(default=None, metadata={"help": "int8: store the base in 8 bits", "choices": ["int8"]})
+    plan: str | None = field(default=None, metadata={"help": "preset auto: a plan made by celora plan, used unchanged"})
     celora: dict[str, Any] | None = field(default=None, metadata={"help": "CELoraConfig fields (YAML mapping or JSON)"})
 
 
 @dataclass(frozen=True)
 class Field:
-    """One name that can be given: where it belongs, what type it takes, what it is for."""
+    """One accepted name: whose option it is, its type, its default and its help."""
 
     owner: str
     name: str
@@ -218,7 +218,7 @@ def known_fields() -> dict[str, Field]:
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
             text = " ".join(str(f.metadata.get("help", "")).replace("%%", "%").split())
             choices = tuple(f.metadata.get("choices", ()))
-            # Text is for transformers' own parser, which reads JSON from it.
+            # transformers' own parser reads JSON from text; here a mapping is enough.
             hint = dict[str, Any] | None if f.name.endswith("_kwargs") else hints[f.name]
             if f.name not in ALIASES:
                 found[f.name] = Field(owner, f.name, hint, default, text, choices)
@@ -226,7 +226,7 @@ def known_fields() -> dict[str, Field]:
 
 
 def convert(f: Field, value: object) -> Any:
-    """`value`, a string, several, or what YAML made of it, as the type of the field; or one line that says why not."""
+    """Convert `value` (a string, several strings, or a value from YAML) to the field's type. Else a one-line error."""
     kinds = alternatives(f.hint)
     origins = {typing.get_origin(kind) or kind for kind in kinds}
     words = [m.value for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum) for m in kind]
@@ -266,9 +266,9 @@ def _check_range(name: str, value: int | float) -> None:
     low = least is not None and (value <= least if name in OPEN_BELOW else value < least)
     high = most is not None and (value >= most if name in OPEN_ABOVE else value > most)
     expected = ""
-    if isinstance(value, int) and abs(value) > _MOST:  # first: math knows no larger ones
+    if isinstance(value, int) and abs(value) > _MOST:  # first: math fails on larger ones
         expected = "a number of 64 bits"
-    elif math.isnan(value) or (math.isinf(value) and name != "max_grad_norm"):  # where infinity means: never clip
+    elif math.isnan(value) or (math.isinf(value) and name != "max_grad_norm"):  # whose infinity means: never clip
         expected = "a finite number"
     elif low or high:
         expected = f"a number {'>' if name in OPEN_BELOW else '>='} {least:g}"
@@ -290,7 +290,7 @@ def _boolean(value: object) -> bool | None:
 
 
 def _number(value: object, origins: set[Any]) -> int | float | None:
-    # Through its text: YAML 1.1 reads 2e-4 as a string, and int(10.5) would be 10. A float field takes 3 as 3.
+    # Convert the text: YAML 1.1 reads 2e-4 as a string, and int(10.5) would be 10. A float field keeps 3 as 3.
     for kind in (int, float):
         if kind in origins or float in origins:
             with contextlib.suppress(ValueError):
@@ -323,7 +323,7 @@ def describe_type(hint: Any) -> str:
 
 
 def read_flags(tokens: Sequence[str]) -> dict[str, object]:
-    """`--name value`, `--name=value`, `--name v1 v2`, `--name` and `--no_name`, as a raw mapping. The last one wins."""
+    """A raw mapping from `--name value`, `--name=value`, `--name v1 v2`, `--name` and `--no_name`. The last wins."""
     known, flags = known_fields(), dict[str, object]()
     rest = list(tokens)
     while rest:
@@ -349,14 +349,14 @@ def read_flags(tokens: Sequence[str]) -> dict[str, object]:
 
 
 def known_name(name: str, label: str) -> str:
-    """`name` as it is known here, aliases resolved; an error names the nearest."""
+    """celora's own name for `name`, which may be an alias. An error for an unknown name suggests the nearest."""
     return _known(name, label, known_fields().keys())
 
 
 def check_flags(tokens: Sequence[str]) -> None:
-    """Refuse a flag that TRL's sources do not know, before TRL is imported, which takes seconds; CELoraError.
+    """Raise CELoraError at once for a flag that TRL's sources do not know. Importing TRL first would take seconds.
 
-    `read_flags` checks again, with what is imported.
+    `read_flags` checks again with the imported classes.
     """
     of_trl = trl_names()
     if of_trl is None:

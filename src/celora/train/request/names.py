@@ -1,8 +1,8 @@
-"""The names that `trl sft` and `accelerate launch` take, read from their sources.
+"""The names that `trl sft` and `accelerate launch` take, read from their source files without importing them.
 
-Importing TRL takes seconds, and a misspelt flag is to be refused at once. Nothing is imported here: classes are looked
-up by following the `from ... import` lines, those for type checkers included. Where a source cannot be followed, the
-answer is None, and the check waits for the import (`celora.train.request.fields.known_fields`), whose word counts.
+Importing TRL takes seconds, and a misspelt flag should be refused at once. The code follows the `from ... import` lines
+to each class, including the lines for type checkers. If it cannot follow a source, the answer is None. The check then
+happens after the import, in `celora.train.request.fields.known_fields`, which decides in any case.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import functools
 from importlib.util import find_spec
 from pathlib import Path
 
-# What `trl sft` reads its command line into.
+# The dataclasses that hold the options of `trl sft`.
 TRLS = ("ScriptArguments", "DatasetMixtureConfig", "SFTConfig", "ModelConfig")
 _NO_FIELDS = ("ClassVar", "InitVar", "KW_ONLY")
 
 
 @functools.cache
 def trl_names() -> frozenset[str] | None:
-    """The fields of TRL's four dataclasses, or None where its sources do not say them all."""
+    """The fields of TRL's four dataclasses, or None if the sources do not show all of them."""
     found: set[str] = set()
     for name in TRLS:
         fields = _fields("trl", name)
@@ -31,7 +31,7 @@ def trl_names() -> frozenset[str] | None:
 
 @functools.cache
 def launcher_names() -> frozenset[str]:
-    """The options of `accelerate launch`, which `trl sft` passes on to it."""
+    """The options that `trl sft` passes on to `accelerate launch`."""
     found = {"accelerate_config"}
     tree = _parse("accelerate.commands.launch")
     for call in ast.walk(tree) if tree else ():
@@ -42,7 +42,7 @@ def launcher_names() -> frozenset[str]:
 
 
 def _fields(module: str, name: str) -> set[str] | None:
-    """The fields of the dataclass that `module` knows as `name`, and of its bases."""
+    """The fields of the dataclass called `name` in `module`, and of its base classes."""
     place = _find(module, name, frozenset())
     if place is None:
         return None
@@ -61,7 +61,7 @@ def _fields(module: str, name: str) -> set[str] | None:
 
 
 def _find(module: str, name: str, seen: frozenset[tuple[str, str]]) -> tuple[str, ast.ClassDef] | None:
-    """The class `name` and the module that defines it, starting where it is imported from."""
+    """The module that defines class `name`, and the class. The search starts in `module` and follows imports."""
     tree = _parse(module)
     if tree is None or (module, name) in seen:
         return None
@@ -99,7 +99,7 @@ def _parse(module: str) -> ast.Module | None:
 
 
 def _source(module: str) -> Path | None:
-    """The file of a module; `find_spec` of the outermost package imports nothing."""
+    """The source file of a module. It asks `find_spec` for the outermost package only, since that imports nothing."""
     top, *rest = module.split(".")
     try:
         spec = find_spec(top)

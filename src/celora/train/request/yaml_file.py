@@ -1,7 +1,7 @@
-"""The file behind --config, as it stands: a mapping of names to values, and the environment that it asks for.
+"""Reads the file behind --config: a mapping of names to values, and environment variables under `env`.
 
-`trl sft` reads such files, too. Like it, the command line sets what the file lists under `env`; it does so before torch
-is imported, since some variables count at that moment only. What the names mean is for `arguments`.
+`trl sft` reads such files, too. Like it, the command line sets the variables under `env`. It does so before it imports
+torch, because some variables only count at that moment. `arguments` decides what the names mean.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import yaml
 from celora.errors import CELoraError
 from celora.files import check_regular
 
-# What `env` may set. Others decide which code is run or where data and passwords go (PATH, LD_PRELOAD, PYTHONPATH,
-# HF_ENDPOINT, HF_HOME, WANDB_BASE_URL, NCCL_NET_PLUGIN): whoever wants them has a shell.
+# The variables that `env` may set. Others decide which code runs or where data and passwords go (PATH, LD_PRELOAD,
+# PYTHONPATH, HF_ENDPOINT, HF_HOME, WANDB_BASE_URL, NCCL_NET_PLUGIN). Set those in the shell.
 ENVIRONMENT = frozenset({
     # devices, memory and numbers
     "ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
@@ -32,7 +32,7 @@ ENVIRONMENT = frozenset({
     "TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL",
     "NCCL_SHM_DISABLE", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
     "TORCH_NCCL_BLOCKING_WAIT", "TORCH_NCCL_AVOID_RECORD_STREAMS",
-    # the hub, and what is said
+    # the hub, and how much libraries print
     "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY",
     "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_ENABLE_HF_TRANSFER", "HF_XET_HIGH_PERFORMANCE",
     "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "TRANSFORMERS_VERBOSITY",
@@ -44,21 +44,21 @@ ENVIRONMENT = frozenset({
     "WANDB_LOG_MODEL", "WANDB_MODE", "WANDB_NAME", "WANDB_NOTES", "WANDB_PROJECT", "WANDB_RESUME",
     "WANDB_RUN_GROUP", "WANDB_RUN_ID", "WANDB_SILENT", "WANDB_TAGS", "WANDB_WATCH",
 })  # fmt: skip
-_MOST_VALUES = 10_000  # in a configuration file; aliases of aliases could make it billions
+_MOST_VALUES = 10_000  # in a configuration file; YAML aliases of aliases could expand to billions
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file without its `env`; an empty file is an empty one."""
+    """The mapping in a YAML file, without `env`. An empty file gives an empty mapping."""
     document = _parse(path)
     document.pop("env", None)
     return document
 
 
 def set_environment(path: str | Path) -> None:
-    """Set the variables that the file lists under `env`, or none of them.
+    """Set the environment variables that the file lists under `env`: all of them or, on an error, none.
 
     Raises:
-        CELoraError: one is not in `ENVIRONMENT`, or its value is none.
+        CELoraError: a variable is not in `ENVIRONMENT`, or its value is neither text nor a number.
     """
     asked, where = _parse(path).get("env") or {}, f"env in --config {str(path)!r}"
     if not isinstance(asked, dict):
@@ -81,10 +81,10 @@ def _nearest(name: object) -> str:
 
 
 class _Strict(yaml.SafeLoader):
-    """YAML as data, in which a key may not come twice: which one counts would be a guess."""
+    """Safe YAML that refuses a key given twice: which one counts would be a guess."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """As PyYAML's. A key merged in with `<<` may still be overridden: merging comes later."""
+        """Like PyYAML's, with the check. Keys merged in with `<<` are not checked: merging happens later."""
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
@@ -115,7 +115,7 @@ def _parse(path: str | Path) -> dict[str, Any]:
 
 
 def _larger(value: object, most: int) -> bool:
-    """Whether a document has more than `most` values, each counted as often as aliases repeat it, or holds itself."""
+    """Whether a document has more than `most` values, counting a value once for each alias of it."""
     rest = [value]
     while rest and most >= 0:
         inner = rest.pop()

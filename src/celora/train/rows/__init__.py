@@ -1,1 +1,1 @@
-"""Rows: from files to what TRL's trainer takes."""
+"""Reads rows from files, checks them, and gives them the form that TRL's trainer expects."""

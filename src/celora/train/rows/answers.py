@@ -1,8 +1,9 @@
-"""Which tokens of a conversation the assistant wrote. A chat model learns those, and not what users say.
+"""Finds the tokens of a conversation that the assistant wrote. A chat model learns only these, not what users say.
 
-A template with `{% generation %}` marks says so itself. With any other, an answer is a difference: the conversation up
-to and including the turn, less the conversation before it with the generation prompt. Both have to stand at the
-beginning of the whole conversation; where they do not, the row is refused, and nothing is guessed.
+A chat template with `{% generation %}` marks says where they are. With any other template, celora compares two texts:
+the conversation before an answer, with the generation prompt, and the conversation up to the end of that answer. The
+answer is what the second has in addition. Both texts must be beginnings of the whole conversation. If they are not,
+celora refuses the row; it never guesses.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _WAYS_OUT = (
     "with --assistant_only_loss false"
 )
 Messages = Sequence[dict[str, Any]]
-Render = Callable[[Messages, bool], str]  # a conversation as text, with or without the prompt for an answer
+Render = Callable[[Messages, bool], str]  # (conversation, with the generation prompt?) -> text
 
 
 class AnswersOnly:
     """A mixin for SFTTrainer: `assistant_only_loss` for every chat template.
 
-    `answers` is what the user said of `assistant_only_loss`; None learns the answers of rows of messages, and whatever
-    TRL learns of other rows.
+    `answers` is the user's `assistant_only_loss`. None means: in rows of messages learn the answers, in other rows
+    learn what TRL learns.
     """
 
     args: Any
@@ -41,7 +42,7 @@ class AnswersOnly:
     def __init__(self, *arguments: Any, answers: bool | None, **more: Any) -> None:
         self.answers = answers
         args, rows = more["args"], more["train_dataset"]
-        # TRL would refuse a template that it does not know; the masks are made here.
+        # TRL refuses templates that it does not know. It must not check: celora makes the masks.
         args.assistant_only_loss = False
         super().__init__(*arguments, **more)
         args.assistant_only_loss = self._learns_answers(rows)
@@ -52,7 +53,7 @@ class AnswersOnly:
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        """As TRL's, which makes labels of the column `assistant_masks`, cuts and packs."""
+        """Add the column `assistant_masks`. TRL's own method then makes labels of it, cuts and packs."""
         columns = dataset.column_names
         if self._learns_answers(dataset) and "input_ids" not in columns:
             data = "training" if dataset_name == "train" else "evaluation"
@@ -84,7 +85,7 @@ def _masked(dataset: Any, tokenizer: Any, processes: int | None, data: str, comp
 
 
 def _with_answers_within(dataset: Any, args: Any) -> Any:
-    """The rows whose answers are not all cut off; all of them if none is left. Without packing TRL does it."""
+    """Leave out rows whose answers are all cut off, unless no row would remain. TRL only does so without packing."""
     kept = dataset.filter(
         _has_answer_within,
         fn_kwargs={"limit": args.max_length},
@@ -99,9 +100,9 @@ def _has_answer_within(row: dict[str, Any], limit: int) -> bool:
 
 
 def _check_stop(tokenizer: Any) -> None:
-    """Warn of a template that ends no answer, or ends it outside of its marks."""
+    """Warn if the chat template does not end answers, or ends them outside its marks."""
     probe = [{"role": role, "content": text} for role, text in (("user", "no"), ("assistant", "yes"), ("user", "no"))]
-    with contextlib.suppress(Exception):  # what a template refuses of a row is said of that row
+    with contextlib.suppress(Exception):  # a row that the template refuses gets its own error later
         found = mask_answers(probe, tokenizer)
         learnt = [token for token, mask in zip(found["input_ids"], found["assistant_masks"], strict=True) if mask]
         if tokenizer.decode(learnt).strip().endswith("yes"):
@@ -113,7 +114,7 @@ def _check_stop(tokenizer: Any) -> None:
 
 
 def _is_marked(tokenizer: Any) -> bool:
-    """Whether the template marks answers, for a tokenizer that can follow the marks."""
+    """Whether the template marks answers, and the tokenizer can follow the marks."""
     return bool(tokenizer.is_fast and tokenizer.chat_template and _MARKS.search(tokenizer.get_chat_template()))
 
 
@@ -127,13 +128,13 @@ def _mask_row(row: dict[str, Any], index: int, tokenizer: Any, data: str, comple
 
 
 def mask_answers(messages: Messages, tokenizer: Any, first: int = 0) -> dict[str, list[int]]:
-    """The tokens of a conversation and, of each, whether the assistant wrote it, from the message `first` on.
+    """The tokens of a conversation, and whether each is part of an answer. Answers before message `first` do not count.
 
     Returns:
-        `input_ids`, as the tokenizer's chat template has them, and `assistant_masks`: 1 for a token to learn.
+        `input_ids`, rendered by the tokenizer's chat template, and `assistant_masks`: 1 for a token to learn, else 0.
 
     Raises:
-        CELoraError: no answer is there, or the template writes one differently when more follows.
+        CELoraError: there is no answer, or the template writes an answer differently when more follows.
     """
     if not any(message["role"] == "assistant" for message in messages[first:]):
         raise CELoraError("no assistant turn is in it, so there is nothing to learn; leave it out")
@@ -164,13 +165,13 @@ def _answers(message: dict[str, Any]) -> bool:
 
 
 def _span(messages: Messages, k: int, whole: str, render: Render, end: str) -> tuple[int, int]:
-    """Where the answer that is message `k` begins and ends in the text of the whole conversation.
+    """Begin and end of the answer `messages[k]` in the text `whole` of the conversation, in characters.
 
-    Some templates write more where a conversation ends: `end` after the last answer, or an empty thought before it.
+    Some templates add text at the end of a conversation: `end` after the last answer, or an empty thought before it.
     """
     try:
         before, upto = _before(messages, k, render), render(messages[: k + 1], False)
-    except Exception as error:  # what a template raises of a conversation that ends there
+    except Exception as error:  # the template's own, about a conversation that ends there
         said = " ".join(str(error).split())
         raise CELoraError(f"the chat template refuses what ends at messages[{k}] ({said}); {_WAYS_OUT}") from None
     written = upto[len(before) :]
@@ -187,17 +188,17 @@ def _span(messages: Messages, k: int, whole: str, render: Render, end: str) -> t
 
 
 def _before(messages: Messages, k: int, render: Render) -> str:
-    """The text that asks for message `k`."""
+    """The text before message `k`, with the generation prompt."""
     if k:
         return render(messages[:k], True)
-    # No template writes an empty conversation, so the prompt is looked for in the one of this message.
+    # No template renders an empty conversation, so find the prompt in the conversation of this message alone.
     alone, more = render(messages[:1], False), render(messages[:1], True)
     prompt = more[_shared(alone, more) :]
     return alone[: alone.index(prompt) + len(prompt)]
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+    """How many characters the beginnings of two texts share."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
@@ -206,9 +207,10 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
 
 
 def _mask_tokens(tokenizer: Any, whole: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """The tokens of the text, and which are in a span: by their characters or, where nobody tells, by counting.
+    """The tokens of the text, and for each 1 if it overlaps a span, else 0.
 
-    A token that is partly in an answer is learnt, as with `{% generation %}` marks.
+    A fast tokenizer tells the characters of each token. For others, celora counts tokens. A token that is partly in an
+    answer is learnt, as with `{% generation %}` marks.
     """
     if not tokenizer.is_fast:
         return _mask_counted(tokenizer, whole, spans)
@@ -236,7 +238,7 @@ def _mask_counted(tokenizer: Any, whole: str, spans: list[tuple[int, int]]) -> t
 
 
 def learnt_tokens(dataset: Any) -> tuple[int, int]:
-    """Of a prepared data set: tokens with a label, and all tokens; read block by block from the Arrow file."""
+    """How many tokens of a prepared data set have a label, and how many it has; read block by block from Arrow."""
     learnt = tokens = 0
     for labels in _flat_labels(dataset):
         tokens += len(labels)
@@ -251,7 +253,7 @@ def _flat_labels(dataset: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Learnt:
-    """How many of the tokens of the training data are learnt, and which part of it they are."""
+    """How many tokens of the training data are learnt, how many there are, and which part is learnt in words."""
 
     learnt: int
     tokens: int
@@ -259,7 +261,7 @@ class Learnt:
 
     @property
     def share(self) -> str:
-        """In per cent; only all is 100 %, and only nothing is 0 %."""
+        """The learnt share in per cent. Only all of the tokens is 100 %, and only none is 0 %."""
         percent = round(100 * self.learnt / max(1, self.tokens))
         return f"{percent if self.learnt in (0, self.tokens) else min(max(percent, 1), 99)} %"
 
@@ -268,7 +270,7 @@ class Learnt:
 
 
 def what_is_learnt(trainer: Any, rows: Any) -> Learnt:
-    """Of the training data of a trainer, which was made of `rows`; after everything that is cut off."""
+    """What a trainer learns from its training data, made of `rows`, after long rows have been cut."""
     if trainer.args.assistant_only_loss:
         part = "the answers"
     elif "prompt" in rows.column_names and trainer.completion_only_loss:

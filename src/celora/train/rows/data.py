@@ -1,8 +1,8 @@
-"""Any of the four row shapes, from any of the usual places, into what TRL's SFTTrainer takes.
+"""Loads rows of four shapes, from files, folders or the hub, in the form that TRL's SFTTrainer expects.
 
-A row becomes an example of its shape, or one line says what is wrong with it and where. `datasets` streams the
-examples into an Arrow file: memory stays flat. The cache key holds size and times of every source file, so a changed
-file is never served stale. No code comes with the data.
+A bad row raises one line that says where it stands and what is wrong. `datasets` streams the rows into an Arrow file,
+so memory stays flat. The cache key has the size and times of every source file, so a changed file is read again. Code
+that comes with a data set is never run.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SPLITS = {  # and the words in the names of files that say so, as `datasets` has them
+SPLITS = {  # split -> words that name it in file names, as in `datasets`
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-# What a chat template writes out beside role and content: a model would learn to answer without it.
+# Keys that a chat template renders, too. celora keeps only role and content, so it refuses rows with these.
 _RENDERED = ("tool_calls", "function_call", "reasoning_content", "thinking")
 _NO_TOOLS = "is not trained on here; leave such rows out, or use TRL's SFTTrainer, with celora.attach(trainer.model)"
 _NO_ANSWER = (
@@ -61,20 +61,30 @@ def load_rows(
     cache_dir: str | Path | None = None,
     answers: bool = False,
 ) -> datasets.Dataset:
-    """The rows of `source`, all of one shape, with the columns that SFTTrainer expects and no others.
+    """Load the rows of `source`, all of one shape, with the columns that SFTTrainer expects and no others.
 
-    `source` is a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of such files, or the name of a hub data set. A
-    file is taken whole, whatever `split` says. In a folder the files with the split in their name (`test.jsonl`,
-    `reviews_test.jsonl`, `test-00000-of-00002.parquet`) are taken in name order; for `train`, where there are none, all
-    that are not named like another split. A `.json` or `.jsonl` file holds one row per line, or one list of rows.
+    The first row decides the shape, and the others must have it, too:
 
-    The first row decides the shape: `messages`; `prompt` + `completion`, strings or message lists; `instruction`
-    (+ `input`) + `output`, which becomes a prompt and a completion, as message lists if `chat`; `text`, or what the
-    column `text_field` holds. With `answers`, a row of messages has to hold one of the assistant, since nothing else is
-    learnt. At most `limit` rows are read. `config` is the configuration of a hub data set. Memory
-    stays flat; only a JSON list is kept in memory, as text.
+    - `messages`: a conversation.
+    - `prompt` + `completion`: two strings, or two lists of messages.
+    - `instruction` (+ `input`) + `output`: becomes a prompt and a completion; lists of messages if `chat`.
+    - `text`.
 
-    Raises CELoraError, in one line with file and line, for anything that cannot be read or understood as such rows.
+    Args:
+        source: a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of such files, or the name of a hub data set. A
+            `.json` or `.jsonl` file has one row per line, or one list of rows. Only such a list is read into memory.
+        split: which files of a folder, or which split of a hub data set. Files have the split in their name
+            (`test.jsonl`, `reviews_test.jsonl`, `test-00000-of-00002.parquet`), and are read in name order. If no name
+            says `train`, every file that names no other split is training data. A single file is read whole.
+        chat: whether the tokenizer has a chat template.
+        limit: read at most so many rows.
+        config: the configuration of a hub data set.
+        text_field: the column that is read as `text`.
+        cache_dir: where `datasets` keeps the rows; None for its own cache.
+        answers: only answers are learnt, so a row of messages must have a message of the assistant.
+
+    Raises:
+        CELoraError: the source cannot be read, or a row has no known shape. The message names file and line.
     """
     if limit is not None and limit < 1:
         raise CELoraError(f"limit={limit}; expected at least 1 row, or None for all.")
@@ -83,7 +93,7 @@ def load_rows(
         raise CELoraError(f"dataset_config={config!r} is for hub data sets, and {str(source)!r} is here; leave it out.")
     stamps = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files for s in [f.stat()]]
     hub = None if files else _hub(str(source), split, config)
-    # The code is part of the key, so that rows cached by another version of it are not taken for rows of this one.
+    # The code is part of the key: rows that another version of celora cached may differ.
     code = [Path(file).read_bytes() for file in (__file__, readers.__file__)]
     key = hashlib.sha256(repr((stamps, code)).encode()).hexdigest()
     try:
@@ -102,7 +112,7 @@ def load_rows(
             cache_dir=None if cache_dir is None else str(cache_dir),
         )
     except Exception as error:
-        # datasets wraps what a generator raises; the one line inside is what the user should see.
+        # datasets wraps what the generator raises; the user should see the line inside.
         if said := _cause(error, CELoraError):
             raise said from None
         if refused := _cause(error, OSError):
@@ -115,7 +125,7 @@ def load_rows(
 
 
 def _cause(error: BaseException | None, kind: type[E]) -> E | None:
-    """The first of this kind among an error and what led to it."""
+    """The first error of this kind in the chain of causes, or None."""
     while error is not None and not isinstance(error, kind):
         error = error.__cause__ or error.__context__
     return error
@@ -158,7 +168,7 @@ def _generate(
 
 
 def _shape(place: str, row: Any, prefer: str | None) -> str:
-    """The name of the row's shape; a row with the columns of several has the preferred one, then the first."""
+    """The name of the row's shape. If several fit, `prefer`, or else the first in `SHAPES`."""
     if not isinstance(row, dict):
         fail(place, f"a row is {reprlib.repr(row)}; expected an object with columns: {_KNOWN_SHAPES}")
     present = {column for column, value in row.items() if value is not None}
@@ -192,7 +202,7 @@ def _example(place: str, row: Row, shape: str, chat: bool) -> dict[str, Any]:
 
 
 def instruction(place: str, row: Row) -> str:
-    """The instruction of a row, and its input if it has one."""
+    """The instruction of a row, followed by its input if there is one."""
     asked = check_text(place, "instruction", row["instruction"])
     if row.get("input") not in (None, ""):
         asked += "\n\n" + check_text(place, "input", row["input"])
@@ -211,7 +221,7 @@ def _no_shape(row: Row) -> str:
 
 
 def check_text(place: str, column: str, value: Any) -> str:
-    """The value, if it is text that a model can learn or be asked; `place` and `column` say where it stands."""
+    """Return the value if it is usable text, else refuse it. `place` and `column` say where it stands."""
     if not isinstance(value, str):
         came = "null" if value is None else type(value).__name__
         fail(place, f"{column!r} is {came} {'' if value is None else reprlib.repr(value)}; expected a string")
@@ -224,12 +234,12 @@ def check_text(place: str, column: str, value: Any) -> str:
 
 
 def _holds(value: Any) -> bool:
-    """Whether there is something in what may also be JSON as text."""
+    """Whether a value, possibly JSON as text, is not empty."""
     return bool(value) and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
 
 def check_messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
-    """The value as a conversation: role and content of each message, and nothing else."""
+    """Return the value as a conversation, with only role and content of each message, or refuse it."""
     expected = "expected a list of {'role': ..., 'content': ...}"
     if not isinstance(value, list) or not value:
         fail(place, f"{column!r} is {reprlib.repr(value)}; {expected}")
@@ -245,7 +255,7 @@ def check_messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
         if role not in ROLES:
             fail(place, f"{label}.role is {role!r}; expected one of {', '.join(ROLES)}")
         content = message["content"]
-        # An empty system message switches a chat template's default one off; any other empty message is a mistake.
+        # An empty system message switches off a template's default one. Any other empty message is a mistake.
         if not (role == "system" and content == ""):
             content = check_text(place, f"{label}.content", content)
         messages.append({"role": role, "content": content})
@@ -256,7 +266,7 @@ def check_messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
 
 
 def local_files(source: str | Path, split: str) -> list[Path]:
-    """The files that `load_rows` reads, or none if `source` can only be the name of a hub data set."""
+    """The files that `load_rows` reads. Empty if `source` can only be the name of a hub data set."""
     path = Path(source).expanduser()
     check_regular(path)
     if path.is_dir():
@@ -285,14 +295,14 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
         words = SPLITS.get(name, (name,))
         return any(re.fullmatch(pattern.format(re.escape(word)), file.stem, re.IGNORECASE) for word in words)
 
-    saved = ({"state.json", "dataset_info.json"}, {"dataset_dict.json"})  # one data set, and several
+    saved = ({"state.json", "dataset_info.json"}, {"dataset_dict.json"})  # of one data set; of several
     if any(all((folder / name).is_file() for name in names) for names in saved):
-        fail(str(folder), "written by save_to_disk, and read here are files; write it again with to_parquet")
+        fail(str(folder), "written by save_to_disk, which celora does not read; write it again with to_parquet")
     files = _files_in(folder)
     if not files:
         below = next((f"; {inner.name!r} in it does" for inner in sorted(folder.glob("*/")) if _files_in(inner)), "")
         fail(str(folder), f"holds no data files, which end in {', '.join(READERS)}{below}")
-    # The name and a number come first; a word anywhere in the name serves where there is no such file.
+    # Names like train-00000 come first. If there are none, the word may be anywhere in the name.
     chosen = [file for file in files if named(file, split, r"{}([-_.]\d.*)?")]
     if not chosen:
         chosen = [file for file in files if named(file, split)]
@@ -300,12 +310,12 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
             if len(splits := [name for name in SPLITS if named(file, name)]) > 1:
                 fail(str(file), f"its name says {' and '.join(map(repr, splits))}; rename it, so that it says one")
     if not chosen and split == "train":
-        # Never train on what is called a test set.
+        # Never train on a file that is named like a test set.
         chosen = [file for file in files if not any(named(file, name) for name in SPLITS)]
     if not chosen:
         names = ", ".join(file.name for file in files[:5])
         raise CELoraError(f"{str(folder)!r} has no {split!r} file among {names}; name one like {split}.jsonl.")
-    # In the hub's cache, files are links from snapshots/REVISION to blobs beside it.
+    # In the hub's cache, files in snapshots/REVISION are links to the folder blobs beside snapshots.
     here = folder.resolve()
     roots = [here, *(parent.with_name("blobs") for parent in here.parents if parent.name == "snapshots")]
     for file in chosen:

@@ -1,7 +1,7 @@
-"""Readers: a file into pairs (place, row), a place being `data.jsonl:17`, so that every complaint says where.
+"""Readers: each turns a file into pairs (place, row). A place is `data.jsonl:17`, for error messages.
 
-Files are read as strict text or Parquet, a row at a time: nothing is unpickled, and what is not quite JSON, CSV or
-UTF-8 is refused rather than guessed at.
+Files are read one row at a time, as strict text or Parquet. Nothing is unpickled. Text that is not valid JSON, CSV or
+UTF-8 is refused, never repaired.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Placed = Iterator[tuple[str, Any]]
 
 
 def fail(place: str, problem: str) -> NoReturn:
-    """Refuse what stands at `place`, in one line."""
+    """Raise CELoraError for the row at `place`, in one line."""
     raise CELoraError(" ".join(f"{place}: {problem}.".split()))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, ends included; without a byte order mark; UTF-8 and free of NUL, or an error with the line."""
+    """Numbered lines with their ends, without a byte order mark. Refuses what is not UTF-8, and NUL."""
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
@@ -88,7 +88,7 @@ def _read_json_list(path: Path, line: int, text: str) -> Placed:
     at = 0
 
     def goto(position: int) -> str:
-        """Move on to the first character from `position` that is no space; '' at the end."""
+        """Move to the first character from `position` on that is not a space, and return it; '' at the end."""
         nonlocal at, line
         space = _SPACE.match(text, position)
         after = space.end() if space else position
@@ -113,7 +113,7 @@ def _read_json_list(path: Path, line: int, text: str) -> Placed:
 
 
 def _read_csv(path: Path) -> Placed:
-    # The standard reader, not pandas': there the completion "None" or "NA" would become a missing value.
+    # Not pandas: it would read the completion "None" or "NA" as a missing value.
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     columns: list[str] = []
     allowed = csv.field_size_limit(2**31 - 1)

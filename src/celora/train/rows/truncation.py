@@ -1,4 +1,4 @@
-"""Rows that are longer than `max_length`: TRL cuts them without a word; here they are counted and said."""
+"""Reports rows that are longer than `max_length`. TRL cuts them silently; celora counts them and says so."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from celora.borrowed import borrow
 
-_LOSE_NOTHING = ("bfd_split", "wrapped")  # the strategies of packing that go on with a row in the next sequence
+_LOSE_NOTHING = ("bfd_split", "wrapped")  # packing strategies that continue a long row in the next sequence
 
 
 def truncation_lines(trainer: Any, rows: Any, eval_rows: Any = None) -> Iterator[str]:
-    """One line on what of `rows` does not fit into `max_length` tokens, one for `eval_rows`; none where all does."""
+    """One line for `rows` and one for `eval_rows`, each only if something does not fit into `max_length` tokens."""
     args = trainer.args
     if borrow("trl:SFTTrainer._prepare_dataset") is None:
         return
@@ -34,7 +34,7 @@ def _line(trainer: Any, kind: str, rows: Any, prepared: Any) -> str | None:
     left_out = len(rows) - len(fitting)
     if not left_out and int(fitting.max()) < limit:
         return None
-    # Tokenised once more, without the cut; only where there may be one.
+    # Tokenise once more without the cut, only if something may have been cut.
     uncut = copy.copy(trainer.args)
     uncut.max_length = None
     lengths = _lengths(trainer._prepare_dataset(rows, trainer.processing_class, uncut, False, None, "train"))
@@ -51,7 +51,7 @@ def _line(trainer: Any, kind: str, rows: Any, prepared: Any) -> str | None:
 
 
 def _lengths(dataset: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Tokens of every row as it was given; packed ones are still told apart."""
+    """Tokens of every row of the user; rows packed into one sequence are counted separately."""
     if "seq_lengths" in dataset.column_names:
         return _measured(dataset, "seq_lengths", pc.list_flatten)
     return row_lengths(dataset)
@@ -63,7 +63,7 @@ def row_lengths(dataset: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def _measured(dataset: Any, column: str, measure: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """What `measure` makes of a column, read block by block from the Arrow file."""
+    """The numbers that `measure` makes of a column, read block by block from the Arrow file."""
     blocks = dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000)
     found = [measure(block[column]).to_numpy() for block in blocks]
     return np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)

@@ -1,1 +1,1 @@
-"""What was trained, put to use: loaded again, talked to, and given many prompts."""
+"""Uses a trained adapter: loads it again, chats with it, answers many prompts."""

@@ -1,7 +1,7 @@
-"""Text from a trained adapter, or from its untouched base model: one conversation, or many prompts in batches.
+"""Generates text with a trained adapter, or with its untouched base model: one conversation, or batches of prompts.
 
-Transformers generates. The chat template is the tokenizer's; a tokenizer without one, or `raw`, gives the model the
-prompt as it is. Nothing is sent anywhere.
+Transformers generates. Prompts go through the tokenizer's chat template. Without a template, or with `raw`, the model
+gets the prompt unchanged. Nothing is sent anywhere.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ Prompt = str | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Without a temperature, as the model's own generation_config.json says; 0 takes the
-    likeliest token. The same seed gives the same answers on the same machine."""
+    """How tokens are chosen. The same seed gives the same answers on the same machine.
+
+    `temperature`: None leaves it to the model's own generation_config.json; 0 takes the likeliest token.
+    """
 
     max_new_tokens: int = 512
     temperature: float | None = None
@@ -42,9 +44,9 @@ class Sampling:
 
 @dataclass
 class Conversation:
-    """Turns with the adapter, or with its base model; each keeps its own history.
+    """A conversation with the adapter, or with its base model (`base`). It keeps its history in `turns`.
 
-    Without a chat template there are no turns: every prompt is completed alone.
+    Without a chat template there are no turns: every prompt is completed by itself.
     """
 
     trained: Trained
@@ -56,18 +58,18 @@ class Conversation:
 
     def __post_init__(self) -> None:
         if self.system and not self.has_turns:
-            raise CELoraError("--system needs a chat template, and this prompt is given as it is; leave it out")
+            raise CELoraError("--system needs a chat template, and prompts are given without one here; leave it out")
 
     @property
     def has_turns(self) -> bool:
         return bool(self.trained.tokenizer.chat_template) and not self.raw
 
     def ask(self, prompt: str, say: Callable[[str], object] = lambda _: None) -> str:
-        """The answer, told to `say` piece by piece. A Ctrl-C ends the answer, which is then what was said so far.
+        """Return the answer, and give it to `say` piece by piece. Ctrl-C ends the answer early.
 
         Raises:
             CELoraError: the conversation is longer than the model's context, or the chat template refuses it.
-            KeyboardInterrupt: after the answer so far has become part of the history.
+            KeyboardInterrupt: on Ctrl-C, after the answer so far has been added to the history.
         """
         told: list[str] = []
 
@@ -93,12 +95,12 @@ class Conversation:
         return answer
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Forget the history, and begin a new conversation."""
         self.turns = []
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
-    """Hands on text as soon as it is certain, where Transformers' prints it."""
+    """Gives each finished piece of text to `hear`, where Transformers' streamer would print it."""
 
     def __init__(self, trained: Trained, hear: Callable[[str], object]) -> None:
         super().__init__(trained.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -112,14 +114,14 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
 def answers(
     trained: Trained, prompts: Sequence[Prompt], sampling: Sampling, *, raw: bool, base: bool = False
 ) -> list[str]:
-    """One answer for each prompt, generated side by side."""
+    """One answer for each prompt, all generated in one batch."""
     tokens = [encode(trained.tokenizer, prompt, raw=raw) for prompt in prompts]
     made = generate(trained, tokens, sampling, base=base)
     return [str(text) for text in trained.tokenizer.batch_decode(made, skip_special_tokens=True)]
 
 
 def encode(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
-    """The tokens of a prompt: a conversation through the chat template, a string as a user's message or as it is."""
+    """The tokens of a prompt. The chat template renders it, a string as a user's message, unless `raw`."""
     if tokenizer.chat_template and not raw and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
@@ -129,7 +131,7 @@ def encode(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
     else:
         try:
             found = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-        except Exception as error:  # jinja2's, or whatever the template's own arithmetic comes to
+        except Exception as error:  # jinja2's, or any that the template's own expressions raise
             raise CELoraError(f"the chat template refuses this conversation: {' '.join(str(error).split())}") from error
     if not found["input_ids"]:
         raise CELoraError("the prompt holds no tokens; give some text")
@@ -139,7 +141,7 @@ def encode(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
 def generate(
     trained: Trained, prompts: Sequence[list[int]], sampling: Sampling, *, base: bool = False, streamer: Any = None
 ) -> list[Any]:
-    """The new tokens of each prompt: (longest answer,) each, padded behind its end."""
+    """The new tokens of each prompt: a tensor (longest answer,), padded after the end of shorter ones."""
     model, tokenizer = trained.model, trained.tokenizer
     longest, context = max(map(len, prompts)), _context(model)
     if context is not None and longest >= context:
@@ -167,7 +169,7 @@ def _adapter(model: Any, *, off: bool) -> Iterator[None]:
 
 
 def check_base(trained: Trained) -> None:
-    """Refuse to call a model untouched whose own biases were trained; CELoraError."""
+    """Raise CELoraError if training changed the base model's own biases: then there is no untouched model to show."""
     bias = trained.model.peft_config[trained.model.active_adapter].bias
     if bias != "none":
         raise CELoraError(
@@ -181,7 +183,7 @@ def _context(model: Any) -> int | None:
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: the model's, and the one that the tokenizer ended answers with in training."""
+    """The tokens that end an answer: the model's own, and the tokenizer's, which ended answers in training."""
     own = getattr(model.generation_config, "eos_token_id", None)
     found = own if isinstance(own, list) else [own]
     return sorted({int(end) for end in [*found, tokenizer.eos_token_id] if end is not None})

@@ -1,6 +1,7 @@
-"""Many prompts, one answer each: rows are read, answered in batches and written as JSON lines.
+"""Answers many prompts: reads rows, answers them in batches, and writes them as JSON lines.
 
-The file is whole at every moment: it is replaced as a whole, every so often and when the command ends or is stopped.
+The output file is always complete JSON lines. celora replaces it as a whole, about every 30 seconds, and when the
+command ends or is stopped.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ _EXPECTED = "expected a row with prompt, messages, instruction (+ input) or text
 
 
 def load_prompts(source: Path, *, limit: int | None = None) -> list[tuple[dict[str, Any], Prompt]]:
-    """The rows of a file or folder, and what is asked in each.
+    """The rows of a file or folder, and the prompt of each row.
 
-    A row of the data that a model was trained on can be asked as it is: what the model should say is left out. That is
-    the last message if it is the assistant's, and every column but `prompt`, or `instruction` and `input`.
+    Rows of training data work unchanged: the answer in them is left out of the prompt. The prompt is the messages
+    without the assistant's last ones, or the columns `prompt`, `instruction` and `input`, or `text`.
 
     Raises:
-        CELoraError: the file cannot be read, or a row asks nothing; it names file and line.
+        CELoraError: the file cannot be read, or a row has no prompt. The message names file and line.
     """
     files = local_files(source, "test" if source.is_dir() else "train")
     placed = (pair for file in files for pair in READERS[file.suffix.lower()](file))
@@ -65,10 +66,10 @@ def asked_in(place: str, row: Any) -> Prompt:
 
 
 def answered_rows(output: Path, rows: Sequence[dict[str, Any]], *, base: bool) -> list[dict[str, Any]]:
-    """What an earlier call has written to `output`, to be continued.
+    """The rows that an earlier call has written to `output`; empty if there are none.
 
     Raises:
-        CELoraError: it is not the beginning of the answers to these rows.
+        CELoraError: they are not the answers to the first of these rows.
     """
     if not output.is_file():
         return []
@@ -96,13 +97,13 @@ def answer_all(
     output: Path | None = None,
     say: Callable[[int, list[dict[str, Any]]], object] = lambda done, new: None,
 ) -> list[dict[str, Any]]:
-    """Answer the rows that `earlier` has not; gives all, and keeps `output` up to date.
+    """Answer the rows that are not in `earlier`, and keep `output` up to date. Returns all answered rows.
 
     Args:
-        batch: how many rows are answered side by side.
+        batch: how many rows are answered at a time.
         base: also ask the untouched model.
-        output: where the answers go; what is answered by then is written if something stops the command.
-        say: hears, after each batch, how many rows are answered and the new ones.
+        output: file for the answers. It also gets the answers so far if something stops the command.
+        say: called after each batch with the number of answered rows and the new rows.
     """
     done, saved = list(earlier), time.monotonic()
     written = len(done)

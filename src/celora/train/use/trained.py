@@ -1,7 +1,7 @@
-"""A trained adapter on its base model, loaded from the folder that a run left.
+"""Loads a trained adapter onto its base model, from the output folder of a run.
 
-run.json says which base model that was, in which revision, dtype and quantisation. A folder that another tool has
-written has no run.json; its adapter_config.json names the base model.
+run.json names the base model, its revision, dtype and quantisation. A folder by another tool has no run.json; there
+adapter_config.json names the base model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Trained:
-    """A PEFT model in evaluation mode, its tokenizer, and what it was made from."""
+    """A PEFT model in evaluation mode, its tokenizer, the adapter's folder and the base model."""
 
     model: Any
     tokenizer: Any
@@ -31,14 +31,14 @@ class Trained:
 
 
 def load_trained(folder: Path, base: str | None = None) -> Trained:
-    """The adapter in `folder` on its base model, where the Trainer would put it.
+    """Load the adapter in `folder` onto its base model, on the device that the Trainer would choose.
 
     Args:
         folder: the output folder of a run, a checkpoint in it, or a folder that PEFT has saved.
-        base: where the base model is now; None for where it was.
+        base: name or folder of the base model; None for the one that the adapter was trained on.
 
     Raises:
-        CELoraError: there is no adapter, no base model, or one does not fit the other.
+        CELoraError: the adapter or the base model is missing, or the two do not fit.
     """
     config = adapter_config(folder)
     request = request_of(folder, config, base)
@@ -53,7 +53,7 @@ def load_trained(folder: Path, base: str | None = None) -> Trained:
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """What adapter_config.json in a folder says, the weights being beside it; CELoraError for a folder without them."""
+    """The content of adapter_config.json. Raises CELoraError if it or the adapter's weights are missing."""
     if not folder.is_dir():
         raise CELoraError(f"{str(folder)!r}: no such folder; give the --output of a celora train")
     lacking = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
@@ -69,13 +69,13 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def request_of(folder: Path, config: dict[str, Any], base: str | None) -> TrainRequest:
-    """The request of the run that trained the adapter in `folder`, with the dtype that was settled for it."""
+    """The request of the run that trained the adapter in `folder`, with the dtype that the run settled on."""
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
     record = OutputFolder(run).run()
     if record is None:
         was = config.get("base_model_name_or_path")
         given: dict[str, Any] = {"model": was, "model_revision": config.get("revision") or "main"}
-        given |= {"data": str(folder), "output": str(folder)}  # which nothing here reads or writes
+        given |= {"data": str(folder), "output": str(folder)}  # required, but not used here
         dtype = "auto"
     else:
         check_record(run / RUN, record)
