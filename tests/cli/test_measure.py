@@ -88,4 +88,4 @@ def test_flags_that_would_change_nothing_are_refused(inputs, capsys, tmp_path):
     assert "--overwrite is not for celora audit" in error_line(capsys, *audit, "--overwrite")
     for command in (plan, audit):
         line = error_line(capsys, *command, "--adapter", tmp_path, "--lora-r", 4)
-        assert line == "error: --lora_r is not for an adapter that is there, which has its own; leave it out."
+        assert line == "error: --lora_r is not for an existing adapter, which has its own; leave it out."

@@ -125,7 +125,7 @@ def test_ctrl_c_names_the_command_that_goes_on(finished, inputs, capsys, monkeyp
     patch_all(monkeypatch, "celora.train.use.generation:answers", interrupted)
     command = ["generate", finished[0], "--data", inputs["data"], "--output", tmp_path / "answers.jsonl"]
     assert run(*command) == 130
-    assert "The same command with --resume goes on." in capsys.readouterr().err
+    assert "To continue, give the same command with --resume." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_ctrl_c_names_the_command_that_goes_on(finished, inputs, capsys, monkeyp
         (["export", "OUT", "--to", "onnx"], "'onnx' is not one of 'gguf', 'safetensors'"),
         (["generate", "OUT"], "Missing option '--data'"),
         (["generate", "OUT", "--data", "gone.jsonl"], "no such data file or folder: 'gone.jsonl'"),
-        (["generate", "OUT", "--data", "DATA", "--resume"], "--resume goes on with the file in --output"),
+        (["generate", "OUT", "--data", "DATA", "--resume"], "--resume continues the file in --output"),
         (["generate", "OUT", "--data", "DATA", "--output", "gone/answers.jsonl"], "expected a file in a folder"),
     ],
 )

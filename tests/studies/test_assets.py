@@ -127,7 +127,7 @@ def test_pip_without_an_index(
         call()
     message = str(caught.value)
     assert message.startswith(f"`{command}` failed: ERROR: No matching distribution")
-    assert message.endswith(f"download {package} elsewhere and lay it into {str(cache)!r}.")
+    assert message.endswith(f"download {package} elsewhere and put it into {str(cache)!r}.")
     assert "\n" not in message
     assert list(cache.iterdir()) == []
 

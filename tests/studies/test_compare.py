@@ -130,7 +130,7 @@ def test_auto_plans_once(inputs: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert (plan["fidelity"], plan["memory_limit"]) == (0.9, 2**20)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert compare(given, arms=("LoRA", "auto"), seeds=2) == found
-    with pytest.raises(CELoraError, match=r"torch has 77 here; run the comparison as it was begun .* another folder"):
+    with pytest.raises(CELoraError, match=r"torch has 77 here; run the comparison as it began .* another folder"):
         compare(given, arms=("LoRA", "auto"), seeds=3)
     assert not (tmp_path / "out" / "LoRA-seed2").exists()
 
@@ -156,7 +156,7 @@ def test_copies_of_held_out_rows_are_not_trained_on(
     assert len(held_out) == 8
     assert not set(held_out) & set(training)
     again = 72 - len(training)
-    assert f"{again} rows that come among the held-out ones, too, are not trained on." in capsys.readouterr().err
+    assert f"{again} rows are copies of held-out rows; they are not trained on." in capsys.readouterr().err
     (tmp_path / "same.jsonl").write_text(3 * (inputs / "rows.jsonl").read_text().splitlines(keepends=True)[0])
     with pytest.raises(CELoraError, match="no row but copies of those held out"):
         compare(settings(inputs, tmp_path / "none", data=str(tmp_path / "same.jsonl")), arms=ARMS[:2], seeds=1)
@@ -352,7 +352,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
         assert cli.main(given) == 130
     said = capsys.readouterr().err
     assert "Saved checkpoint-1" in said
-    assert "The same celora compare command goes on" in said
+    assert "To continue the whole comparison, give the same celora compare command again." in said
     assert cli.main(given) == 0
     document = json.loads((tmp_path / "out" / "LoRA-seed0" / "run.json").read_text())
     assert (document["status"], document["summary"]["step"]) == ("finished", 3)

@@ -1,4 +1,4 @@
-"""The application: its commands, and the options of `celora` itself."""
+"""The typer application that commands register with, its help, and the options of `celora` itself."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import typer
 
 from celora.errors import CELoraError
 
-HELP = """Cheaper LoRA fine-tuning: estimate the one expensive product of the backward pass, and see what it cost you.
+HELP = """Faster LoRA fine-tuning of Hugging Face models. The result is an ordinary PEFT adapter.
 
 \b
 Start here:
-  celora doctor                     # what this machine has, and what will be fast on it
-  celora demo                       # a real small model on real data: minutes on a laptop CPU
+  celora doctor                     # what is fast on this machine
+  celora demo                       # LoRA and celora side by side on a small model, in minutes
   celora train --model MODEL --data rows.jsonl --output out
-  celora chat out                   # talk to what was trained
-  celora COMMAND --help             # each with examples
+  celora chat out                   # talk to the trained model
+  celora COMMAND --help             # options and examples of a command
   celora --install-completion       # complete commands and options with TAB
 
 \b
-Results go to stdout, progress and notes to stderr; --quiet leaves out the notes, --json prints results for programs.
+Results go to stdout, progress and notes to stderr. --quiet leaves out the notes. --json prints results for programs.
 Exit status: 0 done, 1 failed, 2 bad input (one line says what to do), 130 stopped with Ctrl-C."""
 app = typer.Typer(
     help=HELP,

@@ -1,8 +1,8 @@
-"""Messages of other libraries that a command leaves out, since they say nothing about the run.
+"""Hides messages of other libraries that say nothing about the run.
 
-PEFT and Transformers import bitsandbytes, torchao and DeepSpeed wherever these are installed, also for models that need
-none of them. Some then tell what this machine lacks for features that the run does not use. Only the messages below are
-left out, each known by its logger and a few words. Only the command line does so: `import celora` changes no logging.
+PEFT and Transformers import bitsandbytes, torchao and DeepSpeed if they are installed, even for models that need none
+of them. Some of them then complain about features that the run does not use. The command line hides only the messages
+below, by their logger and a few words. `import celora` changes no logging.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ class _LeaveOut(logging.Filter):
         if MESSAGES[record.name] in record.getMessage():
             return False
         if record.name == "DeepSpeed" and logging.lastResort is not None:
-            logging.lastResort.handle(
-                record
-            )  # to stderr: DeepSpeed's own handler writes to stdout, which is for results
+            # Send it to stderr: DeepSpeed's own handler writes to stdout, which is for results.
+            logging.lastResort.handle(record)
             return False
         return True
 
@@ -34,6 +33,6 @@ _LEAVE_OUT = _LeaveOut()
 
 
 def hush() -> None:
-    """Leave these messages out of this process's output from now on."""
+    """Hide these messages in this process from now on."""
     for name in MESSAGES:
         logging.getLogger(name).addFilter(_LEAVE_OUT)

@@ -1,7 +1,7 @@
 """The command line. It parses, prints and sets the exit status; `celora.train` and `celora.studies` do the work.
 
-Results go to stdout, everything else to stderr. Exit status: 0 done; 2 bad input, told in one line; 130 Ctrl-C; 1 any
-other failure, with a traceback if it is a bug. The commands import torch and the training stack, not this module. So
+Results go to stdout, everything else to stderr. Exit status: 0 done; 2 bad input, explained in one line; 130 Ctrl-C; 1
+any other failure, with a traceback if it is a bug. Each command imports torch and the training stack when it runs. So
 `celora --help` answers at once.
 """
 
@@ -31,13 +31,13 @@ from celora.errors import CELoraError, out_of_memory
 
 
 def main(arguments: Sequence[str] | None = None, *, began: float | None = None) -> int:
-    """Entry point: run a command and return its exit status. `began`: when, by `time.perf_counter`; by default now."""
+    """Run a command and return its exit status. `began`: when it began, by `time.perf_counter`; by default now."""
     began = time.perf_counter() if began is None else began
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that it cannot encode must not fail a run at its end
+    if isinstance(sys.stdout, io.TextIOWrapper):  # so that a character stdout cannot encode never fails a run
         sys.stdout.reconfigure(errors="backslashreplace")
     hush()
     try:
-        # typer would print a wall of usage; here every mistake is one line.
+        # typer would print its usage for a mistake; here every mistake is one line.
         given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
         status = typer.main.get_command(app).main(given, prog_name="celora", standalone_mode=False, obj=began)
     except CELoraError as error:
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, *, began: float | None = None) 
         if hasattr(error, "format_message"):
             return _fail(str(error.format_message()))
         return _break_down(error)
-    if status == 130:  # typer turns a Ctrl-C that nobody caught into an exit status
+    if status == 130:  # typer has turned an uncaught Ctrl-C into an exit status
         typer.echo("interrupted", err=True)
     return status if isinstance(status, int) else 0
 
@@ -65,9 +65,9 @@ def _fail(message: str) -> int:
 
 
 def _break_down(error: Exception) -> int:
-    """Status 1: one line if the machine ran out of something, a traceback if celora has a bug."""
+    """Print why a command failed, and return 1: one line if memory or disk ran out, a traceback if celora has a bug."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        typer.echo(f"failed: {error}; make room and run it again, --resume continues a training", err=True)
+        typer.echo(f"failed: {error}; make room and run the command again (celora train: with --resume)", err=True)
     elif out_of_memory(error):
         typer.echo(
             f"failed: out of memory ({next(iter(str(error).splitlines()), 'no more is said')}); lower "

@@ -38,7 +38,7 @@ Examples:
   celora audit --model ./model --data chats.jsonl --adapter out --rows 16
   celora audit --model ./model --data chats.jsonl --plan plan.json --json | jq .cosine
   celora audit --model ./model --data chats.jsonl --reference float32"""
-PLAN_HELP = """Measure, layer by layer, what estimates cost and lose, and choose the cheapest that is good enough.
+PLAN_HELP = """Time each estimate on each layer of MODEL, measure its error, and choose the fastest mix for a fidelity.
 
 \b
 Examples:
@@ -63,14 +63,14 @@ def audit(
     look_ahead(context.args, config)
     from celora.train.request.arguments import parse
 
-    # audit writes nothing. It takes train's arguments, so that its batches are training's.
+    # audit takes the arguments of train, so that it sees the same batches. It writes nothing.
     own: dict[str, Any] = {"model": model, "data": data, "preset": preset, "config": config, "plan": plan}
     own |= {"output": "celora-audit", "quiet": quiet}
     if plan and preset is None:
         own["preset"] = "auto"
     leave_out(context.args, ("output", "overwrite", "resume"), "celora audit, which writes nothing")
-    leave_out(context.args, ("eval_data",), "celora audit, which looks at training")
-    leave_out(context.args, ADAPTERS if adapter else (), "an adapter that is there, which has its own")
+    leave_out(context.args, ("eval_data",), "celora audit, which uses training rows")
+    leave_out(context.args, ADAPTERS if adapter else (), "an existing adapter, which has its own")
     request = parse(context.args, own)
     from celora.train.prepare import audit_model
 
@@ -87,7 +87,8 @@ def plan(
         Path, typer.Option("--output", callback=possible, help="File that the plan is written to.")
     ] = Path("celora_plan.json"),
     fidelity: Annotated[
-        float | None, typer.Option("--fidelity", help="Cosine of the LoRA gradient with the exact one that is kept.")
+        float | None,
+        typer.Option("--fidelity", help="Least cosine between estimated and exact LoRA gradient, 0.998 without."),
     ] = None,
     adapter: Adapter = None,
     config: Config = None,
@@ -104,7 +105,7 @@ def plan(
     not_here = ("preset", "plan", "resume", "eval_data")
     leave_out(context.args, not_here, "celora plan, which makes what preset auto trains with")
     leave_out(context.args, ("output",), "celora plan by another name")
-    leave_out(context.args, ADAPTERS if adapter else (), "an adapter that is there, which has its own")
+    leave_out(context.args, ADAPTERS if adapter else (), "an existing adapter, which has its own")
     request = parse(context.args, own | {"preset": "auto", "quiet": quiet})
     from rich.console import Console
 
@@ -114,7 +115,7 @@ def plan(
     made = plan_model(request, rows=rows, adapter=Path(adapter) if adapter else None, console=Console(stderr=True))
     try:
         made.save(output)
-    finally:  # print what was measured even if it cannot be saved
+    finally:  # print the plan even if it cannot be saved
         if as_json:
             print_json(made.to_dict())
         elif not quiet:

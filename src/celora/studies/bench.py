@@ -1,7 +1,8 @@
-"""What `celora bench` measures: the whole training step and its parts, for PEFT as people use it and for celora.
+"""`celora bench`: measures whole training steps and their parts, for plain PEFT and for celora.
 
-Every arm is a `transformers.Trainer` with its defaults around a model of its own, over the same frozen weights. The
-arms take turns on the same batches. Peak memory is measured in one process for each arm.
+An arm is one way to train, such as a preset. Every arm is a `transformers.Trainer` with its defaults and a model of its
+own; all models share their frozen weights. The arms take turns on the same batches. Peak memory is measured in a
+separate process for each arm.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ QUICK_ARMS = ("PEFT", "exact", "paper", "auto", "limit")
 
 
 def not_runnable(arm: str) -> str:
-    """Why this arm cannot run here, or ''."""
+    """Why this arm cannot run on this machine; '' if it can."""
     package = {"Liger": "liger_kernel", "Unsloth": "unsloth"}.get(arm)
     if package and not torch.cuda.is_available():
         return "needs a CUDA device"
@@ -93,8 +94,8 @@ def measure(
 def _relative(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add each arm's speed-up over PEFT, and the share of the possible saving that it reaches.
 
-    The possible saving is that of "limit of exact" or, if that was not measured, of "limit". No share is added if it is
-    nothing.
+    The possible saving is the time that arm "limit of exact" saves or, if it was not measured, arm "limit". If that is
+    not positive, no share is added.
     """
     by_arm = {row["arm"]: row["time_ms"] for row in rows if "time_ms" in row}
     plain, limit = by_arm.get("PEFT"), by_arm.get("limit of exact", by_arm.get("limit"))
@@ -107,7 +108,7 @@ def _relative(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _peak_memory(cell: Cell, arm: str, plan_file: Path) -> int | None:
-    """Peak memory of a process that takes a few steps of this arm alone, after model and plan are made."""
+    """Peak memory in bytes of a process that takes a few steps of this arm. Loading and planning do not count."""
     asked = json.dumps({"cell": asdict(cell), "arm": arm, "plan": str(plan_file)})
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", __name__, asked], capture_output=True, text=True, check=False
@@ -129,7 +130,7 @@ def _run_alone(asked: dict[str, Any]) -> int | None:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as text: one line for each arm of each cell."""
+    """The rows as a table in text, one line for each arm of each cell."""
     lines = [("model", "data", "dtype", "arm", "ms/step", "20-80 %", "tokens/s", "speed-up", "of limit", "MiB peak")]
     for row in rows:
         name = (row["model"], row["data"], row["dtype"], row["arm"])

@@ -1,4 +1,4 @@
-"""One cell of the bench: a model on one kind of data, with the batches that every arm gets."""
+"""A cell of the bench: one model on one kind of data. Makes its model and its batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from celora.train.request.arguments import make_request
 
 Batch = dict[str, Tensor]
 DATA = {
-    "full": "4 x 256 tokens, every one labelled",
+    "full": "4 x 256 tokens, all labelled",
     "instruct": "4 sequences of 64 to 256 tokens, the last 30 % of each labelled",
     "demo": "8 sentences of the demo's reviews, their sentiment labelled",
 }
@@ -32,8 +32,8 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 DTYPES = ("bfloat16", "float32")
 SMOLLM2 = "smollm2"
 _NAME = re.compile(r"h(\d+)-v(\d+)k")
-_LAYERS = {2048: 4}  # other sizes have 8: a step should take seconds
-_BATCHES = 8  # of different lengths, so that they waste what such batches waste on average
+_LAYERS = {2048: 4}  # by hidden size; others have 8. A step should take seconds
+_BATCHES = 8  # of different lengths, so that padding is typical
 
 
 def _heads(hidden: int) -> int:
@@ -47,8 +47,8 @@ class Cell:
     Attributes:
         model: `smollm2`, or `h1024-v32k` for a Llama of random weights with hidden size 1024 and 32,000 words.
         data: a key of `DATA`.
-        dtype: of the base; adapters are float32, as PEFT makes them.
-        tokens: of a `full` batch.
+        dtype: dtype of the base. Adapters are float32, PEFT's default.
+        tokens: tokens in a `full` batch.
     """
 
     model: str
@@ -77,7 +77,7 @@ USUAL = (Cell(SMOLLM2, "demo"), Cell(SMOLLM2, "full"), Cell("h1024-v32k", "full"
 
 
 def parse_cell(text: str) -> Cell:
-    """`MODEL:DATA` or `MODEL:DATA:DTYPE` as a cell."""
+    """A cell from `MODEL:DATA` or `MODEL:DATA:DTYPE`."""
     parts = text.split(":")
     if not 2 <= len(parts) <= 3:
         raise CELoraError(f"cell {text!r}; expected MODEL:DATA or MODEL:DATA:DTYPE, like h1024-v32k:instruct.")
@@ -85,7 +85,10 @@ def parse_cell(text: str) -> Cell:
 
 
 def make_model(cell: Cell, *, upper: bool = False) -> PeftModel:
-    """The cell's model with LoRA r=16 on all linear layers, on the device that Trainer would take."""
+    """The cell's model with LoRA, r = 16 on all linear layers, on the device that Trainer would choose.
+
+    `upper`: LoRA on the upper half of the layers only.
+    """
     torch.manual_seed(0)
     dtype = getattr(torch, cell.dtype)
     if cell.model == SMOLLM2:
@@ -103,7 +106,7 @@ def make_model(cell: Cell, *, upper: bool = False) -> PeftModel:
 
 
 def make_batches(cell: Cell) -> list[Batch]:
-    """A few batches; every arm gets the same."""
+    """The batches of a cell, the same for every arm."""
     if cell.data == "demo":
         return _demo_batches()
     generator = torch.Generator().manual_seed(0)
@@ -118,7 +121,7 @@ def make_batches(cell: Cell) -> list[Batch]:
             place = torch.arange(width)[None]
             mask = place < lengths
             labelled = mask & (place >= (0.7 * lengths).long())
-            longest = int(lengths.max())  # as a collator pads
+            longest = int(lengths.max())  # a collator pads to the longest row
             tokens, mask, labelled = tokens[:, :longest], mask[:, :longest], labelled[:, :longest]
         labels = torch.where(labelled, tokens, -100)
         batches.append({"input_ids": tokens, "attention_mask": mask.long(), "labels": labels})
@@ -126,7 +129,7 @@ def make_batches(cell: Cell) -> list[Batch]:
 
 
 def _demo_batches() -> list[Batch]:
-    """Made as `celora train` makes them for the demo."""
+    """Batches of the demo's rows, made by the code of `celora train`."""
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.jsonl"
         chosen = splits(train=8 * _BATCHES, seed=0).train
@@ -136,7 +139,7 @@ def _demo_batches() -> list[Batch]:
 
 
 def training_batches(settings: Mapping[str, object], count: int) -> list[Batch]:
-    """So many of the batches that `celora train` sees in an epoch with these settings, evenly spaced."""
+    """`count` of the batches that `celora train` sees in an epoch with these settings, evenly spaced."""
     with prepared(make_request(dict(settings)), None, None) as (trainer, _):
         batches = [dict(batch) for batch in trainer.get_train_dataloader()]
     stride = max(1, len(batches) // count)
@@ -159,7 +162,7 @@ def shape_config(cell: Cell) -> LlamaConfig:
 
 
 def told(models: Iterable[str]) -> str:
-    """Say what the models of cells are."""
+    """Sentences that describe the models of cells."""
     sentences = []
     for name in dict.fromkeys(models):
         if name == SMOLLM2:

@@ -1,7 +1,8 @@
-"""`celora compare`: LoRA and celora on the same rows, seeds, order and learning rate, and whether they differ.
+"""`celora compare`: trains LoRA and celora on the same rows in the same order, and says whether they differ.
 
-Every arm trains with every seed, in a folder of its own, as `celora train` would. A finished run is not repeated, an
-interrupted one is resumed. The judge is the loss (and token accuracy) on held-out rows; `outcomes.py` concludes.
+An arm is one way to train, such as a preset. Every arm trains with every seed, in a folder of its own, exactly as
+`celora train` does. A finished run is not repeated; an interrupted one is resumed. The arms are judged by loss and
+token accuracy on held-out rows; `outcomes.py` draws the conclusions.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from celora.train.report import write_report
 from celora.train.request.arguments import PLANNING, TrainRequest, make_request, recorded, sft_config
 from celora.train.run import train
 
-# Arms by name: the preset, and what else differs from plain LoRA.
+# Arms by name, with the settings in which they differ.
 ARMS: dict[str, dict[str, Any]] = {
     "LoRA": {"preset": "off"},
     "exact": {"preset": "exact"},
@@ -48,17 +49,18 @@ def compare(
     seeds: int = 3,
     console: Console | None = None,
 ) -> list[Outcome]:
-    """Run what is missing of `arms` x `seeds` into `settings["output"]`, and write what came out.
+    """Train every arm with every seed into `settings["output"]`, unless that is done already, and write the results.
 
     Args:
-        settings: as for `celora train` (`make_request`); `output` is the folder of the whole comparison. Without
-            `eval_data`, a tenth of the rows (500 at most) is held out.
-        arms: names from `ARMS`; the first is what the others are compared with.
-        seeds: 0 ... seeds - 1, which set data order, adapter initialisation and everything random.
-        console: for progress.
+        settings: the settings of `celora train` (see `make_request`). `output` is the folder of the whole comparison.
+            Without `eval_data`, a tenth of the rows (500 at most) is held out.
+        arms: names from `ARMS`. The others are compared with the first.
+        seeds: how many seeds: 0, 1, ..., seeds - 1. A seed decides data order, adapter initialisation and all else
+            that is random.
+        console: where progress is printed.
 
     Raises:
-        CELoraError: bad input, or a folder that holds a comparison of other settings, rows or another model.
+        CELoraError: the input is bad, or the folder has a comparison of other settings, other rows or another model.
     """
     console = console or Console(stderr=True, highlight=False)
     for arm in arms:
@@ -73,7 +75,7 @@ def compare(
         raise CELoraError(f"{given[0]} belongs to a plan, which none of the arms {', '.join(arms)} has; leave it out.")
     probe = make_request(dict(settings))
     for arm in arms:
-        make_request(_own(settings, arm))  # a mistake is told before anything is trained
+        make_request(_own(settings, arm))  # so that a mistake is reported before any training
     output = probe.output
     _claim(output, probe)
     with OutputFolder(output).locked():
@@ -91,9 +93,8 @@ def _compare(
 
     outcomes: list[Outcome] = []
     for seed in range(seeds):
-        for arm in (
-            arms if seed % 2 == 0 else reversed(arms)
-        ):  # in turns: the second arm finds a warmer, or busier, machine
+        # Every second seed has the arms in reverse: later arms may find a warmer, or busier, machine.
+        for arm in arms if seed % 2 == 0 else reversed(arms):
             if not probe.options.quiet:
                 left = _time_left(outcomes, len(arms) * seeds)
                 console.print(f"Run {len(outcomes) + 1} of {len(arms) * seeds}: {arm}, seed {seed}{left}", markup=False)
@@ -101,7 +102,7 @@ def _compare(
             own = _own(settings, arm) | data | {"seed": seed, "output": str(folder)}
             plan = output / f"{arm}-seed0" / PLAN
             if own["preset"] == "auto" and seed > 0 and plan.is_file():
-                own["plan"] = str(plan)  # one plan serves all seeds: model, machine and shapes are the same
+                own["plan"] = str(plan)  # one plan is enough: model, machine and shapes are the same for all seeds
             try:
                 outcomes.append(_run(arm, seed, own, folder, console))
             except CELoraError as error:
@@ -121,7 +122,7 @@ def _compare(
 
 
 def _own(settings: Mapping[str, object], arm: str) -> dict[str, Any]:
-    """What an arm trains with."""
+    """The settings of one arm."""
     own = {**settings, **ARMS[arm]}
     nothing = (() if own["preset"] == "auto" else PLANNING) + (("celora",) if own["preset"] == "off" else ())
     return {name: value for name, value in own.items() if name not in nothing}
@@ -135,8 +136,8 @@ def _time_left(outcomes: Sequence[Outcome], runs: int) -> str:
 
 
 def _claim(output: Path, request: TrainRequest) -> None:
-    """Mark the folder as this comparison's, or refuse a folder that belongs to another."""
-    # Another call may show the runs differently, but must not change what they do.
+    """Mark the folder as this comparison's, or refuse one that is in use for something else."""
+    # A later call may change what is printed, but not what is trained.
     given = {k: v for k, v in recorded(request.given).items() if k not in ("output", "quiet")}
     record, made_from = output / RECORD, fingerprints(request, request.options.eval_data)
     if record.is_file():
@@ -145,7 +146,7 @@ def _claim(output: Path, request: TrainRequest) -> None:
         if not isinstance(before, dict):
             raise CELoraError(f"{record} is not what a comparison wrote: 'given' is missing; choose another folder")
         changed = sorted(k for k in given.keys() | before.keys() if given.get(k) != before.get(k))
-        if not any(output.glob(f"*-seed*/{RUN}")):  # no run has been trained yet, so nothing binds this one
+        if not any(output.glob(f"*-seed*/{RUN}")):  # nothing has been trained yet, so the settings may change
             with OutputFolder(output).locked():
                 shutil.rmtree(output / "data", ignore_errors=True)
                 write_json(record, {"given": given, "made_from": made_from})
@@ -154,11 +155,11 @@ def _claim(output: Path, request: TrainRequest) -> None:
             key = changed[0]
             raise CELoraError(
                 f"--output {str(output)!r} holds a comparison with {key}={before.get(key)!r}, not {given.get(key)!r}; "
-                "choose another folder, or give the same arguments to go on with it"
+                "choose another folder, or give the same arguments to continue it"
             )
         check_same(document.get("made_from"), made_from, of="comparison")
         return
-    unmarked = (LOCK, f".{RECORD}.tmp")  # a comparison that was killed early may have left these
+    unmarked = (LOCK, f".{RECORD}.tmp")  # left by a comparison that was killed early
     with writing_to(output):
         if output.exists() and (not output.is_dir() or any(entry.name not in unmarked for entry in output.iterdir())):
             raise CELoraError(f"--output {str(output)!r} holds something else; choose a new folder")
@@ -167,9 +168,9 @@ def _claim(output: Path, request: TrainRequest) -> None:
 
 
 def _split(request: TrainRequest, output: Path, console: Console) -> dict[str, str | None]:
-    """The files of training and held-out rows, the same for every run. Without `eval_data`, some rows are held out.
+    """Hold some rows out, unless the user gave `eval_data`. Returns the settings that name the two files for every run.
 
-    No copy of a held-out row is trained on.
+    No copy of a held-out row stays in the training rows.
     """
     if request.options.eval_data:
         return {}
@@ -185,20 +186,18 @@ def _split(request: TrainRequest, output: Path, console: Console) -> dict[str, s
         if again := len(parts["train"]) - len(kept):
             if not kept:
                 raise CELoraError(f"{request.data!r} has no row but copies of those held out; give other rows.")
-            console.print(f"{again:,} rows that come among the held-out ones, too, are not trained on.", markup=False)
+            console.print(f"{again:,} rows are copies of held-out rows; they are not trained on.", markup=False)
             parts["train"] = parts["train"].select(kept)
         train_file.parent.mkdir(exist_ok=True)
-        for part, file in (
-            ("train", train_file),
-            ("test", held_out_file),
-        ):  # the held-out rows last: if they are there, both files are whole
+        # The held-out file is written last. If it exists, both files are whole.
+        for part, file in (("train", train_file), ("test", held_out_file)):
             with replacing(file) as temporary:
                 parts[part].to_json(str(temporary))
     return {"data": str(train_file), "eval_data": str(held_out_file), "dataset_config": None}
 
 
 def _dtype(request: TrainRequest, output: Path, console: Console) -> str:
-    """The base model's dtype, the same for every run: that of the first run, which chooses it."""
+    """The base model's dtype. The first run chooses it, and all others use the same."""
     for record in sorted(output.glob(f"*-seed*/{RUN}")):
         if (begun := OutputFolder(record.parent).run()) is not None:
             return str(begun["lora"]["dtype"])
@@ -209,22 +208,22 @@ def _dtype(request: TrainRequest, output: Path, console: Console) -> str:
 
 
 def _check_plan(output: Path, request: TrainRequest, seeds: int) -> None:
-    """Refuse a plan that was made on another machine now, not only when the run that needs it begins."""
+    """Refuse a plan that was made on another machine at once, before the run that needs it begins."""
     plan, *others = (output / f"auto-seed{seed}" / PLAN for seed in range(seeds))
     if not plan.is_file() or all(other.is_file() for other in others):  # a run that has begun keeps its own plan
         return
     if reason := Plan.load(plan).elsewhere(sft_config(request).device):
         raise CELoraError(
-            f"{reason}; run the comparison as it was begun (OMP_NUM_THREADS sets the threads) or choose another folder"
+            f"{reason}; run the comparison as it began (OMP_NUM_THREADS sets the threads), or choose another folder"
         )
 
 
 def _run(arm: str, seed: int, own: dict[str, Any], folder: Path, console: Console) -> Outcome:
-    """Train one arm with one seed, resume it, or read its result."""
+    """Train one arm with one seed, or resume it, or read its result if it is finished."""
     begun = OutputFolder(folder).run() is not None
     try:
         result = train(make_request(own | ({"resume": True} if begun else {})), console=console)
-    except Diverged as error:  # divergence is a result, too
+    except Diverged as error:  # a diverged run is a result, too
         console.print(f"{arm}, seed {seed}: {error}", markup=False)
         summary = OutputFolder(folder).resumable()["summary"] | {"eval_loss": None}
     else:

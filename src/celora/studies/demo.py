@@ -1,8 +1,8 @@
-"""The demo: a real small model, real data, three ways to train an adapter from the same seeds.
+"""`celora demo`: trains an adapter in three ways, on a real small model and real data.
 
 LoRA, CE-LoRA as published, and celora's default see the same rows in the same order. Stock PEFT then scores each
-adapter on sentences that no training has seen, in a process that never imports celora (`stock_eval.py`). That score
-must equal the one of the model in memory after training, or the demo fails. Step times are taken in turns.
+adapter on sentences that no training has seen, in a process that never imports celora (`stock_eval.py`). The score must
+equal that of the trained model in memory, or the demo fails. Step times are measured in turns.
 """
 
 from __future__ import annotations
@@ -45,18 +45,19 @@ MARKER = ".celora-demo"
 ARMS = {"LoRA": "off", "CE-LoRA": "paper", "auto": "auto"}
 SHOWN = {"CE-LoRA": "CE-LoRA as published (paper)", "auto": "celora's default (auto)"}
 LEARNING_RATES = dict.fromkeys(ARMS, 1e-3)
-REFRESH_EVERY = 12  # the published 200 would refresh once in so short a run, before the adapter has learnt anything
+REFRESH_EVERY = 12  # with the published 200 there would be one refresh, at the start, when lora_B is zero
 STEPS = 40
-WARM_UP, TIMED = 2, 6  # steps of each arm when they are timed; the first allocate and compile
+WARM_UP, TIMED = 2, 6  # steps of each arm when they are timed; the warm-up allocates and compiles
 
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One contender's result with one seed; a line of `demo.jsonl`.
+    """The result of one arm with one seed; a line of `demo.jsonl`.
 
     Attributes:
-        accuracy: on the held-out sentences, scored by stock PEFT in a separate process; without adapter if untouched.
-        step_time_ms: median of training steps that took turns with the other contenders', or None.
+        accuracy: share of held-out sentences with the right label, scored by stock PEFT in a separate process. Arm
+            `untouched` is the base model without an adapter.
+        step_time_ms: median of training steps, timed in turns with the other arms'; None for `untouched`.
         cost: FLOPs of the frozen `grad_input` products relative to exact LoRA.
     """
 
@@ -89,15 +90,17 @@ def run_demo(
     console: Console | None = None,
     quiet: bool = False,
 ) -> list[DemoRow]:
-    """Run the demo into `output` (made, or taken over from an earlier demo); its rows, progress on `console`.
+    """Run the demo and return its rows.
 
-    `judge` names the sentences that score: choices about the demo are made on the `validation` ones, its results come
-    from the `held_out` others ("test"). Training sees neither.
-    Writes the runs (`lora-seed0`, `ce-lora-seed0`, ...), `report.html` with all loss curves, and `demo.jsonl`.
+    `output` is a new folder or that of an earlier demo. It gets the runs (`lora-seed0`, `ce-lora-seed0`, ...),
+    `report.html` with all loss curves, and `demo.jsonl`. Progress goes to `console`.
+
+    `judge` names the sentences that score. "test" is for results, "validation" for choices about the demo. `held_out`
+    and `validation` are their numbers. Training sees neither.
 
     Raises:
-        CELoraError: `output` holds something else, the model or data cannot be had, or an adapter does not score
-            under stock PEFT as it did after training.
+        CELoraError: `output` has other files, model or data cannot be fetched, or an adapter scores differently under
+            stock PEFT than it did in memory.
     """
     console = console or Console(stderr=True, highlight=False)
     begun = time.perf_counter()
@@ -129,11 +132,11 @@ def run_demo(
 
 @dataclass(frozen=True)
 class _Study:
-    """What all runs of a demo share."""
+    """What all runs of a demo have in common."""
 
     output: Path
     model: Path
-    judged: Path  # the rows that score
+    judged: Path  # the held-out rows that score
     dtype: str
     console: Console
     quiet: bool
@@ -142,14 +145,14 @@ class _Study:
         progress.say(self.console, self.quiet, line)
 
     def row(self, arm: str, seed: int, accuracy: float, **found: Any) -> DemoRow:
-        """A contender's row."""
+        """The row of one arm with one seed."""
         none = {"steps": 0, "rank": 0, "step_time_ms": None, "train_seconds": 0.0, "cost": 0.0}
         machine = {"threads": torch.get_num_threads(), "dtype": self.dtype, "torch": torch.__version__}
         return DemoRow(arm, seed, accuracy, len(_read_rows(self.judged)), **(none | found | machine))
 
 
 def _claim(output: Path) -> None:
-    """Mark the folder as a demo's, or refuse one that holds something else."""
+    """Mark the folder as a demo's, or refuse one with other files."""
     OutputFolder(output).check_writable()
     with writing_to(output):
         if output.exists() and any(output.iterdir()) and not (output / MARKER).is_file():
@@ -159,10 +162,10 @@ def _claim(output: Path) -> None:
 
 
 def _contend(study: _Study, seed: int, own: Mapping[str, dict[str, Any]], *, untouched: bool) -> list[DemoRow]:
-    """Train the contenders of one seed, score their adapters with stock PEFT, and time their steps in turns."""
+    """Train all arms with one seed, score their adapters with stock PEFT, and time their steps in turns."""
     results: dict[str, TrainResult] = {}
     in_memory: dict[str, float] = {}
-    # In turns over the seeds: the last arm finds a warmer, or a busier, machine.
+    # Every second seed has the arms in reverse: later arms may find a warmer, or busier, machine.
     for arm in own if seed % 2 == 0 else reversed(list(own)):
         steps, batch = own[arm]["max_steps"], own[arm]["per_device_train_batch_size"]
         study.say(f"Training {SHOWN.get(arm, arm)}, seed {seed}: {steps} steps of {batch} sentences ...")
@@ -180,7 +183,7 @@ def _contend(study: _Study, seed: int, own: Mapping[str, dict[str, Any]], *, unt
                 f"the adapter in {results[arm].output} scores {accuracies[arm]:.4f} under stock PEFT but "
                 f"{accuracy:.4f} in memory."
             )
-    study.say("Timing a step of each, in turns ...")
+    study.say("Timing their steps in turns ...")
     times = _times_in_turns({arm: results[arm].model for arm in own}, next(iter(own.values())))
     for arm in own:
         result = results[arm]
@@ -199,7 +202,7 @@ def _trained(settings: dict[str, Any], console: Console) -> TrainResult:
 
 
 def _times_in_turns(models: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, float]:
-    """Median milliseconds of a training step of each model, on the same batches; it changes the models.
+    """Median milliseconds of a training step of each model, on the same batches. It trains the models further.
 
     CE-LoRA refreshes in fewer than half of its steps, so the median leaves its refreshes out.
     """
@@ -210,7 +213,7 @@ def _times_in_turns(models: Mapping[str, Any], settings: Mapping[str, Any]) -> d
 
 
 def _report(output: Path, rows: Sequence[DemoRow]) -> None:
-    """The page with the loss curves of all runs."""
+    """Write the page with the loss curves of all runs."""
     accuracy, trained = rows[0].accuracy, rows[1:]
     named = {f"{SHOWN.get(row.arm, row.arm)}, seed {row.seed}": row for row in trained}
     write_report(
@@ -227,7 +230,7 @@ def _report(output: Path, rows: Sequence[DemoRow]) -> None:
 
 
 def shared_settings(model: Path, steps: int, batch_size: int, dtype: str) -> dict[str, Any]:
-    """The settings that all contenders share, as `make_request` takes them."""
+    """The settings that all arms share, for `make_request`."""
     return {
         "model": str(model),
         "dtype": dtype,
@@ -252,7 +255,7 @@ def result_table(rows: Sequence[DemoRow]) -> Table:
 
 
 def summary(rows: Sequence[DemoRow]) -> list[tuple[str, str, str, str]]:
-    """The cells of the result table, as text; the README's table is made of the same."""
+    """The cells of the result table, as text. The README's table uses them, too."""
     cells = []
     for arm in dict.fromkeys(row.arm for row in rows):
         its = [row for row in rows if row.arm == arm]
@@ -273,9 +276,9 @@ def summary(rows: Sequence[DemoRow]) -> list[tuple[str, str, str, str]]:
 def stock_accuracies(
     model: Path, data: Path, dtype: str, *, adapters: Sequence[Path] = (), untouched: bool = True
 ) -> list[float]:
-    """The shares of right answers to the rows in `data`: of the untouched model, if asked for, then of each adapter.
+    """The share of right answers to the rows in `data`: for the untouched model, if asked for, then for each adapter.
 
-    A stock process finds them. Raises CELoraError if it fails, or has imported celora.
+    A separate process with stock PEFT scores them. Raises CELoraError if it fails, or has imported celora.
     """
     command = [sys.executable, stock_eval.__file__, "--base", str(model), "--data", str(data), "--dtype", dtype]
     command += ["--untouched"] * untouched + [part for folder in adapters for part in ("--adapter", str(folder))]
@@ -285,7 +288,7 @@ def stock_accuracies(
         raise CELoraError(f"scoring {', '.join(map(str, adapters)) or model} with stock PEFT failed: {reason}")
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if any(answer["celora_imported"] for answer in answers):
-        raise CELoraError("the process that scores with stock PEFT imported celora; its result would prove nothing.")
+        raise CELoraError("the process that scores with stock PEFT imported celora, so its result proves nothing.")
     return [float(answer["accuracy"]) for answer in answers]
 
 

@@ -1,7 +1,8 @@
-"""`celora doctor`: what this machine has, what will be fast on it by a measurement of about a second, and what to run.
+"""`celora doctor`: says what this machine has, what will be fast on it, and what to run.
 
-Whether bfloat16 or 8-bit arithmetic pays cannot be read off a list of CPU features: it is timed, on the product that
-celora estimates. `examine` gathers, `advise` and `commands` conclude, `describe` prints.
+A list of CPU features does not tell whether bfloat16 or 8-bit arithmetic is faster. So doctor times the product that
+celora estimates, for about a second. `examine` gathers facts, `advise` and `commands` draw conclusions, `describe`
+prints.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from celora.numerics.products.registry import make_product
 OPTIONAL = ("bitsandbytes", "torchao", "deepspeed", "tensorboard", "trackio", "wandb")
 _SHAPES = {"cpu": (1024, 1024, 1024)}  # tokens, out, in: a second's worth of products
 _ACCELERATOR_SHAPE = (4096, 4096, 4096)
-# What keeps parts of it from using all that the CPU has.
+# Environment variables that keep a library from using all of the CPU.
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "CELORA_KERNELS", "OMP_NUM_THREADS")
 _MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SAID = {
@@ -37,11 +38,11 @@ _SAID = {
     "that is meant.",
 }
 _REPEATS = 15
-_FASTER = 0.95  # of the other's time; closer ones may change places the next time
+_FASTER = 0.95  # "faster" means at most this share of the other's time; closer times may swap in another run
 
 
 def examine() -> dict[str, Any]:
-    """Everything `celora doctor --json` prints: plain values only."""
+    """All facts, as plain values: the output of `celora doctor --json`."""
     device = default_device()
     free, ratio = available_memory(device), time_over_float32(torch.bfloat16, device)
     found: dict[str, Any] = {
@@ -85,13 +86,13 @@ def _version(package: str) -> str | None:
 
 
 def _instructions() -> dict[str, bool]:
-    """What the CPU has; `amx` only where oneDNN may use it."""
+    """Which instruction sets the CPU has. `amx` also needs oneDNN's permission to use it."""
     has = cpu.features()
     return {name: has[name] for name in has if name != "amx_tile"} | {"amx": cpu.matrix_instructions()}
 
 
 def _products(device: torch.device) -> dict[str, Any]:
-    """`grad_output @ W` in each dtype, dense and in 8 bits: milliseconds, medians of a few, taking turns."""
+    """Times `grad_output @ W` in each dtype, dense and in 8 bits, in turns. Median milliseconds."""
     tokens, out_features, in_features = _SHAPES.get(device.type, _ACCELERATOR_SHAPE)
     formats = ("int8", "fp8") if device.type == "cuda" else ("int8",)
     why_not = {
@@ -117,7 +118,7 @@ def _products(device: torch.device) -> dict[str, Any]:
 
 
 def advise(found: dict[str, Any]) -> list[str]:
-    """What follows from `examine`'s findings, a sentence each."""
+    """Advice that follows from the findings of `examine`, one sentence each."""
     lines, times = [], found["products"]["time_ms"]
     dtype, ratio = found["dtype"]["trains_in"], found["dtype"]["bfloat16_over_float32"]
     then = "celora trains in float32" if dtype == "float32" else "celora trains in bfloat16"
@@ -146,8 +147,8 @@ def _about_cpu(built: dict[str, Any], cpu: dict[str, Any]) -> list[str]:
     lines = []
     if not built["built"]:
         lines.append(
-            f"The C kernels are not there ({built['why_not']}): the passes around 8-bit products, the choice of tokens "
-            "and the head's softmax take torch's operators, which are slower."
+            f"The C kernels are not there ({built['why_not']}): rounding for 8-bit products, the choice of tokens and "
+            "the softmax over the vocabulary use torch's operators, which are slower."
         )
     elif built["why_not_kept"]:
         lines.append(f"Each process compiles the C kernels anew: {built['why_not_kept']}.")
@@ -164,7 +165,7 @@ def _about_cpu(built: dict[str, Any], cpu: dict[str, Any]) -> list[str]:
 
 
 def commands(found: dict[str, Any]) -> list[str]:
-    """What to run next: the demo, and a run on one's own rows with the preset that suits this machine."""
+    """Commands to run next: the demo, and a training run with the preset that suits this machine."""
     times, dtype = found["products"]["time_ms"], found["dtype"]["trains_in"]
     bits = times.get(f"{dtype} int8")
     pays = bits is not None and bits < _FASTER * times[f"{dtype} native"] and not found["instructions"]["amx"]
@@ -199,7 +200,7 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def _operations(chosen: dict[str, str | None]) -> dict[str, str]:
-    """Each backend with the operations that it computes."""
+    """One row for each backend: the operations that it computes on this machine."""
     by_backend: dict[str, list[str]] = {}
     for operation, backend in chosen.items():
         by_backend.setdefault(f"by {backend}" if backend else "not available", []).append(operation)

@@ -1,7 +1,7 @@
-"""The results of a comparison: outcomes of its runs, differences between arms, sentences, tables.
+"""The results of `celora compare`: outcomes of runs, differences between arms, sentences and tables.
 
-Arms share their seeds. So an arm is compared with the first arm seed by seed. The interval is Student's, for the mean
-of those differences.
+All arms have the same seeds. So each arm is compared with the first one seed by seed. The interval is Student's
+interval for the mean of these differences.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 
 from rich.table import Table
 
-_SURE = 0.95  # confidence that all intervals of a comparison hold together
+_SURE = 0.95  # probability that all intervals of a comparison are right
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm with one seed; a line of `compare.jsonl`.
+    """The result of one arm with one seed; a line of `compare.jsonl`.
 
     Attributes:
-        eval_loss: on the held-out rows, nats per token, mean over batches; None if the training diverged.
-        eval_accuracy: of the next token, with the right ones before it.
-        seconds: wall-clock of the training, planning left out.
+        eval_loss: loss on the held-out rows in nats per token, the mean over batches; None if training diverged.
+        eval_accuracy: share of held-out tokens that are predicted, given the true tokens before them.
+        seconds: wall-clock of the training without planning.
     """
 
     arm: str
@@ -39,7 +39,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean difference of an arm from the first, seed by seed, and its interval; one seed gives no interval."""
+    """The mean over seeds of an arm's value minus the first arm's, and its interval. One seed gives no interval."""
 
     mean: float
     low: float | None
@@ -47,9 +47,9 @@ class Difference:
 
     @classmethod
     def of(cls, arm: Sequence[float], base: Sequence[float], *, comparisons: int = 1) -> Difference:
-        """From values of the same seeds, in the same order.
+        """Compare two lists of values, which have the same seeds in the same order.
 
-        With several `comparisons`, the intervals of all of them together hold with 95 % (Bonferroni).
+        With several `comparisons`, all of their intervals are right with a probability of 95 % (Bonferroni).
         """
         differences = [a - b for a, b in zip(arm, base, strict=True)]
         mean, n = statistics.fmean(differences), len(differences)
@@ -60,14 +60,14 @@ class Difference:
 
     @property
     def real(self) -> bool | None:
-        """Whether the interval leaves out zero; None if there is none."""
+        """Whether the interval excludes zero; None if there is no interval."""
         if self.low is None or self.high is None:
             return None
         return self.low > 0 or self.high < 0
 
 
 def students_t(confidence: float, degrees: int) -> float:
-    """The t with `P(-t < T < t) = confidence` for Student's T with so many degrees of freedom.
+    """The t with `P(-t < T < t) = confidence`, for Student's T with `degrees` degrees of freedom.
 
     With `t = sqrt(degrees) tan a`, `P = integral_0^a cos^(degrees - 1) / integral_0^(pi / 2) cos^(degrees - 1)`.
     """
@@ -88,14 +88,14 @@ def _by_arm(outcomes: Sequence[Outcome], arm: str, of: Callable[[Outcome], Any])
 
 
 def _losses(outcomes: Sequence[Outcome], arm: str) -> dict[int, float]:
-    """Held-out loss by seed; seeds with which the arm diverged are left out."""
+    """Held-out loss by seed, without the seeds where the arm diverged."""
     return {o.seed: o.eval_loss for o in outcomes if o.arm == arm and o.eval_loss is not None}
 
 
 def differences(outcomes: Sequence[Outcome], arms: Sequence[str]) -> dict[str, Difference]:
-    """Held-out loss of every other arm less that of the first; all intervals hold together with 95 %.
+    """The held-out loss of every other arm minus the first arm's. All intervals are right with 95 % probability.
 
-    A seed is left out if one of the two arms diverged with it. An arm without any seed left is left out.
+    Seeds where one of the two arms diverged do not count. An arm without a common seed is absent.
     """
     base, found = _losses(outcomes, arms[0]), {}
     for arm in arms[1:]:
@@ -107,13 +107,13 @@ def differences(outcomes: Sequence[Outcome], arms: Sequence[str]) -> dict[str, D
 
 
 def _diverged(outcomes: Sequence[Outcome], arm: str) -> str:
-    """A phrase that says with how many seeds an arm diverged, or ""."""
+    """A phrase that says with how many seeds an arm diverged; "" if with none."""
     of = _by_arm(outcomes, arm, lambda o: o.eval_loss)
     return f"diverged with {of.count(None)} of {len(of)} seed{'s' if len(of) > 1 else ''}" if None in of else ""
 
 
 def findings(outcomes: Sequence[Outcome], arms: Sequence[str]) -> list[str]:
-    """Plain sentences for each arm: did it diverge, is its held-out loss another than the first's, how fast is it."""
+    """Plain sentences about each arm: whether it diverged, whether its loss differs from the first arm's, its speed."""
     base = arms[0]
     lines = [f"{arm}: {said}, which the losses leave out." for arm in arms if (said := _diverged(outcomes, arm))]
     for arm, found in differences(outcomes, arms).items():
@@ -141,7 +141,7 @@ def _speed_up(outcomes: Sequence[Outcome], arm: str, base: str) -> float | None:
 
 
 def as_json(outcomes: Sequence[Outcome], arms: Sequence[str]) -> dict[str, Any]:
-    """Everything that was found, as plain values: outcomes, differences with their intervals, sentences."""
+    """All results as plain values: outcomes, differences with their intervals, sentences."""
     found = differences(outcomes, arms)
     return {
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
@@ -187,7 +187,7 @@ HEADER = ("", "held-out loss", "against the first (95 %)", "token accuracy", "ti
 
 
 def result_table(outcomes: Sequence[Outcome], arms: Sequence[str]) -> Table:
-    """The table that is printed."""
+    """The table that `celora compare` prints."""
     seeds = len(_by_arm(outcomes, arms[0], lambda o: o.seed))
     table = Table(title=f"{max(o.steps for o in outcomes)} steps, {seeds} seed{'s' if seeds > 1 else ''}")
     for column in HEADER:

@@ -1,8 +1,8 @@
 """The demo's task: is a sentence of a movie review positive or negative?
 
-Sentences with a clear rating (at least 1 away from neutral) become one-word questions. A sentence's text alone decides
-whether it is held out, never the seed. No held-out sentence is in the training set, not even with other case, spacing
-or punctuation. So runs with different seeds are judged on the same, unseen sentences.
+Sentences with a clear rating (at least 1 away from neutral) become questions with a one-word answer. Only its text
+decides whether a sentence is held out, never the seed. So runs with different seeds are judged on the same sentences.
+No held-out sentence is in the training set, not even with other case, spacing or punctuation.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from celora.errors import CELoraError
 from celora.studies.assets import Review, movie_reviews
 from celora.studies.stock_eval import LABELS, label_accuracy
 
-# The untouched model does best with this wording on the validation sentences: benchmarks/learning/demo_choices.py.
+# Of the wordings tried, the untouched model does best with this one: benchmarks/learning/demo_choices.py.
 SYSTEM = "Classify the sentiment of movie reviews."
 QUESTION = "{text}\nSentiment:"
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Three lists of reviews that share no sentence; test and validation hold as many positive as negative ones."""
+    """Three lists of reviews without a common sentence. Half of test, and half of validation, is positive."""
 
     train: list[Review]
     validation: list[Review]
@@ -42,10 +42,10 @@ def splits(
     reviews: Iterable[Review] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Splits:
-    """Held-out reviews, the same for every seed, and the rest (or `train` of it) in an order drawn from the seed.
+    """Split the reviews. Every seed holds out the same ones. It shuffles the rest, and keeps `train` of it.
 
-    If sentences differ only in case, spacing or punctuation, the first stays; if their labels disagree, none does.
-    `reviews` are the movie reviews unless given.
+    Of sentences that differ only in case, spacing or punctuation, the first stays. If their labels disagree, none
+    stays. `reviews` are the movie reviews unless given.
 
     Raises CELoraError for odd or negative held-out sizes, or if there are fewer reviews than asked for.
     """
@@ -53,18 +53,18 @@ def splits(
         if size < 0 or size % 2:
             raise CELoraError(f"{name}={size}; expected an even number of reviews, half of them positive.")
     usable = _distinct(movie_reviews(say) if reviews is None else reviews)
-    held = (validation + test) // 2
+    reserved = (validation + test) // 2  # of each label
     by_label = {label: [review for review in usable if label_of(review) == label] for label in LABELS}
     for label, found in by_label.items():
-        if len(found) <= held:
+        if len(found) <= reserved:
             raise CELoraError(
-                f"validation={validation} and test={test} need {held} {label} reviews, and training more; there are "
-                f"{len(found)}. Ask for fewer."
+                f"validation={validation} and test={test} need {reserved} {label} reviews, and training more; there "
+                f"are {len(found)}. Ask for fewer."
             )
     # test comes first in this order, so the size of validation does not change it.
     tested = [review for found in by_label.values() for review in found[: test // 2]]
-    validated = [review for found in by_label.values() for review in found[test // 2 : held]]
-    rest = [review for found in by_label.values() for review in found[held:]]
+    validated = [review for found in by_label.values() for review in found[test // 2 : reserved]]
+    rest = [review for found in by_label.values() for review in found[reserved:]]
     if train is not None and not 0 < train <= len(rest):
         raise CELoraError(f"train={train}; expected 1 to {len(rest)} reviews, or None for all.")
     random.Random(seed).shuffle(rest)
@@ -79,7 +79,7 @@ def label_of(review: Review) -> str:
 def to_rows(
     reviews: Iterable[Review], *, system: str | None = None, question: str | None = None
 ) -> list[dict[str, Any]]:
-    """Chat rows as SFTTrainer takes them: a short question as the prompt, the label as the completion."""
+    """Chat rows for SFTTrainer: the question is the prompt, the label is the completion."""
     return [
         {
             "prompt": [
@@ -102,7 +102,7 @@ def _normalised(text: str) -> str:
 
 
 def _distinct(reviews: Iterable[Review]) -> list[Review]:
-    """Clearly rated reviews, each sentence once, in an order that depends on the sentences alone."""
+    """Clearly rated reviews, each sentence once, in an order that only depends on the sentences."""
     groups: dict[str, list[Review]] = {}
     for review in reviews:
         if abs(review.score) >= 1 and (key := _normalised(review.text)):

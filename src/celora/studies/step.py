@@ -1,6 +1,6 @@
-"""The training step of one arm of the bench, and the times of several arms that take their steps in turns.
+"""Makes the training step of one arm of the bench, and times the steps of several arms in turns.
 
-In turns, a machine that slows down, or a neighbour on it, slows down all arms alike.
+If the machine slows down, it slows down all arms alike, because they take turns.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ ARMS = {
     "PEFT + compile": "the same with torch.compile",
     "PEFT upper half": "the same with LoRA on the upper half of the layers only",
     "exact": "celora's preset exact",
-    "exact + compile": "the same with torch.compile, which takes the fused adapters only",
+    "exact + compile": "the same with torch.compile, where only the fused adapters of exact remain",
     "paper": "celora's preset paper",
-    "auto": "celora's preset auto, as it begins without a plan",
-    "plan": "a plan of celora's at the default fidelity",
+    "auto": "celora's preset auto without a plan, as a run begins",
+    "plan": "preset auto with a plan, at the default fidelity",
     "fast": "celora's preset fast",
     "limit": "PEFT with a free grad_input of its adapted layers (zeros: does not train)",
-    "limit of exact": "preset exact with the same",
+    "limit of exact": "preset exact with the same free grad_input",
     "Liger": "PEFT with Liger's kernels",
     "Unsloth": "Unsloth's own LoRA",
 }
 
 
 class Step:
-    """The training step of a model, as Trainer takes it: the loss, the gradients, their clipping, the update."""
+    """A training step exactly as Trainer does it: loss, gradients, clipping, update."""
 
     def __init__(self, model: Any, folder: Path, *, liger: bool = False, compiled: bool = False) -> None:
-        """`folder` is what Trainer wants for its output; nothing is written."""
+        """`folder`: Trainer needs an output folder, but nothing is written into it."""
         self.model = model.train()
         arguments = TrainingArguments(
             str(folder),
@@ -96,7 +96,7 @@ class Step:
 def take_turns(
     steps: Mapping[str, Step], batches: Sequence[Batch], repeats: int
 ) -> dict[str, list[tuple[float, float, float]]]:
-    """Times of forward, backward and optimizer of `repeats` steps of each arm, after each has seen every batch."""
+    """Milliseconds of forward, backward and optimizer for `repeats` steps of each arm, after a step on every batch."""
     times: dict[str, list[tuple[float, float, float]]] = {arm: [] for arm in steps}
     for turn, batch in zip(range(len(batches) + repeats), itertools.cycle(batches), strict=False):
         for arm, step in steps.items():
@@ -109,11 +109,11 @@ def take_turns(
 def make_step(cell: Cell, arm: str, batches: Sequence[Batch], plan_file: Path, frozen: dict[str, Tensor]) -> Step:
     """The step of an arm, with a model of its own.
 
-    Arm `plan` makes its plan and writes it to `plan_file`, or takes the plan that is there. The model's frozen weights
-    become those in `frozen`, which gets the ones that it lacks: so many arms of a large model fit into memory.
+    Arm `plan` reads its plan from `plan_file`, or makes it and writes it there. Models share their frozen weights
+    through `frozen`, so that many arms of a large model fit into memory: the first fills it, the others use it.
     """
     model: Any = _unsloth(cell) if arm == "Unsloth" else make_model(cell, upper=arm == "PEFT upper half")
-    if arm != "Unsloth":  # which changes the weights it loads
+    if arm != "Unsloth":  # Unsloth changes the weights that it loads
         for name, p in model.named_parameters():
             if not p.requires_grad:
                 p.data = frozen.setdefault(name.replace(".base_layer", ""), p.data)
@@ -136,7 +136,7 @@ def _attach(model: PeftModel, arm: str, batches: Sequence[Batch], plan_file: Pat
 
 
 class _Free(Dense):
-    """Leaves the whole product out."""
+    """An estimator that leaves out the whole product: `grad_input` is zero."""
 
     def estimate(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         return grad_output.new_zeros(grad_output.shape[0], weight.shape[1])
@@ -153,7 +153,7 @@ def _make_free(model: PeftModel) -> None:
 
 
 def _unsloth(cell: Cell) -> Any:
-    """Unsloth loads from a folder and patches what it loads."""
+    """Unsloth's own model. It loads from a folder only."""
     from unsloth import FastLanguageModel
 
     with tempfile.TemporaryDirectory() as folder:

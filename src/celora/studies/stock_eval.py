@@ -1,9 +1,9 @@
-"""How often a causal language model prefers the right label: a judge that knows nothing of celora.
+"""Scores how often a causal language model prefers the right label, without celora.
 
-The prompt is rendered with the model's own chat template, and the logits of the labels' first tokens are compared where
-the answer would start. The file imports only the standard library, torch, transformers and PEFT, and runs by path:
-`python stock_eval.py --base MODEL --adapter DIR --data test.jsonl`. An adapter trained with celora is thus scored by
-the stock libraries, in a process that has never seen celora.
+The model's own chat template renders the prompt. Where the answer would start, the logits of the labels' first tokens
+are compared. The file imports only the standard library, torch, transformers and PEFT. It runs by its path:
+`python stock_eval.py --base MODEL --adapter DIR --data test.jsonl`. So stock PEFT scores an adapter trained with
+celora, in a process that never imports celora.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def label_accuracy(
     """The share of `rows` whose label has the largest logit among the first tokens of `labels`.
 
     A row is `{"prompt": [message, ...], "completion": [assistant message]}`; the completion is one of `labels`.
-    Batches hold rows of similar length and are padded on the right, whatever `tokenizer.padding_side` says: a causal
-    model never looks right, so neither padding nor batch size changes a result beyond rounding. Logits are computed
-    only at the positions where a row of the batch ends. Leaves the model in the mode (train or eval) it came in.
+    A batch has rows of similar length, padded on the right, whatever `tokenizer.padding_side` says. A causal model
+    never looks right, so padding and batch size change a result by rounding only. Logits are computed only where a row
+    of the batch ends. The model's mode (train or eval) is restored at the end.
 
-    Raises ValueError for no rows, an unknown label, or labels that the tokenizer does not tell apart by first token.
+    Raises ValueError if there are no rows, a label is unknown, or two labels begin with the same token.
     """
     if not rows:
         raise ValueError("no rows to score; expected at least one")
@@ -86,7 +86,7 @@ def _token_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, answeri
 
 
 def _first_token(tokenizer: Any, prompt: Sequence[Mapping[str, str]], prompt_ids: list[int], label: str) -> int:
-    """The token that follows the prompt in a finished chat: the very one that training put a loss on."""
+    """The first token of the answer `label` in a finished chat. Training had its loss on this token."""
     chat = _token_ids(tokenizer, [*prompt, {"role": "assistant", "content": label}], answering=False)
     if chat[: len(prompt_ids)] != prompt_ids or len(chat) == len(prompt_ids):
         raise ValueError("the chat template renders an answered chat differently from an open one; cannot place labels")
@@ -94,7 +94,7 @@ def _first_token(tokenizer: Any, prompt: Sequence[Mapping[str, str]], prompt_ids
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Score a stock model, or stock PEFT adapters of it, and print one JSON object for each."""
+    """Score a model, or PEFT adapters of it, and print one JSON object for each."""
     parser = argparse.ArgumentParser(description="Label accuracy of a model and adapters, with stock libraries only.")
     parser.add_argument("--base", required=True, help="model folder or name")
     parser.add_argument(
