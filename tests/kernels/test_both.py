@@ -141,6 +141,24 @@ def test_features_of_very_different_size(dtype: torch.dtype) -> None:
     assert (found.double() - expected).norm() <= tolerance(dtype) * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_input_in_8_bits_can_be_multiplied_from_the_left(dtype: torch.dtype, masked: bool, scaled: bool) -> None:
+    """As the gradient of LoRA's A needs it: `p^T x`."""
+    w, x, p = torch.randn(67, 100), torch.randn(25, 100).to(dtype), torch.randn(25, 3).to(dtype)
+    mask, scale = (torch.rand(25, 100) < 0.7 if masked else None), (torch.rand(100) + 0.1 if scaled else None)
+    if packed_of(w) is None:
+        return
+    rows = operations.pack_both_ways(w, torch.ones(67), scale).quantise(x)
+    u = torch.ones(100, dtype=torch.float64) if scale is None else scale.double()
+    q, row = reference.quantise(x.double() * u, 1)
+    expected = p.double().T @ (q * row / u * (1 if mask is None else mask))
+    found = rows.transposed_product(p, mask)
+    assert (rows.q.shape, rows.q.dtype, found.dtype) == (x.shape, torch.int8, dtype)
+    assert (found.double() - expected).norm() <= tolerance(dtype) * expected.norm()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so_and_zeros_stay_zeros(bad: float) -> None:
     w, x = torch.randn(32, 16), torch.randn(6, 16)

@@ -124,6 +124,34 @@ def test_layers_share_their_input_and_drop_it_with_it(monkeypatch: pytest.Monkey
     assert gone() is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_inputs_are_saved_in_8_bits_for_the_adapters(dtype: torch.dtype, dropout: float) -> None:
+    """Each number takes a byte, and one saved input serves q, k and v. A's gradient is that of the rounded input."""
+    model, saved = attached(dtype=dtype, lora_dropout=dropout), []
+    attention = model.base_model.model.model.layers[0].self_attn
+    x = torch.randn(100, 48).to(dtype).requires_grad_()
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y, _ = attention.q_proj(x), attention.k_proj(x)
+    inputs = [of for of in saved if of.shape == x.shape and of.dtype != torch.bool]
+    assert [of.dtype for of in inputs] == [torch.int8] * 2
+    assert inputs[0].data_ptr() == inputs[1].data_ptr()
+    mask = next((of for of in saved if of.dtype == torch.bool), None)
+    g = torch.randn_like(y)
+    y.backward(g)
+    q, scale = reference.quantise(x.detach().double(), 1)
+    seen = q * scale * (1 if mask is None else mask / (1 - dropout))
+    lora = attention.q_proj
+    through = g.double() @ lora.lora_B.default.weight.detach().to(dtype).double() * lora.scaling["default"]
+    expected, found = through.T @ seen, lora.lora_A.default.weight.grad
+    assert (found.double() - expected).norm() < (3e-3 if dtype == torch.float32 else 6e-3) * expected.norm()
+
+
 def test_evaluation_and_generation_use_the_forward_that_was_trained() -> None:
     model, plain = attached(), make_model()
     batch = make_batch(0)

@@ -61,21 +61,27 @@ class PackedWeight(ABC):
 
 @dataclass(frozen=True)
 class QuantisedRows:
-    """Rows of an input in 8 bits, to be multiplied with several weights of one backend.
+    """Rows of an input in 8 bits, `x ~= diag(scale) q diag(u)^-1`, to be multiplied with weights of one backend.
 
     Attributes:
-        shape: of the rows, (T, in).
         dtype: of the products.
-        q: the numbers, laid out as the backend wants them.
+        q: the numbers, (T, in) int8. The backend knows what lies between and behind its rows.
         scale: of each row, (T,) float32.
+        input_scale: u, (in,) float32; None for 1.
         starts: what the backend takes off each row's sums, (T,) int32, if anything.
     """
 
-    shape: torch.Size
     dtype: torch.dtype
     q: Tensor
     scale: Tensor
+    input_scale: Tensor | None = None
     starts: Tensor | None = None
+
+    def transposed_product(self, p: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`p^T (x * mask)` of `p: (T, r)`, `mask: (T, in)` bool or None: (r, in), in `dtype`."""
+        numbers = self.q.to(self.dtype)
+        y = (p * self.scale[:, None]).to(self.dtype).t() @ (numbers if mask is None else numbers.mul_(mask))
+        return y if self.input_scale is None else y.div_(self.input_scale)
 
 
 class BothWays(PackedWeight):

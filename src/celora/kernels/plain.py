@@ -180,10 +180,11 @@ class IntegersBothWays(LibraryPacked, BothWays):
     def quantise(self, x: Tensor) -> QuantisedRows:
         dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         x = x if self.input_scale is None else x.float() * self.input_scale
-        return QuantisedRows(x.shape, dtype, *choose("quantise_rows", x).run(x, None, offset=0))
+        q, scale = choose("quantise_rows", x).run(x, None, offset=0)
+        return QuantisedRows(dtype, q.view(torch.int8), scale, self.input_scale)
 
     def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-        sums = integer_product(x.q.view(torch.int8), padded(self.q, 1).t())
+        sums = integer_product(x.q, padded(self.q, 1).t())
         y: Tensor = sums * (x.scale[:, None] * self.scale)
         y = (y if bias is None else y + bias).to(x.dtype)
         return y if out is None else out.copy_(y)

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from celora.kernels.packed import QuantisedRows
 from celora.modeling.adapter import Adapter, looked_at, made_of, parts_of, touched, vanilla_adapter
+from celora.modeling.eight_bit import EightBitForward
 from celora.modeling.graft import LayerGraft, in_dispatch_mode, remember, without_autocast
 from celora.modeling.switch import Switch
 from celora.numerics.estimators import Estimator
@@ -103,7 +105,16 @@ class FusedGraft(LayerGraft):
             return result + added.mul(module.scaling[active_adapter])
         adapter, seen = taken[:2]
         base = module.get_base_layer()
-        return lora_linear(seen, result, self.weight(base, result.dtype), bias_of(base), adapter, self)
+        weight = self.weight(base, result.dtype)
+        return lora_linear(seen, result, weight, bias_of(base), adapter, self, self._in_8_bits(base, seen, weight))
+
+    def _in_8_bits(self, base: nn.Module, x: Tensor, weight: Tensor | None) -> QuantisedRows | None:
+        """x as the forward in 8 bits that has just ended multiplied it; None after the layer's own forward."""
+        forward = base.__dict__.get("forward")
+        if weight is None or not isinstance(forward, EightBitForward) or torch.compiler.is_compiling():
+            return None
+        product: Any = self.estimator.product
+        return product.latest_input(x, weight) if forward.applies(base) else None
 
     def after(self, module: Any, *_: Any) -> None:
         """A forward hook of the tuner layer that is always called."""
@@ -153,7 +164,13 @@ def _enough(x: object) -> bool:
 
 
 def lora_linear(
-    x: Tensor, output: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: Adapter, layer: LayerGraft
+    x: Tensor,
+    output: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    adapter: Adapter,
+    layer: LayerGraft,
+    in_8_bits: QuantisedRows | None = None,
 ) -> Tensor:
     """`output + scaling B A dropout(x)`, computed onto `output`, with the backward described above.
 
@@ -165,9 +182,10 @@ def lora_linear(
         bias: (out,) or None; gets `grad_output.sum(0)` if it requires grad.
         adapter: dropout is drawn from torch's global generator, and its mask saved (a byte a number).
         layer: whose mode at this moment decides how `grad_output @ weight` is computed.
+        in_8_bits: x as the base layer multiplied it. It is saved in x's place for `grad_A`, a byte a number.
     """
     result: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, output.detach(), bias, adapter.A, adapter.B, weight, adapter.scaling, adapter.dropout, layer
+        x, output.detach(), bias, adapter.A, adapter.B, weight, adapter.scaling, adapter.dropout, layer, in_8_bits
     )
     return result
 
@@ -185,6 +203,7 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         dropout: float,
         layer: LayerGraft,
+        rows: QuantisedRows | None,
     ) -> Tensor:
         dtype, ctx.adapter_dtypes = output.dtype, (A.dtype, B.dtype)
         mask = None
@@ -197,7 +216,11 @@ class _LoraLinear(torch.autograd.Function):
             low = seen @ A.t()
             output.view(-1, output.shape[-1]).addmm_(low, B.t(), alpha=scaling)
         _, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(seen if trains_A else None, low if trains_B else None, mask, A, B)
+        ctx.rows_dtype, inputs = None, (seen, None, None)
+        if rows is not None:
+            ctx.rows_dtype, inputs = rows.dtype, (rows.q, rows.scale, rows.input_scale)
+        inputs = inputs if trains_A else (None, None, None)
+        ctx.save_for_backward(*inputs, low if trains_B else None, mask, A, B)
         ctx.scaling, ctx.keep = scaling, 1 - dropout
         remember(ctx, x, output, bias, weight, layer)
         return output
@@ -205,14 +228,19 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        seen, low, mask, A, B = ctx.saved_tensors
+        *inputs, low, mask, A, B = ctx.saved_tensors
         needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         grad_x = grad_bias = grad_A = grad_B = None
         with without_autocast(grad_output.device.type):
             g = grad_output.reshape(-1, grad_output.shape[-1])
             through = (g @ B).mul_(ctx.scaling)
             if needs_A:
-                grad_A = (through.t() @ seen).to(ctx.adapter_dtypes[0])
+                if ctx.rows_dtype is None:
+                    grad_A = through.t() @ inputs[0]
+                else:
+                    grad_A = QuantisedRows(ctx.rows_dtype, *inputs).transposed_product(through, mask)
+                    grad_A = grad_A if mask is None or not ctx.keep else grad_A.div_(ctx.keep)
+                grad_A = grad_A.to(ctx.adapter_dtypes[0])
             if needs_B:
                 # On CPU, in float32, a tall product takes up to twice as long as a wide one.
                 wide = g.dtype == torch.float32 and g.device.type == "cpu"
@@ -227,4 +255,4 @@ class _LoraLinear(torch.autograd.Function):
                 grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)
             if needs_bias:
                 grad_bias = g.sum(0).to(ctx.bias_dtype)
-        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None, None
+        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None, None, None

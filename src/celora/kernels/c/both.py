@@ -38,17 +38,19 @@ class TurnedPanels(dot.Panels, BothWays):
         dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         x = known(x)
         rows, depth = x.shape
-        q = torch.empty(int(loaded_library().scratch_bytes(rows, depth)), dtype=torch.uint8, device="cpu")
+        space = torch.empty(int(loaded_library().scratch_bytes(rows, depth)), dtype=torch.int8, device="cpu")
+        stride = int(loaded_library().row_stride(depth))
+        q = space.as_strided((rows, depth), (stride, 1), -space.data_ptr() % 64)  # where the kernel begins
         scale = torch.empty(rows, dtype=torch.float32, device="cpu")
         starts = torch.empty(rows, dtype=torch.int32, device="cpu")
         call_kernel("quantise_input", x, x.data_ptr(), rows, depth, x.stride(0), pointer(self.input_scale),
               q.data_ptr(), scale.data_ptr(), starts.data_ptr())  # fmt: skip
-        return QuantisedRows(x.shape, dtype, q, scale, starts)
+        return QuantisedRows(dtype, q, scale, self.input_scale, starts)
 
     def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-        rows, columns = x.shape[0], len(self.scale)
-        if x.shape[1] != self.in_features:  # the kernel would read past the rows
-            raise CELoraError(f"an input of {x.shape[1]} features for a weight of {self.in_features}.")
+        (rows, depth), columns = x.q.shape, len(self.scale)
+        if depth != self.in_features:  # the kernel would read past the rows
+            raise CELoraError(f"an input of {depth} features for a weight of {self.in_features}.")
         out = torch.empty(rows, columns, dtype=x.dtype, device="cpu") if out is None else out
         bias = None if bias is None else bias.float().contiguous()
         call_kernel("quantised_product", out, x.q.data_ptr(), x.scale.data_ptr(), pointer(x.starts), rows,

@@ -233,7 +233,7 @@ static inline const uint8_t *panel_of(const weight *w, int64_t p, int64_t *last)
 
 /* Bytes from one quantised row to the next. An odd number of cache lines: rows a power of two apart would share the
  * same few places of the caches, 16 of which a tile needs at once. */
-static inline int64_t row_stride(int64_t depth) {
+int64_t row_stride(int64_t depth) {
 #ifdef TILE
     return up_to(depth, DEEP) | 64;
 #else

@@ -61,6 +61,7 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded.choose_rows.restype = _N
     if loaded.panel_columns():
+        loaded.row_stride.argtypes, loaded.row_stride.restype = [_N], _N
         loaded.scratch_bytes.argtypes, loaded.scratch_bytes.restype = [_N, _N], _N
         loaded.turned_scratch_bytes.argtypes, loaded.turned_scratch_bytes.restype = [_N, _N, _I], _N
     for name, types in (_SIGNATURES | (_DOT_SIGNATURES if loaded.panel_columns() else {})).items():

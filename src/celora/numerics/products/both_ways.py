@@ -92,6 +92,12 @@ class Int8BothWays(Int8):
         _onto(packed, rows, bias, y.view(-1, out_features))
         return y
 
+    def latest_input(self, x: Tensor, weight: Tensor) -> QuantisedRows | None:
+        """x in 8 bits, if the latest `forward`, of this product or another, was given it."""
+        packed = self._multiplied_with(weight)
+        assert isinstance(packed, BothWays)
+        return _inputs.latest(x, packed)
+
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         """`forward` of `x: (T, in)` into `out: (T, out)`, of the same dtype and contiguous."""
         packed = self._multiplied_with(weight)
@@ -134,19 +140,24 @@ class _Inputs:
 
     def __init__(self) -> None:
         # In one attribute, so that threads see all of it or none.
-        self._known: tuple[weakref.ref[Tensor], int, type, Tensor | None, QuantisedRows] | None = None
+        self._known: tuple[weakref.ref[Tensor], int, type, QuantisedRows] | None = None
 
     def quantised(self, x: Tensor, packed: BothWays) -> QuantisedRows:
         """The rows of `x: (..., in)` as `packed` multiplies them."""
         if x.is_inference():  # nothing tells whether such a tensor was changed
             return packed.quantise(x.reshape(-1, x.shape[-1]))
-        known = self._known
-        same = known is not None and known[0]() is x and known[1:3] == (x._version, type(packed))
-        if known is not None and same and known[3] is packed.input_scale:
-            return known[4]
-        rows = packed.quantise(x.reshape(-1, x.shape[-1]))
-        self._known = weakref.ref(x, self._drop), x._version, type(packed), packed.input_scale, rows
+        rows = self.latest(x, packed)
+        if rows is None:
+            rows = packed.quantise(x.reshape(-1, x.shape[-1]))
+            self._known = weakref.ref(x, self._drop), x._version, type(packed), rows
         return rows
+
+    def latest(self, x: Tensor, packed: BothWays) -> QuantisedRows | None:
+        """The same if it was asked for last, else None."""
+        known = self._known
+        if known is None or known[0]() is not x or known[1:3] != (x._version, type(packed)):
+            return None
+        return known[3] if known[3].input_scale is packed.input_scale else None
 
     def _drop(self, gone: object) -> None:
         known = self._known
