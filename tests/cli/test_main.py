@@ -42,7 +42,7 @@ def test_version_and_help(capsys):
     assert "differs from TRL's" in text
 
 
-COMMANDS = ("train", "chat", "generate", "export", "audit", "plan", "compare", "bench", "demo", "doctor")
+COMMANDS = ("train", "watch", "chat", "generate", "export", "audit", "plan", "compare", "bench", "demo", "doctor")
 
 
 def test_every_help_teaches_by_example(capsys):

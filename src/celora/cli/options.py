@@ -42,6 +42,11 @@ def possible(parameter: typer.CallbackParam, path: Any) -> Any:
     return path
 
 
+def each_possible(parameter: typer.CallbackParam, paths: list[Any]) -> list[Any]:
+    """`possible` of several paths."""
+    return [possible(parameter, path) for path in paths]
+
+
 Preset = Annotated[
     str | None,
     typer.Option("--preset", help="auto (the default), fast, exact, paper or off.", autocompletion=one_of(PRESETS)),

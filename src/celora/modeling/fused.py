@@ -216,11 +216,9 @@ class _LoraLinear(torch.autograd.Function):
             low = seen @ A.t()
             output.view(-1, output.shape[-1]).addmm_(low, B.t(), alpha=scaling)
         _, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
-        ctx.rows_dtype, inputs = None, (seen, None, None)
-        if rows is not None:
-            ctx.rows_dtype, inputs = rows.dtype, (rows.q, rows.scale, rows.input_scale)
-        inputs = inputs if trains_A else (None, None, None)
-        ctx.save_for_backward(*inputs, low if trains_B else None, mask, A, B)
+        inputs = (seen, None, None) if rows is None else (rows.q, rows.scale, rows.input_scale)
+        ctx.rows_dtype = None if rows is None else rows.dtype
+        ctx.save_for_backward(*inputs if trains_A else (None,) * 3, low if trains_B else None, mask, A, B)
         ctx.scaling, ctx.keep = scaling, 1 - dropout
         remember(ctx, x, output, bias, weight, layer)
         return output

@@ -1,13 +1,15 @@
 """Writes one self-contained HTML page about one run or several: curves, summary, configuration and versions.
 
 Python writes plain data. A few lines of JavaScript draw it with plotly.js, which is inlined once. The page fetches
-nothing. All text from data is escaped, and the embedded JSON cannot close its script element. The page's
-content-security policy lets the browser run only these scripts, by their hashes, and load nothing.
+nothing, and loads itself anew while one of its runs goes on. All text from data is escaped, and the embedded JSON
+cannot close its script element. The page's content-security policy lets the browser run only these scripts, by their
+hashes, and load nothing.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import html
 import json
@@ -23,6 +25,8 @@ from celora.train.layer_map import distinct_layers, layer_map
 from celora.train.output.folder import METRICS, RUN, finite
 from celora.train.progress import read_metrics
 from celora.train.wall_clock import PARTS, spent
+
+EVERY_S = 30  # how often the report of a run that goes on is written, and its page loads itself anew
 
 _SUMMARY = {
     "step": "optimizer steps",
@@ -63,8 +67,10 @@ def write_report(
     """
     rows = {name: _rows(source) for name, source in runs.items()}
     records = {name: _record(source) for name, source in runs.items()}
-    columns = {name: record.get("summary", {}) for name, record in records.items()}
+    columns = {name: record.get("summary") or _so_far(rows[name]) for name, record in records.items()}
+    running = [name for name, record in records.items() if record.get("status") == "running"]
     first = [
+        *(f"<p>{html.escape(name)} goes on; this page loads itself anew every {EVERY_S} s.</p>" for name in running),
         *([_table("Results", results)] if results else []),
         *(f"<p>{html.escape(line)}</p>" for line in findings),
     ]
@@ -83,13 +89,21 @@ def write_report(
     ]
     maps = [layer_map(name, record) for name, record in distinct_layers(records).items()]
     charts = [*line_charts(rows, repeats or {}), *phase_charts(rows), *maps]
-    write_text(path, _page(title, "".join(first), charts, "".join(sections)))
+    write_text(path, _page(title, "".join(first), charts, "".join(sections), reloads=bool(running)))
 
 
 def _rows(source: Path | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows, without values that are not numbers: plotly.js would interpret markup in a text."""
     rows = read_metrics(source / METRICS) if isinstance(source, os.PathLike) else source
     return [{key: value for key, value in row.items() if is_number(value)} for row in rows]
+
+
+def _so_far(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The summary of a run that goes on."""
+    found: dict[str, Any] = {}
+    for row in rows:
+        found |= {key: row[key] for key in _SUMMARY if key in row}
+    return found
 
 
 def _record(source: Path | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -160,20 +174,27 @@ def _hash(source: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 
-def _page(title: str, first: str, charts: list[dict[str, Any]], tables: str) -> str:
+@functools.cache
+def _plotly() -> tuple[str, list[str]]:
+    """plotly.js, and the styles of its maps; the browser complains where the policy leaves those out."""
     from plotly.offline import get_plotlyjs
 
+    source = str(get_plotlyjs())
+    return source, re.findall(r"\.textContent='([^'\\]*)'", source)
+
+
+def _page(title: str, first: str, charts: list[dict[str, Any]], tables: str, *, reloads: bool) -> str:
+    plotly, its_styles = _plotly()
+    again = f"<meta http-equiv=refresh content={EVERY_S}>\n" if reloads else ""
     figures = "".join(
         f"<h2>{html.escape(chart['title'])}</h2><div class=chart id=chart{i}></div>" for i, chart in enumerate(charts)
     )
-    plotly = get_plotlyjs()
-    its_styles = re.findall(r"\.textContent='([^'\\]*)'", plotly)  # of its maps; else the browser complains
     policy = _policy((plotly, _SCRIPT), (_STYLE, "", *its_styles))
     return f"""<!doctype html>
 <html lang=en>
 <meta charset=utf-8>
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name=viewport content="width=device-width, initial-scale=1">
+{again}<meta name=viewport content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title>
 <style>{_STYLE}</style>
 <main><h1>{html.escape(title)}</h1>{first}{figures}{tables}</main>

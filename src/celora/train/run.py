@@ -28,6 +28,7 @@ from celora.train.checkpointing import choose_checkpointing
 from celora.train.dtype import settle_dtype
 from celora.train.fingerprint import check_same, fingerprints
 from celora.train.interrupt import StopAtStepEnd
+from celora.train.live import LiveReport
 from celora.train.loading import (
     evaluation_rows,
     evaluation_source,
@@ -234,7 +235,8 @@ def _carry_out(
     """Train from `step` on, save, and complete the files. Returns "finished" or "interrupted"."""
     trainer, metrics = ready.trainer, written.metrics
     progress, stop = ProgressLine(console, quiet=ready.request.options.quiet), StopAtStepEnd(console)
-    own = (celora.Callback(), trainer.phases, stop, metrics, progress, Sealing(folder, metrics))
+    live = None if metrics is None else LiveReport(folder.path, report_name(ready.request))
+    own = (celora.Callback(), trainer.phases, stop, metrics, live, progress, Sealing(folder, metrics))
     for callback in filter(None, own):
         trainer.add_callback(callback)
     status = "failed"
@@ -286,7 +288,7 @@ def _leave(ready: _Ready, folder: OutputFolder, written: _Written, status: str) 
     # If the run failed, writing may fail for the same reason. The user should hear the first reason.
     with suppress(CELoraError) if status == "failed" else nullcontext():
         write_json(folder.path / RUN, written.record)
-        write_report(folder.path / REPORT, {ready.request.preset or "celora": folder.path})
+        write_report(folder.path / REPORT, {report_name(ready.request): folder.path})
 
 
 def _already_finished(
@@ -301,9 +303,14 @@ def _already_finished(
         "--num_train_epochs with --max_steps -1, continues it.",
     )
     if first and not folder.reported():
-        write_report(request.output / REPORT, {request.preset or "celora": request.output})
+        write_report(request.output / REPORT, {report_name(request): request.output})
         say(console, request.options.quiet, f"{REPORT} was not written to its end; it is now.")
     return TrainResult("already finished", request.output, step, earlier["summary"] if first else {})
+
+
+def report_name(request: TrainRequest) -> str:
+    """What a run is called in its own report."""
+    return request.preset or "celora"
 
 
 def rank_line(request: TrainRequest) -> str:

@@ -117,6 +117,17 @@ class OutputFolder:
             lock.release()
 
     @_in_one_line
+    def in_use(self) -> bool:
+        """Whether a run has locked the folder at this moment; taken for granted where this user may not ask."""
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, PermissionError):
+            return True
+        lock.release()
+        return False
+
+    @_in_one_line
     def run(self) -> dict[str, Any] | None:
         """The content of run.json, or None if no run of celora has used the folder.
 

@@ -1,0 +1,165 @@
+"""A run while it goes on: its report, written every half minute, and what `celora watch` shows of it.
+
+The trainer writes; whoever watches reads run.json and metrics.jsonl, from any process, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from celora.errors import CELoraError
+from celora.train.output.folder import METRICS, REPORT, OutputFolder
+from celora.train.progress import read_metrics
+from celora.train.report import EVERY_S, write_report
+
+_BARS, _PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-=*#"
+_RECENT = 20  # log events that speed and time left are a median of
+
+
+class LiveReport(TrainerCallback):  # type: ignore[misc]
+    """Writes the report of a run that goes on, after a log event, at most every `EVERY_S` seconds."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self._written = time.monotonic()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if time.monotonic() - self._written < EVERY_S:
+            return
+        with suppress(CELoraError):  # a disk that is full for a moment; the last report of a run says so
+            write_report(self.folder / REPORT, {self.name: self.folder})
+        self._written = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a run has come to.
+
+    Attributes:
+        status: of run.json; "stopped" for a run that was killed.
+        step, steps: taken, and in all; None for a number that is not known yet, as in every other attribute.
+        losses: the training losses logged so far.
+        tokens_per_second: without padding.
+        seconds_left: of training, at the recent speed.
+        relative_error: of the estimates, the mean over layers at the latest refresh.
+    """
+
+    name: str
+    status: str
+    step: int
+    steps: int | None
+    losses: tuple[float, ...]
+    eval_loss: float | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+    peak_memory_mib: float | None
+    relative_error: float | None
+
+    @property
+    def goes_on(self) -> bool:
+        return self.status == "running"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: the latest loss alone."""
+        found = asdict(self)
+        losses = found.pop("losses")
+        return found | {"loss": losses[-1] if losses else None}
+
+
+def look(folder: Path) -> Snapshot:
+    """What the run in `folder` has come to.
+
+    Raises:
+        CELoraError: no run has used the folder, or its record is damaged.
+    """
+    output = OutputFolder(folder)
+    record = output.run()
+    if record is None:
+        raise CELoraError(f"there is no run in {str(folder)!r}; give the --output folder of celora train")
+    rows = read_metrics(folder / METRICS)
+    status = str(record.get("status", ""))
+    if status == "running" and not output.in_use():
+        status = "stopped"
+    step, steps = int(rows[-1]["step"]) if rows else 0, _steps(record, rows)
+    timed = [row for row in rows if "loss" in row][-_RECENT:]
+    left = None
+    if status == "running" and steps is not None and len(timed) > 1 and timed[-1]["step"] > timed[0]["step"]:
+        speed = (timed[-1]["seconds"] - timed[0]["seconds"]) / (timed[-1]["step"] - timed[0]["step"])
+        left = speed * max(0, steps - step)
+    speeds = [row["tokens_per_second"] for row in timed if row.get("tokens_per_second")]
+    return Snapshot(
+        name=str(folder),
+        status=status,
+        step=step,
+        steps=steps,
+        losses=tuple(float(row["loss"]) for row in rows if row.get("loss") is not None),
+        eval_loss=_latest(rows, "eval_loss"),
+        tokens_per_second=statistics.median(speeds) if speeds else None,
+        seconds_left=left,
+        peak_memory_mib=_latest(rows, "peak_memory_mib"),
+        relative_error=_latest(rows, "celora/relative_error"),
+    )
+
+
+def _steps(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """The optimizer steps of the whole run: as asked for, or from the share of an epoch that a step is."""
+    train = record.get("train", {})
+    if (most := train.get("max_steps") or -1) > 0:
+        return int(most)
+    epochs = train.get("num_train_epochs")
+    known = next((row for row in reversed(rows) if row.get("epoch") and row["step"]), None)
+    return None if known is None or not epochs else round(epochs * known["step"] / known["epoch"])
+
+
+def _latest(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    return next((float(row[key]) for row in reversed(rows) if row.get(key) is not None), None)
+
+
+def sparkline(values: Sequence[float], *, width: int = 24, plain: bool = False) -> str:
+    """The course of `values` in at most `width` characters, each the mean of an equal part; `plain`: in ASCII."""
+    bars = _PLAIN_BARS if plain else _BARS
+    count = min(width, len(values))
+    means = [statistics.fmean(values[i * len(values) // count : (i + 1) * len(values) // count]) for i in range(count)]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    scale = (len(bars) - 1) / (high - low) if high > low else 0.0
+    return "".join(bars[round((value - low) * scale)] for value in means)
+
+
+def show(snapshots: Sequence[Snapshot], *, plain: bool = False) -> Table:
+    """A table with a column for each run, for the terminal."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for snapshot in snapshots:
+        table.add_column(snapshot.name, overflow="fold")
+    lines: list[tuple[str, list[str]]] = [
+        ("status", [one.status for one in snapshots]),
+        ("step", [f"{one.step}" if one.steps is None else f"{one.step}/{one.steps}" for one in snapshots]),
+        ("loss", [f"{one.losses[-1]:.4f}" if one.losses else "" for one in snapshots]),
+        ("", [sparkline(one.losses, plain=plain) for one in snapshots]),
+        ("evaluation loss", [_text(one.eval_loss, ".4f") for one in snapshots]),
+        ("tokens/s", [_text(one.tokens_per_second, ",.0f") for one in snapshots]),
+        ("time left", [_minutes(one.seconds_left) for one in snapshots]),
+        ("peak memory, MiB", [_text(one.peak_memory_mib, ",.0f") for one in snapshots]),
+        ("error of estimates", [_text(one.relative_error, ".3f") for one in snapshots]),
+    ]
+    for label, cells in lines:
+        if any(cells):
+            table.add_row(label, *cells)
+    return table
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _minutes(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds / 60:.1f} min"

@@ -1,0 +1,120 @@
+"""What is seen of a run while it goes on: its report, and the table of `celora watch`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from transformers import TrainerControl, TrainerState
+
+from celora import CELoraError
+from celora.files import read_json
+from celora.train import live
+from celora.train.live import LiveReport, look, show, sparkline
+from celora.train.output.folder import OutputFolder, write_json
+from reports import ROWS, run_folder
+
+
+def going_on(folder: Path, name: str = "run", **train: object) -> Path:
+    """A run that says it is under way; its folder is not locked."""
+    run = run_folder(folder, name)
+    write_json(run / "run.json", read_json(run / "run.json") | {"status": "running", "train": train})
+    return run
+
+
+def test_a_run_that_goes_on(tmp_path: Path) -> None:
+    run = going_on(tmp_path, max_steps=20)
+    with OutputFolder(run).locked():
+        seen = look(run)
+    assert (seen.status, seen.step, seen.steps) == ("running", 8, 20)
+    assert seen.goes_on
+    assert seen.losses == tuple(row["loss"] for row in ROWS)
+    assert seen.seconds_left == pytest.approx(0.5 * 12)
+    assert (seen.peak_memory_mib, seen.relative_error, seen.eval_loss) == (500.0, 0.3, None)
+    assert seen.to_dict()["loss"] == ROWS[-1]["loss"]
+    json.dumps(seen.to_dict(), allow_nan=False)
+
+
+def test_a_run_that_was_killed_has_stopped(tmp_path: Path) -> None:
+    seen = look(going_on(tmp_path, max_steps=20))
+    assert (seen.status, seen.goes_on, seen.seconds_left) == ("stopped", False, None)
+
+
+@pytest.mark.parametrize(
+    ("train", "epoch", "steps"),
+    [
+        ({"max_steps": -1, "num_train_epochs": 3.0}, 0.5, 48),
+        ({"max_steps": -1, "num_train_epochs": 3.0}, None, None),
+        ({"max_steps": 7, "num_train_epochs": 3.0}, 0.5, 7),
+        ({}, 0.5, None),
+    ],
+)
+def test_the_length_of_a_run(train: dict[str, float], epoch: float | None, steps: int | None, tmp_path: Path) -> None:
+    run = going_on(tmp_path, **train)
+    rows = [row if epoch is None else row | {"epoch": epoch * row["step"] / 8} for row in ROWS]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert look(run).steps == steps
+
+
+def test_a_run_that_has_logged_nothing(tmp_path: Path) -> None:
+    run = going_on(tmp_path, max_steps=20)
+    (run / "metrics.jsonl").unlink()
+    with OutputFolder(run).locked():
+        seen = look(run)
+    assert (seen.step, seen.losses, seen.seconds_left) == (0, (), None)
+    assert "0/20" in shown(seen)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CELoraError, match=r"there is no run in .*; give the --output folder"):
+        look(tmp_path)
+
+
+def shown(*snapshots: live.Snapshot, plain: bool = False) -> str:
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(show(snapshots, plain=plain))
+    return captured.get()
+
+
+def test_runs_stand_side_by_side(tmp_path: Path) -> None:
+    first, second = (look(going_on(tmp_path, name, max_steps=20)) for name in ("first", "second"))
+    text = shown(first, second)
+    assert text.count("8/20") == 2
+    assert text.count("0.5000") == 2
+    assert text.count("█") == 2
+    assert "evaluation loss" not in text  # none has one
+    shown(first, plain=True).encode("ascii")
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "expected"),
+    [([], 4, ""), ([2.0], 4, "▁"), ([0.0, 7.0, 3.0], 9, "▁█▄"), ([0, 2, 6, 8], 2, "▁█"), ([5.0, 5.0], 4, "▁▁")],
+)
+def test_a_sparkline(values: list[float], width: int, expected: str) -> None:
+    assert sparkline(values, width=width) == expected
+
+
+def test_the_report_is_written_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, now = going_on(tmp_path, max_steps=20), [0.0]
+    monkeypatch.setattr("celora.train.live.time.monotonic", lambda: now[0])
+    callback = LiveReport(run, "auto")
+    report = run / "report.html"
+    for seconds, there in ((29.0, False), (31.0, True)):
+        now[0] = seconds
+        callback.on_log(None, TrainerState(), TrainerControl())
+        assert report.exists() is there
+    page = report.read_text(encoding="utf-8")
+    assert "<meta http-equiv=refresh content=30>" in page
+    assert "auto goes on; this page loads itself anew" in page
+    assert "last training loss" in page
+    report.unlink()
+    now[0] = 60.0
+    callback.on_log(None, TrainerState(), TrainerControl())
+    assert not report.exists()  # 29 s after the last
+    write_json(run / "run.json", read_json(run / "run.json") | {"status": "finished"})
+    now[0] = 90.0
+    callback.on_log(None, TrainerState(), TrainerControl())
+    assert "http-equiv=refresh" not in report.read_text(encoding="utf-8")
