@@ -11,6 +11,7 @@ from celora.studies.cells import told
 
 HERE = Path(__file__).parent
 _OLDER = "model (older code, plans at 0.99)"
+_WITHOUT_PLAN = ("exact", "auto", "fast")
 _SHOWN = ("PEFT + compile", "PEFT upper half", "exact", "exact + compile", "paper", "auto", "limit", "limit of exact")
 
 
@@ -56,15 +57,15 @@ def _step(dtype: str, *, amx: bool, model: str = "model") -> str:
 
 
 def step_fast() -> str:
-    """Speed-up of preset fast over PEFT, beside exact."""
+    """Speed-up over PEFT of the presets that need no plan."""
     found = rows.select(HERE / "fast.jsonl", amx=False)
     body = []
     for key in dict.fromkeys((row["model"], row["data"], row["dtype"]) for row in found):
         by_arm = {row["arm"]: row for row in found if (row["model"], row["data"], row["dtype"]) == key}
-        speed = [f"{by_arm[arm]['speed_up']:.2f}" for arm in ("exact", "fast")]
-        memory = f"{by_arm['fast']['peak_memory'] / by_arm['PEFT']['peak_memory']:.2f}"
-        body.append([*key, f"{by_arm['PEFT']['time_ms']:.0f} ms", *speed, memory])
-    header = ["model", "data", "dtype", "PEFT", "exact", "fast", "peak memory, fast over PEFT"]
+        speed = [f"{by_arm[arm]['speed_up']:.2f}" for arm in _WITHOUT_PLAN]
+        memory = [f"{by_arm[arm]['peak_memory'] / by_arm['PEFT']['peak_memory']:.2f}" for arm in _WITHOUT_PLAN]
+        body.append([*key, f"{by_arm['PEFT']['time_ms']:.0f} ms", *speed, " / ".join(memory)])
+    header = ["model", "data", "dtype", "PEFT", *_WITHOUT_PLAN, f"peak memory, {' / '.join(_WITHOUT_PLAN)}"]
     return (
         rows.markdown(header, body)
         + f"\n\nRatios of medians in one run, float32 adapters (r = 16 on all linear layers), {rows.where(found[0])}. "
