@@ -285,9 +285,9 @@ def test_a_choice_of_experts_that_rounding_decides_is_no_case() -> None:
         check(Case(family="mixtral", config=config, dtype="bfloat16", width=2))
 
 
-def _adapter(x: Tensor, output: Tensor, weight: Any, bias: Any, adapter: Any, layer: Any) -> Tensor:
+def _adapter(x: Tensor, output: Tensor, weight: Any, bias: Any, adapter: Any, *rest: Any) -> Tensor:
     wrong = dataclasses.replace(adapter, scaling=adapter.scaling * 1.0002)
-    return lora_linear(x, output, weight, bias, wrong, layer)
+    return lora_linear(x, output, weight, bias, wrong, *rest)
 
 
 def _head(*args: Any, **kwargs: Any) -> Any:
