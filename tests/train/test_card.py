@@ -6,12 +6,13 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from celora.train.output.card import CARD, is_own, public_name
+from celora.train.output.card import CARD, PICTURE, is_own, public_name
 from celora.train.progress import read_metrics
 from celora.train.request.arguments import parse
 from celora.train.run import train
@@ -60,6 +61,33 @@ def test_a_card_says_what_was_trained_and_names_no_path(trained, inputs):
         assert ("evaluation loss" in said) is (folder == output)
     summary = json.loads((output / "run.json").read_text(encoding="utf-8"))["summary"]
     assert float(said["training loss"]) == pytest.approx(summary["loss"], abs=1e-4)
+
+
+def test_a_card_shows_the_losses_and_how_llama_cpp_loads_the_adapter(trained):
+    output, trainer = trained
+    text = (output / CARD).read_text(encoding="utf-8")
+    assert f"![Losses by optimizer step]({PICTURE})" in text
+    picture = (output / PICTURE).read_text(encoding="utf-8")
+    ElementTree.fromstring(picture)
+    assert "training loss" in picture
+    assert "celora export 'my adapter' --to gguf" in text
+    adapter = trainer.model.peft_config["default"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter, "use_dora", True)
+        assert "llama.cpp" not in trainer.card.text(trainer, output)
+
+
+def test_a_card_has_the_licence_of_its_base(trained, tmp_path):
+    output, trainer = trained
+    given = trainer.card.record["given"] | {"model": str(tmp_path)}
+    card = dataclasses.replace(trainer.card, record={**trainer.card.record, "given": given})
+    for base, expected in (
+        ("---\nlicense: apache-2.0\n---\n", "apache-2.0"),
+        ("# none", None),
+        ("---\n[\n---\n", None),
+    ):
+        (tmp_path / CARD).write_text(base, encoding="utf-8")
+        assert yaml.safe_load(card.text(trainer, output).split("---\n")[1]).get("license") == expected
 
 
 def test_what_a_card_says_of_loading_works(trained, monkeypatch, capsys):

@@ -7,18 +7,21 @@ never overwrites a card that a user has written or claimed.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from celora.files import write_text
+from celora.train.output.picture import loss_picture
 from celora.train.rows.answers import Learnt
 from celora.train.rows.data import HUB_NAME
 
-CARD = "README.md"
+CARD, PICTURE = "README.md", "loss.svg"
 _MARK = "<!-- celora writes this file anew at every save, until this line is deleted. -->"
 # Marks of a generated card: celora's, TRL's, PEFT's. A card without any of them is the user's own.
 _GENERATED = (_MARK, "It has been trained using [TRL](", "# Model Card for Model ID")
@@ -36,6 +39,11 @@ model = PeftModel.from_pretrained(model, adapter)
 {inputs}
 output = model.generate(**inputs, max_new_tokens=100)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+_ELSEWHERE = """\
+celora export {adapter} --to gguf --gguf base.gguf   # base.gguf: the base model as llama.cpp has it
+llama-server -m base.gguf --lora {adapter}-gguf/adapter.gguf
+ollama create mine -f {adapter}-gguf/Modelfile
 """
 _CHAT = """\
 inputs = tokenizer.apply_chat_template(
@@ -55,9 +63,11 @@ class Card:
     elapsed: Callable[[], float]
 
     def write(self, folder: Path, trainer: Any) -> None:
-        """Write the card into a folder, unless the user's own card is there."""
+        """Write the card and the picture of the losses into a folder, unless the user's own card is there."""
         path = folder / CARD
         if not is_own(path):
+            if picture := loss_picture(trainer.state.log_history):
+                write_text(folder / PICTURE, picture)
             write_text(path, self.text(trainer, folder))
 
     def text(self, trainer: Any, folder: Path) -> str:
@@ -75,6 +85,12 @@ class Card:
             f"A LoRA adapter for `{_cell(base)}`, trained with celora {self.record['celora']}.\n",
             f"## How to load it\n\n```python\n{self._load(trainer, base, on_hub)}```\n",
         ]
+        adapter = _adapter(trainer)
+        if not (adapter.use_dora or adapter.modules_to_save or adapter.bias != "none"):  # what llama.cpp can load
+            commands = _ELSEWHERE.format(adapter=shlex.quote(self.name))
+            parts.append(f"In llama.cpp and Ollama:\n\n```bash\n{commands}```\n")
+        if loss_picture(trainer.state.log_history):
+            parts.append(f"![Losses by optimizer step]({PICTURE})\n")
         for title, rows in tables:
             lines = (f"| {name} | {_cell(value)} |" for name, value in rows.items() if value not in (None, ""))
             parts.append("\n".join([f"## {title}\n", "| | |", "|---|---|", *lines, ""]))
@@ -85,6 +101,7 @@ class Card:
         data, on_hub = public_name(self.record["given"]["data"])
         found: dict[str, Any] = {"base_model": hub_base} if hub_base else {}
         found |= {"datasets": [data]} if on_hub else {}
+        found |= {"license": licence} if (licence := _licence(self.record["given"]["model"])) else {}
         found["library_name"] = "peft"
         if _adapter(trainer).task_type == "CAUSAL_LM":
             found["pipeline_tag"] = "text-generation"
@@ -170,6 +187,19 @@ def public_name(source: str) -> tuple[str, bool]:
     if HUB_NAME.fullmatch(source) and not path.exists():
         return source, True
     return path.name or "model", False
+
+
+def _licence(model: str) -> str | None:
+    """The licence that the base model's own card states; None where that card is not on this machine."""
+    folder = Path(model).expanduser()
+    card: Any = folder / CARD if folder.is_dir() else None
+    if card is None and HUB_NAME.fullmatch(model):
+        card = try_to_load_from_cache(model, CARD)
+    try:
+        found = ModelCard(Path(card).read_text(encoding="utf-8")).data.to_dict().get("license")
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _adapter(trainer: Any) -> Any:
