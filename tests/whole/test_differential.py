@@ -35,6 +35,7 @@ from drawn import cases, fits
 from drawn_models import EXPERTS, causal_of
 
 HALF = ("bfloat16", "float16")
+_DRAWS = range(4)  # seeds of `nudged`
 FLOOR = 0.03  # what rounding to half precision may add to a value, as a share of it
 
 
@@ -70,9 +71,20 @@ def _check(case: Case) -> None:
             raise
         floor = ROUNDING if truth is None else FLOOR
         truth = more_precise(case, build(case), torch.float64) if truth is None else truth
-        others = [train(case, nudged(build(case), seed), attached=False) for seed in range(4)]
-        compare_rough(found, [plain, *others], truth, floor=floor)
+        theirs = [plain, *(train(case, nudged(build(case), seed), attached=False) for seed in _DRAWS)]
+        ours = [found, *(train(case, nudged(build(case), seed), attached=True) for seed in _DRAWS)]
+        missed = [reason for trace in ours if (reason := _missed(trace, theirs, truth, floor))]
+        if 2 * len(missed) > len(ours):  # a mistake shows in all draws, bad luck in one
+            raise missed[0] from None
     compare_what_is_left(case, found, plain)
+
+
+def _missed(found: Trace, plain: Sequence[Trace], truth: Trace, floor: float) -> Difference | None:
+    try:
+        compare_rough(found, plain, truth, floor=floor)
+    except Difference as difference:
+        return difference
+    return None
 
 
 def more_precise(case: Case, model: PeftModel, dtype: torch.dtype) -> Trace:
@@ -120,7 +132,7 @@ def compare(found: Trace, plain: Trace) -> None:
 def nudged(model: PeftModel, seed: int) -> PeftModel:
     """The model with each weight moved by at most half a unit in the last place: a unit near zero fires, or does not.
 
-    By that PEFT's own distance from the truth is a matter of luck, which several draws show.
+    By that a distance from the truth, PEFT's or celora's, is a matter of luck, which several draws show.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -267,6 +279,18 @@ FOUND = {
         mask="block",
         embeds="frozen",
         extra=(("token_type_ids", "given"),),
+    ),
+    "a gradient that rounding to bfloat16 may triple": Case(
+        family="llava",
+        dtype="bfloat16",
+        seed=1,
+        lora=(("r", 1),),
+        acts=(("hook embedding", 0, 0), ("look at base", 0, 0)),
+        rows=1,
+        width=20,
+        mask="packed",
+        labels="some",
+        accumulate=2,
     ),
     "a router's loss at its least, where all of a gradient cancels": Case(
         family="mixtral", acts=(("config experts", 0, 0),), rows=3, width=1

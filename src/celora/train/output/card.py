@@ -196,7 +196,7 @@ def _licence(model: str) -> str | None:
     if card is None and HUB_NAME.fullmatch(model):
         card = try_to_load_from_cache(model, CARD)
     try:
-        found = ModelCard(Path(card).read_text(encoding="utf-8")).data.to_dict().get("license")
+        found = getattr(ModelCard(Path(card).read_text(encoding="utf-8")).data, "license", None)
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return None
     return found if isinstance(found, str) else None
