@@ -12,6 +12,7 @@ import warnings
 from importlib import import_module
 from typing import Any
 
+_UNDER_MODES = "while a mode looks at every operator, nothing is fused or computed in one pass"
 # "module:name", or "module:Class.attribute" -> what celora leaves out where the library does not have it.
 NAMES: dict[str, str] = {
     # Methods of the trainer that `celora train` adds to: where one is gone, what is added is never called.
@@ -40,7 +41,13 @@ NAMES: dict[str, str] = {
     "anew stay exact",
     "torch.nn.modules.module:_global_forward_hooks": "no layer is estimated or fused",
     "torch.nn.modules.module:_global_forward_pre_hooks": "no layer is estimated or fused",
-    "torch.nn.modules.module:_has_any_global_hook": "gates are not computed in one pass",
+    "torch.nn.modules.module:_global_backward_hooks": "gates are not computed in one pass",
+    "torch.nn.modules.module:_global_backward_pre_hooks": "gates are not computed in one pass",
+    "torch.utils._python_dispatch:_disable_current_modes": "a layer that first runs under a mode that looks at "
+    "every operator keeps PEFT's own backward that time",
+    "torch.utils._python_dispatch:_get_current_dispatch_mode_stack": _UNDER_MODES,
+    "torch.utils.checkpoint:_CachedTorchDispatchMode": _UNDER_MODES,
+    "torch.utils.checkpoint:_CachingTorchDispatchMode": _UNDER_MODES,
     "torch.utils._python_dispatch:is_in_torch_dispatch_mode": "adapters are not fused with their layers, norms, "
     "gates and rotations are not computed in one pass, and attention is torch's own",
 }

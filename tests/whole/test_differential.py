@@ -259,6 +259,9 @@ FOUND = {
     "a backward hook where no input needs a gradient": Case(acts=(("backward hook base", 1, 1),)),
     "positions of packed sequences beside a cache that is not used": Case(mask="packed"),
     "a cache that is asked for": Case(extra=(("use_cache", True),)),
+    "a forward whose operators are counted, and its repetition's are not": Case(
+        acts=(("checkpoint", 0, 0),), call="counted"
+    ),
     "a checkpoint of the whole model": Case(call="checkpointed", mask="right"),
     "a checkpoint of a whole model with a loss of its own": Case(call="checkpointed", family="opt"),
     "two calls with the same labels, each a checkpoint": Case(call="checkpointed", backward="two calls"),

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from celora.kernels.packed import QuantisedRows
 from celora.modeling.adapter import Adapter, looked_at, made_of, parts_of, touched, vanilla_adapter
 from celora.modeling.eight_bit import EightBitForward
-from celora.modeling.graft import LayerGraft, in_dispatch_mode, remember, without_autocast
+from celora.modeling.graft import LayerGraft, remember, selectively_checkpointed, without_autocast
 from celora.modeling.switch import Switch
 from celora.numerics.estimators import Estimator
 from celora.weights.read import bias_of, is_trainable, plain_weight
@@ -63,8 +63,8 @@ class FusedGraft(LayerGraft):
         self.settle(module)
         if not (module.training and self.switch.on) or kwargs or len(args) != 1 or not _enough(args[0]):
             return
-        # Selective checkpointing, for example, keeps the base layer's output, onto which the adapter would be added.
-        if not torch.compiler.is_compiling() and in_dispatch_mode():
+        # Selective checkpointing keeps the base layer's output, onto which the adapter would be added.
+        if not torch.compiler.is_compiling() and selectively_checkpointed():
             return
         adapter = self._adapter(module)
         if adapter is not None:

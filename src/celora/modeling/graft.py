@@ -120,11 +120,16 @@ class LayerGraft(Measured, Hook):
             self.switch.modes.add(True)
             now = identity(module)
             same = self._tried is not None and all(map(operator.is_, now, self._tried))
-            if not same and not in_dispatch_mode():  # selective checkpointing would count the trial's operators
+            # A tensor without numbers, as tools for memory and shapes have them, cannot be tried.
+            if not same and (type(x) is Tensor or not in_dispatch_mode()):
+                unseen = _unseen()
+                if unseen is None:
+                    return False
                 if self._tried is not None:
                     self.estimator.product.forget()  # its copy is of the weight before
-                # A sharded layer is tried by its own output, which a forward in 8 bits does not give.
-                found = unlike(module, None if is_ours(module.__dict__.get("forward")) else (x, output))
+                with unseen:
+                    # A sharded layer is tried by its own output, which a forward in 8 bits does not give.
+                    found = unlike(module, None if is_ours(module.__dict__.get("forward")) else (x, output))
                 self._tried, self._unlike = None if found is None else now, found or ""
             reason = self._unlike
         if reason:
@@ -236,6 +241,30 @@ def in_dispatch_mode() -> bool:
     """Whether something looks at every operator; taken for granted where torch does not tell."""
     found = borrow("torch.utils._python_dispatch:is_in_torch_dispatch_mode")
     return found is None or bool(found())
+
+
+def _unseen() -> AbstractContextManager[object] | None:
+    """Lets a trial run without any mode seeing it: selective checkpointing would count it. None if torch does not."""
+    if not in_dispatch_mode():
+        return nullcontext()
+    without_modes = borrow("torch.utils._python_dispatch:_disable_current_modes")
+    return None if without_modes is None else without_modes()
+
+
+def selectively_checkpointed() -> bool:
+    """Whether selective checkpointing looks at every operator: it keeps the results of some for the repetition.
+
+    Of all modes it is told by its kind. It looks at a forward and at its repetition alike; another mode may look at the
+    forward alone, and what is saved for backward must not depend on that. Taken for granted where torch does not tell.
+    """
+    if not in_dispatch_mode():
+        return False
+    stack = borrow("torch.utils._python_dispatch:_get_current_dispatch_mode_stack")
+    keeping = borrow("torch.utils.checkpoint:_CachingTorchDispatchMode")
+    repeating = borrow("torch.utils.checkpoint:_CachedTorchDispatchMode")
+    if stack is None or keeping is None or repeating is None:
+        return True
+    return any(isinstance(mode, keeping | repeating) for mode in stack())
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from celora.errors import CELoraError
 from celora.kernels.operations import available
-from celora.modeling.graft import in_dispatch_mode
+from celora.modeling.graft import selectively_checkpointed
 from celora.modeling.hooks import Hook, nothing
 from celora.modeling.switch import Switch
 
@@ -59,8 +59,10 @@ class OwnForward(Hook, ABC):
 
     def applies(self, module: nn.Module) -> bool:
         """Whether to compute at all; by default while the module trains."""
-        # torch.compile traces the class's forward. Modes look at every operator; selective checkpointing counts them.
-        return not torch.compiler.is_compiling() and self.switch.on and module.training and not in_dispatch_mode()
+        # torch.compile traces the class's forward, and selective checkpointing looks at its operators.
+        if torch.compiler.is_compiling() or not self.switch.on or not module.training:
+            return False
+        return not selectively_checkpointed()
 
     @abstractmethod
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -28,6 +28,7 @@ _ROUNDINGS = 4  # of a product, a scale, a bias, and of the product it is compar
 # Hooks of these put weights in place, or count; they change no number.
 _LET_THROUGH = ("torch.distributed.", "torch.utils.", "deepspeed.")
 _GLOBAL = tuple(f"torch.nn.modules.module:_global_forward_{kind}" for kind in ("pre_hooks", "hooks"))
+_GLOBAL_BACKWARD = tuple(f"torch.nn.modules.module:_global_backward_{kind}" for kind in ("pre_hooks", "hooks"))
 # For each layer: the weight and the class's forward that it was tried with, and the outcome.
 _outcomes: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Any, str]] = weakref.WeakKeyDictionary()
 
@@ -57,6 +58,12 @@ def tampered(module: nn.Module, hook: object = None) -> str:
         if not _lets_through(other):
             return f"another's hook comes before celora's ({_name(other)})"
     return ""
+
+
+def watched_everywhere() -> bool:
+    """Whether hooks of all modules, beside those that change no number, wait for a module's forward or backward."""
+    hooks = [borrow(name) for name in (*_GLOBAL, *_GLOBAL_BACKWARD)]
+    return None in hooks or any(not _lets_through(hook) for of_a_kind in hooks for hook in of_a_kind.values())
 
 
 def _ours(forward: Any, graft: object) -> bool:

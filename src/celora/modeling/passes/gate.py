@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from celora.borrowed import borrow
 from celora.modeling import families
 from celora.modeling.adapter import touched
 from celora.modeling.own_forward import OwnForward, computable, gives, numbers, single
+from celora.modeling.trial import watched_everywhere
 from celora.numerics.passes import gated
 
 _LLAMA = families.Gate()
@@ -52,8 +52,7 @@ def is_silu(activation: object) -> bool:
 
 def _watched(activation: nn.Module) -> bool:
     """Whether a hook, its own or one of all modules, or another forward waits for the activation to be called."""
-    everywhere = borrow("torch.nn.modules.module:_has_any_global_hook")
-    return touched(activation) or everywhere is None or bool(everywhere())
+    return touched(activation) or watched_everywhere()
 
 
 @functools.cache
