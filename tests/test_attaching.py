@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from celora import CELoraConfig, CELoraError
 from celora.modeling.graft import LayerGraft
 from celora.numerics.factor import svd_factor
 from celora.runtime.attachment import find, require
+from forked import code, run
 from machine import refuses
 from small import MEMBERS, adapter, make_base, make_model, train
 
@@ -186,7 +185,8 @@ import celora
 assert state() == before and torch.get_rng_state().equal(rng)
 assert not any(name.startswith("celora.train") for name in sys.modules)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    done = run(code, script)
+    assert done.returncode == 0, done.stderr
 
 
 def test_layers_split_over_processes_are_left_alone(model: PeftModel) -> None:

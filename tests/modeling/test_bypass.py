@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import types
 import warnings
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from torch.nn import functional as F
 import celora
 from celora import CELoraConfig, CELoraError
 from celora.runtime.attachment import find
+from forked import code, run
 from small import make_base, make_model, train
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
@@ -106,12 +105,12 @@ def test_layers_whose_input_needs_no_gradient_are_no_reason_to_warn(model: PeftM
 
 def test_modules_that_moved_do_not_break_the_import() -> None:
     """In a process of its own, whose import of these modules fails from celora on."""
-    code = """
+    script = """
 import sys, peft, transformers
 moved = ("peft.tuners.hra", "peft.tuners.shira", "transformers.activations")
 for name in [name for name in sys.modules if name in moved or name.startswith(tuple(f"{one}." for one in moved))]:
     sys.modules[name] = None
 from celora import *
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run(code, script)
     assert done.returncode == 0, done.stderr

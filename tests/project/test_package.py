@@ -9,6 +9,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from forked import code, run
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -53,12 +55,16 @@ print(json.dumps([str(root), sorted(files)]))
 
 
 def test_public_names_come_when_asked_for() -> None:
-    script = """
+    first = """
 import sys
 import celora
-assert "torch" not in sys.modules
 assert set(celora.__all__) <= set(dir(celora))
 assert celora.CELoraError("said").args == ("said",)
+assert "torch" not in sys.modules
+"""
+    _run(sys.executable, "-c", first)
+    script = """
+import celora
 from celora import *
 for name in celora.__all__:
     value = getattr(celora, name)
@@ -67,4 +73,5 @@ for name in celora.__all__:
 assert not hasattr(celora, "nothing")
 print(*celora.__all__)
 """
-    assert _run(sys.executable, "-c", script).split()[:3] == ["AttachReport", "AuditReport", "CELoraConfig"]
+    done = run(code, script)
+    assert done.stdout.split()[:3] == ["AttachReport", "AuditReport", "CELoraConfig"], done.stderr

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+import forked
 from celora.cli import main as cli
 from celora.errors import CELoraError
 from celora.studies import compare as module
@@ -104,7 +103,7 @@ def die(self, args, state, control, **more):
 progress.MetricsWriter.on_step_end = die
 compare({given!r}, arms={ARMS[:2]!r}, seeds=1)
 """
-    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    killed = forked.run(forked.code, script)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     finished = tmp_path / "cut" / "LoRA-seed0" / "adapter_model.safetensors"
     assert (tmp_path / "cut" / "exact-seed0" / "checkpoint-4").is_dir()

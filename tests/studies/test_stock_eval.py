@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +14,7 @@ from celora.studies import stock_eval
 from celora.studies.assets import demo_model
 from celora.studies.sentiment import splits, to_rows
 from celora.studies.stock_eval import label_accuracy
+from forked import run, script
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +120,10 @@ def test_by_path_without_celora(tmp_path: Path, tokenizer: Any, small: Any) -> N
     adapted.save_pretrained(tmp_path / "adapter")
     data = to_rows(splits(0, test=40).test)
     (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(row) for row in data), "utf-8")
-    command = [sys.executable, str(Path(stock_eval.__file__)), "--base", str(tmp_path / "base")]
-    command += ["--adapter", str(tmp_path / "adapter"), "--data", str(tmp_path / "test.jsonl"), "--untouched"]
-    done = subprocess.run([*command, *command[4:6]], capture_output=True, text=True, check=True)
+    adapter = ["--adapter", tmp_path / "adapter"]
+    given = ["--base", tmp_path / "base", *adapter, "--data", tmp_path / "test.jsonl", "--untouched", *adapter]
+    done = run(script, stock_eval.__file__, *given)
+    assert done.returncode == 0, done.stderr
     with adapted.disable_adapter():
         untouched = label_accuracy(adapted, tokenizer, data)
     expected = label_accuracy(adapted, tokenizer, data)

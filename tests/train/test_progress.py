@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from celora.train import progress
 from celora.train.progress import MetricsWriter, ProgressLine, read_metrics
+from forked import code, run
 
 ARGS = SimpleNamespace(device=torch.device("cpu"))
 
@@ -72,8 +72,6 @@ def test_resume_drops_later_rows_and_a_torn_line_and_goes_on_counting(tmp_path):
 def test_the_peak_of_a_run_is_its_own(tmp_path):
     """In a process of its own that keeps what is freed: what was there before the run does not count."""
     script = f"""
-import sys
-sys.path[:0] = {sys.path!r}
 from pathlib import Path
 import torch
 from celora.machine.allocator import keep_freed_memory
@@ -90,7 +88,7 @@ one_step(writer, 1, 100, {{"loss": 2.0}})
 (row,) = read_metrics(writer.path)
 assert 2**20 * row["peak_memory_mib"] < before - 2**28, (row, before)
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    done = run(code, script)
     assert done.returncode == 0, done.stderr
 
 

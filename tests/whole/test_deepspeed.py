@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from test_distributed import TOLERANCE, torchrun
+from test_distributed import TOLERANCE
 
 from celora.cli.main import main
 from celora.train.progress import read_metrics
+from forked import accelerate_launch, torchrun
 from tiny import save_rows, save_tiny_model
 from train_worker import USUAL
 
@@ -60,9 +60,8 @@ def test_accelerate_launch_with_a_configuration_trains_as_one_process(ran, tmp_p
     (tmp_path / "zero.yaml").write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", **config}))
     own = ["--model", f"{ran}/model", "--data", f"{ran}/rows.jsonl", "--preset", "exact", *USUAL]
     own += ["--lr_scheduler_type", "constant", "--quiet"]
-    launch = ["-m", "accelerate.commands.launch", "--config_file", f"{tmp_path}/zero.yaml", "--main_process_port", "0"]
-    command = [sys.executable, *launch, "-m", "celora", "train", *own, "--output", f"{tmp_path}/zero"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    launch = ["--config_file", f"{tmp_path}/zero.yaml", "--main_process_port", "0"]
+    done = accelerate_launch(*launch, "-m", "celora", "train", *own, "--output", f"{tmp_path}/zero")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "zero" / "checkpoint-6" / "global_step6").is_dir()  # of DeepSpeed's own
     assert main(["train", *own, "--output", f"{tmp_path}/one", "--per_device_train_batch_size", "4"]) == 0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import celora
 from benchmarks.scale import scaling
 from celora.runtime.attachment import require
 from distributed_worker import ADAPTERS, COLUMNS, SCENARIOS, STEPS, configuration, global_batch
+from forked import torchrun
 from small import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -26,11 +25,6 @@ ROOT = Path(__file__).parents[2]
 # One process sums a gradient over eight rows, two sum it over four each: float32 rounding, amplified by Adam, whose
 # step is as large for a small gradient as for a large one.
 TOLERANCE = 2e-5
-
-
-def torchrun(script: Path, *arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script]
-    return subprocess.run([*map(str, command), *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
 def all_of_them(folder: Path, names: Collection[str], processes: int) -> dict[str, list[dict[str, Any]]]:

@@ -6,14 +6,11 @@ import io
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file
-from test_distributed import torchrun
 
 from celora.cli.main import main
 from celora.planning.planner import DEFAULT_FIDELITY
@@ -21,6 +18,7 @@ from celora.train import processes
 from celora.train.progress import read_metrics
 from celora.train.request.arguments import parse
 from celora.train.run import train
+from forked import accelerate_launch, code, run, torchrun
 from patching import patch_all
 from tiny import save_rows, save_tiny_model
 from train_worker import COLUMNS, USUAL
@@ -113,10 +111,9 @@ def test_a_killed_process_ends_the_job_in_one_line_and_the_job_resumes(ran):
     assert not any("Traceback" in line and "rank" in line for line in done.stderr.splitlines())
 
     # On a CPU, --multi_gpu only chooses accelerate's launcher of several processes.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch = ["--multi_gpu", "--num_processes", "2"]
     launch += ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [*launch, "-m", "celora", "train", "--output", str(folder / "killed"), "--resume"]
-    resumed = subprocess.run(command, capture_output=True, text=True, check=False)
+    resumed = accelerate_launch(*launch, "-m", "celora", "train", "--output", folder / "killed", "--resume")
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert resumed.stderr.count("Resuming from checkpoint-3.") == 1
     whole, parts = (load_file(folder / name / "adapter_model.safetensors") for name in ("whole", "killed"))
@@ -132,9 +129,7 @@ def test_one_of_several_processes_leaves_without_waiting_for_threads():
         "sys.argv = ['celora', 'train']; runpy.run_module('celora', run_name='__main__')"
     )
     several = os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
-    left = subprocess.run(
-        [sys.executable, "-c", script], env=several, capture_output=True, text=True, timeout=120, check=False
-    )
+    left = run(code, script, environment=several, timeout=120)
     assert left.returncode == 2
     assert "error: --model and --data and --output are missing" in left.stderr
     assert left.stdout == "done\n"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from celora.modeling.survey import survey
 from celora.modeling.switch import Mode
 from celora.runtime.attachment import require
 from celora.settings.presets import PRESETS
+from forked import run, script
 from small import adapter
 from variants import COLUMNS, MODELS, PAGE, VARIANTS, YES, Variant, page
 
@@ -225,8 +224,7 @@ def test_adapters_load_where_celora_never_was(tmp_path: Path) -> None:
         assert sorted(path.name for path in (folder / "celora").rglob("*")) == sorted(
             path.name for path in (folder / "plain").rglob("*")
         )
-    command = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "stock_load.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run(script, Path(__file__).parents[1] / "helpers" / "stock_load.py", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for i, variant in enumerate(STOCK):
         loaded = torch.load(tmp_path / f"{i:02}" / "loaded.pt", weights_only=True)
