@@ -79,6 +79,22 @@ print(sorted({"torch", "transformers", "peft", "trl", "datasets"} & set(sys.modu
     assert done.stdout.split() == ["paper", "[]"]
 
 
+def test_garbage_is_not_looked_for_in_what_a_command_imports():
+    script = """
+import gc
+from celora.cli.options import importing
+with importing():
+    looks, made = gc.isenabled(), [[] for _ in range(100_000)]
+print(looks, gc.isenabled(), gc.get_freeze_count() > 100_000)
+import sys
+sys.modules["torch"] = sys  # as in a program that has imported it
+with importing():
+    print(gc.isenabled())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True", "True"]
+
+
 def test_completion_installs_into_the_shell_and_completes(tmp_path):
     environment = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     command = [sys.executable, "-m", "celora", "--install-completion", "bash"]

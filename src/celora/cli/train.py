@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from celora.cli.app import app, print_all_help
-from celora.cli.options import TRLS, Config, Data, Json, Model, Preset, look_ahead, print_json, settle_in
+from celora.cli.options import TRLS, Config, Data, Json, Model, Preset, importing, look_ahead, print_json, settle_in
 
 TRAIN_HELP = """Fine-tune MODEL on DATA with LoRA and an estimated backward.
 
@@ -53,8 +53,6 @@ def train(
     ] = False,
 ) -> None:
     look_ahead(context.args, config)
-    from celora.train.request.arguments import parse
-
     own: dict[str, object] = {
         "model": model,
         "data": data,
@@ -64,8 +62,11 @@ def train(
         "eval_data": eval_data,
     }
     own |= {"base": base, "resume": resume, "overwrite": overwrite, "quiet": quiet}
-    request = parse(context.args, own)
-    from celora.train.run import train as run
+    with importing():
+        from celora.train.request.arguments import parse
+
+        request = parse(context.args, own)
+        from celora.train.run import train as run
 
     settle_in()
     result = run(request, began=context.obj)
