@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import getpass
+import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator
@@ -61,14 +63,38 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole trainings first: they take longest, and workers end together where short files come last."""
-    items.sort(key=lambda item: item.path.parent.name != "whole")
+    """Rooms with long files first: workers end together where short files come last."""
+    items.sort(key=lambda item: item.path.parent.name not in ("whole", "studies", "project", "numerics", "weights"))
+
+
+def pytest_collection() -> None:
+    """Do not look for garbage while test modules are imported: nearly all that they make stays."""
+    gc.disable()
 
 
 def pytest_collection_finish() -> None:
     """Look for garbage among what tests make, not among the half million objects that the libraries' imports leave."""
+    gc.enable()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_seeds_for_devices_that_are_not_there() -> Iterator[None]:
+    """Every `torch.manual_seed` writes down the stack for a device that may come later, a millisecond each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for device in (torch.cuda, torch.xpu):
+            if not device.is_available():
+                patch.setattr(device, "manual_seed_all", lambda seed: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_reading_what_was_read() -> Iterator[None]:
+    """accelerate reads the metadata of three packages from disk, several times in every step of a Trainer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.metadata, "metadata", functools.cache(importlib.metadata.metadata))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

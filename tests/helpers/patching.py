@@ -12,6 +12,6 @@ def patch_all(patch: pytest.MonkeyPatch, target: str, value: object) -> None:
     """Put `value` in the place of `target`, "module:name", in its module and in all that imported it from there."""
     module, _, name = target.partition(":")
     replaced = getattr(import_module(module), name)
-    for other in [m for n, m in sys.modules.items() if n.partition(".")[0] == "celora"]:
+    for other in [m for n, m in sys.modules.items() if n.startswith("celora.")]:
         if vars(other).get(name, sys) is replaced:
             patch.setattr(other, name, value)
