@@ -110,9 +110,13 @@ def _biased_base() -> nn.Module:
     return make_base(base_bias=True)
 
 
+_EVA: dict[str, Any] = {}  # what PEFT found, which takes it half a second
+
+
 def _eva(model: PeftModel) -> None:
-    batches = [make_batch(100 + i) for i in range(4)]
-    peft.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    if not _EVA:
+        _EVA.update(peft.get_eva_state_dict(model, [make_batch(100 + i) for i in range(4)], show_progress_bar=False))
+    peft.initialize_lora_eva_weights(model, eva_state_dict=dict(_EVA), show_progress_bar=False)
 
 
 def _allocate(model: PeftModel, step: int) -> None:
