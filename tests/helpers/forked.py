@@ -61,6 +61,7 @@ def _begin(work: Callable[..., Any], arguments: tuple[Any, ...], own: dict[str, 
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(own)
+    tempfile.tempdir = None  # to be found anew in this environment
     work(*arguments)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 from celora.kernels.c import build as build_module
 from celora.kernels.c import library as library_module
 from patching import patch_all
@@ -81,13 +82,9 @@ def load_in(cache: Path, *, path: str | None = None, home: Path | None = None) -
         "from celora.kernels.c import build, library; loaded = library.library()\n"
         "print(loaded and loaded._name, build.why_not() or build.why_not_kept())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PATH": path or os.environ["PATH"], "HOME": str(home or cache), "XDG_CACHE_HOME": str(cache), **PYTHON},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    own = {"PATH": path or os.environ["PATH"], "HOME": str(home or cache), "XDG_CACHE_HOME": str(cache)}
+    done = forked.run(forked.code, code, environment=own | {"TMPDIR": str(cache)})
+    assert done.returncode == 0, done.stderr
     name, _, reason = done.stdout.strip().partition(" ")
     return Path(name), reason
 
@@ -179,11 +176,6 @@ def test_without_a_working_compiler_everything_works_through_torch(environment: 
         "    e = Tokens(32, 48, keep_ratio=0.9, selection=selection, precision='int8').estimate(G, W)\n"
         "    assert (e - G @ W).norm() < 0.5 * (G @ W).norm()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path), **PYTHON, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    own = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path), **PYTHON}
+    done = forked.run(forked.code, code, environment=own | environment)
     assert done.returncode == 0, done.stderr
