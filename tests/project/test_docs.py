@@ -39,18 +39,27 @@ def build(root: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env=environment)
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A copy of the sources, the site in it, and what the build said: four mistakes were put into the copy."""
+    copy = tmp_path_factory.mktemp("site")
     for name in ("docs", "examples", "src"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("mkdocs.yml", "CHANGELOG.md"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    return tmp_path
+        shutil.copy(ROOT / name, copy / name)
+    with (copy / "docs" / "index.md").open("a", encoding="utf-8") as page:
+        page.write("\n[a](nowhere.md) [b](measured/speed.md#nothing) `celora.numerics.factor.nothing`\n")
+    (copy / "docs" / "forgotten.md").write_text("# Forgotten\n")
+    return copy, build(copy)
 
 
-def test_the_site_builds_and_loads_nothing_from_elsewhere(copy: Path) -> None:
-    done = build(copy)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_site_builds_and_loads_nothing_from_elsewhere(
+    built: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    copy, done = built
+    warned = re.findall(r"^WARNING.*(?:\n  .*)*", done.stderr, flags=re.MULTILINE)
+    assert len(warned) == 4, done.stdout + done.stderr  # of the mistakes, and of nothing else
+    assert "Aborted with 4 warnings in strict mode!" in done.stderr
     pages = {path: path.read_text(encoding="utf-8") for path in (copy / "site").rglob("*.html")}
     for path, text in pages.items():
         loaded = re.findall(
@@ -84,11 +93,8 @@ def test_every_equation_has_its_function_beside_it() -> None:
         assert re.search(r"`celora\.[\w.]+`", part), part
 
 
-def test_broken_links_and_names_fail_the_build(copy: Path) -> None:
-    with (copy / "docs" / "index.md").open("a", encoding="utf-8") as page:
-        page.write("\n[a](nowhere.md) [b](measured/speed.md#nothing) `celora.numerics.factor.nothing`\n")
-    (copy / "docs" / "forgotten.md").write_text("# Forgotten\n")
-    done = build(copy)
+def test_broken_links_and_names_fail_the_build(built: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    _, done = built
     assert done.returncode == 1
     for part in ("nowhere.md", "#nothing", "celora.numerics.factor.nothing", "forgotten.md"):
         assert part in done.stderr
