@@ -1,8 +1,8 @@
 """How long does `celora compare` take on the demo's data, and what does it say? Three seeds of LoRA, `paper`, `auto`.
 
-`python -m benchmarks.learning.compare_demo --work FOLDER` runs the command of docs/quality.md in a process of its own
-and writes `compare-demo.jsonl`: its outcomes, and the minutes by the clock that all of it took, plans and evaluations
-included. Killed, it goes on where it was; how long it takes is not known then, so no row is written.
+`python -m benchmarks.learning.compare_demo --work FOLDER` runs `celora compare` in a process of its own. It writes
+`compare-demo.jsonl`: the outcomes, and the wall-clock minutes of everything, with plans and evaluations. After a kill,
+the same command continues. But the time is unknown then, so no row is written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from celora.studies.assets import demo_model
 from celora.studies.sentiment import splits, to_rows
 
 RESULTS = Path(__file__).with_name("compare-demo.jsonl")
-STEPS = 80  # of the demo's 120: nine runs in less than 25 minutes
+STEPS = 80  # nine runs in less than 25 minutes; the demo had 120 steps when the rows were made
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     work: Path = parser.parse_args().work
     output = work / "compared"
     begun = output.exists()
-    drawn = splits(0, train=120 * 8, validation=600, test=600)  # as the demo draws them
+    drawn = splits(0, train=120 * 8, validation=600, test=600)  # as the demo of that time drew them
     dtype = faster_dtype()
     for name, reviews in (("train", drawn.train), ("test", drawn.test)):
         rows.write(work / f"{name}.jsonl", to_rows(reviews))
