@@ -1,6 +1,6 @@
-"""celora: LoRA fine-tuning with an estimated, cheaper backward pass. The public names, nothing else.
+"""celora speeds up LoRA fine-tuning. This file has the public names, and nothing else.
 
-A name is imported when it is first used, so that `celora --help` need not wait for torch.
+A name is imported when it is first used, so that `celora --help` does not wait for torch.
 """
 
 from importlib import import_module

@@ -1,8 +1,8 @@
 """Attach celora to a PEFT model, and detach it.
 
-`attach` tells a story: survey the model, settle the configuration, choose an estimator for each layer, hook the layers,
-the modules between them and the head, and report it all. An `Attachment` belongs to one model and lives in it. No class
-is touched, no module is replaced, no key of a state_dict changes.
+`attach` surveys the model, settles the configuration, chooses an estimator for each layer, hooks the layers, the
+modules between them and the head, and reports it all. An `Attachment` belongs to one model, which stores it. No class
+is touched, no module is replaced, and no key of a state_dict changes.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ def attach(
 ) -> AttachReport:
     """Estimate the backward of the frozen layers under `model`'s PEFT adapters.
 
-    The forward stays exact, except where `forward="int8"` says otherwise (preset `fast`). What is saved is an ordinary
-    adapter. Attaching the same configuration again changes nothing; another one replaces the first. Nothing else has to
-    be called: celora counts the optimizer's steps.
+    The forward stays exact, unless `forward="int8"` (preset `fast`). Saving the model gives an ordinary adapter.
+    Attaching the same configuration again changes nothing; another configuration replaces the first. Nothing else has
+    to be called: celora counts the optimizer's steps.
 
     Args:
         model: a PEFT model, or any module that contains PEFT tuner layers. Not merged.
         config: a preset (`"auto"`, `"fast"`, `"exact"`, `"paper"`, `"off"`), a `CELoraConfig`, or a `Plan`.
-        batches: for `"auto"`, a few batches as training will see them: it then makes a plan on them first. Without, it
-            begins with a rule, and its refreshes adjust that.
+        batches: for `"auto"`, a few batches like those of training: `attach` then makes a plan on them first. Without
+            batches, `"auto"` begins with a rule, and its refreshes adjust the rule.
         **changes: fields of the configuration that concern all layers. `labelled_head=False` keeps `outputs.logits`
             while training, `padding_free=False` keeps the padding, `refresh_every=50` refreshes more often. Plans are
             made without padding and logits.
@@ -63,8 +63,8 @@ def attach(
     Returns:
         How each layer is estimated, or why it is not. Printed, it is a table.
 
-    If several processes train together, all of them call this. With `"auto"` and `"fast"`, all take what the first has
-    measured.
+    If several processes train together, all of them must call this. With `"auto"` and `"fast"`, all use what the first
+    process measures.
 
     Raises:
         CELoraError: unknown preset or field, no adapters, merged adapters, a model patched by Unsloth, a rank larger
@@ -120,10 +120,10 @@ def _settled(
     batches: Iterable[Mapping[str, Any]] | None,
     changes: Mapping[str, Any],
 ) -> tuple[Plan | None, CELoraConfig]:
-    """The plan, if there is one, and the configuration. What presets `auto` and `fast` leave open is measured now."""
+    """The plan, or None, and the configuration. For presets `auto` and `fast`, this times the products."""
     model = found.model
     if config == "auto" and batches is not None:
-        resolve(config, changes)  # tell a mistake before anything is measured
+        resolve(config, changes)  # so that a mistake is reported before any measurement
         from celora.planning.planner import make_plan
 
         config = Plan.from_dict(from_first(make_plan(model, batches).to_dict()))
@@ -145,7 +145,7 @@ def _settled(
 
 
 def _assign(found: Survey, config: CELoraConfig) -> dict[str, tuple[LayerReport, Estimator | None]]:
-    """What each layer gets, by name. Warns of overrides of the user's that match no layer."""
+    """The report and the estimator of each layer, by name. Warns of overrides that match no layer."""
     for pattern in config.overrides:
         if pattern not in _PRESET_PATTERNS and not any(matches(pattern, name) for name in found.layers):
             warnings.warn(f"celora: the override {pattern!r} matches no adapted layer", stacklevel=3)
@@ -154,7 +154,7 @@ def _assign(found: Survey, config: CELoraConfig) -> dict[str, tuple[LayerReport,
 
 
 def detach(model: nn.Module) -> None:
-    """Take every hook and attribute that `attach` added off `model`. Without an attachment, do nothing.
+    """Remove every hook and attribute that `attach` added to `model`. Without an attachment, do nothing.
 
     If celora was attached to a wrapper around `model`, or to another model that shares adapted layers with it, that
     attachment ends, too.
@@ -199,9 +199,9 @@ def _graft_layer(layer: AdaptedLayer, estimator: Estimator | None, attachment: A
         attachment.forwards[layer.name].between(layer.module, layer.base)
     weight = plain_weight(layer.base)
     if weight is not None and _is_here(weight, layer):
-        estimator.prepare(weight)  # else at the first refresh
+        estimator.prepare(weight)  # otherwise the first refresh does it
 
 
 def _is_here(weight: Tensor, layer: AdaptedLayer) -> bool:
-    """Whether all of the weight is here already: it is not sharded, and no launcher has yet to put it in place."""
+    """Whether the whole weight is in memory: it is not sharded, and no launcher still has to load it."""
     return weight.shape == layer.shape and not weight.is_meta and not isinstance(weight, DTensor)

@@ -1,8 +1,8 @@
-"""The private names of other libraries that celora uses, each looked up here, when it is used.
+"""The list of other libraries' private names that celora uses. Each is looked up when it is used.
 
-A private name may move or disappear in any release. `borrow` then returns None, says once what is not done without it,
-and its caller takes the plain path, which gives the same result more slowly. So a new version of a library can cost
-time, never a result, and never `import celora`. Whatever is not listed here is public, or is not used.
+A private name may move or disappear in any release. Then `borrow` returns None, and warns once what celora does not do
+without it. The caller takes the plain path, which gives the same result more slowly. So a new version of a library can
+cost time, but it cannot change a result or break `import celora`. celora uses no private name that is not listed here.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 _UNDER_MODES = "while a mode looks at every operator, nothing is fused or computed in one pass"
 # "module:name", or "module:Class.attribute" -> what celora leaves out where the library does not have it.
+# "module:name" or "module:Class.attribute" -> what celora does not do if the library lacks it.
 NAMES: dict[str, str] = {
-    # Methods of the trainer that `celora train` adds to: where one is gone, what is added is never called.
+    # Methods of the trainer that `celora train` overrides. If one is gone, our override is never called.
     "transformers:Trainer._determine_best_metric": "a metric that no evaluation has is told in transformers' own words",
     "transformers:Trainer._get_train_sampler": "rows that are grouped by length come in another order once a run is "
     "resumed in a later epoch",
@@ -54,7 +55,7 @@ NAMES: dict[str, str] = {
 
 
 def borrow(name: str) -> Any:
-    """What `NAMES` lists as `name`, or None where the installed version of its library has no such thing."""
+    """The object that `NAMES` lists as `name`, or None if the installed version of its library lacks it."""
     found = _look_up(name)
     if found is None:
         _say_missing(name)
@@ -81,6 +82,6 @@ def _say_missing(name: str) -> None:
 
 
 def forget() -> None:
-    """Look everything up anew, and say again what is missing; for tests that take names away."""
+    """Forget what was looked up and what was said. For tests that take names away."""
     _look_up.cache_clear()
     _say_missing.cache_clear()

@@ -1,4 +1,4 @@
-"""The one exception users meet: one line that says what came, what is allowed and what to do."""
+"""The one exception that users see: one line that says what came, what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> CELoraError:
 
 
 def choose(kind: str, name: str, known: Iterable[str]) -> str:
-    """The known name that `name` is, in whatever case it is written; or the error of `unknown`.
+    """The known name that equals `name`, ignoring case; or the error of `unknown`.
 
     >>> choose("arm", "lora", ["LoRA", "exact"])
     'LoRA'
@@ -40,7 +40,7 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether this is how Python or torch says that there is no memory left."""
+    """Whether Python or torch raised this error because memory ran out."""
     # By name: torch may not be imported yet. Its CPU allocator raises a bare RuntimeError.
     return (
         isinstance(error, MemoryError)

@@ -15,14 +15,14 @@ from celora.errors import CELoraError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; what was written to it takes the place of `path` once it is on the disk.
+    """Yield a temporary file name. At the end the file is flushed to disk and renamed to `path`.
 
     Raises:
-        CELoraError: it cannot be written; `path` is then what it was.
+        CELoraError: it cannot be written; `path` is unchanged then.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.unlink(missing_ok=True)  # left by a process that was killed, or a link that would be written through
+        temporary.unlink(missing_ok=True)  # left by a killed process, or a link that this would write through
         temporary.touch(exist_ok=False)
         yield temporary
         sync(temporary)
@@ -37,15 +37,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path`, which takes the place of `path` once what was written into it is on the disk.
+    """Yield an empty temporary folder. At the end its files are flushed to disk, and it is renamed to `path`.
 
     Raises:
-        CELoraError: it cannot be written; `path` is then what it was.
+        CELoraError: it cannot be written; `path` is unchanged then.
     """
     temporary, aside = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "replaced"))
     try:
         if aside.exists() and not path.exists():
-            aside.rename(path)  # a process died between the two renames below
+            aside.rename(path)  # an earlier process died between the two renames below
         clear(temporary)
         temporary.mkdir()
         yield temporary
@@ -69,7 +69,7 @@ def _unchanged(path: Path, error: OSError) -> CELoraError:
 
 
 def clear(path: Path) -> None:
-    """Remove what stands under a name of ours: a file, a folder, or a link, but not what it points to."""
+    """Remove a file, a folder, or a link (but not the link's target)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -94,20 +94,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse a pipe or a device, which may have no end, or no other side; CELoraError."""
+    """Raise CELoraError for a pipe or a device: reading one may never end."""
     try:
         other = path.exists() and not path.is_file() and not path.is_dir()
-    except (OSError, ValueError):  # a name that is none: opening it says why
+    except (OSError, ValueError):  # not a valid name: opening it says why
         return
     if other:
         raise CELoraError(f"cannot read {str(path)!r}: a pipe or a device; expected a file.")
 
 
 def check_name(option: str, path: str | os.PathLike[str]) -> None:
-    """Refuse what no file can be called and what cannot be looked up; whether it is there is another question.
+    """Refuse a path that no file can have. The file need not exist.
 
     Raises:
-        CELoraError: in one line, what --`option` gives and why it is no path.
+        CELoraError: says what --`option` gives, and why it cannot be a path.
     """
     try:
         os.fspath(path).encode()
@@ -122,7 +122,7 @@ def check_name(option: str, path: str | os.PathLike[str]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; CELoraError if it cannot be read, is not JSON or has a key twice in one object."""
+    """The value in a JSON file. CELoraError if it cannot be read, is not JSON, or has a key twice in one object."""
     check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs_once)
@@ -130,12 +130,12 @@ def read_json(path: Path) -> Any:
         raise CELoraError(f"cannot read {path}: {error.strerror}.") from None
     except json.JSONDecodeError as error:
         raise CELoraError(f"{path}:{error.lineno}: not JSON: {error.msg}.") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, nested too deeply, too many digits, keys that come twice
+    except (ValueError, RecursionError) as error:  # not UTF-8, nested too deeply, too many digits, a key given twice
         raise CELoraError(f"{path}: not JSON: {' '.join(str(error).split())}.") from None
 
 
 def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, for `object_pairs_hook`; ValueError if a key comes twice, where Python would take the last."""
+    """A JSON object, for `object_pairs_hook`. Raises ValueError if a key comes twice; Python would take the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -19,25 +19,25 @@ from celora.runtime.attachment import find
 
 
 def shard(model: nn.Module, **options: Any) -> None:
-    """`fully_shard` the frozen weights under `model`'s adapters one by one, its blocks, and the rest. Then `attach`.
+    """`fully_shard` the frozen weights under `model`'s adapters one by one, then its blocks, then the rest.
 
     The backward of an estimated layer gathers
 
     - the kept rows, with `columns` and `synchronise=True`;
-    - nothing, with an 8-bit copy, which takes every process a byte a number;
+    - nothing, with an 8-bit copy, which takes one byte a weight on every process;
     - else the whole weight.
 
-    These weights are not prefetched, nor are those of layers that stay dense. With gradient checkpointing the repeated
-    forward gathers them all. Weights that adapters read by themselves (DoRA, HRA) stay with their block, which gathers
-    them for its backward.
+    These weights are not prefetched. Neither are those of layers that stay dense. With gradient checkpointing the
+    repeated forward gathers all of them. Weights that adapters read by themselves (DoRA, HRA) stay with their block,
+    which gathers them for its backward.
 
     Args:
         model: a PEFT model of a Transformers model, neither sharded nor attached yet.
         options: for `torch.distributed.fsdp.fully_shard`: `mesh`, `mp_policy`, `reshard_after_forward`, ...
 
     Raises:
-        CELoraError: no adapters, celora is attached already, a quantised base, weights that are to be offloaded to the
-            CPU, or a model that does not name its blocks.
+        CELoraError: the model has no adapters, celora is attached already, the base is quantised, weights are to be
+            offloaded to the CPU, or the model does not name its blocks.
     """
     layers = survey(model).layers.values()
     if isinstance(options.get("offload_policy"), CPUOffloadPolicy):

@@ -1,4 +1,4 @@
-"""What the user asks for: one estimator setting for all layers, presets, and overrides for the layers they name."""
+"""The configuration: one estimator setting for all layers, and overrides for the layers that a pattern names."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class LayerConfig:
         estimator: `dense`, `columns` (the paper's), `tokens`, `int8`, `fp8`, or the name of one that
             `celora.register_estimator` added.
         keep_ratio: share of the gradient's columns (or tokens) that is kept, 0 < keep_ratio <= 1; 1 is dense. With
-            `selection="energy"`, the share of the squared gradient norm; 1 then leaves out only what is exactly zero.
-        rank: rank r0 of the frozen factor; 0 is none, `"adapter"` the adapter's rank, `"balanced"` the `balanced_rank`
-            of that. The layer's size limits both.
+            `selection="energy"`, the share of the squared gradient norm; 1 then leaves out only exact zeros.
+        rank: rank r0 of the frozen factor. 0 means no factor, `"adapter"` the adapter's rank, `"balanced"` the
+            `balanced_rank` of the adapter's rank. The layer's size limits the last two.
         selection, factor, precision, weight_copy, forward: see `celora.numerics.estimators.Settings`.
     """
 
@@ -53,27 +53,29 @@ class CELoraConfig(LayerConfig):
         estimator, keep_ratio, rank, ...: the setting of every layer that no override names; see `LayerConfig`.
         refresh_every: optimizer steps from one exact, observed backward to the next (the paper's tau).
         spread: let layers refresh in turns instead of all at once, so that no step is much slower than its neighbours.
-        target_error: keep each layer's relative error, measured at its refreshes, near this by moving its `keep_ratio`
+        target_error: move each layer's `keep_ratio`, so that its relative error at refreshes stays near this value
             (`celora.runtime.target_error`).
-        most_error: the relative error of a layer, measured at its refreshes, beyond which it keeps more, or becomes
-            exact. A layer far below it keeps less (`celora.runtime.ladder`; preset `auto`). Each layer is then measured
-            once within the first steps, too.
+        most_error: the largest relative error at a refresh. A layer above it keeps more, or becomes exact; a layer far
+            below it keeps less (`celora.runtime.ladder`; preset `auto`). celora then also measures each layer once
+            within the first steps.
         overrides: glob on a layer's dotted name (or on its end: `"layers.3.mlp.up_proj"`) -> the fields it changes.
             Later entries win over earlier ones.
-        synchronise: let all processes that train together select by what all of them have seen, so that they keep the
-            same. It takes one all-reduce at each refresh, outside backward. Not with `factor="gradient"`.
-        seed: of the randomised factorisation and of sampling.
+        synchronise: make all processes that train together select the same, by the gradients of all of them. It takes
+            one all-reduce at each refresh, outside backward. Not with `factor="gradient"`.
+        seed: seed of the randomised factorisation and of sampling.
         fused: compute a vanilla adapter and its base layer's backward as one autograd function (see
             `celora.modeling.fused`) and, on CPU, RMS norms, gates and rotary embeddings in one pass each (see
             `celora.modeling.passes.known`).
-        labelled_head: project only tokens with a label onto the vocabulary, while training (see
-            `celora.numerics.head`); the model's output then has a loss and no logits.
+        labelled_head: while training, compute logits of tokens with a label only (see `celora.numerics.head`). The
+            model's output then has a loss and no logits.
         padding_free: leave padding out of training batches (`celora.modeling.packing`); needs `labelled_head`.
-        head_keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with, in (0, 1]; 1 is
-            exact, and less needs `labelled_head`. Words are drawn, so that what is left out averages out.
-        head_forward: the logits while training: `exact`, or in 8 bits (`int8`), which needs `labelled_head`.
-        zero_tokens: in the last block, tokens without a label get a gradient of exactly zero; leave them out of the
-            backward of layers that would be dense. On a CPU only: on an accelerator, counting them would wait for it.
+        head_keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with, in (0, 1]. 1 is
+            exact; less needs `labelled_head`. Words are drawn at random, so that the error averages out.
+        head_forward: how logits are computed while training: `exact`, or in 8 bits (`int8`), which needs
+            `labelled_head`.
+        zero_tokens: leave tokens with a gradient of exactly zero out of the backward of layers that would be dense. In
+            the last block, all tokens without a label are such. On a CPU only: an accelerator would have to be waited
+            for.
 
     Raises:
         CELoraError: for a value out of range, an unknown field or an unknown estimator.
@@ -137,7 +139,7 @@ class CELoraConfig(LayerConfig):
         object.__setattr__(self, "overrides", overrides)
 
     def for_layer(self, name: str) -> LayerConfig:
-        """The setting of the layer `name`: the defaults, changed by each override that matches it."""
+        """The setting of layer `name`: the defaults, changed by each override that matches the name."""
         changes: dict[str, Any] = {}
         for pattern, fields in self.overrides.items():
             if matches(pattern, name):
@@ -153,7 +155,7 @@ class CELoraConfig(LayerConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CELoraConfig:
-        """The configuration with these fields; CELoraError names an unknown one and the nearest known."""
+        """A configuration with these fields. Raises CELoraError for an unknown field, with the nearest known name."""
         if not isinstance(values, Mapping):
             raise CELoraError(f"celora configuration is {values!r}; expected a mapping of settings.")
         known = [field.name for field in dataclasses.fields(cls)]
@@ -201,7 +203,7 @@ def _check_layer(config: LayerConfig) -> None:
 
 
 def _check_uses(config: LayerConfig, names: Iterable[str]) -> None:
-    """Refuse a setting that the chosen estimator would ignore; keep_ratio and rank have defaults of their own."""
+    """Refuse settings that the chosen estimator would ignore, except keep_ratio and rank, which have other defaults."""
     uses = estimator_class(config.estimator).uses
     for name in names:
         if name in _SETTINGS - {"keep_ratio", "rank"} - uses:

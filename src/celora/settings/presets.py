@@ -1,4 +1,4 @@
-"""The presets, and how a name, a configuration or changes to one become a configuration."""
+"""The presets, and how a preset's name and changes to it become a configuration."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ PRESETS: dict[str, CELoraConfig] = {
         labelled_head=True,
         padding_free=True,
     ),
-    # Nothing is estimated: only work that changes no result is left out.
+    # Nothing is estimated. It only skips work that cannot change the result.
     "exact": CELoraConfig(
         estimator="dense", fused=True, labelled_head=True, padding_free=True, zero_tokens=True, spread=True
     ),
-    # What `by_rule`, or a plan (celora.make_plan), is carried out in: their layers are the overrides.
+    # The frame of preset auto: `by_rule` fills in its rule, or a plan (celora.make_plan) gives its layers as overrides.
     "auto": CELoraConfig(estimator="dense", spread=True, fused=True, labelled_head=True, padding_free=True),
-    # Forward and backward of every frozen layer in 8 bits, of the tokens that carry 0.9997 of the gradient's energy.
+    # Every frozen layer in 8 bits, forward and backward. The backward keeps 0.9997 of the gradient's energy.
     "fast": CELoraConfig(
         estimator="tokens",
         selection="energy",
@@ -47,8 +47,8 @@ PRESETS: dict[str, CELoraConfig] = {
     "off": CELoraConfig(estimator="dense"),
 }
 
-# What preset auto begins with where no plan is asked for: 8-bit products of the tokens that carry 0.9997 of the
-# gradient's energy in every layer, a tenth of the words for the head (docs/develop/log/plans.md).
+# The rule of preset auto without a plan: in every layer 8-bit products of the tokens that carry 0.9997 of the
+# gradient's energy, and a tenth of the words for the head (docs/develop/log/plans.md).
 RULE: Mapping[str, Any] = {
     "estimator": "tokens",
     "selection": "energy",
@@ -62,16 +62,16 @@ RULE: Mapping[str, Any] = {
 
 
 def by_rule(frame: CELoraConfig, given: Collection[str] = ()) -> CELoraConfig:
-    """Preset auto with what its rule sets; `given` are the fields of `frame` that the user has set."""
+    """Fill the rule of preset auto into `frame`. Fields in `given` are the user's, and stay."""
     own = {*given, *(() if frame.labelled_head else ("head_keep_ratio",))}
     own |= set() if frame.target_error is None else {"most_error"}
     return dataclasses.replace(frame, **{name: value for name, value in RULE.items() if name not in own})
 
 
 def resolve(config: str | CELoraConfig, changes: Mapping[str, Any] | None = None) -> CELoraConfig:
-    """A preset's configuration by name, or the configuration itself; with `changes` of what concerns all layers.
+    """The configuration of a preset, or the given configuration, with `changes` of fields that concern all layers.
 
-    What needs the head over labelled tokens goes with it, where `labelled_head=False` says nothing else.
+    `labelled_head=False` also turns off what needs it, unless `changes` say otherwise.
     """
     if not isinstance(config, str | CELoraConfig):
         raise CELoraError(f"config={config!r}; expected a CELoraConfig or one of: {', '.join(sorted(PRESETS))}.")

@@ -1,4 +1,4 @@
 """How a frozen weight is stored and read: plain, quantised, sharded.
 
-Belongs here: reading all of a weight or some of its rows. Does not belong here: what is multiplied with it.
+Belongs here: reading a whole weight or some of its rows. Does not belong here: multiplying.
 May import: errors, files, borrowed, machine."""

@@ -1,7 +1,7 @@
-"""The weights of a checkpoint, read one by one: a folder, or a model of the hub that is on this machine already.
+"""Reads the tensors of a checkpoint one by one, from a folder or from the hub's cache.
 
-A file is opened for each tensor and closed after it. Mapped pages count as memory of the process: a file that stayed
-open would in the end be in memory as a whole.
+Each read opens the file and closes it again. The pages of a mapped file count as memory of the process. So a file that
+stayed open would end up in memory as a whole.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a safetensors file. Transformers reads it as a slice of such a file: by `tensor[...]`."""
+    """One tensor of a safetensors file. Transformers reads it with `tensor[...]`, like a slice of such a file."""
 
     file: Path
     key: str
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
+        """Read the tensor into new memory."""
         with safe_open(self.file, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(self.key)
             return tensor.clone()
@@ -36,28 +36,28 @@ class StoredTensor:
         return self.read()[index]  # type: ignore[index]
 
     def get_shape(self) -> list[int]:
-        """Its sizes, from the head of the file."""
+        """The tensor's sizes, from the header of the file."""
         with safe_open(self.file, framework="pt") as opened:
             shape: list[int] = opened.get_slice(self.key).get_shape()
             return shape
 
     def get_dtype(self) -> str:
-        """Its dtype as safetensors spells it, `BF16`."""
+        """The tensor's dtype in the spelling of safetensors, such as `BF16`."""
         with safe_open(self.file, framework="pt") as opened:
             dtype: str = opened.get_slice(self.key).get_dtype()
             return dtype
 
 
 def stored_tensors(model: str, revision: str | None = None, *, offline: bool = False) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint by name; none is read.
+    """All tensors of a checkpoint, by name. Reads none of them.
 
     Args:
         model: a folder, or a name on the hub.
-        revision: on the hub.
-        offline: take only what is on this machine.
+        revision: the revision on the hub.
+        offline: use only files that are on this machine.
 
     Raises:
-        CELoraError: it holds no safetensors files.
+        CELoraError: the checkpoint has no safetensors files.
     """
 
     def found(name: str) -> Path | None:
@@ -90,23 +90,23 @@ def _there(path: Path | None, name: str, model: str) -> Path:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the weight of a layer was read: a parameter of a model that a folder or the hub holds."""
+    """Where a layer's weight came from: the name of a parameter, and the folder or hub name of its model."""
 
     model: str
     revision: str | None
     name: str
 
     def read(self) -> Tensor:
-        """The parameter as it is stored, from this machine.
+        """Read the parameter again, without a download.
 
         Raises:
-            CELoraError: it cannot be found there.
+            CELoraError: it is not on this machine.
         """
         try:
             tensors = stored_tensors(self.model, self.revision, offline=True)
         except OSError as error:
             raise CELoraError(f"{self.model!r} is not on this machine: {str(error).splitlines()[0]}") from None
-        # A checkpoint of a bare model lacks the prefix that the model around it puts in front of names.
+        # The checkpoint of a bare model lacks the prefix of the model around it.
         for key in (self.name, self.name.partition(".")[2]):
             if key in tensors:
                 return tensors[key].read()

@@ -1,4 +1,4 @@
-"""The weights of bitsandbytes, torchao and HQQ layers, read as they are stored."""
+"""Reads the weights of bitsandbytes, torchao and HQQ layers from their stored form."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ class _BitsAndBytes4(StoredWeight):
         return rows
 
     def _as_quantised(self) -> tuple[Tensor, Any]:
-        """What was quantised, in its first layout: evaluation on some CPUs packs it anew, and leaves it so."""
+        """The quantised numbers in their first layout. On some CPUs, an evaluation changes the layout for good."""
         if not getattr(self.state, "packing_format_for_cpu", False):
             return self.stored, self.state
         state = copy.copy(self.state)
-        scales, state.original_nested = state.absmax, False  # which would quantise the scales once more
+        scales, state.original_nested = state.absmax, False  # else the scales would be quantised again
         stored, state = borrow(_UNPACK)(self.stored, state)
         state.absmax = scales.t().reshape(-1).float()
         return stored, state
 
 
 class _BitsAndBytes8(StoredWeight):
-    """`W[i, j] = q[i, j] s[i] / 127` (LLM.int8); products with outliers of the input use the same matrix."""
+    """`W[i, j] = q[i, j] s[i] / 127` (LLM.int8). Products with outliers of the input use the same matrix."""
 
     def __init__(self, module: Any, dtype: torch.dtype | None) -> None:
         super().__init__(module.weight, module.weight.shape, dtype or torch.float16)
-        # The first forward moves them from the weight to the layer's state.
+        # The first forward moves the scales from the weight to the layer's state.
         self.scale = module.weight.SCB if module.state.SCB is None else module.state.SCB
 
     def dense(self) -> Tensor:
@@ -94,7 +94,7 @@ class _TorchAO(StoredWeight):
         weight = self.weight
         names = [*weight.tensor_data_names, *getattr(weight, "optional_tensor_data_names", ())]
         parts = [part for part in (getattr(weight, name) for name in names) if part is not None]
-        # Of these kinds it is known that the first dimension of every part is that of the rows, or one for all rows.
+        # In these kinds the first dimension of every part has one entry for each row, or one for all rows.
         by_rows = type(weight).__name__ in ("Int8Tensor", "IntxUnpackedToInt8Tensor")
         if not by_rows or any(part.dim() < 2 or len(part) != self.shape[0] for part in parts):
             return self.dense()[index]
@@ -103,7 +103,7 @@ class _TorchAO(StoredWeight):
 
 
 class _HQQ(StoredWeight):
-    """`(q - zero) scale` in groups; a byte of a 4-bit weight holds a number of its first and one of its second half."""
+    """`(q - zero) scale` in groups. A byte of a 4-bit weight has one number of its first half and one of its second."""
 
     def __init__(self, module: Any, dtype: torch.dtype | None) -> None:
         super().__init__(module.W_q, module.meta["shape"], module.compute_dtype)
@@ -133,7 +133,7 @@ class _HQQ(StoredWeight):
 
 
 def stored_kind(module: nn.Module) -> Callable[[Any, torch.dtype | None], StoredWeight] | None:
-    """How to read a quantised layer; None for any other. A layer of celora's says so itself."""
+    """The class that reads this quantised layer; None if it is not quantised. celora's own layers name theirs."""
     own: Callable[[Any, torch.dtype | None], StoredWeight] | None = getattr(type(module), "stored_weight", None)
     if own is not None:
         return own
@@ -153,7 +153,7 @@ def is_kind(thing: object, package: str, name: str) -> bool:
 
 
 def why_refused(module: Any) -> str:
-    """What keeps a layer of a known kind from being read."""
+    """Why a layer of a known kind cannot be read; '' if it can."""
     if is_kind(module, "bitsandbytes", "Linear4bit"):
         state = getattr(module.weight, "quant_state", None)
         if state is None:

@@ -1,11 +1,11 @@
-"""How the weight of a frozen layer is read: plain or de-quantised, whole or some rows.
+"""Reads the weight of a frozen layer: plain or de-quantised, whole or some rows.
 
-Most layers hold their `(out, in)` weight as a tensor; GPT-2's Conv1D holds `(in, out)`, read through a transposed view.
-Quantised layers hold something else. There a `StoredWeight` stands for the matrix they multiply with and offers what
-estimators ask of a weight: `weight[index]` de-quantises those rows only, `weight.to(dtype)` and `weight.detach()`
-everything, anew each time; `data_ptr()` and `_version` tell when a copy made of it is out of date.
+Most layers have their `(out, in)` weight as a tensor. GPT-2's Conv1D has `(in, out)`; celora reads it through a
+transposed view. For a quantised layer, `read` gives a `StoredWeight`. It behaves like the matrix, as far as estimators
+need: `weight[index]` de-quantises only those rows; `weight.to(dtype)` and `weight.detach()` de-quantise everything,
+each time; `data_ptr()` and `_version` tell whether a copy is out of date.
 
-Kinds of layers are told by their classes' names, so no quantisation package is imported here before it is needed.
+celora recognises layers by the names of their classes. So it imports no quantisation package before it is needed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def read(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 
     Args:
         module: a layer for which `unreadable` says ''.
-        dtype: of its activations, which the numbers of 8-bit weights take on.
+        dtype: the dtype of the layer's activations. 8-bit weights are de-quantised to it.
     """
     weight = plain_weight(module)
     if weight is not None:
@@ -48,7 +48,7 @@ def read(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def unreadable(module: nn.Module) -> str:
-    """Why `read` would not give the matrix that the layer's own backward multiplies with, or ''."""
+    """Why `read` cannot give the matrix that the layer's own backward multiplies with; '' if it can."""
     if _is_conv1d(module):
         return ""
     if stored_kind(module) is not None:
@@ -65,19 +65,19 @@ def unreadable(module: nn.Module) -> str:
 
 
 def own_bytes(module: nn.Module) -> bool:
-    """Whether 8-bit products multiply with the bytes of this quantised layer as they are."""
+    """Whether 8-bit products multiply with the stored bytes of this quantised layer directly."""
     return stored_kind(module) is not None and not unreadable(module) and read(module).packed is not None  # type: ignore[attr-defined]
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a linear layer of any kind; zeros where there is no such thing."""
+    """(out_features, in_features) of a linear layer of any kind; (0, 0) for any other module."""
     names = ("nf", "nx") if _is_conv1d(module) else ("out_features", "in_features")
     out_features, in_features = (int(getattr(module, name, 0)) for name in names)
     return out_features, in_features
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where the layer's weight is, or will be: a launcher or accelerate may have left it out so far."""
+    """The device where the layer's weight is, or will be: a launcher or accelerate may not have loaded it yet."""
     stored: Any = module.W_q if is_kind(module, "hqq", "HQQLinear") else module.weight
     if stored.is_meta:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

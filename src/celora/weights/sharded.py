@@ -1,7 +1,7 @@
-"""Frozen weights of which FSDP2 keeps a part on each process: gather for a backward only what it reads.
+"""Frozen weights that FSDP2 shards over processes: a backward gathers only the rows that it reads.
 
-Between its forward and its backward such a weight is a `DTensor`, split by rows. Kept rows are gathered alone; a
-product with an 8-bit copy gathers nothing; anything else gathers the whole weight.
+Between its forward and its backward such a weight is a `DTensor`, split by rows. An estimate of kept rows gathers only
+these rows. A product with an 8-bit copy gathers nothing. Anything else gathers the whole weight.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-# torch 2.13 renames it.
+# The first is the name since torch 2.13.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def whole(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight itself or, of a sharded one, all of it; in `dtype`, cast before it is sent."""
+    """The whole weight in `dtype`: itself, or gathered if it is sharded. It is cast before it is sent."""
     weight = weight if dtype is None else weight.to(dtype)
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
@@ -24,22 +24,22 @@ def whole(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def is_split(module: nn.Module) -> bool:
     """Whether this layer's product is split over processes (tensor parallelism).
 
-    Transformers replaces the forward of such layers, which FSDP2 does not, and PEFT marks those that it adapts.
+    Transformers replaces the forward of such layers; FSDP2 does not. PEFT marks the layers that it adapts.
     """
     replaced = isinstance(getattr(module, "weight", None), DTensor) and "forward" in vars(module)
     return replaced or bool(getattr(module, "_hf_tp_plan", None))
 
 
 def rows_alone(weight: Tensor) -> bool:
-    """Whether `RowGather` can gather rows of this weight: it is sharded, by rows, along one dimension of its mesh."""
+    """Whether `RowGather` can gather rows of this weight: it is sharded by rows, along one dimension of its mesh."""
     return isinstance(weight, DTensor) and _sharded_dim(weight) is not None
 
 
 class RowGather:
-    """`weight[index]` of a sharded weight: (K, in), for one selection, which all processes have in common.
+    """`weight[index]` of a sharded weight: (K, in). All processes must have the same selection `index`.
 
-    Each sends the rows it holds, padded to the most that any holds: `processes max_r K_r in` numbers arrive instead of
-    `out in`.
+    Each process sends its rows, padded to the largest number that any process has. So `processes max_r K_r in` numbers
+    arrive instead of `out in`.
     """
 
     def __init__(self, weight: Tensor, index: Tensor) -> None:
@@ -48,16 +48,16 @@ class RowGather:
         assert dim is not None
         self.group = weight.device_mesh.get_group(dim)
         here, self.processes = weight.device_mesh.get_local_rank(dim), weight.device_mesh.size(dim)
-        share = -(-weight.shape[0] // self.processes)  # as torch.chunk splits
+        share = -(-weight.shape[0] // self.processes)  # torch.chunk splits like this
         owner = index // share
         counts = torch.bincount(owner, minlength=self.processes)
-        self.most = int(counts.max())  # once a selection
+        self.most = int(counts.max())  # waits for the device, once for each selection
         before = counts.cumsum(0) - counts
         self.place = owner * self.most + torch.arange(len(index), device=index.device) - before[owner]
         self.mine = (index % share)[owner == here]
 
     def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows in `dtype`, in the order of the selection, which ascends. Collective."""
+        """The rows in `dtype`, in ascending order. Collective."""
         assert isinstance(weight, DTensor)
         sent = torch.zeros(self.most, weight.shape[1], dtype=dtype, device=self.place.device)
         sent[: len(self.mine)] = weight.to_local().detach()[self.mine].to(dtype)

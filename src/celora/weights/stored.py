@@ -1,4 +1,4 @@
-"""Weights that are de-quantised only when, and as far as, they are read."""
+"""Quantised weights that are de-quantised only when they are read, and only the rows that are read."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # estimators are written for tensors, and read no more of them than this offers
+if TYPE_CHECKING:  # estimators are written for tensors, and use only what this class has
     _TensorLike = Tensor
 else:
     _TensorLike = object
 
 
 class StoredWeight(_TensorLike):
-    """The frozen `(out, in)` weight of a quantised layer, de-quantised when and as far as it is read.
+    """The frozen `(out, in)` weight of a quantised layer. Reading it de-quantises the rows that are read.
 
-    Holds on to the layer's own tensors, never to a copy.
+    It refers to the layer's own tensors, and makes no copy.
 
     Attributes:
-        owner: the layer's tensor, which tells this weight from others; `stored` is its data.
-        shape, device: of the matrix.
-        dtype: what it is de-quantised to.
-        compute_dtype: of the layer's own products, or None for the dtype of its activations.
+        owner: the layer's tensor, which identifies this weight; `stored` is its data.
+        shape, device: shape and device of the matrix.
+        dtype: the dtype that it is de-quantised to.
+        compute_dtype: the dtype of the layer's own products; None for the dtype of its activations.
     """
 
     requires_grad = is_meta = False
@@ -37,15 +37,15 @@ class StoredWeight(_TensorLike):
 
     @property
     def packed(self) -> Any:
-        """What multiplies with it from its own bytes (`celora.kernels.packed.BothWays`); None if nothing does."""
+        """The packed weight that multiplies with the stored bytes (`celora.kernels.packed.BothWays`), or None."""
         return None
 
     def dense(self) -> Tensor:
-        """All of it, (out, in), in `dtype`."""
+        """The whole matrix, (out, in), in `dtype`."""
         raise NotImplementedError
 
     def rows(self, index: Tensor) -> Tensor:
-        """Rows `index: (K,)` of it, (K, in), in `dtype`."""
+        """Rows `index: (K,)` of the matrix: (K, in), in `dtype`."""
         return self.dense()[index]
 
     def detach(self) -> Tensor:
@@ -59,7 +59,7 @@ class StoredWeight(_TensorLike):
 
 
 class SelectedRows(StoredWeight):
-    """Rows `index: (K,)` of a weight that `read` gave, read when a product makes its copy of them."""
+    """Rows `index: (K,)` of a weight from `read`. They are read when a product makes its copy of them."""
 
     def __init__(self, weight: Tensor, index: Tensor) -> None:
         super().__init__(owner_of(weight), torch.Size((len(index), weight.shape[1])), weight.dtype)
@@ -70,16 +70,17 @@ class SelectedRows(StoredWeight):
 
 
 def owner_of(weight: Tensor) -> Tensor:
-    """The tensor that tells this weight from others: what a view is of, or a quantised layer's own."""
+    """The tensor that identifies this weight: the base of a view, or a quantised layer's own tensor."""
     if isinstance(weight, StoredWeight):
         return weight.owner
     return weight if weight._base is None else weight._base
 
 
 def rows_of(weight: Tensor, index: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
-    """Rows `index: (K,)` of a weight that `read` gave, (K, in), in `dtype`; into `out` if that is given.
+    """Rows `index: (K,)` of a weight from `read`: (K, in), in `dtype`; into `out` if given.
 
-    Not `weight[index]` where it is a tensor: on CPU that goes number by number, and `index_select` row by row.
+    For a tensor this is faster than `weight[index]`: on CPU, that copies number by number, and `index_select` row by
+    row.
     """
     if isinstance(weight, StoredWeight):
         rows = weight[index].to(dtype)
