@@ -1,4 +1,4 @@
-"""Frozen low-rank factors of a weight: `W ~= U V`, multiplied exactly while the residual `W - U V` is estimated."""
+"""Frozen low-rank factors of a weight, `W ~= U V`. Products with U and V are exact; the residual is estimated."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from celora.machine.device import exact_device
 
 _OVERSAMPLE = 2
 _ITERATIONS = 2
-_WIDTH = 8  # products with a sketch are fastest where it has a multiple of so many columns
+_WIDTH = 8  # products with a sketch are fastest if its number of columns is a multiple of this
 
 
 def svd_factor(weight: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Truncated SVD of `weight: (out, in)` with sqrt(S) on each side: `U: (out, rank)`, `V: (rank, in)`, fp32 at least.
 
-    Block Krylov iteration (Musco, Musco 2015): with `A = weight` and a random sketch P of k ~ rank + 2 columns, the
-    best factor in the span of `[A P, (A A^T) A P, (A A^T)^2 A P]`, about `12 k out in` FLOPs instead of a full
-    decomposition; the exact one if the basis would be nearly as large as the weight. It draws from a generator of its
-    own, so the result depends on `seed` alone and the global random state stays as it was. `U V` need not be optimal
-    for the estimate to be right, because the residual is taken from these factors. A matrix that is not finite gives
+    Block Krylov iteration (Musco, Musco 2015). With `A = weight` and a random sketch P of k ~ rank + 2 columns, it
+    finds the best factor in the span of `[A P, (A A^T) A P, (A A^T)^2 A P]`. This takes about `12 k out in` FLOPs
+    instead of a full decomposition. If the basis would be nearly as large as the weight, the decomposition is exact.
+    The random numbers depend on `seed` alone, and the global random state does not change. The estimate is right even
+    if `U V` is not optimal, because the residual is computed from these factors. A matrix that is not finite gives
     zeros.
     """
     out_features, in_features = weight.shape
     matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     size = torch.linalg.vector_norm(matrix, ord=math.inf)
-    finite = torch.isfinite(size)  # or an overflow under a GradScaler: nothing seen
+    finite = torch.isfinite(size)  # not finite after an overflow under a GradScaler: nothing was seen then
     sketch = -(-(rank + _OVERSAMPLE) // _WIDTH) * _WIDTH
     if 2 * (_ITERATIONS + 1) * sketch >= min(out_features, in_features):
         whole = torch.where(finite, matrix, 0).to(exact_device(matrix.device))
@@ -40,7 +40,7 @@ def svd_factor(weight: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Ten
 
         generator = torch.Generator(device=matrix.device).manual_seed(seed)
         probe = torch.randn(in_features, sketch, generator=generator, device=matrix.device, dtype=matrix.dtype)
-        basis = _orthonormal(_orthonormal(times(matrix, probe)))  # the second time for what rounding left
+        basis = _orthonormal(_orthonormal(times(matrix, probe)))  # twice, because of rounding
         image = times(matrix.T, basis)
         for _ in range(_ITERATIONS):
             block = times(matrix, image[:, -sketch:])
@@ -57,9 +57,9 @@ def svd_factor(weight: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Ten
 
 
 def _orthonormal(block: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of a tall matrix, zeros for what is linearly dependent.
+    """An orthonormal basis of the columns of a tall matrix; zeros for linearly dependent columns.
 
-    By the eigenvectors of its Gram matrix: three passes over the block, where QR makes one for each column.
+    It uses the eigenvectors of the Gram matrix, and reads the block three times. QR reads it once for each column.
     """
     squares, vectors = _eigh(block.T @ block)
     finfo = torch.finfo(block.dtype)
@@ -76,7 +76,7 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def residual_row_norms(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """`||W[i, :] - U[i, :] V||` in fp32 at least: (out,). Row block by row block: R is never in memory whole."""
+    """`||W[i, :] - U[i, :] V||` in fp32 at least: (out,). It goes block by block, so R is never whole in memory."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     rows, U, V = max(1, 2**20 // weight.shape[1]), U.to(dtype), V.to(dtype)
     return torch.cat(
@@ -88,10 +88,10 @@ def residual_row_norms(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
 
 
 class FrozenFactor:
-    """The svd factor of one weight, built when the weight is first at hand and again when it has changed.
+    """The svd factor of one weight. It is computed when the weight is first available, and again when it has changed.
 
     Attributes:
-        U, V: in the weight's dtype, or None with `rank=0` and before there is a factor.
+        U, V: the factor in the weight's dtype; None with `rank=0`, and before there is a factor.
         residual_norms: `||W[i, :] - U[i, :] V||`, or `||W[i, :]||` without a factor.
     """
 
@@ -105,16 +105,16 @@ class FrozenFactor:
 
     @property
     def ready(self) -> bool:
-        """Whether the weight is all that the factor waits for."""
+        """Whether the factor needs only the weight."""
         return True
 
     def prepare(self, weight: Tensor) -> None:
-        """Make sure that there is a factor, if there can be one yet: called before each use."""
-        if self.rank and (self.V is None or self.V.device != weight.device):  # or the model was moved
+        """Make the factor if it is missing and can be made. Call this before each use."""
+        if self.rank and (self.V is None or self.V.device != weight.device):  # none yet, or the model was moved
             self.follow(weight)
 
     def observe(self, weight: Tensor, grad_input: Tensor) -> None:
-        """Take in one exact backward pass of a refresh step."""
+        """Observe one exact backward of a refresh step."""
         self.follow(weight)
 
     def settle(self) -> None:
@@ -125,33 +125,33 @@ class FrozenFactor:
 
         Adapters merge into `weight.data` without a version bump, so the row norms serve as fingerprint.
         """
-        weight = weight.detach()  # a quantised one is de-quantised here, once
+        weight = weight.detach()  # de-quantises a quantised weight, once
         norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
         known = self._weight_norms
         if known is not None and known.device == norms.device and torch.equal(norms, known):
             return
         self._weight_norms = self.residual_norms = norms
-        if self.rank and bool(torch.isfinite(norms).all()):  # or it is memory that a launcher has yet to fill
+        if self.rank and bool(torch.isfinite(norms).all()):  # not finite: memory that a launcher still has to fill
             matrix = weight.to(norms.dtype)  # converted once
             self._use(*rounded(matrix, *svd_factor(matrix, self.rank, seed=self.seed), weight.dtype))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What does not follow from the weight and the seed."""
+        """The state that does not follow from weight and seed."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor], in_features: int) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
     def _use(self, U: Tensor, V: Tensor, residual_norms: Tensor) -> None:
         self.U, self.V, self.residual_norms = replaced(self.U, U), replaced(self.V, V), residual_norms
 
 
 def rounded(matrix: Tensor, U: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """U and V in the weight's dtype, and the norms of what they leave of it."""
+    """U and V in the weight's dtype, and the row norms of their residual."""
     U, V = U.to(dtype), V.to(dtype)
     return U, V, residual_row_norms(matrix, U, V)
 
 
 def replaced(old: Tensor | None, new: Tensor) -> Tensor:
-    """`new`, in the place of `old` if it fits there: compiled graphs hold on to these tensors."""
+    """`new`, copied into `old` if the shapes agree, because compiled graphs keep referring to these tensors."""
     return new if old is None or old.device != new.device or old.shape != new.shape else old.copy_(new)

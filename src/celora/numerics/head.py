@@ -1,24 +1,25 @@
-"""Language-model loss over labelled tokens only, in chunks, without ever holding all logits or a weight gradient.
+"""Language-model loss over labelled tokens only, in chunks. All logits and a weight gradient never exist in memory.
 
-The vocabulary projection of a token without a label contributes nothing, forward or backward, so it is not computed.
-For the others, with z = W h + b, y = the model's own scaling and soft-capping of z, and target t,
+A token without a label contributes nothing to the loss, so its logits are not computed. For the other tokens, with
+z = W h + b, y = the model's own scaling and soft-capping of z, and target t,
 
-    log p = y_t - logsumexp(y),    d log p / dh = ((e_t - softmax(y)) dy/dz) W,
+    log p = y_t - logsumexp(y),    d log p / dh = ((e_t - softmax(y)) dy/dz) W.
 
-and the second is computed along with the first, while the chunk's logits are at hand. The loss is linear in the log
-p of its tokens, so backward only scales these rows: no logits are saved, and none computed twice.
+The forward computes both, while the chunk's logits are in memory. The loss is linear in the log p of its tokens. So
+backward only scales the rows of the second: no logits are saved, and none are computed twice.
 
-The second can be estimated, too. A softmax gradient G sits in few words: the targets, and what the model confuses them
-with. With a `keep_ratio`, only that share of W's rows is multiplied: afresh for each chunk, word j is drawn with
-probability `p_j = min(1, lambda max_t |G_tj|)` and weighted by its inverse, so that what is left out averages out over
-the steps. The draw is about little. The words that are not certain have much the same distribution q in all tokens of
-the chunk, and only what differs from that, D, is drawn; each row of D adds up to zero, so W's rows may be moved by
-their mean w:
+The second can be estimated, too. A softmax gradient G is large for few words: the targets, and words that the model
+confuses them with. With a `keep_ratio`, only that share of W's rows is multiplied. For each chunk, word j is drawn with
+probability `p_j = min(1, lambda max_t |G_tj|)` and weighted by `1 / p_j`. So the error averages out over the steps.
+
+The draw also has little variance. Words with `p_j = 1` are certain. The others have nearly the same distribution q in
+all tokens of the chunk. Their average is computed exactly, and only the deviation D from it is drawn. Each row of D
+adds up to zero, so the mean w may be subtracted from W's rows:
 
     G W = G_C W_C + a w + D (W - 1 w)  ~=  G_C W_C + a w + sum_{j drawn} (D_j / p_j) (W_j - w),
 
 with C the certain words, `a = sum_{j not in C} G_j`, `q_j = max(0, -sum_t G_tj)` outside C, normalised, `w = q W` and
-`D = G - a q`: unbiased.
+`D = G - a q`. The estimate is unbiased.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from celora.numerics.products.both_ways import Int8BothWays
 from celora.numerics.sampling import as_weights
 from celora.numerics.select import columns_of, drawn, grain
 
-# Tokens whose logits are in memory at once: enough for a fast product, and few enough for little memory.
+# Limits of a chunk: enough tokens for a fast product, few enough for little memory.
 _CHUNK_NUMBERS, _CHUNK_ROWS = 2**24, 1024
 _CERTAIN = 1 - 1e-6  # a probability that rounding may have lowered
 
@@ -55,8 +56,9 @@ class TokenScores:
     """What the softmax says about each labelled token.
 
     Attributes:
-        log_probs: of the targets, (N,) float32, differentiable; with label smoothing s, `(1-s) log p_t + s mean log p`.
-        entropy: of the distributions, (N,) float32, without gradient; None unless asked for.
+        log_probs: log-probabilities of the targets, (N,) float32, differentiable; with label smoothing s,
+            `(1-s) log p_t + s mean log p`.
+        entropy: entropies of the distributions, (N,) float32, without gradient; None unless asked for.
         top1: whether the target is the most likely token, (N,) bool; None unless asked for.
     """
 
@@ -84,16 +86,16 @@ def score_tokens(
 
     Args:
         hidden: the last hidden states, (..., H), any number of leading dimensions.
-        rows: which of them predict a labelled token, (N,) int64, indices into the flattened leading dimensions.
+        rows: which hidden states predict a labelled token, (N,) int64, indices into the flattened leading dimensions.
         targets: the labels, (N,) int64.
         weight: of the head, frozen, (V, H); bias: (V,) or None.
         logits: what the model does to the head's output; nothing if None.
         smoothing: label smoothing, 0 <= s < 1.
         statistics: compute entropy and top1 too.
         keep_ratio: share of the vocabulary that the gradient is multiplied with, 0 < keep_ratio <= 1; 1 is exact.
-        seed: of the draw of that share; different ones for different calls.
-        measure: given the estimate for each chunk of tokens and what it estimates, (n, H) each; the gradient of the
-            log-probabilities is exact then.
+        seed: seed of that draw. Give different ones in different calls.
+        measure: called with the estimate and the exact gradient of each chunk of tokens, (n, H) each. The gradient of
+            the log-probabilities is exact then.
         product: computes the logits in 8 bits, from its own copy of the weight; exactly if None.
     """
     log_probs, entropy, top1 = _Scores.apply(  # type: ignore[no-untyped-call]
@@ -133,14 +135,14 @@ class _Scores(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         count, wanted, real = len(rows), ctx.needs_input_grad[0], rows
-        if count and device == "cpu":  # an accelerator would be waited for; its gather asserts the same
+        if count and device == "cpu":  # an accelerator would have to be waited for; its gather checks the same
             least, most = (int(bound) for bound in targets.aminmax())
             if not 0 <= least <= most < len(weight):
                 raise CELoraError(
                     f"labels from {least} to {most} for a head of {len(weight)} words; expected 0 to "
                     f"{len(weight) - 1}, or -100 for no label."
                 )
-            # A few tokens too many, whose scores are not looked at.
+            # Pad to a round number of tokens. Nobody reads the scores of the padding.
             rows, targets = (torch.cat([t, t[:1].expand(-count % grain(count))]) for t in (rows, targets))
         n, chosen = len(rows), hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
         log_probs = hidden.new_empty(n, dtype=torch.float32)
@@ -192,7 +194,7 @@ class _Scores(torch.autograd.Function):
 
 
 def chunk_size(tokens: int, words: int) -> int:
-    """How many of these tokens are projected onto the vocabulary at once."""
+    """How many tokens a chunk has."""
     chunks = max(1, -(-tokens // max(_CHUNK_ROWS, _CHUNK_NUMBERS // words)))
     return -(-tokens // chunks)
 
@@ -201,14 +203,15 @@ def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tenso
     """`out = grad W`, or its estimate from words drawn (see above): (n, V) x (V, H) -> (n, H)."""
     kept = max(1, round(keep_ratio * len(weight)))
     largest = None if kept == len(weight) else column_maxima(grad)
-    # If a token's gradient is no number, there is no choice of words. Looking would wait for an accelerator.
+    # Words cannot be chosen by a gradient that is not finite. An accelerator is not asked: it would have to be waited
+    # for.
     if largest is None or (largest.device.type == "cpu" and not bool(torch.isfinite(largest).all())):
         torch.mm(grad, weight, out=out)
         return
     index, factors, p = drawn(largest, kept, seed=seed, draw=0)
     q = grad.sum(0).neg_().clamp_(min=0).float() * (p < _CERTAIN)
     q = (q / q.sum().clamp(min=torch.finfo(torch.float32).tiny)).to(grad.dtype)
-    some, total = columns_of(grad, index), grad.sum(1).float()  # asked for in float32, it would be copied first
+    some, total = columns_of(grad, index), grad.sum(1).float()  # `sum(dtype=float32)` would copy grad first
     a = total - torch.mv(some, (p[index] >= _CERTAIN).to(some.dtype)).float()
     some.addr_(a.to(some.dtype), q[index], alpha=-1).mul_(as_weights(factors, some.dtype))
     torch.mm(some, weight.index_select(0, index), out=out)

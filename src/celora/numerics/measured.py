@@ -20,12 +20,12 @@ class Measured:
     def measure(self, estimate: Tensor, exact: Tensor) -> None:
         """Add the tokens of one backward: (T, n) each."""
         error = norm = torch.zeros((), device=exact.device)
-        # Row block by row block: a refresh step should not need more memory than the others.
+        # In blocks of rows, so that a refresh step needs no more memory than other steps.
         for e, x in zip(estimate.split(1024), exact.split(1024), strict=True):
             x = x.float()
             norm = norm + x.square().sum()
             error = error + (e.float() - x).square().sum()
-        # A gradient that overflowed says nothing of the estimate. If only the estimate did, its error is infinite.
+        # If the exact gradient overflowed, nothing is known. If only the estimate did, its error is infinite.
         told = measurable(norm)
         error, norm = torch.where(told, error.nan_to_num(math.inf), 0), torch.where(told, norm, 0)
         if self.squared_error is None or self.squared_norm is None:

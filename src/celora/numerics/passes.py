@@ -1,4 +1,4 @@
-"""RMS norms, gates and rotary embeddings as autograd functions of one pass each."""
+"""RMS norms, gates and rotary embeddings as autograd functions that read their inputs once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, roun
     """`(offset + weight) x / sqrt(mean x^2 + eps)` along the last dimension of `x: (..., n)`; no gradient of `weight`.
 
     Args:
-        x: on CPU, of a dtype that the kernels know; computed in float32.
+        x: on CPU, in a dtype that the kernels take. Everything is computed in float32.
         weight: (n,), contiguous, of the same dtype, frozen.
         rounds: whether the normalised x is rounded to its dtype before it is multiplied.
     """
@@ -40,7 +40,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) up`, (..., n) each, on CPU, of one dtype that the kernels know."""
+    """`silu(gate) up` of two tensors (..., n), on CPU, in one dtype that the kernels take."""
     result: Tensor = _Gated.apply(gate, up)  # type: ignore[no-untyped-call]
     return result
 
@@ -59,7 +59,7 @@ class _Gated(torch.autograd.Function):
 
 
 def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """`x cosine + (-x2, x1) sine` of `x = (x1, x2): (B, heads, T, d)`, on CPU, of a dtype that the kernels know.
+    """`x cosine + (-x2, x1) sine` of `x = (x1, x2): (B, heads, T, d)`, on CPU, in a dtype that the kernels take.
 
     `cosine` and `sine`: (B or 1, T, d) of the same dtype, contiguous, without gradient.
     """

@@ -1,6 +1,6 @@
-"""Every formula of celora, written plainly: the judge of everything fast.
+"""Every formula of celora, written plainly. Tests compare all fast code with it.
 
-Nothing here is used in training. The tests compare each estimator with its twin in this file, in float64.
+Training uses nothing in this file. The tests compare each estimator with its twin here, in float64.
 
 Notation, for one frozen linear layer `y = x W^T + b` and one backward pass over T tokens:
 `W: (out, in)`, `grad_output = G: (T, out)`, `grad_input: (T, in)`, frozen factor `U: (out, r0)`, `V: (r0, in)`,
@@ -26,7 +26,7 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def residual(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """What the frozen factor leaves over: `R = W - U V`."""
+    """The residual of the frozen factor: `R = W - U V`."""
     return weight - U @ V
 
 
@@ -58,7 +58,7 @@ def tokens(grad_output: Tensor, weight: Tensor, index: Tensor, U: Tensor, V: Ten
 
 
 def energy(squared: Tensor, share: float) -> Tensor:
-    """The smallest set of positions that holds `share` of the sum, ascending; everything not zero for a share of 1."""
+    """The smallest set of positions that has `share` of the sum, ascending; for a share of 1, all that are not zero."""
     order = squared.argsort(descending=True, stable=True)
     reached, count = 0.0, 0
     while count < len(order) and squared[order[count]] > 0 and (share == 1 or reached < share * float(squared.sum())):
@@ -68,7 +68,7 @@ def energy(squared: Tensor, share: float) -> Tensor:
 
 
 def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
-    """`p_i = min(1, lambda score_i)`, lambda such that they add up to k: what exceeds 1 is set to 1, repeatedly."""
+    """`p_i = min(1, lambda score_i)` with a sum of k. Values above 1 are set to 1, and lambda is computed again."""
     certain = torch.zeros_like(scores, dtype=torch.bool)
     while True:
         scale = (k - certain.sum()) / scores[~certain].sum()
@@ -124,8 +124,8 @@ def estimated_head_gradient(
 ) -> Tensor:
     """`(grad (e_t - softmax(W h))) W` from the words `index`, drawn with probabilities `1 / factors`: (N, H).
 
-    Those with a probability of 1 exactly; of the others what they are on average, exactly, and from the draw what
-    differs from that in each token, with W's rows moved by their average.
+    Words with a probability of 1 count exactly. Of the other words the average counts exactly, and the draw estimates
+    each token's deviation from it, with the average subtracted from W's rows.
     """
     p = (hidden @ weight.T).softmax(-1)
     of_logits = torch.nn.functional.one_hot(targets, len(weight)) - p

@@ -1,4 +1,4 @@
-"""Which part of the gradient is worth computing: scores, and the choice made from them. Pure functions."""
+"""Scores of parts of the gradient, and the choice of parts by their scores. Pure functions."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = [
 def squared_column_norms(grad_output: Tensor) -> Tensor:
     """`||G[:, i]||^2` for `G: (T, out)`, in fp32 at least: (out,).
 
-    Squares are summed rather than `linalg.vector_norm(dim=0)` taken, which is five times slower on CPU, and block
-    by block, so that the wide copy of a half-precision gradient stays small.
+    It sums squares, because `linalg.vector_norm(dim=0)` is five times slower on CPU. It goes block by block, so that
+    the float32 copy of a half-precision gradient stays small.
     """
     dtype = torch.promote_types(grad_output.dtype, torch.float32)
     total = torch.zeros(grad_output.shape[1], dtype=dtype, device=grad_output.device)
@@ -37,7 +37,7 @@ def squared_column_norms(grad_output: Tensor) -> Tensor:
 
 
 def columns_of(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
-    """`x[:, index]`. Half-precision numbers as integers: on CPU, `gather` moves those up to five times faster."""
+    """`x[:, index]`. Half-precision numbers move as integers: on CPU, `gather` is up to five times faster so."""
     integers = torch.int16 if x.element_size() == 2 else x.dtype
     out = x.new_empty(len(x), len(index)) if out is None else out
     torch.gather(x.view(integers), 1, index.expand(len(x), -1), out=out.view(integers))
@@ -47,7 +47,7 @@ def columns_of(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
 def column_scores(squared_grad_norms: Tensor, residual_norms: Tensor) -> Tensor:
     """`||G[:, i]|| ||R[i, :]||`, the score of column i (CE-LoRA, arXiv 2502.01378): (out,).
 
-    Both factors matter: permuting the columns of G permutes the scores with them.
+    Both norms matter: a column with a large gradient may meet a small row.
     """
     return squared_grad_norms.sqrt() * residual_norms
 
@@ -55,9 +55,9 @@ def column_scores(squared_grad_norms: Tensor, residual_norms: Tensor) -> Tensor:
 def critical_rows(
     squared: Tensor, *, kept: int | None, share: float = 1.0, step: int = 1
 ) -> tuple[Tensor, Tensor | None]:
-    """The `kept` rows of largest `squared` norm, ascending, and, where it came for free, their inverse (see products).
+    """The `kept` rows with the largest `squared` norm, ascending; and their inverse, or None.
 
-    With `kept=None` as many as hold `share` of the sum, at least one, rounded up to a multiple of `step`.
+    With `kept=None`, the fewest rows that have `share` of the sum, at least one, rounded up to a multiple of `step`.
     """
     if kept is not None:
         kept = min(kept, len(squared))
@@ -65,17 +65,17 @@ def critical_rows(
 
 
 def grain(rows: int) -> int:
-    """What numbers of rows near `rows` are rounded up to: the power of two at or below a sixteenth of it.
+    """Numbers of rows near `rows` are rounded up to a multiple of this: the power of two at or below a sixteenth.
 
-    A product of a new shape has to be set up first, on CPU for milliseconds; so few shapes should be many steps'.
+    Setting up a product of a new shape takes milliseconds on CPU. So many steps should share few shapes.
     """
     return 1 << max(0, (rows // 16).bit_length() - 1)
 
 
 def drawn(scores: Tensor, k: int, *, seed: int, draw: int) -> tuple[Tensor, Tensor, Tensor]:
-    """k positions and their weights, as `sample` draws them by these scores, and the probabilities of all.
+    """k positions drawn by `sample` with these scores, their weights, and the probabilities of all positions.
 
-    On the scores' device; weights and probabilities in float64, or in float32 where it has no float64.
+    All are on the scores' device. Weights and probabilities are float64, or float32 if the device has no float64.
     """
     device = scores.device
     p = inclusion_probabilities(scores, k)

@@ -1,4 +1,4 @@
-"""The ways to estimate `grad_output @ W`, and the registry that knows them by name."""
+"""The estimators of `grad_output @ W`, and their registry by name."""
 
 from celora.numerics.estimators.base import Estimator, Settings
 from celora.numerics.estimators.columns import Columns

@@ -1,11 +1,11 @@
-"""What an estimator is: one layer's way to turn `grad_output` and the frozen weight into `grad_input`.
+"""The interface of an estimator: it turns `grad_output` and the frozen weight of one layer into `grad_input`.
 
-In training, `estimate` serves ordinary steps. On refresh steps the backward is exact: `observe` sees every gradient of
-the step, and `select` turns what was seen into the choice that the next steps use. An estimator that chooses anew in
-every call is `ready` from the start.
+In ordinary training steps, `estimate` computes the backward. In refresh steps the backward is exact. There `observe`
+sees every gradient, and `select` makes the selection for the next steps from them. An estimator that selects in every
+call is `ready` from the start.
 
-To a planner an estimator answers four questions: which settings to consider (`candidates`), what one of them loses of a
-gradient (`judge`), what has to be timed for it (`timed_as`), and how much memory it takes (`memory`).
+A planner asks an estimator four questions: which settings to consider (`candidates`), how large the error of a setting
+is (`judge`), what has to be timed for it (`timed_as`), and how much memory it takes (`memory`).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Settings:
     Attributes:
         keep_ratio: share of the columns (or tokens) that is kept, 0 < keep_ratio <= 1; with `selection="energy"`, the
             share of their squared norm.
-        rank: of the frozen factor beside what is kept, 0 for none.
-        selection: `topk`, the highest scores; `energy`, as many of the highest as hold the share; `sampled`, drawn with
-            probabilities in proportion to the scores and weighted, so that the estimate is unbiased.
-        factor: from the weight (`svd`, the paper's) or from the gradients seen on refresh steps (`gradient`).
-        precision: of the product: the gradient's own dtype (`native`), `int8` or `fp8`.
+        rank: rank of the frozen factor that is added; 0 for none.
+        selection: `topk` keeps the highest scores; `energy` keeps the fewest that have the share; `sampled` draws with
+            probabilities in proportion to the scores, and weights the draw, so that the estimate is unbiased.
+        factor: computed from the weight (`svd`, the paper's) or from the gradients of refresh steps (`gradient`).
+        precision: precision of the product: the gradient's own dtype (`native`), `int8` or `fp8`.
         weight_copy: keep an 8-bit copy of the weight (faster, one byte a number), or quantise it for each product.
-        forward: `x W^T` by the layer itself (`exact`), or in 8 bits (`int8`) from backward's own copy of the weight.
-        seed: of the randomised factorisation and of sampling.
+        forward: the layer itself computes `x W^T` (`exact`), or backward's 8-bit copy of the weight does (`int8`).
+        seed: seed of the randomised factorisation and of sampling.
 
     Raises:
         CELoraError: for a value out of range or an unknown name.
@@ -80,12 +80,12 @@ class Estimator(ABC):
     Keyword arguments are the fields of `Settings`.
 
     Attributes:
-        name: what configurations and plans call it.
-        uses: the settings that mean something to it.
-        selections: the values of `selection` that the class knows; `make_estimator` finds the class for the others.
-        keep_ratio: the share that is kept; `target_error` moves it while training.
+        name: its name in configurations and plans.
+        uses: the settings that it uses.
+        selections: the values of `selection` that the class implements; `make_estimator` finds the class for others.
+        keep_ratio: the share that is kept; `target_error` changes it while training.
         agreed: whether all processes that train together select the same.
-        device: of the gradients that it will get.
+        device: the device of its gradients.
 
     Raises:
         CELoraError: a setting out of range, or one that this estimator does not have.
@@ -130,11 +130,11 @@ class Estimator(ABC):
     @property
     @abstractmethod
     def cost(self) -> float:
-        """Multiplications of `estimate` over those of the dense product, at most; 8-bit ones count half."""
+        """Multiplications of `estimate`, relative to the dense product, at most. 8-bit multiplications count half."""
 
     @property
     def ready(self) -> bool:
-        """Whether `estimate` may be called; until then the layer runs its exact backward."""
+        """Whether `estimate` may be called. Until then the layer's backward is exact."""
         return True
 
     @property
@@ -147,14 +147,14 @@ class Estimator(ABC):
         return False
 
     def unavailable(self) -> str:
-        """Why this layer cannot be estimated so on its device, or ''. It then stays exact, and the report says why."""
+        """Why it cannot estimate this layer on its device; '' if it can. If not, the layer stays exact."""
         return self.product.unavailable(self.out_features, self.in_features, self.device)
 
     def prepare(self, weight: Tensor) -> None:  # noqa: B027 - optional by design
-        """Make what the weight alone decides, before the first step. A refresh makes what is still missing."""
+        """Compute what depends on the weight alone, before the first step. If it is not called, a refresh does so."""
 
     def needs_whole(self, weight: Tensor) -> bool:
-        """Whether the next `estimate` needs all of a sharded weight; if not, it gathers only the rows it reads."""
+        """Whether the next `estimate` needs a whole sharded weight. If not, it gathers only the rows it reads."""
         return not self.product.holds_copy
 
     @abstractmethod
@@ -162,27 +162,27 @@ class Estimator(ABC):
         """`(T, out) , (out, in) -> (T, in)`, all in the dtype of `grad_output`."""
 
     def observe(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
-        """Gather statistics from one exact backward pass of a refresh step: `grad_input = grad_output @ weight`."""
+        """Collect statistics from one exact backward of a refresh step: `grad_input = grad_output @ weight`."""
         self.product.recheck(weight)
 
     def select(self) -> None:  # noqa: B027 - optional by design
-        """End a refresh: choose from what was observed, and forget it."""
+        """End a refresh: select by what was observed, and forget the observations."""
 
-    # What processes that train together tell each other at a refresh.
+    # For processes that train together, at a refresh.
 
     @property
     def pooled_size(self) -> int:
-        """How many numbers `pooled` gives: the settings decide, so that all processes agree."""
+        """How many numbers `pooled` returns. Only the settings decide it, so that all processes agree."""
         return 0
 
     def pooled(self) -> Tensor | None:
-        """What was observed since the latest `select`, as numbers that processes can add up; None if nothing was."""
+        """The observations since the latest `select`, as numbers that processes can add up; None if there are none."""
         return None
 
     def take_pooled(self, total: Tensor, weight: Tensor | None) -> None:  # noqa: B027 - optional by design
-        """Replace what was observed by the sum over all processes. `weight` is given where some observed nothing."""
+        """Replace the observations by the sum over all processes. `weight`: given if a process observed nothing."""
 
-    # What a checkpoint keeps.
+    # For checkpoints.
 
     def clone(self) -> Estimator:
         """A new estimator with the same settings and nothing observed or selected."""
@@ -191,34 +191,34 @@ class Estimator(ABC):
         return new
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs to go on as if it had not stopped."""
+        """The state that a resumed run needs to continue exactly."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - optional by design
-        """Take over a state made by `state_dict`; raises CELoraError if it does not fit this layer."""
+        """Restore a state from `state_dict`. Raises CELoraError if it does not fit this layer."""
 
-    # What a planner asks.
+    # For planners.
 
     @classmethod
     def candidates(cls, out_features: int, in_features: int, device: torch.device) -> Iterable[Mapping[str, Any]]:
-        """The settings that a plan considers for a layer of this shape on this device. By default it is never planned.
+        """The settings that a plan considers for a layer of this shape on this device. The default is none.
 
-        The planner leaves out what is `unavailable`, or whose product cannot pay there.
+        The planner drops settings that are `unavailable`, or whose product is known to be slow there.
         """
         return ()
 
     def judge(self, observed: Observed) -> Finding:
-        """What `estimate` loses of an observed gradient; its product's rounding counts. Called once it is `ready`."""
+        """The error of `estimate` on an observed gradient, rounding included. Call it when `ready`."""
         return Finding(observed.relative_error(self.estimate(observed.grad_output, observed.weight)))
 
     def timed_as(self, kept: float) -> list[tuple[Mapping[str, Any], float]]:
-        """How its time follows from what is timed: pairs of changed settings and weights, `time = sum weight * time_i`.
+        """Which settings to time instead: pairs (changed settings, weight), with `time = sum weight * time_i`.
 
-        `kept` is the mean over its findings. By default the estimate itself is timed, with these very settings.
+        `kept` is the mean over its findings. The default times the estimate itself, with its own settings.
         """
         return [({}, 1.0)]
 
     def memory(self, dtype: torch.dtype) -> int:
-        """Bytes that it keeps beside a weight in `dtype`: an 8-bit copy, factors."""
+        """Bytes that it stores in addition to a weight in `dtype`: an 8-bit copy, factors."""
         copies = self.settings.precision != "native" and self.settings.weight_copy
         return self.out_features * self.in_features if copies else 0

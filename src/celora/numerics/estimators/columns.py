@@ -1,10 +1,12 @@
-"""The paper's estimator: only the critical columns of the gradient, beside an exact low-rank part (Double-LoRA).
+"""The paper's estimator (Double-LoRA): only the critical columns of the gradient, and an exact low-rank part.
+
+In: `grad_output: (T, out)` and the weight `(out, in)`. Out: `grad_input: (T, in)`, by `Columns.estimate`.
 
 `grad_input ~= (G U) V + G[:, I] R[I, :]` with `W = U V + R`. R is never stored, because in real arithmetic
 
     (G U) V + G_I R_I  =  G_I W_I + (G U_off) V,      U_off = U with the rows I set to zero,
 
-so one product of `[G_I, G U_off]` with `[W_I; V]` does it: K + r0 instead of `out` terms in every dot product.
+So one product of `[G_I, G U_off]` with `[W_I; V]` is enough: K + r0 instead of `out` terms in every dot product.
 Source: CE-LoRA, arXiv 2502.01378 (approximated matrix multiplication and Double-LoRA); the one-product form is ours.
 """
 
@@ -33,9 +35,9 @@ PLANNED = (0.75, 0.5)  # the keep ratios that a plan considers
 class Columns(Estimator):
     """Keeps the `round(keep_ratio * out_features)` columns with the largest `||G[:, i]|| ||R[i, :]||`, at least one.
 
-    The latest refresh selects them. With `rank=0` there is no factor and R is W itself. `keep_ratio=1` is the dense
-    product, bit for bit. The svd factor is built when celora is attached, or at the first refresh if the weight is not
-    at hand before. It is kept in the weight's dtype: `rank * (2 * out + in)` numbers.
+    The latest refresh selects them. With `rank=0` there is no factor, and R is W itself. `keep_ratio=1` is the dense
+    product, bit for bit. The svd factor is computed when celora is attached, or at the first refresh if the weight is
+    not available before. It is stored in the weight's dtype: `rank * (2 * out + in)` numbers.
 
     Cost relative to dense: `K / out + r0 (out + in) / (out in)`.
 
@@ -53,8 +55,8 @@ class Columns(Estimator):
         self.index: Tensor | None = None
         self.U_off: Tensor | None = None
         self._squared_norms: Tensor | None = None
-        self._squared_scores: Tensor | None = None  # of all processes together
-        self._gather: RowGather | None = None  # of the rows of a sharded weight
+        self._squared_scores: Tensor | None = None  # summed over all processes
+        self._gather: RowGather | None = None  # gathers rows of a sharded weight
 
     @property
     def kept(self) -> int:
@@ -91,19 +93,19 @@ class Columns(Estimator):
         if self.keeps_all:
             return self.product(grad_output, weight)
         index = self._selected(grad_output, weight)
-        if torch.compiler.is_compiling():  # the compiler fuses it by itself
+        if torch.compiler.is_compiling():  # the compiler fuses this by itself
             return self._concatenated(grad_output, weight, index)
         if self.settings.precision != "native":
             return self._low_precision(grad_output, weight, index)
         return self._native(grad_output, weight, index)
 
     def _selected(self, grad_output: Tensor, weight: Tensor) -> Tensor:
-        """The selection, where the gradient is, with `U_off` in step."""
+        """The selection on the gradient's device, after bringing `U_off` up to date."""
         if self.index is None:
             raise RuntimeError("columns: estimate() before the first select()")
-        if self.index.device != grad_output.device:  # loaded from a checkpoint, or the model was moved
+        if self.index.device != grad_output.device:  # from a checkpoint, or the model was moved
             self.index, self.U_off = self.index.to(grad_output.device), None
-        if self.settings.rank and self.U_off is None:  # a selection loaded from a checkpoint
+        if self.settings.rank and self.U_off is None:  # the selection is from a checkpoint
             self.factor.prepare(weight)
             self._use(self.index)
         return self.index
@@ -113,7 +115,7 @@ class Columns(Estimator):
         if self.factor.V is None or self.U_off is None:
             return columns_of(grad_output, index) @ self._kept_rows(weight, index, grad_output.dtype)
         tokens, kept, rank = grad_output.shape[0], len(index), self.settings.rank
-        # Both factors are written into one buffer each: concatenating afterwards would copy them once more.
+        # Write each factor directly into a buffer of its own. Concatenating afterwards would copy them again.
         left = grad_output.new_empty(tokens, kept + rank)
         right = grad_output.new_empty(kept + rank, self.in_features)
         columns_of(grad_output, index, out=left[:, :kept])
@@ -130,8 +132,8 @@ class Columns(Estimator):
         return left @ right
 
     def _low_precision(self, grad_output: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        """Only the kept part in 8 bits; the factor is small and stays in the gradient's dtype."""
-        # Of a sharded weight there is a copy, made when a refresh had it whole.
+        """Only the kept part is in 8 bits. The factor is small, and stays in the gradient's dtype."""
+        # For a sharded weight, a refresh made the copy when the weight was whole.
         rows = weight if isinstance(weight, DTensor) else SelectedRows(weight, index)
         result = self.product(columns_of(grad_output, index), rows)
         if self.factor.V is not None and self.U_off is not None:
@@ -139,7 +141,7 @@ class Columns(Estimator):
         return result
 
     def _kept_rows(self, weight: Tensor, index: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """`W[I]`, into `out` if that is given."""
+        """`W[I]`, written into `out` if given."""
         if not isinstance(weight, DTensor):
             return rows_of(weight, index, dtype, out=out)
         if self._gather is None:
@@ -151,7 +153,7 @@ class Columns(Estimator):
         self.factor.prepare(weight)
 
     def needs_whole(self, weight: Tensor) -> bool:
-        if not self.agreed:  # another process may have selected anew when this one saw no gradient
+        if not self.agreed:  # another process may have selected again while this one saw no gradient
             return True
         if self.settings.precision != "native":
             return not self.product.holds_copy
@@ -161,7 +163,8 @@ class Columns(Estimator):
     def observe(self, grad_output: Tensor, weight: Tensor, grad_input: Tensor) -> None:
         self.factor.observe(weight, grad_input)
         norms = squared_column_norms(grad_output)
-        # An overflow under a GradScaler must not spoil the repetition of its step; `where` needs no synchronisation.
+        # After an overflow, a GradScaler repeats the step, so the overflow must not count. `where` needs no
+        # synchronisation.
         norms = torch.where(measurable(norms), norms, 0)
         self._squared_norms = norms if self._squared_norms is None else self._squared_norms + norms
 
@@ -174,18 +177,18 @@ class Columns(Estimator):
         else:
             return
         self._squared_norms = self._squared_scores = None
-        # Once a refresh, so the synchronisation is cheap: where no gradient was seen, the selection stays.
+        # This synchronises once for each refresh, which is cheap. If no gradient was seen, the selection stays.
         if bool((scores > 0).any() & torch.isfinite(scores).all()):
             self._choose(scores)
         elif self.index is not None:
             self._use(self.index)
 
     def _choose(self, scores: Tensor) -> None:
-        """Select by the scores of all columns: (out,), finite and not all zero."""
+        """Select by the scores of all columns, (out,), which are finite and not all zero."""
         self._use(top_k(scores, self.kept))
 
     def _use(self, index: Tensor) -> None:
-        """Switch to a selection, in place where there is one: compiled graphs hold on to these tensors."""
+        """Switch to a selection. Tensors change in place, because compiled graphs keep referring to them."""
         self.index, self._gather = replaced(self.index, index), None
         self.product.forget()
         if self.factor.U is not None:
@@ -196,7 +199,7 @@ class Columns(Estimator):
         return self.out_features
 
     def pooled(self) -> Tensor | None:
-        """The squared scores. Their sums are the same bits in all processes, even if the factors are not."""
+        """The squared scores. Their sums are bit-identical in all processes, even if the factors are not."""
         if self._squared_norms is None or self.factor.residual_norms is None:
             return None
         return self._squared_norms * self.factor.residual_norms.square()
@@ -220,13 +223,13 @@ class Columns(Estimator):
                 )
             index = index.to(torch.int64)
         self.factor.load_state_dict(state, self.in_features)
-        self._squared_norms = self._squared_scores = None  # of a refresh that was interrupted
-        # The factor follows with the first gradient, when the weight is at hand.
+        self._squared_norms = self._squared_scores = None  # left by an interrupted refresh
+        # The first gradient brings the weight, and then the factor is computed.
         self.index, self.U_off, self._gather = index, None, None
         self.product.forget()
 
     def _fits(self, columns: int) -> bool:
-        """Whether a selection of so many columns can be one of this layer's."""
+        """Whether this layer can have a selection of so many columns."""
         return columns == self.kept
 
     @classmethod
@@ -242,5 +245,5 @@ class Columns(Estimator):
         return Finding(math.hypot(observed.relative_error(estimate), rounding))
 
     def memory(self, dtype: torch.dtype) -> int:
-        copy = super().memory(dtype) * self.settings.keep_ratio * (1 + dtype.itemsize)  # the rows are gathered, too
+        copy = super().memory(dtype) * self.settings.keep_ratio * (1 + dtype.itemsize)  # copy and gathered rows
         return round(copy) + self.settings.rank * (2 * self.out_features + self.in_features) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""The whole product: exactly, the baseline of all others, or in 8-bit arithmetic."""
+"""The whole product: exact, or in 8-bit arithmetic."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Dense(Estimator):
 
 
 class Int8(Dense):
-    """Every row and column, multiplied as 8-bit integers: one scale per token and one per input column."""
+    """The whole product in 8-bit integers, with one scale per token and one per input column."""
 
     name = "int8"
     uses = frozenset({"seed", "precision", "weight_copy", "forward"})

@@ -1,7 +1,7 @@
-"""One exact backward pass of one layer, and what it tells about the candidates of a plan.
+"""One exact backward of one layer, and what it tells about the candidates of a plan.
 
-Many candidates ask the same: how many tokens hold a share of the gradient, what 8 bits lose. Each answer is computed
-once.
+Many candidates ask the same questions: how many tokens carry a share of the gradient, how large the error of 8 bits is.
+Each answer is computed once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Finding(NamedTuple):
 
     Attributes:
         error: `||estimate - grad_input|| / ||grad_input||`.
-        kept: share of the tokens that it multiplies, which decides its time; 1 where that is fixed.
+        kept: share of the tokens that it multiplies, if its time depends on that; else 1.
     """
 
     error: float
@@ -32,7 +32,7 @@ class Finding(NamedTuple):
 
 
 class Observed:
-    """One exact backward pass of one layer.
+    """One exact backward of one layer.
 
     Attributes:
         grad_output: (T, out).
@@ -52,7 +52,7 @@ class Observed:
         return float(torch.linalg.vector_norm(estimate.float() - exact) / norm)
 
     def rounding(self, product: Product) -> float:
-        """The relative error of the whole product in this arithmetic. The product keeps no copy of the weight."""
+        """The relative error of the whole product in this arithmetic. The product must keep no copy of the weight."""
         if isinstance(product, Native):
             return 0.0
         if product.name not in self._rounding:
@@ -61,7 +61,7 @@ class Observed:
         return self._rounding[product.name]
 
     def needed(self, share: float) -> int:
-        """How many of the tokens with the largest `||grad_output[t]||` hold `share` of `||grad_output||^2`."""
+        """How many tokens, the largest `||grad_output[t]||` first, carry `share` of `||grad_output||^2`."""
         if share not in self._needed:
             self._needed[share] = int(energy_count(self._squared_norms, share))
         return self._needed[share]
@@ -69,7 +69,7 @@ class Observed:
     def lost(self, kept: int) -> float:
         """The relative error of leaving out all but the `kept` tokens with the largest `||grad_output[t]||`.
 
-        It is the norm of the exact rows of the others: no estimate has to be computed.
+        It is the norm of the other tokens' exact rows, so no estimate has to be computed.
         """
         if kept >= len(self._squared_lost):
             return 0.0
@@ -81,7 +81,7 @@ class Observed:
 
     @functools.cached_property
     def _squared_lost(self) -> list[float]:
-        """At k, the squared norm of `grad_input` without the first k tokens."""
+        """Entry k is the squared norm of `grad_input` without the first k tokens."""
         order = self._squared_norms.argsort(descending=True)
         lost: list[float] = in_float64(squared_row_norms(self.grad_input)[order]).flip(0).cumsum(0).flip(0).tolist()
         return lost

@@ -1,4 +1,4 @@
-"""The ways to estimate `grad_output @ W`, by name; `register_estimator` adds one."""
+"""The estimators of `grad_output @ W` by name. `register_estimator` adds one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from celora.numerics.estimators.more.sampled import SampledColumns, SampledToken
 from celora.numerics.estimators.tokens import Tokens
 
 ESTIMATORS: dict[str, type[Estimator]] = {cls.name: cls for cls in (Dense, Columns, Tokens, Int8, Fp8)}
-# The classes for selections that an estimator's own class does not know.
+# (estimator, selection) -> the class, if the estimator's own class lacks the selection.
 _VARIANTS: dict[tuple[str, str], type[Estimator]] = {
     (cls.name, cls.selections[0]): cls for cls in (ColumnsByEnergy, SampledColumns, SampledTokens)
 }
@@ -23,11 +23,11 @@ Kind = TypeVar("Kind", bound=type[Estimator])
 
 
 def register_estimator(cls: Kind) -> Kind:
-    """Make an estimator known by its `name`: to configurations, plans, audits, checkpoints and reports.
+    """Make an estimator known by its `name` to configurations, plans, audits, checkpoints and reports.
 
-    Call it, or write it over the class as a decorator, in every program that trains with the estimator or reads a
-    configuration or plan with its name. A class of the same module and name is replaced, as when a notebook's cell
-    runs again.
+    Call it, or use it as a decorator of the class, in every program that trains with the estimator, or that reads a
+    configuration or plan with its name. It replaces a class of the same module and name, so that a notebook's cell can
+    run again.
 
     Raises:
         CELoraError: not a subclass of `Estimator` with a `name`, `cost` and `estimate`, or the name is taken.
@@ -47,7 +47,7 @@ def register_estimator(cls: Kind) -> Kind:
 
 
 def estimator_class(name: str) -> type[Estimator]:
-    """The estimator registered under `name`; CELoraError with the nearest name if there is none."""
+    """The estimator registered as `name`. Raises CELoraError with the nearest name if there is none."""
     try:
         return ESTIMATORS[name]
     except KeyError:
@@ -55,7 +55,7 @@ def estimator_class(name: str) -> type[Estimator]:
 
 
 def make_estimator(name: str, out_features: int, in_features: int, settings: Mapping[str, Any]) -> Estimator:
-    """The estimator `name` with those of the `settings` that mean something to it."""
+    """Make the estimator `name`. It gets the `settings` that it uses; others are dropped."""
     cls = estimator_class(name)
     cls = _VARIANTS.get((name, settings.get("selection", "topk")), cls)
     return cls(out_features, in_features, **{key: settings[key] for key in cls.uses & settings.keys()})

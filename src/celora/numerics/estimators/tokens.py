@@ -1,10 +1,10 @@
-"""Only the critical tokens of the gradient: the rows that carry it, chosen anew in every backward.
+"""Multiplies only the critical tokens: the rows of the gradient with the largest norms, chosen in every backward.
 
 In: `grad_output: (T, out)` and the weight `(out, in)`. Out: `grad_input: (T, in)`, by `Tokens.estimate`.
 
-`grad_input[t] = G[t] W` for the kept tokens, and `(G[t] U) V` for the others, or nothing without a factor. Most of a
-gradient's norm sits in few tokens, so the same FLOPs keep far more of it than columns do; and a token whose gradient is
-exactly zero (padding, a masked prompt) costs nothing to leave out.
+`grad_input[t] = G[t] W` for the kept tokens. For the others it is `(G[t] U) V`, or zero without a factor. Few tokens
+carry most of a gradient's norm. So with the same FLOPs, tokens keep far more of it than columns. A token whose gradient
+is exactly zero (padding, a masked prompt) can be left out without loss.
 Source: ours; skipping tokens in backward was also proposed by SEBP and TokenDrop.
 """
 
@@ -32,11 +32,12 @@ TIMED = (0.125, 0.25, 0.5, 0.75, 1.0)  # shares of the tokens; times in between 
 class Tokens(Estimator):
     """Keeps the tokens with the largest `||G[t]||`, at least one; `keep_ratio=1` is the dense product, bit for bit.
 
-    `topk` keeps `round(keep_ratio * T)`. `energy` keeps as many as hold the share `keep_ratio` of `||G||^2`, so that 1
-    leaves out only what is exactly zero. On accelerators, counting them would wait for the device in every layer; there
-    `energy` keeps the share of tokens that the latest refresh needed.
+    `topk` keeps `round(keep_ratio * T)` tokens. `energy` keeps the fewest tokens that carry the share `keep_ratio` of
+    `||G||^2`; a share of 1 leaves out only exact zeros. On accelerators, counting them would wait for the device in
+    every layer. There `energy` keeps the share of tokens that the latest refresh needed.
 
-    The svd factor is built with the first gradient and kept in the weight's dtype: `rank * (out + in)` numbers.
+    The first gradient brings the weight for the svd factor. It is stored in the weight's dtype: `rank * (out + in)`
+    numbers.
 
     Cost relative to dense: `K / T + r0 (out + in) / (out in)`.
     """
@@ -48,7 +49,7 @@ class Tokens(Estimator):
     def __init__(self, out_features: int, in_features: int, **settings: Any) -> None:
         super().__init__(out_features, in_features, **settings)
         self.factor = make_factor(self.settings.factor, self.settings.rank, self.settings.seed)
-        self._share: float | None = None  # of the tokens that `energy` needed at the latest refresh
+        self._share: float | None = None  # share of the tokens that `energy` needed at the latest refresh
         self._needed: Tensor | None = None
 
     @property
@@ -87,13 +88,13 @@ class Tokens(Estimator):
         return self.product.critical_rows(grad_output, weight, kept=kept, share=self.keep_ratio, onto=onto)
 
     def _kept(self, tokens: int, device: torch.device) -> int | None:
-        """How many of these tokens to keep; None if that is to be counted from their norms."""
+        """How many of these tokens to keep; None if the kernel counts them by their norms."""
         if self.settings.selection == "topk":
             return max(1, round(self.keep_ratio * tokens))
         if _counts_freely(device):
             return None
-        self.device = device  # to which the model may have been moved: `ready` tells whether a share is missing
-        if self._share is None or self.keep_ratio == 1:  # the share of another step might leave out what is not zero
+        self.device = device  # the model may have been moved; `ready` needs the device
+        if self._share is None or self.keep_ratio == 1:  # another step's share might leave out nonzero tokens
             return tokens
         return rounded_up(round(self._share * tokens), tokens, self.product.grain(tokens, device))
 
@@ -104,14 +105,14 @@ class Tokens(Estimator):
         if self.settings.selection == "energy":
             squared = squared_row_norms(grad_output)
             needed = energy_count(squared, self.keep_ratio) / len(grad_output)
-            needed = torch.where(measurable(squared), needed, 0)  # what cannot be counted says nothing of later steps
+            needed = torch.where(measurable(squared), needed, 0)  # 0 if nothing could be counted
             self._needed = needed if self._needed is None else torch.maximum(needed, self._needed)
 
     def select(self) -> None:
         self.factor.settle()
         if self._needed is not None:
-            needed, self._needed = float(self._needed), None  # one synchronisation a refresh
-            self._share = needed or self._share  # 0 where nothing could be counted
+            needed, self._needed = float(self._needed), None  # one synchronisation for each refresh
+            self._share = needed or self._share  # 0: nothing could be counted
 
     @property
     def pooled_size(self) -> int:
@@ -121,7 +122,7 @@ class Tokens(Estimator):
         return None if self._needed is None else torch.stack([self._needed, self._needed > 0])
 
     def take_pooled(self, total: Tensor, weight: Tensor | None) -> None:
-        if self.pooled_size:  # the mean of the processes that could count
+        if self.pooled_size:  # the mean over the processes that could count
             self._needed = total[0] / total[1].clamp(min=1)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -144,7 +145,7 @@ class Tokens(Estimator):
         ]
 
     def judge(self, observed: Observed) -> Finding:
-        """What leaving tokens out loses is the norm of their exact rows: no estimate has to be computed."""
+        """The error of leaving tokens out is the norm of their exact rows, so no estimate has to be computed."""
         if self.settings.rank:
             return super().judge(observed)
         tokens, device = observed.grad_output.shape[0], observed.grad_output.device
@@ -155,7 +156,7 @@ class Tokens(Estimator):
         return Finding(math.hypot(observed.lost(kept), observed.rounding(self.product)), kept / tokens)
 
     def timed_as(self, kept: float) -> list[tuple[Mapping[str, Any], float]]:
-        """The time of a share of the tokens lies on the line between two shares that are timed."""
+        """The time of a share of the tokens is interpolated between two shares that are timed."""
         i = next((i for i in range(len(TIMED) - 2) if kept <= TIMED[i + 1]), len(TIMED) - 2)
         along = (kept - TIMED[i]) / (TIMED[i + 1] - TIMED[i])
         weights = {TIMED[i]: 1 - along, TIMED[i + 1]: along}
@@ -167,7 +168,7 @@ class Tokens(Estimator):
 
 
 def _timed(share: float) -> dict[str, Any]:
-    """The settings that keep this share of the tokens. For all of them `topk` would not even look at the norms."""
+    """The settings that keep this share of the tokens. For a share of 1, `topk` would not compute the norms."""
     return {"keep_ratio": share, "selection": "energy" if share == 1 else "topk"}
 
 
@@ -177,5 +178,5 @@ def low_rank(grad_output: Tensor, U: Tensor, V: Tensor) -> Tensor:
 
 
 def _counts_freely(device: torch.device) -> bool:
-    """Whether a number can be read from the device without waiting for all the work queued before it."""
+    """Whether reading a number from the device does not wait for all work queued before it."""
     return device.type == "cpu"

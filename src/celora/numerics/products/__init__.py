@@ -1,1 +1,1 @@
-"""The products that estimators multiply with: in the dtype given, in int8, in fp8."""
+"""The products that estimators multiply with: in the gradient's dtype, in int8, in fp8."""

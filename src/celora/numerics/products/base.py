@@ -1,4 +1,7 @@
-"""What a product is, and the plain one."""
+"""The interface of a product, and the plain product.
+
+In: `grad_output: (T, out)`, the weight `(out, in)`, and which rows are kept. Out: `grad_input: (T, in)`.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from celora.numerics.select import critical_rows, grain
 
 
 class Product(ABC):
-    """Multiplies the gradients of one layer with its weight; may keep a copy of the weight in another format."""
+    """Multiplies the gradients of one layer with its weight. It may keep a copy of the weight in another format."""
 
     name: ClassVar[str]
-    relative_cost: ClassVar[float] = 1.0  # of a multiplication, nominally
+    relative_cost: ClassVar[float] = 1.0  # nominal cost of one multiplication
     traceable: ClassVar[bool] = False  # whether torch.compile can look inside
 
     def __call__(self, grad_output: Tensor, weight: Tensor) -> Tensor:
@@ -35,10 +38,10 @@ class Product(ABC):
         factors: Tensor | None = None,
         onto: Tensor | None = None,
     ) -> Tensor:
-        """`factors[k] G[t] W` at each row t = index[k], ascending, and `onto[t]`, or 0 without, at the others: (T, in).
+        """`factors[k] G[t] W` at each row t = index[k], ascending; at the other rows `onto[t]`, or 0: (T, in).
 
-        All rows if `index` is None. `position`, the inverse of `index` (k or -1 for each t, int32), may be given where
-        it is known. `onto` is overwritten.
+        All rows if `index` is None. `position` is the inverse of `index` (k or -1 for each t, int32); give it if you
+        have it. `onto` is overwritten.
         """
         kept = grad_output if index is None else grad_output.index_select(0, index)
         y = self._multiply(kept, weight)
@@ -58,9 +61,10 @@ class Product(ABC):
         share: float,
         onto: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """`rows` for those of the largest norms: `kept` of them or, with None, as many as hold `share` of `||G||^2`.
+        """Multiply only the rows of `grad_output` with the largest norms: (T, in).
 
-        `onto` computes what the others become; it is not called where there are none.
+        `kept` gives their number; if None, take the fewest rows that have `share` of `||G||^2`. `onto` computes the
+        result of the other rows; without it they are 0. It is not called if there are no other rows.
         """
         squared = squared_row_norms(grad_output)
         step = self.grain(len(squared), squared.device)
@@ -74,7 +78,7 @@ class Product(ABC):
         """`(K, out) , (out, in) -> (K, in)`, in the dtype of `grad_output`."""
 
     def grain(self, rows: int, device: torch.device) -> int:
-        """What a number of kept rows is rounded up to, out of `rows` on this device: see `select.grain`."""
+        """A number of kept rows, out of `rows`, is rounded up to a multiple of this: see `select.grain`."""
         return grain(rows)
 
     @property
@@ -83,13 +87,13 @@ class Product(ABC):
         return False
 
     def recheck(self, weight: Tensor) -> None:  # noqa: B027 - optional by design
-        """Drop what was derived from the weight if the weight has changed, in a way that its version does not tell."""
+        """Drop everything derived from the weight if the weight has changed without a change of its version."""
 
     def forget(self) -> None:  # noqa: B027 - optional by design
-        """Drop what was derived from the weight."""
+        """Drop everything derived from the weight."""
 
     def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
-        """Why a layer of this shape cannot be multiplied so on this device, or ''."""
+        """Why this product cannot multiply a layer of this shape on this device; '' if it can."""
         return ""
 
     def pays(self, out_features: int, in_features: int, device: torch.device) -> bool:
@@ -97,12 +101,12 @@ class Product(ABC):
         return not (self.unavailable(out_features, in_features, device) or self.slow(device))
 
     def slow(self, device: torch.device) -> str:
-        """Why it cannot pay on this device, whatever the shape, or ''."""
+        """Why it is slow on this device for any shape; '' if it need not be."""
         return ""
 
 
 class Native(Product):
-    """In the dtype of the gradient: what autograd does."""
+    """The product in the dtype of the gradient, as autograd computes it."""
 
     name = "native"
     traceable = True

@@ -1,17 +1,17 @@
-"""8-bit products in both directions from one copy of the weight, and 8-bit inputs that several layers share.
+"""8-bit products in both directions from one copy of the weight. Layers with the same input share its 8-bit form.
 
     W ~= diag(s) q,    y = x W^T + b ~= diag(s_x) (q_x q^T) diag(s) + b,    G W ~= diag(s_G) q_(G diag(s)) q,
 
-with one scale s per output channel of W, one s_x per token of x, and s folded into G before G is quantised. The forward
-is an estimate then: a model that trains so is a slightly other model, as one whose base is quantised (QLoRA).
+with one scale s per output channel of W, one s_x per token of x, and s folded into G before G is quantised. So the
+forward is an estimate, too. The model that trains is a slightly different model, as with a quantised base (QLoRA).
 
-A few features of x may be far larger than the rest, which then are rounded to the steps of the large ones. Once the
-largest number m_j of each feature is known, x_j is multiplied with u_j before it is rounded, and W's column divided:
+A few features of x may be far larger than the rest. They would set the rounding step for all features. Once the largest
+number m_j of each feature is known, x_j is multiplied with u_j before rounding, and W's column j is divided by u_j:
 
     u_j = max(1, m_j / median(m))^(-1/2),    W ~= diag(s) q diag(u).
 
-Sources: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339), scales moved from x into W as in SmoothQuant
-(arXiv 2211.10438), there of all features; one copy for both directions is ours.
+Sources: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339); scales moved from x into W as in SmoothQuant
+(arXiv 2211.10438), which does it for all features; one copy for both directions is ours.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from celora.weights.stored import StoredWeight
 
 
 class Int8BothWays(Int8):
-    """`Int8` whose copy of the weight also multiplies in the forward; one scale per output channel serves both.
+    """`Int8` whose copy of the weight also multiplies in the forward, with one scale per output channel for both.
 
     Attributes:
-        levels: how large each input feature was, in sixteenths of a factor of 2, (in,) int32; None until it is known.
+        levels: the size of each input feature, `16 log2` of its largest number, (in,) int32; None until it is known.
     """
 
     def __init__(self, *, copy: bool = True) -> None:
@@ -52,7 +52,7 @@ class Int8BothWays(Int8):
         self.levels = levels
 
     def look(self, x: Tensor, weight: Tensor) -> None:
-        """Take note of how large the features of an input `x: (..., in)` are, unless the weight's bytes are given."""
+        """Record the largest numbers of the features of `x: (..., in)`. Does nothing for a base in 8 bits."""
         if isinstance(weight, StoredWeight) and weight.packed is not None:
             return
         found: Tensor = column_maxima(x.detach().reshape(-1, x.shape[-1])).float()
@@ -60,7 +60,7 @@ class Int8BothWays(Int8):
         self._largest_inputs = found if seen is None else torch.maximum(seen, found)
 
     def take_levels(self) -> list[int] | None:
-        """The levels of what was looked at since the latest call, None if nothing was; it waits for an accelerator."""
+        """The levels of all inputs since the latest call; None if there were none. Waits for an accelerator."""
         seen, self._largest_inputs = self._largest_inputs, None
         if seen is None:
             return None
@@ -68,7 +68,7 @@ class Int8BothWays(Int8):
         return levels
 
     def follow_levels(self, levels: Sequence[int] | None) -> None:
-        """Multiply inputs whose features are this large from now on; None for features that are all alike."""
+        """From now on, scale the features of inputs by these levels; None: all features alike."""
         self.levels = None if levels is None else torch.tensor(levels, dtype=torch.int32, device="cpu")
         self.forget()
 
@@ -88,18 +88,18 @@ class Int8BothWays(Int8):
         packed = self._multiplied_with(weight)
         assert isinstance(packed, BothWays)
         rows, out_features = _inputs.quantised(x, packed), weight.shape[0]
-        y = x.new_empty(*x.shape[:-1], out_features)  # no view, which FSDP2 cannot hook
+        y = x.new_empty(*x.shape[:-1], out_features)  # not a view: FSDP2 cannot hook one
         _onto(packed, rows, bias, y.view(-1, out_features))
         return y
 
     def latest_input(self, x: Tensor, weight: Tensor) -> QuantisedRows | None:
-        """x in 8 bits, if the latest `forward`, of this product or another, was given it."""
+        """x in 8 bits, if the latest `forward` of any product had the input x; else None."""
         packed = self._multiplied_with(weight)
         assert isinstance(packed, BothWays)
         return _inputs.latest(x, packed)
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        """`forward` of `x: (T, in)` into `out: (T, out)`, of the same dtype and contiguous."""
+        """`forward` of `x: (T, in)`, written into `out: (T, out)`, which has the same dtype and is contiguous."""
         packed = self._multiplied_with(weight)
         assert isinstance(packed, BothWays)
         return _onto(packed, packed.quantise(x), bias, out)
@@ -121,30 +121,30 @@ _STEPS, _SMALLEST = 16, 2.0**-100
 
 @functools.lru_cache(maxsize=256)
 def _input_scale(levels: tuple[int, ...], device: torch.device) -> Tensor:
-    """u of features this large: (in,) float32. The same tensor for layers that are given the same input."""
+    """The scales u for these levels: (in,) float32. Layers with the same input get the same tensor."""
     known = torch.tensor(levels, dtype=torch.float32, device=device)
     return torch.exp2((known.median() - known).clamp(max=0) / (2 * _STEPS))
 
 
 def _onto(packed: BothWays, rows: QuantisedRows, bias: Tensor | None, out: Tensor) -> Tensor:
-    """`rows W^T + bias` into `out`, also where the kernel has no such dtype."""
+    """`rows W^T + bias`, written into `out`, even if the kernel lacks its dtype."""
     return packed.multiply(rows, bias, out) if rows.dtype == out.dtype else out.copy_(packed.multiply(rows, bias))
 
 
 class _Inputs:
-    """The latest input in 8 bits. Query, key and value, or gate and up, are given the same one.
+    """The latest input in 8 bits. Query, key and value share an input, and so do gate and up.
 
-    It is dropped with the input, and made anew for another one or one that was changed in place. A change through
-    `.data` or a NumPy view is not noticed.
+    It is dropped together with the input. It is made again for another input, or if the input was changed in place. A
+    change through `.data` or a NumPy view is not noticed.
     """
 
     def __init__(self) -> None:
-        # In one attribute, so that threads see all of it or none.
+        # One attribute, so that a thread sees all of it or nothing.
         self._known: tuple[weakref.ref[Tensor], int, type, QuantisedRows] | None = None
 
     def quantised(self, x: Tensor, packed: BothWays) -> QuantisedRows:
         """The rows of `x: (..., in)` as `packed` multiplies them."""
-        if x.is_inference():  # nothing tells whether such a tensor was changed
+        if x.is_inference():  # such a tensor has no version, so a change would go unnoticed
             return packed.quantise(x.reshape(-1, x.shape[-1]))
         rows = self.latest(x, packed)
         if rows is None:
@@ -153,7 +153,7 @@ class _Inputs:
         return rows
 
     def latest(self, x: Tensor, packed: BothWays) -> QuantisedRows | None:
-        """The same if it was asked for last, else None."""
+        """The rows of x, if x is the latest input; else None."""
         known = self._known
         if known is None or known[0]() is not x or known[1:3] != (x._version, type(packed)):
             return None

@@ -1,4 +1,4 @@
-"""What int8 and fp8 products have in common: a copy of the weight that follows its source."""
+"""The common part of int8 and fp8 products: an 8-bit copy of the weight that is kept up to date."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from celora.weights.stored import owner_of
 
 
 class EightBit(Product):
-    """What the 8-bit formats share: a quantised copy of the weight, made anew when the weight is another one.
+    """A product with a quantised copy of the weight. The copy is made again if the weight has changed.
 
-    The copy is recognised by the tensor and its version; a weight changed through `.data` is noticed by its column
-    maxima at the next refresh, which calls `recheck`.
+    The tensor and its version identify the weight. A change through `.data` changes neither. The next refresh notices
+    it by the column maxima, in `recheck`.
     """
 
     relative_cost = 0.5
@@ -35,7 +35,7 @@ class EightBit(Product):
         self._scale: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"copy": self.copy}  # packed weights can be neither pickled nor copied; they are made again
+        return {"copy": self.copy}  # packed weights cannot be pickled or copied, so they are made again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -45,8 +45,8 @@ class EightBit(Product):
         return self._packed is not None
 
     def _follow(self, weight: Tensor) -> Tensor:
-        """The weight's column scales, after making the copy if there is to be one and it is not up to date."""
-        if self._scale is not None and isinstance(weight, DTensor):  # sharded: `recheck` sees it whole at refreshes
+        """The weight's column scales. Makes the copy first if it is wanted and not up to date."""
+        if self._scale is not None and isinstance(weight, DTensor):  # sharded: `recheck` compares it
             return self._scale
         if self._scale is None or not self._made_of_this(weight):
             self._scale = self._scale_of(weight)
@@ -55,15 +55,15 @@ class EightBit(Product):
         return self._scale
 
     def _identity(self, weight: Tensor) -> tuple[Any, ...]:
-        """What tells this weight from others, and from itself before it was changed.
+        """What identifies this weight and its version.
 
-        The tensor itself rather than its address: another one may be put where the first has been, and FSDP2 gathers
-        one tensor into other memory each time.
+        It is the tensor, not its address: another tensor may get the same address, and FSDP2 gathers one tensor to a
+        new address each time.
         """
         return weakref.ref(owner_of(weight)), weight._version, weight.dtype, weight.device
 
     def _made_of_this(self, weight: Tensor) -> bool:
-        """Whether the copy is one of this weight as it is."""
+        """Whether the copy is of this weight in its current version."""
         owner, *others = self._identity(weight)
         return self._made_of is not None and self._made_of[0]() is owner() and list(self._made_of[1:]) == others
 

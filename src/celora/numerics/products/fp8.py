@@ -17,7 +17,7 @@ _SCALED_MM = "torch:_scaled_mm"
 class Fp8(EightBit):
     """8-bit floats (e4m3, largest 448) through `torch._scaled_mm`: fast on GPUs of compute capability 8.9 and above.
 
-    On CPU it works, and is slow.
+    It also works on a CPU, slowly.
     """
 
     name = "fp8"
@@ -58,7 +58,7 @@ class Fp8(EightBit):
 
 @functools.cache
 def _cpu_takes_scales() -> bool:
-    """Whether a CPU multiplies with a scale for each row and column: that of torch 2.11 takes one for all."""
+    """Whether the CPU's product takes a scale for each row and column. With torch 2.11 it takes one for all."""
     ones, scale = torch.ones(16, 16, device="cpu").to(torch.float8_e4m3fn), torch.ones(16, device="cpu")
     multiply = functools.partial(borrow(_SCALED_MM), out_dtype=torch.bfloat16)
     try:

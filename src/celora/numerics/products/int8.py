@@ -3,11 +3,11 @@
 In: `grad_output: (T, out)`, the weight `(out, in)`, and which rows are kept. Out: `grad_input: (T, in)`. A packed copy
 of the weight multiplies; `celora.kernels.operations` decides which backend packs it.
 
-Every estimator that computes such a product does it through a `Product`, so 8 bits compose with all of them:
+Every estimator multiplies through a `Product`, so 8 bits compose with all of them:
 
     G ~= s_G q_G,   W ~= q_W s_W,      G W ~= s_G (q_G q_W) s_W,
 
-`s_G: (T, 1)` one scale per token, `s_W: (1, in)` one per input column, both outside the sum over `out`.
+`s_G: (T, 1)` has one scale per token, `s_W: (1, in)` one per input column; both are outside the sum over `out`.
 Source: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339), here for the backward's only frozen operand.
 """
 
@@ -25,14 +25,14 @@ from celora.kernels.packed import PackedWeight
 from celora.numerics.products.eight_bit import EightBit
 from celora.weights.stored import StoredWeight
 
-_LONGEST = (2**31 - 1) // 127**2  # products in a sum that 32 bits always hold
+_LONGEST = (2**31 - 1) // 127**2  # the longest sum of products that 32 bits can never overflow in
 
 
 class Int8(EightBit):
     """8-bit integers: `round(x / scale)` in [-127, 127].
 
-    The copy of the weight takes one byte a number. Which backend packs it and multiplies is the table's choice
-    (`celora.kernels.operations`). With `copy=False` the weight is quantised anew for each product.
+    The copy of the weight takes one byte a number. The table in `celora.kernels.operations` chooses the backend that
+    packs it and multiplies. With `copy=False` the weight is quantised again for each product.
     """
 
     name = "int8"
@@ -84,14 +84,14 @@ class Int8(EightBit):
 
     @property
     def operation(self) -> str:
-        """What makes the copy, by its name in the table of kernels."""
+        """The operation that makes the copy, by its name in the table of kernels."""
         return "pack_weight" if self.copy else "quantise_weight"
 
     def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         return self.rows(grad_output, weight, None)
 
     def _multiplied_with(self, weight: Tensor) -> PackedWeight:
-        """The weight in 8 bits: its own bytes, the copy, made anew if it is out of date, or one for this product."""
+        """The weight in 8 bits: the bytes of a base in 8 bits, the copy brought up to date, or one for this product."""
         if isinstance(weight, StoredWeight) and (own := weight.packed) is not None:
             return cast(PackedWeight, own)
         scale = self._follow(weight)

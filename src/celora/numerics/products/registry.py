@@ -13,10 +13,10 @@ PRODUCTS: dict[str, type[Product]] = {cls.name: cls for cls in (Native, Int8, Fp
 
 
 def make_product(name: str, *, copy: bool = True, forward: str = "exact") -> Product:
-    """The product called `name`, which also multiplies in the forward where that is `int8`.
+    """Make the product called `name`. With `forward="int8"` it also multiplies in the forward.
 
     Raises:
-        CELoraError: there is none of this name; the nearest one is said.
+        CELoraError: there is no product of this name. The message has the nearest name.
     """
     if name not in PRODUCTS:
         raise unknown("precision", name, PRODUCTS)

@@ -1,4 +1,4 @@
-"""What no plan chooses and a configuration can ask for: columns by energy, sampling, the factor of the gradients.
+"""Variants that no plan chooses, but a configuration can ask for: columns by energy, sampling, the gradients' factor.
 
-Each is a subclass of what it varies. `celora.numerics.estimators.registry` picks it by the settings.
+Each is a subclass of the class that it varies. `celora.numerics.estimators.registry` picks it by the settings.
 """

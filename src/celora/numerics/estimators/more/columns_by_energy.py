@@ -1,4 +1,4 @@
-"""As many columns as hold a share of the squared scores: another number at every refresh."""
+"""Columns by energy: each refresh keeps the fewest columns that have a share of the squared scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from celora.numerics.select import energy_count, top_k
 
 
 class ColumnsByEnergy(Columns):
-    """Keeps as many of the columns with the highest scores as hold the share `keep_ratio` of the squared scores.
+    """Keeps the fewest columns, the highest scores first, that have the share `keep_ratio` of the squared scores.
 
     A share of 1 leaves out only columns whose score is exactly zero.
     """

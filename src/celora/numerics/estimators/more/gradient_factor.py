@@ -1,4 +1,4 @@
-"""The factor of a weight that the gradients seen on refresh steps need."""
+"""A factor of the weight that is made for the gradients of refresh steps, instead of for the weight alone."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from celora.numerics.factor import FrozenFactor, rounded, svd_factor
 
 
 def make_factor(kind: str, rank: int, seed: int) -> FrozenFactor:
-    """The factor of this kind: `svd` or `gradient`. Without a rank there is nothing to choose."""
+    """Make a factor of this kind, `svd` or `gradient`. With rank 0 the kind does not matter."""
     return GradientFactor(rank, seed) if kind == "gradient" and rank else FrozenFactor(rank, seed)
 
 
 class GradientFactor(FrozenFactor):
-    """The factor that gradients need rather than the one the weight is best described by.
+    """The factor that suits the gradients, rather than the best approximation of the weight.
 
-    V holds the leading right singular vectors of `grad_input` as seen on the latest refresh, and `U = W V^T`, so that
-    `(G U) V = G W V^T V` is the exact product projected onto the subspace in which most of it lies.
+    V has the leading right singular vectors of `grad_input` at the latest refresh, and `U = W V^T`. So
+    `(G U) V = G W V^T V` projects the exact product onto a subspace. Most of the product lies in this subspace.
     """
 
     def __init__(self, rank: int, seed: int = 0) -> None:
         super().__init__(rank, seed)
         self._seen: Tensor | None = None
-        self._next: tuple[Tensor, Tensor, Tensor] | None = None  # made of it
+        self._next: tuple[Tensor, Tensor, Tensor] | None = None  # the factor made of `_seen`
 
     @property
     def ready(self) -> bool:
         return self.V is not None
 
     def prepare(self, weight: Tensor) -> None:
-        if self.V is not None and (self.U is None or self.U.device != weight.device):  # loaded, or the model was moved
+        if self.V is not None and (self.U is None or self.U.device != weight.device):  # from a checkpoint, or moved
             self._use(*_projection(weight, self.V))
 
     def observe(self, weight: Tensor, grad_input: Tensor) -> None:
         values, vectors = leading_right_vectors(grad_input, self.rank, seed=self.seed)
         seen = values[:, None] * vectors
-        if self._seen is not None:  # the spectrum so far and the new one, merged
+        if self._seen is not None:  # merge the spectrum so far with the new one
             values, vectors = leading_right_vectors(torch.cat([self._seen, seen]), self.rank, seed=self.seed)
             seen = values[:, None] * vectors
         norms = torch.linalg.vector_norm(seen, dim=1, keepdim=True)
-        # While the weight is at hand: what FSDP2 gathered of it is gone before the refresh ends.
+        # Now, while the weight is available: FSDP2 frees it before the refresh ends.
         self._seen, self._next = seen, _projection(weight, torch.where(norms > 0, seen / norms, 0))
 
     def settle(self) -> None:
-        """Use what was observed from now on, unless it was nothing but zeros."""
+        """Use the observed factor from now on, unless everything observed was zero."""
         following, self._seen, self._next = self._next, None, None
-        if following is not None and bool(following[1].any()):  # once a refresh, so the synchronisation is cheap
+        if following is not None and bool(following[1].any()):  # synchronises once for each refresh, which is cheap
             self._use(*following)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -66,8 +66,8 @@ class GradientFactor(FrozenFactor):
 def leading_right_vectors(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """The `rank` largest singular values of `matrix: (T, n)` and their right vectors: (rank,), (rank, n), fp32."""
     _, V = svd_factor(matrix, rank, seed=seed)
-    V = torch.nn.functional.pad(V, (0, 0, 0, rank - len(V)))  # fewer tokens than the rank
-    root = torch.linalg.vector_norm(V, dim=1)  # V holds sqrt(S) times orthonormal rows
+    V = torch.nn.functional.pad(V, (0, 0, 0, rank - len(V)))  # there may be fewer tokens than the rank
+    root = torch.linalg.vector_norm(V, dim=1)  # V is sqrt(S) times orthonormal rows
     return root.square(), torch.where(root > 0, 1 / root, 0)[:, None] * V
 
 

@@ -1,7 +1,7 @@
-"""Columns and tokens drawn anew in every backward, and weighted so that the estimate is unbiased.
+"""Columns and tokens drawn at random in every backward, with weights that make the estimate unbiased.
 
-Item i is drawn with probability `p_i = min(1, lambda score_i)` and weighted by `1 / p_i`. The draw depends on the seed
-and on how many there were before, not on the global random state.
+Item i is drawn with probability `p_i = min(1, lambda score_i)` and weighted by `1 / p_i`. A draw depends on the seed
+and the number of draws before it, not on the global random state.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SampledColumns(Columns):
     """Draws `round(keep_ratio * out_features)` columns by the scores of the latest refresh; unbiased given these.
 
     Attributes:
-        scores: what is drawn from, (out,); None before the first refresh.
+        scores: the scores that the draw uses, (out,); None before the first refresh.
     """
 
     selections = ("sampled",)
@@ -55,7 +55,7 @@ class SampledColumns(Columns):
         index, factors, _ = drawn(self.scores, self.kept, seed=self.settings.seed, draw=self._draws)
         left = grad_output.index_select(1, index).mul_(as_weights(factors, grad_output.dtype))
         result = self.product(left, rows_of(weight, index, weight.dtype))
-        self.product.forget()  # the next draw's rows may lie where these did
+        self.product.forget()  # the next draw's rows may have the same address
         self.factor.prepare(weight)
         if self.factor.U is not None and self.factor.V is not None:
             U, V = self.factor.U.to(grad_output.dtype), self.factor.V.to(grad_output.dtype)
@@ -87,7 +87,7 @@ class SampledColumns(Columns):
 
 
 class SampledTokens(Tokens):
-    """Draws `round(keep_ratio * T)` tokens by `||G[t]||`. With a factor, what is drawn is the rest, `G W - (G U) V`."""
+    """Draws `round(keep_ratio * T)` tokens by `||G[t]||`. With a factor, it draws from the rest, `G W - (G U) V`."""
 
     selections = ("sampled",)
 
@@ -96,8 +96,10 @@ class SampledTokens(Tokens):
         self._draws = 0
 
     def estimate(self, grad_output: Tensor, weight: Tensor) -> Tensor:
-        """`G[t] W / p_t` for the drawn tokens t, 0 for the others; beside a factor `(G[t] U) V` and, for the drawn,
-        `+ (G[t] W - (G[t] U) V) / p_t`."""
+        """`G[t] W / p_t` for the drawn tokens t, 0 for the others.
+
+        With a factor: `(G[t] U) V` for all tokens, and `+ (G[t] W - (G[t] U) V) / p_t` for the drawn ones.
+        """
         if self.keeps_all:
             return self.product(grad_output, weight)
         self.factor.prepare(weight)
