@@ -1,4 +1,4 @@
-"""Measure what estimates cost and lose on a model, and choose among them.
+"""Times estimates on a model, measures their errors, and chooses among them.
 
 Belongs here: audits, timing of candidates, plans. Does not belong here: training. May import: everything down to
 runtime."""

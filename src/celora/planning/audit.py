@@ -1,4 +1,4 @@
-"""What the estimate costs in fidelity: the gradient of the adapter, estimated, against the exact one."""
+"""The audit: it compares the estimated gradient of the adapter with the exact one."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class AuditReport(Fidelity):
 
     Attributes:
         per_layer: adapted layer -> fidelity of the gradient of its adapter.
-        loss: of the batch, or their mean, with exact forwards.
-        loss_shift: by how much 8-bit forwards change that; 0 without any.
-        probed: how many layers had no selection yet and were judged with one made from what they are judged on.
-        float32: how far plain PEFT and celora are from float32, if that was asked for.
+        loss: the loss of the batch, or the mean over batches, with exact forwards.
+        loss_shift: by how much 8-bit forwards change the loss; 0 without them.
+        probed: how many layers had no selection yet. They were judged with a selection from the judged batch itself.
+        float32: how far plain PEFT and celora are from float32; None unless asked for.
     """
 
     per_layer: Mapping[str, Fidelity]
@@ -69,24 +69,23 @@ def audit(
 ) -> AuditReport:
     """Compare the estimated gradient of the trainable parameters with the exact one, on a batch or the sum of several.
 
-    The sum of several tells more. In training, errors that differ from batch to batch average out; an error that every
-    batch has stays. So an estimate can be near the gradient of each batch and far from what the batches share.
+    The sum of several tells more. In training, errors that differ between batches average out; an error that all
+    batches share stays. So an estimate can be near the gradient of each batch and far from the gradient of their sum.
 
-    Two forward and backward passes a batch in training mode, with the same random state and so the same dropout.
-    Parameters, their `.grad`, buffers, random state, mode, clock and selections are afterwards what they were before.
+    It takes two forwards and backwards for each batch in training mode, with the same random state and so the same
+    dropout. Afterwards parameters, their `.grad`, buffers, random state, mode, clock and selections are unchanged.
 
     Args:
-        model: celora attached.
-        batch: what the model takes as keyword arguments, `labels` included, or a list of such; moved to the model's
-            device.
+        model: the model, with celora attached.
+        batch: keyword arguments of the model with `labels`, or a list of such. They are moved to the model's device.
         loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
         reference: `"float32"` also compares plain PEFT's gradient, and celora's, with the gradient of the same weights
-            computed in float32. That shows what the model's own dtype costs. Three more passes a batch, without
-            dropout, and for a while 4 more bytes for each number in bfloat16 or float16.
+            computed in float32. That shows what the model's own dtype costs. It takes three more forwards and backwards
+            for each batch, without dropout, and meanwhile 4 more bytes for each number in bfloat16 or float16.
 
     Raises:
-        CELoraError: celora is not attached, the batch yields no loss or gradient that is finite, or nothing is
-            trainable; with a reference, the weights are quantised, sharded or offloaded, or do not fit in float32.
+        CELoraError: celora is not attached, the batch has no finite loss or gradient, or nothing is trainable; with a
+            reference also if the weights are quantised, sharded or offloaded, or do not fit in float32.
     """
     if reference not in (None, "float32"):
         raise CELoraError(f"reference={reference!r}; expected 'float32', or None to compare with the exact gradient.")
@@ -148,9 +147,9 @@ def _from_float32(model: nn.Module, attachment: Attachment, gradients: Callable[
 
 @contextmanager
 def _lent(attachment: Attachment) -> Iterator[list[str]]:
-    """Lend out the grafts, exact, with copies of their estimators; yields those with nothing selected yet.
+    """For a while, make all grafts exact, with copies of their estimators. Yields the layers without a selection.
 
-    The latter get a fresh estimator that observes the first pass.
+    Such a layer gets a new estimator, which observes the first backward.
     """
     layers = {name: dict(vars(graft)) for name, graft in attachment.grafts.items()}
     probes = [name for name, graft in attachment.grafts.items() if not graft.estimator.ready]
@@ -167,6 +166,6 @@ def _lent(attachment: Attachment) -> Iterator[list[str]]:
 
 
 def _layer_of(parameter: str, adapted: set[str]) -> str:
-    """The adapted layer a parameter belongs to; the parameter itself if it belongs to none."""
+    """The adapted layer that a parameter belongs to; the parameter's own name if there is none."""
     parts = parameter.split(".")
     return next((p for i in range(len(parts), 0, -1) if (p := ".".join(parts[:i])) in adapted), parameter)

@@ -1,4 +1,4 @@
-"""The workbench of a planner: a model, its batches, exact gradients, timed backward passes."""
+"""What a planner works with: a model, its batches, exact gradients, timed backwards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from celora.settings.config import LayerConfig
 from celora.settings.names import HEAD
 from celora.weights.read import device_of, shape_of
 
-_TURNS = 4  # of timing whole backward passes; the first does not count
+_TURNS = 4  # how often whole backwards are timed; the first time does not count
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 Progress = Callable[[str, float], None]
 Kind = tuple[int, int, int, torch.dtype, torch.device]
@@ -35,17 +35,17 @@ Kind = tuple[int, int, int, torch.dtype, torch.device]
 
 @dataclass
 class Layer:
-    """What is found out about one layer.
+    """What the planner finds out about one layer.
 
     Attributes:
         base: the frozen layer.
-        candidates: the settings that can be computed for it here, each with an estimator; exact first.
-        fused: it has a graft anyway, for its adapter.
-        findings: what each candidate that could select did to the observed gradients.
-        tokens, dtype: of its gradients.
+        candidates: the settings that it can have on this machine, each with an estimator; exact first.
+        fused: whether it has a graft anyway, for its adapter.
+        findings: errors of each candidate on the observed gradients. A candidate without a selection has none.
+        tokens, dtype: number of tokens and dtype of its gradients.
         disturbance: the share of the tokens that is kept when the layer is disturbed.
-        disturbed: the relative error of that.
-        influence: how much of a squared relative error arrives in the LoRA gradient.
+        disturbed: the relative error of the disturbance.
+        influence: the share of a squared relative error that arrives in the LoRA gradient.
     """
 
     name: str
@@ -65,15 +65,15 @@ class Layer:
 
     @property
     def kind(self) -> Kind:
-        """Layers of one kind take the same time; so do, nearly, those with less than twice as many tokens."""
+        """Layers of one kind take the same time. Numbers of tokens within a factor of 2 count as equal."""
         return (*self.shape, self.tokens.bit_length(), self.dtype, device_of(self.base))
 
     def error(self, setting: LayerConfig) -> float:
-        """The root mean square of the relative errors found for this candidate."""
+        """The root mean square of this candidate's relative errors."""
         return float(statistics.fmean(finding.error**2 for finding in self.findings[setting]) ** 0.5)
 
     def timed_as(self, setting: LayerConfig) -> list[tuple[LayerConfig, float]]:
-        """The settings whose times, with these weights, add up to the time of this candidate."""
+        """Pairs (setting, weight). The weighted sum of their times is the time of this candidate."""
         kept = statistics.fmean(finding.kept for finding in self.findings[setting])
         pairs = self.candidates[setting].timed_as(kept)
         return [(dataclasses.replace(setting, **changes), weight) for changes, weight in pairs]
@@ -84,7 +84,7 @@ class Layer:
 
 
 class Bench:
-    """The model on the bench: its gradients, exact or with given estimators under given layers."""
+    """A model with its batches. It gives gradients, exact or with given estimators in given layers."""
 
     def __init__(
         self,
@@ -97,23 +97,23 @@ class Bench:
     ) -> None:
         self.model, self.parameters, self.batches, self.loss = model, parameters, batches, loss
         self.rewind, self.progress = rewind, progress
-        self.overhead_ms = 0.0  # that a graft adds to any layer
-        self.forward: ModelGraft | None = None  # what computes the loss, if its gradient may be estimated
-        self.language_model: LanguageModel | None = None  # whose loss that is
+        self.overhead_ms = 0.0  # the time that a graft adds to a layer
+        self.forward: ModelGraft | None = None  # computes the loss, if its gradient may be estimated
+        self.language_model: LanguageModel | None = None  # the model of that loss
         self._exact: dict[range, dict[str, Tensor]] = {}
 
     @property
     def measuring(self) -> int:
-        """The batch to measure on: the second if there is one, because the first is selected on."""
+        """The batch to measure on: the second if there is one, because estimators select on the first."""
         return min(1, len(self.batches) - 1)
 
     @property
     def verifying(self) -> range:
-        """The batches to verify on: from the third, if there are so many, because the first two are used otherwise."""
+        """The batches to verify on: from the third on, if there are so many. Planning uses the first two."""
         return range(min(2, len(self.batches) - 1), len(self.batches))
 
     def gradient(self, *numbers: int) -> dict[str, Tensor]:
-        """The gradient of these batches, summed, with the grafts of this moment."""
+        """The summed gradient of these batches, with the current grafts."""
         self.rewind()
         return gradient(self.model, [self.batches[i] for i in numbers], self.loss, self.parameters)[0]
 
@@ -126,9 +126,9 @@ class Bench:
     def audit(
         self, layers: Mapping[str, Layer], settings: Mapping[str, LayerConfig], numbers: range | None = None
     ) -> Fidelity:
-        """The fidelity with these settings under these layers and everything else exact.
+        """The fidelity with these settings in these layers. Everything else is exact.
 
-        It is measured on the sum of these batches; by default on the batch to measure on.
+        It is measured on the sum of `numbers` batches; by default on the batch to measure on.
         """
         estimated = {name: layers[name] for name in settings if name in layers}
         words = settings[HEAD].keep_ratio if HEAD in settings else None
@@ -142,7 +142,7 @@ class Bench:
         *,
         words: float | None = None,
     ) -> Fidelity:
-        """The fidelity with what `make` makes under these layers, and the head's gradient through a share of the words.
+        """The fidelity with the estimators of `make` in these layers, and a share of the words for the head's gradient.
 
         An estimator that is not ready selects on the first batch.
         """
@@ -164,9 +164,9 @@ class Bench:
         return Fidelity.of([(estimated[name], exact[name]) for name in exact])
 
     def time(self, layers: Mapping[str, Layer], settings: Mapping[str, LayerConfig]) -> float:
-        """The time of all `grad_input` products inside whole backward passes, over that of the dense products.
+        """The time of all `grad_input` products inside whole backwards, relative to the dense products.
 
-        The time that grafts themselves take counts.
+        The time of the grafts themselves counts, too.
         """
         dense = dict.fromkeys(layers, EXACT)
         contenders = [
@@ -184,7 +184,7 @@ class Bench:
                     seconds.append(float(sum(graft.seconds for graft in grafts.values())))
                     for estimator in estimators.values():
                         estimator.select()
-            if turn > 0:  # in the first, estimators make the copies that they keep
+            if turn > 0:  # in the first turn, estimators make their copies
                 overhead = sum(self.overhead_ms for name in settings if not layers[name].fused)
                 ratios.append((seconds[1] + 1e-3 * overhead) / seconds[0])
         return float(statistics.median(ratios))
@@ -208,7 +208,7 @@ class _TimedGraft(LayerGraft):
 def grafted_with(
     layers: Mapping[str, Layer], make: Callable[[Layer], Estimator], *, kind: type[LayerGraft] = LayerGraft
 ) -> Iterator[dict[str, Any]]:
-    """Graft what `make` makes under `layers` for a while, estimating."""
+    """For a while, graft the estimators of `make` onto `layers`."""
     switch, grafts, handles = Switch(), {}, []
     try:
         for name, layer in layers.items():

@@ -1,4 +1,4 @@
-"""The settings that a plan considers for a layer: every registered estimator says which of its own."""
+"""The settings that a plan considers for a layer. Every registered estimator lists its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from celora.numerics.estimators import ESTIMATORS, Estimator, make_estimator
 from celora.settings.config import LayerConfig
 
-EXACT = LayerConfig("dense")  # what every candidate is compared with, and the only estimator that planning names
+EXACT = LayerConfig("dense")  # the baseline of all candidates, and the only estimator that planning knows by name
 
 
 def make_candidate(setting: LayerConfig, shape: tuple[int, int], device: torch.device) -> Estimator:
@@ -18,9 +18,9 @@ def make_candidate(setting: LayerConfig, shape: tuple[int, int], device: torch.d
 
 
 def candidates(shape: tuple[int, int], device: torch.device) -> dict[LayerConfig, Estimator]:
-    """All that a plan considers for a layer of this shape on this device, exact first, each with its estimator.
+    """The settings that a plan considers for a layer of this shape here, each with its estimator; exact first.
 
-    What has no product for this shape here is left out, and so is what cannot pay on this device.
+    A setting is dropped if there is no product for this shape, or if its product is slow on this device.
     """
     found = {EXACT: make_candidate(EXACT, shape, device)}
     for name, cls in ESTIMATORS.items():

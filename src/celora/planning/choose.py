@@ -1,4 +1,4 @@
-"""Choose the cheapest candidates that together keep the cosine asked for."""
+"""Chooses the fastest candidates that together keep the wanted cosine."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from celora.planning.candidates import EXACT
 from celora.planning.plan import PlannedLayer
 from celora.settings.config import LayerConfig
 
-_ROUNDS, _MOST_ROUNDS = 8, 12  # of choosing: with a choice that will do, and without
-_AIM, _CLOSE = 0.96, 0.8  # shares of the wanted squared error: what to aim for, and what is near enough
+_ROUNDS, _MOST_ROUNDS = 8, 12  # rounds of choosing, if some choice is good enough, and if none is
+_AIM, _CLOSE = 0.96, 0.8  # as shares of the wanted squared error: the aim, and the least that is near enough
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Try:
     """One round of choosing.
 
     Attributes:
-        allowed: the squared error that the table was given.
+        allowed: the squared error that was allowed.
         choice: a candidate for each layer.
-        found: the squared error that the audit of this choice found.
+        found: the squared error that an audit of this choice found.
     """
 
     allowed: float
@@ -44,10 +44,10 @@ def choose_plan(
     memory_limit: int,
     tries: list[Try],
 ) -> tuple[list[PlannedLayer], float]:
-    """The cheapest choice whose audit finds a squared error of at most `wanted`, and that squared error.
+    """The fastest choice whose audit finds a squared error of at most `wanted`; and that squared error.
 
-    A table's allowance and an audit's finding differ by a factor that is not constant, so the next allowance follows
-    from the `tries` so far. If no choice will do, all layers stay dense.
+    The error that the table allows and the error that an audit finds differ by a factor, which is not constant. So the
+    next allowance is computed from the `tries` so far. If no choice is good enough, all layers stay dense.
     """
     table, found_of = Table(planned), {attempt.choice: attempt.found for attempt in tries}
     for round_ in range(_MOST_ROUNDS if wanted > 0 else 1):
@@ -67,12 +67,13 @@ def choose_plan(
 
 
 def _next_allowance(tries: Sequence[Try], wanted: float) -> float:
-    """What to allow next so that an audit finds somewhat less than `wanted`.
+    """The squared error to allow next, so that an audit finds slightly less than `wanted`.
 
-    The finding grows with some power of the allowance, and two tries give that power. With tries on both sides of
-    `wanted` these are the nearest two, and the next allowance lies between them. Else they are the furthest two.
+    What an audit finds grows with some power of what was allowed. Two tries give that power. If there are tries on both
+    sides of `wanted`, these are the two nearest, and the next allowance is between them. Else they are the two
+    furthest.
     """
-    tries = [attempt for attempt in tries if attempt.allowed > 0]  # powers of nothing tell nothing
+    tries = [attempt for attempt in tries if attempt.allowed > 0]  # 0 has no logarithm
     if not tries or wanted == 0:
         return wanted
 
@@ -107,12 +108,12 @@ def _chosen(planned: Sequence[PlannedLayer], choice: Sequence[int]) -> list[Plan
 
 
 def settings_of(planned: Sequence[PlannedLayer]) -> dict[str, LayerConfig]:
-    """What was chosen for the layers that are not left dense."""
+    """The settings of the layers that are not dense."""
     return {p.name: p.choice.setting for p in planned if p.choice.setting.estimator != EXACT.estimator}
 
 
 class Table:
-    """Times, errors by influence and memory of all candidates of all layers, to choose from."""
+    """Times, errors weighted by influence, and memory of all candidates of all layers."""
 
     def __init__(self, planned: Sequence[PlannedLayer]) -> None:
         width = max(len(p.candidates) for p in planned)
@@ -124,19 +125,19 @@ class Table:
         self._memory = numbers([[float(c.memory) for c in row] for row in padded])
 
     def error(self, choice: Sequence[int]) -> float:
-        """The squared error that the choice is expected to cause in the LoRA gradient: `sum s e^2` over the layers."""
+        """The expected squared error of the choice in the LoRA gradient: `sum s e^2` over the layers."""
         return self._sum(self._errors, choice)
 
     def time(self, choice: Sequence[int]) -> float:
-        """Milliseconds of one backward pass's products."""
+        """Milliseconds of all products of one backward."""
         return self._sum(self._times, choice)
 
     def cheapest(self, error: float, memory: float) -> list[int]:
-        """The choice of least time with `sum s e^2 <= error` and within the memory; one Lagrange multiplier for each.
+        """The fastest choice with `sum s e^2 <= error` that needs at most `memory` bytes.
 
-        s is a layer's influence, e the relative error of its candidate. For a fidelity, `error = 1 - cosine^2`.
-        Multipliers reach the best choice for some allowances only. What remains of this allowance is spent layer by
-        layer, each time on the move that saves most.
+        s is a layer's influence, e the relative error of its candidate. For a fidelity, `error = 1 - cosine^2`. There
+        is one Lagrange multiplier for the error and one for the memory. Multipliers reach the best choice for some
+        allowances only. The rest of the allowance is spent layer by layer, each time on the change that saves most.
         """
 
         def at(price: float, rent: float) -> list[int]:
@@ -164,7 +165,7 @@ class Table:
 
 
 def _bisect(choose: Callable[[float], list[int]], fits: Callable[[list[int]], bool]) -> list[int]:
-    """The choice at the lowest multiplier at which it fits. At the highest all is dense, and everything fits."""
+    """The choice at the lowest multiplier where it fits. At the highest multiplier all is dense, which always fits."""
     if fits(choice := choose(0.0)):
         return choice
     low, high = -20.0, 20.0

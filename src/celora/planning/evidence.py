@@ -1,4 +1,4 @@
-"""What each candidate costs, in time, and loses, in error, for each layer."""
+"""Time and error of each candidate for each layer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from celora.planning.plan import Candidate, PlannedLayer
 from celora.settings.config import LayerConfig
 from celora.weights.read import read
 
-MARGIN = 0.97  # an estimate must beat the dense product by more than timing noise, or the layer stays dense
+MARGIN = 0.97  # of the dense time: an estimate must be faster than that, or the gain may be noise
 
 
 def time_kinds(layers: list[Layer]) -> dict[Kind, dict[LayerConfig, float]]:
-    """Milliseconds of everything that the candidates of these layers need timed, for each kind of layer."""
+    """For each kind of layer, the milliseconds of every setting that the candidates need timed."""
     kinds: dict[Kind, list[Layer]] = {}
     for layer in layers:
         kinds.setdefault(layer.kind, []).append(layer)
@@ -30,11 +30,11 @@ def time_kinds(layers: list[Layer]) -> dict[Kind, dict[LayerConfig, float]]:
 
 
 def _time_kind(layers: list[Layer]) -> dict[LayerConfig, float]:
-    """The same for layers of one kind, taking turns with the dense product."""
+    """The same for layers of one kind. The settings take turns with the dense product."""
     layer = layers[0]
     needed = [timed for member in layers for setting in member.findings for timed, _ in member.timed_as(setting)]
     weight = read(layer.base, layer.dtype)
-    # What is in the gradient does not matter to the time, except that zeros would not be kept.
+    # The values of the gradient do not change the time, except that zeros would not be kept.
     grad = torch.randn(layer.tokens, layer.shape[0], device=weight.device).to(layer.dtype)
     calls = {}
     for setting in dict.fromkeys([EXACT, *needed]):
@@ -48,7 +48,7 @@ def _time_kind(layers: list[Layer]) -> dict[LayerConfig, float]:
 
 
 def graft_overhead(device: torch.device, dtype: torch.dtype) -> float:
-    """Milliseconds that a graft adds to a layer's forward and backward: a layer left alone does not have them."""
+    """Milliseconds that a graft adds to a layer's forward and backward."""
     linears = [nn.Linear(16, 16, device=device, dtype=dtype).requires_grad_(False) for _ in range(2)]
     layer = LayerGraft(Dense(16, 16), Switch())
     layer.mode = Mode.ESTIMATE
@@ -65,9 +65,9 @@ def graft_overhead(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def evidence(layer: Layer, times: Mapping[LayerConfig, float], overhead_ms: float) -> PlannedLayer:
-    """All candidates of one layer that are faster than dense, with dense first.
+    """Dense, and all candidates of one layer that are faster than dense.
 
-    A candidate that never saw a gradient to select from has no findings and is left out.
+    A candidate that saw no gradient to select from has no findings, and is left out.
     """
     dense, dtype = times[EXACT], read(layer.base, layer.dtype).dtype
     found = [Candidate(EXACT, dense, 0.0)]

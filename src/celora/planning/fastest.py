@@ -1,8 +1,8 @@
-"""Presets `auto` and `fast` without a plan: a moment of timing decides what is estimated, so that nothing is slower.
+"""The gate of presets `auto` and `fast`: a few seconds of timing decide what is estimated, so that nothing gets slower.
 
-For layers of one shape, dtype and device, the products are timed in turns: in 8 bits (preset `fast`: both ways, and
-with an exact forward), with the gradient's own products of the same tokens, and as PEFT computes them. The fastest
-wins. So it is with the vocabulary projection. What was measured is kept in the user's cache for the next run.
+Layers of one shape, dtype and device are timed together. The contenders take turns: products in 8 bits (preset `fast`:
+in both directions, and with an exact forward), products of the same tokens in the gradient's own dtype, and PEFT's
+products. The fastest wins. The vocabulary projection is timed in the same way. Times are stored in the user's cache.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ from celora.planning.candidates import EXACT, make_candidate
 from celora.planning.head_evidence import time_shares
 from celora.settings.config import CELoraConfig, LayerConfig
 
-TOKENS = 512  # of the products that are timed, at most; what is faster for so many is so for more
-_FEWEST, _MOST_NUMBERS = 16, 2**31  # tokens; multiplications of one product: a large layer is timed with fewer tokens
+TOKENS = 512  # products are timed with at most so many; the fastest stays the fastest with more
+_FEWEST, _MOST_NUMBERS = 16, 2**31  # at least so many tokens; at most so many multiplications in a product
 _REPEATS = 5
-_CLEARLY = 0.97  # of PEFT's time: less of a gain is noise
+_CLEARLY = 0.97  # of PEFT's time; a smaller gain may be noise
 
 
 def gate(found: Survey, config: CELoraConfig, tokens: int = TOKENS, labelled: int = TOKENS) -> CELoraConfig:
-    """`config` with an override for each layer for which something else is faster here than its own setting.
+    """`config` with an override for each layer whose own setting is not the fastest on this machine.
 
-    An exact forward leaves the vocabulary projection exact, too, where drawing words is not faster.
+    The vocabulary projection stays exact if drawing words is not faster, unless `head_forward` is in 8 bits.
 
     Args:
-        tokens: of a batch; `labelled`: those of them with a label.
+        tokens: number of tokens in a batch.
+        labelled: how many of them have a label.
 
-    All processes that train together take what the first one has measured.
+    If several processes train together, all use what the first one measures.
     """
     if in_company() and dist.get_rank() > 0:
         overrides, share = from_first(None)
@@ -64,7 +65,7 @@ def _overrides(found: Survey, config: CELoraConfig, tokens: int) -> dict[str, Ma
         setting = own if takes_forward else dataclasses.replace(own, forward="exact")
         best = _fastest(setting, shape, dtype, device, tokens)
         changes = {field: getattr(best, field) for field in fields if getattr(best, field) != getattr(own, field)}
-        if best == EXACT:  # to which the other fields mean nothing
+        if best == EXACT:  # it uses no other field
             changes = {"estimator": EXACT.estimator}
         overrides |= dict.fromkeys(names, changes) if changes else {}
     return overrides
@@ -73,12 +74,12 @@ def _overrides(found: Survey, config: CELoraConfig, tokens: int) -> dict[str, Ma
 def _fastest(
     own: LayerConfig, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, tokens: int
 ) -> LayerConfig:
-    """The fastest setting for a layer of this kind; `EXACT` where none is clearly faster than that."""
+    """The fastest setting for a layer of this kind; `EXACT` if none is clearly faster."""
     backward = dataclasses.replace(own, forward="exact")
     different = dict.fromkeys((own, backward, dataclasses.replace(backward, precision="native")))
     settings = [setting for setting in different if make_candidate(setting, shape, device).product.pays(*shape, device)]
     tokens = _timed_tokens(tokens, shape[0] * shape[1])
-    dtype = dtype if dtype.is_floating_point else torch.bfloat16  # a quantised layer's products
+    dtype = dtype if dtype.is_floating_point else torch.bfloat16  # the dtype of a quantised layer's products
     of = {"layer": [dataclasses.asdict(setting) for setting in settings], "shape": shape, "tokens": tokens}
     times = _kept(of, 1 + len(settings), dtype, device, lambda: _times(settings, shape, tokens, dtype, device))
     best, time = min(zip((EXACT, *settings), times, strict=True), key=lambda pair: pair[1])
@@ -88,11 +89,11 @@ def _fastest(
 def _times(
     settings: list[LayerConfig], shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device
 ) -> list[float]:
-    """Milliseconds of the exact products, and of those of each setting."""
+    """Milliseconds of the exact products, then of the products of each setting."""
     out_features, in_features = shape
     w = torch.randn(out_features, in_features, dtype=dtype, device=device) / in_features**0.5
     x = torch.randn(tokens, in_features, dtype=dtype, device=device)
-    # A gradient sits in some of its tokens. Of log-normal norms, about 92 % of the tokens hold 0.9997 of the energy.
+    # Real gradients have uneven tokens. With log-normal norms, about 92 % of the tokens carry 0.9997 of the energy.
     g = torch.randn(tokens, out_features, dtype=dtype, device=device)
     g *= torch.randn(tokens, 1, dtype=dtype, device=device).exp()
     forward = any(setting.forward != "exact" for setting in settings)
@@ -103,7 +104,7 @@ def _times(
 def _step(
     setting: LayerConfig, shape: tuple[int, int], w: Tensor, x: Tensor, g: Tensor, forward: bool
 ) -> Callable[[], object]:
-    """The products of one layer's backward and, where settings differ in it, forward."""
+    """A function that computes the products of one layer's backward, and of its forward if settings differ in it."""
     estimator = make_candidate(setting, shape, w.device)
     estimator.observe(g, w, x)
     estimator.select()
@@ -119,7 +120,7 @@ def _step(
 
 
 def _share(found: Survey, config: CELoraConfig, labelled: int) -> float:
-    """The share of the words for the gradient of the logits: the configuration's, or 1 where that is no faster."""
+    """The share of the words for the gradient of the logits: the configuration's, or 1 if 1 is as fast."""
     share, model = config.head_keep_ratio, found.language_model
     if share == 1 or config.head_forward != "exact" or model is None:
         return share
@@ -133,7 +134,7 @@ def _share(found: Survey, config: CELoraConfig, labelled: int) -> float:
 
 
 def _timed_tokens(tokens: int, numbers: int) -> int:
-    """How many tokens to time with a weight of so many numbers: a power of two, so that runs share measurements."""
+    """How many tokens to time with a weight of `numbers` numbers: a power of two, so that runs share measurements."""
     most = max(_FEWEST, min(tokens, TOKENS, _MOST_NUMBERS // max(1, numbers)))
     return 1 << (most.bit_length() - 1)
 
@@ -141,7 +142,7 @@ def _timed_tokens(tokens: int, numbers: int) -> int:
 def _kept(
     of: dict[str, Any], count: int, dtype: torch.dtype, device: torch.device, measure: Callable[[], list[float]]
 ) -> list[float]:
-    """The `count` times that the user's cache has of this, or else what `measure` finds now, kept there."""
+    """The `count` times of this in the user's cache. If there are none, `measure` them now and store them."""
     machine = {"device": measured_on(device), "threads": torch.get_num_threads(), "by": chosen(dtype, device)}
     versions = {name: metadata.version(name) for name in ("celora", "torch")}
     of = of | {"shape": list(of["shape"]), "dtype": str(dtype), "machine": machine, "versions": versions}

@@ -32,7 +32,7 @@ class Fidelity:
         sums = torch.zeros(4, dtype=torch.float64, device="cpu")
         for estimate, true in ((in_float64(g), in_float64(e)) for g, e in pairs):
             terms = (estimate * true, (estimate - true).square(), estimate.square(), true.square())
-            sums += torch.stack([term.sum() for term in terms]).cpu()  # a model may be spread over devices
+            sums += torch.stack([term.sum() for term in terms]).cpu()  # a model may be on several devices
         dot, error, estimated, exact = sums.tolist()
         if not math.isfinite(exact):
             raise CELoraError(
@@ -49,11 +49,11 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class FromFloat32:
-    """How near gradients are to the gradient of the same weights computed in float32; all without dropout.
+    """How near gradients are to the float32 gradient of the same weights; all without dropout.
 
     Attributes:
-        plain: of PEFT's own gradient, without celora.
-        attached: of the gradient with celora as it is attached.
+        plain: the fidelity of PEFT's own gradient, without celora.
+        attached: the fidelity of the gradient with the attached celora.
     """
 
     plain: Fidelity

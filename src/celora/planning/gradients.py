@@ -1,4 +1,4 @@
-"""Take gradients of a model on batches, and leave the model as it was."""
+"""Computes gradients of a model on batches, and puts the model back as it was."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from celora.weights.sharded import whole
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters whose gradient is judged, by name; CELoraError if there are none."""
+    """The parameters that train, by name. Raises CELoraError if there are none."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise CELoraError("no trainable parameters: load the adapter with is_trainable=True.")
@@ -25,7 +25,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def on_device(batch: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    """The batch where the model is."""
+    """The batch, moved to the model's device."""
     device = next(iter(parameters.values())).device
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
@@ -36,7 +36,7 @@ def gradient(
     loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None,
     parameters: Mapping[str, nn.Parameter],
 ) -> tuple[dict[str, Tensor], float]:
-    """The gradient of each parameter, summed over the batches, zeros where there is none, and the mean loss."""
+    """The gradient of each parameter, summed over the batches (zeros if there is none), and the mean loss."""
     for p in parameters.values():
         p.grad = None
     total = 0.0
@@ -56,7 +56,7 @@ def gradient(
 
 @contextmanager
 def training(model: nn.Module) -> Iterator[None]:
-    """Training mode for a while. `from_pretrained` leaves a model in evaluation mode, and plans are for training."""
+    """Put a model into training mode for a while. `from_pretrained` leaves it in evaluation mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
@@ -68,9 +68,9 @@ def training(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[Callable[[], None]]:
-    """Put back what forward and backward passes change, even interrupted ones: `.grad`, buffers, random state.
+    """At the end, restore what forwards and backwards have changed: `.grad`, buffers, random state.
 
-    Yields a function that rewinds the random state to the beginning, so that dropout repeats itself.
+    Yields a function that sets the random state back to the beginning, so that dropout repeats itself.
     """
     grads = {name: p.grad for name, p in parameters.items()}
     buffers = [(b, b.clone()) for b in model.buffers()]

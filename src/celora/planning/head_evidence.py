@@ -1,4 +1,4 @@
-"""What a share of the vocabulary costs and loses in the gradient of the logits: the head, as one more planned layer."""
+"""The head as one more planned layer: time and error of a share of the words in the gradient of the logits."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from celora.settings.config import LayerConfig
 from celora.settings.names import HEAD
 from celora.weights.sharded import whole
 
-HEAD_SHARES = (0.3, 0.1, 0.03, 0.01)  # of the words, in the gradient of the logits
+HEAD_SHARES = (0.3, 0.1, 0.03, 0.01)  # shares of the words that a plan considers
 
 
 def head_evidence(bench: Bench) -> list[PlannedLayer]:
-    """The vocabulary projection, with the time and error of each share; nothing where celora does not compute it."""
+    """The vocabulary projection with time and error of each share; empty if celora does not compute it."""
     labels = bench.batches[bench.measuring].get("labels")
     if bench.language_model is None or not isinstance(labels, Tensor) or labels.dim() != 2:
         return []
-    # Words are columns of the logits' gradient: a plan writes a share of them as the default estimator's.
+    # Words are columns of the logits' gradient, so a plan stores a share of them as a keep ratio of columns.
     settings = {share: LayerConfig(keep_ratio=share, rank=0) for share in HEAD_SHARES}
     errors = {share: bench.audit({}, {HEAD: setting}).relative_error for share, setting in settings.items()}
-    if errors[HEAD_SHARES[-1]] == 0:  # a hundredth of the words loses nothing: the loss of this batch is not ours
+    if errors[HEAD_SHARES[-1]] == 0:  # no error at all: celora did not compute the loss of this batch
         return []
     weight = whole(bench.language_model.head.weight).detach()
     ms = time_shares(weight, int((labels[:, 1:] != IGNORED).sum()), (1.0, *HEAD_SHARES))
@@ -42,7 +42,7 @@ def head_evidence(bench: Bench) -> list[PlannedLayer]:
 
 
 def time_shares(weight: Tensor, tokens: int, shares: Sequence[float]) -> dict[float, float]:
-    """Milliseconds of the gradient of so many tokens' logits through each share of the words of `weight: (V, H)`."""
+    """Milliseconds of the gradient of `tokens` tokens' logits, for each share of the words of `weight: (V, H)`."""
     size = chunk_size(tokens, len(weight))
     grad = torch.randn(size, len(weight), device=weight.device).to(weight.dtype)
     out = grad.new_empty(size, weight.shape[1])

@@ -1,4 +1,4 @@
-"""How much the error of one layer matters to the whole gradient."""
+"""Measures how much the error of one layer matters to the whole gradient."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _DEPTHS, _MOST_KINDS, _FEW_LAYERS = 6, 8, 24
 
 
 class _Disturbed(Dense):
-    """Leaves out the tokens of the smallest gradients.
+    """Leaves out the tokens with the smallest gradients.
 
-    Their number is not rounded to suit the product: a layer that keeps all of its tokens would seem to have no
-    influence.
+    Their number is not rounded to suit the product. Rounding could keep all tokens, and then the layer would seem to
+    have no influence.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -29,9 +29,9 @@ class _Disturbed(Dense):
 
 
 def probe_influence(bench: Bench, layers: list[Layer]) -> None:
-    """Disturb groups of layers, by depth and by kind, and measure how much of it arrives in the LoRA gradient.
+    """Disturb groups of layers, by depth and by kind, and measure how much of the error arrives in the LoRA gradient.
 
-    Few layers are disturbed one by one.
+    If there are few layers, they are disturbed one by one.
     """
     size = 1 if len(layers) <= _FEW_LAYERS else -(-len(layers) // _DEPTHS)
     depths = [layers[i : i + size] for i in range(0, len(layers), size)]

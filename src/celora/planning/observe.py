@@ -1,4 +1,4 @@
-"""Observe exact backward passes: the gradients of every layer, and what each candidate loses of them."""
+"""Observes exact backwards: the gradients of every layer, and each candidate's error on them."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class _Observer(Dense):
         layer, observed = self.layer, Observed(grad_output, weight, grad_input)
         layer.tokens, layer.dtype = len(grad_output), grad_output.dtype
         for setting, estimator in layer.candidates.items():
-            if not estimator.ready:  # on the first batch: the next is judged with an earlier one's selection
+            if not estimator.ready:  # it selects on the first batch, and is judged on the next
                 estimator.observe(grad_output, weight, grad_input)
                 estimator.select()
             if self.measure and estimator.ready:
                 layer.findings.setdefault(setting, []).append(estimator.judge(observed))
-                estimator.product.forget()  # a copy for every candidate of every layer would not fit
+                estimator.product.forget()  # copies for all candidates of all layers would not fit into memory
         if self.measure:
             kept = observed.needed(_DISTURBANCE)
             layer.disturbance, layer.disturbed = kept / len(grad_output), observed.lost(kept)
 
 
 def observe(bench: Bench, layers: list[Layer]) -> int:
-    """Gather gradients and findings; returns the bytes that one forward saves for backward."""
+    """Collect gradients and findings. Returns the bytes that one forward saves for backward."""
     by_name = {layer.name: layer for layer in layers}
     for number in range(bench.measuring + 1):
         last = number == bench.measuring

@@ -1,4 +1,4 @@
-"""A plan: which estimator each layer gets, and the measurements that say so. Saved as JSON, printed as a table."""
+"""A plan: the estimator of each layer, with the measurements behind it. Saved as JSON, printed as a table."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _LAYERS = ("layers", "head")  # the fields that are not plain values
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to estimate one layer, as measured: time of its `grad_input` and relative error against the exact one.
+    """One way to estimate one layer, with the measured time of its `grad_input` and its relative error.
 
     Attributes:
-        memory: bytes of the 8-bit copy it keeps.
+        memory: bytes of its 8-bit copy.
     """
 
     setting: LayerConfig
@@ -46,11 +46,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A layer with all its candidates and the one that was chosen.
+    """A layer with all its candidates and the chosen one.
 
     Attributes:
-        influence: how much of a squared relative error of this layer arrives in the LoRA gradient of the whole model.
-        candidates: all that were measured; `candidates[chosen]` is the one taken, the first is dense.
+        influence: the share of this layer's squared relative error that arrives in the LoRA gradient of the whole
+        model. candidates: all measured candidates, dense first; `candidates[chosen]` is the chosen one.
     """
 
     name: str
@@ -62,7 +62,7 @@ class PlannedLayer:
 
     @property
     def choice(self) -> Candidate:
-        """What the layer gets."""
+        """The chosen candidate."""
         return self.candidates[self.chosen]
 
     @property
@@ -73,21 +73,21 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class Plan:
-    """One estimator per layer, with its evidence.
+    """One estimator for each layer, with the measurements behind it.
 
     Attributes:
-        layers: the layers that were measured; any other stays dense.
-        head: the vocabulary projection; None where celora does not compute it. Its gradient goes through a share of the
-            words (`head_keep_ratio`), and its error is what arrives in the LoRA gradient.
-        fidelity: the cosine of the LoRA gradient that was asked for.
-        predicted_cosine: what the layers' errors and influences come to.
-        audited_cosine: of the whole plan, measured on the sum of `audited_batches` batches, used for nothing else where
-            three or more were given.
-        predicted_time: of all `grad_input` products of `layers` over dense, from their times.
-        audited_time: the same, measured inside whole backward passes.
-        tokens: of the batches it was made for.
-        dtype, device, threads, torch: what it was measured with.
-        memory_limit: bytes that 8-bit copies may take, all layers together.
+        layers: the measured layers; any other layer stays dense.
+        head: the vocabulary projection; None if celora does not compute it. Its gradient goes through a share of the
+            words (`head_keep_ratio`). Its error is the error that arrives in the LoRA gradient.
+        fidelity: the least cosine of the LoRA gradient that was asked for.
+        predicted_cosine: the cosine expected from the layers' errors and influences.
+        audited_cosine: the measured cosine of the whole plan, on the sum of `audited_batches` batches. Planning used
+            them for nothing else if it had three batches or more.
+        predicted_time: the time of all `grad_input` products of `layers`, relative to dense, from their own times.
+        audited_time: the same, measured inside whole backwards.
+        tokens: number of tokens in the batches of the plan.
+        dtype, device, threads, torch: the conditions of the measurements.
+        memory_limit: bytes that 8-bit copies of all layers together may take.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -115,7 +115,7 @@ class Plan:
         return sum(layer.choice.memory for layer in self.layers)
 
     def config(self, frame: CELoraConfig | None = None) -> CELoraConfig:
-        """The configuration that carries the plan out: `frame`, by default preset auto. Its overrides win."""
+        """The configuration that carries out the plan, based on `frame`, by default preset auto. Its overrides win."""
         frame = frame or PRESETS["auto"]
         planned = {
             layer.name: _changes(layer.choice.setting)
@@ -133,10 +133,10 @@ class Plan:
         return dataclasses.replace(frame, overrides={**planned, **frame.overrides}, head_keep_ratio=keep_ratio)
 
     def check(self, model: nn.Module | Survey) -> None:
-        """Refuse a plan that was made for another model or device: its times and errors would mean nothing.
+        """Refuse a plan for another model or device, where its times and errors mean nothing.
 
         Args:
-            model: the model, or what `survey` has found in it.
+            model: the model, or its `survey`.
 
         Raises:
             CELoraError: a planned layer is missing or has another shape, this is not the device it was measured on, or
@@ -152,7 +152,7 @@ class Plan:
         shapes = {name: layer.shape for name, layer in found.layers.items()}
         if found.language_model is not None:
             shapes[HEAD] = shape_of(found.language_model.head)
-        for layer in self.layers if found.language_model is None else self._all:  # the head stays exact
+        for layer in self.layers if found.language_model is None else self._all:  # the head stays exact then
             shape = shapes.get(layer.name)
             if shape is None:
                 raise CELoraError(
@@ -165,7 +165,7 @@ class Plan:
                 )
 
     def elsewhere(self, device: Device) -> str:
-        """Why the plan's times are not those of this machine, or ''."""
+        """Why the plan's times are not valid on this machine; '' if they are."""
         if (here := measured_on(device)) != self.device:
             return f"the plan was measured on {self.device!r} and this is {here!r}"
         if device.type == "cpu" and torch.get_num_threads() != self.threads:
@@ -173,9 +173,9 @@ class Plan:
         return ""
 
     def other_batches(self, tokens: int, dtype: str) -> str:
-        """Why the plan's times and errors are not those of backwards of so many tokens of this dtype, or ''.
+        """Why the plan's times and errors are not valid for backwards of so many tokens in this dtype; '' if they are.
 
-        Twice or half as many are much the same; ragged batches differ by that.
+        Up to a factor of 2 in the number of tokens is fine, because ragged batches differ by that.
         """
         if dtype == self.dtype and self.tokens / 2 <= tokens <= self.tokens * 2:
             return ""
@@ -185,7 +185,7 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only; `from_dict` is the inverse. Candidates' settings are written once."""
+        """The plan as plain values; `from_dict` is the inverse. Each setting of candidates is written once."""
         settings = list(dict.fromkeys(c.setting for layer in self._all for c in layer.candidates))
         number = {setting: i for i, setting in enumerate(settings)}
 
@@ -206,7 +206,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
-        """The plan with these values; CELoraError if they are not a plan."""
+        """The plan with these values. Raises CELoraError if they are not a plan."""
         if not isinstance(values, Mapping):
             raise CELoraError(f"a plan is a mapping, not {type(values).__name__}.")
         if values.get("version") != _VERSION:
@@ -220,7 +220,7 @@ class Plan:
             layers = tuple(_planned(layer, settings) for layer in values["layers"])
             head = None if values.get("head") is None else _planned(values["head"], settings)
             kinds = {"float": float, "int": int, "str": str}
-            values = {"audited_batches": cls.audited_batches, **values}  # plans of before it was counted
+            values = {"audited_batches": cls.audited_batches, **values}  # older plans lack it
             own = {name: kinds[str(kind)](values[name]) for name, kind in known.items() if name not in _LAYERS}
             for name, kind in known.items():
                 if kind in ("float", "int"):
@@ -286,7 +286,7 @@ def label(setting: LayerConfig) -> str:
 
 
 def _changes(setting: LayerConfig) -> dict[str, Any]:
-    """The fields that are not what a LayerConfig has anyway, and the estimator."""
+    """The estimator, and the fields that differ from the defaults of LayerConfig."""
     defaults = LayerConfig()
     values = dataclasses.asdict(setting)
     return {name: v for name, v in values.items() if name == "estimator" or v != getattr(defaults, name)}
@@ -312,7 +312,7 @@ def _planned(layer: Mapping[str, Any], settings: list[LayerConfig]) -> PlannedLa
 
 
 def _measured(value: Any, name: str, least: float = 0.0, most: float = _LARGEST) -> float:
-    """A number that a measurement can have given."""
+    """A number, refused if no measurement can have given it."""
     number = float(value)
     if not least <= number <= most:
         raise ValueError(f"{name}={number:g}, which nobody can have measured")

@@ -1,17 +1,18 @@
-"""The planner: measure what each candidate costs and loses in each layer, and choose the cheapest that are good enough.
+"""The planner: it measures time and error of each candidate in each layer, and chooses the fastest good enough mix.
 
-1. Observe (`observe`). Exact backward passes give each layer's gradients. Every candidate says its relative error e on
-   them. A candidate that selects ahead of time does so on an earlier batch.
-2. Time (`evidence`). Every candidate on this device, at the real shapes, in turns with the dense product.
+1. Observe (`observe`). Exact backwards give each layer's gradients. Every candidate judges its relative error e on
+them.
+   A candidate that selects ahead of time does so on an earlier batch.
+2. Time (`evidence`). Every candidate is timed on this device, at the real shapes, in turns with the dense product.
 3. Influence (`influence`). Groups of layers are disturbed, and the error s that arrives in the LoRA gradient is
    measured. A layer's influence is `s^2 / sum e^2` of its group by depth, times that of its group by kind.
-   The vocabulary projection is one more layer (`head_evidence`): its gradient goes through a share of the words, and
-   its error is what arrives in the LoRA gradient.
+   The vocabulary projection is one more layer (`head_evidence`). Its gradient goes through a share of the words. Its
+   error is the error that arrives in the LoRA gradient.
 4. Choose (`choose`). Minimise `sum time` subject to `sum influence e^2 <= 1 - cosine^2` and to the memory limit, by
-   Lagrange multipliers. Audit the whole, and repeat with more or less allowed.
-5. Verify. The cosine of the sum over batches that nothing was chosen on. Errors that differ from batch to batch average
-   out there; what every batch loses does not. If the cosine is too low, choose again with less allowed. Last, measure
-   the time inside whole backward passes.
+   Lagrange multipliers. Audit the whole choice, and repeat with more or less allowed error.
+5. Verify. Measure the cosine of the sum over batches that were not used to choose. Errors that differ between batches
+   average out there; errors that all batches share do not. If the cosine is too low, choose again with less allowed
+   error. At last, measure the time inside whole backwards.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ from celora.planning.plan import Plan, PlannedLayer
 from celora.runtime.attachment import find
 from celora.settings.names import HEAD
 
-# Chosen by training (docs/use/presets.md). 8-bit products alone keep more, so it costs little where they pay. Beyond it
-# their rounding is in the way, and the time rises steeply.
+# Chosen by training runs (docs/use/presets.md). 8-bit products alone keep more, so this costs little if they are fast.
+# For a higher fidelity their rounding is too coarse, and the time rises steeply.
 DEFAULT_FIDELITY = 0.998
-_CARE = 0.85  # less is allowed after each plan that fell short: other batches verify than were chosen on
+_CARE = 0.85  # after a plan that fell short, the allowed error is multiplied with this
 _VERIFICATIONS = 4
-_TOLERATED, _ROUNDING = 1.25, 1e-4  # a warning comes beyond 1.25 times the squared error asked for, plus rounding
-MOST_BATCHES = 10  # to select, to measure, and eight to verify
+_TOLERATED, _ROUNDING = 1.25, 1e-4  # a warning comes above 1.25 times the wanted squared error, plus rounding
+MOST_BATCHES = 10  # one to select, one to measure, and eight to verify
 
 
 def make_plan(
@@ -61,24 +62,24 @@ def make_plan(
     loss: Loss | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """The cheapest estimator for each layer with which the LoRA gradient keeps a cosine of `fidelity` with the exact.
+    """Plan the fastest estimator for each layer that keeps a cosine of `fidelity` of the LoRA gradient.
 
-    It takes 20 to 130 forward and backward passes in training mode; the more can be estimated, the more it takes. The
-    model is left as it was: parameters, `.grad`, buffers, random state, mode. A warning says when the plan clearly
-    misses its fidelity on the batches that verify it.
+    It takes 20 to 130 forwards and backwards in training mode; the more candidates, the more. The model is unchanged
+    afterwards: parameters, `.grad`, buffers, random state, mode. A warning says if the plan clearly misses its fidelity
+    on the batches that verify it.
 
     Args:
-        model: a PEFT model, adapters active.
-        batches: what the model takes as keyword arguments, `labels` included, of the size training will use. At most
-            ten are used: one to select, one to measure, the others to verify on their sum. With fewer than three, one
-            batch serves several of these.
-        fidelity: the cosine wanted, 0 < fidelity <= 1; 1 allows only what changes nothing.
-        memory_limit: bytes that 8-bit copies of weights may take in all; by default 5 % of the weights and of what a
-            forward saves for backward.
+        model: a PEFT model with active adapters.
+        batches: keyword arguments of the model with `labels`, as large as training batches. At most ten are used: one
+            to select, one to measure, the others to verify on their sum. With fewer than three, one batch has several
+            of these roles.
+        fidelity: the wanted cosine, 0 < fidelity <= 1; 1 allows only what changes nothing.
+        memory_limit: bytes that all 8-bit copies of weights together may take; by default 5 % of the weights and of
+            what a forward saves for backward.
         loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
-        progress: called with what is being done and the share of the work that is done.
+        progress: called with the current stage and the share of the work that is done.
 
-    If no layer can be estimated, the plan is empty and training with it is plain PEFT.
+    If no layer can be estimated, the plan is empty, and training with it is plain PEFT.
 
     Raises:
         CELoraError: no adapters, no batches, sharded parameters, a device whose times cannot be trusted, or a fidelity
@@ -99,7 +100,7 @@ def make_plans(
 ) -> list[Plan]:
     """`make_plan` for several fidelities from one set of measurements: a frontier of time against fidelity.
 
-    Without `head` the gradient of the logits stays exact.
+    With `head=False` the gradient of the logits stays exact.
     """
     for fidelity in fidelities:
         if isinstance(fidelity, bool) or not isinstance(fidelity, int | float) or not 0 < fidelity <= 1:
@@ -130,7 +131,7 @@ def make_plans(
     if attached is not None:
         attached.switch.on = False
     try:
-        # As preset auto will train: without padding, and with the loss over labelled tokens.
+        # Preset auto trains like this: without padding, and with the loss over labelled tokens only.
         with training(model), untouched(model, parameters) as rewind, taken_over(found.language_model) as forward:
             bench = Bench(model, parameters, used, loss, rewind, progress or (lambda what, share: None))
             bench.forward, bench.language_model = (forward, found.language_model) if head else (None, None)
@@ -143,7 +144,7 @@ def make_plans(
 def _make_plans(bench: Bench, layers: list[Layer], fidelities: Sequence[float], memory_limit: int | None) -> list[Plan]:
     bench.progress("observing gradients", 0.0)
     saved = observe(bench, layers)
-    # The first layers' inputs may need no gradient: there is no product to estimate.
+    # The inputs of the first layers may need no gradient. Then there is no product to estimate.
     layers = [layer for layer in layers if layer.findings]
     if memory_limit is None:
         weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
@@ -158,7 +159,7 @@ def _make_plans(bench: Bench, layers: list[Layer], fidelities: Sequence[float], 
     planned = [evidence(layer, times[layer.kind], bench.overhead_ms) for layer in layers]
     planned += head_evidence(bench) if layers else []
     plans = []
-    tries: list[Try] = []  # what was found for one fidelity helps with the next
+    tries: list[Try] = []  # tries for one fidelity help with the next
     for i, fidelity in enumerate(fidelities):
         bench.progress("choosing", 0.65 + 0.35 * i / len(fidelities))
         plans.append(_finish(bench, layers, planned, fidelity, memory_limit, tries))
@@ -174,7 +175,7 @@ def _finish(
     memory_limit: int,
     tries: list[Try],
 ) -> Plan:
-    """Choose, verify on the batches kept for that, and choose more carefully if they show less than was asked for."""
+    """Choose, verify on other batches, and choose with less allowed error if the cosine is too low there."""
     by_name = {layer.name: layer for layer in layers}
     chosen, settings, audited, found, allowed = planned, {}, 1.0, 0.0, 1 - fidelity**2
     for turn in range(_VERIFICATIONS if planned else 0):
@@ -189,7 +190,7 @@ def _finish(
     chosen = [p for p in chosen if p is not head]
     of_head = {HEAD: setting} if (setting := settings.pop(HEAD, None)) else {}
     measured = bench.time(by_name, settings) if settings else 1.0
-    if measured >= 1 and settings:  # each estimate was faster alone; in a whole backward pass they are not
+    if measured >= 1 and settings:  # each estimate is faster alone, but not inside whole backwards
         chosen, measured = [dataclasses.replace(p, chosen=0) for p in chosen], 1.0
         predicted, audited = (
             bench.audit(by_name, of_head, on).cosine if of_head else 1.0 for on in (None, bench.verifying)

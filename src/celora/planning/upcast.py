@@ -1,7 +1,7 @@
-"""Let a model compute in float32 for a while, to get its gradient without the rounding of a shorter dtype.
+"""Makes a model compute in float32 for a while, to get its gradient without the rounding of a shorter dtype.
 
-Each bfloat16 or float16 parameter and buffer is replaced by a float32 copy and put back afterwards. The parameters stay
-the same objects, and get back the very memory that they had, so optimizers, tied weights and hooks notice nothing.
+Each bfloat16 or float16 parameter and buffer gets a float32 copy of its data, and its own data back afterwards. The
+parameters stay the same objects with the same memory. So optimizers, tied weights and hooks notice nothing.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropo
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Compute in float32: weights in float32, no autocast, no shortened float32 products.
 
-    Takes 4 bytes for each number in bfloat16 or float16.
+    It takes 4 more bytes for each number in bfloat16 or float16.
 
     Raises:
         CELoraError: the weights are quantised, sharded or offloaded, the copies do not fit into memory, or a forward
-            inside computes in a shorter dtype all the same.
+            inside still computes in a shorter dtype.
     """
     short = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in _HALF]
     _refuse(model)
@@ -61,7 +61,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Every dropout rate 0: masks drawn for one dtype are not those drawn for another."""
+    """Set every dropout rate to 0 for a while, because masks differ between dtypes."""
     rates = [(module, name, rate) for module in model.modules() for name, rate in _rates(module).items()]
     try:
         for module, name, _ in rates:
@@ -73,14 +73,14 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _rates(module: nn.Module) -> dict[str, float]:
-    """The dropout rates that this module keeps as attributes."""
+    """The dropout rates among the attributes of this module."""
     own = ("p",) if isinstance(module, _DROPOUTS) else ()
     named = {name: value for name, value in vars(module).items() if name in own or name.endswith("dropout")}
     return {name: value for name, value in named.items() if isinstance(value, float)}
 
 
 def _refuse(model: nn.Module) -> None:
-    """CELoraError if float32 copies of the weights would not be the weights that the model computes with."""
+    """Raise CELoraError if the model would not compute with float32 copies of its weights."""
     advice = "audit without reference, or a model"
     if in_company():
         raise CELoraError(f"reference='float32' works in one process; {advice} that is whole in one.")
@@ -114,7 +114,7 @@ def _check_memory(short: list[Tensor]) -> None:
 
 
 def _check_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """A forward hook. Accelerate puts autocast inside the model's own forward, where nothing here switches it off."""
+    """A forward hook. Accelerate puts autocast inside the model's own forward, where it cannot be switched off."""
     if isinstance(output, Tensor) and output.dtype in _HALF:
         raise CELoraError(
             f"reference='float32', but the model's own forward computes in {output.dtype}; audit the model before "
