@@ -1,4 +1,4 @@
-"""What lives while a model trains: the attachment, its clock, its state.
+"""What exists while a model trains: the attachment, its clock, its state.
 
-Belongs here: whatever happens at optimizer steps. Does not belong here: choosing estimators (`planning`).
+Belongs here: everything that happens at optimizer steps. Does not belong here: choosing estimators (`planning`).
 May import: everything down to modeling."""

@@ -1,4 +1,4 @@
-"""Processes that train together agree on what they observed."""
+"""Makes processes that train together agree on what they have observed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from celora.modeling.graft import LayerGraft
 from celora.weights.read import device_of, read
 from celora.weights.sharded import whole
 
-_STEPS, _MOST = 10**6, 10.0**3  # errors are told to other processes in millionths, and no larger than this
+_STEPS, _MOST = 10**6, 10.0**3  # errors are sent as whole millionths, and cut off at `_MOST`
 
 
 def largest_errors(errors: Sequence[float | None], device: torch.device) -> list[float | None]:
-    """Each error's maximum over all processes that train together, or None where none of them has one.
+    """The maximum of each error over all processes that train together; None if no process has one.
 
-    Collective: every process calls it with as many. A single process gets its own back.
+    Collective: every process calls it with the same number of errors. A single process gets its own errors back.
     """
     if not in_company():
         return list(errors)
@@ -31,8 +31,8 @@ def largest_errors(errors: Sequence[float | None], device: torch.device) -> list
 def add_up(layers: Sequence[tuple[LayerGraft, nn.Module]]) -> None:
     """Replace what these layers have observed by the sum over all processes; each layer comes with its base layer.
 
-    Collective: every process calls it with the same layers. A process that saw no gradient of a layer adds nothing and
-    selects as the others do. A single process does nothing.
+    Collective: every process calls it with the same layers. A process that saw no gradient of a layer adds nothing, and
+    selects like the others. A single process does nothing.
     """
     if not layers or not in_company():
         return
@@ -47,10 +47,10 @@ def add_up(layers: Sequence[tuple[LayerGraft, nn.Module]]) -> None:
             part[1], part[2] = graft.squared_error, graft.squared_norm
     dist.all_reduce(flat)
     processes = dist.get_world_size()
-    witnesses = torch.stack([part[0] for part in parts]).tolist()  # once a refresh, so the synchronisation is cheap
+    witnesses = torch.stack([part[0] for part in parts]).tolist()  # synchronises once for each refresh, which is cheap
     for summed, (graft, base), seen in zip(parts, layers, witnesses, strict=True):
         part = summed.to(device_of(base))  # a model may lie on several devices
         graft.squared_error, graft.squared_norm = part[1].clone(), part[2].clone()
         if seen:
-            # A process that saw no gradient has not seen the weight either, and gathering it takes them all.
+            # A process that saw no gradient has no weight either. Gathering it needs all processes.
             graft.estimator.take_pooled(part[3:], whole(read(base)) if seen < processes else None)

@@ -26,27 +26,26 @@ from celora.settings.names import HEAD
 
 ATTRIBUTE = "_celora"
 _FIRST_ROUND = 10  # optimizer steps over which `spread` distributes the first observations
-TOO_OFTEN = 2  # refreshes in a row at which a relative error of 1 or more makes a layer exact
+TOO_OFTEN = 2  # after so many refreshes in a row with a relative error of 1 or more, a layer becomes exact
 attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 
 class Planned(Protocol):
-    """What an attachment asks of the plan that its configuration was made from."""
+    """What an attachment needs from a plan."""
 
     def other_batches(self, tokens: int, dtype: str) -> str:
-        """Why the plan was made for other batches than those with so many tokens in this dtype, or ''."""
+        """Why the plan does not suit batches with so many tokens in this dtype; '' if it does."""
 
 
 class Attachment:
     """The estimators of one model and the clock that refreshes them.
 
     Attributes:
-        relative_errors: of each layer's estimate, as measured at its latest refresh; `head` is the vocabulary
-            projection's.
-        over_bound: how many refreshes in a row, up to the latest, a layer's relative error was 1 or more.
-        forwards: of layers whose forward is computed in 8 bits.
-        ladder: what refreshes changed of what layers keep (`most_error` of the configuration).
-        plan: what the configuration was made from, if it was.
+        relative_errors: the relative error of each layer at its latest refresh; `head` is the vocabulary projection.
+        over_bound: for each layer, how many of the latest refreshes in a row had a relative error of 1 or more.
+        forwards: the forwards in 8 bits.
+        ladder: the changes that refreshes made to what layers keep (`most_error` of the configuration).
+        plan: the plan that the configuration was made from, or None.
     """
 
     def __init__(self, model: nn.Module, config: CELoraConfig, report: AttachReport) -> None:
@@ -60,15 +59,15 @@ class Attachment:
         self.relative_errors: dict[str, float] = {}
         self.over_bound: dict[str, int] = {}
         self.plan: Planned | None = None
-        self.other_steps = 0  # of optimizers that hold none of the model's parameters
-        self._observations = 0  # when the latest of those was
-        self._refreshed: set[str] = set()  # layers that were to observe a gradient, whether or not one came
-        self._awaited: set[str] = set()  # layers that another process has nothing selected for yet
-        self._together: int | None = None  # the step from which on layers no longer refresh in turns
+        self.other_steps = 0  # steps of optimizers without any parameter of the model
+        self._observations = 0  # observations before the latest such step
+        self._refreshed: set[str] = set()  # layers that should have observed a gradient, even if none came
+        self._awaited: set[str] = set()  # layers for which another process has no selection yet
+        self._together: int | None = None  # from this step on, layers no longer refresh in turns
         self._bind(model, step=0)
 
     def _bind(self, model: nn.Module, step: int) -> None:
-        # Weak, because the model holds this object: a cycle would keep a dropped model's memory until collection.
+        # Weak, because the model refers to this object. A cycle would keep a deleted model in memory until collection.
         self._model = weakref.ref(model)
         self.clock = StepClock(self.parameters, self._on_step, self._on_other_step, step=step)
         self.clock.start()
@@ -76,12 +75,12 @@ class Attachment:
 
     @property
     def refreshes(self) -> int:
-        """How many refresh steps have been finished."""
+        """How many refresh steps are finished."""
         return -(-self.clock.step // self.config.refresh_every)
 
     @property
     def made_exact(self) -> set[str]:
-        """The layers whose estimate proved to be none, or lost too much, and which are exact from then on."""
+        """The layers that became exact because their error was too large."""
         return self._given_up | self.ladder.exact
 
     @property
@@ -89,7 +88,7 @@ class Attachment:
         return {name for name, times in self.over_bound.items() if times >= TOO_OFTEN}
 
     def modules(self) -> Iterator[nn.Module]:
-        """Those of the model that was attached to, while it lives."""
+        """Iterate over the modules of the attached model; empty once the model is gone."""
         model = self._model()
         return iter(()) if model is None else model.modules()
 
@@ -98,7 +97,7 @@ class Attachment:
         return iter(()) if model is None else (p for p in model.parameters() if p.requires_grad)
 
     def close(self) -> None:
-        """Stop the clock; layers that still hold a graft compute their exact backward from now on."""
+        """Stop the clock. From now on, layers that still have a graft compute the exact backward."""
         self.switch.on = False
         self.clock.stop()
 
@@ -118,7 +117,7 @@ class Attachment:
 
     @torch.no_grad()
     def _on_step(self, step: int) -> None:
-        """End the refresh that the finished step was, if it was one, and set every layer's mode for step `step`."""
+        """If the finished step was a refresh, end it. Then set every layer's mode for step `step`."""
         already, errors = self._given_up, dict[str, float]()
         modes = set(self.switch.modes)
         self.switch.modes.clear()
@@ -130,7 +129,7 @@ class Attachment:
             )
         observing = {name: graft for name, graft in self.grafts.items() if graft.mode is Mode.OBSERVE}
         if self.config.synchronise and (model := self._model()) is not None:
-            if (step - 1) % self.config.refresh_every:  # a layer that never sees a gradient does not ask at every step
+            if (step - 1) % self.config.refresh_every:  # so that a layer without gradients does not ask at every step
                 observing = {
                     name: graft
                     for name, graft in observing.items()
@@ -176,20 +175,21 @@ class Attachment:
         self.set_modes(step)
 
     def _move(self, errors: dict[str, float], step: int) -> None:
-        """Let layers keep more or less by what this refresh measured; all processes by the largest error of any."""
+        """Make layers keep more or less, by the errors of this refresh. All processes use the largest error of any."""
         names = [*self.grafts, HEAD]
         seen = largest_errors([errors.get(name) for name in names], next(self.parameters()).device)
         for name, error in zip(names, seen, strict=True):
             part: Any = self.forward if name == HEAD else self.grafts[name].estimator
             if error is not None and part is not None and name not in self.made_exact:
                 keeps = self.ladder.move(name, part.keep_ratio, error, step)
-                if name == HEAD or keeps < 1:  # an estimator whose layer becomes exact stays what it was
+                if name == HEAD or keeps < 1:  # the estimator of a layer that becomes exact is not changed
                     part.keep_ratio = keeps
 
     def agree(self, names: list[str]) -> None:
-        """Make layers exact in all processes or in none where the weights are sharded: who gathers one waits for all.
+        """With sharded weights, make a layer exact in every process or in none.
 
-        Collective, one reduction. Does nothing in a process of its own, and where all have observed the same.
+        A process that gathers alone would wait for ever. Collective, with one reduction. Does nothing in a single
+        process, or if all processes have observed the same.
         """
         if not names or self.config.synchronise or not shards(self.parameters()):
             return
@@ -202,11 +202,11 @@ class Attachment:
             if times:
                 self.over_bound[name] = times
             (self._awaited.add if awaited else self._awaited.discard)(name)
-            if lacking:  # all make their 8-bit copy of the same gathered weight, or none does
+            if lacking:  # either all processes make their 8-bit copy of the gathered weight, or none
                 graft.estimator.product.forget()
 
     def _check_passed_by(self) -> None:
-        """Say so if the first observations have seen no layer of some kind whose adapters have got a gradient."""
+        """Warn if adapters of some kind of layer got gradients, but none of their base layers was observed."""
         model = self._model()
         kinds: dict[str, list[str]] = {}
         seen = set()
@@ -230,13 +230,13 @@ class Attachment:
                 )
 
     def _check_planned(self) -> None:
-        """Say so if the first observations were not of the kind of batches that the plan was made for."""
+        """Warn if the first observed batches differ from the batches of the plan."""
         seen = max(((graft.tokens, graft.dtype) for graft in self.grafts.values() if graft.observed), default=None)
         if self.plan is not None and seen is not None and (reason := self.plan.other_batches(*seen)):
             warnings.warn(f"celora: {reason}. Make a new plan.", stacklevel=2)
 
     def _monitor(self, name: str, error: float, step: int) -> None:
-        """Keep the error, and notice where an estimate is none: convergence is only proven for errors below 1."""
+        """Record a layer's error. Warn if it is 1 or more: convergence is only proven for errors below 1."""
         self.relative_errors[name] = error
         if error < 1:
             self.over_bound.pop(name, None)
@@ -252,9 +252,9 @@ class Attachment:
             )
 
     def _on_other_step(self) -> None:
-        """Say so if the model is trained by an optimizer that holds other tensors than the model's parameters."""
+        """Warn if the model seems to be trained by an optimizer of other tensors than its parameters."""
         observations = sum(graft.observed for graft in self.grafts.values())
-        # A model that has had no backward since is not what is being trained.
+        # If the model had no backward since then, another model is being trained.
         if self.clock.step > 0 or observations > self._observations:
             self._observations = observations
             self.other_steps += 1
@@ -268,22 +268,22 @@ class Attachment:
                 )
 
     def _due(self, step: int) -> bool:
-        """Whether something refreshes at this step by the clock alone, which is the same in all processes."""
+        """Whether some layer refreshes at this step by the clock. All processes have the same answer."""
         tau = self.config.refresh_every
         turns = any(step % tau == self._turn(i, tau) for i in range(len(self.grafts)))
         return step < _FIRST_ROUND or step % tau == 0 or turns or step == self._together
 
     def _turn(self, i: int, steps: int) -> int:
-        """At which of so many steps layer i refreshes."""
+        """At which of `steps` steps layer i refreshes."""
         return i * steps // len(self.grafts) if self.config.spread and not self.switch.compiled else 0
 
     def set_modes(self, step: int) -> None:
-        """Refresh at steps 0, tau, 2 tau, ..., and wherever a layer has nothing selected yet.
+        """Set every layer's mode: layers refresh at steps 0, tau, 2 tau, ..., and as long as they have no selection.
 
-        With `spread`, layer i of n refreshes `i tau / n` steps later, and those that need a first observation get it in
-        turns during the first steps, exact until then. Not so under torch.compile, which would make a graph for each
-        turn: once that has been seen, all layers refresh at once, from that step on. With `most_error` all layers are
-        measured in turns during the first steps. What was made exact stays so.
+        With `spread`, layer i of n refreshes `i tau / n` steps later. Layers that need a first observation get it in
+        turns during the first steps, and are exact until then. torch.compile would make a graph for each turn. So once
+        layers have run compiled, all of them refresh at once. With `most_error`, all layers are measured in turns
+        during the first steps. Layers that were made exact stay exact.
         """
         tau, made_exact = self.config.refresh_every, self.made_exact
         if self.config.spread and self.switch.compiled and self._together is None:
@@ -305,12 +305,12 @@ class Attachment:
 
 
 def find(model: nn.Module) -> Attachment | None:
-    """The attachment of `model`, wherever under it (or under its wrappers) `attach` was called."""
+    """The attachment of `model`, or None. `attach` may have been called on a part of it, or on what it wraps."""
     return next((m.__dict__[ATTRIBUTE] for m in model.modules() if ATTRIBUTE in m.__dict__), None)
 
 
 def require(model: nn.Module) -> Attachment:
-    """`find`, or a CELoraError that says what to call."""
+    """Like `find`, but raises CELoraError if celora is not attached."""
     attachment = find(model)
     if attachment is None:
         raise CELoraError("celora is not attached to this model; call celora.attach(model) first.")

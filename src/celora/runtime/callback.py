@@ -1,4 +1,4 @@
-"""An optional callback for Trainer and its kin: celora's numbers in the logs, its state in the checkpoints."""
+"""An optional callback for Trainer and its subclasses. It logs celora's numbers, and saves its state in checkpoints."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from celora.runtime.state import STATE_NAME, load_state, own_name, save_state
 
 
 class Callback(TrainerCallback):  # type: ignore[misc]
-    """Log `celora/*` metrics, save celora's state with each checkpoint, restore it when training resumes.
+    """Log `celora/*` metrics, save celora's state with each checkpoint, and restore it when training resumes.
 
-    Metrics: `celora/refreshes` (so far), and, measured at the latest refresh with the selection that had been in use
-    until then, `celora/relative_error` (mean over estimated layers) and `celora/relative_error_worst`; and, once there
-    are any, `celora/layers_made_exact`, whose estimate had a relative error of 1 or more twice in a row. They reach the
-    trainer's `log_history` and every reporter that `report_to` names: when training begins, the callback moves to the
-    front of the trainer's callbacks, since reporters read the logs in their turn and stand before whatever a user adds.
+    Metrics:
+
+    - `celora/refreshes`: number of refreshes so far.
+    - `celora/relative_error`: the mean over estimated layers, at their latest refresh, with the selection before it.
+    - `celora/relative_error_worst`: the largest of these errors.
+    - `celora/layers_made_exact`: number of layers that became exact because their error was too large; absent if 0.
+
+    The metrics reach the trainer's `log_history` and every reporter in `report_to`. For this, the callback moves to the
+    front of the trainer's callbacks when training begins. Reporters would otherwise read the logs first.
     """
 
     def __init__(self) -> None:
@@ -37,7 +41,7 @@ class Callback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         trainer, checkpoint = self._caller()
         if trainer is not None:
-            handler = trainer.callback_handler  # whose list is being walked through just now, so it gets a new one
+            handler = trainer.callback_handler  # its list is being iterated over, so it gets a new list
             handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
         attachment = None if model is None else find(model)
         if model is None or attachment is None or state.global_step == 0:
@@ -63,7 +67,7 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         attachment = None if model is None else find(model)
         if attachment is None:
             return
-        # DeepSpeed's optimizer steps copies of the parameters, which the clock cannot know for this model's.
+        # DeepSpeed's optimizer steps copies of the parameters. The clock cannot tell that they are this model's.
         step, other_steps = self._before
         if attachment.clock.step == step and attachment.other_steps > other_steps:
             attachment.clock.advance()
@@ -109,10 +113,10 @@ class Callback(TrainerCallback):  # type: ignore[misc]
             state.log_history[-1].update(metrics)
 
     def _caller(self) -> tuple[Any, str | None]:
-        """The trainer that is calling, and the checkpoint it resumes from.
+        """The trainer that is calling, and the checkpoint that it resumes from.
 
-        A trainer hands its callbacks everything but itself and the path it was asked to resume from, so both are looked
-        up where they are: in the frames of its own methods.
+        A trainer gives its callbacks neither itself nor the path that it resumes from. So both are looked up in the
+        frames of the trainer's own methods.
         """
         trainer = None
         frame = sys._getframe(1)

@@ -1,8 +1,8 @@
-"""The optimizer-step clock: counts optimizer steps, the only event that training loops agree on.
+"""The clock of optimizer steps. A step of the optimizer is the only event that all training loops have in common.
 
-Checkpointing, accumulation and evaluation all call `forward` differently; an optimizer steps once per step. The
-clock listens to every optimizer through torch's global post-step hook, which is installed with the first running
-clock and removed with the last, and counts the ones that hold a parameter of its model.
+With checkpointing, accumulation and evaluation, `forward` is called a different number of times for each step. The
+optimizer steps once. The clock uses torch's global post-step hook, which the first running clock installs and the last
+removes. It counts the steps of optimizers that have a parameter of its model.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _handle: RemovableHandle | None = None
 
 
 class StepClock:
-    """Calls `on_step(step)` after each optimizer step of the model whose parameters are `parameters()`.
+    """Calls `on_step(step)` after each optimizer step of the model with parameters `parameters()`.
 
-    Parameters are looked up when an unknown optimizer steps, not when the clock starts: sharding and new adapters
-    replace them. Several optimizers over different parameters of one model make one step together: the next begins
-    when parameters are stepped that have been stepped already. `on_other()` hears of steps that were of no model with
-    a running clock. All callables are bound methods, held weakly: their object owns the clock.
+    The clock asks for the parameters when an unknown optimizer steps, because sharding and new adapters replace
+    parameters. Several optimizers of different parameters of one model make one step together. The next step begins
+    when a parameter is stepped a second time. `on_other()` is called for steps that belong to no model with a running
+    clock. All callables are bound methods, and referred to weakly, because their object owns the clock.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class StepClock:
         self._stepped: set[int] = set()
 
     def start(self) -> None:
-        """Begin to listen."""
+        """Begin to count."""
         global _handle
         _running.add(self)
         weakref.finalize(self, _release_hook).atexit = False
@@ -53,18 +53,18 @@ class StepClock:
             _handle = register_optimizer_step_post_hook(_tell_clocks)
 
     def stop(self) -> None:
-        """Stop listening; the last clock to stop, or to be dropped, takes the global hook away."""
+        """Stop counting. The last clock that stops, or is deleted, removes the global hook."""
         _running.discard(self)
         _release_hook()
 
     def advance(self) -> None:
-        """Count one step by hand, for engines whose optimizer holds none of the model's own parameters."""
+        """Count one step by hand, for engines whose optimizer has none of the model's own parameters."""
         self.step += 1
         if (on_step := self._on_step()) is not None:
             on_step(self.step)
 
     def _saw(self, optimizer: Optimizer) -> bool:
-        """Count this optimizer's step if it is one of the model's; say whether it is."""
+        """Count this optimizer's step if it is a step of the model. Returns whether it is."""
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if optimizer not in self._mine:
             parameters = self._parameters()
@@ -87,16 +87,16 @@ def _tell_clocks(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     if _skipped(optimizer):
         return
     running = list(_running)
-    known = [clock._saw(optimizer) for clock in running]  # by every one whose model it is
+    known = [clock._saw(optimizer) for clock in running]  # every clock of this model counts it
     if not any(known):
         for clock in running:
             clock._saw_other()
 
 
 def _skipped(optimizer: Optimizer) -> bool:
-    """Whether a GradScaler has found an overflow, and a fused optimizer, which is called all the same, changed nothing.
+    """Whether a GradScaler found an overflow, so that a fused optimizer was called and changed nothing.
 
-    Waits for the device under a GradScaler alone, which does so itself before it calls any other optimizer.
+    It waits for the device only under a GradScaler, which also waits before it calls any other optimizer.
     """
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
@@ -104,6 +104,6 @@ def _skipped(optimizer: Optimizer) -> bool:
 
 def _release_hook() -> None:
     global _handle
-    if _handle is not None and not any(True for _ in _running):  # len() would count clocks that are just dying
+    if _handle is not None and not any(True for _ in _running):  # len() would count clocks that are being deleted
         _handle.remove()
         _handle = None

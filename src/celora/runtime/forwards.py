@@ -1,4 +1,4 @@
-"""The 8-bit forwards of one model: what each was measured to lose, and which went back to their layer's own forward."""
+"""The 8-bit forwards of one model: the measured error of each, and which layers went back to their own forward."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Forwards(dict[str, EightBitForward]):
     """Layer -> its forward in 8 bits.
 
     Attributes:
-        errors: of each layer's output, relative, as measured at its latest refresh.
+        errors: the relative error of each layer's output at its latest refresh.
     """
 
     def __init__(self) -> None:
@@ -30,14 +30,14 @@ class Forwards(dict[str, EightBitForward]):
 
     @property
     def made_exact(self) -> set[str]:
-        """The layers that lost too much and compute their own forward from then on."""
+        """The layers that compute their own forward again, because the error was too large."""
         return {name for name, forward in self.items() if forward.exact}
 
     def end_refresh(self, step: int, device: torch.device) -> None:
-        """Take what was measured since the latest call. A layer that lost `MOST_ERROR` or more is exact from now on.
+        """Take the errors measured since the latest call. A layer with an error of `MOST_ERROR` or more becomes exact.
 
-        Where several processes train together all of them call it at the same steps, and decide by the largest error
-        that one has seen: one reduction.
+        If several processes train together, all of them call this at the same steps. They decide by the largest error
+        of any process, with one reduction.
         """
         new = self._follow_inputs(device)
         seen = [forward.graft.of_forward.take_error() for forward in self.values()]
@@ -57,9 +57,10 @@ class Forwards(dict[str, EightBitForward]):
             )
 
     def _follow_inputs(self, device: torch.device) -> set[str]:
-        """Tell each product that does not know it how large the features of its input are. Returns the layers told.
+        """Tell each product the sizes of its input features, if it does not know them. Returns the layers concerned.
 
-        As seen in the layer's first refresh, by all processes: copies of one weight are the same everywhere.
+        The sizes come from the layer's first refresh, over all processes, so that copies of a weight are the same
+        everywhere.
         """
         products: dict[str, Any] = {name: forward.graft.estimator.product for name, forward in self.items()}
         unknown = {name: product for name, product in products.items() if product.levels is None}
@@ -77,7 +78,7 @@ class Forwards(dict[str, EightBitForward]):
         return told
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
-        """What a checkpoint keeps of one layer."""
+        """The state of one layer in a checkpoint."""
         if name not in self:
             return {}
         state = {_EXACT: torch.tensor(self[name].exact)}
@@ -89,7 +90,7 @@ class Forwards(dict[str, EightBitForward]):
         return state
 
     def load_state_dict(self, name: str, state: dict[str, Tensor]) -> None:
-        """Take one layer's part out of a checkpoint's state."""
+        """Restore one layer, and remove its entries from a checkpoint's `state`."""
         exact, error, levels = (state.pop(key, None) for key in (_EXACT, _ERROR, _LEVELS))
         if name not in self:
             return

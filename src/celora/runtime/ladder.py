@@ -1,9 +1,10 @@
-"""How refreshes adjust preset `auto`'s rule: what loses too much keeps more, or all; what loses little keeps less.
+"""How refreshes adjust the rule of preset `auto`: a layer with a large error keeps more, one with a small error less.
 
-A refresh measures a layer's relative error e. The layer stands on a ladder of shares that it may keep. Beyond
-`most_error` it goes up one rung, and from the last one to exact. Below a fifth of that it goes down one, unless it has
-ever gone up. With a share s of the squared norm and a rounding error r, about `e^2 = r^2 + 1 - s`: it stays within the
-bound. Processes that train together move alike, by the largest error that one of them has seen. Source: ours.
+The shares that a layer may keep form a ladder. A refresh measures the layer's relative error e. If e is above
+`most_error`, the layer goes up one rung, and from the last rung to exact. If e is below a fifth of `most_error`, it
+goes down one rung, unless it has ever gone up. With a share s of the squared norm and a rounding error r, `e^2 = r^2 +
+1 - s` approximately. So a layer that goes down stays below `most_error`. Processes that train together make the same
+moves, by the largest error of any of them. Source: ours.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from celora.errors import CELoraError
 from celora.settings.names import HEAD
 from celora.settings.presets import RULE
 
-SHARES: tuple[float, ...] = (0.999, RULE["keep_ratio"])  # of the squared norm of a layer's gradient
-WORDS: tuple[float, ...] = (RULE["head_keep_ratio"], 0.3)  # of the vocabulary
+SHARES: tuple[float, ...] = (0.999, RULE["keep_ratio"])  # shares of the squared norm of a layer's gradient
+WORDS: tuple[float, ...] = (RULE["head_keep_ratio"], 0.3)  # shares of the vocabulary
 EXACT = 1.0
 _FAR_BELOW = 0.2  # of `most_error`
 
@@ -28,9 +29,9 @@ class Move:
 
     Attributes:
         step: the first optimizer step with the new share, counted from 0.
-        layer: its name; `head` is the vocabulary projection.
+        layer: the layer's name; `head` is the vocabulary projection.
         kept, keeps: the share before and after; 1 is exact.
-        relative_error: what was measured.
+        relative_error: the measured error.
     """
 
     step: int
@@ -41,10 +42,10 @@ class Move:
 
 
 class Ladder:
-    """The moves of one model's layers, in their order.
+    """The moves of one model's layers, in the order of their steps.
 
     Attributes:
-        most_error: the relative error beyond which a layer moves up; None moves nothing.
+        most_error: a layer with a larger relative error moves up; None: no layer ever moves.
     """
 
     def __init__(self, most_error: float | None) -> None:
@@ -53,13 +54,13 @@ class Ladder:
 
     @property
     def exact(self) -> set[str]:
-        """The layers that are exact by now."""
+        """The layers that have become exact."""
         return {move.layer for move in self.moves if move.keeps == EXACT}
 
     def move(self, layer: str, kept: float, error: float, step: int) -> float:
-        """What the layer keeps from `step` on, after it lost `error` with `kept`."""
+        """The share that the layer keeps from `step` on, after the share `kept` had the relative error `error`."""
         rungs = (*(WORDS if layer == HEAD else SHARES), EXACT)
-        if self.most_error is None or kept not in rungs[:-1]:  # a setting of the user's
+        if self.most_error is None or kept not in rungs[:-1]:  # the user set it
             return kept
         rung, raised = rungs.index(kept), any(m.layer == layer and m.keeps > m.kept for m in self.moves)
         if error > self.most_error:
@@ -71,18 +72,18 @@ class Ladder:
         return rungs[rung]
 
     def keeps(self, layer: str, else_: float) -> float:
-        """What the layer keeps after its latest move; `else_` if it has never moved."""
+        """The share that the layer keeps after its latest move; `else_` if it never moved."""
         return next((move.keeps for move in reversed(self.moves) if move.layer == layer), else_)
 
     def to_json(self) -> str:
-        """What a checkpoint keeps; `load` is the inverse."""
+        """The moves as JSON, for a checkpoint; `load` is the inverse."""
         return json.dumps([asdict(move) for move in self.moves])
 
     def load(self, text: str, layers: Collection[str]) -> None:
-        """Take over the moves of `text`.
+        """Restore the moves in `text`.
 
         Raises:
-            CELoraError: no list of moves, or one of a layer that is not among `layers`. Nothing is changed then.
+            CELoraError: it is no list of moves, or a move has a layer that is not in `layers`. Nothing changes then.
         """
         try:
             moves = [Move(**move) for move in json.loads(text)]

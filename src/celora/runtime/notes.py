@@ -1,4 +1,4 @@
-"""What is done to a model beside its estimates, and which of the user's settings cost time."""
+"""The notes of a report: what celora does to a model besides estimates, and which settings cost time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def whole_model_notes(found: Survey, config: CELoraConfig, known: Collection[type[OwnForward]]) -> list[str]:
-    """What is done to the model beside its estimates, and why where something is not.
+    """What celora does to the model besides estimates, and why it leaves something out.
 
-    `known` are the modules that are computed in one pass, one kind each.
+    `known`: the class of each module that is computed in one pass.
     """
     notes = []
     if config.fused:
@@ -50,7 +50,7 @@ def whole_model_notes(found: Survey, config: CELoraConfig, known: Collection[typ
 
 
 def advice(found: Survey, config: CELoraConfig) -> list[str]:
-    """The user's own settings that cost time."""
+    """Advice about settings of the user that cost time."""
     said, layers = [], found.layers.values()
     if any(getattr(module, "gradient_checkpointing", False) is True for module in found.model.modules()):
         said.append("Gradient checkpointing computes every forward twice; it is faster without, if memory allows.")

@@ -1,4 +1,4 @@
-"""Save what the estimators know beside a checkpoint, so that a resumed run goes on as if it had never stopped."""
+"""Saves the state of the estimators in a checkpoint, so that a resumed run continues exactly."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ N = TypeVar("N", int, float)
 def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write the step count and each layer's selection and measured error to `celora_state.safetensors` in `folder`.
 
-    Call it between optimizer steps. Factors are not written: they follow from the weights and the seed. Where several
-    processes train together and each selects by its own gradients, call it in all of them: all but the first write
-    `celora_state_1.safetensors` and so on. With `synchronise` all know the same, and the first one's file is enough.
+    Call it between optimizer steps. Factors are not written, because they follow from the weights and the seed. If
+    several processes train together, and each selects by its own gradients, call it in all of them. The others write
+    `celora_state_1.safetensors` and so on. With `synchronise` all have the same state, and the first one's file is
+    enough.
     """
     attachment = require(model)
     state: dict[str, Tensor] = {"step": torch.tensor(attachment.clock.step)}
@@ -57,12 +58,12 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
 
 def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Take over what `save_state` wrote, all of it or nothing. The model must have the same configuration attached.
+    """Restore what `save_state` wrote: all of it, or on an error nothing. Attach the same configuration first.
 
-    A process that left no file of its own, since there were fewer then, takes the first one's.
+    A process without a file of its own reads the first process's file.
 
     Raises:
-        CELoraError: no such file, a damaged one, or one made with another configuration.
+        CELoraError: the file is missing or damaged, or was made with another configuration.
     """
     attachment = require(model)
     own, file = Path(folder) / own_name(attachment), Path(folder) / STATE_NAME
@@ -98,7 +99,7 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     }
     forwards = {name: _popped(fields, "forward_") for name, fields in layers.items()}
     for name, graft in attachment.grafts.items():
-        _restore(graft.estimator.clone(), layers[name])  # refuse what does not fit before anything is changed
+        _restore(graft.estimator.clone(), layers[name])  # refuses a state that does not fit, before anything is changed
     try:
         attachment.ladder.load(metadata.get(_MOVES, "[]"), layers)
     except CELoraError as error:
@@ -106,7 +107,7 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     for name, graft in attachment.grafts.items():
         _restore(graft.estimator, layers[name])
         attachment.forwards.load_state_dict(name, forwards[name])
-        graft.take_error()  # of a refresh that was interrupted
+        graft.take_error()  # left by an interrupted refresh
     if attachment.forward is not None:
         attachment.forward.take_error()
         attachment.forward.keep_ratio = attachment.ladder.keeps(HEAD, attachment.config.head_keep_ratio)
@@ -117,12 +118,12 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def _popped(fields: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The fields whose names begin so, taken out."""
+    """Remove the fields whose names begin with `prefix`, and return them."""
     return {name: fields.pop(name) for name in list(fields) if name.startswith(prefix)}
 
 
 def _same_config(made_with: str, attachment: Attachment) -> bool:
-    """Whether this is the attached configuration; one written before a setting existed has that setting's default."""
+    """Whether this is the attached configuration. A setting that an older version did not write has its default."""
     try:
         return CELoraConfig.from_dict(json.loads(made_with)) == attachment.config
     except (CELoraError, ValueError, TypeError):
@@ -137,12 +138,12 @@ def _restore(estimator: Estimator, state: dict[str, Tensor]) -> None:
 def _number(file: Path, name: str, value: Tensor, kind: type[N]) -> N:
     try:
         return kind(value.item())
-    except (RuntimeError, ValueError, OverflowError, TypeError) as error:  # several; NaN or complex, which is no count
+    except (RuntimeError, ValueError, OverflowError, TypeError) as error:  # not one number, or no count
         raise CELoraError(f"{file} is damaged: {name} is no number: {error}") from None
 
 
 def own_name(attachment: Attachment) -> str:
-    """The name of the file in which this process saves what it knows."""
+    """The name of this process's state file."""
     if attachment.config.synchronise or not in_company() or dist.get_rank() == 0:
         return STATE_NAME
     stem, suffix = STATE_NAME.split(".")

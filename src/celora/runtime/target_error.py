@@ -1,4 +1,4 @@
-"""Keep the error of each layer near a target by moving its `keep_ratio`: `target_error` of the configuration."""
+"""`target_error` of the configuration: it moves each layer's `keep_ratio` to keep the error near a target."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _NAME = "keep_ratio"
 
 
 def aim(estimator: Estimator, relative_error: float, target: float) -> None:
-    """Move the estimator's `keep_ratio` so that the error, which was `relative_error`, comes nearer to `target`.
+    """Move the estimator's `keep_ratio`, so that the error comes nearer to `target`. It was `relative_error`.
 
-    What is dropped, `1 - keep_ratio`, is multiplied by `target / relative_error`, limited to [1/2, 2]; by its square
-    where `keep_ratio` is a share of the squared norm. Source: ours.
+    The dropped share `1 - keep_ratio` is multiplied by `target / relative_error`, limited to [1/2, 2]. If `keep_ratio`
+    is a share of the squared norm, it is multiplied by the square of that. Source: ours.
     """
     if _NAME not in estimator.uses or math.isnan(relative_error):
         return
@@ -28,12 +28,12 @@ def aim(estimator: Estimator, relative_error: float, target: float) -> None:
 
 
 def state_dict(estimator: Estimator) -> dict[str, Tensor]:
-    """The `keep_ratio` where it has moved."""
+    """The `keep_ratio`, if it has moved."""
     if estimator.keep_ratio == estimator.settings.keep_ratio:
         return {}
     return {_NAME: torch.tensor(estimator.keep_ratio, dtype=torch.float64, device="cpu")}
 
 
 def load_state_dict(estimator: Estimator, state: dict[str, Tensor]) -> None:
-    """Take over what `state_dict` gave, before the estimator takes over its own state: what fits depends on it."""
+    """Restore what `state_dict` returned. Call it first: the estimator's own state depends on it."""
     estimator.keep_ratio = float(state.get(_NAME, estimator.settings.keep_ratio))
