@@ -49,7 +49,7 @@ def test_a_quantised_weight_is_read_by_the_key_of_its_layer(layer: tuple[nn.Line
     quantised[graft.key] = linear
     found = read_and_multiplied(gradient, 8, graft.key, Mode.EXACT.value)
     torch.testing.assert_close(found, gradient @ linear.weight)
-    with pytest.raises(CELoraError, match="run it once as it is before it is compiled"):
+    with pytest.raises(CELoraError, match="run it once before you compile it"):
         read_and_multiplied(gradient, 8, copy.deepcopy(graft).key, Mode.EXACT.value)
 
 

@@ -234,7 +234,7 @@ def test_what_cannot_be_held_in_8_bits_is_said() -> None:
         celora.quantise_base(make_base().to("meta"))
     broken = make_base()
     broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(CELoraError, match=r"'model.layers.1.mlp.up_proj' cannot be held in 8 bits.*not finite"):
+    with pytest.raises(CELoraError, match=r"'model.layers.1.mlp.up_proj' cannot be stored in 8 bits.*not finite"):
         celora.quantise_base(broken)
 
 

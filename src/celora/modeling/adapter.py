@@ -1,4 +1,4 @@
-"""Which LoRA adapters can be computed together with their base layer."""
+"""Finds the LoRA adapters that can be computed together with their base layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from celora.modeling.graft import LayerGraft
 
-# PEFT's LoRA layers, over whatever kind of base layer, that add `scaling lora_B lora_A dropout(x)` and no more.
+# PEFT's LoRA layers that add `scaling lora_B lora_A dropout(x)` and nothing else, over any kind of base layer.
 _KINDS = frozenset({"Linear", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear", "HqqLoraLinear"})
 
 
@@ -26,14 +26,14 @@ class Adapter:
 
 
 def vanilla_adapter(module: Any) -> Adapter | str:
-    """The one active adapter of a PEFT layer, or why PEFT has to compute it."""
+    """The one active adapter of a PEFT layer, or the reason why PEFT has to compute it."""
     kind = type(module)
     if kind.__name__ not in _KINDS or not kind.__module__.startswith(lora.__name__):
         return f"{kind.__name__} is not a LoRA linear layer"
     if module.disable_adapters or module.merged:
         return "its adapter is disabled or merged"
     if getattr(module, "_is_replica", False):
-        return "it is a replica of DataParallel"  # whose threads would share the one graft
+        return "it is a replica of DataParallel"  # its threads would share one graft
     active = [name for name in module.active_adapters if name in module.lora_A]
     if len(active) != 1:
         return f"{len(active)} adapters are active"
@@ -76,6 +76,6 @@ def touched(module: nn.Module) -> bool:
 
 
 def looked_at(base: nn.Module) -> bool:
-    """Whether hooks of others get the base layer's output. They expect it without the adapter's part."""
+    """Whether other hooks get the base layer's output. They expect it without the adapter's part."""
     hooks = base._forward_hooks.values()
     return not isinstance(base, FSDPModule) and not all(isinstance(hook, LayerGraft) for hook in hooks)

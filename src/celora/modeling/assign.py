@@ -1,4 +1,4 @@
-"""Choose the estimator of one layer from the configuration."""
+"""Chooses the estimator of one layer by the configuration."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def last_block(names: Iterable[str]) -> set[str]:
 def choose_estimator(
     layer: AdaptedLayer, config: CELoraConfig, *, last: bool = False
 ) -> tuple[LayerReport, Estimator | None]:
-    """What the configuration says of this layer, and the estimator that does it; None for the exact backward.
+    """The setting of this layer in the configuration, and its estimator; None for the exact backward.
 
-    `last` says whether the layer is in the last decoder block.
+    `last`: whether the layer is in the last decoder block.
 
     Raises:
-        CELoraError: the layer cannot be estimated as the configuration says.
+        CELoraError: the layer cannot have the estimator in the configuration.
     """
     name, out_features, in_features, device = layer.name, layer.out_features, layer.in_features, layer.device
     if layer.cannot_estimate:
         return LayerReport(name, out_features, in_features, "dense", 1.0, reason=layer.cannot_estimate), None
     setting = config.for_layer(name)
-    # An accelerator does not count tokens, but takes the share of the latest refresh, which may be too few.
+    # Not on an accelerator: there tokens are not counted, and the share of the latest refresh may be too small.
     if last and setting.estimator == "dense" and device.type == "cpu":
         setting = LOSSLESS
     kind = estimator_class(setting.estimator)

@@ -1,13 +1,14 @@
-"""Causal attention of packed sequences, each by itself: by Transformers' `sdpa`, or a faster one where that is slow.
+"""Causal attention of packed sequences, each by itself, with Transformers' `sdpa` or with a faster kernel.
 
 On CPU, torch's flash attention computes its backward by many small products. In bfloat16 each takes longer to set up
-than to compute: at 64 tokens the backward takes three times as long as in float32. So,
+than to compute: at 64 tokens the backward takes three times as long as in float32. So:
 
-- where the CPU has matrix instructions (AMX), our own kernel computes forward and backward, packed or not;
-- elsewhere the forward is torch's, and short sequences compute their backward in float32 from its outputs and row sums.
+- If the CPU has matrix instructions (AMX), our own kernel computes forward and backward, packed or not.
+- Otherwise the forward is torch's. The backward of short sequences is computed in float32, from torch's outputs and row
+  sums.
 
-The model's configuration goes on naming `sdpa`. It names our attention only while an attention runs whose call carries
-`celora_lengths` (`Lookup`). Gradient checkpointing repeats the call in backward with the same arguments, and so finds
+The model's configuration keeps naming `sdpa`. It names our attention only while an attention runs that was called with
+`celora_lengths` (`Lookup`). Gradient checkpointing repeats the call in backward with the same arguments, so it finds
 the same attention.
 """
 
@@ -36,20 +37,20 @@ _IMPLEMENTATION = "transformers:PreTrainedConfig._attn_implementation"
 
 
 def implementation(config: Any) -> str | None:
-    """The name of a model's attention; None if this version of Transformers keeps it elsewhere."""
+    """The name of a model's attention; None if this version of Transformers does not tell it."""
     name = borrow(_IMPLEMENTATION)
     found: str | None = None if name is None else name.fget(config)
     return found
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether this is a decoder's attention, which looks up in its configuration what computes it."""
+    """Whether this is a decoder's attention that looks up its implementation in its configuration."""
     own = vars(module)
     return "layer_idx" in own and "config" in own and ("is_causal" in own or hasattr(type(module), "is_causal"))
 
 
 def plain() -> bool:
-    """Whether `sdpa` is Transformers' own. Anyone can register another under this name."""
+    """Whether `sdpa` is Transformers' own implementation. Anyone can register another one under this name."""
     return getattr(_sdpa(), "__module__", "") == "transformers.integrations.sdpa_attention"
 
 
@@ -58,11 +59,11 @@ def _sdpa() -> Any:
 
 
 class Lookup(Hook):
-    """The hooks of a model's attentions. A call with `celora_lengths` among its arguments finds `attention`."""
+    """The hooks of a model's attentions. A call with the argument `celora_lengths` uses `attention`."""
 
     def under(self, module: nn.Module) -> list[Any]:
         """Hook one attention."""
-        AttentionInterface.register(ATTENTION, attention)  # under a name of its own; nothing that exists is changed
+        AttentionInterface.register(ATTENTION, attention)  # under its own name; no existing entry changes
         return [
             module.register_forward_pre_hook(self.before, with_kwargs=True),
             module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
@@ -81,7 +82,7 @@ class Lookup(Hook):
             self.settle(module)
 
     def settle(self, module: Any) -> None:
-        """Name `sdpa` again, also after a forward that was interrupted."""
+        """Name `sdpa` again, also after an interrupted forward."""
         name = borrow(_IMPLEMENTATION)
         if name is not None and name.fget(module.config) == ATTENTION:
             name.fset(module.config, "sdpa")
@@ -98,13 +99,13 @@ def attention(
     celora_lengths: tuple[int, ...] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Transformers' scaled dot-product attention. In a packed batch each sequence attends to itself alone.
+    """Scaled dot-product attention. In a packed batch each sequence attends only to itself.
 
     Args:
         query: (B, heads, T, head size); packed, (1, heads, N, head size).
-        key: the same, perhaps with fewer heads.
-        value: as key.
-        celora_lengths: numbers of tokens of the packed sequences; None for a batch that is not packed.
+        key: like query, perhaps with fewer heads.
+        value: like key.
+        celora_lengths: number of tokens of each packed sequence; None for a batch that is not packed.
     """
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     sequences = len(query) * (1 if celora_lengths is None else len(celora_lengths))
@@ -132,12 +133,12 @@ def attention(
 
 
 def packing_pays(dtype: torch.dtype, length: int, device: torch.device, *, masked: bool) -> bool:
-    """Whether packing makes attention faster even if it saves next to no tokens.
+    """Whether packing makes attention faster, even if it saves hardly any tokens.
 
-    Our kernel takes no mask, so it needs packing if some token is masked. The float32 backward always needs it.
+    Our kernel takes no mask, so it needs packing if some token is masked. The float32 backward always needs packing.
 
     Args:
-        length: the most tokens of a sequence.
+        length: number of tokens of the longest sequence.
         masked: whether some token is masked.
     """
     if not operations.available("attention", device):
@@ -152,17 +153,17 @@ def _short(device: torch.device, dtype: torch.dtype, length: int) -> bool:
 
 
 def _backward_pays(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> bool:
-    """Whether torch would compute this by flash attention in bfloat16 on CPU, and some sequence is short enough."""
+    """Whether torch would use flash attention in bfloat16 on CPU for this, and some sequence is short enough."""
     pays = _short(query.device, query.dtype, min(lengths)) and query.shape[3] == value.shape[3]
-    dense = all(t.stride(-1) == 1 for t in (query, key, value))  # what the operators take for granted
+    dense = all(t.stride(-1) == 1 for t in (query, key, value))  # the operators rely on it
     return bool(pays and dense and key.dtype == value.dtype == query.dtype and query.requires_grad)
 
 
 def _tiles_pay(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, sequences: int) -> bool:
-    """Whether our kernel for matrix instructions computes this: it can, it has work for half of the threads, and no
-    dispatch mode is on.
+    """Whether our kernel for matrix instructions computes this.
 
-    It also computes a forward without gradients in training, so that a checkpoint gets the same numbers both times.
+    It does if it can, if it has work for at least half of the threads, and if no dispatch mode is on. In training it
+    also computes forwards without gradients, so that both forwards of a checkpoint give the same numbers.
     """
     tensors = (query, key, value)
     if query.device.type != "cpu" or any(type(t) is not Tensor or t.dtype != torch.bfloat16 for t in tensors):
@@ -192,15 +193,17 @@ def _only_causal(
     output_attentions: bool = False,
     **_: Any,
 ) -> bool:
-    """Whether each token attends to all tokens before it, and `sdpa` is asked for nothing else."""
+    """Whether this is plain causal attention: each token attends to itself and all tokens before it."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = position_bias is None and softcap is None and not output_attentions
     return bool(causal and plain and mask is None and query.shape[2] == key.shape[2] > 1)
 
 
 class _Tiled(torch.autograd.Function):
-    """Causal attention of each sequence, by default of each row, with matrix instructions: (B, heads, T, d) to
-    (B, T, heads, d)."""
+    """Causal attention with matrix instructions: (B, heads, T, d) to (B, T, heads, d).
+
+    Each sequence attends to itself; by default each row is one sequence.
+    """
 
     @staticmethod
     def forward(
@@ -209,7 +212,7 @@ class _Tiled(torch.autograd.Function):
         lengths = (query.shape[2],) if lengths is None else lengths
         pieces = [(end - n, n) for n, end in zip(lengths, accumulate(lengths), strict=True)]
         sequences = [(row, *piece) for row in range(len(query)) for piece in pieces]
-        sequences.sort(key=lambda of: -of[2])  # the longest first: threads end together
+        sequences.sort(key=lambda of: -of[2])  # the longest first, so that all threads end at about the same time
         ctx.sequences, ctx.scale = torch.tensor(sequences, device="cpu"), scale
         output, logs = operations.attention(query, key, value, ctx.sequences, scale=scale)
         ctx.save_for_backward(query, key, value, output, logs)

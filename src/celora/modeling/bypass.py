@@ -1,4 +1,4 @@
-"""What computes past a layer's own forward. No hook is called there, so nothing can be estimated."""
+"""Finds code that bypasses a layer's own forward. No hook is called then, so nothing can be estimated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OWN_PRODUCT = {
 
 
 def own_product(tuner: nn.Module) -> str:
-    """Why the backward of this PEFT layer does not pass its base layer, or ''."""
+    """Why the backward of this PEFT layer bypasses its base layer; '' if it does not."""
     package = ".".join(type(tuner).__module__.split(".")[:3])
     kind = _OWN_PRODUCT.get((package, type(tuner).__name__))
     return f"{kind} computes with a weight of its own" if kind else ""
@@ -27,8 +27,9 @@ def own_product(tuner: nn.Module) -> str:
 def refuse_patched(model: nn.Module) -> None:
     """Raise CELoraError if Unsloth has replaced the forward of a part of `model`.
 
-    Its kernels read the weights of base layer and adapter, and compute both themselves. They stand in classes and in
-    attributes of modules (`forward`, `apply_qkv`, `apply_o`). The file that defines a function tells whether it is one.
+    Unsloth's kernels read the weights of base layer and adapter, and compute both themselves. They replace methods of
+    classes and attributes of modules (`forward`, `apply_qkv`, `apply_o`). The file that defines a function tells
+    whether it is Unsloth's.
     """
     for name, module in model.named_modules():
         for function in _functions(module):

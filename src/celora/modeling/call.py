@@ -1,4 +1,4 @@
-"""One forward pass of a language model that celora has taken over."""
+"""One forward of a language model whose loss celora computes."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class ScoredOutput(ModelOutput):  # type: ignore[misc]
 
 @dataclass
 class Call:
-    """One forward pass that has been taken over."""
+    """One forward whose loss celora computes."""
 
-    owner: nn.Module  # the module whose forward it is
-    given: dict[str, Any]  # the arguments of the caller
+    owner: nn.Module  # the module that was called
+    given: dict[str, Any]  # the caller's arguments
     next_labels: Tensor  # (B, T): the label of each token's successor
-    place: Tensor  # (N,): where the flattened batch has a token whose successor is labelled
-    rows: Tensor  # (N,): where the hidden states have the same tokens
-    shape: torch.Size  # of the tokens that the model gets
+    place: Tensor  # (N,): positions in the flattened batch of tokens whose successor is labelled
+    rows: Tensor  # (N,): positions of the same tokens in the hidden states
+    shape: torch.Size  # shape of the tokens that the model gets
     keeps: Any  # the positions whose logits the model computes
-    known: tuple[Any, ...]  # all that decides what the model makes of its hidden states
-    probe: Probe | None  # if that is not known yet
+    known: tuple[Any, ...]  # everything that decides how the model turns hidden states into a loss
+    probe: Probe | None  # given if this is not known yet
     hidden: Tensor | None = None  # the decoder's output
 
     def for_trl(self, loss: Tensor, scores: TokenScores) -> ScoredOutput:
@@ -62,18 +62,18 @@ class Call:
         return ScoredOutput(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
 
     def _spread(self, values: Tensor) -> Tensor:
-        """Values of the labelled tokens, (N,), in their places of the batch: (B, T-1)."""
+        """Put values of the labelled tokens, (N,), at their positions in the batch: (B, T-1)."""
         full = values.new_zeros(self.next_labels.numel()).index_copy(0, self.place.to(values.device), values)
         return full.view(self.next_labels.shape)[:, :-1]
 
 
 def unknown_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call that celora does not know. False counts, too: `is_causal=False` changes everything."""
+    """Arguments of a call that celora does not know. A value of False counts, too: `is_causal=False` matters."""
     return {name: value for name, value in given.items() if name not in _KNOWN and value is not None}
 
 
 def fit(labels: Tensor, given: Mapping[str, Any]) -> bool:
-    """Whether these are labels for the tokens. The model's own error says best what is wrong with other labels."""
+    """Whether these labels fit the tokens. If not, the model's own error explains it best."""
     if labels.dtype != torch.int64 or labels.dim() != 2:
         return False
     tokens: Any = next((of for name in ("input_ids", "inputs_embeds") if (of := given.get(name)) is not None), None)

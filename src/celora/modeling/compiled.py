@@ -1,6 +1,6 @@
-"""Grafted layers inside torch.compile: refreshes, and estimates that it cannot trace, as custom operators.
+"""Grafted layers under torch.compile. Refreshes, and estimates that it cannot trace, become custom operators.
 
-A custom operator takes tensors and numbers only. So it gets the layer's key, and finds the layer by it.
+A custom operator takes only tensors and numbers. So it gets the layer's key, and looks up the layer.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 keys = itertools.count()
 layers: weakref.WeakValueDictionary[int, LayerGraft] = weakref.WeakValueDictionary()
-quantised: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()  # base layers by the same keys
+quantised: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()  # base layers, by the same keys
 
 
-# A compiled graph may not change Python objects, and a refresh does: it counts, and gathers statistics.
+# A compiled graph must not change Python objects, but a refresh counts and collects statistics.
 @torch.library.custom_op("celora::observed_grad_input", mutates_args=())
 def observed_grad_input(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
     layer = layers[key]
@@ -49,7 +49,7 @@ def _(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
 
 @torch.no_grad()
 def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, key: int, measures: bool = False) -> Tensor:
-    """`x W^T + b` by the product of the layer with this key, which may measure what that loses."""
+    """`x W^T + b` by the product of the layer with this key. `measures`: also measure its error."""
     layer = layers[key]
     product: Any = layer.estimator.product
     y: Tensor = product.forward(x, weight, bias)
@@ -70,7 +70,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, key: int, measures: bool) 
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-# A graph cannot take in the parts of a quantised weight. So reading and multiplying it is one operator.
+# A graph cannot contain the parts of a quantised weight. So one operator reads and multiplies it.
 @torch.library.custom_op("celora::read_and_projected", mutates_args=())
 def read_and_projected(x: Tensor, out_features: int, bias: Tensor | None, key: int, measures: bool) -> Tensor:
     return multiplied(x, read(_quantised(key), x.dtype), bias, key, measures)
@@ -95,5 +95,5 @@ def _(grad_output: Tensor, in_features: int, key: int, mode: str) -> Tensor:
 def _quantised(key: int) -> nn.Module:
     module = quantised.get(key)
     if module is None:
-        raise CELoraError("a copy of a quantised model was compiled; run it once as it is before it is compiled.")
+        raise CELoraError("a copy of a quantised model was compiled; run it once before you compile it.")
     return module

@@ -1,8 +1,8 @@
 """The forward of a frozen layer in 8 bits: `y = x W^T + b` from the copy of W that its backward multiplies with.
 
-In: the layer's input, (..., in). Out: its output, (..., out), in the same dtype. It is an estimate, so a model that
-trains with it is a slightly other model, as one with a quantised base is. Evaluation and generation use it, too, while
-celora is attached. What it loses is measured at refreshes. A layer that loses too much goes back to its own forward.
+In: the layer's input, (..., in). Out: its output, (..., out), in the same dtype. It is an estimate. So the model that
+trains with it is a slightly different model, as with a quantised base. Evaluation and generation use it, too, while
+celora is attached. Refreshes measure its error. If a layer's error is too large, it goes back to its own forward.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from celora.modeling.switch import Mode
 from celora.modeling.trial import tampered
 from celora.weights.read import bias_of, is_trainable, plain_weight, shape_of
 
-MOST_ERROR = 0.1  # relative error from which on a layer keeps its own forward; rounding alone makes about 0.01
+MOST_ERROR = 0.1  # a layer with this relative error or more uses its own forward; rounding alone gives about 0.01
 
 
 class EightBitForward(OwnForward):
     """The forward of one frozen linear layer.
 
     Attributes:
-        graft: the layer's, whose product multiplies.
+        graft: the layer's graft; its product multiplies.
         exact: whether the layer has gone back to its own forward.
     """
 
@@ -52,7 +52,7 @@ class EightBitForward(OwnForward):
         self._tuner = nothing if tuner is None else weakref.ref(tuner)
 
     def between(self, tuner: nn.Module, base: nn.Module) -> None:
-        """Become the forward of the base layer of this PEFT layer. Without that layer around it, it is exact."""
+        """Become the forward of the base layer in this PEFT layer. Without the PEFT layer around it, it is exact."""
         self._tuner = weakref.ref(tuner)
         self.under(base)
 
@@ -75,15 +75,15 @@ class EightBitForward(OwnForward):
         return multiplied(x, weight, bias, self.graft.key)
 
     def _takes(self, module: Any, x: Tensor) -> bool:
-        """Whether the frozen weight is at hand, to multiply x with it, and nothing stands in the way."""
+        """Whether the frozen weight is in memory, and the 8-bit product may multiply x with it."""
         if not x.is_floating_point() or not x.numel() or is_trainable(module):
             return False
-        # In evaluation a gradient is the model's own, as it is of every layer of celora's.
+        # In evaluation, gradients are the model's own.
         if not module.training and x.requires_grad and torch.is_grad_enabled():
             return False
         tuner = self._tuner()
         if tuner is None or tuner.merged:
-            self.graft.estimator.product.forget()  # a merge changes the weight without a sign
+            self.graft.estimator.product.forget()  # a merge changes the weight without a new version
             return False
         plain = plain_weight(module)
         weight: Any = module.weight if plain is None else plain
@@ -93,7 +93,7 @@ class EightBitForward(OwnForward):
             return False
         if torch.compiler.is_compiling():
             return True
-        if type(x) is not Tensor:  # a tensor without numbers, as tools for memory and shapes have them
+        if type(x) is not Tensor:  # for example a tensor without data, of a tool that computes shapes
             return False
         if weight.device != x.device:
             raise CELoraError(
@@ -104,7 +104,7 @@ class EightBitForward(OwnForward):
 
 
 class _Forward(torch.autograd.Function):
-    """`x W^T + b` in 8 bits. Its backward is exact; the graft puts its own in that one's place where it takes over."""
+    """`x W^T + b` in 8 bits. Its own backward is exact; in training the graft replaces it."""
 
     @staticmethod
     def forward(

@@ -1,12 +1,12 @@
-"""What is known of each family of language models: one row a family. docs/develop/new-family.md says how to add one.
+"""The table of families of language models, one row for each. docs/develop/new-family.md says how to add one.
 
-A family is what its configuration calls `model_type`. A row holds two kinds of knowledge:
+A family is the `model_type` of a configuration. A row has two kinds of facts:
 
-- What no trial can tell: with which attentions the batches of such a model may be packed. A model whose family has no
-  row, or none of these attentions, keeps its padding.
-- What to try: by which names a configuration scales and caps logits, and of what kinds norms, gates and rotations are.
-  celora tries what any row names (`column`) on every model, whether or not its own family has a row, and uses what the
-  trial confirms (`recognise`, `passes`). So a row can make celora faster, and never make it wrong.
+- Facts that no trial can show: with which attentions batches may be packed. A model keeps its padding if its family has
+  no row, or if it has another attention.
+- Facts to try: the names by which a configuration scales and caps logits, and the kinds of norms, gates and rotations.
+  celora tries the facts of all rows (`column`) on every model, even if its own family has no row. It uses what the
+  trial confirms (`recognise`, `passes`). So these facts can make celora faster, but they cannot change a result.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ class Gate:
     activation: str = "act_fn"
 
 
-ATTENTIONS = ("sdpa", "flash_attention_2", "flash_attention_3")  # those that celora can tell where sequences end
+ATTENTIONS = ("sdpa", "flash_attention_2", "flash_attention_3")  # they can be told where sequences end
 _TURN = "apply_rotary_pos_emb"  # y = q cos + (-q2, q1) sin, of q = (q1, q2)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family. What stands here by default, except for `packs_with`, is Llama's.
+    """One family. The defaults are Llama's, except for `packs_with`.
 
     Attributes:
         name: `model_type` of the configuration.
-        packs_with: the values of `attn_implementation` with which batches may be packed. That takes a decoder in which
-            tokens meet in causal attention alone, and whose layers hand extra arguments on to it.
-        window: where the configuration has the number of tokens that one attends to, if it has one.
-        scale: where the configuration has the number that logits, or hidden states before the head, are multiplied with
-            or divided by; '' for no such number.
-        cap: where the configuration has the c of `c tanh(logits / c)`; '' for no such number.
+        packs_with: the values of `attn_implementation` with which batches may be packed. In such a decoder tokens
+            interact only in causal attention, and layers pass extra arguments on to the attention.
+        window: the field of the configuration with the number of tokens that a token attends to, if there is one.
+        scale: the field with the number by which logits, or hidden states before the head, are multiplied or divided;
+            '' for none.
+        cap: the field with the c of `c tanh(logits / c)`; '' for none.
         norm: its RMS norms; None for another norm.
         gate: its gated blocks; None for others.
         rotation: the name of the function that turns queries and keys by halves; '' for another rotation.
@@ -69,7 +69,7 @@ class Family:
 
 
 def _head(name: str, *, scale: str = "", cap: str = "", window: str = "sliding_window") -> Family:
-    """A family of which only the head is known."""
+    """A family whose row has facts about its head only."""
     return Family(name, window=window, scale=scale, cap=cap, norm=None, gate=None, rotation="")
 
 
@@ -101,10 +101,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: Any) -> Family | None:
-    """The row of the model with this configuration, if there is one."""
+    """The row for the model with this configuration, or None."""
     return FAMILIES.get(getattr(config, "model_type", ""))
 
 
 def column(name: Literal["scale", "cap", "norm", "gate", "rotation"]) -> list[Any]:
-    """What any family has in this column, each once and in the table's order: what is to be tried on a model."""
+    """All families' values in this column, each once, in the table's order. They are tried on every model."""
     return list(dict.fromkeys(value for family in FAMILIES.values() if (value := getattr(family, name))))

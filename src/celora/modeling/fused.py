@@ -1,18 +1,21 @@
-"""A LoRA linear layer as one autograd function: the fewest passes over its tokens, forward and backward.
+"""A LoRA linear layer as one autograd function, which reads its tokens as few times as possible.
+
+In: `grad_output: (T, out)`. Out: the gradients of x, A and B. `LayerGraft.grad_input` computes the part `G W` of
+grad_x.
 
 PEFT computes `result + lora_B(lora_A(dropout(x))) * scaling` operator by operator. Its default is float32 adapters on a
-bfloat16 base. Each layer then casts twice, goes over (T, out) four times, and saves a float32 copy of x for backward.
-Here everything is in the base's own dtype, as under autocast. With p = A x (T, r) and G the gradient of y:
+bfloat16 base. Each layer then casts twice, reads (T, out) four times, and saves a float32 copy of x for backward. Here
+everything is in the base's own dtype, like under autocast. With p = A x (T, r) and G the gradient of y:
 
     y += scaling p B^T,   grad_B = scaling G^T p,   q = scaling G B,   grad_A = q^T x,   grad_x = (G W) + q A
 
-The layer's estimator computes `G W`. Each of these is a product that adds onto what is there already.
+The layer's estimator computes `G W`. Sums are computed in place: each product adds to an existing tensor.
 
-The tuner layer keeps its class and its `forward`. PEFT's own `forward` gives the base layer's output to whatever stands
-in `lora_variant` under the adapter's name, and adds nothing of its own then. Hooks put the graft there from the end of
-the base layer's forward until PEFT has asked. A graft that stayed there would be asked by all that PEFT does with
-variants: merging, unmerging, conversion. Where PEFT does not ask, or something is not as it should be, PEFT's own path
-runs. Nothing is left out or applied twice.
+The tuner layer keeps its class and its `forward`. PEFT's `forward` looks in `lora_variant` under the adapter's name. If
+it finds an object there, it gives it the base layer's output, and adds nothing itself. Hooks put the graft there at the
+end of the base layer's forward, and remove it when PEFT has called it. If it stayed, PEFT would also call it for
+merging, unmerging and conversion. If PEFT does not call it, or if a check fails, PEFT's own path runs. The adapter is
+never left out or applied twice.
 """
 
 from __future__ import annotations
@@ -36,11 +39,11 @@ _FEWEST_TOKENS = 96
 
 
 class FusedGraft(LayerGraft):
-    """A graft that also computes the adapter over its base layer. PEFT asks it as it asks any variant of LoRA.
+    """A graft that also computes the adapter. PEFT calls it like a variant of LoRA.
 
     Attributes:
-        begun: a forward of the tuner layer until its base layer's ends: tuner layer, adapter's name, adapter and input.
-        taken: the same forward from then on, until PEFT asks its variant: adapter, input and the base layer's output.
+        begun: tuner layer, adapter's name, adapter and input of a forward, until the base layer's forward ends.
+        taken: adapter, input and base layer's output of the same forward, from then until PEFT calls the variant.
     """
 
     def __init__(self, estimator: Estimator, switch: Switch) -> None:
@@ -48,7 +51,7 @@ class FusedGraft(LayerGraft):
         self.begun: tuple[Any, str, Adapter, Tensor] | None = None
         self.taken: tuple[Adapter, Tensor, Tensor] | None = None
         self._casts = True
-        self._known: tuple[str, Any, Any, Any] | None = None  # name and modules of the adapter of the forward before
+        self._known: tuple[str, Any, Any, Any] | None = None  # name and modules of the adapter in the previous forward
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "begun": None, "taken": None, "_known": None}
@@ -63,7 +66,7 @@ class FusedGraft(LayerGraft):
         self.settle(module)
         if not (module.training and self.switch.on) or kwargs or len(args) != 1 or not _enough(args[0]):
             return
-        # Selective checkpointing keeps the base layer's output, onto which the adapter would be added.
+        # Selective checkpointing keeps the base layer's output, and the adapter would be added to it in place.
         if not torch.compiler.is_compiling() and selectively_checkpointed():
             return
         adapter = self._adapter(module)
@@ -72,7 +75,7 @@ class FusedGraft(LayerGraft):
             self.begun = module, name, adapter, args[0]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """A forward hook of the base layer. It leaves the output to the adapter, or grafts it."""
+        """A forward hook of the base layer. It leaves the output to `forward`, or grafts it."""
         begun, self.begun = self.begun, None
         if begun is not None and self.takes(module, args, output, *begun):
             return None
@@ -81,22 +84,22 @@ class FusedGraft(LayerGraft):
     def takes(
         self, base: nn.Module, args: tuple[Any, ...], output: Tensor, tuner: Any, name: str, adapter: Adapter, x: Tensor
     ) -> bool:
-        """Become PEFT's variant if the base layer, which ends its forward with this output, is what it should be."""
+        """Become PEFT's variant if every check of the base layer, which has just computed this output, succeeds."""
         if len(args) != 1 or args[0] is not x or not base.training:
             return False
         weight = plain_weight(base)
-        # Trained for a moment, as LoRA-GA has it; or offloaded.
+        # Trained for a moment (LoRA-GA does so), or offloaded.
         if is_trainable(base) or (weight is not None and weight.is_meta):
             return False
         if not self.knows(base, x, output):
             return False
-        # PEFT would cast x to the adapter's dtype, a copy that nobody reads here.
+        # PEFT would cast x to the adapter's dtype, and nobody would read this copy.
         self.taken, self._casts = (adapter, x, output), tuner.cast_input_dtype_enabled
         tuner.lora_variant[name], tuner.cast_input_dtype_enabled = self, False
         return True
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        """The tuner layer's output, which PEFT asks of a variant: `result` and what the adapter adds to it."""
+        """Called by PEFT for its variant. Returns the tuner layer's output: `result` plus the adapter's part."""
         taken = self.taken
         self.settle(module)
         if taken is None or not _same(result, taken[2]):
@@ -121,7 +124,7 @@ class FusedGraft(LayerGraft):
         self.settle(module)
 
     def settle(self, module: Any) -> None:
-        """Take the graft away from PEFT, also after a forward that was interrupted, or in a copy made during one."""
+        """Remove the graft from `lora_variant`, also after an interrupted forward, or in a copy made during one."""
         for name, variant in list((getattr(module, "lora_variant", None) or {}).items()):
             if isinstance(variant, FusedGraft):
                 del module.lora_variant[name]
@@ -129,8 +132,8 @@ class FusedGraft(LayerGraft):
         self.begun = self.taken = None
 
     def _adapter(self, module: Any) -> Adapter | None:
-        """The adapter to compute. All of `vanilla_adapter` is looked at again only where something has changed."""
-        if torch.compiler.is_compiling():  # once a graph; what is remembered for later would compile it anew
+        """The adapter to compute, or None. `vanilla_adapter` is called again only if something has changed."""
+        if torch.compiler.is_compiling():  # once for each graph; remembering anything would compile it again
             adapter = vanilla_adapter(module)
             return None if isinstance(adapter, str) else adapter
         if self._known is not None:
@@ -149,7 +152,7 @@ class FusedGraft(LayerGraft):
 
 
 def _same(result: Tensor, output: Tensor) -> bool:
-    """Whether `result` is the base layer's output, or PEFT's copy of it, as for 4-bit layers."""
+    """Whether `result` is the base layer's output, or PEFT's clone of it, which 4-bit layers get."""
     if result is output or torch.compiler.is_compiling():
         return True
     made_by = result.grad_fn
@@ -159,7 +162,7 @@ def _same(result: Tensor, output: Tensor) -> bool:
 
 
 def _enough(x: object) -> bool:
-    """Whether this is a tensor, and setting up products in the base's dtype pays: not for few tokens on CPU."""
+    """Whether this is a tensor with enough tokens: with few tokens on CPU, PEFT's own path is faster."""
     return isinstance(x, Tensor) and not (x.device.type == "cpu" and x.numel() < _FEWEST_TOKENS * x.shape[-1])
 
 
@@ -172,17 +175,17 @@ def lora_linear(
     layer: LayerGraft,
     in_8_bits: QuantisedRows | None = None,
 ) -> Tensor:
-    """`output + scaling B A dropout(x)`, computed onto `output`, with the backward described above.
+    """`output + scaling B A dropout(x)`, computed in place in `output`, with the backward described above.
 
     Args:
         x: the layer's input, (..., in).
-        output: what the base layer made of it, `x W^T + b`, (..., out); overwritten. Its dtype is the dtype of all
-            products; gradients arrive in the parameters' own.
-        weight: frozen, (out, in), as `LayerGraft.weight` gives it.
+        output: the base layer's output `x W^T + b`, (..., out); overwritten. All products have its dtype; gradients of
+            parameters have the parameters' own.
+        weight: frozen, (out, in), from `LayerGraft.weight`.
         bias: (out,) or None; gets `grad_output.sum(0)` if it requires grad.
         adapter: dropout is drawn from torch's global generator, and its mask saved (a byte a number).
-        layer: whose mode at this moment decides how `grad_output @ weight` is computed.
-        in_8_bits: x as the base layer multiplied it. It is saved in x's place for `grad_A`, a byte a number.
+        layer: its current mode decides how `grad_output @ weight` is computed.
+        in_8_bits: x in the 8 bits that the base layer multiplied. For `grad_A` it is saved instead of x, a byte a number.
     """
     result: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         x, output.detach(), bias, adapter.A, adapter.B, weight, adapter.scaling, adapter.dropout, layer, in_8_bits

@@ -2,9 +2,9 @@
 
 In: `grad_output: (T, out)`. Out: `grad_input: (T, in)`, by `LayerGraft.grad_input`.
 
-A forward hook on the frozen base layer takes the output that the layer has just computed. It cuts the output from the
-graph and returns it unchanged, as the output of an autograd node of our own. So the forward stays PEFT's, bit for bit.
-Only `grad_input = grad_output @ W` goes through the layer's estimator.
+A forward hook on the frozen base layer gets the output that the layer has just computed. It detaches the output from
+the graph and returns it unchanged, from an autograd node of our own. So the forward stays PEFT's, bit for bit. Only
+`grad_input = grad_output @ W` goes through the layer's estimator.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from celora.weights.stored import StoredWeight
 class LayerGraft(Measured, Hook):
     """The forward hook of one base layer, with the layer's estimator and the errors that it measured.
 
-    It takes over in training mode only. In `eval()` a gradient, of a saliency map for example, is the model's own.
+    It only acts in training mode. In `eval()` a gradient, for example of a saliency map, is the model's own.
     """
 
-    _tried: tuple[Any, ...] | None = None  # the layer's `identity` when it was last tried
-    _unlike = ""  # what that trial found, as `unlike` says it
+    _tried: tuple[Any, ...] | None = None  # the layer's `identity` at the latest trial
+    _unlike = ""  # the result of that trial, from `unlike`
 
     def __init__(self, estimator: Estimator, switch: Switch) -> None:
         super().__init__()
@@ -58,15 +58,15 @@ class LayerGraft(Measured, Hook):
         self.switch = switch
         self.mode = Mode.OBSERVE
         self.of_forward = Measured()  # the error of a forward in 8 bits
-        self.observed = 0  # number of exact backwards that gave statistics
-        self.tokens, self.dtype = 0, ""  # of the longest of them, and of the latest
+        self.observed = 0  # number of observed exact backwards
+        self.tokens, self.dtype = 0, ""  # most tokens in one of them; dtype of the latest
 
     @property
     def mode(self) -> Mode:
-        """What the next backward will be.
+        """What the next backward does.
 
-        Kept as a string. torch.compile takes equal objects of two layers for the same object, and would not notice
-        when the mode of one layer changes.
+        It is stored as a string. torch.compile treats equal objects of two layers as the same object. It would not
+        notice a change of one layer's mode.
         """
         return Mode(self._mode)
 
@@ -104,7 +104,7 @@ class LayerGraft(Measured, Hook):
         if not self.knows(module, args[0], output):
             return None
         x, weight = args[0], self.weight(module, output.dtype)
-        if weight is not None and weight.is_meta:  # offloaded, and gone again: autograd has kept what it needs
+        if weight is not None and weight.is_meta:  # offloaded, and already gone; autograd has its own reference
             self.switch.say_once(
                 "offloaded", f"{self.name} is offloaded, so its backward is exact, as that of every such layer."
             )
@@ -114,21 +114,21 @@ class LayerGraft(Measured, Hook):
         return graft(x, output, weight, bias_of(module), self)
 
     def knows(self, module: nn.Module, x: Tensor, output: Tensor) -> bool:
-        """Whether a trial found that the layer computes `x W^T + b`, and nothing has changed it since."""
+        """Whether a trial showed that the layer computes `x W^T + b`, and nothing has changed since."""
         reason = tampered(module, self)
         if not reason and not torch.compiler.is_compiling():
             self.switch.modes.add(True)
             now = identity(module)
             same = self._tried is not None and all(map(operator.is_, now, self._tried))
-            # A tensor without numbers, as tools for memory and shapes have them, cannot be tried.
+            # A tensor without data, for example of a tool that computes shapes, cannot be tried.
             if not same and (type(x) is Tensor or not in_dispatch_mode()):
                 unseen = _unseen()
                 if unseen is None:
                     return False
                 if self._tried is not None:
-                    self.estimator.product.forget()  # its copy is of the weight before
+                    self.estimator.product.forget()  # its copy is of the earlier weight
                 with unseen:
-                    # A sharded layer is tried by its own output, which a forward in 8 bits does not give.
+                    # A sharded layer is tried by its own output, but not if a forward in 8 bits computed it.
                     found = unlike(module, None if is_ours(module.__dict__.get("forward")) else (x, output))
                 self._tried, self._unlike = None if found is None else now, found or ""
             reason = self._unlike
@@ -137,7 +137,7 @@ class LayerGraft(Measured, Hook):
         return not reason
 
     def weight(self, module: nn.Module, dtype: torch.dtype) -> Tensor | None:
-        """The weight that backward multiplies with; None in a trace if it is quantised: backward then reads it."""
+        """The weight for the backward. None for a quantised weight in a trace: the backward reads it then."""
         weight = plain_weight(module)
         if weight is None and not torch.compiler.is_compiling():
             quantised[self.key] = module
@@ -145,7 +145,7 @@ class LayerGraft(Measured, Hook):
         return weight
 
     def under(self, module: nn.Module) -> RemovableHandle:
-        """Hook the layer. Ours comes before hooks that read or change the output, and after FSDP2's."""
+        """Hook the layer. Our hook comes before hooks that read or change the output, and after FSDP2's."""
         if plain_weight(module) is None:
             quantised[self.key] = module
         return module.register_forward_hook(self, prepend=not isinstance(module, FSDPModule))
@@ -154,11 +154,11 @@ class LayerGraft(Measured, Hook):
         """`mode`, or exact for a gradient that cannot be estimated: without tokens, not finite, or about to overflow.
 
         Args:
-            witness: (T, n), the gradient or a product of it, which is not finite where the gradient is not.
+            witness: (T, n), the gradient or a product of it. It is not finite if the gradient is not.
 
-        On an accelerator nobody looks, because looking would wait for the device. Such a gradient reaches the adapter
-        through the adapter's own products. Nobody looks where `weight` is sharded: all processes have to gather the
-        same parts of it, or they would wait for each other for ever.
+        On an accelerator nothing is checked, because that would wait for the device. A gradient that is not finite then
+        reaches the adapter through the adapter's own products. Nothing is checked for a sharded `weight` either: all
+        processes must gather the same parts of it, or they would wait for each other for ever.
         """
         if isinstance(weight, DTensor):
             return mode
@@ -177,12 +177,12 @@ class LayerGraft(Measured, Hook):
         return Mode.EXACT
 
     def grad_input(self, grad_output: Tensor, weight: Tensor | None, mode: Mode) -> Tensor:
-        """`(T, out) , (out, in) -> (T, in)`: estimated, or exact while observing."""
+        """`grad_output: (T, out)` times the weight `(out, in)`: (T, in). Estimated, or exact while observing."""
         if weight is None:
             later: Tensor = read_and_multiplied(grad_output, self.estimator.in_features, self.key, mode.value)
             return later
         if isinstance(weight, StoredWeight) and weight.compute_dtype not in (None, grad_output.dtype):
-            computed = grad_output.to(weight.compute_dtype)  # as the layer's own backward does
+            computed = grad_output.to(weight.compute_dtype)  # the layer's own backward does so, too
             return LayerGraft.grad_input(self, computed, weight, mode).to(grad_output.dtype)
         if isinstance(weight, DTensor) and not len(grad_output):  # gather with the others, for a token of zeros
             return LayerGraft.grad_input(self, grad_output.new_zeros(1, grad_output.shape[1]), weight, mode)[:0]
@@ -202,7 +202,7 @@ class LayerGraft(Measured, Hook):
         return self.observe(grad_output, weight)
 
     def observe(self, grad_output: Tensor, weight: Tensor) -> Tensor:
-        """The exact `grad_input`; on the way, the error of the selection in use and the statistics of the next."""
+        """The exact `grad_input`. It also measures the current selection's error, and observes for the next one."""
         self.observed += 1
         self.tokens, self.dtype = max(self.tokens, len(grad_output)), str(grad_output.dtype).removeprefix("torch.")
         exact = grad_output @ weight.to(grad_output.dtype)
@@ -213,14 +213,14 @@ class LayerGraft(Measured, Hook):
 
 
 def graft(x: Tensor, output: Tensor, weight: Tensor | None, bias: Tensor | None, layer: LayerGraft) -> Tensor:
-    """`output`, unchanged. Its backward to `x: (..., in)` is `layer`'s; to a trainable `bias` it is exact.
+    """Return `output` unchanged, with `layer`'s backward to `x: (..., in)`, and an exact one to a trainable `bias`.
 
     Args:
         x: the layer's input, any number of leading dimensions; only its dtype and shape are used.
         output: the layer's output `x W^T + b`, (..., out).
-        weight: frozen, (out, in), as `LayerGraft.weight` gives it. Kept by reference: nothing is saved for backward.
+        weight: frozen, (out, in), from `LayerGraft.weight`. It is referred to, and nothing is saved for backward.
         bias: (out,) or None; gets `grad_output.sum(0)` if it requires grad (PEFT's `bias="lora_only"`).
-        layer: its mode at this moment decides what the backward will be.
+        layer: its current mode decides what the backward does.
     """
     result: Tensor = _Graft.apply(x, output.detach(), bias, weight, layer)  # type: ignore[no-untyped-call]
     return result
@@ -229,22 +229,22 @@ def graft(x: Tensor, output: Tensor, weight: Tensor | None, bias: Tensor | None,
 def remember(
     ctx: Any, x: Tensor, output: Tensor, bias: Tensor | None, weight: Tensor | None, layer: LayerGraft
 ) -> None:
-    """Keep what the backward of any grafted layer needs, without saving a tensor; its forward returns `output`."""
+    """Store in `ctx` what the backward of a grafted layer needs, without saving a tensor."""
     ctx.weight, ctx.layer, ctx.mode = weight, layer, layer.mode
     ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
-    # Dirty rather than a view, so that the caller may change it in place, as it may a linear layer's output.
+    # Marked dirty, and not a view, so that the caller may change it in place, like any linear layer's output.
     ctx.mark_dirty(output)
 
 
 def in_dispatch_mode() -> bool:
-    """Whether something looks at every operator; taken for granted where torch does not tell."""
+    """Whether something observes every operator. True if torch does not tell."""
     found = borrow("torch.utils._python_dispatch:is_in_torch_dispatch_mode")
     return found is None or bool(found())
 
 
 def _unseen() -> AbstractContextManager[object] | None:
-    """Lets a trial run without any mode seeing it: selective checkpointing would count it. None if torch does not."""
+    """Hides a trial from dispatch modes, because selective checkpointing would count it. None if torch cannot."""
     if not in_dispatch_mode():
         return nullcontext()
     without_modes = borrow("torch.utils._python_dispatch:_disable_current_modes")
@@ -252,10 +252,10 @@ def _unseen() -> AbstractContextManager[object] | None:
 
 
 def selectively_checkpointed() -> bool:
-    """Whether selective checkpointing looks at every operator: it keeps the results of some for the repetition.
+    """Whether selective checkpointing observes every operator. It keeps the results of some for the repeated forward.
 
-    Of all modes it is told by its kind. It looks at a forward and at its repetition alike; another mode may look at the
-    forward alone, and what is saved for backward must not depend on that. Taken for granted where torch does not tell.
+    The classes of the dispatch modes tell. Selective checkpointing observes a forward and its repetition. Another mode
+    may observe only the forward, and what is saved for backward must not depend on that. True if torch does not tell.
     """
     if not in_dispatch_mode():
         return False
@@ -268,7 +268,7 @@ def selectively_checkpointed() -> bool:
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
-    """Products in the dtypes they are given; costs nothing where autocast is off."""
+    """Turn autocast off, so that products keep the dtypes of their operands."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 

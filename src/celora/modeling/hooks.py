@@ -1,4 +1,4 @@
-"""Which hooks and forwards of a module are celora's, and how they are taken off."""
+"""Tells celora's hooks and forwards from others, and removes them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import nn
 
 
 class Hook:
-    """The owner of celora's hooks, or a forward of celora's. This class tells them from a user's."""
+    """The base class of everything that celora puts onto a module as a hook or forward."""
 
     def settle(self, module: nn.Module) -> None:
-        """Put back what an interrupted forward has left half-way in this module."""
+        """Repair what an interrupted forward has left in this module."""
 
 
 def nothing() -> None:
-    """A reference to nothing. Unlike a weak reference, it can be copied and pickled."""
+    """Like a dead weak reference, but it can be copied and pickled."""
 
 
 def is_ours(hook: Any) -> bool:
@@ -25,7 +25,7 @@ def is_ours(hook: Any) -> bool:
 
 
 def remove(module: nn.Module) -> None:
-    """Take every hook and forward of celora's off this one module."""
+    """Remove every hook and forward of celora from this one module."""
     settle(module)
     tables: list[list[dict[int, Any]]] = [
         [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs],
@@ -38,12 +38,12 @@ def remove(module: nn.Module) -> None:
     own = module.__dict__
     if is_ours(own.get("forward")):
         del own["forward"]
-    if is_ours(own.get("_old_forward")):  # where accelerate's hooks keep the forward that they replaced
+    if is_ours(own.get("_old_forward")):  # accelerate's hooks keep the replaced forward there
         own["_old_forward"] = MethodType(type(module).forward, module)
 
 
 def settle(module: nn.Module) -> None:
-    """Put back what an interrupted forward has left half-way in this one module."""
+    """Repair what an interrupted forward has left in this one module."""
     for hook in module._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, Hook):

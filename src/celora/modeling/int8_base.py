@@ -1,7 +1,7 @@
-"""Hold the frozen linear layers of a model in 8 bits: a quarter of float32's memory, half of bfloat16's.
+"""Stores the frozen linear layers of a model in 8 bits: a quarter of float32's memory, half of bfloat16's.
 
-The layers inside the decoder's blocks are replaced, one after the other. Embeddings, head, norms, biases and whatever
-trains stay in the model's own dtype.
+The linear layers inside the decoder's blocks are replaced, one after the other. Embeddings, head, norms, biases and
+everything that trains keep the model's own dtype.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Int8Base:
 
     Attributes:
         layers: names of the layers whose weight is in 8 bits now.
-        bytes_before, bytes_now: that these weights took, and take.
+        bytes_before, bytes_now: bytes of these weights, before and now.
     """
 
     layers: tuple[str, ...]
@@ -44,15 +44,16 @@ class Int8Base:
 def quantise_base(model: nn.Module) -> Int8Base:
     """Replace the weights of the frozen linear layers in `model`'s blocks by 8 bits: `W ~= diag(s) q`.
 
-    `s_i = max_j |W_ij| / 127`, one float32 scale for each output channel; q: int8. A weight is released before the next
-    one is quantised. Before or after `get_peft_model`, and before `celora.attach`. Again, it changes nothing.
+    `s_i = max_j |W_ij| / 127` is one float32 scale for each output channel; q is int8. Each weight is released before
+    the next one is quantised. Call it before `celora.attach`, before or after `get_peft_model`. A second call changes
+    nothing.
 
     Args:
-        model: of Transformers, with or without PEFT's adapters, not merged. Changed in place.
+        model: a model of Transformers, with or without PEFT's adapters, not merged. It is changed in place.
 
     Raises:
-        CELoraError: no linear layer in a block; merged adapters; or a layer that has hooks (attach celora after it),
-            is sharded, offloaded or not finite.
+        CELoraError: there is no linear layer in a block, the adapters are merged, or a layer has hooks (attach celora
+            after this call), is sharded, is offloaded or is not finite.
 
     The layers compute `x (diag(s) q)^T`, exactly for these weights. `celora.attach` with preset `fast` multiplies with
     the same bytes in both directions instead. Source: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339).
@@ -61,17 +62,17 @@ def quantise_base(model: nn.Module) -> Int8Base:
     already = list(held_in_8_bits(model))
     names = list(frozen_linears(model))
     if not names and not already:
-        raise CELoraError(f"{type(model).__name__} has no frozen nn.Linear in numbered blocks to hold in 8 bits.")
+        raise CELoraError(f"{type(model).__name__} has no frozen nn.Linear in numbered blocks to store in 8 bits.")
     for name in names:
         if reason := _cannot_replace(model.get_submodule(name)):
-            raise CELoraError(f"{name!r} cannot be held in 8 bits: {reason}.")
+            raise CELoraError(f"{name!r} cannot be stored in 8 bits: {reason}.")
     before = now = 0
     for name in names:
         linear: Any = model.get_submodule(name)
         try:
             layer = Int8Linear.of(linear)
         except CELoraError as error:
-            raise CELoraError(f"{name!r} cannot be held in 8 bits: {error}.") from None
+            raise CELoraError(f"{name!r} cannot be stored in 8 bits: {error}.") from None
         before, now = before + linear.weight.nbytes, now + layer.W_q.nbytes + layer.scale.nbytes
         put(model, linear, layer)
     for name, layer in held_in_8_bits(model).items():
@@ -81,10 +82,10 @@ def quantise_base(model: nn.Module) -> Int8Base:
 
 
 def restore_base(model: nn.Module) -> None:
-    """Undo `quantise_base`: read the original weights again, one by one, from where the model came.
+    """Undo `quantise_base`: read the original weights again, one by one, from the model's checkpoint.
 
     Raises:
-        CELoraError: a weight cannot be read there, or is another one by now. The layers before it are restored.
+        CELoraError: a weight cannot be read, or has changed. The layers before it are restored.
     """
     for name, layer in held_in_8_bits(model).items():
         try:
@@ -95,10 +96,10 @@ def restore_base(model: nn.Module) -> None:
 
 @contextmanager
 def original_weights(model: nn.Module) -> Iterator[None]:
-    """For a while, compute with the weights that were quantised, read layer by layer in each forward.
+    """For a while, compute with the original weights, read layer by layer in each forward.
 
     Raises:
-        CELoraError: one of them cannot be read, or is another one by now.
+        CELoraError: one of them cannot be read, or has changed.
     """
     layers = held_in_8_bits(model).values()
     for layer in layers:
@@ -113,7 +114,7 @@ def original_weights(model: nn.Module) -> Iterator[None]:
 
 
 def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another one, wherever the model has that."""
+    """Replace a module by another one, everywhere in the model."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child is old:
@@ -161,7 +162,7 @@ def _cannot_replace(module: Any) -> str:
 
 
 def _language_model(model: nn.Module) -> tuple[str, PreTrainedModel | None]:
-    """Transformers' model in this one, and what stands in front of the names of its modules."""
+    """The prefix of the names of its modules, and Transformers' model in this one."""
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             return f"{name}." if name else "", module
@@ -169,7 +170,7 @@ def _language_model(model: nn.Module) -> tuple[str, PreTrainedModel | None]:
 
 
 def _origin(causal: PreTrainedModel | None, layer: str) -> Origin | None:
-    """Where the weight of a layer of this model came from, if it came from a folder or the hub."""
+    """Where the weight of a layer came from, if that was a folder or the hub."""
     source = "" if causal is None else causal.config.name_or_path
     if causal is None or not source:
         return None

@@ -1,11 +1,11 @@
-"""A frozen linear layer whose weight is held in 8 bits, and nowhere else: `W ~= diag(s) q`, a byte a number.
+"""A frozen linear layer whose weight is stored in 8 bits only: `W ~= diag(s) q`, one byte a number.
 
-In: (..., in). Out: `x W^T + b`, (..., out), in x's dtype. The layer's own products are exact for `diag(s) q`, which is
-de-quantised for each and dropped. celora's estimators and forwards in 8 bits (`celora.attach`) multiply with the very
-same bytes, without de-quantising: they lie as the kernel of this machine reads them, in both directions.
+In: (..., in). Out: `x W^T + b`, (..., out), in x's dtype. The layer's own products are exact for the weight `diag(s)
+q`. Each product de-quantises it and frees it again. celora's estimators and 8-bit forwards (`celora.attach`) multiply
+with the same bytes without de-quantising them: the bytes have the layout of this machine's kernel, for both directions.
 
-PEFT takes it for the `nn.Linear` that it is, and finds the weight as it finds HQQ's: `W_q`, `dequantize()`. Merging an
-adapter turns it back into a plain `nn.Linear`, with the original weight as the checkpoint has it.
+To PEFT the layer is an `nn.Linear`. PEFT reads the weight through `W_q` and `dequantize()`, as with HQQ. Merging an
+adapter turns the layer back into a plain `nn.Linear`, with the original weight from the checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OWN = ("W_q", "scale", "dtype", "layout", "origin", "on_original")
 
 
 def quantised(weight: Tensor, scale: Tensor | None = None) -> BothWays:
-    """`weight: (out, in)` in 8 bits, laid out for this machine's products; `scale`: of its rows, if it is known."""
+    """`weight: (out, in)` in 8 bits, in the layout of this machine's kernel. `scale`: scales of its rows, if known."""
     pack = pack_both_ways if available("pack_both_ways", weight.device) else IntegersBothWays.pack
     packed: BothWays = pack(weight, row_scales(weight) if scale is None else scale)
     return packed
@@ -38,12 +38,12 @@ class Int8Linear(nn.Linear):
     """`y = x W^T + b` with a frozen W in 8 bits.
 
     Attributes:
-        W_q: the bytes of W, as `layout` has them.
-        scale: of W's rows, (out,) float32 whatever dtype the model is moved to.
-        dtype: that the layer had before, which a merged one has again.
-        layout: what multiplies with the bytes.
-        origin: where the weight came from, if that is known.
-        on_original: compute with the original weight, read anew in each forward.
+        W_q: the bytes of W, in the layout of class `layout`.
+        scale: scales of W's rows, (out,); they stay float32 whatever dtype the model is moved to.
+        dtype: dtype of the weight before; a merged layer has it again.
+        layout: the class that multiplies with the bytes.
+        origin: where the weight came from, or None.
+        on_original: whether to compute with the original weight, read again in each forward.
     """
 
     W_q: nn.Parameter
@@ -61,7 +61,7 @@ class Int8Linear(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Int8Linear:
-        """The same layer in 8 bits, its bias shared.
+        """This layer in 8 bits. The bias is shared.
 
         Raises:
             CELoraError: the weight is not finite.
@@ -75,12 +75,12 @@ class Int8Linear(nn.Linear):
 
     @property
     def packed(self) -> BothWays:
-        """The weight as what multiplies with its bytes; no copy."""
+        """The packed weight that multiplies with these bytes, without a copy."""
         return self.layout.holding(self.W_q.detach(), self.scale, self.in_features)
 
     @property
     def weight(self) -> Any:  # type: ignore[override]
-        """What stands for W where a tensor is expected. Its numbers can be read, and replaced by merging."""
+        """An object that behaves like W. Its numbers can be read, and merging can replace them."""
         return _Weight(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -92,25 +92,25 @@ class Int8Linear(nn.Linear):
     def replace(self, weight: Tensor) -> None:
         """Become an `nn.Linear` with this weight."""
         if isinstance(weight, _Weight):
-            return  # PEFT hands a layer its own weight
+            return  # PEFT assigns a layer its own weight
         for name in _OWN:
             delattr(self, name)
         self.__class__ = nn.Linear  # type: ignore[assignment]
         self.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=False))
 
     def stored_weight(self, dtype: torch.dtype | None) -> StoredWeight:
-        """W as estimators read it; see `celora.weights.read`."""
+        """W for estimators; see `celora.weights.read`."""
         return _Weight(self, dtype)
 
     def dequantize(self) -> Tensor:
-        """`diag(s) q` in `dtype`, (out, in); PEFT asks for it where a variant of LoRA needs the weight."""
+        """`diag(s) q` in `dtype`, (out, in). PEFT calls this if a variant of LoRA needs the weight."""
         return self.packed.dense(self.dtype)
 
     def original(self) -> Tensor:
-        """The weight that was quantised, (out, in) in `dtype`, read from its checkpoint.
+        """The original weight, (out, in) in `dtype`, read from its checkpoint.
 
         Raises:
-            CELoraError: it cannot be read, or is another one by now.
+            CELoraError: it cannot be read, or has changed.
         """
         if self.origin is None:
             raise CELoraError("it is not known where its original weight came from")
@@ -131,7 +131,7 @@ class Int8Linear(nn.Linear):
         return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """`nn.Module.to` and its like: scales stay float32; the bytes are laid out for the device that they go to."""
+        """For `nn.Module.to` and the like. Scales stay float32, and the bytes get the layout of the new device."""
         before, device = self.packed, self.W_q.device
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -176,7 +176,7 @@ class _Weight(StoredWeight):
             return self.layer.original()
         except CELoraError as error:
             raise CELoraError(
-                f"an adapter cannot be merged into a base that is held in 8 bits: {error}; load the model in its own "
+                f"an adapter cannot be merged into a base in 8 bits: {error}; load the model in its own "
                 "dtype, put the saved adapter onto it (PeftModel.from_pretrained), and merge there."
             ) from None
 
@@ -186,7 +186,7 @@ class _Weight(StoredWeight):
 
 
 class _Linear(torch.autograd.Function):
-    """`x W^T + b`. W is de-quantised in forward and again in backward, and saved as the bytes that it is held in."""
+    """`x W^T + b`. W is de-quantised in forward and again in backward; only its bytes are saved."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Find the causal language model in a model, and say why its head cannot be served."""
+"""Finds the causal language model in a model, or says why celora cannot compute its loss."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from celora.weights.sharded import is_split
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """The causal language model around the adapted layers, of which celora can compute the loss.
+    """The causal language model around the adapted layers. celora can compute its loss.
 
     Attributes:
         causal: the model with the head.
         tuner: the PEFT tuner around it, if there is one.
-        family: what is known of its family, if anything.
+        family: the row of its family, or None.
         cannot_pack: why padding stays in its batches, or ''.
     """
 
@@ -42,7 +42,7 @@ class LanguageModel:
 
 
 def find_language_model(model: nn.Module) -> LanguageModel | str:
-    """The causal language model in `model`, or why its own loss is to be used."""
+    """The causal language model in `model`, or the reason why the model must compute its own loss."""
     tuner = next((m for m in model.modules() if isinstance(m, BaseTuner)), None)
     causal = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if causal is None:
@@ -64,7 +64,7 @@ def find_language_model(model: nn.Module) -> LanguageModel | str:
 
 
 def not_ours(causal: PreTrainedModel) -> str:
-    """Why celora cannot compute the logits and the loss of this model as it is now, or ''."""
+    """Why celora cannot compute logits and loss of this model in its current state; '' if it can."""
     head: Any = causal.get_output_embeddings()
     if type(head) is not nn.Linear:
         of = "no head" if head is None else f"a {type(head).__name__} as its head"
@@ -88,7 +88,7 @@ def not_ours(causal: PreTrainedModel) -> str:
 
 
 def _asks_for_the_loss(kind: type) -> bool:
-    """Whether the forward of this class reads `loss_function`. What it does with it, only a call shows."""
+    """Whether the forward of this class reads `loss_function`. Only a call shows how it uses it."""
     code = getattr(inspect.unwrap(vars(kind).get("forward", object)), "__code__", None)
     return code is not None and "loss_function" in code.co_names
 

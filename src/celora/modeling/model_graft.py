@@ -1,10 +1,10 @@
-"""The forward of a whole language model that trains: without padding, and with its loss over labelled tokens only.
+"""The forward of a whole language model in training: without padding, and with the loss over labelled tokens only.
 
 Neither changes a result. Hooks give the model a batch without padding (`packing`), and `logits_to_keep`, so that it
-projects no token onto the vocabulary. Then they put the loss into its output (`celora.numerics.head`). The first call,
-and the first after a change, measures whether the model's head and loss are those that are computed here (`recognise`).
-A batch is packed only if every argument of its call is known. A `forward` of the model's own would not do: a replica of
-`nn.DataParallel` would compute with the original's weights, and TRL's trainers put in their own.
+computes no logits. Then they put the loss into its output (`celora.numerics.head`). The first call, and the first call
+after a change, checks that the model's head and loss are the ones that celora computes (`recognise`). A batch is packed
+only if celora knows every argument of its call. These are hooks, not a `forward` of the model's own: with that, a
+replica of `nn.DataParallel` would use the original's weights, and TRL's trainers replace `forward` themselves.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from celora.numerics.measured import Measured
 from celora.numerics.products.both_ways import Int8BothWays
 from celora.weights.sharded import whole
 
-_NO_LOGITS = slice(0, 0)  # a tensor would have to be where the last of the model's layers is; a list is sent there
+_NO_LOGITS = slice(0, 0)  # not a tensor, which has a device, and not a list, which is copied to one
 
 
 class ModelGraft(Measured, Hook):
@@ -51,26 +51,26 @@ class ModelGraft(Measured, Hook):
     Attributes:
         packs: whether padding is left out.
         keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with.
-        product: computes the logits in 8 bits, if that is asked for.
-        mode: whether that gradient is estimated so, or exact, and whether the estimate is measured.
-        step: of the optimizer. The estimate draws by `seed`, step and number of the call: so does a resumed run.
-        smoothing: label smoothing of the loss. A call that cannot be smoothed here is an error.
+        product: computes the logits in 8 bits; None if they are exact.
+        mode: whether that gradient is estimated or exact, and whether the estimate's error is measured.
+        step: the optimizer's step. Draws depend on `seed`, step and number of the call, so a resumed run repeats them.
+        smoothing: label smoothing of the loss. A call that celora cannot smooth is an error.
         logits: what the model does to its logits; None until a call has been compared with the model's own head.
-        refused: whether the model's head or loss turned out to be others. Its calls are left to it from then on.
+        refused: whether the model's head or loss turned out to be different. The model then computes its own loss.
     """
 
-    _added: tuple[str, ...] | None = None  # attributes that a probe had added to the model that this was copied from
+    _added: tuple[str, ...] | None = None  # attributes that a probe added to the model that this is a copy of
 
     def __init__(self, switch: Switch, *, packs: bool, keep_ratio: float = 1, forward: str = "exact", seed: int = 0):
         super().__init__()
         self.product = None if forward == "exact" else Int8BothWays()
         self.switch, self.packs, self.keep_ratio, self.seed = switch, packs, keep_ratio, seed
         self.mode, self.smoothing = Mode.ESTIMATE, 0.0
-        self._probed_by: Callable[[], Tensor | None] = nothing  # the labels of the call that compared it, in this step
+        self._probed_by: Callable[[], Tensor | None] = nothing  # the labels of the call that probed, in this step
         self.begin(0)
         self.logits: Logits | None = None
         self.refused = False
-        self._known: tuple[Any, ...] | None = None  # what the model was when it was compared
+        self._known: tuple[Any, ...] | None = None  # `_known_by` of the model when it was probed
         self._said: set[str] = set()
         self._call: Call | None = None
 
@@ -79,21 +79,21 @@ class ModelGraft(Measured, Hook):
         return {**self.__dict__, "_call": None, "_known": None, "_probed_by": nothing, "_added": probe and probe.added}
 
     def settle(self, module: nn.Module) -> None:
-        """Forget a forward that was interrupted, here or in the model that this is a copy of."""
+        """Forget an interrupted forward, of this model or of the model that it is a copy of."""
         self._take_call()
         for name in self._added or ():
             vars(language_model(module)).pop(name, None)
         self._added = ()
 
     def _take_call(self) -> Call | None:
-        """End the call that is under way, and return it."""
+        """End the current call, and return it."""
         call, self._call = self._call, None
         if call is not None and call.probe is not None:
             call.probe.leave()
         return call
 
     def begin(self, step: int) -> None:
-        """An optimizer step begins."""
+        """Begin an optimizer step."""
         self.step, self._calls, self._probed_by = step, 0, nothing
 
     def _draw(self) -> int:
@@ -112,18 +112,18 @@ class ModelGraft(Measured, Hook):
             self.keep_ratio, self.mode, self._calls = usual
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A forward pre-hook (with kwargs) of the model and of the PEFT tuner around it, as some callers bypass one."""
+        """A forward pre-hook (with kwargs) of the model and of its PEFT tuner. Some callers bypass one of them."""
         under_way, keeps = self._call, kwargs.get("logits_to_keep")
         if under_way is not None:
             if under_way.owner is not module and type(keeps) is type(under_way.keeps) and keeps == under_way.keeps:
-                return None  # the tuner's forward has come to the model's
-            settle_all(language_model(under_way.owner))  # it was interrupted, and no hook was called
+                return None  # the tuner's forward has called the model's
+            settle_all(language_model(under_way.owner))  # that call was interrupted, and no hook was called
         if not self.switch.on or (torch.compiler.is_compiling() and not self.smoothing):
             return None
         causal = language_model(module)
         names = tuple(inspect.signature(type(causal).forward).parameters)[1:] if args else ()
         given = dict(zip(names, args, strict=False)) | kwargs
-        # What is smoothed in training is smoothed in whatever else may be trained on, as by Trainer's smoother.
+        # With smoothing, a call in evaluation counts, too, because Trainer's smoother also smooths there.
         labels, trains = given.get("labels"), torch.is_grad_enabled() and (module.training or self.smoothing > 0)
         if not isinstance(labels, Tensor) or not (trains or given.get(TRL)):
             return None
@@ -133,7 +133,7 @@ class ModelGraft(Measured, Hook):
         return self._begin(module, causal, given, labels)
 
     def _not_here(self, causal: Any, given: Mapping[str, Any], labels: Tensor) -> str | None:
-        """Why a call with labels is left to the model, or '' where the user knows why; None if it is taken over."""
+        """Why the model computes the loss of this call; '' if the user knows why; None if celora computes it."""
         if torch.compiler.is_compiling():
             return "torch.compile is tracing it"
         refused = self.refused and not self._again(labels)
@@ -147,7 +147,7 @@ class ModelGraft(Measured, Hook):
             return ""
         if given.get("return_dict", getattr(causal.config, "return_dict", True)) is False:
             return ""
-        if reason := not_ours(causal):  # it was ours when it was hooked
+        if reason := not_ours(causal):  # this has changed since `attach`
             return f"{reason} by now"
         if given.get(TRL):
             found = fused_head(causal)
@@ -156,14 +156,14 @@ class ModelGraft(Measured, Hook):
         return f"{caller} looks at the logits of every step (with TRL 1.15 or later it does not)" if caller else None
 
     def _begin(self, module: nn.Module, causal: Any, given: dict[str, Any], labels: Tensor) -> Any:
-        """Take a call over. Returns the model's new arguments, or None if no token is labelled."""
+        """Begin to compute a call's loss. Returns the model's new arguments, or None if no token is labelled."""
         next_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         labelled = next_labels != IGNORED
         numbers, packs = labelled.sum()[None], self._packs(causal, given, labels.shape)
         if packs:
             kept, more = packing.measure(labelled, given.get("attention_mask"))
             numbers = torch.cat([numbers, more])
-        count, *read = numbers.tolist()  # the only wait for the device, while it has nothing to do
+        count, *read = numbers.tolist()  # the only wait for the device, when it is idle
         if not count and not gathers(causal):
             return None
         place = packing.places(labelled.flatten(), count)
@@ -175,7 +175,7 @@ class ModelGraft(Measured, Hook):
             passed |= inputs
             rows, shape = kept.flatten().cumsum(0)[place] - 1, inputs["input_ids"].shape
         elif self.packs and available("attention", labels.device) and implementation(causal.config) == "sdpa":
-            passed[LENGTHS] = None  # not packed; our attention takes it if it is faster
+            passed[LENGTHS] = None  # not packed; our attention is used if it is faster
         keeps: Any = _NO_LOGITS
         known, probe = _known_by(causal, given), None
         if known != self._known or self._again(labels):
@@ -186,7 +186,7 @@ class ModelGraft(Measured, Hook):
             if items is not None:
                 passed["num_items_in_batch"] = items
         passed["logits_to_keep"] = keeps
-        # Without a cache Transformers reads packed sequences out of positions without a mask; with one it does not.
+        # Without cache and mask, Transformers would find packed sequences in the positions. With a cache it does not.
         if inputs is not None or given.get("position_ids") is None or given.get("attention_mask") is not None:
             passed["use_cache"] = False
         if probe is not None:
@@ -196,9 +196,9 @@ class ModelGraft(Measured, Hook):
         return (), passed
 
     def _again(self, labels: Tensor) -> bool:
-        """Whether these are the labels of the call that probed, in the same step: such a call probes again.
+        """Whether these are the labels of the call that probed, in the same step. Then this call probes again.
 
-        For a checkpoint, backward repeats a call, and what it saves must be the same; nothing tells which of several
+        A checkpoint repeats a call in backward, and must save the same tensors. Nothing tells which one of several
         calls with the same labels is repeated.
         """
         return self._probed_by() is labels
@@ -229,7 +229,7 @@ class ModelGraft(Measured, Hook):
         return self._scored(causal, call, output)
 
     def _recognised(self, causal: Any, call: Call, output: Any) -> bool:
-        """Whether the model's head and loss are known after this call. If not, say so, and leave the model alone."""
+        """Whether head and loss are known after this call. If not, warn, and let the model compute its own loss."""
         name, why, found = type(causal).__name__, "", self.logits
         if call.hidden is None or call.hidden.shape[:2] != call.shape:
             why = "computes past the decoder under its head"
@@ -241,7 +241,7 @@ class ModelGraft(Measured, Hook):
         if not why and call.given.get(TRL) and fused_head(causal) != found:
             why = "has logits that TRL's fused head computes otherwise"
         refused = int(bool(why))
-        if self.logits is None and gathers(causal):  # all processes or none: one that computes more waits for ever
+        if self.logits is None and gathers(causal):  # all processes or none: one that gathers alone waits for ever
             ((refused,),) = largest_of_all([[refused]], causal.get_output_embeddings().weight.device)
         if refused:
             self._refuse(f"{name} {why or 'is not known to another process'}")
@@ -250,7 +250,7 @@ class ModelGraft(Measured, Hook):
         return True
 
     def _scored(self, causal: Any, call: Call, output: Any) -> Any:
-        """The output of a call that was taken over: the model's, with the loss in it."""
+        """The model's output with celora's loss in it."""
         given, head = call.given, causal.get_output_embeddings()
         assert call.hidden is not None
         hidden = call.hidden.to(head.weight.device)
@@ -268,7 +268,7 @@ class ModelGraft(Measured, Hook):
             smoothing=self.smoothing,
             statistics=for_trl,
             keep_ratio=1.0 if self.mode is Mode.EXACT else self.keep_ratio,
-            seed=self._draw() if torch.is_grad_enabled() else 0,  # an evaluation is not a part of a step
+            seed=self._draw() if torch.is_grad_enabled() else 0,  # an evaluation does not count as a call
             measure=self.measure if self.mode is Mode.OBSERVE and self.keep_ratio < 1 else None,
             product=self._product(head),
         )
@@ -278,19 +278,19 @@ class ModelGraft(Measured, Hook):
         return call.for_trl(loss, scores) if for_trl else type(output)(**{**output, "loss": loss, "logits": None})
 
     def _product(self, head: Any) -> Int8BothWays | None:
-        """What computes the logits in 8 bits; None if they are exact, as those of a head that is gathered."""
+        """The product for logits in 8 bits; None if they are exact. A gathered head is always exact."""
         if self.product is None or not self.switch.forwards or isinstance(head.weight, DTensor):
             return None
         words, hidden = head.weight.shape
         return self.product if self.product.pays(words, hidden, head.weight.device) else None
 
     def _refuse(self, reason: str) -> None:
-        """Leave this and all later calls to the model, and say why."""
+        """From now on, let the model compute its own loss, and warn with the reason."""
         self.refused = True
         self._leave(reason)
 
     def _leave(self, reason: str) -> None:
-        """Say once why the loss is the model's own; a reason of '' says nothing."""
+        """Warn once why the model computes its own loss, unless the reason is ''."""
         if self.smoothing:
             raise CELoraError(
                 f"{reason or 'this call is left to the model'}, so its labels cannot be smoothed here; attach with "
@@ -305,7 +305,7 @@ class ModelGraft(Measured, Hook):
             warnings.warn(f"celora: {text}", stacklevel=2)
 
     def _own(self, module: nn.Module, given: dict[str, Any]) -> Any:
-        """The output of a model that is refused: its call has the labels that probed, and must not probe again."""
+        """The output of a refused model for the labels of the call that probed. It must not probe again."""
         probed_by, self._probed_by = self._probed_by, nothing
         try:
             return module(**given)
@@ -331,7 +331,7 @@ class ModelGraft(Measured, Hook):
 
 
 def _known_by(causal: Any, given: Mapping[str, Any]) -> tuple[Any, ...]:
-    """All that decides what a model makes of its hidden states. If any of it changes, the model is probed again."""
+    """Everything that decides how a model turns hidden states into a loss. If it changes, the model is probed again."""
     head = causal.get_output_embeddings()
     parts = (head, head.forward, causal.loss_function, type(causal).forward, vars(causal).get("forward"))
     references = tuple(None if part is None else weakref.ref(getattr(part, "__func__", part)) for part in parts)
@@ -358,7 +358,7 @@ def install(
         packs: leave out padding, if the model allows it.
         keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with.
         forward: how the logits are computed while training, `exact` or `int8`.
-        seed: of what the estimate of that gradient draws.
+        seed: seed of the draws for the estimate of that gradient.
     """
     packs = packs and not found.cannot_pack
     graft = ModelGraft(switch, packs=packs, keep_ratio=keep_ratio, forward=forward, seed=seed)

@@ -1,4 +1,4 @@
-"""Hooks of others that may depend on the shape of a batch. Batches keep their padding where there are any."""
+"""Finds other people's hooks that may depend on the shape of a batch. If there are any, batches keep their padding."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def _may_look(hook: Any) -> str:
 
 
 def may_look_at_shapes(module: nn.Module) -> str:
-    """Why batches keep their padding because of this module, with {} for its name; or ''.
+    """Why batches keep their padding because of this module, with {} in place of its name; '' if they need not.
 
-    NEFTune's noise depends on the number of tokens, PEFT's aLoRA on the rows of the batch. Nothing is known of the
-    hooks of users.
+    NEFTune's noise depends on the number of tokens, PEFT's aLoRA on the rows of the batch. The hooks of users may do
+    anything.
     """
     first = module._forward_pre_hooks.values()
     if is_attention(module) and not any(isinstance(getattr(hook, "__self__", None), Lookup) for hook in first):

@@ -1,4 +1,4 @@
-"""Who else changes a model's forward: replaced `forward`s, TRL's fused head, and trainers that want logits."""
+"""Finds other changes of a model's forward: replaced `forward`s, TRL's fused head, trainers that read logits."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from torch import nn
 from celora.numerics.head import Logits
 
 _TRL_FIELDS = {"log_probs", "entropy", "is_top1"}  # the outputs of TRL's fused head that celora computes
-# What the closure of TRL's fused head (`trl.trainer.utils.add_fused_lm_head`) says it computes, and how.
+# Variables in the closure of TRL's fused head (`trl.trainer.utils.add_fused_lm_head`): its outputs and settings.
 _TRL_SETTINGS = {"outputs", "temperature", "cast_lm_head_to_fp32", "final_logit_softcapping", "logit_scale"}
 
 
 def _function(forward: Any) -> Any:
-    """The function in a method or a partial, past what `functools.wraps` makes it look like."""
+    """The function inside a method or a partial. It looks through `functools.wraps`."""
     while isinstance(forward, functools.partial):
         forward = forward.func
     return getattr(forward, "__func__", forward)
 
 
 def _written_in(function: Any) -> str:
-    """The name of the module that holds its code. After `functools.wraps`, `__module__` names another."""
+    """The name of the module with its code. After `functools.wraps`, `__module__` is another one."""
     names = getattr(function, "__globals__", None)
     found = names.get("__name__") if names is not None else getattr(function, "__module__", None)
     return str(found or type(function).__module__)
 
 
 def replaced(module: nn.Module) -> str:
-    """Who has replaced the forward of this module, or ''. accelerate's does not count: it calls the module's own."""
+    """What has replaced the forward of this module; '' if nothing. accelerate does not count: it calls the original."""
     forward = vars(module).get("forward")
     if forward is None:
         return ""
@@ -51,7 +51,7 @@ def is_fused_head(causal: nn.Module) -> bool:
 
 
 def fused_head(causal: nn.Module) -> Logits | str:
-    """What TRL's fused head of this model does to the logits, or why celora cannot do the same."""
+    """What TRL's fused head does to the logits of this model, or why celora cannot do the same."""
     if not is_fused_head(causal):
         return "it is called with fused_lm_head=True, and has no such head that celora knows"
     known: Any = inspect.getclosurevars(_function(vars(causal)["forward"])).nonlocals
@@ -67,7 +67,7 @@ def fused_head(causal: nn.Module) -> Logits | str:
 
 
 def trainer_wants_logits() -> str:
-    """Which of TRL's trainers calls the model to look at its logits, or ''."""
+    """The TRL trainer that is calling the model and will read its logits; '' if there is none."""
     if "trl" not in sys.modules:
         return ""
     frame: FrameType | None = sys._getframe(1)

@@ -1,4 +1,4 @@
-"""A forward of a module's own, in front of its class's: when it computes, and what becomes of copies."""
+"""A forward that celora gives a module: when it computes, and how it is copied."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from celora.modeling.switch import Switch
 
 
 class OwnForward(Hook, ABC):
-    """The forward of one module, in one pass over its numbers.
+    """A faster forward of one module. It reads the data once.
 
-    It is the module's own attribute `forward`, which PyTorch calls in the place of the class's. Hooks, checkpoints and
-    whatever wraps a forward see the same arguments and the same kind of output as before, and a debugger steps into it.
-    Wherever its pass does not apply, it calls the class's forward.
+    It becomes the module's own attribute `forward`, which PyTorch calls instead of the class's forward. Hooks,
+    checkpoints and wrappers see the same arguments and the same kind of output as before, and a debugger steps into it.
+    When it does not apply, it calls the class's forward.
 
     Attributes:
-        name: what the module computes, in the plural.
+        name: what such modules compute, in the plural, for the report.
     """
 
     name = "passes"
@@ -36,7 +36,7 @@ class OwnForward(Hook, ABC):
         self._module: Callable[[], nn.Module | None] = nothing
 
     def __getstate__(self) -> dict[str, Any]:
-        """With the module, so that the forward of a copied module belongs to the copy."""
+        """The state has the module, so that the forward of a copied module belongs to the copy."""
         return {**self.__dict__, "_module": self._module()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -45,7 +45,7 @@ class OwnForward(Hook, ABC):
 
     def under(self, module: nn.Module) -> None:
         """Become the module's forward, until `celora.modeling.hooks.remove`."""
-        # Weak, because the module holds this object: a cycle would keep a dropped model's memory until collection.
+        # Weak, because the module refers to this object. A cycle would keep a deleted model in memory until collection.
         self._module = weakref.ref(module)
         module.__dict__["forward"] = self
 
@@ -58,19 +58,19 @@ class OwnForward(Hook, ABC):
         return self.forward(module, *args, **kwargs)
 
     def applies(self, module: nn.Module) -> bool:
-        """Whether to compute at all; by default while the module trains."""
-        # torch.compile traces the class's forward, and selective checkpointing looks at its operators.
+        """Whether this forward applies; by default while the module trains."""
+        # torch.compile traces the class's forward, and selective checkpointing observes its operators.
         if torch.compiler.is_compiling() or not self.switch.on or not module.training:
             return False
         return not selectively_checkpointed()
 
     @abstractmethod
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """The output of a module that trains: in one pass, or by its class's forward where that does not fit."""
+        """The output of a module that trains: the fast one, or its class's if the arguments do not fit."""
 
 
 def single(args: tuple[Any, ...], kwargs: dict[str, Any], operation: str) -> Tensor | None:
-    """The one argument of a call, if the kernels compute this operation of it."""
+    """The argument of a call with one argument, if a kernel of this operation takes it; else None."""
     x = args[0] if len(args) == 1 and not kwargs else None
     return x if computable(x, operation) else None
 
@@ -86,10 +86,10 @@ def numbers(*shape: int) -> Tensor:
 
 
 def gives(tried: Callable[[], Any], expected: Tensor) -> bool:
-    """Whether the trial ends, with this result."""
+    """Whether the trial succeeds with this result."""
     try:
         found = tried()
-    except Exception:  # what it computes is then something else
+    except Exception:  # then it computes something else
         return False
     same = isinstance(found, Tensor) and (found.shape, found.dtype) == (expected.shape, expected.dtype)
     return same and torch.allclose(found, expected)

@@ -1,9 +1,9 @@
-"""Batches without padding: all sequences in one row, in which each token attends to its own sequence only.
+"""Batches without padding: all sequences are in one row, and each token attends to its own sequence only.
 
-Padding costs time in every layer, and no one looks at it. In a causal model the same is true of the tokens after the
-last one whose successor has a label. Both are left out before the model sees the batch; nothing that is learnt changes.
-Attention is computed sequence by sequence (`celora.modeling.attention`), or by FlashAttention's kernels for sequences
-of different lengths.
+Padding costs time in every layer, and nobody reads its results. In a causal model the same is true of all tokens after
+the last one whose successor has a label. celora leaves both out before the model sees the batch. Gradients stay the
+same. Attention is computed sequence by sequence (`celora.modeling.attention`), or by FlashAttention's kernels for
+sequences of different lengths.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from celora.modeling.attention import LENGTHS, implementation, packing_pays, pla
 from celora.modeling.families import family_of
 from celora.numerics.select import grain
 
-_LEAST_SAVING = 0.05  # share of the tokens; for less, shapes that vary pay only where attention becomes faster
+_LEAST_SAVING = 0.05  # share of the tokens; below, varying shapes cost more than they save, unless attention gains
 
 
 def measure(labelled: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def measure(labelled: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Te
         labelled: (B, T), whether a token's successor has a label.
         attention_mask: (B, T), 1 for tokens and 0 for padding on either side, or None for no padding.
 
-    Nothing here waits for an accelerator. The caller reads the numbers, together with others of its own.
+    It does not wait for an accelerator. The caller reads the numbers together with its own.
     """
     place = torch.arange(labelled.shape[1], device=labelled.device)
     kept = place <= torch.where(labelled, place, -1).amax(1, keepdim=True)
@@ -37,7 +37,7 @@ def measure(labelled: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Te
     if attention_mask is not None:
         mask = nn.functional.pad(attention_mask, (1, 0))
         kept = kept & (attention_mask != 0)
-        # Each sequence in one piece, and no label to be predicted from padding.
+        # Each sequence is in one piece, and no label is predicted from padding.
         whole = ((mask[:, 1:] > mask[:, :-1]).sum(1) <= 1).all() & ~(labelled & ~kept).any()
         masked = (attention_mask == 0).any()
     return kept, torch.cat([whole[None], masked[None], kept.sum(1)])
@@ -46,17 +46,17 @@ def measure(labelled: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Te
 def pack(
     model: nn.Module, input_ids: Tensor, position_ids: Tensor | None, kept: Tensor, numbers: list[int]
 ) -> dict[str, Any] | None:
-    """Put a batch of B sequences of up to T tokens into one row of N tokens; None if padding had better stay.
+    """Put a batch of B sequences of up to T tokens into one row of N tokens; None if packing does not help.
 
     Args:
-        model: gets the batch; `cannot_pack` has found no reason against it.
+        model: the model that gets the batch; `cannot_pack` must have found no reason against it.
         input_ids: (B, T).
         position_ids: (B, T) or None for 0 ... T-1.
         kept: which tokens to keep, from `measure`.
-        numbers: the others of `measure`, as a list.
+        numbers: the numbers from `measure`, as a list.
 
     Returns:
-        Arguments of the model's forward, to replace those of the batch.
+        Arguments of the model's forward that replace those of the batch.
     """
     rows, columns = input_ids.shape
     whole, masked, *counted = numbers
@@ -73,9 +73,9 @@ def pack(
     assert family is not None
     window = getattr(config, family.window, None)
     if ours and window is not None and max(lengths) > window:
-        return None  # each sequence gets full causal attention, which does not stop at the window
+        return None  # packed sequences get full causal attention, which ignores the window
     index = places(kept.flatten(), total)
-    # Repeat the last token a few times. No other token sees them, and shapes that come again are faster.
+    # Repeat the last token a few times. No other token sees the copies, and a shape seen before is faster.
     extra = -total % grain(total) if input_ids.device.type == "cpu" else 0
     lengths = (*lengths[:-1], lengths[-1] + extra)
     padded = torch.cat([index, index[-1:].expand(extra)])
@@ -85,7 +85,7 @@ def pack(
         "position_ids": (position if position_ids is None else position_ids).flatten()[padded][None],
     }
     if ours:
-        # Transformers hands a mask of four dimensions on. Our attention looks at no mask; any other refuses integers.
+        # Transformers passes on a mask of four dimensions. Our attention ignores it; any other refuses integers.
         return inputs | {"attention_mask": index.new_ones(1, 1, 1, 1), LENGTHS: lengths}
     counts = kept.sum(1)
     ends = counts[places(counts > 0, len(lengths))].cumsum(0)
@@ -106,9 +106,9 @@ def places(mask: Tensor, count: int) -> Tensor:
 
 
 def _longest(config: Any) -> float:
-    """The number of tokens in a row beyond which the rotary embedding of each depends on their number."""
+    """The number of tokens in a row beyond which rotary embeddings depend on that number."""
     found = getattr(config, "rope_parameters", None) or {}
-    # One for all layers, or one for each kind.
+    # One setting for all layers, or one for each kind of layer.
     for rope in (found, *(kind for kind in found.values() if isinstance(kind, dict))):
         if rope.get("rope_type") in ("dynamic", "longrope"):
             return float(min(rope.get("original_max_position_embeddings", math.inf), config.max_position_embeddings))
@@ -123,7 +123,7 @@ def _dtype(model: Any) -> torch.dtype:
 
 
 def cannot_pack(model: nn.Module, look: Callable[[nn.Module], str] = lambda module: "") -> str:
-    """Why batches of `model` keep their padding, as it is now, or ''. `look` may find a reason in a module of it."""
+    """Why batches of `model` now keep their padding; '' if they need not. `look` may find a reason in a module."""
     config = getattr(model, "config", None)
     family = family_of(config)
     if family is None or not family.packs_with:
@@ -147,10 +147,10 @@ _SEE_LATER = "its tokens attend to later ones"
 
 
 def _objection(module: nn.Module, config: Any) -> str:
-    """Why batches keep their padding because of this module, or ''. Every call asks thousands of modules."""
+    """Why batches keep their padding because of this module, or ''. Each call asks thousands of modules."""
     own = vars(module)
     if "layer_idx" in own:
-        # PEFT's layer_replication copies the configuration, and such a layer does not see which attention to use.
+        # PEFT's layer_replication copies the configuration. Such a layer does not see the attention that celora sets.
         if own.get("config", config) is not config:
             return "some of its layers have a configuration of their own"
         if not own.get("is_causal", getattr(type(module), "is_causal", True)):
@@ -161,7 +161,7 @@ def _objection(module: nn.Module, config: Any) -> str:
 
 
 def _inside(model: nn.Module) -> Iterator[nn.Module]:
-    """Every module of a model. Its names would take longer than all the rest."""
+    """Every module of a model, without names: computing names takes longer than all else."""
     waiting = [model]
     while waiting:
         module = waiting.pop()

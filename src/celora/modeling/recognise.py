@@ -1,14 +1,15 @@
-"""Measure in one call what a model makes of its hidden states: its logits and its loss.
+"""Finds out in one call how a model turns hidden states into logits and a loss.
 
-The configuration alone does not tell. It may name a scale that the model does not use. The model may have a scale whose
-name is not known. And while logits are small, a soft cap of 30 looks like none.
+The configuration alone does not tell. It may have a scale that the model does not use. The model may have a scale with
+an unknown name. And if logits are small, a soft cap of 30 has no visible effect.
 
-So in one call the head answers with numbers of every size that logits can have (`sweep`), instead of its logits. Then
+So in one call the head returns numbers of every size that logits can have (`sweep`), instead of its logits. celora then
+knows
 
-- the head is known if its output was `W h + b` of the decoder's hidden states h;
-- what the model does to logits is known if, bit for bit, it is one of the forms that the numbers in its configuration
-  allow (`celora.modeling.families` has their names), rounded as a model rounds;
-- the loss is known if it is the cross entropy of the next labels.
+- the head, if its output was `W h + b` of the decoder's hidden states h;
+- what the model does to logits, if this is bit for bit one of the forms that the numbers in its configuration allow
+  (`celora.modeling.families` has their names), with a model's rounding;
+- the loss, if it is the cross entropy of the next labels.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from celora.numerics.head import Logits
 from celora.weights.sharded import whole
 
 IGNORED = -100
-POSITIONS = 4  # how many tokens of each row are looked at
-_LARGEST = 8.0  # sinh(8) = 1490, and in no row more than 2300, which float16 can hold
+POSITIONS = 4  # how many tokens of each row are compared
+_LARGEST = 8.0  # sinh(8) = 1490; no row has more than 2300, which float16 can represent
 _LOSS_ROUNDING = 1e-5
 
 
 def settings(config: Any) -> dict[str, float]:
-    """The numbers in a model's configuration that may scale or cap its logits, by the names that any family has."""
+    """The numbers in a model's configuration that may scale or cap its logits, under the names of all families."""
     text = config.get_text_config()
     found = {name: getattr(text, name, None) for name in (*column("scale"), *column("cap"))}
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float) and value}
@@ -41,7 +42,7 @@ def settings(config: Any) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Form:
-    """`cap tanh(x / cap)` of `x = factor z` or of `x = z / factor`, computed in the order in which models do."""
+    """`cap tanh(x / cap)` of `x = factor z` or of `x = z / factor`, computed in the same order as in models."""
 
     factor: float = 1.0
     divides: bool = False
@@ -73,7 +74,7 @@ class _Loss:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return self.usual(*args, **kwargs)
-        except Exception:  # whatever fails, this loss is not the one that celora knows
+        except Exception:  # if it fails, it is not the loss that celora knows
             return torch.zeros((), device=self.device)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any]]:
@@ -85,7 +86,7 @@ def _itself(of: Any) -> Any:
 
 
 class Probe:
-    """One call in which a model's head answers with `sweep`.
+    """One call in which a model's head returns `sweep`.
 
     Attributes:
         positions: the tokens of each row whose logits the model computes.
@@ -100,7 +101,7 @@ class Probe:
         self.labels = (words // 2 + (place % POSITIONS + 1) * (words // 16) + place // POSITIONS) % words
         self.labels[:, 2] = IGNORED
         self._items, self._attributes = items, vars(causal)
-        self._before: _Form | None = None  # what is done to the hidden states before the head
+        self._before: _Form | None = None  # the scale of the hidden states before the head
         self._shown: Tensor | None = None
         self._calls = 0
 
@@ -115,11 +116,11 @@ class Probe:
 
     @property
     def added(self) -> tuple[str, ...]:
-        """The attributes that the model had not before."""
+        """The attributes that this probe has added to the model."""
         return tuple(key for key, value in self._changed.items() if value is None)
 
     def leave(self) -> None:
-        """Leave the model as it was before."""
+        """Undo `enter`."""
         self._handle.remove()
         for key, value in self._changed.items():
             del self._attributes[key]
@@ -127,11 +128,11 @@ class Probe:
                 self._attributes[key] = value
 
     def answer(self, head: Any, given: Tensor, output: Tensor, hidden: Tensor, config: Any) -> Tensor:
-        """What the head answers with: `sweep` in the shape of its output.
+        """The numbers that the head returns instead of its output: `sweep`, in the same shape.
 
         Args:
             given: the head's input.
-            output: what the head made of it.
+            output: the head's own output.
             hidden: the decoder's hidden states, (B, T, n).
         """
         self._calls += 1
@@ -146,7 +147,7 @@ class Probe:
         return self._shown
 
     def verdict(self, output: Any, config: Any) -> Logits | str:
-        """What the model does to its logits, or why that is not known."""
+        """What the model does to its logits, or the reason why celora cannot tell."""
         logits, loss = output.logits, output.loss
         if self._calls != 1 or self._before is None or self._shown is None or not isinstance(logits, Tensor):
             return "does not compute its logits as its head's product with the decoder's hidden states"
@@ -167,7 +168,7 @@ class Probe:
 
 
 def sweep(like: Tensor) -> Tensor:
-    """Numbers of every size that logits can have, of both signs, others in each row; in this shape and dtype."""
+    """Numbers of every size that logits can have, of both signs, different in each row; shape and dtype of `like`."""
     rows, words = like.shape[:-1].numel(), like.shape[-1]
     place = torch.linspace(-_LARGEST, _LARGEST, words, device=like.device, dtype=torch.float32)
     moved = 0.03 * (torch.arange(rows, device=like.device) % 15)[:, None]
@@ -185,7 +186,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether two products of the same numbers, row by row, differ by no more than their rounding."""
+    """Whether two products of the same numbers differ by rounding only, row by row."""
     if _same(a, b):
         return True
     if a.shape != b.shape or a.dtype != b.dtype:

@@ -1,4 +1,4 @@
-"""What `attach` did, layer by layer."""
+"""The report of `attach`: what it did, layer by layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from celora.settings.config import LayerConfig
 
-# Leaves out the tokens whose gradient is zero, and nothing else.
+# This setting only leaves out tokens whose gradient is zero.
 LOSSLESS = LayerConfig("tokens", keep_ratio=1.0, rank=0, selection="energy")
 
 
@@ -52,7 +52,7 @@ class AttachReport:
 
     layers: tuple[LayerReport, ...]
     refresh_every: int
-    notes: tuple[str, ...] = ()  # what else is done, what cannot be done and why, and settings that cost time
+    notes: tuple[str, ...] = ()  # what else celora does, what it cannot do and why, settings that cost time
 
     @property
     def estimated(self) -> dict[str, LayerReport]:

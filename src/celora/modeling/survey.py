@@ -1,7 +1,7 @@
-"""One survey of a model: its adapted layers and the language model around them, found once and handed on as plain data.
+"""The survey of a model: its adapted layers and the language model around them, as plain data.
 
-`survey(model)` walks the model. Whoever needs to know what can be estimated, fused, packed or scored, and why not,
-reads its answer: `attach`, the planner, FSDP2, the notes of a report.
+`survey(model)` visits every module once. Its result says what can be estimated, fused, packed or scored, and why not.
+`attach`, the planner, FSDP2 and the notes of a report read it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class LayerAdapter:
     """One adapter of one layer.
 
     Attributes:
-        name: as PEFT calls it.
-        active: whether the forward applies it.
-        rank: of LoRA and its kin; None for an adapter without a rank.
-        dtype: of its A; None for an adapter without A.
-        dropout: the rate at which its input is dropped.
+        name: PEFT's name of the adapter.
+        active: whether the forward uses it.
+        rank: the rank of LoRA or a similar adapter; None for an adapter without a rank.
+        dtype: the dtype of its A; None for an adapter without A.
+        dropout: the dropout rate of its input.
     """
 
     name: str
@@ -49,16 +49,16 @@ class AdaptedLayer:
     """One frozen layer under PEFT's adapters.
 
     Attributes:
-        name: of the PEFT layer in the model that was surveyed.
+        name: the name of the PEFT layer in the surveyed model.
         module: the PEFT layer.
         base: the frozen layer in it.
-        out_features, in_features: shape of its weight; zeros where there is no such thing.
-        dtype: in which its weight is stored; None without a weight.
+        out_features, in_features: shape of its weight; zeros without a weight.
+        dtype: dtype of the stored weight; None without a weight.
         device: where its weight is, or will be; `meta` if it cannot be estimated.
-        quantised: the kind of quantised layer that it is, or ''.
-        cannot_estimate: why its backward is not `grad_output @ weight`, or ''.
-        cannot_fuse: why its adapter takes PEFT's own path, or ''.
-        adapters: the active ones first.
+        quantised: the kind of quantised layer; '' if it is not quantised.
+        cannot_estimate: why its backward is not `grad_output @ weight`; '' if it is.
+        cannot_fuse: why its adapter takes PEFT's own path; '' if it can be fused.
+        adapters: its adapters, active ones first.
     """
 
     name: str
@@ -80,7 +80,7 @@ class AdaptedLayer:
 
     @property
     def takes_forward(self) -> bool:
-        """Whether its forward may be replaced: not by a copy of quantised bytes; accelerate's moves tensors."""
+        """Whether a forward in 8 bits may replace its own: not for a quantised weight, or accelerate's offloading."""
         own = self.base.__dict__.get("forward")
         return (not self.quantised or own_bytes(self.base)) and (own is None or is_ours(own))
 
@@ -92,13 +92,13 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a model is made of, as far as celora is concerned.
+    """What celora needs to know of a model.
 
     Attributes:
-        model: that was surveyed.
+        model: the surveyed model.
         layers: its adapted layers by name, in the order of the model.
-        language_model: the causal language model around them; None where its own loss is to be used.
-        cannot_score: why that is so, or ''.
+        language_model: the causal language model around them; None if the model must compute its own loss.
+        cannot_score: why the model must compute its own loss; '' if celora can.
     """
 
     model: nn.Module
@@ -108,9 +108,9 @@ class Survey:
 
 
 def survey(model: nn.Module) -> Survey:
-    """Walk a PEFT model once, and say what it is made of.
+    """Survey a PEFT model.
 
-    Changes nothing, except that a forward of celora's that was interrupted is put right first.
+    It changes nothing, except that it first repairs what an interrupted forward of celora has left.
 
     Raises:
         CELoraError: there are no adapted layers, or they are merged into their base, or Unsloth has patched them.
@@ -127,7 +127,7 @@ def survey(model: nn.Module) -> Survey:
 
 
 def _tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
-    """The PEFT layers of `model` by name; CELoraError if there are none, or if they cannot train or be estimated."""
+    """The PEFT layers of `model` by name. CELoraError if there are none, or if they cannot train or be estimated."""
     tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not tuners:
         adapters = getattr(model, "peft_config", None)

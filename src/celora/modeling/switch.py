@@ -22,14 +22,14 @@ class Mode(enum.Enum):
 class Switch:
     """The switch that the grafts of one attachment share. It is off once the attachment is gone, and in every copy.
 
-    A copy of a part of a model (by deepcopy, by pickle, or by `merge_and_unload`) has no clock to refresh it. So its
-    layers compute the exact backward, and say so when they train. A copy of the whole model switches itself on again.
+    A copy of a part of a model (by deepcopy, by pickle, or by `merge_and_unload`) has no clock that refreshes it. So
+    its layers compute the exact backward, and warn when they train. A copy of the whole model switches itself on again.
 
     Attributes:
-        forwards: whether layers whose setting says so multiply in 8 bits in the forward, too. An audit turns it off.
-        compiled: whether layers have run in graphs of torch.compile. A graph is made for the modes of all its layers.
+        forwards: whether 8-bit forwards are on. An audit turns them off.
+        compiled: whether layers have run in graphs of torch.compile. A graph is specific to the modes of its layers.
         modes: the values of `module.training` with which layers have run since the last step.
-        left: layers that keep PEFT's own backward, and why.
+        left: layers that keep PEFT's own backward, with the reasons.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Switch:
 
     @contextmanager
     def own_forwards(self) -> Iterator[None]:
-        """Layers compute their own forward for a while, exactly."""
+        """For a while, all layers compute their own, exact forward."""
         before, self.forwards = self.forwards, False
         try:
             yield
@@ -55,7 +55,7 @@ class Switch:
         return {**self.__dict__, "on": False, "compiled": False, "_copied": True}
 
     def trains(self) -> None:
-        """Called by a layer that trains while this is off."""
+        """Warn that a layer trains while the switch is off."""
         if self._copied and not torch.compiler.is_compiling():
             self._copied = False
             warnings.warn(
@@ -65,7 +65,7 @@ class Switch:
             )
 
     def leave(self, name: str, reason: str) -> None:
-        """Note that a layer keeps PEFT's own backward. Warn of the first for a reason; name others after the step."""
+        """Record that a layer keeps PEFT's own backward. Warn of the first for each reason; others are named later."""
         if torch.compiler.is_compiling() or name in self.left:
             return
         self.left[name] = reason
@@ -74,7 +74,7 @@ class Switch:
         self.say_once(reason, f"{name} keeps PEFT's own backward: {reason}.")
 
     def name_the_rest(self) -> None:
-        """Name the layers that have been left since the last step, if no warning has named them."""
+        """Warn of layers recorded by `leave` since the last step that no warning has named."""
         names, self._more = self._more, []
         if names:
             warnings.warn(f"celora: PEFT's own backward also in {', '.join(names)}.", stacklevel=2)

@@ -1,8 +1,8 @@
-"""Find out whether a frozen layer computes `x W^T + b` with the W that its backward reads: by a trial, then a watch.
+"""Checks that a frozen layer computes `x W^T + b` with the W that its backward reads: by a trial, then by a watch.
 
-The trial gives the layer a few rows, and compares its output with their product with W. The watch looks in every
-forward for what could have changed since: another `forward`, hooks of others, another weight. It costs a few lookups
-and no arithmetic. A layer that fails either of them keeps PEFT's own backward.
+The trial gives the layer a few rows, and compares its output with their product with W. The watch checks in every
+forward what could have changed since: the `forward`, other hooks, the weight. It takes a few lookups and no arithmetic.
+A layer that fails one of the two keeps PEFT's own backward.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from celora.weights.stored import StoredWeight, rows_of
 
 _ROWS = 4
 _STORED = 64  # rows of a quantised weight that are de-quantised for a trial
-_ROUNDINGS = 4  # of a product, a scale, a bias, and of the product it is compared with
-# Hooks of these put weights in place, or count; they change no number.
+_ROUNDINGS = 4  # a product, a scale, a bias, and the product that it is compared with
+# Hooks of these load weights, or count; they change no number.
 _LET_THROUGH = ("torch.distributed.", "torch.utils.", "deepspeed.")
 _GLOBAL = tuple(f"torch.nn.modules.module:_global_forward_{kind}" for kind in ("pre_hooks", "hooks"))
 _GLOBAL_BACKWARD = tuple(f"torch.nn.modules.module:_global_backward_{kind}" for kind in ("pre_hooks", "hooks"))
-# For each layer: the weight and the class's forward that it was tried with, and the outcome.
+# Layer -> weight and class's forward at the trial, and the outcome.
 _outcomes: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Any, str]] = weakref.WeakKeyDictionary()
 
 
 def tampered(module: nn.Module, hook: object = None) -> str:
-    """What of others could change the output of this layer, or ''.
+    """Which other code could change the output of this layer; '' if none.
 
     Args:
         hook: the layer's own graft, if it has one. Hooks after it change nothing that it sees.
@@ -44,7 +44,7 @@ def tampered(module: nn.Module, hook: object = None) -> str:
     if forward is not None and not _ours(forward, hook) and not _aligns_devices(module, forward):
         return "its forward was replaced"
     before, after = own.get("_forward_pre_hooks"), own.get("_forward_hooks")
-    # torch.compile, which looks at hooks once, is no place to look names up.
+    # Not under torch.compile: it looks at hooks once, and cannot trace the lookup of names.
     everywhere = [] if torch.compiler.is_compiling() else [borrow(name) for name in _GLOBAL]
     if before is None or after is None or None in everywhere:
         return "this version of torch does not tell which hooks it has"
@@ -61,31 +61,31 @@ def tampered(module: nn.Module, hook: object = None) -> str:
 
 
 def watched_everywhere() -> bool:
-    """Whether hooks of all modules, beside those that change no number, wait for a module's forward or backward."""
+    """Whether global hooks wait for a module's forward or backward. Hooks that change no number do not count."""
     hooks = [borrow(name) for name in (*_GLOBAL, *_GLOBAL_BACKWARD)]
     return None in hooks or any(not _lets_through(hook) for of_a_kind in hooks for hook in of_a_kind.values())
 
 
 def _ours(forward: Any, graft: object) -> bool:
-    """Whether this forward of a layer's own is the 8-bit one of its graft; of any, where celora is attached anew."""
+    """Whether this forward is the 8-bit forward of `graft`; of any graft, if celora is being attached again."""
     return is_ours(forward) and (graft is None or getattr(forward, "graft", None) is graft)
 
 
 def identity(module: nn.Module) -> tuple[Any, ...]:
-    """All that a trial of this layer depends on. If one of these objects is another one, the layer is tried again."""
+    """The objects that a trial of this layer depends on. If one is replaced, the layer is tried again."""
     own = module.__dict__
     stored = own["_parameters"]
     weight = stored.get("weight", stored.get("W_q"))
     state = getattr(weight, "quant_state", None)
-    packed = getattr(state, "packing_format_for_cpu", None)  # by evaluation on CPU
+    packed = getattr(state, "packing_format_for_cpu", None)  # an evaluation on CPU sets it
     return type(module).forward, weight, state, packed, own.get("meta"), own.get("state")
 
 
 def unlike(module: nn.Module, seen: tuple[Tensor, Tensor] | None = None) -> str | None:
-    """Why this layer does not compute `x W^T + b`, or ''; None while its weight is not in memory, or not finite.
+    """Why this layer does not compute `x W^T + b`; '' if it does; None if its weight is not in memory, or not finite.
 
     Args:
-        seen: input and output of its latest forward. A sharded layer is tried by them; any other is called.
+        seen: input and output of its latest forward. A sharded layer is judged by them; any other layer is called.
     """
     if reason := unreadable(module):
         return reason
@@ -95,14 +95,14 @@ def unlike(module: nn.Module, seen: tuple[Tensor, Tensor] | None = None) -> str 
     known = _outcomes.get(module)
     if known is not None and known[0]() is weight and known[1] is type(module).forward:
         return known[2]
-    here = plain_weight(module)  # ZeRO-3 leaves nothing of it here between two forwards
+    here = plain_weight(module)  # with ZeRO-3 it is empty between two forwards
     if weight.is_meta or (here is not None and here.shape != shape_of(module)) or 0 in shape_of(module):
         return None
     if isinstance(weight, DTensor) and seen is None:
         return None
     try:
         different = _compared(module, seen if isinstance(weight, DTensor) else None)
-    except Exception as error:  # a layer that refuses such an input has a reason, whatever it is
+    except Exception as error:  # the layer refuses such an input, for whatever reason
         different = f"it cannot be tried: {type(error).__name__}"
     forward = module.__dict__.get("forward")
     if different is not None and (forward is None or is_ours(forward)):
@@ -112,7 +112,7 @@ def unlike(module: nn.Module, seen: tuple[Tensor, Tensor] | None = None) -> str 
 
 @torch.no_grad()
 def _compared(module: nn.Module, seen: tuple[Tensor, Tensor] | None) -> str | None:
-    """The trial; None if its weights are not finite, which tells nothing: others may be put in place later."""
+    """The trial. None if the weights are not finite: the real weights may be loaded later."""
     out_features, in_features = shape_of(module)
     weight, bias = read(module), bias_of(module)
     if seen is None:
@@ -134,7 +134,7 @@ def _compared(module: nn.Module, seen: tuple[Tensor, Tensor] | None) -> str | No
     if not bool(size.isfinite().all()):
         return None
     rounding, sums = _roundoff(weight, found)
-    # Of random signs, the terms are as long as their sum; of a batch's rows, they may cancel.
+    # With random signs, the terms are as long as their sum. With a batch's rows, terms may cancel.
     terms = size if seen is None else x.float().norm(dim=1) * rows.float().norm()
     if bool((error <= _ROUNDINGS * rounding * size + 2 * in_features**0.5 * sums * terms).all()):
         return ""
@@ -142,10 +142,10 @@ def _compared(module: nn.Module, seen: tuple[Tensor, Tensor] | None) -> str | No
 
 
 def _tried(module: nn.Module, weight: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
-    """Rows for a trial, and what the layer's own forward makes of them in training, past all hooks.
+    """Rows for a trial, and the output of the layer's own forward for them, in training mode and without hooks.
 
-    The numbers of a row are one power of two with random signs. They are exact in every format, so that a layer may
-    round its input in a format of its own.
+    The numbers of a row are one power of two with random signs. They are exact in every format, because a layer may
+    round its input to a format of its own.
     """
     bias = bias_of(module)
     dtype = weight.dtype
@@ -153,41 +153,41 @@ def _tried(module: nn.Module, weight: Tensor, in_features: int) -> tuple[Tensor,
         dtype = bias.dtype if bias is not None else weight.compute_dtype or weight.dtype
     signs = torch.randint(2, (_ROWS, in_features), generator=_generator(), device="cpu") * 2.0 - 1
     x = (signs * torch.tensor([0.5, 1.0, 2.0, 4.0])[:, None]).to(weight.device, dtype)
-    before = dict(module.__dict__)  # a layer may take on the dtype of the first input that it meets
+    before = dict(module.__dict__)  # a layer may adopt the dtype of its first input
     module.training = True
     try:
         with torch.autocast(x.device.type, enabled=False):
             if is_ours(before.get("forward")):
                 del module.__dict__["forward"]
-            found = module.forward(x.requires_grad_())  # else bitsandbytes takes its path for evaluation
+            found = module.forward(x.requires_grad_())  # without a gradient, bitsandbytes takes its path for evaluation
     finally:
         module.__dict__.update(before)
     return x.detach(), found.detach()
 
 
 def _generator() -> torch.Generator:
-    """A generator of our own, so that nobody else's random numbers change."""
+    """A separate generator, so that no other random numbers change."""
     return torch.Generator().manual_seed(0)
 
 
 def _roundoff(weight: Tensor, found: Tensor) -> tuple[float, float]:
-    """The largest relative errors of rounding: of a number of this layer's, and of a number in one of its sums.
+    """The largest relative errors of rounding: of a number in this layer's output, and of a number in one of its sums.
 
-    A sum of n products is rounded n times, in an order that nobody knows. In the mean square its error is `sqrt(n) u`
-    of the length of its terms (Higham and Mary 2019), and that of its difference from another such sum below twice it.
+    A sum of n products is rounded n times, in an unknown order. Its root mean square error is `sqrt(n) u` times the
+    length of its terms (Higham and Mary 2019). The difference of two such sums has less than twice this error.
     """
     dtypes = [found.dtype, weight.dtype, getattr(weight, "compute_dtype", None) or found.dtype]
     rounding = max(torch.finfo(dtype).eps / 2 for dtype in dtypes)
     if found.dtype == torch.float64:
         return rounding, rounding
-    # Products of float32 may be computed from shorter numbers: on CPU if the user allows it, elsewhere always.
+    # float32 products may use shorter numbers: on CPU if the user allows it, on other devices always.
     shorter = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}[torch.get_float32_matmul_precision()]
     elsewhere = 2.0**-11 if found.device.type != "cpu" else 0.0
     return max(rounding, shorter, elsewhere), 2.0**-24
 
 
 def _aligns_devices(module: nn.Module, forward: Any) -> bool:
-    """Whether the module's `forward` is accelerate's around its class's, which only moves tensors."""
+    """Whether the module's `forward` is accelerate's wrapper around its class's, which only moves tensors."""
     inner = getattr(forward, "func", None)
     if getattr(inner, "__module__", "") != "accelerate.hooks" or getattr(inner, "__name__", "") != "new_forward":
         return False

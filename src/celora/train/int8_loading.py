@@ -90,7 +90,7 @@ class _Config(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class _Quantizer(HfQuantizer):  # type: ignore[misc]
-    """Quantises each weight as it is loaded."""
+    """Quantises each weight when it is loaded."""
 
     is_trainable = True
 

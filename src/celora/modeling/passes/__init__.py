@@ -1,1 +1,1 @@
-"""Norms, gates and rotations of a decoder, each in one pass over its numbers."""
+"""Norms, gates and rotations of a decoder, each computed while the data is read once."""

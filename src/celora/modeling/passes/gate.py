@@ -1,4 +1,4 @@
-"""The forward of a SwiGLU block, `down_proj(silu(gate_proj(x)) up_proj(x))`, whose middle is one pass."""
+"""The forward of a SwiGLU block, `down_proj(silu(gate_proj(x)) up_proj(x))`, with `silu(gate) up` in one pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LLAMA = families.Gate()
 
 
 class Gate(OwnForward):
-    """The forward of a SwiGLU block. It calls the projections, but not the activation, which nobody may watch then."""
+    """The forward of a SwiGLU block. It calls the projections, but not the activation, so no hook may wait for that."""
 
     name = "gates"
 
@@ -37,7 +37,7 @@ class Gate(OwnForward):
 
 
 def parts_of(module: nn.Module, dtype: torch.dtype = torch.float32) -> families.Gate | None:
-    """The names of a SwiGLU block's parts, if some family calls them so; None for a module that is no such block."""
+    """The names of a SwiGLU block's parts, if some family has these names; None for any other module."""
     for parts in families.column("gate"):
         if is_silu(getattr(module, parts.activation, None)) and multiplies(type(module).forward, dtype, parts):
             return cast(families.Gate, parts)
@@ -51,7 +51,7 @@ def is_silu(activation: object) -> bool:
 
 
 def _watched(activation: nn.Module) -> bool:
-    """Whether a hook, its own or one of all modules, or another forward waits for the activation to be called."""
+    """Whether a hook of the activation, a global hook, or a replaced forward needs the activation to be called."""
     return touched(activation) or watched_everywhere()
 
 
@@ -59,8 +59,8 @@ def _watched(activation: nn.Module) -> bool:
 def multiplies(forward: Callable[..., Any], dtype: torch.dtype = torch.float32, parts: families.Gate = _LLAMA) -> bool:
     """Whether a block's forward computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))` in this dtype.
 
-    The trial is a block that has only these four, by the names in `parts`. A forward that asks for anything else is
-    another one.
+    The trial uses a block with only these four parts, under the names in `parts`. A forward that needs anything else
+    fails it.
     """
     functions = {parts.gate: torch.sin, parts.up: torch.cos, parts.down: torch.sinh, parts.activation: F.silu}
     block = SimpleNamespace(**functions)

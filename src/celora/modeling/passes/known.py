@@ -1,25 +1,24 @@
-"""What a decoder does between its products, each in one pass over its numbers: RMS norms, gates and rotations, on CPU.
+"""RMS norms, gates and rotations on CPU, each computed while the data is read once.
 
-Operator by operator, an RMS norm and its backward read and write some twenty times what they are given, and keep
-float32 copies of it; a SwiGLU gate and a rotary embedding do so more than ten times. Here, with
+With torch's operators, an RMS norm and its backward read and write some twenty times the size of their input, and keep
+float32 copies of it. A SwiGLU gate and a rotary embedding do so more than ten times. Here, with
 `r = 1 / sqrt(mean x^2 + eps)`,
 
     y = w x r,                  grad_x = r h - r^3 mean(h x) x,  h = w grad_y,
     y = silu(gate) up,          grad_up = silu(gate) grad_y,     grad_gate = silu'(gate) up grad_y,
     y = q cos + half(q) sin,    grad_q = grad_y cos + half^T(grad_y sin),  half(q1, q2) = (-q2, q1),
 
-and of all that is as large as x, only x, gate and up are saved. (On GPUs this is what Liger is for; celora does not do
-it there.)
+and only x, gate and up are saved for backward. (On GPUs, Liger does this; celora does not.)
 
-Modules keep their class. Each gets a `forward` of its own (`OwnForward`), in front of its class's:
+Modules keep their class. Each gets a `forward` of its own (`OwnForward`), which PyTorch calls instead of its class's:
 
-- A norm's computes the formula.
-- A SwiGLU block's calls the block's projections, and computes the formula between them.
-- An attention's is a copy of the class's that turns queries and keys by the formula.
+- The forward of a norm computes the formula.
+- The forward of a SwiGLU block calls the block's projections, and computes the formula between them.
+- The forward of an attention is a copy of its class's that rotates queries and keys by the formula.
 
-The table of families (`celora.modeling.families`) says by which names and in which variants they come. What a class
-computes is found by trying it. What is none of these formulas is left alone. So is a module whose `forward` somebody
-else has replaced.
+The table of families (`celora.modeling.families`) has their names and variants. A trial finds out what a class
+computes. If it is none of these formulas, the module is left alone. So is a module whose `forward` somebody else has
+replaced.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ from celora.modeling.passes.rotation import Rotation, calls_turn, turn_of, turns
 
 
 def known(model: nn.Module) -> dict[nn.Module, type[OwnForward]]:
-    """The modules under `model` that can be computed so, each with its pass.
+    """The modules under `model` that get such a forward, each with the class of its forward.
 
-    There are none without compiled kernels. Nor are there any on machines with several accelerators, where
-    `nn.DataParallel` may copy the model: its copies of a module would call the forward of the original.
+    There are none without compiled kernels, and none on machines with several accelerators. There `nn.DataParallel` may
+    copy the model, and the copies would call the forward of the original.
     """
     found: dict[nn.Module, type[OwnForward]] = {}
     if not available("rms_norm", torch.empty(1, device="cpu")) or torch.accelerator.device_count() > 1:

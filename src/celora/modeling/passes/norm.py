@@ -42,19 +42,19 @@ class Norm(OwnForward):
 
 
 def epsilon(module: nn.Module) -> float:
-    """The epsilon of an RMS norm; 0 if it has none that is known."""
+    """The epsilon of an RMS norm; 0 if it has none under a known name."""
     found = next((value for name in ("variance_epsilon", "eps") if (value := getattr(module, name, None))), 0.0)
     return found if isinstance(found, float) else 0.0
 
 
 @torch.no_grad()
 def recognise(module: Any) -> families.Norm | None:
-    """Which family's RMS norm this is, by what its class's forward makes of a few numbers; None if it is of none."""
+    """Which family's RMS norm this is, found by a trial of its class's forward; None if it is none of them."""
     weight, eps = module.weight.detach(), epsilon(module)
     x = numbers(4, len(weight)).to(weight.dtype)
     try:
         expected = type(module).forward(module, x)
-    except Exception:  # it takes no such shape
+    except Exception:  # it does not take this shape
         return None
     if not isinstance(expected, Tensor) or (expected.dtype, expected.shape) != (x.dtype, x.shape):
         return None

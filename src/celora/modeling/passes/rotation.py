@@ -1,9 +1,9 @@
 """The forward of an attention that turns queries and keys by rotary embeddings, each in one pass.
 
-Each family of Transformers has an attention of its own, whose forward calls a function of its own file, such as
+Each family in Transformers has its own attention. Its forward calls a function of the same file, such as
 `apply_rotary_pos_emb` (`celora.modeling.families` has the names). Replacing that function would replace it for every
-model. So an attention runs a copy of its class's forward: the same code and line numbers, in which that one name means
-another function.
+model. So an attention runs a copy of its class's forward, with the same code and line numbers. In the copy, that one
+name refers to another function.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from celora.numerics.passes import rotated
 
 
 class Rotation(OwnForward):
-    """The forward of an attention, as its class has it but for the function that turns."""
+    """The forward of an attention: its class's forward with another rotary function."""
 
     name = "rotations"
 
@@ -35,7 +35,7 @@ class Rotation(OwnForward):
 
 
 def turned(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What an attention calls in the place of its `own` function, with the same arguments: q, k, cosine and sine."""
+    """The function that replaces an attention's `own` one, with the same arguments: q, k, cosine and sine."""
     if len(args) == 4 and kwargs in ({}, {"unsqueeze_dim": 1}):
         q, k, cosine, sine = args
         if all(_fit(x, cosine, sine) and turns(own, x.dtype, _partly(x, cosine)) for x in (q, k)):
@@ -57,7 +57,7 @@ def _fit(x: Any, cosine: Any, sine: Any) -> bool:
 
 
 def _partly(x: Tensor, cosine: Tensor) -> bool:
-    """Whether there are angles for the first coordinates of a head only."""
+    """Whether only the first coordinates of a head have angles."""
     return x.shape[-1] > cosine.shape[-1]
 
 
@@ -70,10 +70,10 @@ def _one_pass(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 @functools.cache
 def turns(own: Callable[..., Any], dtype: torch.dtype = torch.float32, partly: bool = False) -> bool:
-    """Whether a function turns queries and keys by `q cos + half(q) sin` in this dtype, and leaves other coordinates.
+    """Whether a function turns queries and keys by `q cos + half(q) sin` in this dtype.
 
     Args:
-        partly: whether there are such coordinates, for which there are no angles.
+        partly: whether the last coordinates have no angles; the function must not change them.
     """
     size = 8 if partly else 4
     q, k = numbers(1, 2, 3, size).to(dtype), numbers(1, 1, 3, size).to(dtype)
@@ -88,13 +88,13 @@ def turns(own: Callable[..., Any], dtype: torch.dtype = torch.float32, partly: b
 
 
 def turn_of(forward: Callable[..., Any]) -> Any:
-    """The function by which an attention's forward turns, as its file has it; None if there is none that is known."""
+    """The rotary function in the file of an attention's forward; None if there is none under a known name."""
     return getattr(inspect.unwrap(forward), "__globals__", {}).get(_name(forward))
 
 
 @functools.cache
 def _name(forward: Callable[..., Any]) -> str:
-    """The one rotary function that a forward calls, if some family has it; or ''."""
+    """The name of the one rotary function that a forward calls, if some family has it; else ''."""
     called = getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ())
     known = column("rotation")
     rotary = [name for name in called if "rotary" in name or name in known]
@@ -103,7 +103,7 @@ def _name(forward: Callable[..., Any]) -> str:
 
 @functools.cache
 def calls_turn(forward: Callable[..., Any]) -> bool:
-    """Whether an attention's forward calls such a function, and no other of its kind, and can be copied."""
+    """Whether an attention's forward calls exactly one such function, and can be copied."""
     while (inner := getattr(forward, "__wrapped__", None)) is not None:
         cells = getattr(forward, "__closure__", None) or ()
         if not isinstance(forward, FunctionType) or not any(cell.cell_contents is inner for cell in cells):
@@ -117,7 +117,7 @@ def calling(forward: Any, turn: Callable[..., Any]) -> Any:
     inner = getattr(forward, "__wrapped__", None)
     if inner is None:
         names, cells = forward.__globals__ | {_name(forward): turn}, forward.__closure__
-    else:  # a decorator keeps what it decorates in a cell
+    else:  # a decorator has the decorated function in a cell
         copied, names = CellType(calling(inner, turn)), forward.__globals__
         cells = tuple(copied if cell.cell_contents is inner else cell for cell in forward.__closure__)
     function = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, cells)

@@ -23,7 +23,7 @@ from celora.errors import CELoraError, unknown
 from celora.files import pairs_once
 from celora.train.request.names import launcher_names, trl_names
 
-# Defaults that differ from TRL's, and why. `device_defaults` adds those that depend on the machine.
+# Defaults that differ from TRL's, and why. `device_defaults` adds machine-dependent ones.
 DEFAULTS: dict[str, tuple[object, str]] = {
     "learning_rate": (2e-4, "TRL's 2e-5 suits full fine-tuning; LoRA wants about ten times that"),
     "gradient_checkpointing": (
