@@ -1,4 +1,4 @@
-"""What all benchmarks share: rows that say where and on what they were measured, and the form of a table of them."""
+"""What all benchmarks share: rows that record their conditions, and Markdown tables of rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from celora.machine import cpu as kernels
 from celora.machine.device import device_name
 
-UNPACKED = "weights unpacked from 4 bits"  # of the demo's model, which comes as a Q4_1 file
+UNPACKED = "weights unpacked from 4 bits"  # said of the demo's model, which comes as a Q4_1 file
 
 
 def conditions() -> dict[str, Any]:
@@ -35,7 +35,7 @@ def conditions() -> dict[str, Any]:
 
 
 def where(row: Mapping[str, Any]) -> str:
-    """The machine of a row, in words; rows do not always say whether there were matrix instructions."""
+    """The machine of a row, in words. Older rows do not say whether it had matrix instructions."""
     threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
     limit = row.get("onednn_max_cpu_isa")
     about = " with AMX" if row.get("amx") else f" up to {limit}" if limit else ""
@@ -43,40 +43,40 @@ def where(row: Mapping[str, Any]) -> str:
 
 
 def machine(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells the machines of rows apart; rows of before `amx` are of CPUs without."""
+    """What identifies the machine of a row. Rows without the field `amx` are from CPUs without AMX."""
     return row["cpu"], bool(row.get("amx")), row.get("onednn_max_cpu_isa")
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace the rows of a benchmark: JSON lines."""
+    """Write all rows of a benchmark, as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row: a study that keeps each as it is found can be interrupted and gone on with."""
+    """Append a row at once, so that an interrupted study can be continued."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a benchmark."""
+    """Read the rows of a benchmark."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def found(path: Path) -> list[dict[str, Any]]:
-    """The rows that a study has so far, none before it began."""
+    """Read the rows that a study has so far; empty before its first."""
     return read(path) if path.exists() else []
 
 
 def select(path: Path, *, amx: bool, **wanted: Any) -> list[dict[str, Any]]:
-    """The rows of machines with matrix instructions, or of those without, that have these values."""
+    """The rows with these values, from machines with matrix instructions or from machines without."""
     return [row for row in read(path) if bool(row.get("amx")) == amx and wanted.items() <= row.items()]
 
 
 def replace(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:
-    """Put rows in place of the earlier ones of the same machine that agree with one of them in these fields."""
+    """Replace earlier rows of the same machine that agree with a new row in these fields."""
 
     def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
         return machine(row), *(row[field] for field in fields)
@@ -86,7 +86,7 @@ def replace(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str]
 
 
 def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A table as Markdown has it."""
+    """A table in Markdown."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *body])
 
 

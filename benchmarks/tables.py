@@ -1,8 +1,8 @@
 """Write the tables and pictures of README.md and the docs from committed rows: `python -m benchmarks.tables`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, a number in a sentence between `<!-- value: NAME -->`
-and `<!-- end -->`; nothing between them is written by hand. The functions stand beside the rows, in the folder of the
-question that they answer.
+On a page, a table is between `<!-- table: NAME -->` and `<!-- end -->`, and a number in a sentence is between
+`<!-- value: NAME -->` and `<!-- end -->`. Nothing between these marks is written by hand. The function of a table is in
+the folder of its rows, in `tables.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PICTURES = {
 
 
 def render(text: str) -> str:
-    """The page with every table and every number in a sentence made anew."""
+    """The page with all its tables and values made again."""
     text = re.sub(
         r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
@@ -41,7 +41,7 @@ def render(text: str) -> str:
 
 
 def written() -> dict[Path, str]:
-    """Every page that has a table, and every picture, as the committed rows make them."""
+    """The content of every page with a table, and of every picture, made from the committed rows."""
     pages = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
     return {path: render(text) for path, text in pages.items() if "<!-- end -->" in text} | {
         path: picture() for path, picture in PICTURES.items()

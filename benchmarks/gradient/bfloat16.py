@@ -1,20 +1,21 @@
-"""What bfloat16 costs the LoRA gradient, with PEFT and with celora, and which operation's rounding it is.
+"""How large the error of bfloat16 in the LoRA gradient is, with PEFT and with celora, and which rounding causes it.
 
-Every gradient is compared with the one that the same weights have in float32 (`celora.planning.upcast`). Models:
-SmolLM2 (135M, 30 layers, text of `fidelity.py`), and two random Llamas, `planted`, with the activations of large
-models: outlier features in every token, and a first token with one massive coordinate that attracts the attention
-(`sharp`: nearly all of it). The base is in bfloat16, the adapters in float32 after a few exact steps. Three studies,
-each for several seeds and batches:
+Every gradient is compared with the float32 gradient of the same weights (`celora.planning.upcast`). There are three
+models: SmolLM2 (135M, 30 layers, text of `fidelity.py`), and two random Llamas, `planted`, with the activations of
+large models. These have outlier features in every token, and a first token with one massive coordinate that attracts
+the attention (`sharp`: nearly all of it). The base is in bfloat16, the adapters in float32 after a few exact steps.
+Three studies, each with several seeds and batches:
 
-* `gradient`: plain PEFT, `exact`, and its parts one at a time; PEFT and `exact` also on `neighbour` models, whose base
-  weights are one unit in the last place away. Between neighbours the true gradient is much the same, and each rounding
-  another: how much an arm's error differs among them is chance.
-* `rounding`: the float32 model, with the outcome of one kind of operation rounded to bfloat16 in the forward alone, or
-  what arrives at its inputs in the backward alone.
-* `training`: held-out loss (in float32) and the way from the first adapter to the last, of PEFT in bfloat16, of `exact`
-  in bfloat16, and of PEFT in float32, on the same batches.
+* `gradient`: plain PEFT, `exact`, and parts of `exact` one at a time. PEFT and `exact` are also measured on `neighbour`
+  models, whose base weights are one unit in the last place away. Neighbours have nearly the same true gradient, but
+  round every number differently. So differences of an arm's error among neighbours are chance.
+* `rounding`: the float32 model, where one kind of operation is rounded to bfloat16: its results in the forward, or the
+  gradients of its inputs in the backward.
+* `training`: held-out loss (in float32) and distance of the adapter from its start, of PEFT in bfloat16, of `exact` in
+  bfloat16, and of PEFT in float32, on the same batches.
 
-`python -m benchmarks.gradient.bfloat16 [STUDY ...]` writes `bfloat16.jsonl`, row by row; an interrupted study goes on.
+`python -m benchmarks.gradient.bfloat16 [STUDY ...]` writes `bfloat16.jsonl` row by row. An interrupted study can be
+continued.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def prepared(name: str, seed: int) -> tuple[PeftModel, list[Batch]]:
 
 
 def without_fusing(model: PeftModel) -> Survey:
-    """The survey of a model none of whose adapters can be fused."""
+    """The survey of a model, with every adapter marked as not fusible."""
     found = survey(model)
     apart = {
         name: dataclasses.replace(layer, cannot_fuse="this arm leaves it out") for name, layer in found.layers.items()
@@ -77,7 +78,7 @@ def without_fusing(model: PeftModel) -> Survey:
 
 @contextmanager
 def attached(model: PeftModel, config: str | CELoraConfig, *parts: str) -> Iterator[None]:
-    """celora with only these parts of what `fused` stands for: "adapters", and passes by name."""
+    """celora with only these parts of the setting `fused`: "adapters", and passes by name."""
     known = passes.known
     with ExitStack() as stack:
         if parts:
@@ -107,7 +108,7 @@ ARMS: dict[str, Callable[[PeftModel], Any]] = {
 
 @contextmanager
 def neighbour(model: PeftModel, number: int) -> Iterator[None]:
-    """For a while, another model close by: every base weight one unit in its last place up or down, at random.
+    """For a while, a neighbouring model: every base weight moves one unit in its last place up or down, at random.
 
     Number 0 is the model itself. A neighbour computes nearly the same, but rounds every number anew.
     """
@@ -152,7 +153,7 @@ def watched(model: PeftModel) -> Iterator[dict[str, Tensor]]:
 
 
 def heaviest_token(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, Any]:
-    """Of the hidden states' gradients, the largest share of a block's squared error that one token has."""
+    """The largest share of a block's squared error that one token has, in the gradients of the hidden states."""
     shares = {name: (found[name] - true[name]).square().sum(1) for name in true}
     shares = {name: share / share.sum() for name, share in shares.items()}
     name = max(shares, key=lambda name: float(shares[name].max()))
@@ -169,7 +170,7 @@ def judged(found: Gradient, true: Gradient) -> dict[str, float]:
 
 
 def each_batch(study: str, seeds: list[int], models: list[str]) -> Iterator[tuple[dict[str, Any], PeftModel, Batch]]:
-    """Every batch that the study has no rows of yet, with its model."""
+    """Every batch without rows so far, with its model."""
     for seed in seeds:
         for name in models:
             done = {

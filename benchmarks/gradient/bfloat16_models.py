@@ -20,7 +20,7 @@ Batch = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model that is studied: its base, its batches, and how much of it is asked."""
+    """A model of the study: its base, its batches, and how many seeds and batches are used."""
 
     base: Callable[[int], nn.Module]
     batches: Callable[[int], list[Batch]]
@@ -43,8 +43,8 @@ def planted(seed: int, *, hidden: int, layers: int, gain: float, sink: float, ma
     """A random Llama with planted outliers, whose weights are `gain` times those that keep a norm.
 
     Six features have the same large value in every token (Dettmers et al. 2022) and small norm weights. Token 0, which
-    begins every row, has one coordinate `massive` times the usual (Sun et al. 2024); keys see it, and queries seek it
-    with a strength that grows with `sink` squared.
+    begins every row, has one coordinate `massive` times the usual (Sun et al. 2024). Keys have it, and queries attend
+    to it with a strength that grows with `sink` squared.
     """
     torch.manual_seed(seed)
     heads, words, inner = 4, 1024, 11 * hidden // 4

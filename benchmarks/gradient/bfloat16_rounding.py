@@ -23,7 +23,7 @@ class _Rounded(torch.autograd.Function):
         return grad.bfloat16().float() if ctx.backward_too else grad, None, None
 
 
-# Where a kind of operation takes place (the kind of the innermost module), and what the operation is called there.
+# Kind of the innermost module -> names of the operations to round in it.
 OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "products": (("base layer",), ("linear",)),
     "adapters": (("adapter",), ("linear", "add", "__add__", "__radd__")),
@@ -39,7 +39,7 @@ DIRECTIONS = {"forward": (True, False), "backward": (False, True), "both": (True
 
 
 class Rounding(TorchFunctionMode):
-    """Round what operations of these kinds return, and what reaches their inputs in backward, as bfloat16 would."""
+    """Round the results of operations of these kinds, and in backward the gradients of their inputs, to bfloat16."""
 
     def __init__(
         self, model: nn.Module, operations: tuple[str, ...], direction: str, blocks: range = range(1000)

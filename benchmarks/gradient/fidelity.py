@@ -1,10 +1,10 @@
 """How much of the LoRA gradient each setting keeps: `celora.audit` on a real model and real text, several seeds.
 
 SmolLM2-135M-Instruct in fp32, LoRA r=16 on all linear layers after 15 exact warm-up steps, 2 x 128 tokens of technical
-English (the Python language reference, which every Python installation carries), consecutive text from a place that
-the seed decides. Every audit uses the two batches that follow what was trained on, with the selection made from that
-very batch ("fresh") and with one made from an earlier training batch ("stale", what training uses; the same where the
-choice is made anew in every backward). Writes `fidelity.jsonl`.
+English (the Python language reference, which every Python installation has). The text is consecutive, from a place that
+the seed decides. Every audit uses the two batches after the training batches. A "fresh" selection is made from the
+judged batch itself. A "stale" one is from an earlier training batch, like in training. The two are the same if the
+estimator selects in every backward. Writes `fidelity.jsonl`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SETTINGS = {
 
 
 def language_reference() -> str:
-    """The Python language reference as every installation carries it: 108,000 tokens of technical English."""
+    """The Python language reference, which every installation has: 108,000 tokens of technical English."""
     return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
 
 
@@ -66,8 +66,7 @@ def standard_library() -> str:
 def text_batches(
     seed: int, *, consecutive: bool = False, text: Callable[[], str] = language_reference
 ) -> list[dict[str, torch.Tensor]]:
-    """Disjoint batches of a text: in an order drawn from the seed, or in its own from a third of the text that the seed
-    names."""
+    """Disjoint batches of a text: shuffled by the seed, or in text order from the third that the seed names."""
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
     ids = torch.tensor(tokenizer(text(), verbose=False)["input_ids"])
     chunks = ids[: ids.numel() // (BATCH * TOKENS) * BATCH * TOKENS].view(-1, BATCH, TOKENS)

@@ -1,11 +1,15 @@
 """How much of the LoRA gradient a given share of `grad_input` time buys: plans at many fidelities.
 
-SmolLM2-135M-Instruct after eight exact steps on the Python language reference; the shape with hidden size 2048 of the
-benchmark of whole steps, of random weights, after fifteen on the same text; and random weights on random tokens, whose
-labels have nothing that could be learned: every token weighs the same there, and nothing can be left out cheaply. Every
-token labelled, and 70 % of the tokens without a label (as prompts are). T = 1024 tokens, bf16 (`--dtype float32` for
-CPUs that emulate it), LoRA r=16 on all linear layers. Cosine is audited on the sum of eight batches that planning did
-not use otherwise, time is measured inside whole backward passes, both over the exact ones of the same dtype. Writes
+There are three models:
+
+* SmolLM2-135M-Instruct after eight exact steps on the Python language reference;
+* random weights of hidden size 2048, the shape of the benchmark of whole steps, after fifteen steps on the same text;
+* random weights on random tokens. Nothing can be learnt from such labels, so all tokens have about the same norm, and
+  none can be left out cheaply.
+
+All tokens are labelled, or 70 % have no label, like prompts. T = 1024 tokens, bf16 (`--dtype float32` for CPUs that
+emulate it), LoRA r=16 on all linear layers. The cosine is audited on the sum of eight batches that planning did not use
+otherwise. Time is measured inside whole backwards. Both are relative to the exact backward in the same dtype. Writes
 `frontier.jsonl`; `python -m benchmarks.tables` makes the tables and the pictures.
 """
 
@@ -73,7 +77,7 @@ def _text() -> Batches:
 
 
 def _warmed_up(model: PeftModel, batches: Batches, *, steps: int) -> tuple[PeftModel, Batches]:
-    """The model after so many exact steps, and the batches that follow them."""
+    """The model after some exact steps, and the batches after these steps."""
     fidelity.exact_steps(model, batches[:steps], rate=5e-4)
     return model, batches[steps : steps + MOST_BATCHES]
 
@@ -104,7 +108,7 @@ def study(name: str, dtype: torch.dtype, fidelities: list[float], memory_limit: 
                     "masked": masked,
                     **{f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "layers"},
                     "memory": plan.memory,
-                    "seconds": seconds,  # of planning, for all fidelities together
+                    "seconds": seconds,  # planning took so long, for all fidelities together
                 }
                 | rows.conditions()
             )

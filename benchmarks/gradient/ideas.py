@@ -1,14 +1,15 @@
-"""Estimates that were tried and are not in celora, with what they keep of the LoRA gradient: rows for docs/log.md.
+"""Estimates that were tried and are not in celora, with the cosines that they keep: rows for docs/develop/log.
 
-The setting of `fidelity.py` with T = 1024 tokens, every one labelled. All keep tokens of the frozen product, as many as
-the estimate they are compared with, so the cosine decides:
+The setting is that of `fidelity.py` with T = 1024 tokens, all labelled. Each idea keeps as many tokens of the frozen
+product as the estimate that it is compared with. So the cosine decides:
 
-* one choice for a block: the tokens of `down_proj` or, for attention, of `o_proj`, where the gradient of the residual
-  stream arrives, serve the block's other layers too; and the same with the adapters skipping the other tokens as well;
-* a threshold from the layer's history, instead of a share of each batch: the norm that kept as many on other batches;
-* layers exact in turns: a quarter of the blocks in each step, the others with fewer tokens.
+* One choice for a block. The tokens chosen for `down_proj` (for attention: `o_proj`) also serve the block's other
+  layers, because the gradient of the residual stream arrives there. A variant lets the adapters skip tokens, too.
+* A threshold from the layer's history: the norm that kept as many tokens on other batches, instead of a share of each
+  batch.
+* Layers exact in turns: a quarter of the blocks in each step; the others keep fewer tokens.
 
-Cosines of single steps, and of the sum over four, where the errors of steps could cancel. Writes `ideas.jsonl`.
+It measures cosines of single steps, and of the sum over four steps, where errors could cancel. Writes `ideas.jsonl`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def top(share: float) -> Choose:
 
 
 def shared(share: float, leaders: dict[str, str]) -> Choose:
-    """The leader's choice, in a block, for the layers it leads; leaders come first in backward."""
+    """In a block, the layers use the choice of their leader. Leaders come first in backward."""
     chosen: dict[str, Tensor] = {}
     own = top(share)
 
@@ -79,7 +80,7 @@ def shared(share: float, leaders: dict[str, str]) -> Choose:
 
 
 def energy(share: float, counts: dict[str, list[int]], norms: dict[str, list[Tensor]]) -> Choose:
-    """As many as hold the share of each batch's squared norm; writes down how many, and all norms."""
+    """The fewest tokens that carry the share of each batch's squared norm. Records how many, and all norms."""
 
     def choose(name: str, grad: Tensor) -> Tensor:
         squared = grad.square().sum(1)
@@ -92,7 +93,7 @@ def energy(share: float, counts: dict[str, list[int]], norms: dict[str, list[Ten
 
 
 def threshold(least: dict[str, Tensor], counts: dict[str, list[int]]) -> Choose:
-    """The tokens whose squared norm reaches the layer's own threshold; writes down how many."""
+    """The tokens whose squared norm reaches the layer's own threshold. Records how many."""
 
     def choose(name: str, grad: Tensor) -> Tensor:
         found = grad.square().sum(1) >= least[name]
@@ -127,7 +128,7 @@ BLOCK = dict.fromkeys(ALONE, "down_proj")
 def gradients(
     model: PeftModel, batches: list[Batch], choose: Choose | None, *, whole: bool = False
 ) -> list[list[Tensor]]:
-    """The LoRA gradient of each batch; with `whole`, the adapters skip the tokens that are not chosen, too."""
+    """The LoRA gradient of each batch. With `whole`, the adapters skip tokens that are not chosen, too."""
     found = []
     with ExitStack() as stack:
         for name, graft in require(model).grafts.items():
@@ -160,7 +161,7 @@ def study(seed: int) -> list[dict[str, Any]]:
     fidelity.BATCH = 8
     batches = fidelity.text_batches(seed)
     model = fidelity.warmed_up(seed, batches[: fidelity.WARM_UP])
-    # Without what changes the forward: `whole` counts on a layer's output being what its adapter ends with.
+    # Nothing may change the forward: `whole` needs the adapter's output at the end of a layer's output.
     celora.attach(model, celora.CELoraConfig(estimator="tokens", keep_ratio=SHARE, rank=0, fused=False,
                                              padding_free=False, labelled_head=False, zero_tokens=False))  # fmt: skip
     before, used = (batches[fidelity.WARM_UP + i * STEPS :][:STEPS] for i in (0, 1))

@@ -1,8 +1,8 @@
-"""Causal attention on CPU: torch's flash attention, with its own backward and with a float32 one, and our tiles.
+"""Causal attention on CPU: torch's flash attention, with its own backward and with a float32 one, and our AMX kernel.
 
-For each length, forward and backward of 1,024 packed tokens, or of one sequence, 16 heads of 64 in bfloat16, taking
-turns. Writes `attention.jsonl`; `celora.modeling.attention` takes tiles where the CPU has matrix instructions,
-elsewhere the float32 backward up to the length where it stops paying.
+For each length, it times forward and backward of 1,024 packed tokens, or of one sequence, 16 heads of 64 in bfloat16,
+in turns. Writes `attention.jsonl`. By these rows, `celora.modeling.attention` uses the kernel if the CPU has AMX.
+Without, it uses the float32 backward up to the length where it is faster.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""8 bits in both directions, from one copy of a weight: what forward and backward take over the exact products.
+"""8 bits in both directions, from one copy of a weight: times of forward and backward, relative to the exact products.
 
-`python -m benchmarks.kernels.both_ways` prints and writes `both_ways.jsonl`: the exact products, the 8-bit forward with
-its quantisation and with an input that another layer has quantised, the 8-bit backward from the same copy, and from a
-copy of its own. Everything is included; contenders take turns; medians.
+`python -m benchmarks.kernels.both_ways` prints and writes `both_ways.jsonl`. It times the exact products; the 8-bit
+forward, with quantisation and with an input that another layer has quantised; the 8-bit backward from the same copy,
+and from a copy of its own. Everything is included. They take turns, and times are medians.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).with_name("both_ways.jsonl")
 
 
 def measure(out: int, inp: int, tokens: int, dtype: torch.dtype, repeats: int) -> dict[str, object]:
-    """One row: times in milliseconds, and what each direction loses."""
+    """One row: times in milliseconds, and the relative error of each direction."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(out, inp, generator=generator) / inp**0.5).to(dtype)
     x, g = (torch.randn(tokens, n, generator=generator).to(dtype) for n in (inp, out))

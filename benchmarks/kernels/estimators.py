@@ -1,8 +1,8 @@
-"""What an estimate of `grad_output @ W` takes, against the dense product: everything included, interleaved.
+"""Times estimates of `grad_output @ W` in turns with the dense product, with everything included.
 
-`python -m benchmarks.kernels.estimators [--quick]` prints a table and writes `estimators.jsonl`. Refreshing is
-measured apart, since it happens once in `refresh_every` steps. "masked" is a gradient with 70 % of its tokens zero, as
-prompts without labels make it.
+`python -m benchmarks.kernels.estimators [--quick]` prints a table and writes `estimators.jsonl`. Refreshes are measured
+separately, because they happen once in `refresh_every` steps. "masked" is a gradient with 70 % of its tokens zero, like
+prompts without labels.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--quick", action="store_true", help="two shapes, few repeats, nothing written")
     options = parser.parse_args()
-    keep_freed_memory()  # as celora train does: else what is measured at large shapes is the kernel handing out pages
+    keep_freed_memory()  # celora train does so; else large shapes would measure the operating system's pages
     dtype = getattr(torch, options.dtype)
     found = [
         row | rows.conditions()

@@ -1,17 +1,18 @@
-"""The backward of frozen quantised layers: their own, as plain QLoRA has it, against celora's estimates.
+"""The backward of frozen quantised layers: their own, as in plain QLoRA, in turns with celora's estimates.
 
 `python -m benchmarks.kernels.quantised` writes `quantised.jsonl`; `--quick` prints one shape. Layers are NF4 with
-nested scales and bfloat16 activations. Two measurements, all contenders in turns:
+nested scales and bfloat16 activations. There are two measurements:
 
-- one frozen layer: its backward through autograd, and what that allocates;
-- a stack of four with PEFT's LoRA (r = 16, float32 adapters, its default): its backward, and the most that a forward
-  and backward have allocated, with what is saved between the two and what estimators keep from step to step.
+- one frozen layer: its backward through autograd, and the memory that it allocates;
+- a stack of four layers with PEFT's LoRA (r = 16, float32 adapters, PEFT's default): its backward, and the peak memory
+  of a forward and backward, with what is saved between the two and what estimators keep from step to step.
 
 `python -m benchmarks.kernels.quantised --kinds` measures one layer of every kind of quantisation, 2048 x 2048, in the
-dtype that is faster here, and writes `quantised-kinds.jsonl`; memory is that of a forward and backward, as some keep
-the de-quantised weight between the two, with what is kept. GGUF files are missing: their layers are unpacked.
+dtype that is faster here, and writes `quantised-kinds.jsonl`. Its memory is that of a forward and backward with all
+that is kept, because some kinds keep the de-quantised weight between the two. GGUF is missing: such layers are
+unpacked.
 
-Memory is counted by the profiler, allocation by allocation, so it is exact and repeatable.
+The profiler counts every allocation, so memory is exact and repeatable.
 """
 
 from __future__ import annotations
@@ -76,14 +77,14 @@ def make_layer(out: int, inp: int) -> nn.Module:
 
 
 def uneven(tokens: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """As gradients are: few tokens and few columns carry most of the norm."""
+    """A random gradient like real ones: few tokens and few columns carry most of the norm."""
     generator = torch.Generator().manual_seed(1)
     scale = torch.randn(tokens, 1, generator=generator).exp() * torch.randn(1, width, generator=generator).exp()
     return (scale * torch.randn(tokens, width, generator=generator)).to(dtype)
 
 
 def allocated(call: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that a call leaves allocated beside its result, and the most that it has had allocated."""
+    """Bytes that a call leaves allocated besides its result, and its peak."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         result = call()
         del result
@@ -96,7 +97,7 @@ def allocated(call: Callable[[], object]) -> tuple[int, int]:
 
 
 def backward_of(module: nn.Module, x: Tensor, grad_output: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """The backward of a forward that is done once, to be done again and again."""
+    """A function that repeats the backward of one forward."""
     wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
     y = module(x)
     return lambda: torch.autograd.grad(y, wanted, grad_output, retain_graph=True)
@@ -135,7 +136,7 @@ def one_layer(
 
 
 def first_steps(step: Callable[[], None], attachment: Attachment | None) -> None:
-    """A refresh, if there is something to refresh, and one step as all others will be."""
+    """Take a refresh step, if the estimator needs one, and one ordinary step."""
     if attachment is not None:
         step()
         for graft in attachment.grafts.values():
@@ -145,7 +146,7 @@ def first_steps(step: Callable[[], None], attachment: Attachment | None) -> None
 
 
 def stack(out: int, inp: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """Rows of four layers with LoRA, there and back between the two widths, plain first."""
+    """Rows of four layers with LoRA, alternating between the two widths, plain first."""
     x = torch.ones(tokens, inp, dtype=torch.bfloat16, requires_grad=True)
     grad_output = uneven(tokens, inp)
     calls, peaks, kept = {}, {}, {}
@@ -182,7 +183,7 @@ def measure(out: int, inp: int, tokens: int, repeats: int) -> list[dict[str, Any
 
 
 def relative(measured: list[dict[str, Any]], given: dict[str, Any], peak: str = "peak_bytes") -> list[dict[str, Any]]:
-    """The rows with what was given, and with speed and memory over those of the first."""
+    """The rows with these fields added, and with speed and memory relative to the first row."""
     return [
         {
             **given,

@@ -1,16 +1,16 @@
 """The theorem's setting: momentum SGD on a smooth non-convex loss, where the whole gradient can be computed.
 
-A network of tanh layers with LoRA on all of them learns what a teacher with other adapters says of 512 points, from
-minibatches of 4, with an L2 term that keeps the loss smooth along the way. For each number of steps T the learning rate
-is `c / sqrt(T)`; measured is the average over the steps of the squared norm of the *whole, exact* gradient,
-`1/T sum ||grad f(x_t)||^2`, which the theorem bounds by O(1/sqrt(T)) for LoRA and, while the estimate's relative error
-stays below 1, for CE-LoRA. The slope is that of log-log least squares over more than two decades of T, with the 95 %
-interval from the seeds.
+A network of tanh layers with LoRA on all of them learns the outputs of a teacher with other adapters, on 512 points,
+from minibatches of 4. An L2 term keeps the loss smooth. For each number of steps T the learning rate is `c / sqrt(T)`.
+The study measures the mean over steps of the squared norm of the *whole, exact* gradient, `1/T sum ||grad f(x_t)||^2`.
+The theorem bounds it by O(1/sqrt(T)) for LoRA, and for CE-LoRA while the estimate's relative error stays below 1. The
+slope is from log-log least squares over more than two decades of T, with the 95 % interval from the seeds.
 
-Then the boundary: sampled columns at ever smaller keep ratios, whose relative error grows past 1; once left to
-themselves, which is what the theorem speaks of, and once with celora making such layers exact, as it does.
+The second study looks for the boundary: sampled columns with smaller and smaller keep ratios, until the relative error
+is above 1. It runs once without celora's guard, which is the theorem's setting, and once with the guard, which makes
+such layers exact.
 
-Writes `convergence.jsonl`; run by run, so an interrupted study goes on.
+Writes `convergence.jsonl` run by run, so an interrupted study can be continued.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ BOUNDARY_STEPS = 2500
 
 
 def problem(seed: int) -> tuple[PeftModel, Tensor, Tensor]:
-    """A student, the points, and what the teacher says of them."""
+    """A student, the points, and the teacher's outputs for them."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for _ in range(DEPTH):
@@ -95,7 +95,7 @@ def run(arm: str, steps: int, seed: int) -> dict[str, Any]:
 
 
 def train(config: CELoraConfig | None, steps: int, seed: int, rate: float = RATE) -> dict[str, Any]:
-    """What a run comes to, at the learning rate `rate / sqrt(steps)`; plain LoRA without a configuration."""
+    """The result of a run at the learning rate `rate / sqrt(steps)`; plain LoRA without a configuration."""
     model, x, y = problem(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config is not None:
@@ -126,7 +126,7 @@ def train(config: CELoraConfig | None, steps: int, seed: int, rate: float = RATE
 
 
 def whole_gradient(model: nn.Module, parameters: list[nn.Parameter], x: Tensor, y: Tensor) -> float:
-    """`||grad f||^2` over all points, exact, without a trace in what is trained or estimated."""
+    """`||grad f||^2` over all points, exact. It changes nothing in model and estimators."""
     attachment = find(model)
     grafts = [] if attachment is None else list(attachment.grafts.values())
     modes = [graft.mode for graft in grafts]

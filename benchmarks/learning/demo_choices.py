@@ -1,7 +1,7 @@
-"""What the demo leaves to choose, chosen on sentences that the demo's results never see (the validation split).
+"""Makes the demo's choices on sentences that its results never use (the validation split).
 
-`wordings`: the accuracy of the untouched model with each wording of the question; the best is kept. `train`: accuracy
-after both contenders for one wording, learning rate, number of steps and batch size. Rows are added to
+`wordings`: the accuracy of the untouched model with each wording of the question; the best is kept. `train`: the
+accuracy of both arms after training with one wording, learning rate, number of steps and batch size. Appends rows to
 `demo-choices.jsonl`.
 """
 

@@ -1,21 +1,22 @@
-"""What the estimates do to what is learnt, on several tasks: CE-LoRA against LoRA and its cheap rivals.
+"""How estimates change what is learnt, on several tasks: CE-LoRA against LoRA and its cheap rivals.
 
 SmolLM2-135M-Instruct, bfloat16, LoRA r=16 on all linear layers, 40 steps of 8 rows through `celora train`, on the tasks
-of `quality_tasks.py`. Every arm has its own learning rate, the best of a small grid on the validation rows with seed 0,
-between level scores the one with the lower loss; the other seeds train with it. Only test scores are reported. Arms:
+of `quality_tasks.py`. Every arm has its own learning rate: the best of a small grid on the validation rows with seed 0;
+of rates with equal scores, the one with the lowest loss. The other seeds use the same rate. Only test scores are
+reported. Arms:
 
 * `untouched`; `LoRA`; `upper half`: LoRA on the upper half of the layers only, a cheaper rival that estimates nothing;
 * `paper`, `auto`;
 * `LoRA, auto's time` and `upper half, auto's time`: as many steps as fit into the time that `auto` takes.
 
-`python -m benchmarks.learning.quality run` trains and judges what is missing, run by run, into `quality.jsonl`: it can
-be stopped and started at any time. `python -m benchmarks.learning.quality time`, on an otherwise idle machine, measures
-the steps of the arms in turns into `quality-time.jsonl`; the arms of equal time need it, and `run` leaves them out
-until it is there. A task's plan is made once and kept in `--work`.
+`python -m benchmarks.learning.quality run` trains and judges missing runs, one by one, into `quality.jsonl`. It can be
+stopped and started again at any time. `python -m benchmarks.learning.quality time` measures the steps of the arms in
+turns, on an otherwise idle machine, into `quality-time.jsonl`. The arms of equal time need these times; until then
+`run` leaves them out. A task's plan is made once, and stored in `--work`.
 
-`python -m benchmarks.learning.quality seeds --tasks ... --rates 0.002 --seeds 0 1 2 3 4 5` asks how far chance reaches:
-LoRA, `auto`, a plan at 0.99, and preset `exact`, which is LoRA but for rounding, at one rate with many seeds, into
-`quality-seeds.jsonl`.
+`python -m benchmarks.learning.quality seeds --tasks ... --rates 0.002 --seeds 0 1 2 3 4 5` measures how large chance
+is. It trains LoRA, `auto`, a plan at 0.99, and preset `exact` (LoRA, apart from rounding) at one rate with many seeds,
+into `quality-seeds.jsonl`.
 """
 
 from __future__ import annotations
@@ -93,8 +94,10 @@ def untouched(task: str) -> dict[str, Any]:
 
 
 def trained(task: str, arm: str, seed: int, rate: float, steps: int, work: Path) -> dict[str, Any]:
-    """Scores after training: with the seed that chooses the learning rate on the validation rows, and on the test rows
-    unless another rate has been chosen over this one."""
+    """Scores after training. The seed that chooses the rate also scores validation rows.
+
+    Test rows are scored unless another rate has been chosen.
+    """
     model, same = _train(task, arm, seed, rate, steps, work)
     if seed == 0:
         same |= _judged(task, model, "validation")
@@ -104,7 +107,7 @@ def trained(task: str, arm: str, seed: int, rate: float, steps: int, work: Path)
 
 
 def _train(task: str, arm: str, seed: int, rate: float, steps: int, work: Path) -> tuple[Any, dict[str, Any]]:
-    """The trained model, as stock PEFT would have it, and what the training says of itself."""
+    """The trained model without celora, and the summary of its training."""
     with tempfile.TemporaryDirectory() as scratch:
         own = {"learning_rate": rate, "max_steps": steps, "warmup_steps": steps // 10}
         result = train(request(task, arm, work, Path(scratch), seed=seed, **own), console=Console(stderr=True))
@@ -126,7 +129,7 @@ def _judged(task: str, model: Any, part: str) -> dict[str, Any]:
 
 
 def steps_in_autos_time(task: str) -> dict[str, int]:
-    """How many steps the arms of equal time may take, or none if nobody has measured."""
+    """How many steps the arms of equal time may take; None if the times are not measured yet."""
     ms = {row["arm"]: row["time_ms"] for row in rows.found(TIMES) if row["task"] == task}
     if not set(TIMED) <= set(ms):
         return {}
@@ -134,7 +137,7 @@ def steps_in_autos_time(task: str) -> dict[str, int]:
 
 
 def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float], work: Path, say: Say) -> None:
-    """Train and judge what is missing. The first seed tries all rates, the others take its best."""
+    """Train and judge missing runs. The first seed tries all rates; the others use its best."""
     for task in tasks:
         budget = steps_in_autos_time(task)
         for seed in seeds:
@@ -154,7 +157,7 @@ def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float],
 
 
 def many_seeds(tasks: list[str], arms: list[str], seeds: list[int], rate: float, work: Path, say: Say) -> None:
-    """Train and judge what is missing of arms that share one learning rate; no row is chosen by."""
+    """Train and judge missing runs of arms that share one learning rate. No rate is chosen."""
     for task in tasks:
         for seed in seeds:
             for arm in arms:
@@ -190,13 +193,13 @@ def best(tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _tried(task: str, arm: str, steps: int) -> list[dict[str, Any]]:
-    """What seed 0 has found, at any rate."""
+    """The rows of seed 0, at all rates."""
     key = {"task": task, "arm": arm, "seed": 0, "steps": steps}
     return [row for row in found() if key.items() <= row.items()]
 
 
 def time_steps(tasks: list[str], repeats: int, work: Path) -> None:
-    """Whole optimizer steps of the arms in turns, on the same batches, padded and packed as each arm has them."""
+    """Times whole optimizer steps of the arms in turns, on the same batches; each arm pads or packs as usual."""
     keep_freed_memory()
     for task in tasks:
         with ExitStack() as stack:

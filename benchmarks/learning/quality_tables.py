@@ -1,6 +1,6 @@
 """Tables and a picture of the studies of what is learnt, from committed rows: `quality.py` and `convergence.py`.
 
-Each function returns Markdown, for `tables.py` to put between its marks; `convergence_picture` returns an SVG.
+Each function returns Markdown that `tables.py` puts between its marks; `convergence_picture` returns an SVG.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def scores() -> str:
 
 
 def many_seeds() -> str:
-    """Arms at one rate with many seeds, and the differences to LoRA, seed by seed: what is chance, and what is not."""
+    """Arms at one rate with many seeds, and their differences to LoRA, seed by seed: which differences are chance."""
     found, body = rows.found(quality.MANY_SEEDS), []
     for task in dict.fromkeys(row["task"] for row in found):
         arms = {
@@ -113,7 +113,7 @@ def many_seeds() -> str:
 
 
 def verdict() -> str:
-    """`auto` on each task whose runs are all there: as good as LoRA at equal steps, better than both at equal time?"""
+    """`auto` on each complete task: is it as good as LoRA at equal steps, and better than both at equal time?"""
     found = quality.found()
     rivals = ("LoRA", "LoRA, auto's time", "upper half, auto's time")
     body, same, better, surely = [], 0, 0, 0
@@ -197,7 +197,7 @@ def missing() -> str:
 
 
 def _of(found: Sequence[dict[str, Any]], task: str, arm: str) -> list[dict[str, Any]]:
-    """The rows of an arm; of equal time, those with as many steps as the times that are measured now allow."""
+    """The rows of an arm. For an arm of equal time, the rows with the number of steps that the current times allow."""
     steps = quality.steps_in_autos_time(task).get(arm)
     return [row for row in found if (row["task"], row["arm"]) == (task, arm) and steps in (None, row["steps"])]
 
@@ -231,7 +231,7 @@ def convergence() -> str:
 
 
 def boundary() -> str:
-    """Sampled columns at ever smaller keep ratios, left to themselves and guarded: error, and what is reached."""
+    """Sampled columns at smaller and smaller keep ratios, without and with the guard: error and result."""
     from benchmarks.learning import convergence as study
 
     found = [row for row in rows.read(study.RESULTS) if row["steps"] == study.BOUNDARY_STEPS]

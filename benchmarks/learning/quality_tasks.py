@@ -1,16 +1,16 @@
-"""Eight small tasks for SmolLM2-135M, each with its rows for training, validation and test, and its judge.
+"""Eight small tasks for SmolLM2-135M, each with rows for training, validation and test, and with a way to score.
 
 * sentiment of movie reviews, product reviews and tweets (rated by people, see `celora.studies.assets`): the share of
   sentences for which the right one of two labels has the larger logit;
 * `chain_sum`, `family_relationships` and `number_filtering` of reasoning-gym (generated): exact match of the greedy
-  answer, end of turn included. An untouched model that answers in a sentence of its own gets no credit, so part of
-  what is learnt is to answer with the answer alone;
+  answer, with the end of the turn. The untouched model answers in sentences, and gets no credit. So a part of what is
+  learnt is to give only the answer;
 * chat: questions about functions of the Python standard library, answered by the first paragraph of their docstring.
   The questions are made from a few templates, so this is instruction data in form, not conversation: held-out loss;
 * text: pieces of the Python language reference, other topics held out: held-out loss, nats per token.
 
-No row of validation or test, in any spelling of case and spacing, is in training, and what is held out does not depend
-on the seed.
+No row of validation or test is in training, whatever its case and spacing. The seed does not change which rows are held
+out.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ QUESTIONS = ("What does `{}` do?", "Explain Python's `{}`.", "What is `{}` for?"
 
 @dataclass(frozen=True)
 class Task:
-    """Rows as `celora train` takes them, and how a model is judged on some of them.
+    """Rows for `celora train`, and a function that scores a model on some of them.
 
     Attributes:
         train: more rows than any run uses.
@@ -76,7 +76,7 @@ NAMES = [*(f"sentiment-{kind}" for kind in SENTIMENT), *GENERATED, "chat", "text
 
 @functools.cache
 def task(name: str) -> Task:
-    """The task of that name; its data is fetched or generated."""
+    """The task of this name. Its data is fetched or generated."""
     if name.startswith("sentiment-"):
         kind = name.removeprefix("sentiment-")
         drawn = sentiment.splits(0, validation=VALIDATION, test=TEST, reviews=rated_sentences(kind))  # type: ignore[arg-type]
@@ -90,16 +90,16 @@ def task(name: str) -> Task:
 
 
 def exact_match(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
-    """The share of rows that greedy decoding answers to the letter.
+    """The share of rows that greedy decoding answers exactly.
 
-    Greedy decoding writes the answer exactly if, with each of its tokens, the end of the turn included, being the
-    likeliest after the ones before; so one pass over the right answers decides it, and nothing is generated.
+    Greedy decoding gives the answer exactly if each of its tokens, with the end of the turn, is the likeliest after the
+    tokens before. So one forward over the right answers decides it, and nothing is generated.
     """
     return sum(bool((scores.argmax(-1) == ids).all()) for scores, ids in _answers(model, tokenizer, rows)) / len(rows)
 
 
 def loss(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
-    """Mean negative log-likelihood of the tokens that are to be learnt."""
+    """Mean negative log-likelihood of the labelled tokens."""
     found = [
         torch.nn.functional.cross_entropy(s.float(), i, reduction="sum") for s, i in _answers(model, tokenizer, rows)
     ]
@@ -107,7 +107,7 @@ def loss(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
 
 
 def _encoded(tokenizer: Any, rows: Sequence[Row]) -> list[tuple[list[int], list[int]]]:
-    """(context, what is to be learnt) of each row, as token ids."""
+    """(context, labelled tokens) of each row, as token ids."""
     pairs = []
     for row in rows:
         if "text" in row:
@@ -127,7 +127,7 @@ def _encoded(tokenizer: Any, rows: Sequence[Row]) -> list[tuple[list[int], list[
 
 @torch.inference_mode()
 def _answers(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int = 16) -> Iterable[tuple[Any, Any]]:
-    """(logits, ids) of what is to be learnt of each row, in an order by length; the model is left in its mode."""
+    """(logits, ids) of each row's labelled tokens, in the order of lengths. The model's mode does not change."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     pairs = sorted(_encoded(tokenizer, rows), key=lambda pair: len(pair[0]) + len(pair[1]))
@@ -207,14 +207,14 @@ def _text() -> tuple[list[Row], list[Row], list[Row]]:
 
 
 def _split(rows: list[Row]) -> tuple[list[Row], list[Row], list[Row]]:
-    """Training, validation, test; each question once, in an order that depends on the questions alone."""
+    """Training, validation and test rows; each question once, in an order that only depends on the questions."""
     distinct = {_spelling(row["prompt"][-1]["content"]): row for row in reversed(rows)}
     ordered = [distinct[key] for key in sorted(distinct, key=_digest)]
     return ordered[TEST + VALIDATION :], ordered[TEST : TEST + VALIDATION], ordered[:TEST]
 
 
 def shuffled(rows: Sequence[Row], seed: int, count: int) -> list[Row]:
-    """`count` of the rows in the seed's order, from the beginning again where there are too few."""
+    """`count` rows in the seed's order. If there are too few, they are repeated."""
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     return [rows[order[i % len(order)]] for i in range(count)]
 

@@ -2,15 +2,15 @@
 
 Two studies of Double-LoRA, `columns` with a frozen factor:
 
-* `network`: every layer of the network of `convergence.py`, 1,000 steps of momentum SGD, five seeds. Small enough for a
-  wide sweep, and judged by the exact gradient: the squared norm of the whole gradient at the end.
+* `network`: every layer of the network of `convergence.py`, 1,000 steps of momentum SGD, five seeds. It is small enough
+  for a wide sweep. The result is the squared norm of the whole, exact gradient at the end.
 * `language-model`: SmolLM2-135M-Instruct, text and batches of `training.py`, the modules that the paper estimates, 100
-  steps of AdamW, three seeds. Judged by the fall of the held-out loss.
+  steps of AdamW, three seeds. The result is the fall of the held-out loss.
 
-Both are given as a ratio to LoRA's with the same seed (with the same learning rate, where that is swept).
+Both are divided by LoRA's result with the same seed, and with the same learning rate if that is swept.
 
-`python -m benchmarks.learning.sensitivity [STUDY ...]` writes `sensitivity-STUDY.jsonl`, run by run, so an interrupted
-study goes on; `python -m benchmarks.tables` makes the tables and the pictures.
+`python -m benchmarks.learning.sensitivity [STUDY ...]` writes `sensitivity-STUDY.jsonl` run by run, so an interrupted
+study can be continued. `python -m benchmarks.tables` makes the tables and the pictures.
 """
 
 from __future__ import annotations

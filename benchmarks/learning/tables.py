@@ -93,8 +93,11 @@ def _kept(found: list[dict[str, Any]], arm: str) -> list[float]:
 
 
 def _share(losses: dict[int, float], lora: dict[int, float], at: int) -> float:
-    """Of exact LoRA's improvement until step `at`, both from where LoRA began: CPUs differ in the untouched model's
-    loss by a thousandth."""
+    """The share kept of exact LoRA's improvement until step `at`.
+
+    Both improvements are from LoRA's first loss, because the untouched model's loss differs between CPUs by a
+    thousandth.
+    """
     return (lora[0] - losses[at]) / (lora[0] - lora[at])
 
 
@@ -141,7 +144,7 @@ def _losses(row: dict[str, Any]) -> dict[int, float]:
 
 
 def _at(losses: dict[int, float], step: float) -> float:
-    """The loss at a step between two that were measured, on the line through them."""
+    """The loss at a step, interpolated between two measured ones."""
     steps = sorted(losses)
     low = max(i for i, s in enumerate(steps[:-1]) if s <= step)
     along = (step - steps[low]) / (steps[low + 1] - steps[low])

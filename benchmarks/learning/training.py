@@ -1,15 +1,15 @@
-"""What the estimates do to training: held-out loss against exact LoRA, at equal steps and at equal wall-clock.
+"""How estimates change training: held-out loss against exact LoRA, at equal steps and at equal wall-clock.
 
 SmolLM2-135M-Instruct, bf16, LoRA r=16 on all linear layers, AdamW, 4 x 128 tokens of technical English (the Python
 language reference), 200 steps, three seeds; the held-out loss is measured every 40 steps on text that is never trained
 on. Arms: exact LoRA, the same on the upper half of the layers only, the same with three quarters of the batch, the
 paper's preset, single estimators, and `auto` at several fidelities.
 
-`python -m benchmarks.learning.training run` trains (resumable, run by run) into `training.jsonl`; with `--text code` on
-the source of the standard library, of which there is enough for thousands of steps (`--steps`), into
-`training-code.jsonl`. `python -m benchmarks.learning.training time` measures the whole step of each arm, taking turns,
-on an otherwise idle machine, into `training-time.jsonl`. Equal wall-clock compares each arm's last loss with exact
-LoRA's at the step that exact LoRA would have reached in the same time, by interpolation between its measured losses.
+`python -m benchmarks.learning.training run` trains run by run into `training.jsonl`, and can be interrupted. With
+`--text code` it trains on the source of the standard library, which is long enough for thousands of steps (`--steps`),
+into `training-code.jsonl`. `python -m benchmarks.learning.training time` measures the whole step of each arm in turns,
+on an otherwise idle machine, into `training-time.jsonl`. Equal wall-clock compares each arm's last loss with the loss
+that exact LoRA has at the same time, interpolated between its measured losses.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def optimize(
     rate: float = 5e-4,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[int, float]:
-    """Train, and the held-out loss at the steps at which it is measured: 0, and every so many."""
+    """Train. Returns the held-out loss at step 0, and at every 40th step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
     losses = {0: loss_on(model, held_out)}

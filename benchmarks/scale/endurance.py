@@ -1,17 +1,17 @@
 """Hours of `celora train`, watched from outside: memory, open files and processor time per step must stay flat.
 
-SmolLM2-135M-Instruct in the dtype that is faster here, LoRA r=16, 4 sentences a step, grouped by length, each batch of
-another shape; every estimator and every shortcut is in use, with refreshes in turns, keep ratios that move, an
+SmolLM2-135M-Instruct in the dtype that is faster here, LoRA r=16, 4 sentences a step, grouped by length, so every batch
+has another shape. Every estimator and every saving is in use, with refreshes in turns, moving keep ratios, an
 evaluation and a checkpoint every 50 steps. A row is written for every 50 steps:
 
-* `rss_mib`, the median of the resident memory, looked at four times a second, and `rss_most_mib`, the largest;
-* `open_files`, at the end of the last step;
-* `cpu_ms_per_step`, processor time of all threads, evaluation and checkpoint included. Wall-clock would say how busy
-  the machine was with other things.
+* `rss_mib`: the median of the resident memory, measured four times a second; `rss_most_mib`: the largest;
+* `open_files`: at the end of the last step;
+* `cpu_ms_per_step`: processor time of all threads, with evaluation and checkpoint. Wall-clock would also show how busy
+  the machine is with other things.
 
-`python -m benchmarks.scale.endurance run --minutes 120` (resumable: what has run counts) appends to
-`endurance.jsonl`; `python -m benchmarks.scale.endurance judge` says whether the last 80 % of the longest time in
-one process are flat. Linux only: it reads /proc.
+`python -m benchmarks.scale.endurance run --minutes 120` appends to `endurance.jsonl`. It can be resumed; earlier
+minutes count. `python -m benchmarks.scale.endurance judge` says whether the last 80 % of the longest time in one
+process are flat. It reads /proc, so it needs Linux.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ SETTINGS = {
     "learning_rate": 1e-5,
     "lr_scheduler_type": "constant",
     "max_length": 128,
-    "train_sampling_strategy": "group_by_length",  # the longest batch first: what memory it takes, it takes at once
+    "train_sampling_strategy": "group_by_length",  # the longest batch comes first, so peak memory is reached at once
     "lora_r": 16,
     "eval_strategy": "steps",
     "eval_steps": EVERY,
     "save_steps": EVERY,
 }
-# What is held to be flat: the change that a straight line through the rows makes from the first to the last of them.
+# Flat means: a straight line through the rows changes by at most this, from the first row to the last.
 MEMORY_BAR, TIME_BAR = 0.02, 0.05
 
 
@@ -86,7 +86,7 @@ class Process:
 
 
 def command(folder: Path) -> list[str]:
-    """`celora train`, resumed if the folder holds a run; its rows are written first."""
+    """Start `celora train`, or resume the run in the folder; its rows are written first."""
     train = [sys.executable, "-m", "celora", "train", "--quiet", "--output", str(folder / "out")]
     if (folder / "out" / "run.json").exists():
         return [*train, "--resume"]

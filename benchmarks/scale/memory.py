@@ -1,6 +1,6 @@
-"""Peak memory of LoRA on a base in its own dtype, and on one that is held in 8 bits (`--base int8`).
+"""Peak memory of LoRA on a base in its own dtype, and on a base in 8 bits (`--base int8`).
 
-Each arm is a process of its own that loads a random Llama from a folder, puts an adapter onto it and takes a few steps.
+Each arm is a process of its own that loads a random Llama from a folder, adds an adapter and takes a few steps.
 `python -m benchmarks.scale.memory` measures hidden 2048 with 16 blocks; `--hidden 512 --blocks 4` is a quick look.
 """
 

@@ -1,7 +1,7 @@
 """How the time of a LoRA step grows from 1 to 1,000 GPUs: a model of compute, gathering, all-reduce and stragglers.
 
-What each process gives to collectives follows from shapes and is checked against counted bytes in
-`tests/whole/test_distributed.py`; what links, GPUs and stragglers do to it is assumed. Every assumption is an option:
+The bytes that each process gives to collectives follow from shapes. `tests/whole/test_distributed.py` checks them
+against counted bytes. The speeds of links and GPUs, and the stragglers, are assumed. Every assumption is an option:
 `python -m benchmarks.scale.scaling --help`.
 """
 
@@ -19,12 +19,12 @@ Shape = tuple[int, int]
 
 
 def held(shapes: Iterable[Shape], processes: int, itemsize: int) -> int:
-    """Bytes of its shard, by rows and padded to equal sizes: what a process gives to an all-gather of these weights."""
+    """Bytes that a process gives to an all-gather of these weights: its shard, by rows, padded to equal sizes."""
     return sum(-(-rows // processes) * columns for rows, columns in shapes) * itemsize
 
 
 def kept(shapes: Iterable[Shape], keep_ratio: float, processes: int, itemsize: int) -> float:
-    """The same of the kept rows alone, if they are spread evenly: the least, for the fullest process sets the size."""
+    """The same for only the kept rows, if they are spread evenly. More if not: the fullest process sets the size."""
     return sum(round(keep_ratio * rows) / processes * columns for rows, columns in shapes) * itemsize
 
 
@@ -92,12 +92,12 @@ class Step:
 
     @property
     def overlapped(self) -> float:
-        """If everything that is sent is sent while something is computed."""
+        """If everything is sent while something is computed."""
         return max(self.compute, self.gather + self.reduce) + self.waiting
 
 
 WAYS = ("DDP", "HSDP", "FSDP2")  # every weight everywhere, sharded over the GPUs of a node, sharded over all
-# Of the frozen layers: exact, on columns that all select alike, or with 8-bit copies, which every GPU holds whole.
+# Estimates of frozen layers: none, columns that all select alike, or 8-bit copies, whole on every GPU.
 BACKWARDS = ("exact", "columns", "int8")
 
 

@@ -1,8 +1,10 @@
-"""Does the demo learn as much in two processes as in one? The same model, data, seeds and global batch; only the
-processes differ: one, two with DDP (`celora train` under torchrun), two with FSDP2 (`celora.fsdp.shard`, a bare loop).
+"""Does the demo learn as much in two processes as in one?
 
-`python -m benchmarks.scale.two_processes --work FOLDER`; finished runs are kept there and not run again. Rows go to
-two-processes.jsonl. Every adapter is scored by stock PEFT in a process without celora.
+Model, data, seeds and global batch are the same. There are three arms: one process, two with DDP (`celora train` under
+torchrun), and two with FSDP2 (`celora.fsdp.shard`, a bare loop).
+
+`python -m benchmarks.scale.two_processes --work FOLDER` writes two-processes.jsonl. Finished runs stay in FOLDER, and
+are not repeated. Stock PEFT scores every adapter, in a process without celora.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from celora.studies import demo
 from celora.studies.assets import demo_model
 from celora.studies.sentiment import splits, to_rows
 
-# What one process does, two do with the same configuration; FSDP2 needs `synchronise` to gather less.
+# One configuration for all arms, except that FSDP2 needs `synchronise` to gather less.
 WAYS = ("one process", "DDP", "FSDP2")
 ARMS: dict[str, dict[str, Any]] = {
     "LoRA": {"preset": "off"},
@@ -55,8 +57,10 @@ def train(arm: str, way: str, seed: int, steps: int, dtype: str, folder: Path, d
 
 
 def train_sharded(wanted: Path) -> None:
-    """One process of an FSDP2 run: the batches, optimizer and schedule that the Trainer makes, in a loop of our own,
-    since Accelerate shards on accelerators only."""
+    """One process of an FSDP2 run: a loop with the batches, optimizer and schedule of the Trainer.
+
+    The Trainer itself cannot do it: Accelerate shards on accelerators only.
+    """
     import torch
     import torch.distributed as dist
 

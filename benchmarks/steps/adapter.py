@@ -1,9 +1,9 @@
-"""From the start of the command to the saved adapter: `python -m benchmarks.steps.adapter`. Interruptible.
+"""The time from the start of the command to the saved adapter: `python -m benchmarks.steps.adapter`. Interruptible.
 
-`celora train` as a process of its own, on the demo's model and rows, with preset `off` (PEFT), `exact` and `auto`, for
-1, 20 and 100 steps. Presets take turns, and every other turn goes the other way round. A row has the seconds to the
-adapter, those of the whole command, and where they went by the command's own clock. In the first turn of `auto`
-nothing is in the user's cache of measurements (`first`). Writes `adapter.jsonl`.
+It runs `celora train` as a process of its own, on the demo's model and rows, with preset `off` (PEFT), `exact` and
+`auto`, for 1, 20 and 100 steps. Presets take turns; every other turn has them in reverse. A row has the seconds to the
+adapter, the seconds of the whole command, and its parts by the command's own clock. In the first turn of `auto` the
+user's cache of measurements is empty (`first`). Writes `adapter.jsonl`.
 """
 
 from __future__ import annotations

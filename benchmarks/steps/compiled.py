@@ -1,8 +1,8 @@
 """Whole training steps with and without torch.compile (inductor): time, graphs, graph breaks, and what a refresh adds.
 
 `python -m benchmarks.steps.compiled --arm ARM` measures plain PEFT and one arm, each eager and compiled, in turns;
-without `--arm` all of them, in a process each. A C++ compiler is needed. Rows go to compiled.jsonl. What inductor has
-compiled is kept as long as TORCHINDUCTOR_CACHE_DIR says: with an empty one `compile_s` is the whole cost.
+without `--arm` all of them, in a process each. It needs a C++ compiler. Rows go to compiled.jsonl. inductor keeps what
+it has compiled in TORCHINDUCTOR_CACHE_DIR. With an empty folder, `compile_s` is the whole cost.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ARMS: dict[str, Any] = {
 
 
 def configuration(arm: str) -> CELoraConfig:
-    """Every arm refreshes as often; those that are no presets estimate every layer and fuse its adapter."""
+    """The configuration of an arm, with one refresh interval for all. Arms other than presets estimate every layer."""
     asked = ARMS[arm]
     fields = CELoraConfig().to_dict() | {"fused": True} | asked if isinstance(asked, dict) else None
     config = celora.settings.presets.resolve(asked) if fields is None else CELoraConfig.from_dict(fields)
@@ -82,7 +82,7 @@ class Contender:
         self.losses.append(loss.item())
 
     def row(self) -> dict[str, Any]:
-        """Its numbers. The steps from the third on, without refreshes, are the usual ones."""
+        """The numbers of this contender. Usual steps are those from the third on without refreshes."""
         refreshing = range(REFRESH_EVERY, STEPS, REFRESH_EVERY)
         usual = percentiles([ms for step, ms in enumerate(self.times) if step >= 2 and step % REFRESH_EVERY])
         row: dict[str, Any] = usual | {"refresh_ms": round(min(self.times[step] for step in refreshing), 3)}
@@ -100,8 +100,10 @@ class Contender:
 
 
 def _function(*, compiled: bool) -> Callable[..., Any]:
-    """A forward with code of its own: torch.compile keeps graphs by code, and does not look at hooks when it takes one
-    of another model's."""
+    """A forward with code of its own.
+
+    torch.compile finds graphs by code, and ignores hooks when it takes a graph of another model.
+    """
     names: dict[str, Any] = {}
     exec("def forward(model, **batch): return model(**batch)", names)
     function: Callable[..., Any] = names["forward"]

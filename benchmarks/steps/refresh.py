@@ -1,8 +1,9 @@
 """What refreshing costs: the time of every optimizer step of a run, with refreshes spread and all at once.
 
-SmolLM2-135M-Instruct, bf16, LoRA r=16, 4 x 128 tokens. A run of `paper` (all layers refresh at steps 0, 200, ...), of
-the same with its refreshes spread, and of a plan (`auto`). Two rounds of the interval are run, shortened to 20
-steps; the share at the default interval of 200 follows from the extra time of one. Writes `refresh.jsonl`.
+SmolLM2-135M-Instruct, bf16, LoRA r=16, 4 x 128 tokens. There are three runs: `paper` (all layers refresh at steps 0,
+200, ...), `paper` with spread refreshes, and a plan (`auto`). The interval is shortened to 20 steps, and each run has
+two intervals. The share of time at the default interval of 200 follows from the extra time of one. Writes
+`refresh.jsonl`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Whole training steps on this machine: every model and kind of data, and how the cost grows.
 
-`python -m benchmarks.steps.step` measures what `step.jsonl` does not hold yet of this machine, cell by cell, and can be
-interrupted. `--sweep` does the same for tokens per step and hidden size, into `step-sweep.jsonl`. What runs and what is
-measured is `celora bench`; where there is a CUDA device the same script measures that, against Liger and Unsloth too.
+`python -m benchmarks.steps.step` measures cells that `step.jsonl` lacks for this machine, one by one, and can be
+interrupted. `--sweep` does the same for tokens per step and hidden size, into `step-sweep.jsonl`. `celora bench` does
+the measuring. With a CUDA device the same script measures that device, and also Liger and Unsloth.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SWEPT = ("PEFT", "exact", "paper", "auto", "limit")
 
 
 def run(cells: Iterable[Cell], path: Path, arms: Sequence[str] | None, repeats: int) -> None:
-    """Each cell in a process of its own: what one keeps of memory and compiled code is not the next one's."""
+    """Measure each cell in a process of its own, so that memory and compiled code of one do not affect the next."""
     here = rows.machine(rows.conditions())
     done = {tuple(row["cell"]) for row in rows.found(path) if rows.machine(row) == here}
     context = multiprocessing.get_context("spawn")
