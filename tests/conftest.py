@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported, and for the processes that tests start: matrices this small are slower on two threads, and
-# far slower where tests run side by side.
+# Set before torch is imported, and inherited by processes that tests start. Matrices this small are slower on two
+# threads, and far slower if tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Inductor's cache hands out what was compiled for wide registers where torch is kept to narrow ones, which then writes
-# past the end of its buffers.
+# Inductor's cache may return code for wide registers although torch is limited to narrow ones. Such code writes past
+# the end of its buffers.
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     os.environ.setdefault(
         "TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"inductor-{getpass.getuser()}-{capability}")
@@ -52,12 +52,12 @@ def _any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    """As many as `OMP_NUM_THREADS` says, also where a plugin has imported torch before this file could set it."""
+    """Use `OMP_NUM_THREADS` threads, even if a plugin has imported torch before this file."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile the kernels once, before pytest-xdist starts its workers, each of which would."""
+    """Compile the kernels once, before pytest-xdist starts its workers. Otherwise each worker would."""
     if not hasattr(config, "workerinput"):
         kernels.library()
 
@@ -99,7 +99,7 @@ def _no_reading_what_was_read() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_waiting_for_the_disk() -> Iterator[None]:
-    """A test's files need not survive a power cut. `disk` sees every flush nevertheless."""
+    """A test's files need not survive a power cut. `disk` still sees every flush."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
@@ -114,7 +114,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.fixture(scope="session")
 def real_assets() -> None:
-    """The demo's model and sentences, prepared by the first worker that needs them while the others wait."""
+    """The demo's model and sentences. The first worker that needs them prepares them, and the others wait."""
     folder = assets.cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".tests.lock"):
@@ -124,7 +124,7 @@ def real_assets() -> None:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The tiny model and rows for it, as `celora train` takes them. Tests that change a file copy it first."""
+    """The tiny model and rows for it, for `celora train`. Tests that change a file copy it first."""
     from tiny import save_rows, save_tiny_model
 
     folder = tmp_path_factory.mktemp("inputs")
@@ -145,7 +145,7 @@ def finished(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """What is flushed to the disk and what takes another name, in order, by the number of its inode."""
+    """Records every flush to disk and every rename, in order, by the number of the inode."""
     seen: list[tuple[str, int]] = []
     fsync, replace = os.fsync, os.replace
 
@@ -174,7 +174,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a user whose cache is `home/.cache`, in a folder that the tests may open to others."""
+    """The home of a user whose cache is `home/.cache`. Tests may make the folder around it writable for others."""
     if not hasattr(os, "getuid"):
         pytest.skip("Windows keeps a user's folder for the user")
     home = tmp_path / "home"

@@ -1,4 +1,4 @@
-"""LoRA adapters of every kind on a small Llama, far from zero in all that they train."""
+"""LoRA adapters of every kind on a small Llama. All their parameters are far from zero."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def adapted(tied: bool = False, **settings: Any) -> Any:
 
 
 def save(model: Any, folder: Any) -> Any:
-    """What PEFT saves, without what it says of it."""
+    """Save with PEFT, without its warnings."""
     with warnings.catch_warnings():
         # It looks for the base model's configuration on the hub; it takes one-dimensional biases for damage.
         for message in ("Could not find a config file in", "Setting `save_embedding_layers`", "Adapter 'default'"):

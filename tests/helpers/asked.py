@@ -1,4 +1,4 @@
-"""What a user asks for, and the one line that a mistake is answered with."""
+"""Requests of a user, and the one-line errors for mistakes in them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write(path: Path, text: str) -> str:
 
 
 def error_line(capsys, *arguments) -> str:
-    """Run a command that must fail, and give its one line."""
+    """Run a command that must fail, and return its one line."""
     assert main([str(a) for a in arguments]) == 2
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()

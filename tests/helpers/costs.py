@@ -1,4 +1,4 @@
-"""Times of estimates that do not depend on the machine: what is kept is what it costs."""
+"""Pretended times of estimates that do not depend on the machine: the kept share is the time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Train one drawn case twice, as PEFT does and with celora's `exact`, and compare everything that comes of it.
+"""Trains one drawn case twice, with plain PEFT and with celora's `exact`, and compares all results.
 
-In float32 the two must agree to rounding; where they do not, PEFT in float64 tells whether the case itself is that
-sensitive to rounding. In half precision both are judged by their distance from float32 training of the same weights.
+In float32 the two must agree to rounding. If they do not, PEFT in float64 tells whether the case itself is that
+sensitive to rounding. In half precision, both are judged by their distance from float32 training of the same weights.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def same_masks() -> Iterator[None]:
 
 @dataclass
 class Trace:
-    """What came of one training: tensors by name, in order; `gradients` of each round by parameter."""
+    """The results of one training: tensors by name, in order; `gradients` of each round by parameter."""
 
     model: PeftModel
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class NotTrainable(Exception):
 
 
 def build(case: Case) -> PeftModel:
-    """The model of the case, in its dtype, as it is before anything is done to it."""
+    """The model of the case, in its dtype, before anything is done to it."""
     base = make_base(case.family, case.config, case.attention, case.seed)
     lora = {
         name: dict(value) if name == "rank_pattern" else list(value) if isinstance(value, tuple) else value
@@ -103,7 +103,7 @@ def train(case: Case, model: PeftModel, *, attached: bool, dtype: torch.dtype | 
 
 
 def attachable(case: Case, model: PeftModel) -> nn.Module:
-    """What `attach` is given: the model, the tuner in it or a module around it."""
+    """The argument of `attach`: the model, the tuner in it, or a module around it."""
     if case.attached_to == "wrapper":
         return nn.ModuleDict({"student": model})
     return model.base_model if case.attached_to == "tuner" else model
@@ -144,7 +144,7 @@ def _round(case: Case, trace: Trace, number: int, *, attached: bool, dtype: torc
     trace.gradients.append({name: None if g is None else g.clone() for name, g in gradients.items()})
     for p in trained:
         if p.grad is not None:
-            p.grad.nan_to_num_(0, 0, 0)  # even a step of nothing would carry what is no number into the weights
+            p.grad.nan_to_num_(0, 0, 0)  # even a step of size 0 would carry NaN into the weights
     optimizer.step()
 
 

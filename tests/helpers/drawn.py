@@ -1,4 +1,4 @@
-"""One drawn case of training: a small model, an adapter, batches, and what a user did; hypothesis makes it simpler."""
+"""One drawn case of training: a small model, an adapter, batches, and actions of a user. hypothesis simplifies it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Pairs = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and how. Its repr is the call that makes it again.
+    """What is trained, and how. Its repr is a call that makes the same case.
 
     Attributes:
         config: changes to the family's configuration.
@@ -68,7 +68,7 @@ BOOL = st.booleans()
 
 
 def rarely(strategy: st.SearchStrategy[Any], default: Any, odds: int = 4) -> st.SearchStrategy[Any]:
-    """The default, and once in `odds` a draw."""
+    """Mostly the default; once in `odds` a drawn value."""
     return st.integers(0, odds - 1).flatmap(lambda n: strategy if n == odds - 1 else st.just(default))
 
 
@@ -143,7 +143,7 @@ CALLS = ("tuner", "causal", "positional", "checkpointed", "counted", "offloaded"
 
 
 def fits(case: Case) -> bool:
-    """Whether plain PEFT could train this; the rest is found out by trying."""
+    """Whether plain PEFT might train this. Only a trial tells for sure."""
     names = dict(case.extra)
     causal = case.family not in ("bert", "t5")
     wide = case.width >= (6 if case.family in VISUAL else 1)
@@ -157,7 +157,7 @@ def fits(case: Case) -> bool:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Mostly plain in most ways, with a few things that are not."""
+    """A case that is plain in most ways, and unusual in a few."""
     family = draw(st.sampled_from(list(FAMILIES)))
     changes = draw(rarely(CONFIG, (), 3))
     if family in FAMILY_CONFIG:

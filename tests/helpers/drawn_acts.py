@@ -1,4 +1,4 @@
-"""What users do to a model before or while it trains: `ACTS[name](model, k)` does it to part `k` of its kind."""
+"""Actions of users on a model, before or while it trains: `ACTS[name](model, k)` acts on part `k` of its kind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from drawn_models import blocks_of, causal_of, named, tuners_of
 
 
 def times(value: Any, factor: float) -> Any:
-    """A layer's output, or the first of them, multiplied."""
+    """Multiply a layer's output, or the first of its outputs."""
     if isinstance(value, tuple):
         return (times(value[0], factor), *value[1:])
     return value * factor if isinstance(value, Tensor) else value

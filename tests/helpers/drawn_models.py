@@ -1,4 +1,4 @@
-"""Small models of many families, with random weights large enough that a mistake shows, and adapters on them."""
+"""Small models of many families with adapters. Random weights are large enough that a mistake is visible."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def adapt(base: PreTrainedModel, family: str, lora: dict[str, Any], seed: int) -
 
 
 def _existing(base: nn.Module, names: list[str]) -> list[str]:
-    """Those of the names that layers of this model have."""
+    """The names for which this model has layers."""
     there = [name for name, _ in base.named_modules()]
     return [name for name in names if any(of == name or of.endswith(f".{name}") for of in there)]
 

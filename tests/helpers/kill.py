@@ -2,15 +2,20 @@
 
     python tests/helpers/kill.py FOLDER CASES.json      one JSON line for each case
 
-A case is {"mode": a name from MODES, "moments": [[kind, share], ...]}: the run is killed at the first moment, what goes
-on from there at the second, and so on. With the kind "event" the share is of the run's file operations in its output
-folder (they are counted, so the moment is the same every time); with "time" it is of its wall-clock, start to end.
-With the kind "write" it is killed where it first touches the file of that name: ["write", "report.html"].
-In the modes of two processes, a moment [kind, share, rank] kills one of them, and a launcher of our own ends the other,
-as torchrun does. With the kind "full" no file of that process can grow from that file operation on, as on a full disk;
-with "locked" the folder is held by another run.
+A case is {"mode": a name from MODES, "moments": [[kind, share], ...]}. The run is killed at the first moment, the
+resumed run at the second, and so on. Kinds of moments:
 
-The heavy imports happen once; every run is a fork of that process and dies like one of its own.
+- "event": a share of the run's file operations in its output folder. They are counted, so the moment is always the
+  same.
+- "time": a share of its wall-clock, from start to end.
+- "write": the run is killed when it first touches the file of that name, as in ["write", "report.html"].
+- "full": from that file operation on, no file of that process can grow, as on a full disk.
+- "locked": another run has locked the folder.
+
+In modes of two processes, a moment [kind, share, rank] kills one process, and our own launcher ends the other, like
+torchrun.
+
+The slow imports happen once. Every run is a fork of that process.
 """
 
 from __future__ import annotations
@@ -55,7 +60,7 @@ _WRITES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncat
 
 
 def fork(work: Any) -> int:
-    """The process id of a child that does `work()` and exits with what it returns."""
+    """Fork a child that calls `work()` and exits with its result. Returns the child's process id."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -76,8 +81,10 @@ def train(
     inputs: Path, output: Path, mode: str, *, resume: bool, die_at: int | str | None = None, full: bool = False,
     count: Path | None = None,
 ) -> int:  # fmt: skip
-    """`celora train`; killed, or out of disk, at its `die_at`-th file operation, or at the first of the file that it
-    names; or these counted in `count`."""
+    """Run `celora train`. It is killed, or its disk is full, at file operation `die_at` (a number, or a file's name).
+
+    Without `die_at`, file operations are counted in `count`.
+    """
     from celora.cli.main import main
 
     seen = 0
@@ -140,7 +147,7 @@ def launch(
 
 
 def _ended(children: list[int]) -> tuple[bool, int]:
-    """Wait for all; once one has failed, the others are asked to end, and killed if they do not within 20 s."""
+    """Wait for all processes. If one fails, ask the others to end, and kill them after 20 s."""
     killed, status, asked = False, 0, 0.0
     left = {*children}
     while left:
@@ -163,7 +170,7 @@ def _ended(children: list[int]) -> tuple[bool, int]:
 
 
 def case(folder: Path, mode: str, moments: list[list[Any]], whole: dict[str, Any]) -> dict[str, Any]:
-    """Kill at `moments`, go on to the end, and say what came out."""
+    """Kill the run at `moments`, resume it to its end, and return the outcome."""
     output = folder / "killed"
     shutil.rmtree(output, ignore_errors=True)
     kills, ended, left = 0, [], []

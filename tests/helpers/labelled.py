@@ -1,4 +1,4 @@
-"""Batches of which some tokens have no label, and what a model makes of them."""
+"""Batches with some unlabelled tokens, and the loss and gradient of a model for them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def gradient(model: nn.Module) -> Tensor:
 
 
 def compare(model: nn.Module, batch: dict[str, Any], *, calls: int = 2) -> None:
-    """Loss and gradient equal to what the model itself makes of this batch, to float32 rounding."""
+    """Check that loss and gradient equal the model's own for this batch, to float32 rounding."""
     celora.detach(model)
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
     expected = gradient(model)
     celora.attach(model, "exact")
-    for _ in range(calls):  # the first of which is also compared with the model's own logits
+    for _ in range(calls):  # the first call is also compared with the model's own logits
         model.zero_grad()
         output = model(**batch)
         output.loss.backward()

@@ -1,4 +1,4 @@
-"""Frozen layers of every kind that PEFT puts LoRA on, as a model loaded with that quantisation would hold them."""
+"""Frozen layers of every kind that PEFT supports, as in a model loaded with that quantisation."""
 
 from __future__ import annotations
 

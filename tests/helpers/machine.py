@@ -1,7 +1,7 @@
-"""What this machine cannot do, and what celora owes its user then: the layer is exact, and the report says why.
+"""Tells what this machine cannot do, and checks that celora refuses it: the layer is exact, and the report says why.
 
-A test that needs 8-bit products asks `refuses` first. Where the answer is yes, `refuses` has checked the refusal, and
-the test has nothing left to check.
+A test that needs 8-bit products calls `refuses` first. If it returns true, it has checked the refusal, and the test has
+nothing left to check.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""A device that this machine does not have: tensors that say they are on MPS, and lack what MPS lacks.
+"""A pretended device: tensors that claim to be on MPS, and refuse what MPS refuses.
 
-Their numbers are computed on the CPU. What MPS refuses is refused: float64, decompositions, and operators whose tensors
-lie on two devices.
+Their numbers are computed on the CPU. Refused are float64, decompositions, and operators on tensors of two devices.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from celora.weights import read as weights
 from patching import patch_all
 
-MPS = torch.device("mps", 0)  # without a number, torch would ask the device that is not there
+MPS = torch.device("mps", 0)  # without an index, torch would ask the missing device
 ATEN = torch.ops.aten
 _MOVES = {ATEN._to_copy.default, ATEN.copy_.default}
 _LACKING = {ATEN._linalg_eigh.default, ATEN._linalg_svd.default, ATEN._int_mm.default}
@@ -47,7 +46,7 @@ class Pretended(torch.Tensor):
         made.inner = inner
         return made
 
-    # In these torch would look at the device that is not there.
+    # In these functions torch would access the missing device.
     def item(self) -> Any:
         return self.inner.item()
 
@@ -116,7 +115,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 @contextmanager
 def pretended_mps(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """With such a device as the accelerator; yields what is asked of it: to wait, or its random state."""
+    """Pretend that the accelerator is such a device. Yields the list of calls to it: waits, and random states."""
     asked: list[str] = []
     patch_all(patch, "celora.weights.read:_PLAIN", (*weights._PLAIN, Pretended))
     patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: MPS)

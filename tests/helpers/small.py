@@ -44,7 +44,7 @@ MEMBERS = {
 
 
 def written_whole(file: Path) -> list[tuple[str, int]]:
-    """What the disk must see of a file that is to be there whole or not at all, whenever the power fails."""
+    """The disk operations for a file that must be whole or absent, whenever the power fails."""
     number = file.stat().st_ino
     return [("fsync", number), ("replace", number), ("fsync", file.parent.stat().st_ino)]
 

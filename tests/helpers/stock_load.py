@@ -1,7 +1,7 @@
 """Loads adapters with stock PEFT, in a process that has never seen celora: `stock_load.py FOLDER`.
 
-Every folder in FOLDER holds a `base` model, a `batch`, and adapters in `celora` and `plain`. What was said while each
-was loaded, and the logits it gives, are left in `loaded.pt` beside it.
+Every folder in FOLDER has a `base` model, a `batch`, and adapters in `celora` and `plain`. The warnings of each
+loading, and the logits, are written to `loaded.pt` beside them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RENAMED = "`is_gradient_checkpointing` is deprecated"  # peft 0.21 asks transfor
 
 
 class Said(logging.Handler):
-    """All warnings of one loading, by whatever way they come."""
+    """All warnings of one loading, from `warnings` and from logging."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Run something as a user who is not root, to whom alone a folder can be read-only."""
+"""Run something as a user who is not root. To root, no folder is read-only."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NOBODY = 65534
 
 @contextmanager
 def public_folder() -> Iterator[Path]:
-    """A temporary folder that others can look into; those of pytest are their owner's alone."""
+    """A temporary folder that other users can read; those of pytest are private."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
 
 
 def as_nobody(do: Callable[[], object]) -> BaseException | None:
-    """What `do` raises in a child process that has no more rights than any user."""
+    """The exception that `do` raises in a child process with the rights of an ordinary user."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
 

@@ -1,6 +1,6 @@
-"""What celora works with: test_variants.py checks this table cell by cell, and docs/use/compatibility.md is made of it.
+"""The table of PEFT variants and models that celora works with. test_variants.py checks every cell.
 
-`python tests/helpers/variants.py` writes the page.
+`python tests/helpers/variants.py` writes docs/use/compatibility.md from it.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from small import make_base, make_batch
 PAGE = Path(__file__).parents[2] / "docs" / "use" / "compatibility.md"
 
 COLUMNS = {
-    "estimated": "its layers train on estimated gradients and refresh",
-    "same gradient": "PEFT's own, to float32 rounding, where everything is kept (`keep_ratio=1`, preset `exact`)",
-    "fused": "adapter and base layer computed together, under the presets `exact`, `paper` and `auto`",
-    "reloads": "saved, it loads in stock PEFT without a warning and gives the same outputs",
-    "merges": "`merge_adapter` and `unmerge_adapter` between steps; training goes on",
+    "estimated": "layers train with estimated gradients, and refresh",
+    "same gradient": "with everything kept (`keep_ratio=1`, preset `exact`), PEFT's gradient, to float32 rounding",
+    "fused": "presets `exact`, `paper` and `auto` compute adapter and base layer together",
+    "reloads": "the saved adapter loads in stock PEFT without a warning, and gives the same outputs",
+    "merges": "`merge_adapter` and `unmerge_adapter` between steps work, and training goes on",
     "copies": "`copy.deepcopy` and `torch.save` keep the estimates: copy and original train alike",
-    "detaches": "`celora.detach` leaves the model it found, bit for bit",
+    "detaches": "`celora.detach` restores the model, bit for bit",
 }
 YES = "yes"
 

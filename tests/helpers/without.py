@@ -1,4 +1,4 @@
-"""Change the table of kernels for a test: as on a machine that lacks a backend, or has one."""
+"""Changes the table of kernels for a test, to pretend that a backend is missing or present."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from celora.kernels.c import build, library
 
 
 def without(patch: pytest.MonkeyPatch, *names: str, operations: tuple[str, ...] = ()) -> None:
-    """Leave out the backends with these names, of these operations or of all."""
+    """Remove the backends with these names, from these operations or from all."""
     for operation in operations or tuple(TABLE):
         patch.setitem(TABLE, operation, [backend for backend in TABLE[operation] if backend.name not in names])
 
 
 def take_path(patch: pytest.MonkeyPatch, path: str) -> str:
-    """Compute by the "compiled" kernels, with a "library"'s product between them, or as without a compiler: "torch"."""
+    """Use the "compiled" kernels, a "library"'s product between them, or only "torch", as without a compiler."""
     if path == "torch":
         without(patch, "c")
     elif path == "library":
