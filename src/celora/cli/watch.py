@@ -13,7 +13,7 @@ from celora.cli.app import app
 from celora.cli.options import Json, Quiet, each_possible, print_json
 
 _EVERY_S = 2.0
-WATCH_HELP = """Show how runs are coming along: loss, speed, time left, memory and the error of the estimates.
+WATCH_HELP = """Show the progress of runs: loss, speed, time left, memory and the error of the estimates.
 
 \b
 Examples:
@@ -23,7 +23,7 @@ Examples:
   celora watch out --quiet && celora chat out                     # wait until the run ends
   celora watch out --json | jq .runs[0].loss
 
-It reads the files of the runs and changes nothing. Ctrl-C ends it, not the runs."""
+It only reads the files of the runs. Ctrl-C ends it, and the runs go on."""
 
 
 @app.command(help=WATCH_HELP, short_help="Watch runs while they train.")
@@ -31,7 +31,7 @@ def watch(
     outs: Annotated[
         list[Path], typer.Argument(metavar="OUT...", callback=each_possible, help="Output folders of runs.")
     ],
-    once: Annotated[bool, typer.Option("--once", help="Show the runs as they are now, and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Show the runs once, and end.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

@@ -1,6 +1,6 @@
-"""A run while it goes on: its report, written every half minute, and what `celora watch` shows of it.
+"""Shows a run while it trains: it writes the report every half minute, and makes the table of `celora watch`.
 
-The trainer writes; whoever watches reads run.json and metrics.jsonl, from any process, and changes nothing.
+The training process writes. `celora watch` only reads run.json and metrics.jsonl, from any process.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from celora.train.progress import read_metrics
 from celora.train.report import EVERY_S, write_report
 
 _BARS, _PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-=*#"
-_RECENT = 20  # log events that speed and time left are a median of
+_RECENT = 20  # speed and time left are taken from so many log events
 
 
 class LiveReport(TrainerCallback):  # type: ignore[misc]
-    """Writes the report of a run that goes on, after a log event, at most every `EVERY_S` seconds."""
+    """Writes the report of a running run, after a log event, at most every `EVERY_S` seconds."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
@@ -35,22 +35,22 @@ class LiveReport(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if time.monotonic() - self._written < EVERY_S:
             return
-        with suppress(CELoraError):  # a disk that is full for a moment; the last report of a run says so
+        with suppress(CELoraError):  # the disk may be full for a moment; the report at the end would say so
             write_report(self.folder / REPORT, {self.name: self.folder})
         self._written = time.monotonic()
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run has come to.
+    """The state of a run. A number that is not known yet is None.
 
     Attributes:
-        status: of run.json; "stopped" for a run that was killed.
-        step, steps: taken, and in all; None for a number that is not known yet, as in every other attribute.
+        status: the status in run.json; "stopped" for a run that was killed.
+        step, steps: optimizer steps so far, and in all.
         losses: the training losses logged so far.
-        tokens_per_second: without padding.
-        seconds_left: of training, at the recent speed.
-        relative_error: of the estimates, the mean over layers at the latest refresh.
+        tokens_per_second: recent speed, without padding.
+        seconds_left: seconds of training that are left, at the recent speed.
+        relative_error: error of the estimates, the mean over layers at the latest refresh.
     """
 
     name: str
@@ -69,14 +69,14 @@ class Snapshot:
         return self.status == "running"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: the latest loss alone."""
+        """Plain values for JSON, with only the latest loss."""
         found = asdict(self)
         losses = found.pop("losses")
         return found | {"loss": losses[-1] if losses else None}
 
 
 def look(folder: Path) -> Snapshot:
-    """What the run in `folder` has come to.
+    """Read the state of the run in `folder`.
 
     Raises:
         CELoraError: no run has used the folder, or its record is damaged.
@@ -111,7 +111,7 @@ def look(folder: Path) -> Snapshot:
 
 
 def _steps(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> int | None:
-    """The optimizer steps of the whole run: as asked for, or from the share of an epoch that a step is."""
+    """Optimizer steps of the whole run: `max_steps`, or computed from the epochs so far; None if unknown."""
     train = record.get("train", {})
     if (most := train.get("max_steps") or -1) > 0:
         return int(most)
@@ -125,7 +125,7 @@ def _latest(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 
 def sparkline(values: Sequence[float], *, width: int = 24, plain: bool = False) -> str:
-    """The course of `values` in at most `width` characters, each the mean of an equal part; `plain`: in ASCII."""
+    """A curve of `values` in at most `width` characters, each the mean of an equal part. `plain`: in ASCII."""
     bars = _PLAIN_BARS if plain else _BARS
     count = min(width, len(values))
     means = [statistics.fmean(values[i * len(values) // count : (i + 1) * len(values) // count]) for i in range(count)]

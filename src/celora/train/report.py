@@ -26,7 +26,7 @@ from celora.train.output.folder import METRICS, RUN, finite
 from celora.train.progress import read_metrics
 from celora.train.wall_clock import PARTS, spent
 
-EVERY_S = 30  # how often the report of a run that goes on is written, and its page loads itself anew
+EVERY_S = 30  # seconds between two reports of a running run, and after which the open page reloads itself
 
 _SUMMARY = {
     "step": "optimizer steps",
@@ -99,7 +99,7 @@ def _rows(source: Path | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 
 
 def _so_far(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The summary of a run that goes on."""
+    """The summary of a running run."""
     found: dict[str, Any] = {}
     for row in rows:
         found |= {key: row[key] for key in _SUMMARY if key in row}

@@ -86,7 +86,7 @@ class Card:
             f"## How to load it\n\n```python\n{self._load(trainer, base, on_hub)}```\n",
         ]
         adapter = _adapter(trainer)
-        if not (adapter.use_dora or adapter.modules_to_save or adapter.bias != "none"):  # what llama.cpp can load
+        if not (adapter.use_dora or adapter.modules_to_save or adapter.bias != "none"):  # else llama.cpp cannot load it
             commands = _ELSEWHERE.format(adapter=shlex.quote(self.name))
             parts.append(f"In llama.cpp and Ollama:\n\n```bash\n{commands}```\n")
         if loss_picture(trainer.state.log_history):
@@ -190,7 +190,7 @@ def public_name(source: str) -> tuple[str, bool]:
 
 
 def _licence(model: str) -> str | None:
-    """The licence that the base model's own card states; None where that card is not on this machine."""
+    """The licence in the base model's own card; None if that card is not on this machine."""
     folder = Path(model).expanduser()
     card: Any = folder / CARD if folder.is_dir() else None
     if card is None and HUB_NAME.fullmatch(model):

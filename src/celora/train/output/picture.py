@@ -1,4 +1,4 @@
-"""The losses of a run as a picture for its model card: SVG, which a browser draws and the hub shows."""
+"""Draws the losses of a run as an SVG picture for its model card. Browsers and the hub show it."""
 
 from __future__ import annotations
 
