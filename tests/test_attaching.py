@@ -1,4 +1,4 @@
-"""Attaching to real PEFT models, and detaching: what is touched, what is not, and what is said."""
+"""Attaching to real PEFT models, and detaching: what changes, what does not, and what is reported."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def test_a_file_is_on_the_disk_before_its_name_and_the_name_before_it_counts(tmp
 
 
 def test_what_stands_under_the_temporary_name_is_neither_written_through_nor_kept(tmp_path: Path) -> None:
-    """A link there is replaced, a file is one that a killed process left, and a folder is nobody's to remove."""
+    """A link at the temporary name is replaced, and so is a killed process's file. A folder stays."""
     (tmp_path / "thesis.tex").write_text("years")
     (tmp_path / ".a.json.tmp").symlink_to(tmp_path / "thesis.tex")
     write_text(tmp_path / "a.json", "[1]")

@@ -9,7 +9,7 @@ from patching import patch_all
 
 @pytest.fixture
 def demo(monkeypatch):
-    """A demo to be replaced: what the command does with what becomes of it."""
+    """Replaces the demo itself, to test only the command around it."""
 
     def become(result):
         def run_demo(output, *, seeds, console, quiet):

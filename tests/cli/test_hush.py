@@ -1,4 +1,4 @@
-"""A command prints nothing that is not celora's, and what another library has to say about the run."""
+"""A command prints celora's own lines, and only those lines of other libraries that concern the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of kernels: who is asked first, who is told what, and the recipe for a new backend."""
+"""The table of kernels: the order of backends, their reasons, and the recipe for a new backend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_recipe_for_a_backend_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page's own code, run as it stands; estimators and `celora doctor` then use the backend."""
+    """The page's own code. Estimators and `celora doctor` then use the backend."""
     blocks = RECIPE.read_text(encoding="utf-8").split("```python\n")[1:]
     names: dict[str, Any] = {}
     for block in blocks:

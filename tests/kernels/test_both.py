@@ -1,4 +1,4 @@
-"""One 8-bit copy of a weight for forward and backward, against the closed form of both products."""
+"""One 8-bit copy of a weight for forward and backward, compared with the closed form of both products."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def packed_of(weight: Tensor) -> BothWays | None:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """A value half-way between two steps may go either way; in half precision the result is rounded once more."""
+    """A value half-way between two steps may round up or down. In half precision the result is rounded once more."""
     return 3e-3 if dtype == torch.float32 else 6e-3
 
 
@@ -115,7 +115,7 @@ def test_one_input_serves_several_weights() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_features_of_very_different_size(dtype: torch.dtype) -> None:
-    """With a scale for each input feature both products are of one weight, and nearer to the exact ones."""
+    """With a scale for each input feature, both products use one weight, and are nearer to the exact products."""
     size = torch.ones(100)
     size[[3, 50]] = 80.0
     w, x, g = torch.randn(67, 100).to(dtype), (torch.randn(25, 100) * size).to(dtype), torch.randn(25, 67).to(dtype)

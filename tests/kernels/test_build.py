@@ -1,4 +1,4 @@
-"""Where the compiled kernels are kept, by whom they could have been written, and what happens without a compiler."""
+"""Where compiled kernels are stored, who may have written them, and what happens without a compiler."""
 
 from __future__ import annotations
 

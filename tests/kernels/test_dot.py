@@ -1,4 +1,4 @@
-"""8-bit products in C against their reference, and with matrices as with vectors."""
+"""8-bit products in C, compared with their reference; matrix and vector instructions give the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (16, 32), (67, 100), (128, 257)])
 @pytest.mark.parametrize("kept", [None, 1, 5, 9, 11, 12, 25])
 def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int | None) -> None:
-    """Every number of rows and columns that are left over at the end of a block, and nothing written beside them."""
+    """Every number of rows and columns left over at the end of a block; nothing outside is written."""
     x, w = torch.randn(25, shape[0] + 3).to(dtype)[:, : shape[0]], torch.randn(shape).to(dtype)
     index = None if kept is None else torch.randperm(25)[:kept].sort().values
     position = None if index is None else torch.full((25,), -1, dtype=torch.int32)
@@ -61,7 +61,7 @@ def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int
 def test_matrices_multiply_as_vectors_do(
     rows: int, shape: tuple[int, int], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit, whatever the rows are cut into, by the size of a cache or for the threads."""
+    """Bit-identical, however the rows are divided by the size of a cache or among threads."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x, w = torch.randn(rows, shape[0]), torch.randn(shape)
     scale = w.abs().amax(0) / 127

@@ -1,4 +1,4 @@
-"""The compiled passes against the same in torch operators, where there is a compiler."""
+"""The compiled passes give the results of torch's operators, if there is a compiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The user's cache: nobody else can write there, and what cannot be believed is measured again."""
+"""The user's cache: nobody else can write there, and a damaged measurement is measured again."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_without_a_cache_nothing_is_kept_and_nothing_fails(home: Path) -> None:
 
 
 def test_every_folder_of_the_cache_is_made_for_the_user_alone(home: Path) -> None:
-    """Whatever the umask: who may write to a parent may put another folder in the place of the one looked at."""
+    """Whatever the umask: a user who may write to a parent folder could replace the folder that was checked."""
     before = os.umask(0o002)
     try:
         made = cache_folder("kernels")
@@ -88,7 +88,7 @@ def test_folders_of_celora_that_were_made_open_are_closed(home: Path) -> None:
 
 
 def test_what_is_above_the_users_home_is_not_looked_at(home: Path) -> None:
-    """What can replace a home has the user's own programs, too."""
+    """Folders above the home are not checked: whoever can replace a home can replace the user's programs, too."""
     home.parent.chmod(0o777)
     assert cache_folder("kernels").is_relative_to(home)
     home.chmod(0o777)

@@ -1,4 +1,4 @@
-"""What each system says of its CPU, by what it has been seen to say."""
+"""Reads descriptions of CPUs as real systems give them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ machdep.cpu.brand_string: Apple M2
 
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A system that says nothing of its CPU, and a torch that does not either."""
+    """Neither the system nor torch describes the CPU."""
     patch_all(monkeypatch, "celora.machine.cpu:_CPUINFO", tmp_path / "cpuinfo")
     patch_all(monkeypatch, "celora.machine.cpu:_capabilities", dict)
     monkeypatch.setattr(cpu.platform, "processor", lambda: "")
@@ -113,7 +113,7 @@ def test_windows(present: set[int], found: set[str], monkeypatch: pytest.MonkeyP
 
 
 def test_what_torch_finds_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on Windows, which does not tell of VNNI."""
+    """As on Windows, which does not report VNNI."""
     patch_all(
         monkeypatch,
         "celora.machine.cpu:_capabilities",
@@ -126,7 +126,7 @@ def test_what_torch_finds_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     ("limit", "used"), [(None, True), ("ALL", True), ("avx512_core_amx_fp16", True), ("AVX512_CORE_BF16", False)]
 )
 def test_matrix_instructions(limit: str | None, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN may be kept from what the CPU has, and cannot use what it has not."""
+    """oneDNN may be limited to fewer instructions than the CPU has, and never uses more."""
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if limit is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)

@@ -59,7 +59,7 @@ def test_as_many_tokens_hold_a_share_as_on_the_cpu(share: float, mps: list[str])
 
 @pytest.mark.parametrize("n", [30, 50_000])
 def test_draws_are_those_of_the_cpu(n: int, mps: list[str]) -> None:
-    """Float32 could not tell the intervals of 50,000 words apart."""
+    """In float32, the intervals of 50,000 words could not be distinguished."""
     scores = torch.rand(n).pow(6)
     index, factors, p = select.drawn(scores, n // 3, seed=2, draw=5)
     found = select.drawn(moved(scores), n // 3, seed=2, draw=5)

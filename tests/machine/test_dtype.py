@@ -1,4 +1,4 @@
-"""In which dtype a base model is trained: as named, as measured, as it fits into memory, and as the run began."""
+"""The dtype of the base model: as named, as measured, as memory allows, and as the run began."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_float32_has_to_be_clearly_faster(half: float, slower: bool, monkeypatch
 
 
 def bursts(seed: int) -> Callable[[int], float]:
-    """Something that slows two turns of five down, by up to 30 times."""
+    """Another load slows down two turns of five, by up to 30 times."""
     generator = torch.Generator().manual_seed(seed)
     slow = torch.where(torch.rand(100, generator=generator) < 0.4, 1 + 29 * torch.rand(100, generator=generator), 1.0)
     return lambda turn: float(slow[turn])
@@ -90,7 +90,7 @@ def test_what_else_the_machine_does_does_not_decide(half: float, load: str, monk
 
 
 def test_an_unclear_measurement_goes_on_and_then_keeps_half_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever says so every second time says nothing: the fastest turns are as fast, most others are not."""
+    """A load that slows down every second turn must not decide: the fastest turns are still equally fast."""
     asked = machine(monkeypatch, 1.0, lambda turn: 5.0 if turn % 2 == 0 and turn > 2 else 1.0)
     assert not slower_than_float32(torch.bfloat16, CPU)
     assert len(asked) == 2 * 46

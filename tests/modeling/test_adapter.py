@@ -1,4 +1,4 @@
-"""Which adapters can be computed together with their base layer, and why others cannot."""
+"""Adapters that can be computed together with their base layer, and the reasons for others."""
 
 from __future__ import annotations
 

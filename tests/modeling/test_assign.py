@@ -1,4 +1,4 @@
-"""What each layer gets by a preset or a configuration, and which layers stay dense."""
+"""The estimator of each layer under a preset or a configuration, and the layers that stay dense."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_an_override_touches_only_the_layer_it_names(model: PeftModel) -> None:
 
 
 def test_zero_tokens_are_not_guessed_on_an_accelerator(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There `tokens` keeps the share that the latest refresh needed: too few of them when more have labels."""
+    """On an accelerator `tokens` keeps the share that the latest refresh needed: too few if more tokens have labels."""
     report = celora.attach(model, "exact")
     assert [layer.label for layer in report.layers] == ["dense"] * 7 + ["dense, without zero tokens"] * 7
     celora.detach(model)

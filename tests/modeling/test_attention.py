@@ -1,4 +1,4 @@
-"""Attention of packed sequences against the same one by one, and its float32 backward against float64."""
+"""Attention of packed sequences equals attention one by one; its float32 backward is compared with float64."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_everything_else_is_transformers_own(what: str, size: int, monkeypatch: 
 @pytest.mark.parametrize("tokens", [2, 31, 32, 65, 300])
 @pytest.mark.parametrize("size", [32, 64, 256])
 def test_tiles_are_no_worse_than_torch(size: int, tokens: int) -> None:
-    """Rows of a batch, tensors as decoders have them: transposed, some with rows further apart."""
+    """Rows of a batch in the layouts of decoders: transposed, and some with gaps between rows."""
     torch.manual_seed(2)
     wide = torch.randn(3, tokens, 8, size + 7).bfloat16()
     of = [wide[:, :, n : n + heads, 3 : 3 + size].transpose(1, 2) for n, heads in ((0, 4), (4, 2), (6, 2))]
@@ -127,7 +127,7 @@ def test_tiles_are_no_worse_than_torch(size: int, tokens: int) -> None:
 
 @needs_matrices
 def test_tiles_do_not_depend_on_threads_or_company(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sequence gets the same bits in whatever company and order, and with as many threads as there may be."""
+    """A sequence gets the same bits in any batch, in any order, and with any number of threads."""
     of = [t.detach() for t in inputs(torch.bfloat16, 2, 64)]
     sequences = torch.tensor([(0, 0, 5), (0, 5, 1), (0, 6, 200), (0, 206, 17)])
     whole, logs = operations.attention(*of, sequences, scale=0.125)
@@ -164,7 +164,7 @@ def test_tiles_take_every_row_of_a_batch() -> None:
 
 @needs_matrices
 def test_checkpoints_get_what_the_forward_got() -> None:
-    """The first forward has no gradients; and, as with an adapter on `k_proj` alone, only the keys have one."""
+    """The first forward has no gradients. As with an adapter on only `k_proj`, only the keys have one."""
     query, key, value = inputs(torch.bfloat16, 4, 32)
     query, value = query.detach(), value.detach()
     outputs = []

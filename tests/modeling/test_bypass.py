@@ -1,4 +1,4 @@
-"""What goes past the layers is refused, skipped with the reason, or said after the first refresh."""
+"""Code that bypasses layers is refused, left out with a reason, or reported after the first refresh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The custom operators by which compiled graphs reach a layer: what they compute, and the shapes that they promise."""
+"""The custom operators through which compiled graphs call a layer: their results and the shapes that they promise."""
 
 from __future__ import annotations
 

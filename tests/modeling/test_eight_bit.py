@@ -1,4 +1,4 @@
-"""The forward of frozen layers in 8 bits: what it computes, what it leaves alone, and what survives."""
+"""The forward of frozen layers in 8 bits: its results, when it does not apply, and what survives it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every row of the table of families against Transformers' own models, and a new family by one row."""
+"""Every row of the table of families is compared with Transformers' own models; a new family needs one row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a taken-over model keeps in memory, and how often its forward waits for the device."""
+"""How much memory a model with celora's loss keeps, and how often its forward waits for the device."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_dropped_model_is_freed_at_once(kind: str) -> None:
 
 
 class Reads(TorchFunctionMode):
-    """What would wait for an accelerator: numbers, lists and shapes that depend on a tensor's numbers."""
+    """Records operations that would wait for an accelerator: reading numbers, and shapes that depend on numbers."""
 
     WAIT = frozenset(
         {"tolist", "item", "nonzero", "argwhere", "__bool__", "__int__", "__float__", "__index__", "is_nonzero",

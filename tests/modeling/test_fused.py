@@ -1,4 +1,4 @@
-"""The fused LoRA linear computes what PEFT's own does: alone, in whole models, and with every estimator."""
+"""The fused LoRA linear gives PEFT's results: alone, in whole models, and with every estimator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a layer's adapter is fused or PEFT's own forward runs: decided anew in every forward."""
+"""Every forward decides again whether a layer's adapter is fused or PEFT's own forward runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What others find of a fused layer: their hooks run, and after an error, in a copy or detached it is PEFT's again."""
+"""Hooks of others run on a fused layer. After an error, in a copy or detached, it is PEFT's layer again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graft on one linear layer: gradients, dtypes, shapes, memory, compile; and when it leaves a model alone."""
+"""The graft on one linear layer: gradients, dtypes, shapes, memory, torch.compile, and when it does not act."""
 
 from __future__ import annotations
 

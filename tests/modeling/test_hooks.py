@@ -1,4 +1,4 @@
-"""celora's hooks and forwards are told from others', and taken off alone."""
+"""celora recognises its own hooks and forwards, and removes only these."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base that is held in 8 bits: which layers are, what training, saving and undoing make of it."""
+"""A base in 8 bits: which layers are stored so, and how it trains, is saved and is restored."""
 
 from __future__ import annotations
 

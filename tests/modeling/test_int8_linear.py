@@ -1,4 +1,4 @@
-"""A linear layer that is held in 8 bits: what it computes, what survives moves and copies, and merging."""
+"""A linear layer in 8 bits: its results, moves, copies and merging."""
 
 from __future__ import annotations
 

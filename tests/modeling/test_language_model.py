@@ -1,4 +1,4 @@
-"""Models whose head or loss celora does not compute: which, why, and that their own is used."""
+"""Models whose head or loss celora cannot compute use their own, with a reason."""
 
 from __future__ import annotations
 

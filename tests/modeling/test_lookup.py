@@ -1,4 +1,4 @@
-"""The attention of packed batches is found by their own calls alone, and again when a checkpoint is computed anew."""
+"""Only calls with packed batches use celora's attention, also when a checkpoint repeats them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the model's forward returns while it trains, against Transformers' own loss."""
+"""The output of a model in training, compared with Transformers' own loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL and whoever else has a hand in a model's forward: what cannot be read is left alone, and nothing is dropped."""
+"""TRL and other code that changes a model's forward: what celora cannot read it leaves alone, and it drops nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed batches against the same padded: the same loss and gradients, for every kind of model allowed."""
+"""Packed and padded batches give the same loss and gradients, for every kind of model that may be packed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What models do to their logits, whatever their configuration says and however small the logits are."""
+"""Finds what models do to their logits, whatever their configuration says, and however small the logits are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one survey finds in a model: its layers, why some cannot be estimated or fused, and the model around them."""
+"""A survey finds a model's layers, why some cannot be estimated or fused, and the language model around them."""
 
 from __future__ import annotations
 

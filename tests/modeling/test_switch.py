@@ -1,4 +1,4 @@
-"""Parts of a model that celora was attached to are exact once they are on their own."""
+"""A copied or separated part of an attached model is exact."""
 
 from __future__ import annotations
 

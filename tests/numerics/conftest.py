@@ -1,4 +1,4 @@
-"""The two ways in which numerics are computed on a CPU: by compiled kernels, and by torch alone."""
+"""The two ways to compute on a CPU: with compiled kernels, and with torch alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""As many columns as hold a share of the squared scores."""
+"""Columns by energy, compared with their reference."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ exponents = st.integers(-148, 120)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:celora. (a gradient of|by step)")
 def test_no_scale_invents_or_loses(path: str, dtype: torch.dtype, scale: float) -> None:
-    """Finite where exact is, nowhere larger than an estimate may be, and lost only below the smallest normal number."""
+    """Finite if the exact product is, never too large, and zero only below the smallest normal number."""
     plain = plain_layer(dtype)
     G = (ordinary(torch.float32) * scale).to(dtype)
     exact = run_through(plain, G)["x"].double()

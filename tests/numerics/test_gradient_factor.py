@@ -1,4 +1,4 @@
-"""The factor that gradients need, against its reference, by itself and beside columns and tokens."""
+"""The gradient factor, compared with its reference, alone and with columns and tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss over labelled tokens against its formula in float64, and what it holds in memory."""
+"""The loss over labelled tokens, compared with its formula in float64, and its memory."""
 
 from __future__ import annotations
 

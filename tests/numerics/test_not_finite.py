@@ -1,4 +1,4 @@
-"""NaN and infinity, under every estimator: they arrive as in the exact backward, and leave nothing behind."""
+"""NaN and infinity under every estimator: gradients are the exact backward's, and later estimates do not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an observed gradient tells about candidates, against their own estimates."""
+"""Errors from an observed gradient equal the errors of the candidates' own estimates."""
 
 from __future__ import annotations
 

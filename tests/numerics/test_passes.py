@@ -1,4 +1,4 @@
-"""RMS norms, gates and rotations in one pass each against the same by torch's operators, in float64 as the judge."""
+"""RMS norms, gates and rotations in one pass, compared with torch's operators; float64 judges."""
 
 from __future__ import annotations
 

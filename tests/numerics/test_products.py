@@ -1,4 +1,4 @@
-"""8-bit products against their reference, in every dtype and on every path that a CPU has."""
+"""8-bit products, compared with their reference, in every dtype and on every path of a CPU."""
 
 from __future__ import annotations
 

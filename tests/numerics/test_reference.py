@@ -1,4 +1,4 @@
-"""The judge judged: closed forms against sums written out element by element."""
+"""The reference itself: closed forms are compared with sums over single elements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns and tokens drawn anew in every backward: unbiased, resumed, and independent of the global random state."""
+"""Randomly drawn columns and tokens: unbiased, resumed exactly, and independent of the global random state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Probabilities and draws, against their reference and in the mean."""
+"""Probabilities equal their reference, and draws have the right mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan considers for a layer, and what it leaves out."""
+"""The candidates of a plan for a layer, and what it leaves out."""
 
 from __future__ import annotations
 

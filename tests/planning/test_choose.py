@@ -1,4 +1,4 @@
-"""The cheapest choice within an error and a memory limit, and the allowances that lead to it."""
+"""The fastest choice within an error and a memory limit, and the allowances on the way to it."""
 
 from __future__ import annotations
 

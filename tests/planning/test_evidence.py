@@ -1,4 +1,4 @@
-"""What is timed for the candidates, and what counts as their time."""
+"""Which settings are timed for the candidates, and how their time is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What presets auto and fast give each kind of layer and the head, by what was faster."""
+"""Presets auto and fast give each kind of layer, and the head, the fastest setting."""
 
 from __future__ import annotations
 

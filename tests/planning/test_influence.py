@@ -1,4 +1,4 @@
-"""How much of one layer's error arrives in the LoRA gradient."""
+"""Measures how much of one layer's error arrives in the LoRA gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan as a document: saved, read back, carried out, refused where it does not belong."""
+"""A plan as a file: saved, read back, carried out, and refused for another model or device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The planner on a tiny model: what it measures, what it chooses, what it leaves alone. Times are whatever they are."""
+"""The planner on a tiny model: what it measures, chooses and leaves alone. Real times are not asserted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model in float32 for a while: the reference for its gradients, and the same model again afterwards."""
+"""A model in float32 for a while gives the reference gradient, and is the same model afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation builds with every link whole, fetches nothing, and what it shows to be run runs."""
+"""The documentation builds without broken links, fetches nothing, and its commands and snippets run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where torch comes from when the environment is made; making one is what `make demo` and `make test` do."""
+"""Which build of torch the environment gets. `make demo` and `make test` make the environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/use/faults.md is what the tests say, and the tests are there."""
+"""docs/use/faults.md agrees with the markers of the tests, and the tests exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The studies of what is learnt: held-out rows are held out, the judges judge, and the tables say what the rows say."""
+"""The studies of what is learnt: held-out rows are not trained on, scores are right, and tables agree with rows."""
 
 from __future__ import annotations
 

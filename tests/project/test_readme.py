@@ -1,4 +1,4 @@
-"""The README's snippets run; tables and pictures, there and in the docs, are the ones the committed rows make."""
+"""The README's snippets run. Tables and pictures, there and in the docs, come from the committed rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An attachment while its model trains: when it refreshes, what it monitors, and what becomes of copies."""
+"""An attachment while its model trains: when it refreshes, what it monitors, and how copies behave."""
 
 from __future__ import annotations
 

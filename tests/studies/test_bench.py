@@ -1,4 +1,4 @@
-"""The bench measures what it says: the same work in every arm, rows that add up. Its times are whatever they are."""
+"""The bench: every arm does the same work, and rows add up. Times are not asserted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models and the batches of the bench are those that a cell names."""
+"""A cell has the model and the batches that its name says."""
 
 from __future__ import annotations
 

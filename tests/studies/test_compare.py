@@ -1,4 +1,4 @@
-"""The comparison: what it runs, what it does not run again, and what it refuses."""
+"""`celora compare`: what it runs, what it does not repeat, and what it refuses."""
 
 from __future__ import annotations
 

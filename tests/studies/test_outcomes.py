@@ -1,4 +1,4 @@
-"""What a comparison concludes: intervals against the textbook, and sentences that say no more than the runs do."""
+"""Conclusions of a comparison: intervals agree with the textbook, and sentences claim what the runs show."""
 
 from __future__ import annotations
 

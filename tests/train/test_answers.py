@@ -1,4 +1,4 @@
-"""Rows of messages teach what the assistant says, whatever the chat template; and how much is learnt is said."""
+"""From messages a model learns the assistant's turns, with any chat template. The run says how much."""
 
 from __future__ import annotations
 

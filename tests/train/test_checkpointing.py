@@ -1,4 +1,4 @@
-"""Checkpointing is off unless memory asks for it, and what was chosen is said."""
+"""Checkpointing is off unless memory is short, and the run says what was chosen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows from files, folders and the hub: every shape, every source, and one clear line for every way to get it wrong."""
+"""Rows from files, folders and the hub: every shape, every source, and one clear line for every mistake."""
 
 from __future__ import annotations
 

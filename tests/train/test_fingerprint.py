@@ -1,4 +1,4 @@
-"""A run goes on only with what it was made from."""
+"""A run can only be resumed with the files that it was started with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The output folder: who holds it, and what a kill while it changes hands leaves."""
+"""The output folder: its lock, and what is left if a run is killed while it replaces another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers: those of stock PEFT, in a conversation and in batches, with the adapter and without it."""
+"""Answers equal stock PEFT's, in a conversation and in batches, with and without the adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run loads, and models, tokenizers and adapters whose files are not what they should be."""
+"""Loading models, tokenizers and adapters, also damaged ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sealed folder says whether it is still what was saved."""
+"""A sealed folder shows whether its files have changed."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from trl_fields import TRL_SFT
 
 
 def test_names_read_from_sources_are_those_of_the_import():
-    """Flags are refused by the former before the latter is there."""
+    """The names read from the sources refuse flags before TRL is imported."""
     of_trl = {f.name for cls in TRL_SFT for f in dataclasses.fields(cls)}
     assert trl_names() == of_trl
     imported = {action.dest for action in launch_command_parser()._actions}  # as the parser itself has them

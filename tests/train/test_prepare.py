@@ -1,4 +1,4 @@
-"""What audit and plan train nothing with: the same batches and configuration as training."""
+"""audit and plan see the batches and the configuration of training, and train nothing."""
 
 from __future__ import annotations
 

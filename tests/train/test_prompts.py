@@ -1,4 +1,4 @@
-"""Many prompts: what a row asks, and a file of answers that is whole at every moment."""
+"""Many prompts: the prompt of a row, and an output file that is always complete."""
 
 from __future__ import annotations
 

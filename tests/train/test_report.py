@@ -1,4 +1,4 @@
-"""The report is one file that fetches nothing, and no text from data can leave its place."""
+"""The report is one file that fetches nothing, and text from data cannot become markup or code."""
 
 from __future__ import annotations
 

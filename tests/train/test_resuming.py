@@ -1,4 +1,4 @@
-"""--resume goes on where a run stopped, and --overwrite replaces a run: neither ever loses one."""
+"""--resume continues a stopped run, and --overwrite replaces a run. Neither ever loses a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: what they leave, how they resume, what they refuse."""
+"""Whole runs of a tiny model: what they write, how they resume, what they refuse."""
 
 from __future__ import annotations
 

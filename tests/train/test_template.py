@@ -1,4 +1,4 @@
-"""A chat template that refuses a row: which one, and why."""
+"""A chat template refuses a row: the error says which row, and why."""
 
 from __future__ import annotations
 

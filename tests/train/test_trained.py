@@ -1,4 +1,4 @@
-"""A run's folder, loaded again: the adapter, its base model as it was trained on, and what is said where one lacks."""
+"""A run's folder, loaded again: the adapter and its base model, and the errors if one is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's trainer with celora's additions: what a library refuses is one line, and what it overrides is there."""
+"""TRL's trainer with celora's additions: a refusal by a library is one line, and every overridden method exists."""
 
 from __future__ import annotations
 

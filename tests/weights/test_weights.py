@@ -1,4 +1,4 @@
-"""Layers that do not hold their weight as an (out, in) tensor: read, estimated, trained, saved."""
+"""Layers whose weight is no (out, in) tensor are read, estimated, trained and saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole models under torch.compile: one graph without a break, none anew at a refresh, the same result."""
+"""Whole models under torch.compile: one graph without a break, no new graph at a refresh, the same result."""
 
 from __future__ import annotations
 

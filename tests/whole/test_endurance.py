@@ -1,4 +1,4 @@
-"""What is attached and detached again and again, or interrupted half-way, leaves nothing behind."""
+"""Attaching and detaching many times, or interrupting a forward, leaves nothing behind."""
 
 from __future__ import annotations
 

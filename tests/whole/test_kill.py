@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL at any moment goes on and ends with bit-identical parameters (the harness: kill.py)."""
+"""A run killed with SIGKILL at any moment resumes to bit-identical parameters (the harness: kill.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What llama.cpp answers with an exported adapter, and with a merged model, is what PEFT answers.
+"""llama.cpp with an exported adapter, or with a merged model, answers like PEFT.
 
 The base is a real model in a 4-bit file. PEFT computes on the same weights, unpacked to float32. llama.cpp multiplies
 the 4-bit weights with activations in 8 bits: without an adapter, its log-probabilities are off by this noise. With the

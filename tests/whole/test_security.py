@@ -1,4 +1,4 @@
-"""What is only meant to be read is only read: no code, no pickle, no path out of the folders given."""
+"""Files are only read: no code runs, nothing is unpickled, and no path leaves the given folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's trainers and Transformers' Trainer log and train the same with celora as without."""
+"""TRL's trainers and Transformers' Trainer log and train the same with celora and without."""
 
 from __future__ import annotations
 

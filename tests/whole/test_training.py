@@ -1,4 +1,4 @@
-"""Training with celora beside what PEFT and PyTorch offer: checkpoints, biases, half precision, merging, saving."""
+"""Training with celora and features of PEFT and PyTorch: checkpoints, biases, half precision, merging, saving."""
 
 from __future__ import annotations
 

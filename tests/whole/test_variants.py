@@ -1,4 +1,4 @@
-"""Every cell of docs/use/compatibility.md: a PEFT variant or a kind of model, and one thing that must work with it."""
+"""Every cell of docs/use/compatibility.md: a PEFT variant or a model, and one thing that must work with it."""
 
 from __future__ import annotations
 

@@ -185,7 +185,8 @@ def lora_linear(
         bias: (out,) or None; gets `grad_output.sum(0)` if it requires grad.
         adapter: dropout is drawn from torch's global generator, and its mask saved (a byte a number).
         layer: its current mode decides how `grad_output @ weight` is computed.
-        in_8_bits: x in the 8 bits that the base layer multiplied. For `grad_A` it is saved instead of x, a byte a number.
+        in_8_bits: x in the 8 bits that the base layer multiplied. For `grad_A` it is saved in place of x: a byte a
+        number.
     """
     result: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         x, output.detach(), bias, adapter.A, adapter.B, weight, adapter.scaling, adapter.dropout, layer, in_8_bits
