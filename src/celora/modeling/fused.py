@@ -186,7 +186,7 @@ def lora_linear(
         adapter: dropout is drawn from torch's global generator, and its mask saved (a byte a number).
         layer: its current mode decides how `grad_output @ weight` is computed.
         in_8_bits: x in the 8 bits that the base layer multiplied. For `grad_A` it is saved in place of x: a byte a
-        number.
+            number.
     """
     result: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         x, output.detach(), bias, adapter.A, adapter.B, weight, adapter.scaling, adapter.dropout, layer, in_8_bits
