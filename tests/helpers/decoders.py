@@ -26,9 +26,12 @@ EXTRA: dict[str, dict[str, Any]] = {
 def model_of(kind: str, **more: Any) -> nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        kind, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2, max_position_embeddings=64,
-        **{k: v for k, v in EXTRA.get(kind, {}).items() if k != "pad_token_id"}, **more,
+        kind,
+        **{
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+            "max_position_embeddings": 64, **EXTRA.get(kind, {}), **more,
+        },
     )  # fmt: skip
     attention = "sdpa" if kind in FAMILIES and FAMILIES[kind].packs_with else "eager"
     base = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)

@@ -16,11 +16,27 @@ from celora.train.formats.architectures import Layout
 PACKED = getattr(transformers, "GgufConfig", None)  # older versions always unpack
 
 
-def write_model(path: Path, model: Any, kind: Any = gguf.GGMLQuantizationType.F32) -> Path:
-    """All tensors of a model in float32 or, its matrices, as `kind`."""
+# As a byte-level vocabulary spells them; "Ġ" is a blank.
+WORDS = ["<pad>", "<eos>", "<bos>", "<turn>", "Ġ", *"abcdefghijklmnopqrstuvwxyz0123456789", "th", "the", "Ġthe"]
+MERGES = ["t h", "th e", "Ġ the"]
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}<turn>{% endfor %}"
+
+
+def write_model(
+    path: Path, model: Any, kind: Any = gguf.GGMLQuantizationType.F32, *, more: Any = None, words: bool = False
+) -> Path:
+    """All tensors of a model in float32 or, its matrices, as `kind`.
+
+    `more` is called with the writer, to add what else is to be in the file; `words`: with a tokenizer.
+    """
     config = model.config
     layout = Layout(config)
     writer = gguf.GGUFWriter(path, layout.architecture.name)
+    if more is not None:
+        more(writer)
+    _add_peculiar(writer, config)
+    if words:
+        add_tokenizer(writer, config.vocab_size)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -31,10 +47,13 @@ def write_model(path: Path, model: Any, kind: Any = gguf.GGMLQuantizationType.F3
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(10000.0)
+    rotation = config.rope_parameters
+    writer.add_rope_freq_base(rotation.get("full_attention", rotation)["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_array("test.names", ["a", "b"])
+    if config.model_type == "phi3":
+        writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
     for name, tensor in parameters(model).items():
         values = layout.to_gguf(name, tensor).numpy()
         plain = values.ndim == 1 or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]
@@ -45,6 +64,41 @@ def write_model(path: Path, model: Any, kind: Any = gguf.GGMLQuantizationType.F3
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_tokenizer(writer: Any, size: int, **given: Any) -> None:
+    """A byte-level tokenizer of so many tokens with a chat template; `given` replaces parts of it."""
+    words = [*WORDS, *(f"[unused{i}]" for i in range(size - len(WORDS)))]
+    parts = {
+        "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.merges": MERGES,
+        "tokenizer.ggml.token_type": [3] * 4 + [1] * (len(WORDS) - 4) + [5] * (size - len(WORDS)),
+    } | {f"tokenizer.ggml.{name}": value for name, value in given.items() if isinstance(value, list)}
+    numbers = {"padding_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "eot_token_id": 3}
+    numbers |= {name: value for name, value in given.items() if isinstance(value, int)}
+    writer.add_string("tokenizer.ggml.model", given.get("model", "gpt2"))
+    writer.add_string("tokenizer.ggml.pre", given.get("pre", "qwen2"))
+    writer.add_string("tokenizer.chat_template", TEMPLATE)
+    for name, value in parts.items():
+        writer.add_array(name, value)
+    for name, value in numbers.items():
+        writer.add_uint32(f"tokenizer.ggml.{name}", value)
+
+
+def _add_peculiar(writer: Any, config: Any) -> None:
+    """What llama.cpp's converter writes for this family alone."""
+    if config.model_type == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if getattr(config, "sliding_window", None) is not None and config.model_type != "mistral":
+        writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "gemma3_text":
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+    if config.model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
 def parameters(model: Any) -> dict[str, torch.Tensor]:

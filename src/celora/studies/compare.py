@@ -23,7 +23,7 @@ from celora.planning.plan import Plan
 from celora.studies.outcomes import Outcome, cells, findings
 from celora.train.dtype import settle_dtype
 from celora.train.fingerprint import check_same, fingerprints
-from celora.train.loading import load_tokenizer, quiet_libraries, training_rows
+from celora.train.loading import load_tokenizer, quiet_libraries, training_rows, with_folder
 from celora.train.output.folder import LOCK, PLAN, RUN, OutputFolder, write_json, writing_to
 from celora.train.report import write_report
 from celora.train.request.arguments import PLANNING, TrainRequest, make_request, recorded, sft_config
@@ -176,7 +176,7 @@ def _split(request: TrainRequest, output: Path, console: Console) -> dict[str, s
         return {}
     train_file, held_out_file = output / "data" / "train.jsonl", output / "data" / "held-out.jsonl"
     if not held_out_file.is_file():
-        rows = training_rows(request, load_tokenizer(request))
+        rows = training_rows(request, load_tokenizer(with_folder(request)))
         if len(rows) < 2:
             raise CELoraError(f"{request.data!r} has {len(rows)} row; a comparison needs rows to hold out. Give more.")
         held_out = min(_MOST_HELD_OUT, max(1, int(_HELD_OUT * len(rows))))

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from celora.errors import CELoraError
+from celora.train.loading import gguf_of
 from celora.train.request.arguments import TrainRequest
 from celora.train.rows.data import local_files
 
@@ -35,11 +36,12 @@ def fingerprints(request: TrainRequest, evaluation: str | None) -> dict[str, str
 
     `evaluation`: where the evaluation rows come from, if there are any.
     """
-    options = request.options
+    options, model = request.options, str(request.given["model"])
+    source = str(gguf_of(model) or model)
     found = {
         f"data in {request.data!r}": local_files(request.data, options.dataset_train_split),
-        f"model in {request.model!r}": _matching(request.model, "*.safetensors"),
-        f"tokenizer or configuration in {request.model!r}": _matching(request.model, *_SETTINGS),
+        f"model in {model!r}": _matching(source, "*.safetensors"),
+        f"tokenizer or configuration in {model!r}": _matching(source, *_SETTINGS),
     }
     if evaluation is not None:
         found[f"evaluation data in {evaluation!r}"] = local_files(evaluation, options.dataset_test_split)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError  # the exception; nothing here is unpickled
 from typing import Any
@@ -22,6 +23,37 @@ from celora.train.int8_loading import load_int8_model
 from celora.train.processes import is_first
 from celora.train.request.arguments import TrainRequest
 from celora.train.rows.data import load_rows
+
+
+def with_folder(request: TrainRequest, say: Callable[[str], None] | None = None) -> TrainRequest:
+    """The request with a folder of Transformers as its model, where a GGUF file was asked for; else as it is.
+
+    `request.given` keeps the file, which is what the user knows and what the record of a run names. `say` is told of a
+    conversion before it begins.
+
+    Raises:
+        CELoraError: the file cannot be converted, or it cannot be known which of several is meant.
+    """
+    path = gguf_of(request.model)
+    if path is None:
+        return request
+    from celora.train.formats.gguf_base import converted  # most models need no `gguf`
+
+    return replace(request, model=str(converted(path, request.lora["dtype"], say)))
+
+
+def gguf_of(model: str) -> Path | None:
+    """The GGUF file that a model's name means: itself, or the only one in a folder without a model of Transformers."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            return path if path.suffix == ".gguf" or file.read(4) == b"GGUF" else None
+    if not path.is_dir() or any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+        return None
+    found = sorted(file.name for file in path.glob("*.gguf"))
+    if len(found) > 1:
+        raise CELoraError(f"--model {model!r} holds {len(found)} GGUF files; give one of them: {', '.join(found[:5])}")
+    return path / found[0] if found else None
 
 
 def load_tokenizer(request: TrainRequest) -> Any:
@@ -120,18 +152,11 @@ def check_model_folder(model: str) -> None:
             raise CELoraError(f"--model {model!r}: no such folder")
         return
     if not path.is_dir():
-        raise CELoraError(f"--model {model!r} is a file; expected a folder or a Hugging Face name")
+        raise CELoraError(f"--model {model!r} is a file; expected a folder, a GGUF file or a Hugging Face name")
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         adapter = read_json(path / "adapter_config.json")
         base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
         raise CELoraError(f"--model {model!r} is an adapter, not a model; give its base model {base!r}")
-    if not (path / "config.json").exists() and (packed := next(path.glob("*.gguf"), None)):
-        unpacked = ", quantization_config=GgufConfig(dequantize=True)" * hasattr(transformers, "GgufConfig")
-        raise CELoraError(
-            f"--model {model!r} holds {packed.name}, whose weights are packed; unpack it once, model and tokenizer: "
-            f"AutoModelForCausalLM.from_pretrained({model!r}, gguf_file={packed.name!r}{unpacked})"
-            ".save_pretrained(FOLDER), and give --model FOLDER"
-        )
     if not (path / "config.json").exists():
         raise CELoraError(f"--model {model!r} is not a model folder: it has no config.json")
     if not any(path.glob("*.safetensors")):

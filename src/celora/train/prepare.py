@@ -15,7 +15,15 @@ import celora
 from celora.planning.plan import Plan
 from celora.settings.config import CELoraConfig
 from celora.train.dtype import settle_dtype
-from celora.train.loading import load_adapter, load_model, load_tokenizer, lora_config, quiet_libraries, training_rows
+from celora.train.loading import (
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    quiet_libraries,
+    training_rows,
+    with_folder,
+)
 from celora.train.output.folder import CONFIG
 from celora.train.planning import make_plan, settled
 from celora.train.request.arguments import TrainRequest, sft_config
@@ -54,6 +62,7 @@ def prepared(request: TrainRequest, rows: int | None, adapter: Path | None) -> I
     `rows`: rows in a batch; None for as many as in training.
     """
     with quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
+        request = with_folder(request)
         tokenizer = load_tokenizer(request)
         data = training_rows(request, tokenizer)
         train = request.train | _NO_EVALUATION | ({} if rows is None else {"per_device_train_batch_size": rows})

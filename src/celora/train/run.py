@@ -37,6 +37,7 @@ from celora.train.loading import (
     lora_config,
     quiet_libraries,
     training_rows,
+    with_folder,
 )
 from celora.train.output.card import Card
 from celora.train.output.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json, writing_to
@@ -156,6 +157,7 @@ def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
     request, earlier, first = run.request, run.earlier, is_first()
     quiet = request.options.quiet
     with clock.spending("load"):
+        request = with_folder(request, lambda line: say(console, quiet, line))
         tokenizer = load_tokenizer(request)
     with clock.spending("start"):
         args = sft_config(request)

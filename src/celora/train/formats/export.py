@@ -19,7 +19,7 @@ from celora.errors import CELoraError, unknown
 from celora.files import replacing_folder
 from celora.train.formats.merged_folder import base_folder, write_folder
 from celora.train.formats.saved_adapter import SavedAdapter
-from celora.train.loading import read_tokenizer
+from celora.train.loading import gguf_of, read_tokenizer
 from celora.train.request.arguments import TrainRequest
 from celora.train.use.trained import adapter_config, request_of
 
@@ -54,7 +54,7 @@ def export(
         folder: the output folder of a run, a checkpoint in it, or a folder that PEFT has saved.
         to: "gguf" for llama.cpp, or "safetensors" for Transformers.
         merged: write the whole model.
-        gguf: the base model as GGUF; a merged GGUF file needs it.
+        gguf: the base model as GGUF, which a merged GGUF file needs; None for the file that was trained on, if any.
         outtype: of a merged GGUF file: "f16", "q8_0" or "f32".
         output: the folder to write; None for one beside `folder`.
         model: where the base model is now; None for where it was.
@@ -71,14 +71,15 @@ def export(
         raise CELoraError(
             f"the adapter in {str(folder)!r} is in safetensors already; give --merged for the whole model"
         )
+    output = output or folder.with_name(f"{folder.resolve().name}{'-merged' if merged else ''}-{to}")
+    _check_output(output, overwrite=overwrite)
+    request = request_of(folder, adapter_config(folder), model)
+    gguf = gguf or gguf_of(str(request.given["model"]))
     if merged and to == "gguf" and gguf is None:
         raise CELoraError(
             "--merged --to gguf takes metadata and tokenizer from the base model's GGUF file; give --gguf FILE or, "
             "without one, --to safetensors, which llama.cpp's convert_hf_to_gguf.py reads"
         )
-    output = output or folder.with_name(f"{folder.resolve().name}{'-merged' if merged else ''}-{to}")
-    _check_output(output, overwrite=overwrite)
-    request = request_of(folder, adapter_config(folder), model)
     adapter = SavedAdapter(folder)
     name = folder.resolve().name
     with replacing_folder(output) as new:

@@ -11,19 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from celora.errors import CELoraError
 from celora.files import read_json
 from celora.train.formats.saved_adapter import SavedAdapter
+from celora.train.formats.shards import write_shards
+from celora.weights.checkpoint import INDEX
 
 _MOST_BYTES = 2**30  # of one file, unless one tensor alone is larger
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_GENERATION, _INDEX = "generation_config.json", "model.safetensors.index.json"
+_GENERATION = "generation_config.json"
 
 
 def base_folder(model: str, revision: str) -> Path:
@@ -51,30 +51,24 @@ def write_folder(folder: Path, base: Path, adapter: SavedAdapter, tokenizer: Any
     tied = bool(config.get("tie_word_embeddings", False))
     untied = tied and not {_EMBEDDING, _HEAD}.isdisjoint(adapter.touched)
     merged = ((name, adapter.merged(name, tensor)) for name, tensor in _with_head(_tensors(base), untied))
-    places: dict[str, int] = {}
-    for number, group in enumerate(_groups(merged)):
-        if wrong := next((name for name, tensor in group.items() if not bool(tensor.isfinite().all())), None):
-            raise CELoraError(f"{wrong!r} holds NaN or infinity after merging, so nothing is written")
-        _write(folder / _file(number), group)
-        places |= dict.fromkeys(group, number)
-    if rest := adapter.touched - places.keys():
+    names = write_shards(folder, merged, _MOST_BYTES)
+    if rest := adapter.touched - names:
         raise CELoraError(
             f"{min(rest)!r}, which the adapter changes, is not in the base model in {str(base)!r}: this is another one"
         )
-    _name_files(folder, places)
     if untied:
         config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if (base / _GENERATION).is_file():
         shutil.copyfile(base / _GENERATION, folder / _GENERATION)
     tokenizer.save_pretrained(folder)
-    return len(places)
+    return len(names)
 
 
 def _tensors(base: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model's folder, one by one."""
-    if (base / _INDEX).is_file():
-        files = sorted({base / Path(name).name for name in read_json(base / _INDEX)["weight_map"].values()})
+    if (base / INDEX).is_file():
+        files = sorted({base / Path(name).name for name in read_json(base / INDEX)["weight_map"].values()})
     else:
         files = sorted(base.glob("*.safetensors"))
     for path in files:
@@ -94,50 +88,3 @@ def _with_head(tensors: Iterator[tuple[str, Tensor]], untied: bool) -> Iterator[
         yield name, tensor
         if name == _EMBEDDING and untied:
             yield _HEAD, tensor.clone()
-
-
-def _groups(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Those that go into one file together."""
-    group: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if group and size + tensor.nbytes > _MOST_BYTES:
-            yield group
-            group, size = {}, 0
-        group[name] = tensor.contiguous()
-        size += tensor.nbytes
-    yield group
-
-
-def _write(path: Path, group: dict[str, Tensor]) -> None:
-    save_file(group, path, metadata={"format": "pt"})
-    with safe_open(path, "pt") as file:
-        same = set(file.keys()) == group.keys() and all(
-            _equal(file.get_tensor(name), tensor) for name, tensor in group.items()
-        )
-    if not same:
-        raise CELoraError(f"{path.name} does not read back as it was written; check the disk")
-
-
-def _equal(read: Tensor, written: Tensor) -> bool:
-    return read.dtype == written.dtype and torch.equal(read, written)
-
-
-def _file(number: int, count: int | None = None) -> str:
-    """The name of a file of weights; the count is known at the end."""
-    if count == 1:
-        return "model.safetensors"
-    return f"model-{number + 1:05d}" + (f"-of-{count:05d}.safetensors" if count else ".safetensors")
-
-
-def _name_files(folder: Path, places: dict[str, int]) -> None:
-    count = max(places.values()) + 1
-    for number in range(count):
-        (folder / _file(number)).rename(folder / _file(number, count))
-    if count > 1:
-        size = sum((folder / _file(number, count)).stat().st_size for number in range(count))
-        index = {
-            "metadata": {"total_size": size},
-            "weight_map": {name: _file(number, count) for name, number in places.items()},
-        }
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

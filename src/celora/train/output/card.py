@@ -113,7 +113,7 @@ class Card:
         revision = self.record["lora"].get("model_revision", "main")
         return _LOAD.format(
             base=json.dumps(base),
-            where="its name on the hub" if on_hub else "the folder of the base model",
+            where="its name on the hub" if on_hub else _where(base),
             adapter=json.dumps(self.name),
             dtype=json.dumps(_dtype(trainer)),
             revision=f", revision={json.dumps(revision)}" if on_hub and revision != "main" else "",
@@ -165,6 +165,12 @@ class Card:
             "time": f"{self.elapsed():,.0f} s on {machine['device']}; threads: {machine['threads']}",
             "versions": ", ".join(names),
         }
+
+
+def _where(base: str) -> str:
+    if base.endswith(".gguf"):
+        return "a folder that this GGUF file was converted into, as celora keeps it in its cache"
+    return "the folder of the base model"
 
 
 def is_own(path: Path) -> bool:

@@ -162,7 +162,7 @@ _MOST = 2**63 - 1  # the largest integer in torch
 class RunOptions:
     """celora's own options; everything else belongs to TRL."""
 
-    model: str | None = field(default=None, metadata={"help": "Hugging Face name or local folder"})
+    model: str | None = field(default=None, metadata={"help": "Hugging Face name, local folder or .gguf file"})
     data: str | None = field(
         default=None, metadata={"help": ".jsonl, .json, .csv or .parquet file, folder, or hub name"}
     )

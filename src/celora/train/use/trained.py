@@ -13,7 +13,7 @@ from typing import Any
 from celora.errors import CELoraError
 from celora.files import read_json
 from celora.machine.device import default_device
-from celora.train.loading import check_model_folder, load_adapter, load_model, read_tokenizer
+from celora.train.loading import check_model_folder, load_adapter, load_model, read_tokenizer, with_folder
 from celora.train.output.folder import RUN, OutputFolder
 from celora.train.request.arguments import TrainRequest, check_record, make_request
 
@@ -27,7 +27,7 @@ class Trained:
     model: Any
     tokenizer: Any
     folder: Path
-    base: str  # the base model's name or folder
+    base: str  # the base model's name, folder or GGUF file
 
 
 def load_trained(folder: Path, base: str | None = None) -> Trained:
@@ -49,7 +49,7 @@ def load_trained(folder: Path, base: str | None = None) -> Trained:
     model = load_adapter(load_model(request), folder).eval()
     if getattr(model, "hf_device_map", None) is None and not request.train.get("use_cpu"):
         model.to(default_device())
-    return Trained(model, tokenizer, folder, request.model)
+    return Trained(model, tokenizer, folder, str(request.given["model"]))
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
@@ -87,6 +87,6 @@ def request_of(folder: Path, config: dict[str, Any], base: str | None) -> TrainR
             f"{str(folder)!r} was trained on {given['model']!r}, which is not there; give --model with its folder or "
             "Hugging Face name"
         )
-    request = make_request(given)
+    request = with_folder(make_request(given))
     check_model_folder(request.model)
     return replace(request, lora=request.lora | {"dtype": dtype})
