@@ -21,6 +21,7 @@ from celora.cli.app import app
 
 # Each module registers its commands, in the order of the help.
 # isort: off
+from celora.cli import forecast  # noqa: F401
 from celora.cli import train as _train  # noqa: F401
 from celora.cli import watch, use  # noqa: F401
 from celora.cli import measure, studies  # noqa: F401

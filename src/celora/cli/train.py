@@ -42,6 +42,9 @@ def train(
     base: Annotated[
         Literal["int8"] | None, typer.Option("--base", help="int8: store the frozen base in 8 bits, one byte a weight.")
     ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="8GiB: the fastest settings that are estimated to fit.")
+    ] = None,
     config: Config = None,
     eval_data: Annotated[str | None, typer.Option("--eval-data", "--eval_data", help="Rows to evaluate on.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")] = False,
@@ -61,7 +64,7 @@ def train(
         "config": config,
         "eval_data": eval_data,
     }
-    own |= {"base": base, "resume": resume, "overwrite": overwrite, "quiet": quiet}
+    own |= {"base": base, "memory": memory, "resume": resume, "overwrite": overwrite, "quiet": quiet}
     with importing():
         from celora.train.request.arguments import parse
 

@@ -69,6 +69,18 @@ def peak_memory(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def resident_memory() -> int | None:
+    """Bytes of this process that are in memory now; None where nobody knows."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+    try:
+        psutil: Any = import_module("psutil")
+    except ImportError:
+        return None
+    return int(psutil.Process().memory_info().rss)
+
+
 def forget_peak(device: torch.device) -> None:
     """Let `peak_memory` begin anew, with what is taken now; for a process, on Linux only, and if it may ask for it."""
     if device.type != "cpu":

@@ -87,6 +87,11 @@ def _kept(trainer: Any, rows: list[dict[str, Any]], *, padded: bool = False) -> 
     batch = trainer.data_collator(rows)
     if padded:
         batch["attention_mask"][:, -1] = 0
+    return kept_by(trainer, batch)
+
+
+def kept_by(trainer: Any, batch: dict[str, Any]) -> int:
+    """Bytes that a batch keeps for its backward."""
     batch |= {key: value.to(trainer.args.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
     with saved_for_backward(trainer.model) as saved, trainer.accelerator.autocast():
         trainer.compute_loss(trainer.model, batch)

@@ -27,6 +27,7 @@ from celora.settings.config import CELoraConfig
 from celora.train.checkpointing import choose_checkpointing
 from celora.train.dtype import settle_dtype
 from celora.train.fingerprint import check_same, fingerprints
+from celora.train.forecast.estimate import fitted
 from celora.train.interrupt import StopAtStepEnd
 from celora.train.live import LiveReport
 from celora.train.loading import (
@@ -156,6 +157,10 @@ def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
     """Load model, tokenizer and rows, make the trainer and attach celora. Prints a line about each decision."""
     request, earlier, first = run.request, run.earlier, is_first()
     quiet = request.options.quiet
+    if request.options.memory is not None and earlier is None:
+        with clock.spending("start"):
+            request, line = fitted(request, request.options.memory)
+        say(console, quiet, line)
     with clock.spending("load"):
         request = with_folder(request, lambda line: say(console, quiet, line))
         tokenizer = load_tokenizer(request)

@@ -84,8 +84,18 @@ def convert(header: GGUFHeader, folder: Path, dtype: torch.dtype) -> None:
     """Write the model in a GGUF file into an empty folder, as Transformers does: configuration, tokenizer, weights.
 
     Raises:
-        CELoraError: the file's architecture or a quantisation of it is not read, its tensors or its tokenizer do not
-            fit the model, or a weight is not finite. What the folder holds then is no model.
+        CELoraError: as `write_settings`, or a weight is not finite. What the folder holds then is no model.
+    """
+    config, names = write_settings(header, folder, dtype)
+    write_shards(folder, _tensors(header, names, Layout(config), dtype), _MOST_BYTES)
+
+
+def write_settings(header: GGUFHeader, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, str]]:
+    """Write configuration and tokenizer alone; gives the configuration, and the parameters' names in the file.
+
+    Raises:
+        CELoraError: the file's architecture or a quantisation of it is not read, or its tensors or its tokenizer do not
+            fit the model.
     """
     config = gguf_config(header)
     with torch.device("meta"):
@@ -95,7 +105,7 @@ def convert(header: GGUFHeader, folder: Path, dtype: torch.dtype) -> None:
     config.architectures, config.dtype = [type(model).__name__], dtype
     config.save_pretrained(folder)
     _generation(header, config).save_pretrained(folder)
-    write_shards(folder, _tensors(header, names, Layout(config), dtype), _MOST_BYTES)
+    return config, names
 
 
 def _names(header: GGUFHeader, model: Any) -> dict[str, str]:

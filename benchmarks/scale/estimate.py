@@ -1,0 +1,117 @@
+"""What `celora estimate` says, beside what an epoch then takes: peak memory and time of each way.
+
+`python -m benchmarks.scale.estimate` takes the demo's model; `--hidden 1024 --blocks 8` a Llama of random weights with
+the demo's tokenizer. Each way is a process of its own: `celora train` over one epoch of the rated sentences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from benchmarks import rows
+from benchmarks.scale.memory import make_checkpoint
+from celora.studies.assets import demo_model
+from celora.studies.sentiment import splits, to_rows
+
+RESULTS = Path(__file__).with_name("estimate.jsonl")
+FIELDS = ("model", "base", "dtype", "preset", "checkpointing", "batch", "accumulation", "rows")
+_WARM = 2  # steps that are not like the others
+_MIB = 2**20
+
+
+def make_inputs(given: argparse.Namespace, folder: Path) -> tuple[str, str]:
+    """The model's folder and the file of rows."""
+    data = folder / "rows.jsonl"
+    sentences = splits(0, train=given.rows).train
+    data.write_text("".join(json.dumps(row) + "\n" for row in to_rows(sentences)), encoding="utf-8")
+    if given.hidden is None:
+        return str(demo_model()), str(data)
+    model = folder / "model"
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    shape = argparse.Namespace(hidden=given.hidden, blocks=given.blocks, vocabulary=len(tokenizer), dtype=given.stored)
+    make_checkpoint(str(model), shape)
+    tokenizer.save_pretrained(model)
+    return str(model), str(data)
+
+
+def estimated(model: str, data: str, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """What `celora estimate` says of each way with this batch."""
+    command = ["estimate", "--model", model, "--data", data, "--json", *_batch(given)]
+    ways: list[dict[str, Any]] = json.loads(_celora(command, check=True)[0])["ways"]
+    return ways
+
+
+def measured(way: dict[str, Any], model: str, data: str, output: Path) -> dict[str, Any]:
+    """One epoch of it: the peak of the process, and the seconds of its steps."""
+    command = ["train", "--model", model, "--data", data, "--output", str(output), "--quiet", "--num_train_epochs", "1"]
+    command += ["--dtype", way["dtype"], "--preset", way["preset"], "--save_strategy", "no"]
+    command += ["--gradient_checkpointing", str(way["checkpointing"]).lower()]
+    command += ["--per_device_train_batch_size", str(way["batch"])]
+    command += ["--gradient_accumulation_steps", str(way["accumulation"])]
+    if way["base"] == "int8":
+        command += ["--base", "int8"]
+    _, peak = _celora(command, check=True)
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [row["step_time_ms"] for row in map(json.loads, lines) if "step_time_ms" in row]
+    return {"peak_mib": peak / _MIB, "epoch_s": 1e-3 * statistics.fmean(steps[_WARM:] or steps) * len(steps)}
+
+
+def _batch(given: argparse.Namespace) -> list[str]:
+    return ["--per_device_train_batch_size", str(given.batch)]
+
+
+def _celora(command: list[str], *, check: bool) -> tuple[str, int]:
+    """What it prints, and the bytes of its peak."""
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen([sys.executable, "-m", "celora", *command], stdout=out)
+        _, status, usage = os.wait4(process.pid, 0)
+        if check and status:
+            raise SystemExit(f"celora {' '.join(command)} failed with {status}")
+        out.seek(0)
+        return out.read(), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hidden", type=int, help="of a random Llama; without, the demo's model")
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--stored", default="bfloat16", choices=("float32", "bfloat16"), help="dtype of its checkpoint")
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--preset", help="one of them only")
+    parser.add_argument("--keep", action="store_true", help=f"write the rows to {RESULTS.name}")
+    given = parser.parse_args()
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model, data = make_inputs(given, Path(folder))
+        name = "smollm2" if given.hidden is None else f"h{given.hidden}-b{given.blocks}"
+        for number, way in enumerate(estimated(model, data, given)):
+            if given.preset not in (None, way["preset"]):
+                continue
+            taken = measured(way, model, data, Path(folder) / f"out{number}")
+            own = {field: way[field] for field in FIELDS if field in way} | {"model": name, "rows": given.rows}
+            own |= {"estimated_mib": way["peak_bytes"] / _MIB, "estimated_s": way["epoch_seconds"]}
+            found.append(own | taken | rows.conditions())
+            _say(found[-1])
+    if given.keep:
+        rows.replace(RESULTS, found, FIELDS)
+
+
+def _say(row: dict[str, Any]) -> None:
+    memory, time = row["estimated_mib"] / row["peak_mib"], row["estimated_s"] / row["epoch_s"]
+    print(f"{row['model']:10} {row['base']:9} {row['preset']:6} checkpointing {row['checkpointing']!s:5}  "
+          f"{row['peak_mib']:6.0f} MiB, estimated {memory:.2f} of it; {row['epoch_s']:6.1f} s, {time:.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

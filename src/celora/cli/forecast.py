@@ -1,0 +1,55 @@
+"""`celora estimate`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from celora.cli.app import app
+from celora.cli.options import TRLS, Config, Data, Json, Model, Preset, leave_out, look_ahead, print_json, settle_in
+
+ESTIMATE_HELP = """Will it fit, and how long will it take? Answers in seconds, and trains nothing.
+
+Reads the rows and the model's configuration, and no weights. Measures this machine with a few blocks of random
+weights. Then it shows memory and time of each way to train that the other options leave open.
+
+\b
+Examples:
+  celora estimate --model ./model --data chats.jsonl
+  celora estimate --model model.gguf --data chats.jsonl --memory 8GiB
+  celora estimate --model ./model --data chats.jsonl --preset fast --max_length 512
+  celora estimate --model ./model --data chats.jsonl --json | jq .taken
+
+celora train --memory 8GiB takes the way that is marked here."""
+
+
+@app.command(help=ESTIMATE_HELP, short_help="Will it fit, and how long will it take?", context_settings=TRLS)
+def estimate(
+    context: typer.Context,
+    model: Model = None,
+    data: Data = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="What the run may take, 8GiB; without, what is free.")
+    ] = None,
+    preset: Preset = None,
+    base: Annotated[Literal["int8"] | None, typer.Option("--base", help="int8: only with a base in 8 bits.")] = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    look_ahead(context.args, config)
+    from celora.train.request.arguments import parse
+
+    own: dict[str, Any] = {"model": model, "data": data, "preset": preset, "base": base, "config": config}
+    leave_out(context.args, ("output", "overwrite", "resume"), "celora estimate, which writes nothing")
+    leave_out(context.args, ("plan", "fidelity", "memory_limit"), "celora estimate, which makes no plan")
+    request = parse(context.args, own | {"memory": memory, "output": "celora-estimate", "quiet": True})
+    from celora.train.forecast.estimate import estimate as find
+    from celora.train.forecast.estimate import in_bytes
+
+    settle_in()
+    limit = request.options.memory
+    found = find(request, None if limit is None else in_bytes(limit))
+    print_json(found.to_dict()) if as_json else typer.echo(str(found))
+    if found.taken is None:
+        raise typer.Exit(2)

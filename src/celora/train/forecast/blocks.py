@@ -1,0 +1,279 @@
+"""What a step of the model costs, found on a stand-in: the same model with random weights, few blocks and few words.
+
+Layers, adapter, preset, loss and collator are those of the run. All that a step takes is nearly linear in the number of
+blocks and of tokens:
+
+    f(blocks, tokens) = fixed + tokens * per_token + blocks * (block + tokens * block_per_token)
+
+so two numbers of blocks and two of tokens give the four coefficients.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import celora
+from celora.errors import CELoraError
+from celora.modeling.int8_base import held_in_8_bits, quantise_base
+from celora.modeling.language_model import LanguageModel, find_language_model
+from celora.runtime.attachment import find
+from celora.train.checkpointing import kept_by
+from celora.train.planning import settled
+from celora.train.request.arguments import TrainRequest
+from celora.train.rows.truncation import row_lengths
+
+WORDS = 8_192  # of the stand-in's vocabulary at most
+_WORK = 20e9  # FLOPs of a step that is timed, about
+_FEWEST, _MOST = 64, 1_024  # tokens in it
+_MOST_BYTES = 2**28  # of the blocks, unless two take more
+_TURNS = 3  # of which the fastest counts; one before them warms up
+
+
+@dataclass(frozen=True)
+class Line:
+    """`fixed + tokens * per_token`."""
+
+    fixed: float
+    per_token: float
+
+    def at(self, tokens: float) -> float:
+        return self.fixed + tokens * self.per_token
+
+    @classmethod
+    def through(cls, points: Mapping[int, float]) -> Line:
+        """The line through two points, with nothing below zero; or what is proportional to a single one."""
+        (few, low), (many, high) = min(points.items()), max(points.items())
+        slope = max(0.0, (high - low) / (many - few)) if many > few else high / many
+        return cls(max(0.0, high - slope * many), slope)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step takes with one base and one preset.
+
+    Attributes:
+        step, forward: seconds outside of the blocks, and of one block, by tokens of a micro-batch.
+        weights, trained, copies: bytes outside of the blocks and of one block: of the frozen numbers, of those that
+            train, and of 8-bit copies of the frozen ones.
+        kept: bytes that one token keeps for its backward outside of the blocks, and in one.
+        itemsize: bytes of a number of the model.
+        packed: whether padding is left out.
+        estimated: whether celora estimates anything there.
+    """
+
+    step: tuple[Line, Line]
+    forward: tuple[Line, Line]
+    weights: tuple[float, float]
+    trained: tuple[float, float]
+    copies: tuple[float, float]
+    kept: tuple[float, float]
+    itemsize: int
+    packed: bool
+    estimated: bool
+
+
+def stand_in_config(config: Any, blocks: int) -> Any:
+    """The configuration with so many blocks, and few words."""
+    small = copy.deepcopy(config)
+    if small.get_text_config() is not small:
+        raise CELoraError(f"models of type {config.model_type!r} have other parts than text, which are not estimated")
+    words = min(WORDS, small.vocab_size)
+    small.num_hidden_layers, small.vocab_size = blocks, words
+    for name in ("layer_types", "no_rope_layers"):
+        if getattr(small, name, None) is not None:
+            setattr(small, name, getattr(small, name)[:blocks])
+    if (pad := getattr(small, "pad_token_id", None)) is not None and not 0 <= pad < words:
+        small.pad_token_id = None
+    return small
+
+
+Build = Callable[[Any], Any]
+
+
+def how_many_blocks(config: Any) -> int:
+    """As many as the larger stand-in has: enough to tell one apart from the rest, and not much memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(stand_in_config(config, 1), trust_remote_code=False)
+    bytes_ = 4 * block_numbers(model)
+    return min(int(config.num_hidden_layers), max(2, min(4, _MOST_BYTES // max(1, bytes_))))
+
+
+def block_numbers(model: nn.Module) -> int:
+    """Numbers in the weights of one block."""
+    blocks = _blocks(model)
+    return sum(parameter.numel() for parameter in blocks[0].parameters())
+
+
+def stand_in(config: Any, blocks: int, dtype: torch.dtype, attention: str | None) -> Any:
+    """A model of random weights with so many blocks."""
+    more = {} if attention is None else {"attn_implementation": attention}
+    return AutoModelForCausalLM.from_config(
+        stand_in_config(config, blocks), dtype=dtype, trust_remote_code=False, **more
+    )
+
+
+def measure(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype, *, int8: bool) -> Cost:
+    """The cost of a step with this request's preset.
+
+    Args:
+        request: with the preset and the adapter's settings.
+        build: makes a trainer around a model, as the run does.
+        config: of the whole model.
+        dtype: of the model.
+        int8: whether its base is held in 8 bits.
+    """
+    many = how_many_blocks(config)
+    parts = {count: _part(request, build, config, dtype, int8, count) for count in dict.fromkeys((1, many))}
+    times = {(count, tokens): pair for count, part in parts.items() for tokens, pair in part.seconds.items()}
+    outside, per_block = _split({count: part.sizes for count, part in parts.items()}, many)
+    return Cost(
+        *(_lines({key: pair[which] for key, pair in times.items()}, many) for which in (1, 0)),
+        *zip(outside, per_block, strict=True),
+        itemsize=dtype.itemsize,
+        packed=parts[many].packed,
+        estimated=parts[many].estimated,
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stand-in, measured: seconds of forward and step by tokens, and bytes as `Cost` has them."""
+
+    seconds: dict[int, tuple[float, float]]
+    sizes: tuple[float, float, float, float]
+    packed: bool
+    estimated: bool
+
+
+def _part(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype, int8: bool, blocks: int) -> _Part:
+    model = stand_in(config, blocks, dtype, request.lora["attn_implementation"])
+    if int8:
+        quantise_base(model)
+    probe = build(model)
+    peft, rows, words = probe.model.train(), _ordinary(probe.train_dataset), model.config.vocab_size
+    large = _batch(probe, rows, _tokens(config), words)
+    batches = [large, _batch(probe, rows, max(2, _count(large) // 4), words)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself will say it
+        celora.attach(peft, settled_config(request, probe))
+    optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-5)
+    taken = {_count(batch): seconds(probe, batch, optimizer) for batch in batches}
+    kept = kept_by(probe, dict(large)) / _count(large)
+    attachment, found = find(peft), find_language_model(peft)
+    packed = isinstance(found, LanguageModel) and not found.cannot_pack and request.preset != "off"
+    estimated = attachment is not None and bool(attachment.report.estimated)
+    sizes = (*_sizes(peft), kept)
+    celora.detach(peft)
+    return _Part(taken, sizes, packed, estimated)
+
+
+def settled_config(request: TrainRequest, probe: Any) -> Any:
+    """What a run of this request attaches."""
+    if request.preset not in ("auto", "fast"):
+        return request.config
+    return settled(request, probe, Console(stderr=True, quiet=True))[0]
+
+
+def seconds(probe: Any, batch: Mapping[str, Any], optimizer: Any) -> tuple[float, float]:
+    """Seconds of the forward of a step, and of all of it: the fastest of a few."""
+    found = []
+    for _ in range(_TURNS + 1):
+        begin = time.perf_counter()
+        loss = probe.compute_loss(probe.model, dict(batch))
+        middle = time.perf_counter()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((middle - begin, time.perf_counter() - begin))
+    return min(forward for forward, _ in found[1:]), min(step for _, step in found[1:])
+
+
+def _tokens(config: Any) -> int:
+    """Tokens of the larger of the two batches that are timed."""
+    blocks = how_many_blocks(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(stand_in_config(config, 1), trust_remote_code=False)
+    work = 6 * blocks * block_numbers(model) + 4 * model.config.hidden_size * model.config.vocab_size
+    return int(min(_MOST, max(_FEWEST, _WORK / work)))
+
+
+def _batch(probe: Any, rows: Sequence[dict[str, Any]], tokens: int, words: int) -> dict[str, Any]:
+    """A batch of about so many tokens: as many rows as a micro-batch has, the last of them cut."""
+    taken: list[dict[str, Any]] = []
+    for row in rows[: probe.args.per_device_train_batch_size]:
+        room = tokens - sum(len(other["input_ids"]) for other in taken)
+        if room < 2:
+            break
+        taken.append({key: value[:room] for key, value in row.items() if isinstance(value, list)})
+        taken[-1].pop("seq_lengths", None)
+    batch = probe.data_collator(taken)
+    for name in ("input_ids", "labels"):
+        if name in batch:
+            batch[name] = torch.where(batch[name] >= 0, batch[name] % words, batch[name])
+    return dict(batch)
+
+
+def _ordinary(dataset: Any) -> list[dict[str, Any]]:
+    """Rows of middling length first, so that a batch of them is an ordinary one."""
+    lengths = row_lengths(dataset)
+    return [dataset[int(number)] for number in np.argsort(np.abs(lengths - lengths.mean()), kind="stable")]
+
+
+def _count(batch: Mapping[str, Any]) -> int:
+    mask = batch.get("attention_mask")
+    return int(batch["input_ids"].numel() if mask is None or mask.dim() != 2 else mask.sum())
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    """The model's numbered blocks."""
+    found = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=_numbers, default=None)
+    if found is None or not len(found):
+        raise CELoraError(
+            f"{type(model).__name__} has no numbered blocks, so nothing is known of its whole from a part"
+        )
+    return found
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _sizes(model: nn.Module) -> tuple[float, float, float]:
+    """Bytes of what is frozen, of what trains, and of 8-bit copies."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
+    trained = sum(tensor.nbytes for tensor in tensors if tensor.requires_grad)
+    attachment, held, copies = find(model), held_in_8_bits(model), 0
+    if attachment is not None:
+        for graft in attachment.grafts.values():
+            copies += graft.estimator.memory(next(model.parameters()).dtype)
+    return sum(tensor.nbytes for tensor in tensors) - trained, trained, 0 if held else copies
+
+
+def _split(sizes: Mapping[int, tuple[float, ...]], many: int) -> tuple[list[float], list[float]]:
+    """What is outside of the blocks, and what one block adds."""
+    if many == 1:
+        return [0.0] * len(sizes[1]), [*sizes[1]]
+    per_block = [(high - low) / (many - 1) for low, high in zip(sizes[1], sizes[many], strict=True)]
+    return [max(0.0, low - each) for low, each in zip(sizes[1], per_block, strict=True)], per_block
+
+
+def _lines(times: Mapping[tuple[int, int], float], many: int) -> tuple[Line, Line]:
+    """Seconds outside of the blocks, and of one block."""
+    tokens = {n for _, n in times}
+    if many == 1:
+        return Line(0.0, 0.0), Line.through({n: times[1, n] for n in tokens})
+    block = {n: max(0.0, (times[many, n] - times[1, n]) / (many - 1)) for n in tokens}
+    outside = {n: max(0.0, times[1, n] - block[n]) for n in tokens}
+    return Line.through(outside), Line.through(block)

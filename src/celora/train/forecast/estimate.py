@@ -1,0 +1,332 @@
+"""`celora estimate`: will it fit, and how long will it take? In seconds, without the weights.
+
+The rows are tokenised as training does it, all of them or a sample. The machine is measured with a few blocks of the
+model. The rest is arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from celora.errors import CELoraError
+from celora.machine.allocator import give_back_freed_memory
+from celora.machine.memory import available_memory, resident_memory
+from celora.train.dtype import settle_dtype
+from celora.train.forecast.blocks import WORDS, Build, Cost, measure, stand_in
+from celora.train.forecast.ways import QUALITY, Model, Rows, Way, best, ways_of
+from celora.train.loading import gguf_of, load_tokenizer, lora_config, quiet_libraries, read_tokenizer, training_rows
+from celora.train.processes import processes
+from celora.train.request.arguments import TrainRequest, make_request, sft_config
+from celora.train.rows.answers import learnt_tokens
+from celora.train.rows.truncation import row_lengths, truncation_lines
+from celora.train.trainer import build_trainer
+from celora.weights.checkpoint import stored_tensors
+
+PRESETS = ("auto", "exact", "fast")
+OWN = "celora:"  # settings without a preset
+_PROBED = 64  # rows that batches are made of
+_SAMPLE, _LONGEST = 2_048, 64  # rows that are tokenised of a large data set: as many evenly, and the longest
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{end}": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for end, base in (("", 1024), ("IB", 1024), ("B", 1000))
+}
+_NO_EVALUATION = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False, "save_strategy": "no"}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `celora estimate` found.
+
+    Attributes:
+        rows, tokens: of the data, after what is cut off; `labelled`: tokens that are learnt.
+        longest: tokens of the longest row.
+        cut: a line on what is cut off, or "".
+        sampled: rows that were tokenised, if not all were.
+        epochs: that the run would train, with `max_steps` where that is given.
+        memory: bytes that may be taken: what was asked for or, without, what is free; None where nobody knows.
+        ways: all of them, fastest first.
+        taken: the way that celora would take; None where nothing fits.
+    """
+
+    rows: int
+    tokens: int
+    labelled: int
+    longest: int
+    cut: str
+    sampled: int | None
+    epochs: float
+    memory: int | None
+    ways: tuple[Way, ...]
+    taken: Way | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        ways = [asdict(way) | {"fits": self.fits(way), "quality": QUALITY.get(way.preset, "")} for way in self.ways]
+        return asdict(self) | {"ways": ways, "taken": None if self.taken is None else asdict(self.taken)}
+
+    def fits(self, way: Way) -> bool:
+        return self.memory is None or way.peak_bytes <= self.memory
+
+    def __str__(self) -> str:
+        share = self.labelled / max(1, self.tokens)
+        of = "" if self.sampled is None else f", from a sample of {self.sampled:,}"
+        lines = [
+            f"{self.rows:,} rows, {self.tokens:,} tokens, the longest row has {self.longest:,}; {share:.0%} are "
+            f"learnt{of}.",
+        ]
+        lines += [self.cut] if self.cut else []
+        head = ("base", "preset", "checkpointing", "batch", "peak memory", "an epoch", "kept of LoRA", "")
+        rows = [head, *(self._row(way) for way in self.ways)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines += ["", *("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows), ""]
+        return "\n".join([*lines, self.verdict()])
+
+    def _row(self, way: Way) -> tuple[str, ...]:
+        base = way.dtype if way.base != "int8" else f"int8, else {way.dtype}"
+        mark = "<- celora takes this" if way == self.taken else "" if self.fits(way) else "does not fit"
+        return (
+            base, way.preset, "on" if way.checkpointing else "off", f"{way.batch} x {way.accumulation}",
+            gib(way.peak_bytes), _time(way.epoch_seconds), QUALITY.get(way.preset, ""), mark,
+        )  # fmt: skip
+
+    def verdict(self) -> str:
+        """One line: what would be taken, or what the least is."""
+        if self.taken is not None:
+            way = self.taken
+            held = " on a base in int8" if way.base == "int8" else ""
+            on = ", checkpointing" if way.checkpointing else ""
+            return (
+                f"{way.preset} in {way.dtype}{held}, {way.batch} x {way.accumulation} rows a step{on}: "
+                f"{gib(way.peak_bytes)} at the peak, {_time(way.epoch_seconds)} an epoch, {self.epochs:g} of them."
+            )
+        least = min(self.ways, key=lambda way: way.peak_bytes)
+        return (
+            f"nothing fits into {gib(self.memory or 0)}: the least is {gib(least.peak_bytes)}, with preset "
+            f"{least.preset}, base {least.base}, {least.batch} x {least.accumulation} rows a step"
+            f"{' and checkpointing' if least.checkpointing else ''}; shorten rows with --max_length, or take a smaller "
+            "model"
+        )
+
+
+def estimate(given: TrainRequest, memory: int | None = None, presets: tuple[str, ...] | None = None) -> Estimate:
+    """What a run of this request would take, in each way that the request leaves open.
+
+    What the request says (`dtype`, `base`, `preset`, `gradient_checkpointing`, `per_device_train_batch_size`) is kept;
+    the rows of a step are kept in any case.
+
+    Args:
+        given: as for `celora train`.
+        memory: bytes that may be taken; None for what is free.
+        presets: to look at; None for the request's or, where it names none, those that most people want.
+
+    Raises:
+        CELoraError: an accelerator is to train, the model has other parts than text, or rows, tokenizer or
+            configuration cannot be read.
+    """
+    with quiet_libraries(), tempfile.TemporaryDirectory() as scratch, _settings(given) as (folder, stored):
+        request = replace(given, model=folder, output=Path(scratch), train=given.train | _NO_EVALUATION)
+        args = sft_config(request)
+        if args.device.type != "cpu":
+            raise CELoraError(
+                f"estimates are of CPUs, and this run would be on {args.device.type}; give --use_cpu true"
+            )
+        tokenizer = load_tokenizer(request) if folder == given.model else read_tokenizer(folder)
+        config = AutoConfig.from_pretrained(folder, revision=request.lora["model_revision"], trust_remote_code=False)
+        everything = training_rows(request, tokenizer)
+        before = resident_memory() or 0
+
+        def build(model: Any, rows: Any) -> Any:
+            return build_trainer(request, copy.copy(args), model, tokenizer, rows, peft=lora_config(request))
+
+        found, rows, cut = _rows(everything, config, build)
+        few = rows.select(np.linspace(0, len(rows) - 1, min(_PROBED, len(rows))).astype(int).tolist())
+        ways = _all_ways(
+            request, args, lambda model: build(model, few), config, found, stored, before, presets or _presets(request)
+        )
+    give_back_freed_memory()
+    budget = memory if memory is not None else available_memory(args.device)
+    if memory is None and budget is not None:
+        budget += resident_memory() or 0  # the peak counts what the process has already
+    return Estimate(
+        rows=len(everything),
+        tokens=found.tokens,
+        labelled=found.labelled,
+        longest=found.longest[0],
+        cut=cut,
+        sampled=None if len(rows) == len(everything) else len(rows),
+        epochs=float(args.num_train_epochs),
+        memory=budget,
+        ways=tuple(sorted(ways, key=lambda way: (way.epoch_seconds, way.peak_bytes))),
+        taken=best((way for way in ways if way.preset == (given.preset or OWN)), budget),
+    )
+
+
+def fitted(request: TrainRequest, memory: str) -> tuple[TrainRequest, str]:
+    """The request as the way that fits into so much memory, and one line that says which.
+
+    Raises:
+        CELoraError: nothing fits.
+    """
+    if processes() > 1:
+        raise CELoraError("--memory is for one process; for several, give the settings that celora estimate shows")
+    found = estimate(request, in_bytes(memory), (request.preset or OWN,))
+    if found.taken is None:
+        raise CELoraError(f"--memory {memory}: {found.verdict()}")
+    given = request.given | {name: value for name, value in found.taken.settings.items() if value is not None}
+    return make_request(given), f"Within {memory}: {found.verdict()}"
+
+
+def in_bytes(text: str) -> int:
+    """`8GiB`, `512 MB` or a number of bytes; CELoraError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or not 0 < float(found[1]) * unit < 2**63:
+        raise CELoraError(f"--memory {text!r}; expected a size like 8GiB, 512MB or 2000000000")
+    return int(float(found[1]) * unit)
+
+
+@contextmanager
+def _settings(request: TrainRequest) -> Iterator[tuple[str, int]]:
+    """A folder with configuration and tokenizer, and the bytes of a number of the weights, of which none is read."""
+    path = gguf_of(request.model)
+    if path is None:
+        yield request.model, _stored(request)
+        return
+    from celora.train.formats.gguf_base import own_dtype, write_settings
+    from celora.train.formats.gguf_file import read_header
+
+    header = read_header(path)
+    dtype = request.lora["dtype"]
+    kind = own_dtype(header) if dtype in (None, "auto") else getattr(torch, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        write_settings(header, Path(folder), kind)
+        yield folder, kind.itemsize
+
+
+def _stored(request: TrainRequest) -> int:
+    """Bytes of a number in the checkpoint: of its first tensor, from the head of its file."""
+    try:
+        tensors = stored_tensors(request.model, request.lora["model_revision"])
+        return next((_BYTES[t.get_dtype()] for t in tensors.values() if t.get_dtype() in _BYTES), 4)
+    except (OSError, CELoraError):
+        return 4
+
+
+def _rows(everything: Any, config: Any, build: Callable[[Any, Any], Any]) -> tuple[Rows, Any, str]:
+    """What of the data decides, the rows that it was found on, and a line on what is cut off."""
+
+    def trainer_of(rows: Any) -> Any:
+        return build(stand_in(config, 1, torch.float32, None), rows)
+
+    rows, count = everything, len(everything)
+    if count > _SAMPLE + _LONGEST:
+        rows = everything.select(np.linspace(0, count - 1, _SAMPLE).astype(int).tolist())
+    trainer = trainer_of(rows)
+    lengths = longest = row_lengths(trainer.train_dataset)
+    if rows is not everything:
+        characters = np.array([len(json.dumps(row)) for row in everything])
+        long = trainer_of(everything.select(np.argsort(-characters)[:_LONGEST].tolist()))
+        longest = np.concatenate([lengths, row_lengths(long.train_dataset)])
+    times = count / len(rows)
+    found = Rows(
+        count=max(1, round(len(lengths) * times)),
+        tokens=round(int(lengths.sum()) * times),
+        labelled=round(learnt_tokens(trainer.train_dataset)[0] * times),
+        longest=tuple(int(n) for n in sorted(longest, reverse=True)[:1024]),
+    )
+    return found, rows, "".join(truncation_lines(trainer, rows))
+
+
+def _all_ways(
+    request: TrainRequest,
+    args: Any,
+    build: Build,
+    config: Any,
+    rows: Rows,
+    stored: int,
+    before: int,
+    presets: tuple[str, ...],
+) -> list[Way]:
+    text = config.get_text_config()
+    tables = 1 if text.tie_word_embeddings else 2
+    model = Model(
+        int(text.num_hidden_layers), int(text.hidden_size), int(text.intermediate_size), int(text.vocab_size),
+        min(WORDS, int(text.vocab_size)), tables, stored,
+    )  # fmt: skip
+    asked = "gradient_checkpointing" in request.given or "activation_checkpointing" in request.given
+    on = bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
+    options = _batches(request, args)
+    found = []
+    for base, dtype in _bases(request, args):
+        for preset in presets:
+            own = _with_preset(request, preset)
+            cost: Cost = measure(own, build, config, getattr(torch, dtype), int8=base == "int8")
+            named = base, dtype, preset
+            found += ways_of(
+                cost, model, rows, before, named=named, batches=options, checkpointing=[on] if asked else [False, True]
+            )
+    return found
+
+
+def _presets(request: TrainRequest) -> tuple[str, ...]:
+    if request.options.preset is None and request.options.celora is None:
+        return PRESETS
+    return (request.preset or OWN,)
+
+
+def _with_preset(request: TrainRequest, preset: str) -> TrainRequest:
+    if preset not in PRESETS or preset == request.preset:
+        return request
+    made = make_request({**request.given, "preset": preset})
+    return replace(request, preset=preset, config=made.config, r=made.r)
+
+
+def _bases(request: TrainRequest, args: Any) -> list[tuple[str, str]]:
+    """Pairs of a base and the dtype of what is not in 8 bits."""
+    dtypes = ["float32", "bfloat16"]
+    if "dtype" in request.given and request.lora["dtype"] not in (None, "auto"):
+        dtypes = [request.lora["dtype"]]
+    held = replace(request, options=replace(request.options, base="int8"))
+    settled = settle_dtype(held, args)[0].lora["dtype"]
+    beside = settled if settled in ("float32", "bfloat16", "float16") else dtypes[0]
+    plain = [(dtype, dtype) for dtype in dtypes]
+    if request.lora["load_in_4bit"] or request.lora["load_in_8bit"]:
+        raise CELoraError(
+            "bases in bitsandbytes' formats are not estimated; leave out --load_in_4bit and --load_in_8bit"
+        )
+    return [("int8", beside)] if request.options.base else [*plain, ("int8", beside)]
+
+
+def _batches(request: TrainRequest, args: Any) -> list[tuple[int, int]]:
+    """Ways to have the rows of a step: the one asked for, and with halved micro-batches where it is left open."""
+    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    found = [(batch, accumulation)]
+    while "per_device_train_batch_size" not in request.given and batch % 2 == 0:
+        batch, accumulation = batch // 2, accumulation * 2
+        found.append((batch, accumulation))
+    return found
+
+
+def gib(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

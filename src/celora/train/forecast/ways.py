@@ -1,0 +1,163 @@
+"""From the cost of a block to memory and time of a whole run, for each way to train it; and the way that is taken.
+
+The peak of the process is the sum of
+
+- what it has before the model comes,
+- the frozen numbers, and 8-bit copies of them,
+- four times what trains: the numbers, their gradients and AdamW's two moments,
+- what the largest micro-batch keeps for its backward, and
+- the largest thing that lives for a moment while all of that is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from celora.numerics.head import chunk_size
+from celora.train.forecast.blocks import Cost
+
+_ADAMW = 4  # times the bytes of what trains
+_ROUNDED = 17 / 16  # celora rounds the tokens left after padding up
+_LOGITS = 8  # bytes that a logit takes while its chunk is computed: itself in float32, and its gradient
+_SEEN = 3  # tensors of the width of the MLP that live for a moment in a block's backward
+# Share of LoRA's improvement in held-out loss that is kept; docs/measured/learning.md. None: not measured alone.
+QUALITY = {
+    "off": "100 %, it is LoRA",
+    "exact": "100 %",
+    "paper": "87 %",
+    "auto": "99 to 100 %",
+    "fast": "not published",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of the model decides about memory.
+
+    Attributes:
+        blocks, hidden, intermediate, words: its sizes.
+        stand_in_words: of the vocabulary that was measured with.
+        tables: how many matrices are as large as the vocabulary: the embedding, and the head if it is another one.
+        stored: bytes of a number in the checkpoint.
+    """
+
+    blocks: int
+    hidden: int
+    intermediate: int
+    words: int
+    stand_in_words: int
+    tables: int
+    stored: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What of the data decides about memory and time.
+
+    Attributes:
+        count: rows, after packing.
+        tokens: of all of them, labelled: those that are learnt.
+        longest: tokens of the longest rows, descending, as many as a batch has or more.
+    """
+
+    count: int
+    tokens: int
+    labelled: int
+    longest: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train, and what it takes: bytes at the peak, and seconds of an epoch."""
+
+    base: str
+    dtype: str
+    preset: str
+    checkpointing: bool
+    batch: int
+    accumulation: int
+    peak_bytes: int
+    epoch_seconds: float
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """As `celora train` takes them; the preset is not changed."""
+        return {
+            "dtype": self.dtype,
+            "base": "int8" if self.base == "int8" else None,
+            "gradient_checkpointing": self.checkpointing,
+            "per_device_train_batch_size": self.batch,
+            "gradient_accumulation_steps": self.accumulation,
+        }
+
+
+def ways_of(
+    cost: Cost,
+    model: Model,
+    rows: Rows,
+    before: int,
+    *,
+    named: tuple[str, str, str],
+    batches: Iterable[tuple[int, int]],
+    checkpointing: Sequence[bool],
+) -> list[Way]:
+    """The ways that one base with one preset has.
+
+    Args:
+        before: bytes of the process before there is a model.
+        named: base, dtype and preset.
+        batches: pairs of rows in a micro-batch, and micro-batches in a step.
+    """
+    found = []
+    for batch, accumulation in batches:
+        for on in checkpointing:
+            peak = peak_bytes(cost, model, rows, batch, checkpointing=on) + before
+            seconds = epoch_seconds(cost, model, rows, batch, checkpointing=on)
+            found.append(Way(*named, on, batch, accumulation, int(peak), seconds))
+    return found
+
+
+def peak_bytes(cost: Cost, model: Model, rows: Rows, batch: int, *, checkpointing: bool) -> float:
+    """Bytes at the peak, without what the process has before."""
+    tables = (model.words - model.stand_in_words) * model.hidden * cost.itemsize * model.tables
+    weights = _whole(cost.weights, model) + tables
+    loading = weights + (weights / cost.itemsize * model.stored if model.stored != cost.itemsize else 0)
+    held = weights + _ADAMW * _whole(cost.trained, model) + _whole(cost.copies, model)
+    lengths = rows.longest[:batch]
+    tokens = sum(lengths) * (_ROUNDED if len(lengths) > 1 else 1) if cost.packed else len(lengths) * lengths[0]
+    outside, block = cost.kept
+    if checkpointing:
+        kept = outside + model.blocks * model.hidden * cost.itemsize + block
+    else:
+        kept = outside + model.blocks * block
+    labelled = int(tokens * rows.labelled / max(1, rows.tokens)) or 1
+    if cost.packed:
+        logits = _LOGITS * min(labelled, chunk_size(labelled, model.words)) * model.words
+    else:
+        logits = 2 * _LOGITS * tokens * model.words
+    moment = max(logits, _SEEN * tokens * model.intermediate * cost.itemsize)
+    return max(loading, held + kept * tokens + moment)
+
+
+def epoch_seconds(cost: Cost, model: Model, rows: Rows, batch: int, *, checkpointing: bool) -> float:
+    """Seconds of an epoch. Rows come in any order, so a micro-batch has the mean number of tokens."""
+    micro_batches = -(-rows.count // batch)
+    tokens = rows.tokens / micro_batches
+    outside, block = cost.step
+    words = model.words / model.stand_in_words  # of what grows with tokens outside of the blocks, the head is most
+    seconds = outside.fixed + words * outside.per_token * tokens + model.blocks * block.at(tokens)
+    if checkpointing:
+        seconds += model.blocks * cost.forward[1].at(tokens)
+    return micro_batches * seconds
+
+
+def best(ways: Iterable[Way], memory: int | None) -> Way | None:
+    """The way that is taken: the fastest that fits, and with the base as it is if any such way fits."""
+    fitting = [way for way in ways if memory is None or way.peak_bytes <= memory]
+    plain = [way for way in fitting if way.base != "int8"]
+    return min(plain or fitting, key=lambda way: (way.epoch_seconds, way.peak_bytes), default=None)
+
+
+def _whole(parts: tuple[float, float], model: Model) -> float:
+    return parts[0] + model.blocks * parts[1]

@@ -1,0 +1,104 @@
+"""Stand-ins: what is found on few blocks is what the whole model has."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer, Gemma3Config
+
+from celora.errors import CELoraError
+from celora.modeling.int8_base import quantise_base
+from celora.train.forecast.blocks import Line, how_many_blocks, measure, stand_in, stand_in_config
+from celora.train.loading import lora_config, quiet_libraries, training_rows
+from celora.train.request.arguments import make_request, sft_config
+from celora.train.trainer import build_trainer
+from patching import patch_all
+
+
+@pytest.fixture
+def setting(inputs, tmp_path, monkeypatch):
+    """A request on the tiny model as if it had six blocks, and what measures it, the clock left out."""
+    patch_all(monkeypatch, "celora.train.forecast.blocks:seconds", lambda probe, batch, optimizer: (
+        0.01 * len(batch["input_ids"]), 0.03 * len(probe.model.get_base_model().model.layers),
+    ))  # fmt: skip
+
+    def found(preset, dtype=torch.float32, int8=False, blocks=6):
+        request = make_request({**inputs, "output": str(tmp_path / "out"), "preset": preset, "lora_r": 4})
+        config = AutoConfig.from_pretrained(inputs["model"])
+        config.num_hidden_layers = blocks
+        with quiet_libraries():
+            args, tokenizer = sft_config(request), AutoTokenizer.from_pretrained(inputs["model"])
+            rows = training_rows(request, tokenizer)
+
+            def build(model):
+                return build_trainer(request, copy.copy(args), model, tokenizer, rows, peft=lora_config(request))
+
+            return request, config, build, measure(request, build, config, dtype, int8=int8)
+
+    return found
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_the_whole_are_foreseen(setting, dtype, int8):
+    _, config, build, cost = setting("exact", dtype, int8)
+    whole = stand_in(config, 6, dtype, None)
+    if int8:
+        quantise_base(whole)
+    with quiet_libraries():
+        peft = build(whole).model
+    trained = sum(p.nbytes for p in peft.parameters() if p.requires_grad)
+    frozen = sum(t.nbytes for t in (*peft.parameters(), *peft.buffers())) - trained
+    assert cost.trained[0] + 6 * cost.trained[1] == trained
+    assert cost.weights[0] + 6 * cost.weights[1] == pytest.approx(frozen)
+    assert cost.copies == (0, 0)
+    assert cost.itemsize == dtype.itemsize
+
+
+def test_what_is_kept_grows_with_blocks_and_presets_keep_less(setting):
+    exact, off = setting("exact")[3], setting("off")[3]
+    assert 0 < exact.kept[1] < off.kept[1]
+    assert exact.packed
+    assert not off.packed
+    assert not exact.estimated
+
+
+def test_a_block_takes_what_two_stand_ins_differ_by(setting):
+    cost = setting("off")[3]
+    assert cost.step[1].at(100) == pytest.approx(0.03)
+    assert cost.step[0].at(100) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_model_of_one_block_is_all_block(setting):
+    cost = setting("off", blocks=1)[3]
+    assert cost.weights[0] == 0
+    assert cost.weights[1] > 0
+
+
+def test_lines():
+    assert Line.through({10: 1.0, 20: 1.5}) == Line(0.5, 0.05)
+    assert Line.through({10: 1.0, 20: 0.5}) == Line(0.5, 0.0)  # noise makes no time negative
+    assert Line.through({10: 1.0, 20: 4.0}) == Line(0.0, 0.3)
+    assert Line.through({10: 1.0}) == Line(0.0, 0.1)
+    assert Line(1.0, 2.0).at(3) == 7.0
+
+
+def test_a_stand_in_has_few_words_and_the_layers_of_its_beginning():
+    config = AutoConfig.for_model("gemma2", num_hidden_layers=8, vocab_size=100_000, pad_token_id=99_999)
+    small = stand_in_config(config, 2)
+    assert (small.num_hidden_layers, small.vocab_size, small.pad_token_id) == (2, 8192, None)
+    assert small.layer_types == config.layer_types[:2]
+    assert config.num_hidden_layers == 8
+    with pytest.raises(CELoraError, match="models of type 'gemma3' have other parts than text"):
+        stand_in_config(Gemma3Config(), 2)
+
+
+def test_large_blocks_are_two_small_ones_four():
+    small = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=64, num_attention_heads=4)
+    large = AutoConfig.for_model("llama", hidden_size=4096, intermediate_size=11008)
+    assert how_many_blocks(small) == 4
+    assert how_many_blocks(large) == 2
+    assert json.dumps(small.to_dict())  # and is as it was

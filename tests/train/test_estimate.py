@@ -1,0 +1,156 @@
+"""`celora estimate` and `celora train --memory`: what is shown, what is taken, and what is said where nothing fits."""
+
+from __future__ import annotations
+
+import json
+
+import gguf
+import pytest
+
+from celora.cli.main import main
+from celora.errors import CELoraError
+from celora.train.forecast.estimate import estimate, fitted, in_bytes
+from celora.train.request.arguments import make_request
+from decoders import model_of
+from ggufs import write_model
+from patching import patch_all
+from runs import go
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """A machine that takes a second for a thousand tokens of a block in float32, and half of it elsewhere."""
+
+    def seconds(probe, batch, optimizer):
+        model = probe.model.get_base_model()
+        speed = 1000 if model.dtype.itemsize == 4 else 2000
+        step = len(model.model.layers) * int(batch["attention_mask"].sum()) / speed
+        return step / 3, step
+
+    patch_all(monkeypatch, "celora.train.forecast.blocks:seconds", seconds)
+
+
+@pytest.fixture
+def ask(inputs, tmp_path):
+    def found(memory=None, **more):
+        return estimate(make_request({**inputs, "output": str(tmp_path / "out"), **more}), memory)
+
+    return found
+
+
+def test_rows_and_ways(ask):
+    found = ask(max_length=8)
+    assert (found.rows, found.longest, found.sampled, found.epochs) == (24, 8, None, 3.0)
+    assert "rows are longer than max_length=8" in found.cut
+    assert {way.base for way in found.ways} == {"float32", "bfloat16", "int8"}
+    assert {way.preset for way in found.ways} == {"auto", "exact", "fast"}
+    assert {(way.batch, way.accumulation) for way in found.ways} == {(8, 1), (4, 2), (2, 4), (1, 8)}
+    assert len(found.ways) == 3 * 3 * 4 * 2
+    assert found.taken is not None
+    assert found.taken.base == "bfloat16"
+    assert not found.taken.checkpointing
+    assert list(found.ways) == sorted(found.ways, key=lambda way: (way.epoch_seconds, way.peak_bytes))
+    assert "<- celora takes this" in str(found)
+
+
+def test_what_is_asked_for_is_kept(ask):
+    found = ask(dtype="float32", preset="exact", gradient_checkpointing=True, per_device_train_batch_size=3)
+    assert {(way.base, way.preset, way.checkpointing, way.batch) for way in found.ways} == {
+        ("float32", "exact", True, 3), ("int8", "exact", True, 3),
+    }  # fmt: skip
+    found = ask(base="int8", preset="fast", gradient_checkpointing=False)
+    assert {way.base for way in found.ways} == {"int8"}
+
+
+def test_the_seconds_of_an_epoch_follow_from_the_speed(ask):
+    found = ask(dtype="float32", preset="off", gradient_checkpointing=False, per_device_train_batch_size=8)
+    way = next(way for way in found.ways if way.base == "float32")
+    assert way.epoch_seconds == pytest.approx(2 * found.tokens / 1000, rel=1e-6)  # 2 blocks
+
+
+def test_nothing_fits(ask, inputs, tmp_path, capsys):
+    found = ask(1000, preset="exact")
+    assert found.taken is None
+    assert found.verdict().startswith("nothing fits into 0 MiB: the least is ")
+    command = ["--model", inputs["model"], "--data", inputs["data"]]
+    assert main(["estimate", *command, "--memory", "1000", "--preset", "exact"]) == 2
+    assert "nothing fits into" in capsys.readouterr().out
+    assert main(["train", *command, "--output", str(tmp_path / "out"), "--memory", "1000"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --memory 1000: nothing fits into 0 MiB: the least is ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_takes_the_way_and_its_record_names_it(inputs, tmp_path):
+    result, text = go(inputs, tmp_path / "out", memory="64GiB", max_steps=2, celora=None, preset="exact")
+    assert "Within 64GiB: exact in bfloat16, 4 x 1 rows a step: " in text
+    given = json.loads((tmp_path / "out" / "run.json").read_text())["given"]
+    assert (given["memory"], given["dtype"], given["per_device_train_batch_size"]) == ("64GiB", "bfloat16", 4)
+    assert str(result.model.dtype) == "torch.bfloat16"
+    again, text = go(given, tmp_path / "out", resume=True, max_steps=3, celora=None, preset="exact")
+    assert again.step == 3
+    assert "Within" not in text
+
+
+def test_the_least_memory_takes_a_base_in_8_bits(inputs, tmp_path):
+    request = make_request({**inputs, "output": str(tmp_path / "out"), "preset": "exact"})
+    found = estimate(request, 2**40)
+    least = min(way.peak_bytes for way in found.ways if way.base != "int8")
+    only = [way for way in found.ways if way.peak_bytes < least]
+    assert all(way.base == "int8" for way in only)
+    if only:  # the tiny model's blocks are small beside what it keeps
+        settled, line = fitted(request, str(least - 1))
+        assert settled.options.base == "int8"
+        assert "on a base in int8" in line
+
+
+def test_a_gguf_file_is_estimated_without_converting_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_model(tmp_path / "model.gguf", model_of("llama").unload(), gguf.GGMLQuantizationType.Q8_0, words=True)
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "the cat sat on {i}"}}\n' for i in range(9)))
+    command = ["estimate", "--model", str(path), "--data", str(tmp_path / "rows.jsonl"), "--preset", "exact", "--json"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == 9
+    assert found["taken"]["preset"] == "exact"
+    assert {"fits", "quality", "peak_bytes", "epoch_seconds"} <= found["ways"][0].keys()
+    assert not (tmp_path / "cache" / "celora" / "gguf").exists()
+
+
+def test_of_many_rows_a_sample_is_tokenised(ask, tmp_path):
+    rows = tmp_path / "many.jsonl"
+    lines = [json.dumps({"text": "w1 w2 w3"})] * 5000 + [json.dumps({"text": " ".join(["w1"] * 100)})]
+    rows.write_text("\n".join(lines) + "\n")
+    found = ask(data=str(rows), preset="exact", dtype="float32", base="int8")
+    assert found.rows == 5001
+    assert found.longest == 101  # with the end of a text
+    assert found.sampled is not None
+    assert found.tokens == pytest.approx(5000 * 4 + 101, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"),
+    [("8GiB", 2**33), ("8 gib", 2**33), ("512MB", 512_000_000), ("2G", 2**31), ("1.5KiB", 1536), ("77", 77)],
+)
+def test_sizes(text, bytes_):
+    assert in_bytes(text) == bytes_
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "8 apples", "-8GiB", "0", "nan", "1e9", "9" * 40, "8GiB8"])
+def test_what_is_no_size_is_one_line(text):
+    with pytest.raises(CELoraError, match="expected a size like 8GiB, 512MB or 2000000000"):
+        in_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--output", "x"], "--output is not for celora estimate, which writes nothing"),
+        (["--fidelity", "0.9"], "--fidelity is not for celora estimate, which makes no plan"),
+        (["--memory", "much"], "expected a size like 8GiB"),
+        (["--load_in_4bit"], "are not estimated; leave out --load_in_4bit"),
+    ],
+)
+def test_what_cannot_be_estimated_is_one_line(more, said, inputs, capsys):
+    assert main(["estimate", "--model", inputs["model"], "--data", inputs["data"], *more]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]

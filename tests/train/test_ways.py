@@ -1,0 +1,87 @@
+"""From the cost of a block to a whole run: sums that can be done by hand, and the way that is taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from celora.train.forecast.blocks import Cost, Line
+from celora.train.forecast.ways import Model, Rows, Way, best, epoch_seconds, peak_bytes, ways_of
+
+COST = Cost(
+    step=(Line(0.5, 0.001), Line(0.1, 0.002)),
+    forward=(Line(0.1, 0.0), Line(0.05, 0.0005)),
+    weights=(1000.0, 100.0),
+    trained=(0.0, 10.0),
+    copies=(0.0, 25.0),
+    kept=(2.0, 30.0),
+    itemsize=4,
+    packed=False,
+    estimated=True,
+)
+MODEL = Model(blocks=8, hidden=4, intermediate=6, words=10, stand_in_words=5, tables=1, stored=4)
+ROWS = Rows(count=10, tokens=200, labelled=100, longest=(40, 30, 20, 20))
+
+
+def test_an_epoch_is_the_sum_of_its_micro_batches() -> None:
+    # 5 micro-batches of 40 tokens; the head is of 10 words and was measured with 5.
+    one = 0.5 + 2 * 0.001 * 40 + 8 * (0.1 + 0.002 * 40)
+    assert epoch_seconds(COST, MODEL, ROWS, 2, checkpointing=False) == pytest.approx(5 * one)
+    again = 8 * (0.05 + 0.0005 * 40)
+    assert epoch_seconds(COST, MODEL, ROWS, 2, checkpointing=True) == pytest.approx(5 * (one + again))
+
+
+def test_the_peak_is_what_is_there_together() -> None:
+    weights = 1000 + 8 * 100 + 5 * 4 * 4  # with the words that the stand-in lacks
+    tokens = 2 * 40  # padded to the longest
+    moment = max(2 * 8 * tokens * 10, 3 * tokens * 6 * 4)
+    expected = weights + 4 * 80 + 200 + (2 + 8 * 30) * tokens + moment
+    assert peak_bytes(COST, MODEL, ROWS, 2, checkpointing=False) == expected
+    checkpointed = weights + 4 * 80 + 200 + (2 + 8 * 16 + 30) * tokens + moment
+    assert peak_bytes(COST, MODEL, ROWS, 2, checkpointing=True) == checkpointed
+
+
+def test_without_padding_only_tokens_count_and_logits_come_in_chunks() -> None:
+    packed = replace(COST, packed=True)
+    tokens = 70 * 17 / 16
+    expected = 1880 + 320 + 200 + 242 * tokens + max(8 * int(tokens / 2) * 10, 3 * tokens * 24)
+    assert peak_bytes(packed, MODEL, ROWS, 2, checkpointing=False) == pytest.approx(expected)
+
+
+def test_loading_in_another_dtype_may_be_the_peak() -> None:
+    small = replace(COST, kept=(0.0, 0.0), copies=(0.0, 0.0), trained=(0.0, 0.0))
+    other = replace(MODEL, stored=2, words=5)
+    short = replace(ROWS, longest=(1,))
+    assert peak_bytes(small, other, short, 1, checkpointing=False) == 1800 * 1.5
+    assert peak_bytes(small, replace(other, stored=4), short, 1, checkpointing=False) == 1800 + 2 * 8 * 5
+
+
+def test_ways_are_named_and_in_all_combinations() -> None:
+    found = ways_of(
+        COST, MODEL, ROWS, 7, named=("int8", "float32", "fast"), batches=[(4, 1), (2, 2)], checkpointing=[False, True]
+    )
+    assert [(way.batch, way.accumulation, way.checkpointing) for way in found] == [
+        (4, 1, False), (4, 1, True), (2, 2, False), (2, 2, True),
+    ]  # fmt: skip
+    assert found[2].peak_bytes == int(peak_bytes(COST, MODEL, ROWS, 2, checkpointing=False) + 7)
+    assert found[2].settings == {
+        "dtype": "float32",
+        "base": "int8",
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
+
+
+def way(base: str, peak: int, seconds: float) -> Way:
+    return Way(base, "float32", "auto", False, 8, 1, peak, seconds)
+
+
+def test_the_fastest_that_fits_is_taken_and_8_bits_only_where_needed() -> None:
+    ways = [way("float32", 100, 5.0), way("bfloat16", 60, 9.0), way("int8", 40, 3.0)]
+    assert best(ways, None) == ways[0]
+    assert best(ways, 100) == ways[0]
+    assert best(ways, 99) == ways[1]
+    assert best(ways, 59) == ways[2]
+    assert best(ways, 39) is None
