@@ -63,7 +63,6 @@ def test_what_is_kept_grows_with_blocks_and_presets_keep_less(setting):
     assert 0 < exact.kept[1] < off.kept[1]
     assert exact.packed
     assert not off.packed
-    assert not exact.estimated
 
 
 def test_a_block_takes_what_two_stand_ins_differ_by(setting):

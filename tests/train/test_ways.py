@@ -18,7 +18,6 @@ COST = Cost(
     kept=(2.0, 30.0),
     itemsize=4,
     packed=False,
-    estimated=True,
 )
 MODEL = Model(blocks=8, hidden=4, intermediate=6, words=10, stand_in_words=5, tables=1, stored=4)
 ROWS = Rows(count=10, tokens=200, labelled=100, longest=(40, 30, 20, 20))

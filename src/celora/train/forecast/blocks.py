@@ -69,7 +69,6 @@ class Cost:
         kept: bytes that one token keeps for its backward outside of the blocks, and in one.
         itemsize: bytes of a number of the model.
         packed: whether padding is left out.
-        estimated: whether celora estimates anything there.
     """
 
     step: tuple[Line, Line]
@@ -80,7 +79,6 @@ class Cost:
     kept: tuple[float, float]
     itemsize: int
     packed: bool
-    estimated: bool
 
 
 def stand_in_config(config: Any, blocks: int) -> Any:
@@ -142,7 +140,6 @@ def measure(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype
         *zip(outside, per_block, strict=True),
         itemsize=dtype.itemsize,
         packed=parts[many].packed,
-        estimated=parts[many].estimated,
     )
 
 
@@ -153,7 +150,6 @@ class _Part:
     seconds: dict[int, tuple[float, float]]
     sizes: tuple[float, float, float, float]
     packed: bool
-    estimated: bool
 
 
 def _part(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype, int8: bool, blocks: int) -> _Part:
@@ -170,12 +166,11 @@ def _part(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype, 
     optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-5)
     taken = {_count(batch): seconds(probe, batch, optimizer) for batch in batches}
     kept = kept_by(probe, dict(large)) / _count(large)
-    attachment, found = find(peft), find_language_model(peft)
+    found = find_language_model(peft)
     packed = isinstance(found, LanguageModel) and not found.cannot_pack and request.preset != "off"
-    estimated = attachment is not None and bool(attachment.report.estimated)
     sizes = (*_sizes(peft), kept)
     celora.detach(peft)
-    return _Part(taken, sizes, packed, estimated)
+    return _Part(taken, sizes, packed)
 
 
 def settled_config(request: TrainRequest, probe: Any) -> Any:
@@ -210,13 +205,16 @@ def _tokens(config: Any) -> int:
 
 
 def _batch(probe: Any, rows: Sequence[dict[str, Any]], tokens: int, words: int) -> dict[str, Any]:
-    """A batch of about so many tokens: as many rows as a micro-batch has, the last of them cut."""
+    """A batch of about so many tokens: as many rows as a micro-batch has, the last without its beginning.
+
+    So answers, which stand at the end, are learnt in any case.
+    """
     taken: list[dict[str, Any]] = []
     for row in rows[: probe.args.per_device_train_batch_size]:
         room = tokens - sum(len(other["input_ids"]) for other in taken)
         if room < 2:
             break
-        taken.append({key: value[:room] for key, value in row.items() if isinstance(value, list)})
+        taken.append({key: value[-room:] for key, value in row.items() if isinstance(value, list)})
         taken[-1].pop("seq_lengths", None)
     batch = probe.data_collator(taken)
     for name in ("input_ids", "labels"):
