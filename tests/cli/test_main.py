@@ -42,7 +42,9 @@ def test_version_and_help(capsys):
     assert "differs from TRL's" in text
 
 
-COMMANDS = ("train", "watch", "chat", "generate", "export", "audit", "plan", "compare", "bench", "demo", "doctor")
+COMMANDS = (
+    "estimate", "train", "watch", "chat", "generate", "export", "audit", "plan", "compare", "bench", "demo", "doctor",
+)  # fmt: skip
 
 
 def test_every_help_teaches_by_example(capsys):

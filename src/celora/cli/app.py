@@ -16,6 +16,7 @@ HELP = """Faster LoRA fine-tuning of Hugging Face models. The result is an ordin
 Start here:
   celora doctor                     # what is fast on this machine
   celora demo                       # LoRA and celora side by side on a small model, in minutes
+  celora estimate --model MODEL --data rows.jsonl   # will it fit, and how long?
   celora train --model MODEL --data rows.jsonl --output out
   celora chat out                   # talk to the trained model
   celora COMMAND --help             # options and examples of a command
