@@ -190,9 +190,7 @@ class RunOptions:
     )
     base: str | None = field(default=None, metadata={"help": "int8: store the base in 8 bits", "choices": ["int8"]})
     plan: str | None = field(default=None, metadata={"help": "preset auto: a plan made by celora plan, used unchanged"})
-    memory: str | None = field(
-        default=None, metadata={"help": "8GiB: take the fastest settings whose peak memory is estimated to fit"}
-    )
+    memory: str | None = field(default=None, metadata={"help": "8GiB: the fastest settings that are estimated to fit"})
     celora: dict[str, Any] | None = field(default=None, metadata={"help": "CELoraConfig fields (YAML mapping or JSON)"})
 
 
