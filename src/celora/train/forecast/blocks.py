@@ -135,9 +135,14 @@ def measure(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype
     parts = {count: _part(request, build, config, dtype, int8, count) for count in dict.fromkeys((1, many))}
     times = {(count, tokens): pair for count, part in parts.items() for tokens, pair in part.seconds.items()}
     outside, per_block = _split({count: part.sizes for count, part in parts.items()}, many)
+    weights, trained, copies, kept = zip(outside, per_block, strict=True)
     return Cost(
-        *(_lines({key: pair[which] for key, pair in times.items()}, many) for which in (1, 0)),
-        *zip(outside, per_block, strict=True),
+        step=_lines({key: step for key, (_, step) in times.items()}, many),
+        forward=_lines({key: forward for key, (forward, _) in times.items()}, many),
+        weights=weights,
+        trained=trained,
+        copies=copies,
+        kept=kept,
         itemsize=dtype.itemsize,
         packed=parts[many].packed,
     )

@@ -132,6 +132,7 @@ def peak_bytes(cost: Cost, model: Model, rows: Rows, batch: int, *, checkpointin
     else:
         kept = outside + model.blocks * block
     labelled = int(tokens * rows.labelled / max(1, rows.tokens)) or 1
+    logits: float
     if cost.packed:
         logits = _LOGITS * min(labelled, chunk_size(labelled, model.words)) * model.words
     else:
