@@ -7,7 +7,19 @@ from typing import Annotated, Any, Literal
 import typer
 
 from celora.cli.app import app
-from celora.cli.options import TRLS, Config, Data, Json, Model, Preset, leave_out, look_ahead, print_json, settle_in
+from celora.cli.options import (
+    TRLS,
+    Config,
+    Data,
+    Json,
+    Model,
+    Preset,
+    Quiet,
+    leave_out,
+    look_ahead,
+    print_json,
+    settle_in,
+)
 
 ESTIMATE_HELP = """Will it fit, and how long will it take? Answers in seconds, and trains nothing.
 
@@ -35,6 +47,7 @@ def estimate(
     preset: Preset = None,
     base: Annotated[Literal["int8"] | None, typer.Option("--base", help="int8: only with a base in 8 bits.")] = None,
     config: Config = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     look_ahead(context.args, config)
@@ -43,7 +56,7 @@ def estimate(
     own: dict[str, Any] = {"model": model, "data": data, "preset": preset, "base": base, "config": config}
     leave_out(context.args, ("output", "overwrite", "resume"), "celora estimate, which writes nothing")
     leave_out(context.args, ("plan", "fidelity", "memory_limit"), "celora estimate, which makes no plan")
-    request = parse(context.args, own | {"memory": memory, "output": "celora-estimate", "quiet": True})
+    request = parse(context.args, own | {"memory": memory, "output": "celora-estimate", "quiet": quiet})
     from celora.train.forecast.estimate import estimate as find
     from celora.train.forecast.estimate import in_bytes
 
