@@ -7,6 +7,7 @@ import gc
 import getpass
 import importlib.metadata
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any
 # Set before torch is imported, and inherited by processes that tests start. Matrices this small are slower on two
 # threads, and far slower if tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU, Triton's kernels run in its interpreter, which has to be said before anything imports it.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Inductor's cache may return code for wide registers although torch is limited to narrow ones. Such code writes past
 # the end of its buffers.
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):

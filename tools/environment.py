@@ -23,7 +23,7 @@ _PATIENCE_S = 5.0
 # Extra -> what it is for, as a newcomer would say it, and how long pip usually takes with a good connection.
 PURPOSES = {
     "": ("celora with torch, Transformers, PEFT and TRL", "1 to 4 minutes, about 1.5 GB on disk"),
-    "dev": ("what the tests need", "1 to 3 minutes, about 0.7 GB on disk"),
+    "dev": ("what the tests need", "1 to 3 minutes, about 1.4 GB on disk"),
     "docs": ("what the documentation needs", "half a minute"),
 }
 

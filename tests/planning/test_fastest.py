@@ -87,6 +87,19 @@ def test_auto_keeps_the_exact_forward(
         assert layer.forward == "exact"
 
 
+def test_on_a_gpu_without_a_plan_auto_is_exact_and_fast_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU was at hand to try it on: there a plan on the user's own comes first."""
+    patch_all(monkeypatch, "celora.kernels.triton.gate:planned_on", lambda device: False)
+    model = make_model()
+    seen = times(monkeypatch, 10.0, 3.0, 6.0, 9.0)
+    with pytest.warns(UserWarning, match="estimates nothing on this GPU until a plan was made on it"):
+        config = gate(survey(model), AUTO)
+    assert seen == []
+    assert config.head_keep_ratio == 1
+    assert {config.for_layer(name).estimator for name in survey(model).layers} == {"dense"}
+    assert refuses() or gate(survey(model), FAST).for_layer(next(iter(survey(model).layers))).estimator == "tokens"
+
+
 def test_what_was_measured_is_kept_for_the_machine_and_the_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     found = survey(make_model())
     seen = times(monkeypatch, 10.0, 6.0, 9.0)

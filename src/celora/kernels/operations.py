@@ -7,11 +7,12 @@ operation. Which backend computes it is decided here and nowhere else: the first
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from celora.kernels import onednn, plain
+from celora.kernels import floats, onednn, plain
 from celora.kernels.backends import Backend, available, choose, define
 from celora.kernels.c import attention as c_attention
 from celora.kernels.c import both as c_both
@@ -19,17 +20,50 @@ from celora.kernels.c import dot as c_dot
 from celora.kernels.c import library as c
 from celora.kernels.c import rows as c_rows
 from celora.kernels.packed import BothWays, PackedWeight
+from celora.kernels.triton import gate, launches, product
+
+
+def _triton(operation: str, run: Callable[..., Any]) -> Backend:
+    return Backend("triton", run, gate.takes(operation), gate.why_not(operation), described=gate.describe)
+
 
 define(
-    "squared_row_norms", Backend("c", c_rows.squared_row_norms, c.supported), Backend("torch", plain.squared_row_norms)
+    "squared_row_norms",
+    Backend("c", c_rows.squared_row_norms, c.supported),
+    _triton("squared_row_norms", launches.squared_row_norms),
+    Backend("torch", plain.squared_row_norms),
 )
-define("column_maxima", Backend("c", c_rows.column_maxima, c.supported), Backend("torch", plain.column_maxima))
+define(
+    "column_maxima",
+    Backend("c", c_rows.column_maxima, c.supported),
+    _triton("column_maxima", launches.column_maxima),
+    Backend("torch", plain.column_maxima),
+)
+define(
+    "squared_column_norms",
+    _triton("squared_column_norms", launches.squared_column_norms),
+    Backend("torch", plain.squared_column_norms),
+)
 define("choose_rows", Backend("c", c_rows.choose_rows, c.supported), Backend("torch", plain.choose_rows))
-define("quantise_rows", Backend("c", c_rows.quantise_rows, c.supported), Backend("torch", plain.quantise_rows))
+define(
+    "quantise_rows",
+    Backend("c", c_rows.quantise_rows, c.supported),
+    _triton("quantise_rows", launches.quantise_rows),
+    Backend("torch", plain.quantise_rows),
+)
 define("quantise_columns", Backend("c", c_rows.quantise_columns, c.supported), Backend("torch", plain.quantise_columns))
 define("scatter_rows", Backend("c", c_rows.scatter, c.supported), Backend("torch", plain.scatter_rows))
-define("softmax_rows", Backend("c", c_rows.softmax_rows, c.supported), Backend("torch", plain.softmax_rows))
-define("capped_softmax_rows", Backend("torch", plain.softmax_rows))
+define(
+    "softmax_rows",
+    Backend("c", c_rows.softmax_rows, c.supported),
+    _triton("softmax_rows", launches.softmax_rows),
+    Backend("torch", plain.softmax_rows),
+)
+define(
+    "capped_softmax_rows",
+    _triton("softmax_rows", launches.softmax_rows),
+    Backend("torch", plain.softmax_rows),
+)
 define("rms_norm", Backend("c", c_rows.rms_norm, c.supported))
 define("rms_norm_backward", Backend("c", c_rows.rms_norm_backward, c.supported))
 define("gated", Backend("c", c_rows.gated, c.supported))
@@ -47,13 +81,21 @@ define(
     "pack_weight",
     Backend("c", c_dot.Panels.pack, c_dot.takes, c_dot.why_not, described=c_dot.describe, any_rows=True),
     Backend("onednn", onednn.Prepacked.pack, onednn.takes, described=onednn.describe),
+    _triton("pack_weight", product.TiledWeight.pack),
     Backend("torch", plain.Integers.pack, **_INTEGERS),
     by_device=True,
 )
 define(
     "pack_both_ways",
     Backend("c", c_both.TurnedPanels.pack, c_dot.takes, c_dot.why_not, described=c_dot.describe, any_rows=True),
+    _triton("pack_both_ways", product.TiledBothWays.pack),
     Backend("torch", plain.IntegersBothWays.pack, **_INTEGERS),
+    by_device=True,
+)
+define(
+    "pack_floats",
+    _triton("pack_floats", product.TiledFloats.pack),
+    Backend("torch", floats.ScaledFloats.pack, floats.takes, floats.why_not, floats.slow),
     by_device=True,
 )
 define("quantise_weight", Backend("torch", plain.Integers.quantise, **_INTEGERS), by_device=True)
@@ -68,6 +110,12 @@ def squared_row_norms(x: Tensor) -> Tensor:
 def column_maxima(x: Tensor) -> Tensor:
     """`max_t |x[t, i]|` of `x: (T, n)`: (n,) float32. The cheapest measure of a column there is."""
     found: Tensor = choose("column_maxima", x).run(x)
+    return found
+
+
+def squared_column_norms(x: Tensor) -> Tensor:
+    """`||x[:, i]||^2` of `x: (T, n)`, in float32 at least: (n,)."""
+    found: Tensor = choose("squared_column_norms", x).run(x)
     return found
 
 
@@ -118,6 +166,12 @@ def softmax_rows(
 def pack_weight(weight: Tensor, scale: Tensor) -> PackedWeight:
     """`weight: (out, in)` in 8 bits, to be kept, with these `scale`s of its columns: (in,) float32."""
     found: PackedWeight = choose("pack_weight", weight.device).run(weight, scale)
+    return found
+
+
+def pack_floats(weight: Tensor, scale: Tensor) -> PackedWeight:
+    """`weight: (out, in)` in 8-bit floats (e4m3), with these `scale`s of its columns: (in,) float32."""
+    found: PackedWeight = choose("pack_floats", weight.device).run(weight, scale)
     return found
 
 
@@ -210,11 +264,13 @@ __all__ = [
     "gated",
     "gated_backward",
     "pack_both_ways",
+    "pack_floats",
     "pack_weight",
     "quantise_weight",
     "rms_norm",
     "rms_norm_backward",
     "rotate",
     "softmax_rows",
+    "squared_column_norms",
     "squared_row_norms",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from celora.kernels.operations import choose_rows
+from celora.kernels.operations import choose_rows, squared_column_norms
 from celora.kernels.plain import energy_count, measurable, rounded_up, top_k
 from celora.numerics.sampling import inclusion_probabilities, sample, uniform
 
@@ -21,19 +21,6 @@ __all__ = [
     "squared_column_norms",
     "top_k",
 ]
-
-
-def squared_column_norms(grad_output: Tensor) -> Tensor:
-    """`||G[:, i]||^2` for `G: (T, out)`, in fp32 at least: (out,).
-
-    It sums squares, because `linalg.vector_norm(dim=0)` is five times slower on CPU. It goes block by block, so that
-    the float32 copy of a half-precision gradient stays small.
-    """
-    dtype = torch.promote_types(grad_output.dtype, torch.float32)
-    total = torch.zeros(grad_output.shape[1], dtype=dtype, device=grad_output.device)
-    for block in grad_output.split(1024):
-        total += block.to(dtype).square().sum(0)
-    return total
 
 
 def columns_of(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:

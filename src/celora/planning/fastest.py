@@ -3,11 +3,13 @@
 Layers of one shape, dtype and device are timed together. The contenders take turns: products in 8 bits (preset `fast`:
 in both directions, and with an exact forward), products of the same tokens in the gradient's own dtype, and PEFT's
 products. The fastest wins. The vocabulary projection is timed in the same way. Times are stored in the user's cache.
+On a GPU, preset `auto` estimates nothing until a plan was made there: no GPU was at hand to try it on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from celora.kernels.backends import chosen
+from celora.kernels.triton.gate import planned_on
 from celora.machine.cache import keep, recall
 from celora.machine.device import measured_on, random_states
 from celora.machine.processes import from_first, in_company
@@ -42,6 +45,8 @@ def gate(found: Survey, config: CELoraConfig, tokens: int = TOKENS, labelled: in
         tokens: number of tokens in a batch.
         labelled: how many of them have a label.
 
+    Warns where preset auto estimates nothing because no plan was made on this GPU.
+
     If several processes train together, all use what the first one measures.
     """
     if in_company() and dist.get_rank() > 0:
@@ -49,6 +54,12 @@ def gate(found: Survey, config: CELoraConfig, tokens: int = TOKENS, labelled: in
     else:
         with random_states({layer.device for layer in found.layers.values() if not cannot_time(layer.device)}):
             overrides, share = from_first((_overrides(found, config, tokens), _share(found, config, labelled)))
+    if any(_untried(config, layer.device) for layer in found.layers.values()):
+        warnings.warn(
+            "celora: preset auto estimates nothing on this GPU until a plan was made on it, which measures what is "
+            "right and fast there: `celora plan`, or --fidelity.",
+            stacklevel=3,
+        )
     return dataclasses.replace(config, overrides={**config.overrides, **overrides}, head_keep_ratio=share)
 
 
@@ -63,7 +74,7 @@ def _overrides(found: Survey, config: CELoraConfig, tokens: int) -> dict[str, Ma
     overrides: dict[str, Mapping[str, Any]] = {}
     for (shape, dtype, device, takes_forward), names in kinds.items():
         setting = own if takes_forward else dataclasses.replace(own, forward="exact")
-        best = _fastest(setting, shape, dtype, device, tokens)
+        best = EXACT if _untried(config, device) else _fastest(setting, shape, dtype, device, tokens)
         changes = {field: getattr(best, field) for field in fields if getattr(best, field) != getattr(own, field)}
         if best == EXACT:  # it uses no other field
             changes = {"estimator": EXACT.estimator}
@@ -127,10 +138,17 @@ def _share(found: Survey, config: CELoraConfig, labelled: int) -> float:
     weight = model.head.weight.detach()
     if isinstance(weight, DTensor) or weight.is_meta or not weight.is_floating_point() or cannot_time(weight.device):
         return share
+    if _untried(config, weight.device):
+        return 1.0
     tokens = _timed_tokens(labelled, weight.numel())
     of = {"head": share, "shape": tuple(weight.shape), "tokens": tokens}
     times = _kept(of, 2, weight.dtype, weight.device, lambda: list(time_shares(weight, tokens, (1.0, share)).values()))
     return share if times[1] < _CLEARLY * times[0] else 1.0
+
+
+def _untried(config: CELoraConfig, device: torch.device) -> bool:
+    """Whether preset auto has to be exact on this device; `fast` is what a user asks for by name."""
+    return config.forward == "exact" and not planned_on(device)
 
 
 def _timed_tokens(tokens: int, numbers: int) -> int:

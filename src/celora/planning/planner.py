@@ -28,6 +28,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from celora.errors import CELoraError
+from celora.kernels.triton.proof import judge
 from celora.machine.device import measured_on
 from celora.machine.timing import cannot_time
 from celora.modeling.model_graft import taken_over
@@ -117,6 +118,9 @@ def make_plans(
             raise CELoraError(
                 f"cannot plan on {device.type!r}: {reason}. Choose preset exact or paper, which time nothing."
             )
+    for device in {parameter.device for parameter in model.parameters()}:
+        for operation, reason in judge(device).wrong.items():
+            warnings.warn(f"celora: Triton's kernel {operation} {reason}; torch's operators are used.", stacklevel=3)
     used = [on_device(batch, parameters) for _, batch in zip(range(MOST_BATCHES), batches, strict=False)]
     if not used:
         raise CELoraError("no batches to plan with; give at least one, and three to verify on one that was not used.")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from celora.kernels.operations import column_maxima
+from celora.kernels.packed import PackedWeight
 from celora.kernels.plain import divisor
 from celora.numerics.products.base import Product
 from celora.weights.stored import owner_of
@@ -77,5 +78,26 @@ class EightBit(Product):
         if known is not None and not (known.device == weight.device and torch.equal(known, self._scale_of(weight))):
             self.forget()
 
+    def rows(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        *,
+        position: Tensor | None = None,
+        factors: Tensor | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        packed = self._multiplied_with(weight)
+        return packed.rows(grad_output, index, position=position, factors=factors, onto=onto)
+
+    def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+        return self.rows(grad_output, weight, None)
+
     @abstractmethod
-    def _pack(self, weight: Tensor) -> Any: ...
+    def _multiplied_with(self, weight: Tensor) -> PackedWeight:
+        """The weight in 8 bits: its own bytes, the copy, made anew if it is out of date, or one for this product."""
+
+    @abstractmethod
+    def _pack(self, weight: Tensor) -> PackedWeight:
+        """The weight in 8 bits, by its scales `_scale`."""

@@ -50,19 +50,6 @@ class Int8(EightBit):
     def slow(self, device: torch.device) -> str:
         return choose(self.operation, device).slow(device) if available(self.operation, device) else ""
 
-    def rows(
-        self,
-        grad_output: Tensor,
-        weight: Tensor,
-        index: Tensor | None,
-        *,
-        position: Tensor | None = None,
-        factors: Tensor | None = None,
-        onto: Tensor | None = None,
-    ) -> Tensor:
-        packed = self._multiplied_with(weight)
-        return packed.rows(grad_output, index, position=position, factors=factors, onto=onto)
-
     def critical_rows(
         self,
         grad_output: Tensor,
@@ -86,9 +73,6 @@ class Int8(EightBit):
     def operation(self) -> str:
         """The operation that makes the copy, by its name in the table of kernels."""
         return "pack_weight" if self.copy else "quantise_weight"
-
-    def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
-        return self.rows(grad_output, weight, None)
 
     def _multiplied_with(self, weight: Tensor) -> PackedWeight:
         """The weight in 8 bits: the bytes of a base in 8 bits, the copy brought up to date, or one for this product."""

@@ -1,0 +1,84 @@
+"""8-bit floats (e4m3, largest 448) by `torch._scaled_mm`, on GPUs that multiply them; a CPU emulates them."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from celora.borrowed import borrow
+from celora.kernels.packed import PackedWeight
+from celora.kernels.plain import column_major, divisor, padded
+
+SCALED_MM = "torch:_scaled_mm"
+LARGEST = 448.0
+
+
+class ScaledFloats(PackedWeight):
+    """A weight for `torch._scaled_mm`, with scales of its columns."""
+
+    def __init__(self, q: Tensor, scale: Tensor) -> None:
+        self.q, self.scale = q, scale
+
+    @classmethod
+    def pack(cls, weight: Tensor, scale: Tensor) -> ScaledFloats:
+        return cls(column_major(padded(weight.float() / scale, 0).to(torch.float8_e4m3fn)), scale)
+
+    def rows(
+        self,
+        x: Tensor,
+        index: Tensor | None,
+        *,
+        position: Tensor | None,
+        factors: Tensor | None,
+        onto: Tensor | None,
+    ) -> Tensor:
+        kept = x if index is None else x.index_select(0, index)
+        scale = divisor(torch.linalg.vector_norm(kept, float("inf"), dim=1).float() / LARGEST)
+        y: Tensor = borrow(SCALED_MM)(
+            padded(kept.float() / scale[:, None], 1).to(torch.float8_e4m3fn),
+            self.q,
+            scale_a=(scale if factors is None else scale * factors.float())[:, None],
+            scale_b=self.scale[None],
+            out_dtype=torch.bfloat16,
+        )
+        y = y.to(x.dtype)
+        if index is None:
+            return y
+        out = x.new_zeros(len(x), y.shape[1]) if onto is None else onto
+        return out.index_copy_(0, index, y)
+
+
+def why_not(device: torch.device) -> str:
+    """Why torch's product of 8-bit floats cannot be used on this device, or ''."""
+    if device.type not in ("cpu", "cuda"):
+        return f"there are no fp8 products on {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return "fp8 products need a GPU of compute capability 8.9 or above; use int8"
+    if borrow(SCALED_MM) is None:
+        return "this version of torch has no fp8 products"
+    if device.type == "cpu" and not _cpu_takes_scales():
+        return "this version of torch has no fp8 products with scales of rows and columns on cpu"
+    return ""
+
+
+def takes(device: torch.device) -> bool:
+    return not why_not(device)
+
+
+def slow(device: torch.device) -> str:
+    """Why they cannot pay on this device, or ''."""
+    return "fp8 is emulated on a CPU" if device.type == "cpu" else ""
+
+
+@functools.cache
+def _cpu_takes_scales() -> bool:
+    """Whether a CPU multiplies with a scale for each row and column: that of torch 2.11 takes one for all."""
+    ones, scale = torch.ones(16, 16, device="cpu").to(torch.float8_e4m3fn), torch.ones(16, device="cpu")
+    multiply = functools.partial(borrow(SCALED_MM), out_dtype=torch.bfloat16)
+    try:
+        multiply(ones, column_major(ones), scale_a=scale[:, None], scale_b=scale[None])
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,297 @@
+"""Each Triton kernel against torch: in the interpreter by the tests, on a GPU before anything there uses one.
+
+`wrong` compares one operation at one size, and says what differs. `judge` does so on the user's device, times the
+kernels in turns with torch's operators, and keeps what was right and faster for `gate`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from celora.kernels import floats, plain
+from celora.kernels.packed import BothWays, PackedWeight
+from celora.kernels.triton import gate, launches, product
+from celora.machine.timing import interleaved
+
+# A sum in another order; and, of results in half precision, a step of theirs, where two roundings may fall apart.
+_SUMS = 1e-5
+_STEP = {torch.float32: _SUMS, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+_FASTER = 0.95  # of torch's time: less of a gain is noise
+_REPEATS = 15
+_FLOATS = 4e-3  # of float32 sums of 8-bit floats: a tensor core may keep 14 bits of each partial sum
+
+_EIGHT_BITS = 0.02  # a number half-way between two steps of 8 bits may go either way
+
+Pack = Callable[[Tensor, Tensor], PackedWeight]
+
+
+def wrong(operation: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device, *, finite: bool) -> str:
+    """What the kernel of an operation gets wrong for `x: (rows, columns)`, in words, or ''.
+
+    Rows are apart in memory, of very different sizes, and one is zero. Without `finite`, one number is a NaN, and one
+    infinite.
+    """
+    generator = torch.Generator(device).manual_seed(1000 * rows + columns)
+    x = torch.randn(rows, columns + 3, device=device, generator=generator)
+    x *= torch.logspace(-3, 2, max(1, rows), device=device)[:, None][:rows]
+    x[1:2] = 0
+    if not finite:
+        x[2:3, :1], x[3:4, -4:-3] = float("nan"), float("inf")
+    return _CHECKS[operation](x.to(dtype)[:, :columns], generator)
+
+
+def _difference(name: str, found: Tensor, expected: Tensor, tolerance: float, least: float = 1e-30) -> str:
+    """Where they differ by more than `tolerance` of the largest number of a row, or of `least`.
+
+    What is not finite in one must not be in the other.
+    """
+    found, expected = found.double(), expected.double()
+    if not torch.equal(torch.isfinite(found), torch.isfinite(expected)):
+        return f"gave other numbers that are not finite than torch ({name})"
+    if not found.numel():
+        return ""
+    found, expected = (t.nan_to_num(0, 0, 0).reshape(len(t), -1) for t in (found, expected))
+    error = ((found - expected).abs() / expected.abs().amax(1, keepdim=True).clamp(min=least)).max()
+    return f"was off by {float(error):.1e} of the largest number ({name})" if error > tolerance else ""
+
+
+def _quantise(x: Tensor, generator: torch.Generator, dtype: torch.dtype = torch.int8) -> str:
+    fold = torch.rand(x.shape[1], device=x.device, generator=generator) + 0.5
+    for index in (None, torch.arange(0, len(x), 2, device=x.device)):
+        for factor in (None, fold):
+            q, scale = launches.quantise_rows(x, index, fold=factor, dtype=dtype)
+            rows = (x if index is None else x[index]).float()
+            rows = rows if factor is None else rows * factor
+            expected = plain.divisor(torch.linalg.vector_norm(rows, float("inf"), dim=1) / launches.LARGEST[dtype])
+            finite = torch.isfinite(expected)
+            steps = (rows / expected[:, None])[finite]
+            steps = steps.round() if dtype == torch.int8 else steps.to(dtype).float()
+            off = (q[finite].float() - steps).abs()
+            apart = bool((off > 1 + steps.abs() / 8).any()) or float((off > 0).float().sum()) > 0.01 * off.numel() + 1
+            if apart:
+                return "rounded to other numbers than torch"
+            if said := _difference("scales", scale, expected, _SUMS):
+                return said
+    return ""
+
+
+def _row_norms(x: Tensor, _: torch.Generator) -> str:
+    return _difference("norms", launches.squared_row_norms(x), plain.squared_row_norms(x), _SUMS)
+
+
+def _column_norms(x: Tensor, _: torch.Generator) -> str:
+    found, expected = launches.squared_column_norms(x), plain.squared_column_norms(x)
+    return _difference("norms", found[:, None], expected[:, None], _SUMS)
+
+
+def _column_maxima(x: Tensor, _: torch.Generator) -> str:
+    found, expected = launches.column_maxima(x), plain.column_maxima(x)
+    return "" if found.isnan().equal(expected.isnan()) and found.nan_to_num().equal(expected.nan_to_num()) else (
+        "found other maxima than torch"
+    )  # fmt: skip
+
+
+def _softmax(x: Tensor, generator: torch.Generator) -> str:
+    x = torch.where(x.isfinite(), x.clamp(-20, 20), x)
+    x[4:5, ::2] = float("-inf")  # words that a model rules out
+    targets = torch.randint(x.shape[1], (len(x),), device=x.device, generator=generator)
+    likeliest = x.float().nan_to_num(-30).argmax(1)
+    targets = torch.where(torch.arange(len(x), device=x.device) % 2 == 0, likeliest, targets)
+    for cap, smoothing, scale in ((None, 0.0, 1.0), (30.0, 0.0, 0.7), (None, 0.1, 0.7), (30.0, 0.1, 1.0)):
+        found, expected = (
+            _scores(run, x, targets, cap, smoothing, scale) for run in (launches.softmax_rows, plain.softmax_rows)
+        )
+        for name in ("log_probs", "entropy"):
+            if said := _difference(name, found[name][:, None], expected[name][:, None], 10 * _SUMS, 1.0):
+                return said
+        if said := _difference("gradient", found["gradient"], expected["gradient"], _STEP[x.dtype] * 2):
+            return said
+        if not found["top1"].equal(expected["top1"]):
+            return "found another likeliest word than torch"
+    return ""
+
+
+def _scores(
+    run: Callable[..., None], x: Tensor, targets: Tensor, cap: float | None, smoothing: float, scale: float
+) -> dict[str, Tensor]:
+    z, count = x.contiguous().clone(), len(x)
+    log_probs, entropy = (torch.empty(count, device=x.device) for _ in range(2))
+    top1 = torch.empty(count, dtype=torch.bool, device=x.device)
+    run(
+        z,
+        targets,
+        scale=scale,
+        cap=cap,
+        smoothing=smoothing,
+        log_probs=log_probs,
+        entropy=entropy,
+        top1=top1,
+        write=True,
+    )
+    return {"gradient": z, "log_probs": log_probs, "entropy": entropy, "top1": top1}
+
+
+def _product(x: Tensor, generator: torch.Generator, dtype: torch.dtype) -> str:
+    """Both layouts of a weight of as many columns, all tiles, against the closed form in float64."""
+    q, scale = launches.quantise_rows(x, None, dtype=dtype)
+    depth, wide = x.shape[1], x.shape[1] // 2 + 1
+    w = torch.randn(depth, wide, device=x.device, generator=generator)
+    w = (w * 40).round().clamp(-127, 127).to(torch.int8) if dtype == torch.int8 else w.to(dtype)
+    b_scale, bias = (torch.rand(wide, device=x.device, generator=generator) + 0.5 for _ in range(2))
+    sums = q.double() @ w.double()
+    if dtype == torch.int8:
+        sums = sums.float().double()
+    closed = sums * scale.double()[:, None] * b_scale.double() + bias.double()
+    tolerance = max(_STEP[x.dtype], _SUMS if dtype == torch.int8 or x.device.type == "cpu" else _FLOATS)
+    index = torch.arange(len(x), device=x.device) * 2
+    for tiles in product.TILES:
+        if dtype != torch.int8 and not tiles.floats:
+            continue
+        for laid_out in (w, plain.column_major(w)):
+            out = torch.full((2 * len(x), wide), 7.0, device=x.device, dtype=x.dtype)
+            product.scaled_product(q, laid_out, scale, b_scale, out, bias=bias, index=index, tiles=tiles)
+            if bool((out[1::2] != 7).any()):
+                return "wrote into rows that were not asked for"
+            if said := _difference(f"product, {tiles}", out[::2], closed.to(x.dtype), tolerance):
+                return said
+    return ""
+
+
+def _weight(x: Tensor, generator: torch.Generator, ours: Pack, torchs: Pack, largest: float, dim: int) -> str:
+    """Rows of a weight packed by either: some of them, with factors, onto others."""
+    w = torch.randn(x.shape[1], 48, device=x.device, generator=generator).to(x.dtype)
+    scale = plain.divisor(torch.linalg.vector_norm(w.float(), float("inf"), dim=dim) / largest)
+    index = torch.arange(0, len(x), 2, device=x.device)
+    factors = torch.rand(len(index), device=x.device, generator=generator) + 0.5
+    onto = torch.ones(len(x), 48, device=x.device, dtype=x.dtype)
+    found, expected = (
+        pack(w, scale).rows(x, index, position=None, factors=factors, onto=onto.clone()) for pack in (ours, torchs)
+    )
+    return _difference("rows", found, expected, _EIGHT_BITS)
+
+
+def _forward(x: Tensor, generator: torch.Generator) -> str:
+    """`x W^T + bias` with a scale for each input feature."""
+    w = torch.randn(48, x.shape[1], device=x.device, generator=generator).to(x.dtype)
+    input_scale = torch.rand(x.shape[1], device=x.device, generator=generator) + 0.5
+    bias = torch.rand(48, device=x.device, generator=generator).to(x.dtype)
+    scale = plain.row_scales(w.float() / input_scale)
+    found, expected = (
+        weight.multiply(weight.quantise(x), bias)
+        for weight in (kind.pack(w, scale, input_scale) for kind in (product.TiledBothWays, plain.IntegersBothWays))
+    )
+    return _difference("forward", found, expected, _EIGHT_BITS)
+
+
+_CHECKS: dict[str, Callable[[Tensor, torch.Generator], str]] = {
+    "quantise_rows": _quantise,
+    "squared_row_norms": _row_norms,
+    "squared_column_norms": _column_norms,
+    "column_maxima": _column_maxima,
+    "softmax_rows": _softmax,
+    "pack_weight": lambda x, g: _product(x, g, torch.int8) or _weight(x, g, *_PACKED["pack_weight"], 127, 0),
+    "pack_both_ways": lambda x, g: (
+        _product(x, g, torch.int8) or _weight(x, g, *_PACKED["pack_both_ways"], 127, 1) or _forward(x, g)
+    ),
+    "pack_floats": lambda x, g: (
+        _quantise(x, g, torch.float8_e4m3fn)
+        or _product(x, g, torch.float8_e4m3fn)
+        or _weight(x, g, *_PACKED["pack_floats"], floats.LARGEST, 0)
+    ),
+}
+OPERATIONS = tuple(_CHECKS)
+
+
+def judge(device: torch.device, size: int = 4096) -> gate.Verdict:
+    """Which kernels are right and faster than torch on this GPU: measured once, then known from the user's cache.
+
+    Every kernel is compared at odd sizes, in every dtype, with numbers that are not finite. Those that are right are
+    timed, in bfloat16, for `size` rows and columns. It takes some seconds, most of them to compile.
+    """
+    known = gate.verdict(device)
+    if known is not None or device.type != "cuda":
+        return known or gate.Verdict()
+    if gate.cannot_run(device):
+        gate.remember(device, gate.Verdict())
+        return gate.Verdict()
+    said: dict[str, str] = {}
+    faster: set[str] = set()
+    tiles: dict[str, int] = {}
+    for operation in (name for name in OPERATIONS if name != "pack_floats" or gate.has_floats(device)):
+        if reason := _wrong_somewhere(operation, device):
+            said[operation] = reason
+            continue
+        if operation.startswith("pack"):
+            tiles |= _fastest_tiles(torch.float8_e4m3fn if operation == "pack_floats" else torch.int8, device, size)
+            gate.remember(device, gate.Verdict(tiles=tiles))  # what follows is timed with them
+        times = interleaved(contenders(operation, device, size), repeats=_REPEATS, device=device)
+        if times["triton"]["time_ms"] < _FASTER * times["torch"]["time_ms"]:
+            faster.add(operation)
+    found = gate.Verdict(frozenset(faster), tiles, said)
+    gate.remember(device, found)
+    return found
+
+
+def _wrong_somewhere(operation: str, device: torch.device) -> str:
+    sizes = ((1, 16), (37, 112), (130, 1040), (64, 4096))  # torch's own products want multiples of 16
+    cases = ((*size, dtype, finite) for size in sizes for dtype in gate.DTYPES for finite in (True, False))
+    try:
+        found = (
+            wrong(operation, rows, columns, dtype, device, finite=finite) for rows, columns, dtype, finite in cases
+        )
+        return next((text for text in found if text), "")
+    except Exception as error:  # one that this GPU or this version of Triton refuses: torch's is there
+        return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _fastest_tiles(dtype: torch.dtype, device: torch.device, size: int) -> dict[str, int]:
+    """The fastest of the tiles that this GPU has room for, for both layouts."""
+    a = torch.ones(size, size, device=device).to(dtype)
+    scale, out = torch.ones(size, device=device), torch.empty(size, size, device=device, dtype=torch.bfloat16)
+    found = {}
+    for b in (a, plain.column_major(a)):
+        calls: dict[str, Callable[[], object]] = {
+            str(number): functools.partial(product.scaled_product, a, b, scale, scale, out, tiles=tiles)
+            for number, tiles in enumerate(product.TILES)
+            if number and (tiles.floats or dtype == torch.int8)
+        }
+        times = interleaved(calls, repeats=_REPEATS, device=device)
+        best = min(times, key=lambda name: times[name]["time_ms"])
+        found[product.kind(dtype, depth_first=b.stride(0) == 1)] = int(best)
+    return found
+
+
+def contenders(operation: str, device: torch.device, size: int) -> dict[str, Callable[[], object]]:
+    """The same by Triton and by torch, in bfloat16, for `size` rows and columns."""
+    x = torch.randn(size, size, device=device).to(torch.bfloat16)
+    if not operation.startswith("pack"):
+        named = {"triton": getattr(launches, operation), "torch": getattr(plain, operation)}
+        if operation == "softmax_rows":
+            targets = torch.zeros(size, dtype=torch.int64, device=device)
+            return {name: functools.partial(_scores, run, x, targets, None, 0.0, 1.0) for name, run in named.items()}
+        more = {"offset": 0, "index": None} if operation == "quantise_rows" else {}
+        return {name: functools.partial(run, x, **more) for name, run in named.items()}
+    ours, torchs = _PACKED[operation]
+    scale = plain.row_scales(x)
+    weights = {"triton": ours(x, scale), "torch": torchs(x, scale)}
+    backward = {"index": torch.arange(0, size, 2, device=device), "position": None, "factors": None, "onto": None}
+
+    def both(weight: Any) -> Tensor:
+        if isinstance(weight, BothWays):
+            weight.multiply(weight.quantise(x), None)
+        found: Tensor = weight.rows(x, **backward)
+        return found
+
+    return {name: functools.partial(both, weight) for name, weight in weights.items()}
+
+
+_PACKED: dict[str, tuple[Pack, Pack]] = {
+    "pack_weight": (product.TiledWeight.pack, plain.Integers.pack),
+    "pack_both_ways": (product.TiledBothWays.pack, plain.IntegersBothWays.pack),
+    "pack_floats": (product.TiledFloats.pack, floats.ScaledFloats.pack),
+}

@@ -1,0 +1,26 @@
+"""Where Triton's kernels are tested: on the GPU if there is one, otherwise in the interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import numpy
+import pytest
+import torch
+
+there = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not there, reason="Triton is not installed; it has no wheel for this platform")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    *([torch.bfloat16] if DEVICE.type == "cuda" else []),
+]  # the interpreter has no bf16
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """The interpreter computes by NumPy, which warns of numbers that are not finite."""
+    with numpy.errstate(all="ignore"):
+        yield

@@ -1,0 +1,110 @@
+"""No GPU uses a Triton kernel that was not found right and faster on it, and nothing imports Triton before that."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from celora.kernels.backends import TABLE, explain
+from celora.kernels.triton import gate, proof
+from celora.kernels.triton.gate import Verdict
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """As on a machine with an A100, Triton and an empty cache, as far as the gate asks."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(gate, "device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(gate.importlib.util, "find_spec", lambda name: object())
+    gate.verdict.cache_clear()
+    yield monkeypatch
+    gate.verdict.cache_clear()
+
+
+def test_the_kernels_are_in_the_table_of_every_operation() -> None:
+    assert {name for name, backends in TABLE.items() if "triton" in [b.name for b in backends]} == {
+        *proof.OPERATIONS,
+        "capped_softmax_rows",
+    }
+
+
+@pytest.mark.usefixtures("card")
+def test_without_a_plan_a_gpu_uses_none_of_them() -> None:
+    assert not gate.planned_on(GPU)
+    assert gate.planned_on(CPU)
+    assert not any(gate.takes(operation)(GPU) for operation in proof.OPERATIONS)
+    said = "torch's integer product: Triton's kernels were not timed on this GPU, which a plan does (celora plan)"
+    assert explain("pack_weight", GPU) == said
+
+
+@pytest.mark.usefixtures("card")
+def test_what_was_right_and_faster_is_used_in_later_processes_too() -> None:
+    wrong = {"softmax_rows": "was off by 1.0e+00 of the largest number (gradient)"}
+    gate.remember(GPU, Verdict(frozenset({"pack_weight"}), {"int8, depth first": 4}, wrong))
+    gate.verdict.cache_clear()  # as a new process
+    assert gate.planned_on(GPU)
+    found = gate.verdict(GPU)
+    assert found is not None
+    assert (found.tiles, found.wrong) == ({"int8, depth first": 4}, wrong)
+    assert gate.takes("pack_weight")(GPU)
+    assert not gate.takes("pack_both_ways")(GPU)
+    assert not gate.takes("pack_weight")(CPU)
+    assert explain("pack_weight", GPU) == "celora's own kernel, in Triton"
+    assert gate.why_not("pack_both_ways")(GPU) == "Triton's kernel was slower here than torch"
+    assert "off by" in gate.why_not("softmax_rows")(GPU)
+    assert gate.why_not("softmax_rows")(CPU) == ""
+
+
+def test_another_card_and_another_version_are_asked_again(card: pytest.MonkeyPatch) -> None:
+    gate.remember(GPU, Verdict(frozenset({"pack_weight"})))
+    card.setattr(gate, "device_name", lambda device: "NVIDIA GeForce RTX 3060")
+    gate.verdict.cache_clear()
+    assert gate.verdict(GPU) is None
+    card.setattr(gate, "device_name", lambda device: "NVIDIA A100")
+    card.setattr(torch, "__version__", "9.9")
+    card.setattr(gate, "_version", lambda package: "9.9")
+    gate.verdict.cache_clear()
+    assert gate.verdict(GPU) is None
+
+
+@pytest.mark.parametrize(
+    ("patch", "said"),
+    [
+        (lambda card: card.setattr(gate.importlib.util, "find_spec", lambda name: None), "Triton is not installed"),
+        (lambda card: card.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5)), "8.0 or above"),
+        (lambda card: card.setattr(torch.version, "hip", "6.0"), "never tried on AMD"),
+        (lambda card: card.setattr(torch.cuda, "is_available", lambda: False), "need an NVIDIA GPU"),
+    ],
+)
+def test_why_they_cannot_run(card: pytest.MonkeyPatch, patch: Callable[[pytest.MonkeyPatch], None], said: str) -> None:
+    patch(card)
+    assert said in gate.cannot_run(GPU)
+    if torch.cuda.is_available():
+        assert said in gate.why_not("pack_weight")(GPU)
+        assert proof.judge(GPU) == Verdict()  # looked at: a plan on this GPU goes on without them
+        assert gate.planned_on(GPU)
+
+
+@pytest.mark.usefixtures("card")
+def test_tensors_that_the_kernels_do_not_take() -> None:
+    gate.remember(GPU, Verdict(frozenset(proof.OPERATIONS)))
+    taken = gate.takes("column_maxima")
+    assert not taken(torch.ones(2, 3))
+    assert not taken(torch.ones(2, 3, device="meta"))
+    assert not taken(torch.ones(2, 3, dtype=torch.float64))
+
+
+def test_importing_celora_does_not_import_triton() -> None:
+    code = (
+        "import sys, celora, celora.kernels.operations, celora.kernels.triton.proof; assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

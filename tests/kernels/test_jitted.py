@@ -1,0 +1,78 @@
+"""Every Triton kernel against torch, in the interpreter or on a GPU: odd sizes, rows apart, NaN, infinity."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from celora.kernels import plain
+from celora.kernels.triton import launches, product, proof
+from triton_here import DEVICE, DTYPES, needs_triton, quiet
+
+__all__ = ["quiet"]
+pytestmark = needs_triton
+PASSES = [name for name in proof.OPERATIONS if not name.startswith("pack")]
+WEIGHTS = [name for name in proof.OPERATIONS if name.startswith("pack")]
+
+
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "not finite"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 129), (7, 33), (37, 100)], ids=str)
+@pytest.mark.parametrize("operation", PASSES)
+def test_a_pass(operation: str, shape: tuple[int, int], dtype: torch.dtype, finite: bool) -> None:
+    assert proof.wrong(operation, *shape, dtype, DEVICE, finite=finite) == ""
+
+
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "not finite"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (37, 80)], ids=str)
+@pytest.mark.parametrize("operation", WEIGHTS)
+def test_a_product(operation: str, shape: tuple[int, int], dtype: torch.dtype, finite: bool) -> None:
+    assert proof.wrong(operation, *shape, dtype, DEVICE, finite=finite) == ""
+
+
+@pytest.mark.parametrize("operation", [name for name in proof.OPERATIONS if name != "column_maxima"])
+def test_no_rows(operation: str) -> None:
+    assert proof.wrong(operation, 0, 16, torch.float32, DEVICE, finite=True) == ""
+
+
+def test_no_rows_have_no_maxima() -> None:
+    assert launches.column_maxima(torch.empty(0, 3, device=DEVICE)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("operation", ["squared_row_norms", "squared_column_norms", "column_maxima"])
+def test_columns_that_lie_apart(operation: str) -> None:
+    x = torch.randn(9, 20, device=DEVICE).t()
+    torch.testing.assert_close(getattr(launches, operation)(x), getattr(plain, operation)(x))
+
+
+def test_a_row_longer_than_a_block_and_more_rows_than_a_part() -> None:
+    """Several blocks of a row, and several parts of the rows, add up."""
+    assert proof.wrong("softmax_rows", 3, 4500, torch.float32, DEVICE, finite=True) == ""
+    assert proof.wrong("quantise_rows", 3, 5000, torch.float32, DEVICE, finite=True) == ""
+    x = torch.randn(600, 5, device=DEVICE)
+    torch.testing.assert_close(launches.squared_column_norms(x), plain.squared_column_norms(x))
+    assert launches.column_maxima(x).equal(plain.column_maxima(x))
+
+
+def test_8_bit_floats_round_to_even_as_torch_does() -> None:
+    """Half-way between two steps, and below the smallest normal number."""
+    x = torch.tensor(
+        [[448.0, 17.0, 19.0, -18.0, 2**-7, 3 * 2**-10, 2**-9, 2**-10, 1.5 * 2**-9, 0.0, -0.3]], device=DEVICE
+    )
+    q, scale = launches.quantise_rows(x, None, dtype=torch.float8_e4m3fn)
+    assert scale.tolist() == [1.0]
+    assert q.float().equal(x.to(torch.float8_e4m3fn).float())
+
+
+def test_int8_sums_are_exact_however_long() -> None:
+    """The largest sums that 32 bits hold of this depth, which float32 would round."""
+    depth = 2000
+    a = torch.full((3, depth), 127, dtype=torch.int8, device=DEVICE)
+    a[1, ::2] = -127
+    b = torch.full((depth, 5), 127, dtype=torch.int8, device=DEVICE)
+    b[0, 1] = 126
+    ones = torch.ones(5, device=DEVICE)
+    out = torch.empty(3, 5, device=DEVICE)
+    product.scaled_product(a, b, ones[:3], ones, out)
+    assert out.double().equal((a.double() @ b.double()).float().double())
