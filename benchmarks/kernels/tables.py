@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import rows
+from benchmarks.kernels import offline, roofline
 
 HERE = Path(__file__).parent
 
@@ -81,6 +82,38 @@ def quantised_kinds() -> str:
     )
 
 
+def compiled_offline() -> str:
+    """Registers, shared memory and spills of each Triton kernel, by compute capability."""
+    newest = max(row["triton"] for row in rows.read(offline.ROWS))
+    found = [row for row in rows.read(offline.ROWS) if row["triton"] == newest]
+    by_kernel = {(row["kernel"], row["capability"]): row for row in found}
+    body = []
+    for name in dict.fromkeys(row["kernel"] for row in found):
+        of_kernel = [by_kernel.get((name, capability)) for capability in offline.CAPABILITIES]
+        cells = ["" if row is None else f"{row['registers']}, {row['shared_bytes'] / 1024:.0f}" for row in of_kernel]
+        body.append([name, *cells, str(max(row["spilled_bytes"] for row in of_kernel if row is not None))])
+    header = ["", *(f"sm_{capability}" for capability in offline.CAPABILITIES), "spilled"]
+    return (
+        rows.markdown(header, body)
+        + f"\n\nRegisters of a thread, KiB of shared memory of a program; bytes spilled. Computed, not measured: compiled by "
+        f"Triton {newest} for bfloat16, assembled by the ptxas that it carries."
+    )
+
+
+def rooflines() -> str:
+    """Arithmetic intensity and roofline time of each Triton kernel, by model and GPU."""
+    body = []
+    for model, shape in roofline.MODELS.items():
+        for name, work in roofline.kernels(shape):
+            times = [work.time_us(gpu) for gpu in roofline.GPUS.values()]
+            cells = ["" if time is None else f"{time:,.0f}" for time in times]
+            body.append([model, name, f"{work.operations / work.bytes:,.0f}", *cells])
+    header = ["Llama", "", "operations a byte", *(f"{name}, µs" for name in roofline.GPUS)]
+    return rows.markdown(header, body) + (
+        f"\n\nComputed, not measured: {roofline.TOKENS:,} tokens, bfloat16, `up_proj` and the head, from published peaks."
+    )
+
+
 def _quantised(what: str) -> str:
     found = [row for row in rows.read(HERE / "quantised.jsonl") if row["what"] == what]
     shapes, plain = list(dict.fromkeys((row["out"], row["in"]) for row in found)), found[0]["estimator"]
@@ -111,9 +144,11 @@ def _quantised(what: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "both_ways": both_ways,
+    "compiled_offline": compiled_offline,
     "estimators": estimators,
     "with_amx": with_amx,
     "quantised_layer": quantised_layer,
     "quantised_stack": quantised_stack,
     "quantised_kinds": quantised_kinds,
+    "rooflines": rooflines,
 }

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +24,7 @@ from celora.numerics.head import Logits
 from celora.runtime.attachment import require
 from labelled import masked_batch
 from patching import patch_all
+from reads import Reads, Waits
 from small import make_batch, make_model
 
 
@@ -51,41 +51,6 @@ def test_a_dropped_model_is_freed_at_once(kind: str) -> None:
         assert not [of for of in kept if of() is not None]
     finally:
         gc.enable()
-
-
-class Reads(TorchFunctionMode):
-    """Records operations that would wait for an accelerator: reading numbers, and shapes that depend on numbers."""
-
-    WAIT = frozenset(
-        {"tolist", "item", "nonzero", "argwhere", "__bool__", "__int__", "__float__", "__index__", "is_nonzero",
-         "numpy", "cpu", "__contains__", "unique", "masked_select", "equal", "allclose", "tensor", "as_tensor"}
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", str(func))
-        indices = tree_leaves(args[1:2]) if name in ("__getitem__", "__setitem__") else []
-        mask = any(isinstance(of, Tensor) and of.dtype == torch.bool for of in indices)
-        if name in self.WAIT or mask or (indices and isinstance(args[1], list)):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-class Waits(TorchDispatchMode):
-    """The same, of the operators that others call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.partition(".")[0]
-        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])

@@ -47,7 +47,7 @@ TILES = (
     Tiles(128, 256, 64, warps=8, floats=False),
 )
 FEW_ROWS = 32  # up to here, the first tiles
-_UNTIMED = 3
+UNTIMED = 3  # where nothing was timed
 
 
 def kind(dtype: torch.dtype, *, depth_first: bool) -> str:
@@ -58,7 +58,7 @@ def kind(dtype: torch.dtype, *, depth_first: bool) -> str:
 def tiles_for(rows: int, b: Tensor) -> Tiles:
     """The tiles for a product of so many rows with b: those that `judge` found fastest there, or a guess."""
     known = verdict(b.device)
-    number = _UNTIMED if known is None else known.tiles.get(kind(b.dtype, depth_first=b.stride(0) == 1), _UNTIMED)
+    number = UNTIMED if known is None else known.tiles.get(kind(b.dtype, depth_first=b.stride(0) == 1), UNTIMED)
     return TILES[0] if rows <= FEW_ROWS else TILES[number]
 
 

@@ -223,7 +223,7 @@ def judge(device: torch.device, size: int = 4096) -> gate.Verdict:
     faster: set[str] = set()
     tiles: dict[str, int] = {}
     for operation in (name for name in OPERATIONS if name != "pack_floats" or gate.has_floats(device)):
-        if reason := _wrong_somewhere(operation, device):
+        if reason := wrong_somewhere(operation, device):
             said[operation] = reason
             continue
         if operation.startswith("pack"):
@@ -237,7 +237,8 @@ def judge(device: torch.device, size: int = 4096) -> gate.Verdict:
     return found
 
 
-def _wrong_somewhere(operation: str, device: torch.device) -> str:
+def wrong_somewhere(operation: str, device: torch.device) -> str:
+    """`wrong` at sizes from one row up, in every dtype, finite and not: the first that differs or fails, or ''."""
     sizes = ((1, 16), (37, 112), (130, 1040), (64, 4096))  # torch's own products want multiples of 16
     cases = ((*size, dtype, finite) for size in sizes for dtype in gate.DTYPES for finite in (True, False))
     try:

@@ -1,0 +1,46 @@
+"""What would wait for an accelerator, on any device: numbers, lists and shapes that depend on a tensor's numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Reads(TorchFunctionMode):
+    """Calls from Python that would wait."""
+
+    WAIT = frozenset(
+        {"tolist", "item", "nonzero", "argwhere", "__bool__", "__int__", "__float__", "__index__", "is_nonzero",
+         "numpy", "cpu", "__contains__", "unique", "masked_select", "equal", "allclose", "tensor", "as_tensor"}
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        indices = tree_leaves(args[1:2]) if name in ("__getitem__", "__setitem__") else []
+        mask = any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
+        if name in self.WAIT or mask or (indices and isinstance(args[1], list)):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Waits(TorchDispatchMode):
+    """The same, of the operators that others call, backward included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,85 @@
+"""A steady training step reads one thing from the device: which tokens have labels and belong to which sequence.
+
+Checked on a CPU as an accelerator computes: without the C kernels, and with the number of kept tokens of the latest
+refresh.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+import celora
+from celora.numerics import head
+from celora.settings.presets import PRESETS, by_rule
+from labelled import masked_batch
+from machine import refuses
+from patching import patch_all
+from reads import Reads, Waits
+from small import make_model
+from without import without
+
+PRESET = {
+    "exact": PRESETS["exact"],
+    "paper": PRESETS["paper"],
+    "auto": by_rule(PRESETS["auto"]),
+    "fast": PRESETS["fast"],
+}
+SETTLED = 12  # steps: auto looks at every layer in the first ten
+
+
+@pytest.fixture
+def as_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head is looked at on the device `meta` (tests/modeling/test_footprint.py): on CPU it checks the labels."""
+    score = head.score_tokens
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            return score(*args, **kwargs)
+
+    patch_all(monkeypatch, "celora.numerics.head:score_tokens", alone)
+    patch_all(monkeypatch, "celora.numerics.estimators.tokens:_counts_freely", lambda device: False)
+    without(monkeypatch, "c")
+
+
+@pytest.mark.usefixtures("as_accelerator")
+@pytest.mark.parametrize("preset", PRESET)
+def test_a_steady_step_reads_one_thing(preset: str) -> None:
+    if refuses() and preset in ("auto", "fast"):
+        return
+    model = make_model().train()
+    celora.attach(model, PRESET[preset])
+    # SGD: others keep the number of their steps on the CPU, and read it there.
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    reads, waits = Reads(), Waits()
+
+    def step(seed: int) -> None:
+        model(**masked_batch(seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for seed in range(SETTLED):
+        step(seed)
+    with waits, reads:
+        step(SETTLED)
+    assert reads.seen == ["tolist"]
+    assert waits.seen == []
+
+
+@pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x[x > 0]])
+def test_a_read_is_noticed(read: Any) -> None:
+    reads = Reads()
+    with reads:
+        read(torch.ones(3))
+    assert reads.seen
+
+
+def test_a_read_in_backward_is_noticed() -> None:
+    x, waits = torch.ones(3, requires_grad=True), Waits()
+    x.register_hook(lambda grad: grad * float(grad.sum()))
+    with waits:
+        x.sum().backward()
+    assert waits.seen == ["_local_scalar_dense"]
