@@ -66,7 +66,7 @@ def time_kernels(device: torch.device, sizes: tuple[int, ...] = SIZES) -> list[d
                 calls["bfloat16"] = lambda x=x: x @ x
             times = interleaved(calls, repeats=REPEATS, device=device)
             found.append({"operation": operation, "size": size, "times": times} | rows.conditions())
-            print(f"{operation} {size}: {', '.join(f'{name} {t["time_ms"]} ms' for name, t in times.items())}")
+            print(f"{operation} {size}:", *(f"{name} {time['time_ms']} ms" for name, time in times.items()))
     return found
 
 

@@ -29,7 +29,7 @@ from celora.kernels.triton.gate import LEAST_FLOATS
 
 ROWS = Path(__file__).with_name("offline.jsonl")
 CAPABILITIES = (80, 86, 89, 90, 100)
-# Most shared memory of a program, in bytes, by compute capability (CUDA C++ Programming Guide, technical specifications).
+# Most shared memory of a program, in bytes, by compute capability (CUDA C++ Programming Guide).
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 MOST = 1.1  # times as much as in the committed row
 _MULTIPLIES = r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*"

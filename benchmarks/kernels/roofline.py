@@ -28,8 +28,8 @@ class Gpu:
     fp8: float | None
 
 
-# NVIDIA's architecture white papers and data sheets (GA102, AD102, A100 80 GB SXM, H100 SXM). The 3060's rates are its 112
-# tensor cores' at 1.78 GHz.
+# NVIDIA's architecture white papers and data sheets (GA102, AD102, A100 80 GB SXM, H100 SXM). The 3060's rates are its
+# 112 tensor cores' at 1.78 GHz.
 GPUS = {
     "RTX 3060": Gpu(360e9, 25.5e12, 102e12, None),
     "RTX 4090": Gpu(1008e9, 165.2e12, 660.6e12, 330.3e12),

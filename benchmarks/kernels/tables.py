@@ -95,8 +95,8 @@ def compiled_offline() -> str:
     header = ["", *(f"sm_{capability}" for capability in offline.CAPABILITIES), "spilled"]
     return (
         rows.markdown(header, body)
-        + f"\n\nRegisters of a thread, KiB of shared memory of a program; bytes spilled. Computed, not measured: compiled by "
-        f"Triton {newest} for bfloat16, assembled by the ptxas that it carries."
+        + f"\n\nRegisters of a thread, KiB of shared memory of a program; bytes spilled. Computed, not measured: "
+        f"compiled by Triton {newest} for bfloat16, assembled by the ptxas that it carries."
     )
 
 
@@ -110,7 +110,8 @@ def rooflines() -> str:
             body.append([model, name, f"{work.operations / work.bytes:,.0f}", *cells])
     header = ["Llama", "", "operations a byte", *(f"{name}, µs" for name in roofline.GPUS)]
     return rows.markdown(header, body) + (
-        f"\n\nComputed, not measured: {roofline.TOKENS:,} tokens, bfloat16, `up_proj` and the head, from published peaks."
+        f"\n\nComputed, not measured: {roofline.TOKENS:,} tokens, bfloat16, `up_proj` and the head, from "
+        "published peaks."
     )
 
 
