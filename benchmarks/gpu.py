@@ -6,7 +6,8 @@
    installed, celora `exact`, `auto` and `fast`; times, memory, share of the limit.
 4. How often a step of each preset waits for the GPU.
 
-Rows go to `kernels/gpu.jsonl` and `steps/gpu.jsonl`. Cells that would begin after `--minutes` are left out, and named.
+Rows go to `kernels/gpu.jsonl`, `steps/gpu.jsonl` and `steps/gpu-waits.jsonl`. Cells that would begin after `--minutes`
+are left out, and named.
 It was written without a GPU: nothing here has been run on one.
 """
 

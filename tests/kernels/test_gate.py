@@ -25,6 +25,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.Mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(gate, "device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(gate.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(gate, "_OF_THIS_PROCESS", {})
     gate.verdict.cache_clear()
     yield monkeypatch
     gate.verdict.cache_clear()
@@ -50,7 +51,8 @@ def test_without_a_plan_a_gpu_uses_none_of_them() -> None:
 def test_what_was_right_and_faster_is_used_in_later_processes_too() -> None:
     wrong = {"softmax_rows": "was off by 1.0e+00 of the largest number (gradient)"}
     gate.remember(GPU, Verdict(frozenset({"pack_weight"}), {"int8, depth first": 4}, wrong))
-    gate.verdict.cache_clear()  # as a new process
+    gate._OF_THIS_PROCESS.clear()  # as a new process
+    gate.verdict.cache_clear()
     assert gate.planned_on(GPU)
     found = gate.verdict(GPU)
     assert found is not None
@@ -62,6 +64,16 @@ def test_what_was_right_and_faster_is_used_in_later_processes_too() -> None:
     assert gate.why_not("pack_both_ways")(GPU) == "Triton's kernel was slower here than torch"
     assert "off by" in gate.why_not("softmax_rows")(GPU)
     assert gate.why_not("softmax_rows")(CPU) == ""
+
+
+def test_what_is_not_lasting_or_cannot_be_kept_is_of_this_process(card: pytest.MonkeyPatch) -> None:
+    for lasting in (False, True):
+        gate.remember(GPU, Verdict(frozenset({"pack_weight"})), lasting=lasting)
+        assert gate.planned_on(GPU)
+        gate._OF_THIS_PROCESS.clear()
+        gate.verdict.cache_clear()
+        assert not gate.planned_on(GPU)
+        card.setenv("XDG_CACHE_HOME", "/proc/nowhere")  # which cannot be made
 
 
 def test_another_card_and_another_version_are_asked_again(card: pytest.MonkeyPatch) -> None:

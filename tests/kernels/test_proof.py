@@ -81,7 +81,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A GPU by name, whose tensors are on the CPU."""
     kept: list[gate.Verdict] = []
     monkeypatch.setattr(gate, "verdict", lambda device: kept[-1] if kept else None)
-    monkeypatch.setattr(gate, "remember", lambda device, found: kept.append(found))
+    monkeypatch.setattr(gate, "remember", lambda device, found, *, lasting=True: kept.append(found))
     monkeypatch.setattr(gate, "cannot_run", lambda device: "")
     monkeypatch.setattr(gate, "has_floats", lambda device: False)
     monkeypatch.setattr(proof, "contenders", lambda operation, device, size: {"triton": int, "torch": int})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -58,10 +59,18 @@ def has_floats(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= LEAST_FLOATS
 
 
+_OF_THIS_PROCESS: dict[str, Verdict] = {}  # there may be no cache folder
+
+
 @functools.cache
 def verdict(device: torch.device) -> Verdict | None:
     """What `judge` once found on this kind of device with these versions; None if it has not looked."""
-    found = recall(_subject(device)) if device.type == "cuda" and torch.cuda.is_available() else None
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    subject = _subject(device)
+    if (known := _OF_THIS_PROCESS.get(json.dumps(subject))) is not None:
+        return known
+    found = recall(subject)
     if not isinstance(found, dict):
         return None
     return Verdict(frozenset(found["operations"]), found["tiles"], found["wrong"])
@@ -72,12 +81,13 @@ def planned_on(device: torch.device) -> bool:
     return device.type != "cuda" or verdict(device) is not None
 
 
-def remember(device: torch.device, found: Verdict) -> None:
-    """Believe this from now on, also in later processes of this user."""
-    keep(
-        _subject(device),
-        {"operations": sorted(found.operations), "tiles": dict(found.tiles), "wrong": dict(found.wrong)},
-    )
+def remember(device: torch.device, found: Verdict, *, lasting: bool = True) -> None:
+    """Believe this from now on and, if it is `lasting`, in later processes of this user."""
+    subject = _subject(device)
+    _OF_THIS_PROCESS[json.dumps(subject)] = found
+    if lasting:
+        document = {"operations": sorted(found.operations), "tiles": dict(found.tiles), "wrong": dict(found.wrong)}
+        keep(subject, document)
     verdict.cache_clear()
 
 

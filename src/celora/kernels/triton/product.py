@@ -42,7 +42,7 @@ TILES = (
     Tiles(16, 64, 128, stages=4),
     Tiles(64, 64, 128),
     Tiles(64, 128, 64, stages=4),
-    Tiles(128, 128, 64),
+    Tiles(128, 128, 64, warps=8),
     Tiles(128, 128, 128, warps=8),
     Tiles(128, 256, 64, warps=8, floats=False),
 )

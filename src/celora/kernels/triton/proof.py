@@ -228,7 +228,7 @@ def judge(device: torch.device, size: int = 4096) -> gate.Verdict:
             continue
         if operation.startswith("pack"):
             tiles |= _fastest_tiles(torch.float8_e4m3fn if operation == "pack_floats" else torch.int8, device, size)
-            gate.remember(device, gate.Verdict(tiles=tiles))  # what follows is timed with them
+            gate.remember(device, gate.Verdict(tiles=tiles), lasting=False)  # what follows is timed with them
         times = interleaved(contenders(operation, device, size), repeats=_REPEATS, device=device)
         if times["triton"]["time_ms"] < _FASTER * times["torch"]["time_ms"]:
             faster.add(operation)
