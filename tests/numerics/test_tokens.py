@@ -138,7 +138,7 @@ def test_on_an_accelerator_energy_keeps_the_share_that_the_refresh_needed(monkey
     """There, counting in every backward would wait for the device. The path is the same but for the device's name."""
     W, G = torch.randn(20, 12), torch.randn(640, 20) * torch.rand(640, 1).pow(6)
     estimator = Tokens(20, 12, keep_ratio=0.9, selection="energy")
-    patch_all(monkeypatch, "celora.numerics.estimators.tokens:_counts_freely", lambda device: False)
+    patch_all(monkeypatch, "celora.machine.device:reads_freely", lambda device: False)
     assert estimator.estimate(G, W).equal(G @ W)  # nothing observed yet
     estimator.observe(G, W, G @ W)
     estimator.observe(G / 3, W, G @ W / 3)
@@ -156,7 +156,7 @@ def test_on_an_accelerator_a_share_of_one_leaves_out_nothing(monkeypatch: pytest
     W, G = torch.randn(20, 12), torch.randn(64, 20)
     padded = G * (torch.arange(64) < 16)[:, None]
     estimator = Tokens(20, 12, keep_ratio=1.0, selection="energy")
-    patch_all(monkeypatch, "celora.numerics.estimators.tokens:_counts_freely", lambda device: False)
+    patch_all(monkeypatch, "celora.machine.device:reads_freely", lambda device: False)
     estimator.observe(padded, W, padded @ W)
     estimator.select()
     assert estimator.estimate(G, W).equal(G @ W)
@@ -181,10 +181,10 @@ def test_int8_x_tokens_equals_the_reference_composition(dtype: torch.dtype, sele
 
 def test_on_an_accelerator_energy_waits_for_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     W, G = torch.randn(20, 12), torch.randn(64, 20) * torch.rand(64, 1).pow(6)
-    patch_all(monkeypatch, "celora.numerics.estimators.tokens:_counts_freely", lambda device: device.type == "cpu")
+    patch_all(monkeypatch, "celora.machine.device:reads_freely", lambda device: device.type == "cpu")
     estimator = Tokens(20, 12, keep_ratio=0.9, selection="energy")
     assert estimator.ready
-    patch_all(monkeypatch, "celora.numerics.estimators.tokens:_counts_freely", lambda device: False)
+    patch_all(monkeypatch, "celora.machine.device:reads_freely", lambda device: False)
     assert not estimator.ready
     assert Tokens(20, 12, keep_ratio=1.0, selection="energy").ready
     for gradient in (G * torch.inf, G):  # the first says nothing
@@ -202,7 +202,7 @@ def test_where_a_model_has_been_moved_to_is_found_out(monkeypatch: pytest.Monkey
     W, G = torch.randn(20, 12), torch.randn(64, 20)
     estimator = Tokens(20, 12, keep_ratio=0.9, selection="energy")
     estimator.device = torch.device("meta")
-    patch_all(monkeypatch, "celora.numerics.estimators.tokens:_counts_freely", lambda device: device.type == "meta")
+    patch_all(monkeypatch, "celora.machine.device:reads_freely", lambda device: device.type == "meta")
     assert estimator.ready
     assert estimator.estimate(G, W).equal(G @ W)
     assert not estimator.ready

@@ -259,7 +259,7 @@ def test_on_an_accelerator_what_energy_leaves_out_is_audited(
     model: PeftModel, batches: Any, free_estimates: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There the tokens that are kept are the share that an earlier batch needed, of which there is none at first."""
-    patch_all(monkeypatch, "celora.numerics.estimators.tokens:_counts_freely", lambda device: False)
+    patch_all(monkeypatch, "celora.machine.device:reads_freely", lambda device: False)
     (plan,) = planner.make_plans(model, batches, [0.97], head=False)
     assert any(layer.choice.setting.selection == "energy" for layer in plan.layers)
     assert 0.96 < plan.audited_cosine < 0.9999

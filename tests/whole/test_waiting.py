@@ -1,7 +1,7 @@
 """A steady training step reads one thing from the device: which tokens have labels and belong to which sequence.
 
-Checked on a CPU as an accelerator computes: without the C kernels, and with the number of kept tokens of the latest
-refresh.
+Checked on a CPU as an accelerator computes: without the C kernels, and with nothing looked at that a CPU shows for
+nothing.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 import celora
-from celora.numerics import head
 from celora.settings.presets import PRESETS, by_rule
 from labelled import masked_batch
 from machine import refuses
@@ -33,15 +31,9 @@ SETTLED = 12  # steps: auto looks at every layer in the first ten
 
 @pytest.fixture
 def as_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head is looked at on the device `meta` (tests/modeling/test_footprint.py): on CPU it checks the labels."""
-    score = head.score_tokens
-
-    def alone(*args: Any, **kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction(), _disable_current_modes():
-            return score(*args, **kwargs)
-
-    patch_all(monkeypatch, "celora.numerics.head:score_tokens", alone)
-    patch_all(monkeypatch, "celora.numerics.estimators.tokens:_counts_freely", lambda device: False)
+    """Nothing is read that a CPU gives away for nothing; layers are fused although a mode looks on."""
+    patch_all(monkeypatch, "celora.machine.device:reads_freely", lambda device: False)
+    patch_all(monkeypatch, "celora.modeling.graft:in_dispatch_mode", lambda: False)
     without(monkeypatch, "c")
 
 

@@ -30,6 +30,11 @@ def default_device() -> torch.device:
     return accelerator() or _CPU
 
 
+def reads_freely(device: torch.device) -> bool:
+    """Whether a number can be read from the device without waiting for all the work queued before it."""
+    return device.type == "cpu"
+
+
 def backend(device: torch.device) -> Any:
     """`torch.cuda`, `torch.mps`, ...: what torch says about this kind of device."""
     return torch.get_device_module(device)

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from celora.borrowed import borrow
 from celora.kernels.operations import squared_row_norms
+from celora.machine.device import reads_freely
 from celora.modeling.compiled import (
     estimated_grad_input,
     keys,
@@ -164,7 +165,7 @@ class LayerGraft(Measured, Hook):
             return mode
         if mode is Mode.EXACT or not witness.numel():
             return Mode.EXACT
-        free = witness.device.type == "cpu" and not torch.compiler.is_compiling()
+        free = reads_freely(witness.device) and not torch.compiler.is_compiling()
         if mode is Mode.OBSERVE or not free:
             return mode
         if math.isfinite(squared_row_norms(witness).sum().item()):

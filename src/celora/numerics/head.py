@@ -34,6 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from celora.errors import CELoraError
 from celora.kernels.operations import column_maxima, softmax_rows
+from celora.machine.device import reads_freely
 from celora.numerics.products.both_ways import Int8BothWays
 from celora.numerics.sampling import as_weights
 from celora.numerics.select import columns_of, drawn, grain
@@ -135,7 +136,7 @@ class _Scores(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         count, wanted, real = len(rows), ctx.needs_input_grad[0], rows
-        if count and device == "cpu":  # an accelerator would have to be waited for; its gather checks the same
+        if count and reads_freely(hidden.device):  # an accelerator's gather asserts the same
             least, most = (int(bound) for bound in targets.aminmax())
             if not 0 <= least <= most < len(weight):
                 raise CELoraError(
@@ -203,9 +204,8 @@ def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tenso
     """`out = grad W`, or its estimate from words drawn (see above): (n, V) x (V, H) -> (n, H)."""
     kept = max(1, round(keep_ratio * len(weight)))
     largest = None if kept == len(weight) else column_maxima(grad)
-    # Words cannot be chosen by a gradient that is not finite. An accelerator is not asked: it would have to be waited
-    # for.
-    if largest is None or (largest.device.type == "cpu" and not bool(torch.isfinite(largest).all())):
+    # If a token's gradient is no number, there is no choice of words. Looking would wait for an accelerator.
+    if largest is None or (reads_freely(largest.device) and not bool(torch.isfinite(largest).all())):
         torch.mm(grad, weight, out=out)
         return
     index, factors, p = drawn(largest, kept, seed=seed, draw=0)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from celora.kernels.operations import squared_row_norms
+from celora.machine.device import reads_freely
 from celora.numerics.estimators.base import Estimator, Selection
 from celora.numerics.estimators.more.gradient_factor import make_factor
 from celora.numerics.estimators.observed import Finding, Observed
@@ -70,7 +71,7 @@ class Tokens(Estimator):
 
     @property
     def _waits_for_a_share(self) -> bool:
-        of_a_refresh = self.settings.selection == "energy" and self.keep_ratio < 1 and not _counts_freely(self.device)
+        of_a_refresh = self.settings.selection == "energy" and self.keep_ratio < 1 and not reads_freely(self.device)
         return of_a_refresh and self._share is None
 
     @property
@@ -91,7 +92,7 @@ class Tokens(Estimator):
         """How many of these tokens to keep; None if the kernel counts them by their norms."""
         if self.settings.selection == "topk":
             return max(1, round(self.keep_ratio * tokens))
-        if _counts_freely(device):
+        if reads_freely(device):
             return None
         self.device = device  # the model may have been moved; `ready` needs the device
         if self._share is None or self.keep_ratio == 1:  # another step's share might leave out nonzero tokens
@@ -175,8 +176,3 @@ def _timed(share: float) -> dict[str, Any]:
 def low_rank(grad_output: Tensor, U: Tensor, V: Tensor) -> Tensor:
     """`(G U) V` in the dtype of `grad_output`: (T, out), (out, r0), (r0, in) -> (T, in)."""
     return (grad_output @ U.to(grad_output.dtype)) @ V.to(grad_output.dtype)
-
-
-def _counts_freely(device: torch.device) -> bool:
-    """Whether reading a number from the device does not wait for all work queued before it."""
-    return device.type == "cpu"
