@@ -107,7 +107,7 @@ def rooflines() -> str:
         for name, work in roofline.kernels(shape):
             times = [work.time_us(gpu) for gpu in roofline.GPUS.values()]
             cells = ["" if time is None else f"{time:,.0f}" for time in times]
-            body.append([model, name, f"{work.operations / work.bytes:,.0f}", *cells])
+            body.append([model, name, f"{work.operations / work.bytes:,.1f}", *cells])
     header = ["Llama", "", "operations a byte", *(f"{name}, µs" for name in roofline.GPUS)]
     return rows.markdown(header, body) + (
         f"\n\nComputed, not measured: {roofline.TOKENS:,} tokens, bfloat16, `up_proj` and the head, from "

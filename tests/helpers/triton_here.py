@@ -10,7 +10,7 @@ import pytest
 import torch
 
 there = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not there, reason="Triton is not installed; it has no wheel for this platform")
+needs_triton = pytest.mark.skipif(not there, reason="Triton is not installed: extra dev has it for Linux on x86-64")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [
     torch.float32,
