@@ -151,8 +151,9 @@ class TiledBothWays(_Rows, IntegersBothWays):
         self.fold = scale
 
     def quantise(self, x: Tensor) -> QuantisedRows:
-        return QuantisedRows(x.shape, x.dtype, *quantise_rows(x, None, fold=self.input_scale))
+        dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+        return QuantisedRows(dtype, *quantise_rows(x, None, fold=self.input_scale), self.input_scale)
 
     def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-        out = torch.empty(x.shape[0], len(self.q), dtype=x.dtype, device=self.q.device) if out is None else out
+        out = torch.empty(len(x.q), len(self.q), dtype=x.dtype, device=self.q.device) if out is None else out
         return scaled_product(x.q, self.q.t(), x.scale, self.scale, out, bias=bias)
