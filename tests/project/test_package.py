@@ -37,10 +37,11 @@ def test_the_wheel_installs_elsewhere_and_contains_everything(tmp_path: Path) ->
 
     # The dependencies come from this environment; celora itself must not, or the wheel would not be tested.
     script = """
-import importlib, json, pathlib, pkgutil, celora
+import importlib, importlib.util, json, pathlib, pkgutil, celora
 root = pathlib.Path(celora.__file__).parent
 for module in pkgutil.walk_packages([str(root)], "celora."):
-    importlib.import_module(module.name)
+    if module.name != "celora.kernels.triton.jitted" or importlib.util.find_spec("triton"):  # which it needs
+        importlib.import_module(module.name)
 files = [str(p.relative_to(root)) for p in root.rglob("*") if "__pycache__" not in p.parts]
 print(json.dumps([str(root), sorted(files)]))
 """
