@@ -25,7 +25,6 @@ class Tiles:
     Attributes:
         rows, columns: of the result; depth: summed over at once; group: blocks of rows that share columns of W.
         warps, stages: of 32 threads; loads under way.
-        floats: whether 8-bit floats fit: their sums take registers twice.
     """
 
     rows: int
@@ -34,7 +33,6 @@ class Tiles:
     group: int = 8
     warps: int = 4
     stages: int = 3
-    floats: bool = True
 
 
 # The first is for few rows; `judge` times the others on the user's device.
@@ -44,7 +42,6 @@ TILES = (
     Tiles(64, 128, 64, stages=4),
     Tiles(128, 128, 64, warps=8),
     Tiles(128, 128, 128, warps=8),
-    Tiles(128, 256, 64, warps=8, floats=False),
 )
 FEW_ROWS = 32  # up to here, the first tiles
 UNTIMED = 3  # where nothing was timed

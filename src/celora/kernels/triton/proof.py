@@ -150,8 +150,6 @@ def _product(x: Tensor, generator: torch.Generator, dtype: torch.dtype) -> str:
     tolerance = max(_STEP[x.dtype], _SUMS if dtype == torch.int8 or x.device.type == "cpu" else _FLOATS)
     index = torch.arange(len(x), device=x.device) * 2
     for tiles in product.TILES:
-        if dtype != torch.int8 and not tiles.floats:
-            continue
         for laid_out in (w, plain.column_major(w)):
             out = torch.full((2 * len(x), wide), 7.0, device=x.device, dtype=x.dtype)
             product.scaled_product(q, laid_out, scale, b_scale, out, bias=bias, index=index, tiles=tiles)
@@ -259,7 +257,7 @@ def _fastest_tiles(dtype: torch.dtype, device: torch.device, size: int) -> dict[
         calls: dict[str, Callable[[], object]] = {
             str(number): functools.partial(product.scaled_product, a, b, scale, scale, out, tiles=tiles)
             for number, tiles in enumerate(product.TILES)
-            if number and (tiles.floats or dtype == torch.int8)
+            if number
         }
         times = interleaved(calls, repeats=_REPEATS, device=device)
         best = min(times, key=lambda name: times[name]["time_ms"])
