@@ -10,6 +10,7 @@ from celora.kernels import operations
 from celora.kernels.backends import available
 from celora.kernels.packed import BothWays
 from celora.numerics import reference
+from tiers import WITH_DOTS, use_tier
 from without import without
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -17,10 +18,12 @@ SHAPES = [(1, 1), (5, 31), (16, 32), (67, 100), (128, 257), (33, 64), (200, 36)]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=["c", "torch"], autouse=True)
+@pytest.fixture(params=["plain", *WITH_DOTS], autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    others = {"c": (), "torch": ("c",)}[request.param]
-    without(monkeypatch, *others)
+    if request.param == "plain":
+        without(monkeypatch, "c")
+    else:
+        use_tier(monkeypatch, request.param)
     return str(request.param)
 
 

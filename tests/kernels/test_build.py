@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import forked
 from celora.kernels.c import build as build_module
@@ -17,32 +19,6 @@ from patching import patch_all
 
 PYTHON = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # where a process of its own finds what is tested
 needs_compiler = pytest.mark.skipif(library_module.library() is None, reason="no C compiler")
-
-
-@needs_compiler
-@pytest.mark.parametrize("how", ["no home", "not writable"])
-def test_without_a_cache_they_are_built_for_the_process(how: str, tmp_path: Path) -> None:
-    code = (
-        "import pathlib\n"
-        "from celora.kernels.c import library\n"
-        "def none(): raise RuntimeError('Could not determine home directory.')\n"
-        "def denied(*_, **__): raise PermissionError('denied')\n"
-        f"pathlib.Path.home, pathlib.Path.mkdir = (none, pathlib.Path.mkdir) if {how == 'no home'} else "
-        "(pathlib.Path.home, denied)\n"
-        "assert library.library() is not None\n"
-        "print(library.library()._name)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TMPDIR": str(tmp_path), **PYTHON},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    built = Path(done.stdout.strip())
-    assert built.parent.parent == tmp_path
-    assert not built.exists()  # taken away with the process
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +55,39 @@ def compilers(folder: Path, **does: str) -> str:
 def load_in(cache: Path, *, path: str | None = None, home: Path | None = None) -> tuple[Path, str]:
     """The file that another process loads, from `cache` or from wherever else, and why it loads none, or keeps none."""
     code = (
-        "from celora.kernels.c import build, library; loaded = library.library()\n"
-        "print(loaded and loaded._name, build.why_not() or build.why_not_kept())"
+        "from celora.kernels.c import build; loaded, reason = build.build_and_load()\n"
+        "print(loaded and loaded._name, reason)"
     )
     own = {"PATH": path or os.environ["PATH"], "HOME": str(home or cache), "XDG_CACHE_HOME": str(cache)}
     done = forked.run(forked.code, code, environment=own | {"TMPDIR": str(cache)})
     assert done.returncode == 0, done.stderr
     name, _, reason = done.stdout.strip().partition(" ")
     return Path(name), reason
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["no home", "not writable"])
+def test_without_a_cache_they_are_built_for_the_process(how: str, quick: str, tmp_path: Path) -> None:
+    code = (
+        "import pathlib\n"
+        "from celora.kernels.c import build\n"
+        "def none(): raise RuntimeError('Could not determine home directory.')\n"
+        "def denied(*_, **__): raise PermissionError('denied')\n"
+        f"pathlib.Path.home, pathlib.Path.mkdir = (none, pathlib.Path.mkdir) if {how == 'no home'} else "
+        "(pathlib.Path.home, denied)\n"
+        "print(build.build_and_load()[0]._name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PATH": quick, "HOME": str(tmp_path), "TMPDIR": str(tmp_path), **PYTHON},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    built = Path(done.stdout.strip())
+    assert built.parent.parent == tmp_path
+    assert not built.exists()  # taken away with the process
 
 
 @needs_compiler
@@ -133,6 +134,46 @@ def test_a_folder_of_somebody_else_is_left_alone(made: Path, quick: str, tmp_pat
     assert load_in(tmp_path, path=quick)[0].parent != made.parent
 
 
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where a wheel's library would lie, on a machine without a compiler."""
+    monkeypatch.delenv("CELORA_KERNELS", raising=False)
+    patch_all(monkeypatch, "celora.kernels.c.compiling:SOURCES", tmp_path)
+    monkeypatch.setattr(build_module.shutil, "which", lambda name: None)
+    return tmp_path
+
+
+def put(folder: Path, content: bytes) -> Path:
+    file = folder / f"kernels-{hashlib.sha256(content).hexdigest()[:16]}.so"
+    file.write_bytes(content)
+    return file
+
+
+@needs_compiler
+def test_a_wheels_library_needs_no_compiler(compiled: Path, package: Path) -> None:
+    (library,) = (compiled / "celora" / "kernels").glob("*.so")
+    file = put(package, library.read_bytes())
+    loaded, reason = build_module.build_and_load.__wrapped__()
+    assert (loaded._name, reason) == (str(file), "")
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["cut", "text", "foreign"])
+def test_a_wheels_library_that_is_no_such_library(how: str, compiled: Path, package: Path) -> None:
+    """Half a library would end the process that calls it."""
+    (library,) = (compiled / "celora" / "kernels").glob("*.so")
+    file = put(package, b"no library" if how == "text" else library.read_bytes())
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-5000])
+    elif how == "foreign":
+        file.unlink()
+        file = put(package, Path(torch._C.__file__).read_bytes())
+    loaded, reason = build_module.build_and_load.__wrapped__()
+    assert loaded is None
+    assert reason.startswith(f"{file} is damaged: install" if how == "cut" else f"{file} cannot be loaded: ")
+    assert "\n" not in reason
+
+
 @needs_compiler
 def test_each_compiler_is_tried(tmp_path: Path) -> None:
     works = next(filter(None, map(shutil.which, build_module._COMPILERS)))
@@ -144,8 +185,9 @@ def test_each_compiler_is_tried(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="never built there")
 def test_why_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load, false = build_module.build_and_load.__wrapped__, shutil.which("false")
-    monkeypatch.setenv("CELORA_KERNELS", "0")
-    assert load() == (None, "CELORA_KERNELS=0 turns them off")
+    for off in ("0", "plain"):
+        monkeypatch.setenv("CELORA_KERNELS", off)
+        assert load() == (None, f"CELORA_KERNELS={off} turns them off")
     monkeypatch.delenv("CELORA_KERNELS")
     monkeypatch.setattr(build_module.shutil, "which", lambda name: None)
     assert load() == (None, "no C compiler (cc, gcc, clang) is installed")

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from celora.kernels.c import dot as dot_module
-from celora.kernels.c import library as library_module
 from celora.kernels.c import rows as kernels
 from celora.numerics import reference
+from tiers import WITH_DOTS, each_tier_with_dots, use_tier
 
-PYTHON = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # where a process of its own finds what is tested
-needs_compiler = pytest.mark.skipif(library_module.library() is None, reason="no C compiler")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.skipif(not dot_module.panel_columns(), reason="no 8-bit dot products")
+@each_tier_with_dots
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (16, 32), (67, 100), (128, 257)])
 @pytest.mark.parametrize("kept", [None, 1, 5, 9, 11, 12, 25])
@@ -44,7 +40,6 @@ def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int
         assert (out[~others].double() - expected).norm() <= (3e-3 if dtype == torch.float32 else 6e-3) * expected.norm()
 
 
-@pytest.mark.skipif(not dot_module.multiplies_matrices(), reason="no 8-bit dot products of matrices")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     ("rows", "shape"),
@@ -58,28 +53,26 @@ def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int
         (40, (40000, 5)),
     ],
 )
-def test_matrices_multiply_as_vectors_do(
+def test_every_tier_has_the_same_bits(
     rows: int, shape: tuple[int, int], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit-identical, however the rows are divided by the size of a cache or among threads."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x, w = torch.randn(rows, shape[0]), torch.randn(shape)
     scale = w.abs().amax(0) / 127
-    packed = dot_module.pack_columns(w, 1 / scale)
-    loaded = library_module.library()
-    assert loaded is not None
     for kept in sorted({0, 1, rows // 2, rows}):
         index = torch.randperm(rows)[:kept].sort().values
-        found = torch.full((2, rows, shape[1]), 7.0)
-        for out, matrices in zip(found, (True, False), strict=True):
-            assert loaded.use_matrices(matrices) == matrices
+        found = []
+        for tier in WITH_DOTS:
+            use_tier(monkeypatch, tier)
+            out, packed = torch.full((rows, shape[1]), 7.0), dot_module.pack_columns(w, 1 / scale)
             dot_module.gathered_product(x, packed, scale, out, index=index, position=None, factors=None, fill=False)
-        loaded.use_matrices(True)
-        assert found[0].equal(found[1])
-        assert (found[0] != 7).any(1).sum() == kept
+            assert (out != 7).any(1).sum() == kept
+            found.append(out)
+        assert all(out.equal(found[0]) for out in found)
 
 
-@pytest.mark.skipif(not dot_module.panel_columns(), reason="no 8-bit dot products")
+@each_tier_with_dots
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (67, 100)])
 @pytest.mark.parametrize(("kept", "share"), [(1, 1.0), (9, 1.0), (25, 1.0), (None, 0.5), (None, 0.99), (None, 1.0)])

@@ -1,8 +1,6 @@
-"""The compiled passes give the results of torch's operators, if there is a compiler."""
+"""The compiled passes of each tier give the results of torch's operators, if there is a compiler."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
@@ -10,13 +8,12 @@ import torch
 from celora.kernels.c import library as library_module
 from celora.kernels.c import rows as kernels
 from celora.numerics import reference, select
+from tiers import each_tier
 
-PYTHON = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # where a process of its own finds what is tested
-needs_compiler = pytest.mark.skipif(library_module.library() is None, reason="no C compiler")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@needs_compiler
+@each_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (17, 64), (33, 129)])
 def test_row_norms(shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -24,7 +21,7 @@ def test_row_norms(shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.testing.assert_close(kernels.squared_row_norms(x).double(), x.double().square().sum(1), rtol=1e-5, atol=1e-7)
 
 
-@needs_compiler
+@each_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 128])
 @pytest.mark.parametrize("subset", [False, True])
@@ -41,7 +38,7 @@ def test_quantised_rows(dtype: torch.dtype, offset: int, subset: bool) -> None:
     assert (signed == expected).float().mean() > 0.99
 
 
-@needs_compiler
+@each_tier
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_stays_so(bad: float, dtype: torch.dtype) -> None:
@@ -55,7 +52,7 @@ def test_what_is_not_finite_stays_so(bad: float, dtype: torch.dtype) -> None:
     assert torch.isfinite(out).all(1).tolist() == [True, False, True]
 
 
-@needs_compiler
+@each_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fill", [True, False])
 def test_scattered_rows(dtype: torch.dtype, fill: bool) -> None:
@@ -75,7 +72,7 @@ def test_scattered_rows(dtype: torch.dtype, fill: bool) -> None:
     assert out.equal(expected)
 
 
-@needs_compiler
+@each_tier
 @pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 1000])
 @pytest.mark.parametrize("kept", [1, 0.5, 1.0])
 def test_the_largest_rows_are_chosen(rows: int, kept: float) -> None:
@@ -88,7 +85,7 @@ def test_the_largest_rows_are_chosen(rows: int, kept: float) -> None:
     assert position.equal(inverse)
 
 
-@needs_compiler
+@each_tier
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
 def test_as_many_rows_are_chosen_as_asked_for_whatever_they_are(bad: float) -> None:
     """A NaN has a sign, too: that of inf - inf is negative on x86."""
@@ -101,7 +98,7 @@ def test_as_many_rows_are_chosen_as_asked_for_whatever_they_are(bad: float) -> N
     assert int((position >= 0).sum()) == 7
 
 
-@needs_compiler
+@each_tier
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.999, 1.0])
 def test_the_rows_that_hold_a_share_are_chosen(share: float) -> None:
     squared = torch.rand(300).pow(8)
@@ -113,7 +110,7 @@ def test_the_rows_that_hold_a_share_are_chosen(share: float) -> None:
     assert set(index.tolist()) <= set(rounded.tolist())
 
 
-@needs_compiler
+@each_tier
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_every_row_is_kept_if_one_is_not_finite(bad: float) -> None:
     squared = torch.rand(9)
@@ -122,7 +119,7 @@ def test_every_row_is_kept_if_one_is_not_finite(bad: float) -> None:
     assert int(select.energy_count(squared, 0.5)) == 9
 
 
-@needs_compiler
+@each_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantised_columns(dtype: torch.dtype) -> None:
     w = torch.randn(19, 30).to(dtype)
@@ -132,7 +129,7 @@ def test_quantised_columns(dtype: torch.dtype) -> None:
     assert (found == q).float().mean() > 0.99
 
 
-@needs_compiler
+@each_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 2), (19, 33), (40, 200)])
 def test_column_maxima(shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -142,12 +139,12 @@ def test_column_maxima(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert kernels.column_maxima(w)[0].isnan()
 
 
-@needs_compiler
+@each_tier
 def test_no_columns() -> None:
     assert kernels.column_maxima(torch.ones(3, 0)).shape == (0,)
 
 
-@needs_compiler
+@each_tier
 def test_rows_may_be_apart() -> None:
     x = torch.randn(6, 40)[:, 3:17]
     assert kernels.squared_row_norms(x).allclose(x.square().sum(1))

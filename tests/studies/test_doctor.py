@@ -131,14 +131,14 @@ def test_what_the_environment_limits_is_said(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("machine", "path"),
     [
-        ({"panels": 16, "amx": True, "has_amx": True, "vnni": True}, "celora's own kernel, with AMX"),
-        ({"panels": 16, "vnni": True}, "celora's own kernel, with AVX-512 VNNI"),
-        ({"panels": 16}, "celora's own kernel, with AVX-VNNI"),
+        ({"panels": 16, "tier": "amx", "has_amx": True}, "celora's own kernel, with AMX"),
+        ({"panels": 16, "tier": "avx512"}, "celora's own kernel, with AVX-512 VNNI"),
+        ({"panels": 16, "tier": "avxvnni"}, "celora's own kernel, with AVX-VNNI"),
         ({"onednn": True, "why_not": "no compiler"}, "oneDNN's quantised linear: no compiler"),
         ({"onednn": True, "panels": 16, "has_amx": True}, "oneDNN's quantised linear: celora's kernel has no AMX here"),
         (
             {"slow": True},
-            "torch's integer product, number by number: this CPU has no VNNI, which celora's kernel needs",
+            "torch's integer product, number by number: tier avx2 of celora's kernels has no 8-bit products",
         ),
         (
             {"why_not": "CELORA_KERNELS=0 turns them off"},
@@ -152,11 +152,10 @@ def test_which_8_bit_path_is_taken_and_why(machine: dict[str, Any], path: str, m
         "celora.kernels.onednn:dot_products": lambda: machine.get("onednn", False),
         "celora.kernels.plain:one_by_one": lambda: machine.get("slow", False),
         "celora.kernels.plain:sums_are_exact": lambda: not machine.get("overflows", False),
-        "celora.machine.cpu:features": lambda: {"vnni": machine.get("vnni", False)},
         "celora.machine.cpu:matrix_instructions": lambda: machine.get("has_amx", False),
-        "celora.kernels.c.build:why_not": lambda: machine.get("why_not", ""),
+        "celora.kernels.c.tier:why_not": lambda: machine.get("why_not", ""),
         "celora.kernels.c.dot:panel_columns": lambda: machine.get("panels", 0),
-        "celora.kernels.c.dot:multiplies_matrices": lambda: machine.get("amx", False),
+        "celora.kernels.c.dot:used_tier": lambda: machine.get("tier", "avx2"),
     }.items():
         patch_all(monkeypatch, target, does)
     assert explain("pack_weight", torch.device("cpu")) == path

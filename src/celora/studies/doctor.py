@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from celora.kernels.backends import chosen, explain
-from celora.kernels.c import build as build_kernels
-from celora.kernels.c import library as library_kernels
+from celora.kernels.c import tier
 from celora.machine import cpu
 from celora.machine.device import PACKAGES, default_device, device_name
 from celora.machine.memory import available_memory
@@ -63,9 +62,10 @@ def examine() -> dict[str, Any]:
         "instructions": _instructions(),
         "limits": {name: value for name in _LIMITS if (value := os.environ.get(name)) is not None},
         "kernels": {
-            "built": library_kernels.library() is not None,
-            "why_not": build_kernels.why_not(),
-            "why_not_kept": build_kernels.why_not_kept(),
+            "built": not tier.why_not(),
+            "tier": tier.why_this(),
+            "why_not": tier.why_not(),
+            "why_not_kept": tier.why_not_kept(),
             "chosen": chosen(torch.float32, device),
         },
         "products": _products(device),
@@ -187,7 +187,7 @@ def describe(found: dict[str, Any]) -> str:
         "threads": f"{cpu['threads']} of torch, {cpu['count']} CPUs, {quota}",
         "instructions": ", ".join(name for name, has in found["instructions"].items() if has) or "none of those known",
         "limits": ", ".join(f"{name}={value}" for name, value in found["limits"].items()),
-        "C kernels": "built" if found["kernels"]["built"] else f"not built: {found['kernels']['why_not']}",
+        "C kernels": found["kernels"]["tier"] or f"not built: {found['kernels']['why_not']}",
         "8-bit path": products["int8_path"],
         **_operations(found["kernels"]["chosen"]),
         "products": f"({tokens} x {out_features}) @ ({out_features} x {in_features}): "

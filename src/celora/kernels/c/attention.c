@@ -15,8 +15,6 @@
 
 #if defined(TILE) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
 
-#include <omp.h>
-
 #define SIDE 32
 #define LOG2E 1.44269504f
 
@@ -182,7 +180,7 @@ static int64_t lay_out(task *t, char *work, int backward) {
 }
 
 /* Bytes that each thread needs to work in, for sequences of at most so many tokens. */
-int64_t attention_work(int64_t longest, int64_t size, int backward) {
+static int64_t attention_work(int64_t longest, int64_t size, int backward) {
     task t = {.padded = up_to(longest, SIDE), .size = size};
     return lay_out(&t, NULL, backward);
 }
@@ -271,28 +269,25 @@ static void attend(const task *t, int64_t head, bf16 *out, float *logs) {
 
 /* out: (tokens, heads, size) and logs: (heads, tokens) = L, of each sequence (batch, first token, length). of: the
  * strides of q, k and v. work: work_bytes for each thread. */
-void attention_bf16(const bf16 *q, const bf16 *k, const bf16 *v, const strides *of, const int64_t *sequences,
-                    int64_t count, int64_t tokens, int64_t heads, int64_t groups, int64_t size, float scale, char *work,
-                    int64_t work_bytes, bf16 *out, float *logs, int threads) {
-    #pragma omp parallel num_threads(threads)
-    {
-        task t = {.tokens = tokens, .heads = heads, .size = size, .scale = scale};
-        configure_tiles();
-        #pragma omp for collapse(2) schedule(dynamic) nowait
-        for (int64_t s = 0; s < count; s++)
-            for (int64_t g = 0; g < heads / groups; g++) {
-                begin(&t, sequences + 3 * s, work + omp_get_thread_num() * work_bytes, 0);
-                copy_rows(&t, v, of[2], g, t.plain);
-                transpose_rows(&t, t.plain);
-                copy_rows(&t, k, of[1], g, t.keys);
-                for (int64_t head = g * groups; head < (g + 1) * groups; head++) {
-                    copy_rows(&t, q, of[0], head, t.plain);
-                    turn(t.plain, t.squares, SIDE, size / 2, t.turned);
-                    attend(&t, head, out, logs);
-                }
-            }
-        _tile_release();
+static void attention_bf16(const bf16 *q, const bf16 *k, const bf16 *v, const strides *of, const int64_t *sequences,
+                           int64_t count, int64_t tokens, int64_t heads, int64_t groups, int64_t size, float scale,
+                           char *work, int64_t work_bytes, bf16 *out, float *logs, const team *team) {
+    task t = {.tokens = tokens, .heads = heads, .size = size, .scale = scale};
+    configure_tiles();
+    const int64_t key_heads = heads / groups;
+    for (int64_t piece; (piece = take_piece(team)) < count * key_heads;) {
+        const int64_t s = piece / key_heads, g = piece % key_heads;
+        begin(&t, sequences + 3 * s, work + team->thread * work_bytes, 0);
+        copy_rows(&t, v, of[2], g, t.plain);
+        transpose_rows(&t, t.plain);
+        copy_rows(&t, k, of[1], g, t.keys);
+        for (int64_t head = g * groups; head < (g + 1) * groups; head++) {
+            copy_rows(&t, q, of[0], head, t.plain);
+            turn(t.plain, t.squares, SIDE, size / 2, t.turned);
+            attend(&t, head, out, logs);
+        }
     }
+    _tile_release();
 }
 
 /* P and dS of keys j and queries i, for A, and the latter in pairs of keys, for B */
@@ -348,52 +343,50 @@ static void differentiate(const task *t, int first) {
 
 /* The gradients of q, k and v, all (tokens, heads, size), from that of `out`, which `attention` made with `logs`. of:
  * the strides of q, k, v and of the gradient. */
-void attention_backward_bf16(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *grad, const strides *of,
-                             const int64_t *sequences, int64_t count, int64_t tokens, int64_t heads, int64_t groups,
-                             int64_t size, float scale, char *work, int64_t work_bytes, const bf16 *out,
-                             const float *logs, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v, int threads) {
-    #pragma omp parallel num_threads(threads)
-    {
-        task t = {.tokens = tokens, .heads = heads, .size = size, .scale = scale};
-        configure_tiles();
-        #pragma omp for collapse(2) schedule(dynamic) nowait
-        for (int64_t s = 0; s < count; s++)
-            for (int64_t g = 0; g < heads / groups; g++) {
-                begin(&t, sequences + 3 * s, work + omp_get_thread_num() * work_bytes, 1);
-                copy_rows(&t, v, of[2], g, t.values);
-                copy_rows(&t, k, of[1], g, t.keys);
-                transpose_rows(&t, t.keys);
-                for (int64_t head = g * groups; head < (g + 1) * groups; head++) {
-                    copy_rows(&t, q, of[0], head, t.plain);
-                    turn(t.plain, t.squares, SIDE, size / 2, t.turned);
-                    pair_rows(t.plain, t.padded, size, t.pairs);
-                    copy_rows(&t, grad, of[3], head, t.plain);
-                    turn(t.plain, t.squares, SIDE, size / 2, t.grad_turned);
-                    pair_rows(t.plain, t.padded, size, t.grad_pairs);
-                    for (int64_t row = 0; row < t.padded; row++) t.inner[row] = 0, t.logs[row] = INFINITY; /* P = 0 */
-                    for (int64_t row = 0; row < t.length; row++) {
-                        const bf16 *y = out + place(&t, row, heads, head), *dy = t.plain + row * size;
-                        float sum = 0;
-                        #pragma omp simd reduction(+ : sum)
-                        for (int64_t c = 0; c < size; c++) sum += from_bf16(y[c]) * from_bf16(dy[c]);
-                        t.inner[row] = sum;
-                        t.logs[row] = LOG2E * logs[(t.batch * heads + head) * tokens + t.first + row];
-                    }
-                    differentiate(&t, head == g * groups);
-                    for (int64_t row = 0; row < t.length; row += 16)
-                        write_queries(t.sum_q + row / SIDE * SIDE * size + row % SIDE, SIDE, size, NULL, t.length - row,
-                                      grad_q + place(&t, row, heads, head), heads * size);
-                }
-                for (int64_t row = 0; row < t.length; row++) {
-                    const int64_t to = place(&t, row, heads / groups, g);
-                    for (int64_t c = 0; c < size; c++) {
-                        grad_k[to + c] = to_bf16(t.sum_k[row * size + c]);
-                        grad_v[to + c] = to_bf16(t.sum_v[row * size + c]);
-                    }
-                }
+static void attention_backward_bf16(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *grad, const strides *of,
+                                    const int64_t *sequences, int64_t count, int64_t tokens, int64_t heads,
+                                    int64_t groups, int64_t size, float scale, char *work, int64_t work_bytes,
+                                    const bf16 *out, const float *logs, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v,
+                                    const team *team) {
+    task t = {.tokens = tokens, .heads = heads, .size = size, .scale = scale};
+    configure_tiles();
+    const int64_t key_heads = heads / groups;
+    for (int64_t piece; (piece = take_piece(team)) < count * key_heads;) {
+        const int64_t s = piece / key_heads, g = piece % key_heads;
+        begin(&t, sequences + 3 * s, work + team->thread * work_bytes, 1);
+        copy_rows(&t, v, of[2], g, t.values);
+        copy_rows(&t, k, of[1], g, t.keys);
+        transpose_rows(&t, t.keys);
+        for (int64_t head = g * groups; head < (g + 1) * groups; head++) {
+            copy_rows(&t, q, of[0], head, t.plain);
+            turn(t.plain, t.squares, SIDE, size / 2, t.turned);
+            pair_rows(t.plain, t.padded, size, t.pairs);
+            copy_rows(&t, grad, of[3], head, t.plain);
+            turn(t.plain, t.squares, SIDE, size / 2, t.grad_turned);
+            pair_rows(t.plain, t.padded, size, t.grad_pairs);
+            for (int64_t row = 0; row < t.padded; row++) t.inner[row] = 0, t.logs[row] = INFINITY; /* P = 0 */
+            for (int64_t row = 0; row < t.length; row++) {
+                const bf16 *y = out + place(&t, row, heads, head), *dy = t.plain + row * size;
+                float sum = 0;
+                #pragma omp simd reduction(+ : sum)
+                for (int64_t c = 0; c < size; c++) sum += from_bf16(y[c]) * from_bf16(dy[c]);
+                t.inner[row] = sum;
+                t.logs[row] = LOG2E * logs[(t.batch * heads + head) * tokens + t.first + row];
             }
-        _tile_release();
+            differentiate(&t, head == g * groups);
+            for (int64_t row = 0; row < t.length; row += 16)
+                write_queries(t.sum_q + row / SIDE * SIDE * size + row % SIDE, SIDE, size, NULL, t.length - row,
+                              grad_q + place(&t, row, heads, head), heads * size);
+        }
+        for (int64_t row = 0; row < t.length; row++) {
+            const int64_t to = place(&t, row, key_heads, g);
+            for (int64_t c = 0; c < size; c++) {
+                grad_k[to + c] = to_bf16(t.sum_k[row * size + c]);
+                grad_v[to + c] = to_bf16(t.sum_v[row * size + c]);
+            }
+        }
     }
+    _tile_release();
 }
 
 #endif

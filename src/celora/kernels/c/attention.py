@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from celora.kernels.c.dot import multiplies_matrices
-from celora.kernels.c.library import call_kernel, library, loaded_library
+from celora.kernels.c.library import ask_kernel, call_kernel, library
 
 
 def takes(device: torch.device) -> bool:
     """Whether there is `attention` for bfloat16 on this device."""
-    return device.type == "cpu" and multiplies_matrices() and hasattr(library(), "attention_work")
+    loaded = library()
+    return device.type == "cpu" and loaded is not None and loaded.has("attention_bf16")
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, sequences: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -59,5 +59,5 @@ def _strides(*tensors: Tensor) -> Tensor:
 
 def _attention_work(sequences: Tensor, size: int, *, backward: bool) -> Tensor:
     """Memory for each thread to work in: (threads, bytes)."""
-    each = loaded_library().attention_work(int(sequences[:, 2].max()), size, backward)
+    each = ask_kernel("attention_work", int(sequences[:, 2].max()), size, backward)
     return torch.empty(torch.get_num_threads(), each, dtype=torch.uint8, device="cpu")

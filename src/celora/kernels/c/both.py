@@ -7,7 +7,7 @@ from torch import Tensor
 
 from celora.errors import CELoraError
 from celora.kernels.c import dot
-from celora.kernels.c.library import call_kernel, known, loaded_library, pointer
+from celora.kernels.c.library import ask_kernel, call_kernel, known, pointer
 from celora.kernels.packed import BothWays, QuantisedRows
 
 
@@ -28,7 +28,7 @@ class TurnedPanels(dot.Panels, BothWays):
     def pack(cls, weight: Tensor, scale: Tensor, input_scale: Tensor | None = None) -> TurnedPanels:
         w, inverse = known(weight if input_scale is None else weight / input_scale), 1 / scale
         rows, columns = w.shape
-        panel, step = dot.panel_columns(), int(loaded_library().depth_step())
+        panel, step = dot.panel_columns(), ask_kernel("depth_step")
         panels = -(-rows // max(panel, step)) * max(panel, step) // panel
         packed = torch.empty(panels, -(-columns // step) * step // 4, panel, 4, dtype=torch.uint8, device="cpu")
         call_kernel("pack_rows", w, w.data_ptr(), rows, columns, w.stride(0), inverse.data_ptr(), packed.data_ptr())
@@ -38,8 +38,8 @@ class TurnedPanels(dot.Panels, BothWays):
         dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         x = known(x)
         rows, depth = x.shape
-        space = torch.empty(int(loaded_library().scratch_bytes(rows, depth)), dtype=torch.int8, device="cpu")
-        stride = int(loaded_library().row_stride(depth))
+        space = torch.empty(ask_kernel("scratch_bytes", rows, depth), dtype=torch.int8, device="cpu")
+        stride = ask_kernel("row_stride", depth)
         q = space.as_strided((rows, depth), (stride, 1), -space.data_ptr() % 64)  # where the kernel begins
         scale = torch.empty(rows, dtype=torch.float32, device="cpu")
         starts = torch.empty(rows, dtype=torch.int32, device="cpu")
@@ -65,4 +65,4 @@ class TurnedPanels(dot.Panels, BothWays):
         else:
             q = self.packed[index // panel, :, index % panel].reshape(len(index), 4 * depth)
         q = q[:, : self.in_features]
-        return (q ^ 128).view(torch.int8)  # the kernel's bytes are unsigned: q + 128
+        return (q ^ ask_kernel("offset")).view(torch.int8)  # bytes are unsigned in some tiers: q + 128

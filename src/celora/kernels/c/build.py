@@ -1,4 +1,4 @@
-"""Build the C kernels for this machine once, and keep them where only the user can write."""
+"""Find the compiled kernels: those that came with the package, or built once and kept where only the user can write."""
 
 from __future__ import annotations
 
@@ -16,35 +16,25 @@ import tempfile
 from pathlib import Path
 
 from celora.files import sync
+from celora.kernels.c.compiling import FLAGS, SOURCES, compile_library, tiers
 from celora.machine.cache import cache_folder, trusted
-from celora.machine.cpu import instruction_set
 
-_SOURCE = Path(__file__).with_name("rows.c")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _COMPILERS = ("cc", "gcc", "clang")
-_WIDE = "-mprefer-vector-width=512"
-
-
-def why_not() -> str:
-    """Why `library` is None, or ''."""
-    loaded, reason = build_and_load()
-    return "" if loaded is not None else reason
-
-
-def why_not_kept() -> str:
-    """Why each process compiles them anew, where it does, or ''."""
-    loaded, reason = build_and_load()
-    return "" if loaded is None else reason
+OFF = ("0", "plain")
 
 
 @functools.cache
 def build_and_load() -> tuple[ctypes.CDLL | None, str]:
     """The library, and why there is none or why it is not kept."""
-    if os.environ.get("CELORA_KERNELS") == "0":
-        return None, "CELORA_KERNELS=0 turns them off"
+    asked = os.environ.get("CELORA_KERNELS")
+    if asked in OFF:
+        return None, f"CELORA_KERNELS={asked} turns them off"
+    came, damaged = _packaged()
+    if came is not None:
+        return came, ""
     if sys.platform == "win32":
-        return None, "they are not built on Windows"
-    reason = f"no C compiler ({', '.join(_COMPILERS)}) is installed"
+        return None, damaged or "they are not built on Windows, and this installation brought none"
+    reason = damaged or f"no C compiler ({', '.join(_COMPILERS)}) is installed"
     for compiler in filter(None, map(shutil.which, _COMPILERS)):
         for folder in (_cache, _private):
             try:
@@ -55,6 +45,24 @@ def build_and_load() -> tuple[ctypes.CDLL | None, str]:
             except (OSError, RuntimeError) as error:  # no home folder, one that cannot be used, or a full disk
                 reason = f"they could not be kept or loaded: {' '.join(str(error).split())}"
     return None, reason
+
+
+def _packaged() -> tuple[ctypes.CDLL | None, str]:
+    """The library of a wheel, whose name says its content, and what is wrong with it if it cannot be loaded."""
+    for file in SOURCES.glob("kernels-*.*"):
+        try:
+            whole = hashlib.sha256(file.read_bytes()).hexdigest()[:16] == file.stem.partition("-")[2]
+            return _open(file) if whole else None, "" if whole else f"{file} is damaged: install celora again"
+        except OSError as error:
+            return None, f"{file} cannot be loaded: {' '.join(str(error).split())}"
+    return None, ""
+
+
+def _open(file: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(file))
+    if not hasattr(loaded, "celora_tier"):
+        raise OSError(f"{file} is another library")
+    return loaded
 
 
 def _cache() -> Path:
@@ -72,28 +80,19 @@ def _private() -> Path:
 
 def _built(compiler: str, folder: Path) -> ctypes.CDLL:
     """Load what `folder` has, or compile into it, under a name that says what it was made of and for."""
+    system, architecture = platform.system(), platform.machine()
     made_of = [
-        *(file.read_text(encoding="utf-8") for file in sorted(_SOURCE.parent.glob("*.c"))),
-        compiler,
-        platform.machine(),
-        instruction_set(),  # what -march=native would see: a home folder may be shared by machines that differ
-        *_FLAGS,
+        *(file.read_text(encoding="utf-8") for file in sorted(SOURCES.glob("*.[ch]"))),
+        *(compiler, system, architecture, *FLAGS, str(tiers(architecture, system))),
     ]
-    made = folder / f"rows-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:16]}.so"
+    made = folder / f"kernels-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:16]}.so"
     if made.is_file() and trusted(made):
         with contextlib.suppress(OSError):  # damaged: it is made anew
-            return ctypes.CDLL(str(made))
+            return _open(made)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / made.name
-        # Not every compiler knows the wide registers' option, or has an assembler that knows tiles.
-        for flags in ((*_FLAGS, _WIDE), _FLAGS, (*_FLAGS, "-DNO_TILES")):
-            done = subprocess.run(
-                [compiler, *flags, "-o", str(built), str(_SOURCE)], capture_output=True, timeout=120, check=False
-            )
-            if done.returncode == 0:
-                break
-        done.check_returncode()
+        compile_library([compiler], built, architecture=architecture, system=system)
         built.chmod(0o755)
         sync(built)  # half a library ends the process that calls it
         built.replace(made)
-    return ctypes.CDLL(str(made))
+    return _open(made)

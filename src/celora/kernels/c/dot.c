@@ -1,5 +1,5 @@
-/* The product of gathered rows with a packed 8-bit weight on CPUs with 8-bit dot products of vectors (VNNI) or of
- * matrices (AMX): rows are quantised, multiplied, scaled and scattered without a pass of their own for any of it.
+/* The product of gathered rows with a packed 8-bit weight on CPUs with 8-bit dot products of vectors (VNNI, ARM's dot
+ * products) or of matrices (AMX, ARM's I8MM): rows are quantised, multiplied, scaled and scattered without a pass of their own for any of it.
  *
  *     out[t] = row_scale[k] column_scale * (q[k] W) for t = index[k],    q[k] = round(x[t] / row_scale[k])
  *
@@ -8,11 +8,11 @@
  * A weight that is packed for `x W^T` also serves `g W`: its panels of 4 x 4 blocks are turned, one at a time, into a
  * thread's own scratch. Its scales, one for each of its rows, are then folded into g before g is quantised.
  *
- * Both instructions multiply unsigned with signed bytes and add four products to each 32-bit sum. The weight is the
- * unsigned one, w + 128, so what has to be taken off, 128 sum(q[k]), is one number a row. Vectors: a block of BLOCK
+ * x86's instructions multiply unsigned with signed bytes and add four products to each 32-bit sum. The weight is the
+ * unsigned one, w + OFFSET, so what has to be taken off, OFFSET sum(q[k]), is one number a row. Vectors: a block of BLOCK
  * rows by two vectors of columns stays in registers over the whole depth, BLOCK + 2 loads for 2 BLOCK dots. Matrices:
  * 2 x 2 tiles of sums do, over a stretch of the depth whose part of the weight stays in the first cache, as the sums of
- * a group of rows do between stretches.
+ * a group of rows do between stretches. ARM's have both signed: dot_arm.h.
  *
  * The file includes itself once for float32 and once for bfloat16, as rows.c does, whose names it uses.
  */
@@ -21,7 +21,6 @@
 
 #if defined(__AVX512VNNI__)
 #include <immintrin.h>
-#include <omp.h>
 #define LANES 16
 #define BLOCK 12
 typedef __m512i ints;
@@ -30,16 +29,21 @@ static inline ints load(const void *p) { return _mm512_loadu_si512(p); }
 static inline ints dot(ints sum, ints u, ints s) { return _mm512_dpbusd_epi32(sum, u, s); }
 #elif defined(__AVXVNNI__)
 #include <immintrin.h>
-#include <omp.h>
 #define LANES 8
 #define BLOCK 6
 typedef __m256i ints;
 static inline ints all(int32_t x) { return _mm256_set1_epi32(x); }
 static inline ints load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 static inline ints dot(ints sum, ints u, ints s) { return _mm256_dpbusd_avx_epi32(sum, u, s); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "dot_arm.h"
 #endif
 
 #ifdef LANES
+
+#ifndef OFFSET
+#define OFFSET 128 /* added to the weight's bytes */
+#endif
 
 static inline int64_t up_to(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
 
@@ -63,17 +67,13 @@ static inline __m512 scaled(const int32_t *sums, ints start, __m512 scale, const
 }
 #endif
 
-#if defined(__AMX_INT8__) && defined(__linux__) && LANES == 16 && !defined(NO_TILES)
-#include <sys/syscall.h>
-#include <unistd.h>
+#if defined(__AMX_INT8__) && defined(__linux__) && LANES == 16
 #define TILE 16                 /* rows of a tile, of 64 bytes each */
 #define DEEP 64                 /* what the depth is rounded up to */
 #define SQUARE (2 * TILE)       /* rows, and columns, of a block of sums */
 #define STRETCH (8 * DEEP)      /* of the depth at a time, about: 16 KiB of a panel */
 #define GROUP (8 * SQUARE)      /* rows with their sums in the first cache: 32 KiB */
 #define CHUNK (1 << 20)         /* bytes of quantised rows at a time, for the second cache */
-
-static int matrices;
 
 /* Eight tiles of 16 rows of 64 bytes. Constant, as older compilers think that only its first bytes are read. */
 static const struct {
@@ -132,10 +132,13 @@ static void square(const int8_t *q, int64_t stride, int64_t deep, const uint8_t 
 }
 
 #else
+#ifndef DEEP
 #define DEEP 4
+#endif
 #define SQUARE 1
 #endif
 
+#ifndef __ARM_FEATURE_DOTPROD
 /* sums[r][h] = start[r] + sum_k q[r, k] (w[k, j] + 128) for the panel's columns j; rows: a constant */
 static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t stride, int64_t depth,
                                                         const uint8_t *panel, const int32_t *start, const int rows,
@@ -157,13 +160,16 @@ static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t
     #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) sums[r][0] = sum[r][0], sums[r][1] = sum[r][1];
 }
+#endif
 
 static void blocks(const int8_t *q, int64_t stride, int64_t depth, const uint8_t *panel, const int32_t *start, int rows,
                    ints sums[BLOCK][2]) {
     switch (rows) {
         case BLOCK: block(q, stride, depth, panel, start, BLOCK, sums); break;
-        #if BLOCK > 6
+        #if BLOCK > 8
         case 8: block(q, stride, depth, panel, start, 8, sums); break;
+        #endif
+        #if BLOCK > 6
         case 7: block(q, stride, depth, panel, start, 7, sums); break;
         case 6: block(q, stride, depth, panel, start, 6, sums); break;
         #endif
@@ -175,65 +181,52 @@ static void blocks(const int8_t *q, int64_t stride, int64_t depth, const uint8_t
     }
 }
 
-#endif
-
-/* Columns that lie together in a packed weight; 0 where there are no such products. */
-int panel_columns(void) {
-#ifdef LANES
-    return PANEL;
-#else
-    return 0;
-#endif
-}
-
-#ifdef LANES
-
-/* What the depth of a packed weight is rounded up to. */
-int depth_step(void) { return DEEP; }
-
 /* What the depth of a turned panel is rounded up to: whole panels of the weight as it is packed. */
 #define TURNED (DEEP < PANEL ? PANEL : DEEP)
 
 /* A packed weight as one product reads it. turned: the depth of its panels as they are packed, or 0 where the product
- * reads them so; space: for one turned panel of each thread. */
+ * reads them so; space: for one turned panel of this thread. */
 typedef struct {
     const uint8_t *packed;
     int64_t depth, turned;
     uint8_t *space;
 } weight;
 
+#ifndef __ARM_FEATURE_DOTPROD
+/* 4 x 4 bytes */
+static inline void transpose_bytes(const uint8_t *from, uint8_t *to) {
+    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm_storeu_si128((__m128i *)to, _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)from), order));
+}
+#endif
+
 /* Panel p of `g W` from a weight packed for `x W^T`: 4 x 4 blocks change places, and each is transposed. */
 static void turn_panel(const weight *w, int64_t p, uint8_t *to) {
-    const __m128i transpose = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const int64_t blocks = w->depth / PANEL;
     for (int64_t o = 0; o < blocks; o++)
         for (int64_t b = 0; b < PANEL / 4; b++) {
             const int64_t i = p * (PANEL / 4) + b;
             uint8_t *block = to + o * PANEL * PANEL + b * 16;
             if (4 * i >= w->turned) { /* past the end: zeros */
-                for (int64_t c = 0; c < PANEL / 4; c++) memset(block + c * 4 * PANEL, 128, 16);
+                for (int64_t c = 0; c < PANEL / 4; c++) memset(block + c * 4 * PANEL, OFFSET, 16);
                 continue;
             }
             const uint8_t *from = w->packed + (o * w->turned + 4 * i) * PANEL;
-            for (int64_t c = 0; c < PANEL / 4; c++) {
-                const __m128i four = _mm_loadu_si128((const __m128i *)(from + 16 * c));
-                _mm_storeu_si128((__m128i *)(block + c * 4 * PANEL), _mm_shuffle_epi8(four, transpose));
-            }
+            for (int64_t c = 0; c < PANEL / 4; c++) transpose_bytes(from + 16 * c, block + c * 4 * PANEL);
         }
 }
 
 /* Panel p of the weight; `last` is the panel that this thread has turned, or -1. */
 static inline const uint8_t *panel_of(const weight *w, int64_t p, int64_t *last) {
     if (!w->turned) return w->packed + p * w->depth * PANEL;
-    uint8_t *own = w->space + omp_get_thread_num() * w->depth * PANEL;
-    if (p != *last) turn_panel(w, p, own);
+    if (p != *last) turn_panel(w, p, w->space);
     *last = p;
-    return own;
+    return w->space;
 }
 
 /* Bytes from one quantised row to the next. An odd number of cache lines: rows a power of two apart would share the
  * same few places of the caches, 16 of which a tile needs at once. */
-int64_t row_stride(int64_t depth) {
+static inline int64_t row_stride(int64_t depth) {
 #ifdef TILE
     return up_to(depth, DEEP) | 64;
 #else
@@ -242,27 +235,14 @@ int64_t row_stride(int64_t depth) {
 }
 
 /* Bytes of scratch for so many quantised rows; the scratch may begin anywhere. */
-int64_t scratch_bytes(int64_t rows, int64_t depth) { return up_to(rows, SQUARE) * row_stride(depth) + 64; }
+static int64_t scratch_bytes(int64_t rows, int64_t depth) { return up_to(rows, SQUARE) * row_stride(depth) + 64; }
 
 /* The same for a product with turned panels, which lie behind the rows. */
-int64_t turned_scratch_bytes(int64_t rows, int64_t depth, int threads) {
+static int64_t turned_scratch_bytes(int64_t rows, int64_t depth, int64_t threads) {
     depth = up_to(depth, TURNED);
     return scratch_bytes(rows, depth) + 64 + threads * depth * PANEL;
 }
 static inline int8_t *aligned(void *scratch) { return (int8_t *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63); }
-
-/* Multiply with matrix instructions from now on, or with vectors again. Returns whether it will be matrices: they were
- * there when this was compiled, and the system, which has to be asked, lets this process use them. */
-int use_matrices(int wanted) {
-#ifdef TILE
-    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* arch_prctl(2) */
-    matrices = wanted && !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
-    return matrices;
-#else
-    (void)wanted;
-    return 0;
-#endif
-}
 
 #endif
 
@@ -282,18 +262,17 @@ int use_matrices(int wanted) {
 
 #ifdef LANES
 
-/* packed[panel, k / 4, column, k % 4] = 128 + round(w[k, j] * inverse[j]); 128, which is zero, past the end of w */
-void EACH(pack_columns)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, const float *inverse,
-                        uint8_t *packed, int threads) {
+/* packed[panel, k / 4, column, k % 4] = OFFSET + round(w[k, j] * inverse[j]); OFFSET, which is zero, past the end of w */
+static void EACH(pack_columns)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, const float *inverse,
+                               uint8_t *packed, const team *team) {
     const int64_t depth = up_to(rows, DEEP), panels = up_to(columns, PANEL) / PANEL;
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t p = 0; p < panels; p++) {
+    FOR_SHARE(p, panels) {
         uint8_t *to = packed + p * depth * PANEL;
-        memset(to, 128, (size_t)(depth * PANEL));
+        memset(to, OFFSET, (size_t)(depth * PANEL));
         for (int64_t k = 0; k < rows; k++)
             for (int64_t c = 0; c < PANEL && p * PANEL + c < columns; c++) {
                 const int64_t j = p * PANEL + c;
-                const float shifted = EACH(from)(w[k * stride + j]) * inverse[j] + (12582912.0f + 128.0f);
+                const float shifted = EACH(from)(w[k * stride + j]) * inverse[j] + (12582912.0f + OFFSET);
                 uint32_t bits;
                 memcpy(&bits, &shifted, 4);
                 to[k / 4 * 4 * PANEL + c * 4 + k % 4] = (uint8_t)bits;
@@ -301,19 +280,18 @@ void EACH(pack_columns)(const TYPE *w, int64_t rows, int64_t columns, int64_t st
     }
 }
 
-/* The transpose, with one scale for each row of w: packed[panel, k / 4, column, k % 4] = 128 + round(w[j, k] inverse[j]).
- * Panels are whole, and their number such that their columns are a whole number of TURNED. */
-void EACH(pack_rows)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, const float *inverse,
-                     uint8_t *packed, int threads) {
+/* The transpose, with one scale for each row of w: packed[panel, k / 4, column, k % 4] =
+ * OFFSET + round(w[j, k] inverse[j]). Panels are whole, and their number such that their columns are a whole number of TURNED. */
+static void EACH(pack_rows)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, const float *inverse,
+                            uint8_t *packed, const team *team) {
     const int64_t depth = up_to(columns, DEEP), panels = up_to(rows, TURNED) / PANEL;
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t p = 0; p < panels; p++) {
+    FOR_SHARE(p, panels) {
         uint8_t *to = packed + p * depth * PANEL;
-        memset(to, 128, (size_t)(depth * PANEL));
+        memset(to, OFFSET, (size_t)(depth * PANEL));
         for (int64_t c = 0; c < PANEL && p * PANEL + c < rows; c++) {
             const TYPE *row = w + (p * PANEL + c) * stride;
             for (int64_t k = 0; k < columns; k++) {
-                const float shifted = EACH(from)(row[k]) * inverse[p * PANEL + c] + (12582912.0f + 128.0f);
+                const float shifted = EACH(from)(row[k]) * inverse[p * PANEL + c] + (12582912.0f + OFFSET);
                 uint32_t bits;
                 memcpy(&bits, &shifted, 4);
                 to[k / 4 * 4 * PANEL + c * 4 + k % 4] = (uint8_t)bits;
@@ -353,30 +331,30 @@ static inline void EACH(write_block)(const int32_t *sums, int64_t k, int64_t cou
     }
 }
 
-/* The products of `kept` quantised rows, on the threads that come here together. */
+/* The products of `kept` quantised rows. */
 static void EACH(vector_products)(const int8_t *q, int64_t stride, const int64_t *index, int64_t kept, const weight *w,
                                   const int32_t *starts, const float *scales, const float *column_scale,
-                                  const float *bias, int64_t columns, TYPE *out, int threads) {
+                                  const float *bias, int64_t columns, TYPE *out, const team *team) {
     const int64_t panels = up_to(columns, PANEL) / PANEL, blocks_of_rows = up_to(kept, BLOCK) / BLOCK;
+    const int64_t threads = team->threads;
     int64_t last = -1;
     /* Whole panels to each thread; some of the rows, too, where there are too few panels for that to come out even. */
     const int64_t parts = panels % threads == 0 || panels > 8 * threads ? 1 : threads;
-    #pragma omp for collapse(2) schedule(static) nowait
-    for (int64_t p = 0; p < panels; p++)
-        for (int64_t part = 0; part < parts; part++) {
-            int64_t k = blocks_of_rows * part / parts * BLOCK, end = blocks_of_rows * (part + 1) / parts * BLOCK;
-            end = end < kept ? end : kept;
-            const uint8_t *panel = k < end ? panel_of(w, p, &last) : NULL;
-            while (k < end) {
-                int count = end - k < BLOCK ? (int)(end - k) : BLOCK;
-                if (BLOCK > 6 && count > 8 && count < BLOCK) count = count > 10 ? 6 : 5; /* 9, 10, 11 in two */
-                ints sums[BLOCK][2];
-                blocks(q + k * stride, stride, w->depth, panel, starts + k, count, sums);
-                EACH(write_block)((const int32_t *)sums, k, count, p * PANEL, index, NULL, scales, column_scale, bias,
-                                  columns, out);
-                k += count;
-            }
+    FOR_SHARE(at, panels * parts) {
+        const int64_t p = at / parts, part = at % parts;
+        int64_t k = blocks_of_rows * part / parts * BLOCK, end = blocks_of_rows * (part + 1) / parts * BLOCK;
+        end = end < kept ? end : kept;
+        const uint8_t *panel = k < end ? panel_of(w, p, &last) : NULL;
+        while (k < end) {
+            int count = end - k < BLOCK ? (int)(end - k) : BLOCK;
+            if (BLOCK > 6 && count > 8 && count < BLOCK) count = count > 10 ? 6 : 5; /* 9, 10, 11 in two */
+            ints sums[BLOCK][2];
+            blocks(q + k * stride, stride, w->depth, panel, starts + k, count, sums);
+            EACH(write_block)((const int32_t *)sums, k, count, p * PANEL, index, NULL, scales, column_scale, bias,
+                              columns, out);
+            k += count;
         }
+    }
 }
 
 #ifdef TILE
@@ -384,8 +362,8 @@ static void EACH(vector_products)(const int8_t *q, int64_t stride, const int64_t
 /* The same with tiles. A thread goes through all panels with a chunk of the rows that stays in its second cache. */
 static void EACH(matrix_products)(const int8_t *q, int64_t stride, const int64_t *index, int64_t kept, const weight *w,
                                   const int32_t *starts, const float *scales, const float *column_scale,
-                                  const float *bias, int64_t columns, TYPE *out, int threads) {
-    const int64_t depth = w->depth;
+                                  const float *bias, int64_t columns, TYPE *out, const team *team) {
+    const int64_t depth = w->depth, threads = team->threads;
     int64_t last = -1;
     const int64_t panels = up_to(columns, PANEL) / PANEL, most = CHUNK / depth < SQUARE ? SQUARE : CHUNK / depth;
     int64_t chunks = (kept + most - 1) / most;
@@ -395,39 +373,37 @@ static void EACH(matrix_products)(const int8_t *q, int64_t stride, const int64_t
     const int64_t stretches = depth < STRETCH ? 1 : (depth + STRETCH / 2) / STRETCH;
     const int64_t stretch = up_to((depth + stretches - 1) / stretches, DEEP);
     configure_tiles();
-    #pragma omp for collapse(2) schedule(static) nowait
-    for (int64_t part = 0; part < chunks; part++)
-        for (int64_t p = 0; p < panels; p++) {
-            int32_t sums[GROUP * PANEL] __attribute__((aligned(64)));
-            const int64_t end = (part + 1) * chunk < kept ? (part + 1) * chunk : kept;
-            const int64_t squares = (end - part * chunk + SQUARE - 1) / SQUARE;
-            const int64_t lines = w->turned ? 0 : (SQUARE + squares - 1) / squares; /* a turned panel has no next one */
-            const uint8_t *panel = panel_of(w, p, &last), *ahead = panel + depth * PANEL;
-            for (int64_t group = part * chunk; group < end; group += GROUP)
-                for (int64_t from = 0; from < depth; from += stretch) {
-                    const int64_t deep = depth - from < stretch ? depth - from : stretch;
-                    for (int64_t k = group; k < end && k < group + GROUP; k += SQUARE) {
-                        int32_t *to = sums + (k - group) * PANEL;
-                        square(q + k * stride + from, stride, deep, panel + from * PANEL, from == 0, ahead, lines, to);
-                        ahead += deep / DEEP * lines * 64;
-                        if (from + deep == depth)
-                            EACH(write_block)(to, k, end - k < SQUARE ? end - k : SQUARE, p * PANEL, index, starts,
-                                              scales, column_scale, bias, columns, out);
-                    }
+    FOR_SHARE(at, chunks * panels) {
+        const int64_t part = at / panels, p = at % panels;
+        int32_t sums[GROUP * PANEL] __attribute__((aligned(64)));
+        const int64_t end = (part + 1) * chunk < kept ? (part + 1) * chunk : kept;
+        const int64_t squares = (end - part * chunk + SQUARE - 1) / SQUARE;
+        const int64_t lines = w->turned ? 0 : (SQUARE + squares - 1) / squares; /* a turned panel has no next one */
+        const uint8_t *panel = panel_of(w, p, &last), *ahead = panel + depth * PANEL;
+        for (int64_t group = part * chunk; group < end; group += GROUP)
+            for (int64_t from = 0; from < depth; from += stretch) {
+                const int64_t deep = depth - from < stretch ? depth - from : stretch;
+                for (int64_t k = group; k < end && k < group + GROUP; k += SQUARE) {
+                    int32_t *to = sums + (k - group) * PANEL;
+                    square(q + k * stride + from, stride, deep, panel + from * PANEL, from == 0, ahead, lines, to);
+                    ahead += deep / DEEP * lines * 64;
+                    if (from + deep == depth)
+                        EACH(write_block)(to, k, end - k < SQUARE ? end - k : SQUARE, p * PANEL, index, starts,
+                                          scales, column_scale, bias, columns, out);
                 }
-        }
+            }
+    }
     _tile_release();
 }
 
 #endif
 
 /* Rows of x in 8 bits, as the products read them: all of them without index. fold: what each number is multiplied with
- * first, or NULL; factor: of each row's scale, or NULL. On the threads that come here together. */
+ * first, or NULL; factor: of each row's scale, or NULL.  */
 static void EACH(quantise_gathered)(const TYPE *x, int64_t rows, int64_t stride, const int64_t *index, int64_t kept,
                                     const float *factor, const float *fold, int8_t *quantised, int64_t stride_of_q,
-                                    int64_t depth, float *scales, int32_t *starts) {
-    #pragma omp for schedule(static)
-    for (int64_t k = 0; k < kept; k++) {
+                                    int64_t depth, float *scales, int32_t *starts, const team *team) {
+    FOR_SHARE(k, kept) {
         int8_t *q = quantised + k * stride_of_q;
         const TYPE *row = x + (index ? index[k] : k) * stride;
         if (fold) EACH(quantise_folded_row)(row, fold, rows, (uint8_t *)q, scales + k);
@@ -436,83 +412,81 @@ static void EACH(quantise_gathered)(const TYPE *x, int64_t rows, int64_t stride,
         int32_t sum = 0;
         #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < rows; i++) sum += q[i];
-        starts[k] = (int32_t)(-128 * (uint32_t)sum);
+        starts[k] = (int32_t)(-OFFSET * (uint32_t)sum);
         if (factor) scales[k] *= factor[k];
     }
 }
 
-/* The products of quantised rows by whatever instructions there are. On the threads that come here together. */
+/* The products of quantised rows by whatever instructions there are.  */
 static void EACH(products)(const int8_t *q, int64_t stride, int64_t rows, const int64_t *index, int64_t kept,
                            const weight *w, const int32_t *starts, const float *scales, const float *column_scale,
-                           const float *bias, int64_t columns, TYPE *out, int threads) {
+                           const float *bias, int64_t columns, TYPE *out, const team *team) {
     #ifdef TILE
-    if (matrices && rows) {
-        EACH(matrix_products)(q, stride, index, kept, w, starts, scales, column_scale, bias, columns, out, threads);
+    if (rows) {
+        EACH(matrix_products)(q, stride, index, kept, w, starts, scales, column_scale, bias, columns, out, team);
         return;
     }
     #endif
     (void)rows;
-    EACH(vector_products)(q, stride, index, kept, w, starts, scales, column_scale, bias, columns, out, threads);
+    EACH(vector_products)(q, stride, index, kept, w, starts, scales, column_scale, bias, columns, out, team);
 }
 
 /* out[index[k]] = factor[k] x[index[k]] W in 8 bits, all rows without index; factor: NULL for 1. Rows with position < 0
  * become 0 if fill. turned: 0, or the number of columns of a weight that pack_rows has packed, for x W with that weight
  * and x multiplied with fold. scratch: of scratch_bytes or turned_scratch_bytes. scales, starts: (kept,). */
-void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, const int64_t *index,
-                            const int32_t *position, int64_t kept, const float *factor, const float *fold,
-                            const uint8_t *packed, int64_t turned, const float *column_scale, int64_t columns,
-                            void *scratch, float *scales, int32_t *starts, TYPE *out, int fill, int threads) {
+static void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, const int64_t *index,
+                                   const int32_t *position, int64_t kept, const float *factor, const float *fold,
+                                   const uint8_t *packed, int64_t turned, const float *column_scale, int64_t columns,
+                                   void *scratch, float *scales, int32_t *starts, TYPE *out, int fill,
+                                   const team *team) {
     const int64_t depth = up_to(rows, turned ? TURNED : DEEP), stride_of_q = row_stride(depth);
     int8_t *quantised = aligned(scratch);
     uint8_t *space = (uint8_t *)aligned(quantised + up_to(kept, SQUARE) * stride_of_q);
-    const weight w = {packed, depth, turned ? up_to(turned, DEEP) : 0, space};
-    #pragma omp parallel num_threads(threads)
-    {
-        EACH(quantise_gathered)(x, rows, stride, index, kept, factor, fold, quantised, stride_of_q, depth, scales, starts);
-        EACH(products)(quantised, stride_of_q, rows, index, kept, &w, starts, scales, column_scale, NULL, columns, out,
-                       threads);
-        if (position && fill) {
-            #pragma omp for schedule(static) nowait
-            for (int64_t t = 0; t < tokens; t++)
-                if (position[t] < 0) memset(out + t * columns, 0, (size_t)columns * sizeof(TYPE));
-        }
-    }
+    const weight w = {packed, depth, turned ? up_to(turned, DEEP) : 0, space + team->thread * depth * PANEL};
+    EACH(quantise_gathered)(x, rows, stride, index, kept, factor, fold, quantised, stride_of_q, depth, scales, starts,
+                            team);
+    celora_meet(team);
+    EACH(products)(quantised, stride_of_q, rows, index, kept, &w, starts, scales, column_scale, NULL, columns, out, team);
+    if (position && fill)
+        FOR_SHARE(t, tokens)
+            if (position[t] < 0) memset(out + t * columns, 0, (size_t)columns * sizeof(TYPE));
 }
 
 /* gathered_product of the critical rows alone, which choose_rows chooses by their norms; the others become 0. Returns
- * how many. For each token, work holds an index and four numbers of four bytes, and then the scratch. */
-int64_t EACH(critical_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, int64_t kept, double share,
-                               const float *fold, const uint8_t *packed, int64_t turned, const float *column_scale,
-                               int64_t columns, void *work, TYPE *out, int threads) {
-    int64_t *index = work;
+ * how many. work holds that number; for each token, an index and four numbers of four bytes; and then the scratch. */
+static int64_t EACH(critical_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, int64_t kept,
+                                      double share, const float *fold, const uint8_t *packed, int64_t turned,
+                                      const float *column_scale, int64_t columns, void *work, TYPE *out,
+                                      const team *team) {
+    int64_t *chosen = work, *index = chosen + 1;
     float *squared = (float *)(index + tokens), *scales = squared + tokens;
     int32_t *starts = (int32_t *)(scales + tokens), *position = starts + tokens;
-    EACH(squared_row_norms)(x, tokens, rows, stride, squared, threads);
-    kept = choose_rows(squared, tokens, kept, share, 1, index, position);
-    EACH(gathered_product)(x, tokens, rows, stride, index, position, kept, NULL, fold, packed, turned, column_scale,
-                           columns, position + tokens, scales, starts, out, 1, threads);
-    return kept;
+    EACH(squared_row_norms)(x, tokens, rows, stride, squared, team);
+    celora_meet(team);
+    if (!team->thread) *chosen = choose_rows(squared, tokens, kept, share, 1, index, position);
+    celora_meet(team);
+    EACH(gathered_product)(x, tokens, rows, stride, index, position, *chosen, NULL, fold, packed, turned, column_scale,
+                           columns, position + tokens, scales, starts, out, 1, team);
+    return *chosen;
 }
 
 /* All rows of x in 8 bits, to be multiplied with several weights. fold: what each feature is multiplied with first, or
  * NULL. q: of scratch_bytes; scales, starts: (tokens,). */
-void EACH(quantise_input)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, const float *fold, void *q,
-                          float *scales, int32_t *starts, int threads) {
+static void EACH(quantise_input)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, const float *fold,
+                                 void *q, float *scales, int32_t *starts, const team *team) {
     const int64_t depth = up_to(rows, DEEP);
-    #pragma omp parallel num_threads(threads)
     EACH(quantise_gathered)(x, rows, stride, NULL, tokens, NULL, fold, aligned(q), row_stride(depth), depth, scales,
-                            starts);
+                            starts, team);
 }
 
 /* out = x W^T + bias from quantise_input's x and a weight of pack_rows with its scales; bias: NULL for 0 */
-void EACH(quantised_product)(const void *q, const float *scales, const int32_t *starts, int64_t tokens, int64_t rows,
-                             const uint8_t *packed, const float *column_scale, const float *bias, int64_t columns,
-                             TYPE *out, int threads) {
+static void EACH(quantised_product)(const void *q, const float *scales, const int32_t *starts, int64_t tokens,
+                                    int64_t rows, const uint8_t *packed, const float *column_scale, const float *bias,
+                                    int64_t columns, TYPE *out, const team *team) {
     const int64_t depth = up_to(rows, DEEP);
     const weight w = {packed, depth, 0, NULL};
-    #pragma omp parallel num_threads(threads)
     EACH(products)(aligned((void *)q), row_stride(depth), rows, NULL, tokens, &w, starts, scales, column_scale, bias,
-                   columns, out, threads);
+                   columns, out, team);
 }
 
 #endif

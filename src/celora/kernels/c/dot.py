@@ -6,31 +6,35 @@ In: rows `x: (T, out)`, which of them to multiply, a weight `(out, in)` packed i
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from celora.kernels.c import build
-from celora.kernels.c.library import call_kernel, known, library, loaded_library, pointer, supported
+from celora.kernels.c import tier
+from celora.kernels.c.library import ask_kernel, call_kernel, known, library, pointer, supported
 from celora.kernels.packed import PackedWeight, positions
 from celora.machine import cpu
+
+_INSTRUCTIONS = {
+    "avxvnni": "AVX-VNNI",
+    "avx512vnni": "AVX-512 VNNI",
+    "avx512": "AVX-512 VNNI",
+    "amx": "AMX",
+    "dotprod": "ARM's dot products",
+    "i8mm": "ARM's I8MM",
+}
 
 
 def panel_columns() -> int:
     """How many columns of a packed weight lie together; 0 where there is no `gathered_product`."""
-    loaded = library()
-    return 0 if loaded is None else int(loaded.panel_columns())
+    return 0 if library() is None else ask_kernel("panel_columns")
 
 
-@functools.cache
 def multiplies_matrices() -> bool:
-    """Whether `gathered_product` uses `matrix_instructions`, which it does from then on.
+    """Whether `gathered_product` uses `matrix_instructions`.
 
     False too where the compiler did not know them or the system refuses them.
     """
-    loaded = library()
-    return loaded is not None and panel_columns() > 0 and bool(loaded.use_matrices(cpu.matrix_instructions()))
+    return used_tier() == "amx"
 
 
 def takes(device: torch.device) -> bool:
@@ -45,16 +49,21 @@ def why_not(device: torch.device) -> str:
     """Why it is not, on CPU; '' elsewhere, where nobody expects it."""
     if device.type != "cpu":
         return ""
-    if reason := build.why_not():
+    if reason := tier.why_not():
         return reason
     if panel_columns():
         return "celora's kernel has no AMX here"
-    return "this CPU has no VNNI, which celora's kernel needs"
+    return f"tier {used_tier()} of celora's kernels has no 8-bit products"
 
 
 def describe(device: torch.device) -> str:
-    vectors = "AVX-512 VNNI" if cpu.features()["vnni"] else "AVX-VNNI"
-    return f"celora's own kernel, with {'AMX' if multiplies_matrices() else vectors}"
+    return f"celora's own kernel, with {_INSTRUCTIONS[used_tier()]}"
+
+
+def used_tier() -> str:
+    """The tier of the kernels; '' without."""
+    loaded = library()
+    return "" if loaded is None else loaded.tier
 
 
 class Panels(PackedWeight):
@@ -115,7 +124,7 @@ class Panels(PackedWeight):
 def pack_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
     """`round(w[i, j] inverse_scale[j])` of `w: (out, in)`, laid out for `gathered_product`: uint8."""
     rows, columns = w.shape
-    panel, step = panel_columns(), int(loaded_library().depth_step())
+    panel, step = panel_columns(), ask_kernel("depth_step")
     packed = torch.empty(-(-columns // panel), -(-rows // step) * step // 4, panel, 4, dtype=torch.uint8, device="cpu")
     call_kernel(
         "pack_columns", w, w.data_ptr(), rows, columns, w.stride(0), inverse_scale.data_ptr(), packed.data_ptr()
@@ -166,7 +175,7 @@ def critical_product(
     out = x.new_empty(rows, columns)
     turned = 0 if fold is None else columns
     scratch = _scratch_bytes(rows, depth, turned=fold is not None)
-    work = torch.empty(rows * (8 + 4 * 4) + scratch, dtype=torch.uint8, device="cpu")
+    work = torch.empty(8 + rows * (8 + 4 * 4) + scratch, dtype=torch.uint8, device="cpu")
     call_kernel("critical_product", x, x.data_ptr(), rows, depth, x.stride(0), -1 if kept is None else kept, share,
           pointer(fold), packed.data_ptr(), turned, column_scale.data_ptr(), columns, work.data_ptr(),
           out.data_ptr())  # fmt: skip
@@ -175,7 +184,6 @@ def critical_product(
 
 def _scratch_bytes(rows: int, depth: int, *, turned: bool) -> int:
     """Bytes that the products of `dot.c` need for so many quantised rows."""
-    loaded = loaded_library()
     if turned:
-        return int(loaded.turned_scratch_bytes(rows, depth, torch.get_num_threads()))
-    return int(loaded.scratch_bytes(rows, depth))
+        return ask_kernel("turned_scratch_bytes", rows, depth, torch.get_num_threads())
+    return ask_kernel("scratch_bytes", rows, depth)

@@ -1,43 +1,50 @@
-"""The compiled kernels as one loaded library: signatures, which tensors they take, how they are called."""
+"""How compiled kernels are called: their arguments, and which tensors they take."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
+import struct
 
 import torch
 from torch import Tensor
 
-from celora.kernels.c.build import build_and_load
+from celora.kernels.c.tier import Kernels, load
 
-_P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_SIGNATURES = {
-    "choose_rows": [_P, _N, _N, ctypes.c_double, _N, _P, _P],
-    "squared_row_norms": [_P, _N, _N, _N, _P, _I],
-    "quantise_rows": [_P, _P, _N, _N, _N, ctypes.c_float, _P, _P, _I],
-    "scatter_rows": [_P, _P, _N, _N, _P, _P, _I, _I],
-    "scatter_sums": [_P, _P, _N, _N, _P, _P, _P, _I, _I],
-    "softmax_rows": [_P, _N, _N, _P, ctypes.c_float, ctypes.c_float, _P, _P, _P, _I, _I],
-    "column_maxima": [_P, _N, _N, _N, _P, _I],
-    "quantise_columns": [_P, _N, _N, _N, _P, _P, _I],
-    "rms_norm": [_P, _N, _N, _P, ctypes.c_float, ctypes.c_float, _I, _P, _P, _I],
-    "rms_norm_backward": [_P, _P, _N, _N, _P, ctypes.c_float, _P, _P, _I],
-    "gated": [_P, _P, _N, _N, _P, _I],
-    "gated_backward": [_P, _P, _P, _N, _N, _P, _P, _I],
-    "rotate": [_P, _N, _N, _N, _P, _P, _N, _I, _P, _I],
+# A slot for each argument, in the order of the C function's: P a pointer, q a whole number, d a number.
+_TYPED = {  # there is one for each dtype, which runs on torch's threads
+    "squared_row_norms": "PqqqP",
+    "quantise_rows": "PPqqqdPP",
+    "scatter_rows": "PPqqPPq",
+    "scatter_sums": "PPqqPPPq",
+    "softmax_rows": "PqqPddPPPq",
+    "column_maxima": "PqqqP",
+    "quantise_columns": "PqqqPP",
+    "rms_norm": "PqqPddqPP",
+    "rms_norm_backward": "PPqqPdPP",
+    "gated": "PPqqP",
+    "gated_backward": "PPPqqPP",
+    "rotate": "PqqqPPqqP",
+    # dot.c; only in tiers with 8-bit dot products
+    "pack_columns": "PqqqPP",
+    "pack_rows": "PqqqPP",
+    "gathered_product": "PqqqPPqPPPqPqPPPPq",
+    "critical_product": "PqqqqdPPqPqPP",
+    "quantise_input": "PqqqPPPP",
+    "quantised_product": "PPPqqPPPqP",
+    # attention.c; for bfloat16, only in the tier with matrix instructions
+    "attention": "PPPPPqqqqqdPqPP",
+    "attention_backward": "PPPPPPqqqqqdPqPPPPP",
 }
-_DOT_SIGNATURES = {  # dot.c; only where the machine has the instructions
-    "pack_columns": [_P, _N, _N, _N, _P, _P, _I],
-    "pack_rows": [_P, _N, _N, _N, _P, _P, _I],
-    "gathered_product": [_P, _N, _N, _N, _P, _P, _N, _P, _P, _P, _N, _P, _N, _P, _P, _P, _P, _I, _I],
-    "critical_product": [_P, _N, _N, _N, _N, ctypes.c_double, _P, _P, _N, _P, _N, _P, _P, _I],
-    "quantise_input": [_P, _N, _N, _N, _P, _P, _P, _P, _I],
-    "quantised_product": [_P, _P, _P, _N, _N, _P, _P, _P, _N, _P, _I],
+_NUMBERS = {  # return one
+    "choose_rows": "PqqdqPP",
+    "panel_columns": "",
+    "depth_step": "",
+    "offset": "",
+    "row_stride": "q",
+    "scratch_bytes": "qq",
+    "turned_scratch_bytes": "qqq",
+    "attention_work": "qqq",
 }
-_ATTENTION_SIGNATURES = {  # attention.c; only where the machine has matrix instructions
-    "attention": [_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, ctypes.c_float, _P, _N, _P, _P, _I],
-    "attention_backward": [_P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, ctypes.c_float, _P, _N, _P, _P, _P, _P, _P, _I],
-}
+_SLOTS = {name: struct.Struct(slots) for name, slots in (_TYPED | _NUMBERS).items()}
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -53,35 +60,26 @@ def known(tensor: Tensor) -> Tensor:
     return tensor if supported(tensor) else tensor.float().contiguous()
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None if they are turned off or cannot be built here: see `why_not`."""
-    loaded, _ = build_and_load()
-    if loaded is None:
-        return None
-    loaded.choose_rows.restype = _N
-    if loaded.panel_columns():
-        loaded.row_stride.argtypes, loaded.row_stride.restype = [_N], _N
-        loaded.scratch_bytes.argtypes, loaded.scratch_bytes.restype = [_N, _N], _N
-        loaded.turned_scratch_bytes.argtypes, loaded.turned_scratch_bytes.restype = [_N, _N, _I], _N
-    for name, types in (_SIGNATURES | (_DOT_SIGNATURES if loaded.panel_columns() else {})).items():
-        for function in [name] if name == "choose_rows" else [f"{name}_{dtype}" for dtype in _NAMES.values()]:
-            getattr(loaded, function).argtypes = types
-    if hasattr(loaded, "attention_work"):
-        loaded.attention_work.argtypes, loaded.attention_work.restype = [_N, _N, _I], _N
-        for name, types in _ATTENTION_SIGNATURES.items():
-            getattr(loaded, f"{name}_bf16").argtypes = types
-    return loaded
+def library() -> Kernels | None:
+    """The compiled kernels, or None if they are turned off or cannot be had here: see `tier.why_not`."""
+    return load()[0]
 
 
-def loaded_library() -> ctypes.CDLL:
+def _loaded() -> Kernels:
     loaded = library()
     assert loaded is not None
     return loaded
 
 
 def call_kernel(name: str, typed: Tensor, *arguments: float | None) -> None:
-    getattr(loaded_library(), f"{name}_{_NAMES[typed.dtype]}")(*arguments, torch.get_num_threads())
+    """Run the kernel for the dtype of `typed` on torch's threads; None is a null pointer."""
+    slots = [0 if argument is None else argument for argument in arguments]
+    _loaded().run(f"{name}_{_NAMES[typed.dtype]}", _SLOTS[name], *slots, threads=torch.get_num_threads())
+
+
+def ask_kernel(name: str, *arguments: float) -> int:
+    """The number that a kernel returns."""
+    return _loaded().run(name, _SLOTS[name], *arguments)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -1,8 +1,8 @@
 /* Row-wise passes on CPU around an 8-bit product, of the softmax and between a decoder's products.
  *
- * Plain C, left to the compiler to vectorise; celora/kernels/__init__.py builds it with -O3 -march=native. Every
- * function exists for float32 and for bfloat16 (as its 16 bits): the file includes itself once for each. Rows may be
- * `stride` numbers apart.
+ * Plain C, left to the compiler to vectorise. This file and what it includes are compiled once for each tier of
+ * instructions, whose name is TIER (compiling.py). Every function exists for float32 and for bfloat16 (as its 16 bits):
+ * the file includes itself once for each. Rows may be `stride` numbers apart. What Python calls is in `kernels.h`.
  */
 
 #ifndef TYPE
@@ -11,6 +11,8 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "team.h"
 
 typedef uint16_t bf16;
 
@@ -120,8 +122,8 @@ static uint32_t walk_down(const float *x, int64_t rows, int64_t count, double ma
  * the sum (every row that is not zero if share is 1, every row if the sum is not finite or may have lost terms to
  * underflow), rounded up to a multiple of `step`. index: the chosen, ascending; position: where each row went, or -1.
  * Returns how many. */
-int64_t choose_rows(const float *squared, int64_t rows, int64_t kept, double share, int64_t step, int64_t *index,
-                    int32_t *position) {
+static int64_t choose_rows(const float *squared, int64_t rows, int64_t kept, double share, int64_t step, int64_t *index,
+                           int32_t *position) {
     uint32_t least = 0;
     int64_t larger = 0, last = rows; /* than the least; of those as large as it */
     if (kept < 0) {
@@ -165,6 +167,7 @@ int64_t choose_rows(const float *squared, int64_t rows, int64_t kept, double sha
 
 #include "dot.c"
 #include "attention.c"
+#include "kernels.h"
 
 #else
 
@@ -179,10 +182,9 @@ static inline float EACH(squared_norm)(const TYPE *row, int64_t columns) {
 }
 
 /* squared[t] = sum_i x[t, i]^2 */
-void EACH(squared_row_norms)(const TYPE *x, int64_t rows, int64_t columns, int64_t stride, float *squared,
-                              int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < rows; t++) {
+static void EACH(squared_row_norms)(const TYPE *x, int64_t rows, int64_t columns, int64_t stride, float *squared,
+                                    const team *team) {
+    FOR_SHARE(t, rows) {
         squared[t] = EACH(squared_norm)(x + t * stride, columns);
     }
 }
@@ -226,18 +228,16 @@ static inline void EACH(quantise_folded_row)(const TYPE *row, const float *fold,
 }
 
 /* quantise_row of row index[k] for each k; of all rows if !index */
-void EACH(quantise_rows)(const TYPE *x, const int64_t *index, int64_t rows, int64_t columns, int64_t stride,
-                          float offset, uint8_t *q, float *scale, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t k = 0; k < rows; k++)
+static void EACH(quantise_rows)(const TYPE *x, const int64_t *index, int64_t rows, int64_t columns, int64_t stride,
+                                float offset, uint8_t *q, float *scale, const team *team) {
+    FOR_SHARE(k, rows)
         EACH(quantise_row)(x + (index ? index[k] : k) * stride, columns, offset, q + k * columns, scale + k);
 }
 
 /* out[t] = scale[k] y[k] for k = position[t]; 0 where position[t] < 0, or what is there if !fill */
-void EACH(scatter_rows)(const TYPE *y, const int32_t *position, int64_t rows, int64_t columns,
-                         const float *scale, TYPE *out, int fill, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < rows; t++) {
+static void EACH(scatter_rows)(const TYPE *y, const int32_t *position, int64_t rows, int64_t columns,
+                               const float *scale, TYPE *out, int fill, const team *team) {
+    FOR_SHARE(t, rows) {
         int64_t k = position ? position[t] : t;
         TYPE *to = out + t * columns;
         if (k < 0) {
@@ -252,10 +252,9 @@ void EACH(scatter_rows)(const TYPE *y, const int32_t *position, int64_t rows, in
 }
 
 /* the same from sums of 8-bit products: out[t, j] = scale[k] column_scale[j] y[k, j] */
-void EACH(scatter_sums)(const int32_t *y, const int32_t *position, int64_t rows, int64_t columns,
-                         const float *scale, const float *column_scale, TYPE *out, int fill, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < rows; t++) {
+static void EACH(scatter_sums)(const int32_t *y, const int32_t *position, int64_t rows, int64_t columns,
+                               const float *scale, const float *column_scale, TYPE *out, int fill, const team *team) {
+    FOR_SHARE(t, rows) {
         int64_t k = position ? position[t] : t;
         TYPE *to = out + t * columns;
         if (k < 0) {
@@ -272,10 +271,10 @@ void EACH(scatter_sums)(const int32_t *y, const int32_t *position, int64_t rows,
 
 /* What the softmax of y = scale z says about the target of each row: log_probs, and entropy and top1 unless NULL. With
  * write, z becomes the gradient of log_probs with respect to it. Smoothing s: (1 - s) log p_target + s mean log p. */
-void EACH(softmax_rows)(TYPE *z, int64_t rows, int64_t columns, const int64_t *target, float scale, float smoothing,
-                         float *log_probs, float *entropy, uint8_t *top1, int write, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < rows; t++) {
+static void EACH(softmax_rows)(TYPE *z, int64_t rows, int64_t columns, const int64_t *target, float scale,
+                               float smoothing, float *log_probs, float *entropy, uint8_t *top1, int write,
+                               const team *team) {
+    FOR_SHARE(t, rows) {
         TYPE *row = z + t * columns;
         float most = -INFINITY;
         #pragma omp simd reduction(max : most)
@@ -312,10 +311,9 @@ void EACH(softmax_rows)(TYPE *z, int64_t rows, int64_t columns, const int64_t *t
 }
 
 /* y = (offset + w) x r with r = 1 / sqrt(mean x^2 + eps), which is kept in `inverse`; x r is rounded first if `rounds`. */
-void EACH(rms_norm)(const TYPE *x, int64_t rows, int64_t columns, const TYPE *w, float offset, float eps, int rounds,
-                     TYPE *y, float *inverse, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < rows; t++) {
+static void EACH(rms_norm)(const TYPE *x, int64_t rows, int64_t columns, const TYPE *w, float offset, float eps,
+                           int rounds, TYPE *y, float *inverse, const team *team) {
+    FOR_SHARE(t, rows) {
         const TYPE *row = x + t * columns;
         TYPE *to = y + t * columns;
         const float r = inverse[t] = 1.0f / sqrtf(EACH(squared_norm)(row, columns) / (float)columns + eps);
@@ -332,10 +330,9 @@ void EACH(rms_norm)(const TYPE *x, int64_t rows, int64_t columns, const TYPE *w,
 }
 
 /* The gradient of x, from that of y: r h - r^3 mean(h x) x with h = (offset + w) grad. */
-void EACH(rms_norm_backward)(const TYPE *grad, const TYPE *x, int64_t rows, int64_t columns, const TYPE *w,
-                              float offset, const float *inverse, TYPE *out, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < rows; t++) {
+static void EACH(rms_norm_backward)(const TYPE *grad, const TYPE *x, int64_t rows, int64_t columns, const TYPE *w,
+                                    float offset, const float *inverse, TYPE *out, const team *team) {
+    FOR_SHARE(t, rows) {
         const TYPE *g = grad + t * columns, *row = x + t * columns;
         TYPE *to = out + t * columns;
         const float r = inverse[t];
@@ -353,9 +350,8 @@ void EACH(rms_norm_backward)(const TYPE *grad, const TYPE *x, int64_t rows, int6
 }
 
 /* out = silu(gate) up, silu(gate) = gate sigmoid(gate) rounded first */
-void EACH(gated)(const TYPE *gate, const TYPE *up, int64_t rows, int64_t columns, TYPE *out, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < rows; t++) {
+static void EACH(gated)(const TYPE *gate, const TYPE *up, int64_t rows, int64_t columns, TYPE *out, const team *team) {
+    FOR_SHARE(t, rows) {
         const TYPE *a = gate + t * columns, *b = up + t * columns;
         TYPE *to = out + t * columns;
         #pragma omp simd
@@ -367,10 +363,9 @@ void EACH(gated)(const TYPE *gate, const TYPE *up, int64_t rows, int64_t columns
 }
 
 /* The gradients of gate and up from that of out. */
-void EACH(gated_backward)(const TYPE *grad, const TYPE *gate, const TYPE *up, int64_t rows, int64_t columns,
-                           TYPE *of_gate, TYPE *of_up, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < rows; t++) {
+static void EACH(gated_backward)(const TYPE *grad, const TYPE *gate, const TYPE *up, int64_t rows, int64_t columns,
+                                 TYPE *of_gate, TYPE *of_up, const team *team) {
+    FOR_SHARE(t, rows) {
         const TYPE *g = grad + t * columns, *a = gate + t * columns, *b = up + t * columns;
         TYPE *to_a = of_gate + t * columns, *to_b = of_up + t * columns;
         #pragma omp simd
@@ -384,11 +379,10 @@ void EACH(gated_backward)(const TYPE *grad, const TYPE *gate, const TYPE *up, in
 
 /* q's halves turned by the angles of its token: (q1 c1 - q2 s1, q2 c2 + q1 s2), or the transposed turn; each product
  * is rounded first. A token is `heads` x `columns` numbers; its angles are row t of `angles`, which come again. */
-void EACH(rotate)(const TYPE *q, int64_t tokens, int64_t heads, int64_t columns, const TYPE *cosine, const TYPE *sine,
-                   int64_t angles, int transposed, TYPE *out, int threads) {
+static void EACH(rotate)(const TYPE *q, int64_t tokens, int64_t heads, int64_t columns, const TYPE *cosine,
+                         const TYPE *sine, int64_t angles, int transposed, TYPE *out, const team *team) {
     const int64_t half = columns / 2;
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < tokens; t++) {
+    FOR_SHARE(t, tokens) {
         const TYPE *c = cosine + t % angles * columns, *s = sine + t % angles * columns;
         for (int64_t h = 0; h < heads; h++) {
             const TYPE *one = q + (t * heads + h) * columns, *two = one + half;
@@ -409,29 +403,26 @@ void EACH(rotate)(const TYPE *q, int64_t tokens, int64_t heads, int64_t columns,
 }
 
 /* largest[j] = max_i |w[i, j]|: each thread takes a share of the columns */
-void EACH(column_maxima)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, float *largest, int threads) {
-    const int64_t share = columns / threads + 1;
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t first = 0; first < columns; first += share) {
-        const int64_t last = first + share < columns ? first + share : columns;
-        int32_t *sizes = (int32_t *)largest; /* as bits, which a NaN leads */
-        for (int64_t j = first; j < last; j++) sizes[j] = 0;
-        for (int64_t i = 0; i < rows; i++) {
-            const TYPE *row = w + i * stride;
-            #pragma omp simd
-            for (int64_t j = first; j < last; j++) {
-                int32_t size = EACH(magnitude)(row[j]);
-                sizes[j] = size > sizes[j] ? size : sizes[j];
-            }
+static void EACH(column_maxima)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, float *largest,
+                                const team *team) {
+    const int64_t first = share_of(columns, team->thread, team->threads);
+    const int64_t last = share_of(columns, team->thread + 1, team->threads);
+    int32_t *sizes = (int32_t *)largest; /* as bits, which a NaN leads */
+    for (int64_t j = first; j < last; j++) sizes[j] = 0;
+    for (int64_t i = 0; i < rows; i++) {
+        const TYPE *row = w + i * stride;
+        #pragma omp simd
+        for (int64_t j = first; j < last; j++) {
+            int32_t size = EACH(magnitude)(row[j]);
+            sizes[j] = size > sizes[j] ? size : sizes[j];
         }
     }
 }
 
 /* q[i, j] = round(w[i, j] * inverse[j]) */
-void EACH(quantise_columns)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, const float *inverse,
-                             int8_t *q, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < rows; i++) {
+static void EACH(quantise_columns)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, const float *inverse,
+                                   int8_t *q, const team *team) {
+    FOR_SHARE(i, rows) {
         const TYPE *row = w + i * stride;
         int8_t *to = q + i * columns;
         #pragma omp simd

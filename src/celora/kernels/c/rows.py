@@ -2,12 +2,11 @@
 
 At these sizes the passes decide: scaling, rounding and scattering with torch's operators costs more than the product,
 and a softmax over a vocabulary more than the projection onto it.
-`rows.c` and what it includes are compiled once (a second or two) for the machine's own instruction set and kept in the
-user's cache folder, or, where there is none that only the user can write to, once a process.
-Without a compiler, `library()` is None and everything works through torch's operators, slower; the planner measures
-what it gets, so it assumes nothing.
-
-`CELORA_KERNELS=0` turns them off.
+A wheel brings them compiled. Elsewhere `rows.c` and what it includes are compiled at the first use (some seconds) and
+kept in the user's cache folder or, where there is none that only the user can write to, for the process. `tier.py`
+chooses the instructions.
+With neither, `library()` is None and everything works through torch's operators, slower; the planner measures what it
+gets, so it assumes nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from celora.kernels.c.library import call_kernel, loaded_library, pointer
+from celora.kernels.c.library import ask_kernel, call_kernel, pointer
 from celora.kernels.packed import positions
 
 
@@ -35,10 +34,8 @@ def choose_rows(squared: Tensor, *, kept: int | None, share: float, step: int) -
     rows = squared.shape[0]
     index = torch.empty(rows, dtype=torch.int64, device="cpu")
     position = torch.empty(rows, dtype=torch.int32, device="cpu")
-    chosen = loaded_library().choose_rows(
-        squared.data_ptr(), rows, -1 if kept is None else kept, share, step,
-        index.data_ptr(), position.data_ptr(),
-    )  # fmt: skip
+    chosen = ask_kernel("choose_rows", squared.data_ptr(), rows, -1 if kept is None else kept, share, step,
+          index.data_ptr(), position.data_ptr())  # fmt: skip
     return index[:chosen], position
 
 

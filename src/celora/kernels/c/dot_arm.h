@@ -1,0 +1,94 @@
+/* ARM's 8-bit products for dot.c. Both operands are signed, so nothing is added to the weight's bytes.
+ *
+ * DOTPROD adds four products to each 32-bit sum, as x86's VNNI does, and takes a row's four bytes from a lane: 16 of a row
+ * are loaded at once. I8MM multiplies two rows with two columns, eight deep, in an instruction: 32 products for 16. Its
+ * columns are zipped from two steps of the depth, so that the weight is packed alike.
+ */
+
+#include <arm_neon.h>
+
+#define LANES 4
+#define OFFSET 0
+#define DEEP 16
+typedef int32x4_t ints;
+
+/* 4 x 4 bytes */
+static inline void transpose_bytes(const uint8_t *from, uint8_t *to) {
+    static const uint8_t order[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    vst1q_u8(to, vqtbl1q_u8(vld1q_u8(from), vld1q_u8(order)));
+}
+
+#ifdef __ARM_FEATURE_MATMUL_INT8
+
+#define BLOCK 12
+static inline int32x4_t zip(const int8_t *low, const int8_t *high, int second) {
+    const int32x4_t a = vreinterpretq_s32_s8(vld1q_s8(low)), b = vreinterpretq_s32_s8(vld1q_s8(high));
+    return second ? vzip2q_s32(a, b) : vzip1q_s32(a, b);
+}
+static inline int32x4_t halves(int32x4_t a, int32x4_t b, int second) {
+    const int64x2_t one = vreinterpretq_s64_s32(a), two = vreinterpretq_s64_s32(b);
+    return vreinterpretq_s32_s64(second ? vzip2q_s64(one, two) : vzip1q_s64(one, two));
+}
+
+/* As dot.c's: sums[r][h] = start[r] + sum_k q[r, k] w[k, j] */
+static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t stride, int64_t depth,
+                                                        const uint8_t *panel, const int32_t *start, const int rows,
+                                                        ints sums[BLOCK][2]) {
+    const int pairs = (rows + 1) / 2; /* the last row twice where their number is odd */
+    const int8_t *at = (const int8_t *)panel;
+    ints sum[BLOCK / 2][4]; /* of rows 2r, 2r + 1 and columns 2c, 2c + 1 */
+    (void)start;            /* zero */
+    #pragma GCC unroll 16
+    for (int r = 0; r < pairs; r++) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = vdupq_n_s32(0);
+    for (int64_t k = 0; k < depth; k += 8, at += 8 * 2 * LANES) {
+        const int8x16_t columns[4] = {
+            vreinterpretq_s8_s32(zip(at, at + 32, 0)), vreinterpretq_s8_s32(zip(at, at + 32, 1)),
+            vreinterpretq_s8_s32(zip(at + 16, at + 48, 0)), vreinterpretq_s8_s32(zip(at + 16, at + 48, 1))};
+        #pragma GCC unroll 16
+        for (int r = 0; r < pairs; r++) {
+            const int8_t *one = q + 2 * r * stride + k, *next = 2 * r + 1 < rows ? one + stride : one;
+            const int8x16_t two = vcombine_s8(vld1_s8(one), vld1_s8(next));
+            #pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) sum[r][c] = vmmlaq_s32(sum[r][c], two, columns[c]);
+        }
+    }
+    #pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+        for (int h = 0; h < 2; h++) sums[r][h] = halves(sum[r / 2][2 * h], sum[r / 2][2 * h + 1], r % 2);
+}
+
+#else
+
+#define BLOCK 8
+
+static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t stride, int64_t depth,
+                                                        const uint8_t *panel, const int32_t *start, const int rows,
+                                                        ints sums[BLOCK][2]) {
+    ints sum[BLOCK][2];
+    const int8_t *at = (const int8_t *)panel;
+    (void)start; /* zero */
+    #pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = vdupq_n_s32(0);
+    for (int64_t k = 0; k < depth; k += 16, at += 16 * 2 * LANES) {
+        int8x16_t bytes[BLOCK];
+        #pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) bytes[r] = vld1q_s8(q + r * stride + k);
+#define STEP(lane)                                                                     \
+    {                                                                                  \
+        const int8x16_t left = vld1q_s8(at + lane * 8 * LANES), right = vld1q_s8(at + lane * 8 * LANES + 16); \
+        _Pragma("GCC unroll 16") for (int r = 0; r < rows; r++) {                      \
+            sum[r][0] = vdotq_laneq_s32(sum[r][0], left, bytes[r], lane);              \
+            sum[r][1] = vdotq_laneq_s32(sum[r][1], right, bytes[r], lane);             \
+        }                                                                              \
+    }
+        STEP(0)
+        STEP(1)
+        STEP(2)
+        STEP(3)
+#undef STEP
+    }
+    #pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) sums[r][0] = sum[r][0], sums[r][1] = sum[r][1];
+}
+
+#endif
