@@ -140,7 +140,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("CELORA_KERNELS", raising=False)
     patch_all(monkeypatch, "celora.kernels.c.compiling:SOURCES", tmp_path)
     monkeypatch.setattr(build_module.shutil, "which", lambda name: None)
-    return tmp_path
+    (tmp_path / "compiled").mkdir()
+    return tmp_path / "compiled"
 
 
 def put(folder: Path, content: bytes) -> Path:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
+
+import pytest
 
 from forked import code, run
 
@@ -27,9 +32,27 @@ def _run(*command: object, **environment: str) -> str:
     return done.stdout
 
 
-def test_the_wheel_installs_elsewhere_and_contains_everything(tmp_path: Path) -> None:
-    _run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", ".")
-    (wheel,) = (tmp_path / "dist").iterdir()
+def _wheel(folder: Path, **environment: str) -> Path:
+    _run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist", ".", **environment)
+    (wheel,) = (folder / "dist").iterdir()
+    return wheel
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> str:
+    """One that does not optimise: six times as fast, and these tests compute nothing."""
+    works = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if works is None:
+        pytest.skip("no C compiler")
+    (tmp_path / "cc").write_text(f'#!/bin/sh\nexec "{works}" "$@" -O0\n')
+    (tmp_path / "cc").chmod(0o755)
+    return str(tmp_path / "cc")
+
+
+def test_the_wheel_installs_elsewhere_and_contains_everything(compiler: str, tmp_path: Path) -> None:
+    wheel = _wheel(tmp_path, CELORA_CC=compiler)
+    assert wheel.stat().st_size < 2 * 2**20
+    assert re.fullmatch(r"celora-[0-9.]+-py3-none-(manylinux_2_\d\d|linux|macosx_11_0|win)_\w+\.whl", wheel.name)
     _run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     scripts = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
     pip = [sys.executable, "-m", "pip", "--python", scripts / "python"]
@@ -50,9 +73,34 @@ print(json.dumps([str(root), sorted(files)]))
     )
     assert Path(installed).is_relative_to(tmp_path)
     source = ROOT / "src" / "celora"
+    (library,) = (file for file in files if Path(file).name.startswith("kernels-"))
+    files = [file for file in files if file not in (library, str(Path(library).parent))]
     assert files == sorted(str(p.relative_to(source)) for p in source.rglob("*") if "__pycache__" not in p.parts)
+    loads = "from celora.kernels.c.build import build_and_load; print(build_and_load()[0]._name)"
+    installed_in = {"PYTHONPATH": sysconfig.get_path("purelib"), "PATH": str(scripts), "HOME": str(tmp_path / "home")}
+    assert _run(scripts / "python", "-c", loads, CELORA_KERNELS="", **installed_in).strip().endswith(library)
+    assert not (tmp_path / "home").exists()  # no compiler has run
     version = _run(scripts / "celora", "--version", PYTHONPATH=sysconfig.get_path("purelib"))
     assert version.startswith("celora 0.1")
+
+
+def test_a_wheel_without_kernels_is_for_every_platform(tmp_path: Path) -> None:
+    wheel = _wheel(tmp_path, CELORA_WHEEL_PLATFORM="any")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "kernels-" in name]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [("amiga_68k", "CELORA_WHEEL_PLATFORM=amiga_68k is no platform"), ("win_amd64", "set CELORA_CC to one that can")],
+)
+def test_a_wheel_that_cannot_be_made_is_none(asked: str, said: str, tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), "."]
+    environment = {**os.environ, "CELORA_WHEEL_PLATFORM": asked, "CELORA_CC": "false"}
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode != 0
+    assert said in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_public_names_come_when_asked_for() -> None:

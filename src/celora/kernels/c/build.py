@@ -49,7 +49,7 @@ def build_and_load() -> tuple[ctypes.CDLL | None, str]:
 
 def _packaged() -> tuple[ctypes.CDLL | None, str]:
     """The library of a wheel, whose name says its content, and what is wrong with it if it cannot be loaded."""
-    for file in SOURCES.glob("kernels-*.*"):
+    for file in SOURCES.glob("compiled/kernels-*.*"):  # in a folder: it is no module of Python's
         try:
             whole = hashlib.sha256(file.read_bytes()).hexdigest()[:16] == file.stem.partition("-")[2]
             return _open(file) if whole else None, "" if whole else f"{file} is damaged: install celora again"

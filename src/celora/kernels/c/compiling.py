@@ -26,8 +26,8 @@ _X86 = {
 }
 _ARM = {
     "neon": (),
-    "dotprod": ("-march=armv8.2-a+dotprod",),
-    "i8mm": ("-march=armv8.2-a+dotprod+i8mm",),
+    "dotprod": ("-mcpu=generic+dotprod",),
+    "i8mm": ("-mcpu=generic+dotprod+i8mm",),
 }
 NAMES = tuple(dict.fromkeys((*_X86, *_ARM)))
 _SECONDS = 120

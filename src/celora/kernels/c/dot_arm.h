@@ -18,16 +18,20 @@ static inline void transpose_bytes(const uint8_t *from, uint8_t *to) {
     vst1q_u8(to, vqtbl1q_u8(vld1q_u8(from), vld1q_u8(order)));
 }
 
+#define BLOCK 8
+
 #ifdef __ARM_FEATURE_MATMUL_INT8
 
-#define BLOCK 12
-static inline int32x4_t zip(const int8_t *low, const int8_t *high, int second) {
-    const int32x4_t a = vreinterpretq_s32_s8(vld1q_s8(low)), b = vreinterpretq_s32_s8(vld1q_s8(high));
-    return second ? vzip2q_s32(a, b) : vzip1q_s32(a, b);
+/* [a0 b0 a1 b1], [a2 b2 a3 b3] of four bytes each; [a0 b0], [a1 b1] of eight */
+static inline void zip_fours(const int8_t *a, const int8_t *b, int8x16_t zipped[2]) {
+    const int32x4_t one = vreinterpretq_s32_s8(vld1q_s8(a)), two = vreinterpretq_s32_s8(vld1q_s8(b));
+    zipped[0] = vreinterpretq_s8_s32(vzip1q_s32(one, two));
+    zipped[1] = vreinterpretq_s8_s32(vzip2q_s32(one, two));
 }
-static inline int32x4_t halves(int32x4_t a, int32x4_t b, int second) {
-    const int64x2_t one = vreinterpretq_s64_s32(a), two = vreinterpretq_s64_s32(b);
-    return vreinterpretq_s32_s64(second ? vzip2q_s64(one, two) : vzip1q_s64(one, two));
+static inline void zip_eights(int8x16_t a, int8x16_t b, int8x16_t zipped[2]) {
+    const int64x2_t one = vreinterpretq_s64_s8(a), two = vreinterpretq_s64_s8(b);
+    zipped[0] = vreinterpretq_s8_s64(vzip1q_s64(one, two));
+    zipped[1] = vreinterpretq_s8_s64(vzip2q_s64(one, two));
 }
 
 /* As dot.c's: sums[r][h] = start[r] + sum_k q[r, k] w[k, j] */
@@ -40,26 +44,34 @@ static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t
     (void)start;            /* zero */
     #pragma GCC unroll 16
     for (int r = 0; r < pairs; r++) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = vdupq_n_s32(0);
-    for (int64_t k = 0; k < depth; k += 8, at += 8 * 2 * LANES) {
-        const int8x16_t columns[4] = {
-            vreinterpretq_s8_s32(zip(at, at + 32, 0)), vreinterpretq_s8_s32(zip(at, at + 32, 1)),
-            vreinterpretq_s8_s32(zip(at + 16, at + 48, 0)), vreinterpretq_s8_s32(zip(at + 16, at + 48, 1))};
+    for (int64_t k = 0; k < depth; k += 16, at += 16 * 2 * LANES) {
+        int8x16_t two[BLOCK / 2][2], columns[4]; /* two rows, eight deep; two columns, eight deep */
         #pragma GCC unroll 16
         for (int r = 0; r < pairs; r++) {
-            const int8_t *one = q + 2 * r * stride + k, *next = 2 * r + 1 < rows ? one + stride : one;
-            const int8x16_t two = vcombine_s8(vld1_s8(one), vld1_s8(next));
-            #pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) sum[r][c] = vmmlaq_s32(sum[r][c], two, columns[c]);
+            const int8_t *row = q + 2 * r * stride + k;
+            zip_eights(vld1q_s8(row), vld1q_s8(2 * r + 1 < rows ? row + stride : row), two[r]);
+        }
+        #pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            zip_fours(at + 64 * half, at + 64 * half + 32, columns);
+            zip_fours(at + 64 * half + 16, at + 64 * half + 48, columns + 2);
+            #pragma GCC unroll 16
+            for (int r = 0; r < pairs; r++) {
+                #pragma GCC unroll 4
+                for (int c = 0; c < 4; c++) sum[r][c] = vmmlaq_s32(sum[r][c], two[r][half], columns[c]);
+            }
         }
     }
     #pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
-        for (int h = 0; h < 2; h++) sums[r][h] = halves(sum[r / 2][2 * h], sum[r / 2][2 * h + 1], r % 2);
+        for (int h = 0; h < 2; h++) {
+            int8x16_t both[2];
+            zip_eights(vreinterpretq_s8_s32(sum[r / 2][2 * h]), vreinterpretq_s8_s32(sum[r / 2][2 * h + 1]), both);
+            sums[r][h] = vreinterpretq_s32_s8(both[r % 2]);
+        }
 }
 
 #else
-
-#define BLOCK 8
 
 static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t stride, int64_t depth,
                                                         const uint8_t *panel, const int32_t *start, const int rows,
@@ -73,13 +85,13 @@ static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t
         int8x16_t bytes[BLOCK];
         #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) bytes[r] = vld1q_s8(q + r * stride + k);
-#define STEP(lane)                                                                     \
-    {                                                                                  \
-        const int8x16_t left = vld1q_s8(at + lane * 8 * LANES), right = vld1q_s8(at + lane * 8 * LANES + 16); \
-        _Pragma("GCC unroll 16") for (int r = 0; r < rows; r++) {                      \
-            sum[r][0] = vdotq_laneq_s32(sum[r][0], left, bytes[r], lane);              \
-            sum[r][1] = vdotq_laneq_s32(sum[r][1], right, bytes[r], lane);             \
-        }                                                                              \
+#define STEP(lane) /* a constant for the instruction */                                        \
+    {                                                                                         \
+        const int8x16_t left = vld1q_s8(at + 32 * lane), right = vld1q_s8(at + 32 * lane + 16); \
+        _Pragma("GCC unroll 16") for (int r = 0; r < rows; r++) {                             \
+            sum[r][0] = vdotq_laneq_s32(sum[r][0], left, bytes[r], lane);                     \
+            sum[r][1] = vdotq_laneq_s32(sum[r][1], right, bytes[r], lane);                    \
+        }                                                                                     \
     }
         STEP(0)
         STEP(1)
