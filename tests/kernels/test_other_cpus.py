@@ -1,0 +1,57 @@
+"""The kernels of other CPUs: a C program tries them against formulas, in an emulator where there is one."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from celora.kernels.c import compiling
+from celora.kernels.c.build import _COMPILERS
+from tiers import TIERS
+
+SOURCE = Path(__file__).with_name("other_cpu.c")
+FLAGS = ("-std=gnu11", "-O1", "-ffp-contract=off")  # rounded as it stands
+HERE = next(filter(None, map(shutil.which, _COMPILERS)), None)
+ARM, EMULATOR = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
+
+
+def compiled(compiler: str, architecture: str, folder: Path) -> tuple[Path, Path]:
+    program, library = folder / "other_cpu", folder / "kernels.so"
+    subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(program), "-lm", "-ldl"], check=True)
+    compiling.compile_library([compiler], library, architecture=architecture, system="Linux")
+    return program, library
+
+
+def tried(*command: object) -> list[str]:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line.partition(":")[0].partition(",")[0] for line in done.stdout.splitlines()]
+
+
+@pytest.mark.skipif(not TIERS or platform.system() != "Linux" or HERE is None, reason="no compiled kernels")
+def test_the_program_agrees_with_this_cpu(tmp_path: Path) -> None:
+    """What it asks of another CPU's kernels is true of those that the other tests look at."""
+    assert HERE is not None
+    program, library = compiled(HERE, platform.machine(), tmp_path)
+    assert tried(program, library, *TIERS) == TIERS
+    lacking = subprocess.run([program, library, "sse9"], capture_output=True, text=True, check=False)
+    assert (lacking.returncode, lacking.stdout.splitlines()[-1]) == (1, "tier sse9 is not offered")
+
+
+@pytest.fixture(scope="module")
+def on_arm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    assert ARM is not None
+    return compiled(ARM, "aarch64", tmp_path_factory.mktemp("arm"))
+
+
+@pytest.mark.skipif(ARM is None or EMULATOR is None, reason="no compiler for ARM, or no emulator")
+@pytest.mark.parametrize(
+    ("cpu", "tiers"),
+    [("cortex-a72", ["neon"]), ("neoverse-n1", ["neon", "dotprod"]), ("max", ["neon", "dotprod", "i8mm"])],
+)
+def test_arm(cpu: str, tiers: list[str], on_arm: tuple[Path, Path]) -> None:
+    assert tried(EMULATOR, "-cpu", cpu, "-L", "/usr/aarch64-linux-gnu", *on_arm, *tiers) == tiers
