@@ -55,7 +55,8 @@ def test_findings_are_this_machines() -> None:
     assert min(found["products"]["time_ms"].values()) > 0
     assert found["advice"] == advise(found)
     text = describe(found)
-    for line in (f"torch {found['versions']['torch']}", *found["advice"], found["products"]["int8_path"]):
+    said = (f"torch {found['versions']['torch']}", found["kernels"]["tier"], found["products"]["int8_path"])
+    for line in (*said, *found["advice"]):
         assert line in text
     assert text.splitlines()[-2:] == [f"  {command}" for command in found["commands"]]
     assert found["commands"][0] == "celora demo"

@@ -212,15 +212,22 @@ def test_pickles_are_not_unpickled(inputs, tmp_path, monkeypatch):
 
 
 def test_what_runs_by_itself_may_only_read():
-    """For every push, and every night: no rights beyond reading, no secrets, no credentials left in the clone."""
-    steps = []
+    """For every push, and every night: no rights beyond reading, no secrets, no credentials left in the clone.
+
+    A release, which somebody makes by a tag, may prove to the index who it is, and nothing else.
+    """
+    steps, publish = [], {"contents": "read", "id-token": "write", "attestations": "write"}
     for file in (Path(__file__).parents[2] / ".github" / "workflows").iterdir():
         text = file.read_text(encoding="utf-8")
         workflow = yaml.safe_load(text)
         assert workflow["permissions"] == {"contents": "read"}
-        assert not [job for job in workflow["jobs"].values() if "permissions" in job or "secrets" in job]
+        release = file.name == "release.yml"
+        assert not release or workflow[True] == {"push": {"tags": ["v*"]}}  # `on` is a truth value in YAML
+        rights = [job["permissions"] for job in workflow["jobs"].values() if "permissions" in job]
+        assert rights == ([publish] if release else [])
+        assert not [job for job in workflow["jobs"].values() if "secrets" in job]
         assert "secrets." not in text
-        steps += [step for job in workflow["jobs"].values() for step in job["steps"]]
+        steps += [step for job in workflow["jobs"].values() for step in job.get("steps", ())]
     checkouts = [step for step in steps if step.get("uses", "").startswith("actions/checkout")]
     assert {step["with"]["persist-credentials"] for step in checkouts} == {False}
     commands = [step["run"] for step in steps if "run" in step]

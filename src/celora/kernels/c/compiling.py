@@ -63,8 +63,8 @@ def compile_library(compiler: Sequence[str], library: Path, *, architecture: str
         listed, shared = "".join(f"TIER({name})" for name in known), Path(folder) / "tiers.o"
         compiled = [*compiler, *flags, f"-DTIERS={listed}", "-c", str(SOURCES / "tiers.c"), "-o", str(shared)]
         objects = [str(shared), *(str(units[name]) for name in known)]
-        math = [] if system == "Windows" else ["-lm"]
-        for command in (compiled, [*compiler, "-shared", "-s", "-o", str(library), *objects, *math]):
+        more = {"Linux": ["-s", "-lm"], "Windows": ["-s"]}.get(system, ["-lm"])  # -s: without symbols
+        for command in (compiled, [*compiler, "-shared", "-o", str(library), *objects, *more]):
             (failure,) = _run([command])
             if failure is not None:
                 raise failure
