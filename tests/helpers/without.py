@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from celora.kernels.backends import TABLE
-from celora.kernels.c import build, library
+from celora.kernels.c import library, tier
 
 
 def without(patch: pytest.MonkeyPatch, *names: str, operations: tuple[str, ...] = ()) -> None:
@@ -23,7 +23,7 @@ def take_path(patch: pytest.MonkeyPatch, path: str) -> str:
     elif path == "library":
         without(patch, "c", operations=("pack_weight",))
     elif library.library() is None:
-        assert build.why_not()  # said; everything goes through torch here, too
+        assert tier.why_not()  # said; everything goes through torch here, too
     return path
 
 

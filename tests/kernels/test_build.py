@@ -158,6 +158,12 @@ def test_a_wheels_library_needs_no_compiler(compiled: Path, package: Path) -> No
     assert (loaded._name, reason) == (str(file), "")
 
 
+@pytest.mark.fault(
+    "machines",
+    "a wheel's library of kernels is cut off, or another file lies in its place",
+    sees="`celora doctor` names the file: `is damaged: install celora again`, or `cannot be loaded`",
+    kept="everything: they are compiled where there is a compiler; else torch's operators are used",
+)
 @needs_compiler
 @pytest.mark.parametrize("how", ["cut", "text", "foreign"])
 def test_a_wheels_library_that_is_no_such_library(how: str, compiled: Path, package: Path) -> None:

@@ -35,6 +35,12 @@ def test_the_newest_tier_is_used_unless_another_is_asked_for(
     assert why_this() == f"{kernels.tier} ({why})"
 
 
+@pytest.mark.fault(
+    "machines",
+    "CELORA_KERNELS asks for a tier that the CPU lacks, or for none that is known",
+    sees="one warning with the tiers that it offers",
+    kept="everything: torch's operators are used",
+)
 @needs_kernels
 @pytest.mark.parametrize("asked", ["avx1024", "on", "neon" if TIERS[:1] == ["baseline"] else "amx"])
 def test_a_tier_that_is_not_there_is_said_in_one_line(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import torch
@@ -60,6 +61,7 @@ def known(tensor: Tensor) -> Tensor:
     return tensor if supported(tensor) else tensor.float().contiguous()
 
 
+@functools.cache
 def library() -> Kernels | None:
     """The compiled kernels, or None if they are turned off or cannot be had here: see `tier.why_not`."""
     return load()[0]
@@ -71,16 +73,17 @@ def _loaded() -> Kernels:
     return loaded
 
 
-def call_kernel(name: str, typed: Tensor, *arguments: float | None) -> None:
-    """Run the kernel for the dtype of `typed` on torch's threads; None is a null pointer."""
-    slots = [0 if argument is None else argument for argument in arguments]
-    _loaded().run(f"{name}_{_NAMES[typed.dtype]}", _SLOTS[name], *slots, threads=torch.get_num_threads())
+def call_kernel(name: str, typed: Tensor, *arguments: float) -> None:
+    """Run the kernel for the dtype of `typed` on torch's threads."""
+    slots = _SLOTS[name].pack(*arguments)
+    _loaded().run(f"{name}_{_NAMES[typed.dtype]}", slots, torch.get_num_threads())
 
 
 def ask_kernel(name: str, *arguments: float) -> int:
     """The number that a kernel returns."""
-    return _loaded().run(name, _SLOTS[name], *arguments)
+    return _loaded().run(name, _SLOTS[name].pack(*arguments), 1)
 
 
-def pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def pointer(tensor: Tensor | None) -> int:
+    """Where it lies; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -46,17 +45,18 @@ class Kernels:
         self._find, self._run = loaded.celora_kernel, loaded.celora_run
         self._find.argtypes, self._find.restype = [ctypes.c_int, ctypes.c_char_p], ctypes.c_void_p
         self._run.argtypes, self._run.restype = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int], ctypes.c_int64
-        self._found: dict[str, int | None] = {}
+        self._found: dict[str, int] = {}
 
     def has(self, name: str) -> bool:
-        if name not in self._found:
-            self._found[name] = self._find(self._number, name.encode())
-        return self._found[name] is not None
+        if name not in self._found and (found := self._find(self._number, name.encode())) is not None:
+            self._found[name] = found
+        return name in self._found
 
-    def run(self, name: str, slots: struct.Struct, *arguments: float, threads: int = 1) -> int:
-        """Call a kernel with its arguments, each in a slot of eight bytes; what it returns."""
-        assert self.has(name), name
-        returned: int = self._run(self._found[name], slots.pack(*arguments), threads)
+    def run(self, name: str, slots: bytes, threads: int) -> int:
+        """Call a kernel that there is with its arguments, each in a slot of eight bytes; what it returns."""
+        if name not in self._found:
+            assert self.has(name), name
+        returned: int = self._run(self._found[name], slots, threads)
         return returned
 
 
