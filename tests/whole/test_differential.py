@@ -262,6 +262,9 @@ FOUND = {
     "a forward whose operators are counted, and its repetition's are not": Case(
         acts=(("checkpoint", 0, 0),), call="counted"
     ),
+    "a hook of the model that changes the loss, in a call of the tuner": Case(
+        acts=(("hook model", 1, 0),), call="tuner"
+    ),
     "a checkpoint of the whole model": Case(call="checkpointed", mask="right"),
     "a checkpoint of a whole model with a loss of its own": Case(call="checkpointed", family="opt"),
     "two calls with the same labels, each a checkpoint": Case(call="checkpointed", backward="two calls"),

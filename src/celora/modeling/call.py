@@ -48,7 +48,6 @@ class Call:
     place: Tensor  # (N,): positions in the flattened batch of tokens whose successor is labelled
     rows: Tensor  # (N,): positions of the same tokens in the hidden states
     shape: torch.Size  # shape of the tokens that the model gets
-    keeps: Any  # the positions whose logits the model computes
     known: tuple[Any, ...]  # everything that decides how the model turns hidden states into a loss
     probe: Probe | None  # given if this is not known yet
     hidden: Tensor | None = None  # the decoder's output

@@ -25,13 +25,11 @@ class LanguageModel:
 
     Attributes:
         causal: the model with the head.
-        tuner: the PEFT tuner around it, if there is one.
         family: the row of its family, or None.
         cannot_pack: why padding stays in its batches, or ''.
     """
 
     causal: PreTrainedModel
-    tuner: nn.Module | None
     family: Family | None
     cannot_pack: str
 
@@ -60,7 +58,7 @@ def find_language_model(model: nn.Module) -> LanguageModel | str:
         return f"{type(causal).__name__} has no decoder under its head"
     if is_fused_head(causal) and isinstance(found := fused_head(causal), str):
         return found
-    return LanguageModel(causal, tuner, family_of(causal.config), cannot_pack(causal))
+    return LanguageModel(causal, family_of(causal.config), cannot_pack(causal))
 
 
 def not_ours(causal: PreTrainedModel) -> str:

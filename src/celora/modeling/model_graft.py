@@ -112,12 +112,9 @@ class ModelGraft(Measured, Hook):
             self.keep_ratio, self.mode, self._calls = usual
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A forward pre-hook (with kwargs) of the model and of its PEFT tuner. Some callers bypass one of them."""
-        under_way, keeps = self._call, kwargs.get("logits_to_keep")
-        if under_way is not None:
-            if under_way.owner is not module and type(keeps) is type(under_way.keeps) and keeps == under_way.keeps:
-                return None  # the tuner's forward has called the model's
-            settle_all(language_model(under_way.owner))  # that call was interrupted, and no hook was called
+        """A forward pre-hook (with kwargs) of the model, whose other hooks see the loss as they see the model's own."""
+        if self._call is not None:
+            settle_all(language_model(self._call.owner))  # that call was interrupted, and no hook was called
         if not self.switch.on or (torch.compiler.is_compiling() and not self.smoothing):
             return None
         causal = language_model(module)
@@ -176,23 +173,22 @@ class ModelGraft(Measured, Hook):
             rows, shape = kept.flatten().cumsum(0)[place] - 1, inputs["input_ids"].shape
         elif self.packs and available("attention", labels.device) and implementation(causal.config) == "sdpa":
             passed[LENGTHS] = None  # not packed; our attention is used if it is faster
-        keeps: Any = _NO_LOGITS
+        passed["logits_to_keep"] = _NO_LOGITS
         known, probe = _known_by(causal, given), None
         if known != self._known or self._again(labels):
             items = given.get("num_items_in_batch")
             probe = Probe(causal, shape, items, labels.device)
-            keeps = probe.positions
+            passed["logits_to_keep"] = probe.positions
             passed["labels"] = probe.labels
             if items is not None:
                 passed["num_items_in_batch"] = items
-        passed["logits_to_keep"] = keeps
         # Without cache and mask, Transformers would find packed sequences in the positions. With a cache it does not.
         if inputs is not None or given.get("position_ids") is None or given.get("attention_mask") is not None:
             passed["use_cache"] = False
         if probe is not None:
             probe.enter(causal, self.at_head)
             self._probed_by = weakref.ref(labels)
-        self._call = Call(module, given, next_labels, place, rows, shape, keeps, known, probe)
+        self._call = Call(module, given, next_labels, place, rows, shape, known, probe)
         return (), passed
 
     def _again(self, labels: Tensor) -> bool:
@@ -216,7 +212,7 @@ class ModelGraft(Measured, Hook):
         return call.probe.answer(module, args[0], output, call.hidden, language_model(call.owner).config)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """A forward hook (with kwargs, always called) of the modules that `before` hooks."""
+        """A forward hook (with kwargs, always called) of the same model."""
         call = self._call
         if call is None or call.owner is not module:
             return None
@@ -352,7 +348,7 @@ def install(
     forward: str = "exact",
     seed: int = 0,
 ) -> ModelGraft:
-    """Hook a language model and the PEFT tuner around it; `celora.modeling.hooks.remove` undoes it.
+    """Hook a language model; `celora.modeling.hooks.remove` undoes it.
 
     Args:
         packs: leave out padding, if the model allows it.
@@ -362,16 +358,16 @@ def install(
     """
     packs = packs and not found.cannot_pack
     graft = ModelGraft(switch, packs=packs, keep_ratio=keep_ratio, forward=forward, seed=seed)
-    _hook(graft, found.causal, found.tuner)
+    _hook(graft, found.causal)
     return graft
 
 
-def _hook(graft: ModelGraft, causal: PreTrainedModel, tuner: nn.Module | None) -> list[RemovableHandle]:
-    handles = [causal.base_model.register_forward_hook(graft.body)]
-    for module in (causal, tuner):
-        if module is not None:
-            handles.append(module.register_forward_pre_hook(graft.before, with_kwargs=True))
-            handles.append(module.register_forward_hook(graft.after, with_kwargs=True, always_call=True))
+def _hook(graft: ModelGraft, causal: PreTrainedModel) -> list[RemovableHandle]:
+    handles = [
+        causal.base_model.register_forward_hook(graft.body),
+        causal.register_forward_pre_hook(graft.before, with_kwargs=True),
+        causal.register_forward_hook(graft.after, with_kwargs=True, always_call=True),
+    ]
     if graft.packs:
         for module in filter(is_attention, causal.modules()):
             handles += Lookup().under(module)
@@ -388,7 +384,7 @@ def taken_over(found: LanguageModel | None) -> Iterator[ModelGraft | None]:
         yield None
         return
     graft = ModelGraft(Switch(), packs=not found.cannot_pack)
-    handles = _hook(graft, found.causal, found.tuner)
+    handles = _hook(graft, found.causal)
     try:
         yield graft
     finally:
