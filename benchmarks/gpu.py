@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import rows
 from benchmarks.steps.step import run
-from celora.kernels.triton import gate, proof
+from celora.kernels.triton import judged, proof
 from celora.machine.timing import interleaved
 from celora.studies.cells import Cell, make_batches
 from celora.studies.step import make_step
@@ -42,11 +42,11 @@ REPEATS = 20
 
 def check(device: torch.device) -> None:
     """End with status 1 at the first kernel that is wrong, and 2 where there is no GPU for them."""
-    if reason := gate.cannot_run(device):
+    if reason := judged.cannot_run(device):
         print(f"{reason}; run this where there is one.", file=sys.stderr)
         raise SystemExit(2)
     for operation in proof.OPERATIONS:
-        if operation == "pack_floats" and not gate.has_floats(device):
+        if operation == "pack_floats" and not judged.has_floats(device):
             continue
         if reason := proof.wrong_somewhere(operation, device):
             print(f"{operation} {reason}", file=sys.stderr)
@@ -58,7 +58,7 @@ def time_kernels(device: torch.device, sizes: tuple[int, ...] = SIZES) -> list[d
     """A row for each operation and size: both backends, and bfloat16's product beside those in 8 bits."""
     found = []
     for operation in proof.OPERATIONS:
-        if operation == "pack_floats" and not gate.has_floats(device):
+        if operation == "pack_floats" and not judged.has_floats(device):
             continue
         for size in sizes:
             calls: dict[str, Callable[[], object]] = proof.contenders(operation, device, size)

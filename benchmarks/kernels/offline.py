@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import rows
 from celora.kernels.triton import launches, product
-from celora.kernels.triton.gate import LEAST_FLOATS
+from celora.kernels.triton.judged import LEAST_FLOATS
 
 ROWS = Path(__file__).with_name("offline.jsonl")
 CAPABILITIES = (80, 86, 89, 90, 100)

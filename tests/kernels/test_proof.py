@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from celora.kernels import plain
-from celora.kernels.triton import gate, launches, product, proof
+from celora.kernels.triton import judged, launches, product, proof
 from triton_here import DEVICE, needs_triton, quiet
 
 __all__ = ["quiet"]
@@ -79,11 +79,11 @@ def test_a_product_that_is_off_is_found(
 @pytest.fixture
 def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A GPU by name, whose tensors are on the CPU."""
-    kept: list[gate.Verdict] = []
-    monkeypatch.setattr(gate, "verdict", lambda device: kept[-1] if kept else None)
-    monkeypatch.setattr(gate, "remember", lambda device, found, *, lasting=True: kept.append(found))
-    monkeypatch.setattr(gate, "cannot_run", lambda device: "")
-    monkeypatch.setattr(gate, "has_floats", lambda device: False)
+    kept: list[judged.Verdict] = []
+    monkeypatch.setattr(judged, "verdict", lambda device: kept[-1] if kept else None)
+    monkeypatch.setattr(judged, "remember", lambda device, found, *, lasting=True: kept.append(found))
+    monkeypatch.setattr(judged, "cannot_run", lambda device: "")
+    monkeypatch.setattr(judged, "has_floats", lambda device: False)
     monkeypatch.setattr(proof, "contenders", lambda operation, device, size: {"triton": int, "torch": int})
     monkeypatch.setattr(proof, "_fastest_tiles", lambda dtype, device, size: {"int8, depth first": 2})
     return monkeypatch
@@ -115,7 +115,7 @@ def test_what_is_right_and_faster_is_used(card: pytest.MonkeyPatch) -> None:
 
 
 def test_there_is_nothing_to_judge_on_a_cpu() -> None:
-    assert proof.judge(torch.device("cpu")) == gate.Verdict()
+    assert proof.judge(torch.device("cpu")) == judged.Verdict()
 
 
 @needs_triton

@@ -89,7 +89,7 @@ def test_auto_keeps_the_exact_forward(
 
 def test_on_a_gpu_without_a_plan_auto_is_exact_and_fast_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU was at hand to try it on: there a plan on the user's own comes first."""
-    patch_all(monkeypatch, "celora.kernels.triton.gate:planned_on", lambda device: False)
+    patch_all(monkeypatch, "celora.kernels.triton.judged:planned_on", lambda device: False)
     model = make_model()
     seen = times(monkeypatch, 10.0, 3.0, 6.0, 9.0)
     with pytest.warns(UserWarning, match="estimates nothing on this GPU until a plan was made on it"):

@@ -20,11 +20,11 @@ from celora.kernels.c import dot as c_dot
 from celora.kernels.c import library as c
 from celora.kernels.c import rows as c_rows
 from celora.kernels.packed import BothWays, PackedWeight
-from celora.kernels.triton import gate, launches, product
+from celora.kernels.triton import judged, launches, product
 
 
 def _triton(operation: str, run: Callable[..., Any]) -> Backend:
-    return Backend("triton", run, gate.takes(operation), gate.why_not(operation), described=gate.describe)
+    return Backend("triton", run, judged.takes(operation), judged.why_not(operation), described=judged.describe)
 
 
 define(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from celora.kernels.backends import chosen
-from celora.kernels.triton.gate import planned_on
+from celora.kernels.triton.judged import planned_on
 from celora.machine.cache import keep, recall
 from celora.machine.device import measured_on, random_states
 from celora.machine.processes import from_first, in_company

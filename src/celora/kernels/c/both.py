@@ -30,7 +30,8 @@ class TurnedPanels(dot.Panels, BothWays):
         rows, columns = w.shape
         panel, step = dot.panel_columns(), ask_kernel("depth_step")
         panels = -(-rows // max(panel, step)) * max(panel, step) // panel
-        packed = torch.empty(panels, -(-columns // step) * step // 4, panel, 4, dtype=torch.uint8, device="cpu")
+        kind = torch.uint8 if ask_kernel("offset") else torch.int8  # in some tiers bytes are unsigned: q + 128
+        packed = torch.empty(panels, -(-columns // step) * step // 4, panel, 4, dtype=kind, device="cpu")
         call_kernel("pack_rows", w, w.data_ptr(), rows, columns, w.stride(0), inverse.data_ptr(), packed.data_ptr())
         return cls(packed, scale, columns, input_scale)
 
@@ -65,4 +66,4 @@ class TurnedPanels(dot.Panels, BothWays):
         else:
             q = self.packed[index // panel, :, index % panel].reshape(len(index), 4 * depth)
         q = q[:, : self.in_features]
-        return (q ^ ask_kernel("offset")).view(torch.int8)  # bytes are unsigned in some tiers: q + 128
+        return q if q.dtype == torch.int8 else (q ^ 128).view(torch.int8)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from celora.kernels.packed import PackedWeight, QuantisedRows
 from celora.kernels.plain import Integers, IntegersBothWays, column_major
-from celora.kernels.triton.gate import verdict
+from celora.kernels.triton.judged import verdict
 from celora.kernels.triton.launches import quantise_rows
 
 

@@ -1,7 +1,7 @@
 """Each Triton kernel against torch: in the interpreter by the tests, on a GPU before anything there uses one.
 
 `wrong` compares one operation at one size, and says what differs. `judge` does so on the user's device, times the
-kernels in turns with torch's operators, and keeps what was right and faster for `gate`.
+kernels in turns with torch's operators, and keeps what was right and faster for `judged`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from celora.kernels import floats, plain
 from celora.kernels.packed import BothWays, PackedWeight
-from celora.kernels.triton import gate, launches, product
+from celora.kernels.triton import judged, launches, product
 from celora.machine.timing import interleaved
 
 # A sum in another order; and, of results in half precision, a step of theirs, where two roundings may fall apart.
@@ -205,40 +205,40 @@ _CHECKS: dict[str, Callable[[Tensor, torch.Generator], str]] = {
 OPERATIONS = tuple(_CHECKS)
 
 
-def judge(device: torch.device, size: int = 4096) -> gate.Verdict:
+def judge(device: torch.device, size: int = 4096) -> judged.Verdict:
     """Which kernels are right and faster than torch on this GPU: measured once, then known from the user's cache.
 
     Every kernel is compared at odd sizes, in every dtype, with numbers that are not finite. Those that are right are
     timed, in bfloat16, for `size` rows and columns. It takes some seconds, most of them to compile.
     """
-    known = gate.verdict(device)
+    known = judged.verdict(device)
     if known is not None or device.type != "cuda":
-        return known or gate.Verdict()
-    if gate.cannot_run(device):
-        gate.remember(device, gate.Verdict())
-        return gate.Verdict()
+        return known or judged.Verdict()
+    if judged.cannot_run(device):
+        judged.remember(device, judged.Verdict())
+        return judged.Verdict()
     said: dict[str, str] = {}
     faster: set[str] = set()
     tiles: dict[str, int] = {}
-    for operation in (name for name in OPERATIONS if name != "pack_floats" or gate.has_floats(device)):
+    for operation in (name for name in OPERATIONS if name != "pack_floats" or judged.has_floats(device)):
         if reason := wrong_somewhere(operation, device):
             said[operation] = reason
             continue
         if operation.startswith("pack"):
             tiles |= _fastest_tiles(torch.float8_e4m3fn if operation == "pack_floats" else torch.int8, device, size)
-            gate.remember(device, gate.Verdict(tiles=tiles), lasting=False)  # what follows is timed with them
+            judged.remember(device, judged.Verdict(tiles=tiles), lasting=False)  # what follows is timed with them
         times = interleaved(contenders(operation, device, size), repeats=_REPEATS, device=device)
         if times["triton"]["time_ms"] < _FASTER * times["torch"]["time_ms"]:
             faster.add(operation)
-    found = gate.Verdict(frozenset(faster), tiles, said)
-    gate.remember(device, found)
+    found = judged.Verdict(frozenset(faster), tiles, said)
+    judged.remember(device, found)
     return found
 
 
 def wrong_somewhere(operation: str, device: torch.device) -> str:
     """`wrong` at sizes from one row up, in every dtype, finite and not: the first that differs or fails, or ''."""
     sizes = ((1, 16), (37, 112), (130, 1040), (64, 4096))  # torch's own products want multiples of 16
-    cases = ((*size, dtype, finite) for size in sizes for dtype in gate.DTYPES for finite in (True, False))
+    cases = ((*size, dtype, finite) for size in sizes for dtype in judged.DTYPES for finite in (True, False))
     try:
         found = (
             wrong(operation, rows, columns, dtype, device, finite=finite) for rows, columns, dtype, finite in cases

@@ -162,11 +162,11 @@ def _save_tokenizer(header: GGUFHeader, config: Any, folder: Path) -> None:
                 link.symlink_to(header.path.resolve())
             if not link.exists():
                 os.link(header.path.resolve(), link)  # Windows lets not everybody make the other kind
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=link.name)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=link.name, trust_remote_code=False)
         tokenizer.model_max_length = config.max_position_embeddings
         tokenizer.save_pretrained(folder)
         _without_others(folder / "tokenizer.json", config.vocab_size)
-        words = len(PreTrainedTokenizerFast.from_pretrained(folder))
+        words = len(PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # whatever Transformers and tokenizers raise about words, merges and special tokens
         raise CELoraError(
             f"{str(header.path)!r} has no tokenizer that Transformers reads: {type(error).__name__}: "

@@ -11,24 +11,24 @@ import pytest
 import torch
 
 from celora.kernels.backends import TABLE, explain
-from celora.kernels.triton import gate, proof
-from celora.kernels.triton.gate import Verdict
+from celora.kernels.triton import judged, proof
+from celora.kernels.triton.judged import Verdict
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
 def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """As on a machine with an A100, Triton and an empty cache, as far as the gate asks."""
+    """As on a machine with an A100, Triton and an empty cache, as far as celora asks."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(gate, "device_name", lambda device: "NVIDIA A100")
-    monkeypatch.setattr(gate.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(gate, "_OF_THIS_PROCESS", {})
-    gate.verdict.cache_clear()
+    monkeypatch.setattr(judged, "device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(judged.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(judged, "_OF_THIS_PROCESS", {})
+    judged.verdict.cache_clear()
     yield monkeypatch
-    gate.verdict.cache_clear()
+    judged.verdict.cache_clear()
 
 
 def test_the_kernels_are_in_the_table_of_every_operation() -> None:
@@ -40,9 +40,9 @@ def test_the_kernels_are_in_the_table_of_every_operation() -> None:
 
 @pytest.mark.usefixtures("card")
 def test_without_a_plan_a_gpu_uses_none_of_them() -> None:
-    assert not gate.planned_on(GPU)
-    assert gate.planned_on(CPU)
-    assert not any(gate.takes(operation)(GPU) for operation in proof.OPERATIONS)
+    assert not judged.planned_on(GPU)
+    assert judged.planned_on(CPU)
+    assert not any(judged.takes(operation)(GPU) for operation in proof.OPERATIONS)
     said = "torch's integer product: Triton's kernels were not timed on this GPU, which a plan does (celora plan)"
     assert explain("pack_weight", GPU) == said
 
@@ -50,48 +50,48 @@ def test_without_a_plan_a_gpu_uses_none_of_them() -> None:
 @pytest.mark.usefixtures("card")
 def test_what_was_right_and_faster_is_used_in_later_processes_too() -> None:
     wrong = {"softmax_rows": "was off by 1.0e+00 of the largest number (gradient)"}
-    gate.remember(GPU, Verdict(frozenset({"pack_weight"}), {"int8, depth first": 4}, wrong))
-    gate._OF_THIS_PROCESS.clear()  # as a new process
-    gate.verdict.cache_clear()
-    assert gate.planned_on(GPU)
-    found = gate.verdict(GPU)
+    judged.remember(GPU, Verdict(frozenset({"pack_weight"}), {"int8, depth first": 4}, wrong))
+    judged._OF_THIS_PROCESS.clear()  # as a new process
+    judged.verdict.cache_clear()
+    assert judged.planned_on(GPU)
+    found = judged.verdict(GPU)
     assert found is not None
     assert (found.tiles, found.wrong) == ({"int8, depth first": 4}, wrong)
-    assert gate.takes("pack_weight")(GPU)
-    assert not gate.takes("pack_both_ways")(GPU)
-    assert not gate.takes("pack_weight")(CPU)
+    assert judged.takes("pack_weight")(GPU)
+    assert not judged.takes("pack_both_ways")(GPU)
+    assert not judged.takes("pack_weight")(CPU)
     assert explain("pack_weight", GPU) == "celora's own kernel, in Triton"
-    assert gate.why_not("pack_both_ways")(GPU) == "Triton's kernel was slower here than torch"
-    assert "off by" in gate.why_not("softmax_rows")(GPU)
-    assert gate.why_not("softmax_rows")(CPU) == ""
+    assert judged.why_not("pack_both_ways")(GPU) == "Triton's kernel was slower here than torch"
+    assert "off by" in judged.why_not("softmax_rows")(GPU)
+    assert judged.why_not("softmax_rows")(CPU) == ""
 
 
 def test_what_is_not_lasting_or_cannot_be_kept_is_of_this_process(card: pytest.MonkeyPatch) -> None:
     for lasting in (False, True):
-        gate.remember(GPU, Verdict(frozenset({"pack_weight"})), lasting=lasting)
-        assert gate.planned_on(GPU)
-        gate._OF_THIS_PROCESS.clear()
-        gate.verdict.cache_clear()
-        assert not gate.planned_on(GPU)
+        judged.remember(GPU, Verdict(frozenset({"pack_weight"})), lasting=lasting)
+        assert judged.planned_on(GPU)
+        judged._OF_THIS_PROCESS.clear()
+        judged.verdict.cache_clear()
+        assert not judged.planned_on(GPU)
         card.setenv("XDG_CACHE_HOME", "/proc/nowhere")  # which cannot be made
 
 
 def test_another_card_and_another_version_are_asked_again(card: pytest.MonkeyPatch) -> None:
-    gate.remember(GPU, Verdict(frozenset({"pack_weight"})))
-    card.setattr(gate, "device_name", lambda device: "NVIDIA GeForce RTX 3060")
-    gate.verdict.cache_clear()
-    assert gate.verdict(GPU) is None
-    card.setattr(gate, "device_name", lambda device: "NVIDIA A100")
+    judged.remember(GPU, Verdict(frozenset({"pack_weight"})))
+    card.setattr(judged, "device_name", lambda device: "NVIDIA GeForce RTX 3060")
+    judged.verdict.cache_clear()
+    assert judged.verdict(GPU) is None
+    card.setattr(judged, "device_name", lambda device: "NVIDIA A100")
     card.setattr(torch, "__version__", "9.9")
-    card.setattr(gate, "_version", lambda package: "9.9")
-    gate.verdict.cache_clear()
-    assert gate.verdict(GPU) is None
+    card.setattr(judged, "_version", lambda package: "9.9")
+    judged.verdict.cache_clear()
+    assert judged.verdict(GPU) is None
 
 
 @pytest.mark.parametrize(
     ("patch", "said"),
     [
-        (lambda card: card.setattr(gate.importlib.util, "find_spec", lambda name: None), "Triton is not installed"),
+        (lambda card: card.setattr(judged.importlib.util, "find_spec", lambda name: None), "Triton is not installed"),
         (lambda card: card.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5)), "8.0 or above"),
         (lambda card: card.setattr(torch.version, "hip", "6.0"), "never tried on AMD"),
         (lambda card: card.setattr(torch.cuda, "is_available", lambda: False), "need an NVIDIA GPU"),
@@ -99,17 +99,17 @@ def test_another_card_and_another_version_are_asked_again(card: pytest.MonkeyPat
 )
 def test_why_they_cannot_run(card: pytest.MonkeyPatch, patch: Callable[[pytest.MonkeyPatch], None], said: str) -> None:
     patch(card)
-    assert said in gate.cannot_run(GPU)
+    assert said in judged.cannot_run(GPU)
     if torch.cuda.is_available():
-        assert said in gate.why_not("pack_weight")(GPU)
+        assert said in judged.why_not("pack_weight")(GPU)
         assert proof.judge(GPU) == Verdict()  # looked at: a plan on this GPU goes on without them
-        assert gate.planned_on(GPU)
+        assert judged.planned_on(GPU)
 
 
 @pytest.mark.usefixtures("card")
 def test_tensors_that_the_kernels_do_not_take() -> None:
-    gate.remember(GPU, Verdict(frozenset(proof.OPERATIONS)))
-    taken = gate.takes("column_maxima")
+    judged.remember(GPU, Verdict(frozenset(proof.OPERATIONS)))
+    taken = judged.takes("column_maxima")
     assert not taken(torch.ones(2, 3))
     assert not taken(torch.ones(2, 3, device="meta"))
     assert not taken(torch.ones(2, 3, dtype=torch.float64))
