@@ -36,7 +36,6 @@ def test_a_plain_model() -> None:
     around = found.language_model
     assert around is not None
     assert around.causal is model.base_model.model
-    assert around.tuner is model.base_model
     assert around.head is model.base_model.model.lm_head
     assert around.family is FAMILIES["llama"]
     assert around.cannot_pack == ""
