@@ -138,10 +138,10 @@ def test_inputs_are_saved_in_8_bits_for_the_adapters(dtype: torch.dtype, dropout
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y, _ = attention.q_proj(x), attention.k_proj(x)
-    inputs = [of for of in saved if of.shape == x.shape and of.dtype != torch.bool]
-    assert [of.dtype for of in inputs] == [torch.int8] * 2
+    inputs = [tensor for tensor in saved if tensor.shape == x.shape and tensor.dtype != torch.bool]
+    assert [tensor.dtype for tensor in inputs] == [torch.int8] * 2
     assert inputs[0].data_ptr() == inputs[1].data_ptr()
-    mask = next((of for of in saved if of.dtype == torch.bool), None)
+    mask = next((tensor for tensor in saved if tensor.dtype == torch.bool), None)
     g = torch.randn_like(y)
     y.backward(g)
     q, scale = reference.quantise(x.detach().double(), 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import ModelOutput
 
 from celora.modeling.recognise import IGNORED, Probe
@@ -42,7 +42,7 @@ class ScoredOutput(ModelOutput):  # type: ignore[misc]
 class Call:
     """One forward whose loss celora computes."""
 
-    owner: nn.Module  # the module that was called
+    owner: Any  # the model that was called
     given: dict[str, Any]  # the caller's arguments
     next_labels: Tensor  # (B, T): the label of each token's successor
     place: Tensor  # (N,): positions in the flattened batch of tokens whose successor is labelled

@@ -91,11 +91,6 @@ def _asks_for_the_loss(kind: type) -> bool:
     return code is not None and "loss_function" in code.co_names
 
 
-def language_model(module: nn.Module) -> Any:
-    """The causal language model that this hooked module is, or wraps."""
-    return module.model if isinstance(module, BaseTuner) else module
-
-
 def at_hand(head: Any) -> bool:
     """Whether the head's weight is in memory: neither offloaded nor partitioned by DeepSpeed."""
     weight = getattr(head, "weight", None)

@@ -32,7 +32,7 @@ from celora.modeling import packing
 from celora.modeling.attention import LENGTHS, Lookup, implementation, is_attention
 from celora.modeling.call import OUTPUTS, REFUSED, TRL, UNPACKED, Call, fit, is_set, unknown_arguments
 from celora.modeling.hooks import Hook, nothing, settle_all
-from celora.modeling.language_model import LanguageModel, at_hand, language_model, not_ours
+from celora.modeling.language_model import LanguageModel, at_hand, not_ours
 from celora.modeling.onlookers import may_look_at_shapes
 from celora.modeling.others import fused_head, trainer_wants_logits
 from celora.modeling.recognise import IGNORED, Probe, settings
@@ -82,7 +82,7 @@ class ModelGraft(Measured, Hook):
         """Forget an interrupted forward, of this model or of the model that it is a copy of."""
         self._take_call()
         for name in self._added or ():
-            vars(language_model(module)).pop(name, None)
+            vars(module).pop(name, None)
         self._added = ()
 
     def _take_call(self) -> Call | None:
@@ -114,10 +114,10 @@ class ModelGraft(Measured, Hook):
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook (with kwargs) of the model, whose other hooks see the loss as they see the model's own."""
         if self._call is not None:
-            settle_all(language_model(self._call.owner))  # that call was interrupted, and no hook was called
+            settle_all(self._call.owner)  # that call was interrupted, and no hook was called
         if not self.switch.on or (torch.compiler.is_compiling() and not self.smoothing):
             return None
-        causal = language_model(module)
+        causal: Any = module
         names = tuple(inspect.signature(type(causal).forward).parameters)[1:] if args else ()
         given = dict(zip(names, args, strict=False)) | kwargs
         # With smoothing, a call in evaluation counts, too, because Trainer's smoother also smooths there.
@@ -209,7 +209,7 @@ class ModelGraft(Measured, Hook):
         call = self._call
         if call is None or call.probe is None or call.hidden is None or not args:
             return None
-        return call.probe.answer(module, args[0], output, call.hidden, language_model(call.owner).config)
+        return call.probe.answer(module, args[0], output, call.hidden, call.owner.config)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """A forward hook (with kwargs, always called) of the same model."""
@@ -219,10 +219,9 @@ class ModelGraft(Measured, Hook):
         self._take_call()
         if output is None:
             return None
-        causal = language_model(module)
-        if not self._recognised(causal, call, output):
+        if not self._recognised(module, call, output):
             return self._own(module, call.given)
-        return self._scored(causal, call, output)
+        return self._scored(module, call, output)
 
     def _recognised(self, causal: Any, call: Call, output: Any) -> bool:
         """Whether head and loss are known after this call. If not, warn, and let the model compute its own loss."""
