@@ -101,10 +101,14 @@ Build = Callable[[Any], Any]
 
 def how_many_blocks(config: Any) -> int:
     """As many as the larger stand-in has: enough to tell one apart from the rest, and not much memory."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(stand_in_config(config, 1), trust_remote_code=False)
-    bytes_ = 4 * block_numbers(model)
+    bytes_ = 4 * block_numbers(_outline(config))
     return min(int(config.num_hidden_layers), max(2, min(4, _MOST_BYTES // max(1, bytes_))))
+
+
+def _outline(config: Any) -> Any:
+    """A stand-in of one block without numbers."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(stand_in_config(config, 1), trust_remote_code=False)
 
 
 def block_numbers(model: nn.Module) -> int:
@@ -132,7 +136,8 @@ def measure(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype
         int8: whether its base is held in 8 bits.
     """
     many = how_many_blocks(config)
-    parts = {count: _part(request, build, config, dtype, int8, count) for count in dict.fromkeys((1, many))}
+    tokens = _tokens(config, many)
+    parts = {count: _part(request, build, config, dtype, int8, count, tokens) for count in dict.fromkeys((1, many))}
     times = {(count, tokens): pair for count, part in parts.items() for tokens, pair in part.seconds.items()}
     outside, per_block = _split({count: part.sizes for count, part in parts.items()}, many)
     weights, trained, copies, kept = zip(outside, per_block, strict=True)
@@ -157,13 +162,15 @@ class _Part:
     packed: bool
 
 
-def _part(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype, int8: bool, blocks: int) -> _Part:
+def _part(
+    request: TrainRequest, build: Build, config: Any, dtype: torch.dtype, int8: bool, blocks: int, tokens: int
+) -> _Part:
     model = stand_in(config, blocks, dtype, request.lora["attn_implementation"])
     if int8:
         quantise_base(model)
     probe = build(model)
     peft, rows, words = probe.model.train(), _ordinary(probe.train_dataset), model.config.vocab_size
-    large = _batch(probe, rows, _tokens(config), words)
+    large = _batch(probe, rows, tokens, words)
     batches = [large, _batch(probe, rows, max(2, _count(large) // 4), words)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself will say it
@@ -200,11 +207,9 @@ def seconds(probe: Any, batch: Mapping[str, Any], optimizer: Any) -> tuple[float
     return min(forward for forward, _ in found[1:]), min(step for _, step in found[1:])
 
 
-def _tokens(config: Any) -> int:
-    """Tokens of the larger of the two batches that are timed."""
-    blocks = how_many_blocks(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(stand_in_config(config, 1), trust_remote_code=False)
+def _tokens(config: Any, blocks: int) -> int:
+    """Tokens of the larger of the two batches that are timed, for a stand-in of so many blocks."""
+    model = _outline(config)
     work = 6 * blocks * block_numbers(model) + 4 * model.config.hidden_size * model.config.vocab_size
     return int(min(_MOST, max(_FEWEST, _WORK / work)))
 
