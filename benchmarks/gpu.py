@@ -26,6 +26,7 @@ import torch
 
 from benchmarks import rows
 from benchmarks.steps.step import run
+from celora.kernels import floats
 from celora.kernels.triton import judged, proof
 from celora.machine.timing import interleaved
 from celora.studies.cells import Cell, make_batches
@@ -46,7 +47,7 @@ def check(device: torch.device) -> None:
         print(f"{reason}; run this where there is one.", file=sys.stderr)
         raise SystemExit(2)
     for operation in proof.OPERATIONS:
-        if operation == "pack_floats" and not judged.has_floats(device):
+        if operation == "pack_floats" and not floats.has_floats(device):
             continue
         if reason := proof.wrong_somewhere(operation, device):
             print(f"{operation} {reason}", file=sys.stderr)
@@ -58,7 +59,7 @@ def time_kernels(device: torch.device, sizes: tuple[int, ...] = SIZES) -> list[d
     """A row for each operation and size: both backends, and bfloat16's product beside those in 8 bits."""
     found = []
     for operation in proof.OPERATIONS:
-        if operation == "pack_floats" and not judged.has_floats(device):
+        if operation == "pack_floats" and not floats.has_floats(device):
             continue
         for size in sizes:
             calls: dict[str, Callable[[], object]] = proof.contenders(operation, device, size)

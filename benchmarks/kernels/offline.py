@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import rows
+from celora.kernels import floats
 from celora.kernels.triton import launches, product
-from celora.kernels.triton.judged import LEAST_FLOATS
 
 ROWS = Path(__file__).with_name("offline.jsonl")
 CAPABILITIES = (80, 86, 89, 90, 100)
@@ -91,8 +91,8 @@ def _like(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def launched(capability: int, *, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every launch by its name, with sizes of a Llama; for `quick`, of the products only the tiles taken untimed."""
     x, index = _like(4096, 4096), _like(2048, dtype=torch.int64)
-    floats = capability >= 10 * LEAST_FLOATS[0] + LEAST_FLOATS[1]
-    formats = (torch.int8, torch.float8_e4m3fn) if floats else (torch.int8,)
+    multiplies_floats = capability >= 10 * floats.LEAST[0] + floats.LEAST[1]
+    formats = (torch.int8, torch.float8_e4m3fn) if multiplies_floats else (torch.int8,)
     fold = _like(4096, dtype=torch.float32)
     for dtype in formats:
         name = str(dtype).removeprefix("torch.").removesuffix("fn")

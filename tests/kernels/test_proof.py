@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from celora.kernels import plain
+from celora.kernels import floats, plain
 from celora.kernels.triton import judged, launches, product, proof
 from triton_here import DEVICE, needs_triton, quiet
 
@@ -83,7 +83,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(judged, "verdict", lambda device: kept[-1] if kept else None)
     monkeypatch.setattr(judged, "remember", lambda device, found, *, lasting=True: kept.append(found))
     monkeypatch.setattr(judged, "cannot_run", lambda device: "")
-    monkeypatch.setattr(judged, "has_floats", lambda device: False)
+    monkeypatch.setattr(floats, "has_floats", lambda device: False)
     monkeypatch.setattr(proof, "contenders", lambda operation, device, size: {"triton": int, "torch": int})
     monkeypatch.setattr(proof, "_fastest_tiles", lambda dtype, device, size: {"int8, depth first": 2})
     return monkeypatch

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from celora.kernels import floats
 from celora.kernels.triton import judged, proof
 from celora.studies.bench import not_runnable
 from celora.studies.step import ARMS
@@ -26,7 +27,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(judged, "cannot_run", lambda device: "")
-    monkeypatch.setattr(judged, "has_floats", lambda device: False)
+    monkeypatch.setattr(floats, "has_floats", lambda device: False)
     return monkeypatch
 
 

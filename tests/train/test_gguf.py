@@ -144,7 +144,7 @@ def test_a_run_names_the_file_and_its_adapter_the_folder(trained: tuple[Path, Pa
     found = load_trained(out)
     assert found.base == str(path)
     with torch.no_grad():
-        torch.testing.assert_close(*[of(torch.arange(3, 20)[None]).logits for of in (stock, found.model)])
+        torch.testing.assert_close(*[model(torch.arange(3, 20)[None]).logits for model in (stock, found.model)])
     assert "`model.gguf`" in (out / "README.md").read_text()
 
 
@@ -161,7 +161,7 @@ def test_an_export_knows_the_file(trained: tuple[Path, Path, str]) -> None:
     made = export(out, "gguf", merged=True, outtype="f32", overwrite=True)
     merged = AutoModelForCausalLM.from_pretrained(converted(made.output / "model.gguf"), dtype=torch.float32)
     with torch.no_grad():
-        logits = [of(torch.arange(3, 20)[None]).logits for of in (merged, load_trained(out).model)]
+        logits = [model(torch.arange(3, 20)[None]).logits for model in (merged, load_trained(out).model)]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 

@@ -13,6 +13,7 @@ from celora.kernels.plain import column_major, divisor, padded
 
 SCALED_MM = "torch:_scaled_mm"
 LARGEST = 448.0
+LEAST = (8, 9)  # compute capability
 
 
 class ScaledFloats(PackedWeight):
@@ -50,11 +51,16 @@ class ScaledFloats(PackedWeight):
         return out.index_copy_(0, index, y)
 
 
+def has_floats(device: torch.device) -> bool:
+    """Whether the device has them: of GPUs, those of compute capability `LEAST` and above."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= LEAST
+
+
 def why_not(device: torch.device) -> str:
     """Why torch's product of 8-bit floats cannot be used on this device, or ''."""
     if device.type not in ("cpu", "cuda"):
         return f"there are no fp8 products on {device.type}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    if not has_floats(device):
         return "fp8 products need a GPU of compute capability 8.9 or above; use int8"
     if borrow(SCALED_MM) is None:
         return "this version of torch has no fp8 products"

@@ -1,8 +1,7 @@
 """The planner: it measures time and error of each candidate in each layer, and chooses the fastest good enough mix.
 
 1. Observe (`observe`). Exact backwards give each layer's gradients. Every candidate judges its relative error e on
-them.
-   A candidate that selects ahead of time does so on an earlier batch.
+   them. A candidate that selects ahead of time does so on an earlier batch.
 2. Time (`evidence`). Every candidate is timed on this device, at the real shapes, in turns with the dense product.
 3. Influence (`influence`). Groups of layers are disturbed, and the error s that arrives in the LoRA gradient is
    measured. A layer's influence is `s^2 / sum e^2` of its group by depth, times that of its group by kind.

@@ -417,7 +417,7 @@ static void EACH(quantise_gathered)(const TYPE *x, int64_t rows, int64_t stride,
     }
 }
 
-/* The products of quantised rows by whatever instructions there are.  */
+/* The products of quantised rows by whatever instructions there are. */
 static void EACH(products)(const int8_t *q, int64_t stride, int64_t rows, const int64_t *index, int64_t kept,
                            const weight *w, const int32_t *starts, const float *scales, const float *column_scale,
                            const float *bias, int64_t columns, TYPE *out, const team *team) {

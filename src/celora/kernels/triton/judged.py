@@ -23,7 +23,7 @@ from celora.machine.cache import keep, recall
 from celora.machine.device import device_name
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEAST, LEAST_FLOATS = (8, 0), (8, 9)  # compute capability
+LEAST = (8, 0)  # compute capability
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,6 @@ def cannot_run(device: torch.device) -> str:
     if torch.cuda.get_device_capability(device) < LEAST:
         return "Triton's kernels need a GPU of compute capability 8.0 or above"
     return ""
-
-
-def has_floats(device: torch.device) -> bool:
-    """Whether the device multiplies 8-bit floats."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= LEAST_FLOATS
 
 
 _OF_THIS_PROCESS: dict[str, Verdict] = {}  # there may be no cache folder

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+from celora.kernels import floats
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: floats.LARGEST}
 _MOST_BLOCK = 4096  # numbers of a row that a program has in registers at once
 _SOFTMAX_BLOCK = 2048
 _PART, _ROWS, _COLUMNS = 256, 16, 128  # rows that a program reduces, and the block that it does so with

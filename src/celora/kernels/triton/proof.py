@@ -220,7 +220,7 @@ def judge(device: torch.device, size: int = 4096) -> judged.Verdict:
     said: dict[str, str] = {}
     faster: set[str] = set()
     tiles: dict[str, int] = {}
-    for operation in (name for name in OPERATIONS if name != "pack_floats" or judged.has_floats(device)):
+    for operation in (name for name in OPERATIONS if name != "pack_floats" or floats.has_floats(device)):
         if reason := wrong_somewhere(operation, device):
             said[operation] = reason
             continue
