@@ -21,24 +21,34 @@ _OFFSET = 128  # the zero point of unsigned activations
 class Prepacked(LibraryPacked):
     """A weight for oneDNN's quantised linear, which applies the column scales itself.
 
+    It does so before the row scales are applied, and sums times large column scales may overflow where the result does
+    not. A power of two that brings the largest scale below 1 is therefore moved to the row scales. The bits stay.
+
     Rows are unsigned: signed ones can meet a reference kernel that takes a hundred times as long.
     """
 
     offset = _OFFSET
 
     def __init__(self, packed: Tensor, scale: Tensor) -> None:
+        exponent = torch.frexp(scale.max()).exponent
         self.packed, self.scale = packed, scale
+        self._fractions, self._power = torch.ldexp(scale, -exponent), torch.ldexp(scale.new_ones(()), exponent)
 
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor) -> Prepacked:
         transposed = choose("quantise_columns", weight).run(weight, scale).t().contiguous()
         return cls(borrow(_PREPACK)(transposed, None), scale)
 
+    def quantised(self, x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, row_scale = super().quantised(x, index)
+        return q, row_scale * self._power
+
     def product(self, q: Tensor, dtype: torch.dtype) -> Tensor:
         dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        zero_points = _zero_points(self.scale.shape[0])
-        multiply = borrow(_QLINEAR)
-        y: Tensor = multiply(q, 1.0, _OFFSET, self.packed, self.scale, zero_points, None, 1.0, 0, dtype, "none", [], "")
+        zero_points, multiply = _zero_points(self.scale.shape[0]), borrow(_QLINEAR)
+        y: Tensor = multiply(
+            q, 1.0, _OFFSET, self.packed, self._fractions, zero_points, None, 1.0, 0, dtype, "none", [], ""
+        )
         return y
 
 
