@@ -266,6 +266,7 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (prepare, "plan_model", checked),
         (compare, "compare", compared),
         (demo, "run_demo", lambda *_, **__: [demo.DemoRow("LoRA", 0, 0.9, 4, 1, 8, 10.0, 1.0, 1.0, 1, "float32", "2")]),
+        (demo, "whole_way", lambda _: []),
         (bench, "measure", lambda *_, **__: []),
         (doctor, "examine", lambda: found),
     ):

@@ -7,7 +7,13 @@ adapter they may be off by no more. A merged file in float32 has next to no nois
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +25,8 @@ from transformers import AutoTokenizer
 
 from adapters import save
 from celora.studies import assets
+from celora.studies.demo import ASKED, whole_way
+from celora.studies.sentiment import SYSTEM, splits, to_rows
 from celora.train.formats.export import export
 from ggufs import unpack_model
 
@@ -156,3 +164,33 @@ def test_a_merged_model_is_pefts(
         merged = LlamaCpp(output / "model.gguf")
         for tokens in prompts[:5]:
             assert distance(merged.next_words(tokens)[0], log_probabilities(adapted, tokens)[-1]) < most, outtype
+
+
+def test_from_one_gguf_file_to_an_answer_of_llama_cpp(gguf: Path, tmp_path: Path) -> None:
+    """What `celora demo` offers at its end, command by command; the data are the demo's."""
+    data = tmp_path / "data" / "train-seed0.jsonl"
+    data.parent.mkdir()
+    data.write_text("".join(json.dumps(row) + "\n" for row in to_rows(splits(0, train=320).train)))
+    printed = [in_process(shlex.split(command)) for command in whole_way(tmp_path)]
+    estimate, _, chat, _ = (out for out, _ in printed)
+    assert "2 GiB" in estimate
+    assert all(peak <= 1.05 * 2**31 for _, peak in printed)
+    lora = tmp_path / "from-gguf-gguf" / "adapter.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "from-gguf")
+    turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": ASKED}]
+    tokens = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    places = LlamaCpp(gguf, lora).next_words(tokens, len(tokenizer("negative")["input_ids"]))
+    answer = tokenizer.decode([max(place, key=place.__getitem__) for place in places])
+    assert answer in ("negative", "positive")
+    assert chat.strip() == answer
+
+
+def in_process(command: list[str]) -> tuple[str, int]:
+    """What a command of celora's prints, all of it, and the most bytes it had in memory."""
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen([sys.executable, "-m", *command], stdout=out, stderr=out)
+        _, process.returncode, usage = os.wait4(process.pid, 0)
+        out.seek(0)
+        printed = out.read()
+        assert process.returncode == 0, printed
+    return printed, 1024 * usage.ru_maxrss

@@ -155,8 +155,9 @@ def demo(
         typer.echo("LoRA, CE-LoRA as published and celora's default train side by side: about 5 minutes.", err=True)
     from rich.console import Console
 
-    from celora.studies.demo import result_table, run_demo
+    from celora.studies.demo import result_table, run_demo, whole_way
 
+    commands = [] if quiet else whole_way(output)  # gets the file, so it comes before the work
     rows = run_demo(output, seeds=seeds, console=Console(stderr=True, highlight=False), quiet=quiet)
     if as_json:
         print_json([dataclasses.asdict(row) for row in rows])
@@ -165,6 +166,9 @@ def demo(
     if not quiet:
         typer.echo("Each adapter is plain PEFT and was scored by stock PEFT, without celora.")
         typer.echo(f"Report: {output / 'report.html'}")
+        typer.echo("To go the whole way yourself, from a GGUF file to llama.cpp:")
+        for command in commands:
+            typer.echo(f"  {command}")
 
 
 @app.command(help=DOCTOR_HELP, short_help="What this machine has, and what will be fast on it.")

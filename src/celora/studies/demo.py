@@ -28,9 +28,9 @@ from celora.files import write_text
 from celora.machine.allocator import keep_freed_memory
 from celora.machine.timing import faster_dtype
 from celora.studies import stock_eval
-from celora.studies.assets import demo_model
+from celora.studies.assets import demo_gguf, demo_model
 from celora.studies.cells import training_batches
-from celora.studies.sentiment import splits, to_rows
+from celora.studies.sentiment import SYSTEM, splits, to_rows
 from celora.studies.step import Step, take_turns
 from celora.train import progress
 from celora.train.loading import quiet_libraries
@@ -47,6 +47,7 @@ SHOWN = {"CE-LoRA": "CE-LoRA as published (paper)", "auto": "celora's default (a
 LEARNING_RATES = dict.fromkeys(ARMS, 1e-3)
 REFRESH_EVERY = 12  # with the published 200 there would be one refresh, at the start, when lora_B is zero
 STEPS = 40
+ASKED = "A dull and lifeless film. Sentiment:"
 WARM_UP, TIMED = 2, 6  # steps of each arm when they are timed; the warm-up allocates and compiles
 
 
@@ -252,6 +253,18 @@ def result_table(rows: Sequence[DemoRow]) -> Table:
     for cells in summary(rows):
         table.add_row(*cells)
     return table
+
+
+def whole_way(output: Path) -> list[str]:
+    """The commands from the demo's GGUF file to an adapter for llama.cpp, within 2 GiB, on the data of this demo."""
+    given = f"--model {demo_gguf()} --data {output / 'data' / 'train-seed0.jsonl'} --memory 2GiB"
+    adapter = output / "from-gguf"
+    return [
+        f"celora estimate {given}",
+        f"celora train {given} --output {adapter} --max_steps {STEPS}",
+        f'celora chat {adapter} --system "{SYSTEM}" --prompt "{ASKED}" --temperature 0',
+        f"celora export {adapter} --to gguf",
+    ]
 
 
 def summary(rows: Sequence[DemoRow]) -> list[tuple[str, str, str, str]]:
