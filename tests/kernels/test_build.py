@@ -160,9 +160,9 @@ def test_a_wheels_library_needs_no_compiler(compiled: Path, package: Path) -> No
 
 @pytest.mark.fault(
     "machines",
-    "a wheel's library of kernels is cut off, or another file lies in its place",
+    "a wheel's library of kernels is cut off, or another file has taken its place",
     sees="`celora doctor` names the file: `is damaged: install celora again`, or `cannot be loaded`",
-    kept="everything: they are compiled where there is a compiler; else torch's operators are used",
+    kept="everything: celora compiles the kernels if there is a compiler, and uses torch's operators otherwise",
 )
 @needs_compiler
 @pytest.mark.parametrize("how", ["cut", "text", "foreign"])

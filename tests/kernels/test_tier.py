@@ -37,9 +37,9 @@ def test_the_newest_tier_is_used_unless_another_is_asked_for(
 
 @pytest.mark.fault(
     "machines",
-    "CELORA_KERNELS asks for a tier that the CPU lacks, or for none that is known",
-    sees="one warning with the tiers that it offers",
-    kept="everything: torch's operators are used",
+    "CELORA_KERNELS names a tier that the CPU lacks, or one that does not exist",
+    sees="one warning with the tiers that the CPU offers",
+    kept="everything: celora uses torch's operators",
 )
 @needs_kernels
 @pytest.mark.parametrize("asked", ["avx1024", "on", "neon" if TIERS[:1] == ["baseline"] else "amx"])

@@ -57,9 +57,9 @@ def test_every_folder_of_the_cache_is_made_for_the_user_alone(home: Path) -> Non
 
 @pytest.mark.fault(
     "security",
-    "a folder above the cache of compiled kernels that others can write to",
+    "a folder above the cache of compiled kernels, if other users can write to it",
     sees="`celora doctor` names the folder",
-    kept="nothing is loaded from there; each process compiles and measures its own",
+    kept="celora loads nothing from there; each process compiles and measures for itself",
 )
 @pytest.mark.parametrize("where", ["cache", "cache/deep", "link", "."])
 def test_no_folder_above_the_cache_may_be_open_to_others(

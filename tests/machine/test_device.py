@@ -140,9 +140,9 @@ def on_mps(model: PeftModel) -> PeftModel:
 
 @pytest.mark.fault(
     "numbers",
-    "an accelerator without float64, as MPS is",
+    "an accelerator has no float64, like MPS",
     sees="nothing",
-    kept="the result: what needs float64 is computed on the CPU",
+    kept="the result: the CPU computes what needs float64",
 )
 def test_an_audit_there_is_the_cpu_s(mps: list[str]) -> None:
     config = CELoraConfig(keep_ratio=0.5, rank=0, labelled_head=True, head_keep_ratio=0.4)

@@ -153,9 +153,9 @@ def test_a_device_that_is_waited_for_can_be_timed(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.fault(
     "numbers",
-    "a device on which nothing says when its work is done",
-    sees="one line, where a plan is asked for",
-    kept="nothing is timed; presets `exact` and `paper` work",
+    "a device cannot tell when its work is done",
+    sees="one line, if a plan is asked for",
+    kept="celora times nothing there; presets `exact` and `paper` work",
 )
 @pytest.mark.parametrize("why", ["no longer than a small one", "torch.accelerator does not know it"])
 def test_no_plan_where_times_are_those_of_launches(why: str, monkeypatch: pytest.MonkeyPatch) -> None:

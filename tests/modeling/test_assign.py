@@ -62,7 +62,7 @@ def test_zero_tokens_are_not_guessed_on_an_accelerator(model: PeftModel, monkeyp
     "numbers",
     "preset `exact` leaves out tokens whose gradient is zero",
     sees="`None of 14 frozen layers estimated: the gradient is exact LoRA's`",
-    kept="the gradient; the report counts no such layer as estimated",
+    kept="the gradient; the report does not count these layers as estimated",
 )
 def test_leaving_out_zero_gradients_is_no_estimate(model: PeftModel) -> None:
     report = celora.attach(model, "exact")

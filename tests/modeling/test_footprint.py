@@ -30,7 +30,7 @@ from small import make_batch, make_model
 
 @pytest.mark.fault(
     "models",
-    "the model is dropped after training, with nothing else that holds it",
+    "after training, the program drops its last reference to the model",
     sees="nothing",
     kept="its memory is free at once, without waiting for Python's collector",
 )

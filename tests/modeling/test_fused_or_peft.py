@@ -155,7 +155,7 @@ def _changes_the_output(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tens
 
 @pytest.mark.fault(
     "models",
-    "a version of PEFT that computes its LoRA layers in another way than celora knows",
+    "a version of PEFT computes its LoRA layers in a way that celora does not know",
     sees="nothing, or `PEFT's own path in ... layers` in the report",
     kept="the result: PEFT's own path runs, and no adapter is applied twice or left out",
 )

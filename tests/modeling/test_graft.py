@@ -271,9 +271,9 @@ def test_what_torch_compile_cannot_trace_is_one_operator_to_it(settings: dict[st
 
 @pytest.mark.fault(
     "numbers",
-    "gradients are taken in `eval()`: saliency, adversarial examples",
-    sees="nothing; `this model trains in eval mode ...` where an optimizer's step follows",
-    kept="PEFT's own gradient, bit for bit; no statistics are taken and the clock stands",
+    "a gradient is computed in `eval()`, as for saliency or adversarial examples",
+    sees="nothing; `this model trains in eval mode ...` if an optimizer steps with it",
+    kept="PEFT's own gradient, bit for bit; celora takes no statistics and counts no step",
 )
 @pytest.mark.parametrize("at", ["a refresh", "an estimate"])
 def test_gradients_in_eval_are_pefts_own(at: str) -> None:

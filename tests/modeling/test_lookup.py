@@ -76,9 +76,9 @@ def test_outside_its_calls_the_configuration_is_the_models_own() -> None:
 
 @pytest.mark.fault(
     "models",
-    "a forward or a backward is interrupted (Ctrl-C, an error) inside an attention",
-    sees="the interruption itself",
-    kept="the configuration of the model, which the next forward finds as it was",
+    "Ctrl-C or an error interrupts a forward or a backward inside an attention",
+    sees="the interruption or the error itself",
+    kept="the model's configuration: the next forward finds it unchanged",
 )
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["forward", "backward"])
@@ -226,7 +226,7 @@ def bidirectional(model: nn.Module, how: str) -> dict[str, Any]:
     "models",
     "tokens attend to later ones (`config.is_causal=False`, as LLM2Vec or text diffusion train)",
     sees="`padding stays in batches: its tokens attend to later ones`, once",
-    kept="the loss and the gradient of this attention",
+    kept="the loss and the gradient of such an attention",
 )
 @pytest.mark.parametrize("after", [True, False], ids=["after attaching", "before attaching"])
 @pytest.mark.parametrize(

@@ -55,9 +55,9 @@ FUSED = {"fused_lm_head": True}
 )
 @pytest.mark.fault(
     "models",
-    "TRL's fused head is of a version that celora cannot read, or computes what celora does not",
+    "celora cannot read the fused head of this version of TRL, or the head computes what celora does not",
     sees="`celora cannot read ... from the fused head of this version of TRL; its own loss is used ...`, once",
-    kept="TRL's own numbers; with label smoothing an error, as it would be dropped",
+    kept="TRL's own numbers; with label smoothing an error, because TRL's head would not smooth",
 )
 def test_a_fused_head_that_cannot_be_served_is_trls_own(change: Callable[[Any], None], reason: str) -> None:
     model, causal = fused()

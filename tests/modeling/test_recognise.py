@@ -132,9 +132,9 @@ def closeness(dtype: torch.dtype) -> float:
 
 @pytest.mark.fault(
     "models",
-    "a model caps or scales its logits where its configuration says it otherwise, or not at all",
+    "a model caps or scales its logits, and its configuration says so in another way or not at all",
     sees="`... does something to its logits that is not known; its own loss is used ...`, once, or nothing",
-    kept="the loss and the gradient are the model's, also while logits are too small to show a cap",
+    kept="the model's own loss and gradient, also while logits are too small to show a cap",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KNOWN)
@@ -193,7 +193,7 @@ def doubled(of: nn.Module) -> Callable[..., Tensor]:
     "models",
     "the forward of a model or of its head is replaced after celora was attached",
     sees="`the forward of ... was replaced by ... by now; its own loss is used ...`, once",
-    kept="the loss and the gradient are what that forward makes",
+    kept="the loss and the gradient of the new forward",
 )
 @pytest.mark.parametrize("what", ["head", "partial", "model"])
 @pytest.mark.parametrize("after", [True, False], ids=["after a step", "before attaching"])

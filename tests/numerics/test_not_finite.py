@@ -44,10 +44,11 @@ def _faulty(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
 @pytest.mark.fault(
     "numbers",
     "NaN or infinity in a gradient, in training",
-    sees="`a gradient of ... is not finite, or nearly so; its backward is exact this time`, once; on accelerators, "
-    "under torch.compile and with sharded weights, where looking would mean waiting, what plain LoRA shows: the "
-    "adapter's own gradient is not finite",
-    kept="the exact backward's result, bit for bit where it is finite up to rounding; the selection and its statistics",
+    sees="`a gradient of ... is not finite, or nearly so; its backward is exact this time`, once. On accelerators, "
+    "under torch.compile and with sharded weights a check would have to wait. There you see what plain LoRA shows: "
+    "the adapter's own gradient is not finite",
+    kept="the exact backward's result: the same numbers are finite, and equal up to rounding; the selection and its "
+    "statistics",
 )
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,7 +99,7 @@ def test_where_looking_would_wait_it_arrives_all_the_same(
     "numbers",
     "NaN or infinity in a gradient that a refresh looks at",
     sees="nothing: its backward is exact anyway",
-    kept="the statistics: the next selection is what it would have been without",
+    kept="the statistics: the next selection is the same as without the fault",
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_refresh_that_sees_nothing_finite_learns_nothing(path: str, dtype: torch.dtype) -> None:
@@ -140,7 +141,8 @@ SCALED = {
     "numbers",
     "float16 overflows under a GradScaler",
     sees="nothing: the scaler skips the step, as with PEFT",
-    kept="parameters, statistics and the clock: the same scale as with PEFT, and a skipped step counts for nothing",
+    kept="parameters, statistics and the clock: the loss scale is the same as with PEFT, and a skipped step is not "
+    "counted",
 )
 @pytest.mark.parametrize("config", SCALED.values(), ids=SCALED)
 @pytest.mark.filterwarnings("ignore:celora. a gradient of")
@@ -183,7 +185,7 @@ def test_an_overflow_under_a_grad_scaler_is_skipped_and_forgotten(config: Any) -
     "numbers",
     "the logits of the first batch are not finite",
     sees="the loss that the model itself computes, for that call alone",
-    kept="the head over labelled tokens, from the next call on",
+    kept="celora's loss over labelled tokens, from the next call on",
 )
 def test_the_first_batch_not_finite_does_not_decide_about_the_head(model: PeftModel) -> None:
     """Nothing can be said of logits that are not numbers, so the model's own loss is used for that call alone."""

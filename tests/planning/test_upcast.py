@@ -86,7 +86,7 @@ class _InterruptedError(Exception):
     "models",
     '`celora.audit(..., reference="float32")` ends early, or is interrupted while weights are float32',
     sees="the exception itself",
-    kept="every weight, gradient and setting: the very ones that they were",
+    kept="every weight, gradient and setting, as they were",
 )
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_model_is_itself_again_after_float32(interrupted: bool, batch: dict[str, torch.Tensor]) -> None:

@@ -58,7 +58,7 @@ def test_the_installed_libraries_have_it(name):
 
 @pytest.mark.fault(
     "models",
-    "a library that celora uses no longer has a private name that celora relies on",
+    "the installed version of a library lacks a private name that celora uses",
     sees="`this version of ... has no ..., so ...`, once",
     kept="the result: plain PEFT's",
 )

@@ -33,7 +33,7 @@ def outlier(model: PeftModel, size: float = 1e4) -> nn.Module:
 
 @pytest.mark.fault(
     "numbers",
-    "a layer whose 8-bit forward loses too much, as with outlying features",
+    "the 8-bit forward of a layer loses too much, for example with a few very large features",
     sees="one warning with the layer's name and the error",
     kept="the layer's own forward from then on, also after a resume",
 )

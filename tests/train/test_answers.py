@@ -214,9 +214,9 @@ def built(given, output, **more):
 
 @pytest.mark.fault(
     "input",
-    "rows of messages, whose users' words are no example of what to say",
+    "rows of `messages`, whose users' turns should not be learnt",
     sees="`Learning 40 % of 14,000 tokens: the answers.` before the first step",
-    kept="what the assistant says is learnt; `--assistant_only_loss false` learns every token",
+    kept="the model learns what the assistant says; `--assistant_only_loss false` learns every token",
 )
 def test_a_run_learns_the_answers(inputs, tmp_path, monkeypatch):
     data = chats(tmp_path / "rows.jsonl", talk(1), [S("w9"), *talk(2)])
@@ -279,7 +279,7 @@ def test_a_row_without_an_answer_is_named(asked, inputs, tmp_path):
 
 @pytest.mark.fault(
     "input",
-    "a chat template that writes an answer differently once more follows, and marks none",
+    "a chat template writes an answer in another way if more turns follow, and does not mark answers",
     sees="`row 2 of the training data: the chat template writes messages[3], an answer, in another way ...`",
     kept="everything: nothing is trained on a guess",
 )

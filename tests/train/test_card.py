@@ -142,9 +142,9 @@ def test_what_is_here_has_no_name_on_the_hub(tmp_path, monkeypatch):
 
 @pytest.mark.fault(
     "crash",
-    "a README.md in the output folder that the user has written, and a run that goes on there",
+    "the output folder has a README.md that the user wrote, and the run continues there",
     sees="nothing",
-    kept="the file, as it is; checkpoints have celora's card",
+    kept="the user's file, unchanged; checkpoints have celora's card",
 )
 def test_a_card_of_one_s_own_is_kept(inputs, tmp_path):
     output = tmp_path / "out"

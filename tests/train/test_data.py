@@ -122,7 +122,7 @@ TEXT = {"text": "fine"}
 
 @pytest.mark.fault(
     "input",
-    "a row with a key that comes twice, nested too deeply, with a NUL byte, or of another shape than the first",
+    "a row with the same key twice, nested too deeply, with a NUL byte, or of another shape than the first row",
     sees="the file, the line and what is wrong with the row",
     kept="everything: no row is left out or guessed at",
 )
@@ -186,9 +186,9 @@ def test_rows_that_are_refused(tmp_path: Path, load: Load, rows: list[Any], mess
 
 @pytest.mark.fault(
     "security",
-    "a link in a data folder that leads out of it",
+    "a link in a data folder that leads out of the folder",
     sees="the link, and what to do",
-    kept="everything: what the link points to is not read",
+    kept="everything: celora does not read the link's target",
 )
 def test_links_out_of_a_data_folder(tmp_path: Path, load: Load) -> None:
     elsewhere, folder = write(tmp_path / "rows.jsonl", {"text": "a"}), tmp_path / "data"
@@ -211,8 +211,8 @@ def test_links_out_of_a_data_folder(tmp_path: Path, load: Load) -> None:
 
 @pytest.mark.fault(
     "crash",
-    "the disk is full, or read-only, where the rows are kept while they are used",
-    sees="`cannot keep the rows of ... in ...`, and HF_DATASETS_CACHE to name another place",
+    "the disk for the cached rows is full or read-only",
+    sees="`cannot keep the rows of ... in ...`, and the advice to set HF_DATASETS_CACHE to another folder",
     kept="everything: nothing is trained",
 )
 @pytest.mark.parametrize("what", ["full", "no folder"])

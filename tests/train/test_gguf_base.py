@@ -179,9 +179,9 @@ def tensor(name, *shape):
 
 @pytest.mark.fault(
     "security",
-    "a GGUF file whose counts, lengths, offsets, shapes, settings or tokens do not fit it",
-    sees="one line that names the file and what does not fit",
-    kept="everything: nothing is made of it, and nothing is written",
+    "a GGUF file whose counts, lengths, offsets, shapes, settings or tokens contradict its content",
+    sees="one line that names the file and the contradiction",
+    kept="everything: celora converts nothing and writes nothing",
 )
 @pytest.mark.parametrize(
     ("more", "said"),

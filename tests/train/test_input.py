@@ -70,9 +70,9 @@ OVERRIDES = st.dictionaries(TEXTS, st.dictionaries(st.sampled_from(list(LayerCon
 
 @pytest.mark.fault(
     "input",
-    "a configuration, of any values",
-    sees="which setting it is, what is allowed and the nearest known name",
-    kept="everything: it is checked before anything is loaded",
+    "a configuration with any values",
+    sees="the setting, what is allowed, and the nearest known name",
+    kept="everything: celora checks it before it loads anything",
 )
 @given(st.lists(ENTRIES | st.tuples(st.just("overrides"), OVERRIDES), max_size=4).map(dict))
 def test_configuration(values: dict[str, Any]) -> None:
@@ -134,8 +134,8 @@ def mutated_plans(draw: st.DrawFn) -> bytes:
 
 @pytest.mark.fault(
     "input",
-    "a plan file, changed in any way",
-    sees="the file, and what in it is no plan",
+    "a plan file with any change",
+    sees="the file, and what is wrong in it",
     kept="everything: nothing is attached",
 )
 @given(mutated_plans())
@@ -178,7 +178,7 @@ FINE = st.fixed_dictionaries({"text": st.text(min_size=1, max_size=9)})
 
 @pytest.mark.fault(
     "input",
-    "rows of data, of any columns and values, mixed shapes among them",
+    "rows with any columns and values, also of mixed shapes",
     sees="the file, the line and what is wrong with the row",
     kept="everything: no row is left out or guessed at",
 )
@@ -278,9 +278,9 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.fault(
     "input",
-    "flags and a YAML file, of any names and values, to any command",
+    "flags and a YAML file with any names and values, for any command",
     sees="one line and exit status 2",
-    kept="everything: flags are checked before anything is loaded",
+    kept="everything: celora checks flags before it loads anything",
 )
 @pytest.mark.usefixtures("_no_work")
 @given(

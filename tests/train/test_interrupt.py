@@ -17,8 +17,8 @@ from runs import PressCtrlC, adapter, go, on_build
 @pytest.mark.fault(
     "crash",
     "Ctrl-C",
-    sees="`Stopping after this step`, then the command that goes on; exit status 130",
-    kept="everything: a checkpoint is saved, and resuming ends with bit-identical parameters",
+    sees="`Stopping after this step`, then the command that continues; exit status 130",
+    kept="everything: a checkpoint is saved, and the resumed run ends with bit-identical parameters",
 )
 def test_ctrl_c_then_resume_equals_uninterrupted(finished, inputs, tmp_path, monkeypatch):
     output = tmp_path / "out"

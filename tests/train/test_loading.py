@@ -18,9 +18,9 @@ from tiny import save_tiny_model
 
 @pytest.mark.fault(
     "input",
-    "a file of a model, a tokenizer or an adapter that holds something else",
-    sees="one line: which of them cannot be loaded from where, and why",
-    kept="everything: it is loaded before anything is written",
+    "a file of a model, a tokenizer or an adapter holds something else",
+    sees="one line: which of the three cannot be loaded, from where, and why",
+    kept="everything: celora loads before it writes",
 )
 @pytest.mark.parametrize(
     ("load", "file", "change", "message"),

@@ -23,7 +23,7 @@ TEXT = {"text": "fine"}
 
 @pytest.mark.fault(
     "input",
-    "a data file in another encoding, cut short, or of another kind than its name says",
+    "a data file in another encoding, cut short, or of another format than its name says",
     sees="the file, the line and the column; what to do",
     kept="everything: nothing is decoded by guess",
 )
@@ -66,7 +66,7 @@ NOT_UTF8 = pyarrow.Array.from_buffers(
 
 @pytest.mark.fault(
     "input",
-    "a Parquet file with a flipped bit, or with a value that is no text or no date, in whatever column",
+    "a Parquet file with a flipped bit, or with a text or a date that cannot be read, in any column",
     sees="`not readable as Parquet`, the file and why",
     kept="everything: nothing is decoded by guess",
 )

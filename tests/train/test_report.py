@@ -34,7 +34,7 @@ def test_self_contained_responsive_and_dark(tmp_path):
     "security",
     "HTML or script in a name, a value or a text that the report shows",
     sees="the text, as text",
-    kept="the report: nothing leaves its place, nothing runs",
+    kept="the report: the text stays in its place, and no script runs",
 )
 def test_text_from_data_is_escaped(tmp_path):
     evil = EVIL + REFRESH
@@ -127,9 +127,9 @@ def test_in_a_real_browser(width, tmp_path):
 
 @pytest.mark.fault(
     "security",
-    "a hostile text gets into report.html unescaped after all",
-    sees="the report, as ever",
-    kept="its content-security policy: no foreign script runs, nothing is loaded or sent",
+    "hostile text gets into report.html unescaped",
+    sees="the report, as always",
+    kept="the report's content-security policy: no foreign script runs, nothing is loaded or sent",
 )
 @in_a_browser
 def test_the_policy_holds_where_escaping_would_fail(tmp_path):

@@ -113,7 +113,7 @@ def test_a_loss_that_is_no_number_is_shown(inputs, tmp_path):
     "crash",
     "the output folder holds files that are not celora's",
     sees="an error that names some of them",
-    kept="all of them, with --overwrite, too",
+    kept="all of them, also with --overwrite",
 )
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_foreign_folder_is_left_alone(inputs, tmp_path, overwrite):
@@ -180,7 +180,7 @@ def test_bad_runs_are_one_line(inputs, tmp_path, change, message):
     "numbers",
     "training diverges until the adapter holds NaN or infinity",
     sees="`the run stopped: at step 6 ... holds NaN or infinity, so nothing is saved`, and which checkpoint is whole",
-    kept="the checkpoints from before; no adapter of NaN is ever saved",
+    kept="the checkpoints from before; celora never saves an adapter with NaN or infinity",
 )
 @pytest.mark.filterwarnings("ignore:celora. a gradient of .* is not finite")
 def test_an_adapter_that_is_not_finite_is_not_saved(inputs, tmp_path, monkeypatch):

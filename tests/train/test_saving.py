@@ -65,7 +65,7 @@ def unlimited():
 @pytest.mark.fault(
     "crash",
     "the disk is full while a checkpoint or the metrics are written",
-    sees="`error: the run stopped: ...`, which file, and the checkpoint that is whole",
+    sees="`error: the run stopped: ...`, the file, and the last whole checkpoint",
     kept="that checkpoint; once there is room, `--resume` ends with bit-identical parameters",
 )
 @pytest.mark.parametrize("too_large", ["metrics.jsonl", "adapter_model.safetensors", "optimizer.pt"])
@@ -121,7 +121,8 @@ def cut(file):
     "a file of a checkpoint is cut short, missing or has a flipped bit",
     sees="`checkpoint-4 is damaged: optimizer.pt is not what was saved (its checksum differs).`, then `Resuming from "
     "checkpoint-2.`",
-    kept="the last whole checkpoint; the damaged one is moved out of the way; the end is bit-identical",
+    kept="the last whole checkpoint; celora moves the damaged one out of the way; the resumed run ends bit-identical "
+    "to an uninterrupted one",
 )
 @pytest.mark.parametrize(
     ("name", "damage"),
@@ -143,7 +144,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(name, damage, in
     "crash",
     "every checkpoint is damaged",
     sees="each is named, then `Resuming from the beginning: there is no checkpoint to go on from.`",
-    kept="the run's configuration; the end is bit-identical",
+    kept="the run's configuration; the run ends bit-identical to an uninterrupted one",
 )
 def test_without_a_whole_checkpoint_the_run_begins_again(inputs, whole, tmp_path):
     output = tmp_path / "out"

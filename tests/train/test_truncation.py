@@ -20,8 +20,8 @@ def rows(path, lengths, **more):
 @pytest.mark.fault(
     "input",
     "conversations longer than --max_length",
-    sees="how many rows and tokens are cut off, and how many rows have nothing to learn left; even with --quiet",
-    kept="what fits; `--max_length` keeps more",
+    sees="how many rows and tokens are cut off, and how many rows have nothing left to learn; also with --quiet",
+    kept="what fits; a larger `--max_length` keeps more",
 )
 def test_what_does_not_fit_is_counted(inputs, tmp_path):
     given = rows(tmp_path / "rows.jsonl", [8, 9, 10, 15, 8], max_length=8, quiet=True)

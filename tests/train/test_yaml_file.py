@@ -54,9 +54,9 @@ def test_launch_settings_in_a_file(tmp_path, monkeypatch):
 
 @pytest.mark.fault(
     "input",
-    "a key that comes twice in a configuration file, a plan or a record of a run, or under two names",
+    "a key that comes twice, or under two names, in a configuration file, a plan or a run's record",
     sees="`the key 'max_steps' comes twice`, and where",
-    kept="everything: neither of the values is taken for the one that was meant",
+    kept="everything: celora does not choose one of the two values",
 )
 @pytest.mark.parametrize(
     ("text", "words"),
@@ -93,9 +93,10 @@ def test_the_environment_of_a_file(tmp_path, monkeypatch):
 
 @pytest.mark.fault(
     "security",
-    "variables in `env` of a configuration file that decide which code runs or where data goes: PATH, HF_ENDPOINT, ...",
-    sees="`'PATH' is not set from a file`, and that the shell is the place for it",
-    kept="everything: the environment is as it was, and nothing is loaded",
+    "`env` in a configuration file sets variables that decide which code runs or where data goes: PATH, HF_ENDPOINT, "
+    "...",
+    sees="`'PATH' is not set from a file`, and the advice to set it in the shell",
+    kept="everything: the environment is unchanged, and nothing is loaded",
 )
 @pytest.mark.parametrize(
     ("text", "words"),

@@ -74,7 +74,7 @@ class _Stop(BaseException):
 @pytest.mark.fault(
     "numbers",
     "audit or plan is interrupted, or fails, at any moment",
-    sees="the interruption itself",
+    sees="the interruption or the error itself",
     kept="the model: hooks, modes, parameters, gradients and random numbers are as before",
 )
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, _Stop])
@@ -153,8 +153,8 @@ def test_detaching_after_an_interrupted_forward_leaves_the_adapter_on(model: Pef
 @pytest.mark.fault(
     "numbers",
     "audit or plan on a batch whose loss or gradient is not finite",
-    sees="one line that says which",
-    kept="the model; no report of numbers that are none is made",
+    sees="one line that says whether it is the loss or the gradient",
+    kept="the model; celora makes no report from such numbers",
 )
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_what_is_not_finite_cannot_be_judged(model: PeftModel, how: str) -> None:

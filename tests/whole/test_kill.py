@@ -68,10 +68,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 @pytest.mark.fault(
     "crash",
-    "SIGKILL, or a loss of power, at any moment",
-    sees="nothing at the time; `--resume` says from which checkpoint it goes on",
-    kept="all up to the last whole checkpoint; the end is bit-identical to an uninterrupted run's: plain, accumulated, "
-    "checkpointed",
+    "SIGKILL or a power cut at any moment",
+    sees="nothing at the time; `--resume` says from which checkpoint it continues",
+    kept="everything up to the last whole checkpoint; the resumed run ends bit-identical to an uninterrupted one, "
+    "also with accumulation or gradient checkpointing",
 )
 def test_killed_at_seeded_moments(results):
     *each, always = same(results[: len(EACH_MODE) + 1])
@@ -99,10 +99,10 @@ def test_killed_at_fifty_random_moments(tmp_path):
 
 @pytest.mark.fault(
     "crash",
-    "one of several processes is killed, at any moment: in a step, or while a checkpoint is written",
-    sees="`process 1 of 2 lost contact with the others`, and that --resume goes on; the launcher ends the job",
-    kept="all up to the last checkpoint that every process has written its part of; the end is bit-identical to an "
-    "uninterrupted run's, with selections that are each process's own, too",
+    "one of several processes is killed at any moment: in a step, or while a checkpoint is written",
+    sees="`process 1 of 2 lost contact with the others`, and the advice to use --resume; the launcher ends the job",
+    kept="everything up to the last checkpoint that every process has finished; the resumed run ends bit-identical to "
+    "an uninterrupted one, also if each process selects for itself",
 )
 def test_one_of_two_killed_at_seeded_moments(results):
     assert same(results[-2:-1])[0]["kills"] == 2
@@ -110,9 +110,9 @@ def test_one_of_two_killed_at_seeded_moments(results):
 
 @pytest.mark.fault(
     "crash",
-    "several processes, and the disk is full for one of them; or another run holds their folder",
-    sees="one line from the process that found it, exit status 2; no process waits for one that is gone",
-    kept="the last checkpoint that is whole; once there is room, `--resume` ends with bit-identical parameters",
+    "several processes: the disk is full for one of them, or another run has locked their folder",
+    sees="one line from the process that found it, exit status 2; no process waits for one that has ended",
+    kept="the last whole checkpoint; once there is room, `--resume` ends with bit-identical parameters",
 )
 def test_what_stops_one_of_two_stops_both(results):
     assert same(results[-1:])[0]["ended"] == [2, 2, 2]

@@ -77,8 +77,8 @@ def test_code_of_models_never_runs(inputs, tmp_path):
 
 @pytest.mark.fault(
     "security",
-    "a model, or a tokenizer to take a chat template from, that brings code, and somebody who would answer `y`",
-    sees="one line that names it; no question is asked",
+    "a model brings code, or the tokenizer that gives the chat template does; and somebody would answer `y`",
+    sees="one line that names it; celora asks nothing",
     kept="everything: the code does not run",
 )
 @pytest.mark.parametrize("where", ["tokenizer", "model", "chat_template_path"])
@@ -106,8 +106,8 @@ def test_nobody_is_asked_whether_code_may_run(where, inputs, tmp_path, monkeypat
 @pytest.mark.fault(
     "security",
     "model_init_kwargs that would unpickle weights, run kernels from the hub or send requests elsewhere",
-    sees="`unknown name in model_init_kwargs 'weights_only'`, and which are known",
-    kept="everything: only what sets up the model is passed on",
+    sees="`unknown name in model_init_kwargs 'weights_only'`, and the known names",
+    kept="everything: celora passes on only what sets up the model",
 )
 @pytest.mark.parametrize(
     "init",
@@ -139,9 +139,9 @@ def test_what_transformers_says_of_model_init_kwargs_is_one_line(inputs):
 
 @pytest.mark.fault(
     "security",
-    "code in a configuration file, or one that would expand to billions of values",
+    "a configuration file with code, or one that would expand to billions of values",
     sees="`... is not valid YAML`, or how large it is",
-    kept="everything: YAML is read as data, within bounds",
+    kept="everything: celora reads YAML as data, within bounds",
 )
 @pytest.mark.parametrize(
     "text",
@@ -254,8 +254,8 @@ def test_a_manifest_opens_nothing_outside_its_folder(tmp_path):
 @pytest.mark.fault(
     "security",
     "a link in the output folder that points elsewhere",
-    sees="nothing: it is none of ours",
-    kept="what it points to: nothing is removed or resumed through it",
+    sees="nothing: celora ignores the link",
+    kept="the link's target: nothing is removed or resumed through the link",
 )
 def test_links_are_not_followed_out_of_the_folder(tmp_path):
     outside, folder = tmp_path / "outside", tmp_path / "out"
@@ -278,9 +278,9 @@ def test_links_are_not_followed_out_of_the_folder(tmp_path):
 
 @pytest.mark.fault(
     "security",
-    "a link in the output folder under a name that a run writes: README.md, .replaced, the lock, ...",
+    "a link in the output folder with a name that a run writes: README.md, .replaced, the lock, ...",
     sees="`'README.md' in --output ... is a link, and a run would write through it`",
-    kept="what it points to",
+    kept="the link's target",
 )
 @pytest.mark.parametrize("name", ["README.md", ".replaced", ".celora.lock", ".adapter.tmp", "metrics.jsonl", RUN])
 def test_no_run_writes_through_a_link(name, inputs, tmp_path):
