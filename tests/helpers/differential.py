@@ -201,9 +201,9 @@ def loss_of(case: Case, trace: Trace, batch: dict[str, Any], where: str, *, atta
         output = dict(zip(keys, output, strict=True))
     for name in ("hidden_states", "attentions", "aux_loss"):
         found = output.get(name)
-        for i, of in enumerate(found if isinstance(found, tuple) else [found]):
-            if isinstance(of, Tensor):
-                trace.values[f"{where}: {name} {i}"] = of.detach()
+        for i, part in enumerate(found if isinstance(found, tuple) else [found]):
+            if isinstance(part, Tensor):
+                trace.values[f"{where}: {name} {i}"] = part.detach()
     if output.get("past_key_values") is not None and dict(case.extra).get("use_cache"):
         trace.values[f"{where}: cached"] = torch.tensor(1.0)
     if smooths and not own:

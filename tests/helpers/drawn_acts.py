@@ -31,7 +31,7 @@ class Scaled(nn.Module):
         return weight * 0.5
 
 
-def of(parts: list[Any], k: int) -> Any:
+def one_of(parts: list[Any], k: int) -> Any:
     """One of them; None of none."""
     return parts[k % len(parts)] if parts else None
 
@@ -74,7 +74,7 @@ def pruned(module: nn.Module | None) -> None:
 
 
 def base(model: nn.Module, k: int) -> Any:
-    layer = of(tuners_of(model), k)
+    layer = one_of(tuners_of(model), k)
     return None if layer is None else layer.get_base_layer()
 
 
@@ -83,35 +83,35 @@ def head(model: nn.Module, k: int) -> Any:
 
 
 def norm(model: nn.Module, k: int) -> Any:
-    return of(named(model, "RMSNorm", "LayerNorm"), k)
+    return one_of(named(model, "RMSNorm", "LayerNorm"), k)
 
 
 def activation(model: nn.Module, k: int) -> Any:
-    return of([m.act_fn for m in model.modules() if isinstance(getattr(m, "act_fn", None), nn.Module)], k)
+    return one_of([m.act_fn for m in model.modules() if isinstance(getattr(m, "act_fn", None), nn.Module)], k)
 
 
 def matrix(model: nn.Module, k: int) -> Any:
     """A or B of an adapter."""
-    layer = of(tuners_of(model), k)
+    layer = one_of(tuners_of(model), k)
     both = None if layer is None else (layer.lora_A if k % 2 else layer.lora_B)
     return None if not both else next(iter(both.values()))
 
 
 def block(model: nn.Module, k: int) -> Any:
-    return of(blocks_of(model), k)
+    return one_of(blocks_of(model), k)
 
 
 PARTS: dict[str, Callable[[nn.Module, int], Any]] = {
     "base": base,
     "head": head,
     "block": block,
-    "attention": lambda model, k: of(named(model, "Attention"), k),
-    "mlp": lambda model, k: of(named(model, "MLP"), k),
+    "attention": lambda model, k: one_of(named(model, "Attention"), k),
+    "mlp": lambda model, k: one_of(named(model, "MLP"), k),
     "norm": norm,
     "activation": activation,
     "decoder": lambda model, k: causal_of(model).base_model,
     "embedding": lambda model, k: causal_of(model).get_input_embeddings(),
-    "adapter": lambda model, k: of(tuners_of(model), k),
+    "adapter": lambda model, k: one_of(tuners_of(model), k),
     "matrix": matrix,
 }
 
@@ -154,7 +154,7 @@ def parametrise(module: nn.Module | None) -> None:
 
 def replace_base(model: PeftModel, k: int) -> None:
     """By a copy with another weight, as quantisers do."""
-    layer = of(tuners_of(model), k)
+    layer = one_of(tuners_of(model), k)
     if layer is not None:
         layer.base_layer = copy.copy(layer.base_layer)
         layer.base_layer._parameters = dict(layer.base_layer._parameters)

@@ -150,7 +150,7 @@ def adapt(base: PreTrainedModel, family: str, lora: dict[str, Any], seed: int) -
 def _existing(base: nn.Module, names: list[str]) -> list[str]:
     """The names for which this model has layers."""
     there = [name for name, _ in base.named_modules()]
-    return [name for name in names if any(of == name or of.endswith(f".{name}") for of in there)]
+    return [name for name in names if any(path == name or path.endswith(f".{name}") for path in there)]
 
 
 # --- parts of a model, in order ---------------------------------------------------------------------------------------

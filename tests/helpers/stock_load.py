@@ -61,7 +61,7 @@ def main() -> None:
                 model = load(base, folder / kind).eval()
             for logger in loggers:
                 logger.removeHandler(said)
-            messages = said.messages + [str(of.message) for of in caught]
+            messages = said.messages + [str(warning.message) for warning in caught]
             with torch.no_grad():
                 logits = model(**batch).logits
             found[kind] = {"said": [text for text in messages if RENAMED not in text], "logits": logits}

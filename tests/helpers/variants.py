@@ -277,9 +277,9 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(what: str, of: tuple[Variant, ...]) -> str:
+def _table(what: str, variants: tuple[Variant, ...]) -> str:
     rows = [[what, *COLUMNS, "remarks"], ["---"] * (len(COLUMNS) + 2)]
-    rows += [[v.name, *(v.limits.get(column, YES) for column in COLUMNS), v.note] for v in of]
+    rows += [[v.name, *(v.limits.get(column, YES) for column in COLUMNS), v.note] for v in variants]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -63,7 +63,7 @@ def test_draws_are_those_of_the_cpu(n: int, mps: list[str]) -> None:
     scores = torch.rand(n).pow(6)
     index, factors, p = select.drawn(scores, n // 3, seed=2, draw=5)
     found = select.drawn(moved(scores), n // 3, seed=2, draw=5)
-    assert all(of.device == MPS for of in found)
+    assert all(tensor.device == MPS for tensor in found)
     assert found[0].cpu().equal(index)
     assert found[1].cpu().equal(factors.float())
     assert found[2].cpu().equal(p.float())
@@ -164,7 +164,7 @@ def test_a_plan_there(mps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     patch_all(monkeypatch, "celora.numerics.estimators.tokens:PLANNED", (1.0, 0.9, 0.5))
     patch_all(monkeypatch, "celora.planning.influence:_DEPTHS", 1)
     patch_all(monkeypatch, "celora.planning.influence:_FEW_LAYERS", 0)
-    patch_all(monkeypatch, "celora.machine.timing:cannot_time", lambda of: "")
+    patch_all(monkeypatch, "celora.machine.timing:cannot_time", lambda device: "")
     model = on_mps(make_model(target_modules=["up_proj", "down_proj"]))
     plan = celora.make_plan(model, [make_batch(1), make_batch(2)], 0.9)
     assert {layer.name.rpartition(".")[2] for layer in plan.layers} == {"up_proj", "down_proj"}
@@ -189,9 +189,10 @@ def test_training_there(mps: list[str]) -> None:
 def test_random_states_of_all_devices_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     states = {"xpu:0": 10, "xpu:1": 20}
     module = types.SimpleNamespace(
-        get_rng_state=lambda of: states[str(of)], set_rng_state=lambda state, of: states.update({str(of): state})
+        get_rng_state=lambda place: states[str(place)],
+        set_rng_state=lambda state, place: states.update({str(place): state}),
     )
-    patch_all(monkeypatch, "celora.machine.device:backend", lambda of: module)
+    patch_all(monkeypatch, "celora.machine.device:backend", lambda place: module)
     where = [torch.device("cpu"), torch.device("xpu", 1), torch.device("xpu", 0), torch.device("xpu", 1)]
     cpu = torch.get_rng_state()
     with device.random_states(where) as rewind:
@@ -206,7 +207,7 @@ def test_random_states_of_all_devices_are_put_back(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_random_state_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    patch_all(monkeypatch, "celora.machine.device:backend", lambda of: types.SimpleNamespace())
+    patch_all(monkeypatch, "celora.machine.device:backend", lambda place: types.SimpleNamespace())
     said = pytest.raises(CELoraError, match="cannot read the random state of 'xpu'")
     with said, device.random_states([torch.device("xpu")]):
         pass

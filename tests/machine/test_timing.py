@@ -19,19 +19,19 @@ CPU, MPS = torch.device("cpu"), torch.device("mps", 0)
 
 @pytest.fixture(autouse=True)
 def _measured_anew() -> Iterator[None]:
-    for of in (time_over_float32, cannot_time):
-        of.cache_clear()
+    for function in (time_over_float32, cannot_time):
+        function.cache_clear()
     yield
-    for of in (time_over_float32, cannot_time):
-        of.cache_clear()
+    for function in (time_over_float32, cannot_time):
+        function.cache_clear()
 
 
 def test_contenders_take_turns_and_two_rounds_warm_up() -> None:
     calls: list[str] = []
     times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
     assert calls == ["a", "b"] * 5
-    for of in times.values():
-        assert 0 <= of["p20_ms"] <= of["time_ms"] <= of["p80_ms"]
+    for row in times.values():
+        assert 0 <= row["p20_ms"] <= row["time_ms"] <= row["p80_ms"]
 
 
 def machine(

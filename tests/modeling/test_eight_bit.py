@@ -45,7 +45,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def cosine(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     pairs = [(found[name].flatten().double(), expected[name].flatten().double()) for name in expected]
-    a, b = (torch.cat(of) for of in zip(*pairs, strict=True))
+    a, b = (torch.cat(side) for side in zip(*pairs, strict=True))
     return float(a @ b / (a.norm() * b.norm()))
 
 
@@ -337,7 +337,7 @@ def test_accelerates_forward_stays() -> None:
     own = layer.forward
     report = celora.attach(model, BOTH)
     assert layer.forward is own
-    assert sorted({of.forward for of in report.layers}) == ["exact", "int8"]
+    assert sorted({each.forward for each in report.layers}) == ["exact", "int8"]
     train(model, 1)
     celora.detach(model)
     assert layer.forward is own
@@ -346,12 +346,12 @@ def test_accelerates_forward_stays() -> None:
 def test_a_gradient_in_evaluation_is_the_models_own() -> None:
     model, plain = attached().eval(), make_model().eval()
     batch = make_batch(0)
-    for of in (model, plain):
-        of.zero_grad()
-        of(inputs_embeds=of.get_input_embeddings()(batch["input_ids"]).requires_grad_(), labels=batch["labels"])
+    for each in (model, plain):
+        each.zero_grad()
+        each(inputs_embeds=each.get_input_embeddings()(batch["input_ids"]).requires_grad_(), labels=batch["labels"])
     x, y = (torch.randn(3, 48, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
-    for of, t in ((model, x), (plain, y)):
-        of.base_model.model.model.layers[0].mlp.up_proj.base_layer(t).sum().backward()
+    for each, t in ((model, x), (plain, y)):
+        each.base_model.model.model.layers[0].mlp.up_proj.base_layer(t).sum().backward()
     assert x.grad.equal(y.grad)
 
 
@@ -374,7 +374,7 @@ def test_logits_in_8_bits() -> None:
     expected, found = gradients(exact), gradients(model)
     assert 0.999 < cosine(found, expected) < 1
     batch = make_batch(0)
-    losses = [float(of(**batch).loss.detach()) for of in (exact, model)]
+    losses = [float(each(**batch).loss.detach()) for each in (exact, model)]
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=1e-3)
     with require(model).switch.own_forwards():
         assert float(model(**batch).loss.detach()) == losses[0]

@@ -92,7 +92,7 @@ def test_gates(kind: str) -> None:
 def test_rotations(kind: str) -> None:
     """The function of the attention's own file turns by halves where the row says so."""
     name = FAMILIES[kind].rotation
-    q, k, cosine, sine = (torch.randn(1, *of, 3, 8) for of in ((2,), (1,), (), ()))
+    q, k, cosine, sine = (torch.randn(1, *heads, 3, 8) for heads in ((2,), (1,), (), ()))
 
     def turned(x: Tensor) -> Tensor:
         half = torch.cat([-x[..., 4:], x[..., :4]], -1)
@@ -101,7 +101,7 @@ def test_rotations(kind: str) -> None:
     for _, attention in inside(kind, "Attention"):
         function = inspect.unwrap(attention.forward).__globals__[name or "apply_rotary_pos_emb"]
         found = function(q, k, cosine, sine)
-        assert all(torch.allclose(of, turned(x)) for of, x in zip(found, (q, k), strict=True)) is bool(name)
+        assert all(torch.allclose(y, turned(x)) for y, x in zip(found, (q, k), strict=True)) is bool(name)
 
 
 def test_a_family_without_a_row_trains_as_before() -> None:
@@ -163,7 +163,7 @@ def test_other_names_are_found_once_a_row_has_them(monkeypatch: pytest.MonkeyPat
     for name in ("gated", "rotated"):
         before = getattr(numerics, name)
         patch_all(
-            monkeypatch, f"celora.numerics.passes:{name}", lambda *of, b=before, n=name: calls.append(n) or b(*of)
+            monkeypatch, f"celora.numerics.passes:{name}", lambda *given, b=before, n=name: calls.append(n) or b(*given)
         )
     for module, kind in found.items():
         kind(Switch()).under(module)

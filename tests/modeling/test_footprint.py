@@ -42,13 +42,13 @@ def test_a_dropped_model_is_freed_at_once(kind: str) -> None:
     for _ in range(2):
         loss = model(**batch).loss
         loss.backward()
-    kept = [weakref.ref(of) for of in (*model.modules(), *model.parameters())]
+    kept = [weakref.ref(part) for part in (*model.modules(), *model.parameters())]
     del loss
     gc.collect()
     gc.disable()
     try:
         del model
-        assert not [of for of in kept if of() is not None]
+        assert not [reference for reference in kept if reference() is not None]
     finally:
         gc.enable()
 
@@ -112,10 +112,10 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        there = {of.untyped_storage()._cdata for of in tree_leaves(args) if isinstance(of, Tensor)}
-        for of in tree_leaves(made):
-            if isinstance(of, Tensor) and of.untyped_storage()._cdata not in there:
-                self.nbytes = max(self.nbytes, of.numel() * of.element_size())
+        there = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in there:
+                self.nbytes = max(self.nbytes, leaf.numel() * leaf.element_size())
         return made
 
 

@@ -215,7 +215,7 @@ def test_autocast_is_no_further_from_float32_than_pefts() -> None:
         losses.append(loss.item())
         gradients.append(gradient(model).double())
     true, *found = gradients
-    theirs, ours = (float((of - true).norm() / true.norm()) for of in found)
+    theirs, ours = (float((g - true).norm() / true.norm()) for g in found)
     assert theirs > 1e-3  # autocast does round
     assert ours < 1.5 * theirs
     assert losses[2] == pytest.approx(losses[0], rel=1e-2)

@@ -186,4 +186,4 @@ def test_a_peft_without_what_the_hand_over_needs(name: str, monkeypatch: pytest.
     report = celora.attach(model, FUSED)
     assert any("this version of PEFT hands no layer over" in note for note in report.notes)
     found = run(model, x, g)
-    assert all(found[of].equal(value) for of, value in expected.items())
+    assert all(found[key].equal(value) for key, value in expected.items())

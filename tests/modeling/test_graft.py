@@ -303,8 +303,8 @@ def test_training_in_eval_mode_is_exact_and_said_once(preset: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(3):
-            for of, optimizer in zip((plain, model), optimizers, strict=True):
-                of(**make_batch(step)).loss.backward()
+            for each, optimizer in zip((plain, model), optimizers, strict=True):
+                each(**make_batch(step)).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
     assert [str(one.message) for one in caught if "in eval mode" in str(one.message)] == [

@@ -252,7 +252,7 @@ def test_attention_to_later_tokens_is_kept(kind: str, how: str, after: bool) -> 
         extra = bidirectional(model, how)
         loss, expected = gradients(model, batch | extra)
         report = celora.attach(model, "exact")
-        assert how == "argument" or any("Padding stays: its tokens attend to later" in of for of in report.notes)
+        assert how == "argument" or any("Padding stays: its tokens attend to later" in note for note in report.notes)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found, gradient = gradients(model, batch | extra)

@@ -59,7 +59,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        for storage in (of.untyped_storage() for of in tree_leaves(made) if isinstance(of, Tensor)):
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(made) if isinstance(leaf, Tensor)):
             if storage.data_ptr() not in self.there:
                 self.nbytes = max(self.nbytes, storage.nbytes())
         return made

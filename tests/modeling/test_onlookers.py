@@ -39,8 +39,8 @@ def test_hooks_that_may_look_at_the_shape_of_a_batch_keep_its_padding() -> None:
 
 def test_alora_keeps_the_padding() -> None:
     """PEFT tells its layers where each row of the batch begins to be adapted."""
-    of = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    model = get_peft_model(model_of("llama").unload(), LoraConfig(alora_invocation_tokens=[7], **of)).train()
+    settings = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(model_of("llama").unload(), LoraConfig(alora_invocation_tokens=[7], **settings)).train()
     batch = ragged([11, 4, 7, 6])
     batch["input_ids"][:, 1] = 7
     loss, expected = gradients(model, batch)

@@ -185,8 +185,8 @@ def test_a_setting_that_changes_is_followed() -> None:
         assert (ours - gradient).norm() < 1e-5 * gradient.norm()
 
 
-def doubled(of: nn.Module) -> Callable[..., Tensor]:
-    return lambda x: 2 * nn.Linear.forward(of, x)
+def doubled(layer: nn.Module) -> Callable[..., Tensor]:
+    return lambda x: 2 * nn.Linear.forward(layer, x)
 
 
 @pytest.mark.fault(

@@ -286,8 +286,8 @@ def test_reduced_products_that_the_user_allows_are_no_difference() -> None:
 
 def test_a_layer_is_called_once_for_its_trial_and_no_hook_is(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    of = trial._tried
-    patch_all(monkeypatch, "celora.modeling.trial:_tried", lambda *args: calls.append(1) or of(*args))
+    tried = trial._tried
+    patch_all(monkeypatch, "celora.modeling.trial:_tried", lambda *args: calls.append(1) or tried(*args))
     model, seen = make_model().train(), []
     base_of(model).register_forward_hook(lambda *_: seen.append(1))
     for preset in ("exact", HALF, "exact"):

@@ -152,7 +152,7 @@ def test_measuring_an_estimate_leaves_the_gradient_exact(monkeypatch: pytest.Mon
         score_tokens(h, rows, targets, weight, keep_ratio=keep).log_probs.sum().backward()
         grads.append(h.grad.reshape(80, 32)[rows])
     measured: list[tuple[Tensor, Tensor]] = []
-    found = score_tokens(hidden, rows, targets, weight, keep_ratio=0.2, measure=lambda *of: measured.append(of))
+    found = score_tokens(hidden, rows, targets, weight, keep_ratio=0.2, measure=lambda *both: measured.append(both))
     found.log_probs.sum().backward()
     estimate, exact = map(torch.cat, zip(*measured, strict=True))
     assert hidden.grad.reshape(80, 32)[rows].equal(grads[0])

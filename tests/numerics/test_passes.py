@@ -21,12 +21,12 @@ DTYPES = [torch.float32, torch.bfloat16]
 NORMS = {LlamaRMSNorm: (0.0, True), GemmaRMSNorm: (1.0, False), Olmo2RMSNorm: (0.0, False)}
 
 
-def results(function: Callable[..., Tensor], *of: Tensor) -> list[Tensor]:
+def results(function: Callable[..., Tensor], *given: Tensor) -> list[Tensor]:
     """What the function makes of these, and the gradient of each for the same random one of the result."""
-    of = tuple(t.detach().requires_grad_() for t in of)
-    y = function(*of)
+    given = tuple(t.detach().requires_grad_() for t in given)
+    y = function(*given)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, of, grad)]
+    return [y.detach(), *torch.autograd.grad(y, given, grad)]
 
 
 def check(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], *, terms: int = 0) -> None:
@@ -38,7 +38,7 @@ def check(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], *, term
     for our, their, true in zip(ours, theirs, exact, strict=True):
         assert our.dtype == their.dtype
         assert our.shape == their.shape
-        error, allowed = ((of.double() - true).norm() for of in (our, their))
+        error, allowed = ((result.double() - true).norm() for result in (our, their))
         if our.dtype == torch.bfloat16:
             assert error <= 1.3 * allowed + 1e-9
         else:
@@ -115,9 +115,9 @@ def test_contiguity_and_broadcasting_are_not_taken_for_granted() -> None:
         (lambda x: rms_norm(x, weight, 1e-6), lambda x: F.rms_norm(x, (9,), weight, 1e-6)),
         (lambda x: gated(x, x + 1), lambda x: F.silu(x) * (x + 1)),
     ):
-        found, expected = (of(x.requires_grad_()) for of in (ours, plain))
+        found, expected = (function(x.requires_grad_()) for function in (ours, plain))
         torch.testing.assert_close(found, expected)
-        gradient, true = (torch.autograd.grad(of, x, expanded)[0] for of in (found, expected))
+        gradient, true = (torch.autograd.grad(y, x, expanded)[0] for y in (found, expected))
         torch.testing.assert_close(gradient, true, rtol=1e-4, atol=1e-5)
     # One token for each of several sequences: a tensor may count as contiguous whatever its strides.
     q, angles = torch.randn(2, 3, 1, 8), torch.randn(2, 2, 1, 8)

@@ -37,7 +37,7 @@ def test_several_batches_are_judged_by_their_sum(model: PeftModel) -> None:
     plain = copy.deepcopy(model)
     celora.detach(plain)
     batches = [make_batch(seed) for seed in range(3)]
-    estimated, exact = (sum(flat_gradient(of, batch) for batch in batches) for of in (model, plain))
+    estimated, exact = (sum(flat_gradient(each, batch) for batch in batches) for each in (model, plain))
     report = celora.audit(model, batches)
     assert report.cosine == pytest.approx(torch.cosine_similarity(estimated, exact, dim=0).item(), abs=1e-6)
     assert report.relative_error == pytest.approx(((estimated - exact).norm() / exact.norm()).item(), rel=1e-5)

@@ -48,7 +48,9 @@ def test_a_choice_is_found_however_wrong_the_prediction(power: float, factor: fl
 
     class Bench:
         def audit(self, by_name: Any, chosen: dict[str, LayerConfig]) -> Any:
-            expected = sum(layers[int(name)].influence * (1 - of.keep_ratio) ** 3 for name, of in chosen.items())
+            expected = sum(
+                layers[int(name)].influence * (1 - setting.keep_ratio) ** 3 for name, setting in chosen.items()
+            )
             audits.append(factor * expected**power)
             return types.SimpleNamespace(cosine=(1 - min(1.0, audits[-1])) ** 0.5)
 

@@ -27,7 +27,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def times(monkeypatch: pytest.MonkeyPatch, *of: float) -> list[int]:
+def times(monkeypatch: pytest.MonkeyPatch, *milliseconds: float) -> list[int]:
     """What is timed takes so long, in the order in which it is: exact, both ways, backward, native tokens. For auto:
     exact, backward, native tokens; and for the head: exact, drawn. Returns how many took turns each time."""
     seen: list[int] = []
@@ -38,7 +38,7 @@ def times(monkeypatch: pytest.MonkeyPatch, *of: float) -> list[int]:
         for call in contenders.values():
             call()
         seen.append(len(contenders))
-        return {name: {"time_ms": time} for name, time in zip(contenders, of, strict=False)}
+        return {name: {"time_ms": time} for name, time in zip(contenders, milliseconds, strict=False)}
 
     patch_all(monkeypatch, "celora.machine.timing:interleaved", interleaved)
     return seen

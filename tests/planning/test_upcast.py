@@ -55,7 +55,7 @@ def test_exact_is_no_further_from_float32_than_peft() -> None:
             assert found is not None
             for name, errors_of in errors.items():
                 errors_of.append(getattr(found, name).relative_error)
-    theirs, ours = (statistics.fmean(of) for of in errors.values())
+    theirs, ours = (statistics.fmean(seen) for seen in errors.values())
     assert ours < 1.2 * theirs
 
 

@@ -153,8 +153,8 @@ def test_an_optimizer_of_other_tensors_is_said(model: PeftModel, batch: dict[str
 
 def test_an_idle_model_says_nothing_while_another_trains(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
     other = make_model()
-    for of in (model, other):
-        celora.attach(of, HALF)
+    for each in (model, other):
+        celora.attach(each, HALF)
     for step in range(4):
         model(**batch).loss.backward()  # as a teacher might
         train(other, 1, first=step)

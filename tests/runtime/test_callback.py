@@ -95,7 +95,7 @@ def test_whatever_report_to_names_gets_the_metrics(name: str, tmp_path: Path, mo
     assert [logs["celora/refreshes"] for logs in rows] == [1, 1, 1, 2, 2]
     assert rows[-1]["celora/relative_error"] == trainer.state.log_history[4]["celora/relative_error"]
     order = trainer.callback_handler.callbacks
-    assert [of for of in order if of is callback] == order[:1]
+    assert [one for one in order if one is callback] == order[:1]
     trainer.train()  # and again: still once, still first
     assert trainer.callback_handler.callbacks == order
 

@@ -231,8 +231,8 @@ def test_a_run_that_diverges_does_not_end_the_comparison(
 
 @pytest.mark.filterwarnings("ignore:celora. a gradient of")
 def test_a_held_out_loss_that_is_no_number_is_divergence(inputs: Path, tmp_path: Path) -> None:
-    of = settings(inputs, tmp_path / "out", learning_rate=1e30, max_grad_norm=0.0)
-    found = compare(of, arms=TWO, seeds=1)
+    request = settings(inputs, tmp_path / "out", learning_rate=1e30, max_grad_norm=0.0)
+    found = compare(request, arms=TWO, seeds=1)
     assert [(o.eval_loss, o.eval_accuracy) for o in found] == [(None, None), (None, None)]
     assert differences(found, TWO) == {}
 
@@ -249,8 +249,8 @@ def test_what_stops_a_run_is_said_with_the_run(inputs: Path, tmp_path: Path, mon
 def test_a_folder_without_a_test_split_may_be_evaluated_on_what_is_held_out(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     save_rows(tmp_path / "data" / "train.jsonl", 20)
-    of = settings(inputs, tmp_path / "out", data=str(tmp_path / "data"), eval_strategy="steps", max_steps=1)
-    assert len(compare(of, arms=TWO, seeds=1)) == 2
+    request = settings(inputs, tmp_path / "out", data=str(tmp_path / "data"), eval_strategy="steps", max_steps=1)
+    assert len(compare(request, arms=TWO, seeds=1)) == 2
 
 
 @pytest.mark.parametrize(

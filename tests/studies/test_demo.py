@@ -126,8 +126,10 @@ def test_the_table_gives_mean_and_range_over_seeds() -> None:
 
 def test_the_committed_rows_hold_what_the_demo_promises() -> None:
     rows = [json.loads(line) for line in (ROOT / "benchmarks" / "learning" / "demo.jsonl").read_text().splitlines()]
-    of = {arm: [row["accuracy"] for row in rows if row["arm"] == arm] for arm in ("untouched", "LoRA", "CE-LoRA")}
-    assert len(of["LoRA"]) == len(of["CE-LoRA"]) >= 3
-    mean = {arm: sum(values) / len(values) for arm, values in of.items()}
+    accuracies = {
+        arm: [row["accuracy"] for row in rows if row["arm"] == arm] for arm in ("untouched", "LoRA", "CE-LoRA")
+    }
+    assert len(accuracies["LoRA"]) == len(accuracies["CE-LoRA"]) >= 3
+    mean = {arm: sum(values) / len(values) for arm, values in accuracies.items()}
     assert mean["CE-LoRA"] >= mean["untouched"] + 0.05
     assert mean["CE-LoRA"] >= mean["LoRA"] - 0.015

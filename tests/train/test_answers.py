@@ -175,7 +175,7 @@ def test_a_template_that_teaches_no_end_is_said():
 
 
 def test_shares():
-    assert [Learnt(*of, "the answers").share for of in ((0, 9), (1, 900), (37, 100), (899, 900), (9, 9))] == [
+    assert [Learnt(*counts, "the answers").share for counts in ((0, 9), (1, 900), (37, 100), (899, 900), (9, 9))] == [
         "0 %", "1 %", "37 %", "99 %", "100 %"
     ]  # fmt: skip
 

@@ -99,7 +99,7 @@ def test_an_unpacked_file_trains_on_estimates_and_saves_an_ordinary_adapter(tmp_
     model.save_pretrained(tmp_path / "adapter")
     stock = PeftModel.from_pretrained(load(tmp_path), tmp_path / "adapter").eval()
     with torch.no_grad():
-        logits = [of(**make_batch(9)).logits for of in (stock, model.eval())]
+        logits = [each(**make_batch(9)).logits for each in (stock, model.eval())]
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 
 

@@ -99,7 +99,7 @@ def plan() -> dict[str, Any]:
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [at, *(place for key, of in inner for place in places(of, (*at, key)))]
+    return [at, *(place for key, child in inner for place in places(child, (*at, key)))]
 
 
 PLAN = plan()

@@ -65,7 +65,7 @@ def test_the_model_is_the_one_that_would_be_quantised_after_loading(
 
 
 def test_a_weight_is_quantised_before_the_next_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, read, of, events = save(tmp_path), StoredTensor.read, Int8Linear.of, []
+    folder, read, quantise, events = save(tmp_path), StoredTensor.read, Int8Linear.of, []
 
     def reading(tensor: StoredTensor) -> torch.Tensor:
         events.append(tensor.key.replace("_proj.weight", " is read"))
@@ -73,7 +73,7 @@ def test_a_weight_is_quantised_before_the_next_one_is_read(tmp_path: Path, monke
 
     def holding(linear: nn.Linear) -> Int8Linear:
         events.append("held")
-        return of(linear)
+        return quantise(linear)
 
     monkeypatch.setattr(StoredTensor, "read", reading)
     monkeypatch.setattr(Int8Linear, "of", holding)

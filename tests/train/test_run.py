@@ -91,9 +91,9 @@ def test_a_template_from_elsewhere_is_a_template(inputs, tmp_path):
     template = (bare / "chat_template.jinja").rename(tmp_path / "chat_template.jinja")
     row = {"instruction": "w1 w2", "output": "w3"}
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 8)
-    of = {"data": str(tmp_path / "rows.jsonl"), "max_steps": 1, "per_device_train_batch_size": 1}
+    flags = {"data": str(tmp_path / "rows.jsonl"), "max_steps": 1, "per_device_train_batch_size": 1}
     seen = {
-        name: go(inputs, tmp_path / name, model=model, **of, **more)[0].summary["tokens_seen"]
+        name: go(inputs, tmp_path / name, model=model, **flags, **more)[0].summary["tokens_seen"]
         for name, model, more in (
             ("own", inputs["model"], {}), ("given", str(bare), {"chat_template_path": str(template)}),
         )

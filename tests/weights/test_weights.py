@@ -115,14 +115,14 @@ def test_an_estimated_backward_reads_the_kept_rows_alone(
     expected = backward(model, x, grad_output)
     weight, asked = read(base, torch.float32), []
     if isinstance(weight, StoredWeight):
-        of, rows = type(weight), type(weight).rows
+        stored, rows = type(weight), type(weight).rows
 
         def whole(*_: Any) -> Tensor:
             raise AssertionError("the whole weight was de-quantised")
 
         for name in ("dense", "detach", "to"):
-            monkeypatch.setattr(of, name, whole)
-        monkeypatch.setattr(of, "rows", lambda self, index: asked.append(index.tolist()) or rows(self, index))
+            monkeypatch.setattr(stored, name, whole)
+        monkeypatch.setattr(stored, "rows", lambda self, index: asked.append(index.tolist()) or rows(self, index))
     else:
         others = torch.ones(96, dtype=torch.bool).index_fill(0, index, False)
         weight.data[others] = float("nan")
@@ -203,9 +203,9 @@ def test_the_8_bit_copy_is_made_once(kind: str, monkeypatch: pytest.MonkeyPatch)
     graft.mode = Mode.ESTIMATE
     layer.register_forward_hook(graft)
     read_whole = []
-    of = type(read(layer))
-    dense = of.dense
-    monkeypatch.setattr(of, "dense", lambda self: read_whole.append(1) or dense(self))
+    stored = type(read(layer))
+    dense = stored.dense
+    monkeypatch.setattr(stored, "dense", lambda self: read_whole.append(1) or dense(self))
     x, grad_output = torch.randn(32, 128), torch.randn(32, 96)
     first = backward(layer, x, grad_output)
     made = len(read_whole)
@@ -240,8 +240,8 @@ def test_at_full_budget_the_gradient_is_exact(kind: str) -> None:
     assert not report.skipped
     assert len(require(model).grafts) == len(report.layers)
     expected, found = gradients(plain, make_batch(0)), gradients(model, make_batch(0))
-    for name, of in expected.items():
-        torch.testing.assert_close(found[name], of, rtol=1e-4, atol=1e-6, msg=name)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def gradients(model: PeftModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -298,8 +298,8 @@ def test_fused_adapters_give_the_same_gradient(kind: str) -> None:
     assert any("LoRA fused with its base layer in 14 of 14" in n or "8 of 8" in n for n in report.notes), report.notes
     expected, found = gradients(plain, make_batch(0)), gradients(model, make_batch(0))
     assert expected.keys() == found.keys()
-    for name, of in expected.items():
-        torch.testing.assert_close(found[name], of, rtol=1e-4, atol=1e-6, msg=name)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
@@ -346,8 +346,8 @@ def test_training_goes_on_after_evaluation_on_a_4_bit_base() -> None:
     with torch.no_grad():
         model(**make_batch(0))
     after = gradients(model, make_batch(0))
-    for name, of in before.items():
-        assert torch.nn.functional.cosine_similarity(after[name].flatten(), of.flatten(), dim=0) > 0.99, name
+    for name, tensor in before.items():
+        assert torch.nn.functional.cosine_similarity(after[name].flatten(), tensor.flatten(), dim=0) > 0.99, name
 
 
 @pytest.mark.parametrize("kind", ["bitsandbytes 4-bit nested", "GPT-2 Conv1D"])
@@ -369,8 +369,8 @@ def test_a_copy_of_the_model_estimates_its_own_weights(kind: str) -> None:
     expected = gradients(model, make_batch(0))
     copied = copy.deepcopy(model)
     del model
-    for name, of in gradients(copied, make_batch(0)).items():
-        torch.testing.assert_close(of, expected[name], rtol=1e-5, atol=1e-7)
+    for name, tensor in gradients(copied, make_batch(0)).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-7)
 
 
 def test_a_plain_layer_is_read_as_it_is() -> None:

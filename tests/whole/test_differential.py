@@ -184,7 +184,10 @@ def same_kind(found: Trace, plain: Trace) -> None:
         if other is None or other.shape != value.shape:
             raise Difference(f"{name}: {None if other is None else tuple(other.shape)} for {tuple(value.shape)}")
     for i, expected in enumerate(plain.gradients):
-        kinds = [{n: None if g is None else g.dtype for n, g in of.items()} for of in (found.gradients[i], expected)]
+        kinds = [
+            {n: None if g is None else g.dtype for n, g in gradients.items()}
+            for gradients in (found.gradients[i], expected)
+        ]
         if kinds[0] != kinds[1]:
             names = [n for n in kinds[1] if kinds[0].get(n, "absent") != kinds[1][n]]
             raise Difference(
@@ -210,7 +213,7 @@ def compare_what_is_left(case: Case, found: Trace, plain: Trace) -> None:
     for (name, a), (_, b) in zip(found.model.named_modules(), plain.model.named_modules(), strict=True):
         if outside(a) != outside(b):
             raise Difference(f"after detach, {name or 'the model'} has {outside(a)} for {outside(b)}")
-    states = [of.model.state_dict() for of in (found, plain)]
+    states = [trace.model.state_dict() for trace in (found, plain)]
     if states[0].keys() != states[1].keys():
         raise Difference(f"after detach, the state is of {sorted(states[0].keys() ^ states[1].keys())[:3]}")
     for name, value in states[1].items():
@@ -238,7 +241,7 @@ def one_more(case: Case, model: PeftModel) -> list[Tensor]:
 def outside(module: nn.Module) -> dict[str, Any]:
     """What others see of one module beside its parameters."""
     hooks = {
-        name: [getattr(of, "__qualname__", type(of).__qualname__) for of in value.values()]
+        name: [getattr(hook, "__qualname__", type(hook).__qualname__) for hook in value.values()]
         for name, value in module.__dict__.items()
         if "hooks" in name and isinstance(value, dict) and "_with_kwargs" not in name and "_always" not in name
     }

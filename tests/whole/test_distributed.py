@@ -84,9 +84,9 @@ def test_parameters_stay_in_sync(ran, name):
 
 
 def test_layers_that_are_sharded_are_estimated_in_both_directions(ran):
-    for of in ran["forwards"]:
-        assert of["left"] == {}
-        assert of["forwards"] == 14
+    for process in ran["forwards"]:
+        assert process["left"] == {}
+        assert process["forwards"] == 14
 
 
 # Columns that are chosen from the statistics of all are the columns that one process chooses from the whole batch.
@@ -125,7 +125,7 @@ def test_only_synchronised_processes_select_the_same(ran):
 
 
 def test_a_controller_moves_all_processes_alike(ran):
-    first, second = (of["keep_ratios"] for of in ran["alike"])
+    first, second = (process["keep_ratios"] for process in ran["alike"])
     assert first == second
     assert set(first.values()) != {0.4}
 
@@ -139,9 +139,9 @@ def test_a_process_without_a_gradient_selects_as_the_others(ran):
 
 def test_sharded_layers_become_exact_in_all_processes_or_in_none(ran):
     """Or the one that gathers the weight would wait for the other, which has its 8-bit copy, for ever."""
-    for of in ran["at odds"]:
-        assert of["exact"] == of["expected"]
-        assert of["modes"] == 3  # where one process has no token, and the others have
+    for process in ran["at odds"]:
+        assert process["exact"] == process["expected"]
+        assert process["modes"] == 3  # where one process has no token, and the others have
 
 
 def test_all_processes_take_the_plan_of_the_first(ran):
@@ -156,21 +156,21 @@ def test_a_process_whose_head_has_nothing_to_do_gathers_it_with_the_others(ran):
     first, second = ran["labels"]
     assert math.isnan(first["off"][0])
     assert second["off"][2] == 0
-    for of in (first, second):
-        assert of["exact"] == pytest.approx(of["off"], abs=TOLERANCE, nan_ok=True)
+    for process in (first, second):
+        assert process["exact"] == pytest.approx(process["off"], abs=TOLERANCE, nan_ok=True)
 
 
 def test_synchronising_is_one_reduction_at_refreshes_outside_backward(ran):
     """Layers that never see a gradient, as the first q, k and v, do not make it one in every step."""
-    for of in ran["alike"]:
-        reductions = [list(traffic["after"]) for traffic in of["traffic"]]
+    for process in ran["alike"]:
+        reductions = [list(traffic["after"]) for traffic in process["traffic"]]
         assert reductions == [["allreduce"], [], [], ["allreduce"], [], []]
-        assert {tuple(traffic["backward"]) for traffic in of["traffic"]} == {("allreduce",)}
+        assert {tuple(traffic["backward"]) for traffic in process["traffic"]} == {("allreduce",)}
 
 
-def gathered(of: list[dict[str, Any]], step: int, phase: str) -> int:
+def gathered(processes: list[dict[str, Any]], step: int, phase: str) -> int:
     """Bytes that the first process gave to all-gathers."""
-    return sum(n for name, n in of[0]["traffic"][step][phase].items() if "gather" in name)
+    return sum(n for name, n in processes[0]["traffic"][step][phase].items() if "gather" in name)
 
 
 def shapes(pattern: str) -> list[tuple[int, int]]:
@@ -216,6 +216,6 @@ def test_four_processes(tmp_path):
     """DDP, two nodes of two, and rows of a weight that four processes divide."""
     ran = all_of_them(tmp_path, ["alike", "nodes", "rows", "copy", "unseen"], 4)
     for name, replicas in (("alike", 1), ("nodes", 1), ("rows", 1), ("copy", 4)):
-        assert all(of["parameters"] == ran[name][0]["parameters"] for of in ran[name])
+        assert all(process["parameters"] == ran[name][0]["parameters"] for process in ran[name])
         assert ran[name][0]["losses"] == pytest.approx(alone(SCENARIOS[name], replicas), abs=TOLERANCE)
-    assert all(of["selected"] == ran["unseen"][0]["selected"] for of in ran["unseen"])
+    assert all(process["selected"] == ran["unseen"][0]["selected"] for process in ran["unseen"])

@@ -100,14 +100,14 @@ def test_an_interruption_leaves_the_model_as_it_was(
             model.config._attn_implementation,
             [module.training for module in model.modules()],
             [dict(module.lora_variant) for module in model.modules() if hasattr(module, "lora_variant")],
-            [(id(of.estimator), of.mode, of.observed) for of in grafts.values()],
+            [(id(graft.estimator), graft.mode, graft.observed) for graft in grafts.values()],
             attached is None or require(model).switch.on,
             [p.requires_grad for p in model.parameters()],
         )
 
     before, numbers = state(), torch.get_rng_state()
     tensors = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
-    values = [of.detach().clone() for of in tensors]
+    values = [tensor.detach().clone() for tensor in tensors]
     for passes in (1, 2, 3, 5):
         calls = 0
 
@@ -130,7 +130,7 @@ def test_an_interruption_leaves_the_model_as_it_was(
         assert calls >= min(passes, 2)
         assert state() == before
         assert torch.get_rng_state().equal(numbers)
-        assert all(of.equal(value) for of, value in zip(tensors, values, strict=True))
+        assert all(tensor.equal(value) for tensor, value in zip(tensors, values, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:celora. padding stays")
@@ -168,8 +168,8 @@ def test_what_is_not_finite_cannot_be_judged(model: PeftModel, how: str) -> None
                 judge()
     else:
 
-        def overflows(of: Any, batch: Any) -> torch.Tensor:
-            loss: torch.Tensor = of(**batch).loss
+        def overflows(peft_model: Any, batch: Any) -> torch.Tensor:
+            loss: torch.Tensor = peft_model(**batch).loss
             return loss * 1e-38 * 1e38 + (loss - loss.detach()) * 1e38 * 1e3
 
         with pytest.raises(celora.CELoraError, match="the exact gradient of this batch is not finite"):

@@ -182,7 +182,11 @@ CHECKS: dict[str, Callable[[Variant, Path], str]] = {
 }
 
 
-CELLS = [pytest.param(of, column, id=f"{of.name}-{column}") for of in (*VARIANTS, *MODELS) for column in COLUMNS]
+CELLS = [
+    pytest.param(variant, column, id=f"{variant.name}-{column}")
+    for variant in (*VARIANTS, *MODELS)
+    for column in COLUMNS
+]
 
 
 # What PEFT says of these variants by itself.
@@ -203,7 +207,7 @@ def test_cell(variant: Variant, column: str, tmp_path: Path) -> None:
 
 
 # Stock PEFT cannot make LoftQ's adapter again where there is no GPU, as it does before it loads it.
-STOCK = [of for of in (*VARIANTS, *MODELS) if of.name != "LoftQ" or torch.cuda.is_available()]
+STOCK = [variant for variant in (*VARIANTS, *MODELS) if variant.name != "LoftQ" or torch.cuda.is_available()]
 
 
 @pytest.mark.filterwarnings(*PEFTS_OWN)

@@ -47,7 +47,7 @@ def test_every_decoder(kind: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
     """What is found is taken, recognised, and in the forward of every layer."""
     model = model_of(kind).to(dtype)
     expected = FOUND.get(kind, EVERY)
-    assert Counter(of.name for of in passes.known(model).values()) == expected
+    assert Counter(one.name for one in passes.known(model).values()) == expected
     calls: Counter[str] = Counter()
     for name, function in {"RMS norms": "rms_norm", "gates": "gated", "rotations": "rotated"}.items():
         before = getattr(numerics, function)

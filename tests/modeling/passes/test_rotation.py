@@ -37,7 +37,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     rotated = numerics.rotated
     patch_all(
-        monkeypatch, "celora.numerics.passes:rotated", lambda x, *of: shapes.append(tuple(x.shape)) or rotated(x, *of)
+        monkeypatch,
+        "celora.numerics.passes:rotated",
+        lambda x, *angles: shapes.append(tuple(x.shape)) or rotated(x, *angles),
     )
     return shapes
 
