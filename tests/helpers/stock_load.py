@@ -53,7 +53,8 @@ def main() -> None:
         for kind in ("celora", "plain"):
             base = getattr(transformers, name).from_pretrained(folder / "base", dtype=torch.float32)
             said = Said()
-            loggers = [logging.getLogger(), logging.getLogger("transformers")]  # which keeps its own to itself
+            # transformers' logger does not pass messages on
+            loggers = [logging.getLogger(), logging.getLogger("transformers")]
             for logger in loggers:
                 logger.addHandler(said)
             with warnings.catch_warnings(record=True) as caught:

@@ -49,7 +49,7 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _nothing(model: PeftModel, step: int) -> None:
-    """Most variants have nothing to do between two steps."""
+    """Do nothing between two steps, as most variants."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,18 @@ class Variant:
     load: Callable[[nn.Module, Path], PeftModel] = PeftModel.from_pretrained
 
     def make(self) -> PeftModel:
-        """The model, ready to train; the same weights every time."""
+        """The model, ready to train. The weights are the same every time."""
         torch.manual_seed(0)
         model = get_peft_model(self.base(), self.config())
         self.prepare(model)
         return model.train()
 
     def fit(self, model: PeftModel, steps: int, *, first: int = 0) -> float:
-        """Train with a new optimizer; returns the last loss."""
+        """Train with a new optimizer, and return the last loss."""
         optimizer = self.optimizer(model)
         loss = torch.zeros(())
         for step in range(first, first + steps):
-            torch.manual_seed(step)  # of dropout
+            torch.manual_seed(step)  # seeds dropout
             loss = model(**self.batch(step)).loss
             loss.backward()
             optimizer.step()
@@ -110,7 +110,7 @@ def _biased_base() -> nn.Module:
     return make_base(base_bias=True)
 
 
-_EVA: dict[str, Any] = {}  # what PEFT found, which takes it half a second
+_EVA: dict[str, Any] = {}  # what PEFT found; finding it takes half a second
 
 
 def _eva(model: PeftModel) -> None:
@@ -124,7 +124,7 @@ def _allocate(model: PeftModel, step: int) -> None:
 
 
 def _beside_ia3(model: PeftModel) -> None:
-    """IA3 on the layers that LoRA has left alone."""
+    """Put IA3 on the layers without LoRA."""
     config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     peft.inject_adapter_in_model(config, model.base_model.model, adapter_name="ia3")
     for name, p in model.named_parameters():
@@ -252,7 +252,7 @@ MODELS = (
 
 
 def page() -> str:
-    """docs/use/compatibility.md."""
+    """The text of docs/use/compatibility.md."""
     parts = [
         "# Compatibility",
         "`tests/whole/test_variants.py` checks these tables, one test a cell, on models of two layers, with estimates "
