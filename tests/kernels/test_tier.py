@@ -1,4 +1,4 @@
-"""Which tier of the kernels is used, what is said of one that is not there, and whose threads they run on."""
+"""Which tier of the kernels is used, what celora says about a tier that is missing, and whose threads they run on."""
 
 from __future__ import annotations
 
@@ -104,4 +104,4 @@ def test_without_a_runtime_to_share_they_run_on_one_thread(monkeypatch: pytest.M
         assert why_this().endswith(", on one thread: torch has no OpenMP to share")
         patch.setattr(torch, "get_num_threads", lambda: 3)
         assert rows.squared_row_norms(x).equal(expected)
-    assert Kernels(library, TIERS[-1]).threaded  # from now on as before
+    assert Kernels(library, TIERS[-1]).threaded  # from here on, everything is as before

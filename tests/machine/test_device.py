@@ -1,4 +1,4 @@
-"""Devices without float64, decompositions or known random states, on a pretended one."""
+"""Devices without float64, decompositions or known random states, tried on a pretended one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_as_many_tokens_hold_a_share_as_on_the_cpu(share: float, mps: list[str])
 
 @pytest.mark.parametrize("n", [30, 50_000])
 def test_draws_are_those_of_the_cpu(n: int, mps: list[str]) -> None:
-    """In float32, the intervals of 50,000 words could not be distinguished."""
+    """Draws are computed on the CPU: float32 cannot tell the intervals of 50,000 words apart."""
     scores = torch.rand(n).pow(6)
     index, factors, p = select.drawn(scores, n // 3, seed=2, draw=5)
     found = select.drawn(moved(scores), n // 3, seed=2, draw=5)
@@ -69,11 +69,11 @@ def test_draws_are_those_of_the_cpu(n: int, mps: list[str]) -> None:
     assert found[2].cpu().equal(p.float())
 
 
-@pytest.mark.parametrize("shape", [(12, 9), (200, 160)])  # decomposed exactly, and by a sketch
+@pytest.mark.parametrize("shape", [(12, 9), (200, 160)])  # one is decomposed exactly, one by a sketch
 def test_factors(shape: tuple[int, int], mps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     W = torch.randn(shape)
     generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())  # the same draws there
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())  # both devices draw the same numbers
     expected = svd_factor(W, 4)
     found = svd_factor(moved(W), 4)
     for ours, theirs in zip(found, expected, strict=True):
@@ -99,7 +99,8 @@ def test_every_estimator_computes_there(name: str, mps: list[str], monkeypatch: 
         found.append(estimator.estimate(fresh.to(where), w))
         assert found[-1].device == where
     assert found[1].cpu().shape == (25, 12)
-    if config.selection != "energy" or config.estimator != "tokens":  # which takes the latest refresh's share there
+    # On an accelerator, tokens by energy keep the share of the latest refresh.
+    if config.selection != "energy" or config.estimator != "tokens":
         torch.testing.assert_close(found[1].cpu(), found[0], rtol=1e-5, atol=1e-5)
 
 
@@ -127,7 +128,7 @@ def test_fidelity_is_summed_in_float64(mps: list[str]) -> None:
 
 
 def on_mps(model: PeftModel) -> PeftModel:
-    """`model.to("mps")`, which has to make other parameters of tensors of another class."""
+    """Do `model.to("mps")`. It has to make new parameters, because the tensors' class changes."""
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -157,7 +158,7 @@ def test_an_audit_there_is_the_cpu_s(mps: list[str]) -> None:
     assert reports[1].cosine == pytest.approx(reports[0].cosine, abs=1e-5)
     assert reports[1].loss == pytest.approx(reports[0].loss, abs=1e-5)
     assert mps.count("get") == 1
-    assert mps.count("set") == 2  # before the second gradient, and at the end
+    assert mps.count("set") == 2  # once before the second gradient, and once at the end
 
 
 def test_a_plan_there(mps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +170,7 @@ def test_a_plan_there(mps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     plan = celora.make_plan(model, [make_batch(1), make_batch(2)], 0.9)
     assert {layer.name.rpartition(".")[2] for layer in plan.layers} == {"up_proj", "down_proj"}
     assert plan.audited_cosine >= 0.9
-    assert mps.count("wait") > 100  # around everything that was timed
+    assert mps.count("wait") > 100  # celora waits before and after everything that it times
 
 
 def test_training_there(mps: list[str]) -> None:

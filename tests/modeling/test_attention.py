@@ -1,4 +1,4 @@
-"""Attention of packed sequences equals attention one by one; its float32 backward is compared with float64."""
+"""Attention over packed sequences equals attention one by one. Its float32 backward is compared with float64."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def inputs(dtype: torch.dtype, kv_heads: int = 4, size: int = 16) -> list[Tensor
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T scale + mask) v over the packed row, with a mask that is causal inside each sequence."""
+    """softmax(q k^T scale + mask) v over the packed row. The mask is causal inside each sequence."""
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     sequence = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
@@ -102,11 +102,12 @@ def test_everything_else_is_transformers_own(what: str, size: int, monkeypatch: 
 @pytest.mark.parametrize("tokens", [2, 31, 32, 65, 300])
 @pytest.mark.parametrize("size", [32, 64, 256])
 def test_tiles_are_no_worse_than_torch(size: int, tokens: int) -> None:
-    """Rows of a batch in the layouts of decoders: transposed, and some with gaps between rows."""
+    """Batches have the layouts of decoders: rows are transposed, and some have gaps between them."""
     torch.manual_seed(2)
     wide = torch.randn(3, tokens, 8, size + 7).bfloat16()
     tensors = [wide[:, :, n : n + heads, 3 : 3 + size].transpose(1, 2) for n, heads in ((0, 4), (4, 2), (6, 2))]
-    grad = torch.randn(3, 4, tokens, size).bfloat16()  # of (B, T, heads, d), but not laid out so
+    # its shape is (B, T, heads, d), but its layout in memory is another
+    grad = torch.randn(3, 4, tokens, size).bfloat16()
     errors, exact = {}, [t.double().requires_grad_() for t in tensors]
     key, value = (t.repeat_interleave(2, 1) for t in exact[1:])
     truth = scaled_dot_product_attention(exact[0], key, value, is_causal=True)
@@ -164,7 +165,10 @@ def test_tiles_take_every_row_of_a_batch() -> None:
 
 @needs_matrices
 def test_checkpoints_get_what_the_forward_got() -> None:
-    """The first forward has no gradients. As with an adapter on only `k_proj`, only the keys have one."""
+    """The first forward of a checkpoint has no gradients.
+
+    Only the keys need one, as with an adapter on `k_proj` alone.
+    """
     query, key, value = inputs(torch.bfloat16, 4, 32)
     query, value = query.detach(), value.detach()
     outputs = []

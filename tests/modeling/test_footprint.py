@@ -58,7 +58,7 @@ def test_a_dropped_model_is_freed_at_once(kind: str) -> None:
 def test_a_forward_waits_for_the_device_once(packs: bool, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = make_model().train(), masked_batch() | {"num_items_in_batch": torch.tensor(7)}
     celora.attach(model, CELoraConfig(estimator="dense", labelled_head=True, padding_free=packs))
-    model(**batch)  # which looks at more, once
+    model(**batch)  # the first call looks at more, once
     reads, waits, score = Reads(), Waits(), forward.score_tokens
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,7 +68,7 @@ def test_a_forward_waits_for_the_device_once(packs: bool, attention: str, monkey
 
         return called
 
-    def alone(*args: Any, **kwargs: Any) -> Any:  # on an accelerator it reads nothing: see below
+    def alone(*args: Any, **kwargs: Any) -> Any:  # on an accelerator the head reads nothing: see below
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             return score(*args, **kwargs)
 
@@ -77,7 +77,7 @@ def test_a_forward_waits_for_the_device_once(packs: bool, attention: str, monkey
         monkeypatch.setattr(ModelGraft, name, watched(getattr(ModelGraft, name)))
     if attention == "sdpa":
         assert model(**batch).logits is None
-    else:  # which no CPU has
+    else:  # no CPU has this attention
         causal = model.base_model.model
         causal.config._attn_implementation = attention
         _, passed = require(model).forward._begin(causal, causal, batch, batch["labels"])
@@ -93,7 +93,8 @@ def test_the_head_reads_nothing_of_an_accelerator(
     logits: Logits, smoothing: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors on the device `meta` have no numbers that could be read."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # of which `meta` knows nothing
+    # torch asks for autocast's state, and `meta` has none
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     hidden = torch.empty(2, 40, 32, device="meta", requires_grad=True)
     rows, targets = (torch.empty(50, dtype=torch.int64, device="meta") for _ in range(2))
@@ -106,7 +107,7 @@ def test_the_head_reads_nothing_of_an_accelerator(
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that is made."""
+    """Record the bytes of the largest tensor that is made."""
 
     nbytes = 0
 
@@ -121,7 +122,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("logits", [Logits(), Logits(1.0, 30.0)], ids=str)
 def test_the_softmax_works_on_little_at_once(logits: Logits) -> None:
-    """Of 1,024 tokens and 151,936 words on an accelerator, in float32 on 64 MiB."""
+    """For 1,024 tokens and 151,936 words on an accelerator, in float32, it takes 64 MiB."""
     z = torch.empty(1024, 151_936, dtype=torch.bfloat16, device="meta")
     targets = torch.empty(1024, dtype=torch.int64, device="meta")
     with Largest() as made:

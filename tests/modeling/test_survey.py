@@ -1,4 +1,4 @@
-"""A survey finds a model's layers, why some cannot be estimated or fused, and the language model around them."""
+"""A survey finds a model's layers and its language model. It says why a layer cannot be estimated or fused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_plain_model() -> None:
 
 
 def test_it_is_the_same_once_celora_is_attached() -> None:
-    """So that attaching again finds what it found before; a forward that was interrupted is put right."""
+    """Attaching again then finds what it found before. A survey also repairs what an interrupted forward left."""
     model = make_model().train()
     before = survey(model)
     celora.attach(model, "exact")
