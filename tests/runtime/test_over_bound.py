@@ -1,4 +1,4 @@
-"""An estimate whose relative error stays at 1 or more is given up: convergence is proven for errors below 1 only."""
+"""An estimate whose relative error stays at 1 or more is given up, because convergence is proven only below 1."""
 
 from __future__ import annotations
 

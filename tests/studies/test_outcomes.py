@@ -1,4 +1,4 @@
-"""Conclusions of a comparison: intervals agree with the textbook, and sentences claim what the runs show."""
+"""Conclusions of a comparison: intervals agree with the textbook, and sentences claim only what the runs show."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def outcomes(**losses: list[float | None]) -> list[Outcome]:
 
 
 def test_paired_differences() -> None:
-    """Against the textbook: differences 1, 2, 3 have mean 2, deviation 1, and t(2) = 4.30265."""
+    """Textbook values: differences 1, 2, 3 have mean 2, deviation 1, and t(2) = 4.30265."""
     found = Difference.of([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
     assert found.mean == 2
     assert found.low == pytest.approx(2 - 4.3026527 / 3**0.5)
