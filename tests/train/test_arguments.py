@@ -1,4 +1,4 @@
-"""Arguments: every TRL name, three sources with one conversion, one line for each mistake."""
+"""Arguments: every name of TRL's, three sources with one conversion, and one line for each mistake."""
 
 from __future__ import annotations
 

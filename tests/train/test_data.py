@@ -1,4 +1,4 @@
-"""Rows from files, folders and the hub: every shape, every source, and one clear line for every mistake."""
+"""Rows from files, folders and the hub: every shape and every source, and one clear line for every mistake."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_links_out_of_a_data_folder(tmp_path: Path, load: Load) -> None:
     (folder / "train.jsonl").symlink_to(elsewhere)
     with pytest.raises(CELoraError, match=r"train\.jsonl: a link out of the data folder; give what it points to"):
         load(folder)
-    assert load(folder / "train.jsonl") == [{"text": "a"}]  # given by its own name
+    assert load(folder / "train.jsonl") == [{"text": "a"}]  # the user gave this file's own name
 
     blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0a1b" / "data"
     blobs.mkdir(parents=True)
@@ -242,7 +242,7 @@ def test_a_data_set_of_save_to_disk_is_recognised(tmp_path: Path, load: Load) ->
 
 def test_hidden_files_are_no_data(tmp_path: Path, load: Load) -> None:
     write(tmp_path / "train.jsonl", TEXT)
-    (tmp_path / "._train.jsonl").write_bytes(b"\0\5\x16\7")  # as macOS leaves them
+    (tmp_path / "._train.jsonl").write_bytes(b"\0\5\x16\7")  # macOS leaves such files
     assert load(tmp_path) == [TEXT]
 
 

@@ -1,4 +1,4 @@
-"""The output folder: its lock, and what is left if a run is killed while it replaces another."""
+"""The output folder: its lock, and what remains if a run is killed while it replaces another one."""
 
 from __future__ import annotations
 
@@ -113,19 +113,19 @@ def test_a_killed_overwrite_gives_the_earlier_run_back(folder, moves, monkeypatc
     assert folder.resumable()["run"] == "earlier"
     assert names(folder) == sorted([*before, LOCK])
 
-    folder.set_aside()  # to its end, and killed then
+    folder.set_aside()  # this time it ends, and the process is killed after it
     assert folder.run() is None
     assert folder.resumable()["run"] == "earlier"
     folder.set_aside()
     write_json(folder.path / RUN, {"celora": "0", "run": "new"})
-    assert folder.resumable()["run"] == "new"  # that one has begun
+    assert folder.resumable()["run"] == "new"  # the new run has begun
     folder.restore()
     assert folder.run()["run"] == "earlier"
     assert names(folder) == sorted([*before, LOCK])
 
 
 def test_what_others_call_replaced_is_not_brought_back(folder):
-    """Nothing of theirs moves, nor a link that is among ours."""
+    """Nobody else's files move, and neither does a link among ours."""
     folder.set_aside()
     aside = folder.path / ".replaced"
     (aside / "README.md").symlink_to(folder.path)

@@ -1,6 +1,6 @@
 """Generated configurations, plans, rows and flags either work or give one line.
 
-300 cases in all by default; HYPOTHESIS_PROFILE=nightly runs 2,000, new ones every time.
+By default there are 300 cases in all. HYPOTHESIS_PROFILE=nightly runs 2,000, new ones every time.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ PLAN = plan()
 
 @st.composite
 def mutated_plans(draw: st.DrawFn) -> bytes:
-    """A plan with one or two values replaced, removed or doubled, or with bytes of its file changed."""
+    """A plan with one or two values replaced, removed or doubled, or with changed bytes in its file."""
     document = json.loads(json.dumps(PLAN))
     for *to, key in draw(st.lists(st.sampled_from(places(PLAN)[1:]), min_size=1, max_size=2)):
         parent = document
@@ -115,7 +115,7 @@ def mutated_plans(draw: st.DrawFn) -> bytes:
             inside = step in parent if isinstance(parent, dict) else isinstance(parent, list) and step < len(parent)
             parent = parent[step] if inside else None
         if not isinstance(parent, dict | list):
-            continue  # the other change took this place away
+            continue  # the other change has removed this place
         action = draw(st.sampled_from(["junk", "junk", "remove", "repeat"]))
         if isinstance(parent, dict):
             parent[key] = draw(JUNK)
@@ -215,7 +215,7 @@ VALUES = TEXTS | st.integers(-9, 9).map(str) | st.text(max_size=6)
 
 
 def own_flags(command: str) -> st.SearchStrategy[list[str]]:
-    """One of the options that a command itself has, with a value if it takes one, or an argument."""
+    """One of a command's own options, with a value if it takes one; or an argument."""
 
     def drawn(parameter: Any) -> st.SearchStrategy[list[str]]:
         if parameter.param_type_name == "argument":
@@ -240,12 +240,12 @@ class Nothing:
         return asdict(self)
 
     def save(self, path: Path) -> None:
-        """Nowhere."""
+        """Save nothing."""
 
 
 @pytest.fixture
 def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The commands without what takes long, or would write: they parse, check and print."""
+    """Commands parse, check and print, but do nothing that takes long or writes."""
     found = doctor.examine()
 
     def checked(request: TrainRequest, **_: Any) -> Any:
@@ -291,7 +291,7 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 )
 def test_flags(call: tuple[str, list[list[str]]], flags: list[list[str]], document: Any, with_file: bool) -> None:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), mock.patch.dict(os.environ):
-        warnings.simplefilter("ignore")  # TRL and transformers have their own to say about some values
+        warnings.simplefilter("ignore")  # TRL and transformers also warn about some values
         file = Path(folder) / "run.yaml"
         file.write_text(json.dumps(document), encoding="utf-8")
         command, own = call
@@ -307,5 +307,5 @@ def test_flags(call: tuple[str, list[list[str]]], flags: list[list[str]], docume
         assert said[0].startswith("error: ")
         assert out.getvalue() == ""
     else:
-        before = [line for line in said if line.startswith("LoRA, CE-LoRA as published")]  # of `celora demo`
+        before = [line for line in said if line.startswith("LoRA, CE-LoRA as published")]  # `celora demo` prints this
         assert (status, said) == (0, before)

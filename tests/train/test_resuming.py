@@ -191,7 +191,7 @@ def test_an_overwrite_that_is_interrupted_before_its_first_step_brings_the_run_b
 
 def test_a_run_that_steps_ended_goes_on_for_more_epochs(inputs, tmp_path):
     output = tmp_path / "out"
-    go(inputs, output, max_steps=2, save_steps=2)  # of 6 in an epoch
+    go(inputs, output, max_steps=2, save_steps=2)  # an epoch has 6 steps
     result, _ = go(inputs, output, max_steps=-1, num_train_epochs=1, resume=True, save_steps=2)
     assert (result.status, result.step) == ("finished", 6)
     assert go(inputs, output, max_steps=-1, num_train_epochs=1, resume=True, save_steps=2)[0].status == (

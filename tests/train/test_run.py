@@ -67,7 +67,7 @@ def test_adapter_reloads_in_stock_peft_with_the_same_logits(finished, inputs):
 
 
 def test_the_best_of_its_checkpoints_is_what_is_left(inputs, tmp_path):
-    """Judged the wrong way round here, so that it is not the last."""
+    """The highest loss counts as the best here, so that the best checkpoint is not the last."""
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     output = tmp_path / "out"
     result, _ = go(
@@ -85,7 +85,7 @@ def test_the_best_of_its_checkpoints_is_what_is_left(inputs, tmp_path):
 
 
 def test_a_template_from_elsewhere_is_a_template(inputs, tmp_path):
-    """Rows of instructions are conversations where there is one, wherever it comes from."""
+    """With a chat template, from whatever place, rows of instructions become conversations."""
     bare = tmp_path / "bare"
     shutil.copytree(inputs["model"], bare)
     template = (bare / "chat_template.jinja").rename(tmp_path / "chat_template.jinja")
@@ -235,7 +235,7 @@ def test_metrics_say_where_the_time_goes(inputs, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
 def test_label_smoothing_is_the_same_in_the_head(inputs, tmp_path):
-    """Transformers' LabelSmoother over all logits, and the head that smooths as it goes."""
+    """Transformers' LabelSmoother needs all logits. celora's head smooths piece by piece."""
     losses = {}
     for preset in ("off", "exact"):
         smoothed = {"celora": None, "lora_dropout": 0.0, "label_smoothing_factor": 0.1}

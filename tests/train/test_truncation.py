@@ -1,4 +1,4 @@
-"""What is cut off is counted and said."""
+"""A run counts what is cut off, and says so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runs import go
 
 
 def rows(path, lengths, **more):
-    """Prompts of 2 words and completions that make up the given lengths, the end of the text included."""
+    """Prompts of 2 words, with completions that give these lengths, including the end of the text."""
     lines = [{"prompt": "w1 w2", "completion": " " + "w3 " * (n - 3)} for n in lengths]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return {"data": str(path), "max_steps": 1, "save_strategy": "no", **more}

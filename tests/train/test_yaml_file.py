@@ -20,7 +20,7 @@ from trl_fields import TRL_SFT
 
 
 def test_a_file_of_trl_sft_with_every_default_written_out(tmp_path):
-    """Whatever `trl sft` may be given and means nothing by is accepted."""
+    """celora accepts every setting of `trl sft` that has its default value."""
     values = {
         f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         for cls in TRL_SFT

@@ -29,7 +29,7 @@ CONFIGS: list[Any] = [
 
 
 def _resident() -> int:
-    """Bytes of memory that the process holds now."""
+    """The memory that the process holds now, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -64,11 +64,11 @@ def test_attaching_and_detaching_leaks_nothing(model: PeftModel, cycles: int) ->
             held.append(_resident())
     assert _registries() == registries
     assert _hooks(model) == hooks
-    assert held[1] - held[0] < 8 * 2**20  # in half of the cycles
+    assert held[1] - held[0] < 8 * 2**20  # growth in the second half of the cycles
 
 
 class _Stop(BaseException):
-    """As a KeyboardInterrupt: no handler of exceptions sees it."""
+    """Like KeyboardInterrupt: no handler for exceptions catches it."""
 
 
 @pytest.mark.fault(
@@ -84,7 +84,7 @@ class _Stop(BaseException):
 def test_an_interruption_leaves_the_model_as_it_was(
     what: str, attached: str | None, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the middle of a layer's forward, at one pass after another."""
+    """It comes in the middle of a layer's forward, in one pass after another."""
     if what == "audit" and attached is None:
         pytest.skip("nothing to audit")
     model = make_model(lora_dropout=0.1).train()
@@ -158,7 +158,7 @@ def test_detaching_after_an_interrupted_forward_leaves_the_adapter_on(model: Pef
 )
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_what_is_not_finite_cannot_be_judged(model: PeftModel, how: str) -> None:
-    """One line instead of a plan or a report full of numbers that are none."""
+    """One line, instead of a plan or a report full of NaN."""
     celora.attach(model, "paper")
     if how == "loss":
         model.base_model.model.model.norm.weight.data[0] = float("nan")

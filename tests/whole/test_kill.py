@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKI
 
 
 def run(folder: Path, cases: list[dict], seconds: float) -> list[dict]:
-    """What the harness says of these cases, run in one process that imports the training stack once."""
+    """The harness's results for these cases, from one process that imports the training stack once."""
     (folder / "cases.json").write_text(json.dumps(cases))
     tests = Path(__file__).parents[1] / "helpers"
     done = subprocess.run(
@@ -38,24 +38,24 @@ def run(folder: Path, cases: list[dict], seconds: float) -> list[dict]:
 
 
 def same(results: list[dict]) -> list[dict]:
-    """The results, all of which ended as if nothing had been killed."""
+    """The results, after a check that all of them ended as if nothing had been killed."""
     assert [one for one in results if not one["same"]] == []
     return results
 
 
-# One kill early and one late in each mode, in the latter case a second one while the run goes on.
+# Each mode is killed once early and once late. After the late kill, the resumed run is killed, too.
 SEEDED = random.Random(7)
 EACH_MODE = [
     {"mode": mode, "moments": [["event", SEEDED.uniform(low, high)], *more]}
     for mode in ALONE
     for low, high, more in ((0.0, 0.6, []), (0.6, 1.0, [["event", 0.1]]))
 ]
-# A job that gives the same whole command at every start, killed before its folder is there and before its report is.
+# A job gives the same command at every start. It is killed before its folder exists, and before its report does.
 A_JOB = [["event", 0.0], ["write", ".run.json.tmp"], ["event", 0.7], ["write", ".report.html.tmp"]]
 CASES = [
     *EACH_MODE,
     {"mode": ALWAYS, "moments": A_JOB},
-    # The first after its own part of a checkpoint, the second before its part; each has selected by its own tokens.
+    # The first is killed after its part of a checkpoint, the second before its part. Each selects by its own tokens.
     {"mode": "two", "moments": [["event", 0.75, 0], ["event", 0.5, 1]]},
     {"mode": "two", "moments": [["locked", 0], ["full", 0.7, 0], ["full", 0.1, 1]]},
 ]
@@ -94,7 +94,7 @@ def test_killed_at_fifty_random_moments(tmp_path):
     ]
     results = same(run(tmp_path, cases, 1800))
     print(f"{sum(one['kills'] for one in results)} kills in {len(results)} runs")
-    assert sum(one["kills"] > 0 for one in results) >= 45  # a moment measured in seconds may come after the end
+    assert sum(one["kills"] > 0 for one in results) >= 45  # some moments, measured in seconds, come after the end
 
 
 @pytest.mark.fault(
@@ -133,4 +133,4 @@ def test_one_of_two_killed_at_many_random_moments(tmp_path):
     ]
     results = same(run(tmp_path, cases, 2400))
     print(f"{sum(one['kills'] for one in results)} kills in {len(results)} runs")
-    assert sum(one["kills"] > 0 for one in results) >= 12  # nobody is killed by a full disk
+    assert sum(one["kills"] > 0 for one in results) >= 12  # a full disk kills nobody
