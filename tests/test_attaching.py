@@ -24,8 +24,7 @@ HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
 
 
 def _footprint(model: nn.Module) -> list[Any]:
-    """Every module with its class, attributes and hooks; the keys of the state; and every global that celora could
-    change."""
+    """All modules with class, attributes and hooks; the keys of the state; and all globals that celora could change."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
     return [
         [(n, type(m), sorted(m.__dict__), [dict(getattr(m, h)) for h in hooks]) for n, m in model.named_modules()],
@@ -105,7 +104,8 @@ def test_a_weight_that_a_launcher_has_yet_to_put_in_place_is_left_to_the_first_r
     celora.attach(model, HALF)
     grafts = require(model).grafts
     assert {name for name, graft in grafts.items() if graft.estimator.factor.V is None} == set(names)
-    # Where it will lie decides, as in the processes where it is already: or they would wait for each other.
+    # The device that the weight will be on decides, as in processes that have it already. Else they would wait for each
+    # other.
     assert refuses() or names[0] in celora.attach(model, MEMBERS["int8"]).estimated
 
 

@@ -49,19 +49,19 @@ def patch(module: nn.Module | None, factor: float = 0.5) -> None:
 
 
 def hook(module: nn.Module | None, factor: float | None = 0.5) -> None:
-    """A forward hook that multiplies, or only looks."""
+    """Add a forward hook that multiplies the output, or only looks at it."""
     if module is not None:
         module.register_forward_hook(lambda m, args, output: None if factor is None else times(output, factor))
 
 
 def pre_hook(module: nn.Module | None) -> None:
-    """A forward pre-hook that multiplies a module's first positional input."""
+    """Add a forward pre-hook that multiplies a module's first positional input."""
     if module is not None:
         module.register_forward_pre_hook(lambda m, args: (args[0] * 0.5, *args[1:]) if args else None)
 
 
 def backward_hook(module: nn.Module | None) -> None:
-    """A backward hook that changes the gradient of a module's input."""
+    """Add a backward hook that changes the gradient of a module's input."""
     if module is not None:
         module.register_full_backward_hook(lambda m, grads, _: tuple(g if g is None else g * 0.5 for g in grads))
 

@@ -148,7 +148,7 @@ def test_features_of_very_different_size(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_input_in_8_bits_can_be_multiplied_from_the_left(dtype: torch.dtype, masked: bool, scaled: bool) -> None:
-    """As the gradient of LoRA's A needs it: `p^T x`."""
+    """The gradient of LoRA's A needs this product: `p^T x`."""
     w, x, p = torch.randn(67, 100), torch.randn(25, 100).to(dtype), torch.randn(25, 3).to(dtype)
     mask, scale = (torch.rand(25, 100) < 0.7 if masked else None), (torch.rand(100) + 0.1 if scaled else None)
     if packed_of(w) is None:

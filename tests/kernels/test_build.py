@@ -45,7 +45,7 @@ def made(compiled: Path, tmp_path: Path) -> Path:
 
 
 def compilers(folder: Path, **does: str) -> str:
-    """A PATH with compilers of these names, which do this."""
+    """A PATH with commands of these names, each of which runs this shell command."""
     for name, command in does.items():
         (folder / name).write_text(f"#!/bin/sh\n{command}\n")
         (folder / name).chmod(0o755)

@@ -83,8 +83,7 @@ def test_keeping_everything_is_dense_bit_for_bit(dtype: torch.dtype) -> None:
 def test_low_precision_is_no_worse_than_the_naive_product(
     dtype: torch.dtype, shape: tuple[int, int], rank: int
 ) -> None:
-    """Both are compared with the float64 closed form, on the same gradient: the estimate and the naive low-precision
-    product."""
+    """The estimate and the naive low-precision product use the same gradient. The float64 closed form is the judge."""
     W, G = (torch.randn(*shape) / shape[1] ** 0.5).to(dtype), torch.randn(256, shape[0]).to(dtype)
     estimator = _observed(G, W, keep_ratio=0.5, rank=rank)
 

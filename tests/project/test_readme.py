@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# peft looks for the base model's configuration on the hub when it saves, and says that it could not.
+# When peft saves, it looks for the base model's configuration on the hub, and says that it did not find it.
 @pytest.mark.filterwarnings("ignore:Could not find a config file in")
 # TRL turns checkpointing on under the name that transformers 5.24 has just deprecated.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")

@@ -92,8 +92,7 @@ def test_a_full_disk_stops_the_run_and_resume_goes_on(too_large, inputs, whole, 
     "error", [RuntimeError(), torch.OutOfMemoryError("CUDA out of memory"), dist.DistError("gone")]
 )
 def test_what_is_not_the_disk_s_fault_keeps_its_name(error, inputs, tmp_path, monkeypatch):
-    """The command line has a line of its own for lack of memory and for other processes, and calls everything else a
-    bug."""
+    """The command line has a line for lack of memory and for other processes. It calls everything else a bug."""
     monkeypatch.setattr(SFTTrainer, "_save_checkpoint", raising(error))
     with pytest.raises(type(error)) as caught:
         go(inputs, tmp_path / "out")

@@ -74,7 +74,7 @@ def _check(case: Case) -> None:
         theirs = [plain, *(train(case, nudged(build(case), seed, half_unit), attached=False) for seed in _DRAWS)]
         ours = [found, *(train(case, nudged(build(case), seed, half_unit), attached=True) for seed in _DRAWS)]
         missed = [reason for trace in ours if (reason := _missed(trace, theirs, truth, floor))]
-        if 2 * len(missed) > len(ours):  # a mistake shows in all draws, bad luck in one
+        if 2 * len(missed) > len(ours):  # a mistake shows in all draws, bad luck only in some
             raise missed[0] from None
     compare_what_is_left(case, found, plain)
 
@@ -223,7 +223,7 @@ def compare_what_is_left(case: Case, found: Trace, plain: Trace) -> None:
     try:
         expected = one_more(case, plain.model)
     except Exception:
-        return  # plain PEFT cannot: its own loss does not take these labels, torch left a tensor of its graph behind
+        return  # plain PEFT cannot do this: its loss refuses these labels, or torch kept a tensor of its graph
     if not all(torch.equal(a, b) for a, b in zip(one_more(case, found.model), expected, strict=True)):
         raise Difference("after detach, results differ")
 
@@ -379,7 +379,7 @@ def test_a_case_is_printed_as_the_call_that_makes_it() -> None:
         assert eval(repr(case), {"Case": Case}) == case
 
 
-# Those of a profile's cases are for four tests of generated input, which are made sooner.
+# The profile's own numbers are for the four tests of test_input.py, whose cases are faster.
 CASES = {"ci": 300, "nightly": 3_000}[os.environ.get("HYPOTHESIS_PROFILE", "ci")]
 
 

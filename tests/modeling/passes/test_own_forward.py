@@ -151,7 +151,8 @@ def test_less_is_saved_for_backward() -> None:
             model(**batch)
         sizes.append(saved.nbytes)
     tokens = 4 * 32
-    # Float32 copies for x itself in four norms, as the first one's input needs no gradient, and each gate's own result.
+    # Saved: x itself instead of float32 copies, in four norms (the first one's input needs no gradient); each gate's
+    # result.
     assert sizes[0] - sizes[1] == tokens * (4 * (4 - 2) * 48 + 2 * 2 * 80)
 
 
