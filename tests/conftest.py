@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Set before torch is imported, and inherited by processes that tests start. Matrices this small are slower on two
-# threads, and far slower if tests run side by side.
+# Set this before torch is imported. Processes that tests start inherit it. Two threads are slower for matrices this
+# small, and far slower if tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Without a GPU, Triton's kernels run in its interpreter, which has to be said before anything imports it.
+# Without a GPU, Triton's kernels run in its interpreter. Set this before anything imports Triton.
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Inductor's cache may return code for wide registers although torch is limited to narrow ones. Such code writes past
@@ -37,7 +37,7 @@ from celora.studies import assets
 from patching import patch_all
 from small import make_batch, make_model
 
-# Generated input (test_input.py): four tests, so 300 cases in all, the same every time, or 2,000 new ones.
+# Generated input (test_input.py) in four tests: by default 300 cases in all, always the same; or 2,000 new ones.
 hypothesis.settings.register_profile("ci", max_examples=75, derandomize=True, database=None, deadline=None)
 hypothesis.settings.register_profile("nightly", max_examples=500, database=None, deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -50,7 +50,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches here are so small that adapters would not be fused."""
+    """Fuse adapters for any number of tokens. Batches here are so small that celora would not fuse them."""
     patch_all(monkeypatch, "celora.modeling.fused:_FEWEST_TOKENS", 0)
 
 
@@ -67,17 +67,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Rooms with long files first: workers end together where short files come last."""
+    """Run rooms with long files first. If short files come last, the workers end at about the same time."""
     items.sort(key=lambda item: item.path.parent.name not in ("whole", "studies", "project", "numerics", "weights"))
 
 
 def pytest_collection() -> None:
-    """Do not look for garbage while test modules are imported: nearly all that they make stays."""
+    """Turn off Python's garbage collector while test modules are imported: nearly everything they make stays."""
     gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """Look for garbage among what tests make, not among the half million objects that the libraries' imports leave."""
+    """Let the collector look at what tests make. Freeze the half million objects from the libraries' imports."""
     gc.enable()
     gc.collect()
     gc.freeze()
@@ -85,7 +85,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_seeds_for_devices_that_are_not_there() -> Iterator[None]:
-    """Every `torch.manual_seed` writes down the stack for a device that may come later, a millisecond each time."""
+    """Without a GPU, every `torch.manual_seed` spends a millisecond on recording a stack trace for later."""
     with pytest.MonkeyPatch.context() as patch:
         for device in (torch.cuda, torch.xpu):
             if not device.is_available():
@@ -95,7 +95,7 @@ def _no_seeds_for_devices_that_are_not_there() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_reading_what_was_read() -> Iterator[None]:
-    """accelerate reads the metadata of three packages from disk, several times in every step of a Trainer."""
+    """accelerate reads the metadata of three packages from disk several times in every step of a Trainer. Cache it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.metadata, "metadata", functools.cache(importlib.metadata.metadata))
         yield
@@ -103,7 +103,7 @@ def _no_reading_what_was_read() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_waiting_for_the_disk() -> Iterator[None]:
-    """A test's files need not survive a power cut. `disk` still sees every flush."""
+    """Skip flushes to disk: a test's files need not survive a power cut. `disk` still sees every flush."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
@@ -111,14 +111,14 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Drop what pytest-xdist's workers wrote outside tests, warnings of imports, unless it may explain a failure."""
+    """If all tests passed, drop what pytest-xdist's workers wrote outside tests: warnings of imports."""
     if exitstatus == 0:
         session.config.pluginmanager.getplugin("capturemanager").read_global_capture()
 
 
 @pytest.fixture(scope="session")
 def real_assets() -> None:
-    """The demo's model and sentences. The first worker that needs them prepares them, and the others wait."""
+    """The demo's model and sentences. The first worker that needs them prepares them; the others wait."""
     folder = assets.cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".tests.lock"):
@@ -128,7 +128,7 @@ def real_assets() -> None:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The tiny model and rows for it, for `celora train`. Tests that change a file copy it first."""
+    """The tiny model and rows for `celora train`. Tests that change a file copy it first."""
     from tiny import save_rows, save_tiny_model
 
     folder = tmp_path_factory.mktemp("inputs")
@@ -138,7 +138,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def finished(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str, Any]:
     """A run of six steps that ended well: its folder, its result, what it printed, and its model."""
-    from runs import go, on_build  # here: most rooms need no trainer
+    from runs import go, on_build  # imported here, because most rooms need no trainer
 
     output, trainers = tmp_path_factory.mktemp("finished") / "out", []
     with pytest.MonkeyPatch.context() as patch:
@@ -149,7 +149,7 @@ def finished(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Records every flush to disk and every rename, in order, by the number of the inode."""
+    """Record every flush to disk and every rename, in order, each with its inode number."""
     seen: list[tuple[str, int]] = []
     fsync, replace = os.fsync, os.replace
 
@@ -178,7 +178,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The home of a user whose cache is `home/.cache`. Tests may make the folder around it writable for others."""
+    """The home of a user whose cache is `home/.cache`. Tests may let other users write to the folder around it."""
     if not hasattr(os, "getuid"):
         pytest.skip("Windows keeps a user's folder for the user")
     home = tmp_path / "home"

@@ -24,7 +24,7 @@ HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
 
 
 def _footprint(model: nn.Module) -> list[Any]:
-    """Every module, its class, attributes, hooks and keys; and every global that celora could have changed."""
+    """All modules with class, attributes and hooks; the keys of the state; and all globals that celora could change."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
     return [
         [(n, type(m), sorted(m.__dict__), [dict(getattr(m, h)) for h in hooks]) for n, m in model.named_modules()],
@@ -40,7 +40,7 @@ def test_attach_and_detach_leave_no_trace(model: PeftModel) -> None:
     assert list(model.state_dict()) == [key for key, _ in before[1]]
     celora.detach(model)
     assert _footprint(model) == before
-    celora.detach(model)  # nothing there: nothing happens
+    celora.detach(model)  # nothing is attached, so nothing happens
     assert _footprint(model) == before
 
 
@@ -74,13 +74,14 @@ def test_attaching_again_is_idempotent_and_another_configuration_replaces(model:
     attachment = find(model)
     assert celora.attach(model, HALF) == first
     assert find(model) is attachment
-    model.base_model.model.model.gradient_checkpointing = True  # as Trainer may: one more piece of advice
+    # Trainer may do this; the report then has one more piece of advice
+    model.base_model.model.model.gradient_checkpointing = True
     assert any("checkpointing" in note for note in celora.attach(model, HALF).notes)
     assert find(model) is attachment
     model.base_model.model.model.gradient_checkpointing = False
     celora.attach(model, "paper")
     hooks = [h for m in model.modules() for h in m._forward_hooks.values() if isinstance(h, LayerGraft)]
-    assert len(hooks) == 14  # one for each layer, for its adapter
+    assert len(hooks) == 14  # one for the adapter of each layer
     assert len(require(model).grafts) == 8
     assert require(model).clock.step == 0
 
@@ -98,12 +99,13 @@ def test_a_weight_that_a_launcher_has_yet_to_put_in_place_is_left_to_the_first_r
     names = [f"base_model.model.model.layers.0.mlp.{kind}_proj" for kind in ("up", "gate", "down")]
     up, gate, down = (model.get_submodule(name).get_base_layer() for name in names)
     up.to("meta")
-    gate.weight.data = torch.empty(0)  # as ZeRO-3 leaves it
-    down.weight.data = torch.full_like(down.weight, torch.nan)  # memory that was never written to
+    gate.weight.data = torch.empty(0)  # ZeRO-3 leaves an empty weight
+    down.weight.data = torch.full_like(down.weight, torch.nan)  # nobody has written to this memory
     celora.attach(model, HALF)
     grafts = require(model).grafts
     assert {name for name, graft in grafts.items() if graft.estimator.factor.V is None} == set(names)
-    # Where it will lie decides, as in the processes where it is already: or they would wait for each other.
+    # The device that the weight will be on decides, as in processes that have it already. Else they would wait for each
+    # other.
     assert refuses() or names[0] in celora.attach(model, MEMBERS["int8"]).estimated
 
 
@@ -170,7 +172,7 @@ def test_an_override_without_a_layer_is_said(model: PeftModel) -> None:
 
 
 def test_importing_celora_changes_nothing() -> None:
-    """In a process of its own, without network, and with nothing of torch or PEFT replaced."""
+    """Runs in a new process without network. Nothing of torch or PEFT is replaced."""
     script = """
 import socket, sys
 import peft, torch, transformers

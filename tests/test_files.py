@@ -111,9 +111,9 @@ def test_what_is_not_json_is_one_line(tmp_path: Path, content: bytes, message: s
 
 @pytest.mark.fault(
     "input",
-    "a pipe or a device, or a link to one, as data, configuration, plan or record of a run",
+    "data, configuration, plan or record of a run is a pipe or a device, or a link to one",
     sees="`a pipe or a device; expected a file`",
-    kept="everything: nothing waits for ever, nothing is read without end",
+    kept="everything: celora neither waits for it nor reads without end",
 )
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
 @pytest.mark.parametrize("read", [read_json, read_document, load_rows])

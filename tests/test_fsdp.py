@@ -1,4 +1,4 @@
-"""What `celora.fsdp.shard` refuses; what it does is tested by several processes in test_distributed.py."""
+"""What `celora.fsdp.shard` refuses. Several processes test what it does, in test_distributed.py."""
 
 from __future__ import annotations
 

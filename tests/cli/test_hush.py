@@ -1,4 +1,4 @@
-"""A command prints celora's own lines, and only those lines of other libraries that concern the run."""
+"""A command prints celora's own lines. Of other libraries' lines it prints only those that concern the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_only_the_listed_messages_are_left_out(name: str, caplog: pytest.LogCapt
 
 
 def test_what_deepspeed_says_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its own handler writes to stdout, which is for results."""
+    """DeepSpeed's own handler writes to stdout, but stdout is for results."""
     hush()
     logger, handler = logging.getLogger("DeepSpeed"), logging.StreamHandler(sys.stdout)
     logger.addHandler(handler)

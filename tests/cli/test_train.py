@@ -111,7 +111,7 @@ env: {{WANDB_PROJECT: set}}
 
 
 def test_json_is_all_that_a_new_process_prints(inputs):
-    """Whatever the libraries that are installed, DeepSpeed among them, log when they are imported."""
+    """Installed libraries, for example DeepSpeed, may log when they are imported. Nothing of that is printed."""
     _, model, rows = inputs
     given = ["--model", str(model), "--data", str(rows), "--preset", "exact", "--json", "--quiet"]
     command = [sys.executable, "-m", "celora", "audit", *given]

@@ -49,7 +49,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def ctrl_c():
-    """SIGINT as in a terminal; a shell's job in the background ignores it."""
+    """SIGINT as in a terminal. A shell makes jobs in the background ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

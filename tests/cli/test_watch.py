@@ -13,7 +13,7 @@ from patching import patch_all
 
 def test_watching_runs(finished, capsys, tmp_path):
     out = str(finished[0])
-    assert main(["watch", out, out]) == 0  # no terminal: once
+    assert main(["watch", out, out]) == 0  # not a terminal, so the table is printed once
     table = capsys.readouterr().out
     assert [line.split() for line in table.splitlines() if line.startswith("status")] == [["status", *["finished"] * 2]]
     assert main(["watch", out, "--json"]) == 0

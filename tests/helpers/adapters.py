@@ -45,7 +45,7 @@ def adapted(tied: bool = False, **settings: Any) -> Any:
 def save(model: Any, folder: Any) -> Any:
     """Save with PEFT, without its warnings."""
     with warnings.catch_warnings():
-        # It looks for the base model's configuration on the hub; it takes one-dimensional biases for damage.
+        # PEFT looks for the base model's configuration on the hub, and takes one-dimensional biases for damage.
         for message in ("Could not find a config file in", "Setting `save_embedding_layers`", "Adapter 'default'"):
             warnings.filterwarnings("ignore", message=message)
         model.config._name_or_path = ""

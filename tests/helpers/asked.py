@@ -1,4 +1,4 @@
-"""Requests of a user, and the one-line errors for mistakes in them."""
+"""Requests of a user, and the one-line errors for wrong requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pretended times of estimates that do not depend on the machine: the kept share is the time."""
+"""Pretended times of estimates that do not depend on the machine. The kept share counts as the time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from celora.settings.config import LayerConfig
 
 
 class Costs(dict[LayerConfig, float]):
-    """Milliseconds of a setting, unless another number is put in."""
+    """Milliseconds of a setting: the kept share, unless a test puts in another number."""
 
     def __missing__(self, setting: LayerConfig) -> float:
         if setting == EXACT:

@@ -39,7 +39,7 @@ def model_of(kind: str, **more: Any) -> nn.Module:
 
 
 def logit_gradients(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Of the mean square of all logits."""
+    """The gradients of the mean square of all logits."""
     model.zero_grad()
     model(**batch).logits.float().square().mean().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

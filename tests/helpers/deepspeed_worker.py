@@ -1,7 +1,8 @@
 """What two processes do in tests/whole/test_deepspeed.py, started by torchrun: `deepspeed_worker.py FOLDER`.
 
-ZeRO-2 and ZeRO-3: DeepSpeed's engine in a loop of one's own, on the batches of `distributed_worker`, beside DDP; then
-`celora train`, with and without an interruption.
+
+First DeepSpeed's engine with ZeRO-2 and ZeRO-3 in a plain loop, and DDP, all on the batches of `distributed_worker`.
+Then `celora train`, with and without an interruption.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Trains one drawn case twice, with plain PEFT and with celora's `exact`, and compares all results.
 
-In float32 the two must agree to rounding. If they do not, PEFT in float64 tells whether the case itself is that
-sensitive to rounding. In half precision, both are judged by their distance from float32 training of the same weights.
+
+In float32 the two must agree to rounding. If they do not, PEFT in float64 shows whether the case itself is that
+sensitive to rounding. In half precision, both are compared with float32 training of the same weights.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from drawn_acts import ACTS
 from drawn_models import adapt, causal_of, make_base
 
 SMOOTHING = 0.1
-ROUNDING = 1e-5  # of the norm of a gradient, in float32
+ROUNDING = 1e-5  # relative to the norm of a float32 gradient
 _own_dropout = nn.functional.dropout
 
 
 def _kept(columns: int, p: float) -> Tensor:
-    """Which columns a dropout of `p` keeps: the same ones in every call."""
+    """The columns that a dropout of `p` keeps: the same in every call."""
     return (torch.arange(columns) * 37 + 13) % 101 >= 101 * p
 
 
@@ -49,7 +50,7 @@ def _bernoulli_(self: Tensor, p: float) -> Tensor:
 
 @contextlib.contextmanager
 def same_masks() -> Iterator[None]:
-    """Let dropout drop the same columns of every token, so that batches with and without padding can be compared."""
+    """Let dropout drop the same columns for every token, so that batches with and without padding are comparable."""
     with (
         mock.patch.object(nn.functional, "dropout", _dropout),
         mock.patch.object(Tensor, "bernoulli_", _bernoulli_),
@@ -72,7 +73,7 @@ class NotTrainable(Exception):
 
 
 def build(case: Case) -> PeftModel:
-    """The model of the case, in its dtype, before anything is done to it."""
+    """The model of the case in its dtype, without any action of the user."""
     base = make_base(case.family, case.config, case.attention, case.seed)
     lora = {
         name: dict(value) if name == "rank_pattern" else list(value) if isinstance(value, tuple) else value
@@ -82,9 +83,10 @@ def build(case: Case) -> PeftModel:
 
 
 def train(case: Case, model: PeftModel, *, attached: bool, dtype: torch.dtype | None = None) -> Trace:
-    """All rounds of the case, in its own dtype (and autocast) or in this one, to which the model was converted.
+    """Run all rounds of the case in its own dtype (and autocast), or in `dtype` if the model was converted to it.
 
-    The optimizer's steps change nothing, so that rounds do not depend on each other.
+
+    The optimizer's steps change nothing, so rounds do not depend on each other.
     """
     trace = Trace(model)
     with warnings.catch_warnings(record=True) as caught, same_masks():
@@ -103,7 +105,7 @@ def train(case: Case, model: PeftModel, *, attached: bool, dtype: torch.dtype | 
 
 
 def attachable(case: Case, model: PeftModel) -> nn.Module:
-    """The argument of `attach`: the model, the tuner in it, or a module around it."""
+    """The argument of `attach`: the model, the tuner inside it, or a module around it."""
     if case.attached_to == "wrapper":
         return nn.ModuleDict({"student": model})
     return model.base_model if case.attached_to == "tuner" else model
@@ -166,7 +168,7 @@ def inputs(case: Case, model: PeftModel, number: int, dtype: torch.dtype | None 
 
 
 def call(case: Case, model: PeftModel, batch: dict[str, Any]) -> Any:
-    """One forward, the way the case calls it."""
+    """One forward in the way that the case calls it."""
     given = dict(batch)
     if case.call == "positional" and "input_ids" in given:
         return causal_of(model)(given.pop("input_ids"), **given)
@@ -186,7 +188,7 @@ def call(case: Case, model: PeftModel, batch: dict[str, Any]) -> Any:
 
 
 def loss_of(case: Case, trace: Trace, batch: dict[str, Any], where: str, *, attached: bool) -> Tensor:
-    """The loss that is trained, whoever computes it; other results are noted."""
+    """The loss to train, whether the model, a trainer or the test computes it. Other results are recorded."""
     batch, labels = dict(batch), batch.get("labels")
     attachment = find(trace.model) if attached else None
     smooths = case.smoothing and isinstance(labels, Tensor) and case.family not in ("bert", "t5")
@@ -201,9 +203,9 @@ def loss_of(case: Case, trace: Trace, batch: dict[str, Any], where: str, *, atta
         output = dict(zip(keys, output, strict=True))
     for name in ("hidden_states", "attentions", "aux_loss"):
         found = output.get(name)
-        for i, of in enumerate(found if isinstance(found, tuple) else [found]):
-            if isinstance(of, Tensor):
-                trace.values[f"{where}: {name} {i}"] = of.detach()
+        for i, part in enumerate(found if isinstance(found, tuple) else [found]):
+            if isinstance(part, Tensor):
+                trace.values[f"{where}: {name} {i}"] = part.detach()
     if output.get("past_key_values") is not None and dict(case.extra).get("use_cache"):
         trace.values[f"{where}: cached"] = torch.tensor(1.0)
     if smooths and not own:
@@ -216,7 +218,7 @@ def loss_of(case: Case, trace: Trace, batch: dict[str, Any], where: str, *, atta
 
 
 def _between(what: str, case: Case, trace: Trace, *, attached: bool, dtype: torch.dtype | None) -> None:
-    """What users do between two steps; what it shows is noted."""
+    """Do what users do between two steps, and record its results."""
     model, batch = trace.model, inputs(case, trace.model, 5, dtype)
     trains = model.training
     if what in ("attach", "reattach") and attached:
@@ -224,7 +226,7 @@ def _between(what: str, case: Case, trace: Trace, *, attached: bool, dtype: torc
             celora.detach(model)
         celora.attach(attachable(case, model), "exact")
     elif what == "copy" and not any(name.startswith(("patch", "prune")) for name, *_ in case.acts):
-        # What was patched would call the original.
+        # A patched forward would call the original model's.
         trace.model = copy.deepcopy(model)
     elif what == "state":
         model.load_state_dict(model.state_dict())
@@ -250,7 +252,7 @@ def _between(what: str, case: Case, trace: Trace, *, attached: bool, dtype: torc
         model.eval()
         embeds = causal_of(model).get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
         if not {"llava", "gemma3"} & {case.family}:
-            if case.smoothing:  # which is of the loss, where the head does it
+            if case.smoothing:  # if the head smooths labels, smoothing is part of the loss
                 batch.pop("labels", None)
             output = call(case, model, {**batch, "inputs_embeds": embeds})
             first = output[0] if isinstance(output, tuple) or output.get("loss") is None else output["loss"]

@@ -1,6 +1,6 @@
 """What processes do in tests/whole/test_distributed.py, started by torchrun: `distributed_worker.py FOLDER [NAME ...]`.
 
-Every scenario, or each of those named, trains the tiny Llama on its share of the same global batches and leaves
+Each scenario (all, or the named ones) trains the tiny Llama on its share of the same global batches. It leaves
 `SCENARIO.RANK.json` in FOLDER.
 """
 
@@ -77,7 +77,7 @@ def configuration(config: Any) -> Any:
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that this process gives to collectives, by kind."""
+    """Count the bytes that this process gives to collectives, by kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Traffic(TorchDispatchMode):
 
 
 def run(scenario: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
-    """Train; what came of it, for the test to judge."""
+    """Train, and return the results for the test to judge."""
     model = ADAPTERS[scenario.get("adapter", "LoRA")]()
     config, sharded = configuration(scenario["config"]), scenario.get("shard")
     if scenario.get("attach") != "after":
@@ -102,7 +102,7 @@ def run(scenario: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
     wrapped: nn.Module = model
     if sharded == "layers":
         celora.fsdp.shard(model)
-    elif sharded == "nodes":  # of two processes each
+    elif sharded == "nodes":  # nodes of two processes each
         celora.fsdp.shard(model, mesh=init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("across", "within")))
     elif sharded:
         for block in model.base_model.model.model.layers:
@@ -145,7 +145,7 @@ def run(scenario: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
 
 
 def one_without_a_gradient(rank: int) -> dict[str, Any]:
-    """A layer whose gradient only the second process sees, as an expert that got no token of the first one's."""
+    """Only the second process sees a gradient of this layer, as if an expert got no token in the first process."""
     model = make_model()
     celora.attach(model, celora.CELoraConfig(**COLUMNS, synchronise=True))
     name, graft = next(iter(require(model).grafts.items()))
@@ -158,7 +158,10 @@ def one_without_a_gradient(rank: int) -> dict[str, Any]:
 
 
 def at_odds(rank: int) -> dict[str, Any]:
-    """A layer that only the second process finds no estimate in, and a gradient without tokens in only one of them."""
+    """Only the second process finds that a layer has no usable estimate.
+
+    Only one process has a gradient without tokens.
+    """
     model = make_model()
     celora.fsdp.shard(model)
     celora.attach(model, celora.CELoraConfig(estimator="int8", refresh_every=2))
@@ -179,7 +182,7 @@ def at_odds(rank: int) -> dict[str, Any]:
 
 
 def planned_apart(rank: int) -> dict[str, Any]:
-    """Each process measures on its own batches, with its own idea of what that takes."""
+    """Each process has batches of its own to plan on, and then a configuration of its own."""
     model = make_model()
     batches = [{"input_ids": global_batch(10 * rank + i), "labels": global_batch(10 * rank + i)} for i in range(3)]
     report = celora.attach(model, "auto", batches=batches)
@@ -193,9 +196,9 @@ def planned_apart(rank: int) -> dict[str, Any]:
 
 
 def one_without_labels(config: Any, rank: int, world: int) -> list[float]:
-    """Losses where the first process's first logits are not finite, and then the second's batch has no label.
+    """The losses if the first logits of one process are not finite, and a later batch of the other has no label.
 
-    The head is sharded by itself, and so is gathered by itself.
+    The head is sharded as a unit of its own, so it is gathered by itself.
     """
     model = make_model()
     celora.attach(model, config)
@@ -229,7 +232,7 @@ def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     fused._FEWEST_TOKENS = 0
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(minutes=2))  # which only what hangs will take
+    dist.init_process_group("gloo", timeout=timedelta(minutes=2))  # only a hanging collective takes this long
     rank, world = dist.get_rank(), dist.get_world_size()
     work: dict[str, Callable[[], Any]] = {
         **{name: functools.partial(run, scenario, rank, world) for name, scenario in SCENARIOS.items()},

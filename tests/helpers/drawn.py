@@ -23,13 +23,13 @@ class Case:
     Attributes:
         config: changes to the family's configuration.
         lora: fields of LoraConfig, and those of `drawn_models.adapt`.
-        acts: (name, when, which part): before celora is attached (0), or after so many rounds.
-        mask: of the batch: none, ones, right, left, holes, empty (a row without tokens), packed (by positions), block
-            (4-D), both (4-D, two-sided).
+        acts: (name, when, which part): before celora is attached (0), or after this many rounds.
+        mask: none, ones, right, left, holes, empty (a row without tokens), packed (by positions), block (4-D), both
+            (4-D, two-sided).
         labels: all, prompt, some, last, first, none, absent, or anywhere (on padding, too).
         extra: arguments of every training call.
         between: what happens between two rounds.
-        items: what `num_items_in_batch` is given as.
+        items: the type of `num_items_in_batch`.
     """
 
     family: str = "llama"
@@ -61,19 +61,19 @@ class Case:
         return f"Case({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(repr(self))  # where hypothesis prints it
+        printer.text(repr(self))  # hypothesis prints it this way
 
 
 BOOL = st.booleans()
 
 
 def rarely(strategy: st.SearchStrategy[Any], default: Any, odds: int = 4) -> st.SearchStrategy[Any]:
-    """Mostly the default; once in `odds` a drawn value."""
+    """Mostly the default. Once in `odds` times, a drawn value."""
     return st.integers(0, odds - 1).flatmap(lambda n: strategy if n == odds - 1 else st.just(default))
 
 
 def some_of(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Pairs]:
-    """A few of the fields, none to three."""
+    """A few of the fields: none to three."""
     chosen = st.lists(st.sampled_from(sorted(fields)), max_size=3, unique=True)
     return chosen.flatmap(lambda names: st.tuples(*(st.tuples(st.just(name), fields[name]) for name in names)))
 
@@ -87,7 +87,7 @@ CONFIG = some_of(
     hidden_act=st.sampled_from(["gelu", "relu", "gelu_pytorch_tanh", "silu"]),
     use_cache=BOOL,
 )
-# What one family's configuration has beside these.
+# Settings that only one family's configuration has.
 FAMILY_CONFIG: dict[str, st.SearchStrategy[Pairs]] = {
     "mistral": some_of(sliding_window=st.sampled_from([4, 6, 100])),
     "qwen2": some_of(use_sliding_window=st.just(True), sliding_window=st.just(5), max_window_layers=st.just(1)),
@@ -143,7 +143,7 @@ CALLS = ("tuner", "causal", "positional", "checkpointed", "counted", "offloaded"
 
 
 def fits(case: Case) -> bool:
-    """Whether plain PEFT might train this. Only a trial tells for sure."""
+    """Whether plain PEFT might train this case. Only a trial tells for sure."""
     names = dict(case.extra)
     causal = case.family not in ("bert", "t5")
     wide = case.width >= (6 if case.family in VISUAL else 1)
@@ -163,13 +163,13 @@ def cases(draw: st.DrawFn) -> Case:
     if family in FAMILY_CONFIG:
         changes = tuple(dict(changes + draw(rarely(FAMILY_CONFIG[family], (), 2))).items())
     eager = family in NO_SDPA or draw(rarely(st.just(True), False, 6))
-    double = [] if family in EXPERTS else ["float64"]  # no kernel multiplies experts in it
+    double = [] if family in EXPERTS else ["float64"]  # no kernel multiplies experts in float64
     dtype = draw(st.sampled_from(["float32"] * 5 + ["bfloat16"] * 2 + double))
     lora = dict(draw(rarely(LORA, (), 2)))
     if "layers_to_transform" in lora:
         lora.setdefault("targets", "attention")
     act = st.tuples(st.sampled_from(list(ACTS)), st.integers(0, 2), st.integers(0, 5))
-    # More than once what is packed.
+    # Masks and labels that celora packs are listed more than once, so they are drawn more often.
     masks = ["none", "right", "left", "ones", "right", "left", "holes", "empty", "packed", "block", "both"]
     labels = ["all", "prompt", "some", "all", "prompt", "last", "first", "anywhere", "none", "absent"]
     acts = tuple(draw(st.lists(act, max_size=3)))
@@ -177,7 +177,7 @@ def cases(draw: st.DrawFn) -> Case:
     if any(name == "hook model" for name, *_ in acts):
         smoothing = (
             smoothing and "trainer"
-        )  # the hook changes a loss of the model's, and Trainer's smoother has another
+        )  # the hook changes the model's own loss, and Trainer's smoother computes another one
     items = draw(rarely(st.sampled_from(["int", "tensor"]), "", 4))
     return Case(
         family=family,
@@ -198,7 +198,7 @@ def cases(draw: st.DrawFn) -> Case:
         call=draw(rarely(st.sampled_from(CALLS), "peft", 4)),
         attached_to=draw(rarely(st.sampled_from(["tuner", "wrapper"]), "peft", 8)),
         accumulate=draw(st.sampled_from([1, 1, 2])),
-        items=items if smoothing != "celora" else "",  # by which Trainer's smoother does not divide
+        items=items if smoothing != "celora" else "",  # Trainer's smoother does not divide by it
         smoothing=smoothing,
         autocast=draw(rarely(st.just(True), False, 8)),
         backward=draw(rarely(st.sampled_from(["grad", "twice", "two calls", "scaled"]), "backward", 5)),
@@ -207,7 +207,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def make_batch(case: Case, number: int) -> dict[str, Any]:
-    """The arguments of one call, before embeddings take the place of tokens."""
+    """The arguments of one call, with tokens; embeddings may replace them later."""
     g = torch.Generator().manual_seed(100 * case.seed + number)
     rows, width = case.rows, case.width
     tokens = torch.randint(3, VOCAB - 2, (rows, width), generator=g)
@@ -254,7 +254,7 @@ def make_batch(case: Case, number: int) -> dict[str, Any]:
 
 
 def _place(case: Case, batch: dict[str, Any], there: Tensor, place: Tensor) -> None:
-    """Positions, and masks of four dimensions."""
+    """Add positions and four-dimensional masks to the batch."""
     width = case.width
     if case.mask == "packed":
         batch["position_ids"] = place % max(2, width // 2)

@@ -25,14 +25,14 @@ def times(value: Any, factor: float) -> Any:
 
 
 class Scaled(nn.Module):
-    """A parametrisation of a weight."""
+    """A parametrisation that halves a weight."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * 0.5
 
 
-def of(parts: list[Any], k: int) -> Any:
-    """One of them; None of none."""
+def one_of(parts: list[Any], k: int) -> Any:
+    """The k-th part, counted round and round; None if there are no parts."""
     return parts[k % len(parts)] if parts else None
 
 
@@ -49,32 +49,32 @@ def patch(module: nn.Module | None, factor: float = 0.5) -> None:
 
 
 def hook(module: nn.Module | None, factor: float | None = 0.5) -> None:
-    """A forward hook that multiplies, or only looks."""
+    """Add a forward hook that multiplies the output, or only looks at it."""
     if module is not None:
         module.register_forward_hook(lambda m, args, output: None if factor is None else times(output, factor))
 
 
 def pre_hook(module: nn.Module | None) -> None:
-    """A forward pre-hook that multiplies a module's first positional input."""
+    """Add a forward pre-hook that multiplies a module's first positional input."""
     if module is not None:
         module.register_forward_pre_hook(lambda m, args: (args[0] * 0.5, *args[1:]) if args else None)
 
 
 def backward_hook(module: nn.Module | None) -> None:
-    """A backward hook that changes the gradient of a module's input."""
+    """Add a backward hook that changes the gradient of a module's input."""
     if module is not None:
         module.register_full_backward_hook(lambda m, grads, _: tuple(g if g is None else g * 0.5 for g in grads))
 
 
 def pruned(module: nn.Module | None) -> None:
-    """A forward that multiplies with a masked weight, as pruning does."""
+    """Replace a forward by one that multiplies with a masked weight, as pruning does."""
     if module is not None and isinstance(module, nn.Linear):
         mask = (torch.arange(module.weight.numel()).view_as(module.weight) % 3 > 0).to(module.weight.dtype)
         module.forward = lambda x: nn.functional.linear(x, module.weight * mask.to(x.dtype), module.bias)  # type: ignore[method-assign]
 
 
 def base(model: nn.Module, k: int) -> Any:
-    layer = of(tuners_of(model), k)
+    layer = one_of(tuners_of(model), k)
     return None if layer is None else layer.get_base_layer()
 
 
@@ -83,35 +83,35 @@ def head(model: nn.Module, k: int) -> Any:
 
 
 def norm(model: nn.Module, k: int) -> Any:
-    return of(named(model, "RMSNorm", "LayerNorm"), k)
+    return one_of(named(model, "RMSNorm", "LayerNorm"), k)
 
 
 def activation(model: nn.Module, k: int) -> Any:
-    return of([m.act_fn for m in model.modules() if isinstance(getattr(m, "act_fn", None), nn.Module)], k)
+    return one_of([m.act_fn for m in model.modules() if isinstance(getattr(m, "act_fn", None), nn.Module)], k)
 
 
 def matrix(model: nn.Module, k: int) -> Any:
     """A or B of an adapter."""
-    layer = of(tuners_of(model), k)
+    layer = one_of(tuners_of(model), k)
     both = None if layer is None else (layer.lora_A if k % 2 else layer.lora_B)
     return None if not both else next(iter(both.values()))
 
 
 def block(model: nn.Module, k: int) -> Any:
-    return of(blocks_of(model), k)
+    return one_of(blocks_of(model), k)
 
 
 PARTS: dict[str, Callable[[nn.Module, int], Any]] = {
     "base": base,
     "head": head,
     "block": block,
-    "attention": lambda model, k: of(named(model, "Attention"), k),
-    "mlp": lambda model, k: of(named(model, "MLP"), k),
+    "attention": lambda model, k: one_of(named(model, "Attention"), k),
+    "mlp": lambda model, k: one_of(named(model, "MLP"), k),
     "norm": norm,
     "activation": activation,
     "decoder": lambda model, k: causal_of(model).base_model,
     "embedding": lambda model, k: causal_of(model).get_input_embeddings(),
-    "adapter": lambda model, k: of(tuners_of(model), k),
+    "adapter": lambda model, k: one_of(tuners_of(model), k),
     "matrix": matrix,
 }
 
@@ -134,14 +134,14 @@ def freeze(module: nn.Module | None) -> None:
 
 @torch.no_grad()
 def change_weight(module: nn.Module | None) -> None:
-    """In place, as loading a state dict does."""
+    """Change a weight in place, as loading a state dict does."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
         weight.mul_(0.5)
 
 
 def replace_weight(module: nn.Module | None) -> None:
-    """By another parameter of half the size."""
+    """Replace a weight by another parameter of half the size."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, nn.Parameter):
         module.weight = nn.Parameter(weight.detach() * 0.5, requires_grad=False)  # type: ignore[union-attr]
@@ -153,8 +153,8 @@ def parametrise(module: nn.Module | None) -> None:
 
 
 def replace_base(model: PeftModel, k: int) -> None:
-    """By a copy with another weight, as quantisers do."""
-    layer = of(tuners_of(model), k)
+    """Replace a base layer by a copy with another weight, as quantisers do."""
+    layer = one_of(tuners_of(model), k)
     if layer is not None:
         layer.base_layer = copy.copy(layer.base_layer)
         layer.base_layer._parameters = dict(layer.base_layer._parameters)
@@ -180,7 +180,7 @@ def replace_loss(model: PeftModel, k: int) -> None:
 
 
 def patch_model(model: PeftModel, k: int) -> None:
-    """A forward of the whole model, as accelerate, TRL and users replace it: with a penalty that is added."""
+    """Replace the whole model's forward, as accelerate, TRL and users do. The new one adds a penalty to the loss."""
     causal = causal_of(model)
     own = causal.forward
 
@@ -194,7 +194,7 @@ def patch_model(model: PeftModel, k: int) -> None:
 
 
 def hook_model(model: PeftModel, k: int) -> None:
-    """A hook of the whole model which changes the loss."""
+    """Hook the whole model; the hook changes the loss."""
 
     def changed(module: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, tuple) and output.loss is not None:
@@ -216,7 +216,7 @@ def configure(**values: Any) -> Callable[[PeftModel, int], None]:
 
 
 def share(model: PeftModel, k: int) -> None:
-    """Let the second block multiply with the first one's layers, which then run twice in a forward."""
+    """Let the second block use the first block's layers, so they run twice in a forward."""
     inner = [{name: m for name, m in part.named_children() if named(m, "MLP")} for part in blocks_of(model)]
     if len(inner) > 1 and inner[0] and inner[0].keys() == inner[1].keys():
         for name, part in inner[0].items():
@@ -224,7 +224,7 @@ def share(model: PeftModel, k: int) -> None:
 
 
 def forget_adapter(model: PeftModel, k: int) -> None:
-    """Take away an adapter and add another of its name, with another rank."""
+    """Remove an adapter, and add one with the same name and another rank."""
     targets, bias = adapted(model), model.peft_config["default"].bias
     model.add_adapter("kept", LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     model.set_adapter("kept")
@@ -234,7 +234,7 @@ def forget_adapter(model: PeftModel, k: int) -> None:
 
 
 def interrupt(model: PeftModel, k: int) -> None:
-    """A training call that fails in one of its blocks."""
+    """Run a training call that fails inside one of its blocks."""
 
     def fail(module: nn.Module, args: Any) -> None:
         raise KeyboardInterrupt
@@ -263,7 +263,7 @@ def merge_and_back(model: PeftModel, k: int) -> None:
 
 
 def causal_attention(value: bool) -> Callable[[PeftModel, int], None]:
-    """As LLM2Vec and diffusion training do."""
+    """Let tokens attend to later ones, as LLM2Vec and diffusion training do."""
 
     def set_modules(model: PeftModel, k: int) -> None:
         for module in named(model, "Attention"):

@@ -1,4 +1,4 @@
-"""Small models of many families with adapters. Random weights are large enough that a mistake is visible."""
+"""Small models of many families, with adapters. Random weights are large enough to make a mistake visible."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _EXPERTS = {
     "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
 }  # fmt: skip
 
-# The configuration of each family, in the order in which a failing case is made simpler.
+# The configuration of each family. A failing case is made simpler towards the first one.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _DECODER,
     "qwen2": _DECODER,
@@ -89,7 +89,7 @@ NO_SDPA = ("gemma2",)
 EXPERTS = ("mixtral", "qwen2_moe")
 VISUAL = ("llava", "gemma3")
 
-# Names of adapted layers, in the families that have them; "all-linear" where there are none.
+# Names of adapted layers. In a family without these names, "all-linear".
 TARGETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query", "value", "c_attn", "q", "v"],
     "mlp": ["gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "wi_0", "wo"],
@@ -125,7 +125,10 @@ def make_base(family: str, changes: tuple[tuple[str, Any], ...], attention: str,
 
 
 def adapt(base: PreTrainedModel, family: str, lora: dict[str, Any], seed: int) -> PeftModel:
-    """The model with its adapter: fields of LoraConfig, and `targets`, `kept_dtype`, `second`, `adapter_dtype`."""
+    """The model with an adapter.
+
+    `lora` holds fields of LoraConfig, and `targets`, `kept_dtype`, `second`, `adapter_dtype`.
+    """
     fields = dict(lora)
     targets, kept = fields.pop("targets", "all-linear"), fields.pop("kept_dtype", False)
     second, dtype = fields.pop("second", ""), fields.pop("adapter_dtype", None)
@@ -148,29 +151,29 @@ def adapt(base: PreTrainedModel, family: str, lora: dict[str, Any], seed: int) -
 
 
 def _existing(base: nn.Module, names: list[str]) -> list[str]:
-    """The names for which this model has layers."""
+    """The names that some layer of this model has."""
     there = [name for name, _ in base.named_modules()]
-    return [name for name in names if any(of == name or of.endswith(f".{name}") for of in there)]
+    return [name for name in names if any(path == name or path.endswith(f".{name}") for path in there)]
 
 
 # --- parts of a model, in order ---------------------------------------------------------------------------------------
 
 
 def causal_of(model: nn.Module) -> PreTrainedModel:
-    """The model that has the head."""
+    """The part of the model that has the head."""
     return next(m for m in model.modules() if isinstance(m, PreTrainedModel))
 
 
 def tuners_of(model: nn.Module) -> list[BaseTunerLayer]:
-    """Every adapted layer."""
+    """All adapted layers."""
     return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "lora_A")]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Every decoder (or encoder) block."""
+    """All decoder (or encoder) blocks."""
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def named(model: nn.Module, *endings: str) -> list[nn.Module]:
-    """Every module whose class ends so."""
+    """All modules whose class name ends like this."""
     return [m for m in model.modules() if type(m).__name__.endswith(endings)]

@@ -1,4 +1,4 @@
-"""One LoRA layer, every estimator that it can train under, and gradients sent through it."""
+"""One LoRA layer, all estimators that it can train under, and gradients sent through it."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ MEMBERS = {
 
 
 def possible() -> list[str]:
-    """The members that this machine does not refuse."""
+    """The estimators that this machine does not refuse."""
     return [name for name, member in MEMBERS.items() if not refuses_config(CELoraConfig(**{"rank": 0, **member}))]
 
 
 def plain_layer(dtype: torch.dtype, weight: Tensor | None = None) -> PeftModel:
-    """The layer without celora; with `weight: (out, in)` for its base, if given."""
+    """The layer without celora. `weight: (out, in)` replaces its base weight, if given."""
     model = layer(OUT, IN, seed=0, dtype=dtype, bias=False, adapter_dtype=True, lora_alpha=8)
     if weight is not None:
         model.base_model.model[0].base_layer.weight.data = weight.to(dtype)

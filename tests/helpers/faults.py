@@ -42,7 +42,7 @@ class Fault:
 
 
 def faults(folder: Path = TESTS) -> Iterator[Fault]:
-    """The rows of all test files, in the order of the files and of the tests in them."""
+    """The rows of all test files, in the order of the files and of the tests inside them."""
     for file in sorted(folder.rglob("test_*.py"), key=lambda path: path.name):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
@@ -60,7 +60,7 @@ def _row(marker: ast.Call, test: str) -> Fault:
 
 
 def page(rows: list[Fault]) -> str:
-    """The page, a table for each area that has rows."""
+    """The page: one table for each area that has rows."""
     parts = [HEAD]
     for area, title in AREAS.items():
         lines = [

@@ -1,7 +1,7 @@
 """Start a process for a test without the seconds that a new interpreter spends on imports.
 
-Each is a fork of one process that has imported the libraries, but neither celora nor a test. It has its own signals,
-environment and output, and ends with its own exit status. Where forks are not safe, it is a new interpreter.
+One process imports the libraries, but neither celora nor a test. Each process for a test is a fork of it, with its own
+signals, environment, output and exit status. Where forks are not safe, it is a new interpreter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(
     environment: Mapping[str, str] = os.environ,
     timeout: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Call `work(*arguments)` in a process of its own; its exit status and what it wrote, as `subprocess.run` does."""
+    """Call `work(*arguments)` in a process of its own. Return its exit status and output, like `subprocess.run`."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
         for file in files:
@@ -53,7 +53,7 @@ def run(
 
 
 def _begin(work: Callable[..., Any], arguments: tuple[Any, ...], own: dict[str, str], cwd: str, *files: str) -> None:
-    gc.freeze()  # what was there before the fork is no garbage
+    gc.freeze()  # the collector need not look at what was there before the fork
     for number, file in enumerate(files, 1):
         handle = os.open(file, os.O_WRONLY | os.O_APPEND)
         os.dup2(handle, number)
@@ -61,25 +61,25 @@ def _begin(work: Callable[..., Any], arguments: tuple[Any, ...], own: dict[str, 
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(own)
-    tempfile.tempdir = None  # to be found anew in this environment
+    tempfile.tempdir = None  # look for it again, in this environment
     work(*arguments)
 
 
 def script(path: str | Path, *arguments: object) -> None:
-    """As `python PATH ARGUMENTS` does."""
+    """Run it like `python PATH ARGUMENTS`."""
     sys.argv = [str(path), *map(str, arguments)]
     sys.path.insert(0, str(Path(path).parent))
     runpy.run_path(str(path), run_name="__main__")
 
 
 def code(text: str) -> None:
-    """As `python -c TEXT` does."""
+    """Run it like `python -c TEXT`."""
     sys.argv = ["-c"]
     exec(text, {"__name__": "__main__"})
 
 
 def accelerate_launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch`, whose processes are new interpreters."""
+    """Run `accelerate launch`, whose processes are new interpreters."""
     return run(_accelerate_launch, [*map(str, arguments)])
 
 
@@ -90,7 +90,7 @@ def _accelerate_launch(arguments: list[str]) -> None:
 
 
 def torchrun(path: str | Path, *arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """`torchrun` with this script in several processes, which its agent forks."""
+    """Run `torchrun` with this script in several processes. Its agent forks them."""
     return run(_torchrun, [f"--nproc-per-node={processes}", "--run-path", str(path), *map(str, arguments)])
 
 

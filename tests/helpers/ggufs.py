@@ -16,7 +16,7 @@ from celora.train.formats.architectures import Layout
 PACKED = getattr(transformers, "GgufConfig", None)  # older versions always unpack
 
 
-# As a byte-level vocabulary spells them; "Ġ" is a blank.
+# Words as a byte-level vocabulary spells them; "Ġ" is a blank.
 WORDS = ["<pad>", "<eos>", "<bos>", "<turn>", "Ġ", *"abcdefghijklmnopqrstuvwxyz0123456789", "th", "the", "Ġthe"]
 MERGES = ["t h", "th e", "Ġ the"]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}<turn>{% endfor %}"
@@ -25,9 +25,9 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}<turn>{% endfor %}"
 def write_model(
     path: Path, model: Any, kind: Any = gguf.GGMLQuantizationType.F32, *, more: Any = None, words: bool = False
 ) -> Path:
-    """All tensors of a model in float32 or, its matrices, as `kind`.
+    """Write all tensors of a model: matrices as `kind`, the rest in float32.
 
-    `more` is called with the writer, to add what else is to be in the file; `words`: with a tokenizer.
+    `more` is called with the writer and may add to the file. With `words`, the file has a tokenizer.
     """
     config = model.config
     layout = Layout(config)
@@ -67,7 +67,7 @@ def write_model(
 
 
 def add_tokenizer(writer: Any, size: int, **given: Any) -> None:
-    """A byte-level tokenizer of so many tokens with a chat template; `given` replaces parts of it."""
+    """Add a byte-level tokenizer with this many tokens and a chat template. `given` replaces parts of it."""
     words = [*WORDS, *(f"[unused{i}]" for i in range(size - len(WORDS)))]
     parts = {
         "tokenizer.ggml.tokens": words,
@@ -86,7 +86,7 @@ def add_tokenizer(writer: Any, size: int, **given: Any) -> None:
 
 
 def _add_peculiar(writer: Any, config: Any) -> None:
-    """What llama.cpp's converter writes for this family alone."""
+    """Add what llama.cpp's converter writes for this family alone."""
     if config.model_type == "granite":
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
@@ -102,20 +102,20 @@ def _add_peculiar(writer: Any, config: Any) -> None:
 
 
 def parameters(model: Any) -> dict[str, torch.Tensor]:
-    """A model's tensors by name, a tied head left out."""
+    """A model's tensors by name, without a tied head."""
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def read_model(path: Path, config: Any) -> Any:
-    """The model in a file, as Transformers reads it; by itself it takes some sizes of some families for granted."""
+    """The model in a file, as Transformers reads it. `config` is needed because Transformers guesses some sizes."""
     if config.model_type == "mistral":
-        config = None  # which says "llama" in the file
+        config = None  # the file calls mistral "llama"
     return unpack_model(path, config)
 
 
 def unpack_model(path: Path, config: Any = None) -> Any:
-    """The model in a file, in float32; its configuration comes from the file, too, unless given."""
+    """The model in a file, in float32. Its configuration comes from the file, unless one is given."""
     unpacked = {"quantization_config": PACKED(dequantize=True)} if PACKED else {}
     return AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, config=config, dtype=torch.float32, **unpacked

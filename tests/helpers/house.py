@@ -15,11 +15,14 @@ ROOMS = [
     "errors", "files", "borrowed", "machine", "weights", "kernels", "numerics", "settings", "modeling", "runtime",
     "planning", "attaching", "fsdp", "train", "studies", "cli", "__main__",
 ]  # fmt: skip
-FRONT = "planning"  # `import celora` gives what the rooms up to here and the front door define
+FRONT = "planning"  # `import celora` offers what the rooms up to here define, and the front door
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules of celora that a file imports, at its top or inside a function, but for what only types need."""
+    """The modules of celora that a file imports, at its top or inside a function.
+
+    Imports for types only do not count.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typed = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
     only_types = {inner for node in typed for inner in ast.walk(node)}
@@ -62,7 +65,7 @@ def picture() -> str:
     """
     arrows = between_rooms()
     reached: dict[str, set[str]] = {}
-    for name in ROOMS:  # in this order, what a room imports comes before it
+    for name in ROOMS:  # in this order, a room comes after the rooms that it imports
         reached[name] = arrows[name].union(*(reached[other] for other in arrows[name]))
     level: dict[str, int] = {}
     for name in ROOMS:

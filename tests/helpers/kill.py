@@ -42,7 +42,7 @@ MODES: dict[str, list[str]] = {
                     '{"estimator": "tokens", "selection": "sampled", "rank": 0, "refresh_every": 3}'],
     "checkpointed": ["--max_steps", "5", "--save_steps", "1", "--save_total_limit", "1",
                      "--per_device_train_batch_size", "4", "--gradient_checkpointing", "true", "--preset", "paper"],
-    # What is measured in the first steps makes some layers exact, and lets others keep less.
+    # Measurements in the first steps make some layers exact, and let others keep less.
     "auto": ["--max_steps", "6", "--save_steps", "2", "--per_device_train_batch_size", "4", "--preset", "auto",
              "--celora", '{"most_error": 0.01, "refresh_every": 4, "head_keep_ratio": 0.3, "overrides": {"*_proj": '
              '{"estimator": "tokens", "selection": "energy", "keep_ratio": 0.9997, "precision": "native"}}}'],
@@ -53,7 +53,7 @@ MODES: dict[str, list[str]] = {
                   "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--celora",
                   '{"keep_ratio": 0.4, "rank": 4, "refresh_every": 3, "synchronise": true, "target_error": 0.4}'],
 }  # fmt: skip
-# As a queue or a supervisor starts it: the same whole command at every start.
+# A queue or a supervisor gives the same whole command at every start.
 MODES["always --resume"] = [*MODES["plain"], "--resume"]
 PROCESSES = {mode: 2 if mode.startswith("two") else 1 for mode in MODES}
 _WRITES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
@@ -81,7 +81,7 @@ def train(
     inputs: Path, output: Path, mode: str, *, resume: bool, die_at: int | str | None = None, full: bool = False,
     count: Path | None = None,
 ) -> int:  # fmt: skip
-    """Run `celora train`. It is killed, or its disk is full, at file operation `die_at` (a number, or a file's name).
+    """Run `celora train`. At file operation `die_at` (a number, or a file's name) it is killed, or its disk is full.
 
     Without `die_at`, file operations are counted in `count`.
     """
@@ -94,7 +94,7 @@ def train(
         if event in _WRITES and str(arguments[0]).startswith(str(output)):
             seen += 1
             if seen == die_at and full:
-                import resource  # not on Windows, where this file is imported, too
+                import resource  # Windows has no `resource`, and imports this file, too
 
                 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
             elif die_at in (seen, str(arguments[0])):
@@ -112,9 +112,10 @@ def launch(
     inputs: Path, output: Path, mode: str, *, rank: int = 0, die_at: int | str | None = None,
     full: bool = False, after_s: float | None = None, count: Path | None = None,
 ) -> tuple[bool, int]:  # fmt: skip
-    """One run, in as many processes as its mode has, resumed if it can be; whether it was killed, and its exit status.
+    """One run, in as many processes as its mode has. It resumes if it can.
 
-    The process `rank` is killed at its `die_at`-th file operation or `after_s` seconds, and the other one is ended.
+    The process `rank` is killed at its `die_at`-th file operation, or after `after_s` seconds; the other one is ended.
+    Returns whether it was killed, and the exit status.
     """
     resume = (output / "run.json").exists() or (output / ".replaced").exists()
     number = PROCESSES[mode]
@@ -122,7 +123,8 @@ def launch(
     if number > 1:
         from torch.distributed import TCPStore
 
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the launcher's, as torchrun has it
+        # the launcher owns the store, as under torchrun
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     own = [
         {
             "resume": resume,
@@ -210,7 +212,10 @@ def losses(output: Path) -> list[Any]:
 
 
 def whole_run(folder: Path, mode: str, *, timed: bool) -> dict[str, Any]:
-    """The uninterrupted run that others are compared with; if its time matters, the second of two: caches are warm."""
+    """The uninterrupted run that others are compared with.
+
+    If its time matters, a first run warms the caches, and the second one counts.
+    """
     for name in ("warm", "whole") if timed else ("whole",):
         output, began = folder / f"{name}-{mode}", time.perf_counter()
         if launch(folder, output, mode, count=folder / "count")[1]:
@@ -232,9 +237,9 @@ def prepare(folder: Path) -> int:
 
 
 def import_ahead(names: list[str]) -> None:
-    """Import them here, once, and not in every fork; and let no fork look for garbage among them."""
+    """Import these once here, not in every fork, and keep forks from looking for garbage among them."""
     for name in names:
-        with contextlib.suppress(Exception):  # a module may refuse to be imported by its own name
+        with contextlib.suppress(Exception):  # some modules refuse to be imported by their own name
             importlib.import_module(name)
     gc.collect()
     gc.freeze()

@@ -74,7 +74,7 @@ KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "HQQ 2-bit": lambda linear: hqq(linear, 2, axis=0),
     "celora int8": held_in_8_bits,
 }
-# As whole models: one of each kind that PEFT treats differently.
+# For whole models: one of each kind that PEFT treats differently.
 MODELS = [
     "GPT-2 Conv1D",
     "bitsandbytes 4-bit nested",
@@ -89,7 +89,7 @@ MODELS = [
 def make_layer(
     kind: str, out: int = 96, inp: int = 128, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> nn.Module:
-    """A frozen layer of this kind; skips the test where its package is missing."""
+    """A frozen layer of this kind. Skips the test if its package is missing."""
     torch.manual_seed(seed)
     return KINDS[kind](nn.Linear(inp, out, bias=False, dtype=dtype))
 
@@ -109,13 +109,13 @@ def make_base(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
             for name, linear in list(parent.named_children()):
                 if isinstance(linear, nn.Linear):
                     setattr(parent, name, KINDS[kind](linear))
-    # What loading a checkpoint with bitsandbytes leaves for PEFT to choose its layers by.
+    # Attributes that bitsandbytes sets when it loads a checkpoint. PEFT chooses its layers by them.
     model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "bitsandbytes 8-bit", "4-bit" in kind and "bits" in kind
     return model
 
 
 def make_adapted(kind: str, dtype: torch.dtype = torch.float32) -> PeftModel:
-    """The same with LoRA on every linear layer of the blocks; the same weights each time."""
+    """The same, with LoRA on every linear layer of the blocks. The weights are the same each time."""
     base = make_base(kind, dtype)
     torch.manual_seed(1)
     targets = ["c_attn", "c_proj", "c_fc"] if kind == "GPT-2 Conv1D" else r".*(self_attn|mlp)\.\w+_proj"

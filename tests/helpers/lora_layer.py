@@ -26,7 +26,7 @@ def layer(
     adapter_dtype: bool = False,
     **lora: Any,
 ) -> PeftModel:
-    """The layer in a model of its own; the same weights for the same seed."""
+    """The layer in a model of its own. The same seed gives the same weights."""
     torch.manual_seed(seed)
     base = nn.Sequential(nn.Linear(inp, out, bias=bias)).to(dtype)
     lora = {"r": 4, "lora_alpha": 12, "init_lora_weights": False, **lora}
@@ -44,7 +44,7 @@ def run(model: PeftModel, x: Tensor, g: Tensor) -> dict[str, Tensor]:
 
 
 def fused_calls(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[Adapter]:
-    """Record what takes the fused path from now on."""
+    """Record all calls of the fused path from now on."""
     seen: list[Adapter] = []
     before = FusedGraft.takes
 

@@ -1,6 +1,7 @@
 """The lowest versions that pyproject.toml allows, as a constraints file for pip: `python tests/lowest.py > FILE`.
 
-`celora>=1.2` becomes `celora==1.2`. What these need in turn is chosen by pip, as always; so is what runs the tests.
+`celora>=1.2` becomes `celora==1.2`. pip chooses the versions of everything else: what these packages need in turn, and
+what runs the tests.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ _FLOOR = re.compile(r"([\w.-]+)>=([\w.]+)")
 
 
 def lowest() -> list[str]:
-    """`name==version` of each requirement of users, quantised bases included."""
+    """`name==version` of each package that users need, including those for quantised bases."""
     file = Path(__file__).parents[2] / "pyproject.toml"
     project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
     requirements = [*project["dependencies"], *project["optional-dependencies"]["quantised"]]

@@ -1,7 +1,7 @@
 """Tells what this machine cannot do, and checks that celora refuses it: the layer is exact, and the report says why.
 
-A test that needs 8-bit products calls `refuses` first. If it returns true, it has checked the refusal, and the test has
-nothing left to check.
+A test that needs 8-bit products calls `refuses` first. If that returns true, it has checked the refusal, and the test
+is over.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import celora
 from celora import CELoraConfig
 from celora.numerics.products.registry import make_product
 
-OUT, IN = 32, 48  # sizes that every product takes on every device
+OUT, IN = 32, 48  # every product takes these sizes on every device
 
 
 def refuses(precision: str = "int8", *, copy: bool = True) -> bool:
-    """Whether this machine refuses products of `precision`; if so, layers that ask for them were exact and said so."""
+    """Whether this machine refuses products of `precision`.
+
+    If so, check that layers asking for them stay exact and say so.
+    """
     why = make_product(precision, copy=copy).unavailable(OUT, IN, torch.device("cpu"))
     if why:
         _check_refusal(precision, copy, why)
@@ -30,7 +33,7 @@ def refuses(precision: str = "int8", *, copy: bool = True) -> bool:
 
 
 def refuses_config(config: CELoraConfig) -> bool:
-    """The same for the arithmetic of a whole configuration."""
+    """The same for all arithmetic of a configuration."""
     if config.estimator in ("int8", "fp8"):
         return refuses(config.estimator, copy=config.weight_copy)
     return config.precision != "native" and refuses(config.precision, copy=config.weight_copy)
@@ -54,7 +57,7 @@ def _check_refusal(precision: str, copy: bool, why: str) -> None:
         assert why in str(report)
         for _ in range(3):  # the second would be estimated
             for found, exact in zip(_gradients(model, x, G), expected, strict=True):
-                torch.testing.assert_close(found, exact)  # in float64
+                torch.testing.assert_close(found, exact)  # equal to rounding in float64
             torch.optim.SGD(model.parameters(), lr=0.0).step()
 
 
@@ -65,7 +68,7 @@ def _layer() -> PeftModel:
 
 
 def _gradients(model: PeftModel, x: Tensor, G: Tensor) -> list[Tensor]:
-    """Of the input and of every parameter that trains."""
+    """The gradients of the input and of every trainable parameter."""
     model.zero_grad()
     x = x.clone().requires_grad_()
     model(x).backward(G)

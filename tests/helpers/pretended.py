@@ -1,6 +1,6 @@
 """A pretended device: tensors that claim to be on MPS, and refuse what MPS refuses.
 
-Their numbers are computed on the CPU. Refused are float64, decompositions, and operators on tensors of two devices.
+Their numbers are computed on the CPU. They refuse float64, decompositions, and operators on tensors of two devices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from celora.weights import read as weights
 from patching import patch_all
 
-MPS = torch.device("mps", 0)  # without an index, torch would ask the missing device
+MPS = torch.device("mps", 0)  # without an index, torch would ask the device, which is missing
 ATEN = torch.ops.aten
 _MOVES = {ATEN._to_copy.default, ATEN.copy_.default}
 _LACKING = {ATEN._linalg_eigh.default, ATEN._linalg_svd.default, ATEN._int_mm.default}
@@ -77,7 +77,7 @@ class Pretended(torch.Tensor):
 
 
 class Device(TorchDispatchMode):
-    """While it is active, `device="mps"` makes such tensors."""
+    """While this is active, `device="mps"` makes such tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(func, args, kwargs or {})
@@ -115,7 +115,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 @contextmanager
 def pretended_mps(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Pretend that the accelerator is such a device. Yields the list of calls to it: waits, and random states."""
+    """Pretend that the accelerator is such a device. Yields the list of its waits and its reads of random states."""
     asked: list[str] = []
     patch_all(patch, "celora.weights.read:_PLAIN", (*weights._PLAIN, Pretended))
     patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: MPS)

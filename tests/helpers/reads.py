@@ -1,4 +1,4 @@
-"""What would wait for an accelerator, on any device: numbers, lists and shapes that depend on a tensor's numbers."""
+"""What would wait for an accelerator, on any device: reading numbers, lists or shapes that depend on data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Reads(TorchFunctionMode):
-    """Calls from Python that would wait."""
+    """Records calls from Python that would wait."""
 
     WAIT = frozenset(
         {"tolist", "item", "nonzero", "argwhere", "__bool__", "__int__", "__float__", "__index__", "is_nonzero",
@@ -33,7 +33,7 @@ class Reads(TorchFunctionMode):
 
 
 class Waits(TorchDispatchMode):
-    """The same, of the operators that others call, backward included."""
+    """Records operators that would wait, also when other code calls them, backward included."""
 
     def __init__(self) -> None:
         super().__init__()

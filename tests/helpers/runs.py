@@ -1,4 +1,4 @@
-"""Whole runs of the tiny model, for the tests of what they leave and of how they go on."""
+"""Whole runs of the tiny model, for tests of what they leave behind and how they resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from celora.train.request.arguments import make_request
 from celora.train.run import train
 from patching import patch_all
 
-# A refresh in the middle, dropout and a last partial batch: everything a resumed run has to continue with.
+# A refresh in the middle, dropout and a last partial batch: a resumed run has to get all of them right.
 CELORA = {"estimator": "columns", "keep_ratio": 0.4, "rank": 4, "refresh_every": 2}
 
 

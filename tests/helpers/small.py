@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from celora import CELoraConfig
 
-# One of each kind that the family has.
+# One of each kind of estimator.
 MEMBERS = {
     "int8": CELoraConfig(estimator="int8", refresh_every=3),
     "int8, no copy": CELoraConfig(estimator="int8", weight_copy=False, refresh_every=3),
@@ -44,7 +44,7 @@ MEMBERS = {
 
 
 def written_whole(file: Path) -> list[tuple[str, int]]:
-    """The disk operations for a file that must be whole or absent, whenever the power fails."""
+    """The disk operations that write a file so that it is whole or absent whenever the power fails."""
     number = file.stat().st_ino
     return [("fsync", number), ("replace", number), ("fsync", file.parent.stat().st_ino)]
 
@@ -52,7 +52,7 @@ def written_whole(file: Path) -> list[tuple[str, int]]:
 def make_base(
     *, seed: int = 0, layers: int = 2, base_bias: bool = False, dtype: torch.dtype = torch.float32
 ) -> LlamaForCausalLM:
-    """A small Llama; the same weights for the same seed."""
+    """A small Llama. The same seed gives the same weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=48,
@@ -80,7 +80,7 @@ def make_batch(seed: int) -> dict[str, torch.Tensor]:
 
 
 def masked_batch(seed: int) -> dict[str, torch.Tensor]:
-    """The same with labels on the last tokens only, as in instruction tuning."""
+    """The same, with labels on the last tokens only, as in instruction tuning."""
     batch = make_batch(seed)
     batch["labels"][:, :7] = -100
     return batch

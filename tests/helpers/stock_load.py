@@ -53,7 +53,8 @@ def main() -> None:
         for kind in ("celora", "plain"):
             base = getattr(transformers, name).from_pretrained(folder / "base", dtype=torch.float32)
             said = Said()
-            loggers = [logging.getLogger(), logging.getLogger("transformers")]  # which keeps its own to itself
+            # transformers' logger does not pass messages on
+            loggers = [logging.getLogger(), logging.getLogger("transformers")]
             for logger in loggers:
                 logger.addHandler(said)
             with warnings.catch_warnings(record=True) as caught:
@@ -61,7 +62,7 @@ def main() -> None:
                 model = load(base, folder / kind).eval()
             for logger in loggers:
                 logger.removeHandler(said)
-            messages = said.messages + [str(of.message) for of in caught]
+            messages = said.messages + [str(warning.message) for warning in caught]
             with torch.no_grad():
                 logits = model(**batch).logits
             found[kind] = {"said": [text for text in messages if RENAMED not in text], "logits": logits}

@@ -23,19 +23,19 @@ COLUMNS = '{"estimator": "columns", "keep_ratio": 0.4, "rank": 4, "refresh_every
 
 
 class Signalled(TrainerCallback):  # type: ignore[misc]
-    """The second process, and no other, gets a signal at the beginning of a step."""
+    """Only the second process gets a signal, at the beginning of a step."""
 
     def __init__(self, number: signal.Signals, step: int) -> None:
         self.number, self.step = number, step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if os.environ["RANK"] == "1" and state.global_step == self.step:
-            for _ in range(2):  # from the terminal, and again from the launcher
+            for _ in range(2):  # once from the terminal, and once from the launcher
                 os.kill(os.getpid(), self.number)
 
 
 class Noted(TrainerCallback):  # type: ignore[misc]
-    """Leaves in `path.RANK.json` what this process has attached, and how many labels each of its batches had."""
+    """Writes to `path.RANK.json` what this process has attached, and how many labels each of its batches had."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.with_suffix(f".{os.environ['RANK']}.json")
@@ -54,7 +54,7 @@ class Noted(TrainerCallback):  # type: ignore[misc]
 
 
 def planned_in_each(folder: Path) -> None:
-    """A run with preset auto that leaves the plan of each process, with its evidence, which never comes out twice."""
+    """A run with preset auto and a plan. It writes each process's plan with its timings, which never repeat exactly."""
     plan = planning.make_plan
 
     def noted(*args: Any) -> Any:
@@ -92,7 +92,7 @@ def work(folder: Path) -> None:
     assert train(folder, "whole", *with_columns, "--eval-data", f"{folder}/rows.jsonl") == 0
     assert train(folder, "exact", "--preset", "exact", callback=Noted(folder / "exact")) == 0
     planned_in_each(folder)
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # each attempt of a job may say once why it failed
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # each attempt of a job may report its failure once
     assert train(folder, "bad", data="nowhere.jsonl") == 2
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
     assert train(folder, "stopped", *with_columns, callback=Signalled(signal.SIGINT, 1)) == 130

@@ -21,6 +21,6 @@ DTYPES = [
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """The interpreter computes by NumPy, which warns of numbers that are not finite."""
+    """The interpreter computes with NumPy, which warns about numbers that are not finite. Silence that."""
     with numpy.errstate(all="ignore"):
         yield

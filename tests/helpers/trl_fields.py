@@ -1,4 +1,4 @@
-"""The classes whose fields are flags of `celora train`, as TRL has them."""
+"""TRL's classes whose fields are flags of `celora train`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run something as a user who is not root. To root, no folder is read-only."""
+"""Run something as a user who is not root, because no folder is read-only for root."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOBODY = 65534
 
 @contextmanager
 def public_folder() -> Iterator[Path]:
-    """A temporary folder that other users can read; those of pytest are private."""
+    """A temporary folder that other users can read. pytest's own are private."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)

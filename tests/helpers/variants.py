@@ -49,7 +49,7 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _nothing(model: PeftModel, step: int) -> None:
-    """Most variants have nothing to do between two steps."""
+    """Do nothing between two steps, as most variants."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,18 @@ class Variant:
     load: Callable[[nn.Module, Path], PeftModel] = PeftModel.from_pretrained
 
     def make(self) -> PeftModel:
-        """The model, ready to train; the same weights every time."""
+        """The model, ready to train. The weights are the same every time."""
         torch.manual_seed(0)
         model = get_peft_model(self.base(), self.config())
         self.prepare(model)
         return model.train()
 
     def fit(self, model: PeftModel, steps: int, *, first: int = 0) -> float:
-        """Train with a new optimizer; returns the last loss."""
+        """Train with a new optimizer, and return the last loss."""
         optimizer = self.optimizer(model)
         loss = torch.zeros(())
         for step in range(first, first + steps):
-            torch.manual_seed(step)  # of dropout
+            torch.manual_seed(step)  # seeds dropout
             loss = model(**self.batch(step)).loss
             loss.backward()
             optimizer.step()
@@ -110,7 +110,7 @@ def _biased_base() -> nn.Module:
     return make_base(base_bias=True)
 
 
-_EVA: dict[str, Any] = {}  # what PEFT found, which takes it half a second
+_EVA: dict[str, Any] = {}  # what PEFT found; finding it takes half a second
 
 
 def _eva(model: PeftModel) -> None:
@@ -124,7 +124,7 @@ def _allocate(model: PeftModel, step: int) -> None:
 
 
 def _beside_ia3(model: PeftModel) -> None:
-    """IA3 on the layers that LoRA has left alone."""
+    """Put IA3 on the layers without LoRA."""
     config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     peft.inject_adapter_in_model(config, model.base_model.model, adapter_name="ia3")
     for name, p in model.named_parameters():
@@ -173,7 +173,7 @@ VARIANTS = (
     Variant("LoRA-FA", _lora(), optimizer=lambda model: create_lorafa_optimizer(model, r=8, lora_alpha=8, lr=1e-2)),
     Variant("DoRA", _lora(use_dora=True), _NOT_FUSED),
     Variant("DoRA with dropout", _lora(use_dora=True, lora_dropout=0.1), _NOT_FUSED,
-            note="PEFT computes the base layer twice, and only once of it is estimated"),
+            note="PEFT computes the base layer twice, and only one of the two is estimated"),
     Variant("aLoRA", _lora(alora_invocation_tokens=[7], task_type="CAUSAL_LM"),
             {**_NOT_FUSED, "merges": "not in PEFT either"}, note="padding stays"),
     Variant("`lora_bias=True`", _lora(lora_bias=True), _NOT_FUSED, base=_biased_base),
@@ -185,7 +185,7 @@ VARIANTS = (
     Variant("`trainable_token_indices`", _lora(trainable_token_indices=[1, 2])),
     Variant("two active adapters", _lora(), _NOT_FUSED, prepare=_two_active, load=_load_two),
     Variant("AdaLoRA", _adalora, _NOT_FUSED, after_backward=_allocate,
-            note="the model's own loss, to which it adds"),
+            note="the model's own loss, because AdaLoRA adds to it"),
     Variant("VeRA", _vera, _NOT_FUSED),
     Variant("IA3", _ia3, _NOT_FUSED),
     Variant("IA3 beside LoRA", _lora(target_modules=["q_proj", "v_proj", "up_proj"]),
@@ -252,7 +252,7 @@ MODELS = (
 
 
 def page() -> str:
-    """docs/use/compatibility.md."""
+    """The text of docs/use/compatibility.md."""
     parts = [
         "# Compatibility",
         "`tests/whole/test_variants.py` checks these tables, one test a cell, on models of two layers, with estimates "
@@ -277,9 +277,9 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(what: str, of: tuple[Variant, ...]) -> str:
+def _table(what: str, variants: tuple[Variant, ...]) -> str:
     rows = [[what, *COLUMNS, "remarks"], ["---"] * (len(COLUMNS) + 2)]
-    rows += [[v.name, *(v.limits.get(column, YES) for column in COLUMNS), v.note] for v in of]
+    rows += [[v.name, *(v.limits.get(column, YES) for column in COLUMNS), v.note] for v in variants]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

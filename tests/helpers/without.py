@@ -17,13 +17,13 @@ def without(patch: pytest.MonkeyPatch, *names: str, operations: tuple[str, ...] 
 
 
 def take_path(patch: pytest.MonkeyPatch, path: str) -> str:
-    """Use the "compiled" kernels, a "library"'s product between them, or only "torch", as without a compiler."""
+    """Take the "compiled" kernels, a "library" for the products among them, or only "torch", as without a compiler."""
     if path == "torch":
         without(patch, "c")
     elif path == "library":
         without(patch, "c", operations=("pack_weight",))
     elif library.library() is None:
-        assert tier.why_not()  # said; everything goes through torch here, too
+        assert tier.why_not()  # there are no kernels here, so torch computes everything, and the reason is given
     return path
 
 

@@ -1,7 +1,8 @@
-/* Kernels of a CPU that is not here, against formulas in double precision: other_cpu LIBRARY TIER ... runs in an emulator.
+/* Compares the kernels of another CPU with formulas in double precision, in an emulator: other_cpu LIBRARY TIER ...
  *
- * For each tier that the library offers, odd sizes and both dtypes: 8-bit products for `G W` and `x W^T`, of all rows and
- * of some, and the passes over rows. Products of two tiers must have the same bits. TIER ...: those that must be offered.
+ * For each tier that the library offers, it tries odd sizes and both dtypes: 8-bit products for `G W` and `x W^T`, with
+ * all rows and with some, and the passes over rows. Products of two tiers must have the same bits. The library must offer
+ * every TIER that is named.
  */
 
 #include <dlfcn.h>

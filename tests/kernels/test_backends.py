@@ -20,12 +20,12 @@ RECIPE = Path(__file__).parents[2] / "docs/develop/new-kernel.md"
 
 @pytest.fixture(autouse=True)
 def _table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone afterwards."""
+    """Remove what a test registers, once it is over."""
     without(monkeypatch)
 
 
 def test_the_recipe_for_a_backend_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page's own code. Estimators and `celora doctor` then use the backend."""
+    """The page's own code runs. Then estimators and `celora doctor` use the new backend."""
     blocks = RECIPE.read_text(encoding="utf-8").split("```python\n")[1:]
     names: dict[str, Any] = {}
     for block in blocks:

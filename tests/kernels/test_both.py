@@ -28,7 +28,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def packed_of(weight: Tensor) -> BothWays | None:
-    """The weight packed, or None where this machine refuses 8-bit products altogether."""
+    """The weight packed, or None if this machine refuses all 8-bit products."""
     if not available("pack_both_ways", CPU):
         return None
     return operations.pack_both_ways(weight, weight.float().abs().amax(1).clamp(min=1e-20) / 127)
@@ -100,7 +100,7 @@ def test_critical_rows(dtype: torch.dtype, kept: int | None, share: float) -> No
     g[3] = 0
     packed = packed_of(w)
     found = None if packed is None else packed.critical_rows(g, kept=kept, share=share)
-    if packed is None or found is None:  # choosing and multiplying are two steps there
+    if packed is None or found is None:  # without kernels, choosing and multiplying are two steps
         return
     index, _ = operations.choose_rows(operations.squared_row_norms(g), kept=kept, share=share, step=1)
     assert found.equal(packed.rows(g, index, position=None, factors=None, onto=None))
@@ -118,7 +118,7 @@ def test_one_input_serves_several_weights() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_features_of_very_different_size(dtype: torch.dtype) -> None:
-    """With a scale for each input feature, both products use one weight, and are nearer to the exact products."""
+    """With a scale for each input feature, both products use the same weight, and come nearer to the exact products."""
     size = torch.ones(100)
     size[[3, 50]] = 80.0
     w, x, g = torch.randn(67, 100).to(dtype), (torch.randn(25, 100) * size).to(dtype), torch.randn(25, 67).to(dtype)
@@ -148,7 +148,7 @@ def test_features_of_very_different_size(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_input_in_8_bits_can_be_multiplied_from_the_left(dtype: torch.dtype, masked: bool, scaled: bool) -> None:
-    """As the gradient of LoRA's A needs it: `p^T x`."""
+    """The gradient of LoRA's A needs this product: `p^T x`."""
     w, x, p = torch.randn(67, 100), torch.randn(25, 100).to(dtype), torch.randn(25, 3).to(dtype)
     mask, scale = (torch.rand(25, 100) < 0.7 if masked else None), (torch.rand(100) + 0.1 if scaled else None)
     if packed_of(w) is None:

@@ -17,13 +17,13 @@ from celora.kernels.c import build as build_module
 from celora.kernels.c import library as library_module
 from patching import patch_all
 
-PYTHON = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # where a process of its own finds what is tested
+PYTHON = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # a new process finds the tested code here
 needs_compiler = pytest.mark.skipif(library_module.library() is None, reason="no C compiler")
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A PATH with a compiler that does not optimise: six times as fast, and these tests compute nothing."""
+    """A PATH with a compiler that does not optimise. It is six times as fast, and these tests compute nothing."""
     works = next(filter(None, map(shutil.which, build_module._COMPILERS)))
     return compilers(tmp_path_factory.mktemp("quick"), cc=f'exec "{works}" "$@" -O0')
 
@@ -39,13 +39,13 @@ def compiled(quick: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def made(compiled: Path, tmp_path: Path) -> Path:
-    """The library in a cache of its own, `tmp_path`, made as by another process before."""
+    """The library in a cache of its own, `tmp_path`, as if another process had compiled it."""
     shutil.copytree(compiled / "celora", tmp_path / "celora")
     return next((tmp_path / "celora" / "kernels").glob("*.so"))
 
 
 def compilers(folder: Path, **does: str) -> str:
-    """A PATH whose compilers of these names do this."""
+    """A PATH with commands of these names, each of which runs this shell command."""
     for name, command in does.items():
         (folder / name).write_text(f"#!/bin/sh\n{command}\n")
         (folder / name).chmod(0o755)
@@ -53,7 +53,7 @@ def compilers(folder: Path, **does: str) -> str:
 
 
 def load_in(cache: Path, *, path: str | None = None, home: Path | None = None) -> tuple[Path, str]:
-    """The file that another process loads, from `cache` or from wherever else, and why it loads none, or keeps none."""
+    """The file that a new process loads, and its reason if it loads none or does not keep what it compiled."""
     code = (
         "from celora.kernels.c import build; loaded, reason = build.build_and_load()\n"
         "print(loaded and loaded._name, reason)"
@@ -87,7 +87,7 @@ def test_without_a_cache_they_are_built_for_the_process(how: str, quick: str, tm
     assert done.returncode == 0, done.stderr
     built = Path(done.stdout.strip())
     assert built.parent.parent == tmp_path
-    assert not built.exists()  # taken away with the process
+    assert not built.exists()  # it was removed when the process ended
 
 
 @needs_compiler
@@ -103,7 +103,7 @@ def test_a_library_that_others_could_have_written_is_not_loaded(made: Path, quic
     before = made.stat()
     made.chmod(0o777)
     assert load_in(tmp_path, path=quick) == (made, "")
-    assert made.stat().st_ino != before.st_ino  # made anew
+    assert made.stat().st_ino != before.st_ino  # compiled again
     assert made.stat().st_mode & 0o022 == 0
 
 
@@ -160,14 +160,14 @@ def test_a_wheels_library_needs_no_compiler(compiled: Path, package: Path) -> No
 
 @pytest.mark.fault(
     "machines",
-    "a wheel's library of kernels is cut off, or another file lies in its place",
+    "a wheel's library of kernels is cut off, or another file has taken its place",
     sees="`celora doctor` names the file: `is damaged: install celora again`, or `cannot be loaded`",
-    kept="everything: they are compiled where there is a compiler; else torch's operators are used",
+    kept="everything: celora compiles the kernels if there is a compiler, and uses torch's operators otherwise",
 )
 @needs_compiler
 @pytest.mark.parametrize("how", ["cut", "text", "foreign"])
 def test_a_wheels_library_that_is_no_such_library(how: str, compiled: Path, package: Path) -> None:
-    """Half a library would end the process that calls it."""
+    """Loading half a library would crash the process."""
     (library,) = (compiled / "celora" / "kernels").glob("*.so")
     file = put(package, b"no library" if how == "text" else library.read_bytes())
     if how == "cut":

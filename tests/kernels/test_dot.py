@@ -1,4 +1,4 @@
-"""8-bit products in C, compared with their reference; matrix and vector instructions give the same."""
+"""8-bit products in C, compared with their reference. Matrix and vector instructions give the same results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (16, 32), (67, 100), (128, 257)])
 @pytest.mark.parametrize("kept", [None, 1, 5, 9, 11, 12, 25])
 def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int | None) -> None:
-    """Every number of rows and columns left over at the end of a block; nothing outside is written."""
+    """Any number of rows and columns may be left over at the end of a block. Nothing outside the output is written."""
     x, w = torch.randn(25, shape[0] + 3).to(dtype)[:, : shape[0]], torch.randn(shape).to(dtype)
     index = None if kept is None else torch.randperm(25)[:kept].sort().values
     position = None if index is None else torch.full((25,), -1, dtype=torch.int32)
@@ -56,7 +56,7 @@ def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int
 def test_every_tier_has_the_same_bits(
     rows: int, shape: tuple[int, int], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit-identical, however the rows are divided by the size of a cache or among threads."""
+    """Results are bit-identical, however rows are divided by the size of a cache or among threads."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x, w = torch.randn(rows, shape[0]), torch.randn(shape)
     scale = w.abs().amax(0) / 127
@@ -77,7 +77,7 @@ def test_every_tier_has_the_same_bits(
 @pytest.mark.parametrize("shape", [(1, 1), (67, 100)])
 @pytest.mark.parametrize(("kept", "share"), [(1, 1.0), (9, 1.0), (25, 1.0), (None, 0.5), (None, 0.99), (None, 1.0)])
 def test_critical_products(dtype: torch.dtype, shape: tuple[int, int], kept: int | None, share: float) -> None:
-    """One call is the same as the three that choose and multiply."""
+    """One call gives the same as three calls that choose, gather and multiply."""
     x = torch.randn(25, shape[0] + 3).to(dtype)[:, : shape[0]] * (torch.rand(25, 1) * 4).exp().to(dtype)
     x[3] = 0
     w = torch.randn(shape).to(dtype)

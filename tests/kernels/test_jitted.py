@@ -25,7 +25,7 @@ def test_a_pass(operation: str, shape: tuple[int, int], dtype: torch.dtype, fini
 
 
 def in_float64(q: Tensor, weight: Tensor) -> Tensor:
-    """torch's 8-bit product where its own sums overflow, as on a CPU without VNNI."""
+    """torch's 8-bit product in float64, if its own sums overflow, as on a CPU without VNNI."""
     return (q.double() @ weight[: q.shape[1]].double()).int()
 
 
@@ -57,7 +57,7 @@ def test_columns_that_lie_apart(operation: str) -> None:
 
 
 def test_a_row_longer_than_a_block_and_more_rows_than_a_part() -> None:
-    """Several blocks of a row, and several parts of the rows, add up."""
+    """Several blocks of a row add up, and so do several parts of the rows."""
     assert proof.wrong("softmax_rows", 3, 4500, torch.float32, DEVICE, finite=True) == ""
     assert proof.wrong("quantise_rows", 3, 5000, torch.float32, DEVICE, finite=True) == ""
     x = torch.randn(600, 5, device=DEVICE)
@@ -66,7 +66,7 @@ def test_a_row_longer_than_a_block_and_more_rows_than_a_part() -> None:
 
 
 def test_8_bit_floats_round_to_even_as_torch_does() -> None:
-    """Half-way between two steps, and below the smallest normal number."""
+    """The values are half-way between two steps, and below the smallest normal number."""
     x = torch.tensor(
         [[448.0, 17.0, 19.0, -18.0, 2**-7, 3 * 2**-10, 2**-9, 2**-10, 1.5 * 2**-9, 0.0, -0.3]], device=DEVICE
     )
@@ -76,7 +76,7 @@ def test_8_bit_floats_round_to_even_as_torch_does() -> None:
 
 
 def test_int8_sums_are_exact_however_long() -> None:
-    """The largest sums that 32 bits hold of this depth, which float32 would round."""
+    """The largest sums of this depth that 32 bits can hold. float32 would round them."""
     depth = 2000
     a = torch.full((3, depth), 127, dtype=torch.int8, device=DEVICE)
     a[1, ::2] = -127

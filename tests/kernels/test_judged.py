@@ -1,4 +1,4 @@
-"""No GPU uses a Triton kernel that was not found right and faster on it, and nothing imports Triton before that."""
+"""No GPU uses a Triton kernel before it was found right and faster there. Nothing imports Triton before that."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """As on a machine with an A100, Triton and an empty cache, as far as celora asks."""
+    """Pretend a machine with an A100, Triton and an empty cache, as far as celora asks."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -51,7 +51,7 @@ def test_without_a_plan_a_gpu_uses_none_of_them() -> None:
 def test_what_was_right_and_faster_is_used_in_later_processes_too() -> None:
     wrong = {"softmax_rows": "was off by 1.0e+00 of the largest number (gradient)"}
     judged.remember(GPU, Verdict(frozenset({"pack_weight"}), {"int8, depth first": 4}, wrong))
-    judged._OF_THIS_PROCESS.clear()  # as a new process
+    judged._OF_THIS_PROCESS.clear()  # as in a new process
     judged.verdict.cache_clear()
     assert judged.planned_on(GPU)
     found = judged.verdict(GPU)
@@ -73,7 +73,7 @@ def test_what_is_not_lasting_or_cannot_be_kept_is_of_this_process(card: pytest.M
         judged._OF_THIS_PROCESS.clear()
         judged.verdict.cache_clear()
         assert not judged.planned_on(GPU)
-        card.setenv("XDG_CACHE_HOME", "/proc/nowhere")  # which cannot be made
+        card.setenv("XDG_CACHE_HOME", "/proc/nowhere")  # this folder cannot be created
 
 
 def test_another_card_and_another_version_are_asked_again(card: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_why_they_cannot_run(card: pytest.MonkeyPatch, patch: Callable[[pytest.M
     assert said in judged.cannot_run(GPU)
     if torch.cuda.is_available():
         assert said in judged.why_not("pack_weight")(GPU)
-        assert proof.judge(GPU) == Verdict()  # looked at: a plan on this GPU goes on without them
+        assert proof.judge(GPU) == Verdict()  # the kernels were judged, so a plan on this GPU goes on without them
         assert judged.planned_on(GPU)
 
 

@@ -1,4 +1,4 @@
-"""Kernels are compiled for GPUs that are not here: none spills, and none takes much more than it did."""
+"""Kernels are compiled for GPUs that this machine does not have. None spills, and none takes much more than before."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def check(*more: str) -> None:
-    """In a process of its own: here the kernels may be the interpreter's."""
+    """Run it in a process of its own, because here the kernels may be the interpreter's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.kernels.offline", "--check", *more]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The kernels of other CPUs: a C program tries them against formulas, in an emulator where there is one."""
+"""The kernels of other CPUs. A C program compares them with formulas, in an emulator if there is one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from celora.kernels.c.build import _COMPILERS
 from tiers import TIERS
 
 SOURCE = Path(__file__).with_name("other_cpu.c")
-FLAGS = ("-std=gnu11", "-O1", "-ffp-contract=off")  # rounded as it stands
+FLAGS = ("-std=gnu11", "-O1", "-ffp-contract=off")  # each operation is rounded on its own
 HERE = next(filter(None, map(shutil.which, _COMPILERS)), None)
 ARM, EMULATOR = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
 
@@ -34,7 +34,7 @@ def tried(*command: object) -> list[str]:
 
 @pytest.mark.skipif(not TIERS or platform.system() != "Linux" or HERE is None, reason="no compiled kernels")
 def test_the_program_agrees_with_this_cpu(tmp_path: Path) -> None:
-    """What it asks of another CPU's kernels is true of those that the other tests look at."""
+    """This CPU's kernels, which other tests check, pass what the program asks of another CPU's kernels."""
     assert HERE is not None
     program, library = compiled(HERE, platform.machine(), tmp_path)
     assert tried(program, library, *TIERS) == TIERS

@@ -1,4 +1,4 @@
-"""The proof finds what is wrong, and what is wrong or slower is not used."""
+"""The proof finds what is wrong. Kernels that are wrong or slower are not used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN = {name: getattr(plain, name) for name in ("squared_row_norms", "squared_c
 
 @pytest.fixture
 def as_torch(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Kernels that give what torch does: Triton is not needed."""
+    """Kernels that compute with torch, so Triton is not needed."""
     for name, run in (*PLAIN.items(), ("softmax_rows", plain.softmax_rows)):
         monkeypatch.setattr(launches, name, run)
     return monkeypatch
@@ -78,7 +78,7 @@ def test_a_product_that_is_off_is_found(
 
 @pytest.fixture
 def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A GPU by name, whose tensors are on the CPU."""
+    """A GPU in name only: its tensors are on the CPU."""
     kept: list[judged.Verdict] = []
     monkeypatch.setattr(judged, "verdict", lambda device: kept[-1] if kept else None)
     monkeypatch.setattr(judged, "remember", lambda device, found, *, lasting=True: kept.append(found))

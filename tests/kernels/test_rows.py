@@ -1,4 +1,4 @@
-"""The compiled passes of each tier give the results of torch's operators, if there is a compiler."""
+"""The compiled passes of each tier give the same results as torch's operators. Skipped without a compiler."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_quantised_rows(dtype: torch.dtype, offset: int, subset: bool) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_stays_so(bad: float, dtype: torch.dtype) -> None:
-    """A GradScaler must see the overflow: it may not be quantised into something finite."""
+    """Infinity and NaN must not become finite when they are quantised: a GradScaler must see the overflow."""
     x = torch.randn(3, 8).to(dtype)
     x[1, 5] = bad
     q, scale = kernels.quantise_rows(x, None, offset=128)
@@ -88,7 +88,7 @@ def test_the_largest_rows_are_chosen(rows: int, kept: float) -> None:
 @each_tier
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
 def test_as_many_rows_are_chosen_as_asked_for_whatever_they_are(bad: float) -> None:
-    """A NaN has a sign, too: that of inf - inf is negative on x86."""
+    """NaN has a sign, too: inf - inf is negative on x86."""
     squared = torch.rand(20)
     squared[::2] = bad
     index, position = kernels.choose_rows(squared, kept=7, share=1.0, step=1)

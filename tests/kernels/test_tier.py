@@ -1,4 +1,4 @@
-"""Which tier of the kernels is used, what is said of one that is not there, and whose threads they run on."""
+"""Which tier of the kernels is used, what celora says about a tier that is missing, and whose threads they run on."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def test_the_newest_tier_is_used_unless_another_is_asked_for(
 
 @pytest.mark.fault(
     "machines",
-    "CELORA_KERNELS asks for a tier that the CPU lacks, or for none that is known",
-    sees="one warning with the tiers that it offers",
-    kept="everything: torch's operators are used",
+    "CELORA_KERNELS names a tier that the CPU lacks, or one that does not exist",
+    sees="one warning with the tiers that the CPU offers",
+    kept="everything: celora uses torch's operators",
 )
 @needs_kernels
 @pytest.mark.parametrize("asked", ["avx1024", "on", "neon" if TIERS[:1] == ["baseline"] else "amx"])
@@ -104,4 +104,4 @@ def test_without_a_runtime_to_share_they_run_on_one_thread(monkeypatch: pytest.M
         assert why_this().endswith(", on one thread: torch has no OpenMP to share")
         patch.setattr(torch, "get_num_threads", lambda: 3)
         assert rows.squared_row_norms(x).equal(expected)
-    assert Kernels(library, TIERS[-1]).threaded  # from now on as before
+    assert Kernels(library, TIERS[-1]).threaded  # from here on, everything is as before

@@ -15,7 +15,7 @@ def test_elsewhere_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
 def test_freed_memory_is_not_faulted_in_again() -> None:
-    """In a process of its own: a large block, freed and allocated again, costs no page faults the second time."""
+    """In a new process, a large block is freed and allocated again. The second time costs no page faults."""
     script = """
 import resource, sys
 from celora.machine.allocator import keep_freed_memory

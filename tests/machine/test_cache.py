@@ -1,4 +1,4 @@
-"""The user's cache: nobody else can write there, and a damaged measurement is measured again."""
+"""The user's cache: nobody else can write there. celora measures again if a stored measurement is damaged."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_without_a_cache_nothing_is_kept_and_nothing_fails(home: Path) -> None:
 
 
 def test_every_folder_of_the_cache_is_made_for_the_user_alone(home: Path) -> None:
-    """Whatever the umask: a user who may write to a parent folder could replace the folder that was checked."""
+    """This holds for any umask. A user who may write to a parent folder could replace the folder that was checked."""
     before = os.umask(0o002)
     try:
         made = cache_folder("kernels")
@@ -57,9 +57,9 @@ def test_every_folder_of_the_cache_is_made_for_the_user_alone(home: Path) -> Non
 
 @pytest.mark.fault(
     "security",
-    "a folder above the cache of compiled kernels that others can write to",
+    "a folder above the cache of compiled kernels, if other users can write to it",
     sees="`celora doctor` names the folder",
-    kept="nothing is loaded from there; each process compiles and measures its own",
+    kept="celora loads nothing from there; each process compiles and measures for itself",
 )
 @pytest.mark.parametrize("where", ["cache", "cache/deep", "link", "."])
 def test_no_folder_above_the_cache_may_be_open_to_others(
@@ -75,7 +75,7 @@ def test_no_folder_above_the_cache_may_be_open_to_others(
     with pytest.raises(PermissionError, match=f"^{opened} could be written to by others"):
         cache_folder("kernels")
     if opened != cache:
-        opened.chmod(0o1777)  # as /tmp is: nobody can replace what is another's
+        opened.chmod(0o1777)  # like /tmp: nobody can replace another user's files
         assert cache_folder("kernels") == cache / "celora" / "kernels"
 
 

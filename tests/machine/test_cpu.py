@@ -113,7 +113,7 @@ def test_windows(present: set[int], found: set[str], monkeypatch: pytest.MonkeyP
 
 
 def test_what_torch_finds_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on Windows, which does not report VNNI."""
+    """Windows, for example, does not report VNNI."""
     patch_all(
         monkeypatch,
         "celora.machine.cpu:_capabilities",
@@ -126,7 +126,7 @@ def test_what_torch_finds_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     ("limit", "used"), [(None, True), ("ALL", True), ("avx512_core_amx_fp16", True), ("AVX512_CORE_BF16", False)]
 )
 def test_matrix_instructions(limit: str | None, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN may be limited to fewer instructions than the CPU has, and never uses more."""
+    """oneDNN may be limited to fewer instructions than the CPU has. It never uses more than that."""
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if limit is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)

@@ -1,4 +1,4 @@
-"""Devices without float64, decompositions or known random states, on a pretended one."""
+"""Devices without float64, decompositions or known random states, tried on a pretended one."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ def test_as_many_tokens_hold_a_share_as_on_the_cpu(share: float, mps: list[str])
 
 @pytest.mark.parametrize("n", [30, 50_000])
 def test_draws_are_those_of_the_cpu(n: int, mps: list[str]) -> None:
-    """In float32, the intervals of 50,000 words could not be distinguished."""
+    """Draws are computed on the CPU: float32 cannot tell the intervals of 50,000 words apart."""
     scores = torch.rand(n).pow(6)
     index, factors, p = select.drawn(scores, n // 3, seed=2, draw=5)
     found = select.drawn(moved(scores), n // 3, seed=2, draw=5)
-    assert all(of.device == MPS for of in found)
+    assert all(tensor.device == MPS for tensor in found)
     assert found[0].cpu().equal(index)
     assert found[1].cpu().equal(factors.float())
     assert found[2].cpu().equal(p.float())
 
 
-@pytest.mark.parametrize("shape", [(12, 9), (200, 160)])  # decomposed exactly, and by a sketch
+@pytest.mark.parametrize("shape", [(12, 9), (200, 160)])  # one is decomposed exactly, one by a sketch
 def test_factors(shape: tuple[int, int], mps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     W = torch.randn(shape)
     generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())  # the same draws there
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())  # both devices draw the same numbers
     expected = svd_factor(W, 4)
     found = svd_factor(moved(W), 4)
     for ours, theirs in zip(found, expected, strict=True):
@@ -99,7 +99,8 @@ def test_every_estimator_computes_there(name: str, mps: list[str], monkeypatch: 
         found.append(estimator.estimate(fresh.to(where), w))
         assert found[-1].device == where
     assert found[1].cpu().shape == (25, 12)
-    if config.selection != "energy" or config.estimator != "tokens":  # which takes the latest refresh's share there
+    # On an accelerator, tokens by energy keep the share of the latest refresh.
+    if config.selection != "energy" or config.estimator != "tokens":
         torch.testing.assert_close(found[1].cpu(), found[0], rtol=1e-5, atol=1e-5)
 
 
@@ -127,7 +128,7 @@ def test_fidelity_is_summed_in_float64(mps: list[str]) -> None:
 
 
 def on_mps(model: PeftModel) -> PeftModel:
-    """`model.to("mps")`, which has to make other parameters of tensors of another class."""
+    """Do `model.to("mps")`. It has to make new parameters, because the tensors' class changes."""
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -140,9 +141,9 @@ def on_mps(model: PeftModel) -> PeftModel:
 
 @pytest.mark.fault(
     "numbers",
-    "an accelerator without float64, as MPS is",
+    "an accelerator has no float64, like MPS",
     sees="nothing",
-    kept="the result: what needs float64 is computed on the CPU",
+    kept="the result: the CPU computes what needs float64",
 )
 def test_an_audit_there_is_the_cpu_s(mps: list[str]) -> None:
     config = CELoraConfig(keep_ratio=0.5, rank=0, labelled_head=True, head_keep_ratio=0.4)
@@ -157,19 +158,19 @@ def test_an_audit_there_is_the_cpu_s(mps: list[str]) -> None:
     assert reports[1].cosine == pytest.approx(reports[0].cosine, abs=1e-5)
     assert reports[1].loss == pytest.approx(reports[0].loss, abs=1e-5)
     assert mps.count("get") == 1
-    assert mps.count("set") == 2  # before the second gradient, and at the end
+    assert mps.count("set") == 2  # once before the second gradient, and once at the end
 
 
 def test_a_plan_there(mps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     patch_all(monkeypatch, "celora.numerics.estimators.tokens:PLANNED", (1.0, 0.9, 0.5))
     patch_all(monkeypatch, "celora.planning.influence:_DEPTHS", 1)
     patch_all(monkeypatch, "celora.planning.influence:_FEW_LAYERS", 0)
-    patch_all(monkeypatch, "celora.machine.timing:cannot_time", lambda of: "")
+    patch_all(monkeypatch, "celora.machine.timing:cannot_time", lambda device: "")
     model = on_mps(make_model(target_modules=["up_proj", "down_proj"]))
     plan = celora.make_plan(model, [make_batch(1), make_batch(2)], 0.9)
     assert {layer.name.rpartition(".")[2] for layer in plan.layers} == {"up_proj", "down_proj"}
     assert plan.audited_cosine >= 0.9
-    assert mps.count("wait") > 100  # around everything that was timed
+    assert mps.count("wait") > 100  # celora waits before and after everything that it times
 
 
 def test_training_there(mps: list[str]) -> None:
@@ -189,9 +190,10 @@ def test_training_there(mps: list[str]) -> None:
 def test_random_states_of_all_devices_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     states = {"xpu:0": 10, "xpu:1": 20}
     module = types.SimpleNamespace(
-        get_rng_state=lambda of: states[str(of)], set_rng_state=lambda state, of: states.update({str(of): state})
+        get_rng_state=lambda place: states[str(place)],
+        set_rng_state=lambda state, place: states.update({str(place): state}),
     )
-    patch_all(monkeypatch, "celora.machine.device:backend", lambda of: module)
+    patch_all(monkeypatch, "celora.machine.device:backend", lambda place: module)
     where = [torch.device("cpu"), torch.device("xpu", 1), torch.device("xpu", 0), torch.device("xpu", 1)]
     cpu = torch.get_rng_state()
     with device.random_states(where) as rewind:
@@ -206,7 +208,7 @@ def test_random_states_of_all_devices_are_put_back(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_random_state_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    patch_all(monkeypatch, "celora.machine.device:backend", lambda of: types.SimpleNamespace())
+    patch_all(monkeypatch, "celora.machine.device:backend", lambda place: types.SimpleNamespace())
     said = pytest.raises(CELoraError, match="cannot read the random state of 'xpu'")
     with said, device.random_states([torch.device("xpu")]):
         pass

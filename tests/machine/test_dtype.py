@@ -1,4 +1,4 @@
-"""The dtype of the base model: as named, as measured, as memory allows, and as the run began."""
+"""The dtype of the base model: as the user names it, as measured, as memory allows, and as the run began."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def settled(inputs: dict[str, str], earlier: dict[str, Any] | None = None, **mor
         (torch.bfloat16, 0.5, 100, "bfloat16", "as the checkpoint is, and bfloat16 products take 0.5 times as long"),
         (torch.bfloat16, 1.4, 100, "bfloat16", "as the checkpoint is, and bfloat16 products take 1.4 times as long"),
         (torch.bfloat16, 16, 100, "float32", "bfloat16 products take 16 times as long as float32's here; --dtype"),
-        (torch.bfloat16, 16, None, "float32", "bfloat16 products take 16 times as long"),  # nobody knows the memory
+        (torch.bfloat16, 16, None, "float32", "bfloat16 products take 16 times as long"),  # the free memory is unknown
         (torch.bfloat16, 16, 10, "bfloat16", "float32 would need 8.0 GiB of the 10.0 GiB that are free; bfloat16 pro"),
         (torch.float16, 0.5, 100, "float32", "the checkpoint's float16 loses small gradients; --dtype bfloat16 takes"),
         (torch.float16, 16, 10, "bfloat16", "8.0 GiB of the 10.0 GiB that are free; float16 loses small gradients"),
@@ -99,15 +99,15 @@ def test_mixed_precision_is_the_users_choice(inputs: dict[str, str], emulated: N
 
 
 def test_a_run_goes_on_in_its_dtype(inputs: dict[str, str], emulated: None) -> None:
-    for name in ("bfloat16", "auto"):  # an earlier version recorded what was asked for
+    for name in ("bfloat16", "auto"):  # an earlier version recorded the dtype that the user gave
         assert settled(inputs, {"lora": {"dtype": name}})[0] == name
 
 
 @pytest.mark.fault(
     "numbers",
-    "a checkpoint in bfloat16 on a CPU that emulates it",
+    "a checkpoint is in bfloat16, and the CPU emulates bfloat16",
     sees="`Base model in float32: bfloat16 products take ... times as long as float32's here`",
-    kept="the weights, exactly; bfloat16 where float32 does not fit",
+    kept="the weights, exactly; bfloat16 if float32 does not fit into memory",
 )
 def test_a_run_says_its_dtype_and_resumes_in_it(
     inputs: dict[str, str], emulated: None, monkeypatch: pytest.MonkeyPatch
@@ -121,7 +121,7 @@ def test_a_run_says_its_dtype_and_resumes_in_it(
     assert "dtype" not in record["given"]
     assert {p.dtype for p in result.model.parameters()} == {torch.float32}
 
-    measured(monkeypatch, 0.5)  # what it is on another machine does not matter
+    measured(monkeypatch, 0.5)  # a resumed run does not measure again, so another machine's speed does not matter
     console = Console(file=io.StringIO(), width=200)
     request = parse(["--max_steps", "2"], {"output": inputs["output"], "resume": True})
     resumed = train(request, console=console)
@@ -136,14 +136,14 @@ def test_all_arms_of_a_comparison_have_one_dtype(
     run = compare_module._run
 
     def counted(arm: str, seed: int, own: dict[str, Any], folder: Path, console: Console) -> Any:
-        measured(monkeypatch, 0.5)  # as a busy machine may seem later
+        measured(monkeypatch, 0.5)  # a busy machine may measure this later
         chosen.append(own["dtype"])
         return run(arm, seed, own, folder, console)
 
     patch_all(monkeypatch, "celora.studies.compare:_run", counted)
     settings = inputs | {"max_steps": 1, "quiet": True, "report_to": "none"}
     compare(settings, arms=("LoRA", "exact"), seeds=1)
-    compare(settings, arms=("LoRA", "exact"), seeds=2)  # which goes on with the first
+    compare(settings, arms=("LoRA", "exact"), seeds=2)  # continues the first comparison
     assert chosen == ["float32"] * 6
     records = [json.loads(file.read_text()) for file in Path(inputs["output"]).glob("*-seed*/run.json")]
     assert {record["lora"]["dtype"] for record in records} == {"float32"}

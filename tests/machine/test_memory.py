@@ -17,7 +17,7 @@ def test_what_is_saved_for_backward_counts_once_and_without_parameters() -> None
     x = torch.randn(16, 8, requires_grad=True)
     with saved_for_backward(linear) as saved:
         y = linear(x)
-        assert saved.nbytes == x.numel() * 4  # for the weight's gradient; the weight itself is there anyway
+        assert saved.nbytes == x.numel() * 4  # x is kept for the weight's gradient; the weight exists anyway
         z = linear(x) * linear(x)
     assert saved.nbytes == 3 * x.numel() * 4  # x once, and the two factors
     (y + z).sum().backward()
@@ -36,7 +36,7 @@ def test_peak_and_free_memory_are_plausible() -> None:
 
 
 def test_files_of_the_system_that_say_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in sandboxes without VmHWM, in a program whose name is no ASCII, and in a container that has read files."""
+    """A sandbox without VmHWM, a program whose name is not ASCII, and a container that has read files."""
     files = {
         "/proc/self/status": "Name:\tentra\udceene\nVmHWM:\t  2048 kB\n",
         "/proc/meminfo": "MemAvailable: 4096 kB\n",
@@ -55,7 +55,7 @@ def test_files_of_the_system_that_say_less(monkeypatch: pytest.MonkeyPatch) -> N
     assert available_memory(CPU) == 600000
     files["/proc/self/status"] = "Name:\tpython\n"
     del files["/sys/fs/cgroup/memory.stat"]
-    assert peak_memory(CPU) is not None  # as getrusage says
+    assert peak_memory(CPU) is not None  # the number comes from getrusage
     assert available_memory(CPU) == 4096 * 1024
 
 

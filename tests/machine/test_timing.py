@@ -19,26 +19,28 @@ CPU, MPS = torch.device("cpu"), torch.device("mps", 0)
 
 @pytest.fixture(autouse=True)
 def _measured_anew() -> Iterator[None]:
-    for of in (time_over_float32, cannot_time):
-        of.cache_clear()
+    for function in (time_over_float32, cannot_time):
+        function.cache_clear()
     yield
-    for of in (time_over_float32, cannot_time):
-        of.cache_clear()
+    for function in (time_over_float32, cannot_time):
+        function.cache_clear()
 
 
 def test_contenders_take_turns_and_two_rounds_warm_up() -> None:
     calls: list[str] = []
     times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
     assert calls == ["a", "b"] * 5
-    for of in times.values():
-        assert 0 <= of["p20_ms"] <= of["time_ms"] <= of["p80_ms"]
+    for row in times.values():
+        assert 0 <= row["p20_ms"] <= row["time_ms"] <= row["p80_ms"]
 
 
 def machine(
     monkeypatch: pytest.MonkeyPatch, half: float, load: Callable[[int], float] = lambda turn: 1.0
 ) -> list[torch.dtype]:
-    """One whose bfloat16 products take `half` times as long as float32's, while something else slows turn i down by
-    `load(i)`; what it was asked to multiply."""
+    """A machine on which bfloat16 products take `half` times as long as float32's.
+
+    Another load slows turn i down by `load(i)`. Returns the dtypes that it was asked to multiply.
+    """
     asked: list[torch.dtype] = []
 
     def took(call: Callable[[], torch.Tensor], device: torch.device) -> float:
@@ -55,12 +57,12 @@ def machine(
     ("half", "slower"), [(16.0, True), (1.6, True), (1.4, False), (1.1, False), (1.0, False), (0.5, False)]
 )
 def test_float32_has_to_be_clearly_faster(half: float, slower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes twice the memory."""
+    """float32 must be clearly faster, because it takes twice the memory."""
     asked = machine(monkeypatch, half)
     assert slower_than_float32(torch.bfloat16, CPU) is slower
     assert time_over_float32(torch.bfloat16, CPU) == pytest.approx(half)
     assert faster_dtype() == ("float32" if slower else "bfloat16")
-    assert asked == [torch.bfloat16, torch.float32] * 10  # once a process: one turn to warm up, and nine
+    assert asked == [torch.bfloat16, torch.float32] * 10  # measured once a process: one turn warms up, nine count
 
 
 def bursts(seed: int) -> Callable[[int], float]:
@@ -75,8 +77,8 @@ LOADS: dict[str, Callable[[int], float]] = {
     "less and less": lambda turn: 1 + 10 / (1 + turn),
     "more and more": lambda turn: 1 + turn / 4,
     "one turn of each": lambda turn: 20.0 if turn in (4, 7) else 1.0,
-    "every fourth": lambda turn: 25.0 if turn % 4 == 0 else 1.0,  # every second one in bfloat16
-    "every sixth": lambda turn: 25.0 if turn % 6 == 3 else 1.0,  # in float32 alone
+    "every fourth": lambda turn: 25.0 if turn % 4 == 0 else 1.0,  # every second turn is in bfloat16
+    "every sixth": lambda turn: 25.0 if turn % 6 == 3 else 1.0,  # only in float32
     **{f"bursts {seed}": bursts(seed) for seed in range(40)},
 }
 
@@ -90,7 +92,7 @@ def test_what_else_the_machine_does_does_not_decide(half: float, load: str, monk
 
 
 def test_an_unclear_measurement_goes_on_and_then_keeps_half_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A load that slows down every second turn must not decide: the fastest turns are still equally fast."""
+    """A load that slows down every second turn must not decide: the fastest turns still take equally long."""
     asked = machine(monkeypatch, 1.0, lambda turn: 5.0 if turn % 2 == 0 and turn > 2 else 1.0)
     assert not slower_than_float32(torch.bfloat16, CPU)
     assert len(asked) == 2 * 46
@@ -105,9 +107,9 @@ def test_a_dtype_that_the_device_refuses_is_not_taken(monkeypatch: pytest.Monkey
 
 
 class Accelerator:
-    """An MPS device whose clock stands in for the machine's: a launch takes 1 ms, a large product 100 more.
+    """An MPS device with its own clock instead of the machine's. A launch takes 1 ms, a large product 100 ms more.
 
-    Only waiting for the device passes the time that its work takes, if `waits`.
+    If `waits`, waiting for the device lets the time of its work pass. Nothing else does.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, *, waits: bool = True) -> None:
@@ -142,7 +144,7 @@ def test_a_time_is_that_of_the_work_and_of_nothing_before_it(monkeypatch: pytest
     device.launch(7.0)
     for _ in range(2):
         assert timing.timed(lambda: device.launch(0.25), MPS) == pytest.approx(251)
-    assert timing.timed(lambda: device.launch(0.25), CPU) == pytest.approx(1)  # which needs no waiting
+    assert timing.timed(lambda: device.launch(0.25), CPU) == pytest.approx(1)  # the CPU needs no waiting
 
 
 def test_a_device_that_is_waited_for_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,9 +155,9 @@ def test_a_device_that_is_waited_for_can_be_timed(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.fault(
     "numbers",
-    "a device on which nothing says when its work is done",
-    sees="one line, where a plan is asked for",
-    kept="nothing is timed; presets `exact` and `paper` work",
+    "a device cannot tell when its work is done",
+    sees="one line, if a plan is asked for",
+    kept="celora times nothing there; presets `exact` and `paper` work",
 )
 @pytest.mark.parametrize("why", ["no longer than a small one", "torch.accelerator does not know it"])
 def test_no_plan_where_times_are_those_of_launches(why: str, monkeypatch: pytest.MonkeyPatch) -> None:

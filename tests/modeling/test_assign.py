@@ -50,7 +50,10 @@ def test_an_override_touches_only_the_layer_it_names(model: PeftModel) -> None:
 
 
 def test_zero_tokens_are_not_guessed_on_an_accelerator(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an accelerator `tokens` keeps the share that the latest refresh needed: too few if more tokens have labels."""
+    """On an accelerator, `tokens` keeps the share that the latest refresh needed.
+
+    That is too few if more tokens have labels.
+    """
     report = celora.attach(model, "exact")
     assert [layer.label for layer in report.layers] == ["dense"] * 7 + ["dense, without zero tokens"] * 7
     celora.detach(model)
@@ -62,7 +65,7 @@ def test_zero_tokens_are_not_guessed_on_an_accelerator(model: PeftModel, monkeyp
     "numbers",
     "preset `exact` leaves out tokens whose gradient is zero",
     sees="`None of 14 frozen layers estimated: the gradient is exact LoRA's`",
-    kept="the gradient; the report counts no such layer as estimated",
+    kept="the gradient; the report does not count these layers as estimated",
 )
 def test_leaving_out_zero_gradients_is_no_estimate(model: PeftModel) -> None:
     report = celora.attach(model, "exact")
@@ -82,7 +85,7 @@ def test_a_missing_layer_of_a_preset_is_no_mistake() -> None:
 def test_the_adapters_own_rank() -> None:
     report = celora.attach(make_model(r=32), CELoraConfig(rank="adapter"))
     ranks = {name.rpartition(".")[2]: layer.rank for name, layer in report.estimated.items()}
-    assert (ranks["up_proj"], ranks["v_proj"]) == (32, 24)  # no larger than the layer
+    assert (ranks["up_proj"], ranks["v_proj"]) == (32, 24)  # a rank is at most the layer's size
 
 
 def test_independent_layers_draw_different_numbers(model: PeftModel) -> None:
@@ -95,7 +98,7 @@ def test_a_layer_that_has_no_such_product_is_skipped_with_the_reason() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 24)), LoraConfig(target_modules=["0", "1"]))
     report = celora.attach(model, CELoraConfig(estimator="fp8"))
     said = {"base_model.model.0": "fp8 products need in_features that are a multiple of 16, not 24"}
-    if none_here := Fp8().unavailable(24, 32, torch.device("cpu")):  # not with every version of torch
+    if none_here := Fp8().unavailable(24, 32, torch.device("cpu")):  # some versions of torch have no 8-bit floats
         said["base_model.model.1"] = none_here
     assert report.skipped == said
     assert set(report.estimated) == {"base_model.model.1"} - said.keys()

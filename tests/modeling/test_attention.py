@@ -1,4 +1,4 @@
-"""Attention of packed sequences equals attention one by one; its float32 backward is compared with float64."""
+"""Attention over packed sequences equals attention one by one. Its float32 backward is compared with float64."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def inputs(dtype: torch.dtype, kv_heads: int = 4, size: int = 16) -> list[Tensor
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T scale + mask) v over the packed row, with a mask that is causal inside each sequence."""
+    """softmax(q k^T scale + mask) v over the packed row. The mask is causal inside each sequence."""
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
-    of = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    place = torch.arange(len(of))
-    seen = (of[:, None] == of) & (place[:, None] >= place)
+    sequence = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    place = torch.arange(len(sequence))
+    seen = (sequence[:, None] == sequence) & (place[:, None] >= place)
     scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf)
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
@@ -45,19 +45,19 @@ def plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 @pytest.mark.parametrize("size", [16, 32, 96])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_the_formula(dtype: torch.dtype, size: int, kv_heads: int, scaling: float | None) -> None:
-    of = inputs(dtype, kv_heads, size)
+    tensors = inputs(dtype, kv_heads, size)
     module = nn.Identity()
     module.num_key_value_groups = 4 // kv_heads  # type: ignore[assignment]
     grad = torch.randn(1, sum(LENGTHS), 4, size).to(dtype)
-    found, _ = attention.attention(module, *of, None, scaling=scaling, celora_lengths=LENGTHS)
+    found, _ = attention.attention(module, *tensors, None, scaling=scaling, celora_lengths=LENGTHS)
     found.backward(grad)
-    exact = [t.detach().double().requires_grad_() for t in of]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
     expected = plain(*exact, size**-0.5 if scaling is None else scaling)
     expected.backward(grad.double())
     allowed = 1e-5 if dtype == torch.float32 else 1e-2
     assert found.dtype == dtype
     assert (found - expected).norm() < allowed * expected.norm()
-    for t, true in zip(of, exact, strict=True):
+    for t, true in zip(tensors, exact, strict=True):
         assert (t.grad - true.grad).norm() < allowed * true.grad.norm()
 
 
@@ -67,13 +67,13 @@ def test_the_float32_backward_is_taken_and_is_no_worse(monkeypatch: pytest.Monke
     for short in (0, 160):
         patch_all(monkeypatch, "celora.modeling.attention:_SHORT", short)
         torch.manual_seed(1)
-        of = inputs(torch.bfloat16)
-        assert attention._backward_pays(*of, LENGTHS) is (short > 0)
-        found, _ = attention.attention(nn.Identity(), *of, None, celora_lengths=LENGTHS)
+        tensors = inputs(torch.bfloat16)
+        assert attention._backward_pays(*tensors, LENGTHS) is (short > 0)
+        found, _ = attention.attention(nn.Identity(), *tensors, None, celora_lengths=LENGTHS)
         found.backward(grad)
-        exact = [t.detach().double().requires_grad_() for t in of]
+        exact = [t.detach().double().requires_grad_() for t in tensors]
         plain(*exact, 0.25).backward(grad.double())
-        errors[short] = [float((t.grad - e.grad).norm() / e.grad.norm()) for t, e in zip(of, exact, strict=True)]
+        errors[short] = [float((t.grad - e.grad).norm() / e.grad.norm()) for t, e in zip(tensors, exact, strict=True)]
         outputs.append(found.detach())
     assert outputs[0].equal(outputs[1])
     assert all(new < 1.05 * old for new, old in zip(errors[160], errors[0], strict=True))
@@ -87,14 +87,14 @@ def test_everything_else_is_transformers_own(what: str, size: int, monkeypatch: 
 
     monkeypatch.setattr(attention._Causal, "apply", refuse)
     monkeypatch.setattr(attention._Tiled, "apply", refuse)
-    of = inputs(torch.float32 if what == "float32" else torch.bfloat16, size=size)
+    tensors = inputs(torch.float32 if what == "float32" else torch.bfloat16, size=size)
     if what == "no gradient":
-        of = [t.detach() for t in of]
+        tensors = [t.detach() for t in tensors]
     if what == "long":
         patch_all(monkeypatch, "celora.modeling.attention:_SHORT", 0)
         pretend(monkeypatch, "attention", there=False)
     dropout = 0.1 if what == "dropout" else 0.0
-    found, _ = attention.attention(nn.Identity(), *of, None, dropout=dropout, celora_lengths=LENGTHS)
+    found, _ = attention.attention(nn.Identity(), *tensors, None, dropout=dropout, celora_lengths=LENGTHS)
     assert found.shape == (1, sum(LENGTHS), 4, size)
 
 
@@ -102,19 +102,20 @@ def test_everything_else_is_transformers_own(what: str, size: int, monkeypatch: 
 @pytest.mark.parametrize("tokens", [2, 31, 32, 65, 300])
 @pytest.mark.parametrize("size", [32, 64, 256])
 def test_tiles_are_no_worse_than_torch(size: int, tokens: int) -> None:
-    """Rows of a batch in the layouts of decoders: transposed, and some with gaps between rows."""
+    """Batches have the layouts of decoders: rows are transposed, and some have gaps between them."""
     torch.manual_seed(2)
     wide = torch.randn(3, tokens, 8, size + 7).bfloat16()
-    of = [wide[:, :, n : n + heads, 3 : 3 + size].transpose(1, 2) for n, heads in ((0, 4), (4, 2), (6, 2))]
-    grad = torch.randn(3, 4, tokens, size).bfloat16()  # of (B, T, heads, d), but not laid out so
-    errors, exact = {}, [t.double().requires_grad_() for t in of]
+    tensors = [wide[:, :, n : n + heads, 3 : 3 + size].transpose(1, 2) for n, heads in ((0, 4), (4, 2), (6, 2))]
+    # its shape is (B, T, heads, d), but its layout in memory is another
+    grad = torch.randn(3, 4, tokens, size).bfloat16()
+    errors, exact = {}, [t.double().requires_grad_() for t in tensors]
     key, value = (t.repeat_interleave(2, 1) for t in exact[1:])
     truth = scaled_dot_product_attention(exact[0], key, value, is_causal=True)
     truth.backward(grad.double())
     module = nn.Identity()
     module.num_key_value_groups = 2  # type: ignore[assignment]
     for tiles in (True, False):
-        leaves = [t.detach().requires_grad_() for t in of]
+        leaves = [t.detach().requires_grad_() for t in tensors]
         mask = None if tiles else torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
         found, _ = attention.attention(module, *leaves, mask)
         assert ("_Tiled" in str(found.grad_fn)) is tiles
@@ -128,16 +129,16 @@ def test_tiles_are_no_worse_than_torch(size: int, tokens: int) -> None:
 @needs_matrices
 def test_tiles_do_not_depend_on_threads_or_company(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sequence gets the same bits in any batch, in any order, and with any number of threads."""
-    of = [t.detach() for t in inputs(torch.bfloat16, 2, 64)]
+    tensors = [t.detach() for t in inputs(torch.bfloat16, 2, 64)]
     sequences = torch.tensor([(0, 0, 5), (0, 5, 1), (0, 6, 200), (0, 206, 17)])
-    whole, logs = operations.attention(*of, sequences, scale=0.125)
-    grads = operations.attention_backward(whole, *of, whole, logs, sequences, scale=0.125)
+    whole, logs = operations.attention(*tensors, sequences, scale=0.125)
+    grads = operations.attention_backward(whole, *tensors, whole, logs, sequences, scale=0.125)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    again, logs_again = operations.attention(*of, sequences.flip(0), scale=0.125)
+    again, logs_again = operations.attention(*tensors, sequences.flip(0), scale=0.125)
     assert again.equal(whole)
     assert logs_again.equal(logs)
     for _, first, length in sequences.tolist():
-        alone = [t[:, :, first : first + length] for t in of]
+        alone = [t[:, :, first : first + length] for t in tensors]
         one = torch.tensor([(0, 0, length)])
         out, sums = operations.attention(*alone, one, scale=0.125)
         assert out.equal(whole[:, first : first + length])
@@ -149,7 +150,7 @@ def test_tiles_do_not_depend_on_threads_or_company(monkeypatch: pytest.MonkeyPat
 @needs_matrices
 def test_tiles_take_every_row_of_a_batch() -> None:
     rows = [inputs(torch.bfloat16, 2, 32) for _ in range(2)]
-    batch = [torch.cat(of).detach().requires_grad_() for of in zip(*rows, strict=True)]
+    batch = [torch.cat(pair).detach().requires_grad_() for pair in zip(*rows, strict=True)]
     module = nn.Identity()
     module.num_key_value_groups = 2  # type: ignore[assignment]
     found, _ = attention.attention(module, *batch, None, celora_lengths=LENGTHS)
@@ -164,7 +165,10 @@ def test_tiles_take_every_row_of_a_batch() -> None:
 
 @needs_matrices
 def test_checkpoints_get_what_the_forward_got() -> None:
-    """The first forward has no gradients. As with an adapter on only `k_proj`, only the keys have one."""
+    """The first forward of a checkpoint has no gradients.
+
+    Only the keys need one, as with an adapter on `k_proj` alone.
+    """
     query, key, value = inputs(torch.bfloat16, 4, 32)
     query, value = query.detach(), value.detach()
     outputs = []
@@ -188,12 +192,12 @@ def test_checkpoints_get_what_the_forward_got() -> None:
 @needs_matrices
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_comes_out(bad: float) -> None:
-    of = inputs(torch.bfloat16, 4, 32)
+    tensors = inputs(torch.bfloat16, 4, 32)
     with torch.no_grad():
-        of[1][0, 0, 5 + 1 + 7, 3] = bad
-    found, _ = attention.attention(nn.Identity(), *of, None, celora_lengths=LENGTHS)
+        tensors[1][0, 0, 5 + 1 + 7, 3] = bad
+    found, _ = attention.attention(nn.Identity(), *tensors, None, celora_lengths=LENGTHS)
     found.float().sum().backward()
-    for of_a_head in (found[0, :, 0], of[0].grad[0, 0]):
+    for of_a_head in (found[0, :, 0], tensors[0].grad[0, 0]):
         assert not of_a_head[5 + 1 + 7 :].isfinite().all()
         assert of_a_head[: 5 + 1].isfinite().all()
     assert found[0, 206:].isfinite().all()
@@ -201,23 +205,23 @@ def test_what_is_not_finite_comes_out(bad: float) -> None:
 
 @needs_matrices
 def test_where_tiles_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    query, key, value = of = inputs(torch.bfloat16, 2, 32)
+    query, key, value = tensors = inputs(torch.bfloat16, 2, 32)
     module = nn.Identity()
-    assert attention._tiles_pay(module, *of, 1)
-    assert not attention._tiles_pay(module, *(t.float() for t in of), 1)
-    assert not attention._tiles_pay(module, *(t[..., :16] for t in of), 1)
+    assert attention._tiles_pay(module, *tensors, 1)
+    assert not attention._tiles_pay(module, *(t.float() for t in tensors), 1)
+    assert not attention._tiles_pay(module, *(t[..., :16] for t in tensors), 1)
     assert not attention._tiles_pay(module, query, key, value[..., :0], 1)
     assert not attention._tiles_pay(module, torch.cat([query, query]), key, value, 1)  # sdpa would repeat the keys
-    assert not attention._tiles_pay(module, *(t.detach() for t in of), 1)
-    assert not attention._tiles_pay(module, *(nn.Parameter(t) for t in of), 1)
+    assert not attention._tiles_pay(module, *(t.detach() for t in tensors), 1)
+    assert not attention._tiles_pay(module, *(nn.Parameter(t) for t in tensors), 1)
     with torch.no_grad():
-        assert attention._tiles_pay(module, *of, 1)  # the first forward of a checkpoint
-        assert not attention._tiles_pay(nn.Identity().eval(), *of, 1)
+        assert attention._tiles_pay(module, *tensors, 1)  # the first forward of a checkpoint
+        assert not attention._tiles_pay(nn.Identity().eval(), *tensors, 1)
     with FlopCounterMode(display=False):
-        assert not attention._tiles_pay(module, *of, 1)
+        assert not attention._tiles_pay(module, *tensors, 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    assert not attention._tiles_pay(module, *of, 1)  # two heads of keys for five threads
-    assert attention._tiles_pay(module, *of, 2)
+    assert not attention._tiles_pay(module, *tensors, 1)  # two heads of keys for five threads
+    assert attention._tiles_pay(module, *tensors, 2)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_adapters_that_multiply_with_a_weight_of_their_own_are_skipped() -> None
 
 
 class _PastItsBase(peft.tuners.lora.Linear):
-    """An adapter that nobody has heard of, which computes past its base layer."""
+    """An unknown kind of adapter that computes past its base layer."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         (adapter,) = self.active_adapters
@@ -98,13 +98,13 @@ def test_what_nobody_knew_of_is_said_after_the_first_observations(spread: bool) 
 
 
 def test_layers_whose_input_needs_no_gradient_are_no_reason_to_warn(model: PeftModel) -> None:
-    """The first layer's q, k and v never see a gradient; others of their kind do."""
+    """The first layer's q, k and v never see a gradient, but other layers of their kind do."""
     celora.attach(model, HALF)
     train(model, 4)
 
 
 def test_modules_that_moved_do_not_break_the_import() -> None:
-    """In a process of its own, whose import of these modules fails from celora on."""
+    """Runs in a new process, in which importing these modules fails from celora on."""
     script = """
 import sys, peft, transformers
 moved = ("peft.tuners.hra", "peft.tuners.shira", "transformers.activations")

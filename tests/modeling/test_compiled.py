@@ -1,4 +1,4 @@
-"""The custom operators through which compiled graphs call a layer: their results and the shapes that they promise."""
+"""Compiled graphs call a layer through custom operators: their results, and the shapes that they promise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward of frozen layers in 8 bits: its results, when it does not apply, and what survives it."""
+"""The forward of frozen layers in 8 bits: its results, when it is not used, and what it survives."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def cosine(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     pairs = [(found[name].flatten().double(), expected[name].flatten().double()) for name in expected]
-    a, b = (torch.cat(of) for of in zip(*pairs, strict=True))
+    a, b = (torch.cat(side) for side in zip(*pairs, strict=True))
     return float(a @ b / (a.norm() * b.norm()))
 
 
@@ -62,7 +62,8 @@ def test_a_layer_computes_its_reference(dtype: torch.dtype, bias: bool, lead: tu
     found = layer(x)
     assert (found.shape, found.dtype) == ((*lead, 80), dtype)
     error = (found.reshape(-1, 80).double() - expected).norm() / expected.norm()
-    assert error < (3e-3 if dtype == torch.float32 else 6e-3)  # halves may round either way; bfloat16 rounds once more
+    # values half-way may round either way; bfloat16 rounds once more
+    assert error < (3e-3 if dtype == torch.float32 else 6e-3)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -76,7 +77,7 @@ def test_gradients_are_those_of_a_slightly_other_model(fused: bool) -> None:
 
 
 def test_the_backward_is_that_of_the_weight_the_forward_multiplied_with() -> None:
-    """Both read one copy: a finite difference of the layer is its estimated gradient, up to the rounding of rows."""
+    """Both read one copy. The backward is the exact product with that copy, up to the rounding of rows."""
     model = attached()
     train(model, 1)
     layer = model.base_model.model.model.layers[1].mlp.down_proj.base_layer
@@ -103,7 +104,7 @@ def test_layers_share_their_input_and_drop_it_with_it(monkeypatch: pytest.Monkey
     model, made = attached(), []
     forwards = require(model).forwards
     product = next(iter(forwards.values())).graft.estimator.product
-    gradients(model)  # packs
+    gradients(model)  # this forward packs the weights
     packed = type(product._packed)
     usual = packed.quantise
 
@@ -113,7 +114,7 @@ def test_layers_share_their_input_and_drop_it_with_it(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(packed, "quantise", counted)
     gradients(model)
-    assert len(made) == 2 * 4  # of two blocks: q, k and v share one, gate and up another
+    assert len(made) == 2 * 4  # two blocks with four each: q, k and v share one, gate and up another
     x = torch.randn(5, 48)
     layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
     before = layer(x)
@@ -272,7 +273,7 @@ def test_both_directions_need_one_copy(setting: dict[str, object]) -> None:
 
 
 def test_a_configuration_without_the_setting_has_its_default(tmp_path: Path) -> None:
-    """As it was written before there was an 8-bit forward."""
+    """Configurations from before the 8-bit forward do not have the setting."""
     values = {key: value for key, value in CELoraConfig().to_dict().items() if key != "forward"}
     assert CELoraConfig.from_dict(values) == CELoraConfig()
 
@@ -285,7 +286,7 @@ def test_the_report_says_so() -> None:
 
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload", "unload"])
 def test_merged_and_unloaded_layers_are_exact(how: str) -> None:
-    """PEFT merges without a sign that the weight has changed."""
+    """PEFT merges without any sign that the weight has changed."""
     model, plain = attached(), make_model()
     batch = make_batch(0)
     with torch.no_grad():
@@ -337,7 +338,7 @@ def test_accelerates_forward_stays() -> None:
     own = layer.forward
     report = celora.attach(model, BOTH)
     assert layer.forward is own
-    assert sorted({of.forward for of in report.layers}) == ["exact", "int8"]
+    assert sorted({each.forward for each in report.layers}) == ["exact", "int8"]
     train(model, 1)
     celora.detach(model)
     assert layer.forward is own
@@ -346,19 +347,19 @@ def test_accelerates_forward_stays() -> None:
 def test_a_gradient_in_evaluation_is_the_models_own() -> None:
     model, plain = attached().eval(), make_model().eval()
     batch = make_batch(0)
-    for of in (model, plain):
-        of.zero_grad()
-        of(inputs_embeds=of.get_input_embeddings()(batch["input_ids"]).requires_grad_(), labels=batch["labels"])
+    for each in (model, plain):
+        each.zero_grad()
+        each(inputs_embeds=each.get_input_embeddings()(batch["input_ids"]).requires_grad_(), labels=batch["labels"])
     x, y = (torch.randn(3, 48, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
-    for of, t in ((model, x), (plain, y)):
-        of.base_model.model.model.layers[0].mlp.up_proj.base_layer(t).sum().backward()
+    for each, t in ((model, x), (plain, y)):
+        each.base_model.model.model.layers[0].mlp.up_proj.base_layer(t).sum().backward()
     assert x.grad.equal(y.grad)
 
 
 def test_a_refresh_under_selective_checkpointing_or_inference() -> None:
     model = attached()
     with torch.inference_mode():
-        model(**make_batch(0))  # in training mode, at a refresh
+        model(**make_batch(0))  # the model is in training mode, and this is a refresh
     policy = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
     loss = checkpoint(lambda: model(**make_batch(0)).loss, use_reentrant=False, context_fn=policy)
     loss.backward()
@@ -374,7 +375,7 @@ def test_logits_in_8_bits() -> None:
     expected, found = gradients(exact), gradients(model)
     assert 0.999 < cosine(found, expected) < 1
     batch = make_batch(0)
-    losses = [float(of(**batch).loss.detach()) for of in (exact, model)]
+    losses = [float(each(**batch).loss.detach()) for each in (exact, model)]
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=1e-3)
     with require(model).switch.own_forwards():
         assert float(model(**batch).loss.detach()) == losses[0]

@@ -1,4 +1,4 @@
-"""Every row of the table of families is compared with Transformers' own models; a new family needs one row."""
+"""Every row of the table of families is compared with Transformers' own models. A new family needs only a row."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from patching import patch_all
 from tolerances import OF_GRADIENT
 
 RECIPE = Path(__file__).parents[2] / "docs" / "develop" / "new-family.md"
-DECODERS = [*PACKED, "gemma2", "cohere2"]  # whose norms, gates and rotations are known
+DECODERS = [*PACKED, "gemma2", "cohere2"]  # their norms, gates and rotations are known
 
 
 def inside(kind: str, ending: str) -> Iterator[tuple[nn.Module, type[Any]]]:
-    """The modules of a small bfloat16 model of this family whose class's name ends so."""
+    """The modules of a small bfloat16 model of this family whose class name ends like this."""
     for module in model_of(kind).to(torch.bfloat16).modules():
         if type(module).__name__.endswith(ending):
             yield module, type(module)
@@ -57,7 +57,7 @@ def test_its_configuration_has_what_the_row_names(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_norms(kind: str) -> None:
-    """In bfloat16, bit for bit as the row says."""
+    """In bfloat16 the norm computes what the row says, bit for bit."""
     kept = FAMILIES[kind].norm
     norms = [module for module, _ in inside(kind, "RMSNorm")]
     assert bool(norms) is (kept is not None)
@@ -77,7 +77,7 @@ def test_norms(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_gates(kind: str) -> None:
-    """A block is `down(silu(gate(x)) up(x))` where the row says so; elsewhere it has no such parts, or another gate."""
+    """A block is `down(silu(gate(x)) up(x))` if the row says so. Otherwise it has no such parts, or another gate."""
     row = FAMILIES[kind].gate
     for module, _ in inside(kind, "MLP"):
         activation = type(getattr(module, Gate().activation, None)).__name__
@@ -90,9 +90,9 @@ def test_gates(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_rotations(kind: str) -> None:
-    """The function of the attention's own file turns by halves where the row says so."""
+    """The function in the attention's own file turns by halves if the row says so."""
     name = FAMILIES[kind].rotation
-    q, k, cosine, sine = (torch.randn(1, *of, 3, 8) for of in ((2,), (1,), (), ()))
+    q, k, cosine, sine = (torch.randn(1, *heads, 3, 8) for heads in ((2,), (1,), (), ()))
 
     def turned(x: Tensor) -> Tensor:
         half = torch.cat([-x[..., 4:], x[..., :4]], -1)
@@ -101,11 +101,11 @@ def test_rotations(kind: str) -> None:
     for _, attention in inside(kind, "Attention"):
         function = inspect.unwrap(attention.forward).__globals__[name or "apply_rotary_pos_emb"]
         found = function(q, k, cosine, sine)
-        assert all(torch.allclose(of, turned(x)) for of, x in zip(found, (q, k), strict=True)) is bool(name)
+        assert all(torch.allclose(y, turned(x)) for y, x in zip(found, (q, k), strict=True)) is bool(name)
 
 
 def test_a_family_without_a_row_trains_as_before() -> None:
-    """Its padding stays; its logits are still tried by the names that other families have."""
+    """Its padding stays. celora still tries the names of other families for what is done to its logits."""
     model, batch = model_of("gemma2"), ragged([11, 4, 7])
     loss, expected = gradients(model, batch)
     with pytest.MonkeyPatch.context() as patch:
@@ -142,7 +142,7 @@ def turn_by_halves(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor) -> tuple[
 
 
 class Attention(nn.Module):
-    """Turns queries by a function of another name."""
+    """An attention that turns queries by a function with another name."""
 
     def forward(self, q: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         return turn_by_halves(q, q, cosine, sine)[0]
@@ -163,7 +163,7 @@ def test_other_names_are_found_once_a_row_has_them(monkeypatch: pytest.MonkeyPat
     for name in ("gated", "rotated"):
         before = getattr(numerics, name)
         patch_all(
-            monkeypatch, f"celora.numerics.passes:{name}", lambda *of, b=before, n=name: calls.append(n) or b(*of)
+            monkeypatch, f"celora.numerics.passes:{name}", lambda *given, b=before, n=name: calls.append(n) or b(*given)
         )
     for module, kind in found.items():
         kind(Switch()).under(module)
@@ -173,10 +173,10 @@ def test_other_names_are_found_once_a_row_has_them(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code of docs/develop/new-family.md, and without its row: padding and the model's own loss."""
+    """The code of docs/develop/new-family.md. Without its row, padding and the model's own loss stay."""
     blocks = re.findall(r"```python\n(.*?)```", RECIPE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) == 3
-    monkeypatch.setitem(FAMILIES, "toy", Family("other"))  # so that the row goes again
+    monkeypatch.setitem(FAMILIES, "toy", Family("other"))  # the row is removed again after the test
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks:
         exec(block, names)

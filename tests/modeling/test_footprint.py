@@ -30,7 +30,7 @@ from small import make_batch, make_model
 
 @pytest.mark.fault(
     "models",
-    "the model is dropped after training, with nothing else that holds it",
+    "after training, the program drops its last reference to the model",
     sees="nothing",
     kept="its memory is free at once, without waiting for Python's collector",
 )
@@ -42,13 +42,13 @@ def test_a_dropped_model_is_freed_at_once(kind: str) -> None:
     for _ in range(2):
         loss = model(**batch).loss
         loss.backward()
-    kept = [weakref.ref(of) for of in (*model.modules(), *model.parameters())]
+    kept = [weakref.ref(part) for part in (*model.modules(), *model.parameters())]
     del loss
     gc.collect()
     gc.disable()
     try:
         del model
-        assert not [of for of in kept if of() is not None]
+        assert not [reference for reference in kept if reference() is not None]
     finally:
         gc.enable()
 
@@ -58,7 +58,7 @@ def test_a_dropped_model_is_freed_at_once(kind: str) -> None:
 def test_a_forward_waits_for_the_device_once(packs: bool, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = make_model().train(), masked_batch() | {"num_items_in_batch": torch.tensor(7)}
     celora.attach(model, CELoraConfig(estimator="dense", labelled_head=True, padding_free=packs))
-    model(**batch)  # which looks at more, once
+    model(**batch)  # the first call looks at more, once
     reads, waits, score = Reads(), Waits(), forward.score_tokens
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,7 +68,7 @@ def test_a_forward_waits_for_the_device_once(packs: bool, attention: str, monkey
 
         return called
 
-    def alone(*args: Any, **kwargs: Any) -> Any:  # on an accelerator it reads nothing: see below
+    def alone(*args: Any, **kwargs: Any) -> Any:  # on an accelerator the head reads nothing: see below
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             return score(*args, **kwargs)
 
@@ -77,7 +77,7 @@ def test_a_forward_waits_for_the_device_once(packs: bool, attention: str, monkey
         monkeypatch.setattr(ModelGraft, name, watched(getattr(ModelGraft, name)))
     if attention == "sdpa":
         assert model(**batch).logits is None
-    else:  # which no CPU has
+    else:  # no CPU has this attention
         causal = model.base_model.model
         causal.config._attn_implementation = attention
         _, passed = require(model).forward._begin(causal, causal, batch, batch["labels"])
@@ -93,7 +93,8 @@ def test_the_head_reads_nothing_of_an_accelerator(
     logits: Logits, smoothing: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors on the device `meta` have no numbers that could be read."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # of which `meta` knows nothing
+    # torch asks for autocast's state, and `meta` has none
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     hidden = torch.empty(2, 40, 32, device="meta", requires_grad=True)
     rows, targets = (torch.empty(50, dtype=torch.int64, device="meta") for _ in range(2))
@@ -106,22 +107,22 @@ def test_the_head_reads_nothing_of_an_accelerator(
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that is made."""
+    """Record the bytes of the largest tensor that is made."""
 
     nbytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        there = {of.untyped_storage()._cdata for of in tree_leaves(args) if isinstance(of, Tensor)}
-        for of in tree_leaves(made):
-            if isinstance(of, Tensor) and of.untyped_storage()._cdata not in there:
-                self.nbytes = max(self.nbytes, of.numel() * of.element_size())
+        there = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in there:
+                self.nbytes = max(self.nbytes, leaf.numel() * leaf.element_size())
         return made
 
 
 @pytest.mark.parametrize("logits", [Logits(), Logits(1.0, 30.0)], ids=str)
 def test_the_softmax_works_on_little_at_once(logits: Logits) -> None:
-    """Of 1,024 tokens and 151,936 words on an accelerator, in float32 on 64 MiB."""
+    """For 1,024 tokens and 151,936 words on an accelerator, in float32, it takes 64 MiB."""
     z = torch.empty(1024, 151_936, dtype=torch.bfloat16, device="meta")
     targets = torch.empty(1024, dtype=torch.int64, device="meta")
     with Largest() as made:

@@ -75,7 +75,7 @@ def test_an_input_without_gradient() -> None:
 
 
 def test_dropout_drops_and_rescales_like_peft_does() -> None:
-    """The masks differ, so the expectation over many draws is compared, and each draw's backward with its forward."""
+    """The masks differ, so the mean over many draws is compared, and each draw's backward with its own forward."""
     model, x = layer(lora_dropout=0.25), torch.randn(4, 12).double()
     model.eval()
     exact = model(x).detach()
@@ -107,7 +107,7 @@ def test_dropout_drops_and_rescales_like_peft_does() -> None:
 
 
 def test_bf16_is_as_good_as_peft_with_float32_adapters() -> None:
-    """Everything runs in the base's dtype; the result is rounded to it in any case."""
+    """Everything is computed in the base's dtype. The result is rounded to it anyway."""
     x, g = torch.randn(64, 12), torch.randn(64, 20)
     truth = run(layer(dtype=torch.bfloat16, adapter_dtype=True).double(), x.bfloat16().double(), g.bfloat16().double())
     errors = {}
@@ -142,13 +142,13 @@ def test_saves_the_input_once_and_in_its_own_dtype() -> None:
         del y
         return sum(kept.values())
 
-    assert saved(False) == 4 * 64 * (12 + 4)  # x and A x, in float32
-    assert saved(True) == saved(False) / 2 + 2 * 4 * (12 + 20)  # in bfloat16, and so A and B
+    assert saved(False) == 4 * 64 * (12 + 4)  # x and A x are saved in float32
+    assert saved(True) == saved(False) / 2 + 2 * 4 * (12 + 20)  # x and A x are saved in bfloat16, and so are A and B
 
 
 @pytest.mark.parametrize("kind", ["reentrant", "other", "none"])
 def test_whole_model_trains_as_with_peft(kind: str) -> None:
-    """Twenty steps, with both kinds of checkpointing: parameters within rounding of plain PEFT's."""
+    """After twenty steps, with both kinds of checkpointing, parameters are within rounding of plain PEFT's."""
     results = []
     for fused in (False, True):
         model = make_model(init_lora_weights=True, dtype=torch.float64)
@@ -165,7 +165,10 @@ def test_whole_model_trains_as_with_peft(kind: str) -> None:
 
 @pytest.mark.parametrize("kept", ["products", "sums"])
 def test_selective_checkpointing_is_right(kept: str) -> None:
-    """It keeps what operators return, which a fused adapter would be added onto a second time, and counts them."""
+    """It keeps what operators return, and counts operators.
+
+    A fused adapter would be added a second time onto a kept result.
+    """
     aten = torch.ops.aten
     operators = {"products": (aten.mm.default, aten.addmm.default), "sums": (aten.add.Tensor, aten.mul.Tensor)}[kept]
 
@@ -188,10 +191,10 @@ def test_selective_checkpointing_is_right(kept: str) -> None:
 
 @pytest.mark.parametrize("config", MEMBERS.values(), ids=MEMBERS)
 def test_composes_with_estimators(config: CELoraConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same estimate of `grad_output @ W` arrives, whether the adapter is fused or not."""
+    """The same estimate of `grad_output @ W` arrives, whether or not the adapter is fused."""
     if refuses_config(config):
         return
-    monkeypatch.setattr(FusedGraft, "_in_8_bits", lambda *_: None)  # rounds what A's gradient is made of
+    monkeypatch.setattr(FusedGraft, "_in_8_bits", lambda *_: None)  # it would round the input of A's gradient
     results = []
     for fused in (False, True):
         model = make_model(dtype=torch.float64)
@@ -215,8 +218,8 @@ def test_autocast_is_no_further_from_float32_than_pefts() -> None:
         losses.append(loss.item())
         gradients.append(gradient(model).double())
     true, *found = gradients
-    theirs, ours = (float((of - true).norm() / true.norm()) for of in found)
-    assert theirs > 1e-3  # autocast does round
+    theirs, ours = (float((g - true).norm() / true.norm()) for g in found)
+    assert theirs > 1e-3  # autocast does round, so there is something to compare
     assert ours < 1.5 * theirs
     assert losses[2] == pytest.approx(losses[0], rel=1e-2)
 
@@ -244,7 +247,7 @@ def test_compiles_without_a_break(fresh_dynamo: None) -> None:
 
 def test_refreshes_go_on_under_the_fused_layer() -> None:
     model = make_model()
-    model.enable_input_require_grads()  # or the first layer's q, k and v have no grad_input to observe
+    model.enable_input_require_grads()  # otherwise the first layer's q, k and v have no grad_input to observe
     celora.attach(model, CELoraConfig(keep_ratio=0.5, rank=2, refresh_every=4, fused=True))
     grafts = require(model).grafts
     modes: list[set[Mode]] = []

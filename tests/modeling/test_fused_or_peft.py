@@ -1,4 +1,4 @@
-"""Every forward decides again whether a layer's adapter is fused or PEFT's own forward runs."""
+"""In every forward celora decides again whether it computes a layer's adapter or PEFT's own forward does."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_what_is_not_vanilla_takes_pefts_own_path(
 
 @pytest.mark.parametrize("how", ["hook", "patched"])
 def test_an_adapter_that_something_else_has_a_hand_in(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FSDP, DeepSpeed and offloading put an adapter's parameters in place just before its own forward."""
+    """FSDP, DeepSpeed and offloading put an adapter's parameters in place just before the adapter's own forward."""
     model, x, g = layer(), torch.randn(6, 12).double(), torch.randn(6, 20).double()
     expected = run(model, x, g)
     celora.attach(model, FUSED)
@@ -67,7 +67,7 @@ def test_few_tokens_take_pefts_own_path(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_states_that_change_after_attaching(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Disabled, merged, several or other adapters, evaluation: decided anew in every forward."""
+    """Disabled, merged, several or other adapters, and evaluation: each forward decides again."""
     model, x, g = layer(), torch.randn(6, 12).double(), torch.randn(6, 20).double()
     model.add_adapter("other", LoraConfig(target_modules=["0"], r=3, init_lora_weights=False))
     celora.attach(model, FUSED)
@@ -116,7 +116,7 @@ def test_the_adapter_as_it_is_now_is_used(what: str, monkeypatch: pytest.MonkeyP
 
 
 def test_a_base_weight_that_trains_for_a_moment_keeps_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LoRA-GA, for one, looks at the base weight's gradient: nothing may cut it off."""
+    """LoRA-GA, for example, looks at the base weight's gradient. Nothing may cut it off."""
     model, x, g = layer(), torch.randn(6, 12).double(), torch.randn(6, 20).double()
     weight = model.base_model.model[0].base_layer.weight
     weight.requires_grad_()
@@ -135,7 +135,7 @@ def test_a_base_weight_that_trains_for_a_moment_keeps_its_gradient(monkeypatch: 
 
 
 def _never_asks(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """As a PEFT that has no variants of LoRA any more, or asks them somewhere else."""
+    """The forward of a PEFT that no longer has variants of LoRA, or asks for them elsewhere."""
     result: Tensor = self.base_layer(x)
     for name in self.active_adapters:
         result = result + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
@@ -143,7 +143,7 @@ def _never_asks(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _changes_the_output(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """As a PEFT that does something of its own between the base layer and its adapters."""
+    """The forward of a PEFT that changes something between the base layer and its adapters."""
     result: Tensor = self.base_layer(x).tanh()
     for name in self.active_adapters:
         if name in self.lora_variant:
@@ -155,7 +155,7 @@ def _changes_the_output(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tens
 
 @pytest.mark.fault(
     "models",
-    "a version of PEFT that computes its LoRA layers in another way than celora knows",
+    "a version of PEFT computes its LoRA layers in a way that celora does not know",
     sees="nothing, or `PEFT's own path in ... layers` in the report",
     kept="the result: PEFT's own path runs, and no adapter is applied twice or left out",
 )
@@ -168,7 +168,7 @@ def test_another_peft_gives_its_own_result(forward: Any, monkeypatch: pytest.Mon
     celora.attach(model, FUSED)
     calls = fused_calls(model, monkeypatch)
     found = run(model, x, g)
-    assert len(calls) == 1  # handed over, and not taken
+    assert len(calls) == 1  # PEFT hands the layer over, but celora does not take it
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
@@ -186,4 +186,4 @@ def test_a_peft_without_what_the_hand_over_needs(name: str, monkeypatch: pytest.
     report = celora.attach(model, FUSED)
     assert any("this version of PEFT hands no layer over" in note for note in report.notes)
     found = run(model, x, g)
-    assert all(found[of].equal(value) for of, value in expected.items())
+    assert all(found[key].equal(value) for key, value in expected.items())

@@ -1,4 +1,4 @@
-"""Hooks of others run on a fused layer. After an error, in a copy or detached, it is PEFT's layer again."""
+"""Other code's hooks run on a fused layer. After an error, in a copy or detached, it is PEFT's layer again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from small import make_batch, make_model
     "config", [FUSED, CELoraConfig(estimator="tokens", keep_ratio=1.0, selection="energy", rank=0)]
 )
 def test_hooks_of_others_under_the_adapter(config: CELoraConfig, when: str) -> None:
-    """What they see is the base layer's output, and what they make of it is trained through."""
+    """Such hooks see the base layer's output. If they change it, the model trains through the change."""
     model, x, g = layer(), torch.randn(6, 12).double(), torch.randn(6, 20).double()
     seen: list[torch.Tensor] = []
 
@@ -116,7 +116,10 @@ def test_detaching_and_copies() -> None:
 
 
 def test_a_copy_made_during_a_forward_is_whole() -> None:
-    """By a hook, in the middle of the call: the copy has no variant that nobody takes out."""
+    """A hook may copy the layer in the middle of a call.
+
+    The copy must not keep the variant that this call removes at its end.
+    """
     model, x = layer(), torch.randn(6, 12).double()
     celora.attach(model, FUSED)
     tuner = model.base_model.model[0]

@@ -1,4 +1,4 @@
-"""The graft on one linear layer: gradients, dtypes, shapes, memory, torch.compile, and when it does not act."""
+"""The graft on one linear layer: gradients, dtypes, shapes, memory, torch.compile, and when it does nothing."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_autocast_keeps_the_inputs_dtype(dtype: torch.dtype) -> None:
     x = torch.randn(5, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
         y = linear(x)
-        y.sum().backward()  # inside the context, where matrix products would be cast
+        y.sum().backward()  # inside the context, which would cast matrix products
     assert y.dtype == dtype
     assert x.grad is not None
     assert x.grad.dtype == torch.float32
@@ -207,17 +207,17 @@ def test_copies_of_a_part_are_exact_and_say_so() -> None:
     linear.register_forward_hook(layer)
     for copied in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
         with torch.no_grad():
-            copied(torch.randn(5, 8, dtype=torch.float64))  # as a reference model is used: nothing is lost
+            copied(torch.randn(5, 8, dtype=torch.float64))  # a reference model is used like this, and nothing is lost
         x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
         with pytest.warns(UserWarning, match="a copy of a part of the model .* so its backward is exact"):
             y = copied(x)
         y.sum().backward()
         torch.testing.assert_close(x.grad, torch.ones(5, 12, dtype=torch.float64) @ linear.weight)
-        copied(x)  # said once
+        copied(x)  # the second time, nothing is said
     assert layer.switch.on
 
 
-# Dynamo instantiates the Function class while it traces one, which torch itself warns about.
+# While Dynamo traces a Function, it instantiates the class. torch itself warns about that.
 @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
 def test_compiles_to_one_graph_a_mode_without_breaks() -> None:
     linear = _linear(dtype=torch.float32)
@@ -271,9 +271,9 @@ def test_what_torch_compile_cannot_trace_is_one_operator_to_it(settings: dict[st
 
 @pytest.mark.fault(
     "numbers",
-    "gradients are taken in `eval()`: saliency, adversarial examples",
-    sees="nothing; `this model trains in eval mode ...` where an optimizer's step follows",
-    kept="PEFT's own gradient, bit for bit; no statistics are taken and the clock stands",
+    "a gradient is computed in `eval()`, as for saliency or adversarial examples",
+    sees="nothing; `this model trains in eval mode ...` if an optimizer steps with it",
+    kept="PEFT's own gradient, bit for bit; celora takes no statistics and counts no step",
 )
 @pytest.mark.parametrize("at", ["a refresh", "an estimate"])
 def test_gradients_in_eval_are_pefts_own(at: str) -> None:
@@ -303,8 +303,8 @@ def test_training_in_eval_mode_is_exact_and_said_once(preset: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(3):
-            for of, optimizer in zip((plain, model), optimizers, strict=True):
-                of(**make_batch(step)).loss.backward()
+            for each, optimizer in zip((plain, model), optimizers, strict=True):
+                each(**make_batch(step)).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
     assert [str(one.message) for one in caught if "in eval mode" in str(one.message)] == [
@@ -317,10 +317,10 @@ def test_training_in_eval_mode_is_exact_and_said_once(preset: str) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_are_recomputed_in_training_mode(reentrant: bool) -> None:
-    """The recomputed forward finds the layers in the mode that they were in, and so the same backward."""
+    """The recomputed forward finds every layer in its original mode, so the backward is the same."""
     model = make_model()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     celora.attach(model, HALF)
     train(model, 4)
-    assert min(graft.observed for graft in require(model).grafts.values()) == 2  # steps 0 and 3
+    assert min(graft.observed for graft in require(model).grafts.values()) == 2  # refreshes are steps 0 and 3

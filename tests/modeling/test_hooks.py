@@ -11,7 +11,7 @@ from celora.modeling.hooks import Hook, is_ours, remove, settle, settle_all
 
 
 class Ours(Hook):
-    """Counts what it is asked to put back."""
+    """Counts how often it is asked to put something back."""
 
     def __init__(self) -> None:
         self.settled: list[nn.Module] = []
@@ -66,7 +66,7 @@ def test_ours_are_removed_and_others_stay() -> None:
 
 @pytest.mark.parametrize("place", ["forward", "_old_forward"])
 def test_a_forward_of_ours_gives_way_to_the_class_s(place: str) -> None:
-    """Also where accelerate keeps it."""
+    """This holds also if accelerate has stored the forward."""
     module, theirs = nn.Linear(2, 2), Theirs()
     module.__dict__[place] = Ours()
     remove(module)

@@ -1,4 +1,4 @@
-"""A base in 8 bits: which layers are stored so, and how it trains, is saved and is restored."""
+"""A base in 8 bits: which layers are stored like this, and how the model trains, is saved and is restored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def quantised(**options: object) -> PeftModel:
 
 
 def with_plain_twin() -> tuple[PeftModel, PeftModel]:
-    """A model in 8 bits, and one of plain layers with the same numbers in them."""
+    """A model in 8 bits, and a model of plain layers that hold the same numbers."""
     model = quantised()
     twin = copy.deepcopy(model)
     for module in twin.modules():
@@ -176,7 +176,7 @@ def test_the_adapter_is_plain_peft_and_loads_on_the_untouched_base(tmp_path: Pat
 
 
 def from_folder(folder: Path) -> tuple[PeftModel, nn.Module]:
-    """A model in 8 bits that was loaded from a folder, with an adapter, and the untouched one."""
+    """A model in 8 bits that was loaded from a folder, with an adapter; and the untouched model."""
     make_base().save_pretrained(folder)
     untouched = AutoModelForCausalLM.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -49,7 +49,7 @@ def test_products_are_exact_for_the_quantised_weight(dtype: torch.dtype, bias: b
     expected = x.detach().double() @ W.T + (linear.bias.detach().double() if bias else 0)
     assert (y.dtype, y.shape) == (dtype, expected.shape)
     assert x.grad is not None
-    # A weight that is rounded to the dtype, a product of it, and sums in float32.
+    # The weight is rounded to the dtype, multiplied, and summed in float32.
     tolerance = 4 * torch.finfo(dtype).eps
     for found, exact in ((y.double(), expected), (x.grad.double(), g.double() @ W)):
         assert (found - exact).norm() <= tolerance * exact.norm()
@@ -76,7 +76,8 @@ def test_a_byte_a_number_is_all_that_is_held_and_saved() -> None:
     x = torch.randn(3, 512, requires_grad=True)
     with saved_for_backward(nn.Sequential(layer)) as saved:
         layer(x).sum().backward()
-    assert saved.nbytes == layer.scale.nbytes  # a buffer; the bytes are a parameter, which does not count
+    # the scale is a buffer; the bytes are a parameter, and parameters do not count
+    assert saved.nbytes == layer.scale.nbytes
 
 
 def test_zeros_and_extremes() -> None:
@@ -175,7 +176,7 @@ def test_merging_puts_the_original_weight_back(tmp_path: Path, safe: bool) -> No
     merged = model.merge_and_unload(safe_merge=safe)[0]
     assert type(merged) is nn.Linear
     expected = (original.float() + delta.detach()).bfloat16()
-    torch.testing.assert_close(merged.weight.detach(), expected, rtol=2**-7, atol=2**-8)  # a bfloat16 step, at 1
+    torch.testing.assert_close(merged.weight.detach(), expected, rtol=2**-7, atol=2**-8)  # one step of bfloat16 near 1
     assert not merged.weight.requires_grad
     assert [name for name, _ in merged.named_parameters()] == ["bias", "weight"]
 

@@ -1,4 +1,4 @@
-"""Models whose head or loss celora cannot compute use their own, with a reason."""
+"""If celora cannot compute a model's head or loss, the model computes its own. celora says why."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_heads_that_change_after_attaching(change: Any, reason: str) -> None:
     change(model)
     with pytest.warns(UserWarning, match=f"celora: .*{reason}.* by now; its own loss is used"):
         output = model(**batch)
-    again = model(**batch)  # said once
+    again = model(**batch)  # the second time, nothing is said
     celora.detach(model)
     assert output.logits is not None
     assert output.loss.equal(again.loss)
@@ -73,10 +73,10 @@ def test_a_head_that_is_not_at_hand(how: str) -> None:
     model, batch = make_model().train(), masked_batch()
     celora.attach(model, "exact")
     if how == "partitioned":
-        model.base_model.model.lm_head.weight.ds_id = 0  # as DeepSpeed ZeRO-3 marks what it has taken apart
+        model.base_model.model.lm_head.weight.ds_id = 0  # DeepSpeed ZeRO-3 marks split parameters like this
     else:
         for module in (model.base_model, model.base_model.model):
-            module._is_replica = True  # as DataParallel marks its replicas, whose threads share their hooks
+            module._is_replica = True  # DataParallel marks its replicas like this; their threads share hooks
     assert model(**batch).logits is not None
 
 
@@ -91,7 +91,7 @@ class Penalised(LlamaForCausalLM):
 
 
 class Smoothed(LlamaForCausalLM):
-    """Computes its loss by itself, from its logits and the labels."""
+    """Computes its loss itself, from its logits and the labels."""
 
     def forward(self, *args: Any, labels: Tensor | None = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
         output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)

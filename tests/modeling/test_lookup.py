@@ -25,7 +25,7 @@ def implementation(model: nn.Module) -> str:
 
 
 class Packed:
-    """Counts calls of celora's attention, and those of them that are packed."""
+    """Counts the calls of celora's attention, and how many of them are packed."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.calls = self.packed = 0
@@ -41,7 +41,7 @@ class Packed:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpoint_computes_the_same_attention_again(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In backward, when the call that packed the batch has ended."""
+    """A checkpoint computes it again in backward, when the call that packed the batch has ended."""
     counted, batch = Packed(monkeypatch), ragged([11, 4, 7, 1])
     found = []
     for checkpointed in (False, True):
@@ -53,7 +53,7 @@ def test_a_checkpoint_computes_the_same_attention_again(reentrant: bool, monkeyp
         counted.packed = 0
         for _ in range(2):
             found.append(gradients(model, batch))
-        assert counted.packed == 2 * 2 * (1 + checkpointed)  # calls x layers
+        assert counted.packed == 2 * 2 * (1 + checkpointed)  # two calls, two layers
         assert implementation(model) == "sdpa"
     assert all(loss == found[0][0] for loss, _ in found)
     assert all(gradient.equal(found[0][1]) for _, gradient in found)
@@ -76,9 +76,9 @@ def test_outside_its_calls_the_configuration_is_the_models_own() -> None:
 
 @pytest.mark.fault(
     "models",
-    "a forward or a backward is interrupted (Ctrl-C, an error) inside an attention",
-    sees="the interruption itself",
-    kept="the configuration of the model, which the next forward finds as it was",
+    "Ctrl-C or an error interrupts a forward or a backward inside an attention",
+    sees="the interruption or the error itself",
+    kept="the model's configuration: the next forward finds it unchanged",
 )
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["forward", "backward"])
@@ -108,7 +108,7 @@ def test_an_interrupted_attention_leaves_nothing_behind(
     if error is ValueError:
         assert implementation(model) == "sdpa"
     with torch.no_grad():
-        model.base_model.model.model(batch["input_ids"])  # the decoder alone, which no hook of the model's sees
+        model.base_model.model.model(batch["input_ids"])  # the decoder alone: none of the model's hooks sees this call
     assert implementation(model) == "sdpa"
     again = gradients(model, batch)
     assert again[0] == expected[0]
@@ -118,7 +118,7 @@ def test_an_interrupted_attention_leaves_nothing_behind(
 
 
 def test_another_attention_refuses_what_was_packed_for_ours() -> None:
-    """What it would compute of a mask that celora does not need would be another model's."""
+    """celora needs no mask. Without one, another attention would compute another model."""
     model, batch = model_of("llama"), ragged([11, 4, 7])
     celora.attach(model, "exact")
     layer = model.base_model.model.model.layers[1]
@@ -153,7 +153,7 @@ def test_an_attention_that_was_registered_anew_is_used() -> None:
 
 
 def test_batches_that_are_not_packed_find_it_where_the_machine_has_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And in no other call than those that train on labels."""
+    """With tiles, celora's attention also takes batches that are not packed, but only in calls that train on labels."""
     counted, batch = Packed(monkeypatch), ragged([32, 32, 32])
     model = model_of("llama")
     celora.attach(model, "exact")
@@ -179,7 +179,7 @@ def test_continuous_batching_generates_while_attached() -> None:
     celora.attach(model, "exact")
     gradients(model, batch)
     settings = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=-1)
-    causal.eval().init_continuous_batching(generation_config=settings)  # as `generate_batch` begins
+    causal.eval().init_continuous_batching(generation_config=settings)  # `generate_batch` begins like this
 
     def generated() -> str:
         try:
@@ -193,7 +193,7 @@ def test_continuous_batching_generates_while_attached() -> None:
 
 
 def test_what_is_added_after_attaching_is_seen() -> None:
-    """The list of a model's modules is not kept."""
+    """celora does not keep a list of the model's modules."""
     model, batch = model_of("llama"), ragged([11, 4, 7])
     celora.attach(model, "exact")
     model(**batch)
@@ -208,7 +208,7 @@ def test_what_is_added_after_attaching_is_seen() -> None:
 
 
 def bidirectional(model: nn.Module, how: str) -> dict[str, Any]:
-    """Change what a token attends to; the arguments that a call needs for it."""
+    """Let tokens attend to later ones. Returns the arguments that a call needs for it."""
     causal = model.base_model.model
     if how == "argument":
         return {"is_causal": False}
@@ -226,7 +226,7 @@ def bidirectional(model: nn.Module, how: str) -> dict[str, Any]:
     "models",
     "tokens attend to later ones (`config.is_causal=False`, as LLM2Vec or text diffusion train)",
     sees="`padding stays in batches: its tokens attend to later ones`, once",
-    kept="the loss and the gradient of this attention",
+    kept="the loss and the gradient of such an attention",
 )
 @pytest.mark.parametrize("after", [True, False], ids=["after attaching", "before attaching"])
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_attention_to_later_tokens_is_kept(kind: str, how: str, after: bool) -> 
         extra = bidirectional(model, how)
         loss, expected = gradients(model, batch | extra)
         report = celora.attach(model, "exact")
-        assert how == "argument" or any("Padding stays: its tokens attend to later" in of for of in report.notes)
+        assert how == "argument" or any("Padding stays: its tokens attend to later" in note for note in report.notes)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found, gradient = gradients(model, batch | extra)
@@ -271,7 +271,7 @@ def test_an_argument_that_is_not_known_keeps_the_padding() -> None:
     with pytest.MonkeyPatch.context() as patch:
         pack = packing.pack
         patch_all(patch, "celora.modeling.packing:pack", lambda *args: seen.append(args) or pack(*args))
-        model(**batch, token_type_ids=None)  # which is not given
+        model(**batch, token_type_ids=None)  # None is the same as no argument
         assert len(seen) == 1
         with pytest.warns(UserWarning, match="what 'new_thing' among the arguments does is not known"):
             assert model(**batch, new_thing=False).logits is None

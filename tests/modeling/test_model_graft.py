@@ -35,7 +35,7 @@ from small import make_batch, make_model, train
 
 @pytest.mark.parametrize("items", [None, 7, torch.tensor(7)], ids=str)
 def test_equals_transformers(items: Any) -> None:
-    """`num_items_in_batch` is what Trainer divides by under accumulation."""
+    """`num_items_in_batch` is the number that Trainer divides by under accumulation."""
     extra = {} if items is None else {"num_items_in_batch": items}
     compare(make_model().train(), masked_batch() | extra)
 
@@ -51,7 +51,7 @@ def test_embeddings_instead_of_tokens() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that is made."""
+    """Record the bytes of the largest tensor that is made."""
 
     def __init__(self, but: nn.Module) -> None:
         super().__init__()
@@ -59,14 +59,14 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        for storage in (of.untyped_storage() for of in tree_leaves(made) if isinstance(of, Tensor)):
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(made) if isinstance(leaf, Tensor)):
             if storage.data_ptr() not in self.there:
                 self.nbytes = max(self.nbytes, storage.nbytes())
         return made
 
 
 def test_nothing_as_large_as_the_head_is_made_of_it() -> None:
-    """Not in the first call either, which is compared with the model's own logits in float32."""
+    """This holds for the first call, too, in which celora compares itself with the model's own logits in float32."""
     config = LlamaConfig(
         hidden_size=256, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=20_000
     )
@@ -108,7 +108,7 @@ def test_positional_arguments() -> None:
 
 
 def test_soft_capping() -> None:
-    """Gemma caps its logits; the cap is small here so that it matters."""
+    """Gemma caps its logits. Here the cap is small, so it matters."""
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -120,7 +120,7 @@ def test_soft_capping() -> None:
 
 
 def test_label_smoothing() -> None:
-    """As Transformers' LabelSmoother, which wants all logits, defines it."""
+    """It is defined like Transformers' LabelSmoother, which needs all logits."""
     model, batch = make_model().train(), masked_batch()
     logits = model(**batch).logits[:, :-1]
     log_p, labels = logits.log_softmax(-1), batch["labels"][:, 1:]
@@ -133,7 +133,7 @@ def test_label_smoothing() -> None:
 
 
 class Odd(LlamaForCausalLM):
-    """Does to its logits what no configuration names."""
+    """Changes its logits in a way that no configuration names."""
 
     def forward(self, *args: Any, labels: Tensor | None = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
         output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
@@ -232,7 +232,7 @@ def test_copies_and_detaching() -> None:
     celora.attach(model, "exact")
     copied = copy.deepcopy(model)
     assert copied(**batch).logits is None
-    inner = copy.deepcopy(model.base_model.model)  # without the attachment, so without celora
+    inner = copy.deepcopy(model.base_model.model)  # the copy has no attachment, so no celora
     with pytest.warns(UserWarning, match="a copy of a part of the model"):
         torch.testing.assert_close(inner(**batch).loss, expected)
     assert inner(**batch).logits is not None
@@ -250,7 +250,10 @@ def test_checkpointing() -> None:
 
 
 def test_the_error_of_the_head_is_measured_at_refreshes(tmp_path: Path) -> None:
-    """Refresh steps are exact there, too; an audit sees the estimate even before one, and changes nothing."""
+    """The head is exact in refresh steps, too.
+
+    An audit sees the estimate even before the first one, and changes nothing.
+    """
     config = CELoraConfig(estimator="dense", labelled_head=True, head_keep_ratio=0.6, refresh_every=3)
     model = make_model().train()
     celora.attach(model, dataclasses.replace(config, head_keep_ratio=1))
@@ -286,16 +289,16 @@ def test_words_are_drawn_anew_in_every_call_and_step() -> None:
     gradients = {}
     for step, calls in ((1, "ab"), (2, "c"), (1, "d"), (1, "e")):
         require(model).set_modes(step)
-        if calls == "e":  # an evaluation between two steps, which a resumed run does not repeat
+        if calls == "e":  # an evaluation between two steps; a resumed run does not repeat it
             with torch.no_grad():
                 assert hasattr(model(**masked_batch(), fused_lm_head=True), "entropy")
         for call in calls:
             model.zero_grad()
             model(**masked_batch()).loss.backward()
             gradients[call] = gradient(model)
-    assert not gradients["a"].equal(gradients["b"])  # micro-batches of one step
+    assert not gradients["a"].equal(gradients["b"])  # two micro-batches of one step
     assert not gradients["a"].equal(gradients["c"])
-    assert gradients["a"].equal(gradients["d"])  # the same step, as a resumed run has it
+    assert gradients["a"].equal(gradients["d"])  # the same step, in a resumed run
     assert gradients["a"].equal(gradients["e"])
 
 
@@ -327,7 +330,7 @@ def test_the_loss_function_is_the_models_own_again_after_the_first_call() -> Non
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "pickle"]
 )
 def test_ctrl_c_in_the_first_forward_leaves_the_loss_alone(copied: Callable[[nn.Module], Any]) -> None:
-    """torch calls no hooks then."""
+    """After Ctrl-C torch calls no hooks."""
     model, batch = make_model().train(), masked_batch()
     inner = model.base_model.model
     expected = model(**batch).loss
@@ -348,7 +351,7 @@ def test_ctrl_c_in_the_first_forward_leaves_the_loss_alone(copied: Callable[[nn.
 
 @pytest.mark.filterwarnings("ignore:celora. this is a copy of a part of the model")
 def test_a_replica_computes_with_its_own_weights() -> None:
-    """As `nn.DataParallel` makes them: it shares its attributes with the original, a forward of its own among them."""
+    """A replica of `nn.DataParallel` shares the original's attributes, also a forward that celora put there."""
     model, batch = make_model().train(), make_batch(0)
     celora.attach(model, "exact")
     model(**batch)

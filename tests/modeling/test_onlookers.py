@@ -1,4 +1,4 @@
-"""Hooks and adapters that depend on the shape of a batch: its padding stays."""
+"""Padding stays if hooks or adapters depend on the shape of a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tolerances import OF_GRADIENT
 
 
 def test_hooks_that_may_look_at_the_shape_of_a_batch_keep_its_padding() -> None:
-    """Not those that make activations require a gradient."""
+    """Hooks that only make activations require a gradient do not count."""
     model, batch = model_of("llama"), ragged([11, 4, 7, 1])
     seen: list[tuple[int, ...]] = []
     celora.attach(model, "exact")
@@ -26,7 +26,7 @@ def test_hooks_that_may_look_at_the_shape_of_a_batch_keep_its_padding() -> None:
     handle = layer.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape[:2])))
     with pytest.warns(UserWarning, match=r"padding stays in batches: layers\.1\.mlp has a forward hook"):
         model(**batch)
-    model(**batch)  # said once
+    model(**batch)  # the second time, nothing is said
     assert seen == [tuple(batch["input_ids"].shape)] * 2
     handle.remove()
     packed: list[Any] = []
@@ -38,9 +38,9 @@ def test_hooks_that_may_look_at_the_shape_of_a_batch_keep_its_padding() -> None:
 
 
 def test_alora_keeps_the_padding() -> None:
-    """PEFT tells its layers where each row of the batch begins to be adapted."""
-    of = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    model = get_peft_model(model_of("llama").unload(), LoraConfig(alora_invocation_tokens=[7], **of)).train()
+    """PEFT tells aLoRA's layers where the adapter begins in each row of the batch."""
+    settings = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(model_of("llama").unload(), LoraConfig(alora_invocation_tokens=[7], **settings)).train()
     batch = ragged([11, 4, 7, 6])
     batch["input_ids"][:, 1] = 7
     loss, expected = gradients(model, batch)

@@ -1,4 +1,4 @@
-"""TRL and other code that changes a model's forward: what celora cannot read it leaves alone, and it drops nothing."""
+"""TRL and other code that changes a model's forward. celora leaves alone what it cannot read, and drops nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fused(**settings: Any) -> tuple[PeftModel, Any]:
 
 
 def renamed(causal: Any, **names: str) -> None:
-    """TRL's fused head as another version may have it, with other names in its closure."""
+    """TRL's fused head as another version might have it, with other names in its closure."""
     function = causal.forward.__func__
     code = function.__code__
     code = code.replace(co_freevars=tuple(names.get(name, name) for name in code.co_freevars))
@@ -55,9 +55,9 @@ FUSED = {"fused_lm_head": True}
 )
 @pytest.mark.fault(
     "models",
-    "TRL's fused head is of a version that celora cannot read, or computes what celora does not",
+    "celora cannot read the fused head of this version of TRL, or the head computes what celora does not",
     sees="`celora cannot read ... from the fused head of this version of TRL; its own loss is used ...`, once",
-    kept="TRL's own numbers; with label smoothing an error, as it would be dropped",
+    kept="TRL's own numbers; with label smoothing an error, because TRL's head would not smooth",
 )
 def test_a_fused_head_that_cannot_be_served_is_trls_own(change: Callable[[Any], None], reason: str) -> None:
     model, causal = fused()
@@ -83,13 +83,13 @@ def test_a_fused_head_that_cannot_be_served_is_trls_own(change: Callable[[Any], 
     with pytest.raises(CELoraError, match="so its labels cannot be smoothed here"):
         model(**masked_batch(), **FUSED)
     celora.detach(model)
-    report = celora.attach(model, "exact")  # which says so, and does not say that padding is left out
+    report = celora.attach(model, "exact")  # the report says so, and does not say that padding is left out
     assert [reason in note for note in report.notes if "own loss" in note] == [True]
     assert not any("Padding" in note for note in report.notes)
 
 
 def test_another_scale_than_the_models_is_trls_own() -> None:
-    """TRL reads it from the configuration when the head is added; the model reads it in every call, or not at all."""
+    """TRL reads the scale from the configuration when it adds its head. The model reads it in every call, or never."""
     model, causal = fused()
     causal.config.logit_scale = 0.5
     add_fused_lm_head(causal)
@@ -111,7 +111,7 @@ def test_smoothing_is_never_dropped(how: str) -> None:
     assert abs(model(**batch).loss.item() - plain) > 1e-3
     if how == "refused before":
         graft.refused = True
-        graft.begin(1)  # in the same step a call with the labels of the one that was compared is compared, too
+        graft.begin(1)  # in the same step, a second call with the same labels is compared, too
     elif how == "not at hand":
         causal.lm_head.weight.ds_id = 0
     else:
@@ -136,7 +136,7 @@ def test_what_is_read_of_trl() -> None:
 
 @pytest.mark.parametrize("calls", ["for its logits", "with the fused head"])
 def test_a_trainer_of_trl_that_wants_logits_gets_them(calls: str) -> None:
-    """TRL's before 1.15 log the entropy and the accuracy of each step, from its logits."""
+    """TRL before 1.15 logs the entropy and the accuracy of each step, and computes them from the logits."""
     source = (
         "class SFTTrainer:\n"
         "    def compute_loss(self, model, inputs):\n"
@@ -163,4 +163,4 @@ def test_a_trainer_of_trl_that_wants_logits_gets_them(calls: str) -> None:
     torch.testing.assert_close(found, loss)
     if calls == "for its logits":
         torch.testing.assert_close(given, logits)
-        assert model(**inputs).logits is None  # nobody looks now
+        assert model(**inputs).logits is None  # nobody looks at the logits now

@@ -1,4 +1,4 @@
-"""Packed and padded batches give the same loss and gradients, for every kind of model that may be packed."""
+"""Packed and padded batches give the same loss and gradients, for every kind of model that can be packed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKED = sorted(name for name, family in FAMILIES.items() if family.packs_with)
 
 
 def ragged(lengths: list[int], *, prompt: int = 2, left: bool = False) -> dict[str, Tensor]:
-    """A padded batch, the first `prompt` tokens of each sequence without labels."""
+    """A padded batch. The first `prompt` tokens of each sequence have no labels."""
     width = max(lengths)
     tokens = torch.randint(3, 64, (len(lengths), width))
     place = torch.arange(width)[None]
@@ -57,16 +57,16 @@ def test_equals_padded(kind: str, left: bool, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(decoder, "forward", looked)
     found, gradient = gradients(model, batch)
-    assert seen == [(1, 10 + 3 + 6)]  # without padding, without last tokens, without the sequence of one token
+    assert seen == [(1, 10 + 3 + 6)]  # padding, last tokens and the sequence of one token are left out
     assert found == pytest.approx(loss, rel=1e-6)
     assert (gradient - expected).norm() < OF_GRADIENT * expected.norm()
-    again, _ = gradients(model, batch)  # the first call was compared with the model's own logits; this one is not
+    again, _ = gradients(model, batch)  # the first call was compared with the model's own logits, this one is not
     assert again == found
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3"])
 def test_twenty_steps_of_the_exact_preset_end_where_plain_peft_does(kind: str) -> None:
-    """All of what it leaves out at once, on ragged batches of which prompts have no labels."""
+    """`exact` leaves out everything that it can at once, on ragged batches whose prompts have no labels."""
     torch.manual_seed(1)
     batches = [ragged(torch.randint(3, 20, (5,)).tolist(), prompt=int(torch.randint(0, 3, ()))) for _ in range(20)]
     ends = []
@@ -122,7 +122,7 @@ def pack_for(model: nn.Module, batch: dict[str, Tensor], position_ids: Tensor | 
 
 
 def test_short_sequences_are_packed_for_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 on CPU, where it is faster sequence by sequence, though there is no padding to save."""
+    """In bfloat16 on CPU, attention is faster sequence by sequence, even without any padding to save."""
     full = ragged([32, 32, 32])
     pretend(monkeypatch, "attention", there=True)
     assert pack(full, torch.bfloat16) is None
@@ -144,15 +144,15 @@ def test_what_is_left_alone() -> None:
     batch = ragged([11, 4, 7])
     assert pack(batch) is not None
     full = ragged([32, 32, 32])
-    assert pack(full) is None  # nothing to gain
+    assert pack(full) is None  # there is nothing to gain
     holes = {**batch, "attention_mask": batch["attention_mask"].clone()}
     holes["attention_mask"][0, 3] = 0
-    assert pack(holes) is None  # a mask that is no padding
+    assert pack(holes) is None  # the mask is not padding
     numbered = {**batch, "attention_mask": torch.tensor([[1] * 3 + [2] * 8, [1] * 4 + [0] * 7, [1] * 7 + [0] * 4])}
-    assert pack(numbered) is None  # several sequences in a row already
+    assert pack(numbered) is None  # its rows hold several sequences already
     padded = {**batch, "labels": batch["labels"].clone()}
     padded["labels"][1, 8] = 5
-    assert pack(padded) is None  # a label that is predicted from padding
+    assert pack(padded) is None  # a label would be predicted from padding
     nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
     assert pack(nothing) is None
 

@@ -1,4 +1,4 @@
-"""Finds what models do to their logits, whatever their configuration says, and however small the logits are."""
+"""Finds what models do to their logits, even if the configuration does not say so, and however small the logits are."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def cohere_vision() -> nn.Module:
 
 
 class _Changed(LlamaForCausalLM):
-    """Does to its logits what no name in its configuration says."""
+    """Changes its logits in a way that no name in its configuration says."""
 
     def change(self, logits: Tensor) -> Tensor:
         raise NotImplementedError
@@ -86,7 +86,7 @@ class Scaled(_Changed):
 
 
 class Masked(_Changed):
-    """Leaves out a word, as models do whose vocabulary is padded."""
+    """Leaves out a word. Models with a padded vocabulary do so."""
 
     def change(self, logits: Tensor) -> Tensor:
         return logits.index_fill(-1, torch.tensor([63], device=logits.device), -1e4)
@@ -132,9 +132,9 @@ def closeness(dtype: torch.dtype) -> float:
 
 @pytest.mark.fault(
     "models",
-    "a model caps or scales its logits where its configuration says it otherwise, or not at all",
+    "a model caps or scales its logits, and its configuration says so in another way or not at all",
     sees="`... does something to its logits that is not known; its own loss is used ...`, once, or nothing",
-    kept="the loss and the gradient are the model's, also while logits are too small to show a cap",
+    kept="the model's own loss and gradient, also while logits are too small to show a cap",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KNOWN)
@@ -157,7 +157,7 @@ def test_what_is_done_to_the_logits_is_known(kind: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_what_is_not_known_is_left_to_the_model(kind: str, dtype: torch.dtype) -> None:
-    """While logits are small, a cap of 30 changes them by less than their rounding."""
+    """While logits are small, a cap of 30 changes them by less than rounding does."""
     model, given = adapted(UNKNOWN[kind], dtype), batch()
     with torch.no_grad():
         model.base_model.model.lm_head.weight.mul_(1 / 64)
@@ -185,15 +185,15 @@ def test_a_setting_that_changes_is_followed() -> None:
         assert (ours - gradient).norm() < 1e-5 * gradient.norm()
 
 
-def doubled(of: nn.Module) -> Callable[..., Tensor]:
-    return lambda x: 2 * nn.Linear.forward(of, x)
+def doubled(layer: nn.Module) -> Callable[..., Tensor]:
+    return lambda x: 2 * nn.Linear.forward(layer, x)
 
 
 @pytest.mark.fault(
     "models",
     "the forward of a model or of its head is replaced after celora was attached",
     sees="`the forward of ... was replaced by ... by now; its own loss is used ...`, once",
-    kept="the loss and the gradient are what that forward makes",
+    kept="the loss and the gradient of the new forward",
 )
 @pytest.mark.parametrize("what", ["head", "partial", "model"])
 @pytest.mark.parametrize("after", [True, False], ids=["after a step", "before attaching"])
@@ -234,7 +234,7 @@ def test_a_replaced_forward_is_seen(what: str, after: bool) -> None:
 
 
 def test_a_model_that_ignores_the_number_of_items_is_seen() -> None:
-    """Trainer divides by it under accumulation, and its first call may have none."""
+    """Trainer divides by this number under accumulation. Its first call may have none."""
     model, given = adapted(lambda: Plain(LlamaConfig(**LLAMA)), torch.float32), batch()
     loss, _ = gradients(model, given | {"num_items_in_batch": 7})
     celora.attach(model, "exact")

@@ -1,4 +1,4 @@
-"""A survey finds a model's layers, why some cannot be estimated or fused, and the language model around them."""
+"""A survey finds a model's layers and its language model. It says why a layer cannot be estimated or fused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_plain_model() -> None:
 
 
 def test_it_is_the_same_once_celora_is_attached() -> None:
-    """So that attaching again finds what it found before; a forward that was interrupted is put right."""
+    """Attaching again then finds what it found before. A survey also repairs what an interrupted forward left."""
     model = make_model().train()
     before = survey(model)
     celora.attach(model, "exact")
@@ -68,7 +68,7 @@ def test_it_is_plain_data() -> None:
 
 def test_why_a_layer_cannot_be_estimated_or_fused() -> None:
     model = make_model()
-    names = [f"base_model.model.model.layers.0.self_attn.{of}_proj" for of in "qkvo"]
+    names = [f"base_model.model.model.layers.0.self_attn.{letter}_proj" for letter in "qkvo"]
     trained, replaced, hooked, apart = (model.get_submodule(name) for name in names)
     trained.get_base_layer().weight.requires_grad_()
     replaced.get_base_layer().forward = lambda x: x
@@ -80,7 +80,9 @@ def test_why_a_layer_cannot_be_estimated_or_fused() -> None:
     assert reasons[1] == ("its forward was replaced",) * 2
     assert reasons[2] == ("it has a forward hook of another's (_interrupt)",) * 2
     assert reasons[3] == ("", "its adapter has hooks of its own")
-    assert [layers[name].device for name in names] == [torch.device(of) for of in ("meta", "meta", "meta", "cpu")]
+    assert [layers[name].device for name in names] == [
+        torch.device(device) for device in ("meta", "meta", "meta", "cpu")
+    ]
 
 
 def test_quantised_layers_are_named() -> None:
@@ -95,7 +97,7 @@ def test_adapters_that_are_active_come_first() -> None:
     model.add_adapter("second", LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear"))
     model.set_adapter("second")
     layer = survey(model).layers[UP]
-    assert [(of.name, of.active, of.rank, of.dropout) for of in layer.adapters] == [
+    assert [(adapter.name, adapter.active, adapter.rank, adapter.dropout) for adapter in layer.adapters] == [
         ("second", True, 4, 0.5),
         ("default", False, 8, 0.0),
     ]

@@ -1,4 +1,4 @@
-"""A layer that does not compute `x W^T + b` keeps PEFT's own backward, whether it never did or ceases to."""
+"""A layer that does not compute `x W^T + b` keeps PEFT's own backward, from the start or from the moment it changes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _pre_hook_on_the_input(base: nn.Linear) -> None:
 
 
 def _pre_hook_on_the_weight(base: nn.Linear) -> None:
-    """As pruning that puts the masked weight in the place of the parameter."""
+    """A pre-hook that puts the masked weight in the place of the parameter, as some pruning does."""
     prune.custom_from_mask(base, "weight", _mask(base))
 
 
@@ -101,15 +101,17 @@ SAID = {"forward", "input", "pruned", "output first", "parametrized"}
 
 @pytest.mark.fault(
     "models",
-    "a base layer is patched: its `forward` replaced, hooked, pruned or parametrized, before or after `attach`",
-    sees="`... keeps PEFT's own backward: its forward was replaced`, once; before `attach` in the report",
-    kept="that layer's gradient, which is PEFT's own; the others are taken over",
+    "a base layer is patched before or after `attach`: its `forward` is replaced, or it is hooked, pruned or "
+    "parametrized",
+    sees="`... keeps PEFT's own backward: its forward was replaced`, once; if it was patched before `attach`, in the "
+    "report",
+    kept="that layer's gradient, which is PEFT's own; celora takes over the other layers",
 )
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("what", DONE_TO_A_LAYER)
 def test_what_is_done_to_a_base_layer_is_trained_through(what: str, when: str, preset: str) -> None:
-    """PEFT's gradient, with estimates at a refresh, where all else is exact, too."""
+    """The gradient is PEFT's. Estimates are compared at a refresh, where all other layers are exact, too."""
     plain, model = make_model().train(), make_model().train()
     DONE_TO_A_LAYER[what](base_of(plain))
     expected = gradients(plain)
@@ -141,7 +143,7 @@ def test_an_estimate_ends_where_the_forward_is_replaced_and_goes_on_elsewhere() 
         gradients(model)
     grafts = require(model).grafts
     observed = {name: graft.observed for name, graft in grafts.items()}
-    train(model, 3, first=1, optimizer=optimizer)  # a refresh among them
+    train(model, 3, first=1, optimizer=optimizer)  # one of these steps is a refresh
     more = {name for name, graft in grafts.items() if graft.observed > observed[name]}
     assert NAME not in more
     assert len(more) > 8
@@ -200,7 +202,7 @@ def test_a_forward_around_accelerates_is_not_taken_for_it() -> None:
 
 @pytest.fixture
 def patched_class() -> Iterator[Callable[[Callable[..., Tensor]], None]]:
-    """Replaces the forward of every nn.Linear, as instrumentation of whole libraries does, until the test ends."""
+    """Replace the forward of every nn.Linear until the test ends, as instrumentation of whole libraries does."""
     own = nn.Linear.forward
 
     def patch(forward: Callable[..., Tensor]) -> None:
@@ -214,7 +216,7 @@ def patched_class() -> Iterator[Callable[[Callable[..., Tensor]], None]]:
 def test_a_class_that_computes_something_else_is_found_out_by_trying(
     when: str, patched_class: Callable[[Callable[..., Tensor]], None]
 ) -> None:
-    """No name tells: the class is torch's own, and so is the function under its name."""
+    """No name tells: the class is torch's own, and so is the name of its function."""
 
     def rounded(self: nn.Linear, x: Tensor) -> Tensor:
         weight = self.weight if self.weight.requires_grad else (self.weight * 8).round() / 8
@@ -246,7 +248,7 @@ def test_plain_layers_pass_and_nearly_plain_ones_do_not(size: tuple[int, int], d
     assert unlike(linear) == ""
     assert torch.get_rng_state().equal(state)
     other = nn.Linear(in_features, out_features, dtype=dtype).requires_grad_(False)
-    inner, factor = other.forward, 1 + 16 * torch.finfo(dtype).eps  # well above what rounding explains
+    inner, factor = other.forward, 1 + 16 * torch.finfo(dtype).eps  # much more than rounding explains
     other.__dict__["forward"] = lambda x: (inner(x).double() * (factor + 2e-5)).to(dtype)
     assert "does not compute" in str(unlike(other))
 
@@ -263,7 +265,7 @@ def test_layers_of_every_kind_pass_as_they_are_and_unchanged(kind: str, dtype: t
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_of_every_kind_fail_where_they_differ(kind: str) -> None:
-    """Each weight a sixteenth off at random, as pruning or another quantisation would have it."""
+    """Each weight is off by a sixteenth at random, as after pruning or with another quantisation."""
     layer = make_layer(kind, out=160)
     other = make_layer(kind, out=160, seed=1)
     layer.__dict__["forward"] = lambda x: 0.94 * type(layer).forward(layer, x) + 0.06 * other(x)
@@ -284,8 +286,8 @@ def test_reduced_products_that_the_user_allows_are_no_difference() -> None:
 
 def test_a_layer_is_called_once_for_its_trial_and_no_hook_is(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    of = trial._tried
-    patch_all(monkeypatch, "celora.modeling.trial:_tried", lambda *args: calls.append(1) or of(*args))
+    tried = trial._tried
+    patch_all(monkeypatch, "celora.modeling.trial:_tried", lambda *args: calls.append(1) or tried(*args))
     model, seen = make_model().train(), []
     base_of(model).register_forward_hook(lambda *_: seen.append(1))
     for preset in ("exact", HALF, "exact"):
@@ -314,7 +316,7 @@ def test_a_weight_that_is_put_in_place_later_is_tried_then() -> None:
     base.weight, weight = nn.Parameter(base.weight.to("meta"), requires_grad=False), base.weight
     celora.attach(model, HALF)
     base.weight = nn.Parameter(weight.detach() * math.nan, requires_grad=False)
-    assert unlike(base) is None  # numbers of nobody tell nothing
+    assert unlike(base) is None  # uninitialised numbers tell nothing
     base.weight = weight
     assert unlike(base) == ""
     assert nn.Linear.forward is own

@@ -1,4 +1,4 @@
-"""The paper's estimator against its closed form."""
+"""The paper's estimator, compared with its closed form."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_keeping_everything_is_dense_bit_for_bit(dtype: torch.dtype) -> None:
 def test_low_precision_is_no_worse_than_the_naive_product(
     dtype: torch.dtype, shape: tuple[int, int], rank: int
 ) -> None:
-    """Relative to the float64 closed form; the naive low-precision product is judged on the same gradient."""
+    """The estimate and the naive low-precision product use the same gradient. The float64 closed form is the judge."""
     W, G = (torch.randn(*shape) / shape[1] ** 0.5).to(dtype), torch.randn(256, shape[0]).to(dtype)
     estimator = _observed(G, W, keep_ratio=0.5, rank=rank)
 
@@ -115,7 +115,7 @@ def test_a_poisoned_or_empty_gradient_changes_no_selection(bad: float) -> None:
     estimator.observe(torch.full_like(G, bad), W, torch.full_like(G, bad) @ W)
     estimator.select()
     assert estimator.index.equal(before)
-    # The step that overflowed is repeated: what it left behind must not spoil the repetition.
+    # A step that overflowed is repeated. What it left behind must not spoil the repetition.
     estimator.observe(torch.full_like(G, bad), W, torch.full_like(G, bad) @ W)
     estimator.observe(-G.flip(1), W, -G.flip(1) @ W)
     estimator.select()
@@ -129,7 +129,7 @@ def test_a_poisoned_or_empty_gradient_changes_no_selection(bad: float) -> None:
 def test_a_weight_changed_through_data_is_factored_anew() -> None:
     W, G = torch.randn(20, 9), torch.randn(6, 20)
     estimator = _observed(G, W, keep_ratio=0.5, rank=3)
-    W.data.mul_(3)  # what a merge does: no version bump
+    W.data.mul_(3)  # like a merge, this does not count up the weight's version
     estimator.observe(G, W, G @ W)
     estimator.select()
     torch.testing.assert_close(estimator.estimate(G, W).double(), _closed_form(estimator, G, W), rtol=1e-4, atol=1e-4)
@@ -182,7 +182,7 @@ def test_8_bit_columns_hold_one_byte_a_number_or_nothing(copies: bool) -> None:
     assert large == []
     assert estimator.product.holds_copy is copies
     assert (found - G[:, estimator.index] @ W[estimator.index]).norm() < 0.05 * found.norm()
-    W *= 2  # as when an adapter is merged
+    W *= 2  # like merging an adapter
     assert estimator.estimate(G, W).equal(2 * found)
 
 

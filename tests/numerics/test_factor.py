@@ -7,7 +7,7 @@ from celora.numerics import factor, reference
 
 
 def _decaying(rows: int, columns: int) -> torch.Tensor:
-    """A weight whose spectrum falls off as that of trained layers does."""
+    """A weight whose spectrum falls off like that of trained layers."""
     rank = min(rows, columns)
     left, right = torch.linalg.qr(torch.randn(rows, rank)).Q, torch.linalg.qr(torch.randn(columns, rank)).Q
     return (left * torch.arange(1, rank + 1).float().pow(-0.5)) @ right.T

@@ -12,7 +12,7 @@ from celora.numerics.estimators.more.gradient_factor import make_factor
 
 
 def _low_rank_gradients(W: torch.Tensor, rank: int) -> torch.Tensor:
-    """Gradients whose product with W lies in few directions, as those of trained layers mostly do."""
+    """Gradients whose product with W lies in few directions, as in most trained layers."""
     return torch.randn(30, rank, dtype=W.dtype) @ torch.randn(rank, len(W), dtype=W.dtype)
 
 
@@ -21,7 +21,7 @@ def test_the_gradient_factor_is_the_reference_projection() -> None:
     G = torch.randn(30, 20, dtype=torch.float64)
     made = make_factor("gradient", 4, 0)
     made.observe(W, G @ W)
-    assert made.V is None  # not before the refresh ends
+    assert made.V is None  # V is made only when the refresh ends
     made.settle()
     assert made.U is not None
     assert made.V is not None
@@ -74,7 +74,7 @@ def test_a_poisoned_or_empty_gradient_leaves_the_factor_as_it_was(bad: float) ->
 
 
 def test_the_weight_is_not_needed_when_the_refresh_ends() -> None:
-    """FSDP2 has given away the memory of what it gathered by then."""
+    """By then FSDP2 has freed the memory of the gathered weight."""
     W, G = torch.randn(20, 12), torch.randn(30, 20)
     kept, freed = make_factor("gradient", 4, 0), make_factor("gradient", 4, 0)
     gathered = W.clone()

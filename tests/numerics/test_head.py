@@ -20,7 +20,7 @@ from without import without
 
 @pytest.fixture(params=["kernels", "operators"], autouse=True)
 def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything here holds with the compiled passes and without them."""
+    """All tests here run with the compiled passes and without them."""
     if request.param == "operators":
         without(monkeypatch, "c")
     elif kernels.library() is None:
@@ -56,7 +56,7 @@ def test_scores_and_gradient(
     expected = reference.token_log_probs(chosen, weight.double(), targets, scale=scale, cap=cap, smoothing=smoothing)
     (expected * of_each).sum().backward()
     assert (found.log_probs - expected).abs().max() < 1e-6 * expected.abs().max()
-    # A sum over 97 words in float32, of what is rounded before: a random walk of roundings, twice.
+    # Rounded terms are summed over 97 words in float32. Their roundings are a random walk; allow twice that.
     assert (hidden.grad - twin.grad).norm() < 2 * 97**0.5 * torch.finfo(torch.float32).eps * twin.grad.norm()
     every = [torch.full_like(targets, word) for word in range(97)]
     log_p = torch.stack([reference.token_log_probs(chosen, weight.double(), t, scale=scale, cap=cap) for t in every], 1)
@@ -79,7 +79,7 @@ def test_bias_and_no_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    """As good as the plain way to write it, in the same dtype, judged by float64."""
+    """As good as the plain way to write it in the same dtype. float64 is the judge."""
     hidden, rows, targets, weight = inputs(dtype)
     truth = hidden.detach().double().requires_grad_()
     reference.token_log_probs(truth.reshape(80, 32)[rows], weight.double(), targets).mean().backward()
@@ -137,7 +137,7 @@ def test_what_is_drawn_of_the_vocabulary_averages_out() -> None:
     exact, errors = grads[0], [(grad - grads[0]) / grads[0].norm() for grad in grads[1:]]
     one = statistics.fmean(float(error.norm()) for error in errors)
     assert 0.01 < one < 0.2
-    assert sum(errors).norm() / len(errors) < 0.1 * one  # 1 / sqrt(300) is 0.06
+    assert sum(errors).norm() / len(errors) < 0.1 * one  # 300 seeds average to 1 / sqrt(300) = 0.06
     assert not grads[1].equal(grads[2])
     assert exact.isfinite().all()
 
@@ -152,7 +152,7 @@ def test_measuring_an_estimate_leaves_the_gradient_exact(monkeypatch: pytest.Mon
         score_tokens(h, rows, targets, weight, keep_ratio=keep).log_probs.sum().backward()
         grads.append(h.grad.reshape(80, 32)[rows])
     measured: list[tuple[Tensor, Tensor]] = []
-    found = score_tokens(hidden, rows, targets, weight, keep_ratio=0.2, measure=lambda *of: measured.append(of))
+    found = score_tokens(hidden, rows, targets, weight, keep_ratio=0.2, measure=lambda *both: measured.append(both))
     found.log_probs.sum().backward()
     estimate, exact = map(torch.cat, zip(*measured, strict=True))
     assert hidden.grad.reshape(80, 32)[rows].equal(grads[0])
@@ -161,7 +161,7 @@ def test_measuring_an_estimate_leaves_the_gradient_exact(monkeypatch: pytest.Mon
 
 
 def test_the_gradient_of_a_trained_head_sits_in_few_words() -> None:
-    """Hidden states that point to a word each: less than a third of the vocabulary keeps nearly all of it."""
+    """Each hidden state points to one word. Less than a third of the vocabulary keeps nearly all of the gradient."""
     _, rows, targets, weight = inputs()
     weight = torch.nn.functional.normalize(weight, dim=1)
     hidden = torch.zeros(80, 32)
@@ -176,7 +176,7 @@ def test_the_gradient_of_a_trained_head_sits_in_few_words() -> None:
 
 @pytest.mark.parametrize("cap", [None, 5.0])
 def test_words_that_are_left_out_keep_what_they_have_in_common(cap: float | None) -> None:
-    """Rows of a head share a direction, which targets and all other words give with opposite signs."""
+    """All rows of a head share a direction. The targets and all other words use it with opposite signs."""
     hidden, rows, targets, weight = inputs()
     weight = 0.02 * weight + torch.randn(weight.shape[1])
     logits = head.Logits(0.5, cap)
@@ -190,7 +190,7 @@ def test_words_that_are_left_out_keep_what_they_have_in_common(cap: float | None
 
 
 class _Largest(TorchDispatchMode):
-    """The largest tensor that any operator returns."""
+    """Record the largest tensor that any operator returns."""
 
     numbers = 0
 

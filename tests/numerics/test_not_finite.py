@@ -22,14 +22,14 @@ from every_estimator import MEMBERS, TOKENS, attach_ready, ordinary, plain_layer
 from machine import OUT, refuses_config
 from small import adapter, make_batch, make_model
 
-# Half of so small a layer is a poor estimate, and celora says so.
+# Half of such a small layer is a poor estimate. celora warns about that.
 pytestmark = pytest.mark.filterwarnings("ignore:celora. at step . the relative error")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def _faulty(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every column is hit in turn, so that some are kept and some are not."""
+    """Columns are hit in turn, so some of them are kept columns and some are not."""
     for bad in ("nan", "inf", "-inf"):
         for column in (0, 7, 20, 31):
             G = ordinary(dtype)
@@ -44,15 +44,16 @@ def _faulty(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
 @pytest.mark.fault(
     "numbers",
     "NaN or infinity in a gradient, in training",
-    sees="`a gradient of ... is not finite, or nearly so; its backward is exact this time`, once; on accelerators, "
-    "under torch.compile and with sharded weights, where looking would mean waiting, what plain LoRA shows: the "
-    "adapter's own gradient is not finite",
-    kept="the exact backward's result, bit for bit where it is finite up to rounding; the selection and its statistics",
+    sees="`a gradient of ... is not finite, or nearly so; its backward is exact this time`, once. On accelerators, "
+    "under torch.compile and with sharded weights a check would have to wait. There you see what plain LoRA shows: "
+    "the adapter's own gradient is not finite",
+    kept="the exact backward's result: the same numbers are finite, and equal up to rounding; the selection and its "
+    "statistics",
 )
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_arrives_as_in_the_exact_backward(path: str, dtype: torch.dtype, fused: bool) -> None:
-    """And what is finite beside it is the exact backward's; the next estimate is as if nothing had happened."""
+    """Finite numbers beside it equal the exact backward's, up to rounding. What the estimator knows does not change."""
     faults = dict(_faulty(dtype))
     plain = plain_layer(dtype)
     expected = {fault: run_through(plain, G) for fault, G in faults.items()}
@@ -79,7 +80,7 @@ def test_what_is_not_finite_arrives_as_in_the_exact_backward(path: str, dtype: t
 def test_where_looking_would_wait_it_arrives_all_the_same(
     dtype: torch.dtype, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an accelerator nothing is checked. The path is the same but for the device's name."""
+    """On an accelerator nothing is checked. The code path is the same except for the device's name."""
     monkeypatch.setattr(LayerGraft, "mode_for", lambda self, mode, witness, weight: mode)
     plain = plain_layer(dtype)
     for member in possible():
@@ -98,11 +99,11 @@ def test_where_looking_would_wait_it_arrives_all_the_same(
     "numbers",
     "NaN or infinity in a gradient that a refresh looks at",
     sees="nothing: its backward is exact anyway",
-    kept="the statistics: the next selection is what it would have been without",
+    kept="the statistics: the next selection is the same as without the fault",
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_refresh_that_sees_nothing_finite_learns_nothing(path: str, dtype: torch.dtype) -> None:
-    """As when a GradScaler repeats a step: what is selected is what it would be without the overflow."""
+    """As when a GradScaler repeats a step, the selection is the same as without the overflow."""
     for member in possible():
         states = []
         for faults in ([], [G for _, G in _faulty(dtype)]):
@@ -119,7 +120,7 @@ def test_a_refresh_that_sees_nothing_finite_learns_nothing(path: str, dtype: tor
             assert 0 <= error < 5
         for key, value in states[0].items():
             other = states[1][key]
-            if key == "V":  # what it spans; a sign is nothing to it
+            if key == "V":  # compare what V spans; its signs do not matter
                 value, other = value.T @ value, other.T @ other
             if key != "draws":
                 torch.testing.assert_close(other, value, rtol=1e-3, atol=8 * torch.finfo(dtype).eps)
@@ -140,13 +141,14 @@ SCALED = {
     "numbers",
     "float16 overflows under a GradScaler",
     sees="nothing: the scaler skips the step, as with PEFT",
-    kept="parameters, statistics and the clock: the same scale as with PEFT, and a skipped step counts for nothing",
+    kept="parameters, statistics and the clock: the loss scale is the same as with PEFT, and a skipped step is not "
+    "counted",
 )
 @pytest.mark.parametrize("config", SCALED.values(), ids=SCALED)
 @pytest.mark.filterwarnings("ignore:celora. a gradient of")
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
 def test_an_overflow_under_a_grad_scaler_is_skipped_and_forgotten(config: Any) -> None:
-    """float16, a scale far too large: the scaler skips as often as with PEFT, and training goes on."""
+    """float16 with a scale that is far too large: the scaler skips as often as with PEFT, and training continues."""
     if isinstance(config, CELoraConfig) and refuses_config(config):
         return
     scales = []
@@ -160,7 +162,7 @@ def test_an_overflow_under_a_grad_scaler_is_skipped_and_forgotten(config: Any) -
         taken = 0
         for step in range(12):
             if step == 8:
-                scaler.update(2.0**40)  # and once more, in the middle of training
+                scaler.update(2.0**40)  # one more overflow, in the middle of training
             before = adapter(model)
             scaler.scale(model(**make_batch(step)).loss).backward()
             scaler.step(optimizer)
@@ -183,10 +185,10 @@ def test_an_overflow_under_a_grad_scaler_is_skipped_and_forgotten(config: Any) -
     "numbers",
     "the logits of the first batch are not finite",
     sees="the loss that the model itself computes, for that call alone",
-    kept="the head over labelled tokens, from the next call on",
+    kept="celora's loss over labelled tokens, from the next call on",
 )
 def test_the_first_batch_not_finite_does_not_decide_about_the_head(model: PeftModel) -> None:
-    """Nothing can be said of logits that are not numbers, so the model's own loss is used for that call alone."""
+    """Logits that are not finite show nothing about the head. So the model's own loss is used, for that call alone."""
     celora.attach(model, "exact")
     model.train()
     head = model.base_model.model.lm_head
@@ -219,7 +221,10 @@ def test_an_estimated_head_loses_nothing_beside_a_token_that_is_not_finite(bad: 
 
 
 def test_one_process_alone_does_not_turn_exact_where_the_weight_is_sharded(model: PeftModel) -> None:
-    """It would gather the whole weight, and the others, whose gradients are finite, would not."""
+    """It would gather the whole weight.
+
+    The others, whose gradients are finite, would not, and it would wait for ever.
+    """
     celora.attach(model, CELoraConfig(estimator="tokens", keep_ratio=0.5, rank=0))
     layer = next(iter(require(model).grafts.values()))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

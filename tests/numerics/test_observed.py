@@ -1,4 +1,4 @@
-"""Errors from an observed gradient equal the errors of the candidates' own estimates."""
+"""Errors that celora computes from an observed gradient equal the errors of the candidates' own estimates."""
 
 from __future__ import annotations
 

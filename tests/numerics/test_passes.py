@@ -1,4 +1,4 @@
-"""RMS norms, gates and rotations in one pass, compared with torch's operators; float64 judges."""
+"""RMS norms, gates and rotations in one pass, compared with torch's operators. float64 is the judge."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ DTYPES = [torch.float32, torch.bfloat16]
 NORMS = {LlamaRMSNorm: (0.0, True), GemmaRMSNorm: (1.0, False), Olmo2RMSNorm: (0.0, False)}
 
 
-def results(function: Callable[..., Tensor], *of: Tensor) -> list[Tensor]:
-    """What the function makes of these, and the gradient of each for the same random one of the result."""
-    of = tuple(t.detach().requires_grad_() for t in of)
-    y = function(*of)
+def results(function: Callable[..., Tensor], *given: Tensor) -> list[Tensor]:
+    """The function's result for these arguments, and their gradients for a fixed random gradient of the result."""
+    given = tuple(t.detach().requires_grad_() for t in given)
+    y = function(*given)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, of, grad)]
+    return [y.detach(), *torch.autograd.grad(y, given, grad)]
 
 
 def check(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], *, terms: int = 0) -> None:
-    """That ours are no further from the result in float64 than theirs, but for the order of a sum of so many terms.
+    """Check that our results are no further from float64 than theirs, apart from the order of a sum of `terms` terms.
 
-    In bfloat16 all of the distance is the result's own rounding, which is the same on every CPU. In float32 a sum of n
-    positive terms is off by at most n u, u = 2^-24, in the order of this CPU, and may be exact in torch's.
+    In bfloat16 the whole distance is the rounding of the result, which is the same on every CPU. In float32 a sum of n
+    positive terms is off by at most n u, u = 2^-24, in this CPU's order. torch's own sum may happen to be exact.
     """
     for our, their, true in zip(ours, theirs, exact, strict=True):
         assert our.dtype == their.dtype
         assert our.shape == their.shape
-        error, allowed = ((of.double() - true).norm() for of in (our, their))
+        error, allowed = ((result.double() - true).norm() for result in (our, their))
         if our.dtype == torch.bfloat16:
             assert error <= 1.3 * allowed + 1e-9
         else:
@@ -79,7 +79,7 @@ def test_gates_at_the_ends(dtype: torch.dtype, x: float) -> None:
     ours = results(gated, gate, up)
     theirs = results(lambda gate, up: F.silu(gate) * up, gate, up)
     for our, their in zip(ours, theirs, strict=True):
-        if x != float("inf"):  # of which torch has no gradient: 0 times infinity
+        if x != float("inf"):  # torch's gradient at infinity is 0 times infinity
             torch.testing.assert_close(our, their, equal_nan=True, rtol=1e-2, atol=1e-30)
     norm = rms_norm(gate, up[0], 1e-6)
     assert bool(norm.isfinite().all()) is (abs(x) == 100)
@@ -100,7 +100,7 @@ def test_rotations(heads: int, batch: int, angles: int, dtype: torch.dtype) -> N
 
     found = results(ours, q, k)
     check(found, results(plain, q, k), results(plain, q.double(), k.double()))
-    # Each result is a sum of two products, rounded three times at most here and there; in bfloat16 always alike.
+    # Each result is a sum of two products. Both ways round at most three times. In bfloat16 they are always equal.
     largest = 2 * max(q.abs().max(), k.abs().max()) * max(cosine.abs().max(), sine.abs().max())
     allowed = 3 * torch.finfo(dtype).eps * float(largest) if dtype == torch.float32 else 0
     torch.testing.assert_close(found[0], plain(q, k), rtol=0, atol=allowed)
@@ -115,11 +115,11 @@ def test_contiguity_and_broadcasting_are_not_taken_for_granted() -> None:
         (lambda x: rms_norm(x, weight, 1e-6), lambda x: F.rms_norm(x, (9,), weight, 1e-6)),
         (lambda x: gated(x, x + 1), lambda x: F.silu(x) * (x + 1)),
     ):
-        found, expected = (of(x.requires_grad_()) for of in (ours, plain))
+        found, expected = (function(x.requires_grad_()) for function in (ours, plain))
         torch.testing.assert_close(found, expected)
-        gradient, true = (torch.autograd.grad(of, x, expanded)[0] for of in (found, expected))
+        gradient, true = (torch.autograd.grad(y, x, expanded)[0] for y in (found, expected))
         torch.testing.assert_close(gradient, true, rtol=1e-4, atol=1e-5)
-    # One token for each of several sequences: a tensor may count as contiguous whatever its strides.
+    # With one token for each sequence, torch may call a tensor contiguous whatever its strides are.
     q, angles = torch.randn(2, 3, 1, 8), torch.randn(2, 2, 1, 8)
     found = rotated(q, *angles)
     torch.testing.assert_close(found, apply_rotary_pos_emb(q, q, *angles)[0])

@@ -56,7 +56,7 @@ def test_int8_equals_its_reference(path: str, shape: tuple[int, int], dtype: tor
     estimate = product(G, W)
     closed = reference.int8(G.double(), W.double())
     assert estimate.dtype == dtype
-    # A value half-way between two steps may go either way; in half precision the result is rounded twice.
+    # A value half-way between two steps may round either way. In half precision the result is rounded twice.
     assert (estimate.double() - closed).norm() / closed.norm() < (
         3e-3 if dtype in (torch.float32, torch.float64) else 6e-3
     )
@@ -92,19 +92,19 @@ def test_a_changed_weight_is_quantised_anew(kind: type) -> None:
     W, G = torch.randn(32, 16), torch.randn(8, 32)
     product = kind()
     product(G, W)
-    W *= -3  # counts in the version
+    W *= -3  # this counts up the weight's version
     assert (product(G, W) - G @ W).norm() / (G @ W).norm() < 0.1
     packed = product._packed
     product.recheck(W)
     assert product._packed is packed
-    W.data.mul_(-2)  # does not: PEFT merges so; estimators look again at each refresh
+    W.data.mul_(-2)  # this does not; PEFT merges like this, so estimators look again at each refresh
     product.recheck(W)
     assert (product(G, W) - G @ W).norm() / (G @ W).norm() < 0.1
 
 
 @pytest.mark.parametrize("kind", [Int8, Fp8, Int8BothWays])
 def test_another_weight_in_the_same_place_is_quantised_anew(kind: type) -> None:
-    """An address is given again to the next tensor, and its version begins at the same number."""
+    """The next tensor may get the same address, and its version starts at the same number."""
     if refuses(kind.name):
         return
     G, product, memory = torch.randn(8, 32), kind(), torch.randn(32, 16).numpy()
@@ -152,7 +152,7 @@ def test_fp8_is_near_the_exact_product() -> None:
 
 @pytest.mark.parametrize("kept", [1, 24, 317])
 def test_any_number_of_rows_can_be_summed_over(kept: int) -> None:
-    """As `columns` keeps them; kernels of GPUs want multiples of 16, so zeros are added."""
+    """`columns` may keep any number of rows. Kernels of GPUs need multiples of 16, so zeros are added."""
     W, G = torch.randn(kept, 32) / 8, torch.randn(40, kept)
     assert refuses("fp8") or (Fp8()(G, W) - G @ W).norm() / (G @ W).norm() < 0.06
     q, w = torch.randint(-127, 128, (40, kept)).to(torch.int8), torch.randint(-127, 128, (kept, 32)).to(torch.int8)
@@ -183,7 +183,8 @@ def test_where_8_bits_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "number by number" in Int8().slow(cpu)
         assert Int8().slow(torch.device("cuda")) == Native().slow(cpu) == ""
         assert {estimator.settings.precision for estimator in candidates((16, 16), cpu).values()} == {"native"}
-    pretend(monkeypatch, "pack_weight", there=True)  # AVX-VNNI: our kernel, and torch's loops without
+    # as with AVX-VNNI: our kernel is there, and without it torch loops over single numbers
+    pretend(monkeypatch, "pack_weight", there=True)
     assert Int8().slow(cpu) == ""
     assert Int8(copy=False).slow(cpu)
     assert all(setting.weight_copy for setting in candidates((16, 16), cpu))
@@ -205,7 +206,10 @@ def test_products_number_by_number_are_recognised(bits: float, slow: bool, monke
 
 @pytest.mark.parametrize("limit", ["", "AVX2"])
 def test_sums_that_overflow_are_not_used(limit: str) -> None:
-    """Below VNNI oneDNN adds pairs of products in 16 bits: where that is so, it is said, and nowhere else."""
+    """On CPUs below VNNI, oneDNN adds pairs of products in 16 bits.
+
+    If that overflows, celora refuses it, and only then.
+    """
     code = (
         "import torch; from celora import CELoraError; from celora.numerics.products.int8 import Int8\n"
         "cpu, G, W = torch.device('cpu'), torch.rand(32, 64) + 1, torch.rand(64, 32) + 1\n"
@@ -243,7 +247,7 @@ def test_without_dot_products_torchs_integer_product_is_used(monkeypatch: pytest
 
 
 def test_only_our_kernel_takes_any_number_of_rows(path: str) -> None:
-    """Elsewhere, as on accelerators, a product of a new shape has to be set up first."""
+    """Other backends, like those of accelerators, have to set up a product for each new shape."""
     usual = select.grain(1000)
     assert usual > 1
     cpu = torch.device("cpu")

@@ -36,7 +36,8 @@ def test_a_registered_class_is_found_by_its_name() -> None:
         name = "mine"
 
     assert estimator_class("mine") is Mine
-    assert type(make_estimator("mine", 4, 3, {"keep_ratio": 0.5})) is Mine  # takes what means something to it
+    # an estimator takes the settings that it uses
+    assert type(make_estimator("mine", 4, 3, {"keep_ratio": 0.5})) is Mine
     with pytest.raises(CELoraError, match="unknown estimator 'min'; did you mean 'mine'"):
         estimator_class("min")
 

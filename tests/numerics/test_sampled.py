@@ -40,7 +40,7 @@ def test_sampled_columns_are_unbiased(rank: int) -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_no_draw_is_multiplied_with_the_rows_of_another(precision: str) -> None:
-    """The rows of each draw mostly lie where those of the one before did, as new as they were."""
+    """The rows of one draw mostly lie at the addresses of the draw before, and they look just as new."""
     if refuses(precision):
         return
     W, G = torch.randn(64, 48), torch.randn(32, 64)

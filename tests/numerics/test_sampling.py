@@ -1,4 +1,4 @@
-"""Probabilities equal their reference, and draws have the right mean."""
+"""Probabilities equal their reference. Draws have the right mean."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_nothing_waits_for_a_number_in_drawing() -> None:
 
 
 def test_sampling_is_unbiased_and_draws_exactly_k() -> None:
-    """The share of offsets that draw i is p_i, to within the two ends of its interval, and each draw weighs 1 / p_i."""
+    """i is drawn for a share p_i of all offsets, to within the two ends of its interval, and weighs 1 / p_i."""
     scores = torch.rand(23, dtype=torch.float64).pow(3)
     p = sampling_module.inclusion_probabilities(scores, 6)
     total = torch.zeros(23, dtype=torch.float64)
@@ -53,7 +53,7 @@ def test_sampling_is_unbiased_and_draws_exactly_k() -> None:
 
 @pytest.mark.parametrize("alive", [1, 2, 5])
 def test_fewer_scores_than_draws(alive: int) -> None:
-    """Softmaxes that underflow, dead columns: nothing may be drawn twice, and what is not zero is certain."""
+    """Softmaxes underflow, and columns may be dead. Nothing is drawn twice, and everything above zero is certain."""
     scores = torch.zeros(12)
     scores[:alive] = torch.rand(alive) + 0.1
     p = sampling_module.inclusion_probabilities(scores, 6)

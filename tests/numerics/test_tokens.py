@@ -50,7 +50,7 @@ def test_tokens_without_gradient_lose_nothing(dtype: torch.dtype) -> None:
     W, G = torch.randn(33, 20).to(dtype), torch.randn(16, 33).to(dtype)
     G[torch.randperm(16)[:9]] = 0
     exact = Dense(33, 20).estimate(G, W)
-    # Smaller products may add up in another order: within one rounding of the result.
+    # A smaller product may add up in another order, so results differ by at most one rounding.
     torch.testing.assert_close(Tokens(33, 20, keep_ratio=7 / 16).estimate(G, W), exact)
 
 
@@ -84,7 +84,7 @@ def test_cost_counts_tokens_and_factor() -> None:
 
 
 def test_keeps_more_of_the_lora_gradient_than_columns_at_the_same_cost(model: PeftModel) -> None:
-    """Half of the labels masked, as in instruction tuning: the case tokens are made for."""
+    """Half of the labels are masked, as in instruction tuning. Tokens are made for this case."""
     batch = make_batch(0)
     batch["labels"][:, :6] = -100
     cosine = {}
@@ -135,11 +135,14 @@ def test_a_share_of_one_leaves_out_only_what_is_zero(precision: str) -> None:
 
 
 def test_on_an_accelerator_energy_keeps_the_share_that_the_refresh_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There, counting in every backward would wait for the device. The path is the same but for the device's name."""
+    """There, counting in every backward would wait for the device.
+
+    The code path is the same except for the device's name.
+    """
     W, G = torch.randn(20, 12), torch.randn(640, 20) * torch.rand(640, 1).pow(6)
     estimator = Tokens(20, 12, keep_ratio=0.9, selection="energy")
     patch_all(monkeypatch, "celora.machine.device:reads_freely", lambda device: False)
-    assert estimator.estimate(G, W).equal(G @ W)  # nothing observed yet
+    assert estimator.estimate(G, W).equal(G @ W)  # nothing was observed yet, so the product is exact
     estimator.observe(G, W, G @ W)
     estimator.observe(G / 3, W, G @ W / 3)
     estimator.select()
@@ -187,7 +190,7 @@ def test_on_an_accelerator_energy_waits_for_its_share(monkeypatch: pytest.Monkey
     patch_all(monkeypatch, "celora.machine.device:reads_freely", lambda device: False)
     assert not estimator.ready
     assert Tokens(20, 12, keep_ratio=1.0, selection="energy").ready
-    for gradient in (G * torch.inf, G):  # the first says nothing
+    for gradient in (G * torch.inf, G):  # the first gradient tells nothing
         estimator.observe(gradient, W, gradient @ W)
         estimator.select()
         assert estimator.ready == (gradient is G)
@@ -198,7 +201,7 @@ def test_on_an_accelerator_energy_waits_for_its_share(monkeypatch: pytest.Monkey
 
 
 def test_where_a_model_has_been_moved_to_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To where tokens are not counted: all are kept until a refresh has told how many are needed."""
+    """The model moves to a device that does not count tokens. All are kept until a refresh says how many are needed."""
     W, G = torch.randn(20, 12), torch.randn(64, 20)
     estimator = Tokens(20, 12, keep_ratio=0.9, selection="energy")
     estimator.device = torch.device("meta")

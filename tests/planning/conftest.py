@@ -20,7 +20,10 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def free_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On matrices this small nothing is faster than the dense product: pretend that what is kept is what it costs."""
+    """On such small matrices nothing is faster than the dense product.
+
+    Pretend that an estimate costs the share that it keeps.
+    """
     costs = Costs()
     patch_all(monkeypatch, "celora.planning.planner:time_kinds", lambda layers: {layer.kind: costs for layer in layers})
     patch_all(monkeypatch, "celora.planning.planner:graft_overhead", lambda device, dtype: 0.0)
@@ -29,10 +32,11 @@ def free_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def wide_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the vocabulary were large enough for its gradient to be worth leaving out."""
+    """Pretend that the vocabulary is large enough for estimating its gradient to pay."""
 
     def times(calls: Any, repeats: int, device: Any) -> Any:
         return {call: {"time_ms": 10 * float(call)} for call in calls}
 
     patch_all(monkeypatch, "celora.machine.timing:interleaved", times)
-    patch_all(monkeypatch, "celora.planning.head_evidence:HEAD_SHARES", (0.9, 0.7, 0.5, 0.3))  # it has 61 words
+    # the head has only 61 words
+    patch_all(monkeypatch, "celora.planning.head_evidence:HEAD_SHARES", (0.9, 0.7, 0.5, 0.3))

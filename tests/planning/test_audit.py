@@ -37,7 +37,7 @@ def test_several_batches_are_judged_by_their_sum(model: PeftModel) -> None:
     plain = copy.deepcopy(model)
     celora.detach(plain)
     batches = [make_batch(seed) for seed in range(3)]
-    estimated, exact = (sum(flat_gradient(of, batch) for batch in batches) for of in (model, plain))
+    estimated, exact = (sum(flat_gradient(each, batch) for batch in batches) for each in (model, plain))
     report = celora.audit(model, batches)
     assert report.cosine == pytest.approx(torch.cosine_similarity(estimated, exact, dim=0).item(), abs=1e-6)
     assert report.relative_error == pytest.approx(((estimated - exact).norm() / exact.norm()).item(), rel=1e-5)
@@ -71,7 +71,7 @@ def test_leaves_everything_untouched() -> None:
     for model in (audited, left_alone):
         torch.manual_seed(3)
         optimizers.append(train(model, 2))
-        model(**make_batch(1)).loss.backward()  # gradients in flight must survive
+        model(**make_batch(1)).loss.backward()  # these gradients, of no step yet, must survive
     rng, clock = torch.get_rng_state(), require(audited).clock.step
     modes = [g.mode for g in require(audited).grafts.values()]
     report = celora.audit(audited, make_batch(5))
@@ -98,7 +98,7 @@ def test_before_the_first_refresh_the_batch_itself_selects(model: PeftModel, bat
 
 
 def _blind(name: str) -> bool:
-    """Layers whose input is the embedding: they get no gradient to select from."""
+    """Whether the layer's input is the embedding: then it gets no gradient to select from."""
     return any(name.endswith(f"layers.0.self_attn.{kind}") for kind in ("q_proj", "k_proj", "v_proj"))
 
 
@@ -129,7 +129,7 @@ def test_clear_errors(model: PeftModel, batch: dict[str, Any]) -> None:
 
 
 def test_what_is_audited_is_training_whatever_the_mode(batch: dict[str, torch.Tensor]) -> None:
-    """`from_pretrained` leaves a model in evaluation mode, where its own loss would be taken."""
+    """`from_pretrained` leaves a model in evaluation mode, in which it would compute its own loss."""
     model = make_model()
     celora.attach(model, CELoraConfig(estimator="dense", labelled_head=True, head_keep_ratio=0.3))
     for mode in (True, False):

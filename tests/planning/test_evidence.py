@@ -1,4 +1,4 @@
-"""Which settings are timed for the candidates, and how their time is computed."""
+"""Which settings are timed for the candidates, and how the candidates' times follow from them."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def test_layers_with_other_numbers_of_tokens_are_timed_for_themselves(model: Pef
 
 
 def test_what_a_graft_itself_takes_is_counted(model: PeftModel, free_estimates: None, monkeypatch: Any) -> None:
-    """Except where the layer has one anyway, because its adapter is fused."""
+    """The graft's own time counts, unless the layer has a graft anyway because its adapter is fused."""
     patch_all(monkeypatch, "celora.planning.evidence:graft_overhead", lambda device, dtype: 0.3)
     fused = celora.make_plan(model, [make_batch(0)], 0.9)
     assert min(c.time_ms for layer in fused.layers for c in layer.candidates[1:]) < 0.3
     for layer in survey(model).layers.values():
         part = layer.module.lora_B["default"]
-        part.forward = part.forward  # one of its own, which keeps it from being fused
+        part.forward = part.forward  # a forward of its own keeps the adapter from being fused
     plan = celora.make_plan(model, [make_batch(0)], 0.9)
     assert all(0.3 < c.time_ms < 0.97 for layer in plan.layers for c in layer.candidates[1:])
     patch_all(monkeypatch, "celora.planning.evidence:graft_overhead", lambda device, dtype: 1.0)

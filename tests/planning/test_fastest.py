@@ -27,9 +27,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def times(monkeypatch: pytest.MonkeyPatch, *of: float) -> list[int]:
-    """What is timed takes so long, in the order in which it is: exact, both ways, backward, native tokens. For auto:
-    exact, backward, native tokens; and for the head: exact, drawn. Returns how many took turns each time."""
+def times(monkeypatch: pytest.MonkeyPatch, *milliseconds: float) -> list[int]:
+    """Let timings take these milliseconds, in the order of the contenders. Returns the number of contenders each time.
+
+    The order is exact, both ways, backward, native tokens. For auto it is exact, backward, native tokens; for the head,
+    exact, drawn.
+    """
     seen: list[int] = []
 
     def interleaved(
@@ -38,7 +41,7 @@ def times(monkeypatch: pytest.MonkeyPatch, *of: float) -> list[int]:
         for call in contenders.values():
             call()
         seen.append(len(contenders))
-        return {name: {"time_ms": time} for name, time in zip(contenders, of, strict=False)}
+        return {name: {"time_ms": time} for name, time in zip(contenders, milliseconds, strict=False)}
 
     patch_all(monkeypatch, "celora.machine.timing:interleaved", interleaved)
     return seen
@@ -58,7 +61,7 @@ def test_the_fastest_wins(took: tuple[float, ...], setting: tuple[str, ...], mon
     model = make_model()
     seen = times(monkeypatch, *took)
     config = gate(survey(model), FAST)
-    assert seen == [4] * 4  # the kinds: q and o, k and v, gate and up, down
+    assert seen == [4] * 4  # four kinds of layers: q and o, k and v, gate and up, down
     for name in survey(model).layers:
         layer = config.for_layer(name)
         assert (layer.estimator, layer.precision, layer.forward)[: len(setting)] == setting
@@ -88,7 +91,7 @@ def test_auto_keeps_the_exact_forward(
 
 
 def test_on_a_gpu_without_a_plan_auto_is_exact_and_fast_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU was at hand to try it on: there a plan on the user's own comes first."""
+    """auto was not tried on a GPU. So a plan, made on the user's own GPU, comes first."""
     patch_all(monkeypatch, "celora.kernels.triton.judged:planned_on", lambda device: False)
     model = make_model()
     seen = times(monkeypatch, 10.0, 3.0, 6.0, 9.0)
@@ -107,14 +110,15 @@ def test_what_was_measured_is_kept_for_the_machine_and_the_shapes(monkeypatch: p
     measured = len(seen)
     assert measured == 5
     seen = times(monkeypatch, 10.0, 20.0, 20.0)
-    assert gate(found, AUTO, tokens=127, labelled=31) == first  # as many, as powers of two
+    # rounded to powers of two, these are the same numbers of tokens
+    assert gate(found, AUTO, tokens=127, labelled=31) == first
     assert seen == []
     assert gate(found, AUTO, tokens=100, labelled=40) != first
     assert len(seen) == 1  # the head
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     gate(found, AUTO, tokens=100, labelled=20)
     assert len(seen) == 1 + measured
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")  # which cannot be made
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")  # this folder cannot be created
     gate(found, AUTO, tokens=100, labelled=20)
     assert len(seen) == 1 + 2 * measured
 
@@ -153,7 +157,7 @@ def test_attach_measures_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:celora. (no layer can be estimated|at step|from step)")
 def test_auto_needs_no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what the user has set, the rule leaves alone."""
+    """The rule leaves alone what the user has set."""
     times(monkeypatch, 10.0, 6.0, 6.5)
     model = make_model()
     report = celora.attach(model, "auto", refresh_every=7)

@@ -1,4 +1,4 @@
-"""How near gradients are, summed over all of them."""
+"""How near an estimated gradient is to the exact one, summed over all parameters."""
 
 from __future__ import annotations
 

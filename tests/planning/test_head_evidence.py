@@ -1,4 +1,4 @@
-"""The head as a planned layer."""
+"""The head is planned like a layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_head_is_planned_too(
     kept = plan.config().head_keep_ratio
     assert (kept == 1) if fidelity == 1 else (kept < 1)
     assert celora.audit(model, batches[2]).cosine >= fidelity - 1e-6
-    # What the head's estimate loses is part of the audit.
+    # The audit includes what the head's estimate loses.
     celora.attach(model, dataclasses.replace(PRESETS["exact"], head_keep_ratio=0.01))
     assert celora.audit(model, batches[2]).cosine < 1 - 1e-6
 
@@ -37,7 +37,8 @@ def test_the_head_is_planned_too(
 def test_a_head_that_is_not_ours_is_not_planned(
     model: PeftModel, batches: Any, free_estimates: None, wide_head: None
 ) -> None:
-    hook = model.base_model.model.lm_head.register_forward_hook(lambda *_: None)  # what it does is not known
+    # celora does not know what this hook does
+    hook = model.base_model.model.lm_head.register_forward_hook(lambda *_: None)
     assert celora.make_plan(model, batches).head is None
     hook.remove()
     assert planner.make_plans(model, batches, [0.9], head=False)[0].head is None

@@ -13,7 +13,10 @@ from patching import patch_all
 def test_every_layer_is_disturbed_before_it_is_said_to_have_no_influence(
     model: PeftModel, batches: list[dict[str, torch.Tensor]], free_estimates: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So few tokens carry the last layers' gradients that native products, which round numbers up, would keep all."""
+    """Few tokens carry the last layers' gradients.
+
+    Native products round the number of kept tokens up, so they keep all.
+    """
     for batch in batches:
         batch["labels"][:, :-1] = -100
     patch_all(monkeypatch, "celora.planning.influence:_DEPTHS", 20)
@@ -21,7 +24,7 @@ def test_every_layer_is_disturbed_before_it_is_said_to_have_no_influence(
     influence = {layer.name.rpartition("model.layers.")[2]: layer.influence for layer in plan.layers}
     assert influence["1.mlp.down_proj"] > 0
     assert influence["1.mlp.up_proj"] > 0
-    # It is the same, however few layers are probed together.
+    # The same holds when layers are probed in groups.
     patch_all(monkeypatch, "celora.planning.influence:_FEW_LAYERS", 0)
     (grouped,) = planner.make_plans(model, batches, [0.9])
     assert min(layer.influence for layer in grouped.layers) > 0

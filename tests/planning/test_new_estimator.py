@@ -1,4 +1,4 @@
-"""The recipe for an estimator, followed: registered from outside, it is planned, chosen, audited, saved and shown."""
+"""Follows the recipe for an estimator: registered from outside, it is planned, chosen, audited, saved and shown."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RECIPE = Path(__file__).parents[2] / "docs/develop/new-estimator.md"
 
 @pytest.fixture(autouse=True)
 def config() -> Iterator[CELoraConfig]:
-    """The page's own code, run as it stands; what it registers is gone afterwards."""
+    """The page's own code, run unchanged. What it registers is removed afterwards."""
     before, names = dict(ESTIMATORS), dict[str, Any]()
     for block in RECIPE.read_text(encoding="utf-8").split("```python\n")[1:]:
         exec(block.partition("```")[0], names)
@@ -39,7 +39,7 @@ def config() -> Iterator[CELoraConfig]:
 
 @pytest.fixture
 def cheap_blocks(monkeypatch: pytest.MonkeyPatch, free_estimates: None) -> None:
-    """As if blocks took a twentieth of the time that the same share of columns takes."""
+    """Pretend that blocks take a twentieth of the time that the same share of columns takes."""
     costs = Costs({LayerConfig("blocks", keep_ratio=keep, rank=0): keep / 20 for keep in (0.75, 0.5)})
 
     def times(layers: Any) -> Any:
@@ -65,12 +65,12 @@ def test_a_plan_chooses_it_where_it_is_best(model: PeftModel, batches: Any, chea
     plan = celora.make_plan(model, batches, 0.8)
     chosen = {layer.name: layer.choice for layer in plan.layers if layer.choice.setting.estimator == "blocks"}
     assert chosen
-    assert chosen.keys() <= _sixteenths(plan)  # the others it does not offer itself for
+    assert chosen.keys() <= _sixteenths(plan)  # it offers itself only for these layers
     for layer in plan.layers:
         offered = [c for c in layer.candidates if c.setting.estimator == "blocks"]
         assert [c.setting.keep_ratio for c in offered] == ([0.75, 0.5] if layer.name in _sixteenths(plan) else [])
         assert all(0 < c.relative_error < 1 and c.memory == 0 for c in offered)
-    # Where nothing may be lost, nothing is lost to it, however cheap it is.
+    # If no error is allowed, it is not chosen, however cheap it is.
     exact = celora.make_plan(model, batches, 1.0)
     assert not any(layer.choice.setting.estimator == "blocks" for layer in exact.layers)
 
@@ -115,7 +115,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: CELoraConfig, tmp_pat
     assert all(value.equal(adapter(second)[name]) for name, value in adapter(whole).items())
 
 
-# Dynamo instantiates the Function class while it traces one, which torch itself warns about.
+# While Dynamo traces a Function, it instantiates the class. torch itself warns about that.
 @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
 def test_compiled_it_uses_the_latest_selection() -> None:
     linear, G = torch.nn.Linear(16, 48).requires_grad_(False), torch.randn(9, 48)

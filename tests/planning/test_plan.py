@@ -29,7 +29,7 @@ TOKENS = LayerConfig("tokens", keep_ratio=0.97, rank=0, selection="energy", prec
 
 
 def possible() -> tuple[LayerConfig, LayerConfig]:
-    """A whole product and a part of one: in 8 bits, where this machine does not refuse them."""
+    """A whole product and a product with some tokens: in 8 bits, unless this machine refuses them."""
     if refuses() or refuses(copy=False):
         return LayerConfig("tokens", keep_ratio=0.9, rank=0), dataclasses.replace(TOKENS, precision="native")
     return LayerConfig("int8", rank=0), TOKENS
@@ -107,7 +107,7 @@ def test_attaching_a_plan_gives_each_layer_its_estimator(model: PeftModel) -> No
     assert plan.memory == 80 * 48
     frame = CELoraConfig(estimator="dense", overrides={"up_proj": {"estimator": "dense"}})
     with pytest.warns(UserWarning, match="no layer can be estimated"):
-        assert not celora.attach(model, plan.config(frame)).estimated  # the user's own overrides win
+        assert not celora.attach(model, plan.config(frame)).estimated  # the user's own overrides come first
 
 
 def test_the_head_is_part_of_a_plan(model: PeftModel, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_the_head_is_part_of_a_plan(model: PeftModel, tmp_path: Path) -> None:
     assert plan.config().head_keep_ratio == 0.1
     report = celora.attach(model, plan)
     assert any("its gradient through 0.1 of the words" in note for note in report.notes)
-    # Not where it is left exact, the user has said otherwise, or the loss is the model's own.
+    # Not if it is left exact, if the user has set another share, or if the loss is the model's own.
     exact = dataclasses.replace(plan, head=dataclasses.replace(plan.head, chosen=0))
     assert exact.config().head_keep_ratio == 1
     assert plan.config(CELoraConfig(labelled_head=True, head_keep_ratio=0.5)).head_keep_ratio == 0.5

@@ -48,7 +48,7 @@ def test_a_product_in_a_quantised_layer_s_own_dtype_is_timed_once(monkeypatch: p
     weight = Stored(torch.ones(6, 4), torch.Size((6, 4)), torch.float32, compute_dtype=torch.bfloat16)
     graft = bench_module._TimedGraft(Dense(6, 4), Switch())
     assert graft.grad_input(torch.ones(3, 6), weight, Mode.ESTIMATE).equal(torch.full((3, 4), 6.0))
-    assert len(waits) == 2  # before and after
+    assert len(waits) == 2  # once before and once after the product
 
 
 @pytest.mark.parametrize("fidelity", [0.9, 0.99, 1.0])
@@ -57,11 +57,11 @@ def test_the_plan_keeps_what_was_asked_for(
 ) -> None:
     plan = celora.make_plan(model, batches, fidelity)
     assert plan.predicted_cosine >= fidelity
-    assert plan.audited_cosine >= fidelity  # on a batch that nothing was chosen by
+    assert plan.audited_cosine >= fidelity  # the choice did not use this batch
     report = celora.attach(model, plan)
     assert report.estimated or fidelity == 1
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    for _ in range(12):  # every layer selects from the batch that the planner selected from
+    for _ in range(12):  # every layer selects from the same batch as the planner
         model(**batches[0]).loss.backward()
         optimizer.step()
     assert celora.audit(model, batches[2]).cosine == pytest.approx(plan.audited_cosine, abs=1e-4)
@@ -73,12 +73,12 @@ def test_plans_are_verified_on_the_sum_of_batches_of_their_own(model: PeftModel,
     batches = [masked_batch(seed) for seed in range(12)]
     given = iter(batches)
     plan = celora.make_plan(model, given, 0.97)
-    assert next(given) is batches[planner.MOST_BATCHES]  # no more are drawn from a loader than are used
+    assert next(given) is batches[planner.MOST_BATCHES]  # the planner takes no more batches from a loader than it uses
     assert plan.audited_batches == planner.MOST_BATCHES - 2
     assert plan.audited_cosine >= 0.97
     celora.attach(model, dataclasses.replace(plan.config(), spread=False))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    model(**batches[0]).loss.backward()  # every layer selects from the batch that the planner selected from
+    model(**batches[0]).loss.backward()  # every layer selects from the same batch as the planner
     optimizer.step()
     assert celora.audit(model, batches[2:10]).cosine == pytest.approx(plan.audited_cosine, abs=1e-4)
     assert "(sum of 8 batches)" in str(plan)
@@ -87,7 +87,7 @@ def test_plans_are_verified_on_the_sum_of_batches_of_their_own(model: PeftModel,
 def test_a_plan_that_loses_the_same_in_every_batch_is_made_more_careful(
     model: PeftModel, free_estimates: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each batch alone may be near enough where their sum is not."""
+    """Each batch alone may be near enough, and their sum may still not be."""
     audit = bench_module.Bench.audit
     asked: list[float] = []
 
@@ -129,7 +129,7 @@ def test_less_fidelity_is_cheaper(model: PeftModel, batches: Any, free_estimates
 
 
 def test_fidelities_come_in_any_order(model: PeftModel, batches: Any, free_estimates: None) -> None:
-    """What was tried for one helps with the next, and does not stand in its way."""
+    """What was tried for one fidelity helps the next one, and does not hinder it."""
     for fidelities in ([1.0, 0.8, 0.95], [0.8, 1.0, 0.95]):
         times = {plan.fidelity: plan.predicted_time for plan in planner.make_plans(model, batches, fidelities)}
         assert times[0.8] < times[0.95] < times[1.0]
@@ -179,7 +179,7 @@ def test_layers_that_are_not_faster_in_a_whole_backward_are_exact(
     plan = celora.make_plan(model, batches, 0.9)
     assert {layer.chosen for layer in plan.layers} == {0}
     assert plan.audited_time == plan.predicted_time == 1
-    # What is left is the head's estimate, which is timed by itself.
+    # Only the head's estimate is left. It is timed by itself.
     assert plan.config().head_keep_ratio < 1
     assert 0.9 <= plan.audited_cosine < 1 - 1e-6
     celora.attach(model, plan)
@@ -190,7 +190,7 @@ def test_layers_that_are_not_faster_in_a_whole_backward_are_exact(
 
 def test_the_memory_limit_is_kept(model: PeftModel, batches: Any, free_estimates: None) -> None:
     free = celora.make_plan(model, batches, 0.995, memory_limit=10**9)
-    assert (free.memory > 0) is not refuses()  # only 8-bit copies of weights take any
+    assert (free.memory > 0) is not refuses()  # only 8-bit copies of weights take memory
     tight = celora.make_plan(model, batches, 0.995, memory_limit=free.memory // 2)
     assert tight.memory <= free.memory // 2
     assert celora.make_plan(model, batches, 0.995, memory_limit=0).memory == 0
@@ -258,7 +258,7 @@ def test_where_nothing_can_be_estimated_everything_stays_exact(model: PeftModel)
 def test_on_an_accelerator_what_energy_leaves_out_is_audited(
     model: PeftModel, batches: Any, free_estimates: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There the tokens that are kept are the share that an earlier batch needed, of which there is none at first."""
+    """There, an earlier batch decides what share of the tokens is kept. At first there is no such batch."""
     patch_all(monkeypatch, "celora.machine.device:reads_freely", lambda device: False)
     (plan,) = planner.make_plans(model, batches, [0.97], head=False)
     assert any(layer.choice.setting.selection == "energy" for layer in plan.layers)
@@ -272,7 +272,7 @@ def test_on_an_accelerator_what_energy_leaves_out_is_audited(
 def test_a_model_in_evaluation_mode_is_planned_as_it_will_train(
     model: PeftModel, free_estimates: None, wide_head: None
 ) -> None:
-    """As `from_pretrained` leaves it, whatever `get_peft_model` says of the wrapper around it."""
+    """`from_pretrained` leaves the model in this mode, whatever `get_peft_model` sets for the wrapper around it."""
     masked = [masked_batch(seed) for seed in range(3)]
     plans = []
     for modes in (model.train(), model.eval()):

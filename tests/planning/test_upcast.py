@@ -1,4 +1,4 @@
-"""A model in float32 for a while gives the reference gradient, and is the same model afterwards."""
+"""Turns a model to float32 for a while to get the reference gradient. Afterwards the model is the same as before."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_float32_is_the_reference_for_peft_and_for_what_is_attached(batch: dict[
 
 
 def test_exact_is_no_further_from_float32_than_peft() -> None:
-    """One model and batch may fall to either side, so several of each decide."""
+    """A single model and batch may favour either side, so several of each decide."""
     errors: dict[str, list[float]] = {"plain": [], "attached": []}
     for seed in range(4):
         model = make_model(seed=seed, dtype=torch.bfloat16)
@@ -55,7 +55,7 @@ def test_exact_is_no_further_from_float32_than_peft() -> None:
             assert found is not None
             for name, errors_of in errors.items():
                 errors_of.append(getattr(found, name).relative_error)
-    theirs, ours = (statistics.fmean(of) for of in errors.values())
+    theirs, ours = (statistics.fmean(seen) for seen in errors.values())
     assert ours < 1.2 * theirs
 
 
@@ -86,11 +86,11 @@ class _InterruptedError(Exception):
     "models",
     '`celora.audit(..., reference="float32")` ends early, or is interrupted while weights are float32',
     sees="the exception itself",
-    kept="every weight, gradient and setting: the very ones that they were",
+    kept="every weight, gradient and setting, as they were",
 )
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_model_is_itself_again_after_float32(interrupted: bool, batch: dict[str, torch.Tensor]) -> None:
-    """Adapters are in bfloat16 too, so that they are replaced, with gradients in flight."""
+    """Adapters are in bfloat16, too, so they are replaced, and they hold gradients at that moment."""
     base = make_base(dtype=torch.bfloat16)
     base.lm_head.weight = base.model.embed_tokens.weight
     base.register_buffer("scale", torch.ones(2, dtype=torch.float16))

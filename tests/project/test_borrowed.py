@@ -1,4 +1,4 @@
-"""Private names of other libraries: each is taken away in turn, which may cost time and never a result."""
+"""Takes away each private name of other libraries in turn. That may cost time, but never change a result."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def _looked_up_anew(monkeypatch: pytest.MonkeyPatch):
 
 
 def take_away(patch: pytest.MonkeyPatch, missing: str) -> None:
-    """As if the installed version of the library did not have this name."""
+    """Pretend that the installed version of the library lacks this name."""
     found = borrowed._look_up
     patch_all(patch, "celora.borrowed:_look_up", lambda name: None if name == missing else found(name))
 
 
 def trained(preset: str | None) -> tuple[list[torch.Tensor], list[str]]:
-    """The losses and last gradients of two steps on padded batches, and what was warned of."""
+    """The losses and last gradients of two steps on padded batches, and the warnings."""
     model = make_model().train()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -52,13 +52,13 @@ def trained(preset: str | None) -> tuple[list[torch.Tensor], list[str]]:
 
 @pytest.mark.parametrize("name", borrowed.NAMES)
 def test_the_installed_libraries_have_it(name):
-    """Else celora leaves something out for everybody, and the list or its use is out of date."""
+    """Otherwise celora leaves something out for everybody, and the list or its use is out of date."""
     assert borrowed.borrow(name) is not None
 
 
 @pytest.mark.fault(
     "models",
-    "a library that celora uses no longer has a private name that celora relies on",
+    "the installed version of a library lacks a private name that celora uses",
     sees="`this version of ... has no ..., so ...`, once",
     kept="the result: plain PEFT's",
 )

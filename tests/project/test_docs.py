@@ -41,7 +41,7 @@ def build(root: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A copy of the sources, the site in it, and what the build said: four mistakes were put into the copy."""
+    """A copy of the sources with four deliberate mistakes, with the site built in it, and what the build said."""
     copy = tmp_path_factory.mktemp("site")
     for name in ("docs", "examples", "src"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -58,7 +58,7 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(
 ) -> None:
     copy, done = built
     warned = re.findall(r"^WARNING.*(?:\n  .*)*", done.stderr, flags=re.MULTILINE)
-    assert len(warned) == 4, done.stdout + done.stderr  # of the mistakes, and of nothing else
+    assert len(warned) == 4, done.stdout + done.stderr  # one warning for each mistake, and no other
     assert "Aborted with 4 warnings in strict mode!" in done.stdout + done.stderr
     pages = {path: path.read_text(encoding="utf-8") for path in (copy / "site").rglob("*.html")}
     for path, text in pages.items():
@@ -80,7 +80,7 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(
 
 
 def test_every_equation_has_its_function_beside_it() -> None:
-    """In the last cell of a table of equations; elsewhere in the same paragraph or step of a list."""
+    """A table of equations names it in its last cell, other text in the same paragraph or step of a list."""
     tables = re.findall(r"\| where \|\n\|[-|]+\n((?:\|.*\n)+)", HOW)
     rows = [row for table in tables for row in table.splitlines()]
     assert len(tables) == 2
@@ -112,7 +112,7 @@ def test_names_become_links_outside_of_code() -> None:
 def test_the_reference_covers_every_module() -> None:
     pages = [path.read_text(encoding="utf-8") for path in (DOCS / "reference").iterdir()]
     named = {name for page in pages for name in re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)}
-    alone = r"^::: (\S+)\n    options:\n      members: \[\]$"  # a package that shows nothing of its modules
+    alone = r"^::: (\S+)\n    options:\n      members: \[\]$"  # a package whose page shows none of its modules
     shows = named - {name for page in pages for name in re.findall(alone, page, flags=re.MULTILINE)}
     for path in (ROOT / "src" / "celora").rglob("*.py"):
         module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
@@ -124,7 +124,10 @@ def test_the_reference_covers_every_module() -> None:
 
 
 def test_every_page_is_one_click_from_the_first() -> None:
-    """A recipe from the map of the code, a page of the log from its index, the docstrings from the navigation."""
+    """Pages of recipes are linked from the map of the code, pages of the log from its index.
+
+    The navigation has the reference.
+    """
 
     def linked(page: str) -> set[Path]:
         targets = re.findall(r"\]\(([\w./-]+\.md)", (DOCS / page).read_text(encoding="utf-8"))
@@ -136,7 +139,7 @@ def test_every_page_is_one_click_from_the_first() -> None:
 
 
 def test_files_named_on_pages_are_there() -> None:
-    """A recipe may name the file that it asks for: those come after "Prove it" or "Bring it in"."""
+    """A recipe also names files that its reader will make. Those come after "Prove it" or "Bring it in"."""
     for page in [*DOCS.rglob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "README.md", ROOT / "benchmarks" / "README.md"]:
         text = re.split(r"^## .*(?:Prove it|Bring it in)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[0]
         for name in re.findall(r"`((?:src|tests|benchmarks|docs|examples)/[\w./-]+)`", text):
@@ -159,7 +162,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages name: ./model, chats.jsonl."""
+    """The files that pages name: ./model, chats.jsonl."""
     folder = tmp_path_factory.mktemp("docs")
     save_tiny_model(folder / "model", hidden=64)  # bitsandbytes packs in blocks of 64 for evaluation
     save_rows(folder / "chats.jsonl")
@@ -203,7 +206,7 @@ def test_python_of_the_quick_start_runs(folder: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_qlora_recipe_estimates_and_trains(folder: Path) -> None:
-    """Its script and its command, with the same configuration."""
+    """Its script and its command have the same configuration."""
     pytest.importorskip("bitsandbytes")
     (block,), (text,), (line,) = (blocks("use/recipes/qlora.md", language) for language in ("python", "yaml", "bash"))
     names: dict[str, Any] = {}
@@ -214,7 +217,7 @@ def test_the_qlora_recipe_estimates_and_trains(folder: Path) -> None:
     before = adapter(model)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    for step in range(3):  # the first observes, and leaves lora_A alone: lora_B begins at zero
+    for step in range(3):  # the first step only observes, and does not move lora_A, because lora_B begins at zero
         ids = make_batch(step)["input_ids"] % 48
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -230,7 +233,7 @@ def test_the_qlora_recipe_estimates_and_trains(folder: Path) -> None:
 
 
 def test_accelerate_reads_the_configuration_of_the_fsdp2_recipe(tmp_path: Path) -> None:
-    """Which is the only one; it shards on accelerators only, so nothing is launched."""
+    """No other page has such a configuration. Accelerate shards on accelerators only, so nothing is launched."""
     (text,) = blocks("use/recipes/fsdp2.md", "yaml")
     assert [page.name for page in DOCS.rglob("*.md") if "fsdp_config" in page.read_text(encoding="utf-8")] == [
         "fsdp2.md"

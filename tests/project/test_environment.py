@@ -15,7 +15,7 @@ NONE = ":env:.timeout='180'\nglobal.find-links='/srv/wheels'\n"
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A Linux without a card, where every page answers."""
+    """A Linux machine without a card, on which every page of the web answers."""
     monkeypatch.setattr(environment.platform, "system", lambda: "Linux")
     monkeypatch.setattr(environment, "has_card", lambda: False)
     monkeypatch.setattr(environment, "reachable", lambda url: True)

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py` where there is no GPU: it says so, stops at what is wrong, and its rows are whole."""
+"""`benchmarks/gpu.py` without a GPU: it says so, stops at what is wrong, and writes whole rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rooms of the package point one way: each imports only what stands above it in this list."""
+"""The rooms of the package point one way: each imports only rooms that stand before it in this list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log is short dated entries: a verdict in the title, at most 120 words, at most one table."""
+"""The log has short dated entries: a verdict in the title, at most 120 words, at most one table."""
 
 from __future__ import annotations
 

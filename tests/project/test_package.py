@@ -40,7 +40,7 @@ def _wheel(folder: Path, **environment: str) -> Path:
 
 @pytest.fixture
 def compiler(tmp_path: Path) -> str:
-    """One that does not optimise: six times as fast, and these tests compute nothing."""
+    """A compiler that does not optimise. It is six times as fast, and these tests compute nothing."""
     works = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if works is None:
         pytest.skip("no C compiler")
@@ -63,7 +63,7 @@ def test_the_wheel_installs_elsewhere_and_contains_everything(compiler: str, tmp
 import importlib, importlib.util, json, pathlib, pkgutil, celora
 root = pathlib.Path(celora.__file__).parent
 for module in pkgutil.walk_packages([str(root)], "celora."):
-    if module.name != "celora.kernels.triton.jitted" or importlib.util.find_spec("triton"):  # which it needs
+    if module.name != "celora.kernels.triton.jitted" or importlib.util.find_spec("triton"):  # jitted needs Triton
         importlib.import_module(module.name)
 files = [str(p.relative_to(root)) for p in root.rglob("*") if "__pycache__" not in p.parts]
 print(json.dumps([str(root), sorted(files)]))

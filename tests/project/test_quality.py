@@ -1,4 +1,4 @@
-"""The studies of what is learnt: held-out rows are not trained on, scores are right, and tables agree with rows."""
+"""The studies of learning: no training on held-out rows, right scores, and tables that agree with rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_held_out_rows_are_not_trained_on(
 
 
 def test_judges(tmp_path: Path) -> None:
-    """Exact match is what greedy decoding says; the loss is transformers' own; batches change neither."""
+    """Exact match judges what greedy decoding says, and the loss is transformers' own. Batching changes neither."""
     folder = save_tiny_model(tmp_path)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     rows = []
@@ -51,7 +51,7 @@ def test_judges(tmp_path: Path) -> None:
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
         answer = tokenizer.decode(ids[0, -3:])
         rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]})
-    # The template ends a turn with <eos>, which a random model need not choose: judged with what it does choose.
+    # The template ends a turn with <eos>. A random model need not choose that; it is judged by what it does choose.
     contexts = [c for c, _ in quality_tasks._encoded(tokenizer, rows)]
     answers = [a for _, a in quality_tasks._encoded(tokenizer, rows)]
     expected = []
@@ -105,11 +105,11 @@ def test_validation_chooses_and_test_is_reported(tmp_path: Path, monkeypatch: py
 
 
 def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One task is won, one lost by more than a point and an error; what has too few seeds is left out."""
+    """One task is won. One is lost by more than a point and an error. A task with too few seeds is left out."""
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
     monkeypatch.setattr(quality, "TIMES", tmp_path / "none.jsonl")
     assert quality_tables.verdict() == "No task has all of its runs yet."
-    ended = {  # task -> arm -> by how much its loss or accuracy differs from LoRA's at equal steps
+    ended = {  # task -> arm -> difference of its loss or accuracy from LoRA's at equal steps
         "chat": {"LoRA": 0.0, "auto": 0.005, "LoRA, auto's time": 0.02, "upper half, auto's time": 0.03},
         "chain_sum": {"LoRA": 0.0, "auto": -0.05, "LoRA, auto's time": -0.1, "upper half, auto's time": -0.04},
         "number_filtering": {
@@ -138,7 +138,7 @@ def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save_times(task: str) -> None:
-    """Steps of 100, 60, 90 and 75 ms, so that 30 of LoRA's take as long as 40 of auto's."""
+    """Steps take 100, 60, 90 and 75 ms. So 30 of LoRA's steps take as long as 40 of auto's."""
     times = {"LoRA": 100.0, "upper half": 60.0, "paper": 90.0, "auto": 75.0}
     quality.TIMES.write_text(
         "".join(json.dumps({"task": task, "arm": arm, "time_ms": ms}) + "\n" for arm, ms in times.items())
@@ -167,7 +167,7 @@ def test_arms_of_equal_time_follow_the_measured_steps(tmp_path: Path, monkeypatc
 
 
 def test_only_the_rate_that_validation_prefers_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # worse than the best before, level with it and of a higher loss, of a lower one, better
+    # the best so far; then worse; equal with a higher loss; equal with a lower loss; better
     validation = iter(((0.5, 1.0), (0.4, 0.5), (0.5, 1.1), (0.5, 0.9), (0.6, 2.0)))
 
     def judged(task: str, model: Any, part: str) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def test_only_the_rate_that_validation_prefers_is_tested(tmp_path: Path, monkeyp
 
 
 def test_many_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each run once, whatever was there; differences are of the seeds that an arm shares with LoRA."""
+    """Each run is made once, whatever was there before. Differences use the seeds that an arm shares with LoRA."""
     monkeypatch.setattr(quality, "MANY_SEEDS", tmp_path / "seeds.jsonl")
     made: list[tuple[str, int]] = []
 
@@ -212,7 +212,7 @@ def test_many_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_slopes() -> None:
-    """A power law comes back with its exponent, and the committed rows show the rate of the theorem for both."""
+    """The fit finds the exponent of a power law. The committed rows show the theorem's rate for both."""
     made = [
         {"arm": "LoRA", "steps": steps, "seed": seed, "mean_squared_gradient": (2 + seed) * steps**-0.5}
         for seed in range(3)
@@ -233,7 +233,7 @@ def test_slopes() -> None:
 def test_runs_what_is_missing_and_times_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The study itself, on a tiny model: every arm, stopped and gone on with, each row once."""
+    """The study itself, on a tiny model: every arm, interrupted and continued, and each row once."""
     model = save_tiny_model(tmp_path / "model")
     rows = [quality_tasks._row(f"w{i} w{i + 1}", f"w{i % 7}") for i in range(30)]
     tiny = quality_tasks.Task("chat", "exact match", True, rows[:20], rows[20:25], rows[25:], quality_tasks.exact_match)
@@ -254,7 +254,7 @@ def test_runs_what_is_missing_and_times_it(
     assert [r for r in again if r["task"] == "chat"] == timed
     assert [(r["task"], r["arm"]) for r in again if r["task"] != "chat"] == [("text", "LoRA")]
     quality.run(["chat"], arms, [0], [1e-2], tmp_path, said.append)
-    twice = ["LoRA", "upper half"]  # of the others one run each is enough
+    twice = ["LoRA", "upper half"]  # one run is enough for the other arms
     quality.run(["chat"], twice, [0, 1], [1e-3, 1e-2], tmp_path, said.append)
     found = quality.found()
     keys = [(r["arm"], r["seed"], r["learning_rate"]) for r in found]
@@ -263,7 +263,7 @@ def test_runs_what_is_missing_and_times_it(
     quality.run(["chat"], arms, [0], [1e-2], tmp_path, said.append)
     quality.run(["chat"], twice, [0, 1], [1e-3, 1e-2], tmp_path, said.append)
     assert quality.found() == found
-    # The upper of two blocks: LoRA there is another model than LoRA everywhere.
+    # The upper half is one of two blocks. LoRA there alone trains another model than LoRA everywhere.
     losses = {
         (r["arm"], r["learning_rate"]): r["train_loss"] for r in found if r["arm"] != "untouched" and not r["seed"]
     }

@@ -30,7 +30,7 @@ def _blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with the files the README names: ./model and chats.jsonl."""
+    """A working folder with the files that the README names: ./model and chats.jsonl."""
     save_tiny_model(tmp_path / "model")
     save_rows(tmp_path / "chats.jsonl")
     monkeypatch.chdir(tmp_path)
@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# peft looks for the base model's configuration on the hub when it saves, and says that it could not.
+# When peft saves, it looks for the base model's configuration on the hub, and says that it did not find it.
 @pytest.mark.filterwarnings("ignore:Could not find a config file in")
 # TRL turns checkpointing on under the name that transformers 5.24 has just deprecated.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -67,7 +67,7 @@ def test_python_snippets(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_the_first_lines_are_short() -> None:
-    """Three lines of code, and two screens before the details."""
+    """Three lines of code, and at most two screens before the details."""
     code = [line for line in _blocks("python")[0].splitlines() if line]
     assert len(code) == 3
     assert len(README.partition("\n---\n")[0].splitlines()) <= 80
@@ -100,7 +100,7 @@ def test_pages_and_pictures_come_from_the_committed_rows() -> None:
 
 
 def test_a_number_in_a_sentence_leaves_the_sentence_whole() -> None:
-    # In Markdown a line that begins with a comment ends the paragraph.
+    # In Markdown, a line that begins with a comment ends the paragraph.
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         assert not re.search(r"^ *<!-- value:", path.read_text(encoding="utf-8"), flags=re.MULTILINE), path
 
@@ -113,7 +113,7 @@ def test_tables_say_which_weights_are_random_and_of_how_many_blocks() -> None:
 
 
 def test_code_to_copy_begins_with_exact() -> None:
-    """`paper` learns least; whoever wants it names it. Pages for contributors name what they add."""
+    """`paper` learns least, so users must ask for it by name. Pages for contributors name the preset that they add."""
     pages = [path for path in (ROOT / "docs").rglob("*.md") if "develop" not in path.parts]
     pages += [ROOT / "README.md", *(ROOT / "examples").iterdir()]
     attached = [re.findall(r"celora\.attach\([\w.]+, \\?\"(\w+)", path.read_text(encoding="utf-8")) for path in pages]

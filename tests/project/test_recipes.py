@@ -24,10 +24,10 @@ def blocks(page: str) -> list[str]:
 
 @pytest.fixture
 def presets(monkeypatch: pytest.MonkeyPatch) -> dict[str, CELoraConfig]:
-    """The table of presets, as it was once the test is over."""
+    """Put the table of presets back when the test is over."""
     for name, config in list(PRESETS.items()):
         monkeypatch.setitem(PRESETS, name, config)
-    monkeypatch.setitem(PRESETS, "gentle", PRESETS["off"])  # is taken out again
+    monkeypatch.setitem(PRESETS, "gentle", PRESETS["off"])  # is removed again
     return PRESETS
 
 

@@ -112,10 +112,10 @@ def test_a_dropped_model_is_freed_at_once() -> None:
 
 
 def test_permuting_a_layers_gradient_permutes_its_selection(model: PeftModel) -> None:
-    """Through the whole machinery: the gradient of `up_proj` is permuted on its way into the graft."""
+    """Tests the whole machinery: the gradient of `up_proj` is permuted on its way into the graft."""
     name = "base_model.model.model.layers.1.mlp.up_proj"
     base = model.get_submodule(name).get_base_layer()
-    base.weight.data.fill_(0.1)  # so that the gradient alone decides
+    base.weight.data.fill_(0.1)  # with equal weights, the gradient alone decides
     permutation = torch.randperm(80)
     chosen = []
     for permute in (False, True):
@@ -142,7 +142,7 @@ def test_an_optimizer_of_other_tensors_is_said(model: PeftModel, batch: dict[str
     celora.attach(model, HALF)
     optimizer = torch.optim.SGD([p.detach().clone() for p in model.parameters() if p.requires_grad], lr=0.1)
     model(**batch).loss.backward()
-    for _ in range(4):  # of another model: this one is idle
+    for _ in range(4):  # steps of another model, while this one is idle
         optimizer.step()
     model(**batch).loss.backward()
     optimizer.step()
@@ -153,10 +153,10 @@ def test_an_optimizer_of_other_tensors_is_said(model: PeftModel, batch: dict[str
 
 def test_an_idle_model_says_nothing_while_another_trains(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
     other = make_model()
-    for of in (model, other):
-        celora.attach(of, HALF)
+    for each in (model, other):
+        celora.attach(each, HALF)
     for step in range(4):
-        model(**batch).loss.backward()  # as a teacher might
+        model(**batch).loss.backward()  # a teacher model, for example, runs backward and is not trained
         train(other, 1, first=step)
     assert (require(model).clock.step, require(other).clock.step) == (0, 4)
 
@@ -172,21 +172,22 @@ def test_replicas_of_data_parallel_are_exact(model: PeftModel) -> None:
 
 
 def test_spread_refreshes_take_turns_and_come_round(model: PeftModel) -> None:
-    model.enable_input_require_grads()  # or the first layers would never see a gradient to observe
+    model.enable_input_require_grads()  # otherwise the first layers would never see a gradient
     celora.attach(model, CELoraConfig(keep_ratio=0.5, rank=0, refresh_every=14, spread=True))
     grafts = list(require(model).grafts.values())
     observing = []
     for _ in range(14 + 28):
         observing.append([i for i, graft in enumerate(grafts) if graft.mode is Mode.OBSERVE])
         train(model, 1)
-    assert {i for step in observing[:11] for i in step} == set(range(14))  # everyone soon, but not at once
+    # every layer observes soon, but not all at once
+    assert {i for step in observing[:11] for i in step} == set(range(14))
     assert max(map(len, observing[:14])) <= 6
     assert observing[14:] == [[i] for i in range(14)] * 2
 
 
 @pytest.mark.parametrize("start", [0.999, 0.7])
 def test_the_controller_holds_the_error_near_the_target(start: float) -> None:
-    """Whether the share of the energy to begin with loses nothing of so few tokens, or more (0.55)."""
+    """At first, a share of 0.999 loses nothing of so few tokens; 0.7 loses more than the target (an error of 0.55)."""
     model = make_model()
     config = CELoraConfig(estimator="tokens", keep_ratio=start, rank=0, selection="energy", refresh_every=1)
     celora.attach(model, dataclasses.replace(config, target_error=0.3))
@@ -195,7 +196,7 @@ def test_the_controller_holds_the_error_near_the_target(start: float) -> None:
 
 
 def test_the_monitor_says_once_that_an_error_has_reached_1() -> None:
-    """Sampling a twentieth of the columns has a relative error above 1; half of the tokens has not."""
+    """Sampling a twentieth of the columns has a relative error above 1. Keeping half of the tokens does not."""
     sampled = CELoraConfig(keep_ratio=0.05, rank=0, selection="sampled", refresh_every=2)
     model = make_model()
     celora.attach(model, sampled)
@@ -209,7 +210,7 @@ def test_the_monitor_says_once_that_an_error_has_reached_1() -> None:
 
 @pytest.mark.parametrize("config", ["exact", HALF, MEMBERS["int8"]], ids=["exact", "columns", "int8"])
 def test_offloaded_weights_stay_exact(config: Any, batch: dict[str, torch.Tensor]) -> None:
-    """accelerate takes them away again after each forward."""
+    """accelerate takes the weights away again after each forward."""
     if isinstance(config, CELoraConfig) and refuses_config(config):
         return
     from accelerate import cpu_offload

@@ -32,7 +32,7 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 class Reporter(TrainerCallback):
-    """Stands for TensorBoard and its kin: sees the logs when it is called."""
+    """Stands for TensorBoard and similar reporters: it sees the logs when it is called."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
@@ -68,7 +68,7 @@ def test_metrics_reach_the_history_and_the_reporters_behind_it(tmp_path: Path) -
     trainer.train()
     history = [row for row in trainer.state.log_history if "loss" in row]
     assert [row["celora/refreshes"] for row in history] == [1, 1, 1, 2, 2, 2, 3, 3]
-    # The first refresh has no selection to measure; the second measures the first's.
+    # The first refresh has no selection to measure. The second measures the first one's.
     assert "celora/relative_error" not in history[2]
     for row in history[3:]:
         assert 0 < row["celora/relative_error"] <= row["celora/relative_error_worst"] < 1.5
@@ -78,7 +78,7 @@ def test_metrics_reach_the_history_and_the_reporters_behind_it(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_whatever_report_to_names_gets_the_metrics(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainer puts reporters before what a user adds; here one takes the place of the service's own."""
+    """Trainer puts reporters before a user's callbacks. Here a class of ours replaces the service's own reporter."""
     seen: list[dict[str, Any]] = []
 
     class Service(Reporter):
@@ -95,8 +95,8 @@ def test_whatever_report_to_names_gets_the_metrics(name: str, tmp_path: Path, mo
     assert [logs["celora/refreshes"] for logs in rows] == [1, 1, 1, 2, 2]
     assert rows[-1]["celora/relative_error"] == trainer.state.log_history[4]["celora/relative_error"]
     order = trainer.callback_handler.callbacks
-    assert [of for of in order if of is callback] == order[:1]
-    trainer.train()  # and again: still once, still first
+    assert [one for one in order if one is callback] == order[:1]
+    trainer.train()  # train again: the callback is still there once, and still first
     assert trainer.callback_handler.callbacks == order
 
 
@@ -117,7 +117,7 @@ def test_tensorboard_shows_the_metrics(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def _full(folder: Path, model: PeftModel, *more: Any, **arguments: Any) -> Trainer:
-    """Everything that Trainer does beside training: evaluation, the best model, accumulation, checkpointing."""
+    """A Trainer with everything beside training: evaluation, the best model, accumulation, checkpointing."""
     settings: dict[str, Any] = {
         "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True,
         "gradient_accumulation_steps": 2, "metric_for_best_model": "eval_loss",
@@ -149,7 +149,7 @@ def test_the_whole_trainer_resumes_exactly(kind: str | None, tmp_path: Path) -> 
     for name, value in load_file(best / "adapter_model.safetensors").items():
         assert value.equal(get_peft_model_state_dict(whole)[name])
 
-    # From a copy of the checkpoint, in another folder: what it needs is in it.
+    # Resume from a copy of the checkpoint in another folder: it holds everything that is needed.
     moved = tmp_path / "moved" / "checkpoint"
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", moved)
     resumed = make()
@@ -211,7 +211,7 @@ def test_without_celora_it_does_nothing(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_steps_copies_of_the_parameters_is_counted(model):
-    """As DeepSpeed: its optimizer holds flat copies, so the clock alone would never move."""
+    """DeepSpeed is such an engine: its optimizer holds flat copies, so the clock alone would never move."""
     celora.attach(model, celora.CELoraConfig(estimator="columns", refresh_every=2, rank=0))
     model.train()
     callback = celora.Callback()

@@ -46,7 +46,7 @@ def test_counts_only_the_optimizers_of_its_own_model() -> None:
     assert other.steps == []
     assert mine.others == other.others == 0
     _optimizer(nn.Linear(2, 2)).step()
-    assert mine.others == other.others == 1  # of neither
+    assert mine.others == other.others == 1  # the parameters of neither model
     mine.clock.stop()
     other.clock.stop()
 
@@ -76,7 +76,7 @@ def test_a_later_optimizer_takes_over() -> None:
 
 def test_replaced_parameters_are_found() -> None:
     owner = Owner(nn.Linear(2, 2))
-    owner.module.weight = nn.Parameter(torch.zeros(2, 2))  # what sharding does
+    owner.module.weight = nn.Parameter(torch.zeros(2, 2))  # sharding does this
     _optimizer(owner.module).step()
     assert owner.clock.step == 1
     owner.clock.stop()
@@ -100,7 +100,7 @@ def test_a_skipped_step_does_not_count(fused: bool) -> None:
 
 @pytest.fixture
 def no_other_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a new process: models of other tests may be alive, and their clocks run."""
+    """As in a new process. Otherwise models of other tests might be alive, with their clocks running."""
     monkeypatch.setattr(clock, "_running", weakref.WeakSet())
     monkeypatch.setattr(clock, "_handle", None)
 

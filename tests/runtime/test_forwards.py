@@ -1,4 +1,4 @@
-"""Which forwards in 8 bits go back to their layer's own, in one process and in several."""
+"""Which 8-bit forwards celora gives up for the layer's own, in one process and in several."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(refuses(), reason="no 8-bit products here, which
 
 
 def outlier(model: PeftModel, size: float = 1e4) -> nn.Module:
-    """A block whose MLP is given one feature that many times as large as the others, and has little weight on it."""
+    """A block whose MLP gets one feature that is this many times as large as the others, with small weights on it."""
     block = model.base_model.model.model.layers[1]
     with torch.no_grad():
         block.post_attention_layernorm.weight[3] = size
@@ -33,7 +33,7 @@ def outlier(model: PeftModel, size: float = 1e4) -> nn.Module:
 
 @pytest.mark.fault(
     "numbers",
-    "a layer whose 8-bit forward loses too much, as with outlying features",
+    "the 8-bit forward of a layer loses too much, for example with a few very large features",
     sees="one warning with the layer's name and the error",
     kept="the layer's own forward from then on, also after a resume",
 )
@@ -61,7 +61,7 @@ def test_a_layer_that_loses_too_much_goes_back(tmp_path: Path) -> None:
 
 
 def test_large_features_are_scaled_down_once_they_were_seen(tmp_path: Path) -> None:
-    """As those of language models, which are up to a hundred times as large as the rest."""
+    """Language models have such features: up to a hundred times as large as the others."""
     model = make_model()
     outlier(model, 60)
     celora.attach(model, BOTH)
@@ -74,7 +74,7 @@ def test_large_features_are_scaled_down_once_they_were_seen(tmp_path: Path) -> N
         assert errors[1][name] < 0.4 * errors[0][name]
     assert max(errors[1].values()) < 0.03
     gate, up = (forwards[name].graft.estimator.product for name in sorted(names))
-    assert gate._packed.input_scale is up._packed.input_scale  # so that their input is quantised once
+    assert gate._packed.input_scale is up._packed.input_scale  # so their input is quantised only once
     celora.save_state(model, tmp_path)
     levels = {name: forward.graft.estimator.product.levels for name, forward in forwards.items()}
     celora.attach(model, BOTH)
@@ -84,7 +84,7 @@ def test_large_features_are_scaled_down_once_they_were_seen(tmp_path: Path) -> N
 
 
 def test_processes_agree_on_who_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of them has seen a large error: all compute that layer exactly."""
+    """One process has seen a large error, so all processes compute that layer exactly."""
     model = make_model()
     celora.attach(model, BOTH)
     train(model, 1)

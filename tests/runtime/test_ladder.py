@@ -1,4 +1,4 @@
-"""Refreshes adjust preset auto's rule by measured errors, alike in all processes, and again in a resumed run."""
+"""Refreshes adjust preset auto's rule by measured errors: in all processes alike, and again in a resumed run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYER = "model.layers.0.mlp.up_proj"
 
 
 def kept(ladder: Ladder, layer: str, *errors: float) -> list[float]:
-    """What the layer keeps after each of these errors, from the rule's share on."""
+    """What the layer keeps after each of these errors. It begins with the rule's share."""
     shares, share = [], 0.1 if layer == HEAD else 0.9997
     for step, error in enumerate(errors):
         share = ladder.move(layer, share, error, step)
@@ -67,7 +67,7 @@ def test_moves_are_saved_and_loaded() -> None:
         assert other.moves == ladder.moves
 
 
-# Half of the energy loses much in every layer, and a fifth of the 61 words something in the head.
+# Half of the energy loses much in every layer. Leaving out a fifth of the 61 words loses something in the head.
 RULE = CELoraConfig(
     estimator="tokens", selection="energy", keep_ratio=0.5, rank=0, most_error=0.3, refresh_every=20, spread=True,
     labelled_head=True, head_keep_ratio=0.8,
@@ -100,7 +100,7 @@ def test_every_layer_is_measured_within_the_first_steps_and_adjusted() -> None:
     celora.attach(model, RULE)
     attachment = trained(model, 0, 10)
     seen = {name for name, graft in attachment.grafts.items() if graft.observed}
-    assert len(seen) >= 11  # all but those of the first block whose input needs no gradient
+    assert len(seen) >= 11  # all, except those of the first block whose input needs no gradient
     assert {*attachment.relative_errors} == {*seen, HEAD}
     over = {name for name, error in attachment.relative_errors.items() if error > 0.3}
     assert len(over) >= 3
@@ -139,7 +139,7 @@ def test_what_loses_too_much_on_the_last_rung_is_exact_and_a_resumed_run_repeats
 
 @pytest.mark.usefixtures("rungs")
 def test_processes_move_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the largest error that one of them has seen, of layers that this one saw nothing of, too."""
+    """The largest error that any process has seen decides, also for layers that this process saw nothing of."""
     model = make_model()
     celora.attach(model, RULE)
     attachment = require(model)

@@ -1,4 +1,4 @@
-"""An estimate whose relative error stays at 1 or more is given up: convergence is proven for errors below 1 only."""
+"""An estimate whose relative error stays at 1 or more is given up, because convergence is proven only below 1."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def _steps(model: PeftModel, first: int, count: int) -> None:
 
 @pytest.mark.fault(
     "numbers",
-    "a relative error of 1 or more, where convergence is not proven",
-    sees="a warning; at two refreshes in a row, `from step ... on, ... is exact`; `celora/layers_made_exact`",
-    kept="training, with that layer exact from then on, after resuming, too",
+    "a layer's relative error is 1 or more, so convergence is not proven",
+    sees="a warning; after two such refreshes in a row, `from step ... on, ... is exact`, and the metric "
+    "`celora/layers_made_exact`",
+    kept="training: the layer is exact from then on, also after a resume",
 )
 def test_an_estimate_that_stays_over_the_bound_is_given_up_for_good(tmp_path: Path) -> None:
     model = make_model()

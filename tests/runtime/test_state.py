@@ -19,11 +19,11 @@ from patching import patch_all
 from small import adapter, make_batch, make_model, train, written_whole
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=4)
-# The words are drawn anew in every call.
+# The words are drawn again in every call.
 WORDS = CELoraConfig(estimator="dense", labelled_head=True, head_keep_ratio=0.6, refresh_every=4)
 
 
-# Each knows something more than a selection: a ratio that has moved, how many draws there were, a factor.
+# Each has more state than a selection: a ratio that has moved, a number of draws, a factor.
 CONTROLLED = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=2, target_error=0.2)
 SAMPLED = CELoraConfig(keep_ratio=0.8, rank=4, selection="sampled", refresh_every=4)
 GRADIENT = CELoraConfig(estimator="tokens", keep_ratio=0.5, rank=4, factor="gradient", refresh_every=4)
@@ -64,7 +64,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stop: int, config: CELoraConf
     ids=["columns", "gradient factor", "tokens"],
 )
 def test_what_an_interrupted_refresh_has_observed_is_forgotten(settings: dict[str, Any], tmp_path: Path) -> None:
-    """As in a notebook, where the same model goes on from its checkpoint."""
+    """A notebook, for example, may continue with the same model from its checkpoint."""
     config = CELoraConfig(**{"keep_ratio": 0.5, "refresh_every": 3, **settings})
     if refuses_config(config):
         return
@@ -75,7 +75,7 @@ def test_what_an_interrupted_refresh_has_observed_is_forgotten(settings: dict[st
         train(model, 3)
         celora.save_state(model, tmp_path)
         if interrupted:
-            model(**make_batch(99)).loss.mul(100).backward()  # the first of step 3, which refreshes
+            model(**make_batch(99)).loss.mul(100).backward()  # the first call of step 3, a refresh
             model.zero_grad()
         celora.load_state(model, tmp_path)
         train(model, 2, first=3)

@@ -1,4 +1,4 @@
-"""The controller behind `target_error`: it comes to rest at its target, stays in range, and resumes."""
+"""The controller behind `target_error` comes to rest at its target, stays in range, and resumes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_only_a_ratio_that_has_moved_is_saved() -> None:
     estimator, resumed = Columns(20, 9, keep_ratio=0.5), Columns(20, 9, keep_ratio=0.5)
     assert state_dict(estimator) == {}
     aim(estimator, 0.4, 0.1)
-    assert state_dict(estimator).keys() == {"keep_ratio"}  # as states of earlier versions have it
+    assert state_dict(estimator).keys() == {"keep_ratio"}  # states of earlier versions look like this
     load_state_dict(resumed, state_dict(estimator))
     assert resumed.keep_ratio == estimator.keep_ratio != 0.5
     load_state_dict(resumed, {})
@@ -69,9 +69,9 @@ def test_the_controller_stays_in_range_whatever_it_is_told(
 @given(st.floats(0.02, 0.9), st.floats(0.05, 0.999), st.floats(0.5, 3.0))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_the_controller_comes_to_rest_at_its_target(target: float, start: float, power: float) -> None:
-    """For errors that grow with the square root of the energy left out, and for other powers of it near that.
+    """For errors that grow with the square root of the energy left out, and with other powers near that.
 
-    With a power p each step leaves |1 - p| of the distance: from 2 on the controller does not come to rest.
+    With a power p, each step leaves |1 - p| of the distance. From p = 2 on, the controller does not come to rest.
     """
     estimator = make_estimator("tokens", 32, 16, {"keep_ratio": start, "selection": "energy"})
     for _ in range(60):

@@ -1,4 +1,4 @@
-"""The demo's model and data: the real ones through pip, and what happens if pip cannot get them."""
+"""The demo's model and data: pip brings the real ones. Also: what happens if pip cannot get them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bench: every arm does the same work, and rows add up. Times are not asserted."""
+"""The bench: every arm does the same work, and rows add up. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_rows_add_up() -> None:
     plain, exact, limit, absent = rows
     assert plain["speed_up"] == 1
     assert exact["speed_up"] == pytest.approx(plain["time_ms"] / exact["time_ms"], rel=1e-3)
-    assert limit.get("share_of_limit", 1) == 1  # none where noise made it no faster than PEFT
+    assert limit.get("share_of_limit", 1) == 1  # no share, if noise made the limit no faster than PEFT
     assert exact["saved_for_backward"] < plain["saved_for_backward"]
     for row in rows[:3]:
         parts = row["forward_ms"] + row["backward_ms"] + row["optimizer_ms"]
@@ -67,7 +67,7 @@ def test_bad_cells_are_one_line(text: str, message: str, capsys: pytest.CaptureF
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Memory too, which each arm measures in a process of its own."""
+    """With memory, which each arm measures in a process of its own."""
     output = tmp_path / "rows.jsonl"
     given = ["bench", "--cell", "h64-v1k:instruct", "--arm", "exact", "--repeats", "2", "--output", str(output)]
     assert cli.main([*given, "--json", "--quiet"]) == 0

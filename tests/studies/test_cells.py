@@ -1,4 +1,4 @@
-"""A cell has the model and the batches that its name says."""
+"""A cell has the model and the batches that its name promises."""
 
 from __future__ import annotations
 

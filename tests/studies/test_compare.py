@@ -46,7 +46,7 @@ def test_a_comparison(inputs: Path, tmp_path: Path) -> None:
     found = compare(settings(inputs, output), arms=ARMS, seeds=2)
     assert [(o.arm, o.seed) for o in found] == [(arm, seed) for arm in ARMS for seed in (0, 1)]
     losses = {(o.arm, o.seed): o.eval_loss for o in found}
-    for seed in (0, 1):  # the same rows in the same order: exact LoRA is LoRA
+    for seed in (0, 1):  # exact LoRA gets the same rows in the same order, so it equals LoRA
         assert losses["exact", seed] == pytest.approx(losses["LoRA", seed], rel=1e-5)
     assert losses["LoRA", 0] != losses["LoRA", 1]
     assert [json.loads(line) for line in (output / "compare.jsonl").read_text().splitlines()] == [
@@ -89,7 +89,7 @@ def test_goes_on_where_it_was_killed(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_goes_on_after_sigkill(inputs: Path, tmp_path: Path) -> None:
-    """Killed outright in the second arm, with a checkpoint behind it: the same results as without."""
+    """Killed in the second arm, after a checkpoint. The results are the same as without the kill."""
     given = settings(inputs, tmp_path / "cut", save_steps=2, max_steps=6)
     script = f"""
 import os, signal
@@ -109,7 +109,7 @@ compare({given!r}, arms={ARMS[:2]!r}, seeds=1)
     assert (tmp_path / "cut" / "exact-seed0" / "checkpoint-4").is_dir()
     before = finished.stat().st_mtime_ns
     again = compare(given, arms=ARMS[:2], seeds=1)
-    assert finished.stat().st_mtime_ns == before  # the finished arm is left as it is
+    assert finished.stat().st_mtime_ns == before  # the finished arm is not touched
     rows = [json.loads(line) for line in (tmp_path / "cut" / "exact-seed0" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     whole = compare(settings(inputs, tmp_path / "whole", max_steps=6), arms=ARMS[:2], seeds=1)
@@ -135,7 +135,7 @@ def test_auto_plans_once(inputs: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_goes_on_without_clipping_and_keeps_no_secret(inputs: Path, tmp_path: Path) -> None:
-    for token in ("hf_first", "hf_second"):  # which is nothing that the results depend on
+    for token in ("hf_first", "hf_second"):  # results do not depend on the token
         given = settings(inputs, tmp_path / "out", max_grad_norm="inf", max_steps=1, hub_token=token)
         compare(given, arms=("LoRA", "exact"), seeds=1)
     assert "hf_" not in (tmp_path / "out" / "compare.json").read_text()
@@ -180,7 +180,7 @@ def test_a_mistake_before_anything_was_trained_does_not_bind_the_folder(inputs: 
 def test_a_comparison_that_is_under_way_is_left_alone(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before its first run has left anything, too."""
+    """This holds even before its first run has left anything."""
     other = save_rows(tmp_path / "other.jsonl", 30)
 
     def meanwhile(arm: str, seed: int, *_: Any) -> Outcome:
@@ -231,8 +231,8 @@ def test_a_run_that_diverges_does_not_end_the_comparison(
 
 @pytest.mark.filterwarnings("ignore:celora. a gradient of")
 def test_a_held_out_loss_that_is_no_number_is_divergence(inputs: Path, tmp_path: Path) -> None:
-    of = settings(inputs, tmp_path / "out", learning_rate=1e30, max_grad_norm=0.0)
-    found = compare(of, arms=TWO, seeds=1)
+    request = settings(inputs, tmp_path / "out", learning_rate=1e30, max_grad_norm=0.0)
+    found = compare(request, arms=TWO, seeds=1)
     assert [(o.eval_loss, o.eval_accuracy) for o in found] == [(None, None), (None, None)]
     assert differences(found, TWO) == {}
 
@@ -249,8 +249,8 @@ def test_what_stops_a_run_is_said_with_the_run(inputs: Path, tmp_path: Path, mon
 def test_a_folder_without_a_test_split_may_be_evaluated_on_what_is_held_out(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     save_rows(tmp_path / "data" / "train.jsonl", 20)
-    of = settings(inputs, tmp_path / "out", data=str(tmp_path / "data"), eval_strategy="steps", max_steps=1)
-    assert len(compare(of, arms=TWO, seeds=1)) == 2
+    request = settings(inputs, tmp_path / "out", data=str(tmp_path / "data"), eval_strategy="steps", max_steps=1)
+    assert len(compare(request, arms=TWO, seeds=1)) == 2
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_command_line(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr()
     document = json.loads(printed.out)
     assert [o["arm"] for o in document["outcomes"]] == ["LoRA", "exact"]
-    assert document["held_out_loss_difference"]["exact"]["real"] is None  # one seed
+    assert document["held_out_loss_difference"]["exact"]["real"] is None  # there is only one seed
     assert document["findings"][0].startswith("exact: held-out loss")
     assert printed.err == ""
     assert cli.main([*given, "--preset", "paper"]) == 2

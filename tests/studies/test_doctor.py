@@ -110,7 +110,7 @@ def command(**changes: Any) -> str:
 
 def test_the_command_to_copy_suits_the_machine() -> None:
     times = FOUND["products"]["time_ms"]
-    assert command().endswith("--data rows.jsonl --output out")  # 8 bits pay: the default preset
+    assert command().endswith("--data rows.jsonl --output out")  # 8 bits pay, so the advice is the default preset
     assert command(instructions__amx=True).endswith("--preset exact")
     assert command(products__time_ms=times | {"bfloat16 int8": 6.0}).endswith("--preset exact")
     assert command(products__time_ms={name: 1.0 for name in times if "int8" not in name}).endswith("--preset exact")

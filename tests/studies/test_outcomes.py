@@ -1,4 +1,4 @@
-"""Conclusions of a comparison: intervals agree with the textbook, and sentences claim what the runs show."""
+"""Conclusions of a comparison: intervals agree with the textbook, and sentences claim only what the runs show."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from celora.studies.outcomes import Difference, Outcome, differences, findings, 
 def outcomes(**losses: list[float | None]) -> list[Outcome]:
     return [
         Outcome(arm, seed, 10, loss, 0.5, 100.0 if arm == "LoRA" else 80.0, 1.0)
-        for arm, of in losses.items()
-        for seed, loss in enumerate(of)
+        for arm, each in losses.items()
+        for seed, loss in enumerate(each)
     ]
 
 
 def test_paired_differences() -> None:
-    """Against the textbook: differences 1, 2, 3 have mean 2, deviation 1, and t(2) = 4.30265."""
+    """Textbook values: differences 1, 2, 3 have mean 2, deviation 1, and t(2) = 4.30265."""
     found = Difference.of([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
     assert found.mean == 2
     assert found.low == pytest.approx(2 - 4.3026527 / 3**0.5)
@@ -50,15 +50,15 @@ def test_several_comparisons_hold_together() -> None:
 
 
 def test_a_difference_that_rounding_makes_is_not_called_real() -> None:
-    of = outcomes(LoRA=[2.0, 2.1, 2.2], rounded=[2.00001, 2.10001, 2.20001])
-    (line,) = findings(of, ("LoRA", "rounded"))
+    ran = outcomes(LoRA=[2.0, 2.1, 2.2], rounded=[2.00001, 2.10001, 2.20001])
+    (line,) = findings(ran, ("LoRA", "rounded"))
     assert "the same to four decimals" in line
     assert "too small to matter" in line
 
 
 def test_plain_sentences() -> None:
-    of = outcomes(LoRA=[2.0, 2.1, 2.2], same=[2.001, 2.099, 2.2], worse=[2.1, 2.2, 2.301])
-    same, worse = findings(of, ("LoRA", "same", "worse"))
+    ran = outcomes(LoRA=[2.0, 2.1, 2.2], same=[2.001, 2.099, 2.2], worse=[2.1, 2.2, 2.301])
+    same, worse = findings(ran, ("LoRA", "same", "worse"))
     assert same.startswith("same: held-out loss the same to four decimals as LoRA's (simultaneous 95 % interval ")
     assert "not distinguishable from chance" in same
     assert "over 3 seeds" in same
@@ -67,21 +67,21 @@ def test_plain_sentences() -> None:
     assert worse.endswith("Its step takes 0.80 of LoRA's.")
     (one,) = findings(outcomes(LoRA=[2.0], auto=[1.9]), ("LoRA", "auto"))
     assert "0.1000 lower than LoRA's with one seed, which cannot tell a difference from chance" in one
-    assert differences(of, ("LoRA", "same", "worse"))["worse"].mean == pytest.approx(0.10033, abs=1e-4)
-    rows = summary(of, ("LoRA", "same", "worse"))
+    assert differences(ran, ("LoRA", "same", "worse"))["worse"].mean == pytest.approx(0.10033, abs=1e-4)
+    rows = summary(ran, ("LoRA", "same", "worse"))
     assert rows[0] == ("LoRA", "2.1000 ± 0.1000", "", "50.0% ± 0.0%", "100 ms", "1.00")
     assert rows[2][5] == "1.25"
 
 
 def test_what_diverged_is_said_and_left_out() -> None:
-    of, arms = outcomes(LoRA=[2.0, 2.1, 2.2], some=[2.5, None, 2.6], all=[None, None, None]), ("LoRA", "some", "all")
-    assert differences(of, arms).keys() == {"some"}
-    assert differences(of, arms)["some"].mean == pytest.approx(0.45)
-    first, second, third = findings(of, arms)
+    ran, arms = outcomes(LoRA=[2.0, 2.1, 2.2], some=[2.5, None, 2.6], all=[None, None, None]), ("LoRA", "some", "all")
+    assert differences(ran, arms).keys() == {"some"}
+    assert differences(ran, arms)["some"].mean == pytest.approx(0.45)
+    first, second, third = findings(ran, arms)
     assert first == "some: diverged with 1 of 3 seeds, which the losses leave out."
     assert second == "all: diverged with 3 of 3 seeds, which the losses leave out."
     assert "over 2 seeds" in third
-    assert [row[1] for row in summary(of, arms)] == [
+    assert [row[1] for row in summary(ran, arms)] == [
         "2.1000 ± 0.1000", "2.5500 ± 0.0707, diverged with 1 of 3 seeds", "diverged with 3 of 3 seeds",
     ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The demo's task: held-out sentences stay held out, and the rows are what training and judging expect."""
+"""The demo's task: held-out sentences stay held out. Rows have the form that training and judging expect."""
 
 from __future__ import annotations
 

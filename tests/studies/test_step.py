@@ -1,4 +1,4 @@
-"""Every arm of the bench takes the same steps; only what it is named for differs."""
+"""Every arm of the bench takes the same steps. Arms differ only in what they are named for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stock judge: padding and batching change nothing, a known model gets its known score, and celora stays out."""
+"""The stock judge: padding and batching change nothing, a known model gets its known score, and celora is not used."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def small() -> Any:
 
 
 class Oracle(torch.nn.Module):
-    """Answers 'positive' exactly if 'good' was asked about; checks how it is called."""
+    """Answers 'positive' exactly if the question had 'good' in it. Checks how it is called."""
 
     def __init__(self, good: int, labels: list[int]) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def test_errors(tokenizer: Any, small: Any) -> None:
         label_accuracy(small, tokenizer, rows(("a", "new")), labels=("new", "new york"))
 
 
-# PEFT 0.21 asks Transformers for a name that version 5.24 renamed; nothing here depends on it.
+# PEFT 0.21 asks Transformers for a name that version 5.24 has renamed. Nothing here depends on it.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_by_path_without_celora(tmp_path: Path, tokenizer: Any, small: Any) -> None:
     from peft import LoraConfig, get_peft_model

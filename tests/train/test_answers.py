@@ -1,4 +1,4 @@
-"""From messages a model learns the assistant's turns, with any chat template. The run says how much."""
+"""From messages a model learns the assistant's turns, with any chat template. The run says how much it learns."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from celora.train.trainer import build_trainer
 from runs import go, on_build
 from tiny import TEMPLATE
 
-CHATML = (  # SmolLM2's own
+CHATML = (  # SmolLM2's template
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM<|im_end|>\n' }}{% endif %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-THINKING = (  # as Qwen 3: an empty thought before the last answer, none before earlier ones
+THINKING = (  # like Qwen 3: an empty thought before the last answer, none before earlier ones
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CLOSED = (  # as Phi 3: a conversation that asks for nothing is closed
+CLOSED = (  # like Phi 3: a conversation is closed if no answer is to follow
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% else %}<eos>{% endif %}"
 )
@@ -50,7 +50,8 @@ MARKED = (
     "{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-ASKED_TO_THINK = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")  # and no thought in the conversation
+# the prompt asks for a thought, but the conversation has none
+ASKED_TO_THINK = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
 FORGETFUL = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages[-2:] %}")
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|end|>", "<eos>"]
 
@@ -64,7 +65,7 @@ ONE, TWO = [U("a?"), A("b")], [S("kind"), U("a?"), A(" b. "), T("3"), A("c"), U(
 
 
 def characters(template=None, merges=()):
-    """A fast tokenizer of single characters, of special tokens and of the given merges; spaces are kept."""
+    """A fast tokenizer of single characters, special tokens and the given merges. It keeps spaces."""
     words = [*string.printable, *("".join(pair) for pair in merges)]
     backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, list(merges), fuse_unk=False))
     backend.decoder = decoders.Fuse()
@@ -74,7 +75,7 @@ def characters(template=None, merges=()):
 
 
 def answers(tokenizer, messages, first=0):
-    """The learnt pieces of a conversation, as text; what is not learnt lies between them."""
+    """The pieces of a conversation that are learnt, as text. Between them lies what is not learnt."""
     found = mask_answers(messages, tokenizer, first)
     whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
     assert found["input_ids"] == whole["input_ids"]
@@ -130,7 +131,7 @@ def test_a_tokenizer_that_does_not_say_where_its_tokens_are():
 
 
 class Merging(ByT5Tokenizer):
-    """A line end with a b after it is one token."""
+    """A tokenizer that merges a line end with the b after it."""
 
     def _tokenize(self, text, **_):
         return super()._tokenize(text.replace("\nb", "\1"))
@@ -175,7 +176,7 @@ def test_a_template_that_teaches_no_end_is_said():
 
 
 def test_shares():
-    assert [Learnt(*of, "the answers").share for of in ((0, 9), (1, 900), (37, 100), (899, 900), (9, 9))] == [
+    assert [Learnt(*counts, "the answers").share for counts in ((0, 9), (1, 900), (37, 100), (899, 900), (9, 9))] == [
         "0 %", "1 %", "37 %", "99 %", "100 %"
     ]  # fmt: skip
 
@@ -194,14 +195,14 @@ def talk(turns, words=3):
 
 
 def words(trainer, dataset):
-    """Of every row, what is learnt."""
-    assert dataset.cache_files  # in a file, not in memory
+    """What is learnt of every row."""
+    assert dataset.cache_files  # the rows are in a file, not in memory
     decode = trainer.processing_class.decode
     return [decode([label for label in labels if label != -100]) for labels in dataset["labels"]]
 
 
 def built(given, output, **more):
-    """What the trainer of a run would learn and evaluate on, and what the run says of it."""
+    """What the trainer of a run would learn and evaluate on, and what the run says about it."""
     request = make_request({**given, "output": str(output), **more})
     tokenizer, args = load_tokenizer(request), sft_config(request)
     rows, eval_rows = training_rows(request, tokenizer), evaluation_rows(request, tokenizer)
@@ -214,9 +215,9 @@ def built(given, output, **more):
 
 @pytest.mark.fault(
     "input",
-    "rows of messages, whose users' words are no example of what to say",
+    "rows of `messages`, whose users' turns should not be learnt",
     sees="`Learning 40 % of 14,000 tokens: the answers.` before the first step",
-    kept="what the assistant says is learnt; `--assistant_only_loss false` learns every token",
+    kept="the model learns what the assistant says; `--assistant_only_loss false` learns every token",
 )
 def test_a_run_learns_the_answers(inputs, tmp_path, monkeypatch):
     data = chats(tmp_path / "rows.jsonl", talk(1), [S("w9"), *talk(2)])
@@ -227,7 +228,7 @@ def test_a_run_learns_the_answers(inputs, tmp_path, monkeypatch):
     answer = "w2 w2 w2 <eos>"
     for dataset in (seen[0].train_dataset, seen[0].eval_dataset):
         assert words(seen[0], dataset) == [answer, f"{answer} {answer}"]
-    assert "Learning 40 % of 30 tokens: the answers." in text  # 12 of 9 + 21
+    assert "Learning 40 % of 30 tokens: the answers." in text  # 12 of 9 + 21 tokens
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["train"]["assistant_only_loss"] is True
     labels, evaluated, said = built(given, tmp_path / "b", assistant_only_loss=True)
@@ -250,7 +251,7 @@ def test_a_run_that_is_to_learn_every_token_says_so(inputs, tmp_path):
     ],
 )
 def test_what_is_cut_off_and_what_is_packed(more, expected, line, inputs, tmp_path):
-    """Rows of 12 + 12 and 12 tokens; one without a token to learn left."""
+    """Rows have 12 + 12 and 12 tokens. A third row has no token left to learn."""
     long = [U("w1 " * 20), A("w2")]
     data = chats(tmp_path / "rows.jsonl", talk(2, 6), talk(1, 6), long)
     labels, _, text = built({**inputs, "data": data}, tmp_path / "out", **more)
@@ -279,7 +280,7 @@ def test_a_row_without_an_answer_is_named(asked, inputs, tmp_path):
 
 @pytest.mark.fault(
     "input",
-    "a chat template that writes an answer differently once more follows, and marks none",
+    "a chat template writes an answer in another way if more turns follow, and does not mark answers",
     sees="`row 2 of the training data: the chat template writes messages[3], an answer, in another way ...`",
     kept="everything: nothing is trained on a guess",
 )
@@ -345,7 +346,7 @@ def test_a_run_of_an_earlier_celora_goes_on_as_it_began(inputs, tmp_path, monkey
     data = {**inputs, "data": chats(tmp_path / "rows.jsonl", talk(1), talk(2))}
     go(data, tmp_path / "out", assistant_only_loss=False, max_steps=1, save_steps=1)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    del record["given"]["assistant_only_loss"]  # TRL's default, which stands under "train"
+    del record["given"]["assistant_only_loss"]  # this is TRL's default, recorded under "train"
     (tmp_path / "out" / "run.json").write_text(json.dumps(record))
     seen = []
     on_build(monkeypatch, seen.append)
@@ -355,7 +356,7 @@ def test_a_run_of_an_earlier_celora_goes_on_as_it_began(inputs, tmp_path, monkey
 
 
 def test_audit_sees_the_batches_of_training(inputs, tmp_path, capsys):
-    """A row without an answer is named there, too."""
+    """An audit, too, names a row without an answer."""
     data = chats(tmp_path / "rows.jsonl", [U("w1")])
     given = ["--model", inputs["model"], "--data", data, "--preset", "exact"]
     assert cli.main(["audit", *given]) == 2

@@ -1,4 +1,4 @@
-"""Names and order of llama.cpp's tensors: Transformers, which reads its files, finds the model that was written."""
+"""Names and order of llama.cpp's tensors. Transformers reads the file, and finds the model that was written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_transformers_reads_what_is_written(kind, tmp_path):
     written = parameters(model)
     assert read.keys() >= written.keys()
     for name, tensor in written.items():
-        # A norm that is stored as 1 + w loses what float32 cannot hold beside the one.
+        # A norm is stored as 1 + w. That loses the digits of w that float32 cannot hold beside the 1.
         torch.testing.assert_close(read[name], tensor, rtol=0, atol=1e-7 if name.endswith("norm.weight") else 0)
 
 

@@ -1,4 +1,4 @@
-"""Arguments: every TRL name, three sources with one conversion, one line for each mistake."""
+"""Arguments: every name of TRL's, three sources with one conversion, and one line for each mistake."""
 
 from __future__ import annotations
 
@@ -211,9 +211,10 @@ def test_what_json_cannot_hold_is_resumed_with(tmp_path):
 
 @pytest.mark.fault(
     "input",
-    "a number that a setting cannot be: NaN, infinite, of a hundred digits, negative where that means nothing",
+    "a number that a setting cannot have: NaN, infinity, one with a hundred digits, a negative one where that means "
+    "nothing",
     sees="`max_length=-5; expected a number >= 1`",
-    kept="everything: it is said before anything is loaded",
+    kept="everything: celora checks numbers before it loads anything",
 )
 @pytest.mark.parametrize(
     ("flag", "message"),

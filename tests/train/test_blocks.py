@@ -1,4 +1,4 @@
-"""Stand-ins: what is found on few blocks is what the whole model has."""
+"""Stand-ins: what celora finds out on a few blocks holds for the whole model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from patching import patch_all
 
 @pytest.fixture
 def setting(inputs, tmp_path, monkeypatch):
-    """A request on the tiny model as if it had six blocks, and what measures it, the clock left out."""
+    """A request on the tiny model as if it had six blocks, and a function that measures it without a real clock."""
     patch_all(monkeypatch, "celora.train.forecast.blocks:seconds", lambda probe, batch, optimizer: (
         0.01 * len(batch["input_ids"]), 0.03 * len(probe.model.get_base_model().model.layers),
     ))  # fmt: skip
@@ -100,4 +100,4 @@ def test_large_blocks_are_two_small_ones_four():
     large = AutoConfig.for_model("llama", hidden_size=4096, intermediate_size=11008)
     assert how_many_blocks(small) == 4
     assert how_many_blocks(large) == 2
-    assert json.dumps(small.to_dict())  # and is as it was
+    assert json.dumps(small.to_dict())  # the configuration is unchanged

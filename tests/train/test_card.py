@@ -1,4 +1,4 @@
-"""The model card: what was trained and how to load it, and no path of the machine it was trained on."""
+"""The model card: what was trained and how to load it, without any path of the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tiny import save_rows
 
 @pytest.fixture(scope="module")
 def trained(inputs, tmp_path_factory):
-    """A run beside its model, and its trainer."""
+    """A run in a folder beside its model, and its trainer."""
     output = Path(inputs["model"]).parent / "my adapter"
     trainers = []
     with pytest.MonkeyPatch.context() as patch:
@@ -91,7 +91,7 @@ def test_a_card_has_the_licence_of_its_base(trained, tmp_path):
 
 
 def test_what_a_card_says_of_loading_works(trained, monkeypatch, capsys):
-    """As copied, offline, from beside the two folders."""
+    """The card's code runs unchanged, offline, in the folder that holds both."""
     output, trainer = trained
     monkeypatch.chdir(output.parent)
     code = re.search(r"```python\n(.*?)```", (output / CARD).read_text(encoding="utf-8"), re.DOTALL)[1]
@@ -142,9 +142,9 @@ def test_what_is_here_has_no_name_on_the_hub(tmp_path, monkeypatch):
 
 @pytest.mark.fault(
     "crash",
-    "a README.md in the output folder that the user has written, and a run that goes on there",
+    "the output folder has a README.md that the user wrote, and the run continues there",
     sees="nothing",
-    kept="the file, as it is; checkpoints have celora's card",
+    kept="the user's file, unchanged; checkpoints have celora's card",
 )
 def test_a_card_of_one_s_own_is_kept(inputs, tmp_path):
     output = tmp_path / "out"
@@ -161,7 +161,7 @@ def test_a_card_of_one_s_own_is_kept(inputs, tmp_path):
     said = table((output / "checkpoint-2" / CARD).read_text(encoding="utf-8"))
     assert said["optimizer steps"].startswith("2 (")
     (trainer,) = seen
-    trainer.save_model(str(output))  # as push_to_hub does before it uploads the folder
+    trainer.save_model(str(output))  # push_to_hub does this before it uploads the folder
     trainer.create_model_card(model_name="x")
     assert (output / CARD).read_bytes() == mine
     (output / CARD).unlink()

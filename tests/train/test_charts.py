@@ -31,7 +31,7 @@ def test_held_out_rows_by_step_and_time(tmp_path):
 
 
 def test_seeds_share_colour_and_legend_entry(tmp_path):
-    """More runs than colours, as any comparison with seeds has, and still no colour means two things."""
+    """A comparison with seeds has more runs than colours. Still, no colour means two things."""
     runs = {f"{arm}, seed {seed}": ROWS for arm in ("LoRA", "paper", "auto") for seed in range(3)}
     write_report(tmp_path / "r.html", runs, repeats={name: name.split(",")[0] for name in runs})
     lines = charts((tmp_path / "r.html").read_text(encoding="utf-8"))[0]["lines"]

@@ -66,7 +66,7 @@ def test_the_choice(
 
     patch_all(monkeypatch, "celora.train.checkpointing:choose_checkpointing", spy)
     assert said in run(tmp_path, capsys, *extra)
-    if "true" not in extra:  # which Trainer turns on when it starts
+    if "true" not in extra:  # Trainer turns it on when it starts
         assert seen == [on]
 
 
@@ -87,7 +87,7 @@ def test_it_changes_nothing_that_is_learnt(
 
 
 def worded(path: Path, lengths: list[int]) -> str:
-    """Conversations of so many tokens each."""
+    """Conversations with these numbers of tokens."""
     rows = ([("user", "w1"), ("assistant", " ".join(["w2"] * (n - 5)))] for n in lengths)
     lines = (json.dumps({"messages": [{"role": r, "content": c} for r, c in row]}) for row in rows)
     path.write_text("".join(line + "\n" for line in lines))
@@ -95,7 +95,7 @@ def worded(path: Path, lengths: list[int]) -> str:
 
 
 def kept(trainer: Any, batch: Any) -> int:
-    """Bytes that a step on this batch really keeps."""
+    """The bytes that a step on this batch really keeps."""
     with saved_for_backward(trainer.model.train()) as saved:
         trainer.compute_loss(trainer.model, batch)
     return saved.nbytes
@@ -111,7 +111,7 @@ LENGTHS = [12, 12, 12, 12, 12, 12, 13, 14, 16, 90, 95, 100]
 
 @contextmanager
 def trainer_of(model: str, folder: Path, preset: str, **more: Any) -> Iterator[Any]:
-    """The trainer of rows of these lengths, the shortest first, with celora attached."""
+    """The trainer for rows of these lengths, the shortest first, with celora attached."""
     given = {"model": model, "data": worded(folder / "rows.jsonl", LENGTHS), "output": str(folder / "out")}
     with prepared(make_request(given | {"preset": preset} | more), None, None) as (trainer, config):
         if preset != "off":
@@ -121,9 +121,10 @@ def trainer_of(model: str, folder: Path, preset: str, **more: Any) -> Iterator[A
 
 @pytest.mark.fault(
     "numbers",
-    "rows of very different lengths, the shortest first, and memory that one batch of the longest needs",
-    sees="what the largest batch keeps: `Gradient checkpointing is off: a step keeps up to ... MiB for its backward`",
-    kept="the run: checkpointing is turned on where that batch would not fit, whatever the order of the rows",
+    "rows have very different lengths, the shortest come first, and a batch of the longest needs the most memory",
+    sees="the memory of the largest batch: `Gradient checkpointing is off: a step keeps up to ... MiB for its "
+    "backward`",
+    kept="the run: celora turns checkpointing on if the largest batch would not fit, whatever the order of the rows",
 )
 @pytest.mark.parametrize("preset", ["off", "exact"])
 @pytest.mark.parametrize(

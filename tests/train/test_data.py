@@ -1,4 +1,4 @@
-"""Rows from files, folders and the hub: every shape, every source, and one clear line for every mistake."""
+"""Rows from files, folders and the hub: every shape and every source, and one clear line for every mistake."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ TEXT = {"text": "fine"}
 
 @pytest.mark.fault(
     "input",
-    "a row with a key that comes twice, nested too deeply, with a NUL byte, or of another shape than the first",
+    "a row with the same key twice, nested too deeply, with a NUL byte, or of another shape than the first row",
     sees="the file, the line and what is wrong with the row",
     kept="everything: no row is left out or guessed at",
 )
@@ -186,9 +186,9 @@ def test_rows_that_are_refused(tmp_path: Path, load: Load, rows: list[Any], mess
 
 @pytest.mark.fault(
     "security",
-    "a link in a data folder that leads out of it",
+    "a link in a data folder that leads out of the folder",
     sees="the link, and what to do",
-    kept="everything: what the link points to is not read",
+    kept="everything: celora does not read the link's target",
 )
 def test_links_out_of_a_data_folder(tmp_path: Path, load: Load) -> None:
     elsewhere, folder = write(tmp_path / "rows.jsonl", {"text": "a"}), tmp_path / "data"
@@ -199,7 +199,7 @@ def test_links_out_of_a_data_folder(tmp_path: Path, load: Load) -> None:
     (folder / "train.jsonl").symlink_to(elsewhere)
     with pytest.raises(CELoraError, match=r"train\.jsonl: a link out of the data folder; give what it points to"):
         load(folder)
-    assert load(folder / "train.jsonl") == [{"text": "a"}]  # given by its own name
+    assert load(folder / "train.jsonl") == [{"text": "a"}]  # the user gave this file's own name
 
     blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0a1b" / "data"
     blobs.mkdir(parents=True)
@@ -211,8 +211,8 @@ def test_links_out_of_a_data_folder(tmp_path: Path, load: Load) -> None:
 
 @pytest.mark.fault(
     "crash",
-    "the disk is full, or read-only, where the rows are kept while they are used",
-    sees="`cannot keep the rows of ... in ...`, and HF_DATASETS_CACHE to name another place",
+    "the disk for the cached rows is full or read-only",
+    sees="`cannot keep the rows of ... in ...`, and the advice to set HF_DATASETS_CACHE to another folder",
     kept="everything: nothing is trained",
 )
 @pytest.mark.parametrize("what", ["full", "no folder"])
@@ -242,7 +242,7 @@ def test_a_data_set_of_save_to_disk_is_recognised(tmp_path: Path, load: Load) ->
 
 def test_hidden_files_are_no_data(tmp_path: Path, load: Load) -> None:
     write(tmp_path / "train.jsonl", TEXT)
-    (tmp_path / "._train.jsonl").write_bytes(b"\0\5\x16\7")  # as macOS leaves them
+    (tmp_path / "._train.jsonl").write_bytes(b"\0\5\x16\7")  # macOS leaves such files
     assert load(tmp_path) == [TEXT]
 
 

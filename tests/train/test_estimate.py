@@ -1,4 +1,4 @@
-"""`celora estimate` and `celora train --memory`: what is shown, what is taken, and what is said where nothing fits."""
+"""`celora estimate` and `celora train --memory`: what they show and take, and what they say if nothing fits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runs import go
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
-    """A machine that takes a second for a thousand tokens of a block in float32, and half of it elsewhere."""
+    """A machine that takes a second for a thousand tokens in a block in float32, and half a second in other dtypes."""
 
     def seconds(probe, batch, optimizer):
         model = probe.model.get_base_model()
@@ -98,7 +98,7 @@ def test_the_least_memory_takes_a_base_in_8_bits(inputs, tmp_path):
     least = min(way.peak_bytes for way in found.ways if way.base != "int8")
     only = [way for way in found.ways if way.peak_bytes < least]
     assert all(way.base == "int8" for way in only)
-    if only:  # the tiny model's blocks are small beside what it keeps
+    if only:  # the tiny model's blocks are small compared with what it keeps
         settled, line = fitted(request, str(least - 1))
         assert settled.options.base == "int8"
         assert "on a base in int8" in line
@@ -123,7 +123,7 @@ def test_of_many_rows_a_sample_is_tokenised(ask, tmp_path):
     rows.write_text("\n".join(lines) + "\n")
     found = ask(data=str(rows), preset="exact", dtype="float32", base="int8")
     assert found.rows == 5001
-    assert found.longest == 101  # with the end of a text
+    assert found.longest == 101  # 100 words and the end of the text
     assert found.sampled is not None
     assert found.tokens == pytest.approx(5000 * 4 + 101, rel=0.02)
 

@@ -1,4 +1,4 @@
-"""An export appears whole or not at all, replaces nothing but an export, and says what Ollama needs."""
+"""An export appears whole or not at all, replaces only an export, and says what Ollama needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run can only be resumed with the files that it was started with."""
+"""A run can be resumed only with the files that it was started with."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tiny import TEMPLATE, save_rows
 
 @pytest.mark.fault(
     "crash",
-    "--resume after data, model, tokenizer, chat template or evaluation rows were changed under the same name",
+    "data, model, tokenizer, chat template or evaluation rows changed under the same name before --resume",
     sees="`the data in ... is not what the run was started with; put it back or start a new run`",
-    kept="the run; put back, or copied with other dates, they are resumed from",
+    kept="the run; `--resume` continues once the files are back, even as copies with other dates",
 )
 def test_nothing_that_was_changed_under_the_same_name_is_resumed_with(inputs, tmp_path):
     model, data, rows = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "held-out.jsonl"
@@ -46,8 +46,8 @@ def test_nothing_that_was_changed_under_the_same_name_is_resumed_with(inputs, tm
         with pytest.raises(CELoraError, match=rf"^the {what} in .* is not what the run was started with"):
             train(parse(*again))
         file.unlink()
-        file.write_bytes(before)  # with other dates
+        file.write_bytes(before)  # the same content with other dates
     (model / "README.md").write_text("of no account")
     assert train(parse(*again)).step == 4
     other = {**again[1], "eval_data": str(save_rows(tmp_path / "other.jsonl", 5))}
-    assert train(parse(["--max_steps", "5"], other)).step == 5  # which may be chosen anew
+    assert train(parse(["--max_steps", "5"], other)).step == 5  # evaluation rows may be chosen again

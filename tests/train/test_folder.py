@@ -1,4 +1,4 @@
-"""The output folder: its lock, and what is left if a run is killed while it replaces another."""
+"""The output folder: its lock, and what remains if a run is killed while it replaces another one."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def test_a_link_to_nowhere_is_no_folder(tmp_path):
 
 @pytest.mark.fault(
     "crash",
-    "a second run in the folder of one that is running",
+    "a second run starts in the folder of a running one",
     sees="an error that names the folder",
-    kept="the first run, undisturbed; a process that is dead holds nothing",
+    kept="the first run, undisturbed; a dead process does not lock the folder",
 )
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_one_run_at_a_time_and_the_dead_hold_nothing(folder):
@@ -89,7 +89,7 @@ def test_processes_of_one_run_share_its_lock(folder, monkeypatch):
 
 @pytest.mark.fault(
     "crash",
-    "killed at any moment of --overwrite, before the new run has begun",
+    "a run with --overwrite is killed at any moment before the new run has begun",
     sees="`--resume` and a plain start find the earlier run",
     kept="the earlier run, whole",
 )
@@ -113,19 +113,19 @@ def test_a_killed_overwrite_gives_the_earlier_run_back(folder, moves, monkeypatc
     assert folder.resumable()["run"] == "earlier"
     assert names(folder) == sorted([*before, LOCK])
 
-    folder.set_aside()  # to its end, and killed then
+    folder.set_aside()  # this time it ends, and the process is killed after it
     assert folder.run() is None
     assert folder.resumable()["run"] == "earlier"
     folder.set_aside()
     write_json(folder.path / RUN, {"celora": "0", "run": "new"})
-    assert folder.resumable()["run"] == "new"  # that one has begun
+    assert folder.resumable()["run"] == "new"  # the new run has begun
     folder.restore()
     assert folder.run()["run"] == "earlier"
     assert names(folder) == sorted([*before, LOCK])
 
 
 def test_what_others_call_replaced_is_not_brought_back(folder):
-    """Nothing of theirs moves, nor a link that is among ours."""
+    """Nobody else's files move, and neither does a link among ours."""
     folder.set_aside()
     aside = folder.path / ".replaced"
     (aside / "README.md").symlink_to(folder.path)
@@ -197,7 +197,7 @@ def test_only_whole_checkpoints_count_and_the_best_stays(folder, limit, best, le
 @pytest.mark.fault(
     "crash",
     "run.json is damaged",
-    sees="an error that names it, and what can be done without it",
+    sees="an error that names it, and says what works without it",
     kept="the whole folder, untouched",
 )
 def test_a_damaged_record_is_said(folder):
@@ -209,8 +209,8 @@ def test_a_damaged_record_is_said(folder):
 
 @pytest.mark.fault(
     "crash",
-    "a folder, or a part of it, that may not be listed, searched or changed",
-    sees="`cannot write to --output ...`, and which part it is",
+    "a folder, or something in it, that the user may not list, search or change",
+    sees="`cannot write to --output ...`, and the part that is not allowed",
     kept="everything",
 )
 @pytest.mark.parametrize(

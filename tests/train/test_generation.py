@@ -1,4 +1,4 @@
-"""Answers equal stock PEFT's, in a conversation and in batches, with and without the adapter."""
+"""Answers equal those of stock PEFT, in a conversation and in batches, with and without the adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROMPTS = ["w1 w2", "w30 w7 w9 w11 w12", "w5"]
 @pytest.fixture(scope="module")
 def trained(finished):
     loaded = load_trained(finished[0])
-    with torch.no_grad():  # six steps change no answer of so small a model
+    with torch.no_grad():  # six steps change no answer of such a small model
         for name, parameter in loaded.model.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(40)
@@ -29,7 +29,7 @@ def trained(finished):
 
 @pytest.fixture(scope="module")
 def stock(trained, finished, inputs):
-    """What PEFT and Transformers alone answer."""
+    """What PEFT and Transformers answer without celora."""
     tokenizer = AutoTokenizer.from_pretrained(finished[0])
     base = AutoModelForCausalLM.from_pretrained(inputs["model"], dtype=torch.float32)
     model = PeftModel.from_pretrained(base, finished[0]).eval()
@@ -103,7 +103,7 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(trained):
     with pytest.raises(KeyboardInterrupt):
         untouched.ask(PROMPTS[0], interrupt)
     talk.forget()
-    assert talk.ask(PROMPTS[0]) == whole  # the adapter is on again
+    assert talk.ask(PROMPTS[0]) == whole  # after that, the adapter is on again
 
 
 def test_sampling_is_the_seeds(trained):

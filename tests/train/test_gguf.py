@@ -1,4 +1,4 @@
-"""GGUF files: what Transformers unpacks is trained as any other model; what it leaves packed PEFT does not take."""
+"""GGUF files. If Transformers unpacks one, it is trained like any other model. PEFT does not take packed weights."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from ggufs import write_model
 from runs import go
 from small import make_batch, train
 
-# Older versions of Transformers always unpack, and know no switch for it.
+# Older versions of Transformers always unpack, and have no switch for it.
 PACKED = getattr(transformers, "GgufConfig", None)
 HIDDEN, INNER, BLOCKS, HEADS, WORDS = 64, 96, 2, 4, 61
 
 
 def write(path: Path) -> np.ndarray:
-    """A small Llama with 8-bit weights; gives what its first `up_proj` holds."""
+    """Write a small Llama with 8-bit weights. Returns the numbers of its first `up_proj`."""
     numbers = np.random.default_rng(0)
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(64)
@@ -84,7 +84,7 @@ def load(folder: Path) -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32, **unpacked)
 
 
-# peft looks for the base model's configuration on the hub when it saves, and says that it could not.
+# When peft saves, it looks for the base model's configuration on the hub, and says that it did not find it.
 @pytest.mark.filterwarnings("ignore:Could not find a config file in")
 def test_an_unpacked_file_trains_on_estimates_and_saves_an_ordinary_adapter(tmp_path: Path) -> None:
     up = write(tmp_path / "model.gguf")
@@ -99,12 +99,12 @@ def test_an_unpacked_file_trains_on_estimates_and_saves_an_ordinary_adapter(tmp_
     model.save_pretrained(tmp_path / "adapter")
     stock = PeftModel.from_pretrained(load(tmp_path), tmp_path / "adapter").eval()
     with torch.no_grad():
-        logits = [of(**make_batch(9)).logits for of in (stock, model.eval())]
+        logits = [each(**make_batch(9)).logits for each in (stock, model.eval())]
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 
 
 def test_packed_weights_are_refused_by_peft(tmp_path: Path) -> None:
-    """The day that PEFT takes them, celora has to read them (docs/use/quantised.md)."""
+    """When PEFT takes them one day, celora has to read them (docs/use/quantised.md)."""
     if PACKED is None:
         write(tmp_path / "model.gguf")
         assert type(load(tmp_path).model.layers[0].mlp.up_proj) is torch.nn.Linear
@@ -118,7 +118,7 @@ def test_packed_weights_are_refused_by_peft(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, str]]:
-    """The folder of a run on a GGUF file, the file, and what was said."""
+    """The folder of a run on a GGUF file, the file, and what the run said."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("from_gguf")
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))

@@ -1,4 +1,4 @@
-"""GGUF files as base models: the folder that one is converted into is the model that was written, or there is none."""
+"""GGUF files as base models: celora converts one into a folder with the same model, or makes no folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def base_of(kind="llama", **more):
-    """A model whose norms and biases are not what they are by default."""
+    """A model whose norms and biases differ from their defaults."""
     scores = {"query_pre_attn_scalar": 8} if kind in ("gemma2", "gemma3_text") else {}
     model = model_of(kind, **scores, **more).unload().eval()
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_what_is_quantised_is_unpacked(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_blocks_of_256_numbers_are_unpacked(name, tmp_path):
-    """The package does not quantise to these, so their bytes are drawn, small enough for finite numbers."""
+    """The package cannot quantise to these formats. So their bytes are drawn, small enough for finite numbers."""
     kind = KINDS[name]
     block, size = gguf.GGML_QUANT_SIZES[kind]
     model = base_of(hidden_size=block, intermediate_size=block)
@@ -160,7 +160,7 @@ def _raising(error):
 
 
 def adds(name, value):
-    """An entry of the metadata in the place of the one that the file has."""
+    """Replace an entry of the file's metadata."""
 
     def more(writer):
         held = type(writer).add_key_value
@@ -179,9 +179,9 @@ def tensor(name, *shape):
 
 @pytest.mark.fault(
     "security",
-    "a GGUF file whose counts, lengths, offsets, shapes, settings or tokens do not fit it",
-    sees="one line that names the file and what does not fit",
-    kept="everything: nothing is made of it, and nothing is written",
+    "a GGUF file whose counts, lengths, offsets, shapes, settings or tokens contradict its content",
+    sees="one line that names the file and the contradiction",
+    kept="everything: celora converts nothing and writes nothing",
 )
 @pytest.mark.parametrize(
     ("more", "said"),

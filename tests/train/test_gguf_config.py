@@ -1,4 +1,4 @@
-"""Configurations from the metadata of GGUF files: what a family rotates and scales is read, or the file is refused."""
+"""Configurations from the metadata of GGUF files: celora reads what a family rotates and scales, or refuses."""
 
 from __future__ import annotations
 

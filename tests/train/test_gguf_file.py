@@ -1,4 +1,4 @@
-"""GGUF files that are damaged or hostile are refused in one line, at once; what was written is read back."""
+"""Damaged or hostile GGUF files are refused in one line, at once. What celora writes can be read back."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tensor(name=b"t", shape=(4,), kind=0, offset=0):
 
 
 def lists(count, number):
-    """As many lists of so many bytes each."""
+    """This many lists of this many bytes each."""
     return [text(b"list %d" % i) + struct.pack("<IIQ", 9, 0, count) + bytes(count) for i in range(number)]
 
 
@@ -60,7 +60,7 @@ def test_a_header_says_where_the_tensors_are(tmp_path):
     header = read_header(path)
     assert header.architecture == "llama"
     assert header.fields["number"] == 7
-    assert header.fields["names"] is None  # a list of words
+    assert header.fields["names"] is None  # a list of words is left out
     tensor = header.tensors["blk.0.attn_q.weight"]
     assert (tensor.shape, tensor.kind) == ((3, 4), F32)
     assert path.read_bytes()[tensor.start :][: tensor.nbytes] == VALUES.tobytes()
@@ -69,14 +69,14 @@ def test_a_header_says_where_the_tensors_are(tmp_path):
 def test_a_header_that_is_too_long_is_refused(tmp_path):
     with (tmp_path / "model.gguf").open("wb") as file:
         file.write(header(0, 1, text(b"a"), struct.pack("<IQ", 8, 2**28)))
-        file.truncate(2**29)  # sparse
+        file.truncate(2**29)  # a sparse file
     with pytest.raises(CELoraError, match="its header is longer than 256 MiB"):
         read_header(tmp_path / "model.gguf")
 
 
 def test_a_file_is_cut_off_anywhere(tmp_path):
     whole = write(tmp_path / "model.gguf").read_bytes()
-    padding = -VALUES.nbytes % 32  # behind the last tensor
+    padding = -VALUES.nbytes % 32  # of the last tensor; cutting it loses nothing
     for length in range(len(whole) - padding):
         (tmp_path / "cut.gguf").write_bytes(whole[:length])
         with pytest.raises(CELoraError, match=r"is no GGUF file that can be read: it"):

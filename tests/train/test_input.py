@@ -1,6 +1,6 @@
 """Generated configurations, plans, rows and flags either work or give one line.
 
-300 cases in all by default; HYPOTHESIS_PROFILE=nightly runs 2,000, new ones every time.
+By default there are 300 cases in all. HYPOTHESIS_PROFILE=nightly runs 2,000, new ones every time.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ OVERRIDES = st.dictionaries(TEXTS, st.dictionaries(st.sampled_from(list(LayerCon
 
 @pytest.mark.fault(
     "input",
-    "a configuration, of any values",
-    sees="which setting it is, what is allowed and the nearest known name",
-    kept="everything: it is checked before anything is loaded",
+    "a configuration with any values",
+    sees="the setting, what is allowed, and the nearest known name",
+    kept="everything: celora checks it before it loads anything",
 )
 @given(st.lists(ENTRIES | st.tuples(st.just("overrides"), OVERRIDES), max_size=4).map(dict))
 def test_configuration(values: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ def plan() -> dict[str, Any]:
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [at, *(place for key, of in inner for place in places(of, (*at, key)))]
+    return [at, *(place for key, child in inner for place in places(child, (*at, key)))]
 
 
 PLAN = plan()
@@ -107,7 +107,7 @@ PLAN = plan()
 
 @st.composite
 def mutated_plans(draw: st.DrawFn) -> bytes:
-    """A plan with one or two values replaced, removed or doubled, or with bytes of its file changed."""
+    """A plan with one or two values replaced, removed or doubled, or with changed bytes in its file."""
     document = json.loads(json.dumps(PLAN))
     for *to, key in draw(st.lists(st.sampled_from(places(PLAN)[1:]), min_size=1, max_size=2)):
         parent = document
@@ -115,7 +115,7 @@ def mutated_plans(draw: st.DrawFn) -> bytes:
             inside = step in parent if isinstance(parent, dict) else isinstance(parent, list) and step < len(parent)
             parent = parent[step] if inside else None
         if not isinstance(parent, dict | list):
-            continue  # the other change took this place away
+            continue  # the other change has removed this place
         action = draw(st.sampled_from(["junk", "junk", "remove", "repeat"]))
         if isinstance(parent, dict):
             parent[key] = draw(JUNK)
@@ -134,8 +134,8 @@ def mutated_plans(draw: st.DrawFn) -> bytes:
 
 @pytest.mark.fault(
     "input",
-    "a plan file, changed in any way",
-    sees="the file, and what in it is no plan",
+    "a plan file with any change",
+    sees="the file, and what is wrong in it",
     kept="everything: nothing is attached",
 )
 @given(mutated_plans())
@@ -178,7 +178,7 @@ FINE = st.fixed_dictionaries({"text": st.text(min_size=1, max_size=9)})
 
 @pytest.mark.fault(
     "input",
-    "rows of data, of any columns and values, mixed shapes among them",
+    "rows with any columns and values, also of mixed shapes",
     sees="the file, the line and what is wrong with the row",
     kept="everything: no row is left out or guessed at",
 )
@@ -215,7 +215,7 @@ VALUES = TEXTS | st.integers(-9, 9).map(str) | st.text(max_size=6)
 
 
 def own_flags(command: str) -> st.SearchStrategy[list[str]]:
-    """One of the options that a command itself has, with a value if it takes one, or an argument."""
+    """One of a command's own options, with a value if it takes one; or an argument."""
 
     def drawn(parameter: Any) -> st.SearchStrategy[list[str]]:
         if parameter.param_type_name == "argument":
@@ -240,12 +240,12 @@ class Nothing:
         return asdict(self)
 
     def save(self, path: Path) -> None:
-        """Nowhere."""
+        """Save nothing."""
 
 
 @pytest.fixture
 def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The commands without what takes long, or would write: they parse, check and print."""
+    """Commands parse, check and print, but do nothing that takes long or writes."""
     found = doctor.examine()
 
     def checked(request: TrainRequest, **_: Any) -> Any:
@@ -279,9 +279,9 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.fault(
     "input",
-    "flags and a YAML file, of any names and values, to any command",
+    "flags and a YAML file with any names and values, for any command",
     sees="one line and exit status 2",
-    kept="everything: flags are checked before anything is loaded",
+    kept="everything: celora checks flags before it loads anything",
 )
 @pytest.mark.usefixtures("_no_work")
 @given(
@@ -292,7 +292,7 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 )
 def test_flags(call: tuple[str, list[list[str]]], flags: list[list[str]], document: Any, with_file: bool) -> None:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), mock.patch.dict(os.environ):
-        warnings.simplefilter("ignore")  # TRL and transformers have their own to say about some values
+        warnings.simplefilter("ignore")  # TRL and transformers also warn about some values
         file = Path(folder) / "run.yaml"
         file.write_text(json.dumps(document), encoding="utf-8")
         command, own = call
@@ -308,5 +308,5 @@ def test_flags(call: tuple[str, list[list[str]]], flags: list[list[str]], docume
         assert said[0].startswith("error: ")
         assert out.getvalue() == ""
     else:
-        before = [line for line in said if line.startswith("LoRA, CE-LoRA as published")]  # of `celora demo`
+        before = [line for line in said if line.startswith("LoRA, CE-LoRA as published")]  # `celora demo` prints this
         assert (status, said) == (0, before)

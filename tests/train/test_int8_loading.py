@@ -1,4 +1,4 @@
-"""`--base int8`: what is loaded, how much of it is ever in memory, and runs that train on it."""
+"""`--base int8`: what is loaded, how much of it is in memory at a time, and runs that train on it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_model_is_the_one_that_would_be_quantised_after_loading(
     assert all(ours[name].equal(theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
     assert sum(isinstance(module, Int8Linear) for module in found.modules()) == 14
     tokens = torch.arange(9).view(1, 9)
-    assert found(tokens).logits.equal(expected(tokens).logits)  # buffers are the model's, too
+    assert found(tokens).logits.equal(expected(tokens).logits)  # buffers equal the model's, too
     assert (found.lm_head.weight is found.model.embed_tokens.weight) == tied
     assert found.name_or_path == str(folder)
     assert "quantization_config" not in found.config.to_dict()
@@ -65,7 +65,7 @@ def test_the_model_is_the_one_that_would_be_quantised_after_loading(
 
 
 def test_a_weight_is_quantised_before_the_next_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, read, of, events = save(tmp_path), StoredTensor.read, Int8Linear.of, []
+    folder, read, quantise, events = save(tmp_path), StoredTensor.read, Int8Linear.of, []
 
     def reading(tensor: StoredTensor) -> torch.Tensor:
         events.append(tensor.key.replace("_proj.weight", " is read"))
@@ -73,7 +73,7 @@ def test_a_weight_is_quantised_before_the_next_one_is_read(tmp_path: Path, monke
 
     def holding(linear: nn.Linear) -> Int8Linear:
         events.append("held")
-        return of(linear)
+        return quantise(linear)
 
     monkeypatch.setattr(StoredTensor, "read", reading)
     monkeypatch.setattr(Int8Linear, "of", holding)
@@ -124,7 +124,7 @@ def test_settings_that_exclude_each_other(inputs, tmp_path: Path, given: dict[st
 
 
 @pytest.mark.skipif(refuses(), reason="no 8-bit products here, so preset fast is exact")
-@pytest.mark.filterwarnings("ignore:celora. at step")  # so few words are drawn badly
+@pytest.mark.filterwarnings("ignore:celora. at step")  # estimates that draw from so few words are bad
 def test_a_run_on_a_base_in_8_bits_resumes_to_the_same_bits(inputs, tmp_path: Path, monkeypatch) -> None:
     patch_all(monkeypatch, "celora.planning.fastest:_fastest", lambda own, *_: own)
     settings = {"base": "int8", "preset": "fast", "celora": None, "lr_scheduler_type": "constant"}

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run after a whole step, and the run that goes on ends as one that was never interrupted."""
+"""Ctrl-C ends a run after a whole step. The resumed run ends like one that was never interrupted."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from runs import PressCtrlC, adapter, go, on_build
 @pytest.mark.fault(
     "crash",
     "Ctrl-C",
-    sees="`Stopping after this step`, then the command that goes on; exit status 130",
-    kept="everything: a checkpoint is saved, and resuming ends with bit-identical parameters",
+    sees="`Stopping after this step`, then the command that continues; exit status 130",
+    kept="everything: a checkpoint is saved, and the resumed run ends with bit-identical parameters",
 )
 def test_ctrl_c_then_resume_equals_uninterrupted(finished, inputs, tmp_path, monkeypatch):
     output = tmp_path / "out"
@@ -29,7 +29,7 @@ def test_ctrl_c_then_resume_equals_uninterrupted(finished, inputs, tmp_path, mon
     assert f"celora train --output {output} --resume" in text
     assert not (output / "adapter_model.safetensors").exists()
     with (output / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"step": 4, "seconds": 9, "loss": 0}\n{"ste')  # as left by a process killed later
+        file.write('{"step": 4, "seconds": 9, "loss": 0}\n{"ste')  # a process that is killed later leaves such lines
 
     console = Console(file=io.StringIO(), width=200)
     resumed = train(parse([], {"output": str(output), "resume": True}), console=console)

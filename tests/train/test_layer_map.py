@@ -1,4 +1,4 @@
-"""The map of layers: what each is estimated with, keeps, costs and loses."""
+"""The map of layers: each layer's estimator, what it keeps, what it costs and what it loses."""
 
 from __future__ import annotations
 

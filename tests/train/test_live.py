@@ -1,4 +1,4 @@
-"""What is seen of a run while it goes on: its report, and the table of `celora watch`."""
+"""What a user sees of a run while it trains: its report, and the table of `celora watch`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reports import ROWS, run_folder
 
 
 def going_on(folder: Path, name: str = "run", **train: object) -> Path:
-    """A run that says it is under way; its folder is not locked."""
+    """A run whose record says that it is running, although its folder is not locked."""
     run = run_folder(folder, name)
     write_json(run / "run.json", read_json(run / "run.json") | {"status": "running", "train": train})
     return run
@@ -85,7 +85,7 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert text.count("8/20") == 2
     assert text.count("0.5000") == 2
     assert text.count("█") == 2
-    assert "evaluation loss" not in text  # none has one
+    assert "evaluation loss" not in text  # no run has one
     shown(first, plain=True).encode("ascii")
 
 
@@ -113,7 +113,7 @@ def test_the_report_is_written_while_the_run_goes_on(tmp_path: Path, monkeypatch
     report.unlink()
     now[0] = 60.0
     callback.on_log(None, TrainerState(), TrainerControl())
-    assert not report.exists()  # 29 s after the last
+    assert not report.exists()  # 29 s after the last report
     write_json(run / "run.json", read_json(run / "run.json") | {"status": "finished"})
     now[0] = 90.0
     callback.on_log(None, TrainerState(), TrainerControl())

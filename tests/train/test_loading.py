@@ -1,4 +1,4 @@
-"""Loading models, tokenizers and adapters, also damaged ones."""
+"""Loading models, tokenizers and adapters, including damaged ones."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tiny import save_tiny_model
 
 @pytest.mark.fault(
     "input",
-    "a file of a model, a tokenizer or an adapter that holds something else",
-    sees="one line: which of them cannot be loaded from where, and why",
-    kept="everything: it is loaded before anything is written",
+    "a file of a model, a tokenizer or an adapter holds something else",
+    sees="one line: which of the three cannot be loaded, from where, and why",
+    kept="everything: celora loads before it writes",
 )
 @pytest.mark.parametrize(
     ("load", "file", "change", "message"),
@@ -60,7 +60,7 @@ def test_an_adapter_that_is_none(config, message, inputs, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "computes"), [("float16", "float16"), ("float32", "float32"), ("auto", "bfloat16")])
 def test_a_4_bit_base_computes_in_the_dtype_asked_for(dtype: str, computes: str, tmp_path: Path) -> None:
-    """TRL's own default is float32 products, whatever the model's dtype is; auto is the checkpoint's dtype."""
+    """TRL's default is float32 products for any model. Here, auto is the checkpoint's dtype."""
     bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     own = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "float32"), dtype=torch.bfloat16)
     own.save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""llama.cpp LoRA files: what llama.cpp computes from them is what PEFT computes from the adapter."""
+"""llama.cpp LoRA files: llama.cpp computes from them what PEFT computes from the adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ READ = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 
 
 def as_llama_cpp_does(base, lora, target):
-    """The weights `W + (alpha / r) b a` that llama.cpp multiplies with, as a file of its own."""
+    """Write the weights `W + (alpha / r) b a`, with which llama.cpp multiplies, to a file of their own."""
     model, adapter = open_gguf(base), open_gguf(lora)
     alpha = field(adapter, "adapter.lora.alpha")
     pairs = {tensor.name: np.asarray(tensor.data) for tensor in adapter.tensors}
@@ -80,7 +80,7 @@ def test_the_metadata_is_what_llama_cpp_asks_for(tmp_path):
         "general.name": "a run",
     }
     assert {name: field(reader, name) for name in stated} == stated
-    assert field(reader, "adapter.lora.alpha") == 8  # PEFT's default
+    assert field(reader, "adapter.lora.alpha") == 8  # this is PEFT's default
     shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
     assert shapes["blk.1.ffn_down.weight.lora_a"] == [48, 4]
     assert shapes["blk.1.ffn_down.weight.lora_b"] == [4, 32]

@@ -63,7 +63,7 @@ def test_any_flipped_bit_and_any_cut_is_found(folder):
     "security",
     "a link in a checkpoint",
     sees="`checkpoint-4 is damaged: optimizer.pt is a link, and no run saves one.`",
-    kept="what it points to is not read; the last whole checkpoint is resumed from",
+    kept="the link's target is not read; celora resumes from the last whole checkpoint",
 )
 @pytest.mark.parametrize("name", ["a.bin", "sub/b.json", "more", MANIFEST])
 def test_a_link_in_a_checkpoint_is_damage(folder, tmp_path_factory, name):

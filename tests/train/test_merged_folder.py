@@ -1,4 +1,4 @@
-"""Merged models for Transformers: they answer as PEFT's model does, whatever was trained."""
+"""Merged models for Transformers answer like PEFT's model, whatever was trained."""
 
 from __future__ import annotations
 

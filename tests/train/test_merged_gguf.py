@@ -1,4 +1,4 @@
-"""Merged models as GGUF: the numbers of PEFT's merge, and all else of the base's file."""
+"""Merged models as GGUF: the numbers are those of PEFT's merge, everything else is the base file's."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from decoders import model_of
 from ggufs import parameters, read_model, write_model
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
-FORMATS = {"f32": 1e-6, "f16": 1e-3, "q8_0": 1e-2}  # error beside the largest number
+FORMATS = {"f32": 1e-6, "f16": 1e-3, "q8_0": 1e-2}  # largest error, as a share of the largest number
 
 
 def merge(tmp_path, model, outtype, kind=gguf.GGMLQuantizationType.F32):
-    """Write what `model` merges into; gives the new file, and what PEFT merges."""
+    """Write what `model` merges into. Returns the new file, and the tensors that PEFT merges."""
     config = model.config
     save(model, tmp_path / "adapter")
     merged = {name: tensor.clone() for name, tensor in parameters(model.merge_and_unload()).items()}
@@ -47,7 +47,8 @@ def test_the_numbers_are_pefts(outtype, tmp_path):
     kinds = {tensor.name: tensor.tensor_type.name for tensor in open_gguf(path).tensors}
     assert kinds["blk.0.ffn_up.weight"] == kinds["token_embd.weight"] == outtype.upper()
     assert kinds["blk.0.attn_norm.weight"] == kinds["blk.0.attn_q.bias"] == "F32"
-    assert kinds["blk.0.ffn_down.weight"] == {"q8_0": "F16"}.get(outtype, outtype.upper())  # rows of 48 numbers
+    # q8_0 needs rows of 32 numbers, and these have 48
+    assert kinds["blk.0.ffn_down.weight"] == {"q8_0": "F16"}.get(outtype, outtype.upper())
 
 
 @pytest.mark.parametrize("name", ["dora", "lora_bias", "bias", "head"])

@@ -17,10 +17,10 @@ from trl_fields import TRL_SFT
 
 
 def test_names_read_from_sources_are_those_of_the_import():
-    """The names read from the sources refuse flags before TRL is imported."""
+    """With these names, celora refuses flags before it imports TRL."""
     of_trl = {f.name for cls in TRL_SFT for f in dataclasses.fields(cls)}
     assert trl_names() == of_trl
-    imported = {action.dest for action in launch_command_parser()._actions}  # as the parser itself has them
+    imported = {action.dest for action in launch_command_parser()._actions}  # the parser itself has these names
     assert launcher_names() >= imported - {"training_script", "training_script_args", "tpu_use_cluster"}
     flags = "--max-steps 4 --no_packing --output_dir=x --lora_r=-1 -- --bf16 false stray"
     check_flags(flags.split())

@@ -1,4 +1,4 @@
-"""Preset auto in a run: how its rule is adjusted, when it plans, and what it keeps of either."""
+"""Preset auto in a run: how its rule is adjusted, when it plans, and what a run keeps of both."""
 
 from __future__ import annotations
 
@@ -69,7 +69,10 @@ def run_of(inputs, output, **more):
 
 @pytest.fixture
 def all_pay(monkeypatch):
-    """As if every estimate were faster here. Shares of a quarter of the energy lose enough to move."""
+    """Pretend that every estimate is faster here.
+
+    Shares of 0.85 or 0.9 of the energy lose enough for layers to move.
+    """
     native = {"precision": "native"} if refuses() else {}
     patch_all(monkeypatch, "celora.planning.fastest:_fastest", lambda own, *_: dataclasses.replace(own, **native))
     patch_all(monkeypatch, "celora.planning.fastest:_share", lambda found, config, labelled: config.head_keep_ratio)
@@ -77,7 +80,7 @@ def all_pay(monkeypatch):
     patch_all(monkeypatch, "celora.runtime.ladder:SHARES", (0.85, 0.9))
 
 
-@pytest.mark.filterwarnings("ignore:celora. at step")  # so few words are drawn badly
+@pytest.mark.filterwarnings("ignore:celora. at step")  # estimates that draw from so few words are bad
 def test_auto_begins_with_a_rule_adjusts_it_and_repeats_that_when_resumed(inputs, tmp_path, monkeypatch, all_pay):
     patch_all(monkeypatch, "celora.train.planning:make_plan", None)
     short = {key: value for key, value in SHORT.items() if key != "celora"} | {"lr_scheduler_type": "constant"}
@@ -111,7 +114,7 @@ def test_a_word_about_a_plan_makes_one(inputs, tmp_path, monkeypatch):
 
 
 def test_a_gate_times_as_many_tokens_as_a_batch_has(inputs, tmp_path):
-    """The collator's batches, padding left out, against the rows; and the order of the rows stays what it is."""
+    """The number from the rows equals that of the collator's batches without padding."""
     for given in ({}, {"packing": True, "max_length": 64}):
         request = make_request({**inputs, "output": str(tmp_path), "per_device_train_batch_size": 4, **given})
         with prepare.prepared(request, None, None) as (trainer, _):
@@ -122,13 +125,13 @@ def test_a_gate_times_as_many_tokens_as_a_batch_has(inputs, tmp_path):
 
 
 def test_one_table_of_layers_and_errors_by_the_plan_until_they_are_measured(inputs, tmp_path):
-    """Within the first refresh nothing is measured; what the plan has measured then is told as such."""
+    """Nothing is measured before the first refresh. Until then the errors are the plan's, and are reported as such."""
     output, auto = tmp_path / "out", {"preset": "auto", "celora": None, "max_steps": 3}
     go(inputs, tmp_path / "planned", fidelity=0.9, **auto | {"max_steps": 1})
     plan = json.loads((tmp_path / "planned" / "celora_plan.json").read_text())
     plan["settings"] = [{"estimator": "dense"}, {"estimator": "columns", "keep_ratio": 0.5, "rank": 4}]
     plan["head"] = None
-    for i, layer in enumerate(plan["layers"]):  # so small a model is left exact otherwise
+    for i, layer in enumerate(plan["layers"]):  # otherwise such a small model is left exact
         layer |= {"candidates": [[0, 1.0, 0.0, 0], [1, 0.5, 0.3 + i / 100, 0]], "chosen": 1}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
 
@@ -164,9 +167,9 @@ def test_planning_does_not_change_the_order_of_the_data(inputs, tmp_path):
 
 
 @pytest.mark.skipif(refuses(), reason="no 8-bit products here, so preset fast is exact")
-@pytest.mark.filterwarnings("ignore:celora. at step")  # so few words are drawn badly
+@pytest.mark.filterwarnings("ignore:celora. at step")  # estimates that draw from so few words are bad
 def test_fast_resumes_as_it_was_and_is_evaluated_on_the_base_too(inputs, tmp_path, monkeypatch):
-    """What was faster is measured once a run; the saved adapter's loss on the untouched base stands beside its own."""
+    """A run measures only once what is faster. Its log has two losses: on the 8-bit base, and on the untouched base."""
     short = {key: value for key, value in SHORT.items() if key != "celora"} | {
         "preset": "fast",
         "lr_scheduler_type": "constant",

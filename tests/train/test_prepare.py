@@ -1,4 +1,4 @@
-"""audit and plan see the batches and the configuration of training, and train nothing."""
+"""audit and plan see the batches and the configuration of training. They train nothing."""
 
 from __future__ import annotations
 

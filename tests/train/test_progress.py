@@ -1,4 +1,4 @@
-"""Metrics rows and the progress line, driven by hand-made Trainer events."""
+"""Metrics rows and the progress line, driven by events that the test makes itself."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_resume_drops_later_rows_and_a_torn_line_and_goes_on_counting(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems keep the peak of a process for good")
 def test_the_peak_of_a_run_is_its_own(tmp_path):
-    """In a process of its own that keeps what is freed: what was there before the run does not count."""
+    """Runs in a new process that keeps freed memory. What was there before the run does not count."""
     script = f"""
 from pathlib import Path
 import torch
@@ -111,7 +111,7 @@ def test_progress_shows_step_loss_and_speed(terminal):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_tells_the_time_left(terminal, monkeypatch):
-    """Of a resumed run, from its own steps, however long they take."""
+    """A resumed run takes the time from its own steps, however long they take."""
     now = 0.0
     monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now))
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None)

@@ -1,4 +1,4 @@
-"""Many prompts: the prompt of a row, and an output file that is always complete."""
+"""Many prompts: how a row becomes a prompt, and an output file that is always complete."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_what_was_answered_before_an_interruption_is_continued(trained, tmp_path
     with pytest.raises(CELoraError, match=r"row 1 of .* is no answer to row 1 of the data"):
         answered_rows(output, other, base=False)
     with pytest.raises(CELoraError, match="row 1 of"):
-        answered_rows(output, [row for row, _ in rows], base=True)  # what the base answered is not there
+        answered_rows(output, [row for row, _ in rows], base=True)  # the rows have no answers of the base
     assert answered_rows(tmp_path / "none.jsonl", other, base=False) == []
 
 

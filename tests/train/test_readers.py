@@ -1,4 +1,4 @@
-"""Files of rows are read row by row: every character as it is, and one clear line for each damaged place."""
+"""Files of rows are read row by row: every character is kept, and each damaged place gives one clear line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXT = {"text": "fine"}
 
 @pytest.mark.fault(
     "input",
-    "a data file in another encoding, cut short, or of another kind than its name says",
+    "a data file in another encoding, cut short, or of another format than its name says",
     sees="the file, the line and the column; what to do",
     kept="everything: nothing is decoded by guess",
 )
@@ -66,7 +66,7 @@ NOT_UTF8 = pyarrow.Array.from_buffers(
 
 @pytest.mark.fault(
     "input",
-    "a Parquet file with a flipped bit, or with a value that is no text or no date, in whatever column",
+    "a Parquet file with a flipped bit, or with a text or a date that cannot be read, in any column",
     sees="`not readable as Parquet`, the file and why",
     kept="everything: nothing is decoded by guess",
 )
@@ -153,7 +153,7 @@ def test_a_huge_line(tmp_path: Path, load: Load, megabytes: int) -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_rows_stream(tmp_path: Path, kind: str) -> None:
-    """Ten times the rows take no more memory."""
+    """Ten times as many rows take no more memory."""
     peaks = []
     for count in (3_000, 30_000):
         rows = [{"text": f"row {i} " + "word " * 20} for i in range(count)]
@@ -185,7 +185,7 @@ with quiet_libraries():
 
 @pytest.mark.slow
 def test_five_million_rows_stream_with_flat_memory(tmp_path: Path) -> None:
-    """The peak of the process grows by as much for 5,000,000 rows (600 MB) as for 200,000."""
+    """The peak memory of the process grows as much for 5,000,000 rows (600 MB) as for 200,000."""
     grown = []
     for count in (200_000, 5_000_000):
         path = tmp_path / "data.jsonl"

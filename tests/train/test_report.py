@@ -34,7 +34,7 @@ def test_self_contained_responsive_and_dark(tmp_path):
     "security",
     "HTML or script in a name, a value or a text that the report shows",
     sees="the text, as text",
-    kept="the report: nothing leaves its place, nothing runs",
+    kept="the report: the text stays in its place, and no script runs",
 )
 def test_text_from_data_is_escaped(tmp_path):
     evil = EVIL + REFRESH
@@ -50,7 +50,8 @@ def test_text_from_data_is_escaped(tmp_path):
     assert page.index("Content-Security-Policy") < page.index("<title>")
     drawn = charts(page)
     assert drawn[0]["lines"][0]["name"].startswith("&lt;/script")
-    lines = [line | {"hovertemplate": ""} for chart in drawn for line in chart["lines"]]  # which has markup of its own
+    # hover texts have markup of their own
+    lines = [line | {"hovertemplate": ""} for chart in drawn for line in chart["lines"]]
     assert "<" not in json.dumps(lines)
     curves = [line for line in lines if "mode" in line]
     assert {type(value) for line in curves for value in line["x"] + line["y"]} == {int, float}
@@ -87,7 +88,7 @@ def with_script(page: str, script: str) -> str:
 
 
 def browse(page: str, folder: Path, width: int = 1200) -> tuple[dict, str]:
-    """What the probe finds in Chromium, and what the console said."""
+    """What the probe finds in Chromium, and the messages of the console."""
     assert CHROMIUM is not None, "continuous integration needs Chromium, so that these tests run somewhere"
     (folder / "probed.html").write_text(with_script(page, PROBE), encoding="utf-8")
     done = subprocess.run(
@@ -101,8 +102,8 @@ def browse(page: str, folder: Path, width: int = 1200) -> tuple[dict, str]:
     return found, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 
-# A browser is no dependency of the project: where there is none, the tests above check what the page holds. Only
-# continuous integration has to have one: there the tests below fail without.
+# The project does not depend on a browser. Without one, the tests above check what the page holds. Continuous
+# integration must have a browser: there the tests below fail without it.
 in_a_browser = pytest.mark.skipif(
     CHROMIUM is None and not os.environ.get("CELORA_BROWSER_REQUIRED"), reason="no Chromium here"
 )
@@ -112,7 +113,10 @@ in_a_browser = pytest.mark.skipif(
 @in_a_browser
 @pytest.mark.parametrize("width", [1200, 400], ids=["desk", "phone"])
 def test_in_a_real_browser(width, tmp_path):
-    """No console error, no request, all points drawn, the toggle toggles, hostile text stays text, a phone fits."""
+    """No console error, no request, all points drawn.
+
+    The toggle works, hostile text stays text, a phone's width fits.
+    """
     write_report(tmp_path / "r.html", {EVIL: hostile_run(tmp_path)}, title=EVIL, findings=[EVIL])
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     found, console = browse(page, tmp_path, width)
@@ -127,9 +131,9 @@ def test_in_a_real_browser(width, tmp_path):
 
 @pytest.mark.fault(
     "security",
-    "a hostile text gets into report.html unescaped after all",
-    sees="the report, as ever",
-    kept="its content-security policy: no foreign script runs, nothing is loaded or sent",
+    "hostile text gets into report.html unescaped",
+    sees="the report, as always",
+    kept="the report's content-security policy: no foreign script runs, nothing is loaded or sent",
 )
 @in_a_browser
 def test_the_policy_holds_where_escaping_would_fail(tmp_path):
@@ -143,7 +147,7 @@ def test_the_policy_holds_where_escaping_would_fail(tmp_path):
 
 
 def hostile_run(folder: Path, evil: str = EVIL) -> Path:
-    """A run whose every text is hostile, and texts and no numbers where numbers belong."""
+    """A run whose every text is hostile, with texts in the place of numbers."""
     run = run_folder(folder)
     names = (evil, "loss", "seconds", "step_time_ms", "forward_ms", "celora/relative_error", "eval_loss")
     rows = [

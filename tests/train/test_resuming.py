@@ -24,7 +24,7 @@ from runs import CELORA, SHORT, PressCtrlC, adapter, go, on_build
     "crash",
     "killed while a checkpoint is being written",
     sees="`checkpoint-5 was not saved to its end.`, then `Resuming from checkpoint-3.`",
-    kept="the checkpoint before it; the unfinished one is passed over",
+    kept="the checkpoint before it; celora skips the unfinished one",
 )
 def test_an_incomplete_checkpoint_is_passed_over(finished, inputs, tmp_path):
     output = tmp_path / "out"
@@ -45,9 +45,9 @@ def test_resume_of_a_finished_run_says_so(finished):
 
 @pytest.mark.fault(
     "crash",
-    "a queue or a supervisor starts the same command with `--resume` every time, also when no run is there yet",
+    "a queue or a supervisor repeats the same command with `--resume` at every start, even before there is a run",
     sees="`No run in out to resume: starting a new one.`; later `Resuming from checkpoint-3.`",
-    kept="everything: the first start trains, the next one goes on, and the last one says that the run is finished",
+    kept="everything: the first start trains, the next one continues, and the last one says that the run is finished",
 )
 def test_a_job_that_always_says_resume(inputs, finished, tmp_path, monkeypatch):
     output = tmp_path / "not yet" / "out"
@@ -79,9 +79,9 @@ def test_a_job_that_always_says_resume(inputs, finished, tmp_path, monkeypatch):
 
 @pytest.mark.fault(
     "crash",
-    "killed after the last step, before the report is written, or a file of the finished run is lost",
+    "the run is killed after the last step, before the report is written; or the finished run loses a file",
     sees="`out is finished, at step 6`, and which file is written again",
-    kept="everything: `--resume` writes the report, and the adapter's files from the last checkpoint",
+    kept="everything: `--resume` writes the report, and takes the adapter's files from the last checkpoint",
 )
 def test_resume_of_a_finished_run_writes_what_is_missing(finished, tmp_path):
     output = shutil.copytree(finished[0], tmp_path / "out")
@@ -168,8 +168,8 @@ def test_an_overwrite_that_fails_before_its_first_step_brings_the_run_back(input
 
 @pytest.mark.fault(
     "crash",
-    "Ctrl-C twice before the first step of an `--overwrite` is done",
-    sees="the shell again",
+    "Ctrl-C twice before a run with `--overwrite` has finished its first step",
+    sees="the shell's prompt",
     kept="the earlier run, whole",
 )
 def test_an_overwrite_that_is_interrupted_before_its_first_step_brings_the_run_back(inputs, tmp_path, monkeypatch):
@@ -191,7 +191,7 @@ def test_an_overwrite_that_is_interrupted_before_its_first_step_brings_the_run_b
 
 def test_a_run_that_steps_ended_goes_on_for_more_epochs(inputs, tmp_path):
     output = tmp_path / "out"
-    go(inputs, output, max_steps=2, save_steps=2)  # of 6 in an epoch
+    go(inputs, output, max_steps=2, save_steps=2)  # an epoch has 6 steps
     result, _ = go(inputs, output, max_steps=-1, num_train_epochs=1, resume=True, save_steps=2)
     assert (result.status, result.step) == ("finished", 6)
     assert go(inputs, output, max_steps=-1, num_train_epochs=1, resume=True, save_steps=2)[0].status == (

@@ -67,7 +67,7 @@ def test_adapter_reloads_in_stock_peft_with_the_same_logits(finished, inputs):
 
 
 def test_the_best_of_its_checkpoints_is_what_is_left(inputs, tmp_path):
-    """Judged the wrong way round here, so that it is not the last."""
+    """The highest loss counts as the best here, so that the best checkpoint is not the last."""
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     output = tmp_path / "out"
     result, _ = go(
@@ -85,15 +85,15 @@ def test_the_best_of_its_checkpoints_is_what_is_left(inputs, tmp_path):
 
 
 def test_a_template_from_elsewhere_is_a_template(inputs, tmp_path):
-    """Rows of instructions are conversations where there is one, wherever it comes from."""
+    """With a chat template, from whatever place, rows of instructions become conversations."""
     bare = tmp_path / "bare"
     shutil.copytree(inputs["model"], bare)
     template = (bare / "chat_template.jinja").rename(tmp_path / "chat_template.jinja")
     row = {"instruction": "w1 w2", "output": "w3"}
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 8)
-    of = {"data": str(tmp_path / "rows.jsonl"), "max_steps": 1, "per_device_train_batch_size": 1}
+    flags = {"data": str(tmp_path / "rows.jsonl"), "max_steps": 1, "per_device_train_batch_size": 1}
     seen = {
-        name: go(inputs, tmp_path / name, model=model, **of, **more)[0].summary["tokens_seen"]
+        name: go(inputs, tmp_path / name, model=model, **flags, **more)[0].summary["tokens_seen"]
         for name, model, more in (
             ("own", inputs["model"], {}), ("given", str(bare), {"chat_template_path": str(template)}),
         )
@@ -113,7 +113,7 @@ def test_a_loss_that_is_no_number_is_shown(inputs, tmp_path):
     "crash",
     "the output folder holds files that are not celora's",
     sees="an error that names some of them",
-    kept="all of them, with --overwrite, too",
+    kept="all of them, also with --overwrite",
 )
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_foreign_folder_is_left_alone(inputs, tmp_path, overwrite):
@@ -180,7 +180,7 @@ def test_bad_runs_are_one_line(inputs, tmp_path, change, message):
     "numbers",
     "training diverges until the adapter holds NaN or infinity",
     sees="`the run stopped: at step 6 ... holds NaN or infinity, so nothing is saved`, and which checkpoint is whole",
-    kept="the checkpoints from before; no adapter of NaN is ever saved",
+    kept="the checkpoints from before; celora never saves an adapter with NaN or infinity",
 )
 @pytest.mark.filterwarnings("ignore:celora. a gradient of .* is not finite")
 def test_an_adapter_that_is_not_finite_is_not_saved(inputs, tmp_path, monkeypatch):
@@ -235,7 +235,7 @@ def test_metrics_say_where_the_time_goes(inputs, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
 def test_label_smoothing_is_the_same_in_the_head(inputs, tmp_path):
-    """Transformers' LabelSmoother over all logits, and the head that smooths as it goes."""
+    """Transformers' LabelSmoother needs all logits. celora's head smooths piece by piece."""
     losses = {}
     for preset in ("off", "exact"):
         smoothed = {"celora": None, "lora_dropout": 0.0, "label_smoothing_factor": 0.1}

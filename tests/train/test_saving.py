@@ -1,4 +1,4 @@
-"""Whole runs that meet a full disk, a read-only folder and damaged checkpoints: one line, and the way on."""
+"""Whole runs that meet a full disk, a read-only folder and damaged checkpoints: one line says how to continue."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def same(one, other):
 
 
 class FullDisk(TrainerCallback):
-    """From step 4 on, no file may grow beyond `size()` bytes: what a full disk does, to this process alone."""
+    """From step 4 on, no file may grow beyond `size()` bytes. For this process that is like a full disk."""
 
     def __init__(self, size):
         self.size = size
@@ -65,7 +65,7 @@ def unlimited():
 @pytest.mark.fault(
     "crash",
     "the disk is full while a checkpoint or the metrics are written",
-    sees="`error: the run stopped: ...`, which file, and the checkpoint that is whole",
+    sees="`error: the run stopped: ...`, the file, and the last whole checkpoint",
     kept="that checkpoint; once there is room, `--resume` ends with bit-identical parameters",
 )
 @pytest.mark.parametrize("too_large", ["metrics.jsonl", "adapter_model.safetensors", "optimizer.pt"])
@@ -92,7 +92,7 @@ def test_a_full_disk_stops_the_run_and_resume_goes_on(too_large, inputs, whole, 
     "error", [RuntimeError(), torch.OutOfMemoryError("CUDA out of memory"), dist.DistError("gone")]
 )
 def test_what_is_not_the_disk_s_fault_keeps_its_name(error, inputs, tmp_path, monkeypatch):
-    """The command line has a line for what memory and other processes do, and calls the rest a bug."""
+    """The command line has a line for lack of memory and for other processes. It calls everything else a bug."""
     monkeypatch.setattr(SFTTrainer, "_save_checkpoint", raising(error))
     with pytest.raises(type(error)) as caught:
         go(inputs, tmp_path / "out")
@@ -121,7 +121,8 @@ def cut(file):
     "a file of a checkpoint is cut short, missing or has a flipped bit",
     sees="`checkpoint-4 is damaged: optimizer.pt is not what was saved (its checksum differs).`, then `Resuming from "
     "checkpoint-2.`",
-    kept="the last whole checkpoint; the damaged one is moved out of the way; the end is bit-identical",
+    kept="the last whole checkpoint; celora moves the damaged one out of the way; the resumed run ends bit-identical "
+    "to an uninterrupted one",
 )
 @pytest.mark.parametrize(
     ("name", "damage"),
@@ -143,7 +144,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(name, damage, in
     "crash",
     "every checkpoint is damaged",
     sees="each is named, then `Resuming from the beginning: there is no checkpoint to go on from.`",
-    kept="the run's configuration; the end is bit-identical",
+    kept="the run's configuration; the run ends bit-identical to an uninterrupted one",
 )
 def test_without_a_whole_checkpoint_the_run_begins_again(inputs, whole, tmp_path):
     output = tmp_path / "out"
@@ -158,7 +159,7 @@ def test_without_a_whole_checkpoint_the_run_begins_again(inputs, whole, tmp_path
 
 
 def interrupted(inputs, output):
-    """A run with whole checkpoints 2 and 4 that was stopped before its end."""
+    """A run that was stopped before its end, with whole checkpoints 2 and 4."""
 
     class Stop(TrainerCallback):
         def on_step_begin(self, args, state, control, **kw):
@@ -188,7 +189,7 @@ def test_a_folder_that_cannot_be_written_to(where):
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_end(inputs, whole, tmp_path, monkeypatch):
-    """Nothing is left to train; a limit of one checkpoint never leaves none."""
+    """Nothing is left to train. With a limit of one checkpoint, one is always there."""
 
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -209,7 +210,7 @@ def test_an_adapter_is_on_the_disk_before_it_takes_the_place_of_another(inputs, 
         flushed, renamed, named = written_whole(output / name)
         at = disk.index(renamed)
         assert disk[at - 1] == flushed
-    assert disk[at + 1] == named  # after the last of them, before anything else is written
+    assert disk[at + 1] == named  # after the last checkpoint, before anything else is written
 
 
 def test_the_best_checkpoint_is_taken_from_the_run_s_own_folder(tmp_path):

@@ -1,4 +1,4 @@
-"""The weights of a folder: in as many files as asked for, read back, and none of them if one is not finite."""
+"""Saves weights to a folder in as many files as asked for, reads them back, and saves none if one is not finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chat template refuses a row: the error says which row, and why."""
+"""If a chat template refuses a row, the error names the row and the reason."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_row_is_named(refused, message, which, inputs, tmp_path):
 
 
 def test_prompts_are_rendered_as_for_training(inputs):
-    """The prompt alone, with the answer to follow, then both."""
+    """First the prompt alone, with an answer to follow; then both."""
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
     row = {"prompt": [USER], "completion": [ASSISTANT]}
     assert refused_row([row, {"text": "w1"}, {"prompt": "w1", "completion": "w2"}], tokenizer, STRICT) is None

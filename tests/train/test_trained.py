@@ -1,4 +1,4 @@
-"""A run's folder, loaded again: the adapter and its base model, and the errors if one is missing."""
+"""Loads a run's folder again, the adapter and its base model. If one is missing, the error says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's trainer with celora's additions: a refusal by a library is one line, and every overridden method exists."""
+"""TRL's trainer with celora's additions: if a library refuses, it is one line; every overridden method exists."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_bug_and_a_lack_of_memory_are_not_refusals():
 
 
 def test_every_private_method_that_the_trainer_overrides_is_listed():
-    """`test_borrowed` sees to it that the installed libraries have them: ours would never be called otherwise."""
+    """`test_borrowed` checks that the installed libraries have them. Otherwise nobody would call our methods."""
     ours = [cls for cls in trainer_module.Trainer.__mro__ if cls.__module__.startswith("celora.")]
     private = {name for cls in ours for name in vars(cls) if name.startswith("_") and not name.startswith("__")}
     assert private & set(dir(SFTTrainer)) <= {name.rpartition(".")[2] for name in trainer_module.OVERRIDDEN}

@@ -1,4 +1,4 @@
-"""What is cut off is counted and said."""
+"""A run counts what is cut off, and says so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runs import go
 
 
 def rows(path, lengths, **more):
-    """Prompts of 2 words and completions that make up the given lengths, the end of the text included."""
+    """Prompts of 2 words, with completions that give these lengths, including the end of the text."""
     lines = [{"prompt": "w1 w2", "completion": " " + "w3 " * (n - 3)} for n in lengths]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return {"data": str(path), "max_steps": 1, "save_strategy": "no", **more}
@@ -20,8 +20,8 @@ def rows(path, lengths, **more):
 @pytest.mark.fault(
     "input",
     "conversations longer than --max_length",
-    sees="how many rows and tokens are cut off, and how many rows have nothing to learn left; even with --quiet",
-    kept="what fits; `--max_length` keeps more",
+    sees="how many rows and tokens are cut off, and how many rows have nothing left to learn; also with --quiet",
+    kept="what fits; a larger `--max_length` keeps more",
 )
 def test_what_does_not_fit_is_counted(inputs, tmp_path):
     given = rows(tmp_path / "rows.jsonl", [8, 9, 10, 15, 8], max_length=8, quiet=True)

@@ -1,4 +1,7 @@
-"""Where the wall-clock went: parts within parts count once, and a run's record, report and last lines have them."""
+"""Where the wall-clock time went: time inside nested parts counts once.
+
+A run's record, report and last lines have it.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ def test_no_second_counts_twice(monkeypatch):
             with clock.spending("save"):
                 now[0] += 1
         now[0] += 4
-    with suppress(KeyError), clock.spending("save"):  # what fails has taken its time, too
+    with suppress(KeyError), clock.spending("save"):  # failed work has taken its time, too
         now[0] += 1
         raise KeyError
     summary = clock.summary()
     expected = {"start": 3.0, "load": 0, "tokenise": 0, "plan": 0, "train": 9.0, "evaluate": 2.0, "save": 2.0}
     assert spent(summary) == expected
     assert {*summary} == {f"{part}_seconds" for part in PARTS}
-    assert spent({"seconds": 3.0}) == {}  # of an earlier version
+    assert spent({"seconds": 3.0}) == {}  # a record of an earlier version
 
 
 def test_a_run_says_where_its_time_went(inputs, tmp_path):

@@ -1,4 +1,4 @@
-"""From the cost of a block to a whole run: sums that can be done by hand, and the way that is taken."""
+"""From the cost of a block to a whole run: sums that can be checked by hand, and which way is taken."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = Rows(count=10, tokens=200, labelled=100, longest=(40, 30, 20, 20))
 
 
 def test_an_epoch_is_the_sum_of_its_micro_batches() -> None:
-    # 5 micro-batches of 40 tokens; the head is of 10 words and was measured with 5.
+    # 5 micro-batches of 40 tokens. The head has 10 words, and was measured with 5.
     one = 0.5 + 2 * 0.001 * 40 + 8 * (0.1 + 0.002 * 40)
     assert epoch_seconds(COST, MODEL, ROWS, 2, checkpointing=False) == pytest.approx(5 * one)
     again = 8 * (0.05 + 0.0005 * 40)
@@ -32,8 +32,8 @@ def test_an_epoch_is_the_sum_of_its_micro_batches() -> None:
 
 
 def test_the_peak_is_what_is_there_together() -> None:
-    weights = 1000 + 8 * 100 + 5 * 4 * 4  # with the words that the stand-in lacks
-    tokens = 2 * 40  # padded to the longest
+    weights = 1000 + 8 * 100 + 5 * 4 * 4  # including the words that the stand-in lacks
+    tokens = 2 * 40  # two rows, padded to the longest
     moment = max(2 * 8 * tokens * 10, 3 * tokens * 6 * 4)
     expected = weights + 4 * 80 + 200 + (2 + 8 * 30) * tokens + moment
     assert peak_bytes(COST, MODEL, ROWS, 2, checkpointing=False) == expected

@@ -20,7 +20,7 @@ from trl_fields import TRL_SFT
 
 
 def test_a_file_of_trl_sft_with_every_default_written_out(tmp_path):
-    """Whatever `trl sft` may be given and means nothing by is accepted."""
+    """celora accepts every setting of `trl sft` that has its default value."""
     values = {
         f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         for cls in TRL_SFT
@@ -54,9 +54,9 @@ def test_launch_settings_in_a_file(tmp_path, monkeypatch):
 
 @pytest.mark.fault(
     "input",
-    "a key that comes twice in a configuration file, a plan or a record of a run, or under two names",
+    "a key that comes twice, or under two names, in a configuration file, a plan or a run's record",
     sees="`the key 'max_steps' comes twice`, and where",
-    kept="everything: neither of the values is taken for the one that was meant",
+    kept="everything: celora does not choose one of the two values",
 )
 @pytest.mark.parametrize(
     ("text", "words"),
@@ -93,9 +93,10 @@ def test_the_environment_of_a_file(tmp_path, monkeypatch):
 
 @pytest.mark.fault(
     "security",
-    "variables in `env` of a configuration file that decide which code runs or where data goes: PATH, HF_ENDPOINT, ...",
-    sees="`'PATH' is not set from a file`, and that the shell is the place for it",
-    kept="everything: the environment is as it was, and nothing is loaded",
+    "`env` in a configuration file sets variables that decide which code runs or where data goes: PATH, HF_ENDPOINT, "
+    "...",
+    sees="`'PATH' is not set from a file`, and the advice to set it in the shell",
+    kept="everything: the environment is unchanged, and nothing is loaded",
 )
 @pytest.mark.parametrize(
     ("text", "words"),

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, read one by one."""
+"""Reads the tensors of a checkpoint one by one."""
 
 from __future__ import annotations
 

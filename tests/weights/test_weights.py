@@ -1,4 +1,4 @@
-"""Layers whose weight is no (out, in) tensor are read, estimated, trained and saved."""
+"""Layers whose weight is not an (out, in) tensor are read, estimated, trained and saved."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from machine import refuses, refuses_config
 from small import make_batch
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:TorchaoLoraLinear was instantiated without:UserWarning",  # of merging only, which is not tested here
+    "ignore:TorchaoLoraLinear was instantiated without:UserWarning",  # concerns merging only, which is not tested here
     "ignore:.*is an Enum subclass:UserWarning",
 )
 INDEX = torch.tensor([0, 3, 17, 40, 95])
@@ -53,7 +53,7 @@ def test_what_is_read_is_what_the_layer_multiplies_with(kind: str, dtype: torch.
     assert weight.shape == (96, 128)
     assert weight.device == expected.device
     assert not weight.requires_grad
-    # torchao multiplies by the scales after the product rather than before it.
+    # torchao multiplies by the scales after the product, not before it.
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(grad_output @ weight.to(dtype), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(weight.to(dtype), weight.detach().to(dtype), rtol=0, atol=0)
@@ -86,7 +86,7 @@ def test_reading_rows_does_not_read_the_rest(kind: str, monkeypatch: pytest.Monk
 
 
 def adapted(kind: str, *, fused: bool, rank: int) -> PeftModel:
-    """A layer of this kind with LoRA, whose backward keeps half of its rows."""
+    """A layer of this kind with LoRA. Its backward keeps half of its rows."""
     model: Any = nn.Sequential(nn.Linear(128, 96, bias=False) if kind == "Linear" else make_layer(kind))
     model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "bitsandbytes 8-bit", "bitsandbytes 4" in kind
     lora = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, fan_in_fan_out=kind == "GPT-2 Conv1D")
@@ -101,7 +101,7 @@ def adapted(kind: str, *, fused: bool, rank: int) -> PeftModel:
 def test_an_estimated_backward_reads_the_kept_rows_alone(
     kind: str, fused: bool, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others may be anything, and of a quantised weight nothing else is de-quantised."""
+    """The other rows may hold anything. Of a quantised weight only the kept rows are de-quantised."""
     model, x, grad_output = adapted(kind, fused=fused, rank=rank), torch.randn(2, 20, 128), torch.randn(2, 20, 96)
     base = model.base_model.model[0].get_base_layer()
     backward(model, x, grad_output)
@@ -115,14 +115,14 @@ def test_an_estimated_backward_reads_the_kept_rows_alone(
     expected = backward(model, x, grad_output)
     weight, asked = read(base, torch.float32), []
     if isinstance(weight, StoredWeight):
-        of, rows = type(weight), type(weight).rows
+        stored, rows = type(weight), type(weight).rows
 
         def whole(*_: Any) -> Tensor:
             raise AssertionError("the whole weight was de-quantised")
 
         for name in ("dense", "detach", "to"):
-            monkeypatch.setattr(of, name, whole)
-        monkeypatch.setattr(of, "rows", lambda self, index: asked.append(index.tolist()) or rows(self, index))
+            monkeypatch.setattr(stored, name, whole)
+        monkeypatch.setattr(stored, "rows", lambda self, index: asked.append(index.tolist()) or rows(self, index))
     else:
         others = torch.ones(96, dtype=torch.bool).index_fill(0, index, False)
         weight.data[others] = float("nan")
@@ -142,7 +142,7 @@ def test_the_layout_that_evaluation_leaves_behind() -> None:
     with torch.no_grad():
         layer(torch.randn(4, 128))
     weight = read(layer)
-    # Where the CPU has bf16 products bitsandbytes rounds its scales to bfloat16 on the way.
+    # On CPUs with bf16 products, bitsandbytes rounds its scales to bfloat16.
     torch.testing.assert_close(weight.detach(), before, rtol=2**-8, atol=0)
     assert torch.equal(weight[INDEX], weight.detach()[INDEX])
 
@@ -180,14 +180,14 @@ def test_estimates_are_those_of_the_reference(kind: str) -> None:
 
 
 def folded(G: Tensor, W: Tensor) -> Tensor:
-    """`G W` of a W with one scale an output channel, which is folded into G before G is quantised."""
+    """`G W` for a W with one scale for each output channel. The scale is multiplied into G before G is quantised."""
     q, s = reference.quantise(W, 1)
     q_grad, s_grad = reference.quantise(G * s.T, 1)
     return s_grad * (q_grad @ q)
 
 
 def assert_same(estimator: Estimator, grad_output: Tensor, weight: Tensor, expected: Tensor) -> None:
-    # Divided by their 8-bit scale, numbers of a quantised weight are ties, which float32 may round another way.
+    # Divided by their 8-bit scale, numbers of a quantised weight lie half-way, and float32 may round them another way.
     tolerance = 1e-5 if estimator.settings.precision == "native" else 2e-3
     error = torch.linalg.vector_norm(estimator.estimate(grad_output, weight).double() - expected)
     assert error <= tolerance * torch.linalg.vector_norm(expected)
@@ -198,18 +198,18 @@ def test_the_8_bit_copy_is_made_once(kind: str, monkeypatch: pytest.MonkeyPatch)
     if refuses():
         return
     layer = make_layer(kind)
-    assert unlike(layer) == ""  # tried once, before reads are counted
+    assert unlike(layer) == ""  # the trial reads the weight once, before reads are counted
     graft = LayerGraft(Int8(96, 128), Switch())
     graft.mode = Mode.ESTIMATE
     layer.register_forward_hook(graft)
     read_whole = []
-    of = type(read(layer))
-    dense = of.dense
-    monkeypatch.setattr(of, "dense", lambda self: read_whole.append(1) or dense(self))
+    stored = type(read(layer))
+    dense = stored.dense
+    monkeypatch.setattr(stored, "dense", lambda self: read_whole.append(1) or dense(self))
     x, grad_output = torch.randn(32, 128), torch.randn(32, 96)
     first = backward(layer, x, grad_output)
     made = len(read_whole)
-    assert 0 < made <= 2  # its scales and its numbers
+    assert 0 < made <= 2  # one read for its scales, one for its numbers
     assert torch.equal(backward(layer, x, grad_output), first)
     assert len(read_whole) == made
 
@@ -240,8 +240,8 @@ def test_at_full_budget_the_gradient_is_exact(kind: str) -> None:
     assert not report.skipped
     assert len(require(model).grafts) == len(report.layers)
     expected, found = gradients(plain, make_batch(0)), gradients(model, make_batch(0))
-    for name, of in expected.items():
-        torch.testing.assert_close(found[name], of, rtol=1e-4, atol=1e-6, msg=name)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def gradients(model: PeftModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -254,7 +254,7 @@ def gradients(model: PeftModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("setting", ["exact", "columns", "int8", "tokens x int8"])
 def test_training_saves_an_ordinary_adapter(kind: str, setting: str, tmp_path: Path) -> None:
-    """And keeps nothing for backward that plain PEFT does not keep."""
+    """Training also keeps no more for backward than plain PEFT."""
     model, plain = make_adapted(kind), make_adapted(kind)
     config: Any = {
         "exact": "exact",
@@ -298,8 +298,8 @@ def test_fused_adapters_give_the_same_gradient(kind: str) -> None:
     assert any("LoRA fused with its base layer in 14 of 14" in n or "8 of 8" in n for n in report.notes), report.notes
     expected, found = gradients(plain, make_batch(0)), gradients(model, make_batch(0))
     assert expected.keys() == found.keys()
-    for name, of in expected.items():
-        torch.testing.assert_close(found[name], of, rtol=1e-4, atol=1e-6, msg=name)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
@@ -335,7 +335,7 @@ def test_a_4_bit_layer_multiplies_in_its_compute_dtype() -> None:
 
 
 def test_training_goes_on_after_evaluation_on_a_4_bit_base() -> None:
-    """Evaluation may leave the weights in a layout that bitsandbytes itself has no backward for."""
+    """Evaluation may leave the weights in a layout for which bitsandbytes itself has no backward."""
     if refuses():
         return
     model = make_adapted("bitsandbytes 4-bit nested")
@@ -346,8 +346,8 @@ def test_training_goes_on_after_evaluation_on_a_4_bit_base() -> None:
     with torch.no_grad():
         model(**make_batch(0))
     after = gradients(model, make_batch(0))
-    for name, of in before.items():
-        assert torch.nn.functional.cosine_similarity(after[name].flatten(), of.flatten(), dim=0) > 0.99, name
+    for name, tensor in before.items():
+        assert torch.nn.functional.cosine_similarity(after[name].flatten(), tensor.flatten(), dim=0) > 0.99, name
 
 
 @pytest.mark.parametrize("kind", ["bitsandbytes 4-bit nested", "GPT-2 Conv1D"])
@@ -369,8 +369,8 @@ def test_a_copy_of_the_model_estimates_its_own_weights(kind: str) -> None:
     expected = gradients(model, make_batch(0))
     copied = copy.deepcopy(model)
     del model
-    for name, of in gradients(copied, make_batch(0)).items():
-        torch.testing.assert_close(of, expected[name], rtol=1e-5, atol=1e-7)
+    for name, tensor in gradients(copied, make_batch(0)).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-7)
 
 
 def test_a_plain_layer_is_read_as_it_is() -> None:

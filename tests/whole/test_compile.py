@@ -21,11 +21,11 @@ from machine import refuses
 from small import adapter, make_base, make_batch
 from tolerances import OF_GRADIENT
 
-# Dynamo instantiates the Function class while it traces one, which torch itself warns about.
+# While Dynamo traces a Function, it instantiates the class. torch itself warns about that.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=4)
-EACH_SHAPE = ["k_proj", "o_proj", "up_proj", "down_proj"]  # every layer takes a second to trace
+EACH_SHAPE = ["k_proj", "o_proj", "up_proj", "down_proj"]  # tracing takes a second for each layer
 FEW = ["q_proj", "down_proj"]
 
 
@@ -44,7 +44,7 @@ def _graphs() -> int:
 def _model(
     config: CELoraConfig | None, dtype: torch.dtype = torch.float64, layers: list[str] = EACH_SHAPE
 ) -> PeftModel:
-    """In float64, where rounding moves no choice and no 8-bit step."""
+    """A model in float64, in which rounding changes no choice and no 8-bit step."""
     base = make_base(layers=1, dtype=dtype)
     model = get_peft_model(base, LoraConfig(target_modules=layers, init_lora_weights=False))
     if config is not None:
@@ -53,7 +53,7 @@ def _model(
 
 
 def _train(model: PeftModel, forward: nn.Module, steps: int) -> list[int]:
-    """Train through `forward`; the number of graphs after each step."""
+    """Train through `forward`. Returns the number of graphs after each step."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     counts = []
     for step in range(steps):
@@ -96,14 +96,14 @@ def test_inductor_gives_the_same_without_breaks_or_graphs_at_later_refreshes(set
         forward = "int8" if setting == "int8 both ways" else "exact"
         config = dataclasses.replace(config, estimator="tokens", rank=0, precision="int8", forward=forward)
     layers = EACH_SHAPE if setting == "columns" else FEW
-    # Not every inductor takes float64's attention.
+    # Not every version of inductor compiles attention in float64.
     eager, model = (_model(config, torch.float32, layers) for _ in range(2))
     counts = _train(model, torch.compile(model), 8)  # refreshes at steps 0, 3 and 6
     assert counts[1:] == [counts[1]] * 7
     assert not torch._dynamo.utils.counters["graph_break"]
     _train(eager, eager, 8)
-    # Of gradients below 1, at a learning rate of 0.1, in eight steps. In 8 bits, one of 33 x 48 numbers may be half-way
-    # between two of 127 steps: 127^-1 (33 x 48)^-1/2 = 2e-4 of a gradient, in some of the steps.
+    # Gradients are below 1, the learning rate is 0.1, and there are eight steps. In 8 bits, one of 33 x 48 numbers may
+    # lie half-way between two of 127 steps: that is 127^-1 (33 x 48)^-1/2 = 2e-4 of a gradient, in some of the steps.
     allowed = 8 * 0.1 * OF_GRADIENT if setting == "columns" else 1e-4
     for name, value in adapter(eager).items():
         torch.testing.assert_close(adapter(model)[name], value, rtol=0, atol=allowed)
@@ -112,14 +112,14 @@ def test_inductor_gives_the_same_without_breaks_or_graphs_at_later_refreshes(set
 def test_refreshes_that_take_turns_would_be_a_graph_each_so_all_refresh_at_once() -> None:
     model = _model(CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=2, spread=True))
     counts = _train(model, torch.compile(model, fullgraph=True, backend="aot_eager"), 7)
-    assert counts[3:] == [counts[3]] * 4  # refreshes at steps 4 and 6, after the first at which layers are ready
+    assert counts[3:] == [counts[3]] * 4  # refreshes are at steps 4 and 6; layers are ready from the first one on
     grafts = require(model).grafts
-    assert sum(graft.estimator.ready for graft in grafts.values()) == 3  # all but k, whose input needs no gradient
+    assert sum(graft.estimator.ready for graft in grafts.values()) == 3  # all but k: its input needs no gradient
     assert len(require(model).relative_errors) == 3
 
 
 def test_attaching_to_a_model_that_was_compiled_before_is_said() -> None:
-    """torch.compile does not look again whether a layer has got hooks."""
+    """torch.compile does not check again whether a layer has new hooks."""
     model = _model(None)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(**make_batch(0)).loss.backward()
@@ -129,7 +129,7 @@ def test_attaching_to_a_model_that_was_compiled_before_is_said() -> None:
 
 
 def test_each_layers_mode_is_looked_at() -> None:
-    """Dynamo takes two layers' equal enum members for one, and forgot to look at the second's."""
+    """Dynamo takes equal enum members of two layers for one object, and once did not check the second layer's."""
     layers = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8)).requires_grad_(False)
     grafts = [LayerGraft(Columns(*layer.weight.shape, keep_ratio=0.5, rank=2), Switch()) for layer in layers]
     for layer, graft in zip(layers, grafts, strict=True):

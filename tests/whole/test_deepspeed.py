@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3 in two processes, in one run of torchrun that all tests here share."""
+"""DeepSpeed's ZeRO-2 and ZeRO-3 in two processes. All tests here share one run of torchrun."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_celora_train_resumes_to_the_same_losses(ran, stage):
 
 
 def test_accelerate_launch_with_a_configuration_trains_as_one_process(ran, tmp_path, monkeypatch):
-    """ZeRO-3; preset exact, so that nothing depends on what each process sees of the batch."""
+    """ZeRO-3 with preset exact, so nothing depends on which part of the batch a process sees."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     deepspeed = {"deepspeed_config_file": str(ran / "zero3.json"), "zero3_init_flag": True}
     config = {"distributed_type": "DEEPSPEED", "num_machines": 1, "num_processes": 2, "deepspeed_config": deepspeed}
@@ -63,7 +63,7 @@ def test_accelerate_launch_with_a_configuration_trains_as_one_process(ran, tmp_p
     launch = ["--config_file", f"{tmp_path}/zero.yaml", "--main_process_port", "0"]
     done = accelerate_launch(*launch, "-m", "celora", "train", *own, "--output", f"{tmp_path}/zero")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "zero" / "checkpoint-6" / "global_step6").is_dir()  # of DeepSpeed's own
+    assert (tmp_path / "zero" / "checkpoint-6" / "global_step6").is_dir()  # DeepSpeed's own folder
     assert main(["train", *own, "--output", f"{tmp_path}/one", "--per_device_train_batch_size", "4"]) == 0
     assert len(losses(tmp_path / "one")) == 6
     assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)  # as in test_processes

@@ -1,7 +1,7 @@
 """Whatever is trained, and however, `exact` is PEFT: losses and gradients of generated cases, and what is left behind.
 
-300 cases by default, the same every time; HYPOTHESIS_PROFILE=nightly trains 3,000 new ones, or DIFFERENTIAL_CASES of
-them. A failing case is printed as a call that can be put into `FOUND`.
+300 cases by default, always the same. HYPOTHESIS_PROFILE=nightly trains 3,000 new ones, or DIFFERENTIAL_CASES of them.
+A failing case is printed as a call that can be put into `FOUND`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from drawn_models import EXPERTS, causal_of
 
 HALF = ("bfloat16", "float16")
 _DRAWS = range(4)  # seeds of `nudged`
-FLOOR = 0.03  # what rounding to half precision may add to a value, as a share of it
+FLOOR = 0.03  # rounding to half precision may add this share of a value
 
 
 class Difference(AssertionError):
@@ -44,9 +44,9 @@ class Difference(AssertionError):
 
 
 def check(case: Case) -> None:
-    """Raise `Difference` if `exact` is not PEFT in this case, `NotTrainable` if there is nothing to compare."""
+    """Raise `Difference` if `exact` differs from PEFT in this case, `NotTrainable` if there is nothing to compare."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # each training notes its own
+        warnings.simplefilter("ignore")  # each training records its own warnings
         _check(case)
 
 
@@ -66,15 +66,15 @@ def _check(case: Case) -> None:
         else:
             compare(found, plain)
     except Difference:
-        # Some cases are that sensitive: nearer to what is more precise than PEFT is near enough.
+        # Some cases are that sensitive to rounding. Then celora must be as near as PEFT to a more precise training.
         if truth is None and case.dtype != "float32":
             raise
-        floor, half_unit = (ROUNDING, 2**-24) if truth is None else (FLOOR, 2**-8)  # float32's; bfloat16's
+        floor, half_unit = (ROUNDING, 2**-24) if truth is None else (FLOOR, 2**-8)  # for float32; for bfloat16
         truth = more_precise(case, build(case), torch.float64) if truth is None else truth
         theirs = [plain, *(train(case, nudged(build(case), seed, half_unit), attached=False) for seed in _DRAWS)]
         ours = [found, *(train(case, nudged(build(case), seed, half_unit), attached=True) for seed in _DRAWS)]
         missed = [reason for trace in ours if (reason := _missed(trace, theirs, truth, floor))]
-        if 2 * len(missed) > len(ours):  # a mistake shows in all draws, bad luck in one
+        if 2 * len(missed) > len(ours):  # a mistake shows in all draws, bad luck only in some
             raise missed[0] from None
     compare_what_is_left(case, found, plain)
 
@@ -88,14 +88,14 @@ def _missed(found: Trace, plain: Sequence[Trace], truth: Trace, floor: float) ->
 
 
 def more_precise(case: Case, model: PeftModel, dtype: torch.dtype) -> Trace:
-    """PEFT's training of a copy of `model` in this dtype; `NotTrainable` where rounding decides which expert is asked.
+    """PEFT's training of a copy of `model` in this dtype; `NotTrainable` if rounding decides which expert is asked.
 
-    A router that is undecided within `FLOOR` chooses one expert in one dtype and another in the next: both are right.
+    A router that is undecided within `FLOOR` may choose different experts in two dtypes, and both are right.
     """
     model = copy.deepcopy(model).to(dtype)
     if case.family not in EXPERTS:
         return train(case, model, attached=False, dtype=dtype)
-    causal_of(model).set_experts_implementation("eager")  # the others do not multiply in float64
+    causal_of(model).set_experts_implementation("eager")  # other implementations do not multiply in float64
     margins: list[float] = []
 
     def note(_router: nn.Module, _args: Any, output: tuple[Tensor, ...]) -> None:
@@ -116,12 +116,12 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def compare(found: Trace, plain: Trace) -> None:
-    """To float32 rounding: each value by itself, each parameter's gradient by its norm and the largest round's."""
+    """Compare to float32 rounding: each value by itself, each gradient by its norm and the largest round's norm."""
     same_kind(found, plain)
     for name, value in plain.values.items():
         near(name, distance(found.values[name], value), ROUNDING * (float(value.double().norm()) + 1e-3), value)
     sizes = [math.hypot(*(float(g.double().norm()) for g in one.values() if g is not None)) for one in plain.gradients]
-    size = max(sizes)  # in one round all terms may cancel, and what is left is their rounding
+    size = max(sizes)  # in one round all terms may cancel, so that only rounding is left
     for i, expected in enumerate(plain.gradients):
         for name, g in expected.items():
             if g is not None:
@@ -130,9 +130,10 @@ def compare(found: Trace, plain: Trace) -> None:
 
 
 def nudged(model: PeftModel, seed: int, half_unit: float) -> PeftModel:
-    """The model with each weight moved by at most half a unit in the last place: a unit near zero fires, or does not.
+    """The model with each weight moved by at most half a unit in the last place. That can switch a unit near zero.
 
-    By that a distance from the truth, PEFT's or celora's, is a matter of luck, which several draws show.
+    So a single distance from the truth, PEFT's or celora's, is a matter of luck. Several draws show how large it can
+    be.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -142,14 +143,14 @@ def nudged(model: PeftModel, seed: int, half_unit: float) -> PeftModel:
 
 
 def compare_rough(found: Trace, plain: Sequence[Trace], truth: Trace, *, factor: float = 3.0, floor: float) -> None:
-    """No further from a more precise training of the same weights than PEFT, up to a factor and a share of rounding.
+    """No further from a more precise training than PEFT, up to a factor and a share of rounding.
 
-    Of several trainings by PEFT the one that is furthest counts.
+    The weights are the same. Of several trainings by PEFT, the one that is furthest counts.
     """
     same_kind(found, plain[0])
     for name, value in truth.values.items():
         size = float(value.double().norm())
-        if name.endswith("loss"):  # logits are rounded, and a small loss is a difference of them
+        if name.endswith("loss"):  # a small loss is a difference of logits, which are rounded
             size = max(1.0, size)
         allowed = factor * max(distance(trace.values[name], value) for trace in plain) + floor * size
         near(name, distance(found.values[name], value), allowed, value)
@@ -168,23 +169,26 @@ def compare_rough(found: Trace, plain: Sequence[Trace], truth: Trace, *, factor:
 
 
 def near(name: str, error: float, allowed: float, expected: Tensor) -> None:
-    """An error that is no number is right only where the expected value is none either."""
+    """An error that is not a number is right only if the expected value is not a number either."""
     known = bool(expected.isfinite().all())
     if known and math.isnan(allowed):
-        return  # PEFT's own is no number
+        return  # PEFT's own value is not a number
     if (known and not error <= allowed) or (not known and math.isfinite(error)):
         size = float(expected.double().norm())
         raise Difference(f"{name}: off by {error:.3g} of {size:.3g}, allowed {allowed:.3g}")
 
 
 def same_kind(found: Trace, plain: Trace) -> None:
-    """The same results, of the same shapes and dtypes, and gradients for the same parameters."""
+    """The same results, with the same shapes and dtypes, and gradients for the same parameters."""
     for name, value in plain.values.items():
         other = found.values.get(name)
         if other is None or other.shape != value.shape:
             raise Difference(f"{name}: {None if other is None else tuple(other.shape)} for {tuple(value.shape)}")
     for i, expected in enumerate(plain.gradients):
-        kinds = [{n: None if g is None else g.dtype for n, g in of.items()} for of in (found.gradients[i], expected)]
+        kinds = [
+            {n: None if g is None else g.dtype for n, g in gradients.items()}
+            for gradients in (found.gradients[i], expected)
+        ]
         if kinds[0] != kinds[1]:
             names = [n for n in kinds[1] if kinds[0].get(n, "absent") != kinds[1][n]]
             raise Difference(
@@ -194,7 +198,7 @@ def same_kind(found: Trace, plain: Trace) -> None:
 
 
 def compare_warnings(case: Case, found: Trace, plain: Trace) -> None:
-    """Only celora's own, and each of those once for each time that it is attached."""
+    """Only celora may give more warnings than PEFT, and each only once for each time that it is attached."""
     times = 1 + sum(what in ("attach", "reattach") for what in case.between)
     new = [text for text in found.warned if text not in plain.warned]
     for text in new:
@@ -205,12 +209,12 @@ def compare_warnings(case: Case, found: Trace, plain: Trace) -> None:
 
 
 def compare_what_is_left(case: Case, found: Trace, plain: Trace) -> None:
-    """Detached, the model is the one that was never attached to, bit for bit."""
+    """A detached model equals, bit for bit, a model that celora was never attached to."""
     celora.detach(found.model)
     for (name, a), (_, b) in zip(found.model.named_modules(), plain.model.named_modules(), strict=True):
         if outside(a) != outside(b):
             raise Difference(f"after detach, {name or 'the model'} has {outside(a)} for {outside(b)}")
-    states = [of.model.state_dict() for of in (found, plain)]
+    states = [trace.model.state_dict() for trace in (found, plain)]
     if states[0].keys() != states[1].keys():
         raise Difference(f"after detach, the state is of {sorted(states[0].keys() ^ states[1].keys())[:3]}")
     for name, value in states[1].items():
@@ -219,13 +223,13 @@ def compare_what_is_left(case: Case, found: Trace, plain: Trace) -> None:
     try:
         expected = one_more(case, plain.model)
     except Exception:
-        return  # plain PEFT cannot: its own loss does not take these labels, torch left a tensor of its graph behind
+        return  # plain PEFT cannot do this: its loss refuses these labels, or torch kept a tensor of its graph
     if not all(torch.equal(a, b) for a, b in zip(one_more(case, found.model), expected, strict=True)):
         raise Difference("after detach, results differ")
 
 
 def one_more(case: Case, model: PeftModel) -> list[Tensor]:
-    """What a forward and a backward give, without numbers that are none."""
+    """The results of one more forward and backward, with NaN and infinity replaced by numbers."""
     model.zero_grad()
     torch.manual_seed(0)
     with same_masks():
@@ -236,9 +240,9 @@ def one_more(case: Case, model: PeftModel) -> list[Tensor]:
 
 
 def outside(module: nn.Module) -> dict[str, Any]:
-    """What others see of one module beside its parameters."""
+    """What other code can see of one module, apart from its parameters."""
     hooks = {
-        name: [getattr(of, "__qualname__", type(of).__qualname__) for of in value.values()]
+        name: [getattr(hook, "__qualname__", type(hook).__qualname__) for hook in value.values()]
         for name, value in module.__dict__.items()
         if "hooks" in name and isinstance(value, dict) and "_with_kwargs" not in name and "_always" not in name
     }
@@ -248,7 +252,7 @@ def outside(module: nn.Module) -> dict[str, Any]:
     return kind | hooks | told
 
 
-# Every difference that was found, at its simplest.
+# All differences that were found, each in its simplest form.
 FOUND = {
     "a copy made of a model whose first forward was interrupted": Case(
         acts=(("interrupt", 1, 0),), labels="none", between=("copy",)
@@ -362,7 +366,7 @@ def _packed(*args: Any) -> Any:
     ids=["adapters", "head", "packing", "detach"],
 )
 def test_the_comparison_sees_mistakes(module: Any, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every path that `exact` takes, so each is taken; these are of two in ten thousand, where they have a size."""
+    """A mistake is put into each path of `exact`. Mistakes that have a size are two in ten thousand."""
     case = Case(rows=3, width=13, mask="right")
     check(case)
     monkeypatch.setattr(module, name, wrong)
@@ -375,7 +379,7 @@ def test_a_case_is_printed_as_the_call_that_makes_it() -> None:
         assert eval(repr(case), {"Case": Case}) == case
 
 
-# Those of a profile's cases are for four tests of generated input, which are made sooner.
+# The profile's own numbers are for the four tests of test_input.py, whose cases are faster.
 CASES = {"ci": 300, "nightly": 3_000}[os.environ.get("HYPOTHESIS_PROFILE", "ci")]
 
 

@@ -1,4 +1,4 @@
-"""Two processes that train together: DDP and FSDP2 over gloo, in one run of torchrun that all tests here share."""
+"""Two processes that train together, with DDP and FSDP2 over gloo. All tests here share one run of torchrun."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from small import make_model
 
 ROOT = Path(__file__).parents[2]
 
-# One process sums a gradient over eight rows, two sum it over four each: float32 rounding, amplified by Adam, whose
-# step is as large for a small gradient as for a large one.
+# One process sums a gradient over eight rows, two sum it over four each. The difference is float32 rounding, which Adam
+# amplifies, because its step is as large for a small gradient as for a large one.
 TOLERANCE = 2e-5
 
 
 def all_of_them(folder: Path, names: Collection[str], processes: int) -> dict[str, list[dict[str, Any]]]:
-    """What each process has left of each of these."""
+    """The results of each process in each of these scenarios."""
     script = Path(__file__).parents[1] / "helpers" / "distributed_worker.py"
     done = torchrun(script, folder, *names, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -41,7 +41,10 @@ def ran(tmp_path_factory):
 
 
 def alone(scenario: dict[str, Any], replicas: int = 1) -> list[float]:
-    """The same steps in one process: whole batches or, for processes that select each for itself, a replica of each."""
+    """The same steps in one process, with whole batches.
+
+    If processes select for themselves, each has a replica here.
+    """
     models = [ADAPTERS[scenario.get("adapter", "LoRA")]() for _ in range(replicas)]
     trained = []
     for model in models:
@@ -67,7 +70,7 @@ def alone(scenario: dict[str, Any], replicas: int = 1) -> list[float]:
 
 
 def agree(models: list[PeftModel]) -> None:
-    """Let all forwards in 8 bits scale their input by the largest features that one has seen, as processes do."""
+    """Let all 8-bit forwards scale their input by the largest features that any replica has seen, as processes do."""
     for same in zip(*(require(model).forwards.values() for model in models), strict=True):
         products = [forward.graft.estimator.product for forward in same]
         largest = torch.stack([product.levels for product in products]).amax(0)
@@ -84,12 +87,12 @@ def test_parameters_stay_in_sync(ran, name):
 
 
 def test_layers_that_are_sharded_are_estimated_in_both_directions(ran):
-    for of in ran["forwards"]:
-        assert of["left"] == {}
-        assert of["forwards"] == 14
+    for process in ran["forwards"]:
+        assert process["left"] == {}
+        assert process["forwards"] == 14
 
 
-# Columns that are chosen from the statistics of all are the columns that one process chooses from the whole batch.
+# From the statistics of all, processes choose the columns that one process chooses from the whole batch.
 TOGETHER = ["exact", "alike", "sharded before", "sharded after", "rows", "nodes", "nothing", "hra"]
 EACH_FOR_ITSELF = ["apart", "tokens", "rows apart", "factor", "dora", "copy", "forwards"]
 
@@ -98,7 +101,7 @@ def test_every_scenario_is_compared_with_one_process():
     assert sorted(TOGETHER + EACH_FOR_ITSELF) == sorted(SCENARIOS)
 
 
-# HRA's layers are not estimated, which is said.
+# HRA's layers are not estimated, and celora says so.
 @pytest.mark.filterwarnings("ignore:celora. no layer can be estimated")
 @pytest.mark.parametrize("name", TOGETHER)
 def test_the_same_losses_as_one_process_with_the_same_batch(ran, name):
@@ -107,12 +110,12 @@ def test_the_same_losses_as_one_process_with_the_same_batch(ran, name):
 
 @pytest.mark.parametrize("name", EACH_FOR_ITSELF)
 def test_the_same_losses_as_replicas_in_one_process(ran, name):
-    """Each with the same share of the batch, its own selection, and the mean of the gradients."""
+    """Each replica has a process's share of the batch and its own selection. Gradients are averaged."""
     assert ran[name][0]["losses"] == pytest.approx(alone(SCENARIOS[name], 2), abs=TOLERANCE)
 
 
 def test_the_loss_tells_configurations_apart(ran):
-    """Or the test above would say nothing."""
+    """Otherwise the test above would show nothing."""
     exact, alike = (ran[name][0]["losses"] for name in ("exact", "alike"))
     assert max(abs(a - b) for a, b in zip(exact, alike, strict=True)) > 50 * TOLERANCE
 
@@ -125,7 +128,7 @@ def test_only_synchronised_processes_select_the_same(ran):
 
 
 def test_a_controller_moves_all_processes_alike(ran):
-    first, second = (of["keep_ratios"] for of in ran["alike"])
+    first, second = (process["keep_ratios"] for process in ran["alike"])
     assert first == second
     assert set(first.values()) != {0.4}
 
@@ -138,53 +141,53 @@ def test_a_process_without_a_gradient_selects_as_the_others(ran):
 
 
 def test_sharded_layers_become_exact_in_all_processes_or_in_none(ran):
-    """Or the one that gathers the weight would wait for the other, which has its 8-bit copy, for ever."""
-    for of in ran["at odds"]:
-        assert of["exact"] == of["expected"]
-        assert of["modes"] == 3  # where one process has no token, and the others have
+    """Otherwise one process gathers the weight and waits for ever for the other, which uses its 8-bit copy."""
+    for process in ran["at odds"]:
+        assert process["exact"] == process["expected"]
+        assert process["modes"] == 3  # one process has no token, and the others have some
 
 
 def test_all_processes_take_the_plan_of_the_first(ran):
-    """And what was planned, or chosen, apart is refused where they would wait for each other."""
+    """If processes plan or choose apart where they would wait for each other, celora refuses."""
     first, second = ran["planned"]
     assert first["layers"] == second["layers"] != []
     assert "different configurations" in first["error"] == second["error"]
 
 
 def test_a_process_whose_head_has_nothing_to_do_gathers_it_with_the_others(ran):
-    """Logits that are not finite, from which the head cannot be recognised, and later a batch without a label."""
+    """Once logits are not finite, so the head cannot be recognised. Later a batch has no label."""
     first, second = ran["labels"]
     assert math.isnan(first["off"][0])
     assert second["off"][2] == 0
-    for of in (first, second):
-        assert of["exact"] == pytest.approx(of["off"], abs=TOLERANCE, nan_ok=True)
+    for process in (first, second):
+        assert process["exact"] == pytest.approx(process["off"], abs=TOLERANCE, nan_ok=True)
 
 
 def test_synchronising_is_one_reduction_at_refreshes_outside_backward(ran):
-    """Layers that never see a gradient, as the first q, k and v, do not make it one in every step."""
-    for of in ran["alike"]:
-        reductions = [list(traffic["after"]) for traffic in of["traffic"]]
+    """Some layers never see a gradient, like the first q, k and v. They do not cause a reduction in every step."""
+    for process in ran["alike"]:
+        reductions = [list(traffic["after"]) for traffic in process["traffic"]]
         assert reductions == [["allreduce"], [], [], ["allreduce"], [], []]
-        assert {tuple(traffic["backward"]) for traffic in of["traffic"]} == {("allreduce",)}
+        assert {tuple(traffic["backward"]) for traffic in process["traffic"]} == {("allreduce",)}
 
 
-def gathered(of: list[dict[str, Any]], step: int, phase: str) -> int:
-    """Bytes that the first process gave to all-gathers."""
-    return sum(n for name, n in of[0]["traffic"][step][phase].items() if "gather" in name)
+def gathered(processes: list[dict[str, Any]], step: int, phase: str) -> int:
+    """The bytes that the first process gave to all-gathers."""
+    return sum(n for name, n in processes[0]["traffic"][step][phase].items() if "gather" in name)
 
 
 def shapes(pattern: str) -> list[tuple[int, int]]:
-    """Of the tiny model's parameters, (rows, columns)."""
+    """The shapes (rows, columns) of the tiny model's parameters with such names."""
     named = make_model().named_parameters()
     return [(len(p), p.numel() // len(p)) for name, p in named if re.search(pattern, name)]
 
 
-# Layer 0's q, k and v have the embedding for their input, which needs no gradient.
+# The input of layer 0's q, k and v is the embedding, which needs no gradient.
 FROZEN = r"(layers\.1\..*|o_proj\.|mlp.*)base_layer"
 
 
 def test_bytes_are_those_of_the_cost_model(ran):
-    """Steps 1 and 2 estimate; a refresh, as step 3, gathers every weight whole."""
+    """Steps 1 and 2 estimate. Step 3 is a refresh, and gathers every weight whole."""
     held, kept = scaling.held, scaling.kept
     trained = 4 * sum(rows * columns for rows, columns in shapes("lora_"))
     assert ran["exact"][0]["traffic"][1]["backward"] == {"allreduce": trained}
@@ -195,7 +198,7 @@ def test_bytes_are_those_of_the_cost_model(ran):
     assert gathered(ran["copy"], 1, "backward") == in_blocks
     whole, least = held(shapes(FROZEN), 2, 4), kept(shapes(FROZEN), COLUMNS["keep_ratio"], 2, 4)
     assert gathered(ran["rows"], 3, "backward") == gathered(ran["rows apart"], 1, "backward") == in_blocks + whole
-    # The fullest process sets the size; where rows are few, that is more than half of them.
+    # The process with the most rows sets the size. With few rows, that is more than half of them.
     rows = gathered(ran["rows"], 1, "backward") - in_blocks
     assert least <= rows < 1.2 * least < 0.5 * whole
     page = (ROOT / "docs" / "measured" / "scale.md").read_text(encoding="utf-8")
@@ -213,9 +216,9 @@ def test_the_page_holds_the_cost_model_s_table():
 
 
 def test_four_processes(tmp_path):
-    """DDP, two nodes of two, and rows of a weight that four processes divide."""
+    """DDP, two nodes of two processes, and weights whose rows four processes divide."""
     ran = all_of_them(tmp_path, ["alike", "nodes", "rows", "copy", "unseen"], 4)
     for name, replicas in (("alike", 1), ("nodes", 1), ("rows", 1), ("copy", 4)):
-        assert all(of["parameters"] == ran[name][0]["parameters"] for of in ran[name])
+        assert all(process["parameters"] == ran[name][0]["parameters"] for process in ran[name])
         assert ran[name][0]["losses"] == pytest.approx(alone(SCENARIOS[name], replicas), abs=TOLERANCE)
-    assert all(of["selected"] == ran["unseen"][0]["selected"] for of in ran["unseen"])
+    assert all(process["selected"] == ran["unseen"][0]["selected"] for process in ran["unseen"])

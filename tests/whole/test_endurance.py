@@ -29,7 +29,7 @@ CONFIGS: list[Any] = [
 
 
 def _resident() -> int:
-    """Bytes of memory that the process holds now."""
+    """The memory that the process holds now, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -64,17 +64,17 @@ def test_attaching_and_detaching_leaks_nothing(model: PeftModel, cycles: int) ->
             held.append(_resident())
     assert _registries() == registries
     assert _hooks(model) == hooks
-    assert held[1] - held[0] < 8 * 2**20  # in half of the cycles
+    assert held[1] - held[0] < 8 * 2**20  # growth in the second half of the cycles
 
 
 class _Stop(BaseException):
-    """As a KeyboardInterrupt: no handler of exceptions sees it."""
+    """Like KeyboardInterrupt: no handler for exceptions catches it."""
 
 
 @pytest.mark.fault(
     "numbers",
     "audit or plan is interrupted, or fails, at any moment",
-    sees="the interruption itself",
+    sees="the interruption or the error itself",
     kept="the model: hooks, modes, parameters, gradients and random numbers are as before",
 )
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, _Stop])
@@ -84,7 +84,7 @@ class _Stop(BaseException):
 def test_an_interruption_leaves_the_model_as_it_was(
     what: str, attached: str | None, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the middle of a layer's forward, at one pass after another."""
+    """It comes in the middle of a layer's forward, in one pass after another."""
     if what == "audit" and attached is None:
         pytest.skip("nothing to audit")
     model = make_model(lora_dropout=0.1).train()
@@ -100,14 +100,14 @@ def test_an_interruption_leaves_the_model_as_it_was(
             model.config._attn_implementation,
             [module.training for module in model.modules()],
             [dict(module.lora_variant) for module in model.modules() if hasattr(module, "lora_variant")],
-            [(id(of.estimator), of.mode, of.observed) for of in grafts.values()],
+            [(id(graft.estimator), graft.mode, graft.observed) for graft in grafts.values()],
             attached is None or require(model).switch.on,
             [p.requires_grad for p in model.parameters()],
         )
 
     before, numbers = state(), torch.get_rng_state()
     tensors = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
-    values = [of.detach().clone() for of in tensors]
+    values = [tensor.detach().clone() for tensor in tensors]
     for passes in (1, 2, 3, 5):
         calls = 0
 
@@ -130,7 +130,7 @@ def test_an_interruption_leaves_the_model_as_it_was(
         assert calls >= min(passes, 2)
         assert state() == before
         assert torch.get_rng_state().equal(numbers)
-        assert all(of.equal(value) for of, value in zip(tensors, values, strict=True))
+        assert all(tensor.equal(value) for tensor, value in zip(tensors, values, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:celora. padding stays")
@@ -153,12 +153,12 @@ def test_detaching_after_an_interrupted_forward_leaves_the_adapter_on(model: Pef
 @pytest.mark.fault(
     "numbers",
     "audit or plan on a batch whose loss or gradient is not finite",
-    sees="one line that says which",
-    kept="the model; no report of numbers that are none is made",
+    sees="one line that says whether it is the loss or the gradient",
+    kept="the model; celora makes no report from such numbers",
 )
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_what_is_not_finite_cannot_be_judged(model: PeftModel, how: str) -> None:
-    """One line instead of a plan or a report full of numbers that are none."""
+    """One line, instead of a plan or a report full of NaN."""
     celora.attach(model, "paper")
     if how == "loss":
         model.base_model.model.model.norm.weight.data[0] = float("nan")
@@ -168,8 +168,8 @@ def test_what_is_not_finite_cannot_be_judged(model: PeftModel, how: str) -> None
                 judge()
     else:
 
-        def overflows(of: Any, batch: Any) -> torch.Tensor:
-            loss: torch.Tensor = of(**batch).loss
+        def overflows(peft_model: Any, batch: Any) -> torch.Tensor:
+            loss: torch.Tensor = peft_model(**batch).loss
             return loss * 1e-38 * 1e38 + (loss - loss.detach()) * 1e38 * 1e3
 
         with pytest.raises(celora.CELoraError, match="the exact gradient of this batch is not finite"):

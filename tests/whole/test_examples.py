@@ -17,7 +17,7 @@ from tiny import save_tiny_model
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = [
-    # peft looks for the base model's configuration on the hub when it saves, and says that it could not.
+    # When peft saves, it looks for the base model's configuration on the hub, and says that it did not find it.
     pytest.mark.filterwarnings("ignore:Could not find a config file in"),
     # TRL turns checkpointing on under the name that transformers 5.24 has just deprecated.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
@@ -26,7 +26,7 @@ pytestmark = [
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny model, in a folder to work in; nothing is fetched."""
+    """A tiny model in a folder to work in. Nothing is fetched."""
     monkeypatch.chdir(tmp_path)
     patch_all(monkeypatch, "celora.studies.assets:demo_model", None)
     return save_tiny_model(tmp_path / "model")

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKI
 
 
 def run(folder: Path, cases: list[dict], seconds: float) -> list[dict]:
-    """What the harness says of these cases, run in one process that imports the training stack once."""
+    """The harness's results for these cases, from one process that imports the training stack once."""
     (folder / "cases.json").write_text(json.dumps(cases))
     tests = Path(__file__).parents[1] / "helpers"
     done = subprocess.run(
@@ -38,24 +38,24 @@ def run(folder: Path, cases: list[dict], seconds: float) -> list[dict]:
 
 
 def same(results: list[dict]) -> list[dict]:
-    """The results, all of which ended as if nothing had been killed."""
+    """The results, after a check that all of them ended as if nothing had been killed."""
     assert [one for one in results if not one["same"]] == []
     return results
 
 
-# One kill early and one late in each mode, in the latter case a second one while the run goes on.
+# Each mode is killed once early and once late. After the late kill, the resumed run is killed, too.
 SEEDED = random.Random(7)
 EACH_MODE = [
     {"mode": mode, "moments": [["event", SEEDED.uniform(low, high)], *more]}
     for mode in ALONE
     for low, high, more in ((0.0, 0.6, []), (0.6, 1.0, [["event", 0.1]]))
 ]
-# A job that gives the same whole command at every start, killed before its folder is there and before its report is.
+# A job gives the same command at every start. It is killed before its folder exists, and before its report does.
 A_JOB = [["event", 0.0], ["write", ".run.json.tmp"], ["event", 0.7], ["write", ".report.html.tmp"]]
 CASES = [
     *EACH_MODE,
     {"mode": ALWAYS, "moments": A_JOB},
-    # The first after its own part of a checkpoint, the second before its part; each has selected by its own tokens.
+    # The first is killed after its part of a checkpoint, the second before its part. Each selects by its own tokens.
     {"mode": "two", "moments": [["event", 0.75, 0], ["event", 0.5, 1]]},
     {"mode": "two", "moments": [["locked", 0], ["full", 0.7, 0], ["full", 0.1, 1]]},
 ]
@@ -68,10 +68,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 @pytest.mark.fault(
     "crash",
-    "SIGKILL, or a loss of power, at any moment",
-    sees="nothing at the time; `--resume` says from which checkpoint it goes on",
-    kept="all up to the last whole checkpoint; the end is bit-identical to an uninterrupted run's: plain, accumulated, "
-    "checkpointed",
+    "SIGKILL or a power cut at any moment",
+    sees="nothing at the time; `--resume` says from which checkpoint it continues",
+    kept="everything up to the last whole checkpoint; the resumed run ends bit-identical to an uninterrupted one, "
+    "also with accumulation or gradient checkpointing",
 )
 def test_killed_at_seeded_moments(results):
     *each, always = same(results[: len(EACH_MODE) + 1])
@@ -94,15 +94,15 @@ def test_killed_at_fifty_random_moments(tmp_path):
     ]
     results = same(run(tmp_path, cases, 1800))
     print(f"{sum(one['kills'] for one in results)} kills in {len(results)} runs")
-    assert sum(one["kills"] > 0 for one in results) >= 45  # a moment measured in seconds may come after the end
+    assert sum(one["kills"] > 0 for one in results) >= 45  # some moments, measured in seconds, come after the end
 
 
 @pytest.mark.fault(
     "crash",
-    "one of several processes is killed, at any moment: in a step, or while a checkpoint is written",
-    sees="`process 1 of 2 lost contact with the others`, and that --resume goes on; the launcher ends the job",
-    kept="all up to the last checkpoint that every process has written its part of; the end is bit-identical to an "
-    "uninterrupted run's, with selections that are each process's own, too",
+    "one of several processes is killed at any moment: in a step, or while a checkpoint is written",
+    sees="`process 1 of 2 lost contact with the others`, and the advice to use --resume; the launcher ends the job",
+    kept="everything up to the last checkpoint that every process has finished; the resumed run ends bit-identical to "
+    "an uninterrupted one, also if each process selects for itself",
 )
 def test_one_of_two_killed_at_seeded_moments(results):
     assert same(results[-2:-1])[0]["kills"] == 2
@@ -110,9 +110,9 @@ def test_one_of_two_killed_at_seeded_moments(results):
 
 @pytest.mark.fault(
     "crash",
-    "several processes, and the disk is full for one of them; or another run holds their folder",
-    sees="one line from the process that found it, exit status 2; no process waits for one that is gone",
-    kept="the last checkpoint that is whole; once there is room, `--resume` ends with bit-identical parameters",
+    "several processes: the disk is full for one of them, or another run has locked their folder",
+    sees="one line from the process that found it, exit status 2; no process waits for one that has ended",
+    kept="the last whole checkpoint; once there is room, `--resume` ends with bit-identical parameters",
 )
 def test_what_stops_one_of_two_stops_both(results):
     assert same(results[-1:])[0]["ended"] == [2, 2, 2]
@@ -133,4 +133,4 @@ def test_one_of_two_killed_at_many_random_moments(tmp_path):
     ]
     results = same(run(tmp_path, cases, 2400))
     print(f"{sum(one['kills'] for one in results)} kills in {len(results)} runs")
-    assert sum(one["kills"] > 0 for one in results) >= 12  # nobody is killed by a full disk
+    assert sum(one["kills"] > 0 for one in results) >= 12  # a full disk kills nobody

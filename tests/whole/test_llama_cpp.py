@@ -31,8 +31,8 @@ from celora.train.formats.export import export
 from ggufs import unpack_model
 
 pytestmark = pytest.mark.slow
-WORDS = 100  # of the likeliest, whose log-probabilities are compared
-CLEAR = 1.0  # logits between the likeliest word and the next, beyond which the noise decides nothing
+WORDS = 100  # the log-probabilities of this many likeliest words are compared
+CLEAR = 1.0  # if the likeliest word leads by more logits than this, noise cannot change the order
 PROMPTS = [
     "The capital of France is", "Once upon a time", "def add(a, b):", "Water boils at", "The opposite of hot is",
     "My favourite colour is", "In the beginning", "Two plus two equals", "The sun rises in the", "Dear Sir or Madam,",
@@ -56,7 +56,10 @@ class LlamaCpp:
         self.server = xllamacpp.Server(parameters)
 
     def next_words(self, tokens: list[int], count: int = 1) -> list[dict[int, float]]:
-        """The log-probabilities of the likeliest words, at each of the next places, where the likeliest is taken."""
+        """The log-probabilities of the likeliest words at each of the next places.
+
+        The likeliest word is taken each time.
+        """
         asked = {"prompt": tokens, "n_predict": count, "temperature": -1.0, "n_probs": WORDS, "cache_prompt": False}
         answer = self.server.handle_completions(asked)
         places = answer["choices"][0]["logprobs"]["content"]
@@ -64,14 +67,14 @@ class LlamaCpp:
 
 
 def log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
-    """Of every word, after each token: (tokens, words)."""
+    """The log-probability of every word after each token: (tokens, words)."""
     with torch.no_grad():
         found: torch.Tensor = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
     return found
 
 
 def distance(found: dict[int, float], expected: torch.Tensor) -> float:
-    """Root mean square over the words in `found`."""
+    """The root mean square difference over the words in `found`."""
     return float((torch.tensor(list(found.values())) - expected[list(found)]).square().mean().sqrt())
 
 
@@ -89,7 +92,7 @@ def prompts(real_assets: None) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def adapted(gguf: Path) -> Any:
-    """The unpacked model under an adapter that changes every layer, some by another scaling."""
+    """The unpacked model with an adapter that changes every layer, and scales some differently."""
     torch.manual_seed(0)
     base = unpack_model(gguf)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", alpha_pattern={"q_proj": 32}, use_rslora=True)

@@ -23,7 +23,7 @@ from patching import patch_all
 from tiny import save_rows, save_tiny_model
 from train_worker import COLUMNS, USUAL
 
-# Two processes add up what one computes in one piece; see test_distributed.
+# Two processes add up what one process computes at once; see test_distributed.
 TOLERANCE = 1e-4
 
 
@@ -43,7 +43,7 @@ def losses(folder: Path) -> list[float]:
 def test_the_first_process_writes_and_prints_for_all(ran):
     folder, done = ran
     said = done.stdout + done.stderr
-    assert said.count("14 of 14 frozen layers estimated") == 3  # once in each run with columns
+    assert said.count("14 of 14 frozen layers estimated") == 3  # once for each run with columns
     assert done.stdout.count(f"finished: step 6  loss {losses(folder / 'whole')[-1]:.4f}") == 1
     assert "find_unused_parameters" not in said
     rows = read_metrics(folder / "whole" / "metrics.jsonl")
@@ -63,7 +63,7 @@ def test_two_processes_train_as_one_with_the_same_batch(ran, tmp_path):
 
 
 def test_exact_trains_as_one_process_whatever_each_has_to_learn_from(ran, tmp_path):
-    """Losses are means over the labels of all, of which one process has more than the other."""
+    """Losses are means over all processes' labels. One process has more labels than the other."""
     folder, _ = ran
     first, second = (json.loads((folder / f"exact.{rank}.json").read_text()) for rank in range(2))
     assert first["labels"] != second["labels"]
@@ -110,7 +110,7 @@ def test_a_killed_process_ends_the_job_in_one_line_and_the_job_resumes(ran):
     assert "--resume" in lines[-1]
     assert not any("Traceback" in line and "rank" in line for line in done.stderr.splitlines())
 
-    # On a CPU, --multi_gpu only chooses accelerate's launcher of several processes.
+    # On a CPU, --multi_gpu only chooses accelerate's launcher for several processes.
     launch = ["--multi_gpu", "--num_processes", "2"]
     launch += ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     resumed = accelerate_launch(*launch, "-m", "celora", "train", "--output", folder / "killed", "--resume")
@@ -122,7 +122,10 @@ def test_a_killed_process_ends_the_job_in_one_line_and_the_job_resumes(ran):
 
 
 def test_one_of_several_processes_leaves_without_waiting_for_threads():
-    """Gloo's may abort what is finished; this one would never end. What is registered for the exit is done first."""
+    """This thread never ends, and gloo's threads may abort finished work.
+
+    Functions registered for the exit run first.
+    """
     script = (
         "import atexit, runpy, sys, threading; atexit.register(print, 'done');"
         "threading.Thread(target=threading.Event().wait).start();"
@@ -136,7 +139,7 @@ def test_one_of_several_processes_leaves_without_waiting_for_threads():
 
 
 def test_a_launcher_that_answers_nothing_silences_nobody(monkeypatch):
-    """It takes the connection and is frozen; the store's own time limit does not help then."""
+    """The launcher accepts the connection and is frozen. The store's own time limit does not help then."""
     with socket.create_server(("127.0.0.1", 0)) as frozen:
         for name, value in (("WORLD_SIZE", 2), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", frozen.getsockname()[1])):
             monkeypatch.setenv(name, str(value))

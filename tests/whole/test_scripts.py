@@ -1,4 +1,4 @@
-"""celora in scripts that know nothing of it, but for one added line: TRL's trainers, Accelerate, a bare loop."""
+"""celora in scripts that know nothing about it, apart from one added line: TRL's trainers, Accelerate, a bare loop."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trl(kind: str, tiny: Path, output: Path, **more: Any) -> Any:
-    """The trainer of a user's script, and the added lines."""
+    """The trainer of a user's script, with celora's lines added."""
     trainer_class, config_class, model_class, rows, lora = TRAINERS[kind]
     extra = {"num_labels": 1} if kind == "reward" else {}
     torch.manual_seed(0)
@@ -66,7 +66,7 @@ def trl(kind: str, tiny: Path, output: Path, **more: Any) -> Any:
     return trainer
 
 
-@pytest.mark.filterwarnings("ignore")  # of TRL and Transformers at each other
+@pytest.mark.filterwarnings("ignore")  # TRL and Transformers warn about each other
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_trl_trains_on_estimates_logs_them_and_resumes_exactly(kind: str, tiny: Path, tmp_path: Path) -> None:
     whole = trl(kind, tiny, tmp_path)
@@ -91,7 +91,7 @@ def test_trl_trains_on_estimates_logs_them_and_resumes_exactly(kind: str, tiny: 
 
 
 def accelerate(folder: Path | None, start: int, stop: int, *, resume: bool = False) -> PeftModel:
-    """A loop written by hand around Accelerate, with accumulation, evaluation and a checkpoint at its end."""
+    """A loop around Accelerate, written by hand, with accumulation, evaluation and a checkpoint at its end."""
     model = make_model()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

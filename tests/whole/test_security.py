@@ -30,7 +30,7 @@ FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "j
 
 
 class Boom:
-    """Unpickled, it leaves a file."""
+    """Leaves a file if it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -49,7 +49,7 @@ def test_the_source_runs_no_code_that_it_reads():
                 name = ast.unparse(node.func)
                 assert name not in ("eval", "exec", "compile", "torch.save", "os.system"), (file, name)
                 keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
-                # Where it is left out, transformers asks on the terminal; PEFT has no code to run, nor such an option.
+                # Without this option, transformers asks on the terminal. PEFT runs no such code and has no such option.
                 loads = name.endswith((".from_pretrained", ".from_config")) and not name.startswith(
                     ("Peft", "LoraConfig")
                 )
@@ -77,8 +77,8 @@ def test_code_of_models_never_runs(inputs, tmp_path):
 
 @pytest.mark.fault(
     "security",
-    "a model, or a tokenizer to take a chat template from, that brings code, and somebody who would answer `y`",
-    sees="one line that names it; no question is asked",
+    "a model brings code, or the tokenizer that gives the chat template does; and somebody would answer `y`",
+    sees="one line that names it; celora asks nothing",
     kept="everything: the code does not run",
 )
 @pytest.mark.parametrize("where", ["tokenizer", "model", "chat_template_path"])
@@ -106,8 +106,8 @@ def test_nobody_is_asked_whether_code_may_run(where, inputs, tmp_path, monkeypat
 @pytest.mark.fault(
     "security",
     "model_init_kwargs that would unpickle weights, run kernels from the hub or send requests elsewhere",
-    sees="`unknown name in model_init_kwargs 'weights_only'`, and which are known",
-    kept="everything: only what sets up the model is passed on",
+    sees="`unknown name in model_init_kwargs 'weights_only'`, and the known names",
+    kept="everything: celora passes on only what sets up the model",
 )
 @pytest.mark.parametrize(
     "init",
@@ -139,9 +139,9 @@ def test_what_transformers_says_of_model_init_kwargs_is_one_line(inputs):
 
 @pytest.mark.fault(
     "security",
-    "code in a configuration file, or one that would expand to billions of values",
+    "a configuration file with code, or one that would expand to billions of values",
     sees="`... is not valid YAML`, or how large it is",
-    kept="everything: YAML is read as data, within bounds",
+    kept="everything: celora reads YAML as data, within bounds",
 )
 @pytest.mark.parametrize(
     "text",
@@ -190,7 +190,7 @@ def test_pickles_are_not_unpickled(inputs, tmp_path, monkeypatch):
         CELoraError, match=r"holds pytorch_model\.bin, a pickle, and no \.safetensors: .* never unpickled"
     ):
         go({**inputs, "model": str(model)}, tmp_path / "out")
-    (model / "other.safetensors").write_bytes(b"")  # it does not change what transformers would look for
+    (model / "other.safetensors").write_bytes(b"")  # the file does not change what transformers looks for
     with pytest.raises(CELoraError, match=r"cannot load a model .*no file named model\.safetensors"):
         go({**inputs, "model": str(model)}, tmp_path / "out")
     (tmp_path / "adapter_config.json").write_text("{}")
@@ -205,16 +205,16 @@ def test_pickles_are_not_unpickled(inputs, tmp_path, monkeypatch):
     record = json.loads((output / "run.json").read_text())
     write_json(output / "run.json", record | {"status": "interrupted"})
     torch.save({"state": Boom(ran)}, output / "checkpoint-3" / "optimizer.pt")
-    seal(output / "checkpoint-3", {"step": 3, "seconds": 1.0, "resumable": True})  # by one who knows how
+    seal(output / "checkpoint-3", {"step": 3, "seconds": 1.0, "resumable": True})  # sealed by somebody who knows how
     with pytest.raises(CELoraError, match=r"the run stopped: .* never unpickled"):
         go(inputs, output, max_steps=6, resume=True)
     assert not ran.exists()
 
 
 def test_what_runs_by_itself_may_only_read():
-    """For every push, and every night: no rights beyond reading, no secrets, no credentials left in the clone.
+    """Jobs for every push and every night have no right beyond reading, no secrets, and no credentials in the clone.
 
-    A release, which somebody makes by a tag, may prove to the index who it is, and nothing else.
+    A release, which somebody starts with a tag, may also prove its identity to the index. It may do nothing else.
     """
     steps, publish = [], {"contents": "read", "id-token": "write", "attestations": "write"}
     for file in (Path(__file__).parents[2] / ".github" / "workflows").iterdir():
@@ -233,7 +233,7 @@ def test_what_runs_by_itself_may_only_read():
     commands = [step["run"] for step in steps if "run" in step]
     assert {".ci/run", "make test-lowest", "make test-newest", ".venv/bin/python -m pytest -m slow"} < set(commands)
     audit = next(command for command in commands if command.startswith("pip-audit"))
-    assert {"--strict", "--requirement"} < set(audit.split())  # of a file without celora, which is on no index
+    assert {"--strict", "--requirement"} < set(audit.split())  # the file leaves out celora, which is on no index
 
 
 def test_a_manifest_opens_nothing_outside_its_folder(tmp_path):
@@ -254,8 +254,8 @@ def test_a_manifest_opens_nothing_outside_its_folder(tmp_path):
 @pytest.mark.fault(
     "security",
     "a link in the output folder that points elsewhere",
-    sees="nothing: it is none of ours",
-    kept="what it points to: nothing is removed or resumed through it",
+    sees="nothing: celora ignores the link",
+    kept="the link's target: nothing is removed or resumed through the link",
 )
 def test_links_are_not_followed_out_of_the_folder(tmp_path):
     outside, folder = tmp_path / "outside", tmp_path / "out"
@@ -278,9 +278,9 @@ def test_links_are_not_followed_out_of_the_folder(tmp_path):
 
 @pytest.mark.fault(
     "security",
-    "a link in the output folder under a name that a run writes: README.md, .replaced, the lock, ...",
+    "a link in the output folder with a name that a run writes: README.md, .replaced, the lock, ...",
     sees="`'README.md' in --output ... is a link, and a run would write through it`",
-    kept="what it points to",
+    kept="the link's target",
 )
 @pytest.mark.parametrize("name", ["README.md", ".replaced", ".celora.lock", ".adapter.tmp", "metrics.jsonl", RUN])
 def test_no_run_writes_through_a_link(name, inputs, tmp_path):

@@ -60,7 +60,7 @@ def sft(folder: Path, preset: str | None, **changes: Any) -> tuple[list[dict[str
 )
 @pytest.mark.filterwarnings("ignore")
 def test_sft_trainer_logs_the_same(changes: dict[str, Any], tmp_path: Path) -> None:
-    """Loss, gradient norm, token accuracy and entropy, in training and in evaluation."""
+    """Compares loss, gradient norm, token accuracy and entropy, in training and in evaluation."""
     plain, _ = sft(tmp_path / "a", None, **changes)
     exact, model = sft(tmp_path / "b", "exact", **changes)
     assert len(plain) == len(exact)
@@ -68,7 +68,7 @@ def test_sft_trainer_logs_the_same(changes: dict[str, Any], tmp_path: Path) -> N
         for key in expected:
             if not any(word in key for word in ("runtime", "per_second", "flos")):
                 assert found[key] == pytest.approx(expected[key], rel=2e-5, abs=1e-6), key
-    assert require(model).forward.logits == head.Logits()  # it was taken over
+    assert require(model).forward.logits == head.Logits()  # celora has taken over the head
 
 
 def test_trl_is_only_served_what_is_computed() -> None:
@@ -117,7 +117,7 @@ def test_dpo_trainer_trains_the_same(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("more", [{}, {"neftune_noise_alpha": 5.0}], ids=["usual", "NEFTune"])
 def test_plain_trainer_with_accumulation_trains_the_same(more: dict[str, Any], tmp_path: Path) -> None:
-    """NEFTune's noise depends on the shape of the batch, so that padding has to stay."""
+    """NEFTune's noise depends on the shape of the batch, so padding has to stay."""
     losses = []
     for preset in (None, "exact"):
         model = make_model(init_lora_weights=True)

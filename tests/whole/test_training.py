@@ -38,7 +38,7 @@ def test_checkpointing_changes_nothing(config: CELoraConfig) -> None:
             torch.testing.assert_close(other[name], value, rtol=0, atol=after_adam(5, lr=1e-2))
 
 
-# peft 0.21 finds fault with the shape of every `lora_B.bias` it has itself saved, and loads it nevertheless.
+# peft 0.21 warns about the shape of every `lora_B.bias` that it has itself saved, and loads it all the same.
 @pytest.mark.filterwarnings("ignore:.*LoRA tensor.* have invalid shape")
 @pytest.mark.parametrize("biases", [{"bias": "lora_only"}, {"lora_bias": True}, {"bias": "all"}])
 def test_trainable_biases_train_save_and_reload(biases: dict[str, Any], tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def _biased() -> PeftModel:
 
 
 def test_a_trainable_bias_gets_its_exact_gradient(batch: dict[str, torch.Tensor]) -> None:
-    """The last layer's gradient is exact, whatever is estimated below, so its bias must match plain PEFT's."""
+    """The gradient at the last layer is exact, even if others are estimated. So its bias must match plain PEFT's."""
     plain, estimated = _biased(), _biased()
     celora.attach(estimated, HALF)
     require(estimated).clock.advance()
@@ -79,7 +79,7 @@ def test_reloads_in_stock_peft_after_twenty_steps(model: PeftModel, tmp_path: Pa
 
 
 def _assert_reloads(model: PeftModel, folder: Path, **kwargs: Any) -> None:
-    """The saved adapter on a rebuilt base, loaded by PEFT alone, gives the same logits."""
+    """PEFT alone loads the saved adapter onto a rebuilt base, and gives the same logits."""
     model.eval()
     model.save_pretrained(folder)
     assert {p.name for p in folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
@@ -98,7 +98,10 @@ MOVING = {
 
 @pytest.mark.parametrize("name", MOVING)
 def test_training_after_unmerging_goes_on_as_if_nothing_had_been_merged(name: str) -> None:
-    """Between two refreshes, and past the next; in float64, for PEFT adds to the weight and subtracts again."""
+    """Merges between two refreshes, and trains past the next one.
+
+    In float64, because PEFT adds to the weight and subtracts.
+    """
     if refuses_config(MOVING[name]):
         return
     results = []
@@ -122,7 +125,7 @@ def test_training_after_unmerging_goes_on_as_if_nothing_had_been_merged(name: st
 
 @pytest.mark.parametrize("name", MOVING)
 def test_an_adapter_switched_to_trains_as_the_only_one(name: str) -> None:
-    """From a refresh on, estimated for its own gradients, with nothing left of the other's."""
+    """From the next refresh on, its own gradients are estimated. Nothing of the other adapter is left."""
     if refuses_config(MOVING[name]):
         return
     results = []

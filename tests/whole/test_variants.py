@@ -24,13 +24,16 @@ from small import adapter
 from variants import COLUMNS, MODELS, PAGE, VARIANTS, YES, Variant, page
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
-# Every layer grafted, and nothing but zeros left out.
+# Every layer has a graft, and only zeros are left out.
 LOSSLESS = CELoraConfig(estimator="tokens", keep_ratio=1.0, rank=0, selection="energy")
 
 
 @pytest.fixture(autouse=True)
 def _loftq_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT quantises for LoftQ on a GPU only; this rounds each row to 4 bits and factors the rest, as LoftQ does."""
+    """PEFT quantises for LoftQ on a GPU only.
+
+    Here, each row is rounded to 4 bits and the rest is factored, as in LoftQ.
+    """
 
     def loftq_init(weight: Tensor, num_bits: int, reduced_rank: int, num_iter: int = 1) -> tuple[Tensor, ...]:
         step = weight.abs().amax(1, keepdim=True) / 2 ** (num_bits - 1)
@@ -74,7 +77,7 @@ def estimated(variant: Variant, folder: Path) -> str:
     active = [name for name, graft in attachment.grafts.items() if graft.estimator.ready]
     assert len(active) >= len(attachment.grafts) / 2
     assert set(attachment.relative_errors) == set(active)
-    attachment.clock.advance()  # off the refresh of step 6, to be sure
+    attachment.clock.advance()  # leave the refresh of step 6
     assert {attachment.grafts[name].mode for name in active} == {Mode.ESTIMATE}
     variant.fit(exact, 7)
     assert any(not value.equal(adapter(model)[name]) for name, value in adapter(exact).items())
@@ -85,13 +88,13 @@ def same_gradient(variant: Variant, folder: Path) -> str:
     plain = variant.make()
     variant.fit(plain, 2)
     expected = _gradient(variant, plain)
-    # Without padding, dropout draws other numbers.
+    # Dropout draws other numbers if padding is left out.
     drops = any(isinstance(module, nn.Dropout) and module.p for module in plain.modules())
     for config in (LOSSLESS, dataclasses.replace(PRESETS["exact"], padding_free=not drops)):
         model = copy.deepcopy(plain)
         celora.attach(model, config)
         require(model).clock.advance()
-        found = [_gradient(variant, model) for _ in range(2)][-1]  # the second without the first call's checks
+        found = [_gradient(variant, model) for _ in range(2)][-1]  # the second call is without the checks of the first
         assert (found - expected).norm() < 3e-6 * expected.norm(), config
     return YES
 
@@ -182,16 +185,20 @@ CHECKS: dict[str, Callable[[Variant, Path], str]] = {
 }
 
 
-CELLS = [pytest.param(of, column, id=f"{of.name}-{column}") for of in (*VARIANTS, *MODELS) for column in COLUMNS]
+CELLS = [
+    pytest.param(variant, column, id=f"{variant.name}-{column}")
+    for variant in (*VARIANTS, *MODELS)
+    for column in COLUMNS
+]
 
 
-# What PEFT says of these variants by itself.
+# PEFT's own warnings about these variants.
 PEFTS_OWN = (
     "ignore:lora with eva initialization used with low_cpu_mem_usage=False",
-    "ignore:The following rank_pattern keys did not match:RuntimeWarning",  # of AdaLoRA
+    "ignore:The following rank_pattern keys did not match:RuntimeWarning",  # AdaLoRA's
     "ignore:Unmerge result can be inaccurate for .IA",
     "ignore:Already found a `peft_config` attribute in the model",  # two kinds of adapters
-    "ignore:.*LoRA tensor.* have invalid shape",  # of every `lora_B.bias`, where peft 0.21 saves and loads it
+    "ignore:.*LoRA tensor.* have invalid shape",  # peft 0.21 says so about every `lora_B.bias`
     "ignore:celora. no layer can be estimated",
 )
 
@@ -202,13 +209,13 @@ def test_cell(variant: Variant, column: str, tmp_path: Path) -> None:
     assert CHECKS[column](variant, tmp_path) == variant.limits.get(column, YES)
 
 
-# Stock PEFT cannot make LoftQ's adapter again where there is no GPU, as it does before it loads it.
-STOCK = [of for of in (*VARIANTS, *MODELS) if of.name != "LoftQ" or torch.cuda.is_available()]
+# Before stock PEFT loads LoftQ's adapter, it makes it again. Without a GPU it cannot do that.
+STOCK = [variant for variant in (*VARIANTS, *MODELS) if variant.name != "LoftQ" or torch.cuda.is_available()]
 
 
 @pytest.mark.filterwarnings(*PEFTS_OWN)
 def test_adapters_load_where_celora_never_was(tmp_path: Path) -> None:
-    """In a process without it stock PEFT gives the same outputs, and says no more than of an adapter of its own."""
+    """Stock PEFT, in a process without celora, gives the same outputs, and the same warnings as for its own adapter."""
     expected = {}
     for i, variant in enumerate(STOCK):
         folder = tmp_path / f"{i:02}"

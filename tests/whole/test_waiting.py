@@ -1,7 +1,7 @@
-"""A steady training step reads one thing from the device: which tokens have labels and belong to which sequence.
+"""A steady training step reads one thing from the device: which tokens have labels, and which sequence each belongs to.
 
-Checked on a CPU as an accelerator computes: without the C kernels, and with nothing looked at that a CPU shows for
-nothing.
+The test runs on a CPU that computes like an accelerator: without the C kernels, and without looking at what only a CPU
+shows for free.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SETTLED = 12  # steps: auto looks at every layer in the first ten
 
 @pytest.fixture
 def as_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is read that a CPU gives away for nothing; layers are fused although a mode looks on."""
+    """Read nothing that only a CPU gives for free. Fuse layers even if a dispatch mode is active."""
     patch_all(monkeypatch, "celora.machine.device:reads_freely", lambda device: False)
     patch_all(monkeypatch, "celora.modeling.graft:in_dispatch_mode", lambda: False)
     without(monkeypatch, "c")
@@ -44,7 +44,7 @@ def test_a_steady_step_reads_one_thing(preset: str) -> None:
         return
     model = make_model().train()
     celora.attach(model, PRESET[preset])
-    # SGD: others keep the number of their steps on the CPU, and read it there.
+    # SGD, because other optimizers keep their number of steps on the CPU, and read it there.
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     reads, waits = Reads(), Waits()
 

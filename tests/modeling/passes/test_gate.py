@@ -1,4 +1,4 @@
-"""SwiGLU blocks: which forwards are known, and what is left to the block."""
+"""SwiGLU blocks: which forwards celora knows, and what it leaves to the block."""
 
 from __future__ import annotations
 

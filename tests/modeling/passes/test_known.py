@@ -1,4 +1,4 @@
-"""What is found in a model: every kind of decoder that is packed, and what is left alone."""
+"""What celora finds in a model, for every kind of decoder that it packs, and what it leaves alone."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 FUSED = CELoraConfig(estimator="dense", fused=True)
 
 
-# What each decoder has of each kind in two layers. Gemma's gates are GELUs, Cohere's norms have a mean and its
-# rotations other pairs; Phi-3's gate and up are one projection.
+# The number of each kind of operation in two layers of each decoder. Gemma's gates are GELUs. Cohere's norms have a
+# mean, and its rotations turn other pairs. Phi-3 has one projection for gate and up.
 EVERY = {"RMS norms": 5, "gates": 2, "rotations": 2}
 FOUND: dict[str, dict[str, int]] = {
     "gemma": {"RMS norms": 5, "rotations": 2},
@@ -44,10 +44,10 @@ FOUND: dict[str, dict[str, int]] = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", sorted(name for name, family in FAMILIES.items() if family.packs_with))
 def test_every_decoder(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is found is taken, recognised, and in the forward of every layer."""
+    """celora finds all of them, reports them, and computes them in the forward of every layer."""
     model = model_of(kind).to(dtype)
     expected = FOUND.get(kind, EVERY)
-    assert Counter(of.name for of in passes.known(model).values()) == expected
+    assert Counter(one.name for one in passes.known(model).values()) == expected
     calls: Counter[str] = Counter()
     for name, function in {"RMS norms": "rms_norm", "gates": "gated", "rotations": "rotated"}.items():
         before = getattr(numerics, function)
@@ -57,7 +57,7 @@ def test_every_decoder(kind: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
             return before(*args, **kwargs)
 
         patch_all(monkeypatch, f"celora.numerics.passes:{function}", counted)
-    with torch.no_grad():  # a norm whose weights are all 1, or 0, could be any of them
+    with torch.no_grad():  # if all weights of a norm are 1 or 0, its variant cannot be told
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -66,17 +66,17 @@ def test_every_decoder(kind: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
     report = celora.attach(model, FUSED)
     said = ", ".join(f"{count} {name}" for name, count in expected.items())
     assert any(all(part in note for part in said.split(", ")) for note in report.notes)
-    model(**batch)  # norms are tried, several times perhaps, before they are used
+    model(**batch)  # norms are tried, perhaps several times, before they are used
     calls.clear()
     assert no_further(model(**batch).logits, plain, truth)
     turned = {"rotations": 2 * expected["rotations"]} if "rotations" in expected else {}  # queries and keys
-    if kind == "olmo2" and dtype == torch.bfloat16:  # whose angles are float32 at all times
+    if kind == "olmo2" and dtype == torch.bfloat16:  # its angles are always float32
         turned["rotations"] = 0
     assert +calls == +Counter(expected | turned)
 
 
 class WeightlessRMSNorm(nn.Module):
-    """As NanoChat's."""
+    """A norm like NanoChat's."""
 
     eps = 1e-6
 
@@ -132,7 +132,10 @@ def test_unknown_formulas_are_left_alone() -> None:
 
 
 def test_a_machine_of_several_accelerators_may_copy_modules_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As nn.DataParallel does: a copy has all attributes of the original, so its forward would be the original's."""
+    """nn.DataParallel does.
+
+    Its copies have all attributes of the original, so their forward would be the original's.
+    """
     model = make_model()
     celora.attach(model, FUSED)
     norm = model.base_model.model.model.norm

@@ -1,4 +1,4 @@
-"""RMS norms: which variant each is, found by trial."""
+"""RMS norms: a trial finds out which variant each one is."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def test_norms_are_recognised(kind: Any, dtype: torch.dtype) -> None:
     found = recognise(norm)
     assert found is not None
     assert found.offset == NORMS[kind][0]
-    assert found.rounds == NORMS[kind][1] or dtype == torch.float32  # where nothing is rounded
+    assert found.rounds == NORMS[kind][1] or dtype == torch.float32  # in float32 nothing is rounded
 
 
 def test_a_norm_is_tried_in_each_dtype() -> None:
     norm = Olmo2RMSNorm(32).requires_grad_(False).train()
     nn.init.normal_(norm.weight)
     Norm(Switch()).under(norm)
-    for dtype in DTYPES:  # in the first there is nothing to tell it from Llama's by
+    for dtype in DTYPES:  # in the first dtype it cannot be told from Llama's
         x = torch.randn(200, 32).to(dtype)
         assert (norm.to(dtype)(x) == norm.eval()(x)).float().mean() > (0.99 if dtype == torch.bfloat16 else 0.3)
         norm.train()

@@ -1,4 +1,4 @@
-"""Forwards in front of a class's: what others see of them, when they step aside, copies, and how they are taken off."""
+"""celora's forwards in front of a class's own: what others see of them, when they step aside, copies, and removal."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ OTHERS: dict[str, Callable[[PeftModel], object]] = {
 
 
 def looked_at(model: PeftModel) -> list[nn.Module]:
-    """The modules that a pass computes, or computes the work of: it calls all of a block but its activation."""
+    """The modules that a pass computes. Of a gated block it computes all but the activation, so the list has that."""
     found = passes.known(model).items()
     return [module.act_fn if kind is Gate else module for module, kind in found]
 
@@ -77,7 +77,7 @@ LEFT = dict.fromkeys(("trained", "another dtype"), ("rms_norm",)) | {
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_what_is_left_to_the_module(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the result of plain PEFT."""
+    """The result is plain PEFT's."""
     model, plain = (make_model().train() for _ in range(2))
     for each in (model, plain):
         OTHERS[what](each)
@@ -100,7 +100,7 @@ def test_what_is_left_to_the_module(what: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_hooks_of_others_see_what_they_saw() -> None:
-    """A norm's, a block's and an attention's: what goes in, angles and all, what comes out, and the gradient."""
+    """Hooks of a norm, a block and an attention see PEFT's inputs (angles, too), outputs and gradients."""
     model, plain = (make_model().train() for _ in range(2))
     celora.attach(model, FUSED)
     seen: dict[int, list[Tensor]] = {}
@@ -115,7 +115,7 @@ def test_hooks_of_others_see_what_they_saw() -> None:
         for module in (layer.input_layernorm, layer.mlp, layer.self_attn):
             module.register_forward_pre_hook(look, with_kwargs=True)
             module.register_forward_hook(look, with_kwargs=True)
-            if module is not layer.self_attn:  # whose arguments have names, of which such hooks know nothing
+            if module is not layer.self_attn:  # an attention gets named arguments, which such hooks do not see
                 module.register_full_backward_hook(look)
         logit_gradients(each, {"input_ids": torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(3))})
     assert len(seen[0]) == len(seen[1]) == 19
@@ -134,7 +134,7 @@ def test_ways_to_train(how: str) -> None:
         with torch.autocast("cpu", enabled=how == "autocast"):
             found.append(logit_gradients(model, batch))
         celora.attach(model, FUSED)
-    if how == "autocast":  # whose results are float32, and not as exact
+    if how == "autocast":  # results under autocast are float32, and less exact
         assert (found[1] - truth).norm() <= 2 * (found[0] - truth).norm()
     else:
         assert no_further(found[1], found[0], truth)
@@ -151,7 +151,8 @@ def test_less_is_saved_for_backward() -> None:
             model(**batch)
         sizes.append(saved.nbytes)
     tokens = 4 * 32
-    # Float32 copies for x itself in four norms, as the first one's input needs no gradient, and each gate's own result.
+    # Saved: x itself instead of float32 copies, in four norms (the first one's input needs no gradient); each gate's
+    # result.
     assert sizes[0] - sizes[1] == tokens * (4 * (4 - 2) * 48 + 2 * 2 * 80)
 
 
@@ -222,7 +223,7 @@ def test_a_forward_that_a_user_puts_on_top_is_kept() -> None:
 
 @pytest.mark.parametrize("detached", ["before", "after", "never"])
 def test_hooks_of_accelerate_around_it(detached: str) -> None:
-    """They keep the forward that they replace, and put it back."""
+    """accelerate's hooks keep the forward that they replace, and put it back."""
     model, batch = make_model().train(), {"input_ids": torch.randint(3, 61, (2, 9))}
     celora.attach(model, FUSED)
     expected = model(**batch).logits

@@ -1,4 +1,4 @@
-"""Attentions: which ways to turn are known, what is turned in one pass, and what is left to the attention."""
+"""Attentions: which rotations celora knows, what it turns in one pass, and what it leaves to the attention."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ FUSED = CELoraConfig(estimator="dense", fused=True)
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of what is turned in one pass from now on."""
+    """The shapes of everything that is turned in one pass from now on."""
     shapes: list[tuple[int, ...]] = []
     rotated = numerics.rotated
     patch_all(
-        monkeypatch, "celora.numerics.passes:rotated", lambda x, *of: shapes.append(tuple(x.shape)) or rotated(x, *of)
+        monkeypatch,
+        "celora.numerics.passes:rotated",
+        lambda x, *angles: shapes.append(tuple(x.shape)) or rotated(x, *angles),
     )
     return shapes
 
@@ -96,7 +98,7 @@ def test_which_ways_to_turn_are_known() -> None:
         assert turns(apply_rotary_pos_emb, dtype)
         assert turns(turn_first, dtype)
         assert turns(turn_first, dtype, partly=True)
-        assert not turns(apply_rotary_pos_emb, dtype, partly=True)  # it turns all of a head
+        assert not turns(apply_rotary_pos_emb, dtype, partly=True)  # this function turns the whole head, not a part
         assert not turns(turn_pairs, dtype)
 
     def in_float32(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor) -> list[Tensor]:
@@ -109,7 +111,7 @@ def test_which_ways_to_turn_are_known() -> None:
 
 
 def test_an_attention_is_copied_under_its_decorators() -> None:
-    """The copy calls another function; the class's own forward, and the function of its module, stay what they are."""
+    """Only the copy calls another function. The class's own forward and its module's function stay as they are."""
     seen: list[str] = []
 
     def noted(forward: Any) -> Any:
@@ -154,7 +156,7 @@ def test_forwards_that_cannot_be_copied_or_do_not_turn_are_not_known() -> None:
 def test_the_function_of_the_module_as_it_is_now_is_called(
     monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, ...]]
 ) -> None:
-    """Others replace it, for all models."""
+    """Others may replace the module's function, for all models."""
     model, batch = make_model().train(), {"input_ids": torch.randint(3, 61, (2, 9))}
     celora.attach(model, FUSED)
 
@@ -192,7 +194,7 @@ def test_phi_turns_a_part_of_each_head(calls: list[tuple[int, ...]]) -> None:
 
 
 def test_attentions_that_look_at_their_angles() -> None:
-    """DeepSeek's, which reads their shape: it has two ways to turn, and takes the other one."""
+    """DeepSeek's attention reads the shape of its angles. It has two ways to turn, and takes the other one."""
     config = AutoConfig.for_model(
         "deepseek_v3", hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
         vocab_size=64, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2,
@@ -209,7 +211,7 @@ def test_attentions_that_look_at_their_angles() -> None:
 
 
 def test_what_is_never_turned_in_one_pass_is_not_known() -> None:
-    """GLM repeats each angle for two neighbours."""
+    """GLM, for example, repeats each angle for two neighbours."""
     config = AutoConfig.for_model(
         "glm", hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
         head_dim=8, vocab_size=64, pad_token_id=0,
@@ -229,7 +231,7 @@ def test_recorded_attentions_do_not_end_the_rotations(calls: list[tuple[int, ...
 
 
 def test_packed_batches_are_turned_in_one_pass(calls: list[tuple[int, ...]]) -> None:
-    """The hooks by which an attention finds that a batch is packed do not stop it."""
+    """An attention finds out by hooks that a batch is packed. These hooks do not stop the pass."""
     model, batch = make_model().train(), make_batch(0)
     batch["labels"][0, 5:] = -100
     celora.attach(model, "exact")
