@@ -355,7 +355,7 @@ def test_a_run_of_an_earlier_celora_goes_on_as_it_began(inputs, tmp_path, monkey
     assert words(seen[0], seen[0].train_dataset)[0] == "<|user|> w1 w1 <eos> <|assistant|> w2 w2 w2 <eos>"
 
 
-def test_audit_sees_the_batches_of_training(inputs, tmp_path, capsys):
+def test_an_audit_refuses_a_row_without_an_answer(inputs, tmp_path, capsys):
     """An audit, too, names a row without an answer."""
     data = chats(tmp_path / "rows.jsonl", [U("w1")])
     given = ["--model", inputs["model"], "--data", data, "--preset", "exact"]

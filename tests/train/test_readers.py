@@ -66,7 +66,7 @@ NOT_UTF8 = pyarrow.Array.from_buffers(
 
 @pytest.mark.fault(
     "input",
-    "a Parquet file with a flipped bit, or with a text or a date that cannot be read, in any column",
+    "a Parquet file with a flipped bit, or with a text or a date that cannot be read",
     sees="`not readable as Parquet`, the file and why",
     kept="everything: nothing is decoded by guess",
 )
