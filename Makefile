@@ -7,7 +7,7 @@ USE    := $(VENV)/.installed
 TEST   := $(VENV)/.installed-dev
 DOCS   := $(VENV)/.installed-docs
 LOWEST := .venv-lowest
-# One worker a core, each with a thread; a file's tests share what its fixtures made, so they stay together.
+# Workers have one thread each. A file's tests share what its fixtures made, so they stay together.
 SIDE_BY_SIDE ?= --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help

@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,12 @@ def _any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 def _threads() -> None:
     """Use `OMP_NUM_THREADS` threads, even if a plugin has imported torch before this file."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.hookimpl(optionalhook=True, wrapper=True)
+def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
+    """One worker more than there are cores. Tests that wait for processes of their own leave a core idle."""
+    return (yield) + 1
 
 
 def pytest_configure(config: pytest.Config) -> None:
