@@ -68,10 +68,12 @@ def make_base(
     return LlamaForCausalLM(config).to(dtype)
 
 
-def make_model(*, seed: int = 0, base_bias: bool = False, dtype: torch.dtype = torch.float32, **lora: Any) -> PeftModel:
+def make_model(
+    *, seed: int = 0, base_bias: bool = False, dtype: torch.dtype = torch.float32, layers: int = 2, **lora: Any
+) -> PeftModel:
     """The same with LoRA on all linear layers."""
     lora = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False, **lora}
-    return get_peft_model(make_base(seed=seed, base_bias=base_bias, dtype=dtype), LoraConfig(**lora))
+    return get_peft_model(make_base(seed=seed, base_bias=base_bias, dtype=dtype, layers=layers), LoraConfig(**lora))
 
 
 def make_batch(seed: int) -> dict[str, torch.Tensor]:

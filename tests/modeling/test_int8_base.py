@@ -19,6 +19,7 @@ from celora.runtime.attachment import require
 from machine import refuses
 from small import adapter, make_base, make_batch, make_model, train
 
+FEW = ["q_proj", "down_proj"]  # tracing takes a second for each layer
 LORA = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False}
 BOTH = CELoraConfig(
     estimator="tokens", keep_ratio=0.95, rank=0, selection="energy", precision="int8", forward="int8", refresh_every=3
@@ -132,7 +133,7 @@ def test_checkpointing_gives_the_same_bits(reentrant: bool) -> None:
 def test_compiled_it_computes_the_same_without_a_break() -> None:
     if refuses():
         return
-    model, other = quantised().train(), quantised().train()
+    model, other = (quantised(layers=1, target_modules=FEW).train() for _ in range(2))
     for each in (model, other):
         celora.attach(each, BOTH, labelled_head=False)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
@@ -145,7 +146,7 @@ def test_compiled_it_computes_the_same_without_a_break() -> None:
                 torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=1e-4)
         for each in (model, other):
             torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.0).step()
-    assert len(require(other).forwards.errors) == 14
+    assert len(require(other).forwards.errors) == len(FEW)
 
 
 def test_a_copy_trains_on_alone() -> None:
