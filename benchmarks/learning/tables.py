@@ -107,12 +107,6 @@ def share_kept(arm: str) -> str:
     return f"{statistics.mean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%}, {len(shares)} seeds)"
 
 
-def time_of_the_default() -> str:
-    """How much longer the whole step takes with a plan at the default fidelity than with one at 0.99."""
-    ratios = {row["arm"]: row["ratio"] for row in rows.read(HERE / "training-time.jsonl")}
-    return f"{ratios['auto 0.998'] / ratios['auto 0.99'] - 1:.0%}"
-
-
 def training_code() -> str:
     """What is kept of exact LoRA's improvement on the source of the standard library, on the way of a longer run."""
     kinds: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -164,7 +158,6 @@ VALUES: dict[str, Callable[[], str]] = {
     "kept_by_auto_99": functools.partial(share_kept, "auto 0.99"),
     "kept_by_auto_98": functools.partial(share_kept, "auto 0.98"),
     "kept_by_the_rule": functools.partial(share_kept, "int8 x tokens 0.99"),
-    "time_of_the_default": time_of_the_default,
     "sensitivity_means": functools.partial(sensitivity.NETWORK.furthest, means=True),
     "sensitivity_runs": functools.partial(sensitivity.NETWORK.furthest, means=False),
 }

@@ -10,18 +10,12 @@ from benchmarks import rows
 from celora.studies.cells import told
 
 HERE = Path(__file__).parent
-_OLDER = "model (older code, plans at 0.99)"
 _WITHOUT_PLAN = ("exact", "auto", "fast")
 _SHOWN = ("PEFT + compile", "PEFT upper half", "exact", "exact + compile", "paper", "auto", "limit", "limit of exact")
 
 
-def step() -> str:
-    """Speed-up of the whole step over PEFT under Trainer: one line for each model and kind of data, bfloat16."""
-    return _step("bfloat16", amx=False, model=_OLDER)
-
-
 def step_float32() -> str:
-    """The same in float32."""
+    """Speed-up of the whole step over PEFT under Trainer: one line for each model and kind of data, float32."""
     return _step("float32", amx=False)
 
 
@@ -30,7 +24,7 @@ def step_amx() -> str:
     return _step("bfloat16", amx=True)
 
 
-def _step(dtype: str, *, amx: bool, model: str = "model") -> str:
+def _step(dtype: str, *, amx: bool) -> str:
     found = rows.select(HERE / "step.jsonl", dtype=dtype, amx=amx)
     body = []
     shown = [arm for arm in _SHOWN if any(row["arm"] == arm for row in found)]
@@ -44,14 +38,12 @@ def _step(dtype: str, *, amx: bool, model: str = "model") -> str:
         body.append([*key, f"{time_ms['PEFT']:.0f} ms", *speed, " / ".join(reached), " / ".join(memory)])
     one = found[0]
     reach = "share of the limit of exact: exact / paper / auto"
-    header = [model, "data", "PEFT", *shown, reach, "peak memory, exact / auto"]
+    header = ["model", "data", "PEFT", *shown, reach, "peak memory, exact / auto"]
     absent = {row["arm"]: row["not_run"] for row in found if "not_run" in row}
     left_out = "; ".join(f"{arm}: {reason}" for arm, reason in absent.items())
-    again = dict.fromkeys(row["model"] for row in found if "memory_commit" in row)
-    later = f" (peak memory of {', '.join(again)} in another, later)" if again else ""
     return (
         rows.markdown(header, body)
-        + f"\n\nRatios of medians in one run{later}, {one['dtype']} base, float32 adapters (r = 16 on all linear "
+        + f"\n\nRatios of medians in one run, {one['dtype']} base, float32 adapters (r = 16 on all linear "
         f"layers), {rows.where(one)}. {told(row['model'] for row in found)} Not run: {left_out}."
     )
 
@@ -93,25 +85,16 @@ def step_parts() -> str:
     )
 
 
-def step_sweep() -> str:
-    """How the cost grows with the tokens of a step and with the hidden size."""
-    return _step_sweep(amx=False, model=_OLDER)
-
-
 def step_sweep_amx() -> str:
-    """The same on a CPU with matrix instructions."""
-    return _step_sweep(amx=True)
-
-
-def _step_sweep(*, amx: bool, model: str = "model") -> str:
-    found = [row for row in rows.select(HERE / "step-sweep.jsonl", amx=amx) if "time_ms" in row]
+    """How the cost grows with the tokens of a step and with the hidden size, on a CPU with matrix instructions."""
+    found = [row for row in rows.select(HERE / "step-sweep.jsonl", amx=True) if "time_ms" in row]
     body = []
     for cell in dict.fromkeys(tuple(row["cell"]) for row in found):
         by_arm = {row["arm"]: row for row in found if tuple(row["cell"]) == cell}
         plain = by_arm["PEFT"]
         speed = [f"{by_arm[arm]['speed_up']:.2f}" for arm in ("exact", "paper", "auto", "limit")]
         body.append([cell[0], str(plain["tokens"]), f"{plain['time_ms']:.0f} ms", *speed])
-    return rows.markdown([model, "tokens per step", "PEFT", "exact", "paper", "auto", "limit"], body) + (
+    return rows.markdown(["model", "tokens per step", "PEFT", "exact", "paper", "auto", "limit"], body) + (
         f"\n\n{rows.where(found[0])}. {told(row['cell'][0] for row in found)}"
     )
 
@@ -163,53 +146,55 @@ def compiled() -> str:
     )
 
 
-def speed_up(arm: str, dtype: str, *, amx: bool, data: tuple[str, ...]) -> str:
+def speed_up(arm: str, dtype: str, *, data: tuple[str, ...]) -> str:
     """The least and the most speed-up of an arm over PEFT in these rows: for a sentence."""
-    found = rows.select(HERE / "step.jsonl", dtype=dtype, amx=amx, arm=arm)
+    found = rows.select(HERE / "fast.jsonl", dtype=dtype, amx=False, arm=arm)
     ratios = [row["speed_up"] for row in found if row["data"] in data]
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
 def speed_up_picture() -> str:
-    """Bars of the speed-up over PEFT, `exact` and `auto`, for each model and kind of data, in float32."""
-    found = rows.select(HERE / "step.jsonl", dtype="float32", amx=False)
-    cells = list(dict.fromkeys((row["model"], row["data"]) for row in found))
-    speed = {(row["model"], row["data"], row["arm"]): row["speed_up"] for row in found if "speed_up" in row}
-    width, left, top, bar, gap = 720, 200, 46, 12, 12
-    height = top + len(cells) * (2 * bar + gap) + 78
+    """Bars of the speed-up over PEFT of the presets that need no plan, for each model, kind of data and dtype."""
+    found = rows.select(HERE / "fast.jsonl", amx=False)
+    cells = list(dict.fromkeys((row["dtype"], row["model"], row["data"]) for row in found))
+    cells.sort(key=lambda cell: cell[0], reverse=True)  # float32 first
+    speed = {(row["dtype"], row["model"], row["data"], row["arm"]): row["speed_up"] for row in found}
+    width, left, top, bar, gap, legend = 720, 230, 46, 11, 11, 78
+    height = top + len(cells) * (len(_WITHOUT_PLAN) * bar + gap) + legend
+    bottom, most = height - legend, max(speed.values())
 
     def x_of(ratio: float) -> float:
-        return left + ratio * (width - left - 50) / 3.0
+        return left + ratio * (width - left - 50) / most
 
-    bottom = height - 78
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
         'font-size="12">',
         "<style>.page{fill:#fff}text{fill:#222}.grid{stroke:#ddd}.one{stroke:#777}",
-        ".exact{fill:#56b4e9}.auto{fill:#d55e00}",
+        ".exact{fill:#56b4e9}.auto{fill:#d55e00}.fast{fill:#009e73}",
         "@media (prefers-color-scheme:dark){.page{fill:#161b22}text{fill:#eee}.grid{stroke:#333}}</style>",
         f'<rect class="page" width="{width}" height="{height}"/>',
         f'<text x="{left}" y="18" font-size="14">Speed-up of a whole training step over PEFT</text>',
     ]
-    for i, name in enumerate(("exact", "auto")):
+    for i, name in enumerate(_WITHOUT_PLAN):
         x = left + 90 * i
         parts.append(
             f'<rect class="{name}" x="{x}" y="27" width="10" height="10"/><text x="{x + 15}" y="36">{name}</text>'
         )
-    for tick in (0, 1, 2, 3):
+    for tick in range(int(most) + 1):
         x, kind = x_of(tick), "one" if tick == 1 else "grid"
         parts.append(f'<line class="{kind}" x1="{x:.0f}" y1="{top}" x2="{x:.0f}" y2="{bottom}"/>')
         parts.append(f'<text x="{x:.0f}" y="{bottom + 16}" text-anchor="middle">{tick}</text>')
-    for i, (model, data) in enumerate(cells):
-        y = top + gap / 2 + i * (2 * bar + gap)
-        parts.append(f'<text x="{left - 10}" y="{y + bar + 4:.0f}" text-anchor="end">{model}, {data}</text>')
-        for j, arm in enumerate(("exact", "auto")):
-            ratio, at = speed[model, data, arm], y + j * bar
+    for i, (dtype, model, data) in enumerate(cells):
+        y = top + gap / 2 + i * (len(_WITHOUT_PLAN) * bar + gap)
+        name = f"{dtype}, {model}, {data}"
+        parts.append(f'<text x="{left - 10}" y="{y + 1.5 * bar + 4:.0f}" text-anchor="end">{name}</text>')
+        for j, arm in enumerate(_WITHOUT_PLAN):
+            ratio, at = speed[dtype, model, data, arm], y + j * bar
             parts.append(
                 f'<rect class="{arm}" x="{left}" y="{at:.0f}" width="{x_of(ratio) - left:.0f}" height="{bar - 1}"/>'
-                f'<text x="{x_of(ratio) + 5:.0f}" y="{at + bar - 2:.0f}" font-size="11">{ratio:.2f}</text>'
+                f'<text x="{x_of(ratio) + 5:.0f}" y="{at + bar - 2:.0f}" font-size="10">{ratio:.2f}</text>'
             )
-    parts.append(f'<text x="{left}" y="{bottom + 34}" font-size="11">float32, {rows.where(found[0])}</text>')
+    parts.append(f'<text x="{left}" y="{bottom + 34}" font-size="11">{rows.where(found[0])}</text>')
     parts.append(
         f'<text x="{left}" y="{bottom + 50}" font-size="11">h...: random weights; 8 blocks (h1024) or 4 (h2048)</text>'
         f'<text x="{left}" y="{bottom + 66}" font-size="11">full: every token labelled; demo, instruct: padding and '
@@ -220,19 +205,17 @@ def speed_up_picture() -> str:
 
 _DATA = {"labelled": ("full",), "ragged": ("demo", "instruct")}
 VALUES: dict[str, Callable[[], str]] = {
-    f"speed_{arm}_{machine}_{which}": functools.partial(speed_up, arm, dtype, amx=amx, data=data)
-    for arm in ("exact", "auto")
-    for machine, dtype, amx in (("float32", "float32", False), ("amx", "bfloat16", True))
+    f"speed_{arm}_{dtype}_{which}": functools.partial(speed_up, arm, dtype, data=data)
+    for arm in _WITHOUT_PLAN
+    for dtype in ("float32", "bfloat16")
     for which, data in _DATA.items()
 }
 PICTURES: dict[str, Callable[[], str]] = {"speed-up.svg": speed_up_picture}
 TABLES: dict[str, Callable[[], str]] = {
-    "step": step,
     "step_float32": step_float32,
     "step_amx": step_amx,
     "step_fast": step_fast,
     "step_parts": step_parts,
-    "step_sweep": step_sweep,
     "step_sweep_amx": step_sweep_amx,
     "refresh": refresh,
     "compiled": compiled,
