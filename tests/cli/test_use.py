@@ -136,7 +136,7 @@ def test_ctrl_c_names_the_command_that_goes_on(finished, inputs, capsys, monkeyp
         (["chat", "OUT", "--prompt", "w1", "--temperature", "-1"], "--temperature"),
         (["chat", "OUT", "--prompt", "w1", "--model", "./gone"], "'./gone': no such folder"),
         (["export", "OUT"], "Missing option '--to'"),
-        (["export", "OUT", "--to", "onnx"], "'onnx' is not one of 'gguf', 'safetensors'"),
+        (["export", "OUT", "--to", "onnx"], "'onnx' is not one of 'gguf', 'safetensors', 'mlx'"),
         (["generate", "OUT"], "Missing option '--data'"),
         (["generate", "OUT", "--data", "gone.jsonl"], "no such data file or folder: 'gone.jsonl'"),
         (["generate", "OUT", "--data", "DATA", "--resume"], "--resume continues the file in --output"),

@@ -56,6 +56,17 @@ def test_a_merged_model_for_transformers(out, inputs):
     assert (made.output / "Modelfile").read_text().endswith("\nFROM .\n")
 
 
+def test_an_adapter_for_mlx(out, monkeypatch):
+    patch_all(monkeypatch, "celora.train.formats.export:find_spec", lambda name: None)  # without the package gguf
+    made = export(out, "mlx")
+    assert made.output == out.with_name("out-mlx")
+    assert made.files == ["adapter_config.json", "adapters.safetensors", "celora_export.json"]
+    assert made.tensors == 2 * 14
+    with pytest.raises(CELoraError, match=r"out-mlx' exists; --overwrite replaces it"):
+        export(out, "mlx")
+    assert export(out, "mlx", overwrite=True) == made
+
+
 def test_a_base_on_the_hub_is_named_in_the_modelfile(out, inputs, monkeypatch):
     record = json.loads((out / "run.json").read_text())
     record["given"]["model"] = "someone/tiny"
@@ -114,7 +125,8 @@ def test_without_the_package_gguf_its_name_is_told(out, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"to": "mlx"}, "unknown format 'mlx'"),
+        ({"to": "onnx"}, "unknown format 'onnx'"),
+        ({"to": "mlx", "merged": True}, "--to mlx writes the adapter alone; --merged --to safetensors writes a model"),
         ({"to": "safetensors"}, "is in safetensors already; give --merged for the whole model"),
         ({"to": "gguf", "merged": True}, "takes metadata and tokenizer from the base model's GGUF file; give --gguf"),
         ({"to": "gguf", "model": "./gone"}, "'./gone': no such folder"),

@@ -86,6 +86,14 @@ def test_the_metadata_is_what_llama_cpp_asks_for(tmp_path):
     assert shapes["blk.1.ffn_down.weight.lora_b"] == [4, 32]
 
 
+def test_an_adapter_that_adds_nothing_adds_nothing(tmp_path):
+    model = adapted(lora_alpha=0)
+    save(model, tmp_path)
+    alpha, tensors = lora_tensors(SavedAdapter(tmp_path), model.config)
+    assert alpha == 1
+    assert not any(tensor.any() for name, tensor in tensors.items() if name.endswith("lora_b"))
+
+
 def test_a_tied_head_and_a_layer_without_a_name_are_refused(tmp_path):
     model = adapted(tied=True, **SETTINGS["head"])
     save(model, tmp_path)

@@ -45,7 +45,7 @@ def test_what_is_rounded_is_rounded_once(tmp_path):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("dora", "cannot hold DoRA, and the adapter has it in 'model.layers.0"),
+        ("dora", "this file cannot hold DoRA, and the adapter has it in 'model.layers.0"),
         ("bias", r"cannot hold biases of the base \(bias\)"),
         ("lora_bias", r"cannot hold a bias of lora_B \(lora_bias\)"),
         ("whole", r"cannot hold whole tensors \(modules_to_save\)"),
@@ -58,7 +58,7 @@ def test_what_is_rounded_is_rounded_once(tmp_path):
 def test_what_a_lora_file_cannot_hold_is_named(name, said, tmp_path):
     save(adapted(**SETTINGS[name]), tmp_path)
     with pytest.raises(CELoraError, match=said):
-        SavedAdapter(tmp_path).only_lora()
+        SavedAdapter(tmp_path).only_lora("this file", "give --merged")
 
 
 def test_dora_on_an_embedding_is_refused(tmp_path):
@@ -70,7 +70,7 @@ def test_dora_on_an_embedding_is_refused(tmp_path):
 def test_plain_adapters_are_only_lora(tmp_path):
     for name in ("lora", "rslora", "patterns"):
         save(adapted(**SETTINGS[name]), tmp_path / name)
-        SavedAdapter(tmp_path / name).only_lora()
+        SavedAdapter(tmp_path / name).only_lora("this file", "give --merged")
 
 
 @pytest.mark.parametrize(

@@ -36,15 +36,17 @@ Examples:
   celora generate out --data test.jsonl --output answers.jsonl --base --temperature 0
   celora generate out --data prompts.jsonl --output answers.jsonl --resume     # after Ctrl-C or a crash
   celora generate out --data prompts.jsonl --limit 5 | jq -r .generated"""
-EXPORT_HELP = """Write the adapter in OUT, or the whole merged model, for llama.cpp, Ollama or Transformers.
+EXPORT_HELP = """Write the adapter in OUT, or the whole merged model, for llama.cpp, Ollama, MLX or Transformers.
 
 \b
 Examples:
   celora export out --to gguf                                          # adapter.gguf: llama-server --lora
   celora export out --to gguf --merged --gguf base.gguf --outtype q8_0 # one file with everything
   celora export out --to safetensors --merged                          # a folder for Transformers
+  celora export out --to mlx                                           # mlx_lm.generate --adapter-path
 
-Every tensor is read back and compared. The folder appears when it is complete, with a Modelfile for Ollama."""
+Every tensor is read back and compared. The folder appears when it is complete. Unless it is for MLX, it
+has a Modelfile for Ollama."""
 Out = Annotated[Path, typer.Argument(metavar="OUT", callback=possible, help="Output folder of a run, or a checkpoint.")]
 Where = Annotated[
     str | None, typer.Option("--model", help="The base model, if it is no longer where the run found it.")
@@ -158,10 +160,10 @@ def generate(
         typer.echo(f"Saved as {output}", err=True)
 
 
-@app.command(help=EXPORT_HELP, short_help="Write a trained adapter for llama.cpp, Ollama or Transformers.")
+@app.command(help=EXPORT_HELP, short_help="Write a trained adapter for llama.cpp, Ollama, MLX or Transformers.")
 def export(
     out: Out,
-    to: Annotated[Literal["gguf", "safetensors"], typer.Option("--to", help="Format.")],
+    to: Annotated[Literal["gguf", "safetensors", "mlx"], typer.Option("--to", help="Format.")],
     merged: Annotated[bool, typer.Option("--merged", help="The whole model, the adapter merged into it.")] = False,
     gguf: Annotated[
         Path | None, typer.Option("--gguf", callback=possible, help="The base model as a GGUF file.")

@@ -18,12 +18,13 @@ import celora
 from celora.errors import CELoraError, unknown
 from celora.files import replacing_folder
 from celora.train.formats.merged_folder import base_folder, write_folder
+from celora.train.formats.mlx_lora import write_mlx
 from celora.train.formats.saved_adapter import SavedAdapter
 from celora.train.loading import gguf_of, read_tokenizer
 from celora.train.request.arguments import TrainRequest
 from celora.train.use.trained import adapter_config, request_of
 
-Format = Literal["gguf", "safetensors"]
+Format = Literal["gguf", "safetensors", "mlx"]
 MARK = "celora_export.json"
 ADAPTER, MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
 
@@ -52,7 +53,7 @@ def export(
 
     Args:
         folder: the output folder of a run, a checkpoint in it, or a folder that PEFT has saved.
-        to: "gguf" for llama.cpp, or "safetensors" for Transformers.
+        to: "gguf" for llama.cpp, "safetensors" for Transformers, or "mlx" for mlx-lm.
         merged: write the whole model.
         gguf: the base model as GGUF, which a merged GGUF file needs; None for the file that was trained on, if any.
         outtype: of a merged GGUF file: "f16", "q8_0" or "f32".
@@ -70,6 +71,10 @@ def export(
     if to == "safetensors" and not merged:
         raise CELoraError(
             f"the adapter in {str(folder)!r} is in safetensors already; give --merged for the whole model"
+        )
+    if to == "mlx" and merged:
+        raise CELoraError(
+            "--to mlx writes the adapter alone; --merged --to safetensors writes a model that mlx-lm loads"
         )
     output = output or folder.with_name(f"{folder.resolve().name}{'-merged' if merged else ''}-{to}")
     _check_output(output, overwrite=overwrite)
@@ -91,11 +96,14 @@ def export(
             from celora.train.formats.merged_gguf import write_merged
 
             tensors = write_merged(new / MODEL, gguf, adapter, _config(request), outtype, name)
+        elif to == "mlx":
+            tensors = write_mlx(new, adapter, _config(request))
         else:
             from celora.train.formats.lora_gguf import write_lora
 
             tensors = write_lora(new / ADAPTER, adapter, _config(request), name)
-        (new / MODELFILE).write_text(_modelfile(request, to, merged, gguf), encoding="utf-8")
+        if to != "mlx":  # which Ollama cannot read
+            (new / MODELFILE).write_text(_modelfile(request, to, merged, gguf), encoding="utf-8")
         note = {"celora": celora.__version__, "to": to, "merged": merged, "tensors": tensors}
         (new / MARK).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         files = sorted(path.name for path in new.iterdir())

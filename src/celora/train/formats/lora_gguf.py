@@ -29,7 +29,7 @@ def lora_tensors(adapter: SavedAdapter, config: Any) -> tuple[float, dict[str, n
     Raises:
         CELoraError: a LoRA file cannot hold this adapter.
     """
-    adapter.only_lora()
+    adapter.only_lora("a llama.cpp LoRA file", "give --merged")
     layout = Layout(config)
     if "lm_head" in adapter.layers and config.tie_word_embeddings:
         raise CELoraError(
@@ -38,7 +38,7 @@ def lora_tensors(adapter: SavedAdapter, config: Any) -> tuple[float, dict[str, n
     scalings = {layer: low_rank.scaling * len(low_rank.A) for layer, low_rank in adapter.layers.items()}
     if not scalings:
         raise CELoraError("the adapter holds no layer of LoRA; there is nothing to write")
-    alpha = float(np.float32(Counter(scalings.values()).most_common(1)[0][0]))
+    alpha = float(np.float32(Counter(scalings.values()).most_common(1)[0][0])) or 1.0  # 0 with lora_alpha=0
     found: dict[str, np.ndarray[Any, Any]] = {}
     for layer, low_rank in adapter.layers.items():
         name = layout.gguf_name(f"{layer}.weight")

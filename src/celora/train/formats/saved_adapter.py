@@ -146,11 +146,20 @@ class SavedAdapter:
             )
         return low_rank.scaling * product
 
-    def only_lora(self) -> None:
-        """Refuse what a llama.cpp LoRA file cannot hold; CELoraError that names it."""
+    def only_lora(self, file: str, instead: str, *, dora: bool = False) -> None:
+        """Refuse what a file of LoRA pairs cannot hold.
+
+        Args:
+            file: what is to be written, for the error.
+            instead: what would work, for the error.
+            dora: whether the file holds DoRA's magnitudes.
+
+        Raises:
+            CELoraError: names what the file cannot hold, and where the adapter has it.
+        """
         copies = {f"{layer}.weight" for layer in self.layers}  # of the base's, which PEFT saves beside some adapters
         kinds = {
-            "DoRA": [name for name, low_rank in self.layers.items() if low_rank.magnitude is not None],
+            "DoRA": [name for name, low_rank in self.layers.items() if low_rank.magnitude is not None and not dora],
             "a bias of lora_B (lora_bias)": [name for name, of in self.layers.items() if of.bias is not None],
             "LoRA on an embedding": [name for name, low_rank in self.layers.items() if low_rank.embedding],
             "biases of the base (bias)": [name for name in self.whole if name.endswith(".bias")],
@@ -160,9 +169,7 @@ class SavedAdapter:
         }
         for kind, names in kinds.items():
             if names:
-                raise CELoraError(
-                    f"a llama.cpp LoRA file cannot hold {kind}, and the adapter has it in {names[0]!r}; give --merged"
-                )
+                raise CELoraError(f"{file} cannot hold {kind}, and the adapter has it in {names[0]!r}; {instead}")
 
 
 def _shape(tensor: Tensor) -> str:

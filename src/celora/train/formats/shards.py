@@ -28,12 +28,27 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], most_bytes
     """
     places: dict[str, int] = {}
     for number, group in enumerate(_groups(tensors, most_bytes)):
-        if wrong := next((name for name, tensor in group.items() if not bool(tensor.isfinite().all())), None):
-            raise CELoraError(f"{wrong!r} holds NaN or infinity, so nothing is written")
-        _write(folder / _file(number), group)
+        write_file(folder / _file(number), group)
         places |= dict.fromkeys(group, number)
     _name_files(folder, places)
     return set(places)
+
+
+def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file and read it back.
+
+    Raises:
+        CELoraError: a tensor is not finite, or what was read is not what was written.
+    """
+    if wrong := next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None):
+        raise CELoraError(f"{wrong!r} holds NaN or infinity, so nothing is written")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with safe_open(path, "pt") as file:
+        same = set(file.keys()) == tensors.keys() and all(
+            _equal(file.get_tensor(name), tensor) for name, tensor in tensors.items()
+        )
+    if not same:
+        raise CELoraError(f"{path.name} does not read back as it was written; check the disk")
 
 
 def _groups(tensors: Iterator[tuple[str, Tensor]], most_bytes: int) -> Iterator[dict[str, Tensor]]:
@@ -47,16 +62,6 @@ def _groups(tensors: Iterator[tuple[str, Tensor]], most_bytes: int) -> Iterator[
         group[name] = tensor.contiguous()
         size += tensor.nbytes
     yield group
-
-
-def _write(path: Path, group: dict[str, Tensor]) -> None:
-    save_file(group, path, metadata={"format": "pt"})
-    with safe_open(path, "pt") as file:
-        same = set(file.keys()) == group.keys() and all(
-            _equal(file.get_tensor(name), tensor) for name, tensor in group.items()
-        )
-    if not same:
-        raise CELoraError(f"{path.name} does not read back as it was written; check the disk")
 
 
 def _equal(read: Tensor, written: Tensor) -> bool:
