@@ -13,7 +13,7 @@ import celora
 from celora import CELoraConfig
 from celora.runtime.attachment import require
 from machine import refuses
-from small import make_model, train
+from small import make_batch, make_model, train
 
 BOTH = CELoraConfig(estimator="int8", forward="int8", refresh_every=3, fused=True)
 pytestmark = pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
@@ -81,6 +81,17 @@ def test_large_features_are_scaled_down_once_they_were_seen(tmp_path: Path) -> N
     celora.load_state(model, tmp_path)
     for name, forward in require(model).forwards.items():
         assert forward.graft.estimator.product.levels.equal(levels[name])
+
+
+def test_an_evaluation_in_inference_mode_may_follow_a_refresh() -> None:
+    """A refresh ends with new scales of inputs. The evaluation is the first to need them, and training saves them."""
+    model = make_model(seed=17)  # scales that no other test has made
+    celora.attach(model, BOTH)
+    optimizer = train(model, 1)
+    with torch.inference_mode():
+        model.eval()(**make_batch(0))
+    train(model.train(), 2, first=1, optimizer=optimizer)
+    assert all(forward.graft.estimator.product.levels is not None for forward in require(model).forwards.values())
 
 
 def test_processes_agree_on_who_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,7 @@ _STEPS, _SMALLEST = 16, 2.0**-100
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # an evaluation may be the first to need it, but training saves it for backward
 def _input_scale(levels: tuple[int, ...], device: torch.device) -> Tensor:
     """The scales u for these levels: (in,) float32. Layers with the same input get the same tensor."""
     known = torch.tensor(levels, dtype=torch.float32, device=device)
