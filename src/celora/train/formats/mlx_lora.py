@@ -52,12 +52,15 @@ def mlx_tensors(adapter: SavedAdapter, config: Any) -> tuple[dict[str, Any], dic
     if unknown := next((layer for layer in adapter.layers if layer not in places), None):
         raise CELoraError(f"mlx-lm has no layer {unknown!r} in this model of type {config.model_type!r}; {_INSTEAD}")
     magnitudes = {
-        f"{layer}.m": of.magnitude.float() for layer, of in adapter.layers.items() if of.magnitude is not None
+        f"{layer}.m": low_rank.magnitude.float()
+        for layer, low_rank in adapter.layers.items()
+        if low_rank.magnitude is not None
     }
     if len(magnitudes) not in (0, len(adapter.layers)):
         raise CELoraError(f"mlx-lm takes DoRA in all layers of an adapter or in none; {_INSTEAD}")
     rank = max(len(low_rank.A) for low_rank in adapter.layers.values())
-    scale = Counter(of.scaling for of in adapter.layers.values()).most_common(1)[0][0] or 1.0  # 0 with lora_alpha=0
+    scalings = Counter(low_rank.scaling for low_rank in adapter.layers.values())
+    scale = scalings.most_common(1)[0][0] or 1.0  # 0 with lora_alpha=0
     found: dict[str, Tensor] = {}
     for layer, low_rank in adapter.layers.items():
         zeros = rank - len(low_rank.A)
