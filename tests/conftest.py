@@ -62,8 +62,11 @@ def _threads() -> None:
 
 @pytest.hookimpl(optionalhook=True, wrapper=True)
 def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
-    """One worker more than there are cores. Tests that wait for processes of their own leave a core idle."""
-    return (yield) + 1
+    """One worker more than there are cores: tests that wait for processes of their own leave a core idle.
+
+    Workers with several threads each have to share the cores.
+    """
+    return max(1, ((yield) + 1) // int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_configure(config: pytest.Config) -> None:
