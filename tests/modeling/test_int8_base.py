@@ -94,10 +94,11 @@ def test_estimates_compose_as_on_a_plain_base(config: str | CELoraConfig) -> Non
         celora.attach(each, config)
         train(each, 4)
     assert require(model).relative_errors.keys() == require(twin).relative_errors.keys()
-    for name, error in require(twin).relative_errors.items():
-        found = require(model).relative_errors[name]
-        # By energy, rounding may decide about a token: up to sqrt(0.05) = 0.22 of a gradient, which W may stretch.
-        assert max(found, error) < 0.3 if config is BOTH else found == pytest.approx(error, rel=0.2, abs=2e-3)
+    found, expected = require(model).relative_errors, require(twin).relative_errors
+    apart = [name for name, error in expected.items() if found[name] != pytest.approx(error, rel=0.2, abs=2e-3)]
+    # By energy, rounding may decide about a token: up to sqrt(0.05) = 0.22 of a gradient, which W may stretch.
+    assert len(apart) <= (1 if config is BOTH else 0)
+    assert all(max(found[name], expected[name]) < 0.3 for name in apart)
     assert [name for name, graft in require(model).grafts.items() if graft.estimator.product.holds_copy] == []
     assert len(require(model).forwards) == (14 if config is BOTH else 0)
     celora.detach(model)

@@ -174,7 +174,7 @@ def test_from_one_gguf_file_to_an_answer_of_llama_cpp(gguf: Path, tmp_path: Path
     data = tmp_path / "data" / "train-seed0.jsonl"
     data.parent.mkdir()
     data.write_text("".join(json.dumps(row) + "\n" for row in to_rows(splits(0, train=320).train)))
-    printed = [in_process(shlex.split(command)) for command in whole_way(tmp_path)]
+    printed = [run_alone(shlex.split(command)) for command in whole_way(tmp_path)]
     estimate, _, chat, _ = (out for out, _ in printed)
     assert "2 GiB" in estimate
     assert all(peak <= 1.05 * 2**31 for _, peak in printed)
@@ -188,7 +188,7 @@ def test_from_one_gguf_file_to_an_answer_of_llama_cpp(gguf: Path, tmp_path: Path
     assert chat.strip() == answer
 
 
-def in_process(command: list[str]) -> tuple[str, int]:
+def run_alone(command: list[str]) -> tuple[str, int]:
     """What a command of celora's prints, all of it, and the most bytes it had in memory."""
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen([sys.executable, "-m", *command], stdout=out, stderr=out)

@@ -36,8 +36,6 @@ def lora_tensors(adapter: SavedAdapter, config: Any) -> tuple[float, dict[str, n
             "a llama.cpp LoRA file cannot hold LoRA on lm_head where the model ties it to its embedding; give --merged"
         )
     scalings = {layer: low_rank.scaling * len(low_rank.A) for layer, low_rank in adapter.layers.items()}
-    if not scalings:
-        raise CELoraError("the adapter holds no layer of LoRA; there is nothing to write")
     alpha = float(np.float32(Counter(scalings.values()).most_common(1)[0][0])) or 1.0  # 0 with lora_alpha=0
     found: dict[str, np.ndarray[Any, Any]] = {}
     for layer, low_rank in adapter.layers.items():

@@ -46,8 +46,6 @@ def mlx_tensors(adapter: SavedAdapter, config: Any) -> tuple[dict[str, Any], dic
         CELoraError: mlx-lm cannot hold this adapter.
     """
     adapter.only_lora("an adapter of mlx-lm", _INSTEAD, dora=True)
-    if not adapter.layers:
-        raise CELoraError("the adapter holds no layer of LoRA; there is nothing to write")
     places = _places(config)
     if unknown := next((layer for layer in adapter.layers if layer not in places), None):
         raise CELoraError(f"mlx-lm has no layer {unknown!r} in this model of type {config.model_type!r}; {_INSTEAD}")

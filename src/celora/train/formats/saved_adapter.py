@@ -155,12 +155,14 @@ class SavedAdapter:
             dora: whether the file holds DoRA's magnitudes.
 
         Raises:
-            CELoraError: names what the file cannot hold, and where the adapter has it.
+            CELoraError: names what the file cannot hold, and where the adapter has it; or the adapter is empty.
         """
         copies = {f"{layer}.weight" for layer in self.layers}  # of the base's, which PEFT saves beside some adapters
         kinds = {
             "DoRA": [name for name, low_rank in self.layers.items() if low_rank.magnitude is not None and not dora],
-            "a bias of lora_B (lora_bias)": [name for name, of in self.layers.items() if of.bias is not None],
+            "a bias of lora_B (lora_bias)": [
+                name for name, low_rank in self.layers.items() if low_rank.bias is not None
+            ],
             "LoRA on an embedding": [name for name, low_rank in self.layers.items() if low_rank.embedding],
             "biases of the base (bias)": [name for name in self.whole if name.endswith(".bias")],
             "whole tensors (modules_to_save)": [
@@ -170,6 +172,8 @@ class SavedAdapter:
         for kind, names in kinds.items():
             if names:
                 raise CELoraError(f"{file} cannot hold {kind}, and the adapter has it in {names[0]!r}; {instead}")
+        if not self.layers:
+            raise CELoraError("the adapter holds no layer of LoRA; there is nothing to write")
 
 
 def _shape(tensor: Tensor) -> str:
