@@ -1,4 +1,4 @@
-/* Causal attention of sequences in bfloat16 with matrix instructions (AMX), forward and backward.
+/* Causal attention of sequences in bfloat16, forward and backward, for CPUs that multiply bfloat16 (AMX or AVX-512).
  *
  *     S = scale Q K^T,  P = exp(S - L),  O = P V,  L = log sum exp S,
  *     dV = P^T dO,  dS = scale P (dO V^T - D),  D = sum_j dO_j O_j,  dQ = dS K,  dK = dS^T Q.
@@ -7,13 +7,13 @@
  * that what belongs to a query (L, D, a sum) is a vector. Sums are in float32; P and dS are rounded to bfloat16 where
  * they are multiplied, as in FlashAttention (arXiv 2205.14135). A thread has one sequence and head of keys at a time.
  *
- * A tile multiplies 16 rows of 32 numbers (A) with 32 rows of 16, two of which lie interleaved (B). So a matrix is
- * needed as it is, for A; in `pairs`, (rows / 2) x columns of two numbers from successive rows, for B; `turned`, two
- * numbers from successive columns, (columns / 2) x rows of each square, for B of its transpose; and its transpose, the
- * pairs turned, for A.
+ * The instructions multiply rows of pairs of numbers (A) with columns of pairs (B): AMX 16 rows of 32 numbers with 32
+ * rows of 16, two of which lie interleaved; AVX-512 one pair with 16. So a matrix is needed as it is, for A; in
+ * `pairs`, (rows / 2) x columns of two numbers from successive rows, for B; `turned`, two numbers from successive
+ * columns, (columns / 2) x rows of each square, for B of its transpose; and its transpose, the pairs turned, for A.
  */
 
-#if defined(TILE) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && LANES == 16
 
 #define SIDE 32
 #define LOG2E 1.44269504f
@@ -94,7 +94,11 @@ static void pair_rows(const bf16 *from, int64_t rows, int64_t size, uint32_t *to
         }
 }
 
-/* c: (SIDE, SIDE) = (first ? 0 : c) + sum of `steps` products of A's tiles with B's. Strides and steps in bytes. */
+/* c: (SIDE, SIDE) = (first ? 0 : c) + sum of `steps` products of 32 columns of A with 16 rows of B's pairs. Strides and
+ * steps in bytes. */
+#ifdef __AMX_BF16__
+static void begin_products(void) { configure_tiles(); }
+static void end_products(void) { _tile_release(); }
 static inline void multiply(const void *a, int64_t a_stride, int64_t a_step, const void *b, int64_t b_stride,
                             int64_t b_step, int64_t steps, float *c, int64_t c_stride, int first) {
     const char *rows = a, *columns = b;
@@ -111,6 +115,39 @@ static inline void multiply(const void *a, int64_t a_stride, int64_t a_step, con
     }
     end_sums(c, c_stride);
 }
+#else
+#define ROWS_AT_ONCE 8 /* with 32 columns: 16 registers of sums */
+static void begin_products(void) {}
+static void end_products(void) {}
+static inline __m512bh two_everywhere(const char *from) {
+    int32_t two;
+    memcpy(&two, from, sizeof two);
+    return (__m512bh)_mm512_set1_epi32(two);
+}
+static void multiply(const void *a, int64_t a_stride, int64_t a_step, const void *b, int64_t b_stride, int64_t b_step,
+                     int64_t steps, float *c, int64_t c_stride, int first) {
+    for (int row = 0; row < SIDE; row += ROWS_AT_ONCE) {
+        const char *rows = (const char *)a + row * a_stride, *columns = b;
+        char *to = (char *)c + row * c_stride;
+        __m512 sum[ROWS_AT_ONCE][2];
+        for (int i = 0; i < ROWS_AT_ONCE; i++)
+            for (int e = 0; e < 2; e++)
+                sum[i][e] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(to + i * c_stride + 64 * e);
+        for (int64_t k = 0; k < steps; k++, rows += a_step, columns += b_step)
+            for (int pair = 0; pair < 16; pair++) {
+                const __m512bh left = (__m512bh)_mm512_loadu_si512(columns + pair * b_stride);
+                const __m512bh right = (__m512bh)_mm512_loadu_si512(columns + pair * b_stride + 64);
+                for (int i = 0; i < ROWS_AT_ONCE; i++) {
+                    const __m512bh two = two_everywhere(rows + i * a_stride + 4 * pair);
+                    sum[i][0] = _mm512_dpbf16_ps(sum[i][0], two, left);
+                    sum[i][1] = _mm512_dpbf16_ps(sum[i][1], two, right);
+                }
+            }
+        for (int i = 0; i < ROWS_AT_ONCE; i++)
+            for (int e = 0; e < 2; e++) _mm512_storeu_ps(to + i * c_stride + 64 * e, sum[i][e]);
+    }
+}
+#endif
 
 /* Which of 16 queries, of which the first is `query` of its square, see key `key` of the square. */
 static inline __mmask16 seen(int diagonal, int key, int query) {
@@ -273,7 +310,7 @@ static void attention_bf16(const bf16 *q, const bf16 *k, const bf16 *v, const st
                            int64_t count, int64_t tokens, int64_t heads, int64_t groups, int64_t size, float scale,
                            char *work, int64_t work_bytes, bf16 *out, float *logs, const team *team) {
     task t = {.tokens = tokens, .heads = heads, .size = size, .scale = scale};
-    configure_tiles();
+    begin_products();
     const int64_t key_heads = heads / groups;
     for (int64_t piece; (piece = take_piece(team)) < count * key_heads;) {
         const int64_t s = piece / key_heads, g = piece % key_heads;
@@ -287,7 +324,7 @@ static void attention_bf16(const bf16 *q, const bf16 *k, const bf16 *v, const st
             attend(&t, head, out, logs);
         }
     }
-    _tile_release();
+    end_products();
 }
 
 /* P and dS of keys j and queries i, for A, and the latter in pairs of keys, for B */
@@ -349,7 +386,7 @@ static void attention_backward_bf16(const bf16 *q, const bf16 *k, const bf16 *v,
                                     const bf16 *out, const float *logs, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v,
                                     const team *team) {
     task t = {.tokens = tokens, .heads = heads, .size = size, .scale = scale};
-    configure_tiles();
+    begin_products();
     const int64_t key_heads = heads / groups;
     for (int64_t piece; (piece = take_piece(team)) < count * key_heads;) {
         const int64_t s = piece / key_heads, g = piece % key_heads;
@@ -386,7 +423,7 @@ static void attention_backward_bf16(const bf16 *q, const bf16 *k, const bf16 *v,
             }
         }
     }
-    _tile_release();
+    end_products();
 }
 
 #endif
