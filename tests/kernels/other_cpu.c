@@ -1,7 +1,7 @@
 /* Compares the kernels of another CPU with formulas in double precision, in an emulator: other_cpu LIBRARY TIER ...
  *
  * For each tier that the library offers, it tries odd sizes and both dtypes: 8-bit products for `G W` and `x W^T`, with
- * all rows and with some, and the passes over rows. Products of two tiers must have the same bits. The library must offer
+ * all rows and with some, the passes over rows, and attention. Products of two tiers must have the same bits. The library must offer
  * every TIER that is named.
  */
 
@@ -200,6 +200,61 @@ static void passes(int64_t columns) {
     free(x), free(g), free(w), free(out);
 }
 
+/* Attention of two sequences and two heads, which share their keys, and its gradients. */
+static void attends(int64_t longer, int64_t size) {
+    enum { HEADS = 2, SEQUENCES = 2, SHORTER = 3 };
+    const int64_t tokens = longer + SHORTER, of_head = tokens * size;
+    const int64_t strides[] = {0, of_head, size, 0, of_head, size, 0, of_head, size, 0, size, HEADS * size};
+    const int64_t sequences[SEQUENCES][3] = {{0, 0, longer}, {0, longer, SHORTER}};
+    void *q = drawn(HEADS * of_head), *k = drawn(of_head), *v = drawn(of_head), *grad = drawn(HEADS * of_head);
+    void *out = drawn(HEADS * of_head), *dq = drawn(HEADS * of_head), *dk = drawn(of_head), *dv = drawn(of_head);
+    float *logs = drawn(HEADS * tokens);
+    const int64_t bytes = ASK("attention_work", N(longer), N(size), N(1));
+    void *work = malloc((size_t)bytes);
+    const double scale = 1 / sqrt((double)size);
+    CALL("attention", P(q), P(k), P(v), P(strides), P(sequences), N(SEQUENCES), N(tokens), N(HEADS), N(HEADS), N(size),
+         D(scale), P(work), N(bytes), P(out), P(logs));
+    CALL("attention_backward", P(q), P(k), P(v), P(grad), P(strides), P(sequences), N(SEQUENCES), N(tokens), N(HEADS),
+         N(HEADS), N(size), D(scale), P(work), N(bytes), P(out), P(logs), P(dq), P(dk), P(dv));
+    double *p = malloc(sizeof *p * (size_t)tokens), *ds = malloc(sizeof *ds * (size_t)tokens);
+    double *keys = calloc((size_t)of_head, sizeof *keys), *values = calloc((size_t)of_head, sizeof *values);
+    double error[4] = {0}, sizes[4] = {0};
+    for (int64_t head = 0; head < HEADS; head++)
+        for (int64_t t = 0; t < tokens; t++) {
+            const int64_t from = t < longer ? 0 : longer, row = head * of_head + t * size;
+            const int64_t place = (t * HEADS + head) * size; /* in `out` and its gradient */
+            double sum = 0, inner = 0;
+            for (int64_t j = from; j <= t; j++) {
+                double s = ds[j] = 0;
+                for (int64_t c = 0; c < size; c++) {
+                    s += scale * get(q, row + c) * get(k, j * size + c);
+                    ds[j] += get(grad, place + c) * get(v, j * size + c);
+                }
+                sum += p[j] = exp(s);
+            }
+            for (int64_t j = from; j <= t; j++) inner += (p[j] /= sum) * ds[j];
+            for (int64_t c = 0; c < size; c++) {
+                double y = 0, of_q = 0;
+                for (int64_t j = from; j <= t; j++) {
+                    const double score = scale * p[j] * (ds[j] - inner);
+                    y += p[j] * get(v, j * size + c), of_q += score * get(k, j * size + c);
+                    keys[j * size + c] += score * get(q, row + c), values[j * size + c] += p[j] * get(grad, place + c);
+                }
+                error[0] += pow(get(out, place + c) - y, 2), sizes[0] += y * y;
+                error[1] += pow(get(dq, place + c) - of_q, 2), sizes[1] += of_q * of_q;
+            }
+        }
+    for (int64_t i = 0; i < of_head; i++) {
+        error[2] += pow(get(dk, i) - keys[i], 2), sizes[2] += keys[i] * keys[i];
+        error[3] += pow(get(dv, i) - values[i], 2), sizes[3] += values[i] * values[i];
+    }
+    const char *const names[] = {"attention", "its query's gradient", "its key's gradient", "its value's gradient"};
+    for (int i = 0; i < 4; i++) /* D is computed from outputs that are rounded to bfloat16 */
+        check(names[i], sqrt(error[i]), sqrt(sizes[i]), bf16 ? 2e-2 : 1e-5);
+    free(q), free(k), free(v), free(grad), free(out), free(dq), free(dk), free(dv), free(logs), free(work);
+    free(p), free(ds), free(keys), free(values);
+}
+
 int main(int count, char **given) {
     void *library = dlopen(count > 1 ? given[1] : "", RTLD_NOW);
     if (!library) return printf("%s\n", dlerror()), 2;
@@ -218,6 +273,7 @@ int main(int count, char **given) {
         state = 1;
         for (bf16 = 0; bf16 < 2; bf16++) {
             for (int i = 0; i < 6; i++) passes(sizes[i][1] + 1);
+            for (int64_t size = 32; size <= 96; size += 32) attends(1 + size % 64, size), attends(70, size);
             for (int i = 0; dots && i < 6; i++)
                 for (int k = 0; k < 6; k++) bits = bits * 31 + products(sizes[i][0], sizes[i][1], some[k]);
         }

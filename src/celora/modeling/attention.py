@@ -1,11 +1,9 @@
 """Causal attention of packed sequences, each by itself, with Transformers' `sdpa` or with a faster kernel.
 
-On CPU, torch's flash attention computes its backward by many small products. In bfloat16 each takes longer to set up
-than to compute: at 64 tokens the backward takes three times as long as in float32. So:
-
-- If the CPU has matrix instructions (AMX), our own kernel computes forward and backward, packed or not.
-- Otherwise the forward is torch's. The backward of short sequences is computed in float32, from torch's outputs and row
-  sums.
+On CPU, our own kernel computes forward and backward of training, packed or not. Where it is not available, attention is
+torch's flash attention. That computes its backward by many small products. In bfloat16 each takes longer to set up than
+to compute: at 64 tokens the backward takes three times as long as in float32. So the backward of short sequences in
+bfloat16 is computed in float32 there, from torch's outputs and row sums.
 
 The model's configuration keeps naming `sdpa`. It names our attention only while an attention runs that was called with
 `celora_lengths` (`Lookup`). Gradient checkpointing repeats the call in backward with the same arguments, so it finds
@@ -29,6 +27,7 @@ from celora.modeling.hooks import Hook
 
 ATTENTION = "celora_packed_sdpa"
 LENGTHS = "celora_lengths"
+_DTYPES = (torch.float32, torch.bfloat16)  # of our kernel
 _SHORT = 160  # tokens; measured, benchmarks/kernels/attention.py
 _FLASH = "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu"
 _FLASH_BACKWARD = "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward"
@@ -143,7 +142,7 @@ def packing_pays(dtype: torch.dtype, length: int, device: torch.device, *, maske
     """
     if not operations.available("attention", device):
         return _short(device, dtype, length)
-    return device.type == "cpu" and dtype == torch.bfloat16 and masked
+    return dtype in _DTYPES and masked
 
 
 def _short(device: torch.device, dtype: torch.dtype, length: int) -> bool:
@@ -160,13 +159,13 @@ def _backward_pays(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int
 
 
 def _tiles_pay(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, sequences: int) -> bool:
-    """Whether our kernel for matrix instructions computes this.
+    """Whether our kernel computes this.
 
     It does if it can, if it has work for at least half of the threads, and if no dispatch mode is on. In training it
     also computes forwards without gradients, so that both forwards of a checkpoint give the same numbers.
     """
     tensors = (query, key, value)
-    if query.device.type != "cpu" or any(type(t) is not Tensor or t.dtype != torch.bfloat16 for t in tensors):
+    if query.dtype not in _DTYPES or any(type(t) is not Tensor or t.dtype != query.dtype for t in tensors):
         return False
     if torch.compiler.is_compiling() or not operations.available("attention", query.device):
         return False
@@ -200,7 +199,7 @@ def _only_causal(
 
 
 class _Tiled(torch.autograd.Function):
-    """Causal attention with matrix instructions: (B, heads, T, d) to (B, T, heads, d).
+    """Causal attention by our kernel: (B, heads, T, d) to (B, T, heads, d).
 
     Each sequence attends to itself; by default each row is one sequence.
     """

@@ -1,4 +1,4 @@
-"""Causal attention in C for CPUs with matrix instructions (attention.c)."""
+"""Causal attention in C (attention.c)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from celora.kernels.c.library import ask_kernel, call_kernel, library
 
 
 def takes(device: torch.device) -> bool:
-    """Whether there is `attention` for bfloat16 on this device."""
-    loaded = library()
-    return device.type == "cpu" and loaded is not None and loaded.has("attention_bf16")
+    """Whether there is `attention` on this device."""
+    return device.type == "cpu" and library() is not None
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, sequences: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention of each of `sequences`, (batch, first token, length): (S, 3) int64, which hold every token.
 
-    `query: (B, H, T, d)`, `key`, `value`: (B, H or fewer, T, d), bfloat16, d a multiple of 32. Returns (B, T, H, d) and
-    the logarithms of the sums of the softmax, float32 (B, H, T). Where `available`.
+    `query: (B, H, T, d)`, `key`, `value`: (B, H or fewer, T, d), float32 or bfloat16, d a multiple of 32. Returns
+    (B, T, H, d) and the logarithms of the sums of the softmax, float32 (B, H, T). Where `available`.
     """
     batch, heads, tokens, size = query.shape
     out = query.new_empty(batch, tokens, heads, size)

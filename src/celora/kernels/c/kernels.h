@@ -35,14 +35,10 @@
 #define DOT(KERNEL)
 #endif
 
-#ifdef SIDE
 #define ATTENTION(KERNEL)                                                                                         \
     KERNEL(attention, P(0), P(1), P(2), P(3), P(4), N(5), N(6), N(7), N(8), N(9), F(10), P(11), N(12), P(13), P(14)) \
     KERNEL(attention_backward, P(0), P(1), P(2), P(3), P(4), P(5), N(6), N(7), N(8), N(9), N(10), F(11), P(12),   \
            N(13), P(14), P(15), P(16), P(17), P(18))
-#else
-#define ATTENTION(KERNEL)
-#endif
 
 /* Numbers that Python asks for; they need no team. */
 #ifdef LANES
@@ -56,11 +52,6 @@
 #else
 #define NUMBERS(NUMBER) NUMBER(panel_columns, 0)
 #endif
-#ifdef SIDE
-#define MORE_NUMBERS(NUMBER) NUMBER(attention_work, attention_work(N(0), N(1), I(2)))
-#else
-#define MORE_NUMBERS(NUMBER)
-#endif
 
 #define CALL(name, does)                                              \
     static int64_t call_##name(const slot *from, const team *team) { \
@@ -68,23 +59,24 @@
         does;                                                         \
     }
 #define NUMBER(name, value) CALL(name, return value)
-#define KERNEL_BF16(name, ...) CALL(name##_bf16, name##_bf16(__VA_ARGS__, team); return 0)
-#define KERNEL(name, ...) CALL(name##_f32, name##_f32(__VA_ARGS__, team); return 0) KERNEL_BF16(name, __VA_ARGS__)
+#define KERNEL(name, ...)                                         \
+    CALL(name##_f32, name##_f32(__VA_ARGS__, team); return 0)    \
+    CALL(name##_bf16, name##_bf16(__VA_ARGS__, team); return 0)
 
 NUMBER(choose_rows, choose_rows(P(0), N(1), N(2), D(3), N(4), P(5), P(6)))
+NUMBER(attention_work, attention_work(N(0), N(1), I(2)))
 NUMBERS(NUMBER)
-MORE_NUMBERS(NUMBER)
 ROWS(KERNEL)
 DOT(KERNEL)
-ATTENTION(KERNEL_BF16)
+ATTENTION(KERNEL)
 
 #define NAMED(name, ...) {#name, call_##name},
-#define NAMED_BF16(name, ...) {#name "_bf16", call_##name##_bf16},
 #define NAMED_BOTH(name, ...) {#name "_f32", call_##name##_f32}, {#name "_bf16", call_##name##_bf16},
 #define TABLE_OF(tier) celora_##tier
 #define TABLE(tier) TABLE_OF(tier)
 
 const entry TABLE(TIER)[] = {
     {"choose_rows", call_choose_rows},
-    NUMBERS(NAMED) MORE_NUMBERS(NAMED) ROWS(NAMED_BOTH) DOT(NAMED_BOTH) ATTENTION(NAMED_BF16){NULL, NULL},
+    {"attention_work", call_attention_work},
+    NUMBERS(NAMED) ROWS(NAMED_BOTH) DOT(NAMED_BOTH) ATTENTION(NAMED_BOTH){NULL, NULL},
 };

@@ -31,7 +31,7 @@ _TYPED = {  # there is one for each dtype, which runs on torch's threads
     "critical_product": "PqqqqdPPqPqPP",
     "quantise_input": "PqqqPPPP",
     "quantised_product": "PPPqqPPPqP",
-    # attention.c; for bfloat16, only in the tier with matrix instructions
+    # attention.c
     "attention": "PPPPPqqqqqdPqPP",
     "attention_backward": "PPPPPPqqqqqdPqPPPPP",
 }
