@@ -37,7 +37,7 @@ NAMES: dict[str, str] = {
     "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu": "the backward of short sequences is torch's own",
     "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "the backward of short sequences is torch's",
     "transformers.loss.loss_utils:ForCausalLMLoss": "the loss is the model's own, with padding",
-    "transformers:PreTrainedConfig._attn_implementation": "padding stays in batches",
+    "transformers:PretrainedConfig._attn_implementation": "padding stays in batches",
     "transformers.integrations.gguf.gguf_tokenizer_mapping:GGUF_PRE_TOKENIZER_SPLITS": "nobody checks whether the text "
     "of a GGUF file's tokenizer is split as the file says",
     "bitsandbytes.functional:_convert_weight_packed_for_cpu_inverse": "4-bit layers that evaluation on CPU has packed "

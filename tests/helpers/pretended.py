@@ -118,7 +118,8 @@ def pretended_mps(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Pretend that the accelerator is such a device. Yields the list of its waits and its reads of random states."""
     asked: list[str] = []
     patch_all(patch, "celora.weights.read:_PLAIN", (*weights._PLAIN, Pretended))
-    patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: MPS)
+    patch.setattr(torch.accelerator, "is_available", lambda: True)
+    patch.setattr(torch.accelerator, "current_accelerator", lambda: MPS)
     patch.setattr(torch.accelerator, "synchronize", lambda device=None: asked.append("wait"))
     patch.setattr(torch.backends.mps, "get_name", lambda: "Apple M2")
     patch.setattr(torch.mps, "get_rng_state", lambda device="mps": (asked.append("get"), torch.get_rng_state())[1])

@@ -216,7 +216,8 @@ def test_a_random_state_that_cannot_be_read_is_refused(monkeypatch: pytest.Monke
 
 def test_where_a_model_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     found: Any = None
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: found is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: found)
     assert device.default_device() == torch.device("cpu")
     found = MPS
     assert device.default_device() == device.accelerator() == MPS

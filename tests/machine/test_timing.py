@@ -115,7 +115,8 @@ class Accelerator:
     def __init__(self, patch: pytest.MonkeyPatch, *, waits: bool = True) -> None:
         self.now = self.done = 0.0
         self.waits = waits
-        patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("mps"))
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
         patch.setattr(torch.accelerator, "synchronize", self.synchronize)
         patch.setattr(timing.time, "perf_counter", lambda: self.now)
         patch.setattr(timing.torch, "ones", lambda *size, device: _Square(self, size[0]))

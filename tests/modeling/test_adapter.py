@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +42,8 @@ def _look(*_: object) -> None:
 
 
 def _second(module: Any) -> None:
-    module.update_layer("other", r=2, lora_alpha=2, config=LoraConfig(r=2))
+    for part in (module.lora_A, module.lora_B):
+        part["other"] = copy.deepcopy(part["default"])
     module.set_adapter(["default", "other"])
 
 

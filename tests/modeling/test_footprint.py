@@ -80,7 +80,7 @@ def test_a_forward_waits_for_the_device_once(packs: bool, attention: str, monkey
     else:  # no CPU has this attention
         causal = model.base_model.model
         causal.config._attn_implementation = attention
-        _, passed = require(model).forward._begin(causal, causal, batch, batch["labels"])
+        _, passed = require(model).forward._begin(causal, batch, batch["labels"])
         assert ("cu_seq_lens_q" in passed) is packs
         require(model).forward.settle(causal)
     assert reads.seen == ["tolist"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import (
     GitConfig,
@@ -60,6 +61,40 @@ def test_heads_that_change_after_attaching(change: Any, reason: str) -> None:
     assert output.logits is not None
     assert output.loss.equal(again.loss)
     torch.testing.assert_close(output.loss, model(**batch).loss)
+
+
+@pytest.mark.parametrize("caller", ["PEFT", "the model itself"])
+def test_a_tuner_that_calls_the_models_forward_past_its_hooks_is_hooked(
+    caller: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Like that of PEFT before 0.21."""
+    monkeypatch.setattr(BaseTuner, "forward", lambda self, *args, **kwargs: self.model.forward(*args, **kwargs))
+    model, batch = make_model().train(), masked_batch()
+    called = model if caller == "PEFT" else model.base_model.model
+    expected = called(**batch).loss
+    expected.backward()
+    wanted = gradient(model)
+    celora.attach(model, "exact")
+    for _ in range(2):  # the first call compares celora's head with the model's
+        model.zero_grad()
+        output = called(**batch)
+        output.loss.backward()
+        assert output.logits is None
+        torch.testing.assert_close(output.loss, expected)
+        assert (gradient(model) - wanted).norm() < 1e-5 * wanted.norm()
+    celora.detach(model)
+    assert called(**batch).logits is not None
+
+
+def test_a_decoder_that_the_model_names_otherwise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3 of Transformers 4 has it as `model`, and says `language_model`."""
+    model, batch = make_model().train(), masked_batch()
+    expected = model(**batch).loss
+    monkeypatch.setattr(LlamaForCausalLM, "base_model_prefix", "language_model")
+    celora.attach(model, "exact")
+    output = model(**batch)
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, expected)
 
 
 def test_an_adapted_head_is_not_taken_over() -> None:

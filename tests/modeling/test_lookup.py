@@ -18,6 +18,7 @@ from celora.modeling import attention, packing
 from celora.modeling import call as forward
 from celora.runtime.attachment import require
 from patching import patch_all
+from versions import before
 from without import pretend
 
 
@@ -248,7 +249,7 @@ def test_attention_to_later_tokens_is_kept(kind: str, how: str, after: bool) -> 
         celora.attach(model, "exact")
         causal, _ = gradients(model, batch)
         assert bidirectional(model, how) == extra
-        if how == "is_causal":
+        if how == "is_causal" and not before("transformers", "5"):  # earlier, only attentions read it
             assert abs(causal - loss) > 1e-3
     else:
         extra = bidirectional(model, how)

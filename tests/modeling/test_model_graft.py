@@ -280,28 +280,6 @@ def test_the_error_of_the_head_is_measured_at_refreshes(tmp_path: Path) -> None:
     assert require(model).relative_errors == {"head": errors[3]}
 
 
-def test_words_are_drawn_anew_in_every_call_and_step() -> None:
-    from trl.trainer.utils import add_fused_lm_head
-
-    model = make_model().train()
-    add_fused_lm_head(model.base_model.model)
-    celora.attach(model, CELoraConfig(estimator="dense", labelled_head=True, head_keep_ratio=0.6, seed=1))
-    gradients = {}
-    for step, calls in ((1, "ab"), (2, "c"), (1, "d"), (1, "e")):
-        require(model).set_modes(step)
-        if calls == "e":  # an evaluation between two steps; a resumed run does not repeat it
-            with torch.no_grad():
-                assert hasattr(model(**masked_batch(), fused_lm_head=True), "entropy")
-        for call in calls:
-            model.zero_grad()
-            model(**masked_batch()).loss.backward()
-            gradients[call] = gradient(model)
-    assert not gradients["a"].equal(gradients["b"])  # two micro-batches of one step
-    assert not gradients["a"].equal(gradients["c"])
-    assert gradients["a"].equal(gradients["d"])  # the same step, in a resumed run
-    assert gradients["a"].equal(gradients["e"])
-
-
 def test_a_head_whose_estimate_is_none_becomes_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     celora.attach(model, CELoraConfig(estimator="dense", labelled_head=True, head_keep_ratio=0.5, refresh_every=1))

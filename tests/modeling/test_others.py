@@ -14,7 +14,7 @@ from peft import PeftModel
 from trl.trainer.utils import add_fused_lm_head
 
 import celora
-from celora import CELoraError
+from celora import CELoraConfig, CELoraError
 from celora.modeling import others
 from celora.numerics.head import Logits
 from celora.runtime.attachment import require
@@ -120,6 +120,25 @@ def test_smoothing_is_never_dropped(how: str) -> None:
         model(**batch)
     del batch["labels"]
     assert model(**{k: v for k, v in batch.items() if k not in FUSED}) is not None
+
+
+def test_words_are_drawn_anew_in_every_call_and_step() -> None:
+    model, _ = fused()
+    celora.attach(model, CELoraConfig(estimator="dense", labelled_head=True, head_keep_ratio=0.6, seed=1))
+    gradients = {}
+    for step, calls in ((1, "ab"), (2, "c"), (1, "d"), (1, "e")):
+        require(model).set_modes(step)
+        if calls == "e":  # an evaluation between two steps; a resumed run does not repeat it
+            with torch.no_grad():
+                assert hasattr(model(**masked_batch(), fused_lm_head=True), "entropy")
+        for call in calls:
+            model.zero_grad()
+            model(**masked_batch()).loss.backward()
+            gradients[call] = gradient(model)
+    assert not gradients["a"].equal(gradients["b"])  # two micro-batches of one step
+    assert not gradients["a"].equal(gradients["c"])
+    assert gradients["a"].equal(gradients["d"])  # the same step, in a resumed run
+    assert gradients["a"].equal(gradients["e"])
 
 
 def test_what_is_read_of_trl() -> None:

@@ -48,7 +48,7 @@ def test_equals_padded(kind: str, left: bool, monkeypatch: pytest.MonkeyPatch) -
     report = celora.attach(model, "exact")
     assert "Padding left out of training batches." in report.notes
     seen: list[tuple[int, ...]] = []
-    decoder = model.base_model.model.base_model
+    decoder = model.base_model.model.model
     forward = decoder.forward
 
     def looked(*args: Any, **kwargs: Any) -> Any:

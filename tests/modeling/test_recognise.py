@@ -35,6 +35,7 @@ from celora.modeling.recognise import sweep
 from celora.numerics.head import Logits
 from celora.runtime.attachment import require
 from small import make_model
+from versions import before
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -140,6 +141,8 @@ def closeness(dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("kind", KNOWN)
 @pytest.mark.filterwarnings("ignore:.*(scan|use_cache|inputs_embeds|torch.jit).*")
 def test_what_is_done_to_the_logits_is_known(kind: str, dtype: torch.dtype) -> None:
+    if "Recurrent" in kind and before("transformers", "5"):
+        pytest.skip("Transformers 4 trains it for one step only, without celora, too")
     make, expected = KNOWN[kind]
     model, given = adapted(make, dtype), batch()
     if "images" in kind:
@@ -151,7 +154,10 @@ def test_what_is_done_to_the_logits_is_known(kind: str, dtype: torch.dtype) -> N
         found, ours = gradients(model, given)
         assert found == pytest.approx(loss, rel=closeness(dtype) / 10)
         assert (ours - gradient).norm() < closeness(dtype) * gradient.norm()
-    assert require(model).forward.logits == expected
+    if "Gemma 3" in kind and before("transformers", "5.18"):
+        assert "Gemma3ForConditionalGeneration has a loss of its own" in str(require(model).report)
+    else:
+        assert require(model).forward.logits == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

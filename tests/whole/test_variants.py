@@ -43,7 +43,8 @@ def _loftq_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return quantised, root[:, None] * V[:reduced_rank], U[:, :reduced_rank] * root
 
     if not torch.cuda.is_available():
-        monkeypatch.setattr(peft.tuners.lora.layer, "loftq_init", loftq_init)
+        for module in (peft.utils.loftq_utils, peft.tuners.lora.layer):  # the second since PEFT 0.19
+            monkeypatch.setattr(module, "loftq_init", loftq_init, raising=module is peft.utils.loftq_utils)
 
 
 def _gradient(variant: Variant, model: nn.Module, seed: int = 50) -> Tensor:

@@ -22,7 +22,7 @@ _EXACT = frozenset({"cpu", "cuda", "meta"})
 
 def accelerator() -> torch.device | None:
     """The kind of accelerator that torch can use here (CUDA, MPS, XPU ...), or None."""
-    return torch.accelerator.current_accelerator(check_available=True)
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
 def default_device() -> torch.device:

@@ -32,7 +32,7 @@ _SHORT = 160  # tokens; measured, benchmarks/kernels/attention.py
 _FLASH = "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu"
 _FLASH_BACKWARD = "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward"
 _DISPATCH_MODE = "torch.utils._python_dispatch:is_in_torch_dispatch_mode"
-_IMPLEMENTATION = "transformers:PreTrainedConfig._attn_implementation"
+_IMPLEMENTATION = "transformers:PretrainedConfig._attn_implementation"
 
 
 def implementation(config: Any) -> str | None:

@@ -25,13 +25,20 @@ class LanguageModel:
 
     Attributes:
         causal: the model with the head.
+        tuner: the PEFT tuner that calls the model's forward past its hooks, as PEFT before 0.21 does; else None.
         family: the row of its family, or None.
         cannot_pack: why padding stays in its batches, or ''.
     """
 
     causal: PreTrainedModel
+    tuner: nn.Module | None
     family: Family | None
     cannot_pack: str
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model under the head."""
+        return _decoder(self.causal)
 
     @property
     def head(self) -> Any:
@@ -54,11 +61,22 @@ def find_language_model(model: nn.Module) -> LanguageModel | str:
         return f"{type(tuner).__name__} has a forward of its own, which may add to the loss"
     if getattr(causal.config, "output_router_logits", False):
         return "a part of it is for its experts"
-    if causal.base_model is causal:
+    if _decoder(causal) is causal:
         return f"{type(causal).__name__} has no decoder under its head"
     if is_fused_head(causal) and isinstance(found := fused_head(causal), str):
         return found
-    return LanguageModel(causal, family_of(causal.config), cannot_pack(causal))
+    return LanguageModel(causal, _past_hooks(tuner, causal), family_of(causal.config), cannot_pack(causal))
+
+
+def _decoder(causal: Any) -> Any:
+    """The model under the head. Transformers 4 names that of Gemma 3 in another way than `base_model` expects."""
+    return getattr(causal, "model", causal) if causal.base_model is causal else causal.base_model
+
+
+def _past_hooks(tuner: Any, causal: PreTrainedModel) -> nn.Module | None:
+    """The tuner, if it calls `causal.forward` and not `causal`."""
+    calls_forward = "forward" in BaseTuner.forward.__code__.co_names
+    return tuner if calls_forward and tuner is not None and tuner.model is causal else None
 
 
 def not_ours(causal: PreTrainedModel) -> str:
@@ -89,6 +107,11 @@ def _asks_for_the_loss(kind: type) -> bool:
     """Whether the forward of this class reads `loss_function`. Only a call shows how it uses it."""
     code = getattr(inspect.unwrap(vars(kind).get("forward", object)), "__code__", None)
     return code is not None and "loss_function" in code.co_names
+
+
+def language_model(module: nn.Module) -> Any:
+    """The causal language model that this hooked module is, or wraps."""
+    return module.model if isinstance(module, BaseTuner) else module
 
 
 def at_hand(head: Any) -> bool:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from celora.errors import CELoraError
@@ -32,7 +31,7 @@ from celora.modeling import packing
 from celora.modeling.attention import LENGTHS, Lookup, implementation, is_attention
 from celora.modeling.call import OUTPUTS, REFUSED, TRL, UNPACKED, Call, fit, is_set, unknown_arguments
 from celora.modeling.hooks import Hook, nothing, settle_all
-from celora.modeling.language_model import LanguageModel, at_hand, not_ours
+from celora.modeling.language_model import LanguageModel, at_hand, language_model, not_ours
 from celora.modeling.onlookers import may_look_at_shapes
 from celora.modeling.others import fused_head, trainer_wants_logits
 from celora.modeling.recognise import IGNORED, Probe, settings
@@ -82,7 +81,7 @@ class ModelGraft(Measured, Hook):
         """Forget an interrupted forward, of this model or of the model that it is a copy of."""
         self._take_call()
         for name in self._added or ():
-            vars(module).pop(name, None)
+            vars(language_model(module)).pop(name, None)
         self._added = ()
 
     def _take_call(self) -> Call | None:
@@ -112,12 +111,15 @@ class ModelGraft(Measured, Hook):
             self.keep_ratio, self.mode, self._calls = usual
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A forward pre-hook (with kwargs) of the model, whose other hooks see the loss as they see the model's own."""
+        """A forward pre-hook (with kwargs) of the model, whose other hooks see the loss as they see the model's own.
+
+        A tuner that calls the model's forward past all hooks has this one instead.
+        """
         if self._call is not None:
             settle_all(self._call.owner)  # that call was interrupted, and no hook was called
         if not self.switch.on or (torch.compiler.is_compiling() and not self.smoothing):
             return None
-        causal: Any = module
+        causal = language_model(module)
         names = tuple(inspect.signature(type(causal).forward).parameters)[1:] if args else ()
         given = dict(zip(names, args, strict=False)) | kwargs
         # With smoothing, a call in evaluation counts, too, because Trainer's smoother also smooths there.
@@ -127,7 +129,7 @@ class ModelGraft(Measured, Hook):
         if (reason := self._not_here(causal, given, labels)) is not None:
             self._leave(reason)
             return None
-        return self._begin(module, causal, given, labels)
+        return self._begin(causal, given, labels)
 
     def _not_here(self, causal: Any, given: Mapping[str, Any], labels: Tensor) -> str | None:
         """Why the model computes the loss of this call; '' if the user knows why; None if celora computes it."""
@@ -152,7 +154,7 @@ class ModelGraft(Measured, Hook):
         caller = trainer_wants_logits()
         return f"{caller} looks at the logits of every step (with TRL 1.15 or later it does not)" if caller else None
 
-    def _begin(self, module: nn.Module, causal: Any, given: dict[str, Any], labels: Tensor) -> Any:
+    def _begin(self, causal: Any, given: dict[str, Any], labels: Tensor) -> Any:
         """Begin to compute a call's loss. Returns the model's new arguments, or None if no token is labelled."""
         next_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         labelled = next_labels != IGNORED
@@ -188,7 +190,7 @@ class ModelGraft(Measured, Hook):
         if probe is not None:
             probe.enter(causal, self.at_head)
             self._probed_by = weakref.ref(labels)
-        self._call = Call(module, given, next_labels, place, rows, shape, known, probe)
+        self._call = Call(causal, given, next_labels, place, rows, shape, known, probe)
         return (), passed
 
     def _again(self, labels: Tensor) -> bool:
@@ -213,15 +215,15 @@ class ModelGraft(Measured, Hook):
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """A forward hook (with kwargs, always called) of the same model."""
-        call = self._call
-        if call is None or call.owner is not module:
+        call, causal = self._call, language_model(module)
+        if call is None or call.owner is not causal:
             return None
         self._take_call()
         if output is None:
             return None
-        if not self._recognised(module, call, output):
+        if not self._recognised(causal, call, output):
             return self._own(module, call.given)
-        return self._scored(module, call, output)
+        return self._scored(causal, call, output)
 
     def _recognised(self, causal: Any, call: Call, output: Any) -> bool:
         """Whether head and loss are known after this call. If not, warn, and let the model compute its own loss."""
@@ -357,18 +359,17 @@ def install(
     """
     packs = packs and not found.cannot_pack
     graft = ModelGraft(switch, packs=packs, keep_ratio=keep_ratio, forward=forward, seed=seed)
-    _hook(graft, found.causal)
+    _hook(graft, found)
     return graft
 
 
-def _hook(graft: ModelGraft, causal: PreTrainedModel) -> list[RemovableHandle]:
-    handles = [
-        causal.base_model.register_forward_hook(graft.body),
-        causal.register_forward_pre_hook(graft.before, with_kwargs=True),
-        causal.register_forward_hook(graft.after, with_kwargs=True, always_call=True),
-    ]
+def _hook(graft: ModelGraft, found: LanguageModel) -> list[RemovableHandle]:
+    handles = [found.decoder.register_forward_hook(graft.body)]
+    for module in filter(None, (found.causal, found.tuner)):
+        handles.append(module.register_forward_pre_hook(graft.before, with_kwargs=True))
+        handles.append(module.register_forward_hook(graft.after, with_kwargs=True, always_call=True))
     if graft.packs:
-        for module in filter(is_attention, causal.modules()):
+        for module in filter(is_attention, found.causal.modules()):
             handles += Lookup().under(module)
     return handles
 
@@ -383,7 +384,7 @@ def taken_over(found: LanguageModel | None) -> Iterator[ModelGraft | None]:
         yield None
         return
     graft = ModelGraft(Switch(), packs=not found.cannot_pack)
-    handles = _hook(graft, found.causal)
+    handles = _hook(graft, found)
     try:
         yield graft
     finally:

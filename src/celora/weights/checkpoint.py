@@ -104,7 +104,7 @@ class Origin:
         """
         try:
             tensors = stored_tensors(self.model, self.revision, offline=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # or a path, which is no name for the hub
             raise CELoraError(f"{self.model!r} is not on this machine: {str(error).splitlines()[0]}") from None
         # The checkpoint of a bare model lacks the prefix of the model around it.
         for key in (self.name, self.name.partition(".")[2]):

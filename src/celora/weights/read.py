@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from celora.machine.device import default_device
 from celora.weights.quantised import is_kind, stored_kind, why_refused
 
 _PLAIN = (nn.Parameter, DTensor)
@@ -80,7 +81,7 @@ def device_of(module: nn.Module) -> torch.device:
     """The device where the layer's weight is, or will be: a launcher or accelerate may not have loaded it yet."""
     stored: Any = module.W_q if is_kind(module, "hqq", "HQQLinear") else module.weight
     if stored.is_meta:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return default_device()
     return cast(torch.device, stored.device)
 
 

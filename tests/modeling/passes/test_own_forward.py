@@ -118,7 +118,7 @@ def test_hooks_of_others_see_what_they_saw() -> None:
             if module is not layer.self_attn:  # an attention gets named arguments, which such hooks do not see
                 module.register_full_backward_hook(look)
         logit_gradients(each, {"input_ids": torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(3))})
-    assert len(seen[0]) == len(seen[1]) == 19
+    assert len(seen[0]) == len(seen[1]) >= 19  # Transformers 4 hands over a mask and positions, too
     for found, expected in zip(seen[0], seen[1], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 

@@ -25,6 +25,7 @@ from celora.numerics import passes as numerics
 from decoders import logit_gradients, model_of
 from patching import patch_all
 from small import make_batch, make_model
+from versions import before
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -66,8 +67,9 @@ def test_angles_that_do_not_fit_are_left_to_the_model(what: str, calls: list[tup
         with pytest.raises(RuntimeError):
             own(q, q, cosine, sine)
         return
-    expected = apply_rotary_pos_emb(q, q, cosine, sine, dim)[0]
-    for found in (own(q, q, cosine, sine, dim), own(q, q, cosine, sine, unsqueeze_dim=dim)):
+    expected = apply_rotary_pos_emb(q, q, cosine, sine, unsqueeze_dim=dim)[0]
+    rest = (None, dim) if before("transformers", "5") else (dim,)  # unused positions
+    for found in (own(q, q, cosine, sine, *rest), own(q, q, cosine, sine, unsqueeze_dim=dim)):
         assert found[0].dtype == expected.dtype
         torch.testing.assert_close(found[0], expected)
     assert calls == []
@@ -127,7 +129,7 @@ def test_an_attention_is_copied_under_its_decorators() -> None:
     attention = model.model.layers[0].self_attn
     x = torch.randn(2, 5, 48)
     angles = model.model.rotary_emb(x, torch.arange(5)[None])
-    expected = plain(attention, x, angles)[0]
+    expected = plain(attention, x, angles, None)[0]
 
     def turn(*args: Tensor) -> Any:
         seen.append("turn")
@@ -136,9 +138,9 @@ def test_an_attention_is_copied_under_its_decorators() -> None:
     for forward in (plain, noted(plain), noted(noted(plain))):
         assert calls_turn(forward)
         seen.clear()
-        assert calling(forward, turn)(attention, x, position_embeddings=angles)[0].equal(expected)
+        assert calling(forward, turn)(attention, x, position_embeddings=angles, attention_mask=None)[0].equal(expected)
         assert seen.count("turn") == 1
-        forward(attention, x, angles)
+        forward(attention, x, angles, None)
         assert seen.count("turn") == 1
     assert modeling_llama.apply_rotary_pos_emb is apply_rotary_pos_emb
 
@@ -185,8 +187,10 @@ def test_other_names_of_the_module_are_as_they_are_now(monkeypatch: pytest.Monke
 
 
 def test_phi_turns_a_part_of_each_head(calls: list[tuple[int, ...]]) -> None:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    model, batch = model_of("phi3", rope_parameters=rope), {"input_ids": torch.randint(3, 61, (2, 9))}
+    rope: dict[str, Any] = {"partial_rotary_factor": 0.5}
+    if not before("transformers", "5"):
+        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **rope}}
+    model, batch = model_of("phi3", **rope), {"input_ids": torch.randint(3, 61, (2, 9))}
     expected = logit_gradients(model, batch)
     celora.attach(model, FUSED)
     torch.testing.assert_close(logit_gradients(model, batch), expected, rtol=1e-3, atol=1e-6)
