@@ -11,12 +11,12 @@ LOWEST := .venv-lowest
 SIDE_BY_SIDE ?= --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-plain test-lowest test-newest lint docs bench clean
+.PHONY: help demo test test-plain test-lowest test-lowest-library test-lowest-app test-newest lint docs bench clean
 
 help:
 	@echo "make demo   fine-tune a real model on real data with LoRA and with CE-LoRA, compare them (offline after one download)"
 	@echo "make test   run the tests, or those of one room with ROOM=kernels (test-plain: numerics as on an older CPU without a compiler; test-lowest, test-newest:"
-	@echo "            the core with the oldest versions that pyproject.toml allows, and with the newest pre-releases)"
+	@echo "            the library and the application with the oldest versions that pyproject.toml allows, and the core with the newest pre-releases)"
 	@echo "make lint   check format, lint and types"
 	@echo "make docs   build the documentation into build/site; a broken link is an error"
 	@echo "make bench  measure whole training steps on this machine"
@@ -52,13 +52,23 @@ CORE := $(NUMERICS) tests/cli tests/runtime $(addprefix tests/train/test_,$(adds
 	truncation yaml_file)) $(addprefix tests/whole/test_,$(addsuffix .py,distributed processes variants)) \
 	tests/studies/test_stock_eval.py tests/project/test_borrowed.py
 
+# The same for the library alone, without the files that try TRL or the command line.
+LIBRARY := $(filter-out %/test_trainers.py,$(NUMERICS)) tests/settings tests/runtime tests/test_errors.py tests/test_fsdp.py \
+	tests/whole/test_distributed.py tests/whole/test_variants.py tests/project/test_library.py \
+	$(addprefix --ignore=tests/,kernels/test_backends.py modeling/test_others.py planning/test_new_estimator.py)
+
 # An environment of its own each: what is declared is what is tested. Old versions warn of what has gone since.
-test-lowest:
+test-lowest: test-lowest-library test-lowest-app
+
+test-lowest-library: TESTS := $(LIBRARY)
+test-lowest-app: TESTS := $(CORE)
+test-lowest-app: EXTRAS := [app,quantised]
+test-lowest-library test-lowest-app:
 	$(PYTHON) -m venv --clear $(LOWEST)
-	$(PYTHON) tests/helpers/lowest.py > $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/python -m pip install --quiet --editable '.[quantised]' pytest pytest-xdist hypothesis scipy tensorboard \
+	$(PYTHON) tests/helpers/lowest.py '$(EXTRAS)' > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --editable '.$(EXTRAS)' pytest pytest-xdist hypothesis scipy tensorboard \
 		--constraint $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/python -m pytest $(SIDE_BY_SIDE) -W default $(CORE)
+	$(LOWEST)/bin/python -m pytest $(SIDE_BY_SIDE) -W default $(TESTS)
 
 test-newest:
 	$(PYTHON) -m venv --clear .venv-newest

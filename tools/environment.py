@@ -1,7 +1,8 @@
 """Make the environment that celora runs in: `python tools/environment.py FOLDER [EXTRA ...]`, as the Makefile does.
 
-It installs celora from this checkout, with the extras that are named, and torch's CPU build where nothing else is of
-use. Only the standard library is imported, since nothing is installed yet. pip's output is shown if pip fails.
+It installs celora from this checkout, with the extras that are named or else `app`, and torch's CPU build where nothing
+else is of use. Only the standard library is imported, since nothing is installed yet. pip's output is shown if pip
+fails.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _PATIENCE_S = 5.0
 # Extra -> what it is for, as a newcomer would say it, and how long pip usually takes with a good connection.
 PURPOSES = {
-    "": ("celora with torch, Transformers, PEFT and TRL", "1 to 4 minutes, about 1.5 GB on disk"),
+    "app": ("celora with torch, Transformers, PEFT and TRL", "1 to 4 minutes, about 1.5 GB on disk"),
     "dev": ("what the tests need", "1 to 3 minutes, about 1.4 GB on disk"),
     "docs": ("what the documentation needs", "half a minute"),
 }
@@ -93,7 +94,7 @@ def install(folder: Path, extras: list[str]) -> None:
     if not python.exists():
         say(f"making the environment {folder} with Python {platform.python_version()}")
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    for extra in extras or [""]:
+    for extra in extras or ["app"]:
         what, usually = PURPOSES.get(extra, (f"the extra {extra}", "minutes"))
         say(f"installing {what} into {folder}; this usually takes {usually} ...")
     if not extras:  # which are added to what is there
@@ -101,7 +102,7 @@ def install(folder: Path, extras: list[str]) -> None:
         say(why)
         if index is not None:  # without what torch needs: that comes from pip's usual index, like everything else
             pip(python, "install", "--no-deps", "--index-url", index, requirement("torch"))
-    pip(python, "install", "--editable", f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT))
+    pip(python, "install", "--editable", f"{ROOT}[{','.join(extras or ['app'])}]")
     say(f"installed in {(time.perf_counter() - begun) / 60:.1f} minutes")
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,17 @@ def imports(path: Path) -> Iterator[str]:
             yield from (name if is_module(name) else str(node.module) for name in names)
         if isinstance(node, ast.Import) and node not in only_types:
             yield from (name.name for name in node.names if name.name.partition(".")[0] == "celora")
+
+
+def external(path: Path) -> set[str]:
+    """The packages of others that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found.add(str(node.module))
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+    return {name.partition(".")[0] for name in found} - {"celora", *sys.stdlib_module_names}
 
 
 def is_module(name: str) -> bool:

@@ -250,6 +250,14 @@ MODELS = (
     Variant("sequence to sequence (T5)", _lora(task_type="SEQ_2_SEQ_LM"), base=_t5, note="its own loss"),
 )  # fmt: skip
 
+# What the newest releases of two programs install: the library has run with these versions.
+OTHERS = {
+    "library, in axolotl 0.19": {"torch": "2.13.0", "transformers": "5.16.1", "peft": "0.20.0", "safetensors": "0.8.0"},
+    "library, in LLaMA-Factory 0.9.5": {
+        "torch": "2.13.0", "transformers": "5.6.0", "peft": "0.18.1", "safetensors": "0.8.0",
+    },
+}  # fmt: skip
+
 
 def page() -> str:
     """The text of docs/use/compatibility.md."""
@@ -264,9 +272,14 @@ def page() -> str:
         "LoRA on every linear layer. Conv1D layers (GPT-2) and quantised bases have tests of their own.",
         _table("model", MODELS),
         "## Versions",
-        "Python 3.11 to 3.13. `make test` takes the newest releases, `make test-lowest` the lowest versions that are "
-        "allowed, and `make test-newest` the newest pre-releases, every night. The lowest:",
-        ", ".join(version.replace("==", " ") for version in lowest()) + ".",
+        "Python 3.11 to 3.13. `pip install celora` brings the library. It fits into the pins of axolotl 0.19 and "
+        "LLaMA-Factory 0.9.5. `pip install 'celora[app]'` also brings the command line, which needs newer packages. "
+        "Tested:",
+        _versions(),
+        f"The command line also needs at least {_others('app')}. Quantised bases need {_others('quantised')}.",
+        "`make test` takes the newest releases, `make test-lowest` the lowest versions of both, and `make test-newest` "
+        "the newest pre-releases, every night. The versions of axolotl and LLaMA-Factory were tried by hand "
+        "([log](../develop/log/integration.md)).",
         "## Refused",
         "- **Models patched by Unsloth.** Its kernels compute base layer and adapter themselves, past every layer that "
         "could be estimated; `celora.attach` raises `CELoraError`.\n"
@@ -277,9 +290,25 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _others(extra: str) -> str:
+    """What an extra needs beside the packages of the library."""
+    return ", ".join(f"{name} {version}" for name, version in lowest(extra).items() if name not in lowest())
+
+
+def _versions() -> str:
+    """The versions that the library and the application are tested with."""
+    tested = {"library, lowest": lowest(), **OTHERS, "command line, lowest": lowest("app")}
+    return _markdown([["", *lowest()], *([name, *map(of.get, lowest())] for name, of in tested.items())])
+
+
 def _table(what: str, variants: tuple[Variant, ...]) -> str:
-    rows = [[what, *COLUMNS, "remarks"], ["---"] * (len(COLUMNS) + 2)]
+    rows = [[what, *COLUMNS, "remarks"]]
     rows += [[v.name, *(v.limits.get(column, YES) for column in COLUMNS), v.note] for v in variants]
+    return _markdown(rows)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    rows.insert(1, ["---"] * len(rows[0]))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
