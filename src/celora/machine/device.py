@@ -80,7 +80,7 @@ def random_states(devices: Iterable[torch.device]) -> Iterator[Callable[[], None
 def device_name(device: torch.device) -> str:
     """The accelerator's or the CPU's own name."""
     if device.type == "mps":
-        return str(torch.backends.mps.get_name())
+        return str(getattr(torch.backends.mps, "get_name", cpu_name)())  # on such a chip the CPU's name is the same
     if device.type != "cpu" and (ask := getattr(backend(device), "get_device_name", None)) is not None:
         return str(ask(device))
     return cpu_name()

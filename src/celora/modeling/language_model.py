@@ -36,7 +36,7 @@ class LanguageModel:
     cannot_pack: str
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The model under the head."""
         return _decoder(self.causal)
 
@@ -73,8 +73,8 @@ def _decoder(causal: Any) -> Any:
     return getattr(causal, "model", causal) if causal.base_model is causal else causal.base_model
 
 
-def _past_hooks(tuner: Any, causal: PreTrainedModel) -> nn.Module | None:
-    """The tuner, if it calls `causal.forward` and not `causal`."""
+def _past_hooks(tuner: Any, causal: PreTrainedModel) -> Any:
+    """The tuner, if it calls `causal.forward` and not `causal`; else None."""
     calls_forward = "forward" in BaseTuner.forward.__code__.co_names
     return tuner if calls_forward and tuner is not None and tuner.model is causal else None
 
