@@ -16,6 +16,7 @@ from celora.runtime.attachment import require
 from machine import refuses_config
 from small import MEMBERS, adapter, make_batch, make_model, train
 from tolerances import after_adam
+from versions import before
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
 
@@ -44,10 +45,10 @@ def test_checkpointing_changes_nothing(config: CELoraConfig) -> None:
 def test_trainable_biases_train_save_and_reload(biases: dict[str, Any], tmp_path: Path) -> None:
     model = make_model(base_bias=True, **biases)
     celora.attach(model, HALF)
-    before = adapter(model)
-    assert any("bias" in name or "lora_B.default.bias" in name for name in before)
+    untrained = adapter(model)
+    assert any("bias" in name or "lora_B.default.bias" in name for name in untrained)
     train(model, 5)
-    assert all(not value.equal(before[name]) for name, value in adapter(model).items() if "bias" in name)
+    assert all(not value.equal(untrained[name]) for name, value in adapter(model).items() if "bias" in name)
     if not before("peft", "0.21"):  # the first that loads `bias="lora_only"` again
         _assert_reloads(model, tmp_path, base_bias=True)
 
