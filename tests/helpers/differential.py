@@ -119,12 +119,14 @@ def _act(case: Case, model: PeftModel, when: int) -> None:
 
 
 def _round(case: Case, trace: Trace, number: int, *, attached: bool, dtype: torch.dtype | None) -> None:
-    model = trace.model
-    model.zero_grad()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    named = dict(trace.model.named_parameters())
+    for p in named.values():
+        p.grad = None
+    named = {name: p for name, p in named.items() if p.requires_grad}
+    trained = [*named.values()]
     optimizer = torch.optim.SGD(trained, lr=0.0)
     for micro in range(case.accumulate):
-        batch = inputs(case, model, 10 * number + micro, dtype)
+        batch = inputs(case, trace.model, 10 * number + micro, dtype)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case.autocast and dtype is None):
             loss = loss_of(case, trace, batch, f"round {number}, {micro}", attached=attached)
             if case.backward == "two calls":
@@ -142,8 +144,7 @@ def _round(case: Case, trace: Trace, number: int, *, attached: bool, dtype: torc
                 loss.backward()
         if case.embeds == "grad" and case.backward != "grad":
             trace.values[f"round {number}, {micro}: input gradient"] = batch["inputs_embeds"].grad
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    trace.gradients.append({name: None if g is None else g.clone() for name, g in gradients.items()})
+    trace.gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in named.items()})
     for p in trained:
         if p.grad is not None:
             p.grad.nan_to_num_(0, 0, 0)  # even a step of size 0 would carry NaN into the weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -102,6 +102,9 @@ TARGETS = {
 }  # fmt: skip
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 @functools.lru_cache(maxsize=64)
 def _base(family: str, changes: tuple[tuple[str, Any], ...], attention: str, seed: int) -> PreTrainedModel:
     settings = copy.deepcopy(FAMILIES[family])
@@ -122,9 +125,15 @@ def _base(family: str, changes: tuple[tuple[str, Any], ...], attention: str, see
     return model.train()
 
 
+def duplicate(model: Model) -> Model:
+    """A deep copy. Most of a model are hooks that nobody has registered: they are not copied, but made anew."""
+    parts = (part for module in model.modules() for part in vars(module).values() if isinstance(part, dict | set))
+    return copy.deepcopy(model, {id(part): type(part)() for part in parts if not part})
+
+
 def make_base(family: str, changes: tuple[tuple[str, Any], ...], attention: str, seed: int) -> PreTrainedModel:
     """A copy of the family's model, with these changes to its configuration."""
-    return copy.deepcopy(_base(family, changes, attention, seed))
+    return duplicate(_base(family, changes, attention, seed))
 
 
 def adapt(base: PreTrainedModel, family: str, lora: dict[str, Any], seed: int) -> PeftModel:

@@ -6,7 +6,6 @@ A failing case is printed as a call that can be put into `FOUND`.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 import math
@@ -32,7 +31,7 @@ from celora.modeling.packing import pack
 from celora.numerics.head import score_tokens
 from differential import ROUNDING, Case, NotTrainable, Trace, build, call, inputs, same_masks, train
 from drawn import cases, fits
-from drawn_models import EXPERTS, causal_of
+from drawn_models import EXPERTS, causal_of, duplicate
 
 HALF = ("bfloat16", "float16")
 _DRAWS = range(4)  # seeds of `nudged`
@@ -53,7 +52,7 @@ def check(case: Case) -> None:
 def _check(case: Case) -> None:
     try:
         model = build(case)
-        plain = train(case, copy.deepcopy(model), attached=False)
+        plain = train(case, duplicate(model), attached=False)
     except Exception as error:
         raise NotTrainable(f"{type(error).__name__}: {error}") from error
     rough = case.dtype in HALF or case.autocast or "adapter_dtype" in dict(case.lora)
@@ -92,7 +91,7 @@ def more_precise(case: Case, model: PeftModel, dtype: torch.dtype) -> Trace:
 
     A router that is undecided within `FLOOR` may choose different experts in two dtypes, and both are right.
     """
-    model = copy.deepcopy(model).to(dtype)
+    model = duplicate(model).to(dtype)
     if case.family not in EXPERTS:
         return train(case, model, attached=False, dtype=dtype)
     causal_of(model).set_experts_implementation("eager")  # other implementations do not multiply in float64
