@@ -1,5 +1,6 @@
 """What two processes do in tests/whole/test_deepspeed.py, started by torchrun: `deepspeed_worker.py FOLDER`.
 
+`deepspeed_worker.py train ...` is `celora train ...`, except that a fork must return to the launcher that waits for it.
 
 First DeepSpeed's engine with ZeRO-2 and ZeRO-3 in a plain loop, and DDP, all on the batches of `distributed_worker`.
 Then `celora train`, with and without an interruption.
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 import celora
+from celora.cli.main import main as command
 from celora.modeling import fused
 from celora.runtime.attachment import require
 from distributed_worker import COLUMNS, ROWS, SCENARIOS, STEPS, global_batch
@@ -76,4 +78,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] == "train":
+        assert command(sys.argv[1:]) == 0
+    else:
+        main()

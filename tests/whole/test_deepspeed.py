@@ -19,6 +19,8 @@ from train_worker import USUAL
 pytest.importorskip("deepspeed", reason="needs deepspeed")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed's CPU side is for Linux")
 
+WORKER = Path(__file__).parents[1] / "helpers" / "deepspeed_worker.py"
+
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
@@ -27,7 +29,7 @@ def ran(tmp_path_factory):
     save_rows(folder / "rows.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
-        done = torchrun(Path(__file__).parents[1] / "helpers" / "deepspeed_worker.py", folder)
+        done = torchrun(WORKER, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -55,13 +57,15 @@ def test_celora_train_resumes_to_the_same_losses(ran, stage):
 def test_accelerate_launch_with_a_configuration_trains_as_one_process(ran, tmp_path, monkeypatch):
     """ZeRO-3 with preset exact, so nothing depends on which part of the batch a process sees."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PET_RUN_PATH", "1")  # options of torchrun, which forks its processes
+    monkeypatch.setenv("PET_START_METHOD", "fork")
     deepspeed = {"deepspeed_config_file": str(ran / "zero3.json"), "zero3_init_flag": True}
     config = {"distributed_type": "DEEPSPEED", "num_machines": 1, "num_processes": 2, "deepspeed_config": deepspeed}
     (tmp_path / "zero.yaml").write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", **config}))
     own = ["--model", f"{ran}/model", "--data", f"{ran}/rows.jsonl", "--preset", "exact", *USUAL]
     own += ["--lr_scheduler_type", "constant", "--quiet"]
     launch = ["--config_file", f"{tmp_path}/zero.yaml", "--main_process_port", "0"]
-    done = accelerate_launch(*launch, "-m", "celora", "train", *own, "--output", f"{tmp_path}/zero")
+    done = accelerate_launch(*launch, WORKER, "train", *own, "--output", f"{tmp_path}/zero")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "zero" / "checkpoint-6" / "global_step6").is_dir()  # DeepSpeed's own folder
     assert main(["train", *own, "--output", f"{tmp_path}/one", "--per_device_train_batch_size", "4"]) == 0
