@@ -1,4 +1,7 @@
-"""Shared by all tests: seeds, threads, and fixtures of the small model."""
+"""Shared by all tests: seeds, threads, and fixtures of the small model.
+
+pytest-xdist's own process imports this file, too, and runs no test. So what only tests need is imported by fixtures.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Set this before torch is imported. Processes that tests start inherit it. Two threads are slower for matrices this
 # small, and far slower if tests run side by side.
@@ -29,13 +32,12 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
 import hypothesis
 import pytest
 import torch
-from filelock import FileLock
-from peft import PeftModel
 
 from celora.kernels.c import library as kernels
-from celora.studies import assets
 from patching import patch_all
-from small import make_batch, make_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # Generated input (test_input.py) in four tests: by default 300 cases in all, always the same; or 2,000 new ones.
 hypothesis.settings.register_profile("ci", max_examples=75, derandomize=True, database=None, deadline=None)
@@ -96,7 +98,7 @@ def pytest_collection_finish() -> None:
 def _no_seeds_for_devices_that_are_not_there() -> Iterator[None]:
     """Without a GPU, every `torch.manual_seed` spends a millisecond on recording a stack trace for later."""
     with pytest.MonkeyPatch.context() as patch:
-        for device in (torch.cuda, torch.xpu):
+        for device in (torch.cuda, torch.mtia, torch.xpu):
             if not device.is_available():
                 patch.setattr(device, "manual_seed_all", lambda seed: None)
         yield
@@ -128,6 +130,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 @pytest.fixture(scope="session")
 def real_assets() -> None:
     """The demo's model and sentences. The first worker that needs them prepares them; the others wait."""
+    from filelock import FileLock
+
+    from celora.studies import assets
+
     folder = assets.cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".tests.lock"):
@@ -147,7 +153,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def finished(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str, Any]:
     """A run of six steps that ended well: its folder, its result, what it printed, and its model."""
-    from runs import go, on_build  # imported here, because most rooms need no trainer
+    from runs import go, on_build
 
     output, trainers = tmp_path_factory.mktemp("finished") / "out", []
     with pytest.MonkeyPatch.context() as patch:
@@ -177,11 +183,15 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 @pytest.fixture
 def model() -> PeftModel:
+    from small import make_model
+
     return make_model()
 
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
+    from small import make_batch
+
     return make_batch(0)
 
 
