@@ -14,6 +14,7 @@ from asked import error_line
 from celora.cli import app as app_module
 from celora.cli import options as options_module
 from celora.cli.main import main
+from celora.settings.names import PRESET_NAMES
 from celora.settings.presets import PRESETS
 from celora.studies.compare import ARMS
 from tiny import save_rows, save_tiny_model
@@ -118,7 +119,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 
 
 def test_what_completion_offers_is_what_there_is():
-    assert set(options_module.PRESETS) == set(PRESETS)
+    assert set(PRESET_NAMES) == set(PRESETS)
     assert set(options_module.COMPARED) == set(ARMS)
 
 

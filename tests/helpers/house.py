@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "celora"
 PICTURE = SOURCE.parents[1] / "docs" / "develop" / "rooms.svg"
 ROOMS = [
     "errors", "files", "borrowed", "machine", "weights", "kernels", "numerics", "settings", "modeling", "runtime",
-    "planning", "attaching", "fsdp", "train", "studies", "cli", "__main__",
+    "planning", "attaching", "fsdp", "integrations", "run", "train", "studies", "cli", "__main__",
 ]  # fmt: skip
 FRONT = "planning"  # `import celora` offers what the rooms up to here define, and the front door
 

@@ -15,6 +15,7 @@ import typer
 
 from celora.errors import CELoraError
 from celora.files import check_name
+from celora.settings.names import PRESET_NAMES
 
 Model = Annotated[str | None, typer.Option("--model", help="Hugging Face name, local folder or .gguf file.")]
 Data = Annotated[
@@ -25,7 +26,6 @@ TRLS = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Settings that an existing adapter already has.
 ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_task_type",
              "lora_modules_to_save", "lora_bias", "bias", "use_rslora", "use_dora")  # fmt: skip
-PRESETS = ("auto", "fast", "exact", "paper", "off")
 COMPARED = ("LoRA", "exact", "paper", "auto", "fast")
 
 
@@ -52,7 +52,9 @@ def each_possible(parameter: typer.CallbackParam, paths: list[Any]) -> list[Any]
 
 Preset = Annotated[
     str | None,
-    typer.Option("--preset", help="auto (the default), fast, exact, paper or off.", autocompletion=one_of(PRESETS)),
+    typer.Option(
+        "--preset", help="auto (the default), fast, exact, paper or off.", autocompletion=one_of(PRESET_NAMES)
+    ),
 ]
 Adapter = Annotated[
     str | None,
