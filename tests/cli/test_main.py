@@ -59,7 +59,8 @@ def test_every_help_teaches_by_example(capsys):
         assert f"Examples:\n    celora {name}" in text
         assert "--json" in text
         assert "-q, --quiet" in text
-    assert len(COMMANDS) == len(app_module.app.registered_commands)
+    assert "\n  sft " in overview  # its options are TRL's
+    assert len(COMMANDS) + 1 == len(app_module.app.registered_commands)
 
 
 def test_help_version_completion_and_misspelt_flags_import_neither_torch_nor_transformers():

@@ -23,6 +23,7 @@ from celora.cli.app import app
 # isort: off
 from celora.cli import forecast  # noqa: F401
 from celora.cli import train as _train  # noqa: F401
+from celora.cli import sft as _sft  # noqa: F401
 from celora.cli import watch, use  # noqa: F401
 from celora.cli import measure, studies  # noqa: F401
 

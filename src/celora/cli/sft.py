@@ -1,0 +1,63 @@
+"""`celora sft`: TRL's own training script, with celora attached to the model that it trains."""
+
+from __future__ import annotations
+
+from subprocess import CalledProcessError
+from typing import Annotated, Any
+
+import typer
+
+from celora.cli.app import app
+from celora.cli.options import TRLS, one_of
+from celora.errors import CELoraError, choose
+from celora.integrations import default_preset
+from celora.settings.names import PRESET_NAMES
+
+SFT_HELP = """Run `trl sft` with celora. ARGUMENTS are those of `trl sft`, unchanged.
+
+\b
+Examples:
+  celora sft --model_name_or_path ./model --dataset_name chats --use_peft --output_dir out
+  celora sft --preset auto --config sft.yaml --num_processes 2
+  trl sft --help                                                  # its arguments
+
+TRL decides everything else: defaults, files and checkpoints are its own. `celora train --config sft.yaml` takes the
+same file, and writes celora's output folder."""
+
+
+@app.command(help=SFT_HELP, short_help="Run `trl sft`, its arguments unchanged, with celora.", context_settings=TRLS)
+def sft(
+    context: typer.Context,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help="exact (the default), auto, fast or paper.", autocompletion=one_of(PRESET_NAMES)),
+    ] = None,
+) -> None:
+    preset = choose("preset", preset or default_preset(), PRESET_NAMES)
+    from trl.cli import accelerate_launcher
+    from trl.cli.main import main
+
+    launch_script = accelerate_launcher.launch_training_script
+
+    def launch(**given: Any) -> None:
+        """Like TRL's, whose launcher starts `celora.run` with the script."""
+        launch_script(**given, launch_command_fn=lambda parsed: through_celora(parsed, preset))
+
+    accelerate_launcher.launch_training_script = launch
+    try:
+        main(["sft", *context.args])
+    except CalledProcessError as error:  # the script has said why
+        raise typer.Exit(error.returncode) from None
+    except ValueError as error:
+        raise CELoraError(f"trl sft: {error}") from error
+    finally:
+        accelerate_launcher.launch_training_script = launch_script
+
+
+def through_celora(parsed: Any, preset: str) -> None:
+    """Start what `accelerate launch` was asked to start, under `python -m celora.run`."""
+    from accelerate.commands.launch import launch_command
+
+    parsed.training_script_args = ["--preset", preset, parsed.training_script, *parsed.training_script_args]
+    parsed.module, parsed.training_script = True, "celora.run"
+    launch_command(parsed)
