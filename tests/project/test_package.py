@@ -62,8 +62,9 @@ def test_the_wheel_installs_elsewhere_and_contains_everything(compiler: str, tmp
     script = """
 import importlib, importlib.util, json, pathlib, pkgutil, celora
 root = pathlib.Path(celora.__file__).parent
+needs = {"celora.kernels.triton.jitted": "triton", "celora.integrations.axolotl": "axolotl"}
 for module in pkgutil.walk_packages([str(root)], "celora."):
-    if module.name != "celora.kernels.triton.jitted" or importlib.util.find_spec("triton"):  # jitted needs Triton
+    if importlib.util.find_spec(needs.get(module.name, "celora")):
         importlib.import_module(module.name)
 files = [str(p.relative_to(root)) for p in root.rglob("*") if "__pycache__" not in p.parts]
 print(json.dumps([str(root), sorted(files)]))
