@@ -31,8 +31,9 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     words = (
         f"--model_name_or_path {tmp_path}/model --dataset_name {tmp_path}/data --use_peft "
         "--lora_target_modules all-linear --optim sgd --learning_rate 1.0 --lr_scheduler_type constant "
-        "--per_device_train_batch_size 16 --max_steps 4 --logging_steps 1 --save_steps 2 --report_to none "
-        "--use_cpu true --bf16 false --gradient_checkpointing false --disable_tqdm true --dataloader_pin_memory false"
+        "--per_device_train_batch_size 16 --lora_dropout 0 --max_steps 4 --logging_steps 1 --save_steps 2 "
+        "--report_to none --use_cpu true --bf16 false --gradient_checkpointing false --disable_tqdm true "
+        "--dataloader_pin_memory false"
     )
     return words.split()
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from celora import CELoraError
 from celora.integrations.while_training import AttachWhileTraining
@@ -80,8 +82,11 @@ def test_what_is_refused_is_one_line(cfg: dict[str, Any], said: str, plugin: Any
 @pytest.mark.skipif(not INSTALLED, reason="needs axolotl")
 def test_axolotl_trains_the_same_with_the_plugin(tmp_path: Path) -> None:
     save_inputs(tmp_path)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), lora).save_pretrained(tmp_path / "begun")
     settings: dict[str, Any] = {
         "base_model": "./model", "adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True,
+        "lora_model_dir": "begun",  # axolotl initialises a new adapter before it sets the seed
         "datasets": [{"path": "rows.json", "ds_type": "json", "type": "alpaca"}], "val_set_size": 0,
         "sequence_len": 128, "micro_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 4,
         "logging_steps": 1, "save_steps": 2, "optimizer": "sgd", "learning_rate": 1.0, "lr_scheduler": "constant",
