@@ -16,7 +16,8 @@ from variants import OTHERS
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOMS[: ROOMS.index("train")]
 # They bring something of their own, and are imported only where a user has installed them.
-OPTIONAL = {"bitsandbytes", "triton"}
+OPTIONAL = {"bitsandbytes", "triton", "axolotl", "pydantic", "llamafactory"}  # axolotl brings pydantic
+NEED_MORE = {"celora.kernels.triton.jitted", "celora.integrations.axolotl"}
 # Packages of the application that torch, Transformers and PEFT import themselves.
 OF_OTHERS = {"accelerate", "filelock", "yaml"}
 ALONE = """
@@ -52,7 +53,7 @@ def test_the_library_imports_what_it_declares() -> None:
 def test_the_library_works_without_the_application() -> None:
     blocked = {"yaml" if name == "pyyaml" else name for name in lowest("app")} - {*lowest(), *OF_OTHERS}
     assert {"trl", "datasets", "typer", "rich", "plotly", "pyarrow", "gguf"} == blocked
-    own = [name for name in modules() if room(name) in LIBRARY and name != "celora.kernels.triton.jitted"]
+    own = [name for name in modules() if room(name) in LIBRARY and name not in NEED_MORE]
     script = ALONE.format(blocked=sorted(blocked), modules=sorted(own))
     path = os.pathsep.join([str(ROOT / "tests" / "helpers"), *sys.path])
     done = subprocess.run(
