@@ -10,24 +10,8 @@ from typing import Any
 
 from benchmarks import rows
 from benchmarks.learning import quality_tables, sensitivity
-from celora.studies.demo import REFRESH_EVERY, DemoRow, summary
 
 HERE = Path(__file__).parent
-
-
-def demo() -> str:
-    """The demo: accuracy over seeds, time per step, FLOPs."""
-    found = [DemoRow(**row) for row in rows.read(HERE / "demo.jsonl")]
-    table = rows.markdown(
-        ["", "held-out accuracy (range over seeds)", "time per step", "frozen backward, FLOPs"], summary(found)
-    )
-    last = found[-1]
-    seeds = len({row.seed for row in found})
-    return (
-        f"{table}\n\nSmolLM2-135M-Instruct ({rows.UNPACKED}; {last.dtype}), {last.steps} steps of 8 sentences, "
-        f"{last.held_out} held-out sentences, {seeds} seeds, {last.threads} CPU threads, torch {last.torch}. "
-        f"CE-LoRA is the preset `paper`, refreshed every {REFRESH_EVERY} steps."
-    )
 
 
 def training() -> str:
@@ -146,7 +130,6 @@ def _at(losses: dict[int, float], step: float) -> float:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "demo": demo,
     "training": training,
     "training_code": training_code,
     "sensitivity_network": sensitivity.NETWORK.table,

@@ -39,6 +39,9 @@ class Boom:
         return Path.touch, (self.target,)
 
 
+STARTS_SCRIPTS = SOURCE / "integrations" / "script.py"  # the script that a user names, as Python itself would
+
+
 def test_the_source_runs_no_code_that_it_reads():
     for file in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -47,7 +50,8 @@ def test_the_source_runs_no_code_that_it_reads():
                 assert not names & FORBIDDEN or ast.unparse(node) == "from pickle import UnpicklingError", file
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert name not in ("eval", "exec", "compile", "torch.save", "os.system"), (file, name)
+                runs = ("eval", "torch.save", "os.system", *(() if file == STARTS_SCRIPTS else ("exec", "compile")))
+                assert name not in runs, (file, name)
                 keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
                 # Without this option, transformers asks on the terminal. PEFT runs no such code and has no such option.
                 loads = name.endswith((".from_pretrained", ".from_config")) and not name.startswith(
