@@ -124,14 +124,3 @@ def test_the_table_gives_mean_and_range_over_seeds() -> None:
         ("celora's default (auto)", "89.0% (88.0% to 90.0%)", "101 ms", "0.80"),
     ]
     assert result_table(rows).row_count == 4
-
-
-def test_the_committed_rows_hold_what_the_demo_promises() -> None:
-    rows = [json.loads(line) for line in (ROOT / "benchmarks" / "learning" / "demo.jsonl").read_text().splitlines()]
-    accuracies = {
-        arm: [row["accuracy"] for row in rows if row["arm"] == arm] for arm in ("untouched", "LoRA", "CE-LoRA")
-    }
-    assert len(accuracies["LoRA"]) == len(accuracies["CE-LoRA"]) >= 3
-    mean = {arm: sum(values) / len(values) for arm, values in accuracies.items()}
-    assert mean["CE-LoRA"] >= mean["untouched"] + 0.05
-    assert mean["CE-LoRA"] >= mean["LoRA"] - 0.015
