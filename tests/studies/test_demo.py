@@ -19,8 +19,6 @@ from patching import patch_all
 from tiny import save_tiny_model
 from unprivileged import as_nobody, public_folder
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
