@@ -184,8 +184,10 @@ class ModelGraft(Measured, Hook):
             passed["labels"] = probe.labels
             if items is not None:
                 passed["num_items_in_batch"] = items
-        # Without cache and mask, Transformers would find packed sequences in the positions. With a cache it does not.
-        if inputs is not None or given.get("position_ids") is None or given.get("attention_mask") is not None:
+        # Without cache and mask, Transformers would find packed sequences in the positions, and make a causal mask for
+        # them, before version 5 also in its own positions. With a cache it does not.
+        plain = given.get("position_ids") is None and not unknown_arguments(given)
+        if inputs is not None or plain or given.get("attention_mask") is not None:
             passed["use_cache"] = False
         if probe is not None:
             probe.enter(causal, self.at_head)
