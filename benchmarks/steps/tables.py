@@ -50,16 +50,7 @@ def _step(dtype: str, *, amx: bool) -> str:
 
 def step_fast() -> str:
     """Speed-up over PEFT of the presets that need no plan."""
-    return _without_plan("fast.jsonl")
-
-
-def step_avx2() -> str:
-    """The same where celora, oneDNN, MKL and torch are kept to AVX2."""
-    return _without_plan("fast-avx2.jsonl")
-
-
-def _without_plan(file: str) -> str:
-    found = rows.select(HERE / file, amx=False)
+    found = rows.select(HERE / "fast.jsonl", amx=False)
     body = []
     for key in dict.fromkeys((row["model"], row["data"], row["dtype"]) for row in found):
         by_arm = {row["arm"]: row for row in found if (row["model"], row["data"], row["dtype"]) == key}
@@ -224,7 +215,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_float32": step_float32,
     "step_amx": step_amx,
     "step_fast": step_fast,
-    "step_avx2": step_avx2,
     "step_parts": step_parts,
     "step_sweep_amx": step_sweep_amx,
     "refresh": refresh,
