@@ -21,7 +21,7 @@ import torch.distributed as dist
 from peft import HRAConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +33,7 @@ from celora.modeling.switch import Mode
 from celora.runtime.agreement import add_up
 from celora.runtime.attachment import require
 from small import make_base, make_model
+from versions import before
 
 STEPS, ROWS = 6, 8
 COLUMNS: dict[str, Any] = {"estimator": "columns", "keep_ratio": 0.4, "rank": 4, "refresh_every": 3, "fused": True}
@@ -93,6 +94,13 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def average_over_gloo(model: nn.Module) -> None:
+    """gloo of torch 2.8 adds up where FSDP2 asks for an average. So FSDP2 adds up and divides by itself."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+
+
 def run(scenario: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
     """Train, and return the results for the test to judge."""
     model = ADAPTERS[scenario.get("adapter", "LoRA")]()
@@ -110,10 +118,12 @@ def run(scenario: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
         fully_shard(model)
     else:
         wrapped = DistributedDataParallel(model)
+    if sharded and before("torch", "2.9"):
+        average_over_gloo(model)
     if scenario.get("attach") == "after":
         celora.attach(model, config)
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     losses, traffic, watched = [], [], scenario.get("watched", True)
     for step in range(STEPS):
         ids = global_batch(step)[rank::world]

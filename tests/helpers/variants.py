@@ -279,8 +279,7 @@ def page() -> str:
         f"The command line also needs at least {_others('app')}. Quantised bases need {_others('quantised')}.",
         "`make test` takes the newest releases, `make test-lowest` the lowest versions of both, and `make test-newest` "
         "the newest pre-releases, every night. The versions of axolotl and LLaMA-Factory were tried by hand "
-        "([log](../develop/log/integration.md)). With the lowest versions of the library, fifteen of 3,216 tests fail, "
-        "most of them because PEFT before 0.21 breaks compiled graphs.",
+        "([log](../develop/log/integration.md)).",
         "## Refused",
         "- **Models patched by Unsloth.** Its kernels compute base layer and adapter themselves, past every layer that "
         "could be estimated; `celora.attach` raises `CELoraError`.\n"

@@ -11,8 +11,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import integration_utils
+from transformers.integrations import TensorBoardCallback, integration_utils
 
 import celora
 from celora import CELoraConfig
@@ -100,13 +101,11 @@ def test_whatever_report_to_names_gets_the_metrics(name: str, tmp_path: Path, mo
     assert trainer.callback_handler.callbacks == order
 
 
-def test_tensorboard_shows_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+def test_tensorboard_shows_the_metrics(tmp_path: Path) -> None:
     model = make_model()
     celora.attach(model, CONFIG)
-    trainer = _trainer(
-        tmp_path, model, callbacks=[celora.Callback()], max_steps=5, save_strategy="no", report_to="tensorboard"
-    )
+    writer = TensorBoardCallback(SummaryWriter(str(tmp_path / "board")))
+    trainer = _trainer(tmp_path, model, callbacks=[celora.Callback(), writer], max_steps=5, save_strategy="no")
     trainer.train()
     board = EventAccumulator(str(tmp_path / "board"))
     board.Reload()

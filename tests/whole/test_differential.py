@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import hypothesis
@@ -247,7 +248,10 @@ def outside(module: nn.Module) -> dict[str, Any]:
     }
     config = getattr(module, "config", None)
     told = {} if config is None else {"config": config.to_dict(), "attention": config._attn_implementation}
-    kind = {"class": type(module).__qualname__, "training": module.training, "attributes": sorted(module.__dict__)}
+    # Transformers 4 leaves each attention's own forward as an attribute, when it has recorded attentions.
+    own = module.__dict__.get("forward") == MethodType(type(module).forward, module)
+    attributes = sorted(module.__dict__.keys() - ({"forward"} if own else ()))
+    kind = {"class": type(module).__qualname__, "training": module.training, "attributes": attributes}
     return kind | hooks | told
 
 

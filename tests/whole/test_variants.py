@@ -188,8 +188,8 @@ CHECKS: dict[str, Callable[[Variant, Path], str]] = {
 
 
 def loads_again(variant: Variant) -> bool:
-    """Whether this version of PEFT loads what it has saved."""
-    return variant.name != '`bias="lora_only"`' or not before("peft", "0.21")
+    """Whether this version of PEFT saves its adapter, and loads what it has saved."""
+    return variant.name not in ("LoftQ", '`bias="lora_only"`') or not before("peft", "0.21")
 
 
 CELLS = [
@@ -220,6 +220,8 @@ def test_cell(variant: Variant, column: str, tmp_path: Path) -> None:
 # Before stock PEFT loads LoftQ's adapter, it makes it again. Without a GPU it cannot do that.
 STOCK = [variant for variant in (*VARIANTS, *MODELS) if variant.name != "LoftQ" or torch.cuda.is_available()]
 STOCK = [variant for variant in STOCK if loads_again(variant)]
+# PEFT before 0.21 warns of a tied head in these adapters.
+TIED = ("`modules_to_save`",) if before("peft", "0.21") else ()
 
 
 @pytest.mark.filterwarnings(*PEFTS_OWN)
@@ -245,7 +247,7 @@ def test_adapters_load_where_celora_never_was(tmp_path: Path) -> None:
     for i, variant in enumerate(STOCK):
         loaded = torch.load(tmp_path / f"{i:02}" / "loaded.pt", weights_only=True)
         assert loaded["celora"]["said"] == loaded["plain"]["said"], variant.name
-        silent = variant.name not in ("EVA", "AdaLoRA", "`lora_bias=True`", "IA3 beside LoRA")
+        silent = variant.name not in ("EVA", "AdaLoRA", "`lora_bias=True`", "IA3 beside LoRA", *TIED)
         assert not (silent and loaded["celora"]["said"]), (variant.name, loaded["celora"]["said"])
         for kind in ("celora", "plain"):
             wanted = expected[tmp_path / f"{i:02}", kind]

@@ -53,7 +53,7 @@ def vanilla_adapter(module: Any) -> Adapter | str:
     if not isinstance(dropout, nn.Identity) and type(dropout) is not nn.Dropout:
         return f"its dropout is {type(dropout).__name__}"
     scaling = module.scaling[name]
-    if not isinstance(scaling, int | float):
+    if not isinstance(scaling, (int, float)):  # torch 2.8 cannot trace a union here
         return "its scaling is not a number"
     return made_of(*parts, scaling)
 
