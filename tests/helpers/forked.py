@@ -13,7 +13,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,16 @@ def code(text: str) -> None:
     """Run it like `python -c TEXT`."""
     sys.argv = ["-c"]
     exec(text, {"__name__": "__main__"})
+
+
+def interpreter(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE ARGUMENTS`, like `subprocess.run`."""
+    return run(_module, *command[command.index("-m") + 1 :])
+
+
+def _module(name: str, *arguments: str) -> None:
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def accelerate_launch(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -24,6 +22,7 @@ from celora.numerics.products.int8 import Int8
 from celora.numerics.products.registry import make_product
 from celora.planning.candidates import candidates
 from celora.settings.config import LayerConfig
+from forked import code, run
 from machine import refuses
 from patching import patch_all
 from without import pretend, take_path, without
@@ -210,7 +209,7 @@ def test_sums_that_overflow_are_not_used(limit: str) -> None:
 
     If that overflows, celora refuses it, and only then.
     """
-    code = (
+    script = (
         "import torch; from celora import CELoraError; from celora.numerics.products.int8 import Int8\n"
         "cpu, G, W = torch.device('cpu'), torch.rand(32, 64) + 1, torch.rand(64, 32) + 1\n"
         "most = torch.full((32, 64), 127, dtype=torch.int8)\n"
@@ -224,13 +223,7 @@ def test_sums_that_overflow_are_not_used(limit: str) -> None:
         "        assert overflows and 'sums overflow' in said, said\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment | ({"ONEDNN_MAX_CPU_ISA": limit} if limit else {}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run(code, script, environment=environment | ({"ONEDNN_MAX_CPU_ISA": limit} if limit else {}))
     assert done.returncode == 0, done.stderr
 
 

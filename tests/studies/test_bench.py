@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import forked
 from celora.cli import main as cli
 from celora.errors import CELoraError
 from celora.studies import bench
@@ -66,8 +68,9 @@ def test_bad_cells_are_one_line(text: str, message: str, capsys: pytest.CaptureF
     assert error.count("\n") == 1
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With memory, which each arm measures in a process of its own."""
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=forked.interpreter))
     output = tmp_path / "rows.jsonl"
     given = ["bench", "--cell", "h64-v1k:instruct", "--arm", "exact", "--repeats", "2", "--output", str(output)]
     assert cli.main([*given, "--json", "--quiet"]) == 0

@@ -120,7 +120,7 @@ def test_refreshes_that_take_turns_would_be_a_graph_each_so_all_refresh_at_once(
 
 def test_attaching_to_a_model_that_was_compiled_before_is_said() -> None:
     """torch.compile does not check again whether a layer has new hooks."""
-    model = _model(None)
+    model = _model(None, layers=FEW)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(**make_batch(0)).loss.backward()
     celora.attach(model, HALF)
