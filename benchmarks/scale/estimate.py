@@ -45,10 +45,10 @@ def make_inputs(given: argparse.Namespace, folder: Path) -> tuple[str, str]:
 
 
 def estimated(model: str, data: str, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """What `celora estimate` says of each way with this batch."""
+    """What `celora estimate` says of each way with this batch, undivided."""
     command = ["estimate", "--model", model, "--data", data, "--json", *_batch(given)]
-    ways: list[dict[str, Any]] = json.loads(_celora(command, check=True)[0])["ways"]
-    return ways
+    ways: list[dict[str, Any]] = json.loads(_celora(command)[0])["ways"]
+    return [way for way in ways if way["batch"] == given.batch]
 
 
 def measured(way: dict[str, Any], model: str, data: str, output: Path) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def measured(way: dict[str, Any], model: str, data: str, output: Path) -> dict[s
     command += ["--gradient_accumulation_steps", str(way["accumulation"])]
     if way["base"] == "int8":
         command += ["--base", "int8"]
-    _, peak = _celora(command, check=True)
+    _, peak = _celora(command)
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [row["step_time_ms"] for row in map(json.loads, lines) if "step_time_ms" in row]
     return {"peak_mib": peak / _MIB, "epoch_s": 1e-3 * statistics.fmean(steps[_WARM:] or steps) * len(steps)}
@@ -70,12 +70,12 @@ def _batch(given: argparse.Namespace) -> list[str]:
     return ["--per_device_train_batch_size", str(given.batch)]
 
 
-def _celora(command: list[str], *, check: bool) -> tuple[str, int]:
+def _celora(command: list[str]) -> tuple[str, int]:
     """What it prints, and the bytes of its peak."""
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen([sys.executable, "-m", "celora", *command], stdout=out)
         _, status, usage = os.wait4(process.pid, 0)
-        if check and status:
+        if status:
             raise SystemExit(f"celora {' '.join(command)} failed with {status}")
         out.seek(0)
         return out.read(), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""Table of what is learnt in several processes."""
+"""Tables of what is learnt in several processes, and of the accuracy of `celora estimate`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from benchmarks import rows
 from celora.studies.demo import REFRESH_EVERY
 
 HERE = Path(__file__).parent
+_MODELS = {"smollm2": "SmolLM2-135M", "h1024-b8": "hidden 1024, 8 blocks", "h2048-b8": "hidden 2048, 8 blocks"}
 
 
 def two_processes() -> str:
@@ -30,4 +31,28 @@ def two_processes() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"two_processes": two_processes}
+def estimate() -> str:
+    """Peak memory and time of an epoch of each way to train, and what `celora estimate` says over that."""
+    found = rows.read(HERE / "estimate.jsonl")
+    body = [
+        [
+            _MODELS[row["model"]],
+            f"{row['dtype']}, base in int8" if row["base"] == "int8" else row["dtype"],
+            "yes" if row["checkpointing"] else "",
+            f"{row['peak_mib']:,.0f} MiB",
+            f"{row['estimated_mib'] / row['peak_mib']:.2f}",
+            f"{row['epoch_s']:.1f} s",
+            f"{row['estimated_s'] / row['epoch_s']:.2f}",
+        ]
+        for row in found
+    ]
+    header = ["model", "way", "checkpointing", "peak", "estimate over it", "epoch", "estimate over it"]
+    one = found[0]
+    return (
+        rows.markdown(header, body)
+        + f"\n\nPreset `{one['preset']}`, {one['rows']} sentences, {one['batch']} in a batch, {rows.where(one)}. "
+        "One epoch each, without evaluation and saving."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {"two_processes": two_processes, "estimate": estimate}
