@@ -126,7 +126,7 @@ static uint64_t products(int64_t rows, int64_t columns, int64_t kept) {
             dense[i * columns + j] = nearbyint(get(w, i * columns + j) * inverse[j]) * scale[j];
     }
     CALL("pack_columns", P(w), N(rows), N(columns), N(columns), P(inverse), P(packed));
-    void *scratch = malloc((size_t)ASK("scratch_bytes", N(TOKENS), N(rows)));
+    void *scratch = malloc((size_t)ASK("scratch_bytes", N(TOKENS), N(rows), N(1), N(0)));
     CALL("gathered_product", P(g), N(TOKENS), N(rows), N(rows), P(index), P(position), N(kept), P(NULL), P(NULL),
          P(packed), N(0), P(scale), N(columns), P(scratch), P(scales), P(starts), P(out), N(1));
     compare("G W", g, rows, dense, columns, NULL, index, kept, out);
@@ -144,14 +144,15 @@ static uint64_t products(int64_t rows, int64_t columns, int64_t kept) {
         }
     }
     CALL("pack_rows", P(w), N(rows), N(columns), N(columns), P(inverse), P(packed));
-    scratch = malloc((size_t)ASK("scratch_bytes", N(TOKENS), N(columns)));
+    scratch = malloc((size_t)ASK("scratch_bytes", N(TOKENS), N(columns), N(0), N(0)));
+    void *space = malloc((size_t)ASK("scratch_bytes", N(0), N(columns), N(1), N(0)));
     CALL("quantise_input", P(x), N(TOKENS), N(columns), N(columns), P(NULL), P(scratch), P(scales), P(starts));
     CALL("quantised_product", P(scratch), P(scales), P(starts), N(TOKENS), N(columns), P(packed), P(scale), P(NULL),
-         N(rows), P(y));
+         N(rows), P(space), P(y));
     compare("x W^T", x, columns, turned, rows, NULL, NULL, TOKENS, y);
     for (int64_t i = 0; i < TOKENS * rows * (bf16 ? 2 : 4); i++) bits = bits * 31 + ((uint8_t *)y)[i];
-    free(scratch);
-    scratch = malloc((size_t)ASK("turned_scratch_bytes", N(TOKENS), N(rows), N(1)));
+    free(scratch), free(space);
+    scratch = malloc((size_t)ASK("scratch_bytes", N(TOKENS), N(rows), N(1), N(1)));
     for (int64_t j = 0; j < columns; j++) inverse[j] = 1;
     CALL("gathered_product", P(g), N(TOKENS), N(rows), N(rows), P(index), P(position), N(kept), P(NULL), P(scale),
          P(packed), N(columns), P(inverse), N(columns), P(scratch), P(scales), P(starts), P(out), N(1));

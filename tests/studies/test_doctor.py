@@ -135,11 +135,12 @@ def test_what_the_environment_limits_is_said(monkeypatch: pytest.MonkeyPatch) ->
         ({"panels": 16, "tier": "amx", "has_amx": True}, "celora's own kernel, with AMX"),
         ({"panels": 16, "tier": "avx512"}, "celora's own kernel, with AVX-512 VNNI"),
         ({"panels": 16, "tier": "avxvnni"}, "celora's own kernel, with AVX-VNNI"),
+        ({"panels": 16, "tier": "avx2"}, "celora's own kernel, with AVX2"),
         ({"onednn": True, "why_not": "no compiler"}, "oneDNN's quantised linear: no compiler"),
         ({"onednn": True, "panels": 16, "has_amx": True}, "oneDNN's quantised linear: celora's kernel has no AMX here"),
         (
             {"slow": True},
-            "torch's integer product, number by number: tier avx2 of celora's kernels has no 8-bit products",
+            "torch's integer product, number by number: tier baseline of celora's kernels has no 8-bit products",
         ),
         (
             {"why_not": "CELORA_KERNELS=0 turns them off"},
@@ -156,7 +157,7 @@ def test_which_8_bit_path_is_taken_and_why(machine: dict[str, Any], path: str, m
         "celora.machine.cpu:matrix_instructions": lambda: machine.get("has_amx", False),
         "celora.kernels.c.tier:why_not": lambda: machine.get("why_not", ""),
         "celora.kernels.c.dot:panel_columns": lambda: machine.get("panels", 0),
-        "celora.kernels.c.dot:used_tier": lambda: machine.get("tier", "avx2"),
+        "celora.kernels.c.dot:used_tier": lambda: machine.get("tier", "baseline"),
     }.items():
         patch_all(monkeypatch, target, does)
     assert explain("pack_weight", torch.device("cpu")) == path

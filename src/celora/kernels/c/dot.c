@@ -1,5 +1,6 @@
-/* The product of gathered rows with a packed 8-bit weight on CPUs with 8-bit dot products of vectors (VNNI, ARM's dot
- * products) or of matrices (AMX, ARM's I8MM): rows are quantised, multiplied, scaled and scattered without a pass of their own for any of it.
+/* The product of gathered rows with a packed 8-bit weight on CPUs with dot products of vectors (VNNI, ARM's dot
+ * products, AVX2's of 16 bits) or of matrices (AMX, ARM's I8MM): rows are quantised, multiplied, scaled and scattered
+ * without a pass of their own for any of it.
  *
  *     out[t] = row_scale[k] column_scale * (q[k] W) for t = index[k],    q[k] = round(x[t] / row_scale[k])
  *
@@ -12,7 +13,7 @@
  * unsigned one, w + OFFSET, so what has to be taken off, OFFSET sum(q[k]), is one number a row. Vectors: a block of BLOCK
  * rows by two vectors of columns stays in registers over the whole depth, BLOCK + 2 loads for 2 BLOCK dots. Matrices:
  * 2 x 2 tiles of sums do, over a stretch of the depth whose part of the weight stays in the first cache, as the sums of
- * a group of rows do between stretches. ARM's have both signed: dot_arm.h.
+ * a group of rows do between stretches. ARM's have both signed: dot_arm.h. So has AVX2, in pairs: dot_pairs.h.
  *
  * The file includes itself once for float32 and once for bfloat16, as rows.c does, whose names it uses.
  */
@@ -35,6 +36,8 @@ typedef __m256i ints;
 static inline ints all(int32_t x) { return _mm256_set1_epi32(x); }
 static inline ints load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 static inline ints dot(ints sum, ints u, ints s) { return _mm256_dpbusd_avx_epi32(sum, u, s); }
+#elif defined(__AVX2__)
+#include "dot_pairs.h"
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include "dot_arm.h"
 #endif
@@ -138,7 +141,7 @@ static void square(const int8_t *q, int64_t stride, int64_t deep, const uint8_t 
 #define SQUARE 1
 #endif
 
-#ifndef __ARM_FEATURE_DOTPROD
+#ifndef OWN_BLOCK
 /* sums[r][h] = start[r] + sum_k q[r, k] (w[k, j] + 128) for the panel's columns j; rows: a constant */
 static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t stride, int64_t depth,
                                                         const uint8_t *panel, const int32_t *start, const int rows,
@@ -185,7 +188,7 @@ static void blocks(const int8_t *q, int64_t stride, int64_t depth, const uint8_t
 #define TURNED (DEEP < PANEL ? PANEL : DEEP)
 
 /* A packed weight as one product reads it. turned: the depth of its panels as they are packed, or 0 where the product
- * reads them so; space: for one turned panel of this thread. */
+ * reads them so; space: for one panel of this thread, of panel_bytes. */
 typedef struct {
     const uint8_t *packed;
     int64_t depth, turned;
@@ -216,10 +219,26 @@ static void turn_panel(const weight *w, int64_t p, uint8_t *to) {
         }
 }
 
-/* Panel p of the weight; `last` is the panel that this thread has turned, or -1. */
+/* Bytes of a panel that a thread makes for itself: turned, in pairs, or both. */
+static inline int64_t panel_bytes(int64_t depth, int turned) {
+#ifdef PAIRS
+    return depth * PANEL * (turned ? 3 : 2);
+#else
+    return turned ? depth * PANEL : 0;
+#endif
+}
+
+/* Panel p of the weight; `last` is the panel that this thread has made, or -1. */
 static inline const uint8_t *panel_of(const weight *w, int64_t p, int64_t *last) {
-    if (!w->turned) return w->packed + p * w->depth * PANEL;
+    const uint8_t *packed = w->packed + p * w->depth * PANEL;
+#ifdef PAIRS
+    uint8_t *turned = w->space + 2 * w->depth * PANEL;
+    if (w->turned && p != *last) turn_panel(w, p, turned);
+    if (p != *last) pair_panel(w->turned ? turned : packed, w->depth, (int16_t *)w->space);
+#else
+    if (!w->turned) return packed;
     if (p != *last) turn_panel(w, p, w->space);
+#endif
     *last = p;
     return w->space;
 }
@@ -234,13 +253,11 @@ static inline int64_t row_stride(int64_t depth) {
 #endif
 }
 
-/* Bytes of scratch for so many quantised rows; the scratch may begin anywhere. */
-static int64_t scratch_bytes(int64_t rows, int64_t depth) { return up_to(rows, SQUARE) * row_stride(depth) + 64; }
-
-/* The same for a product with turned panels, which lie behind the rows. */
-static int64_t turned_scratch_bytes(int64_t rows, int64_t depth, int64_t threads) {
-    depth = up_to(depth, TURNED);
-    return scratch_bytes(rows, depth) + 64 + threads * depth * PANEL;
+/* Bytes of scratch for so many quantised rows and, behind them, the panels of so many threads. The scratch may begin
+ * anywhere. */
+static int64_t scratch_bytes(int64_t rows, int64_t depth, int64_t threads, int turned) {
+    depth = up_to(depth, turned ? TURNED : DEEP);
+    return up_to(rows, SQUARE) * row_stride(depth) + 2 * 64 + threads * panel_bytes(depth, turned);
 }
 static inline int8_t *aligned(void *scratch) { return (int8_t *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63); }
 
@@ -433,7 +450,7 @@ static void EACH(products)(const int8_t *q, int64_t stride, int64_t rows, const 
 
 /* out[index[k]] = factor[k] x[index[k]] W in 8 bits, all rows without index; factor: NULL for 1. Rows with position < 0
  * become 0 if fill. turned: 0, or the number of columns of a weight that pack_rows has packed, for x W with that weight
- * and x multiplied with fold. scratch: of scratch_bytes or turned_scratch_bytes. scales, starts: (kept,). */
+ * and x multiplied with fold. scratch: of scratch_bytes. scales, starts: (kept,). */
 static void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, const int64_t *index,
                                    const int32_t *position, int64_t kept, const float *factor, const float *fold,
                                    const uint8_t *packed, int64_t turned, const float *column_scale, int64_t columns,
@@ -442,7 +459,8 @@ static void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, 
     const int64_t depth = up_to(rows, turned ? TURNED : DEEP), stride_of_q = row_stride(depth);
     int8_t *quantised = aligned(scratch);
     uint8_t *space = (uint8_t *)aligned(quantised + up_to(kept, SQUARE) * stride_of_q);
-    const weight w = {packed, depth, turned ? up_to(turned, DEEP) : 0, space + team->thread * depth * PANEL};
+    space += team->thread * panel_bytes(depth, turned != 0);
+    const weight w = {packed, depth, turned ? up_to(turned, DEEP) : 0, space};
     EACH(quantise_gathered)(x, rows, stride, index, kept, factor, fold, quantised, stride_of_q, depth, scales, starts,
                             team);
     celora_meet(team);
@@ -471,7 +489,7 @@ static int64_t EACH(critical_product)(const TYPE *x, int64_t tokens, int64_t row
 }
 
 /* All rows of x in 8 bits, to be multiplied with several weights. fold: what each feature is multiplied with first, or
- * NULL. q: of scratch_bytes; scales, starts: (tokens,). */
+ * NULL. q: of scratch_bytes, for no thread; scales, starts: (tokens,). */
 static void EACH(quantise_input)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, const float *fold,
                                  void *q, float *scales, int32_t *starts, const team *team) {
     const int64_t depth = up_to(rows, DEEP);
@@ -479,12 +497,13 @@ static void EACH(quantise_input)(const TYPE *x, int64_t tokens, int64_t rows, in
                             starts, team);
 }
 
-/* out = x W^T + bias from quantise_input's x and a weight of pack_rows with its scales; bias: NULL for 0 */
+/* out = x W^T + bias from quantise_input's x and a weight of pack_rows with its scales; bias: NULL for 0; scratch: of
+ * scratch_bytes, for no row */
 static void EACH(quantised_product)(const void *q, const float *scales, const int32_t *starts, int64_t tokens,
                                     int64_t rows, const uint8_t *packed, const float *column_scale, const float *bias,
-                                    int64_t columns, TYPE *out, const team *team) {
+                                    int64_t columns, void *scratch, TYPE *out, const team *team) {
     const int64_t depth = up_to(rows, DEEP);
-    const weight w = {packed, depth, 0, NULL};
+    const weight w = {packed, depth, 0, (uint8_t *)aligned(scratch) + team->thread * panel_bytes(depth, 0)};
     EACH(products)(aligned((void *)q), row_stride(depth), rows, NULL, tokens, &w, starts, scales, column_scale, bias,
                    columns, out, team);
 }

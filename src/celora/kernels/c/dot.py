@@ -15,6 +15,7 @@ from celora.kernels.packed import PackedWeight, positions
 from celora.machine import cpu
 
 _INSTRUCTIONS = {
+    "avx2": "AVX2",
     "avxvnni": "AVX-VNNI",
     "avx512vnni": "AVX-512 VNNI",
     "avx512": "AVX-512 VNNI",
@@ -151,7 +152,7 @@ def gathered_product(
     """
     rows, depth = x.shape
     kept, columns = rows if index is None else index.shape[0], out.shape[1]
-    scratch = torch.empty(_scratch_bytes(kept, depth, turned=fold is not None), dtype=torch.uint8, device="cpu")
+    scratch = torch.empty(scratch_bytes(kept, depth, turned=fold is not None), dtype=torch.uint8, device="cpu")
     scales = torch.empty(kept, dtype=torch.float32, device="cpu")
     starts = torch.empty(kept, dtype=torch.int32, device="cpu")
     turned = 0 if fold is None else columns
@@ -174,7 +175,7 @@ def critical_product(
     rows, depth = x.shape
     out = x.new_empty(rows, columns)
     turned = 0 if fold is None else columns
-    scratch = _scratch_bytes(rows, depth, turned=fold is not None)
+    scratch = scratch_bytes(rows, depth, turned=fold is not None)
     work = torch.empty(8 + rows * (8 + 4 * 4) + scratch, dtype=torch.uint8, device="cpu")
     call_kernel("critical_product", x, x.data_ptr(), rows, depth, x.stride(0), -1 if kept is None else kept, share,
           pointer(fold), packed.data_ptr(), turned, column_scale.data_ptr(), columns, work.data_ptr(),
@@ -182,8 +183,6 @@ def critical_product(
     return out
 
 
-def _scratch_bytes(rows: int, depth: int, *, turned: bool) -> int:
-    """Bytes that the products of `dot.c` need for so many quantised rows."""
-    if turned:
-        return ask_kernel("turned_scratch_bytes", rows, depth, torch.get_num_threads())
-    return ask_kernel("scratch_bytes", rows, depth)
+def scratch_bytes(rows: int, depth: int, *, turned: bool = False) -> int:
+    """Bytes that a product of `dot.c` needs for rows that it quantises, and for a panel of each thread."""
+    return ask_kernel("scratch_bytes", rows, depth, torch.get_num_threads(), turned)

@@ -10,6 +10,7 @@
 #define LANES 4
 #define OFFSET 0
 #define DEEP 16
+#define OWN_BLOCK /* `block` is here */
 typedef int32x4_t ints;
 
 /* 4 x 4 bytes */

@@ -30,7 +30,7 @@
            P(14), P(15), P(16), I(17))                                                                             \
     KERNEL(critical_product, P(0), N(1), N(2), N(3), N(4), D(5), P(6), P(7), N(8), P(9), N(10), P(11), P(12))      \
     KERNEL(quantise_input, P(0), N(1), N(2), N(3), P(4), P(5), P(6), P(7))                                         \
-    KERNEL(quantised_product, P(0), P(1), P(2), N(3), N(4), P(5), P(6), P(7), N(8), P(9))
+    KERNEL(quantised_product, P(0), P(1), P(2), N(3), N(4), P(5), P(6), P(7), N(8), P(9), P(10))
 #else
 #define DOT(KERNEL)
 #endif
@@ -47,8 +47,7 @@
     NUMBER(depth_step, DEEP)                                           \
     NUMBER(offset, OFFSET)                                             \
     NUMBER(row_stride, row_stride(N(0)))                               \
-    NUMBER(scratch_bytes, scratch_bytes(N(0), N(1)))                   \
-    NUMBER(turned_scratch_bytes, turned_scratch_bytes(N(0), N(1), N(2)))
+    NUMBER(scratch_bytes, scratch_bytes(N(0), N(1), N(2), I(3)))
 #else
 #define NUMBERS(NUMBER) NUMBER(panel_columns, 0)
 #endif

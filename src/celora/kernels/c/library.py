@@ -30,7 +30,7 @@ _TYPED = {  # there is one for each dtype, which runs on torch's threads
     "gathered_product": "PqqqPPqPPPqPqPPPPq",
     "critical_product": "PqqqqdPPqPqPP",
     "quantise_input": "PqqqPPPP",
-    "quantised_product": "PPPqqPPPqP",
+    "quantised_product": "PPPqqPPPqPP",
     # attention.c
     "attention": "PPPPPqqqqqdPqPP",
     "attention_backward": "PPPPPPqqqqqdPqPPPPP",
@@ -41,8 +41,7 @@ _NUMBERS = {  # return one
     "depth_step": "",
     "offset": "",
     "row_stride": "q",
-    "scratch_bytes": "qq",
-    "turned_scratch_bytes": "qqq",
+    "scratch_bytes": "qqqq",
     "attention_work": "qqq",
 }
 _SLOTS = {name: struct.Struct(slots) for name, slots in (_TYPED | _NUMBERS).items()}
