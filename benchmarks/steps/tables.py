@@ -48,9 +48,9 @@ def _step(dtype: str, *, amx: bool) -> str:
     )
 
 
-def step_fast() -> str:
+def step_fast(file: str = "fast.jsonl") -> str:
     """Speed-up over PEFT of the presets that need no plan."""
-    found = rows.select(HERE / "fast.jsonl", amx=False)
+    found = rows.select(HERE / file, amx=False)
     body = []
     for key in dict.fromkeys((row["model"], row["data"], row["dtype"]) for row in found):
         by_arm = {row["arm"]: row for row in found if (row["model"], row["data"], row["dtype"]) == key}
@@ -215,6 +215,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_float32": step_float32,
     "step_amx": step_amx,
     "step_fast": step_fast,
+    "step_avx2": functools.partial(step_fast, "fast-avx2.jsonl"),
     "step_parts": step_parts,
     "step_sweep_amx": step_sweep_amx,
     "refresh": refresh,
