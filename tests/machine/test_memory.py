@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,17 @@ def test_what_is_saved_for_backward_counts_once_and_without_parameters() -> None
         z = linear(x) * linear(x)
     assert saved.nbytes == 3 * x.numel() * 4  # x once, and the two factors
     (y + z).sum().backward()
+
+
+def test_what_was_saved_is_free_when_its_forward_is() -> None:
+    """Without a backward, too. Sigmoid keeps its own result, which must not keep its node in turn."""
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4)
+    with saved_for_backward(layer) as saved:
+        result = layer(x).sigmoid()
+    assert {x.data_ptr(), result.data_ptr()} <= saved.keys()
+    references = [weakref.ref(x), weakref.ref(result)]
+    del x, result
+    assert [reference() for reference in references] == [None, None]
 
 
 def test_peak_and_free_memory_are_plausible() -> None:

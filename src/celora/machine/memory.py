@@ -35,7 +35,7 @@ def saved_for_backward(model: nn.Module) -> Iterator[Saved]:
         for storage in _storages(tensor):
             if storage.data_ptr() not in parameters:
                 saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a result that its own node keeps would be freed by a backward only
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved

@@ -7,6 +7,7 @@ model. The rest is arithmetic.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import re
 import tempfile
@@ -147,7 +148,6 @@ def estimate(given: TrainRequest, memory: int | None = None, presets: tuple[str,
         tokenizer = load_tokenizer(request) if folder == given.model else read_tokenizer(folder)
         config = AutoConfig.from_pretrained(folder, revision=request.lora["model_revision"], trust_remote_code=False)
         everything = training_rows(request, tokenizer)
-        before = resident_memory() or 0
 
         def build(model: Any, rows: Any) -> Any:
             return build_trainer(request, copy.copy(args), model, tokenizer, rows, peft=lora_config(request))
@@ -155,9 +155,8 @@ def estimate(given: TrainRequest, memory: int | None = None, presets: tuple[str,
         found, rows, cut = _rows(everything, config, build)
         few = rows.select(np.linspace(0, len(rows) - 1, min(_PROBED, len(rows))).astype(int).tolist())
         ways = _all_ways(
-            request, args, lambda model: build(model, few), config, found, stored, before, presets or _presets(request)
+            request, args, lambda model: build(model, few), config, found, stored, presets or _presets(request)
         )
-    give_back_freed_memory()
     budget = memory if memory is not None else available_memory(args.device)
     if memory is None and budget is not None:
         budget += resident_memory() or 0  # the peak counts what the process has already
@@ -258,7 +257,6 @@ def _all_ways(
     config: Any,
     rows: Rows,
     stored: int,
-    before: int,
     presets: tuple[str, ...],
 ) -> list[Way]:
     text = config.get_text_config()
@@ -270,16 +268,20 @@ def _all_ways(
     asked = "gradient_checkpointing" in request.given or "activation_checkpointing" in request.given
     on = bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
     options = _batches(request, args)
-    found = []
+    costs: dict[tuple[str, str, str], Cost] = {}
     for base, dtype in _bases(request, args):
         for preset in presets:
             own = _with_preset(request, preset)
-            cost: Cost = measure(own, build, config, getattr(torch, dtype), int8=base == "int8")
-            named = base, dtype, preset
-            found += ways_of(
-                cost, model, rows, before, named=named, batches=options, checkpointing=[on] if asked else [False, True]
-            )
-    return found
+            costs[base, dtype, preset] = measure(own, build, config, getattr(torch, dtype), int8=base == "int8")
+    gc.collect()
+    give_back_freed_memory()
+    before = resident_memory() or 0  # with what libraries keep once there have been steps
+    checkpointing = [on] if asked else [False, True]
+    return [
+        way
+        for named, cost in costs.items()
+        for way in ways_of(cost, model, rows, before, named=named, batches=options, checkpointing=checkpointing)
+    ]
 
 
 def _presets(request: TrainRequest) -> tuple[str, ...]:
