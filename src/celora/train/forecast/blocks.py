@@ -34,7 +34,7 @@ from celora.train.request.arguments import TrainRequest
 from celora.train.rows.truncation import row_lengths
 
 WORDS = 8_192  # of the stand-in's vocabulary at most
-_WORK = 20e9  # FLOPs of a step that is timed, about
+_WORK = 80e9  # FLOPs of a step that is timed, about
 _FEWEST, _MOST = 64, 1_024  # tokens in it
 _MOST_BYTES = 2**28  # of the blocks, unless two take more
 _TURNS = 3  # of which the fastest counts; one before them warms up
