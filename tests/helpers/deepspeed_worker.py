@@ -43,7 +43,7 @@ def run(stage: int, rank: int, world: int) -> dict[str, Any]:
     model = make_model()
     celora.attach(model, celora.CELoraConfig(**COLUMNS))
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     config = {**zero(stage), "train_micro_batch_size_per_gpu": ROWS // world}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     clock, losses = require(model).clock, []
