@@ -21,7 +21,7 @@ import celora
 from celora.cli.main import main as command
 from celora.modeling import fused
 from celora.runtime.attachment import require
-from distributed_worker import COLUMNS, ROWS, SCENARIOS, STEPS, global_batch
+from distributed_worker import COLUMNS, ROWS, SCENARIOS, STEPS, global_batch, optimizer_of
 from distributed_worker import run as train_with_ddp
 from small import make_model
 from train_worker import train
@@ -43,7 +43,7 @@ def run(stage: int, rank: int, world: int) -> dict[str, Any]:
     model = make_model()
     celora.attach(model, celora.CELoraConfig(**COLUMNS))
     model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    optimizer = optimizer_of(model)
     config = {**zero(stage), "train_micro_batch_size_per_gpu": ROWS // world}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     clock, losses = require(model).clock, []

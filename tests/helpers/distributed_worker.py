@@ -94,6 +94,11 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """What every way to train the same steps has: SGD, whose losses show a gradient's scale."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+
+
 def average_over_gloo(model: nn.Module) -> None:
     """gloo of torch 2.8 adds up where FSDP2 asks for an average. So FSDP2 adds up and divides by itself."""
     for module in model.modules():
@@ -123,7 +128,7 @@ def run(scenario: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
     if scenario.get("attach") == "after":
         celora.attach(model, config)
     model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    optimizer = optimizer_of(model)
     losses, traffic, watched = [], [], scenario.get("watched", True)
     for step in range(STEPS):
         ids = global_batch(step)[rank::world]

@@ -16,7 +16,7 @@ from peft import PeftModel
 import celora
 from benchmarks.scale import scaling
 from celora.runtime.attachment import require
-from distributed_worker import ADAPTERS, COLUMNS, SCENARIOS, STEPS, configuration, global_batch
+from distributed_worker import ADAPTERS, COLUMNS, SCENARIOS, STEPS, configuration, global_batch, optimizer_of
 from forked import torchrun
 from small import make_model
 
@@ -53,7 +53,7 @@ def alone(scenario: dict[str, Any], replicas: int = 1) -> list[float]:
         celora.attach(model, configuration(scenario["config"]))
         model.train()
         trained.append([p for p in model.parameters() if p.requires_grad])
-    optimizers = [torch.optim.SGD(parameters, lr=1.0) for parameters in trained]
+    optimizers = [optimizer_of(model) for model in models]
     losses = []
     for step in range(STEPS):
         batches = [global_batch(step)[i::replicas] for i in range(replicas)]
