@@ -5,6 +5,7 @@ pytest-xdist's own process imports this file, too, and runs no test. So what onl
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import getpass
@@ -92,6 +93,7 @@ def pytest_collection_finish() -> None:
     gc.enable()
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # nanobind's modules, such as Triton's, call whatever is frozen at the end leaked
 
 
 @pytest.fixture(autouse=True, scope="session")

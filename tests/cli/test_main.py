@@ -85,7 +85,8 @@ print(sorted({"torch", "transformers", "peft", "trl", "datasets"} & set(sys.modu
 
 def test_garbage_is_not_looked_for_in_what_a_command_imports():
     script = """
-import gc
+import atexit, gc
+atexit.register(lambda: print(gc.get_freeze_count()))  # after all that is registered later
 from celora.cli.options import importing
 with importing():
     looks, made = gc.isenabled(), [[] for _ in range(100_000)]
@@ -96,7 +97,8 @@ with importing():
     print(gc.isenabled())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True", "True", "True"]
+    # What is still frozen at the end, nanobind's modules (such as Triton's) list as leaked, in sixty lines.
+    assert done.stdout.split() == ["False", "True", "True", "True", "0"]
 
 
 def test_completion_installs_into_the_shell_and_completes(tmp_path):
