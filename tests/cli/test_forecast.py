@@ -15,7 +15,7 @@ def test_the_help_has_examples(capsys):
 
 
 def test_json_and_the_table_say_the_same(inputs, capsys, monkeypatch):
-    patch_all(monkeypatch, "celora.train.forecast.blocks:seconds", lambda probe, batch, optimizer: (0.1, 0.3))
+    patch_all(monkeypatch, "celora.train.forecast.blocks:seconds", lambda probe, batch, optimizer: 0.3)
     command = ["estimate", "--model", inputs["model"], "--data", inputs["data"], "--preset", "exact", "--base", "int8"]
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

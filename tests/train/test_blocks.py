@@ -21,9 +21,12 @@ from patching import patch_all
 @pytest.fixture
 def setting(inputs, tmp_path, monkeypatch):
     """A request on the tiny model as if it had six blocks, and a function that measures it without a real clock."""
-    patch_all(monkeypatch, "celora.train.forecast.blocks:seconds", lambda probe, batch, optimizer: (
-        0.01 * len(batch["input_ids"]), 0.03 * len(probe.model.get_base_model().model.layers),
-    ))  # fmt: skip
+
+    def seconds(probe, batch, optimizer):
+        model = probe.model.get_base_model()
+        return (0.04 if model.is_gradient_checkpointing else 0.03) * len(model.model.layers)
+
+    patch_all(monkeypatch, "celora.train.forecast.blocks:seconds", seconds)
 
     def found(preset, dtype=torch.float32, int8=False, blocks=6):
         request = make_request({**inputs, "output": str(tmp_path / "out"), "preset": preset, "lora_r": 4})
@@ -67,8 +70,10 @@ def test_what_is_kept_grows_with_blocks_and_presets_keep_less(setting):
 
 def test_a_block_takes_what_two_stand_ins_differ_by(setting):
     cost = setting("off")[3]
-    assert cost.step[1].at(100) == pytest.approx(0.03)
-    assert cost.step[0].at(100) == pytest.approx(0, abs=1e-9)
+    for checkpointing, seconds in ((False, 0.03), (True, 0.04)):
+        outside, block = cost.step[checkpointing]
+        assert block.at(100) == pytest.approx(seconds)
+        assert outside.at(100) == pytest.approx(0, abs=1e-9)
 
 
 def test_a_model_of_one_block_is_all_block(setting):

@@ -10,8 +10,7 @@ from celora.train.forecast.blocks import Cost, Line
 from celora.train.forecast.ways import Model, Rows, Way, best, epoch_seconds, peak_bytes, ways_of
 
 COST = Cost(
-    step=(Line(0.5, 0.001), Line(0.1, 0.002)),
-    forward=(Line(0.1, 0.0), Line(0.05, 0.0005)),
+    step={False: (Line(0.5, 0.001), Line(0.1, 0.002)), True: (Line(0.6, 0.001), Line(0.15, 0.0025))},
     weights=(1000.0, 100.0),
     trained=(0.0, 10.0),
     copies=(0.0, 25.0),
@@ -27,8 +26,8 @@ def test_an_epoch_is_the_sum_of_its_micro_batches() -> None:
     # 5 micro-batches of 40 tokens. The head has 10 words, and was measured with 5.
     one = 0.5 + 2 * 0.001 * 40 + 8 * (0.1 + 0.002 * 40)
     assert epoch_seconds(COST, MODEL, ROWS, 2, checkpointing=False) == pytest.approx(5 * one)
-    again = 8 * (0.05 + 0.0005 * 40)
-    assert epoch_seconds(COST, MODEL, ROWS, 2, checkpointing=True) == pytest.approx(5 * (one + again))
+    checkpointed = 0.6 + 2 * 0.001 * 40 + 8 * (0.15 + 0.0025 * 40)
+    assert epoch_seconds(COST, MODEL, ROWS, 2, checkpointing=True) == pytest.approx(5 * checkpointed)
 
 
 def test_the_peak_is_what_is_there_together() -> None:

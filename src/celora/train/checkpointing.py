@@ -44,9 +44,23 @@ def choose_checkpointing(trainer: Any, *, asked: bool) -> str:
     short = any_of_them(free is not None and needed > _MOST * free, args.device)
     if asked or not short:
         return f"Gradient checkpointing is off: {line}."
+    _turn_on(model)
+    return f"Gradient checkpointing is turned on: {line}. --gradient_checkpointing false keeps it off."
+
+
+def _turn_on(model: Any) -> None:
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
-    return f"Gradient checkpointing is turned on: {line}. --gradient_checkpointing false keeps it off."
+
+
+@contextmanager
+def checkpointed(model: Any) -> Iterator[None]:
+    """Turn checkpointing on for a while."""
+    _turn_on(model)
+    try:
+        yield
+    finally:
+        getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
 
 
 def kept_by_a_step(trainer: Any) -> int:

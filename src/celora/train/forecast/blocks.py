@@ -14,6 +14,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from celora.errors import CELoraError
 from celora.modeling.int8_base import held_in_8_bits, quantise_base
 from celora.modeling.language_model import LanguageModel, find_language_model
 from celora.runtime.attachment import find
-from celora.train.checkpointing import kept_by
+from celora.train.checkpointing import checkpointed, kept_by
 from celora.train.planning import settled
 from celora.train.request.arguments import TrainRequest
 from celora.train.rows.truncation import row_lengths
@@ -63,7 +64,8 @@ class Cost:
     """What a step takes with one base and one preset.
 
     Attributes:
-        step, forward: seconds outside of the blocks, and of one block, by tokens of a micro-batch.
+        step: without and with checkpointing (or one of them), seconds outside of the blocks and of one block, by
+            tokens of a micro-batch.
         weights, trained, copies: bytes outside of the blocks and of one block: of the frozen numbers, of those that
             train, and of 8-bit copies of the frozen ones.
         kept: bytes that one token keeps for its backward outside of the blocks, and in one.
@@ -71,8 +73,7 @@ class Cost:
         packed: whether padding is left out.
     """
 
-    step: tuple[Line, Line]
-    forward: tuple[Line, Line]
+    step: dict[bool, tuple[Line, Line]]
     weights: tuple[float, float]
     trained: tuple[float, float]
     copies: tuple[float, float]
@@ -125,7 +126,15 @@ def stand_in(config: Any, blocks: int, dtype: torch.dtype, attention: str | None
     )
 
 
-def measure(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype, *, int8: bool) -> Cost:
+def measure(
+    request: TrainRequest,
+    build: Build,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    int8: bool,
+    checkpointing: Sequence[bool] = (False, True),
+) -> Cost:
     """The cost of a step with this request's preset.
 
     Args:
@@ -134,16 +143,18 @@ def measure(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype
         config: of the whole model.
         dtype: of the model.
         int8: whether its base is held in 8 bits.
+        checkpointing: whether steps are timed without, with, or both.
     """
     many = how_many_blocks(config)
     tokens = _tokens(config, many)
-    parts = {count: _part(request, build, config, dtype, int8, count, tokens) for count in dict.fromkeys((1, many))}
-    times = {(count, tokens): pair for count, part in parts.items() for tokens, pair in part.seconds.items()}
+    parts = {
+        count: _part(request, build, config, dtype, int8, count, tokens, checkpointing)
+        for count in dict.fromkeys((1, many))
+    }
     outside, per_block = _split({count: part.sizes for count, part in parts.items()}, many)
     weights, trained, copies, kept = zip(outside, per_block, strict=True)
     return Cost(
-        step=_lines({key: step for key, (_, step) in times.items()}, many),
-        forward=_lines({key: forward for key, (forward, _) in times.items()}, many),
+        step={on: _lines({count: part.seconds[on] for count, part in parts.items()}, many) for on in checkpointing},
         weights=weights,
         trained=trained,
         copies=copies,
@@ -155,15 +166,22 @@ def measure(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype
 
 @dataclass(frozen=True)
 class _Part:
-    """A stand-in, measured: seconds of forward and step by tokens, and bytes as `Cost` has them."""
+    """A stand-in, measured: seconds of a step by checkpointing and tokens, and bytes as `Cost` has them."""
 
-    seconds: dict[int, tuple[float, float]]
+    seconds: dict[bool, dict[int, float]]
     sizes: tuple[float, float, float, float]
     packed: bool
 
 
 def _part(
-    request: TrainRequest, build: Build, config: Any, dtype: torch.dtype, int8: bool, blocks: int, tokens: int
+    request: TrainRequest,
+    build: Build,
+    config: Any,
+    dtype: torch.dtype,
+    int8: bool,
+    blocks: int,
+    tokens: int,
+    checkpointing: Sequence[bool],
 ) -> _Part:
     model = stand_in(config, blocks, dtype, request.lora["attn_implementation"])
     if int8:
@@ -176,7 +194,10 @@ def _part(
         warnings.simplefilter("ignore")  # the run itself will say it
         celora.attach(peft, settled_config(request, probe))
     optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-5)
-    taken = {_count(batch): seconds(probe, batch, optimizer) for batch in batches}
+    taken: dict[bool, dict[int, float]] = {}
+    for on in checkpointing:
+        with checkpointed(peft) if on else nullcontext():
+            taken[on] = {_count(batch): seconds(probe, batch, optimizer) for batch in batches}
     kept = kept_by(probe, dict(large)) / _count(large)
     found = find_language_model(peft)
     packed = isinstance(found, LanguageModel) and not found.cannot_pack and request.preset != "off"
@@ -192,19 +213,17 @@ def settled_config(request: TrainRequest, probe: Any) -> Any:
     return settled(request, probe, Console(stderr=True, quiet=True))[0]
 
 
-def seconds(probe: Any, batch: Mapping[str, Any], optimizer: Any) -> tuple[float, float]:
-    """Seconds of the forward of a step, and of all of it: the fastest of a few."""
+def seconds(probe: Any, batch: Mapping[str, Any], optimizer: Any) -> float:
+    """Seconds of a step: the fastest of a few."""
     found = []
     for _ in range(_TURNS + 1):
         begin = time.perf_counter()
-        loss = probe.compute_loss(probe.model, dict(batch))
-        middle = time.perf_counter()
-        loss.backward()
+        probe.compute_loss(probe.model, dict(batch)).backward()
         torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        found.append((middle - begin, time.perf_counter() - begin))
-    return min(forward for forward, _ in found[1:]), min(step for _, step in found[1:])
+        found.append(time.perf_counter() - begin)
+    return min(found[1:])
 
 
 def _tokens(config: Any, blocks: int) -> int:
@@ -277,11 +296,10 @@ def _split(sizes: Mapping[int, tuple[float, ...]], many: int) -> tuple[list[floa
     return [max(0.0, low - each) for low, each in zip(sizes[1], per_block, strict=True)], per_block
 
 
-def _lines(times: Mapping[tuple[int, int], float], many: int) -> tuple[Line, Line]:
-    """Seconds outside of the blocks, and of one block."""
-    tokens = {n for _, n in times}
+def _lines(times: Mapping[int, Mapping[int, float]], many: int) -> tuple[Line, Line]:
+    """Seconds outside of the blocks, and of one block, from seconds by the number of blocks and of tokens."""
     if many == 1:
-        return Line(0.0, 0.0), Line.through({n: times[1, n] for n in tokens})
-    block = {n: max(0.0, (times[many, n] - times[1, n]) / (many - 1)) for n in tokens}
-    outside = {n: max(0.0, times[1, n] - block[n]) for n in tokens}
+        return Line(0.0, 0.0), Line.through(times[1])
+    block = {n: max(0.0, (times[many][n] - few) / (many - 1)) for n, few in times[1].items()}
+    outside = {n: max(0.0, few - block[n]) for n, few in times[1].items()}
     return Line.through(outside), Line.through(block)

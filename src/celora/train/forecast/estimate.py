@@ -267,16 +267,18 @@ def _all_ways(
     )  # fmt: skip
     asked = "gradient_checkpointing" in request.given or "activation_checkpointing" in request.given
     on = bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
+    checkpointing = [on] if asked else [False, True]
     options = _batches(request, args)
     costs: dict[tuple[str, str, str], Cost] = {}
     for base, dtype in _bases(request, args):
         for preset in presets:
             own = _with_preset(request, preset)
-            costs[base, dtype, preset] = measure(own, build, config, getattr(torch, dtype), int8=base == "int8")
+            costs[base, dtype, preset] = measure(
+                own, build, config, getattr(torch, dtype), int8=base == "int8", checkpointing=checkpointing
+            )
     gc.collect()
     give_back_freed_memory()
     before = resident_memory() or 0  # with what libraries keep once there have been steps
-    checkpointing = [on] if asked else [False, True]
     return [
         way
         for named, cost in costs.items()

@@ -145,12 +145,9 @@ def epoch_seconds(cost: Cost, model: Model, rows: Rows, batch: int, *, checkpoin
     """Seconds of an epoch. Rows come in any order, so a micro-batch has the mean number of tokens."""
     micro_batches = -(-rows.count // batch)
     tokens = rows.tokens / micro_batches
-    outside, block = cost.step
+    outside, block = cost.step[checkpointing]
     words = model.words / model.stand_in_words  # of what grows with tokens outside of the blocks, the head is most
-    seconds = outside.fixed + words * outside.per_token * tokens + model.blocks * block.at(tokens)
-    if checkpointing:
-        seconds += model.blocks * cost.forward[1].at(tokens)
-    return micro_batches * seconds
+    return micro_batches * (outside.fixed + words * outside.per_token * tokens + model.blocks * block.at(tokens))
 
 
 def best(ways: Iterable[Way], memory: int | None) -> Way | None:
