@@ -1,7 +1,8 @@
 """What `celora estimate` says, beside what an epoch then takes: peak memory and time of each way.
 
 `python -m benchmarks.scale.estimate` takes the demo's model; `--hidden 1024 --blocks 8` a Llama of random weights with
-the demo's tokenizer. Each way is a process of its own: `celora train` over one epoch of the rated sentences.
+the demo's tokenizer. Each way is a process of its own: `celora train` over one epoch of the rated sentences. The
+estimate and all ways take turns, and a row has means over turns, because a machine is not equally fast at all times.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def estimated(model: str, data: str, given: argparse.Namespace) -> list[dict[str
 def measured(way: dict[str, Any], model: str, data: str, output: Path) -> dict[str, Any]:
     """One epoch of it: the peak of the process, and the seconds of its steps."""
     command = ["train", "--model", model, "--data", data, "--output", str(output), "--quiet", "--num_train_epochs", "1"]
-    command += ["--dtype", way["dtype"], "--preset", way["preset"], "--save_strategy", "no"]
+    command += ["--dtype", way["dtype"], "--preset", way["preset"], "--save_strategy", "no", "--overwrite"]
     command += ["--gradient_checkpointing", str(way["checkpointing"]).lower()]
     command += ["--per_device_train_batch_size", str(way["batch"])]
     command += ["--gradient_accumulation_steps", str(way["accumulation"])]
@@ -88,21 +89,28 @@ def main() -> None:
     parser.add_argument("--stored", default="bfloat16", choices=("float32", "bfloat16"), help="dtype of its checkpoint")
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--preset", help="one of them only")
     parser.add_argument("--keep", action="store_true", help=f"write the rows to {RESULTS.name}")
     given = parser.parse_args()
-    found: list[dict[str, Any]] = []
+    turns = []
     with tempfile.TemporaryDirectory() as folder:
         model, data = make_inputs(given, Path(folder))
         name = "smollm2" if given.hidden is None else f"h{given.hidden}-b{given.blocks}"
-        for number, way in enumerate(estimated(model, data, given)):
-            if given.preset not in (None, way["preset"]):
-                continue
-            taken = measured(way, model, data, Path(folder) / f"out{number}")
-            own = {field: way[field] for field in FIELDS if field in way} | {"model": name, "rows": given.rows}
-            own |= {"estimated_mib": way["peak_bytes"] / _MIB, "estimated_s": way["epoch_seconds"]}
-            found.append(own | taken | rows.conditions())
-            _say(found[-1])
+        for _ in range(given.turns):
+            ways = [w for w in estimated(model, data, given) if given.preset in (None, w["preset"])]
+            turn = {}
+            for way in ways:
+                with tempfile.TemporaryDirectory(dir=folder) as output:
+                    own = {field: way[field] for field in FIELDS if field in way} | {"model": name, "rows": given.rows}
+                    said = {"estimated_mib": way["peak_bytes"] / _MIB, "estimated_s": way["epoch_seconds"]}
+                    turn[tuple(own.items())] = said | measured(way, model, data, Path(output))
+            turns.append(turn)
+    found = []
+    for own in turns[0]:
+        means = {name: statistics.fmean(turn[own][name] for turn in turns) for name in turns[0][own]}
+        found.append(dict(own) | means | {"turns": given.turns} | rows.conditions())
+        _say(found[-1])
     if given.keep:
         rows.replace(RESULTS, found, FIELDS)
 

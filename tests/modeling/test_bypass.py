@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import celora
 from celora import CELoraConfig, CELoraError
-from celora.runtime.attachment import find
+from celora.runtime.attachment import find, require
 from forked import code, run
 from small import make_base, make_model, train
 
@@ -101,6 +101,14 @@ def test_layers_whose_input_needs_no_gradient_are_no_reason_to_warn(model: PeftM
     """The first layer's q, k and v never see a gradient, but other layers of their kind do."""
     celora.attach(model, HALF)
     train(model, 4)
+
+
+def test_nor_if_no_other_layer_has_had_its_turn_yet(model: PeftModel) -> None:
+    """Refreshes take turns. An estimate that needs none to begin with has had that of the first layer, q, by then."""
+    config = CELoraConfig("tokens", selection="energy", keep_ratio=0.9, rank=0, refresh_every=200, spread=True)
+    celora.attach(model, config)
+    train(model, 11)
+    assert [graft.needed for graft in require(model).grafts.values()][:4] == [False, False, False, True]
 
 
 def test_modules_that_moved_do_not_break_the_import() -> None:

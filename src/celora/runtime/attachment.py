@@ -206,13 +206,16 @@ class Attachment:
                 graft.estimator.product.forget()
 
     def _check_passed_by(self) -> None:
-        """Warn if adapters of some kind of layer got gradients, but none of their base layers was observed."""
+        """Warn if adapters of some kind of layer got gradients, but none of their base layers was observed.
+
+        A layer whose input needs no gradient has none to observe: q, k and v of the first block, usually.
+        """
         model = self._model()
         kinds: dict[str, list[str]] = {}
         seen = set()
         for name, graft in self.grafts.items():
             tuner = None if model is None else model.get_submodule(name)
-            if tuner is None or name not in self._refreshed:
+            if tuner is None or name not in self._refreshed or graft.needed is False:
                 continue
             if not any(p.grad is not None and bool(p.grad.any()) for p in tuner.parameters()):
                 continue
