@@ -17,9 +17,10 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Set this before torch is imported. Processes that tests start inherit it. Two threads are slower for matrices this
-# small, and far slower if tests run side by side.
+# Set these before torch is imported. Processes that tests start inherit them. Matrices are so small that two threads are
+# slower. By default a thread that waits keeps its core busy, which makes several workers several times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Without a GPU, Triton's kernels run in its interpreter. Set this before anything imports Triton.
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -65,11 +66,8 @@ def _threads() -> None:
 
 @pytest.hookimpl(optionalhook=True, wrapper=True)
 def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
-    """One worker more than there are cores: tests that wait for processes of their own leave a core idle.
-
-    Workers with several threads each have to share the cores.
-    """
-    return max(1, ((yield) + 1) // int(os.environ["OMP_NUM_THREADS"]))
+    """One worker more than there are cores: tests that wait for processes of their own leave a core idle."""
+    return (yield) + 1
 
 
 def pytest_configure(config: pytest.Config) -> None:

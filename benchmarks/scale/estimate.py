@@ -48,6 +48,7 @@ def make_inputs(given: argparse.Namespace, folder: Path) -> tuple[str, str]:
 def estimated(model: str, data: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     """What `celora estimate` says of each way with this batch, undivided."""
     command = ["estimate", "--model", model, "--data", data, "--json", *_batch(given)]
+    command += [] if given.preset is None else ["--preset", given.preset]
     ways: list[dict[str, Any]] = json.loads(_celora(command)[0])["ways"]
     return [way for way in ways if way["batch"] == given.batch]
 
@@ -98,9 +99,8 @@ def main() -> None:
         model, data = make_inputs(given, Path(folder))
         name = "smollm2" if given.hidden is None else f"h{given.hidden}-b{given.blocks}"
         for _ in range(given.turns):
-            ways = [w for w in estimated(model, data, given) if given.preset in (None, w["preset"])]
             turn = {}
-            for way in ways:
+            for way in estimated(model, data, given):
                 with tempfile.TemporaryDirectory(dir=folder) as output:
                     own = {field: way[field] for field in FIELDS if field in way} | {"model": name, "rows": given.rows}
                     said = {"estimated_mib": way["peak_bytes"] / _MIB, "estimated_s": way["epoch_seconds"]}

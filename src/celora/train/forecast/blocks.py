@@ -11,7 +11,6 @@ so two numbers of blocks and two of tokens give the four coefficients.
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +38,7 @@ WORDS = 8_192  # of the stand-in's vocabulary at most
 _WORK = 80e9  # FLOPs of a step that is timed, about
 _FEWEST, _MOST = 64, 1_024  # tokens in it
 _MOST_BYTES = 2**28  # of the blocks, unless two take more
-_TURNS = 3  # of which the median counts; one before them warms up
+_TURNS = 3  # of which the fastest counts; one before them warms up
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ def settled_config(request: TrainRequest, probe: Any) -> Any:
 
 
 def seconds(probe: Any, batch: Mapping[str, Any], optimizer: Any) -> float:
-    """Seconds of a step: the median of a few."""
+    """Seconds of a step: the fastest of a few, which is what other programs disturbed least."""
     found = []
     for _ in range(_TURNS + 1):
         begin = time.perf_counter()
@@ -224,7 +223,7 @@ def seconds(probe: Any, batch: Mapping[str, Any], optimizer: Any) -> float:
         optimizer.step()
         optimizer.zero_grad()
         found.append(time.perf_counter() - begin)
-    return statistics.median(found[1:])
+    return min(found[1:])
 
 
 def _tokens(config: Any, blocks: int) -> int:
