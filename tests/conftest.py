@@ -17,8 +17,8 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Set these before torch is imported. Processes that tests start inherit them. Matrices are so small that two threads are
-# slower. By default a thread that waits keeps its core busy, which makes several workers several times slower.
+# Set these before torch is imported. Processes that tests start inherit them. Two threads are slower for matrices this
+# small. By default a thread that waits keeps its core busy, which makes several workers several times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Without a GPU, Triton's kernels run in its interpreter. Set this before anything imports Triton.
