@@ -51,7 +51,7 @@ def estimate() -> str:
     return (
         rows.markdown(header, body)
         + f"\n\nPreset `{one['preset']}`, {one['rows']} sentences, {one['batch']} in a batch, {rows.where(one)}. "
-        "One epoch each, without evaluation and saving."
+        f"Means of {one['turns']} turns. An epoch is without evaluation and saving."
     )
 
 

@@ -59,6 +59,8 @@ def test_bytes_of_the_whole_are_foreseen(setting, dtype, int8):
     assert cost.weights[0] + 6 * cost.weights[1] == pytest.approx(frozen)
     assert cost.copies == (0, 0)
     assert cost.itemsize == dtype.itemsize
+    largest = config.hidden_size * config.intermediate_size if int8 else 0
+    assert cost.dense == largest * (1 + dtype.itemsize)
 
 
 def test_what_is_kept_grows_with_blocks_and_presets_keep_less(setting):

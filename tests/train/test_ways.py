@@ -15,6 +15,7 @@ COST = Cost(
     trained=(0.0, 10.0),
     copies=(0.0, 25.0),
     kept=(2.0, 30.0),
+    dense=0,
     itemsize=4,
     packed=False,
 )
@@ -38,6 +39,12 @@ def test_the_peak_is_what_is_there_together() -> None:
     assert peak_bytes(COST, MODEL, ROWS, 2, checkpointing=False) == expected
     checkpointed = weights + 4 * 80 + 200 + (2 + 8 * 16 + 30) * tokens + moment
     assert peak_bytes(COST, MODEL, ROWS, 2, checkpointing=True) == checkpointed
+
+
+def test_a_refresh_de_quantises_a_weight_in_8_bits() -> None:
+    held = replace(COST, dense=100_000)
+    grown = peak_bytes(held, MODEL, ROWS, 2, checkpointing=True) - peak_bytes(COST, MODEL, ROWS, 2, checkpointing=True)
+    assert grown == 100_000 + 3 * 80 * 6 * 4 - 2 * 8 * 80 * 10  # without it, the logits are the larger part
 
 
 def test_without_padding_only_tokens_count_and_logits_come_in_chunks() -> None:

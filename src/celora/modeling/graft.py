@@ -61,7 +61,7 @@ class LayerGraft(Measured, Hook):
         self.of_forward = Measured()  # the error of a forward in 8 bits
         self.observed = 0  # number of observed exact backwards
         self.tokens, self.dtype = 0, ""  # most tokens in one of them; dtype of the latest
-        self.needed: bool | None = None  # whether an input has needed a gradient; None before the first input
+        self.needed: bool | None = None  # whether an input to be observed needed a gradient; None before the first one
 
     @property
     def mode(self) -> Mode:
@@ -120,7 +120,8 @@ class LayerGraft(Measured, Hook):
         reason = tampered(module, self)
         if not reason and not torch.compiler.is_compiling():
             self.switch.modes.add(True)
-            self.needed = bool(self.needed) or x.requires_grad
+            if self.mode is Mode.OBSERVE:
+                self.needed = bool(self.needed) or x.requires_grad
             now = identity(module)
             same = self._tried is not None and all(map(operator.is_, now, self._tried))
             # A tensor without data, for example of a tool that computes shapes, cannot be tried.

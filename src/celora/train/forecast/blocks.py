@@ -69,6 +69,7 @@ class Cost:
         weights, trained, copies: bytes outside of the blocks and of one block: of the frozen numbers, of those that
             train, and of 8-bit copies of the frozen ones.
         kept: bytes that one token keeps for its backward outside of the blocks, and in one.
+        dense: bytes of the largest 8-bit weight when a refresh de-quantises it: its integers, and its numbers.
         itemsize: bytes of a number of the model.
         packed: whether padding is left out.
     """
@@ -78,6 +79,7 @@ class Cost:
     trained: tuple[float, float]
     copies: tuple[float, float]
     kept: tuple[float, float]
+    dense: int
     itemsize: int
     packed: bool
 
@@ -159,6 +161,7 @@ def measure(
         trained=trained,
         copies=copies,
         kept=kept,
+        dense=parts[many].largest_held * (1 + dtype.itemsize),
         itemsize=dtype.itemsize,
         packed=parts[many].packed,
     )
@@ -166,10 +169,14 @@ def measure(
 
 @dataclass(frozen=True)
 class _Part:
-    """A stand-in, measured: seconds of a step by checkpointing and tokens, and bytes as `Cost` has them."""
+    """A stand-in, measured: seconds of a step by checkpointing and tokens, and bytes as `Cost` has them.
+
+    `largest_held`: numbers of the largest weight in 8 bits.
+    """
 
     seconds: dict[bool, dict[int, float]]
     sizes: tuple[float, float, float, float]
+    largest_held: int
     packed: bool
 
 
@@ -202,8 +209,9 @@ def _part(
     found = find_language_model(peft)
     packed = isinstance(found, LanguageModel) and not found.cannot_pack and request.preset != "off"
     sizes = (*_sizes(peft), kept)
+    largest = max((layer.in_features * layer.out_features for layer in held_in_8_bits(peft).values()), default=0)
     celora.detach(peft)
-    return _Part(taken, sizes, packed)
+    return _Part(taken, sizes, largest, packed)
 
 
 def settled_config(request: TrainRequest, probe: Any) -> Any:

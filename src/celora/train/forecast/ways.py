@@ -137,7 +137,7 @@ def peak_bytes(cost: Cost, model: Model, rows: Rows, batch: int, *, checkpointin
         logits = _LOGITS * min(labelled, chunk_size(labelled, model.words)) * model.words
     else:
         logits = 2 * _LOGITS * tokens * model.words
-    moment = max(logits, _SEEN * tokens * model.intermediate * cost.itemsize)
+    moment = max(logits, _SEEN * tokens * model.intermediate * cost.itemsize + cost.dense)
     return max(loading, held + kept * tokens + moment)
 
 
