@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,22 @@ def step_fast(file: str = "fast.jsonl") -> str:
         + f"\n\nRatios of medians in one run, float32 adapters (r = 16 on all linear layers), {rows.where(found[0])}. "
         + told(row["model"] for row in found)
     )
+
+
+def adapter() -> str:
+    """Seconds from the start of the command to the saved adapter, and over preset `off`: medians over turns."""
+    found = rows.read(HERE / "adapter.jsonl")
+    presets = list(dict.fromkeys(row["preset"] for row in found))
+    body = []
+    for steps in dict.fromkeys(row["steps"] for row in found):
+        times = {
+            name: [r["adapter_s"] for r in found if (r["preset"], r["steps"]) == (name, steps)] for name in presets
+        }
+        plain, *others = (statistics.median(of) for of in times.values())
+        body.append([str(steps), f"{plain:.1f} s", *(f"{other:.1f} s, {other / plain:.2f}" for other in others)])
+    header = ["steps", *presets]
+    turns = 1 + max(row["turn"] for row in found)
+    return rows.markdown(header, body) + f"\n\nMedians of {turns} turns, {found[0]['dtype']}, {rows.where(found[0])}."
 
 
 def step_parts() -> str:
@@ -216,6 +233,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_amx": step_amx,
     "step_fast": step_fast,
     "step_avx2": functools.partial(step_fast, "fast-avx2.jsonl"),
+    "adapter": adapter,
     "step_parts": step_parts,
     "step_sweep_amx": step_sweep_amx,
     "refresh": refresh,
