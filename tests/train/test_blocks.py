@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, Gemma3Config
 
 from celora.errors import CELoraError
 from celora.modeling.int8_base import quantise_base
-from celora.train.forecast.blocks import Line, how_many_blocks, measure, stand_in, stand_in_config
+from celora.train.forecast.blocks import Line, can_checkpoint, how_many_blocks, measure, stand_in, stand_in_config
 from celora.train.loading import lora_config, quiet_libraries, training_rows
 from celora.train.request.arguments import make_request, sft_config
 from celora.train.trainer import build_trainer
@@ -100,6 +100,12 @@ def test_a_stand_in_has_few_words_and_the_layers_of_its_beginning():
     assert config.num_hidden_layers == 8
     with pytest.raises(CELoraError, match="models of type 'gemma3' have other parts than text"):
         stand_in_config(Gemma3Config(), 2)
+
+
+def test_not_every_model_has_checkpointing():
+    small = {"vocab_size": 32, "n_embd": 8, "n_head": 2, "n_layer": 2}
+    assert can_checkpoint(AutoConfig.for_model("gpt2", **small))
+    assert not can_checkpoint(AutoConfig.for_model("openai-gpt", **small))
 
 
 def test_large_blocks_are_two_small_ones_four():

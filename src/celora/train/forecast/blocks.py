@@ -114,6 +114,11 @@ def _outline(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(stand_in_config(config, 1), trust_remote_code=False)
 
 
+def can_checkpoint(config: Any) -> bool:
+    """Whether models of this kind have gradient checkpointing."""
+    return bool(_outline(config).supports_gradient_checkpointing)
+
+
 def block_numbers(model: nn.Module) -> int:
     """Numbers in the weights of one block."""
     blocks = _blocks(model)

@@ -25,7 +25,7 @@ from celora.errors import CELoraError
 from celora.machine.allocator import give_back_freed_memory
 from celora.machine.memory import available_memory, resident_memory
 from celora.train.dtype import settle_dtype
-from celora.train.forecast.blocks import WORDS, Build, Cost, measure, stand_in
+from celora.train.forecast.blocks import WORDS, Build, Cost, can_checkpoint, measure, stand_in
 from celora.train.forecast.ways import QUALITY, Model, Rows, Way, best, ways_of
 from celora.train.loading import gguf_of, load_tokenizer, lora_config, quiet_libraries, read_tokenizer, training_rows
 from celora.train.processes import processes
@@ -267,7 +267,7 @@ def _all_ways(
     )  # fmt: skip
     asked = "gradient_checkpointing" in request.given or "activation_checkpointing" in request.given
     on = bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
-    checkpointing = [on] if asked else [False, True]
+    checkpointing = [on] if asked else [False, True] if can_checkpoint(config) else [False]
     options = _batches(request, args)
     costs: dict[tuple[str, str, str], Cost] = {}
     for base, dtype in _bases(request, args):
