@@ -74,13 +74,13 @@ def test_the_seconds_of_an_epoch_follow_from_the_speed(ask):
 def test_nothing_fits(ask, inputs, tmp_path, capsys):
     found = ask(1000, preset="exact")
     assert found.taken is None
-    assert found.verdict().startswith("nothing fits into 0 MiB: the least is ")
+    assert found.verdict().startswith("nothing fits into 0 MiB with 5 % to spare: the least is ")
     command = ["--model", inputs["model"], "--data", inputs["data"]]
     assert main(["estimate", *command, "--memory", "1000", "--preset", "exact"]) == 2
     assert "nothing fits into" in capsys.readouterr().out
     assert main(["train", *command, "--output", str(tmp_path / "out"), "--memory", "1000"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: --memory 1000: nothing fits into 0 MiB: the least is ")
+    assert error.startswith("error: --memory 1000: nothing fits into 0 MiB with 5 % to spare: the least is ")
     assert not (tmp_path / "out").exists()
 
 

@@ -76,11 +76,10 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        ways = [asdict(way) | {"fits": self.fits(way), "quality": QUALITY.get(way.preset, "")} for way in self.ways]
+        ways = [
+            asdict(way) | {"fits": way.fits(self.memory), "quality": QUALITY.get(way.preset, "")} for way in self.ways
+        ]
         return asdict(self) | {"ways": ways, "taken": None if self.taken is None else asdict(self.taken)}
-
-    def fits(self, way: Way) -> bool:
-        return self.memory is None or way.peak_bytes <= self.memory
 
     def __str__(self) -> str:
         share = self.labelled / max(1, self.tokens)
@@ -98,7 +97,7 @@ class Estimate:
 
     def _row(self, way: Way) -> tuple[str, ...]:
         base = way.dtype if way.base != "int8" else f"int8, else {way.dtype}"
-        mark = "<- celora takes this" if way == self.taken else "" if self.fits(way) else "does not fit"
+        mark = "<- celora takes this" if way == self.taken else "" if way.fits(self.memory) else "does not fit"
         return (
             base, way.preset, "on" if way.checkpointing else "off", f"{way.batch} x {way.accumulation}",
             gib(way.peak_bytes), _time(way.epoch_seconds), QUALITY.get(way.preset, ""), mark,
@@ -116,8 +115,8 @@ class Estimate:
             )
         least = min(self.ways, key=lambda way: way.peak_bytes)
         return (
-            f"nothing fits into {gib(self.memory or 0)}: the least is {gib(least.peak_bytes)}, with preset "
-            f"{least.preset}, base {least.base}, {least.batch} x {least.accumulation} rows a step"
+            f"nothing fits into {gib(self.memory or 0)} with 5 % to spare: the least is {gib(least.peak_bytes)}, with "
+            f"preset {least.preset}, base {least.base}, {least.batch} x {least.accumulation} rows a step"
             f"{' and checkpointing' if least.checkpointing else ''}; shorten rows with --max_length, or take a smaller "
             "model"
         )
