@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,13 @@ RESULTS = Path(__file__).with_name("estimate.jsonl")
 FIELDS = ("model", "base", "dtype", "preset", "checkpointing", "batch", "accumulation", "rows")
 _WARM = 2  # steps that are not like the others
 _MIB = 2**20
+# Linux counts the peak of a program from what the process that starts it has. So a small process starts it.
+_PEAK = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
 
 
 def make_inputs(given: argparse.Namespace, folder: Path) -> tuple[str, str]:
@@ -49,7 +55,7 @@ def estimated(model: str, data: str, given: argparse.Namespace) -> list[dict[str
     """What `celora estimate` says of each way with this batch, undivided."""
     command = ["estimate", "--model", model, "--data", data, "--json", *_batch(given)]
     command += [] if given.preset is None else ["--preset", given.preset]
-    ways: list[dict[str, Any]] = json.loads(_celora(command)[0])["ways"]
+    ways: list[dict[str, Any]] = json.loads(run_alone(command)[0])["ways"]
     return [way for way in ways if way["batch"] == given.batch]
 
 
@@ -62,7 +68,7 @@ def measured(way: dict[str, Any], model: str, data: str, output: Path) -> dict[s
     command += ["--gradient_accumulation_steps", str(way["accumulation"])]
     if way["base"] == "int8":
         command += ["--base", "int8"]
-    _, peak = _celora(command)
+    _, peak = run_alone(command)
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [row["step_time_ms"] for row in map(json.loads, lines) if "step_time_ms" in row]
     return {"peak_mib": peak / _MIB, "epoch_s": 1e-3 * statistics.fmean(steps[_WARM:] or steps) * len(steps)}
@@ -72,15 +78,14 @@ def _batch(given: argparse.Namespace) -> list[str]:
     return ["--per_device_train_batch_size", str(given.batch)]
 
 
-def _celora(command: list[str]) -> tuple[str, int]:
-    """What it prints, and the bytes of its peak."""
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen([sys.executable, "-m", "celora", *command], stdout=out)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise SystemExit(f"celora {' '.join(command)} failed with {status}")
-        out.seek(0)
-        return out.read(), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def run_alone(command: list[str]) -> tuple[str, int]:
+    """What a command of celora's prints, and the bytes of its peak."""
+    started = [sys.executable, "-S", "-c", _PEAK, sys.executable, "-m", "celora", *command]
+    done = subprocess.run(started, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"celora {' '.join(command)} failed with {done.returncode}")
+    printed, _, peak = done.stdout.rstrip("\n").rpartition("\n")
+    return printed, int(peak) * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:

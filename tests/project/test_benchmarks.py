@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.scale.estimate import run_alone
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(BENCHMARKS.glob("*/*.py"))
 
@@ -38,3 +40,13 @@ def test_rows_carry_their_machine() -> None:
 
 def test_the_name_of_a_file_of_rows_is_not_a_machine_s() -> None:
     assert [file.name for file in BENCHMARKS.glob("*/*.jsonl") if "amx" in file.name or "bfloat16-" in file.name] == []
+
+
+def test_a_command_s_peak_is_its_own() -> None:
+    """Linux would count what the process that starts it has: here at least 600 MB."""
+    large = b"1" * 600_000_000
+    printed, peak = run_alone(["--version"])
+    assert printed.startswith("celora ")
+    assert 0 < peak < len(large)
+    with pytest.raises(SystemExit, match=r"celora --versino failed with 2"):
+        run_alone(["--versino"])

@@ -8,12 +8,8 @@ adapter they may be off by no more. A merged file in float32 has next to no nois
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from adapters import save
+from benchmarks.scale.estimate import run_alone
 from celora.studies import assets
 from celora.studies.demo import ASKED, whole_way
 from celora.studies.sentiment import SYSTEM, splits, to_rows
@@ -174,7 +171,7 @@ def test_from_one_gguf_file_to_an_answer_of_llama_cpp(gguf: Path, tmp_path: Path
     data = tmp_path / "data" / "train-seed0.jsonl"
     data.parent.mkdir()
     data.write_text("".join(json.dumps(row) + "\n" for row in to_rows(splits(0, train=320).train)))
-    printed = [run_alone(shlex.split(command)) for command in whole_way(tmp_path)]
+    printed = [run_alone(shlex.split(command)[1:]) for command in whole_way(tmp_path)]
     estimate, _, chat, _ = (out for out, _ in printed)
     assert "2 GiB" in estimate
     assert all(peak <= 1.05 * 2**31 for _, peak in printed)
@@ -186,14 +183,3 @@ def test_from_one_gguf_file_to_an_answer_of_llama_cpp(gguf: Path, tmp_path: Path
     answer = tokenizer.decode([max(place, key=place.__getitem__) for place in places])
     assert answer in ("negative", "positive")
     assert chat.strip() == answer
-
-
-def run_alone(command: list[str]) -> tuple[str, int]:
-    """What a command of celora's prints, all of it, and the most bytes it had in memory."""
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen([sys.executable, "-m", *command], stdout=out, stderr=out)
-        _, process.returncode, usage = os.wait4(process.pid, 0)
-        out.seek(0)
-        printed = out.read()
-        assert process.returncode == 0, printed
-    return printed, 1024 * usage.ru_maxrss
