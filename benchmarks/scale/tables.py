@@ -47,11 +47,11 @@ def estimate() -> str:
         for row in found
     ]
     header = ["model", "way", "checkpointing", "peak", "estimate over it", "epoch", "estimate over it"]
-    one = found[0]
+    one, turns = found[0], [row["turns"] for row in found]
     return (
         rows.markdown(header, body)
         + f"\n\nPreset `{one['preset']}`, {one['rows']} sentences, {one['batch']} in a batch, {rows.where(one)}. "
-        f"Means of {one['turns']} turns. An epoch is without evaluation and saving."
+        f"Means of {min(turns)} to {max(turns)} turns. An epoch is without evaluation and saving."
     )
 
 
