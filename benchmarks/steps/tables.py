@@ -75,7 +75,7 @@ def adapter() -> str:
         times = {
             name: [r["adapter_s"] for r in found if (r["preset"], r["steps"]) == (name, steps)] for name in presets
         }
-        plain, *others = (statistics.median(of) for of in times.values())
+        plain, *others = (statistics.median(seconds) for seconds in times.values())
         body.append([str(steps), f"{plain:.1f} s", *(f"{other:.1f} s, {other / plain:.2f}" for other in others)])
     header = ["steps", *presets]
     turns = 1 + max(row["turn"] for row in found)
