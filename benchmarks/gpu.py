@@ -1,6 +1,7 @@
 """Everything that is to be measured on an NVIDIA GPU, in one command: `python -m benchmarks.gpu [--minutes 8]`.
 
-1. Every Triton kernel against torch, in every dtype. The first that is wrong ends the program with status 1.
+1. Every Triton kernel against torch, in every dtype, and the attention of packed sequences in one call against a call
+   each. The first that is wrong ends the program with status 1.
 2. Each kernel in turns with torch's operators, and the 8-bit products with the product in bfloat16.
 3. Whole training steps at the widths of Llama 1B, 3B and 8B, random weights: PEFT, Liger and Unsloth where they are
    installed, celora `exact`, `auto` and `fast`; times, memory, share of the limit.
@@ -19,16 +20,20 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks import rows
 from benchmarks.steps.step import run
 from celora.kernels import floats
 from celora.kernels.triton import judged, proof
 from celora.machine.timing import interleaved
+from celora.modeling import varlen
+from celora.modeling.attention import attention
 from celora.studies.cells import Cell, make_batches
 from celora.studies.step import make_step
 
@@ -39,6 +44,7 @@ CELLS = [Cell(f"h{size}-v128k", data, tokens=2048) for data in ("full", "instruc
 ARMS = ("PEFT", "Liger", "Unsloth", "exact", "auto", "fast", "limit")
 WATCHED = ("exact", "paper", "auto", "fast")
 REPEATS = 20
+LENGTHS = (300, 1, 17, 128, 578)  # tokens of packed sequences
 
 
 def check(device: torch.device) -> None:
@@ -53,6 +59,35 @@ def check(device: torch.device) -> None:
             print(f"{operation} {reason}", file=sys.stderr)
             raise SystemExit(1)
         print(f"right: {operation}", flush=True)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        if reason := wrong_attention(device, dtype):
+            print(f"attention of packed sequences in {dtype}: {reason}", file=sys.stderr)
+            raise SystemExit(1)
+        print(f"right: attention of packed sequences in {dtype}", flush=True)
+
+
+def wrong_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """Which result of packed sequences in one call is wrong, or ''. A call each may be half as far from float64."""
+    torch.manual_seed(0)
+    tokens, module = sum(LENGTHS), nn.Identity().to(device)
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    given = [torch.randn(1, heads, tokens, 64).to(device, dtype).requires_grad_() for heads in (8, 4, 4)]
+    grad = torch.randn(1, tokens, 8, 64).to(device, dtype)
+    begins = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32, device=device)
+    mask = varlen.block_mask(begins, tokens, dtype) if varlen.available(device) else None
+    together = {"cu_seq_lens_q": begins, "max_length_q": max(LENGTHS)}
+
+    def results(tensors: list[Tensor], grad: Tensor, mask: Any = None, **where: Any) -> list[Tensor]:
+        out, _ = attention(module, *tensors, mask, celora_lengths=LENGTHS, **where)
+        return [t.detach().double().cpu() for t in (out, *torch.autograd.grad(out, tensors, grad))]
+
+    exact = results([t.detach().double().cpu().requires_grad_() for t in given], grad.double().cpu())
+    found = zip(results(given, grad, mask, **together), results(given, grad), exact, strict=True)
+    for name, (one, each, true) in zip(("output", "query", "key", "value"), found, strict=True):
+        error, allowed = (float((t - true).norm() / true.norm()) for t in (one, each))
+        if not error <= 2 * allowed:
+            return f"{name} has an error of {error:.2g}, a call each has {allowed:.2g}"
+    return ""
 
 
 def time_kernels(device: torch.device, sizes: tuple[int, ...] = SIZES) -> list[dict[str, Any]]:

@@ -22,6 +22,24 @@ def masked_batch(seed: int = 0) -> dict[str, Tensor]:
     return batch
 
 
+def ragged(lengths: list[int], *, prompt: int = 2, left: bool = False) -> dict[str, Tensor]:
+    """A padded batch. The first `prompt` tokens of each sequence have no labels."""
+    width = max(lengths)
+    tokens = torch.randint(3, 64, (len(lengths), width))
+    place = torch.arange(width)[None]
+    mask = torch.stack([place[0] >= width - n if left else place[0] < n for n in lengths])
+    first = torch.tensor([width - n if left else 0 for n in lengths])[:, None]
+    labels = torch.where(mask & (place >= first + prompt), tokens, -100)
+    return {"input_ids": tokens, "attention_mask": mask.long(), "labels": labels}
+
+
+def gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, Tensor]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
 def gradient(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 

@@ -161,6 +161,7 @@ def test_an_audit_there_is_the_cpu_s(mps: list[str]) -> None:
     assert mps.count("set") == 2  # once before the second gradient, and once at the end
 
 
+@pytest.mark.filterwarnings("ignore:celora. nothing here computes the attention of all packed sequences")
 def test_a_plan_there(mps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     patch_all(monkeypatch, "celora.numerics.estimators.tokens:PLANNED", (1.0, 0.9, 0.5))
     patch_all(monkeypatch, "celora.planning.influence:_DEPTHS", 1)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_packing import gradients, model_of, ragged
 from torch import Tensor, nn
 from transformers import AttentionInterface, GenerationConfig
 
@@ -17,6 +16,8 @@ from celora.kernels.operations import available
 from celora.modeling import attention, packing
 from celora.modeling import call as forward
 from celora.runtime.attachment import require
+from decoders import model_of
+from labelled import gradients, ragged
 from patching import patch_all
 from versions import before
 from without import pretend

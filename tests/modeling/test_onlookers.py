@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from test_packing import gradients, ragged
 
 import celora
 from celora.modeling import packing
 from decoders import model_of
+from labelled import gradients, ragged
 from patching import patch_all
 from tolerances import OF_GRADIENT
 

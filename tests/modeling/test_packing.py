@@ -15,29 +15,12 @@ import celora
 from celora.modeling import attention, packing
 from celora.modeling.families import FAMILIES
 from decoders import model_of
+from labelled import gradients, ragged
 from patching import patch_all
 from tolerances import OF_GRADIENT
 from without import pretend
 
 PACKED = sorted(name for name, family in FAMILIES.items() if family.packs_with)
-
-
-def ragged(lengths: list[int], *, prompt: int = 2, left: bool = False) -> dict[str, Tensor]:
-    """A padded batch. The first `prompt` tokens of each sequence have no labels."""
-    width = max(lengths)
-    tokens = torch.randint(3, 64, (len(lengths), width))
-    place = torch.arange(width)[None]
-    mask = torch.stack([place[0] >= width - n if left else place[0] < n for n in lengths])
-    first = torch.tensor([width - n if left else 0 for n in lengths])[:, None]
-    labels = torch.where(mask & (place >= first + prompt), tokens, -100)
-    return {"input_ids": tokens, "attention_mask": mask.long(), "labels": labels}
-
-
-def gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, Tensor]:
-    model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("kind", PACKED)

@@ -7,12 +7,17 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import gpu
 from celora.kernels import floats
 from celora.kernels.triton import judged, proof
+from celora.modeling import varlen
 from celora.studies.bench import not_runnable
 from celora.studies.step import ARMS
+from patching import patch_all
+from without import without
 
 CPU = torch.device("cpu")
 
@@ -39,6 +44,19 @@ def test_the_first_kernel_that_is_wrong_stops_it(card: pytest.MonkeyPatch, capsy
     said = capsys.readouterr()
     assert said.err == "softmax_rows was off\n"
     assert said.out.splitlines()[-1] == "right: column_maxima"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_one_call_is_compared(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu.wrong_attention(CPU, dtype) == ""
+
+    def twice(module: object, query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+        return scaled_dot_product_attention(query, key, 2 * value, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    monkeypatch.setattr(varlen, "attend", twice)
+    without(monkeypatch, "c")  # on the CPU, our own kernel would compute it
+    patch_all(monkeypatch, "celora.modeling.attention:_SHORT", 0)
+    assert gpu.wrong_attention(CPU, dtype).startswith("output has an error of ")
 
 
 def test_kernels_take_turns_with_torch_and_products_with_bfloat16(card: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from variants import OTHERS
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOMS[: ROOMS.index("train")]
 # They bring something of their own, and are imported only where a user has installed them.
-OPTIONAL = {"bitsandbytes", "triton", "axolotl", "pydantic", "llamafactory"}  # axolotl brings pydantic
+OPTIONAL = {"bitsandbytes", "flash_attn", "triton", "axolotl", "pydantic", "llamafactory"}  # axolotl brings pydantic
 NEED_MORE = {"celora.kernels.triton.jitted", "celora.integrations.axolotl"}
 # Packages of the application that torch, Transformers and PEFT import themselves.
 OF_OTHERS = {"accelerate", "filelock", "yaml"}

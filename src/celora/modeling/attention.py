@@ -3,7 +3,8 @@
 On CPU, our own kernel computes forward and backward of training, packed or not. Where it is not available, attention is
 torch's flash attention. That computes its backward by many small products. In bfloat16 each takes longer to set up than
 to compute: at 64 tokens the backward takes three times as long as in float32. So the backward of short sequences in
-bfloat16 is computed in float32 there, from torch's outputs and row sums.
+bfloat16 is computed in float32 there, from torch's outputs and row sums. On a CUDA device, all sequences are one call
+(`celora.modeling.varlen`).
 
 The model's configuration keeps naming `sdpa`. It names our attention only while an attention runs that was called with
 `celora_lengths` (`Lookup`). Gradient checkpointing repeats the call in backward with the same arguments, so it finds
@@ -12,6 +13,8 @@ the same attention.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from itertools import accumulate
 from typing import Any
 
@@ -23,6 +26,7 @@ from transformers import AttentionInterface
 from celora.borrowed import borrow
 from celora.errors import CELoraError
 from celora.kernels import operations
+from celora.modeling import varlen
 from celora.modeling.hooks import Hook
 
 ATTENTION = "celora_packed_sdpa"
@@ -96,6 +100,8 @@ def attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     celora_lengths: tuple[int, ...] | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention. In a packed batch each sequence attends only to itself.
@@ -105,6 +111,9 @@ def attention(
         key: like query, perhaps with fewer heads.
         value: like key.
         celora_lengths: number of tokens of each packed sequence; None for a batch that is not packed.
+        cu_seq_lens_q: (S + 1,) int32, where each of S packed sequences begins, and the end of the last. None where
+            no function computes them together.
+        max_length_q: number of tokens of the longest, with `cu_seq_lens_q`.
     """
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     sequences = len(query) * (1 if celora_lengths is None else len(celora_lengths))
@@ -126,9 +135,25 @@ def attention(
         function = _Tiled if tiles else _Causal
         result: Tensor = function.apply(query, key, value, celora_lengths, scale)  # type: ignore[no-untyped-call]
         return result, None
+    if dropout == 0 and cu_seq_lens_q is not None and max_length_q is not None:
+        begins, longest = cu_seq_lens_q, max_length_q
+        together = varlen.attend(module, query, key, value, begins, longest, attention_mask, scale)
+        if together is not None:
+            return together, None
+    _say_one_by_one(query.device.type)
     pieces = zip(*(t.split(celora_lengths, dim=2) for t in (query, key, value)), strict=True)
     found = [_sdpa()(module, *piece, None, dropout=dropout, scaling=scaling, **kwargs)[0] for piece in pieces]
     return torch.cat(found, dim=1), None
+
+
+@functools.cache
+def _say_one_by_one(kind: str) -> None:
+    if kind != "cpu":
+        warnings.warn(
+            f"celora: nothing here computes the attention of all packed sequences in one call on {kind}, so each is a "
+            "call of its own. Many short sequences may be faster with padding_free=False.",
+            stacklevel=2,
+        )
 
 
 def packing_pays(dtype: torch.dtype, length: int, device: torch.device, *, masked: bool) -> bool:

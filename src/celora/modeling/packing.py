@@ -2,8 +2,8 @@
 
 Padding costs time in every layer, and nobody reads its results. In a causal model the same is true of all tokens after
 the last one whose successor has a label. celora leaves both out before the model sees the batch. Gradients stay the
-same. Attention is computed sequence by sequence (`celora.modeling.attention`), or by FlashAttention's kernels for
-sequences of different lengths.
+same. Attention is computed sequence by sequence (`celora.modeling.attention`), or for all of them in one call
+(`celora.modeling.varlen`; FlashAttention where the model names it).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from celora.modeling import varlen
 from celora.modeling.attention import LENGTHS, implementation, packing_pays, plain
 from celora.modeling.families import family_of
 from celora.numerics.select import grain
@@ -84,20 +85,20 @@ def pack(
         "input_ids": input_ids.flatten()[padded][None],
         "position_ids": (position if position_ids is None else position_ids).flatten()[padded][None],
     }
-    if ours:
-        # Transformers passes on a mask of four dimensions. Our attention ignores it; any other refuses integers.
-        return inputs | {"attention_mask": index.new_ones(1, 1, 1, 1), LENGTHS: lengths}
+    # Transformers passes on a mask of four dimensions. Our attention ignores it; any other refuses integers.
+    ignored = {"attention_mask": index.new_ones(1, 1, 1, 1), LENGTHS: lengths}
+    if ours and not varlen.available(input_ids.device):
+        return inputs | ignored
     counts = kept.sum(1)
     ends = counts[places(counts > 0, len(lengths))].cumsum(0)
     ends[-1:] += extra
-    ends = nn.functional.pad(ends, (1, 0)).to(torch.int32)
-    return inputs | {
-        "attention_mask": None,
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-    }
+    begins = nn.functional.pad(ends, (1, 0)).to(torch.int32)
+    longest = max(lengths)
+    where = {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": longest, "max_length_k": longest}
+    if not ours:
+        return inputs | where | {"attention_mask": None}
+    mask = varlen.block_mask(begins, total + extra, _dtype(model))
+    return inputs | where | ignored | ({} if mask is None else {"attention_mask": mask})
 
 
 def places(mask: Tensor, count: int) -> Tensor:
@@ -117,8 +118,8 @@ def _longest(config: Any) -> float:
 
 def _dtype(model: Any) -> torch.dtype:
     """The dtype of the model's activations."""
-    autocast = torch.is_autocast_enabled("cpu")
-    dtype: torch.dtype = torch.get_autocast_dtype("cpu") if autocast else model.dtype
+    kind = model.device.type
+    dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
     return dtype
 
 

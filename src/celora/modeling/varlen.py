@@ -1,0 +1,107 @@
+"""Attention of all packed sequences in one call, on a CUDA device. Not measured.
+
+In float16 and bfloat16 this is torch's variable-length attention or, where torch has none, that of the package
+flash-attn. Both are given where each sequence begins. In float32 it is torch's FlexAttention, which is given a mask.
+Elsewhere sequences are computed one by one (`celora.modeling.attention`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+_HALF = (torch.float16, torch.bfloat16)
+_AMPERE = (8, 0)  # the compute capability that the kernels need
+_LARGEST_HEAD, _MULTIPLE = 256, 8  # head sizes that they take
+_NEEDED = {"scale", "window_size", "enable_gqa"}  # arguments of `varlen_attn` that its first versions lack
+
+# query (N, heads, d), key and value (N, the same or fewer heads, d), where sequences begin, the longest, the scale
+Function = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
+
+
+def available(device: torch.device) -> bool:
+    """Whether one call can compute all packed sequences on this device."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _AMPERE
+
+
+def half_function() -> Function | None:
+    """Causal attention of sequences of different lengths in float16 and bfloat16, or None. It returns (N, heads, d)."""
+    return _torch_function() or _flash_function()
+
+
+@functools.cache
+def _torch_function() -> Function | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if not inspect.signature(varlen_attn).parameters.keys() >= _NEEDED:
+        return None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, longest: int, scale: float) -> Tensor:
+        grouped = query.shape[1] != key.shape[1]
+        found: Tensor = varlen_attn(query, key, value, begins, begins, longest, longest, scale=scale,
+                                    window_size=(-1, 0), enable_gqa=grouped)  # fmt: skip
+        return found
+
+    return attend
+
+
+@functools.cache
+def _flash_function() -> Function | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
+    from flash_attn import flash_attn_varlen_func
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, longest: int, scale: float) -> Tensor:
+        found: Tensor = flash_attn_varlen_func(query, key, value, begins, begins, longest, longest,
+                                               softmax_scale=scale, causal=True)  # fmt: skip
+        return found
+
+    return attend
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, begins: Tensor, longest: int, mask: Any, scale: float
+) -> Tensor | None:
+    """Causal attention of each packed sequence, (1, heads, N, d) to (1, N, heads, d), or None if nothing takes it.
+
+    Args:
+        module: the attention, for FlexAttention.
+        begins: (S + 1,) int32, where each of S sequences begins, and the end of the last.
+        longest: number of tokens of the longest sequence.
+        mask: from `block_mask`. FlexAttention computes the sequences if it has a function.
+    """
+    if hasattr(mask, "mask_mod"):
+        found: Tensor = AttentionInterface()["flex_attention"](module, query, key, value, mask, scaling=scale)[0]
+        return found
+    size, function = query.shape[3], half_function()
+    alike = query.dtype == key.dtype == value.dtype and size == key.shape[3] == value.shape[3]
+    if function is None or not alike or query.dtype not in _HALF or size > _LARGEST_HEAD or size % _MULTIPLE:
+        return None
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    return function(query, key, value, begins, longest, scale)[None]
+
+
+def block_mask(begins: Tensor, tokens: int, dtype: torch.dtype) -> Any:
+    """The `BlockMask` with which FlexAttention computes packed sequences, (1, 1, tokens, tokens).
+
+    A token attends to itself and to earlier tokens of its sequence. None where `half_function` computes this dtype.
+    """
+    if dtype in _HALF and half_function() is not None:
+        return None
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    sequence = torch.bucketize(torch.arange(tokens, device=begins.device), begins[1:], right=True)
+
+    def seen(batch: Tensor, head: Tensor, of: Tensor, at: Tensor) -> Tensor:
+        return (sequence[of] == sequence[at]) & (of >= at)
+
+    return create_block_mask(seen, None, None, tokens, tokens, device=str(begins.device))

@@ -1,0 +1,121 @@
+"""All packed sequences in one call: what the functions of a GPU are given, computed by torch on the CPU."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+import celora
+from celora.modeling import attention, varlen
+from decoders import model_of
+from labelled import gradients, ragged
+from patching import patch_all
+from tolerances import OF_GRADIENT
+from without import pretend
+
+LENGTHS = (5, 1, 20, 17)
+BEGINS = torch.tensor([0, 5, 6, 26, 43], dtype=torch.int32)
+
+
+def one_by_one(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, longest: int, scale: float) -> Tensor:
+    """What `varlen.half_function` gives: (N, heads, d)."""
+    assert longest == int(begins.diff().max())
+    rows = [
+        scaled_dot_product_attention(
+            *(t[first:last].transpose(0, 1) for t in (query, key, value)), is_causal=True, scale=scale, enable_gqa=True
+        )
+        for first, last in pairwise(begins.tolist())
+    ]
+    return torch.cat(rows, dim=1).transpose(0, 1)
+
+
+def by_mask(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float
+) -> tuple[Tensor, None]:
+    """What Transformers' FlexAttention gives for a mask: (1, N, heads, d)."""
+    found = scaled_dot_product_attention(query, key, value, seen_by(mask), scale=scaling, enable_gqa=True)
+    return found.transpose(1, 2), None
+
+
+def seen_by(mask: Any) -> Tensor:
+    places = torch.arange(mask.shape[-1])
+    return mask.mask_mod(torch.tensor(0), torch.tensor(0), places[:, None], places[None])
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Take the paths of a GPU, with functions of the CPU."""
+    monkeypatch.setattr(varlen, "available", lambda device: True)
+    monkeypatch.setattr(varlen, "half_function", lambda: one_by_one)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", by_mask)
+    pretend(monkeypatch, "attention", there=False)
+    patch_all(monkeypatch, "celora.modeling.attention:_SHORT", 0)
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_one_call_equals_a_call_each(kv_heads: int) -> None:
+    n = sum(LENGTHS)
+    tensors = [torch.randn(1, heads, n, 16).bfloat16().requires_grad_() for heads in (4, kv_heads, kv_heads)]
+    module, grad = SimpleNamespace(num_key_value_groups=4 // kv_heads), torch.randn(1, n, 4, 16).bfloat16()
+    where: list[dict[str, Any]] = [{}, {"cu_seq_lens_q": BEGINS, "max_length_q": max(LENGTHS)}]
+    found = []
+    for given in where:
+        out, _ = attention.attention(module, *tensors, None, celora_lengths=LENGTHS, **given)
+        found.append([out.detach(), *torch.autograd.grad(out, tensors, grad)])
+    for one, each in zip(*found, strict=True):
+        assert (one - each).float().norm() < 1e-2 * each.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_batch_trains_like_a_padded_one(dtype: torch.dtype, on_gpu: pytest.MonkeyPatch) -> None:
+    calls = []
+    usual = varlen.attend
+    on_gpu.setattr(varlen, "attend", lambda *given: calls.append(given) or usual(*given))
+    patch_all(on_gpu, "celora.modeling.attention:_say_one_by_one", None)  # must not be called
+    model, batch = model_of("llama"), ragged([12, 3, 7])
+    loss, exact = gradients(model, batch)
+    _, padded = gradients(model.to(dtype), batch)
+    celora.attach(model, "exact")
+    for _ in range(2):  # the first call is also compared with the model's own
+        found, packed = gradients(model, batch)
+    assert len(calls) == 2 * model.config.num_hidden_layers
+    assert all(hasattr(mask, "mask_mod") == (dtype == torch.float32) for *_, mask, _ in calls)
+    rounding = 2 * (padded - exact).norm()  # 0 in float32
+    assert found == pytest.approx(loss, rel=1e-6 if dtype == torch.float32 else 1e-2)
+    assert (packed - exact).norm() < rounding + OF_GRADIENT * exact.norm()
+
+
+def test_a_token_sees_earlier_tokens_of_its_sequence() -> None:
+    mask = varlen.block_mask(BEGINS, sum(LENGTHS), torch.float32)
+    sequence = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    place = torch.arange(len(sequence))
+    assert mask.shape == (1, 1, 43, 43)
+    assert seen_by(mask).equal((sequence[:, None] == sequence) & (place[:, None] >= place))
+
+
+HALF = torch.bfloat16
+REFUSED = [(torch.float32, (16, 16)), (HALF, (20, 20)), (HALF, (264, 264)), (HALF, (16, 8))]
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize(("dtype", "sizes"), REFUSED)
+def test_what_no_function_takes(dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    query, value = (torch.randn(1, 2, 43, size, dtype=dtype) for size in sizes)
+    assert varlen.attend(nn.Identity(), query, query, value, BEGINS, 20, None, 1.0) is None
+
+
+def test_one_by_one_is_said_once_and_not_on_cpu(recwarn: pytest.WarningsRecorder) -> None:
+    attention._say_one_by_one.cache_clear()
+    for kind in ("cpu", "mps", "mps"):
+        attention._say_one_by_one(kind)
+    attention._say_one_by_one.cache_clear()
+    assert [str(warning.message).count("on mps") for warning in recwarn] == [1]
