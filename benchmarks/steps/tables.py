@@ -6,8 +6,10 @@ import functools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks import rows
+from benchmarks.steps.fast import SHAPES
 from celora.studies.cells import told
 
 HERE = Path(__file__).parent
@@ -49,10 +51,15 @@ def _step(dtype: str, *, amx: bool) -> str:
     )
 
 
-def step_fast(file: str = "fast.jsonl") -> str:
+def _fast(*, amx: bool = False, isa: str | None = None, **wanted: str) -> list[dict[str, Any]]:
+    """Rows of the presets that need no plan. `isa`: the newest instructions that oneDNN was allowed, None for all."""
+    found = rows.select(HERE / "fast.jsonl", amx=amx, **wanted)
+    return [row for row in found if row.get("onednn_max_cpu_isa") == isa]
+
+
+def step_fast(*, amx: bool = False, isa: str | None = None) -> str:
     """Speed-up over PEFT of the presets that need no plan."""
-    found = rows.select(HERE / file, amx=False)
-    body = []
+    found, body = _fast(amx=amx, isa=isa), []
     for key in dict.fromkeys((row["model"], row["data"], row["dtype"]) for row in found):
         by_arm = {row["arm"]: row for row in found if (row["model"], row["data"], row["dtype"]) == key}
         speed = [f"{by_arm[arm]['speed_up']:.2f}" for arm in _WITHOUT_PLAN]
@@ -165,14 +172,20 @@ def compiled() -> str:
 
 def speed_up(arm: str, dtype: str, *, data: tuple[str, ...]) -> str:
     """The least and the most speed-up of an arm over PEFT in these rows: for a sentence."""
-    found = rows.select(HERE / "fast.jsonl", dtype=dtype, amx=False, arm=arm)
+    found = _fast(dtype=dtype, arm=arm)
     ratios = [row["speed_up"] for row in found if row["data"] in data]
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
+def one_speed_up(arm: str, dtype: str, model: str, data: str) -> str:
+    """The speed-up of an arm over PEFT in one cell: for a sentence."""
+    (row,) = (row for row in _fast(dtype=dtype, arm=arm) if (row["model"], row["data"]) == (model, data))
+    return f"{row['speed_up']:.2f}"
+
+
 def speed_up_picture() -> str:
     """Bars of the speed-up over PEFT of the presets that need no plan, for each model, kind of data and dtype."""
-    found = rows.select(HERE / "fast.jsonl", amx=False)
+    found = _fast()
     cells = list(dict.fromkeys((row["dtype"], row["model"], row["data"]) for row in found))
     cells.sort(key=lambda cell: cell[0], reverse=True)  # float32 first
     speed = {(row["dtype"], row["model"], row["data"], row["arm"]): row["speed_up"] for row in found}
@@ -227,12 +240,19 @@ VALUES: dict[str, Callable[[], str]] = {
     for dtype in ("float32", "bfloat16")
     for which, data in _DATA.items()
 }
+VALUES |= {
+    f"speed_fast_{dtype}_{model.partition('-')[0]}_{data}": functools.partial(one_speed_up, "fast", dtype, model, data)
+    for dtype in ("float32", "bfloat16")
+    for model, data in SHAPES
+}
 PICTURES: dict[str, Callable[[], str]] = {"speed-up.svg": speed_up_picture}
 TABLES: dict[str, Callable[[], str]] = {
     "step_float32": step_float32,
     "step_amx": step_amx,
     "step_fast": step_fast,
-    "step_avx2": functools.partial(step_fast, "fast-avx2.jsonl"),
+    "step_fast_amx": functools.partial(step_fast, amx=True),
+    "step_avx2": functools.partial(step_fast, isa="AVX2"),
+    "step_avxvnni": functools.partial(step_fast, isa="AVX2_VNNI"),
     "adapter": adapter,
     "step_parts": step_parts,
     "step_sweep_amx": step_sweep_amx,
