@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -47,9 +47,9 @@ def _torch_function() -> Function | None:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, longest: int, scale: float) -> Tensor:
         grouped = query.shape[1] != key.shape[1]
-        found: Tensor = varlen_attn(query, key, value, begins, begins, longest, longest, scale=scale,
-                                    window_size=(-1, 0), enable_gqa=grouped)  # fmt: skip
-        return found
+        found = varlen_attn(query, key, value, begins, begins, longest, longest, scale=scale, window_size=(-1, 0),
+                            enable_gqa=grouped)  # fmt: skip
+        return cast(Tensor, found)
 
     return attend
 
