@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from celora.modeling.families import FAMILIES
+from small import made_once
 
 EXTRA: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.5},
@@ -23,6 +24,7 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 
 
+@made_once
 def model_of(kind: str, **more: Any) -> nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
