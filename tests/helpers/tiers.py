@@ -8,18 +8,18 @@ from celora.kernels.c.build import build_and_load
 from celora.kernels.c.tier import Kernels, offered
 from patching import patch_all
 
-_LIBRARY, _ = build_and_load()
-TIERS = [] if _LIBRARY is None else offered(_LIBRARY)
+LIBRARY, _ = build_and_load()
+TIERS = [] if LIBRARY is None else offered(LIBRARY)
 
 
 def use_tier(patch: pytest.MonkeyPatch, tier: str) -> Kernels:
     """Compute with the kernels of this tier from now on."""
-    assert _LIBRARY is not None
-    kernels = Kernels(_LIBRARY, tier)
+    assert LIBRARY is not None
+    kernels = Kernels(LIBRARY, tier)
     patch_all(patch, "celora.kernels.c.library:library", lambda: kernels)
     return kernels
 
 
-WITH_DOTS = [tier for tier in TIERS if Kernels(_LIBRARY, tier).has("gathered_product_f32")]  # type: ignore[arg-type]
+WITH_DOTS = [tier for tier in TIERS if Kernels(LIBRARY, tier).has("gathered_product_f32")]  # type: ignore[arg-type]
 each_tier = pytest.mark.parametrize("tier", TIERS, indirect=True)
 each_tier_with_dots = pytest.mark.parametrize("tier", WITH_DOTS, indirect=True)
