@@ -136,8 +136,7 @@ def attention(
         result: Tensor = function.apply(query, key, value, celora_lengths, scale)  # type: ignore[no-untyped-call]
         return result, None
     if dropout == 0 and cu_seq_lens_q is not None and max_length_q is not None:
-        begins, longest = cu_seq_lens_q, max_length_q
-        together = varlen.attend(module, query, key, value, begins, longest, attention_mask, scale)
+        together = varlen.attend(module, query, key, value, cu_seq_lens_q, max_length_q, attention_mask, scale)
         if together is not None:
             return together, None
     _say_one_by_one(query.device.type)

@@ -85,20 +85,23 @@ def pack(
         "input_ids": input_ids.flatten()[padded][None],
         "position_ids": (position if position_ids is None else position_ids).flatten()[padded][None],
     }
-    # Transformers passes on a mask of four dimensions. Our attention ignores it; any other refuses integers.
-    ignored = {"attention_mask": index.new_ones(1, 1, 1, 1), LENGTHS: lengths}
     if ours and not varlen.available(input_ids.device):
-        return inputs | ignored
+        return inputs | {LENGTHS: lengths, "attention_mask": _ignored(index)}
     counts = kept.sum(1)
     ends = counts[places(counts > 0, len(lengths))].cumsum(0)
     ends[-1:] += extra
     begins = nn.functional.pad(ends, (1, 0)).to(torch.int32)
     longest = max(lengths)
-    where = {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": longest, "max_length_k": longest}
+    inputs |= {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": longest, "max_length_k": longest}
     if not ours:
-        return inputs | where | {"attention_mask": None}
+        return inputs | {"attention_mask": None}
     mask = varlen.block_mask(begins, total + extra, _dtype(model))
-    return inputs | where | ignored | ({} if mask is None else {"attention_mask": mask})
+    return inputs | {LENGTHS: lengths, "attention_mask": _ignored(index) if mask is None else mask}
+
+
+def _ignored(index: Tensor) -> Tensor:
+    """A mask of four dimensions, which Transformers passes on. Our attention ignores it; any other refuses integers."""
+    return index.new_ones(1, 1, 1, 1)
 
 
 def places(mask: Tensor, count: int) -> Tensor:
