@@ -1,4 +1,4 @@
-"""Tables of what is learnt in several processes, and of the accuracy of `celora estimate`."""
+"""Tables of what is learnt in several processes, of the accuracy of `celora estimate`, and of what it says of GPUs."""
 
 from __future__ import annotations
 
@@ -55,4 +55,23 @@ def estimate() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"two_processes": two_processes, "estimate": estimate}
+def fits() -> str:
+    """The smallest common GPU that each way to train fits on, by model."""
+    found = rows.read(HERE / "gpus.jsonl")
+    ways = dict.fromkeys((row["preset"], row["base"], row["checkpointing"]) for row in found)
+    models = list(dict.fromkeys(row["model"] for row in found))
+    body = []
+    for preset, base, checkpointing in sorted(ways):
+        own = {row["model"]: row for row in found if (row["preset"], row["base"], row["checkpointing"]) ==
+               (preset, base, checkpointing)}  # fmt: skip
+        cells = [f"{own[m]['smallest_gpu_gib'] or 'over 80'} GB ({own[m]['peak_bytes'] / 2**30:.1f})" for m in models]
+        body.append([f"`{preset}`", base, "yes" if checkpointing else "", *cells])
+    one = found[0]
+    return (
+        rows.markdown(["preset", "base", "checkpointing", *(f"Llama {model}" for model in models)], body)
+        + f"\n\nThe peak in GiB in brackets. Computed, not measured: {one['batch']} rows of {one['length']} tokens, "
+        f"all labelled, LoRA of rank {one['rank']} on every linear layer, bfloat16."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {"two_processes": two_processes, "estimate": estimate, "fits": fits}

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import rows
 from benchmarks.kernels import offline, roofline
+from celora.machine.gpus import Gpu
 from triton_here import needs_triton
 
 ROOT = Path(__file__).parents[2]
@@ -68,8 +69,8 @@ def test_what_is_complained_of(change: dict[str, object], said: str) -> None:
 
 
 def test_the_roofline_is_the_slower_of_memory_and_arithmetic() -> None:
-    gpu = roofline.Gpu(bandwidth=100.0, bf16=10.0, int8=20.0, fp8=None)
-    assert roofline.Work(200, 10, "bf16").time_us(gpu) == 2e6
+    gpu = Gpu(memory=1, bandwidth=100.0, float32=5.0, bfloat16=10.0, int8=20.0, fp8=None)
+    assert roofline.Work(200, 10, "bfloat16").time_us(gpu) == 2e6
     assert roofline.Work(200, 60, "int8").time_us(gpu) == 3e6
     assert roofline.Work(200, 60, "fp8").time_us(gpu) is None
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from celora.machine.gpus import Gpu
 from celora.train.forecast.blocks import Cost, Line
-from celora.train.forecast.ways import Model, Rows, Way, best, epoch_seconds, peak_bytes, ways_of
+from celora.train.forecast.ways import Model, Rows, Way, best, epoch_seconds, least_seconds, peak_bytes, ways_of
 
 COST = Cost(
     step={False: (Line(0.5, 0.001), Line(0.1, 0.002)), True: (Line(0.6, 0.001), Line(0.15, 0.0025))},
@@ -19,8 +20,9 @@ COST = Cost(
     itemsize=4,
     packed=False,
 )
-MODEL = Model(blocks=8, hidden=4, intermediate=6, words=10, stand_in_words=5, tables=1, stored=4)
+MODEL = Model(blocks=8, hidden=4, intermediate=6, words=10, block_numbers=24, stand_in_words=5, tables=1, stored=4)
 ROWS = Rows(count=10, tokens=200, labelled=100, longest=(40, 30, 20, 20))
+CARD = Gpu(memory=8, bandwidth=1000.0, float32=10.0, bfloat16=100.0, int8=400.0)
 
 
 def test_an_epoch_is_the_sum_of_its_micro_batches() -> None:
@@ -90,3 +92,36 @@ def test_the_fastest_that_fits_is_taken_and_8_bits_only_where_needed() -> None:
     assert best(ways, 104) == ways[1]
     assert best(ways, 62) == ways[2]
     assert best(ways, 41) is None
+
+
+def test_a_time_is_operations_over_rates_and_bytes_over_the_bandwidth() -> None:
+    once = 2 * 8 * 24 * 200  # two operations for each number of 8 blocks and each token
+    attention = 2 * 8 * 4 * 200 * 20  # rows have 20 tokens, and half of all pairs count
+    head, moved = 2 * 4 * 10 * 200, 2 * 200 * (2 + 8 * 30)
+
+    def seconds(checkpointing: bool, dtype: str, preset: str) -> float:
+        return least_seconds(CARD, COST, MODEL, ROWS, checkpointing=checkpointing, dtype=dtype, preset=preset)
+
+    assert seconds(False, "bfloat16", "auto") == pytest.approx(
+        (2 * once + 3.5 * attention + 2 * head) / 100 + moved / 1000
+    )
+    assert seconds(False, "float32", "off") == pytest.approx(
+        (2 * once + 3.5 * attention + 2 * head) / 10 + moved / 1000
+    )
+    assert seconds(True, "bfloat16", "fast") == pytest.approx(
+        (3 * once + head) / 400 + (4.5 * attention + 0.1 * head) / 100 + moved / 1000
+    )
+
+
+def test_logits_of_labelled_tokens_only_where_padding_is_left_out() -> None:
+    given = {"checkpointing": False, "dtype": "bfloat16", "preset": "auto"}
+    whole, packed = (least_seconds(CARD, cost, MODEL, ROWS, **given) for cost in (COST, replace(COST, packed=True)))
+    assert whole - packed == pytest.approx(2 * 2 * 4 * 10 * (200 - 100) / 100)
+
+
+def test_the_peak_does_not_depend_on_whose_time_it_is() -> None:
+    given = {"named": ("bfloat16", "bfloat16", "auto"), "batches": [(2, 4)], "checkpointing": [True]}
+    (here,), (there,) = (ways_of(COST, MODEL, ROWS, 77, gpu=gpu, **given) for gpu in (None, CARD))
+    assert here.peak_bytes == there.peak_bytes
+    assert here.epoch_seconds != there.epoch_seconds
+    assert (there.batch, there.accumulation, there.checkpointing) == (2, 4, True)

@@ -25,12 +25,14 @@ ESTIMATE_HELP = """Will it fit, and how long will it take? Answers in seconds, a
 
 Reads the rows and the model's configuration, and no weights. Measures this machine with a few blocks of random
 weights. Then it shows memory and time of each way to train that the other options leave open.
+--gpu takes an NVIDIA GPU in place of this machine. Its times are computed, not measured.
 
 \b
 Examples:
   celora estimate --model ./model --data chats.jsonl
   celora estimate --model model.gguf --data chats.jsonl --memory 8GiB
   celora estimate --model ./model --data chats.jsonl --preset fast --max_length 512
+  celora estimate --model ./model --data chats.jsonl --gpu "RTX 4060"
   celora estimate --model ./model --data chats.jsonl --json | jq .taken
 
 celora train --memory 8GiB takes the way that is marked here."""
@@ -45,6 +47,10 @@ def estimate(
         str | None, typer.Option("--memory", help="What the run may take, 8GiB; without, what is free.")
     ] = None,
     preset: Preset = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", help="An NVIDIA GPU, 'RTX 4060': what fits, and the least time by its published peaks."),
+    ] = None,
     base: Annotated[Literal["int8"] | None, typer.Option("--base", help="int8: only with a base in 8 bits.")] = None,
     config: Config = None,
     quiet: Quiet = False,
@@ -62,7 +68,7 @@ def estimate(
 
     settle_in()
     limit = request.options.memory
-    found = find(request, None if limit is None else in_bytes(limit))
+    found = find(request, None if limit is None else in_bytes(limit), gpu=gpu)
     print_json(found.to_dict()) if as_json else typer.echo(str(found))
     if found.taken is None:
         raise typer.Exit(2)

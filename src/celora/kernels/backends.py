@@ -7,7 +7,8 @@ this machine. A backend from outside joins it by `register` (docs/develop/new-ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,21 @@ def register(operation: str, backend: Backend) -> None:
     """
     others = [known for known in backends_of(operation) if known.name != backend.name]
     TABLE[operation] = [backend, *others]
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """For a while torch's operators compute everything, also what is slow here: as on a GPU for which there is no plan.
+
+    Sums of 8-bit products may overflow on this CPU. This is for counting bytes.
+    """
+    before = dict(TABLE)
+    for operation, backends in before.items():
+        TABLE[operation] = [Backend(backend.name, backend.run) for backend in backends if backend.name == "torch"]
+    try:
+        yield
+    finally:
+        TABLE.update(before)
 
 
 def backends_of(operation: str) -> list[Backend]:

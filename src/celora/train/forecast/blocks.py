@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 import celora
 from celora.errors import CELoraError
+from celora.kernels.backends import torch_alone
 from celora.modeling.int8_base import held_in_8_bits, quantise_base
 from celora.modeling.language_model import LanguageModel, find_language_model
 from celora.runtime.attachment import find
@@ -37,6 +38,7 @@ from celora.train.rows.truncation import row_lengths
 WORDS = 8_192  # of the stand-in's vocabulary at most
 _WORK = 80e9  # FLOPs of a step that is timed, about
 _FEWEST, _MOST = 64, 1_024  # tokens in it
+_COUNTED = 128  # tokens in a step whose bytes are counted; with fewer on CPU, celora leaves adapters to PEFT
 _MOST_BYTES = 2**28  # of the blocks, unless two take more
 _TURNS = 3  # of which the fastest counts; one before them warms up
 
@@ -65,7 +67,7 @@ class Cost:
 
     Attributes:
         step: without and with checkpointing (or one of them), seconds outside of the blocks and of one block, by
-            tokens of a micro-batch.
+            tokens of a micro-batch. Empty where only bytes were counted.
         weights, trained, copies: bytes outside of the blocks and of one block: of the frozen numbers, of those that
             train, and of 8-bit copies of the frozen ones.
         kept: bytes that one token keeps for its backward outside of the blocks, and in one.
@@ -104,19 +106,18 @@ Build = Callable[[Any], Any]
 
 def how_many_blocks(config: Any) -> int:
     """As many as the larger stand-in has: enough to tell one apart from the rest, and not much memory."""
-    bytes_ = 4 * block_numbers(_outline(config))
+    bytes_ = 4 * block_numbers(outline(config))
     return min(int(config.num_hidden_layers), max(2, min(4, _MOST_BYTES // max(1, bytes_))))
 
 
-def _outline(config: Any) -> Any:
+def outline(config: Any) -> Any:
     """A stand-in of one block without numbers."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(stand_in_config(config, 1), trust_remote_code=False)
+    return stand_in(config, 1, torch.float32, None, torch.device("meta"))
 
 
 def can_checkpoint(config: Any) -> bool:
     """Whether models of this kind have gradient checkpointing."""
-    return bool(_outline(config).supports_gradient_checkpointing)
+    return bool(outline(config).supports_gradient_checkpointing)
 
 
 def block_numbers(model: nn.Module) -> int:
@@ -125,12 +126,25 @@ def block_numbers(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in blocks[0].parameters())
 
 
-def stand_in(config: Any, blocks: int, dtype: torch.dtype, attention: str | None) -> Any:
-    """A model of random weights with so many blocks."""
+def stand_in(
+    config: Any, blocks: int, dtype: torch.dtype, attention: str | None, device: torch.device | None = None
+) -> Any:
+    """A model of random weights with so many blocks, on the CPU unless told otherwise."""
     more = {} if attention is None else {"attn_implementation": attention}
-    return AutoModelForCausalLM.from_config(
-        stand_in_config(config, blocks), dtype=dtype, trust_remote_code=False, **more
-    )
+    with nullcontext() if device is None else device:
+        return AutoModelForCausalLM.from_config(
+            stand_in_config(config, blocks), dtype=dtype, trust_remote_code=False, **more
+        )
+
+
+def _alike(config: Any, blocks: int, dtype: torch.dtype, attention: str | None) -> Any:
+    """A stand-in whose numbers are all the same: to draw them takes longer than a step."""
+    model = stand_in(config, blocks, dtype, attention, torch.device("meta")).to_empty(device="cpu")
+    model.tie_weights()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(0.01)
+    return model
 
 
 def measure(
@@ -152,16 +166,33 @@ def measure(
         int8: whether its base is held in 8 bits.
         checkpointing: whether steps are timed without, with, or both.
     """
+
+    def part(blocks: int) -> _Part:
+        model = stand_in(config, blocks, dtype, request.lora["attn_implementation"])
+        tokens = _tokens(config, how_many_blocks(config))
+        return _part(request, build, model, int8, tokens, checkpointing, settled_config)
+
+    return _cost(part, config, dtype)
+
+
+def count(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype, *, int8: bool) -> Cost:
+    """The bytes of a step with torch's operators alone, as on a GPU for which there is no plan. Times no step."""
+
+    def part(blocks: int) -> _Part:
+        model = _alike(config, blocks, dtype, request.lora["attn_implementation"])
+        return _part(request, build, model, int8, _COUNTED, (), lambda request, probe: request.config)
+
+    with torch_alone():
+        return _cost(part, config, dtype)
+
+
+def _cost(part: Callable[[int], _Part], config: Any, dtype: torch.dtype) -> Cost:
     many = how_many_blocks(config)
-    tokens = _tokens(config, many)
-    parts = {
-        count: _part(request, build, config, dtype, int8, count, tokens, checkpointing)
-        for count in dict.fromkeys((1, many))
-    }
+    parts = {count: part(count) for count in dict.fromkeys((1, many))}
     outside, per_block = _split({count: part.sizes for count, part in parts.items()}, many)
     weights, trained, copies, kept = zip(outside, per_block, strict=True)
     return Cost(
-        step={on: _lines({count: part.seconds[on] for count, part in parts.items()}, many) for on in checkpointing},
+        step={on: _lines({n: part.seconds[on] for n, part in parts.items()}, many) for on in parts[1].seconds},
         weights=weights,
         trained=trained,
         copies=copies,
@@ -188,14 +219,12 @@ class _Part:
 def _part(
     request: TrainRequest,
     build: Build,
-    config: Any,
-    dtype: torch.dtype,
+    model: Any,
     int8: bool,
-    blocks: int,
     tokens: int,
     checkpointing: Sequence[bool],
+    settle: Callable[[TrainRequest, Any], Any],
 ) -> _Part:
-    model = stand_in(config, blocks, dtype, request.lora["attn_implementation"])
     if int8:
         quantise_base(model)
     probe = build(model)
@@ -204,12 +233,14 @@ def _part(
     batches = [large, _batch(probe, rows, max(2, _count(large) // 4), words)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself will say it
-        celora.attach(peft, settled_config(request, probe))
+        celora.attach(peft, settle(request, probe))
     optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-5)
     taken: dict[bool, dict[int, float]] = {}
     for on in checkpointing:
         with checkpointed(peft) if on else nullcontext():
             taken[on] = {_count(batch): seconds(probe, batch, optimizer) for batch in batches}
+    if not taken:
+        probe.compute_loss(probe.model, dict(large)).backward()  # the first call may save more than later ones
     kept = kept_by(probe, dict(large)) / _count(large)
     found = find_language_model(peft)
     packed = isinstance(found, LanguageModel) and not found.cannot_pack and request.preset != "off"
@@ -241,7 +272,7 @@ def seconds(probe: Any, batch: Mapping[str, Any], optimizer: Any) -> float:
 
 def _tokens(config: Any, blocks: int) -> int:
     """Tokens of the larger of the two batches that are timed, for a stand-in of so many blocks."""
-    model = _outline(config)
+    model = outline(config)
     work = 6 * blocks * block_numbers(model) + 4 * model.config.hidden_size * model.config.vocab_size
     return int(min(_MOST, max(_FEWEST, _WORK / work)))
 

@@ -1,7 +1,7 @@
 """`celora estimate`: will it fit, and how long will it take? In seconds, without the weights.
 
 The rows are tokenised as training does it, all of them or a sample. The machine is measured with a few blocks of the
-model. The rest is arithmetic.
+model. For an NVIDIA GPU only bytes are counted with them, and times come from published peaks. The rest is arithmetic.
 """
 
 from __future__ import annotations
@@ -23,9 +23,22 @@ from transformers import AutoConfig
 
 from celora.errors import CELoraError
 from celora.machine.allocator import give_back_freed_memory
+from celora.machine.device import default_device
+from celora.machine.gpus import GPUS, SIZES
 from celora.machine.memory import available_memory, resident_memory
 from celora.train.dtype import settle_dtype
-from celora.train.forecast.blocks import WORDS, Build, Cost, can_checkpoint, measure, stand_in
+from celora.train.forecast import gpu as gpus
+from celora.train.forecast.blocks import (
+    WORDS,
+    Build,
+    Cost,
+    block_numbers,
+    can_checkpoint,
+    count,
+    measure,
+    outline,
+    stand_in,
+)
 from celora.train.forecast.ways import QUALITY, Model, Rows, Way, best, ways_of
 from celora.train.loading import gguf_of, load_tokenizer, lora_config, quiet_libraries, read_tokenizer, training_rows
 from celora.train.processes import processes
@@ -59,6 +72,7 @@ class Estimate:
         sampled: rows that were tokenised, if not all were.
         epochs: that the run would train, with `max_steps` where that is given.
         memory: bytes that may be taken: what was asked for or, without, what is free; None where nobody knows.
+        gpu: the GPU that it is for; None for this machine's CPU.
         ways: all of them, fastest first.
         taken: the way that celora would take; None where nothing fits.
     """
@@ -71,13 +85,17 @@ class Estimate:
     sampled: int | None
     epochs: float
     memory: int | None
+    gpu: str | None
     ways: tuple[Way, ...]
     taken: Way | None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         ways = [
-            asdict(way) | {"fits": way.fits(self.memory), "quality": QUALITY.get(way.preset, "")} for way in self.ways
+            asdict(way)
+            | {"fits": way.fits(self.memory), "quality": QUALITY.get(way.preset, "")}
+            | ({} if self.gpu is None else {"smallest_gpu_gib": gpus.smallest(way)})
+            for way in self.ways
         ]
         return asdict(self) | {"ways": ways, "taken": None if self.taken is None else asdict(self.taken)}
 
@@ -89,7 +107,11 @@ class Estimate:
             f"learnt{of}.",
         ]
         lines += [self.cut] if self.cut else []
-        head = ("base", "preset", "checkpointing", "batch", "peak memory", "an epoch", "kept of LoRA", "")
+        if self.gpu is not None:
+            lines.append(f"{self.gpu}: computed from its published peaks, not measured. Epochs take longer.")
+        head = ["base", "preset", "checkpointing", "batch", "peak memory", "an epoch", "kept of LoRA", ""]
+        if self.gpu is not None:
+            head[4:6] = "peak memory", "smallest GPU", "an epoch, at least"
         rows = [head, *(self._row(way) for way in self.ways)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines += ["", *("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows), ""]
@@ -98,9 +120,10 @@ class Estimate:
     def _row(self, way: Way) -> tuple[str, ...]:
         base = way.dtype if way.base != "int8" else f"int8, else {way.dtype}"
         mark = "<- celora takes this" if way == self.taken else "" if way.fits(self.memory) else "does not fit"
+        on = () if self.gpu is None else (f"{gpus.smallest(way) or 'over ' + str(SIZES[-1])} GB",)
         return (
             base, way.preset, "on" if way.checkpointing else "off", f"{way.batch} x {way.accumulation}",
-            gib(way.peak_bytes), _time(way.epoch_seconds), QUALITY.get(way.preset, ""), mark,
+            gib(way.peak_bytes), *on, _time(way.epoch_seconds), QUALITY.get(way.preset, ""), mark,
         )  # fmt: skip
 
     def verdict(self) -> str:
@@ -109,9 +132,11 @@ class Estimate:
             way = self.taken
             held = " on a base in int8" if way.base == "int8" else ""
             on = ", checkpointing" if way.checkpointing else ""
+            bound = "" if self.gpu is None else "at least "
             return (
                 f"{way.preset} in {way.dtype}{held}, {way.batch} x {way.accumulation} rows a step{on}: "
-                f"{gib(way.peak_bytes)} at the peak, {_time(way.epoch_seconds)} an epoch, {self.epochs:g} of them."
+                f"{gib(way.peak_bytes)} at the peak, {bound}{_time(way.epoch_seconds)} an epoch, "
+                f"{self.epochs:g} of them."
             )
         least = min(self.ways, key=lambda way: way.peak_bytes)
         return (
@@ -122,7 +147,9 @@ class Estimate:
         )
 
 
-def estimate(given: TrainRequest, memory: int | None = None, presets: tuple[str, ...] | None = None) -> Estimate:
+def estimate(
+    given: TrainRequest, memory: int | None = None, presets: tuple[str, ...] | None = None, gpu: str | None = None
+) -> Estimate:
     """What a run of this request would take, in each way that the request leaves open.
 
     What the request says (`dtype`, `base`, `preset`, `gradient_checkpointing`, `per_device_train_batch_size`) is kept;
@@ -132,18 +159,19 @@ def estimate(given: TrainRequest, memory: int | None = None, presets: tuple[str,
         given: as for `celora train`.
         memory: bytes that may be taken; None for what is free.
         presets: to look at; None for the request's or, where it names none, those that most people want.
+        gpu: an NVIDIA GPU to estimate for, by its name; None for what would train here.
 
     Raises:
-        CELoraError: an accelerator is to train, the model has other parts than text, or rows, tokenizer or
+        CELoraError: nothing is known of the GPU, the model has other parts than text, or rows, tokenizer or
             configuration cannot be read.
     """
+    asked, gpu = gpu, gpus.gpu_of(given, gpu)
+    if presets is None:
+        presets = _presets(given, PRESETS if gpu is None else gpus.PRESETS)
     with quiet_libraries(), tempfile.TemporaryDirectory() as scratch, _settings(given) as (folder, stored):
         request = replace(given, model=folder, output=Path(scratch), train=given.train | _NO_EVALUATION)
+        request = request if gpu is None else gpus.on_cpu(request, presets)
         args = sft_config(request)
-        if args.device.type != "cpu":
-            raise CELoraError(
-                f"estimates are of CPUs, and this run would be on {args.device.type}; give --use_cpu true"
-            )
         tokenizer = load_tokenizer(request) if folder == given.model else read_tokenizer(folder)
         config = AutoConfig.from_pretrained(folder, revision=request.lora["model_revision"], trust_remote_code=False)
         everything = training_rows(request, tokenizer)
@@ -153,12 +181,13 @@ def estimate(given: TrainRequest, memory: int | None = None, presets: tuple[str,
 
         found, rows, cut = _rows(everything, config, build)
         few = rows.select(np.linspace(0, len(rows) - 1, min(_PROBED, len(rows))).astype(int).tolist())
-        ways = _all_ways(
-            request, args, lambda model: build(model, few), config, found, stored, presets or _presets(request)
-        )
-    budget = memory if memory is not None else available_memory(args.device)
-    if memory is None and budget is not None:
-        budget += resident_memory() or 0  # the peak counts what the process has already
+        ways = _all_ways(request, args, lambda model: build(model, few), config, found, stored, presets, gpu)
+    budget = memory
+    if memory is None and gpu is not None:
+        budget = GPUS[gpu].memory * 2**30 if asked is not None else available_memory(default_device())
+    elif memory is None:
+        budget = available_memory(args.device)
+        budget = None if budget is None else budget + (resident_memory() or 0)  # the peak counts what there is already
     return Estimate(
         rows=len(everything),
         tokens=found.tokens,
@@ -168,6 +197,7 @@ def estimate(given: TrainRequest, memory: int | None = None, presets: tuple[str,
         sampled=None if len(rows) == len(everything) else len(rows),
         epochs=float(args.num_train_epochs),
         memory=budget,
+        gpu=gpu,
         ways=tuple(sorted(ways, key=lambda way: (way.epoch_seconds, way.peak_bytes))),
         taken=best((way for way in ways if way.preset == (given.preset or OWN)), budget),
     )
@@ -257,37 +287,43 @@ def _all_ways(
     rows: Rows,
     stored: int,
     presets: tuple[str, ...],
+    gpu: str | None,
 ) -> list[Way]:
     text = config.get_text_config()
     tables = 1 if text.tie_word_embeddings else 2
     model = Model(
         int(text.num_hidden_layers), int(text.hidden_size), int(text.intermediate_size), int(text.vocab_size),
-        min(WORDS, int(text.vocab_size)), tables, stored,
+        block_numbers(outline(config)), min(WORDS, int(text.vocab_size)), tables, stored,
     )  # fmt: skip
     asked = "gradient_checkpointing" in request.given or "activation_checkpointing" in request.given
     on = bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
     checkpointing = [on] if asked else [False, True] if can_checkpoint(config) else [False]
     options = _batches(request, args)
     costs: dict[tuple[str, str, str], Cost] = {}
-    for base, dtype in _bases(request, args):
+    for base, dtype in _bases(request, args, gpu):
         for preset in presets:
-            own = _with_preset(request, preset)
-            costs[base, dtype, preset] = measure(
-                own, build, config, getattr(torch, dtype), int8=base == "int8", checkpointing=checkpointing
-            )
+            own, kind, int8 = _with_preset(request, preset), getattr(torch, dtype), base == "int8"
+            if gpu is None:
+                cost = measure(own, build, config, kind, int8=int8, checkpointing=checkpointing)
+            else:
+                cost = count(own, build, config, kind, int8=int8)
+            costs[base, dtype, preset] = cost
     gc.collect()
     give_back_freed_memory()
-    before = resident_memory() or 0  # with what libraries keep once there have been steps
+    # With what libraries keep once there have been steps.
+    before, card = (resident_memory() or 0, None) if gpu is None else (gpus.BESIDE, GPUS[gpu])
     return [
         way
         for named, cost in costs.items()
-        for way in ways_of(cost, model, rows, before, named=named, batches=options, checkpointing=checkpointing)
+        for way in ways_of(
+            cost, model, rows, before, named=named, batches=options, checkpointing=checkpointing, gpu=card
+        )
     ]
 
 
-def _presets(request: TrainRequest) -> tuple[str, ...]:
+def _presets(request: TrainRequest, usual: tuple[str, ...]) -> tuple[str, ...]:
     if request.options.preset is None and request.options.celora is None:
-        return PRESETS
+        return usual
     return (request.preset or OWN,)
 
 
@@ -298,13 +334,13 @@ def _with_preset(request: TrainRequest, preset: str) -> TrainRequest:
     return replace(request, preset=preset, config=made.config, r=made.r)
 
 
-def _bases(request: TrainRequest, args: Any) -> list[tuple[str, str]]:
+def _bases(request: TrainRequest, args: Any, gpu: str | None) -> list[tuple[str, str]]:
     """Pairs of a base and the dtype of what is not in 8 bits."""
-    dtypes = ["float32", "bfloat16"]
+    dtypes = ["float32", "bfloat16"] if gpu is None else ["bfloat16"]
     if "dtype" in request.given and request.lora["dtype"] not in (None, "auto"):
         dtypes = [request.lora["dtype"]]
     held = replace(request, options=replace(request.options, base="int8"))
-    settled = settle_dtype(held, args)[0].lora["dtype"]
+    settled = settle_dtype(held, args)[0].lora["dtype"] if gpu is None else None
     beside = settled if settled in ("float32", "bfloat16", "float16") else dtypes[0]
     plain = [(dtype, dtype) for dtype in dtypes]
     if request.lora["load_in_4bit"] or request.lora["load_in_8bit"]:

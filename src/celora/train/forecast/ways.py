@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from celora.machine.gpus import Gpu
 from celora.numerics.head import chunk_size
 from celora.train.forecast.blocks import Cost
 
@@ -21,6 +22,9 @@ _ADAMW = 4  # times the bytes of what trains
 _ROUNDED = 17 / 16  # celora rounds the tokens left after padding up
 _LOGITS = 8  # bytes that a logit takes while its chunk is computed: itself in float32, and its gradient
 _TO_SPARE = 1.05  # of the peak, to fit: estimates were up to 9 % too low, and a budget may be exceeded by 5 %
+_HALF_OF_PAIRS = 2  # operations for a pair of tokens and a number of the width: two products, causal
+_BACKWARD_OF_ATTENTION = 2.5  # times its forward: five products for two
+_WORDS = {"fast": 0.1}  # share of the words that the head's backward multiplies with
 _SEEN = 3  # tensors of the width of the MLP that live for a moment in a block's backward
 # Share of LoRA's improvement in held-out loss that is kept; docs/measured/learning.md. None: not measured alone.
 QUALITY = {
@@ -38,6 +42,7 @@ class Model:
 
     Attributes:
         blocks, hidden, intermediate, words: its sizes.
+        block_numbers: how many numbers the weights of a block have.
         stand_in_words: of the vocabulary that was measured with.
         tables: how many matrices are as large as the vocabulary: the embedding, and the head if it is another one.
         stored: bytes of a number in the checkpoint.
@@ -47,6 +52,7 @@ class Model:
     hidden: int
     intermediate: int
     words: int
+    block_numbers: int
     stand_in_words: int
     tables: int
     stored: int
@@ -106,6 +112,7 @@ def ways_of(
     named: tuple[str, str, str],
     batches: Iterable[tuple[int, int]],
     checkpointing: Sequence[bool],
+    gpu: Gpu | None = None,
 ) -> list[Way]:
     """The ways that one base with one preset has.
 
@@ -113,12 +120,16 @@ def ways_of(
         before: bytes of the process before there is a model.
         named: base, dtype and preset.
         batches: pairs of rows in a micro-batch, and micro-batches in a step.
+        gpu: whose peaks decide about the time; None where steps were timed.
     """
     found = []
     for batch, accumulation in batches:
         for on in checkpointing:
             peak = peak_bytes(cost, model, rows, batch, checkpointing=on) + before
-            seconds = epoch_seconds(cost, model, rows, batch, checkpointing=on)
+            if gpu is None:
+                seconds = epoch_seconds(cost, model, rows, batch, checkpointing=on)
+            else:
+                seconds = least_seconds(gpu, cost, model, rows, dtype=named[1], preset=named[2], checkpointing=on)
             found.append(Way(*named, on, batch, accumulation, int(peak), seconds))
     return found
 
@@ -131,11 +142,7 @@ def peak_bytes(cost: Cost, model: Model, rows: Rows, batch: int, *, checkpointin
     held = weights + _ADAMW * _whole(cost.trained, model) + _whole(cost.copies, model)
     lengths = rows.longest[:batch]
     tokens = sum(lengths) * (_ROUNDED if len(lengths) > 1 else 1) if cost.packed else len(lengths) * lengths[0]
-    outside, block = cost.kept
-    if checkpointing:
-        kept = outside + model.blocks * model.hidden * cost.itemsize + block
-    else:
-        kept = outside + model.blocks * block
+    kept = kept_bytes(cost, model, checkpointing=checkpointing)
     labelled = int(tokens * rows.labelled / max(1, rows.tokens)) or 1
     logits: float
     if cost.packed:
@@ -146,6 +153,14 @@ def peak_bytes(cost: Cost, model: Model, rows: Rows, batch: int, *, checkpointin
     return max(loading, held + kept * tokens + moment)
 
 
+def kept_bytes(cost: Cost, model: Model, *, checkpointing: bool) -> float:
+    """Bytes that a token keeps for its backward."""
+    outside, block = cost.kept
+    if checkpointing:
+        return outside + model.blocks * model.hidden * cost.itemsize + block
+    return outside + model.blocks * block
+
+
 def epoch_seconds(cost: Cost, model: Model, rows: Rows, batch: int, *, checkpointing: bool) -> float:
     """Seconds of an epoch. Rows come in any order, so a micro-batch has the mean number of tokens."""
     micro_batches = -(-rows.count // batch)
@@ -153,6 +168,27 @@ def epoch_seconds(cost: Cost, model: Model, rows: Rows, batch: int, *, checkpoin
     outside, block = cost.step[checkpointing]
     words = model.words / model.stand_in_words  # of what grows with tokens outside of the blocks, the head is most
     return micro_batches * (outside.fixed + words * outside.per_token * tokens + model.blocks * block.at(tokens))
+
+
+def least_seconds(
+    gpu: Gpu, cost: Cost, model: Model, rows: Rows, *, dtype: str, preset: str, checkpointing: bool
+) -> float:
+    """Seconds that an epoch takes at least on a GPU, by its published peaks. Computed, not measured.
+
+        seconds >= operations / rate + bytes / bandwidth
+
+    Operations are those of the products with frozen weights, of causal attention and of the head. Bytes are what a step
+    keeps for its backward, written once and read once. Adapters, norms and the optimizer are left out.
+    """
+    usual = gpu.float32 if dtype == "float32" else gpu.bfloat16
+    eight = gpu.int8 if preset == "fast" else usual
+    frozen = 2 * model.blocks * model.block_numbers * rows.tokens  # in one direction
+    attention = _HALF_OF_PAIRS * model.blocks * model.hidden * rows.tokens * rows.tokens / max(1, rows.count)
+    head = 2 * model.hidden * model.words * (rows.labelled if cost.packed else rows.tokens)
+    forwards = 2 if checkpointing else 1
+    busy = ((forwards + 1) * frozen + head) / eight
+    busy += ((forwards + _BACKWARD_OF_ATTENTION) * attention + _WORDS.get(preset, 1) * head) / usual
+    return busy + 2 * rows.tokens * kept_bytes(cost, model, checkpointing=False) / gpu.bandwidth
 
 
 def best(ways: Iterable[Way], memory: int | None) -> Way | None:

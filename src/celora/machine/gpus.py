@@ -1,0 +1,64 @@
+"""What NVIDIA publishes about its GPUs: memory, bandwidth, rates. For forecasts; nothing here was measured.
+
+Sources: NVIDIA's architecture white papers and data sheets (GA102, AD102, L4, L40S, A100, H100). Rates of cards that
+they leave out follow from the card's tensor cores and its boost clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from celora.errors import CELoraError
+
+SIZES = (6, 8, 12, 16, 24, 40, 48, 80)  # GiB of common GPUs
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published peaks of one GPU, dense. A multiply-add counts as two operations.
+
+    Attributes:
+        memory: GiB.
+        bandwidth: bytes a second, of its memory.
+        float32, bfloat16, int8, fp8: operations a second. The sums of 16-bit and 8-bit floats are float32. fp8 is None
+            where there is none.
+    """
+
+    memory: int
+    bandwidth: float
+    float32: float
+    bfloat16: float
+    int8: float
+    fp8: float | None = None
+
+
+GPUS = {
+    "RTX 3050 6GB": Gpu(6, 168e9, 6.8e12, 13.5e12, 54e12),
+    "RTX 3060": Gpu(12, 360e9, 12.7e12, 25.5e12, 102e12),
+    "RTX 3070": Gpu(8, 448e9, 20.3e12, 40.6e12, 163e12),
+    "RTX 3080": Gpu(10, 760e9, 29.8e12, 59.5e12, 238e12),
+    "RTX 3090": Gpu(24, 936e9, 35.6e12, 71.0e12, 284e12),
+    "RTX 4060": Gpu(8, 272e9, 15.1e12, 30.2e12, 121e12, 60.4e12),
+    "RTX 4060 Ti": Gpu(16, 288e9, 22.1e12, 44.1e12, 177e12, 88.2e12),
+    "RTX 4070": Gpu(12, 504e9, 29.1e12, 58.3e12, 233e12, 116.6e12),
+    "RTX 4080": Gpu(16, 717e9, 48.7e12, 97.5e12, 390e12, 194.9e12),
+    "RTX 4090": Gpu(24, 1008e9, 82.6e12, 165.2e12, 660.6e12, 330.3e12),
+    "L4": Gpu(24, 300e9, 30.3e12, 121e12, 242.5e12, 242.5e12),
+    "L40S": Gpu(48, 864e9, 91.6e12, 362e12, 733e12, 733e12),
+    "A100 40GB": Gpu(40, 1555e9, 19.5e12, 312e12, 624e12),
+    "A100 80GB": Gpu(80, 2039e9, 19.5e12, 312e12, 624e12),
+    "H100": Gpu(80, 3350e9, 66.9e12, 989.4e12, 1978.9e12, 1978.9e12),
+}
+
+
+def gpu_named(name: str) -> str:
+    """The key of `GPUS` for a name like `rtx 4060`, or for what the driver calls a card.
+
+    Raises:
+        CELoraError: none is meant, or a laptop's, which has other rates.
+    """
+    words = set(name.upper().replace("-", " ").split())
+    known = [key for key in GPUS if words.issuperset(key.upper().split())]
+    if not known or "LAPTOP" in words:
+        raise CELoraError(f"nothing is known of a GPU {name!r}; name one that is like it: {', '.join(GPUS)}")
+    return max(known, key=len)

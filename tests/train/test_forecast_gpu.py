@@ -1,0 +1,101 @@
+"""`celora estimate --gpu`: bytes are counted, and times follow from published peaks. No GPU is needed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from celora.cli.main import main
+from celora.errors import CELoraError
+from celora.kernels.backends import TABLE
+from celora.machine.gpus import GPUS
+from celora.train.forecast.estimate import estimate
+from celora.train.forecast.gpu import smallest
+from celora.train.forecast.ways import Way
+from celora.train.request.arguments import make_request
+from patching import patch_all
+
+
+@pytest.mark.parametrize(("peak", "size"), [(5.7, 6), (5.8, 8), (7.7, 12), (22.8, 24), (22.9, 40), (77, None)])
+def test_the_smallest_card_has_a_twentieth_to_spare(peak: float, size: int | None) -> None:
+    assert smallest(Way("int8", "bfloat16", "fast", False, 1, 1, int(peak * 2**30), 1.0)) == size
+
+
+@pytest.fixture
+def ask(inputs, tmp_path):
+    def found(memory=None, gpu="RTX 4060", **more):
+        return estimate(make_request({**inputs, "output": str(tmp_path / "out"), **more}), memory, gpu=gpu)
+
+    return found
+
+
+def test_ways_on_a_gpu_that_is_not_here(ask):
+    before = dict(TABLE)
+    found = ask()
+    assert before == TABLE  # the kernels are back
+    assert (found.gpu, found.memory) == ("RTX 4060", 8 * 2**30)
+    assert {(way.base, way.preset) for way in found.ways} == {
+        (base, preset) for base in ("bfloat16", "int8") for preset in ("auto", "fast")
+    }
+    assert found.taken is not None
+    assert found.taken.preset == "auto"
+    text = str(found)
+    assert "RTX 4060: computed from its published peaks, not measured. Epochs take longer." in text
+    assert "an epoch, at least" in text
+    assert "6 GB" in text
+    assert found.to_dict()["ways"][0]["smallest_gpu_gib"] == 6
+    faster = ask(gpu="RTX 4090")
+    for one, other in zip(found.ways, faster.ways, strict=True):
+        assert one.peak_bytes == other.peak_bytes
+        assert one.epoch_seconds > other.epoch_seconds
+
+
+def test_memory_that_is_asked_for_counts_and_so_does_a_dtype(ask):
+    found = ask(1000, preset="exact", dtype="float32")
+    assert found.memory == 1000
+    assert found.taken is None
+    assert {(way.base, way.dtype) for way in found.ways} == {("float32", "float32"), ("int8", "float32")}
+
+
+def test_inputs_in_8_bits_keep_less_and_bases_in_8_bits_are_smaller(ask, inputs, tmp_path):
+    ways = {
+        (way.base, way.preset): way for way in ask(gradient_checkpointing=False, per_device_train_batch_size=8).ways
+    }
+    assert ways["int8", "fast"].peak_bytes < ways["int8", "auto"].peak_bytes < ways["bfloat16", "auto"].peak_bytes
+
+
+def test_the_gpu_of_this_machine_is_found_by_its_name(ask, monkeypatch):
+    patch_all(monkeypatch, "celora.train.forecast.gpu:accelerator", lambda: torch.device("cuda"))
+    patch_all(monkeypatch, "celora.train.forecast.gpu:device_name", lambda device: "NVIDIA GeForce RTX 4090")
+    patch_all(monkeypatch, "celora.train.forecast.estimate:available_memory", lambda device: 7 * 2**30)
+    found = ask(gpu=None, preset="exact", use_cpu=False)
+    assert (found.gpu, found.memory) == ("RTX 4090", 7 * 2**30)
+    assert ask(gpu=None, preset="exact", use_cpu=True, dtype="float32", base="int8").gpu is None
+    patch_all(monkeypatch, "celora.train.forecast.gpu:accelerator", lambda: torch.device("mps"))
+    with pytest.raises(CELoraError, match="of CPUs and NVIDIA's GPUs, and this run would be on mps; give --use_cpu"):
+        ask(gpu=None, preset="exact", use_cpu=False)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--gpu", "Voodoo 2"], "nothing is known of a GPU 'Voodoo 2'; name one that is like it: RTX 3050 6GB, "),
+        (
+            ["--gpu", "H100", "--preset", "paper"],
+            "GPUs are estimated with preset off, exact, auto, fast, not with paper",
+        ),
+    ],
+)
+def test_what_is_not_known_is_one_line(more, said, inputs, capsys):
+    assert main(["estimate", "--model", inputs["model"], "--data", inputs["data"], *more]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_json_names_the_gpu(inputs, capsys):
+    command = ["estimate", "--model", inputs["model"], "--data", inputs["data"], "--preset", "exact", "--gpu", "L4"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["gpu"], found["memory"]) == ("L4", GPUS["L4"].memory * 2**30)
+    assert {"smallest_gpu_gib", "fits", "peak_bytes", "epoch_seconds"} <= found["ways"][0].keys()
