@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import shutil
 from collections.abc import Iterator
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 import celora
 from celora import CELoraConfig
+from celora.modeling import packing, varlen
 from celora.modeling.graft import LayerGraft
+from celora.modeling.packing import measure, pack
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.estimators import Columns
+from celora.numerics.select import grain
 from celora.runtime.attachment import require
+from labelled import ragged
 from machine import refuses
+from patching import patch_all
 from small import adapter, make_base, make_batch
 from tolerances import OF_GRADIENT
+from without import pretend
 
 # While Dynamo traces a Function, it instantiates the class. torch itself warns about that.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
@@ -116,6 +124,67 @@ def test_refreshes_that_take_turns_would_be_a_graph_each_so_all_refresh_at_once(
     grafts = require(model).grafts
     assert sum(graft.estimator.ready for graft in grafts.values()) == 3  # all but k: its input needs no gradient
     assert len(require(model).relative_errors) == 3
+
+
+def by_begins(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, longest: int, scale: float) -> Tensor:
+    """What `varlen.half_function` gives, in operators that a graph may contain."""
+    place = torch.arange(len(query))
+    sequence = torch.bucketize(place, begins[1:], right=True)
+    seen = (sequence[:, None] == sequence) & (place[:, None] >= place)
+    rows = (t.transpose(0, 1)[None] for t in (query, key, value))
+    return scaled_dot_product_attention(*rows, seen, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+
+
+def _on_batches(model: PeftModel, steps: int) -> tuple[list[float], list[int]]:
+    """Losses of batches of different lengths, and the number of graphs after each step."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses, counts, lengths = [], [], random.Random(0)
+    for step in range(steps):
+        torch.manual_seed(step)
+        batch = ragged([lengths.randint(20, 60) for _ in range(4)])
+        batch["input_ids"] %= model.config.vocab_size
+        batch["labels"] = torch.where(batch["labels"] < 0, -100, batch["input_ids"])
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        counts.append(_graphs())
+    return losses, counts
+
+
+# Dynamo asks the decoder's output for its gradient. It hides torch's warning about that, but not an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_decoder_gets_packed_batches_and_the_head_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, packed batches share graphs. They have one for refreshes and one for estimates, for any lengths."""
+    monkeypatch.setattr(varlen, "available", lambda device: True)
+    monkeypatch.setattr(varlen, "half_function", lambda: by_begins)
+    patch_all(monkeypatch, "celora.modeling.varlen:_MULTIPLE", 4)  # heads of 12 numbers
+    pretend(monkeypatch, "attention", there=False)
+    patch_all(monkeypatch, "celora.modeling.attention:_SHORT", 0)
+    config = CELoraConfig(
+        estimator="tokens", selection="energy", keep_ratio=0.9, rank=0, refresh_every=3, fused=True, labelled_head=True,
+        padding_free=True, head_keep_ratio=0.5, **({} if refuses() else {"precision": "int8", "forward": "int8"}),
+    )  # fmt: skip
+    eager, model = (_model(config, torch.bfloat16, FEW) for _ in range(2))
+    model.get_base_model().model.compile(backend="aot_eager", fullgraph=True)
+    packed = []
+    monkeypatch.setattr(packing, "pack", lambda *args: packed.append(pack(*args)) or packed[-1])
+    losses, counts = _on_batches(model, 10)  # refreshes at steps 0, 3, 6 and 9
+    assert counts[7:] == [counts[6]] * 3
+    assert counts[6] <= 4  # refreshes and estimates, each for the first length and then for any
+    assert all(inputs["input_ids"].shape[1] % grain(inputs["input_ids"].shape[1]) == 0 for inputs in packed)
+    assert model.config._attn_implementation == "sdpa"
+    assert losses == pytest.approx(_on_batches(eager, 10)[0], rel=2e-3)
+
+
+def test_without_attention_in_one_call_a_compiled_decoder_keeps_its_padding() -> None:
+    model = _model(CELoraConfig(estimator="dense", labelled_head=True, padding_free=True), torch.float32, FEW)
+    causal, batch = model.get_base_model(), ragged([9, 3, 5])
+    kept, numbers = measure(batch["labels"] != -100, batch["attention_mask"])
+    assert pack(causal, batch["input_ids"], None, kept, numbers.tolist()) is not None
+    causal.model.layers[0].compile(backend="aot_eager")
+    assert pack(causal, batch["input_ids"], None, kept, numbers.tolist()) is None
 
 
 def test_attaching_to_a_model_that_was_compiled_before_is_said() -> None:

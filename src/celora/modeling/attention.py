@@ -74,21 +74,32 @@ class Lookup(Hook):
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook (with kwargs)."""
+        if torch.compiler.is_compiling():
+            return  # the configuration names it already, if it is used
         if LENGTHS in kwargs:
-            borrow(_IMPLEMENTATION).fset(module.config, ATTENTION)
-        elif not torch.compiler.is_compiling():
-            self.settle(module)
+            use_ours(module.config)
+        else:
+            use_sdpa(module.config)
 
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook (with kwargs) that is always called."""
-        if LENGTHS in kwargs:
-            self.settle(module)
+        if LENGTHS in kwargs and not torch.compiler.is_compiling():
+            use_sdpa(module.config)
 
     def settle(self, module: Any) -> None:
         """Name `sdpa` again, also after an interrupted forward."""
-        name = borrow(_IMPLEMENTATION)
-        if name is not None and name.fget(module.config) == ATTENTION:
-            name.fset(module.config, "sdpa")
+        use_sdpa(module.config)
+
+
+def use_ours(config: Any) -> None:
+    """Let a configuration name our attention."""
+    borrow(_IMPLEMENTATION).fset(config, ATTENTION)
+
+
+def use_sdpa(config: Any) -> None:
+    """Let a configuration name `sdpa` again, if it names our attention."""
+    if implementation(config) == ATTENTION:
+        borrow(_IMPLEMENTATION).fset(config, "sdpa")
 
 
 def attention(
@@ -110,7 +121,8 @@ def attention(
         query: (B, heads, T, head size); packed, (1, heads, N, head size).
         key: like query, perhaps with fewer heads.
         value: like key.
-        celora_lengths: number of tokens of each packed sequence; None for a batch that is not packed.
+        celora_lengths: number of tokens of each packed sequence; None for a batch that is not packed. () under
+            torch.compile, where `cu_seq_lens_q` tells.
         cu_seq_lens_q: (S + 1,) int32, where each of S packed sequences begins, and the end of the last. None where
             no function computes them together.
         max_length_q: number of tokens of the longest, with `cu_seq_lens_q`.
@@ -126,12 +138,12 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output
-    if sum(celora_lengths) != query.shape[2] or query.shape[2] != key.shape[2]:
+    if (celora_lengths and sum(celora_lengths) != query.shape[2]) or query.shape[2] != key.shape[2]:
         raise CELoraError(
             f"{query.shape[2]} queries and {key.shape[2]} keys for {sum(celora_lengths)} packed tokens: something "
             "between the batch and the attention changed them. Attach with padding_free=False."
         )
-    if tiles or (dropout == 0 and _backward_pays(query, key, value, celora_lengths)):
+    if celora_lengths and (tiles or (dropout == 0 and _backward_pays(query, key, value, celora_lengths))):
         function = _Tiled if tiles else _Causal
         result: Tensor = function.apply(query, key, value, celora_lengths, scale)  # type: ignore[no-untyped-call]
         return result, None
@@ -139,6 +151,11 @@ def attention(
         together = varlen.attend(module, query, key, value, cu_seq_lens_q, max_length_q, attention_mask, scale)
         if together is not None:
             return together, None
+    if not celora_lengths:
+        raise CELoraError(
+            f"a compiled model has packed batches, and nothing here computes attention of {query.dtype} with heads of "
+            f"{query.shape[3]} in one call. Attach with padding_free=False."
+        )
     _say_one_by_one(query.device.type)
     pieces = zip(*(t.split(celora_lengths, dim=2) for t in (query, key, value)), strict=True)
     found = [_sdpa()(module, *piece, None, dropout=dropout, scaling=scaling, **kwargs)[0] for piece in pieces]

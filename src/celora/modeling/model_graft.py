@@ -28,7 +28,7 @@ from celora.errors import CELoraError
 from celora.kernels.operations import available
 from celora.machine.processes import gathers, largest_of_all
 from celora.modeling import packing
-from celora.modeling.attention import LENGTHS, Lookup, implementation, is_attention
+from celora.modeling.attention import LENGTHS, Lookup, implementation, is_attention, use_ours, use_sdpa
 from celora.modeling.call import OUTPUTS, REFUSED, TRL, UNPACKED, Call, fit, is_set, unknown_arguments
 from celora.modeling.hooks import Hook, nothing, settle_all
 from celora.modeling.language_model import LanguageModel, at_hand, language_model, not_ours
@@ -87,6 +87,8 @@ class ModelGraft(Measured, Hook):
     def _take_call(self) -> Call | None:
         """End the current call, and return it."""
         call, self._call = self._call, None
+        if call is not None:
+            use_sdpa(call.owner.config)
         if call is not None and call.probe is not None:
             call.probe.leave()
         return call
@@ -175,6 +177,8 @@ class ModelGraft(Measured, Hook):
             rows, shape = kept.flatten().cumsum(0)[place] - 1, inputs["input_ids"].shape
         elif self.packs and available("attention", labels.device) and implementation(causal.config) == "sdpa":
             passed[LENGTHS] = None  # not packed; our attention is used if it is faster
+        if passed.get(LENGTHS) == ():
+            use_ours(causal.config)  # a compiled attention cannot change what its configuration names
         passed["logits_to_keep"] = _NO_LOGITS
         known, probe = _known_by(causal, given), None
         if known != self._known or self._again(labels):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from celora.modeling import varlen
 from celora.modeling.attention import LENGTHS, implementation, packing_pays, plain
+from celora.modeling.compiled import is_compiled
 from celora.modeling.families import family_of
 from celora.numerics.select import grain
 
@@ -45,7 +46,7 @@ def measure(labelled: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Te
 
 
 def pack(
-    model: nn.Module, input_ids: Tensor, position_ids: Tensor | None, kept: Tensor, numbers: list[int]
+    model: Any, input_ids: Tensor, position_ids: Tensor | None, kept: Tensor, numbers: list[int]
 ) -> dict[str, Any] | None:
     """Put a batch of B sequences of up to T tokens into one row of N tokens; None if packing does not help.
 
@@ -64,10 +65,13 @@ def pack(
     lengths, total = tuple(n for n in counted if n), sum(counted)
     if not whole or not total or columns > _longest(model.config):
         return None
-    config: Any = model.config
-    ours = implementation(config) == "sdpa"
+    config, decoder = model.config, model.base_model
+    ours, device = implementation(config) == "sdpa", input_ids.device
+    compiled = ours and is_compiled(decoder)
+    if compiled and not varlen.compiles(config, device, _dtype(model)):
+        return None
     if total > (1 - _LEAST_SAVING) * rows * columns and not (
-        ours and packing_pays(_dtype(model), max(lengths), input_ids.device, masked=bool(masked))
+        ours and packing_pays(_dtype(model), max(lengths), device, masked=bool(masked))
     ):
         return None
     family = family_of(config)
@@ -77,21 +81,24 @@ def pack(
         return None  # packed sequences get full causal attention, which ignores the window
     index = places(kept.flatten(), total)
     # Repeat the last token a few times. No other token sees the copies, and a shape seen before is faster.
-    extra = -total % grain(total) if input_ids.device.type == "cpu" else 0
+    extra = -total % grain(total) if device.type == "cpu" or compiled else 0
     lengths = (*lengths[:-1], lengths[-1] + extra)
     padded = torch.cat([index, index[-1:].expand(extra)])
-    position = torch.arange(columns, device=input_ids.device).expand(rows, columns)
+    position = torch.arange(columns, device=device).expand(rows, columns)
     inputs: dict[str, Any] = {
         "input_ids": input_ids.flatten()[padded][None],
         "position_ids": (position if position_ids is None else position_ids).flatten()[padded][None],
     }
-    if ours and not varlen.available(input_ids.device):
+    if ours and not varlen.available(device):
         return inputs | {LENGTHS: lengths, "attention_mask": _ignored(index)}
     counts = kept.sum(1)
-    ends = counts[places(counts > 0, len(lengths))].cumsum(0)
+    if compiled:  # no number that another batch of as many tokens would not have
+        longest, lengths = 1 << (max(lengths) - 1).bit_length(), ()
+    else:
+        longest, counts = max(lengths), counts[places(counts > 0, len(lengths))]
+    ends = counts.cumsum(0)
     ends[-1:] += extra
     begins = nn.functional.pad(ends, (1, 0)).to(torch.int32)
-    longest = max(lengths)
     inputs |= {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": longest, "max_length_k": longest}
     if not ours:
         return inputs | {"attention_mask": None}

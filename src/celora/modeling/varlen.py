@@ -31,6 +31,20 @@ def available(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _AMPERE
 
 
+def compiles(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one call computes them in a model with this configuration, and one graph serves all batches.
+
+    FlexAttention's mask is another function for each batch, so it would be a graph for each.
+    """
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = _takes(size) and not getattr(config, "attention_dropout", 0)
+    return plain and available(device) and dtype in _HALF and half_function() is not None
+
+
+def _takes(head_size: int) -> bool:
+    return head_size <= _LARGEST_HEAD and head_size % _MULTIPLE == 0
+
+
 def half_function() -> Function | None:
     """Causal attention of sequences of different lengths in float16 and bfloat16, or None. It returns (N, heads, d)."""
     return _torch_function() or _flash_function()
@@ -84,7 +98,7 @@ def attend(
         return found
     size, function = query.shape[3], half_function()
     alike = query.dtype == key.dtype == value.dtype and size == key.shape[3] == value.shape[3]
-    if function is None or not alike or query.dtype not in _HALF or size > _LARGEST_HEAD or size % _MULTIPLE:
+    if function is None or not alike or query.dtype not in _HALF or not _takes(size):
         return None
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
     return function(query, key, value, begins, longest, scale)[None]
