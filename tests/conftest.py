@@ -36,7 +36,6 @@ import pytest
 import torch
 
 from celora.kernels.c import library as kernels
-from patching import patch_all
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -55,7 +54,7 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fuse adapters for any number of tokens. Batches here are so small that celora would not fuse them."""
-    patch_all(monkeypatch, "celora.modeling.fused:_FEWEST_TOKENS", 0)
+    monkeypatch.setattr("celora.modeling.fused._FEWEST_TOKENS", 0)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -94,6 +93,14 @@ def pytest_collection_finish() -> None:
     atexit.register(gc.unfreeze)  # nanobind's modules, such as Triton's, call whatever is frozen at the end leaked
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_collecting_what_stays() -> Iterator[None]:
+    """Freeze what a file's tests imported and cached: libraries call the collector often, and it would look at all."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_seeds_for_devices_that_are_not_there() -> Iterator[None]:
     """Without a GPU, every `torch.manual_seed` spends a millisecond on recording a stack trace for later."""
@@ -111,6 +118,26 @@ def _no_reading_what_was_read() -> Iterator[None]:
     """accelerate reads the metadata of three packages from disk several times in every step of a Trainer. Cache it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.metadata, "metadata", functools.cache(importlib.metadata.metadata))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_compiling_what_was_compiled() -> Iterator[None]:
+    """PEFT compiles the template of its model card whenever an adapter is saved. Compile each template once."""
+    import jinja2
+
+    compiled, known = jinja2.Environment.compile, {}
+
+    def once(environment: Any, source: Any, *args: Any, **more: Any) -> Any:
+        key = environment, source, args, tuple(more.items())
+        if not isinstance(source, str):
+            return compiled(*key[:2], *args, **more)
+        if key not in known:
+            known[key] = compiled(environment, source, *args, **more)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2.Environment, "compile", once)
         yield
 
 

@@ -8,12 +8,14 @@ any other failure, with a traceback if it is a bug. Each command imports torch a
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None, *, began: float | None = None) 
     try:
         # typer would print its usage for a mistake; here every mistake is one line.
         given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-        status = typer.main.get_command(app).main(given, prog_name="celora", standalone_mode=False, obj=began)
+        status = _command().main(given, prog_name="celora", standalone_mode=False, obj=began)
     except CELoraError as error:
         return _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -54,6 +56,11 @@ def main(arguments: Sequence[str] | None = None, *, began: float | None = None) 
     if status == 130:  # typer has turned an uncaught Ctrl-C into an exit status
         typer.echo("interrupted", err=True)
     return status if isinstance(status, int) else 0
+
+
+@functools.cache
+def _command() -> Any:
+    return typer.main.get_command(app)
 
 
 def _fail(message: str) -> int:

@@ -170,6 +170,7 @@ def _policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
     )
 
 
+@functools.lru_cache(maxsize=16)  # plotly.js has megabytes
 def _hash(source: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
