@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from celora import CELoraConfig
 from celora.modeling.adapter import Adapter
 from celora.modeling.fused import FusedGraft
+from small import made_once
 
 FUSED = CELoraConfig(estimator="dense", fused=True)
 
 
+@made_once
 def layer(
     out: int = 20,
     inp: int = 12,
