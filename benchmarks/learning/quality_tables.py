@@ -218,7 +218,7 @@ def convergence() -> str:
 
     found = rows.read(study.RESULTS)
     body = []
-    for arm in _LINES:
+    for arm in study.RATED:
         mean, width = study.slope(found, arm)
         cells = [f"{_squared(found, arm, steps):.4f}" for steps in study.STEPS]
         body.append([arm, *cells, f"{mean:.3f} ({mean - width:.3f} to {mean + width:.3f})"])

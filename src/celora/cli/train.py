@@ -94,6 +94,8 @@ def _ending(request: Any, result: Any) -> str:
         then = f"celora compare {inputs} --output {shlex.quote(f'{output}-compared')}   # against plain LoRA"
     parts = [f"{part} {seconds:.1f} s" for part, seconds in spent(result.summary).items() if seconds >= 0.05]
     where = f"Wall-clock: {', '.join(parts)}\n" if parts and result.status == "finished" else ""
+    if (seconds := result.summary.get("train_seconds_of_peft")) is not None:
+        where += f"With PEFT alone, train would have taken about {seconds:.1f} s (measured on batches of this run).\n"
     return (
         f"{result.status}: step {result.step}{shown}  {result.summary['seconds']:.1f} s\n"
         f"{where}"

@@ -51,6 +51,15 @@ class Switch:
         finally:
             self.forwards = before
 
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """For a while, the model is PEFT's."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "on": False, "compiled": False, "_copied": True}
 

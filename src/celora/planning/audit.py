@@ -135,13 +135,10 @@ def _from_float32(model: nn.Module, attachment: Attachment, gradients: Callable[
     with without_dropout(model):
         with nullcontext() if head is None or head.mode is Mode.EXACT else head.through(head.keep_ratio):
             attached = gradients()
-        was, switch.on = switch.on, False
-        try:
+        with switch.off():
             plain = gradients()
             with in_float32(model):
                 true = gradients()
-        finally:
-            switch.on = was
     return FromFloat32(*(Fidelity.of([(found[name], true[name]) for name in true]) for found in (plain, attached)))
 
 

@@ -20,6 +20,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -130,18 +131,16 @@ def make_plans(
         if not layer.cannot_estimate
     ]
     attached = find(model)
-    was_on = attached is not None and attached.switch.on
-    if attached is not None:
-        attached.switch.on = False
-    try:
-        # Preset auto trains like this: without padding, and with the loss over labelled tokens only.
-        with training(model), untouched(model, parameters) as rewind, taken_over(found.language_model) as forward:
-            bench = Bench(model, parameters, used, loss, rewind, progress or (lambda what, share: None))
-            bench.forward, bench.language_model = (forward, found.language_model) if head else (None, None)
-            return _make_plans(bench, layers, fidelities, memory_limit)
-    finally:
-        if attached is not None:
-            attached.switch.on = was_on
+    # Preset auto trains like this: without padding, and with the loss over labelled tokens only.
+    with (
+        nullcontext() if attached is None else attached.switch.off(),
+        training(model),
+        untouched(model, parameters) as rewind,
+        taken_over(found.language_model) as forward,
+    ):
+        bench = Bench(model, parameters, used, loss, rewind, progress or (lambda what, share: None))
+        bench.forward, bench.language_model = (forward, found.language_model) if head else (None, None)
+        return _make_plans(bench, layers, fidelities, memory_limit)
 
 
 def _make_plans(bench: Bench, layers: list[Layer], fidelities: Sequence[float], memory_limit: int | None) -> list[Plan]:

@@ -34,6 +34,7 @@ _SUMMARY = {
     "eval_loss": "last evaluation loss",
     "eval_base_loss": "the same on the untouched base",
     "seconds": "wall-clock, s",
+    "train_seconds_of_peft": "training with PEFT alone would have taken about, s",
     "median_step_time_ms": "median step time, ms",
     "tokens_seen": "tokens processed",
     "trainable_parameters": "trainable parameters",

@@ -53,6 +53,7 @@ from celora.train.rows.answers import Learnt, what_is_learnt
 from celora.train.rows.truncation import truncation_lines
 from celora.train.trainer import build_trainer, refused
 from celora.train.wall_clock import WallClock
+from celora.train.without import seconds_of_peft
 
 
 def train(request: TrainRequest, *, console: Console | None = None, began: float | None = None) -> TrainResult:
@@ -263,6 +264,11 @@ def _carry_out(
                     trainer.evaluate()
                 with trainer.wall_clock.spending("save"):
                     save_adapter(trainer, folder.path)
+                if ready.request.preset != "off":
+                    trainer.peft_seconds = seconds_of_peft(
+                        trainer, trainer.wall_clock.seconds["train"], trainer.state.global_step - step,
+                        lambda: say(console, ready.request.options.quiet, "Measuring what PEFT would have taken ..."),
+                    )  # fmt: skip
             status = "interrupted" if early else "finished"
     except KeyboardInterrupt:
         status = "interrupted"
