@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from celora.machine import gpus
 
 TOKENS = 4096
-GPUS = {name: gpus.GPUS[name] for name in ("RTX 3060", "RTX 4090", "A100 80GB", "H100")}
+GPUS = {name: gpus.GPUS[name] for name in ("RTX 3060 12GB", "RTX 4090", "A100 80GB", "H100")}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from celora.studies.assets import demo_model
 
 RESULTS = Path(__file__).with_name("gpus.jsonl")
 FIELDS = ("model", "base", "preset", "checkpointing")
-GPU, BATCH, LENGTH, ROWS, RANK = "RTX 3060", 4, 512, 64, 16
+GPU, BATCH, LENGTH, ROWS, RANK = "RTX 4090", 4, 512, 64, 16
 
 
 def make_inputs(shape: Llama, folder: Path) -> list[str]:
@@ -73,7 +73,7 @@ def main() -> None:
     found = []
     for model, shape in MODELS.items():
         for way in estimated(shape):
-            own = {name: way[name] for name in (*FIELDS[1:], "peak_bytes", "smallest_gpu_gib")}
+            own = {name: way[name] for name in (*FIELDS[1:], "peak_bytes", "smallest_gpu_gb")}
             found.append({"model": model} | own | {"batch": BATCH, "length": LENGTH, "rank": RANK} | conditions)
             print(*own.values())
     rows.replace(RESULTS, found, FIELDS)

@@ -64,7 +64,7 @@ def fits() -> str:
     for preset, base, checkpointing in sorted(ways):
         own = {row["model"]: row for row in found if (row["preset"], row["base"], row["checkpointing"]) ==
                (preset, base, checkpointing)}  # fmt: skip
-        cells = [f"{own[m]['smallest_gpu_gib'] or 'over 80'} GB ({own[m]['peak_bytes'] / 2**30:.1f})" for m in models]
+        cells = [f"{own[m]['smallest_gpu_gb'] or 'over 80'} GB ({own[m]['peak_bytes'] / 2**30:.1f})" for m in models]
         body.append([f"`{preset}`", base, "yes" if checkpointing else "", *cells])
     one = found[0]
     return (

@@ -179,12 +179,16 @@ def test_a_compiled_decoder_gets_packed_batches_and_the_head_stays_outside(monke
 
 
 def test_without_attention_in_one_call_a_compiled_decoder_keeps_its_padding() -> None:
-    model = _model(CELoraConfig(estimator="dense", labelled_head=True, padding_free=True), torch.float32, FEW)
+    config = CELoraConfig(estimator="dense", labelled_head=True, padding_free=True)
+    eager, model = (_model(config, torch.float32, FEW) for _ in range(2))
     causal, batch = model.get_base_model(), ragged([9, 3, 5])
     kept, numbers = measure(batch["labels"] != -100, batch["attention_mask"])
     assert pack(causal, batch["input_ids"], None, kept, numbers.tolist()) is not None
-    causal.model.layers[0].compile(backend="aot_eager")
+    causal.model.compile(backend="aot_eager", fullgraph=True)
     assert pack(causal, batch["input_ids"], None, kept, numbers.tolist()) is None
+    losses, counts = _on_batches(model, 1)
+    assert counts == [1]
+    assert losses == pytest.approx(_on_batches(eager, 1)[0], rel=1e-5)
 
 
 def test_attaching_to_a_model_that_was_compiled_before_is_said() -> None:

@@ -72,7 +72,7 @@ def train(
         from celora.train.run import train as run
 
     settle_in()
-    result = run(request, began=context.obj)
+    result = run(request, began=context.obj, compares=True)
     if as_json and result.summary:
         print_json({"status": result.status, "output": str(result.output)} | result.summary)
     elif result.summary and result.status != "interrupted" and not request.options.quiet:

@@ -74,17 +74,16 @@ class Lookup(Hook):
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook (with kwargs)."""
-        if torch.compiler.is_compiling():
-            return  # the configuration names it already, if it is used
         if LENGTHS in kwargs:
-            use_ours(module.config)
-        else:
-            use_sdpa(module.config)
+            if kwargs[LENGTHS] != ():  # else the configuration names it for the whole call
+                use_ours(module.config)
+        elif not torch.compiler.is_compiling():
+            self.settle(module)
 
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook (with kwargs) that is always called."""
-        if LENGTHS in kwargs and not torch.compiler.is_compiling():
-            use_sdpa(module.config)
+        if kwargs.get(LENGTHS, ()) != ():
+            self.settle(module)
 
     def settle(self, module: Any) -> None:
         """Name `sdpa` again, also after an interrupted forward."""
@@ -121,8 +120,8 @@ def attention(
         query: (B, heads, T, head size); packed, (1, heads, N, head size).
         key: like query, perhaps with fewer heads.
         value: like key.
-        celora_lengths: number of tokens of each packed sequence; None for a batch that is not packed. () under
-            torch.compile, where `cu_seq_lens_q` tells.
+        celora_lengths: number of tokens of each packed sequence; None for a batch that is not packed. () in a
+            compiled decoder, where `cu_seq_lens_q` tells.
         cu_seq_lens_q: (S + 1,) int32, where each of S packed sequences begins, and the end of the last. None where
             no function computes them together.
         max_length_q: number of tokens of the longest, with `cu_seq_lens_q`.

@@ -20,13 +20,9 @@ if TYPE_CHECKING:
     from celora.modeling.graft import LayerGraft
 
 
-def is_compiled(decoder: nn.Module) -> bool:
-    """Whether this model or a block in it is compiled, in place (`nn.Module.compile`) or as a module of its own."""
-    blocks = [block for child in decoder.children() if isinstance(child, nn.ModuleList) for block in child]
-    return any(
-        module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
-        for module in (decoder, *blocks)
-    )
+def is_compiled(module: nn.Module) -> bool:
+    """Whether this module is compiled in place, by `nn.Module.compile`."""
+    return module._compiled_call_impl is not None
 
 
 keys = itertools.count()

@@ -30,6 +30,7 @@ from celora.machine.processes import gathers, largest_of_all
 from celora.modeling import packing
 from celora.modeling.attention import LENGTHS, Lookup, implementation, is_attention, use_ours, use_sdpa
 from celora.modeling.call import OUTPUTS, REFUSED, TRL, UNPACKED, Call, fit, is_set, unknown_arguments
+from celora.modeling.compiled import is_compiled
 from celora.modeling.hooks import Hook, nothing, settle_all
 from celora.modeling.language_model import LanguageModel, at_hand, language_model, not_ours
 from celora.modeling.onlookers import may_look_at_shapes
@@ -175,10 +176,8 @@ class ModelGraft(Measured, Hook):
         if inputs is not None:
             passed |= inputs
             rows, shape = kept.flatten().cumsum(0)[place] - 1, inputs["input_ids"].shape
-        elif self.packs and available("attention", labels.device) and implementation(causal.config) == "sdpa":
+        elif self.packs and self._attention_is_ours(causal, labels.device):
             passed[LENGTHS] = None  # not packed; our attention is used if it is faster
-        if passed.get(LENGTHS) == ():
-            use_ours(causal.config)  # a compiled attention cannot change what its configuration names
         passed["logits_to_keep"] = _NO_LOGITS
         known, probe = _known_by(causal, given), None
         if known != self._known or self._again(labels):
@@ -197,6 +196,8 @@ class ModelGraft(Measured, Hook):
             probe.enter(causal, self.at_head)
             self._probed_by = weakref.ref(labels)
         self._call = Call(causal, given, next_labels, place, rows, shape, known, probe)
+        if passed.get(LENGTHS) == ():
+            use_ours(causal.config)  # a compiled attention cannot change what its configuration names
         return (), passed
 
     def _again(self, labels: Tensor) -> bool:
@@ -314,6 +315,10 @@ class ModelGraft(Measured, Hook):
             return module(**given)
         finally:
             self._probed_by = probed_by
+
+    def _attention_is_ours(self, causal: Any, device: torch.device) -> bool:
+        plain = implementation(causal.config) == "sdpa" and not is_compiled(causal.base_model)
+        return plain and available("attention", device)
 
     def _packs(self, causal: Any, given: Mapping[str, Any], shape: torch.Size) -> bool:
         """Whether the batch of this call may be packed. Says why not, unless the arguments show it."""

@@ -89,7 +89,6 @@ def summarise(trainer: Any, metrics: MetricsWriter, attached: Any) -> dict[str, 
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "estimated_cost": attached.cost,
         **trainer.wall_clock.summary(),
-        "train_seconds_of_peft": trainer.peft_seconds,
     }
 
 

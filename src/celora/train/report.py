@@ -34,7 +34,6 @@ _SUMMARY = {
     "eval_loss": "last evaluation loss",
     "eval_base_loss": "the same on the untouched base",
     "seconds": "wall-clock, s",
-    "train_seconds_of_peft": "training with PEFT alone would have taken about, s",
     "median_step_time_ms": "median step time, ms",
     "tokens_seen": "tokens processed",
     "trainable_parameters": "trainable parameters",
@@ -76,10 +75,12 @@ def write_report(
         *(f"<p>{html.escape(line)}</p>" for line in findings),
     ]
     parts = {name: spent(column) for name, column in columns.items()}
+    peft = {"train with PEFT alone, about": {n: c.get("train_seconds_of_peft") for n, c in columns.items()}}
     sections = [
         _table("Summary", {label: {n: c.get(key) for n, c in columns.items()} for key, label in _SUMMARY.items()}),
         _table(
-            "Wall-clock of the latest call, s", {part: {n: s.get(part) for n, s in parts.items()} for part in PARTS}
+            "Wall-clock of the latest call, s",
+            {part: {n: s.get(part) for n, s in parts.items()} for part in PARTS} | peft,
         ),
         _table(
             "Configuration",

@@ -56,10 +56,13 @@ from celora.train.wall_clock import WallClock
 from celora.train.without import seconds_of_peft
 
 
-def train(request: TrainRequest, *, console: Console | None = None, began: float | None = None) -> TrainResult:
+def train(
+    request: TrainRequest, *, console: Console | None = None, began: float | None = None, compares: bool = False
+) -> TrainResult:
     """Train as `request` says, and leave the result in `request.output`.
 
-    `began`: when the command began, by `time.perf_counter`; by default now.
+    `began`: when the command began, by `time.perf_counter`; by default now. `compares`: at the end, also measure what
+    PEFT alone would have taken (`celora.train.without`).
 
     Raises:
         CELoraError: the input is bad (nothing in the output folder has changed then), another run uses that folder, or
@@ -67,7 +70,7 @@ def train(request: TrainRequest, *, console: Console | None = None, began: float
     """
     with losing_contact(request.output), ExitStack() as stack:
         console = (console or Console(stderr=True)) if is_first() else Console(quiet=True)
-        return _train(request, console, stack, WallClock(began))
+        return _train(request, console, stack, WallClock(began), compares=compares)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ class _Written:
     aside: Path | None = None  # where the run that is being replaced waits
 
 
-def _train(request: TrainRequest, console: Console, stack: ExitStack, clock: WallClock) -> TrainResult:
+def _train(
+    request: TrainRequest, console: Console, stack: ExitStack, clock: WallClock, *, compares: bool
+) -> TrainResult:
     run = _enter(request, stack)
     folder = run.folder
     lost: list[str] = []
@@ -128,6 +133,8 @@ def _train(request: TrainRequest, console: Console, stack: ExitStack, clock: Wal
             new = f"No run in {request.output} to resume: starting a new one."
             say(console, request.options.quiet, f"Resuming {where}." if run.earlier else new)
         status = _carry_out(ready, folder, written, checkpoint, marker["step"], console)
+        if compares and status == "finished" and is_first():
+            _compare_with_peft(ready, folder, written.record, marker["step"], console)
     if status == "interrupted":
         saved = folder.last_checkpoint()
         how = f"Saved {saved[0].name}; continue" if saved else "No checkpoint to go on from is saved; start again"
@@ -264,11 +271,6 @@ def _carry_out(
                     trainer.evaluate()
                 with trainer.wall_clock.spending("save"):
                     save_adapter(trainer, folder.path)
-                if ready.request.preset != "off":
-                    trainer.peft_seconds = seconds_of_peft(
-                        trainer, trainer.wall_clock.seconds["train"], trainer.state.global_step - step,
-                        lambda: say(console, ready.request.options.quiet, "Measuring what PEFT would have taken ..."),
-                    )  # fmt: skip
             status = "interrupted" if early else "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -302,6 +304,26 @@ def _leave(ready: _Ready, folder: OutputFolder, written: _Written, status: str) 
     with suppress(CELoraError) if status == "failed" else nullcontext():
         write_json(folder.path / RUN, written.record)
         write_report(folder.path / REPORT, {report_name(ready.request): folder.path})
+
+
+def _compare_with_peft(
+    ready: _Ready, folder: OutputFolder, record: dict[str, Any], step: int, console: Console
+) -> None:
+    """Add what PEFT alone would have taken to record and report. The run has ended well whatever happens here."""
+    request, trainer = ready.request, ready.trainer
+    if request.preset == "off" or request.options.memory is not None:
+        return
+    line = "Measuring what PEFT would have taken (Ctrl-C skips it) ..."
+    try:
+        seconds, steps = trainer.wall_clock.seconds["train"], trainer.state.global_step - step
+        found = seconds_of_peft(trainer, seconds, steps, lambda: say(console, request.options.quiet, line))
+    except (KeyboardInterrupt, RuntimeError) as error:
+        say(console, request.options.quiet, f"Not measured: {error or 'interrupted'}.")
+        return
+    if found is not None:
+        record["summary"]["train_seconds_of_peft"] = round(found, 3)
+        write_json(folder.path / RUN, record)
+        write_report(folder.path / REPORT, {report_name(request): folder.path})
 
 
 def _already_finished(

@@ -53,7 +53,6 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.phases, self.wall_clock = Phases(), WallClock()
-        self.peft_seconds: float | None = None  # what training would have taken with PEFT alone, if that was measured
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

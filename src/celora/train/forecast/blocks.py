@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ class Cost:
         kept: bytes that one token keeps for its backward outside of the blocks, and in one.
         dense: bytes of the largest 8-bit weight when a refresh de-quantises it: its integers, and its numbers.
         itemsize: bytes of a number of the model.
+        computes_in: the dtype of its products, that of autocast where it is on.
         packed: whether padding is left out.
     """
 
@@ -83,6 +85,7 @@ class Cost:
     kept: tuple[float, float]
     dense: int
     itemsize: int
+    computes_in: str
     packed: bool
 
 
@@ -176,11 +179,18 @@ def measure(
 
 
 def count(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype, *, int8: bool) -> Cost:
-    """The bytes of a step with torch's operators alone, as on a GPU for which there is no plan. Times no step."""
+    """The bytes of a step with torch's operators alone, as on a GPU for which there is no plan. Times no step.
+
+    Raises:
+        CELoraError: a token passes only some of the model's experts, so numbers do not tell operations.
+    """
+    text = config.get_text_config()
+    if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise CELoraError("mixtures of experts are not estimated for GPUs")
 
     def part(blocks: int) -> _Part:
         model = _alike(config, blocks, dtype, request.lora["attn_implementation"])
-        return _part(request, build, model, int8, _COUNTED, (), lambda request, probe: request.config)
+        return _part(request, build, model, int8, _COUNTED, (), lambda request, probe: request.config, repeats=True)
 
     with torch_alone():
         return _cost(part, config, dtype)
@@ -199,6 +209,7 @@ def _cost(part: Callable[[int], _Part], config: Any, dtype: torch.dtype) -> Cost
         kept=kept,
         dense=parts[many].largest_held * (1 + dtype.itemsize),
         itemsize=dtype.itemsize,
+        computes_in=parts[many].computes_in,
         packed=parts[many].packed,
     )
 
@@ -213,6 +224,7 @@ class _Part:
     seconds: dict[bool, dict[int, float]]
     sizes: tuple[float, float, float, float]
     largest_held: int
+    computes_in: str
     packed: bool
 
 
@@ -224,11 +236,15 @@ def _part(
     tokens: int,
     checkpointing: Sequence[bool],
     settle: Callable[[TrainRequest, Any], Any],
+    *,
+    repeats: bool = False,
 ) -> _Part:
     if int8:
         quantise_base(model)
     probe = build(model)
     peft, rows, words = probe.model.train(), _ordinary(probe.train_dataset), model.config.vocab_size
+    # A micro-batch of short rows may have few tokens.
+    rows = rows[: probe.args.per_device_train_batch_size] if not repeats else list(islice(cycle(rows), tokens))
     large = _batch(probe, rows, tokens, words)
     batches = [large, _batch(probe, rows, max(2, _count(large) // 4), words)]
     with warnings.catch_warnings():
@@ -240,14 +256,15 @@ def _part(
         with checkpointed(peft) if on else nullcontext():
             taken[on] = {_count(batch): seconds(probe, batch, optimizer) for batch in batches}
     if not taken:
-        probe.compute_loss(probe.model, dict(large)).backward()  # the first call may save more than later ones
+        kept_by(probe, dict(large))  # the first call may keep more than later ones
     kept = kept_by(probe, dict(large)) / _count(large)
     found = find_language_model(peft)
     packed = isinstance(found, LanguageModel) and not found.cannot_pack and request.preset != "off"
     sizes = (*_sizes(peft), kept)
     largest = max((layer.in_features * layer.out_features for layer in held_in_8_bits(peft).values()), default=0)
     celora.detach(peft)
-    return _Part(taken, sizes, largest, packed)
+    computes_in = "bfloat16" if probe.args.bf16 else str(model.dtype).removeprefix("torch.")
+    return _Part(taken, sizes, largest, computes_in, packed)
 
 
 def settled_config(request: TrainRequest, probe: Any) -> Any:
@@ -278,12 +295,12 @@ def _tokens(config: Any, blocks: int) -> int:
 
 
 def _batch(probe: Any, rows: Sequence[dict[str, Any]], tokens: int, words: int) -> dict[str, Any]:
-    """A batch of about so many tokens: as many rows as a micro-batch has, the last without its beginning.
+    """A batch of about so many tokens: the first rows, the last without its beginning.
 
     So answers, which stand at the end, are learnt in any case.
     """
     taken: list[dict[str, Any]] = []
-    for row in rows[: probe.args.per_device_train_batch_size]:
+    for row in rows:
         room = tokens - sum(len(other["input_ids"]) for other in taken)
         if room < 2:
             break

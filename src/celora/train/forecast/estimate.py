@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from celora.errors import CELoraError
 from celora.machine.allocator import give_back_freed_memory
 from celora.machine.device import default_device
-from celora.machine.gpus import GPUS, SIZES
+from celora.machine.gpus import GPUS, USABLE, usable
 from celora.machine.memory import available_memory, resident_memory
 from celora.train.dtype import settle_dtype
 from celora.train.forecast import gpu as gpus
@@ -94,7 +94,7 @@ class Estimate:
         ways = [
             asdict(way)
             | {"fits": way.fits(self.memory), "quality": QUALITY.get(way.preset, "")}
-            | ({} if self.gpu is None else {"smallest_gpu_gib": gpus.smallest(way)})
+            | ({} if self.gpu is None else {"smallest_gpu_gb": gpus.smallest(way)})
             for way in self.ways
         ]
         return asdict(self) | {"ways": ways, "taken": None if self.taken is None else asdict(self.taken)}
@@ -108,7 +108,7 @@ class Estimate:
         ]
         lines += [self.cut] if self.cut else []
         if self.gpu is not None:
-            lines.append(f"{self.gpu}: computed from its published peaks, not measured. Epochs take longer.")
+            lines.append(f"{self.gpu}: computed from its published peaks, not measured.")
         head = ["base", "preset", "checkpointing", "batch", "peak memory", "an epoch", "kept of LoRA", ""]
         if self.gpu is not None:
             head[4:6] = "peak memory", "smallest GPU", "an epoch, at least"
@@ -120,7 +120,7 @@ class Estimate:
     def _row(self, way: Way) -> tuple[str, ...]:
         base = way.dtype if way.base != "int8" else f"int8, else {way.dtype}"
         mark = "<- celora takes this" if way == self.taken else "" if way.fits(self.memory) else "does not fit"
-        on = () if self.gpu is None else (f"{gpus.smallest(way) or 'over ' + str(SIZES[-1])} GB",)
+        on = () if self.gpu is None else (f"{gpus.smallest(way) or 'over ' + str(max(USABLE))} GB",)
         return (
             base, way.preset, "on" if way.checkpointing else "off", f"{way.batch} x {way.accumulation}",
             gib(way.peak_bytes), *on, _time(way.epoch_seconds), QUALITY.get(way.preset, ""), mark,
@@ -184,7 +184,7 @@ def estimate(
         ways = _all_ways(request, args, lambda model: build(model, few), config, found, stored, presets, gpu)
     budget = memory
     if memory is None and gpu is not None:
-        budget = GPUS[gpu].memory * 2**30 if asked is not None else available_memory(default_device())
+        budget = usable(GPUS[gpu].memory) if asked is not None else available_memory(default_device())
     elif memory is None:
         budget = available_memory(args.device)
         budget = None if budget is None else budget + (resident_memory() or 0)  # the peak counts what there is already
@@ -300,7 +300,7 @@ def _all_ways(
     checkpointing = [on] if asked else [False, True] if can_checkpoint(config) else [False]
     options = _batches(request, args)
     costs: dict[tuple[str, str, str], Cost] = {}
-    for base, dtype in _bases(request, args, gpu):
+    for base, dtype in _bases(request, args, None if gpu is None else stored):
         for preset in presets:
             own, kind, int8 = _with_preset(request, preset), getattr(torch, dtype), base == "int8"
             if gpu is None:
@@ -334,13 +334,13 @@ def _with_preset(request: TrainRequest, preset: str) -> TrainRequest:
     return replace(request, preset=preset, config=made.config, r=made.r)
 
 
-def _bases(request: TrainRequest, args: Any, gpu: str | None) -> list[tuple[str, str]]:
-    """Pairs of a base and the dtype of what is not in 8 bits."""
-    dtypes = ["float32", "bfloat16"] if gpu is None else ["bfloat16"]
+def _bases(request: TrainRequest, args: Any, stored: int | None) -> list[tuple[str, str]]:
+    """Pairs of a base and the dtype of what is not in 8 bits. `stored`: bytes of a number in a checkpoint for a GPU."""
+    dtypes = ["bfloat16"] if stored == 2 else ["float32", "bfloat16"]
     if "dtype" in request.given and request.lora["dtype"] not in (None, "auto"):
         dtypes = [request.lora["dtype"]]
     held = replace(request, options=replace(request.options, base="int8"))
-    settled = settle_dtype(held, args)[0].lora["dtype"] if gpu is None else None
+    settled = settle_dtype(held, args)[0].lora["dtype"] if stored is None else None
     beside = settled if settled in ("float32", "bfloat16", "float16") else dtypes[0]
     plain = [(dtype, dtype) for dtype in dtypes]
     if request.lora["load_in_4bit"] or request.lora["load_in_8bit"]:

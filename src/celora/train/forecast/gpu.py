@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from celora.errors import CELoraError
 from celora.machine.device import accelerator, device_name
-from celora.machine.gpus import SIZES, gpu_named
+from celora.machine.gpus import USABLE, gpu_named, usable
 from celora.train.forecast.ways import Way
 from celora.train.request.arguments import TrainRequest
 
@@ -33,7 +35,7 @@ def gpu_of(request: TrainRequest, asked: str | None) -> str | None:
         raise CELoraError(
             f"estimates are of CPUs and NVIDIA's GPUs, and this run would be on {device.type}; give --use_cpu true"
         )
-    return gpu_named(device_name(device))
+    return gpu_named(device_name(device), round(torch.cuda.get_device_properties(device).total_memory / 2**30))
 
 
 def on_cpu(request: TrainRequest, presets: tuple[str, ...]) -> TrainRequest:
@@ -44,10 +46,12 @@ def on_cpu(request: TrainRequest, presets: tuple[str, ...]) -> TrainRequest:
     """
     if other := next((name for name in presets if name not in _KNOWN), None):
         raise CELoraError(f"GPUs are estimated with preset {', '.join(_KNOWN)}, not with {other}")
-    settings = {"use_cpu": True, "bf16": False, "fp16": False, "dataloader_pin_memory": False}
+    # A run on CUDA computes under autocast unless told otherwise. float16 is not for CPUs, and as large.
+    halves = request.given.get("bf16", True) or request.given.get("fp16", False)
+    settings = {"use_cpu": True, "bf16": bool(halves), "fp16": False, "dataloader_pin_memory": False}
     return replace(request, train=request.train | settings)
 
 
 def smallest(way: Way) -> int | None:
-    """The memory in GiB of the smallest common GPU that this fits on; None if there is none."""
-    return next((size for size in SIZES if way.fits(size * 2**30)), None)
+    """GB of the smallest common GPU that this fits on; None if there is none."""
+    return next((size for size in USABLE if way.fits(usable(size))), None)

@@ -22,8 +22,6 @@ _ADAMW = 4  # times the bytes of what trains
 _ROUNDED = 17 / 16  # celora rounds the tokens left after padding up
 _LOGITS = 8  # bytes that a logit takes while its chunk is computed: itself in float32, and its gradient
 _TO_SPARE = 1.05  # of the peak, to fit: estimates were up to 9 % too low, and a budget may be exceeded by 5 %
-_HALF_OF_PAIRS = 2  # operations for a pair of tokens and a number of the width: two products, causal
-_BACKWARD_OF_ATTENTION = 2.5  # times its forward: five products for two
 _WORDS = {"fast": 0.1}  # share of the words that the head's backward multiplies with
 _SEEN = 3  # tensors of the width of the MLP that live for a moment in a block's backward
 # Share of LoRA's improvement in held-out loss that is kept; docs/measured/learning.md. None: not measured alone.
@@ -129,7 +127,9 @@ def ways_of(
             if gpu is None:
                 seconds = epoch_seconds(cost, model, rows, batch, checkpointing=on)
             else:
-                seconds = least_seconds(gpu, cost, model, rows, dtype=named[1], preset=named[2], checkpointing=on)
+                seconds = least_seconds(
+                    gpu, cost, model, rows, dtype=cost.computes_in, preset=named[2], checkpointing=on
+                )
             found.append(Way(*named, on, batch, accumulation, int(peak), seconds))
     return found
 
@@ -175,20 +175,17 @@ def least_seconds(
 ) -> float:
     """Seconds that an epoch takes at least on a GPU, by its published peaks. Computed, not measured.
 
-        seconds >= operations / rate + bytes / bandwidth
+        seconds >= max(operations / rate, bytes / bandwidth)
 
-    Operations are those of the products with frozen weights, of causal attention and of the head. Bytes are what a step
-    keeps for its backward, written once and read once. Adapters, norms and the optimizer are left out.
+    Operations are those of the products with frozen weights and of the head. Bytes are what a step keeps for its
+    backward, written once and read once. Everything else is left out.
     """
     usual = gpu.float32 if dtype == "float32" else gpu.bfloat16
     eight = gpu.int8 if preset == "fast" else usual
     frozen = 2 * model.blocks * model.block_numbers * rows.tokens  # in one direction
-    attention = _HALF_OF_PAIRS * model.blocks * model.hidden * rows.tokens * rows.tokens / max(1, rows.count)
     head = 2 * model.hidden * model.words * (rows.labelled if cost.packed else rows.tokens)
-    forwards = 2 if checkpointing else 1
-    busy = ((forwards + 1) * frozen + head) / eight
-    busy += ((forwards + _BACKWARD_OF_ATTENTION) * attention + _WORDS.get(preset, 1) * head) / usual
-    return busy + 2 * rows.tokens * kept_bytes(cost, model, checkpointing=False) / gpu.bandwidth
+    busy = ((3 if checkpointing else 2) * frozen + head) / eight + _WORDS.get(preset, 1) * head / usual
+    return max(busy, 2 * rows.tokens * kept_bytes(cost, model, checkpointing=False) / gpu.bandwidth)
 
 
 def best(ways: Iterable[Way], memory: int | None) -> Way | None:
