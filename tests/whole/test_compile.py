@@ -32,6 +32,9 @@ from without import pretend
 # While Dynamo traces a Function, it instantiates the class. torch itself warns about that.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
 
+# Dynamo asks the decoder's output for its gradient. It hides torch's warning about that, but not an error.
+asks_for_gradients = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=4)
 EACH_SHAPE = ["k_proj", "o_proj", "up_proj", "down_proj"]  # tracing takes a second for each layer
 FEW = ["q_proj", "down_proj"]
@@ -153,8 +156,7 @@ def _on_batches(model: PeftModel, steps: int) -> tuple[list[float], list[int]]:
     return losses, counts
 
 
-# Dynamo asks the decoder's output for its gradient. It hides torch's warning about that, but not an error.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@asks_for_gradients
 def test_a_compiled_decoder_gets_packed_batches_and_the_head_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, packed batches share graphs. They have one for refreshes and one for estimates, for any lengths."""
     monkeypatch.setattr(varlen, "available", lambda device: True)
@@ -175,9 +177,10 @@ def test_a_compiled_decoder_gets_packed_batches_and_the_head_stays_outside(monke
     assert counts[6] <= 4  # refreshes and estimates, each for the first length and then for any
     assert all(inputs["input_ids"].shape[1] % grain(inputs["input_ids"].shape[1]) == 0 for inputs in packed)
     assert model.config._attn_implementation == "sdpa"
-    assert losses == pytest.approx(_on_batches(eager, 10)[0], rel=2e-3)
+    assert losses == pytest.approx(_on_batches(eager, 10)[0], rel=2**-8)  # logits are rounded to bfloat16
 
 
+@asks_for_gradients
 def test_without_attention_in_one_call_a_compiled_decoder_keeps_its_padding() -> None:
     config = CELoraConfig(estimator="dense", labelled_head=True, padding_free=True)
     eager, model = (_model(config, torch.float32, FEW) for _ in range(2))
