@@ -46,6 +46,11 @@ def implementation(config: Any) -> str | None:
     return found
 
 
+def may_replace(config: Any, device: torch.device) -> bool:
+    """Whether our attention may compute a batch that is not packed: it has the last word on each call."""
+    return implementation(config) == "sdpa" and operations.available("attention", device)
+
+
 def is_attention(module: nn.Module) -> bool:
     """Whether this is a decoder's attention that looks up its implementation in its configuration."""
     own = vars(module)

@@ -25,10 +25,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
 from celora.errors import CELoraError
-from celora.kernels.operations import available
 from celora.machine.processes import gathers, largest_of_all
 from celora.modeling import packing
-from celora.modeling.attention import LENGTHS, Lookup, implementation, is_attention, use_ours, use_sdpa
+from celora.modeling.attention import LENGTHS, Lookup, is_attention, may_replace, use_ours, use_sdpa
 from celora.modeling.call import OUTPUTS, REFUSED, TRL, UNPACKED, Call, fit, is_set, unknown_arguments
 from celora.modeling.compiled import is_compiled
 from celora.modeling.hooks import Hook, nothing, settle_all
@@ -176,7 +175,7 @@ class ModelGraft(Measured, Hook):
         if inputs is not None:
             passed |= inputs
             rows, shape = kept.flatten().cumsum(0)[place] - 1, inputs["input_ids"].shape
-        elif self.packs and self._attention_is_ours(causal, labels.device):
+        elif self.packs and not is_compiled(causal.base_model) and may_replace(causal.config, labels.device):
             passed[LENGTHS] = None  # not packed; our attention is used if it is faster
         passed["logits_to_keep"] = _NO_LOGITS
         known, probe = _known_by(causal, given), None
@@ -315,10 +314,6 @@ class ModelGraft(Measured, Hook):
             return module(**given)
         finally:
             self._probed_by = probed_by
-
-    def _attention_is_ours(self, causal: Any, device: torch.device) -> bool:
-        plain = implementation(causal.config) == "sdpa" and not is_compiled(causal.base_model)
-        return plain and available("attention", device)
 
     def _packs(self, causal: Any, given: Mapping[str, Any], shape: torch.Size) -> bool:
         """Whether the batch of this call may be packed. Says why not, unless the arguments show it."""
