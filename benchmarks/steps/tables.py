@@ -78,15 +78,14 @@ def adapter() -> str:
     found = rows.read(HERE / "adapter.jsonl")
     presets = list(dict.fromkeys(row["preset"] for row in found))
     body = []
-    for steps in dict.fromkeys(row["steps"] for row in found):
-        times = {
-            name: [r["adapter_s"] for r in found if (r["preset"], r["steps"]) == (name, steps)] for name in presets
-        }
-        plain, *others = (statistics.median(seconds) for seconds in times.values())
-        body.append([str(steps), f"{plain:.1f} s", *(f"{other:.1f} s, {other / plain:.2f}" for other in others)])
-    header = ["steps", *presets]
+    for machine, steps in dict.fromkeys((rows.where(row), row["steps"]) for row in found):
+        matching = [row for row in found if (rows.where(row), row["steps"]) == (machine, steps)]
+        times = [[row["adapter_s"] for row in matching if row["preset"] == name] for name in presets]
+        plain, *others = map(statistics.median, times)
+        ratios = (f"{other:.1f} s, {other / plain:.2f}" for other in others)
+        body.append([machine, f"{steps:,}", f"{plain:.1f} s", *ratios])
     turns = 1 + max(row["turn"] for row in found)
-    return rows.markdown(header, body) + f"\n\nMedians of {turns} turns, {found[0]['dtype']}, {rows.where(found[0])}."
+    return rows.markdown(["", "steps", *presets], body) + f"\n\nMedians of {turns} turns, {found[0]['dtype']}."
 
 
 def step_parts() -> str:
