@@ -74,4 +74,25 @@ def fits() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"two_processes": two_processes, "estimate": estimate, "fits": fits}
+def memory() -> str:
+    """Peak memory of a process that loads a model and trains it, by dtype and way."""
+    found = rows.read(HERE / "memory.jsonl")
+    body = []
+    for row in found:
+        (plain,) = (r["peak_mib"] for r in found if (r["arm"], r["dtype"]) == ("PEFT", row["dtype"]))
+        cells = [f"{row['base_mib']:,.0f} MiB", f"{row['peak_mib']:,.0f} MiB", f"{row['peak_mib'] / plain:.2f}"]
+        body.append([row["dtype"], row["arm"], *cells])
+    one = found[0]
+    return (
+        rows.markdown(["dtype", "", "base", "peak", "over PEFT's"], body)
+        + f"\n\nA random Llama of hidden size {one['hidden']:,}, {one['blocks']} blocks, {one['vocabulary']:,} words; "
+        f"{one['rows']} rows of {one['length']} tokens, all labelled. {rows.where(one)}."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "two_processes": two_processes,
+    "estimate": estimate,
+    "fits": fits,
+    "memory": memory,
+}
