@@ -24,6 +24,7 @@ import dataclasses
 import math
 import statistics
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -115,9 +116,8 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config is not None:
         celora.attach(model, config)
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=rate / steps**0.5, momentum=0.9, dampening=0.9)
-    if adam:
-        optimizer = torch.optim.Adam(parameters, lr=rate / steps**0.5)
+    lr, kind = rate / steps**0.5, torch.optim.Adam if adam else partial(torch.optim.SGD, momentum=0.9, dampening=0.9)
+    optimizer = kind(parameters, lr=lr)
     generator = torch.Generator().manual_seed(seed)
     every = max(1, steps // 200)
     squared = []

@@ -89,8 +89,8 @@ class ModelGraft(Measured, Hook):
         call, self._call = self._call, None
         if call is not None:
             use_sdpa(call.owner.config)
-        if call is not None and call.probe is not None:
-            call.probe.leave()
+            if call.probe is not None:
+                call.probe.leave()
         return call
 
     def begin(self, step: int) -> None:

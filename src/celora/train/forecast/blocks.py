@@ -169,13 +169,14 @@ def measure(
         int8: whether its base is held in 8 bits.
         checkpointing: whether steps are timed without, with, or both.
     """
+    many = how_many_blocks(config)
+    tokens = _tokens(config, many)
 
     def part(blocks: int) -> _Part:
         model = stand_in(config, blocks, dtype, request.lora["attn_implementation"])
-        tokens = _tokens(config, how_many_blocks(config))
         return _part(request, build, model, int8, tokens, checkpointing, settled_config)
 
-    return _cost(part, config, dtype)
+    return _cost(part, many, dtype)
 
 
 def count(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype, *, int8: bool) -> Cost:
@@ -193,11 +194,11 @@ def count(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype, 
         return _part(request, build, model, int8, _COUNTED, (), lambda request, probe: request.config, repeats=True)
 
     with torch_alone():
-        return _cost(part, config, dtype)
+        return _cost(part, how_many_blocks(config), dtype)
 
 
-def _cost(part: Callable[[int], _Part], config: Any, dtype: torch.dtype) -> Cost:
-    many = how_many_blocks(config)
+def _cost(part: Callable[[int], _Part], many: int, dtype: torch.dtype) -> Cost:
+    """The cost from stand-ins of one block and of `many`."""
     parts = {count: part(count) for count in dict.fromkeys((1, many))}
     outside, per_block = _split({count: part.sizes for count, part in parts.items()}, many)
     weights, trained, copies, kept = zip(outside, per_block, strict=True)
