@@ -54,7 +54,7 @@ class TurnedPanels(dot.Panels, BothWays):
             raise CELoraError(f"an input of {depth} features for a weight of {self.in_features}.")
         out = torch.empty(rows, columns, dtype=x.dtype, device="cpu") if out is None else out
         bias = None if bias is None else bias.float().contiguous()
-        scratch = torch.empty(dot.scratch_bytes(0, depth), dtype=torch.uint8, device="cpu")
+        scratch = torch.empty(dot.scratch_bytes(rows, depth), dtype=torch.uint8, device="cpu")
         call_kernel("quantised_product", out, x.q.data_ptr(), x.scale.data_ptr(), pointer(x.starts), rows,
               self.in_features, self.packed.data_ptr(), self.scale.data_ptr(), pointer(bias), columns,
               scratch.data_ptr(), out.data_ptr())  # fmt: skip

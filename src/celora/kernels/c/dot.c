@@ -141,6 +141,7 @@ static void square(const int8_t *q, int64_t stride, int64_t deep, const uint8_t 
 #define SQUARE 1
 #endif
 
+#ifndef PAIRS
 #ifndef OWN_BLOCK
 /* sums[r][h] = start[r] + sum_k q[r, k] (w[k, j] + 128) for the panel's columns j; rows: a constant */
 static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t stride, int64_t depth,
@@ -183,16 +184,18 @@ static void blocks(const int8_t *q, int64_t stride, int64_t depth, const uint8_t
         default: block(q, stride, depth, panel, start, 1, sums); break;
     }
 }
+#endif
 
 /* What the depth of a turned panel is rounded up to: whole panels of the weight as it is packed. */
 #define TURNED (DEEP < PANEL ? PANEL : DEEP)
 
 /* A packed weight as one product reads it. turned: the depth of its panels as they are packed, or 0 where the product
- * reads them so; space: for one panel of this thread, of panel_bytes. */
+ * reads them so; space: for one panel of this thread, of panel_bytes; pairs: for all rows, of pairs_bytes. */
 typedef struct {
     const uint8_t *packed;
     int64_t depth, turned;
     uint8_t *space;
+    int16_t *pairs;
 } weight;
 
 #ifndef __ARM_FEATURE_DOTPROD
@@ -228,6 +231,23 @@ static inline int64_t panel_bytes(int64_t depth, int turned) {
 #endif
 }
 
+/* Bytes of the rows in pairs, which all threads make and read. */
+static inline int64_t pairs_bytes(int64_t rows, int64_t depth) {
+#ifdef PAIRS
+    return up_to(rows, BLOCK) * depth * 2;
+#else
+    (void)rows, (void)depth;
+    return 0;
+#endif
+}
+
+/* The weight of a product of `rows` rows, with the scratch that it needs. */
+static inline weight weight_of(const uint8_t *packed, int64_t rows, int64_t depth, int64_t turned, uint8_t *scratch,
+                               int64_t thread) {
+    uint8_t *space = scratch + pairs_bytes(rows, depth) + thread * panel_bytes(depth, turned != 0);
+    return (weight){packed, depth, turned ? up_to(turned, DEEP) : 0, space, (int16_t *)scratch};
+}
+
 /* Panel p of the weight; `last` is the panel that this thread has made, or -1. */
 static inline const uint8_t *panel_of(const weight *w, int64_t p, int64_t *last) {
     const uint8_t *packed = w->packed + p * w->depth * PANEL;
@@ -253,11 +273,12 @@ static inline int64_t row_stride(int64_t depth) {
 #endif
 }
 
-/* Bytes of scratch for so many quantised rows and, behind them, the panels of so many threads. The scratch may begin
- * anywhere. */
+/* Bytes of scratch for so many quantised rows and, behind them, what a product makes of them and of the panels with so
+ * many threads; 0 threads: for no product. The scratch may begin anywhere. */
 static int64_t scratch_bytes(int64_t rows, int64_t depth, int64_t threads, int turned) {
     depth = up_to(depth, turned ? TURNED : DEEP);
-    return up_to(rows, SQUARE) * row_stride(depth) + 2 * 64 + threads * panel_bytes(depth, turned);
+    return up_to(rows, SQUARE) * row_stride(depth) + 2 * 64 + (threads ? pairs_bytes(rows, depth) : 0) +
+           threads * panel_bytes(depth, turned);
 }
 static inline int8_t *aligned(void *scratch) { return (int8_t *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63); }
 
@@ -355,6 +376,14 @@ static void EACH(vector_products)(const int8_t *q, int64_t stride, const int64_t
     const int64_t panels = up_to(columns, PANEL) / PANEL, blocks_of_rows = up_to(kept, BLOCK) / BLOCK;
     const int64_t threads = team->threads;
     int64_t last = -1;
+    #ifdef PAIRS
+    FOR_SHARE(b, blocks_of_rows) {
+        const int64_t left = kept - b * BLOCK;
+        pair_rows(q + b * BLOCK * stride, stride, w->depth, left < BLOCK ? (int)left : BLOCK,
+                  w->pairs + b * BLOCK * w->depth);
+    }
+    celora_meet(team);
+    #endif
     /* Whole panels to each thread; some of the rows, too, where there are too few panels for that to come out even. */
     const int64_t parts = panels % threads == 0 || panels > 8 * threads ? 1 : threads;
     FOR_SHARE(at, panels * parts) {
@@ -363,10 +392,16 @@ static void EACH(vector_products)(const int8_t *q, int64_t stride, const int64_t
         end = end < kept ? end : kept;
         const uint8_t *panel = k < end ? panel_of(w, p, &last) : NULL;
         while (k < end) {
+            #ifdef PAIRS
+            const int count = end - k < GROUP ? (int)(end - k) : GROUP;
+            ints sums[GROUP][2];
+            group(w->pairs + k * w->depth, w->depth, panel, count, sums);
+            #else
             int count = end - k < BLOCK ? (int)(end - k) : BLOCK;
             if (BLOCK > 6 && count > 8 && count < BLOCK) count = count > 10 ? 6 : 5; /* 9, 10, 11 in two */
             ints sums[BLOCK][2];
             blocks(q + k * stride, stride, w->depth, panel, starts + k, count, sums);
+            #endif
             EACH(write_block)((const int32_t *)sums, k, count, p * PANEL, index, NULL, scales, column_scale, bias,
                               columns, out);
             k += count;
@@ -459,8 +494,7 @@ static void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, 
     const int64_t depth = up_to(rows, turned ? TURNED : DEEP), stride_of_q = row_stride(depth);
     int8_t *quantised = aligned(scratch);
     uint8_t *space = (uint8_t *)aligned(quantised + up_to(kept, SQUARE) * stride_of_q);
-    space += team->thread * panel_bytes(depth, turned != 0);
-    const weight w = {packed, depth, turned ? up_to(turned, DEEP) : 0, space};
+    const weight w = weight_of(packed, kept, depth, turned, space, team->thread);
     EACH(quantise_gathered)(x, rows, stride, index, kept, factor, fold, quantised, stride_of_q, depth, scales, starts,
                             team);
     celora_meet(team);
@@ -498,12 +532,12 @@ static void EACH(quantise_input)(const TYPE *x, int64_t tokens, int64_t rows, in
 }
 
 /* out = x W^T + bias from quantise_input's x and a weight of pack_rows with its scales; bias: NULL for 0; scratch: of
- * scratch_bytes, for no row */
+ * scratch_bytes, for as many rows */
 static void EACH(quantised_product)(const void *q, const float *scales, const int32_t *starts, int64_t tokens,
                                     int64_t rows, const uint8_t *packed, const float *column_scale, const float *bias,
                                     int64_t columns, void *scratch, TYPE *out, const team *team) {
     const int64_t depth = up_to(rows, DEEP);
-    const weight w = {packed, depth, 0, (uint8_t *)aligned(scratch) + team->thread * panel_bytes(depth, 0)};
+    const weight w = weight_of(packed, tokens, depth, 0, (uint8_t *)aligned(scratch), team->thread);
     EACH(products)(aligned((void *)q), row_stride(depth), rows, NULL, tokens, &w, starts, scales, column_scale, bias,
                    columns, out, team);
 }
