@@ -144,8 +144,8 @@ static uint64_t products(int64_t rows, int64_t columns, int64_t kept) {
         }
     }
     CALL("pack_rows", P(w), N(rows), N(columns), N(columns), P(inverse), P(packed));
-    scratch = malloc((size_t)ASK("scratch_bytes", N(TOKENS), N(columns), N(0), N(0)));
-    void *space = malloc((size_t)ASK("scratch_bytes", N(TOKENS), N(columns), N(1), N(0)));
+    scratch = malloc((size_t)ASK("quantised_bytes", N(TOKENS), N(columns)));
+    void *space = malloc((size_t)ASK("product_bytes", N(TOKENS), N(columns), N(1)));
     CALL("quantise_input", P(x), N(TOKENS), N(columns), N(columns), P(NULL), P(scratch), P(scales), P(starts));
     CALL("quantised_product", P(scratch), P(scales), P(starts), N(TOKENS), N(columns), P(packed), P(scale), P(NULL),
          N(rows), P(space), P(y));

@@ -39,7 +39,7 @@ class TurnedPanels(dot.Panels, BothWays):
         dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         x = known(x)
         rows, depth = x.shape
-        space = torch.empty(ask_kernel("scratch_bytes", rows, depth, 0, False), dtype=torch.int8, device="cpu")
+        space = torch.empty(ask_kernel("quantised_bytes", rows, depth), dtype=torch.int8, device="cpu")
         stride = ask_kernel("row_stride", depth)
         q = space.as_strided((rows, depth), (stride, 1), -space.data_ptr() % 64)  # where the kernel begins
         scale = torch.empty(rows, dtype=torch.float32, device="cpu")
@@ -54,7 +54,7 @@ class TurnedPanels(dot.Panels, BothWays):
             raise CELoraError(f"an input of {depth} features for a weight of {self.in_features}.")
         out = torch.empty(rows, columns, dtype=x.dtype, device="cpu") if out is None else out
         bias = None if bias is None else bias.float().contiguous()
-        scratch = torch.empty(dot.scratch_bytes(rows, depth), dtype=torch.uint8, device="cpu")
+        scratch = torch.empty(ask_kernel("product_bytes", rows, depth, torch.get_num_threads()), dtype=torch.uint8, device="cpu")
         call_kernel("quantised_product", out, x.q.data_ptr(), x.scale.data_ptr(), pointer(x.starts), rows,
               self.in_features, self.packed.data_ptr(), self.scale.data_ptr(), pointer(bias), columns,
               scratch.data_ptr(), out.data_ptr())  # fmt: skip

@@ -273,12 +273,17 @@ static inline int64_t row_stride(int64_t depth) {
 #endif
 }
 
-/* Bytes of scratch for so many quantised rows and, behind them, what a product makes of them and of the panels with so
- * many threads; 0 threads: for no product. The scratch may begin anywhere. */
-static int64_t scratch_bytes(int64_t rows, int64_t depth, int64_t threads, int turned) {
+/* Bytes of scratch for so many quantised rows; for what a product of them needs with so many threads; for both, one
+ * behind the other. The scratch may begin anywhere. */
+static int64_t quantised_bytes(int64_t rows, int64_t depth, int turned) {
+    return up_to(rows, SQUARE) * row_stride(up_to(depth, turned ? TURNED : DEEP)) + 64;
+}
+static int64_t product_bytes(int64_t rows, int64_t depth, int64_t threads, int turned) {
     depth = up_to(depth, turned ? TURNED : DEEP);
-    return up_to(rows, SQUARE) * row_stride(depth) + 2 * 64 + (threads ? pairs_bytes(rows, depth) : 0) +
-           threads * panel_bytes(depth, turned);
+    return pairs_bytes(rows, depth) + threads * panel_bytes(depth, turned) + 64;
+}
+static int64_t scratch_bytes(int64_t rows, int64_t depth, int64_t threads, int turned) {
+    return quantised_bytes(rows, depth, turned) + product_bytes(rows, depth, threads, turned);
 }
 static inline int8_t *aligned(void *scratch) { return (int8_t *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63); }
 
@@ -523,7 +528,7 @@ static int64_t EACH(critical_product)(const TYPE *x, int64_t tokens, int64_t row
 }
 
 /* All rows of x in 8 bits, to be multiplied with several weights. fold: what each feature is multiplied with first, or
- * NULL. q: of scratch_bytes, for no thread; scales, starts: (tokens,). */
+ * NULL. q: of quantised_bytes; scales, starts: (tokens,). */
 static void EACH(quantise_input)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, const float *fold,
                                  void *q, float *scales, int32_t *starts, const team *team) {
     const int64_t depth = up_to(rows, DEEP);
@@ -532,7 +537,7 @@ static void EACH(quantise_input)(const TYPE *x, int64_t tokens, int64_t rows, in
 }
 
 /* out = x W^T + bias from quantise_input's x and a weight of pack_rows with its scales; bias: NULL for 0; scratch: of
- * scratch_bytes, for as many rows */
+ * product_bytes */
 static void EACH(quantised_product)(const void *q, const float *scales, const int32_t *starts, int64_t tokens,
                                     int64_t rows, const uint8_t *packed, const float *column_scale, const float *bias,
                                     int64_t columns, void *scratch, TYPE *out, const team *team) {

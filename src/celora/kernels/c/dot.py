@@ -183,6 +183,6 @@ def critical_product(
     return out
 
 
-def scratch_bytes(rows: int, depth: int, *, turned: bool = False) -> int:
+def scratch_bytes(rows: int, depth: int, *, turned: bool) -> int:
     """Bytes that a product of `dot.c` needs for rows that it quantises, and for a panel of each thread."""
     return ask_kernel("scratch_bytes", rows, depth, torch.get_num_threads(), turned)

@@ -47,6 +47,8 @@
     NUMBER(depth_step, DEEP)                                           \
     NUMBER(offset, OFFSET)                                             \
     NUMBER(row_stride, row_stride(N(0)))                               \
+    NUMBER(quantised_bytes, quantised_bytes(N(0), N(1), 0))            \
+    NUMBER(product_bytes, product_bytes(N(0), N(1), N(2), 0))          \
     NUMBER(scratch_bytes, scratch_bytes(N(0), N(1), N(2), I(3)))
 #else
 #define NUMBERS(NUMBER) NUMBER(panel_columns, 0)

@@ -41,6 +41,8 @@ _NUMBERS = {  # return one
     "depth_step": "",
     "offset": "",
     "row_stride": "q",
+    "quantised_bytes": "qq",
+    "product_bytes": "qqq",
     "scratch_bytes": "qqqq",
     "attention_work": "qqq",
 }
