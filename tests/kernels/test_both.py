@@ -92,6 +92,28 @@ def test_backward(dtype: torch.dtype, shape: tuple[int, int], kept: int | None) 
         assert (found[~others].double() - expected).norm() <= tolerance(dtype) * expected.norm()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_more_rows_and_depth_than_kernels_take_at_a_time(threads: int) -> None:
+    """In both directions: several groups of rows, the last one short, and stretches of the depth."""
+    w, x, g = torch.randn(1100, 1300), torch.randn(301, 1300), torch.randn(301, 1100)
+    packed = packed_of(w)
+    if packed is None:
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        forward = packed.multiply(packed.quantise(x), None)
+        backward = packed.rows(g, None, position=None, factors=None, onto=None)
+    finally:
+        torch.set_num_threads(before)
+    q, scale = reference.quantise(x.double(), 1)
+    expected = q * scale @ packed.dense().double().T
+    assert (forward.double() - expected).norm() <= tolerance(torch.float32) * expected.norm()
+    q, scale = reference.quantise(g.double() * packed.scale.double(), 1)
+    expected = q * scale @ (packed.dense() / packed.scale[:, None]).round().double()
+    assert (backward.double() - expected).norm() <= tolerance(torch.float32) * expected.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kept", "share"), [(1, 1.0), (9, 1.0), (25, 1.0), (None, 0.5), (None, 0.99)])
 def test_critical_rows(dtype: torch.dtype, kept: int | None, share: float) -> None:

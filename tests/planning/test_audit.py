@@ -47,6 +47,33 @@ def test_several_batches_are_judged_by_their_sum(model: PeftModel) -> None:
         celora.audit(model, [])
 
 
+def test_as_adam_scales_it(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+    """What is compared is what `AdamW.step` divides by, with its own second moments."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), eps=1e-6)
+    celora.attach(model, HALF)
+    with pytest.raises(CELoraError, match=r"no second moments of .*lora_A"):
+        celora.audit(model, batch, optimizer=optimizer)
+    for seed in range(3):
+        model(**make_batch(seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        require(model).clock.advance()
+    plain = copy.deepcopy(model)
+    celora.detach(plain)
+    moments = torch.cat([optimizer.state[p]["exp_avg_sq"].flatten() for p in parameters])
+    scale = (moments.double() / (1 - 0.99**3)).sqrt() + 1e-6
+    estimated, exact = (flat_gradient(each, batch) / scale for each in (model, plain))
+    report = celora.audit(model, batch, optimizer=optimizer)
+    seen = report.preconditioned
+    assert seen is not None
+    assert seen.cosine == pytest.approx(torch.cosine_similarity(estimated, exact, dim=0).item(), abs=1e-5)
+    assert seen.relative_error == pytest.approx(((estimated - exact).norm() / exact.norm()).item(), rel=1e-4)
+    assert abs(seen.cosine - report.cosine) > 0.01
+    assert "As Adam scales it: cosine" in str(report)
+    assert celora.audit(model, batch).preconditioned is None
+
+
 def test_judges_every_layer_by_its_own_adapter(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
     celora.attach(model, HALF)
     train(model, 1)

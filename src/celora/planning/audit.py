@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from celora.errors import CELoraError
+from celora.machine.device import in_float64
 from celora.modeling.switch import Mode
 from celora.planning.fidelity import Fidelity, FromFloat32
 from celora.planning.gradients import gradient, on_device, trainable, training, untouched
 from celora.planning.upcast import in_float32, without_dropout
 from celora.runtime.attachment import Attachment, require
+from celora.weights.sharded import whole
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class AuditReport(Fidelity):
         loss_shift: by how much 8-bit forwards change the loss; 0 without them.
         probed: how many layers had no selection yet. They were judged with a selection from the judged batch itself.
         float32: how far plain PEFT and celora are from float32; None unless asked for.
+        preconditioned: fidelity of the whole gradient as Adam scales it; None unless asked for.
     """
 
     per_layer: Mapping[str, Fidelity]
@@ -35,6 +39,7 @@ class AuditReport(Fidelity):
     probed: int
     loss_shift: float = 0.0
     float32: FromFloat32 | None = None
+    preconditioned: Fidelity | None = None
 
     def __str__(self) -> str:
         worst = sorted(self.per_layer.items(), key=lambda item: item[1].cosine)[:5]
@@ -42,6 +47,11 @@ class AuditReport(Fidelity):
             f"LoRA gradient, estimated against exact: cosine {self.cosine:.4f}, "
             f"relative error {self.relative_error:.4f}, norm ratio {self.norm_ratio:.4f}; loss {self.loss:.4f}."
         ]
+        if self.preconditioned is not None:
+            lines.append(
+                f"As Adam scales it: cosine {self.preconditioned.cosine:.4f}, "
+                f"relative error {self.preconditioned.relative_error:.4f}."
+            )
         if self.loss_shift:
             lines.append(f"The forward in 8 bits changes the loss by {self.loss_shift:+.4f}.")
         if self.probed:
@@ -66,6 +76,7 @@ def audit(
     *,
     loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
     reference: Literal["float32"] | None = None,
+    optimizer: Optimizer | None = None,
 ) -> AuditReport:
     """Compare the estimated gradient of the trainable parameters with the exact one, on a batch or the sum of several.
 
@@ -82,15 +93,19 @@ def audit(
         reference: `"float32"` also compares plain PEFT's gradient, and celora's, with the gradient of the same weights
             computed in float32. That shows what the model's own dtype costs. It takes three more forwards and backwards
             for each batch, without dropout, and meanwhile 4 more bytes for each number in bfloat16 or float16.
+        optimizer: Adam or AdamW after a step. Both gradients are also compared after each number is divided by
+            `sqrt(v / (1 - beta2^t)) + eps` of the optimizer, as Adam does with its mean.
 
     Raises:
         CELoraError: celora is not attached, the batch has no finite loss or gradient, or nothing is trainable; with a
-            reference also if the weights are quantised, sharded or offloaded, or do not fit in float32.
+            reference also if the weights are quantised, sharded or offloaded, or do not fit in float32; with an
+            optimizer also if it has no second moments of a parameter.
     """
     if reference not in (None, "float32"):
         raise CELoraError(f"reference={reference!r}; expected 'float32', or None to compare with the exact gradient.")
     attachment = require(model)
     parameters = trainable(model)
+    scales = None if optimizer is None else _scales(optimizer, parameters)
     batches = [on_device(each, parameters) for each in ([batch] if isinstance(batch, Mapping) else batch)]
     if not batches:
         raise CELoraError("no batches to audit with; give one, or several.")
@@ -116,17 +131,36 @@ def audit(
     adapted = {layer.name for layer in attachment.report.layers}
     for name, pair in pairs.items():
         layers.setdefault(_layer_of(name, adapted), []).append(pair)
-    whole = Fidelity.of(list(pairs.values()))
+    total = Fidelity.of(list(pairs.values()))
     return AuditReport(
-        whole.cosine,
-        whole.relative_error,
-        whole.norm_ratio,
+        total.cosine,
+        total.relative_error,
+        total.norm_ratio,
         per_layer={name: Fidelity.of(pairs_of_layer) for name, pairs_of_layer in layers.items()},
         loss=value,
         loss_shift=as_attached - value if attachment.forwards else 0.0,
         probed=probed,
         float32=of_float32,
+        preconditioned=None if scales is None else _scaled(pairs, scales),
     )
+
+
+def _scales(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """What Adam divides each number of each parameter's mean gradient by, in float64."""
+    settings = {p: group for group in optimizer.param_groups for p in group["params"]}
+    scales = {}
+    for name, p in parameters.items():
+        state, group = optimizer.state.get(p, {}), settings.get(p, {})
+        if not ("exp_avg_sq" in state and "step" in state and "betas" in group):
+            raise CELoraError(f"the optimizer has no second moments of {name}; give Adam or AdamW, after a step.")
+        moments = whole(state.get("max_exp_avg_sq", state["exp_avg_sq"]))  # the largest ones with amsgrad
+        unbiased = in_float64(moments) / (1 - group["betas"][1] ** float(state["step"]))
+        scales[name] = unbiased.sqrt() + group["eps"]
+    return scales
+
+
+def _scaled(pairs: Mapping[str, tuple[Tensor, Tensor]], scales: Mapping[str, Tensor]) -> Fidelity:
+    return Fidelity.of([(in_float64(g) / scales[name], in_float64(e) / scales[name]) for name, (g, e) in pairs.items()])
 
 
 def _from_float32(model: nn.Module, attachment: Attachment, gradients: Callable[[], dict[str, Tensor]]) -> FromFloat32:
