@@ -87,13 +87,14 @@ def warmed_up(seed: int, batches: list[dict[str, torch.Tensor]]) -> PeftModel:
     return model
 
 
-def exact_steps(model: PeftModel, batches: list[dict[str, torch.Tensor]], *, rate: float) -> None:
-    """Train on each of these batches once."""
+def exact_steps(model: PeftModel, batches: list[dict[str, torch.Tensor]], *, rate: float) -> torch.optim.AdamW:
+    """Train on each of these batches once. Returns the optimizer."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     for batch in batches:
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    return optimizer
 
 
 def study(seed: int) -> list[dict[str, object]]:

@@ -38,6 +38,23 @@ def fidelity() -> str:
     )
 
 
+def adam() -> str:
+    """What each setting keeps of the gradient, and of the gradient as Adam scales it."""
+    found = rows.read(HERE / "adam.jsonl")
+    body = []
+    for setting in dict.fromkeys(row["setting"] for row in found):
+        matching = [row for row in found if row["setting"] == setting]
+        cosines = [statistics.mean(row[name] for row in matching) for name in ("cosine", "adam_cosine")]
+        ratios = [row["adam_squared_error"] / row["squared_error"] for row in matching]
+        ratio = f"{statistics.mean(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+        body.append([setting, *(f"{cosine:.4f}" for cosine in cosines), ratio])
+    seeds = len({row["seed"] for row in found})
+    header = ["setting", "cosine", "cosine as Adam scales it", "ratio of the squared errors (range over seeds)"]
+    return rows.markdown(header, body) + (
+        f"\n\nSmolLM2-135M ({rows.UNPACKED}; float32), {seeds} seeds, {rows.where(found[0])}."
+    )
+
+
 def frontier() -> str:
     """Plans: what was asked for, what was audited, what it takes."""
     return _frontier("bfloat16", amx=False)
@@ -143,6 +160,7 @@ def frontier_picture(*, amx: bool) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
+    "adam": adam,
     "frontier": frontier,
     "frontier_amx": frontier_amx,
     "frontier_float32": frontier_float32,

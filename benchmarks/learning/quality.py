@@ -1,22 +1,18 @@
 """How estimates change what is learnt, on several tasks: CE-LoRA against LoRA and its cheap rivals.
 
 SmolLM2-135M-Instruct, bfloat16, LoRA r=16 on all linear layers, 40 steps of 8 rows through `celora train`, on the tasks
-of `quality_tasks.py`. Every arm has its own learning rate: the best of a small grid on the validation rows with seed 0;
-of rates with equal scores, the one with the lowest loss. The other seeds use the same rate. Only test scores are
-reported. Arms:
+of `quality_tasks.py`. Each arm may try several learning rates (`--rates`): the best on the validation rows with seed 0
+counts; of rates with equal scores, the one with the lowest loss. The other seeds use the same rate. Only test scores
+are reported, and the untouched base is judged with every adapter. Arms:
 
 * `untouched`; `LoRA`; `upper half`: LoRA on the upper half of the layers only, a cheaper rival that estimates nothing;
-* `paper`, `auto`;
+* `paper`, `auto`, `fast`;
 * `LoRA, auto's time` and `upper half, auto's time`: as many steps as fit into the time that `auto` takes.
 
 `python -m benchmarks.learning.quality run` trains and judges missing runs, one by one, into `quality.jsonl`. It can be
 stopped and started again at any time. `python -m benchmarks.learning.quality time` measures the steps of the arms in
-turns, on an otherwise idle machine, into `quality-time.jsonl`. The arms of equal time need these times; until then
-`run` leaves them out. A task's plan is made once, and stored in `--work`.
-
-`python -m benchmarks.learning.quality seeds --tasks ... --rates 0.002 --seeds 0 1 2 3 4 5` measures how large chance
-is. It trains LoRA, `auto`, a plan at 0.99, and preset `exact` (LoRA, apart from rounding) at one rate with many seeds,
-into `quality-seeds.jsonl`.
+turns, on an otherwise idle machine, into `quality-time.jsonl`: all times of a task come from one call. The arms of
+equal time need them; until then `run` leaves them out.
 """
 
 from __future__ import annotations
@@ -37,28 +33,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import celora
 from benchmarks import rows
 from benchmarks.learning import quality_tasks
-from celora import Plan
 from celora.machine.allocator import keep_freed_memory
 from celora.machine.timing import interleaved
 from celora.studies.assets import demo_model
 from celora.train.loading import quiet_libraries
-from celora.train.prepare import plan_model, prepared
+from celora.train.planning import choose
+from celora.train.prepare import prepared
 from celora.train.request.arguments import TrainRequest, make_request
 from celora.train.run import train
 
 STEPS, BATCH = 40, 8
 RATES = (1e-3, 5e-4, 2e-3)
-ARMS = ("untouched", "LoRA", "upper half", "paper", "auto", "LoRA, auto's time", "upper half, auto's time")
-TIMED = ("LoRA", "upper half", "paper", "auto")
-SEEDED = ("LoRA", "exact", "auto 0.99", "auto")  # a number is a fidelity
+ARMS = ("untouched", "LoRA", "upper half", "paper", "auto", "fast", "LoRA, auto's time", "upper half, auto's time")
+TIMED = ("LoRA", "upper half", "paper", "auto", "fast")
+PRESETS = ("paper", "auto", "fast")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RESULTS, TIMES = Path(__file__).with_name("quality.jsonl"), Path(__file__).with_name("quality-time.jsonl")
-MANY_SEEDS = Path(__file__).with_name("quality-seeds.jsonl")
 Say = Callable[[str], None]
 
 
-def request(task: str, arm: str, work: Path, output: Path, *, seed: int = 0, **more: Any) -> TrainRequest:
-    """The training run of an arm; `work` has the task's plan, or gets it."""
+def request(task: str, arm: str, output: Path, *, seed: int = 0, **more: Any) -> TrainRequest:
+    """The training run of an arm."""
     chosen = quality_tasks.task(task)
     data = output / "train.jsonl"
     rows.write(data, quality_tasks.shuffled(chosen.train, seed, more.get("max_steps", STEPS) * BATCH))
@@ -73,18 +68,8 @@ def request(task: str, arm: str, work: Path, output: Path, *, seed: int = 0, **m
         settings["lora_target_modules"] = [
             f"layers.{i}.{block[name]}.{name}" for i in range(layers // 2, layers) for name in LINEAR
         ]
-    if arm in ("exact", "paper"):
+    if arm in PRESETS:
         settings["preset"] = arm
-    preset, _, fidelity = arm.partition(" ")
-    if preset == "auto":
-        plan = work / f"{task}{fidelity}.plan.json"
-        settings["preset"] = preset
-        if not plan.exists():
-            work.mkdir(parents=True, exist_ok=True)
-            asked = make_request(settings | ({"fidelity": float(fidelity)} if fidelity else {}))
-            made = plan_model(asked, rows=BATCH, adapter=None, console=Console(stderr=True))
-            made.save(plan)
-        settings["plan"] = str(plan)
     return make_request(settings)
 
 
@@ -93,12 +78,12 @@ def untouched(task: str) -> dict[str, Any]:
     return _judged(task, model, "validation") | _judged(task, model, "test") | {"cost": None}
 
 
-def trained(task: str, arm: str, seed: int, rate: float, steps: int, work: Path) -> dict[str, Any]:
+def trained(task: str, arm: str, seed: int, rate: float, steps: int) -> dict[str, Any]:
     """Scores after training. The seed that chooses the rate also scores validation rows.
 
     Test rows are scored unless another rate has been chosen.
     """
-    model, same = _train(task, arm, seed, rate, steps, work)
+    model, same = _train(task, arm, seed, rate, steps)
     if seed == 0:
         same |= _judged(task, model, "validation")
         if best([*_tried(task, arm, steps), same]) is not same:
@@ -106,11 +91,11 @@ def trained(task: str, arm: str, seed: int, rate: float, steps: int, work: Path)
     return same | _judged(task, model, "test")
 
 
-def _train(task: str, arm: str, seed: int, rate: float, steps: int, work: Path) -> tuple[Any, dict[str, Any]]:
+def _train(task: str, arm: str, seed: int, rate: float, steps: int) -> tuple[Any, dict[str, Any]]:
     """The trained model without celora, and the summary of its training."""
     with tempfile.TemporaryDirectory() as scratch:
         own = {"learning_rate": rate, "max_steps": steps, "warmup_steps": steps // 10}
-        result = train(request(task, arm, work, Path(scratch), seed=seed, **own), console=Console(stderr=True))
+        result = train(request(task, arm, Path(scratch), seed=seed, **own), console=Console(stderr=True))
     if result.status != "finished":
         raise KeyboardInterrupt
     celora.detach(result.model)
@@ -129,14 +114,13 @@ def _judged(task: str, model: Any, part: str) -> dict[str, Any]:
 
 
 def steps_in_autos_time(task: str) -> dict[str, int]:
-    """How many steps the arms of equal time may take; None if the times are not measured yet."""
+    """How many steps the arms of equal time may take, as far as the times are measured."""
     ms = {row["arm"]: row["time_ms"] for row in rows.found(TIMES) if row["task"] == task}
-    if not set(TIMED) <= set(ms):
-        return {}
-    return {f"{arm}, auto's time": max(1, round(STEPS * ms["auto"] / ms[arm])) for arm in ("LoRA", "upper half")}
+    rivals = [arm for arm in ("LoRA", "upper half") if {arm, "auto"} <= set(ms)]
+    return {f"{arm}, auto's time": max(1, round(STEPS * ms["auto"] / ms[arm])) for arm in rivals}
 
 
-def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float], work: Path, say: Say) -> None:
+def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float], say: Say) -> None:
     """Train and judge missing runs. The first seed tries all rates; the others use its best."""
     for task in tasks:
         budget = steps_in_autos_time(task)
@@ -151,23 +135,9 @@ def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float],
                     key = {"task": task, "arm": arm, "seed": seed, "learning_rate": rate, "steps": steps}
                     if (steps == 0 and seed > 0) or any(key.items() <= row.items() for row in found()):
                         continue
-                    scores = untouched(task) if steps == 0 else trained(task, arm, seed, rate, steps, work)
+                    scores = untouched(task) if steps == 0 else trained(task, arm, seed, rate, steps)
                     say(f"{key}: validation {scores.get('validation')}, test {scores['test']}")
                     rows.append(RESULTS, key | scores | rows.conditions())
-
-
-def many_seeds(tasks: list[str], arms: list[str], seeds: list[int], rate: float, work: Path, say: Say) -> None:
-    """Train and judge missing runs of arms that share one learning rate. No rate is chosen."""
-    for task in tasks:
-        for seed in seeds:
-            for arm in arms:
-                key = {"task": task, "arm": arm, "seed": seed, "learning_rate": rate, "steps": STEPS}
-                if any(key.items() <= row.items() for row in rows.found(MANY_SEEDS)):
-                    continue
-                model, same = _train(task, arm, seed, rate, STEPS, work)
-                scores = same | _judged(task, model, "test")
-                say(f"{key}: test {scores['test']}, loss {scores['test_loss']}")
-                rows.append(MANY_SEEDS, key | scores | rows.conditions())
 
 
 def found() -> list[dict[str, Any]]:
@@ -198,17 +168,18 @@ def _tried(task: str, arm: str, steps: int) -> list[dict[str, Any]]:
     return [row for row in found() if key.items() <= row.items()]
 
 
-def time_steps(tasks: list[str], repeats: int, work: Path) -> None:
+def time_steps(tasks: list[str], arms: list[str], repeats: int) -> None:
     """Times whole optimizer steps of the arms in turns, on the same batches; each arm pads or packs as usual."""
     keep_freed_memory()
     for task in tasks:
         with ExitStack() as stack:
             contenders: dict[str, Callable[[], object]] = {}
-            for arm in TIMED:
+            for arm in arms:
                 scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                asked = request(task, arm, work, scratch)
-                trainer, config = stack.enter_context(prepared(asked, BATCH, None))
-                celora.attach(trainer.model, Plan.load(work / f"{task}.plan.json") if arm == "auto" else config)
+                asked = request(task, arm, scratch)
+                trainer, _ = stack.enter_context(prepared(asked, BATCH, None))
+                config, _ = choose(asked, trainer, Console(stderr=True, quiet=True), begun=False)
+                celora.attach(trainer.model, config)
                 trainer.create_optimizer()
                 batches = [dict(batch) for batch in trainer.get_train_dataloader()][:6]
                 contenders[arm] = functools.partial(_steps, trainer, batches)
@@ -232,24 +203,19 @@ def _steps(trainer: Any, batches: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "time", "seeds"])
+    parser.add_argument("what", choices=["run", "time"])
     parser.add_argument("--tasks", nargs="+", default=quality_tasks.NAMES, choices=quality_tasks.NAMES)
-    parser.add_argument("--arms", nargs="+", choices=dict.fromkeys((*ARMS, *SEEDED)), help="of `run` and `seeds`")
+    parser.add_argument("--arms", nargs="+", choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="0 chooses the learning rates")
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="`seeds` takes the first")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="folder of the plans")
     options = parser.parse_args()
     with quiet_libraries():
         if options.what == "time":
-            time_steps(options.tasks, options.repeats, options.work)
+            time_steps(options.tasks, options.arms or list(TIMED), options.repeats)
             return
         say = functools.partial(print, flush=True)
-        if options.what == "run":
-            run(options.tasks, options.arms or list(ARMS), options.seeds, options.rates, options.work, say)
-        else:
-            arms = options.arms or list(SEEDED)
-            many_seeds(options.tasks, arms, options.seeds, options.rates[0], options.work, say)
+        run(options.tasks, options.arms or list(ARMS), options.seeds, options.rates, say)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from celora.studies.outcomes import HEADER, Difference, Outcome, summary
 
 _ENOUGH, _POINT = 3, 0.01  # seeds; what counts as no difference
 _YES = {True: "yes", False: "no"}
-_PLANS = "plans at 0.99, family_relationships at 0.998"  # the default when these rows were measured
+_RIVALS = ("LoRA, auto's time", "upper half, auto's time")
 # Okabe and Ito's colours, and a line of its own for each: readable without seeing colours.
 _LINES = {"LoRA": ("#0072b2", ""), "CE-LoRA": ("#d55e00", "6 4")}
 
@@ -56,7 +56,7 @@ def scores() -> str:
     header = [
         "task",
         "metric",
-        f"arm (`auto`: {_PLANS})",
+        "arm",
         "steps",
         "step",
         "learning rate, of how many",
@@ -77,83 +77,53 @@ def scores() -> str:
     )
 
 
-def many_seeds() -> str:
-    """Arms at one rate with many seeds, and their differences to LoRA, seed by seed: which differences are chance."""
-    found, body = rows.found(quality.MANY_SEEDS), []
-    for task in dict.fromkeys(row["task"] for row in found):
-        arms = {
-            arm: {row["seed"]: row for row in found if (row["task"], row["arm"]) == (task, arm)}
-            for arm in quality.SEEDED
-        }
-        for arm, by_seed in arms.items():
-            seeds = sorted(by_seed.keys() & arms["LoRA"].keys())
-            if len(seeds) < _ENOUGH:
-                continue
-            cells = []
-            for what in ("test", "test_loss"):
-                points = what == "test" and by_seed[seeds[0]]["higher_is_better"]
-                values, form = [by_seed[s][what] for s in seeds], "{:.1%}" if points else "{:.3f}"
-                cells.append(f"{form.format(statistics.fmean(values))} ({form.format(statistics.stdev(values))})")
-                if arm == "LoRA":
-                    cells.append("")
-                    continue
-                ahead = [by_seed[s][what] - arms["LoRA"][s][what] for s in seeds]
-                mean, error = statistics.fmean(ahead), statistics.stdev(ahead) / math.sqrt(len(seeds))
-                cells.append(
-                    f"{100 * mean:+.1f} ± {100 * error:.1f} points" if points else f"{mean:+.3f} ± {error:.3f}"
-                )
-            body.append([task, arm, f"{by_seed[seeds[0]]['learning_rate']:g}", str(len(seeds)), *cells])
-    if not body:
-        return "Not measured yet with three seeds."
-    header = [
-        "task", "arm", "learning rate", "seeds", "test (standard deviation)", "against LoRA (± standard error)",
-        "loss on test rows (standard deviation)", "against LoRA (± standard error)",
-    ]  # fmt: skip
-    return rows.markdown(header, body) + f"\n\n{'; '.join(dict.fromkeys(rows.where(row) for row in found))}."
-
-
 def verdict() -> str:
-    """`auto` on each complete task: is it as good as LoRA at equal steps, and better than both at equal time?"""
+    """`auto` and `fast` by task: as good as LoRA at equal steps? And `auto` better than its rivals at equal time?"""
     found = quality.found()
-    rivals = ("LoRA", "LoRA, auto's time", "upper half, auto's time")
-    body, same, better, surely = [], 0, 0, 0
+    body: list[list[str]] = []
     for task in quality_tasks.NAMES:
-        by_arm = {arm: chosen(found, task, arm) for arm in ("auto", *rivals)}
-        seeds = sorted(set.intersection(*(set(seeds) for seeds in by_arm.values())))
-        if len(seeds) < _ENOUGH:
-            continue
-        one = by_arm["auto"][seeds[0]]
-        ahead = {  # paired by seed; positive is better than the rival, whatever the metric
-            arm: [
-                (by_arm["auto"][s]["test"] - by_arm[arm][s]["test"]) * (1 if one["higher_is_better"] else -1)
-                for s in seeds
-            ]
-            for arm in rivals
-        }
-        means = {arm: statistics.fmean(values) for arm, values in ahead.items()}
-        errors = {arm: statistics.stdev(values) / math.sqrt(len(seeds)) for arm, values in ahead.items()}
-        # A point is a point, whatever a difference of two floats makes of it.
-        holds, wins = round(-means["LoRA"], 9) <= max(errors["LoRA"], _POINT), min(means[arm] for arm in rivals[1:]) > 0
-        lows = [Difference.of(ahead[arm], [0.0] * len(seeds)).low or 0.0 for arm in rivals[1:]]
-        same, better, surely = same + holds, better + wins, surely + (min(lows) > 0)
-        cells = [f"{100 * means[arm]:+.1f} ± {100 * errors[arm]:.1f}" for arm in rivals]
-        body.append([task, cells[0], _YES[holds], *cells[1:], _YES[wins]])
+        for preset in ("auto", "fast"):
+            ahead = {rival: _ahead(found, task, preset, rival) for rival in ("LoRA", *_RIVALS)}
+            if len(ahead["LoRA"]) < _ENOUGH:
+                continue
+            mean, error = _mean_and_error(ahead["LoRA"])
+            # A point is a point, whatever a difference of two floats makes of it.
+            holds = _YES[round(-mean, 9) <= max(error, _POINT)]
+            later = [_hundredths(ahead[rival]) if preset == "auto" else "" for rival in _RIVALS]
+            body.append([task, preset, str(len(ahead["LoRA"])), _hundredths(ahead["LoRA"]), holds, *later])
     if not body:
         return "No task has all of its runs yet."
-    header = [
-        f"task ({_PLANS})",
-        "against LoRA, equal steps",
-        "within one standard error or a point",
-        "against LoRA, equal time",
-        "against the upper half, equal time",
-        "better than both",
-    ]
+    header = ["task", "preset", "seeds", "against LoRA, equal steps", "within one standard error or a point"]
+    if any(any(line[len(header) :]) for line in body):
+        header += ["against LoRA, equal time", "against the upper half, equal time"]
+    body = [line[: len(header)] for line in body]
+    held = {
+        preset: [line[4] for line in body if line[1] == preset] for preset in dict.fromkeys(line[1] for line in body)
+    }
     return rows.markdown(header, body) + (
-        "\n\nHundredths (points, or 0.01 nats per token) by which `auto` is better, means over seeds ± standard error. "
-        f"Within one standard error or a point of LoRA at equal steps: {same} of {len(body)} tasks. "
-        f"Better than both at equal time: {better} of {len(body)} in the mean, {surely} of {len(body)} beyond 95 % "
-        "intervals."
+        "\n\nHundredths (points, or 0.01 nats per token) by which the preset is better, means over seeds ± standard "
+        "error. Within one standard error or a point of LoRA at equal steps: "
+        + ", ".join(f"`{preset}` {kept.count('yes')} of {len(kept)} tasks" for preset, kept in held.items())
+        + "."
     )
+
+
+def _ahead(found: Sequence[dict[str, Any]], task: str, arm: str, rival: str) -> list[float]:
+    """By how much an arm is better than a rival with each seed that both have, whatever the metric."""
+    own, other = chosen(found, task, arm), chosen(found, task, rival)
+    sign = 1 if all(row["higher_is_better"] for row in own.values()) else -1
+    return [sign * (own[seed]["test"] - other[seed]["test"]) for seed in sorted(own.keys() & other.keys())]
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _hundredths(values: Sequence[float]) -> str:
+    if len(values) < _ENOUGH:
+        return ""
+    mean, error = _mean_and_error(values)
+    return f"{100 * mean:+.1f} ± {100 * error:.1f}"
 
 
 def compared() -> str:
@@ -164,10 +134,9 @@ def compared() -> str:
     arms = list(dict.fromkeys(outcome.arm for outcome in outcomes))
     one, seeds = found[0], len(outcomes) // len(arms)
     return (
-        rows.markdown(["(`auto`: a plan at 0.99)", *HEADER[1:]], summary(outcomes, arms))
+        rows.markdown(["", *HEADER[1:]], summary(outcomes, arms))
         + f"\n\n{one['steps']} steps of 8 sentences, {one['dtype']}, {seeds} seeds (mean ± standard deviation), "
-        f"{rows.where(one)}; "
-        f"{one['minutes']:.1f} minutes by the clock in all, plans and evaluations included."
+        f"{rows.where(one)}."
     )
 
 
@@ -179,9 +148,9 @@ def missing() -> str:
         arms = []
         for arm in quality.ARMS:
             have = {(row["seed"], row["learning_rate"]) for row in _of(found, task, arm)}
-            wanted = 1 if arm == "untouched" else len(quality.RATES) + 2
-            if len(have) < wanted:
-                arms.append(f"{arm} ({len(have)} of {wanted} runs)" if have else arm)
+            seeds, wanted = {seed for seed, _ in have}, 1 if arm == "untouched" else _ENOUGH
+            if len(seeds) < wanted:
+                arms.append(f"{arm} ({len(seeds)} of {wanted} seeds)" if have else arm)
         if len(arms) == len(quality.ARMS) and not any(row["task"] == task for row in found):
             absent.append(f"`{task}`: all arms")
         elif arms:
@@ -344,7 +313,6 @@ TABLES = {
     "verdict": verdict,
     "compared": compared,
     "missing": missing,
-    "many_seeds": many_seeds,
     "convergence": convergence,
     "boundary": boundary,
 }

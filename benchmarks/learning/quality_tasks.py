@@ -34,7 +34,7 @@ from celora.studies import sentiment
 from celora.studies.assets import rated_sentences
 from celora.studies.stock_eval import label_accuracy
 
-VALIDATION, TEST = 100, 300
+VALIDATION, TEST, GENERATED_TEST = 100, 300, 1000
 Row = dict[str, Any]
 SENTIMENT = {"movie": "movie reviews", "product": "product reviews", "tweets": "tweets"}
 GENERATED: dict[str, dict[str, Any]] = {
@@ -84,7 +84,7 @@ def task(name: str) -> Task:
         parts = [sentiment.to_rows(part, system=system) for part in (drawn.train, drawn.validation, drawn.test)]
         return Task(name, "accuracy", True, *parts, label_accuracy)
     if name in GENERATED:
-        return Task(name, "exact match", True, *_split(_generated(name)), exact_match)
+        return Task(name, "exact match", True, *_split(_generated(name), GENERATED_TEST), exact_match)
     rows = _chat() if name == "chat" else _text()
     return Task(name, "loss, nats per token", False, *rows, loss)
 
@@ -206,11 +206,11 @@ def _text() -> tuple[list[Row], list[Row], list[Row]]:
     return [row for row in parts[0] if _spelling(row["text"]) not in seen], parts[1], parts[2]
 
 
-def _split(rows: list[Row]) -> tuple[list[Row], list[Row], list[Row]]:
+def _split(rows: list[Row], test: int = TEST) -> tuple[list[Row], list[Row], list[Row]]:
     """Training, validation and test rows; each question once, in an order that only depends on the questions."""
     distinct = {_spelling(row["prompt"][-1]["content"]): row for row in reversed(rows)}
     ordered = [distinct[key] for key in sorted(distinct, key=_digest)]
-    return ordered[TEST + VALIDATION :], ordered[TEST : TEST + VALIDATION], ordered[:TEST]
+    return ordered[test + VALIDATION :], ordered[test : test + VALIDATION], ordered[:test]
 
 
 def shuffled(rows: Sequence[Row], seed: int, count: int) -> list[Row]:

@@ -100,24 +100,19 @@ def test_validation_chooses_and_test_is_reported(tmp_path: Path, monkeypatch: py
     assert lines[2] == "| chain_sum | exact match | LoRA | 60 | 900 ms | 0.001 of 2 | 2 | 45.0% (40.0% to 50.0%) |  |"
     assert lines[3].endswith("| 47.0% (42.0% to 52.0%) | +2.0 points (+2.0 points to +2.0 points) |")
     missing = quality_tables.missing()
-    assert "LoRA (3 of 5 runs)" in missing
+    assert "LoRA (2 of 3 seeds)" in missing
     assert "`chat`: all arms" in missing
 
 
 def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One task is won. One is lost by more than a point and an error. A task with too few seeds is left out."""
+    """One task is lost by more than a point and an error. A task with too few seeds is left out."""
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
     monkeypatch.setattr(quality, "TIMES", tmp_path / "none.jsonl")
     assert quality_tables.verdict() == "No task has all of its runs yet."
     ended = {  # task -> arm -> difference of its loss or accuracy from LoRA's at equal steps
-        "chat": {"LoRA": 0.0, "auto": 0.005, "LoRA, auto's time": 0.02, "upper half, auto's time": 0.03},
-        "chain_sum": {"LoRA": 0.0, "auto": -0.05, "LoRA, auto's time": -0.1, "upper half, auto's time": -0.04},
-        "number_filtering": {
-            "LoRA": 0.42667,
-            "auto": 0.41667,
-            "LoRA, auto's time": 0.4,
-            "upper half, auto's time": 0.4,
-        },
+        "chat": {"LoRA": 0.0, "auto": 0.005, "fast": 0.02, "LoRA, auto's time": 0.02, "upper half, auto's time": 0.03},
+        "chain_sum": {"LoRA": 0.0, "auto": -0.05, "LoRA, auto's time": -0.1},
+        "number_filtering": {"LoRA": 0.42667, "auto": 0.41667},  # three of 300, exactly a point
     }
     rows = [
         row(arm, seed, 1e-3, 0.5, 0.5 + 0.01 * seed + difference) | {"task": task, "higher_is_better": task != "chat"}
@@ -128,13 +123,13 @@ def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows += [r | {"task": "text"} for r in rows if r["task"] == "chat" and r["seed"] < 2]
     quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
     lines = quality_tables.verdict().splitlines()
-    assert lines[2] == "| chain_sum | -5.0 ± 0.0 | no | +5.0 ± 0.0 | -1.0 ± 0.0 | no |"
-    assert (
-        lines[3] == "| number_filtering | -1.0 ± 0.0 | yes | +1.7 ± 0.0 | +1.7 ± 0.0 | yes |"
-    )  # three of 300, exactly a point
-    assert lines[4] == "| chat | -0.5 ± 0.0 | yes | +1.5 ± 0.0 | +2.5 ± 0.0 | yes |"
-    assert "LoRA at equal steps: 2 of 3 tasks." in lines[-1]
-    assert lines[-1].endswith("equal time: 2 of 3 in the mean, 2 of 3 beyond 95 % intervals.")
+    assert lines[2:6] == [
+        "| chain_sum | auto | 3 | -5.0 ± 0.0 | no | +5.0 ± 0.0 |  |",
+        "| number_filtering | auto | 3 | -1.0 ± 0.0 | yes |  |  |",
+        "| chat | auto | 3 | -0.5 ± 0.0 | yes | +1.5 ± 0.0 | +2.5 ± 0.0 |",
+        "| chat | fast | 3 | -2.0 ± 0.0 | no |  |  |",
+    ]
+    assert lines[-1].endswith("LoRA at equal steps: `auto` 2 of 3 tasks, `fast` 0 of 1 tasks.")
 
 
 def save_times(task: str) -> None:
@@ -156,7 +151,7 @@ def test_times_measured_anew_leave_out_the_runs_of_the_old_budget(
     assert quality_tables.chosen(rows, "chain_sum", arm) == {0: rows[1]}
     assert quality_tables.chosen(rows[:1], "chain_sum", arm) == {}
     quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert f"{arm} (1 of 5 runs)" in quality_tables.missing()
+    assert f"{arm} (1 of 3 seeds)" in quality_tables.missing()
 
 
 def test_arms_of_equal_time_follow_the_measured_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,36 +174,11 @@ def test_only_the_rate_that_validation_prefers_is_tested(tmp_path: Path, monkeyp
     monkeypatch.setattr(quality, "request", lambda *args, **own: None)
     monkeypatch.setattr(quality, "train", lambda *args, **own: finished)
     monkeypatch.setattr(quality, "_judged", judged)
-    quality.run(["chat"], ["LoRA"], [0, 1], [1.0, 2.0, 3.0, 4.0, 5.0], tmp_path, lambda line: None)
+    quality.run(["chat"], ["LoRA"], [0, 1], [1.0, 2.0, 3.0, 4.0, 5.0], lambda line: None)
     rows = quality.found()
     assert [(r["seed"], r["learning_rate"], r["test"]) for r in rows] == [
         (0, 1.0, 0.3), (0, 2.0, None), (0, 3.0, None), (0, 4.0, 0.3), (0, 5.0, 0.3), (1, 5.0, 0.3),
     ]  # fmt: skip
-
-
-def test_many_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each run is made once, whatever was there before. Differences use the seeds that an arm shares with LoRA."""
-    monkeypatch.setattr(quality, "MANY_SEEDS", tmp_path / "seeds.jsonl")
-    made: list[tuple[str, int]] = []
-
-    def train(task: str, arm: str, seed: int, rate: float, steps: int, work: Path) -> tuple[Any, dict[str, Any]]:
-        made.append((arm, seed))
-        return (arm, seed), {"cost": 1.0, "train_loss": 0.1}
-
-    def judged(task: str, model: tuple[str, int], part: str) -> dict[str, Any]:
-        better, seed = {"LoRA": 0.0, "exact": 0.0, "auto 0.99": 0.0, "auto": 0.1}[model[0]], model[1]
-        return {"higher_is_better": True, part: 0.4 + better + 0.1 * seed, f"{part}_loss": 1 - better * seed}
-
-    monkeypatch.setattr(quality, "_train", train)
-    monkeypatch.setattr(quality, "_judged", judged)
-    for seeds in ([0, 1], [0, 1], [0, 1, 2]):
-        assert quality_tables.many_seeds() == "Not measured yet with three seeds."
-        quality.many_seeds(["chain_sum"], list(quality.SEEDED), seeds, 2e-3, tmp_path, lambda line: None)
-    assert sorted(made) == [(arm, seed) for arm in ("LoRA", "auto", "auto 0.99", "exact") for seed in range(3)]
-    quality.many_seeds(["chain_sum"], ["LoRA"], [3], 2e-3, tmp_path, lambda line: None)
-    lines = [line.split(" | ") for line in quality_tables.many_seeds().splitlines()]
-    assert lines[2][2:] == ["0.002", "4", "55.0% (12.9%)", "", "1.000 (0.000)", " |"]
-    assert lines[5][3:] == ["3", "60.0% (10.0%)", "+10.0 ± 0.0 points", "0.900 (0.100)", "-0.100 ± 0.058 |"]
 
 
 def test_slopes() -> None:
@@ -232,6 +202,7 @@ def test_slopes() -> None:
     assert not {*convergence.RATED} & warned
 
 
+@pytest.mark.filterwarnings("ignore:celora. no layer can be estimated")  # the tiny model's layers may be faster exact
 def test_runs_what_is_missing_and_times_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,25 +216,25 @@ def test_runs_what_is_missing_and_times_it(
     monkeypatch.setattr(quality, "demo_model", lambda: model)
     said: list[str] = []
     arms = list(quality.ARMS)
-    quality.run(["chat"], ["untouched", "LoRA"], [0], [1e-3], tmp_path, said.append)
-    quality.time_steps(["chat"], 2, tmp_path)
+    quality.run(["chat"], ["untouched", "LoRA"], [0], [1e-3], said.append)
+    quality.time_steps(["chat"], list(quality.TIMED), 2)
     timed = quality.rows.read(quality.TIMES)
     assert [r["arm"] for r in timed] == list(quality.TIMED)
     monkeypatch.setattr(quality, "interleaved", Mock(side_effect=[{"LoRA": {"time_ms": 6.0}}, KeyboardInterrupt]))
     with pytest.raises(KeyboardInterrupt):  # stopped at the second task
-        quality.time_steps(["text", "chat"], 2, tmp_path)
+        quality.time_steps(["text", "chat"], list(quality.TIMED), 2)
     again = quality.rows.read(quality.TIMES)
     assert [r for r in again if r["task"] == "chat"] == timed
     assert [(r["task"], r["arm"]) for r in again if r["task"] != "chat"] == [("text", "LoRA")]
-    quality.run(["chat"], arms, [0], [1e-2], tmp_path, said.append)
+    quality.run(["chat"], arms, [0], [1e-2], said.append)
     twice = ["LoRA", "upper half"]  # one run is enough for the other arms
-    quality.run(["chat"], twice, [0, 1], [1e-3, 1e-2], tmp_path, said.append)
+    quality.run(["chat"], twice, [0, 1], [1e-3, 1e-2], said.append)
     found = quality.found()
     keys = [(r["arm"], r["seed"], r["learning_rate"]) for r in found]
-    assert len(set(keys)) == len(keys) == 1 + 2 * 3 + 4
+    assert len(set(keys)) == len(keys) == 1 + 2 * 3 + 5
     assert {r["steps"] for r in found if r["arm"] == "LoRA"} == {2}
-    quality.run(["chat"], arms, [0], [1e-2], tmp_path, said.append)
-    quality.run(["chat"], twice, [0, 1], [1e-3, 1e-2], tmp_path, said.append)
+    quality.run(["chat"], arms, [0], [1e-2], said.append)
+    quality.run(["chat"], twice, [0, 1], [1e-3, 1e-2], said.append)
     assert quality.found() == found
     # The upper half is one of two blocks. LoRA there alone trains another model than LoRA everywhere.
     losses = {
