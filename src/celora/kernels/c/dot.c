@@ -382,6 +382,7 @@ static void EACH(vector_products)(const int8_t *q, int64_t stride, const int64_t
     const int64_t threads = team->threads;
     int64_t last = -1;
     #ifdef PAIRS
+    (void)starts; /* zero */
     FOR_SHARE(b, blocks_of_rows) {
         const int64_t left = kept - b * BLOCK;
         pair_rows(q + b * BLOCK * stride, stride, w->depth, left < BLOCK ? (int)left : BLOCK,
