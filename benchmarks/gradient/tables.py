@@ -31,11 +31,8 @@ def fidelity() -> str:
                 f"{statistics.mean(row['relative_error'] for row in matching):.2f}",
             ]
         )
-    seeds = len({row["seed"] for row in found})
     header = ["setting", "selection", "FLOPs", "cosine (range over seeds)", "relative error"]
-    return rows.markdown(header, body) + (
-        f"\n\nSmolLM2-135M ({rows.UNPACKED}; float32), {seeds} seeds, {rows.where(found[0])}."
-    )
+    return rows.markdown(header, body) + _made_with(found)
 
 
 def adam() -> str:
@@ -48,11 +45,13 @@ def adam() -> str:
         ratios = [row["adam_squared_error"] / row["squared_error"] for row in matching]
         ratio = f"{statistics.mean(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
         body.append([setting, *(f"{cosine:.4f}" for cosine in cosines), ratio])
-    seeds = len({row["seed"] for row in found})
     header = ["setting", "cosine", "cosine as Adam scales it", "ratio of the squared errors (range over seeds)"]
-    return rows.markdown(header, body) + (
-        f"\n\nSmolLM2-135M ({rows.UNPACKED}; float32), {seeds} seeds, {rows.where(found[0])}."
-    )
+    return rows.markdown(header, body) + _made_with(found)
+
+
+def _made_with(found: list[dict[str, Any]]) -> str:
+    seeds = len({row["seed"] for row in found})
+    return f"\n\nSmolLM2-135M ({rows.UNPACKED}; float32), {seeds} seeds, {rows.where(found[0])}."
 
 
 def frontier() -> str:

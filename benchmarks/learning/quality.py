@@ -44,9 +44,9 @@ from celora.train.run import train
 
 STEPS, BATCH = 40, 8
 RATES = (1e-3, 5e-4, 2e-3)
-ARMS = ("untouched", "LoRA", "upper half", "paper", "auto", "fast", "LoRA, auto's time", "upper half, auto's time")
-TIMED = ("LoRA", "upper half", "paper", "auto", "fast")
 PRESETS = ("paper", "auto", "fast")
+TIMED = ("LoRA", "upper half", *PRESETS)
+ARMS = ("untouched", *TIMED, "LoRA, auto's time", "upper half, auto's time")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RESULTS, TIMES = Path(__file__).with_name("quality.jsonl"), Path(__file__).with_name("quality-time.jsonl")
 Say = Callable[[str], None]
