@@ -10,7 +10,7 @@ from celora.kernels import operations
 from celora.kernels.backends import available
 from celora.kernels.packed import BothWays
 from celora.numerics import reference
-from tiers import WITH_DOTS, use_tier
+from tiers import WITH_DOTS, paired, use_tier
 from without import without
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -63,7 +63,7 @@ def test_forward(dtype: torch.dtype, shape: tuple[int, int], bias: bool) -> None
     if packed is None:
         return
     found = packed.multiply(packed.quantise(x), b)
-    q, scale = reference.quantise(x.double(), 1)
+    q, scale = reference.quantise(x.double(), 1, paired=paired())
     expected = q * scale @ packed.dense().double().T + (0 if b is None else b.double())
     assert found.shape == (25, shape[0])
     assert (found.double() - expected).norm() <= tolerance(dtype) * expected.norm()
@@ -80,7 +80,7 @@ def test_backward(dtype: torch.dtype, shape: tuple[int, int], kept: int | None) 
     if packed is None:
         return
     rows = g if index is None else g[index]
-    q, scale = reference.quantise(rows.double() * packed.scale.double(), 1)
+    q, scale = reference.quantise(rows.double() * packed.scale.double(), 1, paired=paired())
     steps = (packed.dense() / packed.scale[:, None]).round().double()
     expected = factors[:, None] * (q * scale @ steps)
     there = torch.full((25, shape[1]), 7.0).to(dtype)
@@ -106,10 +106,10 @@ def test_more_rows_and_depth_than_kernels_take_at_a_time(threads: int) -> None:
         backward = packed.rows(g, None, position=None, factors=None, onto=None)
     finally:
         torch.set_num_threads(before)
-    q, scale = reference.quantise(x.double(), 1)
+    q, scale = reference.quantise(x.double(), 1, paired=paired())
     expected = q * scale @ packed.dense().double().T
     assert (forward.double() - expected).norm() <= tolerance(torch.float32) * expected.norm()
-    q, scale = reference.quantise(g.double() * packed.scale.double(), 1)
+    q, scale = reference.quantise(g.double() * packed.scale.double(), 1, paired=paired())
     expected = q * scale @ (packed.dense() / packed.scale[:, None]).round().double()
     assert (backward.double() - expected).norm() <= tolerance(torch.float32) * expected.norm()
 
@@ -154,13 +154,13 @@ def test_features_of_very_different_size(dtype: torch.dtype) -> None:
         for weight in (plain, packed)
     ]
     assert losses[1] < 0.6 * losses[0]
-    q, row = reference.quantise(x.double() * scale.double(), 1)
+    q, row = reference.quantise(x.double() * scale.double(), 1, paired=paired())
     dense = packed.dense().double()
     expected = q * row @ (dense / scale.double()).T
     found = packed.multiply(packed.quantise(x), None)
     assert (found.double() - expected).norm() <= tolerance(dtype) * expected.norm()
     index = torch.tensor([1, 7, 20])
-    q, row = reference.quantise(g[index].double() * packed.scale.double(), 1)
+    q, row = reference.quantise(g[index].double() * packed.scale.double(), 1, paired=paired())
     expected = q * row @ (dense / packed.scale.double()[:, None])
     found = packed.rows(g, index, position=None, factors=None, onto=None)[index]
     assert (found.double() - expected).norm() <= tolerance(dtype) * expected.norm()
@@ -177,7 +177,7 @@ def test_the_input_in_8_bits_can_be_multiplied_from_the_left(dtype: torch.dtype,
         return
     rows = operations.pack_both_ways(w, torch.ones(67), scale).quantise(x)
     u = torch.ones(100, dtype=torch.float64) if scale is None else scale.double()
-    q, row = reference.quantise(x.double() * u, 1)
+    q, row = reference.quantise(x.double() * u, 1, paired=paired())
     expected = p.double().T @ (q * row / u * (1 if mask is None else mask))
     found = rows.transposed_product(p, mask)
     assert (rows.q.shape, rows.q.dtype, found.dtype) == (x.shape, torch.int8, dtype)

@@ -8,7 +8,7 @@ import torch
 from celora.kernels.c import dot as dot_module
 from celora.kernels.c import rows as kernels
 from celora.numerics import reference
-from tiers import WITH_DOTS, each_tier_with_dots, use_tier
+from tiers import PAIRED, WITH_DOTS, each_tier_with_dots, use_tier
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (16, 32), (67, 100), (128, 257)])
 @pytest.mark.parametrize("kept", [None, 1, 5, 9, 11, 12, 25])
-def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int | None) -> None:
+def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int | None, tier: str) -> None:
     """Any number of rows and columns may be left over at the end of a block. Nothing outside the output is written."""
     x, w = torch.randn(25, shape[0] + 3).to(dtype)[:, : shape[0]], torch.randn(shape).to(dtype)
     index = None if kept is None else torch.randperm(25)[:kept].sort().values
@@ -28,7 +28,7 @@ def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int
     scale = w.float().abs().amax(0).clamp(min=1e-20) / 127
     packed = dot_module.pack_columns(w, 1 / scale)
     rows = x if index is None else x[index]
-    expected = factors[:, None] * reference.int8(rows.double(), w.double())
+    expected = factors[:, None] * reference.int8(rows.double(), w.double(), paired=PAIRED[tier])
     for fill in (True, False):
         around = torch.full((27, shape[1]), 7.0).to(dtype)
         out = around[1:26]
@@ -53,23 +53,44 @@ def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int
         (40, (40000, 5)),
     ],
 )
-def test_every_tier_has_the_same_bits(
+def test_tiers_have_the_same_bits(
     rows: int, shape: tuple[int, int], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Results are bit-identical, however rows are divided by the size of a cache or among threads."""
+    """Where they quantise rows alike, however rows are divided by the size of a cache or among threads."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x, w = torch.randn(rows, shape[0]), torch.randn(shape)
     scale = w.abs().amax(0) / 127
     for kept in sorted({0, 1, rows // 2, rows}):
         index = torch.randperm(rows)[:kept].sort().values
-        found = []
+        found: dict[bool, torch.Tensor] = {}
         for tier in WITH_DOTS:
             use_tier(monkeypatch, tier)
             out, packed = torch.full((rows, shape[1]), 7.0), dot_module.pack_columns(w, 1 / scale)
             dot_module.gathered_product(x, packed, scale, out, index=index, position=None, factors=None, fill=False)
             assert (out != 7).any(1).sum() == kept
-            found.append(out)
-        assert all(out.equal(found[0]) for out in found)
+            assert out.equal(found.setdefault(PAIRED[tier], out))
+
+
+@each_tier_with_dots
+@pytest.mark.parametrize("shape", [(2, 1), (64, 40), (515, 70), (1000, 33)])
+def test_integers_are_multiplied_exactly(shape: tuple[int, int], tier: str) -> None:
+    """Also where every number is the largest there is, of one sign or of both: sums of products never saturate."""
+    depth, columns = shape
+    first, w = torch.randint(-127, 128, (32, (depth + 1) // 2)), torch.randint(-127, 128, shape)
+    first[:8] = 63 * first[:8].sign()
+    first[8] = 63
+    x = torch.stack([first, (127 - first.abs()) * (1 - 2 * torch.randint(2, first.shape))], 2).flatten(1)[:, :depth]
+    x[0] = x[0].abs()
+    if not PAIRED[tier]:  # else neighbours are at most 127 together
+        x[:16] = 127 * x[:16].sign()
+    x[:, 0], x[:, 1], w[:, ::2] = 127, 0, 127 * w[:, ::2].sign()
+    w[0], w[:, 0] = 127, 127  # all scales are 1
+    x, w = x.float(), w.float()
+    ones = torch.ones(columns)
+    out = torch.empty(len(x), columns)
+    packed = dot_module.pack_columns(w, ones)
+    dot_module.gathered_product(x, packed, ones, out, index=None, position=None, factors=None, fill=False)
+    assert out.equal((x.double() @ w.double()).float())
 
 
 @each_tier_with_dots

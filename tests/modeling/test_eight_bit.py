@@ -26,6 +26,7 @@ from celora.runtime.attachment import require
 from celora.settings.presets import PRESETS
 from machine import refuses
 from small import adapter, make_batch, make_model, train
+from tiers import paired
 
 BOTH = CELoraConfig(estimator="int8", forward="int8", refresh_every=3, fused=True)
 pytestmark = pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
@@ -56,7 +57,7 @@ def test_a_layer_computes_its_reference(dtype: torch.dtype, bias: bool, lead: tu
     model = attached(dtype=dtype, base_bias=bias)
     layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
     x = torch.randn(*lead, 48).to(dtype)
-    q, s = reference.quantise(x.reshape(-1, 48).double(), 1)
+    q, s = reference.quantise(x.reshape(-1, 48).double(), 1, paired=paired())
     w, t = reference.quantise(layer.weight.double(), 1)
     expected = (q * s) @ (w * t).T + (layer.bias.double() if bias else 0)
     found = layer(x)
@@ -145,7 +146,7 @@ def test_inputs_are_saved_in_8_bits_for_the_adapters(dtype: torch.dtype, dropout
     mask = next((tensor for tensor in saved if tensor.dtype == torch.bool), None)
     g = torch.randn_like(y)
     y.backward(g)
-    q, scale = reference.quantise(x.detach().double(), 1)
+    q, scale = reference.quantise(x.detach().double(), 1, paired=paired())
     seen = q * scale * (1 if mask is None else mask / (1 - dropout))
     lora = attention.q_proj
     through = g.double() @ lora.lora_B.default.weight.detach().to(dtype).double() * lora.scaling["default"]

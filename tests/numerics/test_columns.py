@@ -9,6 +9,7 @@ from celora.errors import CELoraError
 from celora.numerics import reference
 from celora.numerics.estimators import Columns, Dense
 from machine import refuses
+from tiers import paired
 
 SHAPES = [(12, 8), (13, 7), (31, 64), (96, 33)]
 
@@ -218,7 +219,7 @@ def test_int8_columns_are_the_kept_part_in_8_bits(factor: str, dtype: torch.dtyp
     estimator = _settled(G, W, keep_ratio=0.5, rank=3, factor=factor, precision="int8")
     index, U, V = estimator.index, estimator.factor.U.double(), estimator.factor.V.double()
     G64, W64 = G.double(), W.double()
-    closed = reference.int8(G64[:, index], W64[index]) + G64 @ U.index_fill(0, index, 0) @ V
+    closed = reference.int8(G64[:, index], W64[index], paired=paired()) + G64 @ U.index_fill(0, index, 0) @ V
     estimate = estimator.estimate(G, W).double()
     assert (estimate - closed).norm() / closed.norm() < (3e-3 if dtype == torch.float32 else 1e-2)
     estimator.observe(-G.flip(1), W, -G.flip(1) @ W)

@@ -9,6 +9,7 @@ from celora.errors import CELoraError
 from celora.numerics import reference
 from celora.numerics.estimators import Dense, Fp8, Int8
 from machine import refuses
+from tiers import paired
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -39,7 +40,7 @@ def test_int8_equals_its_reference_and_follows_the_weight_at_a_refresh() -> None
     estimator = Int8(32, 48)
     torch.testing.assert_close(
         estimator.estimate(G, W).double(),
-        reference.int8(G.double(), W.double()),
+        reference.int8(G.double(), W.double(), paired=paired()),
         rtol=0,
         atol=0.02 * float(G.abs().max()),
     )

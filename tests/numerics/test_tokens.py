@@ -14,6 +14,7 @@ from celora.runtime.attachment import require
 from machine import refuses
 from patching import patch_all
 from small import adapter, make_batch, make_model, train
+from tiers import paired
 
 
 def _reference(G: torch.Tensor, W: torch.Tensor, estimator: Tokens) -> torch.Tensor:
@@ -177,7 +178,7 @@ def test_int8_x_tokens_equals_the_reference_composition(dtype: torch.dtype, sele
     needed, step = len(reference.energy(G.double().square().sum(1), 0.64)), estimator.product.grain(200, G.device)
     assert int(kept.sum()) == (128 if selection == "topk" else -(-needed // step) * step)
     closed = torch.zeros_like(estimate)
-    closed[kept] = reference.int8(G[kept].double(), W.double())
+    closed[kept] = reference.int8(G[kept].double(), W.double(), paired=paired())
     assert (estimate - closed).norm() / closed.norm() < (3e-3 if dtype == torch.float32 else 6e-3)
     assert estimator.cost == pytest.approx(0.32 if selection == "topk" else 0.5)
 

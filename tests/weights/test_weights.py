@@ -25,6 +25,7 @@ from celora.weights.stored import StoredWeight, rows_of
 from layers import KINDS, MODELS, make_adapted, make_base, make_layer
 from machine import refuses, refuses_config
 from small import make_batch
+from tiers import paired
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:TorchaoLoraLinear was instantiated without:UserWarning",  # concerns merging only, which is not tested here
@@ -167,12 +168,12 @@ def test_estimates_are_those_of_the_reference(kind: str) -> None:
         else:
             assert estimator.index is not None
             assert estimator.index.tolist() == index.tolist()
-            expected = reference.int8(G[:, index].double(), W[index])
+            expected = reference.int8(G[:, index].double(), W[index], paired=paired())
         assert_same(estimator, G, weight, expected)
     for copied in (True, False):
         if refuses(copy=copied):
             continue
-        multiplied = reference.int8(G.double(), W) if not own_bytes(layer) else folded(G.double(), W)
+        multiplied = reference.int8(G.double(), W, paired=paired()) if not own_bytes(layer) else folded(G.double(), W)
         assert_same(Int8(96, 128, weight_copy=copied), G, weight, multiplied)
     kept = reference.top_k(G.double().square().sum(1), 20)
     nothing = torch.zeros(96, 0, dtype=torch.float64), torch.zeros(0, 128, dtype=torch.float64)
@@ -182,7 +183,7 @@ def test_estimates_are_those_of_the_reference(kind: str) -> None:
 def folded(G: Tensor, W: Tensor) -> Tensor:
     """`G W` for a W with one scale for each output channel. The scale is multiplied into G before G is quantised."""
     q, s = reference.quantise(W, 1)
-    q_grad, s_grad = reference.quantise(G * s.T, 1)
+    q_grad, s_grad = reference.quantise(G * s.T, 1, paired=paired())
     return s_grad * (q_grad @ q)
 
 

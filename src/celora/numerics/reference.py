@@ -78,15 +78,24 @@ def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
         certain |= p > 1
 
 
-def quantise(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Symmetric 8-bit integers: `q = round(x / s)` in [-127, 127] with `s = max |x| / 127` over `dim`: (q, s)."""
-    scale = x.abs().amax(dim, keepdim=True) / 127
+def quantise(x: Tensor, dim: int, *, paired: bool = False) -> tuple[Tensor, Tensor]:
+    """Symmetric 8-bit integers: `q = round(x / s)` in [-127, 127] with `s = max |x| / 127` over `dim`: (q, s).
+
+    With `paired`, the maximum is that of `|x_2i| + |x_2i+1|`, as AVX2's kernel wants it.
+    """
+    size = x.abs()
+    if paired:
+        size = torch.stack([part.sum(dim) for part in size.split(2, dim)], dim)
+    scale = size.amax(dim, keepdim=True) / 127
     return (x / torch.where(scale == 0, 1, scale)).round(), scale
 
 
-def int8(grad_output: Tensor, weight: Tensor) -> Tensor:
-    """`s_G (q_G q_W) s_W`, one scale per row of G and one per column of W (as in LLM.int8, arXiv 2208.07339)."""
-    q_grad, s_grad = quantise(grad_output, 1)
+def int8(grad_output: Tensor, weight: Tensor, *, paired: bool = False) -> Tensor:
+    """`s_G (q_G q_W) s_W`, one scale per row of G and one per column of W (as in LLM.int8, arXiv 2208.07339).
+
+    `paired` is how the rows of G are quantised.
+    """
+    q_grad, s_grad = quantise(grad_output, 1, paired=paired)
     q_weight, s_weight = quantise(weight, 0)
     return s_grad * (q_grad @ q_weight) * s_weight
 

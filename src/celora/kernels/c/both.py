@@ -54,11 +54,9 @@ class TurnedPanels(dot.Panels, BothWays):
             raise CELoraError(f"an input of {depth} features for a weight of {self.in_features}.")
         out = torch.empty(rows, columns, dtype=x.dtype, device="cpu") if out is None else out
         bias = None if bias is None else bias.float().contiguous()
-        size = ask_kernel("product_bytes", rows, depth, torch.get_num_threads())
-        scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
         call_kernel("quantised_product", out, x.q.data_ptr(), x.scale.data_ptr(), pointer(x.starts), rows,
               self.in_features, self.packed.data_ptr(), self.scale.data_ptr(), pointer(bias), columns,
-              scratch.data_ptr(), out.data_ptr())  # fmt: skip
+              out.data_ptr())  # fmt: skip
         return out
 
     def integers(self, index: Tensor | None = None) -> Tensor:

@@ -1,8 +1,9 @@
-/* The product of gathered rows with a packed 8-bit weight on CPUs with dot products of vectors (VNNI, ARM's dot
- * products, AVX2's of 16 bits) or of matrices (AMX, ARM's I8MM): rows are quantised, multiplied, scaled and scattered
- * without a pass of their own for any of it.
+/* The product of gathered rows with a packed 8-bit weight on CPUs with dot products of vectors (AVX2, VNNI, ARM's dot
+ * products) or of matrices (AMX, ARM's I8MM): rows are quantised, multiplied, scaled and scattered without a pass of
+ * their own for any of it.
  *
- *     out[t] = row_scale[k] column_scale * (q[k] W) for t = index[k],    q[k] = round(x[t] / row_scale[k])
+ *     out[t] = row_scale[k] column_scale * (q[k] W) for t = index[k],
+ *     q[k] = round(x[t] / row_scale[k]),    row_scale[k] = max_i |x[t, i]| / 127
  *
  * In: x (tokens, rows), index (kept), the packed weight (rows, columns). Out: out (tokens, columns).
  *
@@ -13,7 +14,11 @@
  * unsigned one, w + OFFSET, so what has to be taken off, OFFSET sum(q[k]), is one number a row. Vectors: a block of BLOCK
  * rows by two vectors of columns stays in registers over the whole depth, BLOCK + 2 loads for 2 BLOCK dots. Matrices:
  * 2 x 2 tiles of sums do, over a stretch of the depth whose part of the weight stays in the first cache, as the sums of
- * a group of rows do between stretches. ARM's have both signed: dot_arm.h. So has AVX2, in pairs: dot_pairs.h.
+ * a group of rows do between stretches. ARM's have both signed: dot_arm.h.
+ *
+ * AVX2's VPMADDUBSW adds two products in 16 bits and saturates at 32767. So there a row's scale is the largest sum of two
+ * neighbours' magnitudes / 127: such a sum is at most 128 then, and two products at most 128 * 255. This costs little:
+ * large numbers seldom stand side by side.
  *
  * The file includes itself once for float32 and once for bfloat16, as rows.c does, whose names it uses.
  */
@@ -37,7 +42,18 @@ static inline ints all(int32_t x) { return _mm256_set1_epi32(x); }
 static inline ints load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 static inline ints dot(ints sum, ints u, ints s) { return _mm256_dpbusd_avx_epi32(sum, u, s); }
 #elif defined(__AVX2__)
-#include "dot_pairs.h"
+#include <immintrin.h>
+#define LANES 8
+#define BLOCK 6
+#define PAIRED 1
+typedef __m256i ints;
+static inline ints all(int32_t x) { return _mm256_set1_epi32(x); }
+static inline ints load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+static inline ints dot(ints sum, ints u, ints s) {
+    const ints four = _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));
+    __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(four)); /* gcc would mix rows and run out of registers */
+    return sum;
+}
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include "dot_arm.h"
 #endif
@@ -46,6 +62,9 @@ static inline ints dot(ints sum, ints u, ints s) { return _mm256_dpbusd_avx_epi3
 
 #ifndef OFFSET
 #define OFFSET 128 /* added to the weight's bytes */
+#endif
+#ifndef PAIRED
+#define PAIRED 0 /* how rows are quantised: see quantise_row */
 #endif
 
 static inline int64_t up_to(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
@@ -114,10 +133,8 @@ static inline void end_sums(void *sums, int64_t stride) {
     _tile_stored(3, below + 64, stride);
 }
 
-/* sums[r, c] = (first ? 0 : sums[r, c]) + sum_k q[r, k] (w[k, c] + 128) for SQUARE rows and k < deep. Meanwhile fetches
- * `lines` cache lines from `ahead` on with each step: a panel is new to this core when its turn comes. */
-static void square(const int8_t *q, int64_t stride, int64_t deep, const uint8_t *panel, int first, const uint8_t *ahead,
-                   int64_t lines, int32_t *sums) {
+/* sums[r, c] = (first ? 0 : sums[r, c]) + sum_k q[r, k] (w[k, c] + 128) for SQUARE rows and k < deep */
+static void square(const int8_t *q, int64_t stride, int64_t deep, const uint8_t *panel, int first, int32_t *sums) {
     const int64_t bytes = PANEL * sizeof(int32_t);
     begin_sums(sums, bytes, first);
     for (int64_t k = 0; k < deep; k += DEEP, q += DEEP, panel += DEEP * PANEL) {
@@ -129,7 +146,6 @@ static void square(const int8_t *q, int64_t stride, int64_t deep, const uint8_t 
         _tile_loadd(7, q + TILE * stride, stride);
         _tile_dpbsud(2, 7, 4);
         _tile_dpbsud(3, 7, 5);
-        for (int64_t line = 0; line < lines; line++, ahead += 64) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
     }
     end_sums(sums, bytes);
 }
@@ -141,7 +157,6 @@ static void square(const int8_t *q, int64_t stride, int64_t deep, const uint8_t 
 #define SQUARE 1
 #endif
 
-#ifndef PAIRS
 #ifndef OWN_BLOCK
 /* sums[r][h] = start[r] + sum_k q[r, k] (w[k, j] + 128) for the panel's columns j; rows: a constant */
 static inline __attribute__((always_inline)) void block(const int8_t *q, int64_t stride, int64_t depth,
@@ -184,18 +199,16 @@ static void blocks(const int8_t *q, int64_t stride, int64_t depth, const uint8_t
         default: block(q, stride, depth, panel, start, 1, sums); break;
     }
 }
-#endif
 
 /* What the depth of a turned panel is rounded up to: whole panels of the weight as it is packed. */
 #define TURNED (DEEP < PANEL ? PANEL : DEEP)
 
 /* A packed weight as one product reads it. turned: the depth of its panels as they are packed, or 0 where the product
- * reads them so; space: for one panel of this thread, of panel_bytes; pairs: for all rows, of pairs_bytes. */
+ * reads them so; space: for one turned panel of this thread. */
 typedef struct {
     const uint8_t *packed;
     int64_t depth, turned;
     uint8_t *space;
-    int16_t *pairs;
 } weight;
 
 #ifndef __ARM_FEATURE_DOTPROD
@@ -222,46 +235,33 @@ static void turn_panel(const weight *w, int64_t p, uint8_t *to) {
         }
 }
 
-/* Bytes of a panel that a thread makes for itself: turned, in pairs, or both. */
-static inline int64_t panel_bytes(int64_t depth, int turned) {
-#ifdef PAIRS
-    return depth * PANEL * (turned ? 3 : 2);
-#else
-    return turned ? depth * PANEL : 0;
-#endif
+/* Bytes of a turned panel; 0 where the product reads panels as they are. */
+static inline int64_t panel_bytes(int64_t depth, int turned) { return turned ? depth * PANEL : 0; }
+
+/* The weight of a product, with the scratch that it needs. */
+static inline weight weight_of(const uint8_t *packed, int64_t depth, int64_t turned, uint8_t *scratch, int64_t thread) {
+    return (weight){packed, depth, turned ? up_to(turned, DEEP) : 0, scratch + thread * panel_bytes(depth, turned != 0)};
 }
 
-/* Bytes of the rows in pairs, which all threads make and read. */
-static inline int64_t pairs_bytes(int64_t rows, int64_t depth) {
-#ifdef PAIRS
-    return up_to(rows, BLOCK) * depth * 2;
-#else
-    (void)rows, (void)depth;
-    return 0;
-#endif
-}
-
-/* The weight of a product of `rows` rows, with the scratch that it needs. */
-static inline weight weight_of(const uint8_t *packed, int64_t rows, int64_t depth, int64_t turned, uint8_t *scratch,
-                               int64_t thread) {
-    uint8_t *space = scratch + pairs_bytes(rows, depth) + thread * panel_bytes(depth, turned != 0);
-    return (weight){packed, depth, turned ? up_to(turned, DEEP) : 0, space, (int16_t *)scratch};
-}
-
-/* Panel p of the weight; `last` is the panel that this thread has made, or -1. */
+/* Panel p of the weight; `last` is the panel that this thread has turned, or -1. */
 static inline const uint8_t *panel_of(const weight *w, int64_t p, int64_t *last) {
-    const uint8_t *packed = w->packed + p * w->depth * PANEL;
-#ifdef PAIRS
-    uint8_t *turned = w->space + 2 * w->depth * PANEL;
-    if (w->turned && p != *last) turn_panel(w, p, turned);
-    if (p != *last) pair_panel(w->turned ? turned : packed, w->depth, (int16_t *)w->space);
-#else
-    if (!w->turned) return packed;
+    if (!w->turned) return w->packed + p * w->depth * PANEL;
     if (p != *last) turn_panel(w, p, w->space);
-#endif
     *last = p;
     return w->space;
 }
+
+#ifdef TILE
+/* Fetches some of the PANEL x PANEL bytes that panel p consists of, or is turned from: they are new to this core. */
+static inline void fetch_parts(const weight *w, int64_t p, int64_t from, int64_t to) {
+    if (w->turned && p * PANEL >= w->turned) return;
+    for (int64_t part = from; part < to; part++) {
+        const int64_t row = w->turned ? part * w->turned + p * PANEL : p * w->depth + part * PANEL;
+        for (int line = 0; line < PANEL * PANEL / 64; line++)
+            _mm_prefetch((const char *)w->packed + row * PANEL + line * 64, _MM_HINT_T1);
+    }
+}
+#endif
 
 /* Bytes from one quantised row to the next. An odd number of cache lines: rows a power of two apart would share the
  * same few places of the caches, 16 of which a tile needs at once. */
@@ -273,17 +273,13 @@ static inline int64_t row_stride(int64_t depth) {
 #endif
 }
 
-/* Bytes of scratch for so many quantised rows; for what a product of them needs with so many threads; for both, one
- * behind the other. The scratch may begin anywhere. */
-static int64_t quantised_bytes(int64_t rows, int64_t depth, int turned) {
-    return up_to(rows, SQUARE) * row_stride(up_to(depth, turned ? TURNED : DEEP)) + 64;
-}
-static int64_t product_bytes(int64_t rows, int64_t depth, int64_t threads, int turned) {
-    depth = up_to(depth, turned ? TURNED : DEEP);
-    return pairs_bytes(rows, depth) + threads * panel_bytes(depth, turned) + 64;
-}
+/* Bytes of scratch for so many quantised rows, and for these with turned panels of each thread behind them where the
+ * weight is turned. The scratch may begin anywhere. */
+static int64_t quantised_bytes(int64_t rows, int64_t depth) { return up_to(rows, SQUARE) * row_stride(depth) + 64; }
 static int64_t scratch_bytes(int64_t rows, int64_t depth, int64_t threads, int turned) {
-    return quantised_bytes(rows, depth, turned) + product_bytes(rows, depth, threads, turned);
+    if (!turned) return quantised_bytes(rows, depth);
+    depth = up_to(depth, TURNED);
+    return quantised_bytes(rows, depth) + threads * panel_bytes(depth, turned) + 64;
 }
 static inline int8_t *aligned(void *scratch) { return (int8_t *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63); }
 
@@ -381,15 +377,6 @@ static void EACH(vector_products)(const int8_t *q, int64_t stride, const int64_t
     const int64_t panels = up_to(columns, PANEL) / PANEL, blocks_of_rows = up_to(kept, BLOCK) / BLOCK;
     const int64_t threads = team->threads;
     int64_t last = -1;
-    #ifdef PAIRS
-    (void)starts; /* zero */
-    FOR_SHARE(b, blocks_of_rows) {
-        const int64_t left = kept - b * BLOCK;
-        pair_rows(q + b * BLOCK * stride, stride, w->depth, left < BLOCK ? (int)left : BLOCK,
-                  w->pairs + b * BLOCK * w->depth);
-    }
-    celora_meet(team);
-    #endif
     /* Whole panels to each thread; some of the rows, too, where there are too few panels for that to come out even. */
     const int64_t parts = panels % threads == 0 || panels > 8 * threads ? 1 : threads;
     FOR_SHARE(at, panels * parts) {
@@ -398,16 +385,10 @@ static void EACH(vector_products)(const int8_t *q, int64_t stride, const int64_t
         end = end < kept ? end : kept;
         const uint8_t *panel = k < end ? panel_of(w, p, &last) : NULL;
         while (k < end) {
-            #ifdef PAIRS
-            const int count = end - k < GROUP ? (int)(end - k) : GROUP;
-            ints sums[GROUP][2];
-            group(w->pairs + k * w->depth, w->depth, panel, count, sums);
-            #else
             int count = end - k < BLOCK ? (int)(end - k) : BLOCK;
             if (BLOCK > 6 && count > 8 && count < BLOCK) count = count > 10 ? 6 : 5; /* 9, 10, 11 in two */
             ints sums[BLOCK][2];
             blocks(q + k * stride, stride, w->depth, panel, starts + k, count, sums);
-            #endif
             EACH(write_block)((const int32_t *)sums, k, count, p * PANEL, index, NULL, scales, column_scale, bias,
                               columns, out);
             k += count;
@@ -436,15 +417,17 @@ static void EACH(matrix_products)(const int8_t *q, int64_t stride, const int64_t
         int32_t sums[GROUP * PANEL] __attribute__((aligned(64)));
         const int64_t end = (part + 1) * chunk < kept ? (part + 1) * chunk : kept;
         const int64_t squares = (end - part * chunk + SQUARE - 1) / SQUARE;
-        const int64_t lines = w->turned ? 0 : (SQUARE + squares - 1) / squares; /* a turned panel has no next one */
-        const uint8_t *panel = panel_of(w, p, &last), *ahead = panel + depth * PANEL;
+        const int64_t parts = depth / PANEL, steps = squares * stretches;
+        int64_t step = 0;
+        const uint8_t *panel = panel_of(w, p, &last);
         for (int64_t group = part * chunk; group < end; group += GROUP)
             for (int64_t from = 0; from < depth; from += stretch) {
                 const int64_t deep = depth - from < stretch ? depth - from : stretch;
                 for (int64_t k = group; k < end && k < group + GROUP; k += SQUARE) {
                     int32_t *to = sums + (k - group) * PANEL;
-                    square(q + k * stride + from, stride, deep, panel + from * PANEL, from == 0, ahead, lines, to);
-                    ahead += deep / DEEP * lines * 64;
+                    if (p + 1 < panels) fetch_parts(w, p + 1, parts * step / steps, parts * (step + 1) / steps);
+                    step++;
+                    square(q + k * stride + from, stride, deep, panel + from * PANEL, from == 0, to);
                     if (from + deep == depth)
                         EACH(write_block)(to, k, end - k < SQUARE ? end - k : SQUARE, p * PANEL, index, starts,
                                           scales, column_scale, bias, columns, out);
@@ -464,8 +447,8 @@ static void EACH(quantise_gathered)(const TYPE *x, int64_t rows, int64_t stride,
     FOR_SHARE(k, kept) {
         int8_t *q = quantised + k * stride_of_q;
         const TYPE *row = x + (index ? index[k] : k) * stride;
-        if (fold) EACH(quantise_folded_row)(row, fold, rows, (uint8_t *)q, scales + k);
-        else EACH(quantise_row)(row, rows, 0.0f, (uint8_t *)q, scales + k);
+        if (fold) EACH(quantise_row)(row, fold, rows, PAIRED, 0.0f, (uint8_t *)q, scales + k);
+        else EACH(quantise_row)(row, NULL, rows, PAIRED, 0.0f, (uint8_t *)q, scales + k);
         memset(q + rows, 0, (size_t)(depth - rows));
         int32_t sum = 0;
         #pragma omp simd reduction(+ : sum)
@@ -500,7 +483,7 @@ static void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, 
     const int64_t depth = up_to(rows, turned ? TURNED : DEEP), stride_of_q = row_stride(depth);
     int8_t *quantised = aligned(scratch);
     uint8_t *space = (uint8_t *)aligned(quantised + up_to(kept, SQUARE) * stride_of_q);
-    const weight w = weight_of(packed, kept, depth, turned, space, team->thread);
+    const weight w = weight_of(packed, depth, turned, space, team->thread);
     EACH(quantise_gathered)(x, rows, stride, index, kept, factor, fold, quantised, stride_of_q, depth, scales, starts,
                             team);
     celora_meet(team);
@@ -537,13 +520,12 @@ static void EACH(quantise_input)(const TYPE *x, int64_t tokens, int64_t rows, in
                             starts, team);
 }
 
-/* out = x W^T + bias from quantise_input's x and a weight of pack_rows with its scales; bias: NULL for 0; scratch: of
- * product_bytes */
+/* out = x W^T + bias from quantise_input's x and a weight of pack_rows with its scales; bias: NULL for 0 */
 static void EACH(quantised_product)(const void *q, const float *scales, const int32_t *starts, int64_t tokens,
                                     int64_t rows, const uint8_t *packed, const float *column_scale, const float *bias,
-                                    int64_t columns, void *scratch, TYPE *out, const team *team) {
+                                    int64_t columns, TYPE *out, const team *team) {
     const int64_t depth = up_to(rows, DEEP);
-    const weight w = weight_of(packed, tokens, depth, 0, (uint8_t *)aligned(scratch), team->thread);
+    const weight w = weight_of(packed, depth, 0, NULL, team->thread);
     EACH(products)(aligned((void *)q), row_stride(depth), rows, NULL, tokens, &w, starts, scales, column_scale, bias,
                    columns, out, team);
 }

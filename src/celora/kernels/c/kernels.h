@@ -30,7 +30,7 @@
            P(14), P(15), P(16), I(17))                                                                             \
     KERNEL(critical_product, P(0), N(1), N(2), N(3), N(4), D(5), P(6), P(7), N(8), P(9), N(10), P(11), P(12))      \
     KERNEL(quantise_input, P(0), N(1), N(2), N(3), P(4), P(5), P(6), P(7))                                         \
-    KERNEL(quantised_product, P(0), P(1), P(2), N(3), N(4), P(5), P(6), P(7), N(8), P(9), P(10))
+    KERNEL(quantised_product, P(0), P(1), P(2), N(3), N(4), P(5), P(6), P(7), N(8), P(9))
 #else
 #define DOT(KERNEL)
 #endif
@@ -46,9 +46,9 @@
     NUMBER(panel_columns, PANEL)                                       \
     NUMBER(depth_step, DEEP)                                           \
     NUMBER(offset, OFFSET)                                             \
+    NUMBER(paired, PAIRED)                                             \
     NUMBER(row_stride, row_stride(N(0)))                               \
-    NUMBER(quantised_bytes, quantised_bytes(N(0), N(1), 0))            \
-    NUMBER(product_bytes, product_bytes(N(0), N(1), N(2), 0))          \
+    NUMBER(quantised_bytes, quantised_bytes(N(0), N(1)))               \
     NUMBER(scratch_bytes, scratch_bytes(N(0), N(1), N(2), I(3)))
 #else
 #define NUMBERS(NUMBER) NUMBER(panel_columns, 0)

@@ -30,7 +30,7 @@ _TYPED = {  # there is one for each dtype, which runs on torch's threads
     "gathered_product": "PqqqPPqPPPqPqPPPPq",
     "critical_product": "PqqqqdPPqPqPP",
     "quantise_input": "PqqqPPPP",
-    "quantised_product": "PPPqqPPPqPP",
+    "quantised_product": "PPPqqPPPqP",
     # attention.c
     "attention": "PPPPPqqqqqdPqPP",
     "attention_backward": "PPPPPPqqqqqdPqPPPPP",
@@ -40,9 +40,9 @@ _NUMBERS = {  # return one
     "panel_columns": "",
     "depth_step": "",
     "offset": "",
+    "paired": "",
     "row_stride": "q",
     "quantised_bytes": "qq",
-    "product_bytes": "qqq",
     "scratch_bytes": "qqqq",
     "attention_work": "qqq",
 }

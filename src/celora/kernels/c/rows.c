@@ -39,7 +39,7 @@ static inline float from_magnitude(int32_t bits) {
     return value;
 }
 
-/* The scale of a row with this largest magnitude, and its inverse. A NaN stays one. */
+/* The scale of a row whose numbers may reach this magnitude at 127, and its inverse. A NaN stays one. */
 static inline float scale_of_row(int32_t largest, float *scale) {
     const float most = from_magnitude(largest), step = most / 127.0f;
     *scale = step < FLT_MIN ? FLT_MIN : step; /* smaller ones have no finite inverse; a NaN is not smaller */
@@ -189,38 +189,35 @@ static void EACH(squared_row_norms)(const TYPE *x, int64_t rows, int64_t columns
     }
 }
 
-/* q[i] = offset + round(row[i] / scale), scale = max_i |row[i]| / 127 */
-static inline void EACH(quantise_row)(const TYPE *row, int64_t columns, float offset, uint8_t *q, float *scale) {
-    const float shift = 12582912.0f + offset; /* adding 1.5 * 2^23 rounds to even, the integer in the low bits */
-    int32_t largest = 0; /* sizes compare like their bits, and a NaN is larger than all: it must come through */
-    #pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < columns; i++) {
-        int32_t size = EACH(magnitude)(row[i]);
-        largest = size > largest ? size : largest;
-    }
-    const float inverse = scale_of_row(largest, scale);
-    #pragma omp simd
-    for (int64_t i = 0; i < columns; i++) {
-        float shifted = EACH(from)(row[i]) * inverse + shift;
-        uint32_t bits;
-        memcpy(&bits, &shifted, 4);
-        q[i] = (uint8_t)bits;
-    }
+static inline float EACH(folded)(const TYPE *row, const float *fold, int64_t i) {
+    return fold ? EACH(from)(row[i]) * fold[i] : EACH(from)(row[i]);
 }
 
-/* quantise_row of row[i] fold[i], without offset */
-static inline void EACH(quantise_folded_row)(const TYPE *row, const float *fold, int64_t columns, uint8_t *q,
-                                             float *scale) {
-    int32_t largest = 0;
+/* q[i] = offset + round(x[i] / scale) of x[i] = row[i] fold[i], or row[i] without fold; scale = max_i |x[i]| / 127. If
+ * paired, max_i (|x[2i]| + |x[2i + 1]|) / 127: then two neighbours' magnitudes are at most 128 together. Constants: what
+ * fold is, if NULL, and paired. */
+static inline __attribute__((always_inline)) void EACH(quantise_row)(const TYPE *row, const float *fold, int64_t columns,
+                                                                     const int paired, float offset, uint8_t *q,
+                                                                     float *scale) {
+    const float shift = 12582912.0f + offset; /* adding 1.5 * 2^23 rounds to even, the integer in the low bits */
+    int32_t largest = 0; /* sizes compare like their bits, and a NaN is larger than all: it must come through */
+    if (paired) {
+        #pragma omp simd reduction(max : largest)
+        for (int64_t i = 0; i < columns / 2; i++) {
+            float one = EACH(folded)(row, fold, 2 * i), two = EACH(folded)(row, fold, 2 * i + 1);
+            int32_t size = magnitude_f32(fabsf(one) + fabsf(two));
+            largest = size > largest ? size : largest;
+        }
+    }
     #pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < columns; i++) {
-        int32_t size = magnitude_f32(EACH(from)(row[i]) * fold[i]);
+    for (int64_t i = paired ? columns / 2 * 2 : 0; i < columns; i++) {
+        int32_t size = magnitude_f32(EACH(folded)(row, fold, i));
         largest = size > largest ? size : largest;
     }
     const float inverse = scale_of_row(largest, scale);
     #pragma omp simd
     for (int64_t i = 0; i < columns; i++) {
-        float shifted = EACH(from)(row[i]) * fold[i] * inverse + 12582912.0f;
+        float shifted = EACH(folded)(row, fold, i) * inverse + shift;
         uint32_t bits;
         memcpy(&bits, &shifted, 4);
         q[i] = (uint8_t)bits;
@@ -231,7 +228,7 @@ static inline void EACH(quantise_folded_row)(const TYPE *row, const float *fold,
 static void EACH(quantise_rows)(const TYPE *x, const int64_t *index, int64_t rows, int64_t columns, int64_t stride,
                                 float offset, uint8_t *q, float *scale, const team *team) {
     FOR_SHARE(k, rows)
-        EACH(quantise_row)(x + (index ? index[k] : k) * stride, columns, offset, q + k * columns, scale + k);
+        EACH(quantise_row)(x + (index ? index[k] : k) * stride, NULL, columns, 0, offset, q + k * columns, scale + k);
 }
 
 /* out[t] = scale[k] y[k] for k = position[t]; 0 where position[t] < 0, or what is there if !fill */
