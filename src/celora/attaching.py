@@ -33,7 +33,7 @@ from celora.runtime.attachment import ATTRIBUTE, Attachment, attachments, find
 from celora.runtime.notes import advice, whole_model_notes
 from celora.settings.config import CELoraConfig, matches
 from celora.settings.presets import PRESETS, by_rule, resolve
-from celora.weights.read import plain_weight
+from celora.weights.read import own_bytes, plain_weight
 
 _PRESET_PATTERNS = {pattern for preset in PRESETS.values() for pattern in preset.overrides}
 
@@ -77,8 +77,12 @@ def attach(
     known = passes.known(model) if config.fused else {}
     estimators = [estimator for _, estimator in assigned.values() if estimator is not None]
     slow = {estimator.product.slow(estimator.device) for estimator in estimators} - {""}
+    # Whoever holds the base in 8 bits needs memory, and a forward in 8 bits is no more exact than what this saves.
+    in_8_bits = any(
+        layer.forward != "exact" and own_bytes(found.layers[name].base) for name, (layer, _) in assigned.items()
+    )
     notes = (
-        *whole_model_notes(found, config, known.values()),
+        *whole_model_notes(found, config, known.values(), in_8_bits=in_8_bits),
         *advice(found, config),
         *(f"Dense layers are faster here: {reason}." for reason in sorted(slow)),
     )
@@ -93,6 +97,7 @@ def attach(
     attachment.plan = plan
     for name, (_, estimator) in assigned.items():
         _graft_layer(found.layers[name], estimator, attachment)
+    attachment.switch.saves_in_8_bits = in_8_bits
     for module, kind in known.items():
         kind(attachment.switch).under(module)
     if config.labelled_head and found.language_model is not None:

@@ -27,6 +27,9 @@ from small import make_model
 from train_worker import train
 
 STAGES = (2, 3)
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+    False  # or DeepSpeed compiles it for a minute; gloo does the same
+)
 
 
 def zero(stage: int) -> dict[str, Any]:

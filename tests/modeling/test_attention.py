@@ -166,6 +166,20 @@ def test_tiles_do_not_depend_on_threads_or_company(
 
 @needs_kernel
 @each_dtype
+def test_what_tiles_save_in_8_bits_changes_gradients_a_little(dtype: torch.dtype) -> None:
+    tensors, found = inputs(dtype, 2, 32), {}
+    for in_8_bits in (False, True):
+        output = attention._Tiled.apply(*tensors, LENGTHS, 0.2, in_8_bits)  # type: ignore[no-untyped-call]
+        grads = torch.autograd.grad(output, tensors, torch.ones_like(output).cumsum(-1))
+        found[in_8_bits] = (output.detach(), *grads)
+    exactly, rounded = found[False], found[True]
+    assert rounded[0].equal(exactly[0])
+    for grad, true in zip(rounded[1:], exactly[1:], strict=True):
+        assert 0 < (grad - true).norm() < 0.05 * true.norm()
+
+
+@needs_kernel
+@each_dtype
 def test_tiles_take_every_row_of_a_batch(dtype: torch.dtype) -> None:
     rows = [inputs(dtype, 2, 32) for _ in range(2)]
     batch = [torch.cat(pair).detach().requires_grad_() for pair in zip(*rows, strict=True)]

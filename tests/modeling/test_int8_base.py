@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import celora
 from celora import CELoraConfig, CELoraError
+from celora.kernels.operations import available
+from celora.machine.memory import saved_for_backward
 from celora.modeling.int8_base import original_weights
 from celora.modeling.int8_linear import Int8Linear
 from celora.runtime.attachment import require
@@ -46,6 +48,11 @@ def gradients(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     model.zero_grad()
     model(**make_batch(seed)).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def cosine(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    a, b = (torch.cat([grads[name].flatten() for name in sorted(one)]) for grads in (one, other))
+    return float(torch.cosine_similarity(a, b, dim=0))
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -128,13 +135,36 @@ def test_attached_both_ways_holds_one_copy() -> None:
         assert not graft.estimator.product.holds_copy
 
 
+def test_attached_both_ways_activations_are_saved_in_8_bits() -> None:
+    """With the same loss, and nearly the same gradient. A base in its own dtype, or an exact forward, keeps them."""
+    if refuses() or not available("rms_norm", torch.empty(1)):
+        return
+    model, found = quantised().train(), {}
+    note = "activations wait for the backward in 8 bits"
+    assert note in str(celora.attach(model, BOTH, fused=True))
+    switch = require(model).switch
+    for switch.saves_in_8_bits in (True, False):
+        model.zero_grad()
+        with saved_for_backward(model) as saved:
+            loss = model(**make_batch(0)).loss
+        found[switch.saves_in_8_bits] = loss.detach(), sum(saved.values()), gradients(model)
+    (loss, fewer, grads), (same, more, exactly) = found[True], found[False]
+    assert loss == same
+    assert fewer < 0.75 * more
+    assert 0.99 < cosine(grads, exactly) < 1
+    for other, config in ((model, "exact"), (make_model().train(), BOTH)):
+        assert note not in str(celora.attach(other, config, fused=True))
+        assert not require(other).switch.saves_in_8_bits
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_gives_the_same_bits(reentrant: bool) -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_checkpointing_gives_the_same_bits(reentrant: bool, fused: bool) -> None:
     if refuses():
         return
     plain, checkpointed = quantised().train(), quantised().train()
     for model in (plain, checkpointed):
-        celora.attach(model, BOTH)
+        celora.attach(model, BOTH, fused=fused)
         model.enable_input_require_grads()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
     expected, found = gradients(plain), gradients(checkpointed)

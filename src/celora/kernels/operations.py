@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from celora.kernels import floats, onednn, plain
@@ -190,6 +191,12 @@ def quantise_weight(weight: Tensor, scale: Tensor) -> PackedWeight:
     return found
 
 
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`round(x / scale)` of `x: (T, n)` with `scale = max |row| / 127`: (T, n) int8, and the scales: float32 (T,)."""
+    q, scale = choose("quantise_rows", x).run(x, None, offset=0)
+    return q.view(torch.int8), scale
+
+
 def rms_norm(x: Tensor, weight: Tensor, *, offset: float, eps: float, rounds: bool) -> tuple[Tensor, Tensor]:
     """`(offset + weight) x r` of `x: (..., n)` with `r = 1 / sqrt(mean x^2 + eps)`, and r: float32. Where `available`.
 
@@ -266,6 +273,7 @@ __all__ = [
     "pack_both_ways",
     "pack_floats",
     "pack_weight",
+    "quantise_rows",
     "quantise_weight",
     "rms_norm",
     "rms_norm_backward",

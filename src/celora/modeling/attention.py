@@ -28,6 +28,8 @@ from celora.errors import CELoraError
 from celora.kernels import operations
 from celora.modeling import varlen
 from celora.modeling.hooks import Hook
+from celora.modeling.own_forward import OwnForward
+from celora.numerics.saved import Saving
 
 ATTENTION = "celora_packed_sdpa"
 LENGTHS = "celora_lengths"
@@ -136,7 +138,7 @@ def attention(
     tiles = dropout == 0 and _tiles_pay(module, query, key, value, sequences)
     if celora_lengths is None:
         if tiles and _only_causal(module, query, key, attention_mask, **kwargs):
-            whole: Tensor = _Tiled.apply(query, key, value, None, scale)  # type: ignore[no-untyped-call]
+            whole: Tensor = _Tiled.apply(query, key, value, None, scale, _in_8_bits(module))  # type: ignore[no-untyped-call]
             return whole, None
         output: tuple[Tensor, Tensor | None] = _sdpa()(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -148,8 +150,8 @@ def attention(
             "between the batch and the attention changed them. Attach with padding_free=False."
         )
     if celora_lengths and (tiles or (dropout == 0 and _backward_pays(query, key, value, celora_lengths))):
-        function = _Tiled if tiles else _Causal
-        result: Tensor = function.apply(query, key, value, celora_lengths, scale)  # type: ignore[no-untyped-call]
+        given = (query, key, value, celora_lengths, scale)
+        result: Tensor = _Tiled.apply(*given, _in_8_bits(module)) if tiles else _Causal.apply(*given)  # type: ignore[no-untyped-call]
         return result, None
     if dropout == 0 and cu_seq_lens_q is not None and max_length_q is not None:
         together = varlen.attend(module, query, key, value, cu_seq_lens_q, max_length_q, attention_mask, scale)
@@ -225,6 +227,12 @@ def _tiles_pay(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, seq
     return trains and shapes and dense and 2 * sequences * key.shape[1] >= torch.get_num_threads()
 
 
+def _in_8_bits(module: nn.Module) -> bool:
+    """Whether this attention's forward is celora's, which is to save activations in 8 bits."""
+    own = vars(module).get("forward")
+    return isinstance(own, OwnForward) and own.switch.saves_in_8_bits
+
+
 def _only_causal(
     module: nn.Module,
     query: Tensor,
@@ -251,7 +259,13 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...] | None, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: tuple[int, ...] | None,
+        scale: float,
+        in_8_bits: bool,
     ) -> Tensor:
         lengths = (query.shape[2],) if lengths is None else lengths
         pieces = [(end - n, n) for n, end in zip(lengths, accumulate(lengths), strict=True)]
@@ -259,16 +273,18 @@ class _Tiled(torch.autograd.Function):
         sequences.sort(key=lambda of: -of[2])  # the longest first, so that all threads end at about the same time
         ctx.sequences, ctx.scale = torch.tensor(sequences, device="cpu"), scale
         output, logs = operations.attention(query, key, value, ctx.sequences, scale=scale)
-        ctx.save_for_backward(query, key, value, output, logs)
+        ctx.saving = Saving(query.dtype, in_8_bits)
+        ctx.save_for_backward(logs, *ctx.saving.save(query, key, value, output))
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        query, key, value, output, logs = ctx.saved_tensors
+        logs, *saved = ctx.saved_tensors
+        query, key, value, output = ctx.saving.restore(*saved)
         found = operations.attention_backward(grad, query, key, value, output, logs, ctx.sequences, scale=ctx.scale)
-        return *found, None, None
+        return *found, None, None, None
 
 
 class _Causal(torch.autograd.Function):

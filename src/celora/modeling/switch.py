@@ -27,6 +27,7 @@ class Switch:
 
     Attributes:
         forwards: whether 8-bit forwards are on. An audit turns them off.
+        saves_in_8_bits: whether passes save activations for backward in 8 bits.
         compiled: whether layers have run in graphs of torch.compile. A graph is specific to the modes of its layers.
         modes: the values of `module.training` with which layers have run since the last step.
         left: layers that keep PEFT's own backward, with the reasons.
@@ -35,6 +36,7 @@ class Switch:
     def __init__(self) -> None:
         self.on = True
         self.forwards = True
+        self.saves_in_8_bits = False
         self.compiled = False
         self.modes: set[bool] = set()
         self.left: dict[str, str] = {}

@@ -9,53 +9,67 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from celora.kernels import operations
+from celora.numerics.saved import Saving
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds: bool = True) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds: bool = True, in_8_bits: bool = False
+) -> Tensor:
     """`(offset + weight) x / sqrt(mean x^2 + eps)` along the last dimension of `x: (..., n)`; no gradient of `weight`.
 
     Args:
         x: on CPU, in a dtype that the kernels take. Everything is computed in float32.
         weight: (n,), contiguous, of the same dtype, frozen.
         rounds: whether the normalised x is rounded to its dtype before it is multiplied.
+        in_8_bits: whether x waits for the backward in 8 bits.
     """
-    result: Tensor = _RMSNorm.apply(x, weight, eps, offset, rounds)  # type: ignore[no-untyped-call]
+    result: Tensor = _RMSNorm.apply(x, weight, eps, offset, rounds, in_8_bits)  # type: ignore[no-untyped-call]
     return result
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, rounds: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, rounds: bool, in_8_bits: bool
+    ) -> Tensor:
         x = x.contiguous()
         y, inverse = operations.rms_norm(x, weight, offset=offset, eps=eps, rounds=rounds)
-        ctx.save_for_backward(x, weight, inverse)
+        ctx.saving = Saving(x.dtype, in_8_bits)
+        ctx.save_for_backward(weight, inverse, *ctx.saving.save(x))
         ctx.offset = offset
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = operations.rms_norm_backward(grad.contiguous(), *ctx.saved_tensors, offset=ctx.offset)
-        return found, None, None, None, None
+        weight, inverse, *saved = ctx.saved_tensors
+        (x,) = ctx.saving.restore(*saved)
+        found = operations.rms_norm_backward(grad.contiguous(), x, weight, inverse, offset=ctx.offset)
+        return found, None, None, None, None, None
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) up` of two tensors (..., n), on CPU, in one dtype that the kernels take."""
-    result: Tensor = _Gated.apply(gate, up)  # type: ignore[no-untyped-call]
+def gated(gate: Tensor, up: Tensor, *, in_8_bits: bool = False) -> Tensor:
+    """`silu(gate) up` of two tensors (..., n), on CPU, in one dtype that the kernels take.
+
+    `in_8_bits`: whether they wait for the backward in 8 bits.
+    """
+    result: Tensor = _Gated.apply(gate, up, in_8_bits)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, in_8_bits: bool) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
+        ctx.saving = Saving(gate.dtype, in_8_bits)
+        ctx.save_for_backward(*ctx.saving.save(gate, up))
         return operations.gated(gate, up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return operations.gated_backward(grad.contiguous(), *ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saving.restore(*ctx.saved_tensors)
+        return *operations.gated_backward(grad.contiguous(), gate, up), None
 
 
 def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -15,10 +15,14 @@ from celora.settings.config import CELoraConfig
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def whole_model_notes(found: Survey, config: CELoraConfig, known: Collection[type[OwnForward]]) -> list[str]:
+def whole_model_notes(
+    found: Survey, config: CELoraConfig, known: Collection[type[OwnForward]], *, in_8_bits: bool = False
+) -> list[str]:
     """What celora does to the model besides estimates, and why it leaves something out.
 
-    `known`: the class of each module that is computed in one pass.
+    Args:
+        known: the class of each module that is computed in one pass.
+        in_8_bits: whether these save activations for backward in 8 bits.
     """
     notes = []
     if config.fused:
@@ -28,7 +32,8 @@ def whole_model_notes(found: Survey, config: CELoraConfig, known: Collection[typ
         notes.append(f"LoRA fused with its base layer in {len(layers) - len(apart)} of {len(layers)} layers{rest}.")
     if known:
         counts = Counter(kind.name for kind in known)
-        notes.append(f"On CPU, in one pass each: {', '.join(f'{n} {name}' for name, n in counts.items())}.")
+        saved = "; activations wait for the backward in 8 bits" if in_8_bits else ""
+        notes.append(f"On CPU, in one pass each: {', '.join(f'{n} {name}' for name, n in counts.items())}{saved}.")
     if config.labelled_head:
         of = found.language_model
         share = "" if config.head_keep_ratio == 1 else f", its gradient through {config.head_keep_ratio:g} of the words"

@@ -90,6 +90,6 @@ def test_what_changes_later_is_seen(what: str, monkeypatch: pytest.MonkeyPatch) 
         block.down_proj.double()
     calls: list[int] = []
     gated = numerics.gated
-    patch_all(monkeypatch, "celora.numerics.passes:gated", lambda *both: calls.append(1) or gated(*both))
+    patch_all(monkeypatch, "celora.numerics.passes:gated", lambda *both, **how: calls.append(1) or gated(*both, **how))
     torch.testing.assert_close(block(x), type(block).forward(block, x))
     assert len(calls) == (what == "nothing")

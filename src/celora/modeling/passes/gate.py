@@ -33,7 +33,9 @@ class Gate(OwnForward):
         gate, up = getattr(module, parts.gate)(x), getattr(module, parts.up)(x)
         fit = computable(gate, "gated") and type(up) is torch.Tensor
         fit = fit and (up.dtype, up.shape, up.device) == (gate.dtype, gate.shape, gate.device)
-        return getattr(module, parts.down)(gated(gate, up) if fit else getattr(module, parts.activation)(gate) * up)
+        if not fit:
+            return getattr(module, parts.down)(getattr(module, parts.activation)(gate) * up)
+        return getattr(module, parts.down)(gated(gate, up, in_8_bits=self.switch.saves_in_8_bits))
 
 
 def parts_of(module: nn.Module, dtype: torch.dtype = torch.float32) -> families.Gate | None:

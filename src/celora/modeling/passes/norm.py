@@ -27,7 +27,14 @@ class Norm(OwnForward):
         variant = None if x is None else self._variant(module, x)
         if x is None or variant is None:
             return type(module).forward(module, *args, **kwargs)
-        return rms_norm(x, module.weight.detach(), epsilon(module), offset=variant.offset, rounds=variant.rounds)
+        return rms_norm(
+            x,
+            module.weight.detach(),
+            epsilon(module),
+            offset=variant.offset,
+            rounds=variant.rounds,
+            in_8_bits=self.switch.saves_in_8_bits,
+        )
 
     def _variant(self, module: Any, x: Tensor) -> families.Norm | None:
         """Which RMS norm this is for x; None if the pass does not compute it."""

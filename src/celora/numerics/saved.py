@@ -1,0 +1,49 @@
+"""What passes save for backward, in 8 bits: each row of an activation with its own scale.
+
+`x ~= scale q`, as rows are quantised for an 8-bit product. A number takes a byte and is off by half a step of
+`max |row| / 127`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from celora.kernels.operations import quantise_rows
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How an autograd function saves activations.
+
+    Attributes:
+        dtype: of the activations.
+        in_8_bits: whether they are saved in 8 bits.
+    """
+
+    dtype: torch.dtype
+    in_8_bits: bool
+
+    def save(self, *activations: Tensor) -> tuple[Tensor, ...]:
+        """What to save of activations: themselves or, in 8 bits, the two tensors of `quantise` for each."""
+        return tuple(part for x in activations for part in quantise(x)) if self.in_8_bits else activations
+
+    def restore(self, *saved: Tensor) -> tuple[Tensor, ...]:
+        """The activations again."""
+        if not self.in_8_bits:
+            return saved
+        pairs = zip(saved[::2], saved[1::2], strict=True)
+        return tuple(q.to(self.dtype).mul_(scale.to(self.dtype)) for q, scale in pairs)
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """q, (..., n) int8, in the memory layout of x, and scale, (..., 1) float32, with `x ~= scale q`."""
+    strides, last = x.stride(), x.dim() - 1
+    order = sorted(range(last), key=lambda dim: -strides[dim])  # as rows lie in memory
+    back = [*(order.index(dim) for dim in range(last)), last]
+    stored = x.permute(*order, last)
+    rows = stored.reshape(-1, x.shape[-1])
+    q, scale = quantise_rows(rows)
+    return q.view(stored.shape).permute(back), scale.view(*stored.shape[:-1], 1).permute(back)
