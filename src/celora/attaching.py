@@ -77,19 +77,19 @@ def attach(
     known = passes.known(model) if config.fused else {}
     estimators = [estimator for _, estimator in assigned.values() if estimator is not None]
     slow = {estimator.product.slow(estimator.device) for estimator in estimators} - {""}
-    # Whoever holds the base in 8 bits needs memory, and a forward in 8 bits is no more exact than what this saves.
-    in_8_bits = any(
+    # Whoever holds the base in 8 bits needs memory. A forward in 8 bits has larger errors than what is saved so.
+    compact = any(
         layer.forward != "exact" and own_bytes(found.layers[name].base) for name, (layer, _) in assigned.items()
     )
     notes = (
-        *whole_model_notes(found, config, known.values(), in_8_bits=in_8_bits),
+        *whole_model_notes(found, config, known.values(), compact=compact),
         *advice(found, config),
         *(f"Dense layers are faster here: {reason}." for reason in sorted(slow)),
     )
     report = AttachReport(tuple(layer for layer, _ in assigned.values()), config.refresh_every, notes)
     existing = find(model)
     if existing is not None and existing.report.layers == report.layers and existing.config == config:
-        existing.report = report
+        existing.report, existing.switch.compact = report, compact
         return report
     detach(model)
 
@@ -97,7 +97,7 @@ def attach(
     attachment.plan = plan
     for name, (_, estimator) in assigned.items():
         _graft_layer(found.layers[name], estimator, attachment)
-    attachment.switch.saves_in_8_bits = in_8_bits
+    attachment.switch.compact = compact
     for module, kind in known.items():
         kind(attachment.switch).under(module)
     if config.labelled_head and found.language_model is not None:

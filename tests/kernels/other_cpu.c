@@ -278,9 +278,11 @@ int main(int count, char **given) {
             for (int i = 0; dots && i < 6; i++)
                 for (int k = 0; k < 6; k++) bits = bits * 31 + products(sizes[i][0], sizes[i][1], some[k]);
         }
-        uint64_t *others = first + (dots ? ASK("paired", N(0)) : 0);
-        if (*others && bits != *others) failed = 1, printf("tier %s has other bits\n", name);
-        *others = bits;
+        if (dots) {
+            uint64_t *others = first + ASK("paired", N(0));
+            if (*others && bits != *others) failed = 1, printf("tier %s has other bits\n", name);
+            *others = bits;
+        }
         printf("%s%s: tried\n", name, dots ? ", with 8-bit products" : "");
         if (wanted < count && !strcmp(given[wanted], name)) wanted++;
     }

@@ -143,18 +143,23 @@ def test_attached_both_ways_activations_are_saved_in_8_bits() -> None:
     note = "activations wait for the backward in 8 bits"
     assert note in str(celora.attach(model, BOTH, fused=True))
     switch = require(model).switch
-    for switch.saves_in_8_bits in (True, False):
+    for switch.compact in (True, False):
         model.zero_grad()
         with saved_for_backward(model) as saved:
             loss = model(**make_batch(0)).loss
-        found[switch.saves_in_8_bits] = loss.detach(), sum(saved.values()), gradients(model)
+        found[switch.compact] = loss.detach(), sum(saved.values()), gradients(model)
     (loss, fewer, grads), (same, more, exactly) = found[True], found[False]
     assert loss == same
     assert fewer < 0.75 * more
     assert 0.99 < cosine(grads, exactly) < 1
+    exactly = {}
+    for switch.compact in (True, False):  # an audit compares with the exact gradient
+        with switch.own_forwards():
+            exactly[switch.compact] = gradients(model)
+    assert all(grad.equal(exactly[False][name]) for name, grad in exactly[True].items())
     for other, config in ((model, "exact"), (make_model().train(), BOTH)):
         assert note not in str(celora.attach(other, config, fused=True))
-        assert not require(other).switch.saves_in_8_bits
+        assert not require(other).switch.compact
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -29,7 +29,6 @@ from celora.kernels import operations
 from celora.modeling import varlen
 from celora.modeling.hooks import Hook
 from celora.modeling.own_forward import OwnForward
-from celora.numerics.saved import Saving
 
 ATTENTION = "celora_packed_sdpa"
 LENGTHS = "celora_lengths"
@@ -138,7 +137,7 @@ def attention(
     tiles = dropout == 0 and _tiles_pay(module, query, key, value, sequences)
     if celora_lengths is None:
         if tiles and _only_causal(module, query, key, attention_mask, **kwargs):
-            whole: Tensor = _Tiled.apply(query, key, value, None, scale, _in_8_bits(module))  # type: ignore[no-untyped-call]
+            whole: Tensor = _Tiled.apply(query, key, value, None, scale, _saves_compactly(module))  # type: ignore[no-untyped-call]
             return whole, None
         output: tuple[Tensor, Tensor | None] = _sdpa()(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -151,7 +150,7 @@ def attention(
         )
     if celora_lengths and (tiles or (dropout == 0 and _backward_pays(query, key, value, celora_lengths))):
         given = (query, key, value, celora_lengths, scale)
-        result: Tensor = _Tiled.apply(*given, _in_8_bits(module)) if tiles else _Causal.apply(*given)  # type: ignore[no-untyped-call]
+        result: Tensor = _Tiled.apply(*given, _saves_compactly(module)) if tiles else _Causal.apply(*given)  # type: ignore[no-untyped-call]
         return result, None
     if dropout == 0 and cu_seq_lens_q is not None and max_length_q is not None:
         together = varlen.attend(module, query, key, value, cu_seq_lens_q, max_length_q, attention_mask, scale)
@@ -227,10 +226,10 @@ def _tiles_pay(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, seq
     return trains and shapes and dense and 2 * sequences * key.shape[1] >= torch.get_num_threads()
 
 
-def _in_8_bits(module: nn.Module) -> bool:
-    """Whether this attention's forward is celora's, which is to save activations in 8 bits."""
+def _saves_compactly(module: nn.Module) -> bool:
+    """Whether this attention's forward is celora's, which is to save activations in fewer bits."""
     own = vars(module).get("forward")
-    return isinstance(own, OwnForward) and own.switch.saves_in_8_bits
+    return isinstance(own, OwnForward) and own.switch.saves_compactly
 
 
 def _only_causal(
@@ -254,7 +253,9 @@ def _only_causal(
 class _Tiled(torch.autograd.Function):
     """Causal attention by our kernel: (B, heads, T, d) to (B, T, heads, d).
 
-    Each sequence attends to itself; by default each row is one sequence.
+    Each sequence attends to itself; by default each row is one sequence. If `compactly`, inputs are saved in
+    bfloat16, and the backward computes the output again. The output of other inputs would put the softmax off, all the
+    more where keys have a few very large numbers.
     """
 
     @staticmethod
@@ -265,7 +266,7 @@ class _Tiled(torch.autograd.Function):
         value: Tensor,
         lengths: tuple[int, ...] | None,
         scale: float,
-        in_8_bits: bool,
+        compactly: bool,
     ) -> Tensor:
         lengths = (query.shape[2],) if lengths is None else lengths
         pieces = [(end - n, n) for n, end in zip(lengths, accumulate(lengths), strict=True)]
@@ -273,16 +274,21 @@ class _Tiled(torch.autograd.Function):
         sequences.sort(key=lambda of: -of[2])  # the longest first, so that all threads end at about the same time
         ctx.sequences, ctx.scale = torch.tensor(sequences, device="cpu"), scale
         output, logs = operations.attention(query, key, value, ctx.sequences, scale=scale)
-        ctx.saving = Saving(query.dtype, in_8_bits)
-        ctx.save_for_backward(logs, *ctx.saving.save(query, key, value, output))
+        if compactly:
+            ctx.save_for_backward(query.bfloat16(), key.bfloat16(), value.bfloat16())
+        else:
+            ctx.save_for_backward(query, key, value, output, logs)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        logs, *saved = ctx.saved_tensors
-        query, key, value, output = ctx.saving.restore(*saved)
+        query, key, value, *known = ctx.saved_tensors
+        if not known:
+            query, key, value = (t.to(grad.dtype) for t in (query, key, value))
+            known = operations.attention(query, key, value, ctx.sequences, scale=ctx.scale)
+        output, logs = known
         found = operations.attention_backward(grad, query, key, value, output, logs, ctx.sequences, scale=ctx.scale)
         return *found, None, None, None
 

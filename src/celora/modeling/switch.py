@@ -27,7 +27,7 @@ class Switch:
 
     Attributes:
         forwards: whether 8-bit forwards are on. An audit turns them off.
-        saves_in_8_bits: whether passes save activations for backward in 8 bits.
+        compact: whether passes save activations for backward in fewer bits.
         compiled: whether layers have run in graphs of torch.compile. A graph is specific to the modes of its layers.
         modes: the values of `module.training` with which layers have run since the last step.
         left: layers that keep PEFT's own backward, with the reasons.
@@ -36,13 +36,18 @@ class Switch:
     def __init__(self) -> None:
         self.on = True
         self.forwards = True
-        self.saves_in_8_bits = False
+        self.compact = False
         self.compiled = False
         self.modes: set[bool] = set()
         self.left: dict[str, str] = {}
         self._more: list[str] = []
         self._copied = False
         self._said: set[str] = set()
+
+    @property
+    def saves_compactly(self) -> bool:
+        """Whether passes do so now: if something is saved at all, and if nothing has to be exact."""
+        return self.compact and self.forwards and torch.is_grad_enabled()
 
     @contextmanager
     def own_forwards(self) -> Iterator[None]:

@@ -85,7 +85,7 @@ def quantise(x: Tensor, dim: int, *, paired: bool = False) -> tuple[Tensor, Tens
     """
     size = x.abs()
     if paired:
-        size = torch.stack([part.sum(dim) for part in size.split(2, dim)], dim)
+        size = torch.stack([part.sum(dim) for part in size.split(2, dim)], dim)  # an odd one out stands alone
     scale = size.amax(dim, keepdim=True) / 127
     return (x / torch.where(scale == 0, 1, scale)).round(), scale
 

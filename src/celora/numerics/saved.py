@@ -1,4 +1,4 @@
-"""What passes save for backward, in 8 bits: each row of an activation with its own scale.
+"""What norms and gates save for backward, in 8 bits: each row of an activation with its own scale.
 
 `x ~= scale q`, as rows are quantised for an 8-bit product. A number takes a byte and is off by half a step of
 `max |row| / 127`.

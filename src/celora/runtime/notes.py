@@ -16,13 +16,13 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def whole_model_notes(
-    found: Survey, config: CELoraConfig, known: Collection[type[OwnForward]], *, in_8_bits: bool = False
+    found: Survey, config: CELoraConfig, known: Collection[type[OwnForward]], *, compact: bool = False
 ) -> list[str]:
     """What celora does to the model besides estimates, and why it leaves something out.
 
     Args:
         known: the class of each module that is computed in one pass.
-        in_8_bits: whether these save activations for backward in 8 bits.
+        compact: whether these save activations for backward in fewer bits.
     """
     notes = []
     if config.fused:
@@ -32,7 +32,7 @@ def whole_model_notes(
         notes.append(f"LoRA fused with its base layer in {len(layers) - len(apart)} of {len(layers)} layers{rest}.")
     if known:
         counts = Counter(kind.name for kind in known)
-        saved = "; activations wait for the backward in 8 bits" if in_8_bits else ""
+        saved = "; activations wait for the backward in 8 bits, attention's in 16" if compact else ""
         notes.append(f"On CPU, in one pass each: {', '.join(f'{n} {name}' for name, n in counts.items())}{saved}.")
     if config.labelled_head:
         of = found.language_model

@@ -51,7 +51,7 @@ static inline ints all(int32_t x) { return _mm256_set1_epi32(x); }
 static inline ints load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 static inline ints dot(ints sum, ints u, ints s) {
     const ints four = _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));
-    __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(four)); /* gcc would mix rows and run out of registers */
+    __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(four)); /* or gcc mixes rows and spills more than one sum */
     return sum;
 }
 #elif defined(__ARM_FEATURE_DOTPROD)
@@ -254,7 +254,6 @@ static inline const uint8_t *panel_of(const weight *w, int64_t p, int64_t *last)
 #ifdef TILE
 /* Fetches some of the PANEL x PANEL bytes that panel p consists of, or is turned from: they are new to this core. */
 static inline void fetch_parts(const weight *w, int64_t p, int64_t from, int64_t to) {
-    if (w->turned && p * PANEL >= w->turned) return;
     for (int64_t part = from; part < to; part++) {
         const int64_t row = w->turned ? part * w->turned + p * PANEL : p * w->depth + part * PANEL;
         for (int line = 0; line < PANEL * PANEL / 64; line++)
@@ -417,7 +416,7 @@ static void EACH(matrix_products)(const int8_t *q, int64_t stride, const int64_t
         int32_t sums[GROUP * PANEL] __attribute__((aligned(64)));
         const int64_t end = (part + 1) * chunk < kept ? (part + 1) * chunk : kept;
         const int64_t squares = (end - part * chunk + SQUARE - 1) / SQUARE;
-        const int64_t parts = depth / PANEL, steps = squares * stretches;
+        const int64_t parts = depth / PANEL, steps = squares * ((depth + stretch - 1) / stretch);
         int64_t step = 0;
         const uint8_t *panel = panel_of(w, p, &last);
         for (int64_t group = part * chunk; group < end; group += GROUP)

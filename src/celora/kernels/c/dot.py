@@ -184,5 +184,5 @@ def critical_product(
 
 
 def scratch_bytes(rows: int, depth: int, *, turned: bool) -> int:
-    """Bytes that a product of `dot.c` needs for the rows it quantises, and for what it makes of them and of panels."""
+    """Bytes that a product of `dot.c` needs for the rows it quantises, and for turned panels."""
     return ask_kernel("scratch_bytes", rows, depth, torch.get_num_threads(), turned)

@@ -194,8 +194,8 @@ static inline float EACH(folded)(const TYPE *row, const float *fold, int64_t i) 
 }
 
 /* q[i] = offset + round(x[i] / scale) of x[i] = row[i] fold[i], or row[i] without fold; scale = max_i |x[i]| / 127. If
- * paired, max_i (|x[2i]| + |x[2i + 1]|) / 127: then two neighbours' magnitudes are at most 128 together. Constants: what
- * fold is, if NULL, and paired. */
+ * paired, max_i (|x[2i]| + |x[2i + 1]|) / 127: then two neighbours' magnitudes are at most 128 together. `paired` must be
+ * a constant, and so must `fold` where it is NULL. */
 static inline __attribute__((always_inline)) void EACH(quantise_row)(const TYPE *row, const float *fold, int64_t columns,
                                                                      const int paired, float offset, uint8_t *q,
                                                                      float *scale) {

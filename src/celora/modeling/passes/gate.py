@@ -35,7 +35,7 @@ class Gate(OwnForward):
         fit = fit and (up.dtype, up.shape, up.device) == (gate.dtype, gate.shape, gate.device)
         if not fit:
             return getattr(module, parts.down)(getattr(module, parts.activation)(gate) * up)
-        return getattr(module, parts.down)(gated(gate, up, in_8_bits=self.switch.saves_in_8_bits))
+        return getattr(module, parts.down)(gated(gate, up, in_8_bits=self.switch.saves_compactly))
 
 
 def parts_of(module: nn.Module, dtype: torch.dtype = torch.float32) -> families.Gate | None:

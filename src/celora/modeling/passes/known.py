@@ -8,7 +8,8 @@ float32 copies of it. A SwiGLU gate and a rotary embedding do so more than ten t
     y = silu(gate) up,          grad_up = silu(gate) grad_y,     grad_gate = silu'(gate) up grad_y,
     y = q cos + half(q) sin,    grad_q = grad_y cos + half^T(grad_y sin),  half(q1, q2) = (-q2, q1),
 
-and only x, gate and up are saved for backward. (On GPUs, Liger does this; celora does not.)
+and only x, gate and up are saved for backward, in 8 bits if the switch says so. (On GPUs, Liger does this; celora
+does not.)
 
 Modules keep their class. Each gets a `forward` of its own (`OwnForward`), which PyTorch calls instead of its class's:
 

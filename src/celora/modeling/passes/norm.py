@@ -33,7 +33,7 @@ class Norm(OwnForward):
             epsilon(module),
             offset=variant.offset,
             rounds=variant.rounds,
-            in_8_bits=self.switch.saves_in_8_bits,
+            in_8_bits=self.switch.saves_compactly,
         )
 
     def _variant(self, module: Any, x: Tensor) -> families.Norm | None:
