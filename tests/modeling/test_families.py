@@ -164,9 +164,12 @@ def test_other_names_are_found_once_a_row_has_them(monkeypatch: pytest.MonkeyPat
     calls: list[str] = []
     for name in ("gated", "rotated"):
         before = getattr(numerics, name)
-        patch_all(
-            monkeypatch, f"celora.numerics.passes:{name}", lambda *given, b=before, n=name: calls.append(n) or b(*given)
-        )
+
+        def counted(*given, b=before, n=name, **how):
+            calls.append(n)
+            return b(*given, **how)
+
+        patch_all(monkeypatch, f"celora.numerics.passes:{name}", counted)
     for module, kind in found.items():
         kind(Switch()).under(module)
     for (module, given), theirs in zip(inputs, expected, strict=True):
