@@ -27,9 +27,8 @@ from small import make_model
 from train_worker import train
 
 STAGES = (2, 3)
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-    False  # or DeepSpeed compiles it for a minute; gloo does the same
-)
+# Else DeepSpeed compiles an all-reduce in shared memory for a minute; gloo adds up alike.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def zero(stage: int) -> dict[str, Any]:
