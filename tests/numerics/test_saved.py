@@ -18,23 +18,19 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("backend", ["any", "torch"])
-def test_rows_are_off_by_half_a_step_and_lie_as_before(
-    dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_off_by_half_a_step(dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "torch":
         without(monkeypatch, "c")
     whole = torch.randn(2, 9, 4, 8).to(dtype)
-    for x in (whole[0, 0], whole, whole.transpose(1, 2), whole.transpose(1, 2)[:, :, 2:5], whole.permute(2, 1, 0, 3)):
+    for x in (whole[0, 0], whole, whole.transpose(1, 2)[:, :, 2:5]):
         saving = Saving(dtype, in_8_bits=True)
         q, scale = saving.save(x)
         assert (q.dtype, q.shape, scale.shape) == (torch.int8, x.shape, (*x.shape[:-1], 1))
         (restored,) = saving.restore(q, scale)
-        assert (restored.dtype, restored.shape, restored.stride(-1)) == (dtype, x.shape, 1)
+        assert (restored.dtype, restored.shape) == (dtype, x.shape)
         step = x.float().abs().amax(-1, keepdim=True) / 127
         rounding = 2 * torch.finfo(dtype).eps * x.float().abs()  # of the scale and of the product
         assert ((restored.float() - x.float()).abs() <= 0.5001 * step + rounding).all()
-        order = sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
-        assert q.permute(order).is_contiguous()
 
 
 def test_without_8_bits_the_tensors_themselves_are_saved() -> None:

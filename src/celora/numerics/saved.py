@@ -39,11 +39,6 @@ class Saving:
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """q, (..., n) int8, in the memory layout of x, and scale, (..., 1) float32, with `x ~= scale q`."""
-    strides, last = x.stride(), x.dim() - 1
-    order = sorted(range(last), key=lambda dim: -strides[dim])  # as rows lie in memory
-    back = [*(order.index(dim) for dim in range(last)), last]
-    stored = x.permute(*order, last)
-    rows = stored.reshape(-1, x.shape[-1])
-    q, scale = quantise_rows(rows)
-    return q.view(stored.shape).permute(back), scale.view(*stored.shape[:-1], 1).permute(back)
+    """q, (..., n) int8, and scale, (..., 1) float32, with `x ~= scale q`."""
+    q, scale = quantise_rows(x.reshape(-1, x.shape[-1]))
+    return q.view(x.shape), scale.view(*x.shape[:-1], 1)
