@@ -25,15 +25,20 @@ $(USE): pyproject.toml tools/environment.py
 	@$(PYTHON) tools/environment.py $(VENV)
 	@touch $@
 
-$(VENV)/.installed-%: $(USE)
-	@$(PYTHON) tools/environment.py $(VENV) $*
+# Tests read the documentation, too. One call of pip for both is faster than two.
+$(TEST): $(USE)
+	@$(PYTHON) tools/environment.py $(VENV) dev docs
+	@touch $@ $(DOCS)
+
+$(DOCS): $(USE)
+	@$(PYTHON) tools/environment.py $(VENV) docs
 	@touch $@
 
 demo: $(USE)
 	@$(BIN)/celora demo
 
 # One room of tests alone: make test ROOM=kernels.
-test: $(TEST) $(DOCS)
+test: $(TEST)
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(addprefix tests/,$(ROOM))
 
 # What the results of a layer, a loss or a model depend on the CPU for.
