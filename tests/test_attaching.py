@@ -195,3 +195,16 @@ def test_layers_split_over_processes_are_left_alone(model: PeftModel) -> None:
     name = next(iter(celora.attach(model, HALF).estimated))
     model.get_submodule(name).get_base_layer()._hf_tp_plan = "colwise"
     assert celora.attach(model, HALF).skipped == {name: "it is split by tensor parallelism"}
+
+
+def test_attaching_again_hooks_a_block_that_was_replaced(model: PeftModel) -> None:
+    celora.attach(model, HALF)
+    before = require(model)
+    celora.attach(model, HALF)
+    assert require(model) is before
+    layers = model.get_base_model().model.layers
+    layers[0] = copy.deepcopy(layers[0])
+    celora.attach(model, HALF)
+    train(model, 1)
+    assert all(graft.observed for name, graft in require(model).grafts.items() if graft.needed)
+    assert require(model).grafted().keys() == require(model).grafts.keys()

@@ -77,7 +77,6 @@ def attach(
     known = passes.known(model) if config.fused else {}
     estimators = [estimator for _, estimator in assigned.values() if estimator is not None]
     slow = {estimator.product.slow(estimator.device) for estimator in estimators} - {""}
-    # Whoever holds the base in 8 bits needs memory. A forward in 8 bits has larger errors than what is saved so.
     compact = any(
         layer.forward != "exact" and own_bytes(found.layers[name].base) for name, (layer, _) in assigned.items()
     )
@@ -88,8 +87,9 @@ def attach(
     )
     report = AttachReport(tuple(layer for layer, _ in assigned.values()), config.refresh_every, notes)
     existing = find(model)
-    if existing is not None and existing.report.layers == report.layers and existing.config == config:
-        existing.report, existing.switch.compact = report, compact
+    same = existing is not None and existing.report.layers == report.layers and existing.config == config
+    if existing is not None and same and existing.grafted().keys() == existing.grafts.keys():
+        existing.report = report
         return report
     detach(model)
 
@@ -97,7 +97,6 @@ def attach(
     attachment.plan = plan
     for name, (_, estimator) in assigned.items():
         _graft_layer(found.layers[name], estimator, attachment)
-    attachment.switch.compact = compact
     for module, kind in known.items():
         kind(attachment.switch).under(module)
     if config.labelled_head and found.language_model is not None:

@@ -99,7 +99,7 @@ def _pretend(patch: pytest.MonkeyPatch, *, one_call: bool) -> None:
     """What a trial finds out by looking at numbers is known; fake tensors are taken for plain ones."""
     patch.setattr(weights, "_PLAIN", (*weights._PLAIN, FakeTensor))
     patch_all(patch, "celora.modeling.trial:unlike", lambda module, seen=None: "")
-    patch_all(patch, "celora.modeling.model_graft:_known_by", lambda causal, given: ())
+    patch_all(patch, "celora.modeling.model_graft:known_by", lambda causal, given: ())
     patch_all(patch, "celora.modeling.graft:in_dispatch_mode", lambda: False)
     patch_all(patch, "celora.modeling.fused:_FEWEST_TOKENS", 0)
     patch.setattr(plain, "why_no_integers", lambda device: "")

@@ -231,3 +231,37 @@ def test_offloaded_weights_stay_exact(config: Any, batch: dict[str, torch.Tensor
     for name, p in model.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, expected[name])
+
+
+@pytest.mark.parametrize("config", ["paper", "exact", "auto", dataclasses.replace(HALF, synchronise=True)], ids=str)
+def test_a_block_that_is_removed_or_wrapped_later_is_trained_without(config: str | CELoraConfig) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    model = make_model()
+    celora.attach(model, config)
+    decoder = model.get_base_model().model
+    decoder.layers, model.config.num_hidden_layers = decoder.layers[:1], 1
+    decoder.layers[0].mlp = Wrapped(decoder.layers[0].mlp)
+    train(model, 11)
+    names = require(model).grafted().keys()
+    assert names == {name for name in require(model).grafts if "layers.0." in name}
+    assert any("mlp" in name for name in names) == bool(names)
+
+
+@pytest.mark.parametrize("preset", ["exact", "auto"])
+def test_a_step_while_nothing_trains(preset: str) -> None:
+    """PEFT's `disable_adapter` freezes the adapters for a while."""
+    model = make_model()
+    celora.attach(model, preset)
+    optimizer = train(model, 1)
+    model(**make_batch(1)).loss.backward()
+    with model.disable_adapter():
+        optimizer.step()
+    train(model, 1, first=2, optimizer=optimizer)
+    assert require(model).clock.step == 3

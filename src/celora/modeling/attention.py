@@ -101,9 +101,14 @@ def use_ours(config: Any) -> None:
     borrow(_IMPLEMENTATION).fset(config, ATTENTION)
 
 
+def names_ours(config: Any) -> bool:
+    """Whether a configuration names our attention."""
+    return implementation(config) == ATTENTION
+
+
 def use_sdpa(config: Any) -> None:
     """Let a configuration name `sdpa` again, if it names our attention."""
-    if implementation(config) == ATTENTION:
+    if names_ours(config):
         borrow(_IMPLEMENTATION).fset(config, "sdpa")
 
 
@@ -132,6 +137,8 @@ def attention(
             no function computes them together.
         max_length_q: number of tokens of the longest, with `cu_seq_lens_q`.
     """
+    if celora_lengths != ():
+        use_sdpa(module.config)  # it has been looked up: an interruption from here on leaves the usual name
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     sequences = len(query) * (1 if celora_lengths is None else len(celora_lengths))
     tiles = dropout == 0 and _tiles_pay(module, query, key, value, sequences)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from celora.modeling.recognise import IGNORED, Probe
+from celora.modeling.attention import names_ours, use_ours, use_sdpa
+from celora.modeling.recognise import IGNORED, Probe, settings
 from celora.numerics.head import TokenScores
 
 TRL = "fused_lm_head"  # TRL's trainers ask for log-probabilities instead of logits
@@ -50,7 +54,21 @@ class Call:
     shape: torch.Size  # shape of the tokens that the model gets
     known: tuple[Any, ...]  # everything that decides how the model turns hidden states into a loss
     probe: Probe | None  # given if this is not known yet
+    keeps: slice | Tensor  # `logits_to_keep`, as the model gets it: an object of this call alone
     hidden: Tensor | None = None  # the decoder's output
+
+    def is_made_with(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether these are arguments of this call."""
+        return arguments.get("logits_to_keep") is self.keeps
+
+    def goes_on(self) -> bool:
+        """Whether the caller is inside this call. If not, it was interrupted, and no hook was called."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if self.is_made_with(frame.f_locals) or self.is_made_with(frame.f_locals.get("kwargs") or {}):
+                return True
+            frame = frame.f_back
+        return False
 
     def for_trl(self, loss: Tensor, scores: TokenScores) -> ScoredOutput:
         """The output that TRL asks for with `fused_lm_head=True`."""
@@ -66,9 +84,76 @@ class Call:
         return full.view(self.next_labels.shape)[:, :-1]
 
 
+class OpenCalls:
+    """The call of a model that is going on, and the calls that it is inside of.
+
+    A hook may call the model again, for example for a reference. The model computes such a call by itself.
+
+    Attributes:
+        current: the innermost call; None where the model computes it, or if there is none.
+        around: the calls around it, the outermost first, and whether the configuration named celora's attention then.
+    """
+
+    def __init__(self) -> None:
+        self.current: Call | None = None
+        self.around: list[tuple[Call | None, bool]] = []
+
+    @property
+    def outermost(self) -> Call | None:
+        return self.around[0][0] if self.around else self.current
+
+    def end(self) -> Call | None:
+        """End the current call, and return it."""
+        call, self.current = self.current, None
+        if call is not None:
+            use_sdpa(call.owner.config)
+            if call.probe is not None:
+                call.probe.leave()
+        return call
+
+    def forget(self) -> None:
+        """End all calls: they were interrupted."""
+        self.around.clear()
+        self.end()
+
+    def step_aside(self) -> None:
+        """Begin a call inside the current one."""
+        named = self.current is not None and names_ours(self.current.owner.config)
+        self.around.append((self.end(), named))
+
+    def step_back(self, at_head: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
+        """End a call inside another one, which goes on. Returns whether it is that other one that has these arguments.
+
+        Args:
+            at_head: the hook of the head, for a call that probes it.
+        """
+        self.current, named = self.around.pop()
+        call = self.current
+        if call is None:
+            return False
+        if call.probe is not None:
+            call.probe.enter(call.owner, at_head)
+        if named:
+            use_ours(call.owner.config)
+        return call.is_made_with(arguments)
+
+
 def unknown_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call that celora does not know. A value of False counts, too: `is_causal=False` matters."""
     return {name: value for name, value in given.items() if name not in _KNOWN and value is not None}
+
+
+def known_by(causal: Any, given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Everything that decides how a model turns hidden states into a loss. If it changes, the model is probed again."""
+    head = causal.get_output_embeddings()
+    parts = (head, head.forward, causal.loss_function, type(causal).forward, vars(causal).get("forward"))
+    references = tuple(None if part is None else weakref.ref(getattr(part, "__func__", part)) for part in parts)
+    arguments = {
+        name: value if isinstance(value, str | int | float) else None
+        for name, value in unknown_arguments(given).items()
+    }
+    arguments["num_items_in_batch"] = given.get("num_items_in_batch") is not None
+    return (*references, head.weight.dtype, tuple(settings(causal.config).items()), tuple(sorted(arguments.items())))
 
 
 def fit(labels: Tensor, given: Mapping[str, Any]) -> bool:
@@ -77,6 +162,12 @@ def fit(labels: Tensor, given: Mapping[str, Any]) -> bool:
         return False
     tokens: Any = next((of for name in ("input_ids", "inputs_embeds") if (of := given.get(name)) is not None), None)
     return isinstance(tokens, Tensor) and tokens.shape[:2] == labels.shape
+
+
+def wants_own_head(given: Mapping[str, Any], config: Any) -> bool:
+    """Whether a call asks for something that only the model's own head can serve."""
+    asked = [given.get(name) for name in REFUSED]
+    return any(map(is_set, [*asked, *(given.get(name, getattr(config, name, None)) for name in OUTPUTS)]))
 
 
 def is_set(value: Any) -> bool:

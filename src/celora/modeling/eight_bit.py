@@ -17,12 +17,12 @@ from torch.autograd.function import once_differentiable
 
 from celora.errors import CELoraError
 from celora.modeling.compiled import forward_product, multiplied, read_and_projected
-from celora.modeling.graft import LayerGraft, in_dispatch_mode, without_autocast
+from celora.modeling.graft import LayerGraft, in_dispatch_mode, scripted, without_autocast
 from celora.modeling.hooks import nothing
 from celora.modeling.own_forward import OwnForward
 from celora.modeling.switch import Mode
 from celora.modeling.trial import tampered
-from celora.weights.read import bias_of, is_trainable, plain_weight, shape_of
+from celora.weights.read import bias_of, is_trainable, own_bytes, plain_weight, shape_of
 
 MOST_ERROR = 0.1  # a layer with this relative error or more uses its own forward; rounding alone gives about 0.01
 
@@ -56,8 +56,16 @@ class EightBitForward(OwnForward):
         self._tuner = weakref.ref(tuner)
         self.under(base)
 
+    @property
+    def reads_stored_bytes(self) -> bool:
+        """Whether the layer computes in 8 bits and its weight is nowhere but in these."""
+        tuner, module = self._tuner(), self._module()
+        if tuner is None or tuner.merged or module is None or self.exact:
+            return False
+        return own_bytes(module)
+
     def applies(self, module: nn.Module) -> bool:
-        return self.switch.on and self.switch.forwards and not self.exact
+        return self.switch.on and self.switch.forwards and not self.exact and not scripted()
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None

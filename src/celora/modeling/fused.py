@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from celora.kernels.packed import QuantisedRows
 from celora.modeling.adapter import Adapter, looked_at, made_of, parts_of, touched, vanilla_adapter
 from celora.modeling.eight_bit import EightBitForward
-from celora.modeling.graft import LayerGraft, remember, selectively_checkpointed, without_autocast
+from celora.modeling.graft import LayerGraft, remember, scripted, selectively_checkpointed, without_autocast
 from celora.modeling.switch import Switch
 from celora.numerics.estimators import Estimator
 from celora.weights.read import bias_of, is_trainable, plain_weight
@@ -67,7 +67,8 @@ class FusedGraft(LayerGraft):
         if not (module.training and self.switch.on) or kwargs or len(args) != 1 or not _enough(args[0]):
             return
         # Selective checkpointing keeps the base layer's output, and the adapter would be added to it in place.
-        if not torch.compiler.is_compiling() and selectively_checkpointed():
+        # TorchScript cannot trace that.
+        if not torch.compiler.is_compiling() and (selectively_checkpointed() or scripted()):
             return
         adapter = self._adapter(module)
         if adapter is not None:

@@ -88,7 +88,7 @@ class LayerGraft(Measured, Hook):
         self._register()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if not args or not isinstance(args[0], Tensor) or not torch.is_grad_enabled():
+        if not args or not isinstance(args[0], Tensor) or not torch.is_grad_enabled() or scripted():
             return None
         if not self.switch.on:
             if args[0].requires_grad and self.mode is not Mode.EXACT:
@@ -253,6 +253,11 @@ def _unseen() -> AbstractContextManager[object] | None:
         return nullcontext()
     without_modes = borrow("torch.utils._python_dispatch:_disable_current_modes")
     return None if without_modes is None else without_modes()
+
+
+def scripted() -> bool:
+    """Whether TorchScript is tracing. It cannot trace autograd functions that work in place, nor kernels at all."""
+    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call, attr-defined]
 
 
 def selectively_checkpointed() -> bool:

@@ -27,21 +27,20 @@ from transformers.utils import ModelOutput
 from celora.errors import CELoraError
 from celora.machine.processes import gathers, largest_of_all
 from celora.modeling import packing
-from celora.modeling.attention import LENGTHS, Lookup, is_attention, may_replace, use_ours, use_sdpa
-from celora.modeling.call import OUTPUTS, REFUSED, TRL, UNPACKED, Call, fit, is_set, unknown_arguments
+from celora.modeling.attention import LENGTHS, Lookup, is_attention, may_replace, use_ours
+from celora.modeling.call import TRL, UNPACKED, Call, OpenCalls, fit, known_by, unknown_arguments, wants_own_head
 from celora.modeling.compiled import is_compiled
+from celora.modeling.graft import scripted
 from celora.modeling.hooks import Hook, nothing, settle_all
 from celora.modeling.language_model import LanguageModel, at_hand, language_model, not_ours
 from celora.modeling.onlookers import may_look_at_shapes
 from celora.modeling.others import fused_head, trainer_wants_logits
-from celora.modeling.recognise import IGNORED, Probe, settings
+from celora.modeling.recognise import IGNORED, Probe
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.head import Logits, score_tokens
 from celora.numerics.measured import Measured
 from celora.numerics.products.both_ways import Int8BothWays
 from celora.weights.sharded import whole
-
-_NO_LOGITS = slice(0, 0)  # not a tensor, which has a device, and not a list, which is copied to one
 
 
 class ModelGraft(Measured, Hook):
@@ -69,29 +68,31 @@ class ModelGraft(Measured, Hook):
         self.begin(0)
         self.logits: Logits | None = None
         self.refused = False
-        self._known: tuple[Any, ...] | None = None  # `_known_by` of the model when it was probed
+        self._known: tuple[Any, ...] | None = None  # `known_by` of the model when it was probed
         self._said: set[str] = set()
-        self._call: Call | None = None
+        self._open = OpenCalls()
 
     def __getstate__(self) -> dict[str, Any]:
         probe = None if self._call is None else self._call.probe
-        return {**self.__dict__, "_call": None, "_known": None, "_probed_by": nothing, "_added": probe and probe.added}
+        return {
+            **self.__dict__,
+            "_call": None,
+            "_around": [],
+            "_known": None,
+            "_probed_by": nothing,
+            "_added": probe and probe.added,
+        }
+
+    @property
+    def _call(self) -> Call | None:
+        return self._open.current
 
     def settle(self, module: nn.Module) -> None:
         """Forget an interrupted forward, of this model or of the model that it is a copy of."""
-        self._take_call()
+        self._open.forget()
         for name in self._added or ():
             vars(language_model(module)).pop(name, None)
         self._added = ()
-
-    def _take_call(self) -> Call | None:
-        """End the current call, and return it."""
-        call, self._call = self._call, None
-        if call is not None:
-            use_sdpa(call.owner.config)
-            if call.probe is not None:
-                call.probe.leave()
-        return call
 
     def begin(self, step: int) -> None:
         """Begin an optimizer step."""
@@ -117,9 +118,12 @@ class ModelGraft(Measured, Hook):
 
         A tuner that calls the model's forward past all hooks has this one instead.
         """
-        if self._call is not None:
-            settle_all(self._call.owner)  # that call was interrupted, and no hook was called
-        if not self.switch.on or (torch.compiler.is_compiling() and not self.smoothing):
+        if (outermost := self._open.outermost) is not None:
+            if outermost.goes_on():
+                self._open.step_aside()
+                return None
+            settle_all(outermost.owner)
+        if not self.switch.on or scripted() or (torch.compiler.is_compiling() and not self.smoothing):
             return None
         causal = language_model(module)
         names = tuple(inspect.signature(type(causal).forward).parameters)[1:] if args else ()
@@ -140,9 +144,7 @@ class ModelGraft(Measured, Hook):
         refused = self.refused and not self._again(labels)
         if refused or getattr(causal, "_is_replica", False) or not at_hand(causal.get_output_embeddings()):
             return ""
-        if not fit(labels, given) or any(is_set(given.get(name)) for name in REFUSED):
-            return ""
-        if any(is_set(given.get(name, getattr(causal.config, name, None))) for name in OUTPUTS):
+        if not fit(labels, given) or wants_own_head(given, causal.config):
             return ""
         if given.get("ignore_index", IGNORED) != IGNORED:
             return ""
@@ -177,8 +179,8 @@ class ModelGraft(Measured, Hook):
             rows, shape = kept.flatten().cumsum(0)[place] - 1, inputs["input_ids"].shape
         elif self.packs and not is_compiled(causal.base_model) and may_replace(causal.config, labels.device):
             passed[LENGTHS] = None  # not packed; our attention is used if it is faster
-        passed["logits_to_keep"] = _NO_LOGITS
-        known, probe = _known_by(causal, given), None
+        passed["logits_to_keep"] = slice(0, 0)  # not a tensor, which has a device, nor a list, which is copied to one
+        known, probe = known_by(causal, given), None
         if known != self._known or self._again(labels):
             items = given.get("num_items_in_batch")
             probe = Probe(causal, shape, items, labels.device)
@@ -194,7 +196,9 @@ class ModelGraft(Measured, Hook):
         if probe is not None:
             probe.enter(causal, self.at_head)
             self._probed_by = weakref.ref(labels)
-        self._call = Call(causal, given, next_labels, place, rows, shape, known, probe)
+        self._open.current = Call(
+            causal, given, next_labels, place, rows, shape, known, probe, passed["logits_to_keep"]
+        )
         if passed.get(LENGTHS) == ():
             use_ours(causal.config)  # a compiled attention cannot change what its configuration names
         return (), passed
@@ -206,6 +210,12 @@ class ModelGraft(Measured, Hook):
         calls with the same labels is repeated.
         """
         return self._probed_by() is labels
+
+    def enters(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook of the decoder under the head, which someone may call without the head."""
+        call = None if torch.compiler.is_compiling() else self._open.outermost
+        if call is not None and not call.goes_on():
+            settle_all(call.owner)
 
     def body(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook of the decoder under the head."""
@@ -221,10 +231,12 @@ class ModelGraft(Measured, Hook):
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """A forward hook (with kwargs, always called) of the same model."""
+        if self._open.around and not self._open.step_back(self.at_head, kwargs):
+            return None
         call, causal = self._call, language_model(module)
         if call is None or call.owner is not causal:
             return None
-        self._take_call()
+        self._open.end()
         if output is None:
             return None
         if not self._recognised(causal, call, output):
@@ -333,19 +345,6 @@ class ModelGraft(Measured, Hook):
         return not reason
 
 
-def _known_by(causal: Any, given: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Everything that decides how a model turns hidden states into a loss. If it changes, the model is probed again."""
-    head = causal.get_output_embeddings()
-    parts = (head, head.forward, causal.loss_function, type(causal).forward, vars(causal).get("forward"))
-    references = tuple(None if part is None else weakref.ref(getattr(part, "__func__", part)) for part in parts)
-    arguments = {
-        name: value if isinstance(value, str | int | float) else None
-        for name, value in unknown_arguments(given).items()
-    }
-    arguments["num_items_in_batch"] = given.get("num_items_in_batch") is not None
-    return (*references, head.weight.dtype, tuple(settings(causal.config).items()), tuple(sorted(arguments.items())))
-
-
 def install(
     found: LanguageModel,
     switch: Switch,
@@ -370,7 +369,8 @@ def install(
 
 
 def _hook(graft: ModelGraft, found: LanguageModel) -> list[RemovableHandle]:
-    handles = [found.decoder.register_forward_hook(graft.body)]
+    handles = [found.decoder.register_forward_pre_hook(graft.enters)]
+    handles.append(found.decoder.register_forward_hook(graft.body))
     for module in filter(None, (found.causal, found.tuner)):
         handles.append(module.register_forward_pre_hook(graft.before, with_kwargs=True))
         handles.append(module.register_forward_hook(graft.after, with_kwargs=True, always_call=True))

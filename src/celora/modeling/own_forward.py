@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from celora.errors import CELoraError
 from celora.kernels.operations import available
-from celora.modeling.graft import selectively_checkpointed
+from celora.modeling.graft import scripted, selectively_checkpointed
 from celora.modeling.hooks import Hook, nothing
 from celora.modeling.switch import Switch
 
@@ -59,8 +59,8 @@ class OwnForward(Hook, ABC):
 
     def applies(self, module: nn.Module) -> bool:
         """Whether this forward applies; by default while the module trains."""
-        # torch.compile traces the class's forward, and selective checkpointing observes its operators.
-        if torch.compiler.is_compiling() or not self.switch.on or not module.training:
+        # torch.compile and TorchScript trace the class's forward, and selective checkpointing observes its operators.
+        if torch.compiler.is_compiling() or scripted() or not self.switch.on or not module.training:
             return False
         return not selectively_checkpointed()
 

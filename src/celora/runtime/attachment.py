@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from celora.errors import CELoraError
@@ -96,6 +97,20 @@ class Attachment:
         model = self._model()
         return iter(()) if model is None else (p for p in model.parameters() if p.requires_grad)
 
+    def _device(self) -> torch.device:
+        """Where processes compare what each has seen."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def grafted(self) -> dict[str, Any]:
+        """The PEFT layers that still have their graft, by the name that the graft has.
+
+        A user may have removed or merged layers, or put a module around them, since `attach`.
+        """
+        tuners = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        hooks = ((hook, tuner) for tuner in tuners for hook in tuner.get_base_layer()._forward_hooks.values())
+        there = {id(hook): tuner for hook, tuner in hooks}
+        return {name: there[id(graft)] for name, graft in self.grafts.items() if id(graft) in there}
+
     def close(self) -> None:
         """Stop the clock. From now on, layers that still have a graft compute the exact backward."""
         self.switch.on = False
@@ -128,15 +143,15 @@ class Attachment:
                 "this model trains in eval mode, where celora leaves forward and backward to PEFT; call model.train().",
             )
         observing = {name: graft for name, graft in self.grafts.items() if graft.mode is Mode.OBSERVE}
-        if self.config.synchronise and (model := self._model()) is not None:
+        if self.config.synchronise:
             if (step - 1) % self.config.refresh_every:  # so that a layer without gradients does not ask at every step
                 observing = {
                     name: graft
                     for name, graft in observing.items()
                     if graft.estimator.ready or name not in self._refreshed
                 }
-            tuners: dict[str, Any] = {name: model.get_submodule(name) for name in observing}
-            add_up([(graft, tuners[name].get_base_layer()) for name, graft in observing.items()])
+            bases = {name: tuner.get_base_layer() for name, tuner in self.grafted().items()}
+            add_up([(graft, bases[name]) for name, graft in observing.items() if name in bases])
         for name, graft in observing.items():
             error = graft.take_error()
             if error is not None:
@@ -156,7 +171,7 @@ class Attachment:
             self._monitor(HEAD, error, step)
         if self._due(step - 1):
             if self.forwards:
-                self.forwards.end_refresh(step, next(self.parameters()).device)
+                self.forwards.end_refresh(step, self._device())
             if self.config.most_error is not None:
                 self._move(errors, step)
         self._refreshed |= observing.keys()
@@ -177,7 +192,7 @@ class Attachment:
     def _move(self, errors: dict[str, float], step: int) -> None:
         """Make layers keep more or less, by the errors of this refresh. All processes use the largest error of any."""
         names = [*self.grafts, HEAD]
-        seen = largest_errors([errors.get(name) for name in names], next(self.parameters()).device)
+        seen = largest_errors([errors.get(name) for name in names], self._device())
         for name, error in zip(names, seen, strict=True):
             part: Any = self.forward if name == HEAD else self.grafts[name].estimator
             if error is not None and part is not None and name not in self.made_exact:
@@ -193,7 +208,7 @@ class Attachment:
         """
         if not names or self.config.synchronise or not shards(self.parameters()):
             return
-        grafts, device = [self.grafts[name] for name in names], next(self.parameters()).device
+        grafts, device = [self.grafts[name] for name in names], self._device()
         standing = [
             [self.over_bound.get(name, 0), not graft.estimator.ready, not graft.estimator.product.holds_copy]
             for name, graft in zip(names, grafts, strict=True)
@@ -210,12 +225,11 @@ class Attachment:
 
         A layer whose input needs no gradient has none to observe: q, k and v of the first block, usually.
         """
-        model = self._model()
         kinds: dict[str, list[str]] = {}
         seen = set()
-        for name, graft in self.grafts.items():
-            tuner = None if model is None else model.get_submodule(name)
-            if tuner is None or name not in self._refreshed or graft.needed is False:
+        for name, tuner in self.grafted().items():
+            graft = self.grafts[name]
+            if name not in self._refreshed or graft.needed is False:
                 continue
             if not any(p.grad is not None and bool(p.grad.any()) for p in tuner.parameters()):
                 continue
@@ -281,14 +295,17 @@ class Attachment:
         return i * steps // len(self.grafts) if self.config.spread and not self.switch.compiled else 0
 
     def set_modes(self, step: int) -> None:
-        """Set every layer's mode: layers refresh at steps 0, tau, 2 tau, ..., and as long as they have no selection.
+        """Set every layer's mode, and how activations are saved.
 
-        With `spread`, layer i of n refreshes `i tau / n` steps later. Layers that need a first observation get it in
-        turns during the first steps, and are exact until then. torch.compile would make a graph for each turn. So once
-        layers have run compiled, all of them refresh at once. With `most_error`, all layers are measured in turns
-        during the first steps. Layers that were made exact stay exact.
+        Layers refresh at steps 0, tau, 2 tau, ..., and as long as they have no selection. With `spread`, layer i of n
+        refreshes `i tau / n` steps later. Layers that need a first observation get it in turns during the first steps,
+        and are exact until then. torch.compile would make a graph for each turn. So once layers have run compiled, all
+        of them refresh at once. With `most_error`, all layers are measured in turns during the first steps. Layers that
+        were made exact stay exact.
         """
         tau, made_exact = self.config.refresh_every, self.made_exact
+        # Whoever holds the base in 8 bits needs memory. A forward in 8 bits has larger errors than what is saved so.
+        self.switch.compact = self.forwards.read_stored_bytes
         if self.config.spread and self.switch.compiled and self._together is None:
             self._together = step
         if self.forward is not None:

@@ -33,6 +33,11 @@ class Forwards(dict[str, EightBitForward]):
         """The layers that compute their own forward again, because the error was too large."""
         return {name for name, forward in self.items() if forward.exact}
 
+    @property
+    def read_stored_bytes(self) -> bool:
+        """Whether the base of some layer that computes in 8 bits is held in them."""
+        return any(forward.reads_stored_bytes for forward in self.values())
+
     def end_refresh(self, step: int, device: torch.device) -> None:
         """Take the errors measured since the latest call. A layer with an error of `MOST_ERROR` or more becomes exact.
 

@@ -17,6 +17,7 @@ Sources: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339); scales
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -132,16 +133,15 @@ def _onto(packed: BothWays, rows: QuantisedRows, bias: Tensor | None, out: Tenso
     return packed.multiply(rows, bias, out) if rows.dtype == out.dtype else out.copy_(packed.multiply(rows, bias))
 
 
-class _Inputs:
-    """The latest input in 8 bits. Query, key and value share an input, and so do gate and up.
+class _Inputs(threading.local):
+    """The latest input of each thread in 8 bits. Query, key and value share an input, and so do gate and up.
 
     It is dropped together with the input. It is made again for another input, or if the input was changed in place. A
     change through `.data` or a NumPy view is not noticed.
     """
 
     def __init__(self) -> None:
-        # One attribute, so that a thread sees all of it or nothing.
-        self._known: tuple[weakref.ref[Tensor], int, type, QuantisedRows] | None = None
+        self._known: list[tuple[weakref.ref[Tensor], int, type, QuantisedRows]] = []  # at most one
 
     def quantised(self, x: Tensor, packed: BothWays) -> QuantisedRows:
         """The rows of `x: (..., in)` as `packed` multiplies them."""
@@ -150,20 +150,21 @@ class _Inputs:
         rows = self.latest(x, packed)
         if rows is None:
             rows = packed.quantise(x.reshape(-1, x.shape[-1]))
-            self._known = weakref.ref(x, self._drop), x._version, type(packed), rows
+            self._known[:] = [(weakref.ref(x, functools.partial(_drop, self._known)), x._version, type(packed), rows)]
         return rows
 
     def latest(self, x: Tensor, packed: BothWays) -> QuantisedRows | None:
         """The rows of x, if x is the latest input; else None."""
-        known = self._known
+        known = next(iter(self._known), None)
         if known is None or known[0]() is not x or known[1:3] != (x._version, type(packed)):
             return None
         return known[3] if known[3].input_scale is packed.input_scale else None
 
-    def _drop(self, gone: object) -> None:
-        known = self._known
-        if known is not None and known[0] is gone:
-            self._known = None
+
+def _drop(known: list[tuple[weakref.ref[Tensor], int, type, QuantisedRows]], gone: object) -> None:
+    """Forget an input that is gone. The last to refer to it may be another thread."""
+    if known and known[0][0] is gone:
+        known.clear()
 
 
 _inputs = _Inputs()
