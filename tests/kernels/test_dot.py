@@ -94,6 +94,16 @@ def test_integers_are_multiplied_exactly(shape: tuple[int, int], tier: str) -> N
 
 
 @each_tier_with_dots
+def test_neighbours_whose_sum_is_no_number_are_multiplied(tier: str) -> None:
+    x, w = torch.zeros(2, 6), 1e-3 * torch.eye(6)
+    x[0, :2], x[1, 4] = 2e38, -3e38
+    scale, out = torch.full((6,), 1e-3 / 127), torch.empty(2, 6)
+    packed = dot_module.pack_columns(w, 1 / scale)
+    dot_module.gathered_product(x, packed, scale, out, index=None, position=None, factors=None, fill=False)
+    torch.testing.assert_close(out, 1e-3 * x, rtol=0.01, atol=0)
+
+
+@each_tier_with_dots
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (67, 100)])
 @pytest.mark.parametrize(("kept", "share"), [(1, 1.0), (9, 1.0), (25, 1.0), (None, 0.5), (None, 0.99), (None, 1.0)])

@@ -65,6 +65,31 @@ def test_a_row_longer_than_a_block_and_more_rows_than_a_part() -> None:
     assert launches.column_maxima(x).equal(plain.column_maxima(x))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_a_target_that_is_no_word_is_no_number(cap: float | None, smoothing: float) -> None:
+    z = torch.randn(4, 50, device=DEVICE)
+    targets, found = torch.tensor([3, -1, 50, 49], device=DEVICE), torch.empty(4, device=DEVICE)
+    launches.softmax_rows(
+        z, targets, scale=1.0, cap=cap, smoothing=smoothing, log_probs=found, entropy=None, top1=None, write=True
+    )
+    assert found.isfinite().tolist() == z.isfinite().all(1).tolist() == [True, False, False, True]
+    assert z[1:3].isnan().all()
+
+
+def test_kernels_start_where_their_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton itself would start them on the current device."""
+    asked, device_of = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: asked.append(x) or device_of(x))
+    x = torch.randn(3, 40, device=DEVICE)
+    q, scale = launches.quantise_rows(x, None)
+    launches.squared_row_norms(x)
+    launches.column_maxima(x)
+    assert [each is x for each in asked] == [True] * 3
+    product.scaled_product(q, q.t(), scale, scale, torch.empty(3, 3, device=DEVICE))
+    assert asked[3] is q
+
+
 def test_8_bit_floats_round_to_even_as_torch_does() -> None:
     """The values are half-way between two steps, and below the smallest normal number."""
     x = torch.tensor(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from celora import CELoraError
 from celora.kernels.operations import available
+from celora.machine import cpu
 from celora.machine.memory import saved_for_backward
 from celora.modeling import int8_linear
 from celora.modeling.int8_linear import Int8Linear
@@ -22,6 +23,8 @@ from celora.numerics.estimators import Int8
 from celora.weights.checkpoint import Origin
 from celora.weights.read import read
 from machine import refuses
+from patching import patch_all
+from tiers import WITH_DOTS, use_tier
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -137,6 +140,35 @@ def test_copies_and_pickles_compute_the_same() -> None:
     other.W_q.data.zero_()
     other.load_state_dict(layer.state_dict())
     assert other(x).equal(layer(x))
+
+
+@pytest.mark.parametrize("later", [*WITH_DOTS, None])
+@pytest.mark.parametrize("earlier", [*WITH_DOTS, None])
+def test_what_one_machine_saved_another_multiplies_with(
+    earlier: str | None, later: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tier of kernels, and torch alone, has a layout of its own."""
+
+    def compute_with(tier: str | None) -> None:
+        if tier is None:
+            patch_all(monkeypatch, "celora.kernels.c.library:library", lambda: None)
+        else:
+            use_tier(monkeypatch, tier)
+            monkeypatch.setattr(cpu, "matrix_instructions", lambda: tier == "amx")
+
+    x, stream = torch.randn(4, 150), io.BytesIO()
+    compute_with(earlier)
+    saved = Int8Linear.of(make(97, 150))
+    expected, integers = saved(x), saved.packed.integers()
+    torch.save(saved, stream)
+    stream.seek(0)
+    compute_with(later)
+    loaded = torch.load(stream, weights_only=False)
+    assert loaded.packed.integers().equal(integers)
+    torch.testing.assert_close(loaded(x), expected)
+    if available("pack_both_ways", x.device):
+        found = loaded.packed.multiply(loaded.packed.quantise(x), loaded.bias)
+        assert (found - expected).norm() < 0.03 * expected.norm()
 
 
 def test_without_kernels_it_computes_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,11 @@ class BothWays(PackedWeight):
     def holding(cls, stored: Tensor, scale: Tensor, in_features: int) -> BothWays:
         """The weight that has these bytes, which are not copied."""
 
+    @classmethod
+    def fits(cls, stored: Tensor, out_features: int, in_features: int) -> bool:
+        """Whether these bytes of a weight `(out, in)`, perhaps of another machine, lie as this one reads them."""
+        return True
+
     @abstractmethod
     def integers(self, index: Tensor | None = None) -> Tensor:
         """q, int8 (out, in), or its rows `index`: a copy where `stored` is laid out otherwise."""

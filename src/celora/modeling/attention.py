@@ -137,8 +137,6 @@ def attention(
             no function computes them together.
         max_length_q: number of tokens of the longest, with `cu_seq_lens_q`.
     """
-    if celora_lengths != ():
-        use_sdpa(module.config)  # it has been looked up: an interruption from here on leaves the usual name
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     sequences = len(query) * (1 if celora_lengths is None else len(celora_lengths))
     tiles = dropout == 0 and _tiles_pay(module, query, key, value, sequences)

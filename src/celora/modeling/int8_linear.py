@@ -139,10 +139,19 @@ class Int8Linear(nn.Linear):
         if self.scale.dtype != torch.float32:
             self.scale = before.scale.to(now)
         if now.type != device.type and "meta" not in (now.type, device.type):
-            there = before.integers().to(now)
-            packed = quantised(there, torch.ones_like(self.scale))
-            self.W_q, self.layout = nn.Parameter(packed.stored, requires_grad=False), type(packed)
+            self._lay_out(before.integers().to(now))
         return self
+
+    def _lay_out(self, integers: Tensor) -> None:
+        """Hold these bytes, int8 (out, in), in the layout of this machine's kernel."""
+        packed = quantised(integers, torch.ones_like(self.scale))
+        self.W_q, self.layout = nn.Parameter(packed.stored, requires_grad=False), type(packed)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For `torch.load` and copies. Another machine's kernel may have had another layout."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if not self.W_q.is_meta and not self.layout.fits(self.W_q, self.out_features, self.in_features):
+            self._lay_out(self.packed.integers())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight in 8 bits"

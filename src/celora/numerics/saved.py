@@ -1,7 +1,7 @@
 """What norms and gates save for backward, in 8 bits: each row of an activation with its own scale.
 
 `x ~= scale q`, as rows are quantised for an 8-bit product. A number takes a byte and is off by half a step of
-`max |row| / 127`.
+`max |row| / 127`, and in half precision by the rounding of scale and product, which may be as much again.
 """
 
 from __future__ import annotations

@@ -25,13 +25,15 @@ class TurnedPanels(dot.Panels, BothWays):
         return cls(stored, scale, in_features)
 
     @classmethod
+    def fits(cls, stored: Tensor, out_features: int, in_features: int) -> bool:
+        return dot.panel_columns() > 0 and (stored.shape, stored.dtype) == _layout(out_features, in_features)
+
+    @classmethod
     def pack(cls, weight: Tensor, scale: Tensor, input_scale: Tensor | None = None) -> TurnedPanels:
         w, inverse = known(weight if input_scale is None else weight / input_scale), 1 / scale
         rows, columns = w.shape
-        panel, step = dot.panel_columns(), ask_kernel("depth_step")
-        panels = -(-rows // max(panel, step)) * max(panel, step) // panel
-        kind = torch.uint8 if ask_kernel("offset") else torch.int8  # in some tiers bytes are unsigned: q + 128
-        packed = torch.empty(panels, -(-columns // step) * step // 4, panel, 4, dtype=kind, device="cpu")
+        shape, kind = _layout(rows, columns)
+        packed = torch.empty(shape, dtype=kind, device="cpu")
         call_kernel("pack_rows", w, w.data_ptr(), rows, columns, w.stride(0), inverse.data_ptr(), packed.data_ptr())
         return cls(packed, scale, columns, input_scale)
 
@@ -67,3 +69,11 @@ class TurnedPanels(dot.Panels, BothWays):
             q = self.packed[index // panel, :, index % panel].reshape(len(index), 4 * depth)
         q = q[:, : self.in_features]
         return q if q.dtype == torch.int8 else (q ^ 128).view(torch.int8)
+
+
+def _layout(rows: int, columns: int) -> tuple[torch.Size, torch.dtype]:
+    """Shape and dtype of the panels of a weight `(rows, columns)` in the tier that is used."""
+    panel, step = dot.panel_columns(), ask_kernel("depth_step")
+    panels = -(-rows // max(panel, step)) * max(panel, step) // panel
+    kind = torch.uint8 if ask_kernel("offset") else torch.int8  # in some tiers bytes are unsigned: q + 128
+    return torch.Size((panels, -(-columns // step) * step // 4, panel, 4)), kind

@@ -39,11 +39,11 @@ static inline float from_magnitude(int32_t bits) {
     return value;
 }
 
-/* The scale of a row whose numbers may reach this magnitude at 127, and its inverse. A NaN stays one. */
-static inline float scale_of_row(int32_t largest, float *scale) {
-    const float most = from_magnitude(largest), step = most / 127.0f;
+/* The scale of a row in which this magnitude is so many steps, and its inverse. A NaN stays one. */
+static inline float scale_of_row(int32_t largest, float steps, float *scale) {
+    const float most = from_magnitude(largest), step = most / steps;
     *scale = step < FLT_MIN ? FLT_MIN : step; /* smaller ones have no finite inverse; a NaN is not smaller */
-    return step < FLT_MIN ? 1.0f / FLT_MIN : 127.0f / most;
+    return step < FLT_MIN ? 1.0f / FLT_MIN : steps / most;
 }
 
 /* Round to nearest even. A NaN stays one where it has bits that are kept, as those have that come from bfloat16 or from
@@ -205,16 +205,16 @@ static inline __attribute__((always_inline)) void EACH(quantise_row)(const TYPE 
         #pragma omp simd reduction(max : largest)
         for (int64_t i = 0; i < columns / 2; i++) {
             float one = EACH(folded)(row, fold, 2 * i), two = EACH(folded)(row, fold, 2 * i + 1);
-            int32_t size = magnitude_f32(fabsf(one) + fabsf(two));
+            int32_t size = magnitude_f32(0.5f * fabsf(one) + 0.5f * fabsf(two)); /* their sum might overflow */
             largest = size > largest ? size : largest;
         }
     }
     #pragma omp simd reduction(max : largest)
     for (int64_t i = paired ? columns / 2 * 2 : 0; i < columns; i++) {
-        int32_t size = magnitude_f32(EACH(folded)(row, fold, i));
+        int32_t size = magnitude_f32((paired ? 0.5f : 1.0f) * EACH(folded)(row, fold, i));
         largest = size > largest ? size : largest;
     }
-    const float inverse = scale_of_row(largest, scale);
+    const float inverse = scale_of_row(largest, paired ? 63.5f : 127.0f, scale);
     #pragma omp simd
     for (int64_t i = 0; i < columns; i++) {
         float shifted = EACH(folded)(row, fold, i) * inverse + shift;

@@ -106,10 +106,14 @@ def softmax_row(
     z, targets, log_probs, entropy, top1, columns, row_stride, scale, cap, smoothing,
     CAPPED: tl.constexpr, ENTROPY: tl.constexpr, TOP1: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What `softmax_rows` says of one row, in two readings of it; the second writes the gradient where z was."""
+    """What `softmax_rows` says of one row, in two readings of it; the second writes the gradient where z was.
+
+    A target that is no column makes all of it NaN: looking before the launch would wait for the device.
+    """
     t = tl.program_id(0).to(tl.int64)
     row, target = z + t * row_stride, tl.load(targets + t)
-    at_target = scaled(tl.load(row + target), scale, cap, CAPPED)
+    given = (target >= 0) & (target < columns)
+    at_target = scaled(tl.load(row + target, mask=given, other=float("nan")), scale, cap, CAPPED)
     most, total, weighted, plainly = float("-inf"), 0.0, 0.0, 0.0
     for start in range(0, columns, BLOCK):
         j = start + tl.arange(0, BLOCK)
@@ -139,6 +143,7 @@ def softmax_row(
             j = start + tl.arange(0, BLOCK)
             y = scaled(tl.load(row + j, mask=j < columns, other=0.0), scale, cap, CAPPED)
             grad = smoothing / columns - tl.exp(y - log_total) + tl.where(j == target, 1.0 - smoothing, 0.0)
+            grad = tl.where(given, grad, float("nan"))
             if CAPPED:
                 grad = grad * (1.0 - (y / cap) * (y / cap))
             tl.store(row + j, (grad * scale).to(z.dtype.element_ty), mask=j < columns)

@@ -5,6 +5,8 @@ In and out: as the operations of `kernels.operations`, whose names they have.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,12 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: floats.LARGEST}
 _MOST_BLOCK = 4096  # numbers of a row that a program has in registers at once
 _SOFTMAX_BLOCK = 2048
 _PART, _ROWS, _COLUMNS = 256, 16, 128  # rows that a program reduces, and the block that it does so with
+
+
+def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: object, **constants: object) -> None:
+    """Start a kernel on the device of its first tensor. Triton would start it on the current device."""
+    with torch.cuda.device_of(x):  # does nothing for the interpreter's tensors, which are the CPU's
+        kernel[grid](x, *arguments, **constants)
 
 
 def quantise_rows(
@@ -36,7 +44,8 @@ def quantise_rows(
     q = torch.empty(rows, columns, dtype=dtype, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        jitted.quantise_row[(rows,)](
+        launch(
+            jitted.quantise_row, (rows,),
             x, index, fold, q, scale, columns, x.stride(0), LARGEST=LARGEST[dtype], GATHERED=index is not None,
             FOLDED=fold is not None, **row_block(columns, _MOST_BLOCK),
         )  # fmt: skip
@@ -50,7 +59,7 @@ def squared_row_norms(x: Tensor) -> Tensor:
     rows, columns = x.shape
     squared = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        jitted.square_row[(rows,)](x, squared, columns, x.stride(0), **row_block(columns, _MOST_BLOCK))
+        launch(jitted.square_row, (rows,), x, squared, columns, x.stride(0), **row_block(columns, _MOST_BLOCK))
     return squared
 
 
@@ -71,7 +80,8 @@ def _reduced(x: Tensor, dtype: torch.dtype) -> Tensor:
     parts = max(1, -(-rows // _PART))
     partial = torch.empty(parts, columns, dtype=dtype, device=x.device)
     if columns:
-        jitted.reduce_columns[(-(-columns // _COLUMNS), parts)](
+        launch(
+            jitted.reduce_columns, (-(-columns // _COLUMNS), parts),
             x, partial, rows, columns, x.stride(0), SQUARED=dtype == torch.float32, PART=_PART, ROWS=_ROWS,
             COLUMNS=_COLUMNS, num_warps=4,
         )  # fmt: skip
@@ -94,7 +104,8 @@ def softmax_rows(
     from celora.kernels.triton import jitted
 
     if len(z):
-        jitted.softmax_row[(len(z),)](
+        launch(
+            jitted.softmax_row, (len(z),),
             z, targets.contiguous(), log_probs, entropy, None if top1 is None else top1.view(torch.int8), z.shape[1],
             z.stride(0), float(scale), float(cap or 1.0), float(smoothing), CAPPED=cap is not None,
             ENTROPY=entropy is not None, TOP1=top1 is not None, WRITE=write, **row_block(z.shape[1], _SOFTMAX_BLOCK),

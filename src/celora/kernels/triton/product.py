@@ -15,7 +15,7 @@ from torch import Tensor
 from celora.kernels.packed import PackedWeight, QuantisedRows
 from celora.kernels.plain import Integers, IntegersBothWays, column_major
 from celora.kernels.triton.judged import verdict
-from celora.kernels.triton.launches import quantise_rows
+from celora.kernels.triton.launches import launch, quantise_rows
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def scaled_product(
     tiles = tiles or tiles_for(rows, b)
     if rows and columns:
         blocks = -(-rows // tiles.rows) * -(-columns // tiles.columns)
-        jitted.scaled_product[(blocks,)](
+        launch(
+            jitted.scaled_product, (blocks,),
             a, b, a_scale, b_scale, bias, index, out, rows, columns, depth, b.stride(0), b.stride(1), out.stride(0),
             SCATTERED=index is not None, BIASED=bias is not None, ROWS=tiles.rows, COLUMNS=tiles.columns,
             DEPTH=tiles.depth, GROUP=tiles.group, num_warps=tiles.warps, num_stages=tiles.stages,
