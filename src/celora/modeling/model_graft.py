@@ -73,15 +73,9 @@ class ModelGraft(Measured, Hook):
         self._open = OpenCalls()
 
     def __getstate__(self) -> dict[str, Any]:
-        probe = None if self._call is None else self._call.probe
-        return {
-            **self.__dict__,
-            "_call": None,
-            "_around": [],
-            "_known": None,
-            "_probed_by": nothing,
-            "_added": probe and probe.added,
-        }
+        probe = self._call and self._call.probe
+        changed = {"_open": OpenCalls(), "_known": None, "_probed_by": nothing, "_added": probe and probe.added}
+        return {**self.__dict__, **changed}
 
     @property
     def _call(self) -> Call | None:
