@@ -21,8 +21,8 @@ Examples:
   celora sft --preset auto --config sft.yaml --num_processes 2
   trl sft --help                                                  # its arguments
 
-TRL decides everything else: defaults, files and checkpoints are its own. `celora train --config sft.yaml` takes the
-same file, and writes celora's output folder."""
+Without an accelerator, `--use_cpu true` is added. TRL decides everything else: defaults, files and checkpoints are its
+own. `celora train --config sft.yaml` takes the same file, and writes celora's output folder."""
 
 
 @app.command(help=SFT_HELP, short_help="Run `trl sft`, its arguments unchanged, with celora.", context_settings=TRLS)
@@ -45,13 +45,21 @@ def sft(
 
     accelerate_launcher.launch_training_script = launch
     try:
-        main(["sft", *context.args])
+        main(["sft", *context.args, *_where(context.args)])
     except CalledProcessError as error:  # the script has said why
         raise typer.Exit(error.returncode) from None
     except ValueError as error:
         raise CELoraError(f"trl sft: {error}") from error
     finally:
         accelerate_launcher.launch_training_script = launch_script
+
+
+def _where(arguments: list[str]) -> list[str]:
+    """TRL trains in bfloat16 by default, and without an accelerator asks for this argument then."""
+    from celora.machine.device import accelerator
+
+    said = any(argument.partition("=")[0] == "--use_cpu" for argument in arguments)
+    return [] if said or accelerator() is not None else ["--use_cpu", "true"]
 
 
 def through_celora(parsed: Any, preset: str) -> None:

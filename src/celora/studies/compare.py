@@ -71,6 +71,8 @@ def compare(
     for name in ("preset", "seed", "resume", "overwrite", "plan"):
         if settings.get(name):
             raise CELoraError(f"{name} is not for a comparison, which sets it for each run; leave it out.")
+    if settings.get("memory"):
+        raise CELoraError("memory is not for a comparison: it would give each arm another base; leave it out.")
     if "auto" not in arms and (given := [name for name in PLANNING if settings.get(name) is not None]):
         raise CELoraError(f"{given[0]} belongs to a plan, which none of the arms {', '.join(arms)} has; leave it out.")
     probe = make_request(dict(settings))

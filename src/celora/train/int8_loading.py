@@ -9,6 +9,7 @@ afterwards: Trainer and TRL see an ordinary model.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def load_int8_model(
     _register()
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    loaded: Any = kind.from_pretrained(
+    found = kind.from_pretrained(
         None,
         config=config,
         trust_remote_code=False,
@@ -68,12 +69,25 @@ def load_int8_model(
         quantization_config=_Config(),
         dtype=dtype,
         attn_implementation=attention,
+        output_loading_info=True,
         **experts,
     )
+    loaded = complete(*found)
     loaded.config.name_or_path = loaded.name_or_path = model
     loaded.config._commit_hash = revision  # the original weights are read from there again
     quantise_base(loaded)  # the layers that the checkpoint lacked
     return loaded
+
+
+def complete(model: Any, info: Mapping[str, Any]) -> Any:
+    """The model that Transformers has loaded; CELoraError if its checkpoint lacks weights, which are random then."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CELoraError(
+            f"its checkpoint lacks {len(missing):,} of the model's weights, {missing[0]!r} for one; fetch it again, or "
+            "give a checkpoint of the whole model"
+        )
+    return model
 
 
 def _dtype_of(tensors: dict[str, StoredTensor]) -> torch.dtype:

@@ -19,7 +19,7 @@ from trl import ModelConfig, get_quantization_config
 
 from celora.errors import CELoraError, unknown
 from celora.files import read_json
-from celora.train.int8_loading import load_int8_model
+from celora.train.int8_loading import complete, load_int8_model
 from celora.train.processes import is_first
 from celora.train.request.arguments import TrainRequest
 from celora.train.rows.data import load_rows
@@ -120,16 +120,18 @@ def load_model(request: TrainRequest) -> Any:
         settings = {k: v for k, v in lora.items() if "quant" in k or "load_in" in k}
         quantization = get_quantization_config(ModelConfig(dtype=_compute_dtype(request), **settings))
         extra = {} if quantization is None else {"quantization_config": quantization}
-        return AutoModelForCausalLM.from_pretrained(
+        found = AutoModelForCausalLM.from_pretrained(
             request.model,
             revision=lora["model_revision"],
             dtype=lora["dtype"],
             attn_implementation=lora["attn_implementation"],
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
             **extra,
             **(request.train.get("model_init_kwargs") or {}),
         )
+        return complete(*found)
     except Exception as error:  # whatever transformers raises about a file, or about a value of model_init_kwargs
         raise CELoraError(f"cannot load a model from {request.model!r}: {_first_line(error)}") from error
 
@@ -190,7 +192,7 @@ def lora_config(request: TrainRequest) -> LoraConfig:
         raise unknown("lora_task_type", lora["lora_task_type"], TaskType.__members__)
     extra = {} if lora["lora_target_parameters"] is None else {"target_parameters": lora["lora_target_parameters"]}
     targets = lora["lora_target_modules"]
-    return LoraConfig(
+    fields: dict[str, Any] = dict(
         task_type=lora["lora_task_type"],
         r=request.r,
         # One name alone may be "all-linear" or a regular expression, which PEFT takes as a string.
@@ -204,6 +206,10 @@ def lora_config(request: TrainRequest) -> LoraConfig:
         modules_to_save=lora["lora_modules_to_save"],
         **extra,
     )
+    try:
+        return LoraConfig(**fields)
+    except (TypeError, ValueError) as error:  # settings that PEFT does not combine
+        raise CELoraError(f"no adapter with these settings: {' '.join(str(error).split())}") from error
 
 
 @contextlib.contextmanager

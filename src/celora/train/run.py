@@ -19,6 +19,7 @@ from rich.console import Console
 
 import celora
 from celora.errors import CELoraError
+from celora.files import read_json
 from celora.machine.processes import from_first
 from celora.modeling.report import AttachReport
 from celora.planning.plan import Plan
@@ -217,6 +218,11 @@ def _beginning(run: _Entered, args: Any, lost: Sequence[str], console: Console) 
     checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
     if 0 < args.max_steps < marker["step"]:
         raise CELoraError(f"max_steps={args.max_steps}, but the run is saved at step {marker['step']}; give more")
+    epoch = None if checkpoint is None else read_json(checkpoint / "trainer_state.json")["epoch"]
+    if args.max_steps <= 0 and epoch is not None and args.num_train_epochs < epoch:
+        raise CELoraError(
+            f"num_train_epochs={args.num_train_epochs:g}, but the run is saved at epoch {epoch:.3g}; give more"
+        )
     return checkpoint, marker
 
 

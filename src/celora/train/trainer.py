@@ -153,6 +153,11 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
             refused = refused_row(dataset, processing_class, getattr(self, "chat_template", None))
             if refused is None:
                 raise
+            if not (processing_class.chat_template or getattr(self, "chat_template", None)):
+                raise CELoraError(
+                    "the rows are chats, and the model's tokenizer has no chat template; give --chat_template_path "
+                    "FILE.jinja, or rows of text (columns 'text', or 'prompt' and 'completion')"
+                ) from error
             (number, reason), data = refused, "training" if rest[-1] == "train" else "evaluation"
             said = " ".join(str(reason).split())
             raise CELoraError(f"the chat template refuses row {number:,} of the {data} data: {said}") from error
@@ -219,7 +224,24 @@ def build_trainer(
                 f"no row of {source or request.data!r} has a token to learn within max_length={args.max_length} "
                 "(the first of a row predicts, and is not predicted); give longer rows or a larger --max_length"
             )
+        if dataset is not None:
+            _check_tokens(dataset, source or request.data, trainer.model)
     return trainer
+
+
+def _check_tokens(dataset: Any, source: str, model: Any) -> None:
+    """Raise CELoraError if a prepared row has a token for which the model has no embedding."""
+    embeddings, first = len(model.get_input_embeddings().weight), 0
+    for batch in dataset.select_columns("input_ids").with_format("arrow").iter(10_000):
+        tokens = batch["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        largest = int(tokens.max()) if len(tokens) else 0
+        if largest >= embeddings:
+            row = next(i for i, ids in enumerate(batch["input_ids"].to_pylist(), first + 1) if largest in ids)
+            raise CELoraError(
+                f"row {row:,} of {source!r} has token {largest:,}, and the model has {embeddings:,} embeddings: the "
+                "tokenizer is another model's, or has tokens of its own. Give the model with its own tokenizer"
+            )
+        first += len(batch)
 
 
 def _teaches(dataset: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -136,7 +137,7 @@ class Estimate:
             return (
                 f"{way.preset} in {way.dtype}{held}, {way.batch} x {way.accumulation} rows a step{on}: "
                 f"{gib(way.peak_bytes)} at the peak, {bound}{_time(way.epoch_seconds)} an epoch, "
-                f"{self.epochs:g} of them."
+                f"{self.epochs:.3g} of them."
             )
         least = min(self.ways, key=lambda way: way.peak_bytes)
         return (
@@ -195,12 +196,20 @@ def estimate(
         longest=found.longest[0],
         cut=cut,
         sampled=None if len(rows) == len(everything) else len(rows),
-        epochs=float(args.num_train_epochs),
+        epochs=_epochs(args, len(everything)),
         memory=budget,
         gpu=gpu,
         ways=tuple(sorted(ways, key=lambda way: (way.epoch_seconds, way.peak_bytes))),
         taken=best((way for way in ways if way.preset == (given.preset or OWN)), budget),
     )
+
+
+def _epochs(args: Any, rows: int) -> float:
+    """How often a run sees so many rows."""
+    if args.max_steps <= 0:
+        return float(args.num_train_epochs)
+    steps = math.ceil(math.ceil(rows / args.train_batch_size) / args.gradient_accumulation_steps)  # of an epoch
+    return float(args.max_steps / steps)
 
 
 def fitted(request: TrainRequest, memory: str) -> tuple[TrainRequest, str]:

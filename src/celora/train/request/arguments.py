@@ -284,7 +284,8 @@ def _is_summary(value: object) -> bool:
 
 def _check_same_run(before: Mapping[str, Any], request: TrainRequest) -> None:
     """Raise CELoraError for an argument that would make the rest of a resumed run a different run."""
-    settled = before["train"] | before["lora"] | make_request(before["given"]).given
+    earlier = make_request(before["given"])
+    settled = dataclasses.asdict(earlier.options) | before["train"] | before["lora"] | earlier.given
     changed = {
         name: (settled.get(name), value)
         for name, value in request.given.items()
@@ -336,6 +337,15 @@ def sft_config(request: TrainRequest) -> Any:
     except Exception as error:  # whatever TRL, transformers and accelerate raise about a value
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise CELoraError(kind + " ".join(str(error).split())) from error
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            raise CELoraError(f"{name}=True would round the adapter that is saved afterwards; leave it out")
+    template = args.chat_template_path
+    if template is not None and not Path(template).expanduser().is_file():
+        raise CELoraError(
+            f"chat_template_path={template!r} is no file; give one with a template, like FOLDER/chat_template.jinja. "
+            "The tokens that a folder's tokenizer adds would have no embedding"
+        )
     if args.activation_offloading and args.device.type == "cpu":
         raise CELoraError("activation_offloading=True needs an accelerator to take activations off; leave it out")
     return args

@@ -243,8 +243,8 @@ def convert(f: Field, value: object) -> Any:
     elif bool in origins and (flag := _boolean(value)) is not None:
         result = flag
     elif isinstance(value, bool):
-        # YAML 1.1 reads a bare `no` as false: `eval_strategy: no`.
-        result = "no" if value is False and "no" in words else None
+        # YAML 1.1 reads a bare `no` or `off` as false: `eval_strategy: no`, `preset: off`.
+        result = None if value else "off" if f.name == "preset" else "no" if "no" in words else None
     elif (number := _number(value, origins)) is not None:
         result = number
     elif words and value not in words:

@@ -215,6 +215,8 @@ def _no_shape(row: Row) -> str:
         return f"{nulls[0]!r} is null; expected a value. Fill it in or drop the row; {_KNOWN_SHAPES}"
     missing = [column for column in _COLUMNS if column not in row]
     near = {c: difflib.get_close_matches(c.lower(), missing, n=1) for c in row if c not in _COLUMNS}
+    if "conversations" in row:
+        near["conversations"] = ["messages"]
     hints = [f"{match[0]!r} for {column!r}" for column, match in near.items() if match]
     hint = f" (did you mean {' and '.join(hints)}?)" if hints else ""
     return f"columns {', '.join(map(repr, row)) or '(none)'} are no known row{hint}; {_KNOWN_SHAPES}"

@@ -1,0 +1,123 @@
+"""What would train, save or destroy something wrong is refused in one line, before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from celora.cli.main import main
+from celora.cli.sft import _where
+from celora.errors import CELoraError
+from celora.studies.compare import compare
+from celora.train.request.arguments import parse
+from runs import PressCtrlC, adapter, go, on_build
+from tiny import save_tiny_model
+
+CHAT = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
+
+
+def write(path: Path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"bf16_full_eval": True}, "bf16_full_eval=True would round the adapter"),
+        ({"chat_template_path": "FOLDER"}, "is no file; give one with a template"),
+        ({"use_dora": True, "lora_bias": True}, "no adapter with these settings"),
+    ],
+)
+def test_settings(more, said, inputs, tmp_path):
+    more = {name: str(tmp_path) if value == "FOLDER" else value for name, value in more.items()}
+    with pytest.raises(CELoraError, match=said):
+        go(inputs, tmp_path / "out", **more)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("which", ["data", "eval_data"])
+def test_a_token_without_an_embedding(which, inputs, tmp_path):
+    model = save_tiny_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["one", "more", "new"])  # there were 46
+    tokenizer.save_pretrained(model)
+    given = {**inputs, "model": str(model), which: write(tmp_path / "rows.jsonl", CHAT, {"text": "w1 new w2"})}
+    given = {**given, which: write(tmp_path / "rows.jsonl", {"text": "w1 w2"}, {"text": "w1 new w2"})}
+    with pytest.raises(CELoraError, match=r"row 2 of '.*rows.jsonl' has token 48, and the model has 48 embeddings"):
+        go(given, tmp_path / "out")
+
+
+@pytest.mark.parametrize("base", [None, "int8"])
+def test_a_checkpoint_that_lacks_weights(base, inputs, tmp_path, caplog):
+    model = Path(shutil.copytree(inputs["model"], tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CELoraError, match=r"lacks 1 of the model's weights, 'model.layers.1.mlp.up_proj.weight'"):
+        go({**inputs, "model": str(model)}, tmp_path / "out", **({} if base is None else {"base": base}))
+
+
+def test_chats_without_a_chat_template(inputs, tmp_path):
+    model = Path(shutil.copytree(inputs["model"], tmp_path / "model"))
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CELoraError, match="has no chat template; give --chat_template_path FILE"):
+        go({**inputs, "model": str(model)}, tmp_path / "out")
+
+
+def test_conversations_are_messages(inputs, tmp_path):
+    data = write(tmp_path / "rows.jsonl", {"conversations": CHAT["messages"]})
+    with pytest.raises(CELoraError, match="did you mean 'messages' for 'conversations'"):
+        go({**inputs, "data": data}, tmp_path / "out")
+
+
+def test_answers_do_not_replace_their_questions(finished, tmp_path, capsys):
+    data = write(tmp_path / "rows.jsonl", CHAT, CHAT)
+    before = Path(data).read_text()
+    assert main(["generate", str(finished[0]), "--data", data, "--output", data, "--overwrite"]) == 2
+    assert "is the --data; give another file" in capsys.readouterr().err
+    assert Path(data).read_text() == before
+
+
+def test_a_comparison_in_a_budget(inputs, tmp_path):
+    with pytest.raises(CELoraError, match="memory is not for a comparison"):
+        compare({**inputs, "output": str(tmp_path / "out"), "memory": "1GiB"}, arms=["LoRA", "auto"], seeds=1)
+
+
+def test_a_resumed_run_takes_defaults_again(inputs, tmp_path):
+    output, epochs = tmp_path / "out", {"max_steps": -1, "num_train_epochs": 2}
+    go(inputs, output, **epochs)
+    before = adapter(output)
+    again = {**epochs, "resume": True, "bias": "none", "dataset_train_split": "train", "lora_bias": False}
+    assert go(inputs, output, **again)[0].status == "already finished"
+    assert all(value.equal(before[name]) for name, value in adapter(output).items())
+
+
+def test_a_resumed_run_takes_no_fewer_epochs_than_it_has(inputs, tmp_path, monkeypatch):
+    on_build(monkeypatch, lambda trainer: trainer.add_callback(PressCtrlC(after=8)))
+    given = {"max_steps": -1, "per_device_train_batch_size": 4}
+    assert go(inputs, tmp_path / "out", **given, num_train_epochs=4)[0].status == "interrupted"
+    with pytest.raises(CELoraError, match=r"num_train_epochs=1, but the run is saved at epoch 1\.5; give more"):
+        go(inputs, tmp_path / "out", **given, num_train_epochs=1, resume=True)
+
+
+def test_off_in_yaml_is_a_preset(inputs, tmp_path):
+    (tmp_path / "settings.yaml").write_text("preset: off\n")
+    given = {**inputs, "output": str(tmp_path / "out")}
+    assert parse(["--config", str(tmp_path / "settings.yaml")], given).preset == "off"
+
+
+def test_trl_is_told_where_it_trains(monkeypatch):
+    monkeypatch.setattr("celora.machine.device.accelerator", lambda: None)
+    assert _where(["--bf16", "true"]) == ["--use_cpu", "true"]
+    assert _where(["--use_cpu=false"]) == _where(["--use_cpu", "true"]) == []
+    monkeypatch.setattr("celora.machine.device.accelerator", lambda: "cuda")
+    assert _where([]) == []
