@@ -273,6 +273,7 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(place, name, instead)
     monkeypatch.setattr(studies, "write_text", lambda *_: None)
     patch_all(monkeypatch, "celora.cli.options:settle_in", lambda: None)
+    patch_all(monkeypatch, "celora.cli.sft:through_celora", lambda *_: None)
     (tmp_path / "a" / "b" / "c").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b" / "c")
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -79,15 +78,6 @@ def test_a_weight_is_quantised_before_the_next_one_is_read(tmp_path: Path, monke
     monkeypatch.setattr(Int8Linear, "of", holding)
     load_int8_model(str(folder), **SETTINGS)
     assert [after for event, after in itertools.pairwise(events) if event.endswith("is read")] == ["held"] * 14
-
-
-def test_a_layer_that_the_checkpoint_lacks_is_held_in_8_bits_too(tmp_path: Path) -> None:
-    file = save(tmp_path) / "model.safetensors"
-    tensors = load_file(file)
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, file, metadata={"format": "pt"})
-    found = load_int8_model(str(tmp_path), **SETTINGS)
-    assert sum(isinstance(module, Int8Linear) for module in found.modules()) == 14
 
 
 def test_what_cannot_be_read_tensor_by_tensor_is_one_line(inputs, tmp_path: Path) -> None:

@@ -41,6 +41,12 @@ def test_settings(more, said, inputs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_setting_that_is_refused_late_leaves_no_run(inputs, tmp_path):
+    with pytest.raises(CELoraError, match="no training with these settings"):
+        go(inputs, tmp_path / "out", lr_scheduler_kwargs={"bad": 1})
+    assert go(inputs, tmp_path / "out")[0].status == "finished"
+
+
 @pytest.mark.parametrize("which", ["data", "eval_data"])
 def test_a_token_without_an_embedding(which, inputs, tmp_path):
     model = save_tiny_model(tmp_path / "model")

@@ -75,7 +75,7 @@ def load_int8_model(
     loaded = complete(*found)
     loaded.config.name_or_path = loaded.name_or_path = model
     loaded.config._commit_hash = revision  # the original weights are read from there again
-    quantise_base(loaded)  # the layers that the checkpoint lacked
+    quantise_base(loaded)  # notes for each layer where that is
     return loaded
 
 

@@ -290,13 +290,16 @@ def _carry_out(
 
 
 def _leave(ready: _Ready, folder: OutputFolder, written: _Written, status: str) -> None:
-    """Complete the record and the report. If nothing was trained, put back the run that was to be replaced."""
+    """Complete the record and the report. If nothing was trained, put back the run that was to be replaced.
+
+    A setting that is refused as late as the first step leaves no run, so that the command can be given again.
+    """
     trainer, metrics, aside = ready.trainer, written.metrics, written.aside
     trained = status == "finished" or trainer.state.global_step > 0
     if is_first() and trained:
         folder.forget_earlier()
-    elif aside is not None:
-        folder.restore()  # nothing was trained, so the earlier run stays
+    elif aside is not None or (metrics is not None and status == "failed" and not ready.request.options.resume):
+        folder.restore()  # nothing was trained, so the earlier run stays, or none
     if metrics is None or not (trained or (status == "interrupted" and aside is None)):
         return
     errors = {
