@@ -69,6 +69,20 @@ def test_a_checkpoint_that_lacks_weights(base, inputs, tmp_path, caplog):
         go({**inputs, "model": str(model)}, tmp_path / "out", **({} if base is None else {"base": base}))
 
 
+def test_a_folder_without_a_tokenizer(inputs, tmp_path):
+    model = Path(shutil.copytree(inputs["model"], tmp_path / "model"))
+    for file in model.glob("*token*"):
+        file.unlink()
+    with pytest.raises(CELoraError, match="has no tokenizer: no tokenizer"):
+        go({**inputs, "model": str(model)}, tmp_path / "out")
+
+
+def test_settings_of_the_model_are_used_and_no_library_says_otherwise(inputs, tmp_path, caplog):
+    result, _ = go(inputs, tmp_path / "out", max_steps=1, model_init_kwargs={"attention_dropout": 0.1})
+    assert result.model.config.attention_dropout == 0.1
+    assert "model_init_kwargs" not in caplog.text
+
+
 def test_chats_without_a_chat_template(inputs, tmp_path):
     model = Path(shutil.copytree(inputs["model"], tmp_path / "model"))
     (model / "chat_template.jinja").unlink(missing_ok=True)

@@ -56,6 +56,9 @@ def gguf_of(model: str) -> Path | None:
     return path / found[0] if found else None
 
 
+_OF_TOKENIZERS = ("*token*", "vocab*", "merges.txt", "*.model", "*.bpe")
+
+
 def load_tokenizer(request: TrainRequest) -> Any:
     """The tokenizer of the model."""
     check_model_folder(request.model)
@@ -169,6 +172,8 @@ def check_model_folder(model: str) -> None:
                 f"AutoModelForCausalLM.from_pretrained({model!r}).save_pretrained(FOLDER), and give --model FOLDER"
             )
         raise CELoraError(f"--model {model!r} has no weights: no .safetensors file in it")
+    if not any(any(path.glob(pattern)) for pattern in _OF_TOKENIZERS):
+        raise CELoraError(f"--model {model!r} has no tokenizer: no tokenizer.json or the like in it; copy it there")
 
 
 def load_adapter(model: Any, adapter: Path) -> Any:

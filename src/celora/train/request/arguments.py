@@ -330,10 +330,10 @@ def sft_config(request: TrainRequest) -> Any:
         if new in known_fields() and old in train:
             # transformers renamed these and warns about the old names, even when they say "off".
             train[new], train[old] = train.get(new, train[old]), None
+    # The model is loaded already, and TRL would warn that it ignores `model_init_kwargs`.
+    own = {name: value for name, value in train.items() if name not in ("disable_tqdm", "model_init_kwargs")}
     try:
-        args = SFTConfig(
-            output_dir=str(request.output), disable_tqdm=True, **{k: v for k, v in train.items() if k != "disable_tqdm"}
-        )
+        args = SFTConfig(output_dir=str(request.output), disable_tqdm=True, **own)
     except Exception as error:  # whatever TRL, transformers and accelerate raise about a value
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise CELoraError(kind + " ".join(str(error).split())) from error
