@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import celora
 from celora.modeling.attention import ATTENTION
+from celora.modeling.hooks import remove
 from labelled import masked_batch
 from small import make_batch, make_model, train
 
@@ -77,3 +79,21 @@ def test_after_an_interruption_the_decoder_alone_sees_its_padding(where: str) ->
         found: Tensor = decoder.eval()(**tokens)[0]
     assert found.equal(expected)
     assert model.config._attn_implementation != ATTENTION
+
+
+def test_a_copy_of_an_interrupted_model_is_settled_in_any_order() -> None:
+    model, batch = make_model().train(), masked_batch()
+    celora.attach(model, "exact")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.get_base_model().model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch)
+    handle.remove()
+    for order in (1, -1):
+        copied = copy.deepcopy(model)
+        for module in [*copied.modules()][::order]:
+            remove(module)
+        assert "_loss_function" not in vars(copied.get_base_model())

@@ -81,11 +81,11 @@ def test_code_of_models_never_runs(inputs, tmp_path):
 
 @pytest.mark.fault(
     "security",
-    "a model brings code, or the tokenizer that gives the chat template does; and somebody would answer `y`",
+    "a model or its tokenizer brings code, and somebody would answer `y`",
     sees="one line that names it; celora asks nothing",
     kept="everything: the code does not run",
 )
-@pytest.mark.parametrize("where", ["tokenizer", "model", "chat_template_path"])
+@pytest.mark.parametrize("where", ["tokenizer", "model"])
 def test_nobody_is_asked_whether_code_may_run(where, inputs, tmp_path, monkeypatch):
     folder = shutil.copytree(inputs["model"], tmp_path / "model")
     name, change = "config.json", {"model_type": "mine", "auto_map": {"AutoConfig": "evil.C"}}
@@ -97,7 +97,7 @@ def test_nobody_is_asked_whether_code_may_run(where, inputs, tmp_path, monkeypat
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
-    given = inputs | {"chat_template_path" if where == "chat_template_path" else "model": str(folder)}
+    given = inputs | {"model": str(folder)}
     with pytest.raises(CELoraError, match=r"code|T\b") as caught:
         go(given, tmp_path / "out")
     assert "\n" not in str(caught.value)

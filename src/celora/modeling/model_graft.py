@@ -84,9 +84,8 @@ class ModelGraft(Measured, Hook):
     def settle(self, module: nn.Module) -> None:
         """Forget an interrupted forward, of this model or of the model that it is a copy of."""
         self._open.forget()
-        for name in self._added or ():
-            vars(language_model(module)).pop(name, None)
-        self._added = ()
+        own = vars(language_model(module))  # those of the decoder have none
+        self._added = tuple(name for name in self._added or () if own.pop(name, None) is None)
 
     def begin(self, step: int) -> None:
         """Begin an optimizer step."""
