@@ -231,12 +231,9 @@ def build_trainer(
 
 def _check_tokens(dataset: Any, source: str, model: Any) -> None:
     """Raise CELoraError if a prepared row has a token for which the model has no embedding."""
-    table = model.get_input_embeddings()
+    table, first = model.get_input_embeddings(), 0
     table = getattr(table, "base_layer", table)
-    embeddings = getattr(table, "num_embeddings", None) or len(
-        table.weight
-    )  # ZeRO-3 leaves a process none of the weight
-    first = 0
+    embeddings = getattr(table, "num_embeddings", None) or len(table.weight)  # under ZeRO-3 the weight is elsewhere
     for batch in dataset.select_columns("input_ids").with_format("arrow").iter(10_000):
         tokens = batch["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         largest = int(tokens.max()) if len(tokens) else 0
