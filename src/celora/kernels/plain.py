@@ -188,6 +188,10 @@ class IntegersBothWays(LibraryPacked, BothWays):
     def holding(cls, stored: Tensor, scale: Tensor, in_features: int) -> IntegersBothWays:
         return cls(stored, scale)
 
+    @classmethod
+    def fits(cls, stored: Tensor, out_features: int, in_features: int) -> bool:
+        return takes_integers(stored.device)
+
     def quantise(self, x: Tensor) -> QuantisedRows:
         dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         x = x if self.input_scale is None else x.float() * self.input_scale
