@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from celora.errors import CELoraError
-from celora.train.formats.gguf_file import Written, check_written, field, open_gguf, read_header
+from celora.train.formats.gguf_file import Written, check_written, field, open_gguf, read_header, read_tensor
 
 F32 = gguf.GGMLQuantizationType.F32
 VALUES = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -64,6 +64,15 @@ def test_a_header_says_where_the_tensors_are(tmp_path):
     tensor = header.tensors["blk.0.attn_q.weight"]
     assert (tensor.shape, tensor.kind) == ((3, 4), F32)
     assert path.read_bytes()[tensor.start :][: tensor.nbytes] == VALUES.tobytes()
+
+
+def test_a_tensor_of_a_type_that_is_not_unpacked_is_one_line(tmp_path):
+    path = tmp_path / "model.gguf"
+    head = header(1, 0, tensor(kind=gguf.GGMLQuantizationType.F64))
+    path.write_bytes(head + bytes(-len(head) % 32 + 32))
+    read = read_header(path)
+    with pytest.raises(CELoraError, match="is no GGUF file that can be read"):
+        read_tensor(read, read.tensors["t"])
 
 
 def test_a_header_that_is_too_long_is_refused(tmp_path):

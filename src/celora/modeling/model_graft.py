@@ -111,11 +111,9 @@ class ModelGraft(Measured, Hook):
 
         A tuner that calls the model's forward past all hooks has this one instead.
         """
-        if (outermost := self._open.outermost) is not None:
-            if outermost.goes_on():
-                self._open.step_aside()
-                return None
-            settle_all(outermost.owner)
+        if self._in_a_call():
+            self._open.step_aside()
+            return None
         if not self.switch.on or scripted() or (torch.compiler.is_compiling() and not self.smoothing):
             return None
         causal = language_model(module)
@@ -206,9 +204,15 @@ class ModelGraft(Measured, Hook):
 
     def enters(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook of the decoder under the head, which someone may call without the head."""
-        call = None if torch.compiler.is_compiling() else self._open.outermost
+        if not torch.compiler.is_compiling():
+            self._in_a_call()
+
+    def _in_a_call(self) -> bool:
+        """Whether a call goes on. One that was interrupted is forgotten."""
+        call = self._open.outermost
         if call is not None and not call.goes_on():
             settle_all(call.owner)
+        return self._open.outermost is not None
 
     def body(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook of the decoder under the head."""

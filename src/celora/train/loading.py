@@ -192,29 +192,28 @@ def load_adapter(model: Any, adapter: Path) -> Any:
 
 def lora_config(request: TrainRequest) -> LoraConfig:
     """PEFT's configuration of the adapter, with the rank that trains."""
+    from celora.train.trainer import refused  # here: whoever only loads an adapter needs no trainer
+
     lora = request.lora
     if lora["lora_task_type"] not in TaskType.__members__:
         raise unknown("lora_task_type", lora["lora_task_type"], TaskType.__members__)
     extra = {} if lora["lora_target_parameters"] is None else {"target_parameters": lora["lora_target_parameters"]}
     targets = lora["lora_target_modules"]
-    fields: dict[str, Any] = dict(
-        task_type=lora["lora_task_type"],
-        r=request.r,
-        # One name alone may be "all-linear" or a regular expression, which PEFT takes as a string.
-        target_modules=targets[0] if targets and len(targets) == 1 else targets,
-        lora_alpha=lora["lora_alpha"],
-        lora_dropout=lora["lora_dropout"],
-        bias=request.options.bias,
-        lora_bias=request.options.lora_bias,
-        use_rslora=lora["use_rslora"],
-        use_dora=lora["use_dora"],
-        modules_to_save=lora["lora_modules_to_save"],
-        **extra,
-    )
-    try:
-        return LoraConfig(**fields)
-    except (TypeError, ValueError) as error:  # settings that PEFT does not combine
-        raise CELoraError(f"no adapter with these settings: {' '.join(str(error).split())}") from error
+    with refused("adapter"):
+        return LoraConfig(
+            task_type=lora["lora_task_type"],
+            r=request.r,
+            # One name alone may be "all-linear" or a regular expression, which PEFT takes as a string.
+            target_modules=targets[0] if targets and len(targets) == 1 else targets,
+            lora_alpha=lora["lora_alpha"],
+            lora_dropout=lora["lora_dropout"],
+            bias=request.options.bias,
+            lora_bias=request.options.lora_bias,
+            use_rslora=lora["use_rslora"],
+            use_dora=lora["use_dora"],
+            modules_to_save=lora["lora_modules_to_save"],
+            **extra,
+        )
 
 
 @contextlib.contextmanager

@@ -218,11 +218,12 @@ def _beginning(run: _Entered, args: Any, lost: Sequence[str], console: Console) 
     checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
     if 0 < args.max_steps < marker["step"]:
         raise CELoraError(f"max_steps={args.max_steps}, but the run is saved at step {marker['step']}; give more")
-    epoch = None if checkpoint is None else read_json(checkpoint / "trainer_state.json")["epoch"]
-    if args.max_steps <= 0 and epoch is not None and args.num_train_epochs < epoch:
-        raise CELoraError(
-            f"num_train_epochs={args.num_train_epochs:g}, but the run is saved at epoch {epoch:.3g}; give more"
-        )
+    if args.max_steps <= 0 and checkpoint is not None:
+        epoch = read_json(checkpoint / "trainer_state.json")["epoch"]
+        if args.num_train_epochs < epoch:
+            raise CELoraError(
+                f"num_train_epochs={args.num_train_epochs:g}, but the run is saved at epoch {epoch:.3g}; give more"
+            )
     return checkpoint, marker
 
 

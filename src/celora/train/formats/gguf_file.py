@@ -203,6 +203,7 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CELoraError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+    # NotImplementedError: gguf unpacks no tensor of such a type, as of Q8_K.
     except (ValueError, KeyError, IndexError, OverflowError, NotImplementedError, struct.error) as error:
         raise CELoraError(f"{str(path)!r} is no GGUF file that can be read: {' '.join(str(error).split())}") from None
 
