@@ -18,6 +18,7 @@ from celora.train.request.arguments import parse
 from runs import PressCtrlC, adapter, go, on_build
 from tiny import save_tiny_model
 
+PLANNED = {"preset": "auto", "celora": {}, "plan": "plan.json"}
 CHAT = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
 
 
@@ -32,6 +33,10 @@ def write(path: Path, *rows: dict) -> str:
         ({"bf16_full_eval": True}, "bf16_full_eval=True would round the adapter"),
         ({"chat_template_path": "FOLDER"}, "is no file; give one with a template"),
         ({"use_dora": True, "lora_bias": True}, "no adapter with these settings"),
+        ({"lora_modules_to_save": ["heads"]}, "lora_modules_to_save='heads', but the model has no module of that name"),
+        ({"lora_target_modules": ["all-linear", "q_proj"]}, "all-linear takes every linear layer; give it alone"),
+        (PLANNED | {"fidelity": 0.9}, "fidelity beside a plan, which is used unchanged"),
+        (PLANNED | {"memory_limit": 9}, "memory_limit beside a plan, which is used unchanged"),
     ],
 )
 def test_settings(more, said, inputs, tmp_path):
@@ -39,6 +44,19 @@ def test_settings(more, said, inputs, tmp_path):
     with pytest.raises(CELoraError, match=said):
         go(inputs, tmp_path / "out", **more)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_names_no_other_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("config: other.yaml")
+    with pytest.raises(CELoraError, match="a file names no other file"):
+        parse([], {"config": str(file)})
+
+
+@pytest.mark.parametrize("how", [["--to", "gguf"], ["--to", "safetensors", "--merged"]])
+def test_how_weights_are_stored_is_for_a_merged_gguf_file(how, finished, capsys):
+    assert main(["export", str(finished[0]), *how, "--outtype", "f16"]) == 2
+    assert "--outtype f16 is for a merged GGUF file" in capsys.readouterr().err
 
 
 def test_a_setting_that_is_refused_late_leaves_no_run(inputs, tmp_path):

@@ -172,8 +172,9 @@ def export(
         Path | None, typer.Option("--gguf", callback=possible, help="The base model as a GGUF file.")
     ] = None,
     outtype: Annotated[
-        Literal["f16", "q8_0", "f32"], typer.Option("--outtype", help="How a merged GGUF file stores its weights.")
-    ] = "f16",
+        Literal["f16", "q8_0", "f32"] | None,
+        typer.Option("--outtype", help="How a merged GGUF file stores its weights; f16 unless told."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", callback=possible, help="Folder to write; without, one beside OUT.")
     ] = None,

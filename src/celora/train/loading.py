@@ -190,8 +190,8 @@ def load_adapter(model: Any, adapter: Path) -> Any:
         raise CELoraError(f"cannot load the adapter in {str(adapter)!r}: {_first_line(error)}") from error
 
 
-def lora_config(request: TrainRequest) -> LoraConfig:
-    """PEFT's configuration of the adapter, with the rank that trains."""
+def lora_config(request: TrainRequest, model: Any) -> LoraConfig:
+    """PEFT's configuration of the adapter for `model`, with the rank that trains."""
     from celora.train.trainer import refused  # here: whoever only loads an adapter needs no trainer
 
     lora = request.lora
@@ -199,6 +199,11 @@ def lora_config(request: TrainRequest) -> LoraConfig:
         raise unknown("lora_task_type", lora["lora_task_type"], TaskType.__members__)
     extra = {} if lora["lora_target_parameters"] is None else {"target_parameters": lora["lora_target_parameters"]}
     targets = lora["lora_target_modules"]
+    for target in lora["lora_modules_to_save"] or ():  # PEFT passes over a name that no module has
+        if not any(name.endswith(target) for name, _ in model.named_modules()):
+            raise CELoraError(
+                f"lora_modules_to_save={target!r}, but the model has no module of that name; leave it out"
+            )
     with refused("adapter"):
         return LoraConfig(
             task_type=lora["lora_task_type"],

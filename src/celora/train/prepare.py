@@ -68,7 +68,8 @@ def prepared(request: TrainRequest, rows: int | None, adapter: Path | None) -> I
         train = request.train | _NO_EVALUATION | ({} if rows is None else {"per_device_train_batch_size": rows})
         args = sft_config(replace(request, train=train, output=Path(scratch)))
         request, _ = settle_dtype(request, args)
-        model, peft, config = load_model(request), lora_config(request), request.config
+        model = load_model(request)
+        peft, config = lora_config(request, model), request.config
         if adapter is not None:
             model, peft = load_adapter(model, adapter), None
             if (adapter / CONFIG).is_file() and request.options.preset is None and request.options.celora is None:

@@ -188,7 +188,7 @@ def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
         say(console, quiet, dtype_line)
         model = load_model(request)
     with clock.spending("tokenise"):
-        trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
+        trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request, model))
     trainer.wall_clock = clock
     for line in truncation_lines(trainer, rows, eval_rows):
         say(console, False, line)  # a warning

@@ -178,7 +178,7 @@ def estimate(
         everything = training_rows(request, tokenizer)
 
         def build(model: Any, rows: Any) -> Any:
-            return build_trainer(request, copy.copy(args), model, tokenizer, rows, peft=lora_config(request))
+            return build_trainer(request, copy.copy(args), model, tokenizer, rows, peft=lora_config(request, model))
 
         found, rows, cut = _rows(everything, config, build)
         few = rows.select(np.linspace(0, len(rows) - 1, min(_PROBED, len(rows))).astype(int).tolist())

@@ -44,7 +44,7 @@ def export(
     *,
     merged: bool = False,
     gguf: Path | None = None,
-    outtype: str = "f16",
+    outtype: str | None = None,
     output: Path | None = None,
     model: str | None = None,
     overwrite: bool = False,
@@ -56,7 +56,7 @@ def export(
         to: "gguf" for llama.cpp, "safetensors" for Transformers, or "mlx" for mlx-lm.
         merged: write the whole model.
         gguf: the base model as GGUF, which a merged GGUF file needs; None for the file that was trained on, if any.
-        outtype: of a merged GGUF file: "f16", "q8_0" or "f32".
+        outtype: of a merged GGUF file: "f16", "q8_0" or "f32"; None for "f16".
         output: the folder to write; None for one beside `folder`.
         model: where the base model is now; None for where it was.
         overwrite: replace an earlier export.
@@ -76,6 +76,8 @@ def export(
         raise CELoraError(
             "--to mlx writes the adapter alone; --merged --to safetensors writes a model that mlx-lm loads"
         )
+    if outtype is not None and not (merged and to == "gguf"):
+        raise CELoraError(f"--outtype {outtype} is for a merged GGUF file; give --merged --to gguf, or leave it out")
     output = output or folder.with_name(f"{folder.resolve().name}{'-merged' if merged else ''}-{to}")
     _check_output(output, overwrite=overwrite)
     request = request_of(folder, adapter_config(folder), model)
@@ -95,7 +97,7 @@ def export(
         elif merged and gguf is not None:
             from celora.train.formats.merged_gguf import write_merged
 
-            tensors = write_merged(new / MODEL, gguf, adapter, _config(request), outtype, name)
+            tensors = write_merged(new / MODEL, gguf, adapter, _config(request), outtype or "f16", name)
         elif to == "mlx":
             tensors = write_mlx(new, adapter, _config(request))
         else:

@@ -52,6 +52,8 @@ def read_yaml(path: str | Path) -> dict[str, object]:
         return {"celora": document}
     if str(document.get("num_processes")) == os.environ.get("WORLD_SIZE", "1"):
         del document["num_processes"]  # `trl sft` passes this to its launcher, which has started that many
+    if "config" in document:
+        raise CELoraError(f"key 'config' in {path}: a file names no other file; put all settings into one")
     found: dict[str, object] = {}
     for key, value in document.items():
         name = known_name(str(key).replace("-", "_"), f"key {str(key)!r} in {path}")
@@ -137,6 +139,8 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     if missing := [f"--{name}" for name in needed if not values.get(name)]:
         what = " ".join(f"--{name} {value}" for name, value in needed.items() if not values.get(name))
         raise CELoraError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; give {what}")
+    if "all-linear" in (targets := values.get("lora_target_modules") or []) and len(targets) > 1:
+        raise CELoraError(f"lora_target_modules={targets}: all-linear takes every linear layer; give it alone")
     if "/" in str(values.get("attn_implementation")):
         raise CELoraError(
             f"attn_implementation={values['attn_implementation']!r} is refused: it names code on the hub, which celora "
@@ -170,6 +174,8 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     for name in PLANNING:
         if getattr(options, name) is not None and preset != "auto":
             raise CELoraError(f"{name} belongs to a plan; give it with --preset auto")
+    if options.plan is not None and (beside := {"fidelity", "memory_limit"} & given.keys()):
+        raise CELoraError(f"{min(beside)} beside a plan, which is used unchanged; leave out one")
     if options.fidelity is not None and not 0 < options.fidelity <= 1:
         raise CELoraError(f"fidelity={options.fidelity}; expected a cosine, 0 < fidelity <= 1")
     if options.memory_limit is not None and options.memory_limit < 0:
