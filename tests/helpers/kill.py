@@ -21,8 +21,9 @@ The slow imports happen once. Every run is a fork of that process.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
-import importlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -245,9 +246,21 @@ def import_ahead(names: list[str]) -> None:
     gc.freeze()
 
 
+def look_ahead(folder: Path) -> None:
+    """Let transformers and celora make once here what they keep for later: patterns, names, metadata of packages."""
+    from transformers import AutoModelForCausalLM
+
+    from celora.train.request.names import trl_names
+
+    trl_names()
+    importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+    AutoModelForCausalLM.from_pretrained(folder / "model")
+
+
 def run(folder: Path, cases: list[dict[str, Any]]) -> None:
     os.waitpid(fork(lambda: prepare(folder)), 0)
     import_ahead(json.loads((folder / "modules.json").read_text()))
+    look_ahead(folder)
     whole: dict[str, dict[str, Any]] = {}
     timed = any(kind == "time" for one in cases for kind, *_ in one["moments"])
     for one in cases:

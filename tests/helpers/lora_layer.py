@@ -37,12 +37,13 @@ def layer(
 
 def run(model: PeftModel, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Output and all gradients of one forward and backward pass."""
-    model.zero_grad()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        p.grad = None
     x = x.clone().requires_grad_()
     y = model(x)
     y.backward(g)
-    found = {"output": y.detach(), "x": x.grad}
-    return found | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"output": y.detach(), "x": x.grad} | {name: p.grad for name, p in trained.items()}
 
 
 def fused_calls(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[Adapter]:

@@ -169,7 +169,7 @@ def _bisect(choose: Callable[[float], list[int]], fits: Callable[[list[int]], bo
     if fits(choice := choose(0.0)):
         return choice
     low, high = -20.0, 20.0
-    for _ in range(40):
+    while high - low > 1e-4:  # decades
         middle = (low + high) / 2
         low, high = (low, middle) if fits(choose(10**middle)) else (middle, high)
     return choose(10**high)
