@@ -110,7 +110,8 @@ def attach(
         )
     attachment.set_modes(0)
     model.__dict__[ATTRIBUTE] = attachment
-    if not attachment.grafts and (report.skipped or config.overrides):
+    written = [pattern for pattern in config.overrides if not pattern.startswith("=")]  # not by a plan or by timing
+    if not attachment.grafts and (report.skipped or written):
         warnings.warn(
             "celora: no layer can be estimated; training is plain PEFT. Print the report for the reasons.",
             stacklevel=2,

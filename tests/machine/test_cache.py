@@ -36,6 +36,15 @@ def test_a_file_that_others_could_have_written_is_not_believed(home: Path) -> No
     assert recall(OF) is None
 
 
+def test_with_a_umask_for_groups_it_is_believed_all_the_same(home: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        keep(OF, [1.5])
+    finally:
+        os.umask(before)
+    assert recall(OF) == [1.5]
+
+
 def test_without_a_cache_nothing_is_kept_and_nothing_fails(home: Path) -> None:
     home.chmod(0o777)
     keep(OF, [1.5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from peft import PeftModel
 
 import celora
+from celora import quantise_base
 from celora.modeling.survey import survey
 from celora.numerics.estimators import Finding
 from celora.planning.bench import Layer
 from celora.planning.candidates import EXACT, candidates
 from celora.planning.evidence import evidence, graft_overhead, time_kinds
 from celora.settings.config import LayerConfig
+from machine import refuses
 from patching import patch_all
 from small import make_batch
 
@@ -78,3 +81,24 @@ def test_what_a_graft_itself_takes_is_counted(model: PeftModel, free_estimates: 
     assert {layer.chosen for layer in celora.make_plan(model, [make_batch(0)], 0.5).layers} == {0}
     monkeypatch.undo()
     assert 0 <= graft_overhead(torch.device("cpu"), torch.float32) < 100
+
+
+def test_a_base_in_8_bits_lends_its_bytes_to_estimates_of_all_rows() -> None:
+    """Columns pack the rows that they keep. So they have a copy of their own."""
+    if refuses():
+        return
+    settings = [
+        LayerConfig("columns", keep_ratio=0.5, rank=0, precision="int8"),
+        LayerConfig("tokens", keep_ratio=0.95, rank=0, selection="energy", precision="int8"),
+        LayerConfig("int8", rank=0),
+    ]
+    layer = _layer(findings={setting: [Finding(0.1, 1.0)] for setting in settings})
+    model = torch.nn.Sequential(layer.base)
+    taken = []
+    for _ in range(2):
+        times = {timed: 0.5 for setting in settings for timed, _ in layer.timed_as(setting)}
+        found = {c.setting: c.memory for c in evidence(layer, {EXACT: 1.0, **times}, 0.0).candidates}
+        taken.append([found[setting] for setting in settings])
+        quantise_base(model)
+        layer = dataclasses.replace(layer, base=model[0])
+    assert taken == [[24 * 80, 48 * 80, 48 * 80], [24 * 80, 0, 0]]

@@ -17,9 +17,11 @@ from peft import PeftModel
 import celora
 from celora import CELoraConfig, CELoraError, Plan
 from celora.machine.device import device_name
+from celora.numerics.estimators import estimator_class
 from celora.planning.plan import Candidate, PlannedLayer, label
 from celora.settings.config import LayerConfig
 from celora.settings.names import HEAD
+from celora.settings.presets import PRESETS
 from machine import refuses
 from patching import patch_all
 from small import make_model
@@ -110,6 +112,41 @@ def test_attaching_a_plan_gives_each_layer_its_estimator(model: PeftModel) -> No
         assert not celora.attach(model, plan.config(frame)).estimated  # the user's own overrides come first
 
 
+def test_a_plan_is_carried_out_as_it_is_whatever_the_frame_estimates(model: PeftModel) -> None:
+    """The frame's own setting is for layers that are not in the plan. Planned layers that are exact stay exact."""
+    plan = make(model)
+    for frame in (PRESETS["fast"], PRESETS["paper"], CELoraConfig(keep_ratio=0.9, rank=2)):
+        config = plan.config(dataclasses.replace(frame, overrides={}))
+        for layer in plan.layers:
+            planned, found = layer.choice.setting, config.for_layer(layer.name)
+            assert found.estimator == planned.estimator
+            if planned.estimator != "dense":
+                assert dataclasses.replace(found, **_unused(planned)) == planned
+        assert config.for_layer("another").estimator == frame.estimator
+
+
+def _unused(setting: LayerConfig) -> dict[str, Any]:
+    """The fields that this estimator does not use."""
+    used = {"estimator", *estimator_class(setting.estimator).uses}
+    return {name: value for name, value in dataclasses.asdict(setting).items() if name not in used}
+
+
+def test_a_layer_whose_name_ends_like_anothers_has_its_own_setting(model: PeftModel) -> None:
+    """Layers of a module without PEFT's wrapper may be called `proj` and `vision.proj`."""
+    exact, whole = (Candidate(LayerConfig("dense"), 2.0, 0.0), Candidate(LayerConfig("columns", rank=0), 1.0, 0.1))
+    layers = [PlannedLayer(name, 8, 8, 0.5, (exact, whole), i) for i, name in enumerate(("vision.proj", "proj"))]
+    config = make(model, layers=tuple(layers)).config()
+    assert [config.for_layer(layer.name).estimator for layer in layers] == ["dense", "columns"]
+
+
+def test_the_device_is_that_of_the_planned_layers(model: PeftModel) -> None:
+    """Embeddings may be offloaded to another device than the layers."""
+    plan = make(model)
+    embedding = model.get_input_embeddings()
+    embedding.weight = torch.nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
+    plan.check(model)
+
+
 def test_the_head_is_part_of_a_plan(model: PeftModel, tmp_path: Path) -> None:
     share = LayerConfig("columns", keep_ratio=0.1, rank=0)
     candidates = (Candidate(LayerConfig("dense"), 8.0, 0.0), Candidate(share, 1.0, 0.02))
@@ -121,6 +158,7 @@ def test_the_head_is_part_of_a_plan(model: PeftModel, tmp_path: Path) -> None:
     report = celora.attach(model, plan)
     assert any("its gradient through 0.1 of the words" in note for note in report.notes)
     # Not if it is left exact, if the user has set another share, or if the loss is the model's own.
+    assert plan.config(PRESETS["auto"], ["head_keep_ratio"]).head_keep_ratio == 1
     exact = dataclasses.replace(plan, head=dataclasses.replace(plan.head, chosen=0))
     assert exact.config().head_keep_ratio == 1
     assert plan.config(CELoraConfig(labelled_head=True, head_keep_ratio=0.5)).head_keep_ratio == 0.5

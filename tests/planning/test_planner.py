@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import peft
@@ -288,8 +289,9 @@ def test_what_makes_no_sense_is_said_before_anything_is_measured(
     model: PeftModel, batches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patch_all(monkeypatch, "celora.planning.planner:_make_plans", lambda *_: pytest.fail("measured"))
-    with pytest.raises(CELoraError, match="memory_limit='1GB'; expected a number of bytes"):
-        celora.make_plan(model, batches, memory_limit="1GB")  # type: ignore[arg-type]
+    for limit in ("1GB", -1, math.inf, math.nan):
+        with pytest.raises(CELoraError, match=f"memory_limit={limit!r}; expected 0 or more bytes"):
+            celora.make_plan(model, batches, memory_limit=limit)  # type: ignore[arg-type]
     monkeypatch.setattr(planner, "DTensor", torch.nn.Parameter)
     with pytest.raises(CELoraError, match="a sharded model cannot be measured"):
         celora.make_plan(model, batches)

@@ -202,7 +202,6 @@ def test_slopes() -> None:
     assert not {*convergence.RATED} & warned
 
 
-@pytest.mark.filterwarnings("ignore:celora. no layer can be estimated")  # the tiny model's layers may be faster exact
 def test_runs_what_is_missing_and_times_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

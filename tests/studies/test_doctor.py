@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import os
 from importlib import metadata
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from celora.cli.main import main
 from celora.kernels.backends import TABLE, explain
 from celora.kernels.c import library as kernels
-from celora.studies import doctor
+from celora.machine import cpu
 from celora.studies.doctor import advise, commands, describe, examine
 from patching import patch_all
 from without import without
@@ -117,7 +119,7 @@ def test_the_command_to_copy_suits_the_machine() -> None:
 
 
 def test_what_the_environment_limits_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in doctor._LIMITS:
+    for name in cpu._LIMITS:
         monkeypatch.delenv(name, raising=False)
     assert examine()["limits"] == {}
     limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "CELORA_KERNELS": "0"}
@@ -176,3 +178,20 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "What will be fast here:\n- bfloat16 products take" in capsys.readouterr().out
     assert main(["doctor", "--quiet"]) == 0
     assert capsys.readouterr().out.startswith("bfloat16 products take")
+
+
+def test_a_device_that_refuses_bfloat16_is_examined_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_all(monkeypatch, "celora.machine.timing:time_over_float32", lambda dtype, device: math.inf)
+    found = examine()
+    assert all(name.startswith("float32") for name in found["products"]["time_ms"])
+    assert "bfloat16 products cannot be computed here: celora trains in float32." in found["advice"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to some CPUs")
+def test_cpus_that_this_process_may_not_use_are_not_counted() -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert examine()["cpu"]["count"] == 1
+    finally:
+        os.sched_setaffinity(0, allowed)

@@ -13,6 +13,7 @@ from celora.errors import CELoraError
 from celora.studies import sentiment
 from celora.studies.assets import Review, demo_model, movie_reviews
 from celora.studies.sentiment import Splits, label_of, splits, to_rows
+from celora.studies.stock_eval import label_accuracy
 from celora.train.rows.data import load_rows
 
 REVIEWS = [Review(f"sentence {number}", score) for number in range(40) for score in [(-1) ** number * 1.5]]
@@ -96,7 +97,7 @@ def test_the_untouched_model_knows_something() -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
     model = AutoModelForCausalLM.from_pretrained(demo_model())
     held = splits(0, test=64).test
-    score = sentiment.accuracy(model, tokenizer, held)
+    score = label_accuracy(model, tokenizer, sentiment.to_rows(held))
     assert 0.6 < score < 0.95  # 64 sentences
     assert len(movie_reviews()) == 10605
 

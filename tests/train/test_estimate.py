@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import gguf
 import pytest
+from transformers import AutoTokenizer
 
 from celora.cli.main import main
 from celora.errors import CELoraError
@@ -28,7 +31,8 @@ def clock(monkeypatch):
         model = probe.model.get_base_model()
         speed = 1000 if model.dtype.itemsize == 4 else 2000
         speed *= 3 / 4 if model.is_gradient_checkpointing else 1
-        return len(model.model.layers) * int(batch["attention_mask"].sum()) / speed
+        tokens = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
+        return len(model.model.layers) * int(tokens) / speed
 
     patch_all(monkeypatch, "celora.train.forecast.blocks:seconds", seconds)
 
@@ -157,3 +161,23 @@ def test_what_is_no_size_is_one_line(text):
 def test_what_cannot_be_estimated_is_one_line(more, said, inputs, capsys):
     assert main(["estimate", "--model", inputs["model"], "--data", inputs["data"], *more]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_packed_rows_make_fewer_steps_of_an_epoch(ask):
+    """24 rows of at most 25 tokens are three or four packed rows."""
+    plain, packed = (ask(max_length=128, max_steps=12, per_device_train_batch_size=2, packing=p) for p in (False, True))
+    assert plain.epochs == 1.0
+    assert packed.epochs >= 3.0
+
+
+def test_the_models_own_words_are_counted_and_not_the_stand_ins(ask, inputs, tmp_path, monkeypatch):
+    """A vocabulary may have more words than the model that is measured in its place."""
+    patch_all(monkeypatch, "celora.train.forecast.blocks:WORDS", 16)
+    assert ask().rows == 24
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
+    model = Path(shutil.copytree(inputs["model"], tmp_path / "model"))
+    tokenizer.add_tokens(["one", "more", "new"])  # there were 46, and 48 embeddings
+    tokenizer.save_pretrained(model)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "w1 new w2"}))
+    with pytest.raises(CELoraError, match="has token 48, and the model has 48 embeddings"):
+        ask(model=str(model), data=str(tmp_path / "rows.jsonl"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from celora.planning.candidates import EXACT
 from celora.train import prepare
 from celora.train.request.arguments import make_request
 
@@ -11,3 +14,14 @@ def test_audit_judges_an_adapter_with_the_configuration_it_was_trained_with(fini
     as_trained = prepare.audit_model(make_request(request), rows=4, adapter=finished[0])
     as_paper = prepare.audit_model(make_request({**request, "preset": "paper"}), rows=4, adapter=finished[0])
     assert as_trained.probed > as_paper.probed > 0
+
+
+@pytest.mark.parametrize("preset", ["auto", "fast"])
+def test_audit_judges_what_training_would_attach(preset, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("celora.planning.fastest._fastest", lambda *_: EXACT)
+    request = make_request({**inputs, "output": str(tmp_path / "none"), "preset": preset})
+    attached = []
+    monkeypatch.setattr("celora.attach", lambda model, config: attached.append(config))
+    monkeypatch.setattr("celora.audit", lambda *_, **__: None)
+    prepare.audit_model(request, rows=4)
+    assert {own["estimator"] for own in attached[0].overrides.values()} == {"dense"}

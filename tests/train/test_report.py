@@ -167,3 +167,27 @@ def hostile_run(folder: Path, evil: str = EVIL) -> Path:
                "errors": {layer["name"]: evil for layer in record["layers"]}}  # fmt: skip
     write_json(run / "run.json", record)
     return run
+
+
+LAYER = {"name": "a", "estimator": "tokens", "selection": "topk", "precision": "native", "keep_ratio": 1, "cost": 1}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"layers": [{"name": "a", "estimator": "tokens"}]},
+        {"layers": "none"},
+        {"layers": [LAYER | {"cost": "high"}]},
+        {"versions": 3},
+        {"machine": "this one"},
+        {"config": []},
+        {"config": {"overrides": None}},
+        {"given": None},
+        {"layers": [LAYER], "errors": ["a"]},
+    ],
+)
+def test_what_cannot_be_read_of_a_record_is_left_out(damage, tmp_path):
+    folder = run_folder(tmp_path)
+    write_json(folder / "run.json", json.loads((folder / "run.json").read_text()) | damage)
+    write_report(tmp_path / "r.html", {"run": folder})
+    assert "Plotly.react(" in (tmp_path / "r.html").read_text(encoding="utf-8")

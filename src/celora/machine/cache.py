@@ -74,6 +74,7 @@ def keep(of: dict[str, Any], found: Any) -> None:
     with contextlib.suppress(OSError, RuntimeError, CELoraError):
         file = cache_folder(_MEASURED) / _name(of)
         write_text(file, json.dumps({"of": of, "found": found}, indent=2) + "\n")
+        file.chmod(0o600)  # with a umask like 002, the group could write to it, and it would not be believed
 
 
 _MEASURED = "measured"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 _CPUINFO = Path("/proc/cpuinfo")
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "CELORA_KERNELS")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ def features() -> dict[str, bool]:
         or bool(capabilities.get(names.torch))
         for name, names in (X86 | ARM).items()
     }
+
+
+def limits() -> dict[str, str]:
+    """The variables of the environment that keep torch, its libraries or celora from instructions of this CPU."""
+    return {name: value for name in _LIMITS if (value := os.environ.get(name)) is not None}
 
 
 def cpu_name() -> str:

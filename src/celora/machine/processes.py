@@ -7,7 +7,7 @@ columns and `in (rank + 8)` for a gradient factor, whatever the number of proces
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from celora.errors import CELoraError
 
 
 def in_company() -> bool:
@@ -47,6 +49,23 @@ def from_first(value: Any) -> Any:
     shared = [value]
     dist.broadcast_object_list(shared)
     return shared[0]
+
+
+def made_by_first(make: Callable[[], Any]) -> Any:
+    """What `make` gives in the first process, in all of them. If it raises, all of them raise. Collective."""
+    if not in_company():
+        return make()
+    made: tuple[Any, str] = None, ""
+    if dist.get_rank() == 0:
+        try:
+            made = make(), ""
+        except Exception as error:
+            from_first((None, str(error) or type(error).__name__))
+            raise
+    made, failed = from_first(made)
+    if failed:
+        raise CELoraError(f"the first process could not go on: {failed}")
+    return made
 
 
 def same_in_all(value: Any) -> bool:

@@ -44,7 +44,7 @@ def choose_estimator(
     exact = setting.keep_ratio == 1 and (setting.selection, setting.precision) in _EXACT_AT_1
     if setting.estimator == "dense" or (exact and "keep_ratio" in kind.uses):
         return LayerReport(name, out_features, in_features, "dense", 1.0), None
-    rank = _rank(layer, setting) if "rank" in kind.uses else 0
+    rank = rank_of(layer, setting)
     # Each layer draws its own numbers: unbiased estimates stay unbiased through depth only if they are independent.
     seed = zlib.crc32(f"{config.seed} {name}".encode())
     chosen: dict[str, Any] = dataclasses.asdict(setting) | {"rank": rank, "seed": seed}
@@ -78,7 +78,10 @@ def choose_estimator(
     return report, estimator
 
 
-def _rank(layer: AdaptedLayer, setting: LayerConfig) -> int:
+def rank_of(layer: AdaptedLayer, setting: LayerConfig) -> int:
+    """The number that `setting.rank` means for this layer; 0 for an estimator without a frozen factor."""
+    if "rank" not in estimator_class(setting.estimator).uses:
+        return 0
     if isinstance(setting.rank, int):
         return setting.rank
     if layer.rank is None:

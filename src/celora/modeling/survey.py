@@ -106,6 +106,12 @@ class Survey:
     language_model: LanguageModel | None
     cannot_score: str
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the first layer that can be estimated. Embeddings may be elsewhere."""
+        devices = (layer.device for layer in self.layers.values() if not layer.cannot_estimate)
+        return next(devices, next(self.model.parameters()).device)
+
 
 def survey(model: nn.Module) -> Survey:
     """Survey a PEFT model.

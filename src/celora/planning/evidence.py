@@ -69,7 +69,7 @@ def evidence(layer: Layer, times: Mapping[LayerConfig, float], overhead_ms: floa
 
     A candidate that saw no gradient to select from has no findings, and is left out.
     """
-    dense, dtype = times[EXACT], read(layer.base, layer.dtype).dtype
+    dense, weight = times[EXACT], read(layer.base, layer.dtype)
     found = [Candidate(EXACT, dense, 0.0)]
     for setting, estimator in layer.candidates.items():
         if setting == EXACT or setting not in layer.findings:
@@ -77,6 +77,7 @@ def evidence(layer: Layer, times: Mapping[LayerConfig, float], overhead_ms: floa
         alone = max(0.0, sum(weight * times[timed] for timed, weight in layer.timed_as(setting)))
         milliseconds = alone + (0.0 if layer.fused else overhead_ms)
         if milliseconds < MARGIN * dense:
-            error, memory = round(layer.error(setting), 6), estimator.memory(dtype)
-            found.append(Candidate(setting, round(milliseconds, 5), error, memory))
+            memory = estimator.memory(weight.dtype)
+            memory -= weight.shape.numel() if estimator.borrows(weight) else 0
+            found.append(Candidate(setting, round(milliseconds, 5), round(layer.error(setting), 6), memory))
     return PlannedLayer(layer.name, *layer.shape, layer.influence, tuple(found), 0)

@@ -15,16 +15,17 @@ from importlib import metadata
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from celora.kernels.backends import chosen
 from celora.kernels.triton.judged import planned_on
 from celora.machine.cache import keep, recall
+from celora.machine.cpu import features, limits
 from celora.machine.device import measured_on, random_states
-from celora.machine.processes import from_first, in_company
+from celora.machine.processes import made_by_first
 from celora.machine.timing import cannot_time, interleaved
+from celora.modeling.assign import rank_of
 from celora.modeling.survey import Survey
 from celora.planning.candidates import EXACT, make_candidate
 from celora.planning.head_evidence import time_shares
@@ -49,11 +50,8 @@ def gate(found: Survey, config: CELoraConfig, tokens: int = TOKENS, labelled: in
 
     If several processes train together, all use what the first one measures.
     """
-    if in_company() and dist.get_rank() > 0:
-        overrides, share = from_first(None)
-    else:
-        with random_states({layer.device for layer in found.layers.values() if not cannot_time(layer.device)}):
-            overrides, share = from_first((_overrides(found, config, tokens), _share(found, config, labelled)))
+    with random_states({layer.device for layer in found.layers.values() if not cannot_time(layer.device)}):
+        overrides, share = made_by_first(lambda: (_overrides(found, config, tokens), _share(found, config, labelled)))
     if any(_untried(config, layer.device) for layer in found.layers.values()):
         warnings.warn(
             "celora: preset auto estimates nothing on this GPU until a plan was made on it, which measures what is "
@@ -66,19 +64,21 @@ def gate(found: Survey, config: CELoraConfig, tokens: int = TOKENS, labelled: in
 def _overrides(found: Survey, config: CELoraConfig, tokens: int) -> dict[str, Mapping[str, Any]]:
     fields = [field.name for field in dataclasses.fields(LayerConfig)]
     own = LayerConfig(**{name: getattr(config, name) for name in fields})
-    kinds: dict[tuple[tuple[int, int], torch.dtype, torch.device, bool], list[str]] = {}
+    kinds: dict[tuple[tuple[int, int], torch.dtype, torch.device, bool, int], list[str]] = {}
     for name, layer in found.layers.items():
         timed = not layer.cannot_estimate and layer.dtype is not None and not cannot_time(layer.device)
         if timed and layer.dtype is not None and config.for_layer(name) == own:
-            kinds.setdefault((layer.shape, layer.dtype, layer.device, layer.takes_forward), []).append(name)
+            kind = layer.shape, layer.dtype, layer.device, layer.takes_forward, rank_of(layer, own)
+            kinds.setdefault(kind, []).append(name)
     overrides: dict[str, Mapping[str, Any]] = {}
-    for (shape, dtype, device, takes_forward), names in kinds.items():
-        setting = own if takes_forward else dataclasses.replace(own, forward="exact")
+    for (shape, dtype, device, takes_forward, rank), names in kinds.items():
+        setting = dataclasses.replace(own, rank=rank, forward=own.forward if takes_forward else "exact")
         best = EXACT if _untried(config, device) else _fastest(setting, shape, dtype, device, tokens)
         changes = {field: getattr(best, field) for field in fields if getattr(best, field) != getattr(own, field)}
+        changes.pop("rank", None)
         if best == EXACT:  # it uses no other field
             changes = {"estimator": EXACT.estimator}
-        overrides |= dict.fromkeys(names, changes) if changes else {}
+        overrides |= {f"={name}": changes for name in names if changes}
     return overrides
 
 
@@ -161,7 +161,8 @@ def _kept(
     of: dict[str, Any], count: int, dtype: torch.dtype, device: torch.device, measure: Callable[[], list[float]]
 ) -> list[float]:
     """The `count` times of this in the user's cache. If there are none, `measure` them now and store them."""
-    machine = {"device": measured_on(device), "threads": torch.get_num_threads(), "by": chosen(dtype, device)}
+    machine: dict[str, Any] = {"device": measured_on(device), "threads": torch.get_num_threads()}
+    machine |= {"by": chosen(dtype, device), "limits": limits()} | ({"has": features()} if device.type == "cpu" else {})
     versions = {name: metadata.version(name) for name in ("celora", "torch")}
     of = of | {"shape": list(of["shape"]), "dtype": str(dtype), "machine": machine, "versions": versions}
     times = recall(of)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,20 +114,21 @@ class Plan:
         """Bytes of all 8-bit copies."""
         return sum(layer.choice.memory for layer in self.layers)
 
-    def config(self, frame: CELoraConfig | None = None) -> CELoraConfig:
-        """The configuration that carries out the plan, based on `frame`, by default preset auto. Its overrides win."""
+    def config(self, frame: CELoraConfig | None = None, given: Collection[str] = ()) -> CELoraConfig:
+        """The configuration that carries out the plan, based on `frame`, by default preset auto. Its overrides win.
+
+        The other settings of layers in `frame` are for layers that are not in the plan. A `head_keep_ratio` in `given`
+        is the user's, and stays.
+        """
         frame = frame or PRESETS["auto"]
-        planned = {
-            layer.name: _changes(layer.choice.setting)
-            for layer in self.layers
-            if layer.choice.setting.estimator != "dense"
-        }
+        planned = {f"={layer.name}": _whole(layer.choice.setting) for layer in self.layers}
         keep_ratio = frame.head_keep_ratio
         if (
             self.head is not None
             and self.head.choice.setting.estimator != "dense"
             and frame.labelled_head
             and keep_ratio == 1
+            and "head_keep_ratio" not in given
         ):
             keep_ratio = self.head.choice.setting.keep_ratio
         return dataclasses.replace(frame, overrides={**planned, **frame.overrides}, head_keep_ratio=keep_ratio)
@@ -144,7 +145,7 @@ class Plan:
         """
         found = model if isinstance(model, Survey) else survey(model)
         self.check_layers(found)
-        if reason := self.elsewhere(next(found.model.parameters()).device):
+        if reason := self.elsewhere(found.device):
             raise CELoraError(f"{reason}; make a new plan.")
 
     def check_layers(self, found: Survey) -> None:
@@ -290,6 +291,12 @@ def _changes(setting: LayerConfig) -> dict[str, Any]:
     defaults = LayerConfig()
     values = dataclasses.asdict(setting)
     return {name: v for name, v in values.items() if name == "estimator" or v != getattr(defaults, name)}
+
+
+def _whole(setting: LayerConfig) -> dict[str, Any]:
+    """The estimator, and all fields that it uses."""
+    used = {"estimator", *estimator_class(setting.estimator).uses}
+    return {name: value for name, value in dataclasses.asdict(setting).items() if name in used}
 
 
 def _planned(layer: Mapping[str, Any], settings: list[LayerConfig]) -> PlannedLayer:

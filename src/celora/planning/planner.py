@@ -4,7 +4,8 @@
    them. A candidate that selects ahead of time does so on an earlier batch.
 2. Time (`evidence`). Every candidate is timed on this device, at the real shapes, in turns with the dense product.
 3. Influence (`influence`). Groups of layers are disturbed, and the error s that arrives in the LoRA gradient is
-   measured. A layer's influence is `s^2 / sum e^2` of its group by depth, times that of its group by kind.
+   measured. A layer's influence is `s^2 / sum e^2` of its group by depth, times that of its group by kind, divided by
+   the mean of the latter over the kinds.
    The vocabulary projection is one more layer (`head_evidence`). Its gradient goes through a share of the words. Its
    error is the error that arrives in the LoRA gradient.
 4. Choose (`choose`). Minimise `sum time` subject to `sum influence e^2 <= 1 - cosine^2` and to the memory limit, by
@@ -106,8 +107,9 @@ def make_plans(
     for fidelity in fidelities:
         if isinstance(fidelity, bool) or not isinstance(fidelity, int | float) or not 0 < fidelity <= 1:
             raise CELoraError(f"fidelity={fidelity!r}; expected a cosine, 0 < fidelity <= 1.")
-    if memory_limit is not None and (isinstance(memory_limit, bool) or not isinstance(memory_limit, int | float)):
-        raise CELoraError(f"memory_limit={memory_limit!r}; expected a number of bytes, or None for the default.")
+    number = isinstance(memory_limit, int | float) and not isinstance(memory_limit, bool)
+    if memory_limit is not None and not (number and 0 <= memory_limit < math.inf):
+        raise CELoraError(f"memory_limit={memory_limit!r}; expected 0 or more bytes, or None for the default.")
     parameters = trainable(model)
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise CELoraError(

@@ -59,7 +59,7 @@ class CELoraConfig(LayerConfig):
             below it keeps less (`celora.runtime.ladder`; preset `auto`). celora then also measures each layer once
             within the first steps.
         overrides: glob on a layer's dotted name (or on its end: `"layers.3.mlp.up_proj"`) -> the fields it changes.
-            Later entries win over earlier ones.
+            `"=NAME"` is the layer of that whole name alone. Later entries win over earlier ones.
         synchronise: make all processes that train together select the same, by the gradients of all of them. It takes
             one all-reduce at each refresh, outside backward. Not with `factor="gradient"`.
         seed: seed of the randomised factorisation and of sampling.
@@ -181,7 +181,9 @@ def balanced_rank(lora_rank: int) -> int:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether the glob `pattern` matches the dotted `name` or a dotted end of it."""
+    """Whether the glob `pattern` matches the dotted `name` or a dotted end of it; `=name` is that layer alone."""
+    if pattern.startswith("="):
+        return name == pattern[1:]
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 

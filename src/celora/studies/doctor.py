@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -28,7 +29,6 @@ OPTIONAL = ("bitsandbytes", "torchao", "deepspeed", "tensorboard", "trackio", "w
 _SHAPES = {"cpu": (1024, 1024, 1024)}  # tokens, out, in: a second's worth of products
 _ACCELERATOR_SHAPE = (4096, 4096, 4096)
 # Environment variables that keep a library from using all of the CPU.
-_LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "CELORA_KERNELS", "OMP_NUM_THREADS")
 _MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SAID = {
     "ONEDNN_MAX_CPU_ISA": "ONEDNN_MAX_CPU_ISA keeps oneDNN, which multiplies matrices, from newer instructions: "
@@ -54,13 +54,13 @@ def examine() -> dict[str, Any]:
         "system": {"name": platform.system(), "release": platform.release(), "architecture": platform.machine()},
         "cpu": {
             "name": cpu.cpu_name(),
-            "count": os.cpu_count(),
+            "count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "quota": allowed_cpus(),
             "threads": torch.get_num_threads(),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         },
         "instructions": _instructions(),
-        "limits": {name: value for name in _LIMITS if (value := os.environ.get(name)) is not None},
+        "limits": cpu.limits(),
         "kernels": {
             "built": not tier.why_not(),
             "tier": tier.why_this(),
@@ -68,7 +68,7 @@ def examine() -> dict[str, Any]:
             "why_not_kept": tier.why_not_kept(),
             "chosen": chosen(torch.float32, device),
         },
-        "products": _products(device),
+        "products": _products(device, (torch.float32, torch.bfloat16) if math.isfinite(ratio) else (torch.float32,)),
         "dtype": {
             "bfloat16_over_float32": round(ratio, 3) if math.isfinite(ratio) else None,
             "trains_in": "float32" if slower_than_float32(torch.bfloat16, device) else "bfloat16",
@@ -91,7 +91,7 @@ def _instructions() -> dict[str, bool]:
     return {name: has[name] for name in has if name != "amx_tile"} | {"amx": cpu.matrix_instructions()}
 
 
-def _products(device: torch.device) -> dict[str, Any]:
+def _products(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, Any]:
     """Times `grad_output @ W` in each dtype, dense and in 8 bits, in turns. Median milliseconds."""
     tokens, out_features, in_features = _SHAPES.get(device.type, _ACCELERATOR_SHAPE)
     formats = ("int8", "fp8") if device.type == "cuda" else ("int8",)
@@ -101,7 +101,7 @@ def _products(device: torch.device) -> dict[str, Any]:
     }
     generator = torch.Generator(device).manual_seed(0)
     contenders = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes:
         of = str(dtype).removeprefix("torch.")
         g = torch.randn(tokens, out_features, device=device, generator=generator).to(dtype)
         w = torch.randn(out_features, in_features, device=device, generator=generator).to(dtype)

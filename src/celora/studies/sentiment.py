@@ -11,13 +11,13 @@ import hashlib
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from celora.errors import CELoraError
 from celora.studies.assets import Review, movie_reviews
-from celora.studies.stock_eval import LABELS, label_accuracy
+from celora.studies.stock_eval import LABELS
 
 # Of the wordings tried, the untouched model does best with this one: benchmarks/learning/demo_choices.py.
 SYSTEM = "Classify the sentiment of movie reviews."
@@ -90,11 +90,6 @@ def to_rows(
         }
         for review in reviews
     ]
-
-
-def accuracy(model: Any, tokenizer: Any, reviews: Sequence[Review], batch_size: int = 32) -> float:
-    """The share of reviews for which the model prefers the right label; see `stock_eval.label_accuracy`."""
-    return label_accuracy(model, tokenizer, to_rows(reviews), batch_size=batch_size)
 
 
 def _normalised(text: str) -> str:

@@ -18,6 +18,17 @@ SEQUENTIAL = ("#f7fbff", "#c6dbef", "#6baed6", "#2171b5", "#08306b")
 Cells = dict[tuple[str, int], dict[str, Any]]  # (kind, block) -> facts about the layer
 
 
+def can_be_drawn(layers: Any) -> bool:
+    """Whether these are the layers of a run.json, with all that a map shows of them."""
+    texts, numbers = ("name", "estimator", "selection", "precision"), ("keep_ratio", "cost")
+    return isinstance(layers, list) and all(
+        isinstance(layer, dict)
+        and all(isinstance(layer.get(key), str) for key in texts)
+        and all(is_number(layer.get(key)) for key in numbers)
+        for layer in layers
+    )
+
+
 def distinct_layers(records: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """One run for each distinct way to estimate the layers: the first that does so."""
     seen: dict[str, tuple[str, dict[str, Any]]] = {}

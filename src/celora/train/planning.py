@@ -10,7 +10,7 @@ from rich.console import Console
 import celora
 from celora.errors import CELoraError
 from celora.machine.device import random_states
-from celora.machine.processes import from_first
+from celora.machine.processes import made_by_first
 from celora.modeling.recognise import IGNORED
 from celora.modeling.survey import survey
 from celora.planning.fastest import gate
@@ -20,7 +20,6 @@ from celora.settings.config import CELoraConfig
 from celora.settings.names import HEAD
 from celora.settings.presets import by_rule
 from celora.train.output.folder import CONFIG, PLAN
-from celora.train.processes import is_first
 from celora.train.progress import PlanProgress, say
 from celora.train.request.arguments import PLANNING, TrainRequest
 
@@ -36,11 +35,12 @@ def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool
         return request.config, None
     if begun and (request.output / PLAN).is_file():
         plan = Plan.load(request.output / PLAN)
-        plan.check_layers(survey(trainer.model))
-        if reason := plan.elsewhere(next(trainer.model.parameters()).device):
+        found = survey(trainer.model)
+        plan.check_layers(found)
+        if reason := plan.elsewhere(found.device):
             say(console, False, f"Note: {reason}. The run goes on with its plan, but the estimates may not pay here.")
         say(console, options.quiet, str(plan))
-        return plan.config(request.config), plan
+        return plan.config(request.config, request.options.celora or ()), plan
     if begun and (request.output / CONFIG).is_file():
         return CELoraConfig.load(request.output / CONFIG), None
     return settled(request, trainer, console)
@@ -74,7 +74,7 @@ def planned(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELo
     else:
         plan = make_plan(request, trainer, console)
     say(console, request.options.quiet, str(plan))
-    return plan.config(request.config), plan
+    return plan.config(request.config, request.options.celora or ()), plan
 
 
 def make_plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
@@ -87,18 +87,19 @@ def make_plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
         )
     with random_states({parameter.device for parameter in trainer.model.parameters()}):
         batches = list(itertools.islice(trainer.get_train_dataloader(), MOST_BATCHES))  # collective
-        if not is_first():
-            return Plan.from_dict(from_first(None))
-        with PlanProgress(console, quiet=options.quiet) as progress:
-            plan = celora.make_plan(
-                trainer.model,
-                batches,
-                DEFAULT_FIDELITY if options.fidelity is None else options.fidelity,
-                memory_limit=None if limit is None else int(limit * 2**20),
-                progress=progress,
-            )
-    from_first(plan.to_dict())
-    return plan
+
+        def measured() -> dict[str, Any]:
+            with PlanProgress(console, quiet=options.quiet) as progress:
+                plan = celora.make_plan(
+                    trainer.model,
+                    batches,
+                    DEFAULT_FIDELITY if options.fidelity is None else options.fidelity,
+                    memory_limit=None if limit is None else int(limit * 2**20),
+                    progress=progress,
+                )
+            return plan.to_dict()
+
+        return Plan.from_dict(made_by_first(measured))
 
 
 def planned_errors(plan: Plan | None, estimated: Any) -> dict[str, float]:

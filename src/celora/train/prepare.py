@@ -27,7 +27,7 @@ from celora.train.loading import (
 from celora.train.output.folder import CONFIG
 from celora.train.planning import make_plan, settled
 from celora.train.request.arguments import TrainRequest, sft_config
-from celora.train.trainer import build_trainer, refused
+from celora.train.trainer import build_trainer, check_tokens, refused
 
 # plan and audit evaluate and save nothing, whatever a settings file written for training says.
 _NO_EVALUATION = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False, "save_strategy": "no"}
@@ -48,7 +48,7 @@ def audit_model(
 ) -> Any:
     """`celora.audit` of a new adapter, or of the one in `adapter`. It sees the first batch of training."""
     with prepared(request, rows, adapter) as (trainer, config), refused("audit"):
-        if request.preset == "auto" and config is request.config:
+        if request.preset in ("auto", "fast") and config is request.config:
             config, _ = settled(request, trainer, Console(stderr=True, quiet=True))
         celora.attach(trainer.model, config)
         batch = next(iter(trainer.get_train_dataloader()))
@@ -74,4 +74,6 @@ def prepared(request: TrainRequest, rows: int | None, adapter: Path | None) -> I
             model, peft = load_adapter(model, adapter), None
             if (adapter / CONFIG).is_file() and request.options.preset is None and request.options.celora is None:
                 config = CELoraConfig.load(adapter)  # the adapter was trained with it
-        yield build_trainer(request, args, model, tokenizer, data, peft=peft), config
+        trainer = build_trainer(request, args, model, tokenizer, data, peft=peft)
+        check_tokens(trainer, request)
+        yield trainer, config

@@ -21,7 +21,7 @@ from typing import Any
 
 from celora.files import read_json, write_text
 from celora.train.charts import is_number, line_charts, phase_charts
-from celora.train.layer_map import distinct_layers, layer_map
+from celora.train.layer_map import can_be_drawn, distinct_layers, layer_map
 from celora.train.output.folder import METRICS, RUN, finite
 from celora.train.progress import read_metrics
 from celora.train.wall_clock import PARTS, spent
@@ -112,7 +112,11 @@ def _record(source: Path | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not isinstance(source, os.PathLike) or not (source / RUN).exists():
         return {}
     record = read_json(source / RUN)
-    return record if isinstance(record, dict) else {}
+    if not isinstance(record, dict):
+        return {}
+    kinds = {"given": dict, "config": dict, "versions": dict, "machine": dict, "errors": dict, "planned_errors": dict}
+    readable = {key: value for key, value in record.items() if isinstance(value, kinds.get(key, object))}
+    return readable if can_be_drawn(readable.get("layers")) else readable | {"layers": []}
 
 
 def _by_key(records: Mapping[str, dict[str, Any]], pick: Any) -> dict[str, dict[str, Any]]:
@@ -124,7 +128,8 @@ def _by_key(records: Mapping[str, dict[str, Any]], pick: Any) -> dict[str, dict[
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = {key: value for key, value in config.items() if key != "overrides"}
     return flat | {
-        pattern: ", ".join(f"{k} {v}" for k, v in s.items()) for pattern, s in config.get("overrides", {}).items()
+        pattern: ", ".join(f"{k} {v}" for k, v in s.items())
+        for pattern, s in dict(config.get("overrides") or {}).items()
     }
 
 

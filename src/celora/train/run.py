@@ -52,7 +52,7 @@ from celora.train.report import write_report
 from celora.train.request.arguments import TrainRequest, check_record, sft_config
 from celora.train.rows.answers import Learnt, what_is_learnt
 from celora.train.rows.truncation import truncation_lines
-from celora.train.trainer import build_trainer, refused
+from celora.train.trainer import build_trainer, check_tokens, refused
 from celora.train.wall_clock import WallClock
 from celora.train.without import seconds_of_peft
 
@@ -189,6 +189,7 @@ def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
         model = load_model(request)
     with clock.spending("tokenise"):
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request, model))
+        check_tokens(trainer, request)
     trainer.wall_clock = clock
     for line in truncation_lines(trainer, rows, eval_rows):
         say(console, False, line)  # a warning

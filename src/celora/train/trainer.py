@@ -224,16 +224,25 @@ def build_trainer(
                 f"no row of {source or request.data!r} has a token to learn within max_length={args.max_length} "
                 "(the first of a row predicts, and is not predicted); give longer rows or a larger --max_length"
             )
-        if dataset is not None:
-            _check_tokens(dataset, source or request.data, trainer.model)
     return trainer
 
 
-def _check_tokens(dataset: Any, source: str, model: Any) -> None:
-    """Raise CELoraError if a prepared row has a token for which the model has no embedding."""
-    table, first = model.get_input_embeddings(), 0
-    table = getattr(table, "base_layer", table)
-    embeddings = getattr(table, "num_embeddings", None) or len(table.weight)  # under ZeRO-3 the weight is elsewhere
+def check_tokens(trainer: Any, request: TrainRequest, embeddings: int | None = None) -> None:
+    """Raise CELoraError if a prepared row has a token for which the model has no embedding.
+
+    `embeddings`: how many there are; None for as many as the trainer's model has.
+    """
+    if embeddings is None:
+        table = trainer.model.get_input_embeddings()
+        table = getattr(table, "base_layer", table)
+        embeddings = getattr(table, "num_embeddings", None) or len(table.weight)  # under ZeRO-3 the weight is elsewhere
+    for dataset, source in ((trainer.train_dataset, request.data), (trainer.eval_dataset, request.options.eval_data)):
+        if dataset is not None:
+            _check_tokens(dataset, source or request.data, embeddings)
+
+
+def _check_tokens(dataset: Any, source: str, embeddings: int) -> None:
+    first = 0
     for batch in dataset.select_columns("input_ids").with_format("arrow").iter(10_000):
         tokens = batch["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         largest = int(tokens.max()) if len(tokens) else 0

@@ -21,6 +21,7 @@ from torch import Tensor
 from celora.errors import CELoraError, unknown
 from celora.numerics.estimators.observed import Finding, Observed
 from celora.numerics.products.registry import make_product
+from celora.weights.stored import StoredWeight
 
 Selection = Literal["topk", "energy", "sampled"]
 Factor = Literal["svd", "gradient"]
@@ -222,3 +223,8 @@ class Estimator(ABC):
         """Bytes that it stores in addition to a weight in `dtype`: an 8-bit copy, factors."""
         copies = self.settings.precision != "native" and self.settings.weight_copy
         return self.out_features * self.in_features if copies else 0
+
+    def borrows(self, weight: Tensor) -> bool:
+        """Whether its 8-bit copy is not made for this weight: the bytes of a base in 8 bits are multiplied with."""
+        in_8_bits = isinstance(weight, StoredWeight) and weight.packed is not None
+        return in_8_bits and self.settings.precision == "int8" and self.settings.weight_copy

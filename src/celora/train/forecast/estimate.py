@@ -46,7 +46,7 @@ from celora.train.processes import processes
 from celora.train.request.arguments import TrainRequest, make_request, sft_config
 from celora.train.rows.answers import learnt_tokens
 from celora.train.rows.truncation import row_lengths, truncation_lines
-from celora.train.trainer import build_trainer
+from celora.train.trainer import build_trainer, check_tokens
 from celora.weights.checkpoint import stored_tensors
 
 PRESETS = ("auto", "exact", "fast")
@@ -178,7 +178,9 @@ def estimate(
         everything = training_rows(request, tokenizer)
 
         def build(model: Any, rows: Any) -> Any:
-            return build_trainer(request, copy.copy(args), model, tokenizer, rows, peft=lora_config(request, model))
+            trainer = build_trainer(request, copy.copy(args), model, tokenizer, rows, peft=lora_config(request, model))
+            check_tokens(trainer, request, config.get_text_config().vocab_size)  # the stand-in has fewer words
+            return trainer
 
         found, rows, cut = _rows(everything, config, build)
         few = rows.select(np.linspace(0, len(rows) - 1, min(_PROBED, len(rows))).astype(int).tolist())
@@ -196,7 +198,7 @@ def estimate(
         longest=found.longest[0],
         cut=cut,
         sampled=None if len(rows) == len(everything) else len(rows),
-        epochs=_epochs(args, len(everything)),
+        epochs=_epochs(args, found.count),
         memory=budget,
         gpu=gpu,
         ways=tuple(sorted(ways, key=lambda way: (way.epoch_seconds, way.peak_bytes))),

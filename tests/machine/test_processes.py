@@ -1,0 +1,44 @@
+"""What the first of several processes makes for all of them. Real ones are in tests/whole/test_processes.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from celora.errors import CELoraError
+from celora.machine import processes
+
+
+def fail() -> None:
+    raise CELoraError("no room")
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """This process is the first of two; what it tells the other."""
+    told: list[Any] = []
+    monkeypatch.setattr(processes, "in_company", lambda: True)
+    monkeypatch.setattr(processes.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(processes, "from_first", lambda value: told.append(value) or value)
+    return told
+
+
+def test_alone_it_is_made_here() -> None:
+    assert processes.made_by_first(lambda: 3) == 3
+    with pytest.raises(CELoraError, match=r"^no room$"):
+        processes.made_by_first(fail)
+
+
+def test_what_fails_in_the_first_fails_in_all(told: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others would wait for the first one until the process group gives up."""
+    assert processes.made_by_first(lambda: 3) == 3
+    with pytest.raises(CELoraError, match=r"^no room$"):
+        processes.made_by_first(fail)
+    first, second = told
+    monkeypatch.setattr(processes.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(processes, "from_first", lambda value: first)
+    assert processes.made_by_first(fail) == 3
+    monkeypatch.setattr(processes, "from_first", lambda value: second)
+    with pytest.raises(CELoraError, match="the first process could not go on: no room"):
+        processes.made_by_first(fail)
