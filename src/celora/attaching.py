@@ -53,7 +53,8 @@ def attach(
 
     Args:
         model: a PEFT model, or any module that contains PEFT tuner layers. Not merged.
-        config: a preset (`"auto"`, `"fast"`, `"exact"`, `"paper"`, `"off"`), a `CELoraConfig`, or a `Plan`.
+        config: a preset (`"auto"`, `"fast"`, `"exact"`, `"paper"`, `"off"`), a `CELoraConfig`, or a `Plan`. The default
+            is the published method, `"paper"`.
         batches: for `"auto"`, a few batches like those of training: `attach` then makes a plan on them first. Without
             batches, `"auto"` begins with a rule, and its refreshes adjust the rule.
         **changes: fields of the configuration that concern all layers. `labelled_head=False` keeps `outputs.logits`

@@ -49,7 +49,9 @@ def test_plan_then_audit_and_train_with_it(inputs, capsys, tmp_path):
     out.write_text("{}")
     assert "plan of version None" in error_line(capsys, *audit)
     base = ["train", "--model", model, "--data", rows, "--output", tmp_path / "none"]
-    assert "fidelity belongs to a plan" in error_line(capsys, *base, "--preset", "paper", "--fidelity", 0.9)
+    assert "fidelity is for preset auto, and the preset is paper" in error_line(
+        capsys, *base, "--preset", "paper", "--fidelity", 0.9
+    )
     assert "fidelity=1.5; expected a cosine" in error_line(capsys, *base, "--preset", "auto", "--fidelity", 1.5)
     assert "fidelity=0.0; expected a cosine" in error_line(capsys, *plan, "--overwrite", "--fidelity", 0)
     assert "memory_limit=-1;" in error_line(capsys, *base, "--preset", "auto", "--memory_limit", -1)

@@ -162,10 +162,12 @@ def blocks(page: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that pages name: ./model, chats.jsonl."""
+    """The files that pages name: ./model, chats.jsonl, and a folder chats."""
     folder = tmp_path_factory.mktemp("docs")
     save_tiny_model(folder / "model", hidden=64)  # bitsandbytes packs in blocks of 64 for evaluation
     save_rows(folder / "chats.jsonl")
+    (folder / "chats").mkdir()
+    save_rows(folder / "chats" / "train.jsonl")
     return folder
 
 

@@ -151,7 +151,7 @@ def test_plans(content: bytes) -> None:
     assert str(loaded)
     saved = json.dumps(loaded.to_dict())
     assert json.dumps(Plan.from_dict(json.loads(saved)).to_dict()) == saved
-    assert set(config.overrides) <= {layer.name for layer in loaded.layers}
+    assert set(config.overrides) == {f"={layer.name}" for layer in loaded.layers}
     return None
 
 

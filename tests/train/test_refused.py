@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+import celora
 from celora.cli.main import main
 from celora.cli.sft import _where
 from celora.errors import CELoraError
@@ -115,6 +116,44 @@ def test_conversations_are_messages(inputs, tmp_path):
     data = write(tmp_path / "rows.jsonl", {"conversations": CHAT["messages"]})
     with pytest.raises(CELoraError, match="did you mean 'messages' for 'conversations'"):
         go({**inputs, "data": data}, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"conversations": [{"from": "human", "value": "w1"}]}, "write 'messages' with 'role' and 'content'"),
+        ({"prompt": "w1", "chosen": "w2", "rejected": "w3"}, "use TRL's DPOTrainer, with celora.attach"),
+        ({"question": "w1", "answer": "w2"}, "did you mean 'prompt' for 'question' and 'completion' for 'answer'"),
+    ],
+)
+def test_rows_of_another_tool_say_what_to_write(row, said, inputs, tmp_path):
+    with pytest.raises(CELoraError, match=said):
+        go({**inputs, "data": write(tmp_path / "rows.jsonl", row)}, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("rows.json", '{\n  "text": "w1 w2"\n}\n', "rows.json:1: a row over several lines; put each row on one line"),
+        (
+            "rows.csv",
+            "prompt;completion\nw1;w2\n",
+            "rows.csv:1: columns are separated by ';'; save the file with commas",
+        ),
+    ],
+)
+def test_files_of_another_layout_say_what_to_write(name, text, said, inputs, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CELoraError, match=said):
+        go({**inputs, "data": str(tmp_path / name)}, tmp_path / "out")
+
+
+@pytest.mark.parametrize("batches", ["x", ["x"]])
+def test_what_is_no_batch(batches, model):
+    celora.attach(model, "paper")
+    for ask in (celora.audit, celora.make_plan):
+        with pytest.raises(CELoraError, match="a batch is 'x'; expected a mapping with the model's arguments"):
+            ask(model, batches)
 
 
 def test_answers_do_not_replace_their_questions(finished, tmp_path, capsys):

@@ -61,7 +61,9 @@ def test_what_is_no_finished_adapter_is_refused(folder, tmp_path):
     with pytest.raises(CELoraError, match=r"nowhere': no such folder; give the --output of a celora train"):
         adapter_config(tmp_path / "nowhere")
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(CELoraError, match=r"has no adapter_model.safetensors; its newest checkpoint is .*checkpoint-6"):
+    with pytest.raises(
+        CELoraError, match=r"has no adapter_model.safetensors; give its newest checkpoint, .*checkpoint-6"
+    ):
         adapter_config(folder)
     with pytest.raises(CELoraError, match=r"has no adapter_config.json; give the --output"):
         adapter_config(tmp_path)

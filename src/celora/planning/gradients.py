@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def on_device(batch: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    """The batch, moved to the model's device."""
+    """The batch, moved to the model's device. CELoraError if it is none."""
+    if not isinstance(batch, Mapping):
+        raise CELoraError(
+            f"a batch is {reprlib.repr(batch)}; expected a mapping with the model's arguments, like "
+            "{'input_ids': ..., 'labels': ...}"
+        )
     device = next(iter(parameters.values())).device
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 

@@ -54,7 +54,7 @@ OWN = "celora:"  # settings without a preset
 _PROBED = 64  # rows that batches are made of
 _SAMPLE, _LONGEST = 2_048, 64  # rows that are tokenised of a large data set: as many evenly, and the longest
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_UNITS = {"": 1, "B": 1} | {
+_UNITS = {"B": 1} | {
     f"{letter}{end}": base**power
     for power, letter in enumerate("KMGT", 1)
     for end, base in (("", 1024), ("IB", 1024), ("B", 1000))
@@ -230,11 +230,11 @@ def fitted(request: TrainRequest, memory: str) -> tuple[TrainRequest, str]:
 
 
 def in_bytes(text: str) -> int:
-    """`8GiB`, `512 MB` or a number of bytes; CELoraError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    """`8GiB` or `512 MB` as a number of bytes; CELoraError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     unit = _UNITS.get(found[2].upper()) if found else None
     if found is None or unit is None or not 0 < float(found[1]) * unit < 2**63:
-        raise CELoraError(f"--memory {text!r}; expected a size like 8GiB, 512MB or 2000000000")
+        raise CELoraError(f"--memory {text!r}; expected a size with its unit, like 8GiB or 512MB")
     return int(float(found[1]) * unit)
 
 

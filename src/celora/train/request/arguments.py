@@ -173,7 +173,7 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     preset = options.preset or (None if options.celora else DEFAULT_PRESET)
     for name in PLANNING:
         if getattr(options, name) is not None and preset != "auto":
-            raise CELoraError(f"{name} belongs to a plan; give it with --preset auto")
+            raise CELoraError(f"{name} is for preset auto, and the preset is {preset}; leave one of them out")
     if options.plan is not None and (beside := {"fidelity", "memory_limit"} & given.keys()):
         raise CELoraError(f"{min(beside)} beside a plan, which is used unchanged; leave out one")
     if options.fidelity is not None and not 0 < options.fidelity <= 1:

@@ -44,6 +44,7 @@ _NO_ANSWER = (
     "--assistant_only_loss false"
 )
 _COLUMNS = [*dict.fromkeys(column for columns in SHAPES.values() for column in columns), "input"]
+_ALSO_CALLED = {"question": "prompt", "input": "prompt", "answer": "completion", "output": "completion"}
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _KNOWN_SHAPES = f"a row has {', or '.join(SHAPES)}"
 Row = Mapping[str, Any]
@@ -217,6 +218,16 @@ def _no_shape(row: Row) -> str:
     near = {c: difflib.get_close_matches(c.lower(), missing, n=1) for c in row if c not in _COLUMNS}
     if "conversations" in row:
         near["conversations"] = ["messages"]
+        turns = row["conversations"]
+        if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "from" in turns[0]:
+            return (
+                "'conversations' with 'from' and 'value' are no known row; write 'messages' with 'role' and 'content'"
+            )
+    if "chosen" in row and "rejected" in row:
+        return "'chosen' and 'rejected' are for preference training; use TRL's DPOTrainer, with celora.attach"
+    for column, other in _ALSO_CALLED.items():
+        if column in row and other in missing:
+            near[column] = [other]
     hints = [f"{match[0]!r} for {column!r}" for column, match in near.items() if match]
     hint = f" (did you mean {' and '.join(hints)}?)" if hints else ""
     return f"columns {', '.join(map(repr, row)) or '(none)'} are no known row{hint}; {_KNOWN_SHAPES}"

@@ -78,6 +78,11 @@ def _read_json(path: Path) -> Placed:
             yield from _read_json_list(path, number, line + "".join(rest for _, rest in lines))
             return
         first = False
+        if text == "{":
+            fail(
+                f"{path}:{number}",
+                "a row over several lines; put each row on one line, or all rows into one list: [...]",
+            )
         row, end = _parse(path, number, text)
         if end < len(text):
             fail(f"{path}:{number}", f"not JSON: {reprlib.repr(text[end:])} after the object; put each row on a line")
@@ -130,6 +135,8 @@ def _read_csv(path: Path) -> Placed:
                 continue
             if not columns:
                 columns = values
+                if len(values) == 1 and (other := next((mark for mark in ";\t|" if mark in values[0]), None)):
+                    fail(f"{path}:{number}", f"columns are separated by {other!r}; save the file with commas")
                 if len(set(columns)) < len(columns):
                     fail(f"{path}:{number}", f"two columns have one name among {', '.join(map(repr, columns))}")
             elif len(values) != len(columns):

@@ -59,8 +59,10 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     lacking = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if lacking:
         saved = OutputFolder(folder).last_checkpoint()
-        then = f"; its newest checkpoint is {str(saved[0])!r}" if saved else "; give the --output of a celora train"
-        raise CELoraError(f"{str(folder)!r} holds no finished adapter: it has no {lacking[0]}{then}")
+        then = "give the --output of a celora train"
+        if saved:
+            then = f"give its newest checkpoint, {str(saved[0])!r}, or finish the run with --resume"
+        raise CELoraError(f"{str(folder)!r} holds no finished adapter: it has no {lacking[0]}; {then}")
     found = read_json(folder / CONFIG)
     if not isinstance(found, dict) or found.get("peft_type") != "LORA":
         kind = found.get("peft_type") if isinstance(found, dict) else type(found).__name__
