@@ -82,5 +82,5 @@ def test_memory_is_that_of_copies_and_factors() -> None:
     assert Int8(32, 24).memory(torch.float32) == 32 * 24
     assert Int8(32, 24, weight_copy=False).memory(torch.float32) == 0
     assert Tokens(32, 24, keep_ratio=0.5, rank=2, precision="int8").memory(torch.bfloat16) == 32 * 24 + 2 * 2 * 56
-    assert Columns(32, 24, keep_ratio=0.5, precision="int8").memory(torch.bfloat16) == 32 * 24 * 3 // 2
+    assert Columns(32, 24, keep_ratio=0.5, precision="int8").memory(torch.bfloat16) == 32 * 24 // 2
     assert Columns(32, 24, keep_ratio=0.5, rank=2).memory(torch.float32) == 4 * 2 * (2 * 32 + 24)

@@ -19,7 +19,6 @@ from celora.train.request.arguments import parse
 from runs import PressCtrlC, adapter, go, on_build
 from tiny import save_tiny_model
 
-PLANNED = {"preset": "auto", "celora": {}, "plan": "plan.json"}
 CHAT = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
 
 
@@ -36,8 +35,6 @@ def write(path: Path, *rows: dict) -> str:
         ({"use_dora": True, "lora_bias": True}, "no adapter with these settings"),
         ({"lora_modules_to_save": ["heads"]}, "lora_modules_to_save='heads', but the model has no module of that name"),
         ({"lora_target_modules": ["all-linear", "q_proj"]}, "all-linear takes every linear layer; give it alone"),
-        (PLANNED | {"fidelity": 0.9}, "fidelity beside a plan, which is used unchanged"),
-        (PLANNED | {"memory_limit": 9}, "memory_limit beside a plan, which is used unchanged"),
     ],
 )
 def test_settings(more, said, inputs, tmp_path):
@@ -45,6 +42,12 @@ def test_settings(more, said, inputs, tmp_path):
     with pytest.raises(CELoraError, match=said):
         go(inputs, tmp_path / "out", **more)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("beside", ["fidelity", "memory_limit"])
+def test_a_plan_is_used_unchanged(beside):
+    with pytest.raises(CELoraError, match=f"{beside} beside a plan, which is used unchanged"):
+        parse(["--plan", "plan.json", f"--{beside}", "0.9"])
 
 
 def test_a_file_names_no_other_file(tmp_path):

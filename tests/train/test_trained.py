@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from celora.cli.main import main
 from celora.errors import CELoraError
+from celora.train.use.generation import Sampling, answers
 from celora.train.use.trained import adapter_config, load_trained, request_of
+from runs import go
 
 
 @pytest.fixture
@@ -41,6 +44,38 @@ def test_the_settled_dtype_is_the_runs(folder):
     (folder / "run.json").write_text(json.dumps(record))
     assert request_of(folder, {}, None).lora["dtype"] == "bfloat16"
     assert load_trained(folder).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("row", "raw"),
+    [
+        ({"text": "w1 w2 w3"}, True),
+        ({"prompt": "w1", "completion": "w2 w3"}, True),
+        ({"instruction": "w1", "output": "w2 w3"}, False),
+        ({"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}, False),
+    ],
+)
+def test_prompts_are_given_as_the_rows_were(row, raw, inputs, tmp_path, capsys):
+    """Rows of text are trained without the chat template. `--template` and `--raw` decide otherwise."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    go({**inputs, "data": str(tmp_path / "rows.jsonl")}, tmp_path / "out", max_steps=1)
+    trained = load_trained(tmp_path / "out")
+    assert trained.raw is raw
+    assert ("apply_chat_template" not in (tmp_path / "out" / "README.md").read_text()) is raw
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": "w1 w2"}))
+    asked = [
+        "generate",
+        str(tmp_path / "out"),
+        "--data",
+        str(tmp_path / "asked.jsonl"),
+        "--temperature",
+        "0",
+        "--quiet",
+    ]
+    for flags, without in (([], raw), (["--raw"], True), (["--template"], False)):
+        assert main([*asked, "--max-new-tokens", "4", *flags]) == 0
+        (expected,) = answers(trained, ["w1 w2"], Sampling(4, 0.0, 0), raw=without)
+        assert json.loads(capsys.readouterr().out)["generated"] == expected
 
 
 def test_a_folder_of_peft_alone_names_its_base(folder, inputs):

@@ -52,7 +52,13 @@ Where = Annotated[
     str | None, typer.Option("--model", help="The base model, if it is no longer where the run found it.")
 ]
 Base = Annotated[bool, typer.Option("--base", help="Let the untouched base model answer, too.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Give the prompt to the model without the chat template.")]
+Raw = Annotated[
+    bool | None,
+    typer.Option(
+        "--raw/--template",
+        help="Give prompts to the model without the chat template, or with it; else as the rows of training were.",
+    ),
+]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", "--max_new_tokens", min=1, help="Longest answer.")]
 Temperature = Annotated[
     float | None,
@@ -69,7 +75,7 @@ def chat(
     system: Annotated[str | None, typer.Option("--system", help="The system message.")] = None,
     model: Where = None,
     base: Base = False,
-    raw: Raw = False,
+    raw: Raw = None,
     max_new_tokens: Tokens = 512,
     temperature: Temperature = None,
     seed: Seed = 0,
@@ -81,6 +87,7 @@ def chat(
 
         sampling = Sampling(max_new_tokens, temperature, seed)
         who = {"adapter": False} | ({"base": True} if base else {})
+        raw = trained.raw if raw is None else raw
         talks = {name: Conversation(trained, sampling, base=off, raw=raw, system=system) for name, off in who.items()}
         if prompt is not None:
             _answer(prompt, talks, as_json)
@@ -89,7 +96,7 @@ def chat(
         if interactive and not quiet:
             typer.echo(f"{out} on {trained.base}. Ctrl-C ends an answer, Ctrl-D the conversation.", err=True)
             if not talks["adapter"].has_turns:
-                typer.echo("No chat template: each prompt is continued by itself.", err=True)
+                typer.echo("Without the chat template: each prompt is continued by itself.", err=True)
         for line in _turns(interactive):
             if line.strip() == "/reset":
                 for talk in talks.values():
@@ -120,7 +127,7 @@ def generate(
     ] = 8,
     model: Where = None,
     base: Base = False,
-    raw: Raw = False,
+    raw: Raw = None,
     max_new_tokens: Tokens = 512,
     temperature: Temperature = None,
     seed: Seed = 0,
@@ -151,6 +158,7 @@ def generate(
         from celora.train.use.generation import Sampling
 
         sampling = Sampling(max_new_tokens, temperature, seed)
+        raw = trained.raw if raw is None else raw
         try:
             answer_all(
                 trained, rows, sampling, batch=batch_size, raw=raw, base=base, earlier=earlier, output=output, say=say

@@ -51,6 +51,7 @@ from celora.train.record import TrainResult, is_evaluated, longer, make_record, 
 from celora.train.report import write_report
 from celora.train.request.arguments import TrainRequest, check_record, sft_config
 from celora.train.rows.answers import Learnt, what_is_learnt
+from celora.train.rows.data import has_turns
 from celora.train.rows.truncation import truncation_lines
 from celora.train.trainer import build_trainer, check_tokens, refused
 from celora.train.wall_clock import WallClock
@@ -240,6 +241,7 @@ def _open(run: _Entered, ready: _Ready, marker: dict[str, Any], stack: ExitStack
     if options.resume:
         folder.clear_after(marker["step"])
     record = make_record(ready.request, trainer.args, ready.attached) | {"made_from": ready.made_from}
+    record["turns"] = has_turns(ready.rows)
     write_json(output / RUN, record)
     if ready.plan is not None:
         ready.plan.save(output / PLAN)

@@ -174,8 +174,6 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     for name in PLANNING:
         if getattr(options, name) is not None and preset != "auto":
             raise CELoraError(f"{name} is for preset auto, and the preset is {preset}; leave one of them out")
-    if options.plan is not None and (beside := {"fidelity", "memory_limit"} & given.keys()):
-        raise CELoraError(f"{min(beside)} beside a plan, which is used unchanged; leave out one")
     if options.fidelity is not None and not 0 < options.fidelity <= 1:
         raise CELoraError(f"fidelity={options.fidelity}; expected a cosine, 0 < fidelity <= 1")
     if options.memory_limit is not None and options.memory_limit < 0:
@@ -239,6 +237,8 @@ def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> Tra
     the same command line.
     """
     raw = raw_arguments(tokens, own)
+    if "plan" in raw and (beside := {"fidelity", "memory_limit"} & raw.keys()):
+        raise CELoraError(f"{min(beside)} beside a plan, which is used unchanged; leave out one")
     if not raw.get("resume"):
         return make_request(raw)
     if not raw.get("output"):

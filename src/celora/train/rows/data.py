@@ -125,6 +125,11 @@ def load_rows(
         raise
 
 
+def has_turns(rows: datasets.Dataset) -> bool:
+    """Whether these are conversations, which the chat template renders, and not texts."""
+    return "messages" in rows.column_names or isinstance(rows[0].get("prompt"), list)
+
+
 def _cause(error: BaseException | None, kind: type[E]) -> E | None:
     """The first error of this kind in the chain of causes, or None."""
     while error is not None and not isinstance(error, kind):

@@ -28,6 +28,7 @@ class Trained:
     tokenizer: Any
     folder: Path
     base: str  # the base model's name, folder or GGUF file
+    raw: bool = False  # whether it was trained on texts, without the chat template
 
 
 def load_trained(folder: Path, base: str | None = None) -> Trained:
@@ -49,7 +50,8 @@ def load_trained(folder: Path, base: str | None = None) -> Trained:
     model = load_adapter(load_model(request), folder).eval()
     if getattr(model, "hf_device_map", None) is None and not request.train.get("use_cpu"):
         model.to(default_device())
-    return Trained(model, tokenizer, folder, str(request.given["model"]))
+    raw = (_record(folder) or {}).get("turns") is False
+    return Trained(model, tokenizer, folder, str(request.given["model"]), raw)
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
@@ -70,17 +72,24 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return found
 
 
-def request_of(folder: Path, config: dict[str, Any], base: str | None) -> TrainRequest:
-    """The request of the run that trained the adapter in `folder`, with the dtype that the run settled on."""
+def _record(folder: Path) -> dict[str, Any] | None:
+    """The run.json of the run that trained the adapter in `folder`, or None."""
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
     record = OutputFolder(run).run()
+    if record is not None:
+        check_record(run / RUN, record)
+    return record
+
+
+def request_of(folder: Path, config: dict[str, Any], base: str | None) -> TrainRequest:
+    """The request of the run that trained the adapter in `folder`, with the dtype that the run settled on."""
+    record = _record(folder)
     if record is None:
         was = config.get("base_model_name_or_path")
         given: dict[str, Any] = {"model": was, "model_revision": config.get("revision") or "main"}
         given |= {"data": str(folder), "output": str(folder)}  # required, but not used here
         dtype = "auto"
     else:
-        check_record(run / RUN, record)
         given, dtype = record["given"], record["lora"].get("dtype", "auto")
     if base is not None:
         given = given | {"model": base, "model_revision": "main"}
