@@ -88,17 +88,18 @@ def test_what_an_interrupted_refresh_has_observed_is_forgotten(settings: dict[st
 def test_what_is_written(model: PeftModel, tmp_path: Path, disk: list[tuple[str, int]]) -> None:
     celora.attach(model, HALF)
     train(model, 6)
-    assert celora.save_state(model, tmp_path) == tmp_path / STATE_NAME
-    assert disk == written_whole(tmp_path / STATE_NAME)
-    assert [p.name for p in tmp_path.iterdir()] == [STATE_NAME]
-    saved = load_file(tmp_path / STATE_NAME)
+    folder = tmp_path / "not" / "there"
+    assert celora.save_state(model, folder) == folder / STATE_NAME
+    assert disk == written_whole(folder / STATE_NAME)
+    assert [p.name for p in folder.iterdir()] == [STATE_NAME]
+    saved = load_file(folder / STATE_NAME)
     assert saved["step"].item() == 6
     assert saved["base_model.model.model.layers.1.mlp.up_proj:index"].shape == (40,)
     errors = require(model).relative_errors
     assert errors
     celora.attach(model, "off")
     celora.attach(model, HALF)
-    celora.load_state(model, tmp_path)
+    celora.load_state(model, folder)
     assert require(model).relative_errors == errors
     assert require(model).refreshes == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -32,10 +33,10 @@ N = TypeVar("N", int, float)
 def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write the step count and each layer's selection and measured error to `celora_state.safetensors` in `folder`.
 
-    Call it between optimizer steps. Factors are not written, because they follow from the weights and the seed. If
-    several processes train together, and each selects by its own gradients, call it in all of them. The others write
-    `celora_state_1.safetensors` and so on. With `synchronise` all have the same state, and the first one's file is
-    enough.
+    The folder is made if it is not there. Call it between optimizer steps. Factors are not written, because they
+    follow from the weights and the seed. If several processes train together, and each selects by its own
+    gradients, call it in all of them. The others write `celora_state_1.safetensors` and so on. With `synchronise`
+    all have the same state, and the first one's file is enough.
     """
     attachment = require(model)
     state: dict[str, Tensor] = {"step": torch.tensor(attachment.clock.step)}
@@ -48,6 +49,8 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     for name, times in attachment.over_bound.items():
         state[f"{name}:{_OVER_BOUND}"] = torch.tensor(times)
     target = Path(folder) / own_name(attachment)
+    with contextlib.suppress(OSError):  # then the next line says why it cannot be written
+        target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
         try:
             known_by = {_CONFIG: _config(attachment), _MOVES: attachment.ladder.to_json()}

@@ -76,6 +76,10 @@ def resolve(config: str | CELoraConfig, changes: Mapping[str, Any] | None = None
     if not isinstance(config, str | CELoraConfig):
         raise CELoraError(f"config={config!r}; expected a CELoraConfig or one of: {', '.join(sorted(PRESETS))}.")
     if isinstance(config, str):
+        if config.endswith(".json"):
+            raise CELoraError(
+                f"{config!r} is a file; give celora.Plan.load(...) or celora.CELoraConfig.load(...) of it."
+            )
         if config not in PRESETS:
             raise unknown("preset", config, PRESETS)
         config = PRESETS[config]
