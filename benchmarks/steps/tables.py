@@ -41,7 +41,7 @@ def _step(dtype: str, *, amx: bool) -> str:
         body.append([*key, f"{time_ms['PEFT']:.0f} ms", *speed, " / ".join(reached), " / ".join(memory)])
     one = found[0]
     reach = "share of the limit of exact: exact / paper / auto"
-    header = ["model", "data", "PEFT", *shown, reach, "peak memory, exact / auto"]
+    header = ["model", "data", "PEFT", *shown, reach, "peak memory over PEFT's, exact / auto"]
     absent = {row["arm"]: row["not_run"] for row in found if "not_run" in row}
     left_out = "; ".join(f"{arm}: {reason}" for arm, reason in absent.items())
     return (
@@ -65,7 +65,7 @@ def step_fast(*, amx: bool = False, isa: str | None = None) -> str:
         speed = [f"{by_arm[arm]['speed_up']:.2f}" for arm in _WITHOUT_PLAN]
         memory = [f"{by_arm[arm]['peak_memory'] / by_arm['PEFT']['peak_memory']:.2f}" for arm in _WITHOUT_PLAN]
         body.append([*key, f"{by_arm['PEFT']['time_ms']:.0f} ms", *speed, " / ".join(memory)])
-    header = ["model", "data", "dtype", "PEFT", *_WITHOUT_PLAN, f"peak memory, {' / '.join(_WITHOUT_PLAN)}"]
+    header = ["model", "data", "dtype", "PEFT", *_WITHOUT_PLAN, f"peak memory over PEFT's, {' / '.join(_WITHOUT_PLAN)}"]
     return (
         rows.markdown(header, body)
         + f"\n\nRatios of medians in one run, float32 adapters (r = 16 on all linear layers), {rows.where(found[0])}. "
