@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from celora.errors import CELoraError
-from celora.machine.processes import from_first, gathers, same_in_all
+from celora.machine.processes import gathers, made_by_first, same_in_all
 from celora.modeling.assign import choose_estimator, last_block
 from celora.modeling.eight_bit import EightBitForward
 from celora.modeling.fused import FusedGraft
@@ -86,11 +86,13 @@ def attach(
         *advice(found, config),
         *(f"Dense layers are faster here: {reason}." for reason in sorted(slow)),
     )
-    report = AttachReport(tuple(layer for layer, _ in assigned.values()), config.refresh_every, notes)
+    exact_head = config.exact_head or found.language_model is None
+    report = AttachReport(tuple(layer for layer, _ in assigned.values()), config.refresh_every, notes, exact_head)
     existing = find(model)
     same = existing is not None and existing.report.layers == report.layers and existing.config == config
     if existing is not None and same and existing.grafted().keys() == existing.grafts.keys():
         existing.report = report
+        existing.forget_copies()
         return report
     detach(model)
 
@@ -113,10 +115,7 @@ def attach(
     model.__dict__[ATTRIBUTE] = attachment
     written = [pattern for pattern in config.overrides if not pattern.startswith("=")]  # not by a plan or by timing
     if not attachment.grafts and (report.skipped or written):
-        warnings.warn(
-            "celora: no layer can be estimated; training is plain PEFT. Print the report for the reasons.",
-            stacklevel=2,
-        )
+        warnings.warn("celora: no layer can be estimated. Print the report for the reasons.", stacklevel=2)
     return report
 
 
@@ -132,7 +131,7 @@ def _settled(
         resolve(config, changes)  # so that a mistake is reported before any measurement
         from celora.planning.planner import make_plan
 
-        config = Plan.from_dict(from_first(make_plan(model, batches).to_dict()))
+        config = Plan.from_dict(made_by_first(lambda: make_plan(model, batches).to_dict()))
     plan, name = config if isinstance(config, Plan) else None, config
     if isinstance(config, Plan):
         config.check(found)
@@ -152,7 +151,10 @@ def _settled(
 
 def _assign(found: Survey, config: CELoraConfig) -> dict[str, tuple[LayerReport, Estimator | None]]:
     """The report and the estimator of each layer, by name. Warns of overrides that match no layer."""
-    for pattern in config.overrides:
+    written = [pattern for pattern in config.overrides if not pattern.startswith("=")]
+    if gone := sum(pattern[1:] not in found.layers for pattern in config.overrides if pattern not in written):
+        warnings.warn(f"celora: {gone} of the layers that the configuration names are not in this model", stacklevel=3)
+    for pattern in written:
         if pattern not in _PRESET_PATTERNS and not any(matches(pattern, name) for name in found.layers):
             warnings.warn(f"celora: the override {pattern!r} matches no adapted layer", stacklevel=3)
     last = last_block(found.layers) if config.zero_tokens else set()

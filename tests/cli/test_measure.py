@@ -49,7 +49,7 @@ def test_plan_then_audit_and_train_with_it(inputs, capsys, tmp_path):
     out.write_text("{}")
     assert "plan of version None" in error_line(capsys, *audit)
     base = ["train", "--model", model, "--data", rows, "--output", tmp_path / "none"]
-    assert "fidelity is for preset auto, and the preset is paper" in error_line(
+    assert "fidelity is for preset auto, not for paper" in error_line(
         capsys, *base, "--preset", "paper", "--fidelity", 0.9
     )
     assert "fidelity=1.5; expected a cosine" in error_line(capsys, *base, "--preset", "auto", "--fidelity", 1.5)

@@ -259,8 +259,8 @@ def look_ahead(folder: Path) -> None:
 
 def run(folder: Path, cases: list[dict[str, Any]]) -> None:
     os.waitpid(fork(lambda: prepare(folder)), 0)
-    import_ahead(json.loads((folder / "modules.json").read_text()))
     look_ahead(folder)
+    import_ahead(json.loads((folder / "modules.json").read_text()))
     whole: dict[str, dict[str, Any]] = {}
     timed = any(kind == "time" for one in cases for kind, *_ in one["moments"])
     for one in cases:

@@ -1,4 +1,4 @@
-"""What the first of several processes makes for all of them. Real ones are in tests/whole/test_processes.py."""
+"""What the first of several processes makes for all of them, and what the others are told if it fails."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import celora
 from celora import CELoraConfig
+from celora.integrations.while_training import in_one_line
 from celora.modeling.graft import LayerGraft
 from celora.numerics.estimators import Columns
 from celora.numerics.products.fp8 import Fp8
@@ -102,3 +103,11 @@ def test_a_layer_that_has_no_such_product_is_skipped_with_the_reason() -> None:
         said["base_model.model.1"] = none_here
     assert report.skipped == said
     assert set(report.estimated) == {"base_model.model.1"} - said.keys()
+
+
+def test_an_estimated_head_is_not_called_exact() -> None:
+    config = CELoraConfig(estimator="dense", labelled_head=True, head_keep_ratio=0.5)
+    report = celora.attach(make_model(), config)
+    assert "None of 14 frozen layers estimated: only the head's gradient is." in str(report)
+    assert "the head's gradient is" in in_one_line(report)
+    assert "the gradient is LoRA's own" in in_one_line(celora.attach(make_model(), "exact"))

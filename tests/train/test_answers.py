@@ -208,7 +208,7 @@ def built(given, output, **more):
     rows, eval_rows = training_rows(request, tokenizer), evaluation_rows(request, tokenizer)
     with quiet_libraries():
         model = load_model(request)
-        trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request, model))
+        trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
     text = "\n".join([str(what_is_learnt(trainer, rows)), *truncation_lines(trainer, rows, eval_rows)])
     return words(trainer, trainer.train_dataset), eval_rows and words(trainer, trainer.eval_dataset), text
 

@@ -37,7 +37,7 @@ def setting(inputs, tmp_path, monkeypatch):
             rows = training_rows(request, tokenizer)
 
             def build(model):
-                return build_trainer(request, copy.copy(args), model, tokenizer, rows, peft=lora_config(request, model))
+                return build_trainer(request, copy.copy(args), model, tokenizer, rows, peft=lora_config(request))
 
             return request, config, build, measure(request, build, config, dtype, int8=int8)
 

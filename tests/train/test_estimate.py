@@ -163,6 +163,11 @@ def test_what_cannot_be_estimated_is_one_line(more, said, inputs, capsys):
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_modules_of_every_block_may_train_as_a_whole(ask):
+    """The model that is measured in its place has fewer blocks."""
+    assert ask(lora_modules_to_save=["model.layers.1.input_layernorm"]).rows == 24
+
+
 def test_packed_rows_make_fewer_steps_of_an_epoch(ask):
     """24 rows of at most 25 tokens are three or four packed rows."""
     plain, packed = (ask(max_length=128, max_steps=12, per_device_train_batch_size=2, packing=p) for p in (False, True))

@@ -118,7 +118,7 @@ def test_without_a_chat_template_a_prompt_is_continued(trained):
     talk = Conversation(trained, GREEDY, raw=True)
     assert talk.ask("w1 w2") == talk.ask("w1 w2")
     assert talk.turns == []
-    with pytest.raises(CELoraError, match="--system needs a chat template"):
+    with pytest.raises(CELoraError, match="--system needs the chat template"):
         Conversation(trained, GREEDY, raw=True, system="w3")
 
 

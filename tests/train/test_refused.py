@@ -126,6 +126,7 @@ def test_conversations_are_messages(inputs, tmp_path):
     [
         ({"conversations": [{"from": "human", "value": "w1"}]}, "write 'messages' with 'role' and 'content'"),
         ({"prompt": "w1", "chosen": "w2", "rejected": "w3"}, "use TRL's DPOTrainer, with celora.attach"),
+        ({"instruction": "w1", "input": "w2", "answer": "w3"}, "did you mean 'output' for 'answer'"),
         ({"question": "w1", "answer": "w2"}, "did you mean 'prompt' for 'question' and 'completion' for 'answer'"),
     ],
 )
@@ -141,7 +142,7 @@ def test_rows_of_another_tool_say_what_to_write(row, said, inputs, tmp_path):
         (
             "rows.csv",
             "prompt;completion\nw1;w2\n",
-            "rows.csv:1: columns are separated by ';'; save the file with commas",
+            "rows.csv:2: columns are separated by ';'; save the file with commas",
         ),
     ],
 )

@@ -103,7 +103,8 @@ def in_one_line(report: AttachReport) -> str:
     """How many layers are estimated, and how many keep PEFT's backward, with the most frequent reason."""
     layers = len(report.layers)
     if not report.estimated:
-        said = f"none of {layers} frozen layers estimated, the gradient is LoRA's own"
+        own = "the gradient is LoRA's own" if report.exact_head else "only the head's gradient is"
+        said = f"none of {layers} frozen layers estimated, {own}"
     else:
         said = f"{len(report.estimated)} of {layers} frozen layers estimated"
     if report.skipped:

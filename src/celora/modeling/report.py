@@ -53,6 +53,7 @@ class AttachReport:
     layers: tuple[LayerReport, ...]
     refresh_every: int
     notes: tuple[str, ...] = ()  # what else celora does, what it cannot do and why, settings that cost time
+    exact_head: bool = True  # whether the loss and its gradient are exact
 
     @property
     def estimated(self) -> dict[str, LayerReport]:
@@ -95,5 +96,6 @@ class AttachReport:
                 f"{self.cost:.2f} of exact LoRA's FLOPs, refreshed every {self.refresh_every} optimizer steps."
             )
         else:
-            summary = f"None of {len(self.layers)} frozen layers estimated: the gradient is exact LoRA's."
+            then = "the gradient is exact LoRA's" if self.exact_head else "only the head's gradient is"
+            summary = f"None of {len(self.layers)} frozen layers estimated: {then}."
         return "\n".join([*lines, summary, *self.notes])

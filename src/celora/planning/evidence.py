@@ -74,7 +74,7 @@ def evidence(layer: Layer, times: Mapping[LayerConfig, float], overhead_ms: floa
     for setting, estimator in layer.candidates.items():
         if setting == EXACT or setting not in layer.findings:
             continue
-        alone = max(0.0, sum(weight * times[timed] for timed, weight in layer.timed_as(setting)))
+        alone = max(0.0, sum(share * times[timed] for timed, share in layer.timed_as(setting)))
         milliseconds = alone + (0.0 if layer.fused else overhead_ms)
         if milliseconds < MARGIN * dense:
             memory = estimator.memory(weight.dtype)

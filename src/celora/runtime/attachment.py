@@ -17,6 +17,7 @@ from celora.modeling.graft import LayerGraft
 from celora.modeling.model_graft import ModelGraft
 from celora.modeling.report import AttachReport
 from celora.modeling.switch import Mode, Switch
+from celora.numerics.products.base import Product
 from celora.runtime.agreement import add_up, largest_errors
 from celora.runtime.clock import StepClock
 from celora.runtime.forwards import Forwards
@@ -130,6 +131,17 @@ class Attachment:
         self.switch.on = True
         self._bind(model, step)
 
+    def products(self) -> Iterator[Product]:
+        """The products of all layers, and the head's."""
+        yield from (graft.estimator.product for graft in self.grafts.values())
+        if self.forward is not None and self.forward.product is not None:
+            yield self.forward.product
+
+    def forget_copies(self) -> None:
+        """Make all 8-bit copies of weights anew."""
+        for product in self.products():
+            product.forget()
+
     @torch.no_grad()
     def _on_step(self, step: int) -> None:
         """If the finished step was a refresh, end it. Then set every layer's mode for step `step`."""
@@ -142,6 +154,8 @@ class Attachment:
                 "eval",
                 "this model trains in eval mode, where celora leaves forward and backward to PEFT; call model.train().",
             )
+        for product in self.products():  # PEFT's `merge` changes a weight in place, through `.data`
+            product.notice()
         observing = {name: graft for name, graft in self.grafts.items() if graft.mode is Mode.OBSERVE}
         if self.config.synchronise:
             if (step - 1) % self.config.refresh_every:  # so that a layer without gradients does not ask at every step

@@ -46,9 +46,11 @@ def whole_model_notes(
         if config.padding_free and of is not None:
             stays = of.cannot_pack
             notes.append(f"Padding stays: {stays}." if stays else "Padding left out of training batches.")
-    told = [own for pattern, own in config.overrides.items() if pattern.startswith("=")]
-    if exact := sum(own["estimator"] == "dense" for own in told if "estimator" in own):
-        notes.append(f"{exact} of {len(found.layers)} layers stay exact: no estimate was clearly faster here.")
+    named = [name for name in found.layers if config.overrides.get(f"={name}", {}).get("estimator") == "dense"]
+    if exact := sum(config.for_layer(name).estimator == "dense" for name in named):
+        notes.append(
+            f"{exact} of {len(found.layers)} layers are exact, by a plan or because no estimate was clearly faster."
+        )
     if config.most_error is not None:
         notes.append(
             f"Refreshes measure each layer's relative error: beyond {config.most_error:g} it keeps more or becomes "

@@ -139,6 +139,11 @@ class CELoraConfig(LayerConfig):
             overrides[pattern] = dict(fields)
         object.__setattr__(self, "overrides", overrides)
 
+    @property
+    def exact_head(self) -> bool:
+        """Whether the logits and their gradient are exact."""
+        return self.head_keep_ratio == 1 and self.head_forward == "exact"
+
     def for_layer(self, name: str) -> LayerConfig:
         """The setting of layer `name`: the defaults, changed by each override that matches the name."""
         changes: dict[str, Any] = {}

@@ -28,7 +28,6 @@ from celora.numerics.products.registry import make_product
 OPTIONAL = ("bitsandbytes", "torchao", "deepspeed", "tensorboard", "trackio", "wandb")
 _SHAPES = {"cpu": (1024, 1024, 1024)}  # tokens, out, in: a second's worth of products
 _ACCELERATOR_SHAPE = (4096, 4096, 4096)
-# Environment variables that keep a library from using all of the CPU.
 _MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SAID = {
     "ONEDNN_MAX_CPU_ISA": "ONEDNN_MAX_CPU_ISA keeps oneDNN, which multiplies matrices, from newer instructions: "

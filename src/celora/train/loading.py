@@ -190,8 +190,17 @@ def load_adapter(model: Any, adapter: Path) -> Any:
         raise CELoraError(f"cannot load the adapter in {str(adapter)!r}: {_first_line(error)}") from error
 
 
-def lora_config(request: TrainRequest, model: Any) -> LoraConfig:
-    """PEFT's configuration of the adapter for `model`, with the rank that trains."""
+def check_modules(request: TrainRequest, model: Any) -> None:
+    """Raise CELoraError for a module to train as a whole that the model does not have: PEFT passes over its name."""
+    for target in request.lora["lora_modules_to_save"] or ():
+        if not any(name.endswith(target) for name, _ in model.named_modules()):
+            raise CELoraError(
+                f"lora_modules_to_save={target!r}, but the model has no module of that name; leave it out"
+            )
+
+
+def lora_config(request: TrainRequest) -> LoraConfig:
+    """PEFT's configuration of the adapter, with the rank that trains."""
     from celora.train.trainer import refused  # here: whoever only loads an adapter needs no trainer
 
     lora = request.lora
@@ -199,11 +208,8 @@ def lora_config(request: TrainRequest, model: Any) -> LoraConfig:
         raise unknown("lora_task_type", lora["lora_task_type"], TaskType.__members__)
     extra = {} if lora["lora_target_parameters"] is None else {"target_parameters": lora["lora_target_parameters"]}
     targets = lora["lora_target_modules"]
-    for target in lora["lora_modules_to_save"] or ():  # PEFT passes over a name that no module has
-        if not any(name.endswith(target) for name, _ in model.named_modules()):
-            raise CELoraError(
-                f"lora_modules_to_save={target!r}, but the model has no module of that name; leave it out"
-            )
+    if "all-linear" in (targets or []) and len(targets) > 1:
+        raise CELoraError(f"lora_target_modules={targets}: all-linear takes every linear layer; give it alone")
     with refused("adapter"):
         return LoraConfig(
             task_type=lora["lora_task_type"],

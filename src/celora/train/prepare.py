@@ -16,6 +16,7 @@ from celora.planning.plan import Plan
 from celora.settings.config import CELoraConfig
 from celora.train.dtype import settle_dtype
 from celora.train.loading import (
+    check_modules,
     load_adapter,
     load_model,
     load_tokenizer,
@@ -68,8 +69,8 @@ def prepared(request: TrainRequest, rows: int | None, adapter: Path | None) -> I
         train = request.train | _NO_EVALUATION | ({} if rows is None else {"per_device_train_batch_size": rows})
         args = sft_config(replace(request, train=train, output=Path(scratch)))
         request, _ = settle_dtype(request, args)
-        model = load_model(request)
-        peft, config = lora_config(request, model), request.config
+        model, peft, config = load_model(request), lora_config(request), request.config
+        check_modules(request, model)
         if adapter is not None:
             model, peft = load_adapter(model, adapter), None
             if (adapter / CONFIG).is_file() and request.options.preset is None and request.options.celora is None:

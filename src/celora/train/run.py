@@ -32,6 +32,7 @@ from celora.train.forecast.estimate import fitted
 from celora.train.interrupt import StopAtStepEnd
 from celora.train.live import LiveReport
 from celora.train.loading import (
+    check_modules,
     evaluation_rows,
     evaluation_source,
     load_model,
@@ -188,8 +189,9 @@ def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
         request, dtype_line = settle_dtype(request, args, earlier)
         say(console, quiet, dtype_line)
         model = load_model(request)
+        check_modules(request, model)
     with clock.spending("tokenise"):
-        trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request, model))
+        trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
         check_tokens(trainer, request)
     trainer.wall_clock = clock
     for line in truncation_lines(trainer, rows, eval_rows):
@@ -240,8 +242,8 @@ def _open(run: _Entered, ready: _Ready, marker: dict[str, Any], stack: ExitStack
     aside = folder.set_aside() if options.overwrite else None
     if options.resume:
         folder.clear_after(marker["step"])
-    record = make_record(ready.request, trainer.args, ready.attached) | {"made_from": ready.made_from}
-    record["turns"] = has_turns(ready.rows)
+    record = make_record(ready.request, trainer.args, ready.attached)
+    record |= {"made_from": ready.made_from, "turns": has_turns(ready.rows)}
     write_json(output / RUN, record)
     if ready.plan is not None:
         ready.plan.save(output / PLAN)

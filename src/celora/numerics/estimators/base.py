@@ -95,6 +95,7 @@ class Estimator(ABC):
     name: ClassVar[str]
     uses: ClassVar[frozenset[str]] = frozenset({"seed"})
     selections: ClassVar[tuple[Selection, ...]] = ("topk",)
+    lent: ClassVar[bool] = False  # whether 8-bit products use the bytes of a base in 8 bits, instead of a copy
 
     def __init__(self, out_features: int, in_features: int, **settings: Any) -> None:
         for name, value in settings.items():
@@ -227,4 +228,4 @@ class Estimator(ABC):
     def borrows(self, weight: Tensor) -> bool:
         """Whether its 8-bit copy is not made for this weight: the bytes of a base in 8 bits are multiplied with."""
         in_8_bits = isinstance(weight, StoredWeight) and weight.packed is not None
-        return in_8_bits and self.settings.precision == "int8" and self.settings.weight_copy
+        return self.lent and in_8_bits and self.settings.precision == "int8" and self.settings.weight_copy

@@ -244,9 +244,6 @@ class Columns(Estimator):
         estimate = self._native(observed.grad_output, observed.weight, index)
         return Finding(math.hypot(observed.relative_error(estimate), rounding))
 
-    def borrows(self, weight: Tensor) -> bool:
-        return False  # some rows of a base in 8 bits are packed anew
-
     def memory(self, dtype: torch.dtype) -> int:
         copy = super().memory(dtype) * self.settings.keep_ratio  # of the kept rows
         return round(copy) + self.settings.rank * (2 * self.out_features + self.in_features) * dtype.itemsize

@@ -36,6 +36,7 @@ class Int8(Dense):
     """The whole product in 8-bit integers, with one scale per token and one per input column."""
 
     name = "int8"
+    lent = True
     uses = frozenset({"seed", "precision", "weight_copy", "forward"})
 
     def __init__(self, out_features: int, in_features: int, **settings: Any) -> None:

@@ -44,6 +44,7 @@ class Tokens(Estimator):
     """
 
     name = "tokens"
+    lent = True
     uses = frozenset({"keep_ratio", "rank", "selection", "factor", "precision", "weight_copy", "forward", "seed"})
     selections: ClassVar[tuple[Selection, ...]] = ("topk", "energy")
 

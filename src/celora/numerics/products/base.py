@@ -86,6 +86,9 @@ class Product(ABC):
         """Whether a copy of the weight is kept, so that the weight itself is not read."""
         return False
 
+    def notice(self) -> None:  # noqa: B027 - optional by design
+        """Forget a copy of a weight that has changed since, as far as a few of its numbers show."""
+
     def recheck(self, weight: Tensor) -> None:  # noqa: B027 - optional by design
         """Drop everything derived from the weight if the weight has changed without a change of its version."""
 

@@ -130,6 +130,8 @@ def _input_scale(levels: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _onto(packed: BothWays, rows: QuantisedRows, bias: Tensor | None, out: Tensor) -> Tensor:
     """`rows W^T + bias`, written into `out`, even if the kernel lacks its dtype."""
+    if out.shape[-1] != len(packed.scale):  # a kernel would write beside it
+        raise RuntimeError(f"the copy has {len(packed.scale)} rows, and the weight {out.shape[-1]}: it is out of date.")
     return packed.multiply(rows, bias, out) if rows.dtype == out.dtype else out.copy_(packed.multiply(rows, bias))
 
 

@@ -17,11 +17,25 @@ from celora.numerics.products.base import Product
 from celora.weights.stored import owner_of
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def _some_numbers(owner: Tensor) -> Tensor | None:
+    """Up to 32 numbers of a weight on the CPU, from all over its memory; None where they are not at hand."""
+    count = min(32, owner.numel())
+    there = _is_plain(owner) and owner.device.type == "cpu" and owner.untyped_storage().nbytes() > 0
+    if not there or not count or not owner.is_contiguous():
+        return None
+    return owner.detach().as_strided((count,), (owner.numel() // count,), owner.storage_offset()).clone()
+
+
 class EightBit(Product):
     """A product with a quantised copy of the weight. The copy is made again if the weight has changed.
 
-    The tensor and its version identify the weight. A change through `.data` changes neither. The next refresh notices
-    it by the column maxima, in `recheck`.
+    The tensor, its storage, its shape and its version identify the weight. A change in place through `.data` changes
+    none of them. `notice` sees such a change at the next optimizer step by some of the numbers, and `recheck` at the
+    next refresh by the column maxima.
     """
 
     relative_cost = 0.5
@@ -34,6 +48,7 @@ class EightBit(Product):
         self._made_of: tuple[Any, ...] | None = None
         self._packed: Any = None
         self._scale: Tensor | None = None
+        self._some: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"copy": self.copy}  # packed weights cannot be pickled or copied, so they are made again
@@ -52,21 +67,37 @@ class EightBit(Product):
         if self._scale is None or not self._made_of_this(weight):
             self._scale = self._scale_of(weight)
             self._packed = self._pack(weight.detach()) if self.copy else None
-            self._made_of = self._identity(weight)
+            self._made_of, self._some = self._identity(weight), _some_numbers(owner_of(weight))
         return self._scale
 
     def _identity(self, weight: Tensor) -> tuple[Any, ...]:
         """What identifies this weight and its version.
 
-        It is the tensor, not its address: another tensor may get the same address, and FSDP2 gathers one tensor to a
-        new address each time.
+        It is the tensor and its storage, not its address: another tensor may get the same address, and FSDP2 gathers
+        one tensor to a new address each time. `weight.data = other` changes the storage.
         """
-        return weakref.ref(owner_of(weight)), weight._version, weight.dtype, weight.device
+        owner = owner_of(weight)
+        storage = owner.untyped_storage() if _is_plain(owner) else owner
+        return weakref.ref(owner), weakref.ref(storage), weight._version, weight.shape, weight.dtype, weight.device
 
     def _made_of_this(self, weight: Tensor) -> bool:
         """Whether the copy is of this weight in its current version."""
-        owner, *others = self._identity(weight)
-        return self._made_of is not None and self._made_of[0]() is owner() and list(self._made_of[1:]) == others
+        owner, storage, *others = self._identity(weight)
+        made_of = self._made_of
+        return (
+            made_of is not None
+            and made_of[0]() is owner()
+            and made_of[1]() is storage()
+            and list(made_of[2:]) == others
+        )
+
+    def notice(self) -> None:
+        owner = None if self._made_of is None else self._made_of[0]()
+        if owner is None or self._some is None:
+            return
+        now = _some_numbers(owner)
+        if now is not None and not torch.equal(now, self._some):
+            self.forget()
 
     _largest: ClassVar[float]
 

@@ -178,7 +178,7 @@ def estimate(
         everything = training_rows(request, tokenizer)
 
         def build(model: Any, rows: Any) -> Any:
-            trainer = build_trainer(request, copy.copy(args), model, tokenizer, rows, peft=lora_config(request, model))
+            trainer = build_trainer(request, copy.copy(args), model, tokenizer, rows, peft=lora_config(request))
             check_tokens(trainer, request, config.get_text_config().vocab_size)  # the stand-in has fewer words
             return trainer
 

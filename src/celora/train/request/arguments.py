@@ -52,7 +52,7 @@ def read_yaml(path: str | Path) -> dict[str, object]:
         return {"celora": document}
     if str(document.get("num_processes")) == os.environ.get("WORLD_SIZE", "1"):
         del document["num_processes"]  # `trl sft` passes this to its launcher, which has started that many
-    if "config" in document:
+    if document.get("config") is not None:
         raise CELoraError(f"key 'config' in {path}: a file names no other file; put all settings into one")
     found: dict[str, object] = {}
     for key, value in document.items():
@@ -139,8 +139,6 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     if missing := [f"--{name}" for name in needed if not values.get(name)]:
         what = " ".join(f"--{name} {value}" for name, value in needed.items() if not values.get(name))
         raise CELoraError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; give {what}")
-    if "all-linear" in (targets := values.get("lora_target_modules") or []) and len(targets) > 1:
-        raise CELoraError(f"lora_target_modules={targets}: all-linear takes every linear layer; give it alone")
     if "/" in str(values.get("attn_implementation")):
         raise CELoraError(
             f"attn_implementation={values['attn_implementation']!r} is refused: it names code on the hub, which celora "
@@ -173,7 +171,9 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     preset = options.preset or (None if options.celora else DEFAULT_PRESET)
     for name in PLANNING:
         if getattr(options, name) is not None and preset != "auto":
-            raise CELoraError(f"{name} is for preset auto, and the preset is {preset}; leave one of them out")
+            raise CELoraError(
+                f"{name} is for preset auto, not for {preset or 'settings without a preset'}; leave one out"
+            )
     if options.fidelity is not None and not 0 < options.fidelity <= 1:
         raise CELoraError(f"fidelity={options.fidelity}; expected a cosine, 0 < fidelity <= 1")
     if options.memory_limit is not None and options.memory_limit < 0:
@@ -237,8 +237,9 @@ def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> Tra
     the same command line.
     """
     raw = raw_arguments(tokens, own)
-    if "plan" in raw and (beside := {"fidelity", "memory_limit"} & raw.keys()):
-        raise CELoraError(f"{min(beside)} beside a plan, which is used unchanged; leave out one")
+    beside = [name for name in ("fidelity", "memory_limit") if raw.get(name) is not None]
+    if raw.get("plan") is not None and beside:
+        raise CELoraError(f"{beside[0]} beside a plan, which is used unchanged; leave out one")
     if not raw.get("resume"):
         return make_request(raw)
     if not raw.get("output"):

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from celora.errors import CELoraError
+from celora.train.rows.data import has_turns
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _WAYS_OUT = (
@@ -57,7 +58,7 @@ class AnswersOnly:
         columns = dataset.column_names
         if self._learns_answers(dataset) and "input_ids" not in columns:
             data = "training" if dataset_name == "train" else "evaluation"
-            if "messages" in columns or isinstance(dataset[0].get("prompt"), list):
+            if has_turns(dataset):
                 with args.main_process_first():
                     dataset = _masked(dataset, processing_class, args.dataset_num_proc, data, self.completion_only_loss)
                     if packing and args.packing_strategy == "bfd":

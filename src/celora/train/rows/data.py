@@ -44,7 +44,6 @@ _NO_ANSWER = (
     "--assistant_only_loss false"
 )
 _COLUMNS = [*dict.fromkeys(column for columns in SHAPES.values() for column in columns), "input"]
-_ALSO_CALLED = {"question": "prompt", "input": "prompt", "answer": "completion", "output": "completion"}
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _KNOWN_SHAPES = f"a row has {', or '.join(SHAPES)}"
 Row = Mapping[str, Any]
@@ -230,9 +229,12 @@ def _no_shape(row: Row) -> str:
             )
     if "chosen" in row and "rejected" in row:
         return "'chosen' and 'rejected' are for preference training; use TRL's DPOTrainer, with celora.attach"
-    for column, other in _ALSO_CALLED.items():
-        if column in row and other in missing:
-            near[column] = [other]
+    asked, answer = ("", "output") if "instruction" in row else ("prompt", "completion")
+    near |= {column: [asked] for column in ("question", "input") if asked in missing and column in row}
+    near |= {column: [answer] for column in ("answer", "output", "response") if answer in missing and column in row}
+    for mark in ";\t|":
+        if len(row) == 1 and any(name.strip() in _COLUMNS for name in next(iter(row)).split(mark)[1:]):
+            return f"columns are separated by {mark!r}; save the file with commas"
     hints = [f"{match[0]!r} for {column!r}" for column, match in near.items() if match]
     hint = f" (did you mean {' and '.join(hints)}?)" if hints else ""
     return f"columns {', '.join(map(repr, row)) or '(none)'} are no known row{hint}; {_KNOWN_SHAPES}"

@@ -135,8 +135,6 @@ def _read_csv(path: Path) -> Placed:
                 continue
             if not columns:
                 columns = values
-                if len(values) == 1 and (other := next((mark for mark in ";\t|" if mark in values[0]), None)):
-                    fail(f"{path}:{number}", f"columns are separated by {other!r}; save the file with commas")
                 if len(set(columns)) < len(columns):
                     fail(f"{path}:{number}", f"two columns have one name among {', '.join(map(repr, columns))}")
             elif len(values) != len(columns):

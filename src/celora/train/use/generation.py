@@ -58,7 +58,9 @@ class Conversation:
 
     def __post_init__(self) -> None:
         if self.system and not self.has_turns:
-            raise CELoraError("--system needs a chat template, and prompts are given without one here; leave it out")
+            raise CELoraError(
+                "--system needs the chat template, and prompts come without it here; leave it out, or add --template"
+            )
 
     @property
     def has_turns(self) -> bool:
