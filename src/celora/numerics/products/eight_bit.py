@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from celora.kernels.operations import column_maxima
 from celora.kernels.packed import PackedWeight
 from celora.kernels.plain import divisor
+from celora.machine.device import reads_freely
 from celora.numerics.products.base import Product
 from celora.weights.stored import owner_of
 
@@ -22,9 +23,9 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _some_numbers(owner: Tensor) -> Tensor | None:
-    """Up to 32 numbers of a weight on the CPU, from all over its memory; None where they are not at hand."""
+    """Up to 32 numbers of a weight, from all over its memory; None where it is not at hand, or would be waited for."""
     count = min(32, owner.numel())
-    there = _is_plain(owner) and owner.device.type == "cpu" and owner.untyped_storage().nbytes() > 0
+    there = _is_plain(owner) and reads_freely(owner.device) and owner.untyped_storage().nbytes() > 0
     if not there or not count or not owner.is_contiguous():
         return None
     return owner.detach().as_strided((count,), (owner.numel() // count,), owner.storage_offset()).clone()
