@@ -113,8 +113,7 @@ def attach(
         )
     attachment.set_modes(0)
     model.__dict__[ATTRIBUTE] = attachment
-    written = [pattern for pattern in config.overrides if not pattern.startswith("=")]  # not by a plan or by timing
-    if not attachment.grafts and (report.skipped or written):
+    if not attachment.grafts and (report.skipped or _patterns(config)):
         warnings.warn("celora: no layer can be estimated. Print the report for the reasons.", stacklevel=2)
     return report
 
@@ -149,12 +148,17 @@ def _settled(
     return plan, config
 
 
+def _patterns(config: CELoraConfig) -> list[str]:
+    """The overrides that are no `=NAME`: those of presets and users, and none of a plan or a timing."""
+    return [pattern for pattern in config.overrides if not pattern.startswith("=")]
+
+
 def _assign(found: Survey, config: CELoraConfig) -> dict[str, tuple[LayerReport, Estimator | None]]:
     """The report and the estimator of each layer, by name. Warns of overrides that match no layer."""
-    written = [pattern for pattern in config.overrides if not pattern.startswith("=")]
-    if gone := sum(pattern[1:] not in found.layers for pattern in config.overrides if pattern not in written):
+    patterns = _patterns(config)
+    if gone := sum(name[1:] not in found.layers for name in config.overrides if name not in patterns):
         warnings.warn(f"celora: {gone} of the layers that the configuration names are not in this model", stacklevel=3)
-    for pattern in written:
+    for pattern in patterns:
         if pattern not in _PRESET_PATTERNS and not any(matches(pattern, name) for name in found.layers):
             warnings.warn(f"celora: the override {pattern!r} matches no adapted layer", stacklevel=3)
     last = last_block(found.layers) if config.zero_tokens else set()

@@ -218,13 +218,20 @@ def build_trainer(
             answers=request.train.get("assistant_only_loss"),
         )
     trainer.remove_callback(PrinterCallback)
-    for dataset, source in ((trainer.train_dataset, request.data), (trainer.eval_dataset, request.options.eval_data)):
-        if dataset is not None and not _teaches(dataset):
+    for dataset, source in _prepared(trainer, request):
+        if not _teaches(dataset):
             raise CELoraError(
-                f"no row of {source or request.data!r} has a token to learn within max_length={args.max_length} "
+                f"no row of {source!r} has a token to learn within max_length={args.max_length} "
                 "(the first of a row predicts, and is not predicted); give longer rows or a larger --max_length"
             )
     return trainer
+
+
+def _prepared(trainer: Any, request: TrainRequest) -> list[tuple[Any, str]]:
+    """The prepared rows to train and to evaluate on, each with the name of its source."""
+    own = request.options.eval_data or request.data
+    both = [(trainer.train_dataset, request.data), (trainer.eval_dataset, own)]
+    return [(dataset, source) for dataset, source in both if dataset is not None]
 
 
 def check_tokens(trainer: Any, request: TrainRequest, embeddings: int | None = None) -> None:
@@ -236,9 +243,8 @@ def check_tokens(trainer: Any, request: TrainRequest, embeddings: int | None = N
         table = trainer.model.get_input_embeddings()
         table = getattr(table, "base_layer", table)
         embeddings = getattr(table, "num_embeddings", None) or len(table.weight)  # under ZeRO-3 the weight is elsewhere
-    for dataset, source in ((trainer.train_dataset, request.data), (trainer.eval_dataset, request.options.eval_data)):
-        if dataset is not None:
-            _check_tokens(dataset, source or request.data, embeddings)
+    for dataset, source in _prepared(trainer, request):
+        _check_tokens(dataset, source, embeddings)
 
 
 def _check_tokens(dataset: Any, source: str, embeddings: int) -> None:
