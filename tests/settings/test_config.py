@@ -101,6 +101,8 @@ def test_changes_of_what_concerns_all_layers() -> None:
         resolve("paper", {"keep_ratio": 0.3})
     with pytest.raises(CELoraError, match="unknown setting 'labeled_head'; did you mean 'labelled_head'"):
         resolve("exact", {"labeled_head": False})
+    with pytest.raises(CELoraError, match=r"a preset is the second argument; write celora.attach\(model, 'fast'\)"):
+        resolve("paper", {"preset": "fast"})
 
 
 def test_unknown_preset_suggests_the_nearest() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -58,6 +59,24 @@ def test_rows_and_ways(ask):
     assert not found.taken.checkpointing
     assert list(found.ways) == sorted(found.ways, key=lambda way: (way.epoch_seconds, way.peak_bytes))
     assert "<- celora takes this" in str(found)
+
+
+def test_the_table_has_a_micro_batch_of_each_way(ask):
+    """The fastest that fits. If none does, the smallest."""
+    found = ask(preset="exact")
+    assert len(found.ways) == 3 * 4 * 2
+    peaks = sorted(way.peak_bytes for way in found.ways)
+    limit = 21 * peaks[len(peaks) // 2] // 20 + 1  # so that about half of them fit
+    table = str(replace(found, memory=limit)).split("\n\n")[1].splitlines()[1:]
+    assert len(table) == 3 * 2
+    for base, dtype, on in {(way.base, way.dtype, way.checkpointing) for way in found.ways}:
+        alike = [way for way in found.ways if (way.base, way.dtype, way.checkpointing) == (base, dtype, on)]
+        fitting = [way for way in alike if way.fits(limit)]
+        way = fitting[0] if fitting else min(alike, key=lambda way: way.peak_bytes)
+        name = f"int8, else {dtype} " if base == "int8" else f"{base} "
+        (row,) = (row for row in table if row.startswith(name) and (" on " in row) is on)
+        assert f" {way.batch} x {way.accumulation} " in row
+        assert ("does not fit" in row) is not bool(fitting)
 
 
 def test_what_is_asked_for_is_kept(ask):

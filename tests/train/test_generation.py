@@ -78,9 +78,9 @@ def test_the_untouched_model_answers_beside_it(trained, stock):
 
 def test_prompts_of_different_lengths_are_answered_in_one_batch(trained, stock):
     expected = [stock([user(prompt)]) for prompt in PROMPTS]
-    assert answers(trained, PROMPTS, GREEDY, raw=False) == expected
+    assert answers(trained, PROMPTS, GREEDY) == expected
     untouched = [stock([user(prompt)], off=True) for prompt in PROMPTS]
-    assert answers(trained, PROMPTS, GREEDY, raw=False, base=True) == untouched
+    assert answers(trained, PROMPTS, GREEDY, base=True) == untouched
     assert untouched != expected
 
 
@@ -108,18 +108,18 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(trained):
 
 def test_sampling_is_the_seeds(trained):
     warm = Sampling(max_new_tokens=8, temperature=1.5)
-    first, again, other = (answers(trained, PROMPTS, replace(warm, seed=seed), raw=False) for seed in (1, 1, 2))
+    first, again, other = (answers(trained, PROMPTS, replace(warm, seed=seed)) for seed in (1, 1, 2))
     assert first == again != other
 
 
 def test_without_a_chat_template_a_prompt_is_continued(trained):
     tokenizer = trained.tokenizer
     assert encode(tokenizer, "w1 w2", raw=True) == tokenizer("w1 w2")["input_ids"]
-    talk = Conversation(trained, GREEDY, raw=True)
+    talk = Conversation(replace(trained, raw=True), GREEDY)
     assert talk.ask("w1 w2") == talk.ask("w1 w2")
     assert talk.turns == []
     with pytest.raises(CELoraError, match="--system needs the chat template"):
-        Conversation(trained, GREEDY, raw=True, system="w3")
+        Conversation(replace(trained, raw=True), GREEDY, system="w3")
 
 
 def test_what_cannot_be_asked_is_one_line(trained, monkeypatch):

@@ -68,8 +68,8 @@ def test_answers_stand_beside_the_rows(trained, tmp_path):
     )
     assert heard == [2, 4, 5]
     assert [row["id"] for row in made] == list(range(5))
-    assert made[3]["generated"] == answers(trained, ["w3"], GREEDY, raw=False)[0]
-    assert made[3]["generated_by_base"] == answers(trained, ["w3"], GREEDY, raw=False, base=True)[0]
+    assert made[3]["generated"] == answers(trained, ["w3"], GREEDY)[0]
+    assert made[3]["generated_by_base"] == answers(trained, ["w3"], GREEDY, base=True)[0]
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,18 @@ def test_prompts_are_given_as_the_rows_were(row, raw, inputs, tmp_path, capsys):
     ]
     for flags, without in (([], raw), (["--raw"], True), (["--template"], False)):
         assert main([*asked, "--max-new-tokens", "4", *flags]) == 0
-        (expected,) = answers(trained, ["w1 w2"], Sampling(4, 0.0, 0), raw=without)
+        (expected,) = answers(replace(trained, raw=without), ["w1 w2"], Sampling(4, 0.0, 0))
         assert json.loads(capsys.readouterr().out)["generated"] == expected
+
+
+def test_a_template_that_is_not_there_cannot_be_asked_for(folder, capsys):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    assert main(["chat", str(folder), "--prompt", "w1", "--template"]) == 2
+    assert "--template: the tokenizer of " in capsys.readouterr().err
+    assert main(["chat", str(folder), "--prompt", "w1", "--max-new-tokens", "2", "--temperature", "0"]) == 0
 
 
 def test_a_folder_of_peft_alone_names_its_base(folder, inputs):

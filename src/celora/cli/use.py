@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,13 +83,12 @@ def chat(
     quiet: Quiet = False,
     as_json: JsonLines = False,
 ) -> None:
-    with _loaded(out, model, base) as trained:
+    with _loaded(out, model, base, raw) as trained:
         from celora.train.use.generation import Conversation, Sampling
 
         sampling = Sampling(max_new_tokens, temperature, seed)
         who = {"adapter": False} | ({"base": True} if base else {})
-        raw = trained.raw if raw is None else raw
-        talks = {name: Conversation(trained, sampling, base=off, raw=raw, system=system) for name, off in who.items()}
+        talks = {name: Conversation(trained, sampling, base=off, system=system) for name, off in who.items()}
         if prompt is not None:
             _answer(prompt, talks, as_json)
             return
@@ -154,15 +154,12 @@ def generate(
         if not quiet:
             typer.echo(f"{done} of {len(rows)} rows answered", err=True)
 
-    with _loaded(out, model, base) as trained:
+    with _loaded(out, model, base, raw) as trained:
         from celora.train.use.generation import Sampling
 
         sampling = Sampling(max_new_tokens, temperature, seed)
-        raw = trained.raw if raw is None else raw
         try:
-            answer_all(
-                trained, rows, sampling, batch=batch_size, raw=raw, base=base, earlier=earlier, output=output, say=say
-            )
+            answer_all(trained, rows, sampling, batch=batch_size, base=base, earlier=earlier, output=output, say=say)
         except KeyboardInterrupt:
             if output is not None:
                 typer.echo("To continue, give the same command with --resume.", err=True)
@@ -203,8 +200,11 @@ def export(
 
 
 @contextlib.contextmanager
-def _loaded(out: Path, model: str | None, base: bool) -> Iterator[Any]:
-    """Load the trained model, and keep other libraries quiet while the body runs."""
+def _loaded(out: Path, model: str | None, base: bool, raw: bool | None) -> Iterator[Any]:
+    """Load the trained model, and keep other libraries quiet while the body runs.
+
+    Prompts are given to it without the chat template (`raw`), with it, or as its training rows were (None).
+    """
     from celora.train.loading import quiet_libraries
     from celora.train.use.generation import check_base
     from celora.train.use.trained import load_trained
@@ -214,7 +214,9 @@ def _loaded(out: Path, model: str | None, base: bool) -> Iterator[Any]:
         trained = load_trained(out, model)
         if base:
             check_base(trained)
-        yield trained
+        if raw is False and not trained.tokenizer.chat_template:
+            raise CELoraError(f"--template: the tokenizer of {trained.base!r} has no chat template; leave it out")
+        yield trained if raw is None else dataclasses.replace(trained, raw=raw)
 
 
 def _turns(interactive: bool) -> Iterator[str]:

@@ -86,7 +86,11 @@ def resolve(config: str | CELoraConfig, changes: Mapping[str, Any] | None = None
     if not changes:
         return config
     whole = [field.name for field in dataclasses.fields(CELoraConfig) if field.name not in (*LAYER_FIELDS, "overrides")]
-    for name in changes:
+    for name, value in changes.items():
+        if name == "preset":
+            raise CELoraError(
+                f"preset={value!r}: a preset is the second argument; write celora.attach(model, {value!r})"
+            )
         if name in LAYER_FIELDS or name == "overrides":
             raise CELoraError(f"{name} is a setting of layers; give a CELoraConfig, with overrides for some of them.")
         if name not in whole:

@@ -113,10 +113,21 @@ class Estimate:
         head = ["base", "preset", "checkpointing", "batch", "peak memory", "an epoch", "kept of LoRA", ""]
         if self.gpu is not None:
             head[4:6] = "peak memory", "smallest GPU", "an epoch, at least"
-        rows = [head, *(self._row(way) for way in self.ways)]
+        rows = [head, *(self._row(way) for way in self._shown())]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines += ["", *("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows), ""]
         return "\n".join([*lines, self.verdict()])
+
+    def _shown(self) -> list[Way]:
+        """One way of each base, preset and checkpointing: the fastest that fits or, if none does, the smallest."""
+        alike: dict[tuple[str, str, str, bool], list[Way]] = {}
+        for way in self.ways:
+            alike.setdefault((way.base, way.dtype, way.preset, way.checkpointing), []).append(way)
+        shown = [
+            next((way for way in ways if way.fits(self.memory)), min(ways, key=lambda way: way.peak_bytes))
+            for ways in alike.values()
+        ]
+        return sorted(shown, key=self.ways.index)
 
     def _row(self, way: Way) -> tuple[str, ...]:
         base = way.dtype if way.base != "int8" else f"int8, else {way.dtype}"

@@ -52,7 +52,6 @@ class Conversation:
     trained: Trained
     sampling: Sampling
     base: bool = False
-    raw: bool = False
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
@@ -64,7 +63,7 @@ class Conversation:
 
     @property
     def has_turns(self) -> bool:
-        return bool(self.trained.tokenizer.chat_template) and not self.raw
+        return bool(self.trained.tokenizer.chat_template) and not self.trained.raw
 
     def ask(self, prompt: str, say: Callable[[str], object] = lambda _: None) -> str:
         """Return the answer, and give it to `say` piece by piece. Ctrl-C ends the answer early.
@@ -83,7 +82,7 @@ class Conversation:
         if self.has_turns:
             before = self.turns or ([{"role": "system", "content": self.system}] if self.system else [])
             asked = [*before, {"role": "user", "content": prompt}]
-        tokens = encode(self.trained.tokenizer, asked, raw=self.raw)
+        tokens = encode(self.trained.tokenizer, asked, raw=self.trained.raw)
         interrupted: KeyboardInterrupt | None = None
         try:
             generate(self.trained, [tokens], self.sampling, base=self.base, streamer=_Streamer(self.trained, hear))
@@ -113,11 +112,9 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
             self.hear(text)
 
 
-def answers(
-    trained: Trained, prompts: Sequence[Prompt], sampling: Sampling, *, raw: bool, base: bool = False
-) -> list[str]:
+def answers(trained: Trained, prompts: Sequence[Prompt], sampling: Sampling, *, base: bool = False) -> list[str]:
     """One answer for each prompt, all generated in one batch."""
-    tokens = [encode(trained.tokenizer, prompt, raw=raw) for prompt in prompts]
+    tokens = [encode(trained.tokenizer, prompt, raw=trained.raw) for prompt in prompts]
     made = generate(trained, tokens, sampling, base=base)
     return [str(text) for text in trained.tokenizer.batch_decode(made, skip_special_tokens=True)]
 

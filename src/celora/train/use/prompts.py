@@ -91,7 +91,6 @@ def answer_all(
     sampling: Sampling,
     *,
     batch: int,
-    raw: bool = False,
     base: bool = False,
     earlier: Sequence[dict[str, Any]] = (),
     output: Path | None = None,
@@ -111,9 +110,9 @@ def answer_all(
         for start in range(len(done), len(rows), batch):
             part = rows[start : start + batch]
             prompts = [prompt for _, prompt in part]
-            columns = {GENERATED: answers(trained, prompts, sampling, raw=raw)}
+            columns = {GENERATED: answers(trained, prompts, sampling)}
             if base:
-                columns[BY_BASE] = answers(trained, prompts, sampling, raw=raw, base=True)
+                columns[BY_BASE] = answers(trained, prompts, sampling, base=True)
             new = [row | {name: texts[i] for name, texts in columns.items()} for i, (row, _) in enumerate(part)]
             done += new
             say(len(done), new)

@@ -28,7 +28,7 @@ class Trained:
     tokenizer: Any
     folder: Path
     base: str  # the base model's name, folder or GGUF file
-    raw: bool = False  # whether it was trained on texts, without the chat template
+    raw: bool = False  # prompts come without the chat template, as where it was trained on texts
 
 
 def load_trained(folder: Path, base: str | None = None) -> Trained:
