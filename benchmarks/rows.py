@@ -43,8 +43,8 @@ def where(row: Mapping[str, Any]) -> str:
 
 
 def machine(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What identifies the machine of a row. Rows without the field `amx` are from CPUs without AMX."""
-    return row["cpu"], bool(row.get("amx")), row.get("onednn_max_cpu_isa")
+    """What identifies the machine of a row. Rows without the field `amx` are older, and count as without AMX."""
+    return row.get("cpu"), row.get("device", "cpu"), bool(row.get("amx")), row.get("onednn_max_cpu_isa")
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -42,9 +42,9 @@ def scores() -> str:
             difference = ""
             if shared and arm not in ("LoRA", "untouched"):
                 compared += len(shared) > 1
-                difference = _difference(
-                    [by_seed[s]["test"] for s in shared], [base[s]["test"] for s in shared], by_seed[shared[0]]
-                )
+                one, other = by_seed[shared[0]], base[shared[0]]
+                difference = _difference([by_seed[s]["test"] for s in shared], [base[s]["test"] for s in shared], one)
+                difference += "" if rows.machine(one) == rows.machine(other) else ", on another CPU"
             one = next(iter(by_seed.values()))
             tried = {row["learning_rate"] for row in found if (row["task"], row["arm"], row["seed"]) == (task, arm, 0)}
             rate = "" if arm == "untouched" else f"{one['learning_rate']:g} of {len(tried)}"
@@ -64,15 +64,20 @@ def scores() -> str:
         "test (range)",
         "against LoRA (95 %)",
     ]
+    trained: dict[str, list[str]] = {}
+    for row in found:
+        trained.setdefault(rows.where(row), []).append(f"{row['task']} {row['arm']}")
+    where = "; ".join(f"{place} ({', '.join(dict.fromkeys(names))})" for place, names in trained.items())
+    told = f"\n\nTrained on {where}. An interval on another CPU than LoRA's has the rounding of two CPUs in it."
     if not timed:
-        return rows.markdown(header, body)
+        return rows.markdown(header, body) + told
     by_task = {row["task"]: rows.where(row) for row in timed if row["task"] in {line[0] for line in body}}
     places = [
         f"{place} ({', '.join(task for task, its in by_task.items() if its == place)})"
         for place in dict.fromkeys(by_task.values())
     ]
     return rows.markdown(header, body) + (
-        f"\n\nSteps timed in turns: {'; '.join(places)}. Each interval is by itself: of {compared}, about "
+        f"{told} Steps timed in turns: {'; '.join(places)}. Each interval is by itself: of {compared}, about "
         f"{0.05 * compared:.0f} leave out zero by chance."
     )
 
@@ -90,10 +95,14 @@ def verdict() -> str:
             # A point is a point, whatever a difference of two floats makes of it.
             holds = _YES[round(-mean, 9) <= max(error, _POINT)]
             later = [_hundredths(ahead[rival]) if preset == "auto" else "" for rival in _RIVALS]
-            body.append([task, preset, str(len(ahead["LoRA"])), _hundredths(ahead["LoRA"]), holds, *later])
+            alike = {rows.machine(row) for arm in ("LoRA", preset) for row in chosen(found, task, arm).values()}
+            elsewhere = "" if len(alike) == 1 else ", on another CPU"
+            by = _hundredths(ahead["LoRA"]) + elsewhere
+            body.append([task, preset, str(len(ahead["LoRA"])), by, holds, *later])
     if not body:
         return "No task has all of its runs yet."
-    header = ["task", "preset", "seeds", "against LoRA, equal steps", "within one standard error or a point"]
+    judged = "not below by more than one standard error or a point"
+    header = ["task", "preset", "seeds", "against LoRA, equal steps", judged]
     if any(any(line[len(header) :]) for line in body):
         header += ["against LoRA, equal time", "against the upper half, equal time"]
     body = [line[: len(header)] for line in body]
@@ -102,7 +111,7 @@ def verdict() -> str:
     }
     return rows.markdown(header, body) + (
         "\n\nHundredths (points, or 0.01 nats per token) by which the preset is better, means over seeds ± standard "
-        "error. Within one standard error or a point of LoRA at equal steps: "
+        "error. Not below LoRA by more than one standard error or a point at equal steps: "
         + ", ".join(f"`{preset}` {kept.count('yes')} of {len(kept)} tasks" for preset, kept in held.items())
         + "."
     )

@@ -53,8 +53,7 @@ def make_checkpoint(folder: str, given: argparse.Namespace) -> None:
 def measure(folder: str, given: argparse.Namespace) -> dict[str, Any]:
     """The memory of one arm, in MiB: at its peak while it is loaded, and in all."""
     held = given.arm.endswith("base int8")
-    if given.arm != "PEFT":
-        keep_freed_memory()
+    keep_freed_memory()
     forget_peak(_CPU)
     before = _resident()
     if held:

@@ -1,7 +1,7 @@
 """What refreshing costs: the time of every optimizer step of a run, with refreshes spread and all at once.
 
 SmolLM2-135M-Instruct, bf16, LoRA r=16, 4 x 128 tokens. There are three runs: `paper` (all layers refresh at steps 0,
-200, ...), `paper` with spread refreshes, and a plan (`auto`). The interval is shortened to 20 steps, and each run has
+200, ...), `paper` with spread refreshes, and a plan. The interval is shortened to 20 steps, and each run has
 two intervals. The share of time at the default interval of 200 follows from the extra time of one. Writes
 `refresh.jsonl`.
 """
@@ -31,7 +31,7 @@ INTERVAL, DEFAULT = 20, 200
 def run(arm: str) -> dict[str, object]:
     batches, _ = training.batches_of(0)
     model = training.make_model("exact LoRA", 0)
-    if arm == "auto":
+    if arm == "plan":
         config = celora.make_plan(model, batches).config()
     else:
         config = dataclasses.replace(PRESETS["paper"], spread="spread" in arm)
@@ -70,7 +70,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     logging.disable_progress_bar()
     keep_freed_memory()
-    found = [run(arm) for arm in ("paper", "paper, spread", "auto")]
+    found = [run(arm) for arm in ("paper", "paper, spread", "plan")]
     for row in found:
         Console().print({key: value for key, value in row.items() if key not in rows.conditions()})
     rows.write(Path(__file__).with_name("refresh.jsonl"), found)

@@ -30,7 +30,7 @@ HALF += COMPILED
 FULL = [Cell(cell.model, cell.data, "float32") for cell in HALF]
 SWEEP = [Cell("h1024-v32k", "full", tokens=tokens) for tokens in (64, 256, 1024, 2048)]
 SWEEP += [Cell(f"h{hidden}-v32k", "full") for hidden in (256, 512, 2048)]
-SWEPT = ("PEFT", "exact", "paper", "auto", "limit")
+SWEPT = ("PEFT", "exact", "paper", "auto", "plan", "limit")
 
 
 def run(cells: Iterable[Cell], path: Path, arms: Sequence[str] | None, repeats: int) -> None:

@@ -10,11 +10,15 @@ from typing import Any
 
 from benchmarks import rows
 from benchmarks.steps.fast import SHAPES
+from benchmarks.steps.step import SWEPT
 from celora.studies.cells import told
 
 HERE = Path(__file__).parent
 _WITHOUT_PLAN = ("exact", "auto", "fast")
-_SHOWN = ("PEFT + compile", "PEFT upper half", "exact", "exact + compile", "paper", "auto", "limit", "limit of exact")
+_SHOWN = (
+    "PEFT + compile", "PEFT upper half", "exact", "exact + compile", "paper", "auto", "plan", "fast", "limit",
+    "limit of exact",
+)  # fmt: skip
 
 
 def step_float32() -> str:
@@ -34,14 +38,14 @@ def _step(dtype: str, *, amx: bool) -> str:
     for key in dict.fromkeys((row["model"], row["data"]) for row in found):
         by_arm = {row["arm"]: row for row in found if (row["model"], row["data"]) == key}
         speed = [f"{by_arm[arm]['speed_up']:.2f}" if "speed_up" in by_arm.get(arm, {}) else "" for arm in shown]
-        memory = [f"{by_arm[arm]['peak_memory'] / by_arm['PEFT']['peak_memory']:.2f}" for arm in ("exact", "auto")]
+        memory = [f"{by_arm[arm]['peak_memory'] / by_arm['PEFT']['peak_memory']:.2f}" for arm in ("exact", "plan")]
         time_ms = {arm: row["time_ms"] for arm, row in by_arm.items() if "time_ms" in row}
         most = time_ms["PEFT"] - time_ms["limit of exact"]
-        reached = [f"{(time_ms['PEFT'] - time_ms[arm]) / most:.0%}" for arm in ("exact", "paper", "auto")]
+        reached = [f"{(time_ms['PEFT'] - time_ms[arm]) / most:.0%}" for arm in ("exact", "paper", "plan")]
         body.append([*key, f"{time_ms['PEFT']:.0f} ms", *speed, " / ".join(reached), " / ".join(memory)])
     one = found[0]
-    reach = "share of the limit of exact: exact / paper / auto"
-    header = ["model", "data", "PEFT", *shown, reach, "peak memory over PEFT's, exact / auto"]
+    reach = "share of the limit of exact: exact / paper / plan"
+    header = ["model", "data", "PEFT", *shown, reach, "peak memory over PEFT's, exact / plan"]
     absent = {row["arm"]: row["not_run"] for row in found if "not_run" in row}
     left_out = "; ".join(f"{arm}: {reason}" for arm, reason in absent.items())
     return (
@@ -93,7 +97,7 @@ def step_parts() -> str:
     found = [row for row in rows.select(HERE / "step.jsonl", amx=True) if "time_ms" in row]
     body = []
     for row in found:
-        if row["arm"] in ("PEFT", "exact", "auto"):
+        if row["arm"] in ("PEFT", "exact", "plan"):
             peak = f"{row['peak_memory'] / 2**20:.0f}"
             parts = [f"{row[part]:.0f}" for part in ("forward_ms", "backward_ms", "optimizer_ms")]
             spread = f"{row['p20_ms']:.0f} to {row['p80_ms']:.0f}"
@@ -104,21 +108,21 @@ def step_parts() -> str:
             )
     header = ["model", "data", "arm", "ms/step", "20/80th percentile", "forward", "backward", "optimizer", "tokens/s"]
     return rows.markdown([*header, "MiB saved for backward", "MiB peak"], body) + (
-        f"\n\n{told(row['model'] for row in found)}"
+        f"\n\n{found[0]['dtype']}, {rows.where(found[0])}. {told(row['model'] for row in found)}"
     )
 
 
 def step_sweep_amx() -> str:
     """How the cost grows with the tokens of a step and with the hidden size, on a CPU with matrix instructions."""
     found = [row for row in rows.select(HERE / "step-sweep.jsonl", amx=True) if "time_ms" in row]
-    body = []
+    body, shown = [], [arm for arm in SWEPT[1:] if any(row["arm"] == arm for row in found)]
     for cell in dict.fromkeys(tuple(row["cell"]) for row in found):
         by_arm = {row["arm"]: row for row in found if tuple(row["cell"]) == cell}
         plain = by_arm["PEFT"]
-        speed = [f"{by_arm[arm]['speed_up']:.2f}" for arm in ("exact", "paper", "auto", "limit")]
+        speed = [f"{by_arm[arm]['speed_up']:.2f}" for arm in shown]
         body.append([cell[0], str(plain["tokens"]), f"{plain['time_ms']:.0f} ms", *speed])
-    return rows.markdown(["model", "tokens per step", "PEFT", "exact", "paper", "auto", "limit"], body) + (
-        f"\n\n{rows.where(found[0])}. {told(row['cell'][0] for row in found)}"
+    return rows.markdown(["model", "tokens per step", "PEFT", *shown], body) + (
+        f"\n\n{found[0]['dtype']}, {rows.where(found[0])}. {told(row['cell'][0] for row in found)}"
     )
 
 
@@ -143,7 +147,8 @@ def refresh() -> str:
         "share of the time, every 200",
     ]
     return rows.markdown(header, body) + (
-        f"\n\nSmolLM2-135M ({rows.UNPACKED}), 4 x 128 tokens, bfloat16, {rows.where(found[0])}."
+        f"\n\nSmolLM2-135M ({rows.UNPACKED}), 4 x 128 tokens, bfloat16, {rows.where(found[0])}. A "
+        "refresh every 20 steps; the plan keeps a cosine of 0.99, the default of that time."
     )
 
 
