@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations, prune
 
 import celora
 from celora import CELoraConfig
+from celora.machine.precision import float32_roundoff, whole_float32
 from celora.modeling import trial
 from celora.modeling.graft import LayerGraft
 from celora.modeling.survey import survey
@@ -282,6 +283,30 @@ def test_reduced_products_that_the_user_allows_are_no_difference() -> None:
     finally:
         torch.set_float32_matmul_precision(before)  # type: ignore[arg-type]
     assert "does not compute" in str(unlike(linear))
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9 has one setting")
+def test_tf32_for_all_backends_is_no_reason_against_a_layer() -> None:
+    """`TrainingArguments(tf32=True)` sets this. torch then refuses to say what its older setting is."""
+    linear = nn.Linear(256, 64).requires_grad_(False)
+    for matmul in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        matmul.fp32_precision = "none"  # what holds for all
+    torch.backends.fp32_precision = "tf32"
+    try:
+        assert unlike(linear) == ""
+        assert float32_roundoff(torch.device("cpu")) == float32_roundoff(torch.device("cuda")) == 2.0**-11
+        with whole_float32():
+            assert float32_roundoff(torch.device("cuda")) == 2.0**-24
+        assert float32_roundoff(torch.device("cuda")) == 2.0**-11
+    finally:
+        torch.backends.fp32_precision = "none"
+    assert float32_roundoff(torch.device("cuda")) == 2.0**-24
+
+
+def test_the_default_device_does_not_matter() -> None:
+    linear = nn.Linear(256, 64).requires_grad_(False)
+    with torch.device("meta"):
+        assert unlike(linear) == ""
 
 
 def test_a_layer_is_called_once_for_its_trial_and_no_hook_is(monkeypatch: pytest.MonkeyPatch) -> None:

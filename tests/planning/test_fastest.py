@@ -29,6 +29,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
+@pytest.fixture(autouse=True)
+def _few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if 61 words were many."""
+    patch_all(monkeypatch, "celora.planning.fastest:_LEAST_WORDS", 0)
+
+
 def times(monkeypatch: pytest.MonkeyPatch, *milliseconds: float) -> list[int]:
     """Let timings take these milliseconds, in the order of the contenders. Returns the number of contenders each time.
 
@@ -216,3 +222,16 @@ def test_auto_needs_no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     celora.attach(model, "auto", labelled_head=False, target_error=0.1)
     config = require(model).config
     assert (config.head_keep_ratio, config.most_error) == (1.0, None)
+
+
+@pytest.mark.parametrize(("least", "share"), [(6, 0.1), (7, 0.3), (18, 0.3), (19, 1.0), (2048, 1.0)])
+@pytest.mark.parametrize("config", [FAST, AUTO], ids=["fast", "auto"])
+def test_a_small_vocabulary_keeps_more(
+    config: celora.CELoraConfig, least: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head has 61 words. A draw of fewer than the targets is mostly noise."""
+    times(monkeypatch, 10.0, 6.0, 6.5, 9.0)
+    patch_all(monkeypatch, "celora.planning.fastest:_LEAST_WORDS", least)
+    assert gate(survey(make_model()), config).head_keep_ratio == share
+    own = dataclasses.replace(config, head_keep_ratio=0.05)
+    assert gate(survey(make_model()), own).head_keep_ratio == 0.05  # the user's

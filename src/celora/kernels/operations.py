@@ -237,8 +237,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, transposed: bool) -> Tens
 def attention(query: Tensor, key: Tensor, value: Tensor, sequences: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention of each of `sequences`, (batch, first token, length): (S, 3) int64, which hold every token.
 
-    `query: (B, H, T, d)`, `key`, `value`: (B, H or fewer, T, d), bfloat16, d a multiple of 32. Returns (B, T, H, d) and
-    the logarithms of the sums of the softmax, float32 (B, H, T). Where `available`.
+    `query: (B, H, T, d)`, `key`, `value`: (B, H or fewer, T, d), float32 or bfloat16, d a multiple of 32. Returns
+    (B, T, H, d) and the logarithms of the sums of the softmax, float32 (B, H, T). Where `available`.
     """
     run = choose("attention", query.device).run
     found: tuple[Tensor, Tensor] = run(query, key, value, sequences, scale=scale)

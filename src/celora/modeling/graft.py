@@ -154,6 +154,22 @@ class LayerGraft(Measured, Hook):
             quantised[self.key] = module
         return module.register_forward_hook(self, prepend=not isinstance(module, FSDPModule))
 
+    def mode_of_call(self, weight: Tensor | None) -> Mode:
+        """The mode; exact in a call where padding predicts a label, because that gradient would decide what is kept.
+
+        For a sharded `weight` it is the mode, because all processes must gather the same parts of it.
+        """
+        if not self.switch.astray or self.estimator.keep_ratio == 1 or isinstance(weight, DTensor):
+            return self.mode
+        if not torch.compiler.is_compiling():
+            self.switch.say_once(
+                "astray",
+                "in this batch padding predicts a label, so its backward is exact, as it will be, without a word, "
+                "whenever this happens again. Pad on the right, or give the first token of each sequence the label "
+                "-100.",
+            )
+        return Mode.EXACT
+
     def mode_for(self, mode: Mode, witness: Tensor, weight: Tensor | None) -> Mode:
         """`mode`, or exact for a gradient that cannot be estimated: without tokens, not finite, or about to overflow.
 
@@ -234,7 +250,7 @@ def remember(
     ctx: Any, x: Tensor, output: Tensor, bias: Tensor | None, weight: Tensor | None, layer: LayerGraft
 ) -> None:
     """Store in `ctx` what the backward of a grafted layer needs, without saving a tensor."""
-    ctx.weight, ctx.layer, ctx.mode = weight, layer, layer.mode
+    ctx.weight, ctx.layer, ctx.mode = weight, layer, layer.mode_of_call(weight)
     ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
     # Marked dirty, and not a view, so that the caller may change it in place, like any linear layer's output.

@@ -153,11 +153,13 @@ class ModelGraft(Measured, Hook):
         """Begin to compute a call's loss. Returns the model's new arguments, or None if no token is labelled."""
         next_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         labelled = next_labels != IGNORED
-        numbers, packs = labelled.sum()[None], self._packs(causal, given, labels.shape)
+        astray = packing.predicted_from_padding(labelled, given.get("attention_mask"))
+        numbers, packs = torch.stack([labelled.sum(), astray]), self._packs(causal, given, labels.shape)
         if packs:
             kept, more = packing.measure(labelled, given.get("attention_mask"))
             numbers = torch.cat([numbers, more])
-        count, *read = numbers.tolist()  # the only wait for the device, when it is idle
+        count, astray, *read = numbers.tolist()  # the only wait for the device, when it is idle
+        self.switch.astray = bool(astray)
         if not count and not gathers(causal):
             return None
         place = packing.places(labelled.flatten(), count)

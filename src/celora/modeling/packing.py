@@ -24,6 +24,16 @@ from celora.numerics.select import grain
 _LEAST_SAVING = 0.05  # share of the tokens; below, varying shapes cost more than they save, unless attention gains
 
 
+def predicted_from_padding(labelled: Tensor, attention_mask: Any) -> Tensor:
+    """Whether padding predicts a label, 0-d: with left padding, that of a sequence's first token.
+
+    No token is behind such a gradient, and a norm makes it huge: it would decide which tokens an estimate keeps.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != labelled.shape:
+        return labelled.new_zeros(())
+    return (labelled & (attention_mask == 0)).any()
+
+
 def measure(labelled: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Which tokens a packed batch keeps, (B, T) bool, and the numbers that `pack` needs, (B + 2,) int64.
 

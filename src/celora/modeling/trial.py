@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from celora.borrowed import borrow
+from celora.machine.precision import float32_roundoff
 from celora.modeling.hooks import is_ours
 from celora.weights.read import bias_of, plain_weight, read, shape_of, unreadable
 from celora.weights.sharded import whole
@@ -103,7 +104,8 @@ def unlike(module: nn.Module, seen: tuple[Tensor, Tensor] | None = None) -> str 
     try:
         different = _compared(module, seen if isinstance(weight, DTensor) else None)
     except Exception as error:  # the layer refuses such an input, for whatever reason
-        different = f"it cannot be tried: {type(error).__name__}"
+        said = str(error).partition("\n")[0][:120]
+        different = f"it cannot be tried: {type(error).__name__}" + (f", {said}" if said else "")
     forward = module.__dict__.get("forward")
     if different is not None and (forward is None or is_ours(forward)):
         _outcomes[module] = weakref.ref(weight), type(module).forward, different
@@ -122,7 +124,8 @@ def _compared(module: nn.Module, seen: tuple[Tensor, Tensor] | None) -> str | No
         weight = whole(weight, found.dtype)
     with torch.autocast(found.device.type, enabled=False):
         if isinstance(weight, StoredWeight) and out_features > _STORED:
-            index = torch.randperm(out_features, generator=_generator())[:_STORED].sort().values.to(found.device)
+            chosen = torch.randperm(out_features, generator=_generator(), device="cpu")[:_STORED]
+            index = chosen.sort().values.to(found.device)
             rows = rows_of(weight, index, found.dtype)
             found, bias = found.index_select(-1, index), None if bias is None else bias.index_select(0, index)
         else:
@@ -152,7 +155,7 @@ def _tried(module: nn.Module, weight: Tensor, in_features: int) -> tuple[Tensor,
     if isinstance(weight, StoredWeight):
         dtype = bias.dtype if bias is not None else weight.compute_dtype or weight.dtype
     signs = torch.randint(2, (_ROWS, in_features), generator=_generator(), device="cpu") * 2.0 - 1
-    x = (signs * torch.tensor([0.5, 1.0, 2.0, 4.0])[:, None]).to(weight.device, dtype)
+    x = (signs * torch.tensor([0.5, 1.0, 2.0, 4.0], device="cpu")[:, None]).to(weight.device, dtype)
     before = dict(module.__dict__)  # a layer may adopt the dtype of its first input
     module.training = True
     try:
@@ -167,7 +170,7 @@ def _tried(module: nn.Module, weight: Tensor, in_features: int) -> tuple[Tensor,
 
 def _generator() -> torch.Generator:
     """A separate generator, so that no other random numbers change."""
-    return torch.Generator().manual_seed(0)
+    return torch.Generator("cpu").manual_seed(0)
 
 
 def _roundoff(weight: Tensor, found: Tensor) -> tuple[float, float]:
@@ -181,9 +184,8 @@ def _roundoff(weight: Tensor, found: Tensor) -> tuple[float, float]:
     if found.dtype == torch.float64:
         return rounding, rounding
     # float32 products may use shorter numbers: on CPU if the user allows it, on other devices always.
-    shorter = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}[torch.get_float32_matmul_precision()]
     elsewhere = 2.0**-11 if found.device.type != "cpu" else 0.0
-    return max(rounding, shorter, elsewhere), 2.0**-24
+    return max(rounding, float32_roundoff(found.device), elsewhere), 2.0**-24
 
 
 def _aligns_devices(module: nn.Module, forward: Any) -> bool:

@@ -29,11 +29,13 @@ from celora.modeling.assign import rank_of
 from celora.modeling.survey import Survey
 from celora.planning.candidates import EXACT, make_candidate
 from celora.planning.head_evidence import time_shares
+from celora.runtime.ladder import WORDS
 from celora.settings.config import CELoraConfig, LayerConfig
 
 TOKENS = 512  # products are timed with at most so many; the fastest stays the fastest with more
 _FEWEST, _MOST_NUMBERS = 16, 2**31  # at least so many tokens; at most so many multiplications in a product
 _REPEATS = 5
+_LEAST_WORDS = 2048  # to draw: the targets of some 1,000 tokens, and as many that they are confused with
 _CLEARLY = 0.97  # of PEFT's time; a smaller gain may be noise
 
 
@@ -131,11 +133,18 @@ def _step(
 
 
 def _share(found: Survey, config: CELoraConfig, labelled: int) -> float:
-    """The share of the words for the gradient of the logits: the configuration's, or 1 if 1 is as fast."""
+    """The share of the words for the gradient of the logits: the configuration's, or 1 if 1 is as fast.
+
+    A rule's share is larger for small vocabularies: a draw of fewer words than there are targets is mostly noise.
+    """
     share, model = config.head_keep_ratio, found.language_model
-    if share == 1 or config.head_forward != "exact" or model is None:
+    if share == 1 or model is None:
         return share
     weight = model.head.weight.detach()
+    if share in WORDS:
+        share = next((rung for rung in WORDS if rung >= max(share, _LEAST_WORDS / len(weight))), 1.0)
+    if share == 1 or config.head_forward != "exact":
+        return share
     if isinstance(weight, DTensor) or weight.is_meta or not weight.is_floating_point() or cannot_time(weight.device):
         return share
     if _untried(config, weight.device):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from celora.errors import CELoraError
 from celora.machine.memory import available_memory
+from celora.machine.precision import whole_float32
 from celora.machine.processes import in_company
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -38,21 +39,18 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     _refuse(model)
     _check_memory(short)
     kept = [(t, t.data, t.grad) for t in short]
-    precision = torch.get_float32_matmul_precision()
-    with ExitStack() as stack:
+    with whole_float32(), ExitStack() as stack:
         for device in {t.device.type for t in model.parameters()}:
             stack.enter_context(torch.autocast(device, enabled=False))
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
                 stack.callback(module.register_forward_hook(_check_output).remove)
         try:
-            torch.set_float32_matmul_precision("highest")
             for tensor, data, _ in kept:
                 tensor.grad = None  # a gradient must have its parameter's dtype
                 tensor.data = data.float()
             yield
         finally:
-            torch.set_float32_matmul_precision(precision)
             for tensor, data, grad in kept:
                 tensor.grad = None
                 tensor.data = data

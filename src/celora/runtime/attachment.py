@@ -198,7 +198,7 @@ class Attachment:
                 stacklevel=2,
             )
         if step == (min(self.config.refresh_every, _FIRST_ROUND) if self.config.spread else 1):
-            if modes != {False}:
+            if modes != {False} and not self.switch.astray:
                 self._check_passed_by()
             self._check_planned()
         self.set_modes(step)

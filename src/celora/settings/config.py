@@ -52,7 +52,7 @@ class CELoraConfig(LayerConfig):
     Attributes:
         estimator, keep_ratio, rank, ...: the setting of every layer that no override names; see `LayerConfig`.
         refresh_every: optimizer steps from one exact, observed backward to the next (the paper's tau).
-        spread: let layers refresh in turns instead of all at once, so that no step is much slower than its neighbours.
+        spread: let layers refresh in turns instead of all at once, so that the cost is spread over steps.
         target_error: move each layer's `keep_ratio`, so that its relative error at refreshes stays near this value
             (`celora.runtime.target_error`).
         most_error: the largest relative error at a refresh. A layer above it keeps more, or becomes exact; a layer far

@@ -94,7 +94,7 @@ class Estimate:
         """For JSON."""
         ways = [
             asdict(way)
-            | {"fits": way.fits(self.memory), "quality": QUALITY.get(way.preset, "")}
+            | {"fits": way.fits(self.memory), "quality": _quality(way)}
             | ({} if self.gpu is None else {"smallest_gpu_gb": gpus.smallest(way)})
             for way in self.ways
         ]
@@ -110,7 +110,7 @@ class Estimate:
         lines += [self.cut] if self.cut else []
         if self.gpu is not None:
             lines.append(f"{self.gpu}: computed from its published peaks, not measured.")
-        head = ["base", "preset", "checkpointing", "batch", "peak memory", "an epoch", "kept of LoRA", ""]
+        head = ["base", "preset", "checkpointing", "batch", "peak memory", "an epoch", "kept on one text", ""]
         if self.gpu is not None:
             head[4:6] = "peak memory", "smallest GPU", "an epoch, at least"
         rows = [head, *(self._row(way) for way in self._shown())]
@@ -135,7 +135,7 @@ class Estimate:
         on = () if self.gpu is None else (f"{gpus.smallest(way) or 'over ' + str(max(USABLE))} GB",)
         return (
             base, way.preset, "on" if way.checkpointing else "off", f"{way.batch} x {way.accumulation}",
-            gib(way.peak_bytes), *on, _time(way.epoch_seconds), QUALITY.get(way.preset, ""), mark,
+            gib(way.peak_bytes), *on, _time(way.epoch_seconds), _quality(way), mark,
         )  # fmt: skip
 
     def verdict(self) -> str:
@@ -157,6 +157,11 @@ class Estimate:
             f"{' and checkpointing' if least.checkpointing else ''}; shorten rows with --max_length, or take a smaller "
             "model"
         )
+
+
+def _quality(way: Way) -> str:
+    """What its preset kept of LoRA's improvement where that was measured; of a base in int8, only `fast` was."""
+    return QUALITY.get(way.preset, "") if way.base != "int8" or way.preset == "fast" else ""
 
 
 def estimate(
