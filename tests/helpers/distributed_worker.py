@@ -238,6 +238,37 @@ def one_without_labels(config: Any, rank: int, world: int) -> list[float]:
     return losses
 
 
+def uneven(config: Any, rank: int) -> list[float]:
+    """The losses if one process has few tokens, and its first batch is not finite. Each layer is sharded by itself."""
+    model, embedding = make_model(), make_base().get_input_embeddings()
+    celora.fsdp.shard(model)
+    celora.attach(model, config)
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for step in range(3):
+        ids = global_batch(step)[rank : rank + 1] if rank else global_batch(step)
+        embedded = embedding(ids).detach()
+        if (rank, step) == (1, 0):
+            embedded[0, 0] = float("nan")
+        loss = model(inputs_embeds=embedded, labels=ids).loss
+        loss.backward()
+        if step:
+            optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def with_fewest(tokens: int, work: Callable[[], Any]) -> Any:
+    """What `work` returns if batches of fewer tokens take PEFT's own path, as they do outside tests."""
+    before, fused._FEWEST_TOKENS = fused._FEWEST_TOKENS, tokens
+    try:
+        return work()
+    finally:
+        fused._FEWEST_TOKENS = before
+
+
 def see(graft: LayerGraft, base: Any) -> None:
     torch.manual_seed(5)
     graft.observe(torch.randn(30, base.out_features), base.weight)
@@ -254,6 +285,9 @@ def main() -> None:
         "unseen": lambda: one_without_a_gradient(rank),
         "at odds": lambda: at_odds(rank),
         "planned": lambda: planned_apart(rank),
+        "uneven": lambda: with_fewest(
+            50, lambda: {config: uneven(config, rank) for config in ("off", "exact", "paper")}
+        ),
         "labels": lambda: {config: one_without_labels(config, rank, world) for config in ("off", "exact")},
     }
     for name in names or work:

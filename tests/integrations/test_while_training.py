@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import celora
 from celora import CELoraConfig, CELoraError
 from celora.integrations.while_training import AttachWhileTraining, in_one_line, read_settings
 from celora.runtime.attachment import find, require
+from patching import patch_all
 from small import adapter, make_base, make_batch, make_model
 
 COLUMNS = {"keep_ratio": 0.5, "rank": 4, "refresh_every": 3}
@@ -84,6 +87,43 @@ def test_the_program_decides_if_it_attaches_itself(tmp_path: Path, capsys: pytes
     trainer(tmp_path, AttachWhileTraining("exact"), model=model).train()
     assert require(model).config == CELoraConfig(**COLUMNS)
     assert "celora: LlamaForCausalLM was attached by the program itself, which decides.\n" in capsys.readouterr().err
+
+
+class Interrupts(TrainerCallback):
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_training_that_was_interrupted_is_not_the_programs_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model()
+    first = trainer(tmp_path, AttachWhileTraining(COLUMNS), model=model)
+    first.add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    trainer(tmp_path, AttachWhileTraining("exact"), model=model).train()
+    assert find(model) is None
+    assert "attached by the program itself" not in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:celora. (at step|from step)")
+@pytest.mark.parametrize("changes", [{}, {"labelled_head": False}])
+def test_where_timing_decides_otherwise_a_resumed_training_goes_on_as_it_began(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another machine. Settings that a user has changed since are refused."""
+    trainer(tmp_path, AttachWhileTraining("auto"), save_steps=2).train()
+
+    def other(found: Any, config: CELoraConfig) -> CELoraConfig:
+        return dataclasses.replace(config, overrides={"*": {"estimator": "dense"}}, head_keep_ratio=1.0)
+
+    patch_all(monkeypatch, "celora.planning.fastest:gate", other)
+    resumed = trainer(tmp_path, AttachWhileTraining({"preset": "auto", **changes}), max_steps=6)
+    wrong = pytest.raises(CELoraError, match="made with another configuration") if changes else nullcontext()
+    with wrong:
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert changes or resumed.state.global_step == 6
 
 
 def test_a_model_without_adapters_trains_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

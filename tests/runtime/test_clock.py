@@ -124,3 +124,38 @@ def test_a_dropped_owner_takes_its_clock_along() -> None:
     del owner
     assert not any(True for _ in clock._running)
     assert len(optim._global_optimizer_post_hooks) == before
+
+
+class Outer(SGD):
+    """Its step is that of another optimizer, as that of torch's `ZeroRedundancyOptimizer` is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module.parameters(), lr=0.1)
+        self.inner = _optimizer(module)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+
+def test_a_step_inside_a_step_counts_once() -> None:
+    owner = Owner(nn.Linear(2, 2))
+    optimizer = Outer(owner.module)
+    for _ in range(3):
+        optimizer.step()
+    optimizer.inner.step()
+    assert owner.steps == [1, 2, 3, 4]
+    assert owner.others == 0
+    owner.clock.stop()
+
+
+def test_clocks_are_told_in_the_order_of_their_models() -> None:
+    """In every process the same: what a clock calls may wait for the other processes."""
+    owners = [Owner(nn.Linear(2, 2)) for _ in range(20)]
+    told: list[int] = []
+    for i, owner in enumerate(owners):
+        owner.on_step = lambda step, i=i: told.append(i)  # type: ignore[method-assign, misc]
+        owner.clock._on_step = lambda owner=owner: owner.on_step  # type: ignore[assignment, misc]
+    SGD([p for owner in owners for p in owner.module.parameters()], lr=0.1).step()
+    assert told == list(range(20))
+    for owner in owners:
+        owner.clock.stop()

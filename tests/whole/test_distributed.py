@@ -39,7 +39,9 @@ def all_of_them(folder: Path, names: Collection[str], processes: int) -> dict[st
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    return all_of_them(tmp_path_factory.mktemp("two"), [*SCENARIOS, "unseen", "at odds", "planned", "labels"], 2)
+    return all_of_them(
+        tmp_path_factory.mktemp("two"), [*SCENARIOS, "unseen", "at odds", "planned", "labels", "uneven"], 2
+    )
 
 
 def alone(scenario: dict[str, Any], replicas: int = 1) -> list[float]:
@@ -167,6 +169,14 @@ def test_a_process_whose_head_has_nothing_to_do_gathers_it_with_the_others(ran):
     assert second["off"][2] == 0
     for process in (first, second):
         assert process["exact"] == pytest.approx(process["off"], abs=TOLERANCE, nan_ok=True)
+
+
+def test_a_process_with_few_tokens_gathers_a_sharded_layer_as_often_as_the_others(ran):
+    """Also after a batch that is not finite, by which a layer cannot be tried."""
+    for process in ran["uneven"]:
+        assert process["exact"] == pytest.approx(process["off"], abs=TOLERANCE, nan_ok=True)
+        assert all(math.isfinite(loss) for loss in process["paper"][1:])
+    assert math.isnan(ran["uneven"][1]["exact"][0])
 
 
 def test_synchronising_is_one_reduction_at_refreshes_outside_backward(ran):

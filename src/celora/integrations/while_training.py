@@ -3,7 +3,9 @@ the end. So what the program saves afterwards is saved by plain PEFT."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +18,13 @@ from celora.attaching import attach, detach
 from celora.errors import CELoraError
 from celora.integrations import DEFAULT
 from celora.modeling.report import AttachReport
-from celora.runtime.attachment import find
+from celora.runtime.attachment import Attachment, find, require
 from celora.runtime.callback import Callback
+from celora.runtime.state import saved_config
 from celora.settings.config import CELoraConfig
-from celora.settings.presets import resolve
+from celora.settings.presets import by_rule, resolve
+
+_made_here: weakref.WeakSet[Attachment] = weakref.WeakSet()  # a training that was interrupted has not detached
 
 
 class AttachWhileTraining(Callback):
@@ -55,7 +60,7 @@ class AttachWhileTraining(Callback):
     ) -> None:
         """Attach celora, and continue like `celora.Callback`: it restores celora's state when training resumes."""
         if model is not None:
-            said = self._begin(model)
+            said = self._begin(model, self._timed_before(args, state))
             if state.is_world_process_zero:
                 print(f"celora: {said}", file=sys.stderr, flush=True)
         super().on_train_begin(args, state, control, model=model, **more)
@@ -66,14 +71,30 @@ class AttachWhileTraining(Callback):
             detach(self._ours)
             self._ours = None
 
-    def _begin(self, model: nn.Module) -> str:
+    def _timed_before(self, args: TrainingArguments, state: TrainerState) -> CELoraConfig | None:
+        """What `auto` or `fast` became when the training that is resumed began, perhaps on another machine.
+
+        None if other fields have changed since, which `load_state` refuses.
+        """
+        if state.global_step == 0 or self.config not in ("auto", "fast"):
+            return None
+        asked = resolve(self.config, self.changes)
+        asked = by_rule(asked, self.changes) if self.config == "auto" else asked
+        found = (saved_config(folder) for folder in self._checkpoints(args, state))
+        before = next((config for config in found if config is not None), asked)
+        timed = dataclasses.replace(asked, overrides=before.overrides, head_keep_ratio=before.head_keep_ratio)
+        return before if before == timed else None
+
+    def _begin(self, model: nn.Module, resumed: CELoraConfig | None = None) -> str:
         name = type(getattr(model, "get_base_model", lambda: model)()).__name__
         if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             return f"{name} has no PEFT adapter, so it trains as without celora."
         self.trainings += 1
-        if self._ours is None and find(model) is not None:
+        existing = find(model)
+        if existing is not None and existing not in _made_here:
             return f"{name} was attached by the program itself, which decides."
-        report = attach(model, self.config, **self.changes)
+        report = attach(model, self.config, **self.changes) if resumed is None else attach(model, resumed)
+        _made_here.add(require(model))
         self._ours = model
         preset = f"preset {self.config}" if isinstance(self.config, str) else "a configuration"
         return f"{preset} attached to {name}: {in_one_line(report)}."

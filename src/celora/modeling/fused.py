@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 
 from celora.kernels.packed import QuantisedRows
 from celora.modeling.adapter import Adapter, looked_at, made_of, parts_of, touched, vanilla_adapter
@@ -64,7 +65,10 @@ class FusedGraft(LayerGraft):
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook (with kwargs) of the tuner layer."""
         self.settle(module)
-        if not (module.training and self.switch.on) or kwargs or len(args) != 1 or not _enough(args[0]):
+        if not (module.training and self.switch.on) or kwargs or len(args) != 1:
+            return
+        # A process with few tokens must gather a sharded layer as often as the others.
+        if not _enough(args[0]) and not isinstance(module.get_base_layer(), FSDPModule):
             return
         # Selective checkpointing keeps the base layer's output, and the adapter would be added to it in place.
         # TorchScript cannot trace that.

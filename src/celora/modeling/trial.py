@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from celora.borrowed import borrow
 from celora.machine.precision import float32_roundoff
+from celora.machine.processes import in_company, largest_of_all
 from celora.modeling.hooks import is_ours
 from celora.weights.read import bias_of, plain_weight, read, shape_of, unreadable
 from celora.weights.sharded import whole
@@ -106,10 +107,23 @@ def unlike(module: nn.Module, seen: tuple[Tensor, Tensor] | None = None) -> str 
     except Exception as error:  # the layer refuses such an input, for whatever reason
         said = str(error).partition("\n")[0][:120]
         different = f"it cannot be tried: {type(error).__name__}" + (f", {said}" if said else "")
+    if isinstance(weight, DTensor) and seen is not None:
+        different = _agreed(different, seen[0].device)
     forward = module.__dict__.get("forward")
     if different is not None and (forward is None or is_ours(forward)):
         _outcomes[module] = weakref.ref(weight), type(module).forward, different
     return different
+
+
+def _agreed(different: str | None, device: torch.device) -> str | None:
+    """The verdict on a sharded layer for all processes, because one that tries it again alone would wait for ever.
+
+    A process that has seen nothing finite takes the verdict of the others. One that refuses decides for all.
+    """
+    if not in_company():
+        return different
+    ((verdict,),) = largest_of_all([[0 if different is None else 1 + bool(different)]], device)
+    return (None, "", different or "it does not compute x W^T + b, says another process")[verdict]
 
 
 @torch.no_grad()

@@ -39,15 +39,14 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
-        trainer, checkpoint = self._caller()
+        trainer = self._caller()[0]
         if trainer is not None:
             handler = trainer.callback_handler  # its list is being iterated over, so it gets a new list
             handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
         attachment = None if model is None else find(model)
         if model is None or attachment is None or state.global_step == 0:
             return
-        folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
-        folders[:0] = [Path(name) for name in (checkpoint, args.resume_from_checkpoint) if isinstance(name, str)]
+        folders = self._checkpoints(args, state)
         for folder in folders:
             if (folder / STATE_NAME).is_file():
                 load_state(model, folder)
@@ -111,6 +110,11 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         # The Trainer copied the logs into its history before it called us.
         if state.log_history:
             state.log_history[-1].update(metrics)
+
+    def _checkpoints(self, args: TrainingArguments, state: TrainerState) -> list[Path]:
+        """Where the state of a resumed training may be."""
+        named = [Path(name) for name in (self._caller()[1], args.resume_from_checkpoint) if isinstance(name, str)]
+        return [*named, Path(args.output_dir) / f"checkpoint-{state.global_step}"]
 
     def _caller(self) -> tuple[Any, str | None]:
         """The trainer that is calling, and the checkpoint that it resumes from.

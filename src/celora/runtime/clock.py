@@ -7,6 +7,8 @@ removes. It counts the steps of optimizers that have a parameter of its model.
 
 from __future__ import annotations
 
+import itertools
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 _running: weakref.WeakSet[StepClock] = weakref.WeakSet()
 _handle: RemovableHandle | None = None
+_numbers = itertools.count()
 
 
 class StepClock:
@@ -43,6 +46,7 @@ class StepClock:
         self._on_other = weakref.WeakMethod(on_other)
         self._mine: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._stepped: set[int] = set()
+        self._number = next(_numbers)
 
     def start(self) -> None:
         """Begin to count."""
@@ -65,7 +69,7 @@ class StepClock:
 
     def _saw(self, optimizer: Optimizer) -> bool:
         """Count this optimizer's step if it is a step of the model. Returns whether it is."""
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        stepped = _ids(optimizer)
         if optimizer not in self._mine:
             parameters = self._parameters()
             if parameters is None or stepped.isdisjoint(id(p) for p in parameters()):
@@ -84,13 +88,35 @@ class StepClock:
 
 
 def _tell_clocks(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    if _skipped(optimizer):
+    if _skipped(optimizer) or _inside_another(optimizer):
         return
-    running = list(_running)
+    running = sorted(_running, key=lambda clock: clock._number)  # in every process the same: they may reduce something
     known = [clock._saw(optimizer) for clock in running]  # every clock of this model counts it
     if not any(known):
         for clock in running:
             clock._saw_other()
+
+
+def _inside_another(optimizer: Optimizer) -> bool:
+    """Whether the step of another optimizer of the same parameters goes on, as in `ZeroRedundancyOptimizer`.
+
+    Then that one's step counts. An optimizer whose step torch has not wrapped, as accelerate's, calls no hook.
+    """
+    own, frame = _ids(optimizer), sys._getframe(1).f_back
+    while frame is not None:
+        caller = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+        other = (
+            isinstance(caller, Optimizer) and caller is not optimizer and getattr(type(caller).step, "hooked", False)
+        )
+        if other and not own.isdisjoint(_ids(caller)):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _ids(optimizer: Any) -> set[int]:
+    """Which parameters an optimizer steps."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _skipped(optimizer: Optimizer) -> bool:

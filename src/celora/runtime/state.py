@@ -36,9 +36,12 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     The folder is made if it is not there. Call it between optimizer steps. Factors are not written, because they
     follow from the weights and the seed. If several processes train together, and each selects by its own
     gradients, call it in all of them. The others write `celora_state_1.safetensors` and so on. With `synchronise`
-    all have the same state, and the first one's file is enough.
+    all have the same state, and only the first one writes.
     """
     attachment = require(model)
+    target = Path(folder) / own_name(attachment)
+    if attachment.config.synchronise and in_company() and dist.get_rank() > 0:
+        return target
     state: dict[str, Tensor] = {"step": torch.tensor(attachment.clock.step)}
     for name, graft in attachment.grafts.items():
         known = graft.estimator.state_dict() | target_error.state_dict(graft.estimator)
@@ -48,7 +51,6 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         state[f"{name}:{_ERROR}"] = torch.tensor(error, dtype=torch.float64, device="cpu")
     for name, times in attachment.over_bound.items():
         state[f"{name}:{_OVER_BOUND}"] = torch.tensor(times)
-    target = Path(folder) / own_name(attachment)
     with contextlib.suppress(OSError):  # then the next line says why it cannot be written
         target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
@@ -118,6 +120,15 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     attachment.clock.step = step
     attachment.agree(list(attachment.grafts))
     attachment.set_modes(step)
+
+
+def saved_config(folder: str | os.PathLike[str]) -> CELoraConfig | None:
+    """The configuration of the state in `folder`; None if there is none to be read."""
+    try:
+        with safe_open(Path(folder) / STATE_NAME, framework="pt") as opened:
+            return CELoraConfig.from_dict(json.loads((opened.metadata() or {}).get(_CONFIG, "")))
+    except (OSError, SafetensorError, CELoraError, ValueError, TypeError):
+        return None
 
 
 def _popped(fields: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
