@@ -27,7 +27,6 @@ def main(name: str, steps: int = 20) -> list[float]:
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(name), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     )
-    print(celora.attach(model, "exact"))  # the one line
     trainer = Trainer(
         model=model,
         train_dataset=rows.map(encode, remove_columns=rows.column_names),
@@ -43,6 +42,7 @@ def main(name: str, steps: int = 20) -> list[float]:
         ),
         callbacks=[celora.Callback()],  # optional
     )
+    print(celora.attach(trainer.model, "exact"))  # the one line; by now the model is where it will train
     trainer.train()
     model.save_pretrained("adapter")  # plain PEFT
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]

@@ -11,7 +11,6 @@ import gc
 import getpass
 import importlib.metadata
 import os
-import shutil
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -21,9 +20,6 @@ from typing import TYPE_CHECKING, Any
 # small. By default a thread that waits keeps its core busy, which makes several workers several times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Without a GPU, Triton's kernels run in its interpreter. Set this before anything imports Triton.
-if shutil.which("nvidia-smi") is None:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Inductor's cache may return code for wide registers although torch is limited to narrow ones. Such code writes past
 # the end of its buffers.
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
@@ -34,6 +30,10 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
 import hypothesis
 import pytest
 import torch
+
+# Without a GPU, Triton's kernels run in its interpreter. Set this before anything imports Triton; torch does not.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from celora.kernels.c import library as kernels
 

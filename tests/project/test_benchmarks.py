@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import rows
 from benchmarks.scale.estimate import run_alone
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -36,6 +37,12 @@ def test_rows_carry_their_machine() -> None:
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
             assert {"threads", "torch", "cpu", "commit"} <= json.loads(line).keys(), file.name
+
+
+def test_rows_of_another_device_are_another_machine_s() -> None:
+    row = rows.conditions()
+    assert rows.machine(row | {"device": "NVIDIA A100"}) != rows.machine(row | {"device": "NVIDIA H100"})
+    assert rows.machine(row) == rows.machine({name: value for name, value in row.items() if name != "device"})
 
 
 def test_the_name_of_a_file_of_rows_is_not_a_machine_s() -> None:

@@ -80,7 +80,8 @@ def test_judges(tmp_path: Path) -> None:
 def row(arm: str, seed: int, rate: float, validation: float, test: float, **more: Any) -> dict[str, Any]:
     return {
         "task": "chain_sum", "arm": arm, "seed": seed, "learning_rate": rate, "steps": 60, "metric": "exact match",
-        "higher_is_better": True, "validation": validation, "test": test, **more,
+        "higher_is_better": True, "validation": validation, "test": test,
+        "threads": 1, "cpu": "a CPU", "torch": "2", **more,
     }  # fmt: skip
 
 
@@ -99,6 +100,10 @@ def test_validation_chooses_and_test_is_reported(tmp_path: Path, monkeypatch: py
     lines = quality_tables.scores().splitlines()
     assert lines[2] == "| chain_sum | exact match | LoRA | 60 | 900 ms | 0.001 of 2 | 2 | 45.0% (40.0% to 50.0%) |  |"
     assert lines[3].endswith("| 47.0% (42.0% to 52.0%) | +2.0 points (+2.0 points to +2.0 points) |")
+    assert "Trained on a CPU, 1 thread, torch 2 (chain_sum LoRA, chain_sum auto)." in lines[-1]
+    elsewhere = [r | {"cpu": "another CPU"} if r["arm"] == "auto" else r for r in rows]
+    quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in elsewhere))
+    assert quality_tables.scores().splitlines()[3].endswith("+2.0 points), on another CPU |")
     missing = quality_tables.missing()
     assert "LoRA (2 of 3 seeds)" in missing
     assert "`chat`: all arms" in missing
@@ -129,7 +134,7 @@ def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "| chat | auto | 3 | -0.5 ± 0.0 | yes | +1.5 ± 0.0 | +2.5 ± 0.0 |",
         "| chat | fast | 3 | -2.0 ± 0.0 | no |  |  |",
     ]
-    assert lines[-1].endswith("LoRA at equal steps: `auto` 2 of 3 tasks, `fast` 0 of 1 tasks.")
+    assert lines[-1].endswith(" at equal steps: `auto` 2 of 3 tasks, `fast` 0 of 1 tasks.")
 
 
 def save_times(task: str) -> None:

@@ -265,3 +265,12 @@ def test_a_step_while_nothing_trains(preset: str) -> None:
         optimizer.step()
     train(model, 1, first=2, optimizer=optimizer)
     assert require(model).clock.step == 3
+
+
+def test_a_layer_whose_input_needs_no_gradient_is_looked_at_in_refreshes_only(model: PeftModel) -> None:
+    celora.attach(model, CELoraConfig(estimator="columns", keep_ratio=0.5, rank=0, refresh_every=3))
+    graft = require(model).grafts["base_model.model.model.layers.0.self_attn.q_proj"]
+    modes: list[Mode] = []
+    train(model, 5, between=lambda: modes.append(graft.mode))
+    assert graft.needed is False
+    assert modes == [Mode.EXACT, Mode.EXACT, Mode.OBSERVE, Mode.EXACT, Mode.EXACT]

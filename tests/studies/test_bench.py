@@ -39,6 +39,22 @@ def test_rows_add_up() -> None:
     assert len(table(rows).splitlines()) == 6
 
 
+def test_an_arm_that_patches_transformers_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def alone(command: list[str], **_: Any) -> SimpleNamespace:
+        asked.append(json.loads(command[-1]))
+        return SimpleNamespace(returncode=0, stdout=json.dumps(bench._run_alone(asked[-1])))
+
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=alone))
+    monkeypatch.setattr(bench, "PATCHING", ("exact",))
+    plain, exact = measure(SMALL, ("PEFT", "exact"), repeats=3, memory=False)
+    assert [request["arm"] for request in asked] == ["exact"]
+    assert exact["speed_up"] == pytest.approx(plain["time_ms"] / exact["time_ms"], rel=1e-3)
+    assert exact["saved_for_backward"] < plain["saved_for_backward"]
+    assert exact["peak_memory"] > 2**26
+
+
 def test_the_share_of_a_limit_that_saves_nothing_is_not_told() -> None:
     rows = [{"arm": arm, "time_ms": time} for arm, time in (("PEFT", 300.0), ("limit", 300.0), ("exact", 290.0))]
     assert all("share_of_limit" not in row for row in bench._relative(rows))

@@ -52,8 +52,10 @@ class ScaledFloats(PackedWeight):
 
 
 def has_floats(device: torch.device) -> bool:
-    """Whether the device has them: of GPUs, those of compute capability `LEAST` and above."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= LEAST
+    """Whether the device has them: of GPUs, NVIDIA's of compute capability `LEAST` and above."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= LEAST
 
 
 def why_not(device: torch.device) -> str:
@@ -61,11 +63,11 @@ def why_not(device: torch.device) -> str:
     if device.type not in ("cpu", "cuda"):
         return f"there are no fp8 products on {device.type}"
     if not has_floats(device):
-        return "fp8 products need a GPU of compute capability 8.9 or above; use int8"
+        return "fp8 products need an NVIDIA GPU of compute capability 8.9 or above; use int8"
     if borrow(SCALED_MM) is None:
         return "this version of torch has no fp8 products"
-    if device.type == "cpu" and not _cpu_takes_scales():
-        return "this version of torch has no fp8 products with scales of rows and columns on cpu"
+    if not _takes_scales(device):
+        return f"this version of torch has no fp8 products with scales of rows and columns on {device.type}"
     return ""
 
 
@@ -79,9 +81,9 @@ def slow(device: torch.device) -> str:
 
 
 @functools.cache
-def _cpu_takes_scales() -> bool:
-    """Whether a CPU multiplies with a scale for each row and column: that of torch 2.11 takes one for all."""
-    ones, scale = torch.ones(16, 16, device="cpu").to(torch.float8_e4m3fn), torch.ones(16, device="cpu")
+def _takes_scales(device: torch.device) -> bool:
+    """Whether the device multiplies with a scale for each row and column: a CPU of torch 2.11 takes one for all."""
+    ones, scale = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn), torch.ones(16, device=device)
     multiply = functools.partial(borrow(SCALED_MM), out_dtype=torch.bfloat16)
     try:
         multiply(ones, column_major(ones), scale_a=scale[:, None], scale_b=scale[None])

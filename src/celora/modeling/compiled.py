@@ -30,8 +30,12 @@ layers: weakref.WeakValueDictionary[int, LayerGraft] = weakref.WeakValueDictiona
 quantised: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()  # base layers, by the same keys
 
 
+# What they read changes between steps (statistics, copies, draws), so a CUDA graph must not record them.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
 # A compiled graph must not change Python objects, but a refresh counts and collects statistics.
-@torch.library.custom_op("celora::observed_grad_input", mutates_args=())
+@torch.library.custom_op("celora::observed_grad_input", mutates_args=(), tags=_TAGS)
 def observed_grad_input(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
     layer = layers[key]
     layer.switch.compiled = True
@@ -43,7 +47,7 @@ def _(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
     return grad_output.new_empty(grad_output.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("celora::estimated_grad_input", mutates_args=())
+@torch.library.custom_op("celora::estimated_grad_input", mutates_args=(), tags=_TAGS)
 def estimated_grad_input(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
     return layers[key].estimator.estimate(grad_output, weight)
 
@@ -66,7 +70,7 @@ def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, key: int, measure
     return y
 
 
-@torch.library.custom_op("celora::forward_product", mutates_args=())
+@torch.library.custom_op("celora::forward_product", mutates_args=(), tags=_TAGS)
 def forward_product(x: Tensor, weight: Tensor, bias: Tensor | None, key: int, measures: bool) -> Tensor:
     return multiplied(x, weight, bias, key, measures)
 
@@ -77,7 +81,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, key: int, measures: bool) 
 
 
 # A graph cannot contain the parts of a quantised weight. So one operator reads and multiplies it.
-@torch.library.custom_op("celora::read_and_projected", mutates_args=())
+@torch.library.custom_op("celora::read_and_projected", mutates_args=(), tags=_TAGS)
 def read_and_projected(x: Tensor, out_features: int, bias: Tensor | None, key: int, measures: bool) -> Tensor:
     return multiplied(x, read(_quantised(key), x.dtype), bias, key, measures)
 
@@ -87,7 +91,7 @@ def _(x: Tensor, out_features: int, bias: Tensor | None, key: int, measures: boo
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-@torch.library.custom_op("celora::read_and_multiplied", mutates_args=())
+@torch.library.custom_op("celora::read_and_multiplied", mutates_args=(), tags=_TAGS)
 def read_and_multiplied(grad_output: Tensor, in_features: int, key: int, mode: str) -> Tensor:
     weight = read(_quantised(key), grad_output.dtype)
     return layers[key].grad_input(grad_output, weight, Mode(mode))

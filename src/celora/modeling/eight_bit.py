@@ -42,6 +42,7 @@ class EightBitForward(OwnForward):
         self.graft = graft
         self.exact = False
         self._tuner: Callable[[], Any] = nothing
+        self._under: tuple[Any, ...] = ()  # what the latest call was made under
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_tuner": self._tuner()}
@@ -101,6 +102,10 @@ class EightBitForward(OwnForward):
             return False
         if torch.compiler.is_compiling():
             return True
+        under = (module.training, *tuner.active_adapters)
+        if under != self._under:  # an adapter that is added may change the weight in place, through `.data`
+            self._under = under
+            self.graft.estimator.product.notice()
         if type(x) is not Tensor:  # for example a tensor without data, of a tool that computes shapes
             return False
         if weight.device != x.device:

@@ -147,6 +147,7 @@ class FusedGraft(LayerGraft):
             same = same and not module.disable_adapters and not module.merged and not any(map(touched, known))
             if same and not looked_at(module.get_base_layer()):
                 return made_of(*known, module.scaling[name])
+            self.estimator.product.notice()  # an adapter that is added may change the weight in place, through `.data`
         adapter, self._known = vanilla_adapter(module), None
         if isinstance(adapter, str):
             return None

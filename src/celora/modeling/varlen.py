@@ -72,7 +72,10 @@ def _torch_function() -> Function | None:
 def _flash_function() -> Function | None:
     if importlib.util.find_spec("flash_attn") is None:
         return None
-    from flash_attn import flash_attn_varlen_func
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:  # it was built for another version of torch
+        return None
 
     def attend(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, longest: int, scale: float) -> Tensor:
         found: Tensor = flash_attn_varlen_func(query, key, value, begins, begins, longest, longest,

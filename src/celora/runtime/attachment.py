@@ -330,10 +330,12 @@ class Attachment:
             first = self._turn(i, min(tau, _FIRST_ROUND))
             if name in made_exact:
                 graft.mode = Mode.EXACT
-            elif not graft.estimator.ready or name in self._awaited:
-                graft.mode = Mode.OBSERVE if step >= first else Mode.EXACT
+                continue
+            due = step % tau == self._turn(i, tau) or step == self._together
+            if not graft.estimator.ready or name in self._awaited:
+                # An input that needs no gradient may need one later. To look at every step would cost.
+                graft.mode = Mode.OBSERVE if due or (step >= first and graft.needed is not False) else Mode.EXACT
             else:
-                due = step % tau == self._turn(i, tau) or step == self._together
                 due |= self.config.most_error is not None and step == first
                 graft.mode = Mode.OBSERVE if due else Mode.ESTIMATE
 

@@ -26,7 +26,7 @@ from celora.errors import CELoraError, unknown
 from celora.machine.memory import forget_peak, peak_memory
 from celora.machine.timing import percentiles
 from celora.studies.cells import Cell, make_batches, told
-from celora.studies.step import ARMS, Step, make_step, take_turns
+from celora.studies.step import ARMS, PATCHING, Step, make_step, take_turns
 from celora.train.loading import quiet_libraries
 
 QUICK_ARMS = ("PEFT", "exact", "paper", "auto", "limit")
@@ -50,7 +50,10 @@ def measure(
     memory: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """One row for each arm: times of the step and its parts in ms, tokens per second, memory, speed-up over PEFT."""
+    """One row for each arm: times of the step and its parts in ms, tokens per second, memory, speed-up over PEFT.
+
+    Arms take turns, but for those that patch Transformers: each has a process of its own, after the others.
+    """
     for arm in arms:
         if arm not in ARMS:
             raise unknown("arm", arm, ARMS)
@@ -60,7 +63,7 @@ def measure(
         plan_file = Path(scratch) / "plan.json"
         steps: dict[str, Step] = {}
         frozen: dict[str, Tensor] = {}
-        for arm in runnable:
+        for arm in (arm for arm in runnable if arm not in PATCHING):
             say(f"{cell.model}, {cell.data}, {cell.dtype}: preparing {arm}")
             steps[arm] = make_step(cell, arm, batches, plan_file, frozen)
         say(f"{cell.model}, {cell.data}, {cell.dtype}: timing")
@@ -68,7 +71,12 @@ def measure(
         saved = {arm: step.saved(batches[0]) for arm, step in steps.items()}
         del steps
         gc.collect()
-        peaks = {arm: _peak_memory(cell, arm, plan_file) if memory else None for arm in runnable}
+        peaks: dict[str, int | None] = {}
+        for arm in runnable:
+            found = _alone(cell, arm, plan_file, repeats) if memory or arm in PATCHING else {}
+            peaks[arm] = found.get("peak")
+            if arm in PATCHING:
+                times[arm], saved[arm] = found["times"], found["saved"]
     real = statistics.fmean(int(batch["attention_mask"].sum()) for batch in batches)
     labelled = statistics.fmean(int((batch["labels"] != -100).sum()) for batch in batches)
     rows: list[dict[str, Any]] = []
@@ -107,26 +115,33 @@ def _relative(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _peak_memory(cell: Cell, arm: str, plan_file: Path) -> int | None:
-    """Peak memory in bytes of a process that takes a few steps of this arm. Loading and planning do not count."""
-    asked = json.dumps({"cell": asdict(cell), "arm": arm, "plan": str(plan_file)})
+def _alone(cell: Cell, arm: str, plan_file: Path, repeats: int) -> dict[str, Any]:
+    """A process that takes a few steps of this arm: its `peak` memory in bytes, without loading and planning.
+
+    Of an arm that patches Transformers also the `times` of its steps, and the bytes `saved` for backward.
+    """
+    asked = json.dumps({"cell": asdict(cell), "arm": arm, "plan": str(plan_file), "repeats": repeats})
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", __name__, asked], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        raise CELoraError(f"measuring the memory of {arm!r} failed: {done.stderr.strip().splitlines()[-1:]}")
-    found: int | None = json.loads(done.stdout.splitlines()[-1])
+        raise CELoraError(f"measuring {arm!r} alone failed: {done.stderr.strip().splitlines()[-1:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def _run_alone(asked: dict[str, Any]) -> int | None:
+def _run_alone(asked: dict[str, Any]) -> dict[str, Any]:
     cell = Cell(**asked["cell"])
     batches = make_batches(cell)
     step = make_step(cell, asked["arm"], batches, Path(asked["plan"]), {})
     forget_peak(step.model.device)
     for batch in batches[:4]:
         step(batch)
-    return peak_memory(step.model.device)
+    found: dict[str, Any] = {"peak": peak_memory(step.model.device)}
+    if asked["arm"] in PATCHING:
+        found["times"] = take_turns({asked["arm"]: step}, batches, asked["repeats"])[asked["arm"]]
+        found["saved"] = step.saved(batches[0])
+    return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import celora
 from celora.machine.device import accelerator
@@ -45,17 +45,19 @@ ARMS = {
 }
 
 
+PATCHING = ("Liger", "Unsloth")  # they replace parts of Transformers for the whole process
+
+
 class Step:
     """A training step exactly as Trainer does it: loss, gradients, clipping, update."""
 
-    def __init__(self, model: Any, folder: Path, *, liger: bool = False, compiled: bool = False) -> None:
+    def __init__(self, model: Any, folder: Path, *, compiled: bool = False) -> None:
         """`folder`: Trainer needs an output folder, but nothing is written into it."""
         self.model = model.train()
         arguments = TrainingArguments(
             str(folder),
             report_to="none",
             use_cpu=accelerator() is None,
-            use_liger_kernel=liger,
             remove_unused_columns=False,
             disable_tqdm=True,
         )
@@ -119,7 +121,7 @@ def make_step(cell: Cell, arm: str, batches: Sequence[Batch], plan_file: Path, f
                 p.data = frozen.setdefault(name.replace(".base_layer", ""), p.data)
     model.train()
     _attach(model, arm, batches, plan_file)
-    return Step(model, plan_file.parent, liger=arm == "Liger", compiled=arm.endswith("+ compile"))
+    return Step(model, plan_file.parent, compiled=arm.endswith("+ compile"))
 
 
 def _attach(model: PeftModel, arm: str, batches: Sequence[Batch], plan_file: Path) -> None:
@@ -133,6 +135,10 @@ def _attach(model: PeftModel, arm: str, batches: Sequence[Batch], plan_file: Pat
         if arm == "limit of exact":
             celora.attach(model, "exact")
         _make_free(model)
+    elif arm == "Liger":  # Trainer does this at the beginning of `train`, which a step does not call
+        from transformers.integrations.liger import apply_liger_kernel
+
+        apply_liger_kernel(model, None)
 
 
 class _Free(Dense):
@@ -159,7 +165,8 @@ def _unsloth(cell: Cell) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         source = demo_model() if cell.model == SMOLLM2 else folder
         if cell.model != SMOLLM2:
-            make_model(cell).get_base_model().save_pretrained(folder)
+            make_model(cell).unload().save_pretrained(folder)
+            AutoTokenizer.from_pretrained(demo_model()).save_pretrained(folder)
         model, _ = FastLanguageModel.from_pretrained(
             str(source),
             dtype=getattr(torch, cell.dtype),

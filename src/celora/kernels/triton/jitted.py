@@ -130,19 +130,19 @@ def softmax_row(
         plainly += tl.sum(tl.where(j < columns, y, 0.0), 0)
         most = now
     base = tl.where(most == float("-inf"), 0.0, most)
-    log_total = base + tl.log(total)
-    log_p = at_target - log_total
-    tl.store(log_probs + t, (1.0 - smoothing) * log_p + smoothing * (plainly / columns - log_total)
+    log_total = tl.log(total)  # base is subtracted first: added to this, it would cost digits
+    log_p = (at_target - base) - log_total
+    tl.store(log_probs + t, (1.0 - smoothing) * log_p + smoothing * ((plainly / columns - base) - log_total)
              if smoothing != 0.0 else log_p)  # fmt: skip
     if ENTROPY:
-        tl.store(entropy + t, tl.log(total) - weighted / total)
+        tl.store(entropy + t, log_total - weighted / total)
     if TOP1:
         tl.store(top1 + t, ((at_target >= most) & (log_total == log_total)).to(tl.int8))
     if WRITE:
         for start in range(0, columns, BLOCK):
             j = start + tl.arange(0, BLOCK)
             y = scaled(tl.load(row + j, mask=j < columns, other=0.0), scale, cap, CAPPED)
-            grad = smoothing / columns - tl.exp(y - log_total) + tl.where(j == target, 1.0 - smoothing, 0.0)
+            grad = smoothing / columns - tl.exp((y - base) - log_total) + tl.where(j == target, 1.0 - smoothing, 0.0)
             grad = tl.where(given, grad, float("nan"))
             if CAPPED:
                 grad = grad * (1.0 - (y / cap) * (y / cap))

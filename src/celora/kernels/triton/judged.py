@@ -127,8 +127,8 @@ def describe(_: torch.device) -> str:
 
 
 def _subject(device: torch.device) -> dict[str, Any]:
-    """What a verdict is of: the kind of device, the versions, and the kernels' own text."""
-    text = (Path(__file__).parent / "jitted.py").read_bytes()
+    """What a verdict is of: the kind of device, the versions, and the text of kernels, launches, tiles and proof."""
+    text = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     versions = {name: _version(name) for name in ("celora", "torch", "triton")}
     return {"kernels": hashlib.sha256(text).hexdigest()[:16], "device": device_name(device), "versions": versions}
 

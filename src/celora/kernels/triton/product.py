@@ -14,7 +14,7 @@ from torch import Tensor
 
 from celora.kernels.packed import PackedWeight, QuantisedRows
 from celora.kernels.plain import Integers, IntegersBothWays, column_major
-from celora.kernels.triton.judged import verdict
+from celora.kernels.triton.judged import cannot_run, verdict
 from celora.kernels.triton.launches import launch, quantise_rows
 
 
@@ -147,6 +147,10 @@ class TiledBothWays(_Rows, IntegersBothWays):
     def __init__(self, q: Tensor, scale: Tensor, input_scale: Tensor | None = None) -> None:
         super().__init__(q, scale, input_scale)
         self.fold = scale
+
+    @classmethod
+    def fits(cls, stored: Tensor, out_features: int, in_features: int) -> bool:
+        return not cannot_run(stored.device)
 
     def quantise(self, x: Tensor) -> QuantisedRows:
         dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
