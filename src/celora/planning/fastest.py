@@ -22,7 +22,7 @@ from celora.kernels.backends import chosen
 from celora.kernels.triton.judged import planned_on
 from celora.machine.cache import keep, recall
 from celora.machine.cpu import features, limits
-from celora.machine.device import measured_on, random_states
+from celora.machine.device import measured_on, random_states, reads_freely
 from celora.machine.processes import made_by_first
 from celora.machine.timing import cannot_time, interleaved
 from celora.modeling.assign import rank_of
@@ -32,7 +32,7 @@ from celora.planning.head_evidence import time_shares
 from celora.runtime.ladder import WORDS
 from celora.settings.config import CELoraConfig, LayerConfig
 
-TOKENS = 512  # products are timed with at most so many; the fastest stays the fastest with more
+TOKENS = 512  # products are timed with at most so many on a CPU; the fastest stays the fastest with more
 _FEWEST, _MOST_NUMBERS = 16, 2**31  # at least so many tokens; at most so many multiplications in a product
 _REPEATS = 5
 _LEAST_WORDS = 2048  # to draw: the targets of some 1,000 tokens, and as many that they are confused with
@@ -91,7 +91,7 @@ def _fastest(
     backward = dataclasses.replace(own, forward="exact")
     different = dict.fromkeys((own, backward, dataclasses.replace(backward, precision="native")))
     settings = [setting for setting in different if make_candidate(setting, shape, device).product.pays(*shape, device)]
-    tokens = _timed_tokens(tokens, shape[0] * shape[1])
+    tokens = _timed_tokens(tokens, shape[0] * shape[1], device)
     dtype = dtype if dtype.is_floating_point else torch.bfloat16  # the dtype of a quantised layer's products
     of = {"layer": [dataclasses.asdict(setting) for setting in settings], "shape": shape, "tokens": tokens}
     times = _kept(of, 1 + len(settings), dtype, device, lambda: _times(settings, shape, tokens, dtype, device))
@@ -149,7 +149,7 @@ def _share(found: Survey, config: CELoraConfig, labelled: int) -> float:
         return share
     if _untried(config, weight.device):
         return 1.0
-    tokens = _timed_tokens(labelled, weight.numel())
+    tokens = _timed_tokens(labelled, weight.numel(), weight.device)
     of = {"head": share, "shape": tuple(weight.shape), "tokens": tokens}
     times = _kept(of, 2, weight.dtype, weight.device, lambda: list(time_shares(weight, tokens, (1.0, share)).values()))
     return share if times[1] < _CLEARLY * times[0] else 1.0
@@ -160,9 +160,12 @@ def _untried(config: CELoraConfig, device: torch.device) -> bool:
     return config.forward == "exact" and not planned_on(device)
 
 
-def _timed_tokens(tokens: int, numbers: int) -> int:
-    """How many tokens to time with a weight of `numbers` numbers: a power of two, so that runs share measurements."""
-    most = max(_FEWEST, min(tokens, TOKENS, _MOST_NUMBERS // max(1, numbers)))
+def _timed_tokens(tokens: int, numbers: int, device: torch.device) -> int:
+    """How many tokens to time with a weight of `numbers` numbers: a power of two, so that runs share measurements.
+
+    On an accelerator as many as a batch has: with few, the time would be that of starting a kernel.
+    """
+    most = max(_FEWEST, min(tokens, TOKENS, _MOST_NUMBERS // max(1, numbers)) if reads_freely(device) else tokens)
     return 1 << (most.bit_length() - 1)
 
 
