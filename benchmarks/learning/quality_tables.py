@@ -52,11 +52,13 @@ def scores() -> str:
             mean = _shown(statistics.fmean(values), one) + spread
             ms = times.get((task, arm.removesuffix(", auto's time")))
             step = f"{ms:.0f} ms" if ms else ""
-            body.append([task, one["metric"], arm, str(one["steps"]), step, rate, str(len(values)), mean, difference])
+            line = [task, one["metric"], arm, one["cpu"], str(one["steps"]), step, rate, str(len(values)), mean]
+            body.append([*line, difference])
     header = [
         "task",
         "metric",
         "arm",
+        "CPU",
         "steps",
         "step",
         "learning rate, of how many",
@@ -64,11 +66,8 @@ def scores() -> str:
         "test (range)",
         "against LoRA (95 %)",
     ]
-    trained: dict[str, list[str]] = {}
-    for row in found:
-        trained.setdefault(rows.where(row), []).append(f"{row['task']} {row['arm']}")
-    where = "; ".join(f"{place} ({', '.join(dict.fromkeys(names))})" for place, names in trained.items())
-    told = f"\n\nTrained on {where}. An interval on another CPU than LoRA's has the rounding of two CPUs in it."
+    told = f"\n\nTrained on {'; '.join(dict.fromkeys(rows.where(row) for row in found))}; the column names the CPU. An "
+    told += "interval on another CPU than LoRA's has the rounding of two CPUs in it."
     if not timed:
         return rows.markdown(header, body) + told
     by_task = {row["task"]: rows.where(row) for row in timed if row["task"] in {line[0] for line in body}}

@@ -108,14 +108,14 @@ def test_a_training_that_was_interrupted_is_not_the_programs_own(
 
 
 @pytest.mark.filterwarnings("ignore:celora. (at step|from step)")
-@pytest.mark.parametrize("changes", [{}, {"labelled_head": False}])
+@pytest.mark.parametrize("changes", [{}, {"labelled_head": False}, {"head_keep_ratio": 0.5}])
 def test_where_timing_decides_otherwise_a_resumed_training_goes_on_as_it_began(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on another machine. Settings that a user has changed since are refused."""
     trainer(tmp_path, AttachWhileTraining("auto"), save_steps=2).train()
 
-    def other(found: Any, config: CELoraConfig) -> CELoraConfig:
+    def other(found: Any, config: CELoraConfig, **_: Any) -> CELoraConfig:
         return dataclasses.replace(config, overrides={"*": {"estimator": "dense"}}, head_keep_ratio=1.0)
 
     patch_all(monkeypatch, "celora.planning.fastest:gate", other)

@@ -68,13 +68,17 @@ def another_adapter(model: PeftModel) -> None:
     model.set_adapter("other")
 
 
-def another_in_place(model: PeftModel) -> None:
+def added_in_place(model: PeftModel) -> None:
     """OLoRA does the same in place, so neither memory nor version tells."""
     model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", init_lora_weights="olora"))
+
+
+def another_in_place(model: PeftModel) -> None:
+    added_in_place(model)
     model.set_adapter("other")
 
 
-@pytest.mark.parametrize("change", [replaced, of_the_head, another_adapter, another_in_place])
+@pytest.mark.parametrize("change", [replaced, of_the_head, another_adapter, added_in_place, another_in_place])
 def test_a_weight_with_other_memory_is_noticed_at_once(change: Callable[[PeftModel], None]) -> None:
     model = trained(make_model())
     before = results(model)[0]

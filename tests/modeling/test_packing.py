@@ -197,13 +197,14 @@ def test_where_padding_predicts_a_label_nothing_is_estimated(packs: bool) -> Non
     """A norm makes the gradient of a position without any token huge. It must not decide which tokens are kept."""
     model = model_of("llama")
     config = CELoraConfig(estimator="tokens", keep_ratio=0.5, labelled_head=True, padding_free=packs)
-    for prompt, estimated in ((0, False), (1, True)):
-        batch = ragged([9, 4, 7], prompt=prompt, left=True)
+    left, right = (ragged([9, 4, 7], prompt=0, left=left) for left in (True, False))
+    right["labels"] = right["input_ids"].clone()  # padding has labels, too, and attends to the sequence
+    for batch, estimated in ((left, False), (ragged([9, 4, 7], prompt=1, left=True), True), (right, True)):
         celora.detach(model)
         _, expected = gradients(model, batch)
         celora.attach(model, config)
         for graft in require(model).grafts.values():
             graft.mode = Mode.ESTIMATE
-        with nullcontext() if estimated else pytest.warns(UserWarning, match="padding predicts a label"):
+        with nullcontext() if estimated else pytest.warns(UserWarning, match="padding on the left predicts a label"):
             _, found = gradients(model, batch)
         assert bool((found - expected).norm() > OF_GRADIENT * expected.norm()) is estimated

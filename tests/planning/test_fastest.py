@@ -233,5 +233,14 @@ def test_a_small_vocabulary_keeps_more(
     times(monkeypatch, 10.0, 6.0, 6.5, 9.0)
     patch_all(monkeypatch, "celora.planning.fastest:_LEAST_WORDS", least)
     assert gate(survey(make_model()), config).head_keep_ratio == share
-    own = dataclasses.replace(config, head_keep_ratio=0.05)
-    assert gate(survey(make_model()), own).head_keep_ratio == 0.05  # the user's
+    assert gate(survey(make_model()), config, given=["head_keep_ratio"]).head_keep_ratio == 0.1  # the user's
+
+
+@pytest.mark.parametrize("config", [FAST, AUTO], ids=["fast", "auto"])
+def test_a_head_that_is_in_other_processes_has_the_rules_share(config: celora.CELoraConfig) -> None:
+    """DeepSpeed's ZeRO-3 leaves an empty weight between two forwards."""
+    model = make_model()
+    weight: Any = model.get_output_embeddings().weight
+    weight.data, weight.ds_id = torch.empty(0), 3
+    found = survey(model)
+    assert gate(found, config).head_keep_ratio == 0.1

@@ -98,9 +98,12 @@ def test_validation_chooses_and_test_is_reported(tmp_path: Path, monkeypatch: py
     quality.TIMES.write_text(json.dumps(times) + "\n")
     assert quality.best_rate("chain_sum", "LoRA", 60) == 1e-3
     lines = quality_tables.scores().splitlines()
-    assert lines[2] == "| chain_sum | exact match | LoRA | 60 | 900 ms | 0.001 of 2 | 2 | 45.0% (40.0% to 50.0%) |  |"
+    assert (
+        lines[2]
+        == "| chain_sum | exact match | LoRA | a CPU | 60 | 900 ms | 0.001 of 2 | 2 | 45.0% (40.0% to 50.0%) |  |"
+    )
     assert lines[3].endswith("| 47.0% (42.0% to 52.0%) | +2.0 points (+2.0 points to +2.0 points) |")
-    assert "Trained on a CPU, 1 thread, torch 2 (chain_sum LoRA, chain_sum auto)." in lines[-1]
+    assert "Trained on a CPU, 1 thread, torch 2; the column names the CPU." in lines[-1]
     elsewhere = [r | {"cpu": "another CPU"} if r["arm"] == "auto" else r for r in rows]
     quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in elsewhere))
     assert quality_tables.scores().splitlines()[3].endswith("+2.0 points), on another CPU |")

@@ -52,7 +52,7 @@ def test_an_arm_that_patches_transformers_has_a_process_of_its_own(monkeypatch: 
     assert [request["arm"] for request in asked] == ["exact"]
     assert exact["speed_up"] == pytest.approx(plain["time_ms"] / exact["time_ms"], rel=1e-3)
     assert exact["saved_for_backward"] < plain["saved_for_backward"]
-    assert exact["peak_memory"] > 2**26
+    assert exact["peak_memory"] is None
 
 
 def test_the_share_of_a_limit_that_saves_nothing_is_not_told() -> None:

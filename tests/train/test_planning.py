@@ -75,7 +75,7 @@ def all_pay(monkeypatch):
     """
     native = {"precision": "native"} if refuses() else {}
     patch_all(monkeypatch, "celora.planning.fastest:_fastest", lambda own, *_: dataclasses.replace(own, **native))
-    patch_all(monkeypatch, "celora.planning.fastest:_share", lambda found, config, labelled: config.head_keep_ratio)
+    patch_all(monkeypatch, "celora.planning.fastest:_share", lambda found, config, *_: config.head_keep_ratio)
     patch_all(monkeypatch, "celora.settings.presets:RULE", {**RULE, "keep_ratio": 0.9, "most_error": 0.2})
     patch_all(monkeypatch, "celora.runtime.ladder:SHARES", (0.85, 0.9))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import weakref
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -18,13 +17,11 @@ from celora.attaching import attach, detach
 from celora.errors import CELoraError
 from celora.integrations import DEFAULT
 from celora.modeling.report import AttachReport
-from celora.runtime.attachment import Attachment, find, require
+from celora.runtime.attachment import find, require
 from celora.runtime.callback import Callback
 from celora.runtime.state import saved_config
 from celora.settings.config import CELoraConfig
 from celora.settings.presets import by_rule, resolve
-
-_made_here: weakref.WeakSet[Attachment] = weakref.WeakSet()  # a training that was interrupted has not detached
 
 
 class AttachWhileTraining(Callback):
@@ -82,7 +79,8 @@ class AttachWhileTraining(Callback):
         asked = by_rule(asked, self.changes) if self.config == "auto" else asked
         found = (saved_config(folder) for folder in self._checkpoints(args, state))
         before = next((config for config in found if config is not None), asked)
-        timed = dataclasses.replace(asked, overrides=before.overrides, head_keep_ratio=before.head_keep_ratio)
+        share = asked.head_keep_ratio if "head_keep_ratio" in self.changes else before.head_keep_ratio
+        timed = dataclasses.replace(asked, overrides=before.overrides, head_keep_ratio=share)
         return before if before == timed else None
 
     def _begin(self, model: nn.Module, resumed: CELoraConfig | None = None) -> str:
@@ -91,10 +89,10 @@ class AttachWhileTraining(Callback):
             return f"{name} has no PEFT adapter, so it trains as without celora."
         self.trainings += 1
         existing = find(model)
-        if existing is not None and existing not in _made_here:
+        if existing is not None and not existing.for_a_training:
             return f"{name} was attached by the program itself, which decides."
         report = attach(model, self.config, **self.changes) if resumed is None else attach(model, resumed)
-        _made_here.add(require(model))
+        require(model).for_a_training = True
         self._ours = model
         preset = f"preset {self.config}" if isinstance(self.config, str) else "a configuration"
         return f"{preset} attached to {name}: {in_one_line(report)}."

@@ -36,13 +36,13 @@ class EightBitForward(OwnForward):
     """
 
     name = "frozen forwards in 8 bits"
+    _under: tuple[Any, ...] = ()  # what the latest call was made under
 
     def __init__(self, graft: LayerGraft) -> None:
         super().__init__(graft.switch)
         self.graft = graft
         self.exact = False
         self._tuner: Callable[[], Any] = nothing
-        self._under: tuple[Any, ...] = ()  # what the latest call was made under
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_tuner": self._tuner()}
@@ -102,7 +102,7 @@ class EightBitForward(OwnForward):
             return False
         if torch.compiler.is_compiling():
             return True
-        under = (module.training, *tuner.active_adapters)
+        under = (module.training, *tuner.active_adapters, *getattr(tuner, "lora_A", ()))
         if under != self._under:  # an adapter that is added may change the weight in place, through `.data`
             self._under = under
             self.graft.estimator.product.notice()

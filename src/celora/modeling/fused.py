@@ -52,6 +52,7 @@ class FusedGraft(LayerGraft):
         self.begun: tuple[Any, str, Adapter, Tensor] | None = None
         self.taken: tuple[Adapter, Tensor, Tensor] | None = None
         self._casts = True
+        self._adapters = 0  # how many the layer had then
         self._known: tuple[str, Any, Any, Any] | None = None  # name and modules of the adapter in the previous forward
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,6 +146,7 @@ class FusedGraft(LayerGraft):
             name, known = self._known[0], self._known[1:]
             same = all(map(operator.is_, parts_of(module, name), known)) and module.active_adapters == [name]
             same = same and not module.disable_adapters and not module.merged and not any(map(touched, known))
+            same = same and len(module.lora_A) == self._adapters
             if same and not looked_at(module.get_base_layer()):
                 return made_of(*known, module.scaling[name])
             self.estimator.product.notice()  # an adapter that is added may change the weight in place, through `.data`
@@ -153,7 +155,7 @@ class FusedGraft(LayerGraft):
             return None
         if len(module.active_adapters) == 1:
             (name,) = module.active_adapters
-            self._known = (name, *parts_of(module, name))
+            self._known, self._adapters = (name, *parts_of(module, name)), len(module.lora_A)
         return adapter
 
 

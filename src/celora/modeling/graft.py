@@ -155,7 +155,7 @@ class LayerGraft(Measured, Hook):
         return module.register_forward_hook(self, prepend=not isinstance(module, FSDPModule))
 
     def mode_of_call(self, weight: Tensor | None) -> Mode:
-        """The mode; exact in a call where padding predicts a label, because that gradient would decide what is kept.
+        """The mode; exact in a call where padding on the left predicts a label: its gradient would decide what is kept.
 
         For a sharded `weight` it is the mode, because all processes must gather the same parts of it.
         """
@@ -164,9 +164,9 @@ class LayerGraft(Measured, Hook):
         if not torch.compiler.is_compiling():
             self.switch.say_once(
                 "astray",
-                "in this batch padding predicts a label, so its backward is exact, as it will be, without a word, "
-                "whenever this happens again. Pad on the right, or give the first token of each sequence the label "
-                "-100.",
+                "padding on the left predicts a label of this batch, so its backward is exact, as it will be, without "
+                "a word, whenever this happens again. Pad on the right, or give the first token of each sequence the "
+                "label -100.",
             )
         return Mode.EXACT
 

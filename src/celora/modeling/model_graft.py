@@ -114,6 +114,7 @@ class ModelGraft(Measured, Hook):
         if self._in_a_call():
             self._open.step_aside()
             return None
+        self.switch.astray = False
         if not self.switch.on or scripted() or (torch.compiler.is_compiling() and not self.smoothing):
             return None
         causal = language_model(module)

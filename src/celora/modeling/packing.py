@@ -25,13 +25,14 @@ _LEAST_SAVING = 0.05  # share of the tokens; below, varying shapes cost more tha
 
 
 def predicted_from_padding(labelled: Tensor, attention_mask: Any) -> Tensor:
-    """Whether padding predicts a label, 0-d: with left padding, that of a sequence's first token.
+    """Whether padding before a sequence predicts a label, 0-d: that of its first token.
 
     No token is behind such a gradient, and a norm makes it huge: it would decide which tokens an estimate keeps.
+    Padding after a sequence attends to its tokens.
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != labelled.shape:
         return labelled.new_zeros(())
-    return (labelled & (attention_mask == 0)).any()
+    return (labelled & (attention_mask.cumsum(1) == 0)).any()
 
 
 def measure(labelled: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

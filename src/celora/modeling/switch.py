@@ -27,17 +27,18 @@ class Switch:
 
     Attributes:
         forwards: whether 8-bit forwards are on. An audit turns them off.
-        astray: whether padding predicts a label of the latest call.
+        astray: whether padding on the left predicts a label of the latest call.
         compact: whether passes save activations for backward in fewer bits.
         compiled: whether layers have run in graphs of torch.compile. A graph is specific to the modes of its layers.
         modes: the values of `module.training` with which layers have run since the last step.
         left: layers that keep PEFT's own backward, with the reasons.
     """
 
+    astray = False
+
     def __init__(self) -> None:
         self.on = True
         self.forwards = True
-        self.astray = False
         self.compact = False
         self.compiled = False
         self.modes: set[bool] = set()

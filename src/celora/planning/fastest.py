@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -26,6 +26,7 @@ from celora.machine.device import measured_on, random_states, reads_freely
 from celora.machine.processes import made_by_first
 from celora.machine.timing import cannot_time, interleaved
 from celora.modeling.assign import rank_of
+from celora.modeling.language_model import at_hand
 from celora.modeling.survey import Survey
 from celora.planning.candidates import EXACT, make_candidate
 from celora.planning.head_evidence import time_shares
@@ -39,7 +40,14 @@ _LEAST_WORDS = 2048  # to draw: the targets of some 1,000 tokens, and as many th
 _CLEARLY = 0.97  # of PEFT's time; a smaller gain may be noise
 
 
-def gate(found: Survey, config: CELoraConfig, tokens: int = TOKENS, labelled: int = TOKENS) -> CELoraConfig:
+def gate(
+    found: Survey,
+    config: CELoraConfig,
+    tokens: int = TOKENS,
+    labelled: int = TOKENS,
+    *,
+    given: Collection[str] = (),
+) -> CELoraConfig:
     """`config` with an override for each layer whose own setting is not the fastest on this machine.
 
     The vocabulary projection stays exact if drawing words is not faster, unless `head_forward` is in 8 bits.
@@ -47,13 +55,16 @@ def gate(found: Survey, config: CELoraConfig, tokens: int = TOKENS, labelled: in
     Args:
         tokens: number of tokens in a batch.
         labelled: how many of them have a label.
+        given: fields that the user has set.
 
     Warns where preset auto estimates nothing because no plan was made on this GPU.
 
     If several processes train together, all use what the first one measures.
     """
     with random_states({layer.device for layer in found.layers.values() if not cannot_time(layer.device)}):
-        overrides, share = made_by_first(lambda: (_overrides(found, config, tokens), _share(found, config, labelled)))
+        overrides, share = made_by_first(
+            lambda: (_overrides(found, config, tokens), _share(found, config, labelled, given))
+        )
     if any(_untried(config, layer.device) for layer in found.layers.values()):
         warnings.warn(
             "celora: preset auto estimates nothing on this GPU until a plan was made on it, which measures what is "
@@ -132,20 +143,20 @@ def _step(
     return step
 
 
-def _share(found: Survey, config: CELoraConfig, labelled: int) -> float:
+def _share(found: Survey, config: CELoraConfig, labelled: int, given: Collection[str]) -> float:
     """The share of the words for the gradient of the logits: the configuration's, or 1 if 1 is as fast.
 
     A rule's share is larger for small vocabularies: a draw of fewer words than there are targets is mostly noise.
     """
     share, model = config.head_keep_ratio, found.language_model
-    if share == 1 or model is None:
+    if share == 1 or model is None or not at_hand(model.head):
         return share
     weight = model.head.weight.detach()
-    if share in WORDS:
+    if "head_keep_ratio" not in given:
         share = next((rung for rung in WORDS if rung >= max(share, _LEAST_WORDS / len(weight))), 1.0)
     if share == 1 or config.head_forward != "exact":
         return share
-    if isinstance(weight, DTensor) or weight.is_meta or not weight.is_floating_point() or cannot_time(weight.device):
+    if isinstance(weight, DTensor) or not weight.is_floating_point() or cannot_time(weight.device):
         return share
     if _untried(config, weight.device):
         return 1.0

@@ -48,7 +48,10 @@ class Attachment:
         forwards: the forwards in 8 bits.
         ladder: the changes that refreshes made to what layers keep (`most_error` of the configuration).
         plan: the plan that the configuration was made from, or None.
+        for_a_training: whether an integration made it. A training that is interrupted does not detach it.
     """
+
+    for_a_training = False
 
     def __init__(self, model: nn.Module, config: CELoraConfig, report: AttachReport) -> None:
         self.config = config
@@ -311,7 +314,8 @@ class Attachment:
     def set_modes(self, step: int) -> None:
         """Set every layer's mode, and how activations are saved.
 
-        Layers refresh at steps 0, tau, 2 tau, ..., and as long as they have no selection. With `spread`, layer i of n
+        Layers refresh at steps 0, tau, 2 tau, ..., and as long as they have no selection although their input needs a
+        gradient. With `spread`, layer i of n
         refreshes `i tau / n` steps later. Layers that need a first observation get it in turns during the first steps,
         and are exact until then. torch.compile would make a graph for each turn. So once layers have run compiled, all
         of them refresh at once. With `most_error`, all layers are measured in turns during the first steps. Layers that

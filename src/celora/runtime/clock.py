@@ -104,7 +104,8 @@ def _inside_another(optimizer: Optimizer) -> bool:
     """
     own, frame = _ids(optimizer), sys._getframe(1).f_back
     while frame is not None:
-        caller = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+        named = frame.f_code.co_varnames[:1] if frame.f_code.co_name == "step" else ()
+        caller = frame.f_locals.get(*named) if named else None
         other = (
             isinstance(caller, Optimizer) and caller is not optimizer and getattr(type(caller).step, "hooked", False)
         )

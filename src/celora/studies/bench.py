@@ -73,8 +73,10 @@ def measure(
         gc.collect()
         peaks: dict[str, int | None] = {}
         for arm in runnable:
+            if memory or arm in PATCHING:
+                say(f"{cell.model}, {cell.data}, {cell.dtype}: {arm} alone")
             found = _alone(cell, arm, plan_file, repeats) if memory or arm in PATCHING else {}
-            peaks[arm] = found.get("peak")
+            peaks[arm] = found.get("peak") if memory else None
             if arm in PATCHING:
                 times[arm], saved[arm] = found["times"], found["saved"]
     real = statistics.fmean(int(batch["attention_mask"].sum()) for batch in batches)

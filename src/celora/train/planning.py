@@ -48,13 +48,12 @@ def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool
 
 def settled(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELoraConfig, Plan | None]:
     """What `choose` returns for a new run."""
+    given = request.options.celora or {}
     if request.preset == "fast":
-        return gate(survey(trainer.model), request.config), None
+        return gate(survey(trainer.model), request.config, given=given), None
     if any(getattr(request.options, name) is not None for name in PLANNING):
         return planned(request, trainer, console)
-    return gate(
-        survey(trainer.model), by_rule(request.config, request.options.celora or {}), *batch_size(trainer)
-    ), None
+    return gate(survey(trainer.model), by_rule(request.config, given), *batch_size(trainer), given=given), None
 
 
 def batch_size(trainer: Any) -> tuple[int, int]:

@@ -137,7 +137,7 @@ def softmax_row(
     if ENTROPY:
         tl.store(entropy + t, log_total - weighted / total)
     if TOP1:
-        tl.store(top1 + t, ((at_target >= most) & (log_total == log_total)).to(tl.int8))
+        tl.store(top1 + t, ((at_target >= most) & (total > 0.0)).to(tl.int8))
     if WRITE:
         for start in range(0, columns, BLOCK):
             j = start + tl.arange(0, BLOCK)
