@@ -22,5 +22,6 @@ def test_json_and_the_table_say_the_same(inputs, capsys, monkeypatch):
     assert main(command) == 0
     table = capsys.readouterr().out
     assert table.startswith(f"{found['rows']:,} rows, {found['tokens']:,} tokens, the longest row has ")
-    assert table.count("int8, else ") == len(found["ways"])
+    kinds = {(way["dtype"], way["preset"], way["checkpointing"]) for way in found["ways"]}
+    assert table.count("int8, else ") == len(kinds) < len(found["ways"])  # the table has a micro-batch of each
     assert table.count("<- celora takes this") == 1

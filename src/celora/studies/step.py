@@ -166,7 +166,7 @@ def _unsloth(cell: Cell) -> Any:
         source = demo_model() if cell.model == SMOLLM2 else folder
         if cell.model != SMOLLM2:
             make_model(cell).unload().save_pretrained(folder)
-            AutoTokenizer.from_pretrained(demo_model()).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(demo_model(), trust_remote_code=False).save_pretrained(folder)
         model, _ = FastLanguageModel.from_pretrained(
             str(source),
             dtype=getattr(torch, cell.dtype),
