@@ -220,38 +220,33 @@ def one_without_labels(config: Any, rank: int, world: int) -> list[float]:
     causal = model.base_model.model
     for part in (*causal.model.layers, causal.lm_head, model):
         fully_shard(part)
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for step in range(4):
-        ids = global_batch(step)[rank::world]
-        labels = torch.full_like(ids, -100) if (rank, step) == (1, 2) else ids
-        embedded = make_base().get_input_embeddings()(ids).detach()
-        if (rank, step) == (0, 0):
-            embedded[0, -1] = float("nan")
-        loss = model(inputs_embeds=embedded, labels=labels, num_items_in_batch=40).loss
-        loss.backward()
-        if step:
-            optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    return losses_after_nan(
+        model, lambda step: global_batch(step)[rank::world], rank == 0, unlabelled=2 if rank else None
+    )
 
 
 def uneven(config: Any, rank: int) -> list[float]:
     """The losses if one process has few tokens, and its first batch is not finite. Each layer is sharded by itself."""
-    model, embedding = make_model(), make_base().get_input_embeddings()
+    model = make_model()
     celora.fsdp.shard(model)
     celora.attach(model, config)
+    return losses_after_nan(model, lambda step: global_batch(step)[rank : rank + 1 if rank else None], rank == 1)
+
+
+def losses_after_nan(
+    model: Any, ids_of: Callable[[int], torch.Tensor], not_finite: bool, unlabelled: int | None = None
+) -> list[float]:
+    """The losses of four steps; the first is not taken, and perhaps `not_finite`. Step `unlabelled` has no label."""
     model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
-    for step in range(3):
-        ids = global_batch(step)[rank : rank + 1] if rank else global_batch(step)
-        embedded = embedding(ids).detach()
-        if (rank, step) == (1, 0):
-            embedded[0, 0] = float("nan")
-        loss = model(inputs_embeds=embedded, labels=ids).loss
+    for step in range(4):
+        ids = ids_of(step)
+        labels = torch.full_like(ids, -100) if step == unlabelled else ids
+        embedded = make_base().get_input_embeddings()(ids).detach()
+        if not_finite and step == 0:
+            embedded[0, -1] = float("nan")
+        loss = model(inputs_embeds=embedded, labels=labels, num_items_in_batch=40).loss
         loss.backward()
         if step:
             optimizer.step()
