@@ -42,9 +42,9 @@ def scores() -> str:
             difference = ""
             if shared and arm not in ("LoRA", "untouched"):
                 compared += len(shared) > 1
-                one, other = by_seed[shared[0]], base[shared[0]]
-                difference = _difference([by_seed[s]["test"] for s in shared], [base[s]["test"] for s in shared], one)
-                difference += "" if rows.machine(one) == rows.machine(other) else ", on another CPU"
+                difference = _difference(
+                    [by_seed[s]["test"] for s in shared], [base[s]["test"] for s in shared], by_seed[shared[0]]
+                ) + _elsewhere(by_seed, base)
             one = next(iter(by_seed.values()))
             tried = {row["learning_rate"] for row in found if (row["task"], row["arm"], row["seed"]) == (task, arm, 0)}
             rate = "" if arm == "untouched" else f"{one['learning_rate']:g} of {len(tried)}"
@@ -94,9 +94,7 @@ def verdict() -> str:
             # A point is a point, whatever a difference of two floats makes of it.
             holds = _YES[round(-mean, 9) <= max(error, _POINT)]
             later = [_hundredths(ahead[rival]) if preset == "auto" else "" for rival in _RIVALS]
-            alike = {rows.machine(row) for arm in ("LoRA", preset) for row in chosen(found, task, arm).values()}
-            elsewhere = "" if len(alike) == 1 else ", on another CPU"
-            by = _hundredths(ahead["LoRA"]) + elsewhere
+            by = _hundredths(ahead["LoRA"]) + _elsewhere(chosen(found, task, preset), chosen(found, task, "LoRA"))
             body.append([task, preset, str(len(ahead["LoRA"])), by, holds, *later])
     if not body:
         return "No task has all of its runs yet."
@@ -114,6 +112,12 @@ def verdict() -> str:
         + ", ".join(f"`{preset}` {kept.count('yes')} of {len(kept)} tasks" for preset, kept in held.items())
         + "."
     )
+
+
+def _elsewhere(*arms: dict[int, dict[str, Any]]) -> str:
+    """What is said beside a difference of arms that were trained on different CPUs."""
+    machines = {rows.machine(row) for by_seed in arms for row in by_seed.values()}
+    return "" if len(machines) == 1 else ", on another CPU"
 
 
 def _ahead(found: Sequence[dict[str, Any]], task: str, arm: str, rival: str) -> list[float]:

@@ -102,14 +102,14 @@ def _inside_another(optimizer: Optimizer) -> bool:
 
     Then that one's step counts. An optimizer whose step torch has not wrapped, as accelerate's, calls no hook.
     """
-    own, frame = _ids(optimizer), sys._getframe(1).f_back
+    frame = sys._getframe(1).f_back
     while frame is not None:
         named = frame.f_code.co_varnames[:1] if frame.f_code.co_name == "step" else ()
         caller = frame.f_locals.get(*named) if named else None
         other = (
             isinstance(caller, Optimizer) and caller is not optimizer and getattr(type(caller).step, "hooked", False)
         )
-        if other and not own.isdisjoint(_ids(caller)):
+        if other and not _ids(optimizer).isdisjoint(_ids(caller)):
             return True
         frame = frame.f_back
     return False

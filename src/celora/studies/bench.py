@@ -71,12 +71,12 @@ def measure(
         saved = {arm: step.saved(batches[0]) for arm, step in steps.items()}
         del steps
         gc.collect()
-        peaks: dict[str, int | None] = {}
-        for arm in runnable:
-            if memory or arm in PATCHING:
-                say(f"{cell.model}, {cell.data}, {cell.dtype}: {arm} alone")
-            found = _alone(cell, arm, plan_file, repeats) if memory or arm in PATCHING else {}
-            peaks[arm] = found.get("peak") if memory else None
+        peaks: dict[str, int | None] = dict.fromkeys(runnable)
+        for arm in (arm for arm in runnable if memory or arm in PATCHING):
+            say(f"{cell.model}, {cell.data}, {cell.dtype}: {arm} alone")
+            found = _alone(cell, arm, plan_file, repeats)
+            if memory:
+                peaks[arm] = found["peak"]
             if arm in PATCHING:
                 times[arm], saved[arm] = found["times"], found["saved"]
     real = statistics.fmean(int(batch["attention_mask"].sum()) for batch in batches)
