@@ -21,7 +21,7 @@ from celora.cli.options import (
     settle_in,
 )
 
-ESTIMATE_HELP = """Will it fit, and how long will it take? Answers in about a minute, and trains nothing.
+ESTIMATE_HELP = """Will it fit, and how long will it take? Answers within about a minute, and trains nothing.
 
 Reads the rows and the model's configuration, and no weights. Measures this machine with a few blocks of random
 weights. Then it shows memory and time of each way to train that the other options leave open.
@@ -44,7 +44,7 @@ def estimate(
     model: Model = None,
     data: Data = None,
     memory: Annotated[
-        str | None, typer.Option("--memory", help="What the run may take, 8GiB; without, what is free.")
+        str | None, typer.Option("--memory", help="What the run may take, 8GiB; by default what is free.")
     ] = None,
     preset: Preset = None,
     gpu: Annotated[

@@ -88,7 +88,7 @@ def plan(
     ] = Path("celora_plan.json"),
     fidelity: Annotated[
         float | None,
-        typer.Option("--fidelity", help="Least cosine between estimated and exact LoRA gradient, 0.998 without."),
+        typer.Option("--fidelity", help="Least cosine between estimated and exact LoRA gradient; by default 0.998."),
     ] = None,
     adapter: Adapter = None,
     config: Config = None,

@@ -59,11 +59,11 @@ Preset = Annotated[
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option("--adapter", callback=possible, help="Folder of a trained adapter; without, a new adapter."),
+    typer.Option("--adapter", callback=possible, help="Folder of a trained adapter; by default a new adapter."),
 ]
 Rows = Annotated[
     int | None,
-    typer.Option("--rows", min=1, max=1_000_000, help="Rows in a batch; without, per_device_train_batch_size."),
+    typer.Option("--rows", min=1, max=1_000_000, help="Rows in a batch; by default per_device_train_batch_size."),
 ]
 Reference = Annotated[
     Literal["float32"] | None,

@@ -66,7 +66,7 @@ def compare(
     data: Data = None,
     output: Annotated[str | None, typer.Option("--output", help="Folder for the runs and the report.")] = None,
     eval_data: Annotated[
-        str | None, typer.Option("--eval-data", "--eval_data", help="Held-out rows; without, a tenth of the data.")
+        str | None, typer.Option("--eval-data", "--eval_data", help="Held-out rows; by default a tenth of the data.")
     ] = None,
     arm: Annotated[
         list[str] | None,

@@ -16,7 +16,7 @@ TRAIN_HELP = """Fine-tune MODEL on DATA with LoRA and an estimated backward.
 Examples:
   celora train --model HuggingFaceTB/SmolLM2-135M-Instruct --data chats.jsonl --output out
   celora train --model ./model --data rows.csv --output out --max_steps 200 --learning_rate 1e-4 --lora_r 32
-  celora train --model ./model --data rows.csv --output out --base int8 --preset fast   # a quarter of float32's memory
+  celora train --model ./model --data rows.csv --output out --base int8 --preset fast   # one byte a frozen weight
   celora train --config run.yaml --preset off --output plain      # flags win over the file
   celora train --output out --resume                              # after Ctrl-C or a crash
   celora train --config run.yaml --resume                         # a queue can repeat this: it starts or continues
@@ -43,7 +43,7 @@ def train(
         Literal["int8"] | None, typer.Option("--base", help="int8: store the frozen base in 8 bits, one byte a weight.")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option("--memory", help="8GiB: the fastest settings that are estimated to fit.")
+        str | None, typer.Option("--memory", help="8GiB: take the fastest settings that are estimated to fit.")
     ] = None,
     config: Config = None,
     eval_data: Annotated[str | None, typer.Option("--eval-data", "--eval_data", help="Rows to evaluate on.")] = None,

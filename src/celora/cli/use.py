@@ -46,7 +46,7 @@ Examples:
   celora export out --to safetensors --merged                          # a folder for Transformers
   celora export out --to mlx                                           # mlx_lm.generate --adapter-path
 
-Every tensor is read back and compared. The folder appears when it is complete. Unless it is for MLX, it
+Every tensor is read back and compared. The folder appears when it is complete. Except for MLX, it
 has a Modelfile for Ollama."""
 Out = Annotated[Path, typer.Argument(metavar="OUT", callback=possible, help="Output folder of a run, or a checkpoint.")]
 Where = Annotated[
@@ -57,13 +57,13 @@ Raw = Annotated[
     bool | None,
     typer.Option(
         "--raw/--template",
-        help="Give prompts to the model without the chat template, or with it; else as the rows of training were.",
+        help="Give prompts to the model without the chat template, or with it; by default as in training.",
     ),
 ]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", "--max_new_tokens", min=1, help="Longest answer.")]
 Temperature = Annotated[
     float | None,
-    typer.Option("--temperature", min=0.0, help="0 takes the likeliest token; without, the model's own settings."),
+    typer.Option("--temperature", min=0.0, help="0 takes the likeliest token; by default the model's own settings."),
 ]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON lines: an object for each answer.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the sampling.")]
@@ -119,9 +119,10 @@ def generate(
     out: Out,
     data: Annotated[Path, typer.Option("--data", callback=possible, help=".jsonl, .json, .csv or .parquet file.")],
     output: Annotated[
-        Path | None, typer.Option("--output", callback=possible, help="File for the answers, JSON lines; else stdout.")
+        Path | None,
+        typer.Option("--output", callback=possible, help="File for the answers, JSON lines; by default stdout."),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows to answer; without, all.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows to answer; by default all.")] = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "--batch_size", min=1, max=4096, help="Rows answered at a time.")
     ] = 8,
@@ -178,10 +179,10 @@ def export(
     ] = None,
     outtype: Annotated[
         Literal["f16", "q8_0", "f32"] | None,
-        typer.Option("--outtype", help="How a merged GGUF file stores its weights; f16 unless told."),
+        typer.Option("--outtype", help="How a merged GGUF file stores its weights; by default f16."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", callback=possible, help="Folder to write; without, one beside OUT.")
+        Path | None, typer.Option("--output", callback=possible, help="Folder to write; by default one beside OUT.")
     ] = None,
     model: Where = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,

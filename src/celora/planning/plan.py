@@ -49,8 +49,8 @@ class PlannedLayer:
     """A layer with all its candidates and the chosen one.
 
     Attributes:
-        influence: the share of this layer's squared relative error that arrives in the LoRA gradient of the whole
-        model. candidates: all measured candidates, dense first; `candidates[chosen]` is the chosen one.
+        influence: the share of this layer's squared relative error that arrives in the whole model's LoRA gradient.
+        candidates: all measured candidates, dense first; `candidates[chosen]` is the chosen one.
     """
 
     name: str

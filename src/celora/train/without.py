@@ -5,9 +5,10 @@ PEFT and celora take turns at the same micro-batches, forward and backward, with
     PEFT's training = celora's + (ratio - 1) x celora's forwards and backwards,
     ratio = sum of PEFT's times / sum of celora's times.
 
-It takes four pairs at most, the first to warm up, and about a tenth of the training. Runs that are too short are not
-told, nor runs in several processes, compiled, within a budget of memory or on a base in 8 bits, nor those whose logits
-of all tokens might not fit into memory.
+It takes four pairs at most, the first to warm up, and about a tenth of the training. Nothing is measured for
+
+- runs that are too short, compiled, in several processes, within a budget of memory, or on a base in 8 bits;
+- runs whose logits of all tokens might not fit into memory.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ _ROOM = 3  # times the logits have to be free
 
 
 def seconds_of_peft(trainer: Any, seconds: float, steps: int, begin: Callable[[], None]) -> float | None:
-    """Seconds that the training would have taken with PEFT alone, or None where that is not measured.
+    """Seconds that the training would have taken with PEFT alone, or None if that is not measured.
 
     Args:
-        trainer: whose training has ended, with celora attached.
-        seconds: of the training.
+        trainer: a trainer whose training has ended, with celora attached.
+        seconds: how long the training took.
         steps: optimizer steps in that time.
         begin: called before the measurement.
     """
