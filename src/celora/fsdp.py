@@ -42,13 +42,13 @@ def shard(model: nn.Module, **options: Any) -> None:
     layers = survey(model).layers.values()
     if isinstance(options.get("offload_policy"), CPUOffloadPolicy):
         raise CELoraError(
-            "offload_policy=CPUOffloadPolicy leaves the weights that an estimated backward reads on the CPU; leave it "
+            "offload_policy=CPUOffloadPolicy keeps on the CPU the weights that an estimated backward reads; leave it "
             "out, or call fully_shard yourself and train without celora."
         )
     for layer in layers:
         if layer.quantised and not layer.cannot_estimate:
             raise CELoraError(
-                f"{layer.name!r} is quantised ({layer.quantised}), and FSDP2 splits by rows what is stored otherwise; "
+                f"{layer.name!r} is quantised ({layer.quantised}), and FSDP2 cannot split such a weight by rows; "
                 "train quantised bases with DDP."
             )
     if find(model) is not None:

@@ -44,7 +44,7 @@ def test_of_two_cards_with_one_name_the_memory_tells() -> None:
     ],
 )  # fmt: skip
 def test_other_cards_are_not_guessed(name: str) -> None:
-    with pytest.raises(CELoraError, match=r"nothing is known of a GPU .*, only of RTX 3050 6GB, .*takes one like it"):
+    with pytest.raises(CELoraError, match=r"nothing is known of a GPU .*, only of RTX 3050 6GB, .*a similar one"):
         gpu_named(name)
 
 

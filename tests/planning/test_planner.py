@@ -119,7 +119,7 @@ def test_a_plan_that_misses_its_fidelity_says_so(
         return found if numbers is None else dataclasses.replace(found, cosine=0.9)
 
     monkeypatch.setattr(bench_module.Bench, "audit", worse)
-    with pytest.warns(UserWarning, match=r"none kept it; this one keeps 0\.9000"):
+    with pytest.warns(UserWarning, match=r"none of 4 plans kept a cosine of .*; this one keeps 0\.9000"):
         celora.make_plan(model, batches, 0.99)
 
 

@@ -147,10 +147,10 @@ def test_a_token_across_the_bounds_of_an_answer_cannot_be_told_without_its_place
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (ASKED_TO_THINK, ONE, r"^the chat template writes messages\[1\], an answer, in another way when it is to be"),
-        (FORGETFUL, [*ONE, *ONE], r"^the chat template writes messages\[3\], an answer, in another way"),
+        (ASKED_TO_THINK, ONE, r"^the chat template writes the answer messages\[1\] differently after its generation"),
+        (FORGETFUL, [*ONE, *ONE], r"^the chat template writes the answer messages\[3\] differently"),
         (THINKING.replace("m.content", "m.content if loop.last else m.content[:1]"), [U("a"), A("bc"), *ONE],
-         r"^the chat template writes messages\[1\], an answer, in another way"),
+         r"^the chat template writes the answer messages\[1\] differently"),
         ("{{ raise_exception('not\nyet') if messages | length < 3 }}" + CHATML, [*ONE, U("c")],
          r"^the chat template refuses what ends at messages\[1\] \(not yet\); give a template with"),
         (CHATML, [U("a")], "no assistant turn is in it, so there is nothing to learn"),
@@ -280,8 +280,8 @@ def test_a_row_without_an_answer_is_named(asked, inputs, tmp_path):
 
 @pytest.mark.fault(
     "input",
-    "a chat template writes an answer in another way if more turns follow, and does not mark answers",
-    sees="`row 2 of the training data: the chat template writes messages[3], an answer, in another way ...`",
+    "a chat template writes an answer differently if more turns follow, and does not mark answers",
+    sees="`row 2 of the training data: the chat template writes the answer messages[3] differently ...`",
     kept="everything: nothing is trained on a guess",
 )
 @pytest.mark.parametrize("which", ["training", "evaluation"])
@@ -289,7 +289,7 @@ def test_a_row_whose_answers_cannot_be_told_is_named(which, inputs, tmp_path):
     (tmp_path / "forgetful.jinja").write_text(FORGETFUL)
     fine, bad = chats(tmp_path / "fine.jsonl", talk(1)), chats(tmp_path / "bad.jsonl", talk(1), talk(2))
     data = {"data": bad} if which == "training" else {"data": fine, "eval_data": bad}
-    with pytest.raises(CELoraError, match=rf"^row 2 of the {which} data: the chat template writes messages\[3\], an"):
+    with pytest.raises(CELoraError, match=rf"^row 2 of the {which} data: the chat template writes the answer"):
         go({**inputs, **data}, tmp_path / "out", chat_template_path=str(tmp_path / "forgetful.jinja"))
 
 

@@ -70,7 +70,7 @@ def gpu_named(name: str, size: int | None = None) -> str:
             if said == key.upper():
                 return key
     raise CELoraError(
-        f"nothing is known of a GPU {name!r}, only of {', '.join(GPUS)}; celora estimate --gpu takes one like it"
+        f"nothing is known of a GPU {name!r}, only of {', '.join(GPUS)}; give celora estimate --gpu a similar one"
     )
 
 

@@ -108,7 +108,7 @@ class LayerGraft(Measured, Hook):
         x, weight = args[0], self.weight(module, output.dtype)
         if weight is not None and weight.is_meta:  # offloaded, and already gone; autograd has its own reference
             self.switch.say_once(
-                "offloaded", f"{self.name} is offloaded, so its backward is exact, as that of every such layer."
+                "offloaded", f"{self.name} is offloaded, so its backward is exact. So is that of every offloaded layer."
             )
             return None
         if not x.requires_grad or (weight is not None and weight.requires_grad):
@@ -164,9 +164,9 @@ class LayerGraft(Measured, Hook):
         if not torch.compiler.is_compiling():
             self.switch.say_once(
                 "astray",
-                "padding on the left predicts a label of this batch, so its backward is exact, as it will be, without "
-                "a word, whenever this happens again. Pad on the right, or give the first token of each sequence the "
-                "label -100.",
+                "padding on the left predicts a label of this batch, so its backward is exact. It will be exact "
+                "whenever this happens, without another warning. Pad on the right, or give the first token of each "
+                "sequence the label -100.",
             )
         return Mode.EXACT
 
@@ -191,8 +191,8 @@ class LayerGraft(Measured, Hook):
             return mode
         self.switch.say_once(
             "not finite",
-            f"a gradient of {self.name} is not finite, or nearly so; its backward is exact this time, as it will be, "
-            "without a word, whenever this happens again.",
+            f"a gradient of {self.name} is not finite, or nearly so; its backward is exact this time. It will be exact "
+            "whenever this happens, without another warning.",
         )
         return Mode.EXACT
 

@@ -67,8 +67,8 @@ def gate(
         )
     if any(_untried(config, layer.device) for layer in found.layers.values()):
         warnings.warn(
-            "celora: preset auto estimates nothing on this GPU until a plan was made on it, which measures what is "
-            "right and fast there: `celora plan`, or --fidelity.",
+            "celora: preset auto estimates nothing on this GPU until a plan was made on it: `celora plan`, or "
+            "--fidelity. A plan measures what is right and fast there.",
             stacklevel=3,
         )
     return dataclasses.replace(config, overrides={**config.overrides, **overrides}, head_keep_ratio=share)

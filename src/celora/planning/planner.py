@@ -201,8 +201,8 @@ def _finish(
         )
     if squared_error(audited) > _TOLERATED * (1 - fidelity**2) + _ROUNDING:
         warnings.warn(
-            f"celora: of {_VERIFICATIONS} plans for a cosine of {fidelity:g} none kept it; this one keeps "
-            f"{audited:.4f} on the batches that verify it. A higher fidelity is planned more carefully.",
+            f"celora: none of {_VERIFICATIONS} plans kept a cosine of {fidelity:g}; this one keeps {audited:.4f} on "
+            "the batches that verify it. Ask for a higher fidelity, which allows less error.",
             stacklevel=3,
         )
     adapter = next(iter(bench.parameters.values()))

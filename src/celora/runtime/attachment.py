@@ -314,12 +314,12 @@ class Attachment:
     def set_modes(self, step: int) -> None:
         """Set every layer's mode, and how activations are saved.
 
-        Layers refresh at steps 0, tau, 2 tau, ..., and as long as they have no selection although their input needs a
-        gradient. With `spread`, layer i of n
-        refreshes `i tau / n` steps later. Layers that need a first observation get it in turns during the first steps,
-        and are exact until then. torch.compile would make a graph for each turn. So once layers have run compiled, all
-        of them refresh at once. With `most_error`, all layers are measured in turns during the first steps. Layers that
-        were made exact stay exact.
+        Layers refresh at steps 0, tau, 2 tau, ... A layer without a selection goes on refreshing if its input needs a
+        gradient. With `spread`, layer i of n refreshes `i tau / n` steps later. Layers that need a first observation get
+        it in turns during the first steps, and are exact until then. With `most_error`, all layers are measured in turns
+        during the first steps. Layers that were made exact stay exact.
+
+        torch.compile would make a graph for each turn. So once layers have run compiled, all of them refresh at once.
         """
         tau, made_exact = self.config.refresh_every, self.made_exact
         # Whoever holds the base in 8 bits needs memory. A forward in 8 bits has larger errors than what is saved so.

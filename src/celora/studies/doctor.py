@@ -135,8 +135,8 @@ def advise(found: dict[str, Any]) -> list[str]:
     if found["device"]["type"] == "cpu":
         if found["instructions"]["amx"]:
             lines.append(
-                "This CPU has matrix instructions (AMX), so the product that estimates save is a small part of a step: "
-                "preset exact gives most of what there is to gain."
+                "This CPU has matrix instructions (AMX), which multiply bfloat16 fast, so estimates of the backward "
+                "save little: take preset exact, or fast."
             )
         lines += _about_cpu(found["kernels"], found["cpu"])
     return lines + [text for name, text in _SAID.items() if name in found["limits"]]

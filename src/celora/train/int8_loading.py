@@ -49,7 +49,7 @@ def load_int8_model(
         CELoraError: the checkpoint is quantised already or has no safetensors, or `settings` say how to load.
     """
     if where := sorted(_LOADING & settings.keys()):
-        raise CELoraError(f"{where[0]} in model_init_kwargs says how to load, and --base int8 does; leave it out")
+        raise CELoraError(f"{where[0]} in model_init_kwargs says how to load, as --base int8 does; leave it out")
     tensors = stored_tensors(model, revision)
     experts = {name: value for name, value in settings.items() if name == "experts_implementation"}
     fields = {name: value for name, value in settings.items() if name not in experts}

@@ -28,20 +28,20 @@ DEFAULTS: dict[str, tuple[object, str]] = {
     "learning_rate": (2e-4, "TRL's 2e-5 suits full fine-tuning; LoRA wants about ten times that"),
     "gradient_checkpointing": (
         False,
-        "it recomputes every forward, half as much again per step; use it when memory is short",
+        "it computes every forward twice, half as much work again; celora turns it on if a step would not fit",
     ),
-    "logging_nan_inf_filter": (False, "a loss that is no number has to be seen, not replaced by the mean"),
+    "logging_nan_inf_filter": (False, "a loss that is not a number should be seen, not replaced by the mean"),
     "logging_steps": (1, "a metrics row costs nothing beside a step, and the report wants the curve"),
-    "eval_steps": (10, "TRL's, whose logging_steps it is; an evaluation takes time, where a metrics row does not"),
+    "eval_steps": (10, "as often as TRL, by its logging_steps; an evaluation takes time, a metrics row does not"),
     "save_steps": (100, "an adapter checkpoint is small; 500 steps of lost work are not"),
     "save_total_limit": (2, "the last two are enough to resume from"),
     "dtype": ("auto", "the checkpoint's own dtype, or float32 where that is clearly faster; TRL takes float32"),
     "lora_target_modules": (["all-linear"], "the published setting; PEFT's own choice is q_proj and v_proj only"),
     "lora_dropout": (0.0, "dropout on every adapter input costs about a tenth of a step"),
-    "ddp_find_unused_parameters": (False, "every adapter gets a gradient, and looking for some that do not takes time"),
+    "ddp_find_unused_parameters": (False, "every adapter gets a gradient; looking for one without takes time"),
     "assistant_only_loss": (
         None,
-        "a chat model is to answer; TRL also trains it to write what users say",
+        "a chat model should learn to answer; TRL also trains it to write what users say",
     ),
     "report_to": ("none", "nothing leaves the machine unless asked"),
     "include_num_input_tokens_seen": ("non_padding", "tokens per second should count tokens"),
@@ -169,7 +169,7 @@ class RunOptions:
     output: str | None = field(default=None, metadata={"help": "folder for adapter, checkpoints, metrics and report"})
     preset: str | None = field(default=None, metadata={"help": "how the backward is estimated"})
     config: str | None = field(default=None, metadata={"help": "YAML file holding any of these names"})
-    eval_data: str | None = field(default=None, metadata={"help": "evaluated on at the end and per eval_strategy"})
+    eval_data: str | None = field(default=None, metadata={"help": "rows to evaluate at the end and by eval_strategy"})
     dataset_train_split: str = field(default="train", metadata={"help": "split of the data to train on"})
     dataset_test_split: str = field(
         default="test", metadata={"help": "split to evaluate on, of eval_data or, with an eval_strategy, of data"}

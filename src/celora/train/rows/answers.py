@@ -183,8 +183,8 @@ def _span(messages: Messages, k: int, whole: str, render: Render, end: str) -> t
             if (text is written or said in text) and whole.startswith(text, len(before)):
                 return len(before), len(before) + len(text)
     raise CELoraError(
-        f"the chat template writes messages[{k}], an answer, in another way when it is to be given or when more "
-        f"follows, so its tokens are not known; {_WAYS_OUT}"
+        f"the chat template writes the answer messages[{k}] differently after its generation prompt, or when more "
+        f"messages follow, so its tokens are not known; {_WAYS_OUT}"
     )
 
 
