@@ -315,9 +315,9 @@ class Attachment:
         """Set every layer's mode, and how activations are saved.
 
         Layers refresh at steps 0, tau, 2 tau, ... A layer without a selection goes on refreshing if its input needs a
-        gradient. With `spread`, layer i of n refreshes `i tau / n` steps later. Layers that need a first observation get
-        it in turns during the first steps, and are exact until then. With `most_error`, all layers are measured in turns
-        during the first steps. Layers that were made exact stay exact.
+        gradient. With `spread`, layer i of n refreshes `i tau / n` steps later. Layers that need a first observation
+        get it in turns during the first steps, and are exact until then. With `most_error`, all layers are measured in
+        turns during the first steps. Layers that were made exact stay exact.
 
         torch.compile would make a graph for each turn. So once layers have run compiled, all of them refresh at once.
         """
