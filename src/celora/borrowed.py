@@ -13,7 +13,6 @@ from importlib import import_module
 from typing import Any
 
 _UNDER_MODES = "while a mode looks at every operator, nothing is fused or computed in one pass"
-# "module:name", or "module:Class.attribute" -> what celora leaves out where the library does not have it.
 # "module:name" or "module:Class.attribute" -> what celora does not do if the library lacks it.
 NAMES: dict[str, str] = {
     # Methods of the trainer that `celora train` overrides. If one is gone, our override is never called.

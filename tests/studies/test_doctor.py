@@ -148,7 +148,7 @@ def test_what_the_environment_limits_is_said(monkeypatch: pytest.MonkeyPatch) ->
             {"why_not": "CELORA_KERNELS=0 turns them off"},
             "torch's integer product, through oneDNN: CELORA_KERNELS=0 turns them off",
         ),
-        ({"overflows": True}, "none: oneDNN's 8-bit sums overflow as it is limited here (ONEDNN_MAX_CPU_ISA)"),
+        ({"overflows": True}, "none: oneDNN's 8-bit sums overflow under the limit ONEDNN_MAX_CPU_ISA"),
     ],
 )
 def test_which_8_bit_path_is_taken_and_why(machine: dict[str, Any], path: str, monkeypatch: pytest.MonkeyPatch) -> None:

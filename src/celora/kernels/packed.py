@@ -108,11 +108,11 @@ class BothWays(PackedWeight):
 
     @abstractmethod
     def integers(self, index: Tensor | None = None) -> Tensor:
-        """q, int8 (out, in), or its rows `index`: a copy where `stored` is laid out otherwise."""
+        """q, int8 (out, in), or its rows `index`: a copy if `stored` has another layout."""
 
     @abstractmethod
     def quantise(self, x: Tensor) -> QuantisedRows:
-        """`x: (T, in)` as `multiply` takes it; good for every weight of this backend with the same `input_scale`."""
+        """Quantise `x: (T, in)` for `multiply`, for every weight of this backend with the same `input_scale`."""
 
     @abstractmethod
     def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

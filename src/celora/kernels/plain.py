@@ -223,7 +223,7 @@ def why_no_integers(device: torch.device) -> str:
     if borrow(INT_MM) is None:
         return "this version of torch has no int8 products"
     if device.type == "cpu" and not sums_are_exact():
-        return "oneDNN's 8-bit sums overflow as it is limited here (ONEDNN_MAX_CPU_ISA)"
+        return "oneDNN's 8-bit sums overflow under the limit ONEDNN_MAX_CPU_ISA"
     return ""
 
 

@@ -69,7 +69,7 @@ def made_by_first(make: Callable[[], Any]) -> Any:
 
 
 def same_in_all(value: Any) -> bool:
-    """Whether all processes have given the same value, each of which is told. Collective."""
+    """Whether all processes have given the same value. Every process gets the answer. Collective."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return all(other == values[0] for other in values)

@@ -52,7 +52,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for each arm: times of the step and its parts in ms, tokens per second, memory, speed-up over PEFT.
 
-    Arms take turns, but for those that patch Transformers: each has a process of its own, after the others.
+    Arms take turns. Arms that patch Transformers come last, each in a process of its own.
     """
     for arm in arms:
         if arm not in ARMS:

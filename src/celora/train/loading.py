@@ -26,7 +26,7 @@ from celora.train.rows.data import load_rows
 
 
 def with_folder(request: TrainRequest, say: Callable[[str], None] | None = None) -> TrainRequest:
-    """The request with a folder of Transformers as its model, where a GGUF file was asked for; else as it is.
+    """The request. If its model is a GGUF file, a folder of Transformers takes the place of the file.
 
     `request.given` keeps the file, which is what the user knows and what the record of a run names. `say` is told of a
     conversion before it begins.

@@ -1,4 +1,4 @@
-"""Find the compiled kernels: those that came with the package, or built once and kept where only the user can write."""
+"""Find the compiled kernels: they came with the package, or are built once and kept where only the user can write."""
 
 from __future__ import annotations
 

@@ -33,13 +33,13 @@ def panel_columns() -> int:
 def multiplies_matrices() -> bool:
     """Whether `gathered_product` uses `matrix_instructions`.
 
-    False too where the compiler did not know them or the system refuses them.
+    It is False, too, if the compiler did not know them or the system refuses them.
     """
     return used_tier() == "amx"
 
 
 def takes(device: torch.device) -> bool:
-    """Whether a weight there is packed for this kernel: it is there, and nothing faster.
+    """Whether this kernel packs the weights on this device: the kernel is there, and nothing is faster.
 
     oneDNN may know matrix instructions where this kernel does not.
     """

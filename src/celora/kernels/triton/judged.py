@@ -1,4 +1,4 @@
-"""Which operations a GPU computes by the Triton kernels: those that were found right and faster than torch on it.
+"""Which operations a GPU computes with Triton kernels: kernels that a plan found right and faster than torch on it.
 
 `proof.judge` finds that out while a plan is made, and keeps it in the user's cache. Without such a verdict, every
 operation takes torch's operators there. Nothing here imports Triton.
@@ -31,7 +31,7 @@ class Verdict:
     """What `judge` found on a device.
 
     Attributes:
-        operations: those that were right and faster.
+        operations: the operations whose kernel was right and faster.
         tiles: the fastest of `product.TILES`, by `product.kind`.
         wrong: operation -> what was wrong with it.
     """

@@ -53,7 +53,7 @@ def kind(dtype: torch.dtype, *, depth_first: bool) -> str:
 
 
 def tiles_for(rows: int, b: Tensor) -> Tiles:
-    """The tiles for a product of so many rows with b: those that `judge` found fastest there, or a guess."""
+    """The tiles for a product of so many rows with b: the fastest that `judge` found there, or a guess."""
     known = verdict(b.device)
     number = UNTIMED if known is None else known.tiles.get(kind(b.dtype, depth_first=b.stride(0) == 1), UNTIMED)
     return TILES[0] if rows <= FEW_ROWS else TILES[number]

@@ -67,14 +67,14 @@ class Cost:
     """What a step takes with one base and one preset.
 
     Attributes:
-        step: without and with checkpointing (or one of them), seconds outside of the blocks and of one block, by
-            tokens of a micro-batch. Empty where only bytes were counted.
-        weights, trained, copies: bytes outside of the blocks and of one block: of the frozen numbers, of those that
-            train, and of 8-bit copies of the frozen ones.
+        step: without and with checkpointing (or one of them), two lines over the tokens of a micro-batch: seconds
+            outside of the blocks, and seconds of one block. Empty if only bytes were counted.
+        weights, trained, copies: bytes of the frozen numbers, of the trained numbers, and of 8-bit copies. Each is a
+            pair: outside of the blocks, and in one block.
         kept: bytes that one token keeps for its backward outside of the blocks, and in one.
         dense: bytes of the largest 8-bit weight when a refresh de-quantises it: its integers, and its numbers.
         itemsize: bytes of a number of the model.
-        computes_in: the dtype of its products, that of autocast where it is on.
+        computes_in: the dtype of its products; autocast's, if it is on.
         packed: whether padding is left out.
     """
 

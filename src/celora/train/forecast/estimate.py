@@ -67,15 +67,15 @@ class Estimate:
     """What `celora estimate` found.
 
     Attributes:
-        rows, tokens: of the data, after what is cut off; `labelled`: tokens that are learnt.
+        rows, tokens: number of rows, and of tokens after long rows are cut; `labelled`: tokens that are learnt.
         longest: tokens of the longest row.
         cut: a line on what is cut off, or "".
         sampled: rows that were tokenised, if not all were.
-        epochs: that the run would train, with `max_steps` where that is given.
-        memory: bytes that may be taken: what was asked for or, without, what is free; None where nobody knows.
+        epochs: number of epochs that the run would train; `max_steps` decides if it is given.
+        memory: bytes that the run may take, as asked for; by default what is free; None if nobody knows.
         gpu: the GPU that it is for; None for this machine's CPU.
         ways: all of them, fastest first.
-        taken: the way that celora would take; None where nothing fits.
+        taken: the way that celora would take; None if nothing fits.
     """
 
     rows: int
@@ -160,7 +160,7 @@ class Estimate:
 
 
 def _quality(way: Way) -> str:
-    """What its preset kept of LoRA's improvement where that was measured; of a base in int8, only `fast` was."""
+    """What the preset kept of LoRA's improvement, if that was measured. With a base in int8, only `fast` was."""
     return QUALITY.get(way.preset, "") if way.base != "int8" or way.preset == "fast" else ""
 
 
@@ -175,7 +175,7 @@ def estimate(
     Args:
         given: as for `celora train`.
         memory: bytes that may be taken; None for what is free.
-        presets: to look at; None for the request's or, where it names none, those that most people want.
+        presets: presets to compare; None for the request's own or, if it names none, what most people want.
         gpu: an NVIDIA GPU to estimate for, by its name; None for what would train here.
 
     Raises:
@@ -223,7 +223,7 @@ def estimate(
 
 
 def _epochs(args: Any, rows: int) -> float:
-    """How often a run sees so many rows."""
+    """How many epochs a run with so many rows has."""
     if args.max_steps <= 0:
         return float(args.num_train_epochs)
     steps = math.ceil(math.ceil(rows / args.train_batch_size) / args.gradient_accumulation_steps)  # of an epoch
@@ -256,7 +256,7 @@ def in_bytes(text: str) -> int:
 
 @contextmanager
 def _settings(request: TrainRequest) -> Iterator[tuple[str, int]]:
-    """A folder with configuration and tokenizer, and the bytes of a number of the weights, of which none is read."""
+    """A folder with configuration and tokenizer, and the bytes of one number of the weights. Reads no weights."""
     path = gguf_of(request.model)
     if path is None:
         yield request.model, _stored(request)

@@ -36,13 +36,13 @@ QUALITY = {
 
 @dataclass(frozen=True)
 class Model:
-    """What of the model decides about memory.
+    """The facts about a model that decide how much memory it takes.
 
     Attributes:
         blocks, hidden, intermediate, words: its sizes.
         block_numbers: how many numbers the weights of a block have.
-        stand_in_words: of the vocabulary that was measured with.
-        tables: how many matrices are as large as the vocabulary: the embedding, and the head if it is another one.
+        stand_in_words: words in the vocabulary of the stand-in that was measured.
+        tables: number of matrices with a row for each word: the embedding, and the head if it is not the same.
         stored: bytes of a number in the checkpoint.
     """
 
@@ -58,11 +58,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Rows:
-    """What of the data decides about memory and time.
+    """The facts about the data that decide memory and time.
 
     Attributes:
         count: rows, after packing.
-        tokens: of all of them, labelled: those that are learnt.
+        tokens: number of tokens in all rows.
+        labelled: number of tokens that are learnt.
         longest: tokens of the longest rows, descending, as many as a batch has or more.
     """
 
@@ -86,12 +87,12 @@ class Way:
     epoch_seconds: float
 
     def fits(self, memory: int | None) -> bool:
-        """Whether so many bytes are enough, with a little to spare; None: nobody knows how many there are."""
+        """Whether `memory` bytes are enough, with a little to spare. None: nobody knows how many there are."""
         return memory is None or _TO_SPARE * self.peak_bytes <= memory
 
     @property
     def settings(self) -> dict[str, object]:
-        """As `celora train` takes them; the preset is not changed."""
+        """The settings of `celora train` for this way. The preset is not among them."""
         return {
             "dtype": self.dtype,
             "base": "int8" if self.base == "int8" else None,
@@ -112,13 +113,13 @@ def ways_of(
     checkpointing: Sequence[bool],
     gpu: Gpu | None = None,
 ) -> list[Way]:
-    """The ways that one base with one preset has.
+    """All ways to train with one base and one preset.
 
     Args:
         before: bytes of the process before there is a model.
         named: base, dtype and preset.
         batches: pairs of rows in a micro-batch, and micro-batches in a step.
-        gpu: whose peaks decide about the time; None where steps were timed.
+        gpu: the GPU whose published peaks give the time; None if steps were timed.
     """
     found = []
     for batch, accumulation in batches:
@@ -189,7 +190,7 @@ def least_seconds(
 
 
 def best(ways: Iterable[Way], memory: int | None) -> Way | None:
-    """The way that is taken: the fastest that fits, and with the base as it is if any such way fits."""
+    """The way that celora takes: the fastest that fits. It takes a base in int8 only if no other way fits."""
     fitting = [way for way in ways if way.fits(memory)]
     plain = [way for way in fitting if way.base != "int8"]
     return min(plain or fitting, key=lambda way: (way.epoch_seconds, way.peak_bytes), default=None)

@@ -150,7 +150,7 @@ def _rotation(read: _Metadata, kind: str, rotated: int, head_dim: int) -> dict[s
 
 
 def _llama3(read: _Metadata, rotated: int, theta: float) -> dict[str, Any]:
-    """The parameters of Llama 3's rotation, of which a file has only what they come to."""
+    """The parameters of Llama 3's rotation. A GGUF file has only the divisors that follow from them."""
     divisors = _vector(read, ROPE_TENSORS[0], rotated // 2)
     factor = float(divisors.max())
     if bool((divisors == 1).all()):

@@ -161,7 +161,7 @@ class _Walk:
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """The header of a file, every number of which fits the file.
+    """The header of a file. Every number in it fits the file.
 
     Raises:
         CELoraError: it cannot be read, it is damaged, or it is no GGUF file.
