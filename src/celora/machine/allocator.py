@@ -32,7 +32,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """What `keep_freed_memory` has kept until now, to the kernel: it would count as taken by what comes next."""
+    """Give back to the kernel what `keep_freed_memory` has kept: it would count as taken by what comes next."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim is not None:
         trim(0)

@@ -60,7 +60,7 @@ def _open_to_others(folder: Path) -> Path | None:
 
 
 def recall(of: dict[str, Any]) -> Any:
-    """What `keep` has kept of this measurement; None if nothing is kept, or it cannot be read or believed."""
+    """The value that `keep` stored for this measurement; None if there is none, or it cannot be read or believed."""
     try:
         file = cache_folder(_MEASURED) / _name(of)
         document = read_json(file) if file.is_file() and trusted(file) else None

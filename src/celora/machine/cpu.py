@@ -1,4 +1,4 @@
-"""What this CPU is called, and which of the instructions that decide about speed here it has: Linux, macOS, Windows."""
+"""The name of this CPU, and the instructions it has that decide about speed here: Linux, macOS, Windows."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _windows_has(number: int | None) -> bool:
 
 
 def _capabilities() -> dict[str, Any]:
-    """As torch's own library finds them, in versions that tell."""
+    """The features that torch's own library finds, in versions of torch that tell."""
     return dict(getattr(torch.cpu, "get_capabilities", dict)())
 
 

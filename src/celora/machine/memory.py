@@ -114,7 +114,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def _available_elsewhere() -> int | None:
-    """As psutil tells, which comes with Accelerate, on systems that have no /proc."""
+    """What psutil tells, on systems without /proc. It comes with Accelerate."""
     try:
         psutil: Any = import_module("psutil")
     except ImportError:

@@ -43,7 +43,7 @@ def largest_of_all(numbers: list[list[int]], device: torch.device) -> list[list[
 
 
 def from_first(value: Any) -> Any:
-    """What the first process has, in all of them. Collective."""
+    """The first process's value, in every process. Collective."""
     if not in_company():
         return value
     shared = [value]

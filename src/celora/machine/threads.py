@@ -1,4 +1,4 @@
-"""As many threads as this process may really use: torch counts the machine's cores, a container may allow fewer."""
+"""Use as many threads as this process really may: torch counts the machine's cores, but a container may allow fewer."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def softmax_rows(
     top1: Tensor | None,
     write: bool,
 ) -> None:
-    """Of `y = scale z`, z: (N, V): the log-probability of each target, (N,), and entropy and top1 where asked for.
+    """For `y = scale z`, z: (N, V): the log-probability of each target, (N,), and entropy and top1 if asked for.
 
     With `write`, z becomes the gradient of `log_probs`, which smoothing s makes `(1 - s) log p_target + s mean log p`.
     """

@@ -108,7 +108,7 @@ Build = Callable[[Any], Any]
 
 
 def how_many_blocks(config: Any) -> int:
-    """As many as the larger stand-in has: enough to tell one apart from the rest, and not much memory."""
+    """The blocks of the larger stand-in: enough to tell one block apart from the rest, and not much memory."""
     bytes_ = 4 * block_numbers(outline(config))
     return min(int(config.num_hidden_layers), max(2, min(4, _MOST_BYTES // max(1, bytes_))))
 

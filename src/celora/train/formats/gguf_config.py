@@ -188,7 +188,7 @@ def _special(read: _Metadata, words: int) -> dict[str, int | None]:
 
 
 def _peculiar(read: _Metadata, kind: str, found: dict[str, Any]) -> dict[str, Any]:
-    """What only this family has."""
+    """The settings that only this family has."""
     window = read.count("attention.sliding_window", 0, least=0) or None
     blocks = found["num_hidden_layers"]
     if kind == "granite":

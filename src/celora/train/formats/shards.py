@@ -52,7 +52,7 @@ def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _groups(tensors: Iterator[tuple[str, Tensor]], most_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Those that go into one file together."""
+    """Groups of tensors that go into one file together."""
     group: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
