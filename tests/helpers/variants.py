@@ -263,8 +263,9 @@ def page() -> str:
     """The text of docs/use/compatibility.md."""
     parts = [
         "# Compatibility",
-        "`tests/whole/test_variants.py` checks these tables, one test a cell, on models of two layers, with estimates "
-        "that keep half of the gradient's columns. `python tests/helpers/variants.py` writes this page. The columns:",
+        "These tables say what works with each variant of PEFT's adapters, and with each kind of model. A test checks "
+        "each cell (`tests/whole/test_variants.py`), on models of two layers, with estimates that keep half of the "
+        "gradient's columns. `python tests/helpers/variants.py` writes this page. The columns:",
         "\n".join(f"- **{name}**: {meaning}." for name, meaning in COLUMNS.items()),
         "## PEFT variants",
         _table("variant", VARIANTS),
@@ -281,11 +282,11 @@ def page() -> str:
         "the newest pre-releases, every night. The versions of axolotl and LLaMA-Factory were tried by hand "
         "([log](../develop/log/integration.md)).",
         "## Refused",
-        "- **Models patched by Unsloth.** Its kernels compute base layer and adapter themselves, past every layer that "
-        "could be estimated; `celora.attach` raises `CELoraError`.\n"
-        "- **Merged adapters** cannot train; `celora.attach` raises `CELoraError` and says which call undoes it.\n"
-        "- **Anything else that computes past its base layer** gets a warning after the first refresh, which names the "
-        "kind of layer that no backward came through.",
+        "- **Models patched by Unsloth.** Unsloth's kernels compute base layer and adapter themselves. They pass by "
+        "every layer that celora could estimate. `celora.attach` raises `CELoraError`.\n"
+        "- **Merged adapters** cannot train. `celora.attach` raises `CELoraError` and says which call undoes it.\n"
+        "- **Anything else that computes past its base layer** is not refused. A warning after the first refresh names "
+        "the kind of layer that no backward came through.",
     ]
     return "\n\n".join(parts) + "\n"
 
