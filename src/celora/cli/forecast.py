@@ -23,7 +23,7 @@ from celora.cli.options import (
 
 ESTIMATE_HELP = """Will it fit, and how long will it take? Answers in up to a minute, and trains nothing.
 
-Reads the rows and the model's configuration, and no weights. Measures this machine with a few blocks of random
+It reads the rows and the model's configuration, and no weights. It measures this machine with a few blocks of random
 weights. Then it shows memory and time of each way to train that the other options leave open.
 --gpu takes an NVIDIA GPU in place of this machine. Its times are computed, not measured.
 
@@ -44,12 +44,12 @@ def estimate(
     model: Model = None,
     data: Data = None,
     memory: Annotated[
-        str | None, typer.Option("--memory", help="What the run may take, 8GiB; by default what is free.")
+        str | None, typer.Option("--memory", help="8GiB: what the run may take; by default what is free.")
     ] = None,
     preset: Preset = None,
     gpu: Annotated[
         str | None,
-        typer.Option("--gpu", help="An NVIDIA GPU, 'RTX 4060': what fits, and the least time by its published peaks."),
+        typer.Option("--gpu", help="'RTX 4060', an NVIDIA GPU: what fits, and the least time by its published peaks."),
     ] = None,
     base: Annotated[Literal["int8"] | None, typer.Option("--base", help="int8: only with a base in 8 bits.")] = None,
     config: Config = None,

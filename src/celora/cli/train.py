@@ -25,6 +25,9 @@ Examples:
 
 Ctrl-C stops at the end of the step and saves; a second one stops at once.
 
+Preset auto makes a plan before the first step if you give --fidelity 0.998 or --memory_limit; --plan takes one from
+celora plan.
+
 Every field of TRL's SFTConfig and the LoRA fields of its ModelConfig are accepted under their own names, here and in
 the YAML file (--bf16 false, --per-device-train-batch-size 4). --help-all lists them, with the defaults that differ from
 TRL's and why."""

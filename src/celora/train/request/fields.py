@@ -392,7 +392,7 @@ def help_all() -> str:
             if f.owner != owner or f.name in REFUSED:
                 continue
             default, why = DEFAULTS.get(f.name, (f.default, ""))
-            note = f" (differs from TRL's {f.default!r}: {why})" if why else ""
+            note = f" (differs from TRL's {f.default!r}: {why})" if why and default != f.default else ""
             shown = DEVICE_DEFAULTS.get(f.name, repr(default))
             lines.append(f"  --{f.name}  {describe_type(f.hint)}; default {shown}{note}. {f.help}".rstrip())
     lines += ["", "of `trl sft`, and refused unless they ask for nothing:"]
