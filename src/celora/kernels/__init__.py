@@ -1,4 +1,4 @@
-"""Operations by name. `operations` decides which backend runs each: C, oneDNN or torch's operators.
+"""Operations by name. `operations` decides which backend runs each: C, oneDNN, Triton or torch's operators.
 
 Belongs here: passes over numbers that know nothing of layers. Does not belong here: what is estimated, and when.
 May import: errors, files, borrowed, machine, weights."""
