@@ -10,7 +10,6 @@ import functools
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -128,11 +127,8 @@ def _share_threads(loaded: ctypes.CDLL) -> bool:
         with_runtime = Path(torch.__file__).parent / "lib" / file
         if with_runtime.is_file():
             runtime = ctypes.CDLL(str(with_runtime))  # loaded already; its symbols include those of what it loads
-            found = [ctypes.cast(f, ctypes.c_void_p).value if (f := _symbol(runtime, n)) else None for n in _FUNCTIONS]
+            functions = (getattr(runtime, name, None) for name in _FUNCTIONS)
+            found = [ctypes.cast(f, ctypes.c_void_p).value if f else None for f in functions]
     there = None not in found[-2:] and (None not in found[:2] or None not in found[2:6])
     loaded.celora_use_runtime((ctypes.c_void_p * len(_FUNCTIONS))(*found if there else ()))
     return there
-
-
-def _symbol(runtime: ctypes.CDLL, name: str) -> Any:
-    return getattr(runtime, name, None)

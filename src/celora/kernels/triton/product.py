@@ -122,9 +122,6 @@ class _Rows(PackedWeight):
 class TiledWeight(_Rows, Integers):
     """A weight for `g W` alone, int8, its depth contiguous."""
 
-    def __init__(self, q: Tensor, scale: Tensor) -> None:
-        self.q, self.scale, self.column_scale = q, scale, scale
-
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor) -> TiledWeight:
         return cls(column_major((weight.float() * (1 / scale)).round_().to(torch.int8)), scale)
