@@ -114,7 +114,7 @@ def test_critical_products(dtype: torch.dtype, shape: tuple[int, int], kept: int
     w = torch.randn(shape).to(dtype)
     scale = w.float().abs().amax(0).clamp(min=1e-20) / 127
     packed = dot_module.pack_columns(w, 1 / scale)
-    found = dot_module.critical_product(x, packed, scale, columns=shape[1], kept=kept, share=share)
+    found = dot_module.critical_product(x, packed, scale, kept=kept, share=share)
     index, position = kernels.choose_rows(kernels.squared_row_norms(x), kept=kept, share=share, step=1)
     expected = torch.full((25, shape[1]), 7.0).to(dtype)
     dot_module.gathered_product(x, packed, scale, expected, index=index, position=position, factors=None, fill=True)

@@ -116,10 +116,7 @@ class Panels(PackedWeight):
     def critical_rows(self, x: Tensor, *, kept: int | None, share: float) -> Tensor | None:
         if not supported(x):
             return None
-        columns = len(self.column_scale)
-        return critical_product(
-            x, self.packed, self.column_scale, columns=columns, kept=kept, share=share, fold=self.fold
-        )
+        return critical_product(x, self.packed, self.column_scale, kept=kept, share=share, fold=self.fold)
 
 
 def pack_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
@@ -166,13 +163,12 @@ def critical_product(
     packed: Tensor,
     column_scale: Tensor,
     *,
-    columns: int,
     kept: int | None,
     share: float,
     fold: Tensor | None = None,
 ) -> Tensor:
-    """`gathered_product` of the rows that `choose_rows` chooses by their norms, in one call: (T, columns)."""
-    rows, depth = x.shape
+    """`gathered_product` of the rows that `choose_rows` chooses by their norms, in one call: (T, in)."""
+    (rows, depth), columns = x.shape, len(column_scale)
     out = x.new_empty(rows, columns)
     turned = 0 if fold is None else columns
     scratch = scratch_bytes(rows, depth, turned=fold is not None)
