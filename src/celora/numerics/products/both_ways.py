@@ -56,7 +56,7 @@ class Int8BothWays(Int8):
         """Record the largest numbers of the features of `x: (..., in)`. Does nothing for a base in 8 bits."""
         if isinstance(weight, StoredWeight) and weight.packed is not None:
             return
-        found: Tensor = column_maxima(x.detach().reshape(-1, x.shape[-1])).float()
+        found = column_maxima(x.detach().reshape(-1, x.shape[-1]))
         seen = self._largest_inputs
         self._largest_inputs = found if seen is None else torch.maximum(seen, found)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from celora.kernels.backends import available, backends_of, choose
 from celora.kernels.operations import column_maxima
 from celora.kernels.packed import PackedWeight
 from celora.kernels.plain import divisor
@@ -44,6 +45,17 @@ class EightBit(Product):
     def __init__(self, *, copy: bool = True) -> None:
         self.copy = copy
         self.forget()
+
+    @property
+    @abstractmethod
+    def operation(self) -> str:
+        """The operation that makes the copy, by its name in the table of kernels."""
+
+    def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
+        return "" if available(self.operation, device) else backends_of(self.operation)[-1].why_not(device)
+
+    def slow(self, device: torch.device) -> str:
+        return choose(self.operation, device).slow(device) if available(self.operation, device) else ""
 
     def forget(self) -> None:
         self._made_of: tuple[Any, ...] | None = None

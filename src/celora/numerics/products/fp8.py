@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from celora.kernels.backends import available, backends_of, choose
 from celora.kernels.floats import LARGEST
 from celora.kernels.operations import pack_floats
 from celora.kernels.packed import PackedWeight
@@ -25,10 +24,7 @@ class Fp8(EightBit):
     def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
         if in_features % 16:
             return f"fp8 products need in_features that are a multiple of 16, not {in_features}"
-        return "" if available(self.operation, device) else backends_of(self.operation)[-1].why_not(device)
-
-    def slow(self, device: torch.device) -> str:
-        return choose(self.operation, device).slow(device) if available(self.operation, device) else ""
+        return super().unavailable(out_features, in_features, device)
 
     def _multiplied_with(self, weight: Tensor) -> PackedWeight:
         self._follow(weight)

@@ -19,7 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from celora.kernels.backends import available, backends_of, choose
+from celora.kernels.backends import available, choose
 from celora.kernels.operations import pack_weight, quantise_weight
 from celora.kernels.packed import PackedWeight
 from celora.numerics.products.eight_bit import EightBit
@@ -43,12 +43,7 @@ class Int8(EightBit):
             return f"int8 sums of more than {_LONGEST:,} products overflow 32 bits"
         if device.type == "cuda" and in_features % 8:
             return f"int8 products on CUDA need in_features that are a multiple of 8, not {in_features}"
-        if available(self.operation, device):
-            return ""
-        return backends_of(self.operation)[-1].why_not(device)
-
-    def slow(self, device: torch.device) -> str:
-        return choose(self.operation, device).slow(device) if available(self.operation, device) else ""
+        return super().unavailable(out_features, in_features, device)
 
     def critical_rows(
         self,
@@ -71,7 +66,6 @@ class Int8(EightBit):
 
     @property
     def operation(self) -> str:
-        """The operation that makes the copy, by its name in the table of kernels."""
         return "pack_weight" if self.copy else "quantise_weight"
 
     def _multiplied_with(self, weight: Tensor) -> PackedWeight:
