@@ -27,6 +27,7 @@ from celora.borrowed import borrow
 from celora.errors import CELoraError
 from celora.kernels import operations
 from celora.modeling import varlen
+from celora.modeling.graft import in_dispatch_mode
 from celora.modeling.hooks import Hook
 from celora.modeling.own_forward import OwnForward
 
@@ -36,7 +37,6 @@ _DTYPES = (torch.float32, torch.bfloat16)  # of our kernel
 _SHORT = 160  # tokens; measured, benchmarks/kernels/attention.py
 _FLASH = "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu"
 _FLASH_BACKWARD = "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward"
-_DISPATCH_MODE = "torch.utils._python_dispatch:is_in_torch_dispatch_mode"
 _IMPLEMENTATION = "transformers:PretrainedConfig._attn_implementation"
 
 
@@ -218,10 +218,7 @@ def _tiles_pay(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, seq
     tensors = (query, key, value)
     if query.dtype not in _DTYPES or any(type(t) is not Tensor or t.dtype != query.dtype for t in tensors):
         return False
-    if torch.compiler.is_compiling() or not operations.available("attention", query.device):
-        return False
-    looked_on = borrow(_DISPATCH_MODE)
-    if looked_on is None or looked_on():
+    if torch.compiler.is_compiling() or not operations.available("attention", query.device) or in_dispatch_mode():
         return False
     trains = any(t.requires_grad for t in tensors) if torch.is_grad_enabled() else module.training
     batch, heads, tokens, size = query.shape
