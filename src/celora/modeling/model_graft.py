@@ -10,7 +10,6 @@ replica of `nn.DataParallel` would use the original's weights, and TRL's trainer
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -69,7 +68,6 @@ class ModelGraft(Measured, Hook):
         self.logits: Logits | None = None
         self.refused = False
         self._known: tuple[Any, ...] | None = None  # `known_by` of the model when it was probed
-        self._said: set[str] = set()
         self._open = OpenCalls()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -312,12 +310,8 @@ class ModelGraft(Measured, Hook):
                 "labelled_head=False."
             )
         if reason:
-            self._say(f"{reason}; its own loss is used, over all tokens and with their padding.")
-
-    def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            warnings.warn(f"celora: {text}", stacklevel=2)
+            text = "its own loss is used, over all tokens and with their padding"
+            self.switch.say_once(f"loss: {reason}", f"{reason}; {text}.")
 
     def _own(self, module: nn.Module, given: dict[str, Any]) -> Any:
         """The output of a refused model for the labels of the call that probed. It must not probe again."""
@@ -341,7 +335,7 @@ class ModelGraft(Measured, Hook):
         else:
             reason = packing.cannot_pack(causal, may_look_at_shapes)
         if reason:
-            self._say(f"padding stays in batches: {reason}.")
+            self.switch.say_once(f"padding: {reason}", f"padding stays in batches: {reason}.")
         return not reason
 
 

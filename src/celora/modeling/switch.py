@@ -99,7 +99,7 @@ class Switch:
             warnings.warn(f"celora: PEFT's own backward also in {', '.join(names)}.", stacklevel=2)
 
     def say_once(self, kind: str, text: str) -> None:
-        """Warn of the first event of this kind in any layer of this attachment."""
+        """Warn of the first event of this kind in this attachment."""
         if kind not in self._said:
             self._said.add(kind)
             warnings.warn(f"celora: {text}", stacklevel=2)
