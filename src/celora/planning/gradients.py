@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from celora.errors import CELoraError
 from celora.machine.device import random_states
-from celora.modeling.hooks import settle
+from celora.modeling.hooks import settle_all
 from celora.weights.sharded import whole
 
 
@@ -85,8 +85,7 @@ def untouched(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Itera
         try:
             yield rewind
         finally:
-            for module in model.modules():
-                settle(module)
+            settle_all(model)
             for name, p in parameters.items():
                 p.grad = grads[name]
             with torch.no_grad():

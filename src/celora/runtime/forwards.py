@@ -95,8 +95,8 @@ class Forwards(dict[str, EightBitForward]):
         return state
 
     def load_state_dict(self, name: str, state: dict[str, Tensor]) -> None:
-        """Restore one layer, and remove its entries from a checkpoint's `state`."""
-        exact, error, levels = (state.pop(key, None) for key in (_EXACT, _ERROR, _LEVELS))
+        """Restore one layer from what `state_dict` returned."""
+        exact, error, levels = (state.get(key) for key in (_EXACT, _ERROR, _LEVELS))
         if name not in self:
             return
         self[name].exact = exact is not None and bool(exact)

@@ -102,7 +102,10 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         for name, fields in layers.items()
         if _OVER_BOUND in fields
     }
-    forwards = {name: _popped(fields, "forward_") for name, fields in layers.items()}
+    forwards = {
+        name: {key: fields.pop(key) for key in list(fields) if key.startswith("forward_")}
+        for name, fields in layers.items()
+    }
     for name, graft in attachment.grafts.items():
         _restore(graft.estimator.clone(), layers[name])  # refuses a state that does not fit, before anything is changed
     try:
@@ -129,11 +132,6 @@ def saved_config(folder: str | os.PathLike[str]) -> CELoraConfig | None:
             return CELoraConfig.from_dict(json.loads((opened.metadata() or {}).get(_CONFIG, "")))
     except (OSError, SafetensorError, CELoraError, ValueError, TypeError):
         return None
-
-
-def _popped(fields: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Remove the fields whose names begin with `prefix`, and return them."""
-    return {name: fields.pop(name) for name in list(fields) if name.startswith(prefix)}
 
 
 def _same_config(made_with: str, attachment: Attachment) -> bool:
