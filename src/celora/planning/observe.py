@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from celora.machine.memory import saved_for_backward
 from celora.modeling.switch import Mode
-from celora.numerics.estimators import Dense, Estimator, Observed
+from celora.numerics.estimators import Dense, Observed
 from celora.planning.bench import Bench, Layer, grafted_with
 
 _DISTURBANCE = 0.88  # the share of the squared norm that disturbed layers keep
@@ -42,11 +44,7 @@ def observe(bench: Bench, layers: list[Layer]) -> int:
     """Collect gradients and findings. Returns the bytes that one forward saves for backward."""
     by_name = {layer.name: layer for layer in layers}
     for number in range(bench.measuring + 1):
-        last = number == bench.measuring
-
-        def make(layer: Layer, last: bool = last) -> Estimator:
-            return _Observer(layer, measure=last)
-
+        make = functools.partial(_Observer, measure=number == bench.measuring)
         with grafted_with(by_name, make) as grafts, saved_for_backward(bench.model) as saved:
             for graft in grafts.values():
                 graft.mode = Mode.OBSERVE
