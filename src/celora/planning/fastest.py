@@ -29,15 +29,15 @@ from celora.modeling.assign import rank_of
 from celora.modeling.language_model import at_hand
 from celora.modeling.survey import Survey
 from celora.planning.candidates import EXACT, make_candidate
+from celora.planning.evidence import MARGIN
 from celora.planning.head_evidence import time_shares
 from celora.runtime.ladder import WORDS
-from celora.settings.config import CELoraConfig, LayerConfig
+from celora.settings.config import LAYER_FIELDS, CELoraConfig, LayerConfig
 
 TOKENS = 512  # products are timed with at most so many on a CPU; the fastest stays the fastest with more
 _FEWEST, _MOST_NUMBERS = 16, 2**31  # at least so many tokens; at most so many multiplications in a product
 _REPEATS = 5
 _LEAST_WORDS = 2048  # to draw: the targets of some 1,000 tokens, and as many that they are confused with
-_CLEARLY = 0.97  # of PEFT's time; a smaller gain may be noise
 
 
 def gate(
@@ -75,19 +75,19 @@ def gate(
 
 
 def _overrides(found: Survey, config: CELoraConfig, tokens: int) -> dict[str, Mapping[str, Any]]:
-    fields = [field.name for field in dataclasses.fields(LayerConfig)]
-    own = LayerConfig(**{name: getattr(config, name) for name in fields})
+    own = config.default
     kinds: dict[tuple[tuple[int, int], torch.dtype, torch.device, bool, int], list[str]] = {}
     for name, layer in found.layers.items():
-        timed = not layer.cannot_estimate and layer.dtype is not None and not cannot_time(layer.device)
-        if timed and layer.dtype is not None and config.for_layer(name) == own:
+        if layer.cannot_estimate or layer.dtype is None or cannot_time(layer.device):
+            continue
+        if config.for_layer(name) == own:
             kind = layer.shape, layer.dtype, layer.device, layer.takes_forward, rank_of(layer, own)
             kinds.setdefault(kind, []).append(name)
     overrides: dict[str, Mapping[str, Any]] = {}
     for (shape, dtype, device, takes_forward, rank), names in kinds.items():
         setting = dataclasses.replace(own, rank=rank, forward=own.forward if takes_forward else "exact")
         best = EXACT if _untried(config, device) else _fastest(setting, shape, dtype, device, tokens)
-        changes = {field: getattr(best, field) for field in fields if getattr(best, field) != getattr(own, field)}
+        changes = {name: getattr(best, name) for name in LAYER_FIELDS if getattr(best, name) != getattr(own, name)}
         changes.pop("rank", None)
         if best == EXACT:  # it uses no other field
             changes = {"estimator": EXACT.estimator}
@@ -107,7 +107,7 @@ def _fastest(
     of = {"layer": [dataclasses.asdict(setting) for setting in settings], "shape": shape, "tokens": tokens}
     times = _kept(of, 1 + len(settings), dtype, device, lambda: _times(settings, shape, tokens, dtype, device))
     best, time = min(zip((EXACT, *settings), times, strict=True), key=lambda pair: pair[1])
-    return best if time < _CLEARLY * times[0] else EXACT
+    return best if time < MARGIN * times[0] else EXACT
 
 
 def _times(
@@ -163,7 +163,7 @@ def _share(found: Survey, config: CELoraConfig, labelled: int, given: Collection
     tokens = _timed_tokens(labelled, weight.numel(), weight.device)
     of = {"head": share, "shape": tuple(weight.shape), "tokens": tokens}
     times = _kept(of, 2, weight.dtype, weight.device, lambda: list(time_shares(weight, tokens, (1.0, share)).values()))
-    return share if times[1] < _CLEARLY * times[0] else 1.0
+    return share if times[1] < MARGIN * times[0] else 1.0
 
 
 def _untried(config: CELoraConfig, device: torch.device) -> bool:

@@ -133,7 +133,7 @@ class CELoraConfig(LayerConfig):
                 if key not in LAYER_FIELDS:
                     raise unknown(f"setting in the override {pattern!r}:", key, LAYER_FIELDS)
             try:
-                _check_uses(dataclasses.replace(self._default(), **fields), fields)
+                _check_uses(dataclasses.replace(self.default, **fields), fields)
             except CELoraError as error:
                 raise CELoraError(f"override {pattern!r}: {error}") from None
             overrides[pattern] = dict(fields)
@@ -150,9 +150,11 @@ class CELoraConfig(LayerConfig):
         for pattern, fields in self.overrides.items():
             if matches(pattern, name):
                 changes.update(fields)
-        return dataclasses.replace(self._default(), **changes)
+        return dataclasses.replace(self.default, **changes)
 
-    def _default(self) -> LayerConfig:
+    @property
+    def default(self) -> LayerConfig:
+        """The setting of a layer that no override names."""
         return LayerConfig(**{name: getattr(self, name) for name in LAYER_FIELDS})
 
     def to_dict(self) -> dict[str, Any]:
