@@ -29,6 +29,7 @@ from celora.cli.options import (
     print_json,
     settle_in,
 )
+from celora.settings.names import PLAN_NAME
 
 AUDIT_HELP = """Compare the estimated LoRA gradient with the exact one on a batch of your own rows.
 
@@ -85,7 +86,7 @@ def plan(
     data: Data = None,
     output: Annotated[
         Path, typer.Option("--output", callback=possible, help="File that the plan is written to.")
-    ] = Path("celora_plan.json"),
+    ] = Path(PLAN_NAME),
     fidelity: Annotated[
         float | None,
         typer.Option("--fidelity", help="Least cosine between estimated and exact LoRA gradient; by default 0.998."),

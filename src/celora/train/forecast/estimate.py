@@ -42,6 +42,7 @@ from celora.train.forecast.blocks import (
 )
 from celora.train.forecast.ways import QUALITY, Model, Rows, Way, best, ways_of
 from celora.train.loading import gguf_of, load_tokenizer, lora_config, quiet_libraries, read_tokenizer, training_rows
+from celora.train.prepare import NO_EVALUATION
 from celora.train.processes import processes
 from celora.train.request.arguments import TrainRequest, make_request, sft_config
 from celora.train.rows.answers import learnt_tokens
@@ -59,7 +60,6 @@ _UNITS = {"B": 1} | {
     for power, letter in enumerate("KMGT", 1)
     for end, base in (("", 1024), ("IB", 1024), ("B", 1000))
 }
-_NO_EVALUATION = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False, "save_strategy": "no"}
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def estimate(
     if presets is None:
         presets = _presets(given, PRESETS if gpu is None else gpus.PRESETS)
     with quiet_libraries(), tempfile.TemporaryDirectory() as scratch, _settings(given) as (folder, stored):
-        request = replace(given, model=folder, output=Path(scratch), train=given.train | _NO_EVALUATION)
+        request = replace(given, model=folder, output=Path(scratch), train=given.train | NO_EVALUATION)
         request = request if gpu is None else gpus.on_cpu(request, presets)
         args = sft_config(request)
         tokenizer = load_tokenizer(request) if folder == given.model else read_tokenizer(folder)

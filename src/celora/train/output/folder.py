@@ -22,11 +22,12 @@ from filelock import FileLock, Timeout
 
 from celora.errors import CELoraError
 from celora.files import clear, read_json, write_text
+from celora.settings.names import CONFIG_NAME, PLAN_NAME
 from celora.train.output.manifest import read_manifest, sealed, unseal
 from celora.train.processes import is_first
 
-RUN, METRICS, REPORT, CONFIG = "run.json", "metrics.jsonl", "report.html", "celora_config.json"
-PLAN = "celora_plan.json"
+RUN, METRICS, REPORT = "run.json", "metrics.jsonl", "report.html"
+CONFIG, PLAN = CONFIG_NAME, PLAN_NAME
 LOCK, SAVING = ".celora.lock", ".adapter.tmp"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _DAMAGED = ".damaged"
