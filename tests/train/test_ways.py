@@ -100,7 +100,8 @@ def test_the_least_time_is_that_of_operations_or_of_bytes() -> None:
     moved = 2 * 200 * (2 + 8 * 30)
 
     def seconds(checkpointing: bool, dtype: str, preset: str, gpu: Gpu = CARD) -> float:
-        return least_seconds(gpu, COST, MODEL, ROWS, checkpointing=checkpointing, dtype=dtype, preset=preset)
+        cost = replace(COST, computes_in=dtype)
+        return least_seconds(gpu, cost, MODEL, ROWS, checkpointing=checkpointing, preset=preset)
 
     assert seconds(False, "bfloat16", "auto") == pytest.approx((2 * frozen + 2 * head) / 100)
     assert seconds(False, "float32", "off") == pytest.approx((2 * frozen + 2 * head) / 10)
@@ -109,8 +110,8 @@ def test_the_least_time_is_that_of_operations_or_of_bytes() -> None:
 
 
 def test_logits_of_labelled_tokens_only_where_padding_is_left_out() -> None:
-    given = {"checkpointing": False, "dtype": "bfloat16", "preset": "auto"}
-    whole, packed = (least_seconds(CARD, cost, MODEL, ROWS, **given) for cost in (COST, replace(COST, packed=True)))
+    costs = (replace(COST, computes_in="bfloat16", packed=packed) for packed in (False, True))
+    whole, packed = (least_seconds(CARD, cost, MODEL, ROWS, checkpointing=False, preset="auto") for cost in costs)
     assert whole - packed == pytest.approx(2 * 2 * 4 * 10 * (200 - 100) / 100)
 
 

@@ -125,8 +125,7 @@ def can_checkpoint(config: Any) -> bool:
 
 def block_numbers(model: nn.Module) -> int:
     """Numbers in the weights of one block."""
-    blocks = _blocks(model)
-    return sum(parameter.numel() for parameter in blocks[0].parameters())
+    return _numbers(_blocks(model)[0])
 
 
 def stand_in(

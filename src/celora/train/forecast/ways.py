@@ -128,9 +128,7 @@ def ways_of(
             if gpu is None:
                 seconds = epoch_seconds(cost, model, rows, batch, checkpointing=on)
             else:
-                seconds = least_seconds(
-                    gpu, cost, model, rows, dtype=cost.computes_in, preset=named[2], checkpointing=on
-                )
+                seconds = least_seconds(gpu, cost, model, rows, preset=named[2], checkpointing=on)
             found.append(Way(*named, on, batch, accumulation, int(peak), seconds))
     return found
 
@@ -171,9 +169,7 @@ def epoch_seconds(cost: Cost, model: Model, rows: Rows, batch: int, *, checkpoin
     return micro_batches * (outside.fixed + words * outside.per_token * tokens + model.blocks * block.at(tokens))
 
 
-def least_seconds(
-    gpu: Gpu, cost: Cost, model: Model, rows: Rows, *, dtype: str, preset: str, checkpointing: bool
-) -> float:
+def least_seconds(gpu: Gpu, cost: Cost, model: Model, rows: Rows, *, preset: str, checkpointing: bool) -> float:
     """Seconds that an epoch takes at least on a GPU, by its published peaks. Computed, not measured.
 
         seconds >= max(operations / rate, bytes / bandwidth)
@@ -181,7 +177,7 @@ def least_seconds(
     Operations are those of the products with frozen weights and of the head. Bytes are what a step keeps for its
     backward, written once and read once. Everything else is left out.
     """
-    usual = gpu.float32 if dtype == "float32" else gpu.bfloat16
+    usual = gpu.float32 if cost.computes_in == "float32" else gpu.bfloat16
     eight = gpu.int8 if preset == "fast" else usual
     frozen = 2 * model.blocks * model.block_numbers * rows.tokens  # in one direction
     head = 2 * model.hidden * model.words * (rows.labelled if cost.packed else rows.tokens)
