@@ -22,7 +22,7 @@ from celora.machine import cpu
 from celora.machine.device import PACKAGES, default_device, device_name
 from celora.machine.memory import available_memory
 from celora.machine.threads import allowed_cpus
-from celora.machine.timing import interleaved, slower_than_float32, time_over_float32
+from celora.machine.timing import faster_dtype, interleaved, time_over_float32
 from celora.numerics.products.registry import make_product
 
 OPTIONAL = ("bitsandbytes", "torchao", "deepspeed", "tensorboard", "trackio", "wandb")
@@ -70,7 +70,7 @@ def examine() -> dict[str, Any]:
         "products": _products(device, (torch.float32, torch.bfloat16) if math.isfinite(ratio) else (torch.float32,)),
         "dtype": {
             "bfloat16_over_float32": round(ratio, 3) if math.isfinite(ratio) else None,
-            "trains_in": "float32" if slower_than_float32(torch.bfloat16, device) else "bfloat16",
+            "trains_in": faster_dtype(),
         },
     }
     found["advice"] = advise(found)
@@ -120,7 +120,7 @@ def advise(found: dict[str, Any]) -> list[str]:
     """Advice that follows from the findings of `examine`, one sentence each."""
     lines, times = [], found["products"]["time_ms"]
     dtype, ratio = found["dtype"]["trains_in"], found["dtype"]["bfloat16_over_float32"]
-    then = "celora trains in float32" if dtype == "float32" else "celora trains in bfloat16"
+    then = f"celora trains in {dtype}"
     if dtype == "bfloat16" and ratio >= _FASTER:
         then += ", which takes half the memory"
     took = "cannot be computed" if ratio is None else f"take {ratio:.2f} of float32's time"
@@ -195,7 +195,8 @@ def describe(found: dict[str, Any]) -> str:
     width = max(map(len, rows)) + 2
     lines = [f"{name:<{width}}{text}" for name, text in rows.items() if text]
     lines += ["", "What will be fast here:", *(f"- {line}" for line in found["advice"])]
-    return "\n".join([*lines, "", "To see it work, and to train on rows of your own:", *_indented(found["commands"])])
+    lines += ["", "To see it work, and to train on rows of your own:", *(f"  {line}" for line in found["commands"])]
+    return "\n".join(lines)
 
 
 def _operations(chosen: dict[str, str | None]) -> dict[str, str]:
@@ -204,7 +205,3 @@ def _operations(chosen: dict[str, str | None]) -> dict[str, str]:
     for operation, backend in chosen.items():
         by_backend.setdefault(f"by {backend}" if backend else "not available", []).append(operation)
     return {backend: ", ".join(operations) for backend, operations in sorted(by_backend.items())}
-
-
-def _indented(lines: list[str]) -> list[str]:
-    return [f"  {line}" for line in lines]
