@@ -137,7 +137,8 @@ def mask_answers(messages: Messages, tokenizer: Any, first: int = 0) -> dict[str
     Raises:
         CELoraError: there is no answer, or the template writes an answer differently when more follows.
     """
-    if not any(message["role"] == "assistant" for message in messages[first:]):
+    answers = [k for k in range(first, len(messages)) if messages[k]["role"] == "assistant"]
+    if not answers:
         raise CELoraError("no assistant turn is in it, so there is nothing to learn; leave it out")
 
     def render(some: Messages, prompt: bool) -> str:
@@ -156,13 +157,8 @@ def mask_answers(messages: Messages, tokenizer: Any, first: int = 0) -> dict[str
             raise CELoraError(f"the chat template marks none of its tokens as an answer; {_WAYS_OUT}")
         return {"input_ids": ids, "assistant_masks": mask}
     end = tokenizer.eos_token or ""
-    spans = [_span(messages, k, whole, render, end) for k in range(first, len(messages)) if _answers(messages[k])]
-    ids, mask = _mask_tokens(tokenizer, whole, spans)
+    ids, mask = _mask_tokens(tokenizer, whole, [_span(messages, k, whole, render, end) for k in answers])
     return {"input_ids": ids, "assistant_masks": mask}
-
-
-def _answers(message: dict[str, Any]) -> bool:
-    return bool(message["role"] == "assistant")
 
 
 def _span(messages: Messages, k: int, whole: str, render: Render, end: str) -> tuple[int, int]:
