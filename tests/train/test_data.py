@@ -54,7 +54,7 @@ def test_each_kind_of_file(tmp_path: Path, load: Load) -> None:
     write(tmp_path / "data.jsonl", *rows)
     for name in ("data.csv", "data.parquet", "list.json", "lines.json", "data.jsonl"):
         assert load(tmp_path / name) == rows, name
-        assert load(str(tmp_path / name), limit=1) == rows[:1], name
+        assert load(str(tmp_path / name)) == rows, name
 
 
 def test_a_row_with_the_columns_of_two_shapes_follows_the_first_row(tmp_path: Path, load: Load) -> None:
@@ -259,8 +259,6 @@ def test_missing_places(tmp_path: Path, load: Load) -> None:
     write(tmp_path / "empty" / "data" / "train.jsonl", TEXT)
     with pytest.raises(CELoraError, match=r"empty: holds no data files.*; 'data' in it does\.$"):
         load(tmp_path / "empty")
-    with pytest.raises(CELoraError, match=r"limit=0; expected at least 1 row"):
-        load(tmp_path / "reviews.jsonl", limit=0)
 
 
 def test_a_folder_that_may_not_be_listed_is_one_line() -> None:

@@ -13,7 +13,6 @@ import hashlib
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,7 +54,6 @@ def load_rows(
     *,
     split: str = "train",
     chat: bool,
-    limit: int | None = None,
     config: str | None = None,
     text_field: str = "text",
     cache_dir: str | Path | None = None,
@@ -77,7 +75,6 @@ def load_rows(
             (`test.jsonl`, `reviews_test.jsonl`, `test-00000-of-00002.parquet`), and are read in name order. If no name
             says `train`, every file that names no other split is training data. A single file is read whole.
         chat: whether the tokenizer has a chat template.
-        limit: read at most so many rows.
         config: the configuration of a hub data set.
         text_field: the column that is read as `text`.
         cache_dir: where `datasets` keeps the rows; None for its own cache.
@@ -86,8 +83,6 @@ def load_rows(
     Raises:
         CELoraError: the source cannot be read, or a row has no known shape. The message names file and line.
     """
-    if limit is not None and limit < 1:
-        raise CELoraError(f"limit={limit}; expected at least 1 row, or None for all.")
     files = local_files(source, split)
     if files and config is not None:
         raise CELoraError(f"dataset_config={config!r} is for hub data sets, and {str(source)!r} is here; leave it out.")
@@ -104,7 +99,6 @@ def load_rows(
                 "files": tuple(str(file) for file in files),
                 "hub": hub,
                 "chat": chat,
-                "limit": limit,
                 "text_field": text_field,
                 "answers": answers,
                 "key": key,
@@ -141,7 +135,6 @@ def _generate(
     files: tuple[str, ...],
     hub: datasets.Dataset | None,
     chat: bool,
-    limit: int | None,
     text_field: str,
     answers: bool,
     key: str,
@@ -152,7 +145,7 @@ def _generate(
         else ((f"{name}, row {number}", row) for number, row in enumerate(hub, 1))
     )
     shape = first = start = None
-    for place, row in islice(placed, limit):
+    for place, row in placed:
         if isinstance(row, dict) and text_field in row:
             row = row | {"text": row[text_field]}
         found = _shape(place, row, prefer=shape)
