@@ -56,11 +56,9 @@ def peak_memory(device: torch.device) -> int | None:
     if device.type != "cpu":
         ask = getattr(backend(device), "max_memory_allocated", None)  # MPS does not keep it
         return None if ask is None else int(ask(device))
-    status = Path("/proc/self/status")  # what getrusage says includes the process that started this one
-    with suppress(OSError, StopIteration):  # not on Linux, or in a sandbox that does not tell
-        # The process's name stands there, too, in whatever encoding.
-        lines = status.read_text(encoding="utf-8", errors="replace").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    # What getrusage says includes the process that started this one.
+    if (peak := _listed("/proc/self/status", "VmHWM")) is not None:
+        return peak
     try:
         import resource
     except ImportError:  # Windows
@@ -71,14 +69,10 @@ def peak_memory(device: torch.device) -> int | None:
 
 def resident_memory() -> int | None:
     """Bytes of this process that are in memory now; None where nobody knows."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
-    try:
-        psutil: Any = import_module("psutil")
-    except ImportError:
-        return None
-    return int(psutil.Process().memory_info().rss)
+    if (resident := _listed("/proc/self/status", "VmRSS")) is not None:
+        return resident
+    psutil = _psutil()
+    return None if psutil is None else int(psutil.Process().memory_info().rss)
 
 
 def forget_peak(device: torch.device) -> None:
@@ -98,11 +92,9 @@ def available_memory(device: torch.device) -> int | None:
         ask = getattr(backend(device), "mem_get_info", None)
         return None if ask is None else int(ask(device)[0])
     if not sys.platform.startswith("linux"):
-        return _available_elsewhere()
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
+        psutil = _psutil()
+        return None if psutil is None else int(psutil.virtual_memory().available)
+    if (free := _listed("/proc/meminfo", "MemAvailable")) is None:
         return None
     group = Path("/sys/fs/cgroup")  # a container may be allowed less than the machine has
     try:
@@ -113,10 +105,18 @@ def available_memory(device: torch.device) -> int | None:
         return free
 
 
-def _available_elsewhere() -> int | None:
-    """What psutil tells, on systems without /proc. It comes with Accelerate."""
+def _listed(file: str, name: str) -> int | None:
+    """Bytes that Linux lists as `name` in a file; None on other systems, or in a sandbox that does not tell."""
+    with suppress(OSError, StopIteration, ValueError):
+        # The process's name stands in one of the files, in whatever encoding.
+        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return None
+
+
+def _psutil() -> Any:
+    """psutil, which comes with Accelerate, for systems that have no /proc; None without it."""
     try:
-        psutil: Any = import_module("psutil")
+        return import_module("psutil")
     except ImportError:
         return None
-    return int(psutil.virtual_memory().available)
