@@ -90,10 +90,6 @@ def check_file(output: Path, *, overwrite: bool) -> None:
         raise CELoraError(f"--output {str(output)!r}; its folder cannot be written to")
 
 
-def lines(rows: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
 def leave_out(tokens: Sequence[str], names: Sequence[str], of: str) -> None:
     """Refuse flags that this command would ignore. Keys of a file may stay: it may be made for training."""
     from celora.train.request.fields import read_flags

@@ -18,7 +18,6 @@ from celora.cli.options import (
     Model,
     Quiet,
     check_file,
-    lines,
     look_ahead,
     one_of,
     possible,
@@ -26,7 +25,7 @@ from celora.cli.options import (
     settle_in,
 )
 from celora.errors import choose
-from celora.files import write_text
+from celora.files import json_lines, write_text
 
 DEMO_HELP = """Train LoRA and celora side by side: a real small model on real data, in minutes on two CPU cores.
 
@@ -136,10 +135,10 @@ def bench(
                     one, arms, repeats=repeats, say=lambda line: None if quiet else typer.echo(line, err=True)
                 )
                 if output is not None:
-                    write_text(output, lines(rows))
+                    write_text(output, json_lines(rows))
     finally:  # after an interruption or an error, print the cells measured so far
         if rows:
-            typer.echo(lines(rows).rstrip() if as_json else run.table(rows))
+            typer.echo(json_lines(rows).rstrip() if as_json else run.table(rows))
 
 
 @app.command(help=DEMO_HELP, short_help="LoRA against celora, in minutes.")

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from celora.cli.app import app
-from celora.cli.options import Json, Quiet, check_file, lines, possible, print_json, settle_in
+from celora.cli.options import Json, Quiet, check_file, possible, print_json, settle_in
 from celora.errors import CELoraError
+from celora.files import json_lines
 
 CHAT_HELP = """Talk to the trained adapter in OUT, the --output folder of celora train.
 
@@ -151,7 +152,7 @@ def generate(
 
     def say(done: int, new: list[dict[str, Any]]) -> None:
         if output is None or as_json:
-            typer.echo(lines(new), nl=False)
+            typer.echo(json_lines(new), nl=False)
         if not quiet:
             typer.echo(f"{done} of {len(rows)} rows answered", err=True)
 
@@ -254,4 +255,4 @@ def _answer(prompt: str, talks: dict[str, Any], as_json: bool) -> None:
         typer.echo()
     if as_json:
         row = {"prompt": prompt, "generated": made["adapter"]}
-        typer.echo(lines([row | ({"generated_by_base": made["base"]} if "base" in made else {})]), nl=False)
+        typer.echo(json_lines([row | ({"generated_by_base": made["base"]} if "base" in made else {})]), nl=False)

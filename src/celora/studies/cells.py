@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from celora.errors import CELoraError, unknown
-from celora.files import write_text
+from celora.files import json_lines, write_text
 from celora.machine.device import default_device
 from celora.studies.assets import demo_model
 from celora.studies.sentiment import splits, to_rows
@@ -133,7 +132,7 @@ def _demo_batches() -> list[Batch]:
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.jsonl"
         chosen = splits(train=8 * _BATCHES, seed=0).train
-        write_text(rows, "".join(json.dumps(row) + "\n" for row in to_rows(chosen)))
+        write_text(rows, json_lines(to_rows(chosen)))
         given = {"model": str(demo_model()), "data": str(rows), "output": scratch, "preset": "off"}
         return training_batches(given | {"per_device_train_batch_size": 8}, _BATCHES)
 

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from celora.errors import CELoraError, Diverged, unknown
-from celora.files import read_json, replacing, write_text
+from celora.files import json_lines, read_json, replacing, write_text
 from celora.planning.plan import Plan
 from celora.studies.outcomes import Outcome, cells, findings
 from celora.train.dtype import settle_dtype
@@ -110,7 +110,7 @@ def _compare(
             except CELoraError as error:
                 raise CELoraError(f"{arm}, seed {seed}: {error}") from error
     outcomes.sort(key=lambda o: (arms.index(o.arm), o.seed))
-    write_text(output / RESULT, "".join(json.dumps(dataclasses.asdict(outcome)) + "\n" for outcome in outcomes))
+    write_text(output / RESULT, json_lines(map(dataclasses.asdict, outcomes)))
     runs = {f"{o.arm}, seed {o.seed}": output / f"{o.arm}-seed{o.seed}" for o in outcomes}
     write_report(
         output / "report.html",

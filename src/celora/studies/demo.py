@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from celora.errors import CELoraError
-from celora.files import write_text
+from celora.files import json_lines, write_text
 from celora.machine.allocator import keep_freed_memory
 from celora.machine.timing import faster_dtype
 from celora.studies import stock_eval
@@ -110,13 +110,13 @@ def run_demo(
     keep_freed_memory()
     study = _Study(output, demo_model(say), output / "data" / f"{judge}.jsonl", faster_dtype(), console, quiet)
     drawn = functools.partial(splits, validation=validation, test=held_out, say=say)
-    _write_rows(study.judged, to_rows(getattr(drawn(0), judge)))
+    write_text(study.judged, json_lines(to_rows(getattr(drawn(0), judge))))
 
     rows: list[DemoRow] = []
     shared = shared_settings(study.model, steps, batch_size, study.dtype) | {"quiet": quiet}
     for seed in range(seeds):
         data = output / "data" / f"train-seed{seed}.jsonl"
-        _write_rows(data, to_rows(drawn(seed, train=steps * batch_size).train))
+        write_text(data, json_lines(to_rows(drawn(seed, train=steps * batch_size).train)))
         own = {
             arm: shared
             | {"preset": ARMS[arm], "learning_rate": learning_rates[arm], "seed": seed, "data": str(data)}
@@ -125,7 +125,7 @@ def run_demo(
             for arm in arms
         }
         rows += _contend(study, seed, own, untouched=seed == 0)
-    _write_rows(output / ROWS, [asdict(row) for row in rows])
+    write_text(output / ROWS, json_lines(map(asdict, rows)))
     _report(output, rows)
     say(f"{(time.perf_counter() - begun) / 60:.1f} minutes.")
     return rows
@@ -315,10 +315,6 @@ def _in_memory_accuracy(trained: Any, model: Path, data: Path) -> float:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _folder(output: Path, arm: str, seed: int) -> Path:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from celora.errors import CELoraError
-from celora.files import check_regular, write_text
+from celora.files import check_regular, json_lines, write_text
 from celora.machine.allocator import give_back_freed_memory
 from celora.machine.memory import forget_peak, peak_memory
 from celora.train.output.folder import finite
@@ -124,7 +124,7 @@ class MetricsWriter(StepTimer):
         self._last = (0, 0.0, 0)  # steps, seconds and tokens at the last training row
         # A resumed run repeats the steps after its checkpoint. Without this, their rows would appear twice.
         kept = [row for row in read_metrics(path) if row["step"] <= after_step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(path, json_lines(kept))
 
     def elapsed(self) -> float:
         """Seconds of training so far, over all resumptions."""
