@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +89,6 @@ class AttachReport:
              str(rank), f"{of[0].cost:.2f}" + (f"  ({reason})" if reason else ""))
             for (kind, estimator, keep, rank, reason, _), of in groups.items()
         ]  # fmt: skip
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.estimated:
             summary = (
                 f"{len(self.estimated)} of {len(self.layers)} frozen layers estimated; their products cost "
@@ -98,4 +97,10 @@ class AttachReport:
         else:
             then = "the gradient is exact LoRA's" if self.exact_head else "only the head's gradient is"
             summary = f"None of {len(self.layers)} frozen layers estimated: {then}."
-        return "\n".join([*lines, summary, *self.notes])
+        return "\n".join([*aligned(rows), summary, *self.notes])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as lines of text: rows of as many cells, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -18,6 +18,7 @@ from torch import nn
 from celora.errors import CELoraError, unknown
 from celora.files import inside, read_json, write_text
 from celora.machine.device import measured_on
+from celora.modeling.report import aligned
 from celora.modeling.survey import Survey, survey
 from celora.numerics.estimators import estimator_class
 from celora.settings.config import CELoraConfig, LayerConfig
@@ -260,11 +261,9 @@ class Plan:
             error = max(layer.choice.relative_error for layer in alike)
             rows.append((kind, f"x{len(alike)}", f"{out} x {inp}", name, f"{time:.2f}", f"{error:.3f}"))
         summed = f" (sum of {self.audited_batches} batches)" if self.audited_batches > 1 else ""
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join(
             [
-                *lines,
+                *aligned(rows),
                 f"LoRA gradient: cosine {self.audited_cosine:.4f} audited{summed}, "
                 f"{self.predicted_cosine:.4f} predicted, {self.fidelity:g} asked for.",
                 f"grad_input of adapted layers: {self.audited_time:.2f} of dense measured in whole backward passes, "

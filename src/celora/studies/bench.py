@@ -25,6 +25,7 @@ from torch import Tensor
 from celora.errors import CELoraError, unknown
 from celora.machine.memory import forget_peak, peak_memory
 from celora.machine.timing import percentiles
+from celora.modeling.report import aligned
 from celora.studies.cells import Cell, make_batches, told
 from celora.studies.step import ARMS, PATCHING, Step, make_step, take_turns
 from celora.train.loading import quiet_libraries
@@ -166,9 +167,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 "" if peak is None else f"{peak / 2**20:.0f}",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*text, told(row["model"] for row in rows)])
+    return "\n".join([*aligned(lines), told(row["model"] for row in rows)])
 
 
 if __name__ == "__main__":

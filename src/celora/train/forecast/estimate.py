@@ -27,6 +27,7 @@ from celora.machine.allocator import give_back_freed_memory
 from celora.machine.device import default_device
 from celora.machine.gpus import GPUS, USABLE, usable
 from celora.machine.memory import available_memory, resident_memory
+from celora.modeling.report import aligned
 from celora.train.dtype import settle_dtype
 from celora.train.forecast import gpu as gpus
 from celora.train.forecast.blocks import (
@@ -113,9 +114,7 @@ class Estimate:
         head = ["base", "preset", "checkpointing", "batch", "peak memory", "an epoch", "kept on one text", ""]
         if self.gpu is not None:
             head[4:6] = "peak memory", "smallest GPU", "an epoch, at least"
-        rows = [head, *(self._row(way) for way in self._shown())]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines += ["", *("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows), ""]
+        lines += ["", *aligned([head, *(self._row(way) for way in self._shown())]), ""]
         return "\n".join([*lines, self.verdict()])
 
     def _shown(self) -> list[Way]:
