@@ -30,7 +30,7 @@ def write(path: Path, *rows: dict) -> str:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"bf16_full_eval": True}, "bf16_full_eval=True would round the adapter"),
+        ({"bf16_full_eval": True}, "bf16_full_eval=True is refused: it would round the adapter"),
         ({"chat_template_path": "FOLDER"}, "is no file; give one with a template"),
         ({"use_dora": True, "lora_bias": True}, "no adapter with these settings"),
         ({"lora_modules_to_save": ["heads"]}, "lora_modules_to_save='heads', but the model has no module of that name"),

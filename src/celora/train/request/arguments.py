@@ -344,9 +344,6 @@ def sft_config(request: TrainRequest) -> Any:
     except Exception as error:  # whatever TRL, transformers and accelerate raise about a value
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise CELoraError(kind + " ".join(str(error).split())) from error
-    for name in ("bf16_full_eval", "fp16_full_eval"):
-        if getattr(args, name):
-            raise CELoraError(f"{name}=True would round the adapter that is saved afterwards; leave it out")
     template = args.chat_template_path
     if template is not None and not Path(template).expanduser().is_file():
         raise CELoraError(

@@ -39,10 +39,7 @@ DEFAULTS: dict[str, tuple[object, str]] = {
     "lora_target_modules": (["all-linear"], "the published setting; PEFT's own choice is q_proj and v_proj only"),
     "lora_dropout": (0.0, "dropout on every adapter input costs about a tenth of a step"),
     "ddp_find_unused_parameters": (False, "every adapter gets a gradient; looking for one without takes time"),
-    "assistant_only_loss": (
-        None,
-        "a chat model should learn to answer; TRL also trains it to write what users say",
-    ),
+    "assistant_only_loss": (None, "a chat model should learn to answer; TRL also trains it to write what users say"),
     "report_to": ("none", "nothing leaves the machine unless asked"),
     "include_num_input_tokens_seen": ("non_padding", "tokens per second should count tokens"),
 }
@@ -101,6 +98,8 @@ REFUSED: dict[str, tuple[object, str]] = {
     "datasets": ([], "put the rows of all of them into one folder and give that as data"),
     "test_split_size": (None, "hold rows out in a file of their own and give it as eval_data"),
     "ignore_bias_buffers": (False, "it does nothing in `trl sft` either"),
+    "bf16_full_eval": (False, "it would round the adapter that is saved afterwards"),
+    "fp16_full_eval": (False, "it would round the adapter that is saved afterwards"),
 }
 # Names allowed in model_init_kwargs: settings of the model, and where it is loaded to. Other names would unpickle
 # weights, run kernels or code from the hub, send requests, write files elsewhere, or have no effect.
