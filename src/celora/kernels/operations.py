@@ -2,7 +2,7 @@
 
 In: plain tensors. Out: plain tensors, or a weight packed as one backend multiplies with it. The caller names only the
 operation. Which backend computes it is decided here and nowhere else: the first in its row below that takes the tensor.
-`torch` takes everything. An operation without it is only asked for where it is `available`.
+`torch` takes all tensors. Products in 8 bits, and operations without it, are only asked for where they are `available`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Processes that select alike: what each has observed of its own data is added up before anything is selected from it.
-And processes that do not, but hold parts of the same weights, so that they have to gather alike.
-
-One all-reduce at the end of a refresh step, outside backward, for all layers together: `out` numbers a layer with
-columns and `in (rank + 8)` for a gradient factor, whatever the number of processes.
-"""
+"""Processes that train together: whether there are others, and how all of them come to know the same."""
 
 from __future__ import annotations
 

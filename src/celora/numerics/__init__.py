@@ -1,4 +1,4 @@
-"""The mathematics: what is estimated, and how. It needs only torch and `kernels`.
+"""The mathematics: what is estimated, and how.
 
 Belongs here: formulas and their reference twins. Does not belong here: modules, hooks, optimizers.
-May import: everything above it, down to kernels."""
+May import: everything down to kernels."""

@@ -33,6 +33,8 @@ def add_up(layers: Sequence[tuple[LayerGraft, nn.Module]]) -> None:
 
     Collective: every process calls it with the same layers. A process that saw no gradient of a layer adds nothing, and
     selects like the others. A single process does nothing.
+
+    One all-reduce for all layers together: three numbers a layer, and `out` more with columns.
     """
     if not layers or not in_company():
         return

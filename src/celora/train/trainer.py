@@ -150,15 +150,15 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
         except OSError:
             raise
         except Exception as error:
-            refused = refused_row(dataset, processing_class, getattr(self, "chat_template", None))
-            if refused is None:
+            found = refused_row(dataset, processing_class, getattr(self, "chat_template", None))
+            if found is None:
                 raise
             if not (processing_class.chat_template or getattr(self, "chat_template", None)):
                 raise CELoraError(
                     "the rows are chats, and the model's tokenizer has no chat template; give --chat_template_path "
                     "FILE.jinja, or rows of text (columns 'text', or 'prompt' and 'completion')"
                 ) from error
-            (number, reason), data = refused, "training" if rest[-1] == "train" else "evaluation"
+            (number, reason), data = found, "training" if rest[-1] == "train" else "evaluation"
             said = " ".join(str(reason).split())
             raise CELoraError(f"the chat template refuses row {number:,} of the {data} data: {said}") from error
 
