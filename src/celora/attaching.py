@@ -7,6 +7,7 @@ is touched, no module is replaced, and no key of a state_dict changes.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -33,7 +34,7 @@ from celora.runtime.attachment import ATTRIBUTE, Attachment, attachments, find
 from celora.runtime.notes import advice, whole_model_notes
 from celora.settings.config import CELoraConfig, matches
 from celora.settings.presets import PRESETS, by_rule, resolve
-from celora.weights.read import own_bytes, plain_weight
+from celora.weights.read import plain_weight
 
 _PRESET_PATTERNS = {pattern for preset in PRESETS.values() for pattern in preset.overrides}
 
@@ -76,46 +77,42 @@ def attach(
     plan, config = _settled(found, config, batches, changes)
     assigned = _assign(found, config)
     known = passes.known(model) if config.fused else {}
+    exact_head = config.exact_head or found.language_model is None
+    report = AttachReport(tuple(layer for layer, _ in assigned.values()), config.refresh_every, exact_head=exact_head)
+    attachment = find(model)
+    same = attachment is not None and attachment.report.layers == report.layers and attachment.config == config
+    if attachment is not None and same and attachment.grafted().keys() == attachment.grafts.keys():
+        attachment.forget_copies()
+    else:
+        detach(model)
+        attachment = Attachment(model, config, report)
+        attachment.plan = plan
+        for name, (_, estimator) in assigned.items():
+            _graft_layer(found.layers[name], estimator, attachment)
+        for module, kind in known.items():
+            kind(attachment.switch).under(module)
+        if config.labelled_head and found.language_model is not None:
+            attachment.forward = install(
+                found.language_model,
+                attachment.switch,
+                packs=config.padding_free,
+                keep_ratio=config.head_keep_ratio,
+                forward=config.head_forward,
+                seed=config.seed,
+            )
+        attachment.set_modes(0)
+        model.__dict__[ATTRIBUTE] = attachment
+        if not attachment.grafts and (report.skipped or _patterns(config)):
+            warnings.warn("celora: no layer can be estimated. Print the report for the reasons.", stacklevel=2)
     estimators = [estimator for _, estimator in assigned.values() if estimator is not None]
     slow = {estimator.product.slow(estimator.device) for estimator in estimators} - {""}
-    compact = any(
-        layer.forward != "exact" and own_bytes(found.layers[name].base) for name, (layer, _) in assigned.items()
-    )
     notes = (
-        *whole_model_notes(found, config, known.values(), compact=compact),
+        *whole_model_notes(found, config, known.values(), compact=attachment.switch.compact),
         *advice(found, config),
         *(f"Dense layers are faster here: {reason}." for reason in sorted(slow)),
     )
-    exact_head = config.exact_head or found.language_model is None
-    report = AttachReport(tuple(layer for layer, _ in assigned.values()), config.refresh_every, notes, exact_head)
-    existing = find(model)
-    same = existing is not None and existing.report.layers == report.layers and existing.config == config
-    if existing is not None and same and existing.grafted().keys() == existing.grafts.keys():
-        existing.report = report
-        existing.forget_copies()
-        return report
-    detach(model)
-
-    attachment = Attachment(model, config, report)
-    attachment.plan = plan
-    for name, (_, estimator) in assigned.items():
-        _graft_layer(found.layers[name], estimator, attachment)
-    for module, kind in known.items():
-        kind(attachment.switch).under(module)
-    if config.labelled_head and found.language_model is not None:
-        attachment.forward = install(
-            found.language_model,
-            attachment.switch,
-            packs=config.padding_free,
-            keep_ratio=config.head_keep_ratio,
-            forward=config.head_forward,
-            seed=config.seed,
-        )
-    attachment.set_modes(0)
-    model.__dict__[ATTRIBUTE] = attachment
-    if not attachment.grafts and (report.skipped or _patterns(config)):
-        warnings.warn("celora: no layer can be estimated. Print the report for the reasons.", stacklevel=2)
-    return report
+    attachment.report = dataclasses.replace(report, notes=notes)
+    return attachment.report
 
 
 def _settled(
