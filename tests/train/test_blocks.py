@@ -28,8 +28,8 @@ def setting(inputs, tmp_path, monkeypatch):
 
     patch_all(monkeypatch, "celora.train.forecast.blocks:seconds", seconds)
 
-    def found(preset, dtype=torch.float32, int8=False, blocks=6):
-        request = make_request({**inputs, "output": str(tmp_path / "out"), "preset": preset, "lora_r": 4})
+    def found(preset, dtype=torch.float32, int8=False, blocks=6, **more):
+        request = make_request({**inputs, "output": str(tmp_path / "out"), "preset": preset, "lora_r": 4, **more})
         config = AutoConfig.from_pretrained(inputs["model"])
         config.num_hidden_layers = blocks
         with quiet_libraries():
@@ -68,6 +68,12 @@ def test_what_is_kept_grows_with_blocks_and_presets_keep_less(setting):
     assert 0 < exact.kept[1] < off.kept[1]
     assert exact.packed
     assert not off.packed
+
+
+def test_padding_stays_where_settings_of_the_user_keep_it(setting):
+    assert not setting("exact", celora={"padding_free": False})[3].packed
+    assert not setting(None, celora={"estimator": "dense"})[3].packed
+    assert setting("off", celora={"labelled_head": True, "padding_free": True})[3].packed
 
 
 def test_a_block_takes_what_two_stand_ins_differ_by(setting):

@@ -29,8 +29,7 @@ import celora
 from celora.errors import CELoraError
 from celora.kernels.backends import torch_alone
 from celora.modeling.int8_base import held_in_8_bits, quantise_base
-from celora.modeling.language_model import LanguageModel, find_language_model
-from celora.runtime.attachment import find
+from celora.runtime.attachment import require
 from celora.train.checkpointing import checkpointed, kept_by
 from celora.train.planning import settled
 from celora.train.request.arguments import TrainRequest
@@ -258,8 +257,8 @@ def _part(
     if not taken:
         kept_by(probe, dict(large))  # the first call may keep more than later ones
     kept = kept_by(probe, dict(large)) / _count(large)
-    found = find_language_model(peft)
-    packed = isinstance(found, LanguageModel) and not found.cannot_pack and request.preset != "off"
+    head = require(peft).forward
+    packed = head is not None and head.packs
     sizes = (*_sizes(peft), kept)
     largest = max((layer.in_features * layer.out_features for layer in held_in_8_bits(peft).values()), default=0)
     celora.detach(peft)
@@ -341,14 +340,12 @@ def _numbers(module: nn.Module) -> int:
 
 
 def _sizes(model: nn.Module) -> tuple[float, float, float]:
-    """Bytes of what is frozen, of what trains, and of 8-bit copies."""
+    """Bytes of what is frozen in an attached model, of what trains, and of 8-bit copies."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
     trained = sum(tensor.nbytes for tensor in tensors if tensor.requires_grad)
-    attachment, held, copies = find(model), held_in_8_bits(model), 0
-    if attachment is not None:
-        for graft in attachment.grafts.values():
-            copies += graft.estimator.memory(next(model.parameters()).dtype)
-    return sum(tensor.nbytes for tensor in tensors) - trained, trained, 0 if held else copies
+    grafts, dtype = require(model).grafts.values(), next(model.parameters()).dtype
+    copies = 0 if held_in_8_bits(model) else sum(graft.estimator.memory(dtype) for graft in grafts)
+    return sum(tensor.nbytes for tensor in tensors) - trained, trained, copies
 
 
 def _split(sizes: Mapping[int, tuple[float, ...]], many: int) -> tuple[list[float], list[float]]:
