@@ -11,11 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from celora.machine.memory import available_memory
 from celora.machine.processes import from_first
 from celora.machine.timing import slower_than_float32, time_over_float32
+from celora.train.loading import read_config
 from celora.train.processes import is_first
 from celora.train.request.arguments import TrainRequest
 
@@ -44,9 +45,7 @@ def _settled(request: TrainRequest, args: Any, earlier: dict[str, Any] | None) -
     if args.bf16 or args.fp16:
         return "auto", f"products are computed in {'bfloat16' if args.bf16 else 'float16'}"
     try:
-        config = AutoConfig.from_pretrained(
-            request.model, revision=request.lora["model_revision"], trust_remote_code=False
-        )
+        config = read_config(request)
     except Exception:  # whatever is wrong, loading the model will say it in one line
         return "auto", "as the checkpoint says"
     own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)

@@ -144,9 +144,12 @@ def _compute_dtype(request: TrainRequest) -> Any:
     dtype = request.lora["dtype"]
     if dtype != "auto" or not request.lora["load_in_4bit"]:
         return dtype
-    return AutoConfig.from_pretrained(
-        request.model, revision=request.lora["model_revision"], trust_remote_code=False
-    ).dtype
+    return read_config(request).dtype
+
+
+def read_config(request: TrainRequest) -> Any:
+    """The configuration of the model. Raises whatever Transformers raises about a damaged file, or one that lacks."""
+    return AutoConfig.from_pretrained(request.model, revision=request.lora["model_revision"], trust_remote_code=False)
 
 
 def check_model_folder(model: str) -> None:

@@ -12,15 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from transformers import AutoConfig
-
 import celora
 from celora.errors import CELoraError, unknown
 from celora.files import replacing_folder
 from celora.train.formats.merged_folder import base_folder, write_folder
 from celora.train.formats.mlx_lora import write_mlx
 from celora.train.formats.saved_adapter import SavedAdapter
-from celora.train.loading import gguf_of, read_tokenizer
+from celora.train.loading import gguf_of, read_config, read_tokenizer
 from celora.train.request.arguments import TrainRequest
 from celora.train.use.trained import adapter_config, request_of
 
@@ -126,9 +124,7 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
 def _config(request: TrainRequest) -> Any:
     """The configuration of the base model's decoder."""
     try:
-        found = AutoConfig.from_pretrained(
-            request.model, revision=request.lora["model_revision"], trust_remote_code=False
-        )
+        found = read_config(request)
     except Exception as error:  # whatever transformers raises about a file
         raise CELoraError(f"cannot load a model from {request.model!r}: {' '.join(str(error).split())}") from error
     return found.get_text_config()
