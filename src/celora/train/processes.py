@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from celora.errors import CELoraError
+from celora.machine.processes import largest_of_all
 
 _PATIENCE_S = 5.0
 
@@ -59,9 +60,7 @@ def any_of_them(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is true in any process. Collective. It waits for the device, as logging a loss does."""
     if processes() == 1:
         return flag
-    found = torch.tensor(int(flag), device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
+    return largest_of_all([[int(flag)]], device) == [[1]]
 
 
 def speaks() -> bool:

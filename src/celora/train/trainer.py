@@ -18,11 +18,10 @@ from trl import SFTTrainer
 
 from celora.borrowed import NAMES, borrow
 from celora.errors import CELoraError, out_of_memory
-from celora.machine.processes import in_company, largest_of_all
 from celora.modeling.int8_base import held_in_8_bits, original_weights
 from celora.runtime.attachment import find
 from celora.train.output.saving import UNUSABLE, SafeSaving
-from celora.train.processes import lost_contact
+from celora.train.processes import any_of_them, lost_contact
 from celora.train.progress import Phases
 from celora.train.request.arguments import TrainRequest
 from celora.train.rows.answers import AnswersOnly
@@ -95,7 +94,7 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
             except CELoraError as error:
                 missing = str(error)
             # All processes evaluate once more, or none: one alone would wait for the others for ever.
-            if in_company() and largest_of_all([[int(bool(missing))]], self.args.device) == [[1]]:
+            if any_of_them(bool(missing), self.args.device):
                 missing = missing or "another process cannot read the original weights"
             if missing:
                 warnings.warn(f"celora: the loss on the untouched base is not measured: {missing}.", stacklevel=2)
