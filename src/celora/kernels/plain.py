@@ -265,6 +265,7 @@ def one_by_one() -> bool:
 
 
 def integer_product(q: Tensor, weight: Tensor) -> Tensor:
+    """`q W`: (K, out) int8, (out, in) int8 -> (K, in) int32. W may have rows of zeros at its end, which q lacks."""
     rows = len(q)
     if q.shape[1] < len(weight):
         q = padded(q, 1)

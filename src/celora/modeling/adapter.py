@@ -65,6 +65,7 @@ def parts_of(module: Any, name: str) -> tuple[Any, Any, Any]:
 
 
 def made_of(A: nn.Linear, B: nn.Linear, dropout: nn.Module, scaling: float) -> Adapter:
+    """The adapter of these parts. In evaluation its dropout is 0."""
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     return Adapter(A.weight, B.weight, float(scaling), p)
 

@@ -171,4 +171,5 @@ def wants_own_head(given: Mapping[str, Any], config: Any) -> bool:
 
 
 def is_set(value: Any) -> bool:
+    """Whether an argument asks for something: it is neither None nor False nor 0."""
     return isinstance(value, Tensor) or value not in (None, False, 0)

@@ -98,6 +98,7 @@ class Attachment:
         return iter(()) if model is None else model.modules()
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the parameters of the attached model that train; none once the model is gone."""
         model = self._model()
         return iter(()) if model is None else (p for p in model.parameters() if p.requires_grad)
 

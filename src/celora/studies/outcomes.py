@@ -198,5 +198,6 @@ def result_table(outcomes: Sequence[Outcome], arms: Sequence[str]) -> Table:
 
 
 def cells(outcomes: Sequence[Outcome], arms: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The cells of the result table for a report: column -> arm -> text."""
     rows = summary(outcomes, arms)
     return {name: {row[0]: row[i] for row in rows} for i, name in enumerate(HEADER) if name}

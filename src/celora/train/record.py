@@ -55,6 +55,7 @@ def is_evaluated(metrics: Path, trainer: Any) -> bool:
 
 
 def make_record(request: TrainRequest, args: Any, attached: Any) -> dict[str, Any]:
+    """The content of run.json when a run begins. `args`: the SFTConfig; `attached`: the report of `attach`."""
     return {
         "celora": celora.__version__,
         "status": "running",
