@@ -168,6 +168,19 @@ def test_answers_do_not_replace_their_questions(finished, tmp_path, capsys):
     assert Path(data).read_text() == before
 
 
+def test_answers_do_not_replace_the_questions_in_a_folder(finished, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    test = write(folder / "test.jsonl", CHAT, CHAT)
+    before = Path(test).read_text()
+    assert main(["generate", str(finished[0]), "--data", str(folder), "--output", test, "--overwrite"]) == 2
+    assert "is the --data; give another file" in capsys.readouterr().err
+    write(folder / "train.jsonl", CHAT)
+    assert main(["generate", str(finished[0]), "--data", str(folder), "--output", test, "--overwrite"]) == 2
+    assert "is the --data; give another file" in capsys.readouterr().err
+    assert Path(test).read_text() == before
+
+
 def test_a_comparison_in_a_budget(inputs, tmp_path):
     with pytest.raises(CELoraError, match="memory is not for a comparison"):
         compare({**inputs, "output": str(tmp_path / "out"), "memory": "1GiB"}, arms=["LoRA", "auto"], seeds=1)

@@ -142,10 +142,9 @@ def generate(
         raise CELoraError("--resume continues the file in --output; give --output FILE, and no --overwrite")
     if output is not None:
         check_file(output, overwrite=overwrite or resume)
-    from celora.train.rows.data import local_files
-    from celora.train.use.prompts import answer_all, answered_rows, load_prompts
+    from celora.train.use.prompts import answer_all, answered_rows, load_prompts, prompt_files
 
-    if output is not None and output.exists() and any(file.samefile(output) for file in local_files(data, "train")):
+    if output is not None and output.exists() and any(file.samefile(output) for file in prompt_files(data)):
         raise CELoraError(f"--output {str(output)!r} is the --data; give another file")
     rows = load_prompts(data, limit=limit)
     earlier = answered_rows(output, [row for row, _ in rows], base=base) if resume and output is not None else []

@@ -25,6 +25,11 @@ _SAVE_S = 30.0
 _EXPECTED = "expected a row with prompt, messages, instruction (+ input) or text"
 
 
+def prompt_files(source: Path) -> list[Path]:
+    """The files that prompts are read from: of a folder, those of its test split."""
+    return local_files(source, "test" if source.is_dir() else "train")
+
+
 def load_prompts(source: Path, *, limit: int | None = None) -> list[tuple[dict[str, Any], Prompt]]:
     """The rows of a file or folder, and the prompt of each row.
 
@@ -34,8 +39,7 @@ def load_prompts(source: Path, *, limit: int | None = None) -> list[tuple[dict[s
     Raises:
         CELoraError: the file cannot be read, or a row has no prompt. The message names file and line.
     """
-    files = local_files(source, "test" if source.is_dir() else "train")
-    placed = (pair for file in files for pair in READERS[file.suffix.lower()](file))
+    placed = (pair for file in prompt_files(source) for pair in READERS[file.suffix.lower()](file))
     found = [(row, asked_in(place, row)) for place, row in islice(placed, limit)]
     if not found:
         raise CELoraError(f"{str(source)!r}: no rows; {_EXPECTED}")
