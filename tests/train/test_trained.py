@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from celora.cli.main import main
 from celora.errors import CELoraError
 from celora.train.use.generation import Sampling, answers
-from celora.train.use.trained import adapter_config, load_trained, request_of
+from celora.train.use.trained import adapter_config, load_trained, request_of, tokenizer_of
+from patching import patch_all
 from runs import go
 
 
@@ -37,6 +38,21 @@ def test_the_adapter_is_on_the_base_that_the_run_names(finished, inputs):
 def test_a_checkpoint_is_loaded_as_its_run_was(finished, inputs):
     checkpoint = next(finished[0].glob("checkpoint-3"))
     assert load_trained(checkpoint).base == inputs["model"]
+
+
+def test_without_a_tokenizer_of_its_own_an_adapter_has_that_of_its_bases_revision(folder, monkeypatch):
+    asked = []
+    patch_all(
+        monkeypatch,
+        "celora.train.loading:read_tokenizer",
+        lambda source, revision="main": asked.append((source, revision)),
+    )
+    request = request_of(folder, {}, None)
+    request = replace(request, model="owner/name", lora=request.lora | {"model_revision": "v2"})
+    tokenizer_of(folder, request)
+    (folder / "tokenizer_config.json").unlink()
+    tokenizer_of(folder, request)
+    assert asked == [(str(folder), "main"), ("owner/name", "v2")]
 
 
 def test_the_settled_dtype_is_the_runs(folder):

@@ -18,9 +18,9 @@ from celora.files import replacing_folder
 from celora.train.formats.merged_folder import base_folder, write_folder
 from celora.train.formats.mlx_lora import write_mlx
 from celora.train.formats.saved_adapter import SavedAdapter
-from celora.train.loading import gguf_of, read_config, read_tokenizer
+from celora.train.loading import gguf_of, read_config
 from celora.train.request.arguments import TrainRequest
-from celora.train.use.trained import adapter_config, request_of
+from celora.train.use.trained import adapter_config, request_of, tokenizer_of
 
 Format = Literal["gguf", "safetensors", "mlx"]
 MARK = "celora_export.json"
@@ -89,9 +89,8 @@ def export(
     name = folder.resolve().name
     with replacing_folder(output) as new:
         if to == "safetensors":
-            tokenizer = read_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else request.model)
             base = base_folder(request.model, request.lora["model_revision"])
-            tensors = write_folder(new, base, adapter, tokenizer)
+            tensors = write_folder(new, base, adapter, tokenizer_of(folder, request))
         elif merged and gguf is not None:
             from celora.train.formats.merged_gguf import write_merged
 

@@ -43,15 +43,19 @@ def load_trained(folder: Path, base: str | None = None) -> Trained:
     """
     config = adapter_config(folder)
     request = request_of(folder, config, base)
-    tokenizer = read_tokenizer(
-        str(folder) if (folder / "tokenizer_config.json").is_file() else request.model,
-        revision=request.lora["model_revision"],
-    )
+    tokenizer = tokenizer_of(folder, request)
     model = load_adapter(load_model(request), folder).eval()
     if getattr(model, "hf_device_map", None) is None and not request.train.get("use_cpu"):
         model.to(default_device())
     raw = (_record(folder) or {}).get("turns") is False
     return Trained(model, tokenizer, folder, str(request.given["model"]), raw)
+
+
+def tokenizer_of(folder: Path, request: TrainRequest) -> Any:
+    """The tokenizer of the adapter in `folder`: its own or, where none was saved with it, the base model's."""
+    if (folder / "tokenizer_config.json").is_file():
+        return read_tokenizer(str(folder))
+    return read_tokenizer(request.model, revision=request.lora["model_revision"])
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
