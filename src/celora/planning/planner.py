@@ -49,7 +49,7 @@ from celora.settings.names import HEAD
 # Chosen by training runs (docs/use/presets.md). 8-bit products alone keep more, so this costs little if they are fast.
 # For a higher fidelity their rounding is too coarse, and the time rises steeply.
 DEFAULT_FIDELITY = 0.998
-_CARE = 0.85  # after a plan that fell short, the allowed error is multiplied with this
+_CARE = 0.85  # the allowed error is multiplied with this, once for each plan that fell short before the last one
 _VERIFICATIONS = 4
 _TOLERATED, _ROUNDING = 1.25, 1e-4  # a warning comes above 1.25 times the wanted squared error, plus rounding
 MOST_BATCHES = 10  # one to select, one to measure, and eight to verify
