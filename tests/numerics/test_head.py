@@ -64,6 +64,26 @@ def test_scores_and_gradient(
     assert found.top1.equal(log_p.argmax(1) == targets)
 
 
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_gradient_of_the_entropy(cap: float | None, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GRPO's entropy bonus trains with it. Compared with autograd in float64."""
+    patch_all(monkeypatch, "celora.numerics.head:_CHUNK_ROWS", chunk)
+    patch_all(monkeypatch, "celora.numerics.head:_CHUNK_NUMBERS", 1)
+    hidden, rows, targets, weight = inputs(words=97)
+    bias, of_each, of_others = torch.randn(97), torch.rand(len(rows)), torch.rand(len(rows))
+    found = score_tokens(hidden, rows, targets, weight, bias, logits=Logits(0.3, cap), statistics=True)
+    (found.entropy * of_each + found.log_probs * of_others).sum().backward()
+
+    twin = hidden.detach().double().requires_grad_()
+    y = 0.3 * (twin.reshape(80, 32)[rows] @ weight.double().T + bias)
+    log_p = (y if cap is None else cap * torch.tanh(y / cap)).log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    (entropy * of_each + log_p.gather(1, targets[:, None])[:, 0] * of_others).sum().backward()
+    torch.testing.assert_close(found.entropy.double(), entropy, rtol=1e-4, atol=1e-5)
+    assert (hidden.grad - twin.grad).norm() < 2 * 97**0.5 * torch.finfo(torch.float32).eps * twin.grad.norm()
+
+
 def test_bias_and_no_gradient() -> None:
     hidden, rows, targets, weight = inputs()
     bias = torch.randn(777)

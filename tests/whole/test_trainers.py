@@ -15,7 +15,7 @@ from transformers import (
     Trainer,
 )
 from transformers import TrainingArguments as Arguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import celora
 from celora.numerics import head
@@ -112,6 +112,32 @@ def test_dpo_trainer_trains_the_same(tmp_path: Path) -> None:
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_grpo_trainer_trains_by_its_entropy_bonus(tmp_path: Path) -> None:
+    """All rewards are equal, so the entropy alone has a gradient."""
+    norms = []
+    for preset in (None, "exact"):
+        save_tiny_model(tmp_path / "model")
+        trainer = GRPOTrainer(
+            LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32),
+            args=GRPOConfig(
+                str(tmp_path / "out"), max_steps=2, logging_steps=1, per_device_train_batch_size=4, num_generations=4,
+                max_completion_length=6, entropy_coef=1.0, report_to="none", use_cpu=True, bf16=False,
+                save_strategy="no", disable_tqdm=True, learning_rate=1e-2, dataloader_pin_memory=False,
+            ),
+            reward_funcs=lambda completions, **_: [1.0] * len(completions),
+            train_dataset=Dataset.from_list([{"prompt": f"w{i} w{i + 1}"} for i in range(8)]),
+            processing_class=AutoTokenizer.from_pretrained(tmp_path / "model"),
+            peft_config=LoraConfig(target_modules="all-linear", init_lora_weights=False),
+        )  # fmt: skip
+        if preset:
+            celora.attach(trainer.model, preset)
+        trainer.train()
+        norms.append([row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row])
+    assert min(norms[0]) > 0
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")

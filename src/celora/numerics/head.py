@@ -59,7 +59,7 @@ class TokenScores:
     Attributes:
         log_probs: log-probabilities of the targets, (N,) float32, differentiable; with label smoothing s,
             `(1-s) log p_t + s mean log p`.
-        entropy: entropies of the distributions, (N,) float32, without gradient; None unless asked for.
+        entropy: entropies of the distributions, (N,) float32, differentiable; None unless asked for.
         top1: whether the target is the most likely token, (N,) bool; None unless asked for.
     """
 
@@ -99,13 +99,14 @@ def score_tokens(
             the log-probabilities is exact then.
         product: computes the logits in 8 bits, from its own copy of the weight; exactly if None.
     """
+    logits = logits or Logits()
     log_probs, entropy, top1 = _Scores.apply(  # type: ignore[no-untyped-call]
         hidden,
         rows,
         targets,
         weight,
         bias,
-        logits or Logits(),
+        logits,
         smoothing,
         statistics,
         keep_ratio,
@@ -113,7 +114,82 @@ def score_tokens(
         measure,
         product,
     )
-    return TokenScores(log_probs, *((entropy, top1) if statistics else (None, None)))
+    if not statistics:
+        return TokenScores(log_probs, None, None)
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        entropy = _Entropy.apply(entropy, hidden, rows, weight, bias, logits, product)  # type: ignore[no-untyped-call]
+    return TokenScores(log_probs, entropy, top1)
+
+
+class _Entropy(torch.autograd.Function):
+    """Gives known entropies their gradient. Few losses use it, so the logits are computed again then, chunk by chunk.
+
+    With p = softmax(y) and H its entropy, `dH / dy_j = -p_j (log p_j + H)`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        entropy: Tensor,
+        hidden: Tensor,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        logits: Logits,
+        product: Int8BothWays | None,
+    ) -> Tensor:
+        ctx.save_for_backward(entropy, hidden, rows, weight, bias)
+        ctx.logits, ctx.product, ctx.dtype = logits, product, _compute_dtype(hidden)
+        return entropy.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        entropy, hidden, rows, weight, bias = ctx.saved_tensors
+        chosen, scale, cap = _chosen(hidden, rows, ctx.dtype), ctx.logits.scale, ctx.logits.cap
+        gradient = torch.empty_like(chosen)
+        with torch.autocast(hidden.device.type, enabled=False):
+            w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+            size = max(1, chunk_size(len(rows), len(w)))
+            for start in range(0, len(rows), size):
+                part = slice(start, start + size)
+                z = _project(chosen[part], weight, w, b, chosen.new_empty(len(chosen[part]), len(w)), ctx.product)
+                y = scale * z.float()
+                slope = scale if cap is None else scale * (1 - torch.tanh(y / cap).square())
+                y = y if cap is None else cap * torch.tanh(y / cap)
+                log_p = torch.log_softmax(y, dim=-1)
+                by_y = -log_p.exp() * (log_p + entropy[part, None])
+                torch.mm((by_y * slope * grad[part, None]).to(w.dtype), w, out=gradient[part])
+        return None, _at_rows(gradient, rows, hidden.shape, hidden.dtype), *[None] * 5
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the head's products: autocast's, if it is on."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _chosen(hidden: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The hidden states `rows` of `hidden: (..., H)`: (N, H)."""
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
+
+
+def _project(
+    chosen: Tensor, weight: Tensor, w: Tensor, b: Tensor | None, out: Tensor, product: Int8BothWays | None
+) -> Tensor:
+    """`out = chosen w^T + b`, (n, V), in 8 bits if there is a `product`; w is `weight` in the dtype of `chosen`."""
+    if product is not None:
+        product.project(chosen, weight, b, out)
+        return out
+    torch.mm(chosen, w.t(), out=out)
+    return out if b is None else out.add_(b)
+
+
+def _at_rows(gradient: Tensor, rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Gradients of some hidden states, (N, H), at their places among all: (..., H)."""
+    full = gradient.new_zeros(shape, dtype=dtype)
+    full.view(-1, shape[-1]).index_copy_(0, rows, gradient.to(dtype))
+    return full
 
 
 class _Scores(torch.autograd.Function):
@@ -134,7 +210,7 @@ class _Scores(torch.autograd.Function):
         product: Int8BothWays | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = _compute_dtype(hidden)
         count, wanted, real = len(rows), ctx.needs_input_grad[0], rows
         if count and reads_freely(hidden.device):  # an accelerator's gather asserts the same
             least, most = (int(bound) for bound in targets.aminmax())
@@ -145,7 +221,7 @@ class _Scores(torch.autograd.Function):
                 )
             # Pad to a round number of tokens. Nobody reads the scores of the padding.
             rows, targets = (torch.cat([t, t[:1].expand(-count % grain(count))]) for t in (rows, targets))
-        n, chosen = len(rows), hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
+        n, chosen = len(rows), _chosen(hidden, rows, dtype)
         log_probs = hidden.new_empty(n, dtype=torch.float32)
         entropy = hidden.new_empty(n if statistics else 0, dtype=torch.float32)
         top1 = hidden.new_empty(n if statistics else 0, dtype=torch.bool)
@@ -156,12 +232,7 @@ class _Scores(torch.autograd.Function):
             buffer = chosen.new_empty(size, len(w))
             for start in range(0, n, max(1, size)):
                 part = slice(start, start + size)
-                z = buffer[: n - start]
-                if product is not None:
-                    product.project(chosen[part], weight, b, z)
-                else:
-                    torch.mm(chosen[part], w.t(), out=z)
-                    z = z if b is None else z.add_(b)
+                z = _project(chosen[part], weight, w, b, buffer[: n - start], product)
                 softmax_rows(
                     z,
                     targets[part],
@@ -189,9 +260,7 @@ class _Scores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         gradient, rows = ctx.saved_tensors
-        full = gradient.new_zeros(ctx.shape, dtype=ctx.dtype)
-        full.view(-1, ctx.shape[-1]).index_copy_(0, rows, (gradient * grad[:, None]).to(ctx.dtype))
-        return full, *[None] * 11
+        return _at_rows(gradient * grad[:, None], rows, ctx.shape, ctx.dtype), *[None] * 11
 
 
 def chunk_size(tokens: int, words: int) -> int:
