@@ -23,6 +23,7 @@ from celora.modeling.eight_bit import EightBitForward
 from celora.modeling.fused import FusedGraft
 from celora.modeling.graft import LayerGraft
 from celora.modeling.hooks import remove
+from celora.modeling.left_padding import OwnLoss
 from celora.modeling.model_graft import install
 from celora.modeling.passes import known as passes
 from celora.modeling.report import AttachReport, LayerReport
@@ -100,6 +101,8 @@ def attach(
                 forward=config.head_forward,
                 seed=config.seed,
             )
+        elif attachment.grafts:
+            OwnLoss(attachment.switch).under(model)
         attachment.set_modes(0)
         model.__dict__[ATTRIBUTE] = attachment
         if not attachment.grafts and (report.skipped or _patterns(config)):

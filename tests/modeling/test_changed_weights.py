@@ -98,10 +98,20 @@ def test_a_vocabulary_of_another_size(words: int) -> None:
     torch.testing.assert_close(results(model, batch), with_new_copies(model, batch))
 
 
-def test_a_change_in_place_is_noticed_at_the_next_step() -> None:
+def test_a_change_in_place_is_noticed_at_once_after_a_step() -> None:
     """PEFT merges like this, without a new version. ReLoRA resets the adapter afterwards, and goes on."""
     model = trained(make_model())
+    before = results(model)[0]
+    steps(model, 1)
     weight(model).data.add_(1.0)
+    after = results(model)
+    assert not torch.allclose(after[0], before)
+    torch.testing.assert_close(after, with_new_copies(model))
+
+
+def test_a_head_that_changed_in_place_is_noticed_at_the_next_step() -> None:
+    model = trained(make_model())
+    model.get_output_embeddings().weight.data.add_(1.0)
     steps(model, 1)
     torch.testing.assert_close(results(model), with_new_copies(model))
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 
 import celora
@@ -37,14 +41,34 @@ def test_hooks_that_may_look_at_the_shape_of_a_batch_keep_its_padding() -> None:
     assert packed[0] is not None
 
 
-def test_alora_keeps_the_padding() -> None:
+def _alora(**settings: Any) -> LoraConfig:
     """PEFT tells aLoRA's layers where the adapter begins in each row of the batch."""
-    settings = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    model = get_peft_model(model_of("llama").unload(), LoraConfig(alora_invocation_tokens=[7], **settings)).train()
+    return LoraConfig(alora_invocation_tokens=[7], init_lora_weights=False, task_type="CAUSAL_LM", **settings)
+
+
+def _velora(**settings: Any) -> LoraConfig:
+    """VeLoRA's gradient of A has a mean over all tokens in it."""
+    return LoraConfig(velora_config=peft.VeloraConfig(num_groups=4), init_lora_weights=False, **settings)
+
+
+def _lily(**settings: Any) -> peft.LilyConfig:
+    """Lily's router takes a mean over all tokens."""
+    return peft.LilyConfig(r=4, **settings)
+
+
+@pytest.mark.parametrize("make", [_alora, _velora, _lily])
+def test_adapters_that_see_the_whole_batch_keep_the_padding(make: Callable[..., peft.PeftConfig]) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(model_of("llama").unload(), make(target_modules=["q_proj", "up_proj"])).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
     batch = ragged([11, 4, 7, 6])
     batch["input_ids"][:, 1] = 7
     loss, expected = gradients(model, batch)
-    assert any("Padding stays: aLoRA" in note for note in celora.attach(model, "exact").notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lily has no plain LoRA layer
+        assert any("Padding stays: " in note for note in celora.attach(model, "exact").notes)
     found, gradient = gradients(model, batch)
     assert found == pytest.approx(loss, rel=1e-6)
     assert (gradient - expected).norm() < OF_GRADIENT * expected.norm()

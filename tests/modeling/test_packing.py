@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,11 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import celora
-from celora import CELoraConfig
 from celora.modeling import attention, packing
 from celora.modeling.families import FAMILIES
-from celora.modeling.switch import Mode
-from celora.runtime.attachment import require
 from decoders import model_of
 from labelled import gradients, ragged
 from patching import patch_all
@@ -190,21 +186,3 @@ def test_flash_attention_gets_the_lengths_its_own_way() -> None:
     assert packed["attention_mask"] is None
     assert packed["cu_seq_lens_q"].tolist() == [0, 4, 6]
     assert packed["max_length_q"] == 4
-
-
-@pytest.mark.parametrize("packs", [True, False])
-def test_where_padding_predicts_a_label_nothing_is_estimated(packs: bool) -> None:
-    """A norm makes the gradient of a position without any token huge. It must not decide which tokens are kept."""
-    model = model_of("llama")
-    config = CELoraConfig(estimator="tokens", keep_ratio=0.5, labelled_head=True, padding_free=packs)
-    left, right = (ragged([9, 4, 7], prompt=0, left=left) for left in (True, False))
-    right["labels"] = right["input_ids"].clone()  # padding has labels, too, and attends to the sequence
-    for batch, estimated in ((left, False), (ragged([9, 4, 7], prompt=1, left=True), True), (right, True)):
-        celora.detach(model)
-        _, expected = gradients(model, batch)
-        celora.attach(model, config)
-        for graft in require(model).grafts.values():
-            graft.mode = Mode.ESTIMATE
-        with nullcontext() if estimated else pytest.warns(UserWarning, match="padding on the left predicts a label"):
-            _, found = gradients(model, batch)
-        assert bool((found - expected).norm() > OF_GRADIENT * expected.norm()) is estimated

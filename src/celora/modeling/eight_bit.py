@@ -102,6 +102,7 @@ class EightBitForward(OwnForward):
             return False
         if torch.compiler.is_compiling():
             return True
+        self.graft.notice()
         under = (module.training, *tuner.active_adapters, *getattr(tuner, "lora_A", ()))
         if under != self._under:  # an adapter that is added may change the weight in place, through `.data`
             self._under = under

@@ -50,6 +50,7 @@ class LayerGraft(Measured, Hook):
 
     _tried: tuple[Any, ...] | None = None  # the layer's `identity` at the latest trial
     _unlike = ""  # the result of that trial, from `unlike`
+    _noticed = -1  # the optimizer step of the latest `notice`
 
     def __init__(self, estimator: Estimator, switch: Switch) -> None:
         super().__init__()
@@ -119,6 +120,7 @@ class LayerGraft(Measured, Hook):
         """Whether a trial showed that the layer computes `x W^T + b`, and nothing has changed since."""
         reason = tampered(module, self)
         if not reason and not torch.compiler.is_compiling():
+            self.notice()
             self.switch.modes.add(True)
             if self.mode is Mode.OBSERVE:
                 self.needed = bool(self.needed) or x.requires_grad
@@ -140,6 +142,15 @@ class LayerGraft(Measured, Hook):
             self.switch.leave(self.name, reason)
         return not reason
 
+    def notice(self) -> None:
+        """In the first forward of an optimizer step, make the copy anew if the weight has changed in place.
+
+        PEFT's `merge` changes a weight through `.data`, which gives it no new version.
+        """
+        if self._noticed != self.switch.step:
+            self._noticed = self.switch.step
+            self.estimator.product.notice()
+
     def weight(self, module: nn.Module, dtype: torch.dtype) -> Tensor | None:
         """The weight for the backward. None for a quantised weight in a trace: the backward reads it then."""
         weight = plain_weight(module)
@@ -159,8 +170,12 @@ class LayerGraft(Measured, Hook):
 
         For a sharded `weight` it is the mode, because all processes must gather the same parts of it.
         """
-        if not self.switch.astray or self.estimator.keep_ratio == 1 or isinstance(weight, DTensor):
-            return self.mode
+        return Mode.EXACT if not isinstance(weight, DTensor) and self._is_astray() else self.mode
+
+    def _is_astray(self) -> bool:
+        """Whether this call is such a one, and what is kept matters. Says so once."""
+        if not self.switch.astray or self.estimator.keep_ratio == 1:
+            return False
         if not torch.compiler.is_compiling():
             self.switch.say_once(
                 "astray",
@@ -168,7 +183,7 @@ class LayerGraft(Measured, Hook):
                 "whenever this happens, without another warning. Pad on the right, or give the first token of each "
                 "sequence the label -100.",
             )
-        return Mode.EXACT
+        return True
 
     def mode_for(self, mode: Mode, witness: Tensor, weight: Tensor | None) -> Mode:
         """`mode`, or exact for a gradient that cannot be estimated: without tokens, not finite, or about to overflow.
@@ -185,6 +200,8 @@ class LayerGraft(Measured, Hook):
         if mode is Mode.EXACT or not witness.numel():
             return Mode.EXACT
         free = reads_freely(witness.device) and not torch.compiler.is_compiling()
+        if free and self._is_astray():  # where the model computes its own loss, only the backward knows
+            return Mode.EXACT
         if mode is Mode.OBSERVE or not free:
             return mode
         if math.isfinite(squared_row_norms(witness).sum().item()):

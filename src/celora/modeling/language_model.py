@@ -38,7 +38,7 @@ class LanguageModel:
     @property
     def decoder(self) -> Any:
         """The model under the head."""
-        return _decoder(self.causal)
+        return decoder_of(self.causal)
 
     @property
     def head(self) -> Any:
@@ -61,14 +61,14 @@ def find_language_model(model: nn.Module) -> LanguageModel | str:
         return f"{type(tuner).__name__} has a forward of its own, which may add to the loss"
     if getattr(causal.config, "output_router_logits", False):
         return "a part of it is for its experts"
-    if _decoder(causal) is causal:
+    if decoder_of(causal) is causal:
         return f"{type(causal).__name__} has no decoder under its head"
     if is_fused_head(causal) and isinstance(found := fused_head(causal), str):
         return found
     return LanguageModel(causal, _past_hooks(tuner, causal), family_of(causal.config), cannot_pack(causal))
 
 
-def _decoder(causal: Any) -> Any:
+def decoder_of(causal: Any) -> Any:
     """The model under the head. Transformers 4 names that of Gemma 3 in another way than `base_model` expects."""
     return getattr(causal, "model", causal) if causal.base_model is causal else causal.base_model
 

@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from celora.errors import CELoraError
 from celora.machine.processes import gathers, largest_of_all
-from celora.modeling import packing
+from celora.modeling import left_padding, packing
 from celora.modeling.attention import LENGTHS, Lookup, is_attention, may_replace, use_ours
 from celora.modeling.call import TRL, UNPACKED, Call, OpenCalls, fit, known_by, unknown_arguments, wants_own_head
 from celora.modeling.compiled import is_compiled
@@ -152,7 +152,7 @@ class ModelGraft(Measured, Hook):
         """Begin to compute a call's loss. Returns the model's new arguments, or None if no token is labelled."""
         next_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         labelled = next_labels != IGNORED
-        astray = packing.predicted_from_padding(labelled, given.get("attention_mask"))
+        astray = left_padding.predicts_a_label(labelled, given.get("attention_mask"))
         numbers, packs = torch.stack([labelled.sum(), astray]), self._packs(causal, given, labels.shape)
         if packs:
             kept, more = packing.measure(labelled, given.get("attention_mask"))
@@ -215,10 +215,12 @@ class ModelGraft(Measured, Hook):
             settle_all(call.owner)
         return self._open.outermost is not None
 
-    def body(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A forward hook of the decoder under the head."""
+    def body(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook (with kwargs) of the decoder under the head."""
         if self._call is not None:
             self._call.hidden = output[0]
+        elif self.switch.on and module.training and not torch.compiler.is_compiling():
+            left_padding.watch(self.switch, kwargs.get("attention_mask"), output[0])
 
     def at_head(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """A forward hook of the head, in a call that probes it."""
@@ -364,7 +366,7 @@ def install(
 
 def _hook(graft: ModelGraft, found: LanguageModel) -> list[RemovableHandle]:
     handles = [found.decoder.register_forward_pre_hook(graft.enters)]
-    handles.append(found.decoder.register_forward_hook(graft.body))
+    handles.append(found.decoder.register_forward_hook(graft.body, with_kwargs=True))
     for module in filter(None, (found.causal, found.tuner)):
         handles.append(module.register_forward_pre_hook(graft.before, with_kwargs=True))
         handles.append(module.register_forward_hook(graft.after, with_kwargs=True, always_call=True))

@@ -24,17 +24,6 @@ from celora.numerics.select import grain
 _LEAST_SAVING = 0.05  # share of the tokens; below, varying shapes cost more than they save, unless attention gains
 
 
-def predicted_from_padding(labelled: Tensor, attention_mask: Any) -> Tensor:
-    """Whether padding before a sequence predicts a label, 0-d: that of its first token.
-
-    No token is behind such a gradient, and a norm makes it huge: it would decide which tokens an estimate keeps.
-    Padding after a sequence attends to its tokens.
-    """
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape != labelled.shape:
-        return labelled.new_zeros(())
-    return (labelled & (attention_mask.cumsum(1) == 0)).any()
-
-
 def measure(labelled: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Which tokens a packed batch keeps, (B, T) bool, and the numbers that `pack` needs, (B + 2,) int64.
 
@@ -168,6 +157,13 @@ def cannot_pack(model: nn.Module, look: Callable[[nn.Module], str] = lambda modu
 _SEE_LATER = "its tokens attend to later ones"
 
 
+# PEFT's variants of LoRA that look at the whole batch, by the beginning of their class's name.
+_OF_A_BATCH = {
+    "ALora": "aLoRA begins at a token of each row",
+    "Velora": "VeLoRA averages over all tokens of a batch",
+}
+
+
 def _objection(module: nn.Module, config: Any) -> str:
     """Why batches keep their padding because of this module, or ''. Each call asks thousands of modules."""
     own = vars(module)
@@ -177,9 +173,10 @@ def _objection(module: nn.Module, config: Any) -> str:
             return "some of its layers have a configuration of their own"
         if not own.get("is_causal", getattr(type(module), "is_causal", True)):
             return _SEE_LATER
-    if any(type(variant).__name__.startswith("ALora") for variant in own.get("lora_variant", {}).values()):
-        return "aLoRA begins at a token of each row"
-    return ""
+    if type(module).__module__.startswith("peft.tuners.lily."):
+        return "Lily mixes its adapters by a mean over all tokens of a batch"
+    variants = (type(variant).__name__ for variant in own.get("lora_variant", {}).values())
+    return next((why for kind in variants for start, why in _OF_A_BATCH.items() if kind.startswith(start)), "")
 
 
 def _inside(model: nn.Module) -> Iterator[nn.Module]:

@@ -29,12 +29,14 @@ class Switch:
         forwards: whether 8-bit forwards are on. An audit turns them off.
         astray: whether padding on the left predicts a label of the latest call.
         compact: whether passes save activations for backward in fewer bits.
+        step: number of optimizer steps that have ended. The first forward of each looks whether weights have changed.
         compiled: whether layers have run in graphs of torch.compile. A graph is specific to the modes of its layers.
         modes: the values of `module.training` with which layers have run since the last step.
         left: layers that keep PEFT's own backward, with the reasons.
     """
 
     astray = False
+    step = 0
 
     def __init__(self) -> None:
         self.on = True

@@ -158,8 +158,11 @@ class Attachment:
                 "eval",
                 "this model trains in eval mode, where celora leaves forward and backward to PEFT; call model.train().",
             )
-        for product in self.products():  # PEFT's `merge` changes a weight in place, through `.data`
-            product.notice()
+        self.switch.step = step  # so that the next forwards look whether weights have changed in place
+        head = None if self.forward is None else self.forward.product
+        for product in self.products():
+            if self.switch.compiled or product is head:  # a graph does not look
+                product.notice()
         observing = {name: graft for name, graft in self.grafts.items() if graft.mode is Mode.OBSERVE}
         if self.config.synchronise:
             if (step - 1) % self.config.refresh_every:  # so that a layer without gradients does not ask at every step

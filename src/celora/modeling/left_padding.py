@@ -1,0 +1,74 @@
+"""Finds batches where padding before a sequence predicts a label: that of the sequence's first token.
+
+No token is behind such a gradient, and a norm makes it huge. So it would decide which tokens an estimate keeps. The
+layers compute the backward of such a call exactly (`Switch.astray`). Padding after a sequence attends to its tokens,
+and is harmless.
+
+Where celora computes the loss, the labels tell. Elsewhere the gradient of the last hidden states does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from celora.machine.device import reads_freely
+from celora.modeling.hooks import Hook
+from celora.modeling.language_model import decoder_of
+from celora.modeling.switch import Switch
+
+
+def before_sequences(attention_mask: Tensor) -> Tensor:
+    """Which positions of a mask, (B, T), are padding before a sequence: (B, T) bool."""
+    return attention_mask.cumsum(1) == 0
+
+
+def predicts_a_label(labelled: Tensor, attention_mask: Any) -> Tensor:
+    """Whether padding before a sequence predicts a label, 0-d bool.
+
+    Args:
+        labelled: (B, T), whether a token's successor has a label.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != labelled.shape:
+        return labelled.new_zeros(())
+    return (labelled & before_sequences(attention_mask)).any()
+
+
+def watch(switch: Switch, attention_mask: Any, hidden: Any) -> None:
+    """In the backward of `hidden: (B, T, H)`, the last hidden states, set `switch.astray` before any layer's backward.
+
+    Nothing is watched on an accelerator, because looking would wait for it.
+    """
+    switch.astray = False
+    if not isinstance(hidden, Tensor) or not hidden.requires_grad or not reads_freely(hidden.device):
+        return
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != hidden.shape[:2]:
+        return
+    if bool(attention_mask[:, 0].all()):
+        return
+    padding = before_sequences(attention_mask)
+
+    def look(gradient: Tensor) -> None:
+        switch.astray = bool(gradient[padding].any())
+
+    hidden.register_hook(look)
+
+
+class OwnLoss(Hook):
+    """The forward hook (with kwargs) of the decoder in a model whose loss celora never computes."""
+
+    def __init__(self, switch: Switch) -> None:
+        self.switch = switch
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.switch.on and module.training and not torch.compiler.is_compiling():
+            watch(self.switch, kwargs.get("attention_mask"), output[0])
+
+    def under(self, model: nn.Module) -> None:
+        """Hook the decoder of this model, if the model is one of Transformers."""
+        causal = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+        if causal is not None:
+            decoder_of(causal).register_forward_hook(self, with_kwargs=True)

@@ -1,0 +1,83 @@
+"""Batches where padding before a sequence predicts a label: no layer estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.trainer_pt_utils import LabelSmoother
+
+import celora
+from celora import CELoraConfig
+from celora.modeling.switch import Mode
+from celora.runtime.attachment import require
+from decoders import model_of
+from labelled import gradients, ragged
+from tolerances import OF_GRADIENT
+
+CONFIG = {"estimator": "tokens", "keep_ratio": 0.5}
+
+
+def estimate(model: nn.Module, config: CELoraConfig) -> None:
+    """Attach, and estimate without an observation before."""
+    celora.attach(model, config)
+    for graft in require(model).grafts.values():
+        graft.mode = Mode.ESTIMATE
+
+
+@contextmanager
+def is_said(said: bool) -> Iterator[None]:
+    with pytest.warns(UserWarning, match="padding on the left predicts a label") if said else nullcontext():
+        yield
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_where_padding_predicts_a_label_nothing_is_estimated(packs: bool) -> None:
+    """A norm makes the gradient of a position without any token huge. It must not decide which tokens are kept."""
+    model = model_of("llama")
+    config = CELoraConfig(**CONFIG, labelled_head=True, padding_free=packs)
+    left, right = (ragged([9, 4, 7], prompt=0, left=left) for left in (True, False))
+    right["labels"] = right["input_ids"].clone()  # padding has labels, too, and attends to the sequence
+    for batch, estimated in ((left, False), (ragged([9, 4, 7], prompt=1, left=True), True), (right, True)):
+        celora.detach(model)
+        _, expected = gradients(model, batch)
+        estimate(model, config)
+        with is_said(not estimated):
+            _, found = gradients(model, batch)
+        assert bool((found - expected).norm() > OF_GRADIENT * expected.norm()) is estimated
+
+
+def smoothed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss as Trainer computes it with `label_smoothing_factor`: the model gets no labels."""
+    batch = dict(batch)
+    labels = batch.pop("labels")
+    loss: Tensor = LabelSmoother(0.1)(model(**batch), labels, shift_labels=True)
+    return loss
+
+
+@pytest.mark.parametrize("labelled_head", [True, False])
+def test_the_gradient_tells_where_the_model_computes_its_own_loss(labelled_head: bool) -> None:
+    """Two forwards before two backwards: each backward is told by its own batch."""
+    model = model_of("llama")
+    batches = [ragged([9, 4, 7], prompt=prompt, left=True) for prompt in (0, 1)]
+
+    def found() -> list[Tensor]:
+        losses = [smoothed(model, batch) for batch in batches]
+        every = []
+        for loss in losses:
+            model.zero_grad()
+            loss.backward()
+            every.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        return every
+
+    expected = found()
+    estimate(model, CELoraConfig(**CONFIG, labelled_head=labelled_head))
+    with is_said(True):
+        gradients_found = found()
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(gradients_found, expected, strict=True)]
+    assert errors[0] < OF_GRADIENT < errors[1]
+    celora.detach(model)
+    assert not any(module._forward_hooks for module in model.modules())
