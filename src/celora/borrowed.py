@@ -17,6 +17,7 @@ _UNDER_MODES = "while a mode looks at every operator, nothing is fused or comput
 NAMES: dict[str, str] = {
     # Methods of the trainer that `celora train` overrides. If one is gone, our override is never called.
     "transformers:Trainer._determine_best_metric": "a metric that no evaluation has is told in transformers' own words",
+    "transformers:Trainer._get_output_dir": "the checkpoints of a hyperparameter search are without celora's state",
     "transformers:Trainer._get_train_sampler": "rows that are grouped by length come in another order once a run is "
     "resumed in a later epoch",
     "transformers:Trainer._load_best_model": "the best checkpoint is looked for where the checkpoint's state says",

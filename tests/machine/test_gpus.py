@@ -15,6 +15,8 @@ from celora.machine.gpus import GPUS, USABLE, gpu_named, usable
         ("NVIDIA GeForce RTX 4060", "RTX 4060"),
         ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
         ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 80GB PCIe"),
+        ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA L40S", "L40S"),
         ("NVIDIA L4", "L4"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -177,3 +178,29 @@ def test_models_with_another_loss_keep_it(kind: str) -> None:
         found.backward()
         torch.testing.assert_close(found, loss)
         torch.testing.assert_close(gradient(model), expected)
+
+
+class Raised(LlamaForCausalLM):
+    """Adds a term of its own to the loss, with a weight that the training raises from 0."""
+
+    weight = 0.0
+
+    def forward(self, *args: Any, labels: Tensor | None = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        output = super().forward(*args, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        if output.loss is not None:
+            output["loss"] = output.loss + self.weight * output.logits.logsumexp(-1).square().mean()
+        return output
+
+
+def test_a_term_that_is_zero_at_first() -> None:
+    torch.manual_seed(0)
+    base = Raised(LlamaConfig(**SMALL, intermediate_size=48))
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False)).train()
+    plain, batch = copy.deepcopy(model), masked_batch()
+    celora.attach(model, "exact")
+    assert model(**batch).logits is None  # celora computes the loss
+    for each in (model, plain):
+        each.get_base_model().weight = 0.5
+    with pytest.warns(UserWarning, match="has a loss of its own"):
+        found = model(**batch).loss
+    torch.testing.assert_close(found, plain(**batch).loss)

@@ -101,6 +101,21 @@ def test_whatever_report_to_names_gets_the_metrics(name: str, tmp_path: Path, mo
     assert trainer.callback_handler.callbacks == order
 
 
+def test_a_trial_of_a_search_saves_into_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hyperparameter_search` trains each trial in a folder of its own. Other runs' checkpoints stay as they were."""
+    model = make_model()
+    celora.attach(model, CONFIG)
+    trainer = _trainer(tmp_path, model, callbacks=[celora.Callback()])
+    trainer.train()
+    before = (tmp_path / "checkpoint-4" / STATE_NAME).read_bytes()
+    # As if a search had begun a trial, without the package that would draw its settings.
+    monkeypatch.setattr(trainer, "_hp_search_setup", lambda _: setattr(trainer, "_trial", "the seventh"))
+    monkeypatch.setattr(Trainer, "_get_output_dir", lambda _, trial: str(tmp_path / "run-7"))
+    trainer.train()
+    assert (tmp_path / "checkpoint-4" / STATE_NAME).read_bytes() == before
+    assert (tmp_path / "run-7" / "checkpoint-4" / STATE_NAME).exists()
+
+
 def test_tensorboard_shows_the_metrics(tmp_path: Path) -> None:
     model = make_model()
     celora.attach(model, CONFIG)

@@ -50,6 +50,7 @@ GPUS = {
     "L40S": Gpu(48, 864e9, 91.6e12, 362e12, 733e12, 733e12),
     "A100 40GB": Gpu(40, 1555e9, 19.5e12, 312e12, 624e12),
     "A100 80GB": Gpu(80, 2039e9, 19.5e12, 312e12, 624e12),
+    "A100 80GB PCIe": Gpu(80, 1935e9, 19.5e12, 312e12, 624e12),
     "H100": Gpu(80, 3350e9, 66.9e12, 989.4e12, 1978.9e12, 1978.9e12),
 }
 
@@ -63,7 +64,9 @@ def gpu_named(name: str, size: int | None = None) -> str:
     Raises:
         CELoraError: none is meant. Laptops' cards have other rates.
     """
-    plain = re.sub(r"NVIDIA|GEFORCE|\bGPU\b|\bSXM\d?\b|\bHBM\d?\w?\b", " ", name.upper().replace("-", " "))
+    plain = re.sub(
+        r"NVIDIA|GEFORCE|\bGPU\b|\bSXM\d?\b|\bPCIE(?= 40GB)|\bHBM\d?\w?\b", " ", name.upper().replace("-", " ")
+    )
     plain = " ".join(re.sub(r"(\d+)\s*GB", r"\1GB", plain).split())
     for said in (plain, f"{plain} {size}GB", plain.removesuffix(" 80GB")):
         for key in GPUS:

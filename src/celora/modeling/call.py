@@ -153,7 +153,12 @@ def known_by(causal: Any, given: Mapping[str, Any]) -> tuple[Any, ...]:
         for name, value in unknown_arguments(given).items()
     }
     arguments["num_items_in_batch"] = given.get("num_items_in_batch") is not None
-    return (*references, head.weight.dtype, tuple(settings(causal.config).items()), tuple(sorted(arguments.items())))
+    # A class of the user's own may add a term to the loss, with a weight that it raises while it trains.
+    numbers = {
+        name: value for name, value in vars(causal).items() if isinstance(value, int | float) and name != "training"
+    }
+    told = (settings(causal.config), numbers, dict(sorted(arguments.items())))
+    return (*references, head.weight.dtype, *(tuple(of.items()) for of in told))
 
 
 def fit(labels: Tensor, given: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from celora.borrowed import borrow
 from celora.runtime.attachment import find
 from celora.runtime.state import STATE_NAME, load_state, own_name, save_state
 
@@ -79,7 +81,7 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = self._checkpoint(args, state)
         attachment = None if model is None else find(model)
         if model is None or attachment is None or not folder.is_dir():
             return
@@ -114,7 +116,15 @@ class Callback(TrainerCallback):  # type: ignore[misc]
     def _checkpoints(self, args: TrainingArguments, state: TrainerState) -> list[Path]:
         """Where the state of a resumed training may be."""
         named = [Path(name) for name in (self._caller()[1], args.resume_from_checkpoint) if isinstance(name, str)]
-        return [*named, Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+        return [*named, self._checkpoint(args, state)]
+
+    def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """The folder of this step's checkpoint. Each trial of a hyperparameter search has a folder of its own."""
+        trainer, of = self._caller()[0], args.output_dir
+        if (trial := getattr(trainer, "_trial", None)) is not None:
+            folder_of = borrow("transformers:Trainer._get_output_dir")
+            of = os.devnull if folder_of is None else folder_of(trainer, trial=trial)
+        return Path(of or ".") / f"checkpoint-{state.global_step}"
 
     def _caller(self) -> tuple[Any, str | None]:
         """The trainer that is calling, and the checkpoint that it resumes from.
