@@ -10,7 +10,14 @@ import torch
 import celora
 from celora import CELoraError
 from celora.machine import timing
-from celora.machine.timing import cannot_time, faster_dtype, interleaved, slower_than_float32, time_over_float32
+from celora.machine.timing import (
+    cannot_time,
+    faster_dtype,
+    interleaved,
+    ratios,
+    slower_than_float32,
+    time_over_float32,
+)
 from patching import patch_all
 from small import make_batch, make_model
 
@@ -32,6 +39,25 @@ def test_contenders_take_turns_and_two_rounds_warm_up() -> None:
     assert calls == ["a", "b"] * 5
     for row in times.values():
         assert 0 <= row["p20_ms"] <= row["time_ms"] <= row["p80_ms"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([4, 4, 4, 4, 4], [2, 2, 2, 2, 2], 0.5),
+        # A neighbour slows the first down in most turns: the median alone would say 0.4.
+        ([10, 10, 10, 4, 4], [4, 4, 4, 4, 4], 1.0),
+        # The second was lucky once: its fastest turn alone would say 0.25.
+        ([4, 4, 4, 4, 4], [8, 8, 1, 8, 8], 2.0),
+    ],
+)
+def test_neither_luck_nor_a_neighbour_makes_a_slower_one_look_faster(
+    first: list[float], second: list[float], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = {"first": iter([9, 9, *first]), "second": iter([9, 9, *second])}
+    patch_all(monkeypatch, "celora.machine.timing:timed", lambda call, device: next(call()))
+    found = ratios({name: (lambda of=of: of) for name, of in taken.items()}, repeats=5, device=CPU)
+    assert found == {"first": 1.0, "second": expected}
 
 
 def machine(

@@ -43,15 +43,15 @@ def times(monkeypatch: pytest.MonkeyPatch, *milliseconds: float) -> list[int]:
     """
     seen: list[int] = []
 
-    def interleaved(
+    def ratios(
         contenders: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device
-    ) -> dict[str, dict[str, float]]:
+    ) -> dict[str, float]:
         for call in contenders.values():
             call()
         seen.append(len(contenders))
-        return {name: {"time_ms": time} for name, time in zip(contenders, milliseconds, strict=False)}
+        return {name: time / milliseconds[0] for name, time in zip(contenders, milliseconds, strict=False)}
 
-    patch_all(monkeypatch, "celora.machine.timing:interleaved", interleaved)
+    patch_all(monkeypatch, "celora.machine.timing:ratios", ratios)
     return seen
 
 

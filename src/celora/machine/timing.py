@@ -26,13 +26,39 @@ def interleaved(
     Taking turns spreads whatever else the machine does evenly, so ratios of medians can be trusted where the
     times themselves cannot. Two rounds warm up.
     """
+    return {name: percentiles(taken) for name, taken in _samples(contenders, repeats, device).items()}
+
+
+def ratios(
+    contenders: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device | None = None
+) -> dict[str, float]:
+    """How many times as long as the first contender each one takes, at the most: name -> ratio.
+
+    They take turns. The larger is returned of two ratios, that of the fastest turns and the median of the ratios turn
+    by turn. What else the machine does disturbs either, but hardly both alike. So it rarely makes a slower one look
+    faster.
+    """
+    samples = _samples(contenders, repeats, device)
+    first = next(iter(samples.values()))
+    return {name: max(_over(taken, first)) for name, taken in samples.items()}
+
+
+def _over(taken: list[float], first: list[float]) -> tuple[float, float]:
+    """The ratio of the fastest turns, and the median of the ratios turn by turn."""
+    return min(taken) / min(first), statistics.median(own / other for own, other in zip(taken, first, strict=True))
+
+
+def _samples(
+    contenders: Mapping[str, Callable[[], object]], repeats: int, device: torch.device | None
+) -> dict[str, list[float]]:
+    """Milliseconds of each contender, turn by turn. Two rounds warm up."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 2):
         for name, call in contenders.items():
             milliseconds = timed(call, device)
             if turn >= 2:
                 samples[name].append(milliseconds)
-    return {name: percentiles(taken) for name, taken in samples.items()}
+    return samples
 
 
 def timed(call: Callable[[], object], device: torch.device | None = None) -> float:
@@ -94,7 +120,8 @@ def time_over_float32(dtype: torch.dtype, device: torch.device) -> float:
     side of `_CLEARLY`, there are more turns. Infinite where the device refuses `dtype`.
     """
     tokens, width = (256, 576) if device.type == "cpu" else (2048, 4096)
-    turns: list[tuple[float, float]] = []
+    half: list[float] = []
+    single: list[float] = []
     x, weight = torch.ones(tokens, width, device=device), torch.ones(width, width, device=device)
     try:
         calls = functools.partial(torch.mm, x.to(dtype), weight.to(dtype)), functools.partial(torch.mm, x, weight)
@@ -103,10 +130,11 @@ def time_over_float32(dtype: torch.dtype, device: torch.device) -> float:
     except (RuntimeError, TypeError):  # older versions of macOS have no bfloat16 on MPS
         return math.inf
     while True:
-        turns += [(_rested(calls[0], device), _rested(calls[1], device)) for _ in range(_TURNS)]
-        fastest = min(half for half, _ in turns) / min(single for _, single in turns)
-        typical = statistics.median(half / single for half, single in turns)
-        if (fastest > _CLEARLY) == (typical > _CLEARLY) or len(turns) >= _MOST_TURNS:
+        for _ in range(_TURNS):
+            half.append(_rested(calls[0], device))
+            single.append(_rested(calls[1], device))
+        fastest, typical = _over(half, single)
+        if (fastest > _CLEARLY) == (typical > _CLEARLY) or len(half) >= _MOST_TURNS:
             return min(fastest, typical)
 
 

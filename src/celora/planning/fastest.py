@@ -24,19 +24,19 @@ from celora.machine.cache import keep, recall
 from celora.machine.cpu import features, limits
 from celora.machine.device import measured_on, random_states, reads_freely
 from celora.machine.processes import made_by_first
-from celora.machine.timing import cannot_time, interleaved
+from celora.machine.timing import cannot_time, ratios
 from celora.modeling.assign import rank_of
 from celora.modeling.language_model import at_hand
 from celora.modeling.survey import Survey
 from celora.planning.candidates import EXACT, make_candidate
 from celora.planning.evidence import MARGIN
-from celora.planning.head_evidence import time_shares
+from celora.planning.head_evidence import shares_of
 from celora.runtime.ladder import WORDS
 from celora.settings.config import LAYER_FIELDS, CELoraConfig, LayerConfig
 
 TOKENS = 512  # products are timed with at most so many on a CPU; the fastest stays the fastest with more
 _FEWEST, _MOST_NUMBERS = 16, 2**31  # at least so many tokens; at most so many multiplications in a product
-_REPEATS = 5
+_REPEATS = 9
 _LEAST_WORDS = 2048  # to draw: the targets of some 1,000 tokens, and as many that they are confused with
 
 
@@ -105,15 +105,15 @@ def _fastest(
     tokens = _timed_tokens(tokens, shape[0] * shape[1], device)
     dtype = dtype if dtype.is_floating_point else torch.bfloat16  # the dtype of a quantised layer's products
     of = {"layer": [dataclasses.asdict(setting) for setting in settings], "shape": shape, "tokens": tokens}
-    times = _kept(of, 1 + len(settings), dtype, device, lambda: _times(settings, shape, tokens, dtype, device))
-    best, time = min(zip((EXACT, *settings), times, strict=True), key=lambda pair: pair[1])
-    return best if time < MARGIN * times[0] else EXACT
+    over = _kept(of, 1 + len(settings), dtype, device, lambda: _over_exact(settings, shape, tokens, dtype, device))
+    best, ratio = min(zip((EXACT, *settings), over, strict=True), key=lambda pair: pair[1])
+    return best if ratio < MARGIN else EXACT
 
 
-def _times(
+def _over_exact(
     settings: list[LayerConfig], shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device
 ) -> list[float]:
-    """Milliseconds of the exact products, then of the products of each setting."""
+    """The time of the exact products, then of the products of each setting, over that of the exact ones."""
     out_features, in_features = shape
     w = torch.randn(out_features, in_features, dtype=dtype, device=device) / in_features**0.5
     x = torch.randn(tokens, in_features, dtype=dtype, device=device)
@@ -122,7 +122,7 @@ def _times(
     g *= torch.randn(tokens, 1, dtype=dtype, device=device).exp()
     forward = any(setting.forward != "exact" for setting in settings)
     named = {str(i): _step(setting, shape, w, x, g, forward) for i, setting in enumerate((EXACT, *settings))}
-    return [found["time_ms"] for found in interleaved(named, repeats=_REPEATS, device=device).values()]
+    return list(ratios(named, repeats=_REPEATS, device=device).values())
 
 
 def _step(
@@ -162,8 +162,12 @@ def _share(found: Survey, config: CELoraConfig, labelled: int, given: Collection
         return 1.0
     tokens = _timed_tokens(labelled, weight.numel(), weight.device)
     of = {"head": share, "shape": tuple(weight.shape), "tokens": tokens}
-    times = _kept(of, 2, weight.dtype, weight.device, lambda: list(time_shares(weight, tokens, (1.0, share)).values()))
-    return share if times[1] < MARGIN * times[0] else 1.0
+
+    def measure() -> list[float]:
+        calls, _ = shares_of(weight, tokens, (1.0, share))
+        return list(ratios(calls, repeats=_REPEATS, device=weight.device).values())
+
+    return share if _kept(of, 2, weight.dtype, weight.device, measure)[1] < MARGIN else 1.0
 
 
 def _untried(config: CELoraConfig, device: torch.device) -> bool:
@@ -183,11 +187,17 @@ def _timed_tokens(tokens: int, numbers: int, device: torch.device) -> int:
 def _kept(
     of: dict[str, Any], count: int, dtype: torch.dtype, device: torch.device, measure: Callable[[], list[float]]
 ) -> list[float]:
-    """The `count` times of this in the user's cache. If there are none, `measure` them now and store them."""
+    """The `count` ratios of this in the user's cache. If there are none, `measure` them now and store them."""
     machine: dict[str, Any] = {"device": measured_on(device), "threads": torch.get_num_threads()}
     machine |= {"by": chosen(dtype, device), "limits": limits()} | ({"has": features()} if device.type == "cpu" else {})
     versions = {name: metadata.version(name) for name in ("celora", "torch")}
-    of = of | {"shape": list(of["shape"]), "dtype": str(dtype), "machine": machine, "versions": versions}
+    of = of | {
+        "over": "exact",
+        "shape": list(of["shape"]),
+        "dtype": str(dtype),
+        "machine": machine,
+        "versions": versions,
+    }
     times = recall(of)
     if isinstance(times, list) and len(times) == count and all(isinstance(time, float) for time in times):
         return times

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,9 +43,14 @@ def head_evidence(bench: Bench) -> list[PlannedLayer]:
 
 def time_shares(weight: Tensor, tokens: int, shares: Sequence[float]) -> dict[float, float]:
     """Milliseconds of the gradient of `tokens` tokens' logits, for each share of the words of `weight: (V, H)`."""
+    calls, size = shares_of(weight, tokens, shares)
+    measured = interleaved(calls, repeats=5, device=weight.device)
+    return {share: measured[str(share)]["time_ms"] * tokens / size for share in shares}
+
+
+def shares_of(weight: Tensor, tokens: int, shares: Sequence[float]) -> tuple[dict[str, Callable[[], object]], int]:
+    """Functions that compute this gradient for a chunk of the tokens, by share, and the size of the chunk."""
     size = chunk_size(tokens, len(weight))
     grad = torch.randn(size, len(weight), device=weight.device).to(weight.dtype)
     out = grad.new_empty(size, weight.shape[1])
-    calls = {str(share): functools.partial(through_the_head, grad, weight, share, out, 0) for share in shares}
-    measured = interleaved(calls, repeats=5, device=grad.device)
-    return {share: measured[str(share)]["time_ms"] * tokens / size for share in shares}
+    return {str(share): functools.partial(through_the_head, grad, weight, share, out, 0) for share in shares}, size
