@@ -201,6 +201,6 @@ def test_a_term_that_is_zero_at_first() -> None:
     assert model(**batch).logits is None  # celora computes the loss
     for each in (model, plain):
         each.get_base_model().weight = 0.5
-    with pytest.warns(UserWarning, match="has a loss of its own"):
+    with pytest.warns(UserWarning, match="Raised changes 'weight' while it trains"):
         found = model(**batch).loss
     torch.testing.assert_close(found, plain(**batch).loss)

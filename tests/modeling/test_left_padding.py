@@ -7,7 +7,9 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
 
 import celora
@@ -80,4 +82,40 @@ def test_the_gradient_tells_where_the_model_computes_its_own_loss(labelled_head:
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(gradients_found, expected, strict=True)]
     assert errors[0] < OF_GRADIENT < errors[1]
     celora.detach(model)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("labelled_head", [True, False])
+def test_the_batch_after_such_a_one_is_estimated(labelled_head: bool) -> None:
+    model, batches = model_of("llama"), [ragged([9, 4, 7], prompt=prompt, left=True) for prompt in (0, 1)]
+    found = []
+    for attached in (False, True):
+        if attached:
+            estimate(model, CELoraConfig(**CONFIG, labelled_head=labelled_head))
+        with is_said(attached):
+            for batch in batches:
+                model.zero_grad()
+                smoothed(model, batch).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert (found[1] - found[0]).norm() > OF_GRADIENT * found[0].norm()
+
+
+class Bare(PreTrainedModel):
+    """A model of a user's own: without a decoder under it, and with a plain dictionary as its output."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, 32)
+        self.project = nn.Linear(32, config.vocab_size)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.project(self.embed(input_ids))
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def test_a_model_that_returns_a_dictionary() -> None:
+    model = get_peft_model(Bare(LlamaConfig(vocab_size=64)), LoraConfig(target_modules=["project"])).train()
+    estimate(model, CELoraConfig(**CONFIG))
+    model(**ragged([9, 4, 7], left=True))["loss"].backward()

@@ -84,6 +84,18 @@ def test_gradient_of_the_entropy(cap: float | None, chunk: int, monkeypatch: pyt
     assert (hidden.grad - twin.grad).norm() < 2 * 97**0.5 * torch.finfo(torch.float32).eps * twin.grad.norm()
 
 
+def test_a_bonus_of_nothing_and_words_that_are_masked() -> None:
+    hidden, rows, targets, weight = inputs(words=97)
+    bias = torch.zeros(97)
+    bias[90:] = -torch.inf
+    targets = targets.clamp(max=89)
+    for factor, expected in ((0.0, False), (1.0, True)):
+        hidden.grad = None
+        (factor * score_tokens(hidden, rows, targets, weight, bias, statistics=True).entropy).sum().backward()
+        assert hidden.grad.isfinite().all()
+        assert bool(hidden.grad.any()) is expected
+
+
 def test_bias_and_no_gradient() -> None:
     hidden, rows, targets, weight = inputs()
     bias = torch.randn(777)

@@ -115,10 +115,10 @@ def test_their_script_runs_with_celora_and_without(folder: Path, capsys: pytest.
 def test_presets_that_estimate(
     folder: Path, preset: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interleaved(calls: Mapping[str, object], **_: object) -> dict[str, dict[str, float]]:
-        return {name: {"time_ms": 1.0 if place else 10.0} for place, name in enumerate(calls)}  # the first is exact
+    def ratios(calls: Mapping[str, object], **_: object) -> dict[str, float]:
+        return {name: 0.1 if place else 1.0 for place, name in enumerate(calls)}  # the first is exact
 
-    patch_all(monkeypatch, "celora.machine.timing:interleaved", interleaved)
+    patch_all(monkeypatch, "celora.machine.timing:ratios", ratios)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     assert results(folder, preset)["without logits"]
     said = capsys.readouterr().out

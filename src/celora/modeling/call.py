@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -52,7 +53,7 @@ class Call:
     place: Tensor  # (N,): positions in the flattened batch of tokens whose successor is labelled
     rows: Tensor  # (N,): positions of the same tokens in the hidden states
     shape: torch.Size  # shape of the tokens that the model gets
-    known: tuple[Any, ...]  # everything that decides how the model turns hidden states into a loss
+    known: Known  # everything that decides how the model turns hidden states into a loss
     probe: Probe | None  # given if this is not known yet
     keeps: slice | Tensor  # `logits_to_keep`, as the model gets it: an object of this call alone
     hidden: Tensor | None = None  # the decoder's output
@@ -143,7 +144,23 @@ def unknown_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in _KNOWN and value is not None}
 
 
-def known_by(causal: Any, given: Mapping[str, Any]) -> tuple[Any, ...]:
+@dataclass(frozen=True)
+class Known:
+    """What `known_by` knows.
+
+    Attributes:
+        numbers: (name, number) among the model's attributes.
+    """
+
+    parts: tuple[Any, ...]
+    numbers: frozenset[tuple[str, float]]
+
+    def changed_number(self, before: Known) -> str:
+        """The name of a number that was another one before; '' if all are the same."""
+        return min((name for name, _ in self.numbers ^ before.numbers), default="")
+
+
+def known_by(causal: Any, given: Mapping[str, Any]) -> Known:
     """Everything that decides how a model turns hidden states into a loss. If it changes, the model is probed again."""
     head = causal.get_output_embeddings()
     parts = (head, head.forward, causal.loss_function, type(causal).forward, vars(causal).get("forward"))
@@ -153,12 +170,18 @@ def known_by(causal: Any, given: Mapping[str, Any]) -> tuple[Any, ...]:
         for name, value in unknown_arguments(given).items()
     }
     arguments["num_items_in_batch"] = given.get("num_items_in_batch") is not None
-    # A class of the user's own may add a term to the loss, with a weight that it raises while it trains.
-    numbers = {
-        name: value for name, value in vars(causal).items() if isinstance(value, int | float) and name != "training"
-    }
-    told = (settings(causal.config), numbers, dict(sorted(arguments.items())))
-    return (*references, head.weight.dtype, *(tuple(of.items()) for of in told))
+    told = tuple(settings(causal.config).items()), tuple(sorted(arguments.items()))
+    return Known((*references, head.weight.dtype, *told), frozenset(_own_numbers(causal).items()))
+
+
+def _own_numbers(causal: Any) -> dict[str, float]:
+    """The numbers among the attributes of a model whose forward is no one of Transformers.
+
+    Such a forward may add a term to the loss, with a weight that is 0 at first. If one changes, nothing is known of it.
+    """
+    if inspect.unwrap(type(causal).forward).__module__.partition(".")[0] == "transformers":
+        return {}
+    return {name: of for name, of in vars(causal).items() if isinstance(of, int | float) and name != "training"}
 
 
 def fit(labels: Tensor, given: Mapping[str, Any]) -> bool:
@@ -171,6 +194,10 @@ def fit(labels: Tensor, given: Mapping[str, Any]) -> bool:
 
 def wants_own_head(given: Mapping[str, Any], config: Any) -> bool:
     """Whether a call asks for something that only the model's own head can serve."""
+    if given.get("ignore_index", IGNORED) != IGNORED:
+        return True
+    if given.get("return_dict", getattr(config, "return_dict", True)) is False:
+        return True
     asked = [given.get(name) for name in REFUSED]
     return any(map(is_set, [*asked, *(given.get(name, getattr(config, name, None)) for name in OUTPUTS)]))
 

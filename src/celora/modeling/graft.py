@@ -147,9 +147,11 @@ class LayerGraft(Measured, Hook):
 
         PEFT's `merge` changes a weight through `.data`, which gives it no new version.
         """
-        if self._noticed != self.switch.step:
+        unseen = None if self._noticed == self.switch.step else _unseen()
+        if unseen is not None:
             self._noticed = self.switch.step
-            self.estimator.product.notice()
+            with unseen:
+                self.estimator.product.notice()
 
     def weight(self, module: nn.Module, dtype: torch.dtype) -> Tensor | None:
         """The weight for the backward. None for a quantised weight in a trace: the backward reads it then."""

@@ -9,11 +9,13 @@ Where celora computes the loss, the labels tell. Elsewhere the gradient of the l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from celora.machine.device import reads_freely
 from celora.modeling.hooks import Hook
@@ -37,13 +39,20 @@ def predicts_a_label(labelled: Tensor, attention_mask: Any) -> Tensor:
     return (labelled & before_sequences(attention_mask)).any()
 
 
-def watch(switch: Switch, attention_mask: Any, hidden: Any) -> None:
-    """In the backward of `hidden: (B, T, H)`, the last hidden states, set `switch.astray` before any layer's backward.
+def watch(switch: Switch, decoder: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
+    """After a decoder's forward: let its backward set `switch.astray` before the backward of any layer.
 
     Nothing is watched on an accelerator, because looking would wait for it.
+
+    Args:
+        kwargs: what the decoder was called with; `attention_mask` is (B, T), or nothing is watched.
+        output: what the decoder returned; the last hidden states, (B, T, H), come first.
     """
-    switch.astray = False
-    if not isinstance(hidden, Tensor) or not hidden.requires_grad or not reads_freely(hidden.device):
+    if not switch.on or not decoder.training or torch.compiler.is_compiling():
+        return
+    attention_mask = kwargs.get("attention_mask")
+    hidden = output[0] if isinstance(output, tuple | ModelOutput) and len(output) else None
+    if type(hidden) is not Tensor or not hidden.requires_grad or not reads_freely(hidden.device):
         return
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != hidden.shape[:2]:
         return
@@ -58,17 +67,23 @@ def watch(switch: Switch, attention_mask: Any, hidden: Any) -> None:
 
 
 class OwnLoss(Hook):
-    """The forward hook (with kwargs) of the decoder in a model whose loss celora never computes."""
+    """The hooks of the decoder in a model whose loss celora never computes."""
 
     def __init__(self, switch: Switch) -> None:
         self.switch = switch
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.switch.on and module.training and not torch.compiler.is_compiling():
-            watch(self.switch, kwargs.get("attention_mask"), output[0])
+    def enters(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook: what the latest backward has found is of another call."""
+        self.switch.astray = False
+
+    def leaves(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook (with kwargs)."""
+        watch(self.switch, module, kwargs, output)
 
     def under(self, model: nn.Module) -> None:
-        """Hook the decoder of this model, if the model is one of Transformers."""
+        """Hook the decoder of this model, if the model is a decoder of Transformers."""
         causal = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-        if causal is not None:
-            decoder_of(causal).register_forward_hook(self, with_kwargs=True)
+        decoder = None if causal is None or causal.config.is_encoder_decoder else decoder_of(causal)
+        if isinstance(decoder, nn.Module):
+            decoder.register_forward_pre_hook(self.enters)
+            decoder.register_forward_hook(self.leaves, with_kwargs=True)

@@ -67,12 +67,18 @@ class ModelGraft(Measured, Hook):
         self.begin(0)
         self.logits: Logits | None = None
         self.refused = False
-        self._known: tuple[Any, ...] | None = None  # `known_by` of the model when it was probed
+        self._known: Any = None  # `known_by` of the model when it was probed
         self._open = OpenCalls()
 
     def __getstate__(self) -> dict[str, Any]:
         probe = self._call and self._call.probe
-        changed = {"_open": OpenCalls(), "_known": None, "_probed_by": nothing, "_added": probe and probe.added}
+        changed = {
+            "_open": OpenCalls(),
+            "_known": None,
+            "_probed_by": nothing,
+            "_numbers": None,
+            "_added": probe and probe.added,
+        }
         return {**self.__dict__, **changed}
 
     @property
@@ -136,10 +142,6 @@ class ModelGraft(Measured, Hook):
             return ""
         if not fit(labels, given) or wants_own_head(given, causal.config):
             return ""
-        if given.get("ignore_index", IGNORED) != IGNORED:
-            return ""
-        if given.get("return_dict", getattr(causal.config, "return_dict", True)) is False:
-            return ""
         if reason := not_ours(causal):  # this has changed since `attach`
             return f"{reason} by now"
         if given.get(TRL):
@@ -149,7 +151,11 @@ class ModelGraft(Measured, Hook):
         return f"{caller} looks at the logits of every step (with TRL 1.15 or later it does not)" if caller else None
 
     def _begin(self, causal: Any, given: dict[str, Any], labels: Tensor) -> Any:
-        """Begin to compute a call's loss. Returns the model's new arguments, or None if no token is labelled."""
+        """Begin to compute a call's loss. Returns the model's new arguments, or None if the model computes it."""
+        known, probe = known_by(causal, given), None
+        if self._known is not None and (name := known.changed_number(self._known)):
+            self._refuse(f"{type(causal).__name__} changes {name!r} while it trains, which may decide about its loss")
+            return None
         next_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         labelled = next_labels != IGNORED
         astray = left_padding.predicts_a_label(labelled, given.get("attention_mask"))
@@ -172,7 +178,6 @@ class ModelGraft(Measured, Hook):
         elif self.packs and not is_compiled(causal.base_model) and may_replace(causal.config, labels.device):
             passed[LENGTHS] = None  # not packed; our attention is used if it is faster
         passed["logits_to_keep"] = slice(0, 0)  # not a tensor, which has a device, nor a list, which is copied to one
-        known, probe = known_by(causal, given), None
         if known != self._known or self._again(labels):
             items = given.get("num_items_in_batch")
             probe = Probe(causal, shape, items, labels.device)
@@ -205,8 +210,8 @@ class ModelGraft(Measured, Hook):
 
     def enters(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook of the decoder under the head, which someone may call without the head."""
-        if not torch.compiler.is_compiling():
-            self._in_a_call()
+        if not torch.compiler.is_compiling() and not self._in_a_call():
+            self.switch.astray = False
 
     def _in_a_call(self) -> bool:
         """Whether a call goes on. One that was interrupted is forgotten."""
@@ -219,8 +224,8 @@ class ModelGraft(Measured, Hook):
         """A forward hook (with kwargs) of the decoder under the head."""
         if self._call is not None:
             self._call.hidden = output[0]
-        elif self.switch.on and module.training and not torch.compiler.is_compiling():
-            left_padding.watch(self.switch, kwargs.get("attention_mask"), output[0])
+        else:
+            left_padding.watch(self.switch, module, kwargs, output)
 
     def at_head(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """A forward hook of the head, in a call that probes it."""

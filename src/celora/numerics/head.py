@@ -146,20 +146,26 @@ class _Entropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         entropy, hidden, rows, weight, bias = ctx.saved_tensors
+        if reads_freely(grad.device) and not grad.any():  # TRL may multiply its bonus by 0
+            return None, torch.zeros_like(hidden), *[None] * 5
         chosen, scale, cap = _chosen(hidden, rows, ctx.dtype), ctx.logits.scale, ctx.logits.cap
         gradient = torch.empty_like(chosen)
         with torch.autocast(hidden.device.type, enabled=False):
             w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
-            size = max(1, chunk_size(len(rows), len(w)))
+            size = max(1, chunk_size(len(rows), len(w)) // 4)  # several float32 copies of a chunk
+            buffer = chosen.new_empty(size, len(w))
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
-                z = _project(chosen[part], weight, w, b, chosen.new_empty(len(chosen[part]), len(w)), ctx.product)
-                y = scale * z.float()
-                slope = scale if cap is None else scale * (1 - torch.tanh(y / cap).square())
-                y = y if cap is None else cap * torch.tanh(y / cap)
-                log_p = torch.log_softmax(y, dim=-1)
-                by_y = -log_p.exp() * (log_p + entropy[part, None])
-                torch.mm((by_y * slope * grad[part, None]).to(w.dtype), w, out=gradient[part])
+                y = _project(chosen[part], weight, w, b, buffer[: len(rows) - start], ctx.product).float().mul_(scale)
+                slope = None
+                if cap is not None:
+                    y.div_(cap).tanh_()
+                    slope = (1 - y.square()).mul_(scale)
+                    y.mul_(cap)
+                log_p = y.log_softmax(dim=-1).clamp_(min=torch.finfo(torch.float32).min)
+                by_y = log_p.exp().mul_(log_p.add_(entropy[part, None])).mul_(-grad[part, None])
+                by_z = by_y.mul_(scale if slope is None else slope)
+                torch.mm(by_z.to(w.dtype), w, out=gradient[part])
         return None, _at_rows(gradient, rows, hidden.shape, hidden.dtype), *[None] * 5
 
 
