@@ -20,6 +20,7 @@ from torch.utils import backend_registration
 import celora
 from celora.kernels import plain
 from celora.modeling import varlen
+from celora.modeling.call import Known
 from celora.modeling.model_graft import ModelGraft
 from celora.settings.presets import PRESETS
 from celora.weights import read as weights
@@ -28,6 +29,7 @@ from labelled import masked_batch
 from patching import patch_all
 
 DEVICE, STEPS = "other", 12  # in the first ten, layers are refreshed in turns
+NOTHING = Known((), frozenset())
 
 
 def take_steps(preset: str, dtype: torch.dtype, one_call: bool) -> None:
@@ -50,7 +52,7 @@ def take_steps(preset: str, dtype: torch.dtype, one_call: bool) -> None:
         report = celora.attach(model, PRESETS[preset])
         assert ("None of 14 frozen layers estimated" in str(report)) == (preset == "exact")
         graft = _graft_of(model)
-        graft._known, graft.logits = (), probed.logits
+        graft._known, graft.logits = NOTHING, probed.logits
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         given = {name: mode.from_tensor(t).to(DEVICE) for name, t in batch.items()}
         for _ in range(STEPS):
@@ -99,7 +101,7 @@ def _pretend(patch: pytest.MonkeyPatch, *, one_call: bool) -> None:
     """What a trial finds out by looking at numbers is known; fake tensors are taken for plain ones."""
     patch.setattr(weights, "_PLAIN", (*weights._PLAIN, FakeTensor))
     patch_all(patch, "celora.modeling.trial:unlike", lambda module, seen=None: "")
-    patch_all(patch, "celora.modeling.model_graft:known_by", lambda causal, given: ())
+    patch_all(patch, "celora.modeling.model_graft:known_by", lambda causal, given: NOTHING)
     patch_all(patch, "celora.modeling.graft:in_dispatch_mode", lambda: False)
     patch_all(patch, "celora.modeling.fused:_FEWEST_TOKENS", 0)
     patch.setattr(plain, "why_no_integers", lambda device: "")

@@ -110,7 +110,7 @@ def test_a_trial_of_a_search_saves_into_its_own_folder(tmp_path: Path, monkeypat
     before = (tmp_path / "checkpoint-4" / STATE_NAME).read_bytes()
     # As if a search had begun a trial, without the package that would draw its settings.
     monkeypatch.setattr(trainer, "_hp_search_setup", lambda _: setattr(trainer, "_trial", "the seventh"))
-    monkeypatch.setattr(Trainer, "_get_output_dir", lambda _, trial: str(tmp_path / "run-7"))
+    monkeypatch.setattr(trainer, "_get_output_dir", lambda trial: str(tmp_path / "run-7"))
     trainer.train()
     assert (tmp_path / "checkpoint-4" / STATE_NAME).read_bytes() == before
     assert (tmp_path / "run-7" / "checkpoint-4" / STATE_NAME).exists()

@@ -72,13 +72,7 @@ class ModelGraft(Measured, Hook):
 
     def __getstate__(self) -> dict[str, Any]:
         probe = self._call and self._call.probe
-        changed = {
-            "_open": OpenCalls(),
-            "_known": None,
-            "_probed_by": nothing,
-            "_numbers": None,
-            "_added": probe and probe.added,
-        }
+        changed = {"_open": OpenCalls(), "_known": None, "_probed_by": nothing, "_added": probe and probe.added}
         return {**self.__dict__, **changed}
 
     @property

@@ -122,8 +122,8 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         """The folder of this step's checkpoint. Each trial of a hyperparameter search has a folder of its own."""
         trainer, of = self._caller()[0], args.output_dir
         if (trial := getattr(trainer, "_trial", None)) is not None:
-            folder_of = borrow("transformers:Trainer._get_output_dir")
-            of = os.devnull if folder_of is None else folder_of(trainer, trial=trial)
+            known = borrow("transformers:Trainer._get_output_dir") is not None
+            of = trainer._get_output_dir(trial=trial) if known else os.devnull
         return Path(of or ".") / f"checkpoint-{state.global_step}"
 
     def _caller(self) -> tuple[Any, str | None]:
