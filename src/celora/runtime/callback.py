@@ -124,7 +124,7 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         if (trial := getattr(trainer, "_trial", None)) is not None:
             known = borrow("transformers:Trainer._get_output_dir") is not None
             of = trainer._get_output_dir(trial=trial) if known else os.devnull
-        return Path(of or ".") / f"checkpoint-{state.global_step}"
+        return Path(of) / f"checkpoint-{state.global_step}"
 
     def _caller(self) -> tuple[Any, str | None]:
         """The trainer that is calling, and the checkpoint that it resumes from.
