@@ -142,6 +142,16 @@ def _no_compiling_what_was_compiled() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _nobody_else_on_this_machine() -> Iterator[None]:
+    """Other workers keep the processors busy. What depends on that would depend on chance."""
+    from celora.machine import timing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "psutil_if_there", lambda: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _no_waiting_for_the_disk() -> Iterator[None]:
     """Skip flushes to disk: a test's files need not survive a power cut. `disk` still sees every flush."""
     with pytest.MonkeyPatch.context() as patch:

@@ -25,3 +25,15 @@ def test_json_and_the_table_say_the_same(inputs, capsys, monkeypatch):
     kinds = {(way["dtype"], way["preset"], way["checkpointing"]) for way in found["ways"]}
     assert table.count("int8, else ") == len(kinds) < len(found["ways"])  # the table has a micro-batch of each
     assert table.count("<- celora takes this") == 1
+
+
+def test_a_busy_machine_is_said(inputs, capsys, monkeypatch):
+    patch_all(monkeypatch, "celora.train.forecast.blocks:seconds", lambda probe, batch, optimizer: 0.3)
+    patch_all(monkeypatch, "celora.machine.timing:disturbed", lambda: "other programs use 90% of the processors")
+    command = ["estimate", "--model", inputs["model"], "--data", inputs["data"], "--preset", "exact", "--base", "int8"]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["disturbed"] == "other programs use 90% of the processors"
+    assert main(command) == 0
+    assert capsys.readouterr().out.endswith(
+        "\nAsk again when the machine is idle: other programs use 90% of the processors.\n"
+    )

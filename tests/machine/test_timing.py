@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from celora import CELoraError
 from celora.machine import timing
 from celora.machine.timing import (
     cannot_time,
+    disturbed,
     faster_dtype,
     interleaved,
     ratios,
@@ -195,3 +197,24 @@ def test_no_plan_where_times_are_those_of_launches(why: str, monkeypatch: pytest
     patch_all(monkeypatch, "celora.machine.timing:cannot_time", lambda device: why)
     with pytest.raises(CELoraError, match=f"^cannot plan on 'cpu': {why}. Choose preset exact or paper"):
         celora.make_plan(model, itertools.repeat(make_batch(0)))
+
+
+@pytest.mark.parametrize(
+    ("shares", "allowed", "threads", "expected"),
+    [
+        ([3.0, 5.0], {0, 1}, 2, ""),
+        ([100.0, 10.0], {0, 1}, 2, "other programs use 55% of the processors"),
+        ([100.0, 10.0], {0, 1}, 1, ""),  # one thread has a processor of its own
+        ([100.0, 10.0, 0.0, 0.0], {2, 3}, 2, ""),  # this process may not use those that are busy
+        ([100.0, 100.0], {0, 1}, 8, "other programs use 100% of the processors"),
+    ],
+)
+def test_others_disturb_where_fewer_processors_are_free_than_there_are_threads(
+    shares: list[float], allowed: set[int], threads: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = SimpleNamespace(cpu_percent=lambda seconds, percpu: shares)
+    monkeypatch.setattr(timing, "psutil_if_there", lambda: watched)
+    monkeypatch.setattr(timing.os, "sched_getaffinity", lambda process: allowed, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert disturbed().startswith(expected)
+    assert bool(disturbed()) == bool(expected)

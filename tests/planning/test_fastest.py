@@ -131,6 +131,18 @@ def test_what_was_measured_is_kept_for_the_machine_and_the_shapes(monkeypatch: p
     assert len(seen) == 1 + 2 * measured
 
 
+def test_what_others_disturbed_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = survey(make_model())
+    with monkeypatch.context() as patch:
+        patch_all(patch, "celora.machine.timing:disturbed", lambda: "other programs use 90% of the processors")
+        slow = times(patch, 10.0, 20.0, 20.0)
+        assert gate(found, AUTO) == gate(found, AUTO)
+        assert len(slow) == 2 * 5
+    seen = times(monkeypatch, 10.0, 6.0, 9.0)
+    assert gate(found, AUTO) == gate(found, AUTO)
+    assert len(seen) == 5
+
+
 @pytest.mark.parametrize("variable", ["CELORA_KERNELS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"])
 def test_other_instructions_are_timed_for_themselves(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = survey(make_model())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import accumulate, chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,15 @@ from transformers import AutoConfig, AutoTokenizer, Gemma3Config
 
 from celora.errors import CELoraError
 from celora.modeling.int8_base import quantise_base
-from celora.train.forecast.blocks import Line, can_checkpoint, how_many_blocks, measure, stand_in, stand_in_config
+from celora.train.forecast.blocks import (
+    Line,
+    can_checkpoint,
+    how_many_blocks,
+    measure,
+    seconds,
+    stand_in,
+    stand_in_config,
+)
 from celora.train.loading import lora_config, quiet_libraries, training_rows
 from celora.train.request.arguments import make_request, sft_config
 from celora.train.trainer import build_trainer
@@ -78,9 +88,9 @@ def test_padding_stays_where_settings_of_the_user_keep_it(setting):
 
 def test_a_block_takes_what_two_stand_ins_differ_by(setting):
     cost = setting("off")[3]
-    for checkpointing, seconds in ((False, 0.03), (True, 0.04)):
+    for checkpointing, taken in ((False, 0.03), (True, 0.04)):
         outside, block = cost.step[checkpointing]
-        assert block.at(100) == pytest.approx(seconds)
+        assert block.at(100) == pytest.approx(taken)
         assert outside.at(100) == pytest.approx(0, abs=1e-9)
 
 
@@ -120,3 +130,13 @@ def test_large_blocks_are_two_small_ones_four():
     assert how_many_blocks(small) == 4
     assert how_many_blocks(large) == 2
     assert json.dumps(small.to_dict())  # the configuration is unchanged
+
+
+@pytest.mark.parametrize(("taken", "turns"), [([9, 1, 1, 1], 4), ([9, 3, 1, 1], 2), ([9, 1, 1.5, 1], 3)])
+def test_slow_steps_have_fewer_turns(taken, turns, monkeypatch):
+    now = iter(accumulate(chain([0], *([one, 0] for one in taken))))
+    monkeypatch.setattr("celora.train.forecast.blocks.time.perf_counter", lambda: next(now))
+    weight, calls = torch.nn.Parameter(torch.ones(1)), []
+    probe = SimpleNamespace(model=None, compute_loss=lambda model, batch: calls.append(1) or weight.sum())
+    assert seconds(probe, {}, torch.optim.SGD([weight], lr=0.1)) == min(taken[1:turns])
+    assert len(calls) == turns

@@ -63,12 +63,17 @@ def estimate(
     leave_out(context.args, ("output", "overwrite", "resume"), "celora estimate, which writes nothing")
     leave_out(context.args, ("plan", "fidelity", "memory_limit"), "celora estimate, which makes no plan")
     request = parse(context.args, own | {"memory": memory, "output": "celora-estimate", "quiet": quiet})
+    from celora.machine.timing import disturbed
     from celora.train.forecast.estimate import estimate as find
     from celora.train.forecast.estimate import in_bytes
 
     settle_in()
     limit = request.options.memory
+    busy = disturbed()
     found = find(request, None if limit is None else in_bytes(limit), gpu=gpu)
-    print_json(found.to_dict()) if as_json else typer.echo(str(found))
+    busy = "" if found.gpu else busy
+    print_json(found.to_dict() | {"disturbed": busy}) if as_json else typer.echo(str(found))
+    if busy and not as_json:
+        typer.echo(f"Ask again when the machine is idle: {busy}.")
     if found.taken is None:
         raise typer.Exit(2)

@@ -119,6 +119,7 @@ def bench(
 ) -> None:
     if output is not None:
         check_file(output, overwrite=overwrite)
+    from celora.machine.timing import disturbed
     from celora.studies import bench as run
     from celora.studies import cells
     from celora.studies.step import ARMS
@@ -127,6 +128,8 @@ def bench(
     chosen = [cells.parse_cell(text) for text in cell or []] or (cells.QUICK if quick else cells.USUAL)
     arms = [choose("arm", name, ARMS) for name in arm or (run.QUICK_ARMS if quick else ARMS)]
     settle_in()
+    if not quiet and (busy := disturbed()):
+        typer.echo(f"Measure again when the machine is idle: {busy}.", err=True)
     rows: list[dict[str, Any]] = []
     try:
         with quiet_libraries():

@@ -71,7 +71,7 @@ def resident_memory() -> int | None:
     """Bytes of this process that are in memory now; None where nobody knows."""
     if (resident := _listed("/proc/self/status", "VmRSS")) is not None:
         return resident
-    psutil = _psutil()
+    psutil = psutil_if_there()
     return None if psutil is None else int(psutil.Process().memory_info().rss)
 
 
@@ -92,7 +92,7 @@ def available_memory(device: torch.device) -> int | None:
         ask = getattr(backend(device), "mem_get_info", None)
         return None if ask is None else int(ask(device)[0])
     if not sys.platform.startswith("linux"):
-        psutil = _psutil()
+        psutil = psutil_if_there()
         return None if psutil is None else int(psutil.virtual_memory().available)
     if (free := _listed("/proc/meminfo", "MemAvailable")) is None:
         return None
@@ -114,8 +114,8 @@ def _listed(file: str, name: str) -> int | None:
     return None
 
 
-def _psutil() -> Any:
-    """psutil, which comes with Accelerate, for systems that have no /proc; None without it."""
+def psutil_if_there() -> Any:
+    """psutil, which comes with Accelerate; None without it."""
     try:
         return import_module("psutil")
     except ImportError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,10 +12,12 @@ from collections.abc import Callable, Mapping
 import torch
 
 from celora.machine.device import accelerator, default_device
+from celora.machine.memory import psutil_if_there
 
 _CLEARLY = 1.5  # times as long as float32's product: less is no reason to take twice the memory
 _TURNS, _MOST_TURNS = 9, 45  # of the two dtypes
 _REST = 2e-3  # seconds
+_WATCHED_S, _ENOUGH = 0.2, 0.8  # how long others are watched; free processors for each thread, at the least
 _WAITING = 2.0  # times as long as next to nothing, at the least, if what a device computes is waited for
 
 
@@ -79,6 +82,27 @@ def timed(call: Callable[[], object], device: torch.device | None = None) -> flo
     call()
     synchronise(device)
     return 1e3 * (time.perf_counter() - start)
+
+
+def disturbed() -> str:
+    """One line if other programs leave fewer processors free than torch has threads, so that times are too long.
+
+    '' if they do not, or if nobody knows. This process sleeps while it watches them. Threads that have to wait for a
+    processor keep all others waiting, so products may take ten times as long.
+    """
+    psutil = psutil_if_there()
+    if psutil is None:
+        return ""
+    shares = psutil.cpu_percent(_WATCHED_S, percpu=True)
+    if hasattr(os, "sched_getaffinity"):
+        shares = [shares[number] for number in os.sched_getaffinity(0) if number < len(shares)]
+    free, threads = sum(1 - share / 100 for share in shares), torch.get_num_threads()
+    if free >= _ENOUGH * min(threads, len(shares)):
+        return ""
+    return (
+        f"other programs use {1 - free / len(shares):.0%} of the processors: times are too long, and their order may "
+        "be wrong"
+    )
 
 
 def synchronise(device: torch.device) -> None:

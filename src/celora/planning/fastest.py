@@ -24,7 +24,7 @@ from celora.machine.cache import keep, recall
 from celora.machine.cpu import features, limits
 from celora.machine.device import measured_on, random_states, reads_freely
 from celora.machine.processes import made_by_first
-from celora.machine.timing import cannot_time, ratios
+from celora.machine.timing import cannot_time, disturbed, ratios
 from celora.modeling.assign import rank_of
 from celora.modeling.language_model import at_hand
 from celora.modeling.survey import Survey
@@ -187,7 +187,10 @@ def _timed_tokens(tokens: int, numbers: int, device: torch.device) -> int:
 def _kept(
     of: dict[str, Any], count: int, dtype: torch.dtype, device: torch.device, measure: Callable[[], list[float]]
 ) -> list[float]:
-    """The `count` ratios of this in the user's cache. If there are none, `measure` them now and store them."""
+    """The `count` ratios of this in the user's cache. If there are none, `measure` them now.
+
+    They are stored, unless other programs disturbed them: later runs would repeat what chance has chosen.
+    """
     machine: dict[str, Any] = {"device": measured_on(device), "threads": torch.get_num_threads()}
     machine |= {"by": chosen(dtype, device), "limits": limits()} | ({"has": features()} if device.type == "cpu" else {})
     versions = {name: metadata.version(name) for name in ("celora", "torch")}
@@ -201,6 +204,8 @@ def _kept(
     times = recall(of)
     if isinstance(times, list) and len(times) == count and all(isinstance(time, float) for time in times):
         return times
+    kept = not disturbed()
     times = measure()
-    keep(of, times)
+    if kept:
+        keep(of, times)
     return times

@@ -40,7 +40,7 @@ _WORK = 80e9  # FLOPs of a step that is timed, about
 _FEWEST, _MOST = 64, 1_024  # tokens in it
 _COUNTED = 128  # tokens in a step whose bytes are counted; with fewer on CPU, celora leaves adapters to PEFT
 _MOST_BYTES = 2**28  # of the blocks, unless two take more
-_TURNS = 3  # of which the fastest counts; one before them warms up
+_TURNS, _ENOUGH_S = 3, 2.0  # turns, fewer once they took so long; the fastest counts; one before them warms up
 
 
 @dataclass(frozen=True)
@@ -285,6 +285,8 @@ def seconds(probe: Any, batch: Mapping[str, Any], optimizer: Any) -> float:
             optimizer.step()
             optimizer.zero_grad()
             found.append(time.perf_counter() - begin)
+            if sum(found[1:]) > _ENOUGH_S:
+                break
     return min(found[1:])
 
 
