@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from celora.train.output.folder import write_json
+from celora.files import write_json
 
 ROWS = [
     {"step": i, "seconds": 0.5 * i, "loss": 4.0 / i, "step_time_ms": 10.0, "celora/relative_error": 0.3}

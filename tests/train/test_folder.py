@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from celora.errors import CELoraError
-from celora.train.output.folder import LOCK, RUN, OutputFolder, write_json
+from celora.files import write_json
+from celora.train.output.folder import LOCK, RUN, OutputFolder
 from celora.train.output.manifest import seal
 from unprivileged import as_nobody, public_folder
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from celora.train.output.folder import write_json
+from celora.files import write_json
 from celora.train.report import write_report
 from reports import LAYERS, ROWS, charts, run_folder
 

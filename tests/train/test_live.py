@@ -10,10 +10,10 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
 from celora import CELoraError
-from celora.files import read_json
+from celora.files import read_json, write_json
 from celora.train import live
 from celora.train.live import LiveReport, look, show, sparkline
-from celora.train.output.folder import OutputFolder, write_json
+from celora.train.output.folder import OutputFolder
 from reports import ROWS, run_folder
 
 

@@ -12,8 +12,8 @@ from shutil import which
 
 import pytest
 
+from celora.files import write_json
 from celora.train import report
-from celora.train.output.folder import write_json
 from celora.train.report import write_report
 from reports import EVIL, ROWS, charts, run_folder
 

@@ -17,8 +17,9 @@ import yaml
 
 import celora
 from celora.errors import CELoraError
+from celora.files import write_json
 from celora.train.loading import load_adapter, load_model
-from celora.train.output.folder import RUN, OutputFolder, write_json
+from celora.train.output.folder import RUN, OutputFolder
 from celora.train.output.manifest import MANIFEST, read_manifest, seal
 from celora.train.request.arguments import make_request, parse, read_yaml
 from celora.train.request.yaml_file import _Strict

@@ -111,7 +111,7 @@ def look_ahead(tokens: Sequence[str], config: str | None) -> None:
 
 
 def print_json(value: Any) -> None:
-    from celora.train.output.folder import finite
+    from celora.files import finite
 
     typer.echo(json.dumps(finite(value), indent=2, allow_nan=False))
 

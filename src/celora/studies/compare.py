@@ -18,13 +18,13 @@ from typing import Any
 from rich.console import Console
 
 from celora.errors import CELoraError, Diverged, unknown
-from celora.files import json_lines, read_json, replacing, write_text
+from celora.files import json_lines, read_json, replacing, write_json, write_text
 from celora.planning.plan import Plan
 from celora.studies.outcomes import Outcome, cells, findings
 from celora.train.dtype import settle_dtype
 from celora.train.fingerprint import check_same, fingerprints
 from celora.train.loading import load_tokenizer, quiet_libraries, training_rows, with_folder
-from celora.train.output.folder import LOCK, PLAN, RUN, OutputFolder, write_json, writing_to
+from celora.train.output.folder import LOCK, PLAN, RUN, OutputFolder, writing_to
 from celora.train.report import write_report
 from celora.train.request.arguments import PLANNING, TrainRequest, make_request, recorded, sft_config
 from celora.train.run import train

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from celora.errors import CELoraError
-from celora.files import json_lines, write_text
+from celora.files import json_lines, write_json, write_text
 from celora.machine.allocator import keep_freed_memory
 from celora.machine.timing import faster_dtype
 from celora.studies import stock_eval
@@ -34,7 +34,7 @@ from celora.studies.sentiment import SYSTEM, splits, to_rows
 from celora.studies.step import Step, take_turns
 from celora.train import progress
 from celora.train.loading import quiet_libraries
-from celora.train.output.folder import OutputFolder, write_json, writing_to
+from celora.train.output.folder import OutputFolder, writing_to
 from celora.train.record import TrainResult
 from celora.train.report import write_report
 from celora.train.request.arguments import make_request

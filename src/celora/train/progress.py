@@ -18,10 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from celora.errors import CELoraError
-from celora.files import check_regular, json_lines, write_text
+from celora.files import check_regular, finite, json_lines, write_text
 from celora.machine.allocator import give_back_freed_memory
 from celora.machine.memory import forget_peak, peak_memory
-from celora.train.output.folder import finite
 
 PLAIN_EVERY_S = 10.0
 

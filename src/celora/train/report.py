@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from celora.files import read_json, write_text
+from celora.files import finite, read_json, write_text
 from celora.train.charts import is_number, line_charts, phase_charts
 from celora.train.layer_map import can_be_drawn, distinct_layers, layer_map
-from celora.train.output.folder import METRICS, RUN, finite
+from celora.train.output.folder import METRICS, RUN
 from celora.train.progress import read_metrics
 from celora.train.wall_clock import PARTS, spent
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 import celora
 from celora.errors import CELoraError
-from celora.files import read_json
+from celora.files import read_json, write_json
 from celora.machine.processes import from_first
 from celora.modeling.report import AttachReport
 from celora.planning.plan import Plan
@@ -43,7 +43,7 @@ from celora.train.loading import (
     with_folder,
 )
 from celora.train.output.card import Card
-from celora.train.output.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, write_json, writing_to
+from celora.train.output.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, writing_to
 from celora.train.output.saving import UNUSABLE, Sealing, save_adapter, stopped, take_over
 from celora.train.planning import choose, planned_errors
 from celora.train.processes import introduce_deepspeed, is_first, losing_contact, processes

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import math
 import os
 import re
 import shutil
@@ -21,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from filelock import FileLock, Timeout
 
 from celora.errors import CELoraError
-from celora.files import clear, read_json, write_text
+from celora.files import clear, read_json
 from celora.settings.names import CONFIG_NAME, PLAN_NAME
 from celora.train.output.manifest import read_manifest, sealed, unseal
 from celora.train.processes import is_first
@@ -41,20 +39,6 @@ _OURS = re.compile(rf"({_NAMES})|\.({_NAMES})\.tmp")  # the second form while th
 _ASIDE = ".replaced"
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def finite(value: Any) -> Any:
-    """`value` for JSON, which has no NaN and no infinity: such numbers become None (null)."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON. A value of a type that JSON does not know is written as its `str`."""
-    write_text(path, json.dumps(finite(value), indent=2, default=str, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager

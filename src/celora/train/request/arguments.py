@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from celora.errors import CELoraError, unknown
-from celora.files import check_name
+from celora.files import check_name, finite
 from celora.settings.config import CELoraConfig, balanced_rank
 from celora.settings.presets import PRESETS, resolve
-from celora.train.output.folder import RUN, OutputFolder, finite
+from celora.train.output.folder import RUN, OutputFolder
 from celora.train.processes import processes
 from celora.train.request.fields import (
     ALIASES,
