@@ -28,10 +28,10 @@ CPU, MPS = torch.device("cpu"), torch.device("mps", 0)
 
 @pytest.fixture(autouse=True)
 def _measured_anew() -> Iterator[None]:
-    for function in (time_over_float32, cannot_time):
+    for function in (time_over_float32, cannot_time, timing._disturbed):
         function.cache_clear()
     yield
-    for function in (time_over_float32, cannot_time):
+    for function in (time_over_float32, cannot_time, timing._disturbed):
         function.cache_clear()
 
 
@@ -190,13 +190,13 @@ def test_a_device_that_is_waited_for_can_be_timed(monkeypatch: pytest.MonkeyPatc
 )
 @pytest.mark.parametrize("why", ["no longer than a small one", "torch.accelerator does not know it"])
 def test_no_plan_where_times_are_those_of_launches(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model()
+    model, make_plan = make_model(), celora.make_plan  # imports its module, which is to be patched, too
     if why.startswith("no longer"):
         Accelerator(monkeypatch, waits=False)
     assert why in cannot_time(MPS)
     patch_all(monkeypatch, "celora.machine.timing:cannot_time", lambda device: why)
     with pytest.raises(CELoraError, match=f"^cannot plan on 'cpu': {why}. Choose preset exact or paper"):
-        celora.make_plan(model, itertools.repeat(make_batch(0)))
+        make_plan(model, itertools.repeat(make_batch(0)))
 
 
 @pytest.mark.parametrize(
@@ -216,5 +216,12 @@ def test_others_disturb_where_fewer_processors_are_free_than_there_are_threads(
     monkeypatch.setattr(timing, "psutil_if_there", lambda: watched)
     monkeypatch.setattr(timing.os, "sched_getaffinity", lambda process: allowed, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    now = 0.0
+    monkeypatch.setattr(timing, "time", SimpleNamespace(monotonic=lambda: now))
     assert disturbed().startswith(expected)
     assert bool(disturbed()) == bool(expected)
+    shares[:] = [0.0] * len(shares)
+    now = 9.0
+    assert bool(disturbed()) == bool(expected)  # what was seen is believed for a while
+    now = 11.0
+    assert disturbed() == ""

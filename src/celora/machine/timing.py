@@ -17,7 +17,8 @@ from celora.machine.memory import psutil_if_there
 _CLEARLY = 1.5  # times as long as float32's product: less is no reason to take twice the memory
 _TURNS, _MOST_TURNS = 9, 45  # of the two dtypes
 _REST = 2e-3  # seconds
-_WATCHED_S, _ENOUGH = 0.2, 0.8  # how long others are watched; free processors for each thread, at the least
+_WATCHED_S, _BELIEVED_S = 0.2, 10.0  # how long others are watched, and how long what was seen is believed
+_ENOUGH = 0.8  # free processors for each thread, at the least
 _WAITING = 2.0  # times as long as next to nothing, at the least, if what a device computes is waited for
 
 
@@ -87,9 +88,14 @@ def timed(call: Callable[[], object], device: torch.device | None = None) -> flo
 def disturbed() -> str:
     """One line if other programs leave fewer processors free than torch has threads, so that times are too long.
 
-    '' if they do not, or if nobody knows. This process sleeps while it watches them. Threads that have to wait for a
-    processor keep all others waiting, so products may take ten times as long.
+    '' if they do not, or if nobody knows. This process sleeps while it watches them, and believes what it saw for a few
+    seconds. Threads that have to wait for a processor keep all others waiting, so products may take ten times as long.
     """
+    return _disturbed(int(time.monotonic() / _BELIEVED_S))
+
+
+@functools.lru_cache(maxsize=1)
+def _disturbed(_moment: int) -> str:
     psutil = psutil_if_there()
     if psutil is None:
         return ""
