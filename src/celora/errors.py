@@ -14,6 +14,10 @@ class Diverged(CELoraError):
     """A training whose numbers are no longer finite."""
 
 
+class Damaged(CELoraError):
+    """A file of weights that is cut off, or that holds something else."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> CELoraError:
     """An error for a name that is not known, with the nearest known one if there is one.
 

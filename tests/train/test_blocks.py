@@ -18,6 +18,7 @@ from celora.train.forecast.blocks import (
     can_checkpoint,
     how_many_blocks,
     measure,
+    mlp_width,
     seconds,
     stand_in,
     stand_in_config,
@@ -122,6 +123,21 @@ def test_not_every_model_has_checkpointing():
     small = {"vocab_size": 32, "n_embd": 8, "n_head": 2, "n_layer": 2}
     assert can_checkpoint(AutoConfig.for_model("gpt2", **small))
     assert not can_checkpoint(AutoConfig.for_model("openai-gpt", **small))
+
+
+def test_the_widest_matrix_tells_the_width_of_an_mlp_that_is_not_configured():
+    assert mlp_width(AutoConfig.for_model("llama", intermediate_size=100)) == 100
+    assert mlp_width(AutoConfig.for_model("gpt2", vocab_size=32, n_embd=8, n_head=2, n_layer=2)) == 32
+    opt = {"hidden_size": 8, "word_embed_proj_dim": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+    assert mlp_width(AutoConfig.for_model("opt", vocab_size=32, ffn_dim=24, **opt)) == 24
+
+
+def test_a_model_that_is_no_causal_language_model_is_one_line():
+    for kind, said in {"t5": "Unrecognized configuration class", "mamba": "layer_types"}.items():
+        config = AutoConfig.for_model(kind, vocab_size=32, num_hidden_layers=2)
+        with pytest.raises(CELoraError, match=f"models of type '{kind}' are not estimated: .*{said}.*") as caught:
+            stand_in(config, 1, torch.float32, None, torch.device("meta"))
+        assert "\n" not in str(caught.value)
 
 
 def test_large_blocks_are_two_small_ones_four():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gguf
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from celora.cli.main import main
 from celora.errors import CELoraError
@@ -180,6 +180,32 @@ def test_what_is_no_size_is_one_line(text):
 def test_what_cannot_be_estimated_is_one_line(more, said, inputs, capsys):
     assert main(["estimate", "--model", inputs["model"], "--data", inputs["data"], *more]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_damaged_files_of_a_model_are_one_line(inputs, tmp_path, capsys):
+    for name, content, said in (
+        ("model.safetensors", "{", r"/model.safetensors' is damaged: "),
+        ("config.json", '{"model_type": "lama"}', "has model type `lama` but Transformers does not recognize"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(inputs["model"], folder)
+        (folder / name).write_text(content)
+        assert main(["estimate", "--model", str(folder), "--data", inputs["data"]]) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_a_model_without_a_linear_layer_has_no_way_in_8_bits(inputs, tmp_path, monkeypatch):
+    """GPT-2's layers are of another class, and its configuration does not name the width of its MLP."""
+    patch_all(monkeypatch, "celora.train.forecast.blocks:seconds", lambda probe, batch, optimizer: 0.1)
+    small = {"vocab_size": 48, "n_embd": 32, "n_head": 4, "n_layer": 2, "pad_token_id": 0, "bos_token_id": 1}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **small)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(inputs["model"]).save_pretrained(tmp_path)
+    given = {"model": str(tmp_path), "data": inputs["data"], "output": str(tmp_path / "out"), "preset": "exact"}
+    found = estimate(make_request({**given, "dtype": "float32"}))
+    assert {way.base for way in found.ways} == {"float32"}
+    with pytest.raises(CELoraError, match=r"has no frozen nn.Linear in numbered blocks"):
+        estimate(make_request({**given, "base": "int8"}))
 
 
 def test_modules_of_every_block_may_train_as_a_whole(ask):

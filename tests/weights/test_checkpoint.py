@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from celora import CELoraError
-from celora.weights.checkpoint import Origin, stored_tensors
+from celora.errors import Damaged
+from celora.weights.checkpoint import Origin, stored_itemsize, stored_tensors
 
 A, B = torch.arange(6.0).view(2, 3), torch.ones(4, dtype=torch.bfloat16)
 
@@ -54,3 +55,21 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         stored_tensors(folder)
     with pytest.raises(CELoraError):
         Origin(str(tmp_path / "nowhere"), None, "a").read()
+
+
+def test_the_head_of_a_file_says_how_many_bytes_a_number_has(tmp_path: Path) -> None:
+    assert stored_itemsize(str(tmp_path)) == 4  # nothing is known of it
+    save_file({"b": B}, tmp_path / "model.safetensors")
+    assert stored_itemsize(str(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("size", [0, 7, 40, -3])
+def test_a_file_that_is_cut_off_is_one_line(tmp_path: Path, size: int) -> None:
+    folder = in_one(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    for read in (stored_tensors, stored_itemsize, Origin(folder, None, "model.a").read):
+        with pytest.raises(CELoraError, match=r"model.safetensors' is damaged: .*; fetch it again"):
+            read(*[folder] * (read in (stored_tensors, stored_itemsize)))
+    with pytest.raises(Damaged):
+        stored_tensors(folder)

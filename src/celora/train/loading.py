@@ -152,6 +152,14 @@ def read_config(request: TrainRequest) -> Any:
     return AutoConfig.from_pretrained(request.model, revision=request.lora["model_revision"], trust_remote_code=False)
 
 
+def checked_config(request: TrainRequest) -> Any:
+    """`read_config`, but a file that is damaged, or that lacks, becomes a one-line error."""
+    try:
+        return read_config(request)
+    except Exception as error:  # whatever transformers raises about a file
+        raise CELoraError(f"cannot load a model from {request.model!r}: {_first_line(error)}") from error
+
+
 def check_model_folder(model: str) -> None:
     """Say plainly what is wrong with a local folder, before the loaders say it in twenty lines."""
     path = Path(model).expanduser()

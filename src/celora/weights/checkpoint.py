@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
-from celora.errors import CELoraError
+from celora.errors import CELoraError, Damaged
 from celora.files import read_json
 
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -57,7 +58,7 @@ def stored_tensors(model: str, revision: str | None = None, *, offline: bool = F
         offline: use only files that are on this machine.
 
     Raises:
-        CELoraError: the checkpoint has no safetensors files.
+        CELoraError: the checkpoint has no safetensors files; `Damaged` if one of them is no such file.
     """
 
     def found(name: str) -> Path | None:
@@ -77,9 +78,28 @@ def stored_tensors(model: str, revision: str | None = None, *, offline: bool = F
         files = [_there(found(name), name, model) for name in sorted(set(read_json(index)["weight_map"].values()))]
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            tensors |= {key: StoredTensor(file, key) for key in opened.keys()}  # noqa: SIM118 - no mapping
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {key: StoredTensor(file, key) for key in opened.keys()}  # noqa: SIM118 - no mapping
+        except SafetensorError as error:
+            raise Damaged(f"{str(file)!r} is damaged: {error}; fetch it again") from error
     return tensors
+
+
+def stored_itemsize(model: str, revision: str | None = None) -> int:
+    """Bytes of a number in a checkpoint: of its first tensor, from the head of its file. 4 if it has no safetensors.
+
+    Raises:
+        Damaged: a file is no safetensors file.
+    """
+    try:
+        tensors = stored_tensors(model, revision)
+    except Damaged:
+        raise
+    except (OSError, CELoraError):
+        return 4
+    kinds = (tensor.get_dtype() for tensor in tensors.values())
+    return next((_BYTES[kind] for kind in kinds if kind in _BYTES), 4)
 
 
 def _there(path: Path | None, name: str, model: str) -> Path:

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import celora
-from celora.errors import CELoraError
+from celora.errors import CELoraError, out_of_memory
 from celora.kernels.backends import torch_alone
 from celora.modeling.int8_base import held_in_8_bits, quantise_base
 from celora.runtime.attachment import require
@@ -122,6 +122,16 @@ def can_checkpoint(config: Any) -> bool:
     return bool(outline(config).supports_gradient_checkpointing)
 
 
+def mlp_width(config: Any) -> int:
+    """How many numbers a token has within a block's MLP: as configured, or else as its widest matrix has."""
+    width = getattr(config.get_text_config(), "intermediate_size", None)
+    if isinstance(width, int):
+        return width
+    return max(
+        size for weight in _blocks(outline(config))[0].parameters() if weight.dim() == 2 for size in weight.shape
+    )
+
+
 def block_numbers(model: nn.Module) -> int:
     """Numbers in the weights of one block."""
     return _numbers(_blocks(model)[0])
@@ -130,12 +140,22 @@ def block_numbers(model: nn.Module) -> int:
 def stand_in(
     config: Any, blocks: int, dtype: torch.dtype, attention: str | None, device: torch.device | None = None
 ) -> Any:
-    """A model of random weights with so many blocks, on the CPU unless told otherwise."""
+    """A model of random weights with so many blocks, on the CPU unless told otherwise.
+
+    Raises:
+        CELoraError: Transformers makes no causal language model of this configuration, or none with so few blocks.
+    """
     more = {} if attention is None else {"attn_implementation": attention}
-    with nullcontext() if device is None else device:
-        return AutoModelForCausalLM.from_config(
-            stand_in_config(config, blocks), dtype=dtype, trust_remote_code=False, **more
-        )
+    try:
+        with nullcontext() if device is None else device:
+            return AutoModelForCausalLM.from_config(
+                stand_in_config(config, blocks), dtype=dtype, trust_remote_code=False, **more
+            )
+    except Exception as error:  # whatever transformers raises about a configuration
+        if isinstance(error, CELoraError) or out_of_memory(error):
+            raise
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CELoraError(f"models of type {config.model_type!r} are not estimated: {said}") from error
 
 
 def _alike(config: Any, blocks: int, dtype: torch.dtype, attention: str | None) -> Any:

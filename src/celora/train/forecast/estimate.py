@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 from celora.errors import CELoraError
 from celora.machine.allocator import give_back_freed_memory
 from celora.machine.device import default_device
 from celora.machine.gpus import GPUS, USABLE, usable
 from celora.machine.memory import available_memory, resident_memory
+from celora.modeling.int8_base import frozen_linears
 from celora.modeling.report import aligned
 from celora.train.dtype import settle_dtype
 from celora.train.forecast import gpu as gpus
@@ -38,24 +38,32 @@ from celora.train.forecast.blocks import (
     can_checkpoint,
     count,
     measure,
+    mlp_width,
     outline,
     stand_in,
 )
 from celora.train.forecast.ways import QUALITY, Model, Rows, Way, best, ways_of
-from celora.train.loading import gguf_of, load_tokenizer, lora_config, quiet_libraries, read_tokenizer, training_rows
+from celora.train.loading import (
+    checked_config,
+    gguf_of,
+    load_tokenizer,
+    lora_config,
+    quiet_libraries,
+    read_tokenizer,
+    training_rows,
+)
 from celora.train.prepare import NO_EVALUATION
 from celora.train.processes import processes
 from celora.train.request.arguments import TrainRequest, make_request, sft_config
 from celora.train.rows.answers import learnt_tokens
 from celora.train.rows.truncation import row_lengths, truncation_lines
 from celora.train.trainer import build_trainer, check_tokens
-from celora.weights.checkpoint import stored_tensors
+from celora.weights.checkpoint import stored_itemsize
 
 PRESETS = ("auto", "exact", "fast")
 OWN = "celora:"  # settings without a preset
 _PROBED = 64  # rows that batches are made of
 _SAMPLE, _LONGEST = 2_048, 64  # rows that are tokenised of a large data set: as many evenly, and the longest
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _UNITS = {"B": 1} | {
     f"{letter}{end}": base**power
     for power, letter in enumerate("KMGT", 1)
@@ -189,7 +197,7 @@ def estimate(
         request = request if gpu is None else gpus.on_cpu(request, presets)
         args = sft_config(request)
         tokenizer = load_tokenizer(request) if folder == given.model else read_tokenizer(folder)
-        config = AutoConfig.from_pretrained(folder, revision=request.lora["model_revision"], trust_remote_code=False)
+        config = checked_config(request)
         everything = training_rows(request, tokenizer)
 
         def build(model: Any, rows: Any) -> Any:
@@ -258,7 +266,7 @@ def _settings(request: TrainRequest) -> Iterator[tuple[str, int]]:
     """A folder with configuration and tokenizer, and the bytes of one number of the weights. Reads no weights."""
     path = gguf_of(request.model)
     if path is None:
-        yield request.model, _stored(request)
+        yield request.model, stored_itemsize(request.model, request.lora["model_revision"])
         return
     from celora.train.formats.gguf_base import own_dtype, write_settings
     from celora.train.formats.gguf_file import read_header
@@ -269,15 +277,6 @@ def _settings(request: TrainRequest) -> Iterator[tuple[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
         write_settings(header, Path(folder), kind)
         yield folder, kind.itemsize
-
-
-def _stored(request: TrainRequest) -> int:
-    """Bytes of a number in the checkpoint: of its first tensor, from the head of its file."""
-    try:
-        tensors = stored_tensors(request.model, request.lora["model_revision"])
-        return next((_BYTES[t.get_dtype()] for t in tensors.values() if t.get_dtype() in _BYTES), 4)
-    except (OSError, CELoraError):
-        return 4
 
 
 def _rows(everything: Any, config: Any, build: Callable[[Any, Any], Any]) -> tuple[Rows, Any, str]:
@@ -318,7 +317,7 @@ def _all_ways(
     text = config.get_text_config()
     tables = 1 if text.tie_word_embeddings else 2
     model = Model(
-        int(text.num_hidden_layers), int(text.hidden_size), int(text.intermediate_size), int(text.vocab_size),
+        int(text.num_hidden_layers), int(text.hidden_size), mlp_width(config), int(text.vocab_size),
         block_numbers(outline(config)), min(WORDS, int(text.vocab_size)), tables, stored,
     )  # fmt: skip
     asked = "gradient_checkpointing" in request.given or "activation_checkpointing" in request.given
@@ -326,7 +325,7 @@ def _all_ways(
     checkpointing = [on] if asked else [False, True] if can_checkpoint(config) else [False]
     options = _batches(request, args)
     costs: dict[tuple[str, str, str], Cost] = {}
-    for base, dtype in _bases(request, args, None if gpu is None else stored):
+    for base, dtype in _bases(request, args, config, None if gpu is None else stored):
         for preset in presets:
             own, kind, int8 = _with_preset(request, preset), getattr(torch, dtype), base == "int8"
             if gpu is None:
@@ -360,7 +359,7 @@ def _with_preset(request: TrainRequest, preset: str) -> TrainRequest:
     return replace(request, preset=preset, config=made.config, r=made.r)
 
 
-def _bases(request: TrainRequest, args: Any, stored: int | None) -> list[tuple[str, str]]:
+def _bases(request: TrainRequest, args: Any, config: Any, stored: int | None) -> list[tuple[str, str]]:
     """Pairs of a base and the dtype of what is not in 8 bits. `stored`: bytes of a number in a checkpoint for a GPU."""
     dtypes = ["bfloat16"] if stored == 2 else ["float32", "bfloat16"]
     if "dtype" in request.given and request.lora["dtype"] not in (None, "auto"):
@@ -373,7 +372,8 @@ def _bases(request: TrainRequest, args: Any, stored: int | None) -> list[tuple[s
         raise CELoraError(
             "bases in bitsandbytes' formats are not estimated; leave out --load_in_4bit and --load_in_8bit"
         )
-    return [("int8", beside)] if request.options.base else [*plain, ("int8", beside)]
+    can = any(frozen_linears(outline(config)))  # GPT-2's layers, for example, cannot be held in 8 bits
+    return [("int8", beside)] if request.options.base else [*plain, ("int8", beside)] if can else plain
 
 
 def _batches(request: TrainRequest, args: Any) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from celora.files import replacing_folder
 from celora.train.formats.merged_folder import base_folder, write_folder
 from celora.train.formats.mlx_lora import write_mlx
 from celora.train.formats.saved_adapter import SavedAdapter
-from celora.train.loading import gguf_of, read_config
+from celora.train.loading import checked_config, gguf_of
 from celora.train.request.arguments import TrainRequest
 from celora.train.use.trained import adapter_config, request_of, tokenizer_of
 
@@ -122,11 +122,7 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
 
 def _config(request: TrainRequest) -> Any:
     """The configuration of the base model's decoder."""
-    try:
-        found = read_config(request)
-    except Exception as error:  # whatever transformers raises about a file
-        raise CELoraError(f"cannot load a model from {request.model!r}: {' '.join(str(error).split())}") from error
-    return found.get_text_config()
+    return checked_config(request).get_text_config()
 
 
 def _modelfile(request: TrainRequest, to: str, merged: bool, gguf: Path | None) -> str:
