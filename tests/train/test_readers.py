@@ -94,6 +94,15 @@ def test_a_file_that_the_disk_does_not_give(tmp_path: Path, load: Load) -> None:
         load(tmp_path / "data.jsonl")
 
 
+def test_a_column_that_comes_twice_in_parquet(tmp_path: Path, load: Load) -> None:
+    """As a mapping, a row would keep only the last of the two."""
+    columns = [pyarrow.array([text]) for text in ("asked", "answered", "another")]
+    table = pyarrow.Table.from_arrays(columns, names=["prompt", "completion", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    with pytest.raises(CELoraError, match=r"data\.parquet: two columns have one name among .*; rename or drop one"):
+        load(tmp_path / "data.parquet")
+
+
 def test_parquet_errors_name_the_row(tmp_path: Path, load: Load) -> None:
     datasets.Dataset.from_list([TEXT] * 1500 + [{"text": ""}]).to_parquet(tmp_path / "data.parquet")
     with pytest.raises(CELoraError, match=r"data\.parquet, row 1501: 'text' is empty"):

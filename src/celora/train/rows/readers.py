@@ -134,9 +134,7 @@ def _read_csv(path: Path) -> Placed:
             if not values:
                 continue
             if not columns:
-                columns = values
-                if len(set(columns)) < len(columns):
-                    fail(f"{path}:{number}", f"two columns have one name among {', '.join(map(repr, columns))}")
+                columns = _each_once(f"{path}:{number}", values)
             elif len(values) != len(columns):
                 fail(f"{path}:{number}", f"{len(values)} values for {len(columns)} columns; quote texts with commas")
             else:
@@ -149,12 +147,22 @@ def _read_parquet(path: Path) -> Placed:
     try:
         before = 0
         with pyarrow.parquet.ParquetFile(path) as file:
+            _each_once(str(path), file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1000):
                 for number, row in enumerate(batch.to_pylist(), before + 1):
                     yield f"{path}, row {number}", row
                 before += batch.num_rows
+    except CELoraError:
+        raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         fail(str(path), f"not readable as Parquet: {error}; write the file again")
+
+
+def _each_once(place: str, columns: list[str]) -> list[str]:
+    """The names of columns; refuses a name that comes twice, because one of its columns would be left out."""
+    if len(set(columns)) < len(columns):
+        fail(place, f"two columns have one name among {', '.join(map(repr, columns))}; rename or drop one")
+    return columns
 
 
 READERS: dict[str, Callable[[Path], Placed]] = {
