@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from celora.errors import CELoraError
 from celora.train.loading import load_adapter, load_model, load_tokenizer
@@ -28,6 +29,7 @@ from tiny import save_tiny_model
         (load_tokenizer, "tokenizer.json", None, "cannot load a tokenizer from .*"),
         (load_model, "config.json", {"hidden_size": "x"}, "cannot load a model from .*'hidden_size': TypeError: "),
         (load_model, "config.json", {"num_attention_heads": 0}, "cannot load a model from .*"),
+        (load_model, "config.json", {"vocab_size": 40}, "weights in its files have other shapes than its config.json"),
     ],
 )
 def test_a_model_that_is_none(load, file, change, message, inputs, tmp_path):
@@ -56,6 +58,20 @@ def test_an_adapter_that_is_none(config, message, inputs, tmp_path):
     with pytest.raises(CELoraError, match=f"cannot load the adapter in .*{message}") as caught:
         load_adapter(model, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_an_adapter_of_a_deeper_model_is_refused(blocks, inputs, tmp_path):
+    """PEFT would leave out the weights of layers that the model lacks, and say nothing."""
+    model = load_model(make_request({**inputs, "output": str(tmp_path / "out")}))
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"])).save_pretrained(tmp_path)
+    fewer = AutoConfig.from_pretrained(inputs["model"], num_hidden_layers=blocks)
+    other = AutoModelForCausalLM.from_config(fewer)
+    if blocks == 2:
+        assert isinstance(load_adapter(other, tmp_path), PeftModel)
+        return
+    with pytest.raises(CELoraError, match=r"has weights for 4 layers, and the model has 2 of them; .*layers\.1\."):
+        load_adapter(other, tmp_path)
 
 
 @pytest.mark.parametrize(("dtype", "computes"), [("float16", "float16"), ("float32", "float32"), ("auto", "bfloat16")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError  # the exception; nothing here is unpickled
@@ -13,7 +13,8 @@ from typing import Any
 
 import datasets
 import transformers
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 from trl import ModelConfig, get_quantization_config
 
@@ -196,9 +197,23 @@ def load_adapter(model: Any, adapter: Path) -> Any:
             f"--adapter {str(adapter)!r} has no adapter_model.safetensors; an adapter_model.bin, a pickle, is not read"
         )
     try:
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        loaded = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+            saved = _layers(file.keys())
     except Exception as error:
         raise CELoraError(f"cannot load the adapter in {str(adapter)!r}: {_first_line(error)}") from error
+    there = _layers(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+    if there < saved:  # PEFT passes over the others
+        raise CELoraError(
+            f"the adapter in {str(adapter)!r} has weights for {len(saved)} layers, and the model has {len(there)} of "
+            f"them; {min(saved - there)!r} is one that it lacks. Give the model that the adapter was trained on"
+        )
+    return loaded
+
+
+def _layers(names: Iterable[str]) -> set[str]:
+    """The layers that these LoRA weights belong to."""
+    return {name.rpartition(".lora_")[0] for name in names if ".lora_" in name}
 
 
 def check_modules(request: TrainRequest, model: Any) -> None:
@@ -294,6 +309,8 @@ def _without(text: str) -> Any:
 def _first_line(error: BaseException) -> str:
     if isinstance(error, UnpicklingError):
         return "its weights come with objects other than tensors, which are never unpickled"
+    if "ignore_mismatched_sizes" in str(error):  # an option of Transformers, which it says was set
+        return "weights in its files have other shapes than its config.json says; fetch both again"
     if isinstance(error, KeyError):
         return f"{error} is missing"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
