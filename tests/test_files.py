@@ -48,6 +48,15 @@ def _stop_in_the_middle(path: Path) -> None:
         raise KeyboardInterrupt
 
 
+def test_numpys_error_of_a_full_disk_says_what_it_may_be(tmp_path: Path) -> None:
+    def write() -> None:
+        with replacing_folder(tmp_path / "made"):
+            raise OSError("69632 requested and 52800 written")  # as `ndarray.tofile` does
+
+    with pytest.raises(CELoraError, match=r"and 52800 written bytes: is the disk full\?; what was there is unchanged"):
+        write()
+
+
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "made"
     with replacing_folder(path) as new:

@@ -66,7 +66,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def _unchanged(path: Path, error: OSError) -> CELoraError:
-    return CELoraError(f"cannot write {str(path)!r}: {error.strerror or error}; what was there is unchanged")
+    why = error.strerror or str(error)
+    why += " bytes: is the disk full?" if why.endswith(" written") else ""  # numpy gives no other reason
+    return CELoraError(f"cannot write {str(path)!r}: {why}; what was there is unchanged")
 
 
 def clear(path: Path) -> None:

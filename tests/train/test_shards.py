@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from celora.errors import CELoraError
+from celora.files import replacing_folder
 from celora.train.formats import shards
 from celora.train.formats.shards import write_shards
 
@@ -40,3 +42,20 @@ def test_what_reads_back_otherwise_is_said(tmp_path, monkeypatch):
     ))  # fmt: skip
     with pytest.raises(CELoraError, match="does not read back as it was written; check the disk"):
         write_shards(tmp_path, iter(TENSORS.items()), 900)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    """safetensors raises an error of its own, which is no OSError."""
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(shards, "save_file", full)
+
+    def write():
+        with replacing_folder(tmp_path / "made") as new:
+            write_shards(new, iter(TENSORS.items()), 900)
+
+    with pytest.raises(CELoraError, match=r"cannot write '.*made': .* No space left on device .*; what was there"):
+        write()
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,14 +39,18 @@ def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
 
     Raises:
         CELoraError: a tensor is not finite, or what was read is not what was written.
+        OSError: the disk is full, or fails.
     """
     if wrong := next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None):
         raise CELoraError(f"{wrong!r} holds NaN or infinity, so nothing is written")
-    save_file(tensors, path, metadata={"format": "pt"})
-    with safe_open(path, "pt") as file:
-        same = set(file.keys()) == tensors.keys() and all(
-            _equal(file.get_tensor(name), tensor) for name, tensor in tensors.items()
-        )
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        with safe_open(path, "pt") as file:
+            same = set(file.keys()) == tensors.keys() and all(
+                _equal(file.get_tensor(name), tensor) for name, tensor in tensors.items()
+            )
+    except SafetensorError as error:  # on a full disk, for example
+        raise OSError(f"{path.name}: {error}") from error
     if not same:
         raise CELoraError(f"{path.name} does not read back as it was written; check the disk")
 
