@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -208,6 +209,7 @@ def tensor(name, *shape):
             lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
             "says 'longrope' under llama.rope",
         ),
+        (lambda writer: writer.add_type("adapter"), "is an adapter, not a model; give --model with the model's own"),
         (lambda writer: writer.add_uint16("split.count", 3), "is one of 3 parts; join them with llama-gguf-split"),
         (tensor("blk.0.ffn_gate_exps.weight", 2, 48, 32), "holds blk.0.ffn_gate_exps.weight, which .* has not"),
         (tensor("rope_freqs.weight", 4), None),
@@ -276,4 +278,12 @@ def test_where_the_cache_cannot_be_used_is_said(tmp_path, monkeypatch):
     path = write_model(tmp_path / "model.gguf", base_of(), words=True)
     monkeypatch.setattr(gguf_base, "cache_folder", _raising(PermissionError("it could be written to by others")))
     with pytest.raises(CELoraError, match="cannot be kept: it could be written to by others; set XDG_CACHE_HOME"):
+        converted(path)
+
+
+def test_a_disk_that_is_full_is_not_taken_for_a_tokenizer_that_is_none(tmp_path, monkeypatch):
+    path = write_model(tmp_path / "model.gguf", base_of(), words=True)
+    full = _raising(OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(gguf_base.tempfile, "TemporaryDirectory", full)
+    with pytest.raises(CELoraError, match=r"cannot write .*: No space left on device; what was there is unchanged"):
         converted(path)

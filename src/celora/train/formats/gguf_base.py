@@ -168,6 +168,8 @@ def _save_tokenizer(header: GGUFHeader, config: Any, folder: Path) -> None:
         _without_others(folder / "tokenizer.json", config.vocab_size)
         words = len(PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # whatever Transformers and tokenizers raise about words, merges and special tokens
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk is full, for example
         raise CELoraError(
             f"{str(header.path)!r} has no tokenizer that Transformers reads: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}"

@@ -74,6 +74,8 @@ def gguf_config(header: GGUFHeader) -> Any:
             asks for what Transformers' model of the family does not compute.
     """
     read, kind = _Metadata(header), KINDS.get(header.architecture)
+    if header.fields.get("general.type") == "adapter":
+        raise read.refused("is an adapter, not a model")
     if kind is None:
         raise read.refused(f"holds a model of {header.architecture!r}, and only {', '.join(KINDS)} are read")
     if (parts := header.fields.get("split.count") or 1) != 1:
