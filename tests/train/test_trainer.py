@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from trl import SFTTrainer
@@ -81,3 +83,17 @@ def test_a_method_that_the_libraries_no_longer_have_is_said_at_the_start(inputs,
         pytest.raises(CELoraError, match=r"checkpoint-3 is the run's last step, .* give a larger --max_steps"),
     ):
         go(inputs, tmp_path / "out", max_steps=3, resume=True)
+
+
+def test_a_tokenizer_with_nothing_to_pad_with_is_one_line(inputs, tmp_path):
+    model = Path(shutil.copytree(inputs["model"], tmp_path / "model"))
+    names = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({name: value for name, value in names.items() if name not in ("pad_token", "eos_token")})
+    )
+    said = (
+        r"has neither a pad token nor an end token, .*as pad_token into its tokenizer_config.json, or give --pad_token"
+    )
+    with pytest.raises(CELoraError, match=said):
+        go(inputs | {"model": str(model)}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -206,6 +206,11 @@ def build_trainer(
     """The SFTTrainer of this run, not yet attached and without progress. What it refuses becomes a one-line error."""
     for name in OVERRIDDEN:
         borrow(name)  # warns if the method is gone from the library: then nobody calls our override
+    if not (getattr(args, "pad_token", None) or tokenizer.pad_token or tokenizer.eos_token):
+        raise CELoraError(
+            f"the tokenizer of {request.model!r} has neither a pad token nor an end token, and shorter rows need "
+            "padding; write one of its tokens as pad_token into its tokenizer_config.json, or give --pad_token"
+        )
     with refused("trainer"):
         trainer = Trainer(
             model=model,
