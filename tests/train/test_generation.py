@@ -127,6 +127,9 @@ def test_what_cannot_be_asked_is_one_line(trained, monkeypatch):
         Conversation(trained, GREEDY).ask("w1 " * 150)
     with pytest.raises(CELoraError, match="the prompt holds no tokens"):
         encode(trained.tokenizer, "", raw=True)
+    for raw in (False, True):  # as Python reads bytes of another encoding from a terminal or from stdin
+        with pytest.raises(CELoraError, match="the prompt is not UTF-8 text; save its file, or set the terminal, as"):
+            encode(trained.tokenizer, b"w1 \xe9".decode(errors="surrogateescape"), raw=raw)
     monkeypatch.setattr(trained.tokenizer, "chat_template", "{{ raise_exception('only users') }}")
     with pytest.raises(CELoraError, match="the chat template refuses this conversation: only users"):
         encode(trained.tokenizer, "w1")

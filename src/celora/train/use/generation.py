@@ -7,6 +7,7 @@ gets the prompt unchanged. Nothing is sent anywhere.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,6 +122,9 @@ def answers(trained: Trained, prompts: Sequence[Prompt], sampling: Sampling, *, 
 
 def encode(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
     """The tokens of a prompt. The chat template renders it, a string as a user's message, unless `raw`."""
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    if any(re.search("[\ud800-\udfff]", text) for text in texts):  # bytes of a terminal or a file that are not UTF-8
+        raise CELoraError("the prompt is not UTF-8 text; save its file, or set the terminal, as UTF-8")
     if tokenizer.chat_template and not raw and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
