@@ -165,6 +165,8 @@ def check_model_folder(model: str) -> None:
     """Say plainly what is wrong with a local folder, before the loaders say it in twenty lines."""
     path = Path(model).expanduser()
     if not path.exists():
+        if path.suffix == ".gguf":  # never the name of a model on the hub, which would be asked for it
+            raise CELoraError(f"--model {model!r}: no such file; check the name")
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise CELoraError(f"--model {model!r}: no such folder")
         return

@@ -44,6 +44,7 @@ from celora.train.forecast.blocks import (
 )
 from celora.train.forecast.ways import QUALITY, Model, Rows, Way, best, ways_of
 from celora.train.loading import (
+    check_model_folder,
     checked_config,
     gguf_of,
     load_tokenizer,
@@ -266,6 +267,7 @@ def _settings(request: TrainRequest) -> Iterator[tuple[str, int]]:
     """A folder with configuration and tokenizer, and the bytes of one number of the weights. Reads no weights."""
     path = gguf_of(request.model)
     if path is None:
+        check_model_folder(request.model)  # or the hub would be asked for what can only be a file
         yield request.model, stored_itemsize(request.model, request.lora["model_revision"])
         return
     from celora.train.formats.gguf_base import own_dtype, write_settings
