@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -68,6 +68,27 @@ def test_adapters_that_multiply_with_a_weight_of_their_own_are_skipped() -> None
         report = celora.attach(model, HALF)
     assert set(report.skipped.values()) == {"HRA computes with a weight of its own"}
     assert report.estimated == {}
+
+
+@pytest.mark.skipif(not hasattr(peft, "SupertuningConfig"), reason="this version of PEFT has no Super-Tuning")
+def test_nothing_hooks_a_base_layer_that_is_never_called() -> None:
+    """PEFT warns of hooks on such a layer, once for each layer."""
+    model = get_peft_model(make_base(), peft.SupertuningConfig(target_modules=["q_proj", "up_proj"]))
+    with pytest.warns(UserWarning, match="no layer can be estimated"):
+        report = celora.attach(model, "exact")
+    assert set(report.skipped.values()) == {"Super-Tuning computes with a weight of its own"}
+    train(model, 1)
+
+
+def test_a_tied_head_with_trained_tokens_is_skipped() -> None:
+    base = make_base()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["up_proj"], trainable_token_indices=[1, 2]))
+    report = celora.attach(model, CELoraConfig("tokens", selection="energy", keep_ratio=0.9, rank=0, refresh_every=2))
+    assert set(report.skipped.values()) == {"an adapter of some tokens computes with a weight of its own"}
+    assert len(report.skipped) == 2
+    train(model, 3)
 
 
 class _PastItsBase(peft.tuners.lora.Linear):

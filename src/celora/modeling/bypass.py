@@ -13,15 +13,20 @@ from celora.errors import CELoraError
 _OWN_PRODUCT = {
     ("peft.tuners.hra", "HRALinear"): "HRA",
     ("peft.tuners.shira", "Linear"): "SHiRA",
+    ("peft.tuners.supertuning", "Linear"): "Super-Tuning",
+    ("peft.tuners.trainable_tokens", "TrainableTokensLayer"): "an adapter of some tokens",
     ("peft.tuners.lora", "ParamWrapper"): "an adapter of a bare parameter",
 }
 
 
 def own_product(tuner: nn.Module) -> str:
     """Why the backward of this PEFT layer bypasses its base layer; '' if it does not."""
-    package = ".".join(type(tuner).__module__.split(".")[:3])
-    kind = _OWN_PRODUCT.get((package, type(tuner).__name__))
+    kind = _OWN_PRODUCT.get((_package(tuner), type(tuner).__name__))
     return f"{kind} computes with a weight of its own" if kind else ""
+
+
+def _package(tuner: nn.Module) -> str:
+    return ".".join(type(tuner).__module__.split(".")[:3])
 
 
 def refuse_patched(model: nn.Module) -> None:
