@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
 from celora.errors import CELoraError
+from celora.modeling.bypass import only_calls_base
 from celora.modeling.survey import survey
 from celora.runtime.attachment import find
 
@@ -28,8 +29,8 @@ def shard(model: nn.Module, **options: Any) -> None:
     - else the whole weight.
 
     These weights are not prefetched. Neither are those of layers that stay dense. With gradient checkpointing the
-    repeated forward gathers all of them. Weights that adapters read by themselves (DoRA, HRA) stay with their block,
-    which gathers them for its backward.
+    repeated forward gathers all of them. Weights that adapters may read by themselves (DoRA, HiRA) stay with their
+    block, which gathers them for its backward.
 
     Args:
         model: a PEFT model of a Transformers model, neither sharded nor attached yet.
@@ -63,8 +64,8 @@ def shard(model: nn.Module, **options: Any) -> None:
             f"{type(causal or model).__name__} does not name its blocks; call fully_shard on them yourself."
         )
     for layer in layers:
-        # Variants of LoRA such as DoRA read the weight outside of its forward, too, so it stays with its block.
-        if not (layer.cannot_estimate or getattr(layer.module, "lora_variant", None)):
+        # A weight that is read outside of its layer's forward, too, stays with its block.
+        if not layer.cannot_estimate and only_calls_base(layer.module):
             fully_shard(layer.base, **options)
     sharded = [fully_shard(block, **options) for block in blocks]
     fully_shard(model, **options)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import HRAConfig, PeftModel, get_peft_model
+from peft import HRAConfig, MissConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -49,6 +49,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "rows apart": {"config": COLUMNS, "attach": "after", "shard": "layers"},
     "factor": {"config": {**COLUMNS, "factor": "gradient"}, "attach": "after", "shard": "blocks"},
     "dora": {"config": COLUMNS, "attach": "after", "shard": "layers", "adapter": "DoRA"},
+    "miss": {"config": "off", "attach": "after", "shard": "layers", "adapter": "MiSS"},
     "hra": {"config": "off", "attach": "after", "shard": "layers", "adapter": "HRA"},
     "copy": {"config": {"estimator": "int8"}, "attach": "after", "shard": "layers"},
     "forwards": {
@@ -64,6 +65,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 ADAPTERS: dict[str, Callable[[], PeftModel]] = {
     "LoRA": make_model,
     "DoRA": lambda: make_model(use_dora=True),
+    # This kind of MiSS reads the weight of its base layer.
+    "MiSS": lambda: get_peft_model(make_base(), MissConfig(r=4, target_modules="all-linear", init_weights="bat")),
     "HRA": lambda: get_peft_model(make_base(), HRAConfig(r=4, target_modules="all-linear")),
 }
 

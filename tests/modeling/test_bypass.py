@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import celora
 from celora import CELoraConfig, CELoraError
+from celora.modeling.bypass import only_calls_base
 from celora.runtime.attachment import find, require
 from forked import code, run
 from small import make_base, make_model, train
@@ -89,6 +90,20 @@ def test_a_tied_head_with_trained_tokens_is_skipped() -> None:
     assert set(report.skipped.values()) == {"an adapter of some tokens computes with a weight of its own"}
     assert len(report.skipped) == 2
     train(model, 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "only_calls"),
+    [
+        (LoraConfig(target_modules=["up_proj"]), True),
+        (LoraConfig(target_modules=["up_proj"], use_dora=True), False),
+        (peft.LoHaConfig(target_modules=["up_proj"]), True),
+        (peft.MissConfig(r=4, target_modules=["up_proj"], init_weights="bat"), False),
+    ],
+)
+def test_which_adapters_may_read_the_weight_of_their_base(config: peft.PeftConfig, only_calls: bool) -> None:
+    model = get_peft_model(make_base(), config)
+    assert only_calls_base(model.base_model.model.model.layers[0].mlp.up_proj) is only_calls
 
 
 class _PastItsBase(peft.tuners.lora.Linear):

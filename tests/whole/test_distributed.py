@@ -101,7 +101,7 @@ def test_layers_that_are_sharded_are_estimated_in_both_directions(ran):
 
 
 # From the statistics of all, processes choose the columns that one process chooses from the whole batch.
-TOGETHER = ["exact", "alike", "sharded before", "sharded after", "rows", "nodes", "nothing", "hra"]
+TOGETHER = ["exact", "alike", "sharded before", "sharded after", "rows", "nodes", "nothing", "hra", "miss"]
 EACH_FOR_ITSELF = ["apart", "tokens", "rows apart", "factor", "dora", "copy", "forwards"]
 
 

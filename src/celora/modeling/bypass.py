@@ -18,11 +18,26 @@ _OWN_PRODUCT = {
     ("peft.tuners.lora", "ParamWrapper"): "an adapter of a bare parameter",
 }
 
+# Packages of adapters that only call their base layer. Others may read its weight themselves, as GLoRA and HiRA do.
+_ONLY_CALL = frozenset(
+    f"peft.tuners.{name}"
+    for name in (
+        "adalora", "beft", "boft", "c3a", "deft", "delora", "fourierft", "gralora", "ia3", "loha", "lokr", "lora",
+        "oft", "psoft", "pvera", "randlora", "road", "vera", "waveft",
+    )
+)  # fmt: skip
+
 
 def own_product(tuner: nn.Module) -> str:
     """Why the backward of this PEFT layer bypasses its base layer; '' if it does not."""
     kind = _OWN_PRODUCT.get((_package(tuner), type(tuner).__name__))
     return f"{kind} computes with a weight of its own" if kind else ""
+
+
+def only_calls_base(tuner: nn.Module) -> bool:
+    """Whether this PEFT layer never reads its base layer's weight outside of the base layer's forward."""
+    # Variants of LoRA such as DoRA do read it.
+    return _package(tuner) in _ONLY_CALL and not getattr(tuner, "lora_variant", None)
 
 
 def _package(tuner: nn.Module) -> str:
