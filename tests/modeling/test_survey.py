@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, AdaptionPromptConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 import celora
@@ -128,6 +128,9 @@ def test_what_cannot_be_surveyed() -> None:
     prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(CELoraError, match="PROMPT_TUNING adapts no layer"):
         survey(get_peft_model(make_base(), prompts))
+    inside = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)
+    with pytest.raises(CELoraError, match="ADAPTION_PROMPT adapts no layer"):
+        survey(get_peft_model(make_base(), inside))
     model = make_model()
     model.merge_adapter()
     with pytest.raises(CELoraError, match=r"merged into its base \(14 layers"):
