@@ -9,8 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
+from transformers.utils import ModelOutput
 
 import celora
 from celora import CELoraConfig
@@ -98,6 +99,40 @@ def test_the_batch_after_such_a_one_is_estimated(labelled_head: bool) -> None:
                 smoothed(model, batch).backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert (found[1] - found[0]).norm() > OF_GRADIENT * found[0].norm()
+
+
+class Around(PreTrainedModel):
+    """A model around a whole language model, as BLIP-2: its own forward computes the loss."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.language_model = LlamaForCausalLM(config)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> ModelOutput:
+        logits = self.language_model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return ModelOutput(loss=nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+
+
+def test_a_decoder_deeper_inside_is_watched() -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(Around(config), lora).train()
+    for prompt, estimated in ((0, False), (1, True)):
+        batch = ragged([9, 4, 7], prompt=prompt, left=True)
+        celora.detach(model)
+        _, expected = gradients(model, batch)
+        estimate(model, CELoraConfig(**CONFIG))
+        with is_said(not estimated):
+            _, found = gradients(model, batch)
+        assert bool((found - expected).norm() > OF_GRADIENT * expected.norm()) is estimated
 
 
 class Bare(PreTrainedModel):

@@ -83,7 +83,11 @@ class OwnLoss(Hook):
     def under(self, model: nn.Module) -> None:
         """Hook the decoder of this model, if the model is a decoder of Transformers."""
         causal = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-        decoder = None if causal is None or causal.config.is_encoder_decoder else decoder_of(causal)
+        if causal is None or causal.config.is_encoder_decoder:
+            return
+        decoder = decoder_of(causal)
+        if decoder is causal and hasattr(causal, "get_decoder"):
+            decoder = causal.get_decoder()  # it is deeper inside, as in BLIP-2, which holds a whole language model
         if isinstance(decoder, nn.Module):
             decoder.register_forward_pre_hook(self.enters)
             decoder.register_forward_hook(self.leaves, with_kwargs=True)
