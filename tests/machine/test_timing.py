@@ -220,6 +220,7 @@ def test_others_disturb_where_fewer_processors_are_free_than_there_are_threads(
     monkeypatch.setattr(timing, "time", SimpleNamespace(monotonic=lambda: now))
     assert disturbed().startswith(expected)
     assert bool(disturbed()) == bool(expected)
+    assert disturbed(torch.device("cuda")) == ""
     shares[:] = [0.0] * len(shares)
     now = 9.0
     assert bool(disturbed()) == bool(expected)  # what was seen is believed for a while

@@ -134,7 +134,7 @@ def test_what_was_measured_is_kept_for_the_machine_and_the_shapes(monkeypatch: p
 def test_what_others_disturbed_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     found = survey(make_model())
     with monkeypatch.context() as patch:
-        patch_all(patch, "celora.machine.timing:disturbed", lambda: "other programs use 90% of the processors")
+        patch_all(patch, "celora.machine.timing:disturbed", lambda device: "other programs use 90% of the processors")
         slow = times(patch, 10.0, 20.0, 20.0)
         assert gate(found, AUTO) == gate(found, AUTO)
         assert len(slow) == 2 * 5

@@ -85,13 +85,17 @@ def timed(call: Callable[[], object], device: torch.device | None = None) -> flo
     return 1e3 * (time.perf_counter() - start)
 
 
-def disturbed() -> str:
+def disturbed(device: torch.device | None = None) -> str:
     """One line if other programs leave fewer processors free than torch has threads, so that times are too long.
 
-    '' if they do not, or if nobody knows. This process sleeps while it watches them, and believes what it saw for a few
-    seconds. Threads that have to wait for a processor keep all others waiting, so products may take ten times as long.
+    '' if they do not, if nobody knows, or if the times are not those of a CPU. This process sleeps while it watches
+    them, and believes what it saw for a few seconds. Threads that have to wait for a processor keep all others waiting,
+    so products may take ten times as long.
+
+    Args:
+        device: where something is timed; by default where a model would be.
     """
-    return _disturbed(int(time.monotonic() / _BELIEVED_S))
+    return _disturbed(int(time.monotonic() / _BELIEVED_S)) if (device or default_device()).type == "cpu" else ""
 
 
 @functools.lru_cache(maxsize=1)

@@ -204,8 +204,8 @@ def _kept(
     times = recall(of)
     if isinstance(times, list) and len(times) == count and all(isinstance(time, float) for time in times):
         return times
-    kept = not disturbed()
+    alone = not disturbed(device)
     times = measure()
-    if kept:
+    if alone:
         keep(of, times)
     return times
