@@ -21,7 +21,7 @@ from celora.cli.options import (
     settle_in,
 )
 
-ESTIMATE_HELP = """Will it fit, and how long will it take? Answers in up to a minute, and trains nothing.
+ESTIMATE_HELP = """Will it fit, and how long will it take? Answers in about a minute, and trains nothing.
 
 It reads the rows and the model's configuration, and no weights. It measures this machine with a few blocks of random
 weights. Then it shows memory and time of each way to train that the other options leave open.

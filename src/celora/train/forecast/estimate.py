@@ -1,4 +1,4 @@
-"""`celora estimate`: will it fit, and how long will it take? It takes up to a minute, and reads no weights.
+"""`celora estimate`: will it fit, and how long will it take? It takes about a minute, and reads no weights.
 
 The rows are tokenised as training does it, all of them or a sample. The machine is measured with a few blocks of the
 model. For an NVIDIA GPU only bytes are counted with them, and times come from published peaks. The rest is arithmetic.
