@@ -151,7 +151,7 @@ def test_large_blocks_are_two_small_ones_four():
 @pytest.mark.parametrize(("taken", "turns"), [([9, 1, 1, 1], 4), ([9, 3, 1, 1], 2), ([9, 1, 1.5, 1], 3)])
 def test_slow_steps_have_fewer_turns(taken, turns, monkeypatch):
     now = iter(accumulate(chain([0], *([one, 0] for one in taken))))
-    monkeypatch.setattr("celora.train.forecast.blocks.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("celora.train.forecast.blocks.time", SimpleNamespace(perf_counter=lambda: next(now)))
     weight, calls = torch.nn.Parameter(torch.ones(1)), []
     probe = SimpleNamespace(model=None, compute_loss=lambda model, batch: calls.append(1) or weight.sum())
     assert seconds(probe, {}, torch.optim.SGD([weight], lr=0.1)) == min(taken[1:turns])

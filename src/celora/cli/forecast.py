@@ -69,9 +69,8 @@ def estimate(
 
     settle_in()
     limit = request.options.memory
-    busy = disturbed()
+    busy = "" if gpu else disturbed()
     found = find(request, None if limit is None else in_bytes(limit), gpu=gpu)
-    busy = "" if found.gpu else busy
     print_json(found.to_dict() | {"disturbed": busy}) if as_json else typer.echo(str(found))
     if busy and not as_json:
         typer.echo(f"Ask again when the machine is idle: {busy}.")

@@ -175,13 +175,15 @@ def known_by(causal: Any, given: Mapping[str, Any]) -> Known:
 
 
 def _own_numbers(causal: Any) -> dict[str, float]:
-    """The numbers among the attributes of a model whose forward is no one of Transformers.
+    """The numbers among the attributes of a model whose forward is not one of Transformers.
 
     Such a forward may add a term to the loss, with a weight that is 0 at first. If one changes, nothing is known of it.
     """
     if inspect.unwrap(type(causal).forward).__module__.partition(".")[0] == "transformers":
         return {}
-    return {name: of for name, of in vars(causal).items() if isinstance(of, int | float) and name != "training"}
+    return {
+        name: value for name, value in vars(causal).items() if isinstance(value, int | float) and name != "training"
+    }
 
 
 def fit(labels: Tensor, given: Mapping[str, Any]) -> bool:

@@ -136,8 +136,8 @@ def _tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """The PEFT layers of `model` by name. CELoraError if there are none, or if they cannot train or be estimated."""
     tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not tuners:
-        adapters = (getattr(model, "peft_config", None) or {}).values()
-        if prompts := [of.peft_type.value for of in adapters if of.is_prompt_learning or of.is_adaption_prompt]:
+        configs = (getattr(model, "peft_config", None) or {}).values()
+        if prompts := [c.peft_type.value for c in configs if c.is_prompt_learning or c.is_adaption_prompt]:
             raise CELoraError(f"{prompts[0]} adapts no layer, so there is no backward to estimate; use LoRA.")
         raise CELoraError(
             f"no PEFT layers in {type(model).__name__}; add an adapter first: "

@@ -120,11 +120,11 @@ class Callback(TrainerCallback):  # type: ignore[misc]
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The folder of this step's checkpoint. Each trial of a hyperparameter search has a folder of its own."""
-        trainer, of = self._caller()[0], args.output_dir
+        trainer, folder = self._caller()[0], args.output_dir
         if (trial := getattr(trainer, "_trial", None)) is not None:
             known = borrow("transformers:Trainer._get_output_dir") is not None
-            of = trainer._get_output_dir(trial=trial) if known else os.devnull
-        return Path(of) / f"checkpoint-{state.global_step}"
+            folder = trainer._get_output_dir(trial=trial) if known else os.devnull
+        return Path(folder) / f"checkpoint-{state.global_step}"
 
     def _caller(self) -> tuple[Any, str | None]:
         """The trainer that is calling, and the checkpoint that it resumes from.

@@ -154,7 +154,7 @@ def read_config(request: TrainRequest) -> Any:
 
 
 def checked_config(request: TrainRequest) -> Any:
-    """`read_config`, but a file that is damaged, or that lacks, becomes a one-line error."""
+    """`read_config`, but a file that is damaged or missing becomes a one-line error."""
     try:
         return read_config(request)
     except Exception as error:  # whatever transformers raises about a file
