@@ -16,7 +16,7 @@ from celora.kernels.backends import available, choose
 from celora.kernels.plain import Integers, column_major, integer_product, padded
 from celora.numerics import reference, select
 from celora.numerics.products.base import Native
-from celora.numerics.products.both_ways import Int8BothWays
+from celora.numerics.products.both_ways import Int8BothWays, levels_together
 from celora.numerics.products.fp8 import Fp8
 from celora.numerics.products.int8 import Int8
 from celora.numerics.products.registry import make_product
@@ -250,3 +250,32 @@ def test_only_our_kernel_takes_any_number_of_rows(path: str) -> None:
     assert Int8().grain(1000, torch.device("cpu")) == (1 if gathers else usual)
     assert Int8().grain(1000, torch.device("cuda")) == Native().grain(1000, torch.device("cpu")) == usual
     assert Int8(copy=False).grain(1000, torch.device("cpu")) == usual
+
+
+def test_scales_of_input_features_are_those_of_the_formula() -> None:
+    """Two layers have one input, in two batches. Feature 1 is large, 2 never occurs, and nothing reads 3."""
+    torch.manual_seed(0)
+    x, weights = torch.randn(2, 40, 16, 12), [torch.randn(8, 12), 0.1 * torch.randn(20, 12)]
+    x[..., 1] *= 300
+    x[..., 2] = 0
+    for weight in weights:
+        weight[:, 3] = 0
+    products = [Int8BothWays(), Int8BothWays()]
+    for product, weight in zip(products, weights, strict=True):
+        for batch in x:
+            product.look(batch, weight)
+    sizes = [product.take_sizes() or [] for product in products]
+    assert products[0].take_sizes() is None
+    levels = levels_together(sizes)
+    of_input = x.double().square().mean((1, 2)).sqrt().amax(0)
+    of_weights = torch.stack([w.double().square().mean(0).sqrt() for w in weights]).amax(0)
+    r = of_input**0.4 / of_weights**0.6
+    for product in products:
+        product.follow_levels(levels)
+    scales = [product._input_scale(torch.device("cpu")) for product in products]
+    assert scales[0] is scales[1]
+    known = [i for i in range(12) if i not in (2, 3)]
+    expected = torch.ones(12, dtype=torch.float64)
+    expected[known] = (r[known].median() / r[known]).clamp(max=1)
+    assert expected[1] < 0.2
+    torch.testing.assert_close(scales[0].double(), expected, rtol=2 ** (2 / 32) - 1, atol=0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from celora.machine.processes import in_company, largest_of_all
 from celora.modeling.eight_bit import MOST_ERROR, EightBitForward
+from celora.numerics.products.both_ways import levels_together
 from celora.runtime.agreement import largest_errors
 
 _ERROR, _EXACT, _LEVELS = "forward_error", "forward_exact", "forward_levels"
@@ -62,25 +63,30 @@ class Forwards(dict[str, EightBitForward]):
             )
 
     def _follow_inputs(self, device: torch.device) -> set[str]:
-        """Tell each product the sizes of its input features, if it does not know them. Returns the layers concerned.
+        """Tell each product the levels of its input features, if it does not know them. Returns the layers concerned.
 
-        The sizes come from the layer's first refresh, over all processes, so that copies of a weight are the same
+        They come from the layer's first refresh, over all processes, so that copies of a weight are the same
         everywhere.
         """
         products: dict[str, Any] = {name: forward.graft.estimator.product for name, forward in self.items()}
         unknown = {name: product for name, product in products.items() if product.levels is None}
-        seen = {name: product.take_levels() for name, product in unknown.items()}
+        seen = {name: product.take_sizes() for name, product in unknown.items()}
         if in_company() and seen:
-            sizes = [self[name].graft.estimator.in_features for name in seen]
-            given = zip(seen.values(), sizes, strict=True)
-            row = [level for levels, size in given for level in levels or [_UNSEEN] * size]
+            counts = [2 * self[name].graft.estimator.in_features for name in seen]
+            given = zip(seen.values(), counts, strict=True)
+            row = [size for sizes, count in given for size in sizes or [_UNSEEN] * count]
             most = iter(largest_of_all([row], device)[0])
-            alike = (list(itertools.islice(most, size)) for size in sizes)
-            seen = {name: None if _UNSEEN in levels else levels for name, levels in zip(seen, alike, strict=True)}
-        told = {name for name, levels in seen.items() if levels is not None}
-        for name in told:
-            unknown[name].follow_levels(seen[name])
-        return told
+            alike = (list(itertools.islice(most, count)) for count in counts)
+            seen = {name: None if _UNSEEN in sizes else sizes for name, sizes in zip(seen, alike, strict=True)}
+        told = {name: sizes for name, sizes in seen.items() if sizes is not None}
+        with_input: dict[tuple[int, ...], list[str]] = {}
+        for name, sizes in told.items():
+            with_input.setdefault(tuple(sizes[: len(sizes) // 2]), []).append(name)
+        for names in with_input.values():
+            levels = levels_together(told[name] for name in names)
+            for name in names:
+                unknown[name].follow_levels(levels)
+        return set(told)
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """The state of one layer in a checkpoint."""
@@ -102,7 +108,7 @@ class Forwards(dict[str, EightBitForward]):
         self[name].exact = exact is not None and bool(exact)
         self[name].graft.of_forward.take_error()
         product: Any = self[name].graft.estimator.product
-        product.take_levels()
+        product.take_sizes()
         product.follow_levels(None if levels is None else levels.tolist())
         self.errors.pop(name, None)
         if error is not None:
