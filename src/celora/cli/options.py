@@ -120,7 +120,7 @@ def print_json(value: Any) -> None:
 def importing() -> Iterator[None]:
     """Import the training stack here, and look for garbage neither meanwhile nor, later, in what the imports made.
 
-    That is half a million objects, which stay. Going through them again and again takes a sixth of the start.
+    That is half a million objects, which stay. Going through them again and again takes a fifth of the start.
     """
     if "torch" in sys.modules:  # the program that calls this looks after its own
         yield

@@ -154,7 +154,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     if not quiet:  # the imports below take seconds
-        typer.echo("LoRA, CE-LoRA as published and celora's default train side by side: about 5 minutes.", err=True)
+        typer.echo("LoRA, CE-LoRA as published and celora's default train side by side: about 6 minutes.", err=True)
     from rich.console import Console
 
     from celora.studies.demo import result_table, run_demo, whole_way

@@ -2,9 +2,9 @@
 
 On CPU, our own kernel computes forward and backward of training, packed or not. Where it is not available, attention is
 torch's flash attention. That computes its backward by many small products. In bfloat16 each takes longer to set up than
-to compute: at 64 tokens the backward takes three times as long as in float32. So the backward of short sequences in
-bfloat16 is computed in float32 there, from torch's outputs and row sums. On a CUDA device, all sequences are one call
-(`celora.modeling.varlen`).
+to compute: at 64 tokens forward and backward take twice as long as in float32 (`benchmarks/kernels/attention.py`). So
+the backward of short sequences in bfloat16 is computed in float32 there, from torch's outputs and row sums. On a CUDA
+device, all sequences are one call (`celora.modeling.varlen`).
 
 The model's configuration keeps naming `sdpa`. It names our attention only while an attention runs that was called with
 `celora_lengths` (`Lookup`). Gradient checkpointing repeats the call in backward with the same arguments, so it finds
