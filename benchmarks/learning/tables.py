@@ -63,10 +63,11 @@ def training() -> str:
             body,
         )
         + f"\n\n{seeds} seeds, 200 steps of 4 x 128 tokens, bfloat16. Trained on {where}; each arm is compared with "
-        f"LoRA on its own CPU. Steps timed in turns: {rows.where(times[0])}. Ahead: the loss after the same time of "
-        "exact LoRA, or of preset `exact`, which learns the same faster, minus the arm's. Slower arms have no entry; "
-        "planning is not counted. `auto`, `fast` and `paper` skip what preset `exact` skips, the others do not. The "
-        "losses and the step time of `auto 0.998` are of two plans, each made on its own CPU."
+        "LoRA on the CPU of its name, whatever instructions either was kept to. Steps timed in turns: "
+        f"{rows.where(times[0])}. Ahead: the loss after the same time of exact LoRA, or of preset `exact`, which "
+        "learns the same faster, minus the arm's. Slower arms have no entry; planning is not counted. `auto`, `fast` "
+        "and `paper` skip what preset `exact` skips, the others do not. The losses and the step time of `auto 0.998` "
+        "are of two plans, each made on its own CPU. Those of `auto 0.99` are of an older and of a newer plan."
     )
 
 
