@@ -7,6 +7,7 @@ signals, environment, output and exit status. Where forks are not safe, it is a 
 from __future__ import annotations
 
 import gc
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -99,12 +100,16 @@ def _accelerate_launch(arguments: list[str]) -> None:
     launch_command(launch_command_parser().parse_args(arguments))
 
 
-def torchrun(path: str | Path, *arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run `torchrun` with this script in several processes. Its agent forks them."""
-    return run(_torchrun, [f"--nproc-per-node={processes}", "--run-path", str(path), *map(str, arguments)])
+def torchrun(
+    path: str | Path, *arguments: object, processes: int = 2, ahead: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `torchrun` with this script in several processes. Its agent imports the module `ahead`, and forks them."""
+    return run(_torchrun, [f"--nproc-per-node={processes}", "--run-path", str(path), *map(str, arguments)], ahead)
 
 
-def _torchrun(arguments: list[str]) -> None:
+def _torchrun(arguments: list[str], ahead: str | None) -> None:
     from torch.distributed.run import main
 
+    if ahead is not None:
+        importlib.import_module(ahead)
     main(["--standalone", "--start-method", "fork" if sys.platform == "linux" else "spawn", *arguments])

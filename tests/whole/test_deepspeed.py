@@ -29,7 +29,7 @@ def ran(tmp_path_factory):
     save_rows(folder / "rows.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
-        done = torchrun(WORKER, folder)
+        done = torchrun(WORKER, folder, ahead="deepspeed_worker")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -32,7 +32,7 @@ IN_8_BITS = 1e-2 / 127 / 2
 def all_of_them(folder: Path, names: Collection[str], processes: int) -> dict[str, list[dict[str, Any]]]:
     """The results of each process in each of these scenarios."""
     script = Path(__file__).parents[1] / "helpers" / "distributed_worker.py"
-    done = torchrun(script, folder, *names, processes=processes)
+    done = torchrun(script, folder, *names, processes=processes, ahead="distributed_worker")
     assert done.returncode == 0, done.stderr[-3000:]
     return {n: [json.loads((folder / f"{n}.{r}.json").read_text()) for r in range(processes)] for n in names}
 

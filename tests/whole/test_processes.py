@@ -32,7 +32,7 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     save_tiny_model(folder / "model")
     save_rows(folder / "rows.jsonl")
-    done = torchrun(Path(__file__).parents[1] / "helpers" / "train_worker.py", folder)
+    done = torchrun(Path(__file__).parents[1] / "helpers" / "train_worker.py", folder, ahead="train_worker")
     return folder, done
 
 
