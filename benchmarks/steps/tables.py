@@ -126,32 +126,6 @@ def step_sweep_amx() -> str:
     )
 
 
-def refresh() -> str:
-    """What refreshing costs."""
-    found = rows.read(HERE / "refresh.jsonl")
-    body = [
-        [
-            row["arm"],
-            f"{row['first_over_median']:.2f}",
-            f"{row['slowest_over_median']:.2f}",
-            f"{row['slowest_without_refresh']:.2f}",
-            f"{row['share_at_default_interval']:.1%}",
-        ]
-        for row in found
-    ]
-    header = [
-        "",
-        "first step / median",
-        "slowest later step / median",
-        "the same, no refreshes",
-        "share of the time, every 200",
-    ]
-    return rows.markdown(header, body) + (
-        f"\n\nSmolLM2-135M ({rows.UNPACKED}), 4 x 128 tokens, bfloat16, {rows.where(found[0])}. A "
-        "refresh every 20 steps; the plan keeps a cosine of 0.99, the default of that time."
-    )
-
-
 def compiled() -> str:
     """What torch.compile does to the step of each configuration, and what a refresh does to its graphs."""
     found = rows.read(HERE / "compiled.jsonl")
@@ -164,7 +138,7 @@ def compiled() -> str:
         cells += [f"{row['refresh_ms'] / row['time_ms']:.2f}" for row in (eager, graphed)]
         body.append([*cells, *(str(graphed[key]) for key in ("graphs", "graphs_added_later", "graph_breaks"))])
     one = found[0]
-    header = ["(older code)", "PEFT + compile", "eager", "compiled", "its refresh, eager", "its refresh, compiled"]
+    header = ["", "PEFT + compile", "eager", "compiled", "its refresh, eager", "its refresh, compiled"]
     return (
         rows.markdown([*header, "graphs", "added at later refreshes", "graph breaks"], body)
         + "\n\nSpeed-up of the median step over plain eager PEFT in the same run. A refresh is in steps of its arm. "
@@ -260,6 +234,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "adapter": adapter,
     "step_parts": step_parts,
     "step_sweep_amx": step_sweep_amx,
-    "refresh": refresh,
     "compiled": compiled,
 }
