@@ -279,3 +279,20 @@ def test_scales_of_input_features_are_those_of_the_formula() -> None:
     expected[known] = (r[known].median() / r[known]).clamp(max=1)
     assert expected[1] < 0.2
     torch.testing.assert_close(scales[0].double(), expected, rtol=2 ** (2 / 32) - 1, atol=0)
+
+
+def test_what_is_not_finite_hides_no_size_of_a_feature() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 16), torch.randn(32, 16)
+    x[:, 1] *= 60
+    expected = Int8BothWays()
+    expected.look(x, weight)
+    sizes = expected.take_sizes()
+    assert sizes is not None
+    for fault in (float("nan"), float("inf")):
+        product = Int8BothWays()
+        product.look(torch.full_like(x, fault), weight)
+        assert product.take_sizes() is None  # so the next refresh looks again
+        for batch in (x, torch.full_like(x, fault), x):
+            product.look(batch, weight)
+        assert product.take_sizes() == sizes

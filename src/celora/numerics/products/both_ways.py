@@ -63,19 +63,21 @@ class Int8BothWays(Int8):
         if self.levels is not None or (isinstance(weight, StoredWeight) and weight.packed is not None):
             return
         found = torch.stack([_mean_squares(x.detach().reshape(-1, x.shape[-1])), _mean_squares(weight.detach())])
+        found = found.nan_to_num_(0, 0)  # a micro-batch that is not finite says nothing, and hides no other
         self._seen = found if self._seen is None else torch.maximum(self._seen, found)
 
     def take_sizes(self) -> list[int] | None:
         """`32 log2` of rms(x_j)^0.4 of all inputs since the latest call, and then of rms(W_j)^0.6: 2 in numbers.
 
-        Returns None if there was no input. Waits for an accelerator.
+        Returns None if there was no input, or only zeros and what is not finite. Waits for an accelerator.
         """
         seen, self._seen = self._seen, None
         if seen is None:
             return None
-        logarithms = seen.nan_to_num(0, 0).clamp(min=2.0**_UNKNOWN).log2()
+        logarithms = seen.clamp(min=2.0**_UNKNOWN).log2()
         sizes: list[int] = (logarithms * _per_octave(seen)).round().int().flatten().tolist()
-        return sizes
+        of_input = sizes[: len(sizes) // 2]
+        return sizes if max(of_input) > round(_UNKNOWN * _OF_INPUT * _STEPS / 2) else None
 
     def follow_levels(self, levels: Sequence[int] | None) -> None:
         """From now on, scale the features of inputs by these levels; None: all features alike."""
