@@ -277,8 +277,28 @@ def test_scales_of_input_features_are_those_of_the_formula() -> None:
     known = [i for i in range(12) if i not in (2, 3)]
     expected = torch.ones(12, dtype=torch.float64)
     expected[known] = (r[known].median() / r[known]).clamp(max=1)
+    expected[3] = (of_input[of_input > 0].median() / of_input[3]).clamp(max=1)
     assert expected[1] < 0.2
     torch.testing.assert_close(scales[0].double(), expected, rtol=2 ** (2 / 32) - 1, atol=0)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e-6, 0.0])
+def test_features_with_small_weights_keep_their_bits_for_the_adapter(factor: float) -> None:
+    """The base hardly reads features 0 and 1, but A's gradient does, from the same 8 bits. Feature 0 is large, too."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(200, 64), torch.randn(48, 64)
+    x[:, 0] *= 60
+    weight[:, :2] *= factor
+    product = Int8BothWays()
+    product.look(x, weight)
+    product.follow_levels(levels_together([product.take_sizes() or []]))
+    y, expected = product.forward(x, weight, None), x @ weight.t()
+    assert (y - expected).norm() < 0.02 * expected.norm()
+    rows = product.latest_input(x, weight)
+    assert rows is not None
+    through = torch.randn(200, 8)
+    gradient, right = rows.transposed_product(through, None), through.t() @ x
+    assert ((gradient - right).norm(dim=0) < 0.05 * right.norm(dim=0)).all()
 
 
 def test_what_is_not_finite_hides_no_size_of_a_feature() -> None:
