@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,6 +93,24 @@ def test_large_features_are_scaled_down_once_they_were_seen(tmp_path: Path) -> N
     celora.load_state(model, tmp_path)
     for name, forward in require(model).forwards.items():
         assert forward.graft.estimator.product.levels.equal(levels[name])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_during_a_refresh_knows_what_was_seen(copied: Callable[[PeftModel], PeftModel]) -> None:
+    """It also has the errors, which are those without scales: nothing may be given up for them."""
+    model = make_model()
+    outlier(model, 1e4)
+    celora.attach(model, BOTH)
+    model.train()(**make_batch(0)).loss.backward()
+    other = copied(model)
+    for changed in (model, other):
+        for parameter in changed.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        standing_still(changed).step()
+    forwards, expected = require(other).forwards, require(model).forwards
+    assert not forwards.made_exact
+    for name, forward in expected.items():
+        assert forwards[name].graft.estimator.product.levels.equal(forward.graft.estimator.product.levels)
 
 
 def test_an_evaluation_in_inference_mode_may_follow_a_refresh() -> None:

@@ -51,12 +51,12 @@ class Int8BothWays(Int8):
         super().__init__(copy=copy)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "levels": self.levels}
+        return {**super().__getstate__(), "levels": self.levels, "seen": self._seen}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        levels = state.pop("levels", None)
+        levels, seen = state.pop("levels", None), state.pop("seen", None)
         super().__setstate__(state)
-        self.levels = levels
+        self.levels, self._seen = levels, seen
 
     def look(self, x: Tensor, weight: Tensor) -> None:
         """Record the sizes of the features of `x: (..., in)`, if the levels are not known.
