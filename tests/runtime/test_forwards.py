@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,21 @@ def test_large_features_are_scaled_down_once_they_were_seen(tmp_path: Path) -> N
     celora.load_state(model, tmp_path)
     for name, forward in require(model).forwards.items():
         assert forward.graft.estimator.product.levels.equal(levels[name])
+
+
+@pytest.mark.parametrize("tau", [3, 20])
+def test_layers_share_the_scales_of_their_input_if_refreshes_take_turns(tau: int) -> None:
+    model = make_model()
+    celora.attach(model, dataclasses.replace(BOTH, refresh_every=tau, spread=True))
+    train(model, 10)
+    scales: dict[str, list[torch.Tensor]] = {}
+    for name, forward in require(model).forwards.items():
+        product = forward.graft.estimator.product
+        if name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+            scales.setdefault(name.rpartition(".")[0], []).append(product._input_scale(torch.device("cpu")))
+    assert [len(shared) for shared in scales.values()] == [3, 2, 3, 2]
+    for shared in scales.values():
+        assert all(scale is not None and scale is shared[0] for scale in shared)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

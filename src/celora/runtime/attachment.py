@@ -321,7 +321,9 @@ class Attachment:
         Layers refresh at steps 0, tau, 2 tau, ... A layer without a selection goes on refreshing if its input needs a
         gradient. With `spread`, layer i of n refreshes `i tau / n` steps later. Layers that need a first observation
         get it in turns during the first steps, and are exact until then. With `most_error`, all layers are measured in
-        turns during the first steps. Layers that were made exact stay exact.
+        turns during the first steps. So are layers with a forward in 8 bits, which learns the scales of its input then.
+        There, layers of one module refresh together: those that share an input only share scales of the same batches.
+        Layers that were made exact stay exact.
 
         torch.compile would make a graph for each turn. So once layers have run compiled, all of them refresh at once.
         """
@@ -334,7 +336,10 @@ class Attachment:
             due = step % tau == 0 or step == self._together
             self.forward.begin(step)
             self.forward.mode = Mode.EXACT if HEAD in made_exact else Mode.OBSERVE if due else Mode.ESTIMATE
+        firsts: dict[str, int] = {}  # the first layer of each module
         for i, (name, graft) in enumerate(self.grafts.items()):
+            if name in self.forwards:
+                i = firsts.setdefault(name.rpartition(".")[0], i)
             first = self._turn(i, min(tau, _FIRST_ROUND))
             if name in made_exact:
                 graft.mode = Mode.EXACT
@@ -344,7 +349,7 @@ class Attachment:
                 # An input that needs no gradient may need one later. To look at every step would cost.
                 graft.mode = Mode.OBSERVE if due or (step >= first and graft.needed is not False) else Mode.EXACT
             else:
-                due |= self.config.most_error is not None and step == first
+                due |= step == first and (self.config.most_error is not None or name in self.forwards)
                 graft.mode = Mode.OBSERVE if due else Mode.ESTIMATE
 
 
