@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from celora import CELoraConfig
@@ -94,6 +95,18 @@ def make_model(
     """The same with LoRA on all linear layers."""
     lora = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False, **lora}
     return get_peft_model(make_base(seed=seed, base_bias=base_bias, dtype=dtype, layers=layers), LoraConfig(**lora))
+
+
+def outlier(model: PeftModel, size: float) -> nn.Module:
+    """A block whose MLP gets one feature that is this many times as large as the others, with small weights on it."""
+    block = model.base_model.model.model.layers[1]
+    with torch.no_grad():
+        block.post_attention_layernorm.weight[3] = size
+        for part in (block.mlp.gate_proj, block.mlp.up_proj):
+            part.base_layer.weight[:, 3] /= size
+            for matrix in part.lora_A.values():
+                matrix.weight[:, 3] = 0
+    return block
 
 
 def make_batch(seed: int) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import celora
 from celora import CELoraConfig, CELoraError
 from celora.runtime.attachment import require
 from machine import refuses
-from small import adapter, flat_gradient, make_batch, make_model, train
+from small import adapter, flat_gradient, make_batch, make_model, outlier, train
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=50)
 
@@ -179,3 +179,21 @@ def test_a_forward_in_8_bits_is_judged_by_the_exact_forward(model: PeftModel, ba
     assert report.loss_shift == pytest.approx(shift, abs=1e-6) != 0
     assert f"The forward in 8 bits changes the loss by {shift:+.4f}." in str(report)
     assert flat_gradient(model, batch).equal(found)
+
+
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
+def test_a_forward_in_8_bits_is_judged_with_the_scales_that_a_training_learns(batch: dict[str, torch.Tensor]) -> None:
+    """Before a training there are none. The audit learns them, and forgets them again."""
+    model = make_model()
+    outlier(model, 60)
+    celora.attach(model, CELoraConfig(estimator="int8", forward="int8", refresh_every=50))
+    products: list[Any] = [forward.graft.estimator.product for forward in require(model).forwards.values()]
+    before = celora.audit(model, batch)
+    assert all(product.levels is None and product.take_sizes() is None for product in products)
+    assert not require(model).forwards.errors
+    model.train()(**batch).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0).step()
+    assert all(product.levels is not None for product in products)
+    after = celora.audit(model, batch)
+    assert before.cosine == after.cosine > 0.99
+    assert before.loss_shift == after.loss_shift

@@ -17,22 +17,10 @@ import celora
 from celora import CELoraConfig
 from celora.runtime.attachment import require
 from machine import refuses
-from small import make_batch, make_model, train
+from small import make_batch, make_model, outlier, train
 
 BOTH = CELoraConfig(estimator="int8", forward="int8", refresh_every=3, fused=True)
 pytestmark = pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
-
-
-def outlier(model: PeftModel, size: float) -> nn.Module:
-    """A block whose MLP gets one feature that is this many times as large as the others, with small weights on it."""
-    block = model.base_model.model.model.layers[1]
-    with torch.no_grad():
-        block.post_attention_layernorm.weight[3] = size
-        for part in (block.mlp.gate_proj, block.mlp.up_proj):
-            part.base_layer.weight[:, 3] /= size
-            for matrix in part.lora_A.values():
-                matrix.weight[:, 3] = 0
-    return block
 
 
 @pytest.mark.fault(

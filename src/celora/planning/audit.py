@@ -8,12 +8,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from celora.errors import CELoraError
 from celora.machine.device import in_float64
 from celora.modeling.switch import Mode
+from celora.numerics.measured import Measured
 from celora.planning.fidelity import Fidelity, FromFloat32
 from celora.planning.gradients import gradient, on_device, trainable, training, untouched
 from celora.planning.upcast import in_float32, without_dropout
@@ -84,7 +86,8 @@ def audit(
     batches share stays. So an estimate can be near the gradient of each batch and far from the gradient of their sum.
 
     It takes two forwards and backwards for each batch in training mode, with the same random state and so the same
-    dropout. Afterwards parameters, their `.grad`, buffers, random state, mode, clock and selections are unchanged.
+    dropout. Before a training, layers with an 8-bit forward learn the scales of their inputs from one more forward.
+    Afterwards parameters, their `.grad`, buffers, random state, mode, clock and selections are unchanged.
 
     Args:
         model: the model, with celora attached.
@@ -111,6 +114,8 @@ def audit(
         raise CELoraError("no batches to audit with; give one, or several.")
 
     with training(model), untouched(model, parameters) as rewind, _lent(attachment) as probes:
+        _show_inputs(attachment, lambda: model(**batches[0]) if loss is None else loss(model, batches[0]))
+        rewind()
         head = attachment.forward
         with nullcontext() if head is None else head.through(1.0), attachment.switch.own_forwards():
             exact, value = gradient(model, batches, loss, parameters)
@@ -190,10 +195,31 @@ def _lent(attachment: Attachment) -> Iterator[list[str]]:
         for name in probes:
             attachment.grafts[name].estimator = attachment.grafts[name].estimator.clone()
             attachment.grafts[name].mode = Mode.OBSERVE
+        for name in attachment.forwards:
+            graft = attachment.grafts[name]
+            product: Any = graft.estimator.product
+            graft.of_forward = Measured()
+            if product.levels is None:
+                graft.estimator.product = copy.copy(product)
         yield probes
     finally:
         for name, graft in attachment.grafts.items():
             vars(graft).update(layers[name])
+
+
+def _show_inputs(attachment: Attachment, forward: Callable[[], object]) -> None:
+    """Let forwards in 8 bits learn the scales of their inputs here, as from the first steps of a training."""
+    grafts: list[Any] = [attachment.grafts[name] for name in attachment.forwards]
+    modes = [(graft, graft.mode) for graft in grafts if graft.estimator.product.levels is None]
+    if not modes:
+        return
+    for graft, _ in modes:
+        graft.mode = Mode.OBSERVE
+    with torch.enable_grad():
+        forward()
+    attachment.forwards.follow_inputs(None)
+    for graft, mode in modes:
+        graft.mode = mode
 
 
 def _layer_of(parameter: str, adapted: set[str]) -> str:

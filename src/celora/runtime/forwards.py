@@ -45,7 +45,7 @@ class Forwards(dict[str, EightBitForward]):
         If several processes train together, all of them call this at the same steps. They decide by the largest error
         of any process, with one reduction.
         """
-        new = self._follow_inputs(device)
+        new = self.follow_inputs(device)
         seen = [forward.graft.of_forward.take_error() for forward in self.values()]
         largest = zip(self, largest_errors(seen, device), strict=True)
         found = {name: error for name, error in largest if error is not None}
@@ -62,16 +62,16 @@ class Forwards(dict[str, EightBitForward]):
                 stacklevel=2,
             )
 
-    def _follow_inputs(self, device: torch.device) -> set[str]:
+    def follow_inputs(self, device: torch.device | None) -> set[str]:
         """Tell each product the levels of its input features, if it does not know them. Returns the layers concerned.
 
         They come from the layer's first refresh, over all processes, so that copies of a weight are the same
-        everywhere.
+        everywhere. If `device` is None, this process decides alone.
         """
         products: dict[str, Any] = {name: forward.graft.estimator.product for name, forward in self.items()}
         unknown = {name: product for name, product in products.items() if product.levels is None}
         seen = {name: product.take_sizes() for name, product in unknown.items()}
-        if in_company() and seen:
+        if device is not None and seen and in_company():
             counts = [2 * self[name].graft.estimator.in_features for name in seen]
             given = zip(seen.values(), counts, strict=True)
             row = [size for sizes, count in given for size in sizes or [_UNSEEN] * count]
