@@ -141,3 +141,37 @@ def test_processes_agree_on_who_goes_back(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.warns(UserWarning, match="was off by 20%, and less than 10% is accepted"):
         forwards.end_refresh(1, torch.device("cpu"))
     assert forwards.made_exact == {name}
+
+
+@pytest.mark.parametrize("own_bytes", [False, True])
+def test_processes_tell_only_the_sizes_that_somebody_has_seen(monkeypatch: pytest.MonkeyPatch, own_bytes: bool) -> None:
+    """A base in 8 bits is never looked at. It would send two numbers for each input feature at each refresh."""
+    model, asked = make_model(), list[int]()
+    if own_bytes:
+        celora.quantise_base(model)
+    celora.attach(model, BOTH)
+    forwards = require(model).forwards
+    model.train()(**make_batch(0)).loss.backward()
+
+    def alone(told: list[list[int]], device: torch.device) -> list[list[int]]:
+        asked.append(sum(map(len, told)))
+        return told
+
+    monkeypatch.setattr("celora.runtime.forwards.in_company", lambda: True)
+    monkeypatch.setattr("celora.runtime.forwards.largest_of_all", alone)
+    forwards.end_refresh(1, torch.device("cpu"))
+    known = sum(forward.graft.estimator.product.levels is not None for forward in forwards.values())
+    features = sum(forward.graft.estimator.in_features for forward in forwards.values())
+    assert (known, asked) == ((0, [14]) if own_bytes else (14, [14, 2 * features]))
+
+
+def test_a_layer_that_only_another_process_has_seen_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    celora.attach(model, BOTH)
+    forwards = require(model).forwards
+    features = sum(forward.graft.estimator.in_features for forward in forwards.values())
+    told_by_another = iter([[[1] * 14], [list(range(2 * features))]])
+    monkeypatch.setattr("celora.runtime.forwards.in_company", lambda: True)
+    monkeypatch.setattr("celora.runtime.forwards.largest_of_all", lambda told, device: next(told_by_another))
+    forwards.end_refresh(1, torch.device("cpu"))
+    assert all(forward.graft.estimator.product.levels is not None for forward in forwards.values())

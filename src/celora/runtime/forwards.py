@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,12 +73,7 @@ class Forwards(dict[str, EightBitForward]):
         unknown = {name: product for name, product in products.items() if product.levels is None}
         seen = {name: product.take_sizes() for name, product in unknown.items()}
         if device is not None and seen and in_company():
-            counts = [2 * self[name].graft.estimator.in_features for name in seen]
-            given = zip(seen.values(), counts, strict=True)
-            row = [size for sizes, count in given for size in sizes or [_UNSEEN] * count]
-            most = iter(largest_of_all([row], device)[0])
-            alike = (list(itertools.islice(most, count)) for count in counts)
-            seen = {name: None if _UNSEEN in sizes else sizes for name, sizes in zip(seen, alike, strict=True)}
+            seen = self._largest(seen, device)
         told = {name: sizes for name, sizes in seen.items() if sizes is not None}
         with_input: dict[tuple[int, ...], list[str]] = {}
         for name, sizes in told.items():
@@ -87,6 +83,19 @@ class Forwards(dict[str, EightBitForward]):
             for name in names:
                 unknown[name].follow_levels(levels)
         return set(told)
+
+    def _largest(self, seen: Mapping[str, list[int] | None], device: torch.device) -> dict[str, list[int] | None]:
+        """The largest sizes that any process has seen, of the layers that one has seen."""
+        # Layers that nobody has seen may be many: a base in 8 bits is never looked at.
+        by_any = largest_of_all([[int(sizes is not None) for sizes in seen.values()]], device)[0]
+        names = [name for name, found in zip(seen, by_any, strict=True) if found]
+        if not names:
+            return {}
+        counts = [2 * self[name].graft.estimator.in_features for name in names]
+        given = zip(names, counts, strict=True)
+        row = [size for name, count in given for size in seen[name] or [_UNSEEN] * count]
+        most = iter(largest_of_all([row], device)[0])
+        return {name: list(itertools.islice(most, count)) for name, count in zip(names, counts, strict=True)}
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """The state of one layer in a checkpoint."""
