@@ -114,8 +114,8 @@ def audit(
         raise CELoraError("no batches to audit with; give one, or several.")
 
     with training(model), untouched(model, parameters) as rewind, _lent(attachment) as probes:
-        _show_inputs(attachment, lambda: model(**batches[0]) if loss is None else loss(model, batches[0]))
-        rewind()
+        if _show_inputs(attachment, lambda: model(**batches[0]) if loss is None else loss(model, batches[0])):
+            rewind()
         head = attachment.forward
         with nullcontext() if head is None else head.through(1.0), attachment.switch.own_forwards():
             exact, value = gradient(model, batches, loss, parameters)
@@ -207,12 +207,15 @@ def _lent(attachment: Attachment) -> Iterator[list[str]]:
             vars(graft).update(layers[name])
 
 
-def _show_inputs(attachment: Attachment, forward: Callable[[], object]) -> None:
-    """Let forwards in 8 bits learn the scales of their inputs here, as from the first steps of a training."""
+def _show_inputs(attachment: Attachment, forward: Callable[[], object]) -> bool:
+    """Let forwards in 8 bits learn the scales of their inputs here, as from the first steps of a training.
+
+    Returns whether `forward` was needed.
+    """
     grafts: list[Any] = [attachment.grafts[name] for name in attachment.forwards]
     modes = [(graft, graft.mode) for graft in grafts if graft.estimator.product.levels is None]
     if not modes:
-        return
+        return False
     for graft, _ in modes:
         graft.mode = Mode.OBSERVE
     with torch.enable_grad():
@@ -220,6 +223,7 @@ def _show_inputs(attachment: Attachment, forward: Callable[[], object]) -> None:
     attachment.forwards.follow_inputs(None)
     for graft, mode in modes:
         graft.mode = mode
+    return True
 
 
 def _layer_of(parameter: str, adapted: set[str]) -> str:
