@@ -50,8 +50,10 @@ def adam() -> str:
 
 
 def _made_with(found: list[dict[str, Any]]) -> str:
-    seeds = len({row["seed"] for row in found})
-    return f"\n\nSmolLM2-135M ({rows.UNPACKED}; float32), {seeds} seeds, {rows.where(found[0])}."
+    seeds, first = len({row["seed"] for row in found}), rows.where(found[0])
+    elsewhere = {row["setting"]: place for row in found if (place := rows.where(row)) != first}
+    told = "".join(f" {setting}: {place}." for setting, place in elsewhere.items())
+    return f"\n\nSmolLM2-135M ({rows.UNPACKED}; float32), {seeds} seeds, {first}.{told}"
 
 
 def frontier() -> str:
