@@ -282,7 +282,7 @@ def test_scales_of_input_features_are_those_of_the_formula() -> None:
     torch.testing.assert_close(scales[0].double(), expected, rtol=2 ** (2 / 32) - 1, atol=0)
 
 
-@pytest.mark.skipif(refuses(), reason="no 8-bit products here")
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested above")
 @pytest.mark.parametrize("factor", [1e-3, 1e-6, 0.0])
 def test_features_with_small_weights_keep_their_bits_for_the_adapter(factor: float) -> None:
     """The base hardly reads features 0 and 1, but A's gradient does, from the same 8 bits. Feature 0 is large, too."""

@@ -78,9 +78,9 @@ class Int8BothWays(Int8):
         if seen is None:
             return None
         logarithms = seen.clamp(min=2.0**_UNKNOWN).log2()
-        sizes: list[int] = (logarithms * _per_octave(seen)).round().int().flatten().tolist()
+        sizes: list[int] = (logarithms * seen.new_tensor(_PER_OCTAVE)).round().int().flatten().tolist()
         of_input = sizes[: len(sizes) // 2]
-        return sizes if max(of_input) > round(_UNKNOWN * _OF_INPUT * _STEPS / 2) else None
+        return sizes if max(of_input) > _LEAST[0][0] else None
 
     def follow_levels(self, levels: Sequence[int] | None) -> None:
         """From now on, scale the features of inputs by these levels; None: all features alike."""
@@ -135,17 +135,13 @@ _STEPS = 32
 _OF_INPUT = 0.4  # with 0.5 the forward's error is 0.96 of this, and the backward's 1.18
 _MOST_BELOW = 2 * _STEPS  # two octaves below the median, a feature is off by some 3 %, and weights below 0.1 are used
 _UNKNOWN = -100  # log2 of the squares of what is zero, or not finite
+_PER_OCTAVE = [[_STEPS / 2 * _OF_INPUT], [_STEPS / 2 * (1 - _OF_INPUT)]]  # levels an octave of the squares of x_j, W_j
+_LEAST = [[round(_UNKNOWN * levels)] for (levels,) in _PER_OCTAVE]
 
 
 def _mean_squares(t: Tensor) -> Tensor:
     """The mean squares of the columns of `t: (n, in)`: (in,) float32."""
     return squared_column_norms(t).float() / len(t)
-
-
-def _per_octave(like: Tensor) -> Tensor:
-    """Levels for each octave of the squares of x_j and of W_j: (2, 1)."""
-    powers = torch.tensor([[_OF_INPUT], [1 - _OF_INPUT]], dtype=like.dtype, device=like.device)
-    return powers * (_STEPS / 2)
 
 
 def levels_together(sizes: Iterable[Sequence[int]]) -> list[int]:
@@ -155,7 +151,7 @@ def levels_together(sizes: Iterable[Sequence[int]]) -> list[int]:
     the median size of features, if they are larger.
     """
     own = torch.tensor([*sizes], dtype=torch.float32, device="cpu").unflatten(1, (2, -1)).amax(0)
-    seen, weighs = own > (_UNKNOWN * _per_octave(own)).round()
+    seen, weighs = own > own.new_tensor(_LEAST)
     if not seen.any():
         return [0] * len(seen)
     known = seen & weighs
