@@ -20,7 +20,7 @@ import celora
 from celora import CELoraConfig
 from celora.modeling.switch import Mode
 from celora.numerics.estimators import Columns
-from celora.runtime.attachment import require
+from celora.runtime.attachment import Attachment, require
 from machine import refuses_config
 from small import MEMBERS, adapter, make_batch, make_model, train
 
@@ -159,6 +159,15 @@ def test_an_idle_model_says_nothing_while_another_trains(model: PeftModel, batch
         model(**batch).loss.backward()  # a teacher model, for example, runs backward and is not trained
         train(other, 1, first=step)
     assert (require(model).clock.step, require(other).clock.step) == (0, 4)
+
+
+def test_a_model_that_was_moved_after_attach_is_told(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as attaching:
+        attaching.setattr(Attachment, "_device", lambda self: torch.device("cuda"))
+        celora.attach(model, HALF)
+    with pytest.warns(UserWarning, match="was on cuda when celora was attached and trains on cpu") as told:
+        train(model, 3)
+    assert len(told) == 1
 
 
 def test_replicas_of_data_parallel_are_exact(model: PeftModel) -> None:

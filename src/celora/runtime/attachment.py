@@ -27,7 +27,7 @@ from celora.settings.config import CELoraConfig
 from celora.settings.names import HEAD
 
 ATTRIBUTE = "_celora"
-_FIRST_ROUND = 10  # optimizer steps over which `spread` distributes the first observations
+FIRST_ROUND = 10  # optimizer steps over which `spread` distributes the first observations
 TOO_OFTEN = 2  # after so many refreshes in a row with a relative error of 1 or more, a layer becomes exact
 attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
@@ -70,6 +70,7 @@ class Attachment:
         self._awaited: set[str] = set()  # layers for which another process has no selection yet
         self._together: int | None = None  # from this step on, layers no longer refresh in turns
         self._bind(model, step=0)
+        self._chosen_on = self._device().type
 
     def _bind(self, model: nn.Module, step: int) -> None:
         # Weak, because the model refers to this object. A cycle would keep a deleted model in memory until collection.
@@ -204,10 +205,10 @@ class Attachment:
                 "in a row. Attach again, with a higher keep_ratio, to estimate again.",
                 stacklevel=2,
             )
-        if step == (min(self.config.refresh_every, _FIRST_ROUND) if self.config.spread else 1):
+        if step == (min(self.config.refresh_every, FIRST_ROUND) if self.config.spread else 1):
             if modes != {False} and not self.switch.astray:
                 self._check_passed_by()
-            self._check_planned()
+            self._check_chosen()
         self.set_modes(step)
 
     def _move(self, errors: dict[str, float], step: int) -> None:
@@ -267,8 +268,14 @@ class Attachment:
                     stacklevel=2,
                 )
 
-    def _check_planned(self) -> None:
-        """Warn if the first observed batches differ from the batches of the plan."""
+    def _check_chosen(self) -> None:
+        """Warn if the model was moved since `attach`, or if the first batches differ from the batches of the plan."""
+        if self._chosen_on not in (here := self._device().type, "meta"):
+            warnings.warn(
+                f"celora: this model was on {self._chosen_on} when celora was attached and trains on {here}, but its "
+                f"estimates were chosen for {self._chosen_on}. Attach after the model is moved: a Trainer moves it.",
+                stacklevel=2,
+            )
         seen = max(((graft.tokens, graft.dtype) for graft in self.grafts.values() if graft.observed), default=None)
         if self.plan is not None and seen is not None and (reason := self.plan.other_batches(*seen)):
             warnings.warn(f"celora: {reason}. Make a new plan.", stacklevel=2)
@@ -309,7 +316,7 @@ class Attachment:
         """Whether some layer refreshes at this step by the clock. All processes have the same answer."""
         tau = self.config.refresh_every
         turns = any(step % tau == self._turn(i, tau) for i in range(len(self.grafts)))
-        return step < _FIRST_ROUND or step % tau == 0 or turns or step == self._together
+        return step < FIRST_ROUND or step % tau == 0 or turns or step == self._together
 
     def _turn(self, i: int, steps: int) -> int:
         """At which of `steps` steps layer i refreshes."""
@@ -340,7 +347,7 @@ class Attachment:
         for i, (name, graft) in enumerate(self.grafts.items()):
             if name in self.forwards:
                 i = firsts.setdefault(name.rpartition(".")[0], i)
-            first = self._turn(i, min(tau, _FIRST_ROUND))
+            first = self._turn(i, min(tau, FIRST_ROUND))
             if name in made_exact:
                 graft.mode = Mode.EXACT
                 continue
