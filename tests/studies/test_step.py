@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from celora.runtime.attachment import find, require
+from celora.modeling.switch import Mode
+from celora.runtime.attachment import FIRST_ROUND, find, require
 from celora.studies.cells import Cell, make_batches
 from celora.studies.step import make_step
 
@@ -25,6 +26,15 @@ def test_every_arm_takes_the_same_steps(tmp_path: Path) -> None:
         found[arm] = torch.cat([p.detach().flatten() for p in step.model.parameters() if p.requires_grad])
     torch.testing.assert_close(found["exact"], found["PEFT"], rtol=0, atol=1e-6)
     assert not torch.allclose(found["limit"], found["PEFT"], atol=1e-6)
+
+
+def test_what_is_timed_comes_after_the_first_measurements(tmp_path: Path) -> None:
+    batches = make_batches(SMALL)
+    step = make_step(SMALL, "paper", batches, tmp_path / "plan.json", {})
+    step.settle(batches)
+    attached = require(step.model)
+    assert attached.clock.step == FIRST_ROUND
+    assert {graft.mode for graft in attached.grafts.values() if graft.observed} == {Mode.ESTIMATE}
 
 
 def test_arms_share_frozen_weights_and_no_others(tmp_path: Path) -> None:

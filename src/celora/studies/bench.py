@@ -53,7 +53,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for each arm: times of the step and its parts in ms, tokens per second, memory, speed-up over PEFT.
 
-    Arms take turns. Arms that patch Transformers come last, each in a process of its own.
+    Arms take turns, after the first steps of a run (`Step.settle`). Arms that patch Transformers come last, each in a
+    process of its own.
     """
     for arm in arms:
         if arm not in ARMS:
@@ -67,6 +68,7 @@ def measure(
         for arm in (arm for arm in runnable if arm not in PATCHING):
             say(f"{cell.model}, {cell.data}, {cell.dtype}: preparing {arm}")
             steps[arm] = make_step(cell, arm, batches, plan_file, frozen)
+            steps[arm].settle(batches)
         say(f"{cell.model}, {cell.data}, {cell.dtype}: timing")
         times = take_turns(steps, batches, repeats)
         saved = {arm: step.saved(batches[0]) for arm, step in steps.items()}

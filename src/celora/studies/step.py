@@ -25,6 +25,7 @@ from celora.modeling.survey import survey
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.estimators import Dense
 from celora.planning.plan import Plan
+from celora.runtime.attachment import FIRST_ROUND, find
 from celora.studies.assets import demo_model
 from celora.studies.cells import LINEAR, SMOLLM2, Batch, Cell, make_model
 
@@ -73,6 +74,12 @@ class Step:
             timed(lambda: self.trainer.accelerator.backward(loss[0])),
             timed(self._update),
         )
+
+    def settle(self, batches: Sequence[Batch]) -> None:
+        """Take the first steps of a run, in which presets measure every layer. Later ones are those of a long run."""
+        attached = find(self.model)
+        while attached is not None and attached.grafts and attached.clock.step < FIRST_ROUND:
+            self(batches[attached.clock.step % len(batches)])
 
     def saved(self, batch: Batch) -> int:
         """Bytes that a forward saves for backward."""
