@@ -11,8 +11,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, Gemma3Config
 
+from celora import CELoraConfig
 from celora.errors import CELoraError
 from celora.modeling.int8_base import quantise_base
+from celora.modeling.switch import Mode
+from celora.runtime.attachment import require
 from celora.train.forecast.blocks import (
     Line,
     can_checkpoint,
@@ -72,6 +75,22 @@ def test_bytes_of_the_whole_are_foreseen(setting, dtype, int8):
     assert cost.itemsize == dtype.itemsize
     largest = config.hidden_size * config.intermediate_size if int8 else 0
     assert cost.dense == largest * (1 + dtype.itemsize)
+
+
+def test_steps_are_timed_after_the_first_refresh(setting, monkeypatch):
+    """A preset measures its layers in turns in the first ten steps, but a long run has others."""
+    modes = []
+
+    def timed(probe, batch, optimizer):
+        found = seconds(probe, batch, optimizer)
+        modes.extend(graft.mode for graft in require(probe.model).grafts.values() if graft.needed is not False)
+        return found
+
+    patch_all(monkeypatch, "celora.train.forecast.blocks:seconds", timed)
+    turns = CELoraConfig(keep_ratio=0.5, rank=2, spread=True)
+    patch_all(monkeypatch, "celora.train.forecast.blocks:settled_config", lambda request, probe: turns)
+    setting("auto", blocks=2)
+    assert set(modes) == {Mode.ESTIMATE}
 
 
 def test_what_is_kept_grows_with_blocks_and_presets_keep_less(setting):

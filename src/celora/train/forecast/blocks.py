@@ -268,7 +268,7 @@ def _part(
     batches = [large, _batch(probe, rows, max(2, _count(large) // 4), words)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself will say it
-        celora.attach(peft, settle(request, probe))
+        celora.attach(peft, settle(request, probe), spread=False)  # the step that warms up measures every layer
     optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-5)
     taken: dict[bool, dict[int, float]] = {}
     for on in checkpointing:
