@@ -17,3 +17,8 @@ def test_the_case_of_a_name_does_not_matter() -> None:
     assert choose("arm", "lora", ["auto", "LoRA"]) == "LoRA"
     with pytest.raises(CELoraError, match="unknown arm 'aut'; did you mean 'auto'"):
         choose("arm", "aut", ["auto", "LoRA"])
+
+
+def test_a_message_is_one_line_whatever_it_quotes() -> None:
+    said = str(CELoraError("cannot read 'a.json':\n\n  line 1\n    is   wrong\n"))
+    assert said == "cannot read 'a.json': line 1 is wrong"

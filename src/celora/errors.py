@@ -9,6 +9,9 @@ from collections.abc import Iterable
 class CELoraError(ValueError):
     """Bad input to celora. The message is a single line; the command line prints it and exits with status 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # it may quote another library, which writes several lines
+
 
 class Diverged(CELoraError):
     """A training whose numbers are no longer finite."""

@@ -153,7 +153,7 @@ def read_json(path: Path) -> Any:
     except json.JSONDecodeError as error:
         raise CELoraError(f"{path}:{error.lineno}: not JSON: {error.msg}.") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, nested too deeply, too many digits, a key given twice
-        raise CELoraError(f"{path}: not JSON: {' '.join(str(error).split())}.") from None
+        raise CELoraError(f"{path}: not JSON: {error}.") from None
 
 
 def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

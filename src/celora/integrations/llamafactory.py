@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise CELoraError(f"celora is for training; {_COMMAND} FILE.yaml, and llamafactory-cli for all else")
         _train(given[1:])
     except CELoraError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

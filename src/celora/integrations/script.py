@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made = _attach_to_every_trainer(asked.settings)
         _run(asked)
     except CELoraError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except SystemExit as ended:
         if not ended.code:

@@ -158,8 +158,7 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
                     "FILE.jinja, or rows of text (columns 'text', or 'prompt' and 'completion')"
                 ) from error
             (number, reason), data = found, "training" if rest[-1] == "train" else "evaluation"
-            said = " ".join(str(reason).split())
-            raise CELoraError(f"the chat template refuses row {number:,} of the {data} data: {said}") from error
+            raise CELoraError(f"the chat template refuses row {number:,} of the {data} data: {reason}") from error
 
     def _send_telemetry(self) -> None:
         """TRL reports each new trainer to the hub. celora sends nothing."""
@@ -185,7 +184,7 @@ def refused(what: str, trainer: Any = None) -> Iterator[None]:
         if late or out_of_memory(error) or lost_contact(error) or _raised_here(error):
             raise
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise CELoraError(f"no {what} with these settings: {kind}{' '.join(str(error).split())}") from error
+        raise CELoraError(f"no {what} with these settings: {kind}{error}") from error
 
 
 def _raised_here(error: Exception) -> bool:

@@ -171,8 +171,7 @@ def _save_tokenizer(header: GGUFHeader, config: Any, folder: Path) -> None:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk is full, for example
         raise CELoraError(
-            f"{str(header.path)!r} has no tokenizer that Transformers reads: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}"
+            f"{str(header.path)!r} has no tokenizer that Transformers reads: {type(error).__name__}: {str(error)[:200]}"
         ) from error
     if words > config.vocab_size:
         raise CELoraError(f"{str(header.path)!r} has {words:,} tokens, and an embedding of {config.vocab_size:,}")

@@ -117,7 +117,7 @@ def gguf_config(header: GGUFHeader) -> Any:
     try:
         return AutoConfig.for_model(kind, **found)
     except Exception as error:  # whatever Transformers raises about a value
-        raise read.refused(f"makes no configuration of {kind!r}: {' '.join(str(error).split())}") from error
+        raise read.refused(f"makes no configuration of {kind!r}: {error}") from error
 
 
 def _rotation(read: _Metadata, kind: str, rotated: int, head_dim: int) -> dict[str, Any]:

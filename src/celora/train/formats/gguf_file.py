@@ -205,7 +205,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise CELoraError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
     # NotImplementedError: gguf unpacks no tensor of such a type, as of Q8_K.
     except (ValueError, KeyError, IndexError, OverflowError, NotImplementedError, struct.error) as error:
-        raise CELoraError(f"{str(path)!r} is no GGUF file that can be read: {' '.join(str(error).split())}") from None
+        raise CELoraError(f"{str(path)!r} is no GGUF file that can be read: {error}") from None
 
 
 def field(reader: Any, name: str) -> Any:

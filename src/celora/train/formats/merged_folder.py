@@ -33,7 +33,7 @@ def base_folder(model: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:  # whatever the hub client raises
-        raise CELoraError(f"cannot load a model from {model!r}: {' '.join(str(error).split())}") from error
+        raise CELoraError(f"cannot load a model from {model!r}: {error}") from error
 
 
 def write_folder(folder: Path, base: Path, adapter: SavedAdapter, tokenizer: Any) -> int:
@@ -77,7 +77,7 @@ def _tensors(base: Path) -> Iterator[tuple[str, Tensor]]:
                 for name in file.keys():  # noqa: SIM118  # a handle is no mapping
                     yield name, file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CELoraError(f"cannot read {str(path)!r}: {' '.join(str(error).split())}") from error
+            raise CELoraError(f"cannot read {str(path)!r}: {error}") from error
 
 
 def _with_head(tensors: Iterator[tuple[str, Tensor]], untied: bool) -> Iterator[tuple[str, Tensor]]:

@@ -67,7 +67,7 @@ class SavedAdapter:
             self.config: Any = LoraConfig.from_pretrained(str(folder))
             tensors = load_file(folder / WEIGHTS)
         except (SafetensorError, OSError, TypeError, ValueError) as error:
-            raise CELoraError(f"cannot read the adapter in {str(folder)!r}: {' '.join(str(error).split())}") from error
+            raise CELoraError(f"cannot read the adapter in {str(folder)!r}: {error}") from error
         for name in _OTHERS:
             if getattr(self.config, name, None):
                 raise CELoraError(f"{name} in {str(folder)!r} cannot be exported; {_IN_PYTHON}")

@@ -150,7 +150,7 @@ def take_over(trainer: Any, checkpoint: Path) -> None:
 
 def stopped(error: BaseException, folder: OutputFolder) -> CELoraError:
     """The error that stopped a run, in one line with the checkpoint to resume from."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = str(error).strip() or type(error).__name__
     if isinstance(error, UnpicklingError):
         reason = "a checkpoint's file holds objects other than tensors, which are never unpickled"
     whole = folder.last_checkpoint()

@@ -343,7 +343,7 @@ def sft_config(request: TrainRequest) -> Any:
         args = SFTConfig(output_dir=str(request.output), disable_tqdm=True, **own)
     except Exception as error:  # whatever TRL, transformers and accelerate raise about a value
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise CELoraError(kind + " ".join(str(error).split())) from error
+        raise CELoraError(f"{kind}{error}") from error
     template = args.chat_template_path
     if template is not None and not Path(template).expanduser().is_file():
         raise CELoraError(

@@ -102,7 +102,7 @@ def _parse(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise CELoraError(f"cannot read --config {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date like 2001-99-99
-        raise CELoraError(f"--config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise CELoraError(f"--config {str(path)!r} is not valid YAML: {error}") from None
     if document is None:
         return {}
     if _larger(document, _MOST_VALUES):

@@ -169,7 +169,7 @@ def _span(messages: Messages, k: int, whole: str, render: Render, end: str) -> t
     try:
         before, upto = _before(messages, k, render), render(messages[: k + 1], False)
     except Exception as error:  # the template's own, about a conversation that ends there
-        said = " ".join(str(error).split())
+        said = str(error).strip()
         raise CELoraError(f"the chat template refuses what ends at messages[{k}] ({said}); {_WAYS_OUT}") from None
     written = upto[len(before) :]
     if upto.startswith(before) and whole.startswith(before):

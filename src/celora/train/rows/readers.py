@@ -24,7 +24,7 @@ Placed = Iterator[tuple[str, Any]]
 
 def fail(place: str, problem: str) -> NoReturn:
     """Raise CELoraError for the row at `place`, in one line."""
-    raise CELoraError(" ".join(f"{place}: {problem}.".split()))
+    raise CELoraError(f"{place}: {problem}.")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

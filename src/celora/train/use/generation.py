@@ -135,7 +135,7 @@ def encode(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
         try:
             found = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
         except Exception as error:  # jinja2's, or any that the template's own expressions raise
-            raise CELoraError(f"the chat template refuses this conversation: {' '.join(str(error).split())}") from error
+            raise CELoraError(f"the chat template refuses this conversation: {error}") from error
     if not found["input_ids"]:
         raise CELoraError("the prompt holds no tokens; give some text")
     return list(found["input_ids"])
