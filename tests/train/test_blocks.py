@@ -18,10 +18,10 @@ from celora.modeling.switch import Mode
 from celora.runtime.attachment import require
 from celora.train.forecast.blocks import (
     Line,
-    can_checkpoint,
     how_many_blocks,
     measure,
     mlp_width,
+    outline,
     seconds,
     stand_in,
     stand_in_config,
@@ -138,17 +138,11 @@ def test_a_stand_in_has_few_words_and_the_layers_of_its_beginning():
         stand_in_config(Gemma3Config(), 2)
 
 
-def test_not_every_model_has_checkpointing():
-    small = {"vocab_size": 32, "n_embd": 8, "n_head": 2, "n_layer": 2}
-    assert can_checkpoint(AutoConfig.for_model("gpt2", **small))
-    assert not can_checkpoint(AutoConfig.for_model("openai-gpt", **small))
-
-
 def test_the_widest_matrix_tells_the_width_of_an_mlp_that_is_not_configured():
-    assert mlp_width(AutoConfig.for_model("llama", intermediate_size=100)) == 100
-    assert mlp_width(AutoConfig.for_model("gpt2", vocab_size=32, n_embd=8, n_head=2, n_layer=2)) == 32
+    assert mlp_width(outline(AutoConfig.for_model("llama", intermediate_size=100))) == 100
+    assert mlp_width(outline(AutoConfig.for_model("gpt2", vocab_size=32, n_embd=8, n_head=2, n_layer=2))) == 32
     opt = {"hidden_size": 8, "word_embed_proj_dim": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
-    assert mlp_width(AutoConfig.for_model("opt", vocab_size=32, ffn_dim=24, **opt)) == 24
+    assert mlp_width(outline(AutoConfig.for_model("opt", vocab_size=32, ffn_dim=24, **opt))) == 24
 
 
 def test_a_model_that_is_no_causal_language_model_is_one_line():

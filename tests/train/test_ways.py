@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from celora.machine.gpus import Gpu
+from celora.settings.config import CELoraConfig
+from celora.settings.presets import PRESETS
 from celora.train.forecast.blocks import Cost, Line
 from celora.train.forecast.ways import Model, Rows, Way, best, epoch_seconds, least_seconds, peak_bytes, ways_of
 
@@ -67,8 +70,9 @@ def test_loading_in_another_dtype_may_be_the_peak() -> None:
 
 def test_ways_are_named_and_in_all_combinations() -> None:
     found = ways_of(
-        COST, MODEL, ROWS, 7, named=("int8", "float32", "fast"), batches=[(4, 1), (2, 2)], checkpointing=[False, True]
-    )
+        COST, MODEL, ROWS, 7, named=("int8", "float32", "fast"), config=PRESETS["fast"],
+        batches=[(4, 1), (2, 2)], checkpointing=[False, True],
+    )  # fmt: skip
     assert [(way.batch, way.accumulation, way.checkpointing) for way in found] == [
         (4, 1, False), (4, 1, True), (2, 2, False), (2, 2, True),
     ]  # fmt: skip
@@ -99,24 +103,27 @@ def test_the_least_time_is_that_of_operations_or_of_bytes() -> None:
     frozen, head = 2 * 8 * 24 * 200, 2 * 4 * 10 * 200  # two operations for each number and token
     moved = 2 * 200 * (2 + 8 * 30)
 
-    def seconds(checkpointing: bool, dtype: str, preset: str, gpu: Gpu = CARD) -> float:
+    def seconds(checkpointing: bool, dtype: str, config: CELoraConfig, gpu: Gpu = CARD) -> float:
         cost = replace(COST, computes_in=dtype)
-        return least_seconds(gpu, cost, MODEL, ROWS, checkpointing=checkpointing, preset=preset)
+        return least_seconds(gpu, cost, MODEL, ROWS, config, checkpointing=checkpointing)
 
-    assert seconds(False, "bfloat16", "auto") == pytest.approx((2 * frozen + 2 * head) / 100)
-    assert seconds(False, "float32", "off") == pytest.approx((2 * frozen + 2 * head) / 10)
-    assert seconds(True, "bfloat16", "fast") == pytest.approx((3 * frozen + head) / 400 + 0.1 * head / 100)
-    assert seconds(True, "bfloat16", "fast", replace(CARD, bandwidth=1.0)) == pytest.approx(moved)
+    assert seconds(False, "bfloat16", PRESETS["auto"]) == pytest.approx((2 * frozen + 2 * head) / 100)
+    assert seconds(False, "float32", PRESETS["off"]) == pytest.approx((2 * frozen + 2 * head) / 10)
+    assert seconds(True, "bfloat16", PRESETS["fast"]) == pytest.approx((3 * frozen + head) / 400 + 0.1 * head / 100)
+    assert seconds(True, "bfloat16", PRESETS["fast"], replace(CARD, bandwidth=1.0)) == pytest.approx(moved)
+    own = replace(PRESETS["fast"], head_keep_ratio=1.0)  # what the user has changed counts, and no name
+    assert seconds(True, "bfloat16", own) == pytest.approx((3 * frozen + head) / 400 + head / 100)
 
 
 def test_logits_of_labelled_tokens_only_where_padding_is_left_out() -> None:
     costs = (replace(COST, computes_in="bfloat16", packed=packed) for packed in (False, True))
-    whole, packed = (least_seconds(CARD, cost, MODEL, ROWS, checkpointing=False, preset="auto") for cost in costs)
+    whole, packed = (least_seconds(CARD, cost, MODEL, ROWS, PRESETS["auto"], checkpointing=False) for cost in costs)
     assert whole - packed == pytest.approx(2 * 2 * 4 * 10 * (200 - 100) / 100)
 
 
 def test_the_peak_does_not_depend_on_whose_time_it_is() -> None:
-    given = {"named": ("bfloat16", "bfloat16", "auto"), "batches": [(2, 4)], "checkpointing": [True]}
+    given: dict[str, Any] = {"named": ("bfloat16", "bfloat16", "auto"), "config": PRESETS["auto"]}
+    given |= {"batches": [(2, 4)], "checkpointing": [True]}
     (here,), (there,) = (ways_of(COST, MODEL, ROWS, 77, gpu=gpu, **given) for gpu in (None, CARD))
     assert here.peak_bytes == there.peak_bytes
     assert here.epoch_seconds != there.epoch_seconds

@@ -117,19 +117,12 @@ def outline(config: Any) -> Any:
     return stand_in(config, 1, torch.float32, None, torch.device("meta"))
 
 
-def can_checkpoint(config: Any) -> bool:
-    """Whether models of this kind have gradient checkpointing."""
-    return bool(outline(config).supports_gradient_checkpointing)
-
-
-def mlp_width(config: Any) -> int:
+def mlp_width(model: Any) -> int:
     """How many numbers a token has within a block's MLP: as configured, or else as its widest matrix has."""
-    width = getattr(config.get_text_config(), "intermediate_size", None)
+    width = getattr(model.config.get_text_config(), "intermediate_size", None)
     if isinstance(width, int):
         return width
-    return max(
-        size for weight in _blocks(outline(config))[0].parameters() if weight.dim() == 2 for size in weight.shape
-    )
+    return max(size for weight in _blocks(model)[0].parameters() if weight.dim() == 2 for size in weight.shape)
 
 
 def block_numbers(model: nn.Module) -> int:

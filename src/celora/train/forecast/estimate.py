@@ -28,6 +28,7 @@ from celora.machine.gpus import GPUS, USABLE, usable
 from celora.machine.memory import available_memory, resident_memory
 from celora.modeling.int8_base import frozen_linears
 from celora.modeling.report import aligned
+from celora.settings.config import CELoraConfig
 from celora.train.dtype import settle_dtype
 from celora.train.forecast import gpu as gpus
 from celora.train.forecast.blocks import (
@@ -35,7 +36,6 @@ from celora.train.forecast.blocks import (
     Build,
     Cost,
     block_numbers,
-    can_checkpoint,
     count,
     measure,
     mlp_width,
@@ -316,34 +316,34 @@ def _all_ways(
     presets: tuple[str, ...],
     gpu: str | None,
 ) -> list[Way]:
-    text = config.get_text_config()
+    text, bare = config.get_text_config(), outline(config)
     tables = 1 if text.tie_word_embeddings else 2
     model = Model(
-        int(text.num_hidden_layers), int(text.hidden_size), mlp_width(config), int(text.vocab_size),
-        block_numbers(outline(config)), min(WORDS, int(text.vocab_size)), tables, stored,
+        int(text.num_hidden_layers), int(text.hidden_size), mlp_width(bare), int(text.vocab_size),
+        block_numbers(bare), min(WORDS, int(text.vocab_size)), tables, stored,
     )  # fmt: skip
     asked = "gradient_checkpointing" in request.given or "activation_checkpointing" in request.given
     on = bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
-    checkpointing = [on] if asked else [False, True] if can_checkpoint(config) else [False]
+    checkpointing = [on] if asked else [False, True] if bare.supports_gradient_checkpointing else [False]
     options = _batches(request, args)
-    costs: dict[tuple[str, str, str], Cost] = {}
-    for base, dtype in _bases(request, args, config, None if gpu is None else stored):
+    costs: list[tuple[tuple[str, str, str], CELoraConfig, Cost]] = []
+    for base, dtype in _bases(request, args, bare, None if gpu is None else stored):
         for preset in presets:
             own, kind, int8 = _with_preset(request, preset), getattr(torch, dtype), base == "int8"
             if gpu is None:
                 cost = measure(own, build, config, kind, int8=int8, checkpointing=checkpointing)
             else:
                 cost = count(own, build, config, kind, int8=int8)
-            costs[base, dtype, preset] = cost
+            costs.append(((base, dtype, preset), own.config, cost))
     gc.collect()
     give_back_freed_memory()
     # With what libraries keep once there have been steps.
     before, card = (resident_memory() or 0, None) if gpu is None else (gpus.BESIDE, GPUS[gpu])
     return [
         way
-        for named, cost in costs.items()
+        for named, own, cost in costs
         for way in ways_of(
-            cost, model, rows, before, named=named, batches=options, checkpointing=checkpointing, gpu=card
+            cost, model, rows, before, named=named, config=own, batches=options, checkpointing=checkpointing, gpu=card
         )
     ]
 
@@ -361,7 +361,7 @@ def _with_preset(request: TrainRequest, preset: str) -> TrainRequest:
     return replace(request, preset=preset, config=made.config, r=made.r)
 
 
-def _bases(request: TrainRequest, args: Any, config: Any, stored: int | None) -> list[tuple[str, str]]:
+def _bases(request: TrainRequest, args: Any, bare: Any, stored: int | None) -> list[tuple[str, str]]:
     """Pairs of a base and the dtype of what is not in 8 bits. `stored`: bytes of a number in a checkpoint for a GPU."""
     dtypes = ["bfloat16"] if stored == 2 else ["float32", "bfloat16"]
     if "dtype" in request.given and request.lora["dtype"] not in (None, "auto"):
@@ -374,7 +374,7 @@ def _bases(request: TrainRequest, args: Any, config: Any, stored: int | None) ->
         raise CELoraError(
             "bases in bitsandbytes' formats are not estimated; leave out --load_in_4bit and --load_in_8bit"
         )
-    can = any(frozen_linears(outline(config)))  # GPT-2's layers, for example, cannot be held in 8 bits
+    can = any(frozen_linears(bare))  # GPT-2's layers, for example, cannot be held in 8 bits
     return [("int8", beside)] if request.options.base else [*plain, ("int8", beside)] if can else plain
 
 

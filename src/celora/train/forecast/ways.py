@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 from celora.machine.gpus import Gpu
 from celora.numerics.head import chunk_size
+from celora.settings.config import CELoraConfig
 from celora.train.forecast.blocks import Cost
 
 _ADAMW = 4  # times the bytes of what trains
 _ROUNDED = 17 / 16  # celora rounds the tokens left after padding up
 _LOGITS = 8  # bytes that a logit takes while its chunk is computed: itself in float32, and its gradient
 _TO_SPARE = 1.05  # of the peak, to fit: estimates were up to 9 % too low, and a budget may be exceeded by 5 %
-_WORDS = {"fast": 0.1}  # share of the words that the head's backward multiplies with
 _SEEN = 3  # tensors of the width of the MLP that live for a moment in a block's backward
 # Share of LoRA's improvement in held-out loss that is kept on one text by a 135M model; docs/measured/learning.md.
 QUALITY = {
@@ -109,6 +109,7 @@ def ways_of(
     before: int,
     *,
     named: tuple[str, str, str],
+    config: CELoraConfig,
     batches: Iterable[tuple[int, int]],
     checkpointing: Sequence[bool],
     gpu: Gpu | None = None,
@@ -118,6 +119,7 @@ def ways_of(
     Args:
         before: bytes of the process before there is a model.
         named: base, dtype and preset.
+        config: what the preset and the user's changes of it make.
         batches: pairs of rows in a micro-batch, and micro-batches in a step.
         gpu: the GPU whose published peaks give the time; None if steps were timed.
     """
@@ -128,7 +130,7 @@ def ways_of(
             if gpu is None:
                 seconds = epoch_seconds(cost, model, rows, batch, checkpointing=on)
             else:
-                seconds = least_seconds(gpu, cost, model, rows, preset=named[2], checkpointing=on)
+                seconds = least_seconds(gpu, cost, model, rows, config, checkpointing=on)
             found.append(Way(*named, on, batch, accumulation, int(peak), seconds))
     return found
 
@@ -169,7 +171,9 @@ def epoch_seconds(cost: Cost, model: Model, rows: Rows, batch: int, *, checkpoin
     return micro_batches * (outside.fixed + words * outside.per_token * tokens + model.blocks * block.at(tokens))
 
 
-def least_seconds(gpu: Gpu, cost: Cost, model: Model, rows: Rows, *, preset: str, checkpointing: bool) -> float:
+def least_seconds(
+    gpu: Gpu, cost: Cost, model: Model, rows: Rows, config: CELoraConfig, *, checkpointing: bool
+) -> float:
     """Seconds that an epoch takes at least on a GPU, by its published peaks. Computed, not measured.
 
         seconds >= max(operations / rate, bytes / bandwidth)
@@ -178,10 +182,10 @@ def least_seconds(gpu: Gpu, cost: Cost, model: Model, rows: Rows, *, preset: str
     backward, written once and read once. Everything else is left out.
     """
     usual = gpu.float32 if cost.computes_in == "float32" else gpu.bfloat16
-    eight = gpu.int8 if preset == "fast" else usual
+    forward = gpu.int8 if config.forward == "int8" else usual  # also of what backward multiplies with frozen weights
     frozen = 2 * model.blocks * model.block_numbers * rows.tokens  # in one direction
     head = 2 * model.hidden * model.words * (rows.labelled if cost.packed else rows.tokens)
-    busy = ((3 if checkpointing else 2) * frozen + head) / eight + _WORDS.get(preset, 1) * head / usual
+    busy = ((3 if checkpointing else 2) * frozen + head) / forward + config.head_keep_ratio * head / usual
     return max(busy, 2 * rows.tokens * kept_bytes(cost, model, checkpointing=False) / gpu.bandwidth)
 
 
