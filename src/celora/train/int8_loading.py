@@ -22,10 +22,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from celora.errors import CELoraError
 from celora.modeling.int8_base import frozen_linears, put, quantise_base
 from celora.modeling.int8_linear import Int8Linear
-from celora.weights.checkpoint import StoredTensor, stored_tensors
+from celora.weights.checkpoint import stored_dtype, stored_tensors
 
 _METHOD = "celora_int8"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Names in model_init_kwargs that say how to load; they conflict with reading tensor by tensor.
 _LOADING = {
     "device_map", "max_memory", "low_cpu_mem_usage", "disable_mmap", "local_files_only", "force_download", "variant",
@@ -57,7 +56,7 @@ def load_int8_model(
     if getattr(config, "quantization_config", None) is not None:
         raise CELoraError("its weights are quantised already; leave out --base int8")
     if dtype == "auto":
-        dtype = getattr(config, "dtype", None) or config.get_text_config().dtype or _dtype_of(tensors)
+        dtype = getattr(config, "dtype", None) or config.get_text_config().dtype or stored_dtype(tensors)
     _register()
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
@@ -88,12 +87,6 @@ def complete(model: Any, info: Mapping[str, Any]) -> Any:
             "give a checkpoint of the whole model"
         )
     return model
-
-
-def _dtype_of(tensors: dict[str, StoredTensor]) -> torch.dtype:
-    """The dtype of the first tensor that has one of `_DTYPES`."""
-    kinds = (tensor.get_dtype() for tensor in tensors.values())
-    return next((_DTYPES[kind] for kind in kinds if kind in _DTYPES), torch.float32)
 
 
 class _Config(QuantizationConfigMixin):  # type: ignore[misc]

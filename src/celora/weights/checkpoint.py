@@ -6,9 +6,11 @@ stayed open would end up in memory as a whole.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
@@ -16,7 +18,7 @@ from transformers.utils import cached_file
 from celora.errors import CELoraError, Damaged
 from celora.files import read_json
 
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -67,15 +69,12 @@ def stored_tensors(model: str, revision: str | None = None, *, offline: bool = F
         )
         return None if path is None else Path(path)
 
-    single = found(SINGLE)
-    index = None if single is not None else found(INDEX)
-    if single is None and index is None:
-        raise CELoraError(f"{model!r} holds neither {SINGLE} nor {INDEX}")
-    if single is not None:
+    if (single := found(SINGLE)) is not None:
         files = [single]
-    else:
-        assert index is not None
+    elif (index := found(INDEX)) is not None:
         files = [_there(found(name), name, model) for name in sorted(set(read_json(index)["weight_map"].values()))]
+    else:
+        raise CELoraError(f"{model!r} holds neither {SINGLE} nor {INDEX}")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         try:
@@ -87,19 +86,23 @@ def stored_tensors(model: str, revision: str | None = None, *, offline: bool = F
 
 
 def stored_itemsize(model: str, revision: str | None = None) -> int:
-    """Bytes of a number in a checkpoint: of its first tensor, from the head of its file. 4 if it has no safetensors.
+    """Bytes of a number in a checkpoint, from the head of a file. 4 if it has no safetensors.
 
     Raises:
         Damaged: a file is no safetensors file.
     """
     try:
-        tensors = stored_tensors(model, revision)
+        return stored_dtype(stored_tensors(model, revision)).itemsize
     except Damaged:
         raise
     except (OSError, CELoraError):
         return 4
+
+
+def stored_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
+    """The dtype of a checkpoint: of its first tensor of floating-point numbers. float32 if it has none."""
     kinds = (tensor.get_dtype() for tensor in tensors.values())
-    return next((_BYTES[kind] for kind in kinds if kind in _BYTES), 4)
+    return next((_DTYPES[kind] for kind in kinds if kind in _DTYPES), torch.float32)
 
 
 def _there(path: Path | None, name: str, model: str) -> Path:
