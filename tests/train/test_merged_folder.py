@@ -80,6 +80,16 @@ def test_the_dtype_is_the_bases(tokenizer, tmp_path):
     assert (tmp_path / "new" / "generation_config.json").is_file()
 
 
+def test_a_file_beside_the_weights_is_not_the_models(tokenizer, tmp_path):
+    adapter = SavedAdapter(save(adapted(), tmp_path / "adapter"))
+    base = base_of(tmp_path / "base")
+    names = load_file(base / "model.safetensors").keys()
+    save_file({"layers.0.weight": torch.ones(2)}, base / "consolidated.safetensors")
+    (tmp_path / "new").mkdir()
+    write_folder(tmp_path / "new", base, adapter, tokenizer)
+    assert load_file(tmp_path / "new" / "model.safetensors").keys() == names
+
+
 def test_what_cannot_be_merged_is_one_line(tokenizer, tmp_path):
     model = adapted()
     adapter = SavedAdapter(save(model, tmp_path / "adapter"))

@@ -19,7 +19,7 @@ from celora.errors import CELoraError
 from celora.files import read_json
 from celora.train.formats.saved_adapter import SavedAdapter
 from celora.train.formats.shards import write_shards
-from celora.weights.checkpoint import INDEX
+from celora.weights.checkpoint import INDEX, SINGLE
 
 _MOST_BYTES = 2**30  # of one file, unless one tensor alone is larger
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -66,10 +66,12 @@ def write_folder(folder: Path, base: Path, adapter: SavedAdapter, tokenizer: Any
 
 
 def _tensors(base: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model's folder, one by one."""
-    if (base / INDEX).is_file():
+    """The tensors of a model's folder, one by one, from the files that Transformers loads."""
+    if (base / SINGLE).is_file():
+        files = [base / SINGLE]
+    elif (base / INDEX).is_file():
         files = sorted({base / Path(name).name for name in read_json(base / INDEX)["weight_map"].values()})
-    else:
+    else:  # of a variant
         files = sorted(base.glob("*.safetensors"))
     for path in files:
         try:
