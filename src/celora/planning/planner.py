@@ -115,12 +115,13 @@ def make_plans(
         raise CELoraError(
             "a sharded model cannot be measured; make the plan before it is sharded, in one process for all of them."
         )
-    for device in {parameter.device for parameter in model.parameters()}:
+    devices = {parameter.device for parameter in model.parameters()}
+    for device in devices:
         if reason := cannot_time(device):
             raise CELoraError(
                 f"cannot plan on {device.type!r}: {reason}. Choose preset exact or paper, which time nothing."
             )
-    for device in {parameter.device for parameter in model.parameters()}:
+    for device in devices:
         for operation, reason in judge(device).wrong.items():
             warnings.warn(f"celora: Triton's kernel {operation} {reason}; torch's operators are used.", stacklevel=3)
     used = [on_device(batch, parameters) for _, batch in zip(range(MOST_BATCHES), batches, strict=False)]
