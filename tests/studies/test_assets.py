@@ -50,15 +50,15 @@ def small_sentences(path: Path, kind: bytes = tarfile.REGTYPE) -> Path:
     return path
 
 
-def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_assets_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ENV:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert assets.cache_folder() == tmp_path / ".cache" / "celora"
+    assert assets.assets_folder() == tmp_path / ".cache" / "celora"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert assets.cache_folder() == tmp_path / "xdg" / "celora"
+    assert assets.assets_folder() == tmp_path / "xdg" / "celora"
     monkeypatch.setenv("CELORA_CACHE", str(tmp_path / "own"))
-    assert assets.cache_folder() == tmp_path / "own"
+    assert assets.assets_folder() == tmp_path / "own"
 
 
 def test_a_package_laid_into_the_cache_is_used_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def advice(found: Survey, config: CELoraConfig) -> list[str]:
         if layer.dtype in _HALF and wide and not (config.fused and not layer.cannot_fuse):
             said.append(
                 f"float32 adapters on a {str(layer.dtype).removeprefix('torch.')} base cast every activation twice; "
-                "presets exact, paper and auto do not, nor does get_peft_model(..., autocast_adapter_dtype=False)."
+                "presets other than off do not, nor does get_peft_model(..., autocast_adapter_dtype=False)."
             )
             break
     for dtype, device in dict.fromkeys((layer.dtype, layer.device) for layer in layers if not layer.quantised):

