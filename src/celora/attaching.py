@@ -93,14 +93,7 @@ def attach(
         for module, kind in known.items():
             kind(attachment.switch).under(module)
         if config.labelled_head and found.language_model is not None:
-            attachment.forward = install(
-                found.language_model,
-                attachment.switch,
-                packs=config.padding_free,
-                keep_ratio=config.head_keep_ratio,
-                forward=config.head_forward,
-                seed=config.seed,
-            )
+            attachment.forward = install(found.language_model, attachment.switch, config)
         elif attachment.grafts:
             OwnLoss(attachment.switch).under(model)
         attachment.set_modes(0)

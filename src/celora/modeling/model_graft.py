@@ -39,6 +39,7 @@ from celora.modeling.switch import Mode, Switch
 from celora.numerics.head import Logits, score_tokens
 from celora.numerics.measured import Measured
 from celora.numerics.products.both_ways import Int8BothWays
+from celora.settings.config import CELoraConfig
 from celora.weights.sharded import whole
 
 
@@ -340,25 +341,15 @@ class ModelGraft(Measured, Hook):
         return not reason
 
 
-def install(
-    found: LanguageModel,
-    switch: Switch,
-    *,
-    packs: bool = True,
-    keep_ratio: float = 1.0,
-    forward: str = "exact",
-    seed: int = 0,
-) -> ModelGraft:
-    """Hook a language model; `celora.modeling.hooks.remove` undoes it.
-
-    Args:
-        packs: leave out padding, if the model allows it.
-        keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with.
-        forward: how the logits are computed while training, `exact` or `int8`.
-        seed: seed of the draws for the estimate of that gradient.
-    """
-    packs = packs and not found.cannot_pack
-    graft = ModelGraft(switch, packs=packs, keep_ratio=keep_ratio, forward=forward, seed=seed)
+def install(found: LanguageModel, switch: Switch, config: CELoraConfig) -> ModelGraft:
+    """Hook a language model as this configuration says; `celora.modeling.hooks.remove` undoes it."""
+    graft = ModelGraft(
+        switch,
+        packs=config.padding_free and not found.cannot_pack,
+        keep_ratio=config.head_keep_ratio,
+        forward=config.head_forward,
+        seed=config.seed,
+    )
     _hook(graft, found)
     return graft
 
