@@ -17,6 +17,7 @@ from celora.cli.options import (
     Data,
     Json,
     Model,
+    Overwrite,
     PlanFile,
     Preset,
     Quiet,
@@ -96,7 +97,7 @@ def plan(
     rows: Rows = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
     as_json: Json = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     look_ahead(context.args, config)
     from celora.train.request.arguments import parse

@@ -16,6 +16,7 @@ from celora.cli.options import (
     Data,
     Json,
     Model,
+    Overwrite,
     Quiet,
     check_file,
     look_ahead,
@@ -115,7 +116,7 @@ def bench(
     ] = None,
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     if output is not None:
         check_file(output, overwrite=overwrite)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from celora.cli.app import app
-from celora.cli.options import Json, Quiet, check_file, possible, print_json, settle_in
+from celora.cli.options import Json, Overwrite, Quiet, check_file, possible, print_json, settle_in
 from celora.errors import CELoraError
 from celora.files import json_lines
 
@@ -134,7 +134,7 @@ def generate(
     temperature: Temperature = None,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an existing file.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: JsonLines = False,
 ) -> None:
