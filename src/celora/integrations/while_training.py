@@ -103,9 +103,7 @@ def read_settings(settings: object) -> tuple[str | CELoraConfig, dict[str, Any]]
 
     YAML reads `off` as false, which is taken for the preset.
     """
-    if settings is False:
-        settings = "off"
-    if isinstance(settings, str):
+    if settings is False or isinstance(settings, str):
         settings = {"preset": settings}
     if not isinstance(settings, Mapping):
         raise CELoraError(f"celora: {settings!r}; expected a preset (exact, auto, fast, paper, off) or a mapping.")

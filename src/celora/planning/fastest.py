@@ -50,16 +50,14 @@ def gate(
 ) -> CELoraConfig:
     """`config` with an override for each layer whose own setting is not the fastest on this machine.
 
-    The vocabulary projection stays exact if drawing words is not faster, unless `head_forward` is in 8 bits.
+    The vocabulary projection stays exact if drawing words is not faster, unless `head_forward` is in 8 bits. A warning
+    says where preset auto estimates nothing because no plan was made on this GPU. If several processes train together,
+    all use what the first one measures.
 
     Args:
         tokens: number of tokens in a batch.
         labelled: how many of them have a label.
         given: fields that the user has set.
-
-    Warns where preset auto estimates nothing because no plan was made on this GPU.
-
-    If several processes train together, all use what the first one measures.
     """
     with random_states({layer.device for layer in found.layers.values() if not cannot_time(layer.device)}):
         overrides, share = made_by_first(

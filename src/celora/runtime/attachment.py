@@ -45,7 +45,8 @@ class Attachment:
     Attributes:
         relative_errors: the relative error of each layer at its latest refresh; `head` is the vocabulary projection.
         over_bound: for each layer, how many of the latest refreshes in a row had a relative error of 1 or more.
-        forwards: the forwards in 8 bits.
+        forward: the graft of the whole language model; None where the model computes its own loss.
+        forwards: the forwards of single layers in 8 bits.
         ladder: the changes that refreshes made to what layers keep (`most_error` of the configuration).
         plan: the plan that the configuration was made from, or None.
         for_a_training: whether an integration made it. A training that is interrupted does not detach it.
