@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -60,9 +61,13 @@ def batch_size(trainer: Any) -> tuple[int, int]:
     """How many tokens the first batch has, and how many of them have a label. All processes call this together."""
     with random_states({parameter.device for parameter in trainer.model.parameters()}):
         batch = next(iter(trainer.get_train_dataloader()))
-    mask, labels = batch.get("attention_mask"), batch["labels"]
-    tokens = labels.numel() if mask is None or mask.dim() != 2 else int(mask.sum())
-    return tokens, int((labels != IGNORED).sum())
+    return tokens_of(batch), int((batch["labels"] != IGNORED).sum())
+
+
+def tokens_of(batch: Mapping[str, Any]) -> int:
+    """How many tokens a batch has, without padding."""
+    mask = batch.get("attention_mask")
+    return int(batch["input_ids"].numel() if mask is None or mask.dim() != 2 else mask.sum())
 
 
 def planned(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELoraConfig, Plan]:

@@ -31,7 +31,7 @@ from celora.kernels.backends import torch_alone
 from celora.modeling.int8_base import held_in_8_bits, quantise_base
 from celora.runtime.attachment import require
 from celora.train.checkpointing import checkpointed, kept_by
-from celora.train.planning import settled
+from celora.train.planning import settled, tokens_of
 from celora.train.request.arguments import TrainRequest
 from celora.train.rows.truncation import row_lengths
 
@@ -258,7 +258,7 @@ def _part(
     # A micro-batch of short rows may have few tokens.
     rows = rows[: probe.args.per_device_train_batch_size] if not repeats else list(islice(cycle(rows), tokens))
     large = _batch(probe, rows, tokens, words)
-    batches = [large, _batch(probe, rows, max(2, _count(large) // 4), words)]
+    batches = [large, _batch(probe, rows, max(2, tokens_of(large) // 4), words)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself will say it
         celora.attach(peft, settle(request, probe), spread=False)  # the step that warms up measures every layer
@@ -266,10 +266,10 @@ def _part(
     taken: dict[bool, dict[int, float]] = {}
     for on in checkpointing:
         with checkpointed(peft) if on else nullcontext():
-            taken[on] = {_count(batch): seconds(probe, batch, optimizer) for batch in batches}
+            taken[on] = {tokens_of(batch): seconds(probe, batch, optimizer) for batch in batches}
     if not taken:
         kept_by(probe, dict(large))  # the first call may keep more than later ones
-    kept = kept_by(probe, dict(large)) / _count(large)
+    kept = kept_by(probe, dict(large)) / tokens_of(large)
     head = require(peft).forward
     packed = head is not None and head.packs
     sizes = (*_sizes(peft), kept)
@@ -333,11 +333,6 @@ def _ordinary(dataset: Any) -> list[dict[str, Any]]:
     """Rows of middling length first, so that a batch of them is an ordinary one."""
     lengths = row_lengths(dataset)
     return [dataset[int(number)] for number in np.argsort(np.abs(lengths - lengths.mean()), kind="stable")]
-
-
-def _count(batch: Mapping[str, Any]) -> int:
-    mask = batch.get("attention_mask")
-    return int(batch["input_ids"].numel() if mask is None or mask.dim() != 2 else mask.sum())
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
