@@ -18,7 +18,7 @@ from celora.numerics.factor import svd_factor
 from celora.runtime.attachment import find, require
 from forked import code, run
 from machine import refuses
-from small import MEMBERS, adapter, make_base, make_model, train
+from small import MEMBERS, adapter, make_base, make_model, mixed_model, train
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
 
@@ -169,6 +169,15 @@ def test_weights_of_another_kind_are_skipped(model: PeftModel) -> None:
 def test_an_override_without_a_layer_is_said(model: PeftModel) -> None:
     with pytest.warns(UserWarning, match=r"the override '\*.qproj' matches no adapted layer"):
         celora.attach(model, CELoraConfig(rank=2, overrides={"*.qproj": {"estimator": "dense"}}))
+
+
+@pytest.mark.parametrize("config", ["paper", CELoraConfig(estimator="columns", rank=0)])
+def test_a_layer_under_two_kinds_of_adapters_is_estimated_once(config: Any) -> None:
+    model = mixed_model().train()
+    report = celora.attach(model, config)
+    assert len(report.layers) == len(report.estimated) == 2
+    train(model, steps=2)
+    assert [graft.observed for graft in require(model).grafts.values()] == [0, 1]  # the first needs no gradient
 
 
 def test_importing_celora_changes_nothing() -> None:

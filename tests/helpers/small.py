@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -95,6 +95,14 @@ def make_model(
     """The same with LoRA on all linear layers."""
     lora = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False, **lora}
     return get_peft_model(make_base(seed=seed, base_bias=base_bias, dtype=dtype, layers=layers), LoraConfig(**lora))
+
+
+def mixed_model() -> Any:
+    """A small Llama with LoHa around LoRA on each up_proj, both active."""
+    model = get_peft_model(make_base(), LoraConfig(r=8, target_modules=["up_proj"]), mixed=True)
+    model.add_adapter("second", LoHaConfig(r=4, target_modules=["up_proj"]))
+    model.set_adapter(["default", "second"])
+    return model
 
 
 def outlier(model: PeftModel, size: float) -> nn.Module:

@@ -14,7 +14,7 @@ from celora import CELoraError
 from celora.modeling.families import FAMILIES
 from celora.modeling.survey import LayerAdapter, survey
 from layers import bits_and_bytes_4
-from small import make_base, make_model
+from small import make_base, make_model, mixed_model
 
 UP = "base_model.model.model.layers.0.mlp.up_proj"
 
@@ -113,6 +113,16 @@ def test_adapters_of_other_kinds() -> None:
     found = survey(get_peft_model(make_base(), AdaLoraConfig(target_modules=["k_proj"], total_step=10)))
     assert found.language_model is None
     assert found.cannot_score == "AdaLoraModel has a forward of its own, which may add to the loss"
+
+
+def test_adapters_around_each_other_adapt_one_layer() -> None:
+    model = mixed_model()
+    found = survey(model)
+    assert list(found.layers) == [UP, UP.replace("layers.0", "layers.1")]
+    layer = found.layers[UP]
+    assert layer.module is model.get_submodule(UP).base_layer
+    assert layer.base is layer.module.get_base_layer()
+    assert layer.cannot_fuse == ""
 
 
 def test_a_model_that_is_none_of_transformers() -> None:

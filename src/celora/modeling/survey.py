@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -150,7 +151,12 @@ def _tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
             "call model.unmerge_adapter() first."
         )
     refuse_patched(model)
-    return tuners
+    # PeftMixedModel nests tuner layers: the innermost one calls the frozen layer, and the outermost one has its name.
+    return {
+        re.sub(r"(\.base_layer)+$", "", name): module
+        for name, module in tuners.items()
+        if not isinstance(getattr(module, "base_layer", None), BaseTunerLayer)
+    }
 
 
 def _adapted_layer(name: str, module: BaseTunerLayer) -> AdaptedLayer:
