@@ -173,7 +173,7 @@ def real_assets() -> None:
 
     from celora.studies import assets
 
-    folder = assets.cache_folder()
+    folder = assets.assets_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".tests.lock"):
         assets.demo_model()
