@@ -1,4 +1,4 @@
-"""Causal attention in C (attention.c)."""
+"""Causal attention in C (attention.c). In and out: as the operations of `kernels.operations`, whose names they have."""
 
 from __future__ import annotations
 
@@ -14,11 +14,6 @@ def takes(device: torch.device) -> bool:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, sequences: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention of each of `sequences`, (batch, first token, length): (S, 3) int64, which hold every token.
-
-    `query: (B, H, T, d)`, `key`, `value`: (B, H or fewer, T, d), float32 or bfloat16, d a multiple of 32. Returns
-    (B, T, H, d) and the logarithms of the sums of the softmax, float32 (B, H, T). Where `available`.
-    """
     batch, heads, tokens, size = query.shape
     out = query.new_empty(batch, tokens, heads, size)
     logs = query.new_empty(batch, heads, tokens, dtype=torch.float32)
@@ -40,7 +35,6 @@ def attention_backward(
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, as they are shaped, from that of `attention`'s `out`: (B, T, H, d)."""
     batch, heads, tokens, size = query.shape
     found = tuple(t.new_empty(batch, tokens, t.shape[1], size) for t in (query, key, value))
     strides, work = _strides(query, key, value, grad.transpose(1, 2)), _attention_work(sequences, size, backward=True)

@@ -1,12 +1,10 @@
-"""Passes that torch has no fast operator for, in C, built where there is a compiler.
+"""Passes that torch has no fast operator for, in C (rows.c).
+
+In and out: as the operations of `kernels.operations`. Those without a docstring have one there.
 
 At these sizes the passes decide: scaling, rounding and scattering with torch's operators costs more than the product,
-and a softmax over a vocabulary more than the projection onto it.
-A wheel brings them compiled. Elsewhere `rows.c` and what it includes are compiled at the first use (some seconds) and
-kept in the user's cache folder or, where there is none that only the user can write to, for the process. `tier.py`
-chooses the instructions.
-With neither, `library()` is None and everything works through torch's operators, slower; the planner measures what it
-gets, so it assumes nothing.
+and a softmax over a vocabulary more than the projection onto it. Where there is no library (`build`), everything works
+through torch's operators, slower; the planner measures what it gets, so it assumes nothing.
 """
 
 from __future__ import annotations
@@ -114,10 +112,6 @@ def softmax_rows(
     top1: Tensor | None,
     write: bool,
 ) -> None:
-    """For `y = scale z`, z: (N, V): the log-probability of each target, (N,), and entropy and top1 if asked for.
-
-    With `write`, z becomes the gradient of `log_probs`, which smoothing s makes `(1 - s) log p_target + s mean log p`.
-    """
     rows, columns = z.shape
     call_kernel("softmax_rows", z, z.data_ptr(), rows, columns, targets.data_ptr(), scale, smoothing,
                 log_probs.data_ptr(), pointer(entropy), pointer(top1), write)  # fmt: skip
@@ -141,10 +135,6 @@ def quantise_columns(w: Tensor, scale: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, offset: float, eps: float, rounds: bool) -> tuple[Tensor, Tensor]:
-    """`(offset + weight) x r` of `x: (..., n)` with `r = 1 / sqrt(mean x^2 + eps)`, and r: float32; contiguous.
-
-    `x r` is rounded to x's dtype before it is multiplied, if `rounds`.
-    """
     y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     call_kernel("rms_norm", x, x.data_ptr(), *_rows(x), weight.data_ptr(), offset, eps, rounds, y.data_ptr(),
           inverse.data_ptr())  # fmt: skip
@@ -152,7 +142,6 @@ def rms_norm(x: Tensor, weight: Tensor, *, offset: float, eps: float, rounds: bo
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, *, offset: float) -> Tensor:
-    """The gradient of x from that of `rms_norm`, whose r is `inverse`; all contiguous."""
     out = torch.empty_like(x)
     call_kernel("rms_norm_backward", x, grad.data_ptr(), x.data_ptr(), *_rows(x), weight.data_ptr(), offset,
           inverse.data_ptr(), out.data_ptr())  # fmt: skip
@@ -160,14 +149,12 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, 
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) up`, of contiguous tensors; `silu(gate)` is rounded to their dtype before it is multiplied."""
     out = torch.empty_like(gate)
     call_kernel("gated", gate, gate.data_ptr(), up.data_ptr(), *_rows(gate), out.data_ptr())
     return out
 
 
 def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up from that of `gated`; all contiguous."""
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
     call_kernel("gated_backward", gate, grad.data_ptr(), gate.data_ptr(), up.data_ptr(), *_rows(gate),
                 of_gate.data_ptr(), of_up.data_ptr())  # fmt: skip
@@ -175,11 +162,6 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, transposed: bool) -> Tensor:
-    """Rotary embedding of `x: (B, T, heads, d)`: `(x1 c1 - x2 s1, x2 c2 + x1 s2)`; all contiguous.
-
-    `cosine`, `sine`: (B or 1, T, d), whose halves are c1 and c2, s1 and s2. With `transposed` the gradient
-    of x from that of the result: `(x1 c1 + x2 s2, x2 c2 - x1 s1)`.
-    """
     batch, tokens, heads, columns = x.shape
     out = torch.empty_like(x)
     call_kernel("rotate", x, x.data_ptr(), batch * tokens, heads, columns, cosine.data_ptr(), sine.data_ptr(),
