@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
-from transformers import PreTrainedModel
 
 from celora.errors import CELoraError
 from celora.modeling.bypass import only_calls_base
+from celora.modeling.language_model import pretrained
 from celora.modeling.survey import survey
 from celora.runtime.attachment import find
 
@@ -56,7 +56,7 @@ def shard(model: nn.Module, **options: Any) -> None:
         raise CELoraError(
             "celora is attached already, and its hooks have to come after FSDP2's; shard first, then attach."
         )
-    causal = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    causal = pretrained(model)
     names = set(getattr(causal, "_no_split_modules", None) or ())
     blocks = [m for m in model.modules() if type(m).__name__ in names]
     if not blocks:

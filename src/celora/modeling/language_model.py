@@ -49,7 +49,7 @@ class LanguageModel:
 def find_language_model(model: nn.Module) -> LanguageModel | str:
     """The causal language model in `model`, or the reason why the model must compute its own loss."""
     tuner = next((m for m in model.modules() if isinstance(m, BaseTuner)), None)
-    causal = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    causal = pretrained(model)
     if causal is None:
         return f"{type(model).__name__} is not a model of Transformers"
     if reason := not_ours(causal):
@@ -66,6 +66,11 @@ def find_language_model(model: nn.Module) -> LanguageModel | str:
     if is_fused_head(causal) and isinstance(found := fused_head(causal), str):
         return found
     return LanguageModel(causal, _past_hooks(tuner, causal), family_of(causal.config), cannot_pack(causal))
+
+
+def pretrained(model: nn.Module) -> PreTrainedModel | None:
+    """The outermost model of Transformers in this one."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
 
 
 def decoder_of(causal: Any) -> Any:

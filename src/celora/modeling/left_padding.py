@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from celora.machine.device import reads_freely
 from celora.modeling.hooks import Hook
-from celora.modeling.language_model import decoder_of
+from celora.modeling.language_model import decoder_of, pretrained
 from celora.modeling.switch import Switch
 
 
@@ -82,7 +81,7 @@ class OwnLoss(Hook):
 
     def under(self, model: nn.Module) -> None:
         """Hook the decoder of this model, if the model is a decoder of Transformers."""
-        causal = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+        causal = pretrained(model)
         if causal is None or causal.config.is_encoder_decoder:
             return
         decoder = decoder_of(causal)
