@@ -363,6 +363,10 @@ def _with_preset(request: TrainRequest, preset: str) -> TrainRequest:
 
 def _bases(request: TrainRequest, args: Any, bare: Any, stored: int | None) -> list[tuple[str, str]]:
     """Pairs of a base and the dtype of what is not in 8 bits. `stored`: bytes of a number in a checkpoint for a GPU."""
+    if request.lora["load_in_4bit"] or request.lora["load_in_8bit"]:
+        raise CELoraError(
+            "bases in bitsandbytes' formats are not estimated; leave out --load_in_4bit and --load_in_8bit"
+        )
     dtypes = ["bfloat16"] if stored == 2 else ["float32", "bfloat16"]
     if "dtype" in request.given and request.lora["dtype"] not in (None, "auto"):
         dtypes = [request.lora["dtype"]]
@@ -370,10 +374,6 @@ def _bases(request: TrainRequest, args: Any, bare: Any, stored: int | None) -> l
     settled = settle_dtype(held, args)[0].lora["dtype"] if stored is None else None
     beside = settled if settled in ("float32", "bfloat16", "float16") else dtypes[0]
     plain = [(dtype, dtype) for dtype in dtypes]
-    if request.lora["load_in_4bit"] or request.lora["load_in_8bit"]:
-        raise CELoraError(
-            "bases in bitsandbytes' formats are not estimated; leave out --load_in_4bit and --load_in_8bit"
-        )
     can = any(frozen_linears(bare))  # GPT-2's layers, for example, cannot be held in 8 bits
     return [("int8", beside)] if request.options.base else [*plain, ("int8", beside)] if can else plain
 
