@@ -8,6 +8,7 @@ import pytest
 
 from asked import error_line
 from celora.cli.main import main
+from patching import patch_all
 from tiny import save_rows, save_tiny_model
 
 
@@ -17,8 +18,10 @@ def inputs(tmp_path_factory):
     return folder, save_tiny_model(folder / "model"), save_rows(folder / "rows.jsonl", 8)
 
 
-def test_plan_then_audit_and_train_with_it(inputs, capsys, tmp_path):
+def test_plan_then_audit_and_train_with_it(inputs, capsys, tmp_path, monkeypatch):
     _, model, rows = inputs
+    probed = []
+    patch_all(monkeypatch, "celora.planning.forward_evidence:forward_evidence", lambda bench, layers: probed.append(1))
     out = tmp_path / "plan.json"
     plan = ["plan", "--model", model, "--data", rows, "--output", out, "--rows", 4, "--fidelity", 0.9]
     assert main([str(a) for a in plan]) == 0
@@ -31,7 +34,9 @@ def test_plan_then_audit_and_train_with_it(inputs, capsys, tmp_path):
     assert "--overwrite replaces it" in error_line(capsys, *plan)
     assert main([str(a) for a in [*plan, "--overwrite", "--quiet"]]) == 0
     assert capsys.readouterr().out == ""
-    assert main([str(a) for a in [*plan, "--overwrite", "--quiet", "--json"]]) == 0
+    assert not probed
+    assert main([str(a) for a in [*plan, "--overwrite", "--quiet", "--json", "--forward"]]) == 0
+    assert probed
     captured = capsys.readouterr()
     assert json.loads(captured.out) == json.loads(out.read_text())
     assert captured.err == ""

@@ -92,6 +92,9 @@ def plan(
         float | None,
         typer.Option("--fidelity", help="Least cosine between estimated and exact LoRA gradient; by default 0.998."),
     ] = None,
+    forward: Annotated[
+        bool, typer.Option("--forward", help="Consider forwards in 8 bits, too, as preset fast has them.")
+    ] = False,
     adapter: Adapter = None,
     config: Config = None,
     rows: Rows = None,
@@ -114,7 +117,8 @@ def plan(
     from celora.train.prepare import plan_model
 
     settle_in()
-    made = plan_model(request, rows=rows, adapter=Path(adapter) if adapter else None, console=Console(stderr=True))
+    given = Path(adapter) if adapter else None
+    made = plan_model(request, rows=rows, adapter=given, console=Console(stderr=True), forward=forward)
     try:
         made.save(output)
     finally:  # print the plan even if it cannot be saved

@@ -7,7 +7,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from celora.machine.timing import synchronise
+from celora.modeling.eight_bit import EightBitForward
 from celora.modeling.graft import LayerGraft
+from celora.modeling.hooks import is_ours
 from celora.modeling.language_model import LanguageModel
 from celora.modeling.model_graft import ModelGraft
 from celora.modeling.switch import Mode, Switch
@@ -23,6 +25,7 @@ from celora.numerics.estimators import Estimator, Finding
 from celora.planning.candidates import EXACT, make_candidate
 from celora.planning.fidelity import Fidelity
 from celora.planning.gradients import gradient
+from celora.runtime.forwards import Forwards
 from celora.settings.config import LayerConfig
 from celora.settings.names import HEAD
 from celora.weights.read import device_of, shape_of
@@ -46,6 +49,9 @@ class Layer:
         disturbance: the share of the tokens that is kept when the layer is disturbed.
         disturbed: the relative error of the disturbance.
         influence: the share of a squared relative error that arrives in the LoRA gradient.
+        tuner: the PEFT layer around it, if a plan may compute its forward in 8 bits.
+        forward_ms: milliseconds of its own forward, and of that in 8 bits; zeros if a plan leaves it alone.
+        forward_error: the squared relative error of the LoRA gradient that its forward in 8 bits causes.
     """
 
     name: str
@@ -58,6 +64,9 @@ class Layer:
     disturbance: float = 1.0
     disturbed: float = 0.0
     influence: float = 1.0
+    tuner: nn.Module | None = None
+    forward_ms: tuple[float, float] = (0.0, 0.0)
+    forward_error: float = 0.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,7 +109,8 @@ class Bench:
         self.overhead_ms = 0.0  # the time that a graft adds to a layer
         self.forward: ModelGraft | None = None  # computes the loss, if its gradient may be estimated
         self.language_model: LanguageModel | None = None  # the model of that loss
-        self._exact: dict[range, dict[str, Tensor]] = {}
+        self.loss_shift = 0.0  # by how much the forwards of the latest audit changed the loss
+        self._exact: dict[range, tuple[dict[str, Tensor], float]] = {}
 
     @property
     def measuring(self) -> int:
@@ -112,13 +122,13 @@ class Bench:
         """The batches to verify on: from the third on, if there are so many. Planning uses the first two."""
         return range(min(2, len(self.batches) - 1), len(self.batches))
 
-    def gradient(self, *numbers: int) -> dict[str, Tensor]:
-        """The summed gradient of these batches, with the current grafts."""
+    def gradient(self, *numbers: int) -> tuple[dict[str, Tensor], float]:
+        """The summed gradient of these batches and their mean loss, with the current grafts."""
         self.rewind()
-        return gradient(self.model, [self.batches[i] for i in numbers], self.loss, self.parameters)[0]
+        return gradient(self.model, [self.batches[i] for i in numbers], self.loss, self.parameters)
 
-    def exact(self, numbers: range) -> dict[str, Tensor]:
-        """The exact gradient of these batches, computed once."""
+    def exact(self, numbers: range) -> tuple[dict[str, Tensor], float]:
+        """The exact gradient and the loss of these batches, computed once."""
         if numbers not in self._exact:
             self._exact[numbers] = self.gradient(*numbers)
         return self._exact[numbers]
@@ -144,31 +154,35 @@ class Bench:
     ) -> Fidelity:
         """The fidelity with the estimators of `make` in these layers, and a share of the words for the head's gradient.
 
-        An estimator that is not ready selects on the first batch.
+        An estimator that is not ready selects on the first batch. A forward in 8 bits learns the scales of its input
+        there.
         """
         numbers = numbers or range(self.measuring, self.measuring + 1)
-        exact = self.exact(numbers)
+        exact, loss = self.exact(numbers)
         head: AbstractContextManager[None] = nullcontext()
         if self.forward is not None and words is not None:
             head = self.forward.through(words)
-        with head, grafted_with(layers, make) as grafts:
-            waiting = [graft for graft in grafts.values() if not graft.estimator.ready]
+        with head, grafted_with(layers, make) as (grafts, forwards):
+            waiting = [graft for name, graft in grafts.items() if name in forwards or not graft.estimator.ready]
             if waiting:
                 for graft in waiting:
                     graft.mode = Mode.OBSERVE
                 self.gradient(0)
+                forwards.follow_inputs(None)
                 for graft in waiting:
                     graft.estimator.select()
                     graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.EXACT
-            estimated = self.gradient(*numbers)
+            estimated, shifted = self.gradient(*numbers)
+        self.loss_shift = shifted - loss
         return Fidelity.of([(estimated[name], exact[name]) for name in exact])
 
     def time(self, layers: Mapping[str, Layer], settings: Mapping[str, LayerConfig]) -> float:
         """The time of all `grad_input` products inside whole backwards, relative to the dense products.
 
-        The time of the grafts themselves counts, too.
+        The time of the grafts themselves counts, too; and that of the layers' forwards, if forwards are planned.
         """
         dense = dict.fromkeys(layers, EXACT)
+        forwards_too = any(any(layer.forward_ms) for layer in layers.values())
         contenders = [
             {name: layer.make(chosen[name]) for name, layer in layers.items()}
             for chosen in (dense, {**dense, **settings})
@@ -177,7 +191,8 @@ class Bench:
         for turn in range(_TURNS):
             seconds = []
             for estimators in contenders:
-                with grafted_with(layers, functools.partial(_named, estimators), kind=_TimedGraft) as grafts:
+                make, forward = functools.partial(_named, estimators), _TimedForward if forwards_too else _in_8_bits
+                with grafted_with(layers, make, kind=_TimedGraft, forward=forward) as (grafts, _):
                     for graft in grafts.values():
                         graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.OBSERVE
                     self.gradient(self.measuring)
@@ -204,22 +219,51 @@ class _TimedGraft(LayerGraft):
         return result
 
 
+class _TimedForward(EightBitForward):
+    """A forward, in 8 bits or the layer's own, whose time its timed graft adds up, too."""
+
+    def __init__(self, graft: Any) -> None:
+        super().__init__(graft)
+        self.exact = graft.estimator.settings.forward == "exact"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        graft: Any = self.graft
+        synchronise(graft.estimator.device)
+        start = time.perf_counter()
+        result = super().__call__(*args, **kwargs)
+        synchronise(graft.estimator.device)
+        graft.seconds += time.perf_counter() - start
+        return result
+
+
+def _in_8_bits(graft: LayerGraft) -> EightBitForward | None:
+    return None if graft.estimator.settings.forward == "exact" else EightBitForward(graft)
+
+
 @contextmanager
 def grafted_with(
-    layers: Mapping[str, Layer], make: Callable[[Layer], Estimator], *, kind: type[LayerGraft] = LayerGraft
-) -> Iterator[dict[str, Any]]:
-    """For a while, graft the estimators of `make` onto `layers`."""
-    switch, grafts, handles = Switch(), {}, []
-    try:
+    layers: Mapping[str, Layer],
+    make: Callable[[Layer], Estimator],
+    *,
+    kind: type[LayerGraft] = LayerGraft,
+    forward: Callable[[LayerGraft], EightBitForward | None] = _in_8_bits,
+) -> Iterator[tuple[dict[str, Any], Forwards]]:
+    """For a while, graft the estimators of `make` onto `layers`. Yields the grafts, and the forwards in 8 bits."""
+    switch, grafts, forwards = Switch(), dict[str, Any](), Forwards()
+    with ExitStack() as undo:
+        undo.callback(setattr, switch, "on", False)
         for name, layer in layers.items():
             grafts[name] = kind(make(layer), switch)
             grafts[name].mode = Mode.ESTIMATE
-            handles.append(grafts[name].under(layer.base))
-        yield grafts
-    finally:
-        switch.on = False
-        for handle in handles:
-            handle.remove()
+            if is_ours(attached := layer.base.__dict__.get("forward")):  # of an attachment that is off meanwhile
+                del layer.base.__dict__["forward"]
+                undo.callback(layer.base.__dict__.__setitem__, "forward", attached)
+            undo.callback(grafts[name].under(layer.base).remove)
+            if layer.tuner is not None and (own := forward(grafts[name])) is not None:
+                forwards[name] = own
+                own.between(layer.tuner, layer.base)
+                undo.callback(layer.base.__dict__.pop, "forward")
+        yield grafts, forwards
 
 
 def _named(estimators: Mapping[str, Estimator], layer: Layer) -> Estimator:

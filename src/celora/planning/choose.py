@@ -121,7 +121,10 @@ class Table:
         numbers = functools.partial(torch.tensor, dtype=torch.float64, device="cpu")
         self._times = numbers([[c.time_ms for c in row] for row in padded])
         errors = numbers([[c.relative_error**2 for c in row] for row in padded])
-        self._errors = (numbers([p.influence for p in planned])[:, None] * errors).nan_to_num(math.inf, math.inf)
+        errors = numbers([p.influence for p in planned])[:, None] * errors
+        self._errors = (errors + numbers([[c.forward_error for c in row] for row in padded])).nan_to_num(
+            math.inf, math.inf
+        )
         self._memory = numbers([[float(c.memory) for c in row] for row in padded])
 
     def error(self, choice: Sequence[int]) -> float:

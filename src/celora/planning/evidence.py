@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -64,13 +65,21 @@ def graft_overhead(device: torch.device, dtype: torch.dtype) -> float:
     return max(0.0, times["grafted"]["time_ms"] - times["bare"]["time_ms"])
 
 
+def gains(forward_ms: tuple[float, float]) -> bool:
+    """Whether a forward in 8 bits is clearly faster than the layer's own."""
+    own, in_8_bits = forward_ms
+    return in_8_bits < MARGIN * own
+
+
 def evidence(layer: Layer, times: Mapping[LayerConfig, float], overhead_ms: float) -> PlannedLayer:
     """Dense, and all candidates of one layer that are faster than dense.
 
-    A candidate that saw no gradient to select from has no findings, and is left out.
+    A candidate that saw no gradient to select from has no findings, and is left out. If forwards are planned, times
+    include the forward, and a candidate in 8 bits also stands there with a forward in 8 bits.
     """
     dense, weight = times[EXACT], read(layer.base, layer.dtype)
-    found = [Candidate(EXACT, dense, 0.0)]
+    own_forward, forward_in_8_bits = layer.forward_ms
+    found = [Candidate(EXACT, dense + own_forward, 0.0)]
     for setting, estimator in layer.candidates.items():
         if setting == EXACT or setting not in layer.findings:
             continue
@@ -79,5 +88,9 @@ def evidence(layer: Layer, times: Mapping[LayerConfig, float], overhead_ms: floa
         if milliseconds < MARGIN * dense:
             memory = estimator.memory(weight.dtype)
             memory -= weight.shape.numel() if estimator.borrows(weight) else 0
-            found.append(Candidate(setting, round(milliseconds, 5), round(layer.error(setting), 6), memory))
+            error = round(layer.error(setting), 6)
+            found.append(Candidate(setting, round(milliseconds + own_forward, 5), error, memory))
+            if gains(layer.forward_ms) and estimator.multiplies_forwards:
+                both_ways, ms = dataclasses.replace(setting, forward="int8"), milliseconds + forward_in_8_bits
+                found.append(Candidate(both_ways, round(ms, 5), error, memory, layer.forward_error))
     return PlannedLayer(layer.name, *layer.shape, layer.influence, tuple(found), 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -29,9 +31,24 @@ class _Disturbed(Dense):
 
 
 def probe_influence(bench: Bench, layers: list[Layer]) -> None:
-    """Disturb groups of layers, by depth and by kind, and measure how much of the error arrives in the LoRA gradient.
+    """Disturb groups of layers, and measure how much of the error arrives in the LoRA gradient."""
 
-    If there are few layers, they are disturbed one by one.
+    def rate(group: list[Layer]) -> float:
+        error = bench.fidelity({layer.name: layer for layer in group}, _Disturbed).relative_error
+        caused = sum(layer.disturbed**2 for layer in group)
+        return error**2 / caused if caused > 0 else 1.0
+
+    progress = functools.partial(bench.progress, "probing influence")
+    for layer, influence in zip(layers, by_group(layers, rate, lambda done: progress(0.25 + 0.4 * done)), strict=True):
+        layer.influence = round(influence, 8)
+
+
+def by_group(
+    layers: list[Layer], rate: Callable[[list[Layer]], float], progress: Callable[[float], None]
+) -> list[float]:
+    """A number for each layer, from the `rate` of groups of layers: by depth, times that of its kind over the mean.
+
+    If there are few layers, each is a group. `progress` is called with the share that is done.
     """
     size = 1 if len(layers) <= _FEW_LAYERS else -(-len(layers) // _DEPTHS)
     depths = [layers[i : i + size] for i in range(0, len(layers), size)]
@@ -39,19 +56,10 @@ def probe_influence(bench: Bench, layers: list[Layer]) -> None:
     for layer in layers:
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
     groups = depths + (list(kinds.values()) if size > 1 and 1 < len(kinds) <= _MOST_KINDS else [])
-    arrived = []
+    rates = []
     for i, group in enumerate(groups):
-        error = bench.fidelity({layer.name: layer for layer in group}, _Disturbed).relative_error
-        caused = sum(layer.disturbed**2 for layer in group)
-        arrived.append(error**2 / caused if caused > 0 else 1.0)
-        bench.progress("probing influence", 0.25 + 0.4 * (i + 1) / len(groups))
-    mean = statistics.fmean(arrived[len(depths) :]) if len(groups) > len(depths) else 0.0
-    for group, rate in zip(depths, arrived, strict=False):
-        for layer in group:
-            layer.influence = rate
-    if mean > 0:
-        for group, rate in zip(kinds.values(), arrived[len(depths) :], strict=True):
-            for layer in group:
-                layer.influence *= rate / mean
-    for layer in layers:
-        layer.influence = round(layer.influence, 8)
+        rates.append(rate(group))
+        progress((i + 1) / len(groups))
+    mean = statistics.fmean(rates[len(depths) :]) if len(groups) > len(depths) else 0.0
+    of_kind = dict(zip(kinds, (found / mean for found in rates[len(depths) :]), strict=True)) if mean > 0 else {}
+    return [rates[i // size] * of_kind.get(layer.name.rpartition(".")[2], 1.0) for i, layer in enumerate(layers)]

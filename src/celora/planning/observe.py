@@ -45,7 +45,7 @@ def observe(bench: Bench, layers: list[Layer]) -> int:
     by_name = {layer.name: layer for layer in layers}
     for number in range(bench.measuring + 1):
         make = functools.partial(_Observer, measure=number == bench.measuring)
-        with grafted_with(by_name, make) as grafts, saved_for_backward(bench.model) as saved:
+        with grafted_with(by_name, make) as (grafts, _), saved_for_backward(bench.model) as saved:
             for graft in grafts.values():
                 graft.mode = Mode.OBSERVE
             bench.gradient(number)

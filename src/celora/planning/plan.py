@@ -36,13 +36,16 @@ class Candidate:
     """One way to estimate one layer, with the measured time of its `grad_input` and its relative error.
 
     Attributes:
+        time_ms: in a plan with forwards, also that of the layer's forward.
         memory: bytes of its 8-bit copy.
+        forward_error: the squared relative error that its forward in 8 bits brings into the LoRA gradient.
     """
 
     setting: LayerConfig
     time_ms: float
     relative_error: float
     memory: int = 0
+    forward_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Plan:
         tokens: number of tokens in the batches of the plan.
         dtype, device, threads, torch: the conditions of the measurements.
         memory_limit: bytes that 8-bit copies of all layers together may take.
+        loss_shift: by how much the plan's forwards in 8 bits changed the loss of the audited batches.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -105,6 +109,7 @@ class Plan:
     memory_limit: int
     head: PlannedLayer | None = None
     audited_batches: int = 1
+    loss_shift: float = 0.0
 
     @property
     def _all(self) -> tuple[PlannedLayer, ...]:
@@ -114,6 +119,11 @@ class Plan:
     def memory(self) -> int:
         """Bytes of all 8-bit copies."""
         return sum(layer.choice.memory for layer in self.layers)
+
+    @property
+    def forwards(self) -> int:
+        """How many layers compute their forward in 8 bits."""
+        return sum(layer.choice.setting.forward != "exact" for layer in self.layers)
 
     def config(self, frame: CELoraConfig | None = None, given: Collection[str] = ()) -> CELoraConfig:
         """The configuration that carries out the plan, based on `frame`, by default preset auto. Its overrides win.
@@ -191,6 +201,10 @@ class Plan:
         settings = list(dict.fromkeys(c.setting for layer in self._all for c in layer.candidates))
         number = {setting: i for i, setting in enumerate(settings)}
 
+        def row(c: Candidate) -> list[Any]:
+            of_forward = [] if c.setting.forward == "exact" else [c.forward_error]
+            return [number[c.setting], c.time_ms, c.relative_error, c.memory, *of_forward]
+
         def values(layer: PlannedLayer) -> dict[str, Any]:
             return {
                 "name": layer.name,
@@ -198,10 +212,12 @@ class Plan:
                 "in_features": layer.in_features,
                 "influence": layer.influence,
                 "chosen": layer.chosen,
-                "candidates": [[number[c.setting], c.time_ms, c.relative_error, c.memory] for c in layer.candidates],
+                "candidates": [row(candidate) for candidate in layer.candidates],
             }
 
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _LAYERS}
+        if not self.forwards:
+            del own["loss_shift"]
         document = {"version": _VERSION, **own, "settings": [_changes(s) for s in settings]}
         head = None if self.head is None else values(self.head)
         return document | {"layers": [values(layer) for layer in self.layers], "head": head}
@@ -222,12 +238,13 @@ class Plan:
             layers = tuple(_planned(layer, settings) for layer in values["layers"])
             head = None if values.get("head") is None else _planned(values["head"], settings)
             kinds = {"float": float, "int": int, "str": str}
-            values = {"audited_batches": cls.audited_batches, **values}  # older plans lack it
+            values = {"audited_batches": cls.audited_batches, "loss_shift": cls.loss_shift, **values}  # older plans
             own = {name: kinds[str(kind)](values[name]) for name, kind in known.items() if name not in _LAYERS}
             for name, kind in known.items():
                 if kind in ("float", "int"):
                     most = 1.0 if name in ("fidelity", "predicted_cosine", "audited_cosine") else _LARGEST
-                    _measured(own[name], name, least=-1.0 if name.endswith("_cosine") else 0.0, most=most)
+                    least = {"loss_shift": -_LARGEST}.get(name, -1.0 if name.endswith("_cosine") else 0.0)
+                    _measured(own[name], name, least=least, most=most)
         except CELoraError:
             raise
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
@@ -261,13 +278,17 @@ class Plan:
             error = max(layer.choice.relative_error for layer in alike)
             rows.append((kind, f"x{len(alike)}", f"{out} x {inp}", name, f"{time:.2f}", f"{error:.3f}"))
         summed = f" (sum of {self.audited_batches} batches)" if self.audited_batches > 1 else ""
+        considered = any(c.setting.forward != "exact" for layer in self.layers for c in layer.candidates)
+        products = "Forward and grad_input" if considered else "grad_input"
+        said = [f"{self.forwards} forwards in 8 bits change the loss by {self.loss_shift:+.4f}."] * bool(self.forwards)
         return "\n".join(
             [
                 *aligned(rows),
                 f"LoRA gradient: cosine {self.audited_cosine:.4f} audited{summed}, "
                 f"{self.predicted_cosine:.4f} predicted, {self.fidelity:g} asked for.",
-                f"grad_input of adapted layers: {self.audited_time:.2f} of dense measured in whole backward passes, "
+                f"{products} of adapted layers: {self.audited_time:.2f} of dense measured in whole passes, "
                 f"{self.predicted_time:.2f} predicted; 8-bit copies take {self.memory / 2**20:.0f} MiB.",
+                *said,
                 f"Made for {self.tokens} tokens, {self.dtype}, {self.threads} threads on {self.device}.",
             ]
         )
@@ -282,7 +303,7 @@ def label(setting: LayerConfig) -> str:
         words += [] if setting.precision == "native" else ["x", setting.precision]
     if not setting.weight_copy:
         words.append("(no copy)")
-    return " ".join(words)
+    return " ".join(words) + (", forward too" if setting.forward != "exact" else "")
 
 
 def _changes(setting: LayerConfig) -> dict[str, Any]:
@@ -310,8 +331,11 @@ def _planned(layer: Mapping[str, Any], settings: list[LayerConfig]) -> PlannedLa
                 time_ms=_measured(time, "time_ms"),
                 relative_error=_measured(error, "relative_error", most=math.inf),
                 memory=int(_measured(memory, "memory")),
+                forward_error=_measured(forward, "forward_error", most=math.inf),
             )
-            for i, time, error, memory in layer["candidates"]
+            for i, time, error, memory, forward in (
+                row if len(row) == 5 else [*row, 0.0] for row in layer["candidates"]
+            )
         ),
         chosen=_position(layer["chosen"], layer["candidates"]),
     )

@@ -38,6 +38,7 @@ from celora.planning.bench import Bench, Layer, Loss, Progress
 from celora.planning.candidates import candidates
 from celora.planning.choose import Try, choose_plan, settings_of, squared_error
 from celora.planning.evidence import evidence, graft_overhead, time_kinds
+from celora.planning.forward_evidence import forward_evidence
 from celora.planning.gradients import on_device, trainable, training, untouched
 from celora.planning.head_evidence import head_evidence
 from celora.planning.influence import probe_influence
@@ -60,6 +61,7 @@ def make_plan(
     batches: Iterable[Mapping[str, Any]],
     fidelity: float = DEFAULT_FIDELITY,
     *,
+    forward: bool = False,
     memory_limit: int | None = None,
     loss: Loss | None = None,
     progress: Progress | None = None,
@@ -76,6 +78,8 @@ def make_plan(
             to select, one to measure, the others to verify on their sum. With fewer than three, one batch has several
             of these roles.
         fidelity: the wanted cosine, 0 < fidelity <= 1; 1 allows only what changes nothing.
+        forward: whether forwards in 8 bits are candidates, too. The cosine is then that with the gradient of exact
+            forwards, and the plan says by how much the loss shifts (`Plan.loss_shift`). Fidelities below 0.99 use them.
         memory_limit: bytes that all 8-bit copies of weights together may take; by default 5 % of the weights and of
             what a forward saves for backward.
         loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
@@ -87,7 +91,8 @@ def make_plan(
         CELoraError: no adapters, no batches, sharded parameters, a device whose times cannot be trusted, or a fidelity
             or memory limit out of range.
     """
-    return make_plans(model, batches, [fidelity], memory_limit=memory_limit, loss=loss, progress=progress)[0]
+    more: dict[str, Any] = {"memory_limit": memory_limit, "loss": loss, "progress": progress}
+    return make_plans(model, batches, [fidelity], forward=forward, **more)[0]
 
 
 def make_plans(
@@ -95,6 +100,7 @@ def make_plans(
     batches: Iterable[Mapping[str, Any]],
     fidelities: Sequence[float],
     *,
+    forward: bool = False,
     memory_limit: int | None = None,
     loss: Loss | None = None,
     progress: Progress | None = None,
@@ -129,7 +135,13 @@ def make_plans(
         raise CELoraError("no batches to plan with; give at least one, and three to verify on one that was not used.")
     found = survey(model)
     layers = [
-        Layer(layer.name, layer.base, candidates(layer.shape, layer.device), fused=not layer.cannot_fuse)
+        Layer(
+            layer.name,
+            layer.base,
+            candidates(layer.shape, layer.device),
+            fused=not layer.cannot_fuse,
+            tuner=layer.module if forward and layer.takes_forward else None,
+        )
         for layer in found.layers.values()
         if not layer.cannot_estimate
     ]
@@ -139,10 +151,10 @@ def make_plans(
         nullcontext() if attached is None else attached.switch.off(),
         training(model),
         untouched(model, parameters) as rewind,
-        taken_over(found.language_model) as forward,
+        taken_over(found.language_model) as taken,
     ):
         bench = Bench(model, parameters, used, loss, rewind, progress or (lambda what, share: None))
-        bench.forward, bench.language_model = (forward, found.language_model) if head else (None, None)
+        bench.forward, bench.language_model = (taken, found.language_model) if head else (None, None)
         return _make_plans(bench, layers, fidelities, memory_limit)
 
 
@@ -161,6 +173,8 @@ def _make_plans(bench: Bench, layers: list[Layer], fidelities: Sequence[float], 
     bench.progress("probing influence", 0.25)
     if layers:
         probe_influence(bench, layers)
+    if any(layer.tuner is not None for layer in layers):
+        forward_evidence(bench, layers)
     planned = [evidence(layer, times[layer.kind], bench.overhead_ms) for layer in layers]
     planned += head_evidence(bench) if layers else []
     plans = []
@@ -191,12 +205,13 @@ def _finish(
             break
         allowed = _CARE**turn * found * (1 - fidelity**2) / squared_error(audited)
     predicted = math.sqrt(1 - found)
+    shift = bench.loss_shift
     head = next((p for p in chosen if p.name == HEAD), None)
     chosen = [p for p in chosen if p is not head]
     of_head = {HEAD: setting} if (setting := settings.pop(HEAD, None)) else {}
     measured = bench.time(by_name, settings) if settings else 1.0
     if measured >= 1 and settings:  # each estimate is faster alone, but not inside whole backwards
-        chosen, measured = [dataclasses.replace(p, chosen=0) for p in chosen], 1.0
+        chosen, measured, shift = [dataclasses.replace(p, chosen=0) for p in chosen], 1.0, 0.0
         predicted, audited = (
             bench.audit(by_name, of_head, on).cosine if of_head else 1.0 for on in (None, bench.verifying)
         )
@@ -223,4 +238,5 @@ def _finish(
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         memory_limit=int(memory_limit),
+        loss_shift=round(shift, 6),
     )

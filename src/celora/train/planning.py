@@ -81,7 +81,7 @@ def planned(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELo
     return plan.config(request.config, request.options.celora or ()), plan
 
 
-def make_plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
+def make_plan(request: TrainRequest, trainer: Any, console: Console, *, forward: bool = False) -> Plan:
     """Plan on the first batches of the training data. Random states are put back, so training sees the same rows."""
     limit, options = request.options.memory_limit, request.options
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -98,6 +98,7 @@ def make_plan(request: TrainRequest, trainer: Any, console: Console) -> Plan:
                     trainer.model,
                     batches,
                     DEFAULT_FIDELITY if options.fidelity is None else options.fidelity,
+                    forward=forward,
                     memory_limit=None if limit is None else int(limit * 2**20),
                     progress=progress,
                 )

@@ -34,10 +34,12 @@ from celora.train.trainer import build_trainer, check_tokens, refused
 NO_EVALUATION = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False, "save_strategy": "no"}
 
 
-def plan_model(request: TrainRequest, *, rows: int | None, adapter: Path | None, console: Console) -> Plan:
+def plan_model(
+    request: TrainRequest, *, rows: int | None, adapter: Path | None, console: Console, forward: bool = False
+) -> Plan:
     """`celora.make_plan` for a new adapter, or for the one in `adapter`. It sees the batches of training."""
     with prepared(request, rows, adapter) as (trainer, _), refused("plan"):
-        return make_plan(request, trainer, console)
+        return make_plan(request, trainer, console, forward=forward)
 
 
 def audit_model(

@@ -119,7 +119,7 @@ class Estimator(ABC):
         self.keep_ratio = self.settings.keep_ratio
         self.agreed = False
         self.device = torch.device("cpu")
-        if self.settings.forward != "exact" and (self.settings.precision, self.settings.weight_copy) != ("int8", True):
+        if self.settings.forward != "exact" and not self.multiplies_forwards:
             raise CELoraError(
                 f"forward={self.settings.forward!r} beside precision={self.settings.precision!r} and "
                 f"weight_copy={self.settings.weight_copy}; both directions multiply with one 8-bit copy: use "
@@ -128,6 +128,11 @@ class Estimator(ABC):
         self.product = make_product(
             self.settings.precision, copy=self.settings.weight_copy, forward=self.settings.forward
         )
+
+    @property
+    def multiplies_forwards(self) -> bool:
+        """Whether the forward may multiply with the same 8-bit copy of the weight."""
+        return "forward" in self.uses and (self.settings.precision, self.settings.weight_copy) == ("int8", True)
 
     @property
     @abstractmethod

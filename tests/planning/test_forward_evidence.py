@@ -1,0 +1,158 @@
+"""Forwards in 8 bits in plans: where they are chosen, what they cost, and that the model is as before."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+import celora
+from celora import CELoraConfig, CELoraError, Plan
+from celora.modeling.survey import survey
+from celora.numerics.estimators import Finding
+from celora.planning.bench import Bench, Layer, _TimedGraft
+from celora.planning.candidates import EXACT, candidates
+from celora.planning.evidence import evidence
+from celora.planning.influence import by_group
+from celora.settings.config import LayerConfig
+from machine import refuses
+from patching import patch_all
+
+INT8, COLUMNS = LayerConfig("int8", rank=0), LayerConfig("columns", keep_ratio=0.5, rank=0)
+BOTH_WAYS = LayerConfig("int8", rank=0, forward="int8")
+Batches = list[dict[str, torch.Tensor]]
+
+
+@pytest.fixture
+def fast_forwards(free_estimates: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On such small matrices no forward in 8 bits is faster. Pretend that each takes a quarter."""
+    patch_all(monkeypatch, "celora.planning.forward_evidence:_milliseconds", lambda layer: (1.0, 0.25))
+
+
+@pytest.mark.parametrize("fidelity", [0.99, 0.9999])
+def test_the_plan_keeps_what_was_asked_for(
+    model: PeftModel, batches: Batches, fast_forwards: None, fidelity: float
+) -> None:
+    if refuses():
+        return
+    before = celora.make_plan(model, batches, fidelity)
+    plan = celora.make_plan(model, batches, fidelity, forward=True)
+    assert before.forwards == 0
+    assert plan.forwards > 0
+    assert plan.audited_cosine >= fidelity
+    assert f"{plan.forwards} forwards in 8 bits change the loss by" in str(plan)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    celora.attach(model, dataclasses.replace(plan.config(), spread=False))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    model(**batches[0]).loss.backward()  # layers select and learn the scales of inputs from the batch of the planner
+    optimizer.step()
+    audit = celora.audit(model, batches[2])
+    assert audit.cosine == pytest.approx(plan.audited_cosine, abs=1e-4)
+    assert audit.loss_shift == pytest.approx(plan.loss_shift, abs=2e-6)
+
+
+def test_a_higher_fidelity_takes_fewer(model: PeftModel, batches: Batches, fast_forwards: None) -> None:
+    if refuses():
+        return
+    plans = [celora.make_plan(model, batches, fidelity, forward=True) for fidelity in (0.9, 0.99999, 1.0)]
+    counts = [plan.forwards for plan in plans]
+    assert counts[0] > counts[1] >= counts[2] == 0
+    assert plans[2].loss_shift == 0
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_the_model_is_as_before(model: PeftModel, batches: Batches, fast_forwards: None, attached: bool) -> None:
+    if refuses():
+        return
+    if attached:
+        celora.attach(model, CELoraConfig(estimator="int8", forward="int8"))
+
+    def own() -> dict[str, Any]:
+        return {name: layer.base.__dict__.get("forward") for name, layer in survey(model).layers.items()}
+
+    before = own(), [dict(module._forward_hooks) for module in model.modules()]
+    assert attached == (set(before[0].values()) != {None})
+    celora.make_plan(model, batches, 0.9, forward=True)
+    assert (own(), [dict(module._forward_hooks) for module in model.modules()]) == before
+
+
+def test_no_forward_is_planned_where_none_is_faster(
+    model: PeftModel, batches: Batches, free_estimates: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch_all(monkeypatch, "celora.planning.forward_evidence:_milliseconds", lambda layer: (1.0, 0.99))
+    plan, without = (celora.make_plan(model, batches, 0.9, forward=forward) for forward in (True, False))
+    assert plan.layers == without.layers
+
+
+def test_candidates_with_both_directions_stand_beside_those_with_one() -> None:
+    linear = torch.nn.Linear(80, 48, bias=False).requires_grad_(False)
+    known = candidates((48, 80), torch.device("cpu"))
+    if refuses():
+        return
+    layer = Layer(
+        "layer", linear, known, fused=True, tokens=64, tuner=linear, forward_ms=(1.0, 0.3), forward_error=0.02
+    )
+    layer.findings = {INT8: [Finding(0.01)], COLUMNS: [Finding(0.4)]}
+    found = evidence(layer, {EXACT: 1.0, INT8: 0.5, COLUMNS: 0.6}, overhead_ms=0.0).candidates
+    told = {c.setting: (c.time_ms, c.relative_error, c.forward_error) for c in found}
+    expected = {EXACT: (2.0, 0, 0), INT8: (1.5, 0.01, 0), BOTH_WAYS: (0.8, 0.01, 0.02), COLUMNS: (1.6, 0.4, 0)}
+    assert told == {setting: pytest.approx(values) for setting, values in expected.items()}
+
+
+def test_a_rate_of_depths_and_kinds_becomes_one_of_each_layer() -> None:
+    layers = [
+        Layer(f"{block}.{kind}", torch.nn.Linear(1, 1), {}) for block in range(30) for kind in ("q_proj", "down_proj")
+    ]
+
+    def rate(group: list[Layer]) -> float:
+        kinds = {layer.name.partition(".")[2] for layer in group}
+        if len(kinds) == 1:
+            return 1.0 if kinds == {"q_proj"} else 3.0
+        return float(group[0].name.partition(".")[0])
+
+    done: list[float] = []
+    rates = dict(zip((layer.name for layer in layers), by_group(layers, rate, done.append), strict=True))
+    assert rates["0.q_proj"] == 0
+    assert (rates["5.q_proj"], rates["5.down_proj"]) == (5 * 0.5, 5 * 1.5)
+    assert rates["9.q_proj"] == rates["5.q_proj"]  # of one depth
+    assert done[-1] == 1
+    assert by_group([], rate, done.append) == []
+
+
+@pytest.mark.parametrize("row", [[0, 1.0, 0.1], [0, 1.0, 0.1, 0, 0.2, 0.3], [0, 1.0, 0.1, 0, -0.2]])
+def test_a_plan_with_other_numbers_is_refused(
+    model: PeftModel, batches: Batches, free_estimates: None, row: Any
+) -> None:
+    document = celora.make_plan(model, batches, 0.9).to_dict()
+    document["layers"][0]["candidates"][0] = row
+    with pytest.raises(CELoraError, match="not a whole plan"):
+        Plan.from_dict(document)
+
+
+@pytest.mark.parametrize(("forward_ms", "most"), [((1.0, 0.5), 2), ((0.0, 0.0), 1)])
+def test_times_inside_whole_passes_include_planned_forwards(
+    model: PeftModel, batches: Batches, monkeypatch: pytest.MonkeyPatch, forward_ms: tuple[float, float], most: int
+) -> None:
+    """By a clock that goes on by one at each reading, every product takes one."""
+    if refuses():
+        return
+    grafts: list[Any] = []
+    monkeypatch.setattr(_TimedGraft, "__del__", lambda graft: grafts.append(graft.seconds), raising=False)
+    patch_all(monkeypatch, "celora.planning.bench:time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    layers = {
+        layer.name: Layer(layer.name, layer.base, {}, tuner=layer.module, forward_ms=forward_ms)
+        for layer in survey(model).layers.values()
+    }
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    bench = Bench(model.train(), parameters, batches, None, lambda: None, lambda what, share: None)
+    assert bench.time(layers, dict.fromkeys(layers, BOTH_WAYS if any(forward_ms) else INT8)) == 1
+    gc.collect()
+    assert max(grafts) == most
+    assert all("forward" not in layer.base.__dict__ for layer in layers.values())
