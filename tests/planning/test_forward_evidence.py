@@ -47,6 +47,7 @@ def test_the_plan_keeps_what_was_asked_for(
     assert before.forwards == 0
     assert plan.forwards > 0
     assert plan.audited_cosine >= fidelity
+    assert plan.memory_limit >= sum(max(c.memory for c in layer.candidates) for layer in plan.layers)
     assert f"{plan.forwards} forwards in 8 bits change the loss by" in str(plan)
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     celora.attach(model, dataclasses.replace(plan.config(), spread=False))

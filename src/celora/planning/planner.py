@@ -37,7 +37,7 @@ from celora.modeling.survey import survey
 from celora.planning.bench import Bench, Layer, Loss, Progress
 from celora.planning.candidates import candidates
 from celora.planning.choose import Try, choose_plan, settings_of, squared_error
-from celora.planning.evidence import evidence, graft_overhead, time_kinds
+from celora.planning.evidence import evidence, gains, graft_overhead, time_kinds
 from celora.planning.forward_evidence import forward_evidence
 from celora.planning.gradients import on_device, trainable, training, untouched
 from celora.planning.head_evidence import head_evidence
@@ -81,7 +81,7 @@ def make_plan(
         forward: whether forwards in 8 bits are candidates, too. The cosine is then that with the gradient of exact
             forwards, and the plan says by how much the loss shifts (`Plan.loss_shift`). Fidelities below 0.99 use them.
         memory_limit: bytes that all 8-bit copies of weights together may take; by default 5 % of the weights and of
-            what a forward saves for backward.
+            what a forward saves for backward, and with `forward` a copy of every layer.
         loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
         progress: called with the current stage and the share of the work that is done.
 
@@ -163,9 +163,6 @@ def _make_plans(bench: Bench, layers: list[Layer], fidelities: Sequence[float], 
     saved = observe(bench, layers)
     # The inputs of the first layers may need no gradient. Then there is no product to estimate.
     layers = [layer for layer in layers if layer.findings]
-    if memory_limit is None:
-        weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
-        memory_limit = (weights + saved) // 20
     bench.progress("timing candidates", 0.15)
     times = time_kinds(layers)
     device = next(iter(bench.parameters.values())).device
@@ -177,6 +174,11 @@ def _make_plans(bench: Bench, layers: list[Layer], fidelities: Sequence[float], 
         forward_evidence(bench, layers)
     planned = [evidence(layer, times[layer.kind], bench.overhead_ms) for layer in layers]
     planned += head_evidence(bench) if layers else []
+    if memory_limit is None:
+        weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
+        memory_limit = (weights + saved) // 20
+        if any(gains(layer.forward_ms) for layer in layers):  # each forward in 8 bits needs a copy, as in preset fast
+            memory_limit = max(memory_limit, sum(max(c.memory for c in layer.candidates) for layer in planned))
     plans = []
     tries: list[Try] = []  # tries for one fidelity help with the next
     for i, fidelity in enumerate(fidelities):
