@@ -6,6 +6,7 @@ pytest-xdist's own process imports this file, too, and runs no test. So what onl
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import getpass
@@ -35,6 +36,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import forked
 from celora.kernels.c import library as kernels
 
 if TYPE_CHECKING:
@@ -70,9 +72,12 @@ def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile the kernels once, before pytest-xdist starts its workers. Otherwise each worker would."""
+    """Compile the kernels once, and start the process that tests fork theirs from, before pytest-xdist's workers."""
     if not hasattr(config, "workerinput"):
         kernels.library()
+        forks = contextlib.ExitStack()
+        forks.enter_context(forked.server())
+        config.add_cleanup(forks.close)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

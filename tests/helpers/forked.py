@@ -1,33 +1,45 @@
 """Start a process for a test without the seconds that a new interpreter spends on imports.
 
-One process imports the libraries, but neither celora nor a test. Each process for a test is a fork of it, with its own
-signals, environment, output and exit status. Where forks are not safe, it is a new interpreter.
+One process imports the libraries, but neither celora nor a test (`fork_server.py`). Each process for a test is a fork
+of it, with its own signals, environment, output and exit status. Where forks are not safe, it is a new interpreter.
 """
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import importlib
 import multiprocessing
 import os
+import pickle
 import runpy
+import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = [
-    "accelerate.commands.launch", "datasets", "peft", "plotly.graph_objects", "pytest", "rich.console",
-    "torch.distributed.elastic.multiprocessing.api", "torch.distributed.fsdp", "torch.testing",
-    "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "transformers.trainer",
-    "trl.trainer.sft_trainer", "trl.trainer.sft_config", "typer",
-]  # fmt: skip
-# Windows has no forks; Apple's libraries do not survive them.
-_START = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-if sys.platform == "linux":
-    _START.set_forkserver_preload(LIBRARIES)
+FORKS = sys.platform == "linux"  # Windows has none; Apple's libraries do not survive them
+_DOOR = "CELORA_TESTS_DOOR"
+
+
+@contextlib.contextmanager
+def server() -> Iterator[None]:
+    """The process to fork from. What is started meanwhile shares it: pytest-xdist's workers."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as last:
+        if FORKS:
+            door = last.enter_context(socket.socket(socket.AF_UNIX))
+            os.environ[_DOOR] = f"{folder}/door"
+            door.bind(os.environ[_DOOR])
+            door.listen()
+            command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(door.fileno())]
+            unread = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # what libraries say when imported
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[door.fileno()], **unread)
+            last.callback(process.communicate)
+        yield
 
 
 def run(
@@ -41,24 +53,50 @@ def run(
         files = [Path(folder) / name for name in ("stdout", "stderr")]
         for file in files:
             file.touch()
-        given = (work, arguments, dict(environment), os.getcwd(), *map(str, files))
-        process = _START.Process(target=_begin, args=given)
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
+        call = pickle.dumps((work, arguments, dict(environment), os.getcwd()))
+        status = (_fork if FORKS else _spawn)((call, *map(str, files)), timeout)
+        if status is None:
             raise subprocess.TimeoutExpired(work.__name__, timeout or 0)
         said = [file.read_text(encoding="utf-8") for file in files]
-        return subprocess.CompletedProcess([work.__name__, *map(str, arguments)], process.exitcode or 0, *said)
+        return subprocess.CompletedProcess([work.__name__, *map(str, arguments)], status, *said)
 
 
-def _begin(work: Callable[..., Any], arguments: tuple[Any, ...], own: dict[str, str], cwd: str, *files: str) -> None:
-    gc.freeze()  # the collector need not look at what was there before the fork
+def _fork(given: tuple[Any, ...], timeout: float | None) -> int | None:
+    """The exit status of a fork that calls `_begin(*given)`. None if it took too long."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.environ[_DOOR])
+        client.sendall(pickle.dumps((sys.path, pickle.dumps((_begin, given)))))
+        process = _number(client)
+        client.settimeout(timeout)
+        try:
+            return _number(client)
+        except TimeoutError:
+            os.kill(process, signal.SIGKILL)
+            return None
+
+
+def _number(client: socket.socket) -> int:
+    return int(struct.unpack("i", client.recv(4, socket.MSG_WAITALL))[0])
+
+
+def _spawn(given: tuple[Any, ...], timeout: float | None) -> int | None:
+    """The same in a new interpreter."""
+    process = multiprocessing.get_context("spawn").Process(target=_begin, args=given)
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
+
+
+def _begin(call: bytes, *files: str) -> None:
     for number, file in enumerate(files, 1):
         handle = os.open(file, os.O_WRONLY | os.O_APPEND)
         os.dup2(handle, number)
         os.close(handle)
+    work, arguments, own, cwd = pickle.loads(call)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(own)
