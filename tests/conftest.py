@@ -93,8 +93,7 @@ def pytest_collection() -> None:
 def pytest_collection_finish() -> None:
     """Let the collector look at what tests make. Freeze the half million objects from the libraries' imports."""
     gc.enable()
-    gc.collect()
-    gc.freeze()
+    gc.freeze()  # to look for garbage first takes half a second
     atexit.register(gc.unfreeze)  # nanobind's modules, such as Triton's, call whatever is frozen at the end leaked
 
 
