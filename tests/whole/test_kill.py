@@ -6,12 +6,12 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import forked
 from kill import MODES, PROCESSES
 
 ALWAYS = "always --resume"
@@ -26,10 +26,9 @@ def run(folder: Path, cases: list[dict], seconds: float) -> list[dict]:
     """The harness's results for these cases, from one process that imports the training stack once."""
     (folder / "cases.json").write_text(json.dumps(cases))
     tests = Path(__file__).parents[1] / "helpers"
-    done = subprocess.run(
-        [sys.executable, str(tests / "kill.py"), str(folder), str(folder / "cases.json")],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), *sys.path])},
-        capture_output=True, text=True, timeout=seconds,
+    done = forked.run(
+        forked.script, tests / "kill.py", folder, folder / "cases.json",
+        environment=os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}, timeout=seconds,
     )  # fmt: skip
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(results) == len(cases), done.stderr
