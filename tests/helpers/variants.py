@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from lowest import lowest
-from small import make_base, make_batch
+from small import made_once, make_base, make_batch
 
 PAGE = Path(__file__).parents[2] / "docs" / "use" / "compatibility.md"
 
@@ -69,10 +69,8 @@ class Variant:
 
     def make(self) -> PeftModel:
         """The model, ready to train. The weights are the same every time."""
-        torch.manual_seed(0)
-        model = get_peft_model(self.base(), self.config())
-        self.prepare(model)
-        return model.train()
+        model: PeftModel = _make(self)
+        return model
 
     def fit(self, model: PeftModel, steps: int, *, first: int = 0) -> float:
         """Train with a new optimizer, and return the last loss."""
@@ -86,6 +84,14 @@ class Variant:
             self.after_backward(model, step)
             optimizer.zero_grad()
         return float(loss.detach())
+
+
+@made_once
+def _make(variant: Variant) -> PeftModel:
+    torch.manual_seed(0)
+    model = get_peft_model(variant.base(), variant.config())
+    variant.prepare(model)
+    return model.train()
 
 
 def _lora(**changes: Any) -> Callable[[], LoraConfig]:

@@ -108,8 +108,9 @@ def test_trains_resumes_and_copies_like_any_other(tmp_path: object) -> None:
     celora.load_state(second, str(tmp_path))
     assert require(second).clock.step == 2
     train(second, 2, first=2, optimizer=optimizer)
+    found = adapter(second)
     for name, value in adapter(first).items():
-        assert value.equal(adapter(second)[name])
+        assert value.equal(found[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

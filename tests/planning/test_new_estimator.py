@@ -112,7 +112,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: CELoraConfig, tmp_pat
     resumed.load_state_dict(optimizer.state_dict())
     celora.load_state(second, tmp_path)
     train(second, 4, first=6, optimizer=resumed)
-    assert all(value.equal(adapter(second)[name]) for name, value in adapter(whole).items())
+    found = adapter(second)
+    assert all(value.equal(found[name]) for name, value in adapter(whole).items())
 
 
 # While Dynamo traces a Function, it instantiates the class. torch itself warns about that.

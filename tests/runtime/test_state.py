@@ -50,8 +50,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stop: int, config: CELoraConf
     celora.load_state(second, tmp_path)
     assert require(second).clock.step == stop
     train(second, 10 - stop, first=stop, optimizer=resumed)
+    found = adapter(second)
     for name, value in adapter(whole).items():
-        assert value.equal(adapter(second)[name])
+        assert value.equal(found[name])
 
 
 @pytest.mark.parametrize(

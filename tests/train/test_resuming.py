@@ -69,7 +69,8 @@ def test_a_job_that_always_says_resume(inputs, finished, tmp_path, monkeypatch):
     status, text = start()
     assert (status, "Resuming from checkpoint-3" in text) == ("finished", True)
     assert start()[0] == "already finished"
-    assert all(torch.equal(value, adapter(output)[name]) for name, value in adapter(finished[0]).items())
+    found = adapter(output)
+    assert all(torch.equal(value, found[name]) for name, value in adapter(finished[0]).items())
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")

@@ -80,8 +80,9 @@ def test_the_best_of_its_checkpoints_is_what_is_left(inputs, tmp_path):
     step = max(losses, key=losses.get)
     assert last["eval_loss"] == result.summary["eval_loss"] == losses[step]
     assert (result.status, step) == ("finished", 2)
+    found = adapter(output)
     for name, value in adapter(output / f"checkpoint-{step}").items():
-        assert value.equal(adapter(output)[name])
+        assert value.equal(found[name])
 
 
 def test_a_template_from_elsewhere_is_a_template(inputs, tmp_path):

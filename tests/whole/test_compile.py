@@ -82,8 +82,9 @@ def test_one_graph_for_refreshes_and_one_for_estimates(fused: bool) -> None:
     assert counts == [1, 2, 2, 2, 2, 2]  # refreshes at steps 0 and 4
     assert require(model).relative_errors
     _train(eager, eager, 6)
+    found = adapter(model)
     for name, value in adapter(eager).items():
-        torch.testing.assert_close(adapter(model)[name], value)
+        torch.testing.assert_close(found[name], value)
 
 
 IN_8_BITS = {
@@ -129,8 +130,9 @@ def test_inductor_gives_the_same_without_breaks_or_graphs_at_later_refreshes(set
     # Gradients are below 1, the learning rate is 0.1, and there are eight steps. In 8 bits, one of 33 x 48 numbers may
     # lie half-way between two of 127 steps: that is 127^-1 (33 x 48)^-1/2 = 2e-4 of a gradient, in some of the steps.
     allowed = 8 * 0.1 * OF_GRADIENT if setting == "columns" else 1e-4
+    found = adapter(model)
     for name, value in adapter(eager).items():
-        torch.testing.assert_close(adapter(model)[name], value, rtol=0, atol=allowed)
+        torch.testing.assert_close(found[name], value, rtol=0, atol=allowed)
 
 
 def test_refreshes_that_take_turns_would_be_a_graph_each_so_all_refresh_at_once() -> None:

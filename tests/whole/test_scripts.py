@@ -127,8 +127,9 @@ def test_a_loop_around_accelerate_counts_steps_and_resumes_exactly(tmp_path: Pat
     assert (tmp_path / STATE_NAME).is_file()
     resumed = accelerate(tmp_path, 5, 8, resume=True)
     assert require(resumed).clock.step == 8
+    found = adapter(resumed)
     for name, value in adapter(whole).items():
-        assert value.equal(adapter(resumed)[name]), name
+        assert value.equal(found[name]), name
 
 
 def test_a_bare_loop_of_any_optimizer_needs_one_line() -> None:

@@ -82,7 +82,8 @@ def estimated(variant: Variant, folder: Path) -> str:
     attachment.clock.advance()  # leave the refresh of step 6
     assert {attachment.grafts[name].mode for name in active} == {Mode.ESTIMATE}
     variant.fit(exact, 7)
-    assert any(not value.equal(adapter(model)[name]) for name, value in adapter(exact).items())
+    found = adapter(model)
+    assert any(not value.equal(found[name]) for name, value in adapter(exact).items())
     return YES
 
 
@@ -157,8 +158,9 @@ def copies(variant: Variant, folder: Path) -> str:
     for twin in twins:
         variant.fit(twin, 3, first=2)
         assert (require(twin).clock.step, require(twin).refreshes) == (5, 2)
+        found = adapter(twin)
         for name, value in adapter(model).items():
-            assert value.equal(adapter(twin)[name]), name
+            assert value.equal(found[name]), name
     assert len({id(require(twin)) for twin in twins}) == 3
     return YES
 
@@ -170,8 +172,9 @@ def detaches(variant: Variant, folder: Path) -> str:
     for model in (plain, touched):
         variant.fit(model, 2)
     assert list(plain.state_dict()) == list(touched.state_dict())
+    found = adapter(touched)
     for name, value in adapter(plain).items():
-        assert value.equal(adapter(touched)[name])
+        assert value.equal(found[name])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in touched.modules() if isinstance(m, nn.Linear))
     return YES
 
