@@ -38,9 +38,12 @@ if not torch.cuda.is_available():
 
 import forked
 from celora.kernels.c import library as kernels
+from room import with_room
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+_HAS_ROOM = pytest.StashKey[bool]()
 
 # Generated input (test_input.py) in four tests: by default 300 cases in all, always the same; or 2,000 new ones.
 hypothesis.settings.register_profile("ci", max_examples=75, derandomize=True, database=None, deadline=None)
@@ -95,6 +98,15 @@ def pytest_collection_finish() -> None:
     gc.enable()
     gc.freeze()  # to look for garbage first takes half a second
     atexit.register(gc.unfreeze)  # nanobind's modules, such as Triton's, call whatever is frozen at the end leaked
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> object:
+    """Run the usual loop, but with room."""
+    if session.stash.setdefault(_HAS_ROOM, False):
+        return None
+    session.stash[_HAS_ROOM] = True
+    return with_room(session.config.hook.pytest_runtestloop, session=session)
 
 
 @pytest.fixture(autouse=True, scope="module")

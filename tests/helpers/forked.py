@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from room import with_room
+
 FORKS = sys.platform == "linux"  # Windows has none; Apple's libraries do not survive them
 _DOOR = "CELORA_TESTS_DOOR"
 
@@ -101,7 +103,7 @@ def _begin(call: bytes, *files: str) -> None:
     os.environ.clear()
     os.environ.update(own)
     tempfile.tempdir = None  # look for it again, in this environment
-    work(*arguments)
+    with_room(work, *arguments)
 
 
 def script(path: str | Path, *arguments: object) -> None:
