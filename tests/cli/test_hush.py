@@ -11,7 +11,7 @@ from celora.cli.hush import MESSAGES, hush
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_only_the_listed_messages_are_left_out(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_listed_messages_are_left_out(name: str) -> None:
     hush()
     hush()  # every command of one process does
     logger = logging.getLogger(name)
