@@ -43,7 +43,12 @@ FEW = ["q_proj", "down_proj"]
 def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    yield
+    # Newer versions keep the stack of each side effect for a message.
+    quiet = (
+        {"side_effect_replay_policy": "silent"} if hasattr(torch._dynamo.config, "side_effect_replay_policy") else {}
+    )
+    with torch._dynamo.config.patch(quiet):
+        yield
     torch._dynamo.reset()
 
 
