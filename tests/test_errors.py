@@ -20,5 +20,5 @@ def test_the_case_of_a_name_does_not_matter() -> None:
 
 
 def test_a_message_is_one_line_whatever_it_quotes() -> None:
-    said = str(CELoraError("cannot read 'a.json':\n\n  line 1\n    is   wrong\n"))
-    assert said == "cannot read 'a.json': line 1 is wrong"
+    said = str(CELoraError("cannot read 'a  b.json':\n\n  line 1\r\n    is wrong\n"))
+    assert said == "cannot read 'a  b.json': line 1 is wrong"

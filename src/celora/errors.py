@@ -10,7 +10,8 @@ class CELoraError(ValueError):
     """Bad input to celora. The message is a single line; the command line prints it and exits with status 2."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))  # it may quote another library, which writes several lines
+        # It may quote another library, which writes several lines. Spaces in the name of a file stay.
+        super().__init__(" ".join(line for part in message.splitlines() if (line := part.strip())))
 
 
 class Diverged(CELoraError):
