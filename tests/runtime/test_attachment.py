@@ -164,12 +164,16 @@ def test_an_idle_model_says_nothing_while_another_trains(model: PeftModel, batch
 
 
 def test_a_model_that_was_moved_after_attach_is_told(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as attaching:
-        attaching.setattr(Attachment, "_device", lambda self: torch.device("cuda"))
-        celora.attach(model, HALF)
+    def move(config: str | CELoraConfig) -> None:
+        with monkeypatch.context() as attaching:
+            attaching.setattr(Attachment, "_device", lambda self: torch.device("cuda"))
+            celora.attach(model, config)
+        train(model, 11)
+
     with pytest.warns(UserWarning, match="was on cuda when celora was attached and trains on cpu") as told:
-        train(model, 3)
+        move(HALF)
     assert len(told) == 1
+    move("off")  # estimates nothing; warnings are errors here
 
 
 def test_replicas_of_data_parallel_are_exact(model: PeftModel) -> None:

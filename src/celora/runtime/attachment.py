@@ -271,7 +271,7 @@ class Attachment:
 
     def _check_chosen(self) -> None:
         """Warn if the model was moved since `attach`, or if the first batches differ from the batches of the plan."""
-        if self._chosen_on not in (here := self._device().type, "meta"):
+        if self.grafts and self._chosen_on not in (here := self._device().type, "meta"):
             warnings.warn(
                 f"celora: this model was on {self._chosen_on} when celora was attached and trains on {here}, but its "
                 f"estimates were chosen for {self._chosen_on}. Attach after the model is moved: a Trainer moves it.",
