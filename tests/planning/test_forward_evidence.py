@@ -18,9 +18,10 @@ from celora import CELoraConfig, CELoraError, Plan
 from celora.modeling.survey import survey
 from celora.numerics.estimators import Finding
 from celora.planning.bench import Bench, Layer, _TimedGraft
-from celora.planning.candidates import EXACT, candidates
+from celora.planning.candidates import EXACT, candidates, make_candidate
 from celora.planning.evidence import evidence
 from celora.planning.influence import by_group
+from celora.planning.planner import make_plans
 from celora.settings.config import LayerConfig
 from machine import refuses
 from patching import patch_all
@@ -66,6 +67,32 @@ def test_a_higher_fidelity_takes_fewer(model: PeftModel, batches: Batches, fast_
     counts = [plan.forwards for plan in plans]
     assert counts[0] > counts[1] >= counts[2] == 0
     assert plans[2].loss_shift == 0
+
+
+def test_a_plan_without_estimates_shifts_nothing(
+    model: PeftModel, batches: Batches, fast_forwards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was audited before it."""
+    if refuses():
+        return
+    patch_all(
+        monkeypatch,
+        "celora.planning.candidates:candidates",
+        lambda shape, device: {setting: make_candidate(setting, shape, device) for setting in (EXACT, INT8)},
+    )
+    plan, exact = make_plans(model, batches, [0.9, 1.0], forward=True)
+    assert plan.loss_shift != 0 != plan.forwards
+    assert exact.loss_shift == 0 == exact.forwards
+    assert Plan.from_dict(exact.to_dict()) == exact
+
+
+def test_progress_goes_on_to_the_end(model: PeftModel, batches: Batches, fast_forwards: None) -> None:
+    if refuses():
+        return
+    told: list[tuple[str, float]] = []
+    celora.make_plan(model, batches, 0.9, forward=True, progress=lambda what, share: told.append((what, share)))
+    assert "probing forwards" in dict(told)
+    assert [share for _, share in told] == sorted(share for _, share in told)
 
 
 @pytest.mark.parametrize("attached", [True, False])

@@ -39,7 +39,7 @@ def probe_influence(bench: Bench, layers: list[Layer]) -> None:
         return error**2 / caused if caused > 0 else 1.0
 
     progress = functools.partial(bench.progress, "probing influence")
-    for layer, influence in zip(layers, by_group(layers, rate, lambda done: progress(0.25 + 0.4 * done)), strict=True):
+    for layer, influence in zip(layers, by_group(layers, rate, lambda done: progress(0.25 + 0.25 * done)), strict=True):
         layer.influence = round(influence, 8)
 
 

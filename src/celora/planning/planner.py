@@ -207,7 +207,7 @@ def _finish(
             break
         allowed = _CARE**turn * found * (1 - fidelity**2) / squared_error(audited)
     predicted = math.sqrt(1 - found)
-    shift = bench.loss_shift
+    shift = bench.loss_shift if settings else 0.0  # nothing was audited then, or a try that is not taken
     head = next((p for p in chosen if p.name == HEAD), None)
     chosen = [p for p in chosen if p is not head]
     of_head = {HEAD: setting} if (setting := settings.pop(HEAD, None)) else {}
