@@ -49,9 +49,9 @@ def attach(
 ) -> AttachReport:
     """Estimate the backward of the frozen layers under `model`'s PEFT adapters.
 
-    The forward stays exact, unless `forward="int8"` (preset `fast`). Saving the model gives an ordinary adapter.
-    Attaching the same configuration again changes nothing; another configuration replaces the first. Nothing else has
-    to be called: celora counts the optimizer's steps.
+    The forward stays exact, unless `forward="int8"` (preset `fast`, and plans made with `forward=True`). Saving the
+    model gives an ordinary adapter. Attaching the same configuration again changes nothing; another configuration
+    replaces the first. Nothing else has to be called: celora counts the optimizer's steps.
 
     Args:
         model: a PEFT model, or any module that contains PEFT tuner layers. Not merged.
