@@ -71,7 +71,7 @@ class PlannedLayer:
 
     @property
     def dense_ms(self) -> float:
-        """Time of the exact product."""
+        """Time of the exact product; in a plan with forwards, of both directions."""
         return self.candidates[0].time_ms
 
 
@@ -87,7 +87,8 @@ class Plan:
         predicted_cosine: the cosine expected from the layers' errors and influences.
         audited_cosine: the measured cosine of the whole plan, on the sum of `audited_batches` batches. Planning used
             them for nothing else if it had three batches or more.
-        predicted_time: the time of all `grad_input` products of `layers`, relative to dense, from their own times.
+        predicted_time: the time of all `grad_input` products of `layers`, relative to dense, from their own times. If
+            forwards were considered, their times are in it, too.
         audited_time: the same, measured inside whole backwards.
         tokens: number of tokens in the batches of the plan.
         dtype, device, threads, torch: the conditions of the measurements.

@@ -8,11 +8,13 @@
    the mean of the latter over the kinds.
    The vocabulary projection is one more layer (`head_evidence`). Its gradient goes through a share of the words. Its
    error is the error that arrives in the LoRA gradient.
+   If forwards in 8 bits are candidates (`forward_evidence`), the squared error that each brings into the LoRA gradient
+   is measured on groups of layers, and is added to `influence e^2`.
 4. Choose (`choose`). Minimise `sum time` subject to `sum influence e^2 <= 1 - cosine^2` and to the memory limit, by
    Lagrange multipliers. Audit the whole choice, and repeat with more or less allowed error.
 5. Verify. Measure the cosine of the sum over batches that were not used to choose. Errors that differ between batches
    average out there; errors that all batches share do not. If the cosine is too low, choose again with less allowed
-   error. At last, measure the time inside whole backwards.
+   error. At last, measure the time inside whole backwards (whole passes, if forwards are candidates).
 """
 
 from __future__ import annotations
