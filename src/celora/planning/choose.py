@@ -120,19 +120,18 @@ class Table:
         padded = [list(p.candidates) + [p.candidates[0]] * (width - len(p.candidates)) for p in planned]
         numbers = functools.partial(torch.tensor, dtype=torch.float64, device="cpu")
         self._times = numbers([[c.time_ms for c in row] for row in padded])
+        influence = numbers([p.influence for p in planned])[:, None]
         errors = numbers([[c.relative_error**2 for c in row] for row in padded])
-        errors = numbers([p.influence for p in planned])[:, None] * errors
-        self._errors = (errors + numbers([[c.forward_error for c in row] for row in padded])).nan_to_num(
-            math.inf, math.inf
-        )
+        of_forwards = numbers([[c.forward_error for c in row] for row in padded])
+        self._errors = (influence * errors + of_forwards).nan_to_num(math.inf, math.inf)
         self._memory = numbers([[float(c.memory) for c in row] for row in padded])
 
     def error(self, choice: Sequence[int]) -> float:
-        """The expected squared error of the choice in the LoRA gradient: `sum s e^2` over the layers."""
+        """The expected squared error of the choice in the LoRA gradient: `sum s e^2`, and that of forwards."""
         return self._sum(self._errors, choice)
 
     def time(self, choice: Sequence[int]) -> float:
-        """Milliseconds of all products of one backward."""
+        """Milliseconds of all products of one backward, and of the forward if forwards are planned."""
         return self._sum(self._times, choice)
 
     def cheapest(self, error: float, memory: float) -> list[int]:
