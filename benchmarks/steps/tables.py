@@ -62,8 +62,14 @@ def _fast(*, amx: bool = False, isa: str | None = None, **wanted: str) -> list[d
 
 
 def step_fast(*, amx: bool = False, isa: str | None = None) -> str:
-    """Speed-up over PEFT of the presets that need no plan."""
-    found, body = _fast(amx=amx, isa=isa), []
+    """Speed-up over PEFT of the presets that need no plan; one table for each machine."""
+    found = _fast(amx=amx, isa=isa)
+    machines = dict.fromkeys(map(rows.where, found))
+    return "\n\n".join(_over_peft([row for row in found if rows.where(row) == machine]) for machine in machines)
+
+
+def _over_peft(found: list[dict[str, Any]]) -> str:
+    body: list[list[str]] = []
     for key in dict.fromkeys((row["model"], row["data"], row["dtype"]) for row in found):
         by_arm = {row["arm"]: row for row in found if (row["model"], row["data"], row["dtype"]) == key}
         speed = [f"{by_arm[arm]['speed_up']:.2f}" for arm in _WITHOUT_PLAN]

@@ -81,7 +81,8 @@ def make_plan(
             of these roles.
         fidelity: the wanted cosine, 0 < fidelity <= 1; 1 allows only what changes nothing.
         forward: whether forwards in 8 bits are candidates, too. The cosine is then that with the gradient of exact
-            forwards, and the plan says by how much the loss shifts (`Plan.loss_shift`). Fidelities below 0.99 use them.
+            forwards, and the plan says by how much the loss shifts (`Plan.loss_shift`). The default fidelity leaves
+            room for few.
         memory_limit: bytes that all 8-bit copies of weights together may take; by default 5 % of the weights and of
             what a forward saves for backward, and with `forward` a copy of every layer.
         loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
