@@ -24,7 +24,7 @@ def use_tier(patch: pytest.MonkeyPatch, tier: str) -> Kernels:
 
 
 WITH_DOTS = [tier for tier in TIERS if Kernels(LIBRARY, tier).has("gathered_product_f32")]  # type: ignore[arg-type]
-PAIRED = {tier: tier == "avx2" for tier in WITH_DOTS}  # VPMADDUBSW adds two products in 16 bits
+PAIRED = {tier: bool(Kernels(LIBRARY, tier).run("paired", b"", 1)) for tier in WITH_DOTS}  # type: ignore[arg-type]
 each_tier = pytest.mark.parametrize("tier", TIERS, indirect=True)
 each_tier_with_dots = pytest.mark.parametrize("tier", WITH_DOTS, indirect=True)
 

@@ -46,6 +46,7 @@
     NUMBER(panel_columns, PANEL)                                       \
     NUMBER(depth_step, DEEP)                                           \
     NUMBER(offset, OFFSET)                                             \
+    NUMBER(paired, PAIRED)                                             \
     NUMBER(row_stride, row_stride(N(0)))                               \
     NUMBER(quantised_bytes, quantised_bytes(N(0), N(1)))               \
     NUMBER(scratch_bytes, scratch_bytes(N(0), N(1), N(2), I(3)))

@@ -40,6 +40,7 @@ _NUMBERS = {  # return one
     "panel_columns": "",
     "depth_step": "",
     "offset": "",
+    "paired": "",
     "row_stride": "q",
     "quantised_bytes": "qq",
     "scratch_bytes": "qqqq",
