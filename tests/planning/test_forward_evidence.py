@@ -119,6 +119,24 @@ def test_no_forward_is_planned_where_none_is_faster(
     assert plan.layers == without.layers
 
 
+@pytest.mark.parametrize("pays", [True, False])
+def test_forwards_are_kept_if_the_whole_plan_is_faster(
+    model: PeftModel, batches: Batches, fast_forwards: None, monkeypatch: pytest.MonkeyPatch, pays: bool
+) -> None:
+    if refuses():
+        return
+
+    def time_of(bench: Bench, layers: Any, settings: dict[str, LayerConfig]) -> float:
+        return 0.4 if pays == any(setting.forward != "exact" for setting in settings.values()) else 0.6
+
+    monkeypatch.setattr(Bench, "time", time_of)
+    plan = celora.make_plan(model, batches, 0.99, forward=True)
+    assert (plan.forwards > 0) is pays
+    assert plan.audited_time == 0.4
+    assert plan.loss_shift == 0 or pays
+    assert all(c.forward_error < 1 for layer in plan.layers for c in layer.candidates)
+
+
 def test_candidates_with_both_directions_stand_beside_those_with_one() -> None:
     linear = torch.nn.Linear(80, 48, bias=False).requires_grad_(False)
     known = candidates((48, 80), torch.device("cpu"))

@@ -45,7 +45,7 @@ from celora.planning.gradients import on_device, trainable, training, untouched
 from celora.planning.head_evidence import head_evidence
 from celora.planning.influence import probe_influence
 from celora.planning.observe import observe
-from celora.planning.plan import Plan, PlannedLayer
+from celora.planning.plan import Candidate, Plan, PlannedLayer
 from celora.runtime.attachment import find
 from celora.settings.names import HEAD
 
@@ -81,8 +81,8 @@ def make_plan(
             of these roles.
         fidelity: the wanted cosine, 0 < fidelity <= 1; 1 allows only what changes nothing.
         forward: whether forwards in 8 bits are candidates, too. The cosine is then that with the gradient of exact
-            forwards, and the plan says by how much the loss shifts (`Plan.loss_shift`). The default fidelity leaves
-            room for few.
+            forwards, and the plan says by how much the loss shifts (`Plan.loss_shift`). The plan has none if one of
+            backwards alone is as fast.
         memory_limit: bytes that all 8-bit copies of weights together may take; by default 5 % of the weights and of
             what a forward saves for backward, and with `forward` a copy of every layer.
         loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
@@ -184,11 +184,32 @@ def _make_plans(bench: Bench, layers: list[Layer], fidelities: Sequence[float], 
             memory_limit = max(memory_limit, sum(max(c.memory for c in layer.candidates) for layer in planned))
     plans = []
     tries: list[Try] = []  # tries for one fidelity help with the next
+    of_backwards: list[Try] = []
     for i, fidelity in enumerate(fidelities):
         bench.progress("choosing", 0.65 + 0.35 * i / len(fidelities))
-        plans.append(_finish(bench, layers, planned, fidelity, memory_limit, tries))
+        plan = _finish(bench, layers, planned, fidelity, memory_limit, tries)
+        if plan.forwards:  # they are kept if they pay: their errors may have made the whole plan too careful
+            plain = _finish(bench, layers, _own_forwards(planned), fidelity, memory_limit, of_backwards)
+            plan = min(plan, _with_candidates(plain, planned), key=lambda made: made.audited_time)
+        plans.append(plan)
     bench.progress("done", 1.0)
     return plans
+
+
+def _own_forwards(planned: list[PlannedLayer]) -> list[PlannedLayer]:
+    """The same layers, where no forward in 8 bits can be chosen."""
+
+    def kept(c: Candidate) -> Candidate:
+        return c if c.setting.forward == "exact" else dataclasses.replace(c, forward_error=math.inf)
+
+    return [dataclasses.replace(p, candidates=tuple(map(kept, p.candidates))) for p in planned]
+
+
+def _with_candidates(plan: Plan, planned: list[PlannedLayer]) -> Plan:
+    """The plan with the candidates as they were measured."""
+    measured = {p.name: p.candidates for p in planned}
+    layers = tuple(dataclasses.replace(p, candidates=measured[p.name]) for p in plan.layers)
+    return dataclasses.replace(plan, layers=layers)
 
 
 def _finish(
