@@ -17,6 +17,7 @@ import celora
 from celora import CELoraConfig, CELoraError, Plan
 from celora.modeling.survey import survey
 from celora.numerics.estimators import Finding
+from celora.planning import planner
 from celora.planning.bench import Bench, Layer, _TimedGraft
 from celora.planning.candidates import EXACT, candidates, make_candidate
 from celora.planning.evidence import evidence
@@ -135,6 +136,23 @@ def test_forwards_are_kept_if_the_whole_plan_is_faster(
     assert plan.audited_time == 0.4
     assert plan.loss_shift == 0 or pays
     assert all(c.forward_error < 1 for layer in plan.layers for c in layer.candidates)
+
+
+def test_a_faster_plan_that_misses_the_fidelity_is_not_taken(
+    model: PeftModel, batches: Batches, fast_forwards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if refuses():
+        return
+    finish = planner._finish
+
+    def finished(*given: Any) -> Plan:
+        plan = finish(*given)
+        return plan if plan.forwards else dataclasses.replace(plan, audited_time=0.1, audited_cosine=0.98)
+
+    patch_all(monkeypatch, "celora.planning.planner:_finish", finished)
+    plan = celora.make_plan(model, batches, 0.99, forward=True)
+    assert plan.forwards
+    assert plan.audited_cosine >= 0.99
 
 
 def test_candidates_with_both_directions_stand_beside_those_with_one() -> None:

@@ -81,8 +81,8 @@ def make_plan(
             of these roles.
         fidelity: the wanted cosine, 0 < fidelity <= 1; 1 allows only what changes nothing.
         forward: whether forwards in 8 bits are candidates, too. The cosine is then that with the gradient of exact
-            forwards, and the plan says by how much the loss shifts (`Plan.loss_shift`). The plan has none if one of
-            backwards alone is as fast.
+            forwards, and the plan says by how much the loss shifts (`Plan.loss_shift`). A second plan, of backwards
+            alone, is made beside it, and the faster of those that keep the fidelity is returned.
         memory_limit: bytes that all 8-bit copies of weights together may take; by default 5 % of the weights and of
             what a forward saves for backward, and with `forward` a copy of every layer.
         loss: instead of `model(**batch).loss`, a function of (model, batch) that returns a scalar.
@@ -94,8 +94,9 @@ def make_plan(
         CELoraError: no adapters, no batches, sharded parameters, a device whose times cannot be trusted, or a fidelity
             or memory limit out of range.
     """
-    more: dict[str, Any] = {"memory_limit": memory_limit, "loss": loss, "progress": progress}
-    return make_plans(model, batches, [fidelity], forward=forward, **more)[0]
+    return make_plans(
+        model, batches, [fidelity], forward=forward, memory_limit=memory_limit, loss=loss, progress=progress
+    )[0]
 
 
 def make_plans(
@@ -190,7 +191,8 @@ def _make_plans(bench: Bench, layers: list[Layer], fidelities: Sequence[float], 
         plan = _finish(bench, layers, planned, fidelity, memory_limit, tries)
         if plan.forwards:  # they are kept if they pay: their errors may have made the whole plan too careful
             plain = _finish(bench, layers, _own_forwards(planned), fidelity, memory_limit, of_backwards)
-            plan = min(plan, _with_candidates(plain, planned), key=lambda made: made.audited_time)
+            both = plan, _with_candidates(plain, planned)
+            plan = min(both, key=lambda made: (made.audited_cosine < made.fidelity, made.audited_time))
         plans.append(plan)
     bench.progress("done", 1.0)
     return plans
