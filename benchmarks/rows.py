@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ import torch
 
 from celora.machine import cpu as kernels
 from celora.machine.device import device_name
+from celora.settings.config import CELoraConfig
+from celora.settings.presets import PRESETS, by_rule
 
 UNPACKED = "weights unpacked from 4 bits"  # said of the demo's model, which comes as a Q4_1 file
 
 
-def conditions() -> dict[str, Any]:
-    """Commit, machine and versions of this measurement."""
+def conditions(arm: str = "") -> dict[str, Any]:
+    """Date, commit, machine and versions of this measurement; and what the preset of this arm asks for."""
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "commit": _commit(),
         "cpu": device_name(torch.device("cpu")),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -31,7 +35,22 @@ def conditions() -> dict[str, Any]:
         "celora": metadata.version("celora"),
         "amx": kernels.matrix_instructions(),
         **({"onednn_max_cpu_isa": limit} if (limit := os.environ.get("ONEDNN_MAX_CPU_ISA")) else {}),
+        **({"defaults": asked} if (asked := defaults(arm)) else {}),
     }
+
+
+def defaults(arm: str) -> dict[str, Any]:
+    """What the preset of an arm asks for: the fields that are not CELoraConfig's own defaults. Empty without a preset.
+
+    A page shows no row whose defaults are not those of the code: a test compares them.
+    """
+    preset = arm.removeprefix("preset ").removesuffix(", Adam").removesuffix(" + compile")
+    if preset not in PRESETS or preset == "off":
+        return {}
+    config = PRESETS[preset] if preset != "auto" else by_rule(PRESETS["auto"])
+    plain = CELoraConfig().to_dict()
+    asked: dict[str, Any] = json.loads(json.dumps(config.to_dict()))  # as a row has it
+    return {name: value for name, value in asked.items() if value != plain.get(name)}
 
 
 def where(row: Mapping[str, Any]) -> str:

@@ -105,7 +105,7 @@ def run(arm: str, steps: int, seed: int) -> dict[str, Any]:
     never_exact = patch.object(attachment, "TOO_OFTEN", math.inf)
     with as_it_is if arm.endswith(GUARDED) else never_exact:
         found = train(ARMS[arm], steps, seed, ADAM_RATE if arm.endswith(ADAM) else RATE, adam=arm.endswith(ADAM))
-    return {"arm": arm, "steps": steps, "seed": seed} | found | rows.conditions()
+    return {"arm": arm, "steps": steps, "seed": seed} | found | rows.conditions(arm)
 
 
 def train(

@@ -137,7 +137,7 @@ def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float],
                         continue
                     scores = untouched(task) if steps == 0 else trained(task, arm, seed, rate, steps)
                     say(f"{key}: validation {scores.get('validation')}, test {scores['test']}")
-                    rows.append(RESULTS, key | scores | rows.conditions())
+                    rows.append(RESULTS, key | scores | rows.conditions(arm))
 
 
 def found() -> list[dict[str, Any]]:
@@ -187,7 +187,7 @@ def time_steps(tasks: list[str], arms: list[str], repeats: int) -> None:
         others = [row for row in rows.found(TIMES) if row["task"] != task]
         timed = [
             {"task": task, "arm": arm, "time_ms": timed["time_ms"] / len(batches), "repeats": repeats}
-            | rows.conditions()
+            | rows.conditions(arm)
             for arm, timed in times.items()
         ]
         rows.write(TIMES, others + timed)

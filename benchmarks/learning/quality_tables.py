@@ -6,18 +6,19 @@ Each function returns Markdown that `tables.py` puts between its marks; `converg
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from benchmarks import rows
 from benchmarks.learning import quality, quality_tasks
 from celora.studies.outcomes import HEADER, Difference, Outcome, summary
 
 _ENOUGH, _POINT = 3, 0.01  # seeds; what counts as no difference
-_YES = {True: "yes", False: "no"}
+_Interval = tuple[float, float, float]  # mean, low, high
 _RIVALS = ("LoRA, auto's time", "upper half, auto's time")
 # Okabe and Ito's colours, and a line of its own for each: readable without seeing colours.
 _LINES = {"LoRA": ("#0072b2", ""), "CE-LoRA": ("#d55e00", "6 4")}
@@ -84,34 +85,100 @@ def scores() -> str:
 def verdict() -> str:
     """`auto` and `fast` by task: as good as LoRA at equal steps? And `auto` better than its rivals at equal time?"""
     found = quality.found()
+    later = [_differences("auto", rival) for rival in _RIVALS]
     body: list[list[str]] = []
     for task in quality_tasks.NAMES:
         for preset in ("auto", "fast"):
-            ahead = {rival: _ahead(found, task, preset, rival) for rival in ("LoRA", *_RIVALS)}
-            if len(ahead["LoRA"]) < _ENOUGH:
+            values = _ahead(found, task, preset, "LoRA")
+            if len(values) < _ENOUGH:
                 continue
-            mean, error = _mean_and_error(ahead["LoRA"])
-            # A point is a point, whatever a difference of two floats makes of it.
-            holds = _YES[round(-mean, 9) <= max(error, _POINT)]
-            later = [_hundredths(ahead[rival]) if preset == "auto" else "" for rival in _RIVALS]
-            by = _hundredths(ahead["LoRA"]) + _elsewhere(chosen(found, task, preset), chosen(found, task, "LoRA"))
-            body.append([task, preset, str(len(ahead["LoRA"])), by, holds, *later])
+            by = _hundredths(_better(values))
+            by += _elsewhere(chosen(found, task, preset), chosen(found, task, "LoRA"))
+            line = [task, preset, str(len(values)), by, "yes" if _is_near(values) else "no"]
+            line.append(_not_worse(_better(values), _margin(found, task)))
+            line += [_hundredths(by_task[task]) if preset == "auto" and task in by_task else "" for by_task in later]
+            body.append(line)
     if not body:
         return "No task has all of its runs yet."
-    judged = "not below by more than one standard error or a point"
-    header = ["task", "preset", "seeds", "against LoRA, equal steps", judged]
-    if any(any(line[len(header) :]) for line in body):
-        header += ["against LoRA, equal time", "against the upper half, equal time"]
-    body = [line[: len(header)] for line in body]
-    held = {
-        preset: [line[4] for line in body if line[1] == preset] for preset in dict.fromkeys(line[1] for line in body)
-    }
+    header = ["task", "preset", "seeds", "against LoRA, equal steps", "within a point or one standard error"]
+    header += ["not worse, by the interval", "against LoRA, equal time", "against the upper half, equal time"]
     return rows.markdown(header, body) + (
-        "\n\nHundredths (points, or 0.01 nats per token) by which the preset is better, means over seeds ± standard "
-        "error. Not below LoRA by more than one standard error or a point at equal steps: "
-        + ", ".join(f"`{preset}` {kept.count('yes')} of {len(kept)} tasks" for preset, kept in held.items())
-        + "."
+        "\n\nHundredths (points, or 0.01 nats per token) by which the preset is better: means over seeds, and their "
+        "95 % intervals. Not worse is `shown` if the interval lies above -1 point, or above -1 % of LoRA's "
+        "improvement in loss; `no` if it lies below, `open` if on both sides."
     )
+
+
+def near(preset: str) -> str:
+    """On how many tasks a preset is within a point or one standard error of LoRA at equal steps."""
+    found = quality.found()
+    values = [_ahead(found, task, preset, "LoRA") for task in _differences(preset, "LoRA")]
+    return f"{sum(map(_is_near, values))} of {len(values)}"
+
+
+def shown(preset: str) -> str:
+    """On how many tasks the interval shows that a preset is not worse than LoRA at equal steps."""
+    found, by_task = quality.found(), _differences(preset, "LoRA")
+    judged = [_not_worse(by, _margin(found, task)) for task, by in by_task.items()]
+    return f"{judged.count('shown')} of {len(judged)}"
+
+
+def furthest(preset: str) -> str:
+    """By how much a preset is below LoRA at equal steps at most, and on which task."""
+    by_task = _differences(preset, "LoRA")
+    task = min(by_task, key=lambda name: by_task[name][0])
+    return f"{_in_words(task, -by_task[task][0])} on {task}"
+
+
+def leads(rival: str, *, surely: bool = False) -> str:
+    """On how many tasks `auto` is ahead of a rival at equal time; `surely`: beyond the 95 % interval."""
+    by_task = _differences("auto", rival)
+    return f"{sum(by[surely] > 0 for by in by_task.values())} of {len(by_task)}"
+
+
+def lead(task: str) -> str:
+    """By how much `auto` is ahead of LoRA at equal time, in words."""
+    return _in_words(task, _differences("auto", _RIVALS[0])[task][0])
+
+
+def _in_words(task: str, by: float) -> str:
+    return f"{by:.2f} nats" if task in ("chat", "text") else f"{100 * by:.1f} points"
+
+
+def _differences(preset: str, rival: str) -> dict[str, _Interval]:
+    """By task, what a preset is better by than a rival. Tasks with fewer than three seeds are left out."""
+    found = quality.found()
+    values = {task: _ahead(found, task, preset, rival) for task in quality_tasks.NAMES}
+    return {task: _better(by) for task, by in values.items() if len(by) >= _ENOUGH}
+
+
+def _is_near(values: Sequence[float]) -> bool:
+    """Whether an arm is below by no more than a point or one standard error."""
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    # A point is a point, whatever a difference of two floats makes of it.
+    return round(-statistics.fmean(values), 9) <= max(error, _POINT)
+
+
+def _better(values: Sequence[float]) -> _Interval:
+    """By how much an arm is better: the mean over at least two seeds, and its 95 % interval."""
+    found = Difference.of(values, [0.0] * len(values))
+    return found.mean, cast(float, found.low), cast(float, found.high)
+
+
+def _margin(found: Sequence[dict[str, Any]], task: str) -> float:
+    """What counts as no worse: a point, or a hundredth of LoRA's improvement in loss."""
+    lora, before = chosen(found, task, "LoRA"), chosen(found, task, "untouched")
+    if all(row["higher_is_better"] for row in lora.values()):
+        return _POINT
+    if not before:
+        return 0.0
+    return 0.01 * (float(before[0]["test"]) - statistics.fmean(row["test"] for row in lora.values()))
+
+
+def _not_worse(interval: _Interval, margin: float) -> str:
+    """Whether an interval lies above `-margin`: `shown`, `no` if it lies below, `open` if on both sides."""
+    _, low, high = (round(bound + margin, 9) for bound in interval)
+    return "shown" if low >= 0 else "no" if high < 0 else "open"
 
 
 def _elsewhere(*arms: dict[int, dict[str, Any]]) -> str:
@@ -127,15 +194,9 @@ def _ahead(found: Sequence[dict[str, Any]], task: str, arm: str, rival: str) -> 
     return [sign * (own[seed]["test"] - other[seed]["test"]) for seed in sorted(own.keys() & other.keys())]
 
 
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
-def _hundredths(values: Sequence[float]) -> str:
-    if len(values) < _ENOUGH:
-        return ""
-    mean, error = _mean_and_error(values)
-    return f"{100 * mean:+.1f} ± {100 * error:.1f}"
+def _hundredths(interval: _Interval) -> str:
+    mean, low, high = (f"{100 * value:+.1f}" for value in interval)
+    return f"{mean} ({low} to {high})"
 
 
 def compared() -> str:
@@ -320,6 +381,15 @@ def _signed(value: float, row: dict[str, Any]) -> str:
     return f"{100 * value:+.1f} points" if row["higher_is_better"] else f"{value:+.4f}"
 
 
+VALUES = {
+    **{f"near_{preset}": functools.partial(near, preset) for preset in ("auto", "fast")},
+    **{f"shown_{preset}": functools.partial(shown, preset) for preset in ("auto", "fast")},
+    **{f"furthest_{preset}": functools.partial(furthest, preset) for preset in ("auto", "fast")},
+    "leads": functools.partial(leads, _RIVALS[0]),
+    "leads_surely": functools.partial(leads, _RIVALS[0], surely=True),
+    "leads_upper_half": functools.partial(leads, _RIVALS[1]),
+    **{f"lead_{task}": functools.partial(lead, task) for task in ("text", "chat", "chain_sum")},
+}
 TABLES = {
     "scores": scores,
     "verdict": verdict,

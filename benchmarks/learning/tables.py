@@ -152,6 +152,7 @@ VALUES: dict[str, Callable[[], str]] = {
     "kept_by_the_rule": functools.partial(share_kept, "int8 x tokens 0.99"),
     "sensitivity_means": functools.partial(sensitivity.NETWORK.furthest, means=True),
     "sensitivity_runs": functools.partial(sensitivity.NETWORK.furthest, means=False),
+    **quality_tables.VALUES,
 }
 PICTURES: dict[str, Callable[[], str]] = {
     "convergence.svg": quality_tables.convergence_picture,

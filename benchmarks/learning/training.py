@@ -158,7 +158,7 @@ def train(
         "losses": {str(step): round(loss, 5) for step, loss in losses.items()},
         "cost": round(report.cost, 4) if report else 1.0,
         "dtype": dtype,
-    } | rows.conditions()
+    } | rows.conditions(arm)
 
 
 def run(arms: list[str], seeds: list[int], *, text: str, steps: int, dtype: str) -> None:
@@ -193,7 +193,7 @@ def time_steps(arms: list[str], repeats: int) -> None:
     rows.write(
         TIMES,
         [
-            {"arm": arm, **timed, "ratio": round(timed["time_ms"] / exact, 4)} | rows.conditions()
+            {"arm": arm, **timed, "ratio": round(timed["time_ms"] / exact, 4)} | rows.conditions(arm)
             for arm, timed in times.items()
         ],
     )

@@ -114,7 +114,7 @@ def main() -> None:
     found = []
     for own in turns[0]:
         means = {name: statistics.fmean(turn[own][name] for turn in turns) for name in turns[0][own]}
-        found.append(dict(own) | means | {"turns": given.turns} | rows.conditions())
+        found.append(dict(own) | means | {"turns": given.turns} | rows.conditions(dict(own)["preset"]))
         _say(found[-1])
     if given.keep:
         rows.replace(RESULTS, found, FIELDS)

@@ -69,12 +69,16 @@ def estimated(shape: Llama) -> list[dict[str, Any]]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    conditions = rows.conditions()
     found = []
     for model, shape in MODELS.items():
         for way in estimated(shape):
             own = {name: way[name] for name in (*FIELDS[1:], "peak_bytes", "smallest_gpu_gb")}
-            found.append({"model": model} | own | {"batch": BATCH, "length": LENGTH, "rank": RANK} | conditions)
+            found.append(
+                {"model": model}
+                | own
+                | {"batch": BATCH, "length": LENGTH, "rank": RANK}
+                | rows.conditions(way["preset"])
+            )
             print(*own.values())
     rows.replace(RESULTS, found, FIELDS)
 

@@ -104,7 +104,7 @@ def main() -> None:
             for arm in [given.arm] if given.arm else ARMS:
                 done = subprocess.run([*common, f"--arm={arm}"], check=True, stdout=subprocess.PIPE, text=True)
                 own = {name: getattr(given, name) for name in FIELDS[2:]} | {"arm": arm, "dtype": dtype}
-                measured.append(own | json.loads(done.stdout.splitlines()[-1]) | rows.conditions())
+                measured.append(own | json.loads(done.stdout.splitlines()[-1]) | rows.conditions(arm))
                 _say(measured)
     if given.keep:
         rows.replace(RESULTS, measured, FIELDS)

@@ -62,7 +62,7 @@ def measure(presets: Sequence[str], steps: Sequence[int], turns: int, results: P
                     found = train(Path(scratch), preset, settings)
                     row = {"preset": preset, "steps": count, "turn": turn, "first": first, "dtype": dtype} | found
                     print(row, flush=True)
-                    rows.append(results, row | rows.conditions())
+                    rows.append(results, row | rows.conditions(preset))
 
 
 def main() -> None:

@@ -134,7 +134,7 @@ def measure(arm: str) -> list[dict[str, Any]]:
     for name, contender in contenders.items():
         row = contender.row()
         row |= {"measured_with": arm, "speed_up": round(plain / row["time_ms"], 3), "refresh_every": REFRESH_EVERY}
-        found.append({"arm": name} | row | shared | rows.conditions())
+        found.append({"arm": name} | row | shared | rows.conditions(name))
     return found
 
 

@@ -55,7 +55,7 @@ def run_cell(cell: Cell, path: Path, arms: Sequence[str], repeats: int) -> None:
         found = measure(cell, arms, repeats=repeats, memory=arms != SWEPT, say=functools.partial(print, flush=True))
     Console(width=160).print(table(found), highlight=False)
     for row in found:
-        rows.append(path, {"cell": tuple(asdict(cell).values())} | row | rows.conditions())
+        rows.append(path, {"cell": tuple(asdict(cell).values())} | row | rows.conditions(row["arm"]))
 
 
 def main() -> None:

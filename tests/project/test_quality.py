@@ -118,7 +118,14 @@ def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "TIMES", tmp_path / "none.jsonl")
     assert quality_tables.verdict() == "No task has all of its runs yet."
     ended = {  # task -> arm -> difference of its loss or accuracy from LoRA's at equal steps
-        "chat": {"LoRA": 0.0, "auto": 0.005, "fast": 0.02, "LoRA, auto's time": 0.02, "upper half, auto's time": 0.03},
+        "chat": {
+            "untouched": 1.0,
+            "LoRA": 0.0,
+            "auto": 0.005,
+            "fast": 0.02,
+            "LoRA, auto's time": 0.025,
+            "upper half, auto's time": 0.03,
+        },
         "chain_sum": {"LoRA": 0.0, "auto": -0.05, "LoRA, auto's time": -0.1},
         "number_filtering": {"LoRA": 0.42667, "auto": 0.41667},  # three of 300, exactly a point
     }
@@ -130,14 +137,34 @@ def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     rows += [r | {"task": "text"} for r in rows if r["task"] == "chat" and r["seed"] < 2]
     quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    lines = quality_tables.verdict().splitlines()
-    assert lines[2:6] == [
-        "| chain_sum | auto | 3 | -5.0 ± 0.0 | no | +5.0 ± 0.0 |  |",
-        "| number_filtering | auto | 3 | -1.0 ± 0.0 | yes |  |  |",
-        "| chat | auto | 3 | -0.5 ± 0.0 | yes | +1.5 ± 0.0 | +2.5 ± 0.0 |",
-        "| chat | fast | 3 | -2.0 ± 0.0 | no |  |  |",
+    assert quality_tables.verdict().splitlines()[2:6] == [
+        "| chain_sum | auto | 3 | -5.0 (-5.0 to -5.0) | no | no | +5.0 (+5.0 to +5.0) |  |",
+        "| number_filtering | auto | 3 | -1.0 (-1.0 to -1.0) | yes | shown |  |  |",
+        "| chat | auto | 3 | -0.5 (-0.5 to -0.5) | yes | shown | +2.0 (+2.0 to +2.0) | +2.5 (+2.5 to +2.5) |",
+        "| chat | fast | 3 | -2.0 (-2.0 to -2.0) | no | no |  |  |",
     ]
-    assert lines[-1].endswith(" at equal steps: `auto` 2 of 3 tasks, `fast` 0 of 1 tasks.")
+    values = {name: value() for name, value in quality_tables.VALUES.items() if "text" not in name}
+    assert values == {
+        "near_auto": "2 of 3",
+        "near_fast": "0 of 1",
+        "shown_auto": "2 of 3",
+        "shown_fast": "0 of 1",
+        "furthest_auto": "5.0 points on chain_sum",
+        "furthest_fast": "0.02 nats on chat",
+        "leads": "2 of 2",
+        "leads_surely": "2 of 2",
+        "leads_upper_half": "1 of 1",
+        "lead_chat": "0.02 nats",
+        "lead_chain_sum": "5.0 points",
+    }
+
+
+def test_a_wide_interval_shows_nothing() -> None:
+    """Three seeds that differ by more than the margin neither show that an arm is not worse nor that it is."""
+    better = quality_tables._better
+    assert quality_tables._not_worse(better([0.03, -0.03, 0.0]), 0.01) == "open"
+    assert quality_tables._not_worse(better([0.001, -0.001, 0.0]), 0.01) == "shown"
+    assert quality_tables._not_worse(better([-0.021, -0.02, -0.022]), 0.01) == "no"
 
 
 def save_times(task: str) -> None:
