@@ -2,8 +2,9 @@
 
 SmolLM2-135M-Instruct, bfloat16, LoRA r=16 on all linear layers, 40 steps of 8 rows through `celora train`, on the tasks
 of `quality_tasks.py`. Each arm may try several learning rates (`--rates`): the best on the validation rows with seed 0
-counts; of rates with equal scores, the one with the lowest loss. The other seeds use the same rate. Only test scores
-are reported, and the untouched base is judged with every adapter. Arms:
+counts; of rates with equal scores, the one with the lowest loss. While the best is at the edge of the grid, the grid
+grows. The other seeds use the same rate. Only test scores are reported, and the untouched base is judged with every
+adapter. Arms:
 
 * `untouched`; `LoRA`; `upper half`: LoRA on the upper half of the layers only, a cheaper rival that estimates nothing;
 * `paper`, `auto`, `fast`;
@@ -21,7 +22,7 @@ import argparse
 import functools
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -131,13 +132,29 @@ def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float],
                     say(f"{task}, {arm}: left out; `{first}` comes first")
                     continue
                 steps = 0 if arm == "untouched" else budget.get(arm, STEPS)
-                for rate in [0.0] if steps == 0 else rates if seed == 0 else [best_rate(task, arm, steps)]:
+                for rate in _rates(task, arm, steps, seed, rates):
                     key = {"task": task, "arm": arm, "seed": seed, "learning_rate": rate, "steps": steps}
                     if (steps == 0 and seed > 0) or any(key.items() <= row.items() for row in found()):
                         continue
                     scores = untouched(task) if steps == 0 else trained(task, arm, seed, rate, steps)
                     say(f"{key}: validation {scores.get('validation')}, test {scores['test']}")
                     rows.append(RESULTS, key | scores | rows.conditions(arm))
+
+
+def _rates(task: str, arm: str, steps: int, seed: int, grid: Sequence[float]) -> Iterator[float]:
+    """The learning rates to train with. Seed 0 tries the grid, and goes on while the best of several is at its edge."""
+    if steps == 0:
+        yield 0.0
+    elif seed > 0:
+        yield best_rate(task, arm, steps)
+    else:
+        yield from grid
+        while len(grid) > 1:
+            tried = [row["learning_rate"] for row in _tried(task, arm, steps)]
+            chosen = best_rate(task, arm, steps)
+            if chosen not in (max(tried), min(tried)):
+                break
+            yield 2 * chosen if chosen == max(tried) else chosen / 2
 
 
 def found() -> list[dict[str, Any]]:

@@ -196,6 +196,22 @@ def test_arms_of_equal_time_follow_the_measured_steps(tmp_path: Path, monkeypatc
     assert quality.steps_in_autos_time("chat") == {"LoRA, auto's time": 30, "upper half, auto's time": 50}
 
 
+def test_the_grid_grows_until_the_best_rate_is_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
+    monkeypatch.setattr(quality, "TIMES", tmp_path / "times.jsonl")
+
+    def trained(task: str, arm: str, seed: int, rate: float, steps: int) -> dict[str, Any]:
+        return {"validation": 1 - abs(rate - 5e-3), "test": 0.5, "higher_is_better": True}
+
+    monkeypatch.setattr(quality, "trained", trained)
+    for _ in range(2):  # the second time, nothing is missing
+        quality.run(["chat"], ["LoRA"], [0, 1], [1e-3, 5e-4, 2e-3], Mock())
+        rates = [(row["seed"], row["learning_rate"]) for row in quality.found()]
+        assert rates == [(0, 1e-3), (0, 5e-4), (0, 2e-3), (0, 4e-3), (0, 8e-3), (1, 4e-3)]
+    quality.run(["text"], ["LoRA"], [0], [2e-3], Mock())
+    assert [row["learning_rate"] for row in quality.found() if row["task"] == "text"] == [2e-3]
+
+
 def test_only_the_rate_that_validation_prefers_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # the best so far; then worse; equal with a higher loss; equal with a lower loss; better
     validation = iter(((0.5, 1.0), (0.4, 0.5), (0.5, 1.1), (0.5, 0.9), (0.6, 2.0)))
@@ -209,10 +225,10 @@ def test_only_the_rate_that_validation_prefers_is_tested(tmp_path: Path, monkeyp
     monkeypatch.setattr(quality, "request", lambda *args, **own: None)
     monkeypatch.setattr(quality, "train", lambda *args, **own: finished)
     monkeypatch.setattr(quality, "_judged", judged)
-    quality.run(["chat"], ["LoRA"], [0, 1], [1.0, 2.0, 3.0, 4.0, 5.0], lambda line: None)
+    quality.run(["chat"], ["LoRA"], [0, 1], [1.0, 2.0, 6.0, 4.0, 5.0], lambda line: None)
     rows = quality.found()
     assert [(r["seed"], r["learning_rate"], r["test"]) for r in rows] == [
-        (0, 1.0, 0.3), (0, 2.0, None), (0, 3.0, None), (0, 4.0, 0.3), (0, 5.0, 0.3), (1, 5.0, 0.3),
+        (0, 1.0, 0.3), (0, 2.0, None), (0, 6.0, None), (0, 4.0, 0.3), (0, 5.0, 0.3), (1, 5.0, 0.3),
     ]  # fmt: skip
 
 
