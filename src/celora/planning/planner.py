@@ -70,9 +70,9 @@ def make_plan(
 ) -> Plan:
     """Plan the fastest estimator for each layer that keeps a cosine of `fidelity` of the LoRA gradient.
 
-    It takes 20 to 130 forwards and backwards in training mode; the more candidates, the more. The model is unchanged
-    afterwards: parameters, `.grad`, buffers, random state, mode. A warning says if the plan clearly misses its fidelity
-    on the batches that verify it.
+    It takes 20 to 130 forwards and backwards in training mode; the more candidates, the more, and about twice as many
+    with `forward`. The model is unchanged afterwards: parameters, `.grad`, buffers, random state, mode. A warning says
+    if the plan clearly misses its fidelity on the batches that verify it.
 
     Args:
         model: a PEFT model with active adapters.
