@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from celora.planning.plan import Plan
     from celora.planning.planner import make_plan
     from celora.runtime.callback import Callback
+    from celora.runtime.original_base import original_base
     from celora.runtime.state import load_state, save_state
     from celora.settings.config import CELoraConfig
 
@@ -35,6 +36,7 @@ __all__ = [
     "detach",
     "load_state",
     "make_plan",
+    "original_base",
     "quantise_base",
     "register_estimator",
     "restore_base",
@@ -54,6 +56,7 @@ _DEFINED_IN = {
     "detach": "attaching",
     "load_state": "runtime.state",
     "make_plan": "planning.planner",
+    "original_base": "runtime.original_base",
     "quantise_base": "modeling.int8_base",
     "register_estimator": "numerics.estimators.registry",
     "restore_base": "modeling.int8_base",

@@ -117,6 +117,14 @@ def outlier(model: PeftModel, size: float) -> nn.Module:
     return block
 
 
+def head_outlier(model: PeftModel, size: float) -> None:
+    """Give the head one input that is this many times as large as the others, with small weights on it."""
+    causal = model.base_model.model
+    with torch.no_grad():
+        causal.model.norm.weight[3] = size
+        causal.lm_head.weight[:, 3] /= size
+
+
 def make_batch(seed: int) -> dict[str, torch.Tensor]:
     tokens = torch.randint(0, 61, (3, 11), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": tokens, "labels": tokens.clone()}

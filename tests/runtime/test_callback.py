@@ -19,6 +19,7 @@ import celora
 from celora import CELoraConfig
 from celora.runtime.attachment import require
 from celora.runtime.state import STATE_NAME
+from machine import refuses
 from small import adapter, make_batch, make_model
 
 CONFIG = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
@@ -75,6 +76,24 @@ def test_metrics_reach_the_history_and_the_reporters_behind_it(tmp_path: Path) -
         assert 0 < row["celora/relative_error"] <= row["celora/relative_error_worst"] < 1.5
     seen = [logs for logs in reporter.seen if "loss" in logs]
     assert [logs["celora/refreshes"] for logs in seen] == [row["celora/refreshes"] for row in history]
+
+
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
+def test_the_errors_of_forwards_in_8_bits_are_logged(tmp_path: Path) -> None:
+    model = make_model()
+    celora.attach(model, CELoraConfig(estimator="int8", forward="int8", refresh_every=3))
+    trainer = _trainer(tmp_path, model, callbacks=[celora.Callback()], save_strategy="no", max_steps=4)
+    trainer.train()
+    forwards, history = require(model).forwards, trainer.state.log_history
+    errors = list(forwards.errors.values())
+    assert history[3]["celora/forward_error"] == pytest.approx(sum(errors) / 14)
+    assert 0 < history[3]["celora/forward_error"] < history[3]["celora/forward_error_worst"] == max(errors)
+    assert "celora/forwards_made_exact" not in history[3]
+    worst = max(forwards.errors, key=lambda name: forwards.errors[name])
+    forwards[worst].give_up()
+    trainer.log({"loss": 1.0})
+    assert trainer.state.log_history[-1]["celora/forwards_made_exact"] == 1
+    assert trainer.state.log_history[-1]["celora/forward_error_worst"] == sorted(errors)[-2]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -101,7 +101,7 @@ def original_weights(model: nn.Module) -> Iterator[None]:
     Raises:
         CELoraError: one of them cannot be read, or has changed.
     """
-    layers = held_in_8_bits(model).values()
+    layers = [layer for layer in held_in_8_bits(model).values() if not layer.on_original]
     for layer in layers:
         layer.original()
     try:

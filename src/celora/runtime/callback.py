@@ -12,7 +12,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from celora.borrowed import borrow
-from celora.runtime.attachment import find
+from celora.runtime.attachment import Attachment, find
+from celora.runtime.original_base import base_losses
 from celora.runtime.state import STATE_NAME, load_state, own_name, save_state
 
 
@@ -25,6 +26,13 @@ class Callback(TrainerCallback):  # type: ignore[misc]
     - `celora/relative_error`: the mean over estimated layers, at their latest refresh, with the selection before it.
     - `celora/relative_error_worst`: the largest of these errors.
     - `celora/layers_made_exact`: number of layers that became exact because their error was too large; absent if 0.
+
+    - `celora/forward_error`: the mean over forwards in 8 bits, those of layers and the head's, at their latest refresh.
+    - `celora/forward_error_worst`: the largest of these errors.
+    - `celora/forwards_made_exact`: number of forwards that became exact because their error was too large; absent if 0.
+
+    If the model trains in 8 bits, each evaluation takes a second pass over its rows. It gives `eval_base_loss`, the
+    loss of the adapter on the original base, beside `eval_loss`, the loss on the base that trained.
 
     The metrics reach the trainer's `log_history` and every reporter in `report_to`. For this, the callback moves to the
     front of the trainer's callbacks when training begins. Reporters would otherwise read the logs first.
@@ -95,23 +103,35 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         control: TrainerControl,
         model: nn.Module | None = None,
         logs: dict[str, Any] | None = None,
+        eval_dataloader: Any = None,
         **_: Any,
     ) -> None:
-        attachment = None if model is None else find(model)
-        if attachment is None or logs is None or "loss" not in logs:
+        if model is None or logs is None:
             return
-        metrics: dict[str, float] = {"celora/refreshes": attachment.refreshes}
-        made_exact = attachment.made_exact
-        if made_exact:
-            metrics["celora/layers_made_exact"] = len(made_exact)
-        errors = [error for name, error in attachment.relative_errors.items() if name not in made_exact]
-        if errors:
-            metrics["celora/relative_error"] = sum(errors) / len(errors)
-            metrics["celora/relative_error_worst"] = max(errors)
+        trainer = None if eval_dataloader is None else self._caller()[0]
+        # Here, and not in `on_evaluate`, so that reporters get both losses together.
+        metrics = {} if trainer is None else base_losses(trainer, eval_dataloader, logs)
+        attachment = find(model)
+        if attachment is not None and "loss" in logs:
+            metrics |= self._metrics(attachment)
         logs.update(metrics)
         # The Trainer copied the logs into its history before it called us.
         if state.log_history:
             state.log_history[-1].update(metrics)
+
+    def _metrics(self, attachment: Attachment) -> dict[str, float]:
+        metrics: dict[str, float] = {"celora/refreshes": attachment.refreshes}
+        forwards = attachment.forwards
+        for what, how_many, errors, made_exact in (
+            ("relative_error", "layers_made_exact", attachment.relative_errors, attachment.made_exact),
+            ("forward_error", "forwards_made_exact", forwards.errors, forwards.made_exact),
+        ):
+            if made_exact:
+                metrics[f"celora/{how_many}"] = len(made_exact)
+            if kept := [error for name, error in errors.items() if name not in made_exact]:
+                metrics[f"celora/{what}"] = sum(kept) / len(kept)
+                metrics[f"celora/{what}_worst"] = max(kept)
+        return metrics
 
     def _checkpoints(self, args: TrainingArguments, state: TrainerState) -> list[Path]:
         """Where the state of a resumed training may be."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import traceback
-import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,10 +16,8 @@ from trl import SFTTrainer
 
 from celora.borrowed import NAMES, borrow
 from celora.errors import CELoraError, out_of_memory
-from celora.modeling.int8_base import held_in_8_bits, original_weights
-from celora.runtime.attachment import find
 from celora.train.output.saving import UNUSABLE, SafeSaving
-from celora.train.processes import any_of_them, lost_contact
+from celora.train.processes import lost_contact
 from celora.train.progress import Phases
 from celora.train.request.arguments import TrainRequest
 from celora.train.rows.answers import AnswersOnly
@@ -73,46 +69,6 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
         """Like `SafeSaving`'s, timed."""
         with self.wall_clock.spending("save"):
             super()._save_checkpoint(*args, **kwargs)
-
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """Like TRL's, and adds `..._base_loss`, the loss of the adapter on the original base model.
-
-        It differs from the loss if forwards are computed in 8 bits, or if the base is stored in 8 bits. In the second
-        case the original weights are read from the checkpoint once more. Otherwise the key is absent.
-        """
-        found = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        attachment, prefix = find(self.model), kwargs.get("metric_key_prefix", "eval")
-        forwards = attachment is not None and bool(attachment.forwards)
-        if f"{prefix}_loss" not in found.metrics or not (forwards or held_in_8_bits(self.model)):
-            return found
-        with ExitStack() as stack:
-            if attachment is not None:
-                stack.enter_context(attachment.switch.own_forwards())
-            missing = ""
-            try:
-                stack.enter_context(original_weights(self.model))
-            except CELoraError as error:
-                missing = str(error)
-            # All processes evaluate once more, or none: one alone would wait for the others for ever.
-            if any_of_them(bool(missing), self.args.device):
-                missing = missing or "another process cannot read the original weights"
-            if missing:
-                warnings.warn(f"celora: the loss on the untouched base is not measured: {missing}.", stacklevel=2)
-                return found
-            stack.enter_context(torch.no_grad())
-            found.metrics[f"{prefix}_base_loss"] = self._mean_loss(dataloader)
-        return found
-
-    def _mean_loss(self, dataloader: Any) -> float:
-        """The mean loss over rows, as Transformers' Trainer computes it. Leaves TRL's other metrics unchanged."""
-        total, rows, metrics = 0.0, 0, copy.deepcopy(getattr(self, "_metrics", None))
-        for inputs in dataloader:
-            loss, _, _ = self.prediction_step(self.model, inputs, prediction_loss_only=True)
-            losses = self.accelerator.gather_for_metrics(loss.repeat(len(inputs["input_ids"])))
-            total, rows = total + float(losses.sum()), rows + len(losses)
-        if metrics is not None:
-            self._metrics = metrics
-        return total / max(1, rows)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Like Trainer's. A setting that a library refuses before the first step becomes a one-line error."""

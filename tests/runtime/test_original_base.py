@@ -1,0 +1,206 @@
+"""The loss and the output on the original base: in a script, and as the second loss of a Trainer's evaluations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import celora
+from celora import CELoraConfig, CELoraError
+from celora.integrations.while_training import AttachWhileTraining
+from celora.modeling.int8_base import held_in_8_bits
+from machine import refuses
+from small import adapter, make_base, make_batch, make_model, train
+
+BOTH = CELoraConfig(estimator="int8", forward="int8", refresh_every=3, fused=True)
+pytestmark = pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {key: value[0] for key, value in make_batch(i).items()}
+
+
+class Seen(TrainerCallback):
+    """Stands for a reporter, which reads logs, and for early stopping, which reads metrics."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, Any]] = []
+        self.evaluated: list[dict[str, Any]] = []
+        self.expect: Callable[[], float] = lambda: 0.0
+        self.expected: list[float] = []
+        self.batches = 0
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        self.batches += 1
+
+    def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+        self.logged.append(dict(logs))
+
+    def on_evaluate(self, *_: Any, metrics: dict[str, Any], **__: Any) -> None:
+        self.evaluated.append(dict(metrics))
+        self.expected.append(self.expect())
+
+
+def a_trainer(folder: Path, model: PeftModel, *callbacks: TrainerCallback, **arguments: Any) -> Trainer:
+    settings = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "save_strategy": "no", **arguments}
+    args = TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=1e-2,
+        eval_strategy="steps",
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=3,
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        report_to="none",
+        seed=1,
+        **settings,
+    )
+    trainer = Trainer(model=model, args=args, train_dataset=Rows(), eval_dataset=Rows())
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    return trainer
+
+
+def evaluations(trainer: Trainer) -> list[dict[str, float]]:
+    return [row for row in trainer.state.log_history if "eval_loss" in row]
+
+
+def loss(model: PeftModel) -> float:
+    with torch.no_grad():
+        return float(model.eval()(**make_batch(0)).loss)
+
+
+@pytest.mark.parametrize(
+    "part", [lambda model: model, lambda model: model.base_model, lambda model: torch.nn.Sequential(model)]
+)
+def test_a_block_computes_on_the_original_base(part: Callable[[PeftModel], torch.nn.Module]) -> None:
+    """Whatever of the model is given: itself, a part of it, or a wrapper around it."""
+    model = make_model()
+    celora.attach(model, dataclasses.replace(BOTH, labelled_head=True, head_forward="int8"))
+    train(model, 2)
+    trained = loss(model)
+    with celora.original_base(part(model)):
+        original = loss(model)
+        train(model, 1, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0))
+        with celora.original_base(part(model)):
+            assert loss(model) == original
+        assert loss(model) == original
+    assert loss(model) == trained != original
+    celora.detach(model)
+    assert loss(model) == original
+    with celora.original_base(model):
+        assert loss(model) == original
+
+
+def in_8_bits(folder: Path) -> PeftModel:
+    make_base().save_pretrained(folder)
+    base = LlamaForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    celora.quantise_base(base)
+    torch.manual_seed(0)
+    return get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
+
+
+def test_a_base_in_8_bits_is_read_again(tmp_path: Path) -> None:
+    model = in_8_bits(tmp_path)
+    celora.attach(model, BOTH)
+    quantised = loss(model)
+    with celora.original_base(model):
+        original = loss(model)
+        with celora.original_base(model):  # which does not end the outer block
+            pass
+        assert loss(model) == original
+    assert loss(model) == quantised != original
+    celora.detach(model)
+    celora.restore_base(model)
+    assert loss(model) == original
+
+
+def by_hand(model: PeftModel) -> float:
+    """The mean loss over all rows on the original base."""
+    with celora.original_base(model), torch.no_grad():
+        batches = [{key: value[:1] for key, value in make_batch(i).items()} for i in range(len(Rows()))]
+        return sum(float(model.eval()(**batch).loss) for batch in batches) / len(batches)
+
+
+@pytest.mark.parametrize("attach", ["callback", "while training"])
+def test_an_evaluation_has_both_losses_wherever_they_are_read(attach: str, tmp_path: Path) -> None:
+    model, seen = make_model(), Seen()
+    if attach == "callback":
+        celora.attach(model, BOTH)
+    seen.expect = lambda: by_hand(model)
+    callback = celora.Callback() if attach == "callback" else AttachWhileTraining(BOTH.to_dict())
+    trainer = a_trainer(tmp_path, model, seen, callback)
+    trainer.train()
+    rows = evaluations(trainer)
+    assert [row["step"] for row in rows] == [2, 4]
+    for row in rows:
+        assert row["eval_base_loss"] != row["eval_loss"] == pytest.approx(row["eval_base_loss"], rel=0.05)
+    losses = [row["eval_base_loss"] for row in rows]
+    assert losses == pytest.approx(seen.expected, rel=1e-5)
+    for told in (seen.evaluated, [row for row in seen.logged if "eval_loss" in row]):
+        assert [row["eval_base_loss"] for row in told] == losses
+    assert not [row for row in seen.logged if "train_base_loss" in row]
+
+
+def test_the_second_evaluation_changes_no_training(tmp_path: Path) -> None:
+    """It draws nothing, although a data loader and dropout draw; the model trains on in the forward that it trains."""
+    found = []
+    for callbacks in ([], [celora.Callback(), celora.Callback()]):
+        model, count = make_model(lora_dropout=0.2), Seen()
+        celora.attach(model, BOTH)
+        trainer = a_trainer(tmp_path, model, count, *callbacks)
+        trainer.train()
+        assert ["eval_base_loss" in row for row in evaluations(trainer)] == [bool(callbacks)] * 2
+        assert count.batches == 2 * 3 * (1 + bool(callbacks))  # once more, even with two callbacks
+        found.append((adapter(model), [row["eval_loss"] for row in evaluations(trainer)]))
+    assert found[0][1] == found[1][1]
+    assert all(value.equal(found[1][0][name]) for name, value in found[0][0].items())
+
+
+def test_a_model_without_8_bits_is_evaluated_once(tmp_path: Path) -> None:
+    model, seen = make_model(), Seen()
+    celora.attach(model, "exact")
+    trainer = a_trainer(tmp_path, model, seen, celora.Callback())
+    trainer.train()
+    assert seen.batches == 2 * 3
+    assert not [row for row in trainer.state.log_history if "eval_base_loss" in row]
+
+
+def test_the_best_model_may_be_that_on_the_original_base(tmp_path: Path) -> None:
+    """Several sets of rows have a second loss each."""
+    model = make_model()
+    celora.attach(model, BOTH)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_few_base_loss", "save_strategy": "steps"}
+    trainer = a_trainer(tmp_path, model, celora.Callback(), save_steps=2, greater_is_better=True, **best)
+    trainer.eval_dataset = {"few": Rows(), "same": Rows()}
+    trainer.train()
+    history = trainer.state.log_history
+    few, same = ([row[key] for row in history if key in row] for key in ("eval_few_base_loss", "eval_same_base_loss"))
+    assert few == same
+    assert trainer.state.best_metric == max(few)
+
+
+def test_an_original_weight_that_is_gone_is_said(tmp_path: Path) -> None:
+    model = in_8_bits(tmp_path / "base")
+    trainer = a_trainer(tmp_path / "out", model, celora.Callback(), max_steps=2)
+    trainer.train()
+    assert [row["eval_base_loss"] != row["eval_loss"] for row in evaluations(trainer)] == [True]
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.warns(UserWarning, match="the loss on the original base is not measured: .*original"):
+        found = trainer.evaluate()
+    assert "eval_base_loss" not in found
+    with pytest.raises(CELoraError), celora.original_base(model):
+        pass
+    assert not any(layer.on_original for layer in held_in_8_bits(model).values())
