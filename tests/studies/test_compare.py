@@ -19,6 +19,7 @@ from celora.studies import compare as module
 from celora.studies.compare import compare
 from celora.studies.outcomes import Outcome, differences, findings
 from celora.train import trainer as run
+from machine import refuses
 from patching import patch_all
 from tiny import save_rows, save_tiny_model
 
@@ -205,6 +206,22 @@ def test_the_first_arm_is_plain_whatever_the_settings_are_of(inputs: Path, tmp_p
     compare(settings(inputs, tmp_path / "out", celora=columns), arms=("LoRA", "paper"), seeds=1)
     estimated = [json.loads((tmp_path / "out" / f"{arm}-seed0" / "run.json").read_text()) for arm in ("LoRA", "paper")]
     assert [run["estimated_layers"] > 0 for run in estimated] == [False, True]
+
+
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here, so preset fast is exact")
+@pytest.mark.filterwarnings("ignore:celora. at step")  # estimates that draw from so few words are bad
+def test_an_arm_in_8_bits_is_judged_on_the_original_base(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch_all(monkeypatch, "celora.planning.fastest:_fastest", lambda own, *_: own)
+    found = compare(settings(inputs, tmp_path / "out"), arms=("LoRA", "fast"), seeds=1)
+    for o in found:
+        said = json.loads((tmp_path / "out" / f"{o.arm}-seed0" / "run.json").read_text())["summary"]
+        if o.arm == "fast":
+            assert o.eval_loss == said["eval_base_loss"] != said["eval_loss"]
+        else:
+            assert o.eval_loss == said["eval_loss"]
+            assert "eval_base_loss" not in said
 
 
 @pytest.mark.filterwarnings("ignore:celora. a gradient of")

@@ -77,6 +77,16 @@ def test_a_card_shows_the_losses_and_how_llama_cpp_loads_the_adapter(trained):
         assert "llama.cpp" not in trainer.card.text(trainer, output)
 
 
+def test_a_card_has_both_losses_of_an_evaluation(trained, monkeypatch):
+    """If the model trained in 8 bits, its adapter is loaded onto another base than it trained with."""
+    output, trainer = trained
+    assert "the same on the original base" not in table(trainer.card.text(trainer, output))
+    history = [*trainer.state.log_history, {"step": 3, "eval_loss": 2.5, "eval_base_loss": 2.25}]
+    monkeypatch.setattr(trainer.state, "log_history", history)
+    said = table(trainer.card.text(trainer, output))
+    assert (said["evaluation loss"], said["the same on the original base"]) == ("2.5000", "2.2500")
+
+
 def test_a_card_has_the_licence_of_its_base(trained, tmp_path):
     output, trainer = trained
     given = trainer.card.record["given"] | {"model": str(tmp_path)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,16 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert text.count("█") == 2
     assert "evaluation loss" not in text  # no run has one
     shown(first, plain=True).encode("ascii")
+
+
+def test_both_losses_of_an_evaluation_are_shown(tmp_path: Path) -> None:
+    run = going_on(tmp_path, max_steps=20)
+    rows = [*ROWS, {"step": 8, "seconds": 4.5, "eval_loss": 2.5, "eval_base_loss": 2.25}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    seen = look(run)
+    assert (seen.eval_loss, seen.to_dict()["eval_base_loss"]) == (2.5, 2.25)
+    text = shown(seen)
+    assert re.search(r"evaluation loss +2\.5000 *\n *the same on the original base +2\.2500", text)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ def test_losses_become_lines() -> None:
     assert y0 < y1  # SVG counts downwards
     middle = tuple(map(float, evaluation[0].split(",")))
     assert middle == pytest.approx(((x0 + x1) / 2, y0 + (y1 - y0) * 2 / 3), abs=0.1)
+    other = [{"step": 3, "eval_base_loss": 2.5}]
+    assert len([*ElementTree.fromstring(loss_picture([*history, *other])).iter(f"{NS}polyline")]) == 3
     texts = [text.text for text in root.iter(f"{NS}text")]
     assert {"4", "1", "step 1", "5", "training loss", "evaluation loss"} <= set(texts)
 

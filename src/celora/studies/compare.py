@@ -2,7 +2,8 @@
 
 An arm is one way to train, such as a preset. Every arm trains with every seed, in a folder of its own, exactly as
 `celora train` does. A finished run is not repeated; an interrupted one is resumed. The arms are judged by loss and
-token accuracy on held-out rows; `outcomes.py` draws the conclusions.
+token accuracy on held-out rows; `outcomes.py` draws the conclusions. The loss is that of the adapter on the original
+base, also for an arm that trains in 8 bits.
 """
 
 from __future__ import annotations
@@ -227,14 +228,14 @@ def _run(arm: str, seed: int, own: dict[str, Any], folder: Path, console: Consol
         result = train(make_request(own | ({"resume": True} if begun else {})), console=console)
     except Diverged as error:  # a diverged run is a result, too
         console.print(f"{arm}, seed {seed}: {error}", markup=False)
-        summary = OutputFolder(folder).resumable()["summary"] | {"eval_loss": None}
+        summary = OutputFolder(folder).resumable()["summary"] | {"eval_loss": None, "eval_base_loss": None}
     else:
         if result.status == "interrupted":
             raise KeyboardInterrupt
         summary = result.summary
     if "eval_loss" not in summary:
         raise CELoraError(f"{folder} has no loss on the held-out rows; remove that folder and run it again")
-    loss = summary["eval_loss"]
+    loss = summary.get("eval_base_loss", summary["eval_loss"])  # of the model that the adapter is loaded onto
     return Outcome(
         arm,
         seed,

@@ -23,8 +23,10 @@ class Outcome:
     """The result of one arm with one seed; a line of `compare.jsonl`.
 
     Attributes:
-        eval_loss: loss on the held-out rows in nats per token, the mean over batches; None if training diverged.
-        eval_accuracy: share of held-out tokens that are predicted, given the true tokens before them.
+        eval_loss: loss on the held-out rows in nats per token, the mean over batches, on the original base model; None
+            if training diverged.
+        eval_accuracy: share of held-out tokens that are predicted, given the true tokens before them. An arm that
+            trains in 8 bits predicts in 8 bits here.
         seconds: wall-clock of the training without planning.
     """
 

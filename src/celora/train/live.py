@@ -48,6 +48,7 @@ class Snapshot:
         status: the status in run.json; "stopped" for a run that was killed.
         step, steps: optimizer steps so far, and in all.
         losses: the training losses logged so far.
+        eval_loss, eval_base_loss: the latest on held-out rows, as trained and on the original base.
         tokens_per_second: recent speed, without padding.
         seconds_left: seconds of training that are left, at the recent speed.
         relative_error: error of the estimates, the mean over layers at the latest refresh.
@@ -59,6 +60,7 @@ class Snapshot:
     steps: int | None
     losses: tuple[float, ...]
     eval_loss: float | None
+    eval_base_loss: float | None
     tokens_per_second: float | None
     seconds_left: float | None
     peak_memory_mib: float | None
@@ -103,6 +105,7 @@ def look(folder: Path) -> Snapshot:
         steps=steps,
         losses=tuple(float(row["loss"]) for row in rows if row.get("loss") is not None),
         eval_loss=_latest(rows, "eval_loss"),
+        eval_base_loss=_latest(rows, "eval_base_loss"),
         tokens_per_second=statistics.median(speeds) if speeds else None,
         seconds_left=left,
         peak_memory_mib=_latest(rows, "peak_memory_mib"),
@@ -146,6 +149,7 @@ def show(snapshots: Sequence[Snapshot], *, plain: bool = False) -> Table:
         ("loss", [f"{one.losses[-1]:.4f}" if one.losses else "" for one in snapshots]),
         ("", [sparkline(one.losses, plain=plain) for one in snapshots]),
         ("evaluation loss", [_text(one.eval_loss, ".4f") for one in snapshots]),
+        ("the same on the original base", [_text(one.eval_base_loss, ".4f") for one in snapshots]),
         ("tokens/s", [_text(one.tokens_per_second, ",.0f") for one in snapshots]),
         ("time left", [_minutes(one.seconds_left) for one in snapshots]),
         ("peak memory, MiB", [_text(one.peak_memory_mib, ",.0f") for one in snapshots]),

@@ -162,6 +162,7 @@ class Card:
             "adapter": f"that of {best}, the best" if is_best and best else None,
             "training loss": _last(state.log_history, "loss"),
             "evaluation loss": _last(state.log_history, "eval_loss"),
+            "the same on the original base": _last(state.log_history, "eval_base_loss"),
             "time": f"{self.elapsed():,.0f} s on {machine['device']}; threads: {machine['threads']}",
             "versions": ", ".join(names),
         }

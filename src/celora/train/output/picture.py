@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_LINES = (("loss", "training loss", "#0072B2"), ("eval_loss", "evaluation loss", "#D55E00"))
+_LINES = (
+    ("loss", "training loss", "#0072B2"),
+    ("eval_loss", "evaluation loss", "#D55E00"),
+    ("eval_base_loss", "the same on the original base", "#009E73"),
+)
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 260, 52, 628, 30, 228
 
 
