@@ -34,6 +34,7 @@ from celora.planning.plan import Plan
 from celora.runtime.attachment import ATTRIBUTE, Attachment, attachments, find
 from celora.runtime.notes import advice, whole_model_notes
 from celora.settings.config import CELoraConfig, matches
+from celora.settings.names import HEAD
 from celora.settings.presets import PRESETS, by_rule, resolve
 from celora.weights.read import plain_weight
 
@@ -94,6 +95,8 @@ def attach(
             kind(attachment.switch).under(module)
         if config.labelled_head and found.language_model is not None:
             attachment.forward = install(found.language_model, attachment.switch, config)
+            if attachment.forward.eight_bit is not None:
+                attachment.forwards[HEAD] = attachment.forward.eight_bit
         elif attachment.grafts:
             OwnLoss(attachment.switch).under(model)
         attachment.set_modes(0)
@@ -200,8 +203,8 @@ def _graft_layer(layer: AdaptedLayer, estimator: Estimator | None, attachment: A
         return
     attachment.grafts[layer.name] = graft
     if estimator.settings.forward != "exact":
-        attachment.forwards[layer.name] = EightBitForward(graft)
-        attachment.forwards[layer.name].between(layer.module, layer.base)
+        attachment.forwards[layer.name] = forward = EightBitForward(graft)
+        forward.between(layer.module, layer.base)
     weight = plain_weight(layer.base)
     if weight is not None and _is_here(weight, layer):
         estimator.prepare(weight)  # otherwise the first refresh does it

@@ -252,3 +252,19 @@ def test_what_is_not_finite_shows(bad: float) -> None:
     assert torch.isfinite(found.log_probs).tolist() == [i != 3 for i in range(50)]
     found.log_probs.sum().backward()
     assert not torch.isfinite(hidden.grad.reshape(80, 32)[rows[3]]).any()
+
+
+def test_the_first_chunk_is_compared_before_its_logits_are_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_all(monkeypatch, "celora.numerics.head:_CHUNK_ROWS", 20)
+    patch_all(monkeypatch, "celora.numerics.head:_CHUNK_NUMBERS", 1)
+    hidden, rows, targets, weight = inputs(words=97)
+    bias, seen = torch.randn(97), list[Tensor]()
+
+    def compare(x: Tensor, logits: Tensor, w: Tensor, b: Tensor | None) -> None:
+        seen.extend(t.clone() for t in (x, logits, torch.nn.functional.linear(x, w, b)))
+
+    score_tokens(hidden, rows, targets, weight, bias, compare=compare)
+    x, logits, exact = seen
+    assert x.equal(hidden.detach().reshape(80, 32)[rows[: len(x)]])
+    assert 0 < len(x) <= 20
+    torch.testing.assert_close(logits, exact)

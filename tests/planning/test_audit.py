@@ -11,7 +11,7 @@ import celora
 from celora import CELoraConfig, CELoraError
 from celora.runtime.attachment import require
 from machine import refuses
-from small import adapter, flat_gradient, make_batch, make_model, outlier, train
+from small import adapter, flat_gradient, head_outlier, make_batch, make_model, outlier, train
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=50)
 
@@ -183,15 +183,21 @@ def test_a_forward_in_8_bits_is_judged_by_the_exact_forward(model: PeftModel, ba
 
 
 @pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
-def test_a_forward_in_8_bits_is_judged_with_the_scales_that_a_training_learns(batch: dict[str, torch.Tensor]) -> None:
+@pytest.mark.parametrize("head", [{}, {"labelled_head": True, "head_forward": "int8"}])
+def test_a_forward_in_8_bits_is_judged_with_the_scales_that_a_training_learns(
+    batch: dict[str, torch.Tensor], head: dict[str, Any]
+) -> None:
     """Before a training there are none. The audit learns them, and forgets them again."""
     model = make_model()
     outlier(model, 60)
-    celora.attach(model, CELoraConfig(estimator="int8", forward="int8", refresh_every=50))
-    products: list[Any] = [forward.graft.estimator.product for forward in require(model).forwards.values()]
+    head_outlier(model, 60)
+    celora.attach(model, CELoraConfig(estimator="int8", forward="int8", refresh_every=50, **head))
+    assert len(require(model).forwards) == 14 + len(head) // 2
+    products = [forward.product for forward in require(model).forwards.values()]
     before = celora.audit(model, batch)
     assert all(product.levels is None and product.take_sizes() is None for product in products)
     assert not require(model).forwards.errors
+    assert all(forward.error.take_error() is None for forward in require(model).forwards.values())
     model.train()(**batch).loss.backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0).step()
     assert all(product.levels is not None for product in products)

@@ -16,8 +16,9 @@ from torch import nn
 import celora
 from celora import CELoraConfig
 from celora.runtime.attachment import require
+from celora.settings.names import HEAD
 from machine import refuses
-from small import make_batch, make_model, outlier, train
+from small import head_outlier, make_batch, make_model, outlier, train
 
 BOTH = CELoraConfig(estimator="int8", forward="int8", refresh_every=3, fused=True)
 pytestmark = pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
@@ -54,6 +55,76 @@ def test_a_layer_that_loses_too_much_goes_back(tmp_path: Path) -> None:
 
 def standing_still(model: PeftModel) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0)
+
+
+HEAD_TOO = dataclasses.replace(BOTH, labelled_head=True, head_forward="int8")
+HEAD_ALONE = CELoraConfig(estimator="dense", labelled_head=True, head_forward="int8", refresh_every=3)
+
+
+@pytest.mark.fault(
+    "numbers",
+    "the logits in 8 bits lose too much, for example with a few very large weights in the head",
+    sees="one warning with the error",
+    kept="exact logits from then on, also after a resume",
+)
+def test_a_head_that_loses_too_much_goes_back(tmp_path: Path) -> None:
+    """Its second step tells: by then the scales of its input have been learned, and they are not enough."""
+    model = make_model()
+    head_outlier(model, 1e-4)
+    before = str(celora.attach(model, HEAD_ALONE))
+    said_once = "from step 2 on, the forward of head is exact: in 8 bits .* off by 9.%"
+    with pytest.warns(UserWarning, match=said_once) as said:
+        train(model, 7)
+    assert sum("is exact: in 8 bits" in str(warning.message) for warning in said) == 1
+    forwards = require(model).forwards
+    assert forwards.made_exact == {HEAD}
+    assert not forwards[HEAD].product.holds_copy
+    assert str(celora.attach(model, HEAD_ALONE)).startswith(f"{before}\n1 of 1 forwards in 8 bits are exact again")
+    celora.save_state(model, tmp_path)
+    errors, loss = dict(forwards.errors), model(**make_batch(0)).loss
+    for config in ("off", dataclasses.replace(HEAD_ALONE, head_forward="exact")):
+        celora.attach(model, config)
+    assert model(**make_batch(0)).loss == loss
+    celora.attach(model, HEAD_ALONE)
+    assert not require(model).forwards.made_exact
+    celora.load_state(model, tmp_path)
+    assert require(model).forwards.made_exact == {HEAD}
+    assert require(model).forwards.errors == errors
+
+
+def test_the_head_learns_the_scales_of_its_input(tmp_path: Path) -> None:
+    """With weights that are as many times smaller, a large feature is rounded like any other."""
+    model, like_any = make_model(), make_model()
+    head_outlier(model, 60)
+    found = []
+    for each in (like_any, model):
+        celora.attach(each, HEAD_TOO)
+        for step in range(2):
+            train(each, 1, first=step, optimizer=standing_still(each))
+            found.append(require(each).forwards.errors[HEAD])
+    assert found[2] > 5 * found[0]
+    assert found[3] == pytest.approx(found[1], rel=0.1)
+    forwards = require(model).forwards
+    levels = forwards[HEAD].product.levels
+    celora.save_state(model, tmp_path)
+    celora.attach(model, HEAD_TOO)
+    celora.load_state(model, tmp_path)
+    assert require(model).forwards[HEAD].product.levels.equal(levels)
+
+
+def test_only_training_is_compared() -> None:
+    """An evaluation must not decide, nor teach scales; a step that is no refresh costs nothing more."""
+    model = make_model()
+    celora.attach(model, dataclasses.replace(HEAD_TOO, refresh_every=20))
+    head = require(model).forward.eight_bit
+    with torch.no_grad():
+        model.train()(**make_batch(0))
+        model.eval()(**make_batch(0))
+    assert head.error.take_error() is None
+    assert head.product.take_sizes() is None
+    watched = []
+    train(model, 22, optimizer=standing_still(model), between=lambda: watched.append(head.watches))
+    assert [step for step, watches in enumerate(watched, 1) if watches] == [*range(1, 10), 20]
 
 
 def test_large_features_are_scaled_down_once_they_were_seen(tmp_path: Path) -> None:
@@ -141,6 +212,31 @@ def test_processes_agree_on_who_goes_back(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.warns(UserWarning, match="was off by 20%, and less than 10% is accepted"):
         forwards.end_refresh(1, torch.device("cpu"))
     assert forwards.made_exact == {name}
+
+
+def test_processes_agree_on_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    celora.attach(model, HEAD_TOO)
+    train(model, 2)
+    told = [[200_000] if name == HEAD else [-1] for name in require(model).forwards]
+    monkeypatch.setattr("celora.runtime.agreement.in_company", lambda: True)
+    monkeypatch.setattr("celora.runtime.agreement.largest_of_all", lambda *_: told)
+    with pytest.warns(UserWarning, match="the forward of head is exact"):
+        require(model).forwards.end_refresh(2, torch.device("cpu"))
+    assert require(model).forwards.made_exact == {HEAD}
+    celora.detach(model)
+
+
+def test_a_head_that_only_another_process_has_seen_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may have no labelled token in a step. It knows by itself how many numbers the others send."""
+    model = make_model()
+    celora.attach(model, HEAD_ALONE)
+    forwards = require(model).forwards
+    told_by_another = iter([[[1]], [list(range(2 * 48))]])
+    monkeypatch.setattr("celora.runtime.forwards.in_company", lambda: True)
+    monkeypatch.setattr("celora.runtime.forwards.largest_of_all", lambda told, device: next(told_by_another))
+    forwards.end_refresh(1, torch.device("cpu"))
+    assert forwards[HEAD].product.levels is not None
 
 
 @pytest.mark.parametrize("own_bytes", [False, True])

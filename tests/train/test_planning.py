@@ -184,6 +184,13 @@ def test_fast_resumes_as_it_was_and_is_evaluated_on_the_base_too(inputs, tmp_pat
     for row in rows:
         assert row["eval_base_loss"] != row["eval_loss"]
         assert row["eval_base_loss"] == pytest.approx(row["eval_loss"], rel=0.05)
+    record = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert "head" in record["forward_errors"]
+    worst = record["summary"]["worst_forward_error"]
+    assert 0 < worst == max(record["forward_errors"].values()) < 0.1
+    assert record["forwards_made_exact"] == [] != record["summary"]["forwards_made_exact"]
+    page = (tmp_path / "whole" / "report.html").read_text(encoding="utf-8")
+    assert "worst relative error of a forward in 8 bits" in page
     trained = load_file(tmp_path / "whole" / "adapter_model.safetensors")
     plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "whole")
     assert set(trained) == set(get_peft_model_state_dict(plain))

@@ -26,6 +26,25 @@ def test_metrics_edited_by_hand_do_not_spoil_the_end(inputs, tmp_path, monkeypat
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "finished"
 
 
+def test_a_loss_of_an_earlier_evaluation_is_not_shown_beside_the_last_one(inputs, tmp_path, monkeypatch):
+    class Edit(TrainerCallback):
+        def on_train_end(self, args, state, control, **kw):
+            rows = {"step": 1, "eval_loss": 2.5, "eval_base_loss": 2.25}, {"step": 2, "eval_loss": 2.0}
+            with (tmp_path / "out" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    on_build(monkeypatch, lambda trainer: trainer.add_callback(Edit()))
+    result, _ = go(inputs, tmp_path / "out", max_steps=2)
+    assert result.summary["eval_loss"] == 2.0
+    assert "eval_base_loss" not in result.summary
+
+
+def test_a_forward_that_became_exact_is_no_longer_the_worst():
+    errors = {"a": 0.01, "b": 0.02, "head": 0.3}
+    assert record.of_forwards(errors, {"head"}) == {"worst_forward_error": 0.02, "forwards_made_exact": 1}
+    assert record.of_forwards({}, set()) == {}
+
+
 def test_errors_that_were_measured_are_not_told_by_the_plan():
     measured, planned = {"a": 0.1, "b": 0.2}, {"b": 0.7, "c": 0.8, "d": 0.5}
     assert record.worst(measured, planned) == {

@@ -1,19 +1,22 @@
-"""The forward of a frozen layer in 8 bits: `y = x W^T + b` from the copy of W that its backward multiplies with.
+"""The forward of a frozen layer, or of the head, in 8 bits: `y = x W^T + b` from an 8-bit copy of W.
 
 In: the layer's input, (..., in). Out: its output, (..., out), in the same dtype. It is an estimate. So the model that
 trains with it is a slightly different model, as with a quantised base. Evaluation and generation use it, too, while
-celora is attached. Refreshes measure its error. If a layer's error is too large, it goes back to its own forward.
+celora is attached. Refreshes measure its error. If a layer's error is too large, it goes back to its own forward. A
+layer's backward multiplies with the same copy.
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from celora.errors import CELoraError
 from celora.modeling.compiled import forward_product, multiplied, read_and_projected
@@ -22,8 +25,11 @@ from celora.modeling.hooks import nothing
 from celora.modeling.own_forward import OwnForward
 from celora.modeling.switch import Mode
 from celora.modeling.trial import tampered
+from celora.numerics.measured import Measured
+from celora.numerics.products.both_ways import Int8BothWays
 from celora.weights.read import bias_of, is_trainable, own_bytes, plain_weight, shape_of
 
+_COMPARED = 64  # so many tokens tell the error of logits; all would cost as much as exact logits
 MOST_ERROR = 0.1  # a layer with this relative error or more uses its own forward; rounding alone gives about 0.01
 
 
@@ -56,6 +62,24 @@ class EightBitForward(OwnForward):
         """Become the forward of the base layer in this PEFT layer. Without the PEFT layer around it, it is exact."""
         self._tuner = weakref.ref(tuner)
         self.under(base)
+
+    @property
+    def product(self) -> Int8BothWays:
+        """What multiplies in 8 bits."""
+        return cast(Int8BothWays, self.graft.estimator.product)
+
+    @property
+    def error(self) -> Measured:
+        """The error of the output, measured at refreshes."""
+        return self.graft.of_forward
+
+    @property
+    def in_features(self) -> int:
+        return self.graft.estimator.in_features
+
+    def give_up(self) -> None:
+        """From now on, compute the layer's own forward."""
+        self.exact = True
 
     @property
     def reads_stored_bytes(self) -> bool:
@@ -115,6 +139,48 @@ class EightBitForward(OwnForward):
                 "under nn.DataParallel: use one process a device, or forward='exact'."
             )
         return not tampered(module, self.graft)
+
+
+class EightBitHead:
+    """The logits of the vocabulary projection in 8 bits.
+
+    Attributes:
+        product: what multiplies in 8 bits.
+        error: the error of the logits, measured while it `watches`.
+        exact: whether the logits are exact again.
+        watches: whether training compares some logits with exact ones, and learns the scales of their inputs.
+    """
+
+    reads_stored_bytes = False
+
+    def __init__(self, in_features: int) -> None:
+        self.in_features = in_features
+        self.product, self.error = Int8BothWays(), Measured()
+        self.exact = self.watches = False
+
+    def lent(self) -> EightBitHead:
+        """A copy that learns and measures for itself, with the same 8-bit weight."""
+        other = copy.copy(self)
+        other.product, other.error, other.watches = copy.copy(self.product), Measured(), False
+        return other
+
+    def give_up(self) -> None:
+        """From now on, logits are exact. The 8-bit weight, which nothing else reads, is dropped."""
+        self.exact = True
+        self.product.forget()
+
+    def applies(self, weight: Tensor) -> bool:
+        """Whether logits are in 8 bits here. Those of a gathered head are always exact."""
+        if self.exact or isinstance(weight, DTensor):
+            return False
+        words, hidden = weight.shape
+        return self.product.pays(words, hidden, weight.device)
+
+    def compare(self, x: Tensor, logits: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Measure the error of some logits, (T, V), of the tokens x, (T, H), and record the sizes of x's features."""
+        every = max(1, len(x) // _COMPARED)
+        self.error.measure(logits[::every], nn.functional.linear(x[::every], weight, bias))
+        self.product.look(x, weight)
 
 
 class _Forward(torch.autograd.Function):

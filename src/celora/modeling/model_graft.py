@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
@@ -29,6 +28,7 @@ from celora.modeling import left_padding, packing
 from celora.modeling.attention import LENGTHS, Lookup, is_attention, may_replace, use_ours
 from celora.modeling.call import TRL, UNPACKED, Call, OpenCalls, fit, known_by, unknown_arguments, wants_own_head
 from celora.modeling.compiled import is_compiled
+from celora.modeling.eight_bit import EightBitHead
 from celora.modeling.graft import scripted
 from celora.modeling.hooks import Hook, nothing, settle_all
 from celora.modeling.language_model import LanguageModel, at_hand, language_model, not_ours
@@ -38,8 +38,8 @@ from celora.modeling.recognise import IGNORED, Probe
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.head import Logits, score_tokens
 from celora.numerics.measured import Measured
-from celora.numerics.products.both_ways import Int8BothWays
 from celora.settings.config import CELoraConfig
+from celora.weights.read import shape_of
 from celora.weights.sharded import whole
 
 
@@ -49,7 +49,7 @@ class ModelGraft(Measured, Hook):
     Attributes:
         packs: whether padding is left out.
         keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with.
-        product: computes the logits in 8 bits; None if they are exact.
+        eight_bit: computes the logits in 8 bits; None if the configuration wants them exact.
         mode: whether that gradient is estimated or exact, and whether the estimate's error is measured.
         step: the optimizer's step. Draws depend on `seed`, step and number of the call, so a resumed run repeats them.
         smoothing: label smoothing of the loss. A call that celora cannot smooth is an error.
@@ -59,9 +59,10 @@ class ModelGraft(Measured, Hook):
 
     _added: tuple[str, ...] | None = None  # attributes that a probe added to the model that this is a copy of
 
-    def __init__(self, switch: Switch, *, packs: bool, keep_ratio: float = 1, forward: str = "exact", seed: int = 0):
+    eight_bit: EightBitHead | None = None
+
+    def __init__(self, switch: Switch, *, packs: bool, keep_ratio: float = 1, seed: int = 0):
         super().__init__()
-        self.product = None if forward == "exact" else Int8BothWays()
         self.switch, self.packs, self.keep_ratio, self.seed = switch, packs, keep_ratio, seed
         self.mode, self.smoothing = Mode.ESTIMATE, 0.0
         self._probed_by: Callable[[], Tensor | None] = nothing  # the labels of the call that probed, in this step
@@ -272,6 +273,7 @@ class ModelGraft(Measured, Hook):
         # FSDP2 leaves the head's parameters sharded outside its own forward.
         weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
         for_trl = bool(given.get(TRL))
+        in_8_bits, trains = self._in_8_bits(head), causal.training and torch.is_grad_enabled()
         rows, targets = call.rows.to(hidden.device), call.next_labels.flatten()[call.place].to(hidden.device)
         scores = score_tokens(
             hidden,
@@ -285,19 +287,18 @@ class ModelGraft(Measured, Hook):
             keep_ratio=1.0 if self.mode is Mode.EXACT else self.keep_ratio,
             seed=self._draw() if torch.is_grad_enabled() else 0,  # an evaluation does not count as a call
             measure=self.measure if self.mode is Mode.OBSERVE and self.keep_ratio < 1 else None,
-            product=self._product(head),
+            product=None if in_8_bits is None else in_8_bits.product,
+            compare=in_8_bits.compare if in_8_bits is not None and in_8_bits.watches and trains else None,
         )
         items = given.get("num_items_in_batch")
         items = items.to(hidden.device) if isinstance(items, Tensor) else len(rows) if items is None else items
         loss = -scores.log_probs.sum() / items
         return call.for_trl(loss, scores) if for_trl else type(output)(**{**output, "loss": loss, "logits": None})
 
-    def _product(self, head: Any) -> Int8BothWays | None:
-        """The product for logits in 8 bits; None if they are exact. A gathered head is always exact."""
-        if self.product is None or not self.switch.forwards or isinstance(head.weight, DTensor):
-            return None
-        words, hidden = head.weight.shape
-        return self.product if self.product.pays(words, hidden, head.weight.device) else None
+    def _in_8_bits(self, head: Any) -> EightBitHead | None:
+        """What computes the logits of this call in 8 bits; None if they are exact."""
+        found = self.eight_bit if self.switch.forwards else None
+        return None if found is None or not found.applies(head.weight) else found
 
     def _refuse(self, reason: str) -> None:
         """From now on, let the model compute its own loss, and warn with the reason."""
@@ -347,9 +348,10 @@ def install(found: LanguageModel, switch: Switch, config: CELoraConfig) -> Model
         switch,
         packs=config.padding_free and not found.cannot_pack,
         keep_ratio=config.head_keep_ratio,
-        forward=config.head_forward,
         seed=config.seed,
     )
+    if config.head_forward != "exact":
+        graft.eight_bit = EightBitHead(shape_of(found.head)[1])
     _hook(graft, found)
     return graft
 

@@ -82,6 +82,7 @@ def score_tokens(
     seed: int = 0,
     measure: Callable[[Tensor, Tensor], None] | None = None,
     product: Int8BothWays | None = None,
+    compare: Callable[[Tensor, Tensor, Tensor, Tensor | None], None] | None = None,
 ) -> TokenScores:
     """The log-probabilities of `targets` after the tokens `rows`.
 
@@ -98,6 +99,7 @@ def score_tokens(
         measure: called with the estimate and the exact gradient of each chunk of tokens, (n, H) each. The gradient of
             the log-probabilities is exact then.
         product: computes the logits in 8 bits, from its own copy of the weight; exactly if None.
+        compare: called with the first chunk's hidden states, (n, H), their logits `W h + b`, (n, V), W and b.
     """
     logits = logits or Logits()
     log_probs, entropy, top1 = _Scores.apply(  # type: ignore[no-untyped-call]
@@ -113,6 +115,7 @@ def score_tokens(
         seed,
         measure,
         product,
+        compare,
     )
     if not statistics:
         return TokenScores(log_probs, None, None)
@@ -214,6 +217,7 @@ class _Scores(torch.autograd.Function):
         seed: int,
         measure: Callable[[Tensor, Tensor], None] | None,
         product: Int8BothWays | None,
+        compare: Callable[[Tensor, Tensor, Tensor, Tensor | None], None] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
         dtype = _compute_dtype(hidden)
@@ -239,6 +243,8 @@ class _Scores(torch.autograd.Function):
             for start in range(0, n, max(1, size)):
                 part = slice(start, start + size)
                 z = _project(chosen[part], weight, w, b, buffer[: n - start], product)
+                if compare is not None and start == 0:
+                    compare(chosen[part], z, w, b)
                 softmax_rows(
                     z,
                     targets[part],
@@ -266,7 +272,7 @@ class _Scores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         gradient, rows = ctx.saved_tensors
-        return _at_rows(gradient * grad[:, None], rows, ctx.shape, ctx.dtype), *[None] * 11
+        return _at_rows(gradient * grad[:, None], rows, ctx.shape, ctx.dtype), *[None] * 12
 
 
 def chunk_size(tokens: int, words: int) -> int:

@@ -20,6 +20,7 @@ from celora.planning.fidelity import Fidelity, FromFloat32
 from celora.planning.gradients import gradient, on_device, trainable, training, untouched
 from celora.planning.upcast import in_float32, without_dropout
 from celora.runtime.attachment import Attachment, require
+from celora.settings.names import HEAD
 from celora.weights.sharded import whole
 
 
@@ -188,6 +189,7 @@ def _lent(attachment: Attachment) -> Iterator[list[str]]:
     Such a layer gets a new estimator, which observes the first backward.
     """
     layers = {name: dict(vars(graft)) for name, graft in attachment.grafts.items()}
+    of_head, forwards = None if attachment.forward is None else attachment.forward.eight_bit, attachment.forwards
     probes = [name for name, graft in attachment.grafts.items() if not graft.estimator.ready]
     try:
         for graft in attachment.grafts.values():
@@ -195,14 +197,18 @@ def _lent(attachment: Attachment) -> Iterator[list[str]]:
         for name in probes:
             attachment.grafts[name].estimator = attachment.grafts[name].estimator.clone()
             attachment.grafts[name].mode = Mode.OBSERVE
-        for name in attachment.forwards:
+        for name in forwards.keys() & attachment.grafts.keys():
             graft = attachment.grafts[name]
             product: Any = graft.estimator.product
             graft.of_forward = Measured()
             if product.levels is None:
                 graft.estimator.product = copy.copy(product)
+        if attachment.forward is not None and of_head is not None:
+            forwards[HEAD] = attachment.forward.eight_bit = of_head.lent()
         yield probes
     finally:
+        if attachment.forward is not None and of_head is not None:
+            forwards[HEAD] = attachment.forward.eight_bit = of_head
         for name, graft in attachment.grafts.items():
             vars(graft).update(layers[name])
 
@@ -212,17 +218,22 @@ def _show_inputs(attachment: Attachment, forward: Callable[[], object]) -> bool:
 
     Returns whether `forward` was needed.
     """
-    grafts: list[Any] = [attachment.grafts[name] for name in attachment.forwards]
-    modes = [(graft, graft.mode) for graft in grafts if graft.estimator.product.levels is None]
-    if not modes:
+    waiting = [name for name, each in attachment.forwards.items() if each.product.levels is None]
+    if not waiting:
         return False
-    for graft, _ in modes:
+    grafts = [graft for name, graft in attachment.grafts.items() if name in waiting]
+    modes, head = [graft.mode for graft in grafts], None if attachment.forward is None else attachment.forward.eight_bit
+    for graft in grafts:
         graft.mode = Mode.OBSERVE
+    if head is not None:
+        head.watches = True
     with torch.enable_grad():
         forward()
     attachment.forwards.follow_inputs(None)
-    for graft, mode in modes:
+    for graft, mode in zip(grafts, modes, strict=True):
         graft.mode = mode
+    if head is not None:
+        head.watches = False
     return True
 
 

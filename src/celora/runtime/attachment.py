@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ class Attachment:
         relative_errors: the relative error of each layer at its latest refresh; `head` is the vocabulary projection.
         over_bound: for each layer, how many of the latest refreshes in a row had a relative error of 1 or more.
         forward: the graft of the whole language model; None where the model computes its own loss.
-        forwards: the forwards of single layers in 8 bits.
+        forwards: the forwards in 8 bits of single layers and of the head.
         ladder: the changes that refreshes made to what layers keep (`most_error` of the configuration).
         plan: the plan that the configuration was made from, or None.
         for_a_training: whether an integration made it. A training that is interrupted does not detach it.
@@ -108,6 +109,19 @@ class Attachment:
         """Where processes compare what each has seen."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
+    @property
+    def report(self) -> AttachReport:
+        """What `attach` did, and which forwards in 8 bits have become exact since."""
+        exact = self.forwards.made_exact
+        if not exact:
+            return self._report
+        said = f"{len(exact)} of {len(self.forwards)} forwards in 8 bits are exact again, because of their error."
+        return dataclasses.replace(self._report, notes=(*self._report.notes, said))
+
+    @report.setter
+    def report(self, report: AttachReport) -> None:
+        self._report = report
+
     def grafted(self) -> dict[str, Any]:
         """The PEFT layers that still have their graft, by the name that the graft has.
 
@@ -140,8 +154,8 @@ class Attachment:
     def products(self) -> Iterator[Product]:
         """The products of all layers, and the head's."""
         yield from (graft.estimator.product for graft in self.grafts.values())
-        if self.forward is not None and self.forward.product is not None:
-            yield self.forward.product
+        if self.forward is not None and self.forward.eight_bit is not None:
+            yield self.forward.eight_bit.product
 
     def forget_copies(self) -> None:
         """Make all 8-bit copies of weights anew."""
@@ -161,9 +175,9 @@ class Attachment:
                 "this model trains in eval mode, where celora leaves forward and backward to PEFT; call model.train().",
             )
         self.switch.step = step  # so that the next forwards look whether weights have changed in place
-        head = None if self.forward is None else self.forward.product
+        of_head = HEAD in self.forwards and self.forwards[HEAD].product
         for product in self.products():
-            if self.switch.compiled or product is head:  # a graph does not look
+            if self.switch.compiled or product is of_head:  # a graph does not look
                 product.notice()
         observing = {name: graft for name, graft in self.grafts.items() if graft.mode is Mode.OBSERVE}
         if self.config.synchronise:
@@ -344,6 +358,10 @@ class Attachment:
             due = step % tau == 0 or step == self._together
             self.forward.begin(step)
             self.forward.mode = Mode.EXACT if HEAD in made_exact else Mode.OBSERVE if due else Mode.ESTIMATE
+            if (
+                self.forward.eight_bit is not None
+            ):  # its first steps show whether it needs scales, and if they are enough
+                self.forward.eight_bit.watches = due or step < FIRST_ROUND
         firsts: dict[str, int] = {}  # the first layer of each module
         for i, (name, graft) in enumerate(self.grafts.items()):
             if name in self.forwards:

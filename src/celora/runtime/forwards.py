@@ -1,17 +1,16 @@
-"""The 8-bit forwards of one model: the measured error of each, and which layers went back to their own forward."""
+"""The 8-bit forwards of one model, its head's included: the error of each, and which ones are exact again."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from celora.machine.processes import in_company, largest_of_all
-from celora.modeling.eight_bit import MOST_ERROR, EightBitForward
+from celora.modeling.eight_bit import MOST_ERROR, EightBitForward, EightBitHead
 from celora.numerics.products.both_ways import levels_together
 from celora.runtime.agreement import largest_errors
 
@@ -19,8 +18,8 @@ _ERROR, _EXACT, _LEVELS = "forward_error", "forward_exact", "forward_levels"
 _UNSEEN = -(10**6)
 
 
-class Forwards(dict[str, EightBitForward]):
-    """Layer -> its forward in 8 bits.
+class Forwards(dict[str, EightBitForward | EightBitHead]):
+    """Layer -> its forward in 8 bits; `head` is the vocabulary projection.
 
     Attributes:
         errors: the relative error of each layer's output at its latest refresh.
@@ -47,13 +46,13 @@ class Forwards(dict[str, EightBitForward]):
         of any process, with one reduction.
         """
         new = self.follow_inputs(device)
-        seen = [forward.graft.of_forward.take_error() for forward in self.values()]
+        seen = [forward.error.take_error() for forward in self.values()]
         largest = zip(self, largest_errors(seen, device), strict=True)
         found = {name: error for name, error in largest if error is not None}
         self.errors |= found
         lossy = [name for name, error in found.items() if error >= MOST_ERROR and not self[name].exact | (name in new)]
         for name in lossy:
-            self[name].exact = True
+            self[name].give_up()
         if lossy:
             worst = max(lossy, key=lambda name: found[name])
             names = ", ".join(sorted(lossy))
@@ -69,7 +68,7 @@ class Forwards(dict[str, EightBitForward]):
         They come from the layer's first refresh, over all processes, so that copies of a weight are the same
         everywhere. If `device` is None, this process decides alone.
         """
-        products: dict[str, Any] = {name: forward.graft.estimator.product for name, forward in self.items()}
+        products = {name: forward.product for name, forward in self.items()}
         unknown = {name: product for name, product in products.items() if product.levels is None}
         seen = {name: product.take_sizes() for name, product in unknown.items()}
         if device is not None and seen and in_company():
@@ -91,7 +90,7 @@ class Forwards(dict[str, EightBitForward]):
         names = [name for name, found in zip(seen, by_any, strict=True) if found]
         if not names:
             return {}
-        counts = [2 * self[name].graft.estimator.in_features for name in names]
+        counts = [2 * self[name].in_features for name in names]
         given = zip(names, counts, strict=True)
         row = [size for name, count in given for size in seen[name] or [_UNSEEN] * count]
         most = iter(largest_of_all([row], device)[0])
@@ -102,7 +101,7 @@ class Forwards(dict[str, EightBitForward]):
         if name not in self:
             return {}
         state = {_EXACT: torch.tensor(self[name].exact)}
-        product: Any = self[name].graft.estimator.product
+        product = self[name].product
         if product.levels is not None:
             state[_LEVELS] = product.levels
         if name in self.errors:
@@ -115,8 +114,8 @@ class Forwards(dict[str, EightBitForward]):
         if name not in self:
             return
         self[name].exact = exact is not None and bool(exact)
-        self[name].graft.of_forward.take_error()
-        product: Any = self[name].graft.estimator.product
+        self[name].error.take_error()
+        product = self[name].product
         product.take_sizes()
         product.follow_levels(None if levels is None else levels.tolist())
         self.errors.pop(name, None)

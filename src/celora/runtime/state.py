@@ -45,8 +45,9 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     state: dict[str, Tensor] = {"step": torch.tensor(attachment.clock.step)}
     for name, graft in attachment.grafts.items():
         known = graft.estimator.state_dict() | target_error.state_dict(graft.estimator)
-        known |= attachment.forwards.state_dict(name)
         state |= {f"{name}:{key}": value.contiguous() for key, value in known.items()}
+    for name in attachment.forwards:
+        state |= {f"{name}:{key}": value for key, value in attachment.forwards.state_dict(name).items()}
     for name, error in attachment.relative_errors.items():
         state[f"{name}:{_ERROR}"] = torch.tensor(error, dtype=torch.float64, device="cpu")
     for name, times in attachment.over_bound.items():
@@ -114,8 +115,9 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise CELoraError(f"{file} is damaged: {error}") from None
     for name, graft in attachment.grafts.items():
         _restore(graft.estimator, layers[name])
-        attachment.forwards.load_state_dict(name, forwards[name])
         graft.take_error()  # left by an interrupted refresh
+    for name in attachment.forwards:
+        attachment.forwards.load_state_dict(name, forwards[name])
     if attachment.forward is not None:
         attachment.forward.take_error()
         attachment.forward.keep_ratio = attachment.ladder.keeps(HEAD, attachment.config.head_keep_ratio)

@@ -44,6 +44,13 @@ def line_charts(rows: Mapping[str, Sequence[Mapping[str, Any]]], repeats: Mappin
             [key for key in fidelity if "relative_error" in key],
             "of grad_input, in the layers that have refreshed",
         ),
+        (
+            "Relative error of forwards in 8 bits at the latest refresh",
+            "step",
+            "optimizer step",
+            [key for key in fidelity if "forward_error" in key],
+            "of the output, in the layers that have refreshed",
+        ),
     ]
     groups = list(dict.fromkeys(repeats.get(name, name) for name in rows))
     charts = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -81,6 +82,8 @@ def summarise(trainer: Any, metrics: MetricsWriter, attached: Any) -> dict[str, 
     steps = [row["step_time_ms"] for row in rows if "step_time_ms" in row]
     last: dict[str, Any] = {}
     for row in rows:
+        if "eval_loss" in row:
+            last.pop("eval_base_loss", None)  # an earlier evaluation's does not belong to this one
         last |= {key: row[key] for key in _LAST if key in row}
     return {
         "step": int(trainer.state.global_step),
@@ -105,3 +108,11 @@ def worst(errors: dict[str, float], planned_errors: dict[str, float]) -> dict[st
         "layers_not_measured": len(rest),
         "worst_planned_error": max(rest, default=None),
     }
+
+
+def of_forwards(errors: dict[str, float], made_exact: Collection[str]) -> dict[str, Any]:
+    """The largest error of a forward in 8 bits, and how many became exact. Nothing if no forward was measured."""
+    if not errors:
+        return {}
+    rest = [error for name, error in errors.items() if name not in made_exact]
+    return {"worst_forward_error": max(rest, default=None), "forwards_made_exact": len(made_exact)}

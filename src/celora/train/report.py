@@ -32,7 +32,7 @@ _SUMMARY = {
     "step": "optimizer steps",
     "loss": "last training loss",
     "eval_loss": "last evaluation loss",
-    "eval_base_loss": "the same on the untouched base",
+    "eval_base_loss": "the same on the original base",
     "seconds": "wall-clock, s",
     "median_step_time_ms": "median step time, ms",
     "tokens_seen": "tokens processed",
@@ -40,6 +40,8 @@ _SUMMARY = {
     "estimated_cost": "frozen grad_input FLOPs, relative to exact LoRA",
     "worst_relative_error": "worst relative error of a layer, measured at its latest refresh",
     "layers_measured": "layers measured at a refresh",
+    "worst_forward_error": "worst relative error of a forward in 8 bits, measured at its latest refresh",
+    "forwards_made_exact": "forwards in 8 bits that became exact, because of their error",
     "worst_planned_error": "worst relative error in the plan, of layers not measured since",
     "layers_not_measured": "layers not measured since the plan",
 }

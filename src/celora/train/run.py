@@ -48,7 +48,7 @@ from celora.train.output.saving import UNUSABLE, Sealing, save_adapter, stopped,
 from celora.train.planning import choose, planned_errors
 from celora.train.processes import introduce_deepspeed, is_first, losing_contact, processes
 from celora.train.progress import MetricsWriter, ProgressLine, say
-from celora.train.record import TrainResult, is_evaluated, longer, make_record, summarise, worst
+from celora.train.record import TrainResult, is_evaluated, longer, make_record, of_forwards, summarise, worst
 from celora.train.report import write_report
 from celora.train.request.arguments import TrainRequest, check_record, sft_config
 from celora.train.rows.answers import Learnt, what_is_learnt
@@ -312,8 +312,11 @@ def _leave(ready: _Ready, folder: OutputFolder, written: _Written, status: str) 
         "errors": require(trainer.model).relative_errors,
         "planned_errors": planned_errors(ready.plan, ready.attached.estimated),
     }
-    summary = summarise(trainer, metrics, ready.attached) | worst(**errors)
+    forwards = require(trainer.model).forwards
+    exact = sorted(forwards.made_exact)
+    summary = summarise(trainer, metrics, ready.attached) | worst(**errors) | of_forwards(forwards.errors, exact)
     moves = [asdict(move) for move in require(trainer.model).ladder.moves]
+    written.record |= {"forward_errors": forwards.errors, "forwards_made_exact": exact}
     written.record |= {"status": status, "summary": summary, "moves": moves} | errors
     # If the run failed, writing may fail for the same reason. The user should hear the first reason.
     with suppress(CELoraError) if status == "failed" else nullcontext():
