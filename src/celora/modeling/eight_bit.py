@@ -159,9 +159,11 @@ class EightBitHead:
         self.exact = self.watches = False
 
     def lent(self) -> EightBitHead:
-        """A copy that learns and measures for itself, with the same 8-bit weight."""
+        """A copy that learns and measures for itself. It shares the product, if the scales of inputs are known."""
         other = copy.copy(self)
-        other.product, other.error, other.watches = copy.copy(self.product), Measured(), False
+        other.error, other.watches = Measured(), False
+        if self.product.levels is None:
+            other.product = copy.copy(self.product)
         return other
 
     def give_up(self) -> None:
