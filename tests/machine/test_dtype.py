@@ -75,6 +75,20 @@ def test_what_is_chosen_for_a_checkpoint_of_half_precision(
     assert why in said
 
 
+@pytest.mark.parametrize("inputs", ["bfloat16", "float16"], indirect=True)
+def test_beside_a_base_in_8_bits_float32_has_to_fit_too(
+    inputs: dict[str, str], emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings, head and norms are in float32 only if there is room for them beside the bytes."""
+    model = AutoModelForCausalLM.from_pretrained(inputs["model"])
+    in_blocks = sum(p.numel() for name, p in model.named_parameters() if "layers." in name and p.dim() == 2)
+    need = 4 * sum(p.numel() for p in model.parameters()) - 3 * in_blocks
+    for free, chosen in ((1.45 * need, "float32"), (1.4 * need, "bfloat16")):
+        patch_all(monkeypatch, "celora.machine.memory:available_memory", lambda device, free=free: int(free))
+        assert settled(inputs, base="int8")[0] == chosen
+        assert settled(inputs)[0] == "bfloat16"
+
+
 @pytest.mark.parametrize("inputs", ["bfloat16", "float16", "float32"], indirect=True)
 def test_nobody_named_a_dtype(inputs: dict[str, str], emulated: None) -> None:
     chosen, line = settled(inputs)

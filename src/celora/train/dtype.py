@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from celora.machine.memory import available_memory
 from celora.machine.processes import from_first
 from celora.machine.timing import slower_than_float32, time_over_float32
+from celora.modeling.int8_base import frozen_linears
 from celora.train.loading import read_config
 from celora.train.processes import is_first
 from celora.train.request.arguments import TrainRequest
@@ -51,8 +52,8 @@ def _settled(request: TrainRequest, args: Any, earlier: dict[str, Any] | None) -
     own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if own not in (torch.bfloat16, torch.float16) or getattr(config, "quantization_config", None) is not None:
         return "auto", "as the checkpoint says"
-    quantised = request.lora["load_in_4bit"] or request.lora["load_in_8bit"] or request.options.base
-    return for_device(own, args.device, 0 if quantised else _float32_bytes(config))
+    quantised = request.lora["load_in_4bit"] or request.lora["load_in_8bit"]
+    return for_device(own, args.device, 0 if quantised else _float32_bytes(config, request.options.base))
 
 
 def for_device(own: torch.dtype, device: torch.device, float32_bytes: int) -> tuple[str, str]:
@@ -76,14 +77,18 @@ def for_device(own: torch.dtype, device: torch.device, float32_bytes: int) -> tu
     return "float32", "the checkpoint's float16 loses small gradients; --dtype bfloat16 takes half the memory"
 
 
-def _float32_bytes(config: Any) -> int:
-    """Bytes of this model's weights in float32; 0 if nobody can tell before it is loaded."""
+def _float32_bytes(config: Any, base: str | None) -> int:
+    """Bytes of this model's weights if what is not in a `base` of int8 is in float32; 0 if that cannot be told yet."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception:  # whatever is wrong, loading the model will say it in one line
         return 0
-    return 4 * sum(int(parameter.numel()) for parameter in model.parameters())
+    numbers = sum(int(parameter.numel()) for parameter in model.parameters())
+    if base is None:
+        return 4 * numbers
+    in_bytes = sum(int(model.get_submodule(name).weight.numel()) for name in frozen_linears(model))
+    return 4 * (numbers - in_bytes) + in_bytes
 
 
 def _gib(size: int) -> str:
