@@ -290,6 +290,21 @@ def test_what_cannot_be_held_in_8_bits_is_said() -> None:
         celora.quantise_base(broken)
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_an_adapter_that_would_change_the_base_comes_first(init: str) -> None:
+    """It would put a float weight in the place of the bytes. After it, what it leaves of the base is stored."""
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=init)
+    base = make_base()
+    celora.quantise_base(base)
+    with pytest.raises(CELoraError, match=r"get_peft_model first, and celora\.quantise_base\(model\) after it"):
+        get_peft_model(base, lora)
+    assert sum(isinstance(module, Int8Linear) for module in base.modules()) == 14
+    model = get_peft_model(make_base(), lora)
+    expected = model(**make_batch(0)).loss.item()
+    assert len(celora.quantise_base(model).layers) == 14
+    assert model(**make_batch(0)).loss.item() == pytest.approx(expected, rel=1e-2)
+
+
 def test_layers_that_train_stay_as_they_are() -> None:
     model = make_model(target_modules=["q_proj"], modules_to_save=["up_proj"])
     report = celora.quantise_base(model)
