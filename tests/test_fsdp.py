@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -24,6 +26,14 @@ def test_refuses_a_quantised_base() -> None:
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
     with pytest.raises(celora.CELoraError, match=r"up_proj' is quantised \(Linear4bit\).*DDP"):
         celora.fsdp.shard(model)
+
+
+def test_refuses_bytes_that_lie_as_another_device_reads_them() -> None:
+    """FSDP2 moves them as they are."""
+    model = make_model()
+    celora.quantise_base(model)
+    with pytest.raises(celora.CELoraError, match=r"laid out for cpu.*call model\.to\('cuda'\) first"):
+        celora.fsdp.shard(model, mesh=SimpleNamespace(device_type="cuda"))
 
 
 def test_refuses_a_model_that_is_attached_already() -> None:

@@ -13,7 +13,9 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 
 from celora.errors import CELoraError
+from celora.machine.device import default_device
 from celora.modeling.bypass import only_calls_base
+from celora.modeling.int8_linear import Int8Linear
 from celora.modeling.language_model import pretrained
 from celora.modeling.survey import survey
 from celora.runtime.attachment import find
@@ -30,15 +32,16 @@ def shard(model: nn.Module, **options: Any) -> None:
 
     These weights are not prefetched. Neither are those of layers that stay dense. With gradient checkpointing the
     repeated forward gathers all of them. Weights that adapters may read by themselves (DoRA, HiRA) stay with their
-    block, which gathers them for its backward.
+    block, which gathers them for its backward. So do weights of `celora.quantise_base`: what is gathered are their
+    bytes, a quarter of float32's. Move such a model to its device before.
 
     Args:
         model: a PEFT model of a Transformers model, neither sharded nor attached yet.
         options: for `torch.distributed.fsdp.fully_shard`: `mesh`, `mp_policy`, `reshard_after_forward`, ...
 
     Raises:
-        CELoraError: the model has no adapters, celora is attached already, the base is quantised, weights are to be
-            offloaded to the CPU, or the model does not name its blocks.
+        CELoraError: the model has no adapters, celora is attached already, the base is quantised by others, weights are
+            to be offloaded to the CPU, the model does not name its blocks, or a base in 8 bits is on another device.
     """
     layers = survey(model).layers.values()
     if isinstance(options.get("offload_policy"), CPUOffloadPolicy):
@@ -47,10 +50,18 @@ def shard(model: nn.Module, **options: Any) -> None:
             "out, or call fully_shard yourself and train without celora."
         )
     for layer in layers:
-        if layer.quantised and not layer.cannot_estimate:
+        if layer.quantised and not layer.cannot_estimate and not isinstance(layer.base, Int8Linear):
             raise CELoraError(
                 f"{layer.name!r} is quantised ({layer.quantised}), and FSDP2 cannot split such a weight by rows; "
-                "train quantised bases with DDP."
+                "use celora.quantise_base on a plain base, or train with DDP."
+            )
+    mesh = options.get("mesh")
+    device = default_device().type if mesh is None else mesh.device_type
+    for layer in layers:
+        if isinstance(layer.base, Int8Linear) and layer.base.W_q.device.type != device:
+            raise CELoraError(
+                f"the bytes of {layer.name!r} are laid out for {layer.base.W_q.device.type}, and FSDP2 would move them "
+                f"to {device} as they are; call model.to({device!r}) first."
             )
     if find(model) is not None:
         raise CELoraError(
@@ -64,8 +75,9 @@ def shard(model: nn.Module, **options: Any) -> None:
             f"{type(causal or model).__name__} does not name its blocks; call fully_shard on them yourself."
         )
     for layer in layers:
-        # A weight that is read outside of its layer's forward, too, stays with its block.
-        if not layer.cannot_estimate and only_calls_base(layer.module):
+        # A weight that is read outside of its layer's forward, too, stays with its block. So do bytes: a backward in 8
+        # bits reads all of them.
+        if not layer.cannot_estimate and not layer.quantised and only_calls_base(layer.module):
             fully_shard(layer.base, **options)
     sharded = [fully_shard(block, **options) for block in blocks]
     fully_shard(model, **options)

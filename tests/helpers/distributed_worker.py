@@ -59,11 +59,26 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "watched": False,  # under a dispatch mode nothing is measured
     },
     "nothing": {"config": "off", "attach": "after", "shard": "layers"},
+    "bytes": {"config": {"estimator": "int8"}, "attach": "after", "shard": "layers", "adapter": "int8"},
+    "bytes exact": {"config": "exact", "attach": "after", "shard": "layers", "adapter": "int8"},
+    "bytes both ways": {
+        "config": {"estimator": "int8", "forward": "int8"},
+        "attach": "after",
+        "shard": "layers",
+        "adapter": "int8",
+    },
 }
+
+
+def on_bytes() -> PeftModel:
+    model = make_model()
+    celora.quantise_base(model)
+    return model
 
 
 ADAPTERS: dict[str, Callable[[], PeftModel]] = {
     "LoRA": make_model,
+    "int8": on_bytes,
     "DoRA": lambda: make_model(use_dora=True),
     # This kind of MiSS reads the weight of its base layer.
     "MiSS": lambda: get_peft_model(make_base(), MissConfig(r=4, target_modules="all-linear", init_weights="bat")),
@@ -153,7 +168,8 @@ def run(scenario: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
     return {
         "losses": losses,
         "left": attachment.switch.left,
-        "forwards": sum(forward.graft.estimator.product.holds_copy for forward in attachment.forwards.values()),
+        "forwards": len(attachment.forwards),
+        "copies": sum(graft.estimator.product.holds_copy for graft in attachment.grafts.values()),
         "parameters": [p.detach().flatten()[:50].tolist() for p in full],
         "numbers": sum(p.numel() for p in full),
         "selected": {n: e.index.tolist() for n, e in estimators.items() if getattr(e, "index", None) is not None},

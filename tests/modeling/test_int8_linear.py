@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -234,6 +235,15 @@ def test_a_layer_on_its_original_weight(tmp_path: Path) -> None:
     layer = Int8Linear.of(linear)
     layer.origin, layer.on_original = stored(tmp_path, linear), True
     assert layer(x).equal(linear(x))
+
+
+def test_bytes_that_were_moved_with_another_devices_layout_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FSDP2 moves them, which sees parameters only. The layer itself still knows its weight."""
+    layer, expected = Int8Linear.of(make(bias=False)), Int8Linear.of(make(bias=False)).dequantize()
+    monkeypatch.setattr(layer.layout, "fits", lambda *_: False)
+    weight: Any = read(layer)
+    assert weight.packed is None
+    assert weight.dense().equal(expected)
 
 
 def test_moved_to_where_nothing_multiplies_8_bits() -> None:

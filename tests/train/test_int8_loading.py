@@ -105,7 +105,7 @@ def test_what_cannot_be_read_tensor_by_tensor_is_one_line(inputs, tmp_path: Path
     [
         ({"base": "int4"}, "base 'int4'"),
         ({"base": "int8", "load_in_4bit": True}, "load_in_4bit=True beside base='int8'.*another way"),
-        ({"base": "int8", "fsdp": "full_shard"}, "fsdp=.* beside base='int8': it cannot split"),
+        ({"base": "int8", "fsdp": "full_shard"}, "fsdp=.* beside base='int8': .*laid out for the CPU"),
     ],
 )
 def test_settings_that_exclude_each_other(inputs, tmp_path: Path, given: dict[str, object], message: str) -> None:

@@ -16,8 +16,9 @@ from peft import PeftModel
 import celora
 from benchmarks.scale import scaling
 from celora.runtime.attachment import require
-from distributed_worker import ADAPTERS, COLUMNS, SCENARIOS, STEPS, configuration, global_batch, optimizer_of
+from distributed_worker import ADAPTERS, COLUMNS, SCENARIOS, STEPS, configuration, global_batch, on_bytes, optimizer_of
 from forked import torchrun
+from machine import refuses
 from small import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -74,13 +75,15 @@ def alone(scenario: dict[str, Any], replicas: int = 1) -> list[float]:
 
 
 def tolerance(scenario: str) -> float:
-    return IN_8_BITS if scenario in ("copy", "forwards") else TOLERANCE
+    return IN_8_BITS if scenario in ("copy", "forwards", "bytes", "bytes both ways") else TOLERANCE
 
 
 def agree(models: list[PeftModel]) -> None:
     """Let all 8-bit forwards scale their input by the largest features that any replica has seen, as processes do."""
     for same in zip(*(require(model).forwards.values() for model in models), strict=True):
         products = [forward.graft.estimator.product for forward in same]
+        if products[0].levels is None:  # a base in 8 bits
+            continue
         largest = torch.stack([product.levels for product in products]).amax(0)
         for product in products:
             if not product.levels.equal(largest):
@@ -97,12 +100,13 @@ def test_parameters_stay_in_sync(ran, name):
 def test_layers_that_are_sharded_are_estimated_in_both_directions(ran):
     for process in ran["forwards"]:
         assert process["left"] == {}
-        assert process["forwards"] == 14
+        assert process["forwards"] == process["copies"] == 14
 
 
 # From the statistics of all, processes choose the columns that one process chooses from the whole batch.
-TOGETHER = ["exact", "alike", "sharded before", "sharded after", "rows", "nodes", "nothing", "hra", "miss"]
-EACH_FOR_ITSELF = ["apart", "tokens", "rows apart", "factor", "dora", "copy", "forwards"]
+TOGETHER = ["exact", "alike", "sharded before", "sharded after", "rows", "nodes", "nothing", "hra", "miss",
+            "bytes exact"]  # fmt: skip
+EACH_FOR_ITSELF = ["apart", "tokens", "rows apart", "factor", "dora", "copy", "forwards", "bytes", "bytes both ways"]
 
 
 def test_every_scenario_is_compared_with_one_process():
@@ -224,6 +228,25 @@ def test_bytes_are_those_of_the_cost_model(ran):
     assert f"{rows:,} is {rows / whole:.0%}".replace("%", " %") in text
     out_features = [rows for rows, _ in shapes("base_layer")]
     assert ran["rows"][0]["traffic"][0]["after"] == {"allreduce": scaling.statistics(out_features)}
+
+
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
+def test_a_base_in_8_bits_is_gathered_as_its_bytes(ran):
+    """With its block, in forward and in backward; nothing is copied, however the layers multiply."""
+    parameters = [(name, p) for name, p in on_bytes().named_parameters()]
+
+    def given(*parts: str) -> int:
+        """The bytes that one of two processes gives for these parameters, split along their first dimension."""
+        chosen = [p for name, p in parameters if not parts or any(part in name for part in parts)]
+        return sum(-(-len(p) // 2) * (p.nbytes // len(p)) for p in chosen)
+
+    for name in ("bytes", "bytes exact", "bytes both ways"):
+        assert ran[name][0]["left"] == {}
+        assert ran[name][0]["copies"] == 0
+        assert gathered(ran[name], 1, "forward") == given()
+        assert gathered(ran[name], 1, "backward") == given("layers.")
+    assert ran["bytes both ways"][0]["forwards"] == 14
+    assert {p.dtype.itemsize for name, p in parameters if name.endswith("W_q")} == {1}
 
 
 def test_the_page_holds_the_cost_model_s_table():

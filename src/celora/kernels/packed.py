@@ -103,7 +103,7 @@ class BothWays(PackedWeight):
 
     @classmethod
     def fits(cls, stored: Tensor, out_features: int, in_features: int) -> bool:
-        """Whether these bytes of a weight `(out, in)`, perhaps of another machine, lie as this one reads them."""
+        """Whether these bytes of a weight `(out, in)`, perhaps of another machine, lie as this class reads them."""
         return True
 
     @abstractmethod

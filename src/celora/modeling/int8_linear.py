@@ -168,7 +168,9 @@ class _Weight(StoredWeight):
 
     @property
     def packed(self) -> BothWays | None:
-        return self.layer.packed if available("pack_both_ways", self.device) else None
+        # FSDP2 moves the bytes to its device without `_apply`, so their layout may be that of another device.
+        fits = available("pack_both_ways", self.device) and self.layer.layout.fits(self.stored, *self.shape)
+        return self.layer.packed if fits else None
 
     def dense(self) -> Tensor:
         return self.layer.packed.dense(self.dtype)

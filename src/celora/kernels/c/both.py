@@ -26,7 +26,8 @@ class TurnedPanels(dot.Panels, BothWays):
 
     @classmethod
     def fits(cls, stored: Tensor, out_features: int, in_features: int) -> bool:
-        return dot.panel_columns() > 0 and (stored.shape, stored.dtype) == _layout(out_features, in_features)
+        here = stored.device.type == "cpu" and dot.panel_columns() > 0
+        return here and (stored.shape, stored.dtype) == _layout(out_features, in_features)
 
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor, input_scale: Tensor | None = None) -> TurnedPanels:

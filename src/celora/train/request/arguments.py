@@ -186,11 +186,12 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
 
 def _check_base(base: str, settings: Mapping[str, Any]) -> None:
     """Raise CELoraError for settings that a base in 8 bits cannot have."""
+    together = "several processes train it with DDP, each with all of it"
     for name, instead in {
         "load_in_4bit": "it is another way to store the base",
         "load_in_8bit": "it is another way to store the base",
-        "fsdp": "it cannot split such a base; several processes train it with DDP, each with all of it",
-        "deepspeed": "it cannot split such a base; several processes train it with DDP, each with all of it",
+        "fsdp": f"accelerate splits it while it moves it, and its bytes are laid out for the CPU; {together}",
+        "deepspeed": f"ZeRO cannot split such a base; {together}",
     }.items():
         if settings.get(name):
             raise CELoraError(f"{name}={settings[name]!r} beside base={base!r}: {instead}; leave out one")
