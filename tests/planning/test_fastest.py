@@ -176,8 +176,9 @@ def test_only_the_layer_that_was_timed_gets_the_result(monkeypatch: pytest.Monke
     asked = dataclasses.replace(FAST, precision="native", forward="exact", head_forward="exact", head_keep_ratio=1.0)
     took = {32: (10.0, 30.0), 64: (10.0, 3.0)}
 
-    def fastest(own: Any, shape: tuple[int, int], *_: Any) -> Any:
-        return EXACT if took[shape[0]][1] > took[shape[0]][0] else own
+    def fastest(own: Any, layer: Any, *_: Any) -> Any:
+        exact, estimate = took[layer.out_features]
+        return EXACT if estimate > exact else own
 
     patch_all(monkeypatch, "celora.planning.fastest:_fastest", fastest)
     config = gate(survey(model), asked)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import celora
 from celora.machine.memory import saved_for_backward
+from celora.modeling.eight_bit import own_bytes
 from celora.modeling.fused import FusedGraft
 from celora.modeling.graft import LayerGraft
 from celora.modeling.switch import Mode, Switch
@@ -20,7 +21,7 @@ from celora.modeling.trial import unlike
 from celora.numerics import reference
 from celora.numerics.estimators import Columns, Dense, Estimator, Int8, Tokens
 from celora.runtime.attachment import require
-from celora.weights.read import own_bytes, read, shape_of, unreadable
+from celora.weights.read import read, shape_of, unreadable
 from celora.weights.stored import StoredWeight, rows_of
 from layers import KINDS, MODELS, make_adapted, make_base, make_layer
 from machine import refuses, refuses_config
@@ -173,17 +174,19 @@ def test_estimates_are_those_of_the_reference(kind: str) -> None:
     for copied in (True, False):
         if refuses(copy=copied):
             continue
-        multiplied = reference.int8(G.double(), W, paired=paired()) if not own_bytes(layer) else folded(G.double(), W)
+        own = own_bytes(layer)
+        multiplied = folded(G.double(), weight) if own else reference.int8(G.double(), W, paired=paired())
         assert_same(Int8(96, 128, weight_copy=copied), G, weight, multiplied)
     kept = reference.top_k(G.double().square().sum(1), 20)
     nothing = torch.zeros(96, 0, dtype=torch.float64), torch.zeros(0, 128, dtype=torch.float64)
     assert_same(Tokens(96, 128, keep_ratio=0.5), G, weight, reference.tokens(G.double(), W, kept, *nothing))
 
 
-def folded(G: Tensor, W: Tensor) -> Tensor:
+def folded(G: Tensor, weight: Any) -> Tensor:
     """`G W` for a W with one scale for each output channel. The scale is multiplied into G before G is quantised."""
-    q, s = reference.quantise(W, 1)
-    q_grad, s_grad = reference.quantise(G * s.T, 1, paired=paired())
+    q, s = (t.double() for t in weight.integers or reference.quantise(weight.detach().double(), 1))
+    # Of another's bytes torch's product makes full use; celora's own layer is multiplied by celora's kernel.
+    q_grad, s_grad = reference.quantise(G * s.view(1, -1), 1, paired=paired() and weight.integers is None)
     return s_grad * (q_grad @ q)
 
 
@@ -210,7 +213,8 @@ def test_the_8_bit_copy_is_made_once(kind: str, monkeypatch: pytest.MonkeyPatch)
     x, grad_output = torch.randn(32, 128), torch.randn(32, 96)
     first = backward(layer, x, grad_output)
     made = len(read_whole)
-    assert 0 < made <= 2  # one read for its scales, one for its numbers
+    # One for its scales, one for its numbers; none if its own bytes are multiplied.
+    assert made == 0 if own_bytes(layer) else 0 < made <= 2
     assert torch.equal(backward(layer, x, grad_output), first)
     assert len(read_whole) == made
 

@@ -94,6 +94,12 @@ define(
     by_device=True,
 )
 define(
+    "hold_both_ways",
+    Backend("triton", product.TiledBothWays.holding, judged.takes("pack_both_ways")),
+    Backend("torch", plain.IntegersBothWays.holding, plain.pays_with_integers),
+    by_device=True,
+)
+define(
     "pack_floats",
     _triton("pack_floats", product.TiledFloats.pack),
     Backend("torch", floats.ScaledFloats.pack, floats.takes, floats.why_not, floats.slow),
@@ -185,6 +191,15 @@ def pack_both_ways(weight: Tensor, scale: Tensor, input_scale: Tensor | None = N
     return found
 
 
+def hold_both_ways(q: Tensor, scale: Tensor) -> BothWays:
+    """The weight `diag(scale) q` of `q: (out, in)` int8, row by row, and `scale: (out,)` float32. Nothing is copied.
+
+    Only `available` where a product of such bytes is not known to be slow.
+    """
+    found: BothWays = choose("hold_both_ways", q.device).run(q, scale, q.shape[1])
+    return found
+
+
 def quantise_weight(weight: Tensor, scale: Tensor) -> PackedWeight:
     """`pack_weight` for a single product: it takes less time to make, and more to multiply with."""
     found: PackedWeight = choose("quantise_weight", weight.device).run(weight, scale)
@@ -270,6 +285,7 @@ __all__ = [
     "column_maxima",
     "gated",
     "gated_backward",
+    "hold_both_ways",
     "pack_both_ways",
     "pack_floats",
     "pack_weight",

@@ -237,6 +237,11 @@ def integers_are_slow(device: torch.device) -> str:
     return "torch has no fast 8-bit products for this CPU, and multiplies number by number" if slow else ""
 
 
+def pays_with_integers(device: torch.device) -> bool:
+    """Whether torch's own 8-bit product can be used on this device, and is not known to be slow there."""
+    return takes_integers(device) and not integers_are_slow(device)
+
+
 def describe_integers(device: torch.device) -> str:
     how = "" if device.type != "cpu" else ", number by number" if one_by_one() else ", through oneDNN"
     return f"torch's integer product{how}"

@@ -27,10 +27,16 @@ from celora.modeling.switch import Mode
 from celora.modeling.trial import tampered
 from celora.numerics.measured import Measured
 from celora.numerics.products.both_ways import Int8BothWays
-from celora.weights.read import bias_of, is_trainable, own_bytes, plain_weight, shape_of
+from celora.numerics.products.int8 import stored_bytes
+from celora.weights.read import bias_of, is_trainable, plain_weight, read, shape_of, unreadable
 
 _COMPARED = 64  # so many tokens tell the error of logits; all would cost as much as exact logits
 MOST_ERROR = 0.1  # a layer with this relative error or more uses its own forward; rounding alone gives about 0.01
+
+
+def own_bytes(module: nn.Module) -> bool:
+    """Whether 8-bit products multiply with the stored bytes of this layer, and make no copy."""
+    return plain_weight(module) is None and not unreadable(module) and stored_bytes(read(module)) is not None
 
 
 class EightBitForward(OwnForward):

@@ -18,11 +18,12 @@ from torch import nn
 from celora.errors import CELoraError
 from celora.modeling.adapter import Adapter, vanilla_adapter
 from celora.modeling.bypass import own_product, refuse_patched
+from celora.modeling.eight_bit import own_bytes
 from celora.modeling.hooks import is_ours, settle_all
 from celora.modeling.language_model import LanguageModel, find_language_model
 from celora.modeling.trial import tampered, unlike
 from celora.weights.quantised import stored_kind
-from celora.weights.read import device_of, is_trainable, own_bytes, shape_of
+from celora.weights.read import device_of, is_trainable, shape_of
 from celora.weights.sharded import is_split
 
 
@@ -81,9 +82,17 @@ class AdaptedLayer:
 
     @property
     def takes_forward(self) -> bool:
-        """Whether a forward in 8 bits may replace its own: not for a quantised weight, or accelerate's offloading."""
+        """Whether a forward in 8 bits may replace its own.
+
+        Not with accelerate's offloading, nor for a quantised weight whose own bytes cannot be multiplied.
+        """
         own = self.base.__dict__.get("forward")
-        return (not self.quantised or own_bytes(self.base)) and (own is None or is_ours(own))
+        return (not self.quantised or self.multiplies_own_bytes) and (own is None or is_ours(own))
+
+    @property
+    def multiplies_own_bytes(self) -> bool:
+        """Whether 8-bit products multiply with the stored bytes of its quantised weight."""
+        return bool(self.quantised) and own_bytes(self.base)
 
     @property
     def rank(self) -> int | None:

@@ -159,7 +159,7 @@ def _compared(module: nn.Module, seen: tuple[Tensor, Tensor] | None) -> str | No
 
 
 def _tried(module: nn.Module, weight: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
-    """Rows for a trial, and the output of the layer's own forward for them, in training mode and without hooks.
+    """Rows for a trial, and the output of the layer's own forward for them.
 
     The numbers of a row are one power of two with random signs. They are exact in every format, because a layer may
     round its input to a format of its own.
@@ -170,16 +170,22 @@ def _tried(module: nn.Module, weight: Tensor, in_features: int) -> tuple[Tensor,
         dtype = bias.dtype if bias is not None else weight.compute_dtype or weight.dtype
     signs = torch.randint(2, (_ROWS, in_features), generator=_generator(), device="cpu") * 2.0 - 1
     x = (signs * torch.tensor([0.5, 1.0, 2.0, 4.0], device="cpu")[:, None]).to(weight.device, dtype)
+    return x, trained_forward(module, x)
+
+
+def trained_forward(module: nn.Module, x: Tensor) -> Tensor:
+    """The output of the layer's own forward for `x: (T, in)`, in training mode and without hooks: (T, out)."""
     before = dict(module.__dict__)  # a layer may adopt the dtype of its first input
     module.training = True
     try:
         with torch.autocast(x.device.type, enabled=False):
             if is_ours(before.get("forward")):
                 del module.__dict__["forward"]
-            found = module.forward(x.requires_grad_())  # without a gradient, bitsandbytes takes its path for evaluation
+            # Without a gradient, bitsandbytes takes its path for evaluation.
+            found: Tensor = module.forward(x.detach().requires_grad_())
     finally:
         module.__dict__.update(before)
-    return x.detach(), found.detach()
+    return found.detach()
 
 
 def _generator() -> torch.Generator:

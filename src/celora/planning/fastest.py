@@ -15,7 +15,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from celora.kernels.backends import chosen
@@ -26,13 +26,16 @@ from celora.machine.device import measured_on, random_states, reads_freely
 from celora.machine.processes import made_by_first
 from celora.machine.timing import cannot_time, disturbed, ratios
 from celora.modeling.assign import rank_of
+from celora.modeling.int8_linear import Int8Linear
 from celora.modeling.language_model import at_hand
-from celora.modeling.survey import Survey
+from celora.modeling.survey import AdaptedLayer, Survey
+from celora.modeling.trial import trained_forward
 from celora.planning.candidates import EXACT, make_candidate
 from celora.planning.evidence import MARGIN
 from celora.planning.head_evidence import shares_of
 from celora.runtime.ladder import WORDS
 from celora.settings.config import LAYER_FIELDS, CELoraConfig, LayerConfig
+from celora.weights.read import read
 
 TOKENS = 512  # products are timed with at most so many on a CPU; the fastest stays the fastest with more
 _FEWEST, _MOST_NUMBERS = 16, 2**31  # at least so many tokens; at most so many multiplications in a product
@@ -74,68 +77,89 @@ def gate(
 
 def _overrides(found: Survey, config: CELoraConfig, tokens: int) -> dict[str, Mapping[str, Any]]:
     own = config.default
-    kinds: dict[tuple[tuple[int, int], torch.dtype, torch.device, bool, int], list[str]] = {}
+    kinds: dict[tuple[Any, ...], list[AdaptedLayer]] = {}
     for name, layer in found.layers.items():
         if layer.cannot_estimate or layer.dtype is None or cannot_time(layer.device):
             continue
         if config.for_layer(name) == own:
-            kind = layer.shape, layer.dtype, layer.device, layer.takes_forward, rank_of(layer, own)
-            kinds.setdefault(kind, []).append(name)
+            kind = layer.shape, layer.dtype, layer.device, layer.takes_forward, rank_of(layer, own), layer.quantised
+            kinds.setdefault(kind, []).append(layer)
     overrides: dict[str, Mapping[str, Any]] = {}
-    for (shape, dtype, device, takes_forward, rank), names in kinds.items():
+    for (_, _, device, takes_forward, rank, _), layers in kinds.items():
         setting = dataclasses.replace(own, rank=rank, forward=own.forward if takes_forward else "exact")
-        best = EXACT if _untried(config, device) else _fastest(setting, shape, dtype, device, tokens)
+        best = EXACT if _untried(config, device) else _fastest(setting, layers[0], tokens)
         changes = {name: getattr(best, name) for name in LAYER_FIELDS if getattr(best, name) != getattr(own, name)}
         changes.pop("rank", None)
         if best == EXACT:  # it uses no other field
             changes = {"estimator": EXACT.estimator}
-        overrides |= {f"={name}": changes for name in names if changes}
+        overrides |= {f"={layer.name}": changes for layer in layers if changes}
     return overrides
 
 
-def _fastest(
-    own: LayerConfig, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, tokens: int
-) -> LayerConfig:
-    """The fastest setting for a layer of this kind; `EXACT` if none is clearly faster."""
+def _fastest(own: LayerConfig, layer: AdaptedLayer, tokens: int) -> LayerConfig:
+    """The fastest setting for layers of this one's kind; `EXACT` if none is clearly faster."""
+    shape, dtype, device = layer.shape, layer.dtype, layer.device
+    assert dtype is not None
     backward = dataclasses.replace(own, forward="exact")
     different = dict.fromkeys((own, backward, dataclasses.replace(backward, precision="native")))
     settings = [setting for setting in different if make_candidate(setting, shape, device).product.pays(*shape, device)]
     tokens = _timed_tokens(tokens, shape[0] * shape[1], device)
     dtype = dtype if dtype.is_floating_point else torch.bfloat16  # the dtype of a quantised layer's products
     of = {"layer": [dataclasses.asdict(setting) for setting in settings], "shape": shape, "tokens": tokens}
-    over = _kept(of, 1 + len(settings), dtype, device, lambda: _over_exact(settings, shape, tokens, dtype, device))
+    base = layer.base if layer.multiplies_own_bytes and not isinstance(layer.base, Int8Linear) else None
+    of |= {} if base is None else {"base": layer.quantised}
+    over = _kept(
+        of, 1 + len(settings), dtype, device, lambda: _over_exact(settings, shape, tokens, dtype, device, base)
+    )
     best, ratio = min(zip((EXACT, *settings), over, strict=True), key=lambda pair: pair[1])
     return best if ratio < MARGIN else EXACT
 
 
 def _over_exact(
-    settings: list[LayerConfig], shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device
+    settings: list[LayerConfig],
+    shape: tuple[int, int],
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    base: nn.Module | None,
 ) -> list[float]:
-    """The time of the exact products, then of the products of each setting, over that of the exact ones."""
+    """The time of the exact products, then of the products of each setting, over that of the exact ones.
+
+    Args:
+        base: the layer to time if 8-bit products multiply with its own bytes, and not with a copy for the fastest
+            kernel; else None, for a random weight.
+    """
     out_features, in_features = shape
-    w = torch.randn(out_features, in_features, dtype=dtype, device=device) / in_features**0.5
+    if base is None:
+        w = torch.randn(out_features, in_features, dtype=dtype, device=device) / in_features**0.5
+    else:
+        w = read(base, dtype)
     x = torch.randn(tokens, in_features, dtype=dtype, device=device)
     # Real gradients have uneven tokens. With log-normal norms, about 92 % of the tokens carry 0.9997 of the energy.
     g = torch.randn(tokens, out_features, dtype=dtype, device=device)
     g *= torch.randn(tokens, 1, dtype=dtype, device=device).exp()
     forward = any(setting.forward != "exact" for setting in settings)
-    named = {str(i): _step(setting, shape, w, x, g, forward) for i, setting in enumerate((EXACT, *settings))}
+    exact = (lambda: x @ w.t() if base is None else trained_forward(base, x)) if forward else None
+    named = {str(i): _step(setting, shape, w, x, g, exact) for i, setting in enumerate((EXACT, *settings))}
     return list(ratios(named, repeats=_REPEATS, device=device).values())
 
 
 def _step(
-    setting: LayerConfig, shape: tuple[int, int], w: Tensor, x: Tensor, g: Tensor, forward: bool
+    setting: LayerConfig, shape: tuple[int, int], w: Tensor, x: Tensor, g: Tensor, exact: Callable[[], Tensor] | None
 ) -> Callable[[], object]:
-    """A function that computes the products of one layer's backward, and of its forward if settings differ in it."""
+    """A function that computes the products of one layer's backward, and of its forward if settings differ in it.
+
+    `exact` computes the layer's own forward; it is None if no setting has another.
+    """
     estimator = make_candidate(setting, shape, w.device)
     estimator.observe(g, w, x)
     estimator.select()
     product: Any = estimator.product
 
     def step() -> object:
-        if not forward:
+        if exact is None:
             return estimator.estimate(g, w)
-        y = x @ w.t() if setting.forward == "exact" else product.forward(x, w, None)
+        y = exact() if setting.forward == "exact" else product.forward(x, w, None)
         return y, estimator.estimate(g, w)
 
     return step

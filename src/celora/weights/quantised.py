@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from celora.borrowed import borrow
 from celora.weights.stored import StoredWeight
@@ -64,6 +65,10 @@ class _BitsAndBytes8(StoredWeight):
         # The first forward moves the scales from the weight to the layer's state.
         self.scale = module.weight.SCB if module.state.SCB is None else module.state.SCB
 
+    @property
+    def integers(self) -> tuple[Tensor, Tensor]:
+        return self.stored, self.scale / 127
+
     def dense(self) -> Tensor:
         return self.to(self.dtype)
 
@@ -78,6 +83,20 @@ def _scaled(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return q.to(dtype).mul_(scale[:, None] * (1 / 127))
 
 
+_zeros = WeakTensorKeyDictionary()  # zero points that were looked at -> their version then, and whether all are zero
+
+
+def _is_zero(point: Tensor | None) -> bool:
+    """Whether this zero point changes nothing. An accelerator is waited for once."""
+    if point is None:
+        return True
+    version, zero = _zeros.get(point, (-1, False))
+    if version != point._version:
+        zero = not bool(point.any())
+        _zeros[point] = point._version, zero
+    return bool(zero)
+
+
 class _TorchAO(StoredWeight):
     """A tensor subclass of torchao's that knows how to de-quantise itself, under an ordinary nn.Linear."""
 
@@ -85,6 +104,15 @@ class _TorchAO(StoredWeight):
         weight = module.weight
         super().__init__(getattr(weight, weight.tensor_data_names[0]), weight.shape, weight.dtype)
         self.weight = weight
+
+    @property
+    def integers(self) -> tuple[Tensor, Tensor] | None:
+        weight = self.weight
+        if type(weight).__name__ != "Int8Tensor" or weight.scale.shape != (self.shape[0], 1):
+            return None
+        if weight.act_pre_scale is not None or not _is_zero(weight.zero_point):
+            return None
+        return self.stored, weight.scale.view(-1).float()
 
     def dense(self) -> Tensor:
         weight: Tensor = self.weight.dequantize()

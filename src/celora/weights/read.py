@@ -65,11 +65,6 @@ def unreadable(module: nn.Module) -> str:
     return ""
 
 
-def own_bytes(module: nn.Module) -> bool:
-    """Whether 8-bit products multiply with the stored bytes of this quantised layer directly."""
-    return stored_kind(module) is not None and not unreadable(module) and read(module).packed is not None  # type: ignore[attr-defined]
-
-
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of a linear layer of any kind; (0, 0) for any other module."""
     names = ("nf", "nx") if _is_conv1d(module) else ("out_features", "in_features")

@@ -37,7 +37,12 @@ class StoredWeight(_TensorLike):
 
     @property
     def packed(self) -> Any:
-        """The packed weight that multiplies with the stored bytes (`celora.kernels.packed.BothWays`), or None."""
+        """What multiplies with the bytes of a layer of celora's own (`celora.kernels.packed.BothWays`); else None."""
+        return None
+
+    @property
+    def integers(self) -> tuple[Tensor, Tensor] | None:
+        """q: (out, in) int8 and s: (out,) float32 if the stored matrix is `diag(s) q`; else None. q is not copied."""
         return None
 
     def dense(self) -> Tensor:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from celora.errors import CELoraError, unknown
 from celora.numerics.estimators.observed import Finding, Observed
+from celora.numerics.products.int8 import stored_bytes
 from celora.numerics.products.registry import make_product
-from celora.weights.stored import StoredWeight
 
 Selection = Literal["topk", "energy", "sampled"]
 Factor = Literal["svd", "gradient"]
@@ -232,5 +232,5 @@ class Estimator(ABC):
 
     def borrows(self, weight: Tensor) -> bool:
         """Whether its 8-bit copy is not made for this weight: the bytes of a base in 8 bits are multiplied with."""
-        in_8_bits = isinstance(weight, StoredWeight) and weight.packed is not None
+        in_8_bits = stored_bytes(weight) is not None
         return self.lent and in_8_bits and self.settings.precision == "int8" and self.settings.weight_copy

@@ -34,8 +34,7 @@ from torch import Tensor
 from celora.kernels.operations import pack_both_ways, squared_column_norms
 from celora.kernels.packed import BothWays, QuantisedRows
 from celora.kernels.plain import row_scales
-from celora.numerics.products.int8 import Int8
-from celora.weights.stored import StoredWeight
+from celora.numerics.products.int8 import Int8, stored_bytes
 
 
 class Int8BothWays(Int8):
@@ -63,7 +62,7 @@ class Int8BothWays(Int8):
 
         Does nothing for a base in 8 bits.
         """
-        if self.levels is not None or (isinstance(weight, StoredWeight) and weight.packed is not None):
+        if self.levels is not None or stored_bytes(weight) is not None:
             return
         found = torch.stack([_mean_squares(x.detach().reshape(-1, x.shape[-1])), _mean_squares(weight.detach())])
         found = found.nan_to_num_(0, 0)  # a micro-batch that is not finite says nothing, and hides no other

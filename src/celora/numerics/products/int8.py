@@ -14,18 +14,27 @@ Source: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339), here fo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from celora.kernels.backends import available, choose
-from celora.kernels.operations import pack_weight, quantise_weight
-from celora.kernels.packed import PackedWeight
+from celora.kernels.operations import hold_both_ways, pack_weight, quantise_weight
+from celora.kernels.packed import BothWays, PackedWeight
 from celora.numerics.products.eight_bit import EightBit
 from celora.weights.stored import StoredWeight
 
 _LONGEST = (2**31 - 1) // 127**2  # the longest sum of products that 32 bits can never overflow in
+
+
+def stored_bytes(weight: Tensor) -> BothWays | None:
+    """The packed weight that multiplies with the stored bytes of a quantised weight; None if none can, or is fast."""
+    if not isinstance(weight, StoredWeight):
+        return None
+    packed: BothWays | None = weight.packed
+    if packed is None and available("hold_both_ways", weight.device) and (integers := weight.integers) is not None:
+        return hold_both_ways(*integers)
+    return packed
 
 
 class Int8(EightBit):
@@ -70,8 +79,8 @@ class Int8(EightBit):
 
     def _multiplied_with(self, weight: Tensor) -> PackedWeight:
         """The weight in 8 bits: the bytes of a base in 8 bits, the copy brought up to date, or one for this product."""
-        if isinstance(weight, StoredWeight) and (own := weight.packed) is not None:
-            return cast(PackedWeight, own)
+        if (own := stored_bytes(weight)) is not None:
+            return own
         scale = self._follow(weight)
         packed: PackedWeight = self._packed if self.copy else quantise_weight(weight.detach(), scale)
         return packed
