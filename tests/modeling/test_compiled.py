@@ -60,6 +60,6 @@ def test_graphs_are_promised_the_right_shape(layer: tuple[nn.Linear, LayerGraft]
             observed_grad_input(gradient, weight, layer[1].key),
             estimated_grad_input(gradient, weight, layer[1].key),
             read_and_multiplied(gradient, 8, layer[1].key, Mode.EXACT.value),
-            read_and_projected(gradient, 8, None, layer[1].key, False),
+            read_and_projected(gradient, 8, None, layer[1].key, torch.bfloat16, False),
         ):
             assert (found.shape, found.dtype) == ((5, 8), torch.bfloat16)

@@ -38,9 +38,11 @@ def attached(config: CELoraConfig = BOTH, **model: object) -> PeftModel:
     return made.train()
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
+def gradients(model: nn.Module, *, autocast: bool = False) -> dict[str, Tensor]:
     model.zero_grad()
-    model(**make_batch(0)).loss.backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(**make_batch(0)).loss
+    loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -91,17 +93,31 @@ def test_the_backward_is_that_of_the_weight_the_forward_multiplied_with() -> Non
     assert (back - expected).norm() / expected.norm() < 0.02
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_recomputation_gives_the_same_bits(reentrant: bool) -> None:
+def test_recomputation_gives_the_same_bits(reentrant: bool, autocast: bool) -> None:
     plain, checkpointed = attached(), attached()
     for model in (plain, checkpointed):
         model.enable_input_require_grads()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    expected, found = gradients(plain), gradients(checkpointed)
+    expected, found = (gradients(each, autocast=autocast) for each in (plain, checkpointed))
     assert all(found[name].equal(expected[name]) for name in expected)
 
 
-def test_layers_share_their_input_and_drop_it_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_decides_the_dtype_of_the_result_alone() -> None:
+    """The input is rounded once, from its own dtype. Gradients have the dtypes that they have without celora."""
+    model, x = attached(base_bias=True), torch.randn(9, 48, requires_grad=True)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert y.equal(layer(x).bfloat16())
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_share_their_input_and_drop_it_with_it(monkeypatch: pytest.MonkeyPatch, autocast: bool) -> None:
     model, made = attached(), []
     forwards = require(model).forwards
     product = next(iter(forwards.values())).graft.estimator.product
@@ -114,7 +130,7 @@ def test_layers_share_their_input_and_drop_it_with_it(monkeypatch: pytest.Monkey
         return usual(self, x)
 
     monkeypatch.setattr(packed, "quantise", counted)
-    gradients(model)
+    gradients(model, autocast=autocast)
     assert len(made) == 2 * 4  # two blocks with four each: q, k and v share one, gate and up another
     x = torch.randn(5, 48)
     layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
@@ -126,9 +142,11 @@ def test_layers_share_their_input_and_drop_it_with_it(monkeypatch: pytest.Monkey
     assert gone() is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)]
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_inputs_are_saved_in_8_bits_for_the_adapters(dtype: torch.dtype, dropout: float) -> None:
+def test_inputs_are_saved_in_8_bits_for_the_adapters(dtype: torch.dtype, autocast: bool, dropout: float) -> None:
     """Each number takes a byte, and one saved input serves q, k and v. A's gradient is that of the rounded input."""
     model, saved = attached(dtype=dtype, lora_dropout=dropout), []
     attention = model.base_model.model.model.layers[0].self_attn
@@ -138,7 +156,10 @@ def test_inputs_are_saved_in_8_bits_for_the_adapters(dtype: torch.dtype, dropout
         saved.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         y, _ = attention.q_proj(x), attention.k_proj(x)
     inputs = [tensor for tensor in saved if tensor.shape == x.shape and tensor.dtype != torch.bool]
     assert [tensor.dtype for tensor in inputs] == [torch.int8] * 2
@@ -149,9 +170,9 @@ def test_inputs_are_saved_in_8_bits_for_the_adapters(dtype: torch.dtype, dropout
     q, scale = reference.quantise(x.detach().double(), 1, paired=paired())
     seen = q * scale * (1 if mask is None else mask / (1 - dropout))
     lora = attention.q_proj
-    through = g.double() @ lora.lora_B.default.weight.detach().to(dtype).double() * lora.scaling["default"]
+    through = g.double() @ lora.lora_B.default.weight.detach().to(y.dtype).double() * lora.scaling["default"]
     expected, found = through.T @ seen, lora.lora_A.default.weight.grad
-    assert (found.double() - expected).norm() < (3e-3 if dtype == torch.float32 else 6e-3) * expected.norm()
+    assert (found.double() - expected).norm() < (3e-3 if y.dtype == torch.float32 else 6e-3) * expected.norm()
 
 
 def test_evaluation_and_generation_use_the_forward_that_was_trained() -> None:

@@ -18,7 +18,7 @@ feature, `W ~= diag(s) q diag(u)`: the input is multiplied with u before it is q
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,6 +76,10 @@ class QuantisedRows:
     scale: Tensor
     input_scale: Tensor | None = None
     starts: Tensor | None = None
+
+    def giving(self, dtype: torch.dtype) -> QuantisedRows:
+        """The same rows for products in bfloat16 if `dtype` is that, and else in float32, whatever x's dtype was."""
+        return replace(self, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
 
     def transposed_product(self, p: Tensor, mask: Tensor | None = None) -> Tensor:
         """`p^T (x * mask)` of `p: (T, r)`, `mask: (T, in)` bool or None: (r, in), in `dtype`."""

@@ -58,37 +58,43 @@ def _(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
 
 
 @torch.no_grad()
-def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, key: int, measures: bool = False) -> Tensor:
-    """`x W^T + b` by the product of the layer with this key. `measures`: also measure its error."""
+def multiplied(
+    x: Tensor, weight: Tensor, bias: Tensor | None, key: int, dtype: torch.dtype, measures: bool = False
+) -> Tensor:
+    """`x W^T + b` in `dtype`, by the product of the layer with this key. `measures`: also measure its error."""
     layer = layers[key]
     product: Any = layer.estimator.product
-    y: Tensor = product.forward(x, weight, bias)
+    y: Tensor = product.forward(x, weight, bias, dtype)
     if measures:
-        exact = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        exact = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         layer.of_forward.measure(y.reshape(-1, y.shape[-1]), exact.reshape(-1, y.shape[-1]))
         product.look(x, weight)
     return y
 
 
 @torch.library.custom_op("celora::forward_product", mutates_args=(), tags=_TAGS)
-def forward_product(x: Tensor, weight: Tensor, bias: Tensor | None, key: int, measures: bool) -> Tensor:
-    return multiplied(x, weight, bias, key, measures)
+def forward_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, key: int, dtype: torch.dtype, measures: bool
+) -> Tensor:
+    return multiplied(x, weight, bias, key, dtype, measures)
 
 
 @forward_product.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, key: int, measures: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, key: int, dtype: torch.dtype, measures: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
 
 
 # A graph cannot contain the parts of a quantised weight. So one operator reads and multiplies it.
 @torch.library.custom_op("celora::read_and_projected", mutates_args=(), tags=_TAGS)
-def read_and_projected(x: Tensor, out_features: int, bias: Tensor | None, key: int, measures: bool) -> Tensor:
-    return multiplied(x, read(_quantised(key), x.dtype), bias, key, measures)
+def read_and_projected(
+    x: Tensor, out_features: int, bias: Tensor | None, key: int, dtype: torch.dtype, measures: bool
+) -> Tensor:
+    return multiplied(x, read(_quantised(key), dtype), bias, key, dtype, measures)
 
 
 @read_and_projected.register_fake
-def _(x: Tensor, out_features: int, bias: Tensor | None, key: int, measures: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+def _(x: Tensor, out_features: int, bias: Tensor | None, key: int, dtype: torch.dtype, measures: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features, dtype=dtype)
 
 
 @torch.library.custom_op("celora::read_and_multiplied", mutates_args=(), tags=_TAGS)

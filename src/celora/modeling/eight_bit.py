@@ -1,9 +1,9 @@
 """The forward of a frozen layer, or of the head, in 8 bits: `y = x W^T + b` from an 8-bit copy of W.
 
-In: the layer's input, (..., in). Out: its output, (..., out), in the same dtype. It is an estimate. So the model that
-trains with it is a slightly different model, as with a quantised base. Evaluation and generation use it, too, while
-celora is attached. Refreshes measure its error. If a layer's error is too large, it goes back to its own forward. A
-layer's backward multiplies with the same copy.
+In: the layer's input, (..., in). Out: its output, (..., out), in the same dtype or autocast's. It is an estimate. So
+the model that trains with it is a slightly different model, as with a quantised base. Evaluation and generation use it,
+too, while celora is attached. Refreshes measure its error. If a layer's error is too large, it goes back to its own
+forward. A layer's backward multiplies with the same copy.
 """
 
 from __future__ import annotations
@@ -102,16 +102,17 @@ class EightBitForward(OwnForward):
         x = args[0] if len(args) == 1 and not kwargs else None
         if not isinstance(x, Tensor) or not self._takes(module, x):
             return type(module).forward(module, *args, **kwargs)
+        dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        weight, bias, compiling = self.graft.weight(module, x.dtype), bias_of(module), torch.compiler.is_compiling()
+            dtype = torch.get_autocast_dtype(x.device.type)  # of y; casting x would hide that other layers have it, too
+        weight, bias, compiling = self.graft.weight(module, dtype), bias_of(module), torch.compiler.is_compiling()
         observes = module.training and self.graft.mode is Mode.OBSERVE and torch.is_grad_enabled()
         measures = observes and (compiling or not in_dispatch_mode())
         if compiling or torch.is_grad_enabled():
-            y: Tensor = _Forward.apply(x, weight, bias, self.graft, measures)  # type: ignore[no-untyped-call]
+            y: Tensor = _Forward.apply(x, weight, bias, self.graft, dtype, measures)  # type: ignore[no-untyped-call]
             return y
         assert weight is not None
-        return multiplied(x, weight, bias, self.graft.key)
+        return multiplied(x, weight, bias, self.graft.key, dtype)
 
     def _takes(self, module: Any, x: Tensor) -> bool:
         """Whether the frozen weight is in memory, and the 8-bit product may multiply x with it."""
@@ -196,15 +197,21 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, graft: LayerGraft, measures: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        graft: LayerGraft,
+        dtype: torch.dtype,
+        measures: bool,
     ) -> Tensor:
         ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
-        ctx.shape, ctx.graft = x.shape, graft
+        ctx.shape, ctx.dtype, ctx.graft = x.shape, x.dtype, graft
         if weight is None:
-            y: Tensor = read_and_projected(x, graft.estimator.out_features, bias, graft.key, measures)
+            y: Tensor = read_and_projected(x, graft.estimator.out_features, bias, graft.key, dtype, measures)
         else:
             multiply = forward_product if torch.compiler.is_compiling() else multiplied
-            y = multiply(x, weight, bias, graft.key, measures)
+            y = multiply(x, weight, bias, graft.key, dtype, measures)
         return y
 
     @staticmethod
@@ -214,7 +221,7 @@ class _Forward(torch.autograd.Function):
         flat = grad_output.reshape(-1, grad_output.shape[-1])
         with without_autocast(grad_output.device.type):
             if ctx.needs_input_grad[0]:
-                grad_x = ctx.graft.grad_input(flat, ctx.weight, Mode.EXACT).view(ctx.shape)
+                grad_x = ctx.graft.grad_input(flat, ctx.weight, Mode.EXACT).view(ctx.shape).to(ctx.dtype)
             if ctx.needs_input_grad[2]:
                 grad_bias = flat.sum(0).to(ctx.bias_dtype)
-        return grad_x, None, grad_bias, None, None
+        return grad_x, None, grad_bias, None, None, None

@@ -229,7 +229,7 @@ class _LoraLinear(torch.autograd.Function):
             output.view(-1, output.shape[-1]).addmm_(low, B.t(), alpha=scaling)
         _, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
         inputs = (seen, None, None) if rows is None else (rows.q, rows.scale, rows.input_scale)
-        ctx.rows_dtype = None if rows is None else rows.dtype
+        ctx.rows_dtype = None if rows is None else rows.giving(dtype).dtype
         ctx.save_for_backward(*inputs if trains_A else (None,) * 3, low if trains_B else None, mask, A, B)
         ctx.scaling, ctx.keep = scaling, 1 - dropout
         remember(ctx, x, output, bias, weight, layer)

@@ -97,12 +97,15 @@ class Int8BothWays(Int8):
             in_features, out_features, device
         )
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`x W^T + bias` of `x: (..., in)`, `weight: (out, in)`, `bias: (out,)` or None: (..., out), in x's dtype."""
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        """`x W^T + bias` of `x: (..., in)`, `weight: (out, in)`, `bias: (out,)` or None: (..., out).
+
+        The result has this dtype, or x's. x itself is never cast: layers that share it share its 8-bit form.
+        """
         packed = self._multiplied_with(weight)
         assert isinstance(packed, BothWays)
         rows, out_features = _inputs.quantised(x, packed), weight.shape[0]
-        y = x.new_empty(*x.shape[:-1], out_features)  # not a view: FSDP2 cannot hook one
+        y = x.new_empty(*x.shape[:-1], out_features, dtype=dtype or x.dtype)  # not a view: FSDP2 cannot hook one
         _onto(packed, rows, bias, y.view(-1, out_features))
         return y
 
@@ -174,6 +177,7 @@ def _onto(packed: BothWays, rows: QuantisedRows, bias: Tensor | None, out: Tenso
     """`rows W^T + bias`, written into `out`, even if the kernel lacks its dtype."""
     if out.shape[-1] != len(packed.scale):  # a kernel would write beside it
         raise RuntimeError(f"the copy has {len(packed.scale)} rows, and the weight {out.shape[-1]}: it is out of date.")
+    rows = rows.giving(out.dtype)
     return packed.multiply(rows, bias, out) if rows.dtype == out.dtype else out.copy_(packed.multiply(rows, bias))
 
 
