@@ -271,7 +271,8 @@ def page() -> str:
         "# Compatibility",
         "These tables say what works with each variant of PEFT's adapters, and with each kind of model. A test checks "
         "each cell (`tests/whole/test_variants.py`), on models of two layers, with estimates that keep half of the "
-        "gradient's columns. `python tests/helpers/variants.py` writes this page. The columns:",
+        "gradient's columns. It checks eight rows once more in 8 bits, forward and backward. "
+        "`python tests/helpers/variants.py` writes this page. The columns:",
         "\n".join(f"- **{name}**: {meaning}." for name, meaning in COLUMNS.items()),
         "## PEFT variants",
         _table("variant", VARIANTS),

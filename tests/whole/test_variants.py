@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import peft.tuners.lora.layer
@@ -17,14 +18,16 @@ import celora
 from celora import CELoraConfig
 from celora.modeling.survey import survey
 from celora.modeling.switch import Mode
-from celora.runtime.attachment import require
+from celora.runtime.attachment import find, require
 from celora.settings.presets import PRESETS
 from forked import run, script
-from small import adapter
+from machine import refuses
+from small import MEMBERS, adapter
 from variants import COLUMNS, MODELS, PAGE, VARIANTS, YES, Variant, page
 from versions import before
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
+BOTH_WAYS = MEMBERS["int8 both ways"]
 # Every layer has a graft, and only zeros are left out.
 LOSSLESS = CELoraConfig(estimator="tokens", keep_ratio=1.0, rank=0, selection="energy")
 
@@ -58,17 +61,19 @@ def _gradient(variant: Variant, model: nn.Module, seed: int = 50) -> Tensor:
 
 
 @torch.no_grad()
-def _output(variant: Variant, model: nn.Module) -> Tensor:
-    mode = model.training
-    logits: Tensor = model.eval()(**variant.batch(60)).logits
+def _output(variant: Variant, model: nn.Module, *, as_trained: bool = False) -> Tensor:
+    """The logits of the model's own forward, or of the one that it trains with."""
+    mode, attachment = model.training, find(model)
+    with nullcontext() if attachment is None or as_trained else attachment.switch.own_forwards():
+        logits: Tensor = model.eval()(**variant.batch(60)).logits
     model.train(mode)
     return logits
 
 
-def estimated(variant: Variant, folder: Path) -> str:
+def estimated(variant: Variant, folder: Path, config: CELoraConfig) -> str:
     model = variant.make()
     exact = copy.deepcopy(model)
-    report = celora.attach(model, HALF)
+    report = celora.attach(model, config)
     loss = variant.fit(model, 7)
     assert torch.isfinite(torch.tensor(loss))
     attachment = require(model)
@@ -76,8 +81,11 @@ def estimated(variant: Variant, folder: Path) -> str:
         (reason,) = set(report.skipped.values())
         return reason
     assert attachment.refreshes == 3
-    active = [name for name, graft in attachment.grafts.items() if graft.estimator.ready]
+    active = [name for name, graft in attachment.grafts.items() if graft.estimator.ready and graft.observed]
     assert len(active) >= len(attachment.grafts) / 2
+    if config.forward == "int8":
+        assert attachment.forwards.keys() == attachment.grafts.keys()
+        assert not attachment.forwards.made_exact
     assert set(attachment.relative_errors) == set(active)
     attachment.clock.advance()  # leave the refresh of step 6
     assert {attachment.grafts[name].mode for name in active} == {Mode.ESTIMATE}
@@ -87,30 +95,30 @@ def estimated(variant: Variant, folder: Path) -> str:
     return YES
 
 
-def same_gradient(variant: Variant, folder: Path) -> str:
+def same_gradient(variant: Variant, folder: Path, config: CELoraConfig) -> str:
     plain = variant.make()
     variant.fit(plain, 2)
     expected = _gradient(variant, plain)
     # Dropout draws other numbers if padding is left out.
     drops = any(isinstance(module, nn.Dropout) and module.p for module in plain.modules())
-    for config in (LOSSLESS, dataclasses.replace(PRESETS["exact"], padding_free=not drops)):
+    for lossless in (LOSSLESS, dataclasses.replace(PRESETS["exact"], padding_free=not drops)):
         model = copy.deepcopy(plain)
-        celora.attach(model, config)
+        celora.attach(model, lossless)
         require(model).clock.advance()
         found = [_gradient(variant, model) for _ in range(2)][-1]  # the second call is without the checks of the first
-        assert (found - expected).norm() < 3e-6 * expected.norm(), config
+        assert (found - expected).norm() < 3e-6 * expected.norm(), lossless
     return YES
 
 
-def fused(variant: Variant, folder: Path) -> str:
+def fused(variant: Variant, folder: Path, config: CELoraConfig) -> str:
     layers = survey(variant.make()).layers.values()
     apart = [layer.cannot_fuse for layer in layers if isinstance(layer.base, nn.Linear) and layer.cannot_fuse]
     return "PEFT's path" if apart else YES
 
 
-def reloads(variant: Variant, folder: Path) -> str:
+def reloads(variant: Variant, folder: Path, config: CELoraConfig) -> str:
     model = variant.make()
-    celora.attach(model, HALF)
+    celora.attach(model, config)
     variant.fit(model, 5)
     model.save_pretrained(folder)
     for name in (file for file in folder.rglob("*") if file.suffix == ".json"):
@@ -120,11 +128,12 @@ def reloads(variant: Variant, folder: Path) -> str:
     return YES
 
 
-def merges(variant: Variant, folder: Path) -> str:
+def merges(variant: Variant, folder: Path, config: CELoraConfig) -> str:
     model = variant.make()
-    celora.attach(model, HALF)
+    celora.attach(model, config)
     variant.fit(model, 2)
-    before = _output(variant, model)
+    before, trained = (_output(variant, model, as_trained=both) for both in (False, True))
+    assert trained.equal(before) is (config.forward == "exact")
     plain = copy.deepcopy(model)
     celora.detach(plain)
     try:
@@ -138,6 +147,10 @@ def merges(variant: Variant, folder: Path) -> str:
         return "not in PEFT either"
     model.unmerge_adapter()
     torch.testing.assert_close(_output(variant, model), before, rtol=0, atol=1e-4)
+    # The weights have changed by their rounding, and may fall on other 8-bit numbers: before and after are as far from
+    # the model's own output.
+    allowed = 1e-4 + 2 * float((trained - before).abs().max())
+    torch.testing.assert_close(_output(variant, model, as_trained=True), trained, rtol=0, atol=allowed)
     attachment = require(model)
     modes = {name: graft.mode for name, graft in attachment.grafts.items() if graft.estimator.ready}
     assert set(modes.values()) <= {Mode.ESTIMATE}
@@ -147,9 +160,9 @@ def merges(variant: Variant, folder: Path) -> str:
     return YES
 
 
-def copies(variant: Variant, folder: Path) -> str:
+def copies(variant: Variant, folder: Path, config: CELoraConfig) -> str:
     model = variant.make()
-    celora.attach(model, HALF)
+    celora.attach(model, config)
     variant.fit(model, 2)
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -165,9 +178,9 @@ def copies(variant: Variant, folder: Path) -> str:
     return YES
 
 
-def detaches(variant: Variant, folder: Path) -> str:
+def detaches(variant: Variant, folder: Path, config: CELoraConfig) -> str:
     plain, touched = variant.make(), variant.make()
-    celora.attach(touched, HALF)
+    celora.attach(touched, config)
     celora.detach(touched)
     for model in (plain, touched):
         variant.fit(model, 2)
@@ -179,7 +192,7 @@ def detaches(variant: Variant, folder: Path) -> str:
     return YES
 
 
-CHECKS: dict[str, Callable[[Variant, Path], str]] = {
+CHECKS: dict[str, Callable[[Variant, Path, CELoraConfig], str]] = {
     "estimated": estimated,
     "same gradient": same_gradient,
     "fused": fused,
@@ -217,7 +230,23 @@ PEFTS_OWN = (
 @pytest.mark.filterwarnings(*PEFTS_OWN)
 @pytest.mark.parametrize(("variant", "column"), CELLS)
 def test_cell(variant: Variant, column: str, tmp_path: Path) -> None:
-    assert CHECKS[column](variant, tmp_path) == variant.limits.get(column, YES)
+    assert CHECKS[column](variant, tmp_path, HALF) == variant.limits.get(column, YES)
+
+
+IN_8_BITS = (
+    "LoRA", "PiSSA", "DoRA", "`lora_bias=True`", '`bias="lora_only"`', "`modules_to_save`",
+    "encoder (BERT, classification)", "sequence to sequence (T5)",
+)  # fmt: skip
+CELLS_IN_8_BITS = [
+    cell for cell in CELLS if cell.values[0].name in IN_8_BITS and cell.values[1] not in ("same gradient", "fused")
+]
+
+
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here")
+@pytest.mark.filterwarnings(*PEFTS_OWN)
+@pytest.mark.parametrize(("variant", "column"), CELLS_IN_8_BITS)
+def test_cell_with_8_bits_both_ways(variant: Variant, column: str, tmp_path: Path) -> None:
+    assert CHECKS[column](variant, tmp_path, BOTH_WAYS) == variant.limits.get(column, YES)
 
 
 # Before stock PEFT loads LoftQ's adapter, it makes it again. Without a GPU it cannot do that.
