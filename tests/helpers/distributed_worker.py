@@ -58,6 +58,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "shard": "layers",
         "watched": False,  # under a dispatch mode nothing is measured
     },
+    "forwards apart": {
+        "config": {"estimator": "int8", "forward": "int8", "fused": True, "refresh_every": 3},
+        "watched": False,
+    },
     "nothing": {"config": "off", "attach": "after", "shard": "layers"},
     "bytes": {"config": {"estimator": "int8"}, "attach": "after", "shard": "layers", "adapter": "int8"},
     "bytes exact": {"config": "exact", "attach": "after", "shard": "layers", "adapter": "int8"},
@@ -165,11 +169,14 @@ def run(scenario: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     full = [p.full_tensor() if sharded else p for p in parameters]
     estimators = {name: graft.estimator for name, graft in attachment.grafts.items()}
+    products = [forward.product for forward in attachment.forwards.values()]
     return {
         "losses": losses,
         "left": attachment.switch.left,
         "forwards": len(attachment.forwards),
         "copies": sum(graft.estimator.product.holds_copy for graft in attachment.grafts.values()),
+        "levels": [None if p.levels is None else p.levels.tolist() for p in products],
+        "errors": attachment.forwards.errors,
         "parameters": [p.detach().flatten()[:50].tolist() for p in full],
         "numbers": sum(p.numel() for p in full),
         "selected": {n: e.index.tolist() for n, e in estimators.items() if getattr(e, "index", None) is not None},

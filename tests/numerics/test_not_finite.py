@@ -15,9 +15,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import celora
 from celora import CELoraConfig
+from celora.modeling.eight_bit import MOST_ERROR
 from celora.modeling.graft import LayerGraft
 from celora.modeling.switch import Mode
 from celora.runtime.attachment import require
+from celora.settings.presets import PRESETS
 from every_estimator import MEMBERS, TOKENS, attach_ready, ordinary, plain_layer, possible, run_through
 from machine import OUT, refuses_config
 from small import adapter, make_batch, make_model
@@ -140,6 +142,7 @@ SCALED = {
     "int8 x tokens": CELoraConfig(
         estimator="tokens", keep_ratio=0.95, rank=0, selection="energy", precision="int8", fused=True
     ),
+    "fast, untimed": PRESETS["fast"],
     "sampled columns": CELoraConfig(keep_ratio=0.9, rank=4, selection="sampled"),
     "gradient factor": CELoraConfig(estimator="tokens", keep_ratio=0.5, rank=4, factor="gradient", refresh_every=2),
 }
@@ -182,6 +185,8 @@ def test_an_overflow_under_a_grad_scaler_is_skipped_and_forgotten(config: Any) -
             attachment = require(model)
             assert attachment.clock.step == taken
             assert 4 <= taken <= 9
+            assert bool(attachment.forwards.errors) is bool(attachment.forwards)
+            assert all(0 < error < MOST_ERROR for error in attachment.forwards.errors.values())
             for graft in attachment.grafts.values():
                 assert all(value.isfinite().all() for value in graft.estimator.state_dict().values())
             assert all(0 <= error < 5 for error in attachment.relative_errors.values())
