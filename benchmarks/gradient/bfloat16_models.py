@@ -39,12 +39,14 @@ def text(seed: int) -> list[Batch]:
 
 
 @torch.no_grad()
-def planted(seed: int, *, hidden: int, layers: int, gain: float, sink: float, massive: float = 200.0) -> nn.Module:
+def planted(
+    seed: int, *, hidden: int, layers: int, gain: float, sink: float, massive: float = 200.0, outliers: bool = True
+) -> nn.Module:
     """A random Llama with planted outliers, whose weights are `gain` times those that keep a norm.
 
     Six features have the same large value in every token (Dettmers et al. 2022) and small norm weights. Token 0, which
     begins every row, has one coordinate `massive` times the usual (Sun et al. 2024). Keys have it, and queries attend
-    to it with a strength that grows with `sink` squared.
+    to it with a strength that grows with `sink` squared. Without `outliers`, it has none of that.
     """
     torch.manual_seed(seed)
     heads, words, inner = 4, 1024, 11 * hidden // 4
@@ -58,6 +60,8 @@ def planted(seed: int, *, hidden: int, layers: int, gain: float, sink: float, ma
             p.normal_(0, (gain if "_proj" in name else 1) / math.sqrt(hidden if "embed" not in name else 1))
         if "down_proj" in name:
             p.mul_(math.sqrt(hidden / inner))
+    if not outliers:
+        return model.to(torch.bfloat16)
     embedding, size = model.model.embed_tokens.weight, hidden // heads
     features = torch.randperm(hidden)[:6]
     embedding[:, features] += 6 * torch.randn(6).sign()
