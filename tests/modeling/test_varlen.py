@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +60,37 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     pretend(monkeypatch, "attention", there=False)
     patch_all(monkeypatch, "celora.modeling.attention:_SHORT", 0)
     return monkeypatch
+
+
+@pytest.fixture
+def versions() -> Iterator[None]:
+    varlen._torch_function.cache_clear()
+    yield
+    varlen._torch_function.cache_clear()
+
+
+@pytest.mark.usefixtures("versions")
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_version_without_grouped_heads_is_given_equal_ones(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def newer(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, _: Tensor, longest: int, __: int, *, scale: float,
+              window_size: tuple[int, int], enable_gqa: bool = False) -> Tensor:  # fmt: skip
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        assert window_size == (-1, 0)
+        return one_by_one(q, k, v, begins, longest, scale)
+
+    def older(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, _: Tensor, longest: int, __: int, *, scale: float,
+              window_size: tuple[int, int]) -> Tensor:  # fmt: skip
+        assert q.shape == k.shape == v.shape
+        return one_by_one(q, k, v, begins, longest, scale)
+
+    there = SimpleNamespace(varlen_attn=newer if grouped else older)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", there)
+    function = varlen.half_function()
+    assert function is not None
+    for kv_heads in (4, 2):
+        given = [torch.randn(sum(LENGTHS), heads, 16) for heads in (4, kv_heads, kv_heads)]
+        expected = one_by_one(*given, BEGINS, max(LENGTHS), 0.25)
+        torch.testing.assert_close(function(*given, BEGINS, max(LENGTHS), 0.25), expected)
 
 
 @pytest.mark.usefixtures("on_gpu")

@@ -20,7 +20,8 @@ from transformers import AttentionInterface
 _HALF = (torch.float16, torch.bfloat16)
 _AMPERE = (8, 0)  # the compute capability that the kernels need
 _LARGEST_HEAD, _MULTIPLE = 256, 8  # head sizes that they take
-_NEEDED = {"scale", "window_size", "enable_gqa"}  # arguments of `varlen_attn` that its first versions lack
+_NEEDED = {"scale", "window_size"}  # arguments of `varlen_attn` that its first versions lack
+_GROUPED = "enable_gqa"  # came later: until then, key and value get as many heads as the query
 
 # query (N, heads, d), key and value (N, the same or fewer heads, d), where sequences begin, the longest, the scale
 Function = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
@@ -56,13 +57,19 @@ def _torch_function() -> Function | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    if not inspect.signature(varlen_attn).parameters.keys() >= _NEEDED:
+    taken = inspect.signature(varlen_attn).parameters.keys()
+    if not taken >= _NEEDED:
         return None
 
     def attend(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, longest: int, scale: float) -> Tensor:
-        grouped = query.shape[1] != key.shape[1]
+        more: dict[str, Any] = {}
+        if (groups := query.shape[1] // key.shape[1]) > 1:
+            if _GROUPED in taken:
+                more = {_GROUPED: True}
+            else:
+                key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
         found = varlen_attn(query, key, value, begins, begins, longest, longest, scale=scale, window_size=(-1, 0),
-                            enable_gqa=grouped)  # fmt: skip
+                            **more)  # fmt: skip
         return cast(Tensor, found)
 
     return attend
