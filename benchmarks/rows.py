@@ -8,12 +8,12 @@ import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import celora
 from celora.machine import cpu as kernels
 from celora.machine.device import device_name
 from celora.settings.config import CELoraConfig
@@ -32,7 +32,7 @@ def conditions(arm: str = "") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "celora": metadata.version("celora"),
+        "celora": celora.__version__,
         "amx": kernels.matrix_instructions(),
         **({"onednn_max_cpu_isa": limit} if (limit := os.environ.get("ONEDNN_MAX_CPU_ISA")) else {}),
         **({"defaults": asked} if (asked := defaults(arm)) else {}),
@@ -59,6 +59,11 @@ def where(row: Mapping[str, Any]) -> str:
     limit = row.get("onednn_max_cpu_isa")
     about = " with AMX" if row.get("amx") else f" up to {limit}" if limit else ""
     return f"{row['cpu']}{about}, {threads}, torch {row['torch']}"
+
+
+def on_gpu(row: Mapping[str, Any]) -> str:
+    """The GPU of a row, in words."""
+    return f"{row['device']}, torch {row['torch']}, commit {row['commit']}"
 
 
 def machine(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -104,12 +109,18 @@ def replace(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str]
     write(path, [*(row for row in found(path) if key(row) not in replaced), *rows])
 
 
+NOT_YET = "Not measured yet."  # instead of a table that has no rows
+
+
 def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *body])
 
 
 def _commit() -> str:
+    """Of this checkout, or the variable `CELORA_COMMIT` where the sources came without their history."""
+    if said := os.environ.get("CELORA_COMMIT"):
+        return said
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=Path(__file__).parent,

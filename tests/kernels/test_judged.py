@@ -84,7 +84,7 @@ def test_another_card_and_another_version_are_asked_again(card: pytest.MonkeyPat
     assert judged.verdict(GPU) is None
     card.setattr(judged, "device_name", lambda device: "NVIDIA A100")
     card.setattr(torch, "__version__", "9.9")
-    card.setattr(judged, "_version", lambda package: "9.9")
+    card.setattr(judged, "package_version", lambda package: "9.9")
     judged.verdict.cache_clear()
     assert judged.verdict(GPU) is None
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from celora.kernels.backends import chosen
 from celora.kernels.triton.judged import planned_on
 from celora.machine.cache import keep, recall
 from celora.machine.cpu import features, limits
-from celora.machine.device import measured_on, random_states, reads_freely
+from celora.machine.device import measured_on, package_version, random_states, reads_freely
 from celora.machine.processes import made_by_first
 from celora.machine.timing import cannot_time, disturbed, ratios
 from celora.modeling.assign import rank_of
@@ -215,7 +214,7 @@ def _kept(
     """
     machine: dict[str, Any] = {"device": measured_on(device), "threads": torch.get_num_threads()}
     machine |= {"by": chosen(dtype, device), "limits": limits()} | ({"has": features()} if device.type == "cpu" else {})
-    versions = {name: metadata.version(name) for name in ("celora", "torch")}
+    versions = {name: package_version(name) for name in ("celora", "torch")}
     of = of | {
         "over": "exact",
         "shape": list(of["shape"]),

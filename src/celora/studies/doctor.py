@@ -11,7 +11,6 @@ import math
 import os
 import platform
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ import torch
 from celora.kernels.backends import chosen, explain
 from celora.kernels.c import tier
 from celora.machine import cpu
-from celora.machine.device import PACKAGES, default_device, device_name
+from celora.machine.device import PACKAGES, default_device, device_name, package_version
 from celora.machine.memory import available_memory
 from celora.machine.threads import allowed_cpus
 from celora.machine.timing import faster_dtype, interleaved, time_over_float32
@@ -44,7 +43,8 @@ def examine() -> dict[str, Any]:
     device = default_device()
     free, ratio = available_memory(device), time_over_float32(torch.bfloat16, device)
     found: dict[str, Any] = {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in (*PACKAGES, *OPTIONAL)},
+        "versions": {"python": platform.python_version()}
+        | {name: package_version(name) for name in (*PACKAGES, *OPTIONAL)},
         "device": {
             "type": device.type,
             "name": device_name(device),
@@ -75,13 +75,6 @@ def examine() -> dict[str, Any]:
     }
     found["advice"] = advise(found)
     return found | {"commands": commands(found)}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _instructions() -> dict[str, bool]:

@@ -12,7 +12,6 @@ import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from celora.machine.cache import keep, recall
-from celora.machine.device import device_name
+from celora.machine.device import device_name, package_version
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST = (8, 0)  # compute capability
@@ -129,12 +128,5 @@ def describe(_: torch.device) -> str:
 def _subject(device: torch.device) -> dict[str, Any]:
     """What a verdict is of: the kind of device, the versions, and the text of kernels, launches, tiles and proof."""
     text = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
-    versions = {name: _version(name) for name in ("celora", "torch", "triton")}
+    versions = {name: package_version(name) for name in ("celora", "torch", "triton")}
     return {"kernels": hashlib.sha256(text).hexdigest()[:16], "device": device_name(device), "versions": versions}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
