@@ -12,28 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from celora.machine import gpus
+from celora.studies.cells import LLAMAS, Llama
 
 TOKENS = 4096
 GPUS = {name: gpus.GPUS[name] for name in ("RTX 3060 12GB", "RTX 4090", "A100 80GB", "H100")}
 
 
-@dataclass(frozen=True)
-class Llama:
-    """The shape of a Llama 3; `tied`: whether the head is the embedding."""
-
-    hidden: int
-    intermediate: int
-    blocks: int
-    heads: int
-    tied: bool = True
-    words: int = 128_256
-
-
-MODELS = {
-    "1B": Llama(2048, 8192, blocks=16, heads=32),
-    "3B": Llama(3072, 8192, blocks=28, heads=24),
-    "8B": Llama(4096, 14_336, blocks=32, heads=32, tied=False),
-}
+MODELS = {name.removeprefix("llama-").upper(): shape for name, shape in LLAMAS.items()}
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer
 
 from benchmarks import rows
-from benchmarks.kernels.roofline import MODELS, Llama
+from benchmarks.kernels.roofline import MODELS
 from celora.studies.assets import demo_model
+from celora.studies.cells import Llama
 
 RESULTS = Path(__file__).with_name("gpus.jsonl")
 FIELDS = ("model", "base", "preset", "checkpointing")
@@ -28,17 +29,9 @@ GPU, BATCH, LENGTH, ROWS, RANK = "RTX 4090", 4, 512, 64, 16
 
 def make_inputs(shape: Llama, folder: Path) -> list[str]:
     """Arguments of a model of this shape, without weights, and of rows that are longer than a row may be."""
-    LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.blocks,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=8,
-        vocab_size=shape.words,
-        tie_word_embeddings=shape.tied,
-        dtype="bfloat16",
-    ).save_pretrained(folder)
+    config = shape.config()
+    config.dtype = "bfloat16"
+    config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(demo_model()).save_pretrained(folder)
     save_file({"model.norm.weight": torch.ones(shape.hidden, dtype=torch.bfloat16)}, folder / "model.safetensors")
     data = folder / "rows.jsonl"

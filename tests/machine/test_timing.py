@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -174,6 +175,30 @@ def test_a_time_is_that_of_the_work_and_of_nothing_before_it(monkeypatch: pytest
     for _ in range(2):
         assert timing.timed(lambda: device.launch(0.25), MPS) == pytest.approx(251)
     assert timing.timed(lambda: device.launch(0.25), CPU) == pytest.approx(1)  # the CPU needs no waiting
+
+
+def test_CUDA_is_waited_for_after_the_last_call_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            self.at = 0
+
+        def record(self) -> None:
+            said.append("mark")
+            self.at = len(said)
+
+        def synchronize(self) -> None:
+            said.append("wait")
+
+        def elapsed_time(self, end: Event) -> int:
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert timing.laps((lambda: said.append("a"), lambda: said.append("b")), torch.device("cuda")) == [2, 2]
+    assert said == ["mark", "a", "mark", "b", "mark", "wait"]
 
 
 def test_a_device_that_is_waited_for_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,19 @@ def test_an_arm_that_patches_transformers_has_a_process_of_its_own(monkeypatch: 
     assert exact["peak_memory"] is None
 
 
+def test_an_arm_that_fails_alone_costs_no_other_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def alone(command: list[str], **_: Any) -> SimpleNamespace:
+        if json.loads(command[-1])["arm"] == "exact":
+            return SimpleNamespace(returncode=1, stderr="Traceback\nOutOfMemoryError: tried to allocate 2 GiB\n")
+        return SimpleNamespace(returncode=0, stdout=json.dumps({"peak": 7}))
+
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=alone))
+    plain, exact = measure(SMALL, ("PEFT", "exact"), repeats=2)
+    assert plain["peak_memory"] == 7
+    assert exact["not_run"] == "measuring 'exact' alone failed: OutOfMemoryError: tried to allocate 2 GiB"
+    assert "time_ms" not in exact
+
+
 def test_the_share_of_a_limit_that_saves_nothing_is_not_told() -> None:
     rows = [{"arm": arm, "time_ms": time} for arm, time in (("PEFT", 300.0), ("limit", 300.0), ("exact", 290.0))]
     assert all("share_of_limit" not in row for row in bench._relative(rows))
@@ -66,7 +79,7 @@ def test_the_share_of_a_limit_that_saves_nothing_is_not_told() -> None:
     ("text", "message"),
     [
         ("h64", "expected MODEL:DATA"),
-        ("llama:full", "model 'llama'; expected smollm2 or a shape like h1024-v32k"),
+        ("llama:full", "model 'llama'; expected smollm2, llama-1b, llama-3b, llama-8b or a shape like h1024-v32k"),
         ("h200-v1k:instruct", "model 'h200-v1k'; expected words, and a hidden size that heads of about 64 can share"),
         ("h0-v1k:full", "model 'h0-v1k'; expected words"),
         ("h64-v0k:full", "model 'h64-v0k'; expected words"),

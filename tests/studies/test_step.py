@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import pytest
 import torch
 
 from celora.modeling.switch import Mode
 from celora.runtime.attachment import FIRST_ROUND, find, require
 from celora.studies.cells import Cell, make_batches
 from celora.studies.step import make_step
+from patching import patch_all
 
 SMALL = Cell("h64-v1k", "instruct", "float32", 64)
 
@@ -26,6 +28,21 @@ def test_every_arm_takes_the_same_steps(tmp_path: Path) -> None:
         found[arm] = torch.cat([p.detach().flatten() for p in step.model.parameters() if p.requires_grad])
     torch.testing.assert_close(found["exact"], found["PEFT"], rtol=0, atol=1e-6)
     assert not torch.allclose(found["limit"], found["PEFT"], atol=1e-6)
+
+
+def test_where_TRL_would_autocast_every_arm_computes_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's trainer does so on CUDA, for a base in bfloat16. Adapters are float32 everywhere."""
+    cell, found = Cell("h64-v1k", "instruct", "bfloat16", 64), []
+    batches = make_batches(cell)
+    for autocasts in (False, True):
+        patch_all(monkeypatch, "celora.studies.step:_autocasts", lambda model, said=autocasts: said)
+        step = make_step(cell, "PEFT", batches, tmp_path / "plan.json", {})
+        adapter = next(module for name, module in step.model.named_modules() if name.endswith("lora_A.default"))
+        adapter.register_forward_hook(lambda module, inputs, output: found.append((module.weight.dtype, output.dtype)))
+        step(batches[0])
+    assert found == [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)]
 
 
 def test_what_is_timed_comes_after_the_first_measurements(tmp_path: Path) -> None:

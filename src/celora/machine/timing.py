@@ -7,7 +7,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -68,21 +69,33 @@ def _samples(
 def timed(call: Callable[[], object], device: torch.device | None = None) -> float:
     """Milliseconds of one call on `device`, by default where a model would be: by its own events on CUDA, else by the
     clock, from when the device has nothing to do until it has nothing to do again."""
+    return laps((call,), device)[0]
+
+
+def laps(calls: Sequence[Callable[[], object]], device: torch.device | None = None) -> list[float]:
+    """Milliseconds of each of these calls, one after the other, measured as by `timed`.
+
+    CUDA is waited for after the last call only: as in training, each call is queued while the device computes the one
+    before it.
+    """
     if torch.cuda.is_available():
         # Events are of the current device, whatever the call works on.
         with torch.cuda.device(device if device is not None and device.type == "cuda" else None):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            return float(begin.elapsed_time(end))
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+            marks[0].record()
+            for call, mark in zip(calls, marks[1:], strict=True):
+                call()
+                mark.record()
+            marks[-1].synchronize()
+            return [float(begin.elapsed_time(end)) for begin, end in pairwise(marks)]
     device = device or default_device()
     synchronise(device)
-    start = time.perf_counter()
-    call()
-    synchronise(device)
-    return 1e3 * (time.perf_counter() - start)
+    times = [time.perf_counter()]
+    for call in calls:
+        call()
+        synchronise(device)
+        times.append(time.perf_counter())
+    return [1e3 * (end - begin) for begin, end in pairwise(times)]
 
 
 def disturbed(device: torch.device | None = None) -> str:

@@ -28,7 +28,6 @@ from celora.machine.timing import percentiles
 from celora.modeling.report import aligned
 from celora.studies.cells import Cell, make_batches, told
 from celora.studies.step import ARMS, PATCHING, Step, make_step, take_turns
-from celora.train.loading import quiet_libraries
 
 QUICK_ARMS = ("PEFT", "exact", "paper", "auto", "limit")
 
@@ -54,7 +53,7 @@ def measure(
     """One row for each arm: times of the step and its parts in ms, tokens per second, memory, speed-up over PEFT.
 
     Arms take turns, after the first steps of a run (`Step.settle`). Arms that patch Transformers come last, each in a
-    process of its own.
+    process of its own. An arm that fails alone, perhaps for want of memory, has a row that says so.
     """
     for arm in arms:
         if arm not in ARMS:
@@ -73,11 +72,18 @@ def measure(
         times = take_turns(steps, batches, repeats)
         saved = {arm: step.saved(batches[0]) for arm, step in steps.items()}
         del steps
+        frozen.clear()
         gc.collect()
+        torch.cuda.empty_cache()  # for the processes below
         peaks: dict[str, int | None] = dict.fromkeys(runnable)
+        failed: dict[str, str] = {}
         for arm in (arm for arm in runnable if memory or arm in PATCHING):
             say(f"{cell.model}, {cell.data}, {cell.dtype}: {arm} alone")
-            found = _alone(cell, arm, plan_file, repeats)
+            try:
+                found = _alone(cell, arm, plan_file, repeats)
+            except CELoraError as error:
+                failed[arm] = str(error)
+                continue
             if memory:
                 peaks[arm] = found["peak"]
             if arm in PATCHING:
@@ -87,7 +93,7 @@ def measure(
     rows: list[dict[str, Any]] = []
     for arm in arms:
         row: dict[str, Any] = asdict(cell) | {"arm": arm, "tokens": round(real), "labelled": round(labelled / real, 3)}
-        if reason := not_runnable(arm):
+        if reason := not_runnable(arm) or failed.get(arm):
             rows.append(row | {"not_run": reason})
             continue
         whole = percentiles([sum(parts) for parts in times[arm]])
@@ -130,7 +136,8 @@ def _alone(cell: Cell, arm: str, plan_file: Path, repeats: int) -> dict[str, Any
         [sys.executable, "-W", "ignore", "-m", __name__, asked], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        raise CELoraError(f"measuring {arm!r} alone failed: {done.stderr.strip().splitlines()[-1:]}")
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise CELoraError(f"measuring {arm!r} alone failed: {last}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -173,5 +180,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
+    from celora.train.loading import quiet_libraries
+
     with quiet_libraries():
         print(json.dumps(_run_alone(json.loads(sys.argv[1]))))

@@ -18,8 +18,6 @@ from celora.files import json_lines, write_text
 from celora.machine.device import default_device
 from celora.studies.assets import demo_model
 from celora.studies.sentiment import splits, to_rows
-from celora.train.prepare import prepared
-from celora.train.request.arguments import make_request
 
 Batch = dict[str, Tensor]
 DATA = {
@@ -30,6 +28,38 @@ DATA = {
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPES = ("bfloat16", "float32")
 SMOLLM2 = "smollm2"
+
+
+@dataclass(frozen=True)
+class Llama:
+    """The shape of a Llama 3; `tied`: whether the head is the embedding."""
+
+    hidden: int
+    intermediate: int
+    blocks: int
+    heads: int
+    tied: bool = True
+    words: int = 128_256
+
+    def config(self) -> LlamaConfig:
+        """The configuration of a model of this shape."""
+        return LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.blocks,
+            num_attention_heads=self.heads,
+            num_key_value_heads=8,
+            vocab_size=self.words,
+            tie_word_embeddings=self.tied,
+        )
+
+
+LLAMAS = {
+    "llama-1b": Llama(2048, 8192, blocks=16, heads=32),
+    "llama-3b": Llama(3072, 8192, blocks=28, heads=24),
+    "llama-8b": Llama(4096, 14_336, blocks=32, heads=32, tied=False),
+}
 _NAME = re.compile(r"h(\d+)-v(\d+)k")
 _LAYERS = {2048: 4}  # by hidden size; others have 8. A step should take seconds
 _BATCHES = 8  # of different lengths, so that padding is typical
@@ -44,7 +74,8 @@ class Cell:
     """One model on one kind of data.
 
     Attributes:
-        model: `smollm2`, or `h1024-v32k` for a Llama of random weights with hidden size 1024 and 32,000 words.
+        model: `smollm2`, or a Llama of random weights: a key of `LLAMAS`, or `h1024-v32k` for one with hidden size
+            1024 and 32,000 words.
         data: a key of `DATA`.
         dtype: dtype of the base. Adapters are float32, PEFT's default.
         tokens: tokens in a `full` batch.
@@ -57,8 +88,9 @@ class Cell:
 
     def __post_init__(self) -> None:
         named = _NAME.fullmatch(self.model)
-        if self.model != SMOLLM2 and not named:
-            raise CELoraError(f"model {self.model!r}; expected {SMOLLM2} or a shape like h1024-v32k.")
+        if self.model not in (SMOLLM2, *LLAMAS) and not named:
+            known = ", ".join((SMOLLM2, *LLAMAS))
+            raise CELoraError(f"model {self.model!r}; expected {known} or a shape like h1024-v32k.")
         if named and (0 in map(int, named.groups()) or int(named[1]) % (2 * _heads(int(named[1])))):
             raise CELoraError(
                 f"model {self.model!r}; expected words, and a hidden size that heads of about 64 can share."
@@ -93,7 +125,8 @@ def make_model(cell: Cell, *, upper: bool = False) -> PeftModel:
     if cell.model == SMOLLM2:
         base = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype, trust_remote_code=False)
     else:
-        base = AutoModelForCausalLM.from_config(shape_config(cell), dtype=dtype, trust_remote_code=False)
+        with default_device():  # a GPU draws the numbers of a large model in a second
+            base = AutoModelForCausalLM.from_config(shape_config(cell), dtype=dtype, trust_remote_code=False)
     half = base.config.num_hidden_layers // 2
     lora = LoraConfig(
         r=16,
@@ -139,6 +172,9 @@ def _demo_batches() -> list[Batch]:
 
 def training_batches(settings: Mapping[str, object], count: int) -> list[Batch]:
     """`count` of the batches that `celora train` sees in an epoch with these settings, evenly spaced."""
+    from celora.train.prepare import prepared  # other cells need no package of the application
+    from celora.train.request.arguments import make_request
+
     with prepared(make_request(dict(settings)), None, None) as (trainer, _):
         batches = [dict(batch) for batch in trainer.get_train_dataloader()]
     stride = max(1, len(batches) // count)
@@ -147,6 +183,8 @@ def training_batches(settings: Mapping[str, object], count: int) -> list[Batch]:
 
 def shape_config(cell: Cell) -> LlamaConfig:
     """The Llama of random weights that a cell names."""
+    if cell.model in LLAMAS:
+        return LLAMAS[cell.model].config()
     named = _NAME.fullmatch(cell.model)
     assert named is not None
     hidden, words = int(named[1]), 1000 * int(named[2])

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 import celora
 from celora.machine.device import accelerator
 from celora.machine.memory import saved_for_backward
-from celora.machine.timing import timed
+from celora.machine.timing import laps
 from celora.modeling.graft import LayerGraft
 from celora.modeling.survey import survey
 from celora.modeling.switch import Mode, Switch
@@ -50,7 +50,10 @@ PATCHING = ("Liger", "Unsloth")  # they replace parts of Transformers for the wh
 
 
 class Step:
-    """A training step exactly as Trainer does it: loss, gradients, clipping, update."""
+    """A training step exactly as Trainer does it: loss, gradients, clipping, update.
+
+    On CUDA a model in bfloat16 trains under autocast, as TRL's trainer does by default.
+    """
 
     def __init__(self, model: Any, folder: Path, *, compiled: bool = False) -> None:
         """`folder`: Trainer needs an output folder, but nothing is written into it."""
@@ -59,6 +62,7 @@ class Step:
             str(folder),
             report_to="none",
             use_cpu=accelerator() is None,
+            bf16=_autocasts(model),
             remove_unused_columns=False,
             disable_tqdm=True,
         )
@@ -69,11 +73,14 @@ class Step:
     def __call__(self, batch: Batch) -> tuple[float, float, float]:
         """Milliseconds of forward, backward and optimizer."""
         loss: list[Tensor] = []
-        return (
-            timed(lambda: loss.append(self._forward(batch))),
-            timed(lambda: self.trainer.accelerator.backward(loss[0])),
-            timed(self._update),
+        forward, backward, update = laps(
+            (
+                lambda: loss.append(self._forward(batch)),
+                lambda: self.trainer.accelerator.backward(loss[0]),
+                self._update,
+            )
         )
+        return forward, backward, update
 
     def settle(self, batches: Sequence[Batch]) -> None:
         """Take the first steps of a run, in which presets measure every layer. Later ones are those of a long run."""
@@ -89,7 +96,7 @@ class Step:
 
     def _forward(self, batch: Batch) -> Tensor:
         inputs = {key: value.to(self.model.device) for key, value in batch.items()}
-        with self.trainer.compute_loss_context_manager():
+        with self.trainer.compute_loss_context_manager(), self.trainer.accelerator.autocast():
             loss: Tensor = self.trainer.compute_loss(
                 self.run, inputs, num_items_in_batch=(inputs["labels"] != -100).sum()
             )
@@ -100,6 +107,10 @@ class Step:
         torch.nn.utils.clip_grad_norm_(parameters, self.trainer.args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def _autocasts(model: Any) -> bool:
+    return bool(model.device.type == "cuda" and model.dtype == torch.bfloat16)
 
 
 def take_turns(
