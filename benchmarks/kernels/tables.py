@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks import rows
-from benchmarks.kernels import offline, roofline
+from benchmarks.kernels import gpu, offline, roofline
 
 HERE = Path(__file__).parent
 
@@ -115,6 +116,31 @@ def rooflines() -> str:
     )
 
 
+def gpu_kernels() -> str:
+    """Time of each Triton kernel, of torch's operators and of the product in bfloat16; a table for each GPU."""
+    found = rows.found(gpu.ROWS)
+    return (
+        "\n\n".join(
+            _gpu_kernels([row for row in found if rows.on_gpu(row) == device])
+            for device in dict.fromkeys(map(rows.on_gpu, found))
+        )
+        or rows.NOT_YET
+    )
+
+
+def _gpu_kernels(found: list[dict[str, Any]]) -> str:
+    body = []
+    for row in found:
+        times = (row["times"].get(name) for name in ("triton", "torch", "bfloat16"))
+        cells = ["" if time is None else f"{1e3 * time['time_ms']:,.0f}" for time in times]
+        body.append([row["model"], row["operation"], *cells, "yes" if row["used"] else "no"])
+    return rows.markdown(["Llama", "", "Triton, µs", "torch, µs", "bfloat16, µs", "used by celora"], body) + (
+        f"\n\nMedians of {gpu.REPEATS} turns, without the time to launch. {found[0]['tokens']:,} tokens, bfloat16, "
+        "`up_proj` and the head. `pack_weight` and `pack_floats`: the product of every second row of the gradient. "
+        f"`pack_both_ways`: that, and the forward's. {rows.on_gpu(found[0])}."
+    )
+
+
 def _quantised(what: str) -> str:
     found = [row for row in rows.read(HERE / "quantised.jsonl") if row["what"] == what]
     shapes, plain = list(dict.fromkeys((row["out"], row["in"]) for row in found)), found[0]["estimator"]
@@ -144,6 +170,7 @@ def _quantised(what: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "gpu_kernels": gpu_kernels,
     "both_ways_amx": both_ways_amx,
     "compiled_offline": compiled_offline,
     "estimators": estimators,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows
+from benchmarks.steps import gpu
 from benchmarks.steps.fast import SHAPES
 from benchmarks.steps.step import SWEPT
 from celora.studies.cells import told
@@ -154,6 +155,61 @@ def compiled() -> str:
     )
 
 
+def gpu_steps() -> str:
+    """Whole steps on a GPU: time, memory, and both over PEFT's; a table for each GPU."""
+    return _by_gpu(_gpu_steps)
+
+
+def gpu_waits() -> str:
+    """How often a step of each arm waits for the GPU."""
+    return _by_gpu(_gpu_waits)
+
+
+def _by_gpu(table: Callable[[list[dict[str, Any]]], str]) -> str:
+    found = rows.found(gpu.ROWS)
+    devices = dict.fromkeys(map(rows.on_gpu, found))
+    return "\n\n".join(table([row for row in found if rows.on_gpu(row) == name]) for name in devices) or rows.NOT_YET
+
+
+def _gpu_steps(found: list[dict[str, Any]]) -> str:
+    body = []
+    for cell in dict.fromkeys((row["model"], row["data"]) for row in found):
+        by_arm = {row["arm"]: row for row in found if (row["model"], row["data"]) == cell}
+        time_ms = {arm: row["time_ms"] for arm, row in by_arm.items() if "time_ms" in row}
+        plain, limit = time_ms.get("PEFT"), time_ms.get("limit of exact")
+        for arm in (arm for arm in gpu.ARMS if arm in by_arm):
+            row = by_arm[arm]
+            if "not_run" in row:
+                body.append([*cell, arm, f"not run: {row['not_run']}", *[""] * 7])
+                continue
+            own = time_ms[arm]
+            over = [f"{time_ms[base] / own:.2f}" if base in time_ms else "" for base in ("PEFT", "Liger")]
+            reached = f"{(plain - own) / (plain - limit):.0%}" if plain and limit and limit < plain else ""
+            memory = f"{row['peak_memory'] / by_arm['PEFT']['peak_memory']:.2f}" if plain else ""
+            spread = f"{row['p20_ms']:.1f} to {row['p80_ms']:.1f}"
+            cells = [f"{own:.1f}", spread, f"{row['tokens_per_second']:,.0f}", *over, reached]
+            body.append([*cell, arm, *cells, f"{row['peak_memory'] / 2**30:.1f}", memory])
+    header = ["model", "data", "arm", "ms/step", "20 to 80 %", "tokens/s", "speed-up over PEFT", "over PEFT + Liger"]
+    arms = " ".join(f"{arm}: {what}." for arm, what in gpu.ARMS.items())
+    return rows.markdown([*header, "share of the limit", "peak, GiB", "over PEFT's"], body) + (
+        f"\n\nMedians of {gpu.REPEATS} steps, arms one after the other. {found[0]['dtype']} base, float32 adapters "
+        f"(r = 16 on all linear layers), at most {found[0]['tokens']:,} tokens. {arms} "
+        f"{told(row['model'] for row in found)} {rows.on_gpu(found[0])}."
+    )
+
+
+def _gpu_waits(found: list[dict[str, Any]]) -> str:
+    counted = {
+        (row["model"], row["data"], row["arm"]): str(row["waits"]) for row in found if row.get("waits") is not None
+    }
+    cells = list(dict.fromkeys(key[:2] for key in counted))
+    arms = [arm for arm in gpu.ARMS if any(key[2] == arm for key in counted)]
+    body = [[arm, *(counted.get((*cell, arm), "") for cell in cells)] for arm in arms]
+    return rows.markdown(["", *(f"{model}, {data}" for model, data in cells)], body) + (
+        f"\n\nOne step, forward, backward and optimizer, its batch on the GPU already. {rows.on_gpu(found[0])}."
+    )
+
+
 def speed_up(arm: str, dtype: str, *, data: tuple[str, ...]) -> str:
     """The least and the most speed-up of an arm over PEFT in these rows: for a sentence."""
     found = _fast(dtype=dtype, arm=arm)
@@ -241,4 +297,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_parts": step_parts,
     "step_sweep_amx": step_sweep_amx,
     "compiled": compiled,
+    "gpu_steps": gpu_steps,
+    "gpu_waits": gpu_waits,
 }

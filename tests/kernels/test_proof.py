@@ -84,7 +84,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(judged, "remember", lambda device, found, *, lasting=True: kept.append(found))
     monkeypatch.setattr(judged, "cannot_run", lambda device: "")
     monkeypatch.setattr(floats, "has_floats", lambda device: False)
-    monkeypatch.setattr(proof, "contenders", lambda operation, device, size: {"triton": int, "torch": int})
+    monkeypatch.setattr(proof, "contenders", lambda *_: {"triton": int, "torch": int})
     monkeypatch.setattr(proof, "_fastest_tiles", lambda dtype, device, size: {"int8, depth first": 2})
     return monkeypatch
 
@@ -121,7 +121,7 @@ def test_there_is_nothing_to_judge_on_a_cpu() -> None:
 @needs_triton
 @pytest.mark.parametrize("operation", proof.OPERATIONS)
 def test_both_contenders_of_an_operation_run(operation: str) -> None:
-    calls = proof.contenders(operation, DEVICE, 32)
+    calls = proof.contenders(operation, DEVICE, 32, (32, 48))
     assert list(calls) == ["triton", "torch"]
     for call in calls.values():
         call()

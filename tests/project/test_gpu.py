@@ -1,32 +1,58 @@
-"""`benchmarks/gpu.py` without a GPU: it says so, stops at what is wrong, and writes whole rows."""
+"""`benchmarks/gpu.py` without a GPU: it says so, stops at what is wrong, and writes whole rows and tables."""
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import gpu
-from celora.kernels import floats
+import forked
+from benchmarks import gpu, rows
+from benchmarks.kernels import gpu as kernels
+from benchmarks.kernels.roofline import MODELS, Llama
+from benchmarks.kernels.tables import gpu_kernels
+from benchmarks.steps import gpu as steps
+from benchmarks.steps.tables import gpu_steps, gpu_waits
+from celora.kernels import backends, floats
 from celora.kernels.triton import judged, proof
 from celora.modeling import varlen
-from celora.studies.bench import not_runnable
+from celora.studies.cells import Cell
 from celora.studies.step import ARMS
 from patching import patch_all
 from without import without
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
+SMALL = Cell("h64-v1k", "instruct", "float32", 64)
+# What an image for GPUs need not have: the application, and celora as an installed package.
+ALONE = """
+import runpy, sys
+from importlib import metadata
+for name in ("trl", "datasets", "gguf", "plotly", "dill"):
+    sys.modules[name] = None
+found = metadata.version
+def version(name):
+    if name == "celora":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.version = version
+sys.argv[:] = [{path!r}]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        gpu.check(CPU)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "Triton's kernels need an NVIDIA GPU, not cpu; run this where there is one.\n"
+def test_it_starts_as_a_file_without_the_application_and_says_that_there_is_no_gpu() -> None:
+    if torch.cuda.is_available():
+        return
+    done = forked.run(forked.code, ALONE.format(path=str(ROOT / "benchmarks" / "gpu.py")))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.endswith("Triton's kernels need an NVIDIA GPU, not cuda; run this where there is one.\n")
 
 
 @pytest.fixture
@@ -36,19 +62,44 @@ def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_the_first_kernel_that_is_wrong_stops_it(card: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    card.setattr(proof, "wrong_somewhere", lambda operation, device: "was off" if operation == "softmax_rows" else "")
+def test_a_kernel_that_is_wrong_is_found_against_torch_alone(
+    card: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: set[tuple[str, str | None]] = set()
+
+    def wrong_somewhere(operation: str, device: torch.device, dtypes: tuple[torch.dtype]) -> str:
+        asked.add((operation, backends.chosen(torch.float32, device)["quantise_rows"]))
+        return "was off" if (operation, dtypes) == ("softmax_rows", (torch.float16,)) else ""
+
+    card.setattr(kernels, "wrong_attention", lambda device, dtype: "")
+    card.setattr(proof, "wrong_somewhere", wrong_somewhere)
+    assert kernels.check(CPU) is False
+    assert asked == {(name, "torch") for name in proof.OPERATIONS if name != "pack_floats"}
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if not line.startswith("right: ")] == ["WRONG: softmax_rows torch.float16 was off"]
+    assert len(said) == 3 * len(proof.OPERATIONS)  # attention takes the place of 8-bit floats
+    card.setattr(proof, "wrong_somewhere", lambda *_: "")
+    assert kernels.check(CPU) is True
+
+
+def test_a_wrong_kernel_ends_it_before_anything_is_measured(card: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    card.setattr(kernels, "check", lambda device, map_: False)
+    card.setattr(kernels, "time_kernels", lambda device: called.append("kernels") or [])
+    card.setattr(proof, "judge", lambda device: None)
+    card.setattr(steps, "measure", lambda arms, deadline: called.append(" ".join(arms)))
+    card.setattr(gpu, "write_tables", lambda: called.append("tables"))
     with pytest.raises(SystemExit) as ended:
-        gpu.check(CPU)
+        gpu.main([])
     assert ended.value.code == 1
-    said = capsys.readouterr()
-    assert said.err == "softmax_rows was off\n"
-    assert said.out.splitlines()[-1] == "right: column_maxima"
+    assert called == []
+    gpu.main(["--arms", "exact"])
+    assert called == ["exact", "tables"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_in_one_call_is_compared(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu.wrong_attention(CPU, dtype) == ""
+    assert kernels.wrong_attention(CPU, dtype) == ""
 
     def twice(module: object, query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
         return scaled_dot_product_attention(query, key, 2 * value, is_causal=True, enable_gqa=True).transpose(1, 2)
@@ -56,20 +107,107 @@ def test_attention_in_one_call_is_compared(dtype: torch.dtype, monkeypatch: pyte
     monkeypatch.setattr(varlen, "attend", twice)
     without(monkeypatch, "c")  # on the CPU, our own kernel would compute it
     patch_all(monkeypatch, "celora.modeling.attention:_SHORT", 0)
-    assert gpu.wrong_attention(CPU, dtype).startswith("output has an error of ")
+    assert kernels.wrong_attention(CPU, dtype).startswith("output has an error of ")
 
 
-def test_kernels_take_turns_with_torch_and_products_with_bfloat16(card: pytest.MonkeyPatch) -> None:
-    def interleaved(calls: Mapping[str, Callable[[], object]], **_: object) -> dict[str, dict[str, float]]:
+@pytest.fixture
+def timed(card: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Kernels are called once, and take 1 ms. Gives the path of their rows."""
+
+    def queued(calls: Mapping[str, Callable[[], object]], _: torch.device) -> dict[str, dict[str, float]]:
+        for call in calls.values():
+            call()
         return {name: {"time_ms": 1.0} for name in calls}
 
-    card.setattr(gpu, "interleaved", interleaved)
-    card.setattr(proof, "contenders", lambda operation, device, size: {"triton": int, "torch": int})
-    found = gpu.time_kernels(CPU, (32,))
+    card.setattr(kernels, "queued", queued)
+    card.setattr(proof, "contenders", lambda *_: {"triton": int, "torch": int})
+    card.setattr(judged, "verdict", lambda device: judged.Verdict(frozenset({"pack_weight"})))
+    card.setattr(kernels, "ROWS", tmp_path / "kernels.jsonl")
+    return tmp_path / "kernels.jsonl"
+
+
+def test_kernels_take_turns_with_torch_and_products_with_bfloat16(timed: Path) -> None:
+    assert gpu_kernels() == rows.NOT_YET
+    found = list(kernels.time_kernels(CPU, {"tiny": Llama(32, 64, blocks=1, heads=1, words=96)}, tokens=8))
+    rows.replace(timed, found, ("operation", "model"))
     assert [row["operation"] for row in found] == [name for name in proof.OPERATIONS if name != "pack_floats"]
     for row in found:
         assert ("bfloat16" in row["times"]) == row["operation"].startswith("pack")
+        assert row["used"] == (row["operation"] == "pack_weight")
+        assert (row["out"], row["in"]) == (96 if row["operation"] == "softmax_rows" else 64, 32)
         assert {"commit", "cpu", "torch", "threads"} <= row.keys()
+    assert "| tiny | pack_weight | 1,000 | 1,000 | 1,000 | yes |" in gpu_kernels()
+    assert "| tiny | column_maxima | 1,000 | 1,000 |  | no |" in gpu_kernels()
+
+
+@pytest.mark.parametrize(("operation", "products"), [("pack_weight", [(4, 6)]), ("pack_both_ways", [(8, 10), (4, 6)])])
+def test_bfloat16_multiplies_as_many_rows(
+    operation: str, products: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, usual = [], Tensor.__matmul__
+
+    def multiply(a: Tensor, b: Tensor) -> Tensor:
+        found = usual(a, b)
+        seen.append(tuple(found.shape))
+        return found
+
+    monkeypatch.setattr(Tensor, "__matmul__", multiply)
+    kernels._in_bfloat16(operation, CPU, 8, (10, 6))()
+    assert seen == products
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(steps, "ROWS", tmp_path / "steps.jsonl")
+    monkeypatch.setattr(steps, "REPEATS", 2)
+    return tmp_path / "steps.jsonl"
+
+
+def test_every_arm_has_a_row_of_its_own(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that fails costs no other's, and a second run replaces rows."""
+    monkeypatch.setattr(steps, "quantised", _refuse)
+    assert gpu_steps() == gpu_waits() == rows.NOT_YET
+    for arms in (("exact", steps.INT8, "Unsloth", "Liger", steps.AGAIN), ("exact",)):
+        steps.measure(arms, time.monotonic() + 1000, (SMALL,))
+    found = {row["arm"]: row for row in rows.read(measured)}
+    assert len(rows.read(measured)) == len(found) == 5
+    assert {arm: row["not_run"] for arm, row in found.items() if "not_run" in row} == {
+        "Liger": "needs a CUDA device",
+        "Unsloth": "needs a CUDA device",
+        steps.INT8: "RuntimeError: CUDA out of memory.",
+    }
+    for row in (row for row in found.values() if "not_run" not in row):
+        assert row["forward_ms"] + row["backward_ms"] + row["optimizer_ms"] == pytest.approx(row["time_ms"], rel=0.5)
+        assert row["peak_memory"] > 0
+        assert row["by"]["softmax_rows"] in ("c", "torch")
+
+
+def _refuse(*_: object) -> None:
+    raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+
+def test_what_there_is_no_time_for_is_named(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps.measure(("plan", "exact"), time.monotonic() - 1, (SMALL,))
+    assert capsys.readouterr().out.splitlines() == [
+        f"left out, for want of time: h64-v1k instruct, {arm}" for arm in ("exact", "plan")
+    ]
+    assert not measured.exists()
+
+
+def test_tables_are_ratios_of_rows(measured: Path) -> None:
+    row: dict[str, Any] = {"model": "llama-1b", "data": "full", "dtype": "bfloat16", "tokens": 2048}
+    row |= {"device": "NVIDIA H100", "torch": "2.11.0", "commit": "abc", "tokens_per_second": 9.0}
+    for arm, time_ms, peak, waits in (("PEFT", 40.0, 4, 9), ("limit of exact", 20.0, 2, 1), ("fast", 25.0, 3, 1)):
+        of = {"time_ms": time_ms, "p20_ms": time_ms, "p80_ms": time_ms, "peak_memory": peak << 30, "waits": waits}
+        rows.append(measured, row | {"arm": arm} | of)
+    rows.append(measured, row | {"arm": "Liger", "not_run": "liger_kernel is not installed"})
+    rows.append(measured, row | {"arm": "PEFT", "commit": "other", "not_run": "no"})
+    table, other = gpu_steps().split("\n\n| model")
+    assert "| llama-1b | full | fast | 25.0 | 25.0 to 25.0 | 9 | 1.60 |  | 75% | 3.0 | 0.75 |" in table
+    assert "| llama-1b | full | Liger | not run: liger_kernel is not installed |" in table
+    assert "NVIDIA H100, torch 2.11.0, commit abc." in table
+    assert "1.60" not in other
+    assert "| fast | 1 |" in gpu_waits()
 
 
 def test_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,11 +219,12 @@ def test_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
 
-    assert gpu.waits(call) == 1
+    assert steps.waits(call) == 1
     assert modes == ["warn", 0]
 
 
 def test_its_arms_and_cells_are_those_of_the_bench() -> None:
-    assert set(gpu.ARMS) | set(gpu.WATCHED) <= ARMS.keys()
-    assert "needs a CUDA device" in {not_runnable(arm) for arm in gpu.ARMS} or torch.cuda.is_available()
-    assert len({(cell.model, cell.data) for cell in gpu.CELLS}) == 6
+    assert set(steps.ARMS) - ARMS.keys() == {steps.INT8, steps.AGAIN}
+    assert [(cell.model, cell.data) for cell in steps.CELLS] == [
+        (f"llama-{size.lower()}", data) for size in MODELS for data in ("full", "instruct")
+    ]

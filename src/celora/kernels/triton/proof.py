@@ -7,7 +7,7 @@ kernels in turns with torch's operators, and keeps what was right and faster for
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -228,7 +228,7 @@ def judge(device: torch.device, size: int = 4096) -> judged.Verdict:
         if operation.startswith("pack"):
             tiles |= _fastest_tiles(torch.float8_e4m3fn if operation == "pack_floats" else torch.int8, device, size)
             judged.remember(device, judged.Verdict(tiles=tiles), lasting=False)  # what follows is timed with them
-        times = interleaved(contenders(operation, device, size), repeats=_REPEATS, device=device)
+        times = interleaved(contenders(operation, device, size, (size, size)), repeats=_REPEATS, device=device)
         if times["triton"]["time_ms"] < _FASTER * times["torch"]["time_ms"]:
             faster.add(operation)
     found = judged.Verdict(frozenset(faster), tiles, said)
@@ -236,10 +236,10 @@ def judge(device: torch.device, size: int = 4096) -> judged.Verdict:
     return found
 
 
-def wrong_somewhere(operation: str, device: torch.device) -> str:
-    """`wrong` at sizes from one row up, in every dtype, finite and not: the first that differs or fails, or ''."""
+def wrong_somewhere(operation: str, device: torch.device, dtypes: Sequence[torch.dtype] = judged.DTYPES) -> str:
+    """`wrong` at sizes from one row up, in these dtypes, finite and not: the first that differs or fails, or ''."""
     sizes = ((1, 16), (37, 112), (_ALL_TILES, 1040), (64, 4096))  # torch's own products want multiples of 16
-    cases = ((*size, dtype, finite) for size in sizes for dtype in judged.DTYPES for finite in (True, False))
+    cases = ((*size, dtype, finite) for size in sizes for dtype in dtypes for finite in (True, False))
     try:
         found = (
             wrong(operation, rows, columns, dtype, device, finite=finite) for rows, columns, dtype, finite in cases
@@ -266,26 +266,38 @@ def _fastest_tiles(dtype: torch.dtype, device: torch.device, size: int) -> dict[
     return found
 
 
-def contenders(operation: str, device: torch.device, size: int) -> dict[str, Callable[[], object]]:
-    """The same by Triton and by torch, in bfloat16, for `size` rows and columns."""
+def contenders(
+    operation: str, device: torch.device, tokens: int, shape: tuple[int, int]
+) -> dict[str, Callable[[], object]]:
+    """The same by Triton and by torch, in bfloat16, for a layer of `shape` (out, in) and the gradient of its output.
+
+    A weight multiplies every second row of the gradient: (tokens / 2, out) @ (out, in). One for both directions also
+    multiplies the input: (tokens, in) @ (in, out). The softmax is of (tokens, out), in place.
+    """
     generator = torch.Generator(device).manual_seed(0)  # the user's draws stay as they are
-    x = torch.randn(size, size, device=device, generator=generator).to(torch.bfloat16)
+
+    def drawn(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, device=device, generator=generator, dtype=torch.bfloat16)
+
+    g = drawn(tokens, shape[0])
     if not operation.startswith("pack"):
         named = {"triton": getattr(launches, operation), "torch": getattr(plain, operation)}
+        more: dict[str, Any] = {"offset": 0, "index": None} if operation == "quantise_rows" else {}
         if operation == "softmax_rows":
-            targets = torch.zeros(size, dtype=torch.int64, device=device)
-            return {name: functools.partial(_scores, run, x, targets, None, 0.0, 1.0) for name, run in named.items()}
-        more = {"offset": 0, "index": None} if operation == "quantise_rows" else {}
-        return {name: functools.partial(run, x, **more) for name, run in named.items()}
-    ours, torchs = _PACKED[operation]
-    scale = plain.row_scales(x)
-    weights = {"triton": ours(x, scale), "torch": torchs(x, scale)}
-    backward = {"index": torch.arange(0, size, 2, device=device), "position": None, "factors": None, "onto": None}
+            log_probs, entropy = (torch.empty(tokens, device=device) for _ in range(2))
+            more = {"targets": torch.zeros(tokens, dtype=torch.int64, device=device), "scale": 1.0, "cap": None}
+            more |= {"smoothing": 0.0, "log_probs": log_probs, "entropy": entropy, "write": True}
+            more |= {"top1": torch.empty(tokens, dtype=torch.bool, device=device)}
+        return {name: functools.partial(run, g, **more) for name, run in named.items()}
+    w, x, (ours, torchs) = drawn(*shape), drawn(tokens, shape[1]), _PACKED[operation]
+    scale = plain.row_scales(w if operation == "pack_both_ways" else w.t())
+    weights = {"triton": ours(w, scale), "torch": torchs(w, scale)}
+    backward = {"index": torch.arange(0, tokens, 2, device=device), "position": None, "factors": None, "onto": None}
 
     def both(weight: Any) -> Tensor:
         if isinstance(weight, BothWays):
             weight.multiply(weight.quantise(x), None)
-        found: Tensor = weight.rows(x, **backward)
+        found: Tensor = weight.rows(g, **backward)
         return found
 
     return {name: functools.partial(both, weight) for name, weight in weights.items()}

@@ -1,0 +1,153 @@
+"""Triton kernels and attention in one call on an NVIDIA GPU, compared with torch, then timed: for `benchmarks.gpu`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from itertools import accumulate
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks import rows
+from benchmarks.kernels.roofline import MODELS, Llama
+from celora.kernels import floats
+from celora.kernels.backends import torch_alone
+from celora.kernels.triton import judged, proof
+from celora.machine.timing import percentiles
+from celora.modeling import varlen
+from celora.modeling.attention import attention
+
+ROWS = Path(__file__).with_name("gpu.jsonl")
+TOKENS, REPEATS = 4096, 20
+ATTENTION = "attention of packed sequences"
+LENGTHS = (300, 1, 17, 128, 578)  # tokens of packed sequences
+_NOISE = 1e-5  # of float32: an error below is none
+_BUSY = 8192  # the product of two such squares keeps an H100 busy for 1.4 ms, while a call is queued
+
+Task = tuple[str, torch.dtype, torch.device]
+
+
+def operations(device: torch.device) -> list[str]:
+    """The operations that have a kernel for this device."""
+    return [name for name in proof.OPERATIONS if name != "pack_floats" or floats.has_floats(device)]
+
+
+def check(device: torch.device, map_: Callable[..., Any] = map) -> bool:
+    """Whether every kernel is right in every dtype; ends with status 2 where there is no GPU for them.
+
+    `map_`: of an executor, to compile in several processes.
+    """
+    if reason := judged.cannot_run(device):
+        print(f"{reason}; run this where there is one.", file=sys.stderr)
+        raise SystemExit(2)
+    tasks = [(name, dtype, device) for name in (ATTENTION, *operations(device)) for dtype in judged.DTYPES]
+    right = True
+    for (name, dtype, _), reason in zip(tasks, map_(_wrong, tasks), strict=True):
+        print(f"WRONG: {name} {dtype} {reason}" if reason else f"right: {name} {dtype}", flush=True)
+        right = right and not reason
+    return right
+
+
+@contextmanager
+def processes() -> Iterator[ProcessPoolExecutor]:
+    """As many new processes as there are processors, at most 16: each kernel takes a second to compile."""
+    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), get_context("spawn")) as pool:
+        yield pool
+
+
+def _wrong(task: Task) -> str:
+    name, dtype, device = task
+    if name == ATTENTION:
+        return wrong_attention(device, dtype)
+    with torch_alone():  # an earlier verdict must not make Triton its own reference
+        return proof.wrong_somewhere(name, device, (dtype,))
+
+
+def wrong_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """Which result of packed sequences in one call is wrong, or ''. A call each may be half as far from float64."""
+    torch.manual_seed(0)
+    tokens, module = sum(LENGTHS), nn.Identity().to(device)
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    given = [torch.randn(1, heads, tokens, 64).to(device, dtype).requires_grad_() for heads in (8, 4, 4)]
+    grad = torch.randn(1, tokens, 8, 64).to(device, dtype)
+    begins = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32, device=device)
+    mask = varlen.block_mask(begins, tokens, dtype) if varlen.available(device) else None
+    together = {"celora_lengths": LENGTHS, "cu_seq_lens_q": begins, "max_length_q": max(LENGTHS)}
+
+    def results(out: Tensor, tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+        return [t.detach().double().cpu() for t in (out, *torch.autograd.grad(out, tensors, grad))]
+
+    true = [t.detach().double().cpu().requires_grad_() for t in given]
+    found = zip(
+        results(attention(module, *given, mask, **together)[0], given, grad),  # type: ignore[arg-type]
+        results(_each(given), given, grad),
+        results(_each(true), true, grad.double().cpu()),
+        strict=True,
+    )
+    for name, (one, each, exact) in zip(("output", "query", "key", "value"), found, strict=True):
+        error, allowed = (float((t - exact).norm() / exact.norm()) for t in (one, each))
+        if not error <= max(2 * allowed, _NOISE):
+            return f"{name} has an error of {error:.2g}, a call each has {allowed:.2g}"
+    return ""
+
+
+def _each(tensors: Sequence[Tensor]) -> Tensor:
+    """torch's attention of each sequence: (1, tokens, heads, d)."""
+    pieces = zip(*(t.split(LENGTHS, dim=2) for t in tensors), strict=True)
+    found = [scaled_dot_product_attention(*piece, is_causal=True, enable_gqa=True) for piece in pieces]
+    return torch.cat(found, dim=2).transpose(1, 2)
+
+
+def time_kernels(
+    device: torch.device, models: Mapping[str, Llama] = MODELS, tokens: int = TOKENS
+) -> Iterator[dict[str, Any]]:
+    """A row for each operation and model, for `up_proj` or the head: Triton, torch and, of products, bfloat16."""
+    known = judged.verdict(device)
+    for model, shape in models.items():
+        for operation in operations(device):
+            weight = shape.words if operation == "softmax_rows" else shape.intermediate, shape.hidden
+            with torch_alone():  # contender `torch` asks the table for the passes around its product
+                calls = proof.contenders(operation, device, tokens, weight)
+                if operation.startswith("pack"):
+                    calls["bfloat16"] = _in_bfloat16(operation, device, tokens, weight)
+                times = queued(calls, device)
+            used = known is not None and operation in known.operations
+            row = {"operation": operation, "model": model, "tokens": tokens, "out": weight[0], "in": weight[1]}
+            yield row | {"used": used, "times": times} | rows.conditions()
+
+
+def _in_bfloat16(operation: str, device: torch.device, tokens: int, weight: tuple[int, int]) -> Callable[[], object]:
+    """torch's products of as many rows as the contenders of this operation multiply."""
+    g, x = (torch.randn(tokens, size, device=device, dtype=torch.bfloat16) for size in weight)
+    w = torch.randn(weight, device=device, dtype=torch.bfloat16)
+    if operation == "pack_both_ways":
+        return lambda: (x @ w.t(), g[::2] @ w)
+    return lambda: g[::2] @ w
+
+
+def queued(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, dict[str, float]]:
+    """Milliseconds of the GPU alone, in turns: name -> median and 20/80th percentile.
+
+    The GPU has other work until all of a call is queued, so that no launch is waited for. Two rounds warm up.
+    """
+    square = torch.ones(_BUSY, _BUSY, device=device, dtype=torch.bfloat16)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(REPEATS + 2):
+        for name, call in calls.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            square @ square
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            if turn >= 2:
+                samples[name].append(begin.elapsed_time(end))
+    return {name: percentiles(taken) for name, taken in samples.items()}

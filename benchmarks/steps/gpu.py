@@ -1,0 +1,155 @@
+"""Whole training steps on an NVIDIA GPU, at the shapes of Llama 1B, 3B and 8B. Run by `benchmarks.gpu`.
+
+Arms are measured one after the other, each with a model of its own that is gone before the next one is made. So the
+peak is the arm's, and an arm that fails costs no other's row. `PEFT, again` shows how far times move meanwhile.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import celora
+from benchmarks import rows
+from celora.kernels.backends import chosen
+from celora.machine.memory import forget_peak, peak_memory
+from celora.machine.timing import percentiles
+from celora.studies.bench import not_runnable
+from celora.studies.cells import LLAMAS, Batch, Cell, make_batches, make_model
+from celora.studies.step import PATCHING, Step, make_step
+
+ROWS = Path(__file__).with_name("gpu.jsonl")
+FIELDS = ("model", "data", "dtype", "tokens", "arm")
+CELLS = tuple(Cell(model, data, tokens=2048) for model in LLAMAS for data in ("full", "instruct"))
+INT8, AGAIN = "fast, int8 base", "PEFT, again"
+ARMS = {
+    "PEFT": "Trainer around a PEFT model, bf16 autocast, no checkpointing",
+    "exact": "celora's preset exact",
+    "fast": "celora's preset fast: 8 bits in both directions, beside the base",
+    INT8: "the same on a base in int8, which is the only copy",
+    "limit of exact": "preset exact with a free grad_input of the adapted layers (zeros: does not train)",
+    "Liger": "PEFT with Liger's kernels",
+    "plan": "preset auto with a plan made here",
+    "Unsloth": "Unsloth's own LoRA",
+    AGAIN: "PEFT once more, at the end",
+}
+REPEATS = 12
+
+
+def measure(arms: Iterable[str], deadline: float, cells: Iterable[Cell] = CELLS) -> None:
+    """Write a row for each arm of each cell, none begun after `deadline` (of `time.monotonic`); those are named.
+
+    Arms are in the order of `ARMS`: cell by cell those that need neither a plan nor a process of their own.
+    """
+    cells, arms = tuple(cells), [arm for arm in ARMS if arm in set(arms)]
+    first = [arm for arm in arms if arm not in (*PATCHING, "plan", AGAIN)]
+    _measure([(cell, arm) for cell in cells for arm in first], deadline)
+    for arm in (arm for arm in arms if arm not in first):
+        jobs = [(cell, arm) for cell in cells]
+        if arm in PATCHING and not not_runnable(arm):  # they change Transformers for the whole process
+            process = get_context("spawn").Process(target=_measure, args=(jobs, deadline))
+            process.start()
+            process.join()
+            if process.exitcode:
+                print(f"{arm}: its process ended with status {process.exitcode}", flush=True)
+        else:
+            _measure(jobs, deadline)
+
+
+def _measure(jobs: Iterable[tuple[Cell, str]], deadline: float) -> None:
+    for cell, arm in jobs:
+        if time.monotonic() > deadline:
+            print(f"left out, for want of time: {cell.model} {cell.data}, {arm}", flush=True)
+            continue
+        row = row_of(cell, arm)
+        rows.replace(ROWS, [row], FIELDS)
+        said = row["not_run"] if "not_run" in row else f"{row['time_ms']:.1f} ms, {row['peak_memory'] / 2**30:.1f} GiB"
+        print(f"{cell.model} {cell.data}, {arm}: {said}", flush=True)
+
+
+def row_of(cell: Cell, arm: str) -> dict[str, Any]:
+    """What the steps of an arm take, or why it did not run."""
+    row = asdict(cell) | {"arm": arm} | rows.conditions(arm)
+    if reason := not_runnable(arm):
+        return row | {"not_run": reason}
+    try:
+        return row | steps_of(cell, arm)
+    except Exception as error:  # out of memory, or another package's own: the other arms go on
+        first = (str(error).strip().splitlines() or [""])[0]
+        return row | {"not_run": f"{type(error).__name__}: {first}"[:200]}
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def steps_of(cell: Cell, arm: str) -> dict[str, Any]:
+    """Times of whole steps and of their parts, peak memory, and how often a step waits for the GPU.
+
+    The peak is what torch allocates at most in these steps, the model and the optimizer included.
+    """
+    batches, begun = make_batches(cell), time.monotonic()
+    before, on_gpu = torch.cuda.memory_allocated(), torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as folder:
+        step = _step(cell, arm, batches, Path(folder))
+        step.settle(batches)
+        for batch in batches:
+            step(batch)
+        prepared = time.monotonic() - begun
+        device = step.model.device
+        forget_peak(device)
+        used = list(itertools.islice(itertools.cycle(batches), REPEATS))
+        parts = [step(batch) for batch in used]
+        peak = peak_memory(device)
+        there = {name: value.to(device) for name, value in batches[0].items()}
+        waited = waits(functools.partial(step, there)) if on_gpu else None
+    forward, backward, optimizer = (percentiles(list(times))["time_ms"] for times in zip(*parts, strict=True))
+    whole = [sum(times) for times in parts]
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in used)
+    return percentiles(whole) | {
+        "forward_ms": forward,
+        "backward_ms": backward,
+        "optimizer_ms": optimizer,
+        "tokens_per_second": round(1e3 * tokens / sum(whole), 1),
+        "peak_memory": None if peak is None else peak - before,
+        "waits": waited,
+        "prepared_s": round(prepared, 1),
+        "by": chosen(getattr(torch, cell.dtype), device),
+    }
+
+
+def _step(cell: Cell, arm: str, batches: list[Batch], folder: Path) -> Step:
+    if arm == INT8:
+        return Step(quantised(cell), folder)
+    return make_step(cell, "PEFT" if arm == AGAIN else arm, batches, folder / "plan.json", {})
+
+
+def quantised(cell: Cell) -> Any:
+    """The cell's model, its base in int8, with preset `fast`."""
+    model = make_model(cell)
+    celora.quantise_base(model)
+    celora.attach(model.train(), "fast")
+    return model
+
+
+def waits(call: Callable[[], object]) -> int:
+    """How often `call` waits for the GPU, as torch notices it."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return sum("synchroniz" in str(warning.message) for warning in said)
