@@ -1,8 +1,8 @@
 """Training steps on a device that is not there, with fake tensors: they have shapes, dtypes, strides and a device.
 
 They have no numbers. The device is of the kind that torch keeps for backends written in Python. An operator that gets
-tensors of two devices raises. What a step reads gets an answer. All of this changes the process, so it needs one of its
-own.
+tensors of two devices raises. What a step reads gets an answer, and what it copies from one device to another is noted.
+All of this changes the process, so it needs one of its own.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import celora
 from celora.kernels import plain
+from celora.machine import device
 from celora.modeling import varlen
 from celora.modeling.call import Known
 from celora.modeling.model_graft import ModelGraft
@@ -34,6 +36,8 @@ NOTHING = Known((), frozenset())
 
 def take_steps(preset: str, dtype: torch.dtype, one_call: bool) -> None:
     """Take steps of a preset, and check each gradient. The last step, without a refresh, must read one thing.
+
+    It must copy nothing from one device to another. The device has float64, as CUDA has.
 
     Args:
         dtype: of the base.
@@ -57,15 +61,32 @@ def take_steps(preset: str, dtype: torch.dtype, one_call: bool) -> None:
         given = {name: mode.from_tensor(t).to(DEVICE) for name, t in batch.items()}
         for _ in range(STEPS):
             read.clear()
-            loss = model(**given).loss
-            assert loss.device.type == DEVICE
-            loss.backward()
-            for p in model.parameters():
-                assert (p.grad is not None) == p.requires_grad
-                assert p.grad is None or (p.grad.device, p.grad.dtype, p.grad.shape) == (p.device, p.dtype, p.shape)
-            optimizer.step()
-            optimizer.zero_grad()
+            with Copies(read):
+                loss = model(**given).loss
+                assert loss.device.type == DEVICE
+                loss.backward()
+                for p in model.parameters():
+                    assert (p.grad is not None) == p.requires_grad
+                    assert p.grad is None or (p.grad.device, p.grad.dtype, p.grad.shape) == (p.device, p.dtype, p.shape)
+                optimizer.step()
+                optimizer.zero_grad()
     assert read == ["tolist"]
+
+
+class Copies(TorchDispatchMode):
+    """Notes in `read` what is copied from one kind of device to another, backward included."""
+
+    def __init__(self, read: list[str]) -> None:
+        super().__init__()
+        self.read = read
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            source = args[0] if func.overloadpacket is torch.ops.aten._to_copy else args[1]
+            if source.device.type != found.device.type:
+                self.read.append(f"copy from {source.device.type} to {found.device.type}")
+        return found
 
 
 def _answer(read: list[str], mode: FakeTensorMode, operator: Any, asked: Tensor, *_: Any) -> float:
@@ -105,9 +126,15 @@ def _pretend(patch: pytest.MonkeyPatch, *, one_call: bool) -> None:
     patch_all(patch, "celora.modeling.graft:in_dispatch_mode", lambda: False)
     patch_all(patch, "celora.modeling.fused:_FEWEST_TOKENS", 0)
     patch.setattr(plain, "why_no_integers", lambda device: "")
+    patch.setattr(device, "_EXACT", device._EXACT | {DEVICE})
+    patch_all(patch, "celora.numerics.sampling:uniform", _drawn)  # there is no generator for such a device
     if one_call:
         patch.setattr(varlen, "available", lambda device: device.type == DEVICE)
         patch_all(patch, "celora.modeling.attention:_say_one_by_one", _refuse)
+
+
+def _drawn(seed: int, draw: int, where: torch.device) -> Tensor:
+    return torch.empty((), dtype=torch.float64, device=where)
 
 
 def _refuse(kind: str) -> None:

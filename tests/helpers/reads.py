@@ -16,7 +16,8 @@ class Reads(TorchFunctionMode):
 
     WAIT = frozenset(
         {"tolist", "item", "nonzero", "argwhere", "__bool__", "__int__", "__float__", "__index__", "is_nonzero",
-         "numpy", "cpu", "__contains__", "unique", "masked_select", "equal", "allclose", "tensor", "as_tensor"}
+         "numpy", "cpu", "__contains__", "unique", "masked_select", "equal", "allclose", "tensor", "as_tensor",
+         "new_tensor", "bincount"}
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -27,7 +28,9 @@ class Reads(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         indices = tree_leaves(args[1:2]) if name in ("__getitem__", "__setitem__") else []
         mask = any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
-        if name in self.WAIT or mask or (indices and isinstance(args[1], list)):
+        repeats = [*args[:2], *(kwargs or {}).values()] if name == "repeat_interleave" else []
+        counted = sum(isinstance(given, Tensor) for given in repeats) == 2 and "output_size" not in (kwargs or {})
+        if name in self.WAIT or mask or counted or (indices and isinstance(args[1], list)):
             self.seen.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -35,12 +38,15 @@ class Reads(TorchFunctionMode):
 class Waits(TorchDispatchMode):
     """Records operators that would wait, also when other code calls them, backward included."""
 
+    WAIT = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "bincount", "_unique2")
+
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__.partition(".")[0]
-        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"):
+        counts = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name in self.WAIT or counts:
             self.seen.append(name)
         return func(*args, **(kwargs or {}))

@@ -61,12 +61,32 @@ def test_a_steady_step_reads_one_thing(preset: str) -> None:
     assert waits.seen == []
 
 
-@pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x[x > 0]])
+ONES = torch.ones(3, dtype=torch.int64)
+READS = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.any()),
+    "mask": lambda x: x[x > 0],
+    "new_tensor": lambda x: x.new_tensor([1.0]),
+    "bincount": lambda x: x.bincount(),
+    "repeat_interleave": lambda x: x.repeat_interleave(ONES),
+    "repeats": lambda x: x.repeat_interleave(repeats=ONES),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_a_read_is_noticed(read: Any) -> None:
     reads = Reads()
     with reads:
-        read(torch.ones(3))
+        read(ONES)
     assert reads.seen
+
+
+def test_what_waits_for_nothing_is_not_noticed() -> None:
+    reads, waits = Reads(), Waits()
+    with waits, reads:
+        ONES.repeat_interleave(2)
+        ONES.repeat_interleave(ONES, output_size=3)
+    assert reads.seen == waits.seen == []
 
 
 def test_a_read_in_backward_is_noticed() -> None:
@@ -75,3 +95,10 @@ def test_a_read_in_backward_is_noticed() -> None:
     with waits:
         x.sum().backward()
     assert waits.seen == ["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("name", ["bincount", "repeat_interleave"])
+def test_an_operator_that_counts_waits(name: str) -> None:
+    with (waits := Waits()):
+        READS[name](ONES)
+    assert waits.seen == [name]
