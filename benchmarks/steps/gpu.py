@@ -6,6 +6,7 @@ peak is the arm's, and an arm that fails costs no other's row. `PEFT, again` sho
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -90,7 +91,8 @@ def row_of(cell: Cell, arm: str) -> dict[str, Any]:
         return row | {"not_run": f"{type(error).__name__}: {first}"[:200]}
     finally:
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # a GPU that failed for good refuses: then every row says so
+            torch.cuda.empty_cache()
 
 
 def steps_of(cell: Cell, arm: str) -> dict[str, Any]:

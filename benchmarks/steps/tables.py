@@ -194,6 +194,7 @@ def _gpu_steps(found: list[dict[str, Any]]) -> str:
     return rows.markdown([*header, "share of the limit", "peak, GiB", "over PEFT's"], body) + (
         f"\n\nMedians of {gpu.REPEATS} steps, arms one after the other. {found[0]['dtype']} base, float32 adapters "
         f"(r = 16 on all linear layers), at most {found[0]['tokens']:,} tokens. {arms} "
+        "Peak: what torch allocates at most, model and optimizer included. "
         f"{told(row['model'] for row in found)} {rows.on_gpu(found[0])}."
     )
 

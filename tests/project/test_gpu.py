@@ -80,6 +80,11 @@ def test_a_kernel_that_is_wrong_is_found_against_torch_alone(
     assert len(said) == 3 * len(proof.OPERATIONS)  # attention takes the place of 8-bit floats
     card.setattr(proof, "wrong_somewhere", lambda *_: "")
     assert kernels.check(CPU) is True
+    capsys.readouterr()
+    card.setattr(kernels, "wrong_attention", _refuse)
+    assert kernels.check(CPU) is False
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"WRONG: {kernels.ATTENTION} torch.float32 failed: RuntimeError: CUDA out of memory."
 
 
 def test_a_wrong_kernel_ends_it_before_anything_is_measured(card: pytest.MonkeyPatch) -> None:
