@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import celora
 from celora.kernels import plain
 from celora.modeling.eight_bit import own_bytes
 from celora.modeling.survey import survey
+from celora.modeling.trial import trained_forward
 from celora.planning import fastest
 from celora.runtime.attachment import require
 from celora.settings.presets import PRESETS
@@ -145,6 +146,22 @@ def test_evaluation_copies_detaching_and_saving(kind: str, tmp_path: Path) -> No
     assert not trained.equal(logits(model))  # the 8-bit forward was in use
     torch.testing.assert_close(trained, logits(model), rtol=0.1, atol=0.1)
     assert not plain_logits.equal(logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("kind", OTHERS)
+def test_compiled_it_computes_the_same(kind: str) -> None:
+    layer = make_layer(kind)
+    model: Any = nn.Sequential(layer)
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "bitsandbytes 8-bit", False
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)).train()
+    celora.attach(model, BOTH)
+    require(model).set_modes(1)
+    x = torch.randn(32, 128)
+    torch._dynamo.reset()
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-5)
+    assert not trained_forward(layer, x).equal(layer(x))  # the 8-bit forward was in use
 
 
 @pytest.mark.parametrize("kind", OTHERS)
