@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -250,6 +250,22 @@ def test_merging_and_restoring_give_the_original_weights(tmp_path: Path) -> None
     assert all(type(m) is not Int8Linear for m in untouched.modules())
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(p.equal(dict(again.named_parameters())[name]) for name, p in untouched.named_parameters())
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_an_adapter_that_merges_in_place_is_merged(safe: bool, tmp_path: Path) -> None:
+    """OFT writes into the weight that it has read."""
+    make_base().save_pretrained(tmp_path)
+    merged = []
+    for in_8_bits in (False, True):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path)
+        if in_8_bits:
+            celora.quantise_base(base)
+        torch.manual_seed(0)
+        model = get_peft_model(base, OFTConfig(oft_block_size=4, target_modules=["q_proj"], init_weights=False))
+        merged.append(model.merge_and_unload(safe_merge=safe).get_submodule("model.layers.0.self_attn.q_proj"))
+    assert type(merged[1]) is nn.Linear
+    assert merged[1].weight.equal(merged[0].weight)
 
 
 def test_a_base_that_was_made_here_is_neither_merged_nor_restored() -> None:

@@ -24,7 +24,7 @@ from celora.kernels.plain import IntegersBothWays, row_scales
 from celora.weights.checkpoint import Origin
 from celora.weights.stored import StoredWeight
 
-_OWN = ("W_q", "scale", "dtype", "layout", "origin", "on_original", "merging")
+_OWN = ("W_q", "scale", "dtype", "layout", "origin", "on_original")
 
 
 def quantised(weight: Tensor, scale: Tensor | None = None) -> BothWays:
@@ -44,7 +44,6 @@ class Int8Linear(nn.Linear):
         layout: the class that multiplies with the bytes.
         origin: where the weight came from, or None.
         on_original: whether to compute with the original weight, read again in each forward.
-        merging: whether the original weight was read to merge an adapter into it.
     """
 
     W_q: nn.Parameter
@@ -58,7 +57,7 @@ class Int8Linear(nn.Linear):
         self.register_parameter("bias", bias)
         self.dtype, self.layout = dtype, type(packed)
         self.origin: Origin | None = None
-        self.on_original = self.merging = False
+        self.on_original = False
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Int8Linear:
@@ -183,7 +182,7 @@ class _Weight(StoredWeight):
 
     @property
     def data(self) -> Tensor:
-        """The original weight, for PEFT to merge an adapter into."""
+        """The original weight, for PEFT to merge an adapter into. From now on the layer has it."""
         try:
             original = self.layer.original()
         except CELoraError as error:
@@ -191,17 +190,18 @@ class _Weight(StoredWeight):
                 f"an adapter cannot be merged into a base in 8 bits: {error}; load the model in its own "
                 "dtype, put the saved adapter onto it (PeftModel.from_pretrained), and merge there."
             ) from None
-        self.layer.merging = True
-        return original
+        self.layer.replace(original)
+        return self.layer.weight.data  # type: ignore[no-any-return]
 
     @data.setter
     def data(self, merged: Tensor) -> None:
-        if not self.layer.merging:  # no adapter is merged into a weight that was not read
+        layer: Any = self.layer  # reading the original weight made it an nn.Linear
+        if isinstance(layer, Int8Linear):  # no adapter is merged into a weight that was not read
             raise CELoraError(
                 "PiSSA, OLoRA, CorDA, LoftQ and KaSA change base weights, and one in 8 bits would silently become a "
                 "float weight; call get_peft_model first, and celora.quantise_base(model) after it, or use plain LoRA."
             )
-        self.layer.replace(merged)
+        layer.weight.data = merged
 
 
 class _Linear(torch.autograd.Function):
