@@ -103,10 +103,11 @@ def attach(
         model.__dict__[ATTRIBUTE] = attachment
         if not attachment.grafts and (report.skipped or _patterns(config)):
             warnings.warn("celora: no layer can be estimated. Print the report for the reasons.", stacklevel=2)
+    estimates = bool(report.estimated) or not exact_head
     estimators = [estimator for _, estimator in assigned.values() if estimator is not None]
     slow = {estimator.product.slow(estimator.device) for estimator in estimators} - {""}
     notes = (
-        *whole_model_notes(found, config, known.values(), compact=attachment.switch.compact),
+        *whole_model_notes(found, config, known.values(), estimates=estimates, compact=attachment.switch.compact),
         *advice(found, config),
         *(f"Dense layers are faster here: {reason}." for reason in sorted(slow)),
     )

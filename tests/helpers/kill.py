@@ -45,7 +45,7 @@ MODES: dict[str, list[str]] = {
                     '{"estimator": "tokens", "selection": "sampled", "rank": 0, "refresh_every": 3}'],
     "checkpointed": ["--max_steps", "5", "--save_steps", "1", "--save_total_limit", "1",
                      "--per_device_train_batch_size", "4", "--gradient_checkpointing", "true", "--preset", "paper"],
-    # Measurements in the first steps make some layers exact, and let others keep less.
+    # Measurements in the first steps make some layers exact.
     "auto": ["--max_steps", "6", "--save_steps", "2", "--per_device_train_batch_size", "4", "--preset", "auto",
              "--celora", '{"most_error": 0.01, "refresh_every": 4, "head_keep_ratio": 0.3, "overrides": {"*_proj": '
              '{"estimator": "tokens", "selection": "energy", "keep_ratio": 0.9997, "precision": "native"}}}'],

@@ -1,4 +1,4 @@
-"""The advice of a report."""
+"""The notes of a report: what refreshes measure, and advice."""
 
 from __future__ import annotations
 
@@ -8,9 +8,20 @@ import pytest
 import torch
 
 import celora
+from celora.settings.config import CELoraConfig
 from celora.settings.presets import PRESETS
 from patching import patch_all
 from small import make_model
+
+
+def test_refreshes_measure_only_what_is_estimated() -> None:
+    said = "Refreshes measure each estimate's relative error: beyond 0.05 it keeps more or becomes exact."
+    nothing = CELoraConfig(estimator="dense", labelled_head=True, most_error=0.05)
+    of_the_head = dataclasses.replace(nothing, head_keep_ratio=0.5)
+    of_layers = dataclasses.replace(nothing, overrides={"up_proj": {"estimator": "tokens", "keep_ratio": 0.5}})
+    for config, told in ((nothing, False), (of_the_head, True), (of_layers, True)):
+        assert (said in celora.attach(make_model(), config).notes) == told
+    assert said not in celora.attach(make_model(), dataclasses.replace(of_layers, most_error=None)).notes
 
 
 @pytest.mark.parametrize("emulated", [False, True])

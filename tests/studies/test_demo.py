@@ -11,6 +11,8 @@ import pytest
 from rich.console import Console
 
 from celora.errors import CELoraError
+from celora.settings.config import CELoraConfig
+from celora.settings.presets import RULE
 from celora.studies import demo
 from celora.studies.assets import Review
 from celora.studies.demo import DemoRow, result_table, run_demo, summary
@@ -68,7 +70,7 @@ def test_three_contenders_train_on_the_same_rows_and_leave_a_report(small: Path)
     assert text.index("Training CE-LoRA as published (paper), seed 0") < text.index("Training celora's default (auto)")
     # arms take turns
     assert text.index("Training celora's default (auto), seed 1") < text.index("Training LoRA, seed 1")
-    assert "Refreshes measure each layer's relative error" in text  # the default preset does that
+    assert CELoraConfig.load(small / "auto-seed0").most_error == RULE["most_error"]  # the default preset's rule
     console = Console(file=io.StringIO(), width=120)
     # runs that exist are taken over
     run_demo(small, seeds=1, steps=2, batch_size=2, held_out=4, console=console, quiet=True)

@@ -1,10 +1,9 @@
-"""How refreshes adjust the rule of preset `auto`: a layer with a large error keeps more, one with a small error less.
+"""How refreshes adjust the rule of preset `auto`: a layer with a large error keeps more, or becomes exact.
 
-The shares that a layer may keep form a ladder. A refresh measures the layer's relative error e. If e is above
-`most_error`, the layer goes up one rung, and from the last rung to exact. If e is below a fifth of `most_error`, it
-goes down one rung, unless it has ever gone up. With a share s of the squared norm and a rounding error r, `e^2 = r^2 +
-1 - s` approximately. So a layer that goes down stays below `most_error`. Processes that train together make the same
-moves, by the largest error of any of them. Source: ours.
+The shares that a layer may keep form a ladder. A refresh measures the layer's relative error. If the error is above
+`most_error`, the layer goes up one rung, and from the last rung to exact. No layer goes down: keeping less would save
+little and cost learning (docs/develop/log/plans.md). Processes that train together make the same moves, by the largest
+error of any of them. Source: ours.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from celora.errors import CELoraError
 from celora.settings.names import HEAD
 from celora.settings.presets import RULE
 
-SHARES: tuple[float, ...] = (0.999, RULE["keep_ratio"])  # shares of the squared norm of a layer's gradient
+# Shares of the squared norm of a layer's gradient. Earlier versions moved layers down to 0.999.
+SHARES: tuple[float, ...] = (0.999, RULE["keep_ratio"])
 WORDS: tuple[float, ...] = (RULE["head_keep_ratio"], 0.3)  # shares of the vocabulary
 EXACT = 1.0
-_FAR_BELOW = 0.2  # of `most_error`
 
 
 @dataclass(frozen=True)
@@ -60,16 +59,13 @@ class Ladder:
     def move(self, layer: str, kept: float, error: float, step: int) -> float:
         """The share that the layer keeps from `step` on, after the share `kept` had the relative error `error`."""
         rungs = (*(WORDS if layer == HEAD else SHARES), EXACT)
-        if self.most_error is None or kept not in rungs[:-1]:  # the user set it
+        if (
+            self.most_error is None or kept not in rungs[:-1] or not error > self.most_error
+        ):  # another share is the user's
             return kept
-        rung, raised = rungs.index(kept), any(m.layer == layer and m.keeps > m.kept for m in self.moves)
-        if error > self.most_error:
-            rung += 1
-        elif error < _FAR_BELOW * self.most_error and not raised:
-            rung = max(0, rung - 1)
-        if rungs[rung] != kept:
-            self.moves.append(Move(step, layer, kept, rungs[rung], error))
-        return rungs[rung]
+        keeps = rungs[rungs.index(kept) + 1]
+        self.moves.append(Move(step, layer, kept, keeps, error))
+        return keeps
 
     def keeps(self, layer: str, else_: float) -> float:
         """The share that the layer keeps after its latest move; `else_` if it never moved."""

@@ -16,12 +16,18 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def whole_model_notes(
-    found: Survey, config: CELoraConfig, known: Collection[type[OwnForward]], *, compact: bool = False
+    found: Survey,
+    config: CELoraConfig,
+    known: Collection[type[OwnForward]],
+    *,
+    estimates: bool = True,
+    compact: bool = False,
 ) -> list[str]:
     """What celora does to the model besides estimates, and why it leaves something out.
 
     Args:
         known: the class of each module that is computed in one pass.
+        estimates: whether the backward of any layer, or of the head, is estimated.
         compact: whether these save activations for backward in fewer bits.
     """
     notes = []
@@ -51,10 +57,10 @@ def whole_model_notes(
         notes.append(
             f"{exact} of {len(found.layers)} layers are exact, by a plan or because no estimate was clearly faster."
         )
-    if config.most_error is not None:
+    if estimates and config.most_error is not None:
         notes.append(
-            f"Refreshes measure each layer's relative error: beyond {config.most_error:g} it keeps more or becomes "
-            "exact, far below it keeps less."
+            f"Refreshes measure each estimate's relative error: beyond {config.most_error:g} it keeps more or becomes "
+            "exact."
         )
     return notes
 

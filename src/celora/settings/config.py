@@ -55,9 +55,8 @@ class CELoraConfig(LayerConfig):
         spread: let layers refresh in turns instead of all at once, so that the cost is spread over steps.
         target_error: move each layer's `keep_ratio`, so that its relative error at refreshes stays near this value
             (`celora.runtime.target_error`).
-        most_error: the largest relative error at a refresh. A layer above it keeps more, or becomes exact; a layer far
-            below it keeps less (`celora.runtime.ladder`; preset `auto`). celora then also measures each layer once
-            within the first steps.
+        most_error: the largest relative error at a refresh. A layer above it keeps more, or becomes exact
+            (`celora.runtime.ladder`; preset `auto`). celora then also measures each layer once within the first steps.
         overrides: glob on a layer's dotted name (or on its end: `"layers.3.mlp.up_proj"`) -> the fields it changes.
             `"=NAME"` is the layer of that whole name alone. Later entries win over earlier ones.
         synchronise: make all processes that train together select the same, by the gradients of all of them. It takes
