@@ -112,6 +112,8 @@ def test_resume_of_a_finished_run_writes_what_is_missing(finished, tmp_path):
         assert (status, f"is finished, and {name} is written again" in text) == ("finished", True)
         assert (output / name).is_file()
         assert all(torch.equal(before[key], value) for key, value in adapter(output).items())
+    errors = json.loads((output / "run.json").read_text())["errors"]
+    assert errors == record["errors"] != {}  # what refreshes measured is in the checkpoint, too
     for checkpoint in output.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     (output / "README.md").unlink()

@@ -56,7 +56,7 @@ CASES = [
     {"mode": ALWAYS, "moments": A_JOB},
     # The first is killed after its part of a checkpoint, the second before its part. Each selects by its own tokens.
     {"mode": "two", "moments": [["event", 0.75, 0], ["event", 0.5, 1]]},
-    {"mode": "two", "moments": [["locked", 0], ["full", 0.7, 0], ["full", 0.1, 1]]},
+    {"mode": "two auto", "moments": [["locked", 0], ["full", 0.7, 0], ["full", 0.1, 1]]},
 ]
 
 
@@ -75,6 +75,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 def test_killed_at_seeded_moments(results):
     *each, always = same(results[: len(EACH_MODE) + 1])
     assert [one["kills"] for one in each] == [1, 2] * len(ALONE)
+    assert {one["mode"] for one in each if one["moves"]} == {"auto"}
     assert (always["kills"], always["left"][0]) == (len(A_JOB), [])
     assert "adapter_model.safetensors" in always["left"][-1]
     assert "report.html" not in always["left"][-1]
@@ -114,7 +115,8 @@ def test_one_of_two_killed_at_seeded_moments(results):
     kept="the last whole checkpoint; once there is room, `--resume` ends with bit-identical parameters",
 )
 def test_what_stops_one_of_two_stops_both(results):
-    assert same(results[-1:])[0]["ended"] == [2, 2, 2]
+    (stopped,) = same(results[-1:])
+    assert (stopped["ended"], stopped["moves"] > 0) == ([2, 2, 2], True)
 
 
 @pytest.mark.slow
@@ -122,7 +124,7 @@ def test_one_of_two_killed_at_many_random_moments(tmp_path):
     random_ = random.Random(24)
     cases = [
         {
-            "mode": TOGETHER[i % 2],
+            "mode": TOGETHER[i % len(TOGETHER)],
             "moments": [
                 [("event", "time", "full")[i // 4 % 3], random_.random(), (i // 2 + j) % 2]
                 for j in range(1 + i % 3 // 2)

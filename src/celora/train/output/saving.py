@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerState
 from celora.borrowed import borrow
 from celora.errors import CELoraError, Diverged
 from celora.files import clear, sync
+from celora.runtime.state import STATE_NAME, load_state
 from celora.train.output.card import CARD, Card, is_own
 from celora.train.output.folder import SAVING, OutputFolder
 from celora.train.output.manifest import seal
@@ -130,7 +131,7 @@ def save_adapter(trainer: Any, output: Path) -> None:
 
 
 def take_over(trainer: Any, checkpoint: Path) -> None:
-    """Load the checkpoint of the last step. The run was stopped after that step and before its end.
+    """Load the checkpoint of the last step, and celora's state. The run was stopped between that step and its end.
 
     Raises:
         CELoraError: this version of transformers has no method for it.
@@ -144,6 +145,8 @@ def take_over(trainer: Any, checkpoint: Path) -> None:
             "another; give a larger --max_steps"
         )
     load(trainer, str(checkpoint))
+    if (checkpoint / STATE_NAME).is_file():  # what refreshes measured and moved, for the run's record
+        load_state(trainer.model, checkpoint)
     if wanted:
         trainer._load_best_model()
 
