@@ -195,8 +195,8 @@ def time_steps(tasks: list[str], arms: list[str], repeats: int) -> None:
                 scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 asked = request(task, arm, scratch)
                 trainer, _ = stack.enter_context(prepared(asked, BATCH, None))
-                config, _ = choose(asked, trainer, Console(stderr=True, quiet=True), begun=False)
-                celora.attach(trainer.model, config)
+                chosen = choose(asked, trainer, Console(stderr=True, quiet=True), begun=False)
+                celora.attach(trainer.model, chosen.config)
                 trainer.create_optimizer()
                 batches = [dict(batch) for batch in trainer.get_train_dataloader()][:6]
                 contenders[arm] = functools.partial(_steps, trainer, batches)

@@ -136,7 +136,7 @@ def _settled(
     if name in ("auto", "fast"):
         from celora.planning.fastest import gate
 
-        config = gate(found, by_rule(config, changes) if name == "auto" else config, given=changes)
+        config = gate(found, by_rule(config, changes) if name == "auto" else config, given=changes).config
     if gathers(model) and not same_in_all(config.to_dict()):
         raise CELoraError(
             "the processes attach different configurations, and would wait for each other for ever; a plan has to be "

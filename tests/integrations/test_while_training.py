@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import celora
 from celora import CELoraConfig, CELoraError
 from celora.integrations.while_training import AttachWhileTraining, in_one_line, read_settings
+from celora.planning.fastest import Gated
 from celora.runtime.attachment import find, require
 from patching import patch_all
 from small import adapter, make_base, make_batch, make_model
@@ -115,8 +116,8 @@ def test_where_timing_decides_otherwise_a_resumed_training_goes_on_as_it_began(
     """As on another machine. Settings that a user has changed since are refused."""
     trainer(tmp_path, AttachWhileTraining("auto"), save_steps=2).train()
 
-    def other(found: Any, config: CELoraConfig, **_: Any) -> CELoraConfig:
-        return dataclasses.replace(config, overrides={"*": {"estimator": "dense"}}, head_keep_ratio=1.0)
+    def other(found: Any, config: CELoraConfig, **_: Any) -> Gated:
+        return Gated(dataclasses.replace(config, overrides={"*": {"estimator": "dense"}}, head_keep_ratio=1.0))
 
     patch_all(monkeypatch, "celora.planning.fastest:gate", other)
     resumed = trainer(tmp_path, AttachWhileTraining({"preset": "auto", **changes}), max_steps=6)

@@ -68,11 +68,27 @@ def times(monkeypatch: pytest.MonkeyPatch, *milliseconds: float) -> list[int]:
 def test_the_fastest_wins(took: tuple[float, ...], setting: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     seen = times(monkeypatch, *took)
-    config = gate(survey(model), FAST)
+    config = gate(survey(model), FAST).config
     assert seen == [4] * 4  # four kinds of layers: q and o, k and v, gate and up, down
     for name in survey(model).layers:
         layer = config.for_layer(name)
         assert (layer.estimator, layer.precision, layer.forward)[: len(setting)] == setting
+
+
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
+def test_the_times_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    times(monkeypatch, 10.0, 6.0, 9.0)
+    told = gate(survey(make_model()), AUTO, tokens=100, labelled=20)
+    dtype = "torch.float32"
+    layers = {"dtype": dtype, "tokens": 64, "over_exact": {"tokens x int8": 0.6, "tokens x native": 0.9}}
+    layers |= {"chosen": "tokens x int8"}
+    assert told.timings[0] == {"layers": "q_proj, o_proj", "count": 4, "shape": [48, 48]} | layers
+    assert [timing["count"] for timing in told.timings] == [4, 4, 4, 2, 1]
+    head = {"layers": "head", "count": 1, "shape": [61, 48], "dtype": dtype, "tokens": 16}
+    assert told.timings[-1] == head | {"over_exact": {"0.1 of the words": 0.6}, "chosen": "0.1 of the words"}
+    times(monkeypatch, 10.0, 9.9, 12.0)
+    told = gate(survey(make_model()), AUTO, tokens=1000, labelled=1000)
+    assert {timing["chosen"] for timing in told.timings} == {"exact"}
 
 
 @pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
@@ -89,7 +105,7 @@ def test_auto_keeps_the_exact_forward(
 ) -> None:
     model = make_model()
     seen = times(monkeypatch, *took)
-    config = gate(survey(model), AUTO)
+    config = gate(survey(model), AUTO).config
     assert seen == [3] * 4 + [2]
     assert config.head_keep_ratio == words
     for name in survey(model).layers:
@@ -104,24 +120,26 @@ def test_on_a_gpu_without_a_plan_auto_is_exact_and_fast_is_what_was_asked_for(mo
     model = make_model()
     seen = times(monkeypatch, 10.0, 3.0, 6.0, 9.0)
     with pytest.warns(UserWarning, match="estimates nothing on this GPU until a plan was made on it"):
-        config = gate(survey(model), AUTO)
+        config = gate(survey(model), AUTO).config
     assert seen == []
     assert config.head_keep_ratio == 1
     assert {config.for_layer(name).estimator for name in survey(model).layers} == {"dense"}
-    assert refuses() or gate(survey(model), FAST).for_layer(next(iter(survey(model).layers))).estimator == "tokens"
+    assert (
+        refuses() or gate(survey(model), FAST).config.for_layer(next(iter(survey(model).layers))).estimator == "tokens"
+    )
 
 
 def test_what_was_measured_is_kept_for_the_machine_and_the_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     found = survey(make_model())
     seen = times(monkeypatch, 10.0, 6.0, 9.0)
-    first = gate(found, AUTO, tokens=100, labelled=20)
+    first = gate(found, AUTO, tokens=100, labelled=20).config
     measured = len(seen)
     assert measured == 5
     seen = times(monkeypatch, 10.0, 20.0, 20.0)
     # rounded to powers of two, these are the same numbers of tokens
-    assert gate(found, AUTO, tokens=127, labelled=31) == first
+    assert gate(found, AUTO, tokens=127, labelled=31).config == first
     assert seen == []
-    assert gate(found, AUTO, tokens=100, labelled=40) != first
+    assert gate(found, AUTO, tokens=100, labelled=40).config != first
     assert len(seen) == 1  # the head
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     gate(found, AUTO, tokens=100, labelled=20)
@@ -136,10 +154,10 @@ def test_what_others_disturbed_is_measured_anew(monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patch:
         patch_all(patch, "celora.machine.timing:disturbed", lambda device: "other programs use 90% of the processors")
         slow = times(patch, 10.0, 20.0, 20.0)
-        assert gate(found, AUTO) == gate(found, AUTO)
+        assert gate(found, AUTO).config == gate(found, AUTO).config
         assert len(slow) == 2 * 5
     seen = times(monkeypatch, 10.0, 6.0, 9.0)
-    assert gate(found, AUTO) == gate(found, AUTO)
+    assert gate(found, AUTO).config == gate(found, AUTO).config
     assert len(seen) == 5
 
 
@@ -159,7 +177,7 @@ def test_a_rank_may_follow_the_adapters(rank: Any, monkeypatch: pytest.MonkeyPat
     times(monkeypatch, 10.0, 3.0, 6.0, 9.0)
     model = make_model()
     asked = dataclasses.replace(FAST, rank=rank, precision="native", forward="exact")
-    config = gate(survey(model), asked)
+    config = gate(survey(model), asked).config
     assert {config.for_layer(name).rank for name in survey(model).layers} == {rank}
 
 
@@ -178,17 +196,17 @@ def test_only_the_layer_that_was_timed_gets_the_result(monkeypatch: pytest.Monke
 
     def fastest(own: Any, layer: Any, *_: Any) -> Any:
         exact, estimate = took[layer.out_features]
-        return EXACT if estimate > exact else own
+        return (EXACT if estimate > exact else own), {}
 
     patch_all(monkeypatch, "celora.planning.fastest:_fastest", fastest)
-    config = gate(survey(model), asked)
+    config = gate(survey(model), asked).config
     assert {name: config.for_layer(name).estimator == "dense" for name in slow} == slow
 
 
 def test_what_the_user_says_of_a_layer_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     times(monkeypatch, 10.0, 30.0, 30.0, 30.0)
     asked = dataclasses.replace(FAST, overrides={"up_proj": {"keep_ratio": 0.9}})
-    config = gate(survey(make_model()), asked)
+    config = gate(survey(make_model()), asked).config
     for name in survey(make_model()).layers:
         expected = ("tokens", 0.9) if name.endswith("up_proj") else ("dense", 0.9997)
         layer = config.for_layer(name)
@@ -245,8 +263,8 @@ def test_a_small_vocabulary_keeps_more(
     """The head has 61 words. A draw of fewer than the targets is mostly noise."""
     times(monkeypatch, 10.0, 6.0, 6.5, 9.0)
     patch_all(monkeypatch, "celora.planning.fastest:_LEAST_WORDS", least)
-    assert gate(survey(make_model()), config).head_keep_ratio == share
-    assert gate(survey(make_model()), config, given=["head_keep_ratio"]).head_keep_ratio == 0.1  # the user's
+    assert gate(survey(make_model()), config).config.head_keep_ratio == share
+    assert gate(survey(make_model()), config, given=["head_keep_ratio"]).config.head_keep_ratio == 0.1  # the user's
 
 
 @pytest.mark.parametrize("config", [FAST, AUTO], ids=["fast", "auto"])
@@ -256,4 +274,4 @@ def test_a_head_that_is_in_other_processes_has_the_rules_share(config: celora.CE
     weight: Any = model.get_output_embeddings().weight
     weight.data, weight.ds_id = torch.empty(0), 3
     found = survey(model)
-    assert gate(found, config).head_keep_ratio == 0.1
+    assert gate(found, config).config.head_keep_ratio == 0.1

@@ -10,12 +10,17 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
+import celora
 from celora import CELoraError
 from celora.files import read_json, write_json
+from celora.runtime.attachment import require
+from celora.runtime.ladder import Move
 from celora.train import live
 from celora.train.live import LiveReport, look, show, sparkline
 from celora.train.output.folder import OutputFolder
+from celora.train.wall_clock import WallClock
 from reports import ROWS, run_folder
+from small import make_model
 
 
 def going_on(folder: Path, name: str = "run", **train: object) -> Path:
@@ -108,10 +113,26 @@ def test_a_sparkline(values: list[float], width: int, expected: str) -> None:
     assert sparkline(values, width=width) == expected
 
 
+@pytest.mark.filterwarnings("ignore:celora. (at step|from step)")
+def test_moves_are_in_the_record_while_the_run_goes_on(tmp_path: Path) -> None:
+    run, model = going_on(tmp_path), make_model()
+    celora.attach(model, "exact")
+    record = read_json(run / "run.json")
+    callback = LiveReport(run, "auto", record, WallClock())
+    callback.on_step_end(None, TrainerState(), TrainerControl(), model=model)
+    assert "moves" not in read_json(run / "run.json")
+    for step in (1, 1, 3):
+        require(model).ladder.moves.append(Move(step, f"layer{step}", 0.9997, 1.0, 0.06))
+        callback.on_step_end(None, TrainerState(), TrainerControl(), model=model)
+        moves = read_json(run / "run.json")["moves"]
+        assert [Move(**move) for move in moves] == require(model).ladder.moves
+    assert read_json(run / "run.json") == record
+
+
 def test_the_report_is_written_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, now = going_on(tmp_path, max_steps=20), [0.0]
     monkeypatch.setattr("celora.train.live.time.monotonic", lambda: now[0])
-    callback = LiveReport(run, "auto")
+    callback = LiveReport(run, "auto", {}, WallClock())
     report = run / "report.html"
     for seconds, there in ((29.0, False), (31.0, True)):
         now[0] = seconds

@@ -74,7 +74,7 @@ def all_pay(monkeypatch):
     A share of 0.9 of the energy loses enough for layers to move.
     """
     native = {"precision": "native"} if refuses() else {}
-    patch_all(monkeypatch, "celora.planning.fastest:_fastest", lambda own, *_: dataclasses.replace(own, **native))
+    patch_all(monkeypatch, "celora.planning.fastest:_fastest", lambda own, *_: (dataclasses.replace(own, **native), {}))
     patch_all(monkeypatch, "celora.planning.fastest:_share", lambda found, config, *_: config.head_keep_ratio)
     patch_all(monkeypatch, "celora.settings.presets:RULE", {**RULE, "keep_ratio": 0.9, "most_error": 0.2})
     patch_all(monkeypatch, "celora.runtime.ladder:SHARES", (0.9,))
@@ -89,6 +89,8 @@ def test_auto_begins_with_a_rule_adjusts_it_and_repeats_that_when_resumed(inputs
     config, record = CELoraConfig.load(tmp_path / "whole"), json.loads((tmp_path / "whole" / "run.json").read_text())
     assert (config.estimator, config.forward, config.most_error) == ("tokens", "exact", 0.2)
     assert not (tmp_path / "whole" / "celora_plan.json").exists()
+    assert (record["config"]["estimator"], record["settled"]) == ("dense", config.to_dict())
+    assert [timing["count"] for timing in record["gate"]] == [8, 4, 2]  # kinds of layers
     moves = record["moves"]
     assert {move["step"] for move in moves} <= {*range(1, 13)}
     assert len({move["layer"] for move in moves if move["keeps"] == 1}) >= 3
@@ -99,7 +101,8 @@ def test_auto_begins_with_a_rule_adjusts_it_and_repeats_that_when_resumed(inputs
     patch_all(monkeypatch, "celora.planning.fastest:gate", None)  # a resumed run must not measure again
     request = parse(["--max_steps", "12"], {"output": str(tmp_path / "parts"), "resume": True})
     assert train(request, console=Console(file=io.StringIO())).status == "finished"
-    assert json.loads((tmp_path / "parts" / "run.json").read_text())["moves"] == moves
+    resumed = json.loads((tmp_path / "parts" / "run.json").read_text())
+    assert [resumed[key] for key in ("moves", "settled", "gate")] == [moves, record["settled"], record["gate"]]
     resumed, whole = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("parts", "whole"))
     assert all(value.equal(resumed[name]) for name, value in whole.items())
 
@@ -174,7 +177,7 @@ def test_fast_resumes_as_it_was_and_is_evaluated_on_the_base_too(inputs, tmp_pat
         "preset": "fast",
         "lr_scheduler_type": "constant",
     }
-    patch_all(monkeypatch, "celora.planning.fastest:_fastest", lambda own, *_: own)
+    patch_all(monkeypatch, "celora.planning.fastest:_fastest", lambda own, *_: (own, {}))
     evaluated = {"eval_data": inputs["data"], "eval_strategy": "steps", "eval_steps": 3}
     run_of(inputs, tmp_path / "whole", **short | evaluated | {"max_steps": 6})
     config = CELoraConfig.load(tmp_path / "whole")

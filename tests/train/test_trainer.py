@@ -12,8 +12,8 @@ from trl import SFTTrainer
 from celora import borrowed
 from celora.errors import CELoraError
 from celora.train import prepare
-from celora.train import run as run_module
 from celora.train import trainer as trainer_module
+from celora.train.decisions import rank_line
 from celora.train.request.arguments import make_request
 from celora.train.run import train
 from patching import patch_all
@@ -59,7 +59,7 @@ def test_a_bug_and_a_lack_of_memory_are_not_refusals():
     with pytest.raises(MemoryError), trainer_module.refused("step"):
         raise MemoryError
     with pytest.raises(AttributeError, match="'r'"), trainer_module.refused("step"):
-        run_module.rank_line(None)
+        rank_line(None)
 
 
 def test_every_private_method_that_the_trainer_overrides_is_listed():

@@ -202,6 +202,6 @@ def test_the_gate_times_these_bytes_and_the_layer_s_own_forward(
     monkeypatch.setattr(fastest, "trained_forward", noting("own", own))
     monkeypatch.setattr(plain.IntegersBothWays, "multiply", noting("8 bits", in_8_bits))
     model = make_adapted(kind)
-    config = fastest.gate(survey(model), PRESETS["fast"])
+    config = fastest.gate(survey(model), PRESETS["fast"]).config
     assert seen == [["own"], ["8 bits"], ["own"], ["own"]] * 4  # four shapes; `fast` is the first after `exact`
     assert {config.for_layer(name).forward for name in survey(model).layers} == {"int8"}

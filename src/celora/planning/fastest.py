@@ -34,12 +34,27 @@ from celora.planning.evidence import MARGIN
 from celora.planning.head_evidence import shares_of
 from celora.runtime.ladder import WORDS
 from celora.settings.config import LAYER_FIELDS, CELoraConfig, LayerConfig
+from celora.settings.names import HEAD
 from celora.weights.read import read
 
 TOKENS = 512  # products are timed with at most so many on a CPU; the fastest stays the fastest with more
 _FEWEST, _MOST_NUMBERS = 16, 2**31  # at least so many tokens; at most so many multiplications in a product
 _REPEATS = 9
 _LEAST_WORDS = 2048  # to draw: the targets of some 1,000 tokens, and as many that they are confused with
+
+
+@dataclasses.dataclass(frozen=True)
+class Gated:
+    """What the gate decided, and the times that it decided by.
+
+    Attributes:
+        config: the configuration, with an override for each layer whose own setting is not the fastest here.
+        timings: for each kind of layer that was timed, and for the head, in plain values: the layers, and the time of
+            each setting over that of the exact products. `chosen` is the fastest.
+    """
+
+    config: CELoraConfig
+    timings: tuple[dict[str, Any], ...] = ()
 
 
 def gate(
@@ -49,8 +64,8 @@ def gate(
     labelled: int = TOKENS,
     *,
     given: Collection[str] = (),
-) -> CELoraConfig:
-    """`config` with an override for each layer whose own setting is not the fastest on this machine.
+) -> Gated:
+    """Find out which layers' own setting is the fastest on this machine. The others get an override.
 
     The vocabulary projection stays exact if drawing words is not faster, unless `head_forward` is in 8 bits. A warning
     says where preset auto estimates nothing because no plan was made on this GPU. If several processes train together,
@@ -62,19 +77,28 @@ def gate(
         given: fields that the user has set.
     """
     with random_states({layer.device for layer in found.layers.values() if not cannot_time(layer.device)}):
-        overrides, share = made_by_first(
-            lambda: (_overrides(found, config, tokens), _share(found, config, labelled, given))
-        )
+        overrides, share, timings = made_by_first(lambda: _measured(found, config, tokens, labelled, given))
     if any(_untried(config, layer.device) for layer in found.layers.values()):
         warnings.warn(
             "celora: preset auto estimates nothing on this GPU until a plan was made on it: `celora plan`, or "
             "--fidelity. A plan measures what is right and fast there.",
             stacklevel=3,
         )
-    return dataclasses.replace(config, overrides={**config.overrides, **overrides}, head_keep_ratio=share)
+    settled = dataclasses.replace(config, overrides={**config.overrides, **overrides}, head_keep_ratio=share)
+    return Gated(settled, tuple(timings))
 
 
-def _overrides(found: Survey, config: CELoraConfig, tokens: int) -> dict[str, Mapping[str, Any]]:
+def _measured(
+    found: Survey, config: CELoraConfig, tokens: int, labelled: int, given: Collection[str]
+) -> tuple[dict[str, Mapping[str, Any]], float, list[dict[str, Any]]]:
+    """The overrides of layers, the head's share of the words, and the times of both."""
+    timings: list[dict[str, Any]] = []
+    return _overrides(found, config, tokens, timings), _share(found, config, labelled, given, timings), timings
+
+
+def _overrides(
+    found: Survey, config: CELoraConfig, tokens: int, timings: list[dict[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
     own = config.default
     kinds: dict[tuple[Any, ...], list[AdaptedLayer]] = {}
     for name, layer in found.layers.items():
@@ -86,7 +110,12 @@ def _overrides(found: Survey, config: CELoraConfig, tokens: int) -> dict[str, Ma
     overrides: dict[str, Mapping[str, Any]] = {}
     for (_, _, device, takes_forward, rank, _), layers in kinds.items():
         setting = dataclasses.replace(own, rank=rank, forward=own.forward if takes_forward else "exact")
-        best = EXACT if _untried(config, device) else _fastest(setting, layers[0], tokens)
+        if _untried(config, device):
+            best = EXACT
+        else:
+            best, timing = _fastest(setting, layers[0], tokens)
+            parts = dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers)
+            timings.append({"layers": ", ".join(parts), "count": len(layers), "shape": [*layers[0].shape]} | timing)
         changes = {name: getattr(best, name) for name in LAYER_FIELDS if getattr(best, name) != getattr(own, name)}
         changes.pop("rank", None)
         if best == EXACT:  # it uses no other field
@@ -95,8 +124,8 @@ def _overrides(found: Survey, config: CELoraConfig, tokens: int) -> dict[str, Ma
     return overrides
 
 
-def _fastest(own: LayerConfig, layer: AdaptedLayer, tokens: int) -> LayerConfig:
-    """The fastest setting for layers of this one's kind; `EXACT` if none is clearly faster."""
+def _fastest(own: LayerConfig, layer: AdaptedLayer, tokens: int) -> tuple[LayerConfig, dict[str, Any]]:
+    """The fastest setting for layers of this one's kind, `EXACT` if none is clearly faster; and the times."""
     shape, dtype, device = layer.shape, layer.dtype, layer.device
     assert dtype is not None
     backward = dataclasses.replace(own, forward="exact")
@@ -111,7 +140,16 @@ def _fastest(own: LayerConfig, layer: AdaptedLayer, tokens: int) -> LayerConfig:
         of, 1 + len(settings), dtype, device, lambda: _over_exact(settings, shape, tokens, dtype, device, base)
     )
     best, ratio = min(zip((EXACT, *settings), over, strict=True), key=lambda pair: pair[1])
-    return best if ratio < MARGIN else EXACT
+    best = best if ratio < MARGIN else EXACT
+    named = {_name(setting): ratio for setting, ratio in zip(settings, over[1:], strict=True)}
+    return best, {"dtype": str(dtype), "tokens": tokens, "over_exact": named, "chosen": _name(best)}
+
+
+def _name(setting: LayerConfig) -> str:
+    if setting.estimator == EXACT.estimator:
+        return "exact"
+    both = ", forward too" if setting.forward != "exact" else ""
+    return f"{setting.estimator} x {setting.precision}{both}"
 
 
 def _over_exact(
@@ -164,7 +202,9 @@ def _step(
     return step
 
 
-def _share(found: Survey, config: CELoraConfig, labelled: int, given: Collection[str]) -> float:
+def _share(
+    found: Survey, config: CELoraConfig, labelled: int, given: Collection[str], timings: list[dict[str, Any]]
+) -> float:
     """The share of the words for the gradient of the logits: the configuration's, or 1 if 1 is as fast.
 
     A rule's share is larger for small vocabularies: a draw of fewer words than there are targets is mostly noise.
@@ -188,7 +228,11 @@ def _share(found: Survey, config: CELoraConfig, labelled: int, given: Collection
         calls, _ = shares_of(weight, tokens, (1.0, share))
         return list(ratios(calls, repeats=_REPEATS, device=weight.device).values())
 
-    return share if _kept(of, 2, weight.dtype, weight.device, measure)[1] < MARGIN else 1.0
+    ratio, drawn = _kept(of, 2, weight.dtype, weight.device, measure)[1], f"{share:g} of the words"
+    pays = ratio < MARGIN
+    facts = {"layers": HEAD, "count": 1, "shape": [*weight.shape], "dtype": str(weight.dtype), "tokens": tokens}
+    timings.append(facts | {"over_exact": {drawn: ratio}, "chosen": drawn if pays else "exact"})
+    return share if pays else 1.0
 
 
 def _untried(config: CELoraConfig, device: torch.device) -> bool:

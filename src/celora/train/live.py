@@ -1,4 +1,4 @@
-"""Shows a run while it trains: it writes the report every half minute, and makes the table of `celora watch`.
+"""Shows a run while it trains: its moves in run.json, a report every half minute, and the table of `celora watch`.
 
 The training process writes. `celora watch` only reads run.json and metrics.jsonl, from any process.
 """
@@ -17,25 +17,44 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from celora.errors import CELoraError
-from celora.train.output.folder import METRICS, REPORT, OutputFolder
+from celora.files import write_json
+from celora.runtime.attachment import require
+from celora.train.output.folder import METRICS, REPORT, RUN, OutputFolder
 from celora.train.progress import read_metrics
 from celora.train.report import EVERY_S, write_report
+from celora.train.wall_clock import WallClock
 
 _BARS, _PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-=*#"
 _RECENT = 20  # speed and time left are taken from so many log events
 
 
 class LiveReport(TrainerCallback):  # type: ignore[misc]
-    """Writes the report of a running run, after a log event, at most every `EVERY_S` seconds."""
+    """Writes run.json after a step that moved a layer, and the report after a log event, every `EVERY_S` seconds.
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
+    Args:
+        folder: the output folder.
+        name: what the run is called in its report.
+        record: the content of run.json. It gets the moves.
+        clock: it is told how long the report took.
+    """
+
+    def __init__(self, folder: Path, name: str, record: dict[str, Any], clock: WallClock) -> None:
+        self.folder, self.name, self.record, self.clock = folder, name, record, clock
         self._written = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any
+    ) -> None:
+        moves = require(model).ladder.moves
+        if len(moves) != len(self.record.get("moves", ())):
+            self.record["moves"] = [asdict(move) for move in moves]
+            with suppress(CELoraError):  # the disk may be full for a moment; the end of the run would say so
+                write_json(self.folder / RUN, self.record)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if time.monotonic() - self._written < EVERY_S:
             return
-        with suppress(CELoraError):  # the disk may be full for a moment; the report at the end would say so
+        with suppress(CELoraError), self.clock.spending("report"):
             write_report(self.folder / REPORT, {self.name: self.folder})
         self._written = time.monotonic()
 

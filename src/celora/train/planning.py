@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -25,15 +26,24 @@ from celora.train.progress import PlanProgress, say
 from celora.train.request.arguments import PLANNING, TrainRequest
 
 
-def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool) -> tuple[CELoraConfig, Plan | None]:
-    """The configuration to attach, and its plan if there is one.
+@dataclass(frozen=True)
+class Chosen:
+    """The configuration to attach, the plan that it carries out, if there is one, and the timings of the gate."""
+
+    config: CELoraConfig
+    plan: Plan | None = None
+    timings: tuple[dict[str, Any], ...] = ()
+
+
+def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool) -> Chosen:
+    """The configuration to attach, and what it was chosen by.
 
     Preset `auto` plans if the user gave `fidelity`, `plan` or `memory_limit`. `begun`: the run is resumed, and keeps
     the configuration that it began with.
     """
     options = request.options
     if request.preset not in ("auto", "fast"):
-        return request.config, None
+        return Chosen(request.config)
     if begun and (request.output / PLAN).is_file():
         plan = Plan.load(request.output / PLAN)
         found = survey(trainer.model)
@@ -41,20 +51,22 @@ def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool
         if reason := plan.elsewhere(found.device):
             say(console, False, f"Note: {reason}. The run goes on with its plan, but the estimates may not pay here.")
         say(console, options.quiet, str(plan))
-        return plan.config(request.config, request.options.celora or ()), plan
+        return Chosen(plan.config(request.config, request.options.celora or ()), plan)
     if begun and (request.output / CONFIG).is_file():
-        return CELoraConfig.load(request.output / CONFIG), None
+        return Chosen(CELoraConfig.load(request.output / CONFIG))
     return settled(request, trainer, console)
 
 
-def settled(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELoraConfig, Plan | None]:
+def settled(request: TrainRequest, trainer: Any, console: Console) -> Chosen:
     """What `choose` returns for a new run."""
     given = request.options.celora or {}
     if request.preset == "fast":
-        return gate(survey(trainer.model), request.config, given=given), None
-    if any(getattr(request.options, name) is not None for name in PLANNING):
+        gated = gate(survey(trainer.model), request.config, given=given)
+    elif any(getattr(request.options, name) is not None for name in PLANNING):
         return planned(request, trainer, console)
-    return gate(survey(trainer.model), by_rule(request.config, given), *batch_size(trainer), given=given), None
+    else:
+        gated = gate(survey(trainer.model), by_rule(request.config, given), *batch_size(trainer), given=given)
+    return Chosen(gated.config, timings=gated.timings)
 
 
 def batch_size(trainer: Any) -> tuple[int, int]:
@@ -70,7 +82,7 @@ def tokens_of(batch: Mapping[str, Any]) -> int:
     return int(batch["input_ids"].numel() if mask is None or mask.dim() != 2 else mask.sum())
 
 
-def planned(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELoraConfig, Plan]:
+def planned(request: TrainRequest, trainer: Any, console: Console) -> Chosen:
     """The plan that the user gave, or a new one; and the configuration that carries it out."""
     if request.options.plan is not None:
         plan = Plan.load(request.options.plan)
@@ -78,7 +90,7 @@ def planned(request: TrainRequest, trainer: Any, console: Console) -> tuple[CELo
     else:
         plan = make_plan(request, trainer, console)
     say(console, request.options.quiet, str(plan))
-    return plan.config(request.config, request.options.celora or ()), plan
+    return Chosen(plan.config(request.config, request.options.celora or ()), plan)
 
 
 def make_plan(request: TrainRequest, trainer: Any, console: Console, *, forward: bool = False) -> Plan:

@@ -52,7 +52,7 @@ def audit_model(
     """`celora.audit` of a new adapter, or of the one in `adapter`. It sees the first batch of training."""
     with prepared(request, rows, adapter) as (trainer, config), refused("audit"):
         if request.preset in ("auto", "fast") and config is request.config:
-            config, _ = settled(request, trainer, Console(stderr=True, quiet=True))
+            config = settled(request, trainer, Console(stderr=True, quiet=True)).config
         celora.attach(trainer.model, config)
         batch = next(iter(trainer.get_train_dataloader()))
         return celora.audit(trainer.model, batch, reference=reference)

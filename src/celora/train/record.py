@@ -15,6 +15,8 @@ import torch
 
 import celora
 from celora.machine.device import PACKAGES, device_name
+from celora.modeling.report import AttachReport
+from celora.settings.config import CELoraConfig
 from celora.train.processes import processes
 from celora.train.progress import MetricsWriter, read_metrics
 from celora.train.request.arguments import TrainRequest, recorded
@@ -55,15 +57,22 @@ def is_evaluated(metrics: Path, trainer: Any) -> bool:
     return any(row["step"] == step and "eval_loss" in row for row in read_metrics(metrics))
 
 
-def make_record(request: TrainRequest, args: Any, attached: Any) -> dict[str, Any]:
-    """The content of run.json when a run begins. `args`: the SFTConfig; `attached`: the report of `attach`."""
+def make_record(request: TrainRequest, args: Any, config: CELoraConfig, attached: AttachReport) -> dict[str, Any]:
+    """The content of run.json when a run begins.
+
+    Args:
+        args: the SFTConfig.
+        config: what is attached. Presets `auto` and `fast` measure first; `request.config` is what they begin with.
+        attached: the report of `attach`.
+    """
     return {
         "celora": celora.__version__,
         "status": "running",
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "given": recorded(request.given),
         "preset": request.preset,
-        "config": request.config.to_dict(),
+        "config": request.config.to_dict(),  # what was asked for; a resumed run is compared with it
+        "settled": config.to_dict(),
         "r": request.r,
         "processes": processes(),
         "lora": request.lora,

@@ -21,6 +21,7 @@ from typing import Any
 
 from celora.files import finite, read_json, write_text
 from celora.train.charts import is_number, line_charts, phase_charts
+from celora.train.decisions import decision_rows, estimator_rows
 from celora.train.layer_map import can_be_drawn, distinct_layers, layer_map
 from celora.train.output.folder import METRICS, RUN
 from celora.train.progress import read_metrics
@@ -56,10 +57,21 @@ def write_report(
     findings: Sequence[str] = (),
     repeats: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the page about `runs`.
+    """Write the page about `runs` into the file `path`, whole or not at all. The other arguments are `make_page`'s."""
+    write_text(path, make_page(runs, title=title, results=results, findings=findings, repeats=repeats))
+
+
+def make_page(
+    runs: Mapping[str, Path | Sequence[Mapping[str, Any]]],
+    *,
+    title: str = "celora training report",
+    results: Mapping[str, Mapping[str, Any]] | None = None,
+    findings: Sequence[str] = (),
+    repeats: Mapping[str, str] | None = None,
+) -> str:
+    """The page about `runs`, as HTML.
 
     Args:
-        path: the HTML file; written whole or not at all.
         runs: name -> output folder, or the rows of its metrics.jsonl. Shown in this order. Each run has its own colour,
             unless `repeats` says otherwise.
         title: title of the page.
@@ -88,12 +100,13 @@ def write_report(
             "Configuration",
             _by_key(records, lambda r: {**r.get("given", {}), "r": r.get("r"), "preset": r.get("preset")}),
         ),
-        _table("Estimator", _by_key(records, lambda r: _flat(r.get("config", {})))),
+        _table("Estimator", _by_key(records, estimator_rows)),
+        _table("Decisions", _by_key(records, decision_rows)),
         _table("Versions and machine", _by_key(records, lambda r: {**r.get("versions", {}), **r.get("machine", {})})),
     ]
     maps = [layer_map(name, record) for name, record in distinct_layers(records).items()]
     charts = [*line_charts(rows, repeats or {}), *phase_charts(rows), *maps]
-    write_text(path, _page(title, "".join(first), charts, "".join(sections), reloads=bool(running)))
+    return _page(title, "".join(first), charts, "".join(sections), reloads=bool(running))
 
 
 def _rows(source: Path | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -116,7 +129,7 @@ def _record(source: Path | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     record = read_json(source / RUN)
     if not isinstance(record, dict):
         return {}
-    kinds = {"given": dict, "config": dict, "versions": dict, "machine": dict, "errors": dict, "planned_errors": dict}
+    kinds = dict.fromkeys(("given", "config", "settled", "versions", "machine", "errors", "planned_errors"), dict)
     readable = {key: value for key, value in record.items() if isinstance(value, kinds.get(key, object))}
     return readable if can_be_drawn(readable.get("layers")) else readable | {"layers": []}
 
@@ -125,14 +138,6 @@ def _by_key(records: Mapping[str, dict[str, Any]], pick: Any) -> dict[str, dict[
     picked = {name: pick(record) for name, record in records.items()}
     keys = dict.fromkeys(key for values in picked.values() for key in values)
     return {key: {name: values.get(key) for name, values in picked.items()} for key in keys}
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {key: value for key, value in config.items() if key != "overrides"}
-    return flat | {
-        pattern: ", ".join(f"{k} {v}" for k, v in s.items())
-        for pattern, s in dict(config.get("overrides") or {}).items()
-    }
 
 
 def _table(title: str, cells: Mapping[str, Mapping[str, Any]]) -> str:

@@ -8,7 +8,6 @@ and `accelerate launch` every process runs this code; only the first writes and 
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -19,13 +18,12 @@ from rich.console import Console
 
 import celora
 from celora.errors import CELoraError
-from celora.files import read_json, write_json
+from celora.files import read_json, write_json, write_text
 from celora.machine.processes import from_first
 from celora.modeling.report import AttachReport
-from celora.planning.plan import Plan
 from celora.runtime.attachment import require
-from celora.settings.config import CELoraConfig
 from celora.train.checkpointing import choose_checkpointing
+from celora.train.decisions import attached_text, rank_line
 from celora.train.dtype import settle_dtype
 from celora.train.fingerprint import check_same, fingerprints
 from celora.train.forecast.estimate import fitted
@@ -45,11 +43,11 @@ from celora.train.loading import (
 from celora.train.output.card import Card
 from celora.train.output.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, writing_to
 from celora.train.output.saving import UNUSABLE, Sealing, save_adapter, stopped, take_over
-from celora.train.planning import choose, planned_errors
+from celora.train.planning import Chosen, choose, planned_errors
 from celora.train.processes import introduce_deepspeed, is_first, losing_contact, processes
 from celora.train.progress import MetricsWriter, ProgressLine, say
 from celora.train.record import TrainResult, is_evaluated, longer, make_record, of_forwards, summarise, worst
-from celora.train.report import write_report
+from celora.train.report import make_page, write_report
 from celora.train.request.arguments import TrainRequest, check_record, sft_config
 from celora.train.rows.answers import Learnt, what_is_learnt
 from celora.train.rows.data import has_turns
@@ -99,8 +97,7 @@ class _Ready:
     rows: Any
     eval_rows: Any
     learnt: Learnt
-    config: CELoraConfig
-    plan: Plan | None
+    chosen: Chosen
     attached: AttachReport
     made_from: dict[str, str]
 
@@ -117,7 +114,8 @@ class _Written:
 def _train(
     request: TrainRequest, console: Console, stack: ExitStack, clock: WallClock, *, compares: bool
 ) -> TrainResult:
-    run = _enter(request, stack)
+    with clock.spending("start"):
+        run = _enter(request, stack)
     folder = run.folder
     lost: list[str] = []
     if run.earlier and run.finished and not longer(run.earlier, run.request.given, folder.path / METRICS):
@@ -194,19 +192,20 @@ def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
         trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
         check_tokens(trainer, request)
     trainer.wall_clock = clock
-    for line in truncation_lines(trainer, rows, eval_rows):
+    with clock.spending("tokenise"):
+        cut, learnt = [*truncation_lines(trainer, rows, eval_rows)], what_is_learnt(trainer, rows)
+    for line in cut:
         say(console, False, line)  # a warning
-    learnt = what_is_learnt(trainer, rows)
     with clock.spending("plan"), refused("training"):
-        config, plan = choose(request, trainer, console, begun=earlier is not None)
-        attached = celora.attach(trainer.model, config)
-        require(trainer.model).plan = plan
+        chosen = choose(request, trainer, console, begun=earlier is not None)
+        attached = celora.attach(trainer.model, chosen.config)
+        require(trainer.model).plan = chosen.plan
     with clock.spending("load"), refused("training"):
         choice = choose_checkpointing(trainer, asked="gradient_checkpointing" in request.given)
     _smooth_in_the_head(trainer)
-    for line in (rank_line(request), str(learnt), attached_text(attached, plan), choice):
+    for line in (rank_line(request), str(learnt), attached_text(attached, chosen.plan), choice):
         say(console, quiet, line)
-    return _Ready(request, trainer, rows, eval_rows, learnt, config, plan, attached, made_from)
+    return _Ready(request, trainer, rows, eval_rows, learnt, chosen, attached, made_from)
 
 
 def _beginning(run: _Entered, args: Any, lost: Sequence[str], console: Console) -> tuple[Path | None, dict[str, Any]]:
@@ -242,12 +241,14 @@ def _open(run: _Entered, ready: _Ready, marker: dict[str, Any], stack: ExitStack
     aside = folder.set_aside() if options.overwrite else None
     if options.resume:
         folder.clear_after(marker["step"])
-    record = make_record(ready.request, trainer.args, ready.attached)
-    record |= {"made_from": ready.made_from, "turns": has_turns(ready.rows)}
+    chosen = ready.chosen
+    record = make_record(ready.request, trainer.args, chosen.config, ready.attached)
+    gate = list(chosen.timings) or (run.earlier or {}).get("gate", [])  # a resumed run does not time again
+    record |= {"gate": gate, "made_from": ready.made_from, "turns": has_turns(ready.rows)}
     write_json(output / RUN, record)
-    if ready.plan is not None:
-        ready.plan.save(output / PLAN)
-    ready.config.save(output / CONFIG)  # last: a resumed run that finds it and no plan goes on without a plan
+    if chosen.plan is not None:
+        chosen.plan.save(output / PLAN)
+    chosen.config.save(output / CONFIG)  # last: a resumed run that finds it and no plan goes on without a plan
     metrics = MetricsWriter(
         output / METRICS, after_step=marker["step"], seconds=marker["seconds"], phases=trainer.phases
     )
@@ -262,7 +263,8 @@ def _carry_out(
     """Train from `step` on, save, and complete the files. Returns "finished" or "interrupted"."""
     trainer, metrics = ready.trainer, written.metrics
     progress, stop = ProgressLine(console, quiet=ready.request.options.quiet), StopAtStepEnd(console)
-    live = None if metrics is None else LiveReport(folder.path, report_name(ready.request))
+    name, clock = report_name(ready.request), trainer.wall_clock
+    live = None if metrics is None else LiveReport(folder.path, name, written.record, clock)
     own = (celora.Callback(), trainer.phases, stop, metrics, live, progress, Sealing(folder, metrics))
     for callback in filter(None, own):
         trainer.add_callback(callback)
@@ -274,14 +276,14 @@ def _carry_out(
             if checkpoint and step == trainer.args.max_steps:
                 take_over(trainer, checkpoint)
             else:
-                with trainer.wall_clock.spending("train"):
+                with clock.spending("train"):
                     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
             early = stop.asked and trainer.state.global_step < trainer.state.max_steps
             if not early:
                 evaluated = from_first(metrics is not None and is_evaluated(metrics.path, trainer))
                 if ready.eval_rows is not None and not evaluated:
                     trainer.evaluate()
-                with trainer.wall_clock.spending("save"):
+                with clock.spending("save"):
                     save_adapter(trainer, folder.path)
             status = "interrupted" if early else "finished"
     except KeyboardInterrupt:
@@ -310,7 +312,7 @@ def _leave(ready: _Ready, folder: OutputFolder, written: _Written, status: str) 
         return
     errors = {
         "errors": require(trainer.model).relative_errors,
-        "planned_errors": planned_errors(ready.plan, ready.attached.estimated),
+        "planned_errors": planned_errors(ready.chosen.plan, ready.attached.estimated),
     }
     forwards = require(trainer.model).forwards
     exact = sorted(forwards.made_exact)
@@ -320,28 +322,40 @@ def _leave(ready: _Ready, folder: OutputFolder, written: _Written, status: str) 
     written.record |= {"status": status, "summary": summary, "moves": moves} | errors
     # If the run failed, writing may fail for the same reason. The user should hear the first reason.
     with suppress(CELoraError) if status == "failed" else nullcontext():
-        write_json(folder.path / RUN, written.record)
-        write_report(folder.path / REPORT, {report_name(ready.request): folder.path})
+        _write(ready, folder, written.record)
+
+
+def _write(ready: _Ready, folder: OutputFolder, record: dict[str, Any]) -> None:
+    """Write record and report. The record is written twice, because it also has the time that the report took."""
+    clock = ready.trainer.wall_clock
+    record["summary"] |= clock.summary()
+    write_json(folder.path / RUN, record)
+    with clock.spending("report"):
+        page = make_page({report_name(ready.request): folder.path})
+    record["summary"] |= clock.summary()
+    write_json(folder.path / RUN, record)
+    write_text(folder.path / REPORT, page)  # last: a run whose report is older than its record writes it again
 
 
 def _compare_with_peft(
     ready: _Ready, folder: OutputFolder, record: dict[str, Any], step: int, console: Console
 ) -> None:
     """Add what PEFT alone would have taken to record and report. The run has ended well whatever happens here."""
-    request, trainer = ready.request, ready.trainer
+    request, trainer, clock = ready.request, ready.trainer, ready.trainer.wall_clock
     if request.preset == "off" or request.options.memory is not None:
         return
     line = "Measuring what PEFT would have taken (Ctrl-C skips it) ..."
+    seconds, steps = clock.seconds["train"], trainer.state.global_step - step
     try:
-        seconds, steps = trainer.wall_clock.seconds["train"], trainer.state.global_step - step
-        found = seconds_of_peft(trainer, seconds, steps, lambda: say(console, request.options.quiet, line))
+        with clock.spending("compare"):
+            found = seconds_of_peft(trainer, seconds, steps, lambda: say(console, request.options.quiet, line))
     except (KeyboardInterrupt, RuntimeError) as error:
         say(console, request.options.quiet, f"Not measured: {error or 'interrupted'}.")
-        return
-    if found is not None:
+    else:
+        if found is None:
+            return
         record["summary"]["train_seconds_of_peft"] = round(found, 3)
-        write_json(folder.path / RUN, record)
-        write_report(folder.path / REPORT, {report_name(request): folder.path})
+    _write(ready, folder, record)
 
 
 def _already_finished(
@@ -364,31 +378,6 @@ def _already_finished(
 def report_name(request: TrainRequest) -> str:
     """What a run is called in its own report."""
     return request.preset or "celora"
-
-
-def rank_line(request: TrainRequest) -> str:
-    """One line on the rank that trains, and why it differs from the rank asked for, if it does."""
-    if request.r == request.lora_r:
-        return f"LoRA r = {request.r}."
-    return (
-        f"LoRA r = frozen factor r0 = {request.r}: floor(7/8 of lora_r={request.lora_r}), so that both fit "
-        f"LoRA's memory (scaling lora_alpha/r = {request.lora['lora_alpha'] / request.r:.3g})."
-    )
-
-
-def attached_text(attached: Any, plan: Plan | None) -> str:
-    """What is estimated, and how. With a plan only a summary: the plan's own table has the measured times."""
-    if plan is None:
-        return str(attached)
-    reasons = Counter(attached.skipped.values())
-    return "\n".join(
-        [
-            f"{len(attached.estimated)} of {len(attached.layers)} frozen layers estimated"
-            + (f", refreshed every {attached.refresh_every} optimizer steps." if attached.estimated else "."),
-            *(f"Left exact, {count} layers: {reason}." for reason, count in reasons.items()),
-            *attached.notes,
-        ]
-    )
 
 
 def _smooth_in_the_head(trainer: Any) -> None:

@@ -7,17 +7,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-PARTS = ("start", "load", "tokenise", "plan", "train", "evaluate", "save")
+PARTS = ("start", "load", "tokenise", "plan", "train", "evaluate", "save", "report", "compare")
 
 
 class WallClock:
-    """Seconds of each part of a command. No second counts twice.
+    """Seconds of each part of a command. No second counts twice. Python's own start and end are in no part.
 
-    - `start`: imports.
+    - `start`: imports, and looking at the arguments and the output folder.
     - `load`: reading model and rows, and measuring whether a step fits into memory.
-    - `tokenise`: turning rows into tokens.
+    - `tokenise`: turning rows into tokens, and counting what is learnt and what is cut off.
     - `plan`: choosing what is estimated, and attaching it.
     - `train`, `evaluate`, `save`: as their names say.
+    - `report`: writing the report, also while the run trains.
+    - `compare`: measuring what PEFT alone would have taken.
 
     Args:
         began: when the command began, by `time.perf_counter`; by default now.

@@ -283,7 +283,7 @@ def settled_config(request: TrainRequest, probe: Any) -> Any:
     """What a run of this request attaches."""
     if request.preset not in ("auto", "fast"):
         return request.config
-    return settled(request, probe, Console(stderr=True, quiet=True))[0]
+    return settled(request, probe, Console(stderr=True, quiet=True)).config
 
 
 def seconds(probe: Any, batch: Mapping[str, Any], optimizer: Any) -> float:
