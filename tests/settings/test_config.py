@@ -120,3 +120,16 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "celora_config.json").write_text('{"rank": 3,\n oops}')
     with pytest.raises(CELoraError, match=r"celora_config.json:2: not JSON"):
         CELoraConfig.load(tmp_path)
+
+
+def test_a_configuration_without_the_forward_s_setting_has_its_default() -> None:
+    """Configurations from before the 8-bit forward do not have the setting."""
+    values = {key: value for key, value in CELoraConfig().to_dict().items() if key != "forward"}
+    assert CELoraConfig.from_dict(values) == CELoraConfig()
+
+
+def test_logits_in_8_bits_need_the_head_over_labelled_tokens() -> None:
+    with pytest.raises(CELoraError, match="head_forward='int8' needs labelled_head=True"):
+        CELoraConfig(head_forward="int8")
+    with pytest.raises(CELoraError, match="unknown head_forward 'int4'"):
+        CELoraConfig(head_forward="int4", labelled_head=True)
