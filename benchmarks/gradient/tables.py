@@ -49,6 +49,23 @@ def adam() -> str:
     return rows.markdown(header, body) + _made_with(found)
 
 
+def outliers() -> str:
+    """What 8 bits cost the gradient of models with outlier features, and of the same without them."""
+    found = rows.read(HERE / "outliers.jsonl")
+    settings = list(dict.fromkeys(row["setting"] for row in found))
+    body = []
+    for model in dict.fromkeys(row["model"] for row in found):
+        cells = [model]
+        for setting in settings:
+            cosines = [row["cosine"] for row in found if (row["model"], row["setting"]) == (model, setting)]
+            cells.append(f"{statistics.median(cosines):.3f} ({min(cosines):.3f} to {max(cosines):.3f})")
+        body.append(cells)
+    seeds, batches = (len({row[name] for row in found}) for name in ("seed", "batch"))
+    places = "; ".join(sorted({rows.where(row) for row in found}))
+    table = rows.markdown(["model", *settings], body)
+    return f"{table}\n\nCosine, median (range). float32, {seeds} seeds with {batches} batches each. {places}."
+
+
 def _made_with(found: list[dict[str, Any]]) -> str:
     seeds, first = len({row["seed"] for row in found}), rows.where(found[0])
     elsewhere = {row["setting"]: place for row in found if (place := rows.where(row)) != first}
@@ -162,6 +179,7 @@ def frontier_picture(*, amx: bool) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
     "adam": adam,
+    "outliers": outliers,
     "frontier": frontier,
     "frontier_amx": frontier_amx,
     "frontier_float32": frontier_float32,
