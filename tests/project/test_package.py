@@ -104,6 +104,14 @@ def test_a_wheel_that_cannot_be_made_is_none(asked: str, said: str, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_compilers_that_pages_name_are_found_in_an_isolated_build() -> None:
+    """`python -m build` puts a python of its own first on PATH, which has none of what is installed here."""
+    pages = [ROOT / "docs" / "use" / "install.md", *(ROOT / ".github" / "workflows").iterdir()]
+    named = [name for page in pages for name in re.findall(r'CELORA_CC="?([\w./-]+)', page.read_text(encoding="utf-8"))]
+    assert len(named) > 2
+    assert not [name for name in named if name.startswith("python") and name != "python-zig"]
+
+
 def test_public_names_come_when_asked_for() -> None:
     first = """
 import sys
