@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from ctypes.util import find_library
 
 import pytest
 import torch
@@ -62,22 +63,28 @@ def test_matrices_are_left_alone_where_onednn_has_to(monkeypatch: pytest.MonkeyP
 
 
 @needs_kernels
-def test_there_is_one_openmp_runtime_and_it_is_torchs() -> None:
+@pytest.mark.parametrize("preloaded", [False, True])
+def test_there_is_one_openmp_runtime_and_it_is_torchs(preloaded: bool) -> None:
+    """Also where another one was preloaded, as Intel advises: torch uses that one, and loads its own in vain."""
     code = (
-        "import re, sys; from pathlib import Path; import torch\n"
-        "def runtimes():\n"
+        "import os, re; from pathlib import Path; import torch\n"
+        "def loaded():\n"
         "    maps = Path('/proc/self/maps').read_text().split()\n"
         "    return {name for name in maps if re.search(r'/lib(gomp|omp|iomp5)[-.]', name)}\n"
-        "before = runtimes()\n"
+        "torch.set_num_threads(2); torch.ones(1 << 20).exp()\n"  # its second thread has started
+        "before, threads = loaded(), len(os.listdir('/proc/self/task'))\n"
         "from celora.kernels.c.tier import load; from celora.kernels.c import rows\n"
-        "torch.set_num_threads(2)\n"
         "kernels, _ = load(); rows.squared_row_norms(torch.ones(8, 8))\n"
-        "print(kernels.threaded, len(before), runtimes() == before)\n"
+        "print(kernels.threaded, len(before), loaded() == before, len(os.listdir('/proc/self/task')) == threads)\n"
     )
     if not os.path.exists("/proc/self/maps"):
         pytest.skip("only Linux lists what a process has loaded")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "1", "True"]
+    other = (find_library("iomp5") or find_library("omp")) if preloaded else ""
+    if other is None:
+        pytest.skip("no other runtime is installed")
+    environment = os.environ | {"LD_PRELOAD": other}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "2" if preloaded else "1", "True", "True"], done.stderr
 
 
 @each_tier

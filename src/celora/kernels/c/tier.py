@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -122,13 +123,20 @@ def _tiers(loaded: ctypes.CDLL) -> dict[str, bool]:
 
 def _share_threads(loaded: ctypes.CDLL) -> bool:
     """Let the kernels run on the threads of the OpenMP runtime that torch has loaded; whether there is one."""
-    found: list[int | None] = [None] * len(_FUNCTIONS)
+    found: list[int | None] = []
     for file in _RUNTIMES:
         with_runtime = Path(torch.__file__).parent / "lib" / file
         if with_runtime.is_file():
-            runtime = ctypes.CDLL(str(with_runtime))  # loaded already; its symbols include those of what it loads
-            functions = (getattr(runtime, name, None) for name in _FUNCTIONS)
-            found = [ctypes.cast(f, ctypes.c_void_p).value if f else None for f in functions]
-    there = None not in found[-2:] and (None not in found[:2] or None not in found[2:6])
-    loaded.celora_use_runtime((ctypes.c_void_p * len(_FUNCTIONS))(*found if there else ()))
-    return there
+            found = _functions(str(with_runtime))  # loaded already; its symbols include those of what it loads
+            if sys.platform == "linux":  # what was preloaded comes first for torch's library, too
+                found = _functions(None) or found
+    loaded.celora_use_runtime((ctypes.c_void_p * len(_FUNCTIONS))(*found))
+    return bool(found)
+
+
+def _functions(file: str | None) -> list[int | None]:
+    """An OpenMP runtime's functions in this library, or in all that the process shares; [] if it lacks one."""
+    library = ctypes.CDLL(file)
+    functions = (getattr(library, name, None) for name in _FUNCTIONS)
+    found = [ctypes.cast(f, ctypes.c_void_p).value if f else None for f in functions]
+    return found if None not in found[-2:] and (None not in found[:2] or None not in found[2:6]) else []
