@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from celora.kernels.c import library as kernels
 from celora.numerics import head, reference
 from celora.numerics.head import Logits, score_tokens
 from celora.numerics.sampling import inclusion_probabilities, sample, uniform
 from patching import patch_all
+from tiers import TIERS, use_tier
 from without import without
 
 
-@pytest.fixture(params=["kernels", "operators"], autouse=True)
+@pytest.fixture(params=[*TIERS, "operators"], autouse=True)
 def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All tests here run with the compiled passes and without them."""
+    """All tests here run with the compiled passes of each tier, and without them."""
     if request.param == "operators":
         without(monkeypatch, "c")
-    elif kernels.library() is None:
-        pytest.skip("no C compiler")
+    else:
+        use_tier(monkeypatch, request.param)
 
 
 def inputs(
@@ -159,6 +159,7 @@ def test_gradient_through_part_of_the_vocabulary(keep: float) -> None:
     assert (found.log_probs - whole).abs().max() < 1e-6 * whole.abs().max()  # the loss itself is exact
 
 
+@pytest.mark.parametrize("how", [*TIERS[-1:], "operators"], indirect=True)  # a second each
 def test_what_is_drawn_of_the_vocabulary_averages_out() -> None:
     hidden, rows, targets, weight = inputs()
     grads = []

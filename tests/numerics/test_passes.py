@@ -1,4 +1,4 @@
-"""RMS norms, gates and rotations in one pass, compared with torch's operators. float64 is the judge."""
+"""RMS norms, gates and rotations in one pass, in each tier, compared with torch's operators. float64 is the judge."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from celora.kernels.c import library as kernels
 from celora.numerics.passes import gated, rms_norm, rotated
+from tiers import TIERS, use_tier
 
-pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
 DTYPES = [torch.float32, torch.bfloat16]
 NORMS = {LlamaRMSNorm: (0.0, True), GemmaRMSNorm: (1.0, False), Olmo2RMSNorm: (0.0, False)}
+
+
+@pytest.fixture(params=TIERS, autouse=True)
+def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tests here run with the kernels of each tier. Skipped without a compiler."""
+    use_tier(monkeypatch, request.param)
 
 
 def results(function: Callable[..., Tensor], *given: Tensor) -> list[Tensor]:
