@@ -5,7 +5,11 @@
  * every tier that quantises rows alike. The library must offer every TIER that is named.
  */
 
+#ifdef _WIN32
+#include <windows.h>
+#else
 #include <dlfcn.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -391,13 +395,24 @@ static void attends(int64_t longer, int64_t size) {
     free(p), free(ds), free(keys), free(values);
 }
 
+#ifdef _WIN32
+static void *function(const char *library, const char *name) {
+    return (void *)GetProcAddress(LoadLibraryA(library), name);
+}
+#else
+static void *function(const char *library, const char *name) {
+    void *loaded = dlopen(library, RTLD_NOW);
+    return loaded ? dlsym(loaded, name) : NULL;
+}
+#endif
+
 int main(int count, char **given) {
     setvbuf(stdout, NULL, _IONBF, 0); /* what was found is said before a crash */
-    void *library = dlopen(count > 1 ? given[1] : "", RTLD_NOW);
-    if (!library) return printf("%s\n", dlerror()), 2;
-    *(void **)&tier_of = dlsym(library, "celora_tier");
-    *(void **)&find = dlsym(library, "celora_kernel");
-    *(void **)&run = dlsym(library, "celora_run");
+    const char *library = count > 1 ? given[1] : "";
+    *(void **)&tier_of = function(library, "celora_tier");
+    *(void **)&find = function(library, "celora_kernel");
+    *(void **)&run = function(library, "celora_run");
+    if (!tier_of || !find || !run) return printf("%s is not the kernels' library\n", library), 2;
     static const int64_t sizes[][2] = {{1, 1}, {5, 31}, {16, 32}, {67, 100}, {33, 64}, {128, 57}};
     static const int64_t some[] = {1, 5, 9, 11, 12, 25};
     int offered, wanted = 2;

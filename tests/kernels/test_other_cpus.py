@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,16 +20,19 @@ SOURCE = Path(__file__).with_name("other_cpu.c")
 FLAGS = ("-std=gnu11", "-O1", "-ffp-contract=off")  # each operation is rounded on its own
 HERE = next(filter(None, map(shutil.which, _COMPILERS)), None)
 ARM, EMULATOR = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
+WINE = shutil.which("wine")
+ZIG = [sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-windows-gnu"]
 
 
-def compiled(compiler: str, folder: Path) -> Path:
-    program = folder / "other_cpu"
-    subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(program), "-lm", "-ldl"], check=True)
+def compiled(compiler: list[str], program: Path, *libraries: str) -> Path:
+    subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", str(program), *libraries], check=True)
     return program
 
 
-def tried(*command: object) -> list[str]:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+def tried(*command: object, **environment: str) -> list[str]:
+    done = subprocess.run(
+        [str(part) for part in command], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return [line.partition(":")[0].partition(",")[0] for line in done.stdout.splitlines()]
 
@@ -36,7 +42,7 @@ def test_the_program_agrees_with_this_cpu(tmp_path: Path) -> None:
     """This CPU's kernels, which other tests check, pass what the program asks of another CPU's kernels."""
     assert HERE is not None
     assert LIBRARY is not None
-    program, library = compiled(HERE, tmp_path), LIBRARY._name
+    program, library = compiled([HERE], tmp_path / "other_cpu", "-lm", "-ldl"), LIBRARY._name
     found = tried(program, library, *TIERS)
     assert found[: len(TIERS)] == TIERS
     assert found[len(TIERS) :] in ([], ["amx"])  # celora leaves it out where oneDNN is kept from matrix instructions
@@ -49,7 +55,7 @@ def on_arm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     assert ARM is not None
     folder = tmp_path_factory.mktemp("arm")
     compiling.compile_library([ARM], folder / "kernels.so", architecture="aarch64", system="Linux")
-    return compiled(ARM, folder), folder / "kernels.so"
+    return compiled([ARM], folder / "other_cpu", "-lm", "-ldl"), folder / "kernels.so"
 
 
 @pytest.mark.skipif(ARM is None or EMULATOR is None, reason="no compiler for ARM, or no emulator")
@@ -59,3 +65,15 @@ def on_arm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 )
 def test_arm(cpu: str, tiers: list[str], on_arm: tuple[Path, Path]) -> None:
     assert tried(EMULATOR, "-cpu", cpu, "-L", "/usr/aarch64-linux-gnu", *on_arm, *tiers) == tiers
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WINE is None or importlib.util.find_spec("ziglang") is None, reason="no Wine, or no ziglang")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="Wine runs programs for this CPU")
+def test_windows(tmp_path: Path) -> None:
+    """The library of the wheel for Windows, under Wine."""
+    library = tmp_path / "kernels.dll"
+    tiers = compiling.compile_library(ZIG, library, architecture="x86_64", system="Windows")
+    program = compiled(ZIG, tmp_path / "other_cpu.exe")
+    found = tried(WINE, program, library, "baseline", WINEPREFIX=str(tmp_path / "wine"), WINEDEBUG="-all")
+    assert found == [tier for tier in tiers if tier in (*TIERS, "baseline")]
