@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -37,11 +38,13 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
         compilers = (
             [shlex.split(named)] if named else [[found] for c in ("cc", "gcc", "clang") if (found := shutil.which(c))]
         )
+        compiling = self._compiling()
         for compiler in compilers:
             try:
-                library, tag = self._compile(compiler, asked)
+                library, tag = self._compile(compiling, compiler, asked)
             except (OSError, subprocess.SubprocessError) as error:
-                self.app.display_warning(f"{shlex.join(compiler)} could not compile the kernels: {error}")
+                said = compiling.reason(error)
+                self.app.display_warning(f"{shlex.join(compiler)} could not compile the kernels: {said}")
                 continue
             build_data["tag"], build_data["pure_python"] = f"py3-none-{tag}", False
             build_data["force_include"][str(library)] = f"celora/kernels/c/compiled/{library.name}"
@@ -53,15 +56,17 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         self.folder.cleanup()
 
-    def _compile(self, compiler: list[str], asked: str) -> tuple[Path, str]:
-        """The library, whose name says its content (build.py looks), and the platform that it is for."""
-        place = Path(self.root, _C, "compiling.py")
-        spec = importlib.util.spec_from_file_location("compiling", place)
+    def _compiling(self) -> ModuleType:
+        """`compiling.py`, as a wheel is built where celora cannot be imported."""
+        spec = importlib.util.spec_from_file_location("compiling", Path(self.root, _C, "compiling.py"))
         assert spec is not None
         assert spec.loader is not None
         compiling = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(compiling)
+        return compiling
 
+    def _compile(self, compiling: ModuleType, compiler: list[str], asked: str) -> tuple[Path, str]:
+        """The library, whose name says its content (build.py looks), and the platform that it is for."""
         system, machine = platform.system(), platform.machine()
         if asked:
             found = re.fullmatch(r"(manylinux|linux|macosx|win)(?:_[0-9_]+?)?_(x86_64|amd64|aarch64|arm64)", asked)
@@ -69,7 +74,7 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
                 raise RuntimeError(f"CELORA_WHEEL_PLATFORM={asked} is no platform; try manylinux_2_28_aarch64.")
             system, machine = _SYSTEMS.get(found[1], "Linux"), found[2]
         built = Path(self.folder.name, "kernels")
-        os.environ.setdefault("MACOSX_DEPLOYMENT_TARGET", "11.0")
+        os.environ["MACOSX_DEPLOYMENT_TARGET"] = "11.0"  # which the tag promises
         tiers = compiling.compile_library(compiler, built, architecture=machine, system=system)
         content = built.read_bytes()
         self.app.display_info(f"kernels for {system} on {machine}: {', '.join(tiers)}, {len(content) // 1024} KiB")

@@ -191,7 +191,7 @@ def test_each_compiler_is_tried(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="never built there")
 def test_why_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load, false = build_module.build_and_load.__wrapped__, shutil.which("false")
+    load = build_module.build_and_load.__wrapped__
     for off in ("0", "plain"):
         monkeypatch.setenv("CELORA_KERNELS", off)
         assert load() == (None, f"CELORA_KERNELS={off} turns them off")
@@ -199,8 +199,11 @@ def test_why_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(build_module.shutil, "which", lambda name: None)
     assert load() == (None, "no C compiler (cc, gcc, clang) is installed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build_module.shutil, "which", lambda name: false)
-    assert load() == (None, f"{false} could not build them")
+    compilers(tmp_path, silent="exit 1", talks="echo x.c:1: error: no such thing >&2; echo 1 error. >&2; exit 1")
+    for name, why in (("talks", "x.c:1: error: no such thing"), ("silent", "it ended with status 1")):
+        compiler = str(tmp_path / name)
+        monkeypatch.setattr(build_module.shutil, "which", lambda _, compiler=compiler: compiler)
+        assert load() == (None, f"{compiler} could not build them: {why}")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -51,6 +51,12 @@ def test_a_tier_that_the_compiler_does_not_know_is_left_out(tmp_path: Path, monk
     assert compiling.compile_library([COMPILER], made, **machine) == [lowest]
     assert made.stat().st_size > 1000
     known[lowest] = known[newest]
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(subprocess.CalledProcessError) as failed:
         compiling.compile_library([COMPILER], made, **machine)
+    assert "-mno-such-instruction" in compiling.reason(failed.value)
+    assert "\n" not in compiling.reason(failed.value)
+    monkeypatch.setattr(compiling, "_SECONDS", 0)
+    with pytest.raises(subprocess.TimeoutExpired) as late:
+        compiling.compile_library([COMPILER], made, **machine)
+    assert compiling.reason(late.value) == "it took longer than 0 s"
     assert [path.name for path in tmp_path.iterdir()] == ["kernels.so"]

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from celora.files import sync
+from celora.kernels.c import compiling
 from celora.kernels.c.compiling import FLAGS, SOURCES, compile_library, tiers
 from celora.machine.cache import cache_folder, trusted
 
@@ -39,8 +40,8 @@ def build_and_load() -> tuple[ctypes.CDLL | None, str]:
         for folder in (_cache, _private):
             try:
                 return _built(compiler, folder()), "" if folder is _cache else reason
-            except subprocess.SubprocessError:
-                reason = f"{compiler} could not build them"
+            except subprocess.SubprocessError as failure:
+                reason = f"{compiler} could not build them: {compiling.reason(failure)}"
                 break  # nor could it elsewhere
             except (OSError, RuntimeError) as error:  # no home folder, one that cannot be used, or a full disk
                 reason = f"they could not be kept or loaded: {' '.join(str(error).split())}"

@@ -6,6 +6,7 @@ older CPU. Standard library only, as a wheel is built without celora's dependenc
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import tempfile
 import time
@@ -30,7 +31,7 @@ _ARM = {
     "i8mm": ("-mcpu=generic+dotprod+i8mm",),
 }
 NAMES = tuple(dict.fromkeys((*_X86, *_ARM)))
-_SECONDS = 120
+_SECONDS = 600  # on a busy machine, zig takes more than two minutes to link its first library for Windows
 
 
 def tiers(architecture: str, system: str) -> dict[str, tuple[str, ...]]:
@@ -71,17 +72,33 @@ def compile_library(compiler: Sequence[str], library: Path, *, architecture: str
     return known
 
 
+def reason(failure: Exception) -> str:
+    """Why a compiler failed: in a line of its own that says so, or in few words."""
+    if isinstance(failure, subprocess.TimeoutExpired):
+        return f"it took longer than {_SECONDS} s"
+    if not isinstance(failure, subprocess.CalledProcessError):
+        return str(failure)
+    lines = str(failure.stderr or f"it ended with status {failure.returncode}").strip().splitlines()
+    return next((line for line in lines if "error" in line), lines[-1]).strip()
+
+
 def _run(commands: Sequence[list[str]]) -> list[subprocess.SubprocessError | None]:
-    """Run commands side by side: what failed, of each."""
-    running = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for c in commands]
+    """Run commands side by side: what failed, of each, and what it wrote."""
     end = time.monotonic() + _SECONDS
     found: list[subprocess.SubprocessError | None] = []
-    for process in running:
-        try:
-            status = process.wait(timeout=max(0, end - time.monotonic()))
-            found.append(subprocess.CalledProcessError(status, process.args) if status else None)
-        except subprocess.TimeoutExpired as late:
-            process.kill()
-            process.wait()
-            found.append(late)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in commands]
+        running = [
+            subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=f) for c, f in zip(commands, files, strict=True)
+        ]
+        for process, file in zip(running, files, strict=True):
+            try:
+                status = process.wait(timeout=max(0, end - time.monotonic()))
+                file.seek(0)
+                failed = subprocess.CalledProcessError(status, process.args, stderr=file.read())
+                found.append(failed if status else None)
+            except subprocess.TimeoutExpired as late:
+                process.kill()
+                process.wait()
+                found.append(late)
     return found
