@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -161,12 +162,14 @@ def test_a_wheels_library_needs_no_compiler(compiled: Path, package: Path) -> No
 @pytest.mark.fault(
     "machines",
     "a wheel's library of kernels is cut off, or another file has taken its place",
-    sees="`celora doctor` names the file: `is damaged: install celora again`, or `cannot be loaded`",
+    sees="one warning, which names the file: `is damaged: install celora again`, or `cannot be loaded`",
     kept="everything: celora compiles the kernels if there is a compiler, and uses torch's operators otherwise",
 )
 @needs_compiler
 @pytest.mark.parametrize("how", ["cut", "text", "foreign"])
-def test_a_wheels_library_that_is_no_such_library(how: str, compiled: Path, package: Path) -> None:
+def test_a_wheels_library_that_is_no_such_library(
+    how: str, compiled: Path, package: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Loading half a library would crash the process."""
     (library,) = (compiled / "celora" / "kernels").glob("*.so")
     file = put(package, b"no library" if how == "text" else library.read_bytes())
@@ -175,10 +178,18 @@ def test_a_wheels_library_that_is_no_such_library(how: str, compiled: Path, pack
     elif how == "foreign":
         file.unlink()
         file = put(package, Path(torch._C.__file__).read_bytes())
-    loaded, reason = build_module.build_and_load.__wrapped__()
+    with pytest.warns(UserWarning, match="the kernels are compiled here, if possible.$") as said:
+        loaded, reason = build_module.build_and_load.__wrapped__()
     assert loaded is None
     assert reason.startswith(f"{file} is damaged: install" if how == "cut" else f"{file} cannot be loaded: ")
-    assert "\n" not in reason
+    assert reason in str(said[0].message)
+    assert "\n" not in str(said[0].message)
+
+    made = object()  # with a compiler, they are compiled, and that is said as well
+    patch_all(monkeypatch, "celora.kernels.c.build:_built", lambda compiler, folder: made)
+    monkeypatch.setattr(build_module.shutil, "which", lambda name: name)
+    with pytest.warns(UserWarning, match=re.escape(reason)):
+        assert build_module.build_and_load.__wrapped__() == (made, "")
 
 
 @needs_compiler

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 from celora.files import sync
@@ -49,14 +50,17 @@ def build_and_load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _packaged() -> tuple[ctypes.CDLL | None, str]:
-    """The library of a wheel, whose name says its content, and what is wrong with it if it cannot be loaded."""
+    """The library of a wheel, whose name says its content; what is wrong if it cannot be loaded, which is said once."""
+    damaged = ""
     for file in SOURCES.glob("compiled/kernels-*.*"):  # in a folder: it is no module of Python's
         try:
-            whole = hashlib.sha256(file.read_bytes()).hexdigest()[:16] == file.stem.partition("-")[2]
-            return _open(file) if whole else None, "" if whole else f"{file} is damaged: install celora again"
+            if hashlib.sha256(file.read_bytes()).hexdigest()[:16] == file.stem.partition("-")[2]:
+                return _open(file), ""
+            damaged = f"{file} is damaged: install celora again"
         except OSError as error:
-            return None, f"{file} cannot be loaded: {' '.join(str(error).split())}"
-    return None, ""
+            damaged = f"{file} cannot be loaded: {' '.join(str(error).split())}"
+        warnings.warn(f"celora: {damaged}. Without it, the kernels are compiled here, if possible.", stacklevel=2)
+    return None, damaged
 
 
 def _open(file: Path) -> ctypes.CDLL:
