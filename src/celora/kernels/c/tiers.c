@@ -79,6 +79,10 @@ static int has(const char *feature) {
 }
 static int offers_dotprod(void) { return has("hw.optional.arm.FEAT_DotProd"); }
 static int offers_i8mm(void) { return offers_dotprod() && has("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(_WIN32)
+__declspec(dllimport) int __stdcall IsProcessorFeaturePresent(unsigned); /* windows.h has macros of our names */
+static int offers_dotprod(void) { return IsProcessorFeaturePresent(43); }
+static int offers_i8mm(void) { return offers_dotprod() && IsProcessorFeaturePresent(66); }
 #else
 static int offers_dotprod(void) { return 0; }
 static int offers_i8mm(void) { return 0; }
