@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import check_wheels
 from forked import code, run
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,8 @@ def test_the_wheel_installs_elsewhere_and_contains_everything(compiler: str, tmp
     wheel = _wheel(tmp_path, CELORA_CC=compiler)
     assert wheel.stat().st_size < 2 * 2**20
     assert re.fullmatch(r"celora-[0-9.]+-py3-none-(manylinux_2_\d\d|linux|macosx_11_0|win)_\w+\.whl", wheel.name)
+    if "-manylinux_" in wheel.name and shutil.which("readelf"):
+        assert check_wheels.faults(wheel) == []
     _run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     scripts = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
     pip = [sys.executable, "-m", "pip", "--python", scripts / "python"]
