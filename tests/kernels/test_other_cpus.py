@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,8 @@ FLAGS = ("-std=gnu11", "-O1", "-ffp-contract=off")  # each operation is rounded 
 HERE = next(filter(None, map(shutil.which, _COMPILERS)), None)
 ARM, EMULATOR = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
 WINE = shutil.which("wine")
-ZIG = [sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-windows-gnu"]
+DISASSEMBLER = shutil.which("aarch64-linux-gnu-objdump")
+ZIG = [sys.executable, "-m", "ziglang", "cc"]
 
 
 def compiled(compiler: list[str], program: Path, *libraries: str) -> Path:
@@ -67,13 +69,57 @@ def test_arm(cpu: str, tiers: list[str], on_arm: tuple[Path, Path]) -> None:
     assert tried(EMULATOR, "-cpu", cpu, "-L", "/usr/aarch64-linux-gnu", *on_arm, *tiers) == tiers
 
 
+def inner_loops(library: Path) -> list[list[str]]:
+    """The instructions of each loop that has none in it. A loop ends with a branch to where it begins."""
+    said = subprocess.run(
+        [str(DISASSEMBLER), "-d", "--no-show-raw-insn", library], capture_output=True, check=True
+    ).stdout
+    lines = re.findall(r"^ *([0-9a-f]+):\s+(\S+)(.*)", said.decode(), re.MULTILINE)
+    numbers = {int(place, 16): number for number, (place, _, _) in enumerate(lines)}
+    found: list[list[str]] = []
+    last = -1  # where the last loop began
+    for end, (_, instruction, arguments) in enumerate(lines):
+        target = re.search(r"(?:^\s*|, )(?:0x)?([0-9a-f]+)(?: <|$)", arguments)
+        if target is None or not instruction.startswith(("b.", "cb", "tb")):
+            continue
+        begin = numbers.get(int(target[1], 16), end + 1)
+        if begin <= end and begin > last:
+            found.append([instruction for _, instruction, _ in lines[begin : end + 1]])
+            last = begin
+    return found
+
+
+def check_loops(library: Path) -> None:
+    """1,024 products of 8 rows and 8 columns: within 1.3 of the products and the loads of 16 bytes that they need."""
+    loops = inner_loops(library)
+    for product, count in (("sdot", 64), ("smmla", 32)):
+        found = [len(loop) for loop in loops if loop.count(product) == count]
+        assert found
+        assert max(found) <= 1.3 * (count + 16)
+
+
+@pytest.mark.skipif(ARM is None or DISASSEMBLER is None, reason="no compiler or tools for ARM")
+def test_inner_loops_of_arm_have_few_instructions(on_arm: tuple[Path, Path]) -> None:
+    check_loops(on_arm[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    DISASSEMBLER is None or importlib.util.find_spec("ziglang") is None, reason="no ziglang, or no tools"
+)
+def test_inner_loops_of_arms_wheel_have_few_instructions(tmp_path: Path) -> None:
+    library, compiler = tmp_path / "kernels.so", [*ZIG, "-target", "aarch64-linux-gnu.2.28"]
+    compiling.compile_library(compiler, library, architecture="aarch64", system="Linux")
+    check_loops(library)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(WINE is None or importlib.util.find_spec("ziglang") is None, reason="no Wine, or no ziglang")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Wine runs programs for this CPU")
 def test_windows(tmp_path: Path) -> None:
     """The library of the wheel for Windows, under Wine."""
-    library = tmp_path / "kernels.dll"
-    tiers = compiling.compile_library(ZIG, library, architecture="x86_64", system="Windows")
-    program = compiled(ZIG, tmp_path / "other_cpu.exe")
+    library, compiler = tmp_path / "kernels.dll", [*ZIG, "-target", "x86_64-windows-gnu"]
+    tiers = compiling.compile_library(compiler, library, architecture="x86_64", system="Windows")
+    program = compiled(compiler, tmp_path / "other_cpu.exe")
     found = tried(WINE, program, library, "baseline", WINEPREFIX=str(tmp_path / "wine"), WINEDEBUG="-all")
     assert found == [tier for tier in tiers if tier in (*TIERS, "baseline")]

@@ -63,11 +63,11 @@ class TurnedPanels(dot.Panels, BothWays):
         return out
 
     def integers(self, index: Tensor | None = None) -> Tensor:
-        panels, depth, panel, _ = self.packed.shape
+        panel = self.packed.shape[2]
         if index is None:
-            q = self.packed.permute(0, 2, 1, 3).reshape(panels * panel, 4 * depth)[: len(self.scale)]
+            q = self.packed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[: len(self.scale)]
         else:
-            q = self.packed[index // panel, :, index % panel].reshape(len(index), 4 * depth)
+            q = self.packed[index // panel, :, index % panel].flatten(1)
         q = q[:, : self.in_features]
         return q if q.dtype == torch.int8 else (q ^ 128).view(torch.int8)
 
@@ -77,4 +77,4 @@ def _layout(rows: int, columns: int) -> tuple[torch.Size, torch.dtype]:
     panel, step = dot.panel_columns(), ask_kernel("depth_step")
     panels = -(-rows // max(panel, step)) * max(panel, step) // panel
     kind = torch.uint8 if ask_kernel("offset") else torch.int8  # in some tiers bytes are unsigned: q + 128
-    return torch.Size((panels, -(-columns // step) * step // 4, panel, 4)), kind
+    return torch.Size((panels, *dot.panel_shape(columns))), kind

@@ -7,7 +7,7 @@
  *
  * In: x (tokens, rows), index (kept), the packed weight (rows, columns). Out: out (tokens, columns).
  *
- * A weight that is packed for `x W^T` also serves `g W`: its panels of 4 x 4 blocks are turned, one at a time, into a
+ * A weight that is packed for `x W^T` also serves `g W`: its panels of square blocks are turned, one at a time, into a
  * thread's own scratch. Its scales, one for each of its rows, are then folded into g before g is quantised.
  *
  * x86's instructions multiply unsigned with signed bytes and add four products to each 32-bit sum. The weight is the
@@ -62,6 +62,9 @@ static inline ints dot(ints sum, ints u, ints s) {
 
 #ifndef OFFSET
 #define OFFSET 128 /* added to the weight's bytes */
+#endif
+#ifndef TOGETHER
+#define TOGETHER 4 /* bytes of a column of the weight that lie together, and of a row that one number of a sum takes */
 #endif
 #ifndef PAIRED
 #define PAIRED 0 /* how rows are quantised: see quantise_row */
@@ -219,19 +222,19 @@ static inline void transpose_bytes(const uint8_t *from, uint8_t *to) {
 }
 #endif
 
-/* Panel p of `g W` from a weight packed for `x W^T`: 4 x 4 blocks change places, and each is transposed. */
+/* Panel p of `g W` from a weight packed for `x W^T`: square blocks change places, and each is transposed. */
 static void turn_panel(const weight *w, int64_t p, uint8_t *to) {
-    const int64_t blocks = w->depth / PANEL;
+    const int64_t blocks = w->depth / PANEL, in_panel = PANEL / TOGETHER, bytes = TOGETHER * TOGETHER;
     for (int64_t o = 0; o < blocks; o++)
-        for (int64_t b = 0; b < PANEL / 4; b++) {
-            const int64_t i = p * (PANEL / 4) + b;
-            uint8_t *block = to + o * PANEL * PANEL + b * 16;
-            if (4 * i >= w->turned) { /* past the end: zeros */
-                for (int64_t c = 0; c < PANEL / 4; c++) memset(block + c * 4 * PANEL, OFFSET, 16);
+        for (int64_t b = 0; b < in_panel; b++) {
+            const int64_t i = (p * in_panel + b) * TOGETHER;
+            uint8_t *block = to + o * PANEL * PANEL + b * bytes;
+            if (i >= w->turned) { /* past the end: zeros */
+                for (int64_t c = 0; c < in_panel; c++) memset(block + c * TOGETHER * PANEL, OFFSET, bytes);
                 continue;
             }
-            const uint8_t *from = w->packed + (o * w->turned + 4 * i) * PANEL;
-            for (int64_t c = 0; c < PANEL / 4; c++) transpose_bytes(from + 16 * c, block + c * 4 * PANEL);
+            const uint8_t *from = w->packed + (o * w->turned + i) * PANEL;
+            for (int64_t c = 0; c < in_panel; c++) transpose_bytes(from + bytes * c, block + c * TOGETHER * PANEL);
         }
 }
 
@@ -300,7 +303,8 @@ static inline int8_t *aligned(void *scratch) { return (int8_t *)(((uintptr_t)scr
 
 #ifdef LANES
 
-/* packed[panel, k / 4, column, k % 4] = OFFSET + round(w[k, j] * inverse[j]); OFFSET, which is zero, past the end of w */
+/* packed[panel, k / TOGETHER, column, k % TOGETHER] = OFFSET + round(w[k, j] * inverse[j]); OFFSET, which is zero, past
+ * the end of w */
 static void EACH(pack_columns)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, const float *inverse,
                                uint8_t *packed, const team *team) {
     const int64_t depth = up_to(rows, DEEP), panels = up_to(columns, PANEL) / PANEL;
@@ -313,12 +317,12 @@ static void EACH(pack_columns)(const TYPE *w, int64_t rows, int64_t columns, int
                 const float shifted = EACH(from)(w[k * stride + j]) * inverse[j] + (12582912.0f + OFFSET);
                 uint32_t bits;
                 memcpy(&bits, &shifted, 4);
-                to[k / 4 * 4 * PANEL + c * 4 + k % 4] = (uint8_t)bits;
+                to[k / TOGETHER * TOGETHER * PANEL + c * TOGETHER + k % TOGETHER] = (uint8_t)bits;
             }
     }
 }
 
-/* The transpose, with one scale for each row of w: packed[panel, k / 4, column, k % 4] =
+/* The transpose, with one scale for each row of w: packed[panel, k / TOGETHER, column, k % TOGETHER] =
  * OFFSET + round(w[j, k] inverse[j]). Panels are whole, and their number such that their columns are a whole number of TURNED. */
 static void EACH(pack_rows)(const TYPE *w, int64_t rows, int64_t columns, int64_t stride, const float *inverse,
                             uint8_t *packed, const team *team) {
@@ -332,7 +336,7 @@ static void EACH(pack_rows)(const TYPE *w, int64_t rows, int64_t columns, int64_
                 const float shifted = EACH(from)(row[k]) * inverse[p * PANEL + c] + (12582912.0f + OFFSET);
                 uint32_t bits;
                 memcpy(&bits, &shifted, 4);
-                to[k / 4 * 4 * PANEL + c * 4 + k % 4] = (uint8_t)bits;
+                to[k / TOGETHER * TOGETHER * PANEL + c * TOGETHER + k % TOGETHER] = (uint8_t)bits;
             }
         }
     }

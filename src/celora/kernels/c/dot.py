@@ -30,6 +30,12 @@ def panel_columns() -> int:
     return 0 if library() is None else ask_kernel("panel_columns")
 
 
+def panel_shape(depth: int) -> tuple[int, int, int]:
+    """Of a panel whose columns have `depth` numbers: parts of the depth, columns, numbers of a column and part."""
+    step, together = ask_kernel("depth_step"), ask_kernel("together")
+    return -(-depth // step) * step // together, panel_columns(), together
+
+
 def multiplies_matrices() -> bool:
     """Whether `gathered_product` uses `matrix_instructions`.
 
@@ -122,8 +128,8 @@ class Panels(PackedWeight):
 def pack_columns(w: Tensor, inverse_scale: Tensor) -> Tensor:
     """`round(w[i, j] inverse_scale[j])` of `w: (out, in)`, laid out for `gathered_product`: uint8."""
     rows, columns = w.shape
-    panel, step = panel_columns(), ask_kernel("depth_step")
-    packed = torch.empty(-(-columns // panel), -(-rows // step) * step // 4, panel, 4, dtype=torch.uint8, device="cpu")
+    panel = panel_columns()
+    packed = torch.empty(-(-columns // panel), *panel_shape(rows), dtype=torch.uint8, device="cpu")
     call_kernel(
         "pack_columns", w, w.data_ptr(), rows, columns, w.stride(0), inverse_scale.data_ptr(), packed.data_ptr()
     )

@@ -45,6 +45,7 @@
 #define NUMBERS(NUMBER)                                                \
     NUMBER(panel_columns, PANEL)                                       \
     NUMBER(depth_step, DEEP)                                           \
+    NUMBER(together, TOGETHER)                                         \
     NUMBER(offset, OFFSET)                                             \
     NUMBER(paired, PAIRED)                                             \
     NUMBER(row_stride, row_stride(N(0)))                               \

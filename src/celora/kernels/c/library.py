@@ -39,6 +39,7 @@ _NUMBERS = {  # return one
     "choose_rows": "PqqdqPP",
     "panel_columns": "",
     "depth_step": "",
+    "together": "",
     "offset": "",
     "paired": "",
     "row_stride": "q",
