@@ -211,9 +211,9 @@ def _gpu_waits(found: list[dict[str, Any]]) -> str:
     )
 
 
-def speed_up(arm: str, dtype: str, *, data: tuple[str, ...]) -> str:
+def speed_up(arm: str, dtype: str, *, data: tuple[str, ...], isa: str | None = None) -> str:
     """The least and the most speed-up of an arm over PEFT in these rows: for a sentence."""
-    found = _fast(dtype=dtype, arm=arm)
+    found = _fast(dtype=dtype, arm=arm, isa=isa)
     ratios = [row["speed_up"] for row in found if row["data"] in data]
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
@@ -285,6 +285,12 @@ VALUES |= {
     f"speed_fast_{dtype}_{model.partition('-')[0]}_{data}": functools.partial(one_speed_up, "fast", dtype, model, data)
     for dtype in ("float32", "bfloat16")
     for model, data in SHAPES
+}
+VALUES |= {
+    f"speed_{arm}_{limit}_{which}": functools.partial(speed_up, arm, "float32", data=data, isa=isa)
+    for arm in _WITHOUT_PLAN
+    for limit, isa in (("avx2", "AVX2"), ("avxvnni", "AVX2_VNNI"))
+    for which, data in _DATA.items()
 }
 PICTURES: dict[str, Callable[[], str]] = {"speed-up.svg": speed_up_picture}
 TABLES: dict[str, Callable[[], str]] = {
