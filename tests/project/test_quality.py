@@ -281,7 +281,9 @@ def test_runs_what_is_missing_and_times_it(
     quality.run(["chat"], twice, [0, 1], [1e-3, 1e-2], said.append)
     found = quality.found()
     keys = [(r["arm"], r["seed"], r["learning_rate"]) for r in found]
-    assert len(set(keys)) == len(keys) == 1 + 2 * 3 + 5
+    assert len(set(keys)) == len(keys)
+    assert {(arm, seed) for arm, seed, _ in keys} == {(arm, 0) for arm in arms} | {(arm, 1) for arm in twice}
+    assert {rate for arm, seed, rate in keys if arm == "LoRA" and seed == 0} >= {1e-3, 1e-2}
     assert {r["steps"] for r in found if r["arm"] == "LoRA"} == {2}
     quality.run(["chat"], arms, [0], [1e-2], said.append)
     quality.run(["chat"], twice, [0, 1], [1e-3, 1e-2], said.append)

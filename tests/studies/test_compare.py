@@ -213,7 +213,7 @@ def test_the_first_arm_is_plain_whatever_the_settings_are_of(inputs: Path, tmp_p
 def test_an_arm_in_8_bits_is_judged_on_the_original_base(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patch_all(monkeypatch, "celora.planning.fastest:_fastest", lambda own, *_: own)
+    patch_all(monkeypatch, "celora.planning.fastest:_fastest", lambda own, *_: (own, {}))
     found = compare(settings(inputs, tmp_path / "out"), arms=("LoRA", "fast"), seeds=1)
     for o in found:
         said = json.loads((tmp_path / "out" / f"{o.arm}-seed0" / "run.json").read_text())["summary"]

@@ -18,7 +18,7 @@ def test_audit_judges_an_adapter_with_the_configuration_it_was_trained_with(fini
 
 @pytest.mark.parametrize("preset", ["auto", "fast"])
 def test_audit_judges_what_training_would_attach(preset, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("celora.planning.fastest._fastest", lambda *_: EXACT)
+    monkeypatch.setattr("celora.planning.fastest._fastest", lambda *_: (EXACT, {}))
     request = make_request({**inputs, "output": str(tmp_path / "none"), "preset": preset})
     attached = []
     monkeypatch.setattr("celora.attach", lambda model, config: attached.append(config))

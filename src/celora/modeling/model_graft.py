@@ -29,7 +29,7 @@ from celora.modeling.attention import LENGTHS, Lookup, is_attention, may_replace
 from celora.modeling.call import TRL, UNPACKED, Call, OpenCalls, fit, known_by, unknown_arguments, wants_own_head
 from celora.modeling.compiled import is_compiled
 from celora.modeling.eight_bit import EightBitHead
-from celora.modeling.graft import scripted
+from celora.modeling.graft import in_dispatch_mode, scripted
 from celora.modeling.hooks import Hook, nothing, settle_all
 from celora.modeling.language_model import LanguageModel, at_hand, language_model, not_ours
 from celora.modeling.onlookers import may_look_at_shapes
@@ -274,6 +274,10 @@ class ModelGraft(Measured, Hook):
         weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
         for_trl = bool(given.get(TRL))
         in_8_bits, trains = self._in_8_bits(head), causal.training and torch.is_grad_enabled()
+        trains = trains and not in_dispatch_mode()  # it would see what only measures
+        watched = in_8_bits if in_8_bits is not None and in_8_bits.watches and trains else None
+        if watched is not None:
+            watched.product.notice()  # or an old copy would count as an error
         rows, targets = call.rows.to(hidden.device), call.next_labels.flatten()[call.place].to(hidden.device)
         scores = score_tokens(
             hidden,
@@ -288,7 +292,7 @@ class ModelGraft(Measured, Hook):
             seed=self._draw() if torch.is_grad_enabled() else 0,  # an evaluation does not count as a call
             measure=self.measure if self.mode is Mode.OBSERVE and self.keep_ratio < 1 else None,
             product=None if in_8_bits is None else in_8_bits.product,
-            compare=in_8_bits.compare if in_8_bits is not None and in_8_bits.watches and trains else None,
+            compare=None if watched is None else watched.compare,
         )
         items = given.get("num_items_in_batch")
         items = items.to(hidden.device) if isinstance(items, Tensor) else len(rows) if items is None else items

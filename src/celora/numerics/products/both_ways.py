@@ -76,8 +76,8 @@ class Int8BothWays(Int8):
         seen, self._seen = self._seen, None
         if seen is None:
             return None
-        logarithms = seen.clamp(min=2.0**_UNKNOWN).log2()
-        sizes: list[int] = (logarithms * seen.new_tensor(_PER_OCTAVE)).round().int().flatten().tolist()
+        logarithms = seen.cpu().clamp(min=2.0**_UNKNOWN).log2()
+        sizes: list[int] = (logarithms * torch.tensor(_PER_OCTAVE, device="cpu")).round().int().flatten().tolist()
         of_input = sizes[: len(sizes) // 2]
         return sizes if max(of_input) > _LEAST[0][0] else None
 
