@@ -102,8 +102,8 @@ def original_weights(model: nn.Module) -> Iterator[None]:
         CELoraError: one of them cannot be read, or has changed.
     """
     layers = [layer for layer in held_in_8_bits(model).values() if not layer.on_original]
-    for layer in layers:
-        layer.original()
+    for layer in layers:  # what FSDP2 has split is whole in the layer's forward, which then compares
+        layer.read_again() if isinstance(layer.W_q, DTensor) else layer.original()
     try:
         for layer in layers:
             layer.on_original = True

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from celora.errors import CELoraError
@@ -106,17 +107,29 @@ class Int8Linear(nn.Linear):
         """`diag(s) q` in `dtype`, (out, in). PEFT calls this if a variant of LoRA needs the weight."""
         return self.packed.dense(self.dtype)
 
-    def original(self) -> Tensor:
-        """The original weight, (out, in) in `dtype`, read from its checkpoint.
+    def read_again(self) -> Tensor:
+        """What the checkpoint has now under the name of the original weight, (out, in) in `dtype`.
 
         Raises:
-            CELoraError: it cannot be read, or has changed.
+            CELoraError: it cannot be read, or has another shape.
         """
         if self.origin is None:
             raise CELoraError("it is not known where its original weight came from")
         weight = self.origin.read().to(self.W_q.device, self.dtype)
         if weight.shape != (self.out_features, self.in_features):
             raise CELoraError(f"{self.origin.name!r} in {self.origin.model!r} has another shape by now")
+        return weight
+
+    def original(self) -> Tensor:
+        """The original weight, (out, in) in `dtype`, read from its checkpoint.
+
+        Raises:
+            CELoraError: it cannot be read, or has changed, or FSDP2 has split the bytes that it is compared with.
+        """
+        weight = self.read_again()
+        assert self.origin is not None
+        if isinstance(self.W_q, DTensor):
+            raise CELoraError("FSDP2 has split its bytes over processes")
         again, step = quantised(weight).dense(), self.scale[:, None]
         if not bool(((again - self.packed.dense()).abs() <= 1.01 * step).all()):
             raise CELoraError(f"{self.origin.name!r} in {self.origin.model!r} is not the weight that was quantised")
