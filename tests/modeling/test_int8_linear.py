@@ -237,6 +237,21 @@ def test_a_layer_on_its_original_weight(tmp_path: Path) -> None:
     assert layer(x).equal(linear(x))
 
 
+def test_a_compiler_does_not_trace_the_reading_of_the_original(tmp_path: Path) -> None:
+    """Its graphs would be of parts of the reader and of the kernels' launches, made again for each layer."""
+    linear, x, graphs = make(), torch.randn(3, 50), []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    layer = Int8Linear.of(linear)
+    layer.origin, layer.on_original = stored(tmp_path, linear), True
+    torch.compiler.reset()
+    assert torch.compile(layer, backend=count)(x).equal(linear(x))
+    assert len(graphs) == 1
+
+
 def test_bytes_that_were_moved_with_another_devices_layout_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     """As FSDP2 moves them, which sees parameters only. The layer itself still knows its weight."""
     layer, expected = Int8Linear.of(make(bias=False)), Int8Linear.of(make(bias=False)).dequantize()

@@ -120,6 +120,7 @@ class Int8Linear(nn.Linear):
             raise CELoraError(f"{self.origin.name!r} in {self.origin.model!r} has another shape by now")
         return weight
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would trace the reading of a file
     def original(self) -> Tensor:
         """The original weight, (out, in) in `dtype`, read from its checkpoint.
 
