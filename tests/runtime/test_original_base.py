@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import celora
+import celora.fsdp
 from celora import CELoraConfig, CELoraError
 from celora.integrations.while_training import AttachWhileTraining
 from celora.modeling.int8_base import held_in_8_bits
@@ -52,7 +55,9 @@ class Seen(TrainerCallback):
         self.expected.append(self.expect())
 
 
-def a_trainer(folder: Path, model: PeftModel, *callbacks: TrainerCallback, **arguments: Any) -> Trainer:
+def a_trainer(
+    folder: Path, model: PeftModel, *callbacks: TrainerCallback, kind: type[Trainer] = Trainer, **arguments: Any
+) -> Trainer:
     settings = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "save_strategy": "no", **arguments}
     args = TrainingArguments(
         output_dir=str(folder),
@@ -67,7 +72,7 @@ def a_trainer(folder: Path, model: PeftModel, *callbacks: TrainerCallback, **arg
         seed=1,
         **settings,
     )
-    trainer = Trainer(model=model, args=args, train_dataset=Rows(), eval_dataset=Rows())
+    trainer = kind(model=model, args=args, train_dataset=Rows(), eval_dataset=Rows())
     for callback in callbacks:
         trainer.add_callback(callback)
     return trainer
@@ -169,6 +174,35 @@ def test_the_second_evaluation_changes_no_training(tmp_path: Path) -> None:
     assert all(value.equal(found[1][0][name]) for name, value in found[0][0].items())
 
 
+class Collecting(Trainer):
+    """As TRL's ORPOTrainer, whose logs have the means of what evaluation has collected since the latest logs."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._stored_metrics: dict[str, list[float]] = defaultdict(list)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().prediction_step(*args, **kwargs)
+        self._stored_metrics["eval_collected"].append(float(found[0]))
+        return found
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        for name in [*self._stored_metrics]:
+            logs[name] = len(self._stored_metrics.pop(name))
+        super().log(logs, *args)
+
+
+def test_the_second_evaluation_adds_nothing_to_what_the_trainer_collects(tmp_path: Path) -> None:
+    """The next logs would mix it with an evaluation of other weights."""
+    model = make_model()
+    celora.attach(model, BOTH)
+    trainer = a_trainer(tmp_path, model, celora.Callback(), kind=Collecting)
+    trainer.train()
+    history = trainer.state.log_history
+    assert [row["eval_collected"] for row in history if "eval_collected" in row] == [3, 3]
+    assert ["eval_base_loss" in row for row in evaluations(trainer)] == [True, True]
+
+
 def test_a_model_without_8_bits_is_evaluated_once(tmp_path: Path) -> None:
     model, seen = make_model(), Seen()
     celora.attach(model, "exact")
@@ -204,3 +238,27 @@ def test_an_original_weight_that_is_gone_is_said(tmp_path: Path) -> None:
     with pytest.raises(CELoraError), celora.original_base(model):
         pass
     assert not any(layer.on_original for layer in held_in_8_bits(model).values())
+
+
+def test_bytes_that_are_split_are_compared_where_they_are_whole(tmp_path: Path) -> None:
+    """FSDP2 gathers them for a layer's forward. Elsewhere nothing may replace them."""
+    model = in_8_bits(tmp_path)
+    with celora.original_base(model):
+        original = loss(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        celora.fsdp.shard(model)
+        celora.attach(model, BOTH)
+        quantised = loss(model)
+        with celora.original_base(model):
+            assert loss(model) == original
+        assert loss(model) == quantised != original
+        with pytest.raises(CELoraError, match="FSDP2 has split its bytes"):
+            celora.restore_base(model)
+        (layer, *_) = held_in_8_bits(model).values()
+        assert layer.origin is not None
+        layer.origin = dataclasses.replace(layer.origin, name=layer.origin.name.replace("layers.0", "layers.1"))
+        with pytest.raises(CELoraError, match="is not the weight that was quantised"), celora.original_base(model):
+            loss(model)
+    finally:
+        dist.destroy_process_group()

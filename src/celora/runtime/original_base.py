@@ -6,6 +6,7 @@ original base. So an evaluation has two losses: `eval_loss` on the base that tra
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -95,6 +96,8 @@ def _loss_on_the_base(trainer: Any, dataloader: Any, prefix: str) -> float | Non
             warnings.warn(f"celora: the loss on the original base is not measured: {missing}.", stacklevel=2)
             return None
         stack.enter_context(random_states([trainer.args.device]))
+        if (means := vars(trainer).get("_stored_metrics")) is not None:  # TRL's CPO and ORPO log them before callbacks
+            stack.callback(setattr, trainer, "_stored_metrics", copy.deepcopy(means))
         # The loop of the class: a subclass's may also generate answers, and log them.
         again = Trainer.evaluation_loop(
             trainer, dataloader, "Evaluation on the original base", True, metric_key_prefix=prefix
