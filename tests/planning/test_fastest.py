@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 import celora
+from celora.modeling.int8_linear import Int8Linear
 from celora.modeling.survey import survey
 from celora.planning.candidates import EXACT
 from celora.planning.fastest import gate
@@ -19,7 +20,7 @@ from celora.runtime.attachment import require
 from celora.settings.presets import PRESETS, by_rule
 from machine import refuses
 from patching import patch_all
-from small import make_model, train
+from small import make_base, make_model, train
 
 FAST, AUTO = PRESETS["fast"], by_rule(PRESETS["auto"])
 
@@ -89,6 +90,17 @@ def test_the_times_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     times(monkeypatch, 10.0, 9.9, 12.0)
     told = gate(survey(make_model()), AUTO, tokens=1000, labelled=1000)
     assert {timing["chosen"] for timing in told.timings} == {"exact"}
+
+
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
+def test_the_times_say_how_a_kind_of_layers_is_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the report shows two kinds alike."""
+    times(monkeypatch, 10.0, 6.0, 9.0)
+    base = make_base()
+    base.model.layers[0].mlp.down_proj = Int8Linear.of(base.model.layers[0].mlp.down_proj)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["down_proj"]))
+    told = gate(survey(model), AUTO, tokens=100, labelled=20)
+    assert [timing["layers"] for timing in told.timings] == ["down_proj (Int8Linear)", "down_proj", "head"]
 
 
 @pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")

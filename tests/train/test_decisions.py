@@ -47,6 +47,14 @@ def test_what_was_decided_and_when() -> None:
     assert decision_rows({}) == {}
 
 
+def test_kinds_of_layers_that_differ_in_their_dtype_only_are_both_told() -> None:
+    other = GATE | {"dtype": "torch.bfloat16", "chosen": "exact"}
+    assert [*decision_rows({"gate": [GATE, other]}).values()] == [
+        "tokens x int8 (time over exact: tokens x int8 0.61, tokens x native 0.90); "
+        "exact (time over exact: tokens x int8 0.61, tokens x native 0.90)"
+    ]
+
+
 def test_the_report_shows_both(tmp_path) -> None:
     folder = run_folder(tmp_path)
     write_json(folder / "run.json", read_json(folder / "run.json") | RECORD)

@@ -108,14 +108,15 @@ def _overrides(
             kind = layer.shape, layer.dtype, layer.device, layer.takes_forward, rank_of(layer, own), layer.quantised
             kinds.setdefault(kind, []).append(layer)
     overrides: dict[str, Mapping[str, Any]] = {}
-    for (_, _, device, takes_forward, rank, _), layers in kinds.items():
+    for (_, _, device, takes_forward, rank, quantised), layers in kinds.items():
         setting = dataclasses.replace(own, rank=rank, forward=own.forward if takes_forward else "exact")
         if _untried(config, device):
             best = EXACT
         else:
             best, timing = _fastest(setting, layers[0], tokens)
             parts = dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers)
-            timings.append({"layers": ", ".join(parts), "count": len(layers), "shape": [*layers[0].shape]} | timing)
+            named = ", ".join(parts) + (f" ({quantised})" if quantised else "")
+            timings.append({"layers": named, "count": len(layers), "shape": [*layers[0].shape]} | timing)
         changes = {name: getattr(best, name) for name in LAYER_FIELDS if getattr(best, name) != getattr(own, name)}
         changes.pop("rank", None)
         if best == EXACT:  # it uses no other field

@@ -62,13 +62,14 @@ def estimator_rows(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def decision_rows(record: Mapping[str, Any]) -> dict[str, str]:
     """What was decided, and when: the times of the gate before the first step, and the moves at their steps."""
-    rows = {}
+    rows: dict[str, str] = {}
     for timing in _dicts(record.get("gate")):
         over = timing.get("over_exact")
         if isinstance(over, dict) and all(map(is_number, over.values())):
             times = ", ".join(f"{setting} {ratio:.2f}" for setting, ratio in over.items())
-            of = f"{timing.get('count')} x {timing.get('layers')}, {timing.get('shape')}"
-            rows[f"before the first step: {of}"] = f"{timing.get('chosen')} (time over exact: {times})"
+            of = f"before the first step: {timing.get('count')} x {timing.get('layers')}, {timing.get('shape')}"
+            said = f"{timing.get('chosen')} (time over exact: {times})"
+            rows[of] = f"{rows[of]}; {said}" if of in rows else said  # kinds may differ in their dtype only
     moved: dict[int, Counter[str]] = {}
     for move in _dicts(record.get("moves")):
         if is_number(move.get("step")) and is_number(move.get("keeps")):
