@@ -358,10 +358,9 @@ class Attachment:
             due = step % tau == 0 or step == self._together
             self.forward.begin(step)
             self.forward.mode = Mode.EXACT if HEAD in made_exact else Mode.OBSERVE if due else Mode.ESTIMATE
-            if (
-                self.forward.eight_bit is not None
-            ):  # its first steps show whether it needs scales, and if they are enough
-                self.forward.eight_bit.watches = due or step < FIRST_ROUND
+            if (head := self.forward.eight_bit) is not None:
+                # Its first steps show whether it needs scales, and if they are enough.
+                head.watches = due or step < FIRST_ROUND
         firsts: dict[str, int] = {}  # the first layer of each module
         for i, (name, graft) in enumerate(self.grafts.items()):
             if name in self.forwards:

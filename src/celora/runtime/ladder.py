@@ -59,9 +59,8 @@ class Ladder:
     def move(self, layer: str, kept: float, error: float, step: int) -> float:
         """The share that the layer keeps from `step` on, after the share `kept` had the relative error `error`."""
         rungs = (*(WORDS if layer == HEAD else SHARES), EXACT)
-        if (
-            self.most_error is None or kept not in rungs[:-1] or not error > self.most_error
-        ):  # another share is the user's
+        theirs = kept not in rungs[:-1]  # the user's
+        if self.most_error is None or theirs or not error > self.most_error:
             return kept
         keeps = rungs[rungs.index(kept) + 1]
         self.moves.append(Move(step, layer, kept, keeps, error))
