@@ -205,3 +205,27 @@ def test_the_gate_times_these_bytes_and_the_layer_s_own_forward(
     config = fastest.gate(survey(model), PRESETS["fast"]).config
     assert seen == [["own"], ["8 bits"], ["own"], ["own"]] * 4  # four shapes; `fast` is the first after `exact`
     assert {config.for_layer(name).forward for name in survey(model).layers} == {"int8"}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_version_of_the_package_is_timed_anew(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It computes the exact forward that the gate compares with."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    timed: list[int] = []
+
+    def ratios(contenders: Mapping[str, Callable[[], object]], **_: Any) -> dict[str, float]:
+        timed.append(len(contenders))
+        return dict.fromkeys(contenders, 1.0)
+
+    patch_all(monkeypatch, "celora.machine.timing:ratios", ratios)
+    monkeypatch.setattr(fastest, "disturbed", lambda _: "")
+    found, version = survey(make_adapted(kind)), fastest.package_version
+    for _ in range(2):
+        fastest.gate(found, PRESETS["fast"])
+    assert len(timed) == 4
+    package = kind.split()[0]
+    monkeypatch.setattr(fastest, "package_version", lambda name: "0" if name == package else version(name))
+    fastest.gate(found, PRESETS["fast"])
+    assert len(timed) == 8

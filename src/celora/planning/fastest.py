@@ -136,7 +136,8 @@ def _fastest(own: LayerConfig, layer: AdaptedLayer, tokens: int) -> tuple[LayerC
     dtype = dtype if dtype.is_floating_point else torch.bfloat16  # the dtype of a quantised layer's products
     of = {"layer": [dataclasses.asdict(setting) for setting in settings], "shape": shape, "tokens": tokens}
     base = layer.base if layer.multiplies_own_bytes and not isinstance(layer.base, Int8Linear) else None
-    of |= {} if base is None else {"base": layer.quantised}
+    if base is not None:  # its package computes the exact forward
+        of |= {"base": layer.quantised} | {name: package_version(name) for name in ("bitsandbytes", "torchao")}
     over = _kept(
         of, 1 + len(settings), dtype, device, lambda: _over_exact(settings, shape, tokens, dtype, device, base)
     )
