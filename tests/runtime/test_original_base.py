@@ -203,6 +203,20 @@ def test_the_second_evaluation_adds_nothing_to_what_the_trainer_collects(tmp_pat
     assert ["eval_base_loss" in row for row in evaluations(trainer)] == [True, True]
 
 
+class Rewarding(Trainer):
+    """Evaluates as TRL's GRPO does: it generates answers, and judges them."""
+
+    reward_funcs = (len,)
+
+
+def test_a_trainer_that_generates_is_evaluated_once(tmp_path: Path) -> None:
+    model = make_model()
+    celora.attach(model, BOTH)
+    trainer = a_trainer(tmp_path, model, celora.Callback(), kind=Rewarding)
+    trainer.train()
+    assert ["eval_base_loss" in row for row in evaluations(trainer)] == [False, False]
+
+
 def test_a_model_without_8_bits_is_evaluated_once(tmp_path: Path) -> None:
     model, seen = make_model(), Seen()
     celora.attach(model, "exact")

@@ -48,7 +48,8 @@ def original_base(model: nn.Module) -> Iterator[None]:
 def base_losses(trainer: Any, dataloader: Any, logs: Mapping[str, Any]) -> dict[str, float]:
     """`..._base_loss` for the `..._loss` of an evaluation that has just ended, from a second pass over its rows.
 
-    Empty if these are no logs of an evaluation, if nothing is in 8 bits, or if the second loss is there already. The
+    Empty if these are no logs of an evaluation, if nothing is in 8 bits, or if the second loss is there already. Empty,
+    too, for TRL's trainers with rewards (GRPO and its like): they would generate other answers, and judge those. The
     random state is then the same as before. If several processes train together, all of them call this.
 
     Args:
@@ -57,7 +58,7 @@ def base_losses(trainer: Any, dataloader: Any, logs: Mapping[str, Any]) -> dict[
         logs: what it logs about the evaluation.
     """
     prefixes = _evaluated(logs)
-    if not prefixes or not _in_8_bits(trainer.model):
+    if not prefixes or hasattr(trainer, "reward_funcs") or not _in_8_bits(trainer.model):
         return {}
     losses = {f"{prefix}_base_loss": _loss_on_the_base(trainer, dataloader, prefix) for prefix in prefixes}
     return {key: loss for key, loss in losses.items() if loss is not None}
