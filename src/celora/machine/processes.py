@@ -37,6 +37,11 @@ def largest_of_all(numbers: list[list[int]], device: torch.device) -> list[list[
     return largest
 
 
+def any_of_them(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true in any process. Collective. It waits for the device, as logging a loss does."""
+    return largest_of_all([[int(flag)]], device) == [[1]] if in_company() else flag
+
+
 def from_first(value: Any) -> Any:
     """The first process's value, in every process. Collective."""
     if not in_company():

@@ -16,7 +16,7 @@ from torch import nn
 
 from celora.errors import CELoraError
 from celora.machine.device import random_states
-from celora.machine.processes import in_company, largest_of_all
+from celora.machine.processes import any_of_them
 from celora.modeling.int8_base import held_in_8_bits, original_weights
 from celora.runtime.attachment import Attachment, attachments
 
@@ -91,7 +91,7 @@ def _loss_on_the_base(trainer: Any, dataloader: Any, prefix: str) -> float | Non
         except CELoraError as error:
             missing = str(error)
         # All processes evaluate once more, or none: one alone would wait for the others for ever.
-        if in_company() and largest_of_all([[int(bool(missing))]], trainer.args.device) == [[1]]:
+        if any_of_them(bool(missing), trainer.args.device):
             missing = missing or "another process cannot read the original weights"
         if missing:
             warnings.warn(f"celora: the loss on the original base is not measured: {missing}.", stacklevel=2)

@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
-from celora.train.processes import any_of_them, processes
+from celora.machine.processes import any_of_them
+from celora.train.processes import processes
 
 _SAME_S = 1.0  # a signal this soon after another is the same one: the launcher repeats the terminal's
 

@@ -12,11 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
 from celora.errors import CELoraError
-from celora.machine.processes import largest_of_all
 
 _PATIENCE_S = 5.0
 
@@ -54,13 +52,6 @@ def wait_for_all() -> None:
         from accelerate import PartialState  # imported late: the folder's lock does not need it
 
         PartialState().wait_for_everyone()
-
-
-def any_of_them(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true in any process. Collective. It waits for the device, as logging a loss does."""
-    if processes() == 1:
-        return flag
-    return largest_of_all([[int(flag)]], device) == [[1]]
 
 
 def speaks() -> bool:
