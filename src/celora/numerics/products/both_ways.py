@@ -23,8 +23,6 @@ Sources: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339); scales
 from __future__ import annotations
 
 import functools
-import threading
-import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,6 +32,7 @@ from torch import Tensor
 from celora.kernels.operations import pack_both_ways, squared_column_norms
 from celora.kernels.packed import BothWays, QuantisedRows
 from celora.kernels.plain import row_scales
+from celora.numerics.inputs import LatestInput
 from celora.numerics.products.int8 import Int8, stored_bytes
 
 
@@ -181,38 +180,4 @@ def _onto(packed: BothWays, rows: QuantisedRows, bias: Tensor | None, out: Tenso
     return packed.multiply(rows, bias, out) if rows.dtype == out.dtype else out.copy_(packed.multiply(rows, bias))
 
 
-class _Inputs(threading.local):
-    """The latest input of each thread in 8 bits. Query, key and value share an input, and so do gate and up.
-
-    It is dropped together with the input. It is made again for another input, or if the input was changed in place. A
-    change through `.data` or a NumPy view is not noticed.
-    """
-
-    def __init__(self) -> None:
-        self._known: list[tuple[weakref.ref[Tensor], int, type, QuantisedRows]] = []  # at most one
-
-    def quantised(self, x: Tensor, packed: BothWays) -> QuantisedRows:
-        """The rows of `x: (..., in)` as `packed` multiplies them."""
-        if x.is_inference():  # such a tensor has no version, so a change would go unnoticed
-            return packed.quantise(x.reshape(-1, x.shape[-1]))
-        rows = self.latest(x, packed)
-        if rows is None:
-            rows = packed.quantise(x.reshape(-1, x.shape[-1]))
-            self._known[:] = [(weakref.ref(x, functools.partial(_drop, self._known)), x._version, type(packed), rows)]
-        return rows
-
-    def latest(self, x: Tensor, packed: BothWays) -> QuantisedRows | None:
-        """The rows of x, if x is the latest input; else None."""
-        known = next(iter(self._known), None)
-        if known is None or known[0]() is not x or known[1:3] != (x._version, type(packed)):
-            return None
-        return known[3] if known[3].input_scale is packed.input_scale else None
-
-
-def _drop(known: list[tuple[weakref.ref[Tensor], int, type, QuantisedRows]], gone: object) -> None:
-    """Forget an input that is gone. The last to refer to it may be another thread."""
-    if known and known[0][0] is gone:
-        known.clear()
-
-
-_inputs = _Inputs()
+_inputs = LatestInput()
