@@ -101,7 +101,8 @@ def attach(
             OwnLoss(attachment.switch).under(model)
         attachment.set_modes(0)
         model.__dict__[ATTRIBUTE] = attachment
-        if not attachment.grafts and (report.skipped or _patterns(config)):
+        asked = any(config.overrides[pattern].keys() - {"saved_input"} for pattern in _patterns(config))
+        if not attachment.grafts and (report.skipped or asked):
             warnings.warn("celora: no layer can be estimated. Print the report for the reasons.", stacklevel=2)
     estimates = bool(report.estimated) or not exact_head
     estimators = [estimator for _, estimator in assigned.values() if estimator is not None]
@@ -192,6 +193,7 @@ def _graft_layer(layer: AdaptedLayer, estimator: Estimator | None, attachment: A
     graft: LayerGraft
     if attachment.config.fused and not layer.cannot_fuse:
         graft = FusedGraft(estimator or Dense(*layer.shape), attachment.switch)
+        graft.saved_input = attachment.config.for_layer(layer.name).saved_input
         graft.over(layer.module)
     elif estimator is not None:
         graft = LayerGraft(estimator, attachment.switch)

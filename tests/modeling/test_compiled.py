@@ -16,6 +16,7 @@ from celora.modeling.compiled import (
     quantised,
     read_and_multiplied,
     read_and_projected,
+    rounded_rows,
 )
 from celora.modeling.graft import LayerGraft
 from celora.modeling.switch import Mode, Switch
@@ -63,3 +64,5 @@ def test_graphs_are_promised_the_right_shape(layer: tuple[nn.Linear, LayerGraft]
             read_and_projected(gradient, 8, None, layer[1].key, torch.bfloat16, False),
         ):
             assert (found.shape, found.dtype) == ((5, 8), torch.bfloat16)
+        q, scale = rounded_rows(gradient)
+        assert (q.shape, q.dtype, scale.shape, scale.dtype) == ((5, 12), torch.int8, (5,), torch.float32)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from celora.kernels.c import library as kernels
 from celora.numerics.passes import gated, rms_norm
-from celora.numerics.saved import Saving, quantise
+from celora.numerics.saved import Saving, quantise, rounded_input
 from without import without
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -75,3 +75,17 @@ def test_passes_compute_the_same_and_their_gradients_from_what_was_saved(dtype: 
     exactly, of_x = gradients(lambda x: rms_norm(x, weight, 1e-6), x)
     assert result.equal(exactly)
     assert 0 < (found_x - of_x).norm() < 0.01 * of_x.norm()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
+def test_an_input_is_rounded_once_for_the_gradients_of_all_that_read_it(dtype: torch.dtype) -> None:
+    x, p = torch.randn(3, 40, 16).to(dtype), torch.randn(120, 4).to(dtype)
+    rows = rounded_input(x)
+    assert rounded_input(x) is rows
+    assert rounded_input(x.clone()) is not rows
+    (restored,) = Saving(torch.float64, in_8_bits=True).restore(rows.q, rows.scale[:, None])
+    step = x.double().abs().amax(-1, keepdim=True).view(-1, 1) / 127
+    assert ((restored - x.double().view(120, 16)).abs() <= 0.5001 * step).all()
+    found, expected = rows.giving(dtype).transposed_product(p), p.double().t() @ restored
+    precision = max(torch.finfo(rows.giving(dtype).dtype).eps, 1e-6)
+    assert (found.double() - expected).norm() < precision * expected.norm()

@@ -225,6 +225,14 @@ def test_what_the_user_says_of_a_layer_stays(monkeypatch: pytest.MonkeyPatch) ->
         assert (layer.estimator, layer.keep_ratio) == expected
 
 
+def test_how_inputs_are_saved_keeps_no_layer_from_being_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    times(monkeypatch, 10.0, 30.0, 30.0, 30.0)
+    asked = dataclasses.replace(FAST, overrides={"*": {"saved_input": "native"}})
+    config = gate(survey(make_model()), asked).config
+    found = {(layer.estimator, layer.saved_input) for layer in map(config.for_layer, survey(make_model()).layers)}
+    assert found == {("dense", "native")}
+
+
 def test_random_numbers_stay_what_they_are() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)

@@ -125,6 +125,21 @@ def test_a_plan_is_carried_out_as_it_is_whatever_the_frame_estimates(model: Peft
         assert config.for_layer("another").estimator == frame.estimator
 
 
+def test_how_inputs_are_saved_is_the_frames_choice_unless_the_plan_says(model: PeftModel) -> None:
+    frame = dataclasses.replace(PRESETS["auto"], saved_input="int8")
+    plan, wanted = make(model), LayerConfig("tokens", keep_ratio=0.9, rank=0, saved_input="native")
+    assert {plan.config(frame).for_layer(layer.name).saved_input for layer in plan.layers} == {"int8"}
+    assert {layer.saved_input for layer in celora.attach(model, plan.config(frame)).layers} == {"int8"}
+    says = make(model, (wanted, dataclasses.replace(wanted, saved_input="int8")))
+    assert Plan.from_dict(says.to_dict()) == says
+    config = says.config(frame)
+    assert [config.for_layer(layer.name).saved_input for layer in says.layers] == ["int8", "native", "int8"]
+    assert label(wanted) == "tokens 0.9"  # as the exact forward multiplies it
+    assert label(says.layers[0].choice.setting) == "tokens 0.9, input saved in 8 bits"
+    both = dataclasses.replace(wanted, forward="int8", precision="int8")
+    assert label(both) == "tokens 0.9 x int8, forward too, input saved in its own dtype"
+
+
 def _unused(setting: LayerConfig) -> dict[str, Any]:
     """The fields that this estimator does not use."""
     used = {"estimator", *estimator_class(setting.estimator).uses}

@@ -42,7 +42,12 @@ def test_overrides_touch_only_what_they_name_and_later_ones_win() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [*PRESETS.values(), CELoraConfig(keep_ratio=0.3, rank=2, overrides={"a": {"rank": 1}})]
+    "config",
+    [
+        *PRESETS.values(),
+        CELoraConfig(keep_ratio=0.3, rank=2, overrides={"a": {"rank": 1}}),
+        CELoraConfig("dense", saved_input="int8", fused=True, overrides={"a": {"saved_input": "native"}}),
+    ],
 )
 def test_saved_and_loaded_unchanged(config: CELoraConfig, tmp_path: Path) -> None:
     assert CELoraConfig.from_dict(config.to_dict()) == config
@@ -69,6 +74,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"selection": ["topk"]}, "unknown selection"),
     ({"factor": 3}, "unknown factor '3'. Known: gradient, svd"),
     ({"precision": "int4"}, "unknown precision 'int4'; did you mean 'int8'?"),
+    ({"saved_input": "int4"}, "unknown saved_input 'int4'; did you mean 'int8'?"),
+    ({"saved_input": None}, "unknown saved_input 'None'. Known: forward, int8, native"),
+    ({"saved_input": "int8"}, "saved_input='int8' needs fused=True: PEFT saves the input of its own adapters itself."),
+    ({"overrides": {"q": {"saved_input": "int8"}}}, "override 'q': saved_input='int8' needs fused=True"),
     ({"weight_copy": "no"}, "weight_copy='no'; expected true or false"),
     ({"spread": 1}, "spread=1; expected true or false"),
     ({"target_error": 1.5}, "target_error=1.5; expected 0 < target_error < 1"),
@@ -122,9 +131,10 @@ def test_unreadable_files(tmp_path: Path) -> None:
         CELoraConfig.load(tmp_path)
 
 
-def test_a_configuration_without_the_forward_s_setting_has_its_default() -> None:
-    """Configurations from before the 8-bit forward do not have the setting."""
-    values = {key: value for key, value in CELoraConfig().to_dict().items() if key != "forward"}
+@pytest.mark.parametrize("setting", ["forward", "saved_input"])
+def test_a_configuration_without_a_later_setting_has_its_default(setting: str) -> None:
+    """Configurations from before the 8-bit forward do not have its settings."""
+    values = {key: value for key, value in CELoraConfig().to_dict().items() if key != setting}
     assert CELoraConfig.from_dict(values) == CELoraConfig()
 
 

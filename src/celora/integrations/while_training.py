@@ -120,7 +120,7 @@ def in_one_line(report: AttachReport) -> str:
     """How many layers are estimated, and how many keep PEFT's backward, with the most frequent reason."""
     layers = len(report.layers)
     if not report.estimated:
-        own = "the gradient is LoRA's own" if report.exact_head else "only the head's gradient is"
+        own = report.besides or "the gradient is LoRA's own"
         said = f"none of {layers} frozen layers estimated, {own}"
     else:
         said = f"{len(report.estimated)} of {layers} frozen layers estimated"

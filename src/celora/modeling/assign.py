@@ -31,8 +31,21 @@ def choose_estimator(
     `last`: whether the layer is in the last decoder block.
 
     Raises:
-        CELoraError: the layer cannot have the estimator in the configuration.
+        CELoraError: the layer cannot have the estimator in the configuration, or its input cannot be saved as asked.
     """
+    report, estimator = _choose(layer, config, last=last)
+    saved = config.for_layer(layer.name).saved_input
+    if layer.cannot_estimate or saved == "forward":
+        return report, estimator
+    if saved == "int8" and layer.cannot_fuse:
+        raise CELoraError(
+            f"layer {layer.name!r}: saved_input='int8' needs a fused adapter, and this one takes PEFT's own path: "
+            f"{layer.cannot_fuse}. Give the layer an override with saved_input='forward'."
+        )
+    return dataclasses.replace(report, saved_input=saved), estimator
+
+
+def _choose(layer: AdaptedLayer, config: CELoraConfig, *, last: bool) -> tuple[LayerReport, Estimator | None]:
     name, out_features, in_features, device = layer.name, layer.out_features, layer.in_features, layer.device
     if layer.cannot_estimate:
         return LayerReport(name, out_features, in_features, "dense", 1.0, reason=layer.cannot_estimate), None

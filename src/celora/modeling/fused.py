@@ -30,10 +30,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from celora.kernels.packed import QuantisedRows
 from celora.modeling.adapter import Adapter, looked_at, made_of, parts_of, touched, vanilla_adapter
+from celora.modeling.compiled import rounded_rows
 from celora.modeling.eight_bit import EightBitForward
 from celora.modeling.graft import LayerGraft, remember, scripted, selectively_checkpointed, without_autocast
 from celora.modeling.switch import Switch
 from celora.numerics.estimators import Estimator
+from celora.numerics.estimators.base import SavedInput
+from celora.numerics.saved import rounded_input
 from celora.weights.read import bias_of, is_trainable, plain_weight
 
 _FEWEST_TOKENS = 96
@@ -45,7 +48,10 @@ class FusedGraft(LayerGraft):
     Attributes:
         begun: tuner layer, adapter's name, adapter and input of a forward, until the base layer's forward ends.
         taken: adapter, input and base layer's output of the same forward, from then until PEFT calls the variant.
+        saved_input: how the input is saved for `grad_A`; see `celora.settings.config.LayerConfig`.
     """
+
+    saved_input: SavedInput = "forward"
 
     def __init__(self, estimator: Estimator, switch: Switch) -> None:
         super().__init__(estimator, switch)
@@ -118,12 +124,19 @@ class FusedGraft(LayerGraft):
         return lora_linear(seen, result, weight, bias_of(base), adapter, self, self._in_8_bits(base, seen, weight))
 
     def _in_8_bits(self, base: nn.Module, x: Tensor, weight: Tensor | None) -> QuantisedRows | None:
-        """x as the forward in 8 bits that has just ended multiplied it; None after the layer's own forward."""
+        """x as the forward in 8 bits that has just ended multiplied it; None after another one, or to save x itself."""
         forward = base.__dict__.get("forward")
+        if self.saved_input == "native":
+            return None
         if weight is None or not isinstance(forward, EightBitForward) or torch.compiler.is_compiling():
             return None
         product: Any = self.estimator.product
         return product.latest_input(x, weight) if forward.applies(base) else None
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether x is saved in 8 bits now even if no forward has rounded it. Not if everything has to be exact."""
+        return self.saved_input == "int8" and self.switch.forwards
 
     def after(self, module: Any, *_: Any) -> None:
         """A forward hook of the tuner layer that is always called."""
@@ -180,7 +193,7 @@ def lora_linear(
     weight: Tensor | None,
     bias: Tensor | None,
     adapter: Adapter,
-    layer: LayerGraft,
+    layer: FusedGraft,
     in_8_bits: QuantisedRows | None = None,
 ) -> Tensor:
     """`output + scaling B A dropout(x)`, computed in place in `output`, with the backward described above.
@@ -194,12 +207,19 @@ def lora_linear(
         adapter: dropout is drawn from torch's global generator, and its mask saved (a byte a number).
         layer: its current mode decides how `grad_output @ weight` is computed.
         in_8_bits: x in the 8 bits that the base layer multiplied. For `grad_A` it is saved in place of x: a byte a
-            number.
+            number. Without it, x itself is saved or, if the layer `rounds_input`, x is rounded here.
     """
     result: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         x, output.detach(), bias, adapter.A, adapter.B, weight, adapter.scaling, adapter.dropout, layer, in_8_bits
     )
     return result
+
+
+def _rounded(x: Tensor) -> QuantisedRows:
+    """`rounded_input`, also of a tensor without data, and in a trace. There the compiler finds what layers share."""
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        return rounded_input(x)
+    return QuantisedRows(x.dtype, *rounded_rows(x.reshape(-1, x.shape[-1])))
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -214,7 +234,7 @@ class _LoraLinear(torch.autograd.Function):
         weight: Tensor | None,
         scaling: float,
         dropout: float,
-        layer: LayerGraft,
+        layer: FusedGraft,
         rows: QuantisedRows | None,
     ) -> Tensor:
         dtype, ctx.adapter_dtypes = output.dtype, (A.dtype, B.dtype)
@@ -228,6 +248,8 @@ class _LoraLinear(torch.autograd.Function):
             low = seen @ A.t()
             output.view(-1, output.shape[-1]).addmm_(low, B.t(), alpha=scaling)
         _, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
+        if rows is None and trains_A and layer.rounds_input:
+            rows = _rounded(x)
         inputs = (seen, None, None) if rows is None else (rows.q, rows.scale, rows.input_scale)
         ctx.rows_dtype = None if rows is None else rows.giving(dtype).dtype
         ctx.save_for_backward(*inputs if trains_A else (None,) * 3, low if trains_B else None, mask, A, B)

@@ -11,10 +11,16 @@ from celora.settings.config import LayerConfig
 # This setting only leaves out tokens whose gradient is zero.
 LOSSLESS = LayerConfig("tokens", keep_ratio=1.0, rank=0, selection="energy")
 
+# What a label adds where an input is saved otherwise than the forward multiplied it, by `forward` and `saved_input`.
+SAVED = {("exact", "int8"): ", input saved in 8 bits", ("int8", "native"): ", input saved in its own dtype"}
+
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One frozen layer: how its backward is computed, its cost relative to dense, and why it is not estimated."""
+    """One frozen layer: how its backward is computed, its cost relative to dense, and why it is not estimated.
+
+    `saved_input` is the setting of its adapter, which says how `lora_A` saves the layer's input.
+    """
 
     name: str
     out_features: int
@@ -27,6 +33,7 @@ class LayerReport:
     selection: str = ""
     precision: str = "native"
     forward: str = "exact"
+    saved_input: str = "forward"
 
     @property
     def label(self) -> str:
@@ -34,7 +41,13 @@ class LayerReport:
         how = f" ({self.selection})" if self.selection not in ("", "topk") else ""
         bits = f" x {self.precision}" if self.precision not in ("native", self.estimator) else ""
         both = ", forward too" if self.forward != "exact" else ""
-        return "dense, without zero tokens" if self._lossless else f"{self.estimator}{how}{bits}{both}"
+        product = "dense, without zero tokens" if self._lossless else f"{self.estimator}{how}{bits}{both}"
+        return product + SAVED.get((self.forward, self.saved_input), "")
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether `lora_A`'s gradient reads an input in 8 bits that its layer's exact forward did not round."""
+        return self.forward == "exact" and self.saved_input == "int8"
 
     @property
     def exact(self) -> bool:
@@ -72,6 +85,13 @@ class AttachReport:
         return {layer.name: layer.reason for layer in self.layers if layer.reason}
 
     @property
+    def besides(self) -> str:
+        """What of the gradient is estimated besides layers, as half a sentence; '' if nothing is."""
+        if not any(layer.rounds_input for layer in self.layers):
+            return "" if self.exact_head else "only the head's gradient is"
+        return "only lora_A's gradient is" if self.exact_head else "only the head's and lora_A's gradients are"
+
+    @property
     def cost(self) -> float:
         """FLOPs of all frozen `grad_input` products relative to exact LoRA's, without refresh steps."""
         size = [layer.out_features * layer.in_features for layer in self.layers]
@@ -95,7 +115,7 @@ class AttachReport:
                 f"{self.cost:.2f} of exact LoRA's FLOPs, refreshed every {self.refresh_every} optimizer steps."
             )
         else:
-            then = "the gradient is exact LoRA's" if self.exact_head else "only the head's gradient is"
+            then = self.besides or "the gradient is exact LoRA's"
             summary = f"None of {len(self.layers)} frozen layers estimated: {then}."
         return "\n".join([*aligned(rows), summary, *self.notes])
 

@@ -1,4 +1,4 @@
-"""What norms and gates save for backward, in 8 bits: each row of an activation with its own scale.
+"""What norms, gates and adapters save for backward, in 8 bits: each row of an activation with its own scale.
 
 `x ~= scale q`, as rows are quantised for an 8-bit product. A number takes a byte and is off by half a step of
 `max |row| / 127`, and in half precision by the rounding of scale and product, which may be as much again.
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from celora.kernels.operations import quantise_rows
+from celora.kernels.packed import QuantisedRows
+from celora.numerics.inputs import LatestInput
 
 
 @dataclass(frozen=True)
@@ -42,3 +44,24 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """q, (..., n) int8, and scale, (..., 1) float32, with `x ~= scale q`."""
     q, scale = quantise_rows(x.reshape(-1, x.shape[-1]))
     return q.view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+def rounded_input(x: Tensor) -> QuantisedRows:
+    """A layer's input `x: (..., in)` in 8 bits, to be saved for `grad_A = p^T x`. Layers that share x share the result.
+
+    It takes one pass over x and a byte a number: `x ~= diag(s) q`, so `grad_A ~= (diag(s) p)^T q`. Each number of x is
+    off by at most half a step of its row.
+    """
+    return _inputs.quantised(x, _Rounding())
+
+
+class _Rounding:
+    """Rounds inputs that no 8-bit product multiplies."""
+
+    input_scale = None
+
+    def quantise(self, x: Tensor) -> QuantisedRows:
+        return QuantisedRows(x.dtype, *quantise_rows(x))
+
+
+_inputs = LatestInput()

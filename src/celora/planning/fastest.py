@@ -104,7 +104,7 @@ def _overrides(
     for name, layer in found.layers.items():
         if layer.cannot_estimate or layer.dtype is None or cannot_time(layer.device):
             continue
-        if config.for_layer(name) == own:
+        if dataclasses.replace(config.for_layer(name), saved_input=own.saved_input) == own:  # no product is another
             kind = layer.shape, layer.dtype, layer.device, layer.takes_forward, rank_of(layer, own), layer.quantised
             kinds.setdefault(kind, []).append(layer)
     overrides: dict[str, Mapping[str, Any]] = {}

@@ -18,7 +18,7 @@ from torch import nn
 from celora.errors import CELoraError, unknown
 from celora.files import inside, read_json, write_text
 from celora.machine.device import measured_on
-from celora.modeling.report import aligned
+from celora.modeling.report import SAVED, aligned
 from celora.modeling.survey import Survey, survey
 from celora.numerics.estimators import estimator_class
 from celora.settings.config import CELoraConfig, LayerConfig
@@ -304,7 +304,8 @@ def label(setting: LayerConfig) -> str:
         words += [] if setting.precision == "native" else ["x", setting.precision]
     if not setting.weight_copy:
         words.append("(no copy)")
-    return " ".join(words) + (", forward too" if setting.forward != "exact" else "")
+    both = ", forward too" if setting.forward != "exact" else ""
+    return " ".join(words) + both + SAVED.get((setting.forward, setting.saved_input), "")
 
 
 def _changes(setting: LayerConfig) -> dict[str, Any]:
@@ -315,8 +316,9 @@ def _changes(setting: LayerConfig) -> dict[str, Any]:
 
 
 def _whole(setting: LayerConfig) -> dict[str, Any]:
-    """The estimator, and all fields that it uses."""
+    """The estimator, and all fields that it uses. How inputs are saved is the frame's choice, unless the plan says."""
     used = {"estimator", *estimator_class(setting.estimator).uses}
+    used |= {"saved_input"} if setting.saved_input != "forward" else set()
     return {name: value for name, value in dataclasses.asdict(setting).items() if name in used}
 
 

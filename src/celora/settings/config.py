@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from celora.errors import CELoraError, unknown
 from celora.files import inside, read_json, write_text
 from celora.numerics.estimators import Settings, estimator_class
-from celora.numerics.estimators.base import Factor, Forward, Precision, Selection, check_keep_ratio
+from celora.numerics.estimators.base import Factor, Forward, Precision, SavedInput, Selection, check_keep_ratio
 from celora.settings.names import CONFIG_NAME
 
 Rank = int | Literal["balanced", "adapter"]
@@ -30,6 +30,12 @@ class LayerConfig:
         rank: rank r0 of the frozen factor. 0 means no factor, `"adapter"` the adapter's rank, `"balanced"` the
             `balanced_rank` of the adapter's rank. The layer's size limits the last two.
         selection, factor, precision, weight_copy, forward: see `celora.numerics.estimators.Settings`.
+        saved_input: how a fused adapter saves the layer's input x for `grad_A = (scaling G B)^T x`. `forward` saves x
+            as the forward multiplied it: with `forward="int8"` in 8 bits (under torch.compile in x's dtype), else in
+            x's dtype. `native` saves it in its dtype beside any forward. `int8` saves it in 8 bits beside any forward:
+            a byte a number and, beside an exact forward, one more pass over x. `grad_A` then reads
+            `x ~= diag(s) q` with `s = max |x[t]| / 127`, so each number of x is off by at most `s / 2`. It needs
+            `fused`. On a CPU, a batch of fewer than 96 tokens takes PEFT's own path, which saves x itself.
     """
 
     estimator: str = "columns"
@@ -40,6 +46,7 @@ class LayerConfig:
     precision: Precision = "native"
     weight_copy: bool = True
     forward: Forward = "exact"
+    saved_input: SavedInput = "forward"
 
     def __post_init__(self) -> None:
         _check_layer(self)
@@ -97,6 +104,7 @@ class CELoraConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         _check_layer(self)
+        self._check_saved_input(self)
         _check_int("refresh_every", self.refresh_every, 1, "Use a large number to refresh only once.")
         _check_int("seed", self.seed, 0, "")
         for name in ("spread", "synchronise", "fused", "labelled_head", "padding_free", "zero_tokens"):
@@ -132,11 +140,17 @@ class CELoraConfig(LayerConfig):
                 if key not in LAYER_FIELDS:
                     raise unknown(f"setting in the override {pattern!r}:", key, LAYER_FIELDS)
             try:
-                _check_uses(dataclasses.replace(self.default, **fields), fields)
+                changed = dataclasses.replace(self.default, **fields)
+                _check_uses(changed, fields)
+                self._check_saved_input(changed)
             except CELoraError as error:
                 raise CELoraError(f"override {pattern!r}: {error}") from None
             overrides[pattern] = dict(fields)
         object.__setattr__(self, "overrides", overrides)
+
+    def _check_saved_input(self, config: LayerConfig) -> None:
+        if config.saved_input == "int8" and not self.fused:
+            raise CELoraError("saved_input='int8' needs fused=True: PEFT saves the input of its own adapters itself.")
 
     @property
     def exact_head(self) -> bool:
@@ -194,7 +208,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerConfig))
-_SETTINGS = frozenset(LAYER_FIELDS) - {"estimator"}
+_SETTINGS = frozenset(LAYER_FIELDS) - {"estimator", "saved_input"}  # of an estimator
 
 
 def _check_layer(config: LayerConfig) -> None:
@@ -204,6 +218,8 @@ def _check_layer(config: LayerConfig) -> None:
         _check_int("rank", config.rank, 0, 'Use 0 for no frozen factor, "balanced" or "adapter".')
     if not isinstance(config.weight_copy, bool):
         raise CELoraError(f"weight_copy={config.weight_copy!r}; expected true or false.")
+    if config.saved_input not in get_args(SavedInput):
+        raise unknown("saved_input", str(config.saved_input), get_args(SavedInput))
     estimator_class(config.estimator)
     Settings(**{name: getattr(config, name) for name in _SETTINGS if name != "rank"})
     if isinstance(config, CELoraConfig):

@@ -27,6 +27,7 @@ Selection = Literal["topk", "energy", "sampled"]
 Factor = Literal["svd", "gradient"]
 Precision = Literal["native", "int8", "fp8"]
 Forward = Literal["exact", "int8"]
+SavedInput = Literal["forward", "native", "int8"]  # of an adapter, so no estimator has this setting
 
 
 @dataclasses.dataclass(frozen=True)
