@@ -321,6 +321,48 @@ def test_an_adapter_that_would_change_the_base_comes_first(init: str) -> None:
     assert model(**make_batch(0)).loss.item() == pytest.approx(expected, rel=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # of PEFT's hook in the first block
+def test_lora_ga_comes_first_too(tmp_path: Path) -> None:
+    """It is refused when it prepares a base in 8 bits, and what it has prepared is not quantised away."""
+    peft = pytest.importorskip("peft", "0.21")
+    lora = LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
+    base, cache = make_base(), tmp_path / "gradients.pt"
+    peft.preprocess_loraga(base, lora, lambda: base(**make_batch(0)).loss.backward(), str(cache))
+    with pytest.raises(CELoraError, match=r"up_proj' cannot be stored .* LoRA-GA .*; call get_peft_model first"):
+        celora.quantise_base(base)
+    held = make_base()
+    celora.quantise_base(held)
+    for gradients in (None, str(cache)):
+        with pytest.raises(CELoraError, match=r"LoRA-GA and KaSA change base weights.* get_peft_model first, and"):
+            peft.preprocess_loraga(held, lora, lambda: held(**make_batch(0)).loss.backward(), gradients)
+    assert sum(isinstance(module, Int8Linear) for module in held.modules()) == 14
+    model = get_peft_model(base, lora)
+    expected = model(**make_batch(0)).loss.item()
+    assert len(celora.quantise_base(model).layers) == 14
+    assert model(**make_batch(0)).loss.item() == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.* changes the base weights:UserWarning")  # PEFT's, while it converts
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_an_adapter_that_changed_the_base_is_exported_as_plain_lora(init: str, tmp_path: Path) -> None:
+    """As the refusal to merge says: its initialisation may be random, so loading cannot repeat it."""
+    make_base().save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=init)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora)
+    model.save_pretrained(tmp_path / "before")
+    celora.quantise_base(model)
+    train(model, 2)
+    expected = model.eval()(**make_batch(9)).loss.item()
+    with pytest.raises(CELoraError, match=r"initialisation of an adapter changed it before; .*_for_weight_conversion"):
+        model.merge_and_unload()
+    with pytest.raises(CELoraError, match=r"stays in 8 bits: .* is not the weight that was quantised"):
+        celora.restore_base(model)
+    model.save_pretrained(tmp_path / "after", path_initial_model_for_weight_conversion=str(tmp_path / "before"))
+    untouched = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    merged = PeftModel.from_pretrained(untouched, tmp_path / "after").merge_and_unload()
+    assert merged.eval()(**make_batch(9)).loss.item() == pytest.approx(expected, rel=1e-3)
+
+
 def test_layers_that_train_stay_as_they_are() -> None:
     model = make_model(target_modules=["q_proj"], modules_to_save=["up_proj"])
     report = celora.quantise_base(model)

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from celora.errors import CELoraError
-from celora.modeling.int8_linear import Int8Linear
+from celora.modeling.int8_linear import Int8Linear, prepared_for_lora_ga
 from celora.weights.checkpoint import Origin
 from celora.weights.read import is_trainable, plain_weight
 
@@ -158,6 +158,8 @@ def _cannot_replace(module: Any) -> str:
         return "it has hooks, as celora.attach, accelerate and FSDP2 put there; quantise first"
     if isinstance(weight, DTensor):
         return "it is sharded"
+    if prepared_for_lora_ga(module):
+        return "LoRA-GA is about to change its weight; call get_peft_model first"
     return "its weight is not in memory" if weight.is_meta or not weight.numel() else ""
 
 

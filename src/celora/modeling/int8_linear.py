@@ -26,6 +26,16 @@ from celora.weights.checkpoint import Origin
 from celora.weights.stored import StoredWeight
 
 _OWN = ("W_q", "scale", "dtype", "layout", "origin", "on_original")
+_OF_LORA_GA = "_peft_loraga"  # what PEFT's preprocess_loraga stores in a layer; get_peft_model then changes its weight
+_CHANGES_THE_BASE = (
+    "PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and KaSA change base weights, and one in 8 bits would silently become a float "
+    "weight; call get_peft_model first, and celora.quantise_base(model) after it, or use plain LoRA."
+)
+
+
+def prepared_for_lora_ga(linear: nn.Module) -> bool:
+    """Whether LoRA-GA will change this layer's weight when its adapter is made."""
+    return any(name.startswith(_OF_LORA_GA) for name in vars(linear))
 
 
 def quantised(weight: Tensor, scale: Tensor | None = None) -> BothWays:
@@ -87,6 +97,8 @@ class Int8Linear(nn.Linear):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             self.replace(value)
+        elif name.startswith(_OF_LORA_GA):
+            raise CELoraError(_CHANGES_THE_BASE)
         else:
             super().__setattr__(name, value)
 
@@ -133,7 +145,10 @@ class Int8Linear(nn.Linear):
             raise CELoraError("FSDP2 has split its bytes over processes")
         again, step = quantised(weight).dense(), self.scale[:, None]
         if not bool(((again - self.packed.dense()).abs() <= 1.01 * step).all()):
-            raise CELoraError(f"{self.origin.name!r} in {self.origin.model!r} is not the weight that was quantised")
+            raise CELoraError(
+                f"{self.origin.name!r} in {self.origin.model!r} is not the weight that was quantised: it is another "
+                "one by now, or the initialisation of an adapter changed it before"
+            )
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -201,8 +216,9 @@ class _Weight(StoredWeight):
             original = self.layer.original()
         except CELoraError as error:
             raise CELoraError(
-                f"an adapter cannot be merged into a base in 8 bits: {error}; load the model in its own "
-                "dtype, put the saved adapter onto it (PeftModel.from_pretrained), and merge there."
+                f"an adapter cannot be merged into a base in 8 bits: {error}; load the model in its own dtype, put the "
+                "saved adapter onto it (PeftModel.from_pretrained), and merge there. Save it as plain LoRA for that "
+                "after PiSSA, OLoRA, CorDA or LoRA-GA (save_pretrained with path_initial_model_for_weight_conversion)."
             ) from None
         self.layer.replace(original)
         return self.layer.weight.data  # type: ignore[no-any-return]
@@ -211,10 +227,7 @@ class _Weight(StoredWeight):
     def data(self, merged: Tensor) -> None:
         layer: Any = self.layer  # reading the original weight made it an nn.Linear
         if isinstance(layer, Int8Linear):  # no adapter is merged into a weight that was not read
-            raise CELoraError(
-                "PiSSA, OLoRA, CorDA, LoftQ and KaSA change base weights, and one in 8 bits would silently become a "
-                "float weight; call get_peft_model first, and celora.quantise_base(model) after it, or use plain LoRA."
-            )
+            raise CELoraError(_CHANGES_THE_BASE)
         layer.weight.data = merged
 
 
