@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import json
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +18,14 @@ import celora
 from celora import CELoraConfig, CELoraError, Plan
 from celora.modeling.survey import survey
 from celora.numerics.estimators import Finding
+from celora.numerics.products.both_ways import Int8BothWays
 from celora.planning import planner
 from celora.planning.bench import Bench, Layer, _TimedGraft
 from celora.planning.candidates import EXACT, candidates, make_candidate
 from celora.planning.evidence import evidence
+from celora.planning.forward_evidence import _milliseconds, forward_evidence
 from celora.planning.influence import by_group
+from celora.planning.observe import observe
 from celora.planning.planner import make_plans
 from celora.settings.config import LayerConfig
 from machine import refuses
@@ -35,7 +39,7 @@ Batches = list[dict[str, torch.Tensor]]
 @pytest.fixture
 def fast_forwards(free_estimates: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """On such small matrices no forward in 8 bits is faster. Pretend that each takes a quarter."""
-    patch_all(monkeypatch, "celora.planning.forward_evidence:_milliseconds", lambda layer: (1.0, 0.25))
+    patch_all(monkeypatch, "celora.planning.forward_evidence:_milliseconds", lambda layer: (1.0, 0.25, 0.25))
 
 
 @pytest.mark.parametrize("fidelity", [0.99, 0.9999])
@@ -115,7 +119,7 @@ def test_the_model_is_as_before(model: PeftModel, batches: Batches, fast_forward
 def test_no_forward_is_planned_where_none_is_faster(
     model: PeftModel, batches: Batches, free_estimates: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patch_all(monkeypatch, "celora.planning.forward_evidence:_milliseconds", lambda layer: (1.0, 0.99))
+    patch_all(monkeypatch, "celora.planning.forward_evidence:_milliseconds", lambda layer: (1.0, 0.99, 0.99))
     plan, without = (celora.make_plan(model, batches, 0.9, forward=forward) for forward in (True, False))
     assert plan.layers == without.layers
 
@@ -168,6 +172,78 @@ def test_candidates_with_both_directions_stand_beside_those_with_one() -> None:
     told = {c.setting: (c.time_ms, c.relative_error, c.forward_error) for c in found}
     expected = {EXACT: (2.0, 0, 0), INT8: (1.5, 0.01, 0), BOTH_WAYS: (0.8, 0.01, 0.02), COLUMNS: (1.6, 0.4, 0)}
     assert told == {setting: pytest.approx(values) for setting, values in expected.items()}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "other"])
+def test_forwards_that_checkpointing_repeats_are_counted(
+    model: PeftModel, batches: Batches, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So are inputs that are rounded once for several layers: k, v and up read those of q and gate."""
+    model.enable_input_require_grads()
+    if checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    layers = [Layer(x.name, x.base, {EXACT: make_candidate(EXACT, x.shape, x.device)}, tuner=x.module)
+              for x in survey(model).layers.values()]  # fmt: skip
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    bench = Bench(model.train(), parameters, batches, None, lambda: None, lambda what, share: None)
+    observe(bench, layers)
+    passes = 1 if checkpointing == "none" else 2
+    firsts = ("q_proj", "o_proj", "gate_proj", "down_proj")
+    for layer in layers:
+        assert layer.forwards == passes
+        assert layer.new_inputs == (passes if layer.name.endswith(firsts) else 0)
+        assert "forward" not in layer.base.__dict__
+    patch_all(monkeypatch, "celora.planning.forward_evidence:_milliseconds", lambda layer: (1.0, 0.5, 0.25))
+    monkeypatch.setattr(Bench, "fidelity", lambda *_, **__: SimpleNamespace(relative_error=0.1))
+    forward_evidence(bench, layers)
+    assert {layer.forward_ms for layer in layers if layer.name.endswith(firsts)} == {(passes * 1.0, passes * 0.5)}
+    assert {layer.forward_ms for layer in layers if not layer.name.endswith(firsts)} == {(passes * 1.0, passes * 0.25)}
+
+
+def test_a_plan_predicts_the_forwards_that_checkpointing_repeats(
+    model: PeftModel, batches: Batches, fast_forwards: None
+) -> None:
+    """Of a backward that takes 1 and each forward that takes 1, with 8 bits in both directions 0.6 and 0.25 remain."""
+    if refuses():
+        return
+    predicted = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        plan = celora.make_plan(model, batches, 0.5, forward=True)
+        predicted.append({layer.dense_ms for layer in plan.layers})
+        in_8_bits = {c.time_ms for layer in plan.layers for c in layer.candidates if c.setting == BOTH_WAYS}
+        assert [*in_8_bits] == pytest.approx([0.6 + 0.25 * (1 + checkpointed)])
+    assert predicted == [{2.0}, {3.0}]
+
+
+def test_rounding_a_new_input_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the numbers of products and of roundings in place of a clock."""
+    if refuses():
+        return
+    linear, done = torch.nn.Linear(80, 48, bias=False).requires_grad_(False), Counter[str]()
+    packed = type(Int8BothWays()._multiplied_with(torch.ones(48, 80)))
+    for name in ("quantise", "multiply"):
+        usual = getattr(packed, name)
+
+        def counted(*given: Any, _name: str = name, _usual: Any = usual, **more: Any) -> Any:
+            done[_name] += 1
+            return _usual(*given, **more)
+
+        monkeypatch.setattr(packed, name, counted)
+
+    def interleaved(calls: Any, **_: Any) -> Any:
+        taken = {}
+        for _ in range(3):  # in turns
+            for name, call in calls.items():
+                done.clear()
+                call()
+                taken[name] = {"time_ms": 10.0 if name == "own" else done["multiply"] + 0.5 * done["quantise"]}
+        return taken
+
+    patch_all(monkeypatch, "celora.planning.forward_evidence:interleaved", interleaved)
+    found = _milliseconds(Layer("layer", linear, {}, tokens=64, tuner=linear))
+    assert found == ((10.0, 1.5, 1.0) if Int8BothWays().pays(48, 80, torch.device("cpu")) else (10.0, 10.0, 10.0))
 
 
 def test_a_rate_of_depths_and_kinds_becomes_one_of_each_layer() -> None:

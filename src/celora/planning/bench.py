@@ -50,7 +50,10 @@ class Layer:
         disturbed: the relative error of the disturbance.
         influence: the share of a squared relative error that arrives in the LoRA gradient.
         tuner: the PEFT layer around it, if a plan may compute its forward in 8 bits.
-        forward_ms: milliseconds of its own forward, and of that in 8 bits; zeros if a plan leaves it alone.
+        forwards: how often its forward runs for one backward: twice if it is checkpointed.
+        new_inputs: how many of these have another input than the forward before, which is then rounded anew for 8 bits.
+        forward_ms: milliseconds of its own forwards for one backward, and of those in 8 bits; zeros if a plan leaves it
+            alone.
         forward_error: the squared relative error of the LoRA gradient that its forward in 8 bits causes.
     """
 
@@ -65,6 +68,8 @@ class Layer:
     disturbed: float = 0.0
     influence: float = 1.0
     tuner: nn.Module | None = None
+    forwards: float = 1.0
+    new_inputs: float = 1.0
     forward_ms: tuple[float, float] = (0.0, 0.0)
     forward_error: float = 0.0
 

@@ -38,11 +38,12 @@ def forward_evidence(bench: Bench, layers: list[Layer]) -> None:
     able = [layer for layer in layers if layer.tuner is not None]
     kinds = {layer.kind: layer for layer in able}
     times = {kind: _milliseconds(layer) for kind, layer in kinds.items()}
-    gaining = [layer for layer in able if gains(times[layer.kind])]
+    taken = {layer.name: _for_one_backward(layer, *times[layer.kind]) for layer in able}
+    gaining = [layer for layer in able if gains(taken[layer.name])]
     if not gaining:
         return
     for layer in able:
-        layer.forward_ms = times[layer.kind]
+        layer.forward_ms = taken[layer.name]
 
     def rate(group: list[Layer]) -> float:
         return bench.fidelity({layer.name: layer for layer in group}, _OnlyForward).relative_error ** 2 / len(group)
@@ -53,13 +54,25 @@ def forward_evidence(bench: Bench, layers: list[Layer]) -> None:
         layer.forward_error = round(error, 8)
 
 
-def _milliseconds(layer: Layer) -> tuple[float, float]:
-    """Of the product of a layer's own forward, and of that in 8 bits."""
+def _for_one_backward(layer: Layer, own: float, rounded: float, shared: float) -> tuple[float, float]:
+    """Milliseconds of all its forwards for one backward: its own, and in 8 bits."""
+    in_8_bits = layer.new_inputs * rounded + (layer.forwards - layer.new_inputs) * shared
+    return layer.forwards * own, in_8_bits
+
+
+def _milliseconds(layer: Layer) -> tuple[float, float, float]:
+    """Of one forward: the layer's own product, that in 8 bits of a new input, and that of the layer before's input."""
     weight, product = read(layer.base, layer.dtype), Int8BothWays()
     x = torch.randn(layer.tokens, layer.shape[1], device=weight.device).to(layer.dtype)
-    calls: dict[str, Callable[[], Tensor]] = {"own": lambda: x @ weight.to(x.dtype).t()}
+
+    def in_8_bits(times: int) -> None:
+        new = x.detach()  # another tensor, so its 8 bits are not known
+        for _ in range(times):
+            product.forward(new, weight, None)
+
+    calls: dict[str, Callable[[], object]] = {"own": lambda: x @ weight.to(x.dtype).t()}
     if product.pays(*layer.shape, weight.device):
-        calls["8 bits"] = functools.partial(product.forward, x, weight, None)
-    found = interleaved(calls, repeats=7, device=weight.device)
-    own = found["own"]["time_ms"]
-    return own, found["8 bits"]["time_ms"] if "8 bits" in found else own
+        calls |= {str(times): functools.partial(in_8_bits, times) for times in (1, 2)}
+    found = {name: times["time_ms"] for name, times in interleaved(calls, repeats=7, device=weight.device).items()}
+    own = found["own"]
+    return (own, found["1"], max(0.0, found["2"] - found["1"])) if "1" in found else (own, own, own)

@@ -36,7 +36,7 @@ class Candidate:
     """One way to estimate one layer, with the measured time of its `grad_input` and its relative error.
 
     Attributes:
-        time_ms: in a plan with forwards, also that of the layer's forward.
+        time_ms: in a plan with forwards, also that of the layer's forward, as often as it runs for one backward.
         memory: bytes of its 8-bit copy.
         forward_error: the squared relative error that its forward in 8 bits brings into the LoRA gradient.
     """
