@@ -20,7 +20,7 @@ from celora import CELoraConfig
 from celora.runtime.attachment import require
 from celora.runtime.state import STATE_NAME
 from machine import refuses
-from small import adapter, make_batch, make_model
+from small import adapter, make_base, make_batch, make_model
 
 CONFIG = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
 
@@ -43,7 +43,9 @@ class Reporter(TrainerCallback):
         self.seen.append(dict(logs))
 
 
-def _trainer(folder: Path, model: PeftModel, *, callbacks: list[Any], **arguments: Any) -> Trainer:
+def _trainer(
+    folder: Path, model: PeftModel | None, *, callbacks: list[Any], model_init: Any = None, **arguments: Any
+) -> Trainer:
     settings = {"max_steps": 8, "save_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 2}
     settings |= {"report_to": "none", **arguments}
     args = TrainingArguments(
@@ -57,7 +59,7 @@ def _trainer(folder: Path, model: PeftModel, *, callbacks: list[Any], **argument
     )
     rows = Rows()
     evaluated = rows if args.eval_strategy != "no" else None
-    trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=evaluated)
+    trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=evaluated, model_init=model_init)
     for callback in callbacks:
         trainer.add_callback(callback)
     return trainer
@@ -133,6 +135,39 @@ def test_a_trial_of_a_search_saves_into_its_own_folder(tmp_path: Path, monkeypat
     trainer.train()
     assert (tmp_path / "checkpoint-4" / STATE_NAME).read_bytes() == before
     assert (tmp_path / "run-7" / "checkpoint-4" / STATE_NAME).exists()
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_new_model_of_model_init_without_celora_is_said(
+    lora: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    trainer = _trainer(
+        tmp_path, None, callbacks=[celora.Callback()], model_init=lambda: make_model() if lora else make_base()
+    )
+    if lora:
+        celora.attach(trainer.model, CONFIG)  # the model that training replaces
+    trainer.train()
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == lora
+    assert all("model_init made a new model when training began, and celora is not attached" in line for line in said)
+
+
+class Attaches(TrainerCallback):
+    def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
+        celora.attach(model, CONFIG)
+
+
+def test_a_callback_behind_may_attach_the_new_model(tmp_path: Path) -> None:
+    """Also when training resumes: celora's state is restored before the first step."""
+    whole, resumed = (
+        _trainer(tmp_path, None, callbacks=[celora.Callback(), Attaches()], model_init=lambda: make_model())
+        for _ in range(2)
+    )
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert require(resumed.model).clock.step == 8
+    for name, value in adapter(whole.model).items():
+        assert value.equal(adapter(resumed.model)[name])
 
 
 def test_tensorboard_shows_the_metrics(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -36,10 +37,14 @@ class Callback(TrainerCallback):  # type: ignore[misc]
 
     The metrics reach the trainer's `log_history` and every reporter in `report_to`. For this, the callback moves to the
     front of the trainer's callbacks when training begins. Reporters would otherwise read the logs first.
+
+    `Trainer(model_init=...)` makes a new model when training begins. If nobody has attached celora to it by the first
+    step, a warning says so.
     """
 
     def __init__(self) -> None:
         self._before = (0, 0)
+        self._restored = True
 
     def on_train_begin(
         self,
@@ -53,24 +58,52 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         if trainer is not None:
             handler = trainer.callback_handler  # its list is being iterated over, so it gets a new list
             handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
+        self._restored = self._restore(args, state, model)
+
+    def _restore(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> bool:
+        """Load celora's state if training resumes. Returns whether celora is attached."""
         attachment = None if model is None else find(model)
-        if model is None or attachment is None or state.global_step == 0:
-            return
+        if model is None or attachment is None:
+            return False
+        if state.global_step == 0:
+            return True
         folders = self._checkpoints(args, state)
         for folder in folders:
             if (folder / STATE_NAME).is_file():
                 load_state(model, folder)
-                return
+                return True
         warnings.warn(
             f"celora: no {STATE_NAME} in {folders[0]}; the first resumed step refreshes instead.", stacklevel=2
         )
         attachment.clock.step = state.global_step
         attachment.set_modes(state.global_step)
+        return True
 
-    def on_step_begin(self, *_: Any, model: nn.Module | None = None, **__: Any) -> None:
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        if not self._restored and not self._restore(args, state, model):  # a callback behind this one may have attached
+            self._warn_of_a_new_model(model)
+        self._restored = True
         attachment = None if model is None else find(model)
         if attachment is not None:
             self._before = (attachment.clock.step, attachment.other_steps)
+
+    def _warn_of_a_new_model(self, model: nn.Module | None) -> None:
+        adapted = model is not None and any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        if adapted and getattr(self._caller()[0], "model_init", None) is not None:
+            warnings.warn(
+                "celora: model_init made a new model when training began, and celora is not attached to it, so it "
+                "trains as without celora. Instead of celora.Callback(), give the Trainer "
+                'AttachWhileTraining("exact"), or another preset (from celora.integrations.while_training import '
+                "AttachWhileTraining).",
+                stacklevel=2,
+            )
 
     def on_step_end(self, *_: Any, model: nn.Module | None = None, **__: Any) -> None:
         attachment = None if model is None else find(model)
