@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trl.scripts
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from celora.cli.main import main
 from forked import run, script
@@ -15,7 +16,7 @@ from tiny import save_rows, save_tiny_model
 from tool_runs import check_same_training, python, said_by_celora
 
 SCRIPT = Path(next(iter(trl.scripts.__path__))) / "sft.py"
-RUN = Path(__file__).parents[2] / "src" / "celora" / "run.py"
+RUN = Path(__file__).parents[2] / "src" / "celora" / "cli" / "sft_script.py"
 SAID = (
     "celora: preset exact attached to LlamaForCausalLM: none of 14 frozen layers estimated, the gradient is LoRA's own."
 )
@@ -60,7 +61,7 @@ def test_trains_as_trl_does(arguments: list[str], launched: list[Any], tmp_path:
     assert done.returncode == 0, done.stderr[-3000:]
     assert main(["sft", "--num_processes", "1", *arguments, "--output_dir", str(exact)]) == 0
     parsed, done = launched
-    assert (parsed.module, parsed.training_script, parsed.num_processes) == (True, "celora.run", 1)
+    assert (parsed.module, parsed.training_script, parsed.num_processes) == (True, "celora.cli.sft_script", 1)
     given = ["--preset", "exact", str(SCRIPT), *arguments, "--output_dir", str(exact)]
     assert parsed.training_script_args == given
     assert said_by_celora(done) == [SAID]
@@ -75,10 +76,34 @@ def test_errors(arguments: list[str], launched: list[Any], tmp_path: Path, capsy
     error = capsys.readouterr().err
     assert error.startswith("error: trl sft: Accelerate config nowhere is neither a file nor")
     assert error.count("\n") == 1
+    for wrong in (["--lerning_rate", "1"], ["--learning_rate", "abc"], ["--config", str(tmp_path / "nowhere")]):
+        assert main(["sft", *arguments, *wrong]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: trl sft: ")
+        assert error.count("\n") == 1
+        assert wrong[0].strip("-") in error or wrong[1] in error
     assert launched == []
     where = arguments.index("--dataset_name") + 1
     arguments[where] = str(tmp_path / "nowhere")
-    assert main(["sft", *arguments]) == 1  # the script's own traceback says why
+    assert main(["sft", *arguments]) == 2
+    (said,) = said_by_celora(launched[-1])
+    assert said.startswith("error: no training with these settings: FileNotFoundError: Couldn't find any data file at")
+    assert said.endswith("nowhere. (`trl sft` with the same arguments shows the traceback)")
+    assert "Traceback" not in launched[-1].stderr
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_of_several_processes_has_said_why(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = {0: ProcessFailure(0, 7, 2, str(Path(arguments[1]) / "no reply"))}
+
+    def launch_command(_: Any) -> None:
+        raise ChildFailedError("sft", failed)
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
+    assert main(["sft", *arguments]) == 2
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow
@@ -88,5 +113,5 @@ def test_through_the_real_launcher(arguments: list[str], tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-3000:]
     assert said_by_celora(done) == [SAID]
     done = python("-m", "celora", "sft", *arguments, "--dataset_name", "nowhere", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "This is a bug in celora" not in done.stderr
+    assert done.returncode == 2
+    assert said_by_celora(done)[-1].startswith("error: no training with these settings: ")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from subprocess import CalledProcessError
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -34,24 +35,35 @@ def sft(
     ] = None,
 ) -> None:
     preset = choose("preset", preset or default_preset(), PRESET_NAMES)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli import accelerate_launcher
     from trl.cli.main import main
+    from yaml import YAMLError
 
-    launch_script = accelerate_launcher.launch_training_script
+    launch_script, usage = accelerate_launcher.launch_training_script, argparse.ArgumentParser.error
 
     def launch(**given: Any) -> None:
-        """Like TRL's, whose launcher starts `celora.run` with the script."""
+        """Like TRL's, whose launcher starts the script under celora."""
         launch_script(**given, launch_command_fn=lambda parsed: through_celora(parsed, preset))
 
     accelerate_launcher.launch_training_script = launch
+    argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign]
     try:
         main(["sft", *context.args, *_where(context.args)])
     except CalledProcessError as error:  # the script has said why
         raise typer.Exit(error.returncode) from None
-    except ValueError as error:
+    except ChildFailedError as error:  # one of several scripts has
+        raise typer.Exit(max(1, error.get_first_failure()[1].exitcode)) from None
+    except (ValueError, OSError, YAMLError) as error:
         raise CELoraError(f"trl sft: {error}") from error
     finally:
         accelerate_launcher.launch_training_script = launch_script
+        argparse.ArgumentParser.error = usage  # type: ignore[method-assign]
+
+
+def _refuse(self: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Without the usage of a hundred lines, which argparse prints above its message."""
+    raise ValueError(f"{message}; trl sft --help lists the arguments")
 
 
 def _where(arguments: list[str]) -> list[str]:
@@ -63,9 +75,9 @@ def _where(arguments: list[str]) -> list[str]:
 
 
 def through_celora(parsed: Any, preset: str) -> None:
-    """Start what `accelerate launch` was asked to start, under `python -m celora.run`."""
+    """Start what `accelerate launch` was asked to start, as `python -m celora.run` would."""
     from accelerate.commands.launch import launch_command
 
     parsed.training_script_args = ["--preset", preset, parsed.training_script, *parsed.training_script_args]
-    parsed.module, parsed.training_script = True, "celora.run"
+    parsed.module, parsed.training_script = True, "celora.cli.sft_script"
     launch_command(parsed)
