@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from transformers import AutoTokenizer
 
 from celora.errors import CELoraError
+from celora.train.loading import read_tokenizer
 from celora.train.rows.template import refused_row
+from celora.train.use.generation import encode
 from runs import go
 from tiny import TEMPLATE
 
@@ -59,3 +62,20 @@ def test_prompts_are_rendered_as_for_training(inputs):
     assert refused_row([{"messages": [USER]}, row], tokenizer, no_answer)[0] == 2
     number, error = refused_row([row], tokenizer, "{{ 1 / 0 }}")
     assert (number, type(error)) == (1, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_an_empty_template_is_none(empty, inputs, tmp_path):
+    """It would render every chat as nothing. Rows of text train as they do without a template."""
+    model, template = tmp_path / "model", tmp_path / "empty.jinja"
+    shutil.copytree(inputs["model"], model)
+    for file in (model / "chat_template.jinja", template):
+        file.write_text(empty)
+    chats = {"model": str(model), "data": rows(tmp_path / "chats.jsonl", [USER, ASSISTANT])}
+    with pytest.raises(CELoraError, match="the rows are chats, and the model's tokenizer has no chat template; give"):
+        go({**inputs, **chats}, tmp_path / "out")
+    with pytest.raises(CELoraError, match=r"chat_template_path=.*empty.jinja' is an empty file; give one"):
+        go({**inputs, **chats}, tmp_path / "out", chat_template_path=str(template))
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "w1 w2"}) + "\n")
+    go({**inputs, **chats, "data": str(tmp_path / "texts.jsonl")}, tmp_path / "out", max_steps=1)
+    assert encode(read_tokenizer(str(model)), "w1") == encode(read_tokenizer(inputs["model"]), "w1", raw=True)

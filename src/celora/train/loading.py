@@ -67,11 +67,14 @@ def load_tokenizer(request: TrainRequest) -> Any:
 
 
 def read_tokenizer(source: str, *, revision: str = "main") -> Any:
-    """The tokenizer in a folder, or of a model on the hub."""
+    """The tokenizer in a folder, or of a model on the hub. An empty chat template is none: it would render nothing."""
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # whatever the libraries raise about a file that is not what it should be
         raise CELoraError(f"cannot load a tokenizer from {source!r}: {_first_line(error)}") from error
+    if isinstance(tokenizer.chat_template, str) and not tokenizer.chat_template.strip():
+        tokenizer.chat_template = None
+    return tokenizer
 
 
 def training_rows(request: TrainRequest, tokenizer: Any) -> datasets.Dataset:

@@ -351,6 +351,10 @@ def sft_config(request: TrainRequest) -> Any:
             f"chat_template_path={template!r} is no file; give one with a template, like FOLDER/chat_template.jinja. "
             "The tokens that a folder's tokenizer adds would have no embedding"
         )
+    if template is not None and not Path(template).expanduser().read_bytes().strip():
+        raise CELoraError(
+            f"chat_template_path={template!r} is an empty file; give one with a template, or leave it out"
+        )
     if args.activation_offloading and args.device.type == "cpu":
         raise CELoraError("activation_offloading=True needs an accelerator to take activations off; leave it out")
     return args
