@@ -56,6 +56,23 @@ def test_a_merged_model_for_transformers(out, inputs):
     assert (made.output / "Modelfile").read_text().endswith("\nFROM .\n")
 
 
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [(1, "has weights for 14 layers, and the model has 7 of them"), (3, r"has 21 for it; .*layers\.2\.")],
+)
+@pytest.mark.parametrize("to", ["gguf", "safetensors", "mlx"])
+def test_a_base_model_of_another_depth_is_refused(to, blocks, message, out, inputs, tmp_path):
+    shutil.copytree(inputs["model"], tmp_path / "other")
+    settings = json.loads((out / "adapter_config.json").read_text())
+    settings["target_modules"] = sorted({name.rpartition(".")[2] for name in settings["target_modules"]})
+    (out / "adapter_config.json").write_text(json.dumps(settings))  # as PEFT writes it for 20 layers and more
+    config = AutoConfig.from_pretrained(inputs["model"], num_hidden_layers=blocks)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(CELoraError, match=message):
+        export(out, to, merged=to == "safetensors", model=str(tmp_path / "other"))
+    assert not list(tmp_path.glob(f"out-*{to}"))
+
+
 def test_an_adapter_for_mlx(out, monkeypatch):
     patch_all(monkeypatch, "celora.train.formats.export:find_spec", lambda name: None)  # without the package gguf
     made = export(out, "mlx")

@@ -204,19 +204,33 @@ def load_adapter(model: Any, adapter: Path) -> Any:
     try:
         loaded = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
         with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-            saved = _layers(file.keys())
+            saved = layers(file.keys())
     except Exception as error:
         raise CELoraError(f"cannot load the adapter in {str(adapter)!r}: {_first_line(error)}") from error
-    there = _layers(get_peft_model_state_dict(loaded, save_embedding_layers=False))
-    if there < saved:  # PEFT passes over the others
-        raise CELoraError(
-            f"the adapter in {str(adapter)!r} has weights for {len(saved)} layers, and the model has {len(there)} of "
-            f"them; {min(saved - there)!r} is one that it lacks. Give the model that the adapter was trained on"
-        )
+    check_layers(loaded, saved, adapter)
     return loaded
 
 
-def _layers(names: Iterable[str]) -> set[str]:
+def check_layers(model: Any, saved: set[str], adapter: Path) -> None:
+    """Raise CELoraError if the model has fewer or more layers under the adapter than are saved in its folder.
+
+    PEFT would pass over the layers that the model lacks, and give the others an adapter that has learnt nothing.
+    """
+    there = layers(get_peft_model_state_dict(model, save_embedding_layers=False))
+    own = "Give the model that the adapter was trained on"
+    if there < saved:
+        raise CELoraError(
+            f"the adapter in {str(adapter)!r} has weights for {len(saved)} layers, and the model has {len(there)} of "
+            f"them; {min(saved - there)!r} is one that it lacks. {own}"
+        )
+    if saved < there:
+        raise CELoraError(
+            f"the adapter in {str(adapter)!r} has weights for {len(saved)} layers, and the model has {len(there)} for "
+            f"it; {min(there - saved)!r} is one that it has no weights for. {own}"
+        )
+
+
+def layers(names: Iterable[str]) -> set[str]:
     """The layers that these LoRA weights belong to."""
     return {name.rpartition(".lora_")[0] for name in names if ".lora_" in name}
 

@@ -6,19 +6,25 @@ that --overwrite replaces nothing else.
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
 import celora
 from celora.errors import CELoraError, unknown
 from celora.files import replacing_folder
 from celora.train.formats.merged_folder import base_folder, write_folder
 from celora.train.formats.mlx_lora import write_mlx
-from celora.train.formats.saved_adapter import SavedAdapter
-from celora.train.loading import checked_config, gguf_of
+from celora.train.formats.saved_adapter import PREFIX, SavedAdapter
+from celora.train.loading import check_layers, checked_config, gguf_of
 from celora.train.request.arguments import TrainRequest
 from celora.train.use.trained import adapter_config, request_of, tokenizer_of
 
@@ -86,6 +92,7 @@ def export(
             "without one, --to safetensors, which llama.cpp's convert_hf_to_gguf.py reads"
         )
     adapter = SavedAdapter(folder)
+    _check_layers(adapter, folder, request)
     name = folder.resolve().name
     with replacing_folder(output) as new:
         if to == "safetensors":
@@ -107,6 +114,22 @@ def export(
         (new / MARK).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         files = sorted(path.name for path in new.iterdir())
     return Export(output, files, tensors)
+
+
+def _check_layers(adapter: SavedAdapter, folder: Path, request: TrainRequest) -> None:
+    """Raise CELoraError if the base model has layers that the adapter was not trained on, though PEFT would adapt them.
+
+    What the base model lacks is an error of the format.
+    """
+    config = checked_config(request)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the adapter was trained
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            adapted = get_peft_model(model, copy.deepcopy(adapter.config))
+        except ValueError:  # it is of another kind, or lacks what the adapter is on
+            return
+    check_layers(adapted, {f"{PREFIX}{layer}" for layer in adapter.layers}, folder)
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from celora.errors import CELoraError
 from celora.train.use.trained import WEIGHTS, adapter_config
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of names in the file
 # Settings under which an adapter is more, or other, than these equations.
 _OTHERS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config", "layer_replication",
            "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "fan_in_fan_out",
@@ -78,7 +78,7 @@ class SavedAdapter:
             )
         self.layers: dict[str, LowRank] = {}
         self.whole: dict[str, Tensor] = {}
-        self._sort({key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}, folder)
+        self._sort({key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}, folder)
 
     def _sort(self, tensors: dict[str, Tensor], folder: Path) -> None:
         for key in [key for key in tensors if key.endswith((".lora_A.weight", ".lora_embedding_A"))]:
