@@ -19,6 +19,9 @@ import celora.fsdp
 from celora import CELoraConfig, CELoraError
 from celora.integrations.while_training import AttachWhileTraining
 from celora.modeling.int8_base import held_in_8_bits
+from celora.numerics.products.both_ways import Int8BothWays
+from celora.runtime.attachment import require
+from celora.settings.presets import PRESETS
 from machine import refuses
 from small import adapter, make_base, make_batch, make_model, train
 
@@ -80,6 +83,13 @@ def a_trainer(
 
 def evaluations(trainer: Trainer) -> list[dict[str, float]]:
     return [row for row in trainer.state.log_history if "eval_loss" in row]
+
+
+def passes(model: PeftModel) -> list[bool]:
+    """Grows with each batch that is evaluated."""
+    seen: list[bool] = []
+    model.register_forward_pre_hook(lambda module, _: None if module.training else seen.append(True))
+    return seen
 
 
 def loss(model: PeftModel) -> float:
@@ -163,12 +173,14 @@ def test_the_second_evaluation_changes_no_training(tmp_path: Path) -> None:
     """It draws nothing, although a data loader and dropout draw; the model trains on in the forward that it trains."""
     found = []
     for callbacks in ([], [celora.Callback(), celora.Callback()]):
-        model, count = make_model(lora_dropout=0.2), Seen()
+        model, seen = make_model(lora_dropout=0.2), Seen()
         celora.attach(model, BOTH)
-        trainer = a_trainer(tmp_path, model, count, *callbacks)
+        trainer = a_trainer(tmp_path, model, seen, *callbacks)
+        count = passes(model)
         trainer.train()
         assert ["eval_base_loss" in row for row in evaluations(trainer)] == [bool(callbacks)] * 2
-        assert count.batches == 2 * 3 * (1 + bool(callbacks))  # once more, even with two callbacks
+        assert len(count) == 2 * 3 * (1 + bool(callbacks))  # once more, even with two callbacks
+        assert seen.batches == 2 * 3  # a progress bar ends where the first evaluation ends
         found.append((adapter(model), [row["eval_loss"] for row in evaluations(trainer)]))
     assert found[0][1] == found[1][1]
     assert all(value.equal(found[1][0][name]) for name, value in found[0][0].items())
@@ -218,12 +230,30 @@ def test_a_trainer_that_generates_is_evaluated_once(tmp_path: Path) -> None:
 
 
 def test_a_model_without_8_bits_is_evaluated_once(tmp_path: Path) -> None:
-    model, seen = make_model(), Seen()
+    model = make_model()
     celora.attach(model, "exact")
-    trainer = a_trainer(tmp_path, model, seen, celora.Callback())
+    trainer, count = a_trainer(tmp_path, model, celora.Callback()), passes(model)
     trainer.train()
-    assert seen.batches == 2 * 3
+    assert len(count) == 2 * 3
     assert not [row for row in trainer.state.log_history if "eval_base_loss" in row]
+
+
+@pytest.mark.parametrize("part", ["layers", "head"])
+def test_what_no_longer_computes_in_8_bits_is_evaluated_once(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All forwards have given up, or only the head would be in 8 bits and never pays. The second loss is the first."""
+    model = make_model()
+    celora.attach(model, BOTH if part == "layers" else dataclasses.replace(PRESETS["exact"], head_forward="int8"))
+    trainer, count = a_trainer(tmp_path, model, celora.Callback()), passes(model)
+    if part == "layers":
+        for forward in require(model).forwards.values():
+            forward.give_up()
+    else:
+        monkeypatch.setattr(Int8BothWays, "pays", lambda *_: False)
+    trainer.train()
+    assert len(count) == 2 * 3
+    assert [row["eval_base_loss"] == row["eval_loss"] for row in evaluations(trainer)] == [True, True]
 
 
 def test_the_best_model_may_be_that_on_the_original_base(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from torch import nn
 from celora.errors import CELoraError
 from celora.machine.device import random_states
 from celora.machine.processes import any_of_them
+from celora.modeling.eight_bit import EightBitHead
 from celora.modeling.int8_base import held_in_8_bits, original_weights
+from celora.modeling.language_model import pretrained
 from celora.runtime.attachment import Attachment, attachments
 
 
@@ -48,18 +50,23 @@ def original_base(model: nn.Module) -> Iterator[None]:
 def base_losses(trainer: Any, dataloader: Any, logs: Mapping[str, Any]) -> dict[str, float]:
     """`..._base_loss` for the `..._loss` of an evaluation that has just ended, from a second pass over its rows.
 
+    If nothing computes in 8 bits any more, or a head in 8 bits never pays here, both losses are the same. Then there is
+    no second pass.
+
     Empty if these are no logs of an evaluation, if nothing is in 8 bits, or if the second loss is there already. Empty,
     too, for TRL's trainers with rewards (GRPO and its like): they would generate other answers, and judge those. The
     random state is then the same as before. If several processes train together, all of them call this.
 
     Args:
-        trainer: the Trainer that has evaluated; its own loop computes the mean, but calls nothing else.
+        trainer: the Trainer that has evaluated; its own loop computes the mean, but calls no callback.
         dataloader: the rows that it evaluated.
         logs: what it logs about the evaluation.
     """
     prefixes = _evaluated(logs)
     if not prefixes or hasattr(trainer, "reward_funcs") or not _in_8_bits(trainer.model):
         return {}
+    if not any_of_them(_computes_in_8_bits(trainer.model), trainer.args.device):
+        return {f"{prefix}_base_loss": float(logs[f"{prefix}_loss"]) for prefix in prefixes}
     losses = {f"{prefix}_base_loss": _loss_on_the_base(trainer, dataloader, prefix) for prefix in prefixes}
     return {key: loss for key, loss in losses.items() if loss is not None}
 
@@ -72,6 +79,20 @@ def _evaluated(logs: Mapping[str, Any]) -> list[str]:
 
 def _in_8_bits(model: nn.Module) -> bool:
     return any(attachment.forwards for attachment in _attached(model)) or bool(held_in_8_bits(model))
+
+
+def _computes_in_8_bits(model: nn.Module) -> bool:
+    """Whether an evaluation now computes something in 8 bits."""
+    if held_in_8_bits(model):
+        return True
+    causal = pretrained(model)
+    head = None if causal is None else causal.get_output_embeddings()
+    computing = [
+        head is not None and forward.applies(head.weight) if isinstance(forward, EightBitHead) else not forward.exact
+        for attachment in _attached(model)
+        for forward in attachment.forwards.values()
+    ]
+    return any(computing)
 
 
 def _attached(model: nn.Module) -> list[Attachment]:
@@ -99,6 +120,9 @@ def _loss_on_the_base(trainer: Any, dataloader: Any, prefix: str) -> float | Non
         stack.enter_context(random_states([trainer.args.device]))
         if (means := vars(trainer).get("_stored_metrics")) is not None:  # TRL's CPO and ORPO log them before callbacks
             stack.callback(setattr, trainer, "_stored_metrics", copy.deepcopy(means))
+        handler = trainer.callback_handler  # a progress bar would count these batches as the first evaluation's
+        stack.callback(setattr, handler, "callbacks", handler.callbacks)
+        handler.callbacks = []
         # The loop of the class: a subclass's may also generate answers, and log them.
         again = Trainer.evaluation_loop(
             trainer, dataloader, "Evaluation on the original base", True, metric_key_prefix=prefix
