@@ -61,13 +61,13 @@ class Seen(TrainerCallback):
 def a_trainer(
     folder: Path, model: PeftModel, *callbacks: TrainerCallback, kind: type[Trainer] = Trainer, **arguments: Any
 ) -> Trainer:
-    settings = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "save_strategy": "no", **arguments}
+    settings = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "save_strategy": "no"}
+    settings |= {"per_device_eval_batch_size": 3, **arguments}
     args = TrainingArguments(
         output_dir=str(folder),
         learning_rate=1e-2,
         eval_strategy="steps",
         per_device_train_batch_size=2,
-        per_device_eval_batch_size=3,
         use_cpu=True,
         disable_tqdm=True,
         dataloader_pin_memory=False,
@@ -213,6 +213,41 @@ def test_the_second_evaluation_adds_nothing_to_what_the_trainer_collects(tmp_pat
     history = trainer.state.log_history
     assert [row["eval_collected"] for row in history if "eval_collected" in row] == [3, 3]
     assert ["eval_base_loss" in row for row in evaluations(trainer)] == [True, True]
+
+
+class Accurate(Trainer):
+    """As TRL's SFTTrainer, whose logs have the mean accuracy of the batches; here the loss stands for it."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().prediction_step(*args, **kwargs)
+        self._metrics["eval"]["mean_token_accuracy"].append(float(found[0]))
+        return found
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        mode = "train" if self.model.training else "eval"
+        seen = [*self._metrics[mode].get("mean_token_accuracy", ())]
+        logs |= {"eval_mean_token_accuracy": sum(seen) / len(seen)} if seen else {}
+        super().log(logs, *args)
+        assert [*self._metrics[mode].get("mean_token_accuracy", ())] == seen
+        self._metrics[mode].clear()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_second_evaluation_has_an_accuracy_of_its_own(exact: bool, tmp_path: Path) -> None:
+    model = make_model()
+    celora.attach(model, BOTH)
+    for forward in require(model).forwards.values():
+        forward.exact = exact
+    trainer = a_trainer(tmp_path, model, celora.Callback(), kind=Accurate, per_device_eval_batch_size=1)
+    trainer.train()
+    for row in evaluations(trainer):
+        for name in ("", "_base"):
+            assert row[f"eval{name}_mean_token_accuracy"] == pytest.approx(row[f"eval{name}_loss"])
+        assert (row["eval_base_mean_token_accuracy"] == row["eval_mean_token_accuracy"]) is exact
 
 
 class Rewarding(Trainer):

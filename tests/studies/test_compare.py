@@ -219,8 +219,9 @@ def test_an_arm_in_8_bits_is_judged_on_the_original_base(
         said = json.loads((tmp_path / "out" / f"{o.arm}-seed0" / "run.json").read_text())["summary"]
         if o.arm == "fast":
             assert o.eval_loss == said["eval_base_loss"] != said["eval_loss"]
+            assert o.eval_accuracy == said["eval_base_mean_token_accuracy"]
         else:
-            assert o.eval_loss == said["eval_loss"]
+            assert (o.eval_loss, o.eval_accuracy) == (said["eval_loss"], said["eval_mean_token_accuracy"])
             assert "eval_base_loss" not in said
 
 

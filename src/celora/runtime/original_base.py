@@ -7,6 +7,7 @@ original base. So an evaluation has two losses: `eval_loss` on the base that tra
 from __future__ import annotations
 
 import copy
+import statistics
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,9 @@ from celora.modeling.eight_bit import EightBitHead
 from celora.modeling.int8_base import held_in_8_bits, original_weights
 from celora.modeling.language_model import pretrained
 from celora.runtime.attachment import Attachment, attachments
+
+# TRL's name, whatever the rows are called; and ours.
+_ACCURACY, _BASE_ACCURACY = "eval_mean_token_accuracy", "eval_base_mean_token_accuracy"
 
 
 @contextmanager
@@ -50,8 +54,9 @@ def original_base(model: nn.Module) -> Iterator[None]:
 def base_losses(trainer: Any, dataloader: Any, logs: Mapping[str, Any]) -> dict[str, float]:
     """`..._base_loss` for the `..._loss` of an evaluation that has just ended, from a second pass over its rows.
 
-    If nothing computes in 8 bits any more, or a head in 8 bits never pays here, both losses are the same. Then there is
-    no second pass.
+    If the trainer collects a token accuracy, as TRL's SFTTrainer does, `eval_base_mean_token_accuracy` is its value in
+    that pass. If nothing computes in 8 bits any more, or a head in 8 bits never pays here, the second values are the
+    first ones. Then there is no second pass.
 
     Empty if these are no logs of an evaluation, if nothing is in 8 bits, or if the second loss is there already. Empty,
     too, for TRL's trainers with rewards (GRPO and its like): they would generate other answers, and judge those. The
@@ -66,9 +71,12 @@ def base_losses(trainer: Any, dataloader: Any, logs: Mapping[str, Any]) -> dict[
     if not prefixes or hasattr(trainer, "reward_funcs") or not _in_8_bits(trainer.model):
         return {}
     if not any_of_them(_computes_in_8_bits(trainer.model), trainer.args.device):
-        return {f"{prefix}_base_loss": float(logs[f"{prefix}_loss"]) for prefix in prefixes}
-    losses = {f"{prefix}_base_loss": _loss_on_the_base(trainer, dataloader, prefix) for prefix in prefixes}
-    return {key: loss for key, loss in losses.items() if loss is not None}
+        same = {f"{prefix}_base_loss": float(logs[f"{prefix}_loss"]) for prefix in prefixes}
+        return same | ({_BASE_ACCURACY: float(logs[_ACCURACY])} if _ACCURACY in logs else {})
+    found: dict[str, float] = {}
+    for prefix in prefixes:
+        found |= _evaluate_on_the_base(trainer, dataloader, prefix)
+    return found
 
 
 def _evaluated(logs: Mapping[str, Any]) -> list[str]:
@@ -101,8 +109,8 @@ def _attached(model: nn.Module) -> list[Attachment]:
     return [attachment for attachment in list(attachments) if not modules.isdisjoint(attachment.modules())]
 
 
-def _loss_on_the_base(trainer: Any, dataloader: Any, prefix: str) -> float | None:
-    """None if an original weight cannot be read, with a warning; also if rows come only once, or have no loss."""
+def _evaluate_on_the_base(trainer: Any, dataloader: Any, prefix: str) -> dict[str, float]:
+    """Empty if an original weight cannot be read, with a warning; also if rows come only once, or have no loss."""
     from transformers import Trainer  # this room is imported without a Trainer, too
 
     missing = ""
@@ -116,10 +124,12 @@ def _loss_on_the_base(trainer: Any, dataloader: Any, prefix: str) -> float | Non
             missing = missing or "another process cannot read the original weights"
         if missing:
             warnings.warn(f"celora: the loss on the original base is not measured: {missing}.", stacklevel=2)
-            return None
+            return {}
         stack.enter_context(random_states([trainer.args.device]))
-        if (means := vars(trainer).get("_stored_metrics")) is not None:  # TRL's CPO and ORPO log them before callbacks
-            stack.callback(setattr, trainer, "_stored_metrics", copy.deepcopy(means))
+        for name in ("_stored_metrics", "_metrics"):  # TRL's CPO, ORPO and SFT log them before callbacks
+            if (means := vars(trainer).get(name)) is not None:
+                stack.callback(setattr, trainer, name, copy.deepcopy(means))
+        seen = len(_accuracies(trainer))
         handler = trainer.callback_handler  # a progress bar would count these batches as the first evaluation's
         stack.callback(setattr, handler, "callbacks", handler.callbacks)
         handler.callbacks = []
@@ -127,5 +137,16 @@ def _loss_on_the_base(trainer: Any, dataloader: Any, prefix: str) -> float | Non
         again = Trainer.evaluation_loop(
             trainer, dataloader, "Evaluation on the original base", True, metric_key_prefix=prefix
         )
-    loss: float | None = again.metrics.get(f"{prefix}_loss")
-    return loss
+        accuracies = _accuracies(trainer)[seen:]
+    loss = again.metrics.get(f"{prefix}_loss")
+    if loss is None:
+        return {}
+    more = {_BASE_ACCURACY: statistics.fmean(accuracies)} if accuracies else {}
+    return {f"{prefix}_base_loss": loss} | more
+
+
+def _accuracies(trainer: Any) -> list[float]:
+    """The token accuracies of batches that TRL's SFTTrainer has collected in this evaluation; none elsewhere."""
+    modes = vars(trainer).get("_metrics")
+    evaluated = modes.get("eval") if isinstance(modes, dict) else None
+    return [*evaluated.get("mean_token_accuracy", ())] if isinstance(evaluated, dict) else []

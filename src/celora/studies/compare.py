@@ -2,7 +2,7 @@
 
 An arm is one way to train, such as a preset. Every arm trains with every seed, in a folder of its own, exactly as
 `celora train` does. A finished run is not repeated; an interrupted one is resumed. The arms are judged by loss and
-token accuracy on held-out rows; `outcomes.py` draws the conclusions. The loss is that of the adapter on the original
+token accuracy on held-out rows; `outcomes.py` draws the conclusions. Both are those of the adapter on the original
 base, also for an arm that trains in 8 bits.
 """
 
@@ -235,13 +235,15 @@ def _run(arm: str, seed: int, own: dict[str, Any], folder: Path, console: Consol
         summary = result.summary
     if "eval_loss" not in summary:
         raise CELoraError(f"{folder} has no loss on the held-out rows; remove that folder and run it again")
-    loss = summary.get("eval_base_loss", summary["eval_loss"])  # of the model that the adapter is loaded onto
+    # Of the model that the adapter is loaded onto.
+    loss = summary.get("eval_base_loss", summary["eval_loss"])
+    accuracy = summary.get("eval_base_mean_token_accuracy", summary.get("eval_mean_token_accuracy"))
     return Outcome(
         arm,
         seed,
         summary["step"],
         loss,
-        None if loss is None else summary.get("eval_mean_token_accuracy"),
+        None if loss is None else accuracy,
         summary.get("median_step_time_ms"),
         float(summary["seconds"]),
     )

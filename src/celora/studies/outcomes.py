@@ -25,8 +25,8 @@ class Outcome:
     Attributes:
         eval_loss: loss on the held-out rows in nats per token, the mean over batches, on the original base model; None
             if training diverged.
-        eval_accuracy: share of held-out tokens that are predicted, given the true tokens before them. An arm that
-            trains in 8 bits predicts in 8 bits here.
+        eval_accuracy: share of held-out tokens that are predicted, given the true tokens before them, on the original
+            base model.
         seconds: wall-clock of the training without planning.
     """
 

@@ -31,7 +31,7 @@ def line_charts(rows: Mapping[str, Sequence[Mapping[str, Any]]], repeats: Mappin
             "Held-out token accuracy",
             "step",
             "optimizer step",
-            ["eval_mean_token_accuracy"],
+            ["eval_mean_token_accuracy", "eval_base_mean_token_accuracy"],
             "share of next tokens that are right",
         ),
         ("Step time", "step", "optimizer step", ["step_time_ms"], "time per optimizer step, ms"),

@@ -21,7 +21,8 @@ from celora.train.processes import processes
 from celora.train.progress import MetricsWriter, read_metrics
 from celora.train.request.arguments import TrainRequest, recorded
 
-_LAST = ("loss", "eval_loss", "eval_base_loss", "tokens_seen", "mean_token_accuracy", "eval_mean_token_accuracy")
+_ON_THE_BASE = ("eval_base_loss", "eval_base_mean_token_accuracy")
+_LAST = ("loss", "eval_loss", "tokens_seen", "mean_token_accuracy", "eval_mean_token_accuracy", *_ON_THE_BASE)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def summarise(trainer: Any, metrics: MetricsWriter, attached: Any) -> dict[str, 
     last: dict[str, Any] = {}
     for row in rows:
         if "eval_loss" in row:
-            last.pop("eval_base_loss", None)  # an earlier evaluation's does not belong to this one
+            last = {key: value for key, value in last.items() if key not in _ON_THE_BASE}  # of an earlier evaluation
         last |= {key: row[key] for key in _LAST if key in row}
     return {
         "step": int(trainer.state.global_step),
