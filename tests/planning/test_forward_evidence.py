@@ -16,6 +16,7 @@ from peft import PeftModel
 
 import celora
 from celora import CELoraConfig, CELoraError, Plan
+from celora.modeling.eight_bit import EightBitForward
 from celora.modeling.survey import survey
 from celora.numerics.estimators import Finding
 from celora.numerics.products.both_ways import Int8BothWays
@@ -89,6 +90,26 @@ def test_a_plan_without_estimates_shifts_nothing(
     assert plan.loss_shift != 0 != plan.forwards
     assert exact.loss_shift == 0 == exact.forwards
     assert Plan.from_dict(exact.to_dict()) == exact
+
+
+def test_a_forward_that_makes_the_loss_infinite_is_refused(
+    model: PeftModel, batches: Batches, fast_forwards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if refuses():
+        return
+    name, layer = next((name, layer) for name, layer in survey(model).layers.items() if name.endswith("down_proj"))
+    forward = EightBitForward.forward
+
+    def broken(self: EightBitForward, module: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, module, *args, **kwargs) * (torch.inf if module is layer.base else 1)
+
+    monkeypatch.setattr(EightBitForward, "forward", broken)
+    plan = celora.make_plan(model, batches, 0.9, forward=True)
+    settings = {planned.name: planned.choice.setting for planned in plan.layers}
+    assert plan.audited_cosine >= 0.9
+    assert settings[name].forward == "exact"
+    assert plan.forwards > 0
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
 def test_progress_goes_on_to_the_end(model: PeftModel, batches: Batches, fast_forwards: None) -> None:
@@ -264,6 +285,17 @@ def test_a_rate_of_depths_and_kinds_becomes_one_of_each_layer() -> None:
     assert rates["9.q_proj"] == rates["5.q_proj"]  # of one depth
     assert done[-1] == 1
     assert by_group([], rate, done.append) == []
+
+
+def test_an_infinite_rate_concerns_its_depth_and_its_kind_only() -> None:
+    layers = [Layer(f"{block}.{kind}", torch.nn.Linear(1, 1), {}) for block in range(30) for kind in ("q", "k", "v")]
+
+    def rate(group: list[Layer]) -> float:
+        return torch.inf if any(layer.name == "0.q" for layer in group) else 2.0
+
+    rates = dict(zip((layer.name for layer in layers), by_group(layers, rate, lambda _: None), strict=True))
+    concerned = {layer.name for layer in layers[:15]} | {f"{block}.q" for block in range(30)}
+    assert rates == {name: torch.inf if name in concerned else pytest.approx(2) for name in rates}
 
 
 @pytest.mark.parametrize("row", [[0, 1.0, 0.1], [0, 1.0, 0.1, 0, 0.2, 0.3], [0, 1.0, 0.1, 0, -0.2]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from celora.modeling.switch import Mode, Switch
 from celora.numerics.estimators import Estimator, Finding
 from celora.planning.candidates import EXACT, make_candidate
 from celora.planning.fidelity import Fidelity
-from celora.planning.gradients import gradient
+from celora.planning.gradients import NotFinite, gradient
 from celora.runtime.forwards import Forwards
 from celora.settings.config import LayerConfig
 from celora.settings.names import HEAD
@@ -160,10 +161,22 @@ class Bench:
         """The fidelity with the estimators of `make` in these layers, and a share of the words for the head's gradient.
 
         An estimator that is not ready selects on the first batch. A forward in 8 bits learns the scales of its input
-        there.
+        there. If it makes the loss infinite or NaN, the error is infinite.
         """
         numbers = numbers or range(self.measuring, self.measuring + 1)
         exact, loss = self.exact(numbers)
+        try:
+            estimated, shifted = self._estimated(layers, make, numbers, words)
+        except NotFinite:
+            self.loss_shift = 0.0
+            return Fidelity(0.0, math.inf, math.inf)
+        self.loss_shift = shifted - loss
+        return Fidelity.of([(estimated[name], exact[name]) for name in exact])
+
+    def _estimated(
+        self, layers: Mapping[str, Layer], make: Callable[[Layer], Estimator], numbers: range, words: float | None
+    ) -> tuple[dict[str, Tensor], float]:
+        """The estimated gradient and the loss of these batches."""
         head: AbstractContextManager[None] = nullcontext()
         if self.forward is not None and words is not None:
             head = self.forward.through(words)
@@ -177,9 +190,7 @@ class Bench:
                 for graft in waiting:
                     graft.estimator.select()
                     graft.mode = Mode.ESTIMATE if graft.estimator.ready else Mode.EXACT
-            estimated, shifted = self.gradient(*numbers)
-        self.loss_shift = shifted - loss
-        return Fidelity.of([(estimated[name], exact[name]) for name in exact])
+            return self.gradient(*numbers)
 
     def time(self, layers: Mapping[str, Layer], settings: Mapping[str, LayerConfig]) -> float:
         """The time of all `grad_input` products inside whole backwards, relative to the dense products.

@@ -17,6 +17,10 @@ from celora.modeling.hooks import settle_all
 from celora.weights.sharded import whole
 
 
+class NotFinite(CELoraError):
+    """The loss of a batch is no finite number."""
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name. Raises CELoraError if there are none."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -54,7 +58,7 @@ def gradient(
             value.backward()
         found = float(value.detach())
         if not math.isfinite(found):
-            raise CELoraError(f"the loss of this batch is {found}; give one whose loss is a finite number.")
+            raise NotFinite(f"the loss of this batch is {found}; give one whose loss is a finite number.")
         total += found
     gradients = {n: whole(torch.zeros_like(p) if p.grad is None else p.grad) for n, p in parameters.items()}
     return gradients, total / len(batches)

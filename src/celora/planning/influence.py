@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from collections.abc import Callable
 
@@ -48,7 +49,8 @@ def by_group(
 ) -> list[float]:
     """A number for each layer, from the `rate` of groups of layers: by depth, times that of its kind over the mean.
 
-    If there are few layers, each is a group. `progress` is called with the share that is done.
+    If there are few layers, each is a group. Where one of the two is infinite, so is the number. `progress` is called
+    with the share that is done.
     """
     size = 1 if len(layers) <= _FEW_LAYERS else -(-len(layers) // _DEPTHS)
     depths = [layers[i : i + size] for i in range(0, len(layers), size)]
@@ -60,6 +62,9 @@ def by_group(
     for i, group in enumerate(groups):
         rates.append(rate(group))
         progress((i + 1) / len(groups))
-    mean = statistics.fmean(rates[len(depths) :]) if len(groups) > len(depths) else 0.0
-    of_kind = dict(zip(kinds, (found / mean for found in rates[len(depths) :]), strict=True)) if mean > 0 else {}
-    return [rates[i // size] * of_kind.get(layer.name.rpartition(".")[2], 1.0) for i, layer in enumerate(layers)]
+    kind_rates = dict(zip(kinds, rates[len(depths) :], strict=True)) if len(groups) > len(depths) else {}
+    finite = [found for found in kind_rates.values() if found < math.inf]
+    mean = statistics.fmean(finite) if finite else 0.0
+    of_kind = {kind: found / mean if mean > 0 else 1.0 for kind, found in kind_rates.items()}
+    found = [(rates[i // size], of_kind.get(layer.name.rpartition(".")[2], 1.0)) for i, layer in enumerate(layers)]
+    return [math.inf if math.inf in both else both[0] * both[1] for both in found]
