@@ -22,6 +22,7 @@ from celora.modeling.switch import Mode
 from celora.numerics.estimators import Columns
 from celora.runtime.attachment import Attachment, require
 from machine import refuses_config
+from patching import patch_all
 from small import MEMBERS, adapter, make_batch, make_model, train
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
@@ -151,6 +152,27 @@ def test_an_optimizer_of_other_tensors_is_said(model: PeftModel, batch: dict[str
     model(**batch).loss.backward()
     with pytest.warns(UserWarning, match="three optimizer steps, none of a parameter of this model"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["by hand", "told", "accumulated"])
+def test_a_loop_whose_steps_celora_cannot_see_is_told_what_to_call(
+    how: str, model: PeftModel, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    patch_all(monkeypatch, "celora.modeling.graft:MOST_BACKWARDS", 4)
+    celora.attach(model, CELoraConfig(keep_ratio=0.5, rank=0, refresh_every=3))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+    for step in range(4 if how == "accumulated" else 7):
+        model(**make_batch(step)).loss.backward()
+        if how != "accumulated":
+            torch._foreach_add_([p.data for p in parameters], [p.grad for p in parameters], alpha=-1e-3)
+            model.zero_grad()
+        if how == "told":
+            require(model).clock.advance()
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (how == "by hand")
+    assert all("4 backwards, and celora has seen no step of an optimizer" in line for line in said)
+    assert require(model).clock.step == (7 if how == "told" else 0)
 
 
 def test_an_idle_model_says_nothing_while_another_trains(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:

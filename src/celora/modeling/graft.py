@@ -41,6 +41,8 @@ from celora.weights.read import bias_of, plain_weight, read
 from celora.weights.sharded import whole
 from celora.weights.stored import StoredWeight
 
+MOST_BACKWARDS = 256  # no loop accumulates the gradients of more batches than these before its first step
+
 
 class LayerGraft(Measured, Hook):
     """The forward hook of one base layer, with the layer's estimator and the errors that it measured.
@@ -243,6 +245,13 @@ class LayerGraft(Measured, Hook):
     def observe(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         """The exact `grad_input`. It also measures the current selection's error, and observes for the next one."""
         self.observed += 1
+        if self.observed > MOST_BACKWARDS and not self.switch.step:
+            self.switch.say_once(
+                "no step",
+                f"{MOST_BACKWARDS} backwards, and celora has seen no step of an optimizer, so all of them were exact. "
+                "It sees those of torch.optim. If this loop steps in another way, call require(model).clock.advance() "
+                "after each step (from celora.runtime.attachment import require).",
+            )
         self.tokens, self.dtype = max(self.tokens, len(grad_output)), str(grad_output.dtype).removeprefix("torch.")
         exact = grad_output @ weight.to(grad_output.dtype)
         if self.estimator.ready:
