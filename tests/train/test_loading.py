@@ -60,6 +60,12 @@ def test_an_adapter_that_is_none(config, message, inputs, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault(
+    "input",
+    "an adapter that was trained on a model with fewer or more blocks",
+    sees="`the adapter in ... has weights for 4 layers, and the model has 6 for it`, and the name of one layer",
+    kept="everything: nothing is loaded or exported",
+)
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 @pytest.mark.parametrize(
     ("blocks", "message"),

@@ -64,6 +64,12 @@ def test_prompts_are_rendered_as_for_training(inputs):
     assert (number, type(error)) == (1, ZeroDivisionError)
 
 
+@pytest.mark.fault(
+    "input",
+    "a chat template that is empty",
+    sees="nothing, or `the rows are chats, and the model's tokenizer has no chat template`",
+    kept="rows of text train as without a template",
+)
 @pytest.mark.parametrize("empty", ["", " \n"])
 def test_an_empty_template_is_none(empty, inputs, tmp_path):
     """It would render every chat as nothing. Rows of text train as they do without a template."""
