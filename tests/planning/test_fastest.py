@@ -131,7 +131,7 @@ def test_on_a_gpu_without_a_plan_auto_is_exact_and_fast_is_what_was_asked_for(mo
     patch_all(monkeypatch, "celora.kernels.triton.judged:planned_on", lambda device: False)
     model = make_model()
     seen = times(monkeypatch, 10.0, 3.0, 6.0, 9.0)
-    with pytest.warns(UserWarning, match="estimates nothing on this GPU until a plan was made on it"):
+    with pytest.warns(UserWarning, match="estimates no layer on this GPU until a plan was made on it"):
         config = gate(survey(model), AUTO).config
     assert seen == []
     assert config.head_keep_ratio == 1
@@ -285,6 +285,14 @@ def test_a_small_vocabulary_keeps_more(
     patch_all(monkeypatch, "celora.planning.fastest:_LEAST_WORDS", least)
     assert gate(survey(make_model()), config).config.head_keep_ratio == share
     assert gate(survey(make_model()), config, given=["head_keep_ratio"]).config.head_keep_ratio == 0.1  # the user's
+
+
+def test_a_share_of_the_words_that_was_given_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine's times would decide otherwise, and a resumed training could not go on there."""
+    seen, asked = times(monkeypatch, 10.0, 12.0, 9.0), dataclasses.replace(AUTO, head_keep_ratio=0.5)
+    assert gate(survey(make_model()), asked, given=["head_keep_ratio"]).config.head_keep_ratio == 0.5
+    assert 2 not in seen
+    assert gate(survey(make_model()), asked).config.head_keep_ratio == 1.0
 
 
 @pytest.mark.parametrize("config", [FAST, AUTO], ids=["fast", "auto"])

@@ -67,9 +67,9 @@ def gate(
 ) -> Gated:
     """Find out which layers' own setting is the fastest on this machine. The others get an override.
 
-    The vocabulary projection stays exact if drawing words is not faster, unless `head_forward` is in 8 bits. A warning
-    says where preset auto estimates nothing because no plan was made on this GPU. If several processes train together,
-    all use what the first one measures.
+    The vocabulary projection stays exact if drawing words is not faster, unless `head_forward` is in 8 bits or the user
+    has given a share. A warning says where preset auto estimates no layer because no plan was made on this GPU. If
+    several processes train together, all use what the first one measures.
 
     Args:
         tokens: number of tokens in a batch.
@@ -80,7 +80,7 @@ def gate(
         overrides, share, timings = made_by_first(lambda: _measured(found, config, tokens, labelled, given))
     if any(_untried(config, layer.device) for layer in found.layers.values()):
         warnings.warn(
-            "celora: preset auto estimates nothing on this GPU until a plan was made on it: `celora plan`, or "
+            "celora: preset auto estimates no layer on this GPU until a plan was made on it: `celora plan`, or "
             "--fidelity. A plan measures what is right and fast there.",
             stacklevel=3,
         )
@@ -209,14 +209,14 @@ def _share(
 ) -> float:
     """The share of the words for the gradient of the logits: the configuration's, or 1 if 1 is as fast.
 
-    A rule's share is larger for small vocabularies: a draw of fewer words than there are targets is mostly noise.
+    A share that the user has given stays. So a training that is resumed on another machine has the same one. A rule's
+    share is larger for small vocabularies: a draw of fewer words than there are targets is mostly noise.
     """
     share, model = config.head_keep_ratio, found.language_model
-    if share == 1 or model is None or not at_hand(model.head):
+    if share == 1 or "head_keep_ratio" in given or model is None or not at_hand(model.head):
         return share
     weight = model.head.weight.detach()
-    if "head_keep_ratio" not in given:
-        share = next((rung for rung in WORDS if rung >= max(share, _LEAST_WORDS / len(weight))), 1.0)
+    share = next((rung for rung in WORDS if rung >= max(share, _LEAST_WORDS / len(weight))), 1.0)
     if share == 1 or config.head_forward != "exact":
         return share
     if isinstance(weight, DTensor) or not weight.is_floating_point() or cannot_time(weight.device):
