@@ -32,8 +32,8 @@ def measure(out: int, inp: int, tokens: int, dtype: torch.dtype, repeats: int) -
     contenders = {
         "forward": lambda: x @ weight.t(),
         "backward": lambda: g @ weight,
-        "forward, 8 bits": lambda: both.multiply(both.quantise(x), None),
-        "forward, 8 bits, shared input": lambda: both.multiply(quantised, None),
+        "forward, 8 bits": lambda: both.multiply(both.quantise(x), None, torch.empty_like(g)),
+        "forward, 8 bits, shared input": lambda: both.multiply(quantised, None, torch.empty_like(g)),
         "backward, 8 bits": lambda: both.rows(g, None, **nothing),
         "backward, 8 bits, own copy": lambda: own.rows(g, None, **nothing),
     }

@@ -34,6 +34,12 @@ def packed_of(weight: Tensor) -> BothWays | None:
     return operations.pack_both_ways(weight, weight.float().abs().amax(1).clamp(min=1e-20) / 127)
 
 
+def forward(packed: BothWays, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + bias`, in bfloat16 if x is, or float32."""
+    out = torch.empty(len(x), len(packed.scale), dtype=torch.promote_types(x.dtype, torch.bfloat16))
+    return packed.multiply(packed.quantise(x), bias, out)
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """A value half-way between two steps may round up or down. In half precision the result is rounded once more."""
     return 3e-3 if dtype == torch.float32 else 6e-3
@@ -62,7 +68,7 @@ def test_forward(dtype: torch.dtype, shape: tuple[int, int], bias: bool) -> None
     packed = packed_of(w)
     if packed is None:
         return
-    found = packed.multiply(packed.quantise(x), b)
+    found = forward(packed, x, b)
     q, scale = reference.quantise(x.double(), 1, paired=paired())
     expected = q * scale @ packed.dense().double().T + (0 if b is None else b.double())
     assert found.shape == (25, shape[0])
@@ -102,13 +108,13 @@ def test_more_rows_and_depth_than_kernels_take_at_a_time(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        forward = packed.multiply(packed.quantise(x), None)
+        forwards = forward(packed, x)
         backward = packed.rows(g, None, position=None, factors=None, onto=None)
     finally:
         torch.set_num_threads(before)
     q, scale = reference.quantise(x.double(), 1, paired=paired())
     expected = q * scale @ packed.dense().double().T
-    assert (forward.double() - expected).norm() <= tolerance(torch.float32) * expected.norm()
+    assert (forwards.double() - expected).norm() <= tolerance(torch.float32) * expected.norm()
     q, scale = reference.quantise(g.double() * packed.scale.double(), 1, paired=paired())
     expected = q * scale @ (packed.dense() / packed.scale[:, None]).round().double()
     assert (backward.double() - expected).norm() <= tolerance(torch.float32) * expected.norm()
@@ -135,7 +141,7 @@ def test_one_input_serves_several_weights() -> None:
         return
     rows = first.quantise(x)
     for packed in (first, second):
-        assert packed.multiply(rows, None).equal(packed.multiply(packed.quantise(x), None))
+        assert packed.multiply(rows, None, torch.empty(20, len(packed.scale))).equal(forward(packed, x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,15 +155,12 @@ def test_features_of_very_different_size(dtype: torch.dtype) -> None:
         return
     packed = operations.pack_both_ways(w, (w.float() / scale).abs().amax(1) / 127, scale)
     exact = x.double() @ w.double().T
-    losses = [
-        float((weight.multiply(weight.quantise(x), None).double() - exact).norm() / exact.norm())
-        for weight in (plain, packed)
-    ]
+    losses = [float((forward(weight, x).double() - exact).norm() / exact.norm()) for weight in (plain, packed)]
     assert losses[1] < 0.6 * losses[0]
     q, row = reference.quantise(x.double() * scale.double(), 1, paired=paired())
     dense = packed.dense().double()
     expected = q * row @ (dense / scale.double()).T
-    found = packed.multiply(packed.quantise(x), None)
+    found = forward(packed, x)
     assert (found.double() - expected).norm() <= tolerance(dtype) * expected.norm()
     index = torch.tensor([1, 7, 20])
     q, row = reference.quantise(g[index].double() * packed.scale.double(), 1, paired=paired())
@@ -191,7 +194,7 @@ def test_what_is_not_finite_stays_so_and_zeros_stay_zeros(bad: float) -> None:
     packed = packed_of(w)
     if packed is None:
         return
-    y = packed.multiply(packed.quantise(x), None)
+    y = forward(packed, x)
     assert (y[2] == 0).all()
     assert (y[:4, 5] == 0).all()
     assert torch.isfinite(y).all(1).tolist() == [True, True, True, True, False, True]
@@ -211,7 +214,7 @@ def test_the_bits_are_the_same_for_any_number_of_threads(threads: int, monkeypat
 
     def both() -> tuple[Tensor, Tensor]:
         back = packed.rows(g, None, position=None, factors=None, onto=None)
-        return packed.multiply(packed.quantise(x), None), back
+        return forward(packed, x), back
 
     alone = both()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

@@ -20,7 +20,7 @@ class Rounding:
 
     def quantise(self, x: Tensor) -> QuantisedRows:
         self.made += 1
-        return QuantisedRows(x.dtype, x.round().to(torch.int8), torch.ones(len(x)), self.input_scale)
+        return QuantisedRows(x.round().to(torch.int8), torch.ones(len(x)), self.input_scale)
 
 
 def test_the_same_input_is_rounded_once() -> None:

@@ -18,7 +18,7 @@ feature, `W ~= diag(s) q diag(u)`: the input is multiplied with u before it is q
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -64,27 +64,22 @@ class QuantisedRows:
     """Rows of an input in 8 bits, `x ~= diag(scale) q diag(u)^-1`, to be multiplied with weights of one backend.
 
     Attributes:
-        dtype: of the products.
         q: the numbers, (T, in) int8. The backend knows what lies between and behind its rows.
         scale: of each row, (T,) float32.
         input_scale: u, (in,) float32; None for 1.
         starts: what the backend takes off each row's sums, (T,) int32, if anything.
     """
 
-    dtype: torch.dtype
     q: Tensor
     scale: Tensor
     input_scale: Tensor | None = None
     starts: Tensor | None = None
 
-    def giving(self, dtype: torch.dtype) -> QuantisedRows:
-        """The same rows for products in bfloat16 if `dtype` is that, and else in float32, whatever x's dtype was."""
-        return replace(self, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
-
-    def transposed_product(self, p: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`p^T (x * mask)` of `p: (T, r)`, `mask: (T, in)` bool or None: (r, in), in `dtype`."""
-        numbers = self.q.to(self.dtype)
-        y = (p * self.scale[:, None]).to(self.dtype).t() @ (numbers if mask is None else numbers.mul_(mask))
+    def transposed_product(self, p: Tensor, mask: Tensor | None) -> Tensor:
+        """`p^T (x * mask)` of `p: (T, r)`, `mask: (T, in)` bool or None: (r, in), in bfloat16 if p is, or float32."""
+        dtype = p.dtype if p.dtype == torch.bfloat16 else torch.float32
+        numbers = self.q.to(dtype)
+        y = (p * self.scale[:, None]).to(dtype).t() @ (numbers if mask is None else numbers.mul_(mask))
         return y if self.input_scale is None else y.div_(self.input_scale)
 
 
@@ -119,8 +114,8 @@ class BothWays(PackedWeight):
         """Quantise `x: (T, in)` for `multiply`, for every weight of this backend with the same `input_scale`."""
 
     @abstractmethod
-    def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-        """`x W^T + bias`: (T, out), into `out` if that is given, which is of x's dtype. `bias`: (out,) or None."""
+    def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor) -> Tensor:
+        """`x W^T + bias`: (T, out), written into `out`, float32 or bfloat16, contiguous. `bias`: (out,) or None."""
 
     def dense(self, dtype: torch.dtype = torch.float32, index: Tensor | None = None) -> Tensor:
         """`diag(s) q`, (out, in), or its rows `index`: the weight that both directions multiply with."""

@@ -193,16 +193,14 @@ class IntegersBothWays(LibraryPacked, BothWays):
         return takes_integers(stored.device)
 
     def quantise(self, x: Tensor) -> QuantisedRows:
-        dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         x = x if self.input_scale is None else x.float() * self.input_scale
         q, scale = choose("quantise_rows", x).run(x, None, offset=0)
-        return QuantisedRows(dtype, q.view(torch.int8), scale, self.input_scale)
+        return QuantisedRows(q.view(torch.int8), scale, self.input_scale)
 
-    def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor) -> Tensor:
         sums = integer_product(x.q, padded(self.q, 1).t())
         y: Tensor = sums * (x.scale[:, None] * self.scale)
-        y = (y if bias is None else y + bias).to(x.dtype)
-        return y if out is None else out.copy_(y)
+        return out.copy_(y if bias is None else y + bias)
 
     def integers(self, index: Tensor | None = None) -> Tensor:
         return self.q if index is None else self.q[index]

@@ -219,7 +219,7 @@ def _rounded(x: Tensor) -> QuantisedRows:
     """`rounded_input`, also of a tensor without data, and in a trace. There the compiler finds what layers share."""
     if type(x) is Tensor and not torch.compiler.is_compiling():
         return rounded_input(x)
-    return QuantisedRows(x.dtype, *rounded_rows(x.reshape(-1, x.shape[-1])))
+    return QuantisedRows(*rounded_rows(x.reshape(-1, x.shape[-1])))
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -251,7 +251,6 @@ class _LoraLinear(torch.autograd.Function):
         if rows is None and trains_A and layer.rounds_input:
             rows = _rounded(x)
         inputs = (seen, None, None) if rows is None else (rows.q, rows.scale, rows.input_scale)
-        ctx.rows_dtype = None if rows is None else rows.giving(dtype).dtype
         ctx.save_for_backward(*inputs if trains_A else (None,) * 3, low if trains_B else None, mask, A, B)
         ctx.scaling, ctx.keep = scaling, 1 - dropout
         remember(ctx, x, output, bias, weight, layer)
@@ -267,10 +266,10 @@ class _LoraLinear(torch.autograd.Function):
             g = grad_output.reshape(-1, grad_output.shape[-1])
             through = (g @ B).mul_(ctx.scaling)
             if needs_A:
-                if ctx.rows_dtype is None:
+                if inputs[1] is None:
                     grad_A = through.t() @ inputs[0]
                 else:
-                    grad_A = QuantisedRows(ctx.rows_dtype, *inputs).transposed_product(through, mask)
+                    grad_A = QuantisedRows(*inputs).transposed_product(through, mask)
                     grad_A = grad_A if mask is None or not ctx.keep else grad_A.div_(ctx.keep)
                 grad_A = grad_A.to(ctx.adapter_dtypes[0])
             if needs_B:

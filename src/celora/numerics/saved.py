@@ -61,7 +61,7 @@ class _Rounding:
     input_scale = None
 
     def quantise(self, x: Tensor) -> QuantisedRows:
-        return QuantisedRows(x.dtype, *quantise_rows(x))
+        return QuantisedRows(*quantise_rows(x))
 
 
 _inputs = LatestInput()

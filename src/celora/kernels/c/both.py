@@ -39,7 +39,6 @@ class TurnedPanels(dot.Panels, BothWays):
         return cls(packed, scale, columns, input_scale)
 
     def quantise(self, x: Tensor) -> QuantisedRows:
-        dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         x = known(x)
         rows, depth = x.shape
         space = torch.empty(ask_kernel("quantised_bytes", rows, depth), dtype=torch.int8, device="cpu")
@@ -49,13 +48,12 @@ class TurnedPanels(dot.Panels, BothWays):
         starts = torch.empty(rows, dtype=torch.int32, device="cpu")
         call_kernel("quantise_input", x, x.data_ptr(), rows, depth, x.stride(0), pointer(self.input_scale),
               q.data_ptr(), scale.data_ptr(), starts.data_ptr())  # fmt: skip
-        return QuantisedRows(dtype, q, scale, self.input_scale, starts)
+        return QuantisedRows(q, scale, self.input_scale, starts)
 
-    def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor) -> Tensor:
         (rows, depth), columns = x.q.shape, len(self.scale)
         if depth != self.in_features:  # the kernel would read past the rows
             raise CELoraError(f"an input of {depth} features for a weight of {self.in_features}.")
-        out = torch.empty(rows, columns, dtype=x.dtype, device="cpu") if out is None else out
         bias = None if bias is None else bias.float().contiguous()
         call_kernel("quantised_product", out, x.q.data_ptr(), x.scale.data_ptr(), pointer(x.starts), rows,
               self.in_features, self.packed.data_ptr(), self.scale.data_ptr(), pointer(bias), columns,

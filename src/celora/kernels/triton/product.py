@@ -150,9 +150,7 @@ class TiledBothWays(_Rows, IntegersBothWays):
         return not cannot_run(stored.device)
 
     def quantise(self, x: Tensor) -> QuantisedRows:
-        dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
-        return QuantisedRows(dtype, *quantise_rows(x, None, fold=self.input_scale), self.input_scale)
+        return QuantisedRows(*quantise_rows(x, None, fold=self.input_scale), self.input_scale)
 
-    def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-        out = torch.empty(len(x.q), len(self.q), dtype=x.dtype, device=self.q.device) if out is None else out
+    def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor) -> Tensor:
         return scaled_product(x.q, self.q.t(), x.scale, self.scale, out, bias=bias)

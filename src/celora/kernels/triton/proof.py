@@ -181,7 +181,7 @@ def _forward(x: Tensor, generator: torch.Generator) -> str:
     bias = torch.rand(48, device=x.device, generator=generator).to(x.dtype)
     scale = plain.row_scales(w.float() / input_scale)
     found, expected = (
-        weight.multiply(weight.quantise(x), bias)
+        weight.multiply(weight.quantise(x), bias, x.new_empty(len(x), 48))
         for weight in (kind.pack(w, scale, input_scale) for kind in (product.TiledBothWays, plain.IntegersBothWays))
     )
     return _difference("forward", found, expected, _EIGHT_BITS)
@@ -296,7 +296,7 @@ def contenders(
 
     def both(weight: Any) -> Tensor:
         if isinstance(weight, BothWays):
-            weight.multiply(weight.quantise(x), None)
+            weight.multiply(weight.quantise(x), None, torch.empty_like(g))
         found: Tensor = weight.rows(g, **backward)
         return found
 

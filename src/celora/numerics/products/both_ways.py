@@ -176,8 +176,9 @@ def _onto(packed: BothWays, rows: QuantisedRows, bias: Tensor | None, out: Tenso
     """`rows W^T + bias`, written into `out`, even if the kernel lacks its dtype."""
     if out.shape[-1] != len(packed.scale):  # a kernel would write beside it
         raise RuntimeError(f"the copy has {len(packed.scale)} rows, and the weight {out.shape[-1]}: it is out of date.")
-    rows = rows.giving(out.dtype)
-    return packed.multiply(rows, bias, out) if rows.dtype == out.dtype else out.copy_(packed.multiply(rows, bias))
+    if out.dtype in (torch.float32, torch.bfloat16):
+        return packed.multiply(rows, bias, out)
+    return out.copy_(packed.multiply(rows, bias, torch.empty_like(out, dtype=torch.float32)))
 
 
 _inputs = LatestInput()
