@@ -102,7 +102,6 @@ class Int8BothWays(Int8):
         The result has this dtype, or x's. x itself is never cast: layers that share it share its 8-bit form.
         """
         packed = self._multiplied_with(weight)
-        assert isinstance(packed, BothWays)
         rows, out_features = _inputs.quantised(x, packed), weight.shape[0]
         y = x.new_empty(*x.shape[:-1], out_features, dtype=dtype or x.dtype)  # not a view: FSDP2 cannot hook one
         _onto(packed, rows, bias, y.view(-1, out_features))
@@ -110,23 +109,24 @@ class Int8BothWays(Int8):
 
     def latest_input(self, x: Tensor, weight: Tensor) -> QuantisedRows | None:
         """x in 8 bits, if the latest `forward` of any product had the input x; else None."""
-        packed = self._multiplied_with(weight)
-        assert isinstance(packed, BothWays)
-        return _inputs.latest(x, packed)
+        return _inputs.latest(x, self._multiplied_with(weight))
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         """`forward` of `x: (T, in)`, written into `out: (T, out)`, which has the same dtype and is contiguous."""
         packed = self._multiplied_with(weight)
-        assert isinstance(packed, BothWays)
         return _onto(packed, packed.quantise(x), bias, out)
 
     def _scale_of(self, weight: Tensor) -> Tensor:
         scale = self._input_scale(weight.device)
         return row_scales(weight if scale is None else weight.detach() / scale)
 
-    def _pack(self, weight: Tensor) -> BothWays:
-        assert self._scale is not None
-        return pack_both_ways(weight, self._scale, self._input_scale(weight.device))
+    def _multiplied_with(self, weight: Tensor) -> BothWays:
+        packed = super()._multiplied_with(weight)
+        assert isinstance(packed, BothWays)
+        return packed
+
+    def _pack(self, weight: Tensor, scale: Tensor) -> BothWays:
+        return pack_both_ways(weight, scale, self._input_scale(weight.device))
 
     def _input_scale(self, device: torch.device) -> Tensor | None:
         return None if self.levels is None else _input_scale(tuple(self.levels.tolist()), device)

@@ -79,7 +79,7 @@ class EightBit(Product):
             return self._scale
         if self._scale is None or not self._made_of_this(weight):
             self._scale = self._scale_of(weight)
-            self._packed = self._pack(weight.detach()) if self.copy else None
+            self._packed = self._pack(weight.detach(), self._scale) if self.copy else None
             self._made_of, self._some = self._identity(weight), _some_numbers(owner_of(weight))
         return self._scale
 
@@ -138,10 +138,12 @@ class EightBit(Product):
     def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         return self.rows(grad_output, weight, None)
 
-    @abstractmethod
     def _multiplied_with(self, weight: Tensor) -> PackedWeight:
-        """The weight in 8 bits: its own bytes, the copy, made anew if it is out of date, or one for this product."""
+        """The weight in 8 bits: the copy, made anew if it is out of date, or one for this product."""
+        scale = self._follow(weight)
+        packed: PackedWeight = self._packed if self.copy else self._pack(weight.detach(), scale)
+        return packed
 
     @abstractmethod
-    def _pack(self, weight: Tensor) -> PackedWeight:
-        """The weight in 8 bits, by its scales `_scale`."""
+    def _pack(self, weight: Tensor, scale: Tensor) -> PackedWeight:
+        """The weight in 8 bits, by these scales."""

@@ -26,11 +26,5 @@ class Fp8(EightBit):
             return f"fp8 products need in_features that are a multiple of 16, not {in_features}"
         return super().unavailable(out_features, in_features, device)
 
-    def _multiplied_with(self, weight: Tensor) -> PackedWeight:
-        self._follow(weight)
-        packed: PackedWeight = self._packed if self.copy else self._pack(weight.detach())
-        return packed
-
-    def _pack(self, weight: Tensor) -> PackedWeight:
-        assert self._scale is not None
-        return pack_floats(weight, self._scale)
+    def _pack(self, weight: Tensor, scale: Tensor) -> PackedWeight:
+        return pack_floats(weight, scale)

@@ -78,13 +78,9 @@ class Int8(EightBit):
         return "pack_weight" if self.copy else "quantise_weight"
 
     def _multiplied_with(self, weight: Tensor) -> PackedWeight:
-        """The weight in 8 bits: the bytes of a base in 8 bits, the copy brought up to date, or one for this product."""
-        if (own := stored_bytes(weight)) is not None:
-            return own
-        scale = self._follow(weight)
-        packed: PackedWeight = self._packed if self.copy else quantise_weight(weight.detach(), scale)
-        return packed
+        """The bytes of a base in 8 bits, or the weight in 8 bits."""
+        own = stored_bytes(weight)
+        return super()._multiplied_with(weight) if own is None else own
 
-    def _pack(self, weight: Tensor) -> PackedWeight:
-        assert self._scale is not None
-        return pack_weight(weight, self._scale)
+    def _pack(self, weight: Tensor, scale: Tensor) -> PackedWeight:
+        return pack_weight(weight, scale) if self.copy else quantise_weight(weight, scale)
