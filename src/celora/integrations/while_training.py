@@ -48,18 +48,12 @@ class AttachWhileTraining(Callback):
         self._ours: nn.Module | None = None
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **more: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **more: Any
     ) -> None:
         """Attach celora, and continue like `celora.Callback`: it restores celora's state when training resumes."""
-        if model is not None:
-            said = self._begin(model, self._timed_before(args, state))
-            if state.is_world_process_zero:
-                print(f"celora: {said}", file=sys.stderr, flush=True)
+        said = self._begin(model, self._timed_before(args, state))
+        if state.is_world_process_zero:
+            print(f"celora: {said}", file=sys.stderr, flush=True)
         super().on_train_begin(args, state, control, model=model, **more)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -83,7 +77,7 @@ class AttachWhileTraining(Callback):
         timed = dataclasses.replace(asked, overrides=before.overrides, head_keep_ratio=share)
         return before if before == timed else None
 
-    def _begin(self, model: nn.Module, resumed: CELoraConfig | None = None) -> str:
+    def _begin(self, model: nn.Module, resumed: CELoraConfig | None) -> str:
         name = type(getattr(model, "get_base_model", lambda: model)()).__name__
         if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             return f"{name} has no PEFT adapter, so it trains as without celora."

@@ -47,12 +47,7 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         self._restored = True
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         trainer = self._caller()[0]
         if trainer is not None:
@@ -60,10 +55,10 @@ class Callback(TrainerCallback):  # type: ignore[misc]
             handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
         self._restored = self._restore(args, state, model)
 
-    def _restore(self, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> bool:
+    def _restore(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> bool:
         """Load celora's state if training resumes. Returns whether celora is attached."""
-        attachment = None if model is None else find(model)
-        if model is None or attachment is None:
+        attachment = find(model)
+        if attachment is None:
             return False
         if state.global_step == 0:
             return True
@@ -80,22 +75,17 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         return True
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         if not self._restored and not self._restore(args, state, model):  # a callback behind this one may have attached
             self._warn_of_a_new_model(model)
         self._restored = True
-        attachment = None if model is None else find(model)
+        attachment = find(model)
         if attachment is not None:
             self._before = (attachment.clock.step, attachment.other_steps)
 
-    def _warn_of_a_new_model(self, model: nn.Module | None) -> None:
-        adapted = model is not None and any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    def _warn_of_a_new_model(self, model: nn.Module) -> None:
+        adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
         if adapted and getattr(self._caller()[0], "model_init", None) is not None:
             warnings.warn(
                 "celora: model_init made a new model when training began, and celora is not attached to it, so it "
@@ -105,8 +95,8 @@ class Callback(TrainerCallback):  # type: ignore[misc]
                 stacklevel=2,
             )
 
-    def on_step_end(self, *_: Any, model: nn.Module | None = None, **__: Any) -> None:
-        attachment = None if model is None else find(model)
+    def on_step_end(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        attachment = find(model)
         if attachment is None:
             return
         # DeepSpeed's optimizer steps copies of the parameters. The clock cannot tell that they are this model's.
@@ -115,16 +105,11 @@ class Callback(TrainerCallback):  # type: ignore[misc]
             attachment.clock.advance()
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         folder = self._checkpoint(args, state)
-        attachment = None if model is None else find(model)
-        if model is None or attachment is None or not folder.is_dir():
+        attachment = find(model)
+        if attachment is None or not folder.is_dir():
             return
         if state.is_world_process_zero or own_name(attachment) != STATE_NAME:
             save_state(model, folder)
@@ -134,13 +119,12 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
-        logs: dict[str, Any] | None = None,
+        *,
+        model: nn.Module,
+        logs: dict[str, Any],
         eval_dataloader: Any = None,
         **_: Any,
     ) -> None:
-        if model is None or logs is None:
-            return
         trainer = None if eval_dataloader is None else self._caller()[0]
         # Here, and not in `on_evaluate`, so that reporters get both losses together.
         metrics = {} if trainer is None else base_losses(trainer, eval_dataloader, logs)
