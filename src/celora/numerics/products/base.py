@@ -28,6 +28,7 @@ class Product(ABC):
         """`(T, out) , (out, in) -> (T, in)`, in the dtype of `grad_output`."""
         return self.rows(grad_output, weight, None)
 
+    @abstractmethod
     def rows(
         self,
         grad_output: Tensor,
@@ -43,14 +44,6 @@ class Product(ABC):
         All rows if `index` is None. `position` is the inverse of `index` (k or -1 for each t, int32); give it if you
         have it. `onto` is overwritten.
         """
-        kept = grad_output if index is None else grad_output.index_select(0, index)
-        y = self._multiply(kept, weight)
-        if factors is not None:
-            y = y.mul_(as_weights(factors, y.dtype)[:, None])
-        if index is None:
-            return y
-        onto = grad_output.new_zeros(grad_output.shape[0], weight.shape[1]) if onto is None else onto
-        return onto.index_copy_(0, index, y)
 
     def critical_rows(
         self,
@@ -72,10 +65,6 @@ class Product(ABC):
         if len(index) == len(grad_output):
             return self(grad_output, weight)
         return self.rows(grad_output, weight, index, position=position, onto=None if onto is None else onto())
-
-    @abstractmethod
-    def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
-        """`(K, out) , (out, in) -> (K, in)`, in the dtype of `grad_output`."""
 
     def grain(self, rows: int, device: torch.device) -> int:
         """A number of kept rows, out of `rows`, is rounded up to a multiple of this: see `select.grain`."""
@@ -114,5 +103,21 @@ class Native(Product):
     name = "native"
     traceable = True
 
-    def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
-        return grad_output @ weight.to(grad_output.dtype)
+    def rows(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        *,
+        position: Tensor | None = None,
+        factors: Tensor | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        kept = grad_output if index is None else grad_output.index_select(0, index)
+        y = kept @ weight.to(kept.dtype)
+        if factors is not None:
+            y = y.mul_(as_weights(factors, y.dtype)[:, None])
+        if index is None:
+            return y
+        onto = grad_output.new_zeros(grad_output.shape[0], weight.shape[1]) if onto is None else onto
+        return onto.index_copy_(0, index, y)

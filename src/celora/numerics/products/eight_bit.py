@@ -135,9 +135,6 @@ class EightBit(Product):
         packed = self._multiplied_with(weight)
         return packed.rows(grad_output, index, position=position, factors=factors, onto=onto)
 
-    def _multiply(self, grad_output: Tensor, weight: Tensor) -> Tensor:
-        return self.rows(grad_output, weight, None)
-
     def _multiplied_with(self, weight: Tensor) -> PackedWeight:
         """The weight in 8 bits: the copy, made anew if it is out of date, or one for this product."""
         scale = self._follow(weight)
