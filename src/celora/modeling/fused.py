@@ -144,7 +144,7 @@ class FusedGraft(LayerGraft):
 
     def settle(self, module: Any) -> None:
         """Remove the graft from `lora_variant`, also after an interrupted forward, or in a copy made during one."""
-        for name, variant in list((getattr(module, "lora_variant", None) or {}).items()):
+        for name, variant in list(module.lora_variant.items()):
             if isinstance(variant, FusedGraft):
                 del module.lora_variant[name]
                 module.cast_input_dtype_enabled = variant._casts

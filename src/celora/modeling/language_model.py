@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from celora.borrowed import borrow
-from celora.modeling.families import Family, family_of
 from celora.modeling.hooks import is_ours
 from celora.modeling.others import fused_head, is_fused_head, replaced
 from celora.modeling.packing import cannot_pack
@@ -26,13 +25,11 @@ class LanguageModel:
     Attributes:
         causal: the model with the head.
         tuner: the PEFT tuner that calls the model's forward past its hooks, as PEFT before 0.21 does; else None.
-        family: the row of its family, or None.
         cannot_pack: why padding stays in its batches, or ''.
     """
 
     causal: PreTrainedModel
     tuner: nn.Module | None
-    family: Family | None
     cannot_pack: str
 
     @property
@@ -65,7 +62,7 @@ def find_language_model(model: nn.Module) -> LanguageModel | str:
         return f"{type(causal).__name__} has no decoder under its head"
     if is_fused_head(causal) and isinstance(found := fused_head(causal), str):
         return found
-    return LanguageModel(causal, _past_hooks(tuner, causal), family_of(causal.config), cannot_pack(causal))
+    return LanguageModel(causal, _past_hooks(tuner, causal), cannot_pack(causal))
 
 
 def pretrained(model: nn.Module) -> PreTrainedModel | None:

@@ -98,8 +98,6 @@ class Forwards(dict[str, EightBitForward | EightBitHead]):
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """The state of one layer in a checkpoint."""
-        if name not in self:
-            return {}
         state = {_EXACT: torch.tensor(self[name].exact)}
         product = self[name].product
         if product.levels is not None:
@@ -111,8 +109,6 @@ class Forwards(dict[str, EightBitForward | EightBitHead]):
     def load_state_dict(self, name: str, state: dict[str, Tensor]) -> None:
         """Restore one layer from what `state_dict` returned."""
         exact, error, levels = (state.get(key) for key in (_EXACT, _ERROR, _LEVELS))
-        if name not in self:
-            return
         self[name].exact = exact is not None and bool(exact)
         self[name].error.take_error()
         product = self[name].product

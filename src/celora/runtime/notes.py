@@ -20,8 +20,8 @@ def whole_model_notes(
     config: CELoraConfig,
     known: Collection[type[OwnForward]],
     *,
-    estimates: bool = True,
-    compact: bool = False,
+    estimates: bool,
+    compact: bool,
 ) -> list[str]:
     """What celora does to the model besides estimates, and why it leaves something out.
 
