@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from celora.errors import CELoraError
-from celora.files import check_name
+from celora.files import check_name, finite
 from celora.settings.names import PRESET_NAMES
 
 Model = Annotated[str | None, typer.Option("--model", help="Hugging Face name, local folder or .gguf file.")]
@@ -112,8 +112,6 @@ def look_ahead(tokens: Sequence[str], config: str | None) -> None:
 
 
 def print_json(value: Any) -> None:
-    from celora.files import finite
-
     typer.echo(json.dumps(finite(value), indent=2, allow_nan=False))
 
 

@@ -16,7 +16,7 @@ from celora.errors import CELoraError
 
 def in_company() -> bool:
     """Whether this process is one of several that train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def shards(parameters: Iterable[Tensor]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import struct
 
 import torch
@@ -63,7 +62,6 @@ def known(tensor: Tensor) -> Tensor:
     return tensor if supported(tensor) else tensor.float().contiguous()
 
 
-@functools.cache
 def library() -> Kernels | None:
     """The compiled kernels, or None if they are turned off or cannot be had here: see `tier.why_not`."""
     return load()[0]
