@@ -36,20 +36,12 @@ def panel_shape(depth: int) -> tuple[int, int, int]:
     return -(-depth // step) * step // together, panel_columns(), together
 
 
-def multiplies_matrices() -> bool:
-    """Whether `gathered_product` uses `matrix_instructions`.
-
-    It is False, too, if the compiler did not know them or the system refuses them.
-    """
-    return used_tier() == "amx"
-
-
 def takes(device: torch.device) -> bool:
     """Whether this kernel packs the weights on this device: the kernel is there, and nothing is faster.
 
-    oneDNN may know matrix instructions where this kernel does not.
+    oneDNN may know matrix instructions where the compiler or the system keeps this kernel from them.
     """
-    return device.type == "cpu" and panel_columns() > 0 and multiplies_matrices() == cpu.matrix_instructions()
+    return device.type == "cpu" and panel_columns() > 0 and (used_tier() == "amx") == cpu.matrix_instructions()
 
 
 def why_not(device: torch.device) -> str:

@@ -43,6 +43,8 @@ class Int8BothWays(Int8):
         levels: `32 log2 r_j` of each input feature, (in,) int32; None until it is known.
     """
 
+    operation = "pack_both_ways"
+
     def __init__(self, *, copy: bool = True) -> None:
         self.levels: Tensor | None = None
         self._seen: Tensor | None = None  # mean squares of x_j and of W_j, (2, in)
@@ -84,10 +86,6 @@ class Int8BothWays(Int8):
         """From now on, scale the features of inputs by these levels; None: all features alike."""
         self.levels = None if levels is None else torch.tensor(levels, dtype=torch.int32, device="cpu")
         self.forget()
-
-    @property
-    def operation(self) -> str:
-        return "pack_both_ways"
 
     def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
         if device.type == "cuda" and out_features % 8:
