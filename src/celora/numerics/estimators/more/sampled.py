@@ -15,7 +15,6 @@ from celora.errors import CELoraError
 from celora.kernels.operations import squared_row_norms
 from celora.numerics.estimators.base import Estimator
 from celora.numerics.estimators.columns import Columns
-from celora.numerics.estimators.observed import Finding, Observed
 from celora.numerics.estimators.tokens import Tokens, low_rank
 from celora.numerics.sampling import as_weights
 from celora.numerics.select import drawn
@@ -30,6 +29,7 @@ class SampledColumns(Columns):
     """
 
     selections = ("sampled",)
+    judge = Estimator.judge  # no closed form of its error
 
     def __init__(self, out_features: int, in_features: int, **settings: Any) -> None:
         super().__init__(out_features, in_features, **settings)
@@ -68,9 +68,6 @@ class SampledColumns(Columns):
     def _choose(self, scores: Tensor) -> None:
         self.scores = scores
 
-    def judge(self, observed: Observed) -> Finding:
-        return Estimator.judge(self, observed)
-
     def state_dict(self) -> dict[str, Tensor]:
         scores = {} if self.scores is None else {"scores": self.scores}
         return scores | {"draws": torch.tensor(self._draws)} | super().state_dict()
@@ -90,6 +87,7 @@ class SampledTokens(Tokens):
     """Draws `round(keep_ratio * T)` tokens by `||G[t]||`. With a factor, it draws from the rest, `G W - (G U) V`."""
 
     selections = ("sampled",)
+    judge = Estimator.judge  # no closed form of its error
 
     def __init__(self, out_features: int, in_features: int, **settings: Any) -> None:
         super().__init__(out_features, in_features, **settings)
@@ -114,9 +112,6 @@ class SampledTokens(Tokens):
         exact = self.product(grad_output[index], weight)
         rest = (exact - factored[index]).mul_(as_weights(factors, exact.dtype)[:, None])
         return factored.index_add_(0, index, rest)
-
-    def judge(self, observed: Observed) -> Finding:
-        return Estimator.judge(self, observed)
 
     def state_dict(self) -> dict[str, Tensor]:
         return super().state_dict() | {"draws": torch.tensor(self._draws)}
