@@ -46,3 +46,4 @@ def test_a_run_says_where_its_time_went(inputs, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<h2>Wall-clock of the latest call, s</h2>" in page
     assert "<th scope=row>tokenise</th>" in page
+    assert "<th scope=row>choose</th>" in page  # this run made no plan

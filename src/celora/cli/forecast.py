@@ -13,19 +13,20 @@ from celora.cli.options import (
     Data,
     Json,
     Model,
-    Preset,
     Quiet,
     leave_out,
     look_ahead,
+    one_of,
     print_json,
     settle_in,
 )
+from celora.settings.names import PRESET_NAMES
 
 ESTIMATE_HELP = """Will it fit, and how long will it take? Answers in about a minute, and trains nothing.
 
-It reads the rows and the model's configuration, and no weights. It measures this machine with a few blocks of random
-weights. Then it shows memory and time of each way to train that the other options leave open.
---gpu takes an NVIDIA GPU in place of this machine. Its times are computed, not measured.
+It reads the rows and the model's configuration, no weights, and times a few blocks of random weights on this machine.
+Then it shows memory and time of each way to train: dtype, preset, checkpointing, micro-batch. Options of celora train
+narrow the choice. For --gpu, times are computed, not measured.
 
 \b
 Examples:
@@ -35,7 +36,7 @@ Examples:
   celora estimate --model ./model --data chats.jsonl --gpu "RTX 4060"
   celora estimate --model ./model --data chats.jsonl --json | jq .taken
 
-celora train --memory 8GiB takes the way that is marked here."""
+celora train --memory 8GiB takes the row that is marked here."""
 
 
 @app.command(help=ESTIMATE_HELP, short_help="Will it fit, and how long will it take?", context_settings=TRLS)
@@ -44,14 +45,21 @@ def estimate(
     model: Model = None,
     data: Data = None,
     memory: Annotated[
-        str | None, typer.Option("--memory", help="8GiB: what the run may take; by default what is free.")
+        str | None, typer.Option("--memory", help="A budget, like 8GiB; by default the free memory.")
     ] = None,
-    preset: Preset = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            help="Show only this preset; by default auto and fast, on a CPU also exact.",
+            autocompletion=one_of(PRESET_NAMES),
+        ),
+    ] = None,
     gpu: Annotated[
         str | None,
-        typer.Option("--gpu", help="'RTX 4060', an NVIDIA GPU: what fits, and the least time by its published peaks."),
+        typer.Option("--gpu", help="Answer for this NVIDIA GPU, like 'RTX 4060', instead of this machine."),
     ] = None,
-    base: Annotated[Literal["int8"] | None, typer.Option("--base", help="int8: only with a base in 8 bits.")] = None,
+    base: Annotated[Literal["int8"] | None, typer.Option("--base", help="int8: show only bases in 8 bits.")] = None,
     config: Config = None,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -40,11 +40,11 @@ Examples:
   celora audit --model ./model --data chats.jsonl --adapter out --rows 16
   celora audit --model ./model --data chats.jsonl --plan plan.json --json | jq .cosine
   celora audit --model ./model --data chats.jsonl --reference float32"""
-PLAN_HELP = """Time each estimate on each layer of MODEL, measure its error, and choose the fastest mix for a fidelity.
+PLAN_HELP = """Choose an estimate for each layer of MODEL: the fastest mix that keeps the fidelity.
 
 \b
 Examples:
-  celora plan --model ./model --data chats.jsonl --output plan.json --fidelity 0.98
+  celora plan --model ./model --data chats.jsonl --output plan.json --fidelity 0.998
   celora train --model ./model --data chats.jsonl --output out --preset auto --plan plan.json"""
 
 
@@ -93,7 +93,7 @@ def plan(
         typer.Option("--fidelity", help="Least cosine between estimated and exact LoRA gradient; by default 0.998."),
     ] = None,
     forward: Annotated[
-        bool, typer.Option("--forward", help="Consider forwards in 8 bits, too, as preset fast has them.")
+        bool, typer.Option("--forward", help="Also consider forwards in 8 bits, as in preset fast.")
     ] = False,
     adapter: Adapter = None,
     config: Config = None,

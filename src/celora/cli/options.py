@@ -74,7 +74,7 @@ Reference = Annotated[
 PlanFile = Annotated[str | None, typer.Option("--plan", help="A plan made by celora plan.")]
 Config = Annotated[
     str | None,
-    typer.Option("--config", help="YAML file, also one for trl sft; its key celora: takes CELoraConfig fields."),
+    typer.Option("--config", help="YAML file of settings, also one made for trl sft."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings, errors and the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -42,16 +42,18 @@ DOCTOR_HELP = """Say what this machine has, and what will be fast on it. It meas
 Examples:
   celora doctor
   celora doctor --json | jq .products.time_ms     # attach it to a bug report"""
-COMPARE_HELP = """Train LoRA and celora on the same rows, seeds and learning rate, and say whether they differ.
+COMPARE_HELP = """Train LoRA and celora with the same rows, seeds and learning rate. Do they differ by more than chance?
 
 \b
 Examples:
   celora compare --model ./model --data chats.jsonl --output out --max_steps 200
   celora compare --model ./model --data chats.jsonl --eval-data test.jsonl --output out --arm LoRA --arm auto --seeds 5
 
-To continue after an interruption, give the same command again. Every name of celora train works, except the names that
-the comparison sets itself: preset, seed, plan."""
+To continue after an interruption, give the same command again. Every setting of celora train works, except preset, seed
+and plan."""
 BENCH_HELP = """Measure whole training steps on this machine: PEFT as people use it, celora's presets, and the limit.
+
+The limit is PEFT without the products that celora estimates in the backward. It cannot train.
 
 \b
 Examples:
@@ -70,7 +72,11 @@ def compare(
     ] = None,
     arm: Annotated[
         list[str] | None,
-        typer.Option("--arm", help="LoRA, exact, paper, auto or fast; repeatable.", autocompletion=one_of(COMPARED)),
+        typer.Option(
+            "--arm",
+            help="LoRA, exact, paper, auto or fast; repeatable. By default LoRA, paper and auto.",
+            autocompletion=one_of(COMPARED),
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each arm.")] = 3,
     config: Config = None,
@@ -109,7 +115,7 @@ def bench(
     cell: Annotated[
         list[str] | None, typer.Option("--cell", help="MODEL:DATA[:DTYPE], like h1024-v32k:instruct; repeatable.")
     ] = None,
-    arm: Annotated[list[str] | None, typer.Option("--arm", help="What to measure; repeatable.")] = None,
+    arm: Annotated[list[str] | None, typer.Option("--arm", help="PEFT, exact, auto ...; repeatable.")] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=2, help="Timed steps of each arm.")] = 8,
     output: Annotated[
         Path | None, typer.Option("--output", callback=possible, help="File for the rows, JSON lines.")

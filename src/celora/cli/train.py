@@ -10,13 +10,13 @@ import typer
 from celora.cli.app import app, print_all_help
 from celora.cli.options import TRLS, Config, Data, Json, Model, Preset, importing, look_ahead, print_json, settle_in
 
-TRAIN_HELP = """Fine-tune MODEL on DATA with LoRA and an estimated backward.
+TRAIN_HELP = """Fine-tune MODEL on DATA with LoRA. The preset says how much of the arithmetic is estimated.
 
 \b
 Examples:
   celora train --model HuggingFaceTB/SmolLM2-135M-Instruct --data chats.jsonl --output out
   celora train --model ./model --data rows.csv --output out --max_steps 200 --learning_rate 1e-4 --lora_r 32
-  celora train --model ./model --data rows.csv --output out --base int8 --preset fast   # one byte a frozen weight
+  celora train --model ./model --data rows.csv --output out --base int8 --preset fast   # frozen weights in 8 bits
   celora train --config run.yaml --preset off --output plain      # flags win over the file
   celora train --output out --resume                              # after Ctrl-C or a crash
   celora train --config run.yaml --resume                         # a queue can repeat this: it starts or continues
@@ -25,8 +25,7 @@ Examples:
 
 Ctrl-C stops at the end of the step and saves; a second one stops at once.
 
-Preset auto makes a plan before the first step if you give --fidelity 0.998 or --memory_limit; --plan takes one from
-celora plan.
+Preset auto measures first and makes a plan if you give --fidelity 0.998. --plan plan.json uses a plan of celora plan.
 
 Every field of TRL's SFTConfig and the LoRA fields of its ModelConfig are accepted under their own names, here and in
 the YAML file (--bf16 false, --per-device-train-batch-size 4). --help-all lists them, with the defaults that differ from
@@ -43,10 +42,10 @@ def train(
     ] = None,
     preset: Preset = None,
     base: Annotated[
-        Literal["int8"] | None, typer.Option("--base", help="int8: store the frozen base in 8 bits, one byte a weight.")
+        Literal["int8"] | None, typer.Option("--base", help="int8: store the frozen base model in 8 bits.")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option("--memory", help="8GiB: take the fastest settings that are estimated to fit.")
+        str | None, typer.Option("--memory", help="A budget, like 8GiB: take the fastest settings that should fit.")
     ] = None,
     config: Config = None,
     eval_data: Annotated[str | None, typer.Option("--eval-data", "--eval_data", help="Rows to evaluate on.")] = None,
@@ -55,7 +54,7 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
     as_json: Json = False,
     help_all: Annotated[
-        bool, typer.Option("--help-all", callback=print_all_help, is_eager=True, help="List every name.")
+        bool, typer.Option("--help-all", callback=print_all_help, is_eager=True, help="List every setting.")
     ] = False,
 ) -> None:
     look_ahead(context.args, config)
@@ -86,7 +85,7 @@ def train(
 
 def _ending(request: Any, result: Any) -> str:
     """The lines printed after a run: its result, where the files are, and what to do next."""
-    from celora.train.wall_clock import spent
+    from celora.train.wall_clock import SHOWN, spent
 
     output, loss = str(result.output), result.summary.get("loss")
     shown = "" if loss is None else f"  loss {loss:.4f}"
@@ -95,7 +94,7 @@ def _ending(request: Any, result: Any) -> str:
         then = f"celora audit {inputs} --adapter {shlex.quote(output)}   # how much of the gradient the estimate keeps"
     else:
         then = f"celora compare {inputs} --output {shlex.quote(f'{output}-compared')}   # against plain LoRA"
-    parts = [f"{part} {seconds:.1f} s" for part, seconds in spent(result.summary).items() if seconds >= 0.05]
+    parts = [f"{SHOWN.get(part, part)} {s:.1f} s" for part, s in spent(result.summary).items() if s >= 0.05]
     where = f"Wall-clock: {', '.join(parts)}\n" if parts and result.status == "finished" else ""
     if (seconds := result.summary.get("train_seconds_of_peft")) is not None:
         where += f"With PEFT alone, train would have taken about {seconds:.1f} s (measured on batches of this run).\n"

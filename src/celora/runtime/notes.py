@@ -55,7 +55,7 @@ def whole_model_notes(
     named = [name for name in found.layers if config.overrides.get(f"={name}", {}).get("estimator") == "dense"]
     if exact := sum(config.for_layer(name).estimator == "dense" for name in named):
         notes.append(
-            f"{exact} of {len(found.layers)} layers are exact, by a plan or because no estimate was clearly faster."
+            f"{exact} of {len(found.layers)} layers are exact: no estimate was clearly faster, or the plan says so."
         )
     if estimates and config.most_error is not None:
         notes.append(

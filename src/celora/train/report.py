@@ -25,7 +25,7 @@ from celora.train.decisions import decision_rows, estimator_rows
 from celora.train.layer_map import can_be_drawn, distinct_layers, layer_map
 from celora.train.output.folder import METRICS, RUN
 from celora.train.progress import read_metrics
-from celora.train.wall_clock import PARTS, spent
+from celora.train.wall_clock import PARTS, SHOWN, spent
 
 EVERY_S = 30  # seconds between two reports of a running run, and after which the open page reloads itself
 
@@ -94,7 +94,7 @@ def make_page(
         _table("Summary", {label: {n: c.get(key) for n, c in columns.items()} for key, label in _SUMMARY.items()}),
         _table(
             "Wall-clock of the latest call, s",
-            {part: {n: s.get(part) for n, s in parts.items()} for part in PARTS} | peft,
+            {SHOWN.get(part, part): {n: s.get(part) for n, s in parts.items()} for part in PARTS} | peft,
         ),
         _table(
             "Configuration",

@@ -167,7 +167,7 @@ def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
     request, earlier, first = run.request, run.earlier, is_first()
     quiet = request.options.quiet
     if request.options.memory is not None and earlier is None:
-        with clock.spending("start"):
+        with clock.spending("plan"):
             request, line = fitted(request, request.options.memory)
         say(console, quiet, line)
     with clock.spending("load"):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 PARTS = ("start", "load", "tokenise", "plan", "train", "evaluate", "save", "report", "compare")
+SHOWN = {"plan": "choose"}  # what users read: most runs make no plan
 
 
 class WallClock:
@@ -16,7 +17,7 @@ class WallClock:
     - `start`: imports, and looking at the arguments and the output folder.
     - `load`: reading model and rows, and measuring whether a step fits into memory.
     - `tokenise`: turning rows into tokens, and counting what is learnt and what is cut off.
-    - `plan`: choosing what is estimated, and attaching it.
+    - `plan`: choosing settings for `--memory`, choosing what is estimated, and attaching it.
     - `train`, `evaluate`, `save`: as their names say.
     - `report`: writing the report, also while the run trains.
     - `compare`: measuring what PEFT alone would have taken.

@@ -166,7 +166,7 @@ class RunOptions:
         default=None, metadata={"help": ".jsonl, .json, .csv or .parquet file, folder, or hub name"}
     )
     output: str | None = field(default=None, metadata={"help": "folder for adapter, checkpoints, metrics and report"})
-    preset: str | None = field(default=None, metadata={"help": "how the backward is estimated"})
+    preset: str | None = field(default=None, metadata={"help": "auto (the default), fast, exact, paper or off"})
     config: str | None = field(default=None, metadata={"help": "YAML file holding any of these names"})
     eval_data: str | None = field(default=None, metadata={"help": "rows to evaluate at the end and by eval_strategy"})
     dataset_train_split: str = field(default="train", metadata={"help": "split of the data to train on"})
