@@ -14,9 +14,11 @@ SIDE_BY_SIDE ?= --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadsc
 .PHONY: help demo test test-plain test-lowest test-lowest-library test-lowest-app test-newest lint docs bench clean
 
 help:
-	@echo "make demo   fine-tune a real model on real data with LoRA and with CE-LoRA, compare them (offline after one download)"
-	@echo "make test   run the tests, or those of one room with ROOM=kernels (test-plain: numerics as on an older CPU without a compiler; test-lowest, test-newest:"
-	@echo "            the library and the application with the oldest versions that pyproject.toml allows, and the core with the newest pre-releases)"
+	@echo "make demo   fine-tune a small model with LoRA, CE-LoRA and celora's default, and compare them (offline after one download)"
+	@echo "make test   run the tests; ROOM=kernels runs those of one room"
+	@echo "            test-plain: the numerics as on an older CPU without a compiler"
+	@echo "            test-lowest: with the oldest versions that pyproject.toml allows"
+	@echo "            test-newest: the core with the newest pre-releases"
 	@echo "make lint   check format, lint and types"
 	@echo "make docs   build the documentation into build/site; a broken link is an error"
 	@echo "make bench  measure whole training steps on this machine"

@@ -40,6 +40,13 @@ def test_a_4_bit_base_is_estimated_and_trained(inputs, tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_the_next_command_has_the_same_base(inputs, capsys, tmp_path):
+    _, model, rows = inputs
+    own = ["--model", str(model), "--data", str(rows), "--output", str(tmp_path / "out"), "--max_steps", "1"]
+    assert main(["train", *own, "--base", "int8", "--preset", "exact"]) == 0
+    assert f"Next:    celora compare --model {model} --data {rows} --base int8 " in capsys.readouterr().out
+
+
 def test_train_then_audit_the_adapter(inputs, capsys, tmp_path):
     _, model, rows = inputs
     train = ["train", "--model", model, "--data", rows, "--output", tmp_path / "out", "--max_steps", 2, "--lora-r", 8]
@@ -48,7 +55,7 @@ def test_train_then_audit_the_adapter(inputs, capsys, tmp_path):
     first, spent, where, report, then = captured.out.splitlines()
     out = tmp_path / "out"
     assert first.startswith("finished: step 2  loss ")
-    assert re.fullmatch(r"Wall-clock: (start|load|tokenise|plan|train|save) \d+\.\d s(, \w+ \d+\.\d s)*", spent)
+    assert re.fullmatch(r"Wall-clock: (start|load|tokenise|choose|train|save) \d+\.\d s(, \w+ \d+\.\d s)*", spent)
     assert where == f"Adapter: {out}, loaded by PeftModel.from_pretrained(model, {str(out)!r})"
     assert report == f"Report:  {out / 'report.html'}"
     command, _, _ = then.partition("   #")

@@ -270,9 +270,7 @@ def page() -> str:
     parts = [
         "# Compatibility",
         "These tables say what works with each variant of PEFT's adapters, and with each kind of model. A test checks "
-        "each cell (`tests/whole/test_variants.py`), on models of two layers, with estimates that keep half of the "
-        "gradient's columns. It checks eight rows once more in 8 bits, forward and backward. "
-        "`python tests/helpers/variants.py` writes this page. The columns:",
+        "each cell on models of two layers (`tests/whole/test_variants.py`). The columns:",
         "\n".join(f"- **{name}**: {meaning}." for name, meaning in COLUMNS.items()),
         "## PEFT variants",
         _table("variant", VARIANTS),
@@ -280,20 +278,18 @@ def page() -> str:
         "LoRA on every linear layer. Conv1D layers (GPT-2) and quantised bases have tests of their own.",
         _table("model", MODELS),
         "## Versions",
-        "Python 3.11 to 3.13. `pip install celora` brings the library. It fits into the pins of axolotl 0.19 and "
-        "LLaMA-Factory 0.9.5. `pip install 'celora[app]'` also brings the command line, which needs newer packages. "
-        "Tried:",
+        "Python 3.11 to 3.13. The library fits into the pins of axolotl 0.19 and LLaMA-Factory 0.9.5. The command line "
+        "([`celora[app]`](install.md#from-a-copy-of-the-repository)) needs newer packages. Tried:",
         _versions(),
         f"The command line also needs at least {_others('app')}. Quantised bases need {_others('quantised')}.",
-        "`make test` takes the newest releases, `make test-lowest` the lowest versions of both, and `make test-newest` "
-        "the newest pre-releases, every night. The versions of axolotl and LLaMA-Factory were tried by hand "
-        "([log](../develop/log/integration.md)).",
+        "`make test` takes the newest releases. Nightly tests take the lowest versions, and the newest pre-releases. The "
+        "versions of axolotl and LLaMA-Factory were tried by hand ([log](../develop/log/integration.md)).",
         "## Refused",
-        "- **Models patched by Unsloth.** Unsloth's kernels compute base layer and adapter themselves. They pass by "
-        "every layer that celora could estimate. `celora.attach` raises `CELoraError`.\n"
+        "- **Models patched by Unsloth.** Unsloth's kernels compute base layer and adapter themselves. "
+        "`celora.attach` raises `CELoraError`.\n"
         "- **Merged adapters** cannot train. `celora.attach` raises `CELoraError` and says which call undoes it.\n"
-        "- **Anything else that computes past its base layer** is not refused. A warning after the first refresh names "
-        "the kind of layer that no backward came through.",
+        "- **Anything else that bypasses its base layer** is not refused. After the first refresh, a warning names the "
+        "kind of layer.",
     ]
     return "\n\n".join(parts) + "\n"
 

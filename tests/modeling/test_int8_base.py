@@ -140,7 +140,7 @@ def test_attached_both_ways_activations_are_saved_in_8_bits() -> None:
     if refuses() or not available("rms_norm", torch.empty(1)):
         return
     model, found = quantised().train(), {}
-    note = "activations wait for the backward in 8 bits"
+    note = "activations saved for the backward in 8 bits"
     assert note in str(celora.attach(model, BOTH, fused=True))
     switch = require(model).switch
     for switch.compact in (True, False):

@@ -90,6 +90,7 @@ def _ending(request: Any, result: Any) -> str:
     output, loss = str(result.output), result.summary.get("loss")
     shown = "" if loss is None else f"  loss {loss:.4f}"
     inputs = f"--model {shlex.quote(request.model)} --data {shlex.quote(request.data)}"
+    inputs += f" --base {request.options.base}" if request.options.base else ""
     if result.summary.get("estimated_cost", 1.0) < 1:
         then = f"celora audit {inputs} --adapter {shlex.quote(output)}   # how much of the gradient the estimate keeps"
     else:

@@ -38,7 +38,7 @@ def whole_model_notes(
         notes.append(f"LoRA fused with its base layer in {len(layers) - len(apart)} of {len(layers)} layers{rest}.")
     if known:
         counts = Counter(kind.name for kind in known)
-        saved = "; activations wait for the backward in 8 bits, attention's in 16" if compact else ""
+        saved = "; activations saved for the backward in 8 bits, attention's in 16" if compact else ""
         notes.append(f"On CPU, in one pass each: {', '.join(f'{n} {name}' for name, n in counts.items())}{saved}.")
     if config.labelled_head:
         of = found.language_model

@@ -394,6 +394,6 @@ def help_all() -> str:
             note = f" (differs from TRL's {f.default!r}: {why})" if why and default != f.default else ""
             shown = DEVICE_DEFAULTS.get(f.name, repr(default))
             lines.append(f"  --{f.name}  {describe_type(f.hint)}; default {shown}{note}. {f.help}".rstrip())
-    lines += ["", "of `trl sft`, and refused unless they ask for nothing:"]
+    lines += ["", "names of `trl sft` that are refused, unless they switch something off:"]
     lines += [f"  --{name}  {instead}." for name, (_, instead) in REFUSED.items()]
     return "\n".join(lines)
