@@ -95,6 +95,14 @@ def test_a_base_on_the_hub_is_named_in_the_modelfile(out, inputs, monkeypatch):
     assert "FROM ./base.gguf\n" in text
 
 
+def test_a_base_file_that_is_not_there_is_no_base(out):
+    """Ollama would be the first to notice."""
+    for merged in (False, True):
+        with pytest.raises(CELoraError, match=r"--gguf '.*nowhere.gguf': no such file; give the base model as a GGUF"):
+            export(out, "gguf", merged=merged, gguf=out / "nowhere.gguf")
+    assert not out.with_name("out-gguf").exists()
+
+
 def test_an_export_replaces_only_an_export(out):
     first = export(out, "gguf")
     with pytest.raises(CELoraError, match=r"out-gguf' exists; --overwrite replaces it"):

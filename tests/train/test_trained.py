@@ -120,7 +120,7 @@ def test_a_base_that_has_moved_is_asked_for(folder, inputs, tmp_path):
 
 
 def test_what_is_no_finished_adapter_is_refused(folder, tmp_path):
-    with pytest.raises(CELoraError, match=r"nowhere': no such folder; give the --output of a celora train"):
+    with pytest.raises(CELoraError, match=r"nowhere': no such folder; give the --output folder of celora train"):
         adapter_config(tmp_path / "nowhere")
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(

@@ -82,6 +82,8 @@ def export(
         )
     if outtype is not None and not (merged and to == "gguf"):
         raise CELoraError(f"--outtype {outtype} is for a merged GGUF file; give --merged --to gguf, or leave it out")
+    if gguf is not None and not gguf.is_file():
+        raise CELoraError(f"--gguf {str(gguf)!r}: no such file; give the base model as a GGUF file, or leave it out")
     output = output or folder.with_name(f"{folder.resolve().name}{'-merged' if merged else ''}-{to}")
     _check_output(output, overwrite=overwrite)
     request = request_of(folder, adapter_config(folder), model)

@@ -61,11 +61,11 @@ def tokenizer_of(folder: Path, request: TrainRequest) -> Any:
 def adapter_config(folder: Path) -> dict[str, Any]:
     """The content of adapter_config.json. Raises CELoraError if it or the adapter's weights are missing."""
     if not folder.is_dir():
-        raise CELoraError(f"{str(folder)!r}: no such folder; give the --output of a celora train")
+        raise CELoraError(f"{str(folder)!r}: no such folder; give the --output folder of celora train")
     lacking = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if lacking:
         saved = OutputFolder(folder).last_checkpoint()
-        then = "give the --output of a celora train"
+        then = "give the --output folder of celora train"
         if saved:
             then = f"give its newest checkpoint, {str(saved[0])!r}, or finish the run with --resume"
         raise CELoraError(f"{str(folder)!r} holds no finished adapter: it has no {lacking[0]}; {then}")
