@@ -282,8 +282,8 @@ def page() -> str:
         "([`celora[app]`](install.md#from-a-copy-of-the-repository)) needs newer packages. Tried:",
         _versions(),
         f"The command line also needs at least {_others('app')}. Quantised bases need {_others('quantised')}.",
-        "`make test` takes the newest releases. Nightly tests take the lowest versions, and the newest pre-releases. The "
-        "versions of axolotl and LLaMA-Factory were tried by hand ([log](../develop/log/integration.md)).",
+        "`make test` takes the newest releases. Nightly tests take the lowest versions, and the newest pre-releases. "
+        "The versions of axolotl and LLaMA-Factory were tried by hand ([log](../develop/log/integration.md)).",
         "## Refused",
         "- **Models patched by Unsloth.** Unsloth's kernels compute base layer and adapter themselves. "
         "`celora.attach` raises `CELoraError`.\n"
