@@ -287,7 +287,7 @@ class Plan:
                 *aligned(rows),
                 f"LoRA gradient: cosine {self.audited_cosine:.4f} audited{summed}, "
                 f"{self.predicted_cosine:.4f} predicted, {self.fidelity:g} asked for.",
-                f"{products} of adapted layers: {self.audited_time:.2f} of dense measured in whole passes, "
+                f"{products} of adapted layers: {self.audited_time:.2f} of the exact time measured, "
                 f"{self.predicted_time:.2f} predicted; 8-bit copies take {self.memory / 2**20:.0f} MiB.",
                 *said,
                 f"Made for {self.tokens} tokens, {self.dtype}, {self.threads} threads on {self.device}.",
