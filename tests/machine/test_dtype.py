@@ -99,10 +99,8 @@ def test_nobody_named_a_dtype(inputs: dict[str, str], emulated: None) -> None:
 
 
 def test_what_was_named_is_kept(inputs: dict[str, str], emulated: None, tmp_path: Path) -> None:
-    assert settled(inputs, dtype="bfloat16") == ("bfloat16", "Base model in bfloat16: as asked for.")
-    assert settled(inputs, dtype="auto") == ("auto", "Base model in its own dtype: as asked for.")
-    line = "Base model in bfloat16: as --dtype or --memory says."  # a budget chooses a dtype that nobody asked for
-    assert settled(inputs, dtype="bfloat16", memory="8GiB") == ("bfloat16", line)
+    assert settled(inputs, dtype="bfloat16") == ("bfloat16", "Base model in bfloat16: as the settings say.")
+    assert settled(inputs, dtype="auto") == ("auto", "Base model in its own dtype: as the settings say.")
     assert settled(inputs, model_init_kwargs={"torch_dtype": "bfloat16"})[0] == "bfloat16"
     (tmp_path / "run.yaml").write_text("dtype: bfloat16\n")
     request = parse(["--config", str(tmp_path / "run.yaml")], inputs)

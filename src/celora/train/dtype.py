@@ -42,8 +42,7 @@ def _settled(request: TrainRequest, args: Any, earlier: dict[str, Any] | None) -
     if earlier is not None:
         return earlier["lora"].get("dtype", "auto"), "as the run began"
     if "dtype" in request.given:
-        why = "as asked for" if request.options.memory is None else "as --dtype or --memory says"
-        return request.lora["dtype"], why
+        return request.lora["dtype"], "as the settings say"  # --dtype, or what --memory or a comparison has chosen
     if args.bf16 or args.fp16:
         return "auto", f"products are computed in {'bfloat16' if args.bf16 else 'float16'}"
     try:
