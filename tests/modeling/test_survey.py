@@ -11,7 +11,6 @@ from torch import nn
 
 import celora
 from celora import CELoraError
-from celora.modeling.families import FAMILIES
 from celora.modeling.survey import LayerAdapter, survey
 from layers import bits_and_bytes_4
 from small import make_base, make_model, mixed_model
@@ -37,7 +36,6 @@ def test_a_plain_model() -> None:
     assert around is not None
     assert around.causal is model.base_model.model
     assert around.head is model.base_model.model.lm_head
-    assert around.family is FAMILIES["llama"]
     assert around.cannot_pack == ""
 
 
