@@ -44,7 +44,9 @@ def defaults(arm: str) -> dict[str, Any]:
 
     A page shows no row whose defaults are not those of the code: a test compares them.
     """
-    preset = arm.removeprefix("preset ").removesuffix(", Adam").removesuffix(" + compile")
+    preset = arm.removeprefix("preset ")
+    for beside in (", Adam", " + compile", ", base int8"):
+        preset = preset.removesuffix(beside)
     if preset not in PRESETS or preset == "off":
         return {}
     config = PRESETS[preset] if preset != "auto" else by_rule(PRESETS["auto"])

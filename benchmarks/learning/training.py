@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct, bf16, LoRA r=16 on all linear layers, AdamW, 4 x 128 tokens of technical English (the Python
 language reference), 200 steps, three seeds; the held-out loss is measured every 40 steps on text that is never trained
 on. Arms: exact LoRA, the same on the upper half of the layers only, the same with three quarters of the batch, the
-paper's preset, single estimators, and `auto` at several fidelities.
+paper's preset, single estimators, `auto` at several fidelities, and presets on a base in 8 bits.
 
 `python -m benchmarks.learning.training run` trains run by run into `training.jsonl`, and can be interrupted. With
 `--text code` it trains on the source of the standard library, which is long enough for thousands of steps (`--steps`),
@@ -19,7 +19,6 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from benchmarks.gradient import fidelity
 from celora import CELoraConfig
 from celora.machine.allocator import keep_freed_memory
 from celora.machine.timing import interleaved
-from celora.runtime.attachment import find
 from celora.settings.presets import PRESETS
 from celora.studies.assets import demo_model
 
@@ -65,6 +63,8 @@ CONFIGS: dict[str, Any] = {
     "int8 x tokens 0.99": energy(0.99, "int8"),
     "Double-LoRA 0.5": CELoraConfig(keep_ratio=0.5, rank=14, refresh_every=20),
     "fast": PRESETS["fast"],  # in every layer, whatever is faster here; held-out losses are on the untouched base
+    "exact, base int8": "exact",  # what a base in 8 bits costs by itself
+    "fast, base int8": PRESETS["fast"],
     "auto": "auto",  # by its rule, as a run begins
     "auto 0.998": 0.998,  # a plan at the default fidelity
     "auto 0.99": 0.99,
@@ -81,6 +81,8 @@ def make_model(arm: str, seed: int, dtype: str = "bfloat16") -> PeftModel:
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, layers_to_transform=upper))
     if upper is None:
         model.enable_input_require_grads()
+    if arm.endswith("base int8"):
+        celora.quantise_base(model)
     model.train()
     return model
 
@@ -104,8 +106,7 @@ def batches_of(seed: int, text: str = "reference") -> tuple[list[Batch], list[Ba
 @torch.no_grad()
 def loss_on(model: PeftModel, batches: list[Batch]) -> float:
     model.eval()
-    attachment = find(model)
-    with nullcontext() if attachment is None else attachment.switch.own_forwards():
+    with celora.original_base(model):
         losses = [float(model(**batch).loss) for batch in batches]
     model.train()
     return statistics.fmean(losses)
