@@ -117,7 +117,6 @@ class MetricsWriter(StepTimer):
         self.path = path
         self.phases = phases
         self._phases_before = dict.fromkeys(PHASES, 0.0)
-        self.total_seconds = 0.0
         self._earlier = seconds
         self._start = time.perf_counter()
         self._last = (0, 0.0, 0)  # steps, seconds and tokens at the last training row
