@@ -57,6 +57,8 @@ def test_the_weight_is_rounded_to_its_rows_scales(dtype: torch.dtype, shape: tup
     assert ((found - w.float()).abs() <= 0.5001 * scale).all()
     steps = found / scale
     torch.testing.assert_close(steps, steps.round())
+    some = torch.tensor([shape[1] - 1, 0, shape[1] // 2])
+    assert torch.equal(packed.columns(some), packed.integers()[:, some])
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])

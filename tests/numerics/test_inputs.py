@@ -33,6 +33,16 @@ def test_the_same_input_is_rounded_once() -> None:
     assert latest.quantised(x, rounding) is not rows  # only the latest is kept
 
 
+def test_features_apart_are_not_rounded() -> None:
+    latest, rounding, x, apart = LatestInput(), Rounding(), torch.randn(2, 3, 4), torch.tensor([2, 0])
+    rows = latest.quantised(x, rounding, apart)
+    assert rows.values is not None
+    assert torch.equal(rows.values, x.view(6, 4)[:, apart])
+    assert not rows.q[:, apart].any()
+    assert latest.latest(x, rounding, apart) is rows
+    assert latest.latest(x, rounding, apart.clone()) is latest.latest(x, rounding) is None
+
+
 def test_a_changed_input_is_another_one() -> None:
     latest, rounding, x = LatestInput(), Rounding(), torch.zeros(3, 4)
     assert latest.latest(x, rounding) is None

@@ -67,12 +67,16 @@ class QuantisedRows:
         q: the numbers, (T, in) int8. The backend knows what lies between and behind its rows.
         scale: of each row, (T,) float32.
         input_scale: u, (in,) float32; None for 1.
+        apart: features of x that are 0 in q, (k,) int64; None if there are none.
+        values: these features of x, (T, k), in x's dtype.
         starts: what the backend takes off each row's sums, (T,) int32, if anything.
     """
 
     q: Tensor
     scale: Tensor
     input_scale: Tensor | None = None
+    apart: Tensor | None = None
+    values: Tensor | None = None
     starts: Tensor | None = None
 
     def transposed_product(self, p: Tensor, mask: Tensor | None) -> Tensor:
@@ -80,7 +84,11 @@ class QuantisedRows:
         dtype = p.dtype if p.dtype == torch.bfloat16 else torch.float32
         numbers = self.q.to(dtype)
         y = (p * self.scale[:, None]).to(dtype).t() @ (numbers if mask is None else numbers.mul_(mask))
-        return y if self.input_scale is None else y.div_(self.input_scale)
+        y = y if self.input_scale is None else y.div_(self.input_scale)
+        if self.apart is None or self.values is None:
+            return y
+        values = self.values if mask is None else self.values * mask[:, self.apart]
+        return y.index_copy_(1, self.apart, p.to(dtype).t() @ values.to(dtype))
 
 
 class BothWays(PackedWeight):
@@ -108,6 +116,10 @@ class BothWays(PackedWeight):
     @abstractmethod
     def integers(self, index: Tensor | None = None) -> Tensor:
         """q, int8 (out, in), or its rows `index`: a copy if `stored` has another layout."""
+
+    @abstractmethod
+    def columns(self, index: Tensor) -> Tensor:
+        """`q[:, index]` for `index: (k,)`: (out, k) int8, a copy."""
 
     @abstractmethod
     def quantise(self, x: Tensor) -> QuantisedRows:

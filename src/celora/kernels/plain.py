@@ -205,6 +205,9 @@ class IntegersBothWays(LibraryPacked, BothWays):
     def integers(self, index: Tensor | None = None) -> Tensor:
         return self.q if index is None else self.q[index]
 
+    def columns(self, index: Tensor) -> Tensor:
+        return self.q[:, index]
+
     def quantised(self, x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         kept = x if index is None else x.index_select(0, index)
         return super().quantised(kept.float() * self.scale, None)

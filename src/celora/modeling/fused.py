@@ -250,8 +250,10 @@ class _LoraLinear(torch.autograd.Function):
         _, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
         if rows is None and trains_A and layer.rounds_input:
             rows = _rounded(x)
-        inputs = (seen, None, None) if rows is None else (rows.q, rows.scale, rows.input_scale)
-        ctx.save_for_backward(*inputs if trains_A else (None,) * 3, low if trains_B else None, mask, A, B)
+        inputs: tuple[Any, ...] = (seen, *(None,) * 4)
+        if rows is not None:
+            inputs = rows.q, rows.scale, rows.input_scale, rows.apart, rows.values
+        ctx.save_for_backward(*inputs if trains_A else (None,) * 5, low if trains_B else None, mask, A, B)
         ctx.scaling, ctx.keep = scaling, 1 - dropout
         remember(ctx, x, output, bias, weight, layer)
         return output

@@ -6,6 +6,7 @@ In: `x: (..., in)`. Out: its `QuantisedRows`, (T, in). Layers that follow each o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 import weakref
@@ -37,22 +38,30 @@ class LatestInput(threading.local):
     def __init__(self) -> None:
         self._known: list[tuple[weakref.ref[Tensor], int, type, QuantisedRows]] = []  # at most one
 
-    def quantised(self, x: Tensor, by: Quantiser) -> QuantisedRows:
-        """The rows of `x: (..., in)` as `by` rounds them."""
+    def quantised(self, x: Tensor, by: Quantiser, apart: Tensor | None = None) -> QuantisedRows:
+        """The rows of `x: (..., in)` as `by` rounds them. The features `apart: (k,)` are not rounded, but kept."""
         if x.is_inference():  # such a tensor has no version, so a change would go unnoticed
-            return by.quantise(x.reshape(-1, x.shape[-1]))
-        rows = self.latest(x, by)
+            return _rounded(x, by, apart)
+        rows = self.latest(x, by, apart)
         if rows is None:
-            rows = by.quantise(x.reshape(-1, x.shape[-1]))
+            rows = _rounded(x, by, apart)
             self._known[:] = [(weakref.ref(x, functools.partial(_drop, self._known)), x._version, type(by), rows)]
         return rows
 
-    def latest(self, x: Tensor, by: Quantiser) -> QuantisedRows | None:
+    def latest(self, x: Tensor, by: Quantiser, apart: Tensor | None = None) -> QuantisedRows | None:
         """The rows of x, if x is the latest input; else None."""
         known = next(iter(self._known), None)
         if known is None or known[0]() is not x or known[1:3] != (x._version, type(by)):
             return None
-        return known[3] if known[3].input_scale is by.input_scale else None
+        rows = known[3]
+        return rows if rows.input_scale is by.input_scale and rows.apart is apart else None
+
+
+def _rounded(x: Tensor, by: Quantiser, apart: Tensor | None) -> QuantisedRows:
+    x = x.reshape(-1, x.shape[-1])
+    if apart is None:
+        return by.quantise(x)
+    return dataclasses.replace(by.quantise(x.index_fill(1, apart, 0)), apart=apart, values=x[:, apart])
 
 
 def _drop(known: list[tuple[weakref.ref[Tensor], int, type, QuantisedRows]], gone: object) -> None:

@@ -85,7 +85,7 @@ class Forwards(dict[str, EightBitForward | EightBitHead]):
 
     def _largest(self, seen: Mapping[str, list[int] | None], device: torch.device) -> dict[str, list[int] | None]:
         """The largest sizes that any process has seen, of the layers that one has seen."""
-        # Layers that nobody has seen may be many: a base in 8 bits is never looked at.
+        # Layers that nobody has seen may be many: one that is exact again is never looked at.
         by_any = largest_of_all([[int(sizes is not None) for sizes in seen.values()]], device)[0]
         names = [name for name, found in zip(seen, by_any, strict=True) if found]
         if not names:

@@ -48,7 +48,7 @@ class TurnedPanels(dot.Panels, BothWays):
         starts = torch.empty(rows, dtype=torch.int32, device="cpu")
         call_kernel("quantise_input", x, x.data_ptr(), rows, depth, x.stride(0), pointer(self.input_scale),
               q.data_ptr(), scale.data_ptr(), starts.data_ptr())  # fmt: skip
-        return QuantisedRows(q, scale, self.input_scale, starts)
+        return QuantisedRows(q, scale, self.input_scale, starts=starts)
 
     def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor) -> Tensor:
         (rows, depth), columns = x.q.shape, len(self.scale)
@@ -66,8 +66,16 @@ class TurnedPanels(dot.Panels, BothWays):
             q = self.packed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[: len(self.scale)]
         else:
             q = self.packed[index // panel, :, index % panel].flatten(1)
-        q = q[:, : self.in_features]
-        return q if q.dtype == torch.int8 else (q ^ 128).view(torch.int8)
+        return _signed(q[:, : self.in_features])
+
+    def columns(self, index: Tensor) -> Tensor:
+        together = self.packed.shape[3]
+        q = self.packed[:, index // together, :, index % together]  # (k, panels, columns of a panel)
+        return _signed(q.flatten(1)[:, : len(self.scale)].t())
+
+
+def _signed(q: Tensor) -> Tensor:
+    return q if q.dtype == torch.int8 else (q ^ 128).view(torch.int8)
 
 
 def _layout(rows: int, columns: int) -> tuple[torch.Size, torch.dtype]:
