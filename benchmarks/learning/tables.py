@@ -149,6 +149,7 @@ VALUES: dict[str, Callable[[], str]] = {
     "kept_by_auto_998": functools.partial(share_kept, "auto 0.998"),
     "kept_by_auto_99": functools.partial(share_kept, "auto 0.99"),
     "kept_by_auto_98": functools.partial(share_kept, "auto 0.98"),
+    "kept_by_fast_on_int8": functools.partial(share_kept, "fast, base int8"),
     "kept_by_the_rule": functools.partial(share_kept, "int8 x tokens 0.99"),
     "sensitivity_means": functools.partial(sensitivity.NETWORK.furthest, means=True),
     "sensitivity_runs": functools.partial(sensitivity.NETWORK.furthest, means=False),
