@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -222,13 +221,6 @@ def test_autocast_is_no_further_from_float32_than_pefts() -> None:
     assert theirs > 1e-3  # autocast does round, so there is something to compare
     assert ours < 1.5 * theirs
     assert losses[2] == pytest.approx(losses[0], rel=1e-2)
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")

@@ -111,7 +111,7 @@ def test_8_bit_products_multiply_with_its_bytes_and_nothing_else(monkeypatch: py
     assert not estimator.product.holds_copy
 
 
-@pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested above")
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_features_of_an_input_are_multiplied_apart(dtype: torch.dtype) -> None:
     """Its bytes cannot be scaled. Rounded with the others, eight features of 200 times their size would hide them."""

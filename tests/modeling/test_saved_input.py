@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -160,13 +159,6 @@ def test_checkpointing_gives_the_same_bits(reentrant: bool) -> None:
         celora.attach(model, ROUNDED)
         found.append(gradients(model))
     assert all(grad.equal(found[1][name]) for name, grad in found[0].items())
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")

@@ -55,6 +55,7 @@ class Int8BothWays(Int8):
     def __init__(self, *, copy: bool = True) -> None:
         self.levels: Tensor | None = None
         self._seen: Tensor | None = None  # mean squares of x_j and of W_j, (2, in)
+        self._found: Tensor | None = None  # the features apart for these levels, on the device that asked for them
         super().__init__(copy=copy)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,6 +93,7 @@ class Int8BothWays(Int8):
     def follow_levels(self, levels: Sequence[int] | None) -> None:
         """From now on, scale the features of inputs by these levels; None: all features alike."""
         self.levels = None if levels is None else torch.tensor(levels, dtype=torch.int32, device="cpu")
+        self._found = None
         self.forget()
 
     def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
@@ -138,7 +140,9 @@ class Int8BothWays(Int8):
         """The features that are multiplied apart, because these bytes are not scaled by their levels."""
         if self.levels is None or packed.input_scale is not None:
             return None
-        return _largest(tuple(self.levels.tolist()), packed.scale.device)
+        if self._found is None or self._found.device != packed.scale.device:
+            self._found = _largest(tuple(self.levels.tolist()), packed.scale.device)
+        return self._found
 
     def _input_scale(self, device: torch.device) -> Tensor | None:
         return None if self.levels is None else _input_scale(tuple(self.levels.tolist()), device)
