@@ -291,6 +291,44 @@ static void softmax(const void *x, int64_t columns, void *out) {
     check("softmax_rows", found.error, found.size, bf16 ? 1e-2 : 1e-5);
 }
 
+/* The products of an adapter of rank `rank`, in the tiers that have them: 2 x M, x + p M^T and p^T x. */
+static void adapters(const void *x, int64_t columns, int64_t rank, void *out) {
+    if (!bf16 || !find(number, "thin_product_bf16")) return;
+    void *m = drawn(columns * rank), *p = drawn(TOKENS * rank), *low = drawn(TOKENS * rank);
+    float *turned = calloc((size_t)(rank * columns), 4);
+    void *scratch = malloc((size_t)(64 * 2 * (columns + rank + 64)));
+    distance down = {0}, up = {0}, across = {0};
+    memcpy(out, x, (size_t)(TOKENS * columns) * 2);
+    CALL("thin_product", P(x), N(TOKENS), N(columns), N(columns), P(m), N(rank), N(1), N(rank), D(2), N(0), P(low),
+         N(rank), P(scratch));
+    CALL("thin_product", P(p), N(TOKENS), N(rank), N(rank), P(m), N(1), N(rank), N(columns), D(1), N(1), P(out),
+         N(columns), P(scratch));
+    CALL("transposed_product", P(p), N(TOKENS), N(rank), N(rank), P(x), N(0), N(columns), N(columns), P(turned),
+         P(scratch));
+    for (int64_t r = 0; r < rank; r++)
+        for (int64_t t = 0; t < TOKENS; t++) {
+            double sum = 0;
+            for (int64_t i = 0; i < columns; i++) sum += get(x, t * columns + i) * get(m, i * rank + r);
+            meet(&down, get(low, t * rank + r), 2 * sum);
+        }
+    for (int64_t i = 0; i < columns; i++) {
+        for (int64_t t = 0; t < TOKENS; t++) {
+            double sum = get(x, t * columns + i);
+            for (int64_t r = 0; r < rank; r++) sum += get(p, t * rank + r) * get(m, i * rank + r);
+            meet(&up, get(out, t * columns + i), sum);
+        }
+        for (int64_t r = 0; r < rank; r++) {
+            double sum = 0;
+            for (int64_t t = 0; t < TOKENS; t++) sum += get(p, t * rank + r) * get(x, t * columns + i);
+            meet(&across, turned[r * columns + i], sum);
+        }
+    }
+    check("thin_product", down.error, down.size, 1e-2);
+    check("thin_product, added", up.error, up.size, 1e-2);
+    check("transposed_product", across.error, across.size, 1e-5);
+    free(m), free(p), free(low), free(turned), free(scratch);
+}
+
 /* Rounding to 8 bits by rows and by columns, and the scales of what is scattered. Every third row gets nothing. */
 static void rounding(const void *x, int64_t columns, void *out) {
     float *largest = calloc((size_t)columns, 4), *inverse = calloc((size_t)columns, 4), scale[TOKENS];
@@ -337,6 +375,7 @@ static void passes(int64_t columns) {
     rotations(x, g, columns, out);
     softmax(x, columns, out);
     rounding(x, columns, out);
+    adapters(x, columns, 16, out), adapters(x, columns, 5, out);
     free(x), free(g), free(w), free(out);
 }
 

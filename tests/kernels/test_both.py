@@ -185,7 +185,8 @@ def test_the_input_in_8_bits_can_be_multiplied_from_the_left(dtype: torch.dtype,
     q, row = reference.quantise(x.double() * u, 1, paired=paired())
     expected = p.double().T @ (q * row / u * (1 if mask is None else mask))
     found = rows.transposed_product(p, mask)
-    assert (rows.q.shape, rows.q.dtype, found.dtype) == (x.shape, torch.int8, dtype)
+    assert (rows.q.shape, rows.q.dtype) == (x.shape, torch.int8)
+    assert found.dtype in (dtype, torch.float32)
     assert (found.double() - expected).norm() <= tolerance(dtype) * expected.norm()
 
 

@@ -87,5 +87,5 @@ def test_an_input_is_rounded_once_for_the_gradients_of_all_that_read_it(dtype: t
     step = x.double().abs().amax(-1, keepdim=True).view(-1, 1) / 127
     assert ((restored - x.double().view(120, 16)).abs() <= 0.5001 * step).all()
     found, expected = rows.transposed_product(p, None), p.double().t() @ restored
-    precision = max(torch.finfo(found.dtype).eps, 1e-6)
+    precision = max(torch.finfo(dtype).eps, 1e-6)
     assert (found.double() - expected).norm() < precision * expected.norm()

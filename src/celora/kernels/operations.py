@@ -19,6 +19,7 @@ from celora.kernels.c import attention as c_attention
 from celora.kernels.c import both as c_both
 from celora.kernels.c import dot as c_dot
 from celora.kernels.c import library as c
+from celora.kernels.c import low_rank as c_low_rank
 from celora.kernels.c import rows as c_rows
 from celora.kernels.packed import BothWays, PackedWeight
 from celora.kernels.triton import judged, launches, product
@@ -70,6 +71,16 @@ define("rms_norm_backward", Backend("c", c_rows.rms_norm_backward, c.supported))
 define("gated", Backend("c", c_rows.gated, c.supported))
 define("gated_backward", Backend("c", c_rows.gated_backward, c.supported))
 define("rotate", Backend("c", c_rows.rotate, c.supported))
+define(
+    "thin_product",
+    Backend("c", c_low_rank.thin_product, c_low_rank.takes),
+    Backend("torch", plain.thin_product),
+)
+define(
+    "transposed_product",
+    Backend("c", c_low_rank.transposed_product, c_low_rank.takes),
+    Backend("torch", plain.transposed_product),
+)
 define("attention", Backend("c", c_attention.attention, c_attention.takes), by_device=True)
 define("attention_backward", Backend("c", c_attention.attention_backward, c_attention.takes), by_device=True)
 _INTEGERS: Any = {
@@ -249,6 +260,24 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, transposed: bool) -> Tens
     return found
 
 
+def thin_product(x: Tensor, m: Tensor, *, alpha: float = 1.0, onto: Tensor | None = None) -> Tensor:
+    """`alpha x M` of `x: (T, k)` and `m: (k, n)`, of which k or n is small: (T, n), added to `onto` in place if given.
+
+    All of one dtype; `onto` with contiguous rows.
+    """
+    found: Tensor = choose("thin_product", x).run(x, m, alpha=alpha, onto=onto)
+    return found
+
+
+def transposed_product(p: Tensor, x: Tensor) -> Tensor:
+    """`p^T x` of `p: (T, r)`, of which r is small, and `x: (T, n)`: (r, n), in p's dtype or float32.
+
+    `x` may be int8, whatever p is.
+    """
+    found: Tensor = choose("transposed_product", p).run(p, x)
+    return found
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, sequences: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention of each of `sequences`, (batch, first token, length): (S, 3) int64, which hold every token.
 
@@ -297,4 +326,6 @@ __all__ = [
     "softmax_rows",
     "squared_column_norms",
     "squared_row_norms",
+    "thin_product",
+    "transposed_product",
 ]

@@ -80,15 +80,16 @@ class QuantisedRows:
     starts: Tensor | None = None
 
     def transposed_product(self, p: Tensor, mask: Tensor | None) -> Tensor:
-        """`p^T (x * mask)` of `p: (T, r)`, `mask: (T, in)` bool or None: (r, in), in bfloat16 if p is, or float32."""
-        dtype = p.dtype if p.dtype == torch.bfloat16 else torch.float32
-        numbers = self.q.to(dtype)
-        y = (p * self.scale[:, None]).to(dtype).t() @ (numbers if mask is None else numbers.mul_(mask))
+        """`p^T (x * mask)` of `p: (T, r)`, `mask: (T, in)` bool or None: (r, in), in p's dtype or float32."""
+        p = p if p.dtype == torch.bfloat16 else p.float()
+        scaled = (p * self.scale[:, None]).to(p.dtype)
+        multiply = choose("transposed_product", p).run
+        y: Tensor = multiply(scaled, self.q if mask is None else self.q.to(p.dtype).mul_(mask))
         y = y if self.input_scale is None else y.div_(self.input_scale)
         if self.apart is None or self.values is None:
             return y
         values = self.values if mask is None else self.values * mask[:, self.apart]
-        return y.index_copy_(1, self.apart, p.to(dtype).t() @ values.to(dtype))
+        return y.index_copy_(1, self.apart, multiply(p, values.to(p.dtype)))
 
 
 class BothWays(PackedWeight):

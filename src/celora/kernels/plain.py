@@ -75,6 +75,17 @@ def rounded_up(count: int, total: int, step: int) -> int:
     return min(total, -(-max(1, count) // step) * step)
 
 
+def thin_product(x: Tensor, m: Tensor, *, alpha: float, onto: Tensor | None) -> Tensor:
+    if onto is not None:
+        return onto.addmm_(x, m, alpha=alpha)
+    y = x @ m
+    return y if alpha == 1 else y.mul_(alpha)
+
+
+def transposed_product(p: Tensor, x: Tensor) -> Tensor:
+    return p.t() @ x.to(p.dtype)
+
+
 def quantise_columns(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight.float() * (1 / scale)).round().to(torch.int8)
 

@@ -5,9 +5,9 @@ grad_x.
 
 PEFT computes `result + lora_B(lora_A(dropout(x))) * scaling` operator by operator. Its default is float32 adapters on a
 bfloat16 base. Each layer then casts twice, reads (T, out) four times, and saves a float32 copy of x for backward. Here
-everything is in the base's own dtype, like under autocast. With p = A x (T, r) and G the gradient of y:
+everything is in the base's own dtype, like under autocast. With p = scaling A x (T, r) and G the gradient of y:
 
-    y += scaling p B^T,   grad_B = scaling G^T p,   q = scaling G B,   grad_A = q^T x,   grad_x = (G W) + q A
+    y += p B^T,   grad_B = G^T p,   q = scaling G B,   grad_A = q^T x,   grad_x = (G W) + q A
 
 The layer's estimator computes `G W`. Sums are computed in place: each product adds to an existing tensor.
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 
+from celora.kernels.operations import thin_product, transposed_product
 from celora.kernels.packed import QuantisedRows
 from celora.modeling.adapter import Adapter, looked_at, made_of, parts_of, touched, vanilla_adapter
 from celora.modeling.compiled import rounded_rows
@@ -245,8 +246,8 @@ class _LoraLinear(torch.autograd.Function):
             if dropout > 0:
                 mask = torch.empty(seen.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)
                 seen = seen * mask * (1 / (1 - dropout) if dropout < 1 else 0.0)
-            low = seen @ A.t()
-            output.view(-1, output.shape[-1]).addmm_(low, B.t(), alpha=scaling)
+            low = thin_product(seen, A.t(), alpha=scaling)
+            thin_product(low, B.t(), onto=output.view(-1, output.shape[-1]))
         _, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
         if rows is None and trains_A and layer.rounds_input:
             rows = _rounded(x)
@@ -266,23 +267,21 @@ class _LoraLinear(torch.autograd.Function):
         grad_x = grad_bias = grad_A = grad_B = None
         with without_autocast(grad_output.device.type):
             g = grad_output.reshape(-1, grad_output.shape[-1])
-            through = (g @ B).mul_(ctx.scaling)
+            through = thin_product(g, B, alpha=ctx.scaling)
             if needs_A:
                 if inputs[1] is None:
-                    grad_A = through.t() @ inputs[0]
+                    grad_A = transposed_product(through, inputs[0])
                 else:
                     grad_A = QuantisedRows(*inputs).transposed_product(through, mask)
                     grad_A = grad_A if mask is None or not ctx.keep else grad_A.div_(ctx.keep)
                 grad_A = grad_A.to(ctx.adapter_dtypes[0])
             if needs_B:
-                # On CPU, in float32, a tall product takes up to twice as long as a wide one.
-                wide = g.dtype == torch.float32 and g.device.type == "cpu"
-                grad_B = (low.t() @ g).t().contiguous() if wide else g.t() @ low
-                grad_B = grad_B.to(ctx.adapter_dtypes[1]).mul_(ctx.scaling)
+                # A tall product, g^T p, takes up to twice as long as a wide one.
+                grad_B = transposed_product(low, g).t().to(ctx.adapter_dtypes[1])
             if needs_x:
                 grad_x = ctx.layer.grad_input(g, ctx.weight, ctx.layer.mode_for(ctx.mode, through, ctx.weight))
                 if mask is None:
-                    grad_x = grad_x.addmm_(through, A)
+                    grad_x = thin_product(through, A, onto=grad_x)
                 else:
                     grad_x = grad_x.add_((through @ A).mul_(mask), alpha=1 / ctx.keep if ctx.keep else 0.0)
                 grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)

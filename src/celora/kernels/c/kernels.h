@@ -40,6 +40,14 @@
     KERNEL(attention_backward, P(0), P(1), P(2), P(3), P(4), P(5), N(6), N(7), N(8), N(9), N(10), F(11), P(12),   \
            N(13), P(14), P(15), P(16), P(17), P(18))
 
+#ifdef LOW_RANK_PRODUCTS
+#define LOW_RANK(KERNEL)                                                                                          \
+    KERNEL(thin_product, P(0), N(1), N(2), N(3), P(4), N(5), N(6), N(7), F(8), I(9), P(10), N(11), P(12))         \
+    KERNEL(transposed_product, P(0), N(1), N(2), N(3), P(4), I(5), N(6), N(7), P(8), P(9))
+#else
+#define LOW_RANK(KERNEL)
+#endif
+
 /* Numbers that Python asks for; they need no team. */
 #ifdef LANES
 #define NUMBERS(NUMBER)                                                \
@@ -61,9 +69,10 @@
         does;                                                         \
     }
 #define NUMBER(name, value) CALL(name, return value)
+#define KERNEL_BF16(name, ...) CALL(name##_bf16, name##_bf16(__VA_ARGS__, team); return 0)
 #define KERNEL(name, ...)                                         \
     CALL(name##_f32, name##_f32(__VA_ARGS__, team); return 0)    \
-    CALL(name##_bf16, name##_bf16(__VA_ARGS__, team); return 0)
+    KERNEL_BF16(name, __VA_ARGS__)
 
 NUMBER(choose_rows, choose_rows(P(0), N(1), N(2), D(3), N(4), P(5), P(6)))
 NUMBER(attention_work, attention_work(N(0), N(1), I(2)))
@@ -71,14 +80,17 @@ NUMBERS(NUMBER)
 ROWS(KERNEL)
 DOT(KERNEL)
 ATTENTION(KERNEL)
+LOW_RANK(KERNEL_BF16)
 
 #define NAMED(name, ...) {#name, call_##name},
-#define NAMED_BOTH(name, ...) {#name "_f32", call_##name##_f32}, {#name "_bf16", call_##name##_bf16},
+#define NAMED_BF16(name, ...) {#name "_bf16", call_##name##_bf16},
+#define NAMED_BOTH(name, ...) {#name "_f32", call_##name##_f32}, NAMED_BF16(name)
 #define TABLE_OF(tier) celora_##tier
 #define TABLE(tier) TABLE_OF(tier)
 
 const entry TABLE(TIER)[] = {
     {"choose_rows", call_choose_rows},
     {"attention_work", call_attention_work},
-    NUMBERS(NAMED) ROWS(NAMED_BOTH) DOT(NAMED_BOTH) ATTENTION(NAMED_BOTH){NULL, NULL},
+    NUMBERS(NAMED) ROWS(NAMED_BOTH) DOT(NAMED_BOTH) ATTENTION(NAMED_BOTH)
+    LOW_RANK(NAMED_BF16){NULL, NULL},
 };

@@ -167,6 +167,7 @@ static int64_t choose_rows(const float *squared, int64_t rows, int64_t kept, dou
 
 #include "dot.c"
 #include "attention.c"
+#include "low_rank.c"
 #include "kernels.h"
 
 #else

@@ -1,0 +1,111 @@
+"""The narrow products of bfloat16 adapters, in each tier that has them, against double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from celora.kernels.backends import choose
+from celora.kernels.c import low_rank as kernels
+from celora.kernels.operations import thin_product, transposed_product
+from tiers import LIBRARY, TIERS, Kernels
+
+WITH_PRODUCTS = [tier for tier in TIERS if Kernels(LIBRARY, tier).has("thin_product_bf16")]  # type: ignore[arg-type]
+each_tier = pytest.mark.parametrize("tier", WITH_PRODUCTS, indirect=True)
+RANKS = [1, 3, 8, 16, 20, 64]
+SHAPES = [(1, 1), (2, 15), (7, 16), (8, 31), (9, 32), (63, 33), (64, 100), (65, 577), (200, 192)]
+
+
+def drawn(rows: int, columns: int, *, apart: int = 0) -> Tensor:
+    """Normal numbers in bfloat16, with rows that are so many numbers apart."""
+    return torch.randn(rows, columns + apart).bfloat16()[:, :columns]
+
+
+def close(found: Tensor, terms: Tensor, before: Tensor | None = None) -> None:
+    """Whether it is the sum of `terms` over their second dimension: but for float32 sums, and its own rounding."""
+    right, size = terms.sum(1), terms.abs().sum(1)
+    if before is not None:
+        right, size = right + before, size + before.abs()
+    step = torch.finfo(found.dtype).eps / 2 if found.dtype == torch.bfloat16 else 0.0
+    sums = terms.shape[1] * torch.finfo(torch.float32).eps
+    assert (found.double() - right).abs().le(step * right.abs() * (1 + sums) + sums * size).all()
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@each_tier
+@pytest.mark.parametrize("rank", RANKS)
+def test_thin_products(rank: int, threads: None) -> None:
+    for tokens, columns in SHAPES:
+        x, p = drawn(tokens, columns, apart=3), drawn(tokens, rank)
+        for m in (drawn(columns, rank), drawn(rank, columns).t(), drawn(columns, 2 * rank)[:, ::2]):
+            found = kernels.thin_product(x, m, alpha=0.5, onto=None)
+            close(found, 0.5 * x.double()[:, :, None] * m.double())
+            there = drawn(tokens, columns, apart=5)
+            before = there.double()
+            found = kernels.thin_product(p, m.t(), alpha=2.0, onto=there)
+            assert found is there
+            close(found, 2 * p.double()[:, :, None] * m.t().double(), before)
+
+
+@each_tier
+@pytest.mark.parametrize("rank", RANKS)
+def test_transposed_products(rank: int, threads: None) -> None:
+    for tokens, columns in SHAPES:
+        p, x = drawn(tokens, rank), drawn(tokens, columns, apart=3)
+        in_8_bits = torch.randint(-127, 128, (tokens, columns + 5), dtype=torch.int8)[:, :columns]
+        for of_x in (x, in_8_bits, x.t().contiguous().t()):
+            close(kernels.transposed_product(p, of_x), p.t().double()[:, :, None] * of_x.double())
+    assert kernels.transposed_product(p[:0], x[:0]).equal(torch.zeros(rank, columns))
+
+
+@each_tier
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_where_it_belongs(bad: float) -> None:
+    """Nothing that lies beside a row, a column or the last token comes into a sum."""
+    x, m, p = drawn(9, 33, apart=3), drawn(33, 5), drawn(9, 5, apart=1)
+    x._base[:, 33:] = p._base[:, 5:] = bad  # type: ignore[index]
+    assert kernels.thin_product(x, m, alpha=1.0, onto=None).isfinite().all()
+    assert kernels.transposed_product(p, x).isfinite().all()
+    x[4, 7] = bad
+    assert kernels.thin_product(x, m, alpha=1.0, onto=None).isfinite().all(1).tolist() == [t != 4 for t in range(9)]
+    assert kernels.transposed_product(p, x).isfinite().all(0).tolist() == [i != 7 for i in range(33)]
+
+
+@each_tier
+def test_the_kernels_are_used_for_plain_bfloat16_alone() -> None:
+    assert choose("thin_product", drawn(4, 8)).name == "c"
+    assert choose("thin_product", drawn(4, 8).float()).name == "torch"
+    assert choose("thin_product", drawn(8, 4).t()).name == "torch"
+    assert choose("transposed_product", torch.nn.Parameter(drawn(4, 8))).name == "torch"
+
+
+@each_tier
+def test_autograd_sees_that_a_tensor_was_changed() -> None:
+    there = drawn(4, 8)
+    before = there._version
+    kernels.thin_product(drawn(4, 2), drawn(2, 8), alpha=1.0, onto=there)
+    assert there._version == before + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_any_backend(dtype: torch.dtype) -> None:
+    x, m, p, there = (drawn(*shape).to(dtype) for shape in ((9, 33), (33, 5), (9, 5), (9, 33)))
+    tolerance = {"rtol": 1e-2, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    expected = 2 * x.double() @ m.double()
+    torch.testing.assert_close(thin_product(x, m, alpha=2.0).double(), expected, **tolerance)
+    expected = there.double() + p.double() @ m.double().t()
+    torch.testing.assert_close(thin_product(p, m.t(), onto=there).double(), expected, **tolerance)
+    q = torch.randint(-127, 128, (9, 33), dtype=torch.int8)
+    for of_x in (x, q):
+        found = transposed_product(p, of_x).double()
+        torch.testing.assert_close(found, p.double().t() @ of_x.double(), rtol=1e-2, atol=2.0 if of_x is q else 0.1)
