@@ -9,7 +9,9 @@ from torch import Tensor
 from celora.kernels import operations
 from celora.kernels.backends import available
 from celora.kernels.packed import BothWays
+from celora.kernels.plain import row_scales
 from celora.numerics import reference
+from largest import Largest
 from tiers import WITH_DOTS, paired, use_tier
 from without import without
 
@@ -59,6 +61,22 @@ def test_the_weight_is_rounded_to_its_rows_scales(dtype: torch.dtype, shape: tup
     torch.testing.assert_close(steps, steps.round())
     some = torch.tensor([shape[1] - 1, 0, shape[1] // 2])
     assert torch.equal(packed.columns(some), packed.integers()[:, some])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_a_large_weight_is_packed_without_a_copy_of_it(dtype: torch.dtype, scaled: bool, backend: str) -> None:
+    w, u = torch.randn(2500, 48).to(dtype), torch.rand(48) + 0.5 if scaled else None
+    scale = row_scales(w if u is None else w / u)
+    if not available("pack_both_ways", CPU):
+        return
+    with Largest() as seen:
+        packed = operations.pack_both_ways(w, scale, u)
+    steps = packed.dense() / scale[:, None] / (1 if u is None else u)
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
+    assert ((packed.dense() - w.float()).abs() <= 0.5001 * scale[:, None] * (1 if u is None else u)).all()
+    if backend != "plain":  # a block is larger there
+        assert seen.nbytes < 4 * w.numel()
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from celora.numerics import head, reference
 from celora.numerics.head import Logits, score_tokens
 from celora.numerics.sampling import inclusion_probabilities, sample, uniform
+from largest import Largest
 from patching import patch_all
 from tiers import TIERS, use_tier
 from without import without
@@ -222,24 +221,11 @@ def test_words_that_are_left_out_keep_what_they_have_in_common(cap: float | None
     assert (estimate - exact).norm() < 0.15 * exact.norm()
 
 
-class _Largest(TorchDispatchMode):
-    """Record the largest tensor that any operator returns."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, Tensor):
-                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
-
-
 def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     patch_all(monkeypatch, "celora.numerics.head:_CHUNK_ROWS", 10)
     patch_all(monkeypatch, "celora.numerics.head:_CHUNK_NUMBERS", 1)
     hidden, rows, targets, weight = inputs(words=5000)
-    with _Largest() as seen:
+    with Largest() as seen:
         score_tokens(hidden, rows, targets, weight).log_probs.sum().backward()
     assert seen.numbers == max(10 * 5000, weight.numel())
 

@@ -10,6 +10,8 @@ from celora.kernels.c import dot
 from celora.kernels.c.library import ask_kernel, call_kernel, known, pointer
 from celora.kernels.packed import BothWays, QuantisedRows
 
+_ROWS = 1024  # that are packed at a time, whole panels
+
 
 class TurnedPanels(dot.Panels, BothWays):
     """Panels of W's rows, as `x W^T` reads them; turned for `g W`, with W's scales folded into g."""
@@ -31,11 +33,14 @@ class TurnedPanels(dot.Panels, BothWays):
 
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor, input_scale: Tensor | None = None) -> TurnedPanels:
-        w, inverse = known(weight if input_scale is None else weight / input_scale), 1 / scale
-        rows, columns = w.shape
-        shape, kind = _layout(rows, columns)
+        inverse, panel, columns = 1 / scale, dot.panel_columns(), weight.shape[1]
+        shape, kind = _layout(*weight.shape)
         packed = torch.empty(shape, dtype=kind, device="cpu")
-        call_kernel("pack_rows", w, w.data_ptr(), rows, columns, w.stride(0), inverse.data_ptr(), packed.data_ptr())
+        for start in range(0, len(weight), _ROWS):  # no copy of a large weight
+            part = weight[start : start + _ROWS]
+            w = known(part if input_scale is None else part / input_scale)
+            call_kernel("pack_rows", w, w.data_ptr(), *w.shape, w.stride(0), inverse[start:].data_ptr(),
+                  packed[start // panel :].data_ptr())  # fmt: skip
         return cls(packed, scale, columns, input_scale)
 
     def quantise(self, x: Tensor) -> QuantisedRows:

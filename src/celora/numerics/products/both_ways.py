@@ -126,7 +126,9 @@ class Int8BothWays(Int8):
 
     def _scale_of(self, weight: Tensor) -> Tensor:
         scale = self._input_scale(weight.device)
-        return row_scales(weight if scale is None else weight.detach() / scale)
+        if scale is None:
+            return row_scales(weight)
+        return torch.cat([row_scales(rows / scale) for rows in weight.detach().split(1024)])  # no copy of all of them
 
     def _multiplied_with(self, weight: Tensor) -> BothWays:
         packed = super()._multiplied_with(weight)
