@@ -55,18 +55,8 @@ def scores() -> str:
             step = f"{ms:.0f} ms" if ms else ""
             line = [task, one["metric"], arm, one["cpu"], str(one["steps"]), step, rate, str(len(values)), mean]
             body.append([*line, difference])
-    header = [
-        "task",
-        "metric",
-        "arm",
-        "CPU",
-        "steps",
-        "step",
-        "learning rate, of how many",
-        "seeds",
-        "test (range)",
-        "against LoRA (95 %)",
-    ]
+    header = ["task", "metric", "arm", "CPU", "steps", "step", "learning rate, of how many", "seeds", "test (range)"]
+    header.append("against LoRA (95 %)")
     told = f"\n\nTrained on {'; '.join(dict.fromkeys(rows.where(row) for row in found))}; the column names the CPU. An "
     told += "interval on another CPU than LoRA's has the rounding of two CPUs in it."
     if not timed:
@@ -181,10 +171,11 @@ def _not_worse(interval: _Interval, margin: float) -> str:
     return "shown" if low >= 0 else "no" if high < 0 else "open"
 
 
-def _elsewhere(*arms: dict[int, dict[str, Any]]) -> str:
-    """What is said beside a difference of arms that were trained on different CPUs."""
-    machines = {rows.machine(row) for by_seed in arms for row in by_seed.values()}
-    return "" if len(machines) == 1 else ", on another CPU"
+def _elsewhere(arm: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]) -> str:
+    """What is said beside a difference of arms with seeds that were trained on different CPUs."""
+    apart = {seed: rows.machine(arm[seed]) != rows.machine(other[seed]) for seed in arm.keys() & other.keys()}
+    some = "" if all(apart.values()) else f"{sum(apart.values())} seeds "
+    return f", {some}on another CPU" if any(apart.values()) else ""
 
 
 def _ahead(found: Sequence[dict[str, Any]], task: str, arm: str, rival: str) -> list[float]:
