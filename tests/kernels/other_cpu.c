@@ -293,15 +293,15 @@ static void softmax(const void *x, int64_t columns, void *out) {
 
 /* The products of an adapter of rank `rank`, in the tiers that have them: 2 x M, x + p M^T and p^T x. */
 static void adapters(const void *x, int64_t columns, int64_t rank, void *out) {
-    if (!bf16 || !find(number, "thin_product_bf16")) return;
+    if (!bf16 || !find(number, "skinny_product_bf16")) return;
     void *m = drawn(columns * rank), *p = drawn(TOKENS * rank), *low = drawn(TOKENS * rank);
     float *turned = calloc((size_t)(rank * columns), 4);
     void *scratch = malloc((size_t)(64 * 2 * (columns + rank + 64)));
     distance down = {0}, up = {0}, across = {0};
     memcpy(out, x, (size_t)(TOKENS * columns) * 2);
-    CALL("thin_product", P(x), N(TOKENS), N(columns), N(columns), P(m), N(rank), N(1), N(rank), D(2), N(0), P(low),
+    CALL("skinny_product", P(x), N(TOKENS), N(columns), N(columns), P(m), N(rank), N(1), N(rank), D(2), N(0), P(low),
          N(rank), P(scratch));
-    CALL("thin_product", P(p), N(TOKENS), N(rank), N(rank), P(m), N(1), N(rank), N(columns), D(1), N(1), P(out),
+    CALL("skinny_product", P(p), N(TOKENS), N(rank), N(rank), P(m), N(1), N(rank), N(columns), D(1), N(1), P(out),
          N(columns), P(scratch));
     CALL("transposed_product", P(p), N(TOKENS), N(rank), N(rank), P(x), N(0), N(columns), N(columns), P(turned),
          P(scratch));
@@ -323,8 +323,8 @@ static void adapters(const void *x, int64_t columns, int64_t rank, void *out) {
             meet(&across, turned[r * columns + i], sum);
         }
     }
-    check("thin_product", down.error, down.size, 1e-2);
-    check("thin_product, added", up.error, up.size, 1e-2);
+    check("skinny_product", down.error, down.size, 1e-2);
+    check("skinny_product, added", up.error, up.size, 1e-2);
     check("transposed_product", across.error, across.size, 1e-5);
     free(m), free(p), free(low), free(turned), free(scratch);
 }

@@ -1,4 +1,4 @@
-"""The narrow products of bfloat16 adapters, in each tier that has them, against double precision."""
+"""The skinny products of bfloat16 adapters, in each tier that has them, against double precision."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from celora.kernels.backends import choose
 from celora.kernels.c import low_rank as kernels
-from celora.kernels.operations import thin_product, transposed_product
+from celora.kernels.operations import skinny_product, transposed_product
 from tiers import LIBRARY, TIERS, Kernels
 
-WITH_PRODUCTS = [tier for tier in TIERS if Kernels(LIBRARY, tier).has("thin_product_bf16")]  # type: ignore[arg-type]
+WITH_PRODUCTS = [tier for tier in TIERS if Kernels(LIBRARY, tier).has("skinny_product_bf16")]  # type: ignore[arg-type]
 each_tier = pytest.mark.parametrize("tier", WITH_PRODUCTS, indirect=True)
 RANKS = [1, 3, 8, 16, 20, 64]
 SHAPES = [(1, 1), (2, 15), (7, 16), (8, 31), (9, 32), (63, 33), (64, 100), (65, 577), (200, 192)]
@@ -44,15 +44,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @each_tier
 @pytest.mark.parametrize("rank", RANKS)
-def test_thin_products(rank: int, threads: None) -> None:
+def test_skinny_products(rank: int, threads: None) -> None:
     for tokens, columns in SHAPES:
         x, p = drawn(tokens, columns, apart=3), drawn(tokens, rank)
         for m in (drawn(columns, rank), drawn(rank, columns).t(), drawn(columns, 2 * rank)[:, ::2]):
-            found = kernels.thin_product(x, m, alpha=0.5, onto=None)
+            found = kernels.skinny_product(x, m, alpha=0.5, onto=None)
             close(found, 0.5 * x.double()[:, :, None] * m.double())
             there = drawn(tokens, columns, apart=5)
             before = there.double()
-            found = kernels.thin_product(p, m.t(), alpha=2.0, onto=there)
+            found = kernels.skinny_product(p, m.t(), alpha=2.0, onto=there)
             assert found is there
             close(found, 2 * p.double()[:, :, None] * m.t().double(), before)
 
@@ -69,23 +69,36 @@ def test_transposed_products(rank: int, threads: None) -> None:
 
 
 @each_tier
+def test_the_bits_are_those_of_any_number_of_threads() -> None:
+    x, m, p, before = drawn(200, 577), drawn(577, 16), drawn(200, 16), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((kernels.skinny_product(x, m, alpha=2.0, onto=None), kernels.transposed_product(p, x)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, first) for pair in found for one, first in zip(pair, found[0], strict=True))
+
+
+@each_tier
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_where_it_belongs(bad: float) -> None:
     """Nothing that lies beside a row, a column or the last token comes into a sum."""
     x, m, p = drawn(9, 33, apart=3), drawn(33, 5), drawn(9, 5, apart=1)
     x._base[:, 33:] = p._base[:, 5:] = bad  # type: ignore[index]
-    assert kernels.thin_product(x, m, alpha=1.0, onto=None).isfinite().all()
+    assert kernels.skinny_product(x, m, alpha=1.0, onto=None).isfinite().all()
     assert kernels.transposed_product(p, x).isfinite().all()
     x[4, 7] = bad
-    assert kernels.thin_product(x, m, alpha=1.0, onto=None).isfinite().all(1).tolist() == [t != 4 for t in range(9)]
+    assert kernels.skinny_product(x, m, alpha=1.0, onto=None).isfinite().all(1).tolist() == [t != 4 for t in range(9)]
     assert kernels.transposed_product(p, x).isfinite().all(0).tolist() == [i != 7 for i in range(33)]
 
 
 @each_tier
 def test_the_kernels_are_used_for_plain_bfloat16_alone() -> None:
-    assert choose("thin_product", drawn(4, 8)).name == "c"
-    assert choose("thin_product", drawn(4, 8).float()).name == "torch"
-    assert choose("thin_product", drawn(8, 4).t()).name == "torch"
+    assert choose("skinny_product", drawn(4, 8)).name == "c"
+    assert choose("skinny_product", drawn(4, 8).float()).name == "torch"
+    assert choose("skinny_product", drawn(8, 4).t()).name == "torch"
     assert choose("transposed_product", torch.nn.Parameter(drawn(4, 8))).name == "torch"
 
 
@@ -93,7 +106,7 @@ def test_the_kernels_are_used_for_plain_bfloat16_alone() -> None:
 def test_autograd_sees_that_a_tensor_was_changed() -> None:
     there = drawn(4, 8)
     before = there._version
-    kernels.thin_product(drawn(4, 2), drawn(2, 8), alpha=1.0, onto=there)
+    kernels.skinny_product(drawn(4, 2), drawn(2, 8), alpha=1.0, onto=there)
     assert there._version == before + 1
 
 
@@ -102,9 +115,9 @@ def test_any_backend(dtype: torch.dtype) -> None:
     x, m, p, there = (drawn(*shape).to(dtype) for shape in ((9, 33), (33, 5), (9, 5), (9, 33)))
     tolerance = {"rtol": 1e-2, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
     expected = 2 * x.double() @ m.double()
-    torch.testing.assert_close(thin_product(x, m, alpha=2.0).double(), expected, **tolerance)
+    torch.testing.assert_close(skinny_product(x, m, alpha=2.0).double(), expected, **tolerance)
     expected = there.double() + p.double() @ m.double().t()
-    torch.testing.assert_close(thin_product(p, m.t(), onto=there).double(), expected, **tolerance)
+    torch.testing.assert_close(skinny_product(p, m.t(), onto=there).double(), expected, **tolerance)
     q = torch.randint(-127, 128, (9, 33), dtype=torch.int8)
     for of_x in (x, q):
         found = transposed_product(p, of_x).double()

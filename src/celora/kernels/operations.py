@@ -72,9 +72,9 @@ define("gated", Backend("c", c_rows.gated, c.supported))
 define("gated_backward", Backend("c", c_rows.gated_backward, c.supported))
 define("rotate", Backend("c", c_rows.rotate, c.supported))
 define(
-    "thin_product",
-    Backend("c", c_low_rank.thin_product, c_low_rank.takes),
-    Backend("torch", plain.thin_product),
+    "skinny_product",
+    Backend("c", c_low_rank.skinny_product, c_low_rank.takes),
+    Backend("torch", plain.skinny_product),
 )
 define(
     "transposed_product",
@@ -260,12 +260,12 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, transposed: bool) -> Tens
     return found
 
 
-def thin_product(x: Tensor, m: Tensor, *, alpha: float = 1.0, onto: Tensor | None = None) -> Tensor:
+def skinny_product(x: Tensor, m: Tensor, *, alpha: float = 1.0, onto: Tensor | None = None) -> Tensor:
     """`alpha x M` of `x: (T, k)` and `m: (k, n)`, of which k or n is small: (T, n), added to `onto` in place if given.
 
     All of one dtype; `onto` with contiguous rows.
     """
-    found: Tensor = choose("thin_product", x).run(x, m, alpha=alpha, onto=onto)
+    found: Tensor = choose("skinny_product", x).run(x, m, alpha=alpha, onto=onto)
     return found
 
 
@@ -323,9 +323,9 @@ __all__ = [
     "rms_norm",
     "rms_norm_backward",
     "rotate",
+    "skinny_product",
     "softmax_rows",
     "squared_column_norms",
     "squared_row_norms",
-    "thin_product",
     "transposed_product",
 ]

@@ -75,7 +75,7 @@ def rounded_up(count: int, total: int, step: int) -> int:
     return min(total, -(-max(1, count) // step) * step)
 
 
-def thin_product(x: Tensor, m: Tensor, *, alpha: float, onto: Tensor | None) -> Tensor:
+def skinny_product(x: Tensor, m: Tensor, *, alpha: float, onto: Tensor | None) -> Tensor:
     if onto is not None:
         return onto.addmm_(x, m, alpha=alpha)
     y = x @ m

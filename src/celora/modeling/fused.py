@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 
-from celora.kernels.operations import thin_product, transposed_product
+from celora.kernels.operations import skinny_product, transposed_product
 from celora.kernels.packed import QuantisedRows
 from celora.modeling.adapter import Adapter, looked_at, made_of, parts_of, touched, vanilla_adapter
 from celora.modeling.compiled import rounded_rows
@@ -246,8 +246,8 @@ class _LoraLinear(torch.autograd.Function):
             if dropout > 0:
                 mask = torch.empty(seen.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)
                 seen = seen * mask * (1 / (1 - dropout) if dropout < 1 else 0.0)
-            low = thin_product(seen, A.t(), alpha=scaling)
-            thin_product(low, B.t(), onto=output.view(-1, output.shape[-1]))
+            low = skinny_product(seen, A.t(), alpha=scaling)
+            skinny_product(low, B.t(), onto=output.view(-1, output.shape[-1]))
         _, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
         if rows is None and trains_A and layer.rounds_input:
             rows = _rounded(x)
@@ -267,7 +267,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_x = grad_bias = grad_A = grad_B = None
         with without_autocast(grad_output.device.type):
             g = grad_output.reshape(-1, grad_output.shape[-1])
-            through = thin_product(g, B, alpha=ctx.scaling)
+            through = skinny_product(g, B, alpha=ctx.scaling)
             if needs_A:
                 if inputs[1] is None:
                     grad_A = transposed_product(through, inputs[0])
@@ -281,7 +281,7 @@ class _LoraLinear(torch.autograd.Function):
             if needs_x:
                 grad_x = ctx.layer.grad_input(g, ctx.weight, ctx.layer.mode_for(ctx.mode, through, ctx.weight))
                 if mask is None:
-                    grad_x = thin_product(through, A, onto=grad_x)
+                    grad_x = skinny_product(through, A, onto=grad_x)
                 else:
                     grad_x = grad_x.add_((through @ A).mul_(mask), alpha=1 / ctx.keep if ctx.keep else 0.0)
                 grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)

@@ -34,7 +34,7 @@ _TYPED = {  # there is one for each dtype, which runs on torch's threads
     "attention": "PPPPPqqqqqdPqPP",
     "attention_backward": "PPPPPPqqqqqdPqPPPPP",
     # low_rank.c; only for bfloat16, in tiers that multiply it by vectors
-    "thin_product": "PqqqPqqqdqPqP",
+    "skinny_product": "PqqqPqqqdqPqP",
     "transposed_product": "PqqqPqqqPP",
 }
 _NUMBERS = {  # return one

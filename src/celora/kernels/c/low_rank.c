@@ -1,10 +1,10 @@
-/* Products of a LoRA adapter in bfloat16, whose one side is as narrow as its rank, for AVX-512 with BF16.
+/* The tall and skinny products of a LoRA adapter in bfloat16, for AVX-512 with BF16. One side is as narrow as the rank.
  *
  *     out = alpha x M [+ out],  M: (depth, columns), depth or columns small;     out = p^T x,  p: (tokens, rank).
  *
- * Such a product reads or writes a number for few multiplications, so libraries, which arrange both sides for large
- * squares first, spend their time there. Here the narrow side alone is arranged in pairs. Sums are in float32. Matrix
- * instructions (AMX) have these products in libraries, at a speed that vectors do not reach.
+ * Libraries first arrange both sides for a large product. A skinny one multiplies each number only a few times, so that
+ * takes as long as the product. Here only the narrow side is arranged beforehand, in pairs. Sums are in float32. With
+ * matrix instructions (AMX) libraries are faster than this, so that tier has none of it.
  */
 
 #if defined(IN_PAIRS) && !defined(TILE)
@@ -52,20 +52,19 @@ static inline __m512i pair_up(const void *one, const void *two, int64_t i, int b
 }
 
 /* alpha sum [+ out] */
-static inline __m512 thin_sum(__m512 sum, __m512 alpha, int add, const bf16 *out) {
+static inline __m512 skinny_sum(__m512 sum, __m512 alpha, int add, const bf16 *out) {
     const __m512i before = add ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)out)) : all(0);
     return _mm512_fmadd_ps(sum, alpha, _mm512_castsi512_ps(_mm512_slli_epi32(before, 16)));
 }
 
 /* A tile of alpha x M [+ out] with `vectors` of M's pairs, whose columns are fewer where they do not fill these. */
-static inline __attribute__((always_inline)) void thin_tile(const bf16 *x, int64_t depth, int64_t stride,
+static inline __attribute__((always_inline)) void skinny_tile(const bf16 *x, int64_t depth, int64_t stride,
                                                             const uint32_t *m, int64_t columns, const bf16 *next,
                                                             int64_t apart, float alpha, int add, bf16 *out,
                                                             int64_t out_stride, const int rows, const int vectors) {
     const int64_t pairs = depth / 2, between = (depth + 1) / 2 * LANES;
     __m512 sum[TALL][2];
-    sum_pairs((const char *)x, 2 * stride, 4, pairs, m, between, rows, vectors, (const char *)next, apart,
-              sum);
+    sum_pairs((const char *)x, 2 * stride, 4, pairs, m, between, rows, vectors, (const char *)next, apart, sum);
     if (depth % 2) /* the last number has no pair */
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < vectors; v++)
@@ -81,29 +80,29 @@ static inline __attribute__((always_inline)) void thin_tile(const bf16 *x, int64
                 out[c] = to_bf16(fmaf(sums[r][c], alpha, add ? from_bf16(out[c]) : 0.0f));
     } else if (vectors == 2) {
         for (int r = 0; r < rows; r++, out += out_stride)
-            two_bf16(out, thin_sum(sum[r][0], factor, add, out), thin_sum(sum[r][1], factor, add, out + LANES));
+            two_bf16(out, skinny_sum(sum[r][0], factor, add, out), skinny_sum(sum[r][1], factor, add, out + LANES));
     } else {
         for (int r = 0; r < rows; r++, out += out_stride)
-            _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(thin_sum(sum[r][0], factor, add, out)));
+            _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(skinny_sum(sum[r][0], factor, add, out)));
     }
 }
 
-static inline __attribute__((always_inline)) void thin_rows(const bf16 *x, int64_t depth, int64_t stride,
+static inline __attribute__((always_inline)) void skinny_rows(const bf16 *x, int64_t depth, int64_t stride,
                                                             const uint32_t *m, int64_t columns, float alpha, int add,
                                                             bf16 *out, int64_t out_stride, const int rows) {
-    const int reads = depth > 4 * LANES; /* what is long is read ahead: rows of x, a tile of out */
+    const int reads = depth > 4 * LANES; /* the long side is fetched ahead: rows of x, or the tile below in out */
     for (int64_t c = 0; c < columns; c += 2 * LANES, out += 2 * LANES, m += (depth + 1) / 2 * 2 * LANES) {
         const bf16 *next = reads ? c ? NULL : x + rows * stride : out + rows * out_stride;
         const int64_t apart = reads ? 4 * TALL : 2 * out_stride;
         if (columns - c > LANES)
-            thin_tile(x, depth, stride, m, columns - c, next, apart, alpha, add, out, out_stride, rows, 2);
-        else thin_tile(x, depth, stride, m, columns - c, next, apart, alpha, add, out, out_stride, rows, 1);
+            skinny_tile(x, depth, stride, m, columns - c, next, apart, alpha, add, out, out_stride, rows, 2);
+        else skinny_tile(x, depth, stride, m, columns - c, next, apart, alpha, add, out, out_stride, rows, 1);
     }
 }
 
 /* out = alpha x M [+ out]. M's numbers are `down` apart in its columns and `right` in its rows, one of which is 1.
  * panels: room for M in vectors of 16 columns, which hold the pairs of its depth. */
-static void thin_product_bf16(const bf16 *x, int64_t rows, int64_t depth, int64_t stride, const bf16 *m, int64_t down,
+static void skinny_product_bf16(const bf16 *x, int64_t rows, int64_t depth, int64_t stride, const bf16 *m, int64_t down,
                               int64_t right, int64_t columns, float alpha, int add, bf16 *out, int64_t out_stride,
                               uint32_t *panels, const team *team) {
     const int64_t pairs = (depth + 1) / 2;
@@ -121,10 +120,10 @@ static void thin_product_bf16(const bf16 *x, int64_t rows, int64_t depth, int64_
         int64_t t = block * TALL;
         bf16 *to = out + t * out_stride;
         if (t + TALL <= rows)
-            thin_rows(x + t * stride, depth, stride, panels, columns, alpha, add, to, out_stride, TALL);
+            skinny_rows(x + t * stride, depth, stride, panels, columns, alpha, add, to, out_stride, TALL);
         else
             for (; t < rows; t++, to += out_stride)
-                thin_rows(x + t * stride, depth, stride, panels, columns, alpha, add, to, out_stride, 1);
+                skinny_rows(x + t * stride, depth, stride, panels, columns, alpha, add, to, out_stride, 1);
     }
 }
 

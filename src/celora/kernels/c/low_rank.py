@@ -1,6 +1,6 @@
-"""Products of a LoRA adapter in bfloat16 by AVX-512, where one side is as narrow as the adapter's rank (low_rank.c).
+"""The tall and skinny products of a LoRA adapter in bfloat16, by AVX-512 with BF16 (low_rank.c).
 
-In and out: as `thin_product` and `transposed_product` of `kernels.operations`.
+In and out: as `skinny_product` and `transposed_product` of `kernels.operations`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ def takes(tensor: Tensor) -> bool:
     if tensor.dtype != torch.bfloat16 or type(tensor) is not Tensor or not supported(tensor):
         return False
     loaded = library()
-    return loaded is not None and loaded.has("thin_product_bf16")
+    return loaded is not None and loaded.has("skinny_product_bf16")
 
 
-def thin_product(x: Tensor, m: Tensor, *, alpha: float, onto: Tensor | None) -> Tensor:
+def skinny_product(x: Tensor, m: Tensor, *, alpha: float, onto: Tensor | None) -> Tensor:
     (rows, depth), columns = x.shape, m.shape[1]
     m = m if 1 in m.stride() else m.contiguous()
     out = x.new_empty(rows, columns) if onto is None else onto
     pairs = torch.empty(_padded(columns, _VECTOR) * _padded(depth, 2), dtype=torch.bfloat16, device="cpu")
-    call_kernel("thin_product", x, x.data_ptr(), rows, depth, x.stride(0), m.data_ptr(), *m.stride(), columns, alpha,
+    call_kernel("skinny_product", x, x.data_ptr(), rows, depth, x.stride(0), m.data_ptr(), *m.stride(), columns, alpha,
           onto is not None, out.data_ptr(), out.stride(0), pairs.data_ptr())  # fmt: skip
     if onto is not None:
         torch.autograd.graph.increment_version(onto)
