@@ -13,6 +13,13 @@
 #define TALL 8   /* rows of sums in registers, with up to two vectors of columns */
 #define DEPTH 32 /* pairs of tokens that are interleaved at a time, for the second cache */
 
+/* sum + pair x columns, in one instruction. Clang would load the pair into a vector first, which takes a cycle more. */
+typedef int32_t __attribute__((may_alias, aligned(2))) pair_of_numbers;
+static inline __m512 add_pair(__m512 sum, const char *pair, __m512bh columns) {
+    __asm__("vdpbf16ps %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(*(const pair_of_numbers *)pair), "v"(columns));
+    return sum;
+}
+
 /* sum[r, v] = sum_k of pair k in row r (rows `row` bytes apart, pairs `step`) times that in vector v (`between` numbers
  * apart). `rows` and `vectors` must be constants. What is read soon is at `next`, unless NULL, every `apart` bytes. */
 static inline __attribute__((always_inline)) void sum_pairs(const char *a, int64_t row, int64_t step, int64_t pairs,
@@ -26,8 +33,11 @@ static inline __attribute__((always_inline)) void sum_pairs(const char *a, int64
         if (next) _mm_prefetch(next + k * apart, _MM_HINT_T0);
         for (int v = 0; v < vectors; v++) columns[v] = (__m512bh)load(b + v * between + k * LANES);
         for (int r = 0; r < rows; r++) {
-            const __m512bh two = two_everywhere(a + r * row + k * step);
-            for (int v = 0; v < vectors; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], two, columns[v]);
+            const char *pair = a + r * row + k * step;
+            if (vectors == 1) sum[r][0] = add_pair(sum[r][0], pair, columns[0]);
+            else
+                for (int v = 0; v < vectors; v++)
+                    sum[r][v] = _mm512_dpbf16_ps(sum[r][v], two_everywhere(pair), columns[v]);
         }
     }
 }
