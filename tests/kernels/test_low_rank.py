@@ -103,6 +103,22 @@ def test_the_kernels_are_used_for_plain_bfloat16_alone() -> None:
 
 
 @each_tier
+def test_other_layouts_and_dtypes_are_torchs() -> None:
+    x, m, p = drawn(9, 33), drawn(33, 5), drawn(9, 5)
+    there = drawn(33, 9).t()
+    before = there.double()
+    close(kernels.skinny_product(p, m.t(), alpha=1.0, onto=there), p.double()[:, :, None] * m.t().double(), before)
+    for wrong in (m.float(), m[1:]):
+        with pytest.raises(RuntimeError):
+            kernels.skinny_product(x, wrong, alpha=1.0, onto=None)
+    with pytest.raises(RuntimeError):
+        kernels.skinny_product(p, m.t(), alpha=1.0, onto=there.float())
+    with pytest.raises(RuntimeError):
+        kernels.transposed_product(p, x[1:])
+    assert kernels.transposed_product(p, x.float()).equal(p.t() @ x)
+
+
+@each_tier
 def test_autograd_sees_that_a_tensor_was_changed() -> None:
     there = drawn(4, 8)
     before = there._version

@@ -42,7 +42,7 @@
 
 #ifdef LOW_RANK_PRODUCTS
 #define LOW_RANK(KERNEL)                                                                                          \
-    KERNEL(skinny_product, P(0), N(1), N(2), N(3), P(4), N(5), N(6), N(7), F(8), I(9), P(10), N(11), P(12))         \
+    KERNEL(skinny_product, P(0), N(1), N(2), N(3), P(4), N(5), N(6), N(7), F(8), I(9), P(10), N(11), P(12))       \
     KERNEL(transposed_product, P(0), N(1), N(2), N(3), P(4), I(5), N(6), N(7), P(8), P(9))
 #else
 #define LOW_RANK(KERNEL)
