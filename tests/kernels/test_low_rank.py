@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -34,17 +34,11 @@ def close(found: Tensor, terms: Tensor, before: Tensor | None = None) -> None:
     assert (found.double() - right).abs().le(step * right.abs() * (1 + sums) + sums * size).all()
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 @each_tier
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("rank", RANKS)
-def test_skinny_products(rank: int, threads: None) -> None:
+def test_skinny_products(rank: int, threads: int, use_threads: Callable[[int], None]) -> None:
+    use_threads(threads)
     for tokens, columns in SHAPES:
         x, p = drawn(tokens, columns, apart=3), drawn(tokens, rank)
         for m in (drawn(columns, rank), drawn(rank, columns).t(), drawn(columns, 2 * rank)[:, ::2]):
@@ -58,8 +52,10 @@ def test_skinny_products(rank: int, threads: None) -> None:
 
 
 @each_tier
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("rank", RANKS)
-def test_transposed_products(rank: int, threads: None) -> None:
+def test_transposed_products(rank: int, threads: int, use_threads: Callable[[int], None]) -> None:
+    use_threads(threads)
     for tokens, columns in SHAPES:
         p, x = drawn(tokens, rank), drawn(tokens, columns, apart=3)
         in_8_bits = torch.randint(-127, 128, (tokens, columns + 5), dtype=torch.int8)[:, :columns]
@@ -69,15 +65,12 @@ def test_transposed_products(rank: int, threads: None) -> None:
 
 
 @each_tier
-def test_the_bits_are_those_of_any_number_of_threads() -> None:
-    x, m, p, before = drawn(200, 577), drawn(577, 16), drawn(200, 16), torch.get_num_threads()
+def test_the_bits_are_those_of_any_number_of_threads(use_threads: Callable[[int], None]) -> None:
+    x, m, p = drawn(200, 577), drawn(577, 16), drawn(200, 16)
     found = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append((kernels.skinny_product(x, m, alpha=2.0, onto=None), kernels.transposed_product(p, x)))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3):
+        use_threads(threads)
+        found.append((kernels.skinny_product(x, m, alpha=2.0, onto=None), kernels.transposed_product(p, x)))
     assert all(torch.equal(one, first) for pair in found for one, first in zip(pair, found[0], strict=True))
 
 

@@ -289,10 +289,12 @@ def test_a_small_vocabulary_keeps_more(
 
 def test_a_share_of_the_words_that_was_given_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another machine's times would decide otherwise, and a resumed training could not go on there."""
-    times(monkeypatch, 10.0, 12.0, 9.0)
-    asked = dataclasses.replace(AUTO, head_keep_ratio=0.5)
-    assert gate(survey(make_model()), asked, given=["head_keep_ratio"]).config.head_keep_ratio == 0.5
+    seen, asked = times(monkeypatch, 10.0, 12.0, 9.0), dataclasses.replace(AUTO, head_keep_ratio=0.3)
+    patch_all(monkeypatch, "celora.planning.fastest:_LEAST_WORDS", 1)
+    assert gate(survey(make_model()), asked, given=["head_keep_ratio"]).config.head_keep_ratio == 0.3
+    of_layers = len(seen)
     assert gate(survey(make_model()), asked).config.head_keep_ratio == 1.0
+    assert len(seen) == of_layers + 1
 
 
 @pytest.mark.parametrize("config", [FAST, AUTO], ids=["fast", "auto"])

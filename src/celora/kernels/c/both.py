@@ -7,7 +7,7 @@ from torch import Tensor
 
 from celora.errors import CELoraError
 from celora.kernels.c import dot
-from celora.kernels.c.library import ask_kernel, call_kernel, known, pointer
+from celora.kernels.c.library import ask_kernel, call_kernel, known, pointer, up_to
 from celora.kernels.packed import BothWays, QuantisedRows
 
 _ROWS = 1024  # that are packed at a time, whole panels
@@ -86,6 +86,6 @@ def _signed(q: Tensor) -> Tensor:
 def _layout(rows: int, columns: int) -> tuple[torch.Size, torch.dtype]:
     """Shape and dtype of the panels of a weight `(rows, columns)` in the tier that is used."""
     panel, step = dot.panel_columns(), ask_kernel("depth_step")
-    panels = -(-rows // max(panel, step)) * max(panel, step) // panel
+    panels = up_to(rows, max(panel, step)) // panel
     kind = torch.uint8 if ask_kernel("offset") else torch.int8  # in some tiers bytes are unsigned: q + 128
     return torch.Size((panels, *dot.panel_shape(columns))), kind

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from celora.kernels.c import tier
-from celora.kernels.c.library import ask_kernel, call_kernel, known, library, pointer, supported
+from celora.kernels.c.library import ask_kernel, call_kernel, known, library, pointer, supported, up_to
 from celora.kernels.packed import PackedWeight, positions
 from celora.machine import cpu
 
@@ -33,7 +33,7 @@ def panel_columns() -> int:
 def panel_shape(depth: int) -> tuple[int, int, int]:
     """Of a panel whose columns have `depth` numbers: parts of the depth, columns, numbers of a column and part."""
     step, together = ask_kernel("depth_step"), ask_kernel("together")
-    return -(-depth // step) * step // together, panel_columns(), together
+    return up_to(depth, step) // together, panel_columns(), together
 
 
 def takes(device: torch.device) -> bool:

@@ -87,6 +87,11 @@ def ask_kernel(name: str, *arguments: float) -> int:
     return _loaded().run(name, _SLOTS[name].pack(*arguments), 1)
 
 
+def up_to(number: int, step: int) -> int:
+    """The number, rounded up to a multiple of `step`."""
+    return -(-number // step) * step
+
+
 def pointer(tensor: Tensor | None) -> int:
     """Where it lies; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -116,7 +116,7 @@ static void skinny_product_bf16(const bf16 *x, int64_t rows, int64_t depth, int6
                               int64_t right, int64_t columns, float alpha, int add, bf16 *out, int64_t out_stride,
                               uint32_t *panels, const team *team) {
     const int64_t pairs = (depth + 1) / 2;
-    FOR_SHARE(i, (columns + LANES - 1) / LANES * pairs) {
+    FOR_SHARE(i, up_to(columns, LANES) / LANES * pairs) {
         const int64_t first = i / pairs * LANES, k = 2 * (i % pairs);
         const bf16 *at = m + k * down + first * right, *under = k + 1 < depth ? at + down : NULL;
         uint32_t *to = panels + i * LANES;
@@ -126,7 +126,7 @@ static void skinny_product_bf16(const bf16 *x, int64_t rows, int64_t depth, int6
                 to[c] = first + c >= columns ? 0 : under ? at[0] | (uint32_t)at[1] << 16 : at[0];
     }
     celora_meet(team);
-    FOR_SHARE(block, (rows + TALL - 1) / TALL) {
+    FOR_SHARE(block, up_to(rows, TALL) / TALL) {
         int64_t t = block * TALL;
         bf16 *to = out + t * out_stride;
         if (t + TALL <= rows)
@@ -137,7 +137,7 @@ static void skinny_product_bf16(const bf16 *x, int64_t rows, int64_t depth, int6
     }
 }
 
-/* out = p^T x: (rank, columns), of x in bfloat16 or, with `bytes`, in 8 bits. scratch: room for 2 DEPTH rows of x, and
+/* out += p^T x: (rank, columns), of x in bfloat16 or, with `bytes`, in 8 bits. scratch: room for 2 DEPTH rows of x, and
  * of p for each thread, in pairs. Threads share the columns. */
 static void transposed_product_bf16(const bf16 *p, int64_t tokens, int64_t rank, int64_t p_stride, const void *x,
                                     int bytes, int64_t columns, int64_t stride, float *out, uint32_t *scratch,
@@ -171,8 +171,7 @@ static void transposed_product_bf16(const bf16 *p, int64_t tokens, int64_t rank,
                         const int64_t c = block * WIDTH + v * LANES;
                         const __mmask16 there = first_of(columns - c);
                         float *to = out + (r + i) * columns + c;
-                        const __m512 before = t ? _mm512_maskz_loadu_ps(there, to) : _mm512_setzero_ps();
-                        _mm512_mask_storeu_ps(to, there, _mm512_add_ps(before, sum[i][v]));
+                        _mm512_mask_storeu_ps(to, there, _mm512_add_ps(_mm512_maskz_loadu_ps(there, to), sum[i][v]));
                     }
             }
     }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from celora.kernels import plain
-from celora.kernels.c.library import call_kernel, library, supported
+from celora.kernels.c.library import call_kernel, library, supported, up_to
 
 _VECTOR = 16  # columns
 _ROWS = 64  # of x and of p that are interleaved at a time
@@ -29,7 +29,7 @@ def skinny_product(x: Tensor, m: Tensor, *, alpha: float, onto: Tensor | None) -
     if out.stride(1) != 1 or (out.dtype, *out.shape, m.dtype, len(m)) != (x.dtype, rows, columns, x.dtype, depth):
         return plain.skinny_product(x, m, alpha=alpha, onto=onto)  # it takes any layout, and says what does not match
     m = m if 1 in m.stride() else m.contiguous()
-    pairs = torch.empty(_padded(columns, _VECTOR) * _padded(depth, 2), dtype=torch.bfloat16, device="cpu")
+    pairs = torch.empty(up_to(columns, _VECTOR) * up_to(depth, 2), dtype=torch.bfloat16, device="cpu")
     call_kernel("skinny_product", x, x.data_ptr(), rows, depth, x.stride(0), m.data_ptr(), *m.stride(), columns, alpha,
           onto is not None, out.data_ptr(), out.stride(0), pairs.data_ptr())  # fmt: skip
     if onto is not None:
@@ -43,12 +43,8 @@ def transposed_product(p: Tensor, x: Tensor) -> Tensor:
         return plain.transposed_product(p, x)
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.zeros(rank, columns, dtype=torch.float32, device="cpu")
-    numbers = _ROWS * (_padded(columns, 2 * _VECTOR) + torch.get_num_threads() * _padded(rank, _VECTOR))
+    numbers = _ROWS * (up_to(columns, 2 * _VECTOR) + torch.get_num_threads() * up_to(rank, _VECTOR))
     pairs = torch.empty(numbers, dtype=torch.bfloat16, device="cpu")
     call_kernel("transposed_product", p, p.data_ptr(), tokens, rank, p.stride(0), x.data_ptr(), x.dtype == torch.int8,
           columns, x.stride(0), out.data_ptr(), pairs.data_ptr())  # fmt: skip
     return out
-
-
-def _padded(number: int, step: int) -> int:
-    return -(-number // step) * step
