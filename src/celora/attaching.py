@@ -107,8 +107,11 @@ def attach(
     estimates = bool(report.estimated) or not exact_head
     estimators = [estimator for _, estimator in assigned.values() if estimator is not None]
     slow = {estimator.product.slow(estimator.device) for estimator in estimators} - {""}
+    head = None if attachment.forward is None else attachment.forward.eight_bit
+    logits = found.language_model is not None and head is not None and head.takes(found.language_model.head.weight)
+    compact = attachment.switch.compact
     notes = (
-        *whole_model_notes(found, config, known.values(), estimates=estimates, compact=attachment.switch.compact),
+        *whole_model_notes(found, config, known.values(), estimates=estimates, compact=compact, logits=logits),
         *advice(found, config),
         *(f"Dense layers are faster here: {reason}." for reason in sorted(slow)),
     )

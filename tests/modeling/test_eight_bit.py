@@ -20,7 +20,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import celora
 from celora import CELoraConfig, CELoraError
+from celora.modeling.eight_bit import EightBitHead
 from celora.numerics import reference
+from celora.numerics.products.both_ways import Int8BothWays
 from celora.runtime.attachment import require
 from celora.settings.presets import PRESETS
 from machine import refuses
@@ -325,3 +327,19 @@ def test_logits_in_8_bits() -> None:
         assert model.eval()(**batch).logits.equal(exact.eval()(**batch).logits)
     again = copy.deepcopy(model.train())
     assert float(again(**batch).loss.detach()) == losses[1]
+
+
+def test_logits_of_any_number_of_words() -> None:
+    """A sum over so many words could overflow 32 bits, and the forward has none: it sums over features."""
+    torch.manual_seed(0)
+    x, weight, head = torch.randn(4, 16), torch.randn(140_000, 16), EightBitHead(16)
+    assert head.applies(weight)
+    logits = head.product.project(x, weight, None, torch.empty(4, 140_000))
+    assert (logits - x @ weight.t()).norm() < 0.02 * (x @ weight.t()).norm()
+
+
+def test_the_report_says_whether_logits_are_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(PRESETS["exact"], head_forward="int8")
+    assert "its logits in 8 bits" in str(celora.attach(make_model(), config))
+    monkeypatch.setattr(Int8BothWays, "forward_unavailable", lambda *_: "there are no such products here")
+    assert "logits in 8 bits" not in str(celora.attach(make_model(), config))

@@ -285,7 +285,7 @@ def test_what_no_longer_computes_in_8_bits_is_evaluated_once(
         for forward in require(model).forwards.values():
             forward.give_up()
     else:
-        monkeypatch.setattr(Int8BothWays, "pays", lambda *_: False)
+        monkeypatch.setattr(Int8BothWays, "forward_unavailable", lambda *_: "not here")
     trainer.train()
     assert len(count) == 2 * 3
     assert [row["eval_base_loss"] == row["eval_loss"] for row in evaluations(trainer)] == [True, True]

@@ -179,11 +179,16 @@ class EightBitHead:
         self.product.forget()
 
     def applies(self, weight: Tensor) -> bool:
-        """Whether logits are in 8 bits here. Those of a gathered head are always exact."""
-        if self.exact or isinstance(weight, DTensor):
+        """Whether logits are in 8 bits now."""
+        return not self.exact and self.takes(weight)
+
+    def takes(self, weight: Tensor) -> bool:
+        """Whether logits of this weight can be in 8 bits. Those of a gathered head cannot."""
+        if isinstance(weight, DTensor):
             return False
-        words, hidden = weight.shape
-        return self.product.pays(words, hidden, weight.device)
+        (words, hidden), where = weight.shape, weight.device
+        # Nothing multiplies gradients with these bytes, so the number of words has no limit.
+        return not (self.product.forward_unavailable(words, hidden, where) or self.product.slow(where))
 
     def compare(self, x: Tensor, logits: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Measure the error of some logits, (T, V), of the tokens x, (T, H), and record the sizes of x's features."""

@@ -22,6 +22,7 @@ def whole_model_notes(
     *,
     estimates: bool,
     compact: bool,
+    logits: bool,
 ) -> list[str]:
     """What celora does to the model besides estimates, and why it leaves something out.
 
@@ -29,6 +30,7 @@ def whole_model_notes(
         known: the class of each module that is computed in one pass.
         estimates: whether the backward of any layer, or of the head, is estimated.
         compact: whether these save activations for backward in fewer bits.
+        logits: whether logits are computed in 8 bits.
     """
     notes = []
     if config.fused:
@@ -43,7 +45,7 @@ def whole_model_notes(
     if config.labelled_head:
         of = found.language_model
         share = "" if config.head_keep_ratio == 1 else f", its gradient through {config.head_keep_ratio:g} of the words"
-        share += ", its logits in 8 bits" if config.head_forward != "exact" else ""
+        share += ", its logits in 8 bits" if logits else ""
         notes.append(
             f"The model's own loss: {found.cannot_score}."
             if of is None

@@ -148,6 +148,7 @@ static void transposed_product_bf16(const bf16 *p, int64_t tokens, int64_t rank,
     const int64_t first = share_of(blocks, team->thread, team->threads);
     const int64_t last = share_of(blocks, team->thread + 1, team->threads);
     uint32_t *of_x = scratch + first * ROOM + team->thread * DEPTH * ranks, *of_p = of_x + (last - first) * ROOM;
+    if (first == last) return; /* nothing would read its pairs of p */
     for (int64_t t = 0; t < tokens; t += 2 * DEPTH) {
         const int64_t pairs = tokens - t < 2 * DEPTH ? (tokens - t + 1) / 2 : DEPTH;
         for (int64_t k = 0; k < pairs; k++) {

@@ -97,11 +97,15 @@ class Int8BothWays(Int8):
         self.forget()
 
     def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
+        return self.forward_unavailable(out_features, in_features, device) or super().unavailable(
+            out_features, in_features, device
+        )
+
+    def forward_unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
+        """Why `x W^T` alone cannot be computed for this shape on this device; '' if it can."""
         if device.type == "cuda" and out_features % 8:
             return f"int8 forwards on CUDA need out_features that are a multiple of 8, not {out_features}"
-        return super().unavailable(out_features, in_features, device) or super().unavailable(
-            in_features, out_features, device
-        )
+        return super().unavailable(in_features, out_features, device)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         """`x W^T + bias` of `x: (..., in)`, `weight: (out, in)`, `bias: (out,)` or None: (..., out).
