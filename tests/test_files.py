@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
 import os
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from celora.errors import CELoraError
-from celora.files import clear, inside, read_json, replacing_folder, write_text
+from celora.files import clear, inside, json_lines, read_json, replacing_folder, write_text
 from celora.train.request.yaml_file import read_document
 from celora.train.rows.data import load_rows
 from small import written_whole
@@ -135,3 +138,12 @@ def test_what_is_neither_file_nor_folder_is_not_opened(tmp_path: Path, what: str
         path.symlink_to("/dev/zero")
     with pytest.raises(CELoraError, match="a pipe or a device; expected a file"):
         read(path, **({"chat": False} if read is load_rows else {}))
+
+
+def test_rows_of_any_python_are_lines_of_json() -> None:
+    row = {"loss": float("nan"), "at": date(2026, 11, 30), "said": "é \ud800", "of": Decimal("0.5")}
+    for ascii in (True, False):
+        line = json_lines([row], ascii=ascii)
+        assert ("é" in line) is not ascii
+        line.encode()  # a file can hold it
+        assert json.loads(line) == {"loss": None, "at": "2026-11-30", "said": "é \ud800", "of": "0.5"}

@@ -110,9 +110,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(finite(value), indent=2, default=str, allow_nan=False) + "\n")
 
 
-def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as the text of a file of JSON lines: an object a line."""
-    return "".join(json.dumps(row) + "\n" for row in rows)
+def json_lines(rows: Iterable[Mapping[str, Any]], *, ascii: bool = True) -> str:
+    """Rows as the text of a file of JSON lines: an object a line, with other types and numbers as in `write_json`.
+
+    `ascii`: write other characters as escapes. Half a surrogate pair, which no file can hold, is always escaped.
+    """
+    lines = (json.dumps(finite(row), ensure_ascii=ascii, default=str, allow_nan=False) + "\n" for row in rows)
+    return "".join(lines).encode(errors="backslashreplace").decode()
 
 
 def check_regular(path: Path) -> None:

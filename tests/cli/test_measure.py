@@ -7,6 +7,7 @@ import json
 import pytest
 
 from asked import error_line
+from celora.cli import measure
 from celora.cli.main import main
 from patching import patch_all
 from tiny import save_rows, save_tiny_model
@@ -61,6 +62,16 @@ def test_plan_then_audit_and_train_with_it(inputs, capsys, tmp_path, monkeypatch
     assert "fidelity=0.0; expected a cosine" in error_line(capsys, *plan, "--overwrite", "--fidelity", 0)
     assert "memory_limit=-1;" in error_line(capsys, *base, "--preset", "auto", "--memory_limit", -1)
     assert "expected a file in a folder that exists" in error_line(capsys, *plan[:5], "--output", tmp_path)
+
+
+@pytest.mark.parametrize("command", ["plan", "audit"])
+def test_it_has_the_threads_that_training_has(command, inputs, capsys, tmp_path, monkeypatch):
+    """A plan is for a number of threads, and `audit --plan` would refuse one of other threads."""
+    settled = []
+    monkeypatch.setattr(measure, "settle_in", lambda: settled.append(command))
+    monkeypatch.chdir(tmp_path)
+    assert main([command, "--model", str(inputs[1]), "--data", str(tmp_path)]) == 2
+    assert settled == [command]
 
 
 def test_plan_and_audit_have_batches_as_training_has(inputs, capsys, tmp_path):

@@ -25,8 +25,8 @@ AREAS = {
 }
 HEAD = """# What goes wrong, what you see, what is kept
 
-Search this page for what you saw. An error is one line and exit status 2. Nothing here ends in a traceback, or changes
-a result silently. The test in the last column proves its row.
+Search this page for what you saw. An error is one line. Nothing here ends in a traceback, or changes a
+result silently. The test in the last column proves its row.
 """
 
 

@@ -24,7 +24,8 @@ from accelerate.commands.launch import launch_command_parser
 from celora import CELoraConfig
 from celora.cli.main import main
 from celora.runtime.attachment import find
-from celora.train.request.arguments import parse
+from celora.train.request.arguments import estimator_config, parse
+from celora.train.rows.data import SHAPES, load_rows
 from small import adapter, make_batch
 from tiny import save_rows, save_tiny_model
 
@@ -195,7 +196,24 @@ def test_commands_run(page: str, folder: Path) -> None:
 
 def test_the_configuration_of_ones_own_is_one() -> None:
     (text,) = blocks("use/presets.md", "yaml")
-    assert CELoraConfig.from_dict(yaml.safe_load(text)["celora"]).for_layer("layers.1.mlp.up_proj").keep_ratio == 0.999
+    given = yaml.safe_load(text)
+    config, _ = estimator_config(given["preset"], given["celora"], 16)
+    assert config.for_layer("layers.1.mlp.up_proj").keep_ratio == 0.999
+    assert config.for_layer("layers.1.self_attn.k_proj").estimator == "dense"
+    assert config.fused
+    assert config.labelled_head
+    assert config.padding_free
+
+
+def test_rows_of_every_shape_are_read(tmp_path: Path) -> None:
+    (found,) = blocks("use/data.md", "json")
+    lines = found.splitlines()
+    seen = set()
+    for number, line in enumerate(lines):
+        (tmp_path / f"{number}.jsonl").write_text(line, encoding="utf-8")
+        seen.add(tuple(load_rows(tmp_path / f"{number}.jsonl", chat=True, cache_dir=tmp_path).column_names))
+    assert len(lines) == len(SHAPES)
+    assert seen == {("messages",), ("prompt", "completion"), ("text",)}
 
 
 def test_python_of_the_quick_start_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -346,13 +346,36 @@ def test_a_run_of_an_earlier_celora_goes_on_as_it_began(inputs, tmp_path, monkey
     data = {**inputs, "data": chats(tmp_path / "rows.jsonl", talk(1), talk(2))}
     go(data, tmp_path / "out", assistant_only_loss=False, max_steps=1, save_steps=1)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    del record["given"]["assistant_only_loss"]  # this is TRL's default, recorded under "train"
+    del record["given"]["assistant_only_loss"], record["answers"]  # this is TRL's default, recorded under "train"
     (tmp_path / "out" / "run.json").write_text(json.dumps(record))
     seen = []
     on_build(monkeypatch, seen.append)
     again = {"output": str(tmp_path / "out"), "resume": True, "quiet": True}
     assert train(parse(["--max_steps", "2"], again)).step == 2
     assert words(seen[0], seen[0].train_dataset)[0] == "<|user|> w1 w1 <eos> <|assistant|> w2 w2 w2 <eos>"
+
+
+def test_a_resumed_run_evaluates_what_it_evaluated(inputs, tmp_path, monkeypatch):
+    """Rows to evaluate on may have another shape than those to train on. Each is learnt by its own default."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "w1", "completion": " w2"}))
+    given = {**inputs, "data": str(tmp_path / "rows.jsonl"), "eval_data": chats(tmp_path / "test.jsonl", talk(1))}
+    seen = []
+    on_build(monkeypatch, seen.append)
+    go(given, tmp_path / "out", max_steps=1, save_steps=1)
+    again = {"output": str(tmp_path / "out"), "resume": True, "quiet": True}
+    assert train(parse(["--max_steps", "2"], again)).step == 2
+    for trainer in seen:
+        assert words(trainer, trainer.eval_dataset) == ["w2 w2 w2 <eos>"]
+
+
+def test_texts_that_are_only_evaluated_may_be_cut(inputs, tmp_path):
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "w1 w2 w3 w4 w5 w6"}))
+    given = {**inputs, "data": chats(tmp_path / "rows.jsonl", talk(1)), "eval_data": str(tmp_path / "test.jsonl")}
+    _, _, text = built(given, tmp_path / "out", assistant_only_loss=True, max_length=10)
+    assert "rows to evaluate on" not in text
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "w1 w2 w3 w4 " * 4}))
+    _, _, text = built(given, tmp_path / "out", assistant_only_loss=True, max_length=10)
+    assert "1 of 1 rows to evaluate on are longer than max_length=10" in text
 
 
 def test_an_audit_refuses_a_row_without_an_answer(inputs, tmp_path, capsys):

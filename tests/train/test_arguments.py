@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 
 import pytest
 
@@ -135,20 +134,6 @@ def test_missing_and_contradicting_options():
         make_request({**OWN, "resume": True, "overwrite": True})
 
 
-def test_what_is_said_twice_in_model_init_kwargs_is_said_once():
-    init = {"torch_dtype": "bfloat16", "attn_implementation": "eager", "revision": "v2", "device_map": "cpu"}
-    request = make_request(OWN | {"dtype": "bfloat16", "model_init_kwargs": init})
-    assert [request.lora[n] for n in ("dtype", "attn_implementation", "model_revision")] == ["bfloat16", "eager", "v2"]
-    assert request.train["model_init_kwargs"] == {"device_map": "cpu"}
-    for init, words in (
-        ({"dtype": "float32"}, "dtype='float32' in model_init_kwargs, but dtype='bfloat16'; give one of them"),
-        ({"use_cach": 1}, "unknown name in model_init_kwargs 'use_cach'; did you mean 'use_cache'"),
-        ("use_cache", "expected a mapping"),
-    ):
-        with pytest.raises(CELoraError, match=re.escape(words)):
-            make_request(OWN | {"dtype": "bfloat16", "model_init_kwargs": init})
-
-
 def test_paper_preset_balances_both_ranks():
     assert (make_request(OWN).preset, make_request(OWN).r) == ("auto", 16)
     request = make_request({**OWN, "lora_r": 16, "preset": "paper"})
@@ -250,6 +235,13 @@ def test_names_that_cannot_be_paths_are_one_line(name, value):
             parse([], OWN | {name: value} | more)
         assert str(caught.value).isascii()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["eval_data", "chat_template_path", "deepspeed"])
+def test_a_file_is_found_again_from_another_folder(name, tmp_path, monkeypatch):
+    (tmp_path / "file.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert parse([], OWN | {name: "file.json"}).given[name] == str(tmp_path / "file.json")
 
 
 def test_numbers_at_their_bounds_are_taken():

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from celora.cli.main import main
 from celora.errors import CELoraError
 from celora.train.forecast.estimate import estimate, fitted, in_bytes
-from celora.train.request.arguments import make_request
+from celora.train.request.arguments import make_request, parse
+from celora.train.run import train
 from decoders import model_of
 from ggufs import write_model
 from patching import patch_all
@@ -116,6 +117,18 @@ def test_a_run_takes_the_way_and_its_record_names_it(inputs, tmp_path):
     again, text = go(given, tmp_path / "out", resume=True, max_steps=3, celora=None, preset="exact")
     assert again.step == 3
     assert "Within" not in text
+
+
+def test_a_repeated_command_keeps_the_way_that_memory_chose(inputs, tmp_path):
+    own = {**inputs, "output": str(tmp_path / "out"), "resume": True, "quiet": True}
+    flags = ["--preset", "exact", "--memory", "64GiB", "--dtype", "auto", "--gradient_accumulation_steps", "2"]
+    assert train(parse([*flags, "--max_steps", "1"], own)).step == 1
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["given"]["dtype"] in ("float32", "bfloat16")
+    assert record["asked"]["dtype"] == "auto"
+    assert train(parse([*flags, "--max_steps", "2"], own)).step == 2
+    with pytest.raises(CELoraError, match="--resume cannot change dtype"):
+        parse([*flags, "--dtype", "float16"], own)
 
 
 def test_the_least_memory_takes_a_base_in_8_bits(inputs, tmp_path):

@@ -103,6 +103,11 @@ def test_a_base_file_that_is_not_there_is_no_base(out):
     assert not out.with_name("out-gguf").exists()
 
 
+def test_the_folder_may_be_the_one_that_the_user_is_in(out, monkeypatch):
+    monkeypatch.chdir(out)
+    assert export(Path("."), "gguf").output.samefile(out.with_name("out-gguf"))
+
+
 def test_an_export_replaces_only_an_export(out):
     first = export(out, "gguf")
     with pytest.raises(CELoraError, match=r"out-gguf' exists; --overwrite replaces it"):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from celora.errors import CELoraError
-from celora.train.use.generation import Sampling, answers
+from celora.train.use.generation import Sampling, answers, encode
 from celora.train.use.prompts import answer_all, answered_rows, load_prompts
 from celora.train.use.trained import load_trained
 from patching import patch_all
@@ -26,7 +26,7 @@ def write(path, rows):
     return path
 
 
-def test_a_row_of_any_shape_asks_what_training_would_ask(tmp_path):
+def test_a_row_of_any_shape_asks_what_training_would_ask(load, tmp_path):
     rows = [
         {"prompt": "w1"},
         {"prompt": ASKED, "completion": [{"role": "assistant", "content": "w3"}]},
@@ -38,6 +38,19 @@ def test_a_row_of_any_shape_asks_what_training_would_ask(tmp_path):
     assert [row for row, _ in found] == rows
     assert [prompt for _, prompt in found] == ["w1", ASKED, ASKED, "w1\n\nw2", "w4"]
     assert len(load_prompts(tmp_path / "rows.jsonl", limit=2)) == 2
+
+    (without_template,) = load(write(tmp_path / "row.jsonl", rows[3:4]), chat=False)
+    texts = []
+
+    class Tokenizer:
+        chat_template = None
+
+        def __call__(self, text):
+            texts.append(text)
+            return {"input_ids": [1]}
+
+    assert encode(Tokenizer(), found[3][1]) == [1]
+    assert texts == [without_template["prompt"]] == ["w1\n\nw2\n\n"]
 
 
 @pytest.mark.parametrize(

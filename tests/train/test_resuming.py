@@ -192,6 +192,30 @@ def test_an_overwrite_that_is_interrupted_before_its_first_step_brings_the_run_b
     assert OutputFolder(output).run()["status"] == "finished"
 
 
+def test_a_new_run_that_fails_before_its_first_step_leaves_none(inputs, tmp_path, monkeypatch):
+    """Also with --resume, so that the command can be given again with another setting."""
+    own = {**inputs, "output": str(tmp_path / "out"), "resume": True, "quiet": True}
+
+    def fail(trainer):
+        trainer.create_optimizer = lambda *_: 1 / 0
+
+    with monkeypatch.context() as patch:
+        on_build(patch, fail)
+        with pytest.raises(CELoraError, match="division by zero"):
+            train(parse(["--max_steps", "1"], own))
+    assert OutputFolder(tmp_path / "out").run() is None
+    assert train(parse(["--max_steps", "1", "--per_device_train_batch_size", "2"], own)).status == "finished"
+
+
+def test_a_run_from_before_a_field_goes_on(inputs, tmp_path):
+    own = {**inputs, "output": str(tmp_path / "out"), "resume": True, "quiet": True}
+    train(parse(["--max_steps", "1", "--preset", "exact"], own))
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    del record["config"]["saved_input"]
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    assert train(parse(["--max_steps", "2"], own)).step == 2
+
+
 def test_a_run_that_steps_ended_goes_on_for_more_epochs(inputs, tmp_path):
     output = tmp_path / "out"
     go(inputs, output, max_steps=2, save_steps=2)  # an epoch has 6 steps

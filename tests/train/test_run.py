@@ -19,7 +19,7 @@ from celora.settings.config import CELoraConfig
 from celora.train.progress import read_metrics
 from celora.train.request.arguments import make_request
 from celora.train.run import train
-from runs import adapter, go, on_build
+from runs import PressCtrlC, adapter, go, on_build
 
 
 def test_output_folder(finished):
@@ -83,6 +83,24 @@ def test_the_best_of_its_checkpoints_is_what_is_left(inputs, tmp_path):
     found = adapter(output)
     for name, value in adapter(output / f"checkpoint-{step}").items():
         assert value.equal(found[name])
+
+
+@pytest.mark.fault(
+    "crash",
+    "Ctrl-C in a run with `--load_best_model_at_end` and `--save_total_limit 1`",
+    sees="`Saved checkpoint-5; continue with: ...`",
+    kept="the best checkpoint and the newest one",
+)
+def test_ctrl_c_keeps_the_newest_checkpoint_beside_the_best(inputs, tmp_path, monkeypatch):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    on_build(monkeypatch, lambda trainer: trainer.add_callback(PressCtrlC(4)))
+    result, text = go(
+        inputs, tmp_path / "out", eval_data=inputs["data"], eval_strategy="steps", eval_steps=2, save_steps=2,
+        learning_rate=1e-2, save_total_limit=1, **best,
+    )  # fmt: skip
+    assert result.status == "interrupted"
+    assert "Saved checkpoint-5; continue" in text
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-5"}
 
 
 def test_a_template_from_elsewhere_is_a_template(inputs, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -238,6 +239,40 @@ def test_nothing_pickled_is_written_only_to_be_looked_at(inputs, tmp_path):
     sees="a warning that names the line",
     kept="all other rows",
 )
+def test_a_tokenizer_with_several_chat_templates_is_saved_again(inputs, tmp_path, monkeypatch):
+    def two(trainer):
+        template = trainer.processing_class.chat_template
+        trainer.processing_class.chat_template = {"default": template, "tools": template}
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        on_build(patch, two)
+        go(inputs, output, max_steps=1)
+        assert go(inputs, output, max_steps=2, resume=True)[0].status == "finished"
+        assert (output / "additional_chat_templates" / "tools.jinja").is_file()
+    go(inputs, output, max_steps=1, overwrite=True)
+    assert not (output / "additional_chat_templates").exists()
+
+
+def test_only_the_finished_adapter_is_uploaded(inputs, tmp_path, monkeypatch):
+    uploads = []
+
+    def upload(trainer, **_):
+        uploads.append({path.name for path in Path(trainer.args.output_dir).iterdir()})
+
+    monkeypatch.setattr(SFTTrainer, "init_hf_repo", lambda self, *_: setattr(self, "push_in_progress", None))
+    monkeypatch.setattr(SFTTrainer, "push_to_hub", upload)
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=1)
+    assert not uploads
+    go(inputs, output, max_steps=2, save_steps=1, overwrite=True, push_to_hub=True, hub_token="hf_secret")
+    (names,) = uploads
+    assert {"adapter_model.safetensors", "README.md"} <= names
+    assert names.isdisjoint({".replaced", "training_args.bin"})
+    with pytest.raises(CELoraError, match="hub_strategy='every_save' is refused: checkpoints stay here"):
+        go(inputs, output, hub_strategy="every_save", push_to_hub=True)
+
+
 def test_damaged_metrics_are_said(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 1}\n{"st\xffep": 2}\n[3]\n{"step": 4}\n{"ste')

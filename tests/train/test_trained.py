@@ -40,6 +40,11 @@ def test_a_checkpoint_is_loaded_as_its_run_was(finished, inputs):
     assert load_trained(checkpoint).base == inputs["model"]
 
 
+def test_a_checkpoint_may_be_the_folder_that_the_user_is_in(finished, inputs, monkeypatch):
+    monkeypatch.chdir(finished[0] / "checkpoint-3")
+    assert request_of(Path("."), adapter_config(Path(".")), None).given["data"] == inputs["data"]
+
+
 def test_without_a_tokenizer_of_its_own_an_adapter_has_that_of_its_bases_revision(folder, monkeypatch):
     asked = []
     patch_all(

@@ -74,6 +74,7 @@ def audit(
     leave_out(context.args, ("eval_data",), "celora audit, which uses training rows")
     leave_out(context.args, ADAPTERS if adapter else (), "an existing adapter, which has its own")
     request = parse(context.args, own)
+    settle_in()
     from celora.train.prepare import audit_model
 
     report = audit_model(request, rows=rows, adapter=Path(adapter) if adapter else None, reference=reference)

@@ -166,6 +166,7 @@ def demo(
 
     from celora.studies.demo import result_table, run_demo, whole_way
 
+    settle_in()
     commands = [] if quiet or as_json else whole_way(output)  # gets the file, so it comes before the work
     rows = run_demo(output, seeds=seeds, console=Console(stderr=True, highlight=False), quiet=quiet)
     if as_json:

@@ -25,7 +25,6 @@ from rich.table import Table
 
 from celora.errors import CELoraError
 from celora.files import json_lines, write_json, write_text
-from celora.machine.allocator import keep_freed_memory
 from celora.machine.timing import faster_dtype
 from celora.studies import stock_eval
 from celora.studies.assets import demo_gguf, demo_model
@@ -107,7 +106,6 @@ def run_demo(
     begun = time.perf_counter()
     say = functools.partial(progress.say, console, quiet)
     _claim(output)
-    keep_freed_memory()
     study = _Study(output, demo_model(say), output / "data" / f"{judge}.jsonl", faster_dtype(), console, quiet)
     drawn = functools.partial(splits, validation=validation, test=held_out, say=say)
     write_text(study.judged, json_lines(to_rows(getattr(drawn(0), judge))))

@@ -22,13 +22,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from celora.errors import CELoraError
 from celora.modeling.int8_base import frozen_linears, put, quantise_base
 from celora.modeling.int8_linear import Int8Linear
+from celora.train.request.model_init import LOADING
 from celora.weights.checkpoint import stored_dtype, stored_tensors
 
 _METHOD = "celora_int8"
-# Names in model_init_kwargs that say how to load; they conflict with reading tensor by tensor.
-_LOADING = {
-    "device_map", "max_memory", "low_cpu_mem_usage", "disable_mmap", "local_files_only", "force_download", "variant",
-}  # fmt: skip
 
 
 def load_int8_model(
@@ -47,7 +44,7 @@ def load_int8_model(
     Raises:
         CELoraError: the checkpoint is quantised already or has no safetensors, or `settings` say how to load.
     """
-    if where := sorted(_LOADING & settings.keys()):
+    if where := sorted(LOADING & settings.keys()):
         raise CELoraError(f"{where[0]} in model_init_kwargs says how to load, as --base int8 does; leave it out")
     tensors = stored_tensors(model, revision)
     experts = {name: value for name, value in settings.items() if name == "experts_implementation"}

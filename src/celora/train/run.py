@@ -42,7 +42,7 @@ from celora.train.loading import (
 )
 from celora.train.output.card import Card
 from celora.train.output.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, writing_to
-from celora.train.output.saving import UNUSABLE, Sealing, save_adapter, stopped, take_over
+from celora.train.output.saving import UNUSABLE, Sealing, save_adapter, stopped, take_over, upload
 from celora.train.planning import Chosen, choose, planned_errors
 from celora.train.processes import introduce_deepspeed, is_first, losing_contact, processes
 from celora.train.progress import MetricsWriter, ProgressLine, say
@@ -100,6 +100,7 @@ class _Ready:
     chosen: Chosen
     attached: AttachReport
     made_from: dict[str, str]
+    asked: dict[str, Any]  # what was asked for where --memory has chosen something else
 
 
 @dataclass
@@ -109,6 +110,7 @@ class _Written:
     record: dict[str, Any] = field(default_factory=lambda: {"summary": {}})
     metrics: MetricsWriter | None = None
     aside: Path | None = None  # where the run that is being replaced waits
+    new: bool = False  # no earlier run is continued
 
 
 def _train(
@@ -156,19 +158,20 @@ def _enter(request: TrainRequest, stack: ExitStack) -> _Entered:
     earlier = folder.run() if options.resume else None
     if earlier:
         check_record(folder.path / RUN, earlier)
-        answers = {"assistant_only_loss": earlier["train"].get("assistant_only_loss", False)}
         # A version of celora with another default may have begun the run. It keeps the setting that it began with.
-        request = replace(request, train=request.train | answers)
+        answers = earlier["answers"] if "answers" in earlier else earlier["train"].get("assistant_only_loss", False)
+        request = replace(request, train=request.train | {"assistant_only_loss": answers})
     return _Entered(request, folder, begun, earlier)
 
 
 def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
     """Load model, tokenizer and rows, make the trainer and attach celora. Prints a line about each decision."""
     request, earlier, first = run.request, run.earlier, is_first()
-    quiet = request.options.quiet
+    quiet, asked = request.options.quiet, (earlier or {}).get("asked", {})
     if request.options.memory is not None and earlier is None:
         with clock.spending("plan"):
             request, line = fitted(request, request.options.memory)
+        asked = {name: value for name, value in run.request.given.items() if request.given.get(name) != value}
         say(console, quiet, line)
     with clock.spending("load"):
         request = with_folder(request, lambda line: say(console, quiet, line))
@@ -205,7 +208,7 @@ def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
     _smooth_in_the_head(trainer)
     for line in (rank_line(request), str(learnt), attached_text(attached, chosen.plan), choice):
         say(console, quiet, line)
-    return _Ready(request, trainer, rows, eval_rows, learnt, chosen, attached, made_from)
+    return _Ready(request, trainer, rows, eval_rows, learnt, chosen, attached, made_from, asked)
 
 
 def _beginning(run: _Entered, args: Any, lost: Sequence[str], console: Console) -> tuple[Path | None, dict[str, Any]]:
@@ -244,7 +247,7 @@ def _open(run: _Entered, ready: _Ready, marker: dict[str, Any], stack: ExitStack
     chosen = ready.chosen
     record = make_record(ready.request, trainer.args, chosen.config, ready.attached)
     gate = list(chosen.timings) or (run.earlier or {}).get("gate", [])  # a resumed run does not time again
-    record |= {"gate": gate, "made_from": ready.made_from, "turns": has_turns(ready.rows)}
+    record |= {"gate": gate, "made_from": ready.made_from, "asked": ready.asked, "turns": has_turns(ready.rows)}
     write_json(output / RUN, record)
     if chosen.plan is not None:
         chosen.plan.save(output / PLAN)
@@ -254,7 +257,7 @@ def _open(run: _Entered, ready: _Ready, marker: dict[str, Any], stack: ExitStack
     )
     name = trainer.args.hub_model_id or output.absolute().name
     trainer.card = Card(name, record, len(ready.rows), ready.learnt, metrics.elapsed)
-    return _Written(record, metrics, aside)
+    return _Written(record, metrics, aside, new=run.earlier is None)
 
 
 def _carry_out(
@@ -265,7 +268,9 @@ def _carry_out(
     progress, stop = ProgressLine(console, quiet=ready.request.options.quiet), StopAtStepEnd(console)
     name, clock = report_name(ready.request), trainer.wall_clock
     live = None if metrics is None else LiveReport(folder.path, name, written.record, clock)
-    own = (celora.Callback(), trainer.phases, stop, metrics, live, progress, Sealing(folder, metrics))
+    # Transformers would also remove checkpoints when training ends, the newest one too.
+    limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+    own = (celora.Callback(), trainer.phases, stop, metrics, live, progress, Sealing(folder, metrics, limit))
     for callback in filter(None, own):
         trainer.add_callback(callback)
     status = "failed"
@@ -285,6 +290,7 @@ def _carry_out(
                     trainer.evaluate()
                 with clock.spending("save"):
                     save_adapter(trainer, folder.path)
+                    upload(trainer, folder)
             status = "interrupted" if early else "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -306,7 +312,7 @@ def _leave(ready: _Ready, folder: OutputFolder, written: _Written, status: str) 
     trained = status == "finished" or trainer.state.global_step > 0
     if is_first() and trained:
         folder.forget_earlier()
-    elif aside is not None or (metrics is not None and status == "failed" and not ready.request.options.resume):
+    elif aside is not None or (written.new and status == "failed"):
         folder.restore()  # nothing was trained, so the earlier run stays, or none
     if metrics is None or not (trained or (status == "interrupted" and aside is None)):
         return

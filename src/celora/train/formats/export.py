@@ -84,7 +84,8 @@ def export(
         raise CELoraError(f"--outtype {outtype} is for a merged GGUF file; give --merged --to gguf, or leave it out")
     if gguf is not None and not gguf.is_file():
         raise CELoraError(f"--gguf {str(gguf)!r}: no such file; give the base model as a GGUF file, or leave it out")
-    output = output or folder.with_name(f"{folder.resolve().name}{'-merged' if merged else ''}-{to}")
+    beside = folder if folder.name.strip(".") else folder.resolve()  # the folder may be ".", which has no name
+    output = output or beside.with_name(f"{folder.resolve().name}{'-merged' if merged else ''}-{to}")
     _check_output(output, overwrite=overwrite)
     request = request_of(folder, adapter_config(folder), model)
     gguf = gguf or gguf_of(str(request.given["model"]))

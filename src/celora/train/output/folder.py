@@ -27,6 +27,7 @@ from celora.train.processes import is_first
 RUN, METRICS, REPORT = "run.json", "metrics.jsonl", "report.html"
 CONFIG, PLAN = CONFIG_NAME, PLAN_NAME
 LOCK, SAVING = ".celora.lock", ".adapter.tmp"
+_FOLDERS = (SAVING, "additional_chat_templates")  # the second: of a tokenizer with several
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _DAMAGED = ".damaged"
 _NAMES = (
@@ -279,7 +280,7 @@ def _ours(folder: Path) -> list[Path]:
         for entry in folder.glob("*")
         if not entry.is_symlink()
         and (
-            (entry.is_dir() and (_CHECKPOINT.fullmatch(entry.name.removesuffix(_DAMAGED)) or entry.name == SAVING))
+            (entry.is_dir() and (_CHECKPOINT.fullmatch(entry.name.removesuffix(_DAMAGED)) or entry.name in _FOLDERS))
             or (entry.is_file() and _OURS.fullmatch(entry.name))
         )
     ]
@@ -288,7 +289,7 @@ def _ours(folder: Path) -> list[Path]:
 
 def _written(entry: Path) -> bool:
     """Whether a run writes to this name. Checkpoints are left out: a new checkpoint replaces a link."""
-    return entry.name in (LOCK, SAVING, _ASIDE) or bool(_OURS.fullmatch(entry.name))
+    return entry.name in (LOCK, _ASIDE, *_FOLDERS) or bool(_OURS.fullmatch(entry.name))
 
 
 def _step(checkpoint: Path) -> int:

@@ -16,7 +16,7 @@ from celora.runtime.state import STATE_NAME, load_state
 from celora.train.output.card import CARD, Card, is_own
 from celora.train.output.folder import SAVING, OutputFolder
 from celora.train.output.manifest import seal
-from celora.train.processes import wait_for_all
+from celora.train.processes import is_first, wait_for_all
 from celora.train.progress import MetricsWriter
 
 # Exceptions of a full or failing disk, and of a damaged file.
@@ -27,12 +27,14 @@ _TORCHS_WRITER = ("inline_container", "PytorchStreamWriter", "iostream error")
 class Sealing(TrainerCallback):  # type: ignore[misc]
     """Seals each checkpoint. Add it in every process, after every callback that writes into a checkpoint.
 
-    Only the first process has `metrics`, and seals. It waits until the others have written their parts.
+    Only the first process has `metrics`, and seals. It waits until the others have written their parts. `limit`: how
+    many checkpoints stay, besides the best one.
     """
 
-    def __init__(self, folder: OutputFolder, metrics: MetricsWriter | None) -> None:
+    def __init__(self, folder: OutputFolder, metrics: MetricsWriter | None, limit: int | None) -> None:
         self.folder = folder
         self.metrics = metrics
+        self.limit = limit
 
     def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         wait_for_all()
@@ -43,7 +45,7 @@ class Sealing(TrainerCallback):  # type: ignore[misc]
         checkpoint = self.folder.path / f"checkpoint-{state.global_step}"
         note = {"step": state.global_step, "seconds": self.metrics.elapsed(), "resumable": not args.save_only_model}
         seal(checkpoint, note)
-        self.folder.keep_last(args.save_total_limit, {checkpoint.name, Path(state.best_model_checkpoint or "").name})
+        self.folder.keep_last(self.limit, {checkpoint.name, Path(state.best_model_checkpoint or "").name})
 
 
 class SafeSaving:
@@ -66,15 +68,12 @@ class SafeSaving:
         if self.args.should_save:
             clear(checkpoint)  # unfinished, or newer than the checkpoint that the run was resumed from
         wait_for_all()  # no process may write into the new folder before this
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(*arguments, **more)  # type: ignore[misc]
         except RuntimeError as error:
             if not any(writer in str(error) for writer in _TORCHS_WRITER):
                 raise
             raise OSError(str(error).splitlines()[0]) from error  # torch.save's way to say that the disk is full
-        finally:
-            self.args.save_total_limit = limit
 
     def _load_best_model(self) -> None:
         """Load it from this run's own folder. The path in a checkpoint's state may be from another machine."""
@@ -122,11 +121,19 @@ def save_adapter(trainer: Any, output: Path) -> None:
             sync(file)
             if file.name == CARD and is_own(output / CARD):
                 file.unlink()
-            else:
-                file.replace(output / file.name)
+                continue
+            if file.is_dir():  # of a tokenizer with several chat templates; a folder replaces no other
+                clear(output / file.name)
+            file.replace(output / file.name)
         aside.rmdir()
         sync(output)
+
+
+def upload(trainer: Any, folder: OutputFolder) -> None:
+    """Push the finished adapter to the hub, if `push_to_hub` asks for it. In all processes."""
     if trainer.args.push_to_hub:
+        if is_first():
+            folder.forget_earlier()  # or it would be uploaded, too
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
 

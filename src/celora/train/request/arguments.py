@@ -23,8 +23,6 @@ from celora.train.processes import processes
 from celora.train.request.fields import (
     ALIASES,
     DEFAULTS,
-    MODEL_INIT,
-    MODEL_INIT_ALIASES,
     REFUSED,
     RunOptions,
     convert,
@@ -32,6 +30,7 @@ from celora.train.request.fields import (
     known_name,
     read_flags,
 )
+from celora.train.request.model_init import with_own_names
 from celora.train.request.yaml_file import read_document
 
 DEFAULT_PRESET = "auto"
@@ -41,6 +40,7 @@ BALANCED = frozenset({"paper"})
 # Arguments that --resume may change. Any other would make the rest a different run.
 RESUMABLE = ("max_steps", "num_train_epochs", "quiet", "report_to", "run_name", "log_level", "disable_tqdm")
 RESUMABLE_PREFIXES = ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_num_", "dataloader_pin_", "hub_")
+PATHS = ("model", "data", "eval_data", "output", "plan", "chat_template_path", "deepspeed")
 SECRETS = frozenset({"hub_token", "push_to_hub_token"})  # never written into a folder
 
 
@@ -131,7 +131,7 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     known = known_fields()
     names = {name: known_name(name, f"name {name!r}") for name in raw}
     values: dict[str, Any] = {names[name]: convert(known[names[name]], value) for name, value in raw.items()}
-    values = _without_aliases_in_model_init(values)
+    values = with_own_names(values)
     for name, (nothing, instead) in REFUSED.items():
         if values.get(name, nothing) != nothing:
             raise CELoraError(f"{name}={values[name]!r} is refused: {instead}")
@@ -143,6 +143,11 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
         raise CELoraError(
             f"attn_implementation={values['attn_implementation']!r} is refused: it names code on the hub, which celora "
             "never runs; install flash-attn and give flash_attention_2, or give sdpa"
+        )
+    if values.get("push_to_hub") and values.get("hub_strategy", "end") != "end":
+        raise CELoraError(
+            f"hub_strategy={str(values['hub_strategy'])!r} is refused: checkpoints stay here, and push_to_hub uploads the "
+            "finished adapter; leave it out"
         )
     if values.get("max_steps") == 0:
         raise CELoraError("max_steps=0 trains nothing; give 1 or more, or -1 to train num_train_epochs")
@@ -197,28 +202,6 @@ def _check_base(base: str, settings: Mapping[str, Any]) -> None:
             raise CELoraError(f"{name}={settings[name]!r} beside base={base!r}: {instead}; leave out one")
 
 
-def _without_aliases_in_model_init(values: dict[str, Any]) -> dict[str, Any]:
-    """Move settings out of model_init_kwargs that have a name of their own (`torch_dtype` is `dtype`).
-
-    Raises CELoraError for a name that is not allowed there.
-    """
-    known, init = known_fields(), values.get("model_init_kwargs") or {}
-    moved: dict[str, Any] = {}
-    for key, value in init.items():
-        if key in REFUSED:
-            raise CELoraError(f"{key} in model_init_kwargs is refused: {REFUSED[key][1]}")
-        if name := MODEL_INIT_ALIASES.get(key):
-            moved[name] = convert(known[name], value)
-            if values.get(name, moved[name]) != moved[name]:
-                raise CELoraError(
-                    f"{key}={value!r} in model_init_kwargs, but {name}={values[name]!r}; give one of them"
-                )
-        elif key not in MODEL_INIT:
-            raise unknown("name in model_init_kwargs", key, MODEL_INIT | set(MODEL_INIT_ALIASES))
-    rest = {key: value for key, value in init.items() if key in MODEL_INIT}
-    return values | moved | ({"model_init_kwargs": rest} if init else {})
-
-
 def raw_arguments(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> dict[str, object]:
     """Flags, and the options in `own` that are already parsed, over the values in the --config file."""
     flags = {name: value for name, value in (own or {}).items() if value is not None and value is not False}
@@ -251,6 +234,11 @@ def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> Tra
     before = folder.resumable()
     check_record(folder.path / RUN, before)
     request = make_request(before["given"] | raw)
+    # What --memory replaced is asked for again, by a command or a file that is repeated.
+    again = {name for name, value in before.get("asked", {}).items() if request.given.get(name) == value}
+    if again:
+        raw = {name: value for name, value in raw.items() if known_name(name, f"name {name!r}") not in again}
+        request = make_request(before["given"] | raw)
     _check_same_run(before, request)
     return request
 
@@ -300,7 +288,8 @@ def _check_same_run(before: Mapping[str, Any], request: TrainRequest) -> None:
         if not (name in RESUMABLE or name.startswith(RESUMABLE_PREFIXES) or name in ("output", "preset", "celora"))
         and settled.get(name) != value
     }
-    if (before["config"], before["r"]) != (request.config.to_dict(), request.r):
+    # A field that an older version did not know has its default.
+    if (CELoraConfig.from_dict(before["config"]), before["r"]) != (request.config, request.r):
         changed["the estimator's configuration"] = (before.get("preset"), request.preset)
     if (count := before.get("processes", processes())) != processes():
         changed["the number of processes"] = (count, processes())
@@ -310,7 +299,7 @@ def _check_same_run(before: Mapping[str, Any], request: TrainRequest) -> None:
 
 def _absolute(name: str, value: object) -> object:
     """Make local paths absolute, so that --resume works from another folder. Names on the hub stay unchanged."""
-    if name not in ("model", "data", "eval_data", "output", "plan") or not isinstance(value, str):
+    if name not in PATHS or not isinstance(value, str):
         return value
     check_name(name, value)
     path = Path(value).expanduser()

@@ -41,6 +41,7 @@ DEFAULTS: dict[str, tuple[object, str]] = {
     "ddp_find_unused_parameters": (False, "every adapter gets a gradient; looking for one without takes time"),
     "assistant_only_loss": (None, "a chat model should learn to answer; TRL also trains it to write what users say"),
     "report_to": ("none", "nothing leaves the machine unless asked"),
+    "hub_strategy": ("end", "--push_to_hub uploads the finished adapter, once"),
     "include_num_input_tokens_seen": ("non_padding", "tokens per second should count tokens"),
 }
 DEVICE_DEFAULTS = {
@@ -100,20 +101,6 @@ REFUSED: dict[str, tuple[object, str]] = {
     "ignore_bias_buffers": (False, "it does nothing in `trl sft` either"),
     "bf16_full_eval": (False, "it would round the adapter that is saved afterwards"),
     "fp16_full_eval": (False, "it would round the adapter that is saved afterwards"),
-}
-# Names allowed in model_init_kwargs: settings of the model, and where it is loaded to. Other names would unpickle
-# weights, run kernels or code from the hub, send requests, write files elsewhere, or have no effect.
-MODEL_INIT = frozenset({
-    "device_map", "max_memory", "low_cpu_mem_usage", "disable_mmap", "local_files_only", "force_download", "variant",
-    "use_cache", "attention_dropout", "sliding_window", "max_position_embeddings", "rope_scaling", "rope_parameters",
-    "rope_theta", "experts_implementation", "output_router_logits", "router_aux_loss_coef",
-})  # fmt: skip
-# Also allowed there: another way to write the name on the right.
-MODEL_INIT_ALIASES = {
-    "dtype": "dtype",
-    "torch_dtype": "dtype",
-    "attn_implementation": "attn_implementation",
-    "revision": "model_revision",
 }
 # The smallest and the largest value of a number. Outside, TRL, transformers or torch would fail late, or silently do
 # something else. The bounds themselves are allowed, unless the name is in OPEN_BELOW or OPEN_ABOVE.

@@ -192,19 +192,27 @@ def _example(place: str, row: Row, shape: str, chat: bool) -> dict[str, Any]:
     prompt = instruction(place, row)
     completion = check_text(place, "output", row["output"])
     if not chat:
-        return {"prompt": prompt + "\n\n", "completion": completion}
+        return {"prompt": prompt.as_text(), "completion": completion}
     return {
-        "prompt": [{"role": "user", "content": prompt}],
+        "prompt": [{"role": "user", "content": str(prompt)}],
         "completion": [{"role": "assistant", "content": completion}],
     }
 
 
-def instruction(place: str, row: Row) -> str:
-    """The instruction of a row, followed by its input if there is one."""
+class Instruction(str):
+    """An instruction, followed by its input if there is one: what a user's message says."""
+
+    def as_text(self) -> str:
+        """The prompt without a chat template: an empty line ends it."""
+        return f"{self}\n\n"
+
+
+def instruction(place: str, row: Row) -> Instruction:
+    """The instruction of a row."""
     asked = check_text(place, "instruction", row["instruction"])
     if row.get("input") not in (None, ""):
         asked += "\n\n" + check_text(place, "input", row["input"])
-    return asked
+    return Instruction(asked)
 
 
 def _no_shape(row: Row) -> str:

@@ -20,16 +20,16 @@ def truncation_lines(trainer: Any, rows: Any, eval_rows: Any = None) -> Iterator
     if borrow("trl:SFTTrainer._prepare_dataset") is None:
         return
     eval_packing = args.packing if args.eval_packing is None else args.eval_packing
-    for kind, given, prepared, packing in (
-        ("rows", rows, trainer.train_dataset, args.packing),
-        ("rows to evaluate on", eval_rows, trainer.eval_dataset, eval_packing),
+    for kind, split, given, prepared, packing in (
+        ("rows", "train", rows, trainer.train_dataset, args.packing),
+        ("rows to evaluate on", "eval", eval_rows, trainer.eval_dataset, eval_packing),
     ):
         whole = args.max_length is None or (packing and args.packing_strategy in _LOSE_NOTHING)
-        if given is not None and not whole and (line := _line(trainer, kind, given, prepared)):
+        if given is not None and not whole and (line := _line(trainer, kind, split, given, prepared)):
             yield line
 
 
-def _line(trainer: Any, kind: str, rows: Any, prepared: Any) -> str | None:
+def _line(trainer: Any, kind: str, split: str, rows: Any, prepared: Any) -> str | None:
     limit, fitting = trainer.args.max_length, _lengths(prepared)
     left_out = len(rows) - len(fitting)
     if not left_out and int(fitting.max()) < limit:
@@ -37,7 +37,7 @@ def _line(trainer: Any, kind: str, rows: Any, prepared: Any) -> str | None:
     # Tokenise once more without the cut, only if something may have been cut.
     uncut = copy.copy(trainer.args)
     uncut.max_length = None
-    lengths = _lengths(trainer._prepare_dataset(rows, trainer.processing_class, uncut, False, None, "train"))
+    lengths = _lengths(trainer._prepare_dataset(rows, trainer.processing_class, uncut, False, None, split))
     over = lengths[lengths > limit]
     if not len(over):
         return f"{left_out:,} of {len(lengths):,} {kind} have nothing to learn and are not used." if left_out else None

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TextStreamer, set_seed
 
 from celora.errors import CELoraError
+from celora.train.rows.data import Instruction
 from celora.train.use.trained import Trained
 
 Prompt = str | list[dict[str, str]]
@@ -121,14 +122,17 @@ def answers(trained: Trained, prompts: Sequence[Prompt], sampling: Sampling, *, 
 
 
 def encode(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
-    """The tokens of a prompt. The chat template renders it, a string as a user's message, unless `raw`."""
+    """The tokens of a prompt. The chat template renders it, a string as a user's message, unless `raw`.
+
+    Without the template, an instruction ends as in training.
+    """
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     if any(re.search("[\ud800-\udfff]", text) for text in texts):  # bytes of a terminal or a file that are not UTF-8
         raise CELoraError("the prompt is not UTF-8 text; save its file, or set the terminal, as UTF-8")
     if tokenizer.chat_template and not raw and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
-        found = tokenizer(prompt)
+        found = tokenizer(prompt.as_text() if isinstance(prompt, Instruction) else prompt)
     elif not tokenizer.chat_template:
         raise CELoraError("the tokenizer has no chat template, so it takes no conversations; give a prompt as text")
     else:

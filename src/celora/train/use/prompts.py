@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from celora.errors import CELoraError
-from celora.files import write_text
+from celora.files import json_lines, write_text
 from celora.train.rows.data import check_messages, check_text, instruction, local_files
 from celora.train.rows.readers import READERS, fail
 from celora.train.use.generation import Prompt, Sampling, answers
@@ -81,7 +81,7 @@ def answered_rows(output: Path, rows: Sequence[dict[str, Any]], *, base: bool) -
     own = {GENERATED, BY_BASE} if base else {GENERATED}
     for number, row in enumerate(earlier):
         given = {key: value for key, value in row.items() if key not in own} if isinstance(row, dict) else None
-        if number >= len(rows) or given != json.loads(_line(rows[number])) or not own <= row.keys():
+        if number >= len(rows) or given != json.loads(json_lines([rows[number]])) or not own <= row.keys():
             raise CELoraError(
                 f"row {number + 1} of {str(output)!r} is no answer to row {number + 1} of the data, so it cannot be "
                 "resumed; --overwrite begins anew"
@@ -130,8 +130,4 @@ def answer_all(
 
 
 def _save(output: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(output, "".join(_line(row) + "\n" for row in rows))
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, default=str)
+    write_text(output, json_lines(rows, ascii=False))
