@@ -1,6 +1,8 @@
 """A training loop of your own with Accelerate, gradient accumulation included, and one line for celora.
 
 accelerate launch examples/accelerate_loop.py [MODEL]
+
+Without MODEL it takes celora's demo model, which needs `pip install '.[app]'`.
 """
 
 import itertools

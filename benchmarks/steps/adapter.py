@@ -1,9 +1,9 @@
 """The time from the start of the command to the saved adapter: `python -m benchmarks.steps.adapter`. Interruptible.
 
 It runs `celora train` as a process of its own, on the demo's model and rows, with preset `off` (PEFT), `exact` and
-`auto`, for 1, 20 and 100 steps. Presets take turns; every other turn has them in reverse. A row has the seconds to the
-adapter, the seconds of the whole command, and its parts by the command's own clock. In the first turn of `auto` the
-user's cache of measurements is empty (`first`). Writes `adapter.jsonl`.
+`auto`, for 1, 20 and 100 steps, or as many as `--steps` says. Presets take turns; every other turn has them in reverse.
+A row has the seconds to the adapter, the seconds of the whole command, and its parts by the command's own clock. In the
+first turn of `auto` the user's cache of measurements is empty (`first`). Writes `adapter.jsonl`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def measure(presets: Sequence[str], steps: Sequence[int], turns: int, results: P
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "rows.jsonl"
         for count in steps:
-            rows_ = to_rows(splits(train=count * BATCH, seed=0).train)
+            rows_ = to_rows(splits(seed=0).train[: count * BATCH])  # 1,000 steps begin a second epoch
             write_text(data, "".join(json.dumps(row) + "\n" for row in rows_))
             settings = shared_settings(model, count, BATCH, dtype) | {"data": data, "logging_steps": 1}
             for turn in range(turns):
