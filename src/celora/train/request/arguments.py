@@ -146,8 +146,8 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
         )
     if values.get("push_to_hub") and values.get("hub_strategy", "end") != "end":
         raise CELoraError(
-            f"hub_strategy={str(values['hub_strategy'])!r} is refused: checkpoints stay here, and push_to_hub uploads the "
-            "finished adapter; leave it out"
+            f"hub_strategy={str(values['hub_strategy'])!r} is refused: checkpoints stay here, and push_to_hub uploads "
+            "the finished adapter; leave it out"
         )
     if values.get("max_steps") == 0:
         raise CELoraError("max_steps=0 trains nothing; give 1 or more, or -1 to train num_train_epochs")
