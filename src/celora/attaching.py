@@ -75,7 +75,7 @@ def attach(
             than a layer, a plan for another model or device, or processes of a sharded model that give different
             configurations.
     """
-    found = survey(model)
+    found, timed = survey(model), config in ("auto", "fast")
     plan, config = _settled(found, config, batches, changes)
     assigned = _assign(found, config)
     known = passes.known(model) if config.fused else {}
@@ -101,6 +101,7 @@ def attach(
             OwnLoss(attachment.switch).under(model)
         attachment.set_modes(0)
         model.__dict__[ATTRIBUTE] = attachment
+        attachment.timed = timed
         asked = any(config.overrides[pattern].keys() - {"saved_input"} for pattern in _patterns(config))
         if not attachment.grafts and (report.skipped or asked):
             warnings.warn("celora: no layer can be estimated. Print the report for the reasons.", stacklevel=2)

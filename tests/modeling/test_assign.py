@@ -10,6 +10,7 @@ from torch import nn
 import celora
 from celora import CELoraConfig
 from celora.integrations.while_training import in_one_line
+from celora.modeling.assign import last_block
 from celora.modeling.graft import LayerGraft
 from celora.numerics.estimators import Columns
 from celora.numerics.products.fp8 import Fp8
@@ -25,6 +26,14 @@ def test_paper_preset_on_a_llama(model: PeftModel) -> None:
     kinds = {(name.rpartition(".")[2], layer.keep_ratio, layer.rank) for name, layer in report.estimated.items()}
     assert kinds == {("v_proj", 0.55, 7), ("o_proj", 0.55, 7), ("up_proj", 0.65, 7), ("down_proj", 0.65, 7)}
     assert len(report.dense) == 6
+
+
+def test_each_tower_has_a_last_block() -> None:
+    text = [f"model.language_model.layers.{i}.mlp.experts.7.up_proj" for i in range(3)]
+    images = [f"model.visual.blocks.{i}.attn.proj" for i in range(12)]
+    assert last_block([*text, *images, "model.visual.merger.mlp.0", "lm_head"]) == {
+        text[-1], images[-1], "model.visual.merger.mlp.0",
+    }  # fmt: skip
 
 
 def test_off_attaches_nothing(model: PeftModel) -> None:

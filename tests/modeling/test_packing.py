@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,9 +164,18 @@ def test_a_sequence_longer_than_the_sliding_window_stays_padded() -> None:
     model.config.sliding_window = 8
     loss, expected = gradients(model, batch)
     celora.attach(model, "exact")
-    found, gradient = gradients(model, batch)
+    with pytest.warns(UserWarning, match="padding stays in batches with a row longer than the sliding window of 8 tok"):
+        found, gradient = gradients(model, batch)
     assert found == pytest.approx(loss, rel=1e-6)
     assert (gradient - expected).norm() < OF_GRADIENT * expected.norm()
+
+
+def test_where_rotary_embeddings_depend_on_the_length() -> None:
+    of_its_own = {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 16}}
+    before_version_5 = {"rope_scaling": {"rope_type": "longrope"}, "original_max_position_embeddings": 16}
+    for rope in (of_its_own, before_version_5):
+        assert packing._longest(SimpleNamespace(max_position_embeddings=64, **rope)) == 16
+    assert packing._longest(SimpleNamespace(max_position_embeddings=64, rope_parameters={"rope_type": "default"})) > 64
 
 
 def test_other_models_stay_padded() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import Tensor
 
 import celora
 from celora.modeling.int8_linear import Int8Linear
@@ -90,6 +91,24 @@ def test_the_times_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     times(monkeypatch, 10.0, 9.9, 12.0)
     told = gate(survey(make_model()), AUTO, tokens=1000, labelled=1000)
     assert {timing["chosen"] for timing in told.timings} == {"exact"}
+
+
+def test_large_weights_are_cut_and_tokens_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few tokens, any product takes the time of reading the weight, and a head of many words would stay exact."""
+    times(monkeypatch, 10.0, 6.0, 9.0)
+    patch_all(monkeypatch, "celora.planning.fastest:_MOST_NUMBERS", 512 * 48 * 32)
+    patch_all(monkeypatch, "celora.planning.fastest:_FEWEST_ROWS", 16)
+    timed: list[tuple[int, int]] = []
+
+    def shares_of(weight: Tensor, tokens: int, shares: Sequence[float]) -> tuple[dict[str, Callable[[], object]], int]:
+        timed.append((len(weight), tokens))
+        return {str(share): lambda: None for share in shares}, tokens
+
+    patch_all(monkeypatch, "celora.planning.head_evidence:shares_of", shares_of)
+    told = gate(survey(make_model()), AUTO)
+    assert timed == [(32, 512)]
+    assert {timing["tokens"] for timing in told.timings} == {512}
+    assert told.timings[-1]["shape"] == [61, 48]
 
 
 @pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.integrations import TensorBoardCallback, integration_utils
 
 import celora
-from celora import CELoraConfig
+from celora import CELoraConfig, CELoraError
 from celora.runtime.attachment import require
 from celora.runtime.state import STATE_NAME
 from machine import refuses
@@ -277,6 +279,27 @@ def test_a_checkpoint_without_state_is_said_and_refreshes(tmp_path: Path) -> Non
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert require(model).clock.step == 9
     assert any(graft.estimator.ready for graft in require(model).grafts.values())
+
+
+def test_another_machines_times_refresh_instead_of_a_refusal(tmp_path: Path) -> None:
+    """Preset `fast` estimates other layers where other products are faster."""
+    model = make_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a CPU without 8-bit products
+        celora.attach(model, "fast")
+    _trainer(tmp_path, model, callbacks=[celora.Callback()]).train()
+    attachment = require(model)
+    config, (name, *_) = attachment.config, attachment.grafts or ["other"]
+    attachment.config = replace(config, overrides={**config.overrides, f"={name}": {"keep_ratio": 0.5}})
+    trainer = _trainer(tmp_path, model, callbacks=[celora.Callback()], max_steps=9)
+    with pytest.warns(
+        UserWarning, match="was made where other estimates were faster; the first resumed step refreshes"
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert attachment.clock.step == 9
+    attachment.config = replace(attachment.config, seed=7)
+    with pytest.raises(CELoraError, match="made with another configuration"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_without_celora_it_does_nothing(tmp_path: Path) -> None:

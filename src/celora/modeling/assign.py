@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -17,10 +18,12 @@ _EXACT_AT_1 = {("topk", "native"), ("sampled", "native")}
 
 
 def last_block(names: Iterable[str]) -> set[str]:
-    """The layers of the last decoder block: those with the highest number in their names."""
-    numbers = {name: next((int(part) for part in name.split(".") if part.isdigit()), -1) for name in names}
-    highest = max(numbers.values(), default=-1)
-    return {name for name, number in numbers.items() if number == highest >= 0}
+    """The layers of the last block: those with the highest number in their names. Each tower has one."""
+    found = {name: match for name in names if (match := re.match(r"(.*?)(?<![^.])(\d+)(?![^.])", name))}
+    highest: dict[str, int] = {}
+    for tower, number in (match.groups() for match in found.values()):
+        highest[tower] = max(int(number), highest.get(tower, 0))
+    return {name for name, match in found.items() if int(match[2]) == highest[match[1]]}
 
 
 def choose_estimator(

@@ -168,6 +168,9 @@ class ModelGraft(Measured, Hook):
         inputs, rows, shape = None, place, labels.shape
         if packs:
             inputs = packing.pack(causal, given["input_ids"], given.get("position_ids"), kept, read)
+            if window := packing.window_exceeded(causal.config, read):
+                reason = f"padding stays in batches with a row longer than the sliding window of {window} tokens"
+                self.switch.say_once("window", f"{reason}; with flash_attention_2 it is left out.")
         if inputs is not None:
             passed |= inputs
             rows, shape = kept.flatten().cumsum(0)[place] - 1, inputs["input_ids"].shape

@@ -9,7 +9,7 @@ same. Attention is computed sequence by sequence (`celora.modeling.attention`), 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,10 +74,7 @@ def pack(
         ours and packing_pays(_dtype(model), max(lengths), device, masked=bool(masked))
     ):
         return None
-    family = family_of(config)
-    assert family is not None
-    window = getattr(config, family.window, None)
-    if ours and window is not None and max(lengths) > window:
+    if window_exceeded(config, numbers) is not None:
         return None  # packed sequences get full causal attention, which ignores the window
     index = places(kept.flatten(), total)
     # Repeat the last token a few times. No other token sees the copies, and a shape seen before is faster.
@@ -106,6 +103,14 @@ def pack(
     return inputs | {LENGTHS: lengths, "attention_mask": _ignored(index) if mask is None else mask}
 
 
+def window_exceeded(config: Any, numbers: Sequence[int]) -> int | None:
+    """The sliding window of our attention that a row of this batch is longer than; None if there is none."""
+    family = family_of(config)
+    window: int | None = None if family is None else getattr(config, family.window, None)
+    ours = implementation(config) == "sdpa"
+    return window if ours and window is not None and max(numbers[2:], default=0) > window else None
+
+
 def _ignored(index: Tensor) -> Tensor:
     """A mask of four dimensions, which Transformers passes on. Our attention ignores it; any other refuses integers."""
     return index.new_ones(1, 1, 1, 1)
@@ -118,11 +123,14 @@ def places(mask: Tensor, count: int) -> Tensor:
 
 def _longest(config: Any) -> float:
     """The number of tokens in a row beyond which rotary embeddings depend on that number."""
-    found = getattr(config, "rope_parameters", None) or {}
+    # Before version 5 of Transformers, the second name, and the original length stands beside it.
+    found = getattr(config, "rope_parameters", None) or vars(config).get("rope_scaling") or {}
+    original = vars(config).get("original_max_position_embeddings", math.inf)
     # One setting for all layers, or one for each kind of layer.
     for rope in (found, *(kind for kind in found.values() if isinstance(kind, dict))):
         if rope.get("rope_type") in ("dynamic", "longrope"):
-            return float(min(rope.get("original_max_position_embeddings", math.inf), config.max_position_embeddings))
+            known = rope.get("original_max_position_embeddings", original)
+            return float(min(known, config.max_position_embeddings))
     return math.inf
 
 

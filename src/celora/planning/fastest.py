@@ -38,7 +38,9 @@ from celora.settings.names import HEAD
 from celora.weights.read import read
 
 TOKENS = 512  # products are timed with at most so many on a CPU; the fastest stays the fastest with more
+_ELSEWHERE = 8192  # tokens of a batch on an accelerator, if nobody says how many
 _FEWEST, _MOST_NUMBERS = 16, 2**31  # at least so many tokens; at most so many multiplications in a product
+_FEWEST_ROWS = 2048  # of a weight that is too large to be timed whole; with few tokens another product would win
 _REPEATS = 9
 _LEAST_WORDS = 2048  # to draw: the targets of some 1,000 tokens, and as many that they are confused with
 
@@ -60,8 +62,8 @@ class Gated:
 def gate(
     found: Survey,
     config: CELoraConfig,
-    tokens: int = TOKENS,
-    labelled: int = TOKENS,
+    tokens: int | None = None,
+    labelled: int | None = None,
     *,
     given: Collection[str] = (),
 ) -> Gated:
@@ -72,10 +74,11 @@ def gate(
     several processes train together, all use what the first one measures.
 
     Args:
-        tokens: number of tokens in a batch.
-        labelled: how many of them have a label.
+        tokens: number of tokens in a batch; None for 512 on a CPU, and 8,192 elsewhere.
+        labelled: how many of them have a label; None for all.
         given: fields that the user has set.
     """
+    labelled = tokens if labelled is None else labelled
     with random_states({layer.device for layer in found.layers.values() if not cannot_time(layer.device)}):
         overrides, share, timings = made_by_first(lambda: _measured(found, config, tokens, labelled, given))
     if any(_untried(config, layer.device) for layer in found.layers.values()):
@@ -89,7 +92,7 @@ def gate(
 
 
 def _measured(
-    found: Survey, config: CELoraConfig, tokens: int, labelled: int, given: Collection[str]
+    found: Survey, config: CELoraConfig, tokens: int | None, labelled: int | None, given: Collection[str]
 ) -> tuple[dict[str, Mapping[str, Any]], float, list[dict[str, Any]]]:
     """The overrides of layers, the head's share of the words, and the times of both."""
     timings: list[dict[str, Any]] = []
@@ -97,7 +100,7 @@ def _measured(
 
 
 def _overrides(
-    found: Survey, config: CELoraConfig, tokens: int, timings: list[dict[str, Any]]
+    found: Survey, config: CELoraConfig, tokens: int | None, timings: list[dict[str, Any]]
 ) -> dict[str, Mapping[str, Any]]:
     own = config.default
     kinds: dict[tuple[Any, ...], list[AdaptedLayer]] = {}
@@ -125,17 +128,18 @@ def _overrides(
     return overrides
 
 
-def _fastest(own: LayerConfig, layer: AdaptedLayer, tokens: int) -> tuple[LayerConfig, dict[str, Any]]:
+def _fastest(own: LayerConfig, layer: AdaptedLayer, tokens: int | None) -> tuple[LayerConfig, dict[str, Any]]:
     """The fastest setting for layers of this one's kind, `EXACT` if none is clearly faster; and the times."""
     shape, dtype, device = layer.shape, layer.dtype, layer.device
     assert dtype is not None
     backward = dataclasses.replace(own, forward="exact")
     different = dict.fromkeys((own, backward, dataclasses.replace(backward, precision="native")))
     settings = [setting for setting in different if make_candidate(setting, shape, device).product.pays(*shape, device)]
-    tokens = _timed_tokens(tokens, shape[0] * shape[1], device)
     dtype = dtype if dtype.is_floating_point else torch.bfloat16  # the dtype of a quantised layer's products
-    of = {"layer": [dataclasses.asdict(setting) for setting in settings], "shape": shape, "tokens": tokens}
     base = layer.base if layer.multiplies_own_bytes and not isinstance(layer.base, Int8Linear) else None
+    tokens, rows = _timed(tokens, *shape, device, whole=base is not None)
+    shape = rows, shape[1]
+    of = {"layer": [dataclasses.asdict(setting) for setting in settings], "shape": shape, "tokens": tokens}
     if base is not None:  # its package computes the exact forward
         of |= {"base": layer.quantised} | {name: package_version(name) for name in ("bitsandbytes", "torchao")}
     over = _kept(
@@ -205,7 +209,7 @@ def _step(
 
 
 def _share(
-    found: Survey, config: CELoraConfig, labelled: int, given: Collection[str], timings: list[dict[str, Any]]
+    found: Survey, config: CELoraConfig, labelled: int | None, given: Collection[str], timings: list[dict[str, Any]]
 ) -> float:
     """The share of the words for the gradient of the logits: the configuration's, or 1 if 1 is as fast.
 
@@ -223,11 +227,12 @@ def _share(
         return share
     if _untried(config, weight.device):
         return 1.0
-    tokens = _timed_tokens(labelled, weight.numel(), weight.device)
-    of = {"head": share, "shape": tuple(weight.shape), "tokens": tokens}
+    words, hidden = weight.shape
+    tokens, rows = _timed(labelled, words, hidden, weight.device)
+    of = {"head": share, "shape": (rows, hidden), "tokens": tokens}
 
     def measure() -> list[float]:
-        calls, _ = shares_of(weight, tokens, (1.0, share))
+        calls, _ = shares_of(weight[:rows], tokens, (1.0, share))
         return list(ratios(calls, repeats=_REPEATS, device=weight.device).values())
 
     ratio, drawn = _kept(of, 2, weight.dtype, weight.device, measure)[1], f"{share:g} of the words"
@@ -242,13 +247,24 @@ def _untried(config: CELoraConfig, device: torch.device) -> bool:
     return config.forward == "exact" and not planned_on(device)
 
 
-def _timed_tokens(tokens: int, numbers: int, device: torch.device) -> int:
-    """How many tokens to time with a weight of `numbers` numbers: a power of two, so that runs share measurements.
+def _timed(
+    tokens: int | None, out_features: int, in_features: int, device: torch.device, *, whole: bool = False
+) -> tuple[int, int]:
+    """How many tokens to time, and with how many rows of a weight `(out, in)`; `whole`: with all of them.
 
-    On an accelerator as many as a batch has: with few, the time would be that of starting a kernel.
+    The tokens are a power of two, so that runs share measurements. On an accelerator they are as many as a batch has:
+    with few, the time would be that of starting a kernel. On a CPU a large weight has fewer rows, and no fewer tokens:
+    with few, the time would be that of reading the weight.
     """
-    most = max(_FEWEST, min(tokens, TOKENS, _MOST_NUMBERS // max(1, numbers)) if reads_freely(device) else tokens)
-    return 1 << (most.bit_length() - 1)
+    fast = not reads_freely(device)
+    tokens = (_ELSEWHERE if fast else TOKENS) if tokens is None else tokens
+    most = max(_FEWEST, tokens if fast else min(tokens, TOKENS))
+    if whole and not fast:
+        most = max(_FEWEST, min(most, _MOST_NUMBERS // max(1, out_features * in_features)))
+    tokens = 1 << (most.bit_length() - 1)
+    if whole or fast:
+        return tokens, out_features
+    return tokens, min(out_features, max(_FEWEST_ROWS, _MOST_NUMBERS // max(1, tokens * in_features)))
 
 
 def _kept(

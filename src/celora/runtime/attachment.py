@@ -51,9 +51,10 @@ class Attachment:
         ladder: the changes that refreshes made to what layers keep (`most_error` of the configuration).
         plan: the plan that the configuration was made from, or None.
         for_a_training: whether an integration made it. A training that is interrupted does not detach it.
+        timed: whether the configuration is preset `auto` or `fast` as times on this machine have settled it.
     """
 
-    for_a_training = False
+    for_a_training = timed = False
 
     def __init__(self, model: nn.Module, config: CELoraConfig, report: AttachReport) -> None:
         self.config = config

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from celora.borrowed import borrow
 from celora.runtime.attachment import Attachment, find
 from celora.runtime.original_base import base_losses
-from celora.runtime.state import STATE_NAME, load_state, own_name, save_state
+from celora.runtime.state import STATE_NAME, load_state, own_name, save_state, saved_config, times_differ
 
 
 class Callback(TrainerCallback):  # type: ignore[misc]
@@ -63,13 +63,15 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         if state.global_step == 0:
             return True
         folders = self._checkpoints(args, state)
-        for folder in folders:
-            if (folder / STATE_NAME).is_file():
-                load_state(model, folder)
-                return True
-        warnings.warn(
-            f"celora: no {STATE_NAME} in {folders[0]}; the first resumed step refreshes instead.", stacklevel=2
-        )
+        found = next((folder for folder in folders if (folder / STATE_NAME).is_file()), None)
+        if found is None:
+            reason = f"no {STATE_NAME} in {folders[0]}"
+        elif attachment.timed and times_differ(saved_config(found), attachment.config):
+            reason = f"{found / STATE_NAME} was made where other estimates were faster"
+        else:
+            load_state(model, found)
+            return True
+        warnings.warn(f"celora: {reason}; the first resumed step refreshes instead.", stacklevel=2)
         attachment.clock.step = state.global_step
         attachment.set_modes(state.global_step)
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -134,6 +135,18 @@ def saved_config(folder: str | os.PathLike[str]) -> CELoraConfig | None:
             return CELoraConfig.from_dict(json.loads((opened.metadata() or {}).get(_CONFIG, "")))
     except (OSError, SafetensorError, CELoraError, ValueError, TypeError):
         return None
+
+
+def times_differ(before: CELoraConfig | None, now: CELoraConfig) -> bool:
+    """Whether these are one preset, settled by different times: on another machine, or on a busy one."""
+    if before is None or before == now:
+        return False
+    own, theirs = (
+        {name: fields for name, fields in config.overrides.items() if not name.startswith("=")}
+        for config in (before, now)
+    )
+    alike = dataclasses.replace(before, overrides=now.overrides, head_keep_ratio=now.head_keep_ratio)
+    return own == theirs and alike == now
 
 
 def _same_config(made_with: str, attachment: Attachment) -> bool:

@@ -60,12 +60,10 @@ def choose(request: TrainRequest, trainer: Any, console: Console, *, begun: bool
 def settled(request: TrainRequest, trainer: Any, console: Console) -> Chosen:
     """What `choose` returns for a new run."""
     given = request.options.celora or {}
-    if request.preset == "fast":
-        gated = gate(survey(trainer.model), request.config, given=given)
-    elif any(getattr(request.options, name) is not None for name in PLANNING):
+    if any(getattr(request.options, name) is not None for name in PLANNING):
         return planned(request, trainer, console)
-    else:
-        gated = gate(survey(trainer.model), by_rule(request.config, given), *batch_size(trainer), given=given)
+    config = request.config if request.preset == "fast" else by_rule(request.config, given)
+    gated = gate(survey(trainer.model), config, *batch_size(trainer), given=given)
     return Chosen(gated.config, timings=gated.timings)
 
 
