@@ -21,7 +21,18 @@ EXTRA: dict[str, dict[str, Any]] = {
     "cohere2": {"logit_scale": 0.5, "sliding_window": 64},
     "qwen3": {"head_dim": 8},
     "phi3": {"pad_token_id": 0},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "olmo3": {"sliding_window": 64},
+    "starcoder2": {"sliding_window": 64},
+    "ministral3": {"head_dim": 8},
+    "seed_oss": {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "exaone4": {"sliding_window": 64},
 }
+EXPERTS = ("mixtral", "qwen3_moe", "olmoe")  # these are no linear layers, and compute in no float64
 
 
 @made_once
@@ -37,7 +48,8 @@ def model_of(kind: str, **more: Any) -> nn.Module:
     )  # fmt: skip
     attention = "sdpa" if kind in FAMILIES and FAMILIES[kind].packs_with else "eager"
     base = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    return get_peft_model(base, LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)).train()
+    targets: Any = ["q_proj", "k_proj", "v_proj", "o_proj"] if kind in EXPERTS else "all-linear"
+    return get_peft_model(base, LoraConfig(target_modules=targets, r=4, init_lora_weights=False)).train()
 
 
 def logit_gradients(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
