@@ -18,6 +18,7 @@ from celora import CELoraConfig, CELoraError
 from celora.modeling import others
 from celora.numerics.head import Logits
 from celora.runtime.attachment import require
+from decoders import model_of
 from labelled import gradient, masked_batch
 from small import make_model
 
@@ -43,15 +44,45 @@ def renamed(causal: Any, **names: str) -> None:
 FUSED = {"fused_lm_head": True}
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_dpo_and_grpo_ask_of_a_fused_head(temperature: float) -> None:
+    """Means of logits, which DPO and KTO log, and a temperature of GRPO's."""
+    model, causal = fused()
+    add_fused_lm_head(causal, temperature=temperature, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    expected = model(**masked_batch(), **FUSED)
+    expected.log_probs.square().sum().backward()
+    wanted = gradient(model)
+    celora.attach(model, "exact")
+    for _ in range(2):  # the second call is not compared with the model's own logits
+        model.zero_grad()
+        found = model(**masked_batch(), **FUSED)
+        found.log_probs.square().sum().backward()
+        for name in ("loss", "log_probs", "entropy", "mean_logits", "is_top1"):
+            torch.testing.assert_close(found[name], expected[name])
+        assert (gradient(model) - wanted).norm() < 1e-5 * wanted.norm()
+    assert require(model).forward.logits == Logits()
+
+
+def test_logits_with_a_cap_have_neither_means_nor_a_temperature() -> None:
+    causal: Any = model_of("gemma2").base_model.model
+    for settings, reason in (
+        ({"temperature": 0.7}, "temperature=0.7 beside a cap"),
+        ({"outputs": ("log_probs", "mean_logits")}, "mean_logits of capped logits"),
+    ):
+        causal.__dict__.pop("forward", None)
+        add_fused_lm_head(causal, **settings)
+        assert reason in str(others.fused_head(causal))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda causal: renamed(causal, outputs="fields"), "cannot read outputs from the fused head"),
         (lambda causal: renamed(causal, logit_scale="scale"), "cannot read logit_scale from the fused head"),
-        (lambda causal: add_fused_lm_head(causal, temperature=0.7), "has temperature=0.7"),
-        (lambda causal: add_fused_lm_head(causal, outputs=("log_probs", "mean_logits")), "computes mean_logits"),
+        (lambda causal: add_fused_lm_head(causal, cast_lm_head_to_fp32=True), "computes in float32"),
+        (lambda causal: add_fused_lm_head(causal, outputs=("log_probs", "log_sum_sq_probs")), "computes log_sum_sq_p"),
     ],
-    ids=["fields", "scale", "temperature", "outputs"],
+    ids=["fields", "scale", "dtype", "outputs"],
 )
 @pytest.mark.fault(
     "models",
@@ -143,7 +174,7 @@ def test_words_are_drawn_anew_in_every_call_and_step() -> None:
 
 def test_what_is_read_of_trl() -> None:
     _, causal = fused(outputs=("log_probs", "entropy", "is_top1"))
-    assert others.fused_head(causal) == Logits()
+    assert others.fused_head(causal).logits == Logits()
     assert others.is_fused_head(causal)
     causal.forward = functools.partial(type(causal).forward, causal)
     assert not others.is_fused_head(causal)

@@ -81,13 +81,14 @@ def test_trl_is_only_served_what_is_computed() -> None:
     for settings, served in (
         ({}, True),
         ({"outputs": ("log_probs", "is_top1", "entropy")}, True),
-        ({"outputs": ("log_probs", "mean_logits")}, False),
-        ({"temperature": 0.7}, False),
+        ({"outputs": ("log_probs", "mean_logits")}, True),
+        ({"outputs": ("log_probs", "log_sum_sq_probs")}, False),
+        ({"temperature": 0.7}, True),
         ({"cast_lm_head_to_fp32": True}, False),
     ):
         model.__dict__.pop("forward", None)
         add_fused_lm_head(model, **settings)
-        assert isinstance(others.fused_head(model), head.Logits) is served
+        assert isinstance(others.fused_head(model), others.FusedHead) is served
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -110,8 +111,10 @@ def test_dpo_trainer_trains_the_same(tmp_path: Path) -> None:
         if preset:
             celora.attach(trainer.model, preset)
         trainer.train()
-        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        names = ("loss", "logits/chosen", "logits/rejected")
+        losses.append([row[name] for row in trainer.state.log_history if "loss" in row for name in names])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4, abs=1e-6)
+    assert require(trainer.model).forward.logits == head.Logits()  # celora has taken over the head
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -38,6 +38,7 @@ class ScoredOutput(ModelOutput):  # type: ignore[misc]
     loss: Tensor | None = None
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
     label_mask: Tensor | None = None
     aux_loss: Tensor | None = None
@@ -71,13 +72,14 @@ class Call:
             frame = frame.f_back
         return False
 
-    def for_trl(self, loss: Tensor, scores: TokenScores) -> ScoredOutput:
-        """The output that TRL asks for with `fused_lm_head=True`."""
+    def for_trl(self, loss: Tensor, scores: TokenScores, means: Tensor | None) -> ScoredOutput:
+        """The output that TRL asks for with `fused_lm_head=True`. `means`: of the tokens' logits, (N,), or None."""
         assert scores.entropy is not None
         assert scores.top1 is not None
         log_probs, entropy, is_top1 = map(self._spread, (scores.log_probs, scores.entropy, scores.top1))
         mask = self.next_labels[:, :-1] != IGNORED
-        return ScoredOutput(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+        mean_logits = None if means is None else self._spread(means)
+        return ScoredOutput(loss, log_probs, entropy, mean_logits, is_top1, mask)
 
     def _spread(self, values: Tensor) -> Tensor:
         """Put values of the labelled tokens, (N,), at their positions in the batch: (B, T-1)."""

@@ -36,7 +36,7 @@ from celora.modeling.onlookers import may_look_at_shapes
 from celora.modeling.others import fused_head, trainer_wants_logits
 from celora.modeling.recognise import IGNORED, Probe
 from celora.modeling.switch import Mode, Switch
-from celora.numerics.head import Logits, score_tokens
+from celora.numerics.head import Logits, mean_logits, score_tokens
 from celora.numerics.measured import Measured
 from celora.settings.config import CELoraConfig
 from celora.weights.read import shape_of
@@ -169,8 +169,7 @@ class ModelGraft(Measured, Hook):
         if packs:
             inputs = packing.pack(causal, given["input_ids"], given.get("position_ids"), kept, read)
             if window := packing.window_exceeded(causal.config, read):
-                reason = f"padding stays in batches with a row longer than the sliding window of {window} tokens"
-                self.switch.say_once("window", f"{reason}; with flash_attention_2 it is left out.")
+                self.switch.say_once("window", packing.BEYOND_WINDOW.format(window))
         if inputs is not None:
             passed |= inputs
             rows, shape = kept.flatten().cumsum(0)[place] - 1, inputs["input_ids"].shape
@@ -257,8 +256,10 @@ class ModelGraft(Measured, Hook):
         elif call.probe is not None:
             verdict = call.probe.verdict(output, causal.config)
             found, why = (None, verdict) if isinstance(verdict, str) else (verdict, "")
-        if not why and call.given.get(TRL) and fused_head(causal) != found:
-            why = "has logits that TRL's fused head computes otherwise"
+        if not why and call.given.get(TRL):
+            fused = fused_head(causal)
+            if isinstance(fused, str) or fused.logits != found:
+                why = "has logits that TRL's fused head computes otherwise"
         refused = int(bool(why))
         if self.logits is None and gathers(causal):  # all processes or none: one that gathers alone waits for ever
             ((refused,),) = largest_of_all([[refused]], causal.get_output_embeddings().weight.device)
@@ -275,7 +276,9 @@ class ModelGraft(Measured, Hook):
         hidden = call.hidden.to(head.weight.device)
         # FSDP2 leaves the head's parameters sharded outside its own forward.
         weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
-        for_trl = bool(given.get(TRL))
+        fused = fused_head(causal) if given.get(TRL) else None
+        assert not isinstance(fused, str)
+        logits = self.logits if fused is None else fused.scored
         in_8_bits, trains = self._in_8_bits(head), causal.training and torch.is_grad_enabled()
         trains = trains and not in_dispatch_mode()  # it would see what only measures
         watched = in_8_bits if in_8_bits is not None and in_8_bits.watches and trains else None
@@ -288,9 +291,9 @@ class ModelGraft(Measured, Hook):
             targets,
             weight,
             bias,
-            logits=self.logits,
+            logits=logits,
             smoothing=self.smoothing,
-            statistics=for_trl,
+            statistics=fused is not None,
             keep_ratio=1.0 if self.mode is Mode.EXACT else self.keep_ratio,
             seed=self._draw() if torch.is_grad_enabled() else 0,  # an evaluation does not count as a call
             measure=self.measure if self.mode is Mode.OBSERVE and self.keep_ratio < 1 else None,
@@ -300,7 +303,10 @@ class ModelGraft(Measured, Hook):
         items = given.get("num_items_in_batch")
         items = items.to(hidden.device) if isinstance(items, Tensor) else len(rows) if items is None else items
         loss = -scores.log_probs.sum() / items
-        return call.for_trl(loss, scores) if for_trl else type(output)(**{**output, "loss": loss, "logits": None})
+        if fused is None:
+            return type(output)(**{**output, "loss": loss, "logits": None})
+        wanted = "mean_logits" in fused.outputs
+        return call.for_trl(loss, scores, mean_logits(hidden, rows, weight, bias, fused.scored) if wanted else None)
 
     def _in_8_bits(self, head: Any) -> EightBitHead | None:
         """What computes the logits of this call in 8 bits; None if they are exact."""

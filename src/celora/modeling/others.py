@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -12,9 +13,30 @@ from torch import nn
 
 from celora.numerics.head import Logits
 
-_TRL_FIELDS = {"log_probs", "entropy", "is_top1"}  # the outputs of TRL's fused head that celora computes
+# The outputs of TRL's fused head that celora computes.
+_TRL_FIELDS = {"log_probs", "entropy", "is_top1", "mean_logits"}
 # Variables in the closure of TRL's fused head (`trl.trainer.utils.add_fused_lm_head`): its outputs and settings.
 _TRL_SETTINGS = {"outputs", "temperature", "cast_lm_head_to_fp32", "final_logit_softcapping", "logit_scale"}
+
+
+@dataclass(frozen=True)
+class FusedHead:
+    """A head that TRL has fused with the loss.
+
+    Attributes:
+        logits: what the model does to its head's output.
+        temperature: what the result is divided by.
+        outputs: the names of what it computes.
+    """
+
+    logits: Logits
+    temperature: float
+    outputs: frozenset[str]
+
+    @property
+    def scored(self) -> Logits:
+        """What is done to the head's output before the softmax. Only logits without a cap have a temperature."""
+        return self.logits if self.temperature == 1 else Logits(self.logits.scale / self.temperature)
 
 
 def _function(forward: Any) -> Any:
@@ -50,8 +72,8 @@ def is_fused_head(causal: nn.Module) -> bool:
     return code is not None and code.co_name == "_fused_forward" and _written_in(function).startswith("trl.")
 
 
-def fused_head(causal: nn.Module) -> Logits | str:
-    """What TRL's fused head does to the logits of this model, or why celora cannot do the same."""
+def fused_head(causal: nn.Module) -> FusedHead | str:
+    """TRL's fused head of this model, or why celora cannot do the same."""
     if not is_fused_head(causal):
         return "it is called with fused_lm_head=True, and has no such head that celora knows"
     known: Any = inspect.getclosurevars(_function(vars(causal)["forward"])).nonlocals
@@ -59,11 +81,14 @@ def fused_head(causal: nn.Module) -> Logits | str:
         return f"celora cannot read {missing[0]} from the fused head of this version of TRL"
     if unknown := sorted(set(known["outputs"]) - _TRL_FIELDS):
         return f"TRL's fused head computes {unknown[0]}"
-    if known["temperature"] != 1:
-        return f"TRL's fused head has temperature={known['temperature']}"
     if known["cast_lm_head_to_fp32"] is not False:
         return "TRL's fused head computes in float32"
-    return Logits(float(known["logit_scale"]), known["final_logit_softcapping"])
+    logits = Logits(float(known["logit_scale"]), known["final_logit_softcapping"])
+    if logits.cap is not None and known["temperature"] != 1:
+        return f"TRL's fused head has temperature={known['temperature']} beside a cap on logits"
+    if logits.cap is not None and "mean_logits" in known["outputs"]:
+        return "TRL's fused head computes mean_logits of capped logits"
+    return FusedHead(logits, known["temperature"], frozenset(known["outputs"]))
 
 
 def trainer_wants_logits() -> str:

@@ -45,6 +45,12 @@ def measure(labelled: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Te
     return kept, torch.cat([whole[None], masked[None], kept.sum(1)])
 
 
+BEYOND_WINDOW = (
+    "padding stays in batches with a row longer than the sliding window of {} tokens; with flash_attention_2 it is "
+    "left out."
+)
+
+
 def pack(
     model: Any, input_ids: Tensor, position_ids: Tensor | None, kept: Tensor, numbers: list[int]
 ) -> dict[str, Any] | None:

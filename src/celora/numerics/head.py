@@ -172,6 +172,17 @@ class _Entropy(torch.autograd.Function):
         return None, _at_rows(gradient, rows, hidden.shape, hidden.dtype), *[None] * 5
 
 
+@torch.no_grad()
+def mean_logits(hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, logits: Logits) -> Tensor:
+    """The mean over the vocabulary of the logits of the tokens `rows`, without a cap: (N,) float32.
+
+    `mean_j s (w_j h + b_j) = s (w h + b)`, with the means w of the rows of W and b of the biases. Arguments are those
+    of `score_tokens`.
+    """
+    means = torch.mv(_chosen(hidden, rows, torch.float32), weight.mean(0, dtype=torch.float32))
+    return logits.scale * (means if bias is None else means + bias.mean(dtype=torch.float32))
+
+
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of the head's products: autocast's, if it is on."""
     device = hidden.device.type
