@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 
@@ -41,7 +42,8 @@ def shard(model: nn.Module, **options: Any) -> None:
 
     Raises:
         CELoraError: the model has no adapters, celora is attached already, the base is quantised by others, weights are
-            to be offloaded to the CPU, the model does not name its blocks, or a base in 8 bits is on another device.
+            to be offloaded to the CPU, the model does not name its blocks, or a base in 8 bits is on another device,
+            or too much for this version of torch.
     """
     layers = survey(model).layers.values()
     if isinstance(options.get("offload_policy"), CPUOffloadPolicy):
@@ -79,8 +81,15 @@ def shard(model: nn.Module, **options: Any) -> None:
         # bits reads all of them.
         if not layer.cannot_estimate and not layer.quantised and only_calls_base(layer.module):
             fully_shard(layer.base, **options)
-    sharded = [fully_shard(block, **options) for block in blocks]
-    fully_shard(model, **options)
+    try:
+        sharded = [fully_shard(block, **options) for block in blocks]
+        fully_shard(model, **options)
+    except RuntimeError as error:  # torch 2.8
+        if "floating point dtype can require gradients" not in str(error):
+            raise
+        raise CELoraError(
+            f"FSDP2 of torch {torch.__version__} cannot split a base in 8 bits; take a newer torch, or DDP"
+        ) from error
     # By default FSDP2 prefetches the frozen weight that was used last. The first block has no block before it.
     for block, before in zip(sharded, [sharded[0], *sharded], strict=False):
         assert isinstance(before, FSDPModule)

@@ -23,7 +23,6 @@ EXTRA: dict[str, dict[str, Any]] = {
     "phi3": {"pad_token_id": 0},
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "olmo3": {"sliding_window": 64},
     "starcoder2": {"sliding_window": 64},
     "ministral3": {"head_dim": 8},
@@ -32,7 +31,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 8},
     "exaone4": {"sliding_window": 64},
 }
-EXPERTS = ("mixtral", "qwen3_moe", "olmoe")  # these are no linear layers, and compute in no float64
+EXPERTS = ("mixtral", "qwen3_moe")  # these are no linear layers, and compute in no float64
 
 
 @made_once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from importlib import import_module
@@ -29,4 +30,7 @@ def _import_readers(name: str) -> None:
     imports = re.compile(rf"^from celora\S* import .*\b{name}\b|^    {name},$", re.MULTILINE)
     for file in _SOURCES.rglob("*.py"):
         if imports.search(file.read_text(encoding="utf-8")):
-            import_module(".".join(file.relative_to(_SOURCES.parent).with_suffix("").parts).removesuffix(".__init__"))
+            with contextlib.suppress(ModuleNotFoundError):  # of the application, where the library alone is installed
+                import_module(
+                    ".".join(file.relative_to(_SOURCES.parent).with_suffix("").parts).removesuffix(".__init__")
+                )

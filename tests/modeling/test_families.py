@@ -81,7 +81,9 @@ def test_norms(kind: str) -> None:
 def test_gates(kind: str) -> None:
     """A block is `down(silu(gate(x)) up(x))` if the row says so. Otherwise it has no such parts, or another gate."""
     row = FAMILIES[kind].gate
-    for module, _ in inside(kind, "MLP"):
+    for module, own in inside(kind, "MLP"):
+        if "Sparse" in own.__name__:  # an expert, before version 5 of Transformers
+            continue
         activation = type(getattr(module, Gate().activation, None)).__name__
         assert (row is not None) is (hasattr(module, Gate().gate) and activation in ("SiLU", "SiLUActivation"))
         if row is not None:

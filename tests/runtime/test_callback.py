@@ -156,7 +156,7 @@ def test_a_new_model_of_model_init_without_celora_is_said(
     if lora:
         celora.attach(trainer.model, CONFIG)  # the model that training replaces
     trainer.train()
-    said = [str(warning.message) for warning in recwarn]
+    said = [text for warning in recwarn if "celora" in (text := str(warning.message))]  # old versions warn of others
     assert len(said) == lora
     assert all("model_init made a new model when training began, and celora is not attached" in line for line in said)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -143,10 +144,15 @@ def test_a_base_in_8_bits_is_read_again(tmp_path: Path) -> None:
 
 
 def by_hand(model: PeftModel) -> float:
-    """The mean loss over all rows on the original base."""
+    """The mean loss over all rows on the original base.
+
+    Before version 5, Trainer divides by all labels, and the first of a row predicts nothing.
+    """
+    labels = make_batch(0)["labels"].shape[1]
+    share = 1.0 if int(transformers.__version__.split(".")[0]) > 4 else (labels - 1) / labels
     with celora.original_base(model), torch.no_grad():
         batches = [{key: value[:1] for key, value in make_batch(i).items()} for i in range(len(Rows()))]
-        return sum(float(model.eval()(**batch).loss) for batch in batches) / len(batches)
+        return share * sum(float(model.eval()(**batch).loss) for batch in batches) / len(batches)
 
 
 @pytest.mark.parametrize("attach", ["callback", "while training"])
@@ -326,6 +332,10 @@ def test_bytes_that_are_split_are_compared_where_they_are_whole(tmp_path: Path) 
         original = loss(model)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
+        if torch.__version__.startswith("2.8."):
+            with pytest.raises(CELoraError, match="cannot split a base in 8 bits; take a newer torch"):
+                celora.fsdp.shard(model)
+            return
         celora.fsdp.shard(model)
         celora.attach(model, BOTH)
         quantised = loss(model)

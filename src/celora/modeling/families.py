@@ -88,7 +88,6 @@ FAMILIES: dict[str, Family] = {
         Family("phi3", ATTENTIONS, gate=None),
         Family("mixtral", ATTENTIONS),
         Family("qwen3_moe", ATTENTIONS),
-        Family("olmoe", ATTENTIONS),
         Family("olmo", ATTENTIONS, norm=None),
         Family("olmo3", ATTENTIONS, norm=Norm()),
         Family("starcoder2", ATTENTIONS, norm=None, gate=None),
