@@ -88,15 +88,16 @@ def adapter() -> str:
     """Seconds from the start of the command to the saved adapter, and over preset `off`: medians over turns."""
     found = rows.read(HERE / "adapter.jsonl")
     presets = list(dict.fromkeys(row["preset"] for row in found))
-    body = []
+    body, turns = [], []
     for machine, steps in dict.fromkeys((rows.where(row), row["steps"]) for row in found):
         matching = [row for row in found if (rows.where(row), row["steps"]) == (machine, steps)]
         times = [[row["adapter_s"] for row in matching if row["preset"] == name] for name in presets]
         plain, *others = map(statistics.median, times)
         ratios = (f"{other:.1f} s, {other / plain:.2f}" for other in others)
         body.append([machine, f"{steps:,}", f"{plain:.1f} s", *ratios])
-    turns = 1 + max(row["turn"] for row in found)
-    return rows.markdown(["", "steps", *presets], body) + f"\n\nMedians of {turns} turns, {found[0]['dtype']}."
+        turns.append(len(times[0]))
+    said = f"Medians of {' to '.join(map(str, sorted({min(turns), max(turns)})))} turns, {found[0]['dtype']}."
+    return rows.markdown(["", "steps", *presets], body) + f"\n\n{said}"
 
 
 def step_parts() -> str:
