@@ -256,13 +256,13 @@ def _timed(
     with few, the time would be that of starting a kernel. On a CPU a large weight has fewer rows, and no fewer tokens:
     with few, the time would be that of reading the weight.
     """
-    fast = not reads_freely(device)
-    tokens = (_ELSEWHERE if fast else TOKENS) if tokens is None else tokens
-    most = max(_FEWEST, tokens if fast else min(tokens, TOKENS))
-    if whole and not fast:
+    accelerated = not reads_freely(device)
+    tokens = (_ELSEWHERE if accelerated else TOKENS) if tokens is None else tokens
+    most = max(_FEWEST, tokens if accelerated else min(tokens, TOKENS))
+    if whole and not accelerated:
         most = max(_FEWEST, min(most, _MOST_NUMBERS // max(1, out_features * in_features)))
     tokens = 1 << (most.bit_length() - 1)
-    if whole or fast:
+    if whole or accelerated:
         return tokens, out_features
     return tokens, min(out_features, max(_FEWEST_ROWS, _MOST_NUMBERS // max(1, tokens * in_features)))
 
