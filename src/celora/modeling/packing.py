@@ -112,9 +112,9 @@ def pack(
 def window_exceeded(config: Any, numbers: Sequence[int]) -> int | None:
     """The sliding window of our attention that a row of this batch is longer than; None if there is none."""
     family = family_of(config)
-    window: int | None = None if family is None else getattr(config, family.window, None)
+    window: int | None = None if family is None else getattr(config, family.window, None)  # 0 is none, too
     ours = implementation(config) == "sdpa"
-    return window if ours and window is not None and max(numbers[2:], default=0) > window else None
+    return window if ours and window and max(numbers[2:], default=0) > window else None
 
 
 def _ignored(index: Tensor) -> Tensor:
