@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -25,6 +24,7 @@ from celora.runtime.attachment import require
 from celora.settings.presets import PRESETS
 from machine import refuses
 from small import adapter, make_base, make_batch, make_model, train
+from versions import before
 
 BOTH = CELoraConfig(estimator="int8", forward="int8", refresh_every=3, fused=True)
 pytestmark = pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
@@ -149,7 +149,7 @@ def by_hand(model: PeftModel) -> float:
     Before version 5, Trainer divides by all labels, and the first of a row predicts nothing.
     """
     labels = make_batch(0)["labels"].shape[1]
-    share = 1.0 if int(transformers.__version__.split(".")[0]) > 4 else (labels - 1) / labels
+    share = (labels - 1) / labels if before("transformers", "5") else 1.0
     with celora.original_base(model), torch.no_grad():
         batches = [{key: value[:1] for key, value in make_batch(i).items()} for i in range(len(Rows()))]
         return share * sum(float(model.eval()(**batch).loss) for batch in batches) / len(batches)
@@ -332,11 +332,12 @@ def test_bytes_that_are_split_are_compared_where_they_are_whole(tmp_path: Path) 
         original = loss(model)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        if torch.__version__.startswith("2.8."):
-            with pytest.raises(CELoraError, match="cannot split a base in 8 bits; take a newer torch"):
-                celora.fsdp.shard(model)
+        try:
+            celora.fsdp.shard(model)
+        except CELoraError:  # torch 2.11, for one
+            if not before("torch", "2.13"):
+                raise
             return
-        celora.fsdp.shard(model)
         celora.attach(model, BOTH)
         quantised = loss(model)
         with celora.original_base(model):
