@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from celora.modeling.families import FAMILIES
 from small import made_once
@@ -32,6 +32,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": 64},
 }
 EXPERTS = ("mixtral", "qwen3_moe")  # these are no linear layers, and compute in no float64
+
+
+PACKED = sorted(name for name in FAMILIES if FAMILIES[name].packs_with and name in CONFIG_MAPPING)
 
 
 @made_once

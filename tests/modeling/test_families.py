@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_packing import PACKED
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig
@@ -23,7 +22,7 @@ from celora.modeling.passes import known as passes
 from celora.modeling.survey import survey
 from celora.modeling.switch import Switch
 from celora.numerics import passes as numerics
-from decoders import model_of
+from decoders import PACKED, model_of
 from labelled import gradients, ragged
 from patching import patch_all
 from tolerances import OF_GRADIENT

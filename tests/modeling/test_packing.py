@@ -10,18 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import celora
 from celora.modeling import attention, packing
-from celora.modeling.families import FAMILIES
-from decoders import model_of
+from decoders import PACKED, model_of
 from labelled import gradients, ragged
 from patching import patch_all
 from tolerances import OF_GRADIENT
 from without import pretend
-
-PACKED = sorted(name for name in FAMILIES if FAMILIES[name].packs_with and name in CONFIG_MAPPING)
 
 
 @pytest.mark.parametrize("kind", PACKED)

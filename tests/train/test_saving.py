@@ -233,12 +233,6 @@ def test_nothing_pickled_is_written_only_to_be_looked_at(inputs, tmp_path):
     assert not list((tmp_path / "out").rglob("training_args.bin"))
 
 
-@pytest.mark.fault(
-    "crash",
-    "a line in the middle of metrics.jsonl is damaged",
-    sees="a warning that names the line",
-    kept="all other rows",
-)
 def test_a_tokenizer_with_several_chat_templates_is_saved_again(inputs, tmp_path, monkeypatch):
     def two(trainer):
         template = trainer.processing_class.chat_template
@@ -273,6 +267,12 @@ def test_only_the_finished_adapter_is_uploaded(inputs, tmp_path, monkeypatch):
         go(inputs, output, hub_strategy="every_save", push_to_hub=True)
 
 
+@pytest.mark.fault(
+    "crash",
+    "a line in the middle of metrics.jsonl is damaged",
+    sees="a warning that names the line",
+    kept="all other rows",
+)
 def test_damaged_metrics_are_said(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 1}\n{"st\xffep": 2}\n[3]\n{"step": 4}\n{"ste')

@@ -3,7 +3,6 @@ the end. So what the program saves afterwards is saved by plain PEFT."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from celora.integrations import DEFAULT
 from celora.modeling.report import AttachReport
 from celora.runtime.attachment import find, require
 from celora.runtime.callback import Callback
-from celora.runtime.state import saved_config
+from celora.runtime.state import saved_config, times_differ
 from celora.settings.config import CELoraConfig
 from celora.settings.presets import by_rule, resolve
 
@@ -73,9 +72,9 @@ class AttachWhileTraining(Callback):
         asked = by_rule(asked, self.changes) if self.config == "auto" else asked
         found = (saved_config(folder) for folder in self._checkpoints(args, state))
         before = next((config for config in found if config is not None), asked)
-        share = asked.head_keep_ratio if "head_keep_ratio" in self.changes else before.head_keep_ratio
-        timed = dataclasses.replace(asked, overrides=before.overrides, head_keep_ratio=share)
-        return before if before == timed else None
+        if "head_keep_ratio" in self.changes and before.head_keep_ratio != asked.head_keep_ratio:
+            return None
+        return before if before == asked or times_differ(before, asked) else None
 
     def _begin(self, model: nn.Module, resumed: CELoraConfig | None) -> str:
         name = type(getattr(model, "get_base_model", lambda: model)()).__name__

@@ -40,7 +40,7 @@ from celora.weights.read import read
 TOKENS = 512  # products are timed with at most so many on a CPU; the fastest stays the fastest with more
 _ELSEWHERE = 8192  # tokens of a batch on an accelerator, if nobody says how many
 _FEWEST, _MOST_NUMBERS = 16, 2**31  # at least so many tokens; at most so many multiplications in a product
-_FEWEST_ROWS = 2048  # of a weight that is too large to be timed whole; with few tokens another product would win
+_FEWEST_ROWS = 2048  # of a weight that is too large to be timed whole
 _REPEATS = 9
 _LEAST_WORDS = 2048  # to draw: the targets of some 1,000 tokens, and as many that they are confused with
 

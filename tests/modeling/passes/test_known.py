@@ -9,17 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import celora
 from celora import CELoraConfig
 from celora.kernels.c import library as kernels
-from celora.modeling.families import FAMILIES
 from celora.modeling.passes import known as passes
 from celora.modeling.passes.gate import Gate
 from celora.numerics import passes as numerics
-from decoders import EXPERTS, logit_gradients, model_of
+from decoders import EXPERTS, PACKED, logit_gradients, model_of
 from patching import patch_all
 from small import make_model
 from tolerances import no_further
@@ -52,13 +50,8 @@ FOUND: dict[str, dict[str, int]] = {
 }
 
 
-KINDS = sorted(
-    name for name in FAMILIES if FAMILIES[name].packs_with and name in CONFIG_MAPPING and name not in EXPERTS
-)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in PACKED if kind not in EXPERTS])
 def test_every_decoder(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """celora finds all of them, reports them, and computes them in the forward of every layer."""
     model = model_of(kind).to(dtype)
