@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
+from celora import files
 from celora.errors import CELoraError
 from celora.files import clear, inside, json_lines, read_json, replacing_folder, write_text
 from celora.train.request.yaml_file import read_document
@@ -26,6 +29,54 @@ def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -
 def test_a_file_is_on_the_disk_before_its_name_and_the_name_before_it_counts(tmp_path: Path, disk) -> None:
     write_text(tmp_path / "a.json", "[1]")
     assert disk == written_whole(tmp_path / "a.json")
+
+
+def test_on_windows_a_file_that_another_program_reads_is_replaced_a_little_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, refusals = os.replace, []
+
+    def replace(*paths: Path) -> None:
+        if len(refusals) < 2:
+            refusals.append(paths)
+            raise PermissionError(errno.EACCES, "Access is denied")
+        real(*paths)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(CELoraError, match="Access is denied; what was there is unchanged"):
+        write_text(tmp_path / "a.json", "[1]")
+    monkeypatch.setattr(files, "_WINDOWS", True)
+    write_text(tmp_path / "a.json", "[2]")
+    assert read_json(tmp_path / "a.json") == [2]
+    refusals.clear()
+    monkeypatch.setattr(files, "_PATIENCE_S", 0.0)
+    with pytest.raises(CELoraError, match="Access is denied; what was there is unchanged"):
+        write_text(tmp_path / "a.json", "[3]")
+
+
+def test_folders_that_cannot_be_flushed_are_no_reason_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a virtual machine shares with its host, for example. A file that cannot be flushed is one."""
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode) or failing:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(handle)
+
+    failing = False
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "a.json", "[1]")
+    failing = True
+    with pytest.raises(CELoraError, match="Invalid argument; what was there is unchanged"):
+        write_text(tmp_path / "a.json", "[2]")
+    assert read_json(tmp_path / "a.json") == [1]
+
+
+@pytest.mark.parametrize(("windows", "shown"), [(False, "'my runs/out'"), (True, '"my runs/out"')])
+def test_a_path_is_shown_as_the_shell_takes_it(windows: bool, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_WINDOWS", windows)
+    assert files.quoted(Path("my runs/out")) == shown
+    assert files.quoted("out") == "out"
 
 
 def test_what_stands_under_the_temporary_name_is_neither_written_through_nor_kept(tmp_path: Path) -> None:

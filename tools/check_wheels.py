@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-_FUNCTIONS = {"celora_tier", "celora_kernel", "celora_use_runtime", "celora_run"}
+_FUNCTIONS = {"celora_tier", "celora_kernel", "celora_use_runtime", "celora_run", "celora_run_part"}
 _LIBRARIES = {"libc.so.6", "libm.so.6"}
 
 

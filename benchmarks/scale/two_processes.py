@@ -40,7 +40,7 @@ def settings(arm: str, way: str, seed: int, steps: int, dtype: str, folder: Path
         own["celora"] = {**own["celora"], "synchronise": True}
     shared = demo.shared_settings(demo_model(), steps, BATCH // (1 if way == "one process" else 2), dtype)
     return shared | own | {
-        "learning_rate": demo.LEARNING_RATES[arm], "seed": seed, "data": str(data), "output": str(folder), "quiet": True
+        "learning_rate": demo.LEARNING_RATE, "seed": seed, "data": str(data), "output": str(folder), "quiet": True
     }  # fmt: skip
 
 

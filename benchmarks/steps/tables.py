@@ -88,16 +88,15 @@ def adapter() -> str:
     """Seconds from the start of the command to the saved adapter, and over preset `off`: medians over turns."""
     found = rows.read(HERE / "adapter.jsonl")
     presets = list(dict.fromkeys(row["preset"] for row in found))
-    body, turns = [], []
-    for machine, steps in dict.fromkeys((rows.where(row), row["steps"]) for row in found):
+    body = []
+    for machine, steps in sorted({(rows.where(row), row["steps"]) for row in found}):
         matching = [row for row in found if (rows.where(row), row["steps"]) == (machine, steps)]
         times = [[row["adapter_s"] for row in matching if row["preset"] == name] for name in presets]
-        plain, *others = map(statistics.median, times)
-        ratios = (f"{other:.1f} s, {other / plain:.2f}" for other in others)
-        body.append([machine, f"{steps:,}", f"{plain:.1f} s", *ratios])
-        turns.append(len(times[0]))
-    said = f"Medians of {' to '.join(map(str, sorted({min(turns), max(turns)})))} turns, {found[0]['dtype']}."
-    return rows.markdown(["", "steps", *presets], body) + f"\n\n{said}"
+        plain, *others = (statistics.median(of) if of else None for of in times)
+        assert plain is not None
+        ratios = ("" if other is None else f"{other:.1f} s, {other / plain:.2f}" for other in others)
+        body.append([machine, f"{steps:,}", str(len(times[0])), f"{plain:.1f} s", *ratios])
+    return rows.markdown(["", "steps", "turns", *presets], body) + f"\n\nMedians over turns, {found[0]['dtype']}."
 
 
 def step_parts() -> str:

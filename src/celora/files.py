@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from celora.errors import CELoraError
+
+T = TypeVar("T")
+_WINDOWS, _PATIENCE_S = os.name == "nt", 2.0
 
 
 @contextlib.contextmanager
@@ -27,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.touch(exist_ok=False)
         yield temporary
         sync(temporary)
-        os.replace(temporary, path)
+        patiently(os.replace, temporary, path)
         sync(path.parent)
     except OSError as error:
         raise _unchanged(path, error) from error
@@ -54,8 +61,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             sync(written)
         clear(aside)
         if path.exists():
-            path.rename(aside)
-        temporary.rename(path)
+            patiently(path.rename, aside)
+        patiently(temporary.rename, path)
         sync(path.parent)
         clear(aside)
     except OSError as error:
@@ -79,6 +86,18 @@ def clear(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def patiently(act: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Move or read a file. Windows refuses it while another program has it open, so it is tried for two seconds."""
+    until = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return act(*arguments, **options)
+        except PermissionError:
+            if not _WINDOWS or time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk, where a loss of power cannot undo them."""
     if path.is_dir() and os.name == "nt":
@@ -86,6 +105,9 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EBADF, errno.EINVAL, errno.ENOTSUP):
+            raise  # file systems that lack it for folders, such as a virtual machine's shared ones, cannot do more
     finally:
         os.close(handle)
 
@@ -117,6 +139,12 @@ def json_lines(rows: Iterable[Mapping[str, Any]], *, ascii: bool = True) -> str:
     """
     lines = (json.dumps(finite(row), ensure_ascii=ascii, default=str, allow_nan=False) + "\n" for row in rows)
     return "".join(lines).encode(errors="backslashreplace").decode()
+
+
+def quoted(path: str | os.PathLike[str]) -> str:
+    """A path as a command that the user may paste into the shell of this system names it."""
+    named = os.fspath(path)
+    return subprocess.list2cmdline([named]) if _WINDOWS else shlex.quote(named)
 
 
 def check_regular(path: Path) -> None:
@@ -151,7 +179,7 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file. CELoraError if it cannot be read, is not JSON, or has a key twice in one object."""
     check_regular(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs_once)
+        return json.loads(patiently(path.read_text, encoding="utf-8"), object_pairs_hook=pairs_once)
     except OSError as error:
         raise CELoraError(f"cannot read {path}: {error.strerror}.") from None
     except json.JSONDecodeError as error:

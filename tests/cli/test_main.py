@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -46,6 +47,17 @@ def test_version_and_help(capsys):
 COMMANDS = (
     "estimate", "train", "watch", "chat", "generate", "export", "audit", "plan", "compare", "bench", "demo", "doctor",
 )  # fmt: skip
+
+
+def test_what_is_piped_is_utf_8(monkeypatch):
+    """Windows reads and writes pipes in the system's code page."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é“\n".encode()), encoding="cp1252"))
+    monkeypatch.setattr(sys, "stdout", written := io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    assert main(["--version"]) == 0
+    assert input() == "é“"
+    print("你")
+    written.flush()
+    assert written.buffer.getvalue().endswith("你\n".encode())
 
 
 def test_every_help_teaches_by_example(capsys):

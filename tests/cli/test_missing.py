@@ -54,7 +54,7 @@ def test_what_is_missing_or_too_old_is_named(installed: dict[str, str], capsys: 
     assert out == ""
     assert line.count("\n") == 1
     assert line.startswith(
-        "error: the command line needs trl>=1.16 (not 1.9.0), gguf; run: pip install 'celora[app]' ("
+        'error: the command line needs trl>=1.16 (not 1.9.0), gguf; run: pip install "celora[app]" ('
     )
 
 

@@ -196,7 +196,7 @@ def case(folder: Path, mode: str, moments: list[list[Any]], whole: dict[str, Any
             moment = {"after_s": share * whole["seconds"]}
         if kind == "locked":
             output.mkdir(exist_ok=True)
-        with FileLock(output / ".celora.lock") if kind == "locked" else contextlib.nullcontext():
+        with FileLock(output / "_celora.lock") if kind == "locked" else contextlib.nullcontext():
             killed, status = launch(folder, output, mode, rank=rank, **moment)
         kills += killed
         ended.append(status)

@@ -44,9 +44,9 @@ def on_build(patch, do):
 
 
 class PressCtrlC(TrainerCallback):
-    def __init__(self, after=2):
-        self.after = after
+    def __init__(self, after=2, sends=signal.SIGINT):
+        self.after, self.sends = after, sends
 
     def on_step_begin(self, args, state, control, **kw):
         if state.global_step == self.after:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.sends)

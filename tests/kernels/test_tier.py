@@ -97,7 +97,7 @@ def test_every_row_is_some_threads(threads: int, monkeypatch: pytest.MonkeyPatch
 
 
 @needs_kernels
-def test_without_a_runtime_to_share_they_run_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_runtime_to_share_they_run_on_threads_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
     library, _ = build_and_load()
     assert library is not None
     x = torch.randn(9, 5)
@@ -108,7 +108,7 @@ def test_without_a_runtime_to_share_they_run_on_one_thread(monkeypatch: pytest.M
         assert not alone.threaded
         patch_all(patch, "celora.kernels.c.library:library", lambda: alone)
         patch_all(patch, "celora.kernels.c.tier:load", lambda: (alone, ""))
-        assert why_this().endswith(", on one thread: torch has no OpenMP to share")
+        assert why_this().endswith(", on Python's threads: torch has no OpenMP to share")
         patch.setattr(torch, "get_num_threads", lambda: 3)
         assert rows.squared_row_norms(x).equal(expected)
     assert Kernels(library, TIERS[-1]).threaded  # from here on, everything is as before

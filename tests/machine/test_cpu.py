@@ -29,6 +29,7 @@ GRAVITON = """processor\t: 0
 BogoMIPS\t: 2100.00
 Features\t: fp asimd evtstrm asimdhp asimddp sve svei8mm i8mm bf16
 CPU implementer\t: 0x41
+CPU part\t: 0xd40
 """
 M2 = """hw.optional.arm.FEAT_DotProd: 1
 hw.optional.arm.FEAT_I8MM: 1
@@ -68,7 +69,7 @@ def has() -> set[str]:
             "Intel(R) Xeon(R) Platinum 8481C",
             {"avx2", "avx512", "vnni", "avx512_bf16", "avx_vnni", "amx_tile"},
         ),
-        (GRAVITON, "riscv64", {"neon", "dotprod", "sve", "i8mm", "arm_bf16"}),
+        (GRAVITON, "riscv64 0x41 0xd40", {"neon", "dotprod", "sve", "i8mm", "arm_bf16"}),
         ("", "riscv64", set()),
     ],
     ids=["x86 without AVX-512", "x86 with AMX", "ARM", "another"],

@@ -30,6 +30,17 @@ def test_alone_it_is_made_here() -> None:
         processes.made_by_first(fail)
 
 
+def test_processes_that_do_not_know_each_other_yet_are_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert processes.made_by_first(lambda: 3) == 3
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CELoraError, match=r"do not know each other yet.*call this after Accelerator\(\)"):
+        processes.made_by_first(lambda: 3)
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes, "in_company", lambda: False)
+    assert processes.made_by_first(lambda: 3) == 3
+
+
 def test_what_fails_in_the_first_fails_in_all(told: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The others would wait for the first one until the process group gives up."""
     assert processes.made_by_first(lambda: 3) == 3

@@ -1,26 +1,10 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from celora.machine import threads
 from patching import patch_all
-
-
-@pytest.mark.parametrize(
-    ("quota", "expected"),
-    [("150000 100000", 1), ("400000 100000", 4), ("50000 100000", 1), ("max 100000", None), ("", None), (None, None)],
-)
-def test_a_containers_quota(
-    quota: str | None, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "cpu.max"
-    if quota is not None:
-        file.write_text(quota)
-    patch_all(monkeypatch, "celora.machine.threads:_QUOTA", file)
-    assert threads.allowed_cpus() == expected
 
 
 def test_threads_are_lowered_and_never_raised(monkeypatch: pytest.MonkeyPatch) -> None:

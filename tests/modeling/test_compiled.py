@@ -10,14 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from celora import CELoraError
-from celora.modeling.compiled import (
-    estimated_grad_input,
-    observed_grad_input,
-    quantised,
-    read_and_multiplied,
-    read_and_projected,
-    rounded_rows,
-)
+from celora.modeling.compiled import forward_product, grad_input, quantised, rounded_rows
 from celora.modeling.graft import LayerGraft
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.estimators import Columns
@@ -31,7 +24,7 @@ def layer() -> tuple[nn.Linear, LayerGraft]:
 
 def test_a_refresh_is_exact_and_observed(layer: tuple[nn.Linear, LayerGraft]) -> None:
     (linear, graft), gradient = layer, torch.randn(5, 12)
-    found = observed_grad_input(gradient, linear.weight, graft.key)
+    found = grad_input(gradient, linear.weight, 8, graft.key, Mode.OBSERVE.value)
     assert found.equal(gradient @ linear.weight)
     assert graft.observed == 1
     assert graft.switch.compiled
@@ -41,27 +34,29 @@ def test_an_estimate_is_the_layer_s_own(layer: tuple[nn.Linear, LayerGraft]) -> 
     (linear, graft), gradient = layer, torch.randn(5, 12)
     graft.observe(gradient, linear.weight)
     graft.estimator.select()
-    found = estimated_grad_input(gradient, linear.weight, graft.key)
+    found = grad_input(gradient, linear.weight, 8, graft.key, Mode.ESTIMATE.value)
     assert found.equal(graft.estimator.estimate(gradient, linear.weight))
 
 
 def test_a_quantised_weight_is_read_by_the_key_of_its_layer(layer: tuple[nn.Linear, LayerGraft]) -> None:
     (linear, graft), gradient = layer, torch.randn(5, 12)
     quantised[graft.key] = linear
-    found = read_and_multiplied(gradient, 8, graft.key, Mode.EXACT.value)
+    found = grad_input(gradient, None, 8, graft.key, Mode.EXACT.value)
+    assert graft.switch.compiled
     torch.testing.assert_close(found, gradient @ linear.weight)
+    twin = copy.deepcopy(graft)
     with pytest.raises(CELoraError, match="run it once before you compile it"):
-        read_and_multiplied(gradient, 8, copy.deepcopy(graft).key, Mode.EXACT.value)
+        grad_input(gradient, None, 8, twin.key, Mode.EXACT.value)
 
 
 def test_graphs_are_promised_the_right_shape(layer: tuple[nn.Linear, LayerGraft]) -> None:
     with FakeTensorMode():
         gradient, weight = torch.empty(5, 12, dtype=torch.bfloat16), torch.empty(12, 8)
         for found in (
-            observed_grad_input(gradient, weight, layer[1].key),
-            estimated_grad_input(gradient, weight, layer[1].key),
-            read_and_multiplied(gradient, 8, layer[1].key, Mode.EXACT.value),
-            read_and_projected(gradient, 8, None, layer[1].key, torch.bfloat16, False),
+            grad_input(gradient, weight, 8, layer[1].key, Mode.OBSERVE.value),
+            grad_input(gradient, None, 8, layer[1].key, Mode.EXACT.value),
+            forward_product(gradient, weight.T, None, 8, layer[1].key, torch.bfloat16, False),
+            forward_product(gradient, None, None, 8, layer[1].key, torch.bfloat16, False),
         ):
             assert (found.shape, found.dtype) == ((5, 8), torch.bfloat16)
         q, scale = rounded_rows(gradient)

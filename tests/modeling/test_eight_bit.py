@@ -120,6 +120,12 @@ def test_evaluation_and_generation_use_the_forward_that_was_trained() -> None:
     assert ids[0, 4] == one[0, -1].argmax()
 
 
+def test_a_loop_that_trains_in_eval_mode_has_the_layers_own_forward_in_all_of_them() -> None:
+    """Also where the input needs no gradient, as in the first block."""
+    model, plain = attached().eval(), make_model().eval()
+    assert model(**make_batch(0)).logits.equal(plain(**make_batch(0)).logits)
+
+
 def test_detach_gives_the_model_back() -> None:
     model, plain = attached(), make_model()
     train(model, 2)

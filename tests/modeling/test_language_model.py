@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -113,6 +114,9 @@ def test_a_head_that_is_not_at_hand(how: str) -> None:
     else:
         for module in (model.base_model, model.base_model.model):
             module._is_replica = True  # DataParallel marks its replicas like this; their threads share hooks
+    told = pytest.warns(UserWarning, match=r"nn\.DataParallel gives each device a copy.*; its own loss is used")
+    with told if how == "replica" else contextlib.nullcontext():
+        assert model(**batch).logits is not None
     assert model(**batch).logits is not None
 
 

@@ -156,6 +156,21 @@ def test_an_attention_that_was_registered_anew_is_used() -> None:
     assert calls == [2]
 
 
+def test_an_operator_in_the_place_of_torchs_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_of("llama"), ragged([11, 4, 7])
+    original, calls = nn.functional.scaled_dot_product_attention, [0]
+
+    def own(*args: Any, **kwargs: Any) -> Tensor:
+        calls[0] += 1
+        return original(*args, **kwargs)
+
+    celora.attach(model, "exact")
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", own)
+    with pytest.warns(UserWarning, match="padding stays in batches: attn_implementation='sdpa' is not Transf"):
+        model(**batch)
+    assert calls == [2]
+
+
 def test_batches_that_are_not_packed_find_it_where_the_machine_has_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """With tiles, celora's attention also takes batches that are not packed, but only in calls that train on labels."""
     counted, batch = Packed(monkeypatch), ragged([32, 32, 32])

@@ -328,6 +328,7 @@ def test_ctrl_c_in_the_first_forward_leaves_the_loss_alone(copied: Callable[[nn.
 
 
 @pytest.mark.filterwarnings("ignore:celora. this is a copy of a part of the model")
+@pytest.mark.filterwarnings("ignore:celora. nn.DataParallel gives each device a copy")
 def test_a_replica_computes_with_its_own_weights() -> None:
     """A replica of `nn.DataParallel` shares the original's attributes, also a forward that celora put there."""
     model, batch = make_model().train(), make_batch(0)

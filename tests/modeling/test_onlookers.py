@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 
 import celora
 from celora.modeling import packing
@@ -39,6 +41,57 @@ def test_hooks_that_may_look_at_the_shape_of_a_batch_keep_its_padding() -> None:
         patch_all(patch, "celora.modeling.packing:pack", lambda *args: packed.append(pack(*args)) or packed[-1])
         model(**batch)
     assert packed[0] is not None
+
+
+class _Noise(nn.Module):
+    """Depends on the shape, as NEFTune does."""
+
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.of(x)
+        return result + result.shape[1]
+
+
+def _replace_forward(layer: Any) -> str:
+    own = layer.mlp.forward
+    layer.mlp.forward = lambda x: own(x) + x.shape[1]
+    return r"the forward of layers\.0\.mlp is test_onlookers\.<lambda>"
+
+
+def _put_a_module_around(layer: Any) -> str:
+    layer.mlp = _Noise(layer.mlp)
+    return r"the forward of layers\.0\.mlp is test_onlookers\.forward"
+
+
+def _replace_the_forward_of_the_class(layer: Any) -> str:
+    kind, own = type(layer.mlp), type(layer.mlp).forward
+    layer.mlp.__class__ = type(kind.__name__, (kind,), {"forward": lambda self, x: own(self, x) + x.shape[1]})
+    return r"the forward of layers\.0\.mlp is test_onlookers\.<lambda>"
+
+
+@pytest.mark.parametrize("change", [_replace_forward, _put_a_module_around, _replace_the_forward_of_the_class])
+def test_forwards_that_may_look_at_the_shape_of_a_batch_keep_its_padding(change: Callable[[Any], str]) -> None:
+    model, batch = model_of("llama"), ragged([11, 4, 7, 1])
+    said = change(model.base_model.model.model.layers[0])
+    loss, expected = gradients(model, batch)
+    assert any(re.search(said, note) for note in celora.attach(model, "exact").notes)
+    found, gradient = gradients(model, batch)
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert (gradient - expected).norm() < OF_GRADIENT * expected.norm()
+
+
+def test_a_linear_layer_of_another_kind_does_not_count() -> None:
+    """Such as those of quantisation packages that nobody here has heard of."""
+    model = model_of("llama")
+    layer: Any = nn.Sequential()
+    model.base_model.model.model.layers[0].mlp.act_fn = layer
+    layer.forward = lambda x: nn.functional.silu(x)
+    assert any("act_fn is test_onlookers" in note for note in celora.attach(model, "exact").notes)
+    layer.in_features = 1
+    assert not any("Padding stays" in note for note in celora.attach(model, "exact").notes)
 
 
 def _alora(**settings: Any) -> LoraConfig:

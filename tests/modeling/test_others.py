@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from torch import Tensor
+from transformers import Trainer
 from trl.trainer.utils import add_fused_lm_head
 
 import celora
@@ -214,3 +216,36 @@ def test_a_trainer_of_trl_that_wants_logits_gets_them(calls: str) -> None:
     if calls == "for its logits":
         torch.testing.assert_close(given, logits)
         assert model(**inputs).logits is None  # nobody looks at the logits now
+
+
+@pytest.mark.parametrize("calls", ["the model", "Trainer's"])
+def test_a_compute_loss_of_ones_own_that_calls_the_model_gets_logits(calls: str) -> None:
+    """One that calls Trainer's gets the loss from there, as those of LLaMA-Factory do."""
+
+    class Own(Trainer):  # type: ignore[misc]
+        def __init__(self) -> None:  # a whole Trainer would need folders and a device
+            self.seen: list[Any] = []
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+            output = model(**inputs)
+            self.seen.append(output.logits)
+            loss: Tensor = output.loss
+            return loss
+
+    names: dict[str, Any] = {"__name__": "transformers.trainer"}
+    exec("def compute_loss(self, model, inputs):\n    return model(**inputs).loss\n", names)
+    trainer, (model, _) = Own(), fused()
+    if calls == "Trainer's":
+        Own.compute_loss = lambda self, model, inputs: names["compute_loss"](self, model, inputs)
+    loss = trainer.compute_loss(model, masked_batch())
+    celora.attach(model, "exact")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            torch.testing.assert_close(trainer.compute_loss(model, masked_batch()), loss)
+    said = [str(warning.message) for warning in caught if "may look at its logits" in str(warning.message)]
+    assert len(said) == (calls == "the model")
+    if said:
+        assert said[0].startswith("celora: compute_loss of test_others calls the model")
+        assert len(trainer.seen) == 3
+        torch.testing.assert_close(trainer.seen[1], trainer.seen[0])

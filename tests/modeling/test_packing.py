@@ -28,17 +28,12 @@ def test_equals_padded(kind: str, left: bool, monkeypatch: pytest.MonkeyPatch) -
     loss, expected = gradients(model, batch)
     report = celora.attach(model, "exact")
     assert "Padding left out of training batches." in report.notes
-    seen: list[tuple[int, ...]] = []
-    decoder = model.base_model.model.model
-    forward = decoder.forward
-
-    def looked(*args: Any, **kwargs: Any) -> Any:
-        seen.append(tuple(kwargs["input_ids"].shape))
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(decoder, "forward", looked)
+    packed, pack = list[Any](), packing.pack
+    patch_all(monkeypatch, "celora.modeling.packing:pack", lambda *args: packed.append(pack(*args)) or packed[-1])
     found, gradient = gradients(model, batch)
-    assert seen == [(1, 10 + 3 + 6)]  # padding, last tokens and the sequence of one token are left out
+    assert [tuple(inputs["input_ids"].shape) for inputs in packed] == [
+        (1, 10 + 3 + 6)
+    ]  # padding, last tokens and the sequence of one token are left out
     assert found == pytest.approx(loss, rel=1e-6)
     assert (gradient - expected).norm() < OF_GRADIENT * expected.norm()
     again, _ = gradients(model, batch)  # the first call was compared with the model's own logits, this one is not

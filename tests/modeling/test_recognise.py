@@ -239,6 +239,18 @@ def test_a_replaced_forward_is_seen(what: str, after: bool) -> None:
     assert any("was replaced by test_recognise." in note for note in report.notes) is not after
 
 
+def test_another_cross_entropy_in_torchs_place_is_the_models_own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = make_model().train(), batch()
+    smoothed = functools.partial(torch.nn.functional.cross_entropy, label_smoothing=0.3)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", smoothed)
+    loss, gradient = gradients(model, given)
+    celora.attach(model, "exact")
+    with pytest.warns(UserWarning, match="has a loss of its own"):
+        found, ours = gradients(model, given)
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert (ours - gradient).norm() < 1e-5 * gradient.norm()
+
+
 def test_a_model_that_ignores_the_number_of_items_is_seen() -> None:
     """Trainer divides by this number under accumulation. Its first call may have none."""
     model, given = adapted(lambda: Plain(LlamaConfig(**LLAMA)), torch.float32), batch()

@@ -14,7 +14,7 @@ import check_wheels
 from celora.kernels.c.build import _COMPILERS
 
 COMPILER = next(filter(None, map(shutil.which, _COMPILERS)), None)
-FOUR = ("tier", "kernel", "use_runtime", "run")
+FUNCTIONS = ("tier", "kernel", "use_runtime", "run_part", "run")
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or COMPILER is None or shutil.which("readelf") is None,
     reason="needs a compiler for Linux, and readelf",
@@ -37,23 +37,23 @@ def functions(*names: str) -> str:
 
 
 def test_a_wheel_that_keeps_its_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good = wheel(tmp_path, functions(*FOUR))
+    good = wheel(tmp_path, functions(*FUNCTIONS))
     assert check_wheels.main([str(good)]) == 0
     assert capsys.readouterr().out == f"{good}: as promised\n"
     assert check_wheels.main([]) == 1
 
 
 def test_what_is_wrong_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    uses_glibc = "#include <stdlib.h>\nvoid *celora_run(void) { return malloc(1); }\n" + functions(*FOUR[:3])
+    uses_glibc = "#include <stdlib.h>\nvoid *celora_run(void) { return malloc(1); }\n" + functions(*FUNCTIONS[:4])
     old = wheel(tmp_path, uses_glibc, promises=1)
     assert check_wheels.main([str(old)]) == 1
     assert "it needs glibc 2." in capsys.readouterr().out
-    assert check_wheels.faults(wheel(tmp_path, functions(*FOUR, "more"))) == [
-        "it shows celora_kernel, celora_more, celora_run, celora_tier, celora_use_runtime"
+    assert check_wheels.faults(wheel(tmp_path, functions(*FUNCTIONS, "more"))) == [
+        "it shows celora_kernel, celora_more, celora_run, celora_run_part, celora_tier, celora_use_runtime"
     ]
     assert check_wheels.faults(wheel(tmp_path, "static int none;")) == ["it shows nothing"]
     shutil.copy(tmp_path / "kernels-0.so", tmp_path / "libmine.so")
-    needs = wheel(tmp_path, functions(*FOUR), "-Wl,--no-as-needed", f"-L{tmp_path}", "-lmine")
+    needs = wheel(tmp_path, functions(*FUNCTIONS), "-Wl,--no-as-needed", f"-L{tmp_path}", "-lmine")
     assert check_wheels.faults(needs) == ["it needs libmine.so"]
 
 

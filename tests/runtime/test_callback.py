@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, integration_utils
 
 import celora
@@ -80,6 +82,21 @@ def test_metrics_reach_the_history_and_the_reporters_behind_it(tmp_path: Path) -
         assert 0 < row["celora/relative_error"] <= row["celora/relative_error_worst"] < 1.5
     seen = [logs for logs in reporter.seen if "loss" in logs]
     assert [logs["celora/refreshes"] for logs in seen] == [row["celora/refreshes"] for row in history]
+
+
+@pytest.mark.parametrize("forward", ["int8", "exact"])
+def test_a_reference_from_before_training_and_a_forward_in_8_bits_do_not_go_together(forward: str) -> None:
+    """TRL's DPO and KTO compute it when the trainer is made, without celora or before layers know their scales."""
+    model, arguments = make_model(), SimpleNamespace(precompute_ref_log_probs=True)
+    if forward == "int8" and refuses():
+        return
+    celora.attach(model, CELoraConfig(estimator="dense" if forward == "exact" else "int8", forward=forward))
+    begin = functools.partial(celora.Callback().on_train_begin, arguments, TrainerState(), None, model=model)
+    if forward == "exact":
+        begin()
+        return
+    with pytest.raises(CELoraError, match="precompute_ref_log_probs=False, or a preset with an exact forward"):
+        begin()
 
 
 @pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,16 @@ def test_what_is_written(model: PeftModel, tmp_path: Path, disk: list[tuple[str,
     celora.load_state(model, folder)
     assert require(model).relative_errors == errors
     assert require(model).refreshes == 2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lists what is mapped")
+def test_a_state_that_was_read_does_not_hold_its_file(model: PeftModel, tmp_path: Path) -> None:
+    """Windows removes no file that is mapped, so old checkpoints would stay."""
+    celora.attach(model, HALF)
+    train(model, 2)
+    celora.save_state(model, tmp_path)
+    celora.load_state(model, tmp_path)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("synchronise", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -193,6 +194,24 @@ def test_only_whole_checkpoints_count_and_the_best_stays(folder, limit, best, le
     (folder.path / "checkpoint-5").mkdir()
     folder.keep_last(limit, {"checkpoint-4", f"checkpoint-{best}"})
     assert [int(name[11:]) for name in names(folder) if name.startswith("checkpoint-")] == [*left, 5]
+
+
+def test_an_old_checkpoint_that_something_is_reading_stays_and_does_not_count(folder, monkeypatch):
+    """Windows removes no file that is open, for example in a virus scanner."""
+    for step in (1, 2):
+        checkpoint(folder, step)
+
+    def refuses(*_, **__):
+        raise PermissionError(errno.EACCES, "The process cannot access the file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuses)
+        folder.keep_last(1, set())
+    assert (folder.path / "checkpoint-1").is_dir()
+    (folder.path / "checkpoint-2").rename(folder.path / "elsewhere")
+    assert folder.last_checkpoint() is None
+    folder.clear_after(0)
+    assert not (folder.path / "checkpoint-1").exists()
 
 
 @pytest.mark.fault(

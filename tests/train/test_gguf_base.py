@@ -117,6 +117,15 @@ def test_the_tokenizer_comes_from_the_file_alone(tmp_path):
     assert load(folder).generation_config.eos_token_id == [1, 3]
 
 
+@pytest.mark.parametrize("refused", [[], ["symlink"], ["symlink", "link"]])
+def test_where_no_file_may_be_linked_it_is_copied(refused, tmp_path, monkeypatch):
+    """As on Windows: without its developer mode, and where the file is on another drive than the cache."""
+    for kind in refused:
+        monkeypatch.setattr(gguf_base.os, kind, _raising(OSError(errno.EXDEV, "The system cannot move the file")))
+    path = write_model(tmp_path / "model.gguf", base_of(), words=True)
+    assert AutoTokenizer.from_pretrained(converted(path)).chat_template == TEMPLATE
+
+
 def test_a_file_is_converted_once_and_again_when_it_is_another(tmp_path, cache):
     said = []
     path = write_model(tmp_path / "model.gguf", base_of(), words=True)

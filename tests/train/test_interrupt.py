@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 
 import pytest
 import torch
@@ -44,6 +45,22 @@ def test_ctrl_c_then_resume_equals_uninterrupted(finished, inputs, tmp_path, mon
     for key in ("loss", "grad_norm", "tokens_seen"):
         assert [row[key] for row in rows] == [row[key] for row in expected[:6]]
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+
+
+@pytest.mark.fault(
+    "crash",
+    "SIGTERM: a container or a cluster ends the run",
+    sees="as Ctrl-C; a second one ends the run at once",
+    kept="everything: a checkpoint is saved",
+)
+def test_a_container_that_ends_a_run_gets_its_checkpoint(inputs, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        on_build(patch, lambda trainer: trainer.add_callback(PressCtrlC(sends=signal.SIGTERM)))
+        result, _ = go(inputs, tmp_path / "out")
+    assert (result.status, result.step) == ("interrupted", 3)
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_rows_grouped_by_length_are_resumed_in_a_later_epoch(inputs, tmp_path, monkeypatch):

@@ -183,6 +183,7 @@ def test_biases_train_and_are_saved_with_checkpointing(inputs, tmp_path):
         ({"eval_on_start": True}, "eval_on_start=True needs rows .* --eval-data"),
         ({"activation_offloading": True, "use_cpu": True}, "activation_offloading=True needs an accelerator"),
         ({"model": "./nowhere"}, "no such folder"),
+        ({"model": "C:\\models\\nowhere"}, "no such folder"),
         ({"model": "nowhere.gguf"}, "'nowhere.gguf': no such file; check the name"),
         ({"model": "models/nowhere.gguf", "memory": "8GiB"}, "nowhere.gguf': no such file; check the name"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0; expected a number >= 0"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from celora.cli.main import main
+from celora.errors import CELoraError
 from celora.modeling.switch import Mode
 from celora.runtime.attachment import require
 from celora.train.without import seconds_of_peft
@@ -113,7 +114,7 @@ def test_the_command_says_it_and_so_do_record_and_report(inputs, tmp_path, asked
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no kernel")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no kernel"), CELoraError("no state")])
 def test_a_finished_run_stays_finished(error, inputs, tmp_path, monkeypatch, capsys):
     def fails(*_):
         raise error
@@ -121,7 +122,22 @@ def test_a_finished_run_stays_finished(error, inputs, tmp_path, monkeypatch, cap
     patch_all(monkeypatch, "celora.train.without:seconds_of_peft", fails)
     command = ["train", "--model", inputs["model"], "--data", inputs["data"], "--max_steps", "2", "--preset", "exact"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 0
-    assert f"Not measured: {error or 'interrupted'}." in capsys.readouterr().err
+    assert f"Not measured: {str(error) or 'interrupted'}." in capsys.readouterr().err
+
+
+def test_a_finished_run_stays_finished_where_nothing_more_can_be_written(inputs, tmp_path, monkeypatch, capsys):
+    def fills_the_disk(*_):
+        patch_all(monkeypatch, "celora.files:write_json", full)
+        return 12.34
+
+    def full(path, _):
+        raise CELoraError(f"cannot write '{path.name}': No space left on device; what was there is unchanged")
+
+    patch_all(monkeypatch, "celora.train.without:seconds_of_peft", fills_the_disk)
+    command = ["train", "--model", inputs["model"], "--data", inputs["data"], "--max_steps", "2", "--preset", "exact"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    assert "Not recorded: cannot write 'run.json': No space left on device" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "finished"
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["status"] == "finished"
     assert "train_seconds_of_peft" not in record["summary"]

@@ -287,7 +287,7 @@ def test_links_are_not_followed_out_of_the_folder(tmp_path):
     sees="`'README.md' in --output ... is a link, and a run would write through it`",
     kept="the link's target",
 )
-@pytest.mark.parametrize("name", ["README.md", ".replaced", ".celora.lock", ".adapter.tmp", "metrics.jsonl", RUN])
+@pytest.mark.parametrize("name", ["README.md", ".replaced", "_celora.lock", ".adapter.tmp", "metrics.jsonl", RUN])
 def test_no_run_writes_through_a_link(name, inputs, tmp_path):
     outside, folder = tmp_path / "outside", tmp_path / "out"
     outside.mkdir()

@@ -37,8 +37,10 @@ from celora.errors import CELoraError, out_of_memory
 def main(arguments: Sequence[str] | None = None, *, began: float | None = None) -> int:
     """Run a command and return its exit status. `began`: when it began, by `time.perf_counter`; by default now."""
     began = time.perf_counter() if began is None else began
-    if isinstance(sys.stdout, io.TextIOWrapper):  # so that a character stdout cannot encode never fails a run
-        sys.stdout.reconfigure(errors="backslashreplace")
+    # What is piped is UTF-8, on Windows too. A character that cannot be written never fails a run.
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
     hush()
     try:
         # typer would print its usage for a mistake; here every mistake is one line.

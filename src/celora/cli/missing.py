@@ -21,7 +21,7 @@ def missing() -> str:
     if not lacks:
         return ""
     return (
-        f"the command line needs {', '.join(lacks)}; run: pip install 'celora[app]' (in an environment of its own, if "
+        f'the command line needs {", ".join(lacks)}; run: pip install "celora[app]" (in an environment of its own, if '
         "other programs here need what is installed)"
     )
 

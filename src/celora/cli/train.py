@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Annotated, Any, Literal
 
 import typer
 
 from celora.cli.app import app, print_all_help
 from celora.cli.options import TRLS, Config, Data, Json, Model, Preset, importing, look_ahead, print_json, settle_in
+from celora.files import quoted
 
 TRAIN_HELP = """Fine-tune MODEL on DATA with LoRA. The preset says how much of the arithmetic is estimated.
 
@@ -89,12 +89,12 @@ def _ending(request: Any, result: Any) -> str:
 
     output, loss = str(result.output), result.summary.get("loss")
     shown = "" if loss is None else f"  loss {loss:.4f}"
-    inputs = f"--model {shlex.quote(request.model)} --data {shlex.quote(request.data)}"
+    inputs = f"--model {quoted(request.model)} --data {quoted(request.data)}"
     inputs += f" --base {request.options.base}" if request.options.base else ""
     if result.summary.get("estimated_cost", 1.0) < 1:
-        then = f"celora audit {inputs} --adapter {shlex.quote(output)}   # how much of the gradient the estimate keeps"
+        then = f"celora audit {inputs} --adapter {quoted(output)}   # how much of the gradient the estimate keeps"
     else:
-        then = f"celora compare {inputs} --output {shlex.quote(f'{output}-compared')}   # against plain LoRA"
+        then = f"celora compare {inputs} --output {quoted(f'{output}-compared')}   # against plain LoRA"
     parts = [f"{SHOWN.get(part, part)} {s:.1f} s" for part, s in spent(result.summary).items() if s >= 0.05]
     where = f"Wall-clock: {', '.join(parts)}\n" if parts and result.status == "finished" else ""
     if (seconds := result.summary.get("train_seconds_of_peft")) is not None:

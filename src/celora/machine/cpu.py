@@ -65,6 +65,8 @@ def limits() -> dict[str, str]:
 def cpu_name() -> str:
     """The CPU's own name, or its architecture."""
     named = _line("model name") or _sysctl().get("machdep.cpu.brand_string")
+    if not named and (part := _line("CPU part")):  # Linux on ARM has numbers instead of a name
+        named = f"{platform.machine()} {_line('CPU implementer')} {part}"
     return named or platform.processor() or platform.machine()
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 
 from celora.borrowed import borrow
+from celora.machine import cgroup
 from celora.machine.device import backend
 
 
@@ -96,13 +97,8 @@ def available_memory(device: torch.device) -> int | None:
         return None if psutil is None else int(psutil.virtual_memory().available)
     if (free := _listed("/proc/meminfo", "MemAvailable")) is None:
         return None
-    group = Path("/sys/fs/cgroup")  # a container may be allowed less than the machine has
-    try:
-        limit, taken = (int((group / f"memory.{part}").read_text(encoding="ascii")) for part in ("max", "current"))
-        counted = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        return min(free, limit - taken + int(counted["inactive_file"]))  # which makes way when memory is asked for
-    except (OSError, ValueError, KeyError):
-        return free
+    allowed = cgroup.free_memory()
+    return free if allowed is None else min(free, allowed)
 
 
 def _listed(file: str, name: str) -> int | None:

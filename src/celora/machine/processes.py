@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -52,7 +53,16 @@ def from_first(value: Any) -> Any:
 
 
 def made_by_first(make: Callable[[], Any]) -> Any:
-    """What `make` gives in the first process, in all of them. If it raises, all of them raise. Collective."""
+    """What `make` gives in the first process, in all of them. If it raises, all of them raise. Collective.
+
+    Raises:
+        CELoraError: a launcher has started several processes, and they do not know each other yet.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        raise CELoraError(
+            "a launcher has started several processes, which do not know each other yet, so each would measure alone; "
+            "call this after Accelerator(), TrainingArguments(...) or torch.distributed.init_process_group."
+        )
     if not in_company():
         return make()
     made: tuple[Any, str] = None, ""

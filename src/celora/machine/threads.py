@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+from celora.machine.cgroup import allowed_cpus
 
 
 def use_allowed_threads() -> int:
@@ -20,12 +19,3 @@ def use_allowed_threads() -> int:
         if allowed is not None and allowed < torch.get_num_threads():
             torch.set_num_threads(allowed)
     return torch.get_num_threads()
-
-
-def allowed_cpus() -> int | None:
-    """Whole CPUs of this container's quota, at least one; None if it has none."""
-    try:
-        quota, period = _QUOTA.read_text(encoding="ascii").split()
-        return max(1, int(quota) // int(period))
-    except (OSError, ValueError):
-        return None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import warnings
 from itertools import accumulate
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -59,8 +60,10 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def plain() -> bool:
-    """Whether `sdpa` is Transformers' own implementation. Anyone can register another one under this name."""
-    return getattr(_sdpa(), "__module__", "") == "transformers.integrations.sdpa_attention"
+    """Whether `sdpa` is Transformers' own, of torch's operator. Anyone can put something else in their place."""
+    operator: Any = nn.functional.scaled_dot_product_attention
+    own = getattr(_sdpa(), "__module__", "") == "transformers.integrations.sdpa_attention"
+    return own and isinstance(operator, BuiltinFunctionType)
 
 
 def _sdpa() -> Any:

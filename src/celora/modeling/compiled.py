@@ -36,26 +36,17 @@ _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") 
 
 
 # A compiled graph must not change Python objects, but a refresh counts and collects statistics.
-@torch.library.custom_op("celora::observed_grad_input", mutates_args=(), tags=_TAGS)
-def observed_grad_input(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
+@torch.library.custom_op("celora::grad_input", mutates_args=(), tags=_TAGS)
+def grad_input(grad_output: Tensor, weight: Tensor | None, in_features: int, key: int, mode: str) -> Tensor:
+    """`LayerGraft.grad_input`. Without a `weight`, it is a quantised one, whose parts a graph cannot contain."""
     layer = layers[key]
     layer.switch.compiled = True
-    return layer.observe(grad_output, weight)
+    return layer.grad_input(grad_output, _read(key, grad_output.dtype) if weight is None else weight, Mode(mode))
 
 
-@observed_grad_input.register_fake
-def _(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
-    return grad_output.new_empty(grad_output.shape[0], weight.shape[1])
-
-
-@torch.library.custom_op("celora::estimated_grad_input", mutates_args=(), tags=_TAGS)
-def estimated_grad_input(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
-    return layers[key].estimator.estimate(grad_output, weight)
-
-
-@estimated_grad_input.register_fake
-def _(grad_output: Tensor, weight: Tensor, key: int) -> Tensor:
-    return grad_output.new_empty(grad_output.shape[0], weight.shape[1])
+@grad_input.register_fake
+def _(grad_output: Tensor, weight: Tensor | None, in_features: int, key: int, mode: str) -> Tensor:
+    return grad_output.new_empty(grad_output.shape[0], in_features)
 
 
 @torch.no_grad()
@@ -75,14 +66,29 @@ def multiplied(
 
 @torch.library.custom_op("celora::forward_product", mutates_args=(), tags=_TAGS)
 def forward_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, key: int, dtype: torch.dtype, measures: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    key: int,
+    dtype: torch.dtype,
+    measures: bool,
 ) -> Tensor:
-    return multiplied(x, weight, bias, key, dtype, measures)
+    """`multiplied`. Without a `weight`, it is a quantised one, as in `grad_input`."""
+    return multiplied(x, _read(key, dtype) if weight is None else weight, bias, key, dtype, measures)
 
 
 @forward_product.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, key: int, dtype: torch.dtype, measures: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    key: int,
+    dtype: torch.dtype,
+    measures: bool,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features, dtype=dtype)
 
 
 @torch.library.custom_op("celora::rounded_rows", mutates_args=(), tags=_TAGS)
@@ -96,32 +102,8 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32)
 
 
-# A graph cannot contain the parts of a quantised weight. So one operator reads and multiplies it.
-@torch.library.custom_op("celora::read_and_projected", mutates_args=(), tags=_TAGS)
-def read_and_projected(
-    x: Tensor, out_features: int, bias: Tensor | None, key: int, dtype: torch.dtype, measures: bool
-) -> Tensor:
-    return multiplied(x, read(_quantised(key), dtype), bias, key, dtype, measures)
-
-
-@read_and_projected.register_fake
-def _(x: Tensor, out_features: int, bias: Tensor | None, key: int, dtype: torch.dtype, measures: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features, dtype=dtype)
-
-
-@torch.library.custom_op("celora::read_and_multiplied", mutates_args=(), tags=_TAGS)
-def read_and_multiplied(grad_output: Tensor, in_features: int, key: int, mode: str) -> Tensor:
-    weight = read(_quantised(key), grad_output.dtype)
-    return layers[key].grad_input(grad_output, weight, Mode(mode))
-
-
-@read_and_multiplied.register_fake
-def _(grad_output: Tensor, in_features: int, key: int, mode: str) -> Tensor:
-    return grad_output.new_empty(grad_output.shape[0], in_features)
-
-
-def _quantised(key: int) -> nn.Module:
+def _read(key: int, dtype: torch.dtype) -> Tensor:
     module = quantised.get(key)
     if module is None:
         raise CELoraError("a copy of a quantised model was compiled; run it once before you compile it.")
-    return module
+    return read(module, dtype)

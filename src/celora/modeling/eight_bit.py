@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from celora.errors import CELoraError
-from celora.modeling.compiled import forward_product, multiplied, read_and_projected
+from celora.modeling.compiled import forward_product, multiplied
 from celora.modeling.graft import LayerGraft, in_dispatch_mode, scripted, without_autocast
 from celora.modeling.hooks import nothing
 from celora.modeling.own_forward import OwnForward
@@ -119,7 +119,7 @@ class EightBitForward(OwnForward):
         if not x.is_floating_point() or not x.numel() or is_trainable(module):
             return False
         # In evaluation, gradients are the model's own.
-        if not module.training and x.requires_grad and torch.is_grad_enabled():
+        if not module.training and torch.is_grad_enabled():
             return False
         tuner = self._tuner()
         if tuner is None or tuner.merged:
@@ -212,11 +212,10 @@ class _Forward(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
         ctx.shape, ctx.dtype, ctx.graft = x.shape, x.dtype, graft
-        if weight is None:
-            y: Tensor = read_and_projected(x, graft.estimator.out_features, bias, graft.key, dtype, measures)
-        else:
-            multiply = forward_product if torch.compiler.is_compiling() else multiplied
-            y = multiply(x, weight, bias, graft.key, dtype, measures)
+        if weight is not None and not torch.compiler.is_compiling():
+            return multiplied(x, weight, bias, graft.key, dtype, measures)
+        out_features = graft.estimator.out_features
+        y: Tensor = forward_product(x, weight, bias, out_features, graft.key, dtype, measures)
         return y
 
     @staticmethod

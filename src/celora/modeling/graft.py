@@ -24,14 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from celora.borrowed import borrow
 from celora.kernels.operations import squared_row_norms
 from celora.machine.device import reads_freely
-from celora.modeling.compiled import (
-    estimated_grad_input,
-    keys,
-    layers,
-    observed_grad_input,
-    quantised,
-    read_and_multiplied,
-)
+from celora.modeling.compiled import grad_input, keys, layers, quantised
 from celora.modeling.hooks import Hook, is_ours
 from celora.modeling.switch import Mode, Switch
 from celora.modeling.trial import identity, tampered, unlike
@@ -97,14 +90,12 @@ class LayerGraft(Measured, Hook):
             if args[0].requires_grad and self.mode is not Mode.EXACT:
                 self.switch.trains()
             return None
-        if self.mode is Mode.EXACT:
-            return None
         # The replicas of nn.DataParallel run in threads that would share this one layer's statistics.
         if getattr(module, "_is_replica", False):
             return None
-        if not module.training:
-            if args[0].requires_grad and not torch.compiler.is_compiling():
-                self.switch.modes.add(False)
+        if not module.training and args[0].requires_grad and not torch.compiler.is_compiling():
+            self.switch.modes.add(False)
+        if self.mode is Mode.EXACT or not module.training:
             return None
         if not self.knows(module, args[0], output):
             return None
@@ -220,8 +211,7 @@ class LayerGraft(Measured, Hook):
     def grad_input(self, grad_output: Tensor, weight: Tensor | None, mode: Mode) -> Tensor:
         """`grad_output: (T, out)` times the weight `(out, in)`: (T, in). Estimated, or exact while observing."""
         if weight is None:
-            later: Tensor = read_and_multiplied(grad_output, self.estimator.in_features, self.key, mode.value)
-            return later
+            return self._in_graph(grad_output, None, mode)
         if isinstance(weight, StoredWeight) and weight.compute_dtype not in (None, grad_output.dtype):
             computed = grad_output.to(weight.compute_dtype)  # the layer's own backward does so, too
             return LayerGraft.grad_input(self, computed, weight, mode).to(grad_output.dtype)
@@ -231,16 +221,15 @@ class LayerGraft(Measured, Hook):
             return grad_output @ whole(weight, grad_output.dtype)
         if isinstance(weight, DTensor) and (mode is Mode.OBSERVE or self.estimator.needs_whole(weight)):
             weight = whole(weight, grad_output.dtype)
-        compiling = torch.compiler.is_compiling()
-        if mode is Mode.ESTIMATE:
-            if compiling and not self.estimator.traceable:
-                estimated: Tensor = estimated_grad_input(grad_output, weight, self.key)
-                return estimated
-            return self.estimator.estimate(grad_output, weight)
-        if compiling:
-            observed: Tensor = observed_grad_input(grad_output, weight, self.key)
-            return observed
-        return self.observe(grad_output, weight)
+        if torch.compiler.is_compiling() and not (mode is Mode.ESTIMATE and self.estimator.traceable):
+            return self._in_graph(grad_output, weight, mode)
+        return (
+            self.estimator.estimate(grad_output, weight) if mode is Mode.ESTIMATE else self.observe(grad_output, weight)
+        )
+
+    def _in_graph(self, grad_output: Tensor, weight: Tensor | None, mode: Mode) -> Tensor:
+        result: Tensor = grad_input(grad_output, weight, self.estimator.in_features, self.key, mode.value)
+        return result
 
     def observe(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         """The exact `grad_input`. It also measures the current selection's error, and observes for the next one."""
@@ -248,7 +237,8 @@ class LayerGraft(Measured, Hook):
         if self.observed > MOST_BACKWARDS and not self.switch.step:
             self.switch.say_once(
                 "no step",
-                f"{MOST_BACKWARDS} backwards, and celora has seen no step of an optimizer, so all of them were exact. "
+                f"{MOST_BACKWARDS} backwards, and celora has seen no step of an optimizer, so no layer refreshes: "
+                "those that begin with an exact backward stay exact, and nobody looks at the errors of the others. "
                 "It sees those of torch.optim. If this loop steps in another way, call require(model).clock.advance() "
                 "after each step (from celora.runtime.attachment import require).",
             )

@@ -133,8 +133,9 @@ class ModelGraft(Measured, Hook):
         """Why the model computes the loss of this call; '' if the user knows why; None if celora computes it."""
         if torch.compiler.is_compiling():
             return "torch.compile is tracing it"
-        refused = self.refused and not self._again(labels)
-        if refused or getattr(causal, "_is_replica", False) or not at_hand(causal.get_output_embeddings()):
+        if getattr(causal, "_is_replica", False):
+            return "nn.DataParallel gives each device a copy of the model, and to those celora does nothing"
+        if (self.refused and not self._again(labels)) or not at_hand(causal.get_output_embeddings()):
             return ""
         if not fit(labels, given) or wants_own_head(given, causal.config):
             return ""
@@ -143,8 +144,7 @@ class ModelGraft(Measured, Hook):
         if given.get(TRL):
             found = fused_head(causal)
             return found if isinstance(found, str) else None
-        caller = trainer_wants_logits()
-        return f"{caller} looks at the logits of every step (with TRL 1.15 or later it does not)" if caller else None
+        return trainer_wants_logits() or None
 
     def _begin(self, causal: Any, given: dict[str, Any], labels: Tensor) -> Any:
         """Begin to compute a call's loss. Returns the model's new arguments, or None if the model computes it."""

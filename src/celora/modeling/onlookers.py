@@ -1,14 +1,17 @@
-"""Finds other people's hooks that may depend on the shape of a batch. If there are any, batches keep their padding."""
+"""Finds other people's code in a decoder that may depend on a batch's shape. With any, batches keep their padding."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from celora.modeling.attention import Lookup, is_attention
 from celora.modeling.hooks import is_ours
+from celora.modeling.others import function_of, written_in
 
 # The hooks of these packages do not depend on the shape of a batch, except for NEFTune's.
 _BLIND = ("torch", "bitsandbytes", "deepspeed", "accelerate", "transformers", "trl")
@@ -21,6 +24,32 @@ def _may_look(hook: Any) -> str:
     origin = (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
     blind = origin in _BLIND and called != "neftune_post_forward_hook"
     return "" if blind or called.startswith("make_inputs_require_grad") else called
+
+
+# Forwards of these packages know packed sequences where celora packs, or compute every token alone.
+_KNOWN = {*_BLIND, "celora", "hqq", "liger_kernel", "peft", "torchao"}
+
+
+def _unknown(forward: Callable[..., Any]) -> str:
+    """The name of a forward that is none of these packages' own; else ''."""
+    origin = written_in(forward)
+    called = getattr(getattr(forward, "__code__", None), "co_name", type(forward).__name__)
+    return "" if origin.partition(".")[0] in _KNOWN else f"{origin}.{called}"
+
+
+_unknown_of_class = functools.cache(_unknown)  # never of a function that holds a model
+
+
+def unknown_forward(module: nn.Module) -> str:
+    """Why batches keep their padding because of this module's forward, with {} in place of its name; or ''.
+
+    A layer with `in_features`, such as one of a quantisation package, computes every token alone.
+    """
+    own = vars(module).get("forward")
+    found = _unknown_of_class(type(module).forward) if own is None else _unknown(function_of(own))
+    if not found or hasattr(module, "in_features"):
+        return ""
+    return f"the forward of {{}} is {found}, which may depend on a batch's shape"
 
 
 def may_look_at_shapes(module: nn.Module) -> str:

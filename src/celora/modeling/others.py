@@ -15,6 +15,7 @@ from celora.numerics.head import Logits
 
 # The outputs of TRL's fused head that celora computes.
 _TRL_FIELDS = {"log_probs", "entropy", "is_top1", "mean_logits"}
+_TRAINERS = ("transformers", "trl")
 # Variables in the closure of TRL's fused head (`trl.trainer.utils.add_fused_lm_head`): its outputs and settings.
 _TRL_SETTINGS = {"outputs", "temperature", "cast_lm_head_to_fp32", "final_logit_softcapping", "logit_scale"}
 
@@ -39,14 +40,14 @@ class FusedHead:
         return self.logits if self.temperature == 1 else Logits(self.logits.scale / self.temperature)
 
 
-def _function(forward: Any) -> Any:
+def function_of(forward: Any) -> Any:
     """The function inside a method or a partial. It looks through `functools.wraps`."""
     while isinstance(forward, functools.partial):
         forward = forward.func
     return getattr(forward, "__func__", forward)
 
 
-def _written_in(function: Any) -> str:
+def written_in(function: Any) -> str:
     """The name of the module with its code. After `functools.wraps`, `__module__` is another one."""
     names = getattr(function, "__globals__", None)
     found = names.get("__name__") if names is not None else getattr(function, "__module__", None)
@@ -58,8 +59,8 @@ def replaced(module: nn.Module) -> str:
     forward = vars(module).get("forward")
     if forward is None:
         return ""
-    function = _function(forward)
-    origin = _written_in(function)
+    function = function_of(forward)
+    origin = written_in(function)
     if origin.partition(".")[0] == "accelerate":  # it casts, or moves tensors between devices
         return ""
     return f"{origin}.{getattr(getattr(function, '__code__', None), 'co_name', type(function).__name__)}"
@@ -67,16 +68,16 @@ def replaced(module: nn.Module) -> str:
 
 def is_fused_head(causal: nn.Module) -> bool:
     """Whether `add_fused_lm_head` of TRL 1.15 or later has replaced the model's forward."""
-    function = _function(vars(causal).get("forward"))
+    function = function_of(vars(causal).get("forward"))
     code = getattr(function, "__code__", None)
-    return code is not None and code.co_name == "_fused_forward" and _written_in(function).startswith("trl.")
+    return code is not None and code.co_name == "_fused_forward" and written_in(function).startswith("trl.")
 
 
 def fused_head(causal: nn.Module) -> FusedHead | str:
     """TRL's fused head of this model, or why celora cannot do the same."""
     if not is_fused_head(causal):
         return "it is called with fused_lm_head=True, and has no such head that celora knows"
-    known: Any = inspect.getclosurevars(_function(vars(causal)["forward"])).nonlocals
+    known: Any = inspect.getclosurevars(function_of(vars(causal)["forward"])).nonlocals
     if missing := sorted(_TRL_SETTINGS - known.keys()):
         return f"celora cannot read {missing[0]} from the fused head of this version of TRL"
     if unknown := sorted(set(known["outputs"]) - _TRL_FIELDS):
@@ -92,14 +93,22 @@ def fused_head(causal: nn.Module) -> FusedHead | str:
 
 
 def trainer_wants_logits() -> str:
-    """The TRL trainer that is calling the model and will read its logits; '' if there is none."""
-    if "trl" not in sys.modules:
+    """Why the model's caller will read its logits: a trainer of TRL, or a user's `compute_loss`; '' if none does."""
+    if "transformers.trainer" not in sys.modules:
         return ""
     frame: FrameType | None = sys._getframe(1)
+    asked = False
     while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if isinstance(name, str) and name.startswith("trl.") and "model" in frame.f_locals:
+        name = str(frame.f_globals.get("__name__", ""))
+        # Only there: a frame whose variables were asked for keeps them alive.
+        if name.startswith("trl.") and "model" in frame.f_locals:
             caller = frame.f_locals.get("self")
-            return type(caller).__name__ if caller is not None else name
+            who = name if caller is None else type(caller).__name__
+            return f"{who} looks at the logits of every step (with TRL 1.15 or later it does not)"
+        # Whoever calls the model may read its logits. A method that calls Trainer's gets the loss from there.
+        if not asked and frame.f_code.co_name == "compute_loss":
+            asked = True
+            if name.partition(".")[0] not in _TRAINERS:
+                return f"compute_loss of {name} calls the model, and may look at its logits"
         frame = frame.f_back
     return ""

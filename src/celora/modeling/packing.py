@@ -19,6 +19,7 @@ from celora.modeling import varlen
 from celora.modeling.attention import LENGTHS, implementation, packing_pays, plain
 from celora.modeling.compiled import is_compiled
 from celora.modeling.families import family_of
+from celora.modeling.onlookers import unknown_forward
 from celora.numerics.select import grain
 
 _LEAST_SAVING = 0.05  # share of the tokens; below, varying shapes cost more than they save, unless attention gains
@@ -189,6 +190,8 @@ def _objection(module: nn.Module, config: Any) -> str:
             return _SEE_LATER
     if type(module).__module__.startswith("peft.tuners.lily."):
         return "Lily mixes its adapters by a mean over all tokens of a batch"
+    if reason := unknown_forward(module):
+        return reason
     variants = (type(variant).__name__ for variant in own.get("lora_variant", {}).values())
     return next((why for kind in variants for start, why in _OF_A_BATCH.items() if kind.startswith(start)), "")
 

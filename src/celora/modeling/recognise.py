@@ -160,7 +160,9 @@ class Probe:
         else:
             return "does something to its logits that is not known"
         targets = self.labels[:, 1:].flatten().to(logits.device)
-        total = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+        # Not by F.cross_entropy, which somebody may have replaced, so that the model's loss is another one.
+        each = logits[:, :-1].float().flatten(0, 1).log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+        total = -each[targets != IGNORED].sum()
         expected = float(total.detach()) / float((targets != IGNORED).sum() if self._items is None else self._items)
         if not isinstance(loss, Tensor) or abs(float(loss.detach()) - expected) > _LOSS_ROUNDING * abs(expected):
             return "has a loss of its own"

@@ -321,7 +321,7 @@ class Attachment:
             self.other_steps += 1
             if self.clock.step == 0 and self.other_steps == 3:
                 warnings.warn(
-                    "celora: three optimizer steps, none of a parameter of this model, so every backward is exact. If "
+                    "celora: three optimizer steps, none of a parameter of this model, so no layer refreshes. If "
                     "the optimizer holds copies of the parameters, as DeepSpeed's does, give the Trainer "
                     "celora.Callback(), or call require(model).clock.advance() after each step (from "
                     "celora.runtime.attachment import require).",

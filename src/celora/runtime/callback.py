@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from celora.borrowed import borrow
+from celora.errors import CELoraError
 from celora.runtime.attachment import Attachment, find
 from celora.runtime.original_base import base_losses
 from celora.runtime.state import STATE_NAME, load_state, own_name, save_state, saved_config, times_differ
@@ -53,6 +54,12 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         if trainer is not None:
             handler = trainer.callback_handler  # its list is being iterated over, so it gets a new list
             handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
+        attachment = find(model)
+        if attachment is not None and attachment.forwards and getattr(args, "precompute_ref_log_probs", False):
+            raise CELoraError(
+                "precompute_ref_log_probs=True computes the reference before training, with other products than a "
+                "forward in 8 bits; give precompute_ref_log_probs=False, or a preset with an exact forward: 'auto'."
+            )
         self._restored = self._restore(args, state, model)
 
     def _restore(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> bool:

@@ -81,7 +81,8 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
+            # Copies: what is mapped would keep the file open, and Windows then removes no old checkpoint.
+            state = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise CELoraError(f"{file} is damaged: {error}") from None
     made_with = metadata.get(_CONFIG)

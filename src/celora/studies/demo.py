@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -43,9 +43,10 @@ ROWS = "demo.jsonl"
 MARKER = ".celora-demo"
 ARMS = {"LoRA": "off", "CE-LoRA": "paper", "auto": "auto"}
 SHOWN = {"CE-LoRA": "CE-LoRA as published (paper)", "auto": "celora's default (auto)"}
-LEARNING_RATES = dict.fromkeys(ARMS, 1e-3)
+LEARNING_RATE = 1e-3
 REFRESH_EVERY = 12  # with the published 200 there would be one refresh, at the start, when lora_B is zero
 STEPS = 40
+VALIDATION = 600  # sentences that the choices above were made on; neither training nor results see them
 ASKED = "A dull and lifeless film. Sentiment:"
 WARM_UP, TIMED = 2, 6  # steps of each arm when they are timed; the warm-up allocates and compiles
 
@@ -82,11 +83,6 @@ def run_demo(
     steps: int = STEPS,
     batch_size: int = 8,
     held_out: int = 300,
-    validation: int = 600,
-    learning_rates: Mapping[str, float] = LEARNING_RATES,
-    refresh_every: int = REFRESH_EVERY,
-    judge: Literal["test", "validation"] = "test",
-    arms: Sequence[str] = tuple(ARMS),
     console: Console | None = None,
     quiet: bool = False,
 ) -> list[DemoRow]:
@@ -95,8 +91,7 @@ def run_demo(
     `output` is a new folder or that of an earlier demo. It gets the runs (`lora-seed0`, `ce-lora-seed0`, ...),
     `report.html` with all loss curves, and `demo.jsonl`. Progress goes to `console`.
 
-    `judge` names the sentences that score. "test" is for results, "validation" for choices about the demo. `held_out`
-    and `validation` are their numbers. Training sees neither.
+    `held_out` sentences, which training does not see, score the adapters.
 
     Raises:
         CELoraError: `output` has other files, model or data cannot be fetched, or an adapter scores differently under
@@ -106,9 +101,9 @@ def run_demo(
     begun = time.perf_counter()
     say = functools.partial(progress.say, console, quiet)
     _claim(output)
-    study = _Study(output, demo_model(say), output / "data" / f"{judge}.jsonl", faster_dtype(), console, quiet)
-    drawn = functools.partial(splits, validation=validation, test=held_out, say=say)
-    write_text(study.judged, json_lines(to_rows(getattr(drawn(0), judge))))
+    study = _Study(output, demo_model(say), output / "data" / "test.jsonl", faster_dtype(), console, quiet)
+    drawn = functools.partial(splits, validation=VALIDATION, test=held_out, say=say)
+    write_text(study.judged, json_lines(to_rows(drawn(0).test)))
 
     rows: list[DemoRow] = []
     shared = shared_settings(study.model, steps, batch_size, study.dtype) | {"quiet": quiet}
@@ -117,10 +112,10 @@ def run_demo(
         write_text(data, json_lines(to_rows(drawn(seed, train=steps * batch_size).train)))
         own = {
             arm: shared
-            | {"preset": ARMS[arm], "learning_rate": learning_rates[arm], "seed": seed, "data": str(data)}
+            | {"preset": preset, "learning_rate": LEARNING_RATE, "seed": seed, "data": str(data)}
             | {"output": str(_folder(output, arm, seed))}
-            | ({} if ARMS[arm] != "paper" else {"celora": {"refresh_every": refresh_every}})
-            for arm in arms
+            | ({} if preset != "paper" else {"celora": {"refresh_every": REFRESH_EVERY}})
+            for arm, preset in ARMS.items()
         }
         rows += _contend(study, seed, own, untouched=seed == 0)
     write_text(output / ROWS, json_lines(map(asdict, rows)))

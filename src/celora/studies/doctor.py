@@ -18,9 +18,9 @@ import torch
 from celora.kernels.backends import chosen, explain
 from celora.kernels.c import tier
 from celora.machine import cpu
+from celora.machine.cgroup import allowed_cpus
 from celora.machine.device import PACKAGES, default_device, device_name, package_version
 from celora.machine.memory import available_memory
-from celora.machine.threads import allowed_cpus
 from celora.machine.timing import faster_dtype, interleaved, time_over_float32
 from celora.numerics.products.registry import make_product
 

@@ -19,7 +19,7 @@ from celora.errors import CELoraError
 from celora.studies.assets import Review, movie_reviews
 from celora.studies.stock_eval import LABELS
 
-# Of the wordings tried, the untouched model does best with this one: benchmarks/learning/demo_choices.py.
+# Of eight wordings, the untouched model does best with this one.
 SYSTEM = "Classify the sentiment of movie reviews."
 QUESTION = "{text}\nSentiment:"
 
@@ -76,15 +76,13 @@ def label_of(review: Review) -> str:
     return "positive" if review.score > 0 else "negative"
 
 
-def to_rows(
-    reviews: Iterable[Review], *, system: str | None = None, question: str | None = None
-) -> list[dict[str, Any]]:
+def to_rows(reviews: Iterable[Review], *, system: str = SYSTEM) -> list[dict[str, Any]]:
     """Chat rows for SFTTrainer: the question is the prompt, the label is the completion."""
     return [
         {
             "prompt": [
-                {"role": "system", "content": system or SYSTEM},
-                {"role": "user", "content": (question or QUESTION).format(text=review.text)},
+                {"role": "system", "content": system},
+                {"role": "user", "content": QUESTION.format(text=review.text)},
             ],
             "completion": [{"role": "assistant", "content": label_of(review)}],
         }

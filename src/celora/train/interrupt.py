@@ -28,18 +28,20 @@ class StopAtStepEnd(TrainerCallback):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle SIGINT, and SIGTERM if there are several processes, while the body runs. Main thread only."""
+        """Handle SIGINT, and SIGTERM by which a container or a cluster ends a run. In the main thread only."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        ended = signal.signal(signal.SIGTERM, self._on_end) if processes() > 1 else None
+        alone = processes() == 1
+        ended = signal.signal(signal.SIGTERM, self._on_signal if alone else self._on_end)
         before = signal.signal(signal.SIGINT, self._on_signal)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-        if ended is not None:  # not after a failure: this process still has to say why it ends
-            signal.signal(signal.SIGTERM, ended)
+            if alone:
+                signal.signal(signal.SIGTERM, ended)
+        signal.signal(signal.SIGTERM, ended)  # one of several: not after a failure, as it still has to say why it ends
 
     def _on_end(self, *_: object) -> None:
         """The launcher is ending all processes. If one of them failed, the next collective notices and says so."""

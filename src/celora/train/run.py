@@ -7,7 +7,6 @@ and `accelerate launch` every process runs this code; only the first writes and 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,7 @@ from rich.console import Console
 
 import celora
 from celora.errors import CELoraError
-from celora.files import read_json, write_json, write_text
+from celora.files import quoted, read_json, write_json, write_text
 from celora.machine.processes import from_first
 from celora.modeling.report import AttachReport
 from celora.runtime.attachment import require
@@ -141,7 +140,7 @@ def _train(
     if status == "interrupted":
         saved = folder.last_checkpoint()
         how = f"Saved {saved[0].name}; continue" if saved else "No checkpoint to go on from is saved; start again"
-        say(console, False, f"{how} with: celora train --output {shlex.quote(str(request.output))} --resume")
+        say(console, False, f"{how} with: celora train --output {quoted(request.output)} --resume")
     trainer = ready.trainer
     return TrainResult(status, request.output, int(trainer.state.global_step), written.record["summary"], trainer.model)
 
@@ -355,13 +354,15 @@ def _compare_with_peft(
     try:
         with clock.spending("compare"):
             found = seconds_of_peft(trainer, seconds, steps, lambda: say(console, request.options.quiet, line))
-    except (KeyboardInterrupt, RuntimeError) as error:
-        say(console, request.options.quiet, f"Not measured: {error or 'interrupted'}.")
-    else:
         if found is None:
             return
         record["summary"]["train_seconds_of_peft"] = round(found, 3)
-    _write(ready, folder, record)
+    except (KeyboardInterrupt, RuntimeError, CELoraError) as error:
+        say(console, request.options.quiet, f"Not measured: {str(error) or 'interrupted'}.")
+    try:
+        _write(ready, folder, record)
+    except CELoraError as error:
+        say(console, request.options.quiet, f"Not recorded: {error}.")
 
 
 def _already_finished(

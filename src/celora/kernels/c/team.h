@@ -1,7 +1,7 @@
 /* How a kernel is called, and how threads share its work.
  *
  * Every thread of a team runs the whole kernel, on its own share of each loop. Arguments are slots of eight bytes, which
- * Python packs (library.py). The threads are those of the OpenMP runtime that torch has loaded (tiers.c).
+ * Python packs (library.py). The threads are those of the OpenMP runtime that torch has loaded, or Python's (tiers.c).
  */
 
 #ifndef TEAM_H
@@ -15,9 +15,14 @@ typedef union {
     double d;
 } slot;
 
-/* taken: how many pieces of a loop have been taken by `take_piece`, by all threads together */
+/* Of all threads together: how many pieces of a loop have been taken, and how often a thread came to a meeting. */
 typedef struct {
-    int64_t thread, threads, *taken;
+    int64_t taken, met;
+} shared;
+
+typedef struct {
+    int64_t thread, threads;
+    shared *shared;
 } team;
 
 typedef int64_t kernel(const slot *from, const team *team);
@@ -44,6 +49,6 @@ static inline int64_t share_of(int64_t count, int64_t thread, int64_t threads) {
          i < i##_end; i++)
 
 /* The next piece that no thread has taken. */
-static inline int64_t take_piece(const team *team) { return __atomic_fetch_add(team->taken, 1, __ATOMIC_RELAXED); }
+static inline int64_t take_piece(const team *team) { return __atomic_fetch_add(&team->shared->taken, 1, __ATOMIC_RELAXED); }
 
 #endif

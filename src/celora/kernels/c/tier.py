@@ -16,6 +16,7 @@ import torch
 
 from celora.kernels.c.build import build_and_load
 from celora.kernels.c.compiling import NAMES
+from celora.kernels.c.team import Team
 from celora.machine import cpu
 
 _RUNTIMES = ("libtorch_cpu.so", "libtorch_cpu.dylib", "libiomp5md.dll")  # who brings OpenMP, in torch's folder
@@ -36,11 +37,11 @@ class Kernels:
 
     Attributes:
         tier: its name.
-        threaded: whether they run on torch's threads; else on one.
+        threaded: whether they run on torch's threads; else on Python's.
     """
 
     def __init__(self, loaded: ctypes.CDLL, tier: str) -> None:
-        self.tier, self.threaded = tier, _share_threads(loaded)
+        self.tier, self.threaded, self._team = tier, _share_threads(loaded), Team(loaded)
         self._number = list(_tiers(loaded)).index(tier)
         self._find, self._run = loaded.celora_kernel, loaded.celora_run
         self._find.argtypes, self._find.restype = [ctypes.c_int, ctypes.c_char_p], ctypes.c_void_p
@@ -56,7 +57,8 @@ class Kernels:
         """Call a kernel that there is with its arguments, each in a slot of eight bytes; what it returns."""
         if name not in self._found:
             assert self.has(name), name
-        returned: int = self._run(self._found[name], slots, threads)
+        run = self._run if self.threaded else self._team.run
+        returned: int = run(self._found[name], slots, threads)
         return returned
 
 
@@ -101,7 +103,7 @@ def why_this() -> str:
         return ""
     asked = os.environ.get("CELORA_KERNELS", "")
     why = f"the newest of {', '.join(offered(library))}" if asked in ("", "1") else f"CELORA_KERNELS={asked}"
-    return f"{loaded.tier} ({why})" + ("" if loaded.threaded else ", on one thread: torch has no OpenMP to share")
+    return f"{loaded.tier} ({why})" + ("" if loaded.threaded else ", on Python's threads: torch has no OpenMP to share")
 
 
 def offered(loaded: ctypes.CDLL) -> list[str]:

@@ -122,7 +122,7 @@ EXPORT kernel *celora_kernel(int tier, const char *name) {
 }
 
 /* The OpenMP runtime that torch has loaded: GNU's interface, which LLVM's and Intel's have, too, except on Windows, where
- * it is Intel's own. All NULL: one thread. */
+ * it is Intel's own. All NULL: threads that Python brings. */
 typedef void microtask(int32_t *, int32_t *, void *);
 static struct {
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
@@ -142,21 +142,35 @@ static struct {
 /* functions: as they stand in `runtime`, NULL for those that it lacks. */
 EXPORT void celora_use_runtime(void *const functions[8]) { memcpy(&runtime, functions, sizeof runtime); }
 
+#ifdef _WIN32
+__declspec(dllimport) int __stdcall SwitchToThread(void);
+#define let_others_run SwitchToThread
+#else
+#include <sched.h>
+#define let_others_run sched_yield
+#endif
+
 void celora_meet(const team *team) {
     if (team->threads == 1) return;
     if (runtime.parallel) runtime.barrier();
-    else runtime.meet(&place, runtime.number(&place));
+    else if (runtime.fork) runtime.meet(&place, runtime.number(&place));
+    else {
+        const int64_t come = __atomic_add_fetch(&team->shared->met, 1, __ATOMIC_ACQ_REL);
+        const int64_t all = (come + team->threads - 1) / team->threads * team->threads; /* at the end of this meeting */
+        while (__atomic_load_n(&team->shared->met, __ATOMIC_ACQUIRE) < all) let_others_run();
+    }
 }
 
 typedef struct {
     kernel *run;
     const slot *from;
-    int64_t taken, result;
+    shared shared;
+    int64_t result;
 } call;
 
 static void run_part(void *data) {
     call *call = data;
-    const team team = {runtime.thread(), runtime.threads(), &call->taken};
+    const team team = {runtime.thread(), runtime.threads(), &call->shared};
     const int64_t result = call->run(call->from, &team);
     if (!team.thread) call->result = result;
 }
@@ -168,14 +182,20 @@ static void run_task(int32_t *number, int32_t *bound, void *data) {
 
 /* Run a kernel on so many threads, or fewer where the runtime gives fewer. Returns what its first thread returns. */
 EXPORT int64_t celora_run(kernel *run, const slot *from, int threads) {
-    call call = {run, from, 0, 0};
+    call call = {run, from, {0, 0}, 0};
     if (threads > 1 && runtime.parallel) runtime.parallel(run_part, &call, (unsigned)threads, 0);
     else if (threads > 1 && runtime.fork) {
         runtime.push_threads(&place, runtime.number(&place), threads);
         runtime.fork(&place, 1, run_task, &call);
     } else {
-        const team alone = {0, 1, &call.taken};
+        const team alone = {0, 1, &call.shared};
         call.result = run(from, &alone);
     }
     return call.result;
+}
+
+/* Run the part of one thread, of `threads` that are called at the same time with the same `shared`, zero at first. */
+EXPORT int64_t celora_run_part(kernel *run, const slot *from, shared *shared, int thread, int threads) {
+    const team team = {thread, threads, shared};
+    return run(from, &team);
 }

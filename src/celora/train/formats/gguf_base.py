@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,16 +153,22 @@ def _tensors(
         yield name, layout.from_gguf(name, read).to(dtype)
 
 
+def _put(file: Path, place: Path) -> None:
+    """Link a file to another place, or copy it: Windows lets few people link, and none to another drive."""
+    for link in (os.symlink, os.link):
+        with contextlib.suppress(OSError):
+            link(file, place)
+            return
+    shutil.copyfile(file, place)
+
+
 def _save_tokenizer(header: GGUFHeader, config: Any, folder: Path) -> None:
     """Write the tokenizer in a file, with its chat template; what lies beside the file is not looked at."""
     _check_split(header)
     try:
         with tempfile.TemporaryDirectory(dir=folder) as alone:
             link = Path(alone) / "model.gguf"
-            with contextlib.suppress(OSError):
-                link.symlink_to(header.path.resolve())
-            if not link.exists():
-                os.link(header.path.resolve(), link)  # Windows lets not everybody make the other kind
+            _put(header.path.resolve(), link)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=link.name, trust_remote_code=False)
         tokenizer.model_max_length = config.max_position_embeddings
         tokenizer.save_pretrained(folder)

@@ -26,7 +26,7 @@ from celora.train.processes import is_first
 
 RUN, METRICS, REPORT = "run.json", "metrics.jsonl", "report.html"
 CONFIG, PLAN = CONFIG_NAME, PLAN_NAME
-LOCK, SAVING = ".celora.lock", ".adapter.tmp"
+LOCK, SAVING = "_celora.lock", ".adapter.tmp"  # transformers uploads nothing that begins with _
 _FOLDERS = (SAVING, "additional_chat_templates")  # the second: of a tokenizer with several
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _DAMAGED = ".damaged"
@@ -264,8 +264,8 @@ class OutputFolder:
         finished = [checkpoint for checkpoint in self._checkpoints() if sealed(checkpoint)]
         spare = [checkpoint for checkpoint in finished if checkpoint.name not in keep]
         for checkpoint in spare[: max(0, len(finished) - limit)] if limit else []:
-            unseal(checkpoint)  # first: if the process is killed now, the rest counts as unfinished
-            shutil.rmtree(checkpoint)
+            unseal(checkpoint)  # first: what is left of it, if anything, counts as unfinished
+            shutil.rmtree(checkpoint, ignore_errors=True)  # on Windows, something may be reading a file
 
     def _checkpoints(self) -> list[Path]:
         """Folders named like checkpoints, in the order of their steps."""
