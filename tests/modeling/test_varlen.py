@@ -42,6 +42,7 @@ def by_mask(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float
 ) -> tuple[Tensor, None]:
     """What Transformers' FlexAttention gives for a mask: (1, N, heads, d)."""
+    assert query.dtype == key.dtype == value.dtype  # it refuses others
     found = scaled_dot_product_attention(query, key, value, seen_by(mask), scale=scaling, enable_gqa=True)
     return found.transpose(1, 2), None
 
@@ -133,6 +134,21 @@ def test_a_token_sees_earlier_tokens_of_its_sequence() -> None:
     place = torch.arange(len(sequence))
     assert mask.shape == (1, 1, 43, 43)
     assert seen_by(mask).equal((sequence[:, None] == sequence) & (place[:, None] >= place))
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("masked", [False, True])
+def test_under_autocast_one_call_takes_a_query_in_float32_and_a_value_in_bfloat16(masked: bool) -> None:
+    """A model in float32 gives both: the embedding of positions is in float32."""
+    query, key = (torch.randn(1, heads, 43, 16) for heads in (4, 2))
+    value = torch.randn(1, 2, 43, 16).bfloat16()
+    mask = varlen.block_mask(BEGINS, 43, torch.float32) if masked else None
+    with torch.autocast("cpu", torch.bfloat16):
+        found = varlen.attend(nn.Identity(), query, key, value, BEGINS, 20, mask, 0.25)
+    rows = (t[0].bfloat16().transpose(0, 1) for t in (query, key, value))
+    assert found is not None
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found[0], one_by_one(*rows, BEGINS, 20, 0.25), rtol=2**-7, atol=2**-7)
 
 
 HALF = torch.bfloat16

@@ -97,12 +97,17 @@ def attend(
 ) -> Tensor | None:
     """Causal attention of each packed sequence, (1, heads, N, d) to (1, N, heads, d), or None if nothing takes it.
 
+    Under autocast it computes in autocast's dtype.
+
     Args:
         module: the attention, for FlexAttention.
         begins: (S + 1,) int32, where each of S sequences begins, and the end of the last.
         longest: number of tokens of the longest sequence.
         mask: from `block_mask`. FlexAttention computes the sequences if it has a function.
     """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:  # as SDPA; a model in float32 gives a mixture
+        query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
     if hasattr(mask, "mask_mod"):
         found: Tensor = AttentionInterface()["flex_attention"](module, query, key, value, mask, scaling=scale)[0]
         return found
