@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from celora.kernels import plain
 from celora.kernels.backends import TABLE, explain
 from celora.kernels.triton import judged, proof
 from celora.kernels.triton.judged import Verdict
@@ -24,6 +25,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(judged, "device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(plain, "wrong_integers", lambda device: "")
     monkeypatch.setattr(judged.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(judged, "_OF_THIS_PROCESS", {})
     judged.verdict.cache_clear()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from celora.borrowed import borrow
 from celora.kernels.packed import PackedWeight
-from celora.kernels.plain import column_major, divisor, padded
+from celora.kernels.plain import column_major, divisor, padded, wrong_product
 
 SCALED_MM = "torch:_scaled_mm"
 LARGEST = 448.0
@@ -83,10 +83,10 @@ def slow(device: torch.device) -> str:
 @functools.cache
 def _takes_scales(device: torch.device) -> bool:
     """Whether the device multiplies with a scale for each row and column: a CPU of torch 2.11 takes one for all."""
-    ones, scale = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn), torch.ones(16, device=device)
-    multiply = functools.partial(borrow(SCALED_MM), out_dtype=torch.bfloat16)
-    try:
-        multiply(ones, column_major(ones), scale_a=scale[:, None], scale_b=scale[None])
-    except RuntimeError:
-        return False
-    return True
+
+    def multiply(a: Tensor, b: Tensor) -> Tensor:
+        scale_a, scale_b = torch.ones(len(a), 1, device=device), torch.ones(1, b.shape[1], device=device)
+        y: Tensor = borrow(SCALED_MM)(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16)
+        return y
+
+    return not wrong_product(multiply, torch.float8_e4m3fn, device, 7)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from celora.borrowed import borrow
+from celora.errors import out_of_memory
 from celora.kernels.backends import choose
 from celora.kernels.packed import BothWays, LibraryPacked, QuantisedRows
 from celora.machine.device import exact_device
@@ -234,9 +236,10 @@ def why_no_integers(device: torch.device) -> str:
         return f"there are no int8 products on {device.type}"
     if borrow(INT_MM) is None:
         return "this version of torch has no int8 products"
-    if device.type == "cpu" and not sums_are_exact():
+    wrong = wrong_integers(device)
+    if wrong and device.type == "cpu":
         return "oneDNN's 8-bit sums overflow under the limit ONEDNN_MAX_CPU_ISA"
-    return ""
+    return f"torch's int8 product {wrong}" if wrong else ""
 
 
 def takes_integers(device: torch.device) -> bool:
@@ -260,10 +263,36 @@ def describe_integers(device: torch.device) -> str:
 
 
 @functools.cache
-def sums_are_exact() -> bool:
-    """Whether 8-bit products on CPU are summed without overflow: kept below VNNI, oneDNN sums pairs in 16 bits."""
-    most = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
-    return bool((borrow(INT_MM)(most, most.t().contiguous()) == 64 * 127**2).all())
+def wrong_integers(device: torch.device) -> str:
+    """What is wrong with torch's 8-bit product on this device, or ''; '' too for a GPU that is not here.
+
+    Not all of them can be used: kept below VNNI, oneDNN on a CPU sums pairs in 16 bits, and some GPUs lack them.
+    """
+    here = device.type == "cpu" or torch.cuda.is_available()
+    return wrong_product(integer_product, torch.int8, device, 127) if here else ""
+
+
+def wrong_product(
+    multiply: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, device: torch.device, largest: int
+) -> str:
+    """What is wrong with one product `a b` of 8-bit matrices on this device, in words, or ''.
+
+    Args:
+        multiply: a: (17, 64), and b: (64, 64) as GPUs want it, to (17, 64) in a dtype of its own.
+        dtype: of a and b.
+        largest: of their whole numbers, which `dtype` holds exactly. Some sums have only the largest.
+    """
+    a, b = (
+        (torch.arange(64 * rows, device="cpu") * 37 % (2 * largest + 1) - largest).view(rows, 64) for rows in (17, 64)
+    )
+    a[0], b[:, 0] = largest, largest
+    try:
+        found = multiply(a.float().to(dtype).to(device), column_major(b.float().to(dtype).to(device))).cpu()
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        return f"fails on this device: {str(error).strip().partition(chr(10))[0]}"
+    return "" if found.equal((a @ b).to(found.dtype)) else "is wrong on this device"
 
 
 @functools.cache
