@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,13 @@ from celora.machine.timing import interleaved
 INT_MM = "torch:_int_mm"
 _LEAST = 1e-24  # a smaller sum of squares may have lost what matters of it to float32's underflow
 _BLOCK_NUMBERS = 2**19  # float32 numbers worked on at once: 2 MiB, which a core's own cache holds
-_BLOCK_NUMBERS_ELSEWHERE = 2**24  # 64 MiB: few launches, and little beside the chunk's logits
+_BLOCK_NUMBERS_ELSEWHERE = 2**24  # 64 MiB: few launches, and little beside a weight, or the chunk's logits
+
+
+def blocks(x: Tensor) -> Iterator[slice]:
+    """Parts of the rows of `x: (T, n)`, of which float32 copies are small."""
+    size = max(1, _BLOCK_NUMBERS_ELSEWHERE // max(1, x.shape[1]))
+    return (slice(start, start + size) for start in range(0, len(x), size))
 
 
 def squared_row_norms(x: Tensor) -> Tensor:
@@ -95,7 +101,8 @@ def quantise_columns(weight: Tensor, scale: Tensor) -> Tensor:
 def quantise_rows(x: Tensor, index: Tensor | None, *, offset: int) -> tuple[Tensor, Tensor]:
     x = x if index is None else x.index_select(0, index)
     scale = divisor(torch.linalg.vector_norm(x, float("inf"), dim=1).float() / 127)
-    q = (x.float() / scale[:, None]).round() + offset
+    q = x.to(torch.float32, copy=True).div_(scale[:, None]).round_()
+    q = q.add_(offset) if offset else q
     return q.to(torch.uint8 if offset else torch.int8), scale
 
 
@@ -109,12 +116,18 @@ def scatter_rows(
     column_scale: Tensor | None,
     onto: Tensor | None,
 ) -> Tensor:
-    y = y.float() * row_scale[:, None]
-    y = (y if column_scale is None else y * column_scale).to(like.dtype)
-    if index is None:
-        return y
-    out = like.new_zeros(len(like), y.shape[1]) if onto is None else onto
-    return out.index_copy_(0, index, y)
+    """Block by block into the result, so that only the sums are wide copies of it."""
+    out = onto
+    if out is None:
+        out = like.new_empty(y.shape) if index is None else like.new_zeros(len(like), y.shape[1])
+    for part in blocks(y):
+        scaled = y[part] * row_scale[part, None]
+        scaled = (scaled if column_scale is None else scaled.mul_(column_scale)).to(like.dtype)
+        if index is None:
+            out[part] = scaled
+        else:
+            out.index_copy_(0, index[part], scaled)
+    return out
 
 
 def softmax_rows(
@@ -190,9 +203,7 @@ class IntegersBothWays(LibraryPacked, BothWays):
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor, input_scale: Tensor | None = None) -> IntegersBothWays:
         q, inverse = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), (1 / scale)[:, None]
-        rows = max(1, _BLOCK_NUMBERS_ELSEWHERE // max(1, weight.shape[1]))
-        for start in range(0, len(weight), rows):  # no float32 copy of a large weight
-            part = slice(start, start + rows)
+        for part in blocks(weight):  # no float32 copy of a large weight
             numbers = weight[part].float() * inverse[part]
             q[part] = (numbers if input_scale is None else numbers.div_(input_scale)).round_()
         return cls(q, scale, input_scale)
@@ -212,8 +223,10 @@ class IntegersBothWays(LibraryPacked, BothWays):
 
     def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor) -> Tensor:
         sums = integer_product(x.q, padded(self.q, 1).t())
-        y: Tensor = sums * (x.scale[:, None] * self.scale)
-        return out.copy_(y if bias is None else y + bias)
+        for part in blocks(sums):  # the logits of a head are much larger than all else
+            y = (x.scale[part, None] * self.scale).mul_(sums[part])
+            out[part] = y if bias is None else y.add_(bias)
+        return out
 
     def integers(self, index: Tensor | None = None) -> Tensor:
         return self.q if index is None else self.q[index]
