@@ -317,9 +317,11 @@ def one_by_one() -> bool:
     integers = borrow(INT_MM)
     if integers is None:
         return True
-    whole = torch.ones(64, 512, device="cpu"), torch.ones(512, 512, device="cpu")
+    cpu = torch.device("cpu")
+    whole = torch.ones(64, 512, device=cpu), torch.ones(512, 512, device=cpu)
     bits = tuple(x.to(torch.int8) for x in whole)
-    times = interleaved({"bits": lambda: integers(*bits), "whole": lambda: torch.mm(*whole)}, repeats=3)
+    calls = {"bits": lambda: integers(*bits), "whole": lambda: torch.mm(*whole)}
+    times = interleaved(calls, repeats=3, device=cpu)
     return times["bits"]["time_ms"] > 4 * times["whole"]["time_ms"]
 
 
