@@ -64,13 +64,13 @@ def processes() -> Iterator[ProcessPoolExecutor]:
 
 def _wrong(task: Task) -> str:
     name, dtype, device = task
-    if name == ATTENTION:
-        try:
+    try:
+        if name == ATTENTION:
             return wrong_attention(device, dtype)
-        except Exception as error:  # as `wrong_somewhere` tells it: the other tasks go on
-            return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    with torch_alone():  # an earlier verdict must not make Triton its own reference
-        return proof.wrong_somewhere(name, device, (dtype,))
+        with torch_alone():  # an earlier verdict must not make Triton its own reference
+            return proof.wrong_somewhere(name, device, (dtype,))
+    except Exception as error:  # as `wrong_somewhere` tells it: the other tasks go on
+        return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def wrong_attention(device: torch.device, dtype: torch.dtype) -> str:

@@ -73,8 +73,7 @@ def test_what_is_not_lasting_or_cannot_be_kept_is_of_this_process(card: pytest.M
     for lasting in (False, True):
         judged.remember(GPU, Verdict(frozenset({"pack_weight"})), lasting=lasting)
         assert judged.planned_on(GPU)
-        judged._OF_THIS_PROCESS.clear()
-        judged.verdict.cache_clear()
+        judged.forget(GPU)
         assert not judged.planned_on(GPU)
         card.setenv("XDG_CACHE_HOME", "/proc/nowhere")  # this folder cannot be created
 
