@@ -13,7 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from celora.kernels import plain
 from celora.kernels.backends import explain
+from celora.kernels.floats import ScaledFloats
+from celora.kernels.triton.product import TiledFloats, TiledWeight
 from patching import patch_all
+from without import without
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -120,3 +123,23 @@ def test_rows_are_quantised_with_one_copy_in_float32(offset: int) -> None:
         q, scale = plain.quantise_rows(x, None, offset=offset)
     assert floats.sizes.count(x.numel()) == 1
     assert q.int().equal((x.float() / scale[:, None]).round().int() + offset)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pack", [TiledWeight.pack, TiledFloats.pack, plain.Integers.pack, ScaledFloats.pack])
+def test_a_weight_is_packed_without_a_copy_in_float32(
+    pack: Callable[[Tensor, Tensor], Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, "c")
+    weight, scale = torch.randn(24, 40).to(dtype), torch.rand(40) / 50 + 0.01
+    with Floats() as floats:
+        q = pack(weight, scale).q
+    if q.dtype == torch.int8:
+        expected = (weight.float() * (1 / scale)).round().to(torch.int8)
+    else:
+        expected = (weight.float() / scale).to(q.dtype)
+    assert q.stride(0) == 1
+    assert q[:24].view(torch.int8).equal(expected.view(torch.int8))
+    assert not q[24:].view(torch.int8).any()
+    assert max(size for size in floats.sizes if size != weight.numel() or dtype == torch.bfloat16) <= 100

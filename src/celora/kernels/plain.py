@@ -95,7 +95,10 @@ def transposed_product(p: Tensor, x: Tensor) -> Tensor:
 
 
 def quantise_columns(weight: Tensor, scale: Tensor) -> Tensor:
-    return (weight.float() * (1 / scale)).round().to(torch.int8)
+    q, inverse = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), 1 / scale
+    for part in blocks(weight):  # no float32 copy of a large weight
+        q[part] = (weight[part].float() * inverse).round_()
+    return q
 
 
 def quantise_rows(x: Tensor, index: Tensor | None, *, offset: int) -> tuple[Tensor, Tensor]:
@@ -203,7 +206,7 @@ class IntegersBothWays(LibraryPacked, BothWays):
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor, input_scale: Tensor | None = None) -> IntegersBothWays:
         q, inverse = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), (1 / scale)[:, None]
-        for part in blocks(weight):  # no float32 copy of a large weight
+        for part in blocks(weight):
             numbers = weight[part].float() * inverse[part]
             q[part] = (numbers if input_scale is None else numbers.div_(input_scale)).round_()
         return cls(q, scale, input_scale)
