@@ -21,7 +21,7 @@ from benchmarks.kernels.roofline import MODELS, Llama
 from celora.kernels import floats
 from celora.kernels.backends import torch_alone
 from celora.kernels.triton import judged, proof
-from celora.machine.timing import percentiles
+from celora.machine.timing import interleaved
 from celora.modeling import varlen
 from celora.modeling.attention import attention
 
@@ -30,7 +30,6 @@ TOKENS, REPEATS = 4096, 20
 ATTENTION = "attention of packed sequences"
 LENGTHS = (300, 1, 17, 128, 578)  # tokens of packed sequences
 _NOISE = 1e-5  # of float32: an error below is none
-_BUSY = 8192  # the product of two such squares keeps an H100 busy for 1.4 ms, while a call is queued
 
 Task = tuple[str, torch.dtype, torch.device]
 
@@ -65,13 +64,13 @@ def processes() -> Iterator[ProcessPoolExecutor]:
 
 def _wrong(task: Task) -> str:
     name, dtype, device = task
-    if name == ATTENTION:
-        try:
+    try:
+        if name == ATTENTION:
             return wrong_attention(device, dtype)
-        except Exception as error:  # as `wrong_somewhere` tells it: the other tasks go on
-            return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    with torch_alone():  # an earlier verdict must not make Triton its own reference
-        return proof.wrong_somewhere(name, device, (dtype,))
+        with torch_alone():  # an earlier verdict must not make Triton its own reference
+            return proof.wrong_somewhere(name, device, (dtype,))
+    except Exception as error:  # as `wrong_somewhere` tells it: the other tasks go on
+        return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def wrong_attention(device: torch.device, dtype: torch.dtype) -> str:
@@ -121,7 +120,7 @@ def time_kernels(
                 calls = proof.contenders(operation, device, tokens, weight)
                 if operation.startswith("pack"):
                     calls["bfloat16"] = _in_bfloat16(operation, device, tokens, weight)
-                times = queued(calls, device)
+                times = interleaved(calls, repeats=REPEATS, device=device)
             used = known is not None and operation in known.operations
             row = {"operation": operation, "model": model, "tokens": tokens, "out": weight[0], "in": weight[1]}
             yield row | {"used": used, "times": times} | rows.conditions()
@@ -134,23 +133,3 @@ def _in_bfloat16(operation: str, device: torch.device, tokens: int, weight: tupl
     if operation == "pack_both_ways":
         return lambda: (x @ w.t(), g[::2] @ w)
     return lambda: g[::2] @ w
-
-
-def queued(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, dict[str, float]]:
-    """Milliseconds of the GPU alone, in turns: name -> median and 20/80th percentile.
-
-    The GPU has other work until all of a call is queued, so that no launch is waited for. Two rounds warm up.
-    """
-    square = torch.ones(_BUSY, _BUSY, device=device, dtype=torch.bfloat16)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(REPEATS + 2):
-        for name, call in calls.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            square @ square
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            if turn >= 2:
-                samples[name].append(begin.elapsed_time(end))
-    return {name: percentiles(taken) for name, taken in samples.items()}

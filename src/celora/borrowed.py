@@ -30,6 +30,7 @@ NAMES: dict[str, str] = {
     "that)",
     "torch:_int_mm": "8-bit products are those of celora's own kernels only",
     "torch:_scaled_mm": "there are no fp8 products",
+    "torch:cuda._sleep": "times of short products on a GPU may be those of their launches",
     "torch:ops.onednn.qlinear_pointwise": "8-bit products without celora's own kernels are slower",
     "torch:ops.onednn.qlinear_prepack": "8-bit products without celora's own kernels are slower",
     "torch.utils._python_dispatch:is_traceable_wrapper_subclass": "the memory of quantised and sharded tensors is not "

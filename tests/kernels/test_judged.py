@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from celora.kernels import plain
 from celora.kernels.backends import TABLE, explain
 from celora.kernels.triton import judged, proof
 from celora.kernels.triton.judged import Verdict
@@ -24,6 +25,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(judged, "device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(plain, "wrong_integers", lambda device: "")
     monkeypatch.setattr(judged.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(judged, "_OF_THIS_PROCESS", {})
     judged.verdict.cache_clear()
@@ -71,8 +73,7 @@ def test_what_is_not_lasting_or_cannot_be_kept_is_of_this_process(card: pytest.M
     for lasting in (False, True):
         judged.remember(GPU, Verdict(frozenset({"pack_weight"})), lasting=lasting)
         assert judged.planned_on(GPU)
-        judged._OF_THIS_PROCESS.clear()
-        judged.verdict.cache_clear()
+        judged.forget(GPU)
         assert not judged.planned_on(GPU)
         card.setenv("XDG_CACHE_HOME", "/proc/nowhere")  # this folder cannot be created
 

@@ -82,6 +82,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     kept: list[judged.Verdict] = []
     monkeypatch.setattr(judged, "verdict", lambda device: kept[-1] if kept else None)
     monkeypatch.setattr(judged, "remember", lambda device, found, *, lasting=True: kept.append(found))
+    monkeypatch.setattr(judged, "forget", lambda device: kept.clear())
     monkeypatch.setattr(judged, "cannot_run", lambda device: "")
     monkeypatch.setattr(floats, "has_floats", lambda device: False)
     monkeypatch.setattr(proof, "contenders", lambda *_: {"triton": int, "torch": int})
@@ -112,6 +113,24 @@ def test_what_is_right_and_faster_is_used(card: pytest.MonkeyPatch) -> None:
     }
     assert found.tiles == {"int8, depth first": 2}
     assert proof.judge(torch.device("cuda")) is found  # not measured again
+
+
+@pytest.mark.parametrize("where", ["wrong", "interleaved"])
+def test_what_ends_a_judgement_leaves_no_verdict(where: str, card: pytest.MonkeyPatch) -> None:
+    """What had no memory may be right, and what was found before it is not all."""
+
+    def full(*_: object, **__: object) -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    card.setattr(proof, "wrong", lambda *_, **__: "")
+    card.setattr(proof, "interleaved", lambda *_, **__: {"triton": {"time_ms": 1.0}, "torch": {"time_ms": 2.0}})
+    with card.context() as patch:
+        patch.setattr(proof, "OPERATIONS", ("pack_weight",) if where == "interleaved" else ("column_maxima",))
+        patch.setattr(proof, where, full)
+        with pytest.raises(torch.OutOfMemoryError):
+            proof.judge(torch.device("cuda"))
+    assert judged.verdict(torch.device("cuda")) is None
+    assert "pack_weight" in proof.judge(torch.device("cuda")).operations
 
 
 def test_there_is_nothing_to_judge_on_a_cpu() -> None:

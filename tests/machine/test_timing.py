@@ -177,7 +177,7 @@ def test_a_time_is_that_of_the_work_and_of_nothing_before_it(monkeypatch: pytest
     assert timing.timed(lambda: device.launch(0.25), CPU) == pytest.approx(1)  # the CPU needs no waiting
 
 
-def test_CUDA_is_waited_for_after_the_last_call_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_CUDA_is_busy_before_the_first_call_and_waited_for_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
     class Event:
@@ -194,11 +194,15 @@ def test_CUDA_is_waited_for_after_the_last_call_only(monkeypatch: pytest.MonkeyP
         def elapsed_time(self, end: Event) -> int:
             return end.at - self.at
 
+    patch_all(monkeypatch, "celora.borrowed:borrow", lambda name: lambda cycles: said.append(name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", Event)
     assert timing.laps((lambda: said.append("a"), lambda: said.append("b")), torch.device("cuda")) == [2, 2]
-    assert said == ["mark", "a", "mark", "b", "mark", "wait"]
+    assert said == ["torch:cuda._sleep", "mark", "a", "mark", "b", "mark", "wait"]
+    said.clear()
+    assert timing.timed(lambda: said.append("a"), CPU) < 1000  # by the clock, though there is a GPU
+    assert said == ["a"]
 
 
 def test_a_device_that_is_waited_for_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from celora import CELoraError
+from celora.kernels.backends import TABLE, Backend
 from celora.kernels.operations import available
+from celora.kernels.plain import IntegersBothWays
+from celora.kernels.triton.product import TiledBothWays
 from celora.machine import cpu
 from celora.machine.memory import saved_for_backward
 from celora.modeling import int8_linear
@@ -27,6 +30,7 @@ from celora.weights.read import read
 from machine import refuses
 from patching import patch_all
 from tiers import WITH_DOTS, use_tier
+from without import without
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -205,6 +209,23 @@ def test_what_one_machine_saved_another_multiplies_with(
     if available("pack_both_ways", x.device):
         found = loaded.packed.multiply(loaded.packed.quantise(x), loaded.bias, torch.empty(4, 97))
         assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+def test_bytes_by_rows_are_multiplied_by_what_a_plan_found_faster_and_never_by_what_none_has_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A plan comes after the layer. And a layer may come from another GPU, where there was one."""
+    without(monkeypatch, "c")
+    layer = Int8Linear.of(make(96, 128))
+    assert layer.layout is IntegersBothWays
+    planned = Backend("triton", TiledBothWays.holding)
+    with monkeypatch.context() as patch:
+        patch.setitem(TABLE, "hold_both_ways", [planned])
+        assert type(layer.packed) is TiledBothWays
+        assert layer.packed.stored.data_ptr() == layer.W_q.data_ptr()
+    layer.layout = TiledBothWays
+    monkeypatch.setitem(TABLE, "hold_both_ways", [Backend("torch", IntegersBothWays.holding)])
+    assert type(layer.packed) is IntegersBothWays
 
 
 def test_without_kernels_it_computes_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

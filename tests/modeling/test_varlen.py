@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +42,7 @@ def by_mask(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float
 ) -> tuple[Tensor, None]:
     """What Transformers' FlexAttention gives for a mask: (1, N, heads, d)."""
+    assert query.dtype == key.dtype == value.dtype  # it refuses others
     found = scaled_dot_product_attention(query, key, value, seen_by(mask), scale=scaling, enable_gqa=True)
     return found.transpose(1, 2), None
 
@@ -52,14 +53,16 @@ def seen_by(mask: Any) -> Tensor:
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Take the paths of a GPU, with functions of the CPU."""
     monkeypatch.setattr(varlen, "available", lambda device: True)
     monkeypatch.setattr(varlen, "half_function", lambda: one_by_one)
     monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", by_mask)
     pretend(monkeypatch, "attention", there=False)
+    varlen._works.cache_clear()
     patch_all(monkeypatch, "celora.modeling.attention:_SHORT", 0)
-    return monkeypatch
+    yield monkeypatch
+    varlen._works.cache_clear()
 
 
 @pytest.fixture
@@ -110,11 +113,12 @@ def test_one_call_equals_a_call_each(kv_heads: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_batch_trains_like_a_padded_one(dtype: torch.dtype, on_gpu: pytest.MonkeyPatch) -> None:
+    model, batch = model_of("llama"), ragged([12, 3, 7])
+    assert varlen.computes(model.config, torch.device("cpu"), dtype)  # which is tried once
     calls = []
     usual = varlen.attend
     on_gpu.setattr(varlen, "attend", lambda *given: calls.append(given) or usual(*given))
     patch_all(on_gpu, "celora.modeling.attention:_say_one_by_one", None)  # must not be called
-    model, batch = model_of("llama"), ragged([12, 3, 7])
     loss, exact = gradients(model, batch)
     _, padded = gradients(model.to(dtype), batch)
     celora.attach(model, "exact")
@@ -133,6 +137,63 @@ def test_a_token_sees_earlier_tokens_of_its_sequence() -> None:
     place = torch.arange(len(sequence))
     assert mask.shape == (1, 1, 43, 43)
     assert seen_by(mask).equal((sequence[:, None] == sequence) & (place[:, None] >= place))
+
+
+def lacks_the_kernel(*_: Any) -> Tensor:
+    raise RuntimeError("no kernel image is available for execution on the device")
+
+
+def lacks_the_backward(query: Tensor, *others: Any) -> Tensor:
+    return one_by_one(query, *others).detach() * 1
+
+
+def is_not_finite(query: Tensor, *others: Any) -> Tensor:
+    return one_by_one(query, *others) * float("nan")
+
+
+@pytest.mark.parametrize("function", [lacks_the_kernel, lacks_the_backward, is_not_finite])
+def test_where_the_function_fails_sequences_are_computed_one_by_one(
+    function: Callable[..., Tensor], on_gpu: pytest.MonkeyPatch
+) -> None:
+    """Builds of torch for other GPUs have the name and not the kernels."""
+    on_gpu.setattr(varlen, "half_function", lambda: function)
+    said: list[str] = []
+    patch_all(on_gpu, "celora.modeling.attention:_say_one_by_one", said.append)
+    model, batch = model_of("llama"), ragged([12, 3, 7])
+    loss, _ = gradients(model.bfloat16(), batch)
+    celora.attach(model, "exact")
+    found, _ = gradients(model, batch)
+    assert found == pytest.approx(loss, rel=1e-2)
+    assert said == ["cpu"] * model.config.num_hidden_layers
+    assert not varlen.compiles(model.config, torch.device("cpu"), torch.bfloat16)
+    assert varlen.computes(model.config, torch.device("cpu"), torch.float32)  # by FlexAttention
+
+
+def test_a_trial_that_had_no_memory_is_repeated(on_gpu: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    config = model_of("llama").config
+    on_gpu.setattr(varlen, "half_function", lambda: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        varlen.computes(config, torch.device("cpu"), torch.bfloat16)
+    on_gpu.setattr(varlen, "half_function", lambda: one_by_one)
+    assert varlen.computes(config, torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("masked", [False, True])
+def test_under_autocast_one_call_takes_a_query_in_float32_and_a_value_in_bfloat16(masked: bool) -> None:
+    """A model in float32 gives both: the embedding of positions is in float32."""
+    query, key = (torch.randn(1, heads, 43, 16) for heads in (4, 2))
+    value = torch.randn(1, 2, 43, 16).bfloat16()
+    mask = varlen.block_mask(BEGINS, 43, torch.float32) if masked else None
+    with torch.autocast("cpu", torch.bfloat16):
+        found = varlen.attend(nn.Identity(), query, key, value, BEGINS, 20, mask, 0.25)
+    rows = (t[0].bfloat16().transpose(0, 1) for t in (query, key, value))
+    assert found is not None
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found[0], one_by_one(*rows, BEGINS, 20, 0.25), rtol=2**-7, atol=2**-7)
 
 
 HALF = torch.bfloat16

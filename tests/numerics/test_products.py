@@ -177,7 +177,7 @@ def test_what_a_device_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_8_bits_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     patch_all(monkeypatch, "celora.kernels.plain:one_by_one", lambda: True)
-    patch_all(monkeypatch, "celora.kernels.plain:sums_are_exact", lambda: True)
+    patch_all(monkeypatch, "celora.kernels.plain:wrong_integers", lambda device: "")
     with monkeypatch.context() as patch:
         without(patch, "c", "onednn", operations=("pack_weight",))
         assert "number by number" in Int8().slow(cpu)
@@ -195,7 +195,8 @@ def test_where_8_bits_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("bits", "slow"), [(30.0, True), (1.5, False)])
 def test_products_number_by_number_are_recognised(bits: float, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def took(contenders: dict[str, Any], *, repeats: int) -> dict[str, dict[str, float]]:
+    def took(contenders: dict[str, Any], *, repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
+        assert device.type == "cpu"  # also where a model would be on a GPU
         for call in contenders.values():
             call()
         return {"bits": {"time_ms": bits}, "whole": {"time_ms": 1.0}}

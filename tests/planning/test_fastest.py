@@ -111,6 +111,32 @@ def test_large_weights_are_cut_and_tokens_are_not(monkeypatch: pytest.MonkeyPatc
     assert told.timings[-1]["shape"] == [61, 48]
 
 
+@pytest.mark.parametrize(("bfloat16", "exact_in"), [(0.5, torch.bfloat16), (2.0, torch.float32)])
+def test_on_an_accelerator_a_weight_in_float32_may_be_multiplied_in_bfloat16(
+    bfloat16: float, exact_in: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast it is. Estimates must be faster than that."""
+    monkeypatch.setattr("celora.planning.fastest.reads_freely", lambda device: False)
+    monkeypatch.setattr("celora.planning.fastest.time_over_float32", lambda dtype, device: bfloat16)
+    found: list[list[torch.dtype]] = []
+    heads: list[torch.dtype] = []
+
+    def ratios(contenders: Mapping[str, Callable[[], Any]], **_: object) -> dict[str, float]:
+        found.append([call().dtype for call in contenders.values()])
+        return dict.fromkeys(contenders, 1.0)
+
+    def shares_of(weight: Tensor, tokens: int, shares: Sequence[float]) -> tuple[dict[str, Callable[[], Tensor]], int]:
+        heads.append(weight.dtype)
+        return {str(share): lambda: weight for share in shares}, tokens
+
+    patch_all(monkeypatch, "celora.machine.timing:ratios", ratios)
+    patch_all(monkeypatch, "celora.planning.head_evidence:shares_of", shares_of)
+    gate(survey(make_model()), AUTO, tokens=16, labelled=16)
+    assert [exact for exact, *_ in found] == [exact_in] * 5
+    assert {dtype for _, *estimates in found[:4] for dtype in estimates} == {torch.float32}
+    assert heads == [exact_in]
+
+
 @pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
 def test_the_times_say_how_a_kind_of_layers_is_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the report shows two kinds alike."""

@@ -119,12 +119,12 @@ def test_attention_in_one_call_is_compared(dtype: torch.dtype, monkeypatch: pyte
 def timed(card: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Kernels are called once, and take 1 ms. Gives the path of their rows."""
 
-    def queued(calls: Mapping[str, Callable[[], object]], _: torch.device) -> dict[str, dict[str, float]]:
+    def interleaved(calls: Mapping[str, Callable[[], object]], **_: object) -> dict[str, dict[str, float]]:
         for call in calls.values():
             call()
         return {name: {"time_ms": 1.0} for name in calls}
 
-    card.setattr(kernels, "queued", queued)
+    card.setattr(kernels, "interleaved", interleaved)
     card.setattr(proof, "contenders", lambda *_: {"triton": int, "torch": int})
     card.setattr(judged, "verdict", lambda device: judged.Verdict(frozenset({"pack_weight"})))
     card.setattr(kernels, "ROWS", tmp_path / "kernels.jsonl")

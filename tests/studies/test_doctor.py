@@ -155,7 +155,7 @@ def test_which_8_bit_path_is_taken_and_why(machine: dict[str, Any], path: str, m
     for target, does in {
         "celora.kernels.onednn:dot_products": lambda: machine.get("onednn", False),
         "celora.kernels.plain:one_by_one": lambda: machine.get("slow", False),
-        "celora.kernels.plain:sums_are_exact": lambda: not machine.get("overflows", False),
+        "celora.kernels.plain:wrong_integers": lambda device: "is wrong" if machine.get("overflows") else "",
         "celora.machine.cpu:matrix_instructions": lambda: machine.get("has_amx", False),
         "celora.kernels.c.tier:why_not": lambda: machine.get("why_not", ""),
         "celora.kernels.c.dot:panel_columns": lambda: machine.get("panels", 0),

@@ -98,6 +98,18 @@ def test_inputs_in_8_bits_keep_less_and_bases_in_8_bits_are_smaller(ask, inputs,
     assert ways["int8", "fast"].peak_bytes < ways["int8", "auto"].peak_bytes < ways["bfloat16", "auto"].peak_bytes
 
 
+def test_fast_has_a_copy_of_the_head_in_8_bits(ask, monkeypatch):
+    costs = {}
+
+    def counted(request, *given, **more):
+        costs[request.preset] = count(request, *given, **more)
+        return costs[request.preset]
+
+    patch_all(monkeypatch, "celora.train.forecast.blocks:count", counted)
+    ask(base="int8", per_device_train_batch_size=1)
+    assert {preset: cost.head_in_8_bits for preset, cost in costs.items()} == {"auto": False, "fast": True}
+
+
 def test_the_gpu_of_this_machine_is_found_by_its_name(ask, monkeypatch):
     patch_all(monkeypatch, "celora.train.forecast.gpu:accelerator", lambda: torch.device("cuda"))
     patch_all(monkeypatch, "celora.train.forecast.gpu:device_name", lambda device: "NVIDIA GeForce RTX 4090")

@@ -23,6 +23,7 @@ COST = Cost(
     itemsize=4,
     computes_in="float32",
     packed=False,
+    head_in_8_bits=False,
 )
 MODEL = Model(blocks=8, hidden=4, intermediate=6, words=10, block_numbers=24, stand_in_words=5, tables=1, stored=4)
 ROWS = Rows(count=10, tokens=200, labelled=100, longest=(40, 30, 20, 20))
@@ -51,6 +52,12 @@ def test_a_refresh_de_quantises_a_weight_in_8_bits() -> None:
     held = replace(COST, dense=100_000)
     grown = peak_bytes(held, MODEL, ROWS, 2, checkpointing=True) - peak_bytes(COST, MODEL, ROWS, 2, checkpointing=True)
     assert grown == 100_000 + 3 * 80 * 6 * 4 - 2 * 8 * 80 * 10  # without it, the logits are the larger part
+
+
+def test_a_head_in_8_bits_is_a_byte_a_number_of_all_words() -> None:
+    in_8_bits = replace(COST, head_in_8_bits=True)
+    with_it, without = (peak_bytes(cost, MODEL, ROWS, 2, checkpointing=True) for cost in (in_8_bits, COST))
+    assert with_it - without == 10 * 4
 
 
 def test_without_padding_only_tokens_count_and_logits_come_in_chunks() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from celora.borrowed import borrow
 from celora.kernels.packed import PackedWeight
-from celora.kernels.plain import column_major, divisor, padded
+from celora.kernels.plain import blocks, column_major, divisor, padded, wrong_product
 
 SCALED_MM = "torch:_scaled_mm"
 LARGEST = 448.0
@@ -24,7 +24,8 @@ class ScaledFloats(PackedWeight):
 
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor) -> ScaledFloats:
-        return cls(column_major(padded(weight.float() / scale, 0).to(torch.float8_e4m3fn)), scale)
+        q = padded(quantise_columns(weight, scale).view(torch.int8), 0)  # a zero has the same bits
+        return cls(column_major(q).view(torch.float8_e4m3fn), scale)
 
     def rows(
         self,
@@ -49,6 +50,14 @@ class ScaledFloats(PackedWeight):
             return y
         out = x.new_zeros(len(x), y.shape[1]) if onto is None else onto
         return out.index_copy_(0, index, y)
+
+
+def quantise_columns(weight: Tensor, scale: Tensor) -> Tensor:
+    """`weight / scale` of `weight: (out, in)`, `scale: (in,)`, in e4m3."""
+    q = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    for part in blocks(weight):  # no float32 copy of a large weight
+        q[part] = (weight[part].float() / scale).to(q.dtype)
+    return q
 
 
 def has_floats(device: torch.device) -> bool:
@@ -83,10 +92,10 @@ def slow(device: torch.device) -> str:
 @functools.cache
 def _takes_scales(device: torch.device) -> bool:
     """Whether the device multiplies with a scale for each row and column: a CPU of torch 2.11 takes one for all."""
-    ones, scale = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn), torch.ones(16, device=device)
-    multiply = functools.partial(borrow(SCALED_MM), out_dtype=torch.bfloat16)
-    try:
-        multiply(ones, column_major(ones), scale_a=scale[:, None], scale_b=scale[None])
-    except RuntimeError:
-        return False
-    return True
+
+    def multiply(a: Tensor, b: Tensor) -> Tensor:
+        scale_a, scale_b = torch.ones(len(a), 1, device=device), torch.ones(1, b.shape[1], device=device)
+        y: Tensor = borrow(SCALED_MM)(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16)
+        return y
+
+    return not wrong_product(multiply, torch.float8_e4m3fn, device, 7)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from celora.borrowed import borrow
+from celora.errors import out_of_memory
 from celora.kernels.backends import choose
 from celora.kernels.packed import BothWays, LibraryPacked, QuantisedRows
 from celora.machine.device import exact_device
@@ -16,7 +18,13 @@ from celora.machine.timing import interleaved
 INT_MM = "torch:_int_mm"
 _LEAST = 1e-24  # a smaller sum of squares may have lost what matters of it to float32's underflow
 _BLOCK_NUMBERS = 2**19  # float32 numbers worked on at once: 2 MiB, which a core's own cache holds
-_BLOCK_NUMBERS_ELSEWHERE = 2**24  # 64 MiB: few launches, and little beside the chunk's logits
+_BLOCK_NUMBERS_ELSEWHERE = 2**24  # 64 MiB: few launches, and little beside a weight, or the chunk's logits
+
+
+def blocks(x: Tensor) -> Iterator[slice]:
+    """Parts of the rows of `x: (T, n)`, of which float32 copies are small."""
+    size = max(1, _BLOCK_NUMBERS_ELSEWHERE // max(1, x.shape[1]))
+    return (slice(start, start + size) for start in range(0, len(x), size))
 
 
 def squared_row_norms(x: Tensor) -> Tensor:
@@ -87,13 +95,17 @@ def transposed_product(p: Tensor, x: Tensor) -> Tensor:
 
 
 def quantise_columns(weight: Tensor, scale: Tensor) -> Tensor:
-    return (weight.float() * (1 / scale)).round().to(torch.int8)
+    q, inverse = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), 1 / scale
+    for part in blocks(weight):  # no float32 copy of a large weight
+        q[part] = (weight[part].float() * inverse).round_()
+    return q
 
 
 def quantise_rows(x: Tensor, index: Tensor | None, *, offset: int) -> tuple[Tensor, Tensor]:
     x = x if index is None else x.index_select(0, index)
     scale = divisor(torch.linalg.vector_norm(x, float("inf"), dim=1).float() / 127)
-    q = (x.float() / scale[:, None]).round() + offset
+    q = x.to(torch.float32, copy=True).div_(scale[:, None]).round_()
+    q = q.add_(offset) if offset else q
     return q.to(torch.uint8 if offset else torch.int8), scale
 
 
@@ -107,12 +119,18 @@ def scatter_rows(
     column_scale: Tensor | None,
     onto: Tensor | None,
 ) -> Tensor:
-    y = y.float() * row_scale[:, None]
-    y = (y if column_scale is None else y * column_scale).to(like.dtype)
-    if index is None:
-        return y
-    out = like.new_zeros(len(like), y.shape[1]) if onto is None else onto
-    return out.index_copy_(0, index, y)
+    """Block by block into the result, so that only the sums are wide copies of it."""
+    out = onto
+    if out is None:
+        out = like.new_empty(y.shape) if index is None else like.new_zeros(len(like), y.shape[1])
+    for part in blocks(y):
+        scaled = y[part] * row_scale[part, None]
+        scaled = (scaled if column_scale is None else scaled.mul_(column_scale)).to(like.dtype)
+        if index is None:
+            out[part] = scaled
+        else:
+            out.index_copy_(0, index[part], scaled)
+    return out
 
 
 def softmax_rows(
@@ -188,9 +206,7 @@ class IntegersBothWays(LibraryPacked, BothWays):
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor, input_scale: Tensor | None = None) -> IntegersBothWays:
         q, inverse = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), (1 / scale)[:, None]
-        rows = max(1, _BLOCK_NUMBERS_ELSEWHERE // max(1, weight.shape[1]))
-        for start in range(0, len(weight), rows):  # no float32 copy of a large weight
-            part = slice(start, start + rows)
+        for part in blocks(weight):
             numbers = weight[part].float() * inverse[part]
             q[part] = (numbers if input_scale is None else numbers.div_(input_scale)).round_()
         return cls(q, scale, input_scale)
@@ -210,8 +226,10 @@ class IntegersBothWays(LibraryPacked, BothWays):
 
     def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor) -> Tensor:
         sums = integer_product(x.q, padded(self.q, 1).t())
-        y: Tensor = sums * (x.scale[:, None] * self.scale)
-        return out.copy_(y if bias is None else y + bias)
+        for part in blocks(sums):  # the logits of a head are much larger than all else
+            y = (x.scale[part, None] * self.scale).mul_(sums[part])
+            out[part] = y if bias is None else y.add_(bias)
+        return out
 
     def integers(self, index: Tensor | None = None) -> Tensor:
         return self.q if index is None else self.q[index]
@@ -234,9 +252,10 @@ def why_no_integers(device: torch.device) -> str:
         return f"there are no int8 products on {device.type}"
     if borrow(INT_MM) is None:
         return "this version of torch has no int8 products"
-    if device.type == "cpu" and not sums_are_exact():
+    wrong = wrong_integers(device)
+    if wrong and device.type == "cpu":
         return "oneDNN's 8-bit sums overflow under the limit ONEDNN_MAX_CPU_ISA"
-    return ""
+    return f"torch's int8 product {wrong}" if wrong else ""
 
 
 def takes_integers(device: torch.device) -> bool:
@@ -260,10 +279,36 @@ def describe_integers(device: torch.device) -> str:
 
 
 @functools.cache
-def sums_are_exact() -> bool:
-    """Whether 8-bit products on CPU are summed without overflow: kept below VNNI, oneDNN sums pairs in 16 bits."""
-    most = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
-    return bool((borrow(INT_MM)(most, most.t().contiguous()) == 64 * 127**2).all())
+def wrong_integers(device: torch.device) -> str:
+    """What is wrong with torch's 8-bit product on this device, or ''; '' too for a GPU that is not here.
+
+    Not all of them can be used: kept below VNNI, oneDNN on a CPU sums pairs in 16 bits, and some GPUs lack them.
+    """
+    here = device.type == "cpu" or torch.cuda.is_available()
+    return wrong_product(integer_product, torch.int8, device, 127) if here else ""
+
+
+def wrong_product(
+    multiply: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, device: torch.device, largest: int
+) -> str:
+    """What is wrong with one product `a b` of 8-bit matrices on this device, in words, or ''.
+
+    Args:
+        multiply: a: (17, 64), and b: (64, 64) as GPUs want it, to (17, 64) in a dtype of its own.
+        dtype: of a and b.
+        largest: of their whole numbers, which `dtype` holds exactly. Some sums have only the largest.
+    """
+    a, b = (
+        (torch.arange(64 * rows, device="cpu") * 37 % (2 * largest + 1) - largest).view(rows, 64) for rows in (17, 64)
+    )
+    a[0], b[:, 0] = largest, largest
+    try:
+        found = multiply(a.float().to(dtype).to(device), column_major(b.float().to(dtype).to(device))).cpu()
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        return f"fails on this device: {str(error).strip().partition(chr(10))[0]}"
+    return "" if found.equal((a @ b).to(found.dtype)) else "is wrong on this device"
 
 
 @functools.cache
@@ -275,9 +320,11 @@ def one_by_one() -> bool:
     integers = borrow(INT_MM)
     if integers is None:
         return True
-    whole = torch.ones(64, 512, device="cpu"), torch.ones(512, 512, device="cpu")
+    cpu = torch.device("cpu")
+    whole = torch.ones(64, 512, device=cpu), torch.ones(512, 512, device=cpu)
     bits = tuple(x.to(torch.int8) for x in whole)
-    times = interleaved({"bits": lambda: integers(*bits), "whole": lambda: torch.mm(*whole)}, repeats=3)
+    calls = {"bits": lambda: integers(*bits), "whole": lambda: torch.mm(*whole)}
+    times = interleaved(calls, repeats=3, device=cpu)
     return times["bits"]["time_ms"] > 4 * times["whole"]["time_ms"]
 
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 
+from celora.borrowed import borrow
 from celora.machine.device import accelerator, default_device
 from celora.machine.memory import psutil_if_there
 
@@ -21,6 +22,8 @@ _REST = 2e-3  # seconds
 _WATCHED_S, _BELIEVED_S = 0.2, 10.0  # how long others are watched, and how long what was seen is believed
 _ENOUGH = 0.8  # free processors for each thread, at the least
 _WAITING = 2.0  # times as long as next to nothing, at the least, if what a device computes is waited for
+_SLEEP = "torch:cuda._sleep"
+_BUSY = 2_000_000  # cycles of a GPU, a millisecond or two, in which Python launches the kernels of a product
 
 
 def interleaved(
@@ -75,20 +78,21 @@ def timed(call: Callable[[], object], device: torch.device | None = None) -> flo
 def laps(calls: Sequence[Callable[[], object]], device: torch.device | None = None) -> list[float]:
     """Milliseconds of each of these calls, one after the other, measured as by `timed`.
 
-    CUDA is waited for after the last call only: as in training, each call is queued while the device computes the one
-    before it.
+    CUDA is waited for after the last call only: as in training, each call is queued while the device computes what is
+    before it. It has other work before the first call, so that no time is that of a launch.
     """
-    if torch.cuda.is_available():
-        # Events are of the current device, whatever the call works on.
-        with torch.cuda.device(device if device is not None and device.type == "cuda" else None):
+    device = device or default_device()
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # events are of the current device, whatever the call works on
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+            if (sleep := borrow(_SLEEP)) is not None:
+                sleep(_BUSY)
             marks[0].record()
             for call, mark in zip(calls, marks[1:], strict=True):
                 call()
                 mark.record()
             marks[-1].synchronize()
             return [float(begin.elapsed_time(end)) for begin, end in pairwise(marks)]
-    device = device or default_device()
     synchronise(device)
     times = [time.perf_counter()]
     for call in calls:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from celora.errors import CELoraError
-from celora.kernels.operations import available, pack_both_ways
+from celora.kernels.operations import available, hold_both_ways, pack_both_ways
 from celora.kernels.packed import BothWays
 from celora.kernels.plain import IntegersBothWays, row_scales
 from celora.weights.checkpoint import Origin
@@ -86,7 +86,15 @@ class Int8Linear(nn.Linear):
 
     @property
     def packed(self) -> BothWays:
-        """The packed weight that multiplies with these bytes, without a copy."""
+        """The packed weight that multiplies with these bytes, without a copy.
+
+        Bytes that lie row by row are torch's and Triton's alike. Which of them multiplies may change: a plan may be
+        made after the layer, or the layer moved to another GPU.
+        """
+        device = self.W_q.device
+        by_rows = issubclass(self.layout, IntegersBothWays) and not torch.compiler.is_compiling()
+        if by_rows and available("hold_both_ways", device):
+            return hold_both_ways(self.W_q.detach(), self.scale)
         return self.layout.holding(self.W_q.detach(), self.scale, self.in_features)
 
     @property

@@ -93,7 +93,7 @@ def pack(
         "input_ids": input_ids.flatten()[padded][None],
         "position_ids": (position if position_ids is None else position_ids).flatten()[padded][None],
     }
-    if ours and not varlen.available(device):
+    if ours and not varlen.computes(config, device, _dtype(model)):
         return inputs | {LENGTHS: lengths, "attention_mask": _ignored(index)}
     counts = kept.sum(1)
     if compiled:  # no number that another batch of as many tokens would not have

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
+
+from celora.errors import out_of_memory
 
 _HALF = (torch.float16, torch.bfloat16)
 _AMPERE = (8, 0)  # the compute capability that the kernels need
@@ -28,7 +30,7 @@ Function = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 
 
 def available(device: torch.device) -> bool:
-    """Whether one call can compute all packed sequences on this device."""
+    """Whether this is a device that one call may compute all packed sequences on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _AMPERE
 
 
@@ -37,9 +39,39 @@ def compiles(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
 
     FlexAttention's mask is another function for each batch, so it would be a graph for each.
     """
+    plain = dtype in _HALF and half_function() is not None and not getattr(config, "attention_dropout", 0)
+    return plain and computes(config, device, dtype)
+
+
+def computes(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one call computes all packed sequences of a model with this configuration. The first time, it is tried.
+
+    Builds of torch may lack a kernel for this device, or its backward, and FlexAttention needs Triton.
+    """
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    plain = _takes(size) and not getattr(config, "attention_dropout", 0)
-    return plain and available(device) and dtype in _HALF and half_function() is not None
+    return available(device) and _works(device, dtype, size)
+
+
+@functools.cache
+def _works(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Whether forward and backward of two sequences with heads of this size give finite numbers."""
+    begins, module = torch.arange(0, 9, 4, dtype=torch.int32, device=device), nn.Identity()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    query, key, value = (
+        torch.linspace(-1, 1, heads * 8 * size, device=device).to(dtype).view(1, heads, 8, size).requires_grad_()
+        for heads in (2, 1, 1)
+    )
+    # A checkpoint around the model must not see what is saved here: it would miss that in the repetition.
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    try:
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False), hooks:
+            found = attend(module, query, key, value, begins, 4, block_mask(begins, 8, dtype), size**-0.5)
+            by = () if found is None else torch.autograd.grad(found.sum(), (query, key, value))
+        return bool(by) and bool(torch.stack([t.float().sum() for t in by]).isfinite().all())
+    except Exception as error:  # whatever it raises, sequences can be computed one by one
+        if out_of_memory(error):
+            raise
+        return False
 
 
 def _takes(head_size: int) -> bool:
@@ -97,12 +129,17 @@ def attend(
 ) -> Tensor | None:
     """Causal attention of each packed sequence, (1, heads, N, d) to (1, N, heads, d), or None if nothing takes it.
 
+    Under autocast it computes in autocast's dtype.
+
     Args:
         module: the attention, for FlexAttention.
         begins: (S + 1,) int32, where each of S sequences begins, and the end of the last.
         longest: number of tokens of the longest sequence.
         mask: from `block_mask`. FlexAttention computes the sequences if it has a function.
     """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:  # as SDPA; a model in float32 gives a mixture
+        query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
     if hasattr(mask, "mask_mod"):
         found: Tensor = AttentionInterface()["flex_attention"](module, query, key, value, mask, scaling=scale)[0]
         return found

@@ -23,7 +23,7 @@ from celora.machine.cache import keep, recall
 from celora.machine.cpu import features, limits
 from celora.machine.device import measured_on, package_version, random_states, reads_freely
 from celora.machine.processes import made_by_first
-from celora.machine.timing import cannot_time, disturbed, ratios
+from celora.machine.timing import cannot_time, disturbed, ratios, time_over_float32
 from celora.modeling.assign import rank_of
 from celora.modeling.int8_linear import Int8Linear
 from celora.modeling.language_model import at_hand
@@ -138,13 +138,16 @@ def _fastest(own: LayerConfig, layer: AdaptedLayer, tokens: int | None) -> tuple
     dtype = dtype if dtype.is_floating_point else torch.bfloat16  # the dtype of a quantised layer's products
     base = layer.base if layer.multiplies_own_bytes and not isinstance(layer.base, Int8Linear) else None
     tokens, rows = _timed(tokens, *shape, device, whole=base is not None)
-    shape = rows, shape[1]
+    shape, exact_in = (rows, shape[1]), dtype if base is not None else _exact_in(dtype, device)
     of = {"layer": [dataclasses.asdict(setting) for setting in settings], "shape": shape, "tokens": tokens}
     if base is not None:  # its package computes the exact forward
         of |= {"base": layer.quantised} | {name: package_version(name) for name in ("bitsandbytes", "torchao")}
+    if exact_in != dtype:
+        of |= {"exact_in": str(exact_in)}
     over = _kept(
-        of, 1 + len(settings), dtype, device, lambda: _over_exact(settings, shape, tokens, dtype, device, base)
-    )
+        of, 1 + len(settings), dtype, device,
+        lambda: _over_exact(settings, shape, tokens, dtype, device, base, exact_in),
+    )  # fmt: skip
     best, ratio = min(zip((EXACT, *settings), over, strict=True), key=lambda pair: pair[1])
     best = best if ratio < MARGIN else EXACT
     named = {_name(setting): ratio for setting, ratio in zip(settings, over[1:], strict=True)}
@@ -165,12 +168,14 @@ def _over_exact(
     dtype: torch.dtype,
     device: torch.device,
     base: nn.Module | None,
+    exact_in: torch.dtype,
 ) -> list[float]:
     """The time of the exact products, then of the products of each setting, over that of the exact ones.
 
     Args:
         base: the layer to time if 8-bit products multiply with its own bytes, and not with a copy for the fastest
             kernel; else None, for a random weight.
+        exact_in: the dtype of the exact products.
     """
     out_features, in_features = shape
     if base is None:
@@ -182,9 +187,21 @@ def _over_exact(
     g = torch.randn(tokens, out_features, dtype=dtype, device=device)
     g *= torch.randn(tokens, 1, dtype=dtype, device=device).exp()
     forward = any(setting.forward != "exact" for setting in settings)
-    exact = (lambda: x @ w.t() if base is None else trained_forward(base, x)) if forward else None
-    named = {str(i): _step(setting, shape, w, x, g, exact) for i, setting in enumerate((EXACT, *settings))}
+    w_exact, x_exact, g_exact = (w, x, g) if exact_in == dtype else (t.to(exact_in) for t in (w, x, g))
+    exact = (lambda: x_exact @ w_exact.t() if base is None else trained_forward(base, x)) if forward else None
+    named = {"0": _step(EXACT, shape, w_exact, x_exact, g_exact, exact)}
+    named |= {str(i): _step(setting, shape, w, x, g, exact) for i, setting in enumerate(settings, 1)}
     return list(ratios(named, repeats=_REPEATS, device=device).values())
+
+
+def _exact_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which exact products of a weight in `dtype` are timed.
+
+    On an accelerator, a model in float32 usually trains under autocast, which multiplies in bfloat16. Nobody knows
+    before it trains, so there the faster of both counts.
+    """
+    shortened = dtype == torch.float32 and not reads_freely(device) and time_over_float32(torch.bfloat16, device) < 1
+    return torch.bfloat16 if shortened else dtype
 
 
 def _step(
@@ -229,13 +246,14 @@ def _share(
         return 1.0
     words, hidden = weight.shape
     tokens, rows = _timed(labelled, words, hidden, weight.device)
+    dtype = _exact_in(weight.dtype, weight.device)
     of = {"head": share, "shape": (rows, hidden), "tokens": tokens}
 
     def measure() -> list[float]:
-        calls, _ = shares_of(weight[:rows], tokens, (1.0, share))
+        calls, _ = shares_of(weight[:rows].to(dtype), tokens, (1.0, share))
         return list(ratios(calls, repeats=_REPEATS, device=weight.device).values())
 
-    ratio, drawn = _kept(of, 2, weight.dtype, weight.device, measure)[1], f"{share:g} of the words"
+    ratio, drawn = _kept(of, 2, dtype, weight.device, measure)[1], f"{share:g} of the words"
     pays = ratio < MARGIN
     facts = {"layers": HEAD, "count": 1, "shape": [*weight.shape], "dtype": str(weight.dtype), "tokens": tokens}
     timings.append(facts | {"over_exact": {drawn: ratio}, "chosen": drawn if pays else "exact"})

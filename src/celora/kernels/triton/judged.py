@@ -85,6 +85,12 @@ def remember(device: torch.device, found: Verdict, *, lasting: bool = True) -> N
     verdict.cache_clear()
 
 
+def forget(device: torch.device) -> None:
+    """Believe no longer what is of this process alone."""
+    _OF_THIS_PROCESS.pop(json.dumps(_subject(device)), None)
+    verdict.cache_clear()
+
+
 def takes(operation: str) -> Callable[[Tensor | torch.device], bool]:
     """Whether the kernels compute this operation for a tensor, or on a device."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from celora.kernels import floats, plain
 from celora.kernels.packed import PackedWeight, QuantisedRows
 from celora.kernels.plain import Integers, IntegersBothWays, column_major
 from celora.kernels.triton.judged import cannot_run, verdict
@@ -124,7 +125,7 @@ class TiledWeight(_Rows, Integers):
 
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor) -> TiledWeight:
-        return cls(column_major((weight.float() * (1 / scale)).round_().to(torch.int8)), scale)
+        return cls(column_major(plain.quantise_columns(weight, scale)), scale)
 
 
 class TiledFloats(_Rows):
@@ -135,7 +136,7 @@ class TiledFloats(_Rows):
 
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor) -> TiledFloats:
-        return cls(column_major((weight.float() / scale).to(torch.float8_e4m3fn)), scale)
+        return cls(column_major(floats.quantise_columns(weight, scale)), scale)
 
 
 class TiledBothWays(_Rows, IntegersBothWays):

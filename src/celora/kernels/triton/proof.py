@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from celora.errors import out_of_memory
 from celora.kernels import floats, plain
 from celora.kernels.packed import BothWays, PackedWeight
 from celora.kernels.triton import judged, launches, product
@@ -218,6 +219,15 @@ def judge(device: torch.device, size: int = 4096) -> judged.Verdict:
     if judged.cannot_run(device):
         judged.remember(device, judged.Verdict())
         return judged.Verdict()
+    try:
+        found = _judged(device, size)
+    finally:
+        judged.forget(device)  # what a part of it was timed with
+    judged.remember(device, found)
+    return found
+
+
+def _judged(device: torch.device, size: int) -> judged.Verdict:
     said: dict[str, str] = {}
     faster: set[str] = set()
     tiles: dict[str, int] = {}
@@ -231,9 +241,7 @@ def judge(device: torch.device, size: int = 4096) -> judged.Verdict:
         times = interleaved(contenders(operation, device, size, (size, size)), repeats=_REPEATS, device=device)
         if times["triton"]["time_ms"] < _FASTER * times["torch"]["time_ms"]:
             faster.add(operation)
-    found = judged.Verdict(frozenset(faster), tiles, said)
-    judged.remember(device, found)
-    return found
+    return judged.Verdict(frozenset(faster), tiles, said)
 
 
 def wrong_somewhere(operation: str, device: torch.device, dtypes: Sequence[torch.dtype] = judged.DTYPES) -> str:
@@ -246,6 +254,8 @@ def wrong_somewhere(operation: str, device: torch.device, dtypes: Sequence[torch
         )
         return next((text for text in found if text), "")
     except Exception as error:  # one that this GPU or this version of Triton refuses: torch's is there
+        if out_of_memory(error):
+            raise  # another time there may be enough
         return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 

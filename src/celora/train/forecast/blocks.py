@@ -68,13 +68,14 @@ class Cost:
     Attributes:
         step: without and with checkpointing (or one of them), two lines over the tokens of a micro-batch: seconds
             outside of the blocks, and seconds of one block. Empty if only bytes were counted.
-        weights, trained, copies: bytes of the frozen numbers, of the trained numbers, and of 8-bit copies. Each is a
-            pair: outside of the blocks, and in one block.
+        weights, trained, copies: bytes of the frozen numbers, of the trained numbers, and of 8-bit copies of layers.
+            Each is a pair: outside of the blocks, and in one block.
         kept: bytes that one token keeps for its backward outside of the blocks, and in one.
         dense: bytes of the largest 8-bit weight when a refresh de-quantises it: its integers, and its numbers.
         itemsize: bytes of a number of the model.
         computes_in: the dtype of its products; autocast's, if it is on.
         packed: whether padding is left out.
+        head_in_8_bits: whether there is an 8-bit copy of the head.
     """
 
     step: dict[bool, tuple[Line, Line]]
@@ -86,6 +87,7 @@ class Cost:
     itemsize: int
     computes_in: str
     packed: bool
+    head_in_8_bits: bool
 
 
 def stand_in_config(config: Any, blocks: int) -> Any:
@@ -223,6 +225,7 @@ def _cost(part: Callable[[int], _Part], many: int, dtype: torch.dtype) -> Cost:
         itemsize=dtype.itemsize,
         computes_in=parts[many].computes_in,
         packed=parts[many].packed,
+        head_in_8_bits=parts[many].head_in_8_bits,
     )
 
 
@@ -238,6 +241,7 @@ class _Part:
     largest_held: int
     computes_in: str
     packed: bool
+    head_in_8_bits: bool
 
 
 def _part(
@@ -272,11 +276,13 @@ def _part(
     kept = kept_by(probe, dict(large)) / tokens_of(large)
     head = require(peft).forward
     packed = head is not None and head.packs
+    eight_bit = None if head is None else head.eight_bit
+    in_8_bits = eight_bit is not None and eight_bit.takes(peft.get_output_embeddings().weight)
     sizes = (*_sizes(peft), kept)
     largest = max((layer.in_features * layer.out_features for layer in held_in_8_bits(peft).values()), default=0)
     celora.detach(peft)
     computes_in = "bfloat16" if probe.args.bf16 else str(model.dtype).removeprefix("torch.")
-    return _Part(taken, sizes, largest, computes_in, packed)
+    return _Part(taken, sizes, largest, computes_in, packed, in_8_bits)
 
 
 def settled_config(request: TrainRequest, probe: Any) -> Any:
@@ -350,7 +356,7 @@ def _numbers(module: nn.Module) -> int:
 
 
 def _sizes(model: nn.Module) -> tuple[float, float, float]:
-    """Bytes of what is frozen in an attached model, of what trains, and of 8-bit copies."""
+    """Bytes of what is frozen in an attached model, of what trains, and of 8-bit copies of layers."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
     trained = sum(tensor.nbytes for tensor in tensors if tensor.requires_grad)
     grafts, dtype = require(model).grafts.values(), next(model.parameters()).dtype

@@ -3,7 +3,7 @@
 The peak of the process is the sum of
 
 - what it has before the model comes,
-- the frozen numbers, and 8-bit copies of them,
+- the frozen numbers, and 8-bit copies of layers and head,
 - four times what trains: the numbers, their gradients and AdamW's two moments,
 - what the largest micro-batch keeps for its backward, and
 - the largest thing that lives for a moment while all of that is there.
@@ -140,7 +140,8 @@ def peak_bytes(cost: Cost, model: Model, rows: Rows, batch: int, *, checkpointin
     tables = (model.words - model.stand_in_words) * model.hidden * cost.itemsize * model.tables
     weights = _whole(cost.weights, model) + tables
     loading = weights + (weights / cost.itemsize * model.stored if model.stored != cost.itemsize else 0)
-    held = weights + _ADAMW * _whole(cost.trained, model) + _whole(cost.copies, model)
+    copies = _whole(cost.copies, model) + (model.words * model.hidden if cost.head_in_8_bits else 0)
+    held = weights + _ADAMW * _whole(cost.trained, model) + copies
     lengths = rows.longest[:batch]
     tokens = sum(lengths) * (_ROUNDED if len(lengths) > 1 else 1) if cost.packed else len(lengths) * lengths[0]
     kept = kept_bytes(cost, model, checkpointing=checkpointing)
