@@ -77,6 +77,9 @@ def test_a_path_is_shown_as_the_shell_takes_it(windows: bool, shown: str, monkey
     monkeypatch.setattr(files, "_WINDOWS", windows)
     assert files.quoted(Path("my runs/out")) == shown
     assert files.quoted("out") == "out"
+    assert files.quoted("a&b") != "a&b"
+    if windows:
+        assert files.quoted(r"C:\runs\out-1") == r"C:\runs\out-1"
 
 
 def test_what_stands_under_the_temporary_name_is_neither_written_through_nor_kept(tmp_path: Path) -> None:

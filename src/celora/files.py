@@ -7,9 +7,9 @@ import errno
 import json
 import math
 import os
+import re
 import shlex
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -144,7 +144,9 @@ def json_lines(rows: Iterable[Mapping[str, Any]], *, ascii: bool = True) -> str:
 def quoted(path: str | os.PathLike[str]) -> str:
     """A path as a command that the user may paste into the shell of this system names it."""
     named = os.fspath(path)
-    return subprocess.list2cmdline([named]) if _WINDOWS else shlex.quote(named)
+    if _WINDOWS:  # where a path has no quotation marks
+        return named if re.fullmatch(r"[\w.:\\/-]+", named) else f'"{named}"'
+    return shlex.quote(named)
 
 
 def check_regular(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from celora.kernels import operations
 from celora.kernels.c import dot, rows
-from celora.kernels.c.team import Team
 from celora.kernels.c.tier import Kernels
 from patching import patch_all
 from tiers import LIBRARY, TIERS, WITH_DOTS
@@ -25,13 +23,14 @@ needs_kernels = pytest.mark.skipif(not TIERS, reason="no compiled kernels")
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     assert LIBRARY is not None
+    before = Kernels(LIBRARY, TIERS[-1]).threaded
     with monkeypatch.context() as patch:
         patch.setattr("celora.kernels.c.tier._RUNTIMES", ())
         kernels = Kernels(LIBRARY, TIERS[-1])
         assert not kernels.threaded
         patch_all(patch, "celora.kernels.c.library:library", lambda: kernels)
         yield kernels
-    assert Kernels(LIBRARY, TIERS[-1]).threaded  # from here on, everything is as before
+    assert Kernels(LIBRARY, TIERS[-1]).threaded == before  # from here on, everything is as before
 
 
 def _results() -> list[Tensor]:
@@ -77,64 +76,48 @@ def test_a_kernel_beside_another_one_has_one_thread(alone: Kernels, monkeypatch:
     assert all(all(map(torch.equal, results, expected)) for results in found.values())
 
 
-class _Library:
-    """Stands for the loaded kernels. `celora_run_part` calls `act` with the thread, and adds to `shared`."""
+@needs_kernels
+def test_ctrl_c_before_the_first_part_leaves_no_part_waiting(alone: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    x, out = torch.randn(70, 96), torch.full((70,), 7.0)
+    team, real = alone._team, alone._team._part
 
-    def __init__(self, act: Any) -> None:
-        def celora_run_part(kernel: int, slots: bytes, shared: Any, thread: int, threads: int) -> int:
-            return int(act(shared, thread, threads))
-
-        self.celora_run_part: Any = celora_run_part
-
-
-def test_every_part_has_a_thread_of_its_own_and_the_first_ones_number_is_returned() -> None:
-    meeting, seen = threading.Barrier(4), dict[int, int]()
-
-    def act(shared: Any, thread: int, threads: int) -> int:
-        seen[thread] = threads
-        meeting.wait(timeout=60)  # breaks unless all run at the same time
-        return thread + 10
-
-    team = Team(_Library(act))  # type: ignore[arg-type]
-    for _ in range(3):
-        seen.clear()
-        assert team.run(0, b"", 4) == 10
-        assert seen == dict.fromkeys(range(4), 4)
-
-
-def test_ctrl_c_between_two_parts_leaves_no_part_waiting() -> None:
-    came = ctypes.c_int64(0)
-
-    def act(shared: Any, thread: int, threads: int) -> int:
+    def interrupted(kernel: int, slots: bytes, shared: Any, thread: int, threads: int) -> int:
         if not thread:
             raise KeyboardInterrupt
-        while shared[1] < threads:  # as celora_meet does
-            threading.Event().wait(0.001)
-        came.value += 1
-        return 0
+        return int(real(kernel, slots, shared, thread, threads))
 
-    team = Team(_Library(act))  # type: ignore[arg-type]
-    with pytest.raises(KeyboardInterrupt):
-        team.run(0, b"", 3)
-    assert came.value == 2  # before anything else happens to the tensors that the parts write to
-    with pytest.raises(KeyboardInterrupt):
-        team.run(0, b"", 3)
-    assert came.value == 4
-
-
-def test_a_forked_process_and_another_number_get_threads_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = set[str]()
-
-    def act(shared: Any, thread: int, threads: int) -> int:
-        names.add(threading.current_thread().name)
-        return 0
-
-    team = Team(_Library(act))  # type: ignore[arg-type]
-    team.run(0, b"", 2)
-    first = team._threads(1)
-    assert team._threads(1) is first
-    assert team._threads(2) is not first
+    expected = _results()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "getpid", lambda: -1)
-        assert team._threads(1) is not first
-    assert len(names) == 2
+        patch.setattr(torch, "empty", lambda *_, **__: out)
+        patch.setattr(team, "_part", interrupted)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                rows.squared_row_norms(x)
+    assert all(map(torch.equal, _results(), expected))  # all threads are there again
+    assert out.eq(7).all()  # and none of them has written
+
+
+@needs_kernels
+def test_where_no_thread_can_be_started_one_is_enough(alone: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    expected = _results()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(threading.Thread, "start", refuses)
+    assert all(map(torch.equal, _results(), expected))
+    assert not alone._team._others
+
+
+@needs_kernels
+def test_a_forked_process_has_threads_of_its_own(alone: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    expected, first = _results(), alone._team._others
+    assert len(first) == 2
+    _results()
+    assert alone._team._others is first
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert all(map(torch.equal, _results(), expected))
+    assert alone._team._others is not first

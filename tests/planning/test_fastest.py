@@ -111,9 +111,9 @@ def test_large_weights_are_cut_and_tokens_are_not(monkeypatch: pytest.MonkeyPatc
     assert told.timings[-1]["shape"] == [61, 48]
 
 
-@pytest.mark.parametrize(("bfloat16", "exact_in"), [(0.5, torch.bfloat16), (2.0, torch.float32)])
+@pytest.mark.parametrize(("bfloat16", "trains_in"), [(0.5, torch.bfloat16), (2.0, torch.float32)])
 def test_on_an_accelerator_a_weight_in_float32_may_be_multiplied_in_bfloat16(
-    bfloat16: float, exact_in: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    bfloat16: float, trains_in: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under autocast it is. Estimates must be faster than that."""
     monkeypatch.setattr("celora.planning.fastest.reads_freely", lambda device: False)
@@ -132,9 +132,9 @@ def test_on_an_accelerator_a_weight_in_float32_may_be_multiplied_in_bfloat16(
     patch_all(monkeypatch, "celora.machine.timing:ratios", ratios)
     patch_all(monkeypatch, "celora.planning.head_evidence:shares_of", shares_of)
     gate(survey(make_model()), AUTO, tokens=16, labelled=16)
-    assert [exact for exact, *_ in found] == [exact_in] * 5
-    assert {dtype for _, *estimates in found[:4] for dtype in estimates} == {torch.float32}
-    assert heads == [exact_in]
+    assert [exact for exact, *_ in found] == [trains_in] * 5
+    assert {dtype for _, *estimates in found[:4] for dtype in estimates} == {trains_in}
+    assert heads == [trains_in]
 
 
 @pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")

@@ -95,7 +95,7 @@ def test_a_reference_from_before_training_and_a_forward_in_8_bits_do_not_go_toge
     if forward == "exact":
         begin()
         return
-    with pytest.raises(CELoraError, match="precompute_ref_log_probs=False, or a preset with an exact forward"):
+    with pytest.raises(CELoraError, match="make the trainer with precompute_ref_log_probs=False, or attach a preset"):
         begin()
 
 

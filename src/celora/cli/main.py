@@ -7,6 +7,7 @@ any other failure, with a traceback if it is a bug. Each command imports torch a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import io
@@ -39,8 +40,10 @@ def main(arguments: Sequence[str] | None = None, *, began: float | None = None) 
     began = time.perf_counter() if began is None else began
     # What is piped is UTF-8, on Windows too. A character that cannot be written never fails a run.
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
+        with contextlib.suppress(ValueError):  # closed, or read already by a program that calls this
+            if isinstance(stream, io.TextIOWrapper):
+                own = stream.isatty() or "PYTHONIOENCODING" in os.environ
+                stream.reconfigure(encoding=None if own else "utf-8", errors=errors)
     hush()
     try:
         # typer would print its usage for a mistake; here every mistake is one line.

@@ -18,7 +18,7 @@ _OF_MEMORY = (
 
 
 def free_memory() -> int | None:
-    """Bytes that this process may still allocate; None without a limit."""
+    """Bytes that this process may still allocate; None where no group has a limit. Version 1 always has one."""
     free = []
     for group in _groups("memory"):
         for limit, taken, cached in _OF_MEMORY:
@@ -59,4 +59,4 @@ def _groups(controller: str) -> Iterator[Path]:
 
 
 def _read(file: Path) -> str:
-    return file.read_text(encoding="ascii")
+    return file.read_text(encoding="utf-8", errors="replace")

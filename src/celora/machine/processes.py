@@ -58,10 +58,11 @@ def made_by_first(make: Callable[[], Any]) -> Any:
     Raises:
         CELoraError: a launcher has started several processes, and they do not know each other yet.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
         raise CELoraError(
             "a launcher has started several processes, which do not know each other yet, so each would measure alone; "
-            "call this after Accelerator(), TrainingArguments(...) or torch.distributed.init_process_group."
+            "call this after Accelerator(), TrainingArguments(...) or torch.distributed.init_process_group, or unset "
+            "WORLD_SIZE if each trains by itself."
         )
     if not in_company():
         return make()

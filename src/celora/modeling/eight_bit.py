@@ -2,8 +2,8 @@
 
 In: the layer's input, (..., in). Out: its output, (..., out), in the same dtype or autocast's. It is an estimate. So
 the model that trains with it is a slightly different model, as with a quantised base. Evaluation and generation use it,
-too, while celora is attached. Refreshes measure its error. If a layer's error is too large, it goes back to its own
-forward. A layer's backward multiplies with the same copy.
+too, while celora is attached, unless gradients are recorded. Refreshes measure its error. If a layer's error is too
+large, it goes back to its own forward. A layer's backward multiplies with the same copy.
 """
 
 from __future__ import annotations

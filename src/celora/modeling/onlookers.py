@@ -30,7 +30,7 @@ def _may_look(hook: Any) -> str:
 _KNOWN = {*_BLIND, "celora", "hqq", "liger_kernel", "peft", "torchao"}
 
 
-def _unknown(forward: Callable[..., Any]) -> str:
+def _unknown(forward: Callable[..., Any] | None) -> str:
     """The name of a forward that is none of these packages' own; else ''."""
     origin = written_in(forward)
     called = getattr(getattr(forward, "__code__", None), "co_name", type(forward).__name__)
@@ -43,11 +43,13 @@ _unknown_of_class = functools.cache(_unknown)  # never of a function that holds 
 def unknown_forward(module: nn.Module) -> str:
     """Why batches keep their padding because of this module's forward, with {} in place of its name; or ''.
 
-    A layer with `in_features`, such as one of a quantisation package, computes every token alone.
+    Every token alone is computed by a layer with `in_features`, as quantisation packages have them, and by one whose
+    kernel Transformers takes from the hub.
     """
     own = vars(module).get("forward")
-    found = _unknown_of_class(type(module).forward) if own is None else _unknown(function_of(own))
-    if not found or hasattr(module, "in_features"):
+    of_class = getattr(type(module), "forward", None)  # TorchScript's modules have none
+    found = _unknown_of_class(of_class) if own is None else _unknown(function_of(own))
+    if not found or hasattr(module, "in_features") or hasattr(type(module), "kernel_layer_name"):
         return ""
     return f"the forward of {{}} is {found}, which may depend on a batch's shape"
 

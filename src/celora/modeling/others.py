@@ -108,7 +108,8 @@ def trainer_wants_logits() -> str:
         # Whoever calls the model may read its logits. A method that calls Trainer's gets the loss from there.
         if not asked and frame.f_code.co_name == "compute_loss":
             asked = True
-            if name.partition(".")[0] not in _TRAINERS:
+            own = name.partition(".")[0] not in _TRAINERS
+            if own and isinstance(frame.f_locals.get("self"), sys.modules["transformers.trainer"].Trainer):
                 return f"compute_loss of {name} calls the model, and may look at its logits"
         frame = frame.f_back
     return ""

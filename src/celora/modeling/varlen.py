@@ -55,17 +55,17 @@ def computes(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
 @functools.cache
 def _works(device: torch.device, dtype: torch.dtype, size: int) -> bool:
     """Whether forward and backward of two sequences with heads of this size give finite numbers."""
-    begins, module = torch.arange(0, 9, 4, dtype=torch.int32, device=device), nn.Identity()
+    begins, module = torch.arange(0, 257, 128, dtype=torch.int32, device=device), nn.Identity()
     module.num_key_value_groups = 2  # type: ignore[assignment]
     query, key, value = (
-        torch.linspace(-1, 1, heads * 8 * size, device=device).to(dtype).view(1, heads, 8, size).requires_grad_()
+        torch.linspace(-1, 1, heads * 256 * size, device=device).to(dtype).view(1, heads, 256, size).requires_grad_()
         for heads in (2, 1, 1)
     )
     # A checkpoint around the model must not see what is saved here: it would miss that in the repetition.
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     try:
         with torch.enable_grad(), torch.autocast(device.type, enabled=False), hooks:
-            found = attend(module, query, key, value, begins, 4, block_mask(begins, 8, dtype), size**-0.5)
+            found = attend(module, query, key, value, begins, 128, block_mask(begins, 256, dtype), size**-0.5)
             by = () if found is None else torch.autograd.grad(found.sum(), (query, key, value))
         return bool(by) and bool(torch.stack([t.float().sum() for t in by]).isfinite().all())
     except Exception as error:  # whatever it raises, sequences can be computed one by one

@@ -58,7 +58,8 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         if attachment is not None and attachment.forwards and getattr(args, "precompute_ref_log_probs", False):
             raise CELoraError(
                 "precompute_ref_log_probs=True computes the reference before training, with other products than a "
-                "forward in 8 bits; give precompute_ref_log_probs=False, or a preset with an exact forward: 'auto'."
+                "forward in 8 bits; make the trainer with precompute_ref_log_probs=False, or attach a preset with an "
+                "exact forward: 'auto'."
             )
         self._restored = self._restore(args, state, model)
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from celora.machine.processes import any_of_them
 from celora.train.processes import processes
 
-_SAME_S = 1.0  # a signal this soon after another is the same one: the launcher repeats the terminal's
+_SAME_S = 1.0  # a signal this soon after another is the same one: launchers and supervisors repeat it
 
 
 class StopAtStepEnd(TrainerCallback):  # type: ignore[misc]
@@ -39,17 +39,19 @@ class StopAtStepEnd(TrainerCallback):  # type: ignore[misc]
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-            if alone:
+            if alone and ended is not None:
                 signal.signal(signal.SIGTERM, ended)
-        signal.signal(signal.SIGTERM, ended)  # one of several: not after a failure, as it still has to say why it ends
+        if ended is not None:  # of several: not after a failure, as this process still has to say why it ends
+            signal.signal(signal.SIGTERM, ended)
 
     def _on_end(self, *_: object) -> None:
         """The launcher is ending all processes. If one of them failed, the next collective notices and says so."""
         self.asked = True
 
-    def _on_signal(self, *_: object) -> None:
+    def _on_signal(self, number: int, _: object) -> None:
         now = time.monotonic()
-        if self.asked and (processes() == 1 or now - self._last > _SAME_S):
+        repeats = number == signal.SIGTERM or processes() > 1
+        if self.asked and not (repeats and now - self._last <= _SAME_S):
             raise KeyboardInterrupt
         self._last = now
         if self.asked:

@@ -15,9 +15,10 @@ typedef union {
     double d;
 } slot;
 
-/* Of all threads together: how many pieces of a loop have been taken, and how often a thread came to a meeting. */
+/* Of all threads together: how many pieces of a loop have been taken, and how often a thread came to a meeting. Of those
+ * that Python brings: whether the first has begun (1), or never will (-1), and how many others have ended. */
 typedef struct {
-    int64_t taken, met;
+    int64_t taken, met, begun, ended;
 } shared;
 
 typedef struct {

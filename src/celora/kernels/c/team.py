@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
 
-_ALL_HAVE_COME = 2**62
+_SHARED, _BEGUN = 4, 2  # numbers of `shared` in team.h, and the place of `begun`
 
 
 class Team:
@@ -21,31 +25,37 @@ class Team:
         self._part.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         self._part.restype = ctypes.c_int64
         self._free = threading.Lock()
-        self._others: ThreadPoolExecutor | None = None
-        self._made_for = (0, 0)  # process, since a forked one has none of these threads, and their number
+        self._others: list[SimpleQueue[Any]] = []  # what each of the other threads does next
+        self._process = 0  # that has these threads; one that is forked has none
 
     def run(self, kernel: int, slots: bytes, threads: int) -> int:
-        """Call a kernel with its arguments on so many threads. Returns what the first of them returns."""
-        shared = (ctypes.c_int64 * 2)()
-        if threads == 1 or not self._free.acquire(blocking=False):
-            return int(self._part(kernel, slots, shared, 0, 1))
-        try:
-            others = self._threads(threads - 1)
+        """Call a kernel with its arguments on so many threads, or on one. Returns what the first of them returns."""
+        shared = (ctypes.c_int64 * _SHARED)()
+        if threads > 1 and not sys.is_finalizing() and self._free.acquire(blocking=False):
             try:
-                parts = [others.submit(self._part, kernel, slots, shared, i, threads) for i in range(1, threads)]
-                result = int(self._part(kernel, slots, shared, 0, threads))
-                for part in parts:
-                    part.result()
-            except BaseException:  # Ctrl-C, perhaps before all parts have begun: nobody waits for them
-                shared[1] = _ALL_HAVE_COME
-                self._made_for = (0, 0)
-                others.shutdown()  # the parts write to tensors that are about to go
-                raise
-            return result
-        finally:
-            self._free.release()
+                if self._has(threads - 1):
+                    for i, other in enumerate(self._others[: threads - 1], 1):
+                        other.put((kernel, slots, shared, i, threads))
+                    return int(self._part(kernel, slots, shared, 0, threads))
+            finally:
+                if not shared[_BEGUN]:  # Ctrl-C came before the first part: the others do not begin
+                    shared[_BEGUN] = -1
+                self._free.release()
+            shared = (ctypes.c_int64 * _SHARED)()
+        return int(self._part(kernel, slots, shared, 0, 1))
 
-    def _threads(self, count: int) -> ThreadPoolExecutor:
-        if self._others is None or self._made_for != (os.getpid(), count):
-            self._others, self._made_for = ThreadPoolExecutor(count, "celora-kernel"), (os.getpid(), count)
-        return self._others
+    def _has(self, count: int) -> bool:
+        """Whether there are so many other threads; starts those that are missing, if this system lets it."""
+        if self._process != os.getpid():
+            self._process, self._others = os.getpid(), []
+        with contextlib.suppress(RuntimeError):
+            while len(self._others) < count:
+                other: SimpleQueue[Any] = SimpleQueue()
+                threading.Thread(target=_work, args=(self._part, other), name="celora-kernel", daemon=True).start()
+                self._others.append(other)
+        return len(self._others) >= count
+
+
+def _work(part: Callable[..., int], other: SimpleQueue[Any]) -> None:
+    while True:
+        part(*other.get())

@@ -182,7 +182,7 @@ static void run_task(int32_t *number, int32_t *bound, void *data) {
 
 /* Run a kernel on so many threads, or fewer where the runtime gives fewer. Returns what its first thread returns. */
 EXPORT int64_t celora_run(kernel *run, const slot *from, int threads) {
-    call call = {run, from, {0, 0}, 0};
+    call call = {run, from, {0}, 0};
     if (threads > 1 && runtime.parallel) runtime.parallel(run_part, &call, (unsigned)threads, 0);
     else if (threads > 1 && runtime.fork) {
         runtime.push_threads(&place, runtime.number(&place), threads);
@@ -194,8 +194,17 @@ EXPORT int64_t celora_run(kernel *run, const slot *from, int threads) {
     return call.result;
 }
 
-/* Run the part of one thread, of `threads` that are called at the same time with the same `shared`, zero at first. */
+/* Run the part of one thread, of `threads` that are called at the same time with the same `shared`, zero at first. The
+ * call of the first thread lets the others begin, and returns after them. */
 EXPORT int64_t celora_run_part(kernel *run, const slot *from, shared *shared, int thread, int threads) {
     const team team = {thread, threads, shared};
-    return run(from, &team);
+    int64_t begun = 1, result;
+    if (!thread) __atomic_store_n(&shared->begun, begun, __ATOMIC_RELEASE);
+    while (!(begun = __atomic_load_n(&shared->begun, __ATOMIC_ACQUIRE))) let_others_run();
+    if (begun < 0) return 0;
+    result = run(from, &team);
+    if (thread) __atomic_fetch_add(&shared->ended, 1, __ATOMIC_RELEASE);
+    else
+        while (__atomic_load_n(&shared->ended, __ATOMIC_ACQUIRE) < threads - 1) let_others_run();
+    return result;
 }
