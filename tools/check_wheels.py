@@ -1,7 +1,7 @@
 """Check wheels for Linux before they are published: `python tools/check_wheels.py dist/*.whl`.
 
 The kernels in a wheel may need no newer glibc than its name promises and no other library than libc and libm, and only
-the four functions that celora calls may be seen. Needs readelf.
+the five functions that celora calls may be seen. Needs readelf.
 """
 
 from __future__ import annotations
