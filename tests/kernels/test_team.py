@@ -13,24 +13,25 @@ from torch import Tensor
 
 from celora.kernels import operations
 from celora.kernels.c import dot, rows
-from celora.kernels.c.tier import Kernels
+from celora.kernels.c.tier import Kernels, load
 from patching import patch_all
-from tiers import LIBRARY, TIERS, WITH_DOTS
+from tiers import LIBRARY, WITH_DOTS
 
-needs_kernels = pytest.mark.skipif(not TIERS, reason="no compiled kernels")
+needs_kernels = pytest.mark.skipif(load()[0] is None, reason="no compiled kernels")
 
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     assert LIBRARY is not None
-    before = Kernels(LIBRARY, TIERS[-1]).threaded
+    usual, _ = load()
+    assert usual is not None
     with monkeypatch.context() as patch:
         patch.setattr("celora.kernels.c.tier._RUNTIMES", ())
-        kernels = Kernels(LIBRARY, TIERS[-1])
+        kernels = Kernels(LIBRARY, usual.tier)
         assert not kernels.threaded
         patch_all(patch, "celora.kernels.c.library:library", lambda: kernels)
         yield kernels
-    assert Kernels(LIBRARY, TIERS[-1]).threaded == before  # from here on, everything is as before
+    assert Kernels(LIBRARY, usual.tier).threaded == usual.threaded  # from here on, everything is as before
 
 
 def _results() -> list[Tensor]:
@@ -40,7 +41,7 @@ def _results() -> list[Tensor]:
     found += operations.rms_norm(x, torch.ones(96), offset=0.0, eps=1e-5, rounds=False)
     p, z = x[:, :16].bfloat16().contiguous(), x.bfloat16()
     found.append(operations.transposed_product(p, z))
-    if WITH_DOTS:
+    if load()[0].tier in WITH_DOTS:  # type: ignore[union-attr]
         scale = x[:64].abs().amax(0) / 127
         packed = dot.pack_columns(x[:64].contiguous(), 1 / scale)
         out = torch.empty(70, 96)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from celora.borrowed import borrow
 from celora.errors import out_of_memory
-from celora.kernels.backends import choose
+from celora.kernels.backends import backends_of, choose
 from celora.kernels.packed import BothWays, LibraryPacked, QuantisedRows
 from celora.machine.device import exact_device
 from celora.machine.timing import interleaved
@@ -217,7 +217,9 @@ class IntegersBothWays(LibraryPacked, BothWays):
 
     @classmethod
     def fits(cls, stored: Tensor, out_features: int, in_features: int) -> bool:
-        return takes_integers(stored.device)
+        # Asked of the table, which also takes a CPU whose sums overflow while bytes are counted for a GPU.
+        backends = backends_of("pack_both_ways")
+        return any(backend.run == IntegersBothWays.pack and backend.takes(stored.device) for backend in backends)
 
     def quantise(self, x: Tensor) -> QuantisedRows:
         x = x if self.input_scale is None else x.float() * self.input_scale
