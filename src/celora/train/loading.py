@@ -170,7 +170,7 @@ def check_model_folder(model: str) -> None:
     if not path.exists():
         if path.suffix == ".gguf":  # never the name of a model on the hub, which would be asked for it
             raise CELoraError(f"--model {model!r}: no such file; check the name")
-        if model.startswith((".", "~")) or Path(model).is_absolute() or "\\" in model or model.count("/") > 1:
+        if model.startswith((".", "/", "~")) or "\\" in model or ":" in model or model.count("/") > 1:
             raise CELoraError(f"--model {model!r}: no such folder")
         return
     if not path.is_dir():
