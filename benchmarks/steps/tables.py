@@ -92,7 +92,7 @@ def adapter() -> str:
     for machine, steps in sorted({(rows.where(row), row["steps"]) for row in found}):
         matching = [row for row in found if (rows.where(row), row["steps"]) == (machine, steps)]
         times = [[row["adapter_s"] for row in matching if row["preset"] == name] for name in presets]
-        plain, *others = (statistics.median(of) if of else None for of in times)
+        plain, *others = (statistics.median(seconds) if seconds else None for seconds in times)
         assert plain is not None
         ratios = ("" if other is None else f"{other:.1f} s, {other / plain:.2f}" for other in others)
         body.append([machine, f"{steps:,}", str(len(times[0])), f"{plain:.1f} s", *ratios])

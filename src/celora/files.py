@@ -100,9 +100,9 @@ def patiently(act: Callable[..., T], *arguments: Any, **options: Any) -> T:
 
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk, where a loss of power cannot undo them."""
-    if path.is_dir() and os.name == "nt":
+    if path.is_dir() and _WINDOWS:
         return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    handle = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:

@@ -223,9 +223,9 @@ class LayerGraft(Measured, Hook):
             weight = whole(weight, grad_output.dtype)
         if torch.compiler.is_compiling() and not (mode is Mode.ESTIMATE and self.estimator.traceable):
             return self._in_graph(grad_output, weight, mode)
-        return (
-            self.estimator.estimate(grad_output, weight) if mode is Mode.ESTIMATE else self.observe(grad_output, weight)
-        )
+        if mode is Mode.ESTIMATE:
+            return self.estimator.estimate(grad_output, weight)
+        return self.observe(grad_output, weight)
 
     def _in_graph(self, grad_output: Tensor, weight: Tensor | None, mode: Mode) -> Tensor:
         result: Tensor = grad_input(grad_output, weight, self.estimator.in_features, self.key, mode.value)

@@ -11,7 +11,7 @@ from torch import nn
 
 from celora.modeling.attention import Lookup, is_attention
 from celora.modeling.hooks import is_ours
-from celora.modeling.others import function_of, written_in
+from celora.modeling.others import function_of, name_of
 
 # The hooks of these packages do not depend on the shape of a batch, except for NEFTune's.
 _BLIND = ("torch", "bitsandbytes", "deepspeed", "accelerate", "transformers", "trl")
@@ -32,9 +32,8 @@ _KNOWN = {*_BLIND, "celora", "hqq", "liger_kernel", "peft", "torchao"}
 
 def _unknown(forward: Callable[..., Any] | None) -> str:
     """The name of a forward that is none of these packages' own; else ''."""
-    origin = written_in(forward)
-    called = getattr(getattr(forward, "__code__", None), "co_name", type(forward).__name__)
-    return "" if origin.partition(".")[0] in _KNOWN else f"{origin}.{called}"
+    found = name_of(forward)
+    return "" if found.partition(".")[0] in _KNOWN else found
 
 
 _unknown_of_class = functools.cache(_unknown)  # never of a function that holds a model

@@ -47,7 +47,12 @@ def function_of(forward: Any) -> Any:
     return getattr(forward, "__func__", forward)
 
 
-def written_in(function: Any) -> str:
+def name_of(function: Any) -> str:
+    """The name of a function, after that of the module with its code."""
+    return f"{_written_in(function)}.{getattr(getattr(function, '__code__', None), 'co_name', type(function).__name__)}"
+
+
+def _written_in(function: Any) -> str:
     """The name of the module with its code. After `functools.wraps`, `__module__` is another one."""
     names = getattr(function, "__globals__", None)
     found = names.get("__name__") if names is not None else getattr(function, "__module__", None)
@@ -59,18 +64,15 @@ def replaced(module: nn.Module) -> str:
     forward = vars(module).get("forward")
     if forward is None:
         return ""
-    function = function_of(forward)
-    origin = written_in(function)
-    if origin.partition(".")[0] == "accelerate":  # it casts, or moves tensors between devices
-        return ""
-    return f"{origin}.{getattr(getattr(function, '__code__', None), 'co_name', type(function).__name__)}"
+    found = name_of(function_of(forward))
+    return "" if found.partition(".")[0] == "accelerate" else found  # it casts, or moves tensors between devices
 
 
 def is_fused_head(causal: nn.Module) -> bool:
     """Whether `add_fused_lm_head` of TRL 1.15 or later has replaced the model's forward."""
     function = function_of(vars(causal).get("forward"))
     code = getattr(function, "__code__", None)
-    return code is not None and code.co_name == "_fused_forward" and written_in(function).startswith("trl.")
+    return code is not None and code.co_name == "_fused_forward" and _written_in(function).startswith("trl.")
 
 
 def fused_head(causal: nn.Module) -> FusedHead | str:

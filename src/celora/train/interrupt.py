@@ -35,14 +35,15 @@ class StopAtStepEnd(TrainerCallback):  # type: ignore[misc]
         alone = processes() == 1
         ended = signal.signal(signal.SIGTERM, self._on_signal if alone else self._on_end)
         before = signal.signal(signal.SIGINT, self._on_signal)
+        failed = True
         try:
             yield
+            failed = False
         finally:
             signal.signal(signal.SIGINT, before)
-            if alone and ended is not None:
+            # After a failure, one of several processes still has to say why it ends.
+            if ended is not None and (alone or not failed):
                 signal.signal(signal.SIGTERM, ended)
-        if ended is not None:  # of several: not after a failure, as this process still has to say why it ends
-            signal.signal(signal.SIGTERM, ended)
 
     def _on_end(self, *_: object) -> None:
         """The launcher is ending all processes. If one of them failed, the next collective notices and says so."""
