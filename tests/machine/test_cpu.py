@@ -31,6 +31,12 @@ Features\t: fp asimd evtstrm asimdhp asimddp sve svei8mm i8mm bf16
 CPU implementer\t: 0x41
 CPU part\t: 0xd40
 """
+HIDDEN = """vendor_id\t: AuthenticAMD
+cpu family\t: 26
+model\t\t: 2
+model name\t: AMD EPYC
+flags\t\t: avx2 avx_vnni
+"""
 M2 = """hw.optional.arm.FEAT_DotProd: 1
 hw.optional.arm.FEAT_I8MM: 1
 hw.optional.arm.FEAT_BF16: 1
@@ -69,10 +75,11 @@ def has() -> set[str]:
             "Intel(R) Xeon(R) Platinum 8481C",
             {"avx2", "avx512", "vnni", "avx512_bf16", "avx_vnni", "amx_tile"},
         ),
+        (HIDDEN, "AMD EPYC, family 26, model 2", {"avx2", "avx_vnni"}),
         (GRAVITON, "riscv64 0x41 0xd40", {"neon", "dotprod", "sve", "i8mm", "arm_bf16"}),
         ("", "riscv64", set()),
     ],
-    ids=["x86 without AVX-512", "x86 with AMX", "ARM", "another"],
+    ids=["x86 without AVX-512", "x86 with AMX", "x86 in a cloud that hides the model", "ARM", "another"],
 )
 def test_linux(info: str, name: str, found: set[str], tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text(info)

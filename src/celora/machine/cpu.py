@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,10 @@ def limits() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The CPU's own name, or its architecture."""
+    """The CPU's own name, or its architecture. Clouds hide the model in the name, so its numbers follow such a name."""
     named = _line("model name") or _sysctl().get("machdep.cpu.brand_string")
+    if named and not re.search(r"\d", named) and (family := _line("cpu family")):
+        named = f"{named}, family {family}, model {_line('model')}"
     if not named and (part := _line("CPU part")):  # Linux on ARM has numbers instead of a name
         named = f"{platform.machine()} {_line('CPU implementer')} {part}"
     return named or platform.processor() or platform.machine()

@@ -90,7 +90,7 @@ def device_name(device: torch.device) -> str:
 def measured_on(device: torch.device) -> str:
     """The device as a plan knows it: `device_name`, and whether products are AMX's.
 
-    Virtual CPUs of several generations share one name, and without AMX the same products take another time.
+    A hypervisor or oneDNN's limit may leave a CPU without its AMX, and products then take another time.
     """
     amx = device.type == "cpu" and matrix_instructions()
     return device_name(device) + (" with AMX" if amx else "")
