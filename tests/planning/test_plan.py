@@ -222,7 +222,7 @@ def test_every_device_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == {"cuda": "NVIDIA H100", "xpu": "Intel Arc", "mps": "Apple M2"}
     info = Path("/proc/cpuinfo")
     if info.exists() and "model name" in (text := info.read_text()):
-        assert f": {device_name(torch.device('cpu'))}\n" in text
+        assert f": {device_name(torch.device('cpu')).partition(', family')[0]}\n" in text
     assert device_name(torch.device("cpu"))
 
 
