@@ -17,6 +17,7 @@ from transformers import (
     GitForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     OPTConfig,
     OPTForCausalLM,
     XLNetConfig,
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 import celora
+from celora.modeling.language_model import find_language_model, pretrained
 from labelled import gradient, masked_batch
 from small import make_model
 
@@ -130,6 +132,23 @@ class Penalised(LlamaForCausalLM):
         return output
 
 
+class Balanced(LlamaForCausalLM):
+    """Adds a term as small as the one that balances experts."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if output.loss is not None:
+            output["loss"] = output.loss + 0.004
+        return output
+
+
+class Looking(LlamaModel):
+    """Attends otherwise if there are labels, as PaliGemma does in Transformers 4."""
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs | ({} if labels is None else {"attention_mask": None}))
+
+
 class Smoothed(LlamaForCausalLM):
     """Computes its loss itself, from its logits and the labels."""
 
@@ -144,6 +163,7 @@ class Smoothed(LlamaForCausalLM):
 SMALL: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "a term of its own": lambda: Penalised(LlamaConfig(**SMALL, intermediate_size=48)),
+    "a small term of its own": lambda: Balanced(LlamaConfig(**SMALL, intermediate_size=48)),
     "a loss of its own": lambda: Smoothed(LlamaConfig(**SMALL, intermediate_size=48)),
     "a decoder within the decoder": lambda: OPTForCausalLM(
         OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, pad_token_id=60)
@@ -208,3 +228,30 @@ def test_a_term_that_is_zero_at_first() -> None:
     with pytest.warns(UserWarning, match="Raised changes 'weight' while it trains"):
         found = model(**batch).loss
     torch.testing.assert_close(found, plain(**batch).loss)
+
+
+def test_experts_of_the_text_part_have_a_part_of_the_loss() -> None:
+    """A model of text and images has a configuration for each."""
+    model = make_model().train()
+    text = LlamaConfig(**SMALL, intermediate_size=48)
+    model.config.text_config = text
+    celora.attach(model, "exact")
+    assert model(**masked_batch()).logits is None
+    text.output_router_logits = True
+    assert model(**masked_batch()).logits is not None
+    assert find_language_model(model) == "a part of it is for its experts"
+
+
+def test_a_decoder_that_looks_at_the_labels_needs_them() -> None:
+    causal = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=48))
+    causal.model = Looking(causal.config)
+    causal.requires_grad_(False)
+    assert find_language_model(causal) == "LlamaForCausalLM looks at the labels before its head"
+
+
+def test_of_several_models_the_one_with_an_adapter_is_found() -> None:
+    """As where a student learns from a teacher."""
+    teacher, student = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=48)), make_model()
+    both = nn.ModuleDict({"teacher": teacher, "student": student})
+    assert pretrained(both) is student.get_base_model()
+    assert pretrained(nn.ModuleDict({"teacher": teacher})) is teacher

@@ -188,3 +188,16 @@ def test_flash_attention_gets_the_lengths_its_own_way() -> None:
     assert packed["attention_mask"] is None
     assert packed["cu_seq_lens_q"].tolist() == [0, 4, 6]
     assert packed["max_length_q"] == 4
+
+
+def test_masks_by_kind_of_layer_are_the_models_own() -> None:
+    """A caller may make a mask for each kind of layer itself."""
+    torch.manual_seed(0)
+    model, batch = model_of("qwen2").train(), ragged([11, 4, 7])
+    batch["attention_mask"] = {"full_attention": None}
+    expected, exact = gradients(model, batch)
+    celora.attach(model, "exact")
+    for _ in range(2):
+        found, gradient = gradients(model, batch)
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert (gradient - exact).norm() < 1e-5 * exact.norm()

@@ -239,6 +239,23 @@ def test_a_replaced_forward_is_seen(what: str, after: bool) -> None:
     assert any("was replaced by test_recognise." in note for note in report.notes) is not after
 
 
+@pytest.mark.filterwarnings("ignore:celora. padding stays in batches")
+def test_a_hook_on_the_decoder_after_the_first_step_is_seen() -> None:
+    model, given = make_model().train(), batch()
+    celora.attach(model, "exact")
+    gradients(model, given)
+    model.get_base_model().model.register_forward_hook(
+        lambda module, args, output: type(output)(last_hidden_state=2 * output[0])
+    )
+    plain = copy.deepcopy(model)
+    celora.detach(plain)
+    with pytest.warns(UserWarning, match="its own loss is used"):
+        loss, found = gradients(model, given)
+    expected, exact = gradients(plain, given)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert (found - exact).norm() < 1e-5 * exact.norm()
+
+
 def test_another_cross_entropy_in_torchs_place_is_the_models_own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = make_model().train(), batch()
     smoothed = functools.partial(torch.nn.functional.cross_entropy, label_smoothing=0.3)

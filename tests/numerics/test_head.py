@@ -174,8 +174,10 @@ def test_what_is_drawn_of_the_vocabulary_averages_out() -> None:
     assert exact.isfinite().all()
 
 
-def test_measuring_an_estimate_leaves_the_gradient_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("multiple", [8, 128], ids=["", "chunks of padding"])
+def test_measuring_an_estimate_leaves_the_gradient_exact(multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
     patch_all(monkeypatch, "celora.numerics.head:_CHUNK_ROWS", 21)
+    monkeypatch.setattr(head, "grain", lambda _: multiple)
     patch_all(monkeypatch, "celora.numerics.head:_CHUNK_NUMBERS", 1)
     hidden, rows, targets, weight = inputs()
     grads = []

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from celora.modeling.attention import names_ours, use_ours, use_sdpa
+from celora.modeling.language_model import decoder_of
 from celora.modeling.recognise import IGNORED, Probe, settings
 from celora.numerics.head import TokenScores
 
@@ -82,8 +83,9 @@ class Call:
         return ScoredOutput(loss, log_probs, entropy, mean_logits, is_top1, mask)
 
     def _spread(self, values: Tensor) -> Tensor:
-        """Put values of the labelled tokens, (N,), at their positions in the batch: (B, T-1)."""
-        full = values.new_zeros(self.next_labels.numel()).index_copy(0, self.place.to(values.device), values)
+        """Put values of the labelled tokens, (N,), at their positions in the batch: (B, T-1), where its labels are."""
+        values = values.to(self.next_labels.device)
+        full = values.new_zeros(self.next_labels.numel()).index_copy(0, self.place, values)
         return full.view(self.next_labels.shape)[:, :-1]
 
 
@@ -125,7 +127,7 @@ class OpenCalls:
         self.around.append((self.end(), named))
 
     def step_back(self, at_head: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
-        """End a call inside another one, which goes on. Returns whether it is that other one that has these arguments.
+        """End a call inside another one, which goes on. Returns whether these are the outer call's arguments.
 
         Args:
             at_head: the hook of the head, for a call that probes it.
@@ -166,6 +168,7 @@ def known_by(causal: Any, given: Mapping[str, Any]) -> Known:
     """Everything that decides how a model turns hidden states into a loss. If it changes, the model is probed again."""
     head = causal.get_output_embeddings()
     parts = (head, head.forward, causal.loss_function, type(causal).forward, vars(causal).get("forward"))
+    hooks = tuple(decoder_of(causal)._forward_hooks)  # one of them may change what the head gets
     references = tuple(None if part is None else weakref.ref(getattr(part, "__func__", part)) for part in parts)
     arguments = {
         name: value if isinstance(value, str | int | float) else None
@@ -173,7 +176,7 @@ def known_by(causal: Any, given: Mapping[str, Any]) -> Known:
     }
     arguments["num_items_in_batch"] = given.get("num_items_in_batch") is not None
     told = tuple(settings(causal.config).items()), tuple(sorted(arguments.items()))
-    return Known((*references, head.weight.dtype, *told), frozenset(_own_numbers(causal).items()))
+    return Known((*references, hooks, head.weight.dtype, *told), frozenset(_own_numbers(causal).items()))
 
 
 def _own_numbers(causal: Any) -> dict[str, float]:
@@ -202,8 +205,10 @@ def wants_own_head(given: Mapping[str, Any], config: Any) -> bool:
         return True
     if given.get("return_dict", getattr(config, "return_dict", True)) is False:
         return True
+    configs = (config, config.get_text_config())
     asked = [given.get(name) for name in REFUSED]
-    return any(map(is_set, [*asked, *(given.get(name, getattr(config, name, None)) for name in OUTPUTS)]))
+    asked += [given.get(name, getattr(each, name, None)) for name in OUTPUTS for each in configs]
+    return any(map(is_set, asked))
 
 
 def is_set(value: Any) -> bool:

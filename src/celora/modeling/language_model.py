@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -56,18 +57,31 @@ def find_language_model(model: nn.Module) -> LanguageModel | str:
         return f"{type(causal).__name__} has a loss of its own"
     if tuner is not None and type(tuner).forward is not BaseTuner.forward:
         return f"{type(tuner).__name__} has a forward of its own, which may add to the loss"
-    if getattr(causal.config, "output_router_logits", False):
+    if any(
+        getattr(config, "output_router_logits", False) for config in (causal.config, causal.config.get_text_config())
+    ):
         return "a part of it is for its experts"
     if decoder_of(causal) is causal:
         return f"{type(causal).__name__} has no decoder under its head"
+    if _reads_labels(decoder_of(causal)):
+        return f"{type(causal).__name__} looks at the labels before its head"
     if is_fused_head(causal) and isinstance(found := fused_head(causal), str):
         return found
     return LanguageModel(causal, _past_hooks(tuner, causal), cannot_pack(causal))
 
 
+def _reads_labels(decoder: nn.Module) -> bool:
+    """Whether a decoder does something with labels: PaliGemma of Transformers 4 attends otherwise if there are some."""
+    code = getattr(inspect.unwrap(type(decoder).forward), "__code__", None)
+    steps = () if code is None else dis.get_instructions(code)
+    return any("labels" in step.argrepr.split(", ") for step in steps if step.opname.startswith("LOAD_FAST"))
+
+
 def pretrained(model: nn.Module) -> PreTrainedModel | None:
-    """The outermost model of Transformers in this one."""
-    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    """The outermost model of Transformers in this one; if there are several, the first with an adapter."""
+    found = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    adapted = (causal for causal in found if any(isinstance(module, BaseTunerLayer) for module in causal.modules()))
+    return next(adapted, next(iter(found), None))
 
 
 def decoder_of(causal: Any) -> Any:
@@ -85,8 +99,8 @@ def not_ours(causal: PreTrainedModel) -> str:
     """Why celora cannot compute logits and loss of this model in its current state; '' if it can."""
     head: Any = causal.get_output_embeddings()
     if type(head) is not nn.Linear:
-        of = "no head" if head is None else f"a {type(head).__name__} as its head"
-        return f"{type(causal).__name__} has {'an adapter on its head' if isinstance(head, BaseTunerLayer) else of}"
+        which = "no head" if head is None else f"a {type(head).__name__} as its head"
+        return f"{type(causal).__name__} has {'an adapter on its head' if isinstance(head, BaseTunerLayer) else which}"
     # FSDP2's own hooks, which gather a sharded head, are allowed.
     hooks = (*head._forward_hooks.values(), *head._forward_pre_hooks.values())
     if not isinstance(head.weight, DTensor) and not all(map(is_ours, hooks)):

@@ -152,12 +152,14 @@ class ModelGraft(Measured, Hook):
         if self._known is not None and (name := known.changed_number(self._known)):
             self._refuse(f"{type(causal).__name__} changes {name!r} while it trains, which may decide about its loss")
             return None
+        mask = given.get("attention_mask")
+        labels = labels.to(mask.device) if isinstance(mask, Tensor) else labels
         next_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         labelled = next_labels != IGNORED
-        astray = left_padding.predicts_a_label(labelled, given.get("attention_mask"))
+        astray = left_padding.predicts_a_label(labelled, mask)
         numbers, packs = torch.stack([labelled.sum(), astray]), self._packs(causal, given, labels.shape)
         if packs:
-            kept, more = packing.measure(labelled, given.get("attention_mask"))
+            kept, more = packing.measure(labelled, mask)
             numbers = torch.cat([numbers, more])
         count, astray, *read = numbers.tolist()  # the only wait for the device, when it is idle
         self.switch.astray = bool(astray)
@@ -183,8 +185,8 @@ class ModelGraft(Measured, Hook):
             passed["labels"] = probe.labels
             if items is not None:
                 passed["num_items_in_batch"] = items
-        # Without cache and mask, Transformers would find packed sequences in the positions, and make a causal mask for
-        # them, before version 5 also in its own positions. With a cache it does not.
+        # Without cache and mask, Transformers finds packed sequences in the positions, and makes a mask for them.
+        # Before version 5 it also does so with positions of its own. With a cache it does not.
         plain = given.get("position_ids") is None and not unknown_arguments(given)
         if inputs is not None or plain or given.get("attention_mask") is not None:
             passed["use_cache"] = False
@@ -242,9 +244,8 @@ class ModelGraft(Measured, Hook):
         self._open.end()
         if output is None:
             return None
-        if not self._recognised(causal, call, output):
-            return self._own(module, call.given)
-        return self._scored(causal, call, output)
+        known = self._recognised(causal, call, output)
+        return self._scored(causal, call, output) if known else self._own(module, call.given)
 
     def _recognised(self, causal: Any, call: Call, output: Any) -> bool:
         """Whether head and loss are known after this call. If not, warn, and let the model compute its own loss."""
@@ -302,7 +303,7 @@ class ModelGraft(Measured, Hook):
         )
         items = given.get("num_items_in_batch")
         items = items.to(hidden.device) if isinstance(items, Tensor) else len(rows) if items is None else items
-        loss = -scores.log_probs.sum() / items
+        loss = (-scores.log_probs.sum() / items).to(output.logits.device)  # a model split over devices has moved them
         if fused is None:
             return type(output)(**{**output, "loss": loss, "logits": None})
         wanted = "mean_logits" in fused.outputs
@@ -342,9 +343,8 @@ class ModelGraft(Measured, Hook):
         ids, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
         if not self.packs or any(given.get(name) is not None for name in UNPACKED):
             return False
-        if not isinstance(ids, Tensor) or (mask is None and positions is not None) or ids.shape != shape:
-            return False
-        if any(t is not None and t.shape != ids.shape for t in (mask, positions)):
+        fit_together = all(isinstance(t, Tensor) and t.shape == shape for t in (ids, mask, positions) if t is not None)
+        if ids is None or not fit_together or (mask is None and positions is not None):
             return False
         if unknown := unknown_arguments(given):
             reason = f"what {next(iter(unknown))!r} among the arguments does is not known"

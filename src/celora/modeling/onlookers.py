@@ -42,7 +42,7 @@ _unknown_of_class = functools.cache(_unknown)  # never of a function that holds 
 def unknown_forward(module: nn.Module) -> str:
     """Why batches keep their padding because of this module's forward, with {} in place of its name; or ''.
 
-    Every token alone is computed by a layer with `in_features`, as quantisation packages have them, and by one whose
+    A layer with `in_features`, as quantisation packages have them, computes each token by itself. So does one whose
     kernel Transformers takes from the hub.
     """
     own = vars(module).get("forward")

@@ -269,7 +269,7 @@ class _Scores(torch.autograd.Function):
                 )
                 if gradient is not None:
                     through_the_head(z, w, keep_ratio, gradient[part], seed + start)
-                    if measure is not None:
+                    if measure is not None and start < count:  # behind that, all is padding
                         estimate = gradient[part].clone()
                         torch.mm(z, w, out=gradient[part])
                         measure(estimate[: count - start], gradient[start:count][:size])
