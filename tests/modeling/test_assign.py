@@ -13,7 +13,7 @@ from celora.integrations.while_training import in_one_line
 from celora.modeling.assign import last_block
 from celora.modeling.graft import LayerGraft
 from celora.numerics.estimators import Columns
-from celora.numerics.products.fp8 import Fp8
+from celora.numerics.products.fp8 import Fp8Product
 from celora.runtime.attachment import require
 from patching import patch_all
 from small import MEMBERS, make_model, train
@@ -108,7 +108,9 @@ def test_a_layer_that_has_no_such_product_is_skipped_with_the_reason() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 24)), LoraConfig(target_modules=["0", "1"]))
     report = celora.attach(model, CELoraConfig(estimator="fp8"))
     said = {"base_model.model.0": "fp8 products need in_features that are a multiple of 16, not 24"}
-    if none_here := Fp8().unavailable(24, 32, torch.device("cpu")):  # some versions of torch have no 8-bit floats
+    if none_here := Fp8Product().unavailable(
+        24, 32, torch.device("cpu")
+    ):  # some versions of torch have no 8-bit floats
         said["base_model.model.1"] = none_here
     assert report.skipped == said
     assert set(report.estimated) == {"base_model.model.1"} - said.keys()

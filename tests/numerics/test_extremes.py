@@ -14,8 +14,8 @@ from celora import CELoraConfig
 from celora.kernels.operations import squared_row_norms
 from celora.modeling.switch import Mode
 from celora.numerics.products.base import Product
-from celora.numerics.products.fp8 import Fp8
-from celora.numerics.products.int8 import Int8
+from celora.numerics.products.fp8 import Fp8Product
+from celora.numerics.products.int8 import Int8Product
 from celora.numerics.select import critical_rows
 from celora.runtime.attachment import require
 from every_estimator import TOKENS, attach_ready, ordinary, plain_layer, possible, run_through
@@ -79,7 +79,7 @@ def test_eight_bits_are_as_good_as_they_are_at_any_scale(
     W = torch.randn(G.shape[1], 16).double().mul(2.0**w).to(dtype)
     exact = G.double() @ W.double()
     product: Product
-    for product, error in ((Int8(), 0.04), (Int8(copy=False), 0.04), (Fp8(), 0.12)):
+    for product, error in ((Int8Product(), 0.04), (Int8Product(copy=False), 0.04), (Fp8Product(), 0.12)):
         if refuses(product.name, copy=product.copy):
             continue
         found = product(G, W).double()

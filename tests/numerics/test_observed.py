@@ -7,7 +7,7 @@ import torch
 
 from celora.numerics import reference
 from celora.numerics.estimators import Columns, Dense, Int8, Observed, Tokens, make_estimator
-from celora.numerics.products.int8 import Int8 as Int8Product
+from celora.numerics.products.int8 import Int8Product
 from machine import refuses
 
 

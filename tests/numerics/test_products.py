@@ -17,8 +17,8 @@ from celora.kernels.plain import Integers, column_major, integer_product, padded
 from celora.numerics import reference, select
 from celora.numerics.products.base import Native
 from celora.numerics.products.both_ways import Int8BothWays, levels_together
-from celora.numerics.products.fp8 import Fp8
-from celora.numerics.products.int8 import Int8
+from celora.numerics.products.fp8 import Fp8Product
+from celora.numerics.products.int8 import Int8Product
 from celora.numerics.products.registry import make_product
 from celora.planning.candidates import candidates
 from celora.settings.config import LayerConfig
@@ -36,9 +36,9 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return take_path(monkeypatch, request.param)
 
 
-@pytest.mark.parametrize("product", [Native(), Int8(copy=False)], ids=["native", "int8"])
-def test_a_weight_of_a_draw_may_be_beyond_float16(product: Native | Int8) -> None:
-    if isinstance(product, Int8) and refuses(copy=False):
+@pytest.mark.parametrize("product", [Native(), Int8Product(copy=False)], ids=["native", "int8"])
+def test_a_weight_of_a_draw_may_be_beyond_float16(product: Native | Int8Product) -> None:
+    if isinstance(product, Int8Product) and refuses(copy=False):
         return
     G, index = torch.full((3, 8), 1e-6, dtype=torch.float16), torch.tensor([1])
     found = product.rows(G, torch.eye(8, dtype=torch.float16), index, factors=torch.tensor([1e5], dtype=torch.float64))
@@ -52,7 +52,7 @@ def test_int8_equals_its_reference(path: str, shape: tuple[int, int], dtype: tor
     if refuses(copy=copies):
         return
     W, G = (torch.randn(shape) / 8).to(dtype), torch.randn(25, shape[0]).to(dtype)
-    product = Int8(copy=copies)
+    product = Int8Product(copy=copies)
     estimate = product(G, W)
     closed = reference.int8(G.double(), W.double(), paired=copies and paired())
     assert estimate.dtype == dtype
@@ -67,7 +67,7 @@ def test_int8_equals_its_reference(path: str, shape: tuple[int, int], dtype: tor
 @pytest.mark.parametrize("copies", [True, False])
 @pytest.mark.parametrize("onto", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("kind", [Native, Int8, Fp8])
+@pytest.mark.parametrize("kind", [Native, Int8Product, Fp8Product])
 def test_rows_go_to_their_places(path: str, kind: type, copies: bool, onto: bool, weighted: bool) -> None:
     if kind is not Native and refuses(kind.name, copy=copies):
         return
@@ -82,10 +82,10 @@ def test_rows_go_to_their_places(path: str, kind: type, copies: bool, onto: bool
     others = torch.ones(20, dtype=torch.bool)
     others[index] = False
     assert found[others].equal(expected[others])
-    assert (found - expected).norm() / expected.norm() < {Native: 1e-6, Int8: 0.03, Fp8: 0.08}[kind]
+    assert (found - expected).norm() / expected.norm() < {Native: 1e-6, Int8Product: 0.03, Fp8Product: 0.08}[kind]
 
 
-@pytest.mark.parametrize("kind", [Int8, Fp8])
+@pytest.mark.parametrize("kind", [Int8Product, Fp8Product])
 def test_a_changed_weight_is_quantised_anew(kind: type) -> None:
     if refuses(kind.name):
         return
@@ -102,7 +102,7 @@ def test_a_changed_weight_is_quantised_anew(kind: type) -> None:
     assert (product(G, W) - G @ W).norm() / (G @ W).norm() < 0.1
 
 
-@pytest.mark.parametrize("kind", [Int8, Fp8, Int8BothWays])
+@pytest.mark.parametrize("kind", [Int8Product, Fp8Product, Int8BothWays])
 def test_another_weight_in_the_same_place_is_quantised_anew(kind: type) -> None:
     """The next tensor may get the same address, and its version starts at the same number."""
     if refuses(kind.name):
@@ -116,7 +116,7 @@ def test_another_weight_in_the_same_place_is_quantised_anew(kind: type) -> None:
     assert (product(G, W) - G @ W).norm() / (G @ W).norm() < 0.1
 
 
-@pytest.mark.parametrize("kind", [Int8, Fp8])
+@pytest.mark.parametrize("kind", [Int8Product, Fp8Product])
 def test_copies_and_pickles_make_their_own_copy_of_the_weight(kind: type) -> None:
     if refuses(kind.name):
         return
@@ -128,7 +128,7 @@ def test_copies_and_pickles_make_their_own_copy_of_the_weight(kind: type) -> Non
         assert other(G, W).equal(expected)
 
 
-@pytest.mark.parametrize("kind", [Int8, Fp8])
+@pytest.mark.parametrize("kind", [Int8Product, Fp8Product])
 def test_zeros_and_what_is_not_finite(path: str, kind: type) -> None:
     if refuses(kind.name):
         return
@@ -147,14 +147,14 @@ def test_fp8_is_near_the_exact_product() -> None:
     if refuses("fp8"):
         return
     W, G = torch.randn(64, 32) / 8, torch.randn(40, 64)
-    assert (Fp8()(G, W) - G @ W).norm() / (G @ W).norm() < 0.06
+    assert (Fp8Product()(G, W) - G @ W).norm() / (G @ W).norm() < 0.06
 
 
 @pytest.mark.parametrize("kept", [1, 24, 317])
 def test_any_number_of_rows_can_be_summed_over(kept: int) -> None:
     """`columns` may keep any number of rows. Kernels of GPUs need multiples of 16, so zeros are added."""
     W, G = torch.randn(kept, 32) / 8, torch.randn(40, kept)
-    assert refuses("fp8") or (Fp8()(G, W) - G @ W).norm() / (G @ W).norm() < 0.06
+    assert refuses("fp8") or (Fp8Product()(G, W) - G @ W).norm() / (G @ W).norm() < 0.06
     q, w = torch.randint(-127, 128, (40, kept)).to(torch.int8), torch.randint(-127, 128, (kept, 32)).to(torch.int8)
     packed = column_major(padded(w, 0))
     assert len(packed) % 16 == 0
@@ -163,13 +163,13 @@ def test_any_number_of_rows_can_be_summed_over(kept: int) -> None:
 
 def test_what_a_device_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert refuses() or Int8().unavailable(33, 20, cpu) == ""
+    assert refuses() or Int8Product().unavailable(33, 20, cpu) == ""
     assert Native().unavailable(33, 20, cpu) == ""
-    assert "multiple of 8" in Int8().unavailable(33, 20, cuda)
-    assert "multiple of 16" in Fp8().unavailable(16, 24, cpu)
-    assert "no int8 products on mps" in Int8().unavailable(16, 16, torch.device("mps"))
+    assert "multiple of 8" in Int8Product().unavailable(33, 20, cuda)
+    assert "multiple of 16" in Fp8Product().unavailable(16, 24, cpu)
+    assert "no int8 products on mps" in Int8Product().unavailable(16, 16, torch.device("mps"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert "8.9" in Fp8().unavailable(16, 16, cuda)
+    assert "8.9" in Fp8Product().unavailable(16, 16, cuda)
     with pytest.raises(CELoraError, match="did you mean 'int8'"):
         make_product("in8")
 
@@ -180,16 +180,16 @@ def test_where_8_bits_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     patch_all(monkeypatch, "celora.kernels.plain:wrong_integers", lambda device: "")
     with monkeypatch.context() as patch:
         without(patch, "c", "onednn", operations=("pack_weight",))
-        assert "number by number" in Int8().slow(cpu)
-        assert Int8().slow(torch.device("cuda")) == Native().slow(cpu) == ""
+        assert "number by number" in Int8Product().slow(cpu)
+        assert Int8Product().slow(torch.device("cuda")) == Native().slow(cpu) == ""
         assert {estimator.settings.precision for estimator in candidates((16, 16), cpu).values()} == {"native"}
     # as with AVX-VNNI: our kernel is there, and without it torch loops over single numbers
     pretend(monkeypatch, "pack_weight", there=True)
-    assert Int8().slow(cpu) == ""
-    assert Int8(copy=False).slow(cpu)
+    assert Int8Product().slow(cpu) == ""
+    assert Int8Product(copy=False).slow(cpu)
     assert all(setting.weight_copy for setting in candidates((16, 16), cpu))
     patch_all(monkeypatch, "celora.kernels.plain:one_by_one", lambda: False)
-    assert Int8(copy=False).slow(cpu) == ""
+    assert Int8Product(copy=False).slow(cpu) == ""
     assert LayerConfig("int8", rank=0, weight_copy=False) in candidates((16, 16), cpu)
 
 
@@ -212,14 +212,14 @@ def test_sums_that_overflow_are_not_used(limit: str) -> None:
     If that overflows, celora refuses it, and only then.
     """
     script = (
-        "import torch; from celora import CELoraError; from celora.numerics.products.int8 import Int8\n"
+        "import torch; from celora import CELoraError; from celora.numerics.products.int8 import Int8Product\n"
         "cpu, G, W = torch.device('cpu'), torch.rand(32, 64) + 1, torch.rand(64, 32) + 1\n"
         "most = torch.full((32, 64), 127, dtype=torch.int8)\n"
         "overflows = not (torch._int_mm(most, most.t().contiguous()) == 64 * 127**2).all()\n"
         "for copy in (True, False):\n"
-        "    said = Int8(copy=copy).unavailable(64, 32, cpu)\n"
+        "    said = Int8Product(copy=copy).unavailable(64, 32, cpu)\n"
         "    try:\n"
-        "        assert (Int8(copy=copy)(G, W) - G @ W).norm() / (G @ W).norm() < 0.01\n"
+        "        assert (Int8Product(copy=copy)(G, W) - G @ W).norm() / (G @ W).norm() < 0.01\n"
         "        assert not said and not (overflows and not copy)\n"
         "    except CELoraError:\n"
         "        assert overflows and 'sums overflow' in said, said\n"
@@ -235,7 +235,7 @@ def test_without_dot_products_torchs_integer_product_is_used(monkeypatch: pytest
     without(monkeypatch, "c", "onednn")
     if refuses():
         return
-    product = Int8()
+    product = Int8Product()
     estimate = product(G, W)
     assert isinstance(product._packed, Integers)
     assert (estimate - expected).norm() / expected.norm() < 3e-3
@@ -248,9 +248,9 @@ def test_only_our_kernel_takes_any_number_of_rows(path: str) -> None:
     cpu = torch.device("cpu")
     gathers = available("pack_weight", cpu) and choose("pack_weight", cpu).name == "c"
     assert not gathers or path == "compiled"
-    assert Int8().grain(1000, torch.device("cpu")) == (1 if gathers else usual)
-    assert Int8().grain(1000, torch.device("cuda")) == Native().grain(1000, torch.device("cpu")) == usual
-    assert Int8(copy=False).grain(1000, torch.device("cpu")) == usual
+    assert Int8Product().grain(1000, torch.device("cpu")) == (1 if gathers else usual)
+    assert Int8Product().grain(1000, torch.device("cuda")) == Native().grain(1000, torch.device("cpu")) == usual
+    assert Int8Product(copy=False).grain(1000, torch.device("cpu")) == usual
 
 
 def test_scales_of_input_features_are_those_of_the_formula() -> None:

@@ -10,7 +10,7 @@ from peft import PeftModel
 
 import celora
 from celora.numerics.estimators import ESTIMATORS, Dense
-from celora.numerics.products.int8 import Int8
+from celora.numerics.products.int8 import Int8Product
 from celora.planning.candidates import EXACT, candidates
 from celora.settings.config import LayerConfig
 from machine import refuses
@@ -51,17 +51,17 @@ def test_products_that_a_layer_lacks_are_never_computed(
 ) -> None:
     if refuses():
         return
-    follow, there = Int8._follow, Int8.unavailable
+    follow, there = Int8Product._follow, Int8Product.unavailable
 
-    def refuse(product: Int8, weight: torch.Tensor) -> torch.Tensor:
+    def refuse(product: Int8Product, weight: torch.Tensor) -> torch.Tensor:
         assert weight.shape[1] != 80, "down_proj"
         return follow(product, weight)
 
-    def lacking(product: Int8, out_features: int, in_features: int, device: torch.device) -> str:
+    def lacking(product: Int8Product, out_features: int, in_features: int, device: torch.device) -> str:
         return "no" if in_features == 80 else there(product, out_features, in_features, device)
 
-    monkeypatch.setattr(Int8, "unavailable", lacking)
-    monkeypatch.setattr(Int8, "_follow", refuse)
+    monkeypatch.setattr(Int8Product, "unavailable", lacking)
+    monkeypatch.setattr(Int8Product, "_follow", refuse)
     plan = celora.make_plan(model, batches, 0.9)
     for layer in plan.layers:
         bits = {setting.precision for c in layer.candidates if (setting := c.setting).estimator != "int8"}

@@ -33,7 +33,7 @@ class LayerConfig:
         saved_input: how a fused adapter saves the layer's input x for `grad_A = (scaling G B)^T x`. `forward` saves x
             as the forward multiplied it: with `forward="int8"` in 8 bits (under torch.compile in x's dtype), else in
             x's dtype. `native` saves it in its dtype beside any forward. `int8` saves it in 8 bits beside any forward:
-            a byte a number and, beside an exact forward, one more pass over x. `grad_A` then reads
+            a byte a number and, beside an exact forward, reading x once more. `grad_A` then reads
             `x ~= diag(s) q` with `s = max |x[t]| / 127`, so each number of x is off by at most `s / 2`. It needs
             `fused`. On a CPU, a batch of fewer than 96 tokens takes PEFT's own path, which saves x itself.
     """
@@ -62,8 +62,9 @@ class CELoraConfig(LayerConfig):
         spread: let layers refresh in turns instead of all at once, so that the cost is spread over steps.
         target_error: move each layer's `keep_ratio`, so that its relative error at refreshes stays near this value
             (`celora.runtime.target_error`).
-        most_error: the largest relative error at a refresh. A layer above it keeps more, or becomes exact
-            (`celora.runtime.ladder`; preset `auto`). celora then also measures each layer once within the first steps.
+        most_error: the largest relative error at a refresh. A layer above it that keeps the rule's share becomes exact,
+            and the head keeps more words (`celora.runtime.ladder`; preset `auto`). Other shares stay as they are.
+            celora then also measures each layer once within the first steps.
         overrides: glob on a layer's dotted name (or on its end: `"layers.3.mlp.up_proj"`) -> the fields it changes.
             `"=NAME"` is the layer of that whole name alone. Later entries win over earlier ones.
         synchronise: make all processes that train together select the same, by the gradients of all of them. It takes
@@ -103,7 +104,7 @@ class CELoraConfig(LayerConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_layer(self)
+        super().__post_init__()
         self._check_saved_input(self)
         _check_int("refresh_every", self.refresh_every, 1, "Use a large number to refresh only once.")
         _check_int("seed", self.seed, 0, "")

@@ -9,6 +9,16 @@ from typing import Any
 from celora.errors import CELoraError, unknown
 from celora.settings.config import LAYER_FIELDS, CELoraConfig
 
+# The backward of presets `auto` and `fast`: in every layer 8-bit products of the tokens that carry 0.9997 of the
+# gradient's energy, and a tenth of the words for the head (docs/develop/log/plans.md).
+_BACKWARD: Mapping[str, Any] = {
+    "estimator": "tokens",
+    "selection": "energy",
+    "keep_ratio": 0.9997,
+    "rank": 0,
+    "precision": "int8",
+    "head_keep_ratio": 0.1,
+}
 PRESETS: dict[str, CELoraConfig] = {
     # The published experiments: value and attention output keep 0.55 of the rows, up and down 0.65, the rest is dense.
     "paper": CELoraConfig(
@@ -29,15 +39,10 @@ PRESETS: dict[str, CELoraConfig] = {
     ),
     # The frame of preset auto: `by_rule` fills in its rule, or a plan (celora.make_plan) gives its layers as overrides.
     "auto": CELoraConfig(estimator="dense", spread=True, fused=True, labelled_head=True, padding_free=True),
-    # Every frozen layer in 8 bits, forward and backward. The backward keeps 0.9997 of the gradient's energy.
+    # Every frozen layer in 8 bits, forward and backward.
     "fast": CELoraConfig(
-        estimator="tokens",
-        selection="energy",
-        keep_ratio=0.9997,
-        rank=0,
-        precision="int8",
+        **_BACKWARD,
         forward="int8",
-        head_keep_ratio=0.1,
         head_forward="int8",
         spread=True,
         fused=True,
@@ -47,18 +52,8 @@ PRESETS: dict[str, CELoraConfig] = {
     "off": CELoraConfig(estimator="dense"),
 }
 
-# The rule of preset auto without a plan: in every layer 8-bit products of the tokens that carry 0.9997 of the
-# gradient's energy, and a tenth of the words for the head (docs/develop/log/plans.md).
-RULE: Mapping[str, Any] = {
-    "estimator": "tokens",
-    "selection": "energy",
-    "keep_ratio": 0.9997,
-    "rank": 0,
-    "precision": "int8",
-    "head_keep_ratio": 0.1,
-    "zero_tokens": True,
-    "most_error": 0.05,
-}
+# The rule of preset auto without a plan.
+RULE: Mapping[str, Any] = {**_BACKWARD, "zero_tokens": True, "most_error": 0.05}
 
 
 def by_rule(frame: CELoraConfig, given: Collection[str] = ()) -> CELoraConfig:

@@ -39,11 +39,11 @@ from celora.kernels.operations import pack_both_ways, squared_column_norms
 from celora.kernels.packed import BothWays, QuantisedRows
 from celora.kernels.plain import row_scales
 from celora.numerics.inputs import LatestInput
-from celora.numerics.products.int8 import Int8, stored_bytes
+from celora.numerics.products.int8 import Int8Product, stored_bytes
 
 
-class Int8BothWays(Int8):
-    """`Int8` whose copy of the weight also multiplies in the forward, with one scale per output channel for both.
+class Int8BothWays(Int8Product):
+    """`Int8Product` with a copy of the weight that also multiplies in the forward, by one scale per output channel.
 
     Attributes:
         levels: `32 log2 r_j` of each input feature, (in,) int32; None until it is known. For a base that is stored in 8

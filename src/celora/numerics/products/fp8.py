@@ -11,7 +11,7 @@ from celora.kernels.packed import PackedWeight
 from celora.numerics.products.eight_bit import EightBit
 
 
-class Fp8(EightBit):
+class Fp8Product(EightBit):
     """8-bit floats (e4m3, largest 448): fast on GPUs of compute capability 8.9 and above. On CPU it works, and is slow.
 
     Which backend packs the weight and multiplies is the table's choice (`celora.kernels.operations`).

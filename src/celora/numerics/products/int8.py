@@ -37,7 +37,7 @@ def stored_bytes(weight: Tensor) -> BothWays | None:
     return packed
 
 
-class Int8(EightBit):
+class Int8Product(EightBit):
     """8-bit integers: `round(x / scale)` in [-127, 127].
 
     The copy of the weight takes one byte a number. The table in `celora.kernels.operations` chooses the backend that
