@@ -31,9 +31,10 @@ def main(name: str, steps: int = 20) -> list[float]:
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(name), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     )
-    accelerator.print(celora.attach(model, "exact"))  # the one line; it says what it does
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    plain = accelerator.unwrap_model(model)
+    accelerator.print(celora.attach(plain, "exact"))  # the one line; it says what it does
 
     model.train()
     losses = []
@@ -44,7 +45,8 @@ def main(name: str, steps: int = 20) -> list[float]:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
-    accelerator.unwrap_model(model).save_pretrained("adapter")  # plain PEFT
+    if accelerator.is_main_process:
+        plain.save_pretrained("adapter")  # plain PEFT
     return losses
 
 

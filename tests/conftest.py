@@ -168,6 +168,21 @@ def _nobody_else_on_this_machine() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _own_measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Times that are measured beside other tests do not stay in the user's cache, and none there decides a test."""
+    from celora.machine import cache
+
+    def folder(name: str) -> Path:
+        own = name == cache._MEASURED and "XDG_CACHE_HOME" not in os.environ
+        return measured if own else cache_folder(name)
+
+    measured, cache_folder = tmp_path_factory.mktemp("measured"), cache.cache_folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "cache_folder", folder)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _no_waiting_for_the_disk() -> Iterator[None]:
     """Skip flushes to disk: a test's files need not survive a power cut. `disk` still sees every flush."""
     with pytest.MonkeyPatch.context() as patch:

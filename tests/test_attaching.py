@@ -119,6 +119,8 @@ def test_clear_errors(model: PeftModel) -> None:
         celora.attach(nn.Linear(2, 2))
     with pytest.raises(CELoraError, match="unknown setting 'labeled_head'"):  # before it asks for batches
         celora.attach(model, "auto", labeled_head=False)
+    with pytest.raises(CELoraError, match=r"batches= makes a plan, which only preset .auto. needs; leave batches out"):
+        celora.attach(model, "exact", batches=[])
     prompts = get_peft_model(make_base(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
     with pytest.raises(CELoraError, match="PROMPT_TUNING adapts no layer"):
         celora.attach(prompts, "exact")

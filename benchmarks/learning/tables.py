@@ -20,7 +20,7 @@ def training() -> str:
     times = rows.read(HERE / "training-time.jsonl")
     ratios = {row["arm"]: row["ratio"] for row in times}
     lossless = "preset exact"  # has no losses of its own: it learns what LoRA learns
-    if all(row["arm"] != lossless for row in found):
+    if copied := all(row["arm"] != lossless for row in found):
         found += [row | {"arm": lossless} for row in found if row["arm"] == "exact LoRA"]
     seeds = len({row["seed"] for row in found if row["arm"] == "exact LoRA"})
     body = []
@@ -37,7 +37,9 @@ def training() -> str:
                     by.append(_at(reference, end * ratios[arm] / ratios[rival]) - losses[end])
         body.append(
             [
-                arm if len(pairs) == seeds else f"{arm} (seeds: {len(pairs)})",
+                (arm if len(pairs) == seeds else f"{arm} (seeds: {len(pairs)})") + (
+                    ", LoRA's losses" if arm == lossless and copied else ""
+                ),
                 cpu,
                 f"{statistics.mean(last):.3f} ({min(last):.3f} to {max(last):.3f})",
                 f"{statistics.mean(kept):.1%} ({min(kept):.1%} to {max(kept):.1%})",

@@ -71,7 +71,8 @@ def step_fast(*, amx: bool = False, isa: str | None = None) -> str:
 
 def _over_peft(found: list[dict[str, Any]]) -> str:
     body: list[list[str]] = []
-    for key in dict.fromkeys((row["model"], row["data"], row["dtype"]) for row in found):
+    cells = dict.fromkeys((row["model"], row["data"], row["dtype"]) for row in found)
+    for key in sorted(cells, key=lambda cell: cell[2], reverse=True):  # float32 first
         by_arm = {row["arm"]: row for row in found if (row["model"], row["data"], row["dtype"]) == key}
         speed = [f"{by_arm[arm]['speed_up']:.2f}" for arm in _WITHOUT_PLAN]
         memory = [f"{by_arm[arm]['peak_memory'] / by_arm['PEFT']['peak_memory']:.2f}" for arm in _WITHOUT_PLAN]
@@ -212,21 +213,25 @@ def _gpu_waits(found: list[dict[str, Any]]) -> str:
 
 
 def speed_up(arm: str, dtype: str, *, data: tuple[str, ...], isa: str | None = None) -> str:
-    """The least and the most speed-up of an arm over PEFT in these rows: for a sentence."""
+    """The least and the most speed-up of an arm over PEFT in these rows, of all machines: for a sentence."""
     found = _fast(dtype=dtype, arm=arm, isa=isa)
     ratios = [row["speed_up"] for row in found if row["data"] in data]
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
 def one_speed_up(arm: str, dtype: str, model: str, data: str) -> str:
-    """The speed-up of an arm over PEFT in one cell: for a sentence."""
-    (row,) = (row for row in _fast(dtype=dtype, arm=arm) if (row["model"], row["data"]) == (model, data))
-    return f"{row['speed_up']:.2f}"
+    """The speed-up of an arm over PEFT in one cell, on each machine: for a sentence."""
+    found = (row for row in _fast(dtype=dtype, arm=arm) if (row["model"], row["data"]) == (model, data))
+    return " and ".join(f"{row['speed_up']:.2f}" for row in found)
 
 
 def speed_up_picture() -> str:
-    """Bars of the speed-up over PEFT of the presets that need no plan, for each model, kind of data and dtype."""
+    """Bars of the speed-up over PEFT of the presets that need no plan, for each model, kind of data and dtype.
+
+    The machine is the one that was measured last.
+    """
     found = _fast()
+    found = [row for row in found if rows.where(row) == rows.where(found[-1])]
     cells = list(dict.fromkeys((row["dtype"], row["model"], row["data"]) for row in found))
     cells.sort(key=lambda cell: cell[0], reverse=True)  # float32 first
     speed = {(row["dtype"], row["model"], row["data"], row["arm"]): row["speed_up"] for row in found}

@@ -38,12 +38,10 @@ from celora.settings.names import HEAD
 from celora.settings.presets import PRESETS, by_rule, resolve
 from celora.weights.read import plain_weight
 
-_PRESET_PATTERNS = {pattern for preset in PRESETS.values() for pattern in preset.overrides}
-
 
 def attach(
     model: nn.Module,
-    config: str | CELoraConfig | Plan = "paper",
+    config: str | CELoraConfig | Plan = "auto",
     *,
     batches: Iterable[Mapping[str, Any]] | None = None,
     **changes: Any,
@@ -56,8 +54,7 @@ def attach(
 
     Args:
         model: a PEFT model, or any module that contains PEFT tuner layers. Not merged.
-        config: a preset (`"auto"`, `"fast"`, `"exact"`, `"paper"`, `"off"`), a `CELoraConfig`, or a `Plan`. The default
-            is the published method, `"paper"`.
+        config: a preset (`"auto"`, `"fast"`, `"exact"`, `"paper"`, `"off"`), a `CELoraConfig`, or a `Plan`.
         batches: for `"auto"`, a few batches like those of training: `attach` then makes a plan on them first. Without
             batches, `"auto"` begins with a rule, and its refreshes adjust the rule.
         **changes: fields of the configuration that concern all layers. `labelled_head=False` keeps `outputs.logits`
@@ -128,7 +125,9 @@ def _settled(
 ) -> tuple[Plan | None, CELoraConfig]:
     """The plan, or None, and the configuration. For presets `auto` and `fast`, this times the products."""
     model = found.model
-    if config == "auto" and batches is not None:
+    if batches is not None:
+        if not (isinstance(config, str) and config == "auto"):
+            raise CELoraError('batches= makes a plan, which only preset "auto" needs; leave batches out.')
         resolve(config, changes)  # so that a mistake is reported before any measurement
         from celora.planning.planner import make_plan
 
@@ -160,8 +159,9 @@ def _assign(found: Survey, config: CELoraConfig) -> dict[str, tuple[LayerReport,
     patterns = _patterns(config)
     if gone := sum(name[1:] not in found.layers for name in config.overrides if name not in patterns):
         warnings.warn(f"celora: {gone} of the layers that the configuration names are not in this model", stacklevel=3)
+    of_presets = {pattern for preset in PRESETS.values() for pattern in preset.overrides}
     for pattern in patterns:
-        if pattern not in _PRESET_PATTERNS and not any(matches(pattern, name) for name in found.layers):
+        if pattern not in of_presets and not any(matches(pattern, name) for name in found.layers):
             warnings.warn(f"celora: the override {pattern!r} matches no adapted layer", stacklevel=3)
     last = last_block(found.layers) if config.zero_tokens else set()
     return {name: choose_estimator(layer, config, last=name in last) for name, layer in found.layers.items()}

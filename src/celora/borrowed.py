@@ -2,7 +2,8 @@
 
 A private name may move or disappear in any release. Then `borrow` returns None, and warns once what celora does not do
 without it. The caller takes the plain path, which gives the same result more slowly. So a new version of a library can
-cost time, but it cannot change a result or break `import celora`. celora uses no private name that is not listed here.
+cost time, but it cannot change a result or break `import celora`. celora uses no private name of a module or class that
+is not listed here. What objects keep in attributes of their own is read where it is needed.
 """
 
 from __future__ import annotations

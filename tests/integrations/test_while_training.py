@@ -174,7 +174,7 @@ def test_settings(written: object, config: object, changes: dict[str, Any]) -> N
         ({"preset": "exact", "labeled_head": False}, "unknown setting 'labeled_head'; did you mean 'labelled_head'?"),
         ({"preset": "exact", "keep_ratio": 0.5}, "keep_ratio is a setting of layers"),
         ({"keep_ration": 0.5}, "unknown celora setting 'keep_ration'"),
-        (["exact"], "celora: ['exact']; expected a preset (exact, auto, fast, paper, off) or a mapping."),
+        (["exact"], "celora: ['exact']; expected a preset (auto, fast, exact, paper, off) or a mapping."),
         (None, "celora: None; expected a preset"),
         (True, "celora: True; expected a preset"),
     ],

@@ -289,7 +289,7 @@ def test_merging_is_refused_where_the_original_is_not_at_hand(tmp_path: Path) ->
 def test_a_layer_on_its_original_weight(tmp_path: Path) -> None:
     linear, x = make(), torch.randn(3, 50)
     layer = Int8Linear.of(linear)
-    layer.origin, layer.on_original = stored(tmp_path, linear), True
+    layer.origin, layer.on_original = stored(tmp_path, linear), layer.original
     assert layer(x).equal(linear(x))
 
 
@@ -302,7 +302,7 @@ def test_a_compiler_does_not_trace_the_reading_of_the_original(tmp_path: Path) -
         return graph
 
     layer = Int8Linear.of(linear)
-    layer.origin, layer.on_original = stored(tmp_path, linear), True
+    layer.origin, layer.on_original = stored(tmp_path, linear), layer.read_again
     torch.compiler.reset()
     assert torch.compile(layer, backend=count)(x).equal(linear(x))
     assert len(graphs) == 1

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 LOG = Path(__file__).parents[2] / "docs" / "develop" / "log"
-TITLE = re.compile(r"2026-\d\d-\d\d (kept|negative|fixed|measured|missed|open): \S.*")
+TITLE = re.compile(r"20\d\d-\d\d-\d\d (kept|negative|fixed|measured|missed|open): \S.*")
 
 
 def entries() -> list[tuple[str, str]]:

@@ -298,6 +298,19 @@ def test_a_checkpoint_without_state_is_said_and_refreshes(tmp_path: Path) -> Non
     assert any(graft.estimator.ready for graft in require(model).grafts.values())
 
 
+def test_without_state_all_layers_refresh_at_the_resumed_step(tmp_path: Path) -> None:
+    """Also layers that take turns and need no first observation."""
+    model = make_model()
+    _trainer(tmp_path, model, callbacks=[], max_steps=12).train()
+    celora.attach(model, CELoraConfig(estimator="tokens", keep_ratio=0.5, rank=0, spread=True))
+    trainer = _trainer(tmp_path, model, callbacks=[celora.Callback()], max_steps=13)
+    with pytest.warns(UserWarning, match="the first resumed step refreshes instead"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    graft_of = require(model).grafts
+    assert {name for name, graft in graft_of.items() if graft.observed} == {n for n, g in graft_of.items() if g.needed}
+    assert len(require(model).relative_errors) > 7
+
+
 def test_another_machines_times_refresh_instead_of_a_refusal(tmp_path: Path) -> None:
     """Preset `fast` estimates other layers where other products are faster."""
     model = make_model()

@@ -158,6 +158,22 @@ def test_large_features_are_scaled_down_once_they_were_seen(tmp_path: Path) -> N
         assert forward.graft.estimator.product.levels.equal(levels[name])
 
 
+def test_the_first_steps_also_measure_each_layer_with_its_scales() -> None:
+    """A short run would else never know what its layers lose."""
+    model = make_model()
+    outlier(model, 60)
+    celora.attach(model, dataclasses.replace(BOTH, refresh_every=200, spread=True))
+    attachment, errors = require(model), []
+    for _ in range(2):
+        train(model, 10, optimizer=standing_still(model))
+        errors.append(dict(attachment.forwards.errors))
+    assert attachment.first_steps == 20
+    assert errors[1].keys() == errors[0].keys() == attachment.grafts.keys()
+    for name in ("gate_proj", "up_proj"):
+        (layer,) = (n for n in attachment.grafts if n.endswith(f"layers.1.mlp.{name}"))
+        assert errors[1][layer] < 0.4 * errors[0][layer]
+
+
 @pytest.mark.parametrize("tau", [3, 20])
 def test_layers_share_the_scales_of_their_input_if_refreshes_take_turns(tau: int) -> None:
     model = make_model()

@@ -44,7 +44,7 @@ def test_a_layer_moves_up_by_one_rung_and_never_down() -> None:
     assert ladder.keeps("as it should be", 0.9997) == 0.9997
     before = list(ladder.moves)
     assert ladder.move("of the user's", 0.9, 0.5, 1) == 0.9
-    assert ladder.move("below the rule", 0.999, 0.04, 1) == 0.999
+    assert ladder.move("of the user's, too", 0.999, 0.06, 1) == 0.999
     assert ladder.moves == before
     assert kept(Ladder(None), LAYER, 0.9, 0.0) == [0.9997, 0.9997]
 
@@ -52,21 +52,21 @@ def test_a_layer_moves_up_by_one_rung_and_never_down() -> None:
 def test_moves_are_saved_and_loaded() -> None:
     ladder, other = Ladder(0.05), Ladder(0.05)
     kept(ladder, LAYER, 0.001, 0.06)
-    ladder.moves.insert(0, Move(0, LAYER, 0.9997, 0.999, 0.001))  # earlier versions moved layers down
-    other.load(ladder.to_json(), [LAYER])
+    kept(ladder, HEAD, 0.06)
+    other.load(ladder.to_json(), [LAYER, HEAD])
     assert other.moves == ladder.moves
     for spoilt, reason in (
         ("{", "no moves of layers: JSONDecodeError"),
         ("3", "no moves of layers: TypeError"),
         ('[{"step": 1}]', "no moves of layers: TypeError"),
-        (ladder.to_json().replace("0.999,", "1.5,"), "shares that no layer keeps"),
-        (ladder.to_json().replace("0.999,", '"all",'), "no moves of layers: TypeError"),
+        (ladder.to_json().replace("0.3,", "1.5,"), "shares that no layer keeps"),
+        (ladder.to_json().replace("0.3,", '"all",'), "no moves of layers: TypeError"),
         (Ladder(0.05).to_json().replace("[]", '[{"step":1,"layer":"x","kept":1,"keeps":1,"relative_error":1}]'), "'x'"),
     ):
         with pytest.raises(CELoraError, match=reason):
-            other.load(spoilt, [LAYER])
+            other.load(spoilt, [LAYER, HEAD])
         assert other.moves == ladder.moves
-    assert other.move(LAYER, 0.999, 0.06, 2) == 0.9997
+    assert other.move(HEAD, 0.3, 0.06, 2) == 1.0
 
 
 # Half of the energy loses much in every layer. Leaving out a fifth of the 61 words loses something in the head.

@@ -15,7 +15,9 @@ from small import make_model
 
 
 def test_refreshes_measure_only_what_is_estimated() -> None:
-    said = "Refreshes measure each estimate's relative error: beyond 0.05 it keeps more or becomes exact."
+    said = (
+        "Refreshes measure each estimate's relative error: beyond 0.05 a layer becomes exact, and the head keeps more."
+    )
     nothing = CELoraConfig(estimator="dense", labelled_head=True, most_error=0.05)
     of_the_head = dataclasses.replace(nothing, head_keep_ratio=0.5)
     of_layers = dataclasses.replace(nothing, overrides={"up_proj": {"estimator": "tokens", "keep_ratio": 0.5}})

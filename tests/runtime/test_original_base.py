@@ -322,7 +322,7 @@ def test_an_original_weight_that_is_gone_is_said(tmp_path: Path) -> None:
     assert "eval_base_loss" not in found
     with pytest.raises(CELoraError), celora.original_base(model):
         pass
-    assert not any(layer.on_original for layer in held_in_8_bits(model).values())
+    assert all(layer.on_original is None for layer in held_in_8_bits(model).values())
 
 
 def test_bytes_that_are_split_are_compared_where_they_are_whole(tmp_path: Path) -> None:

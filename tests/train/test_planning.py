@@ -85,7 +85,7 @@ def test_auto_begins_with_a_rule_adjusts_it_and_repeats_that_when_resumed(inputs
     patch_all(monkeypatch, "celora.train.planning:make_plan", None)
     short = {key: value for key, value in SHORT.items() if key != "celora"} | {"lr_scheduler_type": "constant"}
     _, text = run_of(inputs, tmp_path / "whole", **short | {"max_steps": 12})
-    assert "Refreshes measure each estimate's relative error: beyond 0.2 it keeps more or becomes exact" in text
+    assert "Refreshes measure each estimate's relative error: beyond 0.2 a layer becomes exact, and the head" in text
     config, record = CELoraConfig.load(tmp_path / "whole"), json.loads((tmp_path / "whole" / "run.json").read_text())
     assert (config.estimator, config.forward, config.most_error) == ("tokens", "exact", 0.2)
     assert not (tmp_path / "whole" / "celora_plan.json").exists()

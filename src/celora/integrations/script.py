@@ -112,7 +112,7 @@ def _attach_to_every_trainer(settings: dict[str, Any]) -> list[AttachWhileTraini
         if not isinstance(getattr(trainer, "DEFAULT_CALLBACKS", None), list):
             raise CELoraError(
                 "this version of transformers gives its trainers no list of default callbacks, which celora.run joins; "
-                "call celora.attach(trainer.model) in the script"
+                "call celora.attach(trainer.model, 'exact') in the script"
             )
         trainer.DEFAULT_CALLBACKS.append(Attach)
 

@@ -20,6 +20,7 @@ from celora.runtime.attachment import find, require
 from celora.runtime.callback import Callback
 from celora.runtime.state import saved_config, times_differ
 from celora.settings.config import CELoraConfig
+from celora.settings.names import PRESET_NAMES
 from celora.settings.presets import by_rule, resolve
 
 
@@ -99,7 +100,7 @@ def read_settings(settings: object) -> tuple[str | CELoraConfig, dict[str, Any]]
     if settings is False or isinstance(settings, str):
         settings = {"preset": settings}
     if not isinstance(settings, Mapping):
-        raise CELoraError(f"celora: {settings!r}; expected a preset (exact, auto, fast, paper, off) or a mapping.")
+        raise CELoraError(f"celora: {settings!r}; expected a preset ({', '.join(PRESET_NAMES)}) or a mapping.")
     fields = {str(name): value for name, value in settings.items()}
     preset = fields.pop("preset", None)
     if preset is None:

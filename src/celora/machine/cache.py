@@ -59,26 +59,26 @@ def _open_to_others(folder: Path) -> Path | None:
     return next((parent for parent in way if not trusted(parent, sticky=parent != folder)), None)
 
 
-def recall(of: dict[str, Any]) -> Any:
+def recall(key: dict[str, Any]) -> Any:
     """The value that `keep` stored for this measurement; None if there is none, or it cannot be read or believed."""
     try:
-        file = cache_folder(_MEASURED) / _name(of)
+        file = cache_folder(_MEASURED) / _name(key)
         document = read_json(file) if file.is_file() and trusted(file) else None
     except (OSError, RuntimeError, CELoraError):  # no home folder, one that cannot be used, or a damaged file
         return None
-    return document.get("found") if isinstance(document, dict) and document.get("of") == of else None
+    return document.get("found") if isinstance(document, dict) and document.get("of") == key else None
 
 
-def keep(of: dict[str, Any], found: Any) -> None:
-    """Keep what was measured for this machine's later runs, where that is possible. `of` says of what: plain values."""
+def keep(key: dict[str, Any], found: Any) -> None:
+    """Keep for this machine's later runs what was found, if possible. `key` is what was measured, in plain values."""
     with contextlib.suppress(OSError, RuntimeError, CELoraError):
-        file = cache_folder(_MEASURED) / _name(of)
-        write_text(file, json.dumps({"of": of, "found": found}, indent=2) + "\n")
+        file = cache_folder(_MEASURED) / _name(key)
+        write_text(file, json.dumps({"of": key, "found": found}, indent=2) + "\n")
         file.chmod(0o600)  # with a umask like 002, the group could write to it, and it would not be believed
 
 
 _MEASURED = "measured"
 
 
-def _name(of: dict[str, Any]) -> str:
-    return f"{hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]}.json"
+def _name(key: dict[str, Any]) -> str:
+    return f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"

@@ -276,7 +276,9 @@ class _Tiled(torch.autograd.Function):
         lengths = (query.shape[2],) if lengths is None else lengths
         pieces = [(end - n, n) for n, end in zip(lengths, accumulate(lengths), strict=True)]
         sequences = [(row, *piece) for row in range(len(query)) for piece in pieces]
-        sequences.sort(key=lambda of: -of[2])  # the longest first, so that all threads end at about the same time
+        sequences.sort(
+            key=lambda sequence: -sequence[2]
+        )  # the longest first, so that all threads end at about the same time
         ctx.sequences, ctx.scale = torch.tensor(sequences, device="cpu"), scale
         output, logs = operations.attention(query, key, value, ctx.sequences, scale=scale)
         if compactly:
@@ -320,10 +322,10 @@ class _Causal(torch.autograd.Function):
         query, key, value, output, *sums = ctx.saved_tensors
         tensors = (grad.transpose(1, 2), query, key, value, output)
         found, flash_backward = [], borrow(_FLASH_BACKWARD)
-        for *of, row_sums in zip(*(t.split(ctx.lengths, dim=2) for t in tensors), sums, strict=True):
-            if of[0].shape[2] <= _SHORT:
-                of = [t.float() for t in of]
-            grads = flash_backward(*of, row_sums, 0.0, True, scale=ctx.scale)
+        for *piece, row_sums in zip(*(t.split(ctx.lengths, dim=2) for t in tensors), sums, strict=True):
+            if piece[0].shape[2] <= _SHORT:
+                piece = [t.float() for t in piece]
+            grads = flash_backward(*piece, row_sums, 0.0, True, scale=ctx.scale)
             found.append([g.to(query.dtype) for g in grads])
         grad_q, grad_k, grad_v = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
         if ctx.groups > 1:

@@ -88,7 +88,7 @@ class LayerGraft(Measured, Hook):
             return None
         if not self.switch.on:
             if args[0].requires_grad and self.mode is not Mode.EXACT:
-                self.switch.trains()
+                self.switch.warn_of_a_copy()
             return None
         # The replicas of nn.DataParallel run in threads that would share this one layer's statistics.
         if getattr(module, "_is_replica", False):
@@ -161,9 +161,9 @@ class LayerGraft(Measured, Hook):
         return module.register_forward_hook(self, prepend=not isinstance(module, FSDPModule))
 
     def mode_of_call(self, weight: Tensor | None) -> Mode:
-        """The mode; exact in a call where padding on the left predicts a label: its gradient would decide what is kept.
+        """The current mode. Exact if padding on the left predicts a label, whose gradient would decide what is kept.
 
-        For a sharded `weight` it is the mode, because all processes must gather the same parts of it.
+        For a sharded `weight` it is always the current mode, because all processes must gather the same parts of it.
         """
         return Mode.EXACT if not isinstance(weight, DTensor) and self._is_astray() else self.mode
 
@@ -239,8 +239,8 @@ class LayerGraft(Measured, Hook):
                 "no step",
                 f"{MOST_BACKWARDS} backwards, and celora has seen no step of an optimizer, so no layer refreshes: "
                 "those that begin with an exact backward stay exact, and nobody looks at the errors of the others. "
-                "It sees those of torch.optim. If this loop steps in another way, call require(model).clock.advance() "
-                "after each step (from celora.runtime.attachment import require).",
+                "It sees those of torch.optim. If this loop has stepped, and in another way, call "
+                "require(model).clock.advance() after each step (from celora.runtime.attachment import require).",
             )
         self.tokens, self.dtype = max(self.tokens, len(grad_output)), str(grad_output.dtype).removeprefix("torch.")
         exact = grad_output @ weight.to(grad_output.dtype)

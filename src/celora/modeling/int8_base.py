@@ -101,16 +101,17 @@ def original_weights(model: nn.Module) -> Iterator[None]:
     Raises:
         CELoraError: one of them cannot be read, or has changed.
     """
-    layers = [layer for layer in held_in_8_bits(model).values() if not layer.on_original]
-    for layer in layers:  # what FSDP2 has split is whole in the layer's forward, which then compares
-        layer.read_again() if isinstance(layer.W_q, DTensor) else layer.original()
+    layers = [layer for layer in held_in_8_bits(model).values() if layer.on_original is None]
+    split = [isinstance(layer.W_q, DTensor) for layer in layers]  # whole in the layer's forward, which then compares
+    for layer, compares in zip(layers, split, strict=True):
+        layer.read_again() if compares else layer.original()
     try:
-        for layer in layers:
-            layer.on_original = True
+        for layer, compares in zip(layers, split, strict=True):
+            layer.on_original = layer.original if compares else layer.read_again
         yield
     finally:
         for layer in layers:
-            layer.on_original = False
+            layer.on_original = None
 
 
 def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -10,6 +10,7 @@ adapter turns the layer back into a plain `nn.Linear`, with the original weight 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Int8Linear(nn.Linear):
         dtype: dtype of the weight before; a merged layer has it again.
         layout: the class that multiplies with the bytes.
         origin: where the weight came from, or None.
-        on_original: whether to compute with the original weight, read again in each forward.
+        on_original: reads the original weight again in each forward, which computes with it; None: W is in 8 bits.
     """
 
     W_q: nn.Parameter
@@ -68,7 +69,7 @@ class Int8Linear(nn.Linear):
         self.register_parameter("bias", bias)
         self.dtype, self.layout = dtype, type(packed)
         self.origin: Origin | None = None
-        self.on_original = False
+        self.on_original: Callable[[], Tensor] | None = None
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Int8Linear:
@@ -127,6 +128,7 @@ class Int8Linear(nn.Linear):
         """`diag(s) q` in `dtype`, (out, in). PEFT calls this if a variant of LoRA needs the weight."""
         return self.packed.dense(self.dtype)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would trace the reading of a file
     def read_again(self) -> Tensor:
         """What the checkpoint has now under the name of the original weight, (out, in) in `dtype`.
 
@@ -147,7 +149,7 @@ class Int8Linear(nn.Linear):
         Raises:
             CELoraError: it cannot be read, or has changed, or FSDP2 has split the bytes that it is compared with.
         """
-        weight = self.read_again()
+        weight: Tensor = self.read_again()
         assert self.origin is not None
         if isinstance(self.W_q, DTensor):
             raise CELoraError("FSDP2 has split its bytes over processes")
@@ -162,8 +164,8 @@ class Int8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.on_original:
-            return F.linear(x, self.original().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if self.on_original is not None:
+            return F.linear(x, self.on_original().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         y: Tensor = _Linear.apply(x, self.W_q, self.scale, self.bias, self.layout)  # type: ignore[no-untyped-call]
         return y
 

@@ -105,9 +105,9 @@ class AttachReport:
             groups.setdefault(key, []).append(layer)
         rows = [("layers", "", "shape", "estimator", "keep", "rank", "FLOPs / dense")]
         rows += [
-            (kind, f"x{len(of)}", f"{of[0].out_features} x {of[0].in_features}", estimator, f"{keep:.4g}",
-             str(rank), f"{of[0].cost:.2f}" + (f"  ({reason})" if reason else ""))
-            for (kind, estimator, keep, rank, reason, _), of in groups.items()
+            (kind, f"x{len(like)}", f"{like[0].out_features} x {like[0].in_features}", estimator, f"{keep:.4g}",
+             str(rank), f"{like[0].cost:.2f}" + (f"  ({reason})" if reason else ""))
+            for (kind, estimator, keep, rank, reason, _), like in groups.items()
         ]  # fmt: skip
         if self.estimated:
             summary = (

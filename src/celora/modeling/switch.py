@@ -75,7 +75,7 @@ class Switch:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "on": False, "compiled": False, "_copied": True}
 
-    def trains(self) -> None:
+    def warn_of_a_copy(self) -> None:
         """Warn that a layer trains while the switch is off."""
         if self._copied and not torch.compiler.is_compiling():
             self._copied = False

@@ -83,8 +83,8 @@ def gate(
         overrides, share, timings = made_by_first(lambda: _measured(found, config, tokens, labelled, given))
     if any(_untried(config, layer.device) for layer in found.layers.values()):
         warnings.warn(
-            "celora: preset auto estimates no layer on this GPU until a plan was made on it: `celora plan`, or "
-            "--fidelity. A plan measures what is right and fast there.",
+            "celora: with an exact forward, no layer is estimated on this GPU until a plan was made on it: "
+            "`celora plan`, or --fidelity. A plan measures what is right and fast there.",
             stacklevel=3,
         )
     settled = dataclasses.replace(config, overrides={**config.overrides, **overrides}, head_keep_ratio=share)
@@ -139,13 +139,13 @@ def _fastest(own: LayerConfig, layer: AdaptedLayer, tokens: int | None) -> tuple
     base = layer.base if layer.multiplies_own_bytes and not isinstance(layer.base, Int8Linear) else None
     tokens, rows = _timed(tokens, *shape, device, whole=base is not None)
     shape, trains_in = (rows, shape[1]), dtype if base is not None else _trains_in(dtype, device)
-    of = {"layer": [dataclasses.asdict(setting) for setting in settings], "shape": shape, "tokens": tokens}
+    key = {"layer": [dataclasses.asdict(setting) for setting in settings], "shape": shape, "tokens": tokens}
     if base is not None:  # its package computes the exact forward
-        of |= {"base": layer.quantised} | {name: package_version(name) for name in ("bitsandbytes", "torchao")}
+        key |= {"base": layer.quantised} | {name: package_version(name) for name in ("bitsandbytes", "torchao")}
     if trains_in != dtype:
-        of |= {"trains_in": str(trains_in)}
+        key |= {"trains_in": str(trains_in)}
     over = _kept(
-        of, 1 + len(settings), dtype, device,
+        key, 1 + len(settings), dtype, device,
         lambda: _over_exact(settings, shape, tokens, dtype, device, base, trains_in),
     )  # fmt: skip
     best, ratio = min(zip((EXACT, *settings), over, strict=True), key=lambda pair: pair[1])
@@ -247,13 +247,13 @@ def _share(
     words, hidden = weight.shape
     tokens, rows = _timed(labelled, words, hidden, weight.device)
     dtype = _trains_in(weight.dtype, weight.device)
-    of = {"head": share, "shape": (rows, hidden), "tokens": tokens}
+    key = {"head": share, "shape": (rows, hidden), "tokens": tokens}
 
     def measure() -> list[float]:
         calls, _ = shares_of(weight[:rows].to(dtype), tokens, (1.0, share))
         return list(ratios(calls, repeats=_REPEATS, device=weight.device).values())
 
-    ratio, drawn = _kept(of, 2, dtype, weight.device, measure)[1], f"{share:g} of the words"
+    ratio, drawn = _kept(key, 2, dtype, weight.device, measure)[1], f"{share:g} of the words"
     pays = ratio < MARGIN
     facts = {"layers": HEAD, "count": 1, "shape": [*weight.shape], "dtype": str(weight.dtype), "tokens": tokens}
     timings.append(facts | {"over_exact": {drawn: ratio}, "chosen": drawn if pays else "exact"})
@@ -286,7 +286,7 @@ def _timed(
 
 
 def _kept(
-    of: dict[str, Any], count: int, dtype: torch.dtype, device: torch.device, measure: Callable[[], list[float]]
+    key: dict[str, Any], count: int, dtype: torch.dtype, device: torch.device, measure: Callable[[], list[float]]
 ) -> list[float]:
     """The `count` ratios of this in the user's cache. If there are none, `measure` them now.
 
@@ -295,18 +295,18 @@ def _kept(
     machine: dict[str, Any] = {"device": measured_on(device), "threads": torch.get_num_threads()}
     machine |= {"by": chosen(dtype, device), "limits": limits()} | ({"has": features()} if device.type == "cpu" else {})
     versions = {name: package_version(name) for name in ("celora", "torch")}
-    of = of | {
+    key = key | {
         "over": "exact",
-        "shape": list(of["shape"]),
+        "shape": list(key["shape"]),
         "dtype": str(dtype),
         "machine": machine,
         "versions": versions,
     }
-    times = recall(of)
+    times = recall(key)
     if isinstance(times, list) and len(times) == count and all(isinstance(time, float) for time in times):
         return times
     alone = not disturbed(device)
     times = measure()
     if alone:
-        keep(of, times)
+        keep(key, times)
     return times

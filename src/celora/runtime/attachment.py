@@ -83,6 +83,11 @@ class Attachment:
         attachments.add(self)
 
     @property
+    def first_steps(self) -> int:
+        """After how many steps every layer has been measured. Forwards in 8 bits are, again, with their scales."""
+        return FIRST_ROUND * (2 if self.forwards else 1)
+
+    @property
     def refreshes(self) -> int:
         """How many refresh steps are finished."""
         return -(-self.clock.step // self.config.refresh_every)
@@ -332,28 +337,28 @@ class Attachment:
         """Whether some layer refreshes at this step by the clock. All processes have the same answer."""
         tau = self.config.refresh_every
         turns = any(step % tau == self._turn(i, tau) for i in range(len(self.grafts)))
-        return step < FIRST_ROUND or step % tau == 0 or turns or step == self._together
+        return step < self.first_steps or step % tau == 0 or turns or step == self._together
 
     def _turn(self, i: int, steps: int) -> int:
         """At which of `steps` steps layer i refreshes."""
         return i * steps // len(self.grafts) if self.config.spread and not self.switch.compiled else 0
 
-    def set_modes(self, step: int) -> None:
-        """Set every layer's mode, and how activations are saved.
+    def set_modes(self, step: int, *, together: bool = False) -> None:
+        """Set every layer's mode, and how activations are saved. `together`: all layers refresh at this step.
 
         Layers refresh at steps 0, tau, 2 tau, ... A layer without a selection goes on refreshing if its input needs a
         gradient. With `spread`, layer i of n refreshes `i tau / n` steps later. Layers that need a first observation
         get it in turns during the first steps, and are exact until then. With `most_error`, all layers are measured in
-        turns during the first steps. So are layers with a forward in 8 bits, which learns the scales of its input then.
-        There, layers of one module refresh together: those that share an input only share scales of the same batches.
-        Layers that were made exact stay exact.
+        turns during the first steps. So are layers with a forward in 8 bits, which learns the scales of its input then,
+        and once more in the steps that follow, with these scales. Layers of one module refresh together there: those
+        that share an input only share scales of the same batches. Layers that were made exact stay exact.
 
         torch.compile would make a graph for each turn. So once layers have run compiled, all of them refresh at once.
         """
         tau, made_exact = self.config.refresh_every, self.made_exact
-        # Whoever holds the base in 8 bits needs memory. A forward in 8 bits has larger errors than what is saved so.
+        # A base in 8 bits is chosen to save memory. Its forward's errors are larger than those of what is saved so.
         self.switch.compact = self.forwards.read_stored_bytes
-        if self.config.spread and self.switch.compiled and self._together is None:
+        if together or (self.config.spread and self.switch.compiled and self._together is None):
             self._together = step
         if self.forward is not None:
             due = step % tau == 0 or step == self._together
@@ -376,6 +381,7 @@ class Attachment:
                 graft.mode = Mode.OBSERVE if due or (step >= first and graft.needed is not False) else Mode.EXACT
             else:
                 due |= step == first and (self.config.most_error is not None or name in self.forwards)
+                due |= step == first + FIRST_ROUND and name in self.forwards  # now with scales
                 graft.mode = Mode.OBSERVE if due else Mode.ESTIMATE
 
 
@@ -388,5 +394,5 @@ def require(model: nn.Module) -> Attachment:
     """Like `find`, but raises CELoraError if celora is not attached."""
     attachment = find(model)
     if attachment is None:
-        raise CELoraError("celora is not attached to this model; call celora.attach(model) first.")
+        raise CELoraError("celora is not attached to this model; call celora.attach(model, 'auto') first.")
     return attachment

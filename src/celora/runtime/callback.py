@@ -25,15 +25,15 @@ class Callback(TrainerCallback):  # type: ignore[misc]
     Metrics:
 
     - `celora/refreshes`: number of refreshes so far.
-    - `celora/relative_error`: the mean over estimated layers, at their latest refresh, with the selection before it.
+    - `celora/relative_error`: the mean over estimated layers and the head, at their latest refresh, as selected before.
     - `celora/relative_error_worst`: the largest of these errors.
-    - `celora/layers_made_exact`: number of layers that became exact because their error was too large; absent if 0.
+    - `celora/layers_made_exact`: how many of them became exact because their error was too large; absent if 0.
 
     - `celora/forward_error`: the mean over forwards in 8 bits, those of layers and the head's, at their latest refresh.
     - `celora/forward_error_worst`: the largest of these errors.
     - `celora/forwards_made_exact`: number of forwards that became exact because their error was too large; absent if 0.
 
-    If the model trains in 8 bits, each evaluation takes a second pass over its rows. It gives `eval_base_loss`, the
+    If the model trains in 8 bits, each evaluation evaluates its rows once more. That gives `eval_base_loss`, the
     loss of the adapter on the original base, beside `eval_loss`, the loss on the base that trained.
 
     The metrics reach the trainer's `log_history` and every reporter in `report_to`. For this, the callback moves to the
@@ -81,7 +81,7 @@ class Callback(TrainerCallback):  # type: ignore[misc]
             return True
         warnings.warn(f"celora: {reason}; the first resumed step refreshes instead.", stacklevel=2)
         attachment.clock.step = state.global_step
-        attachment.set_modes(state.global_step)
+        attachment.set_modes(state.global_step, together=True)
         return True
 
     def on_step_begin(

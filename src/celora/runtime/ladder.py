@@ -1,9 +1,9 @@
-"""How refreshes adjust the rule of preset `auto`: a layer with a large error keeps more, or becomes exact.
+"""How refreshes adjust the rule of preset `auto`: a layer with a large error becomes exact, the head keeps more words.
 
-The shares that a layer may keep form a ladder. A refresh measures the layer's relative error. If the error is above
-`most_error`, the layer goes up one rung, and from the last rung to exact. No layer goes down: keeping less would save
-little and cost learning (docs/develop/log/plans.md). Processes that train together make the same moves, by the largest
-error of any of them. Source: ours.
+A refresh measures the relative error. If it is above `most_error`, a layer that keeps the rule's share becomes exact.
+The head goes from a tenth of the words to three tenths, and then to exact. Other shares are a user's, and stay. Nothing
+goes down: keeping less would save little and cost learning (docs/develop/log/plans.md). Processes that train together
+make the same moves, by the largest error of any of them. Source: ours.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from celora.errors import CELoraError
 from celora.settings.names import HEAD
 from celora.settings.presets import RULE
 
-# Shares of the squared norm of a layer's gradient. Earlier versions moved layers down to 0.999.
-SHARES: tuple[float, ...] = (0.999, RULE["keep_ratio"])
+SHARES: tuple[float, ...] = (RULE["keep_ratio"],)  # of the squared norm of a layer's gradient
 WORDS: tuple[float, ...] = (RULE["head_keep_ratio"], 0.3)  # shares of the vocabulary
 EXACT = 1.0
 

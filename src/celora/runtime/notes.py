@@ -43,16 +43,16 @@ def whole_model_notes(
         saved = "; activations saved for the backward in 8 bits, attention's in 16" if compact else ""
         notes.append(f"On CPU, in one pass each: {', '.join(f'{n} {name}' for name, n in counts.items())}{saved}.")
     if config.labelled_head:
-        of = found.language_model
+        language = found.language_model
         share = "" if config.head_keep_ratio == 1 else f", its gradient through {config.head_keep_ratio:g} of the words"
         share += ", its logits in 8 bits" if logits else ""
         notes.append(
             f"The model's own loss: {found.cannot_score}."
-            if of is None
+            if language is None
             else f"Loss over labelled tokens only{share}, without outputs.logits (which labelled_head=False keeps)."
         )
-        if config.padding_free and of is not None:
-            stays = of.cannot_pack
+        if config.padding_free and language is not None:
+            stays = language.cannot_pack
             notes.append(f"Padding stays: {stays}." if stays else "Padding left out of training batches.")
     named = [name for name in found.layers if config.overrides.get(f"={name}", {}).get("estimator") == "dense"]
     if exact := sum(config.for_layer(name).estimator == "dense" for name in named):
@@ -61,8 +61,8 @@ def whole_model_notes(
         )
     if estimates and config.most_error is not None:
         notes.append(
-            f"Refreshes measure each estimate's relative error: beyond {config.most_error:g} it keeps more or becomes "
-            "exact."
+            f"Refreshes measure each estimate's relative error: beyond {config.most_error:g} a layer becomes exact, "
+            "and the head keeps more."
         )
     return notes
 

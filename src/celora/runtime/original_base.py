@@ -52,11 +52,11 @@ def original_base(model: nn.Module) -> Iterator[None]:
 
 
 def base_losses(trainer: Any, dataloader: Any, logs: Mapping[str, Any]) -> dict[str, float]:
-    """`..._base_loss` for the `..._loss` of an evaluation that has just ended, from a second pass over its rows.
+    """`..._base_loss` for the `..._loss` of an evaluation that has just ended: its rows are evaluated once more.
 
-    If the trainer collects a token accuracy, as TRL's SFTTrainer does, `eval_base_mean_token_accuracy` is its value in
-    that pass. If nothing computes in 8 bits any more, or a head in 8 bits never pays here, the second values are the
-    first ones. Then there is no second pass.
+    If the trainer collects a token accuracy, as TRL's SFTTrainer does, `eval_base_mean_token_accuracy` is its value
+    there. If nothing computes in 8 bits any more, or a head in 8 bits never pays here, the second values are the
+    first ones. Then nothing is evaluated again.
 
     Empty if these are no logs of an evaluation, if nothing is in 8 bits, or if the second loss is there already. Empty,
     too, for TRL's trainers with rewards (GRPO and its like): they would generate other answers, and judge those. The

@@ -29,7 +29,7 @@ from celora.modeling.report import aligned
 from celora.studies.cells import Cell, make_batches, told
 from celora.studies.step import ARMS, PATCHING, Step, make_step, take_turns
 
-QUICK_ARMS = ("PEFT", "exact", "paper", "auto", "limit")
+QUICK_ARMS = ("PEFT", "exact", "paper", "auto", "fast", "limit")
 
 
 def not_runnable(arm: str) -> str:

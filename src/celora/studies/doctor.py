@@ -94,12 +94,12 @@ def _products(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, 
     generator = torch.Generator(device).manual_seed(0)
     contenders = {}
     for dtype in dtypes:
-        of = str(dtype).removeprefix("torch.")
+        kind = str(dtype).removeprefix("torch.")
         g = torch.randn(tokens, out_features, device=device, generator=generator).to(dtype)
         w = torch.randn(out_features, in_features, device=device, generator=generator).to(dtype)
         for name in ("native", *(name for name, reason in why_not.items() if not reason)):
             product = make_product(name)
-            contenders[f"{of} {name}"] = lambda product=product, g=g, w=w: product(g, w)
+            contenders[f"{kind} {name}"] = lambda product=product, g=g, w=w: product(g, w)
     times = {name: found["time_ms"] for name, found in interleaved(contenders, repeats=_REPEATS, device=device).items()}
     return {
         "shape": [tokens, out_features, in_features],
@@ -112,6 +112,7 @@ def _products(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, 
 def advise(found: dict[str, Any]) -> list[str]:
     """Advice that follows from the findings of `examine`, one sentence each."""
     lines, times = [], found["products"]["time_ms"]
+    planned = "" if found["device"]["type"] == "cpu" else ", once a plan was made on this device"
     dtype, ratio = found["dtype"]["trains_in"], found["dtype"]["bfloat16_over_float32"]
     then = f"celora trains in {dtype}"
     if dtype == "bfloat16" and ratio >= _FASTER:
@@ -121,7 +122,7 @@ def advise(found: dict[str, Any]) -> list[str]:
     for name in ("int8", "fp8"):
         if (time := times.get(f"{dtype} {name}")) is not None:
             ratio = time / times[f"{dtype} native"]
-            then = "preset auto can use them" if ratio < _FASTER else "preset auto will leave them alone"
+            then = f"preset auto {'can use them' if ratio < _FASTER else 'will leave them alone'}{planned}"
             lines.append(f"{name} products take {ratio:.2f} of {dtype}'s time, everything included: {then}.")
         elif reason := found["products"]["unavailable"].get(name):
             lines.append(f"No {name} products: {reason}.")

@@ -85,8 +85,8 @@ def students_t(confidence: float, degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(low)
 
 
-def _by_arm(outcomes: Sequence[Outcome], arm: str, of: Callable[[Outcome], Any]) -> list[Any]:
-    return [of(outcome) for outcome in outcomes if outcome.arm == arm]
+def _by_arm(outcomes: Sequence[Outcome], arm: str, value: Callable[[Outcome], Any]) -> list[Any]:
+    return [value(outcome) for outcome in outcomes if outcome.arm == arm]
 
 
 def _losses(outcomes: Sequence[Outcome], arm: str) -> dict[int, float]:
@@ -103,15 +103,16 @@ def differences(outcomes: Sequence[Outcome], arms: Sequence[str]) -> dict[str, D
     for arm in arms[1:]:
         losses = _losses(outcomes, arm)
         if seeds := sorted(base.keys() & losses.keys()):
-            of, against = ([each[seed] for seed in seeds] for each in (losses, base))
-            found[arm] = Difference.of(of, against, comparisons=len(arms) - 1)
+            own, against = ([each[seed] for seed in seeds] for each in (losses, base))
+            found[arm] = Difference.of(own, against, comparisons=len(arms) - 1)
     return found
 
 
 def _diverged(outcomes: Sequence[Outcome], arm: str) -> str:
     """A phrase that says with how many seeds an arm diverged; "" if with none."""
-    of = _by_arm(outcomes, arm, lambda o: o.eval_loss)
-    return f"diverged with {of.count(None)} of {len(of)} seed{'s' if len(of) > 1 else ''}" if None in of else ""
+    losses = _by_arm(outcomes, arm, lambda o: o.eval_loss)
+    count = f"{losses.count(None)} of {len(losses)} seed{'s' if len(losses) > 1 else ''}"
+    return f"diverged with {count}" if None in losses else ""
 
 
 def findings(outcomes: Sequence[Outcome], arms: Sequence[str]) -> list[str]:

@@ -25,7 +25,7 @@ from celora.modeling.survey import survey
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.estimators import Dense
 from celora.planning.plan import Plan
-from celora.runtime.attachment import FIRST_ROUND, find
+from celora.runtime.attachment import find
 from celora.studies.assets import demo_model
 from celora.studies.cells import LINEAR, SMOLLM2, Batch, Cell, make_model
 
@@ -85,7 +85,7 @@ class Step:
     def settle(self, batches: Sequence[Batch]) -> None:
         """Take the first steps of a run, in which presets measure every layer. Later ones are those of a long run."""
         attached = find(self.model)
-        while attached is not None and attached.grafts and attached.clock.step < FIRST_ROUND:
+        while attached is not None and attached.grafts and attached.clock.step < attached.first_steps:
             self(batches[attached.clock.step % len(batches)])
 
     def saved(self, batch: Batch) -> int:

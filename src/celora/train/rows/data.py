@@ -37,7 +37,9 @@ SPLITS = {  # split -> words that name it in file names, as in `datasets`
 }
 # Keys that a chat template renders, too. celora keeps only role and content, so it refuses rows with these.
 _RENDERED = ("tool_calls", "function_call", "reasoning_content", "thinking")
-_NO_TOOLS = "is not trained on here; leave such rows out, or use TRL's SFTTrainer, with celora.attach(trainer.model)"
+_NO_TOOLS = (
+    "is not trained on here; leave such rows out, or use TRL's SFTTrainer, with celora.attach(trainer.model, 'auto')"
+)
 _NO_ANSWER = (
     "no message is the assistant's, so there is nothing to learn; leave the row out, or learn every token with "
     "--assistant_only_loss false"
