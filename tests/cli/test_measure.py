@@ -96,6 +96,13 @@ def test_plan_and_audit_take_a_file_of_a_training_that_evaluates(inputs, capsys,
         assert main([str(a) for a in (*command, "--config", tmp_path / "run.yaml", "--quiet")]) == 0
 
 
+def test_plan_takes_a_file_of_a_training_with_a_plan(inputs, capsys, tmp_path):
+    _, model, rows = inputs
+    (tmp_path / "run.yaml").write_text(f"model: {model}\ndata: {rows}\nplan: {tmp_path / 'gone.json'}\n")
+    command = ["plan", "--config", tmp_path / "run.yaml", "--output", tmp_path / "plan.json", "--fidelity", 0.99]
+    assert main([str(a) for a in (*command, "--quiet")]) == 0
+
+
 def test_flags_that_would_change_nothing_are_refused(inputs, capsys, tmp_path):
     given = ["--model", inputs[1], "--data", inputs[2]]
     plan, audit = ["plan", *given, "--output", tmp_path / "plan.json"], ["audit", *given]

@@ -11,6 +11,7 @@ import pytest
 
 from asked import error_line
 from celora.cli.main import main
+from celora.errors import CELoraError
 from patching import patch_all
 
 SHORT = ["--max-new-tokens", "4", "--temperature", "0"]
@@ -89,6 +90,34 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(finished, capsys, monkeypatc
 
 
 @pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("fails", [KeyboardInterrupt, CELoraError("too long")])
+def test_both_conversations_have_the_same_turns(fails, finished, capsys, monkeypatch):
+    from celora.train.use.generation import Conversation
+
+    typed, talks = iter(["w1", "w2"]), {}
+
+    def read(mark):
+        if line := next(typed, None):
+            return line
+        raise EOFError
+
+    def ask(talk, prompt, say=lambda text: None):
+        talks[talk.base] = talk
+        if fails is KeyboardInterrupt and prompt == "w1" and not talk.base:
+            talk.turns = [*talk.turns, prompt]
+            signal.raise_signal(signal.SIGINT)
+        if fails is not KeyboardInterrupt and prompt == "w1" and talk.base:
+            raise fails
+        talk.turns = [*talk.turns, prompt]
+
+    monkeypatch.setattr(Conversation, "ask", ask)
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("builtins.input", read)
+    assert run("chat", finished[0], "--base", *SHORT) == 0
+    assert talks[False].turns == talks[True].turns == (["w1", "w2"] if fails is KeyboardInterrupt else ["w2"])
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_in_a_script_is_130(finished, capsys, monkeypatch):
     from celora.train.use.generation import Conversation
 
@@ -116,6 +145,14 @@ def test_a_file_of_prompts_is_answered(finished, inputs, capsys, tmp_path):
     assert [json.loads(line) for line in output.read_text().splitlines()] == rows
     assert run(*command, "-q") == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+
+
+def test_files_below_the_home_are_found(finished, inputs, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "w1"}')
+    assert run("generate", finished[0], "--data=~/asked.jsonl", "--output=~/answers.jsonl", *SHORT) == 0
+    assert json.loads((tmp_path / "answers.jsonl").read_text())["prompt"] == "w1"
 
 
 def test_ctrl_c_names_the_command_that_goes_on(finished, inputs, capsys, monkeypatch, tmp_path):

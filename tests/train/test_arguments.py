@@ -241,7 +241,43 @@ def test_names_that_cannot_be_paths_are_one_line(name, value):
 def test_a_file_is_found_again_from_another_folder(name, tmp_path, monkeypatch):
     (tmp_path / "file.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    assert parse([], OWN | {name: "file.json"}).given[name] == str(tmp_path / "file.json")
+    request = parse([], OWN | {name: "file.json"})
+    assert request.given[name] == str(tmp_path / "file.json")
+    used = getattr(request.options, name, None) or request.train[name]
+    assert used == str(tmp_path / "file.json")
+
+
+@pytest.mark.parametrize("name", ["eval_data", "plan"])
+def test_a_file_below_the_home_is_found(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "file.json").write_text("{}")
+    assert getattr(parse([], OWN | {name: "~/file.json"}).options, name) == str(tmp_path / "file.json")
+
+
+def test_a_link_to_a_file_keeps_its_ending(tmp_path):
+    """The hub's cache has such links: to files whose name is their digest."""
+    (tmp_path / "5e0a").write_text("{}")
+    link = tmp_path / "rows.jsonl"
+    link.symlink_to(tmp_path / "5e0a")
+    assert parse([], OWN | {"data": str(link)}).data == str(link)
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_is_settled_under_both_of_its_names(name):
+    if name not in known_fields():
+        pytest.skip("this version of Transformers has one name for it")
+    assert make_request({**OWN, name: False}).asks_for_checkpointing
+    assert not make_request(OWN).asks_for_checkpointing
+
+
+def test_a_template_that_trl_would_not_read_is_refused(tmp_path):
+    template = tmp_path / "template.txt"
+    template.write_text("{{ messages }}")
+    with pytest.raises(CELoraError, match=r"template.txt'; TRL reads templates from .jinja and .j2 files alone"):
+        sft_config(make_request({**OWN, "use_cpu": True, "chat_template_path": str(template)}))
+    fine = template.rename(tmp_path / "template.j2")
+    assert sft_config(make_request({**OWN, "use_cpu": True, "chat_template_path": str(fine)})).chat_template_path
 
 
 def test_numbers_at_their_bounds_are_taken():

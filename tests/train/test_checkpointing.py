@@ -18,6 +18,7 @@ from celora.machine.memory import saved_for_backward
 from celora.train import checkpointing
 from celora.train.prepare import prepared
 from celora.train.request.arguments import make_request
+from celora.train.request.fields import known_fields
 from patching import patch_all
 from tiny import save_rows, save_tiny_model
 
@@ -41,6 +42,7 @@ def losses(folder: Path) -> list[float]:
         (2**30, (), "Gradient checkpointing is off: a step keeps up to", False),
         (1000, (), "Gradient checkpointing is turned on: a step keeps up to", True),
         (1000, ("--gradient_checkpointing", "false"), "Gradient checkpointing is off: a step keeps up to", False),
+        (1000, ("--activation_checkpointing", "false"), "Gradient checkpointing is off: a step keeps up to", False),
         (None, (), "Gradient checkpointing is off: a step keeps up to", False),
         (2**30, ("--gradient_checkpointing", "true"), "Gradient checkpointing is on: every forward", True),
     ],
@@ -54,6 +56,8 @@ def test_the_choice(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if extra and extra[0][2:] not in known_fields():
+        pytest.skip("this version of Transformers has one name for it")
     patch_all(monkeypatch, "celora.machine.memory:available_memory", lambda device: free)
     seen: list[bool] = []
     original = checkpointing.choose_checkpointing

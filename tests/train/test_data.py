@@ -69,6 +69,28 @@ def test_a_text_column_of_another_name(tmp_path: Path, load: Load) -> None:
         load(rows)
 
 
+def test_a_text_column_that_is_named_counts_before_other_columns(tmp_path: Path, load: Load) -> None:
+    row = {"instruction": "Add", "output": "3", "text": "Add 3"}
+    rows = write(tmp_path / "data.jsonl", row, {**row, "text": "Add 4"})
+    assert load(rows, text_field="text") == [{"text": "Add 3"}, {"text": "Add 4"}]
+    assert [*load(rows)[0]] == ["prompt", "completion"]
+    assert load(write(tmp_path / "chats.jsonl", {"messages": CHAT}), text_field="text") == [{"messages": CHAT}]
+
+
+@pytest.mark.parametrize("label", [False, "False"])  # of JSON; of CSV
+def test_what_is_marked_as_bad_is_not_learnt(tmp_path: Path, load: Load, label: object) -> None:
+    good, bad = ({"prompt": "a", "completion": "b", "label": mark} for mark in (True, label))
+    with pytest.raises(CELoraError, match=r"data.jsonl:2: 'label' is false, and all completions are learnt; leave"):
+        load(write(tmp_path / "data.jsonl", good, bad))
+    skipped = [USER, {**ASSISTANT, "weight": 1}, USER, {**ASSISTANT, "weight": 0}]
+    with pytest.raises(CELoraError, match=r"chats.jsonl:1: messages\[3\].weight is 0, and every answer is learnt here"):
+        load(write(tmp_path / "chats.jsonl", {"messages": skipped}))
+    with pytest.raises(CELoraError, match=r"lists.jsonl:1: completion\[0\].weight is 0"):
+        load(write(tmp_path / "lists.jsonl", {"prompt": skipped[:3], "completion": skipped[3:]}))
+    asked = {"prompt": skipped, "completion": [{**ASSISTANT, "weight": 1}], "label": True}  # a prompt is not learnt
+    assert load(write(tmp_path / "fine.jsonl", {**asked, "prompt": [*skipped, USER]}))[0]["completion"] == [ASSISTANT]
+
+
 def test_a_hub_configuration_of_local_rows(tmp_path: Path, load: Load) -> None:
     with pytest.raises(CELoraError, match=r"dataset_config='small' is for hub data sets, .*data\.jsonl' is here"):
         load(write(tmp_path / "data.jsonl", {"text": "a"}), config="small")

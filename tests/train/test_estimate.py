@@ -62,6 +62,13 @@ def test_rows_and_ways(ask):
     assert "<- celora takes this" in str(found)
 
 
+def test_a_request_for_a_plan_is_one_for_preset_auto(ask, inputs, tmp_path):
+    more = {"dtype": "float32", "gradient_checkpointing": False, "per_device_train_batch_size": 8}
+    assert {way.preset for way in ask(fidelity=0.998, **more).ways} == {"auto"}
+    request = make_request({**inputs, "output": str(tmp_path / "out"), "fidelity": 0.998, **more})
+    assert fitted(request, "64GiB")[0].options.fidelity == 0.998
+
+
 def test_the_table_has_a_micro_batch_of_each_way(ask):
     """The fastest that fits. If none does, the smallest."""
     found = ask(preset="exact")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -51,3 +52,20 @@ def test_nothing_that_was_changed_under_the_same_name_is_resumed_with(inputs, tm
     assert train(parse(*again)).step == 4
     other = {**again[1], "eval_data": str(save_rows(tmp_path / "other.jsonl", 5))}
     assert train(parse(["--max_steps", "5"], other)).step == 5  # evaluation rows may be chosen again
+
+
+def test_a_file_with_a_relative_name_is_known_again(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows, template = save_rows(tmp_path / "held-out.jsonl", 4), tmp_path / "own.jinja"
+    template.write_text(TEMPLATE)
+    go({**inputs, "eval_data": rows.name, "chat_template_path": template.name}, tmp_path / "out", max_steps=3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(r"\| evaluation data \| .*held-out.jsonl.*SHA-256", card)
+    again = ["--max_steps", "4"], {"output": str(tmp_path / "out"), "resume": True, "quiet": True}
+    for file, what in ((template, "chat template"), (rows, "evaluation data")):
+        before = file.read_bytes()
+        file.write_bytes(before + b"\n")
+        with pytest.raises(CELoraError, match=rf"^the {what} in .* is not what the run was started with"):
+            train(parse(*again))
+        file.write_bytes(before)
+    assert train(parse(*again)).step == 4

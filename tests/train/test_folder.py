@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
 from celora.errors import CELoraError
 from celora.files import write_json
@@ -212,6 +213,15 @@ def test_an_old_checkpoint_that_something_is_reading_stays_and_does_not_count(fo
     assert folder.last_checkpoint() is None
     folder.clear_after(0)
     assert not (folder.path / "checkpoint-1").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_is_only_read_counts_as_in_use(folder, number, monkeypatch):
+    def refuses(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(FileLock, "acquire", refuses)
+    assert folder.in_use()
 
 
 @pytest.mark.fault(

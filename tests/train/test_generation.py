@@ -145,6 +145,13 @@ def test_the_context_bounds_the_answer(trained):
     assert len(made.split()) <= 128 - length
 
 
+def test_a_long_prompt_leaves_other_answers_whole(trained):
+    long = "w1 " * 120
+    expected = [answers(trained, [prompt], GREEDY)[0] for prompt in (PROMPTS[0], long, PROMPTS[1])]
+    assert answers(trained, [PROMPTS[0], long, PROMPTS[1]], GREEDY) == expected
+    assert len(expected[0].split()) > len(expected[1].split())
+
+
 def test_trained_biases_leave_no_untouched_model(trained, monkeypatch):
     check_base(trained)
     monkeypatch.setattr(trained.model.peft_config["default"], "bias", "lora_only")

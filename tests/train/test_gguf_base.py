@@ -296,3 +296,12 @@ def test_a_disk_that_is_full_is_not_taken_for_a_tokenizer_that_is_none(tmp_path,
     monkeypatch.setattr(gguf_base.tempfile, "TemporaryDirectory", full)
     with pytest.raises(CELoraError, match=r"cannot write .*: No space left on device; what was there is unchanged"):
         converted(path)
+
+
+def test_what_was_converted_is_read_where_nothing_can_be_written(tmp_path, cache, monkeypatch):
+    path = write_model(tmp_path / "model.gguf", base_of(), words=True)
+    folder = converted(path)
+    monkeypatch.setattr(gguf_base.FileLock, "acquire", _raising(OSError(errno.EROFS, "Read-only file system")))
+    assert converted(path) == folder
+    with pytest.raises(CELoraError, match=r"cannot be kept: .*Read-only file system; set XDG_CACHE_HOME"):
+        converted(path, "bfloat16")

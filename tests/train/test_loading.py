@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from celora.errors import CELoraError
-from celora.train.loading import load_adapter, load_model, load_tokenizer
+from celora.train.loading import load_adapter, load_model, load_tokenizer, lora_config
 from celora.train.request.arguments import make_request, parse
 from tiny import save_tiny_model
 
@@ -101,3 +101,20 @@ def test_a_4_bit_base_computes_in_the_dtype_asked_for(dtype: str, computes: str,
     layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     assert len(layers) == 14
     assert {layer.compute_dtype for layer in layers} == {getattr(torch, computes)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "layers"),
+    [
+        (["q_proj"], 2),
+        (["self_attn.q_proj"], 2),
+        (["q_proj", "k_proj"], 4),
+        (["all-linear"], 14),
+        ([r".*layers\.0\..*_proj"], 7),
+    ],
+)
+def test_one_name_is_taken_as_several_are(asked, layers, inputs, tmp_path):
+    """PEFT takes a single text as an expression for whole names, which no plain name is."""
+    request = make_request({**inputs, "output": str(tmp_path / "out"), "lora_target_modules": asked})
+    adapted = get_peft_model(load_model(request), lora_config(request))
+    assert sum(name.endswith(".lora_A.default") for name, _ in adapted.named_modules()) == layers

@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,6 +53,25 @@ def test_the_merged_model_answers_as_the_adapted_one(name, tied, tokenizer, tmp_
     torch.testing.assert_close(logits(found), expected, rtol=1e-4, atol=1e-5)
     assert (expected - plain).abs().max() > 0.01
     assert AutoTokenizer.from_pretrained(tmp_path / "new").get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_tied_is_what_the_models_class_says(tokenizer, tmp_path):
+    """Gemma's embeddings are tied unless its config.json says otherwise, and Transformers leaves defaults out."""
+    plain = model_of("gemma").unload()
+    model = get_peft_model(plain, LoraConfig(target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)).eval()
+    expected = logits(model)
+    adapter = SavedAdapter(save(model, tmp_path / "adapter"))
+    base = tmp_path / "base"
+    model.unload().save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (base / "config.json").write_text(json.dumps(config))
+    (tmp_path / "new").mkdir()
+    write_folder(tmp_path / "new", base, adapter, tokenizer)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    torch.testing.assert_close(logits(found), expected, rtol=1e-4, atol=1e-5)
+    assert "lm_head.weight" in load_file(tmp_path / "new" / "model.safetensors")
 
 
 def test_several_files_go_in_and_come_out(tokenizer, tmp_path, monkeypatch):
@@ -125,6 +146,30 @@ def test_a_file_that_reads_back_otherwise_is_no_export(tokenizer, tmp_path, monk
     monkeypatch.setattr(shards, "save_file", damaging)
     with pytest.raises(CELoraError, match="does not read back as it was written; check the disk"):
         write_folder(tmp_path / "new", base, adapter, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("weights", "index", "left_out"),
+    [
+        (["model.safetensors"], None, "consolidated.safetensors"),
+        (["1.safetensors", "2.safetensors"], {"a": "1.safetensors", "b": "2.safetensors"}, "consolidated.safetensors"),
+        (["model.fp16.safetensors"], None, "README.md"),
+    ],
+)
+def test_only_what_is_loaded_is_fetched(weights, index, left_out, tmp_path, monkeypatch):
+    there = dict.fromkeys((*weights, left_out, "config.json"), b"x")
+    if index is not None:
+        there["model.safetensors.index.json"] = json.dumps({"weight_map": index}).encode()
+
+    def download(model, *, revision, allow_patterns):
+        assert (model, revision) == ("nobody/nothing", "v1")
+        for name in filter_repo_objects(there, allow_patterns=allow_patterns):
+            (tmp_path / name).write_bytes(there[name])
+        return str(tmp_path)
+
+    monkeypatch.setattr(merged_folder, "snapshot_download", download)
+    assert base_folder("nobody/nothing", "v1") == tmp_path
+    assert {path.name for path in tmp_path.iterdir()} == there.keys() - {left_out}
 
 
 def test_a_base_is_a_folder_or_a_name(tmp_path, monkeypatch):

@@ -135,3 +135,16 @@ def test_a_part_of_a_model_is_refused(tmp_path):
     writer.close()
     with pytest.raises(CELoraError, match="is one of several parts; join them with llama-gguf-split --merge"):
         write_merged(tmp_path / "new.gguf", tmp_path / "part.gguf", adapter, model.config, "f16", "a run")
+
+
+def test_a_base_with_another_alignment_is_merged(tmp_path):
+    model = adapted()
+    config = model.config
+    save(model, tmp_path / "adapter")
+    merged = {name: tensor.clone() for name, tensor in parameters(model.merge_and_unload()).items()}
+    plain = model_of("llama", **KEPT["llama"]).unload()
+    base = write_model(tmp_path / "base.gguf", plain, more=lambda writer: writer.add_custom_alignment(256))
+    write_merged(tmp_path / "merged.gguf", base, SavedAdapter(tmp_path / "adapter"), config, "f32", "a run")
+    found = parameters(read_model(tmp_path / "merged.gguf", config))
+    for key, tensor in merged.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-6)

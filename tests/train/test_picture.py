@@ -42,3 +42,10 @@ def test_losses_that_do_not_change() -> None:
     picture = loss_picture([{"step": step, "loss": 2.0} for step in (1, 2)])
     assert not re.search("nan|inf", picture)
     ElementTree.fromstring(picture)
+
+
+@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_left_out(lost: float) -> None:
+    losses = [{"step": step, "loss": 4.0 - step} for step in (1, 2)]
+    assert loss_picture([losses[0], {"step": 3, "loss": lost}, losses[1]]) == loss_picture(losses)
+    assert loss_picture([losses[0], {"step": 3, "loss": lost}]) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +125,22 @@ def test_nothing_is_written_where_nothing_was_answered(trained, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         answer_all(trained, rows, GREEDY, batch=2, output=tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_prompt_without_room_for_an_answer_is_named_before_the_first_answer(trained, tmp_path):
+    asked = [{"prompt": "w1"}, {"prompt": "w2"}, {"prompt": "w1 " * 150}]
+    rows = load_prompts(write(tmp_path / "rows.jsonl", asked))
+    output, heard = tmp_path / "out.jsonl", []
+    for earlier in ([], [{**asked[0], "generated": "w3"}]):
+        with pytest.raises(CELoraError, match=r"row 3 of the data: 1\d\d tokens, and the model's context holds 128"):
+            answer_all(trained, rows, GREEDY, batch=1, earlier=earlier, output=output, say=lambda *a: heard.append(a))
+    assert not heard
+    assert not output.exists()
+
+
+def test_a_folder_below_the_home_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write(tmp_path / "test.jsonl", [{"prompt": "w1"}])
+    write(tmp_path / "train.jsonl", [{"prompt": "w2"}])
+    assert [prompt for _, prompt in load_prompts(Path("~"))] == ["w1"]

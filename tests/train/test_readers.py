@@ -174,7 +174,7 @@ def test_rows_stream(tmp_path: Path, kind: str) -> None:
             table.to_parquet(path, batch_size=500) if kind == "parquet" else table.to_csv(path, index=False)
         del rows
         tracemalloc.start()
-        seen = sum(1 for _ in data._generate(path.name, (str(path),), None, False, "text", False, ""))
+        seen = sum(1 for _ in data._generate(path.name, (str(path),), None, False, None, False, ""))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert seen == count

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from celora.errors import CELoraError
@@ -253,20 +252,24 @@ def test_a_tokenizer_with_several_chat_templates_is_saved_again(inputs, tmp_path
 def test_only_the_finished_adapter_is_uploaded(inputs, tmp_path, monkeypatch):
     uploads = []
 
-    def upload(trainer, **_):
-        # As Trainer.push_to_hub: the lock, for example, is left out, which Windows lets nobody read.
-        names = (path.name for path in Path(trainer.args.output_dir).iterdir())
-        uploads.append(set(filter_repo_objects(names, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"])))
+    def upload(api, *, repo_id, folder_path, token, ignore_patterns, **_):
+        assert (repo_id, token) == ("me/out", "hf_secret")
+        files = [path for path in folder_path.rglob("*") if path.is_file()]
+        names = (path.relative_to(folder_path).as_posix() for path in files)
+        uploads.append(set(filter_repo_objects(names, ignore_patterns=ignore_patterns)))
 
-    monkeypatch.setattr(SFTTrainer, "init_hf_repo", lambda self, *_: setattr(self, "push_in_progress", None))
-    monkeypatch.setattr(SFTTrainer, "push_to_hub", upload)
+    monkeypatch.setattr(SFTTrainer, "init_hf_repo", lambda self, *_: setattr(self, "hub_model_id", "me/out"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
     output = tmp_path / "out"
     go(inputs, output, max_steps=1)
     assert not uploads
     go(inputs, output, max_steps=2, save_steps=1, overwrite=True, push_to_hub=True, hub_token="hf_secret")
     (names,) = uploads
-    assert {"adapter_model.safetensors", "README.md"} <= names
-    assert not [name for name in names if name.startswith((".", "_")) or name == "training_args.bin"]
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= names
+    assert not [name for name in names if name.startswith((".", "_", "checkpoint-")) or name == "training_args.bin"]
+    assert {"run.json", "report.html"}.isdisjoint(names)
+    mine = names - {"adapter_config.json"}  # PEFT's, which names the base model
+    assert not [name for name in mine if str(output).encode() in (output / name).read_bytes()]
     with pytest.raises(CELoraError, match="hub_strategy='every_save' is refused: checkpoints stay here"):
         go(inputs, output, hub_strategy="every_save", push_to_hub=True)
 

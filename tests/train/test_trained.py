@@ -40,6 +40,14 @@ def test_a_checkpoint_is_loaded_as_its_run_was(finished, inputs):
     assert load_trained(checkpoint).base == inputs["model"]
 
 
+def test_a_run_may_be_named_like_a_checkpoint(folder):
+    named = folder.rename(folder.with_name("checkpoint-best"))
+    record = json.loads((named / "run.json").read_text())
+    record["lora"]["dtype"] = "bfloat16"
+    (named / "run.json").write_text(json.dumps(record))
+    assert request_of(named, {}, None).lora["dtype"] == "bfloat16"
+
+
 def test_a_checkpoint_may_be_the_folder_that_the_user_is_in(finished, inputs, monkeypatch):
     monkeypatch.chdir(finished[0] / "checkpoint-3")
     assert request_of(Path("."), adapter_config(Path(".")), None).given["data"] == inputs["data"]

@@ -97,3 +97,15 @@ def test_a_tokenizer_with_nothing_to_pad_with_is_one_line(inputs, tmp_path):
     with pytest.raises(CELoraError, match=said):
         go(inputs | {"model": str(model)}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_without_an_end_token_are_one_line(inputs, tmp_path):
+    model = Path(shutil.copytree(inputs["model"], tmp_path / "model"))
+    names = json.loads((model / "tokenizer_config.json").read_text())
+    del names["eos_token"]
+    (model / "tokenizer_config.json").write_text(json.dumps(names))
+    (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2 w3"}\n' * 8)
+    texts = {"model": str(model), "data": str(tmp_path / "rows.jsonl")}
+    with pytest.raises(CELoraError, match=r"has no end token, and rows of text have to end with one; .*--eos_token"):
+        go(texts, tmp_path / "out", max_steps=1)
+    assert go(texts, tmp_path / "out", max_steps=1, eos_token="<eos>")[0].status == "finished"

@@ -40,10 +40,11 @@ def one_of(names: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def possible(parameter: typer.CallbackParam, path: Any) -> Any:
-    """Return the path, or refuse a name that no file can have."""
-    if path is not None:
-        check_name(str(parameter.name), path)
-    return path
+    """Return the path with the user's home for `~`, or refuse a name that no file can have."""
+    if path is None:
+        return None
+    check_name(str(parameter.name), path)
+    return type(path)(os.path.expanduser(path))
 
 
 def each_possible(parameter: typer.CallbackParam, paths: list[Any]) -> list[Any]:

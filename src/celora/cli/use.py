@@ -103,15 +103,14 @@ def chat(
                 for talk in talks.values():
                     talk.forget()
                 continue
+            before = [(talk, talk.turns) for talk in talks.values()]
             try:
-                _answer(line, talks, as_json)
-            except KeyboardInterrupt:
-                if not interactive:
-                    raise
-                typer.echo()
+                _answer(line, talks, as_json, interactive)
             except CELoraError as error:
                 if not interactive:
                     raise
+                for talk, turns in before:
+                    talk.turns = turns  # what only one of them has answered is forgotten
                 typer.echo(f"error: {error}", err=True)
 
 
@@ -241,8 +240,11 @@ def _turns(interactive: bool) -> Iterator[str]:
             yield line
 
 
-def _answer(prompt: str, talks: dict[str, Any], as_json: bool) -> None:
-    """Ask every conversation, and print each answer as it grows, or all at the end as JSON."""
+def _answer(prompt: str, talks: dict[str, Any], as_json: bool, interactive: bool = False) -> None:
+    """Ask every conversation, and print each answer as it grows, or all at the end as JSON.
+
+    `interactive`: Ctrl-C ends an answer alone. The next conversation is asked, too, so that all have the same turns.
+    """
     made = {}
     for name, talk in talks.items():
         if as_json:
@@ -250,7 +252,11 @@ def _answer(prompt: str, talks: dict[str, Any], as_json: bool) -> None:
             continue
         if len(talks) > 1:
             typer.secho(f"{name}: ", bold=True, nl=False)
-        talk.ask(prompt, lambda text: typer.echo(text, nl=False))
+        try:
+            talk.ask(prompt, lambda text: typer.echo(text, nl=False))
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
         typer.echo()
     if as_json:
         row = {"prompt": prompt, "generated": made["adapter"]}

@@ -27,7 +27,7 @@ from celora.train.fingerprint import check_same, fingerprints
 from celora.train.loading import load_tokenizer, quiet_libraries, training_rows, with_folder
 from celora.train.output.folder import LOCK, PLAN, RUN, OutputFolder, writing_to
 from celora.train.report import write_report
-from celora.train.request.arguments import PLANNING, TrainRequest, make_request, recorded, sft_config
+from celora.train.request.arguments import PLANNING, TrainRequest, fitting, make_request, recorded, sft_config
 from celora.train.run import train
 
 # Arms by name, with the settings in which they differ.
@@ -127,8 +127,7 @@ def _compare(
 def _own(settings: Mapping[str, object], arm: str) -> dict[str, Any]:
     """The settings of one arm."""
     own = {**settings, **ARMS[arm]}
-    nothing = (() if own["preset"] == "auto" else PLANNING) + (("celora",) if own["preset"] == "off" else ())
-    return {name: value for name, value in own.items() if name not in nothing}
+    return fitting(own, own["preset"])
 
 
 def _time_left(outcomes: Sequence[Outcome], runs: int) -> str:

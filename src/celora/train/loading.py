@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -107,7 +108,7 @@ def evaluation_rows(request: TrainRequest, tokenizer: Any) -> datasets.Dataset |
 def _rows(request: TrainRequest, tokenizer: Any, source: str, split: str) -> datasets.Dataset:
     chat = bool(tokenizer.chat_template or request.train.get("chat_template_path"))
     config = request.options.dataset_config if source == request.data else None
-    text_field = request.train.get("dataset_text_field", "text")
+    text_field = request.train.get("dataset_text_field")
     answers = request.train.get("assistant_only_loss")
     return load_rows(source, split=split, chat=chat, config=config, text_field=text_field, answers=answers is not False)
 
@@ -255,12 +256,14 @@ def lora_config(request: TrainRequest) -> LoraConfig:
     targets = lora["lora_target_modules"]
     if "all-linear" in (targets or []) and len(targets) > 1:
         raise CELoraError(f"lora_target_modules={targets}: all-linear takes every linear layer; give it alone")
+    # PEFT takes "all-linear" and a regular expression as a string, which must match the whole name of a layer.
+    if targets and len(targets) == 1 and (targets == ["all-linear"] or not re.fullmatch(r"[\w.]+", targets[0])):
+        targets = targets[0]
     with refused("adapter"):
         return LoraConfig(
             task_type=lora["lora_task_type"],
             r=request.r,
-            # One name alone may be "all-linear" or a regular expression, which PEFT takes as a string.
-            target_modules=targets[0] if targets and len(targets) == 1 else targets,
+            target_modules=targets,
             lora_alpha=lora["lora_alpha"],
             lora_dropout=lora["lora_dropout"],
             bias=request.options.bias,

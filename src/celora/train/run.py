@@ -203,7 +203,7 @@ def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
         attached = celora.attach(trainer.model, chosen.config)
         require(trainer.model).plan = chosen.plan
     with clock.spending("load"), refused("training"):
-        choice = choose_checkpointing(trainer, asked="gradient_checkpointing" in request.given)
+        choice = choose_checkpointing(trainer, asked=request.asks_for_checkpointing)
     _smooth_in_the_head(trainer)
     for line in (rank_line(request), str(learnt), attached_text(attached, chosen.plan), choice):
         say(console, quiet, line)

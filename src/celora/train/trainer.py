@@ -21,6 +21,7 @@ from celora.train.processes import lost_contact
 from celora.train.progress import Phases
 from celora.train.request.arguments import TrainRequest
 from celora.train.rows.answers import AnswersOnly
+from celora.train.rows.data import has_turns
 from celora.train.rows.template import refused_row
 from celora.train.wall_clock import WallClock
 
@@ -165,6 +166,12 @@ def build_trainer(
         raise CELoraError(
             f"the tokenizer of {request.model!r} has neither a pad token nor an end token, and shorter rows need "
             "padding; write one of its tokens as pad_token into its tokenizer_config.json, or give --pad_token"
+        )
+    texts = not all(has_turns(some) for some in (rows, eval_rows) if some is not None)
+    if texts and not (getattr(args, "eos_token", None) or tokenizer.eos_token):
+        raise CELoraError(
+            f"the tokenizer of {request.model!r} has no end token, and rows of text have to end with one; write one of "
+            "its tokens as eos_token into its tokenizer_config.json, or give --eos_token"
         )
     with refused("trainer"):
         trainer = Trainer(

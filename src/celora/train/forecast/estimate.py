@@ -55,7 +55,7 @@ from celora.train.loading import (
 )
 from celora.train.prepare import NO_EVALUATION
 from celora.train.processes import processes
-from celora.train.request.arguments import TrainRequest, make_request, sft_config
+from celora.train.request.arguments import PLANNING, TrainRequest, make_request, sft_config
 from celora.train.rows.answers import learnt_tokens
 from celora.train.rows.truncation import row_lengths, truncation_lines
 from celora.train.trainer import build_trainer, check_tokens
@@ -322,9 +322,9 @@ def _all_ways(
         int(text.num_hidden_layers), int(text.hidden_size), mlp_width(bare), int(text.vocab_size),
         block_numbers(bare), min(WORDS, int(text.vocab_size)), tables, stored,
     )  # fmt: skip
-    asked = "gradient_checkpointing" in request.given or "activation_checkpointing" in request.given
     on = bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
-    checkpointing = [on] if asked else [False, True] if bare.supports_gradient_checkpointing else [False]
+    both = bare.supports_gradient_checkpointing and not request.asks_for_checkpointing
+    checkpointing = [False, True] if both else [on]
     options = _batches(request, args)
     costs: list[tuple[tuple[str, str, str], CELoraConfig, Cost]] = []
     for base, dtype in _bases(request, args, bare, None if gpu is None else stored):
@@ -349,7 +349,7 @@ def _all_ways(
 
 
 def _presets(request: TrainRequest, usual: tuple[str, ...]) -> tuple[str, ...]:
-    if request.options.preset is None and request.options.celora is None:
+    if all(getattr(request.options, name) is None for name in ("preset", "celora", *PLANNING)):  # a plan is auto's
         return usual
     return (request.preset or OWN,)
 

@@ -57,13 +57,15 @@ def converted(path: Path, dtype: str | None = None, say: Callable[[str], None] |
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
-        cache = cache_folder("gguf")
+        target = cache_folder("gguf") / f"{digest}-{name}-{_FORMAT}"
+        if target.is_dir():  # first: this user may not write beside it
+            return target
+        lock = FileLock(target.with_name(f"{target.name}.lock")).acquire()  # another process may be making it
     except (OSError, RuntimeError) as error:
         raise CELoraError(
             f"the converted model cannot be kept: {error}; set XDG_CACHE_HOME to a folder of yours"
         ) from None
-    target = cache / f"{digest}-{name}-{_FORMAT}"
-    with FileLock(cache / f"{target.name}.lock"):  # another process may be making it
+    with lock:
         if not target.is_dir():
             if say:
                 say(f"Converting {path.name} to {name}, once: {target}")

@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import AutoConfig
 
 from celora.errors import CELoraError
 from celora.files import read_json
@@ -27,11 +28,15 @@ _GENERATION = "generation_config.json"
 
 
 def base_folder(model: str, revision: str) -> Path:
-    """The folder of a base model: itself, or its copy from the hub."""
+    """The folder of a base model: itself, or its copy from the hub with the files that Transformers loads."""
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        base = Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", SINGLE]))
+        if not (base / SINGLE).is_file():
+            shards = read_json(base / INDEX)["weight_map"].values() if (base / INDEX).is_file() else ["*.safetensors"]
+            base = Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", *sorted({*shards})]))
+        return base
     except Exception as error:  # whatever the hub client raises
         raise CELoraError(f"cannot load a model from {model!r}: {error}") from error
 
@@ -48,7 +53,8 @@ def write_folder(folder: Path, base: Path, adapter: SavedAdapter, tokenizer: Any
             f"the base model in {str(base)!r} is quantised, and its weights cannot be merged with; give --model with "
             "the model that it was made from"
         )
-    tied = bool(config.get("tie_word_embeddings", False))
+    # The file leaves out what is the default of the model's class, which differs between classes.
+    tied = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config().tie_word_embeddings
     untied = tied and not {_EMBEDDING, _HEAD}.isdisjoint(adapter.touched)
     merged = ((name, adapter.merged(name, tensor)) for name, tensor in _with_head(_tensors(base), untied))
     names = write_shards(folder, merged, _MOST_BYTES)

@@ -99,7 +99,8 @@ def _names(reader: Any, adapter: SavedAdapter, layout: Layout, config: Any, base
 
 def _copy_metadata(reader: Any, writer: Any) -> None:
     general = gguf.Keys.General
-    left_out = {general.ARCHITECTURE, general.NAME, general.FILE_TYPE, general.QUANTIZATION_VERSION}
+    # The writer says its own, and pads tensors to an alignment of its own.
+    left_out = {general.ARCHITECTURE, general.NAME, general.FILE_TYPE, general.QUANTIZATION_VERSION, general.ALIGNMENT}
     for entry in reader.fields.values():
         if entry.name in left_out or entry.name.startswith(("GGUF.", "split.")):
             continue

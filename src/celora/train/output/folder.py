@@ -108,7 +108,7 @@ class OutputFolder:
         lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=0)
-        except (Timeout, PermissionError):
+        except (Timeout, OSError):  # a file system that is mounted read-only, among others
             return True
         lock.release()
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,11 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 260, 52, 628, 30, 228
 
 
 def loss_picture(history: Sequence[Mapping[str, Any]]) -> str:
-    """The losses in Trainer's `log_history` by optimizer step, as SVG; '' if no loss was logged twice."""
-    curves = {key: [(row["step"], float(row[key])) for row in history if key in row] for key, _, _ in _LINES}
+    """The finite losses in Trainer's `log_history` by optimizer step, as SVG; '' if no loss was logged twice."""
+    curves = {
+        key: [(row["step"], float(row[key])) for row in history if key in row and math.isfinite(row[key])]
+        for key, _, _ in _LINES
+    }
     points = [point for curve in curves.values() for point in curve]
     if max(map(len, curves.values())) < 2:
         return ""

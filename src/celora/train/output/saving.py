@@ -6,6 +6,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
 
@@ -14,7 +15,7 @@ from celora.errors import CELoraError, Diverged
 from celora.files import clear, sync
 from celora.runtime.state import STATE_NAME, load_state
 from celora.train.output.card import CARD, Card, is_own
-from celora.train.output.folder import SAVING, OutputFolder
+from celora.train.output.folder import REPORT, RUN, SAVING, OutputFolder
 from celora.train.output.manifest import seal
 from celora.train.processes import is_first, wait_for_all
 from celora.train.progress import MetricsWriter
@@ -130,11 +131,19 @@ def save_adapter(trainer: Any, output: Path) -> None:
 
 
 def upload(trainer: Any, folder: OutputFolder) -> None:
-    """Push the finished adapter to the hub, if `push_to_hub` asks for it. In all processes."""
-    if trainer.args.push_to_hub:
-        if is_first():
-            folder.forget_earlier()  # or it would be uploaded, too
-        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+    """Upload the saved adapter to the hub, if `push_to_hub` asks for it.
+
+    The record and the report of the run stay here: they have paths of this machine, and its name.
+    """
+    if trainer.args.push_to_hub and is_first():
+        HfApi().upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=folder.path,
+            commit_message="Model save",
+            token=trainer.args.hub_token,
+            revision=trainer.args.hub_revision,
+            ignore_patterns=["_*", ".*", "checkpoint-*", RUN, REPORT],
+        )
 
 
 def take_over(trainer: Any, checkpoint: Path) -> None:

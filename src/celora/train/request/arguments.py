@@ -121,6 +121,11 @@ class TrainRequest:
     given: dict[str, Any]
 
     @property
+    def asks_for_checkpointing(self) -> bool:
+        """Whether the user has settled gradient checkpointing, under either of Transformers' names for it."""
+        return not {"gradient_checkpointing", "activation_checkpointing"}.isdisjoint(self.given)
+
+    @property
     def lora_r(self) -> int:
         """The rank that the user asked for; `r` is the one that trains."""
         return int(self.lora["lora_r"])
@@ -158,9 +163,9 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
     if values.get("resume") and values.get("overwrite"):
         raise CELoraError("--resume and --overwrite exclude each other")
 
-    given: dict[str, Any] = {
-        name: _absolute(name, value) for name, value in values.items() if name not in ("resume", "overwrite", "config")
-    }
+    output = Path(values["output"])  # as it was given, for messages
+    values = {name: _absolute(name, value) for name, value in values.items()}
+    given: dict[str, Any] = {k: v for k, v in values.items() if k not in ("resume", "overwrite", "config")}
     defaults = {name: value for name, (value, _) in DEFAULTS.items()} | device_defaults(values)
     merged = {name: f.default for name, f in known.items() if f.owner == "lora"} | defaults | values
     options = RunOptions(**{f.name: values[f.name] for f in dataclasses.fields(RunOptions) if f.name in values})
@@ -185,8 +190,9 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
         raise CELoraError(f"memory_limit={options.memory_limit}; expected MiB, 0 or more")
     if options.base is not None:
         _check_base(options.base, lora | train)
-    output = Path(values["output"]).expanduser()
-    return TrainRequest(given["model"], given["data"], output, preset, config, r, options, train, lora, given)
+    return TrainRequest(
+        given["model"], given["data"], output.expanduser(), preset, config, r, options, train, lora, given
+    )
 
 
 def _check_base(base: str, settings: Mapping[str, Any]) -> None:
@@ -209,9 +215,16 @@ def raw_arguments(tokens: Sequence[str], own: Mapping[str, object] | None = None
     if isinstance(named := flags.get("config"), list):
         raise CELoraError(f"--config takes one file, got {len(named)}")
     document = read_yaml(str(named)) if named else {}
-    if flags.get("preset") == "off":  # celora does nothing then, whatever the file says
-        document.pop("celora", None)
-    return document | flags
+    if isinstance(preset := flags.get("preset"), str):
+        document = fitting(document, preset)
+    others = ("plan",) if {"fidelity", "memory_limit"} & flags.keys() else PLANNING if "plan" in flags else ()
+    return {name: value for name, value in document.items() if name not in others} | flags
+
+
+def fitting(settings: Mapping[str, Any], preset: str) -> dict[str, Any]:
+    """The settings without those that a preset cannot have: a plan's unless it is auto, celora's own if it is off."""
+    nothing = (() if preset == "auto" else PLANNING) + (("celora",) if preset == "off" else ())
+    return {name: value for name, value in settings.items() if name not in nothing}
 
 
 def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> TrainRequest:
@@ -303,6 +316,8 @@ def _absolute(name: str, value: object) -> object:
         return value
     check_name(name, value)
     path = Path(value).expanduser()
+    if path.is_file():  # a link keeps its name: its ending counts, and the hub's cache links to files without one
+        return str(path.parent.resolve() / path.name)
     return str(path.resolve()) if path.exists() or name == "output" else value
 
 
@@ -339,6 +354,10 @@ def sft_config(request: TrainRequest) -> Any:
         raise CELoraError(
             f"chat_template_path={template!r} is no file; give one with a template, like FOLDER/chat_template.jinja. "
             "The tokens that a folder's tokenizer adds would have no embedding"
+        )
+    if template is not None and not template.endswith((".jinja", ".j2")):
+        raise CELoraError(
+            f"chat_template_path={template!r}; TRL reads templates from .jinja and .j2 files alone, so rename the file"
         )
     if template is not None and not Path(template).expanduser().read_bytes().strip():
         raise CELoraError(

@@ -9,10 +9,12 @@ celora refuses the row; it never guesses.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,11 +80,17 @@ def _masked(dataset: Any, tokenizer: Any, processes: int | None, data: str, comp
     return dataset.map(
         _mask_row,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "data": data, "completion_only": completion_only},
+        # `datasets` keeps what it finds under a key that has a function's name, not its code.
+        fn_kwargs={"tokenizer": tokenizer, "data": data, "completion_only": completion_only, "code": _code()},
         remove_columns=dataset.column_names,
         num_proc=processes,
         desc="Finding the answers",
     )
+
+
+def _code() -> str:
+    """The code that makes masks: those that another version of celora made may differ."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def _with_answers_within(dataset: Any, args: Any) -> Any:
@@ -119,7 +127,9 @@ def _is_marked(tokenizer: Any) -> bool:
     return bool(tokenizer.is_fast and tokenizer.chat_template and _MARKS.search(tokenizer.get_chat_template()))
 
 
-def _mask_row(row: dict[str, Any], index: int, tokenizer: Any, data: str, completion_only: bool) -> dict[str, Any]:
+def _mask_row(
+    row: dict[str, Any], index: int, tokenizer: Any, data: str, completion_only: bool, code: str
+) -> dict[str, Any]:
     messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
     first = len(row["prompt"]) if "prompt" in row and completion_only else 0
     try:

@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,7 +57,7 @@ def load_rows(
     split: str = "train",
     chat: bool,
     config: str | None = None,
-    text_field: str = "text",
+    text_field: str | None = None,
     cache_dir: str | Path | None = None,
     answers: bool = False,
 ) -> datasets.Dataset:
@@ -78,7 +78,7 @@ def load_rows(
             says `train`, every file that names no other split is training data. A single file is read whole.
         chat: whether the tokenizer has a chat template.
         config: the configuration of a hub data set.
-        text_field: the column that is read as `text`.
+        text_field: the column that is read as `text`, whatever else the first row has; None for `text` of other rows.
         cache_dir: where `datasets` keeps the rows; None for its own cache.
         answers: only answers are learnt, so a row of messages must have a message of the assistant.
 
@@ -137,7 +137,7 @@ def _generate(
     files: tuple[str, ...],
     hub: datasets.Dataset | None,
     chat: bool,
-    text_field: str,
+    text_field: str | None,
     answers: bool,
     key: str,
 ) -> Iterator[dict[str, Any]]:
@@ -150,7 +150,7 @@ def _generate(
     for place, row in placed:
         if isinstance(row, dict) and text_field in row:
             row = row | {"text": row[text_field]}
-        found = _shape(place, row, prefer=shape)
+        found = _shape(place, row, prefer=shape or (None if text_field is None else "text"))
         example = _example(place, row, found, chat)
         if answers and "messages" in example and all(message["role"] != "assistant" for message in example["messages"]):
             fail(place, _NO_ANSWER)
@@ -182,15 +182,19 @@ def _example(place: str, row: Row, shape: str, chat: bool) -> dict[str, Any]:
     if _holds(row.get("tools")) and shape in ("messages", "prompt + completion"):
         fail(place, f"'tools' {_NO_TOOLS}")
     if shape == "messages":
-        return {"messages": check_messages(place, "messages", row["messages"])}
+        return {"messages": _learnable(place, "messages", row["messages"])}
     if shape == "text":
         return {"text": check_text(place, "text", row["text"])}
     if shape == "prompt + completion":
         lists = [isinstance(row[column], list) for column in ("prompt", "completion")]
         if lists[0] != lists[1]:
             fail(place, "'prompt' and 'completion' differ in kind; give two strings or two message lists")
-        check: Callable[[str, str, Any], Any] = check_messages if lists[0] else check_text
-        return {c: check(place, c, row[c]) for c in ("prompt", "completion")}
+        if str(row.get("label")).lower() == "false":
+            fail(place, "'label' is false, and all completions are learnt; leave the row out, or use TRL's KTOTrainer")
+        if lists[0]:
+            asked = check_messages(place, "prompt", row["prompt"])
+            return {"prompt": asked, "completion": _learnable(place, "completion", row["completion"])}
+        return {column: check_text(place, column, row[column]) for column in ("prompt", "completion")}
     prompt = instruction(place, row)
     completion = check_text(place, "output", row["output"])
     if not chat:
@@ -199,6 +203,15 @@ def _example(place: str, row: Row, shape: str, chat: bool) -> dict[str, Any]:
         "prompt": [{"role": "user", "content": str(prompt)}],
         "completion": [{"role": "assistant", "content": completion}],
     }
+
+
+def _learnable(place: str, column: str, value: Any) -> list[dict[str, str]]:
+    """`check_messages`, and refuse an answer that is marked as not to be learnt."""
+    messages = check_messages(place, column, value)
+    for number, message in enumerate(value):
+        if message["role"] == "assistant" and message.get("weight") == 0:
+            fail(place, f"{column}[{number}].weight is 0, and every answer is learnt here; leave the row out")
+    return messages
 
 
 class Instruction(str):

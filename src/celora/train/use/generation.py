@@ -115,10 +115,15 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
 
 
 def answers(trained: Trained, prompts: Sequence[Prompt], sampling: Sampling, *, base: bool = False) -> list[str]:
-    """One answer for each prompt, all generated in one batch."""
+    """One answer for each prompt, generated in one batch. A prompt that leaves less room has a batch of its own."""
     tokens = [encode(trained.tokenizer, prompt, raw=trained.raw) for prompt in prompts]
-    made = generate(trained, tokens, sampling, base=base)
-    return [str(text) for text in trained.tokenizer.batch_decode(made, skip_special_tokens=True)]
+    room = {i: _room(trained.model, [row], sampling) for i, row in enumerate(tokens)}
+    whole = [i for i in room if room[i] == sampling.max_new_tokens]
+    made: dict[int, str] = {}
+    for batch in filter(None, [whole, *([i] for i in room if i not in whole)]):
+        new = generate(trained, [tokens[i] for i in batch], sampling, base=base)
+        made |= zip(batch, trained.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
+    return [str(made[i]) for i in room]
 
 
 def encode(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
@@ -150,10 +155,7 @@ def generate(
 ) -> list[Any]:
     """The new tokens of each prompt: a tensor (longest answer,), padded after the end of shorter ones."""
     model, tokenizer = trained.model, trained.tokenizer
-    longest, context = max(map(len, prompts)), _context(model)
-    if context is not None and longest >= context:
-        raise CELoraError(f"{longest} tokens, and the model's context holds {context}; ask for less, or begin anew")
-    room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - longest)
+    room = _room(model, prompts, sampling)
     ends = _ends(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     rows, ones = ([torch.tensor(row) for row in prompts], [torch.ones(len(row), dtype=torch.long) for row in prompts])
@@ -164,6 +166,23 @@ def generate(
     with torch.inference_mode(), _adapter(model, off=base):
         made = model.generate(input_ids=inputs, attention_mask=mask, streamer=streamer, **arguments)
     return list(made[:, inputs.shape[1] :])
+
+
+def check_length(trained: Trained, prompt: Prompt) -> None:
+    """Raise CELoraError if a prompt leaves no room for an answer, or if `encode` refuses it."""
+    _room(trained.model, [encode(trained.tokenizer, prompt, raw=trained.raw)], Sampling())
+
+
+def _room(model: Any, prompts: Sequence[list[int]], sampling: Sampling) -> int:
+    """How many new tokens the longest prompt leaves room for, `max_new_tokens` at most."""
+    longest, context = max(map(len, prompts)), _context(model)
+    if context is None:
+        return sampling.max_new_tokens
+    if longest >= context:
+        raise CELoraError(
+            f"{longest} tokens, and the model's context holds {context}; shorten the prompt, or begin anew"
+        )
+    return min(sampling.max_new_tokens, context - longest)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from celora.errors import CELoraError
 from celora.files import json_lines, write_text
 from celora.train.rows.data import check_messages, check_text, instruction, local_files
 from celora.train.rows.readers import READERS, fail
-from celora.train.use.generation import Prompt, Sampling, answers
+from celora.train.use.generation import Prompt, Sampling, answers, check_length
 from celora.train.use.trained import Trained
 
 GENERATED, BY_BASE = "generated", "generated_by_base"
@@ -27,7 +27,7 @@ _EXPECTED = "expected a row with prompt, messages, instruction (+ input) or text
 
 def prompt_files(source: Path) -> list[Path]:
     """The files that prompts are read from: of a folder, those of its test split."""
-    return local_files(source, "test" if source.is_dir() else "train")
+    return local_files(source, "test" if source.expanduser().is_dir() else "train")
 
 
 def load_prompts(source: Path, *, limit: int | None = None) -> list[tuple[dict[str, Any], Prompt]]:
@@ -107,7 +107,15 @@ def answer_all(
         base: also ask the untouched model.
         output: file for the answers. It also gets the answers so far if something stops the command.
         say: called after each batch with the number of answered rows and the new rows.
+
+    Raises:
+        CELoraError: the model cannot be given a prompt. Nothing is answered then, and the message names the row.
     """
+    for number, (_, prompt) in enumerate(rows[len(earlier) :], len(earlier) + 1):
+        try:
+            check_length(trained, prompt)
+        except CELoraError as error:
+            raise CELoraError(f"row {number:,} of the data: {error}") from None
     done, saved = list(earlier), time.monotonic()
     written = len(done)
     try:

@@ -79,7 +79,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 def _record(folder: Path) -> dict[str, Any] | None:
     """The run.json of the run that trained the adapter in `folder`, or None."""
     folder = folder.resolve()
-    run = folder.parent if folder.name.startswith("checkpoint-") else folder
+    run = folder if (folder / RUN).is_file() or not folder.name.startswith("checkpoint-") else folder.parent
     record = OutputFolder(run).run()
     if record is not None:
         check_record(run / RUN, record)
