@@ -173,10 +173,10 @@ def _own_measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     from celora.machine import cache
 
     def folder(name: str) -> Path:
-        own = name == cache._MEASURED and "XDG_CACHE_HOME" not in os.environ
-        return measured if own else cache_folder(name)
+        users = Path.home() == home and "XDG_CACHE_HOME" not in os.environ
+        return measured if users and name == cache._MEASURED else cache_folder(name)
 
-    measured, cache_folder = tmp_path_factory.mktemp("measured"), cache.cache_folder
+    measured, cache_folder, home = tmp_path_factory.mktemp("measured"), cache.cache_folder, Path.home()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "cache_folder", folder)
         yield

@@ -37,9 +37,8 @@ def training() -> str:
                     by.append(_at(reference, end * ratios[arm] / ratios[rival]) - losses[end])
         body.append(
             [
-                (arm if len(pairs) == seeds else f"{arm} (seeds: {len(pairs)})") + (
-                    ", LoRA's losses" if arm == lossless and copied else ""
-                ),
+                (arm if len(pairs) == seeds else f"{arm} (seeds: {len(pairs)})")
+                + (", LoRA's losses" if arm == lossless and copied else ""),
                 cpu,
                 f"{statistics.mean(last):.3f} ({min(last):.3f} to {max(last):.3f})",
                 f"{statistics.mean(kept):.1%} ({min(kept):.1%} to {max(kept):.1%})",

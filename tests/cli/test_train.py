@@ -15,6 +15,7 @@ from trl import TrlParser
 
 from celora.cli.main import main
 from celora.train import trainer as run
+from celora.train import wall_clock
 from celora.train.progress import read_metrics
 from patching import patch_all
 from tiny import WORDS, save_rows, save_tiny_model
@@ -47,8 +48,10 @@ def test_the_next_command_has_the_same_base(inputs, capsys, tmp_path):
     assert f"Next:    celora compare --model {model} --data {rows} --base int8 " in capsys.readouterr().out
 
 
-def test_train_then_audit_the_adapter(inputs, capsys, tmp_path):
+def test_train_then_audit_the_adapter(inputs, capsys, tmp_path, monkeypatch):
     _, model, rows = inputs
+    spent = wall_clock.spent  # on a fast CPU no part is long enough to be shown
+    monkeypatch.setattr(wall_clock, "spent", lambda summary: {part: s + 0.05 for part, s in spent(summary).items()})
     train = ["train", "--model", model, "--data", rows, "--output", tmp_path / "out", "--max_steps", 2, "--lora-r", 8]
     assert main([str(a) for a in [*train, "--preset", "paper"]]) == 0
     captured = capsys.readouterr()

@@ -72,7 +72,7 @@ def test_files_of_the_system_that_say_less(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems keep the peak of a process for good")
 def test_a_forgotten_peak_begins_anew() -> None:
-    held = torch.ones(2**26)
+    held = torch.ones(2**28)
     before = peak_memory(CPU)
     size = held.nbytes
     del held

@@ -146,7 +146,9 @@ def test_a_loss_of_the_users_own(model: PeftModel, batch: dict[str, torch.Tensor
 
 
 def test_clear_errors(model: PeftModel, batch: dict[str, Any]) -> None:
-    with pytest.raises(CELoraError, match=r"celora is not attached to this model; call celora.attach\(model\) first"):
+    with pytest.raises(
+        CELoraError, match=r"celora is not attached to this model; call celora.attach\(model, 'auto'\) first"
+    ):
         celora.audit(model, batch)
     celora.attach(model, HALF)
     with pytest.raises(CELoraError, match="returned no loss for this batch; add labels"):

@@ -176,7 +176,7 @@ def test_on_a_gpu_without_a_plan_auto_is_exact_and_fast_is_what_was_asked_for(mo
     patch_all(monkeypatch, "celora.kernels.triton.judged:planned_on", lambda device: False)
     model = make_model()
     seen = times(monkeypatch, 10.0, 3.0, 6.0, 9.0)
-    with pytest.warns(UserWarning, match="estimates no layer on this GPU until a plan was made on it"):
+    with pytest.warns(UserWarning, match="no layer is estimated on this GPU until a plan was made on it"):
         config = gate(survey(model), AUTO).config
     assert seen == []
     assert config.head_keep_ratio == 1

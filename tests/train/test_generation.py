@@ -10,7 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from celora.errors import CELoraError
-from celora.train.use.generation import Conversation, Sampling, answers, check_base, encode
+from celora.train.use import generation
+from celora.train.use.generation import Conversation, Sampling, answers, check_base, encode, generate
 from celora.train.use.trained import load_trained
 
 GREEDY = Sampling(max_new_tokens=8, temperature=0)
@@ -145,11 +146,19 @@ def test_the_context_bounds_the_answer(trained):
     assert len(made.split()) <= 128 - length
 
 
-def test_a_long_prompt_leaves_other_answers_whole(trained):
-    long = "w1 " * 120
+def test_a_long_prompt_leaves_other_answers_whole(trained, monkeypatch):
+    """It has a batch of its own, because the whole of a batch gets as many new tokens as its longest prompt allows."""
+    long, asked = "w1 " * 120, []
+
+    def recorded(trained, prompts, sampling, *, base=False):
+        asked.append([len(prompt) for prompt in prompts])
+        return generate(trained, prompts, sampling, base=base)
+
     expected = [answers(trained, [prompt], GREEDY)[0] for prompt in (PROMPTS[0], long, PROMPTS[1])]
+    monkeypatch.setattr(generation, "generate", recorded)
     assert answers(trained, [PROMPTS[0], long, PROMPTS[1]], GREEDY) == expected
-    assert len(expected[0].split()) > len(expected[1].split())
+    assert [len(batch) for batch in asked] == [2, 1]
+    assert asked[1][0] > max(asked[0])
 
 
 def test_trained_biases_leave_no_untouched_model(trained, monkeypatch):

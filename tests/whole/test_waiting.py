@@ -26,7 +26,7 @@ PRESET = {
     "auto": by_rule(PRESETS["auto"]),
     "fast": PRESETS["fast"],
 }
-SETTLED = 12  # steps: auto looks at every layer in the first ten
+SETTLED = 22  # steps: auto looks at every layer in the first ten, fast in the ten that follow, too
 
 
 @pytest.fixture
