@@ -173,10 +173,11 @@ def _own_measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     from celora.machine import cache
 
     def folder(name: str) -> Path:
-        users = Path.home() == home and "XDG_CACHE_HOME" not in os.environ
+        users = (Path.home(), os.environ.get("XDG_CACHE_HOME")) == home
         return measured if users and name == cache._MEASURED else cache_folder(name)
 
-    measured, cache_folder, home = tmp_path_factory.mktemp("measured"), cache.cache_folder, Path.home()
+    measured, cache_folder = tmp_path_factory.mktemp("measured"), cache.cache_folder
+    home = Path.home(), os.environ.get("XDG_CACHE_HOME")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "cache_folder", folder)
         yield

@@ -35,6 +35,7 @@ from benchmarks.gradient import fidelity
 from celora import CELoraConfig
 from celora.machine.allocator import keep_freed_memory
 from celora.machine.timing import interleaved
+from celora.runtime.attachment import find
 from celora.settings.presets import PRESETS
 from celora.studies.assets import demo_model
 
@@ -187,7 +188,8 @@ def time_steps(arms: list[str], repeats: int) -> None:
         if arm == "exact, 3/4 batch":
             batch = {key: value[: 3 * BATCH // 4] for key, value in batch.items()}
         contenders[arm] = functools.partial(_step, model, optimizer, batch)
-        for _ in range(12):  # past the first observations
+        attached = find(model)
+        for _ in range(12 if attached is None else attached.first_steps + 2):  # past the first observations
             contenders[arm]()
     times = interleaved(contenders, repeats=repeats)
     exact = times[arms[0]]["time_ms"]

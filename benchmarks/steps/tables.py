@@ -221,8 +221,10 @@ def speed_up(arm: str, dtype: str, *, data: tuple[str, ...], isa: str | None = N
 
 def one_speed_up(arm: str, dtype: str, model: str, data: str) -> str:
     """The speed-up of an arm over PEFT in one cell, on each machine: for a sentence."""
-    found = (row for row in _fast(dtype=dtype, arm=arm) if (row["model"], row["data"]) == (model, data))
-    return " and ".join(f"{row['speed_up']:.2f}" for row in found)
+    found = [row for row in _fast(dtype=dtype, arm=arm) if (row["model"], row["data"]) == (model, data)]
+    by_machine = {rows.where(row): f"{row['speed_up']:.2f}" for row in found}
+    assert 0 < len(by_machine) == len(found)
+    return " and ".join(by_machine.values())
 
 
 def speed_up_picture() -> str:

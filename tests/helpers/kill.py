@@ -37,12 +37,12 @@ from typing import Any
 
 from filelock import FileLock
 
-# Preset auto by its rule. Refreshes make some layers keep more, and then exact. A low bound and a high rate see to it:
-# so few tokens lose little.
+# Preset auto by its rule. Refreshes make some layers exact, and the head. A low bound and a high rate see to it: so few
+# tokens lose little.
 _MOVING = [
     "--preset", "auto", "--learning_rate", "0.05", "--celora",
-    '{"most_error": 0.003, "refresh_every": 4, "head_keep_ratio": 0.3, "overrides": {"*_proj": '
-    '{"estimator": "tokens", "selection": "energy", "keep_ratio": 0.999, "precision": "native"}}}',
+    '{"most_error": 0.0005, "refresh_every": 4, "head_keep_ratio": 0.3, "overrides": {"*_proj": '
+    '{"estimator": "tokens", "selection": "energy", "keep_ratio": 0.9997, "precision": "native"}}}',
 ]  # fmt: skip
 MODES: dict[str, list[str]] = {
     "plain": ["--max_steps", "6", "--save_steps", "2", "--per_device_train_batch_size", "4",

@@ -31,7 +31,7 @@ from decoders import model_of
 from labelled import masked_batch
 from patching import patch_all
 
-DEVICE, STEPS = "other", 12  # in the first ten, layers are refreshed in turns
+DEVICE, STEPS = "other", 22  # in the first ten or twenty, layers are refreshed in turns
 NOTHING = Known((), frozenset())
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +295,10 @@ def test_a_layer_on_its_original_weight(tmp_path: Path) -> None:
     assert layer(x).equal(linear(x))
 
 
-def test_a_compiler_does_not_trace_the_reading_of_the_original(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reads", [Int8Linear.original, Int8Linear.read_again])
+def test_a_compiler_does_not_trace_the_reading_of_the_original(
+    reads: Callable[[Int8Linear], torch.Tensor], tmp_path: Path
+) -> None:
     """Its graphs would be of parts of the reader and of the kernels' launches, made again for each layer."""
     linear, x, graphs = make(), torch.randn(3, 50), []
 
@@ -302,7 +307,7 @@ def test_a_compiler_does_not_trace_the_reading_of_the_original(tmp_path: Path) -
         return graph
 
     layer = Int8Linear.of(linear)
-    layer.origin, layer.on_original = stored(tmp_path, linear), layer.read_again
+    layer.origin, layer.on_original = stored(tmp_path, linear), partial(reads, layer)
     torch.compiler.reset()
     assert torch.compile(layer, backend=count)(x).equal(linear(x))
     assert len(graphs) == 1

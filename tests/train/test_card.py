@@ -171,7 +171,7 @@ def test_a_card_of_one_s_own_is_kept(inputs, tmp_path):
     said = table((output / "checkpoint-2" / CARD).read_text(encoding="utf-8"))
     assert said["optimizer steps"].startswith("2 (")
     (trainer,) = seen
-    trainer.save_model(str(output))  # push_to_hub does this before it uploads the folder
+    trainer.save_model(str(output))
     trainer.create_model_card(model_name="x")
     assert (output / CARD).read_bytes() == mine
     (output / CARD).unlink()

@@ -80,7 +80,9 @@ def test_a_text_column_that_is_named_counts_before_other_columns(tmp_path: Path,
 @pytest.mark.parametrize("label", [False, "False"])  # of JSON; of CSV
 def test_what_is_marked_as_bad_is_not_learnt(tmp_path: Path, load: Load, label: object) -> None:
     good, bad = ({"prompt": "a", "completion": "b", "label": mark} for mark in (True, label))
-    with pytest.raises(CELoraError, match=r"data.jsonl:2: 'label' is false, and all completions are learnt; leave"):
+    with pytest.raises(
+        CELoraError, match=r"data.jsonl:2: 'label' is false, which marks a bad completion, and all are learnt; leave"
+    ):
         load(write(tmp_path / "data.jsonl", good, bad))
     skipped = [USER, {**ASSISTANT, "weight": 1}, USER, {**ASSISTANT, "weight": 0}]
     with pytest.raises(CELoraError, match=r"chats.jsonl:1: messages\[3\].weight is 0, and every answer is learnt here"):

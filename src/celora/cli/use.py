@@ -250,9 +250,9 @@ def _answer(prompt: str, talks: dict[str, Any], as_json: bool, interactive: bool
         if as_json:
             made[name] = talk.ask(prompt)
             continue
-        if len(talks) > 1:
-            typer.secho(f"{name}: ", bold=True, nl=False)
         try:
+            if len(talks) > 1:
+                typer.secho(f"{name}: ", bold=True, nl=False)
             talk.ask(prompt, lambda text: typer.echo(text, nl=False))
         except KeyboardInterrupt:
             if not interactive:

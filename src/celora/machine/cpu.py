@@ -66,7 +66,7 @@ def limits() -> dict[str, str]:
 def cpu_name() -> str:
     """The CPU's own name, or its architecture. Clouds hide the model in the name, so its numbers follow such a name."""
     named = _line("model name") or _sysctl().get("machdep.cpu.brand_string")
-    if named and not re.search(r"\d", named) and (family := _line("cpu family")):
+    if named and not re.search(r"\d", named.partition("@")[0]) and (family := _line("cpu family")):
         named = f"{named}, family {family}, model {_line('model')}"
     if not named and (part := _line("CPU part")):  # Linux on ARM has numbers instead of a name
         named = f"{platform.machine()} {_line('CPU implementer')} {part}"

@@ -276,9 +276,7 @@ class _Tiled(torch.autograd.Function):
         lengths = (query.shape[2],) if lengths is None else lengths
         pieces = [(end - n, n) for n, end in zip(lengths, accumulate(lengths), strict=True)]
         sequences = [(row, *piece) for row in range(len(query)) for piece in pieces]
-        sequences.sort(
-            key=lambda sequence: -sequence[2]
-        )  # the longest first, so that all threads end at about the same time
+        sequences.sort(key=lambda sequence: -sequence[2])  # the longest first, so that threads end at about one time
         ctx.sequences, ctx.scale = torch.tensor(sequences, device="cpu"), scale
         output, logs = operations.attention(query, key, value, ctx.sequences, scale=scale)
         if compactly:

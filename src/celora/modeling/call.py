@@ -167,8 +167,8 @@ class Known:
 def known_by(causal: Any, given: Mapping[str, Any]) -> Known:
     """Everything that decides how a model turns hidden states into a loss. If it changes, the model is probed again."""
     head = causal.get_output_embeddings()
-    parts = (head, head.forward, causal.loss_function, type(causal).forward, vars(causal).get("forward"))
-    hooks = tuple(decoder_of(causal)._forward_hooks)  # one of them may change what the head gets
+    hooks = decoder_of(causal)._forward_hooks.values()  # one of them may change what the head gets
+    parts = (head, head.forward, causal.loss_function, type(causal).forward, vars(causal).get("forward"), *hooks)
     references = tuple(None if part is None else weakref.ref(getattr(part, "__func__", part)) for part in parts)
     arguments = {
         name: value if isinstance(value, str | int | float) else None
@@ -176,7 +176,7 @@ def known_by(causal: Any, given: Mapping[str, Any]) -> Known:
     }
     arguments["num_items_in_batch"] = given.get("num_items_in_batch") is not None
     told = tuple(settings(causal.config).items()), tuple(sorted(arguments.items()))
-    return Known((*references, hooks, head.weight.dtype, *told), frozenset(_own_numbers(causal).items()))
+    return Known((*references, head.weight.dtype, *told), frozenset(_own_numbers(causal).items()))
 
 
 def _own_numbers(causal: Any) -> dict[str, float]:

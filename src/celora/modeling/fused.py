@@ -106,9 +106,6 @@ class FusedGraft(LayerGraft):
             return False
         if not self.knows(base, x, output):
             return False
-        # Without a scaled loss, gradients of an adapter are too small for float16's products.
-        if output.dtype == torch.float16 != adapter.A.dtype and not torch.is_autocast_enabled(output.device.type):
-            return False
         # PEFT would cast x to the adapter's dtype, and nobody would read this copy.
         self.taken, self._casts = (adapter, x, output), tuner.cast_input_dtype_enabled
         tuner.lora_variant[name], tuner.cast_input_dtype_enabled = self, False

@@ -178,7 +178,7 @@ class ModelGraft(Measured, Hook):
         elif self.packs and not is_compiled(causal.base_model) and may_replace(causal.config, labels.device):
             passed[LENGTHS] = None  # not packed; our attention is used if it is faster
         passed["logits_to_keep"] = slice(0, 0)  # not a tensor, which has a device, nor a list, which is copied to one
-        if known != self._known or self._again(labels):
+        if known != self._known or self._again(given["labels"]):
             items = given.get("num_items_in_batch")
             probe = Probe(causal, shape, items, labels.device)
             passed["logits_to_keep"] = probe.positions
@@ -192,7 +192,7 @@ class ModelGraft(Measured, Hook):
             passed["use_cache"] = False
         if probe is not None:
             probe.enter(causal, self.at_head)
-            self._probed_by = weakref.ref(labels)
+            self._probed_by = weakref.ref(given["labels"])
         self._open.current = Call(
             causal, given, next_labels, place, rows, shape, known, probe, passed["logits_to_keep"]
         )

@@ -233,7 +233,7 @@ class Attachment:
         self.set_modes(step)
 
     def _move(self, errors: dict[str, float], step: int) -> None:
-        """Make layers keep more, by the errors of this refresh. All processes use the largest error of any."""
+        """Make layers exact and the head keep more, by the largest error of any process at this refresh."""
         names = [*self.grafts, HEAD]
         seen = largest_errors([errors.get(name) for name in names], self._device())
         for name, error in zip(names, seen, strict=True):

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from celora.borrowed import borrow
 from celora.errors import CELoraError
+from celora.machine.processes import any_of_them
 from celora.runtime.attachment import Attachment, find
 from celora.runtime.original_base import base_losses
 from celora.runtime.state import STATE_NAME, load_state, own_name, save_state, saved_config, times_differ
@@ -25,7 +26,8 @@ class Callback(TrainerCallback):  # type: ignore[misc]
     Metrics:
 
     - `celora/refreshes`: number of refreshes so far.
-    - `celora/relative_error`: the mean over estimated layers and the head, at their latest refresh, as selected before.
+    - `celora/relative_error`: the mean over estimated layers and the head, at their latest refresh, of what was
+      selected before it.
     - `celora/relative_error_worst`: the largest of these errors.
     - `celora/layers_made_exact`: how many of them became exact because their error was too large; absent if 0.
 
@@ -72,13 +74,16 @@ class Callback(TrainerCallback):  # type: ignore[misc]
             return True
         folders = self._checkpoints(args, state)
         found = next((folder for folder in folders if (folder / STATE_NAME).is_file()), None)
+        reason = ""
         if found is None:
             reason = f"no {STATE_NAME} in {folders[0]}"
         elif attachment.timed and times_differ(saved_config(found), attachment.config):
             reason = f"{found / STATE_NAME} was made where other estimates were faster"
-        else:
+        if not any_of_them(bool(reason), args.device):  # all refresh, or none: in a refresh they wait for each other
+            assert found is not None
             load_state(model, found)
             return True
+        reason = reason or "another process found no state that fits"
         warnings.warn(f"celora: {reason}; the first resumed step refreshes instead.", stacklevel=2)
         attachment.clock.step = state.global_step
         attachment.set_modes(state.global_step, together=True)

@@ -43,7 +43,7 @@ class Ladder:
     """The moves of one model's layers, in the order of their steps.
 
     Attributes:
-        most_error: a layer with a larger relative error moves up; None: no layer ever moves.
+        most_error: a layer with a larger relative error moves; None: no layer ever moves.
     """
 
     def __init__(self, most_error: float | None) -> None:

@@ -112,7 +112,6 @@ def _products(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, 
 def advise(found: dict[str, Any]) -> list[str]:
     """Advice that follows from the findings of `examine`, one sentence each."""
     lines, times = [], found["products"]["time_ms"]
-    planned = "" if found["device"]["type"] == "cpu" else ", once a plan was made on this device"
     dtype, ratio = found["dtype"]["trains_in"], found["dtype"]["bfloat16_over_float32"]
     then = f"celora trains in {dtype}"
     if dtype == "bfloat16" and ratio >= _FASTER:
@@ -122,7 +121,9 @@ def advise(found: dict[str, Any]) -> list[str]:
     for name in ("int8", "fp8"):
         if (time := times.get(f"{dtype} {name}")) is not None:
             ratio = time / times[f"{dtype} native"]
-            then = f"preset auto {'can use them' if ratio < _FASTER else 'will leave them alone'}{planned}"
+            then = "preset auto can use them" if ratio < _FASTER else "preset auto will leave them alone"
+            if ratio < _FASTER and found["device"]["type"] != "cpu":
+                then += ", with a plan made on this device"
             lines.append(f"{name} products take {ratio:.2f} of {dtype}'s time, everything included: {then}.")
         elif reason := found["products"]["unavailable"].get(name):
             lines.append(f"No {name} products: {reason}.")

@@ -257,7 +257,7 @@ def lora_config(request: TrainRequest) -> LoraConfig:
     if "all-linear" in (targets or []) and len(targets) > 1:
         raise CELoraError(f"lora_target_modules={targets}: all-linear takes every linear layer; give it alone")
     # PEFT takes "all-linear" and a regular expression as a string, which must match the whole name of a layer.
-    if targets and len(targets) == 1 and (targets == ["all-linear"] or not re.fullmatch(r"[\w.]+", targets[0])):
+    if targets and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
         targets = targets[0]
     with refused("adapter"):
         return LoraConfig(

@@ -54,7 +54,8 @@ def write_folder(folder: Path, base: Path, adapter: SavedAdapter, tokenizer: Any
             "the model that it was made from"
         )
     # The file leaves out what is the default of the model's class, which differs between classes.
-    tied = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config().tie_word_embeddings
+    text = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
+    tied = bool(getattr(text, "tie_word_embeddings", False))
     untied = tied and not {_EMBEDDING, _HEAD}.isdisjoint(adapter.touched)
     merged = ((name, adapter.merged(name, tensor)) for name, tensor in _with_head(_tensors(base), untied))
     names = write_shards(folder, merged, _MOST_BYTES)

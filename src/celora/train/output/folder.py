@@ -26,7 +26,7 @@ from celora.train.processes import is_first
 
 RUN, METRICS, REPORT = "run.json", "metrics.jsonl", "report.html"
 CONFIG, PLAN = CONFIG_NAME, PLAN_NAME
-LOCK, SAVING = "_celora.lock", ".adapter.tmp"  # transformers uploads nothing that begins with _
+LOCK, SAVING = "_celora.lock", ".adapter.tmp"
 _FOLDERS = (SAVING, "additional_chat_templates")  # the second: of a tokenizer with several
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _DAMAGED = ".damaged"

@@ -190,7 +190,11 @@ def _example(place: str, row: Row, shape: str, chat: bool) -> dict[str, Any]:
         if lists[0] != lists[1]:
             fail(place, "'prompt' and 'completion' differ in kind; give two strings or two message lists")
         if str(row.get("label")).lower() == "false":
-            fail(place, "'label' is false, and all completions are learnt; leave the row out, or use TRL's KTOTrainer")
+            fail(
+                place,
+                "'label' is false, which marks a bad completion, and all are learnt; leave the row out, use TRL's "
+                "KTOTrainer, or rename a column that means something else",
+            )
         if lists[0]:
             asked = check_messages(place, "prompt", row["prompt"])
             return {"prompt": asked, "completion": _learnable(place, "completion", row["completion"])}
