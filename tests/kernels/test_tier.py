@@ -100,11 +100,13 @@ def test_every_row_is_some_threads(threads: int, monkeypatch: pytest.MonkeyPatch
 def test_without_a_runtime_to_share_they_run_on_threads_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
     library, _ = build_and_load()
     assert library is not None
+    used, _ = load()
+    assert used is not None
     x = torch.randn(9, 5)
     expected = rows.squared_row_norms(x)
     with monkeypatch.context() as patch:
         patch.setattr("celora.kernels.c.tier._RUNTIMES", ())
-        alone = Kernels(library, TIERS[-1])
+        alone = Kernels(library, used.tier)
         assert not alone.threaded
         patch_all(patch, "celora.kernels.c.library:library", lambda: alone)
         patch_all(patch, "celora.kernels.c.tier:load", lambda: (alone, ""))

@@ -70,7 +70,7 @@ def test_every_decoder(kind: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    batch = {"input_ids": torch.randint(3, 64, (2, 9))}
+    batch = {"input_ids": torch.randint(3, 64, (6, 33))}  # with few tokens, one rounding may decide about all of them
     plain, truth = model(**batch).logits, copy.deepcopy(model).double()(**batch).logits
     report = celora.attach(model, FUSED)
     said = ", ".join(f"{count} {name}" for name, count in expected.items())
