@@ -12,6 +12,7 @@ import celora
 from celora import CELoraConfig
 from celora.cli.main import main
 from celora.settings.presets import PRESETS
+from machine import refuses
 from small import make_base, make_batch
 from tiny import save_rows, save_tiny_model
 
@@ -31,6 +32,7 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> dict[str, CELoraConfig]:
     return PRESETS
 
 
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
 def test_a_new_preset(presets: dict[str, CELoraConfig], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     names: dict[str, Any] = {"model": make_base(), "batch": make_batch(0)}
     for block in blocks("new-preset.md"):
