@@ -108,9 +108,8 @@ def test_a_layer_that_has_no_such_product_is_skipped_with_the_reason() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 24)), LoraConfig(target_modules=["0", "1"]))
     report = celora.attach(model, CELoraConfig(estimator="fp8"))
     said = {"base_model.model.0": "fp8 products need in_features that are a multiple of 16, not 24"}
-    if none_here := Fp8Product().unavailable(
-        24, 32, torch.device("cpu")
-    ):  # some versions of torch have no 8-bit floats
+    none_here = Fp8Product().unavailable(24, 32, torch.device("cpu"))  # some versions of torch have no 8-bit floats
+    if none_here:
         said["base_model.model.1"] = none_here
     assert report.skipped == said
     assert set(report.estimated) == {"base_model.model.1"} - said.keys()

@@ -239,7 +239,7 @@ def test_a_run_learns_the_answers(inputs, tmp_path, monkeypatch):
 def test_masks_of_another_version_are_not_taken(inputs, tmp_path, monkeypatch):
     given = {**inputs, "data": chats(tmp_path / "rows.jsonl", talk(1))}
     for code, learnt in (("old", "w2 w2 w2 <eos>"), ("old", "w2 w2 w2 <eos>"), ("new", "<|user|>")):
-        monkeypatch.setattr("celora.train.rows.answers._code", lambda code=code: code)
+        monkeypatch.setattr("celora.train.rows.answers.code_digest", lambda file, code=code: code)
         assert built(given, tmp_path / "out")[0] == [learnt]
         monkeypatch.setattr("celora.train.rows.answers._mask_tokens", lambda *_: ([2, 3], [0, 1]))
 

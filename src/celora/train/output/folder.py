@@ -108,7 +108,7 @@ class OutputFolder:
         lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=0)
-        except (Timeout, OSError):  # a file system that is mounted read-only, among others
+        except OSError:  # a timeout is one, too
             return True
         lock.release()
         return False

@@ -9,19 +9,17 @@ celora refuses the row; it never guesses.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from celora.errors import CELoraError
-from celora.train.rows.data import has_turns
+from celora.train.rows.data import code_digest, has_turns
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _WAYS_OUT = (
@@ -80,17 +78,17 @@ def _masked(dataset: Any, tokenizer: Any, processes: int | None, data: str, comp
     return dataset.map(
         _mask_row,
         with_indices=True,
-        # `datasets` keeps what it finds under a key that has a function's name, not its code.
-        fn_kwargs={"tokenizer": tokenizer, "data": data, "completion_only": completion_only, "code": _code()},
+        # The code is part of the key under which `datasets` keeps masks; a function's name alone would be.
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "data": data,
+            "completion_only": completion_only,
+            "code": code_digest(__file__),
+        },
         remove_columns=dataset.column_names,
         num_proc=processes,
         desc="Finding the answers",
     )
-
-
-def _code() -> str:
-    """The code that makes masks: those that another version of celora made may differ."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def _with_answers_within(dataset: Any, args: Any) -> Any:

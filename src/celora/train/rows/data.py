@@ -90,9 +90,7 @@ def load_rows(
         raise CELoraError(f"dataset_config={config!r} is for hub data sets, and {str(source)!r} is here; leave it out.")
     stamps = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files for s in [f.stat()]]
     hub = None if files else _hub(str(source), split, config)
-    # The code is part of the key: rows that another version of celora cached may differ.
-    code = [Path(file).read_bytes() for file in (__file__, readers.__file__)]
-    key = hashlib.sha256(repr((stamps, code)).encode()).hexdigest()
+    key = hashlib.sha256(repr((stamps, code_digest(__file__, readers.__file__))).encode()).hexdigest()
     try:
         return datasets.Dataset.from_generator(
             _generate,
@@ -130,6 +128,11 @@ def _cause(error: BaseException | None, kind: type[E]) -> E | None:
     while error is not None and not isinstance(error, kind):
         error = error.__cause__ or error.__context__
     return error
+
+
+def code_digest(*files: str) -> str:
+    """For the key of a cache: what another version of celora has put there may differ."""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def _generate(
