@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import weakref
+from collections import Counter
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -17,13 +19,30 @@ from celora.machine import cgroup
 from celora.machine.device import backend
 
 
-class Saved(dict[int, int]):
-    """Pieces of memory that forward passes have saved for backward: address -> bytes."""
+class Saved:
+    """Memory that forward passes have saved for backward.
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of them, each counted once."""
-        return sum(self.values())
+    Attributes:
+        nbytes: bytes at the fullest moment, each counted once.
+    """
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._pieces: Counter[int] = Counter()  # address -> tensors that are kept there
+        self._now = 0
+
+    def keep(self, tensor: Tensor, storages: Collection[UntypedStorage]) -> None:
+        """Count these storages for as long as `tensor` lives."""
+        for storage in storages:
+            address, size = storage.data_ptr(), storage.nbytes()
+            self._now += 0 if self._pieces[address] else size
+            self._pieces[address] += 1
+            weakref.finalize(tensor, self._free, address, size)
+        self.nbytes = max(self.nbytes, self._now)
+
+    def _free(self, address: int, size: int) -> None:
+        self._pieces[address] -= 1
+        self._now -= 0 if self._pieces[address] else size
 
 
 @contextmanager
@@ -33,10 +52,9 @@ def saved_for_backward(model: nn.Module) -> Iterator[Saved]:
     saved = Saved()
 
     def pack(tensor: Tensor) -> Tensor:
-        for storage in _storages(tensor):
-            if storage.data_ptr() not in parameters:
-                saved[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a result that its own node keeps would be freed by a backward only
+        kept = tensor.detach()  # a result that its own node keeps would be freed by a backward only
+        saved.keep(kept, [storage for storage in _storages(tensor) if storage.data_ptr() not in parameters])
+        return kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
