@@ -13,6 +13,7 @@ import getpass
 import importlib.metadata
 import os
 import tempfile
+import types
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +164,7 @@ def _nobody_else_on_this_machine() -> Iterator[None]:
     from celora.machine import timing
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "psutil_if_there", lambda: None)
+        patch.setattr(timing, "psutil", types.SimpleNamespace(cpu_percent=lambda seconds, percpu: [0.0] * 1024))
         yield
 
 

@@ -87,6 +87,16 @@ def test_attaching_again_is_idempotent_and_another_configuration_replaces(model:
     assert require(model).clock.step == 0
 
 
+def test_attaching_the_same_again_under_another_name_counts(model: PeftModel) -> None:
+    """Whether this machine's times settled the configuration decides how another machine's state is resumed."""
+    celora.attach(model, "fast")
+    attachment = require(model)
+    for config, timed in ((attachment.config, False), ("fast", True)):
+        celora.attach(model, config)
+        assert require(model) is attachment
+        assert attachment.timed is timed
+
+
 def test_weights_are_factored_before_the_first_step_where_they_are_at_hand(model: PeftModel) -> None:
     celora.attach(model, HALF)
     for name, graft in require(model).grafts.items():

@@ -1,8 +1,7 @@
-"""Causal attention on CPU: torch's flash attention, with its own backward and with a float32 one, and our kernel.
+"""Causal attention on CPU: torch's flash attention, and our kernel.
 
 For each dtype and length, it times forward and backward of 1,024 packed tokens, or of one sequence, 16 heads of 64, in
 turns. Writes `attention.jsonl`. By these rows, `celora.modeling.attention` uses the kernel where it is available.
-Without it, the backward of bfloat16 is float32's up to the length where that is faster.
 """
 
 from __future__ import annotations
@@ -30,18 +29,15 @@ def run(length: int, dtype: torch.dtype) -> dict[str, object]:
     inputs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
     grad = torch.randn(1, shape[2], HEADS, SIZE).to(dtype)
 
-    def step(short: int, tiles: bool = False) -> Tensor:
-        attention._SHORT = short
+    def step(tiles: bool) -> Tensor:
         attention._tiles_pay = TILES_PAY if tiles else lambda *_: False
         output, _ = attention.attention(nn.Identity(), *inputs, None, celora_lengths=lengths)
         output.backward(grad)
         return output
 
-    contenders = {"own": lambda: step(0)}
-    if dtype == torch.bfloat16:
-        contenders["float32"] = lambda: step(length)
+    contenders = {"own": lambda: step(tiles=False)}
     if kernels.available("attention", torch.device("cpu")):
-        contenders["tiles"] = lambda: step(0, tiles=True)
+        contenders["tiles"] = lambda: step(tiles=True)
     times = interleaved(contenders, repeats=15)
     return (
         {"length": length, "dtype": str(dtype).removeprefix("torch.")}

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from celora.machine import gpus
 from celora.studies.cells import LLAMAS, Llama
+from celora.train.forecast import peaks
 
 TOKENS = 4096
-GPUS = {name: gpus.GPUS[name] for name in ("RTX 3060 12GB", "RTX 4090", "A100 80GB", "H100")}
+GPUS = {name: peaks.GPUS[name] for name in ("RTX 3060 12GB", "RTX 4090", "A100 80GB", "H100")}
 
 
 MODELS = {name.removeprefix("llama-").upper(): shape for name, shape in LLAMAS.items()}
@@ -29,7 +29,7 @@ class Work:
     operations: int
     rate: str
 
-    def time_us(self, gpu: gpus.Gpu) -> float | None:
+    def time_us(self, gpu: peaks.Gpu) -> float | None:
         """The roofline's time; None where the GPU has no such instructions."""
         rate = getattr(gpu, self.rate)
         return None if rate is None else 1e6 * max(self.bytes / gpu.bandwidth, self.operations / rate)

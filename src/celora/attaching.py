@@ -35,7 +35,7 @@ from celora.runtime.attachment import ATTRIBUTE, Attachment, attachments, find
 from celora.runtime.notes import advice, whole_model_notes
 from celora.settings.config import CELoraConfig, matches
 from celora.settings.names import HEAD
-from celora.settings.presets import PRESETS, by_rule, resolve
+from celora.settings.presets import PRESETS, resolve, ruled
 from celora.weights.read import plain_weight
 
 
@@ -85,7 +85,6 @@ def attach(
     else:
         detach(model)
         attachment = Attachment(model, config, report)
-        attachment.plan = plan
         for name, (_, estimator) in assigned.items():
             _graft_layer(found.layers[name], estimator, attachment)
         for module, kind in known.items():
@@ -98,10 +97,10 @@ def attach(
             OwnLoss(attachment.switch).under(model)
         attachment.set_modes(0)
         model.__dict__[ATTRIBUTE] = attachment
-        attachment.timed = timed
         asked = any(config.overrides[pattern].keys() - {"saved_input"} for pattern in _patterns(config))
         if not attachment.grafts and (report.skipped or asked):
             warnings.warn("celora: no layer can be estimated. Print the report for the reasons.", stacklevel=2)
+    attachment.plan, attachment.timed = plan, timed
     estimates = bool(report.estimated) or not exact_head
     estimators = [estimator for _, estimator in assigned.values() if estimator is not None]
     slow = {estimator.product.slow(estimator.device) for estimator in estimators} - {""}
@@ -140,7 +139,7 @@ def _settled(
     if name in ("auto", "fast"):
         from celora.planning.fastest import gate
 
-        config = gate(found, by_rule(config, changes) if name == "auto" else config, given=changes).config
+        config = gate(found, ruled(name, config, changes), given=changes).config
     if gathers(model) and not same_in_all(config.to_dict()):
         raise CELoraError(
             "the processes attach different configurations, and would wait for each other for ever; a plan has to be "

@@ -36,8 +36,6 @@ NAMES: dict[str, str] = {
     "torch:ops.onednn.qlinear_prepack": "8-bit products without celora's own kernels are slower",
     "torch.utils._python_dispatch:is_traceable_wrapper_subclass": "the memory of quantised and sharded tensors is not "
     "counted exactly",
-    "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu": "the backward of short sequences is torch's own",
-    "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "the backward of short sequences is torch's",
     "transformers.loss.loss_utils:ForCausalLMLoss": "the loss is the model's own, with padding",
     "transformers:PretrainedConfig._attn_implementation": "padding stays in batches",
     "transformers.integrations.gguf.gguf_tokenizer_mapping:GGUF_PRE_TOKENIZER_SPLITS": "nobody checks whether the text "

@@ -84,7 +84,7 @@ def shard(model: nn.Module, **options: Any) -> None:
     try:
         sharded = [fully_shard(block, **options) for block in blocks]
         fully_shard(model, **options)
-    except RuntimeError as error:  # torch 2.11, for one; 2.13 can do it
+    except RuntimeError as error:  # before torch 2.12
         if "floating point dtype can require gradients" not in str(error):
             raise
         raise CELoraError(

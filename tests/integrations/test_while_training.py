@@ -64,7 +64,7 @@ def test_attached_from_the_first_step_to_the_last(tmp_path: Path, capsys: pytest
         training.add_callback(seen)
         training.train()
         assert find(training.model) is None
-    assert (seen.grafts, callback.trainings) == ([14] * 8, 2)
+    assert seen.grafts == [14] * 8
     said = "celora: a configuration attached to LlamaForCausalLM: 14 of 14 frozen layers estimated.\n"
     assert capsys.readouterr().err.count(said) == 2
 
@@ -130,7 +130,7 @@ def test_where_timing_decides_otherwise_a_resumed_training_goes_on_as_it_began(
 def test_a_model_without_adapters_trains_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     callback, model = AttachWhileTraining("exact"), make_base()
     trainer(tmp_path, callback, model=model, save_strategy="no").train()
-    assert (find(model), callback.trainings) == (None, 0)
+    assert find(model) is None
     assert "celora: LlamaForCausalLM has no PEFT adapter, so it trains as without celora.\n" in capsys.readouterr().err
 
 

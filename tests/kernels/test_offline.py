@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import rows
 from benchmarks.kernels import offline, roofline
-from celora.machine.gpus import Gpu
+from celora.train.forecast.peaks import Gpu
 from triton_here import needs_triton
 
 ROOT = Path(__file__).parents[2]

@@ -34,11 +34,6 @@ def moved(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(MPS)
 
 
-def test_versions_of_what_is_installed() -> None:
-    assert device.package_version("torch") == torch.__version__
-    assert device.package_version("not-a-package") is None
-
-
 def test_the_pretended_device_refuses_what_mps_refuses(mps: list[str]) -> None:
     x = moved(torch.randn(3, 3))
     assert isinstance(x, Pretended)

@@ -242,7 +242,7 @@ def test_others_disturb_where_fewer_processors_are_free_than_there_are_threads(
     shares: list[float], allowed: set[int], threads: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = SimpleNamespace(cpu_percent=lambda seconds, percpu: shares)
-    monkeypatch.setattr(timing, "psutil_if_there", lambda: watched)
+    monkeypatch.setattr(timing, "psutil", watched)
     monkeypatch.setattr(timing.os, "sched_getaffinity", lambda process: allowed, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     now = 0.0

@@ -60,7 +60,6 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", by_mask)
     pretend(monkeypatch, "attention", there=False)
     varlen._works.cache_clear()
-    patch_all(monkeypatch, "celora.modeling.attention:_SHORT", 0)
     yield monkeypatch
     varlen._works.cache_clear()
 

@@ -25,7 +25,6 @@ from celora.kernels.triton import judged, proof
 from celora.modeling import varlen
 from celora.studies.cells import Cell
 from celora.studies.step import ARMS
-from patching import patch_all
 from without import without
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
@@ -111,7 +110,6 @@ def test_attention_in_one_call_is_compared(dtype: torch.dtype, monkeypatch: pyte
 
     monkeypatch.setattr(varlen, "attend", twice)
     without(monkeypatch, "c")  # on the CPU, our own kernel would compute it
-    patch_all(monkeypatch, "celora.modeling.attention:_SHORT", 0)
     assert kernels.wrong_attention(CPU, dtype).startswith("output has an error of ")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -20,6 +21,7 @@ OPTIONAL = {"bitsandbytes", "flash_attn", "triton", "axolotl", "pydantic", "llam
 NEED_MORE = {"celora.kernels.triton.jitted", "celora.integrations.axolotl"}
 # Packages of the application that torch, Transformers and PEFT import themselves.
 OF_OTHERS = {"accelerate", "filelock", "yaml"}
+OF_PEFT = {"psutil"}
 ALONE = """
 import importlib, sys
 for name in {blocked!r}:
@@ -47,7 +49,8 @@ print("done")
 
 def test_the_library_imports_what_it_declares() -> None:
     found = {name for module, path in modules().items() if room(module) in LIBRARY for name in external(path)}
-    assert found - OPTIONAL == set(lowest()) == {"torch", "transformers", "peft", "safetensors"}
+    assert found - OPTIONAL - OF_PEFT == set(lowest()) == {"torch", "transformers", "peft", "safetensors"}
+    assert {Requirement(need).name for need in metadata.requires("peft") if "extra ==" not in need} >= OF_PEFT
 
 
 def test_the_library_works_without_the_application() -> None:

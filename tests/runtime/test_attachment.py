@@ -228,6 +228,21 @@ def test_spread_refreshes_take_turns_and_come_round(model: PeftModel) -> None:
     assert observing[14:] == [[i] for i in range(14)] * 2
 
 
+def test_layers_of_a_deep_model_share_their_turns(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a turn for each layer, a model of 200 layers would have no step in which nothing is read or agreed upon."""
+    model.enable_input_require_grads()
+    monkeypatch.setattr("celora.runtime.attachment._TURNS", 5)
+    celora.attach(model, CELoraConfig("tokens", selection="energy", rank=0, refresh_every=20, spread=True))
+    attachment, observing = require(model), {}
+    for step in range(20, 40):
+        attachment.set_modes(step)
+        observing[step] = [graft for graft in attachment.grafts.values() if graft.mode is Mode.OBSERVE]
+    busy = [step for step, grafts in observing.items() if grafts]
+    assert busy == [20, 24, 28, 32, 36]
+    assert {len(observing[step]) for step in busy} == {2, 3}
+    assert sum(map(len, observing.values())) == 14
+
+
 @pytest.mark.parametrize("start", [0.999, 0.7])
 def test_the_controller_holds_the_error_near_the_target(start: float) -> None:
     """At first, a share of 0.999 loses nothing of so few tokens; 0.7 loses more than the target (an error of 0.55)."""

@@ -12,7 +12,6 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from trl.trainer.utils import add_fused_lm_head
 
 import celora
 from celora import CELoraConfig
@@ -116,7 +115,7 @@ def test_the_head_learns_the_scales_of_its_input(tmp_path: Path) -> None:
 def test_only_training_is_compared() -> None:
     """An evaluation must not decide, nor teach scales, although TRL's has 8-bit logits. Few steps cost more."""
     model = make_model()
-    add_fused_lm_head(model.base_model.model)
+    pytest.importorskip("trl.trainer.utils").add_fused_lm_head(model.base_model.model)
     celora.attach(model, dataclasses.replace(HEAD_ALONE, refresh_every=20))
     head = require(model).forward.eight_bit
     with torch.no_grad():

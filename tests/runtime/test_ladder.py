@@ -78,7 +78,7 @@ RULE = CELoraConfig(
 
 @pytest.fixture
 def rungs(monkeypatch: pytest.MonkeyPatch) -> None:
-    patch_all(monkeypatch, "celora.runtime.ladder:SHARES", (0.5, 0.9))
+    patch_all(monkeypatch, "celora.runtime.ladder:SHARES", (0.5,))
     patch_all(monkeypatch, "celora.runtime.ladder:WORDS", (0.8, 0.9))
 
 
@@ -109,7 +109,7 @@ def test_every_layer_is_measured_within_the_first_steps_and_adjusted() -> None:
     assert over <= {move.layer for move in attachment.ladder.moves}
     for name, graft in attachment.grafts.items():
         if name not in attachment.made_exact:
-            assert graft.estimator.keep_ratio == attachment.ladder.keeps(name, 0.5)
+            assert graft.estimator.keep_ratio == 0.5
     assert attachment.forward is not None
     assert attachment.forward.keep_ratio == attachment.ladder.keeps(HEAD, 0.8)
 
@@ -152,7 +152,7 @@ def test_processes_move_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("celora.runtime.agreement.largest_of_all", lambda own, device: asked.append(len(own)) or told)
     trained(model, 0, 1)
     assert asked == [len(names) + 1]
-    assert attachment.ladder.moves == [Move(1, names[0], 0.5, 0.9, 0.4)]
+    assert attachment.ladder.moves == [Move(1, names[0], 0.5, 1.0, 0.4)]
 
 
 def test_a_checkpoint_of_an_earlier_version_has_no_moves(tmp_path: Path) -> None:

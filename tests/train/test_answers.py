@@ -350,19 +350,6 @@ def test_a_file_of_trl_sft_keeps_trl_s_default(tmp_path):
         assert "assistant_only_loss" not in read_yaml(tmp_path / "ours.yaml")
 
 
-def test_a_run_of_an_earlier_celora_goes_on_as_it_began(inputs, tmp_path, monkeypatch):
-    data = {**inputs, "data": chats(tmp_path / "rows.jsonl", talk(1), talk(2))}
-    go(data, tmp_path / "out", assistant_only_loss=False, max_steps=1, save_steps=1)
-    record = json.loads((tmp_path / "out" / "run.json").read_text())
-    del record["given"]["assistant_only_loss"], record["answers"]  # this is TRL's default, recorded under "train"
-    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
-    seen = []
-    on_build(monkeypatch, seen.append)
-    again = {"output": str(tmp_path / "out"), "resume": True, "quiet": True}
-    assert train(parse(["--max_steps", "2"], again)).step == 2
-    assert words(seen[0], seen[0].train_dataset)[0] == "<|user|> w1 w1 <eos> <|assistant|> w2 w2 w2 <eos>"
-
-
 def test_a_resumed_run_evaluates_what_it_evaluated(inputs, tmp_path, monkeypatch):
     """Rows to evaluate on may have another shape than those to train on. Each is learnt by its own default."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "w1", "completion": " w2"}))

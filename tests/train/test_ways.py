@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from celora.machine.gpus import Gpu
 from celora.settings.config import CELoraConfig
 from celora.settings.presets import PRESETS
 from celora.train.forecast.blocks import Cost, Line
+from celora.train.forecast.peaks import Gpu
 from celora.train.forecast.ways import Model, Rows, Way, best, epoch_seconds, least_seconds, peak_bytes, ways_of
 
 COST = Cost(

@@ -188,7 +188,6 @@ def test_a_compiled_decoder_gets_packed_batches_and_the_head_stays_outside(monke
     monkeypatch.setattr(varlen, "half_function", lambda: by_begins)
     patch_all(monkeypatch, "celora.modeling.varlen:_MULTIPLE", 4)  # heads of 12 numbers
     pretend(monkeypatch, "attention", there=False)
-    patch_all(monkeypatch, "celora.modeling.attention:_SHORT", 0)
     config = CELoraConfig(
         estimator="tokens", selection="energy", keep_ratio=0.9, rank=0, refresh_every=3, fused=True, labelled_head=True,
         padding_free=True, head_keep_ratio=0.5, **({} if refuses() else {"precision": "int8", "forward": "int8"}),

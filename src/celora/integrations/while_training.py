@@ -21,7 +21,7 @@ from celora.runtime.callback import Callback
 from celora.runtime.state import saved_config, times_differ
 from celora.settings.config import CELoraConfig
 from celora.settings.names import PRESET_NAMES
-from celora.settings.presets import by_rule, resolve
+from celora.settings.presets import resolve, ruled
 
 
 class AttachWhileTraining(Callback):
@@ -34,9 +34,6 @@ class AttachWhileTraining(Callback):
         settings: what a user writes under `celora:`. A preset (`exact`); a mapping with `preset` and fields that
             concern all layers (`{"preset": "auto", "labelled_head": False}`); or a mapping of `CELoraConfig` fields.
 
-    Attributes:
-        trainings: number of trainings that celora was attached for.
-
     Raises:
         CELoraError: for an unknown preset or field.
     """
@@ -44,7 +41,6 @@ class AttachWhileTraining(Callback):
     def __init__(self, settings: object = DEFAULT) -> None:
         super().__init__()
         self.config, self.changes = read_settings(settings)
-        self.trainings = 0
         self._ours: nn.Module | None = None
 
     def on_train_begin(
@@ -69,8 +65,7 @@ class AttachWhileTraining(Callback):
         """
         if state.global_step == 0 or self.config not in ("auto", "fast"):
             return None
-        asked = resolve(self.config, self.changes)
-        asked = by_rule(asked, self.changes) if self.config == "auto" else asked
+        asked = ruled(self.config, resolve(self.config, self.changes), self.changes)
         found = (saved_config(folder) for folder in self._checkpoints(args, state))
         before = next((config for config in found if config is not None), asked)
         if "head_keep_ratio" in self.changes and before.head_keep_ratio != asked.head_keep_ratio:
@@ -81,7 +76,6 @@ class AttachWhileTraining(Callback):
         name = type(getattr(model, "get_base_model", lambda: model)()).__name__
         if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             return f"{name} has no PEFT adapter, so it trains as without celora."
-        self.trainings += 1
         existing = find(model)
         if existing is not None and not existing.for_a_training:
             return f"{name} was attached by the program itself, which decides."

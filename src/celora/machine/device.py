@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -94,14 +93,3 @@ def measured_on(device: torch.device) -> str:
     """
     amx = device.type == "cpu" and matrix_instructions()
     return device_name(device) + (" with AMX" if amx else "")
-
-
-def package_version(name: str) -> str | None:
-    """The version of an installed package; None if it is not installed, as where celora runs from its sources."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-PACKAGES = ("celora", "torch", "transformers", "peft", "trl", "accelerate", "datasets")

@@ -7,10 +7,10 @@ import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, UntypedStorage, nn
 
@@ -75,9 +75,11 @@ def peak_memory(device: torch.device) -> int | None:
     if device.type != "cpu":
         ask = getattr(backend(device), "max_memory_allocated", None)  # MPS does not keep it
         return None if ask is None else int(ask(device))
-    # What getrusage says includes the process that started this one.
-    if (peak := _listed("/proc/self/status", "VmHWM")) is not None:
-        return peak
+    # What getrusage says includes the process that started this one. A sandbox may have no such file, or no such line.
+    with suppress(OSError, StopIteration):
+        # The process's name stands there, too, in whatever encoding.
+        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     try:
         import resource
     except ImportError:  # Windows
@@ -86,12 +88,9 @@ def peak_memory(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def resident_memory() -> int | None:
-    """Bytes of this process that are in memory now; None where nobody knows."""
-    if (resident := _listed("/proc/self/status", "VmRSS")) is not None:
-        return resident
-    psutil = psutil_if_there()
-    return None if psutil is None else int(psutil.Process().memory_info().rss)
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def forget_peak(device: torch.device) -> None:
@@ -110,27 +109,5 @@ def available_memory(device: torch.device) -> int | None:
     if device.type != "cpu":
         ask = getattr(backend(device), "mem_get_info", None)
         return None if ask is None else int(ask(device)[0])
-    if not sys.platform.startswith("linux"):
-        psutil = psutil_if_there()
-        return None if psutil is None else int(psutil.virtual_memory().available)
-    if (free := _listed("/proc/meminfo", "MemAvailable")) is None:
-        return None
-    allowed = cgroup.free_memory()
+    free, allowed = int(psutil.virtual_memory().available), cgroup.free_memory()
     return free if allowed is None else min(free, allowed)
-
-
-def _listed(file: str, name: str) -> int | None:
-    """Bytes that Linux lists as `name` in a file; None on other systems, or in a sandbox that does not tell."""
-    with suppress(OSError, StopIteration, ValueError):
-        # The process's name stands in one of the files, in whatever encoding.
-        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-    return None
-
-
-def psutil_if_there() -> Any:
-    """psutil, which comes with Accelerate; None without it."""
-    try:
-        return import_module("psutil")
-    except ImportError:
-        return None

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
+import psutil
 import torch
 
 from celora.borrowed import borrow
 from celora.machine.device import accelerator, default_device
-from celora.machine.memory import psutil_if_there
 
 _CLEARLY = 1.5  # times as long as float32's product: less is no reason to take twice the memory
 _TURNS, _MOST_TURNS = 9, 45  # of the two dtypes
@@ -105,7 +105,7 @@ def laps(calls: Sequence[Callable[[], object]], device: torch.device | None = No
 def disturbed(device: torch.device | None = None) -> str:
     """One line if other programs leave fewer processors free than torch has threads, so that times are too long.
 
-    '' if they do not, if nobody knows, or if the times are not those of a CPU. This process sleeps while it watches
+    '' if they do not, or if the times are not those of a CPU. This process sleeps while it watches
     them, and believes what it saw for a few seconds. Threads that have to wait for a processor keep all others waiting,
     so products may take ten times as long.
 
@@ -117,9 +117,6 @@ def disturbed(device: torch.device | None = None) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _disturbed(_moment: int) -> str:
-    psutil = psutil_if_there()
-    if psutil is None:
-        return ""
     shares = psutil.cpu_percent(_WATCHED_S, percpu=True)
     if hasattr(os, "sched_getaffinity"):
         shares = [shares[number] for number in os.sched_getaffinity(0) if number < len(shares)]

@@ -1,10 +1,7 @@
 """Causal attention of packed sequences, each by itself, with Transformers' `sdpa` or with a faster kernel.
 
-On CPU, our own kernel computes forward and backward of training, packed or not. Where it is not available, attention is
-torch's flash attention. That computes its backward by many small products. In bfloat16 each takes longer to set up than
-to compute: at 64 tokens forward and backward take twice as long as in float32 (`benchmarks/kernels/attention.py`). So
-the backward of short sequences in bfloat16 is computed in float32 there, from torch's outputs and row sums. On a CUDA
-device, all sequences are one call (`celora.modeling.varlen`).
+On CPU, our own kernel computes forward and backward of training, packed or not. On a CUDA device, all packed sequences
+are one call (`celora.modeling.varlen`). Elsewhere, attention is torch's.
 
 The model's configuration keeps naming `sdpa`. It names our attention only while an attention runs that was called with
 `celora_lengths` (`Lookup`). Gradient checkpointing repeats the call in backward with the same arguments, so it finds
@@ -35,9 +32,6 @@ from celora.modeling.own_forward import OwnForward
 ATTENTION = "celora_packed_sdpa"
 LENGTHS = "celora_lengths"
 _DTYPES = (torch.float32, torch.bfloat16)  # of our kernel
-_SHORT = 160  # tokens; measured, benchmarks/kernels/attention.py
-_FLASH = "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu"
-_FLASH_BACKWARD = "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward"
 _IMPLEMENTATION = "transformers:PretrainedConfig._attn_implementation"
 
 
@@ -156,10 +150,9 @@ def attention(
             f"{query.shape[2]} queries and {key.shape[2]} keys for {sum(celora_lengths)} packed tokens: something "
             "between the batch and the attention changed them. Attach with padding_free=False."
         )
-    if celora_lengths and (tiles or (dropout == 0 and _backward_pays(query, key, value, celora_lengths))):
-        given = (query, key, value, celora_lengths, scale)
-        result: Tensor = _Tiled.apply(*given, _saves_compactly(module)) if tiles else _Causal.apply(*given)  # type: ignore[no-untyped-call]
-        return result, None
+    if celora_lengths and tiles:
+        packed: Tensor = _Tiled.apply(query, key, value, celora_lengths, scale, _saves_compactly(module))  # type: ignore[no-untyped-call]
+        return packed, None
     if dropout == 0 and cu_seq_lens_q is not None and max_length_q is not None:
         together = varlen.attend(module, query, key, value, cu_seq_lens_q, max_length_q, attention_mask, scale)
         if together is not None:
@@ -185,31 +178,13 @@ def _say_one_by_one(kind: str) -> None:
         )
 
 
-def packing_pays(dtype: torch.dtype, length: int, device: torch.device, *, masked: bool) -> bool:
-    """Whether packing makes attention faster, even if it saves hardly any tokens.
-
-    Our kernel takes no mask, so it needs packing if some token is masked. The float32 backward always needs packing.
+def packing_pays(dtype: torch.dtype, device: torch.device, *, masked: bool) -> bool:
+    """Whether packing makes attention faster, even if it saves hardly any tokens. Our kernel takes no mask.
 
     Args:
-        length: number of tokens of the longest sequence.
         masked: whether some token is masked.
     """
-    if not operations.available("attention", device):
-        return _short(device, dtype, length)
-    return dtype in _DTYPES and masked
-
-
-def _short(device: torch.device, dtype: torch.dtype, length: int) -> bool:
-    """Whether torch's backward of a sequence of so many tokens is faster in float32."""
-    wanted = device.type == "cpu" and dtype == torch.bfloat16 and length <= _SHORT
-    return wanted and borrow(_FLASH) is not None and borrow(_FLASH_BACKWARD) is not None
-
-
-def _backward_pays(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> bool:
-    """Whether torch would use flash attention in bfloat16 on CPU for this, and some sequence is short enough."""
-    pays = _short(query.device, query.dtype, min(lengths)) and query.shape[3] == value.shape[3]
-    dense = all(t.stride(-1) == 1 for t in (query, key, value))  # the operators rely on it
-    return bool(pays and dense and key.dtype == value.dtype == query.dtype and query.requires_grad)
+    return masked and dtype in _DTYPES and operations.available("attention", device)
 
 
 def _tiles_pay(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, sequences: int) -> bool:
@@ -296,36 +271,3 @@ class _Tiled(torch.autograd.Function):
         output, logs = known
         found = operations.attention_backward(grad, query, key, value, output, logs, ctx.sequences, scale=ctx.scale)
         return *found, None, None, None
-
-
-class _Causal(torch.autograd.Function):
-    """Causal attention of each sequence: (1, heads, N, d) to (1, N, heads, d)."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
-        pieces = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
-        flash = borrow(_FLASH)
-        outputs, sums = zip(*(flash(*piece, 0.0, True, scale=scale) for piece in pieces), strict=True)
-        output = torch.cat(outputs, dim=2)
-        ctx.save_for_backward(query, key, value, output, *sums)
-        ctx.lengths, ctx.scale, ctx.groups = lengths, scale, groups
-        return output.transpose(1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, *sums = ctx.saved_tensors
-        tensors = (grad.transpose(1, 2), query, key, value, output)
-        found, flash_backward = [], borrow(_FLASH_BACKWARD)
-        for *piece, row_sums in zip(*(t.split(ctx.lengths, dim=2) for t in tensors), sums, strict=True):
-            if piece[0].shape[2] <= _SHORT:
-                piece = [t.float() for t in piece]
-            grads = flash_backward(*piece, row_sums, 0.0, True, scale=ctx.scale)
-            found.append([g.to(query.dtype) for g in grads])
-        grad_q, grad_k, grad_v = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
-        if ctx.groups > 1:
-            grad_k, grad_v = (g.unflatten(1, (-1, ctx.groups)).sum(2) for g in (grad_k, grad_v))
-        return grad_q, grad_k, grad_v, None, None

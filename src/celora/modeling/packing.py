@@ -78,7 +78,7 @@ def pack(
     if compiled and not varlen.compiles(config, device, _dtype(model)):
         return None
     if total > (1 - _LEAST_SAVING) * rows * columns and not (
-        ours and packing_pays(_dtype(model), max(lengths), device, masked=bool(masked))
+        ours and packing_pays(_dtype(model), device, masked=bool(masked))
     ):
         return None
     if window_exceeded(config, numbers) is not None:

@@ -1,6 +1,6 @@
 """The survey of a model: its adapted layers and the language model around them, as plain data.
 
-`survey(model)` visits every module once. Its result says what can be estimated, fused, packed or scored, and why not.
+The result of `survey(model)` says what can be estimated, fused, packed or scored, and why not.
 `attach`, the planner, FSDP2 and the notes of a report read it.
 """
 

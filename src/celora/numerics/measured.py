@@ -37,6 +37,7 @@ class Measured:
     def take_error(self) -> float | None:
         """The relative error since the latest call, None if nothing was measured. It may wait for an accelerator."""
         error, norm, self.squared_error, self.squared_norm = self.squared_error, self.squared_norm, None, None
-        if error is None or norm is None or norm.item() == 0:
+        if error is None or norm is None:
             return None
-        return float((error / norm).sqrt())
+        squared_error, squared_norm = torch.stack([error, norm]).tolist()  # one wait
+        return math.sqrt(squared_error / squared_norm) if squared_norm else None

@@ -21,7 +21,8 @@ from celora.kernels.backends import chosen
 from celora.kernels.triton.judged import planned_on
 from celora.machine.cache import keep, recall
 from celora.machine.cpu import features, limits
-from celora.machine.device import measured_on, package_version, random_states, reads_freely
+from celora.machine.device import measured_on, random_states, reads_freely
+from celora.machine.packages import package_version
 from celora.machine.processes import made_by_first
 from celora.machine.timing import cannot_time, disturbed, ratios, time_over_float32
 from celora.modeling.assign import rank_of

@@ -217,8 +217,6 @@ class Plan:
             }
 
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _LAYERS}
-        if not self.forwards:
-            del own["loss_shift"]
         document = {"version": _VERSION, **own, "settings": [_changes(s) for s in settings]}
         head = None if self.head is None else values(self.head)
         return document | {"layers": [values(layer) for layer in self.layers], "head": head}
@@ -239,7 +237,6 @@ class Plan:
             layers = tuple(_planned(layer, settings) for layer in values["layers"])
             head = None if values.get("head") is None else _planned(values["head"], settings)
             kinds = {"float": float, "int": int, "str": str}
-            values = {"audited_batches": cls.audited_batches, "loss_shift": cls.loss_shift, **values}  # older plans
             own = {name: kinds[str(kind)](values[name]) for name, kind in known.items() if name not in _LAYERS}
             for name, kind in known.items():
                 if kind in ("float", "int"):

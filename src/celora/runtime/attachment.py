@@ -29,6 +29,7 @@ from celora.settings.names import HEAD
 
 ATTRIBUTE = "_celora"
 FIRST_ROUND = 10  # optimizer steps over which `spread` distributes the first observations
+_TURNS = 20  # of `spread` in a period: no layer refreshes in the steps between them
 TOO_OFTEN = 2  # after so many refreshes in a row with a relative error of 1 or more, a layer becomes exact
 attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
@@ -240,7 +241,7 @@ class Attachment:
             part: Any = self.forward if name == HEAD else self.grafts[name].estimator
             if error is not None and part is not None and name not in self.made_exact:
                 keeps = self.ladder.move(name, part.keep_ratio, error, step)
-                if name == HEAD or keeps < 1:  # the estimator of a layer that becomes exact is not changed
+                if name == HEAD:  # the estimator of a layer that becomes exact is not changed
                     part.keep_ratio = keeps
 
     def agree(self, names: list[str]) -> None:
@@ -341,17 +342,18 @@ class Attachment:
 
     def _turn(self, i: int, steps: int) -> int:
         """At which of `steps` steps layer i refreshes."""
-        return i * steps // len(self.grafts) if self.config.spread and not self.switch.compiled else 0
+        turns = min(steps, _TURNS) if self.config.spread and not self.switch.compiled else 1
+        return i * turns // len(self.grafts) * (steps // turns)
 
     def set_modes(self, step: int, *, together: bool = False) -> None:
         """Set every layer's mode, and how activations are saved. `together`: all layers refresh at this step.
 
         Layers refresh at steps 0, tau, 2 tau, ... A layer without a selection goes on refreshing if its input needs a
-        gradient. With `spread`, layer i of n refreshes `i tau / n` steps later. Layers that need a first observation
-        get it in turns during the first steps, and are exact until then. With `most_error`, all layers are measured in
-        turns during the first steps. So are layers with a forward in 8 bits, which learns the scales of its input then,
-        and once more in the steps that follow, with these scales. Layers of one module refresh together there: those
-        that share an input only share scales of the same batches. Layers that were made exact stay exact.
+        gradient. With `spread`, layers take at most 20 turns between two of these steps. Layers that need a first
+        observation get it in turns during the first steps, and are exact until then. With `most_error`, all layers are
+        measured in turns during the first steps. So are layers with a forward in 8 bits, which learns the scales of its
+        input then, and once more in the steps that follow, with these scales. Layers of one module refresh together
+        there: those that share an input only share scales of the same batches. Layers made exact stay exact.
 
         torch.compile would make a graph for each turn. So once layers have run compiled, all of them refresh at once.
         """

@@ -151,7 +151,7 @@ def times_differ(before: CELoraConfig | None, now: CELoraConfig) -> bool:
 
 
 def _same_config(made_with: str, attachment: Attachment) -> bool:
-    """Whether this is the attached configuration. A setting that an older version did not write has its default."""
+    """Whether this is the attached configuration."""
     try:
         return CELoraConfig.from_dict(json.loads(made_with)) == attachment.config
     except (CELoraError, ValueError, TypeError):

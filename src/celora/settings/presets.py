@@ -63,6 +63,11 @@ def by_rule(frame: CELoraConfig, given: Collection[str] = ()) -> CELoraConfig:
     return dataclasses.replace(frame, **{name: value for name, value in RULE.items() if name not in own})
 
 
+def ruled(preset: object, config: CELoraConfig, given: Collection[str] = ()) -> CELoraConfig:
+    """The configuration of preset `auto` with its rule, and that of every other preset as it is."""
+    return by_rule(config, given) if preset == "auto" else config
+
+
 def resolve(config: str | CELoraConfig, changes: Mapping[str, Any] | None = None) -> CELoraConfig:
     """The configuration of a preset, or the given configuration, with `changes` of fields that concern all layers.
 

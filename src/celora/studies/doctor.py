@@ -19,8 +19,9 @@ from celora.kernels.backends import chosen, explain
 from celora.kernels.c import tier
 from celora.machine import cpu
 from celora.machine.cgroup import allowed_cpus
-from celora.machine.device import PACKAGES, default_device, device_name, package_version
+from celora.machine.device import default_device, device_name
 from celora.machine.memory import available_memory
+from celora.machine.packages import PACKAGES, package_version
 from celora.machine.timing import faster_dtype, interleaved, time_over_float32
 from celora.numerics.products.registry import make_product
 

@@ -41,11 +41,11 @@ def attached_text(attached: AttachReport, plan: Plan | None) -> str:
 
 
 def estimator_rows(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration that trained. For a record of an earlier version, the one that was asked for.
+    """The configuration that trained.
 
     Layers that an override names alone are counted: a plan or the gate names up to all of them.
     """
-    config = record.get("settled") or record.get("config") or {}
+    config = record.get("settled") or {}
     rows = {key: value for key, value in config.items() if key != "overrides"}
     named: Counter[str] = Counter()
     overrides = config.get("overrides")

@@ -20,7 +20,7 @@ from celora.planning.plan import Plan
 from celora.planning.planner import DEFAULT_FIDELITY, MOST_BATCHES
 from celora.settings.config import CELoraConfig
 from celora.settings.names import HEAD
-from celora.settings.presets import by_rule
+from celora.settings.presets import ruled
 from celora.train.output.folder import CONFIG, PLAN
 from celora.train.progress import PlanProgress, say
 from celora.train.request.arguments import PLANNING, TrainRequest
@@ -62,7 +62,7 @@ def settled(request: TrainRequest, trainer: Any, console: Console) -> Chosen:
     given = request.options.celora or {}
     if any(getattr(request.options, name) is not None for name in PLANNING):
         return planned(request, trainer, console)
-    config = request.config if request.preset == "fast" else by_rule(request.config, given)
+    config = ruled(request.preset, request.config, given)
     gated = gate(survey(trainer.model), config, *batch_size(trainer), given=given)
     return Chosen(gated.config, timings=gated.timings)
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 import celora
-from celora.machine.device import PACKAGES, device_name
+from celora.machine.device import device_name
+from celora.machine.packages import PACKAGES
 from celora.modeling.report import AttachReport
 from celora.settings.config import CELoraConfig
 from celora.train.processes import processes
@@ -79,7 +80,6 @@ def make_record(request: TrainRequest, args: Any, config: CELoraConfig, attached
         "lora": request.lora,
         # `to_dict` hides every name that ends in _token, and these two are not secrets.
         "train": args.to_dict() | {name: request.train.get(name) for name in ("eos_token", "pad_token")},
-        "answers": request.train.get("assistant_only_loss"),  # as asked for; `args` has it as training rows settle it
         "estimated_layers": len(attached.estimated),
         "layers": [asdict(layer) for layer in attached.layers],
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},

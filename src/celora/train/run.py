@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +157,6 @@ def _enter(request: TrainRequest, stack: ExitStack) -> _Entered:
     earlier = folder.run() if options.resume else None
     if earlier:
         check_record(folder.path / RUN, earlier)
-        # A version of celora with another default may have begun the run. It keeps the setting that it began with.
-        answers = earlier["answers"] if "answers" in earlier else earlier["train"].get("assistant_only_loss", False)
-        request = replace(request, train=request.train | {"assistant_only_loss": answers})
     return _Entered(request, folder, begun, earlier)
 
 

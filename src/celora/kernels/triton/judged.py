@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from celora.machine.cache import keep, recall
-from celora.machine.device import device_name, package_version
+from celora.machine.device import device_name
+from celora.machine.packages import package_version
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST = (8, 0)  # compute capability

@@ -27,7 +27,7 @@ class Gate(OwnForward):
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         x = single(args, kwargs, "gated")
-        parts = None if x is None else parts_of(module, x.dtype)
+        parts = None if x is None else named_parts(module, x.dtype)
         if x is None or parts is None or _watched(getattr(module, parts.activation)):
             return type(module).forward(module, *args, **kwargs)
         gate, up = getattr(module, parts.gate)(x), getattr(module, parts.up)(x)
@@ -38,7 +38,7 @@ class Gate(OwnForward):
         return getattr(module, parts.down)(gated(gate, up, in_8_bits=self.switch.saves_compactly))
 
 
-def parts_of(module: nn.Module, dtype: torch.dtype = torch.float32) -> families.Gate | None:
+def named_parts(module: nn.Module, dtype: torch.dtype = torch.float32) -> families.Gate | None:
     """The names of a SwiGLU block's parts, if some family has these names; None for any other module."""
     for parts in families.column("gate"):
         if is_silu(getattr(module, parts.activation, None)) and multiplies(type(module).forward, dtype, parts):

@@ -32,7 +32,7 @@ from torch import nn
 from celora.kernels.operations import available
 from celora.modeling.hooks import is_ours
 from celora.modeling.own_forward import OwnForward
-from celora.modeling.passes.gate import Gate, parts_of
+from celora.modeling.passes.gate import Gate, named_parts
 from celora.modeling.passes.norm import Norm, epsilon
 from celora.modeling.passes.rotation import Rotation, calls_turn, turn_of, turns
 
@@ -55,7 +55,7 @@ def known(model: nn.Module) -> dict[nn.Module, type[OwnForward]]:
         if kind.__name__.endswith("RMSNorm") and epsilon(module):
             if [name for name, _ in module.named_parameters()] == ["weight"]:
                 found[module] = Norm
-        elif parts_of(module) is not None:
+        elif named_parts(module) is not None:
             found[module] = Gate
         elif calls_turn(kind.forward) and turns(turn_of(kind.forward)):
             found[module] = Rotation

@@ -52,7 +52,7 @@ class Observed:
         return float(torch.linalg.vector_norm(estimate.float() - exact) / norm)
 
     def rounding(self, product: Product) -> float:
-        """The relative error of the whole product in this arithmetic. The product must keep no copy of the weight."""
+        """The relative error of the whole product in this arithmetic. A copy of the weight that it makes is dropped."""
         if isinstance(product, Native):
             return 0.0
         if product.name not in self._rounding:

@@ -24,7 +24,6 @@ import torch
 from celora.errors import CELoraError
 from celora.machine.allocator import give_back_freed_memory
 from celora.machine.device import default_device
-from celora.machine.gpus import GPUS, USABLE, usable
 from celora.machine.memory import available_memory, resident_memory
 from celora.modeling.int8_base import frozen_linears
 from celora.modeling.report import aligned
@@ -42,6 +41,7 @@ from celora.train.forecast.blocks import (
     outline,
     stand_in,
 )
+from celora.train.forecast.peaks import GPUS, USABLE, usable
 from celora.train.forecast.ways import QUALITY, Model, Rows, Way, best, ways_of
 from celora.train.loading import (
     check_model_folder,
@@ -214,7 +214,7 @@ def estimate(
         budget = usable(GPUS[gpu].memory) if asked is not None else available_memory(default_device())
     elif memory is None:
         budget = available_memory(args.device)
-        budget = None if budget is None else budget + (resident_memory() or 0)  # the peak counts what there is already
+        budget = None if budget is None else budget + resident_memory()  # the peak counts what there is already
     return Estimate(
         rows=len(everything),
         tokens=found.tokens,
@@ -338,7 +338,7 @@ def _all_ways(
     gc.collect()
     give_back_freed_memory()
     # With what libraries keep once there have been steps.
-    before, card = (resident_memory() or 0, None) if gpu is None else (gpus.BESIDE, GPUS[gpu])
+    before, card = (resident_memory(), None) if gpu is None else (gpus.BESIDE, GPUS[gpu])
     return [
         way
         for named, own, cost in costs

@@ -11,7 +11,7 @@ import torch
 
 from celora.errors import CELoraError
 from celora.machine.device import accelerator, device_name
-from celora.machine.gpus import USABLE, gpu_named, usable
+from celora.train.forecast.peaks import USABLE, gpu_named, usable
 from celora.train.forecast.ways import Way
 from celora.train.request.arguments import TrainRequest
 

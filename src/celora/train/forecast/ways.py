@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from celora.machine.gpus import Gpu
 from celora.numerics.head import chunk_size
 from celora.settings.config import CELoraConfig
 from celora.train.forecast.blocks import Cost
+from celora.train.forecast.peaks import Gpu
 
 _ADAMW = 4  # times the bytes of what trains
 _ROUNDED = 17 / 16  # celora rounds the tokens left after padding up

@@ -1,4 +1,4 @@
-"""Files of other programs: llama.cpp's GGUF, and merged models for Transformers.
+"""Files of other programs: llama.cpp's GGUF, MLX's adapters, and merged models for Transformers.
 
 Belongs here: names, order and storage of tensors, and writing them whole. Does not belong here: training.
 """

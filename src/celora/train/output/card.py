@@ -117,7 +117,7 @@ class Card:
             adapter=json.dumps(self.name),
             dtype=json.dumps(_dtype(trainer)),
             revision=f", revision={json.dumps(revision)}" if on_hub and revision != "main" else "",
-            inputs=_CHAT if self.record.get("turns", bool(trainer.processing_class.chat_template)) else _TEXT,
+            inputs=_CHAT if self.record["turns"] else _TEXT,
         )
 
     def _data(self, trainer: Any) -> dict[str, Any]:

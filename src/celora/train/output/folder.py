@@ -31,7 +31,7 @@ _FOLDERS = (SAVING, "additional_chat_templates")  # the second: of a tokenizer w
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _DAMAGED = ".damaged"
 _NAMES = (
-    r"run\.json|metrics\.jsonl|report\.html|loss\.svg|celora_(config|plan|state)\.json|README\.md|training_args\.bin"
+    r"run\.json|metrics\.jsonl|report\.html|loss\.svg|celora_(config|plan)\.json|README\.md|training_args\.bin"
     r"|adapter_config\.json|adapter_model\.(safetensors|bin)|chat_template\.jinja|processor_config\.json"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|vocab\.txt"
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model"

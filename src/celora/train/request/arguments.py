@@ -301,7 +301,6 @@ def _check_same_run(before: Mapping[str, Any], request: TrainRequest) -> None:
         if not (name in RESUMABLE or name.startswith(RESUMABLE_PREFIXES) or name in ("output", "preset", "celora"))
         and settled.get(name) != value
     }
-    # A field that an older version did not know has its default.
     if (CELoraConfig.from_dict(before["config"]), before["r"]) != (request.config, request.r):
         changed["the estimator's configuration"] = (before.get("preset"), request.preset)
     if (count := before.get("processes", processes())) != processes():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from celora.errors import CELoraError
-from celora.machine.gpus import GPUS, USABLE, gpu_named, usable
+from celora.train.forecast.peaks import GPUS, USABLE, gpu_named, usable
 
 
 @pytest.mark.parametrize(
