@@ -14,7 +14,9 @@ BOTH = CELoraConfig(estimator="int8", forward="int8", fused=True)
 
 
 # TorchScript warns that it is old, and of each number that it takes for a constant.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:`torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning"
+)
 @pytest.mark.parametrize("config", ["exact", "paper", BOTH], ids=str)
 @pytest.mark.parametrize("training", [False, True])
 def test_a_trace_is_that_of_peft(config: str | CELoraConfig, training: bool) -> None:

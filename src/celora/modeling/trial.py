@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.linalg import vector_norm
 
 from celora.borrowed import borrow
 from celora.machine.precision import float32_roundoff
@@ -147,12 +148,12 @@ def _compared(module: nn.Module, seen: tuple[Tensor, Tensor] | None) -> str | No
         x = x.to(found.dtype)
         expected = x @ rows.t()
         expected = expected if bias is None else expected + bias.to(found.dtype)
-    size, error = expected.float().norm(dim=1), (found.float() - expected.float()).norm(dim=1)
+    size, error = (vector_norm(t, dim=1) for t in (expected.float(), found.float() - expected.float()))
     if not bool(size.isfinite().all()):
         return None
     rounding, sums = _roundoff(weight, found)
     # With random signs, the terms are as long as their sum. With a batch's rows, terms may cancel.
-    terms = size if seen is None else x.float().norm(dim=1) * rows.float().norm()
+    terms = size if seen is None else vector_norm(x.float(), dim=1) * vector_norm(rows.float())
     if bool((error <= _ROUNDINGS * rounding * size + 2 * in_features**0.5 * sums * terms).all()):
         return ""
     return f"it does not compute x W^T + b (relative error {float((error / size).max()):.2g})"
