@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,6 +128,8 @@ def test_clear_errors(model: PeftModel) -> None:
         celora.attach(model, CELoraConfig(rank=49))
     with pytest.raises(CELoraError, match="no PEFT layers in Linear; add an adapter first"):
         celora.attach(nn.Linear(2, 2))
+    with pytest.raises(CELoraError, match=r"SimpleNamespace is not a model; give the model itself, .* trainer\.model"):
+        celora.attach(SimpleNamespace(model=model), "exact")
     with pytest.raises(CELoraError, match="unknown setting 'labeled_head'"):  # before it asks for batches
         celora.attach(model, "auto", labeled_head=False)
     with pytest.raises(CELoraError, match=r"batches= makes a plan, which only preset .auto. needs; leave batches out"):
@@ -167,6 +170,11 @@ def test_detaching_a_part_says_that_the_rest_ends_too() -> None:
 def test_nothing_estimated_is_said() -> None:
     with pytest.warns(UserWarning, match="no layer can be estimated"):
         celora.attach(make_model(target_modules=["q_proj"]), "paper")
+
+
+def test_a_preset_that_estimates_nothing_does_not_warn_of_one_skipped_layer() -> None:
+    report = celora.attach(make_model(target_modules=["q_proj", "embed_tokens"]), "off")
+    assert 0 < len(report.skipped) < len(report.layers)
 
 
 def test_weights_of_another_kind_are_skipped(model: PeftModel) -> None:

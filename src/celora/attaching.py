@@ -98,7 +98,7 @@ def attach(
         attachment.set_modes(0)
         model.__dict__[ATTRIBUTE] = attachment
         asked = any(config.overrides[pattern].keys() - {"saved_input"} for pattern in _patterns(config))
-        if not attachment.grafts and (report.skipped or asked):
+        if not attachment.grafts and (asked or len(report.skipped) == len(report.layers)):
             warnings.warn("celora: no layer can be estimated. Print the report for the reasons.", stacklevel=2)
     attachment.plan, attachment.timed = plan, timed
     estimates = bool(report.estimated) or not exact_head

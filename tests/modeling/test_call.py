@@ -1,15 +1,17 @@
-"""Calls of a model inside one another, and calls that were interrupted."""
+"""Calls of a model inside one another, calls that were interrupted, and calls of users' own model classes."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import celora
 from celora.modeling.attention import ATTENTION
@@ -97,3 +99,64 @@ def test_a_copy_of_an_interrupted_model_is_settled_in_any_order() -> None:
         for module in [*copied.modules()][::order]:
             remove(module)
         assert "_loss_function" not in vars(copied.get_base_model())
+
+
+class Weighted(LlamaForCausalLM):
+    """Weights rows by an argument. With weights of 1, or with none, the loss is the usual one."""
+
+    def forward(self, labels: Any = None, logits_to_keep: Any = 0, row_weights: Any = None, **more: Any) -> Any:
+        output = super().forward(labels=labels, logits_to_keep=logits_to_keep, **more)
+        if row_weights is not None:
+            output["loss"] = output.loss * row_weights.mean()
+        return output
+
+
+class OfTokens(LlamaForCausalLM):
+    """Weights tokens by an argument."""
+
+    def forward(self, labels: Any = None, logits_to_keep: Any = 0, weights: Any = None, **more: Any) -> Any:
+        output = super().forward(logits_to_keep=logits_to_keep, **more)
+        each = nn.functional.cross_entropy(output.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+        output["loss"] = (each * (1 if weights is None else weights[:, 1:])).mean()
+        return output
+
+
+class TwoAhead(LlamaForCausalLM):
+    """Also predicts the token after the next, from all logits, however few are asked for."""
+
+    def forward(self, labels: Any = None, logits_to_keep: Any = 0, **more: Any) -> Any:
+        output = super().forward(**more)
+        logits = output.logits[:, :-2].flatten(0, 1)
+        output["loss"] = self.loss_function(output.logits, labels, self.config.vocab_size)
+        output["loss"] = output.loss + nn.functional.cross_entropy(logits, labels[:, 2:].flatten())
+        return output
+
+
+ROWS = [{"row_weights": torch.tensor(weights)} for weights in ([1.0] * 3, [0.2, 3, 1], [0.0, 0, 1])]
+TOKENS = [{"weights": torch.full((3, 8), weight)} for weight in (1.0, 0.2, 3.0)]
+ITS_OWN = {
+    "rows, from the first call on": (Weighted, ROWS, "Weighted may compute its loss with 'row_weights'"),
+    "rows, later": (Weighted, [{}, *ROWS], "Weighted may compute its loss with 'row_weights'"),
+    "tokens": (OfTokens, TOKENS, "OfTokens may compute its loss with 'weights'"),
+    "tokens, later": (OfTokens, [{}, *TOKENS], "OfTokens "),
+    "two tokens": (TwoAhead, [{}, {}], "TwoAhead cannot compute the loss of a few tokens"),
+}
+
+
+@pytest.mark.parametrize("case", ITS_OWN)
+def test_a_loss_of_the_users_own_model_class_is_its_own(case: str) -> None:
+    kind, calls, said = ITS_OWN[case]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = get_peft_model(kind(config), LoraConfig(target_modules="all-linear", init_lora_weights=False)).train()
+    plain = copy.deepcopy(model)
+    celora.attach(model, "exact")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number, more in enumerate(calls):
+            ids = make_batch(number)["input_ids"][:, :8]
+            found, expected = (each(input_ids=ids, labels=ids.clone(), **more).loss for each in (model, plain))
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert len([warning for warning in caught if said in str(warning.message)]) == 1

@@ -16,6 +16,8 @@ from transformers import (
     Cohere2Config,
     Cohere2VisionConfig,
     Cohere2VisionForConditionalGeneration,
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3Config,
@@ -29,6 +31,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.moshi.modeling_moshi import MoshiCausalLMOutputWithPast
 
 import celora
 from celora.modeling.recognise import sweep
@@ -93,6 +96,19 @@ class Masked(_Changed):
         return logits.index_fill(-1, torch.tensor([63], device=logits.device), -1e4)
 
 
+class MaskedInPlace(_Changed):
+    """Chameleon, for example, forbids the words of images so."""
+
+    def change(self, logits: Tensor) -> Tensor:
+        logits[..., 63] = -1e4
+        return logits
+
+
+class ScaledInPlace(_Changed):
+    def change(self, logits: Tensor) -> Tensor:
+        return logits.mul_(1.03)
+
+
 LLAMA = {key: value for key, value in SMALL.items() if key != "head_dim"}
 KNOWN: dict[str, tuple[Callable[[], nn.Module], Logits]] = {
     "RecurrentGemma": (recurrent_gemma, Logits(1.0, 30.0)),
@@ -102,7 +118,8 @@ KNOWN: dict[str, tuple[Callable[[], nn.Module], Logits]] = {
     "Cohere 2 with images, which ignores its scale": (cohere_vision, Logits()),
     "Llama": (lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)), Logits()),
 }
-UNKNOWN = {kind.__name__: functools.partial(kind, LlamaConfig(**LLAMA)) for kind in (Capped, Scaled, Masked)}
+CHANGED = (Capped, Scaled, Masked, MaskedInPlace, ScaledInPlace)
+UNKNOWN = {kind.__name__: functools.partial(kind, LlamaConfig(**LLAMA)) for kind in CHANGED}
 
 
 def adapted(make: Callable[[], nn.Module], dtype: torch.dtype) -> PeftModel:
@@ -189,6 +206,47 @@ def test_a_setting_that_changes_is_followed() -> None:
         require(model).switch.on = True
         assert found == pytest.approx(loss, rel=1e-6)
         assert (ours - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_a_number_of_the_model_that_changes_is_followed() -> None:
+    """Cohere reads its scale from an attribute."""
+    config = CohereConfig(**LLAMA, logit_scale=0.25)
+    model, given = adapted(lambda: CohereForCausalLM(config), torch.float32), batch()
+    plain = copy.deepcopy(model)
+    celora.attach(model, "exact")
+    for scale in (0.25, 3.0):
+        for each in (model, plain):
+            each.base_model.model.logit_scale = scale
+        given = given | {"labels": given["labels"].clone()}  # the same tensor would be the same call, which probes
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found, ours = gradients(model, given)
+        expected, exact = gradients(plain, given)
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert (ours - exact).norm() < 1e-5 * exact.norm()
+    assert require(model).forward.refused
+    assert [str(warning.message) for warning in caught if "its own loss is used" in str(warning.message)]
+
+
+class Showing(LlamaForCausalLM):
+    """Returns the hidden states of the tokens whose logits it computes. Moshi does so."""
+
+    def forward(self, *args: Any, labels: Tensor | None = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        hidden = self.model(*args, **kwargs)[0]
+        hidden = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+        logits = self.lm_head(hidden)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        return MoshiCausalLMOutputWithPast(loss=loss, logits=logits, last_hidden_state=hidden)
+
+
+def test_hidden_states_beside_the_logits_stay_whole() -> None:
+    model, given = adapted(lambda: Showing(LlamaConfig(**LLAMA)), torch.float32), batch()
+    expected = model(**given)
+    celora.attach(model, "exact")
+    with pytest.warns(UserWarning, match="Showing returns more than logits of the tokens"):
+        found = model(**given)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state)
+    torch.testing.assert_close(found.loss, expected.loss)
 
 
 def doubled(layer: nn.Module) -> Callable[..., Tensor]:

@@ -14,8 +14,13 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from celora.errors import out_of_memory
+from celora.machine.device import random_states
+from celora.machine.processes import gathers
+from celora.modeling import packing
 from celora.modeling.attention import names_ours, use_ours, use_sdpa
 from celora.modeling.language_model import decoder_of
+from celora.modeling.onlookers import may_look_at_shapes
 from celora.modeling.recognise import IGNORED, Probe, settings
 from celora.numerics.head import TokenScores
 
@@ -24,9 +29,9 @@ TRL = "fused_lm_head"  # TRL's trainers ask for log-probabilities instead of log
 REFUSED = ("cache", "past_key_values", "use_cache", "logits_to_keep", "shift_labels")
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")  # also in the configuration
 # Arguments of a batch that is packed already, or that has no tokens.
-UNPACKED = ("inputs_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_UNPACKED = ("inputs_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _BATCH = ("input_ids", "attention_mask", "position_ids", "labels", "num_items_in_batch")
-_KNOWN = frozenset({*_BATCH, *REFUSED, *OUTPUTS, *UNPACKED, TRL, "return_dict", "ignore_index"})
+_KNOWN = frozenset({*_BATCH, *REFUSED, *OUTPUTS, *_UNPACKED, TRL, "return_dict", "ignore_index"})
 
 
 @dataclass
@@ -148,12 +153,49 @@ def unknown_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in _KNOWN and value is not None}
 
 
+def stays_padded(causal: Any, given: Mapping[str, Any], shape: torch.Size) -> str | None:
+    """Why the batch of a call keeps its padding; '' if its arguments show it; None if it may be packed."""
+    ids, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    if any(given.get(name) is not None for name in _UNPACKED):
+        return ""
+    fit_together = all(isinstance(t, Tensor) and t.shape == shape for t in (ids, mask, positions) if t is not None)
+    if ids is None or not fit_together or (mask is None and positions is not None):
+        return ""
+    if unknown := unknown_arguments(given):
+        return f"what {next(iter(unknown))!r} among the arguments does is not known"
+    return packing.cannot_pack(causal, may_look_at_shapes) or None
+
+
+def unknown_numbers(causal: Any, given: Mapping[str, Any]) -> str:
+    """The name of an argument by which a forward that is not Transformers' may compute its loss; '' if there is none.
+
+    A plain value is a part of what is known of the model. Tensors and lists may change in each call.
+    """
+    several = (name for name, value in unknown_arguments(given).items() if not isinstance(value, str | int | float))
+    return "" if _of_transformers(causal) else next(several, "")
+
+
+def takes(causal: Any, given: Mapping[str, Any]) -> bool:
+    """Whether a model can compute the loss of a probe's few labels. One that is not Transformers' is tried."""
+    if _of_transformers(causal) or gathers(causal):
+        return True
+    with torch.no_grad(), random_states({parameter.device for parameter in causal.parameters()}):
+        try:
+            causal.forward(**given)
+        except Exception as error:  # whatever such a forward raises
+            if out_of_memory(error):
+                raise
+            return False
+    return True
+
+
 @dataclass(frozen=True)
 class Known:
     """What `known_by` knows.
 
     Attributes:
-        numbers: (name, number) among the model's attributes.
+        numbers: (name, number) among the attributes of a model that is not one of Transformers. Its forward may add a
+            term to the loss, with a weight that is 0 at first. If one changes, nothing is known of it.
     """
 
     parts: tuple[Any, ...]
@@ -176,19 +218,16 @@ def known_by(causal: Any, given: Mapping[str, Any]) -> Known:
     }
     arguments["num_items_in_batch"] = given.get("num_items_in_batch") is not None
     told = tuple(settings(causal.config).items()), tuple(sorted(arguments.items()))
-    return Known((*references, head.weight.dtype, *told), frozenset(_own_numbers(causal).items()))
+    own = ((name, value) for name, value in vars(causal).items() if isinstance(value, int | float))
+    numbers = frozenset((name, value) for name, value in own if name != "training")
+    if _of_transformers(causal):  # a probe shows what they change
+        return Known((*references, head.weight.dtype, *told, numbers), frozenset())
+    return Known((*references, head.weight.dtype, *told), numbers)
 
 
-def _own_numbers(causal: Any) -> dict[str, float]:
-    """The numbers among the attributes of a model whose forward is not one of Transformers.
-
-    Such a forward may add a term to the loss, with a weight that is 0 at first. If one changes, nothing is known of it.
-    """
-    if inspect.unwrap(type(causal).forward).__module__.partition(".")[0] == "transformers":
-        return {}
-    return {
-        name: value for name, value in vars(causal).items() if isinstance(value, int | float) and name != "training"
-    }
+def _of_transformers(causal: Any) -> bool:
+    module: str = inspect.unwrap(type(causal).forward).__module__
+    return module.partition(".")[0] == "transformers"
 
 
 def fit(labels: Tensor, given: Mapping[str, Any]) -> bool:

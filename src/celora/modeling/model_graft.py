@@ -26,13 +26,23 @@ from celora.errors import CELoraError
 from celora.machine.processes import gathers, largest_of_all
 from celora.modeling import left_padding, packing
 from celora.modeling.attention import LENGTHS, Lookup, is_attention, may_replace, use_ours
-from celora.modeling.call import TRL, UNPACKED, Call, OpenCalls, fit, known_by, unknown_arguments, wants_own_head
+from celora.modeling.call import (
+    TRL,
+    Call,
+    OpenCalls,
+    fit,
+    known_by,
+    stays_padded,
+    takes,
+    unknown_arguments,
+    unknown_numbers,
+    wants_own_head,
+)
 from celora.modeling.compiled import is_compiled
 from celora.modeling.eight_bit import EightBitHead
 from celora.modeling.graft import in_dispatch_mode, scripted
 from celora.modeling.hooks import Hook, nothing, settle_all
 from celora.modeling.language_model import LanguageModel, at_hand, language_model, not_ours
-from celora.modeling.onlookers import may_look_at_shapes
 from celora.modeling.others import fused_head, trainer_wants_logits
 from celora.modeling.recognise import IGNORED, Probe
 from celora.modeling.switch import Mode, Switch
@@ -141,6 +151,8 @@ class ModelGraft(Measured, Hook):
             return ""
         if reason := not_ours(causal):  # this has changed since `attach`
             return f"{reason} by now"
+        if name := unknown_numbers(causal, given):
+            return f"{type(causal).__name__} may compute its loss with {name!r}"
         if given.get(TRL):
             found = fused_head(causal)
             return found if isinstance(found, str) else None
@@ -162,7 +174,6 @@ class ModelGraft(Measured, Hook):
             kept, more = packing.measure(labelled, mask)
             numbers = torch.cat([numbers, more])
         count, astray, *read = numbers.tolist()  # the only wait for the device, when it is idle
-        self.switch.astray = bool(astray)
         if not count and not gathers(causal):
             return None
         place = packing.places(labelled.flatten(), count)
@@ -181,15 +192,18 @@ class ModelGraft(Measured, Hook):
         if known != self._known or self._again(given["labels"]):
             items = given.get("num_items_in_batch")
             probe = Probe(causal, shape, items, labels.device)
-            passed["logits_to_keep"] = probe.positions
-            passed["labels"] = probe.labels
+            passed |= {"logits_to_keep": probe.positions, "labels": probe.labels}
             if items is not None:
                 passed["num_items_in_batch"] = items
+            if not takes(causal, passed):
+                self._refuse(f"{type(causal).__name__} cannot compute the loss of a few tokens")
+                return None
         # Without cache and mask, Transformers finds packed sequences in the positions, and makes a mask for them.
         # Before version 5 it also does so with positions of its own. With a cache it does not.
         plain = given.get("position_ids") is None and not unknown_arguments(given)
         if inputs is not None or plain or given.get("attention_mask") is not None:
             passed["use_cache"] = False
+        self.switch.astray = bool(astray)
         if probe is not None:
             probe.enter(causal, self.at_head)
             self._probed_by = weakref.ref(given["labels"])
@@ -287,11 +301,7 @@ class ModelGraft(Measured, Hook):
             watched.product.notice()  # or an old copy would count as an error
         rows, targets = call.rows.to(hidden.device), call.next_labels.flatten()[call.place].to(hidden.device)
         scores = score_tokens(
-            hidden,
-            rows,
-            targets,
-            weight,
-            bias,
+            hidden, rows, targets, weight, bias,
             logits=logits,
             smoothing=self.smoothing,
             statistics=fused is not None,
@@ -300,7 +310,7 @@ class ModelGraft(Measured, Hook):
             measure=self.measure if self.mode is Mode.OBSERVE and self.keep_ratio < 1 else None,
             product=None if in_8_bits is None else in_8_bits.product,
             compare=None if watched is None else watched.compare,
-        )
+        )  # fmt: skip
         items = given.get("num_items_in_batch")
         items = items.to(hidden.device) if isinstance(items, Tensor) else len(rows) if items is None else items
         loss = (-scores.log_probs.sum() / items).to(output.logits.device)  # a model split over devices has moved them
@@ -327,8 +337,7 @@ class ModelGraft(Measured, Hook):
                 "labelled_head=False."
             )
         if reason:
-            text = "its own loss is used, over all tokens and with their padding"
-            self.switch.say_once(f"loss: {reason}", f"{reason}; {text}.")
+            self.switch.say_once(f"loss: {reason}", f"{reason}; its own loss is used, with all tokens and padding.")
 
     def _own(self, module: nn.Module, given: dict[str, Any]) -> Any:
         """The output of a refused model for the labels of the call that probed. It must not probe again."""
@@ -340,19 +349,10 @@ class ModelGraft(Measured, Hook):
 
     def _packs(self, causal: Any, given: Mapping[str, Any], shape: torch.Size) -> bool:
         """Whether the batch of this call may be packed. Says why not, unless the arguments show it."""
-        ids, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-        if not self.packs or any(given.get(name) is not None for name in UNPACKED):
-            return False
-        fit_together = all(isinstance(t, Tensor) and t.shape == shape for t in (ids, mask, positions) if t is not None)
-        if ids is None or not fit_together or (mask is None and positions is not None):
-            return False
-        if unknown := unknown_arguments(given):
-            reason = f"what {next(iter(unknown))!r} among the arguments does is not known"
-        else:
-            reason = packing.cannot_pack(causal, may_look_at_shapes)
+        reason = stays_padded(causal, given, shape) if self.packs else ""
         if reason:
             self.switch.say_once(f"padding: {reason}", f"padding stays in batches: {reason}.")
-        return not reason
+        return reason is None
 
 
 def install(found: LanguageModel, switch: Switch, config: CELoraConfig) -> ModelGraft:

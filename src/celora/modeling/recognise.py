@@ -100,7 +100,7 @@ class Probe:
         place = torch.arange(rows * POSITIONS, device=device).view(rows, POSITIONS)
         self.labels = (words // 2 + (place % POSITIONS + 1) * (words // 16) + place // POSITIONS) % words
         self.labels[:, 2] = IGNORED
-        self._items, self._attributes = items, vars(causal)
+        self._items, self._attributes, self._tokens = items, vars(causal), tokens
         self._before: _Form | None = None  # the scale of the hidden states before the head
         self._shown: Tensor | None = None
         self._calls = 0
@@ -144,13 +144,16 @@ class Probe:
             if not _close(output, F.linear(given.to(weight.device), weight, bias)):
                 self._before = None
             self._shown = sweep(output)
-        return self._shown
+        return self._shown.clone()  # a model may change its logits in place
 
     def verdict(self, output: Any, config: Any) -> Logits | str:
         """What the model does to its logits, or the reason why celora cannot tell."""
         logits, loss = output.logits, output.loss
         if self._calls != 1 or self._before is None or self._shown is None or not isinstance(logits, Tensor):
             return "does not compute its logits as its head's product with the decoder's hidden states"
+        more = [value.shape[:2] for name, value in output.items() if name != "logits" and isinstance(value, Tensor)]
+        if self._tokens != POSITIONS and logits.shape[:2] in more:
+            return "returns more than logits of the tokens whose logits are asked for"
         shown = self._shown.to(logits.device)
         if logits.shape != shown.shape:
             return "does something to its logits that is not known"

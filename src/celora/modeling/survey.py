@@ -144,6 +144,8 @@ def survey(model: nn.Module) -> Survey:
 
 def _tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """The PEFT layers of `model` by name. CELoraError if there are none, or if they cannot train or be estimated."""
+    if not isinstance(model, nn.Module):
+        raise CELoraError(f"{type(model).__name__} is not a model; give the model itself, for example trainer.model.")
     tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not tuners:
         configs = (getattr(model, "peft_config", None) or {}).values()
