@@ -32,8 +32,6 @@ def test_the_configuration_that_trained_is_told_and_layers_named_alone_are_count
     rows = estimator_rows(RECORD)
     expected: dict[str, Any] = {"estimator": "tokens", "head_keep_ratio": 1.0, "up_proj": "keep_ratio 0.9"}
     assert rows == expected | {"layers with estimator dense": 2}
-    earlier = {key: value for key, value in RECORD.items() if key != "settled"}  # a record of an earlier version
-    assert estimator_rows(earlier) == {"estimator": "dense", "head_keep_ratio": 0.3}
     assert estimator_rows({}) == {}
 
 

@@ -39,5 +39,5 @@ class Measured:
         error, norm, self.squared_error, self.squared_norm = self.squared_error, self.squared_norm, None, None
         if error is None or norm is None:
             return None
-        squared_error, squared_norm = torch.stack([error, norm]).tolist()  # one wait
-        return math.sqrt(squared_error / squared_norm) if squared_norm else None
+        relative = torch.where(norm > 0, (error / norm).sqrt(), math.nan).item()
+        return None if math.isnan(relative) else relative
