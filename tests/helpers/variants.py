@@ -264,6 +264,9 @@ OTHERS = {
     },
 }  # fmt: skip
 
+# The newest releases that the command line has run with, on Python 3.11 and 3.13.
+NEWEST = {"torch": "2.15.0", "transformers": "5.24.0", "peft": "0.21.2", "safetensors": "0.8.0"}
+
 
 def page() -> str:
     """The text of docs/use/compatibility.md."""
@@ -301,7 +304,12 @@ def _others(extra: str) -> str:
 
 def _versions() -> str:
     """The versions that the library and the application are tested with."""
-    tested = {"library, lowest": lowest(), **OTHERS, "command line, lowest": lowest("app")}
+    tested = {
+        "library, lowest": lowest(),
+        **OTHERS,
+        "command line, lowest": lowest("app"),
+        "command line, newest": NEWEST,
+    }
     return _markdown([["", *lowest()], *([name, *map(of.get, lowest())] for name, of in tested.items())])
 
 
