@@ -1,4 +1,4 @@
-"""Attention over packed sequences equals attention one by one. Its float32 backward is compared with float64."""
+"""Attention over packed sequences equals attention one by one. Forward and backward are compared with float64."""
 
 from __future__ import annotations
 

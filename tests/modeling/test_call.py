@@ -22,6 +22,11 @@ from small import make_batch, make_model, train
 pytestmark = pytest.mark.filterwarnings("ignore:celora. padding stays in batches")  # for the sake of the hooks
 
 
+SMALL: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+}  # fmt: skip
+
+
 def reference(model: PeftModel) -> None:
     with torch.no_grad(), model.disable_adapter():
         model(input_ids=make_batch(9)["input_ids"][:, :5])
@@ -132,6 +137,28 @@ class TwoAhead(LlamaForCausalLM):
         return output
 
 
+class Counting(LlamaForCausalLM):
+    """Weights its loss by a number among its arguments, and keeps what its calls were made with."""
+
+    def forward(self, labels: Any = None, logits_to_keep: Any = 0, weight: float = 1.0, **more: Any) -> Any:
+        self.seen.append((torch.is_grad_enabled(), sorted(more)))
+        output = super().forward(labels=labels, logits_to_keep=logits_to_keep, **more)
+        output["loss"] = output.loss * weight
+        return output
+
+
+def test_a_users_own_model_class_is_tried_once() -> None:
+    """Whatever changes later, as an argument of each call may. The trial gets what the call gets that follows."""
+    torch.manual_seed(0)
+    model = get_peft_model(Counting(LlamaConfig(**SMALL)), LoraConfig(target_modules="all-linear")).train()
+    seen = model.get_base_model().seen = []
+    celora.attach(model, "exact")
+    for number in range(3):
+        model(**make_batch(number), weight=1.0, step=number)
+    assert [with_gradients for with_gradients, _ in seen] == [False, True, True, True]
+    assert seen[0][1] == seen[1][1]
+
+
 ROWS = [{"row_weights": torch.tensor(weights)} for weights in ([1.0] * 3, [0.2, 3, 1], [0.0, 0, 1])]
 TOKENS = [{"weights": torch.full((3, 8), weight)} for weight in (1.0, 0.2, 3.0)]
 ITS_OWN = {
@@ -147,10 +174,9 @@ ITS_OWN = {
 def test_a_loss_of_the_users_own_model_class_is_its_own(case: str) -> None:
     kind, calls, said = ITS_OWN[case]
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = get_peft_model(kind(config), LoraConfig(target_modules="all-linear", init_lora_weights=False)).train()
+    model = get_peft_model(
+        kind(LlamaConfig(**SMALL)), LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    ).train()
     plain = copy.deepcopy(model)
     celora.attach(model, "exact")
     with warnings.catch_warnings(record=True) as caught:

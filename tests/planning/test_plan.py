@@ -67,7 +67,7 @@ def test_a_saved_plan_is_read_back_whole(model: PeftModel, tmp_path: Path) -> No
     assert json.loads((tmp_path / "celora_plan.json").read_text())["version"] == 1
 
 
-def test_a_plan_of_the_first_version_is_read_and_written_alike() -> None:
+def test_a_plan_in_the_format_of_its_version_is_read_and_written_alike() -> None:
     document = {
         "version": 1, "fidelity": 0.98, "predicted_cosine": 0.985, "audited_cosine": 0.981, "predicted_time": 0.58,
         "audited_time": 0.6, "tokens": 33, "dtype": "float32", "device": "Abacus", "threads": 2, "torch": "2.13.0",

@@ -29,7 +29,9 @@ def cache_folder(name: str) -> Path:
         return folder.resolve()
     for own in (folder.parent, folder):
         if own.stat().st_uid == os.getuid() and not trusted(own):
-            own.chmod(0o700)  # something else made it as the umask says; what others have put there is not loaded
+            own.chmod(
+                0o700
+            )  # another program made it with the umask's rights; what others have put there is not loaded
     folder = folder.resolve()  # what a link leads to is checked, and used from then on
     if (unsafe := _open_to_others(folder)) is not None:
         raise PermissionError(f"{unsafe} could be written to by others")

@@ -109,5 +109,7 @@ def available_memory(device: torch.device) -> int | None:
     if device.type != "cpu":
         ask = getattr(backend(device), "mem_get_info", None)
         return None if ask is None else int(ask(device)[0])
-    free, allowed = int(psutil.virtual_memory().available), cgroup.free_memory()
-    return free if allowed is None else min(free, allowed)
+    with suppress(OSError):  # a sandbox without the file
+        free, allowed = int(psutil.virtual_memory().available), cgroup.free_memory()
+        return free if allowed is None else min(free, allowed)
+    return None

@@ -105,9 +105,9 @@ def laps(calls: Sequence[Callable[[], object]], device: torch.device | None = No
 def disturbed(device: torch.device | None = None) -> str:
     """One line if other programs leave fewer processors free than torch has threads, so that times are too long.
 
-    '' if they do not, or if the times are not those of a CPU. This process sleeps while it watches
-    them, and believes what it saw for a few seconds. Threads that have to wait for a processor keep all others waiting,
-    so products may take ten times as long.
+    '' if they do not, or if the times are not those of a CPU. This process sleeps while it watches them, and believes
+    what it saw for a few seconds. Threads that have to wait for a processor keep all others waiting, so products may
+    take ten times as long.
 
     Args:
         device: where something is timed; by default where a model would be.

@@ -166,7 +166,7 @@ def stays_padded(causal: Any, given: Mapping[str, Any], shape: torch.Size) -> st
     return packing.cannot_pack(causal, may_look_at_shapes) or None
 
 
-def unknown_numbers(causal: Any, given: Mapping[str, Any]) -> str:
+def unknown_tensor(causal: Any, given: Mapping[str, Any]) -> str:
     """The name of an argument by which a forward that is not Transformers' may compute its loss; '' if there is none.
 
     A plain value is a part of what is known of the model. Tensors and lists may change in each call.
@@ -176,9 +176,12 @@ def unknown_numbers(causal: Any, given: Mapping[str, Any]) -> str:
 
 
 def takes(causal: Any, given: Mapping[str, Any]) -> bool:
-    """Whether a model can compute the loss of a probe's few labels. One that is not Transformers' is tried."""
+    """Whether a model can compute the loss of a probe's few labels. One that is not Transformers' is tried.
+
+    Processes that gather its weights cannot try it, because some may fail.
+    """
     if _of_transformers(causal) or gathers(causal):
-        return True
+        return _of_transformers(causal)
     with torch.no_grad(), random_states({parameter.device for parameter in causal.parameters()}):
         try:
             causal.forward(**given)
@@ -186,6 +189,8 @@ def takes(causal: Any, given: Mapping[str, Any]) -> bool:
             if out_of_memory(error):
                 raise
             return False
+        finally:
+            torch.clear_autocast_cache()  # before torch 2.11, casts made without gradients would be used again
     return True
 
 

@@ -35,7 +35,7 @@ from celora.modeling.call import (
     stays_padded,
     takes,
     unknown_arguments,
-    unknown_numbers,
+    unknown_tensor,
     wants_own_head,
 )
 from celora.modeling.compiled import is_compiled
@@ -151,7 +151,7 @@ class ModelGraft(Measured, Hook):
             return ""
         if reason := not_ours(causal):  # this has changed since `attach`
             return f"{reason} by now"
-        if name := unknown_numbers(causal, given):
+        if name := unknown_tensor(causal, given):
             return f"{type(causal).__name__} may compute its loss with {name!r}"
         if given.get(TRL):
             found = fused_head(causal)
@@ -195,14 +195,14 @@ class ModelGraft(Measured, Hook):
             passed |= {"logits_to_keep": probe.positions, "labels": probe.labels}
             if items is not None:
                 passed["num_items_in_batch"] = items
-            if not takes(causal, passed):
-                self._refuse(f"{type(causal).__name__} cannot compute the loss of a few tokens")
-                return None
         # Without cache and mask, Transformers finds packed sequences in the positions, and makes a mask for them.
         # Before version 5 it also does so with positions of its own. With a cache it does not.
         plain = given.get("position_ids") is None and not unknown_arguments(given)
         if inputs is not None or plain or given.get("attention_mask") is not None:
             passed["use_cache"] = False
+        if probe is not None and self._known is None and not takes(causal, passed):
+            self._refuse(f"{type(causal).__name__} cannot compute the loss of a few tokens")
+            return None
         self.switch.astray = bool(astray)
         if probe is not None:
             probe.enter(causal, self.at_head)

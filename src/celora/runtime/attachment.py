@@ -343,7 +343,7 @@ class Attachment:
     def _turn(self, i: int, steps: int) -> int:
         """At which of `steps` steps layer i refreshes."""
         turns = min(steps, _TURNS) if self.config.spread and not self.switch.compiled else 1
-        return i * turns // len(self.grafts) * (steps // turns)
+        return i * turns // len(self.grafts) * steps // turns
 
     def set_modes(self, step: int, *, together: bool = False) -> None:
         """Set every layer's mode, and how activations are saved. `together`: all layers refresh at this step.

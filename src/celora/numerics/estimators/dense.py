@@ -51,5 +51,4 @@ class Fp8(Int8):
     """The same in 8-bit floats (e4m3)."""
 
     name = "fp8"
-    lent = False
     uses = frozenset({"seed", "precision", "weight_copy"})
