@@ -51,7 +51,7 @@ def scores() -> str:
             mean = _shown(statistics.fmean(values), one) + spread
             ms = times.get((task, arm.removesuffix(", auto's time")))
             step = f"{ms:.0f} ms" if ms else ""
-            cpus = ", ".join(dict.fromkeys(row["cpu"] for row in by_seed.values()))
+            cpus = "; ".join(dict.fromkeys(row["cpu"] for row in by_seed.values()))
             line = [task, one["metric"], arm, cpus, str(one["steps"]), step, rate, str(len(values)), mean]
             body.append([*line, difference])
     header = ["task", "metric", "arm", "CPU", "steps", "step", "learning rate, of how many", "seeds", "test (range)"]

@@ -12,7 +12,7 @@ def demo(monkeypatch):
     """Replaces the demo itself, to test only the command around it."""
 
     def become(result):
-        def run_demo(output, *, seeds, console, quiet):
+        def run_demo(output, *, seeds, quiet):
             if isinstance(result, BaseException):
                 raise result
             return [result(output, seeds, quiet)]

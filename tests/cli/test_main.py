@@ -165,6 +165,8 @@ def test_mistakes_are_one_line_and_status_2(inputs, capsys, tmp_path):
     assert "--output is missing" in error_line(capsys, *base[:-2])
     assert "trayn" in error_line(capsys, "trayn")
     assert "--rows" in error_line(capsys, "audit", "--rows", "x")
+    assert "--data is given 2 times; give it once" in error_line(capsys, *base, f"--data={rows}")
+    assert "--eval-data is given 2 times" in error_line(capsys, *base, "--eval_data", rows, "--eval-data", rows)
 
     bad = tmp_path / "bad.yaml"
     bad.write_text("celora: {keep_ratio: 1.4}")

@@ -11,6 +11,7 @@ import pytest
 
 from asked import error_line
 from celora.cli.main import main
+from celora.cli.use import _turns
 from celora.errors import CELoraError
 from patching import patch_all
 
@@ -163,6 +164,39 @@ def test_ctrl_c_names_the_command_that_goes_on(finished, inputs, capsys, monkeyp
     command = ["generate", finished[0], "--data", inputs["data"], "--output", tmp_path / "answers.jsonl"]
     assert run(*command) == 130
     assert "To continue, give the same command with --resume." in capsys.readouterr().err
+
+
+def test_what_ends_the_command_from_outside_leaves_the_answers(finished, inputs, capsys, monkeypatch, tmp_path):
+    from celora.train.use import prompts
+    from celora.train.use.generation import answers
+
+    def ended(trained, prompts, sampling, **more):
+        if told:
+            signal.raise_signal(signal.SIGTERM)
+        told.append(1)
+        return answers(trained, prompts, sampling, **more)
+
+    output, told = tmp_path / "answers.jsonl", []
+
+    def save(path, rows):
+        signal.raise_signal(signal.SIGTERM)  # as a system that repeats it
+        written(path, rows)
+
+    patch_all(monkeypatch, "celora.train.use.generation:answers", ended)
+    written = prompts._save
+    monkeypatch.setattr(prompts, "_save", save)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("generate", finished[0], "--data", inputs["data"], "--batch-size", 3, "--output", output, *SHORT) == 130
+    assert "To continue, give the same command with --resume." in capsys.readouterr().err
+    assert len(output.read_text().splitlines()) == 3
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_lines_of_a_pipe_are_answered_without_a_stdout_to_ask_on(monkeypatch):
+    """`input` would refuse to read where stdout is closed."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1\n\nw2"))
+    monkeypatch.setattr("sys.stdout", None)
+    assert [*_turns(interactive=False)] == ["w1", "w2"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from celora.runtime.attachment import require
 from celora.train.formats.export import export
 from celora.train.formats.gguf_base import converted
 from celora.train.loading import gguf_of
-from celora.train.request.arguments import parse
+from celora.train.request.arguments import make_request, parse
 from celora.train.run import train as train_run
 from celora.train.use.trained import load_trained
 from decoders import model_of
@@ -130,6 +131,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pa
         inputs = {"model": str(path), "data": str(folder / "rows.jsonl")}
         _, text = go(inputs, folder / "out", dtype="float32")
         yield folder / "out", path, text
+
+
+def test_a_mistake_in_the_data_is_told_before_the_model_is_converted(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.gguf", model_of("llama").unload(), gguf.GGMLQuantizationType.Q8_0, words=True)
+    console = Console(file=io.StringIO())
+    (tmp_path / "rows.jsonl").write_text('{"text": "the cat"}')
+    for more in ({"data": str(tmp_path / "gone.jsonl")}, {"eval_data": str(tmp_path / "gone.jsonl")}):
+        given = {"model": str(path), "data": str(tmp_path / "rows.jsonl"), "output": str(tmp_path / "out"), **more}
+        with pytest.raises(CELoraError, match=r"no such data file or folder: .*gone\.jsonl'"):
+            train_run(make_request(given), console=console)
+    assert console.file.getvalue() == ""
+
+
+def test_a_trained_adapter_needs_its_data_no_more(trained: tuple[Path, Path, str]) -> None:
+    out = trained[0]
+    rows = out.parent / "rows.jsonl"
+    rows.rename(away := out.parent / "away.jsonl")
+    try:
+        assert load_trained(out).base == str(trained[1])
+    finally:
+        away.rename(rows)
 
 
 def test_a_run_names_the_file_and_its_adapter_the_folder(trained: tuple[Path, Path, str]) -> None:

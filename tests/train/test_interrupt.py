@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
 from rich.console import Console
 
+from celora.train.interrupt import StopAtStepEnd
 from celora.train.progress import read_metrics
 from celora.train.request.arguments import parse
 from celora.train.run import train
@@ -47,20 +49,41 @@ def test_ctrl_c_then_resume_equals_uninterrupted(finished, inputs, tmp_path, mon
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
 
 
+ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@pytest.fixture(autouse=True)
+def _with_a_terminal() -> Iterator[None]:
+    """Whatever started these tests may ignore SIGHUP."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in ENDS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.fault(
     "crash",
-    "SIGTERM: a container or a cluster ends the run",
+    "SIGTERM: a container or a cluster ends the run; SIGHUP: its terminal is closed",
     sees="as Ctrl-C; a second one ends the run at once",
     kept="everything: a checkpoint is saved",
 )
-def test_a_container_that_ends_a_run_gets_its_checkpoint(inputs, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", ENDS)
+def test_what_ends_a_run_from_outside_leaves_its_checkpoint(number, inputs, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        on_build(patch, lambda trainer: trainer.add_callback(PressCtrlC(sends=signal.SIGTERM)))
+        on_build(patch, lambda trainer: trainer.add_callback(PressCtrlC(sends=number)))
         result, _ = go(inputs, tmp_path / "out")
     assert (result.status, result.step) == ("interrupted", 3)
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system closes terminals otherwise")
+def test_nohup_is_respected() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopAtStepEnd(Console(quiet=True)).listening():
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert callable(signal.getsignal(signal.SIGTERM))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_rows_grouped_by_length_are_resumed_in_a_later_epoch(inputs, tmp_path, monkeypatch):

@@ -57,6 +57,13 @@ def test_a_run_that_was_given_a_plan_resumes_with_its_own_copy(inputs, tmp_path,
     assert "threads and torch has 77 here. The run goes on with its plan" in console.file.getvalue()
 
 
+def test_a_plan_that_cannot_be_read_is_told_before_the_model_is_loaded(inputs, tmp_path):
+    console, given = Console(file=io.StringIO()), {**inputs, "output": str(tmp_path / "out")}
+    with pytest.raises(CELoraError, match=r"cannot read .*gone\.json"):
+        train(make_request(given | {"plan": str(tmp_path / "gone.json")}), console=console)
+    assert console.file.getvalue() == ""
+
+
 def train_auto(inputs, output, **more):
     fidelity = {} if "plan" in more else {"fidelity": 0.95}
     return run_of(inputs, output, preset="auto", **fidelity, **more)

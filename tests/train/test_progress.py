@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 import time
@@ -12,8 +13,11 @@ import torch
 from rich.console import Console
 
 from celora.train import progress
-from celora.train.progress import MetricsWriter, ProgressLine, read_metrics
+from celora.train.progress import MetricsWriter, ProgressLine, progress_console, read_metrics, say
+from celora.train.request.arguments import parse
+from celora.train.run import train
 from forked import code, run
+from runs import SHORT
 
 ARGS = SimpleNamespace(device=torch.device("cpu"))
 
@@ -132,3 +136,35 @@ def test_quiet_prints_nothing():
     line.on_train_begin(None, state(total=1), None)
     one_step(line, 10, 5, {"loss": 1.0}, seconds=0)
     assert console.file.getvalue() == ""
+
+
+def test_without_a_stderr_nothing_is_shown(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    say(progress_console(), False, "nobody sees this")
+
+
+class Full(io.StringIO):
+    """A log on a full disk, or a terminal that was closed."""
+
+    def isatty(self):
+        return self.terminal
+
+    def write(self, text=""):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    flush = write
+
+
+@pytest.mark.fault(
+    "crash",
+    "the disk of the log is full, or whatever reads the progress lines has ended",
+    sees="nothing more",
+    kept="everything: the run goes on and is saved",
+)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_line_that_cannot_be_written_ends_no_run(terminal, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(Full, "terminal", terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", Full())
+    result = train(parse([], {**inputs, **SHORT, "output": str(tmp_path / "out")}))
+    assert result.status == "finished"

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
 
 from celora import borrowed
@@ -14,6 +15,7 @@ from celora.errors import CELoraError
 from celora.train import prepare
 from celora.train import trainer as trainer_module
 from celora.train.decisions import rank_line
+from celora.train.forecast.estimate import estimate
 from celora.train.request.arguments import make_request
 from celora.train.run import train
 from patching import patch_all
@@ -109,3 +111,27 @@ def test_texts_without_an_end_token_are_one_line(inputs, tmp_path):
     with pytest.raises(CELoraError, match=r"has no end token, and rows of text have to end with one; .*--eos_token"):
         go(texts, tmp_path / "out", max_steps=1)
     assert go(texts, tmp_path / "out", max_steps=1, eos_token="<eos>")[0].status == "finished"
+
+
+@pytest.mark.fault(
+    "input",
+    "rows longer than the positions that the model has learned (GPT-2, OPT)",
+    sees="`a row of '...' has 31 tokens, and the model has 16 positions; give --max_length 16`, exit status 2",
+    kept="everything: nothing was written",
+)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_rows_longer_than_the_learned_positions_are_one_line(inputs, tmp_path):
+    small = {"vocab_size": 48, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 16, "bos_token_id": 1}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **small)).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(inputs["model"]).save_pretrained(tmp_path / "model")
+    (tmp_path / "long.jsonl").write_text('{"text": "w1 w2"}\n' + json.dumps({"text": "w3 " * 30}))
+    given = {"model": str(tmp_path / "model"), "data": str(tmp_path / "long.jsonl"), "output": str(tmp_path / "out")}
+    said = r"a row of '.*long\.jsonl' has 31 tokens, and the model has 16 positions; give --max_length 16"
+    with pytest.raises(CELoraError, match=said):
+        train(make_request(given | SHORT))
+    assert not [*(tmp_path / "out").iterdir()]
+    with pytest.raises(CELoraError, match=said):
+        estimate(make_request(given))
+    with pytest.raises(CELoraError, match=said):
+        train(make_request(given | SHORT | {"max_length": 31, "packing": True}))
+    assert train(make_request(given | SHORT | {"max_length": 16})).status == "finished"

@@ -165,6 +165,12 @@ def test_yaml_mistakes_are_one_line(tmp_path, text, parts):
     fails([], *parts, own={**OWN, "config": write(tmp_path / "run.yaml", text)})
 
 
+def test_a_file_that_is_not_utf_8_says_so(tmp_path):
+    """PowerShell's `>` writes UTF-16."""
+    (tmp_path / "run.yaml").write_text("max_steps: 3", encoding="utf-16")
+    fails([], "is not UTF-8 text; save it as UTF-8", own={**OWN, "config": str(tmp_path / "run.yaml")})
+
+
 def test_a_saved_celora_config_is_a_config_file(tmp_path):
     request = make_request({**OWN, "celora": {"keep_ratio": 0.4, "rank": 3}})
     request.config.save(tmp_path / "celora_config.json")

@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None, *, began: float | None = None) 
     try:
         # typer would print its usage for a mistake; here every mistake is one line.
         given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+        _check_once(given)
         status = _command().main(given, prog_name="celora", standalone_mode=False, obj=began)
     except CELoraError as error:
         return _fail(str(error))
@@ -59,8 +60,18 @@ def main(arguments: Sequence[str] | None = None, *, began: float | None = None) 
             return _fail(str(error.format_message()))
         return _break_down(error)
     if status == 130:  # typer has turned an uncaught Ctrl-C into an exit status
-        typer.echo("interrupted", err=True)
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            typer.echo("interrupted", err=True)
     return status if isinstance(status, int) else 0
+
+
+def _check_once(given: Sequence[str]) -> None:
+    """Of a setting that is given twice, the last counts. But nobody means to leave out a file."""
+    names = [argument.partition("=")[0].replace("_", "-") for argument in given]
+    for name in ("--data", "--eval-data", "--model"):
+        if (times := names.count(name)) > 1:
+            several = " (a folder may hold several files)" if name != "--model" else ""
+            raise CELoraError(f"{name} is given {times} times; give it once{several}")
 
 
 @functools.cache

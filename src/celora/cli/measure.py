@@ -113,13 +113,12 @@ def plan(
     leave_out(context.args, ("output",), "celora plan by another name")
     leave_out(context.args, ADAPTERS if adapter else (), "an existing adapter, which has its own")
     request = parse(context.args, own | {"preset": "auto", "quiet": quiet})
-    from rich.console import Console
-
     from celora.train.prepare import plan_model
+    from celora.train.progress import progress_console
 
     settle_in()
     given = Path(adapter) if adapter else None
-    made = plan_model(request, rows=rows, adapter=given, console=Console(stderr=True), forward=forward)
+    made = plan_model(request, rows=rows, adapter=given, console=progress_console(), forward=forward)
     try:
         made.save(output)
     finally:  # print the plan even if it cannot be saved

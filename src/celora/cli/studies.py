@@ -96,7 +96,7 @@ def compare(
     settle_in()
     arms = tuple(choose("arm", name, module.ARMS) for name in arm or module.DEFAULT_ARMS)
     try:
-        outcomes = module.compare(settings, arms=arms, seeds=seeds, console=Console(stderr=True, highlight=False))
+        outcomes = module.compare(settings, arms=arms, seeds=seeds)
     except KeyboardInterrupt:
         typer.echo("To continue the whole comparison, give the same celora compare command again.", err=True)
         raise
@@ -168,7 +168,7 @@ def demo(
 
     settle_in()
     commands = [] if quiet or as_json else whole_way(output)  # gets the file, so it comes before the work
-    rows = run_demo(output, seeds=seeds, console=Console(stderr=True, highlight=False), quiet=quiet)
+    rows = run_demo(output, seeds=seeds, quiet=quiet)
     if as_json:
         print_json([dataclasses.asdict(row) for row in rows])
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any, Literal
 
 import typer
@@ -78,7 +79,8 @@ def train(
     if as_json and result.summary:
         print_json({"status": result.status, "output": str(result.output)} | result.summary)
     elif result.summary and result.status != "interrupted" and not request.options.quiet:
-        typer.echo(_ending(request, result))
+        with contextlib.suppress(OSError):  # the run is saved, whether or not anybody reads this
+            typer.echo(_ending(request, result))
     if result.status == "interrupted":
         raise typer.Exit(130)
 

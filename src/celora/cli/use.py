@@ -155,11 +155,15 @@ def generate(
             typer.echo(f"{done} of {len(rows)} rows answered", err=True)
 
     with _loaded(out, model, base, raw) as trained:
+        from celora.train.interrupt import like_ctrl_c
         from celora.train.use.generation import Sampling
 
         sampling = Sampling(max_new_tokens, temperature, seed)
         try:
-            answer_all(trained, rows, sampling, batch=batch_size, base=base, earlier=earlier, output=output, say=say)
+            with like_ctrl_c():
+                answer_all(
+                    trained, rows, sampling, batch=batch_size, base=base, earlier=earlier, output=output, say=say
+                )
         except KeyboardInterrupt:
             if output is not None:
                 typer.echo("To continue, give the same command with --resume.", err=True)
@@ -226,7 +230,7 @@ def _turns(interactive: bool) -> Iterator[str]:
             import readline  # noqa: F401  # `input` then has a history, and keys to edit a line
     while True:
         try:
-            line = input("> " if interactive else "")
+            line = input("> ") if interactive else _next_line()
         except EOFError:
             if interactive:
                 typer.echo()
@@ -238,6 +242,12 @@ def _turns(interactive: bool) -> Iterator[str]:
             continue
         if line.strip():
             yield line
+
+
+def _next_line() -> str:
+    if not (line := sys.stdin.readline()):
+        raise EOFError
+    return line.removesuffix("\n")
 
 
 def _answer(prompt: str, talks: dict[str, Any], as_json: bool, interactive: bool = False) -> None:

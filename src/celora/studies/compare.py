@@ -26,6 +26,7 @@ from celora.train.dtype import settle_dtype
 from celora.train.fingerprint import check_same, fingerprints
 from celora.train.loading import load_tokenizer, quiet_libraries, training_rows, with_folder
 from celora.train.output.folder import LOCK, PLAN, RUN, OutputFolder, writing_to
+from celora.train.progress import progress_console
 from celora.train.report import write_report
 from celora.train.request.arguments import PLANNING, TrainRequest, fitting, make_request, recorded, sft_config
 from celora.train.run import train
@@ -63,7 +64,7 @@ def compare(
     Raises:
         CELoraError: the input is bad, or the folder has a comparison of other settings, other rows or another model.
     """
-    console = console or Console(stderr=True, highlight=False)
+    console = console or progress_console()
     for arm in arms:
         if arm not in ARMS:
             raise unknown("arm", arm, ARMS)

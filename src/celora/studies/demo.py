@@ -97,7 +97,7 @@ def run_demo(
         CELoraError: `output` has other files, model or data cannot be fetched, or an adapter scores differently under
             stock PEFT than it did in memory.
     """
-    console = console or Console(stderr=True, highlight=False)
+    console = console or progress.progress_console()
     begun = time.perf_counter()
     say = functools.partial(progress.say, console, quiet)
     _claim(output)

@@ -28,6 +28,7 @@ from celora.train.loading import (
 from celora.train.output.folder import CONFIG
 from celora.train.planning import make_plan, settled
 from celora.train.request.arguments import TrainRequest, sft_config
+from celora.train.rows.data import local_files
 from celora.train.trainer import build_trainer, check_tokens, refused
 
 # Plan, audit and estimate evaluate and save nothing, whatever a settings file written for training says.
@@ -65,6 +66,7 @@ def prepared(request: TrainRequest, rows: int | None, adapter: Path | None) -> I
     `rows`: rows in a batch; None for as many as in training.
     """
     with quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
+        local_files(request.data, request.options.dataset_train_split)  # a mistake is told before a model is converted
         request = with_folder(request)
         tokenizer = load_tokenizer(request)
         data = training_rows(request, tokenizer)

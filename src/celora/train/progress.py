@@ -6,12 +6,13 @@ Time is the wall-clock of the optimizer steps. Tokens are counted without paddin
 from __future__ import annotations
 
 import json
+import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,6 +27,32 @@ PLAIN_EVERY_S = 10.0
 
 # Trainer's own speeds include start-up and evaluation; tokens_per_second here does not.
 _DROPPED = ("train_", "num_tokens", "eval_num_tokens", "num_input_tokens_seen", "total_flos", "epoch")
+
+
+class _Lossy:
+    """A stream to which writing never fails. A full disk or a closed terminal may lose lines, and ends no training."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def progress_console() -> Console:
+    """A console on stderr for what a long command says. A line that cannot be written is lost."""
+    if sys.stderr is None:  # closed; rich knows what to do
+        return Console(stderr=True, highlight=False)
+    return Console(file=cast(TextIO, _Lossy(sys.stderr)), highlight=False)
 
 
 def say(console: Console, quiet: bool, line: str) -> None:

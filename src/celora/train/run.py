@@ -29,6 +29,7 @@ from celora.train.forecast.estimate import fitted
 from celora.train.interrupt import StopAtStepEnd
 from celora.train.live import LiveReport
 from celora.train.loading import (
+    check_files,
     check_modules,
     evaluation_rows,
     evaluation_source,
@@ -44,7 +45,7 @@ from celora.train.output.folder import CONFIG, METRICS, PLAN, REPORT, RUN, Outpu
 from celora.train.output.saving import UNUSABLE, Sealing, save_adapter, stopped, take_over, upload
 from celora.train.planning import Chosen, choose, planned_errors
 from celora.train.processes import introduce_deepspeed, is_first, losing_contact, processes
-from celora.train.progress import MetricsWriter, ProgressLine, say
+from celora.train.progress import MetricsWriter, ProgressLine, progress_console, say
 from celora.train.record import TrainResult, is_evaluated, longer, make_record, of_forwards, summarise, worst
 from celora.train.report import make_page, write_report
 from celora.train.request.arguments import TrainRequest, check_record, sft_config
@@ -69,7 +70,7 @@ def train(
             the disk is full.
     """
     with losing_contact(request.output), ExitStack() as stack:
-        console = (console or Console(stderr=True)) if is_first() else Console(quiet=True)
+        console = (console or progress_console()) if is_first() else Console(quiet=True)
         return _train(request, console, stack, WallClock(began), compares=compares)
 
 
@@ -163,6 +164,7 @@ def _enter(request: TrainRequest, stack: ExitStack) -> _Entered:
 def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
     """Load model, tokenizer and rows, make the trainer and attach celora. Prints a line about each decision."""
     request, earlier, first = run.request, run.earlier, is_first()
+    check_files(request, resumed=earlier is not None)
     quiet, asked = request.options.quiet, (earlier or {}).get("asked", {})
     if request.options.memory is not None and earlier is None:
         with clock.spending("plan"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -23,6 +24,7 @@ from celora.train.request.arguments import TrainRequest
 from celora.train.rows.answers import AnswersOnly
 from celora.train.rows.data import has_turns
 from celora.train.rows.template import refused_row
+from celora.train.rows.truncation import sequence_lengths
 from celora.train.wall_clock import WallClock
 
 
@@ -201,7 +203,7 @@ def _prepared(trainer: Any, request: TrainRequest) -> list[tuple[Any, str]]:
 
 
 def check_tokens(trainer: Any, request: TrainRequest, embeddings: int | None = None) -> None:
-    """Raise CELoraError if a prepared row has a token for which the model has no embedding.
+    """Raise CELoraError if a prepared row has a token or a position for which the model has no embedding.
 
     `embeddings`: how many there are; None for as many as the trainer's model has.
     """
@@ -211,6 +213,22 @@ def check_tokens(trainer: Any, request: TrainRequest, embeddings: int | None = N
         embeddings = getattr(table, "num_embeddings", None) or len(table.weight)  # under ZeRO-3 the weight is elsewhere
     for dataset, source in _prepared(trainer, request):
         _check_tokens(dataset, source, embeddings)
+        _check_positions(dataset, source, trainer.model)
+
+
+def _check_positions(dataset: Any, source: str, model: Any) -> None:
+    """Raise CELoraError for rows longer than a table of learned positions, as GPT-2 and OPT have one."""
+    most, words = getattr(model.config.get_text_config(), "max_position_embeddings", None), model.get_input_embeddings()
+    of_words = set(words.modules())
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m not in of_words]
+    if most is None or not any(most <= size <= most + 2 for size in sizes):  # OPT's has two more
+        return
+    longest = int(sequence_lengths(dataset).max(initial=0))
+    if longest > most:
+        raise CELoraError(
+            f"a row of {source!r} has {longest:,} tokens, and the model has {most:,} positions; give --max_length "
+            f"{most}"
+        )
 
 
 def _check_tokens(dataset: Any, source: str, embeddings: int) -> None:

@@ -306,7 +306,9 @@ def _check_same_run(before: Mapping[str, Any], request: TrainRequest) -> None:
     if (count := before.get("processes", processes())) != processes():
         changed["the number of processes"] = (count, processes())
     for name, (old, new) in changed.items():
-        raise CELoraError(f"--resume cannot change {name} ({old!r} -> {new!r}); start a new run instead")
+        moved = name in PATHS and isinstance(old, str) and Path(old).is_absolute() and not Path(old).exists()
+        then = "put it back, or a link to it" if moved else "start a new run instead"
+        raise CELoraError(f"--resume cannot change {name} ({old!r} -> {new!r}); {then}")
 
 
 def _absolute(name: str, value: object) -> object:

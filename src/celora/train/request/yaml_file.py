@@ -99,8 +99,10 @@ def _parse(path: str | Path) -> dict[str, Any]:
     check_regular(Path(path))
     try:
         document = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Strict)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CELoraError(f"cannot read --config {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise CELoraError(f"cannot read --config {str(path)!r}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise CELoraError(f"--config {str(path)!r} is not UTF-8 text; save it as UTF-8") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date like 2001-99-99
         raise CELoraError(f"--config {str(path)!r} is not valid YAML: {error}") from None
     if document is None:

@@ -30,14 +30,14 @@ def truncation_lines(trainer: Any, rows: Any, eval_rows: Any = None) -> Iterator
 
 
 def _line(trainer: Any, kind: str, split: str, rows: Any, prepared: Any) -> str | None:
-    limit, fitting = trainer.args.max_length, _lengths(prepared)
+    limit, fitting = trainer.args.max_length, sequence_lengths(prepared)
     left_out = len(rows) - len(fitting)
     if not left_out and int(fitting.max()) < limit:
         return None
     # Tokenise once more without the cut, only if something may have been cut.
     uncut = copy.copy(trainer.args)
     uncut.max_length = None
-    lengths = _lengths(trainer._prepare_dataset(rows, trainer.processing_class, uncut, False, None, split))
+    lengths = sequence_lengths(trainer._prepare_dataset(rows, trainer.processing_class, uncut, False, None, split))
     over = lengths[lengths > limit]
     if not len(over):
         return f"{left_out:,} of {len(lengths):,} {kind} have nothing to learn and are not used." if left_out else None
@@ -50,7 +50,7 @@ def _line(trainer: Any, kind: str, split: str, rows: Any, prepared: Any) -> str 
     return f"{line}. A larger --max_length keeps more."
 
 
-def _lengths(dataset: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+def sequence_lengths(dataset: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Tokens of every row of the user; rows packed into one sequence are counted separately."""
     if "seq_lengths" in dataset.column_names:
         return _measured(dataset, "seq_lengths", pc.list_flatten)
