@@ -190,7 +190,7 @@ def takes(causal: Any, given: Mapping[str, Any]) -> bool:
                 raise
             return False
         finally:
-            torch.clear_autocast_cache()  # before torch 2.11, casts made without gradients would be used again
+            torch.clear_autocast_cache()  # older torch would use casts that were made without gradients again
     return True
 
 
