@@ -29,9 +29,8 @@ def cache_folder(name: str) -> Path:
         return folder.resolve()
     for own in (folder.parent, folder):
         if own.stat().st_uid == os.getuid() and not trusted(own):
-            own.chmod(
-                0o700
-            )  # another program made it with the umask's rights; what others have put there is not loaded
+            # Another program made it with the umask's rights. What others have put there is not loaded.
+            own.chmod(0o700)
     folder = folder.resolve()  # what a link leads to is checked, and used from then on
     if (unsafe := _open_to_others(folder)) is not None:
         raise PermissionError(f"{unsafe} could be written to by others")

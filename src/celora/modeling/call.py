@@ -180,8 +180,10 @@ def takes(causal: Any, given: Mapping[str, Any]) -> bool:
 
     Processes that gather its weights cannot try it, because some may fail.
     """
-    if _of_transformers(causal) or gathers(causal):
-        return _of_transformers(causal)
+    if _of_transformers(causal):
+        return True
+    if gathers(causal):
+        return False
     with torch.no_grad(), random_states({parameter.device for parameter in causal.parameters()}):
         try:
             causal.forward(**given)
