@@ -278,8 +278,10 @@ def said_through_a_pipe() -> Iterator[None]:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=2) as cat:
         own = os.dup(2)
         os.dup2(cat.stdin.fileno(), 2)
-        yield
-        os.dup2(own, 2)
+        try:
+            yield
+        finally:
+            os.dup2(own, 2)  # cat ends once nothing can write to it
 
 
 def run(folder: Path, cases: list[dict[str, Any]]) -> None:

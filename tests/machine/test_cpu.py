@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from celora.machine import cpu
 from patching import patch_all
@@ -141,3 +142,37 @@ def test_matrix_instructions(limit: str | None, used: bool, monkeypatch: pytest.
     for there in (True, False):
         patch_all(monkeypatch, "celora.machine.cpu:features", functools.cache(lambda there=there: {"amx_tile": there}))
         assert cpu.matrix_instructions.__wrapped__() is (there and used)
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "limit", "mkl", "wider"),
+    [
+        (26, "avx2 avx512f", "", True, True),
+        (26, "avx2 avx512f", "AVX512_CORE", True, True),
+        (26, "avx2 avx512f", "AVX2", True, False),
+        (26, "avx2 avx512f", "", False, False),
+        (26, "avx2", "", True, False),
+        (25, "avx2 avx512f", "", True, False),
+    ],
+    ids=["Zen 5", "AVX-512 allowed", "kept to AVX2", "torch without MKL", "no AVX-512", "Zen 4"],
+)
+def test_where_onednn_is_wider_than_mkl(
+    family: int, flags: str, limit: str, mkl: bool, wider: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    described = f"vendor_id\t: AuthenticAMD\ncpu family\t: {family}\nflags\t\t: {flags}\n"
+    (tmp_path / "cpuinfo").write_text(described)
+    assert cpu.wider_than_mkl.__wrapped__() is wider
+    (tmp_path / "cpuinfo").write_text(described.replace("AuthenticAMD", "GenuineIntel"))
+    assert cpu.wider_than_mkl.__wrapped__() is False
+
+
+def test_the_family_that_windows_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, family in (
+        ("AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD", 26),
+        ("Intel64 Family 6 Model 183 Stepping 1, GenuineIntel", None),
+        ("", None),
+    ):
+        monkeypatch.setattr(cpu.platform, "processor", lambda said=said: said)
+        assert cpu._amd_family() == family

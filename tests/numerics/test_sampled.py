@@ -9,6 +9,7 @@ from celora.errors import CELoraError
 from celora.numerics.estimators import Observed, Tokens, make_estimator
 from celora.numerics.estimators.more.sampled import SampledColumns, SampledTokens
 from machine import refuses
+from without import without
 
 
 def _columns(W: torch.Tensor, **settings: object) -> SampledColumns:
@@ -92,7 +93,8 @@ def test_a_draw_is_judged_by_its_own_error() -> None:
         assert estimator.judge(observed).error > 0.1
 
 
-def test_keeping_everything_is_the_product() -> None:
+def test_keeping_everything_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "onednn")
     W, G = torch.randn(16, 8), torch.randn(12, 16)
     assert _columns(W, keep_ratio=1.0).estimate(G, W).equal(G @ W)
     assert SampledTokens(16, 8, keep_ratio=1.0, selection="sampled").estimate(G, W).equal(G @ W)

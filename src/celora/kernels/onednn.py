@@ -1,4 +1,4 @@
-"""8-bit products by oneDNN, which torch carries."""
+"""Products by oneDNN, which torch carries: in 8 bits, and in float32 where torch's own library is slow."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from celora.borrowed import borrow
 from celora.kernels.backends import choose
 from celora.kernels.packed import LibraryPacked
 from celora.kernels.plain import takes_integers
-from celora.machine.cpu import features
+from celora.machine.cpu import features, wider_than_mkl
 
+_LINEAR = "torch:ops.mkldnn._linear_pointwise"
 _PREPACK = "torch:ops.onednn.qlinear_prepack"
 _QLINEAR = "torch:ops.onednn.qlinear_pointwise"
+_PLAIN = (Tensor, torch.nn.Parameter)
 _OFFSET = 128  # the zero point of unsigned activations
 
 
@@ -70,3 +72,28 @@ def dot_products() -> bool:
 @functools.lru_cache(maxsize=64)
 def _zero_points(columns: int) -> Tensor:
     return torch.zeros(columns, dtype=torch.int32)
+
+
+def takes_floats(x: Tensor) -> bool:
+    """Whether oneDNN multiplies x, float32 on a CPU, faster than torch's own library."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or type(x) not in _PLAIN or not x.numel():
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    return wider_than_mkl() and borrow(_LINEAR) is not None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    y: Tensor = borrow(_LINEAR)(x, weight, bias, "none", [], "")
+    return y if out is None else out.copy_(y)
+
+
+def skinny_product(x: Tensor, m: Tensor, *, alpha: float, onto: Tensor | None) -> Tensor:
+    y = linear(x, m.t())
+    if onto is not None:
+        return onto.add_(y, alpha=alpha)
+    return y if alpha == 1 else y.mul_(alpha)
+
+
+def transposed_product(p: Tensor, x: Tensor) -> Tensor:
+    return linear(p.t(), x.to(p.dtype).t())

@@ -71,14 +71,17 @@ define("rms_norm_backward", Backend("c", c_rows.rms_norm_backward, c.supported))
 define("gated", Backend("c", c_rows.gated, c.supported))
 define("gated_backward", Backend("c", c_rows.gated_backward, c.supported))
 define("rotate", Backend("c", c_rows.rotate, c.supported))
+define("linear", Backend("onednn", onednn.linear, onednn.takes_floats), Backend("torch", plain.linear))
 define(
     "skinny_product",
     Backend("c", c_low_rank.skinny_product, c_low_rank.takes),
+    Backend("onednn", onednn.skinny_product, onednn.takes_floats),
     Backend("torch", plain.skinny_product),
 )
 define(
     "transposed_product",
     Backend("c", c_low_rank.transposed_product, c_low_rank.takes),
+    Backend("onednn", onednn.transposed_product, onednn.takes_floats),
     Backend("torch", plain.transposed_product),
 )
 define("attention", Backend("c", c_attention.attention, c_attention.takes), by_device=True)
@@ -260,6 +263,12 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, transposed: bool) -> Tens
     return found
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """`x W^T + b` of `x: (..., in)` and `weight: (out, in)`, all of one dtype: (..., out), in `out` if it is given."""
+    found: Tensor = choose("linear", x).run(x, weight, bias, out=out)
+    return found
+
+
 def skinny_product(x: Tensor, m: Tensor, *, alpha: float = 1.0, onto: Tensor | None = None) -> Tensor:
     """`alpha x M` of `x: (T, k)` and `m: (k, n)`, of which k or n is small: (T, n), added to `onto` in place if given.
 
@@ -315,6 +324,7 @@ __all__ = [
     "gated",
     "gated_backward",
     "hold_both_ways",
+    "linear",
     "pack_both_ways",
     "pack_floats",
     "pack_weight",

@@ -83,6 +83,13 @@ def rounded_up(count: int, total: int, step: int) -> int:
     return min(total, -(-max(1, count) // step) * step)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor | None) -> Tensor:
+    if out is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    torch.mm(x, weight.t(), out=out)
+    return out if bias is None else out.add_(bias)
+
+
 def skinny_product(x: Tensor, m: Tensor, *, alpha: float, onto: Tensor | None) -> Tensor:
     if onto is not None:
         return onto.addmm_(x, m, alpha=alpha)

@@ -114,5 +114,27 @@ def _capabilities() -> dict[str, Any]:
 @functools.cache  # oneDNN looks once, too
 def matrix_instructions() -> bool:
     """Whether oneDNN multiplies with AMX: this CPU has it, and `ONEDNN_MAX_CPU_ISA` does not keep oneDNN from it."""
+    return features()["amx_tile"] and _onednn_may("AMX")
+
+
+@functools.cache
+def wider_than_mkl() -> bool:
+    """Whether oneDNN multiplies float32 with AVX-512 that does twice as much in a cycle as the AVX2 that MKL takes.
+
+    MKL takes AVX2 on every CPU of AMD's. Family 26 (Zen 5) is the first one where AVX-512 is faster than that. This is
+    a rule and not a timing, so that a run has the same bits each time.
+    """
+    return torch.backends.mkl.is_available() and _amd_family() == 26 and features()["avx512"] and _onednn_may("512")
+
+
+def _onednn_may(instructions: str) -> bool:
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    return features()["amx_tile"] and (limit in ("", "ALL", "DEFAULT") or "AMX" in limit)
+    return limit in ("", "ALL", "DEFAULT") or instructions in limit
+
+
+def _amd_family() -> int | None:
+    """The family of a CPU of AMD's; None for others, and where the system does not tell."""
+    if _line("vendor_id") == "AuthenticAMD":
+        return int(_line("cpu family"))
+    named = re.search(r"Family (\d+) .*AuthenticAMD", platform.processor())  # as Windows calls it
+    return int(named[1]) if named else None

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from celora.borrowed import borrow
-from celora.kernels.operations import squared_row_norms
+from celora.kernels.operations import linear, squared_row_norms
 from celora.machine.device import reads_freely
 from celora.modeling.compiled import grad_input, keys, layers, quantised
 from celora.modeling.hooks import Hook, is_ours
@@ -218,7 +218,7 @@ class LayerGraft(Measured, Hook):
         if isinstance(weight, DTensor) and not len(grad_output):  # gather with the others, for a token of zeros
             return LayerGraft.grad_input(self, grad_output.new_zeros(1, grad_output.shape[1]), weight, mode)[:0]
         if mode is Mode.EXACT:
-            return grad_output @ whole(weight, grad_output.dtype)
+            return linear(grad_output, whole(weight, grad_output.dtype).t())
         if isinstance(weight, DTensor) and (mode is Mode.OBSERVE or self.estimator.needs_whole(weight)):
             weight = whole(weight, grad_output.dtype)
         if torch.compiler.is_compiling() and not (mode is Mode.ESTIMATE and self.estimator.traceable):
@@ -243,7 +243,7 @@ class LayerGraft(Measured, Hook):
                 "require(model).clock.advance() after each step (from celora.runtime.attachment import require).",
             )
         self.tokens, self.dtype = max(self.tokens, len(grad_output)), str(grad_output.dtype).removeprefix("torch.")
-        exact = grad_output @ weight.to(grad_output.dtype)
+        exact = linear(grad_output, weight.to(grad_output.dtype).t())
         if self.estimator.ready:
             self.measure(self.estimator.estimate(grad_output, weight), exact)
         self.estimator.observe(grad_output, weight, exact)

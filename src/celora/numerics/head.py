@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from celora.errors import CELoraError
-from celora.kernels.operations import column_maxima, softmax_rows
+from celora.kernels.backends import choose
+from celora.kernels.operations import column_maxima, linear, softmax_rows
 from celora.machine.device import reads_freely
 from celora.numerics.products.both_ways import Int8BothWays
 from celora.numerics.sampling import as_weights
@@ -168,7 +169,7 @@ class _Entropy(torch.autograd.Function):
                 log_p = y.log_softmax(dim=-1).clamp_(min=torch.finfo(torch.float32).min)
                 by_y = log_p.exp().mul_(log_p.add_(entropy[part, None])).mul_(-grad[part, None])
                 by_z = by_y.mul_(scale if slope is None else slope)
-                torch.mm(by_z.to(w.dtype), w, out=gradient[part])
+                linear(by_z.to(w.dtype), w.t(), out=gradient[part])
         return None, _at_rows(gradient, rows, hidden.shape, hidden.dtype), *[None] * 5
 
 
@@ -197,12 +198,14 @@ def _chosen(hidden: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 def _project(
     chosen: Tensor, weight: Tensor, w: Tensor, b: Tensor | None, out: Tensor, product: Int8BothWays | None
 ) -> Tensor:
-    """`out = chosen w^T + b`, (n, V), in 8 bits if there is a `product`; w is `weight` in the dtype of `chosen`."""
+    """`chosen w^T + b`, (n, V), in 8 bits if there is a `product`; w is `weight` in the dtype of `chosen`.
+
+    It is in `out` if what multiplies can write there.
+    """
     if product is not None:
         product.project(chosen, weight, b, out)
         return out
-    torch.mm(chosen, w.t(), out=out)
-    return out if b is None else out.add_(b)
+    return linear(chosen, w, b, out=out if choose("linear", chosen).name == "torch" else None)
 
 
 def _at_rows(gradient: Tensor, rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -271,7 +274,7 @@ class _Scores(torch.autograd.Function):
                     through_the_head(z, w, keep_ratio, gradient[part], seed + start)
                     if measure is not None and start < count:  # behind that, all is padding
                         estimate = gradient[part].clone()
-                        torch.mm(z, w, out=gradient[part])
+                        linear(z, w.t(), out=gradient[part])
                         measure(estimate[: count - start], gradient[start:count][:size])
         log_probs, entropy, top1 = log_probs[:count], entropy[:count], top1[:count]
         ctx.save_for_backward(None if gradient is None else gradient[:count], real)
@@ -298,7 +301,7 @@ def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tenso
     largest = None if kept == len(weight) else column_maxima(grad)
     # If a token's gradient is no number, there is no choice of words. Looking would wait for an accelerator.
     if largest is None or (reads_freely(largest.device) and not bool(torch.isfinite(largest).all())):
-        torch.mm(grad, weight, out=out)
+        linear(grad, weight.t(), out=out)
         return
     index, factors, p = drawn(largest, kept, seed=seed, draw=0)
     q = grad.sum(0).neg_().clamp_(min=0).float() * (p < _CERTAIN)
@@ -306,6 +309,6 @@ def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tenso
     some, total = columns_of(grad, index), grad.sum(1).float()  # `sum(dtype=float32)` would copy grad first
     a = total - torch.mv(some, (p[index] >= _CERTAIN).to(some.dtype)).float()
     some.addr_(a.to(some.dtype), q[index], alpha=-1).mul_(as_weights(factors, some.dtype))
-    torch.mm(some, weight.index_select(0, index), out=out)
+    linear(some, weight.index_select(0, index).t(), out=out)
     left = total - some.sum(1, dtype=torch.float32)
     out.addr_(left.to(out.dtype), torch.mm(q[None], weight)[0])

@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 
 from celora.machine.timing import slower_than_float32
+from celora.modeling.float_forward import FloatForward
 from celora.modeling.own_forward import OwnForward
 from celora.modeling.survey import Survey
 from celora.settings.config import CELoraConfig
@@ -38,6 +39,8 @@ def whole_model_notes(
         apart = [layer.cannot_fuse for layer in layers if layer.cannot_fuse]
         rest = f"; PEFT's own path in {len(apart)}: {apart[0]}" if apart else ""
         notes.append(f"LoRA fused with its base layer in {len(layers) - len(apart)} of {len(layers)} layers{rest}.")
+    if any(FloatForward.pays(layer.base) for layer in found.layers.values()):
+        notes.append("Float32 products are oneDNN's: on this CPU they are faster than torch's own.")
     if known:
         counts = Counter(kind.name for kind in known)
         saved = "; activations saved for the backward in 8 bits, attention's in 16" if compact else ""

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from celora.kernels.operations import squared_row_norms
+from celora.kernels.operations import linear, squared_row_norms
 from celora.numerics.sampling import as_weights
 from celora.numerics.select import critical_rows, grain
 
@@ -114,7 +114,7 @@ class Native(Product):
         onto: Tensor | None = None,
     ) -> Tensor:
         kept = grad_output if index is None else grad_output.index_select(0, index)
-        y = kept @ weight.to(kept.dtype)
+        y = linear(kept, weight.to(kept.dtype).t())
         if factors is not None:
             y = y.mul_(as_weights(factors, y.dtype)[:, None])
         if index is None:

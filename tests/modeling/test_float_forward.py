@@ -1,0 +1,154 @@
+"""The forward of frozen float32 layers by another library than torch's own: its results, and when it is not used."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+import celora
+from celora.borrowed import borrow
+from celora.kernels import onednn
+from celora.modeling.float_forward import FloatForward
+from layers import conv1d
+from lora_layer import layer, run
+from patching import patch_all
+from small import make_batch, make_model
+
+pytestmark = pytest.mark.skipif(borrow(onednn._LINEAR) is None, reason="torch has no float32 linear of oneDNN here")
+
+# The forward, two products of the adapter, four of its backward, and two of the layer's, as this is a refresh.
+OF_ONE_LAYER = 9
+
+
+@pytest.fixture(autouse=True)
+def _such_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_all(monkeypatch, "celora.machine.cpu:wider_than_mkl", lambda: True)
+
+
+def products(call: Callable[[], object]) -> int:
+    """How many products oneDNN computes in this call."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        call()
+    return sum(event.count for event in seen.key_averages() if event.key == "mkldnn::_linear_pointwise")
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**make_batch(0)).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+@pytest.mark.parametrize("base_bias", [False, True])
+def test_a_model_learns_what_it_learns_without(base_bias: bool) -> None:
+    plain, model = make_model(base_bias=base_bias).train(), make_model(base_bias=base_bias).train()
+    report = celora.attach(model, "exact")
+    assert "Float32 products are oneDNN's: on this CPU they are faster than torch's own." in report.notes
+    same(gradients(model), gradients(plain))
+    layers = [module for module in model.modules() if isinstance(module.__dict__.get("forward"), FloatForward)]
+    assert len(layers) == 14
+    # The forward of each layer, and the backward of all but the first three, whose input needs no gradient.
+    assert products(lambda: gradients(model)) >= 14 + 11
+
+
+def test_one_layer_and_the_gradient_of_its_bias() -> None:
+    x, g = torch.randn(100, 12), torch.randn(100, 20)
+    plain = layer(dtype=torch.float32, bias=True)
+    plain.base_model.model[0].base_layer.bias.requires_grad_()
+    model = copy.deepcopy(plain)
+    expected = run(plain, x, g)
+    celora.attach(model, "exact")
+    same(run(model, x, g), expected)
+    assert products(lambda: run(model, x, g)) == OF_ONE_LAYER
+
+
+def test_the_layer_of_gpt_2() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(conv1d(nn.Linear(12, 20)))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["0"], fan_in_fan_out=True, init_lora_weights=False))
+    x, g = torch.randn(100, 12), torch.randn(100, 20)
+    expected = run(model.train(), x, g)
+    celora.attach(model, "exact")
+    same(run(model, x, g), expected)
+    assert products(lambda: run(model, x, g)) == OF_ONE_LAYER
+
+
+def test_evaluation_and_detached_models_have_the_bits_that_they_had() -> None:
+    model = make_model().train()
+    with torch.no_grad():
+        expected = model.eval()(**make_batch(0)).logits
+    celora.attach(model.train(), "exact")
+    assert products(lambda: gradients(model)) > 0
+    model.eval()
+    with torch.no_grad():
+        assert model(**make_batch(0)).logits.equal(expected)
+        assert products(lambda: model(**make_batch(0))) == 0
+    celora.detach(model)
+    assert not any(isinstance(module.__dict__.get("forward"), FloatForward) for module in model.modules())
+    assert products(lambda: gradients(model.train())) == 0
+
+
+def test_autocast_no_tokens_and_weights_that_train_are_the_layer_s_own() -> None:
+    x, model = torch.randn(100, 12), layer(dtype=torch.float32)
+    celora.attach(model, "exact")
+    base = model.base_model.model[0].base_layer
+    assert products(lambda: base(x)) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert base(x).dtype == torch.bfloat16
+        assert products(lambda: base(x)) == 0
+    assert products(lambda: base(x[:0])) == 0
+    for given in (x, x.view(2, 50, 12)):
+        base(given.requires_grad_()).mul_(2)  # as of any linear layer
+    base.weight.requires_grad_()
+    assert products(lambda: base(x)) == 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_repeats_it(reentrant: bool) -> None:
+    x = torch.randn(100, 12, requires_grad=True)
+    model = layer(dtype=torch.float32)
+    celora.attach(model, "exact")
+    expected = torch.autograd.grad(copy.deepcopy(model)(x).sum(), x)[0]
+    checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_a_copy_and_a_file_have_their_own() -> None:
+    x, g = torch.randn(100, 12), torch.randn(100, 20)
+    model: PeftModel = layer(dtype=torch.float32)
+    celora.attach(model, "exact")
+    expected = run(model, x, g)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        base = twin.base_model.model[0].base_layer
+        with torch.no_grad():
+            base.weight.mul_(2)
+        first = run(twin, x, g)["output"]
+        assert not torch.allclose(first, expected["output"])
+        torch.testing.assert_close(run(twin, x, g)["output"], first)
+    same(run(model, x, g), expected)
+
+
+def test_a_class_that_changes_later_computes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, model = torch.randn(100, 12), layer(dtype=torch.float32)
+    celora.attach(model, "exact")
+    base = model.base_model.model[0].base_layer
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: torch.nn.functional.linear(x, self.weight * 2))
+    with pytest.warns(UserWarning, match="does not compute"):
+        assert products(lambda: base(x)) == 0
+    torch.testing.assert_close(base(x), 2 * x @ base.weight.t())
