@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from celora.errors import CELoraError
+from celora.kernels.operations import linear
 from celora.numerics.estimators.base import Estimator, Precision
 from celora.numerics.estimators.more.gradient_factor import make_factor
 from celora.numerics.estimators.observed import Finding, Observed
@@ -113,16 +114,16 @@ class Columns(Estimator):
     def _native(self, grad_output: Tensor, weight: Tensor, index: Tensor) -> Tensor:
         """In the gradient's dtype."""
         if self.factor.V is None or self.U_off is None:
-            return columns_of(grad_output, index) @ self._kept_rows(weight, index, grad_output.dtype)
+            return linear(columns_of(grad_output, index), self._kept_rows(weight, index, grad_output.dtype).t())
         tokens, kept, rank = grad_output.shape[0], len(index), self.settings.rank
         # Write each factor directly into a buffer of its own. Concatenating afterwards would copy them again.
         left = grad_output.new_empty(tokens, kept + rank)
         right = grad_output.new_empty(kept + rank, self.in_features)
         columns_of(grad_output, index, out=left[:, :kept])
         self._kept_rows(weight, index, grad_output.dtype, out=right[:kept])
-        torch.mm(grad_output, self.U_off.to(grad_output.dtype), out=left[:, kept:])
+        linear(grad_output, self.U_off.to(grad_output.dtype).t(), out=left[:, kept:])
         right[kept:] = self.factor.V
-        return left @ right
+        return linear(left, right.t())
 
     def _concatenated(self, grad_output: Tensor, weight: Tensor, index: Tensor) -> Tensor:
         left, right = grad_output[:, index], self._kept_rows(weight, index, grad_output.dtype)

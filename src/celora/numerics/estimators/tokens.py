@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from celora.kernels.operations import squared_row_norms
+from celora.kernels.operations import linear, squared_row_norms
 from celora.machine.device import reads_freely
 from celora.numerics.estimators.base import Estimator, Selection
 from celora.numerics.estimators.more.gradient_factor import make_factor
@@ -176,4 +176,4 @@ def _timed(share: float) -> dict[str, Any]:
 
 def low_rank(grad_output: Tensor, U: Tensor, V: Tensor) -> Tensor:
     """`(G U) V` in the dtype of `grad_output`: (T, out), (out, r0), (r0, in) -> (T, in)."""
-    return (grad_output @ U.to(grad_output.dtype)) @ V.to(grad_output.dtype)
+    return linear(linear(grad_output, U.to(grad_output.dtype).t()), V.to(grad_output.dtype).t())
